@@ -5,8 +5,8 @@
     python benchmarks/upscale.py --clips large --frames 12    # one clip, or fewer frames, when time is short
 
 Every system runs in a process of its own, reads a video file and writes an H.264 file. `seconds` counts from the first frame
-read to the closed file, with the loading of the network, without Python's imports and without our calibration, which is done
-once before. The other engines decode, infer and encode in turns, as Real-ESRGAN's video script does.
+read to the closed file, with the loading of the network, without Python's imports. The
+other engines decode, infer and encode in turns, as Real-ESRGAN's video script does.
 """
 
 from __future__ import annotations
@@ -224,30 +224,29 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def vidgen(workers: int) -> Callable[[Path, Path, int], dict[str, Any]]:
     def run(video: Path, out: Path, scale: int) -> dict[str, Any]:
-        from vidgen_ray.upscale.calibration import calibrate
+        from vidgen_ray.upscale.engine_settings import choose_settings
         from vidgen_ray.upscale.frames import EncodeSettings
         from vidgen_ray.upscale.job import Threads
         from vidgen_ray.upscale.run import UpscaleOptions, upscale_file
 
         import_module("spandrel")
         model = find_model(DEFAULT_MODEL)
-        calibration = calibrate(model, "cpu").with_workers(workers)
+        settings = choose_settings(model, "cpu", workers)
         options = UpscaleOptions(model, EncodeSettings(), scale=scale, force=True)
-        report = upscale_file(video, out, options, calibration, Threads(workers))
+        report = upscale_file(video, out, options, settings, Threads(workers))
         with UpscaledFrame(video, scale) as check:
-            psnr_db = check.psnr_db(UpscaleNetwork(model, calibration.settings, check.size)([check.pixels])[0])
-        settings = str(calibration.settings)
-        return {"frames": report.frames, "seconds": report.seconds, "psnr_db": psnr_db, "settings": settings}
+            psnr_db = check.psnr_db(UpscaleNetwork(model, settings, check.size)([check.pixels])[0])
+        return {"frames": report.frames, "seconds": report.seconds, "psnr_db": psnr_db, "settings": str(settings)}
 
     return run
 
 
 def network_only(video: Path, _out: Path, scale: int) -> dict[str, Any]:
     """Run the network with the settings of one worker, without decoding and encoding: the speed of light of `vidgen-1`."""
-    from vidgen_ray.upscale.calibration import calibrate
+    from vidgen_ray.upscale.engine_settings import choose_settings
 
     model = find_model(DEFAULT_MODEL)
-    settings = calibrate(model, "cpu").with_workers(1).settings
+    settings = choose_settings(model, "cpu", 1)
     with UpscaledFrame(video, scale) as check:
         network = UpscaleNetwork(model, settings, check.size)
         # Equal frames would be computed once.

@@ -32,7 +32,7 @@ from PIL import Image
 
 from benchmarks.machine import machine, write_json
 from benchmarks.upscale import PACKAGES, photo_video
-from vidgen_ray.upscale.calibration import calibrate, cpu_has_bfloat16
+from vidgen_ray.upscale.engine_settings import choose_settings, cpu_has_bfloat16, tile_overlap_px
 from vidgen_ray.upscale.frames import FrameReader
 from vidgen_ray.upscale.network import (
     DEFAULT_MODEL,
@@ -44,7 +44,6 @@ from vidgen_ray.upscale.network import (
     usable_cpus,
 )
 from vidgen_ray.upscale.source import read_source
-from vidgen_ray.upscale.tiles import receptive_field
 
 Clip = list[np.ndarray]
 CROP_PX = 96
@@ -72,7 +71,7 @@ def main() -> None:
     for name, settings in fast_paths(model, base).items():
         got = upscaled(model, settings, frames)
         rows.append({"path": name, **compare(got, expected, jod)})
-        best = got if name == "calibrated" else best
+        best = got if name == "chosen" else best
     large = expected[0].shape[1], expected[0].shape[0]
     bicubic = [cv2.resize(frame, large, interpolation=cv2.INTER_CUBIC) for frame in frames]
     rows.append({"path": "bicubic, for scale", **compare(bicubic, expected, jod)})
@@ -85,10 +84,9 @@ def main() -> None:
 
 
 def fast_paths(model: UpscaleModel, base: EngineSettings) -> dict[str, EngineSettings]:
-    """Return name -> settings of everything that the calibration may choose, and tiles."""
-    paths = {"torch float32, 2 frames a call": base.model_copy(update={"frames_per_call": 2})}
-    paths["torch float32, 1 thread"] = base.model_copy(update={"threads": 1})
-    overlap = receptive_field(model)
+    """Return name -> settings of everything that may be chosen, and tiles."""
+    paths = {"torch float32, 1 thread": base.model_copy(update={"threads": 1})}
+    overlap = tile_overlap_px(model)
     if overlap is not None:
         paths[f"tiles of 64 px, overlap {overlap}"] = base.model_copy(update={"tile_px": 64, "overlap_px": overlap})
     if cpu_has_bfloat16():
@@ -96,14 +94,13 @@ def fast_paths(model: UpscaleModel, base: EngineSettings) -> dict[str, EngineSet
     if has_openvino():
         paths["openvino float32"] = base.model_copy(update={"engine": "openvino"})
         paths["openvino bfloat16"] = base.model_copy(update={"engine": "openvino", "dtype": "bfloat16"})
-    paths["calibrated"] = calibrate(model, "cpu").settings
+    paths["chosen"] = choose_settings(model, "cpu", 1)
     return paths
 
 
 def upscaled(model: UpscaleModel, settings: EngineSettings, frames: Clip) -> Clip:
     network = UpscaleNetwork(model, settings)
-    step = settings.frames_per_call
-    return [result for start in range(0, len(frames), step) for result in network(frames[start : start + step])]
+    return [result for frame in frames for result in network([frame])]
 
 
 def compare(got: Clip, expected: Clip, jod: Callable[[Clip, Clip], float] | None) -> dict[str, Any]:

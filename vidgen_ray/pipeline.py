@@ -20,7 +20,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from vidgen_ray.consent import Consent
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.cache_writer import CacheMode, cache_settings
-from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES, upscale_clip
 from vidgen_ray.engine.chunks import chunk_frames_of, chunk_unit, clip_chunks, join_records
 from vidgen_ray.engine.oom_fallback import OomFallback, free_gpu_memory, prepare_gpu
 from vidgen_ray.engine.shot_writer import ShotFiles
@@ -38,7 +37,7 @@ from vidgen_ray.errors import FieldError, ScriptError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, check_profile, chunked_stages_of, is_chunked, stages_of
 from vidgen_ray.invalid_fields import shortened
 from vidgen_ray.licences import Requirement, ShotLicences, UsedWeights, require_licence
-from vidgen_ray.media import encode_png, read_image, write_png
+from vidgen_ray.media import CLIP_SUFFIXES, encode_png, read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.open_markers import shot_without_row
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
@@ -49,10 +48,18 @@ from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.safety import safety_of
 from vidgen_ray.script.read import check_shot
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Frames, Item, Stage
+from vidgen_ray.stages.base import ChunkedStage, Frames, Item, Stage
 from vidgen_ray.stages.progress import ProgressCallback, progress_callback
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.system.cache_dir import digest
+
+
+def process_clip(profile: Profile, stage: type[ChunkedStage[Any]], shot: Shot, source: Path, out: Path) -> Path:
+    """Upscale a clip, or draw frames between its frames, as `vidgen upscale` does. See `upscale.run.process_clip`."""
+    # The only import of a room by the core: clips are upscaled in one way, by the command and by the library.
+    from vidgen_ray.upscale import run
+
+    return run.process_clip(profile, stage, shot, source, out)
 
 
 def in_notebook() -> bool:
@@ -243,18 +250,18 @@ class VideoGenerationPipeline:
     ) -> Path | PILImage.Image:
         """Upscale an image or a clip by `scale`, with `upscaler`. Return the image, or the path of the clip.
 
-        A clip is a path. Its result is written to `out`, by default into the same folder. Sound is not kept. An image is also
-        written to a file if `out` is given.
-        Raises ScriptError for an invalid field, UsageError for an `out` that does not end in .mp4, or in .png for an image,
-        MediaError, WriteError and StepFailed.
+        A clip is a path. Its result is written to `out`, by default into the same folder, as `vidgen upscale` writes it: with
+        its sound. An image is also written to a file if `out` is given.
+        Raises ScriptError for an invalid field, UsageError for an `out` that does not end in .mp4, .mov or .mkv, or in .png for
+        an image, MediaError, WriteError and StepFailed.
         """
         shot = check_shot({"prompt": "upscale", **fields}, "upscale", self.profile.defaults)
-        (stage,) = self._stages([RealESRGANStage], shot)
-        self._swapper.ensure_on_gpu(stage.name)
         with _reporting(on_progress):
             if isinstance(source, str | Path) and Path(source).suffix.lower() in CLIP_SUFFIXES:
                 target = Path(out or Path(source).with_name(f"{Path(source).stem}-x{shot.scale}.mp4"))
-                return upscale_clip(stage, shot, Path(source), target, self.profile.encode, self.profile.provenance)
+                return process_clip(self.profile, RealESRGANStage, shot, Path(source), target)
+            (stage,) = self._stages([RealESRGANStage], shot)
+            self._swapper.ensure_on_gpu(stage.name)
             if out is not None and Path(out).suffix.lower() != ".png":
                 raise UsageError(f"out: got {str(out)!r}, must end in .png for an image")
             path = Path(self._as_file("source", source))

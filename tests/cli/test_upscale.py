@@ -12,14 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.upscale.conftest import CALIBRATION, compact
+from tests.upscale.conftest import SETTINGS, compact
 from tests.upscale.videos import decoded, packets, write_video
 from vidgen_ray.cli import main
 from vidgen_ray.cli import upscale as command
-from vidgen_ray.errors import SetupError
 from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.upscale import run as upscale_run
-from vidgen_ray.upscale.calibration import CalibrationProgress
 from vidgen_ray.upscale.network import EngineSettings
 from vidgen_ray.upscale.source import read_source
 
@@ -34,7 +32,7 @@ def weights(tmp_path):
 @pytest.fixture
 def run(weights, monkeypatch, capsys):
     """Return a function that runs the command with a tiny network: exit code, standard output, standard error."""
-    monkeypatch.setattr(command, "calibrate", lambda model, device, **_: CALIBRATION)
+    monkeypatch.setattr(command, "choose_settings", lambda model, device, workers: SETTINGS)
 
     def call(*arguments):
         code = main(["upscale", *map(str, arguments), "--model", str(weights), "--preset", "ultrafast"])
@@ -124,34 +122,15 @@ def test_list_models(run):
     assert [line.split()[0] for line in output.splitlines()] == ["animevideov3", "x4plus-anime", "x4plus", "PATH"]
 
 
-def test_calibration_shows_what_it_measures_and_the_time_left(tmp_path, run, monkeypatch):
-    def calibrate(model, device, *, again, on_progress):
-        assert again
-        for frames, left_s in enumerate((None, 90.0, 60.0)):
-            on_progress(CalibrationProgress("measuring torch float32" if frames else "loading", frames, 3 * frames, left_s))
-        return CALIBRATION
-
-    monkeypatch.setattr(command, "calibrate", calibrate)
-    video = write_video(tmp_path / "in.mp4", 2)
-    code, _, errors = run(video, "-o", tmp_path / "out", "--calibrate")
-    lines = errors.splitlines()
-    assert code == 0
-    assert lines[0].endswith("on this machine, once")
-    assert lines[1] == "vidgen: calibration: loading"
-    assert lines[2] == "vidgen: calibration: measuring torch float32 (1 of 3 frames, about 1 min 30 s left)"
-    assert errors.count("measuring torch float32") == 1
-    assert "vidgen: in.mp4: 0 of 2 frames" in lines
-
-
 KILLED = """
 import os, sys
 from pathlib import Path
 from benchmarks.peak_memory import write_at_exit
-from tests.upscale.conftest import CALIBRATION
+from tests.upscale.conftest import SETTINGS
 from vidgen_ray.cli import main
 from vidgen_ray.cli import upscale as command
 from vidgen_ray.upscale import job
-command.calibrate = lambda model, device, **_: CALIBRATION
+command.choose_settings = lambda model, device, workers: SETTINGS
 if "PEAK_FILE" in os.environ:
     write_at_exit(Path(os.environ["PEAK_FILE"]))
 else:
@@ -308,29 +287,6 @@ def repeat(source, target, times):
                 offset = end
 
 
-def test_calibration_of_a_node_streams_its_progress(monkeypatch):
-    from vidgen_ray.upscale import ray_runner
-
-    progress = [CalibrationProgress(activity, 1, 2, None) for activity in ("one", "two")]
-
-    def calibrate(model, device, *, again, on_progress):
-        for one in progress:
-            on_progress(one)
-        return CALIBRATION
-
-    def fail(model, device, *, again, on_progress):
-        on_progress(progress[0])
-        raise SetupError("no engine")
-
-    monkeypatch.setattr(ray_runner, "calibrate", calibrate)
-    assert list(ray_runner._calibrate("model", "cpu", False)) == [*progress, CALIBRATION]
-    monkeypatch.setattr(ray_runner, "calibrate", fail)
-    items = ray_runner._calibrate("model", "cpu", False)
-    assert next(items) == progress[0]
-    with pytest.raises(SetupError, match="no engine"):
-        next(items)
-
-
 @pytest.mark.parametrize(("cpus", "slots"), [((1, 1), 2), ((3,), 1), ((4, 1), 2), ((0,), 0)])
 def test_worker_reserves_its_threads_or_a_whole_node(monkeypatch, cpus, slots):
     from vidgen_ray.upscale import ray_runner
@@ -340,15 +296,9 @@ def test_worker_reserves_its_threads_or_a_whole_node(monkeypatch, cpus, slots):
     assert ray_runner.cluster_slots(EngineSettings(threads=2)) == slots
 
 
-def calibrate_node(model, device, again):
-    """The calibration of a node, without a measurement."""
-    yield CalibrationProgress("measuring a node", 1, 2, 1.0)
-    yield CALIBRATION
-
-
 @pytest.mark.timeout(600)
 def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, capsys):
-    """Segments are made by actors. The first attempt of one of them fails, as on a node with a broken disk.
+    """Segments are made by tasks. The process of the first attempt of one of them crashes.
 
     A run before is interrupted, and the exception is dropped.
     """
@@ -362,17 +312,17 @@ def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, caps
     monkeypatch.setattr(job, "MAX_SEGMENT_FRAMES", 5)
     monkeypatch.setattr(job, "MIN_SEGMENT_FRAMES", 5)
 
-    monkeypatch.setattr(ray_runner, "_calibrate", calibrate_node)
+    monkeypatch.setattr(ray_runner, "settings_on_cluster", lambda model: SETTINGS)
     marker = tmp_path / "failed once"
-    make = ray_runner.UpscaleActor.make
+    make = ray_runner.make_segment
 
-    def failing_once(self, segment):
+    def crashing_once(run_id, job, segment):
         if segment.number == 3 and not marker.exists():
             marker.write_text("")
             os._exit(1)
-        return make(self, segment)
+        return make(run_id, job, segment)
 
-    monkeypatch.setattr(ray_runner.UpscaleActor, "make", failing_once)
+    monkeypatch.setattr(ray_runner, "make_segment", crashing_once)
     ray.init(
         address="local",
         num_cpus=2,
@@ -391,7 +341,6 @@ def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, caps
         ray.shutdown()
     assert code == 0
     assert marker.exists()
-    assert "calibration: measuring a node (1 of 2 frames" in capsys.readouterr().err
     assert sha256_of(tmp_path / "ray" / "in.mp4") == expected
 
 
@@ -409,24 +358,18 @@ def test_bytes_are_the_same_after_the_loss_of_a_node(tmp_path, weights, monkeypa
     expected = undisturbed(tmp_path, video, options)
     for name in ("MAX_SEGMENT_FRAMES", "MIN_SEGMENT_FRAMES"):
         monkeypatch.setattr(job, name, 5)
-    monkeypatch.setattr(ray_runner, "_calibrate", calibrate_node)
+    monkeypatch.setattr(ray_runner, "settings_on_cluster", lambda model: SETTINGS)
     lost = tmp_path / "lost"
-    make, send = ray_runner.UpscaleActor.make, ray_runner._Workers.make
+    make = ray_runner.make_segment
 
-    def make_or_lose_the_node(self, segment):
+    def make_or_lose_the_node(run_id, job, segment):
         if ray.get_runtime_context().get_node_id() != head:
             lost.write_text(str(segment.number))
             os.kill(os.getppid(), signal.SIGKILL)
             os._exit(1)
-        return make(self, segment)
+        return make(run_id, job, segment)
 
-    def send_when_all_have_started(self, number, segment):
-        while self.starting and not lost.exists():
-            self.finish_start(ray.wait([*self.starting])[0][0])
-        return send(self, number, segment)
-
-    monkeypatch.setattr(ray_runner.UpscaleActor, "make", make_or_lose_the_node)
-    monkeypatch.setattr(ray_runner._Workers, "make", send_when_all_have_started)
+    monkeypatch.setattr(ray_runner, "make_segment", make_or_lose_the_node)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     node = {"num_cpus": 1, "object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})

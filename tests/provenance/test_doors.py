@@ -33,14 +33,13 @@ ENCODERS = {
 }
 MARKED = {
     "engine/shot_writer.py": "files of a shot; its last frame, an input of another shot, is not",
-    "engine/chunked_clip.py": "clips of `vidgen stage` and of the library's upscale",
     "cli/one_stage.py": "results of `vidgen stage`; drawn keypoints of a face are not, which no model has generated",
     "pipeline.py": "an upscaled image, the image in a notebook; images stored as inputs keep the mark they have",
     "client/image_inputs.py": "images in memory that are uploaded keep the mark they have",
     "film/make_film.py": "films",
     "film/join.py": "films",
     "upscale/join.py": "upscaled videos",
-    "upscale/run.py": "upscaled videos and their previews",
+    "upscale/run.py": "upscaled videos, clips of `vidgen stage` and of the library, previews",
     "online/api/images.py": "images of the server",
 }
 NOT_MARKED = {

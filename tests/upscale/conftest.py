@@ -1,4 +1,4 @@
-"""Fixtures: a tiny network with random weights, and settings without a measurement."""
+"""Fixtures: a tiny network with random weights, and settings that are the same on every machine."""
 
 from pathlib import Path
 
@@ -6,14 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vidgen_ray.upscale.calibration import Calibration
 from vidgen_ray.upscale.frames import EncodeSettings
 from vidgen_ray.upscale.job import Threads
 from vidgen_ray.upscale.network import EngineSettings, UpscaleModel
 from vidgen_ray.upscale.run import UpscaleOptions, UpscaleReport, upscale_file
 
 FAST = EncodeSettings(crf=10, preset="ultrafast", threads=1)
-CALIBRATION = Calibration(settings=EngineSettings(threads=1), workers=1, frame_size=(64, 48), machine="test", measured=())
+SETTINGS = EngineSettings(threads=1)
 
 
 def compact(path: Path, convs: int = 2, features: int = 8, scale: int = 2, seed: int = 0) -> Path:
@@ -41,6 +40,6 @@ def upscale(tiny_model):
     ) -> UpscaleReport:
         options = UpscaleOptions(tiny_model, encode, scale=None if fit else scale, fit=fit, fps=fps, force=force)
         callbacks = {} if on_progress is None else {"on_progress": on_progress}
-        return upscale_file(video, out, options, CALIBRATION, runner or Threads(1), **callbacks)
+        return upscale_file(video, out, options, SETTINGS, runner or Threads(1), **callbacks)
 
     return run

@@ -214,7 +214,7 @@ def test_matroska_file_that_ends_early_is_noted(tmp_path, upscale):
 
 
 def test_equal_frames_are_computed_once(tmp_path, tiny_model):
-    network = UpscaleNetwork(tiny_model, job_module.EngineSettings(threads=1, frames_per_call=2))
+    network = UpscaleNetwork(tiny_model, job_module.EngineSettings(threads=1))
     frames = [picture(n) for n in (0, 0, 1, 1, 1, 2, 3, 3)]
     calls = []
 

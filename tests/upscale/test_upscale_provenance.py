@@ -6,7 +6,7 @@ from fractions import Fraction
 import av
 import pytest
 
-from tests.upscale.conftest import CALIBRATION, FAST
+from tests.upscale.conftest import SETTINGS, FAST
 from tests.upscale.videos import write_video
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.files import append_xmp
@@ -25,7 +25,7 @@ def options(tiny_model):
 
 
 def run(video, out, options):
-    return upscale_file(video, out, options, CALIBRATION, Threads(1))
+    return upscale_file(video, out, options, SETTINGS, Threads(1))
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,14 @@ import typer
 from PIL import Image
 
 from vidgen_ray.content_keys import with_local_loras
-from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES, upscale_clip
 from vidgen_ray.engine.oom_fallback import OomFallback, prepare_gpu
 from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.engine.step_runner import StepFailed, with_images
 from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.media import FileMetadata, cover_crop, open_video, read_image, write_png
-from vidgen_ray.media.files import open_media
+from vidgen_ray.media import CLIP_SUFFIXES, FileMetadata, cover_crop, open_video, read_image, write_png
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likeness_to_json
+from vidgen_ray.pipeline import process_clip
 from vidgen_ray.planner import swap_groups, this_machine
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.record import InputFile, ProvenanceRecord, SourceType, altered_record, metadata_of, with_label
@@ -32,10 +30,6 @@ from vidgen_ray.stages.identity import pose_image
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import write_atomically
-from vidgen_ray.upscale.source import read_source
-
-MAX_BITS = 8
-"""Bits per channel of the clips of `vidgen stage`."""
 
 
 def run_one_stage(
@@ -66,11 +60,7 @@ def run_one_stage(
         prepare_gpu(1.0)
     is_clip = source is not None and source.suffix.lower() in CLIP_SUFFIXES
     if issubclass(stage_class, ChunkedStage) and is_clip and source is not None:
-        if out.suffix.lower() != ".mp4":
-            raise UsageError(f"--out: got {str(out)!r}, must end in .mp4 for a clip")
-        _note_losses(source)
-        with stage_class(profile.params(stage_class)) as chunked:
-            upscale_clip(chunked, shot, source, out, profile.encode, profile.provenance)
+        process_clip(profile, stage_class, shot, source, out)
         return True
     artefacts, fps = _read(stage_class, source, shot)
     try:
@@ -105,27 +95,6 @@ def _record(stage: type[Stage[Any]], source: Path | None, profile: Profile) -> P
     elif "frames" in stage.writes:
         altered = "trainedAlgorithmicMedia"
     return altered_record(InputFile.read(source, digest(source)), "stage", [stage.name], settings, altered)
-
-
-def _note_losses(source: Path) -> None:
-    """Print what of a clip is not in the result, which has square pixels, 8 bits per channel and a constant frame rate."""
-    video = read_source(source)
-    with open_media(source, video.container) as opened:
-        streams = {"sound": opened.streams.audio, "subtitles": opened.streams.subtitles}
-        lost = [kind for kind, found in streams.items() if found]
-    if video.pixel_aspect != 1:
-        aspect = video.pixel_aspect
-        lost.append(f"the pixel aspect ratio {aspect.numerator}:{aspect.denominator}")
-    if video.colour.is_hdr:
-        lost.append("HDR (no tone mapping)")
-    if video.bits > MAX_BITS:
-        lost.append(f"{video.bits} bits per channel")
-    intervals = [after - before for before, after in pairwise(video.times)]
-    # Times are rounded to the time base, so intervals of a constant rate may differ by one unit.
-    if intervals and max(intervals) - min(intervals) > 1:
-        lost.append(f"the times of the frames (the result has a constant {float(video.fps):.6g} frames per second)")
-    if lost:
-        typer.echo(f"vidgen: {source}: not in the result: {', '.join(lost)}; `vidgen upscale` keeps them", err=True)
 
 
 def _note_animation(source: Path) -> None:

@@ -16,20 +16,20 @@ from typing import Annotated, Any, ParamSpec, get_args
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from vidgen_ray.cli.options import C2paKeyOption, JsonOption, NoProvenanceOption, PrivateOption, check_out, provenance_settings
 from vidgen_ray.cli.run_script import interruptible
 from vidgen_ray.cli.stop_signals import remembered_interrupt
-from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES
 from vidgen_ray.errors import StageError, UsageError, VidgenError
+from vidgen_ray.media import CLIP_SUFFIXES
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.provenance.record import DEFAULT
-from vidgen_ray.upscale.calibration import Calibration, CalibrationProgress, calibrate
+from vidgen_ray.upscale.engine_settings import choose_settings, default_workers
 from vidgen_ray.upscale.frames import DEFAULT_CRF, ENCODERS, Codec, EncodeSettings, Preset
 from vidgen_ray.upscale.job import SegmentFailed, Threads
 from vidgen_ray.upscale.join import FORMATS
-from vidgen_ray.upscale.network import BUILTIN_MODELS, DEFAULT_MODEL, Size, UpscaleModel, find_model
+from vidgen_ray.upscale.network import BUILTIN_MODELS, DEFAULT_MODEL, EngineSettings, Size, UpscaleModel, find_model
 from vidgen_ray.upscale.run import SegmentRunner, UpscaleOptions, output_path, upscale_file, write_preview
 
 P = ParamSpec("P")
@@ -113,11 +113,9 @@ def upscale(
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu or cuda. Default: cuda if there is a GPU.")] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, max=64, help="Segments made at the same time. Default: as calibrated.")
+        int | None,
+        typer.Option("--workers", min=1, max=64, help="Segments made at the same time. Default: 1 per 8 CPUs."),
     ] = None,
-    calibrate_again: Annotated[
-        bool, typer.Option("--calibrate", help="Measure the speed of this machine again. Default: once per model.")
-    ] = False,
     no_provenance: NoProvenanceOption = False,
     private: PrivateOption = False,
     c2pa_key: C2paKeyOption = None,
@@ -140,8 +138,9 @@ def upscale(
         raise UsageError("--preview: cannot be combined with --fps, the preview shows the frames of the video")
     found = _find_videos(videos or [])
     targets = _targets(found, Path(out))
+    network = find_model(model, denoise)
     options = UpscaleOptions(
-        model=find_model(model, denoise),
+        model=network,
         encode=_encode_settings(codec, crf, preset),
         scale=None if to else (2 if scale is None else _checked_scale(scale)),
         fit=_parse_size(to) if to else None,
@@ -154,12 +153,11 @@ def upscale(
         interruptible(),
         remembered_interrupt() as check_interrupt,
         redirect_stdout(sys.stderr),
-        _runner(address, options.model, device, workers, calibrate_again, check_interrupt) as machine,
+        _runner(address, network, device, workers, check_interrupt) as (settings, runner),
     ):
-        calibration, runner = machine
         results = []
         for video, target in targets:
-            results.append(_upscale_one(video, target, options, calibration, runner, seconds, check_interrupt))
+            results.append(_upscale_one(video, target, options, settings, runner, seconds, check_interrupt))
             check_interrupt()
     failed = sum("error" in result for result in results)
     if as_json:
@@ -173,19 +171,19 @@ def _upscale_one(
     video: Path,
     target: Path,
     options: UpscaleOptions,
-    calibration: Calibration,
+    settings: EngineSettings,
     runner: SegmentRunner,
     preview_s: float | None,
     check_interrupt: Callable[[], None],
 ) -> dict[str, Any]:
     """Upscale a video, and print its result. Return it, or the error."""
     try:
-        with _progress(video.name, is_compiled=calibration.settings.compiled) as on_progress:
+        with _progress(video.name) as on_progress:
             if preview_s is not None:
                 on_frame = _with_check(check_interrupt, on_progress)
-                report = write_preview(video, target, options, calibration, preview_s, on_progress=on_frame)
+                report = write_preview(video, target, options, settings, preview_s, on_progress=on_frame)
             else:
-                report = upscale_file(video, target, options, calibration, runner, on_progress=on_progress)
+                report = upscale_file(video, target, options, settings, runner, on_progress=on_progress)
     except SegmentFailed as failed:
         return _failure(video, f"{video}: {failed.segment} cannot be upscaled: {failed.error}")
     except (VidgenError, OSError) as error:
@@ -210,35 +208,24 @@ def _failure(video: Path, message: str) -> dict[str, Any]:
 
 @contextmanager
 def _runner(
-    address: str | None,
-    model: UpscaleModel,
-    device: str | None,
-    workers: int | None,
-    again: bool,
-    check_interrupt: Callable[[], None],
-) -> Iterator[tuple[Calibration, SegmentRunner]]:
+    address: str | None, model: UpscaleModel, device: str | None, workers: int | None, check_interrupt: Callable[[], None]
+) -> Iterator[tuple[EngineSettings, SegmentRunner]]:
     """Yield the settings of the network, and what makes segments: threads of this process, or a Ray cluster."""
-
     try:
         if address is None:
-            with _CalibrationView(model.name, "on this machine") as view:
-                on_progress = _with_check(check_interrupt, view)
-                calibration = calibrate(model, device or _default_device(), again=again, on_progress=on_progress)
-            if workers is not None and workers != calibration.workers:
-                calibration = calibration.with_workers(workers)
-            _report(model, calibration, with_table=view.is_measured)
-            yield calibration, Threads(calibration.workers, check_interrupt)
+            device = device or _default_device()
+            workers = workers or default_workers(device)
+            settings = choose_settings(model, device, workers)
+            _note(f"{model.name}: {settings}{f', {workers} workers' if workers > 1 else ''}")
+            yield settings, Threads(workers, check_interrupt)
             return
         from vidgen_ray.engine.ray_cluster import connected
-        from vidgen_ray.upscale.ray_runner import RayRunner, calibrate_on_cluster
+        from vidgen_ray.upscale.ray_runner import RayRunner, settings_on_cluster
 
         with connected(address, cpus=1):
-            with _CalibrationView(model.name, "on a node of the cluster") as view:
-                calibration = calibrate_on_cluster(
-                    model, again=again, on_progress=view, on_wait=_note, check_interrupt=check_interrupt
-                )
-            _report(model, calibration, with_table=view.is_measured)
-            yield calibration, RayRunner(workers, _note, check_interrupt)
+            settings = settings_on_cluster(model)
+            _note(f"{model.name}: {settings}, on the cluster")
+            yield settings, RayRunner(workers, _note, check_interrupt)
     except StageError as error:
         raise UsageError(f"--model: {error}") from None
 
@@ -255,13 +242,6 @@ def _with_check(check_interrupt: Callable[[], None], listener: Callable[P, None]
 
 def _note(message: str) -> None:
     typer.echo(f"vidgen: {message}", err=True)
-
-
-def _report(model: UpscaleModel, calibration: Calibration, *, with_table: bool) -> None:
-    for line in calibration.report() if with_table else ():
-        _note(line)
-    plural = "s" if calibration.workers > 1 else ""
-    _note(f"{model.name}: {calibration.settings}, {calibration.workers} worker{plural}")
 
 
 def _default_device() -> str:
@@ -362,41 +342,8 @@ def _parse_seconds(text: str) -> float:
     return float(match[1])
 
 
-class _CalibrationView(Progress):
-    """Progress of a calibration: a bar on a terminal; elsewhere a line for each activity, and after LINE_EVERY_S."""
-
-    def __init__(self, model: str, place: str) -> None:
-        console = Console(stderr=True)
-        columns = SpinnerColumn(), "{task.description}", BarColumn(), "{task.fields[state]}", TimeElapsedColumn()
-        super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._title = f"measuring the speed of {model} {place}, once"
-        self._activities: set[str] = set()
-        self._shown = 0.0
-
-    @property
-    def is_measured(self) -> bool:
-        """Return whether something has been measured. Otherwise, the calibration comes from an earlier run."""
-        return bool(self._activities)
-
-    def __call__(self, progress: CalibrationProgress) -> None:
-        if not self._activities:
-            _note(self._title)
-            self.add_task("", total=None, state="")
-        state = f"{progress.frames} of {progress.total} frames" if progress.total else ""
-        if progress.left_s is not None:
-            state += f", about {_minutes(progress.left_s)} left"
-        self.update(
-            TaskID(0), description=progress.activity, completed=progress.frames, total=progress.total or None, state=state
-        )
-        now = time.monotonic()
-        if self.disable and (progress.activity not in self._activities or now - self._shown >= LINE_EVERY_S):
-            self._shown = now
-            _note(f"calibration: {progress.activity}{state and f' ({state})'}")
-        self._activities.add(progress.activity)
-
-
 @contextmanager
-def _progress(name: str, *, is_compiled: bool) -> Iterator[Any]:
+def _progress(name: str) -> Iterator[Any]:
     """Show frames, frames per second and the estimated time left, as a bar or as a line at first and every LINE_EVERY_S."""
     begin = shown = time.monotonic()
     console = Console(stderr=True)
@@ -408,7 +355,7 @@ def _progress(name: str, *, is_compiled: bool) -> Iterator[Any]:
             nonlocal shown
             now = time.monotonic()
             is_first = not made and done < total
-            rate = "compiling the network" if is_first and is_compiled else _rate(done, total, made, now - begin)
+            rate = _rate(done, total, made, now - begin)
             bar.update(task, completed=done, total=total, rate=rate)
             if not console.is_terminal and (is_first or now - shown >= LINE_EVERY_S):
                 shown = now

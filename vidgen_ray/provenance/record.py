@@ -337,14 +337,14 @@ def with_label(frames: Frames, settings: ProvenanceSettings) -> Frames:
 
 
 def labelled(frames: Frames, text: str) -> Frames:
-    """Return a copy of frames (T, H, W, 3) with the label. Raises MediaError if they are too small for it."""
-    rgba = _label(text, frames.shape[2], frames.shape[1])
+    """Return a copy of uint8 or uint16 frames (T, H, W, 3) with the label. Raises MediaError if they are too small for it."""
+    rgba = _label(text, frames.shape[2], frames.shape[1]).astype(np.uint32)
     height, width, _ = rgba.shape
-    colour, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
+    colour, alpha = rgba[..., :3] * (np.iinfo(frames.dtype).max // 255), rgba[..., 3:]
     result = frames.copy()
     corner = result[:, -height:, -width:]
     # Rounded, in integers: the same on every machine.
-    corner[...] = ((corner * (255 - alpha) + colour * alpha + 127) // 255).astype(np.uint8)
+    corner[...] = ((corner * (255 - alpha) + colour * alpha + 127) // 255).astype(frames.dtype)
     return result
 
 

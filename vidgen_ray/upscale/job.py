@@ -11,13 +11,14 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from itertools import islice, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from vidgen_ray.errors import Cancelled, MediaError
+from vidgen_ray.provenance.record import labelled
 from vidgen_ray.system.files import new_file
 from vidgen_ray.upscale.frames import (
     SEGMENT_SUFFIX,
@@ -75,12 +76,15 @@ class UpscaleJob:
     """Everything that decides the pixels of an upscaled video. Two workers with the same job make the same files."""
 
     source: Source
-    model: UpscaleModel
+    model: UpscaleModel | None
+    """`None` keeps the size of the frames."""
     size: Size
     encode: EncodeSettings
     settings: EngineSettings
     fps: Fraction | None = None
     """Frames per second of the result. `None` keeps the times of the source."""
+    label: str | None = None
+    """Text drawn into the lower right corner of every frame."""
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -124,7 +128,7 @@ class SegmentWorker:
     def __init__(self, job: UpscaleJob) -> None:
         """Load the network. Raises StageError or SetupError."""
         self._job = job
-        self._network = UpscaleNetwork(job.model, job.settings, job.size)
+        self._network = None if job.model is None else UpscaleNetwork(job.model, job.settings, job.size)
         self._reader = FrameReader(job.source)
         # As many threads as a call of the network: further ones would wait for the CPUs of the calls at the same time.
         threads = job.settings.threads_per_call
@@ -141,7 +145,7 @@ class SegmentWorker:
 
         def counted() -> Iterator[Pixels]:
             for pixels in upscaled:
-                yield pixels
+                yield pixels if job.label is None else labelled(pixels[None], job.label)[0]
                 on_frame()
 
         with (
@@ -165,19 +169,22 @@ class SegmentWorker:
         self._reader.close()
 
 
-def upscale_frames(frames: Iterator[Pixels], network: UpscaleNetwork) -> Generator[Pixels, None, None]:
-    """Yield an upscaled frame for each frame, in order. A frame that equals the one before is not computed again.
+def upscale_frames(frames: Iterator[Pixels], network: UpscaleNetwork | None) -> Generator[Pixels, None, None]:
+    """Yield an upscaled frame for each frame, in order. Without a network, yield the frames.
 
+    A frame that equals the one before is not computed again.
     Calls of the network run in threads, and others wait for them, while this one waits or encodes.
     """
+    if network is None:
+        yield from frames
+        return
     settings = network.settings
     distinct = _without_repeats(frames)
-    calls: deque[tuple[Future[list[Pixels]], list[int]]] = deque()
+    calls: deque[tuple[Future[list[Pixels]], int]] = deque()
     pool = ThreadPoolExecutor(settings.parallel_calls)
     try:
-        while batch := list(islice(distinct, settings.frames_per_call)):
-            pixels, counts = [frame for frame, _ in batch], [count for _, count in batch]
-            calls.append((pool.submit(network, pixels), counts))
+        for pixels, count in distinct:
+            calls.append((pool.submit(network, [pixels]), count))
             if len(calls) > CALLS_AHEAD * settings.parallel_calls:
                 yield from _repeated(*calls.popleft())
         while calls:
@@ -200,9 +207,9 @@ def _without_repeats(frames: Iterator[Pixels]) -> Iterator[tuple[Pixels, int]]:
     yield last, count
 
 
-def _repeated(results: Future[list[Pixels]], counts: Sequence[int]) -> Iterator[Pixels]:
-    for pixels, count in zip(results.result(), counts, strict=True):
-        yield from repeat(pixels, count)
+def _repeated(result: Future[list[Pixels]], count: int) -> Iterator[Pixels]:
+    (pixels,) = result.result()
+    return repeat(pixels, count)
 
 
 class _Failure(NamedTuple):
@@ -266,7 +273,7 @@ class Threads:
 
     def __init__(self, workers: int, check_interrupt: Callable[[], None] = lambda: None) -> None:
         """`check_interrupt` is called in the calling thread, every CHECK_S. It ends the work if it raises."""
-        self._workers = workers
+        self.workers = workers
         self._check_interrupt = check_interrupt
 
     def __call__(self, job: UpscaleJob, segments: Sequence[Segment], folder: Path, on_frame: Callable[[Segment], None]) -> None:
@@ -294,7 +301,7 @@ class Threads:
                 failures.append(SegmentFailed(segment, error) if segment is not None else error)
                 stop.set()
 
-        count = min(self._workers, len(segments))
+        count = min(self.workers, len(segments))
         # Leaving the block waits for the threads: after Ctrl-C, nothing must be written while the process ends. `Thread.join`
         # is not used to wait: in Python 3.11 and 3.12, an interrupted join makes the next one return at once.
         with ThreadPoolExecutor(count) as pool:

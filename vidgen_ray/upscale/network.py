@@ -117,9 +117,6 @@ class EngineSettings(BaseModel):
     engine: Engine = "torch"
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    compiled: bool = False
-    """Compile with torch.compile. Takes seconds to minutes at the start."""
-    frames_per_call: int = Field(1, ge=1)
     threads: int = Field(1, ge=1)
     """CPU threads of one worker."""
     parallel_calls: int = Field(1, ge=1)
@@ -130,10 +127,9 @@ class EngineSettings(BaseModel):
     """Pixels that a tile sees of its neighbours on each side."""
 
     def __str__(self) -> str:
-        compiled = " compiled" if self.compiled else ""
         tiles = f", tiles of {self.tile_px} px with {self.overlap_px} px overlap" if self.tile_px else ""
-        calls = f"{self.frames_per_call} frames a call, {self.parallel_calls} calls on {self.threads} threads"
-        return f"{self.engine} {self.dtype}{compiled}, {calls}{tiles}"
+        calls = f"{self.parallel_calls} call{'s' if self.parallel_calls > 1 else ''} at a time on {self.threads} threads"
+        return f"{self.engine} {self.dtype}, {calls}{tiles}"
 
     @property
     def threads_per_call(self) -> int:
@@ -164,10 +160,6 @@ class UpscaleNetwork:
         else:
             self.network.model.to(settings.device, dtype, memory_format=torch.channels_last)
             self._forward = lambda pixels: forward(self.network, pixels)
-        # Static shapes: all frames of a video have one size.
-        self._step: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = (
-            torch.compile(self._upscaled, dynamic=False) if settings.compiled else self._upscaled
-        )
 
     @property
     def scale(self) -> int:
@@ -183,7 +175,7 @@ class UpscaleNetwork:
         kind = stacked.dtype
         pixels = torch.from_numpy(stacked if kind == np.uint8 else stacked.astype(np.int32)).to(self.settings.device)
         with torch.inference_mode(), torch_threads(self.settings.threads_per_call):
-            levels, total = self._step(pixels)
+            levels, total = self._upscaled(pixels)
             if not total.isfinite():
                 raise StageError(NOT_FINITE)
             return list(levels.cpu().numpy().astype(kind, copy=False))

@@ -22,12 +22,15 @@ import numpy as np
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vidgen_ray.errors import MediaError
+from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.media.files import append_xmp
+from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.record import (
     DEFAULT,
     Detail,
     InputFile,
+    Operation,
     ProvenanceRecord,
     ProvenanceSettings,
     altered_record,
@@ -35,15 +38,19 @@ from vidgen_ray.provenance.record import (
     metadata_of,
 )
 from vidgen_ray.provenance.signing import check_signing, sign_result
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import ChunkedStage, StageParams
+from vidgen_ray.stages.progress import report_progress
+from vidgen_ray.stages.realesrgan import RealESRGANStage, weights_file
+from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import abandoned, new_file, remove, write_atomically
-from vidgen_ray.upscale.calibration import Calibration
+from vidgen_ray.upscale.engine_settings import choose_settings, settings_for
 from vidgen_ray.upscale.frames import EncodeSettings, FrameReader, Pixels, interpolator_weights, write_segment
-from vidgen_ray.upscale.job import Segment, UpscaleJob, fitted, scaled, upscale_frames
+from vidgen_ray.upscale.job import Segment, SegmentFailed, Threads, UpscaleJob, fitted, scaled, upscale_frames
 from vidgen_ray.upscale.join import FORMATS, join_segments, plan_copies
 from vidgen_ray.upscale.network import EngineSettings, Size, UpscaleModel, UpscaleNetwork
 from vidgen_ray.upscale.source import Source, read_source, timeline_of
-from vidgen_ray.upscale.tiles import call_bytes, choose_tile, free_memory
 
 WORK_FOLDER = ".vidgen-upscale"
 """Folder beside the output files: segments of unfinished videos, and what the finished ones were made from."""
@@ -53,6 +60,9 @@ FORMAT = 1
 
 class SegmentRunner(Protocol):
     """Makes segments, in this process or elsewhere."""
+
+    workers: int
+    """Segments that are made on one machine at the same time. They share its memory."""
 
     def __call__(self, job: UpscaleJob, segments: Sequence[Segment], folder: Path, on_frame: Callable[[Segment], None]) -> None:
         """Write the file of each segment to the folder. Calls `on_frame` for each upscaled frame.
@@ -65,7 +75,8 @@ class SegmentRunner(Protocol):
 class UpscaleOptions:
     """Request of a user. Exactly one of `scale` and `fit` is set."""
 
-    model: UpscaleModel
+    model: UpscaleModel | None
+    """`None` keeps the size of the frames, and only `fps` changes the video."""
     encode: EncodeSettings
     scale: float | None = 2
     """Factor of width and height."""
@@ -77,12 +88,15 @@ class UpscaleOptions:
     """Replace existing files."""
     provenance: ProvenanceSettings = DEFAULT
     """Settings of the marking as altered by an algorithm, or as AI-generated if its source is."""
+    operation: Operation = "upscale"
+    """What the provenance record calls the command."""
 
     def record(self, video: Path) -> ProvenanceRecord | None:
         """Return the provenance record of the result for a source, or `None` if nothing is written."""
-        stages = (self.model.name,) if self.fps is None else (self.model.name, "rife")
+        network = "" if self.model is None else "realesrgan" if self.operation == "stage" else self.model.name
+        stages = [name for name in (network, "rife" if self.fps is not None else "") if name]
         altered = altered_type(is_interpolated=self.fps is not None)
-        return altered_record(InputFile.read(video, digest(video)), "upscale", stages, self.provenance, altered)
+        return altered_record(InputFile.read(video, digest(video)), self.operation, stages, self.provenance, altered)
 
     def check(self, out: Path) -> None:
         """Raise MediaError if `out` is to be signed and has a format without signatures, SetupError if signing cannot work."""
@@ -140,7 +154,7 @@ def upscale_file(
     video: Path,
     out: Path,
     options: UpscaleOptions,
-    calibration: Calibration,
+    settings: EngineSettings,
     runner: SegmentRunner,
     *,
     on_progress: Progress = lambda done, total, made: None,
@@ -190,11 +204,11 @@ def upscale_file(
         if plan is None or plan.request != request or finished:
             remove(work)
             work.mkdir()
-            plan = _Plan(request=request, settings=engine_settings(source, options.model, calibration))
+            plan = _Plan(request=request, settings=settings_for(source, options.model, settings, runner.workers))
             write_atomically(record, plan.model_dump_json())
         for path in abandoned(work):
             remove(path)
-        job = UpscaleJob(source, options.model, size, options.encode, plan.settings, options.fps)
+        job = UpscaleJob(source, options.model, size, options.encode, plan.settings, options.fps, options.provenance.label)
         segments = job.segments
         missing = [segment for segment in segments if not (work / segment.file_name).exists()]
         total = len(timeline.times)
@@ -235,25 +249,11 @@ def planned_size(source: Source, options: UpscaleOptions) -> tuple[Source, Size]
     return source, scaled(source, options.scale or 1)
 
 
-def engine_settings(source: Source, model: UpscaleModel, calibration: Calibration) -> EngineSettings:
-    """Return the calibrated settings with the tiles that this video needs."""
-    settings = calibration.settings
-    free = free_memory(settings.device) / calibration.workers
-    one_frame = settings.model_copy(update={"frames_per_call": 1})
-    one_call = one_frame.model_copy(update={"parallel_calls": 1})
-    for fewer in (settings, one_frame, one_call):
-        if fewer.parallel_calls * call_bytes(model, source.width, source.height, fewer.frames_per_call) <= free:
-            return fewer
-    tile_px, overlap_px = choose_tile(model, source.width, source.height, free)
-    # The tiles at the right and bottom have other shapes, for which torch.compile would compile again.
-    return one_call.model_copy(update={"compiled": False, "tile_px": tile_px, "overlap_px": overlap_px})
-
-
 def _request(source: Source, size: Size, options: UpscaleOptions) -> str:
     content: dict[str, Any] = {
         "format": FORMAT,
         "source": digest(source.path),
-        "model": options.model.key,
+        "model": None if options.model is None else options.model.key,
         "size": size,
         "pixel_aspect": str(source.pixel_aspect),
         "encode": options.encode.model_dump(),
@@ -276,11 +276,49 @@ def _read_plan(record: Path) -> _Plan | None:
         return None
 
 
+def process_clip(profile: Profile, stage: type[ChunkedStage[Any]], shot: Shot, source: Path, out: Path) -> Path:
+    """Upscale a clip by the shot's `scale` and `upscaler`, or draw frames for its `fps_out`, with its sound. Return `out`.
+
+    `stage` is the RealESRGAN or the RIFE stage. An existing file is replaced. Raises UsageError for another stage or a wrong
+    suffix of `out`, MediaError, SetupError, WriteError, and StepFailed.
+    """
+    if out.suffix.lower() not in FORMATS:
+        raise UsageError(f"out: got {str(out)!r}, must end in {', '.join(FORMATS)} for a clip")
+    if not issubclass(stage, RealESRGANStage | RifeStage):
+        raise UsageError(f"stage: got {stage.name}, must be realesrgan or rife for a clip")
+    upscales = issubclass(stage, RealESRGANStage)
+    params: StageParams = profile.params(RealESRGANStage) if upscales else profile.params(RifeStage)
+    clip_fps = read_source(source).fps
+    fps = clip_fps * stage.frame_factor(shot.model_copy(update={"fps": clip_fps}))
+    options = UpscaleOptions(
+        model=UpscaleModel(shot.upscaler, weights_file(params.weights, shot.upscaler)) if upscales else None,
+        encode=EncodeSettings(crf=profile.encode.crf, preset=profile.encode.preset, threads=profile.encode.threads),
+        scale=shot.scale if upscales else 1,
+        fps=None if upscales else fps,
+        force=True,
+        provenance=profile.provenance,
+        operation="stage",
+    )
+    settings = choose_settings(options.model, params.device, 1)
+
+    def report(done: int, total: int, made: int) -> None:
+        report_progress(stage.name, done, total)
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        upscale_file(source, out, options, settings, Threads(1), on_progress=report)
+    except SegmentFailed as failed:
+        raise StepFailed(stage.name, failed.error) from failed
+    except OSError as error:
+        raise SetupError(f"{out}: cannot be written ({error.strerror})") from None
+    return out
+
+
 def write_preview(
     video: Path,
     out: Path,
     options: UpscaleOptions,
-    calibration: Calibration,
+    settings: EngineSettings,
     seconds: float,
     *,
     on_progress: Progress = lambda done, total, made: None,
@@ -299,7 +337,8 @@ def write_preview(
     count = min(source.frame_count, max(1, round(seconds * source.fps)))
     start = (source.frame_count - count) // 2
     on_progress(0, count, 0)
-    network = UpscaleNetwork(options.model, engine_settings(source, options.model, calibration), size)
+    settings = settings_for(source, options.model, settings, 1)
+    network = None if options.model is None else UpscaleNetwork(options.model, settings, size)
     reader = FrameReader(source)
 
     def pairs() -> Iterator[Pixels]:
