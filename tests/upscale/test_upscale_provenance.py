@@ -6,7 +6,7 @@ from fractions import Fraction
 import av
 import pytest
 
-from tests.upscale.conftest import SETTINGS, FAST
+from tests.upscale.conftest import FAST, SETTINGS
 from tests.upscale.videos import write_video
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.files import append_xmp
