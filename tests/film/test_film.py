@@ -6,8 +6,8 @@ import pytest
 
 from tests.film.conftest import BLUE, FAST, GREEN, RED, read_frames
 from vidgen_ray.errors import MediaError, MissingShots, ScriptError, UsageError
+from vidgen_ray.film.film_settings import film_settings
 from vidgen_ray.film.make_film import make_film
-from vidgen_ray.film.settings import film_settings
 
 ENCODE = FAST.model_dump()
 

@@ -6,8 +6,8 @@ import av
 import pytest
 
 from vidgen_ray.cli import main
+from vidgen_ray.film.film_settings import FilmSettings
 from vidgen_ray.film.make_film import make_film
-from vidgen_ray.film.settings import FilmSettings
 from vidgen_ray.media.files import append_xmp
 from vidgen_ray.provenance.record import ProvenanceRecord, ProvenanceSettings, read_provenance
 from vidgen_ray.provenance.signing import create_signing_key, read_signature

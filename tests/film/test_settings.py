@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from vidgen_ray.errors import ScriptError
-from vidgen_ray.film.settings import Size, film_settings, read_film_file, shot_settings
+from vidgen_ray.film.film_settings import Size, film_settings, read_film_file, shot_settings
 
 
 def test_film_file_is_read_with_paths_relative_to_it(tmp_path):

@@ -8,9 +8,9 @@ import pytest
 
 from tests.film.conftest import BLUE, FAST, RED, read_frames, read_sound, tone, write_sound
 from vidgen_ray.errors import MediaError
-from vidgen_ray.film.filter_graphs import add_chain, filtered
+from vidgen_ray.film.film_settings import film_settings
 from vidgen_ray.film.make_film import make_film
-from vidgen_ray.film.settings import film_settings
+from vidgen_ray.film.picture import add_chain, filtered
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import pytest
 
 from tests.film.conftest import FAST, read_sound
 from vidgen_ray.errors import SetupError, UsageError
-from vidgen_ray.film.clip_probe import sound_seconds
+from vidgen_ray.film.film_settings import film_settings
 from vidgen_ray.film.make_film import make_film
-from vidgen_ray.film.settings import film_settings
-from vidgen_ray.film.speech import speaker
+from vidgen_ray.film.sound import speaker
+from vidgen_ray.film.timeline import sound_seconds
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 PIPER_VOICE = os.environ.get("VIDGEN_TEST_PIPER_VOICE", "")

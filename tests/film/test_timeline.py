@@ -4,9 +4,8 @@ from fractions import Fraction
 
 import pytest
 
-from vidgen_ray.film.clip_probe import Clip
-from vidgen_ray.film.settings import FilmSettings, ShotSettings, Size
-from vidgen_ray.film.timeline import SAMPLE_RATE, Source, build_timeline
+from vidgen_ray.film.film_settings import FilmSettings, ShotSettings, Size
+from vidgen_ray.film.timeline import SAMPLE_RATE, Clip, Source, build_timeline
 
 
 def source(frames=10, fps=5, size=(64, 48), **settings) -> Source:

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from tests.hostile.weights import RunsCode
 from tests.online.directors import LOCAL, local_server
 from vidgen_ray.errors import VidgenError
-from vidgen_ray.film.settings import read_film_file
+from vidgen_ray.film.film_settings import read_film_file
 from vidgen_ray.media import open_video, read_image
 from vidgen_ray.media.decode import sample_frames
 from vidgen_ray.nets.identity_networks import read_parts

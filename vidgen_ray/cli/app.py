@@ -631,7 +631,7 @@ def schema(
     ] = "shot",
 ) -> None:
     """Print the JSON schema of a script, a shot, a profile, a manifest row or a film file."""
-    from vidgen_ray.film.settings import FilmSettings
+    from vidgen_ray.film.film_settings import FilmSettings
     from vidgen_ray.outputs.manifest import ManifestRow
     from vidgen_ray.script.screenplay import script_schema
 

@@ -22,7 +22,7 @@ from vidgen_ray.cli.options import (
     provenance_settings,
 )
 from vidgen_ray.errors import SetupError, UsageError
-from vidgen_ray.film.settings import FilmSettings, checked_fields, film_settings, read_film_file
+from vidgen_ray.film.film_settings import FilmSettings, checked_fields, film_settings, read_film_file
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.safety import NO_POLICY
 from vidgen_ray.script.expansion import read_characters
@@ -31,8 +31,8 @@ from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script
 
 if TYPE_CHECKING:
+    from vidgen_ray.film.film_settings import Candidate
     from vidgen_ray.film.make_film import FilmReport
-    from vidgen_ray.film.selection import Candidate
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.provenance.record import ProvenanceSettings
 
@@ -87,7 +87,7 @@ def film(
 
     Only what has changed since the last film is rendered again.
     """
-    from vidgen_ray.film.selection import manifest_candidates, with_reasons
+    from vidgen_ray.film.film_settings import manifest_candidates, with_reasons
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.outputs.last_run import setting_of_last_run
     from vidgen_ray.provenance.record import DEFAULT, ProvenanceSettings
@@ -171,7 +171,7 @@ def _film_of_script(script: Path) -> dict[str, Any]:
 
 def _script_candidates(script: Path, characters: Path | None) -> list[Candidate]:
     """Return the shots of a script in order. A line that cannot be rendered again may still have a finished shot."""
-    from vidgen_ray.film.selection import Candidate
+    from vidgen_ray.film.film_settings import Candidate
 
     found = []
     people = read_characters(characters) if characters else {}

@@ -1,4 +1,4 @@
-"""make_film: from an output folder and FilmSettings to a video with caption files."""
+"""make_film: from an output folder and FilmSettings to a video with caption files (SubRip and WebVTT)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vidgen_ray.errors import UsageError
-from vidgen_ray.film.captions import cues, srt, vtt
-from vidgen_ray.film.clip_probe import probe_clip, sound_seconds
-from vidgen_ray.film.join import write_film
+from vidgen_ray.film.film_settings import Candidate, ChosenShot, FilmSettings, choose_shots, manifest_candidates
 from vidgen_ray.film.picture import check_texts
-from vidgen_ray.film.pieces import PieceFolder, content_key, plan_pieces, render_pieces
-from vidgen_ray.film.selection import Candidate, ChosenShot, choose_shots, manifest_candidates
-from vidgen_ray.film.settings import FilmSettings
-from vidgen_ray.film.sound import plan_tracks, sound_key, write_sound
-from vidgen_ray.film.speech import speaker
-from vidgen_ray.film.timeline import Source, Timeline, build_timeline
+from vidgen_ray.film.pieces import PieceFolder, content_key, plan_pieces, render_pieces, write_film
+from vidgen_ray.film.sound import plan_tracks, sound_key, speaker, write_sound
+from vidgen_ray.film.timeline import Source, Timeline, build_timeline, probe_clip, sound_seconds
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.last_run import setting_of_last_run
@@ -33,6 +29,52 @@ from vidgen_ray.provenance.record import (
 from vidgen_ray.provenance.signing import Ingredient, check_signing, sign_file
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import new_file, write_atomically
+
+
+class Cue(NamedTuple):
+    """A caption and when it is shown, in milliseconds."""
+
+    start_ms: int
+    stop_ms: int
+    text: str
+
+
+def cues(timeline: Timeline) -> list[Cue]:
+    """Return the captions of the shots in order. During a cross-fade there is none."""
+    found = []
+    for item in timeline.items:
+        # A blank line would end the caption in both formats.
+        lines = [line.strip() for line in (item.source.settings.caption or "").splitlines()]
+        if text := "\n".join(line for line in lines if line):
+            start, stop = item.start + item.fade_in, item.stop - item.fade_out
+            found.append(Cue(round(start * 1000 / timeline.fps), round(stop * 1000 / timeline.fps), text))
+    return found
+
+
+def srt(captions: Sequence[Cue]) -> str:
+    """Return the captions as SubRip."""
+    blocks = [
+        f"{number}\n{_time(cue.start_ms, ',')} --> {_time(cue.stop_ms, ',')}\n{cue.text}\n"
+        for number, cue in enumerate(captions, 1)
+    ]
+    return "\n".join(blocks)
+
+
+def vtt(captions: Sequence[Cue]) -> str:
+    """Return the captions as WebVTT."""
+    blocks = [f"{_time(cue.start_ms, '.')} --> {_time(cue.stop_ms, '.')}\n{_escaped(cue.text)}\n" for cue in captions]
+    return "\n".join(["WEBVTT\n", *blocks])
+
+
+def _time(time_ms: int, separator: str) -> str:
+    seconds, milliseconds = divmod(time_ms, 1000)
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}{separator}{milliseconds:03}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
 
 SUFFIX = ".mp4"
 Progress = Callable[[str, int, int], None]
