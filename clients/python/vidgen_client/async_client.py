@@ -268,7 +268,7 @@ class AsyncClient:
         consent: ConsentInput | None = None,
     ) -> Character:
         """Create a character from photos of one face, or from a video that shows it. `consent`: as in `create_video`."""
-        files = [("image", file_of(photo)) for photo in _as_list(photos)]
+        files = [("image", file_of(photo)) for photo in (photos if isinstance(photos, list | tuple) else [photos])]
         if video is not None:
             files.append(("video", file_of(video)))
         fields = {"name": name}
@@ -434,10 +434,6 @@ def _id(named: Video | Character | str) -> str:
 
 def _path(video: Video | str) -> str:
     return f"/v1/videos/{quote(_id(video), safe='')}"
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _timeout(timeout_s: float) -> httpx2.Timeout:

@@ -53,10 +53,7 @@ class ImageArguments(Prompt, total=False):
     seed: Annotated[int | None, Field(description="The same seed and fields give the same file. Default: random.")]
     fields: Annotated[
         dict[str, Any] | None,
-        Field(
-            description="Further fields of POST /v1/videos, for example negative_prompt, num_inference_steps, guidance_scale, "
-            "fps."
-        ),
+        Field(description="Further fields of POST /v1/videos, for example negative_prompt, num_inference_steps, fps."),
     ]
 
 
@@ -68,6 +65,8 @@ class VideoArguments(ImageArguments, total=False):
 
 REQUEST_FIELDS = {"start_image": "input_reference", "face_photos": "face_image", "loras": "lora"}
 """Arguments that have another name in a request."""
+READ_ONLY = ("wait", "status", "list_videos", "list_characters", "list_models")
+DESTRUCTIVE = ("cancel", "delete_character")
 
 
 def make_server(client: AsyncClient, folder: Path) -> MCPServer[None]:
@@ -82,30 +81,15 @@ def make_server(client: AsyncClient, folder: Path) -> MCPServer[None]:
         "vidgen-ray", instructions=INSTRUCTIONS, version=version("vidgen-client"), lifespan=close_client, log_level="WARNING"
     )
     tools = _Tools(client, folder)
-    reads = ToolAnnotations(read_only_hint=True)
-    creates = ToolAnnotations(destructive_hint=False)
-    destroys = ToolAnnotations(destructive_hint=True)
-    annotations: dict[Callable[..., Awaitable[Any]], ToolAnnotations] = {
-        tools.create_video: creates,
-        tools.create_image: creates,
-        tools.wait: reads,
-        tools.status: reads,
-        tools.cancel: destroys,
-        tools.list_videos: reads,
-        tools.download: creates,
-        tools.plan: creates,
-        tools.create_character: creates,
-        tools.list_characters: reads,
-        tools.delete_character: destroys,
-        tools.list_models: reads,
-    }
-    for tool, hints in annotations.items():
-        server.add_tool(_tool(tool), annotations=hints)
+    for name in vars(_Tools):
+        if not name.startswith("_"):
+            hints = ToolAnnotations(read_only_hint=name in READ_ONLY, destructive_hint=name in DESTRUCTIVE)
+            server.add_tool(_tool(getattr(tools, name)), annotations=hints)
     return server
 
 
 class _Tools:
-    """Tools of the server. Their docstrings are read by the assistant."""
+    """Tools of the server: the public methods, whose docstrings the assistant reads."""
 
     def __init__(self, client: AsyncClient, folder: Path) -> None:
         self._client = client
