@@ -20,7 +20,6 @@ from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder_pool import EncoderPool
 from vidgen_ray.engine.engine import Window
-from vidgen_ray.engine.packed_calls import PackedCalls, start_call, unpacked
 from vidgen_ray.engine.shot_runner import ShotRunner
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
@@ -121,7 +120,7 @@ async def _run(specs: Sequence[WorkerSpec], plans: Sequence[ShotPlan]) -> int:
     return calls
 
 
-class _Echo(PackedCalls):
+class _Echo:
     def run(self, number: int, plan: ShotPlan) -> tuple[CallResult, None]:
         return CallResult(), None
 
@@ -133,8 +132,8 @@ def measure_ray_call_ms() -> float:
 
     async def calls() -> float:
         async def call(number: int) -> None:
-            first, _ = start_call(actor, "run", (number, plan), num_returns=2)
-            unpacked(await asyncio.wrap_future(first.future()))
+            first, _ = actor.run.options(num_returns=2).remote(number, plan)
+            await asyncio.wrap_future(first.future())
 
         await call(0)
         before = time.process_time()

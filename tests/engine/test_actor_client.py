@@ -10,7 +10,6 @@ import ray
 from ray.cluster_utils import Cluster
 
 from vidgen_ray.engine.actor_client import NOT_SENT, ActorCallFailed, ActorClient
-from vidgen_ray.engine.packed_calls import PackedCalls
 from vidgen_ray.engine.retries import Kind, Loss
 from vidgen_ray.engine.worker import place_of_process
 
@@ -30,7 +29,7 @@ def cluster():
 
 
 @ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0, max_concurrency=2)
-class Sleeper(PackedCalls):
+class Sleeper:
     """Actor that restarts slowly if `slow_start` exists."""
 
     def __init__(self, slow_start=None):

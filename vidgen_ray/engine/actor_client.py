@@ -12,7 +12,6 @@ from typing import Any
 import ray
 
 from vidgen_ray.engine.calls import LOADING
-from vidgen_ray.engine.packed_calls import start_call, unpacked
 from vidgen_ray.engine.retries import InputsLost, Kind, Loss, first_line
 from vidgen_ray.engine.worker import ActorPlace
 from vidgen_ray.outputs.records import Failure
@@ -128,12 +127,13 @@ class ActorClient:
         """
         generation, was_up = self._generation, self._up
         call = _Call(stage, timeout_s)
-        first, *rest = start_call(self._actor, method, args, num_returns)
+        returned = getattr(self._actor, method).options(num_returns=num_returns).remote(*args)
+        first, *rest = [returned] if num_returns == 1 else returned
         try:
             async with call.limit:
                 self._calls.append(call)
                 self._calls[0].start()
-                result = unpacked(await asyncio.wrap_future(first.future()))
+                result = await asyncio.wrap_future(first.future())
         except ray.exceptions.RayActorError as error:
             if was_up:
                 self._record_crash(generation, list(self._calls))

@@ -11,7 +11,6 @@ import ray
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.calls import OUTPUT, CallResult
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.packed_calls import PackedCalls
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.worker import CONTROL, ActorPlace, place_of_process
@@ -23,7 +22,7 @@ ENCODER_NICENESS = 10
 """Added to the niceness of encoders. Encoding can wait, but a GPU is idle while its process waits for a CPU core."""
 
 
-class Encoder(PackedCalls):
+class Encoder:
     """Actor that encodes and commits shots."""
 
     stale_call_s: ClassVar[float] = 10.0

@@ -19,7 +19,6 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.calls import LOADING, CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.oom_fallback import prepare_gpu
-from vidgen_ray.engine.packed_calls import PackedCalls
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner, likeness_of
 from vidgen_ray.errors import Cancelled
@@ -87,7 +86,7 @@ class ActorPlace:
     """Ray's ids of its GPUs on the node."""
 
 
-class Worker(PackedCalls):
+class Worker:
     """Actor that holds stages in memory and runs one call at a time."""
 
     def __init__(self, config: EngineConfig, spec: WorkerSpec, parallel_loads: int = 1) -> None:
