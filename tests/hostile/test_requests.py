@@ -27,7 +27,7 @@ def server(tiny, tmp_path_factory):
         keys_file=folder / "keys.yaml",
         poll_s=0.02,
         uploads=CAPS,
-        url_inputs={"enabled": True, "allow_hosts": ["allowed.example", "*"]},
+        url_inputs={"allow_hosts": ["allowed.example", "*"]},
     )
     with local_server(tiny, settings) as running:
         yield running

@@ -687,7 +687,7 @@ def test_api_on_sqlite_and_postgresql(tiny, tmp_path, database_url):
 
 
 def test_urls_are_fetched_from_allowed_hosts_only(tiny, tmp_path):
-    allowed = {"enabled": True, "allow_hosts": ["127.0.0.1", "images.example"], "timeout_s": 2}
+    allowed = {"allow_hosts": ["127.0.0.1", "images.example"]}
     with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path), url_inputs=allowed)) as server:
         client = TestClient(server.app, raise_server_exceptions=False, **LOCAL)
         for url, message in (

@@ -15,7 +15,7 @@ from ray.serve.schema import ApplicationStatus
 from ray.util.placement_group import placement_group_table
 
 from tests.conftest import ASTRONAUT
-from tests.fake_stages import FakeSVD, fake_likeness
+from tests.fake_stages import FakeSVD
 from tests.online.scripted_stages import SCRIPTED
 from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.config import EngineConfig
@@ -176,25 +176,12 @@ class TestRealStages:
                 {"face_image": [str(ASTRONAUT)], "lora": "builtin:tiny/lora.safetensors", "use_hunyuan_style": True},
                 {"image.png", "video.mp4", "hd.mp4"},
             ),
-            ({"prompt": "a blue ball", "generate_video": False}, {"image.png"}),
             (
                 {"video_model": "wan", "num_frames": 9, "motion_prompt": "slow zoom", "upscale_video": False},
                 {"image.png", "video.mp4"},
             ),
-            (
-                {
-                    "face_image": [str(ASTRONAUT)],
-                    "identity": "reference",
-                    "use_hunyuan_style": True,
-                    "style_model": "qwen-edit",
-                    "video_model": "ltx",
-                    "num_frames": 9,
-                    "upscale_video": False,
-                },
-                {"image.png", "video.mp4"},
-            ),
         ],
-        ids=["clip", "image", "wan", "reference-qwen-ltx"],
+        ids=["clip", "wan"],
     )
     def test_output_equals_the_pipeline_and_is_reused(self, real, tiny, tmp_path, fields, files):
         job = real.wait_for_end(real.accept(**fields))
@@ -281,18 +268,6 @@ class TestScriptedStages:
             assert {scripted.wait_for_end(job).state for job in jobs} == {JobState.COMPLETED}
         assert steps_run(pipe) == [1, 2, 3, 4]
 
-    def test_queued_job_is_cancelled_before_it_starts(self, scripted, pipe):
-        pipes = [pipe.with_name(f"pipe{n}") for n in range(4)]
-        for path in pipes:
-            os.mkfifo(path)
-        running = [scripted.accept(prompt=f"steps 2 pause at 1 {path}", **IMAGE_ONLY) for path in pipes]
-        waiting = scripted.accept(prompt="waits", **IMAGE_ONLY)
-        scripted.cancel(waiting)
-        assert scripted.wait_for_end(waiting).state == JobState.CANCELLED
-        # Which of them have started, and in what order, is not defined.
-        with pipes_open(*pipes):
-            assert {scripted.wait_for_end(job).state for job in running} == {JobState.COMPLETED}
-
     def test_progress_follows_the_steps(self, scripted, pipe):
         job_id = scripted.accept(prompt=f"steps 4 pause at 3 {pipe}", **IMAGE_ONLY)
         at = scripted.wait_until(job_id, lambda job: job.step == 2)
@@ -301,17 +276,8 @@ class TestScriptedStages:
         with pipes_open(pipe):
             assert scripted.wait_for_end(job_id).progress == 100
 
-    @pytest.mark.parametrize(
-        ("failure", "fields"),
-        [
-            ("crash", {}),
-            ("raise", IMAGE_ONLY),
-            ("hang", {"face_image": [str(ASTRONAUT)], **IMAGE_ONLY}),
-            ("cuda-error", IMAGE_ONLY),
-        ],
-    )
-    def test_transient_failures_are_retried(self, scripted, tmp_path, failure, fields):
-        job = scripted.wait_for_end(scripted.accept(prompt=f"{failure} once {tmp_path / 'marker'}", **fields))
+    def test_crash_is_retried(self, scripted, tmp_path):
+        job = scripted.wait_for_end(scripted.accept(prompt=f"crash once {tmp_path / 'marker'}"))
         assert (job.state, job.error, job.attempts) == (JobState.COMPLETED, None, 1)
         assert (tmp_path / "marker").exists()
 
@@ -325,19 +291,11 @@ class TestScriptedStages:
         assert [job.state for job in ended] == [JobState.COMPLETED] * 2
         assert steps_run(pipe) == [1, 2]
 
-    def test_oom_fails_the_job_without_retry(self, scripted):
-        job = scripted.wait_for_end(scripted.accept(prompt="oom", **IMAGE_ONLY))
+    def test_failed_job_names_the_stage(self, scripted):
+        bad, good = (scripted.accept(prompt=prompt, **IMAGE_ONLY) for prompt in ("oom", "good"))
+        job = scripted.wait_for_end(bad)
         assert (job.state, job.error.code, job.error.stage) == (JobState.FAILED, "invalid_shot", "flux")
         assert "out of GPU memory" in job.error.message
-
-    def test_shot_that_always_crashes_fails(self, scripted):
-        job = scripted.wait_for_end(scripted.accept(prompt="crash", **IMAGE_ONLY))
-        assert (job.state, job.error.code, job.error.stage) == (JobState.FAILED, "worker_died", "flux")
-
-    def test_image_that_crashes_encoders_fails_alone(self, scripted):
-        bad, good = (scripted.accept(prompt=prompt, **IMAGE_ONLY) for prompt in ("crash-encoder", "good"))
-        job = scripted.wait_for_end(bad)
-        assert (job.state, job.error.code, job.error.stage) == (JobState.FAILED, "worker_died", "output")
         assert scripted.wait_for_end(good).state == JobState.COMPLETED
 
     def test_job_that_finds_the_disk_full_is_completed_later(self, tiny, small_disk, tmp_path, pipe):
@@ -360,18 +318,6 @@ class TestScriptedStages:
             assert [(job.state, job.attempts) for job in ended] == [(JobState.COMPLETED, 1)] * 2
         finally:
             serve.delete("full")
-
-    def test_low_likeness_is_retried_with_other_seeds(self, scripted):
-        def attempts(seed):
-            shot = Shot(prompt="a", id="a", seed=seed)
-            return [fake_likeness(attempt.seed) for attempt in (shot, shot.with_retry_seed(1), shot.with_retry_seed(2))]
-
-        third = next(seed for seed in range(1000) if [each >= 0.5 for each in attempts(seed)] == [False, False, True])
-        never = next(seed for seed in range(1000) if max(attempts(seed)) < 0.5)
-        fields = {"face_image": [str(ASTRONAUT)], "min_identity": 0.5, "retries": 2, **IMAGE_ONLY}
-        passes, fails = (scripted.wait_for_end(scripted.accept(seed=seed, **fields)) for seed in (third, never))
-        assert passes.state == JobState.COMPLETED
-        assert (fails.state, fails.error.code, fails.error.type) == (JobState.FAILED, "too_unlike", "invalid_request_error")
 
     def test_killed_workers_and_encoders_lose_no_job(self, scripted, pipe):
         job_id = scripted.accept(prompt=f"steps 3 pause at 2 {pipe}", num_frames=2)

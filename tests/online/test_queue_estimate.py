@@ -58,7 +58,7 @@ def test_queue_position_is_the_order_in_which_jobs_start(store, estimator):
     async def positions():
         return [(await estimator.estimate(job)).queue_position for job in (*ada, bob)]
 
-    assert asyncio.run(positions()) == [0, 2, 3, 1] == [store.queue_position(job) for job in (*ada, bob)]
+    assert asyncio.run(positions()) == [0, 2, 3, 1]
     assert [job.id for job in store.queue.claim("d", 30, 4)] == [ada[0].id, bob.id, ada[1].id, ada[2].id]
 
 

@@ -34,9 +34,11 @@ DAY_S = 24 * 3600
 @pytest.fixture(scope="module")
 def server(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
-    caps = {"json_values": 1000, "decode_bytes": 2 * 64 * 64 * uploads.BYTES_PER_PIXEL}
-    with local_server(tiny, settings_with_keys(folder, uploads=caps)) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uploads, "JSON_VALUES", 1000)
+        patch.setattr(uploads, "DECODE_BYTES", 2 * 64 * 64 * uploads.BYTES_PER_PIXEL)
+        with local_server(tiny, settings_with_keys(folder)) as running:
+            yield running
 
 
 def settings_with_keys(folder, **settings) -> OnlineSettings:

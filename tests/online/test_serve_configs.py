@@ -42,7 +42,6 @@ def test_shipped_config_is_valid(name):
         ("min_replicas: 2", "min_replica: 2", "applications.0.deployments.0.autoscaling_config.min_replica: unknown key"),
         ("log_level", "level", "logging_config.level: unknown key"),
         ("max_queued: 2000", "max_queued: none", "max_queued: Input should be a valid integer"),
-        ("      profile: gpu-80gb", "      profile: gpu-80gb\n      layout: stagd", "layout: Input should be"),
         ("name: Api", "name: svd", "applications.0.deployments.0.name: no deployment svd, must be one of Api, Director"),
         (
             "name: Api",

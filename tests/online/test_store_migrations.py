@@ -54,14 +54,14 @@ def test_threads_that_open_a_store_at_once_create_the_tables_once(database_url):
     with ThreadPoolExecutor(6) as pool:
         stores = list(pool.map(JobStore, [database_url] * 6))
     for store in stores:
-        store.ping()
+        assert revisions(store) == [NEWEST]
         store.close()
 
 
 def test_processes_that_open_a_store_at_once_create_the_tables_once(database_url):
     code = (
         "import sys; from vidgen_ray.online.store.store import JobStore\n"
-        "print('ready', flush=True); sys.stdin.readline(); JobStore(sys.argv[1]).ping()"
+        "print('ready', flush=True); sys.stdin.readline(); JobStore(sys.argv[1])"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([sys.executable, "-c", code, database_url], **pipes) for _ in range(3)]

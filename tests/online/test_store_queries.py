@@ -113,6 +113,7 @@ def test_creating_a_job_takes_few_round_trips(store):
         "UPDATE vidgen_meta",
         "SELECT vidgen_idempotency.tenant,",
         "SELECT (SELECT",
+        "UPDATE vidgen_meta",
         "INSERT INTO vidgen_jobs",
         "INSERT INTO vidgen_idempotency",
     ]

@@ -116,8 +116,6 @@ def server_plan(settings: OnlineSettings, detect: Callable[[], Cluster]) -> Serv
     configured = load_profile(settings.profile)
     configured = configured.with_provenance(settings.provenance)
     check_signing(configured.provenance)
-    if settings.layout is not None:
-        configured = configured.model_copy(update={"layout": settings.layout})
     served = serving_profile(configured, settings.require_licence)
     cluster = parse_gpus(settings.gpus) if settings.gpus else detect()
     served = replace(served, gpu_gb=max(cluster.gpus, default=None))

@@ -30,7 +30,7 @@ from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.storage_check import StorageCheck
 from vidgen_ray.online.store.database import POOL_SIZE
 from vidgen_ray.online.store.store import JobStore
-from vidgen_ray.online.uploads import BodyCap, ImageReferences
+from vidgen_ray.online.uploads import JSON_MEMORY_BYTES, BodyCap, ImageReferences
 from vidgen_ray.online.web import add_page
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.version import __version__
@@ -78,6 +78,8 @@ def make_app(
     Raises SetupError for a missing LoRA file.
     """
     _check_loras(settings)
+    hosts = settings.url_inputs.allow_hosts
+    fetcher = ImageFetcher(hosts, settings.uploads.image_bytes) if hosts else None
     job_service = JobService(settings, store, outputs, serving_profile, jobs_changed)
     server = ServerContext(
         settings=settings,
@@ -89,7 +91,7 @@ def make_app(
         job_feed=JobFeed(store, settings.poll_s),
         event_streams=EventStreams(),
         queue_estimator=QueueEstimator(store, serving_profile.profile, settings.poll_after_s),
-        image_references=ImageReferences(job_service.uploads, _image_fetcher(settings)),
+        image_references=ImageReferences(job_service.uploads, fetcher),
         face_check=FaceCheck(serving_profile, job_service.uploads.decoder),
         storage_check=StorageCheck(store, outputs),
         started_at=int(time.time()),
@@ -97,7 +99,7 @@ def make_app(
     )
     app = _empty_app(settings, store)
     app.state.server = server
-    app.state.json_memory = ByteBudget(settings.uploads.json_memory_bytes)
+    app.state.json_memory = ByteBudget(JSON_MEMORY_BYTES)
     # One at a time: many threads that parse would delay all other requests.
     app.state.body_parser = ThreadPoolExecutor(1, "parse")
     app.add_middleware(BodyCap, cap_bytes=settings.uploads.body_bytes)
@@ -114,13 +116,6 @@ def _check_loras(settings: OnlineSettings) -> None:
     for name, path in settings.loras.items():
         if not path.startswith("builtin:") and not os.path.isfile(path):
             raise SetupError(f"loras.{name}: no such file, {path}")
-
-
-def _image_fetcher(settings: OnlineSettings) -> ImageFetcher | None:
-    urls = settings.url_inputs
-    if not urls.enabled:
-        return None
-    return ImageFetcher(urls.allow_hosts, urls.timeout_s, urls.redirects, settings.uploads.image_bytes)
 
 
 def _empty_app(settings: OnlineSettings, store: JobStore) -> FastAPI:

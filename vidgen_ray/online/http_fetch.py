@@ -28,6 +28,9 @@ BLOCKED_NETWORKS = tuple(
 UNICAST = ipaddress.ip_network("2000::/3")
 """All public IPv6 addresses. Older Python versions call some other addresses global."""
 HOST = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*|[0-9a-f:.]+")
+FETCH_TIMEOUT_S = 10.0
+"""Seconds for one request for an image."""
+MAX_REDIRECTS = 3
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -149,17 +152,14 @@ class PublicHttpClient:
 class ImageFetcher:
     """Fetches images from the allowed hosts."""
 
-    def __init__(
-        self, allow_hosts: Sequence[str], timeout_s: float, redirects: int, max_bytes: int, *, allow_private: bool = False
-    ) -> None:
+    def __init__(self, allow_hosts: Sequence[str], max_bytes: int, *, allow_private: bool = False) -> None:
         self._allow_hosts = [host.lower() for host in allow_hosts]
-        self._redirects = redirects
         self._max_bytes = max_bytes
-        self._client = PublicHttpClient(timeout_s, allow_private=allow_private)
+        self._client = PublicHttpClient(FETCH_TIMEOUT_S, allow_private=allow_private)
 
     def fetch(self, url: str) -> bytes:
         """Return the content of a URL, following redirects. Raises BlockedUrl and UnreachableUrl."""
-        for _ in range(self._redirects + 1):
+        for _ in range(MAX_REDIRECTS + 1):
             headers = {"Accept": "image/*", "User-Agent": "vidgen-ray"}
             response = self._client.request("GET", url, headers=headers, max_bytes=self._max_bytes, check=self._check_host)
             if response.status in REDIRECTS and "location" in response.headers:
@@ -168,7 +168,7 @@ class ImageFetcher:
             if response.status != 200:
                 raise UnreachableUrl(f"status {response.status}")
             return response.body
-        raise BlockedUrl(f"more than {self._redirects} redirects")
+        raise BlockedUrl(f"more than {MAX_REDIRECTS} redirects")
 
     def _check_host(self, parts: SplitResult) -> None:
         host = (parts.hostname or "").rstrip(".")

@@ -75,7 +75,7 @@ def _check_deployment(deployment: DeploymentSchema, location: str) -> None:
     if deployment.name != API and replicas:
         raise UsageError(
             f"{location}: {deployment.name} always has one replica. Remove {', '.join(sorted(replicas))}. "
-            "The number of workers follows from `gpus` and `layout`."
+            "The number of workers follows from `gpus` and the layout of the profile."
         )
 
 

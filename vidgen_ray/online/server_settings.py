@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
@@ -46,13 +46,6 @@ class UploadCaps(_Section):
     image_bytes: int = Field(25 * MB, ge=1, description="Bytes of an image.")
     video_bytes: int = Field(100 * MB, ge=1, description="Bytes of a video.")
     json_bytes: int = Field(40 * MB, ge=1, description="Bytes of a JSON body, which may contain images as data: URLs.")
-    json_values: int = Field(20_000, ge=1, description="Values and names in a JSON body.")
-    json_memory_bytes: int = Field(
-        480 * MB, ge=1, description="Memory for reading large JSON bodies in one API process. Further requests wait."
-    )
-    decode_bytes: int = Field(
-        480 * MB, ge=1, description="Memory for decoding images in one API process. Further requests wait."
-    )
     unused_s: float | None = Field(
         30 * 24 * 3600.0,
         ge=24 * 3600,
@@ -71,13 +64,10 @@ class UploadCaps(_Section):
 class UrlInputs(_Section):
     """Images that clients reference by URL and the server fetches."""
 
-    enabled: bool = Field(False, description="Fetch URLs. If false, requests with an image URL are rejected.")
     allow_hosts: tuple[str, ...] = Field(
         (),
         description="Host names to fetch from. `*.example.com` allows all its subdomains. An empty list allows none.",
     )
-    timeout_s: float = Field(10, gt=0, description="Seconds for one request.")
-    redirects: int = Field(3, ge=0, le=10, description="Most redirects to follow.")
 
 
 class Webhook(_Section):
@@ -105,8 +95,6 @@ class Webhooks(_Section):
 
     targets: tuple[Webhook, ...] = Field((), description="Receivers. Default: none.")
     allow_private: bool = Field(False, description="Allow receivers on this machine and in private networks.")
-    timeout_s: float = Field(10, gt=0, description="Seconds for one delivery.")
-    tries: int = Field(8, ge=1, description="Attempts to deliver a message before it is dropped.")
 
     def names_for(self, tenant: str) -> list[str]:
         """Return the names of the webhooks that receive messages about a tenant's jobs."""
@@ -121,11 +109,6 @@ class OnlineSettings(_Section):
     """Settings of a server. Times are in seconds."""
 
     profile: str = Field("demo", description="Name or file of the profile: models, devices and defaults.")
-    layout: Literal["auto", "fused", "colocated", "staged"] | None = Field(
-        None,
-        description="Layout of the stages on GPUs. `staged` gives every model its own processes and GPUs. "
-        "Default: the profile's layout.",
-    )
     gpus: str | None = Field(None, description="GPUs to plan for, for example 8x80GB. Default: detect GPUs at the start.")
     provenance: ProvenanceSettings | None = Field(
         None, description="How files are marked as AI-generated, labelled and signed. Default: that of the profile."

@@ -44,6 +44,12 @@ from vidgen_ray.system.files import flush_to_disk, private_folder, temporary_fil
 BLOCK_BYTES = 1 << 20
 SMALL_JSON_BYTES = 1 << 20
 """A JSON body up to this size is kept in memory while it arrives and needs no reservation."""
+JSON_VALUES = 20_000
+"""Most values and names in a JSON body."""
+JSON_MEMORY_BYTES = 480_000_000
+"""Memory for reading large JSON bodies in one API process. Further requests wait."""
+DECODE_BYTES = 480_000_000
+"""Memory for decoding images in one API process. Further requests wait."""
 JSON_COPIES = 6
 """Most copies of a JSON body that exist at once: bytes, text, values, a decoded image."""
 BYTES_PER_PIXEL = 12
@@ -63,7 +69,7 @@ class UploadFolder:
         self._folder = folder
         self._records = records
         self.caps = caps
-        self.decoder = Decoder(caps.decode_bytes)
+        self.decoder = Decoder(DECODE_BYTES)
 
     async def store(self, tenant: Tenant, source: BinaryIO, param: str) -> Upload:
         """Store an image unchanged.
@@ -339,7 +345,7 @@ def _from_urlencoded(body: bytes) -> FormData:
 def _from_json(body: SpooledTemporaryFile[bytes], caps: UploadCaps) -> ReceivedRequest:
     body.seek(0)
     content = body.read()
-    _check_structure(content, caps.json_values)
+    _check_structure(content)
     try:
         fields = json.loads(content.decode(), parse_constant=_reject_constant, object_pairs_hook=_reject_duplicates)
     except (ValueError, RecursionError) as error:
@@ -356,14 +362,14 @@ def _from_json(body: SpooledTemporaryFile[bytes], caps: UploadCaps) -> ReceivedR
     return ReceivedRequest(fields, hashlib.sha256(content).hexdigest(), is_form=False)
 
 
-def _check_structure(body: bytes, max_values: int) -> None:
+def _check_structure(body: bytes) -> None:
     """Raise ApiError 400 for JSON with too many values or too deeply nested. Much cheaper than parsing it."""
     # Without escaped characters, each quotation mark starts or ends a string.
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in body else body
     structure = plain.translate(None, NOT_STRUCTURE)
     # At most one comma, one colon, two brackets and two quotation marks for each name or value. Those in strings count, too.
-    if len(structure) > 6 * max_values:
-        raise ApiError(400, f"The body has too many values, must be at most {max_values}.", code="invalid_json")
+    if len(structure) > 6 * JSON_VALUES:
+        raise ApiError(400, f"The body has too many values, must be at most {JSON_VALUES}.", code="invalid_json")
     depth = 0
     for char in b"".join(structure.split(b'"')[::2]):
         depth += (char in b"[{") - (char in b"]}")

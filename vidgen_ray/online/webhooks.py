@@ -19,6 +19,10 @@ from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.uploads import upload_folder
 from vidgen_ray.outputs.folder import OutputFolder
 
+DELIVERY_TIMEOUT_S = 10.0
+"""Seconds for one delivery."""
+MAX_TRIES = 8
+"""Attempts to deliver a message before it is dropped."""
 GONE = 410
 """Status with which a receiver rejects a message for good."""
 MAX_RESPONSE_BYTES = 65_536
@@ -35,7 +39,7 @@ class WebhookSender:
     def __init__(self, webhooks: Webhooks, outbox: Outbox) -> None:
         self._webhooks = webhooks
         self._outbox = outbox
-        self._client = PublicHttpClient(webhooks.timeout_s, allow_private=webhooks.allow_private)
+        self._client = PublicHttpClient(DELIVERY_TIMEOUT_S, allow_private=webhooks.allow_private)
 
     def deliver_due(self) -> int:
         """Attempt each due message once. Return how many were delivered.
@@ -45,7 +49,7 @@ class WebhookSender:
         if not self._webhooks.targets:
             return 0
         delivered, failed = 0, set[str]()
-        lease_s = 2 * len(self._webhooks.targets) * self._webhooks.timeout_s
+        lease_s = 2 * len(self._webhooks.targets) * DELIVERY_TIMEOUT_S
         while messages := self._outbox.claim_due(lease_s, exclude=failed):
             for message in messages:
                 if self._deliver(message):
@@ -58,7 +62,7 @@ class WebhookSender:
     def _deliver(self, message: Message) -> bool:
         target = self._webhooks.target(message.target)
         status = GONE if target is None else self._post(target, message)
-        if 200 <= status < 300 or status == GONE or message.tries + 1 >= self._webhooks.tries:
+        if 200 <= status < 300 or status == GONE or message.tries + 1 >= MAX_TRIES:
             self._outbox.delete(message.id)
         else:
             self._outbox.postpone(message.id, backoff_s(message.tries + 1))

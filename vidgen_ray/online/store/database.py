@@ -34,13 +34,28 @@ from sqlalchemy import (
     create_engine,
     event,
     make_url,
-    select,
     text,
     update,
 )
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from vidgen_ray.errors import SetupError
+
+BUSY_TIMEOUT_S = 30
+"""Seconds that a transaction waits for a lock or for a pooled connection."""
+WAL_RETRY_S = 0.05
+POOL_SIZE = 48
+"""Connections of a process: one for each thread that uses the database, or requests wait for each other."""
+READS = {"vidgen_reads": True}
+"""Execution option of transactions that only read."""
+MIGRATIONS = Path(__file__).parent / "migrations"
+VERSION_TABLE = "vidgen_alembic_version"
+"""Not Alembic's default name: a PostgreSQL database may be shared with another application."""
+POSTGRESQL_LOCK = 0x7669646765
+"""Key of the advisory lock held during an upgrade."""
+
+# Alembic keeps the running migration in global variables.
+_upgrade_lock = Lock()
 
 TABLES = MetaData()
 
@@ -57,6 +72,7 @@ META = Table(
     Column("value", BigInteger, nullable=False),
 )
 """One row, `changes`: number of the last write. Every transaction increments it first, which serializes all writers."""
+NEXT_NUMBER = update(META).where(META.c.name == "changes").values(value=META.c.value + 1).returning(META.c.value)
 
 JOBS = Table(
     "vidgen_jobs",
@@ -163,52 +179,6 @@ SESSIONS = Table(
 """Sessions of the web page. `digest` is the sha256 of the token in the cookie."""
 
 
-MIGRATIONS = Path(__file__).parent / "migrations"
-VERSION_TABLE = "vidgen_alembic_version"
-"""Not Alembic's default name: a PostgreSQL database may be shared with another application."""
-POSTGRESQL_LOCK = 0x7669646765
-"""Key of the advisory lock held during an upgrade."""
-
-# Alembic keeps the running migration in global variables.
-_upgrade_lock = Lock()
-
-
-def upgrade_schema(engine: Engine) -> None:
-    """Bring the tables to the newest revision, in one transaction.
-
-    Processes that open the same store at once wait for each other: on SQLite by the write lock of BEGIN IMMEDIATE, on
-    PostgreSQL by an advisory lock. Raises SetupError if the tables are newer than this program.
-    """
-    config = Config()
-    # Config values are subject to %-interpolation.
-    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-    scripts = ScriptDirectory.from_config(config)
-    newest = scripts.get_current_head()
-    with _upgrade_lock, engine.begin() as connection:
-        if connection.dialect.name == "postgresql":
-            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": POSTGRESQL_LOCK})
-        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
-        revision = context.get_current_revision()
-        if revision is not None and revision not in {script.revision for script in scripts.walk_revisions()}:
-            raise SetupError(
-                f"database {engine.url.render_as_string(hide_password=True)}: the tables have revision {revision}, which is "
-                f"newer than {newest}, the newest that this version of vidgen-ray supports. Use the version that upgraded "
-                "them, or another database."
-            )
-        if revision != newest:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
-
-
-BUSY_TIMEOUT_S = 30
-"""Seconds that a transaction waits for a lock or for a pooled connection."""
-WAL_RETRY_S = 0.05
-POOL_SIZE = 48
-"""Connections of a process: one for each thread that uses the database, or requests wait for each other."""
-READS = {"vidgen_reads": True}
-"""Execution option of transactions that only read."""
-
-
 class Database:
     """Open database whose tables are up to date.
 
@@ -248,11 +218,6 @@ class Database:
         with self._writing, self.engine.begin() as connection:
             yield Transaction(connection)
 
-    def ping(self) -> None:
-        """Run a query. Raises SQLAlchemyError if the database does not answer."""
-        with self.read_connection() as connection:
-            connection.execute(select(META.c.value).limit(1))
-
     def close(self) -> None:
         self.engine.dispose()
 
@@ -264,17 +229,37 @@ class Transaction:
         self.connection = connection
         self.version = int(connection.execute(NEXT_NUMBER).scalar_one())
         """Version of all rows that this transaction writes."""
-        self._version_is_unused = True
 
     def next_number(self) -> int:
-        """Return a unique number, larger than all numbers of earlier transactions. The first one is the version."""
-        if self._version_is_unused:
-            self._version_is_unused = False
-            return self.version
+        """Return a unique number, larger than all numbers of earlier transactions."""
         return int(self.connection.execute(NEXT_NUMBER).scalar_one())
 
 
-NEXT_NUMBER = update(META).where(META.c.name == "changes").values(value=META.c.value + 1).returning(META.c.value)
+def upgrade_schema(engine: Engine) -> None:
+    """Bring the tables to the newest revision, in one transaction.
+
+    Processes that open the same store at once wait for each other: on SQLite by the write lock of BEGIN IMMEDIATE, on
+    PostgreSQL by an advisory lock. Raises SetupError if the tables are newer than this program.
+    """
+    config = Config()
+    # Config values are subject to %-interpolation.
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    scripts = ScriptDirectory.from_config(config)
+    newest = scripts.get_current_head()
+    with _upgrade_lock, engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": POSTGRESQL_LOCK})
+        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+        revision = context.get_current_revision()
+        if revision is not None and revision not in {script.revision for script in scripts.walk_revisions()}:
+            raise SetupError(
+                f"database {engine.url.render_as_string(hide_password=True)}: the tables have revision {revision}, which is "
+                f"newer than {newest}, the newest that this version of vidgen-ray supports. Use the version that upgraded "
+                "them, or another database."
+            )
+        if revision != newest:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
 
 
 def _engine(url: str) -> Engine:

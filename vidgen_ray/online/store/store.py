@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter
 from sqlalchemy import ColumnElement, Connection, Engine, delete, func, insert, not_, or_, select
@@ -120,7 +120,7 @@ class JobStore:
         self.characters = Characters(self._database, now)
         self.uploads = UploadRecords(self._database, now)
         self.outbox = Outbox(self._database, now)
-        self._rows = JobRows(self.outbox, targets, retention_s, now)
+        self._rows = JobRows(targets, retention_s, now)
         self.queue = JobLeases(self._database, self._rows, now)
 
     @property
@@ -132,10 +132,6 @@ class JobStore:
         """Folder of an SQLite database, else `None`."""
         return Path(str(self.engine.url.database)).parent if self.engine.dialect.name == "sqlite" else None
 
-    def ping(self) -> None:
-        """Run a query. Raises SQLAlchemyError if the database does not answer."""
-        self._database.ping()
-
     def write_nothing(self) -> None:
         """Commit a write transaction that changes no job. Raises SQLAlchemyError if the database cannot be written."""
         with self._database.transaction():
@@ -144,19 +140,9 @@ class JobStore:
     def close(self) -> None:
         self._database.close()
 
-    def create(
-        self,
-        job: Job,
-        *,
-        idempotency_key: str | None = None,
-        fingerprint: str = "",
-        max_queued: int | None = None,
-        max_open: int | None = None,
-    ) -> tuple[Job, bool]:
-        """Store a new job. See `create_all`."""
-        (stored,), created = self.create_all(
-            [job], idempotency_key=idempotency_key, fingerprint=fingerprint, max_queued=max_queued, max_open=max_open
-        )
+    def create(self, job: Job, **options: Any) -> tuple[Job, bool]:
+        """Store a new job. `options`: see `create_all`."""
+        (stored,), created = self.create_all([job], **options)
         return stored, created
 
     def create_all(
@@ -182,7 +168,6 @@ class JobStore:
         LimitReached.
         """
         tenant = jobs[0].tenant
-
         with self._database.transaction() as transaction:
             if idempotency_key is not None:
                 earlier = _jobs_of_key(transaction.connection, tenant, idempotency_key, fingerprint)
@@ -352,11 +337,6 @@ class JobStore:
         """Return the ids of all queued jobs in the order in which they start."""
         with self._database.read_connection() as connection:
             return [*connection.scalars(ALL_QUEUED)]
-
-    def queue_position(self, job: Job) -> int:
-        """Return how many queued jobs start before this one. 0 if it is not queued. Reads the whole queue."""
-        order = self.queue_order()
-        return order.index(job.id) if job.id in order else 0
 
     def recent_durations(self, limit: int) -> Sequence[tuple[Shot, float]]:
         """Return the shots of the completed jobs among the last `limit` changed ones, and their seconds from start to end."""
