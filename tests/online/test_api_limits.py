@@ -1,17 +1,17 @@
 """API keys, limits, uploads, characters and retention."""
 
-import asyncio
 import base64
 import dataclasses
 import hashlib
 import io
 import json
 import struct
-import threading
 import time
 import zipfile
 import zlib
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPConnection
 
 import numpy as np
 import pytest
@@ -26,7 +26,6 @@ from vidgen_ray.cli import main
 from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.errors import SetupError
 from vidgen_ray.media import Mp4Settings
-from vidgen_ray.online import uploads
 from vidgen_ray.online.auth import check_bind_host, hash_key, is_loopback, load_keys, new_key
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_settings import Limits, OnlineSettings
@@ -36,7 +35,7 @@ from vidgen_ray.online.webhooks import purge_jobs
 from vidgen_ray.outputs.paths import shot_path
 
 KEYS = {name: f"vg-{name}" for name in ("ada", "bob", "small", "slow", "one", "late")}
-CAPS = {"image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 900_000, "files": 3, "seconds": 2}
+CAPS = {"image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 900_000, "files": 3}
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +80,14 @@ def held(server):
 # Keys.
 
 
-@pytest.mark.parametrize(
-    "header", [None, "", "Bearer", "Bearer ", "Bearer vg-unknown", "Basic dmctYWRh", "vg-ada", "Bearer vg-ada x"]
-)
-def test_missing_or_invalid_key_is_rejected(server, header):
+def test_missing_or_invalid_key_is_rejected(server):
     client = client_of(server, None)
-    headers = {} if header is None else {"Authorization": header}
-    for method, path in (("GET", "/v1/videos"), ("POST", "/v1/videos"), ("GET", "/v1/models"), ("GET", "/v1/videos/x/content")):
-        response = client.request(method, path, headers=headers)
-        assert error_of(response, 401)["code"] == "invalid_api_key"
-        assert response.headers["www-authenticate"] == "Bearer"
+    for header in (None, "", "Bearer", "Bearer ", "Bearer vg-unknown", "Basic dmctYWRh", "vg-ada", "Bearer vg-ada x"):
+        headers = {} if header is None else {"Authorization": header}
+        for method, path in (("GET", "/v1/videos"), ("POST", "/v1/videos"), ("GET", "/v1/videos/x/content")):
+            response = client.request(method, path, headers=headers)
+            assert error_of(response, 401)["code"] == "invalid_api_key", header
+            assert response.headers["www-authenticate"] == "Bearer"
 
 
 def test_expired_key_is_rejected(server):
@@ -318,25 +315,25 @@ INVALID_IMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", VALID_IMAGES)
-def test_upload_accepts_image_formats(client, name):
-    response = client.post("/v1/files", files={"file": ("../../../etc/passwd", VALID_IMAGES[name], "text/html")})
-    assert response.status_code == 200, response.text
-    digest = hashlib.sha256(VALID_IMAGES[name]).hexdigest()
-    assert response.json()["id"] == response.json()["filename"] == f"file-{digest}"
-    assert client.get(f"/v1/files/file-{digest}").json()["bytes"] == len(VALID_IMAGES[name])
+def test_upload_accepts_image_formats(client):
+    for name, content in VALID_IMAGES.items():
+        response = client.post("/v1/files", files={"file": ("../../../etc/passwd", content, "text/html")})
+        assert response.status_code == 200, (name, response.text)
+        digest = hashlib.sha256(content).hexdigest()
+        assert response.json()["id"] == response.json()["filename"] == f"file-{digest}", name
+        assert client.get(f"/v1/files/file-{digest}").json()["bytes"] == len(content), name
 
 
-@pytest.mark.parametrize("name", INVALID_IMAGES)
-def test_invalid_image_is_rejected_and_not_stored(client, server, name):
+def test_invalid_image_is_rejected_and_not_stored(client, server):
     folder = server.app.state.server.job_service.uploads._folder
     before = sorted(folder.iterdir()) if folder.exists() else []
-    response = client.post("/v1/files", files={"file": ("photo.png", INVALID_IMAGES[name], "image/png")})
-    error = error_of(response, 400)
-    assert (error["param"], error["code"]) == ("file", "invalid_image")
-    assert server.settings.data not in error["message"]
+    for name, content in INVALID_IMAGES.items():
+        response = client.post("/v1/files", files={"file": ("photo.png", content, "image/png")})
+        error = error_of(response, 400)
+        assert (error["param"], error["code"]) == ("file", "invalid_image"), name
+        assert server.settings.data not in error["message"], name
+        assert error_of(client.post("/v1/videos", data=SMALL, files={"input_reference": ("a", content)}), 400), name
     assert sorted(folder.iterdir()) == before
-    assert error_of(client.post("/v1/videos", data=SMALL, files={"input_reference": ("a", INVALID_IMAGES[name])}), 400)
 
 
 def test_image_as_a_data_url(client, held):
@@ -371,89 +368,40 @@ def test_too_many_form_parts_are_rejected(client):
     assert "fields" in error_of(fields, 400)["message"].lower()
 
 
+def announce(url, content_type, length, sent, **headers):
+    """Announce a body of this length, send its start, and return the status and the error code of the response."""
+    with closing(HTTPConnection(url.removeprefix("http://"), timeout=60)) as connection:
+        connection.putrequest("POST", "/v1/videos")
+        for name, value in {"Content-Type": content_type, "Content-Length": str(length), **headers}.items():
+            connection.putheader(name, value)
+        connection.endheaders(sent)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())["error"]["code"]
+
+
+def test_body_is_refused_before_it_arrives(server):
+    key = {"Authorization": f"Bearer {KEYS['ada']}"}
+    with listening_on_a_port(server.app) as url:
+        assert announce(url, "application/json", 99_999_999_999, b"{", **key) == (413, "too_large")
+        # Less than the largest body of any request, more than that of a form without files.
+        assert announce(url, "application/x-www-form-urlencoded", 600_000, b"", **key) == (413, "too_large")
+
+
+def test_slow_body_times_out(tiny, tmp_path):
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path), uploads={"seconds": 0.5})
+    with local_server(tiny, settings) as server, listening_on_a_port(server.app) as url:
+        assert announce(url, "application/json", 1000, b"{") == (408, "timeout")
+
+
 def test_endless_body_is_rejected(server):
     """The cap applies to the bytes received: a chunked body announces no length."""
-    import http.client
-
-    with listening_on_a_port(server.app) as url:
-        host = url.removeprefix("http://")
-
-        def endless():
-            for _ in range(100):
-                yield b"\0" * 100_000
-
-        connection = http.client.HTTPConnection(host, timeout=30)
-        headers = {"Authorization": f"Bearer {KEYS['ada']}", "Content-Type": "application/json"}
+    headers = {"Authorization": f"Bearer {KEYS['ada']}", "Content-Type": "application/json"}
+    with listening_on_a_port(server.app) as url, closing(HTTPConnection(url.removeprefix("http://"), timeout=60)) as connection:
         try:
-            connection.request("POST", "/v1/videos", endless(), headers, encode_chunked=True)
+            connection.request("POST", "/v1/videos", (bytes(100_000) for _ in range(100)), headers, encode_chunked=True)
         except OSError:
-            pass  # the server responded and closed the connection before everything was sent
-        else:
-            assert connection.getresponse().status == 413
-        connection.close()
-
-
-def test_announced_body_is_rejected_before_it_arrives(server):
-    import http.client
-
-    with listening_on_a_port(server.app) as url:
-        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
-        connection.putrequest("POST", "/v1/videos")
-        for name, value in (("Authorization", f"Bearer {KEYS['ada']}"), ("Content-Type", "application/json")):
-            connection.putheader(name, value)
-        connection.putheader("Content-Length", "99999999999")
-        connection.endheaders(b"{")
-        response = connection.getresponse()
-        assert (response.status, json.loads(response.read())["error"]["code"]) == (413, "too_large")
-        connection.close()
-
-
-def test_large_form_is_refused_before_it_is_sent(server):
-    import http.client
-
-    with listening_on_a_port(server.app) as url:
-        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
-        connection.putrequest("POST", "/v1/videos")
-        connection.putheader("Authorization", f"Bearer {KEYS['ada']}")
-        connection.putheader("Content-Type", "application/x-www-form-urlencoded")
-        # Less than the largest body of any request, more than that of a form without files.
-        connection.putheader("Content-Length", "600000")
-        connection.endheaders()
-        response = connection.getresponse()
-        assert (response.status, json.loads(response.read())["error"]["code"]) == (413, "too_large")
-        connection.close()
-
-
-def test_large_urlencoded_form_is_parsed_outside_the_event_loop(server, monkeypatch):
-    parse, in_event_loop = uploads._from_urlencoded, []
-
-    def recorded(body):
-        try:
-            in_event_loop.append(asyncio.get_running_loop() is not None)
-        except RuntimeError:
-            in_event_loop.append(False)
-        return parse(body)
-
-    monkeypatch.setattr(uploads, "_from_urlencoded", recorded)
-    assert client_of(server).post("/v1/videos", data={"prompt": "é" * 9_000, "size": "9x9"}).status_code == 400
-    assert in_event_loop == [False]
-
-
-def test_slow_body_times_out(server):
-    import http.client
-
-    with listening_on_a_port(server.app) as url:
-        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
-        connection.putrequest("POST", "/v1/videos")
-        for name, value in (("Authorization", f"Bearer {KEYS['ada']}"), ("Content-Type", "application/json")):
-            connection.putheader(name, value)
-        connection.putheader("Content-Length", "1000")
-        connection.endheaders(b"{")
-        started = time.monotonic()
-        response = connection.getresponse()
-        assert (response.status, json.loads(response.read())["error"]["code"]) == (408, "timeout")
-        assert 1.5 < time.monotonic() - started < 20
-        connection.close()
+            return  # the server responded and closed the connection before everything was sent
+        assert connection.getresponse().status == 413
 
 
 def test_upload_stays_on_disk_until_it_is_unused(server, client, held):
@@ -521,21 +469,13 @@ def test_character_from_the_first_frame_with_a_face(client, tmp_path):
     assert "no frame" in error_of(without_face, 400)["message"]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"text as mp4",
-        b"#EXTM3U\n#EXTINF:1,\nhttp://169.254.169.254/\n",
-        b"ffconcat version 1.0\nfile /etc/passwd\n",
-        b"\0\0\0\x18ftypmp42" + bytes(500),
-    ],
-)
-def test_invalid_character_video_is_rejected(client, content):
-    response = client.post("/v1/videos/characters", data={"name": "x"}, files={"video": ("a.mp4", content)})
-    error = error_of(response, 400)
-    assert (error["param"], error["code"]) == ("video", "invalid_video")
-    assert "/tmp" not in error["message"]
+def test_invalid_character_video_is_rejected(client):
+    playlist, concat = b"#EXTM3U\n#EXTINF:1,\nhttp://169.254.169.254/\n", b"ffconcat version 1.0\nfile /etc/passwd\n"
+    for content in (b"", b"text as mp4", playlist, concat, b"\0\0\0\x18ftypmp42" + bytes(500)):
+        response = client.post("/v1/videos/characters", data={"name": "x"}, files={"video": ("a.mp4", content)})
+        error = error_of(response, 400)
+        assert (error["param"], error["code"]) == ("video", "invalid_video"), content
+        assert "/tmp" not in error["message"]
 
 
 def test_character_needs_a_name_and_photos_or_a_video(client):
@@ -645,23 +585,6 @@ def test_files_of_a_deleted_video_stay_while_another_uses_them(tiny, tmp_path):
             server.store._now = now
             assert folder.exists() == exists
             assert any((tmp_path / "keys").glob("*/*")) == exists
-
-
-def test_concurrent_creates_respect_the_queue_limit(server, held):
-    responses = []
-
-    def create():
-        client = client_of(server, "bob")
-        for _ in range(5):
-            responses.append(client.post("/v1/videos", json=SMALL).status_code)
-
-    threads = [threading.Thread(target=create) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(set(responses)) == [200, 429]
-    assert responses.count(200) == 4
 
 
 def test_api_on_sqlite_and_postgresql(tiny, tmp_path, database_url):

@@ -213,23 +213,3 @@ def test_server_says_what_is_missing_until_a_node_comes(cluster, add_node, serve
 
     node = add_node()
     run(server, scenario)
-
-
-@pytest.mark.timeout(400)
-def test_window_follows_late_and_lost_slots(cluster, add_node, server):
-    async def scenario():
-        await server.start()
-        window = server.director._engine.window
-        async with asyncio.timeout(TIMEOUT_S):
-            while server.director._engine._workers.count < 1:
-                await asyncio.sleep(POLL_S)
-            before = window.shots
-            late = add_node()
-            while window.shots != 2 * before:
-                await asyncio.sleep(POLL_S)
-            cluster.remove_node(late, allow_graceful=False)
-            while window.shots != before:
-                await asyncio.sleep(POLL_S)
-
-    add_node()
-    run(server, scenario)

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ from tests.decoded import frames_of
 from tests.online.directors import LOCAL, listening_on_a_port, local_server
 from tests.online.test_api_limits import png
 from tests.online.test_api_videos import SMALL, ended, error_of, made
-from vidgen_ray.errors import MediaError, ScriptError
+from vidgen_ray.errors import MediaError
 from vidgen_ray.media import image_size, read_image, verify_image
 from vidgen_ray.online import uploads
 from vidgen_ray.online.asgi_app import THREADS
@@ -26,7 +25,6 @@ from vidgen_ray.online.auth import hash_key
 from vidgen_ray.online.request_limits import ByteBudget
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.store import JobStore
-from vidgen_ray.script.read import check_shot
 
 DAY_S = 24 * 3600
 
@@ -128,27 +126,20 @@ def test_large_urlencoded_forms_are_decoded_one_at_a_time(server, monkeypatch):
     assert most == 1
 
 
-@pytest.mark.parametrize("field", ["size", "model", "lora", "character", "mode", "x", "seconds", "steps", "input_reference"])
-def test_error_messages_are_short(client, field):
-    response = client.post("/v1/videos", json={**SMALL, field: "9x" * 3_000_000})
-    assert 400 <= response.status_code < 500
-    assert len(response.content) < 5_000
-    name = client.post("/v1/videos", json={**SMALL, field * 1_000_000: 1})
+def test_error_messages_are_short(client):
+    for field in ("size", "model", "lora", "character", "mode", "x", "seconds", "steps", "input_reference"):
+        response = client.post("/v1/videos", json={**SMALL, field: "9x" * 300_000})
+        assert 400 <= response.status_code < 500, field
+        assert len(response.content) < 5_000, field
+    name = client.post("/v1/videos", json={**SMALL, "x" * 300_000: 1})
     assert len(error_of(name, 400)["message"]) < 5_000
 
 
-@pytest.mark.parametrize(
-    "fields", [{"seed": True}, {"steps": {"flux": True}}, {"extra_params": {"fps": True}}, {"seconds": False}]
-)
-def test_boolean_is_not_a_number(client, fields):
-    error = error_of(client.post("/v1/videos", json={**SMALL, **fields}), 400)
-    assert "true" in error["message"] or "false" in error["message"]
-    assert error["param"].split(".")[0] in ("seed", "steps", "fps", "seconds")
-
-
-def test_boolean_is_not_a_number_in_scripts(tiny):
-    with pytest.raises(ScriptError, match="seed: got 'true'"):
-        check_shot({"prompt": "a", "seed": True}, "s.jsonl", tiny.defaults)
+def test_boolean_is_not_a_number(client):
+    for fields in ({"seed": True}, {"steps": {"flux": True}}, {"extra_params": {"fps": True}}, {"seconds": False}):
+        error = error_of(client.post("/v1/videos", json={**SMALL, **fields}), 400)
+        assert "true" in error["message"] or "false" in error["message"], fields
+        assert error["param"].split(".")[0] in ("seed", "steps", "fps", "seconds"), fields
 
 
 def test_wrong_reference_is_reported_under_its_name(client):
@@ -230,25 +221,6 @@ def test_image_size_and_verification_agree_with_decoding(tmp_path):
     assert image_size(path)
     with pytest.raises(MediaError):
         verify_image(path)
-
-
-def test_large_json_bodies_are_parsed_one_at_a_time(server, monkeypatch):
-    parse, lock, at_once = uploads._from_json, threading.Lock(), []
-
-    def parse_alone(body, caps):
-        at_once.append(not lock.acquire(blocking=False))
-        time.sleep(0.02)  # long enough for another thread to start
-        if not at_once[-1]:
-            lock.release()
-        return parse(body, caps)
-
-    monkeypatch.setattr(uploads, "_from_json", parse_alone)
-    body = {"prompt": "x" * 20_000, "no_such_field": 1}
-    with listening_on_a_port(server.app) as url, ThreadPoolExecutor(6) as pool:
-        headers = {"Authorization": "Bearer vg-ada"}
-        answers = list(pool.map(lambda _: httpx.post(f"{url}/v1/videos", json=body, headers=headers, timeout=60), range(6)))
-    assert {answer.status_code for answer in answers} == {400}
-    assert at_once == [False] * 6
 
 
 def test_database_has_a_connection_for_each_thread(database_url):
