@@ -18,49 +18,25 @@ from vidgen_ray.online.webhooks import WebhookSender, backoff_s
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "127.0.0.1",
-        "127.8.8.8",
-        "0.0.0.0",
-        "10.0.0.1",
-        "172.16.0.1",
-        "192.168.1.1",
-        "100.64.0.1",
-        "100.100.100.200",
-        "169.254.169.254",
-        "168.63.129.16",
-        "192.0.0.192",
-        "198.18.0.1",
-        "224.0.0.1",
-        "255.255.255.255",
-        "240.0.0.1",
-        "::",
-        "::1",
-        "::ffff:127.0.0.1",
-        "::ffff:7f00:1",
-        "::ffff:169.254.169.254",
-        "fe80::1",
-        "fe80::1%eth0",
-        "fc00::1",
-        "fd00:ec2::254",
-        "64:ff9b::7f00:1",
-        "64:ff9b::a9fe:a9fe",
-        "2002:7f00:1::",
-        "2001:0:4136:e378:8000:63bf:3fff:fdd2",
-        "ff02::1",
-        "2001:db8::1",
-    ],
-)
-def test_private_address_is_blocked(address):
-    with pytest.raises(BlockedUrl):
+PRIVATE = """
+    127.0.0.1 127.8.8.8 0.0.0.0 10.0.0.1 172.16.0.1 192.168.1.1 100.64.0.1 100.100.100.200 169.254.169.254 168.63.129.16
+    192.0.0.192 198.18.0.1 224.0.0.1 255.255.255.255 240.0.0.1 :: ::1 ::ffff:127.0.0.1 ::ffff:7f00:1 ::ffff:169.254.169.254
+    fe80::1 fe80::1%eth0 fc00::1 fd00:ec2::254 64:ff9b::7f00:1 64:ff9b::a9fe:a9fe 2002:7f00:1::
+    2001:0:4136:e378:8000:63bf:3fff:fdd2 ff02::1 2001:db8::1
+"""
+PUBLIC = "93.184.216.34 8.8.8.8 2606:2800:220:1:248:1893:25c8:1946 ::ffff:8.8.8.8"
+LOCALHOST = """
+    127.0.0.1 localhost 2130706433 0x7f.1 0x7f000001 017700000001 127.1 0 [::1] [::ffff:7f00:1] [::ffff:127.0.0.1] localhost.
+    LOCALHOST
+"""
+
+
+def test_private_addresses_are_blocked():
+    for address in PRIVATE.split():
+        with pytest.raises(BlockedUrl):
+            check_address(address)
+    for address in PUBLIC.split():
         check_address(address)
-
-
-@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:2800:220:1:248:1893:25c8:1946", "::ffff:8.8.8.8"])
-def test_public_address_is_allowed(address):
-    check_address(address)
 
 
 @pytest.mark.parametrize(
@@ -92,32 +68,15 @@ def test_ambiguous_url_is_blocked(url):
         parse_url(url)
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
-        "127.0.0.1",
-        "localhost",
-        "2130706433",
-        "0x7f.1",
-        "0x7f000001",
-        "017700000001",
-        "127.1",
-        "0",
-        "[::1]",
-        "[::ffff:7f00:1]",
-        "[::ffff:127.0.0.1]",
-        "localhost.",
-        "LOCALHOST",
-    ],
-)
-def test_every_spelling_of_localhost_is_blocked(host, monkeypatch):
+def test_every_spelling_of_localhost_is_blocked(monkeypatch):
     connected = []
     monkeypatch.setattr(http_fetch.httpcore.SyncBackend, "connect_tcp", lambda *args, **kwargs: connected.append(args))
-    # The address is checked even without a list of allowed hosts.
-    with pytest.raises((BlockedUrl, UnreachableUrl)):
-        PublicHttpClient(2).request("GET", f"http://{host}/", max_bytes=10)
-    with pytest.raises((BlockedUrl, UnreachableUrl)):
-        ImageFetcher(["example.com"], 2, 3, 10).fetch(f"http://{host}/")
+    for host in LOCALHOST.split():
+        # The address is checked even without a list of allowed hosts.
+        with pytest.raises((BlockedUrl, UnreachableUrl)):
+            PublicHttpClient(2).request("GET", f"http://{host}/", max_bytes=10)
+        with pytest.raises((BlockedUrl, UnreachableUrl)):
+            ImageFetcher(["example.com"], 10).fetch(f"http://{host}/")
     assert connected == []
 
 
