@@ -18,7 +18,7 @@ from vidgen_ray.system.cache_dir import sha256_of
 
 @pytest.fixture(scope="module")
 def server(tiny, tmp_path_factory):
-    settings = OnlineSettings(profile="tiny", data=str(tmp_path_factory.mktemp("out")), poll_s=0.02, wait_s=20)
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path_factory.mktemp("out")), poll_s=0.02, wait_s=120)
     with local_server(tiny, settings) as running:
         yield running
 

@@ -72,7 +72,7 @@ def held(server):
     yield
     server.director.held.clear()
     server.director.wake()
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while any(state in ("queued", "in_progress") for _, _, state in server.store.open_counts()) and time.monotonic() < until:
         time.sleep(0.02)
 

@@ -47,7 +47,7 @@ def made(client, **fields) -> dict:
 
 
 def ended(client, video_id: str) -> dict:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while (video := client.get(f"/v1/videos/{video_id}").json())["status"] in ("queued", "in_progress"):
         assert time.monotonic() < until
         time.sleep(0.02)

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.timeout(600)
 POLL_S = 0.02
 ACTORS_GB = {"instantid": 1, "flux": 34, "svd": 20, "realesrgan": 6}
 """Actors with scripted stages, and their GPU memory."""
-FACE_TIMEOUT_S = 2
+FACE_TIMEOUT_S = 10
 """Timeout of the face stage in seconds. All other stages keep their long timeouts, for slow machines."""
 
 

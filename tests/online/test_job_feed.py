@@ -20,7 +20,7 @@ from vidgen_ray.online.web import live_updates
 from vidgen_ray.shot import Shot
 
 POLL_S = 0.01
-TIMEOUT_S = 20
+TIMEOUT_S = 120
 
 
 class CountingStore(JobStore):
@@ -119,7 +119,7 @@ def test_polling_stops_with_the_last_stream(store, feed):
     async def polls_afterwards() -> int:
         async with aclosing(feed.follow_tenant("ada", 0, POLL_S)) as stream:
             await anext(stream)
-        await asyncio.sleep(10 * POLL_S)
+        await feed._polling
         before = store.polls
         await asyncio.sleep(10 * POLL_S)
         return store.polls - before
@@ -148,16 +148,24 @@ def test_tenant_stream_starts_at_its_cursor_and_sees_no_other_tenant(store, feed
 
 
 def test_slow_stream_gets_the_latest_state_only(store, feed):
+    async def polled():
+        """Wait until the feed has seen all changes."""
+        polls = store.polls
+        while store.polls < polls + 2:
+            await asyncio.sleep(POLL_S)
+
     async def states() -> list[str]:
         async with aclosing(feed.follow_tenant("ada", store.latest_version(), POLL_S)) as stream:
             await anext(stream)
             job = new_job(store)
-            await asyncio.sleep(5 * POLL_S)
+            await polled()
             store.queue.claim("d", 30, 1)
-            await asyncio.sleep(5 * POLL_S)
+            await polled()
             store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
-            await asyncio.sleep(20 * POLL_S)
-            return [job.state.value for job in (await anext(stream)).jobs]
+            await polled()
+            while not (jobs := (await anext(stream)).jobs):
+                pass
+            return [job.state.value for job in jobs]
 
     assert run(states()) == ["completed"]
 

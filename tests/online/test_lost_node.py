@@ -30,7 +30,7 @@ from vidgen_ray.shot import Shot
 
 MEMORY = {"object_store_memory": 200 << 20}
 FAST_DETECTION = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-TIMEOUT_S = 60
+TIMEOUT_S = 300
 STAGED = Layout(
     "staged",
     (
@@ -177,7 +177,7 @@ async def missing(server, text):
     return reason
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_jobs_continue_with_another_layout_on_the_nodes_that_are_left(cluster, add_node, server, pipe):
     async def scenario():
         await server.start(STAGED)
@@ -201,7 +201,7 @@ def test_jobs_continue_with_another_layout_on_the_nodes_that_are_left(cluster, a
     run(server, scenario)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_server_says_what_is_missing_until_a_node_comes(cluster, add_node, server):
     async def scenario():
         await server.start()
