@@ -43,41 +43,6 @@ from vidgen_ray.provenance.signing import check_signing
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.system.files import private_folder
 
-DIRECTOR, WORKERS = "Director", "Workers"
-WORKERS_CPUS = 0.1
-MAX_DIRECTOR_CALLS = 1_000
-"""Concurrent calls of the director, all short."""
-HEALTH: dict[str, Any] = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0, "graceful_shutdown_wait_loop_s": 0.5}
-
-
-def director_application(
-    config: EngineConfig,
-    settings: OnlineSettings,
-    layout: Layout,
-    labels: Sequence[Label | None],
-    stage_seconds: Mapping[str, float] | None = None,
-    make_plan: Callable[[Cluster], Plan] | None = None,
-) -> Application:
-    """Return the application of the director and the deployment that it calls.
-
-    `labels`, `stage_seconds`, `make_plan`: see `Workers`.
-    """
-    workers = serve.deployment(
-        Workers, name=WORKERS, num_replicas=1, ray_actor_options={"num_cpus": WORKERS_CPUS}, **HEALTH
-    ).bind(config, layout, labels, stage_seconds, make_plan)
-    return serve.deployment(
-        JobDirector,
-        name=DIRECTOR,
-        num_replicas=1,
-        ray_actor_options={"num_cpus": DIRECTOR_CPUS},
-        max_ongoing_requests=MAX_DIRECTOR_CALLS,
-        **HEALTH,
-    ).bind(config, settings, layout, workers)
-
-
-# Not `from __future__ import annotations`: Serve reads the annotation of `build` to convert the args of a config to settings.
-
-
 log = logging.getLogger(__name__)
 
 APP = "vidgen"
@@ -87,6 +52,11 @@ DIRECTOR_TIMEOUT_S = 2.0
 """Seconds that the director may take to say what is missing."""
 API_REQUESTS = 1_000
 """Concurrent requests per replica, without event streams."""
+DIRECTOR, WORKERS = "Director", "Workers"
+WORKERS_CPUS = 0.1
+MAX_DIRECTOR_CALLS = 1_000
+"""Concurrent calls of the director, all short."""
+HEALTH: dict[str, Any] = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0, "graceful_shutdown_wait_loop_s": 0.5}
 
 
 @dataclass(frozen=True)
@@ -183,6 +153,34 @@ def application(server: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STA
         max_ongoing_requests=API_REQUESTS + MAX_STREAMS,
         **HEALTH,
     ).bind(settings, server.serving_profile, outputs, keys, director)
+
+
+def director_application(
+    config: EngineConfig,
+    settings: OnlineSettings,
+    layout: Layout,
+    labels: Sequence[Label | None],
+    stage_seconds: Mapping[str, float] | None = None,
+    make_plan: Callable[[Cluster], Plan] | None = None,
+) -> Application:
+    """Return the application of the director and the deployment that it calls.
+
+    `labels`, `stage_seconds`, `make_plan`: see `Workers`.
+    """
+    workers = serve.deployment(
+        Workers, name=WORKERS, num_replicas=1, ray_actor_options={"num_cpus": WORKERS_CPUS}, **HEALTH
+    ).bind(config, layout, labels, stage_seconds, make_plan)
+    return serve.deployment(
+        JobDirector,
+        name=DIRECTOR,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": DIRECTOR_CPUS},
+        max_ongoing_requests=MAX_DIRECTOR_CALLS,
+        **HEALTH,
+    ).bind(config, settings, layout, workers)
+
+
+# Not `from __future__ import annotations`: Serve reads the annotation of `build` to convert the args of a config to settings.
 
 
 class Api:

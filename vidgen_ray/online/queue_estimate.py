@@ -1,6 +1,4 @@
-"""Estimates: progress of a shot in percent, and when jobs end, from the queue, the jobs in progress and the durations of
-recent jobs.
-"""
+"""Estimates: progress of a shot in percent, place of a job in the queue, and when it ends."""
 
 from __future__ import annotations
 

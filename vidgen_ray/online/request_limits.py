@@ -1,6 +1,4 @@
-"""Limits of requests: their rate and the size of a job for each API key, and the memory that concurrent requests use
-together.
-"""
+"""Limits of requests: rate and size of jobs for each API key, and memory that concurrent requests share."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Files that clients send: size-limited while they arrive, decoded to verify them, stored by sha256 under no client's file
-name.
+"""Files that clients send: size-limited while they arrive, decoded to verify them, stored by sha256.
+
+Client file names are not used.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Database of the job store, SQLite or PostgreSQL: its tables, their migrations, and one kind of transaction for reads and
-one for writes.
-"""
+"""Database of the job store, SQLite or PostgreSQL: tables, their migrations, and transactions."""
 
 from __future__ import annotations
 
