@@ -319,6 +319,7 @@ class TestScriptedStages:
         finally:
             serve.delete("full")
 
+    @pytest.mark.slow
     def test_killed_workers_and_encoders_lose_no_job(self, scripted, pipe):
         job_id = scripted.accept(prompt=f"steps 3 pause at 2 {pipe}", num_frames=2)
         scripted.wait_until(job_id, lambda job: job.step == 1)
@@ -341,6 +342,7 @@ class TestScriptedStages:
         assert steps_run(pipe) == [1, 2, 1, 2, 3]
         assert scripted.pids("worker") == before
 
+    @pytest.mark.slow
     def test_call_of_a_killed_director_that_hangs_ends_its_worker(self, scripted, tmp_path):
         before = scripted.pids("worker")
         marker = tmp_path / "marker"
@@ -402,6 +404,7 @@ def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, 
     assert {group["state"] for group in groups if any("GPU" in bundle for bundle in group["bundles"].values())} == {"REMOVED"}
 
 
+@pytest.mark.slow
 def test_gpu_that_is_free_gets_a_worker_that_the_director_uses(tiny, tmp_path, scripted):
     serve.delete("scripted")
     app = run("grows", fused(tiny), parse_gpus("1x80GB"), tmp_path, SCRIPTED, grows=True)
