@@ -377,11 +377,17 @@ def test_synchronous_video_that_fails(client):
     assert error["code"] == "stage_failed"
 
 
+JSON_BODY = {"Content-Type": "application/json"}
+
+
+def body_with(prompt: str) -> str:
+    return json.dumps({"prompt": prompt, "size": "64x64", "num_frames": 2})
+
+
 def send_and_disconnect(server, url: str, prompt: str, **headers: str) -> None:
     """Send a request, and close the connection when its job is stored."""
-    body = json.dumps({"prompt": prompt, "size": "64x64", "num_frames": 2})
     with closing(HTTPConnection(url.removeprefix("http://"))) as connection:
-        connection.request("POST", "/v1/videos/sync", body, {"Content-Type": "application/json", **headers})
+        connection.request("POST", "/v1/videos/sync", body_with(prompt), {**JSON_BODY, **headers})
         while job_with_prompt(server, prompt) is None:
             time.sleep(0.02)
 
@@ -405,7 +411,7 @@ def test_request_with_an_idempotency_key_waits_again_after_a_disconnect(server):
         send_and_disconnect(server, url, "with a key", **{"Idempotency-Key": "k"})
         server.director.held.clear()
         server.director.wake()
-        body = {"prompt": "with a key", "size": "64x64", "num_frames": 2}
-        answer = httpx.post(f"{url}/v1/videos/sync", json=body, headers={"Idempotency-Key": "k"}, timeout=60)
+        headers = {**JSON_BODY, "Idempotency-Key": "k"}
+        answer = httpx.post(f"{url}/v1/videos/sync", content=body_with("with a key"), headers=headers, timeout=60)
     assert answer.status_code == 200
     assert answer.headers["x-request-id"] == job_with_prompt(server, "with a key").id
