@@ -151,8 +151,7 @@ def _write_shots(folder: Path, profile: Any, checker: Any, outputs: Any, numbers
     from vidgen_ray.content_keys import ShotPlanner, params_of
     from vidgen_ray.licences import ShotLicences
     from vidgen_ray.outputs.manifest import ManifestRow, rows_as_columns
-    from vidgen_ray.outputs.paths import RECORD, shot_path
-    from vidgen_ray.outputs.records import FileRecord, ShotRecord, StepRecord
+    from vidgen_ray.outputs.records import RECORD, FileRecord, ShotRecord, StepRecord, shot_path
     from vidgen_ray.script.lines import Line
 
     planner = ShotPlanner(params_of(profile, list(STAGES.values())), profile.encode, ShotLicences(profile))
@@ -205,9 +204,8 @@ def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
     """Plan the lines as the tasks of `render` do, then compare their ids and record them as its driver does."""
     from vidgen_ray.batch.lines import BLOCK_LINES, LinePlanner, unique_shots_of_block
     from vidgen_ray.outputs.folder import OutputFolder
-    from vidgen_ray.outputs.manifest import rows_of_run
+    from vidgen_ray.outputs.manifest import new_writer, rows_of_run
     from vidgen_ray.outputs.manifest_writer import ManifestWriter
-    from vidgen_ray.outputs.open_markers import new_writer
     from vidgen_ray.script.lines import ScriptIndex, ScriptSettings
     from vidgen_ray.script.read import open_lines
 

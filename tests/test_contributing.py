@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.scratch import ROOT, ScratchProject
-from vidgen_ray.outputs.paths import shot_path
+from vidgen_ray.outputs.records import shot_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -29,8 +29,7 @@ from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.manifest import SCHEMA, SHOT_FILES, ManifestRow
-from vidgen_ray.outputs.open_markers import open_writers
+from vidgen_ray.outputs.manifest import SCHEMA, SHOT_FILES, ManifestRow, open_writers
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script.check import LineChecker, merged
 from vidgen_ray.script.formats import table_lines

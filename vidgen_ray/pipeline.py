@@ -39,7 +39,7 @@ from vidgen_ray.invalid_fields import shortened
 from vidgen_ray.licences import Requirement, ShotLicences, UsedWeights, require_licence
 from vidgen_ray.media import CLIP_SUFFIXES, encode_png, read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.open_markers import shot_without_row
+from vidgen_ray.outputs.manifest import shot_without_row
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.planner import ShotSizes, swap_groups, this_machine
 from vidgen_ray.profile import Profile, load_profile

@@ -20,7 +20,7 @@ from vidgen_ray.cli import main
 from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.paths import shot_path
+from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script

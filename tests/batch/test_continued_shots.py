@@ -24,7 +24,7 @@ from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.media import read_image
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.paths import shot_path
+from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script, unique_lines

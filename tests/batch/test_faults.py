@@ -22,7 +22,7 @@ from vidgen_ray.engine.ray_cluster import expect_gpus, init_local_ray
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
-from vidgen_ray.outputs.paths import shot_path
+from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot

@@ -12,7 +12,7 @@ from tests.nets.test_faces import BOX, GROUP, POINTS
 from vidgen_ray.cli import main
 from vidgen_ray.cli.run_script import changes_until
 from vidgen_ray.media import open_video
-from vidgen_ray.outputs.paths import shot_path
+from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.provenance.record import read_provenance
 from vidgen_ray.shot import Shot
 

@@ -17,8 +17,7 @@ from vidgen_ray.media import read_image, write_png
 from vidgen_ray.nets.faces import norm_crop
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
-from vidgen_ray.outputs.paths import shot_path
-from vidgen_ray.outputs.records import LikenessRecord
+from vidgen_ray.outputs.records import LikenessRecord, shot_path
 from vidgen_ray.outputs.stage_cache import likeness_from_json, likeness_to_json
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.report.gallery_page import likeness_text, write_gallery

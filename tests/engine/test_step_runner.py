@@ -19,7 +19,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.nets.faces import PackRecogniser
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.paths import shot_path
+from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.read import check_shot
 from vidgen_ray.stages.base import Artefacts, Item, to_uint8

@@ -13,8 +13,7 @@ import pytest
 from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import SCHEMA, ManifestRow
-from vidgen_ray.outputs.paths import shot_path
-from vidgen_ray.outputs.records import FileRecord, ShotRecord
+from vidgen_ray.outputs.records import FileRecord, ShotRecord, shot_path
 from vidgen_ray.shot import Shot
 from vidgen_ray.system.cache_dir import sha256_of
 

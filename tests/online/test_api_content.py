@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from tests.online.directors import LOCAL, local_server
 from tests.online.test_api_videos import ended, error_of, made
 from vidgen_ray.online.server_settings import OnlineSettings
-from vidgen_ray.outputs.paths import shot_path
+from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.system.cache_dir import sha256_of
 
 

@@ -32,7 +32,7 @@ from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.store.store import PURGE_DELAY_S
 from vidgen_ray.online.webhooks import purge_jobs
-from vidgen_ray.outputs.paths import shot_path
+from vidgen_ray.outputs.records import shot_path
 
 KEYS = {name: f"vg-{name}" for name in ("ada", "bob", "small", "slow", "one", "late")}
 CAPS = {"image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 900_000, "files": 3}

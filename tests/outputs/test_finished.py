@@ -8,12 +8,12 @@ import pytest
 
 from tests.outputs.test_outputs import commit, failed, write
 from vidgen_ray.licences import UsedWeights
-from vidgen_ray.outputs import open_markers
+from vidgen_ray.outputs import manifest
 from vidgen_ray.outputs.finished import FinishedShots
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.object_storage import ObjectStorage
-from vidgen_ray.outputs.paths import SHARD, shot_path
+from vidgen_ray.outputs.records import SHARD, shot_path
 from vidgen_ray.shot import derive_id
 
 RUNS = [f"2026010{day}T000000-abc" for day in range(1, 6)]
@@ -129,7 +129,7 @@ def test_stale_row_of_a_killed_run_is_not_trusted(outputs, plan_of):
     assert found(outputs, before, after) == [False, True]
     # The next run writes a new row, so the marker is not needed any more.
     write_run(outputs, RUNS[2], after, status="skipped", render=False)
-    assert not list(open_markers.open_writers(outputs.storage))
+    assert not list(manifest.open_writers(outputs.storage))
     assert found(outputs, before, after) == [False, True]
 
 
@@ -139,19 +139,19 @@ def test_marker_is_kept_while_an_older_row_may_be_stale(in_store, plan_of):
     write(in_store, RUNS[1], close=False)._flushing.stop()
     commit(in_store, changed)
     write_run(in_store, RUNS[2], other, script="other.jsonl")
-    assert list(open_markers.open_writers(in_store.storage)) == [RUNS[1]]
+    assert list(manifest.open_writers(in_store.storage)) == [RUNS[1]]
     assert found(in_store, stale, changed, other) == [False, True, True]
 
 
 def test_interrupted_run_keeps_its_marker(in_store, plan_of):
     write_run(in_store, RUNS[0], plan_of("x"), every_shot_has_a_row=False)
-    assert list(open_markers.open_writers(in_store.storage)) == [RUNS[0]]
+    assert list(manifest.open_writers(in_store.storage)) == [RUNS[0]]
 
 
 def test_shot_of_a_writer_without_rows_is_not_hidden_by_an_older_row(outputs, plan_of):
     row_plan, new = plan_of("x", prompt="before"), plan_of("x", prompt="after!")
     write_run(outputs, RUNS[0], row_plan)
-    with open_markers.shot_without_row(outputs.storage):
+    with manifest.shot_without_row(outputs.storage):
         commit(outputs, new)
     assert found(outputs, row_plan, new) == [False, True]
 

@@ -17,11 +17,11 @@ from vidgen_ray.batch.lines import LinePlanner
 from vidgen_ray.batch.render import RenderOptions, render_lines
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs import lease as leases
-from vidgen_ray.outputs.conditional_object import ConditionalObject
+from vidgen_ray.outputs.cleanup import collect_garbage
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.garbage import collect_garbage
-from vidgen_ray.outputs.local_storage import LocalStorage
-from vidgen_ray.outputs.paths import shot_path
+from vidgen_ray.outputs.object_storage import ConditionalObject
+from vidgen_ray.outputs.records import shot_path
+from vidgen_ray.outputs.storage import LocalStorage
 from vidgen_ray.script.check import LineChecker
 from vidgen_ray.system.files import temporary_folder, temporary_prefix, this_process, write_atomically
 
@@ -355,7 +355,7 @@ class TestSweep:
 import sys
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.garbage import collect_garbage
+from vidgen_ray.outputs.cleanup import collect_garbage
 outputs = OutputFolder(sys.argv[1])
 try:
     collect_garbage(outputs, grace_s=-1)

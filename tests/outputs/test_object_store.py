@@ -21,11 +21,11 @@ from vidgen_ray.cli import main
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import stages_of
+from vidgen_ray.outputs.cleanup import collect_garbage
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.garbage import collect_garbage
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.object_storage import MARKER
-from vidgen_ray.outputs.paths import shot_path
+from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.report.gallery_page import write_gallery
 from vidgen_ray.system.cache_dir import cache_dir

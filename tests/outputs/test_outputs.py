@@ -18,16 +18,14 @@ import pytest
 from vidgen_ray.cli.gc import gc
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs import manifest_writer
-from vidgen_ray.outputs.failures import FailedLine
+from vidgen_ray.outputs.cleanup import collect_garbage
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.garbage import collect_garbage
 from vidgen_ray.outputs.id_index import IdIndex, id_hashes
-from vidgen_ray.outputs.local_storage import LocalStorage
 from vidgen_ray.outputs.manifest import REJECTED, SCHEMA, ManifestRow, manifest_batches, read_manifest, rows_as_columns
-from vidgen_ray.outputs.manifest_writer import ManifestWriter
+from vidgen_ray.outputs.manifest_writer import FailedLine, ManifestWriter
 from vidgen_ray.outputs.object_storage import without_credentials
-from vidgen_ray.outputs.paths import key_path, shot_path
-from vidgen_ray.outputs.records import Failure, StepRecord
+from vidgen_ray.outputs.records import Failure, StepRecord, key_path, shot_path
+from vidgen_ray.outputs.storage import LocalStorage
 from vidgen_ray.report.gallery_page import gallery_rows, write_gallery
 from vidgen_ray.system.files import temporary_folder, temporary_prefix, this_process, write_atomically
 

@@ -30,11 +30,11 @@ from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MAX_MESSAGES, OutOfMemory, ScriptError, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.outputs.disk_space import is_disk_full
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ids_that_failed_before
 from vidgen_ray.outputs.records import Failure, ShotRecord
+from vidgen_ray.outputs.storage import is_disk_full
 from vidgen_ray.planner import (
     Cluster,
     Demand,

@@ -22,8 +22,7 @@ from vidgen_ray.engine.ray_cluster import connected, live_cluster
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
-from vidgen_ray.outputs.manifest import ManifestRow
-from vidgen_ray.outputs.open_markers import new_writer
+from vidgen_ray.outputs.manifest import ManifestRow, new_writer
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner import Cluster, Demand, Plan, demand_of, save_calibration, this_machine
 from vidgen_ray.profile import Profile

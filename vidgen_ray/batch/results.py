@@ -15,11 +15,10 @@ from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import RelativeCost, relative_costs
-from vidgen_ray.outputs.failures import FailedLine
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import REJECTED, ManifestRow, Status, columns_as_rows, rows_of_run
-from vidgen_ray.outputs.manifest_writer import ManifestWriter
+from vidgen_ray.outputs.manifest_writer import FailedLine, ManifestWriter
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
 from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import Shot

@@ -466,7 +466,7 @@ def retry(
     """
     from vidgen_ray.batch.render import RenderOptions
     from vidgen_ray.cli.retry import failed_lines, last_options, last_profile
-    from vidgen_ray.outputs.last_run import setting_of_last_run
+    from vidgen_ray.outputs.folder import setting_of_last_run
 
     outputs = OutputFolder(out)
     chosen = load_profile(profile) if profile else last_profile(outputs)
@@ -505,7 +505,7 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Remove the shots of lines that their script no longer has."""
-    from vidgen_ray.outputs.prune import prune as remove_replaced
+    from vidgen_ray.outputs.cleanup import prune as remove_replaced
 
     report = remove_replaced(OutputFolder(out), dry_run=dry_run)
     if as_json:

@@ -88,8 +88,7 @@ def film(
     Only what has changed since the last film is rendered again.
     """
     from vidgen_ray.film.film_settings import manifest_candidates, with_reasons
-    from vidgen_ray.outputs.folder import OutputFolder
-    from vidgen_ray.outputs.last_run import setting_of_last_run
+    from vidgen_ray.outputs.folder import OutputFolder, setting_of_last_run
     from vidgen_ray.provenance.record import DEFAULT, ProvenanceSettings
     from vidgen_ray.report.gallery_page import update_gallery
 

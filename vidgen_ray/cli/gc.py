@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 import typer
 
+from vidgen_ray.outputs.cleanup import GRACE_S, collect_garbage
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.garbage import GRACE_S, collect_garbage
 
 
 def gc(out: str, *, dry_run: bool, as_json: bool) -> None:

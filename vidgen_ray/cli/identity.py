@@ -17,9 +17,9 @@ from rich.table import Table
 from vidgen_ray.cli.options import JsonOption, ProfileOption, check_out
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.media import read_image
+from vidgen_ray.outputs.cleanup import Person, RemovalReport, photos_of_character, remove_person
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import manifest_files
-from vidgen_ray.outputs.person import Person, RemovalReport, photos_of_character, remove_person
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.read import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Image

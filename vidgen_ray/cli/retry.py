@@ -9,9 +9,8 @@ from tempfile import TemporaryDirectory
 
 from vidgen_ray.batch.run_options import RepeatedOptions
 from vidgen_ray.errors import SetupError
-from vidgen_ray.outputs.failures import FILE
-from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.last_run import read_last_run
+from vidgen_ray.outputs.folder import OutputFolder, read_last_run
+from vidgen_ray.outputs.manifest_writer import FILE
 from vidgen_ray.profile import Profile, load_profile
 
 

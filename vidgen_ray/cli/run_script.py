@@ -78,7 +78,7 @@ def run_script(
 ) -> None:
     """Render a script, write the gallery and print the result. Raises typer.Exit unless all shots are done."""
     from vidgen_ray.batch.render import render
-    from vidgen_ray.outputs.prune import prune as prune_folder
+    from vidgen_ray.outputs.cleanup import prune as prune_folder
     from vidgen_ray.report.gallery_page import check_no_other_page, write_gallery
 
     outputs = OutputFolder(out)

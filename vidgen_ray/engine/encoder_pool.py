@@ -18,8 +18,8 @@ from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import AttemptFailed, Kind, Process, ShotFailed, run_with_retries
 from vidgen_ray.engine.status import EngineObserver
 from vidgen_ray.engine.supervisor import Supervisor
-from vidgen_ray.outputs.disk_space import is_disk_full
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
+from vidgen_ray.outputs.storage import is_disk_full
 
 ENCODE_TIMEOUT_S = 1800.0
 LOCAL_LEAD = 2

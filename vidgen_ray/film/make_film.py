@@ -15,8 +15,7 @@ from vidgen_ray.film.pieces import PieceFolder, content_key, plan_pieces, render
 from vidgen_ray.film.sound import plan_tracks, sound_key, speaker, write_sound
 from vidgen_ray.film.timeline import Source, Timeline, build_timeline, probe_clip, sound_seconds
 from vidgen_ray.media import Mp4Settings
-from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.last_run import setting_of_last_run
+from vidgen_ray.outputs.folder import OutputFolder, setting_of_last_run
 from vidgen_ray.provenance.record import (
     DEFAULT,
     Detail,

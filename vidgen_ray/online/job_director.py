@@ -35,8 +35,8 @@ from vidgen_ray.online.store.jobs import Job, JobError, JobProgress, JobState
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.online.webhooks import run_maintenance
 from vidgen_ray.online.workers import Actors
-from vidgen_ray.outputs.disk_space import is_disk_full
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, StepRecord
+from vidgen_ray.outputs.storage import is_disk_full
 from vidgen_ray.planner.layout import Layout
 
 log = logging.getLogger("ray.serve")

@@ -18,8 +18,8 @@ from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.inputs import Character
 from vidgen_ray.online.store.jobs import Job, JobState
 from vidgen_ray.online.store.store import JobStore
-from vidgen_ray.outputs.disk_space import is_disk_full, low_space
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.storage import is_disk_full, low_space
 
 RESULT_VALID_S = 2.0
 """Seconds for which a result is reused, because anyone may ask for it."""

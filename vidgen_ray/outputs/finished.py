@@ -27,12 +27,12 @@ from vidgen_ray.outputs.manifest import (
     LIKENESS,
     SCHEMA,
     SHOT_FILES,
+    is_trusted,
     manifest_files,
+    open_writers,
     opened,
 )
-from vidgen_ray.outputs.open_markers import is_trusted, open_writers
-from vidgen_ray.outputs.paths import RECORD, SHOTS, id_digest, shot_path
-from vidgen_ray.outputs.records import DoneShot, ShotSummary
+from vidgen_ray.outputs.records import RECORD, SHOTS, DoneShot, ShotSummary, id_digest, shot_path
 
 KEY_BYTES = 16
 """Leading bytes of a content key that are compared."""

@@ -4,6 +4,8 @@
 shot's content key. `keys/<2>/<key>` holds the id of the shot with that key, for look-ups by key alone.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -12,16 +14,19 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic_core
+from pydantic import BaseModel
 
 from vidgen_ray.content_keys import ShotPlan, is_result_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.lease import Lease, lease
-from vidgen_ray.outputs.paths import KEYS, RECORD, SHOTS, key_path, shot_path
 from vidgen_ray.outputs.records import (
+    KEYS,
+    RECORD,
+    SHOTS,
     DoneShot,
     FileRecord,
     LikenessRecord,
@@ -29,6 +34,8 @@ from vidgen_ray.outputs.records import (
     ShotRecord,
     ShotSummary,
     StepRecord,
+    key_path,
+    shot_path,
 )
 from vidgen_ray.outputs.stage_cache import StageCache
 from vidgen_ray.outputs.storage import Storage, absolute, storage_at
@@ -43,6 +50,7 @@ IsResult = Callable[[Mapping[str, Any]], bool]
 """Tells whether a record, parsed from JSON, is the wanted result."""
 REQUESTS_AT_ONCE = 32
 """Concurrent requests to an object store. Each takes tens of milliseconds."""
+M = TypeVar("M", bound=BaseModel)
 LAST_FRAME = "last_frame.png"
 """Last frame of a generated clip. Only for shots that another one continues."""
 
@@ -317,3 +325,16 @@ def software_versions() -> dict[str, str]:
     """Return the versions of the packages that may affect output bytes."""
     packages = ("torch", "diffusers", "transformers", "peft", "spandrel", "av")
     return {"vidgen-ray": __version__, **{name: version(name) for name in packages}}
+
+
+def read_last_run(outputs: OutputFolder) -> Any:
+    """Return the content of `run.json`, or an empty mapping if there was no run. Raises ValueError if it is damaged."""
+    return json.loads(outputs.storage.read("run.json") or b"{}")
+
+
+def setting_of_last_run(outputs: OutputFolder, name: str, model: type[M]) -> M | None:
+    """Return a setting of the last run's profile, or `None` if there was no run."""
+    try:
+        return model.model_validate(read_last_run(outputs)["profile"][name])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -14,14 +14,13 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import NamedTuple, Protocol
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.outputs.conditional_object import ConditionalObject, ConditionsUnsupported
-from vidgen_ray.outputs.periodic import PeriodicTask
+from vidgen_ray.outputs.object_storage import ConditionalObject, ConditionsUnsupported
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.system.files import ProcessId, this_process
 
@@ -266,3 +265,27 @@ def _parse(content: bytes | None) -> Holder | None:
         return Holder(**json.loads(content or b"{}"))
     except (ValueError, TypeError):
         return None
+
+
+class PeriodicTask:
+    """Calls `action` every `interval_s` seconds in a daemon thread until `stop`.
+
+    The first call comes after one interval. An OSError of `action` is ignored: the next call tries again.
+    """
+
+    def __init__(self, interval_s: float, action: Callable[[], object]) -> None:
+        self._interval_s = interval_s
+        self._action = action
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop the calls. Waits for a call in progress; no further call starts."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            with suppress(OSError):
+                self._action()

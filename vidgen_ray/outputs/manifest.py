@@ -1,7 +1,15 @@
-"""Manifest `manifest/*.parquet`: one row per script line with its result. Row type and reading; see manifest_writer."""
+"""Manifest `manifest/*.parquet`: one row per script line with its result. Row type and reading; see manifest_writer.
+
+On a disk, the time of a shot's record shows whether its row still holds. In an object store that would take a request per
+shot, so a marker `manifest/.open-<writer>` says: from this time on, shots may differ from the manifest. Rows are trusted if no
+marker is as new as their run. A run leaves a marker until it has a row for every shot that it wrote. A writer without manifest
+rows leaves one for every shot. A server needs none: it derives the id of a shot from its content key, so it never changes a
+shot of a row.
+"""
 
 import json
-from collections.abc import Iterable, Iterator
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +46,8 @@ REJECTED = "script"
 BATCH_ROWS = 10_000
 INDEX = ["run", "script", "id", "status", "failure_stage"]
 """Columns that decide whether a row is current."""
+MARKER_PREFIX = ".open-"
+TIME_LETTERS = len("20260101T000000")
 
 
 def _now() -> str:
@@ -342,3 +352,54 @@ def manifest_batches(storage: Storage) -> Iterator[pyarrow.RecordBatch]:
 def read_manifest(out: str | Path) -> list[ManifestRow]:
     """Return all current rows, one per id, in no particular order."""
     return [ManifestRow(**row) for batch in manifest_batches(storage_at(out)) for row in batch.to_pylist()]
+
+
+def write_marker(storage: Storage, writer: str) -> None:
+    """Write the marker of a writer, such as a run."""
+    if storage.local is None:
+        storage.write(_path(writer), "")
+
+
+def delete_markers(storage: Storage, run: str, oldest_run: str | None) -> None:
+    """Delete the marker of a run, and those of writers that began before `oldest_run`, the oldest run with a finished shot."""
+    if storage.local is None:
+        for writer in open_writers(storage):
+            if writer == run or oldest_run is None or _began(writer) < _began(oldest_run):
+                storage.delete(_path(writer))
+
+
+def open_writers(storage: Storage) -> Sequence[str]:
+    """Return the writers that left a marker. Empty on a disk."""
+    if storage.local is not None:
+        return ()
+    return [name.removeprefix(MARKER_PREFIX) for name in storage.files("manifest") if name.startswith(MARKER_PREFIX)]
+
+
+def is_trusted(run: str, open_writers: Sequence[str]) -> bool:
+    """Return whether the rows of a run hold, although the given writers have changed shots."""
+    return all(run == writer or _began(run) > _began(writer) for writer in open_writers)
+
+
+@contextmanager
+def shot_without_row(storage: Storage) -> Iterator[None]:
+    """Mark that the block may write a shot that gets no manifest row."""
+    before = new_writer()
+    write_marker(storage, before)
+    yield
+    # A run that began during the block may have read the old shot. It deletes only markers of writers that began before it.
+    write_marker(storage, new_writer())
+    if storage.local is None:
+        storage.delete(_path(before))
+
+
+def new_writer() -> str:
+    """Return a new name of a writer, such as a run. Names sort by their time."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+
+
+def _path(writer: str) -> str:
+    return f"manifest/{MARKER_PREFIX}{writer}"
+
+
+def _began(writer: str) -> str:
+    return writer[:TIME_LETTERS]

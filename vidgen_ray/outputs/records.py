@@ -1,14 +1,36 @@
-"""Record types: the content of `shot.json`, the summary of a finished shot, and the reason of a failure."""
+"""Record types of shots, failures and their files, and the paths of shots and keys in an output folder."""
 
+import hashlib
+import re
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from vidgen_ray.licences import UsedWeights
-from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.provenance.record import Detail
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts
+
+RECORD = "shot.json"
+SHOTS = "shots"
+KEYS = "keys"
+SHARD = re.compile(r"[0-9a-f]{2}")
+"""Name of a shard."""
+
+
+def id_digest(shot_id: str) -> bytes:
+    """Return the sha256 of an id. Its first byte is the shard of the shot."""
+    return hashlib.sha256(shot_id.encode()).digest()
+
+
+def shot_path(shot_id: str) -> str:
+    """Return the folder to which a shot is written: `shots/<2 hexadecimal digits>/<id>`."""
+    return f"{SHOTS}/{id_digest(shot_id)[:1].hex()}/{shot_id}"
+
+
+def key_path(key: str) -> str:
+    """Return the path of the file that holds the id of the shot with this content key."""
+    return f"{KEYS}/{key[:2]}/{key}"
 
 
 class _Record(BaseModel):

@@ -1,24 +1,33 @@
-"""Storage back end of an output folder: the file operations, on a disk or in an object store.
+"""Storage back end of an output folder: the file operations, and their implementation on a disk.
 
 Paths are relative to the output folder, with `/` as separator. Partly written files are never visible under their final
-name: files that are written in pieces are created in a local workspace and published from there.
+name: files that are written in pieces are created in a local workspace and published from there. See object_storage for the
+back end in an object store.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vidgen_ray.errors import SetupError
+from vidgen_ray.system import files
 
 if TYPE_CHECKING:
-    from vidgen_ray.outputs.conditional_object import ConditionalObject
+    from vidgen_ray.outputs.object_storage import ConditionalObject
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+MIN_FREE_BYTES, MIN_FREE_SHARE = 10**9, 0.05
+"""A disk is almost full when less than both of these is free."""
+FULL_DISK_TEXTS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")
+"""Texts of the errors of the system and of SQLite. FFmpeg and Pillow use those of the system."""
 
 
 class StoredFile(NamedTuple):
@@ -124,11 +133,130 @@ def absolute(root: str | Path) -> str | Path:
 
 def storage_at(root: str | Path) -> Storage:
     """Return the storage of an output folder, by its path or URL."""
-    from vidgen_ray.outputs.local_storage import LocalStorage
-
     location = absolute(root)
     if isinstance(location, Path):
         return LocalStorage(location)
     from vidgen_ray.outputs.object_storage import ObjectStorage
 
     return ObjectStorage(location)
+
+
+class LocalStorage(Storage):
+    """Storage in a local folder at an absolute path. Temporary files are next to their target, so that renames are atomic."""
+
+    local: Path
+
+    def __init__(self, root: Path) -> None:
+        self.local = root
+        self.url = str(root)
+        self._root = str(root)
+
+    # `read` and `has` are called for every shot of a script. Strings instead of Path objects make them three times as fast.
+
+    def read(self, path: str) -> bytes | None:
+        try:
+            with open(f"{self._root}/{path}", "rb") as file:
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def has(self, folder: str, sizes: Mapping[str, int]) -> bool:
+        try:
+            return all(os.stat(f"{self._root}/{folder}/{name}").st_size == size for name, size in sizes.items())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def write(self, path: str, content: str | bytes) -> None:
+        files.write_atomically(self.local / path, content)
+
+    def touch(self, path: str) -> None:
+        os.utime(self.local / path)
+
+    def conditional_object(self, path: str) -> None:
+        return None
+
+    @contextmanager
+    def new_file(self, path: str) -> Iterator[Path]:
+        with files.new_file(self.local / path) as tmp:
+            yield tmp
+
+    @contextmanager
+    def local_copy(self, path: str) -> Iterator[Path]:
+        if not (self.local / path).is_file():
+            raise FileNotFoundError(path)
+        yield self.local / path
+
+    def files(self, folder: str) -> dict[str, StoredFile]:
+        files = {}
+        for entry in self._entries(folder):
+            if entry.is_file(follow_symlinks=False):
+                stat = entry.stat(follow_symlinks=False)
+                files[entry.name] = StoredFile(stat.st_size, stat.st_mtime)
+        return files
+
+    def folders(self, folder: str) -> list[str]:
+        return [entry.name for entry in self._entries(folder) if entry.is_dir(follow_symlinks=False)]
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(self.local / folder) as entries:
+                return list(entries)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def delete(self, path: str) -> None:
+        (self.local / path).unlink(missing_ok=True)
+
+    def delete_folder(self, folder: str) -> None:
+        shutil.rmtree(self.local / folder, ignore_errors=True)
+
+    @contextmanager
+    def workspace(self, parent: str) -> Iterator[Path]:
+        workspace = files.temporary_folder(self.local / parent)
+        try:
+            yield workspace
+        finally:
+            shutil.rmtree(workspace, ignore_errors=True)
+
+    def publish(self, workspace: Path, folder: str, names: Sequence[str]) -> None:
+        target = self.local / folder
+        target.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            files.flush_to_disk(workspace / name)
+            os.replace(workspace / name, target / name)
+
+    def publish_folder(self, workspace: Path, folder: str) -> None:
+        target = self.local / folder
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            workspace.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+
+    def has_folder(self, folder: str) -> bool:
+        return (self.local / folder).is_dir()
+
+    @contextmanager
+    def local_folder(self, folder: str) -> Iterator[Path | None]:
+        yield self.local / folder if self.has_folder(folder) else None
+
+    def abandoned(self, folders: Sequence[str]) -> Iterator[Path]:
+        for folder in folders:
+            yield from files.abandoned(self.local / folder)
+
+    def place(self, path: str) -> Path:
+        return self.local / path
+
+
+def is_disk_full(message: str) -> bool:
+    """Return whether the message of an error says that a disk or a quota is full."""
+    return any(text in message for text in FULL_DISK_TEXTS)
+
+
+def low_space(folder: Path) -> str | None:
+    """Return how much of the disk of a folder is free if it is almost full, else `None`. Raises OSError."""
+    disk = shutil.disk_usage(folder)
+    if disk.free >= min(MIN_FREE_BYTES, MIN_FREE_SHARE * disk.total):
+        return None
+    return f"{disk.free / 1e9:.3f} of {disk.total / 1e9:.3f} GB are free"

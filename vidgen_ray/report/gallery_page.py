@@ -26,9 +26,9 @@ from starlette.routing import Route
 
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGES
-from vidgen_ray.outputs.failures import FILE as FAILURES
 from vidgen_ray.outputs.manifest import REPLACED, manifest_batches
-from vidgen_ray.outputs.paths import RECORD, SHOTS
+from vidgen_ray.outputs.manifest_writer import FILE as FAILURES
+from vidgen_ray.outputs.records import RECORD, SHOTS
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.likeness import sampled_frames

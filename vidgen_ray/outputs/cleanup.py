@@ -1,0 +1,345 @@
+"""Clean up an output folder: garbage that nothing refers to, what shows a person, and the shots of removed lines."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from more_itertools import batched
+
+from vidgen_ray.errors import SetupError
+from vidgen_ray.graph import STAGES
+from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE, SWEEP_FOLDERS, OutputFolder
+from vidgen_ray.outputs.id_index import IdIndex
+from vidgen_ray.outputs.lease import Lease
+from vidgen_ray.outputs.manifest import REPLACED, SHOT_FILES, manifest_batches, manifest_files, new_writer
+from vidgen_ray.outputs.manifest_writer import drop_rows
+from vidgen_ray.outputs.records import KEYS, RECORD, SHARD, SHOTS
+from vidgen_ray.outputs.storage import Storage, StoredFile
+from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.system.cache_dir import cache_dir
+from vidgen_ray.system.files import remove
+
+SHOTS_AT_ONCE = 1_000
+"""Files that are read together."""
+GRACE_S = 600.0
+"""Minimum age of garbage, in seconds. Younger files may be in use by a `VideoGenerationPipeline`, which takes no lease."""
+SHOT_FILE_NAMES = {*SHOT_FILES.values(), *(stage.debug_file for stage in STAGES if stage.debug_file)}
+CONTENT_KEY = re.compile(r"[0-9a-f]{64}")
+Kind = Literal["cache entries", "partial shots", "stale keys", "temporaries"]
+FEATURES = InstantIDStage.debug_file
+"""File of a shot with the features of its face, which `--keep stages` writes."""
+INPUTS = "inputs"
+KEPT_PHOTO = re.compile(r"([0-9a-f]{16})(?:[0-9a-f]{48})?(?:\.[a-z]+)?")
+"""Name of a photo that vidgen has stored: its sha256, or the first 16 digits of it."""
+
+
+@dataclass(slots=True)
+class GarbageReport:
+    """Counts of what was removed, or would be removed in a dry run."""
+
+    counts: dict[Kind, int] = field(
+        default_factory=lambda: {"cache entries": 0, "partial shots": 0, "stale keys": 0, "temporaries": 0}
+    )
+    bytes: int = 0
+    """Size of all removed files."""
+    left_young: int = 0
+    """Unreferenced entries that are younger than the grace period and were kept."""
+
+    def add(self, kind: Kind, size: int) -> None:
+        self.counts[kind] += 1
+        self.bytes += size
+
+
+def collect_garbage(outputs: OutputFolder, *, dry_run: bool = False, grace_s: float = GRACE_S) -> GarbageReport:
+    """Remove garbage from an output folder.
+
+    Garbage is: cache entries that no shot.json names, shots without shot.json, key files without a finished shot, and
+    temporary files of killed processes.
+
+    Raises SetupError if the folder does not exist, a run is working in it, or a run takes the folder over after this process
+    was suspended.
+    """
+    if not (outputs.storage.folders("") or outputs.storage.files("")):
+        raise SetupError(f"output folder {outputs.url}: does not exist or is empty")
+    run = f"gc-{secrets.token_hex(3)}"
+    with outputs.lease(run) as lease:
+        # Current time by the clock of the storage.
+        now = outputs.storage.files("")[lease.name].modified
+        return _Collector(outputs.storage, lease, now - grace_s, dry_run).collect()
+
+
+class _Collector:
+    def __init__(self, storage: Storage, lease: Lease, young_since: float, dry_run: bool) -> None:
+        """`young_since`: time in seconds since 1970, by the clock of the storage."""
+        self._storage = storage
+        self._lease = lease
+        self._used_keys = IdIndex()
+        """Step keys of all finished shots. Filled from their records."""
+        self._shots_by_key = IdIndex()
+        """`KEY ID` of each finished shot."""
+        self._young_since = young_since
+        self._dry_run = dry_run
+        self._report = GarbageReport()
+
+    def collect(self) -> GarbageReport:
+        for folder in self._shots_without_record():
+            # Keep folders with foreign files or subfolders.
+            if not self._storage.folders(folder) and self._storage.files(folder).keys() <= SHOT_FILE_NAMES:
+                self._drop("partial shots", folder)
+        for key_file, file in self._stale_keys():
+            self._drop_file("stale keys", key_file, file)
+        for entry in self._unused_entries():
+            self._drop("cache entries", entry)
+        for path in self._storage.abandoned(SWEEP_FOLDERS):
+            self._report.add("temporaries", _size_of(path))
+            self._delete(remove, path)
+        return self._report
+
+    def _shots_without_record(self) -> Iterator[str]:
+        """Yield the shot folders without a record. Adds the keys in all other records to the indexes."""
+        for records in batched(shot_records(self._storage), SHOTS_AT_ONCE):
+            used_keys, shots_by_key = list[str](), list[str]()
+            for folder, text in records:
+                if text is None:
+                    yield folder
+                else:
+                    key, keys = _keys_in(text)
+                    used_keys += keys
+                    shots_by_key.append(f"{key} {posixpath.basename(folder)}")
+            self._used_keys.add_new(used_keys)
+            self._shots_by_key.add_new(shots_by_key)
+
+    def _stale_keys(self) -> Iterator[tuple[str, StoredFile]]:
+        """Yield the key files that do not lead to a shot finished with that key."""
+        for folder in (f"{KEYS}/{name}" for name in self._storage.folders(KEYS) if SHARD.fullmatch(name)):
+            files = self._storage.files(folder)
+            keys = [name for name in files if CONTENT_KEY.fullmatch(name)]
+            for batch in batched(read_each(self._storage, keys, [f"{folder}/{key}" for key in keys]), SHOTS_AT_ONCE):
+                entries = {key: f"{key} {(shot_id or b'').decode(errors='replace')}" for key, shot_id in batch}
+                known = self._shots_by_key.intersection([*entries.values()])
+                yield from ((f"{folder}/{key}", files[key]) for key, entry in entries.items() if entry not in known)
+
+    def _unused_entries(self) -> Iterator[str]:
+        for group in self._storage.folders("cache"):
+            keys = [key for key in self._storage.folders(f"cache/{group}") if CONTENT_KEY.fullmatch(key)]
+            yield from (f"cache/{group}/{key}" for key in sorted(set(keys) - self._used_keys.intersection(keys)))
+
+    def _drop(self, kind: Kind, folder: str) -> None:
+        files = self._storage.files(folder).values()
+        if any(file.modified > self._young_since for file in files):
+            self._report.left_young += 1
+            return
+        self._report.add(kind, sum(file.bytes for file in files))
+        self._delete(self._storage.delete_folder, folder)
+
+    def _drop_file(self, kind: Kind, path: str, file: StoredFile) -> None:
+        if file.modified > self._young_since:
+            self._report.left_young += 1
+            return
+        self._report.add(kind, file.bytes)
+        self._delete(self._storage.delete, path)
+
+    def _delete(self, delete: Callable[..., None], path: str | Path) -> None:
+        if not self._dry_run:
+            self._lease.check()
+            delete(path)
+
+
+def _keys_in(shot_json: bytes) -> tuple[str, Sequence[str]]:
+    """Return the key of the shot and the keys of its steps."""
+    try:
+        record = json.loads(shot_json)
+        return record["key"], [step["key"] for step in record["stages"]]
+    # A damaged record has no keys. Its shot will be rendered again.
+    except (ValueError, KeyError, TypeError):
+        return "", []
+
+
+def _size_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """A person, by the photos that show them and the names that scripts give them."""
+
+    photos: frozenset[str]
+    """sha256 of each photo."""
+    character: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RemovalReport:
+    """Files and results that were removed from an output folder, or would be removed in a dry run."""
+
+    shots: tuple[str, ...]
+    """Ids of the shots that were made with the person."""
+    shots_removed: bool
+    """The shots were removed, too."""
+    cached_steps: int
+    """Entries of the stage cache."""
+    features: int
+    """Files with face features beside shots."""
+    photos: tuple[str, ...]
+    """Photos that vidgen had stored."""
+
+
+def photos_of_character(outputs: OutputFolder, name: str) -> set[str]:
+    """Return the sha256 of the photos of the shots that name this character in their metadata."""
+    return {sha256 for record in _records(outputs.storage) if _character(record) == name for sha256 in record["face_photos"]}
+
+
+def remove_person(outputs: OutputFolder, person: Person, *, with_shots: bool = False, dry_run: bool = False) -> RemovalReport:
+    """Delete what the folder and the cache of this machine hold of a person. `with_shots`: also the shots made with them.
+
+    Cache entries that no finished shot names are deleted, too, since they may show the person.
+
+    Raises SetupError if a run is using the folder.
+    """
+    storage = outputs.storage
+    run = new_writer()
+    with outputs.lease(run):
+        shots, features = list[str](), list[tuple[str, dict[str, Any]]]()
+        kept_keys, drop_keys = IdIndex(), set[str]()
+        for record in _records(storage):
+            keys = [step["key"] for step in record["stages"]]
+            is_named = person.character is not None and _character(record) == person.character
+            if not is_named and person.photos.isdisjoint(record["face_photos"]):
+                kept_keys.add_new(keys)
+                continue
+            shots.append(record["shot"]["id"])
+            drop_keys.update(keys)
+            if FEATURES in record["files"]:
+                features.append((record.pop("folder"), record))
+        drop_keys = {key for key in drop_keys if outputs.stage_cache.has(key)} | set(_entries_without_shot(storage, kept_keys))
+        photos = [*_kept_photos(storage, person.photos)]
+        local_photos = [*_local_photos(person.photos)]
+        report = RemovalReport(
+            tuple(sorted(shots)),
+            with_shots,
+            len(drop_keys),
+            len(features),
+            tuple(sorted({*(str(storage.place(photo)) for photo in photos), *map(str, local_photos)})),
+        )
+        if dry_run:
+            return report
+        outputs.stage_cache.drop(drop_keys)
+        for photo in photos:
+            storage.delete(photo)
+        for file in local_photos:
+            file.unlink(missing_ok=True)
+        if not with_shots:
+            for folder, record in features:
+                _remove_features(storage, folder, record)
+            return report
+        for shot_id in shots:
+            outputs.delete_shot(shot_id)
+        if shots and manifest_files(storage):
+            drop_rows(storage, run, "id", set(shots))
+    return report
+
+
+def _records(storage: Storage) -> Iterator[dict[str, Any]]:
+    """Yield the content of each readable `shot.json`, with its folder as `folder`."""
+    for folder, text in shot_records(storage):
+        with suppress(ValueError, KeyError, TypeError):
+            record = json.loads(text or b"")
+            record["shot"]["id"], record["face_photos"], record["stages"], record["files"]
+            yield {**record, "folder": folder}
+
+
+def _character(record: dict[str, Any]) -> object:
+    return (record["shot"].get("metadata") or {}).get("character")
+
+
+def _entries_without_shot(storage: Storage, used: IdIndex) -> Iterator[str]:
+    """Yield the keys of cache entries that none of the shots that stay has."""
+    for group in storage.folders("cache"):
+        keys = storage.folders(f"cache/{group}")
+        yield from sorted(set(keys) - used.intersection(keys))
+
+
+def _kept_photos(storage: Storage, photos: Collection[str]) -> Iterator[str]:
+    """Yield the paths of photos that the folder holds."""
+    yield from (f"{INPUTS}/{name}" for name in storage.files(INPUTS) if _is_photo(name, photos))
+
+
+def _local_photos(photos: Collection[str]) -> Iterator[Path]:
+    """Yield the photos in the cache folder of this machine, where they are if the output folder is in an object store."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        yield from (file for file in (cache_dir() / INPUTS).iterdir() if _is_photo(file.name, photos))
+
+
+def _is_photo(name: str, photos: Collection[str]) -> bool:
+    found = KEPT_PHOTO.fullmatch(name)
+    return found is not None and any(photo.startswith(posixpath.splitext(name)[0]) for photo in photos)
+
+
+def _remove_features(storage: Storage, folder: str, record: dict[str, Any]) -> None:
+    """Delete the features beside a shot, which stays finished without them."""
+    files = {name: file for name, file in record["files"].items() if name != FEATURES}
+    storage.write(f"{folder}/{RECORD}", json.dumps({**record, "files": files}, indent=1))
+    storage.delete(f"{folder}/{FEATURES}")
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """Shots that were removed, and their bytes."""
+
+    shots: int
+    bytes: int
+    """Bytes of their images and clips."""
+
+
+def prune(outputs: OutputFolder, *, dry_run: bool = False) -> PruneReport:
+    """Delete the files and rows of replaced shots. A killed call is completed by the next one.
+
+    Raises SetupError if a run is using the folder, or if it has no manifest.
+    """
+    if not outputs.storage.files("manifest"):
+        raise SetupError(f"output folder {outputs.url}: has no manifest")
+    run = new_writer()
+    with outputs.lease(run):
+        shots = size = 0
+        for batch in manifest_batches(outputs.storage):
+            for row in batch.to_pylist():
+                if row["status"] != REPLACED:
+                    continue
+                shots += 1
+                size += sum(row[f"{name}_bytes"] or 0 for name in SHOT_FILES)
+                if not dry_run:
+                    outputs.delete_shot(row["id"])
+        if shots and not dry_run:
+            drop_rows(outputs.storage, run, "status", {REPLACED})
+    return PruneReport(shots, size)
+
+
+def shot_records(storage: Storage) -> Iterator[tuple[str, bytes | None]]:
+    """Yield the folder of each shot with the content of its `shot.json`, or `None` if it has none."""
+    for group in _shot_folders(storage):
+        for folders in batched(group, SHOTS_AT_ONCE):
+            yield from read_each(storage, folders, [f"{folder}/{RECORD}" for folder in folders])
+
+
+def read_each(storage: Storage, names: Sequence[str], paths: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
+    """Yield each name with the content of its file, or `None`. Sends concurrent requests to an object store."""
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE if storage.local is None else 1) as pool:
+        for batch in batched(zip(names, paths, strict=True), SHOTS_AT_ONCE):
+            contents = pool.map(storage.read, [path for _, path in batch])
+            yield from zip([name for name, _ in batch], contents, strict=True)
+
+
+def _shot_folders(storage: Storage) -> Iterator[Sequence[str]]:
+    """Yield the folders of shots, shard by shard."""
+    for name in storage.folders(SHOTS):
+        if SHARD.fullmatch(name):
+            yield [f"{SHOTS}/{name}/{shot}" for shot in storage.folders(f"{SHOTS}/{name}")]
