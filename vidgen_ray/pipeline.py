@@ -17,7 +17,6 @@ from PIL import Image as PILImage
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from vidgen_ray.consent import Consent
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.cache_writer import CacheMode, cache_settings
 from vidgen_ray.engine.chunks import chunk_frames_of, chunk_unit, clip_chunks, join_records
@@ -45,7 +44,7 @@ from vidgen_ray.planner import ShotSizes, swap_groups, this_machine
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.provenance.record import InputFile, ProvenanceSettings, altered_record, mark_of, metadata_of, with_label
 from vidgen_ray.provenance.signing import check_signing, sign_result
-from vidgen_ray.safety import safety_of
+from vidgen_ray.safety import Consent, safety_of
 from vidgen_ray.script.read import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, Frames, Item, Stage

@@ -15,7 +15,7 @@ from vidgen_ray.media import Mp4Settings
 from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.safety import ContentPolicy, SafetySettings
 from vidgen_ray.stages.base import Stage, StageParams
-from vidgen_ray.system.strict_yaml import load_yaml, parse_yaml
+from vidgen_ray.system.files import load_yaml, parse_yaml
 from vidgen_ray.weights import resolve, with_commit
 from vidgen_ray.weights.ledger import WeightLicence, licence_of
 

@@ -18,7 +18,6 @@ from pydantic import (
     model_validator,
 )
 
-from vidgen_ray.consent import Consent
 from vidgen_ray.limits import (
     MAX_EXTENDED_FRAMES,
     MAX_FRAMES,
@@ -28,6 +27,7 @@ from vidgen_ray.limits import (
     MIN_FRAMES,
     MIN_SIDE_PX,
 )
+from vidgen_ray.safety import Consent
 from vidgen_ray.video_models import AUTO, VIDEO_MODELS, VideoModelName, frames_of_passes, with_model_defaults
 
 VARIANT_SUFFIX = 5

@@ -13,7 +13,7 @@ import pytest
 from mcp import Client, StdioServerParameters
 
 from vidgen_client.models import Consent as ClientConsent
-from vidgen_ray.consent import Consent
+from vidgen_ray.safety import Consent
 from vidgen_ray.version import __version__
 
 CLIENT = Path(__file__).parents[2] / "clients" / "python"

@@ -7,11 +7,10 @@ import pytest
 
 from tests.conftest import ASTRONAUT, EXAMPLES, SYNTHETIC
 from vidgen_ray.cli import main
-from vidgen_ray.consent import Consent, parse_consent
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import stages_of
-from vidgen_ray.safety import ContentPolicy
+from vidgen_ray.safety import Consent, ContentPolicy, parse_consent
 from vidgen_ray.script.check import SHIPPED_PHOTOS
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import check_shot, read_script

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from vidgen_ray.consent import DECLARED_BASES, parse_consent
 from vidgen_ray.errors import UsageError
 from vidgen_ray.invalid_fields import shortened, wrong_defaults
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import Profile, builtin_profiles
 from vidgen_ray.provenance.record import MAX_LABEL_LETTERS, ProvenanceSettings
+from vidgen_ray.safety import DECLARED_BASES, parse_consent
 from vidgen_ray.script.check import file_errors
 from vidgen_ray.script.lines import absolute_path, parse_text_fields, with_absolute_paths
 

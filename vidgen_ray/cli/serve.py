@@ -15,7 +15,7 @@ from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.stages.base import Stage
-from vidgen_ray.system.strict_yaml import load_yaml
+from vidgen_ray.system.files import load_yaml
 
 
 def settings_of(file: Path | None, options: dict[str, Any]) -> OnlineSettings:

@@ -29,7 +29,7 @@ from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import REPLACED, manifest_batches
 from vidgen_ray.outputs.storage import Storage
-from vidgen_ray.system.strict_yaml import load_yaml
+from vidgen_ray.system.files import load_yaml
 
 SIZE = re.compile(r"(\d{1,5})[x×](\d{1,5})")
 MIN_SIDE_PX = 16

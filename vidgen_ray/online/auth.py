@@ -28,8 +28,7 @@ from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.request_limits import RequestRateLimiter
 from vidgen_ray.online.server_settings import Limits
 from vidgen_ray.online.store.database import READS, SESSIONS
-from vidgen_ray.system.files import new_file
-from vidgen_ray.system.strict_yaml import load_yaml
+from vidgen_ray.system.files import load_yaml, new_file
 
 ENVIRONMENT = "VIDGEN_API_KEYS"
 """Environment variable with further keys: TENANT=SHA256, separated by commas."""

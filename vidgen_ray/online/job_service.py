@@ -14,7 +14,6 @@ from typing import Any
 
 from pydantic import JsonValue, TypeAdapter
 
-from vidgen_ray.consent import Consent
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import FieldError, MissingWeights, ProfileError, ScriptError, SetupError, StageError
 from vidgen_ray.licences import UsedWeights
@@ -28,6 +27,7 @@ from vidgen_ray.online.store.jobs import JOB_ID, Job, JobKind, JobState, new_id,
 from vidgen_ray.online.store.store import IdempotencyConflict, JobStore, LimitReached, QueueFull
 from vidgen_ray.online.uploads import UPLOAD_ID, UploadFolder, upload_folder
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.safety import Consent
 from vidgen_ray.script.check import consent_for_photos
 from vidgen_ray.script.lines import WrongField
 from vidgen_ray.script.read import check_shot

@@ -27,7 +27,7 @@ from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.application import API, APP, DIRECTOR, WORKERS, ServerPlan, application
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.stages.base import Stage
-from vidgen_ray.system.strict_yaml import load_yaml
+from vidgen_ray.system.files import load_yaml
 
 POLL_S = 0.2
 HEALTH_TIMEOUT_S = 2.0

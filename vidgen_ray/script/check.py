@@ -11,12 +11,21 @@ from typing import Any, NamedTuple
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from vidgen_ray.consent import DECLARED_BASES, EXAMPLE, TEXT_EXAMPLE, Consent
 from vidgen_ray.errors import FieldError, ScriptError, SetupError
 from vidgen_ray.graph import STAGES, stages_of, uncropped_size
 from vidgen_ray.invalid_fields import NOT_A_URL, URL, explain, shortened, wrong_defaults
 from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_LORA_BYTES, MAX_NESTING
-from vidgen_ray.safety import DEFAULT_POLICY, NO_POLICY, ContentPolicy, UnsafeContent, safety_of
+from vidgen_ray.safety import (
+    DECLARED_BASES,
+    DEFAULT_POLICY,
+    EXAMPLE,
+    NO_POLICY,
+    TEXT_EXAMPLE,
+    Consent,
+    ContentPolicy,
+    UnsafeContent,
+    safety_of,
+)
 from vidgen_ray.script.expansion import STYLE, expand, is_expandable, with_character, with_style
 from vidgen_ray.script.lines import (
     FAILURE_FIELD,

@@ -22,7 +22,7 @@ from vidgen_ray.script.expansion import (
 )
 from vidgen_ray.script.lines import Header, Line, Lines, encoding_error, file_error, unreadable_line
 from vidgen_ray.shot import LORA_FIELDS, NESTED_FIELDS, Shot
-from vidgen_ray.system.strict_yaml import StrictLoader
+from vidgen_ray.system.files import StrictLoader
 
 HEADER_FIELDS = ("title", "defaults", "characters", "styles", "film", "shots", "scenes")
 SCENE_FIELDS = ("title", "defaults", "shots")

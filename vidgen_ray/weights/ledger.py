@@ -16,8 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.system.cache_dir import cache_dir
-from vidgen_ray.system.files import write_atomically
-from vidgen_ray.system.strict_yaml import parse_yaml
+from vidgen_ray.system.files import parse_yaml, write_atomically
 
 
 class WeightLicence(BaseModel):

@@ -10,8 +10,8 @@ from PIL import Image as PILImage
 from tests.conftest import ASTRONAUT
 from tests.online.web.conftest import cards, generate, playwright
 from tests.online.web.server import QuickPipeline
-from vidgen_ray.consent import Consent
 from vidgen_ray.online.store.jobs import JobKind
+from vidgen_ray.safety import Consent
 
 expect = playwright.expect
 DROP = """([selector, name, bytes, type = "image/png"]) => {

@@ -32,7 +32,6 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from starlette.datastructures import UploadFile
 
-from vidgen_ray.consent import Consent
 from vidgen_ray.graph import (
     BASE_IMAGE_STAGES,
     CLIP_ONLY_FIELDS,
@@ -45,6 +44,7 @@ from vidgen_ray.limits import MAX_FRAMES, MAX_RESULTS, MIN_FRAMES
 from vidgen_ray.online.api.peer_fields import PEER_FIELD_NAMES, with_peer_fields
 from vidgen_ray.online.api_error import ApiError, invalid, validation_failed
 from vidgen_ray.online.delivered_size import SizeRules, clip_fields, clip_fields_with_hd, image_fields
+from vidgen_ray.safety import Consent
 from vidgen_ray.shot import (
     FRAMES_SCHEMA,
     IMAGE_FIELDS,

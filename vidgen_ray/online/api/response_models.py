@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter
 
-from vidgen_ray.consent import Consent
 from vidgen_ray.graph import clip_growth, clip_length, file_sizes
 from vidgen_ray.licences import ShotLicences, UsedWeights
 from vidgen_ray.online.delivered_size import delivered_artefact_of
@@ -14,6 +13,7 @@ from vidgen_ray.online.job_service import stored_licences
 from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.store.inputs import Upload
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
+from vidgen_ray.safety import Consent
 
 CANCELLED = JobError(code="cancelled", message="The job was cancelled.", type="invalid_request_error")
 """Error of a cancelled video: clients of OpenAI's API only know `failed`."""

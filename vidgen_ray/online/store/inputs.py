@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from sqlalchemy import Connection, delete, func, insert, or_, select, update
 
-from vidgen_ray.consent import Consent
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.store.database import CHARACTERS, JOBS, UPLOADS, Database
 from vidgen_ray.online.store.jobs import new_id
+from vidgen_ray.safety import Consent
 
 PHOTOS = TypeAdapter(tuple[str, ...])
 

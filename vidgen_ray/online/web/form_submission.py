@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
-from vidgen_ray.consent import Consent
 from vidgen_ray.errors import StageError
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.face_check import PhotoFiles
@@ -19,6 +18,7 @@ from vidgen_ray.online.uploads import ReceivedRequest
 from vidgen_ray.online.web.form_images import face_message
 from vidgen_ray.online.web.forms import FormError, FormValues, errors_of, variations
 from vidgen_ray.online.web.page_context import PageContext
+from vidgen_ray.safety import Consent
 from vidgen_ray.shot import LORA_FIELDS, Shot
 from vidgen_ray.video_models import without_other_models_defaults
 
