@@ -18,8 +18,8 @@ import yaml
 
 from vidgen_ray.online.auth import hash_key
 
-KEYS = {name: f"vg-{name}-key" for name in ("ada", "amy", "bob", "eve", "joe")}
-LIMITS = {"eve": {"open_jobs": 1}, "joe": {"requests_per_minute": 3}}
+KEYS = {name: f"vg-{name}-key" for name in ("ada", "amy", "eve")}
+LIMITS = {"eve": {"open_jobs": 1}}
 ROOT = Path(__file__).parents[3]
 START_S = 240
 """Seconds to wait for the server. Ray starts slowly on a busy machine."""

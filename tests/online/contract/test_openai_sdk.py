@@ -80,30 +80,13 @@ def test_content_variants(client, clip, tmp_path):
     assert (sheet.format, sheet.size) == ("JPEG", (3 * 160, 2 * 80))
 
 
-@pytest.mark.parametrize("size", ["720x1280", "1280x720"])
-def test_openai_sizes_and_model(client, size, tmp_path):
+def test_openai_size_and_model(client, tmp_path):
+    size = "720x1280"
     video = client.videos.create_and_poll(model="sora-2", prompt="a man", size=size, extra_body={"num_frames": 2})
     assert (video.status, video.size, video.model) == ("completed", size, "sora-2"), video.error
     client.videos.download_content(video.id).write_to_file(tmp_path / "clip.mp4")
     with open_video(tmp_path / "clip.mp4") as clip:
         assert f"{clip.width}x{clip.height}" == size
-
-
-def test_scale_makes_a_larger_clip_beside(client, tmp_path):
-    video = client.videos.create_and_poll(prompt="a man", size="100x64", extra_body={"num_frames": 2, "scale": 2})
-    assert (video.size, video.model_extra["hd_size"]) == ("100x64", "200x128")
-    for query, size in (({}, (100, 64)), ({"variant": "hd"}, (200, 128))):
-        client.videos.download_content(video.id, extra_query=query).write_to_file(tmp_path / "clip.mp4")
-        with open_video(tmp_path / "clip.mp4") as clip:
-            assert (clip.width, clip.height) == size
-
-
-def test_video_rendered_before_is_completed_at_once(client, clip):
-    again = client.videos.create(
-        prompt="a man in the rain", seconds="1", size="128x64", extra_body={"seed": 7, "negative_prompt": "blur"}
-    )
-    assert again.id != clip.id
-    assert (again.status, again.progress) == ("completed", 100)
 
 
 def test_list_follows_pages(client):
@@ -213,11 +196,6 @@ def test_stream_partial_images(client):
     assert (first != last).any()
 
 
-def test_edit_an_image(client):
-    response = client.images.edit(image=photo(96, 64), prompt="as a woodcut", size="96x64", extra_body={"seed": 1})
-    assert [decode_image(one.b64_json).size for one in response.data] == [(96, 64)]
-
-
 def test_edit_two_images(client):
     response = client.images.edit(
         image=[photo(96, 64), photo(64, 64)], prompt="a woodcut", size="64x64", extra_body={"seed": 1}
@@ -226,23 +204,11 @@ def test_edit_two_images(client):
     assert (first != second).any()
 
 
-def test_mask_is_rejected(client):
-    with pytest.raises(openai.BadRequestError, match="mask: is not supported") as raised:
-        client.images.edit(image=photo(64, 64), mask=photo(64, 64), prompt="x", size="64x64")
-    assert raised.value.param == "mask"
-
-
 def test_list_models(client):
     assert [model.id for model in client.models.list()] == ["tiny", "tiny-fast", "tiny-wan", "tiny-ltx"]
     assert client.models.retrieve("tiny-fast").owned_by == "vidgen-ray"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("sora-9")
-
-
-def test_invalid_field_is_named(client):
-    with pytest.raises(openai.BadRequestError, match="nearest: 720x1280") as raised:
-        client.videos.create(prompt="x", size="721x1280")
-    assert (raised.value.param, raised.value.code, raised.value.type) == ("size", "invalid_size", "invalid_request_error")
 
 
 def test_client_retries_after_429(address):
@@ -264,16 +230,6 @@ def test_client_retries_after_429(address):
     assert (cancelled_video.status, cancelled_video.error.code) == ("failed", "cancelled")
 
 
-def test_rate_limit_sends_retry_after(address):
-    client = client_of(address, "joe", max_retries=0)
-    for _ in range(3):
-        client.models.list()
-    with pytest.raises(openai.RateLimitError) as raised:
-        client.models.list()
-    assert raised.value.code == "rate_limit_exceeded"
-    assert 0 < int(raised.value.response.headers["retry-after"]) <= 60
-
-
 def test_idempotency_key_creates_one_job(client):
     once = {"prompt": "only once", "extra_headers": {"Idempotency-Key": "k1"}, **SMALL}
     first, second = client.videos.create(**once), client.videos.create(**once)
@@ -283,14 +239,6 @@ def test_idempotency_key_creates_one_job(client):
         client.videos.create(**{**once, "prompt": "something else"})
     assert raised.value.code == "idempotency_key_reused"
     assert raised.value.response.headers["x-should-retry"] == "false"
-
-
-def test_other_tenants_videos_are_not_found(address, clip):
-    bob = client_of(address, "bob")
-    for call in (bob.videos.retrieve, bob.videos.delete, bob.videos.download_content):
-        with pytest.raises(openai.NotFoundError):
-            call(clip.id)
-    assert list(bob.videos.list()) == []
 
 
 def test_invalid_key_is_rejected(address):
