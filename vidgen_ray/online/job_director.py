@@ -47,7 +47,7 @@ THREADS = 16
 """Threads for calls that block. Ray would allow as many as the replica has CPUs."""
 POLL_S = 1.0
 """Seconds between two polls of the store, unless woken earlier. Each poll claims jobs and renews the leases of running ones."""
-PROGRESS_INTERVAL_S = 0.5
+PROGRESS_INTERVAL_S = 0.25
 """Seconds between two writes of the progress of all jobs."""
 STATUS_INTERVAL_S = 1.0
 """Seconds between two snapshots of the engine for the metrics."""
