@@ -63,15 +63,15 @@ class ShotPlan(BaseModel):
     inputs: Mapping[str, str] = {}
     """Photos, start image and LoRAs of the shot, as it names them: path -> sha256 at the time of planning."""
     number: int = 1
-    """Number of this attempt, counted from 1."""
-    content: str | None = None
-    """Text that the key is the hash of, without the likeness rule. `None` if the shot has no likeness."""
+    """Number of this try, counted from 1. Each try has another seed."""
+    key_text: str | None = None
+    """Hashed text of the key, without `min_identity` and `retries`. `None` if the shot has no likeness."""
     licences: tuple[UsedWeights, ...] = ()
     """Weights behind the shot and, if it continues another one, behind that shot, with their licences. Not part of the key."""
     keep_last_frame: bool = False
     """Also write the last frame of the generated clip, for a shot that continues this one."""
     again: tuple["ShotPlan", ...] = ()
-    """Further attempts, in order: the same shot with other seeds and the same key, for when the likeness is too low."""
+    """Further tries, in order: the same shot with other seeds and the same key, for when the likeness is too low."""
 
     def with_last_frame(self) -> "ShotPlan":
         """Return the plan, and its further attempts, with `keep_last_frame`."""
@@ -139,8 +139,8 @@ class ShotPlanner:
         stages = stages_of(shot) if stages is None else stages
         steps, last = self._steps_of(shot, stages, salt)
         has_likeness = any("image_likeness" in stage.writes for stage in stages)
-        content = f'{self._end},"{last}",{_json(shot.crop_width)},{_json(shot.crop_height)}'
-        key = _key_with_rule(content, shot.min_identity if has_likeness else None, shot.retries)
+        key_text = f'{self._end},"{last}",{_json(shot.crop_width)},{_json(shot.crop_height)}'
+        key = _key_with_rule(key_text, shot.min_identity if has_likeness else None, shot.retries)
         inputs, licences = self._inputs_of(shot), self._licences(shot, stages) if self._licences else ()
         again = []
         for number in range(1, shot.retries + 1) if has_likeness and shot.min_identity is not None else ():
@@ -160,7 +160,7 @@ class ShotPlanner:
             steps=steps,
             key=key,
             inputs=inputs,
-            content=content if has_likeness else None,
+            key_text=key_text if has_likeness else None,
             licences=licences,
             again=tuple(again),
         )
@@ -228,11 +228,11 @@ def is_result_of(plan: ShotPlan, record: Mapping[str, Any]) -> bool:
     """
     if record["key"] == plan.key:
         return True
-    if plan.content is None or record["likeness"] is None:
+    if plan.key_text is None or record["likeness"] is None:
         return False
     shot, attempt, likeness = record["shot"], record["tries"], record["likeness"]
     old, new = shot["min_identity"], plan.shot.min_identity
-    if record["key"] != _key_with_rule(plan.content, old, shot["retries"]):
+    if record["key"] != _key_with_rule(plan.key_text, old, shot["retries"]):
         return False
     # Earlier attempts were below the old minimum.
     if attempt > 1 and (new is None or new < old or attempt > plan.shot.retries + 1):
@@ -241,10 +241,10 @@ def is_result_of(plan: ShotPlan, record: Mapping[str, Any]) -> bool:
     return new is None or all(value is not None and value >= new for value in measured)
 
 
-def _key_with_rule(content: str, min_identity: float | None, retries: int) -> str:
+def _key_with_rule(key_text: str, min_identity: float | None, retries: int) -> str:
     # The number of retries is part of the rule: a shot that fails after two attempts may succeed after three.
     rule = "" if min_identity is None else f",{_json(min_identity)},{retries}"
-    return _sha256(f"{content}{rule}]")
+    return _sha256(f"{key_text}{rule}]")
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from vidgen_ray.engine.step_runner import (
     StepRunner,
     WeightsCheck,
     WeightSwapper,
-    best_attempt,
+    best_try,
     check_likeness,
 )
 from vidgen_ray.errors import FieldError, ScriptError, UsageError
@@ -341,7 +341,7 @@ class VideoGenerationPipeline:
                     return self._render_attempt(runner, attempt)
                 except LikenessTooLow as failure:
                     failures.append(failure)
-        raise StepFailed(LIKENESS, best_attempt(failures))
+        raise StepFailed(LIKENESS, best_try(failures))
 
     def _render_attempt(self, runner: StepRunner, plan: ShotPlan) -> ShotRecord:
         """Render with one seed. Raises LikenessTooLow as soon as a likeness is below the minimum."""

@@ -55,7 +55,7 @@ class FaultyClient(FakeActorClient):
     def send(self, method, *args):
         """Ignore the call, since a fake actor has no state."""
 
-    def hopeless(self, reason):
+    def permanent_failure(self, reason):
         return Failure(stage="health", error="Quarantined", message=reason, attempts=1, worker=self.name)
 
     async def loss(self):

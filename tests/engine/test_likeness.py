@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ASTRONAUT
 from tests.nets.test_faces import GROUP, WALL, head, on_a_wall
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
-from vidgen_ray.engine.step_runner import LikenessTooLow, StepFailed, best_attempt, check_likeness
+from vidgen_ray.engine.step_runner import LikenessTooLow, StepFailed, best_try, check_likeness
 from vidgen_ray.errors import StageError, UsageError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.media import read_image, write_png
@@ -120,7 +120,7 @@ class TestCheck:
         [
             ((0.5,), None, None),
             ((0.5,), (0.9, 0.1), None),
-            ((0.49,), (0.9,), r"got a likeness of 0\.49 in the image \(1 attempt\), must be at least 0\.5"),
+            ((0.49,), (0.9,), r"got a likeness of 0\.49 in the image \(1 try\), must be at least 0\.5"),
             ((0.9,), (0.6, 0.2, None), r"got a likeness of 0\.4 in the clip"),
             ((None,), None, "got no face in the image"),
             ((0.9,), (None, None), "got no face in the clip"),
@@ -140,16 +140,16 @@ class TestCheck:
     def test_missing_likeness_passes(self, make_shot):
         check_likeness(make_shot(min_identity=1), {})
 
-    def test_error_of_several_attempts_names_the_best(self):
+    def test_error_of_several_tries_names_the_best(self):
         failures = [
             LikenessTooLow(None, 0.5, "image"),
             LikenessTooLow(0.3125, 0.5, "clip"),
             LikenessTooLow(-0.2, 0.5, "image"),
         ]
-        failure = pickle.loads(pickle.dumps(best_attempt(failures)))
-        assert str(failure).startswith("min_identity: got a likeness of 0.3125 in the clip (best of 3 attempts), must be")
+        failure = pickle.loads(pickle.dumps(best_try(failures)))
+        assert str(failure).startswith("min_identity: got a likeness of 0.3125 in the clip (best of 3 tries), must be")
         assert isinstance(failure, StageError)
-        assert "got no face in the image (best of 2 attempts)" in str(best_attempt(failures[:1] * 2))
+        assert "got no face in the image (best of 2 tries)" in str(best_try(failures[:1] * 2))
 
     def test_fields_are_bounded(self):
         for wrong in ({"min_identity": 1.1}, {"min_identity": float("nan")}, {"retries": -1}, {"retries": 11}):
@@ -176,19 +176,19 @@ class TestPlan:
         assert plan_of(retries=3) == plan_of().model_copy(update={"shot": plan_of(retries=3).shot})
         assert plan_of(face_image=None, min_identity=0.3, retries=3).key == plan_of(face_image=None).key
 
-    def test_attempts_have_other_seeds_and_the_same_key(self, plan_of):
+    def test_tries_have_other_seeds_and_the_same_key(self, plan_of):
         plan = plan_of(min_identity=0.3, retries=3)
-        attempts = [plan, *plan.again]
-        assert [one.number for one in attempts] == [1, 2, 3, 4]
-        assert {one.key for one in attempts} == {plan.key}
+        tries = [plan, *plan.again]
+        assert [one.number for one in tries] == [1, 2, 3, 4]
+        assert {one.key for one in tries} == {plan.key}
         assert plan.shot.seed == 7
-        assert len({one.shot.seed for one in attempts}) == 4
-        assert len({one.steps[1].key for one in attempts}) == 4, "other images"
-        assert len({one.steps[0].key for one in attempts}) == 1, "the same face"
-        assert all(one.shot == plan.shot.model_copy(update={"seed": one.shot.seed}) for one in attempts)
+        assert len({one.shot.seed for one in tries}) == 4
+        assert len({one.steps[1].key for one in tries}) == 4, "other images"
+        assert len({one.steps[0].key for one in tries}) == 1, "the same face"
+        assert all(one.shot == plan.shot.model_copy(update={"seed": one.shot.seed}) for one in tries)
         assert plan.again[1] == plan_of(min_identity=0.3, retries=2).again[1].model_copy(
             update={"key": plan.key, "shot": plan.again[1].shot}
-        ), "attempt n does not depend on the number of retries"
+        ), "try n does not depend on the number of retries"
         assert ShotPlan.model_validate_json(plan.model_dump_json()) == plan
         assert plan_of(min_identity=0.3).again == plan_of(retries=3).again == plan_of(face_image=None, retries=3).again == ()
 
@@ -235,9 +235,7 @@ SMALL = {"face_image": ASTRONAUT, "id": "p", "seed": 7, "num_frames": 2, "upscal
 class TestRetries:
     def test_no_clip_is_generated_for_an_image_that_fails(self, pipeline, clips):
         """The likeness is measured, not set: in noise there is no face."""
-        with pytest.raises(
-            StepFailed, match=r"likeness: min_identity: got no face in the image \(best of 2 attempts\)"
-        ) as raised:
+        with pytest.raises(StepFailed, match=r"likeness: min_identity: got no face in the image \(best of 2 tries\)") as raised:
             pipeline.generate_video("a", **SMALL, min_identity=-1, retries=1)
         assert clips == []
         failure = raised.value.failure()
@@ -247,7 +245,7 @@ class TestRetries:
     def test_start_image_of_the_person_passes(self, pipeline, clips, tmp_path):
         """With measured likeness: the start image is the photo itself."""
         whole = {**SMALL, "image": str(ASTRONAUT), "width": 256, "height": 256}
-        with pytest.raises(StepFailed, match=r"got no face in the clip \(1 attempt\)"):
+        with pytest.raises(StepFailed, match=r"got no face in the clip \(1 try\)"):
             # The tiny SVD generates noise.
             pipeline.generate_video("a", **whole, min_identity=0.5)
         assert clips == [7]
@@ -266,11 +264,11 @@ class TestRetries:
         assert record.seeds["flux"] == record.shot.seed
         assert record.likeness == LikenessRecord(image=0.7, clip_mean=0.6, clip_worst=0.5, frames_without_face=0)
         again = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=5)["record"]
-        assert again == record, "a finished shot stays finished, whichever attempt it was"
+        assert again == record, "a finished shot stays finished, whichever try it was"
 
-    def test_lower_min_identity_reuses_a_failed_attempt(self, pipeline, clips, set_likeness):
+    def test_lower_min_identity_reuses_a_failed_try(self, pipeline, clips, set_likeness):
         set_likeness([(0.2,), (0.45,), (0.3,)], [(0.5, 0.5)])
-        with pytest.raises(StepFailed, match=r"got a likeness of 0\.45 in the image \(best of 3 attempts\)"):
+        with pytest.raises(StepFailed, match=r"got a likeness of 0\.45 in the image \(best of 3 tries\)"):
             pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=2)
         record = pipeline.generate_video("a", **SMALL, min_identity=0.4, retries=1)["record"]
         assert (record.tries, len(clips)) == (2, 1)
@@ -292,8 +290,8 @@ class TestRetries:
             with pytest.raises(StepFailed, match="likeness"):
                 pipeline.generate_video("a", **SMALL, **rule)
         lower = pipeline.generate_video("a", **SMALL, min_identity=0.2, retries=1)["record"]
-        assert (lower.tries, len(clips)) == (1, 2), "the first attempt reaches the lower minimum"
-        assert pipeline.generate_video("a", **SMALL)["record"] == lower, "no rule keeps the first attempt"
+        assert (lower.tries, len(clips)) == (1, 2), "the first try reaches the lower minimum"
+        assert pipeline.generate_video("a", **SMALL)["record"] == lower, "no rule keeps the first try"
 
     def test_changed_rule_does_not_keep_another_result(self, pipeline, clips, set_likeness):
         set_likeness([(0.7,)], [(0.7,), (0.7,)])
@@ -347,7 +345,7 @@ class TestRecords:
         page = write_gallery(outputs.root).read_text()
         assert (text in page) if text else ("likeness_text" not in page.replace("row.likeness_text", ""))
 
-    def test_manifest_has_the_seed_of_the_successful_attempt(self, pipeline, plan_of):
+    def test_manifest_has_the_seed_of_the_successful_try(self, pipeline, plan_of):
         plan = plan_of(min_identity=0.3, retries=1)
         with pipeline.outputs.draft(plan.again[0]) as draft:
             draft.commit([])

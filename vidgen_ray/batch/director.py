@@ -121,9 +121,7 @@ class Director:
         """Ids that failed in earlier runs. Read when the circuit breaker would stop the run for the first time."""
         self._folder_checked = False
         self._in_doubt: list[tuple[ShotTask, Failure]] = []
-        """Failures that no second worker has confirmed. They are recorded when their stage has succeeded for a shot that was
-        started later, when the circuit breaker stops the run, or at its end. If no worker is left before, their lines have no
-        result, and the next run renders them."""
+        """Unconfirmed failures. Written at the end of the run, or as soon as a later shot passes the same stage."""
         self._metrics: RunMetrics | None = None
         self._stop_watch: asyncio.Task[None] | None = None
         """Ends after a stop request or an error."""

@@ -17,7 +17,7 @@ from more_itertools import batched
 from vidgen_ray.batch.director import Director, Remaining
 from vidgen_ray.batch.lines import Continued, LinePlanner, PlannedShot, first_lines, remaining_lines, unique_shots
 from vidgen_ray.batch.results import ProgressListener, RunResults
-from vidgen_ray.batch.run_options import GRACE_S, RenderOptions, RepeatedOptions
+from vidgen_ray.batch.run_options import GRACE_S, RecordedOptions, RenderOptions
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
@@ -252,7 +252,7 @@ def render_lines(
         layout=chosen.layout.kind if chosen else None,
         quarantined=tuple(director.quarantined),
     )
-    repeated = RepeatedOptions.of(options, planner.checker.run_seed, planner.checker.changes)
+    repeated = RecordedOptions.of(options, planner.checker.run_seed, planner.checker.changes)
     _write_run(outputs, report, source, profile, repeated, chosen, results)
     return report
 
@@ -262,7 +262,7 @@ def _write_run(
     report: RunReport,
     source: str,
     profile: Profile,
-    repeated: RepeatedOptions,
+    repeated: RecordedOptions,
     chosen: Plan | None,
     results: RunResults,
 ) -> None:

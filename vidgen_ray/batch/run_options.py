@@ -48,7 +48,7 @@ class RenderOptions:
     """Stage name -> class that implements it."""
 
 
-class RepeatedOptions(BaseModel):
+class RecordedOptions(BaseModel):
     """Options that decide what a run writes. `run.json` records them, and `vidgen retry` renders with them again."""
 
     model_config = ConfigDict(frozen=True)
@@ -64,5 +64,5 @@ class RepeatedOptions(BaseModel):
     """Fields set on every shot, such as those of `--until`."""
 
     @classmethod
-    def of(cls, options: RenderOptions, run_seed: int, changes: Mapping[str, Any] | None) -> RepeatedOptions:
+    def of(cls, options: RenderOptions, run_seed: int, changes: Mapping[str, Any] | None) -> RecordedOptions:
         return cls.model_validate({**vars(options), "run_seed": run_seed, "changes": dict(changes or {})})

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from vidgen_ray.batch.run_options import RepeatedOptions
+from vidgen_ray.batch.run_options import RecordedOptions
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run
 from vidgen_ray.outputs.manifest_writer import FILE
@@ -28,12 +28,12 @@ def last_profile(outputs: OutputFolder) -> Profile:
     return load_profile(name)
 
 
-def last_options(outputs: OutputFolder) -> RepeatedOptions:
+def last_options(outputs: OutputFolder) -> RecordedOptions:
     """Return the options of the last run, or the defaults if there was none, or one of a version that did not record them."""
     try:
-        return RepeatedOptions.model_validate(read_last_run(outputs)["options"])
+        return RecordedOptions.model_validate(read_last_run(outputs)["options"])
     except (ValueError, KeyError, TypeError):
-        return RepeatedOptions()
+        return RecordedOptions()
 
 
 @contextmanager

@@ -190,7 +190,7 @@ class ActorClient:
         """Name, node and pid, for failure records."""
         return f"{self.name} ({self.place.node[:8]}:{self.place.pid})" if self.place else self.name
 
-    def hopeless(self, reason: str) -> Failure:
+    def permanent_failure(self, reason: str) -> Failure:
         """Return the failure of an actor that is given up after too many quarantines. `reason`: of the last one."""
         message = f"{self.name}: {reason}, also after restarts"
         return Failure(stage="health", error="Quarantined", message=message, attempts=1, worker=self.location)

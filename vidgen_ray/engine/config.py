@@ -31,7 +31,7 @@ class EngineConfig:
     attempts: int = ATTEMPTS
     """Attempts per call before the shot has failed. The first one counts."""
     circuit_breaker: bool = False
-    """The user of the engine stops if nearly all shots fail. Until then no worker is given up for failures in doubt."""
+    """Keep workers that fail alone: the caller stops the run when most shots fail."""
 
     def worker_name(self, slot: int, number: int) -> str:
         return f"{self.name}/worker/{slot}/{number}"

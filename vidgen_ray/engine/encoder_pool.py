@@ -132,7 +132,7 @@ class EncoderPool:
                 reason = f"failed to write different shots in a row, the last time with: {failed}"
                 self._supervisor.failed(encoder, plan.key, reason, in_doubt=False)
             else:
-                self._supervisor.forgive(encoder, plan.key)
+                self._supervisor.discard_failure(encoder, plan.key)
 
         def candidates() -> Sequence[Process[ActorClient]]:
             return [Process(client, client.node) for client in self._supervisor.candidates]

@@ -247,7 +247,7 @@ class Fleet:
             if reservation.slot is None:
                 await self._replace_encoder(reservation)
                 continue
-            limit_s = self._patience_s(reservation)
+            limit_s = self._give_up_after_s(reservation)
             if now - reservation.unplaced_since < limit_s:
                 continue
             lost, reservation.actors = reservation.actors, {}
@@ -273,7 +273,7 @@ class Fleet:
             for name in lost:
                 self._listener.encoder_lost(name)
 
-    def _patience_s(self, reservation: _Reservation) -> float:
+    def _give_up_after_s(self, reservation: _Reservation) -> float:
         """Return the seconds after which a slot without a node is given up."""
         if not reservation.actors:
             return WITHDRAW_AFTER_S

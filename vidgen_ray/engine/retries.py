@@ -107,16 +107,16 @@ async def run_with_retries(
     Raises ShotFailed.
     """
     failed: list[AttemptFailed] = []
-    excused: list[AttemptFailed] = []
+    reported: list[AttemptFailed] = []
     """Reported as the shot's."""
     suspect = False
     avoid: frozenset[P] = frozenset()
 
-    def excuse(attempts: Sequence[AttemptFailed]) -> None:
+    def report_as_input_error(attempts: Sequence[AttemptFailed]) -> None:
         for each in attempts:
-            if each not in excused:
+            if each not in reported:
                 report(each, False)
-                excused.append(each)
+                reported.append(each)
 
     while True:
         try:
@@ -131,7 +131,7 @@ async def run_with_retries(
             observer.step_failed(failure.failure.stage, failure.failure.error)
             if failure.kind is Kind.ERROR:
                 if _is_confirmed(failed):
-                    excuse(failed)
+                    report_as_input_error(failed)
                 else:
                     report(failure, True)
             if len(failed) + suspect >= limit:
@@ -140,7 +140,7 @@ async def run_with_retries(
             next_avoid = _next(failed, suspect, candidates(), limit)
             if next_avoid is None:
                 if confirmed := _is_confirmed(failed):
-                    excuse(failed)
+                    report_as_input_error(failed)
                 final = last.model_copy(update={"attempts": len(failed) + suspect})
                 in_doubt = failure.kind is Kind.ERROR and not confirmed
                 raise ShotFailed(final, failure.kind, in_doubt=in_doubt) from None
@@ -149,7 +149,7 @@ async def run_with_retries(
         else:
             for each in failed:
                 # The shot is fine: another process rendered it.
-                if each.kind is Kind.INPUT or each in excused:
+                if each.kind is Kind.INPUT or each in reported:
                     report(each, True)
             return result
 

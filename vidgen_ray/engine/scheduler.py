@@ -298,7 +298,7 @@ class _Kind(NamedTuple):
     swap_groups: tuple[tuple[str, ...], ...]
 
 
-class _Alike(NamedTuple):
+class _WorkerClass(NamedTuple):
     """Properties that equal workers share. Sorted by the order in which they choose."""
 
     probation: bool
@@ -335,9 +335,9 @@ class Scheduler:
         """Stage -> live workers that hold it."""
         self._live_unswapped: Counter[str] = Counter()
         """Stage -> live workers that hold it and never swap weights."""
-        self._indexes: dict[_Alike, WorkerIndex] = {}
+        self._indexes: dict[_WorkerClass, WorkerIndex] = {}
         """Live workers, except those that are reserved or run a suspect."""
-        self._indexed: dict[WorkerState, _Alike] = {}
+        self._indexed: dict[WorkerState, _WorkerClass] = {}
         self._reservations: dict[str, _Reservation] = {}
         """Stage -> reservation for its oldest suspect."""
 
@@ -456,7 +456,7 @@ class Scheduler:
                 best = pair
         return best
 
-    def _choice(self, alike: _Alike, max_load: float) -> Pair | None:
+    def _choice(self, alike: _WorkerClass, max_load: float) -> Pair | None:
         """Return the best assignment to one of the workers that are alike."""
         kind = self._kinds[alike.kind]
         stages = [stage for stage in kind.stages if self._queues.get(stage)]
@@ -466,7 +466,7 @@ class Scheduler:
         in_turn = self._in_turn(kind, alike, pairs) if pairs else ()
         return next((pairs[stage] for stage in stages if stage in in_turn), None)
 
-    def _stage_choice(self, alike: _Alike, stage: str, max_load: float) -> Pair | None:
+    def _stage_choice(self, alike: _WorkerClass, stage: str, max_load: float) -> Pair | None:
         """Return the best assignment of a stage's work to one of the workers that are alike."""
         waiting, index = self._queues[stage], self._indexes[alike]
         # Prefetch whole shots only if enough is left for the workers that finish sooner.
@@ -502,7 +502,7 @@ class Scheduler:
         live = sum(worker.live and work.stage in worker.spec.stages for worker in work.avoid)
         return work.avoid if live < self._live[work.stage] else ()
 
-    def _in_turn(self, kind: _Kind, alike: _Alike, stages: Collection[str]) -> list[str]:
+    def _in_turn(self, kind: _Kind, alike: _WorkerClass, stages: Collection[str]) -> list[str]:
         """Return the stages of the group whose turn it is, and those that are always on the GPU."""
         groups = [group for group in kind.swap_groups if set(group) & set(stages)]
         always = [stage for stage in stages if not any(stage in group for group in kind.swap_groups)]
@@ -517,7 +517,7 @@ class Scheduler:
         chosen = max(others, key=lambda group: sum(self.queued(stage) for stage in group))
         return [*always, *(stage for stage in stages if stage in chosen)]
 
-    def _turn_is_over(self, alike: _Alike) -> bool:
+    def _turn_is_over(self, alike: _WorkerClass) -> bool:
         if alike.turn_is_over:
             return True
         # Other workers that hold only this group are about to run out of work. Make some for them.
@@ -598,7 +598,9 @@ class Scheduler:
         reserved = any(reservation.worker is worker for reservation in self._reservations.values())
         if not worker.live or worker.alone or reserved:
             return
-        alike = _Alike(worker.probation, worker.load, self._workers[worker], tuple(worker.group), worker.turn >= SHOTS_PER_SWAP)
+        alike = _WorkerClass(
+            worker.probation, worker.load, self._workers[worker], tuple(worker.group), worker.turn >= SHOTS_PER_SWAP
+        )
         self._indexes.setdefault(alike, WorkerIndex()).add(worker)
         self._indexed[worker] = alike
 

@@ -20,7 +20,7 @@ from vidgen_ray.engine.encoder_pool import ClipChunks, EncoderPool, ProcessedChu
 from vidgen_ray.engine.retries import InputsLost, Kind, ShotFailed
 from vidgen_ray.engine.scheduler import CHUNK_LOAD, Work
 from vidgen_ray.engine.status import EngineObserver, Progress
-from vidgen_ray.engine.step_runner import LIKENESS, LikenessTooLow, StepFailed, best_attempt, check_likeness
+from vidgen_ray.engine.step_runner import LIKENESS, LikenessTooLow, StepFailed, best_try, check_likeness
 from vidgen_ray.engine.worker_pool import ProgressCallback, RemoteArtefacts, WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length, is_chunked
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
@@ -86,7 +86,7 @@ class ShotRunner:
     async def run(self, plan: ShotPlan, on_progress: ProgressCallback | None = None) -> ShotRecord:
         """Render a shot and commit its files. Raises ShotFailed.
 
-        If the likeness is too low, the further attempts of the plan follow, with other seeds.
+        If the likeness is too low, the further tries of the plan follow, with other seeds.
         """
         order = next(self._orders)
         rejected = []
@@ -96,7 +96,7 @@ class ShotRunner:
             except LikenessTooLow as reason:
                 self._observer.step_failed(LIKENESS, type(reason).__name__)
                 rejected.append(reason)
-        failure = StepFailed(LIKENESS, best_attempt(rejected)).failure()
+        failure = StepFailed(LIKENESS, best_try(rejected)).failure()
         raise ShotFailed(failure.model_copy(update={"attempts": len(rejected)}), Kind.INPUT)
 
     async def _run_attempt(self, plan: ShotPlan, order: int, on_progress: ProgressCallback | None) -> ShotRecord:
@@ -141,7 +141,7 @@ class ShotRunner:
         return clip_chunks(shot, chunk_unit(shot, self._chunk_frames), CHUNK_BYTES)
 
     def _shares_features(self, plan: ShotPlan) -> bool:
-        """Return whether other shots, or later attempts of this shot, need the features of its face."""
+        """Return whether other shots, or later tries of this shot, need the features of its face."""
         keys = [step.key for step in plan.steps if STAGE_BY_NAME[step.stage].shared]
         return bool(plan.again) or any(self._announced[key] > 1 or key in self._shared for key in keys)
 

@@ -122,26 +122,26 @@ class WeightSwapper:
 
 
 LIKENESS = "likeness"
-"""Failure stage of a shot whose attempts were all below `min_identity`."""
+"""Failure stage of a shot whose tries were all below `min_identity`."""
 
 
 class LikenessTooLow(StageError):
     """The image or clip of an attempt is less like the person than `min_identity`."""
 
-    def __init__(self, likeness: float | None, minimum: float, where: str, attempts: int = 1) -> None:
+    def __init__(self, likeness: float | None, minimum: float, where: str, tries: int = 1) -> None:
         self.likeness = likeness
         """-1 to 1. `None` if no face was found."""
         self.minimum = minimum
         self.where = where
         """`image` or `clip`."""
-        self.attempts = attempts
-        super().__init__(likeness, minimum, where, attempts)
+        self.tries = tries
+        super().__init__(likeness, minimum, where, tries)
 
     def __str__(self) -> str:
         got = "no face" if self.likeness is None else f"a likeness of {self.likeness:g}"
-        attempts = "1 attempt" if self.attempts == 1 else f"best of {self.attempts} attempts"
+        tries = "1 try" if self.tries == 1 else f"best of {self.tries} tries"
         return (
-            f"min_identity: got {got} in the {self.where} ({attempts}), must be at least {self.minimum:g}; raise retries or "
+            f"min_identity: got {got} in the {self.where} ({tries}), must be at least {self.minimum:g}; raise retries or "
             "identity_strength, lower min_identity, or use a photo that shows the face more clearly"
         )
 
@@ -169,8 +169,8 @@ def check_likeness(shot: Shot, artefacts: Artefacts) -> None:
             raise LikenessTooLow(likeness.mean, shot.min_identity, where)
 
 
-def best_attempt(failures: Sequence[LikenessTooLow]) -> LikenessTooLow:
-    """Return one error for all attempts, at least one: that of the attempt with the highest likeness."""
+def best_try(failures: Sequence[LikenessTooLow]) -> LikenessTooLow:
+    """Return one error for all tries, at least one: that of the try with the highest likeness."""
     best = max(failures, key=lambda failure: -2 if failure.likeness is None else failure.likeness)
     return LikenessTooLow(best.likeness, best.minimum, best.where, len(failures))
 

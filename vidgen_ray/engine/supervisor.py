@@ -59,7 +59,7 @@ class Health:
     def failed(self, process: Hashable, shot: Hashable, *, in_doubt: bool = True) -> bool:
         """Record a failed call for a shot. Return whether the process must be quarantined now.
 
-        On probation, a single failure is enough. After MAX_QUARANTINES, none is until the process is hopeless.
+        On probation, a single failure is enough. After MAX_QUARANTINES, none is until the process is given up.
         `in_doubt`: the shot may be wrong; call `ended` once it is known.
         """
         record = self._records[process]
@@ -70,10 +70,10 @@ class Health:
         if in_doubt:
             self._in_doubt.add(shot)
         if len(record.quarantines) >= MAX_QUARANTINES:
-            return self.is_hopeless(process)
+            return self.is_given_up(process)
         return len(record.failed_shots) >= (1 if record.quarantines else FAILURES)
 
-    def forgive(self, process: Hashable, shot: Hashable) -> None:
+    def discard_failure(self, process: Hashable, shot: Hashable) -> None:
         """Remove a failure that was the fault of the shot: it failed in the same way elsewhere.
 
         A quarantine to which it has led does not count any more.
@@ -84,7 +84,7 @@ class Health:
         record.quarantines = [shots for shots in record.quarantines if shot not in shots]
 
     def ended(self, shot: Hashable) -> None:
-        """The shot was rendered or has failed. Its failures that are not forgiven were those of their processes."""
+        """The shot was rendered or has failed. Its failures that are not discarded were those of their processes."""
         self._in_doubt.discard(shot)
 
     def quarantine(self, process: Hashable) -> float:
@@ -97,7 +97,7 @@ class Health:
     def is_on_probation(self, process: Hashable) -> bool:
         return bool(self._records[process].quarantines)
 
-    def is_hopeless(self, process: Hashable) -> bool:
+    def is_given_up(self, process: Hashable) -> bool:
         """Return whether the process was quarantined too often in a row to try it again.
 
         A quarantine does not count while all shots that led to it are in doubt: they may be wrong.
@@ -105,7 +105,7 @@ class Health:
         quarantines = self._records[process].quarantines
         return sum(not shots or not self._in_doubt.issuperset(shots) for shots in quarantines) >= MAX_QUARANTINES
 
-    def sick_node(self, process: Hashable) -> str | None:
+    def node_to_quarantine(self, process: Hashable) -> str | None:
         """Return the node of the process if it must be quarantined as a whole, because half of them are."""
         node = self._records[process].node
         if node is None:
@@ -211,9 +211,9 @@ class Supervisor:
         if self._health.failed(client, shot, in_doubt=in_doubt):
             self._quarantine(client, reason)
 
-    def forgive(self, client: ActorClient, shot: Hashable) -> None:
+    def discard_failure(self, client: ActorClient, shot: Hashable) -> None:
         """Remove a failure that was the fault of the shot."""
-        self._health.forgive(client, shot)
+        self._health.discard_failure(client, shot)
 
     def ended(self, shot: Hashable) -> None:
         """The shot, or a call for it, was rendered or has failed for good."""
@@ -236,15 +236,15 @@ class Supervisor:
         self._quarantined[client] = None
         delay_s = self._health.quarantine(client)
         self._observer.quarantined(client.location, reason)
-        if self._health.is_hopeless(client):
-            self._give_up(client, client.hopeless(reason))
+        if self._health.is_given_up(client):
+            self._give_up(client, client.permanent_failure(reason))
             return
         if (starting := self._starting.pop(client, None)) is not None:
             starting.cancel()
         self._down(client)
         client.restart()
         self._start(client, delay_s)
-        if (node := self._health.sick_node(client)) is not None:
+        if (node := self._health.node_to_quarantine(client)) is not None:
             for other in [other for other in self._clients if other.node == node and other is not client]:
                 self._quarantine(other, "several processes of its node are quarantined")
 

@@ -175,7 +175,7 @@ class WorkerPool:
                 reason = f"failed for {requested.stage} on different shots in a row, the last time with: {failed}"
                 self._supervisor.failed(client, requested.order, reason, in_doubt=True)
             else:
-                self._supervisor.forgive(client, requested.order)
+                self._supervisor.discard_failure(client, requested.order)
 
         def candidates() -> Sequence[Process[WorkerState]]:
             holders = self._scheduler.holders(requested.stage)

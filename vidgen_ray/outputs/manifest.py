@@ -1,7 +1,7 @@
 """Manifest `manifest/*.parquet`: one row per script line with its result. Row type and reading; see manifest_writer.
 
 On a disk, the time of a shot's record shows whether its row still holds. In an object store that would take a request per
-shot, so a marker `manifest/.open-<writer>` says: from this time on, shots may differ from the manifest. Rows are trusted if no
+shot, so a marker `manifest/.open-<writer>` marks a running writer: rows older than it are not trusted. Rows are trusted if no
 marker is as new as their run. A run leaves a marker until it has a row for every shot that it wrote. A writer without manifest
 rows leaves one for every shot. A server needs none: it derives the id of a shot from its content key, so it never changes a
 shot of a row.

@@ -154,7 +154,7 @@ class Process:
     """Groups of these actors that take turns in GPU memory (weight swapping). Actors in no group always stay there."""
 
     @cached_property
-    def turns_gb(self) -> float:
+    def swapped_gb(self) -> float:
         """Weights of all groups that take turns, in GB."""
         return sum(actor.gpu_gb for group in self.swap_groups for actor in group)
 
@@ -171,7 +171,7 @@ class Process:
     def host_gb(self) -> float:
         """Host memory needed in GB after loading. Between two turns, the weights of all groups are in host memory."""
         own = GPU_PROCESS_HOST_GB if self.gpu_gb else PROCESS_HOST_GB
-        return own + sum(actor.host_gb for actor in self.actors) + self.turns_gb
+        return own + sum(actor.host_gb for actor in self.actors) + self.swapped_gb
 
     @cached_property
     def load_gb(self) -> float:
@@ -223,7 +223,7 @@ class Assignment:
     @property
     def swapped_gb(self) -> float:
         """Weights moved per round, in GB. In a round, each group moves into GPU memory and out again."""
-        return sum(2 * process.turns_gb for process in self.processes)
+        return sum(2 * process.swapped_gb for process in self.processes)
 
     def slot(self, gpu_gb: float = 0.0) -> Slot:
         """Return the slot for the layout of a run. `gpu_gb`: memory of its GPU, 0 if unknown."""
@@ -343,7 +343,7 @@ def with_swapping(actors: Sequence[Actor], memory_gb: float) -> Process | None:
     swappable_actors = [actor for actor in on_gpu if actor.swappable]
     best: Process | None = None
     for swapped in _subsets(swappable_actors):
-        if len(swapped) < 2 or (best and sum(actor.gpu_gb for actor in swapped) >= best.turns_gb):
+        if len(swapped) < 2 or (best and sum(actor.gpu_gb for actor in swapped) >= best.swapped_gb):
             continue
         groups = _fewest_groups(swapped, [actor for actor in on_gpu if actor not in swapped], free)
         if groups:

@@ -44,7 +44,7 @@ def load_pipeline(
     pipeline_class: Any,
     params: StageParams,
     *,
-    also: Sequence[str] = (),
+    accepted_classes: Sequence[str] = (),
     float32_parts: Sequence[str] = (),
     cpu_offload: bool = False,
     place: bool = True,
@@ -52,7 +52,7 @@ def load_pipeline(
 ) -> Any:
     """Return `pipeline_class.from_pretrained(params.weights)`. Raises SetupError if the folder holds no such pipeline.
 
-    `also`: names of further classes whose folders `pipeline_class` loads, such as that of text to video for image to video.
+    `accepted_classes`: names of further classes whose folders `pipeline_class` loads, such as text to video for image to video.
     `float32_parts`: components that keep float32 with any dtype. `cpu_offload`: keep the weights in host memory and move each
     part to the GPU when it runs. No effect on a CPU. `place`: move the weights to the device; otherwise the caller does.
     `kwargs` may give components that are loaded already. Their weights are not checked for NaN, which quantised ones do not
@@ -63,7 +63,7 @@ def load_pipeline(
     folder = params.weights
     # The last class is diffusers' common base class.
     classes = [c.__name__ for c in pipeline_class.__mro__ if c.__name__.endswith("Pipeline")][:-1]
-    check_pipeline_folder(folder, list(dict.fromkeys([*classes, *also])))
+    check_pipeline_folder(folder, list(dict.fromkeys([*classes, *accepted_classes])))
     if (make := _networks.get()) is not None:
         kwargs |= make(params)
     try:

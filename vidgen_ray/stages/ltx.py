@@ -85,7 +85,9 @@ class LTXStage(PromptedVideoStage[LTXParams]):
     def load_pipe(self) -> Any:
         from diffusers import LTXImageToVideoPipeline
 
-        return load_pipeline(LTXImageToVideoPipeline, self.params, also=self.pipelines, cpu_offload=self.params.cpu_offload)
+        return load_pipeline(
+            LTXImageToVideoPipeline, self.params, accepted_classes=self.pipelines, cpu_offload=self.params.cpu_offload
+        )
 
     def call_arguments(self, item: Item) -> Mapping[str, Any]:
         return {"frame_rate": item.shot.fps}

@@ -102,7 +102,7 @@ class WanStage(PromptedVideoStage[WanParams]):
         pipe = load_pipeline(
             WanImageToVideoPipeline,
             self.params,
-            also=self.pipelines,
+            accepted_classes=self.pipelines,
             float32_parts=("vae",),
             cpu_offload=self.params.cpu_offload,
         )
