@@ -101,13 +101,12 @@ def readers(name: str) -> list[str]:
 
 def stages() -> Iterator[str]:
     """Yield the rows of the table of stages."""
-    yield "| stage | actor | takes, returns | own fields | seconds |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield "| stage | actor | takes, returns | seconds |"
+    yield "| --- | --- | --- | --- |"
     for stage in STAGES:
         name = f"`{stage.name}`" + (" (chunked)" if issubclass(stage, ChunkedStage) else "")
         takes = ", ".join((*stage.takes, *(f"[{artefact}]" for artefact in stage.identity_inputs)))
-        own = ", ".join(f"`{field}`" for field in stage.reads if len(readers(field)) == 1 or "." in field)
-        cells = name, stage.actor, f"{takes} -> {', '.join(stage.writes)}".strip(), own, f"{stage.reference_s:g}"
+        cells = name, stage.actor, f"{takes} -> {', '.join(stage.writes)}".strip(), f"{stage.reference_s:g}"
         yield f"| {' | '.join(cells)} |"
 
 
