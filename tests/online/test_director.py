@@ -389,6 +389,7 @@ class WithoutWeights(FakeSVD):
         raise SetupError("its weights are damaged")
 
 
+@pytest.mark.slow
 def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, scripted):
     serve.delete("scripted")
     app = run("broken", fused(tiny), parse_gpus("1x80GB"), tmp_path, {**SCRIPTED, "svd": WithoutWeights}, wait=False)
