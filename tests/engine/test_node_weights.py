@@ -7,7 +7,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from tests.weights.hub_server import running_hub
-from vidgen_ray.engine.node_weights import pull_on_all_nodes
+from vidgen_ray.engine.ray_cluster import pull_on_all_nodes
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import resolve
 from vidgen_ray.weights.download import Hub

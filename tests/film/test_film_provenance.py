@@ -8,7 +8,7 @@ import pytest
 from vidgen_ray.cli import main
 from vidgen_ray.film.film_settings import FilmSettings
 from vidgen_ray.film.make_film import make_film
-from vidgen_ray.media.files import append_xmp
+from vidgen_ray.media.media_file import append_xmp
 from vidgen_ray.provenance.record import ProvenanceRecord, ProvenanceSettings, read_provenance
 from vidgen_ray.provenance.signing import create_signing_key, read_signature
 from vidgen_ray.system.cache_dir import sha256_of

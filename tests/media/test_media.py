@@ -29,8 +29,8 @@ from vidgen_ray.media import (
     read_image,
     write_png,
 )
-from vidgen_ray.media.thread_priority import end_real_time_priority
 from vidgen_ray.stages.base import Frames, Image
+from vidgen_ray.upscale.frames import end_real_time_priority
 
 FAST = Mp4Settings(preset="veryfast", threads=2)
 SQUARE = 32

@@ -15,7 +15,7 @@ from vidgen_ray.engine.shot_writer import DIGEST_PREFIX, SIZES, SWITCHES, ShotFi
 from vidgen_ray.errors import MediaError
 from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.media import Mp4Settings, Mp4Writer, encode_png, open_video, read_image, write_png
-from vidgen_ray.media.files import read_xmp
+from vidgen_ray.media.media_file import read_xmp
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.profile import load_profile
 from vidgen_ray.provenance.record import ProvenanceRecord, ProvenanceSettings, read_provenance, xmp_packet, xmp_property

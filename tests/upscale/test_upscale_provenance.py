@@ -9,7 +9,7 @@ import pytest
 from tests.upscale.conftest import FAST, SETTINGS
 from tests.upscale.videos import write_video
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.files import append_xmp
+from vidgen_ray.media.media_file import append_xmp
 from vidgen_ray.provenance.record import ProvenanceRecord, ProvenanceSettings, read_provenance
 from vidgen_ray.provenance.signing import create_signing_key, read_signature, sign_file
 from vidgen_ray.system.cache_dir import sha256_of

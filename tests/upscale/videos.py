@@ -8,7 +8,7 @@ from typing import Any
 import av
 import numpy as np
 
-from vidgen_ray.media.thread_priority import end_real_time_priority
+from vidgen_ray.upscale.frames import end_real_time_priority
 
 SIZE = 64, 48
 """Width and height in pixels."""

@@ -144,8 +144,7 @@ def pull(
         pulled, problems = pull_all(references, hub, dry_run=dry_run, verify=verify)
         nodes = [{"node": None, "pulled": [asdict(one) for one in pulled], "problems": list(problems)}]
     else:
-        from vidgen_ray.engine.node_weights import pull_on_all_nodes
-        from vidgen_ray.engine.ray_cluster import connected
+        from vidgen_ray.engine.ray_cluster import connected, pull_on_all_nodes
 
         with connected(address, 0):
             nodes = [asdict(node) for node in pull_on_all_nodes(references, hub, dry_run=dry_run, verify=verify)]

@@ -1,4 +1,7 @@
-"""Connect to Ray: to the one already connected, one at an address, or a new local one. Describe its nodes."""
+"""Connect to Ray: to the one already connected, one at an address, or a new local one.
+
+Describe its nodes, and download weights on them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -30,6 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.planner import Cluster, Node, Plan
 from vidgen_ray.planner.cluster import GB, Label
+from vidgen_ray.weights.download import Hub, Pulled, pull_all
 
 GPU_TYPE_LABEL, NODE_ID_LABEL = "ray.io/accelerator-type", "ray.io/node-id"
 """Labels that Ray sets on its nodes."""
@@ -327,3 +331,39 @@ def _check_reachable(address: str) -> None:
     url = urlsplit(address if "//" in address else f"//{address}")
     if url.hostname and url.port:
         socket.create_connection((url.hostname, url.port), CONNECT_TIMEOUT_S).close()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeWeights:
+    """Result of the downloads on one node."""
+
+    node: str
+    """Address of the node."""
+    pulled: tuple[Pulled, ...]
+    problems: tuple[str, ...]
+    """One message per reference that failed."""
+
+
+def pull_on_all_nodes(
+    references: Sequence[tuple[str, Path | None]], hub: Hub, *, dry_run: bool, verify: bool
+) -> list[NodeWeights]:
+    """Download on every node of the connected Ray, into the node's own HF_HOME, with the node's own token.
+
+    Nodes with a shared folder wait for each other and find the files complete.
+    """
+    task = ray.remote(num_cpus=0, max_retries=1)(pull_all)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    results = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            references, hub, dry_run=dry_run, verify=verify
+        )
+        for node in nodes
+    ]
+    found = []
+    for node, result in zip(nodes, results, strict=True):
+        try:
+            pulled, problems = ray.get(result)
+        except ray.exceptions.RayError as error:
+            pulled, problems = (), (f"the node was lost during the download ({type(error).__name__}); run the command again",)
+        found.append(NodeWeights(node["NodeManagerAddress"], pulled, problems))
+    return found

@@ -23,7 +23,7 @@ from vidgen_ray.film.film_settings import FilmSettings, Size
 from vidgen_ray.film.timeline import Item, Piece, Timeline
 from vidgen_ray.limits import MAX_PIXELS
 from vidgen_ray.media import read_image
-from vidgen_ray.media.files import load_font, missing_letter, open_media, wrap_errors
+from vidgen_ray.media.media_file import load_font, missing_letter, open_media, wrap_errors
 from vidgen_ray.stages.base import Image
 
 

@@ -21,7 +21,7 @@ from vidgen_ray.film.film_settings import FilmSettings
 from vidgen_ray.film.picture import OpenFile, add_chain, available, filtered
 from vidgen_ray.film.pieces import content_key
 from vidgen_ray.film.timeline import SAMPLE_RATE, Item, Timeline
-from vidgen_ray.media.files import open_media, wrap_errors
+from vidgen_ray.media.media_file import open_media, wrap_errors
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import new_file
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.film.film_settings import FilmSettings, ShotSettings, Size
-from vidgen_ray.media.files import check_is_file, check_pixels, open_media, wrap_errors
+from vidgen_ray.media.media_file import check_is_file, check_pixels, open_media, wrap_errors
 
 REORDER_FRAMES = 2
 """Frames by which the decoding order may be ahead of the display order: that of x264 with its default B-frames."""

@@ -6,7 +6,6 @@ PyAV is imported with the first video: most processes open none.
 
 from vidgen_ray.media.decode import VideoReader, decode_lossless, open_video
 from vidgen_ray.media.encode import Mp4Settings, Mp4Writer, encode_lossless
-from vidgen_ray.media.files import CLIP_SUFFIXES, IMAGE_FORMATS, FileMetadata
 from vidgen_ray.media.images import (
     centre_crop,
     check_image_header,
@@ -17,6 +16,7 @@ from vidgen_ray.media.images import (
     verify_image,
     write_png,
 )
+from vidgen_ray.media.media_file import CLIP_SUFFIXES, IMAGE_FORMATS, FileMetadata
 
 __all__ = [
     "CLIP_SUFFIXES",

@@ -24,7 +24,7 @@ import numpy as np
 from vidgen_ray.errors import MediaError
 from vidgen_ray.limits import MAX_CLIP_BYTES, MAX_PIXELS, VIDEO_DECODE_BYTES, VIDEO_DECODE_S
 from vidgen_ray.media.encode import CHECKSUM_TAG, checksum
-from vidgen_ray.media.files import check_is_file, check_pixels, open_media, wrap_errors
+from vidgen_ray.media.media_file import check_is_file, check_pixels, open_media, wrap_errors
 from vidgen_ray.stages.base import Frames, Image
 
 Backend = Literal["decord", "pyav"]

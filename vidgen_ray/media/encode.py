@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.files import COMMENT_TAG, FileMetadata, append_xmp, wrap_write_errors
+from vidgen_ray.media.media_file import COMMENT_TAG, FileMetadata, append_xmp, wrap_write_errors
 from vidgen_ray.stages.base import Frames
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from vidgen_ray.errors import InputChanged, MediaError
 from vidgen_ray.limits import MAX_JPEG_SCANS, MAX_PIXELS
-from vidgen_ray.media.files import (
+from vidgen_ray.media.media_file import (
     IMAGE_FORMATS,
     FileMetadata,
     check_image_file,

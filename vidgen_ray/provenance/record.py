@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media import FileMetadata
-from vidgen_ray.media.files import load_font, missing_letter, read_xmp
+from vidgen_ray.media.media_file import load_font, missing_letter, read_xmp
 from vidgen_ray.stages.base import Frames
 from vidgen_ray.version import __version__
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.decode import open_video_stream
-from vidgen_ray.media.files import wrap_errors, wrap_write_errors
-from vidgen_ray.media.thread_priority import end_real_time_priority
+from vidgen_ray.media.media_file import wrap_errors, wrap_write_errors
 from vidgen_ray.stages.base import torch_threads
 from vidgen_ray.stages.rife import RifeParams, similarity
 from vidgen_ray.upscale.source import Colour, Place, Source
@@ -26,6 +25,24 @@ from vidgen_ray.weights import resolve
 
 if TYPE_CHECKING:
     import torch
+
+
+THREADS = Path("/proc/self/task")
+
+
+def end_real_time_priority() -> None:
+    """Give the threads of this process that have a real-time priority the normal one.
+
+    As root, SVT-AV1 gives the calling thread and its own threads the highest real-time priority (SCHED_FIFO 99) when it opens.
+    Other threads and programs then do not run, and child processes inherit it. Does nothing without Linux's /proc.
+    """
+    if not THREADS.is_dir():
+        return
+    for thread in THREADS.iterdir():
+        # A thread may have ended.
+        with suppress(ProcessLookupError):
+            if os.sched_getscheduler(int(thread.name)) in (os.SCHED_FIFO, os.SCHED_RR):
+                os.sched_setscheduler(int(thread.name), os.SCHED_OTHER, os.sched_param(0))
 
 
 Pixels = NDArray[Any]

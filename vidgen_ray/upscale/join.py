@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import av
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.files import (
+from vidgen_ray.media.media_file import (
     COMMENT_TAG,
     MATROSKA_XMP_TAG,
     FileMetadata,

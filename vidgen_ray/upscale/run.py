@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MediaError, SetupError, UsageError
-from vidgen_ray.media.files import append_xmp
+from vidgen_ray.media.media_file import append_xmp
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.record import (
     DEFAULT,

@@ -18,7 +18,7 @@ from av.sidedata.sidedata import Type as SideData
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.decode import open_video_stream, video_container
-from vidgen_ray.media.files import wrap_errors
+from vidgen_ray.media.media_file import wrap_errors
 
 AV_TIME_BASE = 1_000_000
 """FFmpeg's units of a second for the duration of a file."""
