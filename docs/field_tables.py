@@ -19,7 +19,7 @@ from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.records import ShotRecord
 from vidgen_ray.script.lines import Line
-from vidgen_ray.shot import NESTED_FIELDS, Shot
+from vidgen_ray.shot import DERIVED_FIELDS, NESTED_FIELDS, Shot
 from vidgen_ray.stages.base import ChunkedStage, Stage
 
 DOCS = Path(__file__).parent
@@ -80,18 +80,10 @@ def default(field: FieldInfo) -> str:
     return "" if value in (None, (), {}) else f"; default `{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-DERIVED = {
-    "fast_lora": ("lora", "mode"),
-    "klein_lora": ("lora", "image_model"),
-    "flux_identity": ("face_image", "identity", "identity_strength"),
-}
-"""Property that stages read -> the fields it is computed from."""
-
-
 def fields_read(stage: type[Stage[Any]]) -> set[str]:
     """Return the shot fields that change the result of a stage."""
     reads = [read.split(".")[0] for read in (*stage.reads, *stage.identity_fields)]
-    return {field for read in reads for field in DERIVED.get(read, (read,))}
+    return {field for read in reads for field in DERIVED_FIELDS.get(read, (read,))}
 
 
 def readers(name: str) -> list[str]:

@@ -1,6 +1,7 @@
-"""The worked example of CONTRIBUTING.md, executed."""
+"""The worked examples of CONTRIBUTING.md, executed."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -8,27 +9,58 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
-from tests.scratch import ROOT, ScratchProject
+from tests.scratch import ROOT, STEP, ScratchProject
 from vidgen_ray.outputs.records import shot_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-SMALL = {"width": 64, "height": 64, "num_frames": 5, "scale": 2}
+SMALL = {"width": 64, "height": 64, "num_frames": 9, "fps": 25, "scale": 2}
+DOCUMENT = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def section(title: str) -> str:
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", DOCUMENT, re.DOTALL | re.MULTILINE)[1]
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory):
-    """A project with the stage of the worked example."""
-    project = ScratchProject(tmp_path_factory.mktemp("colours") / "project")
-    changed = project.apply_steps((ROOT / "CONTRIBUTING.md").read_text())
+def project(tmp_path_factory):
+    """A project with the video model and the shot field of the worked examples."""
+    project = ScratchProject(tmp_path_factory.mktemp("examples") / "project")
+    changed = project.apply_steps(section("Worked example: add a video model"))
     assert changed == [
-        "vidgen_ray/shot.py",
-        "vidgen_ray/stages/colours.py",
+        "vidgen_ray/video_models.py",
+        "vidgen_ray/stages/ltx95.py",
         "vidgen_ray/graph.py",
         "vidgen_ray/profiles/tiny.yaml",
         "vidgen_ray/profiles/gpu-80gb.yaml",
     ]
+    changed = project.apply_steps(section("Worked example: add a shot field"))
+    assert changed == ["vidgen_ray/shot.py", "vidgen_ray/stages/svd.py"]
+    return project
+
+
+@pytest.fixture(scope="module")
+def other_package(tmp_path_factory):
+    """An unchanged project, and a package on its path that adds the stage of the worked example by entry points."""
+    project = ScratchProject(tmp_path_factory.mktemp("package") / "project")
+    steps = STEP.findall(DOCUMENT)
+    (stage,) = [text for action, path, _, text in steps if (action, path) == ("create", "vidgen_ray/stages/ltx95.py")]
+    (model,) = [text for _, path, _, text in steps if path == "vidgen_ray/video_models.py"]
+    (entry_points,) = re.findall(r"```toml\n(.*?)```", section("Stages of other packages"), re.DOTALL)
+    package, metadata = project.folder / "vidgen_ltx95", project.folder / "vidgen_ltx95-1.0.dist-info"
+    package.mkdir()
+    metadata.mkdir()
+    (package / "__init__.py").touch()
+    (package / "stage.py").write_text(stage.replace("    actor: ", '    follows: ClassVar[str] = "ltx"\n    actor: '))
+    value = model.partition(":")[2].strip().rstrip(",")
+    (package / "clips.py").write_text(f"from vidgen_ray.video_models import VideoModel\n\nLTX95 = {value}\n")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vidgen-ltx95\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(re.sub(r'project\.entry-points\."(.*?)"', r"\1", entry_points).replace('"', ""))
+    profile = yaml.safe_load((ROOT / "vidgen_ray" / "profiles" / "tiny.yaml").read_text())
+    profile["actors"]["ltx95"] = {"weights": "builtin:tiny/ltx", "memory_gb": 0.3, "cpus": 0.25}
+    (project.folder / "own.yaml").write_text(yaml.safe_dump(profile))
     return project
 
 
@@ -38,40 +70,55 @@ def script(folder: Path, *lines: dict) -> str:
     return str(path)
 
 
-def test_worked_example_passes_the_contract_tests(colours):
-    colours.run("-m", "pytest", "-q", "tests/stages/test_contract.py", "-k", "colours or fields")
+def records(folder: Path, *names: str) -> list[dict]:
+    return [json.loads((folder / shot_path(name) / "shot.json").read_text()) for name in names]
 
 
-def test_worked_example_is_planned_and_rendered(colours, tmp_path):
-    lines = script(tmp_path, {"id": "a", "prompt": "a red ball", "hold_colours": True}, {"id": "b", "prompt": "a red ball"})
-    planned = colours.run("-m", "vidgen_ray", "plan", lines, "-p", "gpu-80gb", "--gpus", "8x80GB", "--json")
+def test_worked_examples_pass_the_contract_tests(project):
+    project.run("-m", "pytest", "-q", "tests/stages/test_contract.py", "-k", "ltx95 or svd")
+
+
+def test_worked_examples_are_planned_and_rendered(project, tmp_path):
+    lines = script(
+        tmp_path,
+        {"id": "new", "prompt": "a red ball", "video_model": "ltx95", "steps": {"ltx95": 2}, "guidance": {"ltx95": 2}},
+        {"id": "plain", "prompt": "a red ball"},
+        {"id": "guided", "prompt": "a red ball", "start_guidance": 3},
+    )
+    planned = project.run("-m", "vidgen_ray", "plan", lines, "-p", "gpu-80gb", "--gpus", "8x80GB", "--json")
     assert json.loads(planned.stdout)
-    colours.run("-m", "vidgen_ray", "render", lines, "-o", str(tmp_path / "out"), "-p", "tiny")
-    records = {name: json.loads((tmp_path / "out" / shot_path(name) / "shot.json").read_text()) for name in "ab"}
-    assert [step["stage"] for step in records["a"]["stages"]] == ["flux", "svd", "colours", "realesrgan"]
-    assert [step["stage"] for step in records["b"]["stages"]] == ["flux", "svd", "realesrgan"]
-    assert records["a"]["files"]["video.mp4"] != records["b"]["files"]["video.mp4"]
+    project.run("-m", "vidgen_ray", "render", lines, "-o", str(tmp_path / "out"), "-p", "tiny")
+    new, plain, guided = records(tmp_path / "out", "new", "plain", "guided")
+    assert [step["stage"] for step in new["stages"]] == ["flux", "ltx95", "realesrgan"]
+    assert [step["stage"] for step in plain["stages"]] == ["flux", "svd", "realesrgan"]
+    assert plain["files"]["video.mp4"] != guided["files"]["video.mp4"]
 
 
-def test_worked_example_renders_an_online_job(colours, tmp_path):
+def test_worked_examples_render_online_jobs(project, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vidgen_ray", "serve", "-p", "tiny", "--data", str(tmp_path), "--port", str(port)]
     log = (tmp_path / "log").open("wb")
-    with subprocess.Popen(command, cwd=colours.folder, env=colours.environment, stdout=log, stderr=log) as server:
+    with subprocess.Popen(command, cwd=project.folder, env=project.environment, stdout=log, stderr=log) as server:
         try:
-            url = f"http://127.0.0.1:{port}"
             transport = httpx.HTTPTransport(retries=60)
-            with httpx.Client(base_url=url, transport=transport, timeout=60) as client:
-                asked = client.post(
-                    "/v1/videos", json={"prompt": "a red ball", "hold_colours": True, "size": "64x64", "num_frames": 4}
-                )
-                assert asked.status_code == 200, asked.text
-                with client.stream("GET", f"/v1/videos/{asked.json()['id']}/events", timeout=240) as events:
-                    text = "".join(events.iter_text())
-                video = client.get(f"/v1/videos/{asked.json()['id']}").json()
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport, timeout=60) as client:
+                for stage, fields in (("ltx95", {"video_model": "ltx95", "num_frames": 9}), ("svd", {"start_guidance": 2})):
+                    asked = client.post("/v1/videos", json={"prompt": "a red ball", "size": "64x64", "num_frames": 4, **fields})
+                    assert asked.status_code == 200, asked.text
+                    with client.stream("GET", f"/v1/videos/{asked.json()['id']}/events", timeout=240) as events:
+                        text = "".join(events.iter_text())
+                    video = client.get(f"/v1/videos/{asked.json()['id']}").json()
+                    assert video["status"] == "completed", video
+                    assert stage in text
         finally:
             server.terminate()
-    assert video["status"] == "completed", video
-    assert "colours" in text
+
+
+def test_stage_of_another_package_is_rendered_on_ray(other_package, tmp_path):
+    lines = script(tmp_path, {"id": "a", "prompt": "a red ball", "video_model": "ltx95", "steps": {"ltx95": 2}})
+    profile = str(other_package.folder / "own.yaml")
+    other_package.run("-m", "vidgen_ray", "render", lines, "-o", str(tmp_path / "out"), "-p", profile)
+    (record,) = records(tmp_path / "out", "a")
+    assert [step["stage"] for step in record["stages"]] == ["flux", "ltx95", "realesrgan"]

@@ -52,8 +52,8 @@ def test_named_repository_paths_exist(page):
     paths = re.findall(
         r"`((?:vidgen_ray|tests|training|benchmarks|serve_configs|jobs|packaging|clients)/[\w./-]+)`", page.read_text()
     )
-    # Files that CONTRIBUTING.md adds in its worked example.
-    examples = {"vidgen_ray/stages/colours.py"}
+    # The file that CONTRIBUTING.md adds in its worked example.
+    examples = {"vidgen_ray/stages/ltx95.py"}
     assert [path for path in paths if path not in examples and not (ROOT / path).exists()] == []
 
 

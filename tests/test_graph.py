@@ -1,15 +1,18 @@
 """Stages of a shot, and what its content keys depend on."""
 
 import shutil
+from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 
 from tests.conftest import ASTRONAUT
+from vidgen_ray import graph
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.shot import Shot
+from vidgen_ray.stages.flux import FluxRefineStage
 from vidgen_ray.stages.flux_model import FEW_STEP_LORA
 from vidgen_ray.weights import resolve
 
@@ -54,6 +57,25 @@ def names(**fields):
 )
 def test_stages_of_a_shot(fields, expected):
     assert names(**fields) == expected.split()
+
+
+class OwnStage(FluxRefineStage):
+    name = "own"
+    follows = "lora"
+
+
+def test_stage_of_another_package_comes_behind_the_one_that_it_follows(monkeypatch):
+    own = EntryPoint("own", f"{__name__}:OwnStage", graph.ENTRY_POINTS)
+    monkeypatch.setattr(graph, "entry_points", lambda group: EntryPoints([own]).select(group=group))
+    names = [stage.name for stage in graph._with_other_packages(graph.BUILT_IN)]
+    assert names[names.index("lora") + 1] == "own"
+    assert len(names) == len(graph.BUILT_IN) + 1
+    monkeypatch.setattr(OwnStage, "follows", "paint")
+    with pytest.raises(TypeError, match="follows is 'paint', must be one of instantid, "):
+        graph._with_other_packages(graph.BUILT_IN)
+    monkeypatch.setattr(OwnStage, "name", "svd")
+    with pytest.raises(TypeError, match="the name 'svd' is taken"):
+        graph._with_other_packages(graph.BUILT_IN)
 
 
 @pytest.fixture
@@ -240,14 +262,15 @@ def test_keys_are_pinned(fixed, tmp_path, monkeypatch, fields, key):
     assert fixed(Shot(**{"id": "s", "prompt": "a red ball", "seed": 7, **fields})).key == key
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_weights_are_chosen_by_mode_identity_loras_and_upscaler(fixed, tmp_path, monkeypatch, stage):
+def test_weights_are_chosen_by_mode_identity_loras_and_upscaler(tmp_path, fixed, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    params = fixed_params(tmp_path)[stage.name]
     plain = Shot(prompt="a", face_image="face.jpg", lora="one.safetensors")
     other = Shot(**{**EVERYTHING, "image": "picture.png", "generate_video": False, "lora": "one.safetensors"})
     assert plain.flux_identity == other.flux_identity == "infusenet"
-    assert stage.weight_files(params, plain) == stage.weight_files(params, other)
+    all_params = fixed_params(tmp_path)
+    for stage in STAGES:
+        params = all_params[stage.name]
+        assert stage.weight_files(params, plain) == stage.weight_files(params, other), stage.name
 
 
 def test_planner_hashes_each_file_once(fixed, tmp_path, monkeypatch):

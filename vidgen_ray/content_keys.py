@@ -22,7 +22,7 @@ from vidgen_ray.graph import stages_of
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.record import DEFAULT, ProvenanceSettings
-from vidgen_ray.shot import IMAGE_FIELDS, LocalLora, LocalVideoLora, LoraRef, Shot, VideoLora
+from vidgen_ray.shot import DERIVED_FIELDS, IMAGE_FIELDS, LocalLora, LocalVideoLora, LoraRef, Shot, VideoLora
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.system.cache_dir import digest
@@ -30,7 +30,8 @@ from vidgen_ray.weights import resolve
 
 FILE_FIELDS = IMAGE_FIELDS
 FILES_FIELDS = ("face_image",)
-LORA_FIELDS = ("lora", "fast_lora", "klein_lora", "video_lora")
+LORA_FIELDS = (*SHOT_LORA_FIELDS, *(name for name, fields in DERIVED_FIELDS.items() if "lora" in fields))
+"""Fields with LoRAs, and the properties that stages read in their place."""
 START_FIELDS = ("height", "image", "width")
 """Fields that the chain starts from if the shot brings its own image."""
 NOT_PLAIN_FIELDS = frozenset((*FILE_FIELDS, *FILES_FIELDS, *LORA_FIELDS))

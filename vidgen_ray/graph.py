@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
 from vidgen_ray.errors import ProfileError
@@ -26,7 +27,7 @@ from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
 
-STAGES: tuple[type[Stage[Any]], ...] = (
+BUILT_IN: tuple[type[Stage[Any]], ...] = (
     InstantIDStage,
     InstantIDSDXLStage,
     FluxStage,
@@ -43,7 +44,30 @@ STAGES: tuple[type[Stage[Any]], ...] = (
     RifeStage,
     RealESRGANStage,
 )
-"""All stages, in the order in which a shot passes them. A new stage is one new file and one line here."""
+"""The stages of this package, in the order in which a shot passes them. A new stage is one new file and one line here."""
+ENTRY_POINTS = "vidgen.stages"
+"""Group of entry points by which other packages add stages."""
+
+
+def _with_other_packages(built_in: Sequence[type[Stage[Any]]]) -> tuple[type[Stage[Any]], ...]:
+    """Return the stages with those of other packages, each behind the stage that it `follows`.
+
+    Raises TypeError for a stage whose name is taken, or that follows none of the stages.
+    """
+    stages = list(built_in)
+    for entry in sorted(entry_points(group=ENTRY_POINTS)):
+        stage = entry.load()
+        names = [each.name for each in stages]
+        if stage.name in names:
+            raise TypeError(f"{entry.value}: the name {stage.name!r} is taken by another stage")
+        if stage.follows not in names:
+            raise TypeError(f"{entry.value}: follows is {stage.follows!r}, must be one of {', '.join(names)}")
+        stages.insert(names.index(stage.follows) + 1, stage)
+    return tuple(stages)
+
+
+STAGES = _with_other_packages(BUILT_IN)
+"""All stages, in the order in which a shot passes them."""
 
 
 def _check_order(stages: Sequence[type[Stage[Any]]]) -> None:

@@ -3,9 +3,10 @@
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import cache
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -14,6 +15,7 @@ from pydantic import (
     JsonValue,
     ValidationInfo,
     WithJsonSchema,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -28,13 +30,23 @@ from vidgen_ray.limits import (
     MIN_SIDE_PX,
 )
 from vidgen_ray.safety import Consent
-from vidgen_ray.video_models import AUTO, VIDEO_MODELS, VideoModelName, frames_of_passes, with_model_defaults
+from vidgen_ray.video_models import (
+    AUTO,
+    DEFAULT_MODEL,
+    VIDEO_MODELS,
+    VideoModel,
+    VideoModelName,
+    frames_of_passes,
+    with_model_defaults,
+)
 
 VARIANT_SUFFIX = 5
 """Characters that a variant suffix such as `-v999` adds to an id."""
 ID_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 ID_DIGITS = 16
 """Hexadecimal digits of the hash in a derived id: 64 bits, so that a million lines have different ids in practice."""
+MIN_MULTIPLE_PX = 16
+"""Width and height are multiples of this, with some video models of more."""
 MIN_CROP_PX = 16
 """Smallest width and height in pixels that a clip may be cut to."""
 NESTED_FIELDS = ("steps", "guidance")
@@ -45,6 +57,17 @@ IMAGE_FIELDS = ("image", "last_image")
 """Fields with an image file."""
 LORA_FIELDS = ("lora", "video_lora")
 """Fields with LoRA files."""
+DERIVED_FIELDS = {
+    "fast_lora": ("lora", "mode"),
+    "klein_lora": ("lora", "image_model"),
+    "flux_identity": ("face_image", "identity", "identity_strength"),
+}
+"""Property that stages read in place of fields -> the fields it is computed from."""
+STAGES_WITH_STEPS = ("flux", "klein", "refine", "lora", "hunyuan", "qwen_edit", *VIDEO_MODELS)
+"""Stages that have denoising steps and a guidance scale in `steps` and `guidance` of a shot."""
+PROMPTED_MODELS = tuple(name for name, model in VIDEO_MODELS.items() if model.reads_prompt)
+STEPPED_MODELS = {name: model for name, model in VIDEO_MODELS.items() if model.frame_step > 1}
+"""Video models that do not generate every number of frames."""
 INSTANTID_SDXL, REFERENCE, NO_IDENTITY = "instantid-sdxl", "reference", "none"
 """Values of `identity` that do not name a FLUX identity method."""
 
@@ -53,7 +76,6 @@ FRAMES_SCHEMA = {"anyOf": [{"type": "integer", "minimum": MIN_FRAMES, "maximum":
 
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Steps = Annotated[int, Field(ge=1, le=200)]
-Guidance = Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)]
 
 
 def booleans_as_text(model: type[BaseModel], data: Any) -> Any:
@@ -90,6 +112,12 @@ class _Frozen(BaseModel):
         return booleans_as_text(cls, data)
 
 
+def _guidance_of(stage: str) -> Any:
+    """Return the type of a stage's guidance scale."""
+    model = VIDEO_MODELS.get(stage)
+    return Annotated[float, Field(ge=model.min_guidance if model else 0, le=30, allow_inf_nan=False)]
+
+
 class LoraRef(_Frozen):
     """LoRA file and the weight of its adapter."""
 
@@ -117,32 +145,36 @@ class LocalVideoLora(VideoLora, LocalLora):
     """LoRA of a video model on this machine, with the content that it must have. Not part of a script."""
 
 
-class StageSteps(_Frozen):
-    """Denoising steps of each stage. `None` uses the default of the profile's model."""
+class StageSettings(_Frozen):
+    """One setting for each of `STAGES_WITH_STEPS`. `None` uses the default of the profile's model."""
 
-    flux: Steps | None = None
-    klein: Steps | None = None
-    refine: Steps | None = None
-    lora: Steps | None = None
-    hunyuan: Steps | None = None
-    qwen_edit: Steps | None = None
-    svd: Steps | None = None
-    wan: Steps | None = None
-    ltx: Steps | None = None
+    if TYPE_CHECKING:
+
+        def __getattr__(self, stage: str) -> Any: ...
 
 
-class StageGuidance(_Frozen):
-    """Guidance scale of each stage. `None` uses the default of the model. For svd: the guidance of the last frame."""
+if TYPE_CHECKING:
+    StageSteps = StageGuidance = StageSettings
+else:
+    StageSteps = create_model(
+        "StageSteps",
+        __base__=StageSettings,
+        __module__=__name__,
+        __doc__="Denoising steps of each stage. `None` uses the default of the profile's model.",
+        **dict.fromkeys(STAGES_WITH_STEPS, (Steps | None, None)),
+    )
+    StageGuidance = create_model(
+        "StageGuidance",
+        __base__=StageSettings,
+        __module__=__name__,
+        __doc__="Guidance scale of each stage. `None` uses the default of the model. For svd: the guidance of the last frame.",
+        **{stage: (_guidance_of(stage) | None, None) for stage in STAGES_WITH_STEPS},
+    )
 
-    flux: Guidance | None = None
-    klein: Guidance | None = None
-    refine: Guidance | None = None
-    lora: Guidance | None = None
-    hunyuan: Guidance | None = None
-    qwen_edit: Guidance | None = None
-    svd: Annotated[float, Field(ge=1, le=30, allow_inf_nan=False)] | None = None
-    wan: Guidance | None = None
-    ltx: Guidance | None = None
+
+def _by_model(text: str, models: Mapping[str, VideoModel] = VIDEO_MODELS) -> str:
+    """Return the text once for each of these video models, such as "{fps} for {name}"."""
+    return ", ".join(text.format(name=name, **asdict(model)) for name, model in models.items())
 
 
 class Shot(_Frozen):
@@ -176,7 +208,9 @@ class Shot(_Frozen):
         "its LoRAs are active while it draws.",
     )
     width: int = Field(
-        1024, description="Width in pixels, a multiple of 16 from 64 to 2048; for video of 64 with svd, 32 with ltx."
+        1024,
+        description=f"Width in pixels, a multiple of {MIN_MULTIPLE_PX} from {MIN_SIDE_PX} to {MAX_SIDE_PX}; for video of "
+        f"{_by_model('{size_multiple_px} with {name}')}.",
     )
     height: int = Field(576, description="Height in pixels. Same rules as for the width.")
     image: str | None = Field(
@@ -245,20 +279,24 @@ class Shot(_Frozen):
 
     generate_video: bool = Field(True, description="Generate a clip from the image. false: render the image only.")
     video_model: VideoModelName = Field(
-        "svd", description="Video model: svd (reads no prompt), wan or ltx (read the prompt). The profile must have it."
+        DEFAULT_MODEL,
+        description=f"Video model: {', '.join(VIDEO_MODELS)}. The profile must have it. The prompt is read by "
+        f"{', '.join(PROMPTED_MODELS)}.",
     )
     motion_prompt: str | None = Field(
         None, max_length=MAX_TEXT, description="Text appended to the prompt for the video model: what moves, and how."
     )
     video_lora: tuple[VideoLora, ...] = Field(
-        (), description="LoRAs of the video model wan or ltx: a path, or a list of paths or of {path, weight, expert}."
+        (),
+        description=f"LoRAs of the video model {' or '.join(PROMPTED_MODELS)}: a path, or a list of paths or of {{path, "
+        "weight, expert}.",
     )
     num_frames: Annotated[int, WithJsonSchema(FRAMES_SCHEMA)] = Field(
         25,
         ge=MIN_FRAMES,
         le=MAX_FRAMES,
-        description="Number of frames in the clip: 4k + 1 for wan, 8k + 1 for ltx. auto, which is the default for both: the "
-        "allowed number that is closest to 5 seconds.",
+        description=f"Number of frames in the clip: {_by_model('{frame_step}k + 1 for {name}', STEPPED_MODELS)}. auto, which "
+        f"is the default of all models but {DEFAULT_MODEL}: the allowed number that is closest to 5 seconds.",
     )
     extend: int = Field(
         0,
@@ -267,7 +305,12 @@ class Shot(_Frozen):
         description="Further passes of the video model, each from the last frame of the one before, joined into one clip of "
         "num_frames + extend x (num_frames - 1) frames.",
     )
-    fps: int = Field(5, ge=1, le=60, description="Frames per second. Default for wan: 16, for ltx: 25.")
+    fps: int = Field(
+        VIDEO_MODELS[DEFAULT_MODEL].fps,
+        ge=1,
+        le=60,
+        description=f"Frames per second. Default: {_by_model('{fps} for {name}')}.",
+    )
     interpolation: Literal[1, 2, 4, 8] = Field(
         1, description="Factor by which frame interpolation raises the frame rate; the clip lasts as long as before. 1: off."
     )
@@ -328,11 +371,12 @@ class Shot(_Frozen):
     @field_validator("width", "height")
     @classmethod
     def _check_size(cls, value: int) -> int:
-        if not MIN_SIDE_PX <= value <= MAX_SIDE_PX or value % 16:
-            below = value // 16 * 16
-            nearest = sorted({min(max(size, MIN_SIDE_PX), MAX_SIDE_PX) for size in (below, below + 16)})
+        if not MIN_SIDE_PX <= value <= MAX_SIDE_PX or value % MIN_MULTIPLE_PX:
+            below = value // MIN_MULTIPLE_PX * MIN_MULTIPLE_PX
+            nearest = sorted({min(max(size, MIN_SIDE_PX), MAX_SIDE_PX) for size in (below, below + MIN_MULTIPLE_PX)})
             raise ValueError(
-                f"must be a multiple of 16 from {MIN_SIDE_PX} to {MAX_SIDE_PX} (nearest: {', '.join(map(str, nearest))})"
+                f"must be a multiple of {MIN_MULTIPLE_PX} from {MIN_SIDE_PX} to {MAX_SIDE_PX} "
+                f"(nearest: {', '.join(map(str, nearest))})"
             )
         return value
 
@@ -518,7 +562,7 @@ def nest_flat_settings(data: dict[str, Any]) -> dict[str, Any]:
     for key in flat:
         head, tail = key.split(".", 1)
         stage, setting = (tail, head) if head in NESTED_FIELDS else (head, tail)
-        if setting in NESTED_FIELDS and stage in StageSteps.model_fields:
+        if setting in NESTED_FIELDS and stage in STAGES_WITH_STEPS:
             nested = {} if out.get(setting) is None else out[setting]
             # Anything but a dict is left for the validation to reject.
             out[setting] = {**nested, stage: data[key]} if isinstance(nested, dict) else nested

@@ -1,14 +1,16 @@
-"""Numbers of frames, frame rates and sizes of the video models. Independent of weights and stages."""
+"""Video models that a shot can choose: their numbers of frames, frame rates and sizes. Independent of weights and stages."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard, get_args
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from vidgen_ray.limits import MAX_FRAMES, MIN_FRAMES
 
-VideoModelName = Literal["svd", "wan", "ltx"]
-DEFAULT_MODEL: VideoModelName = "svd"
+ENTRY_POINTS = "vidgen.video_models"
+"""Group of entry points by which other packages add a `VideoModel`, under the name of its stage."""
+DEFAULT_MODEL = "svd"
 AUTO = "auto"
 """Value of `num_frames` that chooses the model's usual duration."""
 AUTO_S = 5.0
@@ -29,6 +31,9 @@ class VideoModel:
     """Most frames that `num_frames: auto` chooses: about as many as the model was trained with."""
     size_multiple_px: int
     """Width and height are multiples of this. Some weights need larger multiples, see the stage."""
+    reads_prompt: bool = True
+    min_guidance: float = 0.0
+    """Lowest guidance scale."""
 
     def allows(self, num_frames: int) -> bool:
         """Return whether the model generates clips of this length."""
@@ -51,12 +56,16 @@ class VideoModel:
 
 
 VIDEO_MODELS: Mapping[str, VideoModel] = {
-    "svd": VideoModel(fps=5, frame_step=1, most_auto_frames=25, size_multiple_px=64),
+    "svd": VideoModel(fps=5, frame_step=1, most_auto_frames=25, size_multiple_px=64, reads_prompt=False, min_guidance=1.0),
     "wan": VideoModel(fps=16, frame_step=4, most_auto_frames=121, size_multiple_px=16),
     "ltx": VideoModel(fps=25, frame_step=8, most_auto_frames=161, size_multiple_px=32),
+    **{entry.name: entry.load() for entry in entry_points(group=ENTRY_POINTS)},
 }
-"""Value of `video_model` -> its clips."""
-assert set(VIDEO_MODELS) == set(get_args(VideoModelName))
+"""Value of `video_model`, which is the name of a stage -> its clips. Shots have steps and guidance for each."""
+if TYPE_CHECKING:
+    VideoModelName = str
+else:
+    VideoModelName = Literal[*VIDEO_MODELS]
 
 
 def frames_of_passes(num_frames: int, extend: int) -> int:

@@ -38,11 +38,21 @@ from vidgen_ray.script.lines import (
     absolute_path,
     with_absolute_paths,
 )
-from vidgen_ray.shot import ID_PATTERN, IMAGE_FIELDS, LORA_FIELDS, NESTED_FIELDS, LoraRef, Shot, derive_id, nest_flat_settings
+from vidgen_ray.shot import (
+    DERIVED_FIELDS,
+    ID_PATTERN,
+    IMAGE_FIELDS,
+    LORA_FIELDS,
+    NESTED_FIELDS,
+    LoraRef,
+    Shot,
+    derive_id,
+    nest_flat_settings,
+)
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.identity import identities
 from vidgen_ray.system.cache_dir import digest
-from vidgen_ray.video_models import MODEL_DEFAULTS, is_per_model, per_model, without_other_models_defaults
+from vidgen_ray.video_models import MODEL_DEFAULTS, VIDEO_MODELS, is_per_model, per_model, without_other_models_defaults
 from vidgen_ray.weights import resolve
 
 PATH_CACHE_SIZE = 4096
@@ -396,17 +406,12 @@ ADVICE = {
     "style_prompt": "set use_hunyuan_style to true, in mode quality",
     "style_strength": "set use_hunyuan_style to true, in mode quality",
     "lora_strength": "set lora, in mode quality",
-    "last_image": "set video_model to wan",
-    "motion_prompt": "set video_model to wan or ltx",
-    "video_lora": "set video_model to wan or ltx",
     "min_identity": "set face_image",
     "retries": "set min_identity",
 }
 """Field -> what to do."""
 OF_THE_IMAGE = frozenset(("style_prompt", "style_strength", "lora_strength"))
 """Fields that a continued shot does not read."""
-LORAS_OF_MODELS = ("fast_lora", "klein_lora")
-"""Properties with the shot's LoRAs, which stages read in place of `lora`."""
 WITHOUT_NOTE = frozenset(("prompt", "negative_prompt", "seed", "width", "height"))
 """Fields that stages read in nearly every shot, or that concern what the chain starts from."""
 READERS: dict[str, list[type[Stage[Any]]]] = {}
@@ -428,12 +433,20 @@ def ignored_settings(own: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, 
             if shot.continue_from is not None and name in OF_THE_IMAGE:
                 yield name, "the shot starts from the last frame of another one, which is not changed"
                 continue
-            labels = ", ".join(dict.fromkeys(stage.label for stage in READERS[name]))
-            yield name, ADVICE.get(name, f"only these stages read it, and the shot passes none of them: {labels}")
+            yield name, ADVICE.get(name) or _advice(name, shot)
     if own.get("min_identity") is not None and not shot.face_image:
         yield "min_identity", ADVICE["min_identity"]
     if own.get("retries") and shot.min_identity is None:
         yield "retries", ADVICE["retries"]
+
+
+def _advice(field: str, shot: Shot) -> str:
+    """Return how a shot would read a field that its stages do not read."""
+    stages = READERS[field]
+    if shot.generate_video and all(stage.name in VIDEO_MODELS for stage in stages):
+        return f"set video_model to {' or '.join(stage.name for stage in stages)}"
+    labels = ", ".join(dict.fromkeys(stage.label for stage in stages))
+    return f"only these stages read it, and the shot passes none of them: {labels}"
 
 
 def _set_fields(own: Mapping[str, Any]) -> Iterator[str]:
@@ -445,7 +458,8 @@ def _set_fields(own: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _reads(stage: type[Stage[Any]], field: str, shot: Shot) -> bool:
-    if field == "lora" and any(getattr(shot, name) for name in LORAS_OF_MODELS if name in stage.reads):
+    derived = [name for name, fields in DERIVED_FIELDS.items() if field in fields and name in stage.reads]
+    if field == "lora" and any(getattr(shot, name) for name in derived):
         return True
     return field in stage.reads or (field in stage.identity_fields and stage.uses_identity(shot))
 

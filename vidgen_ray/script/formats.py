@@ -30,7 +30,7 @@ from vidgen_ray.script.lines import (
     unreadable_line,
 )
 from vidgen_ray.script.screenplay import read_yaml
-from vidgen_ray.shot import NESTED_FIELDS, Shot, StageSteps
+from vidgen_ray.shot import NESTED_FIELDS, STAGES_WITH_STEPS, Shot
 
 METADATA_PREFIX = "metadata."
 """A column `metadata.NAME` becomes an entry of `metadata`."""
@@ -38,7 +38,7 @@ PANDAS_INDEX = "__index_level_0__"
 """Column in which pandas stores its index."""
 FIELDS = (*Shot.model_fields, STYLE, MATRIX, FAILURE_FIELD)
 FLAT_SETTINGS = tuple(
-    name for field in NESTED_FIELDS for stage in StageSteps.model_fields for name in (f"{field}.{stage}", f"{stage}.{field}")
+    name for field in NESTED_FIELDS for stage in STAGES_WITH_STEPS for name in (f"{field}.{stage}", f"{stage}.{field}")
 )
 MAX_NAMED = 5
 """Unknown columns that an error names."""

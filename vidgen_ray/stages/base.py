@@ -191,6 +191,8 @@ class Stage(ABC, Generic[P]):
     fixed_share: ClassVar[float] = 0.0
     """Fraction of the reference shot's seconds that does not depend on the number of steps, such as text encoding and decoding.
     The planner assumes it until it is measured."""
+    follows: ClassVar[str] = ""
+    """Name of the stage that it comes after in the chain. Only for stages of other packages."""
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     """Fields of shots that pass this stage, beside the prompt. A server is laid out for these."""
 

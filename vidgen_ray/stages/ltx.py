@@ -52,10 +52,6 @@ class LTXStage(PromptedVideoStage[LTXParams]):
     Params: ClassVar[type[StageParams]] = LTXParams
     default_steps: ClassVar[int] = 50
 
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        return shot.generate_video and shot.video_model == "ltx"
-
     @property
     def size_multiple_px(self) -> int:
         return 32

@@ -10,8 +10,6 @@ from pydantic import Field
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
-    REFERENCE_FRAMES,
-    REFERENCE_PIXELS,
     Artefacts,
     Frames,
     Item,
@@ -30,7 +28,7 @@ from vidgen_ray.stages.speed import (
     sdpa_backend,
     use_channels_last,
 )
-from vidgen_ray.stages.video import clip_host_bytes, passes_of, run_passes
+from vidgen_ray.stages.video import clip_host_bytes, passes_of, relative_clip_size, run_passes
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 3.0
@@ -101,7 +99,7 @@ class SVDStage(Stage[SVDParams]):
 
     @classmethod
     def relative_fixed_cost(cls, shot: Shot) -> float:
-        return shot.width * shot.height / REFERENCE_PIXELS * shot.num_frames / REFERENCE_FRAMES * passes_of(shot)
+        return relative_clip_size(shot)
 
     @classmethod
     def passes(cls, shot: Shot) -> int:

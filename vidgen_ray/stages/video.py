@@ -40,6 +40,11 @@ def passes_of(shot: Shot) -> int:
     return shot.extend + 1
 
 
+def relative_clip_size(shot: Shot) -> float:
+    """Return the pixels that the video model draws in all passes, relative to the reference shot."""
+    return shot.width * shot.height / REFERENCE_PIXELS * shot.num_frames / REFERENCE_FRAMES * passes_of(shot)
+
+
 def clip_host_bytes(shot: Shot) -> int:
     """Return the host memory of a clip: an upper bound for one pass, and two copies of the clip that several make."""
     joined = 2 * shot.clip_frames if shot.extend else 0
@@ -119,6 +124,10 @@ class PromptedVideoStage(OffloadedStage[VP]):
 
     default_steps: ClassVar[int]
 
+    @classmethod
+    def applies(cls, shot: Shot) -> bool:
+        return shot.generate_video and shot.video_model == cls.name
+
     @staticmethod
     def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
         return shot.video_lora
@@ -136,7 +145,7 @@ class PromptedVideoStage(OffloadedStage[VP]):
 
     @classmethod
     def relative_fixed_cost(cls, shot: Shot) -> float:
-        return shot.width * shot.height / REFERENCE_PIXELS * shot.num_frames / REFERENCE_FRAMES * passes_of(shot)
+        return relative_clip_size(shot)
 
     @classmethod
     def passes(cls, shot: Shot) -> int:

@@ -58,10 +58,6 @@ class WanStage(PromptedVideoStage[WanParams]):
     Params: ClassVar[type[StageParams]] = WanParams
     default_steps: ClassVar[int] = 40
 
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        return shot.generate_video and shot.video_model == "wan"
-
     @property
     def size_multiple_px(self) -> int:
         patch = self.pipe.transformer.config.patch_size[1]

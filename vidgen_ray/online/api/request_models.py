@@ -353,7 +353,7 @@ class CreateVideo(_Generation):
         description="Length of the clip: sets `num_frames` to seconds x `fps`, or the nearest number that the video model "
         "makes. With `extend`, all passes together have this length.",
     )
-    video_lora: Loras = Field(None, description="LoRA of the video model wan or ltx, as in `lora`, with an `expert` for wan.")
+    video_lora: Loras = Field(None, description="LoRA of the video model, as in `lora`, with an `expert` for wan.")
     last_image: Image = Field(None, description="Image that the clip ends with, for wan: a file, or a reference to an image.")
     input_reference: Image = Field(None, description="Image to start from: a file, or a reference to an image.")
     image_reference: Image = Field(None, description="Same as `input_reference`.")
@@ -511,7 +511,7 @@ class CreateShot(RequestBody):
     face_image: FileIds = Field([], description="Ids of uploaded photos of one face.")
     character: str | None = Field(None, description="Id or name of a character, instead of `face_image`.")
     lora: Loras = Field(None, description="LoRA by name, or a list of LoRAs.")
-    video_lora: Loras = Field(None, description="LoRA of the video model wan or ltx, as in `lora`, with an `expert` for wan.")
+    video_lora: Loras = Field(None, description="LoRA of the video model, as in `lora`, with an `expert` for wan.")
 
     @classmethod
     def normalise(cls, fields: Mapping[str, Any]) -> dict[str, Any]:

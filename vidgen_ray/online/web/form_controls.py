@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import JsonValue
 
 from vidgen_ray.online.serving_profile import ServingProfile
-from vidgen_ray.shot import INSTANTID_SDXL, NO_IDENTITY, REFERENCE, Shot
+from vidgen_ray.shot import DERIVED_FIELDS, INSTANTID_SDXL, NO_IDENTITY, REFERENCE, Shot
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.video_models import MODEL_DEFAULTS, VIDEO_MODELS, with_model_defaults, without_other_models_defaults
 
@@ -23,8 +23,6 @@ PLACED = frozenset(
     }
 )  # fmt: skip
 """Fields that stages read and that the template places, and `last_image`, which the page does not offer."""
-DERIVED = {"flux_identity": ("identity",), "klein_lora": ("image_model",)}
-"""Property that stages read -> the fields that set it."""
 RULES = {"image_likeness": ("min_identity", "retries"), "qwen_edit": ("style_model",)}
 """Stage -> fields that decide about its result without changing it."""
 MODEL_STAGES = {
@@ -126,7 +124,7 @@ def _fields_by_stage(stages: Collection[type[Stage[Any]]]) -> Iterator[tuple[str
     for stage in stages:
         own = [*stage.reads, *stage.clip_only_fields, *RULES.get(stage.name, ())]
         names = [*own, *identity] if "face" in stage.writes else [name for name in own if name not in identity]
-        names = [field for name in names for field in DERIVED.get(name, (name,))]
+        names = [field for name in names for field in DERIVED_FIELDS.get(name, (name,))]
         fields = [field for field in dict.fromkeys(names) if field not in seen]
         seen.update(fields)
         if fields:
