@@ -30,7 +30,8 @@ from vidgen_ray.stages.flux_model import (
     prompt_bytes,
 )
 from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines, injector_class, pose_image, shared_injector
-from vidgen_ray.stages.memory_table import FP8, TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
+from vidgen_ray.stages.loading import with_smaller_tiles
+from vidgen_ray.stages.memory_table import FP8, StageMemory, activation_bytes, weight_bytes
 from vidgen_ray.stages.progress import diffusers_step_callback
 
 PATCH_PIXELS, HIDDEN_CHANNELS = 16 * 16, 3072
@@ -114,8 +115,8 @@ class FluxFamilyStage(Stage[FluxParams]):
     @classmethod
     def lower_memory(cls, params: FluxParams) -> FluxParams | None:
         """Return smaller tiles of the autoencoder, then T5 taking turns with the transformer."""
-        if params.vae_tile_px != TILES_PX[-1]:
-            return params.model_copy(update={"vae_tile_px": next_tile_px(params.vae_tile_px)})
+        if (smaller := with_smaller_tiles(params)) is not None:
+            return smaller
         return params.model_copy(update={"text_encoder": "swapped"}) if params.text_encoder == "gpu" else None
 
     def load(self) -> None:

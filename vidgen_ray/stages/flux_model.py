@@ -16,7 +16,7 @@ from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import NOT_IN_KEY, torch_dtype
-from vidgen_ray.stages.loading import load_pipeline, move_networks, set_vae_tiles
+from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks, set_vae_tiles
 from vidgen_ray.stages.lora import LoraAdapters
 from vidgen_ray.stages.memory_table import FP8
 from vidgen_ray.stages.speed import (
@@ -47,9 +47,7 @@ REPEATED_BLOCKS = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 """Classes of the blocks of FLUX and InfuseNet."""
 
 
-class FluxParams(SpeedParams):
-    vae_tile_px: Literal[512, 256] | None = None
-    """Side of the tiles in which the autoencoder decodes, for large images on small GPUs. `None` decodes whole images."""
+class FluxParams(SpeedParams, TiledParams):
     text_encoder: Literal["gpu", "swapped", "cpu"] = "gpu"
     """Place of T5. gpu: with the other networks. swapped: T5 and the transformer take turns in GPU memory, for each new prompt.
     cpu: T5 stays in host memory and runs there."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image as PILImage
 
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Image, Item, Stage, StageParams, noise_generator, pixels_to_uint8
-from vidgen_ray.stages.loading import load_pipeline, move_networks, set_vae_tiles
-from vidgen_ray.stages.memory_table import TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
+from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks, set_vae_tiles, with_smaller_tiles
+from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, weight_bytes
 from vidgen_ray.stages.progress import diffusers_step_callback
 from vidgen_ray.stages.speed import (
     CompileParams,
@@ -34,11 +34,7 @@ REPEATED_BLOCKS = ("HunyuanDiTBlock",)
 """Class of the transformer's blocks, which diffusers does not state for this network."""
 
 
-class HunyuanDiTParams(CompileParams):
-    vae_tile_px: Literal[512, 256] | None = None
-    """Side of the tiles in which the autoencoder decodes, for small GPUs. `None` decodes whole images."""
-    scheduler: Literal["ddpm", "ddim", "dpmsolver"] = "dpmsolver"
-    """Sampler for the noise schedule of the weights. `ddpm` adds new noise in every step."""
+class HunyuanDiTParams(CompileParams, TiledParams):
     standard_shapes: bool = True
     """Run at the nearest size that the published weights were trained on. Not needed for random weights."""
 
@@ -100,13 +96,10 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
 
     @classmethod
     def lower_memory(cls, params: HunyuanDiTParams) -> HunyuanDiTParams | None:
-        """Return smaller tiles of the autoencoder."""
-        if params.vae_tile_px == TILES_PX[-1]:
-            return None
-        return params.model_copy(update={"vae_tile_px": next_tile_px(params.vae_tile_px)})
+        return with_smaller_tiles(params)
 
     def load(self) -> None:
-        from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+        from diffusers import DPMSolverMultistepScheduler
 
         from vidgen_ray.nets.hunyuandit_img2img import HunyuanDiTImg2ImgPipeline
 
@@ -119,8 +112,7 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        schedulers = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpmsolver": DPMSolverMultistepScheduler}
-        self.pipe.scheduler = schedulers[params.scheduler].from_config(self.pipe.scheduler.config)
+        self.pipe.scheduler = DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config)
         if params.channels_last:
             use_channels_last(self.pipe.vae)
         compile_network(self.pipe.transformer, params.compile, params.device, REPEATED_BLOCKS)

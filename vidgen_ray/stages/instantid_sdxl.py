@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image as PILImage
 from pydantic import Field
@@ -24,8 +24,8 @@ from vidgen_ray.stages.base import (
     torch_dtype,
 )
 from vidgen_ray.stages.identity import pose_image
-from vidgen_ray.stages.loading import load_pipeline, move_networks, set_vae_tiles
-from vidgen_ray.stages.memory_table import TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
+from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks, set_vae_tiles, with_smaller_tiles
+from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, weight_bytes
 from vidgen_ray.stages.progress import diffusers_step_callback
 from vidgen_ray.stages.speed import SpeedParams, require_sdpa_backend, sdpa_backend, use_channels_last
 
@@ -53,7 +53,7 @@ MUST_AGREE = ("in_channels", "block_out_channels", "layers_per_block", "cross_at
 """Config values that must be equal in IdentityNet and the UNet."""
 
 
-class InstantIDSDXLParams(SpeedParams):
+class InstantIDSDXLParams(SpeedParams, TiledParams):
     """`weights` is a diffusers folder of SDXL base. `extra_weights.instantid` is the published folder of InstantID."""
 
     steps: int = Field(30, ge=1, le=200)
@@ -63,8 +63,6 @@ class InstantIDSDXLParams(SpeedParams):
     """Scale of the face in the UNet's attention at `identity_strength` 1."""
     net_scale: float = Field(0.8, ge=0, le=2)
     """Scale of face and keypoints by IdentityNet at `identity_strength` 1."""
-    vae_tile_px: Literal[512, 256] | None = None
-    """Side of the tiles in which the autoencoder decodes, for large images on small GPUs. `None` decodes whole images."""
 
 
 class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
@@ -132,10 +130,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
 
     @classmethod
     def lower_memory(cls, params: InstantIDSDXLParams) -> InstantIDSDXLParams | None:
-        """Return smaller tiles of the autoencoder."""
-        if params.vae_tile_px == TILES_PX[-1]:
-            return None
-        return params.model_copy(update={"vae_tile_px": next_tile_px(params.vae_tile_px)})
+        return with_smaller_tiles(params)
 
     def load(self) -> None:
         from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline

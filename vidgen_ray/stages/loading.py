@@ -202,15 +202,29 @@ class OffloadParams(StageParams):
     """Keep the weights in host memory and move each part (text encoder, transformer, autoencoder) to the GPU when it runs."""
 
 
-class ImageParams(OffloadParams):
-    """Parameters of a stage that makes images and sees others."""
+class TiledParams(StageParams):
+    """Parameters of a stage that makes images."""
 
     vae_tile_px: Literal[512, 256] | None = None
     """Side of the tiles in which the autoencoder works, for large images on small GPUs. `None`: on whole images."""
 
 
+class ImageParams(OffloadParams, TiledParams):
+    """Parameters of a stage with one diffusers pipeline that makes images and sees others."""
+
+
 OP = TypeVar("OP", bound=OffloadParams)
 IP = TypeVar("IP", bound=ImageParams)
+
+
+TP = TypeVar("TP", bound=TiledParams)
+
+
+def with_smaller_tiles(params: TP) -> TP | None:
+    """Return the parameters with the next smaller tiles of the autoencoder. `None` if there are none."""
+    if params.vae_tile_px == TILES_PX[-1]:
+        return None
+    return params.model_copy(update={"vae_tile_px": next_tile_px(params.vae_tile_px)})
 
 
 class OffloadedStage(Stage[OP]):
@@ -229,10 +243,7 @@ class ImageStage(OffloadedStage[IP]):
 
     @classmethod
     def lower_memory(cls, params: IP) -> IP | None:
-        """Return smaller tiles of the autoencoder."""
-        if params.vae_tile_px == TILES_PX[-1]:
-            return None
-        return params.model_copy(update={"vae_tile_px": next_tile_px(params.vae_tile_px)})
+        return with_smaller_tiles(params)
 
 
 def autoencoder_peaks(model: str, params: ImageParams, pixels: int, seen_pixels: int) -> tuple[int, int]:
