@@ -279,13 +279,10 @@ def test_unknown_upscaler_error_lists_the_available_ones(weights: Path, tmp_path
         upscaled(loaded(weights), np.zeros((1, 16, 16, 3), np.uint8), 4, "x8")
     with pytest.raises(StageError, match=there):
         RealESRGANStage.weight_files(RealESRGANParams(weights=weights), shot(upscaler="x8"))
-    with pytest.raises(StageError, match=r"there is no \.safetensors or \.pth file in"):
-        RealESRGANStage.weight_files(RealESRGANParams(weights=tmp_path), shot())
-
-
-def test_weight_files_are_those_of_the_named_upscaler(weights: Path) -> None:
     params = RealESRGANParams(weights=weights)
     assert RealESRGANStage.weight_files(params, shot(upscaler="x4plus")) == (weights / "x4plus.safetensors",)
+    with pytest.raises(StageError, match=r"there is no \.safetensors or \.pth file in"):
+        RealESRGANStage.weight_files(RealESRGANParams(weights=tmp_path), shot())
 
 
 class RunsCode:
@@ -333,19 +330,10 @@ def test_weights_must_be_a_folder(weights: Path) -> None:
         RealESRGANStage(RealESRGANParams(weights=weights / "animevideov3.safetensors")).load()
 
 
-BF16_CPU = "model name\t: Some CPU\nflags\t\t: fpu avx512f avx512_bf16"
-
-
 def test_dtype_auto_is_float32_on_a_cpu_and_float16_on_a_gpu(tiny) -> None:
     params = tiny.params(RealESRGANStage).model_copy(update={"dtype": "auto"})
     assert params.resolved().dtype == "float32"
     assert params.model_copy(update={"device": "cuda"}).resolved().dtype == "float16"
-
-
-def test_only_videos_to_be_upscaled_are_upscaled() -> None:
-    assert RealESRGANStage.applies(shot())
-    assert not RealESRGANStage.applies(shot(upscale_video=False))
-    assert not RealESRGANStage.applies(shot(generate_video=False))
 
 
 def test_missing_weights_package_error_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
