@@ -15,9 +15,9 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Image, Item
 from vidgen_ray.stages.hunyuandit import (
+    CanvasPlacement,
     HunyuanDiTParams,
     HunyuanDiTStage,
-    Placement,
     crop_from_canvas,
     fit_to_multiple_of_16,
     fit_to_standard_shape,
@@ -264,15 +264,15 @@ def test_fit_to_standard_shape() -> None:
     from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import SUPPORTED_SHAPE
 
     for size in SUPPORTED_SHAPE:
-        assert fit_to_standard_shape(*size) == Placement(size, size, size)
-    assert fit_to_standard_shape(1024, 576) == Placement((1024, 576), (1280, 720), (1280, 768))
-    assert fit_to_standard_shape(576, 1024) == Placement((576, 1024), (720, 1280), (768, 1280))
-    assert fit_to_standard_shape(2048, 64) == Placement((2048, 64), (1280, 40), (1280, 768))
+        assert fit_to_standard_shape(*size) == CanvasPlacement(size, size, size)
+    assert fit_to_standard_shape(1024, 576) == CanvasPlacement((1024, 576), (1280, 720), (1280, 768))
+    assert fit_to_standard_shape(576, 1024) == CanvasPlacement((576, 1024), (720, 1280), (768, 1280))
+    assert fit_to_standard_shape(2048, 64) == CanvasPlacement((2048, 64), (1280, 40), (1280, 768))
 
 
 def test_fit_to_multiple_of_16_does_not_scale() -> None:
-    assert fit_to_multiple_of_16(128, 64) == Placement((128, 64), (128, 64), (128, 64))
-    assert fit_to_multiple_of_16(70, 50) == Placement((70, 50), (70, 50), (80, 64))
+    assert fit_to_multiple_of_16(128, 64) == CanvasPlacement((128, 64), (128, 64), (128, 64))
+    assert fit_to_multiple_of_16(70, 50) == CanvasPlacement((70, 50), (70, 50), (80, 64))
 
 
 def test_fit_to_standard_shape_fills_the_canvas_without_distortion() -> None:

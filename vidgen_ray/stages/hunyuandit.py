@@ -148,7 +148,7 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class CanvasPlacement:
     """Position of an image on the canvas of the model: scaled without distortion and centred.
 
     Sizes are (width, height) in pixels.
@@ -164,7 +164,7 @@ class Placement:
         return (self.canvas[0] - self.scaled[0]) // 2, (self.canvas[1] - self.scaled[1]) // 2
 
 
-def fit_to_standard_shape(width: int, height: int) -> Placement:
+def fit_to_standard_shape(width: int, height: int) -> CanvasPlacement:
     """Scale to the largest size that fits on the standard shape of nearest aspect, then nearest area.
 
     1024x576 is placed on 1280x768.
@@ -176,15 +176,15 @@ def fit_to_standard_shape(width: int, height: int) -> Placement:
         scaled = canvas_w, max(1, round(height * canvas_w / width))
     else:
         scaled = max(1, round(width * canvas_h / height)), canvas_h
-    return Placement((width, height), scaled, (canvas_w, canvas_h))
+    return CanvasPlacement((width, height), scaled, (canvas_w, canvas_h))
 
 
-def fit_to_multiple_of_16(width: int, height: int) -> Placement:
+def fit_to_multiple_of_16(width: int, height: int) -> CanvasPlacement:
     """Keep the size. The canvas is the smallest one with sides that are multiples of 16."""
-    return Placement((width, height), (width, height), (-(-width // 16) * 16, -(-height // 16) * 16))
+    return CanvasPlacement((width, height), (width, height), (-(-width // 16) * 16, -(-height // 16) * 16))
 
 
-def place_on_canvas(image: Image, placement: Placement) -> Image:
+def place_on_canvas(image: Image, placement: CanvasPlacement) -> Image:
     """Return the canvas with the image (H, W, 3), padded by repeating the edge of the image."""
     scaled = _resized(image, placement.scaled)
     left, top = placement.left_top
@@ -193,7 +193,7 @@ def place_on_canvas(image: Image, placement: Placement) -> Image:
     return np.pad(scaled, ((top, bottom), (left, right), (0, 0)), mode="edge")
 
 
-def crop_from_canvas(canvas: Image, placement: Placement) -> Image:
+def crop_from_canvas(canvas: Image, placement: CanvasPlacement) -> Image:
     """Return the image (H, W, 3) without the padding, at its original size. The inverse of `place_on_canvas`."""
     (left, top), (width, height) = placement.left_top, placement.scaled
     return _resized(np.ascontiguousarray(canvas[top : top + height, left : left + width]), placement.size)
