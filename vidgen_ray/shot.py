@@ -76,6 +76,7 @@ FRAMES_SCHEMA = {"anyOf": [{"type": "integer", "minimum": MIN_FRAMES, "maximum":
 
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Steps = Annotated[int, Field(ge=1, le=200)]
+Guidance = Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)]
 
 
 def booleans_as_text(model: type[BaseModel], data: Any) -> Any:
@@ -115,7 +116,7 @@ class _Frozen(BaseModel):
 def _guidance_of(stage: str) -> Any:
     """Return the type of a stage's guidance scale."""
     model = VIDEO_MODELS.get(stage)
-    return Annotated[float, Field(ge=model.min_guidance if model else 0, le=30, allow_inf_nan=False)]
+    return Annotated[float, Field(ge=model.min_guidance, le=30, allow_inf_nan=False)] if model else Guidance
 
 
 class LoraRef(_Frozen):
@@ -154,7 +155,8 @@ class StageSettings(_Frozen):
 
 
 if TYPE_CHECKING:
-    StageSteps = StageGuidance = StageSettings
+    StageSteps = StageSettings
+    StageGuidance = StageSettings
 else:
     StageSteps = create_model(
         "StageSteps",

@@ -234,7 +234,6 @@ def test_stages_run_without_extra_weights_that_the_shot_does_not_need(without, m
 
 
 def test_missing_extra_weights_exit_with_code_4(tmp_path, capsys):
-    """The profile uses `also`, the name of `extra_weights` before 0.2."""
     profile = tmp_path / "p.yaml"
     profile.write_text(
         "{name: x, about: y, actors: {instantid: {weights: 'builtin:tiny/antelopev2', extra_weights: {ir_se50: no.pth}}, "
