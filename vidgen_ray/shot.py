@@ -113,12 +113,6 @@ class _Frozen(BaseModel):
         return booleans_as_text(cls, data)
 
 
-def _guidance_of(stage: str) -> Any:
-    """Return the type of a stage's guidance scale."""
-    model = VIDEO_MODELS.get(stage)
-    return Annotated[float, Field(ge=model.min_guidance, le=30, allow_inf_nan=False)] if model else Guidance
-
-
 class LoraRef(_Frozen):
     """LoRA file and the weight of its adapter."""
 
@@ -144,6 +138,12 @@ class LocalLora(LoraRef):
 
 class LocalVideoLora(VideoLora, LocalLora):
     """LoRA of a video model on this machine, with the content that it must have. Not part of a script."""
+
+
+def _guidance_of(stage: str) -> Any:
+    """Return the type of a stage's guidance scale."""
+    model = VIDEO_MODELS.get(stage)
+    return Annotated[float, Field(ge=model.min_guidance, le=30, allow_inf_nan=False)] if model else Guidance
 
 
 class StageSettings(_Frozen):
