@@ -245,7 +245,7 @@ EVERYTHING = {
     ("fields", "key"),
     [
         ({}, "738650852c16027d5311c4ebec686c76813bf2e1ebe1d26de1440415e2da4fc1"),
-        (EVERYTHING, "68ed6df32b1deffc1f0e477cbeb7d53ca8786741bdb5d2851ef0f5cc33f69d18"),
+        (EVERYTHING, "9393d61d58b2ce0064f94d2362ca98e0714287db8e36e55da42c75a07c6cd77a"),
         (
             {"prompt": "a", "mode": "fast", "lora": "one.safetensors", "generate_video": False},
             "47a9feee1692e42a6a1bceb4c5d70da448f5b5545eb0ebf837d2b2a408175c49",
