@@ -32,7 +32,7 @@ class VideoModel:
     size_multiple_px: int
     """Width and height are multiples of this. Some weights need larger multiples, see the stage."""
     reads_prompt: bool = True
-    min_guidance: float = 0.0
+    min_guidance: float = 0
     """Lowest guidance scale."""
 
     def allows(self, num_frames: int) -> bool:
@@ -56,7 +56,7 @@ class VideoModel:
 
 
 VIDEO_MODELS: Mapping[str, VideoModel] = {
-    "svd": VideoModel(fps=5, frame_step=1, most_auto_frames=25, size_multiple_px=64, reads_prompt=False, min_guidance=1.0),
+    "svd": VideoModel(fps=5, frame_step=1, most_auto_frames=25, size_multiple_px=64, reads_prompt=False, min_guidance=1),
     "wan": VideoModel(fps=16, frame_step=4, most_auto_frames=121, size_multiple_px=16),
     "ltx": VideoModel(fps=25, frame_step=8, most_auto_frames=161, size_multiple_px=32),
     **{entry.name: entry.load() for entry in entry_points(group=ENTRY_POINTS)},
