@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vidgen_ray.cli.app import main
-from vidgen_ray.cli.licences import script_licences
+from vidgen_ray.cli.run_script import script_licences
 from vidgen_ray.errors import LicenceError
 from vidgen_ray.licences import ShotLicences, require_licence, worst_use
 from vidgen_ray.outputs.folder import OutputFolder

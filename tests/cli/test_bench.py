@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from vidgen_ray.bench import bench_command as cli_bench
 from vidgen_ray.bench import random_networks, stage_bench
 from vidgen_ray.bench.random_networks import random_model, random_pipeline
 from vidgen_ray.bench.stage_bench import BenchOptions, bench_stages, write_lora
-from vidgen_ray.cli import bench as cli_bench
 from vidgen_ray.cli import main
 from vidgen_ray.graph import relative_costs
 from vidgen_ray.planner import load_calibration

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from vidgen_ray.cli import doctor_checks as checks
+from vidgen_ray.cli import doctor as checks
 from vidgen_ray.cli import main
-from vidgen_ray.cli.doctor_checks import Finding
+from vidgen_ray.cli.doctor import Finding
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner import cluster
 from vidgen_ray.weights.inventory import LocalWeights

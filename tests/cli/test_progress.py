@@ -8,10 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from rich.console import Console, Group
 
-from vidgen_ray.cli import progress
-from vidgen_ray.cli.progress import FIRST_SHOTS, LOADING, PLANNING, LineView, TerminalView, ViewGroup, run_view
-from vidgen_ray.cli.progress_file import ProgressFile
-from vidgen_ray.cli.progress_tracker import ProgressTracker, Throughput, eta_range
+from vidgen_ray.cli import progress_display
+from vidgen_ray.cli.progress_display import (
+    FIRST_SHOTS,
+    LOADING,
+    PLANNING,
+    LineView,
+    ProgressFile,
+    ProgressTracker,
+    TerminalView,
+    Throughput,
+    ViewGroup,
+    eta_range,
+    run_view,
+)
 from vidgen_ray.engine.status import Snapshot, StageStatus
 from vidgen_ray.outputs.manifest import ManifestRow
 
@@ -118,7 +128,7 @@ def test_rejected_lines_do_not_count_as_throughput(tracker, clock):
 
 
 def test_throughput_of_a_long_run_uses_a_bounded_number_of_finish_times(tracker, clock, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.cli.progress_tracker.MAX_FINISH_TIMES", 100)
+    monkeypatch.setattr("vidgen_ray.cli.progress_display.MAX_FINISH_TIMES", 100)
     tracker.on_lines(20_000, 0, 0, complete=True)
     for n in range(10_000):
         clock.now = n + 1
@@ -207,7 +217,7 @@ def test_number_of_printed_failures_is_limited(clock):
         for n in range(5000):
             view.on_rejected(row(f"s{n}", "failed", failure_stage="script"))
         view.on_lines(5000, 0, 5000, complete=True)
-    assert len(printed()) == 1 + progress.MAX_MESSAGES + 1 + 1
+    assert len(printed()) == 1 + progress_display.MAX_MESSAGES + 1 + 1
     assert "all of them are in failures.jsonl" in printed()[-3]
 
 

@@ -4,7 +4,7 @@ import json
 import sys
 
 from tests.online.scripted_stages import SCRIPTED
-from vidgen_ray.cli.serve import serve_command
+from vidgen_ray.online.serve_command import serve_command
 from vidgen_ray.online.server_settings import OnlineSettings
 
 if __name__ == "__main__":

@@ -21,12 +21,9 @@ from rich.console import Console
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from vidgen_ray.cli.bench import bench
+from vidgen_ray.bench.bench_command import bench
 from vidgen_ray.cli.doctor import doctor
-from vidgen_ray.cli.film import film
-from vidgen_ray.cli.identity import identity
-from vidgen_ray.cli.keys import keys
-from vidgen_ray.cli.licences import RequireLicenceOption, script_licences
+from vidgen_ray.cli.inspect import identity, show
 from vidgen_ray.cli.models import models
 from vidgen_ray.cli.options import (
     PROFILE_HELP,
@@ -49,13 +46,21 @@ from vidgen_ray.cli.options import (
     with_consent,
     with_provenance,
 )
-from vidgen_ray.cli.run_script import RESUME, changes_until, interruptible, run_script, script_settings
-from vidgen_ray.cli.show import show
-from vidgen_ray.cli.upscale import upscale
+from vidgen_ray.cli.run_script import (
+    RESUME,
+    RequireLicenceOption,
+    changes_until,
+    interruptible,
+    run_script,
+    script_licences,
+    script_settings,
+)
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, KEPT, CacheMode
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError, UsageError, VidgenError
+from vidgen_ray.film.film_command import film
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.licences import require_licence
+from vidgen_ray.online.serve_command import keys
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.storage import URL
@@ -67,6 +72,7 @@ from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.progress import progress_callback
+from vidgen_ray.upscale.upscale_command import upscale
 from vidgen_ray.version import __version__
 
 COMMANDS = "vidgen.commands"
@@ -414,7 +420,7 @@ def serve(
 
     Jobs are stored before they are accepted. After a stop or a crash, the same command resumes them.
     """
-    from vidgen_ray.cli.serve import serve_command, settings_of
+    from vidgen_ray.online.serve_command import serve_command, settings_of
 
     options = {"profile": profile, "host": host, "port": port, "data": data, "database": database, "keys_file": keys}
     options |= {"require_licence": require}
@@ -434,7 +440,7 @@ def gc(
     as_json: JsonOption = False,
 ) -> None:
     """Remove unused files from an output folder: cache entries without a finished shot, and files of killed runs."""
-    from vidgen_ray.cli.gc import gc as collect
+    from vidgen_ray.cli.folder import gc as collect
 
     collect(out, dry_run=dry_run, as_json=as_json)
 
@@ -445,7 +451,7 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Print what an output folder has: counts, failures, slowest and least alike shots, disk use."""
-    from vidgen_ray.cli.status import status_command
+    from vidgen_ray.cli.folder import status_command
 
     status_command(out, as_json=as_json)
 
@@ -465,7 +471,7 @@ def retry(
     --cache, --cache-gb, --replace, --attempts, --seed and --until.
     """
     from vidgen_ray.batch.render import RenderOptions
-    from vidgen_ray.cli.retry import failed_lines, last_options, last_profile
+    from vidgen_ray.cli.run_script import failed_lines, last_options, last_profile
     from vidgen_ray.outputs.folder import setting_of_last_run
 
     outputs = OutputFolder(out)
@@ -493,7 +499,7 @@ def watch(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on, on this machine only.")] = 8001,
 ) -> None:
     """Show the gallery of an output folder in the browser, while a run fills it."""
-    from vidgen_ray.cli.watch import watch_command
+    from vidgen_ray.cli.folder import watch_command
 
     watch_command(Path(out), port)
 

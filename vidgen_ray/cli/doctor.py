@@ -1,25 +1,371 @@
-"""`vidgen doctor`: check this machine for what a profile needs, and say how to mend what is missing."""
+"""`vidgen doctor`: check this machine for what a profile needs, and say how to mend what is missing.
+
+Each check looks at one thing and returns a finding. Its arguments are what it looks at, by default on this machine.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
+import os
+import platform
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vidgen_ray.cli import doctor_checks as checks
-from vidgen_ray.cli.doctor_checks import Finding
 from vidgen_ray.cli.options import JsonOption, ProfileOption
 from vidgen_ray.errors import SetupError
+from vidgen_ray.nets.faces import import_onnxruntime, open_session
+from vidgen_ray.planner.cluster import GB, GPU_DEVICES
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.system.cache_dir import cache_dir
-from vidgen_ray.weights.inventory import local_weights
-from vidgen_ray.weights.ledger import accepted_licences
+from vidgen_ray.weights.inventory import LocalWeights, local_weights
+from vidgen_ray.weights.ledger import WeightLicence, accepted_licences
+
+Status = Literal["pass", "warn", "fail"]
+PYTHON_VERSIONS = ((3, 11), (3, 13))
+RAY_VERSION = (2, 60)
+"""Lowest version of Ray that this project works with."""
+EMPTY_ONNXRUNTIME = "99.0"
+"""Version of packaging/onnxruntime, the empty distribution that stands for onnxruntime-gpu."""
+REINSTALL_ONNXRUNTIME = "pip uninstall -y onnxruntime && pip install --no-deps --force-reinstall onnxruntime-gpu"
+WSL_TOOLS = "/usr/lib/wsl/lib"
+"""Folder of nvidia-smi on WSL2, which may not be on the path."""
+MIN_FREE_GB = 20
+MIN_SHM_GB = 2
+"""Ray's object store is in shared memory. With less, it uses the disk, which is slow."""
+MIN_OPEN_FILES = 65_536
+MIN_LOCKED_MB = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Result of one check."""
+
+    check: str
+    status: Status
+    text: str
+    """Sentence for the user: the state that was found."""
+    fix: str | None = None
+    """Advice, as a command if there is one. `None`: nothing to do."""
+
+
+def check_python(
+    found: tuple[int, int] = (int(platform.python_version_tuple()[0]), int(platform.python_version_tuple()[1])),
+) -> Finding:
+    """Python's version must be one that the dependencies support."""
+    lowest, highest = PYTHON_VERSIONS
+    text = f"Python {found[0]}.{found[1]} on {platform.machine()}"
+    if lowest <= found <= highest:
+        return Finding("python", "pass", text)
+    return Finding("python", "fail", text, "use Python 3.11, 3.12 or 3.13, e.g. python3.12 -m venv .venv")
+
+
+def query_driver() -> list[list[str]] | None:
+    """Return driver version, name and memory in MiB of each GPU, by nvidia-smi. `None` if it does not work."""
+    tool = shutil.which("nvidia-smi", path=f"{os.environ.get('PATH', '')}:{WSL_TOOLS}")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        output = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return [[part.strip() for part in line.split(",")] for line in output.splitlines() if line.strip()]
+
+
+def check_driver(
+    needs_gpu: bool,
+    query: Callable[[], list[list[str]] | None] = query_driver,
+    devices: Iterable[Path] = GPU_DEVICES,
+) -> Finding:
+    """A GPU profile needs the device files of the driver and a working nvidia-smi."""
+    present = [str(device) for device in devices if device.exists()]
+    if not present:
+        text = f"no GPU: none of {', '.join(map(str, devices))} exists"
+        if not needs_gpu:
+            return Finding("driver", "pass", f"{text}; this profile needs none")
+        return Finding("driver", "fail", text, "install the NVIDIA driver; in a container: docker run --gpus all ...")
+    gpus = query()
+    if not gpus:
+        return Finding(
+            "driver", "fail" if needs_gpu else "warn", f"{present[0]} exists, nvidia-smi shows no GPU", "sudo nvidia-smi"
+        )
+    names = ", ".join(f"{name} ({float(memory) / 1024:.0f} GB)" for _, name, memory in gpus)
+    return Finding("driver", "pass", f"driver {gpus[0][0]}: {names}")
+
+
+def check_wsl(
+    needs_gpu: bool, version_file: Path = Path("/proc/version"), device: Path = Path("/dev/dxg"), tools: Path = Path(WSL_TOOLS)
+) -> Finding | None:
+    """On WSL2 the GPU is /dev/dxg, and the driver is that of Windows. `None` on other machines."""
+    try:
+        is_wsl = "microsoft" in version_file.read_text().lower()
+    except OSError:
+        is_wsl = False
+    if not is_wsl:
+        return None
+    if device.exists():
+        if tools.is_dir():
+            return Finding("wsl2", "pass", f"WSL2 with {device}")
+        return Finding("wsl2", "warn", f"WSL2 with {device}, but without {tools}", "update the NVIDIA driver of Windows")
+    advice = "install the NVIDIA driver in Windows, none in WSL2, then run wsl --update and wsl --shutdown in Windows"
+    return Finding("wsl2", "fail" if needs_gpu else "warn", f"WSL2 without {device}", advice)
+
+
+def check_torch(needs_gpu: bool, torch: Any = None) -> Finding:
+    """The installed torch must be built for CUDA, find the GPUs and have code for them."""
+    if torch is None:
+        import torch
+    build = torch.version.cuda
+    text = f"torch {torch.__version__}, CUDA {build or 'none'}"
+    if not needs_gpu:
+        return Finding("torch", "pass", text)
+    if build is None:
+        return Finding(
+            "torch",
+            "fail",
+            f"{text}: built for the CPU",
+            "pip install --force-reinstall torch torchvision, without a CPU index",
+        )
+    if not torch.cuda.is_available():
+        return Finding(
+            "torch", "fail", f"{text}: finds no GPU", f"install a driver for CUDA {build} or newer, or torch for your driver"
+        )
+    known = torch.cuda.get_arch_list()
+    for n in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(n)
+        if not any(_runs_on(arch, major, minor) for arch in known):
+            text = f"{text}: has no code for GPU {n} (compute capability {major}.{minor}), only {', '.join(known)}"
+            return Finding("torch", "fail", text, "install a torch release that supports this GPU")
+    return Finding("torch", "pass", f"{text}, {torch.cuda.device_count()} GPUs")
+
+
+def _runs_on(arch: str, major: int, minor: int) -> bool:
+    """Return whether code for `arch` runs: sm_XY on the same major version from minor Y, compute_XY on all newer GPUs."""
+    kind, _, number = arch.partition("_")
+    digits = "".join(c for c in number if c.isdigit())
+    built = int(digits[:-1]), int(digits[-1])
+    return built <= (major, minor) if kind == "compute" else built[0] == major and built[1] <= minor
+
+
+def installed_versions(names: Sequence[str]) -> dict[str, str]:
+    """Return name -> version of the distributions that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def check_onnxruntime(versions: Mapping[str, str] | None = None) -> Finding:
+    """onnxruntime-gpu must be installed without the CPU wheel `onnxruntime`, which owns the same folder."""
+    found = installed_versions(["onnxruntime", "onnxruntime-gpu"]) if versions is None else versions
+    cpu, gpu = found.get("onnxruntime"), found.get("onnxruntime-gpu")
+    if gpu is None:
+        return Finding("onnxruntime", "fail", "onnxruntime-gpu is not installed", REINSTALL_ONNXRUNTIME)
+    if cpu is not None and cpu != EMPTY_ONNXRUNTIME:
+        text = f"onnxruntime {cpu} and onnxruntime-gpu {gpu} are both installed; the last one wins, file by file"
+        return Finding("onnxruntime", "fail", text, REINSTALL_ONNXRUNTIME)
+    return Finding("onnxruntime", "pass", f"onnxruntime-gpu {gpu}")
+
+
+def trial_model() -> bytes:
+    """Return a model of ONNX that returns its input."""
+    from onnx import TensorProto, helper
+
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "test", value[:1], value[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def check_provider(device: str, open_model: Callable[..., Any] = open_session) -> Finding:
+    """A session of onnxruntime must use the provider that the profile's face stage asks for. Opens one."""
+    try:
+        session = open_model(trial_model(), device, 1, "a test model")
+    except SetupError as error:
+        return Finding("faces", "fail", str(error), REINSTALL_ONNXRUNTIME)
+    return Finding("faces", "pass", f"sessions run on {session.get_providers()[0]}")
+
+
+def onnxruntime_cuda() -> str | None:
+    """Return the CUDA version that onnxruntime-gpu was built for. `None` if unknown."""
+    import_onnxruntime()
+    from onnxruntime.capi import build_and_package_info
+
+    return str(getattr(build_and_package_info, "cuda_version", "")) or None
+
+
+def check_cuda_pair(device: str, runtime_cuda: str | None, torch_cuda: str | None) -> Finding | None:
+    """onnxruntime on a GPU takes CUDA's libraries from torch, so both need the same major version. `None` for CPUs."""
+    if not device.startswith("cuda"):
+        return None
+    text = f"onnxruntime-gpu for CUDA {runtime_cuda or 'unknown'}, torch for CUDA {torch_cuda or 'none'}"
+    if runtime_cuda is None or torch_cuda is None:
+        return Finding("cuda pair", "warn", text, "compare both versions by hand")
+    if runtime_cuda.split(".")[0] == torch_cuda.split(".")[0]:
+        return Finding("cuda pair", "pass", text)
+    advice = "install torch for that CUDA version, an older onnxruntime-gpu, or set device: cpu for actors.instantid"
+    return Finding("cuda pair", "fail", text, advice)
+
+
+def check_video(has_decord: bool | None = None, encoders: Iterable[str] | None = None) -> Finding:
+    """PyAV must be able to encode H.264. decord is optional."""
+    if has_decord is None:
+        has_decord = bool(installed_versions(["decord"]))
+    if encoders is None:
+        from av.codec import codecs_available
+
+        encoders = codecs_available
+    if "libx264" not in set(encoders):
+        return Finding("video", "fail", "PyAV has no libx264", "pip install --force-reinstall --only-binary :all: av")
+    decord = ", decord" if has_decord else "; without decord PyAV decodes"
+    return Finding("video", "pass", f"PyAV with libx264{decord}")
+
+
+def check_disk(folder: Path, needed_gb: float = MIN_FREE_GB, usage: Callable[[Path], Any] = shutil.disk_usage) -> Finding:
+    """The disks of weights and results need free space, and Ray stops spilling objects to a disk that is 95 % full."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    disk = usage(existing)
+    text = f"{folder}: {disk.free / 1e9:.0f} GB free of {disk.total / 1e9:.0f} GB"
+    if disk.free < 1e9:
+        return Finding("disk", "fail", text, f"free some space on the disk of {existing}")
+    if disk.free < needed_gb * 1e9 or disk.free < disk.total * 0.05:
+        return Finding("disk", "warn", text, f"free {needed_gb:.0f} GB on the disk of {existing}")
+    return Finding("disk", "pass", text)
+
+
+def check_shared_memory(folder: Path = Path("/dev/shm"), usage: Callable[[Path], Any] = shutil.disk_usage) -> Finding:
+    """Ray's object store needs shared memory. Containers get 64 MB by default."""
+    if not folder.is_dir():
+        return Finding(
+            "shared memory", "warn", f"no {folder}", "mount a tmpfs there; in a container: docker run --shm-size=8g ..."
+        )
+    total_gb = usage(folder).total / GB
+    text = f"{folder}: {total_gb:.1f} GB"
+    if total_gb < MIN_SHM_GB:
+        return Finding(
+            "shared memory", "warn", text, "docker run --shm-size=8g ...; in Kubernetes an emptyDir with medium: Memory"
+        )
+    return Finding("shared memory", "pass", text)
+
+
+def check_open_files(limit: tuple[int, int] | None = None) -> Finding:
+    """Ray and object stores open many files and sockets."""
+    soft, hard = limit or resource.getrlimit(resource.RLIMIT_NOFILE)
+    text = f"{_limit(soft)} open files, at most {_limit(hard)}"
+    if soft != resource.RLIM_INFINITY and soft < MIN_OPEN_FILES:
+        return Finding(
+            "open files",
+            "warn",
+            text,
+            f"ulimit -n {MIN_OPEN_FILES}; in a container: docker run --ulimit nofile=65536:65536 ...",
+        )
+    return Finding("open files", "pass", text)
+
+
+def check_locked_memory(needs_gpu: bool, limit: tuple[int, int] | None = None) -> Finding:
+    """Pinned host memory, from which weights move to the GPU quickly, may count as locked memory."""
+    soft, _ = limit or resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    text = f"{'unlimited' if soft == resource.RLIM_INFINITY else f'{soft / 2**20:.0f} MB'} of locked memory"
+    if needs_gpu and soft != resource.RLIM_INFINITY and soft < MIN_LOCKED_MB * 2**20:
+        return Finding("locked memory", "warn", text, "ulimit -l unlimited; in a container: docker run --ulimit memlock=-1 ...")
+    return Finding("locked memory", "pass", text)
+
+
+def _limit(value: int) -> str:
+    return "unlimited" if value == resource.RLIM_INFINITY else f"{value:,}"
+
+
+def check_container(needed_gb: float, root: Path = Path("/sys/fs/cgroup"), memory_gb: float | None = None) -> Finding:
+    """The memory limit of a container must hold the weights that are loaded through host memory."""
+    total_gb = memory_gb or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+    limit_gb = _memory_limit_gb(root)
+    allowed_gb = min(total_gb, limit_gb or total_gb)
+    limited = f", limited to {limit_gb:.1f} GB by the container" if limit_gb and limit_gb < total_gb else ""
+    text = f"{total_gb:.1f} GB of memory{limited}"
+    if allowed_gb < needed_gb:
+        advice = "use a machine with more memory" if not limited else "raise the limit, e.g. docker run --memory 64g ..."
+        return Finding("memory", "warn", f"{text}; the largest weights of the profile have {needed_gb:.0f} GB", advice)
+    return Finding("memory", "pass", text)
+
+
+def _memory_limit_gb(root: Path) -> float | None:
+    """Return the memory limit of the control group, version 2 or 1. `None` without a limit."""
+    for file in (root / "memory.max", root / "memory" / "memory.limit_in_bytes"):
+        try:
+            return int(file.read_text()) / GB
+        # The text "max" means no limit.
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def check_ray_version(found: str | None = None) -> Finding:
+    """Ray must be recent enough. Versions before 2.55 also have known security flaws."""
+    found = found or installed_versions(["ray"]).get("ray", "")
+    lowest = ".".join(map(str, RAY_VERSION))
+    if not found or tuple(int(part) for part in found.split(".")[:2]) < RAY_VERSION:
+        return Finding("ray", "fail", f"Ray {found or 'is not installed'}", f'pip install "ray[serve,data]>={lowest},<3"')
+    return Finding("ray", "pass", f"Ray {found}")
+
+
+def check_ray_token(environment: Mapping[str, str] = os.environ, home: Path | None = None) -> Finding:
+    """Anyone who can connect to Ray can run code: a cluster needs a token, and only its owner may read it."""
+    mode = environment.get("RAY_AUTH_MODE", "")
+    if mode == "disabled":
+        return Finding(
+            "ray token",
+            "warn",
+            "RAY_AUTH_MODE=disabled: anyone who reaches Ray's ports can run code",
+            "export RAY_AUTH_MODE=token",
+        )
+    token = Path(environment.get("RAY_AUTH_TOKEN_PATH") or (home or Path.home()) / ".ray" / "auth_token")
+    if not token.is_file():
+        if mode == "token" and not environment.get("RAY_AUTH_TOKEN"):
+            return Finding("ray token", "fail", f"RAY_AUTH_MODE=token, but no {token}", "ray get-auth-token --generate")
+        return Finding("ray token", "pass", "no token; Ray creates one when it starts on this machine")
+    if token.stat().st_mode & 0o077:
+        return Finding("ray token", "warn", f"{token} can be read by others", f"chmod 600 {token}")
+    if mode != "token":
+        return Finding("ray token", "warn", f"{token} exists, RAY_AUTH_MODE is not set", "export RAY_AUTH_MODE=token")
+    return Finding("ray token", "pass", f"token authentication with {token}")
+
+
+def check_weights(profile: str, weights: Iterable[LocalWeights]) -> list[Finding]:
+    """All weights of the profile must be on this machine."""
+    findings = []
+    for local in weights:
+        if local.problem:
+            findings.append(Finding("weights", "fail", local.problem.split(";")[0], f"vidgen models pull {profile}"))
+        else:
+            size = "" if local.size_bytes is None else f", {local.size_bytes / 1e9:.1f} GB"
+            findings.append(Finding("weights", "pass", f"{local.reference}: {local.state}{size}"))
+    return findings
+
+
+def check_licences(profile: str, licences: Iterable[WeightLicence | None], accepted: set[str]) -> Finding:
+    """Licences that restrict the use of the weights must have been accepted."""
+    restricted = {licence.id: licence for licence in licences if licence is not None and licence.needs_acceptance}
+    missing = sorted(licence.name for id_, licence in restricted.items() if id_ not in accepted)
+    if missing:
+        text = f"not accepted on this machine: {', '.join(missing)}"
+        return Finding("licences", "warn", text, f"vidgen models pull {profile} --accept-license")
+    return Finding("licences", "pass", f"{len(restricted)} restricted licences, all accepted")
+
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 FACES = "instantid"
@@ -55,24 +401,24 @@ def _findings(profile: Profile, name: str) -> Iterator[Finding]:
     folder = profile.source.parent if profile.source else None
     licences = profile.weight_licences(profile.actors)
     weights = [local_weights(reference, folder) for reference in licences]
-    yield checks.check_python()
-    yield checks.check_driver(needs_gpu)
-    yield from _present(checks.check_wsl(needs_gpu))
-    yield checks.check_torch(needs_gpu, torch)
-    yield checks.check_onnxruntime()
-    yield checks.check_provider(faces)
-    yield from _present(checks.check_cuda_pair(faces, checks.onnxruntime_cuda(), torch.version.cuda))
-    yield checks.check_video()
+    yield check_python()
+    yield check_driver(needs_gpu)
+    yield from _present(check_wsl(needs_gpu))
+    yield check_torch(needs_gpu, torch)
+    yield check_onnxruntime()
+    yield check_provider(faces)
+    yield from _present(check_cuda_pair(faces, onnxruntime_cuda(), torch.version.cuda))
+    yield check_video()
     for path in dict.fromkeys((Path.cwd(), cache_dir(), Path(constants.HF_HUB_CACHE))):
-        yield checks.check_disk(path)
-    yield checks.check_shared_memory()
-    yield checks.check_open_files()
-    yield checks.check_locked_memory(needs_gpu)
-    yield checks.check_container(max((local.size_bytes or 0 for local in weights), default=0) / 2**30)
-    yield checks.check_ray_version()
-    yield checks.check_ray_token()
-    yield from checks.check_weights(name, weights)
-    yield checks.check_licences(name, licences.values(), accepted_licences())
+        yield check_disk(path)
+    yield check_shared_memory()
+    yield check_open_files()
+    yield check_locked_memory(needs_gpu)
+    yield check_container(max((local.size_bytes or 0 for local in weights), default=0) / 2**30)
+    yield check_ray_version()
+    yield check_ray_token()
+    yield from check_weights(name, weights)
+    yield check_licences(name, licences.values(), accepted_licences())
 
 
 def _present(finding: Finding | None) -> Iterator[Finding]:

@@ -19,8 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from vidgen_ray.cli.options import C2paKeyOption, JsonOption, NoProvenanceOption, PrivateOption, check_out, provenance_settings
-from vidgen_ray.cli.run_script import interruptible
-from vidgen_ray.cli.stop_signals import remembered_interrupt
+from vidgen_ray.cli.run_script import interruptible, remembered_interrupt
 from vidgen_ray.errors import StageError, UsageError, VidgenError
 from vidgen_ray.media import CLIP_SUFFIXES
 from vidgen_ray.outputs.storage import URL

@@ -1,15 +1,20 @@
-"""Progress display of a run on standard error: a progress bar on a terminal, lines elsewhere."""
+"""Progress of a run: a progress bar on a terminal, lines elsewhere, both on standard error, and `progress.jsonl` for
+programs.
+"""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
-from datetime import timedelta
+from contextlib import AbstractContextManager, ExitStack, suppress
+from datetime import UTC, datetime, timedelta
+from math import sqrt
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
@@ -17,11 +22,211 @@ from rich.table import Table
 from rich.text import Text
 
 from vidgen_ray.batch.results import ProgressListener
-from vidgen_ray.cli.progress_file import ProgressFile
-from vidgen_ray.cli.progress_tracker import ProgressTracker
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import MAX_MESSAGE_LENGTH, MAX_MESSAGES
 from vidgen_ray.outputs.manifest import REJECTED, ManifestRow
+
+RECENT_SHARE = 0.25
+"""Length of the recent interval as a fraction of the run, between the two limits below."""
+RECENT_MIN_S = 60.0
+RECENT_MAX_S = 600.0
+MAX_FINISH_TIMES = 10_000
+"""Number of finish times kept, at least. The recent interval is shortened to those that are kept."""
+
+
+class Throughput(NamedTuple):
+    """Number of shots that were rendered or failed in an interval of a run."""
+
+    shots: int
+    seconds: float
+
+
+def eta_range(remaining: int, whole: Throughput, recent: Throughput) -> tuple[float, float] | None:
+    """Return the lowest and highest estimate of the seconds until `remaining` shots are finished. `None` if unknown.
+
+    The range covers the throughput of the whole run and of the recent interval. It is widened by the relative uncertainty
+    of a count, `1 / sqrt(shots)`. A recent interval without shots counts as one shot, so that the highest estimate grows
+    while no shot finishes.
+    """
+    if not whole.shots or whole.seconds <= 0:
+        return None
+    seconds_per_shot = [interval.seconds / max(interval.shots, 1) for interval in (whole, recent) if interval.seconds > 0]
+    margin = 1 + 1 / sqrt(whole.shots)
+    return remaining * min(seconds_per_shot) / margin, remaining * max(seconds_per_shot) * margin
+
+
+class ProgressTracker:
+    """Progress listener that counts lines and estimates the remaining time.
+
+    Events must come one at a time. Properties and estimates can be read from any thread.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total = self.done = self.failed = self.skipped = 0
+        self.complete = False
+        """True once the script has been read to its end, so that `total` is final."""
+        self.snapshot: Snapshot | None = None
+        """Last status. `None` before the first."""
+        self.shots_started = False
+        """True once a worker has loaded its weights and works on a shot."""
+        self._clock = clock
+        self._started: float | None = None
+        self._finished_shots = 0
+        self._finish_times: list[float] = []
+
+    @property
+    def ended(self) -> int:
+        """Lines that are done, failed or skipped."""
+        return self.done + self.failed + self.skipped
+
+    @property
+    def remaining(self) -> int:
+        """Lines that have not ended."""
+        return max(self.total - self.ended, 0)
+
+    @property
+    def is_waiting_for_first_shot(self) -> bool:
+        """True if there are shots to render and none has finished."""
+        return bool(self.remaining) and not self._finished_shots
+
+    def on_rejected(self, row: ManifestRow) -> None:
+        """Count a rejected line as failed."""
+        self.failed += 1
+
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
+        """Set the number of lines so far. The rejected ones have been counted."""
+        self.total, self.skipped, self.complete = total, skipped, complete
+        if self._started is None:
+            self._started = self._clock()
+
+    def on_message(self, message: str) -> None:
+        """Do nothing. Messages are not counted."""
+
+    def on_finished(self, row: ManifestRow) -> None:
+        """Count a shot that is done or failed."""
+        if row.status == "failed":
+            self.failed += 1
+        else:
+            self.done += 1
+        self._finished_shots += 1
+        self._finish_times.append(self._clock())
+        if len(self._finish_times) > 2 * MAX_FINISH_TIMES:
+            self._finish_times = self._finish_times[-MAX_FINISH_TIMES:]
+
+    def on_status(self, snapshot: Snapshot) -> None:
+        """Store the status. Throughput is measured from when the first worker starts a shot: loading weights is excluded."""
+        self.snapshot = snapshot
+        if not self.shots_started and any(stage.running for stage in snapshot.stages.values()):
+            self.shots_started = True
+            self._started = self._clock()
+
+    def shots_per_minute(self) -> float | None:
+        """Return the throughput of the recent interval. `None` before the first shot."""
+        recent = self._recent()
+        return 60 * recent.shots / recent.seconds if self._finished_shots and recent.seconds > 0 else None
+
+    def eta(self) -> tuple[float, float] | None:
+        """Return the lowest and highest estimate of the remaining seconds. `None` if unknown."""
+        if not self.complete:
+            return None
+        return eta_range(self.remaining, Throughput(self._finished_shots, self._elapsed()), self._recent())
+
+    def _elapsed(self) -> float:
+        return 0.0 if self._started is None else self._clock() - self._started
+
+    def _recent(self) -> Throughput:
+        now, elapsed, times = self._clock(), self._elapsed(), self._finish_times
+        seconds = min(elapsed, max(RECENT_MIN_S, min(RECENT_MAX_S, RECENT_SHARE * elapsed)))
+        if len(times) >= MAX_FINISH_TIMES:
+            seconds = min(seconds, now - times[0])
+        return Throughput(len(times) - bisect_right(times, now - seconds), seconds)
+
+
+STATUS_INTERVAL_S = 5.0
+"""Seconds between two `status` events."""
+
+
+class ProgressFile(AbstractContextManager["ProgressFile"]):
+    """Progress listener that writes events to `path` from the first lines on.
+
+    The file of the previous run is kept as `progress.1.jsonl`. Events: `planned` (the script was read to its end), `message`,
+    `ended` (shots that are done or failed; shots that were already done are only counted in `planned`), `status`, and
+    `finished`, which is missing if the process was killed. Each event has `at` (UTC) and `elapsed_s`. If the file cannot be
+    written, it ends and the run continues.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._clock = clock
+        self._started = clock()
+        self._last_status = -STATUS_INTERVAL_S
+        self._tracker = ProgressTracker(clock)
+        self._file: TextIO | None = None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        tracker = self._tracker
+        counts = {"done": tracker.done, "failed": tracker.failed, "skipped": tracker.skipped}
+        self._write("finished", **counts, complete=not tracker.remaining, error=kind.__name__ if kind else None)
+        self._close()
+
+    def on_rejected(self, row: ManifestRow) -> None:
+        """Do nothing. `planned` contains the number of rejected lines, and `failures.jsonl` the lines."""
+
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
+        self._tracker.on_lines(total, skipped, rejected, complete)
+        if self._file is None:
+            with suppress(OSError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                if self._path.exists():
+                    self._path.replace(self._path.with_suffix(f".1{self._path.suffix}"))
+                # Line-buffered: readers that follow the file see complete lines immediately.
+                self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        if complete:
+            self._write("planned", total=total, skipped=skipped, rejected=rejected)
+
+    def on_message(self, message: str) -> None:
+        self._write("message", message=message)
+
+    def on_finished(self, row: ManifestRow) -> None:
+        self._tracker.on_finished(row)
+        if row.status == "done":
+            self._write("ended", id=row.id, status=row.status, seconds=row.seconds)
+        elif row.status == "failed":
+            self._write("ended", id=row.id, status=row.status, stage=row.failure_stage, error=row.failure_error)
+
+    def on_status(self, snapshot: Snapshot) -> None:
+        self._tracker.on_status(snapshot)
+        now = self._clock()
+        if now - self._last_status < STATUS_INTERVAL_S:
+            return
+        self._last_status = now
+        stages = {name: stage._asdict() for name, stage in snapshot.stages.items()}
+        eta = self._tracker.eta()
+        self._write(
+            "status",
+            remaining=self._tracker.remaining,
+            in_progress=snapshot.in_progress,
+            gpus_busy=snapshot.gpus_busy,
+            eta_s=[round(seconds, 1) for seconds in eta] if eta else None,
+            stages=stages,
+        )
+
+    def _write(self, event: str, **fields: Any) -> None:
+        if self._file is None:
+            return
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = {"event": event, "at": at, "elapsed_s": round(self._clock() - self._started, 3), **fields}
+        try:
+            self._file.write(json.dumps(line) + "\n")
+        except OSError:
+            self._close()
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):
+                file.close()
+
 
 PLANNING = "planning"
 LOADING = "starting workers, loading weights"

@@ -1,15 +1,18 @@
-"""`vidgen status`: print an overview of an output folder."""
+"""Commands about an output folder: `vidgen status`, `gc` and `watch`."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from vidgen_ray.errors import SetupError
+from vidgen_ray.outputs.cleanup import GRACE_S, collect_garbage
+from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.report.overview import ListedShot, Overview, overview
 
@@ -66,3 +69,31 @@ def _print_shots(console: Console, title: str, unit: str, shots: list[ListedShot
     for shot in shots:
         table.add_row(f"{shot.value:.2f}", shot.id, f"{shot.script} line {shot.line}" if shot.line else shot.script)
     console.print(table)
+
+
+def gc(out: str, *, dry_run: bool, as_json: bool) -> None:
+    """Run `vidgen gc`. Raises SetupError if the folder does not exist or is in use by a run."""
+    report = collect_garbage(OutputFolder(out), dry_run=dry_run)
+    if as_json:
+        typer.echo(json.dumps({"dry_run": dry_run, **asdict(report)}))
+        return
+    counts = ", ".join(f"{count} {kind}" for kind, count in report.counts.items())
+    typer.echo(f"{'would remove' if dry_run else 'removed'} {counts}: {report.bytes / 1e6:.1f} MB")
+    if report.left_young:
+        typer.echo(f"{report.left_young} younger than {GRACE_S / 60:.0f} minutes kept, because they may still be in use")
+
+
+HOST = "127.0.0.1"
+
+
+def watch_command(out: Path, port: int) -> None:
+    """Serve the gallery on this machine until Ctrl-C. Raises SetupError for a folder that does not exist or a port in use."""
+    import uvicorn
+
+    from vidgen_ray.online.server import check_port
+    from vidgen_ray.report.gallery_page import gallery_app
+
+    app = gallery_app(out)
+    check_port(HOST, port)
+    typer.echo(f"Gallery of {out}: http://{HOST}:{port}/. Ctrl-C to stop.", err=True)
+    uvicorn.run(app, host=HOST, port=port, log_level="warning")
