@@ -1,24 +1,30 @@
-"""Commands about an output folder: `vidgen status`, `gc` and `watch`."""
+"""Commands about an output folder: `vidgen status`, `gc`, `prune` and `watch`."""
 
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from vidgen_ray.cli.options import DryRunOption, JsonOption, OutArgument, check_out
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.cleanup import GRACE_S, collect_garbage
+from vidgen_ray.outputs.cleanup import prune as remove_replaced
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.report.overview import ListedShot, Overview, overview
 
+HOST = "127.0.0.1"
 
-def status_command(out: str, *, as_json: bool) -> None:
-    """Print the overview. Raises SetupError if the folder has no results."""
+
+def status(out: OutArgument = "out", as_json: JsonOption = False) -> None:
+    """Print what an output folder has: counts, failures, slowest and least alike shots, disk use."""
     storage = storage_at(out)
     with Console(stderr=True).status(f"Reading {storage.url}"):
         found = overview(storage)
@@ -71,8 +77,8 @@ def _print_shots(console: Console, title: str, unit: str, shots: list[ListedShot
     console.print(table)
 
 
-def gc(out: str, *, dry_run: bool, as_json: bool) -> None:
-    """Run `vidgen gc`. Raises SetupError if the folder does not exist or is in use by a run."""
+def gc(out: OutArgument, dry_run: DryRunOption = False, as_json: JsonOption = False) -> None:
+    """Remove unused files from an output folder: cache entries without a finished shot, and files of killed runs."""
     report = collect_garbage(OutputFolder(out), dry_run=dry_run)
     if as_json:
         typer.echo(json.dumps({"dry_run": dry_run, **asdict(report)}))
@@ -83,17 +89,43 @@ def gc(out: str, *, dry_run: bool, as_json: bool) -> None:
         typer.echo(f"{report.left_young} younger than {GRACE_S / 60:.0f} minutes kept, because they may still be in use")
 
 
-HOST = "127.0.0.1"
+def prune(out: OutArgument, dry_run: DryRunOption = False, as_json: JsonOption = False) -> None:
+    """Remove the shots of lines that their script no longer has."""
+    report = remove_replaced(OutputFolder(out), dry_run=dry_run)
+    if as_json:
+        typer.echo(json.dumps({"dry_run": dry_run, **asdict(report)}))
+    else:
+        verb = "would remove" if dry_run else "removed"
+        typer.echo(f"{verb} {report.shots:,} replaced shots: {report.bytes / 1e6:.1f} MB")
 
 
-def watch_command(out: Path, port: int) -> None:
-    """Serve the gallery on this machine until Ctrl-C. Raises SetupError for a folder that does not exist or a port in use."""
+def watch(
+    out: Annotated[str, typer.Argument(help="Output folder.", callback=check_out)] = "out",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on, on this machine only.")] = 8001,
+) -> None:
+    """Show the gallery of an output folder in the browser, while a run fills it."""
     import uvicorn
 
-    from vidgen_ray.online.server import check_port
     from vidgen_ray.report.gallery_page import gallery_app
 
-    app = gallery_app(out)
+    app = gallery_app(Path(out))
     check_port(HOST, port)
     typer.echo(f"Gallery of {out}: http://{HOST}:{port}/. Ctrl-C to stop.", err=True)
     uvicorn.run(app, host=HOST, port=port, log_level="warning")
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise SetupError if the port cannot be bound."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        # As servers do, so that the port of a server that just stopped is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SetupError(
+                f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another port with --port."
+            ) from None
+
+
+COMMANDS = (status, gc, prune, watch)

@@ -1,15 +1,34 @@
-"""`vidgen stage`: run a single stage on an image or a clip."""
+"""`vidgen shot` and `vidgen stage`: render one shot, or run a single stage on an image or a clip, in this process."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from PIL import Image
+from rich.console import Console
 
+from vidgen_ray.cli.options import (
+    ConsentOption,
+    JsonOption,
+    KeepOption,
+    LabelledMarkOptions,
+    ModeOption,
+    OutOption,
+    ProfileOption,
+    SeedOption,
+    SetOption,
+    UntilOption,
+    changes_until,
+    local_path,
+    parse_fields,
+    with_consent,
+)
+from vidgen_ray.cli.run_script import interruptible
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.engine.oom_fallback import OomFallback, prepare_gpu
 from vidgen_ray.engine.shot_writer import write_clip
@@ -18,9 +37,9 @@ from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import CLIP_SUFFIXES, FileMetadata, cover_crop, open_video, read_image, write_png
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likeness_to_json
-from vidgen_ray.pipeline import process_clip
+from vidgen_ray.pipeline import VideoGenerationPipeline, process_clip, progress_bar
 from vidgen_ray.planner import swap_groups, this_machine
-from vidgen_ray.profile import Profile
+from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.provenance.record import InputFile, ProvenanceRecord, SourceType, altered_record, metadata_of, with_label
 from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.script.read import check_shot
@@ -28,8 +47,69 @@ from vidgen_ray.shot import MODEL_FIELDS, Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage
 from vidgen_ray.stages.identity import pose_image
 from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.stages.progress import progress_callback
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import write_atomically
+
+
+def stage(
+    name: Annotated[str, typer.Argument(help=f"Stage to run: {', '.join(STAGE_BY_NAME)}.")],
+    marks: LabelledMarkOptions,
+    source: Annotated[Path | None, typer.Argument(help="Input file: an image, a clip or face.json. Not used by flux.")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", parser=local_path, help="Output file: .png, .mp4 or .json.")
+    ] = Path("out.png"),
+    profile: ProfileOption = "demo",
+    seed: SeedOption = 0,
+    fields: SetOption = None,
+    consent: ConsentOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a single stage on an image or a clip."""
+    chosen = marks.applied(load_profile(profile))
+    with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
+        is_media = run_one_stage(chosen, name, source, out, with_consent(parse_fields(fields), consent), seed)
+    marking = chosen.provenance
+    note = {"metadata": marking.metadata, "label": marking.label, "signed": marking.signing_key is not None}
+    typer.echo(json.dumps({"out": str(out), "provenance": note if is_media else None}) if as_json else str(out))
+
+
+def shot(
+    prompt: Annotated[str, typer.Argument(help="Text to render.")],
+    marks: LabelledMarkOptions,
+    out: OutOption = "out",
+    profile: ProfileOption = "demo",
+    face: Annotated[
+        list[Path] | None, typer.Option("--face", help="Photo of the person. Repeat for more photos of the same person.")
+    ] = None,
+    consent: ConsentOption = None,
+    lora: Annotated[str | None, typer.Option("--lora", help="LoRA weights, a .safetensors file.")] = None,
+    seed: SeedOption = 0,
+    mode: ModeOption = None,
+    until: UntilOption = None,
+    fields: SetOption = None,
+    keep: KeepOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Render one shot in this process, without Ray."""
+    chosen = marks.applied(load_profile(profile))
+    values = with_consent(parse_fields(fields), consent)
+    if "prompt" in values:
+        raise typer.BadParameter("got prompt, which is the argument PROMPT of this command", param_hint="--set")
+    options = {"prompt": prompt, "face_image": [str(photo) for photo in face] if face else None, "lora": lora, "mode": mode}
+    values |= {name: value for name, value in options.items() if value is not None}
+    checked = check_shot(values, "shot", chosen.defaults, run_seed=seed, policy=chosen.policy)
+    checked = checked.model_copy(update=changes_until(until))
+    pipeline = VideoGenerationPipeline(chosen, out, keep_stages=bool(keep))
+    with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
+        record = pipeline.render(checked)
+    for note in (note for step in record.stages for note in step.notes):
+        typer.echo(f"vidgen: note: {note}", err=True)
+    if as_json:
+        typer.echo(record.model_dump_json())
+    else:
+        for file in record.files:
+            typer.echo(str(pipeline.outputs.place(checked.id or "", file)))
 
 
 def run_one_stage(

@@ -1,22 +1,32 @@
-"""Options shared by several commands."""
+"""Options shared by several commands, and commands whose options are the fields of a class."""
 
-from functools import partial
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial, wraps
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self, cast, get_origin, get_type_hints
 
 import typer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from vidgen_ray.errors import UsageError
+from vidgen_ray.graph import WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
 from vidgen_ray.invalid_fields import shortened, wrong_defaults
+from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL
+from vidgen_ray.planner import Cluster, parse_gpus
 from vidgen_ray.profile import Profile, builtin_profiles
 from vidgen_ray.provenance.record import MAX_LABEL_LETTERS, ProvenanceSettings
 from vidgen_ray.safety import DECLARED_BASES, parse_consent
 from vidgen_ray.script.check import file_errors
-from vidgen_ray.script.lines import absolute_path, parse_text_fields, with_absolute_paths
+from vidgen_ray.script.expansion import read_characters
+from vidgen_ray.script.lines import ScriptSettings, absolute_path, parse_text_fields, with_absolute_paths
 
+Until = Literal["image", "video"]
+Kept = Literal["stages"]
+Mode = Literal["quality", "fast"]
 UNCHECKED = ("id", "character", "style")
 """Fields that depend on the command and on the script."""
 JOB_FOLDER = "working_dir_files"
@@ -77,7 +87,19 @@ def local_path(value: str | Path) -> Path:
 PROFILE_HELP = f"Built-in profile ({', '.join(builtin_profiles())}), or the path of a profile file."
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help=PROFILE_HELP)]
 # Not a Path: Path("") is the current folder.
-OutOption = Annotated[str, typer.Option("--out", "-o", help="Output folder.", callback=check_out)]
+OutOption = Annotated[
+    str, typer.Option("--out", "-o", help="Output folder, or its URL: s3://BUCKET/FOLDER.", callback=check_out)
+]
+OutArgument = Annotated[str, typer.Argument(help="Output folder, or its URL.", callback=check_out)]
+ScriptArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SCRIPT",
+        parser=local_path,
+        help="Script with one shot per line: .jsonl, .csv, .tsv, .txt, .parquet or .yaml; or a folder of captioned images or "
+        "of Parquet files.",
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Field of all shots that do not set it. Repeatable."),
@@ -100,22 +122,50 @@ ConsentOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the run. Shots without a seed derive theirs from it.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
-
-
-NoProvenanceOption = Annotated[
-    bool,
+ModeOption = Annotated[
+    Mode | None, typer.Option("--mode", help="Mode of shots without one. Default: that of the profile, otherwise quality.")
+]
+UntilOption = Annotated[
+    Until | None,
+    typer.Option("--until", help="Stop after the image, or after the clip without upscaling. Default: all stages."),
+]
+KeepOption = Annotated[
+    Kept | None,
+    typer.Option("--keep", help="Also write the intermediate results (base.png, refine.png, lora.png, style.png, face.json)."),
+]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", "-a", help="Address of a Ray cluster, or `auto`. Default: start Ray on this machine.")
+]
+GpusOption = Annotated[
+    Cluster | None,
     typer.Option(
-        "--no-provenance", help="Do not mark files as AI-generated, and do not sign them. Recorded in shot.json and run.json."
+        "--gpus",
+        metavar="GPUS",
+        parser=parse_gpus,
+        help="GPUs to plan for, e.g. 8x80GB or 2x8x80GB (two nodes of eight). Default: detect.",
     ),
 ]
-PrivateOption = Annotated[
-    bool, typer.Option("--private", help="Mark files without the prompt and other settings of the shot. Default: with them.")
-]
-LabelOption = Annotated[
-    str | None,
+PriceOption = Annotated[
+    float | None,
     typer.Option(
-        "--label", metavar="TEXT", help="Draw this text into the lower right corner of images and clips. Default: none."
+        "--price", metavar="PRICE", min=0, help="Price of a GPU-hour. Default: that of the profile, or of the detected GPUs."
+    ),
+]
+MaxCostOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-cost",
+        metavar="COST",
+        min=0,
+        help="Exit with code 5 before any worker starts if the estimated cost exceeds this. Default: no limit.",
+    ),
+]
+RequireLicenceOption = Annotated[
+    Requirement | None,
+    typer.Option(
+        "--require-licence",
+        help="Exit with code 3, naming the weights, if a shot uses weights that may not be used commercially (commercial), or "
+        "only under a condition (unconditional). Default: no requirement.",
     ),
 ]
 C2paKeyOption = Annotated[
@@ -126,6 +176,140 @@ C2paKeyOption = Annotated[
         help="Sign files (C2PA) with this key, see `vidgen keys c2pa`. Default: that of the profile, or do not sign.",
     ),
 ]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be removed, without removing it.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
+
+
+@dataclass(frozen=True)
+class LineOptions:
+    """Options for all lines of a script."""
+
+    mode: ModeOption = None
+    fields: SetOption = None
+    characters: CharactersOption = None
+    consent: ConsentOption = None
+
+    def settings(self, script: Path, profile: Profile, seed: int = 0, until: Until | None = None) -> ScriptSettings:
+        """Return the settings for reading a script. Raises UsageError and ScriptError."""
+        defaults = with_consent(parse_fields(self.fields), self.consent) | ({"mode": self.mode} if self.mode else {})
+        if "id" in defaults:
+            raise UsageError("--set id: must be set by each line of the script, not for all of them")
+        people = read_characters(self.characters) if self.characters else {}
+        return ScriptSettings(script, seed, defaults, profile.defaults, changes_until(until), people, policy=profile.policy)
+
+
+@dataclass(frozen=True)
+class MarkOptions:
+    """Options for the provenance of files."""
+
+    no_provenance: Annotated[
+        bool,
+        typer.Option(
+            "--no-provenance",
+            help="Do not mark files as AI-generated, and do not sign them. Recorded in shot.json and run.json.",
+        ),
+    ] = False
+    private: Annotated[
+        bool,
+        typer.Option("--private", help="Mark files without the prompt and other settings of the shot. Default: with them."),
+    ] = False
+    c2pa_key: C2paKeyOption = None
+
+    def settings(self, base: ProvenanceSettings, label: str | None = None) -> ProvenanceSettings:
+        """Return the settings with the options. Raises UsageError, and SetupError if files cannot be signed."""
+        if self.no_provenance and self.private:
+            raise UsageError("--no-provenance: cannot be combined with --private")
+        changes: dict[str, Any] = {"metadata": "off"} if self.no_provenance else {"metadata": "private"} if self.private else {}
+        if label is not None:
+            changes["label"] = label
+        if self.c2pa_key is not None:
+            changes["c2pa_key"] = self.c2pa_key.expanduser().absolute()
+        try:
+            return ProvenanceSettings.model_validate({**base.model_dump(), **changes})
+        except ValidationError:
+            allowed = f"must be one line of 1 to {MAX_LABEL_LETTERS} printable letters"
+            raise UsageError(f"--label: got {shortened(label)}, {allowed}") from None
+
+
+@dataclass(frozen=True)
+class LabelledMarkOptions(MarkOptions):
+    """Options for the provenance and the label of files."""
+
+    label: Annotated[
+        str | None,
+        typer.Option(
+            "--label", metavar="TEXT", help="Draw this text into the lower right corner of images and clips. Default: none."
+        ),
+    ] = None
+
+    def applied(self, profile: Profile) -> Profile:
+        """Return the profile with the options."""
+        return profile.with_provenance(self.settings(profile.provenance, self.label))
+
+
+def changes_until(until: Until | None) -> dict[str, Any]:
+    """Return the fields of a shot that has no stages after `until`."""
+    return {"image": dict(WITHOUT_CLIP), "video": dict(WITHOUT_CHUNKED_STAGES)}[until] if until else {}
+
+
+class ModelOptions(tuple[inspect.Parameter, ...]):
+    """Options for fields of a pydantic model, whose descriptions are their help."""
+
+    @classmethod
+    def of(cls, model: type[BaseModel], **fields: dict[str, Any]) -> Self:
+        """Return an option for each of these fields. `fields`: field -> further arguments of `typer.Option`.
+
+        `flag` is the name of an option that differs from its field. Values are flags or text, which the model parses.
+        """
+        options = []
+        for name, details in fields.items():
+            field = model.model_fields[name]
+            default = f" Default: {field.default}." if field.default else ""
+            flag = details.pop("flag", f"--{name.replace('_', '-')}")
+            option = typer.Option(*flag.split("/"), help=f"{field.description}{default}", **details)
+            kind: Any = Annotated[bool, option] if field.annotation is bool else Annotated[str | None, option]
+            options.append(_parameter(name, kind, None))
+        return cls(options)
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command for typer, with an option for each field of its parameters that stand for several options.
+
+    Such a parameter is a dataclass, whose fields are options if they are annotated as such. Or it is
+    `Annotated[dict[str, Any], ModelOptions]`: the values of the options that were given.
+    """
+    parameters = inspect.signature(command, eval_str=True).parameters.values()
+    flat, groups = list[inspect.Parameter](), dict[str, tuple[Callable[..., Any], list[inspect.Parameter]]]()
+    for each in parameters:
+        found = next((item for item in getattr(each.annotation, "__metadata__", ()) if isinstance(item, ModelOptions)), None)
+        if found is not None:
+            groups[each.name] = _given, list(found)
+        elif is_dataclass(each.annotation):
+            hints = get_type_hints(each.annotation, include_extras=True)
+            annotated = [field for field in fields(each.annotation) if get_origin(hints[field.name]) is Annotated]
+            options = [_parameter(field.name, hints[field.name], field.default) for field in annotated]
+            groups[each.name] = cast(type, each.annotation), options
+        else:
+            flat.append(_parameter(each.name, each.annotation, each.default))
+
+    @wraps(command)
+    def with_groups(**values: Any) -> None:
+        for name, (make, options) in groups.items():
+            values[name] = make(**{option.name: values.pop(option.name) for option in options})
+        command(**values)
+
+    flat += [option for _, options in groups.values() for option in options]
+    with_groups.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    with_groups.__annotations__ = {each.name: each.annotation for each in flat}
+    return with_groups
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def example(name: str) -> Path:
@@ -133,30 +317,3 @@ def example(name: str) -> Path:
     package = Path(str(resources.files("vidgen_ray")))
     paths = [package / "examples" / name, package.parent / "examples" / name]
     return next(path for path in paths if path.is_file())
-
-
-def with_provenance(
-    profile: Profile, *, no_provenance: bool, private: bool, label: str | None = None, c2pa_key: Path | None
-) -> Profile:
-    """Return the profile with the options of a command for the provenance. Raises UsageError and SetupError."""
-    return profile.with_provenance(
-        provenance_settings(profile.provenance, no_provenance=no_provenance, private=private, label=label, c2pa_key=c2pa_key)
-    )
-
-
-def provenance_settings(
-    base: ProvenanceSettings, *, no_provenance: bool, private: bool, label: str | None = None, c2pa_key: Path | None
-) -> ProvenanceSettings:
-    """Return the settings with the options of a command. Raises UsageError, and SetupError if files cannot be signed."""
-    if no_provenance and private:
-        raise UsageError("--no-provenance: cannot be combined with --private")
-    changes: dict[str, Any] = {"metadata": "off"} if no_provenance else {"metadata": "private"} if private else {}
-    if label is not None:
-        changes["label"] = label
-    if c2pa_key is not None:
-        changes["c2pa_key"] = c2pa_key.expanduser().absolute()
-    try:
-        return ProvenanceSettings.model_validate({**base.model_dump(), **changes})
-    except ValidationError:
-        allowed = f"must be one line of 1 to {MAX_LABEL_LETTERS} printable letters"
-        raise UsageError(f"--label: got {shortened(label)}, {allowed}") from None

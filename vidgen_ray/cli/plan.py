@@ -7,31 +7,78 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vidgen_ray.batch.render import Counts
+from vidgen_ray.cli.options import (
+    AddressOption,
+    GpusOption,
+    JsonOption,
+    LineOptions,
+    MaxCostOption,
+    OutOption,
+    PriceOption,
+    ProfileOption,
+    RequireLicenceOption,
+    ScriptArgument,
+    SeedOption,
+    UntilOption,
+)
+from vidgen_ray.cli.run_script import interruptible, script_licences
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE
-from vidgen_ray.licences import UsedWeights
-from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, plan
+from vidgen_ray.licences import UsedWeights, require_licence
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, load_calibration
+from vidgen_ray.planner import plan as make_plan
 from vidgen_ray.planner.layout import Slot, WorkerSpec
-from vidgen_ray.profile import Profile
+from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.script.read import iter_script
+
+if TYPE_CHECKING:
+    from vidgen_ray.batch.render import Counts
 
 PLAIN_WIDTH = 10_000
 """Width in columns if standard output is not a terminal. Large enough that lines are not wrapped."""
 
 
-def plan_command(
+def plan(
+    script: ScriptArgument,
+    lines: LineOptions,
+    out: OutOption = "out",
+    profile: ProfileOption = "demo",
+    address: AddressOption = None,
+    gpus: GpusOption = None,
+    until: UntilOption = None,
+    seed: SeedOption = 0,
+    max_cost: MaxCostOption = None,
+    price: PriceOption = None,
+    require: RequireLicenceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate the GPU layout, duration and cost of a script without rendering it. Also lists the licences of its weights."""
+    from vidgen_ray.batch.render import estimate_run
+
+    chosen = load_profile(profile)
+    settings = lines.settings(script, chosen, seed, until)
+    with interruptible():
+        demand, counts, cluster = estimate_run(settings, chosen, OutputFolder(out), address, gpus)
+    measured = load_calibration(chosen.name, cluster.card)
+    licences = script_licences(iter_script(settings), chosen, OutputFolder(out))
+    print_plan(chosen, demand, cluster, counts, measured, price=price, max_cost=max_cost, licences=licences, as_json=as_json)
+    require_licence(require, licences)
+
+
+def print_plan(
     profile: Profile,
     demand: Demand,
     cluster: Cluster,
-    *,
     counts: Counts | None = None,
     measured: Mapping[str, Calibration] | None = None,
+    *,
     price: float | None = None,
     max_cost: float | None = None,
     licences: Sequence[UsedWeights] = (),
@@ -39,12 +86,12 @@ def plan_command(
 ) -> None:
     """Print the plan on standard output. `licences`: weights behind the script.
 
-    Raises the errors of `plan`, and TooExpensive after printing if the cost exceeds `max_cost`.
+    Raises the errors of `make_plan`, and TooExpensive after printing if the cost exceeds `max_cost`.
     """
     if not demand.shots:
         _print_empty(counts, as_json)
         return
-    planned = plan(profile, demand, cluster, calibration=measured, price=price)
+    planned = make_plan(profile, demand, cluster, calibration=measured, price=price)
     if as_json:
         used = [each.model_dump() for each in licences]
         typer.echo(json.dumps({**_as_json(planned, profile, cluster, counts), "licences": used}))

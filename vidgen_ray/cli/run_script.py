@@ -1,4 +1,4 @@
-"""Run a script for the commands that render one: settings of its lines, the run with its messages, and the exit code."""
+"""`vidgen render`, `retry` and `validate`: the run of a script with its messages, signals and exit code."""
 
 from __future__ import annotations
 
@@ -8,30 +8,47 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from vidgen_ray.batch.run_options import RecordedOptions
-from vidgen_ray.cli.options import parse_fields, with_consent
+from vidgen_ray.batch.run_options import GRACE_S, RenderOptions, RecordedOptions
+from vidgen_ray.cli.options import (
+    PROFILE_HELP,
+    AddressOption,
+    ConsentOption,
+    GpusOption,
+    JsonOption,
+    KeepOption,
+    LabelledMarkOptions,
+    LineOptions,
+    MaxCostOption,
+    OutArgument,
+    OutOption,
+    PriceOption,
+    ProfileOption,
+    RequireLicenceOption,
+    ScriptArgument,
+    SeedOption,
+    UntilOption,
+    with_consent,
+)
 from vidgen_ray.cli.progress_display import run_view
-from vidgen_ray.errors import ScriptError, SetupError, UsageError
-from vidgen_ray.graph import WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
-from vidgen_ray.invalid_fields import wrong_defaults
-from vidgen_ray.licences import Requirement, ShotLicences, UsedWeights
-from vidgen_ray.outputs.folder import OutputFolder, read_last_run
+from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, CacheMode
+from vidgen_ray.engine.retries import ATTEMPTS
+from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError
+from vidgen_ray.licences import ShotLicences, UsedWeights, require_licence
+from vidgen_ray.outputs.folder import OutputFolder, read_last_run, setting_of_last_run
 from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.outputs.manifest_writer import FILE
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.script.expansion import read_characters
+from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.script.lines import Line, ScriptSettings
-
-if TYPE_CHECKING:
-    from vidgen_ray.batch.render import RenderOptions
+from vidgen_ray.script.read import iter_script, read_script
 
 
 @contextmanager
@@ -80,16 +97,6 @@ def remembered_interrupt() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, previous)
 
 
-RequireLicenceOption = Annotated[
-    Requirement | None,
-    typer.Option(
-        "--require-licence",
-        help="Exit with code 3, naming the weights, if a shot uses weights that may not be used commercially (commercial), or "
-        "only under a condition (unconditional). Default: no requirement.",
-    ),
-]
-
-
 def script_licences(lines: Iterable[Line], profile: Profile, outputs: OutputFolder) -> tuple[UsedWeights, ...]:
     """Return the weights behind all valid lines, and behind the finished shots of `outputs` that they continue, each once."""
     licences = ShotLicences(profile)
@@ -116,44 +123,137 @@ def interruptible() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def script_settings(
-    script: Path,
-    profile: Profile,
-    fields: list[str] | None,
-    characters: Path | None,
-    mode: str | None,
-    seed: int,
-    until: str | None,
-    consent: str | None,
-) -> ScriptSettings:
-    """Return the settings of a script from the options of a command. Raises UsageError and ScriptError."""
-    if mode is not None and (wrong := wrong_defaults({"mode": mode})):
-        raise UsageError(f"--mode: got {wrong[0][1]}, {wrong[0][2]}")
-    defaults = with_consent(parse_fields(fields), consent) | ({"mode": mode} if mode else {})
-    if "id" in defaults:
-        raise UsageError("--set id: must be set by each line of the script, not for all of them")
-    people = read_characters(characters) if characters else {}
-    changes = changes_until(until)
-    return ScriptSettings(script, seed, defaults, profile.defaults, changes, people, policy=profile.policy)
+@dataclass(frozen=True)
+class RunOptions(RenderOptions):
+    """Options of a run, with their help for `vidgen render`."""
+
+    address: AddressOption = None
+    cluster: GpusOption = None
+    price: PriceOption = None
+    max_cost: MaxCostOption = None
+    fresh: Annotated[bool, typer.Option("--fresh", help="Render finished shots again, without the cache.")] = False
+    cache: Annotated[
+        CacheMode,
+        typer.Option(
+            "--cache",
+            help="Results of stages to keep for later runs: face features and images, or also the clips before upscaling.",
+            show_default=True,
+        ),
+    ] = DEFAULT_CACHE
+    cache_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--cache-gb",
+            metavar="GB",
+            min=0,
+            help="GB that the run may add to the cache. Default: until less than 10% and less than 50 GB of the disk are free.",
+        ),
+    ] = None
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Replace finished shots of other scripts with the same id. Default: reject the line."),
+    ] = False
+    attempts: Annotated[
+        int, typer.Option("--attempts", min=1, help="Attempts per call of a stage when it fails, times out or crashes.")
+    ] = ATTEMPTS
+    grace_s: Annotated[
+        float,
+        typer.Option(
+            "--grace", metavar="SECONDS", min=0, help="How long shots in progress may finish after SIGTERM or Ctrl-C."
+        ),
+    ] = GRACE_S
 
 
-def changes_until(until: str | None) -> dict[str, Any]:
-    """Return the fields of a shot that has no stages after `until`."""
-    changes: dict[str | None, dict[str, Any]] = {
-        None: {},
-        "image": dict(WITHOUT_CLIP),
-        "video": dict(WITHOUT_CHUNKED_STAGES),
-    }
-    if until not in changes:
-        raise typer.BadParameter(f"got {until!r}, must be image or video", param_hint="--until")
-    return changes[until]
+def render(
+    script: ScriptArgument,
+    lines: LineOptions,
+    run: RunOptions,
+    marks: LabelledMarkOptions,
+    out: OutOption = "out",
+    profile: ProfileOption = "demo",
+    seed: SeedOption = 0,
+    until: UntilOption = None,
+    keep: KeepOption = None,
+    prune: Annotated[
+        bool,
+        typer.Option("--prune", help="Then remove the shots of lines that the script no longer has, as `vidgen prune` does."),
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Check all lines first, and exit with code 3 if any is invalid. Default: render the valid lines."
+        ),
+    ] = False,
+    require: RequireLicenceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Render a script on Ray. Finished shots are skipped, so the same command resumes a run.
+
+    SIGTERM or Ctrl-C stops the run after the shots in progress. A second one stops it immediately.
+    """
+    chosen = marks.applied(load_profile(profile))
+    settings = lines.settings(script, chosen, seed, until)
+    if strict and (errors := [error for line in iter_script(settings) for error in line.errors]):
+        raise ScriptError(errors)
+    if require is not None:
+        require_licence(require, script_licences(iter_script(settings), chosen, OutputFolder(out)))
+    run_script(settings, chosen, out, replace(run, keep_stages=bool(keep)), as_json=as_json, then_prune=prune)
+
+
+def retry(
+    out: OutArgument = "out",
+    profile: Annotated[
+        str | None, typer.Option("--profile", "-p", help=f"{PROFILE_HELP} Default: that of the last run in the folder.")
+    ] = None,
+    address: AddressOption = None,
+    gpus: GpusOption = None,
+    consent: ConsentOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Render the failed lines of an output folder again, as its last run did: with its profile and provenance options, --keep,
+    --cache, --cache-gb, --replace, --attempts, --seed and --until.
+    """
+    outputs = OutputFolder(out)
+    chosen = load_profile(profile) if profile else _last_profile(outputs)
+    chosen = chosen.with_provenance(setting_of_last_run(outputs, "provenance", ProvenanceSettings))
+    with _failed_lines(outputs) as script:
+        last = _last_options(outputs)
+        fields = with_consent({}, consent)
+        settings = ScriptSettings(script, last.run_seed, fields, chosen.defaults, last.changes, policy=chosen.policy)
+        options = RenderOptions(address=address, cluster=gpus, **last.model_dump(exclude={"run_seed", "changes"}))
+        run_script(settings, chosen, out, options, as_json=as_json)
+
+
+def validate(
+    script: ScriptArgument,
+    lines: LineOptions,
+    profile: ProfileOption = "demo",
+    files: Annotated[
+        bool, typer.Option("--files", help="Also decode all photos and start images, and read the headers of all LoRAs.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check all lines of a script without rendering. Exits with code 3 if any line is invalid."""
+    checked = read_script(lines.settings(script, load_profile(profile)), decode_files=files)
+    if as_json:
+        errors = [asdict(error) for error in checked.errors]
+        result = {"shots": len(checked.shots), "rejected": len(checked.rejected), "errors": errors, "notes": checked.notes}
+        typer.echo(json.dumps(result))
+    else:
+        if checked.errors:
+            typer.echo(str(ScriptError(checked.errors)), err=True)
+        for note in checked.notes[:MAX_MESSAGES]:
+            typer.echo(f"note: {note}", err=True)
+        typer.echo(f"{script.name}: {len(checked.shots)} valid shots, {len(checked.rejected)} invalid lines")
+    if checked.rejected:
+        raise typer.Exit(ScriptError.exit_code)
 
 
 def run_script(
     script: ScriptSettings, profile: Profile, out: str, options: RenderOptions, *, as_json: bool, then_prune: bool = False
 ) -> None:
     """Render a script, write the gallery and print the result. Raises typer.Exit unless all shots are done."""
-    from vidgen_ray.batch.render import render
+    from vidgen_ray.batch.render import render as render_on_ray
     from vidgen_ray.outputs.cleanup import prune as prune_folder
     from vidgen_ray.report.gallery_page import check_no_other_page, write_gallery
 
@@ -169,7 +269,7 @@ def run_script(
             run_view(local / "progress.jsonl" if local else None) as view,
             stoppable(options.grace_s) as stop,
         ):
-            report = render(script, profile, outputs, options, listener=view, stop=stop)
+            report = render_on_ray(script, profile, outputs, options, listener=view, stop=stop)
         if then_prune:
             prune_folder(outputs)
     finally:
@@ -190,7 +290,7 @@ def run_script(
         raise typer.Exit(ScriptError.exit_code if nothing_to_render else 1)
 
 
-def last_profile(outputs: OutputFolder) -> Profile:
+def _last_profile(outputs: OutputFolder) -> Profile:
     """Return the profile of the last run, which `run.json` names.
 
     Raises SetupError if it names none, and ProfileError if its profile does not exist any more.
@@ -204,8 +304,8 @@ def last_profile(outputs: OutputFolder) -> Profile:
     return load_profile(name)
 
 
-def last_options(outputs: OutputFolder) -> RecordedOptions:
-    """Return the options of the last run, or the defaults if there was none, or one of a version that did not record them."""
+def _last_options(outputs: OutputFolder) -> RecordedOptions:
+    """Return the options of the last run, or the defaults if run.json does not have them."""
     try:
         return RecordedOptions.model_validate(read_last_run(outputs)["options"])
     except (ValueError, KeyError, TypeError):
@@ -213,7 +313,7 @@ def last_options(outputs: OutputFolder) -> RecordedOptions:
 
 
 @contextmanager
-def failed_lines(outputs: OutputFolder) -> Iterator[Path]:
+def _failed_lines(outputs: OutputFolder) -> Iterator[Path]:
     """Yield the file of failed lines, as a script. Raises SetupError if no line has failed."""
     lines = outputs.storage.read(FILE)
     if lines is None:

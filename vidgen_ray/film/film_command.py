@@ -12,15 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from vidgen_ray.cli.options import (
-    C2paKeyOption,
-    CharactersOption,
-    JsonOption,
-    NoProvenanceOption,
-    PrivateOption,
-    check_out,
-    provenance_settings,
-)
+from vidgen_ray.cli.options import CharactersOption, JsonOption, MarkOptions, ModelOptions, OutArgument, with_options
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.film.film_settings import FilmSettings, checked_fields, film_settings, read_film_file
 from vidgen_ray.outputs.storage import URL
@@ -37,14 +29,30 @@ if TYPE_CHECKING:
     from vidgen_ray.provenance.record import ProvenanceSettings
 
 
-def _help(field: str) -> str:
-    described = FilmSettings.model_fields[field]
-    default = f" Default: {described.default}." if described.default else ""
-    return f"{described.description}{default}"
+FILM_OPTIONS = ModelOptions.of(
+    FilmSettings,
+    title={},
+    scene_titles={},
+    size={"metavar": "WIDTHxHEIGHT"},
+    fps={"metavar": "RATE"},
+    variant={"metavar": "hd|video"},
+    transition={"metavar": "cut|fade"},
+    fade_s={"metavar": "SECONDS"},
+    still_s={"metavar": "SECONDS"},
+    captions={"metavar": "file|burn|none"},
+    font={"metavar": "FILE"},
+    music={"metavar": "FILE"},
+    narration={"metavar": "FILE"},
+    voice={},
+    loudness_lufs={"flag": "--loudness", "metavar": "LUFS"},
+)
 
 
+@with_options
 def film(
-    out: Annotated[str, typer.Argument(help="Output folder, or its URL.", callback=check_out)],
+    out: OutArgument,
+    options: Annotated[dict[str, Any], FILM_OPTIONS],
+    marks: MarkOptions,
     path: Annotated[str, typer.Option("--out", "-o", help="Film to write, an .mp4 file on this machine.")] = "film.mp4",
     film_file: Annotated[
         Path | None, typer.Option("--film", help="YAML file that describes the film. Command-line options override it.")
@@ -61,26 +69,9 @@ def film(
         list[str] | None,
         typer.Option("--ids", metavar="ID,ID", help="Shots of the film in this order. Repeatable. Default: all."),
     ] = None,
-    title: Annotated[str | None, typer.Option("--title", help=_help("title"))] = None,
-    scene_titles: Annotated[bool, typer.Option("--scene-titles", help=_help("scene_titles"))] = False,
-    size: Annotated[str | None, typer.Option("--size", metavar="WIDTHxHEIGHT", help=_help("size"))] = None,
-    fps: Annotated[str | None, typer.Option("--fps", help=_help("fps"))] = None,
-    variant: Annotated[str | None, typer.Option("--variant", metavar="hd|video", help=_help("variant"))] = None,
-    transition: Annotated[str | None, typer.Option("--transition", metavar="cut|fade", help=_help("transition"))] = None,
-    fade_s: Annotated[float | None, typer.Option("--fade-s", metavar="SECONDS", help=_help("fade_s"))] = None,
-    still_s: Annotated[float | None, typer.Option("--still-s", metavar="SECONDS", help=_help("still_s"))] = None,
-    captions: Annotated[str | None, typer.Option("--captions", metavar="file|burn|none", help=_help("captions"))] = None,
-    font: Annotated[Path | None, typer.Option("--font", help=_help("font"))] = None,
-    music: Annotated[Path | None, typer.Option("--music", help=_help("music"))] = None,
-    narration: Annotated[Path | None, typer.Option("--narration", help=_help("narration"))] = None,
-    voice: Annotated[str | None, typer.Option("--voice", help=_help("voice"))] = None,
-    loudness: Annotated[float | None, typer.Option("--loudness", metavar="LUFS", help=_help("loudness_lufs"))] = None,
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out shots that are not finished. Default: refuse, with a list.")
     ] = False,
-    no_provenance: NoProvenanceOption = False,
-    private: PrivateOption = False,
-    c2pa_key: C2paKeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Join the finished shots of an output folder into one video, in the order of the script.
@@ -92,25 +83,8 @@ def film(
     from vidgen_ray.provenance.record import DEFAULT, ProvenanceSettings
     from vidgen_ray.report.gallery_page import update_gallery
 
-    given = {
-        "title": title,
-        "scene_titles": scene_titles or None,
-        "size": size,
-        "fps": fps,
-        "variant": variant,
-        "transition": transition,
-        "fade_s": fade_s,
-        "still_s": still_s,
-        "captions": captions,
-        "font": font,
-        "music": music,
-        "narration": narration,
-        "voice": voice,
-        "loudness_lufs": loudness,
-    }
     if URL.match(path):
         raise UsageError(f"--out: got {path!r}, must be a file on this machine; upload the film when it is made")
-    options = {name: value for name, value in given.items() if value is not None}
     described = {**(_film_of_script(script) if script else {}), **(read_film_file(film_file) if film_file else {})}
     settings = film_settings({**described, **options}, "vidgen film")
     outputs = OutputFolder(out)
@@ -121,7 +95,7 @@ def film(
         candidates = with_reasons(_script_candidates(script, characters), candidates)
     target = Path(path)
     last = setting_of_last_run(outputs, "provenance", ProvenanceSettings) or DEFAULT
-    marking = provenance_settings(last, no_provenance=no_provenance, private=private, c2pa_key=c2pa_key)
+    marking = marks.settings(last)
     report = _make(outputs, settings, target, candidates, _split(ids), skip_missing, marking)
     if outputs.storage.local is not None and target.resolve().parent == outputs.storage.local.resolve():
         update_gallery(out)

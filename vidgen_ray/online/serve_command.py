@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,16 +14,55 @@ import typer
 import yaml
 from pydantic import ValidationError
 
-from vidgen_ray.cli.options import JsonOption
+from vidgen_ray.cli.folder import check_port
+from vidgen_ray.cli.options import AddressOption, C2paKeyOption, JsonOption, MarkOptions, ModelOptions, with_options
+from vidgen_ray.cli.run_script import interruptible, stoppable
 from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.profile import load_profile
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.system.files import load_yaml
 
+SERVE_OPTIONS = ModelOptions.of(
+    OnlineSettings,
+    profile={"flag": "--profile/-p"},
+    host={},
+    port={"metavar": "PORT"},
+    data={},
+    database={},
+    keys_file={"flag": "--keys", "metavar": "FILE"},
+    require_licence={"metavar": "commercial|unconditional"},
+)
+
+
+@with_options
+def serve(
+    options: Annotated[dict[str, Any], SERVE_OPTIONS],
+    settings: Annotated[
+        Path | None, typer.Option("--settings", help="YAML file with all settings. Command-line options override it.")
+    ] = None,
+    address: AddressOption = None,
+    c2pa_key: C2paKeyOption = None,
+    grace_s: Annotated[
+        float,
+        typer.Option("--grace", metavar="SECONDS", min=0, help="How long jobs in progress may finish after SIGTERM or Ctrl-C."),
+    ] = 60,
+) -> None:
+    """Start a server with an OpenAI-compatible API for videos and images, and a web page.
+
+    Jobs are stored before they are accepted. After a stop or a crash, the same command resumes them.
+    """
+    with interruptible(), redirect_stdout(sys.stderr):
+        chosen = settings_of(settings, options)
+        if c2pa_key is not None:
+            base = chosen.provenance or load_profile(chosen.profile).provenance
+            chosen = chosen.model_copy(update={"provenance": MarkOptions(c2pa_key=c2pa_key).settings(base)})
+        serve_command(chosen, address=address, grace_s=grace_s)
+
 
 def settings_of(file: Path | None, options: dict[str, Any]) -> OnlineSettings:
-    """Return the settings of a YAML file, overridden by the options that are not `None`.
+    """Return the settings of a YAML file, overridden by the options.
 
     Raises UsageError with the invalid setting and what is allowed.
     """
@@ -36,8 +77,7 @@ def settings_of(file: Path | None, options: dict[str, Any]) -> OnlineSettings:
         if not isinstance(content, dict):
             raise UsageError(f"settings {file}: must be a mapping of settings to values, e.g. `port: 8000`")
     try:
-        overrides = {name: value for name, value in options.items() if value is not None}
-        return OnlineSettings.model_validate({**content, **overrides})
+        return OnlineSettings.model_validate({**content, **options})
     except ValidationError as error:
         detail = error.errors(include_url=False, include_input=False)[0]
         setting = ".".join(map(str, detail["loc"])) or "settings"
@@ -55,12 +95,11 @@ def serve_command(
 
     Raises SetupError and ProfileError.
     """
-    from vidgen_ray.cli.run_script import stoppable
     from vidgen_ray.engine.ray_cluster import connected, live_cluster
     from vidgen_ray.online.application import check_exposure, server_plan
     from vidgen_ray.online.auth import check_bind_host, is_loopback, load_keys
     from vidgen_ray.online.request_id import ENVIRONMENT
-    from vidgen_ray.online.server import check_port, serving, wait_for
+    from vidgen_ray.online.server import serving, wait_for
     from vidgen_ray.online.store.store import open_store
     from vidgen_ray.planner import this_machine
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -128,20 +127,6 @@ def _start_serve(http: HTTPOptions, logs: LoggingConfig) -> None:
             serve.start(http_options=http, logging_config=logs)
             return
     raise SetupError("The HTTP proxy of Ray Serve does not start. The machine may be overloaded.")
-
-
-def check_port(host: str, port: int) -> None:
-    """Raise SetupError if the port cannot be bound. Serve itself would retry forever."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        # As servers do, so that the port of a server that just stopped is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise SetupError(
-                f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another port with --port."
-            ) from None
 
 
 def wait_for(stop: threading.Event, server: Server, poll_s: float = 5.0) -> None:

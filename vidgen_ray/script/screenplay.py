@@ -1,12 +1,11 @@
 """Scripts in YAML: shots or scenes, with defaults, characters and styles for them, and the JSON schema for editors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vidgen_ray.film.film_settings import FilmSettings
 from vidgen_ray.invalid_fields import known_fields, shortened
 from vidgen_ray.limits import MAX_YAML_BYTES
 from vidgen_ray.script.expansion import (
@@ -136,27 +135,26 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 TEXT = {"type": "string"}
 
 
-def script_schema() -> dict[str, Any]:
-    """Return the schema of a script with `shots` or `scenes`. It does not check combinations of fields, files and names."""
-    shot, film = Shot.model_json_schema(), FilmSettings.model_json_schema()
+def script_schema(sections: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the schema of a script with `shots` or `scenes`. It does not check combinations of fields, files and names.
+
+    `sections`: further fields of the header -> their schemas.
+    """
+    shot = Shot.model_json_schema()
     fields = _with_short_forms(shot["properties"])
     line = {**fields, STYLE: {**TEXT, "description": "Name of a style of the header."}, MATRIX: _matrix(fields)}
     shots = {"type": "array", "items": {"anyOf": [TEXT, {"$ref": "#/$defs/Line"}]}}
     defaults = _with_flat_settings({name: field for name, field in line.items() if name not in ("id", MATRIX)})
     scene = {**_object({"title": TEXT, "defaults": {"$ref": "#/$defs/Defaults"}, "shots": shots}), "required": ["shots"]}
-    definitions = {
-        **shot.get("$defs", {}),
-        **film.get("$defs", {}),
-        "Line": _with_flat_settings(line),
-        "Defaults": defaults,
-        "Film": {name: value for name, value in film.items() if name != "$defs"},
-    }
+    definitions = {**shot.get("$defs", {}), "Line": _with_flat_settings(line), "Defaults": defaults}
+    for name, section in sections.items():
+        definitions |= section.get("$defs", {}) | {name: {key: value for key, value in section.items() if key != "$defs"}}
     properties = {
         "title": TEXT,
         "defaults": {"$ref": "#/$defs/Defaults"},
         "characters": _named(fields, CHARACTER_FIELDS, CHARACTER_TEXTS),
         "styles": _named(fields, STYLE_FIELDS, STYLE_TEXTS),
-        "film": {"$ref": "#/$defs/Film"},
+        **{name: {"$ref": f"#/$defs/{name}"} for name in sections},
         "shots": shots,
         "scenes": {"type": "array", "items": scene},
     }

@@ -12,20 +12,20 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, get_args
+from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from vidgen_ray.cli.options import C2paKeyOption, JsonOption, NoProvenanceOption, PrivateOption, check_out, provenance_settings
+from vidgen_ray.cli.options import JsonOption, MarkOptions, check_out, with_options
 from vidgen_ray.cli.run_script import interruptible, remembered_interrupt
 from vidgen_ray.errors import StageError, UsageError, VidgenError
 from vidgen_ray.media import CLIP_SUFFIXES
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.provenance.record import DEFAULT
 from vidgen_ray.upscale.engine_settings import choose_settings, default_workers
-from vidgen_ray.upscale.frames import DEFAULT_CRF, ENCODERS, Codec, EncodeSettings, Preset
+from vidgen_ray.upscale.frames import DEFAULT_CRF, Codec, EncodeSettings, Preset
 from vidgen_ray.upscale.job import SegmentFailed, Threads
 from vidgen_ray.upscale.join import FORMATS
 from vidgen_ray.upscale.network import BUILTIN_MODELS, DEFAULT_MODEL, EngineSettings, Size, UpscaleModel, find_model
@@ -40,7 +40,9 @@ LINE_EVERY_S = 15.0
 """Seconds between two lines of progress if standard error is not a terminal."""
 
 
+@with_options
 def upscale(
+    marks: MarkOptions,
     videos: Annotated[
         list[str] | None,
         typer.Argument(
@@ -53,7 +55,8 @@ def upscale(
         typer.Option("--out", "-o", help="Output folder; for one video also a file (.mp4, .mov, .mkv).", callback=check_out),
     ] = "upscaled",
     scale: Annotated[
-        float | None, typer.Option("--scale", metavar="FACTOR", help="Factor of width and height, from 1 to 16. Default: 2.")
+        float | None,
+        typer.Option("--scale", min=1, max=16, metavar="FACTOR", help="Factor of width and height, from 1 to 16. Default: 2."),
     ] = None,
     to: Annotated[
         str | None,
@@ -82,9 +85,7 @@ def upscale(
         ),
     ] = None,
     list_models: Annotated[bool, typer.Option("--list-models", help="Print the names of the models and exit.")] = False,
-    codec: Annotated[
-        str, typer.Option("--codec", metavar="|".join(ENCODERS), help="Video codec of the output.", show_default=True)
-    ] = "h264",
+    codec: Annotated[Codec, typer.Option("--codec", help="Video codec of the output.", show_default=True)] = "h264",
     crf: Annotated[
         int | None,
         typer.Option(
@@ -95,7 +96,7 @@ def upscale(
         ),
     ] = None,
     preset: Annotated[
-        str, typer.Option("--preset", help="Speed of the encoder, ultrafast to veryslow, as in x264.", show_default=True)
+        Preset, typer.Option("--preset", help="Speed of the encoder, ultrafast to veryslow, as in x264.", show_default=True)
     ] = "medium",
     preview: Annotated[
         str | None,
@@ -115,9 +116,6 @@ def upscale(
         int | None,
         typer.Option("--workers", min=1, max=64, help="Segments made at the same time. Default: 1 per 8 CPUs."),
     ] = None,
-    no_provenance: NoProvenanceOption = False,
-    private: PrivateOption = False,
-    c2pa_key: C2paKeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Enlarge videos with a super-resolution network. Sound, subtitles, chapters, times and colour tags are kept.
@@ -141,11 +139,11 @@ def upscale(
     options = UpscaleOptions(
         model=network,
         encode=_encode_settings(codec, crf, preset),
-        scale=None if to else (2 if scale is None else _checked_scale(scale)),
+        scale=None if to else (2 if scale is None else scale),
         fit=_parse_size(to) if to else None,
         fps=_parse_fps(fps) if fps else None,
         force=force,
-        provenance=provenance_settings(DEFAULT, no_provenance=no_provenance, private=private, c2pa_key=c2pa_key),
+        provenance=marks.settings(DEFAULT),
     )
     seconds = _parse_seconds(preview) if preview else None
     with (
@@ -295,26 +293,10 @@ def _targets(videos: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
     return targets
 
 
-def _encode_settings(codec: str, crf: int | None, preset: str) -> EncodeSettings:
-    names: dict[str, Codec] = {name: name for name in ENCODERS}
-    if codec not in names:
-        raise UsageError(f"--codec: got {codec!r}, must be one of {', '.join(ENCODERS)}")
-    if names[codec] != "av1" and crf is not None and crf > 51:
+def _encode_settings(codec: Codec, crf: int | None, preset: Preset) -> EncodeSettings:
+    if codec != "av1" and crf is not None and crf > 51:
         raise UsageError(f"--crf: got {crf}, must be from 0 to 51 for {codec}")
-    presets: dict[str, Preset] = {name: name for name in get_args(Preset)}
-    if preset not in presets:
-        raise UsageError(f"--preset: got {preset!r}, must be one of {', '.join(presets)}")
-    return EncodeSettings(
-        codec=names[codec],
-        crf=DEFAULT_CRF[names[codec]] if crf is None else crf,
-        preset=presets[preset],
-    )
-
-
-def _checked_scale(scale: float) -> float:
-    if not 1 <= scale <= 16:
-        raise UsageError(f"--scale: got {scale:g}, must be from 1 to 16")
-    return scale
+    return EncodeSettings(codec=codec, crf=DEFAULT_CRF[codec] if crf is None else crf, preset=preset)
 
 
 def _parse_size(text: str) -> Size:
