@@ -63,8 +63,8 @@ def content_of(folder):
         (["--set", "fps="], "--set fps: got"),
         (["--set", "fps=0"], "--set fps: got 0, must be greater than or equal to 1"),
         (["--set", "id=a"], "--set id: must be set by each line of the script"),
-        (["--mode", "slow"], "--mode: got 'slow', must be 'quality' or 'fast'"),
-        (["--cache", "most"], "got 'most', must be one of none, images, all"),
+        (["--mode", "slow"], "'--mode': Value error, 'slow' is not one of 'quality', 'fast'"),
+        (["--cache", "most"], "'most' is not one of 'none', 'images', 'all'"),
         (["--set", "face_image=gone.jpg"], "--set face_image: got"),
     ],
 )

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.conftest import ASTRONAUT, EXAMPLES
 from tests.nets.test_faces import BOX, GROUP, POINTS
 from vidgen_ray.cli import main
-from vidgen_ray.cli.run_script import changes_until
+from vidgen_ray.cli.options import changes_until
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.provenance.record import read_provenance
@@ -36,8 +36,8 @@ def test_validate_counts_valid_lines_and_reports_invalid_ones(tmp_path, capsys):
         (["validate"], 2, "Missing argument"),
         (["validate", "gone.jsonl"], 3, "gone.jsonl: got gone.jsonl, must be an existing file"),
         (["shot", "a", "--set", "fps"], 2, "must be FIELD=VALUE"),
-        (["shot", "a", "--until", "dawn"], 2, "must be image or video"),
-        (["shot", "a", "--keep", "all"], 2, "must be stages"),
+        (["shot", "a", "--until", "dawn"], 2, "'dawn' is not one of 'image', 'video'"),
+        (["shot", "a", "--keep", "all"], 2, "'all' is not one of 'stages'"),
         (["shot", "a", "--profile", "nope"], 3, "must be one of demo"),
         (["shot", "a", "--set", "fpss=3"], 2, "--set fpss: got an unknown field, did you mean fps?"),
         (["stage", "blur", "x.png"], 2, "must be one of instantid, instantid_sdxl, flux"),

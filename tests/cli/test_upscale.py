@@ -128,7 +128,7 @@ from pathlib import Path
 from benchmarks.peak_memory import write_at_exit
 from tests.upscale.conftest import SETTINGS
 from vidgen_ray.cli import main
-from vidgen_ray.cli import upscale as command
+from vidgen_ray.upscale import upscale_command as command
 from vidgen_ray.upscale import job
 command.choose_settings = lambda model, device, workers: SETTINGS
 if "PEAK_FILE" in os.environ:

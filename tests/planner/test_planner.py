@@ -14,7 +14,8 @@ from itertools import count, product
 import pytest
 import scipy.optimize
 
-from vidgen_ray.cli.plan import Counts, plan_command
+from vidgen_ray.batch.render import Counts
+from vidgen_ray.cli.plan import print_plan
 from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, relative_costs
 from vidgen_ray.planner import (
@@ -541,8 +542,8 @@ def test_calibration_files_without_measurements_are_readable(cache_folder):
 # The plan command
 
 
-def test_plan_command_prints_the_plan(capsys):
-    plan_command(gpu_profile(B6), WITHOUT_STYLE, parse_gpus("2x48GB"), counts=Counts(410, 7, 3, 12))
+def test_print_plan_prints_the_plan(capsys):
+    print_plan(gpu_profile(B6), WITHOUT_STYLE, parse_gpus("2x48GB"), counts=Counts(410, 7, 3, 12))
     output = capsys.readouterr().out
     for words in (
         "2 x 48 GB, 32 CPUs on 1 node",
@@ -558,19 +559,19 @@ def test_plan_command_prints_the_plan(capsys):
         assert words in output
 
 
-def test_plan_command_prints_json_before_the_cost_check(capsys):
+def test_print_plan_prints_json_before_the_cost_check(capsys):
     with pytest.raises(TooExpensive):
-        plan_command(gpu_profile(B6), WITHOUT_STYLE, parse_gpus("8x80GB"), max_cost=0.01, as_json=True)
+        print_plan(gpu_profile(B6), WITHOUT_STYLE, parse_gpus("8x80GB"), max_cost=0.01, as_json=True)
     printed = json.loads(capsys.readouterr().out)
     assert printed["layout"]["kind"] == "fused"
     assert len(printed["layout"]["slots"]) == len(printed["nodes"]) == len(printed["shares"]) == 8
     assert printed["efficiency"] == pytest.approx(1)
 
 
-def test_plan_command_without_pending_shots(tiny, capsys):
-    plan_command(tiny, make_demand(0, []), this_machine(), counts=Counts(7, 7, 0, 0))
+def test_print_plan_without_pending_shots(tiny, capsys):
+    print_plan(tiny, make_demand(0, []), this_machine(), counts=Counts(7, 7, 0, 0))
     assert "nothing to render: 7 of 7 already done" in capsys.readouterr().out
-    plan_command(tiny, make_demand(0, []), this_machine(), counts=Counts(7, 7, 0, 0), as_json=True)
+    print_plan(tiny, make_demand(0, []), this_machine(), counts=Counts(7, 7, 0, 0), as_json=True)
     assert json.loads(capsys.readouterr().out)["shots"] == 0
 
 

@@ -8,6 +8,7 @@ from jsonschema import Draft202012Validator
 
 from tests.conftest import EXAMPLES, SYNTHETIC
 from vidgen_ray.errors import ScriptError
+from vidgen_ray.film.settings import FilmSettings
 from vidgen_ray.limits import MAX_SHOTS_PER_LINE
 from vidgen_ray.script.expansion import read_characters
 from vidgen_ray.script.lines import ScriptSettings
@@ -153,7 +154,9 @@ def test_characters_of_a_file_serve_every_format(script, tmp_path):
     ],
 )
 def test_schema_for_editors_accepts_scripts_and_finds_mistakes(text, valid):
-    assert Draft202012Validator(script_schema()).is_valid(yaml.safe_load(text)) == valid
+    assert (
+        Draft202012Validator(script_schema({"film": FilmSettings.model_json_schema()})).is_valid(yaml.safe_load(text)) == valid
+    )
 
 
 @pytest.mark.parametrize(

@@ -154,9 +154,9 @@ def schema(
     ] = "shot",
 ) -> None:
     """Print the JSON schema of a script, a shot, a profile, a manifest row or a film file."""
-    found: dict[str, Any] = {each.name: each.load() for each in entry_points(group=SCHEMAS)}
-    schemas = {name: each.model_json_schema for name, each in (found | CORE_SCHEMAS).items()}
-    schemas["script"] = lambda: script_schema({name: each.model_json_schema() for name, each in found.items()})
+    sections = {each.name: each.load().model_json_schema() for each in entry_points(group=SCHEMAS)}
+    schemas = {"script": script_schema(sections), **{name: each.model_json_schema() for name, each in CORE_SCHEMAS.items()}}
+    schemas |= sections
     if model not in schemas:
         raise typer.BadParameter(f"got {model!r}, must be one of {', '.join(schemas)}", param_hint="MODEL")
-    typer.echo(json.dumps(schemas[model](), indent=2))
+    typer.echo(json.dumps(schemas[model], indent=2))
