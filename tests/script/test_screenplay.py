@@ -8,7 +8,7 @@ from jsonschema import Draft202012Validator
 
 from tests.conftest import EXAMPLES, SYNTHETIC
 from vidgen_ray.errors import ScriptError
-from vidgen_ray.film.settings import FilmSettings
+from vidgen_ray.film.film_settings import FilmSettings
 from vidgen_ray.limits import MAX_SHOTS_PER_LINE
 from vidgen_ray.script.expansion import read_characters
 from vidgen_ray.script.lines import ScriptSettings

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from vidgen_ray.batch.run_options import GRACE_S, RenderOptions, RecordedOptions
+from vidgen_ray.batch.run_options import GRACE_S, RecordedOptions, RenderOptions
 from vidgen_ray.cli.options import (
     PROFILE_HELP,
     AddressOption,
