@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 from typer.core import TyperGroup
 from typer.main import get_command
 
@@ -38,7 +39,7 @@ COMMANDS = "vidgen.commands"
 """Group of entry points, name of a command -> function whose parameters typer reads, or `typer.Typer` with several commands."""
 SCHEMAS = "vidgen.schemas"
 """Group of entry points, name of a schema and of a section of .yaml scripts -> pydantic model."""
-CORE_SCHEMAS = {"shot": Shot, "profile": Profile, "manifest": ManifestRow}
+CORE_SCHEMAS: dict[str, type[BaseModel]] = {"shot": Shot, "profile": Profile, "manifest": ManifestRow}
 
 
 class FoundCommands(TyperGroup):
