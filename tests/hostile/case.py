@@ -1,11 +1,10 @@
-"""One hostile input: how it is built, where it enters, and what must happen."""
+"""One hostile input: how it is built, and what must happen."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Door = Literal["line", "script", "profile", "image", "video", "lora", "upscaler", "request"]
 Outcome = Literal["refused", "used"]
 
 
@@ -14,7 +13,6 @@ class Case:
     """A hostile input. Its class is `refused`, with a message, or `used`."""
 
     name: str
-    door: Door
     outcome: Outcome
     message: str = ""
     """Part of the message of a refused input."""
@@ -31,12 +29,12 @@ class Case:
         return self.name
 
 
-def refused(name: str, door: Door, message: str, build: Callable[[Path], Any], **more: Any) -> Case:
-    return Case(name, door, "refused", message, build=build, **more)
+def refused(name: str, message: str, build: Callable[[Path], Any], **more: Any) -> Case:
+    return Case(name, "refused", message, build=build, **more)
 
 
-def used(name: str, door: Door, build: Callable[[Path], Any], **more: Any) -> Case:
-    return Case(name, door, "used", build=build, **more)
+def used(name: str, build: Callable[[Path], Any], **more: Any) -> Case:
+    return Case(name, "used", build=build, **more)
 
 
 def content(data: bytes | Callable[[], bytes]) -> Callable[[Path], None]:

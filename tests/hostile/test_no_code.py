@@ -118,16 +118,15 @@ def test_payload_runs_when_it_is_unpickled(tmp_path, write):
     assert (tmp_path / "RAN").is_dir()
 
 
-@pytest.mark.parametrize("door", FILES)
 @pytest.mark.parametrize("write", KINDS)
-def test_pickle_in_a_file_is_refused_and_does_not_run(tmp_path, door, write):
-    name, read = FILES[door]
-    write(tmp_path / name, RunsCode(tmp_path / "RAN"))
-    # Its text is a list of prompts.
-    is_text = (door, write) == ("script .txt", as_text_pickle)
-    with nullcontext() if is_text else pytest.raises(VidgenError, match=r"^((?!weights_only)[\s\S])*$"):
-        read(tmp_path / name)
-    assert not (tmp_path / "RAN").exists()
+def test_pickle_in_a_file_is_refused_and_does_not_run(tmp_path, write):
+    for door, (name, read) in FILES.items():
+        write(tmp_path / name, RunsCode(tmp_path / "RAN"))
+        # Its text is a list of prompts.
+        is_text = (door, write) == ("script .txt", as_text_pickle)
+        with nullcontext() if is_text else pytest.raises(VidgenError, match=r"^((?!weights_only)[\s\S])*$"):
+            read(tmp_path / name)
+        assert not (tmp_path / "RAN").exists(), door
 
 
 def test_pickle_in_a_column_of_parquet_does_not_run(tmp_path):

@@ -54,37 +54,36 @@ def large(path: Path) -> None:
     os.truncate(path, 9 * 2**30)
 
 
-WEIGHTS: list[Case] = [
-    refused("pickle named .safetensors", "lora", UNREADABLE, pickled),
-    refused("torch checkpoint with code, named .safetensors", "lora", UNREADABLE, pickled_checkpoint),
-    refused("empty file", "lora", UNREADABLE, content(b"")),
-    refused("header of 2^63 bytes", "lora", "must be at most 16,777,216", content(safetensors(b"{}", length=2**63))),
-    refused("header of 90 MB", "lora", "must be at most 16,777,216", content(safetensors(b"{}", length=90_000_000))),
-    refused("header that is not JSON", "lora", UNREADABLE, content(safetensors(b"\xff" * 64))),
-    refused(
-        "header nested 10,000 times", "lora", UNREADABLE, content(lambda: safetensors(b'{"a":' * 10_000 + b"0" + b"}" * 10_000))
-    ),
-    refused("overlapping tensors", "lora", UNREADABLE, content(safetensors(header(a=(0, 4), b=(0, 4)), bytes(4)))),
-    refused("tensor outside of the file", "lora", UNREADABLE, content(safetensors(header(a=(0, 4)), b""))),
-    refused("offsets that do not fit the shape", "lora", UNREADABLE, content(safetensors(header(a=(0, 8)), bytes(8)))),
-    refused("no tensors", "lora", "has no tensors", content(safetensors(b"{}"))),
-    refused("file of 9 GB", "lora", "must have at most 8,589,934,592", large),
+LORAS: list[Case] = [
+    refused("pickle named .safetensors", UNREADABLE, pickled),
+    refused("torch checkpoint with code, named .safetensors", UNREADABLE, pickled_checkpoint),
+    refused("empty file", UNREADABLE, content(b"")),
+    refused("header of 2^63 bytes", "must be at most 16,777,216", content(safetensors(b"{}", length=2**63))),
+    refused("header of 90 MB", "must be at most 16,777,216", content(safetensors(b"{}", length=90_000_000))),
+    refused("header that is not JSON", UNREADABLE, content(safetensors(b"\xff" * 64))),
+    refused("header nested 10,000 times", UNREADABLE, content(lambda: safetensors(b'{"a":' * 10_000 + b"0" + b"}" * 10_000))),
+    refused("overlapping tensors", UNREADABLE, content(safetensors(header(a=(0, 4), b=(0, 4)), bytes(4)))),
+    refused("tensor outside of the file", UNREADABLE, content(safetensors(header(a=(0, 4)), b""))),
+    refused("offsets that do not fit the shape", UNREADABLE, content(safetensors(header(a=(0, 8)), bytes(8)))),
+    refused("no tensors", "has no tensors", content(safetensors(b"{}"))),
+    refused("file of 9 GB", "must have at most 8,589,934,592", large),
     refused(
         "factors of different rank",
-        "lora",
         "have rank 4 and 8",
         tensors(**{f"{LAYER}.lora_A.weight": (4, 16), f"{LAYER}.lora_B.weight": (16, 8)}),
     ),
-    refused("half of a layer", "lora", "one of its two factors only", tensors(**{f"{LAYER}.lora_A.weight": (4, 16)})),
-    refused("keys of a whole model", "lora", "has no layers of a LoRA", tensors(**{"model.0.weight": (4, 4)})),
+    refused("half of a layer", "one of its two factors only", tensors(**{f"{LAYER}.lora_A.weight": (4, 16)})),
+    refused("keys of a whole model", "has no layers of a LoRA", tensors(**{"model.0.weight": (4, 4)})),
     refused(
         "LoRA of Stable Diffusion 1.5",
-        "lora",
         "was trained for Stable Diffusion or SDXL",
         tensors(**{"lora_unet_down_blocks_0_attn.lora_up.weight": (4, 4)}),
     ),
-    refused("pickle named .pth", "upscaler", "holds other objects than tensors", pickled, ending=".pth"),
-    refused("torch checkpoint with code", "upscaler", "holds other objects than tensors", pickled_checkpoint, ending=".pth"),
-    refused("empty .pth", "upscaler", "is damaged", content(b""), ending=".pth"),
-    refused("damaged .safetensors", "upscaler", "cannot be loaded", content(b"\xff" * 64), ending=".safetensors"),
+]
+
+UPSCALERS: list[Case] = [
+    refused("pickle named .pth", "holds other objects than tensors", pickled, ending=".pth"),
+    refused("torch checkpoint with code", "holds other objects than tensors", pickled_checkpoint, ending=".pth"),
+    refused("empty .pth", "is damaged", content(b""), ending=".pth"),
+    refused("damaged .safetensors", "cannot be loaded", content(b"\xff" * 64), ending=".safetensors"),
 ]

@@ -2,10 +2,7 @@
 
 import io
 import itertools
-import struct
 import sys
-import zlib
-from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,6 @@ import pytest
 from av.video.reformatter import Colorspace
 from PIL import Image as PILImage
 
-from tests.upscale.videos import audio_only
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media import (
     Mp4Settings,
@@ -316,46 +312,13 @@ def test_display_rotation_is_applied(tmp_path: Path, rotation: int) -> None:
     assert np.array_equal(upright, np.rot90(unrotated, rotation // 90, (1, 2)))
 
 
-BAD_VIDEOS: dict[str, Callable[[Path, bytes], Any]] = {
-    "empty": lambda path, good: path.write_bytes(b""),
-    "text": lambda path, good: path.write_text("this is not a video, it only says so\n" * 50),
-    "playlist": lambda path, good: path.write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"),
-    "remote playlist": lambda path, good: path.write_text("#EXTM3U\n#EXTINF:1,\nhttp://169.254.169.254/latest\n"),
-    "ffconcat": lambda path, good: path.write_text("ffconcat version 1.0\nfile /etc/passwd\n"),
-    "playlist after MP4 magic bytes": lambda path, good: path.write_bytes(good[:12] + b"\n#EXTM3U\n/etc/passwd\n"),
-    "truncated": lambda path, good: path.write_bytes(good[: len(good) * 6 // 10]),
-    "last byte missing": lambda path, good: path.write_bytes(good[:-1]),
-    "header only": lambda path, good: path.write_bytes(good[: good.index(b"mdat")]),
-    "index missing": lambda path, good: path.write_bytes(good.replace(b"moov", b"skin")),
-    "image": lambda path, good: path.write_bytes(encode_png(saturated_chart())),
-    "audio only": lambda path, good: audio_only(path),
-    "folder": lambda path, good: path.mkdir(),
-    "missing": lambda path, good: None,
-}
-
-
-@pytest.mark.parametrize("kind", BAD_VIDEOS)
-def test_bad_videos_raise_a_media_error_with_the_file_name(tmp_path: Path, clip: Path, kind: str) -> None:
-    path = tmp_path / "bad.mp4"
-    BAD_VIDEOS[kind](path, clip.read_bytes())
-    with pytest.raises(MediaError, match=r"bad\.mp4: \w") as caught:
-        open_video(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_frame_count_is_not_taken_from_the_header(tmp_path: Path, clip: Path) -> None:
-    content = bytearray(clip.read_bytes())
-    offset = content.index(b"stts") + 12
-    assert struct.unpack(">I", content[offset : offset + 4]) == (30,)
-    content[offset : offset + 4] = struct.pack(">I", 10**9)
-    (tmp_path / "billion.mp4").write_bytes(content)
-    with open_video(tmp_path / "billion.mp4") as video:
-        assert video.frame_count == 30
-
-
-def test_urls_are_not_opened() -> None:
-    with pytest.raises(MediaError, match="no such file"):
-        open_video(Path("http://127.0.0.1:9/a.mp4"))
+def test_missing_cut_and_remote_videos_raise_a_media_error_with_the_file_name(tmp_path: Path, clip: Path) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "cut.mp4").write_bytes(clip.read_bytes()[:-1])
+    for path in (*(tmp_path / f"{name}.mp4" for name in ("folder", "cut", "missing")), Path("http://127.0.0.1:9/a.mp4")):
+        with pytest.raises(MediaError, match=rf"{path.name}: \w") as caught:
+            open_video(path)
+        assert "\n" not in str(caught.value)
 
 
 # Images
@@ -397,44 +360,7 @@ def pillow_bytes(image: PILImage.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def png_of(width: int, height: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """Return a grey 1-bit PNG that Pillow would not write."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
-    extra = b"".join(chunk(*c) for c in chunks)
-    return b"\x89PNG\r\n\x1a\n" + head + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
 RED = PILImage.new("RGB", (40, 20), (255, 0, 0))
-JPEG = pillow_bytes(PILImage.fromarray(moving_frames(1)[0]), "JPEG")
-
-BAD_IMAGES = {
-    "empty": b"",
-    "svg": b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
-    "html": b"<html><body>not found</body></html>",
-    "truncated JPEG": JPEG[: len(JPEG) // 2],
-    "truncated PNG": encode_png(saturated_chart())[:-60],
-    "1-bit bomb": png_of(50_000, 50_000, bytes(6251 * 500)),
-    "over Pillow's warning": png_of(10_000, 10_000, bytes(1251 * 10)),
-    "over the limit": png_of(8_000, 6_000, bytes(1001 * 10)),
-    "text bomb": png_of(8, 8, bytes(16), (b"zTXt", b"a\0\0" + zlib.compress(bytes(100_000_000), 9))),
-    "32-bit floats": pillow_bytes(PILImage.new("F", (4, 4), 0.5), "TIFF"),
-    "unsupported format": pillow_bytes(RED, "PPM"),
-    "video": b"\0\0\0\x1cftypisom\0\0\2\0isomiso2avc1mp41",
-}
-
-
-@pytest.mark.parametrize("kind", BAD_IMAGES)
-@pytest.mark.filterwarnings("error")
-def test_bad_images_raise_a_media_error_with_the_file_name(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "bad.png"
-    path.write_bytes(BAD_IMAGES[kind])
-    with pytest.raises(MediaError, match=r"bad\.png: \w") as caught:
-        read_image(path)
-    assert "\n" not in str(caught.value)
 
 
 def rotated_jpeg() -> bytes:
@@ -465,77 +391,43 @@ def animation(kind: str) -> bytes:
     return pillow_bytes(RED, kind, save_all=True, append_images=[PILImage.new("RGB", (40, 20), "blue")])
 
 
-@pytest.mark.parametrize(
-    ("content", "size", "first", "last"),
-    [
-        (rotated_jpeg(), (20, 40), (255, 0, 0), (0, 0, 255)),
-        (palette_with_alpha(), (40, 20), (255, 0, 0), (255, 255, 255)),
-        (half_transparent(), (40, 20), (255, 127, 127), (255, 127, 127)),
-        (grey_16_bit(), (40, 20), (128, 128, 128), (128, 128, 128)),
-        (pillow_bytes(PILImage.new("I;16", (40, 20), 65535), "TIFF"), (40, 20), (255, 255, 255), (255, 255, 255)),
-        (pillow_bytes(PILImage.new("CMYK", (40, 20), (0, 255, 255, 0)), "JPEG"), (40, 20), (255, 0, 0), (255, 0, 0)),
-        (pillow_bytes(PILImage.new("L", (40, 20), 90), "BMP"), (40, 20), (90, 90, 90), (90, 90, 90)),
-        (pillow_bytes(PILImage.new("1", (40, 20), 1), "PNG"), (40, 20), (255, 255, 255), (255, 255, 255)),
-        (pillow_bytes(PILImage.new("LA", (40, 20), (0, 0)), "PNG"), (40, 20), (255, 255, 255), (255, 255, 255)),
-        (animation("GIF"), (40, 20), (255, 0, 0), (255, 0, 0)),
-        (animation("WEBP"), (40, 20), (255, 0, 0), (255, 0, 0)),
-        (pillow_bytes(RED, "JPEG") + b"PK\x03\x04 an appended zip", (40, 20), (255, 0, 0), (255, 0, 0)),
-        (pillow_bytes(PILImage.new("RGB", (1, 1), "red"), "PNG"), (1, 1), (255, 0, 0), (255, 0, 0)),
-    ],
-    ids=[
-        "EXIF rotation",
-        "palette with alpha",
-        "half transparent",
-        "16-bit PNG",
-        "16-bit TIFF",
-        "CMYK JPEG",
-        "grey BMP",
-        "1-bit PNG",
-        "grey with alpha",
-        "animated GIF",
-        "animated WEBP",
-        "JPEG with appended data",
-        "1x1",
-    ],
-)
-def test_unusual_images_are_read(tmp_path: Path, content: bytes, size: tuple[int, int], first: Any, last: Any) -> None:
-    (tmp_path / "photo").write_bytes(content)
-    image = read_image(tmp_path / "photo")
-    assert (image.dtype, image.shape) == (np.uint8, (size[1], size[0], 3))
-    assert np.abs(image[0, 0].astype(int) - first).max() <= 6
-    assert np.abs(image[-1, -1].astype(int) - last).max() <= 6
+RED_PIXEL, BLUE_PIXEL, WHITE_PIXEL = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
-def mutants(content: bytes, count: int) -> Iterator[bytes]:
-    rng = np.random.default_rng(11)
-    for _ in range(count):
-        mutant = np.frombuffer(content, np.uint8).copy()
-        positions = rng.integers(0, len(mutant), rng.integers(1, 20))
-        mutant[positions] ^= rng.integers(1, 256, len(positions), np.uint8)
-        yield mutant.tobytes()
-
-
-def read_or_error_text(read: Callable[[Path], Frames], path: Path, content: bytes) -> Frames | str:
-    path.write_bytes(content)
-    try:
-        return read(path)
-    except MediaError as error:
-        return str(error)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [JPEG, rotated_jpeg(), palette_with_alpha(), animation("GIF"), animation("WEBP")],
-    ids=["JPEG", "rotated JPEG", "palette with alpha", "animated GIF", "animated WEBP"],
-)
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_images_are_read_or_raise_a_media_error(tmp_path: Path, content: bytes) -> None:
-    for mutant in mutants(content, 40):
-        result = read_or_error_text(read_image, tmp_path / "mutant", mutant)
-        assert result.dtype == np.uint8 if isinstance(result, np.ndarray) else "mutant: " in result
+def test_unusual_images_are_read(tmp_path: Path) -> None:
+    """Each with its first and last pixel. All but the first are 40 pixels wide and 20 high."""
+    images = {
+        "EXIF rotation": (rotated_jpeg(), RED_PIXEL, BLUE_PIXEL),
+        "palette with alpha": (palette_with_alpha(), RED_PIXEL, WHITE_PIXEL),
+        "half transparent": (half_transparent(), (255, 127, 127), (255, 127, 127)),
+        "16-bit PNG": (grey_16_bit(), (128, 128, 128), (128, 128, 128)),
+        "16-bit TIFF": (pillow_bytes(PILImage.new("I;16", (40, 20), 65535), "TIFF"), WHITE_PIXEL, WHITE_PIXEL),
+        "CMYK JPEG": (pillow_bytes(PILImage.new("CMYK", (40, 20), (0, 255, 255, 0)), "JPEG"), RED_PIXEL, RED_PIXEL),
+        "grey BMP": (pillow_bytes(PILImage.new("L", (40, 20), 90), "BMP"), (90, 90, 90), (90, 90, 90)),
+        "1-bit PNG": (pillow_bytes(PILImage.new("1", (40, 20), 1), "PNG"), WHITE_PIXEL, WHITE_PIXEL),
+        "grey with alpha": (pillow_bytes(PILImage.new("LA", (40, 20), (0, 0)), "PNG"), WHITE_PIXEL, WHITE_PIXEL),
+        "animated GIF": (animation("GIF"), RED_PIXEL, RED_PIXEL),
+        "animated WEBP": (animation("WEBP"), RED_PIXEL, RED_PIXEL),
+        "appended zip": (pillow_bytes(RED, "JPEG") + b"PK\x03\x04 an appended zip", RED_PIXEL, RED_PIXEL),
+    }
+    for kind, (content, first, last) in images.items():
+        (tmp_path / "photo").write_bytes(content)
+        image = read_image(tmp_path / "photo")
+        assert (image.dtype, image.shape) == (np.uint8, (40, 20, 3) if kind == "EXIF rotation" else (20, 40, 3)), kind
+        assert np.abs(image[0, 0].astype(int) - first).max() <= 6, kind
+        assert np.abs(image[-1, -1].astype(int) - last).max() <= 6, kind
 
 
 def test_damaged_videos_are_read_or_raise_a_media_error(tmp_path: Path, clip: Path) -> None:
-    for mutant in mutants(clip.read_bytes(), 30):
-        result = read_or_error_text(read_all, tmp_path / "mutant", mutant)
-        assert result.dtype == np.uint8 if isinstance(result, np.ndarray) else "mutant: " in result
+    rng, path = np.random.default_rng(11), tmp_path / "damaged"
+    for _ in range(30):
+        content = np.frombuffer(clip.read_bytes(), np.uint8).copy()
+        positions = rng.integers(0, len(content), rng.integers(1, 20))
+        content[positions] ^= rng.integers(1, 256, len(positions), np.uint8)
+        path.write_bytes(content.tobytes())
+        message = "damaged: "
+        try:
+            assert read_all(path).dtype == np.uint8
+        except MediaError as error:
+            message = str(error)
+        assert "damaged: " in message

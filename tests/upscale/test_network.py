@@ -84,11 +84,6 @@ def test_openvino_gives_the_same_pixels(tiny_model, bits):
     assert levels_apart(got, expected) <= (1 if bits == 8 else 8)
 
 
-def test_resized_results_are_those_of_a_larger_result_resized(tiny_model):
-    frame = picture(1)
-    assert UpscaleNetwork(tiny_model, BASE, (96, 72))([frame])[0].shape == (72, 96, 3)
-
-
 def test_networks_that_give_nan_fail(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -99,26 +94,17 @@ def test_networks_that_give_nan_fail(tmp_path):
         UpscaleNetwork(UpscaleModel("tiny", path), BASE)([picture(0)])
 
 
-@pytest.mark.parametrize(
-    ("cpus", "bfloat16", "openvino", "expected"),
-    [
+def test_settings_follow_the_machine(monkeypatch, tiny_model):
+    for cpus, bfloat16, openvino, expected in (
         (1, False, False, "torch float32, 1 call at a time on 1 threads"),
         (16, True, True, "openvino bfloat16, 2 calls at a time on 8 threads"),
         (16, False, True, "openvino float32, 2 calls at a time on 8 threads"),
-    ],
-)
-def test_settings_follow_the_machine(monkeypatch, cpus, bfloat16, openvino, expected):
-    monkeypatch.setattr(engine_settings, "usable_cpus", lambda: cpus)
-    monkeypatch.setattr(engine_settings, "cpu_has_bfloat16", lambda: bfloat16)
-    monkeypatch.setattr(engine_settings, "has_openvino", lambda: openvino)
-    workers = default_workers("cpu")
-    assert str(choose_settings(find_model("animevideov3"), "cpu", workers)) == expected
-
-
-def test_weights_by_path_run_in_float32(tiny_model, monkeypatch):
-    """The difference of half precision is known for the builtin networks only."""
-    monkeypatch.setattr(engine_settings, "cpu_has_bfloat16", lambda: True)
-    assert choose_settings(tiny_model, "cpu", 1).dtype == "float32"
+    ):
+        for name, value in (("usable_cpus", cpus), ("cpu_has_bfloat16", bfloat16), ("has_openvino", openvino)):
+            monkeypatch.setattr(engine_settings, name, lambda value=value: value)
+        assert str(choose_settings(find_model("animevideov3"), "cpu", default_workers("cpu"))) == expected
+        # The difference of half precision is known for the builtin networks only.
+        assert choose_settings(tiny_model, "cpu", 1).dtype == "float32"
 
 
 def test_calls_at_the_same_time_must_fit_in_memory(tiny_model, monkeypatch, tmp_path):
@@ -160,19 +146,16 @@ def test_denoise_mixes_two_weights(tmp_path):
     assert len({mixed.key, find_model(str(general)).key, find_model(str(general), 0.5).key}) == 3
 
 
-@pytest.mark.parametrize(
-    ("name", "denoise", "message"),
-    [
+def test_wrong_models_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.bin").write_bytes(b"")
+    for name, denoise, message in (
         ("x5plus", None, "must be one of animevideov3, x4plus-anime, x4plus, or the path"),
         ("animevideov3", 0.5, "must be those of realesr-general-x4v3"),
         ("weights.bin", None, "must end in .safetensors or .pth"),
-    ],
-)
-def test_wrong_models_are_named(tmp_path, monkeypatch, name, denoise, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(UsageError, match=message):
-        find_model(name, denoise)
+    ):
+        with pytest.raises(UsageError, match=message):
+            find_model(name, denoise)
 
 
 def test_denoise_without_its_second_weights_says_what_is_missing(tmp_path):
