@@ -29,20 +29,6 @@ def config():
     return yaml.safe_load(TEXT)
 
 
-@pytest.fixture
-def head(config):
-    return config["available_node_types"][config["head_node_type"]]
-
-
-@pytest.fixture
-def workers(config):
-    return [node for name, node in config["available_node_types"].items() if name != config["head_node_type"]]
-
-
-def commands(config):
-    return [command for name, items in config.items() if name.endswith("_commands") for command in items]
-
-
 def test_ray_accepts_cluster_yaml(config):
     prepared = prepare_config(copy.deepcopy(config))
     validate_config(prepared)
@@ -67,21 +53,19 @@ def test_ray_version_is_pinned_consistently_and_allowed_by_the_project(config):
         assert f"3.{tag['minor']}" in SpecifierSet(PROJECT["project"]["requires-python"])
 
 
-def test_head_node_has_no_cpus_or_gpus(head):
+def test_workers_are_autoscaled_gpu_spot_nodes_and_the_head_has_no_cpus_or_gpus(config):
+    nodes = dict(config["available_node_types"])
+    head = nodes.pop(config["head_node_type"])
     assert head["resources"] == {"CPU": 0, "GPU": 0}
     assert "InstanceMarketOptions" not in head["node_config"]
-
-
-def test_workers_are_autoscaled_gpu_spot_nodes(config, workers):
-    assert workers
     assert config["max_workers"] > 0
     assert config["idle_timeout_minutes"] > 0
-    for node in workers:
+    assert nodes
+    for node in nodes.values():
         assert node["min_workers"] == 0
         assert node["resources"]["GPU"] > 0
-        assert node["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}, (
-            "expected spot instances without a maximum price"
-        )
+        # Spot instances without a maximum price.
+        assert node["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
 
 
 def test_token_authentication_is_enabled_everywhere(config):
@@ -157,6 +141,6 @@ def test_docs_use_existing_options_of_jobs():
 
 
 def test_commands_stop_at_the_first_error(config):
-    for command in commands(config):
+    for command in (command for name, items in config.items() if name.endswith("_commands") for command in items):
         assert " || true" not in command
         assert "\n" not in command

@@ -28,7 +28,7 @@ PAGES = sorted(
     ]
 )
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+TEXTS = {page: page.read_text() for page in PAGES}
 
 
 def test_generated_tables_are_current():
@@ -40,41 +40,40 @@ def test_names_in_the_reference_exist():
         pkgutil.resolve_name(name)
 
 
-@each_page
-def test_relative_links_resolve(page):
-    targets = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text())
-    paths = [link or source for link, source in targets if not (link or source).startswith(("http", "#"))]
-    assert [path for path in paths if not (page.parent / path.split("#")[0]).exists()] == []
+def test_relative_links_resolve():
+    missing = []
+    for page, text in TEXTS.items():
+        targets = [link or source for link, source in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)]
+        paths = [target.split("#")[0] for target in targets if not target.startswith(("http", "#"))]
+        missing += [(page.name, path) for path in paths if not (page.parent / path).exists()]
+    assert missing == []
 
 
-@each_page
-def test_named_repository_paths_exist(page):
-    paths = re.findall(
-        r"`((?:vidgen_ray|tests|training|benchmarks|serve_configs|jobs|packaging|clients)/[\w./-]+)`", page.read_text()
-    )
+def test_named_repository_paths_and_tests_exist():
+    folders = "vidgen_ray|tests|training|benchmarks|serve_configs|jobs|packaging|clients"
     # The file that CONTRIBUTING.md adds in its worked example.
     examples = {"vidgen_ray/stages/ltx95.py"}
-    assert [path for path in paths if path not in examples and not (ROOT / path).exists()] == []
+    missing = []
+    for page, text in TEXTS.items():
+        paths = re.findall(rf"`((?:{folders})/[\w./-]+)`", text)
+        missing += [(page.name, path) for path in paths if path not in examples and not (ROOT / path).exists()]
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+        missing += [(page.name, name) for file, name in tests if f"def {name}(" not in (ROOT / file).read_text()]
+    assert missing == []
 
 
-@each_page
-def test_named_tests_exist(page):
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text())
-    assert [name for file, name in named if f"def {name}(" not in (ROOT / file).read_text()] == []
-
-
-@each_page
-def test_named_commands_and_options_exist(page):
+def test_named_commands_and_options_exist():
     vidgen = typer.main.get_command(app)
-    for line in re.findall(r"(?:^|`)(vidgen [^`\n]*)", page.read_text(), re.MULTILINE):
-        if not (words := shlex.split(line, comments=True)[1:]) or words[0].startswith("-"):
-            continue
-        command = vidgen.get_command(None, words[0])
-        if hasattr(command, "commands") and len(words) > 1:
-            command = command.commands[words[1]]
-        accepted = {option for parameter in command.params for option in parameter.opts}
-        options = {word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word)}
-        assert options <= accepted, line
+    for page, text in TEXTS.items():
+        for line in re.findall(r"(?:^|`)(vidgen [^`\n]*)", text, re.MULTILINE):
+            if not (words := shlex.split(line, comments=True)[1:]) or words[0].startswith("-"):
+                continue
+            command = vidgen.get_command(None, words[0])
+            if hasattr(command, "commands") and len(words) > 1:
+                command = command.commands[words[1]]
+            accepted = {option for parameter in command.params for option in parameter.opts}
+            options = {word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word)}
+            assert options <= accepted, (page.name, line)
 
 
 def test_memory_in_planning_is_that_of_the_plan():
