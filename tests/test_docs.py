@@ -45,7 +45,7 @@ def test_relative_links_resolve():
     for page, text in TEXTS.items():
         targets = [link or source for link, source in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)]
         paths = [target.split("#")[0] for target in targets if not target.startswith(("http", "#"))]
-        missing += [(page.name, path) for path in paths if not (page.parent / path).exists()]
+        missing += [(page, path) for path in paths if not (page.parent / path).exists()]
     assert missing == []
 
 
@@ -56,9 +56,9 @@ def test_named_repository_paths_and_tests_exist():
     missing = []
     for page, text in TEXTS.items():
         paths = re.findall(rf"`((?:{folders})/[\w./-]+)`", text)
-        missing += [(page.name, path) for path in paths if path not in examples and not (ROOT / path).exists()]
+        missing += [(page, path) for path in paths if path not in examples and not (ROOT / path).exists()]
         tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
-        missing += [(page.name, name) for file, name in tests if f"def {name}(" not in (ROOT / file).read_text()]
+        missing += [(page, name) for file, name in tests if f"def {name}(" not in (ROOT / file).read_text()]
     assert missing == []
 
 
@@ -73,7 +73,7 @@ def test_named_commands_and_options_exist():
                 command = command.commands[words[1]]
             accepted = {option for parameter in command.params for option in parameter.opts}
             options = {word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word)}
-            assert options <= accepted, (page.name, line)
+            assert options <= accepted, (page, line)
 
 
 def test_memory_in_planning_is_that_of_the_plan():
