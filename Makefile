@@ -57,7 +57,7 @@ lock: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[audit]"
 	mkdir -p out
 	$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/+cpu//' -e '/ @ /d' > out/tested-versions.txt
-	$(BIN)/uv pip compile pyproject.toml $(CLIENT)/pyproject.toml --extra postgres --extra s3 --extra mcp --universal --python-version 3.11 --generate-hashes \
+	$(BIN)/uv pip compile pyproject.toml $(CLIENT)/pyproject.toml --extra postgres --extra mcp --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header --override packaging/overrides.txt \
 		--constraint out/tested-versions.txt --no-emit-package onnxruntime --quiet --output-file $(LOCK)
 

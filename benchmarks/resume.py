@@ -23,11 +23,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import pyarrow.fs
+import pyarrow
 from more_itertools import batched
 from rich.console import Console
 from rich.table import Table
@@ -289,7 +290,7 @@ def _measured(part: Callable[..., Measured], args: tuple[Any, ...]) -> tuple[Mea
 @contextmanager
 def object_store(latency_s: float) -> Iterator[str]:
     """Start an S3 server (moto) behind a proxy that delays every request, and yield the URL of an empty folder."""
-    os.environ.update(AWS_ACCESS_KEY_ID="KEY", AWS_SECRET_ACCESS_KEY="SECRET", AWS_EC2_METADATA_DISABLED="true")
+    os.environ.update(AWS_ACCESS_KEY_ID="KEY", AWS_SECRET_ACCESS_KEY="SECRET")
     # In another process: it must not take the time of the measured one.
     context = multiprocessing.get_context("spawn")
     ports, done = context.SimpleQueue(), context.Event()
@@ -297,10 +298,9 @@ def object_store(latency_s: float) -> Iterator[str]:
     process.start()
     try:
         port = ports.get()
-        address = f"endpoint_override=127.0.0.1:{port}&scheme=http"
-        fs, bucket = pyarrow.fs.FileSystem.from_uri(f"s3://clips?{address}&allow_bucket_creation=true")
-        fs.create_dir(bucket)
-        yield f"s3://clips/out?{address}"
+        endpoint = f"http://127.0.0.1:{port}"
+        urlopen(Request(f"{endpoint}/clips", method="PUT")).close()
+        yield f"s3://clips/out?endpoint={endpoint}"
     finally:
         done.set()
         process.join()

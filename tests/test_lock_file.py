@@ -30,7 +30,7 @@ EXTRAS = PROJECT["optional-dependencies"] | CLIENT["optional-dependencies"]
 
 
 def test_requirements_are_locked_to_versions_that_they_allow():
-    extras = [each for name in ("postgres", "s3", "mcp") for each in EXTRAS[name]]
+    extras = [each for name in ("postgres", "mcp") for each in EXTRAS[name]]
     for requirement in map(Requirement, [*PROJECT["dependencies"], *CLIENT["dependencies"], *extras]):
         for entry in locked()[canonical(requirement.name)]:
             (pin,) = entry.specifier

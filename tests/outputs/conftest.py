@@ -1,8 +1,8 @@
 """Fixtures of the output folder's tests: planned shots and a local S3 server (moto)."""
 
 import re
+from urllib.request import Request, urlopen
 
-import pyarrow.fs
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -12,27 +12,23 @@ from vidgen_ray.graph import stages_of
 
 @pytest.fixture(scope="module")
 def endpoint():
-    """Start an S3 server with an empty bucket `clips` and return its host:port."""
+    """Start an S3 server with an empty bucket `clips` and return its URL."""
     with pytest.MonkeyPatch.context() as patched:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
             patched.delenv(name, raising=False)
         patched.setenv("AWS_ACCESS_KEY_ID", "KEY")
         patched.setenv("AWS_SECRET_ACCESS_KEY", "SECRET")
-        patched.setenv("AWS_EC2_METADATA_DISABLED", "true")
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         server.start()
         host, port = server.get_host_and_port()
-        fs, bucket = pyarrow.fs.FileSystem.from_uri(
-            f"s3://clips?endpoint_override={host}:{port}&scheme=http&allow_bucket_creation=true"
-        )
-        fs.create_dir(bucket)
-        yield f"{host}:{port}"
+        urlopen(Request(f"http://{host}:{port}/clips", method="PUT")).close()
+        yield f"http://{host}:{port}"
         server.stop()
 
 
 @pytest.fixture
 def url(endpoint, request):
-    return f"s3://clips/{re.sub('[^a-z0-9_]', '-', request.node.name)}?endpoint_override={endpoint}&scheme=http"
+    return f"s3://clips/{re.sub('[^a-z0-9_]', '-', request.node.name)}?endpoint={endpoint}"
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow.fs
 import pytest
 
 from tests.decoded import frames_of
@@ -68,9 +67,7 @@ def commit(outputs, plan, names=("hd.mp4", "image.png")):
 
 def objects(outputs):
     """Return path -> size in bytes of all stored objects."""
-    fs, base = outputs.storage._file_system_and_prefix
-    infos = fs.get_file_info(pyarrow.fs.FileSelector(base, recursive=True, allow_not_found=True))
-    return {info.path.removeprefix(f"{base}/"): info.size for info in infos if info.type == pyarrow.fs.FileType.File}
+    return {meta["path"]: meta["size"] for page in outputs.storage._store.list() for meta in page}
 
 
 def workspaces():
@@ -212,7 +209,7 @@ def test_collect_garbage_removes_unreferenced_objects(render, make_shot, url, ou
 
 
 def test_write_errors_do_not_leak_credentials(endpoint):
-    outputs = OutputFolder(f"s3://KEY:SECRET@nowhere/x?endpoint_override={endpoint}&scheme=http")
+    outputs = OutputFolder(f"s3://KEY:SECRET@nowhere/x?endpoint={endpoint}")
     with pytest.raises(SetupError, match="output folder s3://nowhere/x: cannot be written") as error:
         outputs.prepare()
     assert "SECRET" not in str(error.value)
@@ -220,9 +217,17 @@ def test_write_errors_do_not_leak_credentials(endpoint):
 
 @pytest.mark.parametrize("size", [10, 12 << 20])
 def test_failed_upload_raises_os_error(endpoint, size):
-    storage = OutputFolder(f"s3://nowhere/x?endpoint_override={endpoint}&scheme=http").storage
+    storage = OutputFolder(f"s3://nowhere/x?endpoint={endpoint}").storage
     with pytest.raises(OSError, match="bucket does not exist"):
         storage.write("hd.mp4", bytes(size))
+
+
+def test_missing_credentials_are_named(endpoint, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SetupError, match=r"s3://clips/x: cannot be written .no credentials in the environment"):
+        OutputFolder(f"s3://clips/x?endpoint={endpoint}").prepare()
 
 
 def test_large_object_round_trip(outputs):

@@ -150,7 +150,7 @@ class TestFinishedShots:
         packed = pickle.dumps(OutputFolder("out"))
         monkeypatch.chdir("/")
         assert pickle.loads(packed).root == tmp_path / "out"
-        remote = OutputFolder("s3://KEY:SECRET@clips/a?endpoint_override=h:1&scheme=http")
+        remote = OutputFolder("s3://KEY:SECRET@clips/a?endpoint=http://h:1")
         remote.storage  # noqa: B018  # create the storage, which is not pickled
         unpickled = pickle.loads(pickle.dumps(remote))
         assert (unpickled.url, repr(unpickled)) == ("s3://clips/a", "OutputFolder(s3://clips/a)")

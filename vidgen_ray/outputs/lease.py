@@ -1,10 +1,10 @@
 """Lease of an output folder. Prevents two runs, or a run and `vidgen gc`, from using the folder together.
 
 A lease is a file that its run refreshes. It expires when it was not refreshed for `STALE_AFTER_S`, or at once if its
-process was in the PID namespace of this process and has ended. In S3 the lease is `OUT/.running`, created, refreshed and
-taken over by conditional requests: of several runs exactly one gets it. Elsewhere it is `OUT/.running-<run>`, written
-before looking for those of other runs: at most one run gets the folder, but two that start at the same moment may both
-be refused.
+process was in the PID namespace of this process and has ended. In an object store the lease is `OUT/.running`, created,
+refreshed and taken over by conditional requests: of several runs exactly one gets it. On a disk it is
+`OUT/.running-<run>`, written before looking for those of other runs: at most one run gets the folder, but two that start
+at the same moment may both be refused.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.outputs.object_storage import ConditionalObject, ConditionsUnsupported
-from vidgen_ray.outputs.storage import Storage
+from vidgen_ray.outputs.storage import LocalStorage, Storage
 from vidgen_ray.system.files import ProcessId, this_process
+
+if TYPE_CHECKING:
+    from obstore import UpdateVersion
+
+    from vidgen_ray.outputs.object_storage import ObjectStorage, ObjectVersion
 
 PREFIX = ".running"
 REFRESH_S = 30.0
@@ -49,7 +53,7 @@ class Holder(NamedTuple):
     token: str
     """Random. Distinguishes leases of runs with the same name."""
     refreshes: int
-    """Number of refreshes, so that every refresh changes the ETag of the object."""
+    """Number of refreshes, so that every refresh changes the version of the object."""
 
     def to_json(self) -> bytes:
         return json.dumps(self._asdict()).encode()
@@ -145,14 +149,13 @@ def lease(storage: Storage, run: str) -> Iterator[Lease]:
 def _take(storage: Storage, run: str) -> LeaseFile:
     since = datetime.now(UTC).isoformat(timespec="seconds")
     holder = Holder(run, os.uname().nodename, str(this_process()), since, secrets.token_hex(8), 0)
-    conditional = storage.conditional_object(PREFIX)
-    file: LeaseFile
+    if not isinstance(storage, LocalStorage):
+        from vidgen_ray.outputs.object_storage import ObjectStorage
+
+        assert isinstance(storage, ObjectStorage)
+        return _LeaseObject(storage, holder)
+    file = _LeaseOnDisk(storage, holder)
     try:
-        file = _ConditionalLeaseFile(storage, conditional, holder) if conditional else _WrittenLeaseFile(storage, holder)
-    except ConditionsUnsupported:
-        file = _WrittenLeaseFile(storage, holder)
-    try:
-        # Runs with and without conditional requests see each other here.
         _check_other_leases(storage, file.name)
     except BaseException:
         file.release()
@@ -160,10 +163,10 @@ def _take(storage: Storage, run: str) -> LeaseFile:
     return file
 
 
-class _WrittenLeaseFile:
-    """Lease file of a storage without conditional requests. Its name is used by this run only."""
+class _LeaseOnDisk:
+    """Lease file on a disk. Its name is used by this run only."""
 
-    def __init__(self, storage: Storage, holder: Holder) -> None:
+    def __init__(self, storage: LocalStorage, holder: Holder) -> None:
         self.name = f"{PREFIX}-{holder.run}"
         self._storage = storage
         self._holder = holder
@@ -188,50 +191,66 @@ class _WrittenLeaseFile:
         return stored is not None and stored.token == self._holder.token
 
 
-class _ConditionalLeaseFile:
-    """Lease object that is created and changed by conditional requests."""
+class _LeaseObject:
+    """Lease in an object store, created and changed by conditional requests."""
 
     name = PREFIX
 
-    def __init__(self, storage: Storage, file: ConditionalObject, holder: Holder) -> None:
-        """Take the lease. Raises SetupError if another run holds it, ConditionsUnsupported if the store ignores conditions."""
+    def __init__(self, storage: ObjectStorage, holder: Holder) -> None:
+        """Take the lease. Raises SetupError if another run holds it, or if the store ignores conditions."""
         self._storage = storage
-        self._object = file
         self._holder = holder
-        self._etag = self._taken()
+        self._version = self._taken()
         # A store that ignores the condition would have overwritten the lease of a run that started at the same moment.
-        if file.create(holder.to_json()) is not None:
+        if storage.create(self.name, holder.to_json()) is not None:
             storage.delete(self.name)
-            raise ConditionsUnsupported
+            raise SetupError(
+                f"output folder {storage.url}: the store does not support conditional writes (If-None-Match), by which a run "
+                "makes sure that no other run uses the folder; use another store, or a local folder"
+            )
 
-    def _taken(self) -> str:
+    def _taken(self) -> UpdateVersion:
         content = self._holder.to_json()
         for _ in range(ATTEMPTS):
-            stored = self._object.read()
+            stored = self._storage.read_version(self.name)
             if stored is None:
-                etag = self._object.create(content)
+                version = self._storage.create(self.name, content)
             else:
-                _check_expired(self._storage, _parse(stored.content), self.name, stored.age_s)
-                etag = self._object.replace(content, stored.etag)
-            etag = etag or self._etag_if_ours()
-            if etag:
-                return etag
+                self._check_expired(stored)
+                version = self._storage.replace(self.name, content, stored.version)
+            version = version or self._version_if_ours()
+            if version:
+                return version
         raise SetupError(f"output folder {self._storage.url}: other runs are starting in it; try again")
 
-    def _etag_if_ours(self) -> str | None:
-        stored = self._object.read()
+    def _check_expired(self, stored: ObjectVersion) -> None:
+        holder = _parse(stored.content)
+        if holder is None or not holder.has_ended():
+            _check_expired(self._storage, holder, self.name, self._now() - stored.modified)
+
+    def _now(self) -> float:
+        """Return the time by the clock of the store, which may differ from this machine's."""
+        name = f".clock-{self._holder.token}"
+        self._storage.write(name, "")
+        try:
+            return self._storage.files("")[name].modified
+        finally:
+            self._storage.delete(name)
+
+    def _version_if_ours(self) -> UpdateVersion | None:
+        stored = self._storage.read_version(self.name)
         holder = _parse(stored.content) if stored else None
-        return stored.etag if stored and holder and holder.token == self._holder.token else None
+        return stored.version if stored and holder and holder.token == self._holder.token else None
 
     def refresh(self) -> bool:
         self._holder = self._holder._replace(refreshes=self._holder.refreshes + 1)
         # The condition also fails if this is the second attempt of a request whose response was lost.
-        etag = self._object.replace(self._holder.to_json(), self._etag) or self._etag_if_ours()
-        self._etag = etag or self._etag
-        return etag is not None
+        version = self._storage.replace(self.name, self._holder.to_json(), self._version) or self._version_if_ours()
+        self._version = version or self._version
+        return version is not None
 
     def release(self) -> None:
-        if self._etag_if_ours():
+        if self._version_if_ours():
             self._storage.delete(self.name)
 
 

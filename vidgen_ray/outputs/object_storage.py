@@ -1,146 +1,58 @@
-"""Storage of an output folder in an object store (S3 and compatible stores, GCS, Azure), through pyarrow's file systems.
+"""Storage of an output folder in an object store (S3 and compatible stores, Google Cloud Storage, Azure), through obstore.
 
-An object store only guarantees that single objects appear atomically, so the last object of a group of files marks the group
-as complete. Credentials come from the environment or the URL and are never shown.
+An object store only guarantees that single objects appear atomically, so the last object of a group of files marks the
+group as complete. Credentials come from the environment or the URL and are never shown.
 """
 
 from __future__ import annotations
 
-import io
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import cache, cached_property
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-import pyarrow
-import pyarrow.fs
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import from_url
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.storage import Storage, StoredFile
 from vidgen_ray.system import files
 from vidgen_ray.system.cache_dir import cache_dir
 
-CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 10
+if TYPE_CHECKING:
+    from obstore import ListResult, ObjectMeta, PutMode, PutResult, UpdateVersion
+    from obstore.store import ObjectStore
 
-
-class ConditionsUnsupported(OSError):
-    """The store does not support conditional requests, or botocore has no credentials for it."""
-
-
-class StoredObject(NamedTuple):
-    """Content and version of an object."""
-
-    content: bytes
-    etag: str
-    age_s: float
-    """Seconds since the last change, by the clock of the store."""
-
-
-class ConditionalObject:
-    """One object in S3 or a compatible store.
-
-    Methods raise OSError if the store fails, and its subclass ConditionsUnsupported if it rejects conditional requests. A
-    store may also ignore conditions: then `create` replaces an existing object.
-    """
-
-    def __init__(self, client: Any, bucket: str, key: str) -> None:
-        self._client = client
-        self._at = {"Bucket": bucket, "Key": key}
-
-    def read(self) -> StoredObject | None:
-        """Return the object, or `None` if it does not exist."""
-        response = self._request(self._client.get_object, missing=(404,))
-        if response is None:
-            return None
-        now = parsedate_to_datetime(response["ResponseMetadata"]["HTTPHeaders"]["date"]).replace(tzinfo=UTC)
-        modified: datetime = response["LastModified"]
-        return StoredObject(response["Body"], response["ETag"], (now - modified).total_seconds())
-
-    def create(self, content: bytes) -> str | None:
-        """Create the object and return its ETag, or return `None` if it exists."""
-        return self._put(content, IfNoneMatch="*")
-
-    def replace(self, content: bytes, etag: str) -> str | None:
-        """Replace the version `etag` and return the new ETag, or return `None` if the object has changed."""
-        return self._put(content, IfMatch=etag)
-
-    def _put(self, content: bytes, **condition: str) -> str | None:
-        # 409: another conditional request is in progress. 404: a replaced object does not exist.
-        response = self._request(self._client.put_object, missing=(404, 409, 412), Body=content, **condition)
-        return str(response["ETag"]) if response else None
-
-    def _request(self, call: Any, missing: tuple[int, ...], **arguments: object) -> dict[str, Any] | None:
-        """Return the response, or `None` for one of the status codes `missing`."""
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-
-        try:
-            response: dict[str, Any] = call(**self._at, **arguments)
-            if "Body" in response:
-                response["Body"] = response["Body"].read()
-        except NoCredentialsError as error:
-            raise ConditionsUnsupported(str(error)) from None
-        except BotoCoreError as error:
-            raise OSError(str(error)) from None
-        except ClientError as error:
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            if status in missing and error.response["Error"]["Code"] != "NoSuchBucket":
-                return None
-            raise (ConditionsUnsupported if status == 501 else OSError)(str(error)) from None
-        return response
-
-
-def conditional_object(url: str, path: str, region: str) -> ConditionalObject | None:
-    """Return the object at `path` ("bucket/key"), with the options of an s3:// URL as pyarrow reads them.
-
-    Returns `None` if botocore is not installed.
-    """
-    try:
-        from botocore.config import Config
-        from botocore.session import Session
-    except ImportError:
-        return None
-    address = urlsplit(url)
-    options = {name: values[-1] for name, values in parse_qs(address.query).items()}
-    endpoint = options.get("endpoint_override")
-    client = Session().create_client(
-        "s3",
-        region_name=region,
-        endpoint_url=endpoint and f"{options.get('scheme', 'https')}://{endpoint}",
-        aws_access_key_id=address.username and unquote(address.username),
-        aws_secret_access_key=address.password and unquote(address.password),
-        verify=options.get("tls_ca_file_path"),
-        config=Config(
-            connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=READ_TIMEOUT_S,
-            retries={"mode": "standard"},
-            s3={"addressing_style": "path" if endpoint else "auto"},
-            # Other stores than AWS may reject the checksums that botocore adds by default.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        ),
-    )
-    bucket, _, key = path.partition("/")
-    return ConditionalObject(client, bucket, key)
-
-
-SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+SCHEMES = ("s3", "gs", "az", "abfs", "abfss")
 MARKER = ".complete"
 """Last object of a folder written by `publish_folder`. Contains the names of its files."""
 BLOCK_BYTES = 8 << 20
+CONNECT_TIMEOUT, REQUEST_TIMEOUT = "3s", "1h"
+READ_TIMEOUT = "60s"
+"""Time without a byte after which a request fails."""
+LEASE_READ_TIMEOUT = "10s"
+"""Shorter, so that a lease can be refreshed again before it counts as lost."""
+MAX_RETRIES, RETRY_TIMEOUT = 4, timedelta(minutes=2)
+
+
+class ObjectVersion(NamedTuple):
+    """Content and version of an object."""
+
+    content: bytes
+    version: UpdateVersion
+    modified: float
+    """Time of the last change, in seconds since 1970, by the clock of the store."""
 
 
 class ObjectStorage(Storage):
-    """Storage at a URL of `pyarrow.fs.FileSystem.from_uri`: s3://bucket/prefix?endpoint_override=host:port&scheme=http
+    """Storage at a URL, such as s3://bucket/prefix?region=eu-central-1. Options are configuration keys of obstore's stores.
 
-    The file system is opened at the first use, so that instances can be pickled.
+    The store is opened at the first use, so that instances can be pickled.
     """
 
     local = None
@@ -156,48 +68,47 @@ class ObjectStorage(Storage):
         return f"ObjectStorage({self.url})"
 
     @cached_property
-    def _file_system_and_prefix(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        scheme = self._root.partition("://")[0].lower()
-        if scheme not in SCHEMES:
-            raise SetupError(f"output folder {self.url}: must be a local path or a URL ({', '.join(SCHEMES)})")
-        try:
-            fs, base = pyarrow.fs.FileSystem.from_uri(_with_single_puts(self._root))
-        # Their messages contain the URL with its credentials.
-        except (pyarrow.ArrowInvalid, OSError):
-            raise SetupError(
-                f"output folder {self.url}: not a valid URL for pyarrow.fs.FileSystem.from_uri, "
-                "such as s3://bucket/prefix?region=eu-central-1; pass secrets that contain / or + in the environment"
-            ) from None
-        return fs, base.rstrip("/")
+    def _store(self) -> ObjectStore:
+        return _opened(self._root, READ_TIMEOUT)
 
-    @property
-    def _fs(self) -> pyarrow.fs.FileSystem:
-        return self._file_system_and_prefix[0]
-
-    def _at(self, path: str) -> str:
-        return f"{self._file_system_and_prefix[1]}/{path}".rstrip("/")
+    @cached_property
+    def _lease_store(self) -> ObjectStore:
+        return _opened(self._root, LEASE_READ_TIMEOUT)
 
     def read(self, path: str) -> bytes | None:
         try:
-            with self._fs.open_input_file(self._at(path)) as file:
-                content: bytes = file.read()
-                return content
+            with _os_errors():
+                return bytes(self._store.get(path).bytes())
         except FileNotFoundError:
             return None
 
     def write(self, path: str, content: str | bytes) -> None:
-        self._put(io.BytesIO(content.encode("utf-8") if isinstance(content, str) else content), path)
+        with _os_errors():
+            self._store.put(path, content.encode("utf-8") if isinstance(content, str) else content)
 
-    def touch(self, path: str) -> None:
-        content = self.read(path)
-        if content is None:
-            raise FileNotFoundError(path)
-        self.write(path, content)
-
-    def conditional_object(self, path: str) -> ConditionalObject | None:
-        if not isinstance(self._fs, pyarrow.fs.S3FileSystem):
+    def read_version(self, path: str) -> ObjectVersion | None:
+        """Return an object with its version, or `None` if it does not exist."""
+        try:
+            with _os_errors():
+                result = self._lease_store.get(path)
+                return ObjectVersion(bytes(result.bytes()), _version(result.meta), result.meta["last_modified"].timestamp())
+        except FileNotFoundError:
             return None
-        return conditional_object(self._root, self._at(path), self._fs.region)
+
+    def create(self, path: str, content: bytes) -> UpdateVersion | None:
+        """Create an object and return its version, or return `None` if it exists. Some stores ignore this condition."""
+        return self._put_if("create", path, content)
+
+    def replace(self, path: str, content: bytes, version: UpdateVersion) -> UpdateVersion | None:
+        """Replace a version of an object and return the new one, or return `None` if the object has changed."""
+        return self._put_if(version, path, content)
+
+    def _put_if(self, mode: PutMode, path: str, content: bytes) -> UpdateVersion | None:
+        try:
+            with _os_errors():
+                return _version(self._lease_store.put(path, content, mode=mode))
+        except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+            return None
 
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
@@ -212,58 +123,43 @@ class ObjectStorage(Storage):
             yield workspace / "file"
 
     def _upload(self, file: Path, path: str) -> None:
-        with file.open("rb") as source:
-            self._put(source, path)
-
-    def _put(self, source: IO[bytes], path: str) -> None:
-        # Upload in another thread: Ctrl-C in the main thread would close the stream and leave a truncated object as complete.
-        # Not pyarrow.fs.copy_files: it does not report failed uploads.
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(self._write_stream, source, path).result()
-
-    def _write_stream(self, source: IO[bytes], path: str) -> None:
-        with self._fs.open_output_stream(self._at(path)) as stream:
-            shutil.copyfileobj(source, stream, BLOCK_BYTES)
+        with _os_errors():
+            self._store.put(path, file)
 
     def _download(self, path: str, file: Path) -> None:
-        with self._fs.open_input_stream(self._at(path)) as source, file.open("wb") as target:
-            shutil.copyfileobj(source, target, BLOCK_BYTES)
+        with _os_errors():
+            blocks = self._store.get(path).stream(min_chunk_size=BLOCK_BYTES)
+            with file.open("wb") as target:
+                for block in blocks:
+                    target.write(block)
 
     def files(self, folder: str) -> dict[str, StoredFile]:
-        # Some stores report no time. Such files count as old.
         return {
-            info.base_name: StoredFile(info.size, (info.mtime_ns or 0) / 1e9)
-            for info in self._listing(folder)
-            if info.type == pyarrow.fs.FileType.File
+            meta["path"].rpartition("/")[2]: StoredFile(meta["size"], meta["last_modified"].timestamp())
+            for meta in self._listing(folder)["objects"]
         }
 
     def folders(self, folder: str) -> list[str]:
-        return [info.base_name for info in self._listing(folder) if info.type == pyarrow.fs.FileType.Directory]
+        return [path.rpartition("/")[2] for path in self._listing(folder)["common_prefixes"]]
 
-    def _listing(self, folder: str) -> list[pyarrow.fs.FileInfo]:
-        infos: list[pyarrow.fs.FileInfo] = self._fs.get_file_info(
-            pyarrow.fs.FileSelector(self._at(folder), allow_not_found=True)
-        )
-        return infos
+    def _listing(self, folder: str) -> ListResult[Sequence[ObjectMeta]]:
+        with _os_errors():
+            return self._store.list_with_delimiter(folder or None)
 
     def has(self, folder: str, sizes: Mapping[str, int]) -> bool:
         files = self.files(folder)
         return all(name in files and files[name].bytes == size for name, size in sizes.items())
 
     def delete(self, path: str) -> None:
-        try:
-            self._fs.delete_file(self._at(path))
-        except FileNotFoundError:
-            return
+        with suppress(FileNotFoundError), _os_errors():
+            self._store.delete(path)
 
     def delete_folder(self, folder: str) -> None:
         # Delete the file that marks the folder as complete first.
         for marker in (MARKER, "shot.json"):
             self.delete(f"{folder}/{marker}")
-        try:
-            self._fs.delete_dir(self._at(folder))
-        except FileNotFoundError:
-            return
+        with suppress(FileNotFoundError), _os_errors():
+            self._store.delete([meta["path"] for page in self._store.list(folder) for meta in page])
 
     @contextmanager
     def workspace(self, parent: str) -> Iterator[Path]:
@@ -312,6 +208,70 @@ class ObjectStorage(Storage):
         return f"{self.url.rstrip('/')}/{quote(path)}"
 
 
+def _opened(root: str, read_timeout: str) -> ObjectStore:
+    """Open the store at a URL. Raises SetupError without the credentials of the URL."""
+    try:
+        address = urlsplit(root)
+        options, host = dict(parse_qsl(address.query)), address.netloc
+        if address.scheme == "s3" and address.password is not None:
+            options |= {"access_key_id": unquote(address.username or ""), "secret_access_key": unquote(address.password)}
+            host = host.rpartition("@")[2]
+        if address.scheme not in SCHEMES:
+            raise SetupError(f"output folder {without_credentials(root)}: must be a local path or a URL ({', '.join(SCHEMES)})")
+        return from_url(
+            f"{address.scheme}://{host}{address.path}",
+            config=cast("Any", options),
+            client_options={
+                "allow_http": options.get("endpoint", "").startswith("http://"),
+                "connect_timeout": CONNECT_TIMEOUT,
+                "read_timeout": read_timeout,
+                "timeout": REQUEST_TIMEOUT,
+            },
+            retry_config={"max_retries": MAX_RETRIES, "retry_timeout": RETRY_TIMEOUT},
+        )
+    # Their messages may contain the URL with its credentials.
+    except (BaseError, ValueError):
+        raise SetupError(
+            f"output folder {without_credentials(root)}: must be a URL such as s3://bucket/prefix?region=eu-central-1, with "
+            "options of obstore; pass secrets that contain / or + in the environment"
+        ) from None
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Raise errors of the store as OSError with a short message. Failed conditions and missing objects keep their type."""
+    try:
+        yield
+    except (AlreadyExistsError, PreconditionError):
+        raise
+    except (BaseError, FileNotFoundError) as error:
+        if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error):
+            raise
+        raise OSError(_message(str(error))) from None
+
+
+def _message(text: str) -> str:
+    """Return the reason in an error of obstore: the message of the store, else the error without its debug output."""
+    reason = re.search(r"<Message>(.*?)</Message>", text)
+    if reason:
+        return reason[1]
+    message = text.partition("\n\nDebug source:")[0].strip()
+    if "169.254.169.254" in text or "/latest/api/token" in text:
+        # Without credentials, the address of an instance role is tried.
+        message = f"no credentials in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({message})"
+    return message
+
+
+def _version(result: PutResult | ObjectMeta) -> UpdateVersion:
+    """Return the version of an object, without the parts that the store does not have."""
+    version: UpdateVersion = {}
+    if e_tag := result["e_tag"]:
+        version["e_tag"] = e_tag
+    if number := result["version"]:
+        version["version"] = number
+    return version
+
+
 def _workspaces() -> Path:
     return cache_dir() / "unfinished"
 
@@ -321,13 +281,6 @@ def _sweep_workspaces(folder: Path) -> None:
     """Remove abandoned workspaces, once per process: on worker nodes nothing else does. They belong to no output folder."""
     for path in files.abandoned(folder):
         files.remove(path)
-
-
-def _with_single_puts(url: str) -> str:
-    """Return the URL with the option that uploads small objects in one request instead of three (multipart upload)."""
-    if not url.startswith("s3://") or "allow_delayed_open" in url:
-        return url
-    return f"{url}{'&' if '?' in url else '?'}allow_delayed_open=true"
 
 
 def without_credentials(url: str) -> str:

@@ -15,13 +15,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.system import files
-
-if TYPE_CHECKING:
-    from vidgen_ray.outputs.object_storage import ConditionalObject
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 MIN_FREE_BYTES, MIN_FREE_SHARE = 10**9, 0.05
@@ -53,14 +50,6 @@ class Storage(ABC):
     @abstractmethod
     def write(self, path: str, content: str | bytes) -> None:
         """Write a file atomically."""
-
-    @abstractmethod
-    def touch(self, path: str) -> None:
-        """Set the modification time of a file to the current time of the storage. Raises FileNotFoundError."""
-
-    @abstractmethod
-    def conditional_object(self, path: str) -> ConditionalObject | None:
-        """Return an object for conditional requests, or `None` if the storage or the installation cannot send them."""
 
     @abstractmethod
     def new_file(self, path: str) -> AbstractContextManager[Path]:
@@ -126,7 +115,7 @@ def absolute(root: str | Path) -> str | Path:
     """Return a URL unchanged, and a local path as an absolute path. Raises SetupError for a URL in a Path."""
     if isinstance(root, str) and URL.match(root):
         return Path(root.removeprefix("file://")) if root.startswith("file://") else root
-    if re.match(r"(s3|gs|gcs|abfs|file):/", str(root)):
+    if re.match(r"(s3|gs|az|abfs|file):/", str(root)):
         raise SetupError(f"output folder {root}: a Path cannot hold a URL; pass it as a string")
     return Path(root).absolute()
 
@@ -170,10 +159,8 @@ class LocalStorage(Storage):
         files.write_atomically(self.local / path, content)
 
     def touch(self, path: str) -> None:
+        """Set the modification time of a file to the current time. Raises FileNotFoundError."""
         os.utime(self.local / path)
-
-    def conditional_object(self, path: str) -> None:
-        return None
 
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
