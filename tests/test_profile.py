@@ -16,19 +16,13 @@ from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import resolve, with_commit
 
 
-@pytest.mark.parametrize("name", builtin_profiles())
-def test_builtin_profiles_have_valid_defaults_and_known_actors(name):
-    profile = load_profile(name)
-    assert Shot(prompt="a", **profile.defaults)
-    check_profile(profile)
-
-
-@pytest.mark.parametrize("name", builtin_profiles())
-def test_builtin_profiles_state_memory(name):
-    profile = load_profile(name)
-    assert all(actor.memory_gb > 0 or actor.device == "cuda" for actor in profile.actors.values())
-    if any(actor.device == "cuda" for actor in profile.actors.values()):
-        assert "has not been run on a GPU" in profile.about
+def test_builtin_profiles_have_valid_defaults_known_actors_and_memory():
+    for profile in map(load_profile, builtin_profiles()):
+        assert Shot(prompt="a", **profile.defaults)
+        check_profile(profile)
+        assert all(actor.memory_gb > 0 or actor.device == "cuda" for actor in profile.actors.values()), profile.name
+        if any(actor.device == "cuda" for actor in profile.actors.values()):
+            assert "has not been run on a GPU" in profile.about, profile.name
 
 
 @pytest.mark.parametrize("name", ["tiny", "demo"])

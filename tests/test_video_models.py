@@ -84,13 +84,10 @@ def test_wrong_values_per_model_are_reported(defaults, field):
     assert [name for name, _, _ in wrong_defaults(defaults)] == [field]
 
 
-@pytest.mark.parametrize(
-    ("model", "width", "allowed"), [("svd", 96, False), ("ltx", 96, True), ("ltx", 80, False), ("wan", 80, True)]
-)
-def test_sizes_depend_on_the_video_model(model, width, allowed):
-    if allowed:
+def test_sizes_depend_on_the_video_model():
+    for model, width in (("ltx", 96), ("wan", 80)):
         assert Shot(prompt="a", video_model=model, width=width).width == width
-    else:
+    for model, width in (("svd", 96), ("ltx", 80)):
         with pytest.raises(ValidationError, match=f"width {width} is not a multiple of"):
             Shot(prompt="a", video_model=model, width=width)
 
