@@ -22,7 +22,7 @@ demo: setup
 
 # Two processes with one torch thread each: tests often wait for other processes. -rs lists skipped tests with the reason (no GPU,
 # browser or database).
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile -rs --durations 15
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup -rs --durations 15
 
 test: setup
 	$(PYTEST)
@@ -34,7 +34,7 @@ test-slow: setup
 
 # About twenty minutes. Faults of GPUs, nodes, encoders, disks and inputs, two runs on one cluster, leases of other containers; then kills
 # processes, nodes and drivers of a three-node cluster at 35 random moments.
-FAULTS := tests/batch/test_health.py tests/batch/test_faults.py tests/batch/test_inputs.py tests/engine/test_inputs.py \
+FAULTS := tests/batch/test_health.py tests/batch/test_faults.py tests/engine/test_inputs.py \
 	tests/engine/test_cache_writer.py tests/engine/test_fleet.py tests/outputs/test_lease.py
 chaos: setup
 	$(BIN)/python -m pytest $(FAULTS) tests/chaos -m ""

@@ -17,9 +17,11 @@ os.environ.setdefault("VIDGEN_CACHE", str(Path(__file__).parent.parent / ".pytes
 
 import numpy as np
 import pytest
+import ray
 from PIL import Image
 
 from tests.small_disk import mounted_disk
+from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.shot import Shot
 
@@ -41,6 +43,55 @@ def pytest_collection(session):
 def pytest_collection_finish(session):
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Let one process run all tests of a file, and one process all tests of `local_ray` (see `--dist loadgroup`)."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("local_ray" if "local_ray" in item.fixturenames else str(item.path)))
+
+
+class LocalRay:
+    """Ray with 16 CPUs and two simulated GPUs of 80 GB, shared by the test modules of a process."""
+
+    running = False
+
+    @classmethod
+    def start(cls):
+        if cls.running:
+            return
+        programs = Path(tempfile.mkdtemp(prefix="vidgen-test-"))
+        atexit.register(shutil.rmtree, programs, ignore_errors=True)
+        nvidia_smi = programs / "nvidia-smi"
+        nvidia_smi.write_text("#!/bin/sh\necho 81559; echo 81559\n")
+        nvidia_smi.chmod(0o755)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+            init_local_ray(num_cpus=16, num_gpus=2, log_to_driver=False, object_store_memory=512 << 20)
+        cls.running = True
+
+    @classmethod
+    def stop(cls):
+        if cls.running:
+            ray.shutdown()
+            cls.running = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if "local_ray" not in item.fixturenames:
+        LocalRay.stop()
+
+
+def pytest_sessionfinish():
+    LocalRay.stop()
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """Use the shared Ray. It stops before the first test that does not use it."""
+    LocalRay.start()
 
 
 @pytest.fixture(scope="session")

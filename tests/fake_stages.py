@@ -132,3 +132,13 @@ FAKES = {
 
 FINDS_FACES = {**FAKES, InstantIDStage.name: InstantIDStage}
 """Fakes with the real detector of faces."""
+
+ACTORS_GB = {"instantid": 1, "flux": 34, "hunyuan": 13, "svd": 20, "realesrgan": 6}
+"""GPU memory of actors that fit together on a GPU of 80 GB."""
+
+
+def profile_of_fakes(tiny, actors=tuple(ACTORS_GB), timeout_s=60, **update):
+    """Return the profile `tiny` with these actors on a GPU."""
+    more = {"device": "cuda", "timeout_s": timeout_s, "cpus": 0.5}
+    on_gpu = {name: tiny.actors[name].model_copy(update={"memory_gb": ACTORS_GB[name], **more}) for name in actors}
+    return tiny.model_copy(update={"name": "fakes", "actors": on_gpu, "cpu_workers": None, **update})

@@ -12,14 +12,8 @@ import ray.data
 from tests.fake_stages import FAKES
 from vidgen_ray.batch.render import RenderOptions
 from vidgen_ray.data import build_processor
-from vidgen_ray.engine.ray_cluster import init_local_ray
 
-
-@pytest.fixture(scope="module", autouse=True)
-def own_ray():
-    init_local_ray(num_cpus=8, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 def test_rows_become_result_rows_between_other_steps(tiny, tmp_path):

@@ -10,14 +10,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 from PIL import Image
 
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, FINDS_FACES
 from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.cli import main
-from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
@@ -25,6 +23,8 @@ from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script
 from vidgen_ray.system.cache_dir import sha256_of
+
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 SCRIPT = Path(__file__).with_name("tiny.jsonl")
 """Script with one line of every kind, for the profile `tiny`."""
@@ -56,13 +56,6 @@ class Events:
         if row.status == "done" and not any(r.status == "done" for r in self.rows):
             self._at_first()
         self.rows.append(row)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_ray():
-    init_local_ray(num_cpus=8, log_to_driver=False, object_store_memory=512 << 20)
-    yield
-    ray.shutdown()
 
 
 def digests(out: Path) -> dict[str, str]:

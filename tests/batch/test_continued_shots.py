@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 from PIL import Image
 
 from tests.batch.test_batch import DONE, Events, digests, render_lines
@@ -19,7 +18,6 @@ from vidgen_ray.batch import render
 from vidgen_ray.batch.lines import LinePlanner, first_lines
 from vidgen_ray.batch.shot_queue import ContinuedShots
 from vidgen_ray.cli import main
-from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.media import read_image
@@ -30,6 +28,8 @@ from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script, unique_lines
 from vidgen_ray.shot import Shot
 
+pytestmark = pytest.mark.usefixtures("local_ray")
+
 SMALL = {"width": 64, "height": 64, "num_frames": 4, "upscale_video": False, "seed": 5}
 CHAIN = [
     {**SMALL, "id": "a", "prompt": "a red ball"},
@@ -38,13 +38,6 @@ CHAIN = [
 ]
 FAKE_CHAIN = [{name: value for name, value in line.items() if name != "interpolation"} for line in CHAIN]
 """For fake stages: there is none for frame interpolation."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_ray():
-    init_local_ray(num_cpus=8, log_to_driver=False, object_store_memory=512 << 20)
-    yield
-    ray.shutdown()
 
 
 def script(folder, lines, profile):

@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from tests.batch.test_batch import Events
+from tests.fake_stages import profile_of_fakes
 from vidgen_ray.batch import director as director_module
 from vidgen_ray.batch import lines
 from vidgen_ray.batch import render as render_module
@@ -159,12 +160,7 @@ def without_ray(monkeypatch):
 
 @pytest.fixture(scope="module")
 def profile(tiny):
-    sizes = {"flux": 34, "svd": 20, "realesrgan": 6}
-    actors = {
-        name: tiny.actors[name].model_copy(update={"device": "cuda", "memory_gb": gb, "timeout_s": 60, "cpus": 0.5})
-        for name, gb in sizes.items()
-    }
-    return tiny.model_copy(update={"name": "fakes", "actors": actors, "cpu_workers": None})
+    return profile_of_fakes(tiny, ("flux", "svd", "realesrgan"))
 
 
 def random_script(faults, count):

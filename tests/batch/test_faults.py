@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,11 +16,13 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from safetensors.numpy import save_file
 
 from tests.batch.test_batch import Events, digests
-from tests.fake_stages import FAKES, fake_likeness
+from tests.conftest import ASTRONAUT, SYNTHETIC
+from tests.fake_stages import FAKES, fake_likeness, profile_of_fakes
 from vidgen_ray.batch.lines import remaining_lines
 from vidgen_ray.batch.render import RenderOptions, render
-from vidgen_ray.engine.ray_cluster import expect_gpus, init_local_ray
+from vidgen_ray.engine.ray_cluster import expect_gpus
 from vidgen_ray.errors import SetupError
+from vidgen_ray.media import read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.records import shot_path
@@ -27,27 +30,16 @@ from vidgen_ray.planner import parse_gpus
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot
 
+pytestmark = pytest.mark.usefixtures("local_ray")
+
 GPUS, ONE_GPU = "2x80GB", "1x80GB"
 POLL_S = 0.02
 """Seconds between two calls of a process that starts."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_ray():
-    init_local_ray(num_cpus=16, num_gpus=2, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture(scope="module")
 def profile(tiny):
-    """Profile with all actors on a GPU. Together they fit on one GPU."""
-    sizes = {"instantid": 1, "flux": 34, "hunyuan": 13, "svd": 20, "realesrgan": 6}
-    actors = {
-        name: tiny.actors[name].model_copy(update={"device": "cuda", "memory_gb": gb, "timeout_s": 5, "cpus": 0.5})
-        for name, gb in sizes.items()
-    }
-    return tiny.model_copy(update={"name": "fakes", "actors": actors, "cpu_workers": None})
+    return profile_of_fakes(tiny, timeout_s=5)
 
 
 def render_lines(tmp_path, profile, lines, listener=None, gpus=GPUS, stop=None, fakes=FAKES, folder=OutputFolder, **options):
@@ -349,8 +341,6 @@ def test_stopped_run_finishes_started_shots_and_can_be_resumed(tmp_path, profile
 
 
 def test_face_features_are_shared_between_shots_with_the_same_photo(tmp_path, profile):
-    from tests.conftest import ASTRONAUT
-
     lines = [{**line, "face_image": str(ASTRONAUT)} for line in shots(6)]
     render_lines(tmp_path, profile, lines, cache="none")
     records = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("shots/*/*/shot.json")]
@@ -358,8 +348,6 @@ def test_face_features_are_shared_between_shots_with_the_same_photo(tmp_path, pr
 
 
 def test_low_likeness_retries_with_other_seeds_before_the_clip_is_rendered(tmp_path, profile):
-    from tests.conftest import ASTRONAUT
-
     def likeness_of_attempts(seed):
         shot = Shot(prompt="a", id="a", seed=seed)
         return [fake_likeness(shot.with_retry_seed(number).seed) for number in range(3)]
@@ -385,3 +373,29 @@ def test_low_likeness_retries_with_other_seeds_before_the_clip_is_rendered(tmp_p
     assert len(list((tmp_path / "out").glob("cache/*/*/frames.mkv"))) == 1, "no clip is rendered for rejected images"
     second, _ = render_lines(tmp_path, profile.model_copy(update=layout), lines)
     assert (second.skipped, second.failed) == (1, 1)
+
+
+def test_photo_replaced_during_the_run_fails_only_its_line(tmp_path, profile):
+    photo = tmp_path / "photo.jpg"
+    shutil.copy(ASTRONAUT, photo)
+    lines = [*shots(4), {"id": "face", "prompt": "a", "face_image": str(photo), "consent": SYNTHETIC}]
+
+    class ReplacePhoto(Events):
+        def on_lines(self, *counts):
+            """All lines are planned, none is rendered."""
+            write_png(photo, read_image(photo)[:, ::-1])
+
+    report, rows = render_lines(tmp_path, profile, lines, ReplacePhoto(), gpus=ONE_GPU)
+    row = rows["face"]
+    assert (report.done, report.failed) == (4, 1), row
+    assert (row.failure_stage, row.failure_error) == ("instantid", "InputChanged")
+    assert "photo.jpg: changed since the run planned this shot; render the line again" in row.failure_message
+    report, rows = render_lines(tmp_path, profile, lines, gpus=ONE_GPU)
+    assert (report.done, rows["face"].status) == (1, "done")
+
+
+def test_cache_of_images_only(tmp_path, profile):
+    report, _ = render_lines(tmp_path, profile, shots(4), gpus=ONE_GPU, cache="images")
+    assert report.done == 4
+    kept = [file.name for file in (tmp_path / "out").glob("cache/*/*/*")]
+    assert kept == ["image.png"] * 4, "what was queued is written when the run ends"

@@ -13,9 +13,10 @@ from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder import CONTROL, Encoder
 from vidgen_ray.engine.encoder_pool import EncoderPool
-from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.engine.status import EngineObserver
 from vidgen_ray.outputs.folder import OutputFolder
+
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 TIMEOUT_S = 60
 
@@ -36,13 +37,6 @@ class HangingDisk(OutputFolder):
             while not self.root.joinpath("released").exists():
                 time.sleep(0.02)  # polls: files do not send events
         return super().draft(plan)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_ray():
-    init_local_ray(num_cpus=2, log_to_driver=False, object_store_memory=100 << 20)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -4,37 +4,25 @@ import json
 from collections import Counter
 
 import pytest
-import ray
 
 from tests.batch.test_batch import Events
-from tests.fake_stages import FAKES
+from tests.fake_stages import FAKES, profile_of_fakes
 from tests.hostile.images import IMAGES
 from tests.hostile.scripts import LINES
-from tests.hostile.weights import WEIGHTS
+from tests.hostile.weights import LORAS
 from vidgen_ray.batch.render import RenderOptions, render
-from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.script.lines import ScriptSettings
 
-
-@pytest.fixture(scope="module", autouse=True)
-def own_ray():
-    init_local_ray(num_cpus=8, num_gpus=1, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture(scope="module")
 def profile(tiny):
-    sizes = {"flux": 34, "svd": 20, "realesrgan": 6}
-    actors = {
-        name: tiny.actors[name].model_copy(update={"device": "cuda", "memory_gb": gb, "timeout_s": 30, "cpus": 0.5})
-        for name, gb in sizes.items()
-    }
     defaults = {**tiny.defaults, "generate_video": False}
-    return tiny.model_copy(update={"name": "fakes", "actors": actors, "cpu_workers": None, "defaults": defaults})
+    return profile_of_fakes(tiny, ("flux", "svd", "realesrgan"), timeout_s=30, defaults=defaults)
 
 
 def test_hostile_lines_fail_alone(tmp_path, profile):
@@ -49,8 +37,8 @@ def test_hostile_lines_fail_alone(tmp_path, profile):
 
     for case in LINES:
         add(case, case.build(tmp_path))
-    for number, case in enumerate((*IMAGES, *(case for case in WEIGHTS if case.door == "lora"))):
-        field = "image" if case.door == "image" else "lora"
+    for number, case in enumerate((*IMAGES, *LORAS)):
+        field = "image" if case in IMAGES else "lora"
         path = tmp_path / f"{number}.{'png' if field == 'image' else 'safetensors'}"
         case.build(path)
         add(case, {"prompt": f"file {number}", field: path.name})
@@ -73,7 +61,7 @@ def test_hostile_lines_fail_alone(tmp_path, profile):
         assert row.status == "failed", case
         assert row.failure_attempts <= 2, (case, row.failure_attempts)
         assert "Traceback" not in row.failure_message
-        if case.door == "line":
+        if case in LINES:
             assert f"s.jsonl line {number}" in row.failure_message, row.failure_message
             assert f", {case.field}:" in row.failure_message or case.field is None
         assert case.message in row.failure_message, (case, row.failure_message)
