@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
-from vidgen_ray.engine import scheduler as current_scheduler
 from vidgen_ray.engine.chunks import MAX_CHUNKS_AHEAD
-from vidgen_ray.engine.scheduler import CHUNK_LOAD
+from vidgen_ray.engine.scheduler import CHUNK_LOAD, Scheduler, Work, WorkerState
 from vidgen_ray.graph import STAGES
 from vidgen_ray.planner.layout import WorkerSpec
 
@@ -118,25 +117,22 @@ class Simulation:
         specs: Sequence[WorkerSpec],
         shots: int,
         *,
-        scheduler: Any = current_scheduler,
         loras: int = 4,
         seed: int = 0,
         chunks: int = CHUNKS,
-        max_cpu_s: float = float("inf"),
         worker_type: type[Any] | None = None,
         work_type: type[Any] | None = None,
     ) -> None:
-        """`scheduler`: module with `Scheduler`, `Work` and `WorkerState`. After `max_cpu_s` in it, the run ends early."""
         self._random = random.Random(seed)
-        self._work_type = work_type or scheduler.Work
-        make_worker = worker_type or scheduler.WorkerState
+        self._work_type = work_type or Work
+        make_worker = worker_type or WorkerState
         self.workers = [make_worker(spec, 4) for spec in specs]
-        self._scheduler = scheduler.Scheduler(POSITIONS)
+        self._scheduler = Scheduler(POSITIONS)
         for worker in self.workers:
             self._scheduler.add_worker(worker)
             self._scheduler.started(worker)
         self._steps = calls_of(specs)
-        self._shots, self._loras, self._chunk_count, self._max_cpu_s = shots, loras, chunks, max_cpu_s
+        self._shots, self._loras, self._chunk_count = shots, loras, chunks
         swaps = any(spec.swap_groups for spec in specs)
         self._window = (16 if swaps else SHOTS_PER_WORKER) * len(specs)
         self._orders = count()
@@ -155,14 +151,14 @@ class Simulation:
 
     def run(self) -> Result:
         self._start_shots()
-        while self._events and not self._too_slow():
+        while self._events:
             self._now, _, place = heapq.heappop(self._events)
             self._finish(place)
         self.result.makespan_s = self._now
         return self.result
 
     def _start_shots(self) -> None:
-        while self._in_progress < self._window and not self._too_slow() and (order := next(self._orders)) < self._shots:
+        while self._in_progress < self._window and (order := next(self._orders)) < self._shots:
             self._in_progress += 1
             lora = self._random.randrange(self._loras + 1)
             self._next_step(_Shot(order, frozenset([lora] if lora else []), self._now), -1, None)
@@ -235,9 +231,6 @@ class Simulation:
             self.result.latency_s.append(self._now - call.shot.started_s)
             self._in_progress -= 1
             self._start_shots()
-
-    def _too_slow(self) -> bool:
-        return self.result.scheduler_cpu_s >= self._max_cpu_s
 
     def _timed(self, call: Callable[[], T]) -> T:
         before = time.thread_time()
