@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vidgen_ray.upscale import job as job_module
 from vidgen_ray.upscale.frames import EncodeSettings
 from vidgen_ray.upscale.job import Threads
 from vidgen_ray.upscale.network import EngineSettings, UpscaleModel
@@ -13,6 +14,8 @@ from vidgen_ray.upscale.run import UpscaleOptions, UpscaleReport, upscale_file
 
 FAST = EncodeSettings(crf=10, preset="ultrafast", threads=1)
 SETTINGS = EngineSettings(threads=1)
+TAGGED = (1, 1, 1, 1)
+"""Colours of a video: BT.709, limited range."""
 
 
 def compact(path: Path, convs: int = 2, features: int = 8, scale: int = 2, seed: int = 0) -> Path:
@@ -29,6 +32,13 @@ def compact(path: Path, convs: int = 2, features: int = 8, scale: int = 2, seed:
 def tiny_model(tmp_path_factory) -> UpscaleModel:
     path = compact(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
     return UpscaleModel("tiny", path)
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Cut videos into segments of five frames."""
+    for name in ("MAX_SEGMENT_FRAMES", "MIN_SEGMENT_FRAMES"):
+        monkeypatch.setattr(job_module, name, 5)
 
 
 @pytest.fixture

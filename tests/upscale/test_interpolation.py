@@ -5,22 +5,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from tests.upscale.conftest import FAST
+from tests.upscale.conftest import FAST, TAGGED
 from tests.upscale.videos import decoded, packets, picture, write_video
 from vidgen_ray.errors import MediaError
 from vidgen_ray.system.cache_dir import sha256_of
-from vidgen_ray.upscale import job as job_module
 from vidgen_ray.upscale.frames import FrameInterpolator, interpolated, interpolator_weights
 from vidgen_ray.upscale.job import SegmentFailed
 from vidgen_ray.upscale.source import Place, places, read_source, timeline_of
-
-TAGGED = (1, 1, 1, 1)
-
-
-@pytest.fixture
-def short_segments(monkeypatch):
-    monkeypatch.setattr(job_module, "MAX_SEGMENT_FRAMES", 5)
-    monkeypatch.setattr(job_module, "MIN_SEGMENT_FRAMES", 5)
 
 
 def test_frames_of_the_source_stay_at_their_times_and_the_others_lie_between(tmp_path, upscale, short_segments):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from av.sidedata.sidedata import Type as SideData
 
-from tests.upscale.conftest import FAST
+from tests.upscale.conftest import FAST, TAGGED
 from tests.upscale.videos import SIZE, decoded, packets, picture, write_video
 from vidgen_ray.errors import MediaError
 from vidgen_ray.system.cache_dir import sha256_of
@@ -19,16 +19,6 @@ from vidgen_ray.upscale.frames import FrameReader, write_segment
 from vidgen_ray.upscale.job import SegmentFailed, SegmentWorker, Threads
 from vidgen_ray.upscale.network import UpscaleNetwork
 from vidgen_ray.upscale.source import read_source
-
-TAGGED = (1, 1, 1, 1)
-"""BT.709, limited range."""
-
-
-@pytest.fixture
-def short_segments(monkeypatch):
-    """Cut videos into segments of five frames."""
-    monkeypatch.setattr(job_module, "MAX_SEGMENT_FRAMES", 5)
-    monkeypatch.setattr(job_module, "MIN_SEGMENT_FRAMES", 5)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
