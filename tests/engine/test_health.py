@@ -2,12 +2,12 @@
 
 import pytest
 
-from vidgen_ray.engine.supervisor import BACK_OFF_S, FAILURES, MAX_BACK_OFF_S, MAX_QUARANTINES, Health
+from vidgen_ray.engine.supervisor import BACK_OFF_S, FAILURES, MAX_BACK_OFF_S, MAX_QUARANTINES, ProcessHealth
 
 
 @pytest.fixture
 def health():
-    health = Health()
+    health = ProcessHealth()
     for name in "abcdefgh":
         health.started(name, "node")
     return health

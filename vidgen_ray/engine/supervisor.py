@@ -37,7 +37,7 @@ class _Record:
     quarantined: bool = False
 
 
-class Health:
+class ProcessHealth:
     """Failure records of the processes of one engine. A process is any hashable object."""
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ class Supervisor:
         self._on_up = on_up
         self._on_down = on_down
         self._on_given_up = on_given_up
-        self._health = Health()
+        self._health = ProcessHealth()
         self._clients: dict[ActorClient, None] = {}
         self._up: set[ActorClient] = set()
         self._starting: dict[ActorClient, asyncio.Task[None]] = {}

@@ -13,7 +13,7 @@ from vidgen_ray.film.film_settings import Candidate, ChosenShot, FilmSettings, c
 from vidgen_ray.film.picture import check_texts
 from vidgen_ray.film.pieces import PieceFolder, content_key, plan_pieces, render_pieces, write_film
 from vidgen_ray.film.sound import plan_tracks, sound_key, speaker, write_sound
-from vidgen_ray.film.timeline import Source, Timeline, build_timeline, probe_clip, sound_seconds
+from vidgen_ray.film.timeline import ClipSource, FilmTimeline, build_timeline, probe_clip, sound_seconds
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder, setting_of_last_run
 from vidgen_ray.provenance.record import (
@@ -38,7 +38,7 @@ class Cue(NamedTuple):
     text: str
 
 
-def cues(timeline: Timeline) -> list[Cue]:
+def cues(timeline: FilmTimeline) -> list[Cue]:
     """Return the captions of the shots in order. During a cross-fade there is none."""
     found = []
     for item in timeline.items:
@@ -186,7 +186,7 @@ def make_film(
 
 def _sources(
     outputs: OutputFolder, chosen: Sequence[ChosenShot], on_progress: Progress
-) -> tuple[list[Source], list[InputFile]]:
+) -> tuple[list[ClipSource], list[InputFile]]:
     """Return the sources of the film, and what the metadata of its clips and images says, each once."""
     sources, inputs = [], dict[str, InputFile]()
     for number, shot in enumerate(chosen):
@@ -200,13 +200,13 @@ def _sources(
                 # A clip of an earlier version, or of a run without provenance. Every clip of a shot is generated.
                 source = InputFile(shot.sha256, FoundProvenance(None, "trainedAlgorithmicMedia"))
             inputs[shot.path] = source
-        sources.append(Source(shot.name, shot.path, shot.sha256, clip, shot.settings, shot.title))
+        sources.append(ClipSource(shot.name, shot.path, shot.sha256, clip, shot.settings, shot.title))
     return sources, list(inputs.values())
 
 
 def _with_speech(
-    sources: Sequence[Source], settings: FilmSettings, folder: PieceFolder, on_progress: Progress
-) -> tuple[list[Source], set[str]]:
+    sources: Sequence[ClipSource], settings: FilmSettings, folder: PieceFolder, on_progress: Progress
+) -> tuple[list[ClipSource], set[str]]:
     """Speak the narration of the shots, if the film has a voice. Return also the names of the sound files in the folder."""
     if settings.voice is None or not any(source.settings.narration for source in sources):
         return list(sources), set()
@@ -229,7 +229,7 @@ def _with_speech(
     return spoken, names
 
 
-def _write_captions(path: Path, timeline: Timeline, settings: FilmSettings) -> tuple[str, ...]:
+def _write_captions(path: Path, timeline: FilmTimeline, settings: FilmSettings) -> tuple[str, ...]:
     """Write the caption files. Those of an earlier film are deleted if there are no captions any more."""
     found = [] if settings.captions == "none" else cues(timeline)
     written = []
@@ -243,7 +243,7 @@ def _write_captions(path: Path, timeline: Timeline, settings: FilmSettings) -> t
     return tuple(written)
 
 
-def _notes(timeline: Timeline, settings: FilmSettings, narration_s: float | None) -> list[str]:
+def _notes(timeline: FilmTimeline, settings: FilmSettings, narration_s: float | None) -> list[str]:
     notes = []
     if narration_s is not None and narration_s > timeline.seconds + 0.1:
         notes.append(f"{settings.narration}: is {narration_s:.1f} s long, the film {timeline.seconds:.1f} s; the rest is cut")

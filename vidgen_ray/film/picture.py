@@ -19,8 +19,8 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
 from vidgen_ray.errors import MediaError, UsageError
-from vidgen_ray.film.film_settings import FilmSettings, Size
-from vidgen_ray.film.timeline import Item, Piece, Timeline
+from vidgen_ray.film.film_settings import FilmSettings, FilmSize
+from vidgen_ray.film.timeline import FilmTimeline, Piece, TimelineItem
 from vidgen_ray.limits import MAX_PIXELS
 from vidgen_ray.media import read_image
 from vidgen_ray.media.media_file import load_font, missing_letter, open_media, wrap_errors
@@ -84,7 +84,7 @@ class Overlay(NamedTuple):
     top: int
 
 
-def draw_caption(text: str, size: Size, font: Path | None) -> Overlay:
+def draw_caption(text: str, size: FilmSize, font: Path | None) -> Overlay:
     """Draw a caption for the lower edge of a picture. Raises UsageError if the text does not fit or the font lacks a letter."""
     drawn, letter_px = _fitting(text, size, font, CAPTION_HEIGHT, MAX_CAPTION_HEIGHT)
     outline_px = max(1, round(letter_px / 10))
@@ -100,7 +100,7 @@ def draw_caption(text: str, size: Size, font: Path | None) -> Overlay:
     return Overlay(np.asarray(image), max(0, x), max(0, y))
 
 
-def draw_title(text: str, size: Size, font: Path | None) -> Image:
+def draw_title(text: str, size: FilmSize, font: Path | None) -> Image:
     """Draw a title card (H, W, 3), text in the middle. Raises UsageError if it does not fit or the font lacks a letter."""
     drawn, _ = _fitting(text, size, font, TITLE_HEIGHT, MAX_TITLE_HEIGHT)
     card = PILImage.new("RGB", size, BACKGROUND)
@@ -116,7 +116,7 @@ class _DrawnText(NamedTuple):
     font: ImageFont.FreeTypeFont
 
 
-def _fitting(text: str, size: Size, font: Path | None, height: float, max_height: float) -> tuple[_DrawnText, int]:
+def _fitting(text: str, size: FilmSize, font: Path | None, height: float, max_height: float) -> tuple[_DrawnText, int]:
     """Return the text in the largest letters that fit, and their size in pixels."""
     letter_px = max(MIN_LETTER_PX, round(min(size) * height))
     while letter_px >= MIN_LETTER_PX:
@@ -193,7 +193,7 @@ SCALING = (
 )
 
 
-def check_texts(timeline: Timeline, settings: FilmSettings) -> None:
+def check_texts(timeline: FilmTimeline, settings: FilmSettings) -> None:
     """Draw all titles and burnt-in captions. Raises UsageError that names the shot if one cannot be drawn."""
     for item in timeline.items:
         source = item.source
@@ -206,7 +206,7 @@ def check_texts(timeline: Timeline, settings: FilmSettings) -> None:
             raise UsageError(f"{source.name}: {error}") from None
 
 
-def piece_frames(piece: Piece, timeline: Timeline, settings: FilmSettings, open_file: OpenFile) -> Iterator[av.VideoFrame]:
+def piece_frames(piece: Piece, timeline: FilmTimeline, settings: FilmSettings, open_file: OpenFile) -> Iterator[av.VideoFrame]:
     """Yield the frames of a piece: yuv420p, BT.709, limited range, in the size of the film. Raises MediaError."""
     caption = burnt_caption(piece, settings)
     frames = _item_frames(piece.item, piece.first, piece.frames, timeline, settings, caption, open_file)
@@ -224,10 +224,10 @@ def burnt_caption(piece: Piece, settings: FilmSettings) -> str | None:
 
 
 def _item_frames(
-    item: Item,
+    item: TimelineItem,
     first: int,
     count: int,
-    timeline: Timeline,
+    timeline: FilmTimeline,
     settings: FilmSettings,
     caption: str | None,
     open_file: OpenFile,
@@ -269,7 +269,9 @@ def _item_frames(
 
 
 @contextmanager
-def _decoded(item: Item, timeline: Timeline, settings: FilmSettings, open_file: OpenFile) -> Iterator[Iterator[av.VideoFrame]]:
+def _decoded(
+    item: TimelineItem, timeline: FilmTimeline, settings: FilmSettings, open_file: OpenFile
+) -> Iterator[Iterator[av.VideoFrame]]:
     """Open the source of an item and yield its frames: those of the clip, or one."""
     source = item.source
     if source.path is None:
@@ -313,7 +315,7 @@ def _with_overlay(graph: Graph, node: Any, overlay: Overlay) -> tuple[Any, Any]:
 
 
 def _cross_fade(
-    before: Iterator[av.VideoFrame], after: Iterator[av.VideoFrame], piece: Piece, timeline: Timeline
+    before: Iterator[av.VideoFrame], after: Iterator[av.VideoFrame], piece: Piece, timeline: FilmTimeline
 ) -> Iterator[av.VideoFrame]:
     """Yield the cross-fade of two items, both with the frames of the piece."""
     width, height = timeline.size

@@ -18,7 +18,7 @@ import numpy as np
 from vidgen_ray.errors import MediaError
 from vidgen_ray.film.film_settings import FilmSettings
 from vidgen_ray.film.picture import OpenFile, burnt_caption, piece_frames
-from vidgen_ray.film.timeline import REORDER_FRAMES, Item, Piece, Timeline, probe_clip
+from vidgen_ray.film.timeline import REORDER_FRAMES, FilmTimeline, Piece, TimelineItem, probe_clip
 from vidgen_ray.media import Mp4Settings, Mp4Writer
 from vidgen_ray.media.media_file import COMMENT_TAG, FileMetadata, append_xmp, open_media, wrap_errors
 from vidgen_ray.system.cache_dir import digest
@@ -57,7 +57,7 @@ class PieceFolder:
                 remove(path)
 
 
-def plan_pieces(timeline: Timeline, settings: FilmSettings, folder: PieceFolder) -> list[PlannedPiece]:
+def plan_pieces(timeline: FilmTimeline, settings: FilmSettings, folder: PieceFolder) -> list[PlannedPiece]:
     """Decide for each piece of the film whether it is copied or rendered.
 
     All packets of a film need the same H.264 header. If nothing must be rendered, it is that of the clips; else it is the
@@ -74,7 +74,7 @@ def plan_pieces(timeline: Timeline, settings: FilmSettings, folder: PieceFolder)
     ]
 
 
-def _header_of_unchanged(piece: Piece, timeline: Timeline, settings: FilmSettings) -> bytes | None:
+def _header_of_unchanged(piece: Piece, timeline: FilmTimeline, settings: FilmSettings) -> bytes | None:
     """Return the H.264 header of a clip that is shown as it is, else `None`."""
     source = piece.item.source
     clip = source.clip
@@ -89,7 +89,7 @@ def _header_of_unchanged(piece: Piece, timeline: Timeline, settings: FilmSetting
     return clip.header if is_unchanged and clip is not None else None
 
 
-def encoder_header(timeline: Timeline, settings: FilmSettings, folder: PieceFolder) -> bytes:
+def encoder_header(timeline: FilmTimeline, settings: FilmSettings, folder: PieceFolder) -> bytes:
     """Return the H.264 header of rendered pieces, which depends on size, rate and settings of the encoder."""
     black = np.zeros((1, timeline.size.height, timeline.size.width, 3), np.uint8)
     path = folder.temporary_file()
@@ -108,7 +108,7 @@ def encode_settings(settings: FilmSettings) -> Mp4Settings:
     return settings.encode or Mp4Settings()
 
 
-def piece_key(piece: Piece, timeline: Timeline, settings: FilmSettings) -> str:
+def piece_key(piece: Piece, timeline: FilmTimeline, settings: FilmSettings) -> str:
     """Return the key of a rendered piece: equal keys have equal frames. The position in the film is not part of it."""
     return content_key(
         {
@@ -128,7 +128,7 @@ def piece_key(piece: Piece, timeline: Timeline, settings: FilmSettings) -> str:
     )
 
 
-def _description(item: Item, caption: str | None, settings: FilmSettings) -> dict[str, Any]:
+def _description(item: TimelineItem, caption: str | None, settings: FilmSettings) -> dict[str, Any]:
     has_text = caption is not None or item.source.title is not None
     return {
         "source": item.source.sha256,
@@ -145,7 +145,7 @@ def content_key(content: dict[str, Any]) -> str:
 
 def render_pieces(
     pieces: Sequence[PlannedPiece],
-    timeline: Timeline,
+    timeline: FilmTimeline,
     settings: FilmSettings,
     folder: PieceFolder,
     open_file: OpenFile,
@@ -190,7 +190,7 @@ def opened_piece(planned: PlannedPiece, folder: PieceFolder, open_file: OpenFile
 def write_film(
     path: Path,
     pieces: Sequence[PlannedPiece],
-    timeline: Timeline,
+    timeline: FilmTimeline,
     folder: PieceFolder,
     open_file: OpenFile,
     sound: Path | None,
@@ -225,7 +225,7 @@ def write_film(
 class _Writer:
     """Copies packets, sound and picture in the order of their time, so that the muxer keeps few of them in memory."""
 
-    def __init__(self, film: Any, timeline: Timeline) -> None:
+    def __init__(self, film: Any, timeline: FilmTimeline) -> None:
         self.video: Any = None
         self._film = film
         self._timeline = timeline

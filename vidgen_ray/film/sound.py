@@ -20,7 +20,7 @@ from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.film.film_settings import FilmSettings
 from vidgen_ray.film.picture import OpenFile, add_chain, available, filtered
 from vidgen_ray.film.pieces import content_key
-from vidgen_ray.film.timeline import SAMPLE_RATE, Item, Timeline
+from vidgen_ray.film.timeline import SAMPLE_RATE, FilmTimeline, TimelineItem
 from vidgen_ray.media.media_file import open_media, wrap_errors
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import new_file
@@ -120,7 +120,7 @@ class Tracks(NamedTuple):
         return any((*self.clips, self.narration, self.music))
 
 
-def plan_tracks(timeline: Timeline, settings: FilmSettings, open_clip: OpenFile, narration_s: float | None) -> Tracks:
+def plan_tracks(timeline: FilmTimeline, settings: FilmSettings, open_clip: OpenFile, narration_s: float | None) -> Tracks:
     """Place all sound of the film. `narration_s` are the seconds of the narration file, if there is one."""
     with_fades = any(item.fade_in for item in timeline.items)
     turns = [timeline.items[::2], timeline.items[1::2]] if with_fades else [timeline.items]
@@ -141,7 +141,7 @@ def plan_tracks(timeline: Timeline, settings: FilmSettings, open_clip: OpenFile,
     return Tracks(tuple(clip for clip in clips if clip), tuple(narration), tuple(music))
 
 
-def sound_key(tracks: Tracks, timeline: Timeline, settings: FilmSettings) -> str:
+def sound_key(tracks: Tracks, timeline: FilmTimeline, settings: FilmSettings) -> str:
     """Return the key of the sound: equal keys have equal samples."""
     placed = [
         [(p.start, p.stop, p.filters, p.sha256, p.repeat) for p in track]
@@ -160,7 +160,7 @@ def sound_key(tracks: Tracks, timeline: Timeline, settings: FilmSettings) -> str
     )
 
 
-def write_sound(path: Path, tracks: Tracks, timeline: Timeline, settings: FilmSettings) -> None:
+def write_sound(path: Path, tracks: Tracks, timeline: FilmTimeline, settings: FilmSettings) -> None:
     """Mix the tracks, bring them to the loudness of the settings, and write them as AAC in MP4. Raises MediaError.
 
     The tracks are mixed twice: to measure the loudness, and to write them with one gain. If the peaks would then be too high,
@@ -189,7 +189,7 @@ class _Loudness(NamedTuple):
     true_peak_db: float
 
 
-def _measure(tracks: Tracks, timeline: Timeline) -> _Loudness | None:
+def _measure(tracks: Tracks, timeline: FilmTimeline) -> _Loudness | None:
     """Return the loudness of the mix, or `None` if it is silent."""
     metadata: dict[str, str] = {}
     for frame in _mix(tracks, timeline, ["ebur128=metadata=1:peak=true"]):
@@ -217,11 +217,11 @@ def _exact_length(samples: int) -> list[str]:
     return ["apad", f"atrim=end_sample={samples}"]
 
 
-def _has_sound(item: Item) -> bool:
+def _has_sound(item: TimelineItem) -> bool:
     return item.source.clip is not None and item.source.clip.has_sound
 
 
-def _clip_sound(item: Item, timeline: Timeline, open_clip: OpenFile) -> Placement:
+def _clip_sound(item: TimelineItem, timeline: FilmTimeline, open_clip: OpenFile) -> Placement:
     start, stop = timeline.sample_at(item.start), timeline.sample_at(item.stop)
     filters = []
     if item.stretch != 1:
@@ -243,7 +243,7 @@ def _local_file(path: str) -> AbstractContextManager[Path]:
     return nullcontext(Path(path))
 
 
-def _mix(tracks: Tracks, timeline: Timeline, filters: Sequence[str]) -> Iterator[Any]:
+def _mix(tracks: Tracks, timeline: FilmTimeline, filters: Sequence[str]) -> Iterator[Any]:
     """Yield the mixed sound after further filters. All tracks are read in step, so that no filter collects samples."""
     graph = Graph()
     inputs: list[Any] = []

@@ -1,4 +1,4 @@
-"""Timeline: places shots and title cards on the film's frames, from properties of the clips that are read from their
+"""Timeline of a film: places shots and title cards on the film's frames, from properties of the clips that are read from their
 packets, and divides the film into pieces.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.film.film_settings import FilmSettings, ShotSettings, Size
+from vidgen_ray.film.film_settings import FilmSettings, FilmSize, ShotSettings
 from vidgen_ray.media.media_file import check_is_file, check_pixels, open_media, wrap_errors
 
 REORDER_FRAMES = 2
@@ -23,7 +23,7 @@ REORDER_FRAMES = 2
 class Clip(NamedTuple):
     """Properties of a video file."""
 
-    size: Size
+    size: FilmSize
     fps: Fraction
     frames: int
     has_sound: bool
@@ -58,7 +58,7 @@ def probe_clip(path: Path) -> Clip:
             and _has_constant_rate([packet.pts for packet in packets], fps, stream.time_base)
         )
         return Clip(
-            size=Size(stream.width, stream.height),
+            size=FilmSize(stream.width, stream.height),
             fps=fps,
             frames=len(packets),
             has_sound=opened.streams.best("audio") is not None,
@@ -99,12 +99,12 @@ SAMPLE_RATE = 48_000
 """Samples per second of the film's sound."""
 NARRATION_PAUSE_S = 0.3
 """Seconds that a shot stays on screen after its narration."""
-FALLBACK_SIZE, FALLBACK_RATE = Size(1280, 720), Fraction(24)
+FALLBACK_SIZE, FALLBACK_RATE = FilmSize(1280, 720), Fraction(24)
 """Size in pixels and frames per second of a film without clips."""
 Value = TypeVar("Value")
 
 
-class Source(NamedTuple):
+class ClipSource(NamedTuple):
     """Clip, image or title card that an item of the film shows."""
 
     name: str
@@ -124,10 +124,10 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class TimelineItem:
     """A shot or title card on the frames of the film."""
 
-    source: Source
+    source: ClipSource
     start: int
     """First frame in the film."""
     frames: int
@@ -146,19 +146,19 @@ class Item:
 class Piece:
     """Consecutive frames of the film that are rendered together: of one item, or a cross-fade between two."""
 
-    item: Item
+    item: TimelineItem
     first: int
     """First frame, counted in the item."""
     frames: int
-    fade_to: Item | None = None
+    fade_to: TimelineItem | None = None
     """Item that appears during the piece, with its own frames from 0."""
 
 
 @dataclass(frozen=True, slots=True)
-class Timeline:
-    size: Size
+class FilmTimeline:
+    size: FilmSize
     fps: Fraction
-    items: tuple[Item, ...]
+    items: tuple[TimelineItem, ...]
 
     @property
     def frames(self) -> int:
@@ -186,7 +186,7 @@ class Timeline:
                 yield Piece(item, item.frames - item.fade_out, item.fade_out, self.items[number + 1])
 
 
-def build_timeline(sources: Sequence[Source], settings: FilmSettings) -> Timeline:
+def build_timeline(sources: Sequence[ClipSource], settings: FilmSettings) -> FilmTimeline:
     """Place sources one after another. Size and rate are those of the settings, else those of the most clips."""
     clips = [source.clip for source in sources if source.clip is not None]
     size = settings.size or _even(_most_common([clip.size for clip in clips], FALLBACK_SIZE))
@@ -197,12 +197,12 @@ def build_timeline(sources: Sequence[Source], settings: FilmSettings) -> Timelin
     items, start = [], 0
     for number, (source, (count, stretch)) in enumerate(zip(sources, lengths, strict=True)):
         start -= fades[number]
-        items.append(Item(source, start, count, fades[number], fades[number + 1], stretch))
+        items.append(TimelineItem(source, start, count, fades[number], fades[number + 1], stretch))
         start += count
-    return Timeline(size, fps, tuple(items))
+    return FilmTimeline(size, fps, tuple(items))
 
 
-def _length(source: Source, settings: FilmSettings, fps: Fraction) -> tuple[int, Fraction]:
+def _length(source: ClipSource, settings: FilmSettings, fps: Fraction) -> tuple[int, Fraction]:
     """Return the frames of a source in the film, and its stretch."""
     own = source.settings.duration_s
     if source.clip is None:
@@ -217,7 +217,7 @@ def _length(source: Source, settings: FilmSettings, fps: Fraction) -> tuple[int,
     return max(1, rounding(seconds * fps)), stretch.limit_denominator(1_000_000)
 
 
-def _fade(settings: FilmSettings, sources: Sequence[Source], frames: Sequence[int], fps: Fraction) -> int:
+def _fade(settings: FilmSettings, sources: Sequence[ClipSource], frames: Sequence[int], fps: Fraction) -> int:
     """Return the frames of the transition from one source to the next.
 
     At most half of either, so that fades never overlap. At most a third of a shot with a caption, which is not shown during
@@ -234,5 +234,5 @@ def _most_common(values: Sequence[Value], fallback: Value) -> Value:
     return Counter(values).most_common(1)[0][0] if values else fallback
 
 
-def _even(size: Size) -> Size:
-    return Size(size.width // 2 * 2, size.height // 2 * 2)
+def _even(size: FilmSize) -> FilmSize:
+    return FilmSize(size.width // 2 * 2, size.height // 2 * 2)

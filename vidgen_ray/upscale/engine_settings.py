@@ -18,7 +18,7 @@ from vidgen_ray.upscale.network import (
     runs_in_openvino,
     usable_cpus,
 )
-from vidgen_ray.upscale.source import Source
+from vidgen_ray.upscale.source import VideoSource
 
 if TYPE_CHECKING:
     from spandrel import ImageModelDescriptor
@@ -65,7 +65,7 @@ def choose_settings(model: UpscaleModel | None, device: str, workers: int) -> En
     )
 
 
-def settings_for(source: Source, model: UpscaleModel | None, settings: EngineSettings, workers: int) -> EngineSettings:
+def settings_for(source: VideoSource, model: UpscaleModel | None, settings: EngineSettings, workers: int) -> EngineSettings:
     """Return the settings with fewer calls at the same time, or with tiles, if a video does not fit into free memory."""
     if model is None:
         return settings

@@ -20,7 +20,7 @@ from vidgen_ray.media.decode import open_video_stream
 from vidgen_ray.media.media_file import wrap_errors, wrap_write_errors
 from vidgen_ray.stages.base import torch_threads
 from vidgen_ray.stages.rife import RifeParams, similarity
-from vidgen_ray.upscale.source import Colour, Place, Source
+from vidgen_ray.upscale.source import Colour, Place, VideoSource
 from vidgen_ray.weights import resolve
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ TO_YUV = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXAC
 class FrameReader:
     """Reads ranges of frames. A range that follows the last one continues to decode, any other one seeks."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: VideoSource) -> None:
         self._source = source
         self._decoded: Generator[Any, None, None] | None = None
         self._next = 0
@@ -89,7 +89,7 @@ class FrameReader:
             decoded.close()
 
 
-def _decoded(source: Source, start: int) -> Generator[Any, None, None]:
+def _decoded(source: VideoSource, start: int) -> Generator[Any, None, None]:
     """Yield the decoded frames from `start` on."""
     seek_time = source.seek_time(start)
     if seek_time is not None:
@@ -103,7 +103,7 @@ def _decoded(source: Source, start: int) -> Generator[Any, None, None]:
             yield frame
 
 
-def _decoded_from(source: Source, seek_time: int | None, start: int) -> Iterator[Any]:
+def _decoded_from(source: VideoSource, seek_time: int | None, start: int) -> Iterator[Any]:
     """Yield the frames from `start` on, found by their times after a seek. Yields none if the seek went too far.
 
     Raises MediaError if a frame is missing or comes twice.
@@ -125,7 +125,7 @@ def _decoded_from(source: Source, seek_time: int | None, start: int) -> Iterator
             index += 1
 
 
-def _to_rgb(frame: Any, source: Source, reformatter: VideoReformatter) -> Pixels:
+def _to_rgb(frame: Any, source: VideoSource, reformatter: VideoReformatter) -> Pixels:
     target = "rgb24" if source.bits == 8 else "rgb48le"
     if frame.format.is_rgb:
         converted = reformatter.reformat(frame, format=target, threads=1)
@@ -204,7 +204,7 @@ def write_segment(
     count: int,
     size: tuple[int, int],
     fps: Fraction,
-    source: Source,
+    source: VideoSource,
     settings: EncodeSettings,
 ) -> None:
     """Encode exactly `count` frames of `size` (width, height in pixels).
@@ -241,7 +241,7 @@ def write_segment(
             container.close()
 
 
-def _tag(codec: Any, source: Source) -> None:
+def _tag(codec: Any, source: VideoSource) -> None:
     """Set aspect ratio and colour tags."""
     codec.sample_aspect_ratio = source.pixel_aspect
     codec.colorspace = source.colour.matrix
@@ -250,7 +250,7 @@ def _tag(codec: Any, source: Source) -> None:
     codec.color_range = 2 if source.colour.full_range else 1
 
 
-def _options(source: Source, settings: EncodeSettings) -> dict[str, str]:
+def _options(source: VideoSource, settings: EncodeSettings) -> dict[str, str]:
     hdr = _hdr_options(source, settings.codec)
     if settings.codec == "h264":
         # Without cpu-independent, the result depends on whether the CPU has AVX.
@@ -270,7 +270,7 @@ def _options(source: Source, settings: EncodeSettings) -> dict[str, str]:
     return {"crf": str(settings.crf), "preset": str(SVT_PRESETS[settings.preset]), "svtav1-params": ":".join(parameters)}
 
 
-def _hdr_options(source: Source, codec: Codec) -> list[str]:
+def _hdr_options(source: VideoSource, codec: Codec) -> list[str]:
     """Return the encoder's parameters for static HDR metadata."""
     options = []
     if source.hdr.mastering is not None:

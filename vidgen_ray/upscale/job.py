@@ -31,7 +31,7 @@ from vidgen_ray.upscale.frames import (
     write_segment,
 )
 from vidgen_ray.upscale.network import EngineSettings, Size, UpscaleModel, UpscaleNetwork
-from vidgen_ray.upscale.source import Source, Timeline, places, timeline_of
+from vidgen_ray.upscale.source import FrameTimes, VideoSource, places, timeline_of
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ class SegmentFailed(Exception):
 class UpscaleJob:
     """Everything that decides the pixels of an upscaled video. Two workers with the same job make the same files."""
 
-    source: Source
+    source: VideoSource
     model: UpscaleModel | None
     """`None` keeps the size of the frames."""
     size: Size
@@ -87,7 +87,7 @@ class UpscaleJob:
     """Text drawn into the lower right corner of every frame."""
 
     @cached_property
-    def timeline(self) -> Timeline:
+    def timeline(self) -> FrameTimes:
         return timeline_of(self.source, self.fps)
 
     @property
@@ -98,14 +98,14 @@ class UpscaleJob:
         return [Segment(n, start, min(start + length, total)) for n, start in enumerate(starts)]
 
 
-def scaled(source: Source, scale: float) -> Size:
+def scaled(source: VideoSource, scale: float) -> Size:
     """Return the size of the video enlarged by `scale`, rounded to even numbers as encoders need them. Raises MediaError."""
     if not 1 <= scale <= MAX_SCALE:
         raise MediaError(f"scale: got {scale:g}, must be from 1 to {MAX_SCALE}")
     return _even(source.width * scale), _even(source.height * scale)
 
 
-def fitted(source: Source, size: Size) -> tuple[Source, Size]:
+def fitted(source: VideoSource, size: Size) -> tuple[VideoSource, Size]:
     """Return the largest size within `size` that does not stretch the picture, and the source with square pixels.
 
     Raises MediaError if that is smaller than the source.

@@ -22,7 +22,7 @@ from vidgen_ray.media.media_file import (
 from vidgen_ray.system.files import new_file
 from vidgen_ray.upscale.frames import Codec
 from vidgen_ray.upscale.job import UpscaleJob
-from vidgen_ray.upscale.source import Source, Timeline
+from vidgen_ray.upscale.source import FrameTimes, VideoSource
 
 FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 """Suffix of an output file -> FFmpeg's name of the format."""
@@ -44,7 +44,7 @@ class Copies(NamedTuple):
     notes: tuple[str, ...]
 
 
-def plan_copies(source: Source, suffix: str) -> Copies:
+def plan_copies(source: VideoSource, suffix: str) -> Copies:
     """Decide which streams of the source an output file with this suffix can hold. Raises MediaError."""
     kept, notes = [], []
     with wrap_errors(f"{source.path}: cannot be read"), open_media(source.path, source.container) as opened:
@@ -161,7 +161,7 @@ def _copied_packets(original: Any, targets: dict[int, Any]) -> Iterator[tuple[Fr
         yield seconds, packet
 
 
-def _video_packets(segments: Iterable[Path], header: bytes, timeline: Timeline, reorder: int) -> Iterator[Any]:
+def _video_packets(segments: Iterable[Path], header: bytes, timeline: FrameTimes, reorder: int) -> Iterator[Any]:
     """Yield the packets of the segments with the times of the timeline. Raises MediaError for a wrong number."""
     decoding_times = _decoding_times(timeline, reorder)
     first = 0
@@ -190,7 +190,7 @@ def _video_packets(segments: Iterable[Path], header: bytes, timeline: Timeline, 
         raise MediaError(f"the segments have {first} frames, must be {len(timeline.times)}")
 
 
-def _decoding_times(timeline: Timeline, reorder: int) -> Iterator[int]:
+def _decoding_times(timeline: FrameTimes, reorder: int) -> Iterator[int]:
     """Yield an increasing decoding time for each packet: that of the frame `reorder` positions before."""
     step = max(1, round(1 / timeline.fps / timeline.time_base))
     yield from (timeline.times[0] - (reorder - position) * step for position in range(min(reorder, len(timeline.times))))

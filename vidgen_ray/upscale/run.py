@@ -50,7 +50,7 @@ from vidgen_ray.upscale.frames import EncodeSettings, FrameReader, Pixels, inter
 from vidgen_ray.upscale.job import Segment, SegmentFailed, Threads, UpscaleJob, fitted, scaled, upscale_frames
 from vidgen_ray.upscale.join import FORMATS, join_segments, plan_copies
 from vidgen_ray.upscale.network import EngineSettings, Size, UpscaleModel, UpscaleNetwork
-from vidgen_ray.upscale.source import Source, read_source, timeline_of
+from vidgen_ray.upscale.source import VideoSource, read_source, timeline_of
 
 WORK_FOLDER = ".vidgen-upscale"
 """Folder beside the output files: segments of unfinished videos, and what the finished ones were made from."""
@@ -144,7 +144,7 @@ class _Plan(BaseModel):
     """Size in bytes and time of the last change in ns of the finished file."""
 
 
-class Progress(Protocol):
+class ProgressListener(Protocol):
     """Called with the frames that are done, of how many, and the frames made by this run."""
 
     def __call__(self, done: int, total: int, made: int) -> None: ...
@@ -157,7 +157,7 @@ def upscale_file(
     settings: EngineSettings,
     runner: SegmentRunner,
     *,
-    on_progress: Progress = lambda done, total, made: None,
+    on_progress: ProgressListener = lambda done, total, made: None,
 ) -> UpscaleReport:
     """Upscale a video to `out`, which appears when it is complete. After a kill, the same call continues.
 
@@ -242,14 +242,14 @@ def output_path(video: Path, out: Path, *, is_folder: bool) -> Path:
     return out / f"{video.stem}{suffix if suffix in FORMATS else '.mkv'}"
 
 
-def planned_size(source: Source, options: UpscaleOptions) -> tuple[Source, Size]:
+def planned_size(source: VideoSource, options: UpscaleOptions) -> tuple[VideoSource, Size]:
     """Return the size of the result, and the source with the aspect ratio of pixels that it has then. Raises MediaError."""
     if options.fit is not None:
         return fitted(source, options.fit)
     return source, scaled(source, options.scale or 1)
 
 
-def _request(source: Source, size: Size, options: UpscaleOptions) -> str:
+def _request(source: VideoSource, size: Size, options: UpscaleOptions) -> str:
     content: dict[str, Any] = {
         "format": FORMAT,
         "source": digest(source.path),
@@ -321,7 +321,7 @@ def write_preview(
     settings: EngineSettings,
     seconds: float,
     *,
-    on_progress: Progress = lambda done, total, made: None,
+    on_progress: ProgressListener = lambda done, total, made: None,
 ) -> UpscaleReport:
     """Write `seconds` from the middle of the video to NAME.preview.mp4 beside `out`, at a constant rate and without sound.
 

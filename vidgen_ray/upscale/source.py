@@ -61,7 +61,7 @@ class Colour:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class VideoSource:
     """A video file and the times of its frames. Times are in units of `time_base`."""
 
     path: Path
@@ -120,7 +120,7 @@ class HdrMetadata:
     """MaxCLL and MaxFALL in cd/m²."""
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path) -> VideoSource:
     """Read the properties of a video. All packets are read, one frame is decoded.
 
     Raises MediaError if it is missing, no video of a supported format, or truncated.
@@ -144,7 +144,7 @@ def read_source(path: Path) -> Source:
     if declared_s > frames_s + MAX_MISSING_S:
         # Matroska and AVI files have no list of frames that shows that a part is missing. Sound may also be longer.
         notes.append(f"the file declares {declared_s:.1f} s, its frames end after {frames_s:.1f} s")
-    return Source(
+    return VideoSource(
         path=path,
         container=container,
         width=first.height if sideways else first.width,
@@ -261,7 +261,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Timeline:
+class FrameTimes:
     """Frames of the result. Times are in units of `time_base`."""
 
     fps: Fraction
@@ -272,13 +272,13 @@ class Timeline:
     last_duration: int
 
 
-def timeline_of(source: Source, fps: Fraction | None) -> Timeline:
+def timeline_of(source: VideoSource, fps: Fraction | None) -> FrameTimes:
     """Return the times of the result: those of the source, or `fps` frames per second from its first frame to its end.
 
     Raises MediaError if `fps` is lower than the rate of the source, so that frames would be dropped.
     """
     if fps is None:
-        return Timeline(source.fps, source.time_base, source.times, source.last_duration)
+        return FrameTimes(source.fps, source.time_base, source.times, source.last_duration)
     if fps < source.fps:
         rate = f"{float(source.fps):g} frames per second, more than {float(fps):g}"
         raise MediaError(f"{source.path}: has {rate}; frames would be dropped")
@@ -286,10 +286,10 @@ def timeline_of(source: Source, fps: Fraction | None) -> Timeline:
     step, start = int(1 / fps / time_base), int(source.times[0] * source.time_base / time_base)
     duration = (source.times[-1] - source.times[0] + source.last_duration) * source.time_base
     count = math.ceil(duration * fps)
-    return Timeline(fps, time_base, range(start, start + count * step, step), step)
+    return FrameTimes(fps, time_base, range(start, start + count * step, step), step)
 
 
-def places(source: Source, timeline: Timeline, start: int, stop: int) -> list[Place]:
+def places(source: VideoSource, timeline: FrameTimes, start: int, stop: int) -> list[Place]:
     """Return where frames `start` (inclusive) to `stop` (exclusive) of the result are in the source."""
     found = []
     for number in range(start, stop):
