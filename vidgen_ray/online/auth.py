@@ -161,7 +161,8 @@ class Authenticator:
     def api_tenant(self, request: Request, key: str | None) -> Tenant:
         """Return the tenant of an API request and count the request.
 
-        A session cookie is accepted for reads without an Authorization header: the players of the page use it.
+        Without an Authorization header the session cookie of the page is accepted. Browsers name the site that sends a request
+        that changes something, and other sites are refused.
         Raises ApiError: 400 for an invalid URL, 401 without a valid key, 403 for another origin or host, 429 over the
         rate limit.
         """
@@ -170,7 +171,7 @@ class Authenticator:
             raise ApiError(403, "Cross-origin request refused.", code="cross_origin")
         has_key = "authorization" in request.headers
         tenant = self._keys.verify(key)
-        if tenant is None and request.method in SAFE_METHODS and not has_key:
+        if tenant is None and not has_key:
             tenant = self.session_tenant(request)
         if tenant is None:
             message = "Invalid API key." if has_key else "No API key. Send it as `Authorization: Bearer KEY`."

@@ -182,6 +182,8 @@ class JobService:
         Raises ApiError 400.
         """
         plan = self.plan(tenant, fields)
+        if (character := fields.get("character")) is not None:
+            request = {**request, "character": self._character(tenant, character).name}
         if plan.shot.face_image and plan.shot.consent is None:
             request = {**request, "require_consent": False}
         if plan.shot.continue_from is not None:

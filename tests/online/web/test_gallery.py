@@ -40,7 +40,7 @@ def test_search_finds_all_words_in_prompts(site, open_page):
     expect(page.locator(TITLES)).to_have_text(["red boat 0", "A red boat at sea"])
     page.get_by_role("searchbox").fill("submarine")
     expect(page.get_by_text("No clip has all of these words.")).to_be_visible()
-    page.goto(f"{site.url}/?q=blue")  # the form also works without JavaScript
+    page.goto(f"{site.url}/?q=blue")
     expect(page.locator(TITLES)).to_have_text(["a Blue boat"])
 
 
@@ -96,19 +96,6 @@ def test_selected_clips_are_deleted_after_a_confirmation(site, open_page):
     expect(page.locator("#announcements")).to_have_text("2 clips deleted")
     expect(page.get_by_role("form", name="Selected clips")).to_be_hidden()
     assert [job.shot.prompt for job in site.jobs()] == ["four", "two"]
-
-
-def test_selection_works_without_javascript(site, open_page):
-    for prompt in ("one", "two"):
-        site.add(prompt)
-    page = open_page(site.url, java_script_enabled=False)
-    page.get_by_role("checkbox", name="Select one").check()
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Download", exact=True).click()
-    assert len(zipfile.ZipFile(download.value.path()).namelist()) == 1
-    page.locator("#selection summary").click()
-    page.get_by_role("button", name="Yes, delete the selected clips").click()
-    expect(page.locator(TITLES)).to_have_text(["two"])
 
 
 def test_delete_asks_for_confirmation(site, open_page):

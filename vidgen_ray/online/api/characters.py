@@ -28,6 +28,7 @@ from vidgen_ray.online.storage_check import CharacterEraser
 from vidgen_ray.online.store.inputs import NameTaken
 from vidgen_ray.online.uploads import BLOCK_BYTES, receive, too_large
 from vidgen_ray.stages.base import Image
+from vidgen_ray.stages.instantid import DetectedPhoto
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import private_folder, temporary_file
 
@@ -110,11 +111,11 @@ async def erase_character(
     return CharacterErased(id=character.id, videos_deleted=videos, **erased._asdict())
 
 
-def check_faces(server: ServerContext, tenant: Tenant, photos: list[str], param: str) -> None:
-    """Raise ApiError 400 if these uploads are not photos of a face."""
+def check_faces(server: ServerContext, tenant: Tenant, photos: list[str], param: str) -> list[DetectedPhoto]:
+    """Return the faces of each photo. Raises ApiError 400 if these uploads are not photos of a face."""
     paths = [server.job_service.uploads.find(tenant.name, photo) for photo in photos]
     try:
-        server.face_check.check(PhotoFiles([path for path in paths if path is not None]))
+        return server.face_check.check(PhotoFiles([path for path in paths if path is not None]))
     except StageError as error:
         raise invalid(param, str(error).removeprefix("face_image: "), "no_face") from None
 

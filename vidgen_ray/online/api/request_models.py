@@ -137,7 +137,6 @@ Images = Annotated[Any, _any(list[UploadFile | str | ImageReference] | UploadFil
 Loras = Annotated[Any, _any(list[str | LoraReference] | str | LoraReference)]
 FileIds = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)]
 File = Annotated[UploadFile, BeforeValidator(_require_file)]
-Files = Annotated[list[File], BeforeValidator(_as_list)]
 Seed = Annotated[int, BeforeValidator(_reject_bool), Field(ge=RANDOM_SEED, le=MAX_SEED)]
 SEED = TypeAdapter(Seed)
 
@@ -522,7 +521,7 @@ class CreateCharacter(RequestBody):
     """Body of `POST /v1/videos/characters`, with either `image` or `video`."""
 
     name: str = Field(min_length=1, max_length=128, description="Name, unique per tenant.")
-    image: Files = Field([], description="Photos of one face.")
+    image: Images = Field([], description="Photos of one face: files, or references to images.")
     video: File | None = Field(None, description="Video. Its first frame with a face becomes the photo.")
     consent: Consent | None = Field(
         None,

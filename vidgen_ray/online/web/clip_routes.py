@@ -1,66 +1,34 @@
-"""Routes that list, cancel, delete and download jobs of the page, one or several."""
+"""Routes that list and download ended jobs of the page."""
 
 import asyncio
 from collections.abc import Iterator
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from zipstream import ZipStream
 
 from vidgen_ray.engine.chunks import CLIP_FILES
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.store.jobs import Job, JobState
-from vidgen_ray.online.uploads import receive
-from vidgen_ray.online.web.form_submission import job_of
-from vidgen_ray.online.web.forms import texts_of
 from vidgen_ray.online.web.gallery import gallery_page, jobs_with_ids
 from vidgen_ray.online.web.job_cards import file_name
-from vidgen_ray.online.web.page_context import HEADERS, PageContext, base_path, wants_json
+from vidgen_ray.online.web.page_context import HEADERS, PageContext, base_path
 from vidgen_ray.outputs.folder import OutputFolder
 
 BLOCK_BYTES = 1 << 20
-NOT_FOUND = "Not found", "This clip does not exist or was deleted."
 
 
 def clip_routes(context: PageContext) -> APIRouter:
     router = APIRouter(include_in_schema=False)
-    service = context.server.job_service
 
     async def gallery(request: Request, tenant: Tenant) -> Response:
         page = await asyncio.to_thread(gallery_page, context.server, tenant, request.query_params)
         if page is None:
-            return context.message(request, 404, *NOT_FOUND)
+            return context.message(request, 404, "Not found", "This clip does not exist or was deleted.")
         cards = [context.card(job, base_path(request)) for job in page.jobs]
         return context.render(request, "gallery.html", gallery=page, cards=cards, ideas=())
-
-    async def cancel(request: Request, tenant: Tenant) -> Response:
-        job = await service.cancel(tenant, request.path_params["job_id"])
-        if job is None:
-            return context.message(request, 404, *NOT_FOUND)
-        if wants_json(request):
-            return JSONResponse({"job": context.job_update(job, base_path(request))}, headers=HEADERS)
-        return RedirectResponse(f"{base_path(request)}/#{job.id}", 303)
-
-    async def delete(request: Request, tenant: Tenant) -> Response:
-        job = await job_of(context, tenant, request.path_params["job_id"])
-        if job is None:
-            return context.message(request, 404, *NOT_FOUND)
-        return await delete_all(request, tenant, [job.id])
-
-    async def delete_selected(request: Request, tenant: Tenant) -> Response:
-        async with receive(request, context.server.settings.uploads) as received:
-            ids = texts_of(received.fields.get("id"))
-        jobs = await asyncio.to_thread(jobs_with_ids, context.server, tenant, ids)
-        return await delete_all(request, tenant, [job.id for job in jobs])
-
-    async def delete_all(request: Request, tenant: Tenant, ids: list[str]) -> Response:
-        for job_id in ids:
-            await service.delete(tenant, job_id)
-        if wants_json(request):
-            return JSONResponse({"deleted": ids}, headers=HEADERS)
-        return RedirectResponse(f"{base_path(request)}/#gallery", 303)
 
     async def download_selected(request: Request, tenant: Tenant) -> Response:
         ids = request.query_params.getlist("id")
@@ -72,9 +40,6 @@ def clip_routes(context: PageContext) -> APIRouter:
 
     router.add_route("/clips", context.for_tenant(gallery), ["GET"])
     router.add_route("/clips/download", context.for_tenant(download_selected), ["GET"])
-    router.add_route("/clips/delete", context.for_tenant(delete_selected), ["POST"])
-    router.add_route("/clips/{job_id}/cancel", context.for_tenant(cancel), ["POST"])
-    router.add_route("/clips/{job_id}/delete", context.for_tenant(delete), ["POST"])
     return router
 
 

@@ -1,7 +1,8 @@
-"""Controls of the form, derived from the served stages and the fields of `Shot` that they read. No HTTP.
+"""Controls and choices of the form, derived from the served stages and the fields of `Shot` that they read. No HTTP.
 
-Fields with a place of their own in the template are in `PLACED`. All others become a control in the group of the first stage
-that reads them, so a new stage or field needs no change here.
+The form sends the body of `POST /v1/videos`, so most controls have the name of a field. Fields with a place of their own in the
+template are in `PLACED`. All others become a control in the group of the first stage that reads them, so a new stage or field
+needs no change here.
 """
 
 import json
@@ -9,8 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import JsonValue
-
+from vidgen_ray.online.api_error import ApiError
+from vidgen_ray.online.delivered_size import SizeRules, clip_fields
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.shot import DERIVED_FIELDS, INSTANTID_SDXL, NO_IDENTITY, REFERENCE, Shot
 from vidgen_ray.stages.base import Stage
@@ -45,8 +46,27 @@ LABELS = {
     "style_strength": "Denoise strength",
 }
 """Field -> label, if it is not the name of the field."""
-MAX_DIGITS = 40
-"""Longest number accepted. `int` raises for numbers of thousands of digits."""
+STYLES = ("watercolour", "oil painting", "ink drawing", "charcoal sketch", "claymation", "film noir", "pixel art", "woodcut")
+"""Suggested style prompts."""
+IDEAS = (
+    "A large red boat by the sea at sunset",
+    "A yellow house on green hills under a rainbow",
+    "A person in a blue coat walking in the snow",
+)
+"""Example prompts, shown while there are no clips."""
+BASES = {
+    "self": "it is my own face",
+    "written": "this person agreed in writing",
+    "contract": "a contract or licence covers it",
+    "public-domain": "the portrait is in the public domain",
+    "synthetic": "it shows no real person",
+}
+"""Basis of a consent -> the end of a sentence."""
+SIZES = {
+    "1280x720": "16:9", "1920x1080": "16:9", "832x480": "16:9", "720x1280": "9:16", "1080x1920": "9:16", "480x832": "9:16",
+    "1024x1024": "1:1", "1024x768": "4:3",
+}  # fmt: skip
+"""Common sizes of finished clips and images -> aspect ratio."""
 Kind = Literal["checkbox", "select", "number", "text"]
 
 
@@ -64,19 +84,6 @@ class Control:
     minimum: str = ""
     maximum: str = ""
     step: str = "any"
-
-    def parse(self, text: str) -> JsonValue:
-        """Return the value of the field. A text that is no number is returned unchanged, for the shot's own check."""
-        if self.kind == "checkbox":
-            return text == "yes"
-        if self.kind == "text" or len(text) > MAX_DIGITS:
-            return text
-        for number in (int, float):
-            try:
-                return number(text)
-            except ValueError:
-                continue
-        return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +122,30 @@ def clip_defaults(serving_profile: ServingProfile) -> dict[str, dict[str, int]]:
         field: {choice: fields.get(field, Shot.model_fields[field].default) for choice, fields in shots.items()}
         for field in MODEL_DEFAULTS
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """One choice of the size control."""
+
+    value: str
+    label: str
+
+
+def size_choices(rules: SizeRules) -> tuple[Size, ...]:
+    """Return the default size of a finished clip, then the common ones that the server reaches."""
+    width, height = rules.default_clip
+    choices = {f"{width}x{height}": "default"} | {size: ratio for size, ratio in SIZES.items() if _is_reachable(size, rules)}
+    return tuple(Size(value, f"{value.replace('x', ' × ')}, {name}") for value, name in choices.items())
+
+
+def _is_reachable(size: str, rules: SizeRules) -> bool:
+    width, height = map(int, size.split("x"))
+    try:
+        clip_fields(width, height, rules)
+    except ApiError:
+        return False
+    return True
 
 
 def _fields_by_stage(stages: Collection[type[Stage[Any]]]) -> Iterator[tuple[str, list[str]]]:
@@ -178,7 +209,7 @@ def _control(name: str, schema: Mapping[str, Any], default: Any, choices: tuple[
         label=LABELS.get(first, first.replace("_", " ").capitalize()),
         kind=kind,
         hint=schema["description"],
-        default=text_of(default),
+        default=_text_of(default),
         choices=choices,
         minimum=str(schema.get("minimum", "")),
         maximum=str(maximum),
@@ -186,7 +217,7 @@ def _control(name: str, schema: Mapping[str, Any], default: Any, choices: tuple[
     )
 
 
-def text_of(value: Any) -> str:
+def _text_of(value: Any) -> str:
     """Return the text of a field's value in the form: `yes` and `no` for booleans, JSON for lists, empty for no value."""
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
-from vidgen_ray.online.auth import Tenant, is_same_origin
+from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.online.web.form_controls import clip_defaults, control_groups
@@ -56,7 +56,7 @@ class PageContext:
         self._assets = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(STATIC.iterdir()))).hexdigest()[:12]
 
     def for_tenant(self, handler: TenantHandler) -> Callable[[Request], Awaitable[Response]]:
-        """Return a route that calls the handler for signed-in browsers only, and refuses a POST from another site."""
+        """Return a route that calls the handler for signed-in browsers only."""
 
         async def route(request: Request) -> Response:
             auth = self.server.auth
@@ -64,8 +64,6 @@ class PageContext:
             tenant = await asyncio.to_thread(auth.page_tenant, request) if reads_session else auth.page_tenant(request)
             if tenant is None:
                 return _signed_out_response(request)
-            if request.method == "POST" and not is_same_origin(request):
-                return self.cross_origin_response(request)
             return await handler(request, tenant)
 
         return route
@@ -114,9 +112,7 @@ class PageContext:
         }
 
     def message(self, request: Request, status: int, heading: str, message: str) -> Response:
-        """Respond with a message: JSON to page.js, a page to a browser without it."""
-        if wants_json(request):
-            return JSONResponse({"message": message}, status, HEADERS)
+        """Respond with a page that shows a message."""
         return self.render(request, "message.html", status, heading=heading, message=message)
 
     def cross_origin_response(self, request: Request) -> Response:
@@ -129,12 +125,8 @@ def base_path(request: Request) -> str:
     return str(request.scope.get("root_path", "")).rstrip("/")
 
 
-def wants_json(request: Request) -> bool:
-    """Return whether page.js sent the request, rather than a plain form."""
-    return request.headers.get("accept") == "application/json"
-
-
 def _signed_out_response(request: Request) -> Response:
-    if wants_json(request) or request.url.path.endswith("/events"):
+    # The script of the page, and its event stream, cannot follow a redirection to a page.
+    if request.headers.get("accept") == "application/json" or request.url.path.endswith("/events"):
         return JSONResponse({"message": "Signed out."}, 401, HEADERS)
     return RedirectResponse(f"{base_path(request)}/sign-in", 303)

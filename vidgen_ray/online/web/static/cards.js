@@ -88,7 +88,7 @@ function refreshQueue(delay = QUEUE_MS) {
 
 async function loadQueue() {
   try {
-    for (const job of (await request(`${base}/queue`)).jobs ?? []) {
+    for (const job of (await request(`${base}/queue`)).jobs) {
       show(job);
       const estimate = byId(job.id)?.querySelector(".estimate");
       if (estimate) estimate.textContent = job.estimate;

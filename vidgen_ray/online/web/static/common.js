@@ -2,7 +2,7 @@
 
 export const base = document.body.dataset.base;
 export const byId = (id) => document.getElementById(id);
-export const UNREACHABLE = "The server cannot be reached. The request was not sent. Try again later.";
+const UNREACHABLE = "The server cannot be reached. The request was not sent. Try again later.";
 
 // ---- announcements: a polite live region for screen readers
 
@@ -17,12 +17,27 @@ export function announce(text) {
 
 // ---- requests
 
-/** Send a request. Returns its JSON. A signed-out browser goes to the sign-in page. */
-export async function request(url, options = {}) {
-  const response = await fetch(url, { ...options, headers: { Accept: "application/json" } });
-  if (response.status === 401) location.assign(`${base}/sign-in`);
-  return response.json();
+/** Refused request: why, and the field of the request that caused it. */
+class Refused extends Error {
+  constructor(response, { message, param }) {
+    const text = message.startsWith(`${param}: `) ? message.slice(param.length + 2) : message;
+    const wait = response.headers.get("Retry-After");
+    super(`${text[0].toUpperCase()}${text.slice(1)}${text.endsWith(".") ? "" : "."}${wait ? ` Try again in ${wait} s.` : ""}`);
+    this.param = param;
+  }
 }
+
+/** Send a request. Returns its JSON. Throws Refused. A signed-out browser goes to the sign-in page. */
+export async function request(url, options = {}) {
+  const response = await fetch(url, { ...options, headers: { Accept: "application/json", ...options.headers } });
+  if (response.status === 401) location.assign(`${base}/sign-in`);
+  const content = await response.json();
+  if (!response.ok) throw new Refused(response, content.error ?? content);
+  return content;
+}
+
+/** Return why a request failed, as a sentence. */
+export const reasonOf = (error) => error instanceof Refused ? error.message : UNREACHABLE;
 
 /** Fetch a part of the page. Returns its root elements. */
 export async function fetchHtml(url) {

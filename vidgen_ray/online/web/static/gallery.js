@@ -1,7 +1,7 @@
 // The gallery: search, pages, favourites, selection, clips that play under the pointer, full view and comparison.
 
 import { remove } from "./cards.js";
-import { announce, base, byId, fetchHtml, isBusy, reducedMotion, request, setBusy, UNREACHABLE } from "./common.js";
+import { announce, base, byId, fetchHtml, isBusy, reasonOf, reducedMotion, request, setBusy } from "./common.js";
 
 const content = byId("gallery-content");
 const search = byId("search");
@@ -22,8 +22,8 @@ async function load(query) {
     showFavourites();
     showSelection();
     return true;
-  } catch {
-    announce(UNREACHABLE);
+  } catch (error) {
+    announce(reasonOf(error));
     return false;
   }
 }
@@ -96,24 +96,20 @@ function clearSelection() {
 }
 
 async function deleteSelected() {
-  const body = new URLSearchParams(selectedCards().map((card) => ["id", card.id]));
+  const ids = selectedCards().map((card) => card.id);
   try {
-    const { deleted, message } = await request(`${base}/clips/delete`, { method: "POST", body });
-    if (!deleted) return announce(message);
-    deleted.forEach(remove);
-    announce(`${deleted.length} clips deleted`);
+    for (const id of ids) {
+      await request(`${base}/v1/videos/${id}`, { method: "DELETE" });
+      remove(id);
+    }
+    announce(`${ids.length} clips deleted`);
     clearSelection();
-  } catch {
-    announce(UNREACHABLE);
+  } catch (error) {
+    announce(reasonOf(error));
   }
 }
 
-selection.addEventListener("submit", (event) => {
-  if (isBusy(event.submitter)) return event.preventDefault();
-  if (event.submitter.id !== "delete-selected") return;
-  event.preventDefault();
-  deleteSelected();
-});
+selection.addEventListener("submit", (event) => { if (isBusy(event.submitter)) event.preventDefault(); });
 
 // ---- play under the pointer, and with the focus
 
@@ -249,6 +245,7 @@ document.addEventListener("click", (event) => {
   if (target === favouritesButton) toggleFavouritesPage();
   else if (target.matches(".star")) toggleFavourite(target);
   else if (target.id === "clear-selection") clearSelection();
+  else if (target.id === "delete-selected") deleteSelected();
   else if (target.id === "compare-selected") openComparison();
   else if (event.ctrlKey || event.metaKey || event.shiftKey) return;
   else if (target.matches(".open")) { event.preventDefault(); openViewer(target.closest(".card")); }

@@ -1,8 +1,7 @@
-// Live updates, and forms without a reload. The server renders the HTML of forms and cards. Without JavaScript the forms still
-// work; the lists update on reload.
+// Live updates, cancellation and deletion. The page sends the requests of the API's clients; the server renders the HTML of cards.
 
 import { remove, show, startCards } from "./cards.js";
-import { announce, base, byId, isBusy, localizeTimes, request, setBusy, UNREACHABLE } from "./common.js";
+import { announce, base, byId, isBusy, localizeTimes, reasonOf, request, setBusy } from "./common.js";
 import { startForm } from "./form.js";
 import "./gallery.js";
 
@@ -40,31 +39,27 @@ function connect() {
 
 // ---- cancel and delete one clip
 
-async function cancelOrDelete(form, button) {
+async function cancelOrDelete(button) {
+  const card = button.closest(".card"), url = `${base}/v1/videos/${card.id}`;
   setBusy(button, true);
-  const card = form.closest(".card");
   try {
-    const result = await request(form.action, { method: "POST", body: new FormData(form) });
-    if (result.deleted) {
+    if ("cancel" in button.dataset) {
+      await request(`${url}/cancel`, { method: "POST" });
+      button.firstChild.data = "Cancelling";
+    } else {
+      await request(url, { method: "DELETE" });
       remove(card.id);
       announce(`${card.dataset.title}: deleted`);
-    } else if (result.job) {
-      button.firstChild.data = "Cancelling";
-      show(result.job);
-      return;
-    } else announce(result.message);
-  } catch {
-    announce(UNREACHABLE);
+    }
+  } catch (error) {
+    announce(reasonOf(error));
+    setBusy(button, false);
   }
-  setBusy(button, false);
 }
 
-document.addEventListener("submit", (event) => {
-  const form = event.target;
-  if (!form.dataset.action) return;
-  event.preventDefault();
-  const button = form.querySelector("[type=submit]");
-  if (!isBusy(button)) cancelOrDelete(form, button);
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-cancel], [data-delete]");
+  if (button && !isBusy(button)) cancelOrDelete(button);
 });
 
 localizeTimes(document);
