@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.online.directors import listening_on_a_port, local_server
-from vidgen_ray.online.api import request_models
+from vidgen_ray.online.api import requests
 from vidgen_ray.online.api.openapi import FormBody
-from vidgen_ray.online.api.request_models import CROPS, PLAIN_FIELDS, CreateImages, CreateShot, CreateVideo
+from vidgen_ray.online.api.requests import CROPS, CreateImages, CreateShot, CreateVideo, PLAIN_FIELDS
 from vidgen_ray.online.server_settings import OnlineSettings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -64,7 +64,7 @@ def test_new_shot_fields_are_in_all_request_models():
 
 def test_every_request_field_has_a_description():
     for name in ("CreateVideo", "RemixVideo", "EditImages", "CreateShot", "CreateCharacter", "CreateFile"):
-        schema = getattr(request_models, name).model_json_schema(schema_generator=FormBody)
+        schema = getattr(requests, name).model_json_schema(schema_generator=FormBody)
         assert [field for field, properties in schema["properties"].items() if not properties.get("description")] == []
 
 

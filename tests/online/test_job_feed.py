@@ -16,7 +16,7 @@ from vidgen_ray.online.event_streams import JobFeed, Topic
 from vidgen_ray.online.server_settings import Limits
 from vidgen_ray.online.store.jobs import Job, JobKind, new_id
 from vidgen_ray.online.store.store import Changes, JobStore
-from vidgen_ray.online.web import live_updates
+from vidgen_ray.online.web import pages
 from vidgen_ray.shot import Shot
 
 POLL_S = 0.01
@@ -187,7 +187,7 @@ def test_polling_continues_after_a_database_error(store, feed):
 
 
 def test_page_stream_ends_when_the_session_ends(store, feed, monkeypatch):
-    monkeypatch.setattr(live_updates, "SESSION_CHECK_S", 2 * POLL_S)
+    monkeypatch.setattr(pages, "SESSION_CHECK_S", 2 * POLL_S)
     tenant = Tenant(name="ada", key_id="k", limits=Limits())
     sessions = [tenant, None]
     auth = SimpleNamespace(reads_session=lambda request: True, session_tenant=lambda request: sessions.pop(0))
@@ -200,7 +200,7 @@ def test_page_stream_ends_when_the_session_ends(store, feed, monkeypatch):
         job = new_job(store)
         first = store.latest_version()
         seen = []
-        async for event in live_updates._events(site, request, tenant, 0):
+        async for event in pages._events(site, request, tenant, 0):
             seen.append((event.event, event.id, event.data and json.loads(event.data)))
             if len(seen) == 2:
                 store.queue.claim("d", 30, 1)

@@ -48,7 +48,7 @@ NOT_MARKED = {
     "upscale/frames.py": "segments, which are joined to a marked video",
     "upscale/job.py": "segments, which are joined to a marked video",
     "film/sound.py": "sound",
-    "online/api/characters.py": "photo of a character, from the user's video",
+    "online/api/input_routes.py": "photo of a character, from the user's video",
     "online/api/video_content.py": "preview images",
     "online/previews.py": "previews while a shot is rendered",
     "report/sheets.py": "contact sheet and identity sheet",

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online import api_error
-from vidgen_ray.online.api.deps import TenantDep
+from vidgen_ray.online.api.openapi import TenantDep
 from vidgen_ray.online.api.routes import add_api
 from vidgen_ray.online.auth import ApiKeys, Authenticator, Sessions
 from vidgen_ray.online.event_streams import EventStreams, JobFeed

@@ -11,9 +11,8 @@ from starlette.requests import Request
 
 from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.online.api.deps import ServerDep, TenantDep
-from vidgen_ray.online.api.openapi import JSON, error_responses, request_body
-from vidgen_ray.online.api.request_models import CreateShot, CreateVideo
+from vidgen_ray.online.api.openapi import JSON, ServerDep, TenantDep, error_responses, request_body
+from vidgen_ray.online.api.requests import CreateShot, CreateVideo
 from vidgen_ray.online.api.response_models import Estimate, video_response
 from vidgen_ray.online.api.shots import shot_fields
 from vidgen_ray.online.api.videos import video_fields

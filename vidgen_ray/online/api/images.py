@@ -21,10 +21,9 @@ from vidgen_ray.engine.shot_writer import shot_record
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
 from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.media import encode_png
-from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.job_waiting import completed_jobs, require_completed, require_existing
-from vidgen_ray.online.api.openapi import error_responses, request_body
-from vidgen_ray.online.api.request_models import CreateImages, EditImages
+from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, request_body
+from vidgen_ray.online.api.requests import CreateImages, EditImages
 from vidgen_ray.online.api.response_models import JSON_OBJECT, ErrorBody, ImageResult, ImagesResponse, ImageUsage, size_text
 from vidgen_ray.online.api.videos import IdempotencyKey, face_fields
 from vidgen_ray.online.api_error import ApiError, invalid

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from vidgen_ray.online.api.deps import ServerDep, TenantDep
-from vidgen_ray.online.api.openapi import error_responses
+from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses
 from vidgen_ray.online.api.response_models import LoadedLora, LoadedLoras, Lora, LoraPage, Model, ModelPage
 
 router = APIRouter(tags=["models"])

@@ -1,18 +1,23 @@
-"""OpenAPI document: FastAPI's document with the request bodies and the error responses of this server."""
+"""OpenAPI document of the API, and the dependencies of its routes."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Security
 from fastapi.openapi.utils import get_openapi
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import PydanticOmit, core_schema
+from starlette.requests import Request
 
-from vidgen_ray.online.api.request_models import RequestBody
+from vidgen_ray.online.api.requests import RequestBody
 from vidgen_ray.online.api.response_models import ErrorBody
+from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.server_context import ServerContext
 
 ERRORS: Mapping[int, str] = {
     400: "Invalid request. `param` names the field.",
@@ -93,3 +98,29 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
     document["components"]["schemas"] = dict(sorted(schemas.items()))
     app.openapi_schema = document
     return document
+
+
+bearer = HTTPBearer(
+    auto_error=False, description="API key. A server without keys, which accepts local requests only, needs none."
+)
+
+
+async def server_of(request: Request) -> ServerContext:
+    server: ServerContext = request.app.state.server
+    return server
+
+
+ServerDep = Annotated[ServerContext, Depends(server_of)]
+
+
+async def tenant_of(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)], server: ServerDep
+) -> Tenant:
+    """Authenticate the request. Raises ApiError 400, 401, 403 or 429; see `Authenticator.api_tenant`."""
+    key = credentials.credentials if credentials else None
+    if server.auth.reads_session(request):
+        return await asyncio.to_thread(server.auth.api_tenant, request, key)
+    return server.auth.api_tenant(request, key)
+
+
+TenantDep = Annotated[Tenant, Depends(tenant_of)]

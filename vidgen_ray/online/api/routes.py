@@ -7,10 +7,9 @@ import asyncio
 from fastapi import APIRouter, FastAPI
 
 from vidgen_ray.online.api import (
-    characters,
     estimates,
-    files,
     images,
+    input_routes,
     models,
     shots,
     video_content,
@@ -18,8 +17,7 @@ from vidgen_ray.online.api import (
     video_sync,
     videos,
 )
-from vidgen_ray.online.api.deps import ServerDep
-from vidgen_ray.online.api.openapi import error_responses, openapi_document
+from vidgen_ray.online.api.openapi import ServerDep, error_responses, openapi_document
 from vidgen_ray.online.api.response_models import Health, Readiness
 from vidgen_ray.online.api_error import ApiError
 
@@ -49,8 +47,10 @@ async def readyz(server: ServerDep) -> Readiness:
 def add_api(app: FastAPI) -> None:
     """Add the API's routes and OpenAPI document to the app."""
     # Before videos: /v1/videos/{video_id} matches /v1/videos/characters, too.
-    for module in (characters, estimates, videos, video_sync, video_content, video_events, images, shots, models, files):
+    app.include_router(input_routes.character_router)
+    for module in (estimates, videos, video_sync, video_content, video_events, images, shots, models):
         app.include_router(module.router)
+    app.include_router(input_routes.file_router)
     app.include_router(health)
     # Replacing the method is FastAPI's documented way to extend the document.
     app.openapi = lambda: openapi_document(app)  # type: ignore[method-assign]

@@ -7,9 +7,8 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from vidgen_ray.online.api.deps import ServerDep, TenantDep
-from vidgen_ray.online.api.openapi import JSON, error_responses, request_body
-from vidgen_ray.online.api.request_models import CreateShot
+from vidgen_ray.online.api.openapi import JSON, ServerDep, TenantDep, error_responses, request_body
+from vidgen_ray.online.api.requests import CreateShot
 from vidgen_ray.online.api.response_models import ShotJob, shot_response
 from vidgen_ray.online.api.videos import IdempotencyKey, job_of
 from vidgen_ray.online.api_error import ApiError

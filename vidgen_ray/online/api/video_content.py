@@ -21,8 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 from vidgen_ray.engine.chunks import CLIP_FILES
 from vidgen_ray.graph import file_sizes
 from vidgen_ray.media import cover_crop, open_video, read_image
-from vidgen_ray.online.api.deps import ServerDep, TenantDep
-from vidgen_ray.online.api.openapi import error_responses
+from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses
 from vidgen_ray.online.api.response_models import outputs_of
 from vidgen_ray.online.api_error import ApiError, not_found
 from vidgen_ray.online.auth import Tenant

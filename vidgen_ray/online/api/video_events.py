@@ -8,8 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from vidgen_ray.online.api.deps import ServerDep, TenantDep
-from vidgen_ray.online.api.openapi import error_responses
+from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses
 from vidgen_ray.online.api.response_models import VideoDeleted, video_response
 from vidgen_ray.online.api.videos import job_of
 from vidgen_ray.online.server_context import ServerContext

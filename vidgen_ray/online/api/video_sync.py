@@ -8,10 +8,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.job_waiting import ClientDisconnected, completed_while_connected
-from vidgen_ray.online.api.openapi import error_responses, request_body
-from vidgen_ray.online.api.request_models import CreateVideo
+from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, request_body
+from vidgen_ray.online.api.requests import CreateVideo
 from vidgen_ray.online.api.video_content import MEDIA_TYPES, file_response
 from vidgen_ray.online.api.videos import IdempotencyKey, created_videos
 

@@ -12,10 +12,9 @@ from starlette.responses import Response
 
 from vidgen_ray.graph import file_sizes
 from vidgen_ray.limits import MAX_RESULTS
-from vidgen_ray.online.api.characters import check_faces
-from vidgen_ray.online.api.deps import ServerDep, TenantDep
-from vidgen_ray.online.api.openapi import error_responses, request_body
-from vidgen_ray.online.api.request_models import CreateImages, CreateVideo, RemixVideo
+from vidgen_ray.online.api.input_routes import check_faces
+from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, request_body
+from vidgen_ray.online.api.requests import CreateImages, CreateVideo, RemixVideo
 from vidgen_ray.online.api.response_models import Video, VideoDeleted, VideoPage, video_response
 from vidgen_ray.online.api_error import invalid, not_found
 from vidgen_ray.online.auth import Tenant

@@ -6,11 +6,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from vidgen_ray.online.server_context import ServerContext
-from vidgen_ray.online.web.api_page import api_page_routes
-from vidgen_ray.online.web.auth_routes import auth_routes
-from vidgen_ray.online.web.clip_routes import clip_routes
 from vidgen_ray.online.web.page_context import STATIC, PageContext
-from vidgen_ray.online.web.routes import page_routes
+from vidgen_ray.online.web.pages import api_page_routes, auth_routes, clip_routes, page_routes
 
 
 def add_page(app: FastAPI, server: ServerContext) -> None:

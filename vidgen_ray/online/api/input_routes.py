@@ -1,4 +1,4 @@
-"""Routes for characters: named faces, from photos or from a video."""
+"""Routes for inputs that requests refer to by id: uploaded images, and characters from photos or from a video."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from starlette.requests import Request
 from vidgen_ray.errors import MediaError, StageError
 from vidgen_ray.media import encode_png
 from vidgen_ray.media.decode import sample_frames
-from vidgen_ray.online.api.deps import ServerDep, TenantDep
-from vidgen_ray.online.api.openapi import FORM, error_responses, request_body
-from vidgen_ray.online.api.request_models import CreateCharacter
-from vidgen_ray.online.api.response_models import CharacterDeleted, CharacterErased, CharacterPage, CharacterResponse
+from vidgen_ray.online.api.openapi import FORM, ServerDep, TenantDep, error_responses, request_body
+from vidgen_ray.online.api.requests import CreateCharacter, CreateFile
+from vidgen_ray.online.api.response_models import (
+    CharacterDeleted,
+    CharacterErased,
+    CharacterPage,
+    CharacterResponse,
+    FileDeleted,
+    UploadedFile,
+    file_response,
+)
 from vidgen_ray.online.api_error import ApiError, invalid, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.face_check import PhotoFiles
@@ -32,15 +39,53 @@ from vidgen_ray.stages.instantid import DetectedPhoto
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import private_folder, temporary_file
 
+file_router = APIRouter(tags=["files"])
+
+
+@file_router.post(
+    "/v1/files",
+    response_model=UploadedFile,
+    openapi_extra=request_body(CreateFile, FORM),
+    responses=error_responses(408, 413, 415),
+)
+async def create_file(request: Request, server: ServerDep, tenant: TenantDep) -> UploadedFile:
+    """Upload an image. Identical images have the same id."""
+    async with receive(request, server.settings.uploads) as received:
+        file = CreateFile.parse(received.fields).file
+        upload = await server.job_service.uploads.store(tenant, file.file, "file")
+    return file_response(upload)
+
+
+@file_router.get("/v1/files/{file_id}", response_model=UploadedFile, responses=error_responses(404))
+async def get_file(server: ServerDep, tenant: TenantDep, file_id: str) -> UploadedFile:
+    """Return size and time of an upload. Its content cannot be downloaded."""
+    upload = await asyncio.to_thread(server.store.uploads.get, file_id, tenant.name)
+    if upload is None:
+        raise not_found("file", file_id[:100])
+    return file_response(upload)
+
+
+@file_router.delete("/v1/files/{file_id}", response_model=FileDeleted, responses=error_responses(404, 409))
+async def delete_file(server: ServerDep, tenant: TenantDep, file_id: str) -> FileDeleted:
+    """Delete an upload. The file stays on disk while another tenant has uploaded it or an open job needs it."""
+    for character in await asyncio.to_thread(server.store.characters.list, tenant.name):
+        if file_id in character.photos:
+            message = f"{file_id} is a photo of the character {character.name!r}. Delete the character first."
+            raise ApiError(409, message, code="file_in_use", headers={"x-should-retry": "false"})
+    if not await asyncio.to_thread(server.job_service.uploads.delete, tenant.name, file_id):
+        raise not_found("file", file_id[:100])
+    return FileDeleted(id=file_id)
+
+
 SEARCHED_FRAMES = 16
 """Frames in which a face is searched, spread evenly over the start of the video."""
 START_FRAMES = 900
 """Length of the start of the video."""
 
-router = APIRouter(tags=["characters"])
+character_router = APIRouter(tags=["characters"])
 
 
-@router.post(
+@character_router.post(
     "/v1/videos/characters",
     response_model=CharacterResponse,
     openapi_extra=request_body(CreateCharacter, FORM),
@@ -69,7 +114,7 @@ async def create_character(request: Request, server: ServerDep, tenant: TenantDe
     return CharacterResponse.model_validate(character)
 
 
-@router.get("/v1/videos/characters", response_model=CharacterPage, responses=error_responses())
+@character_router.get("/v1/videos/characters", response_model=CharacterPage, responses=error_responses())
 async def list_characters(server: ServerDep, tenant: TenantDep) -> CharacterPage:
     """List all characters of the tenant, newest first."""
     data = [
@@ -78,7 +123,7 @@ async def list_characters(server: ServerDep, tenant: TenantDep) -> CharacterPage
     return CharacterPage(data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None)
 
 
-@router.get("/v1/videos/characters/{character_id}", response_model=CharacterResponse, responses=error_responses(404))
+@character_router.get("/v1/videos/characters/{character_id}", response_model=CharacterResponse, responses=error_responses(404))
 async def get_character(server: ServerDep, tenant: TenantDep, character_id: str) -> CharacterResponse:
     """Return a character by id or name."""
     character = await asyncio.to_thread(server.store.characters.get, character_id, tenant.name)
@@ -87,7 +132,9 @@ async def get_character(server: ServerDep, tenant: TenantDep, character_id: str)
     return CharacterResponse.model_validate(character)
 
 
-@router.delete("/v1/videos/characters/{character_id}", response_model=CharacterDeleted, responses=error_responses(404))
+@character_router.delete(
+    "/v1/videos/characters/{character_id}", response_model=CharacterDeleted, responses=error_responses(404)
+)
 async def delete_character(server: ServerDep, tenant: TenantDep, character_id: str) -> CharacterDeleted:
     """Delete a character by id. Its photos remain uploads: delete them with `DELETE /v1/files/{file_id}`."""
     if not await asyncio.to_thread(server.store.characters.delete, character_id, tenant.name):
@@ -95,7 +142,7 @@ async def delete_character(server: ServerDep, tenant: TenantDep, character_id: s
     return CharacterDeleted(id=character_id)
 
 
-@router.delete("/v1/characters/{character_id}", response_model=CharacterErased, responses=error_responses(404, 409))
+@character_router.delete("/v1/characters/{character_id}", response_model=CharacterErased, responses=error_responses(404, 409))
 async def erase_character(
     server: ServerDep,
     tenant: TenantDep,
