@@ -12,8 +12,8 @@ from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, local_server, noise_renderer
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.online import job_director
-from vidgen_ray.online.api import video_sync
-from vidgen_ray.online.api.job_waiting import ClientDisconnected
+from vidgen_ray.online.api import content_routes
+from vidgen_ray.online.api.video_routes import ClientDisconnected
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobKind, JobState
@@ -502,7 +502,7 @@ def test_cancelled_handler_still_cancels_the_video(monkeypatch):
             ended.set()
 
         server = SimpleNamespace(job_service=SimpleNamespace(cancel=cancel))
-        handler = asyncio.create_task(video_sync.create_video_sync(None, server, None))
+        handler = asyncio.create_task(content_routes.create_video_sync(None, server, None))
         await cancelling.wait()
         handler.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -510,6 +510,6 @@ def test_cancelled_handler_still_cancels_the_video(monkeypatch):
         may_end.set()
         await asyncio.wait_for(ended.wait(), 10)
 
-    monkeypatch.setattr(video_sync, "created_videos", accept)
-    monkeypatch.setattr(video_sync, "completed_while_connected", disconnect)
+    monkeypatch.setattr(content_routes, "created_videos", accept)
+    monkeypatch.setattr(content_routes, "completed_while_connected", disconnect)
     asyncio.run(run())

@@ -12,7 +12,7 @@ import pytest
 from tests.online.directors import listening_on_a_port, local_server
 from vidgen_ray.online.api import requests
 from vidgen_ray.online.api.openapi import FormBody
-from vidgen_ray.online.api.requests import CROPS, CreateImages, CreateShot, CreateVideo, PLAIN_FIELDS
+from vidgen_ray.online.api.requests import CROPS, PLAIN_FIELDS, CreateImages, CreateShot, CreateVideo
 from vidgen_ray.online.server_settings import OnlineSettings
 
 ROOT = Path(__file__).parent.parent.parent

@@ -39,7 +39,7 @@ MARKED = {
     "film/pieces.py": "films; their pieces are joined to a marked film",
     "upscale/join.py": "upscaled videos",
     "upscale/run.py": "upscaled videos, clips of `vidgen stage` and of the library, previews",
-    "online/api/images.py": "images of the server",
+    "online/api/image_routes.py": "images of the server",
 }
 NOT_MARKED = {
     "media/images.py": "the encoder itself",
@@ -49,7 +49,7 @@ NOT_MARKED = {
     "upscale/job.py": "segments, which are joined to a marked video",
     "film/sound.py": "sound",
     "online/api/input_routes.py": "photo of a character, from the user's video",
-    "online/api/video_content.py": "preview images",
+    "online/api/content_routes.py": "preview images",
     "online/previews.py": "previews while a shot is rendered",
     "report/sheets.py": "contact sheet and identity sheet",
     "report/gallery_page.py": "thumbnails of the gallery",

@@ -19,8 +19,7 @@ from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, listening_on_a_port, local_server
 from tests.online.test_api_videos import ended, error_of, shot_of
 from vidgen_ray.media import open_video
-from vidgen_ray.online.api.requests import PEER_FIELDS
-from vidgen_ray.online.api.requests import CreateVideo
+from vidgen_ray.online.api.requests import PEER_FIELDS, CreateVideo
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobState

@@ -1,4 +1,4 @@
-"""Files of a completed job: the clip or image, whole or in ranges, and previews of it."""
+"""Routes that return the files of a job, or create a video and respond with its file."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from starlette.types import Message, Receive, Scope, Send
 from vidgen_ray.engine.chunks import CLIP_FILES
 from vidgen_ray.graph import file_sizes
 from vidgen_ray.media import cover_crop, open_video, read_image
-from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses
+from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, request_body
+from vidgen_ray.online.api.requests import CreateVideo
 from vidgen_ray.online.api.response_models import outputs_of
+from vidgen_ray.online.api.video_routes import ClientDisconnected, IdempotencyKey, completed_while_connected, created_videos
 from vidgen_ray.online.api_error import ApiError, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import delivered_artefact_of
@@ -294,3 +296,43 @@ def _encode(image: PILImage.Image, format: str) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, quality=PREVIEW_QUALITY)
     return buffer.getvalue()
+
+
+CLIENT_CLOSED_REQUEST = 499
+"""Status of a response that no client receives."""
+
+sync_router = APIRouter(tags=["videos"])
+
+
+@sync_router.post(
+    "/v1/videos/sync",
+    response_class=Response,
+    openapi_extra=request_body(CreateVideo),
+    responses={
+        **error_responses(404, 408, 409, 413, 415, 504),
+        200: {"description": "The file", "content": {kind: {} for kind in MEDIA_TYPES.values()}},
+    },
+)
+async def create_video_sync(
+    request: Request, server: ServerDep, tenant: TenantDep, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Create a video, wait for it and return its file, as `GET /v1/videos/{video_id}/content` does.
+
+    The header `X-Request-Id` is the id of the video. Closing the connection cancels it, unless the request has an
+    `Idempotency-Key`: then the same request waits for the same video again.
+    """
+    (job,) = await created_videos(request, server, tenant, idempotency_key, max_results=1)
+    try:
+        done = await completed_while_connected(server, request, job)
+    except (ClientDisconnected, asyncio.CancelledError) as gone:
+        # Ray Serve cancels the handler when its proxy loses the connection, perhaps while it cancels the video.
+        if idempotency_key is None:
+            await asyncio.shield(server.job_service.cancel(tenant, job.id))
+        if isinstance(gone, asyncio.CancelledError):
+            raise
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    response = await file_response(server, done, "video", request)
+    response.headers["X-Request-Id"] = done.id
+    response.headers["X-Model"] = str(done.request.get("model"))
+    response.headers["X-Inference-Time-S"] = f"{sum(done.stage_seconds.values()):.3f}"
+    return response

@@ -1,4 +1,4 @@
-"""Routes that generate and edit images while the client waits."""
+"""Routes that create images and respond with them: OpenAI's Images API."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from vidgen_ray.engine.shot_writer import shot_record
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
 from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.media import encode_png
-from vidgen_ray.online.api.job_waiting import completed_jobs, require_completed, require_existing
 from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateImages, EditImages
 from vidgen_ray.online.api.response_models import JSON_OBJECT, ErrorBody, ImageResult, ImagesResponse, ImageUsage, size_text
-from vidgen_ray.online.api.videos import IdempotencyKey, face_fields
+from vidgen_ray.online.api.video_routes import IdempotencyKey, completed_jobs, face_fields, require_completed, require_existing
 from vidgen_ray.online.api_error import ApiError, invalid
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import nearest_image_side

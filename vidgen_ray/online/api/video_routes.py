@@ -1,29 +1,43 @@
-"""Routes that create, list, poll, cancel, delete and remix videos."""
+"""Routes that create, list, poll, follow, cancel, delete, remix and estimate videos, and jobs with all fields of a shot."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import Response
 
-from vidgen_ray.graph import file_sizes
+from vidgen_ray.engine.calls import OUTPUT
+from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
 from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.online.api.input_routes import check_faces
-from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, request_body
-from vidgen_ray.online.api.requests import CreateImages, CreateVideo, RemixVideo
-from vidgen_ray.online.api.response_models import Video, VideoDeleted, VideoPage, video_response
-from vidgen_ray.online.api_error import invalid, not_found
+from vidgen_ray.online.api.openapi import JSON, ServerDep, TenantDep, error_responses, request_body
+from vidgen_ray.online.api.requests import CreateImages, CreateShot, CreateVideo, RemixVideo
+from vidgen_ray.online.api.response_models import (
+    Estimate,
+    ShotJob,
+    Video,
+    VideoDeleted,
+    VideoPage,
+    shot_response,
+    video_response,
+)
+from vidgen_ray.online.api_error import INVALID, ApiError, invalid, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.job_service import client_fields
+from vidgen_ray.online.queue_estimate import JobEstimate, NewJobEstimate
+from vidgen_ray.online.request_limits import check_size
 from vidgen_ray.online.server_context import ServerContext
-from vidgen_ray.online.store.jobs import Job, JobKind
+from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.online.store.store import UnknownJob
 from vidgen_ray.online.uploads import receive
+from vidgen_ray.profile import Profile
 from vidgen_ray.video_models import MODEL_DEFAULTS, without_other_models_defaults
 
 POLL_AFTER = "openai-poll-after-ms"
@@ -216,3 +230,200 @@ async def _polled(server: ServerContext, response: Response, job: Job) -> Video:
     estimate = await server.queue_estimator.estimate(job)
     response.headers[POLL_AFTER] = str(round(estimate.poll_after_s * 1000))
     return video_response(job, estimate, server.serving_profile.licences)
+
+
+EVENTS = {
+    "description": "`video.queued` and `video.in_progress` events with the Video after each change. The last event is "
+    "`video.completed`, `video.failed`, `video.cancelled` or `video.deleted`.",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+}
+
+
+@router.get("/v1/videos/{video_id}/events", response_class=EventSourceResponse, responses={**error_responses(404), 200: EVENTS})
+async def video_events(
+    server: ServerDep,
+    tenant: TenantDep,
+    video_id: str,
+    last_event_id: Annotated[str | None, Header(description="Id of the last event received. It is not sent again.")] = None,
+) -> EventSourceResponse:
+    """Stream the events of a job until it ends. The stream of an ended job is its last event."""
+    job = await job_of(server, tenant, video_id)
+    return server.event_streams.respond(tenant, _events(server, job, last_event_id))
+
+
+async def _events(server: ServerContext, job: Job, last_event_id: str | None) -> AsyncIterator[ServerSentEvent]:
+    async for current in server.job_feed.follow(job):
+        if current is None:
+            yield ServerSentEvent(event="video.deleted", data=VideoDeleted(id=job.id).model_dump_json())
+        # The last event is always sent: a browser that missed it would reconnect forever.
+        elif current.state.is_final or str(current.version) != last_event_id:
+            estimate = await server.queue_estimator.estimate(current)
+            data = video_response(current, estimate, server.serving_profile.licences).model_dump_json(exclude_none=True)
+            yield ServerSentEvent(data, event=f"video.{current.state}", id=str(current.version))
+
+
+shot_router = APIRouter(tags=["shots"])
+
+
+@shot_router.post(
+    "/v1/shots",
+    response_model=ShotJob,
+    openapi_extra=request_body(CreateShot, JSON),
+    responses=error_responses(404, 408, 409, 413, 415),
+)
+async def create_shot(
+    request: Request, server: ServerDep, tenant: TenantDep, idempotency_key: IdempotencyKey = None
+) -> ShotJob:
+    """Create a job from the fields of a script line, as JSON. Files are ids of uploads, LoRAs are names of this server."""
+    fields, fingerprint = await shot_fields(request, server)
+    (job,) = await server.job_service.accept(
+        tenant,
+        JobKind.SHOT,
+        [fields],
+        {"model": server.model(None)[0]},
+        idempotency_key=idempotency_key,
+        fingerprint=f"shot {fingerprint}"[:64],
+    )
+    return shot_response(job, client_fields(job.shot, server.settings, server.job_service.uploads))
+
+
+async def shot_fields(request: Request, server: ServerContext) -> tuple[dict[str, Any], str]:
+    """Return the fields of the shot in the body of a request, and the fingerprint of the body. Raises ApiError."""
+    async with receive(request, server.settings.uploads) as received:
+        if received.is_form:
+            raise ApiError(415, "Content-Type: must be application/json", code="unsupported_media_type")
+    return CreateShot.parse(received.fields).model_dump(exclude_unset=True), received.fingerprint
+
+
+@shot_router.get("/v1/shots/{shot_id}", response_model=ShotJob, responses=error_responses(404))
+async def get_shot(server: ServerDep, tenant: TenantDep, shot_id: str) -> ShotJob:
+    """Return a job of any kind with all fields of its shot. Its files and events are at `/v1/videos/{id}`."""
+    job = await job_of(server, tenant, shot_id)
+    return shot_response(job, client_fields(job.shot, server.settings, server.job_service.uploads))
+
+
+SECONDS_PER_HOUR = 3600
+
+estimate_router = APIRouter()
+
+
+@estimate_router.post(
+    "/v1/shots/estimate",
+    tags=["shots"],
+    response_model=Estimate,
+    openapi_extra=request_body(CreateShot, JSON),
+    responses=error_responses(404, 408, 413, 415),
+)
+async def estimate_shot(request: Request, server: ServerDep, tenant: TenantDep) -> Estimate:
+    """Estimate the job that `POST /v1/shots` would create from the same body, without creating it."""
+    fields, _ = await shot_fields(request, server)
+    return await _estimate(server, tenant, JobKind.SHOT, [fields], {"model": server.model(None)[0]})
+
+
+@estimate_router.post(
+    "/v1/videos/estimate",
+    tags=["videos"],
+    response_model=Estimate,
+    openapi_extra=request_body(CreateVideo),
+    responses=error_responses(404, 408, 413, 415),
+)
+async def estimate_video(request: Request, server: ServerDep, tenant: TenantDep) -> Estimate:
+    """Estimate the job that `POST /v1/videos` would create from the same body, without creating it.
+
+    Images of the body are stored as uploads.
+    """
+    async with receive(request, server.settings.uploads) as received:
+        body = CreateVideo.parse(received.fields)
+        fields, returned = await video_fields(server, tenant, body)
+    return await _estimate(server, tenant, JobKind.VIDEO, body.repeated(fields), returned)
+
+
+async def _estimate(
+    server: ServerContext, tenant: Tenant, kind: JobKind, shots: Sequence[Mapping[str, Any]], returned: Mapping[str, Any]
+) -> Estimate:
+    job = await asyncio.to_thread(server.job_service.new_job, tenant, kind, shots[0], returned)
+    check_size(tenant.limits, job.shot, len(shots))
+    if job.state.is_final:
+        new = NewJobEstimate(0, 0.0, {})
+    else:
+        new = await server.queue_estimator.estimate_new(job.shot)
+    seconds = {stage: round(len(shots) * each, 3) for stage, each in new.stage_seconds.items()}
+    gpu_seconds = sum(each for stage, each in seconds.items() if _uses_gpu(stage, server.serving_profile.profile))
+    price = server.settings.gpu_hour_price
+    video = video_response(job, JobEstimate(None, None, 0.0), server.serving_profile.licences)
+    return Estimate.model_validate(
+        {
+            **video.model_dump(include={"model", "seconds", "size", "model_size", "scale", "hd_size", "fps", "num_frames"}),
+            "render_s": round(sum(seconds.values()), 3),
+            "stage_durations": seconds,
+            "gpu_seconds": round(gpu_seconds, 3),
+            "queue_position": new.queue_position,
+            "queue_wait_s": round(new.wait_s, 3),
+            "cost": None if price is None else round(gpu_seconds * price / SECONDS_PER_HOUR, 6),
+            "is_rendered": job.state.is_final,
+            "results": len(shots),
+        }
+    )
+
+
+def _uses_gpu(stage: str, profile: Profile) -> bool:
+    return stage != OUTPUT and profile.actor_of(STAGE_BY_NAME[stage]).device != "cpu"
+
+
+class ClientDisconnected(Exception):
+    """The client closed the connection before the results were ready."""
+
+
+async def completed_jobs(server: ServerContext, jobs: Sequence[Job]) -> list[Job]:
+    """Wait until all jobs are completed and return them. Raises ApiError if one fails, and 504 after `wait_s` seconds."""
+    try:
+        async with asyncio.timeout(server.settings.wait_s):
+            return [require_completed(await server.job_feed.ended(job)) for job in jobs]
+    except TimeoutError:
+        raise ApiError(
+            504,
+            f"The result took longer than {server.settings.wait_s:g} s. Its job continues, see /v1/shots/{jobs[0].id}",
+            code="timeout",
+            type="server_error",
+            headers={"x-should-retry": "false"},
+        ) from None
+
+
+async def completed_while_connected(server: ServerContext, request: Request, job: Job) -> Job:
+    """Wait as `completed_jobs` for one job. Raises ClientDisconnected if the client closes the connection."""
+    waiting = asyncio.create_task(completed_jobs(server, [job]))
+    connection = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((waiting, connection), return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            raise ClientDisconnected
+        return waiting.result()[0]
+    finally:
+        waiting.cancel()
+        connection.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    """Return when the client closes the connection. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def require_existing(job: Job | None) -> Job:
+    """Raise ApiError if the job was deleted."""
+    if job is None:
+        raise ApiError(404, "The result was deleted while it was rendered.", code="deleted")
+    return job
+
+
+def require_completed(job: Job | None) -> Job:
+    """Raise ApiError if the job was deleted, cancelled or failed."""
+    job = require_existing(job)
+    # Retrying the request would give the same result.
+    headers = {"x-should-retry": "false"}
+    if job.state == JobState.CANCELLED:
+        raise ApiError(409, f"{job.id} was cancelled.", code="cancelled", headers=headers)
+    if job.error is not None:
+        error, status = job.error, 400 if job.error.type == INVALID else 500
+        raise ApiError(status, error.message, code=error.code, param=error.param, type=error.type, headers=headers)
+    return job
