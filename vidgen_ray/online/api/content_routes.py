@@ -23,7 +23,7 @@ from vidgen_ray.graph import file_sizes
 from vidgen_ray.media import cover_crop, open_video, read_image
 from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateVideo
-from vidgen_ray.online.api.response_models import outputs_of
+from vidgen_ray.online.api.responses import outputs_of
 from vidgen_ray.online.api.video_routes import ClientDisconnected, IdempotencyKey, completed_while_connected, created_videos
 from vidgen_ray.online.api_error import ApiError, not_found
 from vidgen_ray.online.auth import Tenant

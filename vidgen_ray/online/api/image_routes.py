@@ -23,7 +23,7 @@ from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.media import encode_png
 from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateImages, EditImages
-from vidgen_ray.online.api.response_models import JSON_OBJECT, ErrorBody, ImageResult, ImagesResponse, ImageUsage, size_text
+from vidgen_ray.online.api.responses import JSON_OBJECT, ErrorBody, ImageResult, ImagesResponse, ImageUsage, size_text
 from vidgen_ray.online.api.video_routes import IdempotencyKey, completed_jobs, face_fields, require_completed, require_existing
 from vidgen_ray.online.api_error import ApiError, invalid
 from vidgen_ray.online.auth import Tenant

@@ -18,7 +18,7 @@ from vidgen_ray.media import encode_png
 from vidgen_ray.media.decode import sample_frames
 from vidgen_ray.online.api.openapi import FORM, ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateCharacter, CreateFile
-from vidgen_ray.online.api.response_models import (
+from vidgen_ray.online.api.responses import (
     CharacterDeleted,
     CharacterErased,
     CharacterPage,

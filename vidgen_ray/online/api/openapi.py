@@ -15,7 +15,7 @@ from pydantic_core import PydanticOmit, core_schema
 from starlette.requests import Request
 
 from vidgen_ray.online.api.requests import RequestBody
-from vidgen_ray.online.api.response_models import ErrorBody
+from vidgen_ray.online.api.responses import ErrorBody
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.server_context import ServerContext
 

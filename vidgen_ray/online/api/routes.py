@@ -8,7 +8,7 @@ from fastapi import APIRouter, FastAPI
 
 from vidgen_ray.online.api import content_routes, image_routes, input_routes, video_routes
 from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, openapi_document
-from vidgen_ray.online.api.response_models import Health, LoadedLora, LoadedLoras, Lora, LoraPage, Model, ModelPage, Readiness
+from vidgen_ray.online.api.responses import Health, LoadedLora, LoadedLoras, Lora, LoraPage, Model, ModelPage, Readiness
 from vidgen_ray.online.api_error import ApiError
 
 router = APIRouter(tags=["models"])

@@ -18,15 +18,7 @@ from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.online.api.input_routes import check_faces
 from vidgen_ray.online.api.openapi import JSON, ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateImages, CreateShot, CreateVideo, RemixVideo
-from vidgen_ray.online.api.response_models import (
-    Estimate,
-    ShotJob,
-    Video,
-    VideoDeleted,
-    VideoPage,
-    shot_response,
-    video_response,
-)
+from vidgen_ray.online.api.responses import Estimate, ShotJob, Video, VideoDeleted, VideoPage, shot_response, video_response
 from vidgen_ray.online.api_error import INVALID, ApiError, invalid, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import delivered_artefact_of
