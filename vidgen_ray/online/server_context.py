@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from vidgen_ray.errors import StageError
 from vidgen_ray.graph import file_sizes
-from vidgen_ray.online.api_error import ApiError
-from vidgen_ray.online.auth import Authenticator
+from vidgen_ray.online.api_error import ApiError, invalid
+from vidgen_ray.online.auth import Authenticator, Tenant
 from vidgen_ray.online.delivered_size import SizeRules, delivered_artefact
 from vidgen_ray.online.event_streams import EventStreams, JobFeed
-from vidgen_ray.online.face_check import FaceCheck
+from vidgen_ray.online.face_check import FaceCheck, PhotoFiles
 from vidgen_ray.online.job_service import JobService
 from vidgen_ray.online.queue_estimate import QueueEstimator
 from vidgen_ray.online.server_settings import OnlineSettings
@@ -21,6 +22,7 @@ from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.uploads import ImageReferences
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.shot import Shot
+from vidgen_ray.stages.instantid import DetectedPhoto
 from vidgen_ray.video_models import DEFAULT_MODEL, VIDEO_MODELS
 
 OPENAI_MODELS = ("sora-2", "sora-2-pro")
@@ -91,3 +93,15 @@ class ServerContext:
             )
             raise ApiError(404, message, code="model_not_found", param="model")
         return name, models[name]
+
+    async def faces_of(self, tenant: Tenant, photos: Sequence[str], param: str) -> list[DetectedPhoto]:
+        """Return the faces of each of these uploads. Raises ApiError 400 if one is not a photo of a face."""
+
+        def check() -> list[DetectedPhoto]:
+            paths = [self.job_service.uploads.find(tenant.name, photo) for photo in photos]
+            return self.face_check.check(PhotoFiles([path for path in paths if path is not None]))
+
+        try:
+            return await self.face_check.run_exclusively(check)
+        except StageError as error:
+            raise invalid(param, str(error).removeprefix("face_image: "), "no_face") from None

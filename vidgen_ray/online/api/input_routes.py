@@ -28,14 +28,11 @@ from vidgen_ray.online.api.responses import (
     file_response,
 )
 from vidgen_ray.online.api_error import ApiError, invalid, not_found
-from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.face_check import PhotoFiles
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.storage_check import CharacterEraser
 from vidgen_ray.online.store.inputs import NameTaken
 from vidgen_ray.online.uploads import BLOCK_BYTES, receive, too_large
 from vidgen_ray.stages.base import Image
-from vidgen_ray.stages.instantid import DetectedPhoto
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import private_folder, temporary_file
 
@@ -104,7 +101,7 @@ async def create_character(request: Request, server: ServerDep, tenant: TenantDe
             photos = await server.image_references.resolve_all(tenant, form.image, "image")
         consent = await asyncio.to_thread(server.job_service.consent_of_character, tenant, photos, form.consent)
         if form.video is None:
-            await server.face_check.run_exclusively(lambda: check_faces(server, tenant, photos, "image"))
+            await server.faces_of(tenant, photos, "image")
     try:
         character = await asyncio.to_thread(server.store.characters.create, tenant.name, form.name, photos, consent)
     except NameTaken:
@@ -156,15 +153,6 @@ async def erase_character(
     eraser = CharacterEraser(server.settings, server.store, server.outputs, server.job_service)
     erased = await eraser.erase(tenant, character, with_videos=videos)
     return CharacterErased(id=character.id, videos_deleted=videos, **erased._asdict())
-
-
-def check_faces(server: ServerContext, tenant: Tenant, photos: list[str], param: str) -> list[DetectedPhoto]:
-    """Return the faces of each photo. Raises ApiError 400 if these uploads are not photos of a face."""
-    paths = [server.job_service.uploads.find(tenant.name, photo) for photo in photos]
-    try:
-        return server.face_check.check(PhotoFiles([path for path in paths if path is not None]))
-    except StageError as error:
-        raise invalid(param, str(error).removeprefix("face_image: "), "no_face") from None
 
 
 def _photo_from_video(server: ServerContext, video: UploadFile) -> bytes:

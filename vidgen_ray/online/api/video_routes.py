@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query
@@ -15,7 +14,6 @@ from starlette.responses import Response
 from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
 from vidgen_ray.limits import MAX_RESULTS
-from vidgen_ray.online.api.input_routes import check_faces
 from vidgen_ray.online.api.openapi import JSON, ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateImages, CreateShot, CreateVideo, RemixVideo
 from vidgen_ray.online.api.responses import Estimate, ShotJob, Video, VideoDeleted, VideoPage, shot_response, video_response
@@ -213,7 +211,7 @@ async def face_fields(server: ServerContext, tenant: Tenant, request: CreateVide
             raise invalid("input_references", "cannot be combined with face_image: both are photos of one face")
         fields["face_image"] = await server.image_references.resolve_all(tenant, references, "input_references")
         # vLLM-Omni's references may show anything. Here they must show a person, which only a look at them tells.
-        await server.face_check.run_exclusively(partial(check_faces, server, tenant, fields["face_image"], "input_references"))
+        await server.faces_of(tenant, fields["face_image"], "input_references")
     return fields
 
 

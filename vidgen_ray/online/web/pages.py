@@ -18,7 +18,6 @@ from zipstream import ZipStream
 from vidgen_ray.engine.chunks import CLIP_FILES
 from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.media import image_size
-from vidgen_ray.online.api.input_routes import check_faces
 from vidgen_ray.online.api_error import ApiError, not_found
 from vidgen_ray.online.auth import SESSION_COOKIE, SESSION_S, Tenant, is_same_origin
 from vidgen_ray.online.delivered_size import SCALES, delivered_artefact_of
@@ -268,8 +267,7 @@ def page_routes(context: PageContext) -> APIRouter:
             raise not_found("file", upload_id[:100])
         faces: list[Box] = []
         if control == "photo":
-            check = server.face_check.run_exclusively(lambda: check_faces(server, tenant, [upload_id], control))
-            (photo,) = await check
+            (photo,) = await server.faces_of(tenant, [upload_id], control)
             faces = [_box(face.box, face is photo.chosen) for face in photo.faces]
         size = await asyncio.to_thread(image_size, path)
         html = context.macro(request, "form_images.html", "form_image", control, upload_id, size, faces)
