@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from vidgen_ray.errors import ScriptError
-from vidgen_ray.film.film_settings import FilmSize, film_settings, read_film_file, shot_settings
+from vidgen_ray.film.film_settings import PixelSize, film_settings, read_film_file, shot_settings
 
 
 def test_film_file_is_read_with_paths_relative_to_it(tmp_path):
@@ -14,7 +14,7 @@ def test_film_file_is_read_with_paths_relative_to_it(tmp_path):
         "title: Sea\nsize: 1280x720\nfps: 30000/1001\nmusic: sea.wav\nshots: [{title: One}, {id: a}]\n"
     )
     settings = film_settings(read_film_file(tmp_path / "film.yaml"), "x")
-    assert (settings.title, settings.size, settings.fps) == ("Sea", FilmSize(1280, 720), Fraction(30000, 1001))
+    assert (settings.title, settings.size, settings.fps) == ("Sea", PixelSize(1280, 720), Fraction(30000, 1001))
     assert settings.music == tmp_path / "sea.wav"
     assert [(entry.title, entry.id) for entry in settings.shots] == [("One", None), (None, "a")]
 

@@ -4,17 +4,17 @@ from fractions import Fraction
 
 import pytest
 
-from vidgen_ray.film.film_settings import FilmSettings, FilmSize, ShotSettings
+from vidgen_ray.film.film_settings import FilmSettings, PixelSize, ShotSettings
 from vidgen_ray.film.timeline import SAMPLE_RATE, Clip, ClipSource, build_timeline
 
 
 def source(frames=10, fps=5, size=(64, 48), **settings) -> ClipSource:
-    return ClipSource("s", "s.mp4", "", Clip(FilmSize(*size), Fraction(fps), frames, False, b"h"), ShotSettings(**settings))
+    return ClipSource("s", "s.mp4", "", Clip(PixelSize(*size), Fraction(fps), frames, False, b"h"), ShotSettings(**settings))
 
 
 def test_size_and_rate_are_those_of_most_clips():
     timeline = build_timeline([source(size=(32, 32), fps=9), source(), source()], FilmSettings())
-    assert (timeline.size, timeline.fps) == (FilmSize(64, 48), 5)
+    assert (timeline.size, timeline.fps) == (PixelSize(64, 48), 5)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ Transition = Literal["cut", "fade"]
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class FilmSize(NamedTuple):
+class PixelSize(NamedTuple):
     """Width and height in pixels, both even."""
 
     width: int
@@ -54,12 +54,12 @@ class FilmSize(NamedTuple):
 
 def _size(value: Any) -> Any:
     """Parse `1280x720`."""
-    if isinstance(value, FilmSize):
+    if isinstance(value, PixelSize):
         return value
     match = SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError("must be WIDTHxHEIGHT, such as 1280x720")
-    size = FilmSize(int(match[1]), int(match[2]))
+    size = PixelSize(int(match[1]), int(match[2]))
     if min(size) < MIN_SIDE_PX or size.width % 2 or size.height % 2 or size.width * size.height > MAX_PIXELS:
         raise ValueError(f"must be even numbers from {MIN_SIDE_PX}, at most {MAX_PIXELS / 1e6:g} megapixels together")
     return size
@@ -76,7 +76,7 @@ def _rate(value: Any) -> Any:
     return rate
 
 
-FilmSize = Annotated[FilmSize, BeforeValidator(_size, json_schema_input_type=str), PlainSerializer(str)]
+FilmSize = Annotated[PixelSize, BeforeValidator(_size, json_schema_input_type=str), PlainSerializer(str)]
 FilmRate = Annotated[Fraction, BeforeValidator(_rate, json_schema_input_type=float | str), PlainSerializer(str)]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1, max_length=2000)]

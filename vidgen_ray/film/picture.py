@@ -19,7 +19,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
 from vidgen_ray.errors import MediaError, UsageError
-from vidgen_ray.film.film_settings import FilmSettings, FilmSize
+from vidgen_ray.film.film_settings import FilmSettings, PixelSize
 from vidgen_ray.film.timeline import FilmTimeline, Piece, TimelineItem
 from vidgen_ray.limits import MAX_PIXELS
 from vidgen_ray.media import read_image
@@ -84,7 +84,7 @@ class Overlay(NamedTuple):
     top: int
 
 
-def draw_caption(text: str, size: FilmSize, font: Path | None) -> Overlay:
+def draw_caption(text: str, size: PixelSize, font: Path | None) -> Overlay:
     """Draw a caption for the lower edge of a picture. Raises UsageError if the text does not fit or the font lacks a letter."""
     drawn, letter_px = _fitting(text, size, font, CAPTION_HEIGHT, MAX_CAPTION_HEIGHT)
     outline_px = max(1, round(letter_px / 10))
@@ -100,7 +100,7 @@ def draw_caption(text: str, size: FilmSize, font: Path | None) -> Overlay:
     return Overlay(np.asarray(image), max(0, x), max(0, y))
 
 
-def draw_title(text: str, size: FilmSize, font: Path | None) -> Image:
+def draw_title(text: str, size: PixelSize, font: Path | None) -> Image:
     """Draw a title card (H, W, 3), text in the middle. Raises UsageError if it does not fit or the font lacks a letter."""
     drawn, _ = _fitting(text, size, font, TITLE_HEIGHT, MAX_TITLE_HEIGHT)
     card = PILImage.new("RGB", size, BACKGROUND)
@@ -116,7 +116,7 @@ class _DrawnText(NamedTuple):
     font: ImageFont.FreeTypeFont
 
 
-def _fitting(text: str, size: FilmSize, font: Path | None, height: float, max_height: float) -> tuple[_DrawnText, int]:
+def _fitting(text: str, size: PixelSize, font: Path | None, height: float, max_height: float) -> tuple[_DrawnText, int]:
     """Return the text in the largest letters that fit, and their size in pixels."""
     letter_px = max(MIN_LETTER_PX, round(min(size) * height))
     while letter_px >= MIN_LETTER_PX:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.film.film_settings import FilmSettings, FilmSize, ShotSettings
+from vidgen_ray.film.film_settings import FilmSettings, PixelSize, ShotSettings
 from vidgen_ray.media.media_file import check_is_file, check_pixels, open_media, wrap_errors
 
 REORDER_FRAMES = 2
@@ -23,7 +23,7 @@ REORDER_FRAMES = 2
 class Clip(NamedTuple):
     """Properties of a video file."""
 
-    size: FilmSize
+    size: PixelSize
     fps: Fraction
     frames: int
     has_sound: bool
@@ -58,7 +58,7 @@ def probe_clip(path: Path) -> Clip:
             and _has_constant_rate([packet.pts for packet in packets], fps, stream.time_base)
         )
         return Clip(
-            size=FilmSize(stream.width, stream.height),
+            size=PixelSize(stream.width, stream.height),
             fps=fps,
             frames=len(packets),
             has_sound=opened.streams.best("audio") is not None,
@@ -99,7 +99,7 @@ SAMPLE_RATE = 48_000
 """Samples per second of the film's sound."""
 NARRATION_PAUSE_S = 0.3
 """Seconds that a shot stays on screen after its narration."""
-FALLBACK_SIZE, FALLBACK_RATE = FilmSize(1280, 720), Fraction(24)
+FALLBACK_SIZE, FALLBACK_RATE = PixelSize(1280, 720), Fraction(24)
 """Size in pixels and frames per second of a film without clips."""
 Value = TypeVar("Value")
 
@@ -156,7 +156,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class FilmTimeline:
-    size: FilmSize
+    size: PixelSize
     fps: Fraction
     items: tuple[TimelineItem, ...]
 
@@ -234,5 +234,5 @@ def _most_common(values: Sequence[Value], fallback: Value) -> Value:
     return Counter(values).most_common(1)[0][0] if values else fallback
 
 
-def _even(size: FilmSize) -> FilmSize:
-    return FilmSize(size.width // 2 * 2, size.height // 2 * 2)
+def _even(size: PixelSize) -> PixelSize:
+    return PixelSize(size.width // 2 * 2, size.height // 2 * 2)
