@@ -19,7 +19,6 @@ from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.shot import Shot
 
 PROFILES = ("gpu-80gb", "gpu-48gb", "gpu-24gb", "gpu-24gb-schnell")
-CHAIN_SHOT = "1024x576, 25 frames"
 PHOTO: dict[str, Any] = {"width": 1024, "height": 576, "face_image": ("face.png",), "identity": "reference"}
 OTHER_SHOTS: dict[str, tuple[str, dict[str, Any]]] = {
     "klein": ("1024x576, one photo", PHOTO),
@@ -96,11 +95,11 @@ def other_cells(profile: Profile) -> dict[str, str]:
 
 def rows() -> list[str]:
     """Return the table of docs/planning.md."""
-    lines = [f"| actor | shot | {' | '.join(f'`{name}`' for name in PROFILES)} |", f"|{' --- |' * (2 + len(PROFILES))}"]
+    lines = [f"| actor | {' | '.join(f'`{name}`' for name in PROFILES)} |", f"|{' --- |' * (1 + len(PROFILES))}"]
     columns = [chain_cells(profile) | other_cells(profile) for profile in map(load_profile, PROFILES)]
     for actor in columns[0]:
-        about = OTHER_SHOTS[actor][0] if actor in OTHER_SHOTS else CHAIN_SHOT
-        lines.append(f"| {actor} | {about} | {' | '.join(column.get(actor, '') for column in columns)} |")
+        about = f", {OTHER_SHOTS[actor][0]}" if actor in OTHER_SHOTS else ""
+        lines.append(f"| {actor}{about} | {' | '.join(column.get(actor, '') for column in columns)} |")
     return lines
 
 
