@@ -42,7 +42,7 @@ def test_ray_data_pipeline_writes_clips_and_a_table(tmp_path):
 
 
 def test_client_renders_and_downloads_prompts(tiny, tmp_path):
-    settings = OnlineSettings(profile="tiny", data=str(tmp_path / "data"), poll_s=0.02)
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path / "data"))
     with local_server(tiny, settings) as server, listening_on_a_port(server.app) as url:
         command = [sys.executable, EXAMPLES / "client.py", "a boat", "fail", "--photo", ASTRONAUT, "--out", tmp_path / "clips"]
         environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "VIDGEN_URL": url}

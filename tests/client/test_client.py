@@ -35,7 +35,7 @@ SMALL = {"size": "64x64", "num_frames": 2, "upscale": False}
 
 @pytest.fixture(scope="module")
 def server(tiny, tmp_path_factory):
-    settings = OnlineSettings(profile="tiny", data=str(tmp_path_factory.mktemp("out")), poll_s=0.02, poll_after_s=0.02)
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path_factory.mktemp("out")))
     with local_server(tiny, settings, step_s=0.02) as running:
         yield running
 

@@ -16,7 +16,7 @@ def test_examples_run_in_order(tiny, tmp_path, monkeypatch, capsys):
     examples = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.M | re.S)
     assert len(examples) >= 4
     names: dict[str, object] = {}
-    settings = OnlineSettings(profile="tiny", data=str(tmp_path / "out"), poll_s=0.02)
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path / "out"))
     with local_server(tiny, settings) as server, listening_on_a_port(server.app) as url:
         for example in examples:
             exec(compile(example.replace("http://127.0.0.1:8000", url), str(DOCS), "exec"), names)

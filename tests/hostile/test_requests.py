@@ -25,7 +25,6 @@ def server(tiny, tmp_path_factory):
         profile="tiny",
         data=str(folder / "out"),
         keys_file=folder / "keys.yaml",
-        poll_s=0.02,
         uploads=CAPS,
         url_inputs={"allow_hosts": ["allowed.example", "*"]},
     )

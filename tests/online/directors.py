@@ -156,7 +156,6 @@ def local_server(
             served,
             load_keys(settings.keys_file, settings.limits),
             jobs_changed=director.wake,
-            page=False,
         )
         yield LocalServer(app, settings, store, outputs, director, served)
     finally:

@@ -18,7 +18,7 @@ from vidgen_ray.system.cache_dir import sha256_of
 
 @pytest.fixture(scope="module")
 def server(tiny, tmp_path_factory):
-    settings = OnlineSettings(profile="tiny", data=str(tmp_path_factory.mktemp("out")), poll_s=0.02, wait_s=120)
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path_factory.mktemp("out")), wait_s=120)
     with local_server(tiny, settings) as running:
         yield running
 
@@ -198,7 +198,7 @@ def test_failed_image_returns_500_that_clients_do_not_retry(client):
 
 
 def test_image_timeout_returns_504_with_the_job(tiny, tmp_path):
-    settings = OnlineSettings(profile="tiny", data=str(tmp_path), poll_s=0.02, wait_s=0.1)
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path), wait_s=0.1)
     with local_server(tiny, settings) as server:
         client = TestClient(server.app, **LOCAL)
         server.director.held.set()

@@ -17,7 +17,7 @@ def server(tiny, tmp_path_factory):
     upscaler = tiny.actors["realesrgan"].model_copy(update={"device": "cuda"})
     profile = tiny.model_copy(update={"actors": {**tiny.actors, "realesrgan": upscaler}})
     folder = tmp_path_factory.mktemp("server")
-    settings = OnlineSettings(profile="tiny", data=str(folder), poll_s=0.02, gpu_hour_price=PRICE_PER_HOUR)
+    settings = OnlineSettings(profile="tiny", data=str(folder), gpu_hour_price=PRICE_PER_HOUR)
     with local_server(profile, settings) as running:
         yield running
 

@@ -50,7 +50,7 @@ def server(tiny, tmp_path_factory):
     keys = [{"tenant": name, "sha256": hash_key(key), **more.get(name, {})} for name, key in KEYS.items()]
     (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
     settings = OnlineSettings(
-        profile="tiny", data=str(folder / "out"), keys_file=folder / "keys.yaml", poll_s=0.02, uploads=CAPS, max_queued=4
+        profile="tiny", data=str(folder / "out"), keys_file=folder / "keys.yaml", uploads=CAPS, max_queued=4
     )
     with local_server(tiny, settings) as running:
         yield running
@@ -568,7 +568,7 @@ def test_erased_character_leaves_no_photo_and_no_features(server, client, held):
 
 
 def test_files_of_a_deleted_video_stay_while_another_uses_them(tiny, tmp_path):
-    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path), poll_s=0.02)) as server:
+    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path))) as server:
         client = TestClient(server.app, **LOCAL)
         first = ended(client, made(client, seed=1)["id"])
         second = made(client, seed=1)
@@ -585,7 +585,7 @@ def test_files_of_a_deleted_video_stay_while_another_uses_them(tiny, tmp_path):
 
 
 def test_api_on_sqlite_and_postgresql(tiny, tmp_path, database_url):
-    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path), database=database_url, poll_s=0.02)) as server:
+    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path), database=database_url)) as server:
         client = TestClient(server.app, raise_server_exceptions=False, **LOCAL)
         video = made(client, prompt="«ünter» 🌧", metadata={"nul": "a\0b"})
         assert ended(client, video["id"])["status"] == "completed"

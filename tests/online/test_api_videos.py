@@ -29,7 +29,7 @@ def server(tiny, tmp_path_factory):
     lora = folder / "ink.safetensors"
     lora.write_bytes(b"weights")
     settings = OnlineSettings(
-        profile="tiny", data=str(folder / "out"), poll_s=0.02, loras={"ink": str(lora)}, models={"sora-2": "tiny-fast"}
+        profile="tiny", data=str(folder / "out"), loras={"ink": str(lora)}, models={"sora-2": "tiny-fast"}
     )
     with local_server(tiny, settings, step_s=0.02) as running:
         yield running

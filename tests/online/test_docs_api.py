@@ -25,7 +25,7 @@ UPDATE = "VIDGEN_UPDATE_OPENAPI"
 
 @pytest.fixture(scope="module")
 def server(tiny, tmp_path_factory):
-    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path_factory.mktemp("out")), poll_s=0.02)) as running:
+    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path_factory.mktemp("out")))) as running:
         yield running
 
 

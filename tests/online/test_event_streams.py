@@ -28,7 +28,7 @@ def server(tiny, tmp_path):
     keys = [{"tenant": name, "sha256": hash_key(f"vg-{name}")} for name in ("ada", "bob")]
     (tmp_path / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
     settings = OnlineSettings(
-        profile="tiny", data=str(tmp_path / "out"), keys_file=tmp_path / "keys.yaml", limits={"streams": STREAMS}, poll_s=0.02
+        profile="tiny", data=str(tmp_path / "out"), keys_file=tmp_path / "keys.yaml", limits={"streams": STREAMS}
     )
     with local_server(tiny, settings) as running:
         running.director.held.set()

@@ -5,20 +5,22 @@ from starlette.testclient import TestClient
 
 from tests.online.directors import LOCAL, local_server
 from tests.online.test_api_videos import SMALL, ended
-from vidgen_ray.online import storage_check
+from vidgen_ray.online.api import routes
 from vidgen_ray.online.server_settings import OnlineSettings
-from vidgen_ray.online.storage_check import StorageCheck
+from vidgen_ray.online.storage_check import storage_problem
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.outputs.folder import OutputFolder
+
+check = storage_problem.__wrapped__
 
 
 @pytest.fixture(autouse=True)
 def no_reuse(monkeypatch):
-    monkeypatch.setattr(storage_check, "RESULT_VALID_S", 0)
+    monkeypatch.setattr(routes, "storage_problem", check)
 
 
 def test_requests_get_a_sentence_while_the_disk_is_full(tiny, small_disk):
-    settings = OnlineSettings(profile="tiny", data=str(small_disk.folder / "out"), poll_s=0.02)
+    settings = OnlineSettings(profile="tiny", data=str(small_disk.folder / "out"))
     with local_server(tiny, settings) as server:
         client = TestClient(server.app, raise_server_exceptions=False, **LOCAL)
         assert client.get("/readyz").status_code == 200
@@ -44,25 +46,24 @@ def test_check_writes_to_the_database(tmp_path, small_disk):
     outputs = OutputFolder(tmp_path / "out")
     outputs.prepare()
     store = JobStore(f"sqlite:///{small_disk.folder}/jobs.db")
-    check = StorageCheck(store, outputs)
-    assert check.problem() is None
+    assert check(store, outputs) is None
     small_disk.fill()
-    assert check.problem().startswith("The disk of the database is almost full: ")
+    assert check(store, outputs).startswith("The disk of the database is almost full: ")
     small_disk.make_room()
-    assert check.problem() is None
+    assert check(store, outputs) is None
     with store.engine.begin() as connection:
         connection.exec_driver_sql("DROP TABLE vidgen_meta")
-    assert check.problem() == "The database does not respond."
+    assert check(store, outputs) == "The database does not respond."
     store.close()
 
 
 def test_check_writes_to_the_output_folder(tmp_path):
     (tmp_path / "out").mkdir()
     store = JobStore(f"sqlite:///{tmp_path}/jobs.db")
-    check = StorageCheck(store, OutputFolder(tmp_path / "out"))
-    assert check.problem() is None
+    outputs = OutputFolder(tmp_path / "out")
+    assert check(store, outputs) is None
     assert [*(tmp_path / "out").iterdir()] == []
     (tmp_path / "out").rmdir()
     (tmp_path / "out").touch()
-    assert check.problem() == "The output folder cannot be written: File exists."
+    assert check(store, outputs) == "The output folder cannot be written: File exists."
     store.close()

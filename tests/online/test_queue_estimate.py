@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from tests.online.test_store import Clock, new_job
-from vidgen_ray.online.queue_estimate import MAX_POLL_AFTER_S, SNAPSHOT_INTERVAL_S, QueueEstimator, expected_seconds
+from vidgen_ray.online.queue_estimate import MAX_POLL_AFTER_S, SNAPSHOT_VALID_S, QueueEstimator, expected_seconds
 from vidgen_ray.online.store.jobs import JobProgress
 from vidgen_ray.online.store.store import JobStore
 
@@ -35,7 +35,7 @@ def store(tmp_path, clock):
 
 @pytest.fixture
 def estimator(store, tiny, clock):
-    return QueueEstimator(store, tiny, 1.0, clock)
+    return QueueEstimator(store, tiny, clock)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_requests_share_one_snapshot(store, estimator, clock):
     async def polls():
         await asyncio.gather(*(estimator.estimate(job) for _ in range(300) for job in jobs))
         assert store.reads == 1
-        clock.seconds += SNAPSHOT_INTERVAL_S + 1
+        clock.seconds += SNAPSHOT_VALID_S + 1
         await asyncio.gather(*(estimator.estimate(job) for _ in range(300) for job in jobs))
         assert store.reads == 2
 

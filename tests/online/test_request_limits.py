@@ -43,7 +43,7 @@ def settings_with_keys(folder, **settings) -> OnlineSettings:
     keys = [{"tenant": name, "sha256": hash_key(f"vg-{name}")} for name in ("ada", "bob")]
     keys.append({"tenant": "full", "sha256": hash_key("vg-full"), "limits": {"stored_bytes": 10_000}})
     (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
-    return OnlineSettings(profile="tiny", data=str(folder / "out"), keys_file=folder / "keys.yaml", poll_s=0.02, **settings)
+    return OnlineSettings(profile="tiny", data=str(folder / "out"), keys_file=folder / "keys.yaml", **settings)
 
 
 def client_of(server, tenant="ada") -> TestClient:
@@ -149,12 +149,10 @@ def test_wrong_reference_is_reported_under_its_name(client):
             assert (error["param"], error["code"]) == (name, "file_not_found")
 
 
-def test_openapi_document_requires_a_key(server, client, tiny, tmp_path):
+def test_openapi_document_requires_a_key(server, client):
     assert "paths" in client.get("/openapi.json").json()
     anonymous = TestClient(server.app, base_url="http://videos.example", raise_server_exceptions=False)
     assert error_of(anonymous.get("/openapi.json"), 401)["code"] == "invalid_api_key"
-    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path), docs=False)) as without:
-        assert TestClient(without.app, **LOCAL).get("/openapi.json").status_code == 404
 
 
 # Memory
@@ -257,9 +255,7 @@ def test_stored_bytes_of_a_tenant_are_limited(server):
 
 
 def test_unused_uploads_expire(tiny, tmp_path, database_url):
-    settings = OnlineSettings(
-        profile="tiny", data=str(tmp_path), database=database_url, poll_s=0.02, uploads={"unused_s": 5 * DAY_S}
-    )
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path), database=database_url, uploads={"unused_s": 5 * DAY_S})
     with local_server(tiny, settings) as server:
         client = TestClient(server.app, **LOCAL)
         folder, records = server.app.state.server.job_service.uploads, server.store.uploads

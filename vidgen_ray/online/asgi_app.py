@@ -27,7 +27,6 @@ from vidgen_ray.online.request_limits import ByteBudget, RequestRateLimiter
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
-from vidgen_ray.online.storage_check import StorageCheck
 from vidgen_ray.online.store.database import POOL_SIZE
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.uploads import JSON_MEMORY_BYTES, BodyCap, ImageReferences
@@ -69,9 +68,8 @@ def make_app(
     *,
     jobs_changed: NotifyDirector = lambda: None,
     missing: Callable[[], Awaitable[str | None]] = _nothing,
-    page: bool = True,
 ) -> FastAPI:
-    """Return the app of a server: its API and, with `page`, its web page. `jobs_changed`: see `JobService`.
+    """Return the app of a server: its API and its web page. `jobs_changed`: see `JobService`.
 
     `missing` returns what the server lacks to run jobs, for `/readyz`.
 
@@ -88,12 +86,11 @@ def make_app(
         serving_profile=serving_profile,
         auth=Authenticator(keys, Sessions(store.engine), RequestRateLimiter()),
         job_service=job_service,
-        job_feed=JobFeed(store, settings.poll_s),
+        job_feed=JobFeed(store),
         event_streams=EventStreams(),
-        queue_estimator=QueueEstimator(store, serving_profile.profile, settings.poll_after_s),
+        queue_estimator=QueueEstimator(store, serving_profile.profile),
         image_references=ImageReferences(job_service.uploads, fetcher),
         face_check=FaceCheck(serving_profile, job_service.uploads.decoder),
-        storage_check=StorageCheck(store, outputs),
         started_at=int(time.time()),
         missing=missing,
     )
@@ -105,10 +102,8 @@ def make_app(
     app.add_middleware(BodyCap, cap_bytes=settings.uploads.body_bytes)
     api_error.install(app)
     add_api(app)
-    if settings.docs:
-        app.include_router(document)
-    if page:
-        add_page(app, server)
+    app.include_router(document)
+    add_page(app, server)
     return app
 
 

@@ -21,6 +21,7 @@ from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.online.store.store import Changes, DeletedJob, JobStore
 
+POLL_S = 0.1
 STREAMS_AT_ONCE = 16
 """Streams that get a change before the pause, after which the next ones get it."""
 PAUSE_S = 0.1
@@ -62,7 +63,7 @@ class Mailbox:
 class JobFeed:
     """Polls the store every `poll_s` seconds while at least one stream is open."""
 
-    def __init__(self, store: JobStore, poll_s: float) -> None:
+    def __init__(self, store: JobStore, poll_s: float = POLL_S) -> None:
         self._store = store
         self._poll_s = poll_s
         self._mailboxes: dict[Topic, set[Mailbox]] = {}

@@ -30,7 +30,7 @@ from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.queue_estimate import ProgressEstimator
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import serving_profile
-from vidgen_ray.online.storage_check import StorageCheck
+from vidgen_ray.online.storage_check import storage_problem
 from vidgen_ray.online.store.jobs import Job, JobError, JobProgress, JobState
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.online.webhooks import run_maintenance
@@ -109,7 +109,6 @@ class JobDirector:
         self._updates: dict[str, tuple[Progress, int]] = {}
         self._rendering: dict[str, asyncio.Future[None]] = {}
         """Content key -> future that completes when its rendering ends."""
-        self._storage_check = StorageCheck(self._store, config.outputs)
         self._storage_problem: str | None = None
         """Reason why no jobs are claimed: their files could not be written."""
         self._paused_until = 0.0
@@ -259,7 +258,7 @@ class JobDirector:
     async def _check_storage(self) -> None:
         """Stop claiming jobs while the outputs or the store cannot be written."""
         while True:
-            problem = await asyncio.to_thread(self._storage_check.problem)
+            problem = await asyncio.to_thread(storage_problem, self._store, self._outputs)
             if problem is not None or time.monotonic() >= self._paused_until:
                 self._set_storage_problem(problem)
             await asyncio.sleep(STORAGE_CHECK_INTERVAL_S)

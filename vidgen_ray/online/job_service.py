@@ -10,12 +10,12 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import JsonValue, TypeAdapter
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.errors import FieldError, MissingWeights, ProfileError, ScriptError, SetupError, StageError
+from vidgen_ray.errors import FieldError, MissingWeights, ProfileError, ScriptError, SetupError, StageError, VidgenError
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.online.api_error import ApiError, invalid, invalid_fields, not_found, too_many_requests, without_paths
 from vidgen_ray.online.auth import LOCAL_TENANT, Tenant
@@ -51,9 +51,23 @@ LICENCES = "licences"
 LICENCE_LIST = TypeAdapter(tuple[UsedWeights, ...])
 QUEUE_FULL_RETRY_S = 5
 OPEN_JOBS_RETRY_S = 2
+ERASE_RETRY_S = 2
 
 NotifyDirector = Callable[[], None]
 """Wakes the director. Without this call it finds the change at its next poll."""
+
+
+class Erased(NamedTuple):
+    """Erased data of a character, and the jobs that were made with it."""
+
+    characters: list[str]
+    """Ids of this character and of others that share a photo with it."""
+    photos: list[str]
+    """Ids of the deleted uploads."""
+    videos: list[str]
+    """Ids of the jobs that used one of the photos."""
+    cached_steps: int
+    """Deleted entries of the stage cache."""
 
 
 class JobService:
@@ -136,6 +150,55 @@ class JobService:
         deleted = await asyncio.to_thread(self._store.delete, job_id, tenant.name)
         self._jobs_changed()
         return deleted
+
+    async def erase_character(self, tenant: Tenant, character: Character, *, with_videos: bool) -> Erased:
+        """Erase a character, its photos and what is cached of them. Files of other tenants with the same photo are kept.
+
+        Running jobs with its photos are cancelled first: then raises ApiError 409, and the call must be repeated.
+        """
+        characters = [
+            each
+            for each in await asyncio.to_thread(self._store.characters.list, tenant.name)
+            if not set(each.photos).isdisjoint(character.photos)
+        ]
+        photos = sorted({photo for each in characters for photo in each.photos})
+        jobs = await asyncio.to_thread(self._store.with_files, tenant.name, [photo.removeprefix("file-") for photo in photos])
+        for job in jobs:
+            if not job.state.is_final:
+                await self.cancel(tenant, job.id)
+        # A running stage would store features after they were deleted.
+        if running := [job.id for job in jobs if job.state == JobState.IN_PROGRESS]:
+            message = (
+                f"Jobs with this face are running and were cancelled: {', '.join(running[:10])}. Repeat when they have ended."
+            )
+            headers = {"Retry-After": str(ERASE_RETRY_S), "retry-after-ms": str(ERASE_RETRY_S * 1000)}
+            raise ApiError(409, message, code="jobs_running", headers=headers)
+        cached_steps = await asyncio.to_thread(self._drop_cached, jobs)
+        for each in characters:
+            await asyncio.to_thread(self._store.characters.delete, each.id, tenant.name)
+        deleted = [photo for photo in photos if await asyncio.to_thread(self.uploads.delete, tenant.name, photo)]
+        if with_videos:
+            for job in jobs:
+                await self.delete(tenant, job.id)
+        return Erased([each.id for each in characters], deleted, [job.id for job in jobs], cached_steps)
+
+    def _drop_cached(self, jobs: Sequence[Job]) -> int:
+        """Delete the cached results of these jobs, and return their number."""
+        keys = {key for job in jobs for key in self._step_keys(job)}
+        stored = [key for key in keys if self._outputs.stage_cache.has(key)]
+        self._outputs.stage_cache.drop(stored)
+        return len(stored)
+
+    def _step_keys(self, job: Job) -> set[str]:
+        keys = set[str]()
+        if (finished := self._outputs.find_by_id(job.shot_id or "")) is not None:
+            keys |= {step.key for step in finished.record().stages}
+        try:
+            plan = plan_job(job, self.serving_profile, self._settings)
+        except (VidgenError, OSError):
+            # The weights or a file of the job are gone, and with them the key.
+            return keys
+        return keys | {step.key for attempt in (plan, *plan.again) for step in attempt.steps}
 
     def plan(self, tenant: Tenant, fields: Mapping[str, Any]) -> ShotPlan:
         """Check the fields of a shot and return its steps and content key. Raises ApiError 400."""

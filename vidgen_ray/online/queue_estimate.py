@@ -50,14 +50,13 @@ class ProgressEstimator:
         return self._percent
 
 
-SNAPSHOT_INTERVAL_S = 1.0
-"""Seconds for which a snapshot of the queue is used, at least."""
-SNAPSHOT_COST_FACTOR = 20
-"""A snapshot is used for this many times as long as it took to read."""
+SNAPSHOT_VALID_S = 1.0
+"""Seconds for which a snapshot of the queue is used."""
 RECENT_JOBS = 50
 """Changed jobs from which the speed of the server is taken."""
 POLL_SHARE = 0.1
 """Time until the next poll, as a fraction of the time that the job still takes."""
+MIN_POLL_AFTER_S = 1.0
 MAX_POLL_AFTER_S = 15.0
 
 
@@ -94,8 +93,6 @@ class _Snapshot:
     """Duration of recent jobs, as a multiple of what the profile expects."""
     seconds_per_job: float | None
     """Mean duration of recent jobs. `None` if there were none."""
-    valid_until: float
-    """Monotonic time."""
 
     def wait_s(self, position: int, seconds: float) -> float:
         """Return the seconds that a job waits behind `position` queued jobs. `seconds`: its duration, used if none is known."""
@@ -106,20 +103,18 @@ class _Snapshot:
 class QueueEstimator:
     """Estimates of one API process. Use it inside an event loop."""
 
-    def __init__(
-        self, store: JobStore, profile: Profile, min_poll_after_s: float, now: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, store: JobStore, profile: Profile, now: Callable[[], float] = time.monotonic) -> None:
         self._store = store
         self._profile = profile
-        self._min_poll_after_s = min_poll_after_s
         self._now = now
         self._snapshot: _Snapshot | None = None
+        self._valid_until = 0.0
         self._reading = asyncio.Lock()
 
     async def estimate(self, job: Job) -> JobEstimate:
         """Return the estimate for a job."""
         if job.state.is_final:
-            return JobEstimate(None, None, self._min_poll_after_s)
+            return JobEstimate(None, None, MIN_POLL_AFTER_S)
         snapshot = await self._current_snapshot()
         seconds = snapshot.slowness * self._expected_s(job.shot)
         if job.state == JobState.IN_PROGRESS:
@@ -136,32 +131,27 @@ class QueueEstimator:
         return NewJobEstimate(position, snapshot.wait_s(position, sum(expected.values())), expected)
 
     def _estimate(self, position: int | None, eta_s: float) -> JobEstimate:
-        poll_after_s = max(self._min_poll_after_s, min(MAX_POLL_AFTER_S, POLL_SHARE * eta_s))
+        poll_after_s = max(MIN_POLL_AFTER_S, min(MAX_POLL_AFTER_S, POLL_SHARE * eta_s))
         return JobEstimate(position, round(eta_s, 1), poll_after_s)
 
     def _expected_s(self, shot: Shot) -> float:
         return sum(expected_seconds(shot, self._profile).values())
 
     async def _current_snapshot(self) -> _Snapshot:
-        snapshot = self._snapshot
-        if snapshot is not None and (self._now() < snapshot.valid_until or self._reading.locked()):
-            return snapshot
         async with self._reading:
-            if self._snapshot is None or self._now() >= self._snapshot.valid_until:
+            if self._snapshot is None or self._now() >= self._valid_until:
                 self._snapshot = await asyncio.to_thread(self._read_snapshot)
+                self._valid_until = self._now() + SNAPSHOT_VALID_S
             return self._snapshot
 
     def _read_snapshot(self) -> _Snapshot:
-        started = self._now()
         order = self._store.queue_order()
         in_progress = sum(n for (_, _, state), n in self._store.open_counts().items() if state == JobState.IN_PROGRESS)
         ended = [(shot, seconds) for shot, seconds in self._store.recent_durations(RECENT_JOBS) if seconds > 0]
         ratios = [seconds / expected for shot, seconds in ended if (expected := self._expected_s(shot)) > 0]
-        took_s = self._now() - started
         return _Snapshot(
             positions={job_id: position for position, job_id in enumerate(order)},
             in_progress=in_progress,
             slowness=statistics.median(ratios) if ratios else 1.0,
             seconds_per_job=statistics.fmean(seconds for _, seconds in ended) if ended else None,
-            valid_until=self._now() + max(SNAPSHOT_INTERVAL_S, SNAPSHOT_COST_FACTOR * took_s),
         )

@@ -17,7 +17,6 @@ from vidgen_ray.online.job_service import JobService
 from vidgen_ray.online.queue_estimate import QueueEstimator
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
-from vidgen_ray.online.storage_check import StorageCheck
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.uploads import ImageReferences
 from vidgen_ray.outputs.folder import OutputFolder
@@ -44,7 +43,6 @@ class ServerContext:
     queue_estimator: QueueEstimator
     image_references: ImageReferences
     face_check: FaceCheck
-    storage_check: StorageCheck
     started_at: int
     """Seconds since 1970."""
     missing: Callable[[], Awaitable[str | None]]

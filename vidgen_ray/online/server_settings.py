@@ -154,13 +154,6 @@ class OnlineSettings(_Section):
     gpu_hour_price: float | None = Field(
         None, gt=0, description="Price of a GPU-hour, for the cost in estimates. Default: estimates have no cost."
     )
-    poll_s: float = Field(0.25, gt=0, description="Seconds between database queries while a client follows jobs.")
-    poll_after_s: float = Field(
-        1.0,
-        gt=0,
-        description="Least seconds until the next poll, sent to polling clients. Jobs that end later are polled later.",
-    )
-    docs: bool = Field(True, description="Serve /openapi.json, to clients with an API key if the server has keys.")
     share_results_between_tenants: bool = Field(
         False,
         description="Let tenants use results that others, or batch runs, have rendered. A shot that is answered at once then "

@@ -34,7 +34,7 @@ def address(tmp_path_factory) -> Iterator[str]:
     (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    settings = {"profile": "tiny", "data": str(folder / "out"), "keys_file": str(folder / "keys.yaml"), "poll_after_s": 0.2}
+    settings = {"profile": "tiny", "data": str(folder / "out"), "keys_file": str(folder / "keys.yaml")}
     (folder / "settings.yaml").write_text(yaml.safe_dump({**settings, "port": port}))
     log = folder / "log.txt"
     command = [sys.executable, "-m", "vidgen_ray", "serve", "--settings", str(folder / "settings.yaml")]

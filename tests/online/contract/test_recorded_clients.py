@@ -34,9 +34,7 @@ def server(tiny, tmp_path_factory):
     for path in loras.values():
         Path(path).write_bytes(path.encode())
     limits = {"open_jobs": 1000}
-    settings = OnlineSettings(
-        profile="tiny", data=str(folder / "out"), poll_s=0.02, wait_s=60, loras=loras, limits=limits, max_queued=1000
-    )
+    settings = OnlineSettings(profile="tiny", data=str(folder / "out"), wait_s=60, loras=loras, limits=limits, max_queued=1000)
     with local_server(tiny, settings, step_s=0.01) as running:
         yield running
 

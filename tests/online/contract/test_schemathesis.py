@@ -22,7 +22,7 @@ EXAMPLES = int(os.environ.get("VIDGEN_FUZZ_EXAMPLES", "6"))
 def document(tiny, tmp_path_factory):
     limits = {"pixel_frames": 64 * 64 * 16, "requests_per_minute": 1_000_000, "open_jobs": 1000}
     server_settings = OnlineSettings(
-        profile="tiny", data=str(tmp_path_factory.mktemp("out")), limits=limits, max_queued=1000, wait_s=10, poll_s=0.02
+        profile="tiny", data=str(tmp_path_factory.mktemp("out")), limits=limits, max_queued=1000, wait_s=10
     )
     with local_server(tiny, server_settings) as server, listening_on_a_port(server.app) as url:
         yield schemathesis.openapi.from_url(f"{url}/openapi.json"), _create_objects(url)

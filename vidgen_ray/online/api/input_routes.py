@@ -29,7 +29,6 @@ from vidgen_ray.online.api.responses import (
 )
 from vidgen_ray.online.api_error import ApiError, invalid, not_found
 from vidgen_ray.online.server_context import ServerContext
-from vidgen_ray.online.storage_check import CharacterEraser
 from vidgen_ray.online.store.inputs import NameTaken
 from vidgen_ray.online.uploads import BLOCK_BYTES, receive, too_large
 from vidgen_ray.stages.base import Image
@@ -150,8 +149,7 @@ async def erase_character(
     character = await asyncio.to_thread(server.store.characters.get, character_id, tenant.name)
     if character is None:
         raise not_found("character", character_id[:100])
-    eraser = CharacterEraser(server.settings, server.store, server.outputs, server.job_service)
-    erased = await eraser.erase(tenant, character, with_videos=videos)
+    erased = await server.job_service.erase_character(tenant, character, with_videos=videos)
     return CharacterErased(id=character.id, videos_deleted=videos, **erased._asdict())
 
 

@@ -10,6 +10,7 @@ from vidgen_ray.online.api import content_routes, image_routes, input_routes, vi
 from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, openapi_document
 from vidgen_ray.online.api.responses import Health, LoadedLora, LoadedLoras, Lora, LoraPage, Model, ModelPage, Readiness
 from vidgen_ray.online.api_error import ApiError
+from vidgen_ray.online.storage_check import storage_problem
 
 router = APIRouter(tags=["models"])
 
@@ -57,7 +58,7 @@ async def readyz(server: ServerDep) -> Readiness:
 
     Says what is missing to run jobs.
     """
-    problem = await asyncio.to_thread(server.storage_check.problem)
+    problem = await asyncio.to_thread(storage_problem, server.store, server.outputs)
     if problem is not None:
         raise ApiError(503, problem, code="not_ready", type="server_error", headers={"Retry-After": "5"})
     missing = await server.missing()

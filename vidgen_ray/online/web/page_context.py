@@ -76,7 +76,6 @@ class PageContext:
             base=base_path(request),
             assets=self._assets,
             signed_in=self.server.auth.keys_are_required,
-            docs=self.server.settings.docs,
             **values,
         )
 

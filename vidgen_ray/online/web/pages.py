@@ -179,8 +179,6 @@ def api_page_routes(context: PageContext, app: FastAPI) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     async def api_page(request: Request, tenant: Tenant) -> Response:
-        if not context.server.settings.docs:
-            return context.message(request, 404, "Not found", "The documentation of the API is turned off on this server.")
         groups = await asyncio.to_thread(_operations, app)
         url = f"{request.base_url}".rstrip("/")
         return context.render(request, "api.html", groups=groups, url=url, model=next(iter(context.server.models)))
