@@ -1,6 +1,5 @@
 """Limits inside a request and between tenants: memory, JSON, error messages, stored bytes, expiry and shared results."""
 
-import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,6 @@ from vidgen_ray.media import image_size, read_image, verify_image
 from vidgen_ray.online import uploads
 from vidgen_ray.online.asgi_app import THREADS
 from vidgen_ray.online.auth import hash_key
-from vidgen_ray.online.request_limits import ByteBudget
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.store import JobStore
 
@@ -34,7 +32,6 @@ def server(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uploads, "JSON_VALUES", 1000)
-        patch.setattr(uploads, "DECODE_BYTES", 2 * 64 * 64 * uploads.BYTES_PER_PIXEL)
         with local_server(tiny, settings_with_keys(folder)) as running:
             yield running
 
@@ -158,16 +155,14 @@ def test_openapi_document_requires_a_key(server, client):
 # Memory
 
 
-def test_images_are_decoded_within_the_budget(server, monkeypatch):
-    """The budget has room for two of these images."""
-    active, most, lock, both = 0, 0, threading.Lock(), threading.Barrier(2)
+def test_images_are_decoded_one_at_a_time(server, monkeypatch):
+    active, most, lock = 0, 0, threading.Lock()
 
     def verify(path):
         nonlocal active, most
         with lock:
             active += 1
             most = max(most, active)
-        both.wait(60)
         verify_image(path)
         with lock:
             active -= 1
@@ -182,28 +177,7 @@ def test_images_are_decoded_within_the_budget(server, monkeypatch):
             ).status_code
 
         assert list(pool.map(upload, range(6))) == [200] * 6
-    assert most == 2
-
-
-def test_budget_is_first_come_first_served_and_survives_cancellation():
-    async def run() -> list[str]:
-        budget, order = ByteBudget(10), []
-
-        async def use(name, count):
-            async with budget.reserve(count):
-                order.append(name)
-
-        async with budget.reserve(6):
-            waiting = [asyncio.create_task(use(name, count)) for name, count in (("large", 8), ("gone", 9), ("small", 1))]
-            await asyncio.sleep(0)
-            waiting[1].cancel()
-            await asyncio.sleep(0)
-            assert order == []
-        await asyncio.gather(*waiting, return_exceptions=True)
-        await use("above the limit", 1000)
-        return order
-
-    assert asyncio.run(run()) == ["large", "small", "above the limit"]
+    assert most == 1
 
 
 def test_image_size_and_verification_agree_with_decoding(tmp_path):

@@ -23,13 +23,13 @@ from vidgen_ray.online.face_check import FaceCheck
 from vidgen_ray.online.http_fetch import ImageFetcher
 from vidgen_ray.online.job_service import JobService, NotifyDirector
 from vidgen_ray.online.queue_estimate import QueueEstimator
-from vidgen_ray.online.request_limits import ByteBudget, RequestRateLimiter
+from vidgen_ray.online.request_limits import RequestRateLimiter
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.store.database import POOL_SIZE
 from vidgen_ray.online.store.store import JobStore
-from vidgen_ray.online.uploads import JSON_MEMORY_BYTES, BodyCap, ImageReferences
+from vidgen_ray.online.uploads import LARGE_JSON_BODIES, BodyCap, ImageReferences
 from vidgen_ray.online.web import add_page
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.version import __version__
@@ -90,14 +90,13 @@ def make_app(
         event_streams=EventStreams(),
         queue_estimator=QueueEstimator(store, serving_profile.profile),
         image_references=ImageReferences(job_service.uploads, fetcher),
-        face_check=FaceCheck(serving_profile, job_service.uploads.decoder),
+        face_check=FaceCheck(serving_profile),
         started_at=int(time.time()),
         missing=missing,
     )
     app = _empty_app(settings, store)
     app.state.server = server
-    app.state.json_memory = ByteBudget(JSON_MEMORY_BYTES)
-    # One at a time: many threads that parse would delay all other requests.
+    app.state.large_json = asyncio.Semaphore(LARGE_JSON_BODIES)
     app.state.body_parser = ThreadPoolExecutor(1, "parse")
     app.add_middleware(BodyCap, cap_bytes=settings.uploads.body_bytes)
     api_error.install(app)

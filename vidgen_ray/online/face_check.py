@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import TypeVar, overload
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.limits import MAX_PIXELS
 from vidgen_ray.media import read_image
 from vidgen_ray.online.api_error import ApiError, without_paths
-from vidgen_ray.online.request_limits import Decoder
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.stages.base import Image
 from vidgen_ray.stages.instantid import DetectedPhoto, InstantIDParams, InstantIDStage
 
 T = TypeVar("T")
-CHECK_BYTES = MAX_PIXELS * 12
-"""Memory of a check: the largest photo while it is decoded and converted."""
 
 
 class PhotoFiles(Sequence[Image]):
@@ -44,23 +40,21 @@ class PhotoFiles(Sequence[Image]):
 class FaceCheck:
     """Face detector of an API replica. Loads its models at the first use, which most replicas never have."""
 
-    def __init__(self, serving_profile: ServingProfile, decoder: Decoder) -> None:
+    def __init__(self, serving_profile: ServingProfile) -> None:
         self._serving_profile = serving_profile
-        self._decoder = decoder
         self._stage: InstantIDStage | None = None
-        self._lock = Lock()
-        self._semaphore = asyncio.Semaphore(1)
+        self._thread = ThreadPoolExecutor(1, "faces")
 
     async def run_exclusively(self, check: Callable[[], T]) -> T:
-        """Run `check` in a thread and return its result, one check at a time. Waiting calls do not occupy threads, which short
-        requests need."""
-        async with self._semaphore:
-            return await self._decoder.run(CHECK_BYTES, check)
+        """Run `check` in the thread of all checks and return its result."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, check)
 
     def check(self, photos: Sequence[Image]) -> list[DetectedPhoto]:
-        """Return the faces of each photo. Raise StageError if the photos are unsuitable, ApiError 400 without face models."""
-        with self._lock:
-            return self._loaded_stage().detect_faces(photos)
+        """Return the faces of each photo. Raise StageError if the photos are unsuitable, ApiError 400 without face models.
+
+        Call it inside `run_exclusively`.
+        """
+        return self._loaded_stage().detect_faces(photos)
 
     def _loaded_stage(self) -> InstantIDStage:
         if self._stage is None:

@@ -14,13 +14,13 @@ import json
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import parse_qsl
 
 from starlette.datastructures import FormData, UploadFile
@@ -30,11 +30,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.limits import FORM_TEXT_BYTES, JSON_DEPTH, MAX_FORM_FIELDS, SMALL_FORM_BYTES, URLENCODED_BYTES
-from vidgen_ray.media import image_size, read_image, verify_image
+from vidgen_ray.media import read_image, verify_image
 from vidgen_ray.online.api_error import ApiError, invalid
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.http_fetch import BlockedUrl, ImageFetcher, UnreachableUrl
-from vidgen_ray.online.request_limits import ByteBudget, Decoder
 from vidgen_ray.online.server_settings import UploadCaps
 from vidgen_ray.online.store.inputs import StorageFull, Upload, UploadRecords
 from vidgen_ray.outputs.folder import OutputFolder
@@ -44,23 +43,21 @@ from vidgen_ray.system.files import flush_to_disk, private_folder, temporary_fil
 
 BLOCK_BYTES = 1 << 20
 SMALL_JSON_BYTES = 1 << 20
-"""A JSON body up to this size is kept in memory while it arrives and needs no reservation."""
+"""A JSON body up to this size is kept in memory while it arrives."""
 JSON_VALUES = 20_000
 """Most values and names in a JSON body."""
-JSON_MEMORY_BYTES = 480_000_000
-"""Memory for reading large JSON bodies in one API process. Further requests wait."""
-DECODE_BYTES = 480_000_000
-"""Memory for decoding images in one API process. Further requests wait."""
-JSON_COPIES = 6
-"""Most copies of a JSON body that exist at once: bytes, text, values, a decoded image."""
-BYTES_PER_PIXEL = 12
-"""Memory to decode a pixel, at most: a progressive JPEG needs 10, a lossless WebP 12. Conversion to RGB needs as much again."""
+LARGE_JSON_BODIES = 2
+"""Larger JSON bodies that one API process reads at once, each of which may need 240 MB. Further requests wait."""
 NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}:,'))
 MIN_EXPIRY_S = 24 * 3600.0
 UPLOAD_ID = re.compile(r"file-[0-9a-f]{64}")
 NAME = re.compile(r"[0-9a-f]{64}")
 """Name of an upload in the folder. The folder also has images that the Python API was given in memory."""
 DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
+
+
+T = TypeVar("T")
+B = TypeVar("B")
 
 
 class UploadFolder:
@@ -70,7 +67,8 @@ class UploadFolder:
         self._folder = folder
         self._records = records
         self.caps = caps
-        self.decoder = Decoder(DECODE_BYTES)
+        # One image at a time: a large one needs up to 960 MB.
+        self._decoding = ThreadPoolExecutor(1, "decode")
 
     async def store(self, tenant: Tenant, source: BinaryIO, param: str) -> Upload:
         """Store an image unchanged.
@@ -103,16 +101,17 @@ class UploadFolder:
 
     async def _check_image(self, path: Path, param: str) -> None:
         try:
-            width, height = await asyncio.to_thread(image_size, path)
-            await self.decoder.run(width * height * BYTES_PER_PIXEL, lambda: verify_image(path))
+            await self._decode(verify_image, path)
         except MediaError as error:
             # Without the path on the server.
             raise invalid(param, str(error).removeprefix(f"{path}: "), "invalid_image") from None
 
     async def read(self, path: Path) -> Image:
-        """Return the pixels of an upload, (H, W, 3). Waits until there is memory for it."""
-        width, height = await asyncio.to_thread(image_size, path)
-        return await self.decoder.run(2 * width * height * BYTES_PER_PIXEL, lambda: read_image(path))
+        """Return the pixels of an upload, (H, W, 3)."""
+        return await self._decode(read_image, path)
+
+    async def _decode(self, decode: Callable[[Path], T], path: Path) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._decoding, decode, path)
 
     def _commit(self, tenant: Tenant, tmp: Path, name: str, size: int) -> Upload:
         try:
@@ -242,14 +241,8 @@ async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[ReceivedR
             )
     if form is None:
         with body:
-            size = body.tell()
-            memory: ByteBudget = request.app.state.json_memory
-            async with memory.reserve(size * JSON_COPIES) if size > SMALL_JSON_BYTES else nullcontext():
-                if size <= SMALL_FORM_BYTES:
-                    yield _from_json(body, caps)
-                    return
-                body_parser: ThreadPoolExecutor = request.app.state.body_parser
-                yield await asyncio.get_running_loop().run_in_executor(body_parser, _from_json, body, caps)
+            async with request.app.state.large_json if body.tell() > SMALL_JSON_BYTES else nullcontext():
+                yield await _parse(request, _from_json, body)
         return
     try:
         yield await asyncio.to_thread(_from_form, form)
@@ -276,14 +269,9 @@ async def _body_timeout(caps: UploadCaps) -> AsyncIterator[None]:
 
 
 async def _read_body(request: Request, cap_bytes: int) -> bytes:
-    if request.headers.get("content-length", "").isdecimal() and int(request.headers["content-length"]) > cap_bytes:
-        raise too_large(None, cap_bytes)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > cap_bytes:
-            raise too_large(None, cap_bytes)
-    return bytes(body)
+    with await _spool_body(request, cap_bytes) as body:
+        body.seek(0)
+        return body.read()
 
 
 async def _spool_body(request: Request, cap_bytes: int) -> SpooledTemporaryFile[bytes]:
@@ -298,6 +286,12 @@ async def _spool_body(request: Request, cap_bytes: int) -> SpooledTemporaryFile[
         body.close()
         raise
     return body
+
+
+async def _parse(request: Request, parse: Callable[[B], T], body: B) -> T:
+    """Parse a body in the only thread that does so: many threads that parse would delay all other requests."""
+    body_parser: ThreadPoolExecutor = request.app.state.body_parser
+    return await asyncio.get_running_loop().run_in_executor(body_parser, parse, body)
 
 
 class _FormParser(MultiPartParser):
@@ -316,10 +310,7 @@ class _FormParser(MultiPartParser):
 async def _read_form(request: Request, kind: str, caps: UploadCaps) -> FormData:
     if kind == "application/x-www-form-urlencoded":
         body = await _read_body(request, URLENCODED_BYTES)
-        if len(body) <= SMALL_FORM_BYTES:
-            return _from_urlencoded(body)
-        body_parser: ThreadPoolExecutor = request.app.state.body_parser
-        return await asyncio.get_running_loop().run_in_executor(body_parser, _from_urlencoded, body)
+        return await _parse(request, _from_urlencoded, body)
     parser = _FormParser(
         request.headers,
         request.stream(),
@@ -343,7 +334,7 @@ def _from_urlencoded(body: bytes) -> FormData:
     return FormData(pairs)
 
 
-def _from_json(body: SpooledTemporaryFile[bytes], caps: UploadCaps) -> ReceivedRequest:
+def _from_json(body: SpooledTemporaryFile[bytes]) -> ReceivedRequest:
     body.seek(0)
     content = body.read()
     _check_structure(content)
