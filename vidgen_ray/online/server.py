@@ -148,8 +148,6 @@ def _reason(messages: str) -> str:
 
 IMPORT_PATH = "vidgen_ray.online.application:build"
 NESTED_MODELS: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
-    (ServeDeploySchema, "applications"): ServeApplicationSchema,
-    (ServeApplicationSchema, "deployments"): DeploymentSchema,
     (ServeApplicationSchema, "args"): OnlineSettings,
     (DeploymentSchema, "autoscaling_config"): AutoscalingConfig,
 }

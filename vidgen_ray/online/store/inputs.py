@@ -98,10 +98,6 @@ def _character(row: object) -> Character:
 
 MIN_COUNTED_BYTES = 4096
 """Bytes that an upload counts at least: a block of the disk."""
-USE_RESOLUTION_S = 3600.0
-"""The time of the last use is updated at most this often, since each update is a write."""
-EXPIRY_BATCH = 100
-"""Uploads checked in one transaction, which blocks other writes."""
 
 
 class StorageFull(VidgenError):
@@ -155,39 +151,29 @@ class UploadRecords:
 
     def use(self, upload_id: str, tenant: str) -> Upload | None:
         """Return the tenant's upload and record that it is used, or return `None`."""
-        upload = self.get(upload_id, tenant)
-        if upload is not None and upload.used_at < self._now() - USE_RESOLUTION_S:
-            own = [UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id]
-            with self._database.transaction() as transaction:
-                transaction.connection.execute(update(UPLOADS).where(*own).values(used_at=self._now()))
-        return upload
+        own = [UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id]
+        used = update(UPLOADS).where(*own).values(used_at=self._now()).returning(UPLOADS)
+        with self._database.transaction() as transaction:
+            row = transaction.connection.execute(used).one_or_none()
+        return None if row is None else _upload(row)
 
-    def expire(self, unused_s: float, remove: Callable[[str], None]) -> int:
-        """Delete the uploads whose last use is more than `unused_s` seconds ago. Return how many were deleted.
+    def expire(self, unused_s: float, remove: Callable[[str], None]) -> None:
+        """Delete the uploads whose last use is more than `unused_s` seconds ago.
 
         Photos of characters and files of unfinished jobs count as used. `remove` deletes files that are no longer referenced.
         """
-        before = self._now() - unused_s
-        expired = select(UPLOADS).where(UPLOADS.c.used_at < before).limit(EXPIRY_BATCH)
-        deleted = 0
-        while True:
-            with self._database.read_connection() as connection:
-                candidates = connection.execute(expired).all()
-            if not candidates:
-                return deleted
+        expired = UPLOADS.c.used_at < self._now() - unused_s
+        with self._database.read_connection() as connection:
+            candidates = connection.execute(select(UPLOADS).where(expired)).all()
+        # One transaction each: they block other writes.
+        for row in candidates:
+            own = [UPLOADS.c.tenant == row.tenant, UPLOADS.c.id == row.id]
             with self._database.transaction() as transaction:
-                for row in candidates:
-                    own = [UPLOADS.c.tenant == row.tenant, UPLOADS.c.id == row.id]
-                    if _is_needed(transaction.connection, row.tenant, row.id, row.file):
-                        transaction.connection.execute(update(UPLOADS).where(*own).values(used_at=self._now()))
-                        continue
-                    # It may have been used since it was selected.
-                    is_deleted = transaction.connection.execute(
-                        delete(UPLOADS).where(*own, UPLOADS.c.used_at < before)
-                    ).rowcount
-                    if is_deleted:
-                        deleted += 1
-                        _remove_unreferenced(transaction.connection, [row.file], remove)
+                if _is_needed(transaction.connection, row.tenant, row.id, row.file):
+                    transaction.connection.execute(update(UPLOADS).where(*own).values(used_at=self._now()))
+                # It may have been used since it was selected.
+                elif transaction.connection.execute(delete(UPLOADS).where(*own, expired)).rowcount:
+                    _remove_unreferenced(transaction.connection, [row.file], remove)
 
     def delete(self, upload_id: str, tenant: str, remove: Callable[[str], None]) -> bool:
         """Delete an upload, and call `remove` if its file is no longer referenced.

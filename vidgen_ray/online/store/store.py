@@ -35,10 +35,6 @@ IDEMPOTENCY_TTL_S = 86_400
 """Seconds for which an idempotency key is valid."""
 PURGE_DELAY_S = 300
 """Seconds between the deletion of a job and that of its files, so that downloads in progress can finish."""
-EXPIRY_BATCH = 1_000
-"""Most expired jobs that one `purge` hides, and most old idempotency keys that it deletes."""
-SEARCH_DEPTH = 20_000
-"""Jobs that one call of `search` looks at."""
 IDS = TypeAdapter(list[str])
 
 
@@ -71,14 +67,6 @@ class Page(NamedTuple):
 
     jobs: list[Job]
     has_more: bool
-
-
-class SearchPage(NamedTuple):
-    """Page of a search."""
-
-    jobs: list[Job]
-    older: str | None
-    """Id of the job after which the search continues. `None` if all jobs have been searched."""
 
 
 class DeletedJob(NamedTuple):
@@ -205,16 +193,19 @@ class JobStore:
         *,
         kinds: Collection[JobKind] = tuple(JobKind),
         states: Collection[JobState] = tuple(JobState),
+        words: Sequence[str] = (),
         after: str | None = None,
         limit: int = 20,
         order: Literal["asc", "desc"] = "desc",
     ) -> Page:
         """List a tenant's jobs in the order of their creation; `desc` starts with the newest.
 
-        The page starts after the job with id `after`, which may have been deleted meanwhile. Raises UnknownJob if `after` is
-        not a job of the tenant.
+        Lists only jobs whose prompt, style, character, seed (`seed:7`) and id contain all `words`, in upper or lower case. The
+        page starts after the job with id `after`, which may have been deleted meanwhile. Raises UnknownJob if `after` is not a
+        job of the tenant.
         """
         matching = [JOBS.c.tenant == tenant, JOBS.c.deleted_at.is_(None), JOBS.c.kind.in_(kinds), JOBS.c.state.in_(states)]
+        matching += [JOBS.c.search_text.contains(word.casefold(), autoescape=True) for word in words]
         sorted_by = JOBS.c.seq.asc() if order == "asc" else JOBS.c.seq.desc()
         with self._database.read_connection() as connection:
             if after is not None:
@@ -222,30 +213,6 @@ class JobStore:
                 matching.append(JOBS.c.seq > position if order == "asc" else JOBS.c.seq < position)
             rows = connection.execute(select(JOBS).where(*matching).order_by(sorted_by).limit(limit + 1)).all()
         return Page([job_of(row) for row in rows[:limit]], len(rows) > limit)
-
-    def search(
-        self, tenant: str, words: Sequence[str], *, after: str | None = None, limit: int = 20, depth: int = SEARCH_DEPTH
-    ) -> SearchPage:
-        """Return a tenant's ended jobs whose prompt, style, character, seed (`seed:7`) and id contain all words, newest first.
-
-        Upper and lower case are the same. One call looks at `depth` jobs, so a page may be shorter than `limit` although the
-        search continues. Raises UnknownJob if `after` is not a job of the tenant.
-        """
-        ended = [JOBS.c.tenant == tenant, not_(IS_OPEN), JOBS.c.deleted_at.is_(None)]
-        newest_first = JOBS.c.seq.desc()
-        with self._database.read_connection() as connection:
-            if after is not None:
-                ended.append(JOBS.c.seq < _position(connection, after, tenant))
-            deepest = select(JOBS.c.seq, JOBS.c.id).where(*ended).order_by(newest_first).offset(depth - 1).limit(1)
-            last = connection.execute(deepest).one_or_none()
-            if last is not None:
-                ended.append(JOBS.c.seq >= last.seq)
-            contain = [JOBS.c.search_text.contains(word.casefold(), autoescape=True) for word in words]
-            query = select(JOBS).where(*ended, *contain).order_by(newest_first).limit(limit + 1)
-            rows = connection.execute(query).all()
-        if len(rows) > limit:
-            return SearchPage([job_of(row) for row in rows[:limit]], rows[limit - 1].id)
-        return SearchPage([job_of(row) for row in rows], None if last is None else last.id)
 
     def with_files(self, tenant: str, files: Collection[str]) -> Sequence[Job]:
         """Return a tenant's jobs whose shot names one of these uploaded files, oldest first, also those just deleted.
@@ -310,9 +277,8 @@ class JobStore:
         with self._database.transaction() as transaction:
             now = self._now()
             expired = [JOBS.c.deleted_at.is_(None), JOBS.c.expires_at.is_not(None), JOBS.c.expires_at < now]
-            some = select(JOBS.c.id).where(*expired).order_by(JOBS.c.expires_at).limit(EXPIRY_BATCH)
-            self._rows.update(transaction, [JOBS.c.id.in_(some)], deleted_at=now)
-            _delete_old_keys(transaction.connection, now - IDEMPOTENCY_TTL_S)
+            self._rows.update(transaction, expired, deleted_at=now)
+            transaction.connection.execute(delete(IDEMPOTENCY).where(IDEMPOTENCY.c.created_at < now - IDEMPOTENCY_TTL_S))
             deleted = [JOBS.c.deleted_at.is_not(None), JOBS.c.deleted_at < now - PURGE_DELAY_S, not_(IS_OPEN)]
             query = select(JOBS.c.id, JOBS.c.key).where(*deleted).order_by(JOBS.c.deleted_at).limit(limit)
             rows = transaction.connection.execute(query).all()
@@ -356,20 +322,15 @@ def open_store(settings: OnlineSettings) -> JobStore:
 
 def _check_limits(connection: Connection, tenant: str, new: int, max_queued: int | None, max_open: int | None) -> None:
     """Raise QueueFull or LimitReached if `new` more jobs exceed a limit."""
-    if max_queued is None and max_open is None:
-        return
-    # Both in one round trip.
-    some = select(JOBS.c.seq).where(IS_OPEN, JOBS.c.state == JobState.QUEUED).limit(max_queued or 0).subquery()
-    own = [IS_OPEN, JOBS.c.state.in_(OPEN_STATES), JOBS.c.tenant == tenant]
-    counts = (
-        select(func.count()).select_from(some).scalar_subquery(),
-        select(func.count()).select_from(JOBS).where(*own).scalar_subquery(),
-    )
-    queued, opened = connection.execute(select(*counts)).one()
-    if max_queued is not None and queued + new > max_queued:
-        raise QueueFull(queued)
-    if max_open is not None and opened + new > max_open:
-        raise LimitReached(max_open)
+    count = select(func.count()).select_from(JOBS)
+    if max_queued is not None:
+        queued = connection.scalars(count.where(IS_OPEN, JOBS.c.state == JobState.QUEUED)).one()
+        if queued + new > max_queued:
+            raise QueueFull(queued)
+    if max_open is not None:
+        opened = connection.scalars(count.where(IS_OPEN, JOBS.c.state.in_(OPEN_STATES), JOBS.c.tenant == tenant)).one()
+        if opened + new > max_open:
+            raise LimitReached(max_open)
 
 
 def _position(connection: Connection, job_id: str, tenant: str) -> int:
@@ -394,14 +355,6 @@ def _jobs_of_key(connection: Connection, tenant: str, key: str, fingerprint: str
     ids = IDS.validate_json(earlier.jobs)
     rows = connection.execute(select(JOBS).where(JOBS.c.id.in_(ids)).order_by(JOBS.c.seq)).all()
     return [job_of(row) for row in rows]
-
-
-def _delete_old_keys(connection: Connection, before: float) -> None:
-    """Delete the oldest idempotency keys created before a time. Leaves the rest to the next call if there are too many."""
-    created_at = IDEMPOTENCY.c.created_at
-    following = select(created_at).where(created_at < before).order_by(created_at).offset(EXPIRY_BATCH).limit(1)
-    oldest_kept = connection.execute(following).scalar()
-    connection.execute(delete(IDEMPOTENCY).where(created_at < (before if oldest_kept is None else oldest_kept)))
 
 
 def _visible(job_id: str, tenant: str | None) -> list[ColumnElement[bool]]:

@@ -61,13 +61,10 @@ def gallery_page(server: ServerContext, tenant: Tenant, query: QueryParams) -> G
         return GalleryPage(jobs_with_ids(server, tenant, query.getlist("id")), favourites=True)
     search, after = query.get("q", "").strip()[:MAX_SEARCH_LENGTH], query.get("after")
     try:
-        if not search:
-            page = server.store.list(tenant.name, states=FINAL, after=after, limit=PAGE_LENGTH)
-            return GalleryPage(page.jobs, after=after, older=page.jobs[-1].id if page.has_more else None)
-        found = server.store.search(tenant.name, search.split(), after=after, limit=PAGE_LENGTH)
+        page = server.store.list(tenant.name, states=FINAL, words=search.split(), after=after, limit=PAGE_LENGTH)
     except UnknownJob:
         return None
-    return GalleryPage(found.jobs, search=search, after=after, older=found.older)
+    return GalleryPage(page.jobs, search=search, after=after, older=page.jobs[-1].id if page.has_more else None)
 
 
 def jobs_with_ids(server: ServerContext, tenant: Tenant, ids: Sequence[str]) -> list[Job]:
