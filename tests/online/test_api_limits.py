@@ -73,7 +73,7 @@ def held(server):
     server.director.held.clear()
     server.director.wake()
     until = time.monotonic() + 120
-    while any(state in ("queued", "in_progress") for _, _, state in server.store.open_counts()) and time.monotonic() < until:
+    while any(server.store.open_counts().values()) and time.monotonic() < until:
         time.sleep(0.02)
 
 

@@ -4,15 +4,14 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, ExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing
 from types import SimpleNamespace
 
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from vidgen_ray.online import event_streams
 from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.event_streams import JobFeed, Topic
+from vidgen_ray.online.event_streams import JobFeed
 from vidgen_ray.online.server_settings import Limits
 from vidgen_ray.online.store.jobs import Job, JobKind, new_id
 from vidgen_ray.online.store.store import Changes, JobStore
@@ -96,23 +95,6 @@ def test_all_streams_share_one_poll(store, feed):
 
     polls_made, intervals = run(polls())
     assert 1 <= polls_made <= intervals + 1
-
-
-def test_change_is_sent_to_a_few_streams_at_a_time(store, feed, monkeypatch):
-    monkeypatch.setattr(event_streams, "STREAMS_AT_ONCE", 2)
-    monkeypatch.setattr(event_streams, "PAUSE_S", POLL_S)
-    changes = Changes([new_job(store)], [], 1)
-
-    async def filled() -> list[int]:
-        with ExitStack() as stack:
-            mailboxes = [stack.enter_context(feed._subscribed(Topic("tenant", "ada"))) for _ in range(5)]
-            delivery, counts = asyncio.create_task(feed._deliver(changes)), []
-            while not delivery.done():
-                await asyncio.sleep(0)
-                counts.append(sum(mailbox._filled.is_set() for mailbox in mailboxes))
-            return sorted(set(counts))
-
-    assert run(filled()) == [2, 4, 5]
 
 
 def test_polling_stops_with_the_last_stream(store, feed):

@@ -180,9 +180,6 @@ def director_application(
     ).bind(config, settings, layout, workers)
 
 
-# Not `from __future__ import annotations`: Serve reads the annotation of `build` to convert the args of a config to settings.
-
-
 class Api:
     """HTTP API replica. It stores new jobs and then wakes the director."""
 
@@ -232,21 +229,17 @@ class DirectorClient:
 
     def __init__(self, director: Any) -> None:
         self._director = director
-        self._pending = False
         self._call: asyncio.Task[None] | None = None
 
     def wake(self) -> None:
         """Wake the director for new jobs or cancel requests. One call at a time: none pile up while the director is down."""
-        self._pending = True
         if self._call is None or self._call.done():
             self._call = asyncio.ensure_future(self._wake())
 
     async def _wake(self) -> None:
-        while self._pending:
-            self._pending = False
-            # A restarted director polls the store anyway.
-            with suppress(ray.exceptions.RayError, RayServeException):
-                await self._director.wake.remote()
+        # A restarted director polls the store anyway, and one that is being woken finds this change at its next poll.
+        with suppress(ray.exceptions.RayError, RayServeException):
+            await self._director.wake.remote()
 
     async def missing(self) -> str | None:
         """Return what the server lacks to run jobs. `None` if nothing is missing."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -22,9 +22,7 @@ from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.online.store.store import Changes, DeletedJob, JobStore
 
 POLL_S = 0.1
-STREAMS_AT_ONCE = 16
-"""Streams that get a change before the pause, after which the next ones get it."""
-PAUSE_S = 0.1
+"""Seconds between two polls of the store."""
 log = logging.getLogger(__name__)
 
 
@@ -145,25 +143,15 @@ class JobFeed:
                 log.exception("the changes of jobs cannot be read")
                 continue
             cursor = changes.cursor
-            await self._deliver(changes)
+            self._deliver(changes)
 
-    async def _deliver(self, changes: Changes) -> None:
-        """Put the changes into the mailboxes of their streams, of a few streams at a time.
-
-        Sending to a thousand streams at once would delay all other requests by seconds.
-        """
-        by_topic = defaultdict[Topic, list[Job | DeletedJob]](list)
+    def _deliver(self, changes: Changes) -> None:
+        """Put the changes into the mailboxes of their streams."""
         changed: Sequence[Job | DeletedJob] = [*changes.jobs, *changes.deleted]
         for job in changed:
-            by_topic[Topic("job", job.id)].append(job)
-            by_topic[Topic("tenant", job.tenant)].append(job)
-        # A stream that opens during a pause reads these changes from the store.
-        mailboxes = [(mailbox, topic) for topic in by_topic for mailbox in self._mailboxes.get(topic, ())]
-        for number, (mailbox, topic) in enumerate(mailboxes):
-            if number and number % STREAMS_AT_ONCE == 0:
-                await asyncio.sleep(PAUSE_S)
-            for job in by_topic[topic]:
-                mailbox.put(job, changes.cursor)
+            for topic in (Topic("job", job.id), Topic("tenant", job.tenant)):
+                for mailbox in self._mailboxes.get(topic, ()):
+                    mailbox.put(job, changes.cursor)
 
 
 MAX_STREAMS = 4_000
@@ -176,8 +164,7 @@ RETRY_S = 5
 class EventStreams:
     """Open event streams of this process. Use it inside an event loop."""
 
-    def __init__(self, max_streams: int = MAX_STREAMS) -> None:
-        self._max_streams = max_streams
+    def __init__(self) -> None:
         self._open: Counter[str] = Counter()
 
     def respond(
@@ -193,7 +180,7 @@ class EventStreams:
         if self._open[tenant.key_id] >= allowed:
             message = f"At most {allowed} event streams may be open at once with this key. Close one, or poll instead"
             raise too_many_requests(message, "too_many_streams", RETRY_S)
-        if self._open.total() >= self._max_streams:
+        if self._open.total() >= MAX_STREAMS:
             raise too_many_requests("The server has too many open event streams. Poll instead", "too_many_streams", RETRY_S)
 
 

@@ -50,15 +50,11 @@ POLL_S = 1.0
 PROGRESS_INTERVAL_S = 0.25
 """Seconds between two writes of the progress of all jobs."""
 STATUS_INTERVAL_S = 1.0
-"""Seconds between two snapshots of the engine for the metrics."""
-GAUGE_INTERVAL_S = 5.0
-"""Seconds between two counts of all jobs for the metrics."""
+"""Seconds between two updates of the gauges."""
 ATTACH_INTERVAL_S = 2.0
 """Seconds between two requests for changes of the workers."""
 STORAGE_CHECK_INTERVAL_S = 5.0
 """Seconds between two checks that the outputs and the store can be written."""
-FULL_DISK_PAUSE_S = 10.0
-"""Seconds without new claims, at least, after a job found the disk full."""
 MAX_CLAIMS = 10
 """Claims of a job before it fails, if its directors crash."""
 MAX_STORE_SILENCE_S = 60.0
@@ -111,7 +107,6 @@ class JobDirector:
         """Content key -> future that completes when its rendering ends."""
         self._storage_problem: str | None = None
         """Reason why no jobs are claimed: their files could not be written."""
-        self._paused_until = 0.0
         self._draining = False
         self._more_wait = False
         """The store may have more queued jobs than the last claim returned."""
@@ -170,11 +165,6 @@ class JobDirector:
         for task in self._background:
             if task.done():
                 raise RuntimeError("a background task of the director has stopped") from task.exception()
-
-    def _update_gauges(self) -> None:
-        counts = self._store.open_counts()
-        in_state = {state: sum(n for (_, _, s), n in counts.items() if s == state) for state in JobState}
-        self._metrics.jobs(in_state[JobState.QUEUED], in_state[JobState.IN_PROGRESS])
 
     # Workers
 
@@ -258,9 +248,7 @@ class JobDirector:
     async def _check_storage(self) -> None:
         """Stop claiming jobs while the outputs or the store cannot be written."""
         while True:
-            problem = await asyncio.to_thread(storage_problem, self._store, self._outputs)
-            if problem is not None or time.monotonic() >= self._paused_until:
-                self._set_storage_problem(problem)
+            self._set_storage_problem(await asyncio.to_thread(storage_problem, self._store, self._outputs))
             await asyncio.sleep(STORAGE_CHECK_INTERVAL_S)
 
     def _set_storage_problem(self, problem: str | None) -> None:
@@ -281,15 +269,13 @@ class JobDirector:
 
     async def _report_status(self) -> None:
         """Update the gauges at regular intervals."""
-        last_gauges = 0.0
         while True:
             self._metrics.snapshot(self._engine.snapshot())
-            if time.monotonic() - last_gauges > GAUGE_INTERVAL_S:
-                last_gauges = time.monotonic()
-                try:
-                    await asyncio.to_thread(self._update_gauges)
-                except Exception as error:
-                    log.warning("cannot count the jobs: %s", error)
+            try:
+                counts = await asyncio.to_thread(self._store.open_counts)
+                self._metrics.jobs(counts[JobState.QUEUED], counts[JobState.IN_PROGRESS])
+            except Exception as error:
+                log.warning("cannot count the jobs: %s", error)
             await asyncio.sleep(STATUS_INTERVAL_S)
 
     def _store_progress(self, updates: Mapping[str, tuple[Progress, int]]) -> None:
@@ -335,7 +321,6 @@ class JobDirector:
     async def _failed(self, job: Job, failure: Failure, kind: Kind) -> None:
         """Store the failure of a job, or queue it again if the failure is not its own."""
         if is_disk_full(failure.message):
-            self._paused_until = time.monotonic() + FULL_DISK_PAUSE_S
             self._set_storage_problem("The disk is full.")
         elif self._engine.fatal_failure is None and failure.stage != NODE_LOST:
             store_end = partial(self._store.queue.failed, job.id, self.owner, error_of(failure, kind))

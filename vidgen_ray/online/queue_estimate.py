@@ -146,12 +146,11 @@ class QueueEstimator:
 
     def _read_snapshot(self) -> _Snapshot:
         order = self._store.queue_order()
-        in_progress = sum(n for (_, _, state), n in self._store.open_counts().items() if state == JobState.IN_PROGRESS)
         ended = [(shot, seconds) for shot, seconds in self._store.recent_durations(RECENT_JOBS) if seconds > 0]
         ratios = [seconds / expected for shot, seconds in ended if (expected := self._expected_s(shot)) > 0]
         return _Snapshot(
             positions={job_id: position for position, job_id in enumerate(order)},
-            in_progress=in_progress,
+            in_progress=self._store.open_counts()[JobState.IN_PROGRESS],
             slowness=statistics.median(ratios) if ratios else 1.0,
             seconds_per_job=statistics.fmean(seconds for _, seconds in ended) if ended else None,
         )

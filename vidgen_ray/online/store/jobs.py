@@ -313,17 +313,14 @@ class JobLeases:
             requeued = {"state": JobState.QUEUED, "owner": None, "lease_until": None, "attempts": JOBS.c.attempts - 1}
             self._rows.update(transaction, held, **requeued)
 
-    def progress(self, owner: str, updates: Sequence[JobProgress]) -> set[str]:
-        """Store the progress of jobs. The percentage never decreases. Return the ids of jobs that `owner` still holds."""
+    def progress(self, owner: str, updates: Sequence[JobProgress]) -> None:
+        """Store the progress of those jobs that `owner` still holds. The percentage never decreases."""
         with self._database.transaction() as transaction:
-            held = set()
             for job_id, stage, step, steps, percent in updates:
                 # Not a function: the maximum of two values is `max` in SQLite and `greatest` in PostgreSQL.
                 reached = case((JOBS.c.progress > percent, JOBS.c.progress), else_=percent)
                 own = [JOBS.c.id == job_id, JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
-                if self._rows.update(transaction, own, stage=stage, step=step, steps=steps, progress=reached):
-                    held.add(job_id)
-            return held
+                self._rows.update(transaction, own, stage=stage, step=step, steps=steps, progress=reached)
 
     def completed(self, job_id: str, owner: str, *, shot_id: str, stage_seconds: Mapping[str, float]) -> bool:
         """End a job whose files are stored. Return False if `owner` has lost the lease."""

@@ -289,15 +289,13 @@ class JobStore:
                 delete_files(key)
             return len(rows)
 
-    def open_counts(self) -> dict[tuple[str, JobKind, JobState], int]:
-        """Return the number of queued jobs and jobs in progress of each tenant and kind."""
-        query = (
-            select(JOBS.c.tenant, JOBS.c.kind, JOBS.c.state, func.count())
-            .where(IS_OPEN, JOBS.c.state.in_(OPEN_STATES), JOBS.c.deleted_at.is_(None))
-            .group_by(JOBS.c.tenant, JOBS.c.kind, JOBS.c.state)
-        )
+    def open_counts(self) -> dict[JobState, int]:
+        """Return the number of queued jobs and of jobs in progress."""
+        is_open = IS_OPEN, JOBS.c.state.in_(OPEN_STATES), JOBS.c.deleted_at.is_(None)
+        query = select(JOBS.c.state, func.count()).where(*is_open).group_by(JOBS.c.state)
         with self._database.read_connection() as connection:
-            return {(tenant, JobKind(kind), JobState(state)): n for tenant, kind, state, n in connection.execute(query)}
+            counts = {JobState(state): number for state, number in connection.execute(query)}
+        return dict.fromkeys(OPEN_STATES, 0) | counts
 
     def queue_order(self) -> Sequence[str]:
         """Return the ids of all queued jobs in the order in which they start."""
