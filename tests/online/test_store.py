@@ -387,18 +387,18 @@ def test_uploads_belong_to_their_tenant(store):
 def test_outbox_has_a_message_for_each_ended_job(store, clock):
     job, _ = store.create(new_job())
     store.queue.claim("d", 30, 1)
-    assert store.outbox.claim_due(60) == []
+    assert store.outbox.claim_due(60) is None
     store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
-    (message,) = store.outbox.claim_due(60)
+    message = store.outbox.claim_due(60)
     assert (message.event, message.job, message.target, message.tries) == ("video.completed", job.id, "hook", 0)
-    assert store.outbox.claim_due(60) == []
+    assert store.outbox.claim_due(60) is None
     store.outbox.postpone(message.id, 10)
     clock.seconds += 11
-    (again,) = store.outbox.claim_due(60)
+    again = store.outbox.claim_due(60)
     assert (again.id, again.tries) == (message.id, 1)
     store.outbox.delete(message.id)
     clock.seconds += 100
-    assert store.outbox.claim_due(60) == []
+    assert store.outbox.claim_due(60) is None
 
 
 def test_stored_jobs_survive_sigkill(store, database_url):

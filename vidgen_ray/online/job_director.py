@@ -102,7 +102,7 @@ class JobDirector:
         self.owner = f"{os.uname().nodename}:{os.getpid()}:{time.time_ns()}"
         self._running: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
-        self._updates: dict[str, tuple[Progress, int]] = {}
+        self._updates: dict[str, JobProgress] = {}
         self._rendering: dict[str, asyncio.Future[None]] = {}
         """Content key -> future that completes when its rendering ends."""
         self._storage_problem: str | None = None
@@ -261,9 +261,11 @@ class JobDirector:
         """Write the progress of all jobs to the store at regular intervals, in one transaction."""
         while True:
             await asyncio.sleep(PROGRESS_INTERVAL_S)
-            updates, self._updates = self._updates, {}
+            updates, self._updates = list(self._updates.values()), {}
+            if not updates:
+                continue
             try:
-                await asyncio.to_thread(self._store_progress, updates)
+                await asyncio.to_thread(self._store.queue.progress, self.owner, updates)
             except Exception as error:
                 log.warning("cannot write the progress of jobs: %s", error)
 
@@ -277,13 +279,6 @@ class JobDirector:
             except Exception as error:
                 log.warning("cannot count the jobs: %s", error)
             await asyncio.sleep(STATUS_INTERVAL_S)
-
-    def _store_progress(self, updates: Mapping[str, tuple[Progress, int]]) -> None:
-        if updates:
-            self._store.queue.progress(
-                self.owner,
-                [JobProgress(job_id, p.stage, p.step, p.steps, percent) for job_id, (p, percent) in updates.items()],
-            )
 
     # Jobs
 
@@ -372,7 +367,8 @@ class JobDirector:
         estimator = ProgressEstimator(plan, self._config.profile)
 
         def on_progress(progress: Progress) -> None:
-            self._updates[job.id] = progress, estimator.percent(progress)
+            percent = estimator.percent(progress)
+            self._updates[job.id] = JobProgress(job.id, progress.stage, progress.step, progress.steps, percent)
 
         self._engine.announce(plan)
         record = await self._engine.run(plan, on_progress)

@@ -82,8 +82,7 @@ class UploadFolder:
             with tmp.open("wb") as target:
                 name, size = await asyncio.to_thread(self._copy, source, target, param)
             # Not skipped for a file that another tenant has uploaded: the time taken would reveal it.
-            if await asyncio.to_thread(self._records.get, f"file-{name}", tenant.name) is None:
-                await self._check_image(tmp, param)
+            await self._check_image(tmp, param)
             return await asyncio.to_thread(self._commit, tenant, tmp, name, size)
         finally:
             tmp.unlink(missing_ok=True)

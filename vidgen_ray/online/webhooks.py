@@ -49,14 +49,12 @@ class WebhookSender:
         if not self._webhooks.targets:
             return 0
         delivered, failed = 0, set[str]()
-        lease_s = 2 * len(self._webhooks.targets) * DELIVERY_TIMEOUT_S
-        while messages := self._outbox.claim_due(lease_s, exclude=failed):
-            for message in messages:
-                if self._deliver(message):
-                    delivered += 1
-                else:
-                    # Leave the other messages of this target for the next call, so that its timeout delays others only once.
-                    failed.add(message.target)
+        while (message := self._outbox.claim_due(2 * DELIVERY_TIMEOUT_S, exclude=failed)) is not None:
+            if self._deliver(message):
+                delivered += 1
+            else:
+                # Leave the other messages of this target for the next call, so that its timeout delays others only once.
+                failed.add(message.target)
         return delivered
 
     def _deliver(self, message: Message) -> bool:

@@ -365,24 +365,18 @@ class Outbox:
         self._database = database
         self._now = now
 
-    def claim_due(self, lease_s: float, exclude: Collection[str] = ()) -> Sequence[Message]:
-        """Return the oldest due message of each target that is not in `exclude`.
-
-        The messages are not due again for `lease_s` seconds.
-        """
+    def claim_due(self, lease_s: float, exclude: Collection[str] = ()) -> Message | None:
+        """Return the oldest due message to a target that is not in `exclude`. It is not due again for `lease_s` seconds."""
+        now = self._now()
+        due = [OUTBOX.c.next_try_at <= now, OUTBOX.c.target.not_in(exclude)]
         with self._database.read_connection() as connection:
-            if connection.execute(select(OUTBOX.c.id).where(OUTBOX.c.next_try_at <= self._now()).limit(1)).first() is None:
-                return []
+            message_id = connection.scalar(select(OUTBOX.c.id).where(*due).order_by(OUTBOX.c.seq).limit(1))
+        if message_id is None:
+            return None
+        lease = update(OUTBOX).where(OUTBOX.c.id == message_id, *due).values(next_try_at=now + lease_s).returning(OUTBOX)
         with self._database.transaction() as transaction:
-            now = self._now()
-            due = [OUTBOX.c.next_try_at <= now, OUTBOX.c.target.not_in(exclude)]
-            position = func.row_number().over(partition_by=OUTBOX.c.target, order_by=OUTBOX.c.seq).label("position")
-            first = select(OUTBOX.c.id, position).where(*due).subquery()
-            query = select(OUTBOX).join(first, OUTBOX.c.id == first.c.id).where(first.c.position == 1).order_by(OUTBOX.c.seq)
-            rows = transaction.connection.execute(query).all()
-            leased = update(OUTBOX).where(OUTBOX.c.id.in_([row.id for row in rows])).values(next_try_at=now + lease_s)
-            transaction.connection.execute(leased)
-        return [Message.model_validate({name: getattr(row, name) for name in Message.model_fields}) for row in rows]
+            row = transaction.connection.execute(lease).one_or_none()
+        return None if row is None else Message.model_validate({name: getattr(row, name) for name in Message.model_fields})
 
     def delete(self, message_id: str) -> None:
         """Delete a message that was delivered or dropped."""

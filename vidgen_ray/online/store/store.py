@@ -42,7 +42,6 @@ class QueueFull(VidgenError):
     """The queue has no room for the new jobs."""
 
     def __init__(self, queued: int) -> None:
-        self.queued = queued
         super().__init__(f"the queue is full: {queued} jobs are waiting")
 
 
@@ -50,7 +49,6 @@ class LimitReached(VidgenError):
     """The new jobs would exceed the limit of open jobs of the tenant."""
 
     def __init__(self, allowed: int) -> None:
-        self.allowed = allowed
         super().__init__(f"at most {allowed} jobs may be queued or in progress for one key")
 
 
