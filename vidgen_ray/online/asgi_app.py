@@ -23,7 +23,6 @@ from vidgen_ray.online.face_check import FaceCheck
 from vidgen_ray.online.http_fetch import ImageFetcher
 from vidgen_ray.online.job_service import JobService, NotifyDirector
 from vidgen_ray.online.queue_estimate import QueueEstimator
-from vidgen_ray.online.request_limits import RequestRateLimiter
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
@@ -84,7 +83,7 @@ def make_app(
         store=store,
         outputs=outputs,
         serving_profile=serving_profile,
-        auth=Authenticator(keys, Sessions(store.engine), RequestRateLimiter()),
+        auth=Authenticator(keys, Sessions(store.engine)),
         job_service=job_service,
         job_feed=JobFeed(store),
         event_streams=EventStreams(),

@@ -18,14 +18,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import yaml
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import Engine, delete, insert, select
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.api_error import ApiError
-from vidgen_ray.online.request_limits import RequestRateLimiter
+from vidgen_ray.online.api_error import ApiError, too_many_requests
 from vidgen_ray.online.server_settings import Limits
 from vidgen_ray.online.store.database import READS, SESSIONS
 from vidgen_ray.system.files import load_yaml, new_file
@@ -143,12 +145,15 @@ class Sessions:
 
 
 class Authenticator:
-    """Authenticates the requests of the API and of the web page. Methods block if the request `reads_session`."""
+    """Authenticates the requests of the API and of the web page. Methods block if the request `reads_session`.
 
-    def __init__(self, keys: ApiKeys, sessions: Sessions, request_rate: RequestRateLimiter) -> None:
+    Counts the requests of each key in this process: with N API replicas a key may send N times as many.
+    """
+
+    def __init__(self, keys: ApiKeys, sessions: Sessions) -> None:
         self._keys = keys
         self._sessions = sessions
-        self._request_rate = request_rate
+        self._request_rate = MovingWindowRateLimiter(MemoryStorage())
 
     @property
     def keys_are_required(self) -> bool:
@@ -177,7 +182,7 @@ class Authenticator:
             message = "Invalid API key." if has_key else "No API key. Send it as `Authorization: Bearer KEY`."
             headers = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, message, code="invalid_api_key", type="authentication_error", headers=headers)
-        self._request_rate.check(tenant.key_id, tenant.limits)
+        self._count_request(tenant)
         return tenant
 
     def page_tenant(self, request: Request) -> Tenant | None:
@@ -188,7 +193,7 @@ class Authenticator:
         self._check_host(request)
         tenant = self.session_tenant(request)
         if tenant is not None:
-            self._request_rate.check(tenant.key_id, tenant.limits)
+            self._count_request(tenant)
         return tenant
 
     def session_tenant(self, request: Request) -> Tenant | None:
@@ -210,6 +215,14 @@ class Authenticator:
     def sign_out(self, request: Request) -> None:
         if token := request.cookies.get(SESSION_COOKIE):
             self._sessions.close(token)
+
+    def _count_request(self, tenant: Tenant) -> None:
+        """Raise ApiError 429 over the limit."""
+        allowed = RateLimitItemPerMinute(tenant.limits.requests_per_minute)
+        if not self._request_rate.hit(allowed, tenant.key_id):
+            wait_s = self._request_rate.get_window_stats(allowed, tenant.key_id).reset_time - time.time()
+            message = f"More than {tenant.limits.requests_per_minute} requests in a minute with this key"
+            raise too_many_requests(message, "rate_limit_exceeded", max(0.05, wait_s))
 
     def _check_host(self, request: Request) -> None:
         check_url(request)

@@ -19,8 +19,7 @@ from vidgen_ray.errors import FieldError, MissingWeights, ProfileError, ScriptEr
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.online.api_error import ApiError, invalid, invalid_fields, not_found, too_many_requests, without_paths
 from vidgen_ray.online.auth import LOCAL_TENANT, Tenant
-from vidgen_ray.online.request_limits import check_size
-from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.store.inputs import Character
 from vidgen_ray.online.store.jobs import JOB_ID, Job, JobKind, JobState, new_id, shot_id_of
@@ -360,6 +359,21 @@ class JobService:
             )
             raise ApiError(404, f"{param}: no such LoRA; {names}", code="lora_not_found", param=param)
         return paths.pop()
+
+
+def check_size(limits: Limits, shot: Shot, count: int = 1) -> None:
+    """Raises ApiError 400 if the models would draw more pixels for `count` such shots than the limit allows."""
+    frames = shot.clip_frames if shot.generate_video else 1
+    total, allowed = shot.width * shot.height * frames * count, limits.pixel_frames
+    if total > allowed:
+        results = f" x {count} results" if count > 1 else ""
+        raise ApiError(
+            400,
+            f"{shot.width} x {shot.height} pixels x {frames} frames{results} is {total}, "
+            f"must be at most {allowed} for this key. Request fewer frames, fewer results or a smaller size.",
+            code="too_large",
+            param="num_frames" if shot.generate_video else "size",
+        )
 
 
 def key_salt(tenant: str, settings: OnlineSettings) -> str:

@@ -68,11 +68,13 @@ class WebhookSender:
 
     def _post(self, target: Webhook, message: Message) -> int:
         """Return the status of the response; 0 if there was none or the URL is blocked."""
-        body = event_json(message)
+        body, now = event_json(message), datetime.now(UTC)
         headers = {
             "Content-Type": "application/json",
             "User-Agent": "vidgen-ray",
-            **signature_headers(target, message.id, body),
+            "webhook-id": message.id,
+            "webhook-timestamp": str(int(now.timestamp())),
+            "webhook-signature": Signer(target.secret.get_secret_value()).sign(message.id, now, body),
         }
         try:
             response = self._client.request(
@@ -93,13 +95,6 @@ def event_json(message: Message) -> str:
         "data": {"id": message.job},
     }
     return json.dumps(event, separators=(",", ":"))
-
-
-def signature_headers(target: Webhook, message_id: str, body: str) -> dict[str, str]:
-    """Return the three headers of Standard Webhooks, signed with the current time."""
-    now = datetime.now(UTC)
-    signature = Signer(target.secret.get_secret_value()).sign(message_id, now, body)
-    return {"webhook-id": message_id, "webhook-timestamp": str(int(now.timestamp())), "webhook-signature": signature}
 
 
 def backoff_s(attempts: int) -> float:

@@ -20,9 +20,8 @@ from vidgen_ray.online.api.responses import Estimate, ShotJob, Video, VideoDelet
 from vidgen_ray.online.api_error import INVALID, ApiError, invalid, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import delivered_artefact_of
-from vidgen_ray.online.job_service import client_fields
+from vidgen_ray.online.job_service import check_size, client_fields
 from vidgen_ray.online.queue_estimate import JobEstimate, NewJobEstimate
-from vidgen_ray.online.request_limits import check_size
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.online.store.store import UnknownJob

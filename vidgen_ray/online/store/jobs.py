@@ -266,34 +266,31 @@ class JobLeases:
         `attempts` of the returned jobs includes this attempt.
         """
         with self._database.transaction() as transaction:
-            return self._claim(transaction, owner, lease_s, limit)
-
-    def _claim(self, transaction: Transaction, owner: str, lease_s: float, limit: int) -> list[Job]:
-        now = self._now()
-        expired = and_(IS_OPEN, JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.lease_until < now)
-        ids = [*transaction.connection.scalars(select(JOBS.c.id).where(expired).order_by(JOBS.c.seq))]
-        if ids:
-            ended = self._rows.end(transaction, [expired, JOBS.c.cancel_requested], JobState.CANCELLED)
-            cancelled = {row.id for row in ended}
-            ids = [job_id for job_id in ids if job_id not in cancelled][:limit]
-        ids += transaction.connection.scalars(ALL_QUEUED.limit(limit - len(ids)))
-        if not ids:
-            return []
-        claimed = self._rows.update(
-            transaction,
-            [JOBS.c.id.in_(ids)],
-            state=JobState.IN_PROGRESS,
-            owner=owner,
-            lease_until=now + lease_s,
-            attempts=JOBS.c.attempts + 1,
-            started_at=func.coalesce(JOBS.c.started_at, now),
-            # Finished stages are in the cache; the new owner reports the progress again.
-            stage=None,
-            step=0,
-            steps=0,
-        )
-        jobs = {row.id: job_of(row) for row in claimed}
-        return [jobs[job_id] for job_id in ids]
+            now = self._now()
+            expired = and_(IS_OPEN, JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.lease_until < now)
+            ids = [*transaction.connection.scalars(select(JOBS.c.id).where(expired).order_by(JOBS.c.seq))]
+            if ids:
+                ended = self._rows.end(transaction, [expired, JOBS.c.cancel_requested], JobState.CANCELLED)
+                cancelled = {row.id for row in ended}
+                ids = [job_id for job_id in ids if job_id not in cancelled][:limit]
+            ids += transaction.connection.scalars(ALL_QUEUED.limit(limit - len(ids)))
+            if not ids:
+                return []
+            claimed = self._rows.update(
+                transaction,
+                [JOBS.c.id.in_(ids)],
+                state=JobState.IN_PROGRESS,
+                owner=owner,
+                lease_until=now + lease_s,
+                attempts=JOBS.c.attempts + 1,
+                started_at=func.coalesce(JOBS.c.started_at, now),
+                # Finished stages are in the cache; the new owner reports the progress again.
+                stage=None,
+                step=0,
+                steps=0,
+            )
+            jobs = {row.id: job_of(row) for row in claimed}
+            return [jobs[job_id] for job_id in ids]
 
     def heartbeat(self, owner: str, ids: Collection[str], lease_s: float) -> set[str]:
         """Renew leases. Return the ids of jobs to stop: a cancel was requested, or `owner` has lost the lease."""
