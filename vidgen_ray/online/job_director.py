@@ -20,7 +20,7 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Engine
-from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, LabelLimit, MetricSpec
+from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, MetricSpec
 from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed
@@ -35,7 +35,7 @@ from vidgen_ray.online.store.jobs import Job, JobError, JobProgress, JobState
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.online.webhooks import run_maintenance
 from vidgen_ray.online.workers import Actors
-from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, StepRecord
+from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.outputs.storage import is_disk_full
 from vidgen_ray.planner.layout import Layout
 
@@ -349,19 +349,14 @@ class JobDirector:
             await asyncio.shield(other)
         rendering = self._rendering[job.key] = asyncio.get_running_loop().create_future()
         try:
-            plan, done = await asyncio.to_thread(self._look_up, job)
-            if done is not None:
+            plan = await asyncio.to_thread(plan_job, job, self._serving_profile, self._settings)
+            if (done := await asyncio.to_thread(self._outputs.find_by_key, plan.key)) is not None:
                 return done.record().shot.id or "", {}
             record = await self._render(job, plan)
             return record.shot.id or "", {step.stage: 0.0 if step.cached else step.seconds for step in record.stages}
         finally:
             del self._rendering[job.key]
             rendering.set_result(None)
-
-    def _look_up(self, job: Job) -> tuple[ShotPlan, DoneShot | None]:
-        """Return the plan of the job, and its finished shot if there is one. Blocks."""
-        plan = plan_job(job, self._serving_profile, self._settings)
-        return plan, self._outputs.find_by_key(plan.key)
 
     async def _render(self, job: Job, plan: ShotPlan) -> ShotRecord:
         estimator = ProgressEstimator(plan, self._config.profile)
@@ -395,10 +390,6 @@ def _interrupted(job: Job) -> Failure:
 
 # Metrics
 
-MAX_TENANT_LABELS = 100
-"""Tenants with a label value of their own. Further ones are `other`, to limit the number of series."""
-
-
 JOB_METRICS = {
     "vidgen_online_jobs": MetricSpec("counter", ("tenant", "status"), "Finished jobs: completed, failed or cancelled."),
     "vidgen_online_job_seconds": MetricSpec("histogram", ("tenant",), "Seconds from the creation of a job to its completion."),
@@ -418,22 +409,16 @@ class ServerMetrics(EngineMetrics):
 
     definitions = METRICS
 
-    def __init__(self, profile: str) -> None:
-        super().__init__(profile)
-        self._tenants = LabelLimit(MAX_TENANT_LABELS)
-
     def job_started(self, tenant: str, waited_s: float) -> None:
-        self._observe("vidgen_online_wait_seconds", waited_s, tenant=self._tenants(tenant))
+        self._observe("vidgen_online_wait_seconds", waited_s, tenant=tenant)
 
     def job_ended(self, tenant: str, status: str, seconds: float) -> None:
-        tenant = self._tenants(tenant)
         self._count("vidgen_online_jobs", 1, tenant=tenant, status=status)
         if status == "completed":
             self._observe("vidgen_online_job_seconds", seconds, tenant=tenant)
 
     def shot_rendered(self, tenant: str, records: Iterable[StepRecord]) -> None:
         """Count the computing time of a finished shot for its tenant."""
-        tenant = self._tenants(tenant)
         for record in records:
             if not record.cached:
                 self._count("vidgen_online_stage_seconds", record.seconds, stage=record.stage, tenant=tenant)
