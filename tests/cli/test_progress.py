@@ -13,12 +13,12 @@ from vidgen_ray.cli.progress_display import (
     FIRST_SHOTS,
     LOADING,
     PLANNING,
-    LineView,
+    LineDisplay,
     ProgressFile,
     ProgressTracker,
-    TerminalView,
+    RunView,
+    TerminalDisplay,
     Throughput,
-    ViewGroup,
     eta_range,
     run_view,
 )
@@ -55,20 +55,29 @@ def row(shot_id, status="done", **fields):
 
 def line_view(clock):
     """Return a line view, and a function that returns the printed lines."""
-    console = Console(file=io.StringIO(), width=200)
-    return LineView(console, clock), lambda: console.file.getvalue().splitlines()
+    console, tracker = Console(file=io.StringIO(), width=200), ProgressTracker(clock)
+    view = RunView(tracker, LineDisplay(console, tracker, clock), ProgressFile(None))
+    return view, lambda: console.file.getvalue().splitlines()
 
 
 def terminal_view(clock):
-    """Return a terminal view, and a function that returns its current frame."""
-    view = TerminalView(Console(file=io.StringIO(), force_terminal=True, color_system=None, width=120), clock)
+    """Return a terminal view, a function that returns its current frame, and one that returns all that was printed."""
+    tracker = ProgressTracker(clock)
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=120)
+    display = TerminalDisplay(console, tracker, clock)
 
     def frame():
         console = Console(file=io.StringIO(), width=120)
-        console.print(Group(*view.get_renderables()))
+        console.print(Group(*display.get_renderables()))
         return console.file.getvalue()
 
-    return view, frame
+    return RunView(tracker, display, ProgressFile(None)), frame, console.file.getvalue
+
+
+def file_view(path, clock=time.monotonic):
+    """Return a view that writes a progress file, and the file."""
+    tracker, file = ProgressTracker(clock), ProgressFile(path, clock)
+    return RunView(tracker, LineDisplay(Console(file=io.StringIO()), tracker, clock), file), file
 
 
 # Estimate
@@ -225,7 +234,7 @@ def test_number_of_printed_failures_is_limited(clock):
 
 
 def test_terminal_view_shows_the_phases_of_a_run(clock):
-    view, frame = terminal_view(clock)
+    view, frame, _ = terminal_view(clock)
     assert PLANNING in frame()
     view.on_lines(40, 4, 0, complete=True)
     assert LOADING in frame()
@@ -245,7 +254,7 @@ def test_terminal_view_shows_the_phases_of_a_run(clock):
 
 
 def test_terminal_view_updates_the_estimate_with_each_status(clock):
-    view, frame = terminal_view(clock)
+    view, frame, _ = terminal_view(clock)
     view.on_lines(2, 0, 0, complete=True)
     view.on_status(BUSY)
     clock.now = 10
@@ -257,14 +266,14 @@ def test_terminal_view_updates_the_estimate_with_each_status(clock):
 
 
 def test_last_frame_has_counts_but_no_estimate(clock):
-    view, frame = terminal_view(clock)
+    view, frame, printed = terminal_view(clock)
     with view:
         view.on_lines(2, 0, 0, complete=True)
         view.on_status(BUSY)
         clock.now = 10
         view.on_finished(row("a"))
         view.on_finished(row("b", "failed"))
-    assert "failed s.jsonl line 1 b in svd: it broke" in view.console.file.getvalue()
+    assert "failed s.jsonl line 1 b in svd: it broke" in printed()
     assert "2/2" in frame()
     assert "1 done   1 failed" in frame()
     assert "left" not in frame()
@@ -272,7 +281,7 @@ def test_last_frame_has_counts_but_no_estimate(clock):
 
 
 def test_last_frame_of_an_interrupted_run_has_no_estimate(clock):
-    view, frame = terminal_view(clock)
+    view, frame, _ = terminal_view(clock)
     with view:
         view.on_lines(3, 0, 0, complete=True)
         view.on_status(BUSY)
@@ -292,15 +301,16 @@ def read(path):
 
 def test_progress_file_has_one_json_object_per_event(tmp_path, clock):
     path = tmp_path / "out" / "progress.jsonl"
-    with ProgressFile(path, clock) as file:
-        file.on_lines(2, 0, 0, complete=False)
-        file.on_lines(4, 1, 0, complete=True)
-        file.on_message("a worker is quarantined")
+    view, _ = file_view(path, clock)
+    with view:
+        view.on_lines(2, 0, 0, complete=False)
+        view.on_lines(4, 1, 0, complete=True)
+        view.on_message("a worker is quarantined")
         for second in range(12):
             clock.now = second
-            file.on_status(BUSY)
-        file.on_finished(row("ball", seconds=3.5))
-        file.on_finished(row("cube", "failed"))
+            view.on_status(BUSY)
+        view.on_finished(row("ball", seconds=3.5))
+        view.on_finished(row("cube", "failed"))
         assert len(read(path)) == 7, "complete lines must be written immediately"
     events = read(path)
     assert [event["event"] for event in events] == [
@@ -317,45 +327,40 @@ def test_progress_file_has_one_json_object_per_event(tmp_path, clock):
 
 
 def test_progress_file_of_an_interrupted_run_names_the_error(tmp_path):
-    path = tmp_path / "progress.jsonl"
-    file = ProgressFile(path)
-    file.on_lines(1, 0, 0, complete=True)
-    file.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert read(path)[-1].items() >= {"event": "finished", "complete": False, "error": "KeyboardInterrupt"}.items()
+    view, _ = file_view(tmp_path / "progress.jsonl")
+    view.on_lines(1, 0, 0, complete=True)
+    view.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    last = read(tmp_path / "progress.jsonl")[-1]
+    assert last.items() >= {"event": "finished", "complete": False, "error": "KeyboardInterrupt"}.items()
 
 
-def test_progress_file_of_the_previous_run_is_kept(tmp_path):
+def test_progress_file_of_the_previous_run_is_kept_unless_the_next_one_reads_no_line(tmp_path):
     path = tmp_path / "progress.jsonl"
     for total in (1, 2, 3):
-        with ProgressFile(path) as file:
-            file.on_lines(total, 0, 0, complete=True)
+        with file_view(path)[0] as view:
+            view.on_lines(total, 0, 0, complete=True)
+    with file_view(path)[0]:
+        pass
     assert read(path)[0]["total"] == 3
     assert read(tmp_path / "progress.1.jsonl")[0]["total"] == 2
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_progress_file_is_unchanged_if_the_run_was_not_planned(tmp_path):
-    path = tmp_path / "progress.jsonl"
-    path.write_text("{}\n")
-    with ProgressFile(path):
-        pass
-    assert path.read_text() == "{}\n"
-
-
 def test_progress_file_write_errors_do_not_stop_the_run(tmp_path):
-    with ProgressFile(tmp_path / "progress.jsonl") as file:
-        file.on_lines(1, 0, 0, complete=True)
+    view, file = file_view(tmp_path / "progress.jsonl")
+    with view:
+        view.on_lines(1, 0, 0, complete=True)
         file._file.close()
         file._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
-        file.on_finished(row("a"))
-        file.on_finished(row("b"))
+        view.on_finished(row("a"))
+        view.on_finished(row("b"))
     (tmp_path / "taken").write_text("")
-    with ProgressFile(tmp_path / "taken" / "progress.jsonl") as file:
-        file.on_lines(1, 0, 0, complete=True)
-        file.on_finished(row("a"))
+    with file_view(tmp_path / "taken" / "progress.jsonl")[0] as view:
+        view.on_lines(1, 0, 0, complete=True)
+        view.on_finished(row("a"))
 
 
-# Several views
+# Display and file
 
 
 def test_run_view_prints_to_stderr_and_writes_the_progress_file(tmp_path, capsys):
@@ -369,52 +374,24 @@ def test_run_view_prints_to_stderr_and_writes_the_progress_file(tmp_path, capsys
     assert [event["event"] for event in read(tmp_path / "progress.jsonl")] == ["planned", "status", "ended", "finished"]
 
 
-def test_view_group_forwards_one_event_at_a_time():
-    class SlowView:
+def test_events_are_handled_one_at_a_time(clock):
+    class SlowDisplay:
         """Records how many events are handled at the same time."""
 
-        def __init__(self):
-            self.events = self.active = self.max_active = 0
+        events = active = max_active = 0
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def _event(self):
+        def show_finished(self, row, failure):
             self.active += 1
             self.max_active = max(self.max_active, self.active)
             time.sleep(0.001)
             self.active -= 1
             self.events += 1
 
-        def on_finished(self, row):
-            self._event()
+        def show_status(self):
+            self.show_finished(None, None)
 
-        def on_status(self, snapshot):
-            self._event()
-
-    slow = SlowView()
-    with ViewGroup(slow) as views, ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda n: views.on_finished(row("a")) if n % 2 else views.on_status(BUSY), range(50)))
+    slow = SlowDisplay()
+    view = RunView(ProgressTracker(clock), slow, ProgressFile(None))
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda n: view.on_finished(row("a")) if n % 2 else view.on_status(BUSY), range(50)))
     assert (slow.events, slow.max_active) == (50, 1)
-
-
-def test_view_group_closes_open_views_if_one_fails_to_open():
-    class View:
-        def __init__(self, opens=True):
-            self.opens, self.closed = opens, False
-
-        def __enter__(self):
-            if not self.opens:
-                raise OSError
-            return self
-
-        def __exit__(self, *_):
-            self.closed = True
-
-    first = View()
-    with pytest.raises(OSError), ViewGroup(first, View(opens=False)):  # noqa: PT011
-        pass
-    assert first.closed

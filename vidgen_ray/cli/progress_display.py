@@ -9,7 +9,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime, timedelta
 from math import sqrt
 from pathlib import Path
@@ -21,7 +21,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from vidgen_ray.batch.results import ProgressListener
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import MAX_MESSAGE_LENGTH, MAX_MESSAGES
 from vidgen_ray.outputs.manifest import REJECTED, ManifestRow
@@ -32,6 +31,20 @@ RECENT_MIN_S = 60.0
 RECENT_MAX_S = 600.0
 MAX_FINISH_TIMES = 10_000
 """Number of finish times kept, at least. The recent interval is shortened to those that are kept."""
+
+
+STATUS_INTERVAL_S = 5.0
+"""Seconds between two `status` events."""
+PLANNING = "planning"
+LOADING = "starting workers, loading weights"
+FIRST_SHOTS = "rendering the first shots"
+RENDERING = "shots"
+SMALL_RUN = 50
+"""Maximum number of lines in a script for which `LineDisplay` prints a line for every shot."""
+SUMMARY_INTERVAL_S = 10.0
+"""Seconds between two summaries of `LineDisplay`."""
+SMALL_RUN_SUMMARY_INTERVAL_S = 60.0
+"""Seconds without other output before `LineDisplay` prints a summary of a small run."""
 
 
 class Throughput(NamedTuple):
@@ -56,7 +69,7 @@ def eta_range(remaining: int, whole: Throughput, recent: Throughput) -> tuple[fl
 
 
 class ProgressTracker:
-    """Progress listener that counts lines and estimates the remaining time.
+    """Counts lines and estimates the remaining time.
 
     Events must come one at a time. Properties and estimates can be read from any thread.
     """
@@ -99,9 +112,6 @@ class ProgressTracker:
         if self._started is None:
             self._started = self._clock()
 
-    def on_message(self, message: str) -> None:
-        """Do nothing. Messages are not counted."""
-
     def on_finished(self, row: ManifestRow) -> None:
         """Count a shot that is done or failed."""
         if row.status == "failed":
@@ -142,12 +152,92 @@ class ProgressTracker:
         return Throughput(len(times) - bisect_right(times, now - seconds), seconds)
 
 
-STATUS_INTERVAL_S = 5.0
-"""Seconds between two `status` events."""
+class Display(Protocol):
+    """What shows the progress of a run to people. Open for the duration of the run."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+    def note(self, text: str, style: str = "") -> None:
+        """Print a message or a failure."""
+
+    def show_lines(self, rejected: int, *, is_first: bool) -> None:
+        """Show the lines read so far, of which `rejected` are wrong."""
+
+    def show_finished(self, row: ManifestRow, failure: str | None) -> None:
+        """Show that a shot is done or has failed. `failure`: line to print, if any."""
+
+    def show_status(self) -> None:
+        """Called about every second."""
 
 
-class ProgressFile(AbstractContextManager["ProgressFile"]):
-    """Progress listener that writes events to `path` from the first lines on.
+class RunView(AbstractContextManager["RunView"]):
+    """Progress listener of a run: counts its lines, shows them, and writes `progress.jsonl`. One event at a time."""
+
+    def __init__(self, tracker: ProgressTracker, display: Display, file: ProgressFile) -> None:
+        self._tracker = tracker
+        self._display = display
+        self._file = file
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        self._display.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        tracker = self._tracker
+        counts = {"done": tracker.done, "failed": tracker.failed, "skipped": tracker.skipped}
+        self._file.write("finished", **counts, complete=not tracker.remaining, error=kind.__name__ if kind else None)
+        self._file.close()
+        self._display.__exit__(kind, error, trace)
+
+    def on_rejected(self, row: ManifestRow) -> None:
+        with self._lock:
+            self._tracker.on_rejected(row)
+            if failure := _failure_line(row, self._tracker.failed):
+                self._display.note(failure, "red")
+
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
+        with self._lock:
+            is_first = not self._tracker.total
+            self._tracker.on_lines(total, skipped, rejected, complete)
+            self._file.open()
+            if complete:
+                self._file.write("planned", total=total, skipped=skipped, rejected=rejected)
+            self._display.show_lines(rejected, is_first=is_first)
+
+    def on_message(self, message: str) -> None:
+        with self._lock:
+            self._file.write("message", message=message)
+            self._display.note(message, "yellow")
+
+    def on_finished(self, row: ManifestRow) -> None:
+        with self._lock:
+            self._tracker.on_finished(row)
+            if row.status == "failed":
+                self._file.write("ended", id=row.id, status=row.status, stage=row.failure_stage, error=row.failure_error)
+            else:
+                self._file.write("ended", id=row.id, status=row.status, seconds=row.seconds)
+            self._display.show_finished(row, _failure_line(row, self._tracker.failed))
+
+    def on_status(self, snapshot: Snapshot) -> None:
+        with self._lock:
+            self._tracker.on_status(snapshot)
+            self._file.write_status(self._tracker, snapshot)
+            self._display.show_status()
+
+
+def run_view(progress_file: Path | None = None) -> RunView:
+    """Return the view for standard error. With `progress_file`, events are also written to that file."""
+    console, tracker = Console(stderr=True), ProgressTracker()
+    is_live = console.is_terminal and not console.is_dumb_terminal
+    display: Display = TerminalDisplay(console, tracker) if is_live else LineDisplay(console, tracker)
+    return RunView(tracker, display, ProgressFile(progress_file))
+
+
+class ProgressFile:
+    """`progress.jsonl`: progress events of a run for programs, one JSON object per line.
 
     The file of the previous run is kept as `progress.1.jsonl`. Events: `planned` (the script was read to its end), `message`,
     `ended` (shots that are done or failed; shots that were already done are only counted in `planned`), `status`, and
@@ -155,63 +245,26 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
     written, it ends and the run continues.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
+        """`path`: `None` writes nothing."""
         self._path = path
         self._clock = clock
         self._started = clock()
         self._last_status = -STATUS_INTERVAL_S
-        self._tracker = ProgressTracker(clock)
         self._file: TextIO | None = None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        tracker = self._tracker
-        counts = {"done": tracker.done, "failed": tracker.failed, "skipped": tracker.skipped}
-        self._write("finished", **counts, complete=not tracker.remaining, error=kind.__name__ if kind else None)
-        self._close()
-
-    def on_rejected(self, row: ManifestRow) -> None:
-        """Do nothing. `planned` contains the number of rejected lines, and `failures.jsonl` the lines."""
-
-    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
-        self._tracker.on_lines(total, skipped, rejected, complete)
-        if self._file is None:
-            with suppress(OSError):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                if self._path.exists():
-                    self._path.replace(self._path.with_suffix(f".1{self._path.suffix}"))
-                # Line-buffered: readers that follow the file see complete lines immediately.
-                self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        if complete:
-            self._write("planned", total=total, skipped=skipped, rejected=rejected)
-
-    def on_message(self, message: str) -> None:
-        self._write("message", message=message)
-
-    def on_finished(self, row: ManifestRow) -> None:
-        self._tracker.on_finished(row)
-        if row.status == "done":
-            self._write("ended", id=row.id, status=row.status, seconds=row.seconds)
-        elif row.status == "failed":
-            self._write("ended", id=row.id, status=row.status, stage=row.failure_stage, error=row.failure_error)
-
-    def on_status(self, snapshot: Snapshot) -> None:
-        self._tracker.on_status(snapshot)
-        now = self._clock()
-        if now - self._last_status < STATUS_INTERVAL_S:
+    def open(self) -> None:
+        """Open the file, unless it is open. Nothing is written before."""
+        if self._file is not None or self._path is None:
             return
-        self._last_status = now
-        stages = {name: stage._asdict() for name, stage in snapshot.stages.items()}
-        eta = self._tracker.eta()
-        self._write(
-            "status",
-            remaining=self._tracker.remaining,
-            in_progress=snapshot.in_progress,
-            gpus_busy=snapshot.gpus_busy,
-            eta_s=[round(seconds, 1) for seconds in eta] if eta else None,
-            stages=stages,
-        )
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                self._path.replace(self._path.with_suffix(f".1{self._path.suffix}"))
+            # Line-buffered: readers that follow the file see complete lines immediately.
+            self._file = self._path.open("a", encoding="utf-8", buffering=1)
 
-    def _write(self, event: str, **fields: Any) -> None:
+    def write(self, event: str, **fields: Any) -> None:
         if self._file is None:
             return
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -219,88 +272,37 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
         try:
             self._file.write(json.dumps(line) + "\n")
         except OSError:
-            self._close()
+            self.close()
+            self._path = None
 
-    def _close(self) -> None:
+    def write_status(self, tracker: ProgressTracker, snapshot: Snapshot) -> None:
+        """Write a status event, at most one in `STATUS_INTERVAL_S`."""
+        now = self._clock()
+        if now - self._last_status < STATUS_INTERVAL_S:
+            return
+        self._last_status = now
+        eta = tracker.eta()
+        self.write(
+            "status",
+            remaining=tracker.remaining,
+            in_progress=snapshot.in_progress,
+            gpus_busy=snapshot.gpus_busy,
+            eta_s=[round(seconds, 1) for seconds in eta] if eta else None,
+            stages={name: stage._asdict() for name, stage in snapshot.stages.items()},
+        )
+
+    def close(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             with suppress(OSError):
                 file.close()
 
 
-PLANNING = "planning"
-LOADING = "starting workers, loading weights"
-FIRST_SHOTS = "rendering the first shots"
-RENDERING = "shots"
-SMALL_RUN = 50
-"""Maximum number of lines in a script for which `LineView` prints a line for every shot."""
-SUMMARY_INTERVAL_S = 10.0
-"""Seconds between two summaries of `LineView`."""
-SMALL_RUN_SUMMARY_INTERVAL_S = 60.0
-"""Seconds without other output before `LineView` prints a summary of a small run."""
-
-
-class RunView(ProgressListener, AbstractContextManager["RunView"], Protocol):
-    """Progress listener that is open for the duration of a run."""
-
-
-def run_view(progress_file: Path | None = None) -> RunView:
-    """Return the view for standard error. With `progress_file`, events are also written to that file."""
-    console = Console(stderr=True)
-    is_live = console.is_terminal and not console.is_dumb_terminal
-    view: RunView = TerminalView(console) if is_live else LineView(console)
-    return ViewGroup(view, ProgressFile(progress_file)) if progress_file else ViewGroup(view)
-
-
-class ViewGroup:
-    """Forwards each event to several views, one event at a time. Thread-safe."""
-
-    def __init__(self, *views: RunView) -> None:
-        self._views = views
-        self._lock = threading.Lock()
-        self._open_views = ExitStack()
-
-    def __enter__(self) -> Self:
-        with ExitStack() as opening:
-            for view in self._views:
-                opening.enter_context(view)
-            self._open_views = opening.pop_all()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._open_views.__exit__(kind, error, trace)
-
-    def on_rejected(self, row: ManifestRow) -> None:
-        with self._lock:
-            for view in self._views:
-                view.on_rejected(row)
-
-    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
-        with self._lock:
-            for view in self._views:
-                view.on_lines(total, skipped, rejected, complete)
-
-    def on_message(self, message: str) -> None:
-        with self._lock:
-            for view in self._views:
-                view.on_message(message)
-
-    def on_finished(self, row: ManifestRow) -> None:
-        with self._lock:
-            for view in self._views:
-                view.on_finished(row)
-
-    def on_status(self, snapshot: Snapshot) -> None:
-        with self._lock:
-            for view in self._views:
-                view.on_status(snapshot)
-
-
-class TerminalView(Progress):
+class TerminalDisplay(Progress):
     """Progress bar, counts and a table of the stages. Failures are printed above."""
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self._tracker = ProgressTracker(clock)  # Progress.__init__ calls get_renderables.
+    def __init__(self, console: Console, tracker: ProgressTracker, clock: Callable[[], float] = time.monotonic) -> None:
+        self._tracker = tracker  # Progress.__init__ calls get_renderables.
         super().__init__(
             SpinnerColumn(),
             "{task.description}",
@@ -320,35 +322,18 @@ class TerminalView(Progress):
         self.update(self._run_task, description=RENDERING, speed="")
         super().stop()
 
-    def on_rejected(self, row: ManifestRow) -> None:
-        self._tracker.on_rejected(row)
-        self._print_failure(row)
+    def note(self, text: str, style: str = "") -> None:
+        self.console.print(Text(text, style=style))
 
-    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
-        self._tracker.on_lines(total, skipped, rejected, complete)
-        self._update_task()
+    def show_lines(self, rejected: int, *, is_first: bool) -> None:
+        self.show_status()
 
-    def on_message(self, message: str) -> None:
-        self.console.print(Text(message, style="yellow"))
+    def show_finished(self, row: ManifestRow, failure: str | None) -> None:
+        if failure:
+            self.note(failure, "red")
+        self.show_status()
 
-    def on_finished(self, row: ManifestRow) -> None:
-        self._tracker.on_finished(row)
-        self._print_failure(row)
-        self._update_task()
-
-    def on_status(self, snapshot: Snapshot) -> None:
-        self._tracker.on_status(snapshot)
-        self._update_task()
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        """Yield the progress bar, the counts and the table of the stages."""
-        snapshot = self._tracker.snapshot
-        yield from super().get_renderables()
-        yield _counts_line(self._tracker, snapshot)
-        if snapshot and snapshot.stages:
-            yield _stage_table(snapshot)
-
-    def _update_task(self) -> None:
+    def show_status(self) -> None:
         tracker = self._tracker
         self.update(
             self._run_task,
@@ -358,19 +343,23 @@ class TerminalView(Progress):
             speed=", ".join(_speed(tracker)),
         )
 
-    def _print_failure(self, row: ManifestRow) -> None:
-        if failure := _failure_line(row, self._tracker.failed):
-            self.console.print(Text(failure, style="red"))
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the progress bar, the counts and the table of the stages."""
+        snapshot = self._tracker.snapshot
+        yield from super().get_renderables()
+        yield _counts_line(self._tracker, snapshot)
+        if snapshot and snapshot.stages:
+            yield _stage_table(snapshot)
 
 
-class LineView:
+class LineDisplay:
     """Prints a line for each shot of a small run. For a large run, prints failures and a summary every ten seconds."""
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, console: Console, tracker: ProgressTracker, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
+        self._tracker = tracker
         self._clock = clock
         self._started = self._last_summary = clock()
-        self._tracker = ProgressTracker(clock)
 
     def __enter__(self) -> Self:
         return self
@@ -379,47 +368,38 @@ class LineView:
         if not self._is_small:
             self._print_summary(self._counts())
 
-    def on_rejected(self, row: ManifestRow) -> None:
-        self._tracker.on_rejected(row)
-        if failure := _failure_line(row, self._tracker.failed):
-            self._print(failure)
+    def note(self, text: str, style: str = "") -> None:
+        elapsed_s = self._clock() - self._started
+        self._console.print(f"{elapsed_s:7.1f}s  {text}", markup=False, highlight=False, soft_wrap=True)
 
-    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
-        is_first = not self._tracker.total
-        self._tracker.on_lines(total, skipped, rejected, complete)
-        if is_first or complete:
-            so_far = "" if complete else " so far"
-            self._print_summary(f"{total:,} shots{so_far}, {skipped:,} already done, {rejected:,} lines rejected")
-        if is_first and self._tracker.remaining:
-            self._print(LOADING)
+    def show_lines(self, rejected: int, *, is_first: bool) -> None:
+        tracker = self._tracker
+        if is_first or tracker.complete:
+            so_far = "" if tracker.complete else " so far"
+            self._print_summary(
+                f"{tracker.total:,} shots{so_far}, {tracker.skipped:,} already done, {rejected:,} lines rejected"
+            )
+        if is_first and tracker.remaining:
+            self.note(LOADING)
 
-    def on_message(self, message: str) -> None:
-        self._print(message)
-
-    def on_finished(self, row: ManifestRow) -> None:
-        self._tracker.on_finished(row)
-        failure = _failure_line(row, self._tracker.failed)
+    def show_finished(self, row: ManifestRow, failure: str | None) -> None:
         if self._is_small:
             self._print_summary(f"{self._tracker.ended}/{self._tracker.total} {failure or f'{row.status} {row.id}'}")
-        else:
-            if failure:
-                self._print(failure)
-            self._summarise_if_due()
+            return
+        if failure:
+            self.note(failure)
+        self.show_status()
 
-    def on_status(self, snapshot: Snapshot) -> None:
-        self._tracker.on_status(snapshot)
-        self._summarise_if_due()
-
-    @property
-    def _is_small(self) -> bool:
-        return self._tracker.complete and self._tracker.total <= SMALL_RUN
-
-    def _summarise_if_due(self) -> None:
+    def show_status(self) -> None:
         interval_s = SMALL_RUN_SUMMARY_INTERVAL_S if self._is_small else SUMMARY_INTERVAL_S
         if self._clock() - self._last_summary < interval_s:
             return
         tracker = self._tracker
         self._print_summary(_phase(tracker) or ", ".join([self._counts(), *_speed(tracker), *_busiest(tracker.snapshot)]))
+
+    @property
+    def _is_small(self) -> bool:
+        return self._tracker.complete and self._tracker.total <= SMALL_RUN
 
     def _counts(self) -> str:
         t = self._tracker
@@ -427,11 +407,7 @@ class LineView:
 
     def _print_summary(self, text: str) -> None:
         self._last_summary = self._clock()
-        self._print(text)
-
-    def _print(self, text: str) -> None:
-        elapsed_s = self._clock() - self._started
-        self._console.print(f"{elapsed_s:7.1f}s  {text}", markup=False, highlight=False, soft_wrap=True)
+        self.note(text)
 
 
 def _phase(tracker: ProgressTracker) -> str | None:
