@@ -45,6 +45,7 @@ def check(tmp_path):
         ({"lora_strength": 0.2}, ["lora_strength: has no effect; set lora"]),
         ({"steps": {"hunyuan": 3}}, ["steps.hunyuan: has no effect"]),
         ({"motion_bucket_id": 127, "generate_video": False}, []),
+        ({"image": "face.png", "motion_bucket_id": 9}, []),
     ],
 )
 def test_settings_without_effect_are_noted(check, line, notes):

@@ -429,7 +429,11 @@ def ignored_settings(own: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, 
     passed = stages_of(shot)
     read = frozenset[str]().union(*(stage.reads for stage in passed))
     for name in _set_fields(own):
-        if name in READERS and name not in read and not any(_reads(stage, name, shot) for stage in passed):
+        if (
+            name in READERS.keys() - WITHOUT_NOTE
+            and name not in read
+            and not any(_reads(stage, name, shot) for stage in passed)
+        ):
             if shot.continue_from is not None and name in OF_THE_IMAGE:
                 yield name, "the shot starts from the last frame of another one, which is not changed"
                 continue
