@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vidgen_ray.cli.folder import gc
+from vidgen_ray.cli.folder_commands import gc
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs import manifest_writer
 from vidgen_ray.outputs.cleanup import collect_garbage

@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from vidgen_ray.batch.run_options import RenderOptions
-from vidgen_ray.cli import folder
+from vidgen_ray.cli import folder_commands
 from vidgen_ray.cli.doctor import doctor
 from vidgen_ray.cli.inspect import identity, show
 from vidgen_ray.cli.models import models
@@ -91,7 +91,7 @@ app = typer.Typer(
 )
 app.add_typer(identity, name="identity")
 app.add_typer(models, name="models")
-for _command_function in (render, plan, validate, retry, shot, stage, doctor, show, *folder.COMMANDS):
+for _command_function in (render, plan, validate, retry, shot, stage, doctor, show, *folder_commands.COMMANDS):
     app.command()(with_options(_command_function))
 
 

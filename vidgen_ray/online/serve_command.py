@@ -14,7 +14,7 @@ import typer
 import yaml
 from pydantic import ValidationError
 
-from vidgen_ray.cli.folder import check_port
+from vidgen_ray.cli.folder_commands import check_port
 from vidgen_ray.cli.options import AddressOption, C2paKeyOption, JsonOption, MarkOptions, ModelOptions, with_options
 from vidgen_ray.cli.run_script import interruptible, stoppable
 from vidgen_ray.errors import UsageError
