@@ -28,7 +28,6 @@ from urllib.request import Request, urlopen
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import pyarrow
 from more_itertools import batched
 from rich.console import Console
 from rich.table import Table
@@ -140,18 +139,19 @@ def write_finished_folder(folder: Path, script: Path, out: str) -> Measured:
         numbers = [range(first, min(first + LINKS, lines)) for first in range(0, lines, LINKS)]
         for rows in pool.map(partial(_write_shots, folder, profile, checker, outputs), numbers):
             started = time.perf_counter()
-            writer.add_columns(rows)
+            for row in rows:
+                writer.add(row)
             add_s += time.perf_counter() - started
     started = time.perf_counter()
     writer.close()
     return [("write the rows of a first run", add_s), ("close its manifest", time.perf_counter() - started)]
 
 
-def _write_shots(folder: Path, profile: Any, checker: Any, outputs: Any, numbers: range) -> pyarrow.RecordBatch:
+def _write_shots(folder: Path, profile: Any, checker: Any, outputs: Any, numbers: range) -> list[Any]:
     """Write the shots of these lines, counted from 0, and return their manifest rows."""
     from vidgen_ray.content_keys import ShotPlanner, params_of
     from vidgen_ray.licences import ShotLicences
-    from vidgen_ray.outputs.manifest import ManifestRow, rows_as_columns
+    from vidgen_ray.outputs.manifest import ManifestRow
     from vidgen_ray.outputs.records import RECORD, FileRecord, ShotRecord, StepRecord, shot_path
     from vidgen_ray.script.lines import Line
 
@@ -189,7 +189,7 @@ def _write_shots(folder: Path, profile: Any, checker: Any, outputs: Any, numbers
                 file.flush()
                 record = record.model_copy(update={"committed_at": os.stat(file.fileno()).st_mtime})
         rows.append(ManifestRow.of_shot(OLD_RUN, checker.source, shot, number + 1, record, "done"))
-    return rows_as_columns(rows)
+    return rows
 
 
 def load_finished_shots(folder: Path, script: Path, out: str) -> Measured:
@@ -203,10 +203,11 @@ def load_finished_shots(folder: Path, script: Path, out: str) -> Measured:
 
 def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
     """Plan the lines as the tasks of `render` do, then compare their ids and record them as its driver does."""
-    from vidgen_ray.batch.lines import BLOCK_LINES, LinePlanner, unique_shots_of_block
+    from vidgen_ray.batch.lines import BLOCK_LINES, LinePlanner, unique_shots
     from vidgen_ray.outputs.folder import OutputFolder
-    from vidgen_ray.outputs.manifest import new_writer, rows_of_run
+    from vidgen_ray.outputs.manifest import ManifestRow, new_writer
     from vidgen_ray.outputs.manifest_writer import ManifestWriter
+    from vidgen_ray.outputs.records import DoneShot
     from vidgen_ray.script.lines import ScriptIndex, ScriptSettings
     from vidgen_ray.script.read import open_lines
 
@@ -220,12 +221,13 @@ def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
     for batch in batched(lines, BLOCK_LINES):
         text = pickle.dumps(batch)
         started = time.perf_counter()
-        block = pickle.dumps(planner.plan_block(pickle.loads(text), text))
+        block = pickle.dumps(planner.plan(pickle.loads(text)))
         plan_s += time.perf_counter() - started
         started = time.perf_counter()
-        others, rows = unique_shots_of_block(pickle.loads(block), index, checker.check)
-        _require(not others and rows is not None, f"{others[:1]} were not found")
-        writer.add_columns(rows_of_run(rows, run))
+        for planned in unique_shots(pickle.loads(block), index):
+            done, shot = planned.result, planned.line.shot
+            _require(isinstance(done, DoneShot), f"{shot.id} was not found")
+            writer.add(ManifestRow.of_shot(run, script.name, shot, planned.line.number, done, "skipped"))
         accept_s += time.perf_counter() - started
     started = time.perf_counter()
     writer.close()

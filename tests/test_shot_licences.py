@@ -66,7 +66,7 @@ def test_licences_are_recorded_with_the_clip(tiny, tmp_path):
         record = pipeline.generate_video("a man", id="one", seed=1, **fields).record
     assert [each.weights for each in record.licences] == ["builtin:tiny/flux", "builtin:tiny/wan"]
     assert {each.licence for each in record.licences} == {"Apache-2.0"}
-    written = json.loads((tmp_path / "out" / record.summary.folder / "shot.json").read_text())
+    written = json.loads((tmp_path / "out" / record.done.folder / "shot.json").read_text())
     assert written["licences"][1]["commercial_use"] == "yes"
 
 

@@ -160,7 +160,7 @@ def test_chain_longer_than_the_queue(tiny, tmp_path, monkeypatch):
     def remaining():
         planner = LinePlanner(checker, tiny, outputs)
         planner.load_finished()
-        yield from (planner.plan_block([line]) for line in numbered[1:])
+        yield from (planner.plan([line]) for line in numbered[1:])
 
     planner = LinePlanner(checker, tiny, outputs)
     report = render.render_lines(

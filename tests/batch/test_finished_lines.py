@@ -1,4 +1,4 @@
-"""Blocks of planned lines: finished shots as manifest rows, and ids that several lines have."""
+"""Blocks of planned lines: finished shots, and ids that several lines have."""
 
 import pickle
 import random
@@ -6,10 +6,9 @@ from collections import Counter
 
 import pytest
 
-from vidgen_ray.batch.lines import LinePlanner, unique_shots, unique_shots_of_block
+from vidgen_ray.batch.lines import LinePlanner, unique_shots
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.manifest import ManifestRow, columns_as_rows
-from vidgen_ray.outputs.records import DoneShot, ShotSummary
+from vidgen_ray.outputs.records import DoneShot
 from vidgen_ray.script.check import LineChecker
 from vidgen_ray.script.lines import Line, ScriptIndex
 
@@ -28,7 +27,7 @@ class FinishedIf:
 
 def _done(plan):
     times = {"committed_at": None, "seconds": 1.0, "gpu_seconds": 1.0, "lora_loads": 0}
-    return DoneShot(ShotSummary(plan.key, f"shots/{plan.shot.id}", seed=1, likeness=None, sha256={}, bytes={}, **times))
+    return DoneShot(plan.key, f"shots/{plan.shot.id}", seed=1, likeness=None, sha256={}, bytes={}, **times)
 
 
 @pytest.fixture
@@ -43,16 +42,13 @@ def numbered(fields):
     return [Line(number, line) for number, line in enumerate(fields, start=1)]
 
 
-def as_rows(planner, lines, *, size=BLOCK):
-    """Return the shots, in order, and the manifest rows of finished shots. Blocks are pickled as they are between processes."""
-    index, shots, rows = ScriptIndex(), [], []
+def in_blocks(planner, lines, *, size=BLOCK):
+    """Return the shots, in order. Blocks are pickled as they are between processes."""
+    index, shots = ScriptIndex(), []
     for first in range(0, len(lines), size):
-        pickled = pickle.dumps(lines[first : first + size])
-        block = pickle.loads(pickle.dumps(planner.plan_block(pickle.loads(pickled), pickled)))
-        others, finished = unique_shots_of_block(block, index, planner.checker.check)
-        shots += others
-        rows += columns_as_rows(finished) if finished is not None else []
-    return shots, rows
+        block = pickle.loads(pickle.dumps(planner.plan(lines[first : first + size])))
+        shots += unique_shots(block, index)
+    return shots
 
 
 def test_blocks_have_the_same_result_as_lines_one_by_one(planner):
@@ -73,48 +69,22 @@ def test_blocks_have_the_same_result_as_lines_one_by_one(planner):
             # The id that a rejected line without an id gets.
             line["id"] = f"s-line-{number + draw.randrange(1, 9)}"
         fields.append(line)
-    lines = numbered(fields)
-    expected = list(unique_shots(planner.plan(lines), ScriptIndex()))
-    shots, rows = as_rows(planner, lines)
+    expected = list(unique_shots(planner.plan(numbered(fields)), ScriptIndex()))
+    shots = in_blocks(planner, numbered(fields))
     assert Counter("has the same id" in str(shot.line.errors) for shot in expected)[True] > 20
-    # Rejected lines and pending shots.
-    assert [shot for shot in shots if shot.done is None] == [shot for shot in expected if shot.done is None]
-    rows += [_row(shot) for shot in shots if shot.done is not None]
-    of_lines = [_row(shot) for shot in expected if shot.done is not None]
-    assert len(of_lines) > 100
-    assert sorted(map(_columns, rows)) == sorted(map(_columns, of_lines))
-
-
-def _row(shot):
-    return ManifestRow.of_shot("", shot.line.script, shot.line.shot, shot.line.number, shot.done, "skipped")
-
-
-def _columns(row):
-    return repr({**vars(row), "ended_at": ""})
-
-
-def test_finished_lines_need_no_objects(planner):
-    """Lines of a block are compared one by one only if an id is taken."""
-    lines = numbered([{"id": f"a{number}", "prompt": f"finished {number}"} for number in range(BLOCK)])
-    block = planner.plan_block(lines)
-    assert block.others == ()
-    shots, rows = unique_shots_of_block(block, ScriptIndex(), lambda *_: pytest.fail("checked a line again"))
-    assert shots == []
-    assert rows.column("id").to_pylist() == [f"a{number}" for number in range(BLOCK)]
-    assert rows.column("line").to_pylist() == [line.number for line in lines]
+    assert Counter(isinstance(result, DoneShot) for shot in expected for result in shot.results)[True] > 100
+    assert shots == expected
 
 
 @pytest.mark.parametrize("size", [1, BLOCK])
 def test_first_line_owns_its_id_even_if_it_is_not_finished(planner, size):
     lines = numbered([{"id": "a", "prompt": "new"}, {"id": "a", "prompt": "finished"}])
-    shots, rows = as_rows(planner, lines, size=size)
-    assert rows == []
+    shots = in_blocks(planner, lines, size=size)
     assert [shot.line.shot.id for shot in shots[:1]] == ["a"]
     assert str(shots[1].line.errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has the same id")
 
 
 def test_rejected_line_does_not_take_the_generated_name_from_a_later_line_that_has_it(planner):
     lines = numbered([{"prompt": "x", "fps": 0, "id": "?"}, {"id": "s-line-1", "prompt": "finished"}])
-    shots, rows = as_rows(planner, lines)
-    assert rows == []
+    shots = in_blocks(planner, lines)
     assert [shot.line.id for shot in shots] == ["s-line-1", "s-line-2"]

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import random
 import subprocess
 import sys
 import time
@@ -17,11 +16,10 @@ import pytest
 
 from vidgen_ray.cli.folder_commands import gc
 from vidgen_ray.errors import SetupError
-from vidgen_ray.outputs import manifest_writer
+from vidgen_ray.outputs import manifest, manifest_writer
 from vidgen_ray.outputs.cleanup import collect_garbage
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.id_index import IdIndex, id_hashes
-from vidgen_ray.outputs.manifest import REJECTED, SCHEMA, ManifestRow, manifest_batches, read_manifest, rows_as_columns
+from vidgen_ray.outputs.manifest import REJECTED, SCHEMA, ManifestRow, manifest_batches, read_manifest
 from vidgen_ray.outputs.manifest_writer import FailedLine, ManifestWriter
 from vidgen_ray.outputs.object_storage import without_credentials
 from vidgen_ray.outputs.records import Failure, StepRecord, key_path, shot_path
@@ -53,8 +51,8 @@ class TestFinishedShots:
         record = commit(outputs, plan)
         done = outputs.find_finished(plan)
         assert done.record() == record
-        assert done.summary == record.summary
-        assert (done.summary.seconds, done.summary.gpu_seconds, done.summary.lora_loads) == (4, 2, 2)
+        assert done._replace(text=None) == record.done
+        assert (done.seconds, done.gpu_seconds, done.lora_loads) == (4, 2, 2)
 
     @pytest.mark.parametrize(
         "text", ["", "{", "[]", "null", "{}", '{"key": 1}', '{"key": "%s"}', '{"key": "%s", "files": [], "stages": []}',
@@ -313,14 +311,14 @@ class TestManifest:
             writer.close()
 
     def test_part_replaced_during_a_read_is_read_in_its_old_state(self, outputs, monkeypatch):
-        writer, add_new = write(outputs, "r1", row("r1", "a"), close=False), IdIndex.add_new
+        writer, read_rows = write(outputs, "r1", row("r1", "a"), close=False), manifest._rows
 
-        def add_new_and_grow(self, ids):
-            writer.add(row("r1", f"after {ids}"))
+        def read_after_a_flush(*args):
+            writer.add(row("r1", "after"))
             writer.flush()
-            return add_new(self, ids)
+            return read_rows(*args)
 
-        monkeypatch.setattr(IdIndex, "add_new", add_new_and_grow)
+        monkeypatch.setattr(manifest, "_rows", read_after_a_flush)
         assert [r.id for r in read_manifest(outputs.root)] == ["a"]
         monkeypatch.undo()
         writer.close()
@@ -332,19 +330,6 @@ class TestManifest:
         assert next(reading).column("id").to_pylist() == ["c"]
         writer.close()
         assert sorted(id_ for batch in reading for id_ in batch.column("id").to_pylist()) == ["a", "b"]
-
-    def test_rows_added_as_columns_are_written_and_merged_like_other_rows(self, outputs, monkeypatch):
-        monkeypatch.setattr(manifest_writer, "PART_COLUMN_ROWS", 3)
-        write(outputs, "r1", row("r1", "a"), row("r1", "b"))
-        writer = ManifestWriter(outputs, "r2", "s.jsonl")
-        writer.add(row("r2", "c"))
-        for ids in (["a", "d"], ["e", "f"], ["g"]):
-            writer.add_columns(rows_as_columns([row("r2", id_) for id_ in ids]))
-        # The first part is full. The last row is not written yet.
-        assert {r.id: r.run for r in read_manifest(outputs.root)} == {"b": "r1"} | dict.fromkeys("acdef", "r2")
-        writer.close()
-        assert {r.id: r.run for r in read_manifest(outputs.root)} == {"b": "r1"} | dict.fromkeys("acdefg", "r2")
-        assert len(list((outputs.root / "manifest").iterdir())) == 1
 
     def test_foreign_files_in_the_manifest_folder_are_kept(self, outputs):
         folder = outputs.root / "manifest"
@@ -449,28 +434,6 @@ print(peak_mb() - before)
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
         grown_mb = float(done.stdout)
         assert grown_mb < 120, f"{grown_mb:.0f} MB"
-
-
-class TestIdIndex:
-    def test_new_ids_are_reported(self):
-        ids = IdIndex()
-        assert ids.add_new(["a", "b", "a"]).tolist() == [True, True, False]
-        ids.add_new(["c", "ü", "\ud800"])
-        assert ids.add_new(["c", "d", "b"]).tolist() == [False, True, False]
-        assert len(ids) == 6
-        assert ids.intersection(["a", "x", "ü", "\ud800"]) == {"a", "ü", "\ud800"}
-        assert ids.intersection([]) == set()
-        assert ids.add_new([]).tolist() == []
-
-    def test_numbers_of_ids_added_in_batches_of_any_size(self):
-        draw, ids, expected = random.Random(1), IdIndex(), {}
-        while len(expected) < 5000:
-            new = {f"id {len(expected) + n}": draw.randrange(2**40) for n in range(draw.choice([1, 3, 700]))}
-            ids.insert(id_hashes(new), np.array([*new.values()], np.int64))
-            expected |= new
-        asked = [*expected, *(f"other {n}" for n in range(1000))]
-        draw.shuffle(asked)
-        assert ids.numbers(id_hashes(asked)).tolist() == [expected.get(id_, -1) for id_ in asked]
 
 
 class TestGarbage:

@@ -15,10 +15,10 @@ from functools import partial
 
 import ray
 
-from vidgen_ray.batch.lines import Continued, LinePlanner, PlannedBlock, unique_shots_of_block
+from vidgen_ray.batch.lines import LinePlanner, PlannedLine, unique_shots
 from vidgen_ray.batch.results import ProgressListener, RunMetrics, RunResults
 from vidgen_ray.batch.run_options import RenderOptions
-from vidgen_ray.batch.shot_queue import MAX_SHOTS, ContinuedShots, Decided, ShotQueue, ShotTask
+from vidgen_ray.batch.shot_queue import MAX_SHOTS, ContinuedShots, ShotQueue, ShotTask
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.cache_writer import bytes_per_worker, cache_settings
 from vidgen_ray.engine.calls import OUTPUT
@@ -33,7 +33,7 @@ from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ids_that_failed_before
-from vidgen_ray.outputs.records import Failure, ShotRecord
+from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
 from vidgen_ray.outputs.storage import is_disk_full
 from vidgen_ray.planner import (
     Cluster,
@@ -51,7 +51,7 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.script.lines import ScriptIndex
 from vidgen_ray.shot import Shot
 
-Remaining = Callable[[], Iterator[PlannedBlock]]
+Remaining = Callable[[], Iterator[Sequence[PlannedLine]]]
 """Starts to read the lines after the first ones. Needs a connection to Ray. Blocks while it waits for lines."""
 STATUS_INTERVAL_S = 1.0
 """Seconds between two status reports."""
@@ -90,7 +90,6 @@ class Director:
         self._results = results
         self._listener = listener
         self._stop = stop
-        self._check = planner.checker.check
         self._continued = ContinuedShots(outputs, planner.plan_shot, planner.find)
         self._index = ScriptIndex()
         self.queue = ShotQueue()
@@ -128,30 +127,25 @@ class Director:
 
     # Lines
 
-    def accept(self, block: PlannedBlock) -> None:
-        """Queue the pending shots of a block of lines, and record the other ones."""
-        shots, finished = unique_shots_of_block(block, self._index, self._check)
-        if finished is not None:
-            self._results.skipped_rows(finished)
-        if block.finished is not None:
-            self._report_notes(block.finished.notes)
-        for shot in shots:
-            line = shot.line
+    def accept(self, lines: Sequence[PlannedLine]) -> None:
+        """Queue the pending shots of lines, and record the other ones."""
+        for planned in unique_shots(lines, self._index):
+            line = planned.line
             self._report_notes(line.notes)
             if line.errors:
                 self._results.rejected(line)
                 self._settle(self._continued.failed(line.id, "its line was rejected"))
-            elif isinstance(shot.plan, Failure):
-                self._results.unplannable(line, shot.plan)
-                self._settle(self._continued.failed(line.shot.id or "", shot.plan.message))
-            elif shot.done is not None:
-                self._results.skipped(line, shot.done)
-            elif isinstance(shot.plan, Continued):
+            elif isinstance(planned.result, Failure):
+                self._results.unplannable(line, planned.result)
+                self._settle(self._continued.failed(line.shot.id or "", planned.result.message))
+            elif isinstance(planned.result, DoneShot):
+                self._results.skipped(line, planned.result)
+            elif planned.result is None:
                 self._results.pending()
                 self._settle(self._continued.accept(line))
-            elif shot.plan is not None:
+            else:
                 self._results.pending()
-                self._enqueue(ShotTask(shot.plan, line.script_line, line.script, line.replaces))
+                self._enqueue(ShotTask.of(line, planned.result))
         self._changed.set()
 
     def _enqueue(self, task: ShotTask) -> None:
@@ -160,15 +154,15 @@ class Director:
         if self._engine is not None:
             self._engine.announce(task.plan)
 
-    def _settle(self, decisions: Sequence[Decided]) -> None:
+    def _settle(self, decided: Sequence[PlannedLine]) -> None:
         """Queue the shots that no longer wait for another one, or record their results."""
-        for decided in decisions:
-            if decided.task is not None:
-                self._enqueue(decided.task)
-            elif decided.done is not None:
-                self._results.found(decided.line, decided.done)
-            elif decided.failure is not None:
-                self._results.failed(decided.line, decided.failure)
+        for line, (result,) in decided:
+            if isinstance(result, ShotPlan):
+                self._enqueue(ShotTask.of(line, result))
+            elif isinstance(result, DoneShot):
+                self._results.found(line, result)
+            elif isinstance(result, Failure):
+                self._results.failed(line, result)
         while self._continued.repeated:
             self._enqueue(self._continued.repeated.pop())
         self._changed.set()
@@ -471,8 +465,8 @@ class Director:
                 await self._next_change()
             room.release()
 
-        def accept(block: PlannedBlock) -> None:
-            self.accept(block)
+        def accept(lines: Sequence[PlannedLine]) -> None:
+            self.accept(lines)
             self._results.lines_read(complete=False)
             task = asyncio.ensure_future(release())
             releasing.add(task)

@@ -15,11 +15,9 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import pyarrow
 import ray
 from more_itertools import batched
-from numpy.typing import NDArray
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
@@ -28,13 +26,11 @@ from vidgen_ray.graph import stages_of
 from vidgen_ray.licences import ShotLicences
 from vidgen_ray.outputs.finished import FinishedShots, id_is_taken
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.id_index import id_hashes
-from vidgen_ray.outputs.manifest import ManifestRow, rows_as_columns
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.check import LineChecker
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
-from vidgen_ray.script.read import check_files, default_id, ids_of, no_lines, open_lines, unique_lines
+from vidgen_ray.script.read import check_files, no_lines, open_lines, unique_lines
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
 
@@ -42,43 +38,30 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 
-class Continued(NamedTuple):
-    """In place of a plan: the shot starts from the last frame of another one, and is planned when that one is finished."""
-
-    shot: Shot
+FIRST_LOOK_LINES = 500
+"""Lines that are planned before Ray starts. They determine the first layout. A short script needs no pipeline at all."""
+BLOCK_LINES = 1_000
+"""Lines per task."""
+BLOCK_BYTES = 1 << 20
+"""Size above which Ray Data starts a new block."""
+MAX_TASKS = 16
+"""Maximum number of parallel tasks. One task plans some thousand lines per second."""
+NODE_LABEL = "ray.io/node-id"
 
 
 class PlannedLine(NamedTuple):
     """A checked line and, for each of its shots, what is to be done."""
 
     line: Line
-    plans: tuple[ShotPlan | Continued | Failure | None, ...] = ()
-    """Plan of each shot. A failure if it names a file that does not exist or cannot be read. `None` if the shot is finished."""
-    done: tuple[DoneShot | None, ...] = ()
-    """Each shot that an earlier run has finished."""
+    results: tuple[ShotPlan | DoneShot | Failure | None, ...] = ()
+    """For each shot: its plan; the finished shot of an earlier run; the failure if it names a file that does not exist or
+    cannot be read; `None` if it starts from the last frame of another shot, and is planned when that one is finished."""
 
-
-class FinishedLines(NamedTuple):
-    """Lines whose shots are all finished, as columns."""
-
-    rows: pyarrow.RecordBatch
-    """Manifest rows of their shots. The run is still missing."""
-    hashes: NDArray[np.bytes_]
-    """Hash of the id of each row. See `id_hashes`."""
-    positions: tuple[int, ...]
-    """Position of each line in its block."""
-    notes: tuple[str, ...]
-    """Notes of all lines."""
-    lines: bytes
-    """The lines before their check, a pickled sequence of `Line`. Only needed if an id is taken."""
-
-
-class PlannedBlock(NamedTuple):
-    """Planned lines that follow each other in a script."""
-
-    others: tuple[PlannedLine, ...]
-    """All lines but the finished ones, in order."""
-    finished: FinishedLines | None
+    @property
+    def result(self) -> ShotPlan | DoneShot | Failure | None:
+        """What is to be done for the only shot. `unique_shots` yields a line for each shot."""
+        (result,) = self.results
+        return result
 
 
 class LinePlanner:
@@ -115,27 +98,20 @@ class LinePlanner:
         self.finished = FinishedShots.load(self.outputs, self.changed_by, only)
         self.changed_by = self.finished.changed_by
 
-    def plan_first(self, lines: Sequence[Line]) -> PlannedBlock:
-        """Return these lines as `plan_block` does. Reads only what the manifest says about them."""
+    def plan_first(self, lines: Sequence[Line]) -> list[PlannedLine]:
+        """Return these lines as `plan` does. Reads only what the manifest says about them."""
         checked = self._check(lines)
         self.load_finished([plan.shot.id or "" for plan in _plans(checked)])
         planned = self._compared(checked)
         self.finished = None
-        return _as_block(lines, planned)
-
-    def plan_block(self, lines: Sequence[Line], pickled: bytes | None = None) -> PlannedBlock:
-        """Return the planned lines, finished ones as columns. Raises the errors of `plan`. `pickled`: these lines, if known."""
-        return _as_block(lines, self.plan(lines), pickled)
+        return planned
 
     def plan(self, lines: Iterable[Line]) -> list[PlannedLine]:
         """Return the planned lines, in order. Raises MissingWeights if this machine has not the weights that a shot needs."""
         return self._compared(self._check(lines))
 
     def _check(self, lines: Iterable[Line]) -> list[PlannedLine]:
-        planned = []
-        for line in map(self.checker.check, lines):
-            planned.append(PlannedLine(line, tuple(map(self._plan_of_line, line.shots)), (None,) * len(line.shots)))
-        return planned
+        return [PlannedLine(line, tuple(map(self._plan_of_line, line.shots))) for line in map(self.checker.check, lines)]
 
     def _compared(self, planned: list[PlannedLine]) -> list[PlannedLine]:
         """Compare the lines with the finished shots of the folder."""
@@ -144,11 +120,11 @@ class LinePlanner:
         planned = self._without_cached(planned) if self._fresh else self._with_done(planned)
         return [self._with_checked_files(line) for line in planned]
 
-    def _plan_of_line(self, shot: Shot) -> ShotPlan | Continued | Failure:
+    def _plan_of_line(self, shot: Shot) -> ShotPlan | Failure | None:
         if shot.continue_from is None:
             return self.plan_shot(shot)
         self._planner_of(stages_of(shot))  # Missing weights must end the run before the other shot is rendered.
-        return Continued(shot)
+        return None
 
     def find(self, plan: ShotPlan) -> DoneShot | None:
         """Return the finished shot of a plan, or `None`. With `fresh`, drop its cached results instead."""
@@ -182,14 +158,14 @@ class LinePlanner:
     def _with_checked_files(self, line: PlannedLine) -> PlannedLine:
         """Return the line with a failure in place of each plan with an unusable file. Finished shots are not checked."""
 
-        def checked(plan: ShotPlan | Continued | Failure | None) -> ShotPlan | Continued | Failure | None:
-            if isinstance(plan, ShotPlan | Continued) and (wrong := check_files(plan.shot)):
+        def checked(shot: Shot, result: ShotPlan | DoneShot | Failure | None) -> ShotPlan | DoneShot | Failure | None:
+            if isinstance(result, ShotPlan | None) and (wrong := check_files(shot)):
                 source, number = line.line.source, line.line.number
                 errors = [FieldError(source, number, field, "an unusable file", str(error)) for field, error in wrong]
                 return StepFailed("plan", ScriptError(errors)).failure()
-            return plan
+            return result
 
-        return line._replace(plans=tuple(map(checked, line.plans)))
+        return line._replace(results=tuple(map(checked, line.line.shots, line.results)))
 
     def _without_taken_ids(self, planned: Sequence[PlannedLine]) -> list[PlannedLine]:
         """Reject the lines whose id belongs to a finished shot of another script."""
@@ -213,10 +189,8 @@ class LinePlanner:
         found = iter(self.finished.find(_plans(planned), self._keep_stages))
         looked_up = []
         for line in planned:
-            done = tuple(next(found) if isinstance(plan, ShotPlan) else None for plan in line.plans)
-            # Plans are large, and those of finished shots are not needed.
-            plans = tuple(plan if shot is None else None for plan, shot in zip(line.plans, done, strict=True))
-            looked_up.append(line._replace(plans=plans, done=done))
+            results = tuple((next(found) or plan) if isinstance(plan, ShotPlan) else plan for plan in line.results)
+            looked_up.append(line._replace(results=results))
         return looked_up
 
     def _without_cached(self, planned: list[PlannedLine]) -> list[PlannedLine]:
@@ -230,13 +204,17 @@ class LinePlanner:
 
 
 def _plans(planned: Sequence[PlannedLine]) -> list[ShotPlan]:
-    return [plan for line in planned for plan in line.plans if isinstance(plan, ShotPlan)]
+    return [plan for line in planned for plan in line.results if isinstance(plan, ShotPlan)]
 
 
 def _with_ids(planned: Sequence[PlannedLine]) -> list[ShotPlan]:
     """Return the plans, with a plan that equals no finished shot for each shot that has none yet."""
-    plans = [plan for line in planned for plan in line.plans if isinstance(plan, ShotPlan | Continued)]
-    return [plan if isinstance(plan, ShotPlan) else ShotPlan(shot=plan.shot, steps=(), key="") for plan in plans]
+    return [
+        plan or ShotPlan(shot=shot, steps=(), key="")
+        for line in planned
+        for shot, plan in zip(line.line.shots, line.results, strict=True)
+        if isinstance(plan, ShotPlan | None)
+    ]
 
 
 def _reject_taken_id(line: Line, shot_id: str | None, owner: str) -> Line:
@@ -246,94 +224,13 @@ def _reject_taken_id(line: Line, shot_id: str | None, owner: str) -> Line:
     return replace(line, id="" if line.id in own_ids else line.id, errors=(error,), shots=(), notes=())
 
 
-def _as_block(lines: Sequence[Line], planned: Sequence[PlannedLine], pickled: bytes | None = None) -> PlannedBlock:
-    others, positions, rows, notes = list[PlannedLine](), list[int](), list[ManifestRow](), list[str]()
-    for position, each in enumerate(planned):
-        line = each.line
-        if line.errors or line.failed_as is not None or None in each.done:
-            others.append(each)
-            continue
-        positions.append(position)
-        notes += line.notes
-        rows += [
-            ManifestRow.of_shot("", line.script, shot, line.number, done, "skipped")
-            for shot, done in zip(line.shots, each.done, strict=True)
-            if done is not None
-        ]
-    if not positions:
-        return PlannedBlock(tuple(others), None)
-    hashes = id_hashes(row.id for row in rows)
-    if pickled is None or len(positions) < len(lines):
-        pickled = pickle.dumps([lines[position] for position in positions])
-    return PlannedBlock(tuple(others), FinishedLines(rows_as_columns(rows), hashes, tuple(positions), tuple(notes), pickled))
-
-
-class PlannedShot(NamedTuple):
-    """A shot with a unique id and what is to be done, or a rejected line."""
-
-    line: Line
-    """Line with this shot only, or with errors."""
-    plan: ShotPlan | Continued | Failure | None = None
-    """`None` if the shot is finished."""
-    done: DoneShot | None = None
-    """The finished shot. `None` if it is not finished or has a row in `FinishedLines`."""
-
-
-def _claimed_ids(line: Line) -> set[str]:
-    """Return the ids that `unique_lines` may give to the shots of the line or to the line."""
-    ids = {*ids_of(line)}
-    return ids if line.shots or line.id else ids | {default_id(line)}
-
-
-def unique_shots_of_block(
-    block: PlannedBlock, index: ScriptIndex, check: Callable[[Line], Line]
-) -> tuple[list[PlannedShot], pyarrow.RecordBatch | None]:
-    """Return what `unique_shots` yields for the lines of the block, but finished shots as manifest rows, if there are any.
-
-    `check`: `LineChecker.check`.
-    """
-    if block.finished is None:
-        return list(unique_shots(block.others, index)), None
-    rows, hashes, positions, _, text = block.finished
-    other_ids = id_hashes(id_ for each in block.others for id_ in _claimed_ids(each.line))
-    if index.are_new(np.concatenate([hashes, other_ids])):
-        index.add_hashes(hashes, rows.column("line").to_numpy())
-        return list(unique_shots(block.others, index)), rows
-    # Rare: compare the lines one by one, in order.
-    planned = list(block.others)
-    for position, line in zip(positions, map(check, pickle.loads(text)), strict=True):
-        none = (None,) * len(line.shots)
-        planned.insert(position, PlannedLine(line, none, none))
-    first_row = {id_: number for number, id_ in reversed([*enumerate(rows.column("id").to_pylist())])}
-    shots, kept = list[PlannedShot](), list[int]()
-    for shot in unique_shots(planned, index):
-        if shot.line.shots and shot.plan is None and shot.done is None:
-            kept.append(first_row[shot.line.shot.id])
-        else:
-            shots.append(shot)
-    return shots, rows.take(pyarrow.array(kept, pyarrow.int64()))
-
-
-def unique_shots(planned: Sequence[PlannedLine], index: ScriptIndex) -> Iterator[PlannedShot]:
-    """Yield the shots and the rejected lines, each with an id that no earlier line has. See `unique_lines`."""
-    first_with_id: dict[str | None, tuple[ShotPlan | Continued | Failure | None, DoneShot | None]] = {}
+def unique_shots(planned: Sequence[PlannedLine], index: ScriptIndex) -> Iterator[PlannedLine]:
+    """Yield a line for each shot, and the rejected lines, each with an id that no earlier line has. See `unique_lines`."""
+    first_with_id: dict[str | None, ShotPlan | DoneShot | Failure | None] = {}
     for each in reversed(planned):
-        first_with_id.update(
-            (shot.id, (plan, done)) for shot, plan, done in zip(each.line.shots, each.plans, each.done, strict=True)
-        )
+        first_with_id.update(zip((shot.id for shot in each.line.shots), each.results, strict=True))
     for line in unique_lines([each.line for each in planned], index):
-        yield PlannedShot(line) if line.errors else PlannedShot(line, *first_with_id[line.shot.id])
-
-
-FIRST_LOOK_LINES = 500
-"""Lines that are planned before Ray starts. They determine the first layout. A short script needs no pipeline at all."""
-BLOCK_LINES = 1_000
-"""Lines per task."""
-BLOCK_BYTES = 1 << 20
-"""Size above which Ray Data starts a new block."""
-MAX_TASKS = 16
-"""Maximum number of parallel tasks. One task plans some thousand lines per second."""
-NODE_LABEL = "ray.io/node-id"
+        yield PlannedLine(line) if line.errors else PlannedLine(line, (first_with_id[line.shot.id],))
 
 
 def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[Line], bool]:
@@ -348,7 +245,7 @@ def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[Line], bool
     return checker, first[:FIRST_LOOK_LINES], len(first) <= FIRST_LOOK_LINES
 
 
-def remaining_lines(settings: ScriptSettings, planner: LinePlanner) -> Iterator[PlannedBlock]:
+def remaining_lines(settings: ScriptSettings, planner: LinePlanner) -> Iterator[list[PlannedLine]]:
     """Yield the lines after the first ones, planned by parallel tasks on the node of this process, in order.
 
     That node can read the script and its files. Needs a connection to Ray. Raises what reading and planning raise.
@@ -367,7 +264,7 @@ def remaining_lines(settings: ScriptSettings, planner: LinePlanner) -> Iterator[
         yield from planned_rows(dataset, planner)
 
 
-def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[PlannedBlock]:
+def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[PlannedLine]]:
     """Plan the lines of a data set, in order. Each row has a pickled sequence of lines in its column `lines`."""
     finished = ray.remote(_load_finished).options(**on_this_node()).remote(planner.outputs, planner.changed_by)
     tasks = max(1, min(MAX_TASKS, os.cpu_count() or 1))
@@ -383,7 +280,7 @@ def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[PlannedBloc
     )
     for block in planned.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         for text in block["planned"].to_pylist():
-            result: PlannedBlock | VidgenError = pickle.loads(text)
+            result: list[PlannedLine] | VidgenError = pickle.loads(text)
             if isinstance(result, VidgenError):
                 raise result
             yield result
@@ -396,10 +293,10 @@ def _load_finished(outputs: OutputFolder, changed_by: Sequence[str] | None) -> F
 def _plan_block(block: pyarrow.Table, planner: bytes, finished: list[ray.ObjectRef]) -> pyarrow.Table:
     """Task of Ray Data: plan the lines of each row. An error that ends the run is returned in place of the planned lines."""
 
-    def planned(text: bytes) -> PlannedBlock | VidgenError:
+    def planned(text: bytes) -> list[PlannedLine] | VidgenError:
         lines: Sequence[Line] | VidgenError = pickle.loads(text)
         try:
-            return lines if isinstance(lines, VidgenError) else _planner(planner, finished[0]).plan_block(lines, text)
+            return lines if isinstance(lines, VidgenError) else _planner(planner, finished[0]).plan(lines)
         except VidgenError as error:
             return error
 

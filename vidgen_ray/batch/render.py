@@ -15,7 +15,7 @@ from functools import partial
 from more_itertools import batched
 
 from vidgen_ray.batch.director import Director, Remaining
-from vidgen_ray.batch.lines import Continued, LinePlanner, PlannedShot, first_lines, remaining_lines, unique_shots
+from vidgen_ray.batch.lines import LinePlanner, PlannedLine, first_lines, remaining_lines, unique_shots
 from vidgen_ray.batch.results import ProgressListener, RunResults
 from vidgen_ray.batch.run_options import GRACE_S, RecordedOptions, RenderOptions
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
@@ -23,7 +23,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.outputs.manifest import ManifestRow, new_writer
-from vidgen_ray.outputs.records import Failure
+from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.planner import Cluster, Demand, Plan, demand_of, save_calibration, this_machine
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.signing import check_signing
@@ -77,22 +77,21 @@ def _count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFold
 
     def pending() -> Iterator[Shot]:
         nonlocal done, failed, cached
-        for shot in _planned(script, profile, outputs):
-            if shot.line.errors or isinstance(shot.plan, Failure):
+        for planned in _planned(script, profile, outputs):
+            if planned.line.errors or isinstance(planned.result, Failure):
                 failed += 1
-            elif shot.done is not None:
+            elif isinstance(planned.result, DoneShot):
                 done += 1
-            elif isinstance(shot.plan, Continued):
-                yield shot.line.shot
-            elif shot.plan is not None:
-                cached += sum(outputs.stage_cache.has(step.key) for step in shot.plan.steps)
-                yield shot.plan.shot
+            else:
+                if planned.result is not None:
+                    cached += sum(outputs.stage_cache.has(step.key) for step in planned.result.steps)
+                yield planned.line.shot
 
     demand = demand_of(pending())
     return demand, Counts(demand.shots + done + failed, done, failed, cached)
 
 
-def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Iterator[PlannedShot]:
+def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Iterator[PlannedLine]:
     checker, lines = open_lines(script)
     planner = LinePlanner(checker, profile, outputs)
     planner.load_finished()

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
-import pyarrow
-
 from vidgen_ray.batch.shot_queue import ShotTask
 from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, MetricSpec
 from vidgen_ray.engine.status import Snapshot
@@ -17,7 +15,7 @@ from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import RelativeCost, relative_costs
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
-from vidgen_ray.outputs.manifest import REJECTED, ManifestRow, Status, columns_as_rows, rows_of_run
+from vidgen_ray.outputs.manifest import REJECTED, ManifestRow, Status
 from vidgen_ray.outputs.manifest_writer import FailedLine, ManifestWriter
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
 from vidgen_ray.script.lines import Line
@@ -139,15 +137,6 @@ class RunResults:
     def skipped(self, line: Line, done: DoneShot) -> None:
         row = ManifestRow.of_shot(self._run, line.script, line.shot, line.script_line, done, "skipped")
         self._enter(row, None, line.replaces)
-
-    def skipped_rows(self, rows: pyarrow.RecordBatch) -> None:
-        """Finished shots, given as rows of the manifest without a run."""
-        rows = rows_of_run(rows, self._run)
-        self.counts["skipped"] += len(rows)
-        self._manifest.add_columns(rows)
-        if self._on_row is not None:
-            for row in columns_as_rows(rows):
-                self._on_row(row)
 
     def pending(self) -> None:
         """A shot is to be rendered."""

@@ -6,6 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from vidgen_ray.batch.lines import PlannedLine
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import StageError
@@ -33,6 +34,11 @@ class ShotTask:
     """Id under which the line failed in an earlier run, if it differs."""
     repeated: bool = False
     """The shot was finished before, and is rendered for its last frame only. Its line has a row already."""
+
+    @classmethod
+    def of(cls, line: Line, plan: ShotPlan) -> ShotTask:
+        """Return the task of a line with one shot."""
+        return cls(plan, line.script_line, line.script, line.replaces)
 
 
 class ShotQueue:
@@ -89,18 +95,6 @@ CONTINUE = "continue_from"
 """Failure stage of a shot without a start frame."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decided:
-    """Decision about a shot that waited. One of `task`, `done` and `failure` is set."""
-
-    line: Line
-    task: ShotTask | None = None
-    """It can be rendered."""
-    done: DoneShot | None = None
-    """It is finished already."""
-    failure: Failure | None = None
-
-
 class ContinuedShots:
     """Shots of a run that wait for the shot they continue. Such a shot is planned when that one is finished.
 
@@ -142,7 +136,7 @@ class ContinuedShots:
         """Return the task, with a plan that keeps the last frame if a shot waits for it."""
         return replace(task, plan=task.plan.with_last_frame()) if task.plan.shot.id in self._waiting else task
 
-    def accept(self, line: Line) -> list[Decided]:
+    def accept(self, line: Line) -> list[PlannedLine]:
         """Take a shot that continues another one. Empty if it has to wait."""
         source = line.shot.continue_from or ""
         if self._outputs.storage.local is None:
@@ -155,38 +149,38 @@ class ContinuedShots:
         self._open.add(line.shot.id or "")
         return [] if source in self._open else self.done(source)
 
-    def done(self, shot_id: str) -> list[Decided]:
+    def done(self, shot_id: str) -> list[PlannedLine]:
         """A shot is finished. Return what that decides about the shots that wait for it, at any distance."""
-        decided, finished = list[Decided](), deque([shot_id])
+        decided, finished = list[PlannedLine](), deque([shot_id])
         while finished:
             done_id = finished.popleft()
             self._open.discard(done_id)
             for line in self._waiting.pop(done_id, ()):
                 made = self._decide(line)
                 decided += made
-                if made and made[0].done is not None:
+                if made and isinstance(made[0].result, DoneShot):
                     finished.append(line.shot.id or "")
         return decided
 
-    def failed(self, shot_id: str, reason: str) -> list[Decided]:
+    def failed(self, shot_id: str, reason: str) -> list[PlannedLine]:
         """A shot has failed. Return the shots that fail with it, at any distance."""
         return self._fail_waiting(shot_id, f"shot {shot_id} failed: {reason}")
 
-    def _fail_waiting(self, shot_id: str, message: str) -> list[Decided]:
-        decided, failed = list[Decided](), deque([shot_id])
+    def _fail_waiting(self, shot_id: str, message: str) -> list[PlannedLine]:
+        decided, failed = list[PlannedLine](), deque([shot_id])
         while failed:
             failed_id = failed.popleft()
             self._open.discard(failed_id)
             self._failed[failed_id] = message
             for line in self._waiting.pop(failed_id, ()):
-                decided.append(Decided(line, failure=_failure(message)))
+                decided.append(PlannedLine(line, (_failure(message),)))
                 failed.append(line.shot.id or "")
         return decided
 
-    def _fail(self, line: Line, failure: Failure) -> list[Decided]:
-        return [Decided(line, failure=failure), *self.failed(line.shot.id or "", failure.message)]
+    def _fail(self, line: Line, failure: Failure) -> list[PlannedLine]:
+        return [PlannedLine(line, (failure,)), *self.failed(line.shot.id or "", failure.message)]
 
-    def _decide(self, line: Line) -> list[Decided]:
+    def _decide(self, line: Line) -> list[PlannedLine]:
         """Plan a shot whose source is finished. Empty if the source must be rendered again."""
         source = line.shot.continue_from or ""
         finished = self._outputs.find_by_id(source)
@@ -208,9 +202,7 @@ class ContinuedShots:
         if isinstance(plan, Failure):
             return self._fail(line, plan)
         plan = plan.with_source_licences(licences)
-        if (done := self._find(plan)) is not None:
-            return [Decided(line, done=done)]
-        return [Decided(line, task=ShotTask(plan, line.script_line, line.script, line.replaces))]
+        return [PlannedLine(line, (self._find(plan) or plan,))]
 
 
 def _failure(message: str) -> Failure:

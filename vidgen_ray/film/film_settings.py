@@ -328,14 +328,14 @@ def _finished(outputs: OutputFolder, settings: FilmSettings, candidate: Candidat
         metadata = pydantic_core.from_json(done.text)["shot"].get("metadata", {})
     of_shot = shot_settings(metadata, f"shot {candidate.id}, metadata")
     merged = of_shot.model_copy(update={name: getattr(entry, name) for name in entry.model_fields_set & set(SHOT_FIELDS)})
-    files = done.summary.sha256
+    files = done.sha256
     clip = next((name for name in CLIP_FILES[settings.variant] if name in files), None)
     name = clip or IMAGE_FILE
     scene = metadata.get("scene")
     return ChosenShot(
         candidate.id,
         merged,
-        path=f"{done.summary.folder}/{name}",
+        path=f"{done.folder}/{name}",
         sha256=files[name],
         is_clip=clip is not None,
         scene=scene if isinstance(scene, str) and scene.strip() else None,

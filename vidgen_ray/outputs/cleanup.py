@@ -18,7 +18,6 @@ from more_itertools import batched
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE, SWEEP_FOLDERS, OutputFolder
-from vidgen_ray.outputs.id_index import IdIndex
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import REPLACED, SHOT_FILES, manifest_batches, manifest_files, new_writer
 from vidgen_ray.outputs.manifest_writer import drop_rows
@@ -82,9 +81,9 @@ class _Collector:
         """`young_since`: time in seconds since 1970, by the clock of the storage."""
         self._storage = storage
         self._lease = lease
-        self._used_keys = IdIndex()
+        self._used_keys = set[str]()
         """Step keys of all finished shots. Filled from their records."""
-        self._shots_by_key = IdIndex()
+        self._shots_by_key = set[str]()
         """`KEY ID` of each finished shot."""
         self._young_since = young_since
         self._dry_run = dry_run
@@ -106,32 +105,27 @@ class _Collector:
 
     def _shots_without_record(self) -> Iterator[str]:
         """Yield the shot folders without a record. Adds the keys in all other records to the indexes."""
-        for records in batched(shot_records(self._storage), SHOTS_AT_ONCE):
-            used_keys, shots_by_key = list[str](), list[str]()
-            for folder, text in records:
-                if text is None:
-                    yield folder
-                else:
-                    key, keys = _keys_in(text)
-                    used_keys += keys
-                    shots_by_key.append(f"{key} {posixpath.basename(folder)}")
-            self._used_keys.add_new(used_keys)
-            self._shots_by_key.add_new(shots_by_key)
+        for folder, text in shot_records(self._storage):
+            if text is None:
+                yield folder
+            else:
+                key, keys = _keys_in(text)
+                self._used_keys.update(keys)
+                self._shots_by_key.add(f"{key} {posixpath.basename(folder)}")
 
     def _stale_keys(self) -> Iterator[tuple[str, StoredFile]]:
         """Yield the key files that do not lead to a shot finished with that key."""
         for folder in (f"{KEYS}/{name}" for name in self._storage.folders(KEYS) if SHARD.fullmatch(name)):
             files = self._storage.files(folder)
             keys = [name for name in files if CONTENT_KEY.fullmatch(name)]
-            for batch in batched(read_each(self._storage, keys, [f"{folder}/{key}" for key in keys]), SHOTS_AT_ONCE):
-                entries = {key: f"{key} {(shot_id or b'').decode(errors='replace')}" for key, shot_id in batch}
-                known = self._shots_by_key.intersection([*entries.values()])
-                yield from ((f"{folder}/{key}", files[key]) for key, entry in entries.items() if entry not in known)
+            for key, shot_id in read_each(self._storage, keys, [f"{folder}/{key}" for key in keys]):
+                if f"{key} {(shot_id or b'').decode(errors='replace')}" not in self._shots_by_key:
+                    yield f"{folder}/{key}", files[key]
 
     def _unused_entries(self) -> Iterator[str]:
         for group in self._storage.folders("cache"):
             keys = [key for key in self._storage.folders(f"cache/{group}") if CONTENT_KEY.fullmatch(key)]
-            yield from (f"cache/{group}/{key}" for key in sorted(set(keys) - self._used_keys.intersection(keys)))
+            yield from (f"cache/{group}/{key}" for key in sorted(set(keys) - self._used_keys))
 
     def _drop(self, kind: Kind, folder: str) -> None:
         files = self._storage.files(folder).values()
@@ -209,12 +203,12 @@ def remove_person(outputs: OutputFolder, person: Person, *, with_shots: bool = F
     run = new_writer()
     with outputs.lease(run):
         shots, features = list[str](), list[tuple[str, dict[str, Any]]]()
-        kept_keys, drop_keys = IdIndex(), set[str]()
+        kept_keys, drop_keys = set[str](), set[str]()
         for record in _records(storage):
             keys = [step["key"] for step in record["stages"]]
             is_named = person.character is not None and _character(record) == person.character
             if not is_named and person.photos.isdisjoint(record["face_photos"]):
-                kept_keys.add_new(keys)
+                kept_keys.update(keys)
                 continue
             shots.append(record["shot"]["id"])
             drop_keys.update(keys)
@@ -261,11 +255,11 @@ def _character(record: dict[str, Any]) -> object:
     return (record["shot"].get("metadata") or {}).get("character")
 
 
-def _entries_without_shot(storage: Storage, used: IdIndex) -> Iterator[str]:
+def _entries_without_shot(storage: Storage, used: set[str]) -> Iterator[str]:
     """Yield the keys of cache entries that none of the shots that stay has."""
     for group in storage.folders("cache"):
         keys = storage.folders(f"cache/{group}")
-        yield from sorted(set(keys) - used.intersection(keys))
+        yield from sorted(set(keys) - used)
 
 
 def _kept_photos(storage: Storage, photos: Collection[str]) -> Iterator[str]:

@@ -32,7 +32,6 @@ from vidgen_ray.outputs.records import (
     LikenessRecord,
     ProvenanceNote,
     ShotRecord,
-    ShotSummary,
     StepRecord,
     key_path,
     shot_path,
@@ -182,7 +181,7 @@ class OutputFolder:
 
         Raises SetupError if the folder is in an object store.
         """
-        return self.root / shot.summary.folder / LAST_FRAME if LAST_FRAME in shot.summary.sha256 else None
+        return self.root / shot.folder / LAST_FRAME if LAST_FRAME in shot.sha256 else None
 
     def find_by_key(self, key: str) -> DoneShot | None:
         """Return the shot that is finished with this key under any id, else `None`.
@@ -238,7 +237,7 @@ class OutputFolder:
             sizes = {name: file["bytes"] for name, file in files.items()}
             if not self.storage.has(folder, sizes):
                 return None
-            summary = ShotSummary(
+            return DoneShot(
                 key=record["key"] if key is None else key,
                 seed=record["shot"]["seed"],
                 likeness=likeness and {name: likeness[name] for name in LikenessRecord.model_fields},
@@ -250,11 +249,11 @@ class OutputFolder:
                 gpu_seconds=sum([step["gpu_seconds"] for step in stages]),
                 lora_loads=sum([step["adapter_loads"] for step in stages]),
                 licences=tuple((used["licence"], used["commercial_use"]) for used in record["licences"]),
+                text=text,
             )
         # A damaged record counts as missing. An OSError of the storage does not.
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
-        return DoneShot(summary, text)
 
     @contextmanager
     def draft(self, plan: ShotPlan) -> Iterator[ShotDraft]:

@@ -24,8 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.graph import clip_length
 from vidgen_ray.licences import worst_use
-from vidgen_ray.outputs.id_index import IdIndex
-from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, ShotSummary
+from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.shot import Shot
 
@@ -119,6 +118,7 @@ class ManifestRow(BaseModel):
     ) -> "ManifestRow":
         """Return the row of a finished, failed or skipped shot. Values are not validated again, for speed."""
         assert shot.id is not None
+        done = result.done if isinstance(result, ShotRecord) else result
         n_frames, fps = clip_length(shot) if shot.generate_video else (None, None)
         return _row(
             run=run,
@@ -128,14 +128,14 @@ class ManifestRow(BaseModel):
             status=status,
             prompt=shot.prompt,
             mode=shot.mode,
-            seed=shot.seed if isinstance(result, Failure) else result.summary.seed,
+            seed=shot.seed if isinstance(done, Failure) else done.seed,
             width=shot.width,
             height=shot.height,
             num_frames=n_frames,
             fps=fps,
             consent=shot.consent.model_dump_json() if shot.consent else None,
             metadata=json.dumps(shot.metadata) if shot.metadata else "{}",
-            **(_failure_columns(result) if isinstance(result, Failure) else _result_columns(result.summary)),
+            **(_failure_columns(done) if isinstance(done, Failure) else _result_columns(done)),
         )
 
     @staticmethod
@@ -178,7 +178,7 @@ def _failure_columns(failure: Failure) -> dict[str, Any]:
     return {**columns, "failure_message": _storable(failure.message)}
 
 
-def _result_columns(result: ShotSummary) -> dict[str, Any]:
+def _result_columns(result: DoneShot) -> dict[str, Any]:
     columns: dict[str, Any] = {
         "key": result.key,
         "committed_at": result.committed_at,
@@ -225,19 +225,6 @@ def rows_as_columns(rows: Iterable[ManifestRow]) -> pyarrow.RecordBatch:
     return pyarrow.RecordBatch.from_pylist([vars(row) for row in rows], schema=SCHEMA)
 
 
-def columns_as_rows(batch: pyarrow.RecordBatch) -> list[ManifestRow]:
-    """Return the rows of a batch with the columns of `SCHEMA`."""
-    return [_row(**columns) for columns in batch.to_pylist()]
-
-
-def rows_of_run(batch: pyarrow.RecordBatch, run: str) -> pyarrow.RecordBatch:
-    """Return the rows as rows of a run, ended now."""
-    for name, value in (("run", run), ("ended_at", _now())):
-        position = SCHEMA.get_field_index(name)
-        batch = batch.set_column(position, SCHEMA.field(position), pyarrow.repeat(value, len(batch)))
-    return batch
-
-
 class ManifestFile(NamedTuple):
     """A file of the manifest and its current rows."""
 
@@ -258,7 +245,7 @@ def opened(storage: Storage, name: str) -> Iterator[pyarrow.NativeFile]:
         yield file
 
 
-def read_index(storage: Storage, name: str, seen: IdIndex) -> tuple[ManifestFile, pyarrow.Table] | None:
+def read_index(storage: Storage, name: str, seen: set[str]) -> tuple[ManifestFile, pyarrow.Table] | None:
     """Return a file with its current rows and the columns of `INDEX`, or `None` if the file is not a manifest of this package.
 
     Of several rows with the same id the last one is current, unless the id is in `seen`. Adds the ids of the file to `seen`.
@@ -267,7 +254,7 @@ def read_index(storage: Storage, name: str, seen: IdIndex) -> tuple[ManifestFile
         return _read_index(content, name, seen)
 
 
-def _read_index(content: pyarrow.NativeFile, name: str, seen: IdIndex) -> tuple[ManifestFile, pyarrow.Table] | None:
+def _read_index(content: pyarrow.NativeFile, name: str, seen: set[str]) -> tuple[ManifestFile, pyarrow.Table] | None:
     try:
         parquet = pyarrow.parquet.ParquetFile(content)
         if not parquet.schema_arrow.equals(SCHEMA):
@@ -275,8 +262,12 @@ def _read_index(content: pyarrow.NativeFile, name: str, seen: IdIndex) -> tuple[
         index = parquet.read(columns=INDEX, use_threads=False)
     except (pyarrow.ArrowException, OSError):
         return None
-    ids_last_first = index.column("id").to_pylist()[::-1]
-    return ManifestFile(name, seen.add_new(ids_last_first)[::-1]), index
+    ids = index.column("id").to_pylist()
+    current = np.zeros(len(ids), bool)
+    for position in reversed(range(len(ids))):
+        current[position] = ids[position] not in seen
+        seen.add(ids[position])
+    return ManifestFile(name, current), index
 
 
 def is_damaged(storage: Storage, name: str) -> bool:
@@ -298,7 +289,7 @@ def manifest_files(storage: Storage) -> list[str]:
 
 def ids_that_failed_before(storage: Storage, run: str) -> frozenset[str]:
     """Return the ids of the lines and shots whose last result before this run is a failure."""
-    seen, failed = IdIndex(), set[str]()
+    seen, failed = set[str](), set[str]()
     for name in manifest_files(storage):
         if name.startswith(f"manifest/{run}-") or (indexed := read_index(storage, name, seen)) is None:
             continue
@@ -317,9 +308,11 @@ def current_rows(storage: Storage, file: ManifestFile) -> Iterator[pyarrow.Recor
         yield from _rows(content, file)
 
 
-def _rows(content: pyarrow.NativeFile, file: ManifestFile) -> Iterator[pyarrow.RecordBatch]:
+def _rows(
+    content: pyarrow.NativeFile, file: ManifestFile, columns: Sequence[str] | None = None
+) -> Iterator[pyarrow.RecordBatch]:
     begin = 0
-    for batch in pyarrow.parquet.ParquetFile(content).iter_batches(BATCH_ROWS):
+    for batch in pyarrow.parquet.ParquetFile(content).iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
         rows = slice(begin, begin + len(batch))
         begin += len(batch)
         if file.replaced is not None and file.replaced[rows].any():
@@ -329,12 +322,12 @@ def _rows(content: pyarrow.NativeFile, file: ManifestFile) -> Iterator[pyarrow.R
         yield batch.filter(pyarrow.array(file.current[rows]))
 
 
-def manifest_batches(storage: Storage) -> Iterator[pyarrow.RecordBatch]:
-    """Yield all current rows, one per id, in no particular order, in batches of bounded size.
+def manifest_batches(storage: Storage, columns: Sequence[str] | None = None) -> Iterator[pyarrow.RecordBatch]:
+    """Yield all current rows, one per id, in no particular order, in batches of bounded size. Default of `columns`: all.
 
     Can be called during a run and then returns the rows written so far.
     """
-    seen, names, visited = IdIndex(), manifest_files(storage), set[str]()
+    seen, names, visited = set[str](), manifest_files(storage), set[str]()
     while names:
         was_merged = False
         for name in names:
@@ -342,7 +335,7 @@ def manifest_batches(storage: Storage) -> Iterator[pyarrow.RecordBatch]:
             try:
                 with opened(storage, name) as content:
                     if (indexed := _read_index(content, name, seen)) is not None:
-                        yield from _rows(content, indexed[0])
+                        yield from _rows(content, indexed[0], columns)
             except FileNotFoundError:
                 was_merged = True
         # A run that ended meanwhile has merged its parts into new files, and then deleted the parts.

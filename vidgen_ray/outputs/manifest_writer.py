@@ -2,8 +2,8 @@
 
 During a run, rows and failed lines are written to part files, so that a killed process loses few of them and other processes
 can read them; `failures.jsonl` itself may be the script of this run. `close` merges the parts with those of earlier runs. If it
-is killed, the next run repeats the merge: rows that were already copied are recognised by their id. Memory use does not depend
-on the number of lines.
+is killed, the next run repeats the merge: rows that were already copied are recognised by their id. In memory are
+the ids of all lines.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from more_itertools import batched
 from numpy.typing import NDArray
 
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.id_index import IdIndex
 from vidgen_ray.outputs.lease import PeriodicTask
 from vidgen_ray.outputs.manifest import (
     REJECTED,
@@ -50,8 +49,6 @@ BATCH_LINES = 500
 
 
 PART_ROWS = 2_000
-PART_COLUMN_ROWS = 10_000
-"""Rows of a part that were added as columns. They take 8 MB. Without them, a resumed run needs no more time."""
 FLUSH_S = 30.0
 """Seconds between automatic flushes."""
 FILE_ROWS = 100_000
@@ -74,8 +71,6 @@ class ManifestWriter:
         self._failed: list[str] = []
         self._row_parts = self._failed_parts = 1
         self._unwritten = False
-        self._columns: list[pyarrow.RecordBatch] = []
-        """Further rows of the current part."""
         self._replaced_ids: list[str] = []
         write_marker(self._storage, run)
         self._flushing = PeriodicTask(FLUSH_S, self.flush)
@@ -93,13 +88,6 @@ class ManifestWriter:
                 self._failed.append(failed.as_json(self._run))
             if replaces is not None:
                 self._replaced_ids.append(replaces)
-            self._write_full_parts()
-
-    def add_columns(self, rows: pyarrow.RecordBatch) -> None:
-        """Add the rows of skipped shots, with the columns of `SCHEMA`. Otherwise as `add`."""
-        with self._lock:
-            self._columns.append(rows)
-            self._unwritten = True
             self._write_full_parts()
 
     def flush(self) -> None:
@@ -131,8 +119,7 @@ class ManifestWriter:
         own = [name for name in names if name.startswith(f"manifest/{self._run}-")]
         sources, damaged = [], []
         finished_runs = set[str]()
-        replaced_ids, seen, failures = IdIndex(), IdIndex(), IdIndex()
-        replaced_ids.add_new(self._replaced_ids)
+        replaced_ids, seen, failures = set(self._replaced_ids), set[str](), set[str]()
         for name in [*own, *(name for name in names if name not in own)]:
             if (indexed := read_index(self._storage, name, seen)) is None:
                 if is_damaged(self._storage, name):
@@ -143,7 +130,7 @@ class ManifestWriter:
                 file = _without_replaced(file, index, replaced_ids, rechecked_script)
                 if every_line_has_a_row:
                     file = _with_replaced_rows(file, index, self._script)
-            failures.add_new(_failure_keys(file, index))
+            failures.update(_failure_keys(file, index))
             finished_runs |= _finished_runs(file, index)
             if name in own or _needs_merge(file):
                 sources.append(file)
@@ -156,23 +143,19 @@ class ManifestWriter:
         return damaged
 
     def _write_full_parts(self) -> None:
-        if self._rows_are_full or len(self._failed) >= PART_ROWS:
+        if len(self._rows) >= PART_ROWS or len(self._failed) >= PART_ROWS:
             with suppress(OSError):
                 self._write_parts()
 
-    @property
-    def _rows_are_full(self) -> bool:
-        return len(self._rows) >= PART_ROWS or sum(map(len, self._columns)) >= PART_COLUMN_ROWS
-
     def _write_parts(self) -> None:
         """Write the current part files. They are rewritten until they are full."""
-        if self._rows or self._columns:
-            table = pyarrow.Table.from_batches([rows_as_columns(self._rows), *self._columns])
+        if self._rows:
+            table = pyarrow.Table.from_batches([rows_as_columns(self._rows)])
             content = io.BytesIO()
             pyarrow.parquet.write_table(table, content)
             self._storage.write(f"manifest/{self._run}-{self._row_parts:05d}.parquet", content.getvalue())
-            if self._rows_are_full:
-                self._rows, self._columns, self._row_parts = [], [], self._row_parts + 1
+            if len(self._rows) >= PART_ROWS:
+                self._rows, self._row_parts = [], self._row_parts + 1
                 del table, content
                 _release_memory()
         if self._failed:
@@ -206,12 +189,12 @@ def _is(index: pyarrow.Table, name: str, *values: str) -> NDArray[np.bool_]:
 
 
 def _without_replaced(
-    file: ManifestFile, index: pyarrow.Table, replaced_ids: IdIndex, rechecked_script: str | None
+    file: ManifestFile, index: pyarrow.Table, replaced_ids: set[str], rechecked_script: str | None
 ) -> ManifestFile:
     """Return the file without rows of replaced ids and earlier rejections of the rechecked script."""
     current = file.current
-    if len(replaced_ids):
-        current = current & ~replaced_ids.contain(index.column("id").to_pylist())
+    if replaced_ids:
+        current = current & ~_is(index, "id", *replaced_ids)
     if rechecked_script is not None:
         current = current & ~(_is(index, "script", rechecked_script) & _is(index, "failure_stage", REJECTED))
     return file._replace(current=current)
@@ -234,7 +217,7 @@ def drop_rows(storage: Storage, run: str, column: str, values: Collection[str]) 
     `run` is part of the names of new files, which become the newest. Call it while holding the lease of the folder. Raises
     OSError if the storage fails.
     """
-    seen, sources = IdIndex(), []
+    seen, sources = set[str](), []
     for name in manifest_files(storage):
         if (indexed := read_index(storage, name, seen)) is None:
             continue
@@ -320,11 +303,11 @@ def to_utf8(text: str) -> bytes:
 class ManifestState(NamedTuple):
     """The manifest rows of all runs, as far as they decide which failures are kept."""
 
-    ids: IdIndex
+    ids: set[str]
     """Ids of all rows."""
-    failures: IdIndex
+    failures: set[str]
     """`failure_key` of each row whose status is failed."""
-    replaced_ids: IdIndex
+    replaced_ids: set[str]
     """Ids of earlier runs whose lines now have another id."""
     rechecked_script: str | None
     """Script that this run read to its end. Earlier rejections of its lines are dropped."""
@@ -345,7 +328,7 @@ def merge_failures(storage: Storage, state: ManifestState) -> None:
     parts = [f"{PARTS}/{name}" for name in sorted(storage.files(PARTS)) if name.endswith(".jsonl")]
     if FILE not in storage.files("") and not parts:
         return
-    written = IdIndex()
+    written = set[str]()
     with storage.new_file(FILE) as path:
         with path.open("wb") as target:
             for lines in _batches(storage, [FILE, *parts]):
@@ -369,22 +352,21 @@ def _batches(storage: Storage, sources: Sequence[str]) -> Iterator[Sequence[str]
             yield from batched(lines, BATCH_LINES)
 
 
-def _unresolved(lines: Sequence[str], state: ManifestState, written: IdIndex) -> Iterator[str]:
+def _unresolved(lines: Sequence[str], state: ManifestState, written: set[str]) -> Iterator[str]:
     """Yield the lines whose failure still counts, and lines without a reason. Adds their failure keys to `written`."""
-    reasons = [_reason(line) for line in lines]
-    ids = [reason.id for reason in reasons if reason]
-    known, replaced = state.ids.intersection(ids), state.replaced_ids.intersection(ids)
-    failed = state.failures.intersection([reason.key for reason in reasons if reason])
-    # A run that was killed during a merge may have left a line twice.
-    is_new = iter(written.add_new([reason.key for reason in reasons if reason]))
-    for line, reason in zip(lines, reasons, strict=True):
+    for line in lines:
+        reason = _reason(line)
         if reason is None:
             yield line
             continue
+        # A run that was killed during a merge may have left a line twice.
+        if reason.key in written:
+            continue
+        written.add(reason.key)
         is_rejection = reason.stage == REJECTED
         was_rechecked = reason.script == state.rechecked_script and (is_rejection or state.every_line_has_a_row)
-        is_resolved = reason.id in known or reason.id in replaced or was_rechecked
-        if next(is_new) and (reason.key in failed or not is_resolved):
+        is_resolved = reason.id in state.ids or reason.id in state.replaced_ids or was_rechecked
+        if reason.key in state.failures or not is_resolved:
             yield line
 
 

@@ -1,5 +1,6 @@
 """Record types of shots, failures and their files, and the paths of shots and keys in an output folder."""
 
+import builtins
 import hashlib
 import re
 from typing import NamedTuple
@@ -125,9 +126,10 @@ class ShotRecord(_Record):
     """Modification time of shot.json, in seconds since 1970. Not part of the file. `None` in an object store."""
 
     @property
-    def summary(self) -> "ShotSummary":
+    def done(self) -> "DoneShot":
+        """The record as a finished shot."""
         assert self.shot.id is not None
-        return ShotSummary(
+        return DoneShot(
             key=self.key,
             folder=shot_path(self.shot.id),
             committed_at=self.committed_at,
@@ -142,8 +144,11 @@ class ShotRecord(_Record):
         )
 
 
-class ShotSummary(NamedTuple):
-    """The parts of a finished shot's record that the manifest contains."""
+class DoneShot(NamedTuple):
+    """A finished shot: the parts of its record that the manifest contains.
+
+    Parses the rest only on request: a run may skip thousands of shots.
+    """
 
     key: str
     folder: str
@@ -163,21 +168,15 @@ class ShotSummary(NamedTuple):
     lora_loads: int
     licences: tuple[tuple[str | None, str], ...] = ()
     """Licence and `commercial_use` of each of the weights behind the shot."""
-
-
-class DoneShot(NamedTuple):
-    """A shot that was already finished. Parses its record only on request: a run may skip thousands of shots."""
-
-    summary: ShotSummary
-    text: bytes | None = None
+    text: builtins.bytes | None = None
     """The content of shot.json. `None` if the shot was found in the manifest, without reading its record."""
 
     def record(self) -> ShotRecord:
         """Parse and validate the record. Raises ValueError if the record was not read."""
         if self.text is None:
-            raise ValueError(f"{self.summary.folder}: the record was not read")
+            raise ValueError(f"{self.folder}: the record was not read")
         record = ShotRecord.model_validate_json(self.text)
-        return record.model_copy(update={"committed_at": self.summary.committed_at})
+        return record.model_copy(update={"committed_at": self.committed_at})
 
 
 class Failure(_Record):

@@ -10,13 +10,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from vidgen_ray.errors import FieldError, ScriptError
 from vidgen_ray.invalid_fields import URL
 from vidgen_ray.limits import MAX_LINE
-from vidgen_ray.outputs.id_index import IdIndex, id_hashes
 from vidgen_ray.safety import DEFAULT_POLICY, ContentPolicy
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, Shot
 
@@ -221,35 +217,26 @@ def text_lines(path: Path) -> Iterator[str]:
 
 
 class ScriptIndex:
-    """Ids of a script and their lines, in 24 bytes per id."""
+    """Ids of a script and their lines."""
 
     def __init__(self) -> None:
-        self._ids = IdIndex()
+        self._line_of: dict[str, int] = {}
         self._last_numbers: dict[str, int] = {}
 
     def lines_of(self, ids: Sequence[str]) -> dict[str, int]:
         """Return id -> line number of those ids that lines have."""
-        numbers = self._ids.numbers(id_hashes(ids)).tolist()
-        return {id_: number for id_, number in zip(ids, numbers, strict=True) if number >= 0}
+        return {id_: self._line_of[id_] for id_ in ids if id_ in self._line_of}
 
     def add(self, lines: Mapping[str, int]) -> None:
         """Add new ids: id -> line number."""
-        self.add_hashes(id_hashes(lines), np.fromiter(lines.values(), np.int64, len(lines)))
-
-    def are_new(self, hashes: NDArray[np.bytes_]) -> bool:
-        """Return whether the ids with these hashes, see `id_hashes`, all differ and none of them is in the index."""
-        return len(np.unique(hashes)) == len(hashes) and bool((self._ids.numbers(hashes) < 0).all())
-
-    def add_hashes(self, hashes: NDArray[np.bytes_], lines: NDArray[np.int64]) -> None:
-        """Add new ids, given as hashes, (N,), with their line numbers, (N,)."""
-        self._ids.insert(hashes, lines)
+        self._line_of |= lines
 
     def unused_name(self, name: str, taken: Container[str]) -> str:
         """Return `name`, `name-2`, `name-3`, ... : the first that is neither in the index nor in `taken`."""
         # Without the counter, thousands of lines with the same default id would take quadratic time.
         for number in count(self._last_numbers.get(name, 1)):
             candidate = name if number == 1 else f"{name}-{number}"
-            if candidate not in taken and not self.lines_of([candidate]):
+            if candidate not in taken and candidate not in self._line_of:
                 if number > 1:
                     self._last_numbers[name] = number
                 return candidate

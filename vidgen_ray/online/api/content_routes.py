@@ -236,7 +236,7 @@ def _files(outputs: OutputFolder, job: Job) -> tuple[str, dict[str, str]]:
     if done is None:
         raise _expired(job)
     files = done.record().files
-    return done.summary.folder, {name: file.signed_sha256 or file.sha256 for name, file in files.items()}
+    return done.folder, {name: file.signed_sha256 or file.sha256 for name, file in files.items()}
 
 
 def _file_name(job: Job, digests: Mapping[str, str], variant: str) -> str:
