@@ -107,8 +107,8 @@ def _archive(outputs: OutputFolder, jobs: list[Job]) -> ZipStream:
         if done is None:
             continue
         name = CLIP_FILES.get(delivered_artefact_of(job), "image.png")
-        size = done.summary.bytes[name]
-        archive.add(_blocks(outputs, f"{done.summary.folder}/{name}"), file_name(job), size=size)
+        size = done.bytes[name]
+        archive.add(_blocks(outputs, f"{done.folder}/{name}"), file_name(job), size=size)
     return archive
 
 
