@@ -193,7 +193,7 @@ def test_long_chain_fails_with_its_first_shot(tmp_path):
     failed = shots.failed("s0", "no face")
     assert [decided.line.number for decided in failed] == [*range(1, 3000)]
     (late,) = shots.accept(line_of(3000))
-    assert {decided.failure.message for decided in (*failed, late)} == {"shot s0 failed: no face"}
+    assert {decided.result.message for decided in (*failed, late)} == {"shot s0 failed: no face"}
     assert len(shots) == 0
 
 
@@ -201,7 +201,7 @@ def test_object_store_is_refused_before_rendering():
     shots = continued(SimpleNamespace(storage=SimpleNamespace(local=None), url="s3://clips"))
     shots.opened("s0")
     (decided,) = shots.accept(line_of(1))
-    assert "output folder s3://clips: must be a local folder" in decided.failure.message
+    assert "output folder s3://clips: must be a local folder" in decided.result.message
 
 
 @pytest.mark.parametrize(
