@@ -66,7 +66,7 @@ def test_port_in_use_is_an_error(capsys, monkeypatch, tmp_path):
 def test_options_override_the_settings_file(tmp_path):
     file = tmp_path / "s.yaml"
     file.write_text("profile: tiny\nport: 8123\nmax_queued: 7\n")
-    settings = settings_of(file, {"port": 9000, "profile": None})
+    settings = settings_of(file, {"port": 9000})
     assert (settings.profile, settings.port, settings.max_queued) == ("tiny", 9000, 7)
     file.write_text("max_queue: 7\n")
     with pytest.raises(UsageError, match=r"s\.yaml, max_queue: Extra inputs"):
