@@ -259,16 +259,18 @@ class ModelOptions(tuple[inspect.Parameter, ...]):
     def of(cls, model: type[BaseModel], **fields: dict[str, Any]) -> Self:
         """Return an option for each of these fields. `fields`: field -> further arguments of `typer.Option`.
 
-        `flag` is the name of an option that differs from its field. Values are flags or text, which the model parses.
+        `flag` is the name of an option that differs from its field. Values are flags, or text that the model parses; `kind` is
+        another type of values.
         """
         options = []
         for name, details in fields.items():
             field = model.model_fields[name]
             default = f" Default: {field.default}." if field.default else ""
             flag = details.pop("flag", f"--{name.replace('_', '-')}")
+            kind = details.pop("kind", str)
             option = typer.Option(*flag.split("/"), help=f"{field.description}{default}", **details)
-            kind: Any = Annotated[bool, option] if field.annotation is bool else Annotated[str | None, option]
-            options.append(_parameter(name, kind, None))
+            annotation: Any = Annotated[bool, option] if field.annotation is bool else Annotated[kind | None, option]
+            options.append(_parameter(name, annotation, None))
         return cls(options)
 
 

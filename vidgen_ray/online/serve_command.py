@@ -28,7 +28,7 @@ SERVE_OPTIONS = ModelOptions.of(
     OnlineSettings,
     profile={"flag": "--profile/-p"},
     host={},
-    port={"metavar": "PORT"},
+    port={"metavar": "PORT", "kind": int, "min": 1, "max": 65535},
     data={},
     database={},
     keys_file={"flag": "--keys", "metavar": "FILE"},
