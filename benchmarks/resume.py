@@ -203,7 +203,7 @@ def load_finished_shots(folder: Path, script: Path, out: str) -> Measured:
 
 def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
     """Plan the lines as the tasks of `render` do, then compare their ids and record them as its driver does."""
-    from vidgen_ray.batch.lines import BLOCK_LINES, LinePlanner, unique_shots
+    from vidgen_ray.batch.line_planner import BLOCK_LINES, LinePlanner, unique_shots
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.outputs.manifest import ManifestRow, new_writer
     from vidgen_ray.outputs.manifest_writer import ManifestWriter

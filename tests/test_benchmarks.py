@@ -32,7 +32,7 @@ from benchmarks.simulated import (
 )
 from benchmarks.simulated_director import measure_director, plan_of
 from benchmarks.simulated_scheduling import LAYOUTS, SECONDS
-from vidgen_ray.batch.lines import LinePlanner
+from vidgen_ray.batch.line_planner import LinePlanner
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.outputs.folder import OutputFolder

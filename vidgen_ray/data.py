@@ -22,7 +22,7 @@ import pyarrow
 import ray
 from more_itertools import batched
 
-from vidgen_ray.batch.lines import BLOCK_LINES, LinePlanner, on_this_node, one_task_source, own_context, planned_rows
+from vidgen_ray.batch.line_planner import BLOCK_LINES, LinePlanner, on_this_node, one_task_source, own_context, planned_rows
 from vidgen_ray.batch.render import RenderOptions, render_lines
 from vidgen_ray.batch.results import ProgressListener
 from vidgen_ray.engine.status import Snapshot

@@ -15,7 +15,7 @@ from tests.batch.test_batch import DONE, Events, digests, render_lines
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, FINDS_FACES
 from vidgen_ray.batch import render
-from vidgen_ray.batch.lines import LinePlanner, first_lines
+from vidgen_ray.batch.line_planner import LinePlanner, first_lines
 from vidgen_ray.batch.shot_queue import ContinuedShots
 from vidgen_ray.cli import main
 from vidgen_ray.errors import ScriptError

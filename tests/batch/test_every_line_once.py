@@ -18,7 +18,7 @@ from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from tests.batch.test_batch import Events
 from tests.fake_stages import profile_of_fakes
 from vidgen_ray.batch import director as director_module
-from vidgen_ray.batch import lines
+from vidgen_ray.batch import line_planner
 from vidgen_ray.batch import render as render_module
 from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.engine import shot_runner
@@ -154,7 +154,7 @@ def engine_class(faults, committed):
 def without_ray(monkeypatch):
     monkeypatch.setattr(director_module, "connected", lambda *_: nullcontext())
     monkeypatch.setattr(director_module, "expect_gpus", lambda _: None)
-    monkeypatch.setattr(lines, "FIRST_LOOK_LINES", 100_000)
+    monkeypatch.setattr(line_planner, "FIRST_LOOK_LINES", 100_000)
     monkeypatch.setattr(render_module.asyncio, "run", lambda main: run_in_simulated_time(main)[0])
 
 
@@ -206,9 +206,9 @@ def run_once(script, profile, out, faults, committed, monkeypatch, gpus="2x2x80G
 
 def check(tmp_path, profile, monkeypatch, seed, count):
     faults, committed = np.random.default_rng(seed), Counter()
-    lines = list(random_script(faults, count))
+    line_planner = list(random_script(faults, count))
     script, out = tmp_path / f"{seed}.jsonl", tmp_path / f"out-{seed}"
-    script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    script.write_text("".join(f"{json.dumps(line)}\n" for line in line_planner))
     runs = 0
     while True:
         runs += 1
@@ -224,7 +224,7 @@ def check(tmp_path, profile, monkeypatch, seed, count):
     assert {row.status for row in rows} <= {"done", "failed", "skipped"}
     assert {row.id for row in rows if row.status != "failed"} == set(committed)
     assert set(committed.values()) == {1}, "a finished shot was rendered again"
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(line_planner, start=1):
         if line["prompt"] == "poison" or line.get("fps") == 0 or (line["id"] == "s-0" and number > 1):
             assert by_line[number].status == "failed", line
     failures = [json.loads(text) for text in (out / "failures.jsonl").read_text().splitlines()]

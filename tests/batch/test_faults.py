@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from tests.batch.test_batch import Events, digests
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, fake_likeness, profile_of_fakes
-from vidgen_ray.batch.lines import remaining_lines
+from vidgen_ray.batch.line_planner import remaining_lines
 from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.engine.ray_cluster import expect_gpus
 from vidgen_ray.errors import SetupError
@@ -153,8 +153,8 @@ def test_write_errors_are_retried(tmp_path, profile):
 
 
 def test_lines_after_the_first_ones_stream_through_ray_data(tmp_path, profile, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.lines.FIRST_LOOK_LINES", 2)
-    monkeypatch.setattr("vidgen_ray.batch.lines.BLOCK_LINES", 2)
+    monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
+    monkeypatch.setattr("vidgen_ray.batch.line_planner.BLOCK_LINES", 2)
     lines = shots(9)
     # A wrong line and a repeated id among the streamed lines.
     lines[5] = {"id": "wrong", "prompt": "a", "fps": 0}
@@ -176,7 +176,7 @@ def test_run_stopped_while_reading_the_script_renders_nothing(tmp_path, profile)
 
 
 def test_idle_run_reports_that_no_line_has_come_and_what_it_holds(tmp_path, profile, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.lines.FIRST_LOOK_LINES", 2)
+    monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
     monkeypatch.setattr("vidgen_ray.batch.director.FIRST_MESSAGE_S", 0.0)
     reported = threading.Event()
 
@@ -200,19 +200,19 @@ def test_idle_run_reports_that_no_line_has_come_and_what_it_holds(tmp_path, prof
 
 
 def test_lost_planning_task_is_repeated(tmp_path, profile, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.lines.FIRST_LOOK_LINES", 2)
-    monkeypatch.setattr("vidgen_ray.batch.lines.BLOCK_LINES", 2)
+    monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
+    monkeypatch.setattr("vidgen_ray.batch.line_planner.BLOCK_LINES", 2)
     crashed = tmp_path / "crashed"
 
     def crash_once(block, planner, finished):
-        from vidgen_ray.batch.lines import _plan_block
+        from vidgen_ray.batch.line_planner import _plan_block
 
         if not crashed.exists():
             crashed.touch()
             os._exit(1)
         return _plan_block(block, planner, finished)
 
-    monkeypatch.setattr("vidgen_ray.batch.lines._plan_block", crash_once)
+    monkeypatch.setattr("vidgen_ray.batch.line_planner._plan_block", crash_once)
     report, rows = render_lines(tmp_path, profile, shots(9), gpus=ONE_GPU)
     assert crashed.exists()
     assert (report.done, report.failed, len(rows)) == (9, 0, 9)

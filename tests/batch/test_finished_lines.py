@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from vidgen_ray.batch.lines import LinePlanner, unique_shots
+from vidgen_ray.batch.line_planner import LinePlanner, unique_shots
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import DoneShot
 from vidgen_ray.script.check import LineChecker

@@ -300,8 +300,8 @@ def test_run_stops_if_every_encoder_fails(cluster, profile, tmp_path):
 
 
 def test_layout_is_extended_for_a_stage_that_later_lines_need(cluster, profile, tmp_path, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.lines.FIRST_LOOK_LINES", 2)
-    monkeypatch.setattr("vidgen_ray.batch.lines.BLOCK_LINES", 2)
+    monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
+    monkeypatch.setattr("vidgen_ray.batch.line_planner.BLOCK_LINES", 2)
     log = tmp_path / "log"
 
     def record(shot):

@@ -13,7 +13,7 @@ import pytest
 from moto.s3.responses import S3Response
 
 from tests.pid_namespaces import run_in_pid_namespace
-from vidgen_ray.batch.lines import LinePlanner
+from vidgen_ray.batch.line_planner import LinePlanner
 from vidgen_ray.batch.render import RenderOptions, render_lines
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs import lease as leases

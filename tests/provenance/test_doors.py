@@ -51,7 +51,6 @@ NOT_MARKED = {
     "online/api/input_routes.py": "photo of a character, from the user's video",
     "online/api/content_routes.py": "preview images",
     "online/previews.py": "previews while a shot is rendered",
-    "report/sheets.py": "contact sheet and identity sheet",
     "report/gallery_page.py": "thumbnails of the gallery",
     "cli/inspect.py": "photos with the detected face, drawn for their owner",
     "bench/tiny_faces.py": "weights",

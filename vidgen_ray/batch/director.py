@@ -15,7 +15,7 @@ from functools import partial
 
 import ray
 
-from vidgen_ray.batch.lines import LinePlanner, PlannedLine, unique_shots
+from vidgen_ray.batch.line_planner import LinePlanner, PlannedLine, unique_shots
 from vidgen_ray.batch.results import ProgressListener, RunMetrics, RunResults
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.batch.shot_queue import MAX_SHOTS, ContinuedShots, ShotQueue, ShotTask

@@ -15,7 +15,7 @@ from functools import partial
 from more_itertools import batched
 
 from vidgen_ray.batch.director import Director, Remaining
-from vidgen_ray.batch.lines import LinePlanner, PlannedLine, first_lines, remaining_lines, unique_shots
+from vidgen_ray.batch.line_planner import LinePlanner, PlannedLine, first_lines, remaining_lines, unique_shots
 from vidgen_ray.batch.results import ProgressListener, RunResults
 from vidgen_ray.batch.run_options import GRACE_S, RecordedOptions, RenderOptions
 from vidgen_ray.engine.ray_cluster import connected, live_cluster

@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from vidgen_ray.batch.lines import PlannedLine
+from vidgen_ray.batch.line_planner import PlannedLine
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import StageError

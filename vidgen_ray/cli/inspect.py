@@ -167,7 +167,7 @@ def show_faces(
     as_json: JsonOption = False,
 ) -> None:
     """Draw the detected faces, the selected face and its keypoint image at the profile's default size."""
-    from vidgen_ray.report.sheets import identity_sheet
+    from vidgen_ray.report.identity_sheet import identity_sheet
 
     image_format = FORMATS.get(out.suffix.lower())
     if image_format is None:
