@@ -245,7 +245,7 @@ def test_profiles_of_the_benchmarks_have_weights_that_a_run_accepts(tmp_path):
         (planned,) = LinePlanner(checker, profile, OutputFolder(tmp_path / "out"), replace=True, fresh=True).plan(
             [Line(1, line)]
         )
-        assert isinstance(planned.plans[0], ShotPlan)
+        assert isinstance(planned.result, ShotPlan)
 
 
 def test_peer_modules_exist():
