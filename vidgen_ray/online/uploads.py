@@ -275,6 +275,9 @@ async def _read_body(request: Request, cap_bytes: int) -> bytes:
 
 async def _spool_body(request: Request, cap_bytes: int) -> SpooledTemporaryFile[bytes]:
     """Read a body into a file, on disk if it is large: a slow client must not occupy memory."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > cap_bytes:
+        raise too_large(None, cap_bytes)
     body = SpooledTemporaryFile[bytes](SMALL_JSON_BYTES)
     try:
         async for chunk in request.stream():
