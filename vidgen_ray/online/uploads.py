@@ -182,6 +182,13 @@ def from_data_url(url: str, cap_bytes: int, param: str) -> bytes:
         raise invalid(param, "is not valid base64") from None
 
 
+def check_announced(scope: Scope, cap_bytes: int) -> None:
+    """Raise ApiError 413 if a request announces a body of more than `cap_bytes`, before it arrives."""
+    announced = dict(scope.get("headers", ())).get(b"content-length", b"")
+    if announced.isdigit() and int(announced) > cap_bytes:
+        raise too_large(None, cap_bytes)
+
+
 class BodyCap:
     """Middleware that rejects a request that announces more than `cap_bytes`, or of which more have arrived."""
 
@@ -190,13 +197,11 @@ class BodyCap:
         self._cap_bytes = cap_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        announced = dict(scope.get("headers", ())).get(b"content-length", b"")
         seen = 0
 
         async def counted() -> Message:
             nonlocal seen
-            if announced.isdigit() and int(announced) > self._cap_bytes:
-                raise too_large(None, self._cap_bytes)
+            check_announced(scope, self._cap_bytes)
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._cap_bytes:
@@ -275,9 +280,7 @@ async def _read_body(request: Request, cap_bytes: int) -> bytes:
 
 async def _spool_body(request: Request, cap_bytes: int) -> SpooledTemporaryFile[bytes]:
     """Read a body into a file, on disk if it is large: a slow client must not occupy memory."""
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > cap_bytes:
-        raise too_large(None, cap_bytes)
+    check_announced(request.scope, cap_bytes)
     body = SpooledTemporaryFile[bytes](SMALL_JSON_BYTES)
     try:
         async for chunk in request.stream():
