@@ -33,19 +33,6 @@ from vidgen_ray.online.server_settings import OnlineSettings
 SMALL = {"size": "64x64", "num_frames": 2, "upscale": False}
 
 
-@pytest.fixture(scope="module")
-def server(tiny, tmp_path_factory):
-    settings = OnlineSettings(profile="tiny", data=str(tmp_path_factory.mktemp("out")))
-    with local_server(tiny, settings, step_s=0.02) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def url(server):
-    with listening_on_a_port(server.app) as url:
-        yield url
-
-
 @pytest.fixture
 def client(url):
     with Client(url) as client:

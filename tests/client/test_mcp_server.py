@@ -15,26 +15,11 @@ from mcp import Client, StdioServerParameters
 from mcp.types import ImageContent, TextContent
 
 from tests.conftest import ASTRONAUT
-from tests.online.directors import listening_on_a_port, local_server
 from tests.online.test_serve import started
 from vidgen_ray.cli import main
-from vidgen_ray.online.server_settings import OnlineSettings
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"num_frames": 2, "upscale": False}
-
-
-@pytest.fixture(scope="module")
-def server(tiny, tmp_path_factory):
-    settings = OnlineSettings(profile="tiny", data=str(tmp_path_factory.mktemp("out")))
-    with local_server(tiny, settings, step_s=0.02) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def url(server):
-    with listening_on_a_port(server.app) as url:
-        yield url
 
 
 @pytest.fixture
