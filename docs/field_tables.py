@@ -26,7 +26,7 @@ DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "vidgen_ray"
 CLIENT = PACKAGE.parent / "clients" / "python" / "vidgen_client" / "__init__.py"
 RECORDS: tuple[type, ...] = (Line, Shot, ShotPlan, ShotTask, ShotRecord, ManifestRow)
-"""What a line of a script becomes, in order."""
+"""Types that a line of a script becomes, in order."""
 READING_ORDER = (
     "shot.py",
     "stages/base.py",

@@ -59,7 +59,7 @@ class PlannedLine(NamedTuple):
 
     @property
     def result(self) -> ShotPlan | DoneShot | Failure | None:
-        """What is to be done for the only shot. `unique_shots` yields a line for each shot."""
+        """Result of planning the only shot. `unique_shots` yields a line for each shot."""
         (result,) = self.results
         return result
 

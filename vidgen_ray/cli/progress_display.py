@@ -153,7 +153,7 @@ class ProgressTracker:
 
 
 class Display(Protocol):
-    """What shows the progress of a run to people. Open for the duration of the run."""
+    """Progress display of a run. Open for the duration of the run."""
 
     def __enter__(self) -> Self: ...
 

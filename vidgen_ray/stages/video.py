@@ -1,4 +1,4 @@
-"""What video stages have in common: clips of several passes, and the base class of models that read a prompt."""
+"""Shared parts of the video stages: clips of several passes, and the base class of models that read a prompt."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class UpscaleOptions:
     provenance: ProvenanceSettings = DEFAULT
     """Settings of the marking as altered by an algorithm, or as AI-generated if its source is."""
     operation: Operation = "upscale"
-    """What the provenance record calls the command."""
+    """Name of the command in the provenance record."""
 
     def record(self, video: Path) -> ProvenanceRecord | None:
         """Return the provenance record of the result for a source, or `None` if nothing is written."""
