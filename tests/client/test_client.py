@@ -60,11 +60,14 @@ def scripted(*answers):
     return Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])])
 
 
-def test_create_wait_and_download(client, tmp_path):
+def test_create_wait_and_download(client, server, tmp_path):
     states = []
+    server.director.paused.set()
 
     def on_progress(state):
         states.append(state)
+        if state.stage == "flux":
+            server.director.paused.clear()
         # A callback may call the client.
         assert client.get_video(state).prompt == "a man"
 

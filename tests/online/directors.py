@@ -41,7 +41,7 @@ RenderShot = Callable[[ShotPlan, ProgressCallback], None]
 
 
 class LocalDirector:
-    """Runs one job at a time. While `held` is set, no job starts."""
+    """Runs one job at a time. While `held` is set, no job starts. While `paused` is set, a job waits in its step."""
 
     def __init__(
         self,
@@ -58,6 +58,7 @@ class LocalDirector:
         self.rendered: list[str] = []
         """Content keys of the rendered shots, in order."""
         self.held = threading.Event()
+        self.paused = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -83,6 +84,8 @@ class LocalDirector:
             if self._closing.is_set() or self._store.queue.heartbeat("director", [job.id], 60):
                 raise Cancelled
             self._store.queue.progress("director", [JobProgress(job.id, stage, step, steps, 50)])
+            while self.paused.is_set() and not self._closing.is_set():
+                time.sleep(0.01)
 
         try:
             plan = plan_job(job, self._serving_profile, self._settings)

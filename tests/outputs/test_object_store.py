@@ -113,7 +113,9 @@ def test_damaged_cache_entry_is_computed_again(render, make_shot, url, damage):
 
 
 @pytest.mark.parametrize("uploads", range(3))
-def test_commit_killed_between_uploads_leaves_the_shot_unfinished(url, outputs, plan_of, uploads):
+def test_commit_killed_between_uploads_leaves_the_shot_unfinished(url, outputs, plan_of, uploads, tmp_path, monkeypatch):
+    # Tests in other processes commit at the same time.
+    monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path))
     plan = plan_of("x")
     code = f"""
 import os, pickle, sys
