@@ -2,12 +2,18 @@
 
 import asyncio
 import os
+import time
+from typing import NamedTuple
 
 import pytest
 import ray
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster as RayCluster
+from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vidgen_ray.engine import fleet as fleet_module
+from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import Fleet
 from vidgen_ray.engine.ray_cluster import live_cluster
@@ -19,6 +25,14 @@ FAST_DETECTION = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 
 TIMEOUT_S = 30
 
 
+class Place(NamedTuple):
+    """As `ActorPlace`, which would import torch."""
+
+    node: str
+    gpus: list[str]
+    pid: int
+
+
 @ray.remote(max_restarts=-1, max_task_retries=0)
 class TinyActor:
     """Stands in for `Worker` and `Encoder`, which import torch."""
@@ -28,7 +42,10 @@ class TinyActor:
 
     def place(self):
         context = ray.get_runtime_context()
-        return context.get_node_id(), context.get_accelerator_ids()["GPU"], os.getpid()
+        return Place(context.get_node_id(), context.get_accelerator_ids()["GPU"], os.getpid())
+
+    def load(self):
+        """Return no failure."""
 
     def close(self):
         """Do nothing. There are no cache entries to write."""
@@ -287,3 +304,24 @@ def test_free_resources_are_those_that_no_fleet_has_reserved(add_node, fleets):
     assert sorted((len(node.gpus), node.cpus) for node in total.nodes) == [(0, 0), (2, 4)]
     assert sorted((len(node.gpus), node.cpus) for node in free.nodes) == [(0, 0), (1, 2.5)]
     assert [node.label for node in free.nodes] == [node.label for node in total.nodes]
+
+
+def test_actor_of_a_preempted_node_restarts_on_another_node(head, add_node):
+    """The node is drained for preemption, as by an autoscaler, and then lost."""
+
+    async def scenario():
+        on_node = NodeAffinitySchedulingStrategy(lost.node_id, soft=True)
+        actor = TinyActor.options(num_gpus=1, max_restarts=-1, scheduling_strategy=on_node).remote()
+        client = ActorClient(actor, "worker/0")
+        async with asyncio.timeout(TIMEOUT_S):
+            assert await client.ready() is None
+            assert client.node == lost.node_id
+            gcs = GcsClient(address=head.address)
+            deadline_ms = int(1000 * (time.time() + 20))
+            assert gcs.drain_node(lost.node_id, DRAIN_NODE_REASON_PREEMPTION, "preempted", deadline_ms) == (True, "")
+            head.remove_node(lost, allow_graceful=False)
+            while client.node != other.node_id:
+                assert await client.ready() is None
+
+    lost, other = add_node(1), add_node(1)
+    asyncio.run(scenario())

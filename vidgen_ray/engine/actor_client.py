@@ -86,12 +86,12 @@ class ActorClient:
                     # Ray has not killed the process yet.
                     await asyncio.sleep(RETRY_S)
                     continue
-            # A restart may take long: the node may be lost and its replacement not there yet.
-            except ray.exceptions.ActorUnavailableError:
-                await asyncio.sleep(RETRY_S)
-                continue
-            # The actor is dead for good, or never started: its runtime environment cannot be set up.
             except ray.exceptions.RayError as error:
+                # A restart may take long: the node may be lost and its replacement not there yet.
+                if _is_restarting(error):
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                # The actor is dead for good, or never started: its runtime environment cannot be set up.
                 return self._loading_failed(1, error)
             self._explain_loss(place)
             try:
@@ -202,6 +202,12 @@ class ActorClient:
             self._up = False
             self._suspects = suspects
             self._loss = asyncio.get_running_loop().create_future()
+
+
+def _is_restarting(error: ray.exceptions.RayError) -> bool:
+    """Return whether Ray restarts the actor. On a node that was drained for preemption, Ray reports it as dead meanwhile."""
+    preempted = isinstance(error, ray.exceptions.ActorDiedError) and error.preempted
+    return preempted or isinstance(error, ray.exceptions.ActorUnavailableError)
 
 
 async def _explained(loss: asyncio.Future[Loss], node: str | None) -> Loss:
