@@ -99,6 +99,14 @@ def test_lease_of_another_namespace_is_taken_after_two_minutes(disk):
     assert not file.exists()
 
 
+def test_lease_of_a_running_process_in_this_namespace_never_expires(outputs, monkeypatch):
+    """The clock was set forward, or the machine was suspended."""
+    monkeypatch.setattr(leases, "STALE_AFTER_S", -1.0)
+    write_lease(outputs, this_process())
+    with pytest.raises(SetupError, match=r"run r0 is working in it.*use another folder$"):
+        take(outputs, "r1")
+
+
 def test_damaged_lease_expires_by_its_age(outputs):
     for content in ("{", json.dumps({"run": "r0", "host": "node7", "pid": 1, "since": "then"})):
         outputs.storage.write(lease_name(outputs), content)
@@ -177,11 +185,12 @@ def test_storage_error_does_not_lose_the_lease(disk, monkeypatch):
 
 
 def test_suspended_process_notices_that_its_lease_was_taken(outputs, monkeypatch):
-    """Another run takes the lease while the first process is stopped with SIGSTOP."""
-    code = """
+    """A run on another machine takes the lease while the first process is stopped with SIGSTOP."""
+    code = f"""
 import sys
 import vidgen_ray.outputs.lease as leases
 from vidgen_ray.outputs.folder import OutputFolder
+leases.this_process = lambda: {str(ELSEWHERE)!r}
 leases.REFRESH_S, leases.LOST_AFTER_S = 0.1, 0.8
 with OutputFolder(sys.argv[1]).lease("r1") as lease:
     print("held", flush=True)

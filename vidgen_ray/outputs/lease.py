@@ -1,10 +1,10 @@
 """Lease of an output folder. Prevents two runs, or a run and `vidgen gc`, from using the folder together.
 
-A lease is a file that its run refreshes. It expires when it was not refreshed for `STALE_AFTER_S`, or at once if its
-process was in the PID namespace of this process and has ended. In an object store the lease is `OUT/.running`, created,
-refreshed and taken over by conditional requests: of several runs exactly one gets it. On a disk it is
-`OUT/.running-<run>`, written before looking for those of other runs: at most one run gets the folder, but two that start
-at the same moment may both be refused.
+A lease is a file that its run refreshes. If the run's process is in the PID namespace of this process, the lease expires
+when that process ends, whatever the clocks say; otherwise when it was not refreshed for `STALE_AFTER_S`. In an object
+store the lease is `OUT/.running`, created, refreshed and taken over by conditional requests: of several runs exactly one
+gets it. On a disk it is `OUT/.running-<run>`, written before looking for those of other runs: at most one run gets the
+folder, but two that start at the same moment may both be refused.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class Holder(NamedTuple):
     def to_json(self) -> bytes:
         return json.dumps(self._asdict()).encode()
 
-    def has_ended(self) -> bool:
-        """Return whether the process has certainly ended."""
+    def is_running(self) -> bool | None:
+        """Return whether the process is running, or `None` if this process cannot know it."""
         process = ProcessId.parse(self.process)
-        return process is not None and process.is_running() is False
+        return None if process is None else process.is_running()
 
 
 class LeaseFile(Protocol):
@@ -225,7 +225,7 @@ class _LeaseObject:
 
     def _check_expired(self, stored: ObjectVersion) -> None:
         holder = _parse(stored.content)
-        if holder is None or not holder.has_ended():
+        if holder is None or holder.is_running() is not False:
             _check_expired(self._storage, holder, self.name, self._now() - stored.modified)
 
     def _now(self) -> float:
@@ -268,14 +268,16 @@ def _check_other_leases(storage: Storage, own: str) -> None:
 def _check_expired(storage: Storage, holder: Holder | None, name: str, age_s: float) -> None:
     """Raise SetupError if a lease has not expired. `holder`: its content, or `None` if that is damaged."""
     expires_in_s = STALE_AFTER_S - age_s
-    if expires_in_s <= 0 or (holder is not None and holder.has_ended()):
+    is_running = holder.is_running() if holder else None
+    if is_running is False or (is_running is None and expires_in_s <= 0):
         return
     run = holder.run if holder else name.removeprefix(f"{PREFIX}-")
     process = ProcessId.parse(holder.process) if holder else None
     details = f" (process {process.pid} on {holder.host}, since {holder.since})" if holder and process else ""
+    expires = f". If it was killed in another container or on another machine, its lease expires in {expires_in_s:.0f} s"
     raise SetupError(
-        f"output folder {storage.url}: run {run} is working in it{details}; wait until it ends, stop it, or use another "
-        f"folder. If it was killed in another container or on another machine, its lease expires in {expires_in_s:.0f} s"
+        f"output folder {storage.url}: run {run} is working in it{details}; wait until it ends, stop it, or use another folder"
+        + ("" if is_running else expires)
     )
 
 
