@@ -21,7 +21,7 @@ from tests.fake_stages import FAKES, fake_likeness, profile_of_fakes
 from vidgen_ray.batch.line_planner import remaining_lines
 from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.engine.ray_cluster import expect_gpus
-from vidgen_ray.errors import SetupError
+from vidgen_ray.errors import ScriptError, SetupError
 from vidgen_ray.media import read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
@@ -166,6 +166,26 @@ def test_lines_after_the_first_ones_stream_through_ray_data(tmp_path, profile, m
     assert render_lines(tmp_path, profile, lines, gpus=ONE_GPU)[0].skipped == 7
 
 
+def test_script_that_changes_during_the_run_is_an_error_and_replaces_no_shot(tmp_path, profile, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
+    assert render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU)[0].done == 6
+
+    def change_before(*args):
+        (tmp_path / "new.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in shots(6)[2:]))
+        (tmp_path / "new.jsonl").rename(tmp_path / "s.jsonl")
+        return remaining_lines(*args)
+
+    with monkeypatch.context() as changing:
+        changing.setattr("vidgen_ray.batch.render.remaining_lines", change_before)
+        with pytest.raises(ScriptError, match="changed while it was read"):
+            render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU)
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["error"].startswith("ScriptError: s.jsonl: got a script that was changed while it was read")
+    assert {row.status for row in read_manifest(tmp_path / "out")} == {"done", "skipped"}
+    report, _ = render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU)
+    assert (report.skipped, json.loads((tmp_path / "out/run.json").read_text())["error"]) == (6, None)
+
+
 def test_run_stopped_while_reading_the_script_renders_nothing(tmp_path, profile):
     stop = threading.Event()
     stop.set()
@@ -180,9 +200,9 @@ def test_idle_run_reports_that_no_line_has_come_and_what_it_holds(tmp_path, prof
     monkeypatch.setattr("vidgen_ray.batch.director.FIRST_MESSAGE_S", 0.0)
     reported = threading.Event()
 
-    def slow_lines(script, planner):
+    def slow_lines(*args):
         reported.wait()
-        yield from remaining_lines(script, planner)
+        yield from remaining_lines(*args)
 
     class Reported(Events):
         def on_message(self, message):

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import SYNTHETIC
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.script import read
-from vidgen_ray.script.formats import EXTENSION_NAME, check_no_extension_types
+from vidgen_ray.script.formats import EXTENSION_NAME, check_no_extension_types, open_script
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot
 
@@ -66,6 +66,32 @@ def test_formats_produce_the_same_shots(tmp_path):
         ]
     first = read[0].shots[0]
     assert (first.steps.flux, first.lora[0].path) == (3, str(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("change", ["appended", "overwritten", "renamed", "deleted", "table"])
+def test_script_that_changes_while_it_is_read_is_an_error(tmp_path, change):
+    if change == "table":
+        path = tmp_path / "tables"
+        path.mkdir()
+        changed = path / "a.parquet"
+        pq.write_table(pa.table({"prompt": ["a", "b", "c"]}), changed)
+    else:
+        path = changed = write(tmp_path, "s.txt", "a\nb\nc\n")
+    _, lines = open_script(path)
+    next(lines)
+    if change == "appended":
+        with changed.open("a") as file:
+            file.write("d\n")
+    elif change == "overwritten":
+        changed.write_text("b\nc\n")
+    elif change == "deleted":
+        changed.unlink()
+    else:
+        copy = tmp_path / "copy"
+        copy.write_bytes(changed.read_bytes())
+        copy.rename(changed)
+    with pytest.raises(ScriptError, match="changed while it was read"):
+        list(lines)
 
 
 def test_txt_script_has_one_prompt_per_line(tmp_path):

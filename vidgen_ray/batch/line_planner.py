@@ -29,6 +29,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.check import LineChecker
+from vidgen_ray.script.formats import ScriptVersion, script_version
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
 from vidgen_ray.script.read import check_files, no_lines, open_lines, unique_lines
 from vidgen_ray.shot import Shot
@@ -233,19 +234,20 @@ def unique_shots(planned: Sequence[PlannedLine], index: ScriptIndex) -> Iterator
         yield PlannedLine(line) if line.errors else PlannedLine(line, (first_with_id[line.shot.id],))
 
 
-def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[Line], bool]:
-    """Return the checker and the first lines of a script, and whether these are all.
+def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[Line], ScriptVersion | None]:
+    """Return the checker and the first lines of a script, and the version of the script if it has more lines.
 
     Raises ScriptError if it cannot be read or has no lines.
     """
-    checker, lines = open_lines(settings)
+    version = script_version(settings.path)
+    checker, lines = open_lines(settings, version)
     first = list(islice(lines, FIRST_LOOK_LINES + 1))
     if not first:
         raise no_lines(settings.path)
-    return checker, first[:FIRST_LOOK_LINES], len(first) <= FIRST_LOOK_LINES
+    return checker, first[:FIRST_LOOK_LINES], version if len(first) > FIRST_LOOK_LINES else None
 
 
-def remaining_lines(settings: ScriptSettings, planner: LinePlanner) -> Iterator[list[PlannedLine]]:
+def remaining_lines(settings: ScriptSettings, version: ScriptVersion, planner: LinePlanner) -> Iterator[list[PlannedLine]]:
     """Yield the lines after the first ones, planned by parallel tasks on the node of this process, in order.
 
     That node can read the script and its files. Needs a connection to Ray. Raises what reading and planning raise.
@@ -253,7 +255,7 @@ def remaining_lines(settings: ScriptSettings, planner: LinePlanner) -> Iterator[
 
     def blocks() -> Iterator[pyarrow.Table]:
         try:
-            _, lines = open_lines(settings)
+            _, lines = open_lines(settings, version)
             for batch in batched(islice(lines, FIRST_LOOK_LINES, None), BLOCK_LINES):
                 yield pyarrow.table({"lines": [pickle.dumps(batch)]})
         except ScriptError as error:

@@ -9,6 +9,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -24,7 +25,7 @@ from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.outputs.manifest import ManifestRow, new_writer
 from vidgen_ray.outputs.records import DoneShot, Failure
-from vidgen_ray.planner import Cluster, Demand, Plan, demand_of, save_calibration, this_machine
+from vidgen_ray.planner import Cluster, Demand, demand_of, save_calibration, this_machine
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.signing import check_signing
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
@@ -160,7 +161,7 @@ def render(
     check_profile(profile)
     check_signing(profile.provenance)
     profile = profile.with_commits()
-    checker, first, whole = first_lines(script)
+    checker, first, version = first_lines(script)
     planner = LinePlanner(
         checker,
         profile,
@@ -169,9 +170,9 @@ def render(
         replace=options.replace,
         keep_stages=options.keep_stages,
     )
-    remaining = None if whole else partial(remaining_lines, script, planner)
+    remaining = None if version is None else partial(remaining_lines, script, version, planner)
     demand = None
-    if options.max_cost is not None and not whole:
+    if options.max_cost is not None and version is not None:
         demand = pending_demand(script, profile, outputs)
     return render_lines(
         planner,
@@ -214,31 +215,45 @@ def render_lines(
         outputs.sweep()
         # The tasks that plan the remaining lines read the whole manifest.
         planned = planner.plan_first(first)
-        with RunResults(outputs, run, source, lease, listener, on_row, is_script=is_script) as results:
-            director = Director(
-                run,
-                profile,
-                outputs,
-                options,
-                results,
-                listener,
-                stop or threading.Event(),
-                planner,
-                demand,
-                lease,
-            )
-            director.accept(planned)
-            results.lines_read(complete=remaining is None)
-            if director.queue or remaining is not None:
-                with director.connected(complete=remaining is None):
-                    asyncio.run(director.render(remaining))
-            lease.check()
+        results = RunResults(outputs, run, source, lease, listener, on_row, is_script=is_script)
+        director = Director(
+            run,
+            profile,
+            outputs,
+            options,
+            results,
+            listener,
+            stop or threading.Event(),
+            planner,
+            demand,
+            lease,
+        )
+        write_run = partial(_write_run, outputs, source, profile, options, planner, director, results)
+        try:
+            with results:
+                director.accept(planned)
+                results.lines_read(complete=remaining is None)
+                if director.queue or remaining is not None:
+                    with director.connected(complete=remaining is None):
+                        asyncio.run(director.render(remaining))
+                lease.check()
+        except BaseException as error:
+            if not lease.is_lost():
+                with suppress(OSError):
+                    write_run(_report(run, started, director, results), error)
+            raise
+        report = _report(run, started, director, results)
+        write_run(report, None)
         # Remove temporary files of processes that were killed on this machine.
         outputs.sweep()
-    chosen = director.plan
-    if chosen is not None and director.cluster is not None:
+    if director.plan is not None and director.cluster is not None:
         save_calibration(profile.name, director.cluster.card, results.durations)
-    report = RunReport(
+    return report
+
+
+def _report(run: str, started: float, director: Director, results: RunResults) -> RunReport:
+    """Return the summary of a run that started at `started`, by `time.monotonic`."""
+    return RunReport(
         run=run,
         done=results.counts["done"],
         failed=results.counts["failed"],
@@ -248,32 +263,33 @@ def render_lines(
         seconds=round(time.monotonic() - started, 2),
         gpu_seconds=round(results.gpu_seconds, 2),
         lora_loads=results.lora_loads,
-        layout=chosen.layout.kind if chosen else None,
+        layout=director.plan.layout.kind if director.plan else None,
         quarantined=tuple(director.quarantined),
     )
-    repeated = RecordedOptions.of(options, planner.checker.run_seed, planner.checker.changes)
-    _write_run(outputs, report, source, profile, repeated, chosen, results)
-    return report
 
 
 def _write_run(
     outputs: OutputFolder,
-    report: RunReport,
     source: str,
     profile: Profile,
-    repeated: RecordedOptions,
-    chosen: Plan | None,
+    options: RenderOptions,
+    planner: LinePlanner,
+    director: Director,
     results: RunResults,
+    report: RunReport,
+    error: BaseException | None,
 ) -> None:
-    """Write `run.json`, which describes the last run in this folder."""
+    """Write `run.json`, which describes the last run in this folder. `error`: what ended it."""
+    repeated = RecordedOptions.of(options, planner.checker.run_seed, planner.checker.changes)
     outputs.write_run(
         {
             **asdict(report),
+            "error": None if error is None else f"{type(error).__name__}: {error}",
             "script": source,
             "profile": profile.model_dump(mode="json"),
             "profile_source": str(profile.source) if profile.source else None,
             "options": repeated.model_dump(mode="json"),
-            "layout": asdict(chosen.layout) if chosen else None,
+            "layout": asdict(director.plan.layout) if director.plan else None,
             "weights": {stage: sorted(digests) for stage, digests in sorted(results.weights.items())},
             "software": software_versions(),
         }

@@ -40,6 +40,8 @@ FIELDS = (*Shot.model_fields, STYLE, MATRIX, FAILURE_FIELD)
 FLAT_SETTINGS = tuple(
     name for field in NESTED_FIELDS for stage in STAGES_WITH_STEPS for name in (f"{field}.{stage}", f"{stage}.{field}")
 )
+ScriptVersion = tuple[tuple[int, int, int], ...]
+"""Inode, size in bytes and modification time in ns of each file that is read."""
 MAX_NAMED = 5
 """Unknown columns that an error names."""
 
@@ -388,10 +390,18 @@ ADVICE = {".json": "; write one object per line to .jsonl", ".xlsx": SPREADSHEET
 """Ending of a file that is not read -> what to do."""
 
 
-def open_script(path: Path) -> tuple[Header, Lines]:
+def script_version(path: Path) -> ScriptVersion:
+    """Return what identifies the content of a script. Of a folder: itself, its tables and its list of captions."""
+    files = [path, *sorted(path.rglob("*.parquet")), path / METADATA_FILE] if path.is_dir() else [path]
+    stats = [file.stat() for file in files if file.exists()]
+    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+
+
+def open_script(path: Path, version: ScriptVersion | None = None) -> tuple[Header, Lines]:
     """Return the header and the lines of a script. Lines that cannot be parsed have an error.
 
-    Raises ScriptError if the file cannot be read.
+    `version`: that of an earlier reading. Raises ScriptError if the file cannot be read, or has another version. The lines
+    raise it at their end if the file has changed meanwhile.
     """
     readers = {
         ".jsonl": read_jsonl,
@@ -409,6 +419,23 @@ def open_script(path: Path) -> tuple[Header, Lines]:
     try:
         if not path.exists() or not (path.is_file() or path.is_dir()):
             raise file_error(path, str(path), "must be a file or a folder" if path.exists() else "must be an existing file")
-        return reader(path)
+        version = version or script_version(path)
+        _check_unchanged(path, version)
+        header, lines = reader(path)
+        return header, _unchanged(path, version, lines)
     except OSError as error:
         raise file_error(path, str(path), f"must be readable ({error.strerror})") from None
+
+
+def _unchanged(path: Path, version: ScriptVersion, lines: Lines) -> Lines:
+    yield from lines
+    _check_unchanged(path, version)
+
+
+def _check_unchanged(path: Path, version: ScriptVersion) -> None:
+    if not path.exists() or script_version(path) != version:
+        raise file_error(
+            path,
+            "a script that was changed while it was read",
+            "must stay as it is until its last line is read. Run the same command again; finished shots are skipped",
+        )

@@ -17,7 +17,7 @@ from vidgen_ray.media import check_image_header, read_image
 from vidgen_ray.nets.lora_header import FLUX, check_lora_file
 from vidgen_ray.safety import DEFAULT_POLICY, ContentPolicy
 from vidgen_ray.script.check import LineChecker, merged
-from vidgen_ray.script.formats import open_script
+from vidgen_ray.script.formats import ScriptVersion, open_script
 from vidgen_ray.script.lines import Line, Lines, ScriptIndex, ScriptSettings
 from vidgen_ray.shot import IMAGE_FIELDS, Shot, derive_id
 from vidgen_ray.weights import resolve
@@ -93,9 +93,9 @@ class Script:
         return [note for line in self.lines for note in line.notes]
 
 
-def open_lines(settings: ScriptSettings) -> tuple[LineChecker, Lines]:
-    """Return the checker and the unchecked lines of a script. Raises ScriptError if the file cannot be read."""
-    header, lines = open_script(settings.path)
+def open_lines(settings: ScriptSettings, version: ScriptVersion | None = None) -> tuple[LineChecker, Lines]:
+    """Return the checker and the unchecked lines of a script. `version` and errors: see `open_script`."""
+    header, lines = open_script(settings.path, version)
     return LineChecker.of(settings, header), lines
 
 
