@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,9 +10,10 @@ import pytest
 import ray
 import ray.data
 
-from tests.fake_stages import FAKES
+from tests.fake_stages import FAKES, profile_of_fakes
 from vidgen_ray.batch.render import RenderOptions
 from vidgen_ray.data import build_processor
+from vidgen_ray.planner import parse_gpus
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -45,6 +47,23 @@ def test_rows_become_result_rows_between_other_steps(tiny, tmp_path):
     assert by_id["s0"]["hd_video"] == str(tmp_path / "out" / manifest["s0"]["hd_video"])
     again = {row["id"]: row["status"] for row in processor(prompts).iter_rows()}
     assert again["s0"] == "skipped"
+
+
+def test_leaving_the_loop_returns_the_gpus(tiny, tmp_path):
+    def free():
+        return ray.available_resources().get("GPU", 0)
+
+    before = free()
+    assert before
+    rows = [{"id": f"s{n}", "prompt": "a"} for n in range(40)]
+    options = RenderOptions(cluster=parse_gpus("1x80GB"), stages=FAKES)
+    for _ in build_processor(profile_of_fakes(tiny), tmp_path / "out", options=options)(ray.data.from_items(rows)).iter_rows():
+        assert free() == before - 1
+        break
+    deadline = time.monotonic() + 60
+    while free() != before:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)  # no notification is available
 
 
 def test_wrong_rows_are_failed_results(tiny, tmp_path):

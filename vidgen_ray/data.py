@@ -12,6 +12,7 @@ import inspect
 import logging
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from more_itertools import batched
 from vidgen_ray.batch.line_planner import BLOCK_LINES, LinePlanner, on_this_node, one_task_source, own_context, planned_rows
 from vidgen_ray.batch.render import RenderOptions, render_lines
 from vidgen_ray.batch.results import ProgressListener
+from vidgen_ray.engine.fleet import remove_leaked_groups
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import check_profile
@@ -37,6 +39,9 @@ from vidgen_ray.script.formats import table_lines
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+WATCH_THREAD = "vidgen placement groups"
+WATCH_INTERVAL_S = 2.0
+"""Seconds between two looks for placement groups of executions that were left."""
 _log = logging.getLogger("vidgen_ray")
 
 Fields = dict[str, Any]
@@ -86,6 +91,7 @@ def build_processor(
     )
 
     def processor(dataset: Dataset) -> Dataset:
+        _watch_groups()
         lines = dataset.map_batches(
             _pickled_lines,
             batch_size=None,
@@ -100,6 +106,22 @@ def build_processor(
             return ray.data.read_datasource(source, override_num_blocks=1, **_once(), **on_this_node())
 
     return processor
+
+
+def _watch_groups() -> None:
+    """Return the GPUs of executions that were left, as by `break` in a loop over the results. Ray then kills the task."""
+    if not any(thread.name == WATCH_THREAD for thread in threading.enumerate()):
+        threading.Thread(target=_remove_groups_periodically, name=WATCH_THREAD, daemon=True).start()
+
+
+def _remove_groups_periodically() -> None:
+    while ray.is_initialized():
+        try:
+            remove_leaked_groups()
+        # Ray's head process may be restarting.
+        except Exception:
+            _log.debug("cannot look for placement groups, trying again", exc_info=True)
+        time.sleep(WATCH_INTERVAL_S)
 
 
 def _once() -> Fields:

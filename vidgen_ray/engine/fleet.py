@@ -12,16 +12,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Protocol, TypeVar
 
 import ray
 from ray._private.state import actors
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vidgen_ray.engine.config import EngineConfig
@@ -33,6 +41,7 @@ from vidgen_ray.planner import Cluster, Plan
 from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec, complete_set
 from vidgen_ray.planner.solver import ENCODER_CPUS, more_slots
+from vidgen_ray.system.files import ProcessId, this_process
 
 FIRST_POLL_S, POLL_S = 0.1, 10.0
 """Seconds between two looks at the cluster: while a request is new, and at most."""
@@ -46,6 +55,8 @@ CLOSE_TIMEOUT_S = 5.0
 WITHDRAW_AFTER_S = 10.0
 """Seconds after which the request for an added slot is withdrawn: the GPU that was free is in use."""
 
+GROUP_NAME = re.compile(r".+/group/(.+)/\d+")
+"""Name of a placement group: that of the engine, its process and a number."""
 DATA_ACTOR = "MapWorker("
 """Start of the class name of Ray Data's actors, before the name of their step."""
 _UNPLACED = ("PENDING", "PREPARED", "RESCHEDULING")
@@ -57,6 +68,7 @@ PlacedSlot = tuple[Slot, Label | None]
 MoreSlots = Callable[[Sequence[Slot], Cluster], Sequence[PlacedSlot]]
 """Present slots with a node, free resources -> slots to add."""
 
+_group_numbers = count()
 _log = logging.getLogger(__name__)
 
 
@@ -312,6 +324,7 @@ class Fleet:
         """Request one placement group with a bundle for each slot. `None` in place of a slot is an encoder."""
         group = placement_group(
             [_resources(slot) for slot, _ in slots],
+            name=f"{self._config.name}/group/{this_process()}/{next(_group_numbers)}",
             bundle_label_selector=[dict([label]) if label else {} for _, label in slots],
         )
         self._groups.append(group)
@@ -353,6 +366,19 @@ class Fleet:
         self._encoders.clear()
         self._reservations.clear()
         self._remove_unused_groups()
+
+
+def remove_leaked_groups() -> None:
+    """Remove the placement groups of fleets whose process was on this machine and has ended.
+
+    Ray kills the actors of such a process, but keeps its placement groups until the job ends.
+    """
+    for group in placement_group_table().values():
+        match = GROUP_NAME.fullmatch(group["name"])
+        process = ProcessId.parse(match[1]) if match else None
+        if process is not None and process.is_running() is False and group["state"] != "REMOVED":
+            with suppress(ValueError):  # it was removed meanwhile
+                remove_placement_group(get_placement_group(group["name"]))
 
 
 def labels_of(chosen: Plan, cluster: Cluster) -> list[Label | None]:
