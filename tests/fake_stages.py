@@ -42,10 +42,10 @@ def run_scripted_failure(prompt):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
-class CrashesReader:
+class CrashesReader(np.ndarray):
     """Crashes the process that unpickles it."""
 
-    def __reduce__(self):
+    def __reduce_ex__(self, protocol):
         return os._exit, (1,)
 
 
@@ -77,7 +77,7 @@ class FakeFlux(FakeStage, FluxStage):
         run_scripted_failure(shot.prompt)
         if shot.prompt == "crash-encoder":
             # For shots without a clip: only the encoder reads their image.
-            return {"image": CrashesReader()}
+            return {"image": np.zeros((shot.height, shot.width, 3), np.uint8).view(CrashesReader)}
         noise = np.random.default_rng(self.generator_seed(shot))
         return {"image": noise.integers(0, 256, (shot.height, shot.width, 3), np.uint8)}
 

@@ -176,3 +176,27 @@ def test_result_that_depends_on_lower_memory_settings_is_not_cached(tiny, tmp_pa
     assert {step.stage: cache.has(step.key) for step in plan.steps} == {
         "instantid": True, "flux": True, "image_likeness": True, "svd": False, "clip_likeness": False
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["flux", "svd"])
+def test_result_of_another_size_fails_its_step_and_is_never_taken_from_the_cache(tiny, make_shot, tmp_path, stage):
+    shot = make_shot(prompt="a", upscale_video=False)
+    plan = ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
+    cache = OutputFolder(tmp_path).stage_cache
+    keys = {step.stage: step.key for step in plan.steps}
+    stages = [FAKES[step.stage](tiny.params(FAKES[step.stage])) for step in plan.steps]
+    runner = StepRunner(stages, 0, CacheSettings("all", wait=True).open(cache))
+    item, _ = runner.run(plan, Item(shot), keys)
+    small = {"flux": {"image": item.artefacts["image"][:16]}, "svd": {"frames": item.artefacts["frames"][:1]}}[stage]
+    cache.drop([keys[stage]])
+    cache.put(keys[stage], small)
+    again, records = runner.run(plan, Item(shot), keys)
+    assert {record.stage: record.cached for record in records} == {"flux": stage != "flux", "svd": stage != "svd"}
+    np.testing.assert_array_equal(again.artefacts["frames"], item.artefacts["frames"])
+    assert runner.run(plan, Item(shot), keys)[1][0].cached
+
+    cache.drop(keys.values())
+    stages[list(keys).index(stage)].one = lambda *_: small
+    with pytest.raises(StepFailed, match=rf"{stage}: the model made an? \w+ of shape \(.*\) instead of"):
+        runner.run(plan, Item(shot), keys)
+    assert not cache.has(keys[stage])

@@ -125,6 +125,10 @@ def test_stage_needs_only_declared_artefacts_and_returns_the_declared_ones(loade
         for name in {"image", "frames", "hd_frames"} & set(result):
             assert result[name].dtype == np.uint8
             assert result[name].shape[-1] == 3
+        if not isinstance(loaded, ChunkedStage):
+            assert result.get("image", item.artefacts["image"]).shape == (shot.height, shot.width, 3)
+            frames = (shot.clip_frames, shot.height, shot.width, 3)
+            assert "frames" not in result or result["frames"].shape == frames
 
 
 def decides_about_identity(stage, shot):

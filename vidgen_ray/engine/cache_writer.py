@@ -89,6 +89,10 @@ class CacheWriter:
         """Return a cached result with the artefacts `names`, or `None`."""
         return self._cache.get(key, names)
 
+    def drop(self, key: str) -> None:
+        """Delete a wrong entry."""
+        self._cache.drop([key])
+
     def put(self, key: str, artefacts: Artefacts) -> None:
         """Store a result of a stage, soon. Its arrays become read-only.
 

@@ -293,6 +293,9 @@ class StepRunner:
             # 0 of 0: the stage reports the number of steps with the first one.
             report_progress(step.stage, 0, 0)
             cached = cache.get(step.key, stage.writes) if cache else None
+            if cache and cached is not None and _wrong_size(stage, plan.shot, cached):
+                cache.drop(step.key)
+                cached = None
             if cached is None:
                 self._check_weights(stage, step, plan.shot)
                 self.swapper.ensure_on_gpu(step.stage)
@@ -301,6 +304,8 @@ class StepRunner:
                     self._safety.check_image(ready.artefacts["image"])
                 local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts)
                 (result,), recovered = self._fallback.run(stage, plan.shot, lambda: stage([local]))
+                if wrong := _wrong_size(stage, plan.shot, result):
+                    raise StageError(f"the model made {wrong}; it may be the model of another stage, or the GPU is faulty")
                 self._check_safety(result)
                 lower_memory = lower_memory or recovered not in (None, MEMORY_FREED)
                 if cache and not lower_memory:
@@ -355,6 +360,17 @@ class StepRunner:
             adapter_loads=adapter_loads,
             notes=notes,
         )
+
+
+def _wrong_size(stage: Stage[Any], shot: Shot, result: Artefacts) -> str | None:
+    """Return what is wrong with the size of an image or a clip that the stage has made, or `None`."""
+    expected = (shot.height, shot.width, 3)
+    if "image" in result and result["image"].shape != expected:
+        return f"an image of shape {result['image'].shape} instead of {expected}"
+    # A chunked stage changes the number and the size of the frames that it gets.
+    if isinstance(stage, ChunkedStage) or "frames" not in result or result["frames"].shape == (shot.clip_frames, *expected):
+        return None
+    return f"a clip of shape {result['frames'].shape} instead of {(shot.clip_frames, *expected)}"
 
 
 def with_images(item: Item, takes: Iterable[str], inputs: Mapping[str, str] | None = None) -> Item:
