@@ -27,7 +27,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     HF_HOME=/weights/huggingface \
     HF_HUB_OFFLINE=1 \
-    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=vidgen_ray.online.request_id:middlewares \
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=vidgen_ray.online:middlewares \
     PYTHONUNBUFFERED=1
 
 USER vidgen

@@ -126,12 +126,12 @@ def pid_of(actor):
             return ray.get(actor.place.remote()).pid
 
 
-def run(name, profile, cluster, out, stages, in_progress=4, wait=True, grows=False, database=None) -> Running:
+def run(name, profile, cluster, out, stages, wait=True, grows=False, database=None) -> Running:
     served = serving_profile(profile)
     chosen = plan(served.profile, served.demand(), cluster)
     outputs = OutputFolder(out / "out")
     outputs.prepare()
-    settings = OnlineSettings(data=str(out / "out"), database=database, in_progress=in_progress)
+    settings = OnlineSettings(data=str(out / "out"), database=database)
     stages_served = {stage.name: stages[stage.name] for stage in served.stages}
     config = EngineConfig(name, served.profile, outputs, stages_served, CacheSettings("all", wait=True))
     labels = labels_of(chosen, cluster)

@@ -1,26 +1,20 @@
 """Limits of event streams, over HTTP."""
 
-import asyncio
 import threading
 from contextlib import ExitStack
 
 import httpx
 import pytest
 import yaml
-from ray.exceptions import TaskCancelledError
 from starlette.testclient import TestClient
 
 from tests.online.directors import LOCAL, listening_on_a_port, local_server
 from tests.online.test_api_videos import SMALL
-from vidgen_ray.online.application import DisconnectedClients
 from vidgen_ray.online.asgi_app import make_app
-from vidgen_ray.online.auth import LOCAL_TENANT, ApiKeys, Tenant, hash_key
+from vidgen_ray.online.auth import LOCAL_TENANT, ApiKeys, hash_key
 from vidgen_ray.online.server_settings import Limits, OnlineSettings
-from vidgen_ray.online.store.jobs import JobKind
-from vidgen_ray.online.web.page_context import PageContext
 
 STREAMS = 3
-SHOT = {"prompt": "a man", "width": 64, "height": 64, "num_frames": 2, "upscale_video": False}
 
 
 @pytest.fixture
@@ -85,34 +79,9 @@ def test_page_stream_over_the_limit_costs_no_query(server, monkeypatch):
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_streams")
 
 
-def test_page_update_is_rendered_once_for_all_streams(server, monkeypatch):
-    context, tenant = PageContext(server.app.state.server), Tenant(name="ada", key_id="k", limits=Limits())
-    (job,) = asyncio.run(server.app.state.server.job_service.accept(tenant, JobKind.VIDEO, [SHOT], {}))
-    rendered, card = [], context.card
-    monkeypatch.setattr(context, "card", lambda job, base: rendered.append(job.version) or card(job, base))
-    first = context.job_update(job, "")
-    assert [context.job_update(job, "") for _ in range(3)] == [first] * 3
-    cancelled = server.store.request_cancel(job.id, "ada")
-    assert context.job_update(cancelled, "")["state"] == "cancelled"
-    assert rendered == [job.version, cancelled.version]
-
-
 def test_ended_streams_are_not_counted(server):
     server.director.held.clear()
     with listening_on_a_port(server.app) as url, client_of(url, "ada") as client:
         video = client.post("/v1/videos", json=SMALL).json()["id"]
         for _ in range(2 * STREAMS):
             assert "event: video.completed" in client.get(f"/v1/videos/{video}/events").text
-
-
-def test_cancelled_receive_of_ray_serve_is_a_disconnect():
-    messages = []
-
-    async def app(scope, receive, send):
-        messages.append(await receive())
-
-    async def receive():
-        raise TaskCancelledError
-
-    asyncio.run(DisconnectedClients(app)({"type": "http"}, receive, None))
-    assert messages == [{"type": "http.disconnect"}]

@@ -172,7 +172,7 @@ def test_page_stream_ends_when_the_session_ends(store, feed, monkeypatch):
     monkeypatch.setattr(pages, "SESSION_CHECK_S", 2 * POLL_S)
     tenant = Tenant(name="ada", key_id="k", limits=Limits())
     sessions = [tenant, None]
-    auth = SimpleNamespace(reads_session=lambda request: True, session_tenant=lambda request: sessions.pop(0))
+    auth = SimpleNamespace(session_tenant=lambda request: sessions.pop(0))
     site = SimpleNamespace(
         server=SimpleNamespace(job_feed=feed, auth=auth), job_update=lambda job, base, with_card: [job.id, with_card]
     )

@@ -22,8 +22,8 @@ from ray.serve._private.http_util import _apply_middlewares, call_function_from_
 from tests.online.test_director import POLL_S, pipes_open
 from vidgen_ray.cli import main
 from vidgen_ray.errors import UsageError
+from vidgen_ray.online import ENVIRONMENT
 from vidgen_ray.online.auth import LOCAL_TENANT
-from vidgen_ray.online.request_id import ENVIRONMENT
 from vidgen_ray.online.serve_command import settings_of
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobState

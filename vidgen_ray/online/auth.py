@@ -145,7 +145,7 @@ class Sessions:
 
 
 class Authenticator:
-    """Authenticates the requests of the API and of the web page. Methods block if the request `reads_session`.
+    """Authenticates the requests of the API and of the web page. Methods block: they read sessions from the database.
 
     Counts the requests of each key in this process: with N API replicas a key may send N times as many.
     """
@@ -158,10 +158,6 @@ class Authenticator:
     @property
     def keys_are_required(self) -> bool:
         return self._keys.are_required
-
-    def reads_session(self, request: Request) -> bool:
-        """Return whether authenticating the request may query the database, for the session of its cookie."""
-        return self._keys.are_required and SESSION_COOKIE in request.cookies
 
     def api_tenant(self, request: Request, key: str | None) -> Tenant:
         """Return the tenant of an API request and count the request.

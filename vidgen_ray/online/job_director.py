@@ -94,9 +94,8 @@ class JobDirector:
         self._outputs = config.outputs
         self._serving_profile = serving_profile(config.profile, settings.require_licence)
         self._store = open_store(settings)
-        self._max_jobs = settings.in_progress
         self._metrics = ServerMetrics(config.profile.name)
-        self._engine = Engine(config, layout, self._metrics, max_shots=self._max_jobs)
+        self._engine = Engine(config, layout, self._metrics)
         self._actors = Actors("", 0, {}, {}, layout)
         self._workers = workers
         self.owner = f"{os.uname().nodename}:{os.getpid()}:{time.time_ns()}"
@@ -108,8 +107,6 @@ class JobDirector:
         self._storage_problem: str | None = None
         """Reason why no jobs are claimed: their files could not be written."""
         self._draining = False
-        self._more_wait = False
-        """The store may have more queued jobs than the last claim returned."""
         self._woken = asyncio.Event()
         self._last_poll = time.monotonic()
         self._background = [
@@ -200,7 +197,7 @@ class JobDirector:
     async def _replace_engine(self, layout: Layout) -> None:
         """Use an engine for new workers with this layout. Running jobs are queued again: their workers are gone."""
         running = dict(self._running)
-        old, self._engine = self._engine, Engine(self._config, layout, self._metrics, max_shots=self._max_jobs)
+        old, self._engine = self._engine, Engine(self._config, layout, self._metrics)
         await self._requeue(running)
         await old.stop()
         self._woken.set()
@@ -239,7 +236,6 @@ class JobDirector:
         if self._draining:
             await asyncio.to_thread(self._store.queue.release, self.owner, [job.id for job in jobs])
             return
-        self._more_wait = len(jobs) == free
         for job in jobs:
             # A running job is claimed again if its lease expired while this process was stalled.
             if job.id not in self._running:
@@ -309,9 +305,8 @@ class JobDirector:
             self._updates.pop(job.id, None)
             self._running.pop(job.id, None)
             self._cancelled.discard(job.id)
-            # A slot is free. If no job is queued, the next new job wakes the director.
-            if self._more_wait:
-                self._woken.set()
+            # A slot is free for the next job.
+            self._woken.set()
 
     async def _failed(self, job: Job, failure: Failure, kind: Kind) -> None:
         """Store the failure of a job, or queue it again if the failure is not its own."""

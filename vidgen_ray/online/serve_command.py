@@ -96,9 +96,9 @@ def serve_command(
     Raises SetupError and ProfileError.
     """
     from vidgen_ray.engine.ray_cluster import connected, live_cluster
+    from vidgen_ray.online import ENVIRONMENT
     from vidgen_ray.online.application import check_exposure, server_plan
     from vidgen_ray.online.auth import check_bind_host, is_loopback, load_keys
-    from vidgen_ray.online.request_id import ENVIRONMENT
     from vidgen_ray.online.server import serving, wait_for
     from vidgen_ray.online.store.store import open_store
     from vidgen_ray.planner import this_machine

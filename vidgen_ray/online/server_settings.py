@@ -127,7 +127,6 @@ class OnlineSettings(_Section):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
     limits: Limits = Field(Limits(), description="Limits of API keys that set none of their own.")
     uploads: UploadCaps = Field(UploadCaps(), description="Size limits of requests.")
-    in_progress: int | None = Field(None, ge=1, description="Most jobs in progress at once. Default: derived from the layout.")
     max_queued: int = Field(256, ge=1, description="Most queued jobs of all tenants. Further requests get status 429.")
     url_inputs: UrlInputs = Field(UrlInputs(), description="Images that clients reference by URL.")
     webhooks: Webhooks = Field(Webhooks(), description="Webhooks for finished jobs.")

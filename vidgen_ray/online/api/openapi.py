@@ -118,9 +118,7 @@ async def tenant_of(
 ) -> Tenant:
     """Authenticate the request. Raises ApiError 400, 401, 403 or 429; see `Authenticator.api_tenant`."""
     key = credentials.credentials if credentials else None
-    if server.auth.reads_session(request):
-        return await asyncio.to_thread(server.auth.api_tenant, request, key)
-    return server.auth.api_tenant(request, key)
+    return await asyncio.to_thread(server.auth.api_tenant, request, key)
 
 
 TenantDep = Annotated[Tenant, Depends(tenant_of)]

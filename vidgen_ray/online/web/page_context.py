@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from cachetools import LRUCache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
@@ -32,8 +31,6 @@ HEADERS = {
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
     "Cache-Control": "no-store",
 }
-CACHED_UPDATES = 256
-"""Updates of jobs that are kept rendered, about 4 kB each."""
 TenantHandler = Callable[[Request, Tenant], Awaitable[Response]]
 
 
@@ -52,16 +49,13 @@ class PageContext:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._updates = LRUCache[tuple[str, int, str, bool], dict[str, Any]](CACHED_UPDATES)
         self._assets = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(STATIC.iterdir()))).hexdigest()[:12]
 
     def for_tenant(self, handler: TenantHandler) -> Callable[[Request], Awaitable[Response]]:
         """Return a route that calls the handler for signed-in browsers only."""
 
         async def route(request: Request) -> Response:
-            auth = self.server.auth
-            reads_session = auth.reads_session(request)
-            tenant = await asyncio.to_thread(auth.page_tenant, request) if reads_session else auth.page_tenant(request)
+            tenant = await asyncio.to_thread(self.server.auth.page_tenant, request)
             if tenant is None:
                 return _signed_out_response(request)
             return await handler(request, tenant)
@@ -88,16 +82,7 @@ class PageContext:
         return card_of(job, base, self.lora_names)
 
     def job_update(self, job: Job, base: str, with_card: bool = True) -> dict[str, Any]:
-        """Return a job as page.js expects it: its progress and, with `with_card`, the HTML of its card.
-
-        Rendered once for all event streams that send it.
-        """
-        key = job.id, job.version, base, with_card
-        if key not in self._updates:
-            self._updates[key] = self._rendered_update(job, base, with_card)
-        return self._updates[key]
-
-    def _rendered_update(self, job: Job, base: str, with_card: bool) -> dict[str, Any]:
+        """Return a job as page.js expects it: its progress and, with `with_card`, the HTML of its card."""
         card = self.card(job, base)
         macros: Any = self._templates.get_template("card.html").make_module({"base": base})
         return {

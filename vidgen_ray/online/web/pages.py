@@ -222,8 +222,7 @@ async def _events(context: PageContext, request: Request, tenant: Tenant, cursor
                 yield ServerSentEvent(data, event="changes", id=str(changes.cursor))
             if time.monotonic() - checked_at >= SESSION_CHECK_S:
                 checked_at = time.monotonic()
-                auth = context.server.auth
-                if auth.reads_session(request) and await asyncio.to_thread(auth.session_tenant, request) is None:
+                if await asyncio.to_thread(context.server.auth.session_tenant, request) is None:
                     yield ServerSentEvent("", event="signed-out", id=str(changes.cursor))
                     return
 
