@@ -34,7 +34,7 @@ def fill(store: JobStore, count: int, queued: int = 0) -> None:
         if rows:
             connection.execute(insert(JOBS), rows)
         keys = [
-            {"tenant": MAIN_TENANT, "key": f"old-{n}", "fingerprint": "f", "jobs": "[]", "created_at": float(n)}
+            {"tenant": MAIN_TENANT, "key": f"old-{n}", "fingerprint": "f", "jobs": [], "created_at": float(n)}
             for n in range(count)
         ]
         for start in range(0, count, BATCH):

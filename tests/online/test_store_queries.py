@@ -23,7 +23,9 @@ CALLS = {
     "create with an idempotency key": lambda store, job: store.create_all(
         [new_job(MAIN_TENANT)], idempotency_key=f"new-{next(numbers)}", fingerprint="f"
     ),
-    "find_created": lambda store, job: store.find_created(MAIN_TENANT, "old-5", "f"),
+    "create with an old idempotency key": lambda store, job: store.create_all(
+        [new_job(MAIN_TENANT)], idempotency_key="old-5", fingerprint="f"
+    ),
     "get": lambda store, job: store.get(job.id, MAIN_TENANT),
     "first page": lambda store, job: store.list(MAIN_TENANT, limit=20),
     "first page of a kind": lambda store, job: store.list(MAIN_TENANT, kinds=[JobKind.VIDEO], limit=20),

@@ -106,13 +106,6 @@ class JobService:
 
         Raises ApiError: 400 for an invalid field, 409 for an idempotency key of a different request, 429 for a full queue.
         """
-        if idempotency_key is not None:
-            try:
-                earlier = await asyncio.to_thread(self._store.find_created, tenant.name, idempotency_key, fingerprint)
-            except IdempotencyConflict:
-                raise _key_reused() from None
-            if earlier:
-                return earlier
         jobs = [await asyncio.to_thread(self.new_job, tenant, kind, fields, request) for fields in shots]
         check_size(tenant.limits, max((job.shot for job in jobs), key=lambda shot: shot.width * shot.height), len(jobs))
         if len(jobs) > 1:
@@ -129,7 +122,13 @@ class JobService:
                 files_exist=lambda job: self._outputs.find_by_key(job.key) is not None,
             )
         except IdempotencyConflict:
-            raise _key_reused() from None
+            raise ApiError(
+                409,
+                "This Idempotency-Key was used before with a different request",
+                code="idempotency_key_reused",
+                param="Idempotency-Key",
+                headers={"x-should-retry": "false"},
+            ) from None
         except QueueFull as error:
             raise too_many_requests(str(error).capitalize(), "queue_full", QUEUE_FULL_RETRY_S) from None
         except LimitReached as error:
@@ -422,13 +421,3 @@ def client_fields(shot: Shot, settings: OnlineSettings, uploads: UploadFolder) -
 def _client_lora(lora: LoraRef, names: Mapping[str, str]) -> dict[str, JsonValue]:
     expert: dict[str, JsonValue] = {EXPERT: lora.expert} if isinstance(lora, VideoLora) and lora.expert != "both" else {}
     return {"name": names[lora.path], "scale": lora.weight, **expert}
-
-
-def _key_reused() -> ApiError:
-    return ApiError(
-        409,
-        "This Idempotency-Key was used before with a different request",
-        code="idempotency_key_reused",
-        param="Idempotency-Key",
-        headers={"x-should-retry": "false"},
-    )

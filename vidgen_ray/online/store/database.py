@@ -16,6 +16,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import (
+    JSON,
     BigInteger,
     Boolean,
     Column,
@@ -80,7 +81,7 @@ JOBS = Table(
     Column("kind", String(16), nullable=False),
     Column("state", String(16), nullable=False),
     Column("seq", BigInteger, nullable=False, unique=True),
-    Column("shot", Text, nullable=False),
+    Column("shot", JSON, nullable=False),
     Column("key", String(64), nullable=False),
     Column("attempts", Integer, nullable=False),
     Column("progress", Integer, nullable=False),
@@ -91,10 +92,10 @@ JOBS = Table(
     Column("started_at", Float(53)),
     Column("completed_at", Float(53)),
     Column("expires_at", Float(53)),
-    Column("error", Text),
+    Column("error", JSON(none_as_null=True)),
     Column("shot_id", String(128)),
-    Column("stage_seconds", Text, nullable=False),
-    Column("request", Text, nullable=False),
+    Column("stage_seconds", JSON, nullable=False),
+    Column("request", JSON, nullable=False),
     Column("cancel_requested", Boolean, nullable=False),
     Column("version", BigInteger, nullable=False),
     Column("owner", String(128)),
@@ -118,7 +119,7 @@ IDEMPOTENCY = Table(
     Column("tenant", String(128), primary_key=True),
     Column("key", String(255), primary_key=True),
     Column("fingerprint", String(64), nullable=False),
-    Column("jobs", Text, nullable=False),
+    Column("jobs", JSON, nullable=False),
     Column("created_at", Float(53), nullable=False),
     Index("vidgen_idempotency_by_time", "created_at"),
 )
@@ -130,10 +131,10 @@ CHARACTERS = Table(
     Column("id", String(64), primary_key=True),
     Column("tenant", String(128), nullable=False),
     Column("name", String(128), nullable=False),
-    Column("photos", Text, nullable=False),
+    Column("photos", JSON, nullable=False),
     Column("seq", BigInteger, nullable=False),
     Column("created_at", Float(53), nullable=False),
-    Column("consent", Text),
+    Column("consent", JSON(none_as_null=True)),
     UniqueConstraint("tenant", "name"),
 )
 

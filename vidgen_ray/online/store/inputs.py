@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
-from sqlalchemy import Connection, delete, func, insert, or_, select, update
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import Connection, Text, cast, delete, func, insert, or_, select, update
 
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.store.database import CHARACTERS, JOBS, UPLOADS, Database
 from vidgen_ray.online.store.jobs import new_id
 from vidgen_ray.safety import Consent
-
-PHOTOS = TypeAdapter(tuple[str, ...])
 
 
 class NameTaken(VidgenError):
@@ -50,7 +48,7 @@ class Characters:
                 if consent is None or consent == existing.consent:
                     return existing
                 own = update(CHARACTERS).where(CHARACTERS.c.id == existing.id)
-                transaction.connection.execute(own.values(consent=consent.model_dump_json()))
+                transaction.connection.execute(own.values(consent=consent.model_dump(mode="json")))
                 return existing.model_copy(update={"consent": consent})
             character = Character(
                 id=new_id("char"),
@@ -60,13 +58,8 @@ class Characters:
                 created_at=self._now(),
                 consent=consent,
             )
-            values = {
-                **character.model_dump(),
-                "photos": PHOTOS.dump_json(character.photos).decode(),
-                "consent": consent.model_dump_json() if consent else None,
-                "seq": transaction.version,
-            }
-            transaction.connection.execute(insert(CHARACTERS).values(**values))
+            values = {**character.model_dump(mode="json"), "seq": transaction.version}
+            transaction.connection.execute(insert(CHARACTERS).values(values))
             return character
 
     def get(self, id_or_name: str, tenant: str) -> Character | None:
@@ -91,9 +84,7 @@ class Characters:
 
 
 def _character(row: object) -> Character:
-    fields = {name: getattr(row, name) for name in Character.model_fields}
-    consent = Consent.model_validate_json(fields["consent"]) if fields["consent"] else None
-    return Character.model_validate({**fields, "photos": PHOTOS.validate_json(fields["photos"]), "consent": consent})
+    return Character.model_validate(row, from_attributes=True)
 
 
 MIN_COUNTED_BYTES = 4096
@@ -205,13 +196,14 @@ def _check_space(connection: Connection, tenant: str, size: int, max_bytes: int)
 
 def _is_needed(connection: Connection, tenant: str, upload_id: str, file: str) -> bool:
     """Return whether an upload is a photo of a character, or its file an input of an unfinished job."""
-    photos = select(CHARACTERS.c.id).where(CHARACTERS.c.tenant == tenant, CHARACTERS.c.photos.contains(upload_id)).limit(1)
+    is_photo = cast(CHARACTERS.c.photos, Text).contains(upload_id)
+    photos = select(CHARACTERS.c.id).where(CHARACTERS.c.tenant == tenant, is_photo).limit(1)
     return connection.execute(photos).first() is not None or _has_open_job(connection, file)
 
 
 def _has_open_job(connection: Connection, file: str) -> bool:
     # The name is a sha256, so it cannot match other text by chance.
-    query = select(JOBS.c.id).where(JOBS.c.completed_at.is_(None), JOBS.c.shot.contains(file)).limit(1)
+    query = select(JOBS.c.id).where(JOBS.c.completed_at.is_(None), cast(JOBS.c.shot, Text).contains(file)).limit(1)
     return connection.execute(query).first() is not None
 
 
@@ -224,4 +216,4 @@ def _remove_unreferenced(connection: Connection, files: Iterable[str], remove: C
 
 
 def _upload(row: object) -> Upload:
-    return Upload.model_validate({name: getattr(row, name) for name in Upload.model_fields})
+    return Upload.model_validate(row, from_attributes=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from sqlalchemy import ColumnElement, Row, Select, and_, case, delete, func, insert, select, update
 
 from vidgen_ray.online.store.database import JOBS, OUTBOX, Database, Transaction
@@ -112,9 +112,6 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{secrets.token_hex(16)}"
 
 
-SECONDS = TypeAdapter(dict[str, float])
-REQUEST = TypeAdapter(dict[str, JsonValue])
-
 OPEN_STATES = (JobState.QUEUED, JobState.IN_PROGRESS)
 IS_OPEN = JOBS.c.completed_at.is_(None)
 """Condition of jobs that have not ended. The index of open jobs is used only by queries that include it."""
@@ -192,28 +189,12 @@ class JobRows:
 
 def job_of(row: Row[Any]) -> Job:
     """Return the job of a row."""
-    fields = {name: getattr(row, name) for name in Job.model_fields}
-    return Job.model_validate(
-        {
-            **fields,
-            "shot": Shot.model_validate_json(row.shot),
-            "error": None if row.error is None else JobError.model_validate_json(row.error),
-            "stage_seconds": SECONDS.validate_json(row.stage_seconds),
-            "request": REQUEST.validate_json(row.request),
-        }
-    )
+    return Job.model_validate(row, from_attributes=True)
 
 
 def row_of(job: Job) -> dict[str, Any]:
     """Return the column values of a job, except `seq` and those of its lease."""
-    return {
-        **job.model_dump(exclude={"shot", "error", "stage_seconds", "request"}),
-        "search_text": _search_text(job),
-        "shot": job.shot.model_dump_json(),
-        "error": None if job.error is None else job.error.model_dump_json(),
-        "stage_seconds": SECONDS.dump_json(job.stage_seconds).decode(),
-        "request": REQUEST.dump_json(job.request).decode(),
-    }
+    return {**job.model_dump(mode="json"), "search_text": _search_text(job)}
 
 
 def _search_text(job: Job) -> str:
@@ -321,12 +302,12 @@ class JobLeases:
 
     def completed(self, job_id: str, owner: str, *, shot_id: str, stage_seconds: Mapping[str, float]) -> bool:
         """End a job whose files are stored. Return False if `owner` has lost the lease."""
-        seconds = SECONDS.dump_json(dict(stage_seconds)).decode()
-        return self._end_own(job_id, owner, JobState.COMPLETED, shot_id=shot_id, stage_seconds=seconds, progress=100)
+        result = {"shot_id": shot_id, "stage_seconds": dict(stage_seconds)}
+        return self._end_own(job_id, owner, JobState.COMPLETED, **result, progress=100)
 
     def failed(self, job_id: str, owner: str, error: JobError) -> bool:
         """End a job with an error. Return False if `owner` has lost the lease."""
-        return self._end_own(job_id, owner, JobState.FAILED, error=error.model_dump_json())
+        return self._end_own(job_id, owner, JobState.FAILED, error=error.model_dump(mode="json"))
 
     def cancelled(self, job_id: str, owner: str) -> bool:
         """End a job after its cancellation. Return False if `owner` has lost the lease."""
@@ -373,7 +354,7 @@ class Outbox:
         lease = update(OUTBOX).where(OUTBOX.c.id == message_id, *due).values(next_try_at=now + lease_s).returning(OUTBOX)
         with self._database.transaction() as transaction:
             row = transaction.connection.execute(lease).one_or_none()
-        return None if row is None else Message.model_validate({name: getattr(row, name) for name in Message.model_fields})
+        return None if row is None else Message.model_validate(row, from_attributes=True)
 
     def delete(self, message_id: str) -> None:
         """Delete a message that was delivered or dropped."""

@@ -10,8 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import TypeAdapter
-from sqlalchemy import ColumnElement, Connection, Engine, delete, func, insert, not_, or_, select
+from sqlalchemy import ColumnElement, Connection, Engine, Text, cast, delete, func, insert, not_, or_, select
 
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.server_settings import OnlineSettings
@@ -35,7 +34,6 @@ IDEMPOTENCY_TTL_S = 86_400
 """Seconds for which an idempotency key is valid."""
 PURGE_DELAY_S = 300
 """Seconds between the deletion of a job and that of its files, so that downloads in progress can finish."""
-IDS = TypeAdapter(list[str])
 
 
 class QueueFull(VidgenError):
@@ -169,15 +167,10 @@ class JobStore:
                 _check_limits(transaction.connection, tenant, new, max_queued, max_open)
             stored = [self._rows.insert(transaction, job) for job in new_jobs]
             if idempotency_key is not None:
-                ids = IDS.dump_json([job.id for job in stored]).decode()
+                ids = [job.id for job in stored]
                 row = {"tenant": tenant, "key": idempotency_key, "fingerprint": fingerprint, "jobs": ids}
                 transaction.connection.execute(insert(IDEMPOTENCY), row | {"created_at": self._now()})
             return stored, True
-
-    def find_created(self, tenant: str, idempotency_key: str, fingerprint: str) -> list[Job]:
-        """Return the jobs created with an idempotency key; an empty list if there are none. Raises IdempotencyConflict."""
-        with self._database.read_connection() as connection:
-            return _jobs_of_key(connection, tenant, idempotency_key, fingerprint) or []
 
     def get(self, job_id: str, tenant: str | None) -> Job | None:
         """Return a job, or `None` if it does not exist or is deleted. With `tenant=None`, any tenant's."""
@@ -217,7 +210,7 @@ class JobStore:
 
         `files` are sha256, which cannot match other text by chance.
         """
-        named = or_(*(JOBS.c.shot.contains(file) for file in files))
+        named = or_(*(cast(JOBS.c.shot, Text).contains(file) for file in files))
         query = select(JOBS).where(JOBS.c.tenant == tenant, named).order_by(JOBS.c.seq)
         with self._database.read_connection() as connection:
             return [job_of(row) for row in connection.execute(query)]
@@ -307,7 +300,7 @@ class JobStore:
         with self._database.read_connection() as connection:
             rows = connection.execute(query).all()
         completed = [row for row in rows if row.state == JobState.COMPLETED and row.started_at is not None]
-        return [(Shot.model_validate_json(row.shot), row.completed_at - row.started_at) for row in completed]
+        return [(Shot.model_validate(row.shot), row.completed_at - row.started_at) for row in completed]
 
 
 def open_store(settings: OnlineSettings) -> JobStore:
@@ -348,8 +341,7 @@ def _jobs_of_key(connection: Connection, tenant: str, key: str, fingerprint: str
         return None
     if earlier.fingerprint != fingerprint:
         raise IdempotencyConflict(key)
-    ids = IDS.validate_json(earlier.jobs)
-    rows = connection.execute(select(JOBS).where(JOBS.c.id.in_(ids)).order_by(JOBS.c.seq)).all()
+    rows = connection.execute(select(JOBS).where(JOBS.c.id.in_(earlier.jobs)).order_by(JOBS.c.seq)).all()
     return [job_of(row) for row in rows]
 
 
