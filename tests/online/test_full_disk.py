@@ -5,9 +5,9 @@ from starlette.testclient import TestClient
 
 from tests.online.directors import LOCAL, local_server
 from tests.online.test_api_videos import SMALL, ended
-from vidgen_ray.online.api import routes
+from vidgen_ray.online import asgi_app
+from vidgen_ray.online.job_service import storage_problem
 from vidgen_ray.online.server_settings import OnlineSettings
-from vidgen_ray.online.storage_check import storage_problem
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.outputs.folder import OutputFolder
 
@@ -16,7 +16,7 @@ check = storage_problem.__wrapped__
 
 @pytest.fixture(autouse=True)
 def no_reuse(monkeypatch):
-    monkeypatch.setattr(routes, "storage_problem", check)
+    monkeypatch.setattr(asgi_app, "storage_problem", check)
 
 
 def test_requests_get_a_sentence_while_the_disk_is_full(tiny, small_disk):

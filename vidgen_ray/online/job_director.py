@@ -26,11 +26,10 @@ from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.worker_pool import NODE_LOST
 from vidgen_ray.online.api_error import without_paths
-from vidgen_ray.online.job_service import plan_job
+from vidgen_ray.online.job_service import plan_job, storage_problem
 from vidgen_ray.online.queue_estimate import ProgressEstimator
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import serving_profile
-from vidgen_ray.online.storage_check import storage_problem
 from vidgen_ray.online.store.jobs import Job, JobError, JobProgress, JobState
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.online.webhooks import run_maintenance

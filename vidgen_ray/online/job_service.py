@@ -1,6 +1,7 @@
 """Turn requests of the API and the web page into stored jobs: resolve files, check the shot, plan its content key.
 
-Clients reference files by upload id and LoRAs by the names in the settings, so they cannot access paths of the server.
+Also check the storage. Clients reference files by upload id and LoRAs by the names in the settings, so they cannot access
+paths of the server.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
 from typing import Any, NamedTuple
 
+from cachetools import TTLCache, cached
 from pydantic import JsonValue, TypeAdapter
+from sqlalchemy.exc import SQLAlchemyError
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import FieldError, MissingWeights, ProfileError, ScriptError, SetupError, StageError, VidgenError
@@ -26,6 +30,7 @@ from vidgen_ray.online.store.jobs import JOB_ID, Job, JobKind, JobState, new_id,
 from vidgen_ray.online.store.store import IdempotencyConflict, JobStore, LimitReached, QueueFull
 from vidgen_ray.online.uploads import UPLOAD_ID, UploadFolder, upload_folder
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.storage import is_disk_full, low_space
 from vidgen_ray.safety import Consent
 from vidgen_ray.script.check import consent_for_photos
 from vidgen_ray.script.lines import WrongField
@@ -421,3 +426,37 @@ def client_fields(shot: Shot, settings: OnlineSettings, uploads: UploadFolder) -
 def _client_lora(lora: LoraRef, names: Mapping[str, str]) -> dict[str, JsonValue]:
     expert: dict[str, JsonValue] = {EXPERT: lora.expert} if isinstance(lora, VideoLora) and lora.expert != "both" else {}
     return {"name": names[lora.path], "scale": lora.weight, **expert}
+
+
+RESULT_VALID_S = 2.0
+"""Seconds for which a result is reused, because anyone may ask for it."""
+TEST_FILE = "write-test"
+TEST_BYTES = 4096
+
+
+@cached(TTLCache(1, RESULT_VALID_S), key=lambda store, outputs: store, lock=Lock())
+def storage_problem(store: JobStore, outputs: OutputFolder) -> str | None:
+    """Return a sentence that tells why jobs cannot be stored or finished, without paths. `None` if they can be. Blocks."""
+    return _output_problem(outputs) or _store_problem(store)
+
+
+def _output_problem(outputs: OutputFolder) -> str | None:
+    storage = outputs.storage
+    try:
+        if storage.local is not None and (free := low_space(storage.local)):
+            return f"The disk of the output folder is almost full: {free}. Delete files, or set retention_s."
+        storage.write(TEST_FILE, bytes(TEST_BYTES))
+        storage.delete(TEST_FILE)
+    except OSError as error:
+        return f"The output folder cannot be written: {error.strerror or type(error).__name__}."
+    return None
+
+
+def _store_problem(store: JobStore) -> str | None:
+    try:
+        if store.folder is not None and (free := low_space(store.folder)):
+            return f"The disk of the database is almost full: {free}."
+        store.write_nothing()
+    except (SQLAlchemyError, OSError) as error:
+        return f"The database {'is full' if is_disk_full(str(error)) else 'does not respond'}."
+    return None
