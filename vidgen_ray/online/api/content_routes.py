@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from collections.abc import Mapping
 from contextlib import ExitStack
-from math import ceil
-from threading import Lock
 from typing import Annotated, Any, Literal
 
-import numpy as np
-from cachetools import LRUCache, cached
 from fastapi import APIRouter, Query
-from PIL import Image as PILImage
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from vidgen_ray.engine.chunks import CLIP_FILES
 from vidgen_ray.graph import file_sizes
-from vidgen_ray.media import cover_crop, open_video, read_image
 from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateVideo
 from vidgen_ray.online.api.responses import outputs_of
-from vidgen_ray.online.api.video_routes import ClientDisconnected, IdempotencyKey, completed_while_connected, created_videos
-from vidgen_ray.online.api_error import ApiError, not_found
-from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.api.video_routes import (
+    ClientDisconnected,
+    IdempotencyKey,
+    completed_while_connected,
+    created_videos,
+    job_of,
+)
+from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.delivered_size import delivered_artefact_of
-from vidgen_ray.online.previews import newest_preview
+from vidgen_ray.online.previews import encode_preview, newest_preview
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobState
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.stages.base import Frames, Image
 
 Variant = Literal[
     "video", "hd", "thumbnail", "spritesheet", "sd", "image", "preview", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9"
@@ -51,14 +48,6 @@ FILES: dict[str, tuple[str, ...]] = {
 PREVIEWS = {"thumbnail": ".webp", "preview": ".webp", "spritesheet": ".jpg"}
 """Variant -> suffix, of variants that are made on request."""
 MEDIA_TYPES = {".mp4": "video/mp4", ".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
-THUMBNAIL_PX = 512
-"""Longest side."""
-TILE_PX = 160
-"""Width of a frame in a sprite sheet."""
-MAX_TILES = 25
-"""Frames in a sprite sheet, evenly spaced over the clip."""
-PREVIEW_QUALITY = 85
-PREVIEW_CACHE_BYTES = 16 << 20
 MAX_AGE_S = 86_400
 CONDITIONS = {
     "parameters": [
@@ -105,14 +94,14 @@ async def video_content(
     side (JPEG). A number, from 0, is that video of a request with `n`. `preview` also
     works before the job is completed: the newest intermediate image, then the animated clip before upscaling (WebP).
     """
-    job = await _job(server, tenant, video_id)
+    job = await job_of(server, tenant, video_id)
     if variant == "preview" and job.state in (JobState.QUEUED, JobState.IN_PROGRESS):
         return await _intermediate(server, job, request)
     if variant.isdecimal():
         outputs = outputs_of(job)
         if int(variant) >= len(outputs):
             raise _no_variant(variant, f"the number of outputs is {len(outputs)}. The first is 0.")
-        job, variant = await _job(server, tenant, outputs[int(variant)]), "video"
+        job, variant = await job_of(server, tenant, outputs[int(variant)]), "video"
     if job.state != JobState.COMPLETED:
         headers = {"x-should-retry": "false"}
         raise ApiError(409, f"{job.id} is {job.state} and has no file.", code="not_completed", headers=headers)
@@ -137,13 +126,6 @@ async def video_content_head(
     return await video_content(request, server, tenant, video_id, variant)
 
 
-async def _job(server: ServerContext, tenant: Tenant, job_id: str) -> Job:
-    job = await asyncio.to_thread(server.store.get, job_id, tenant.name)
-    if job is None:
-        raise not_found("video", job_id[:100])
-    return job
-
-
 async def file_response(server: ServerContext, job: Job, variant: str, request: Request) -> Response:
     """Respond with a file of a completed job, or with 304. Raises ApiError 404 for a file that does not exist."""
     folder, digests = await asyncio.to_thread(_files, server.outputs, job)
@@ -162,7 +144,7 @@ async def file_response(server: ServerContext, job: Job, variant: str, request: 
     media_type, path = MEDIA_TYPES[suffix], f"{folder}/{name}"
     try:
         if variant in PREVIEWS:
-            content = await asyncio.to_thread(_preview, server.outputs, path, variant, digests[name])
+            content = await asyncio.to_thread(encode_preview, server.outputs, path, variant, digests[name])
             return Response(content, media_type=media_type, headers=headers)
         return await asyncio.to_thread(_StoredFile, server.outputs, path, media_type=media_type, headers=headers)
     except FileNotFoundError:
@@ -258,44 +240,6 @@ def _no_variant(variant: str, why: str) -> ApiError:
 
 def _expired(job: Job) -> ApiError:
     return ApiError(404, f"The files of {job.id} were deleted.", code="expired")
-
-
-@cached(LRUCache(PREVIEW_CACHE_BYTES, getsizeof=len), key=lambda outputs, path, variant, digest: (variant, digest), lock=Lock())
-def _preview(outputs: OutputFolder, path: str, variant: Variant, digest: str) -> bytes:
-    """Return an encoded preview of a clip or image. Raises FileNotFoundError."""
-    with outputs.storage.local_copy(path) as file:
-        if variant != "spritesheet":
-            return _thumbnail(read_image(file))
-        if not path.endswith(".mp4"):
-            return _spritesheet(read_image(file)[None])
-        with open_video(file) as clip:
-            count = min(MAX_TILES, clip.frame_count)
-            return _spritesheet(clip.frames_at([round(i * (clip.frame_count - 1) / max(1, count - 1)) for i in range(count)]))
-
-
-def _thumbnail(image: Image) -> bytes:
-    """Encode a small WebP of an image."""
-    thumbnail = PILImage.fromarray(image)
-    thumbnail.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), PILImage.Resampling.LANCZOS)
-    return _encode(thumbnail, "WEBP")
-
-
-def _spritesheet(frames: Frames) -> bytes:
-    """Encode a JPEG with the frames in a grid of about as many columns as rows."""
-    height, width = frames.shape[1:3]
-    tile = TILE_PX, max(1, round(TILE_PX * height / width))
-    columns = ceil(len(frames) ** 0.5)
-    sheet = PILImage.new("RGB", (columns * tile[0], ceil(len(frames) / columns) * tile[1]))
-    for number, frame in enumerate(frames):
-        position = number % columns * tile[0], number // columns * tile[1]
-        sheet.paste(PILImage.fromarray(cover_crop(np.ascontiguousarray(frame), *tile)), position)
-    return _encode(sheet, "JPEG")
-
-
-def _encode(image: PILImage.Image, format: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, quality=PREVIEW_QUALITY)
-    return buffer.getvalue()
 
 
 CLIENT_CLOSED_REQUEST = 499
