@@ -18,11 +18,11 @@ MB = 1_000_000
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
-class _Section(BaseModel):
+class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Limits(_Section):
+class Limits(_Settings):
     """Limits of one API key. The keys file may override them for a key."""
 
     open_jobs: int = Field(32, ge=1, description="Most jobs that may be queued or in progress at once.")
@@ -40,7 +40,7 @@ class Limits(_Section):
     streams: int = Field(32, ge=1, description="Most event streams that may be open at once. An open page has one.")
 
 
-class UploadCaps(_Section):
+class UploadCaps(_Settings):
     """Size limits of requests, enforced while the body arrives."""
 
     image_bytes: int = Field(25 * MB, ge=1, description="Bytes of an image.")
@@ -61,7 +61,7 @@ class UploadCaps(_Section):
         return max(self.video_bytes, self.image_bytes * self.files, self.json_bytes) + MB
 
 
-class UrlInputs(_Section):
+class UrlInputs(_Settings):
     """Images that clients reference by URL and the server fetches."""
 
     allow_hosts: tuple[str, ...] = Field(
@@ -70,7 +70,7 @@ class UrlInputs(_Section):
     )
 
 
-class Webhook(_Section):
+class Webhook(_Settings):
     """Receiver of a message when a job has ended."""
 
     name: Name = Field(description="Unique name of this webhook.")
@@ -90,7 +90,7 @@ class Webhook(_Section):
         return value
 
 
-class Webhooks(_Section):
+class Webhooks(_Settings):
     """Webhooks and how their messages are delivered."""
 
     targets: tuple[Webhook, ...] = Field((), description="Receivers. Default: none.")
@@ -105,7 +105,7 @@ class Webhooks(_Section):
         return next((target for target in self.targets if target.name == name), None)
 
 
-class OnlineSettings(_Section):
+class OnlineSettings(_Settings):
     """Settings of a server. Times are in seconds."""
 
     profile: str = Field("demo", description="Name or file of the profile: models, devices and defaults.")

@@ -44,11 +44,11 @@ class JobKind(StrEnum):
     SHOT = "shot"
 
 
-class _Frozen(BaseModel):
+class _JobModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class JobError(_Frozen):
+class JobError(_JobModel):
     """Reason why a job failed, shown to the client. Contains no internals of the server."""
 
     code: str
@@ -58,7 +58,7 @@ class JobError(_Frozen):
     param: str | None = None
 
 
-class Job(_Frozen):
+class Job(_JobModel):
     """One shot of one tenant. Times are seconds since 1970."""
 
     id: str
