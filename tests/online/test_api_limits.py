@@ -5,10 +5,7 @@ import dataclasses
 import hashlib
 import io
 import json
-import struct
 import time
-import zipfile
-import zlib
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPConnection
@@ -117,11 +114,6 @@ def test_other_tenants_objects_are_not_found(server, client, held):
     assert error_of(remixed, 404)["code"] == "video_not_found"
     used = bob.post("/v1/videos", json={**SMALL, "input_reference": {"file_id": upload["id"]}})
     assert error_of(used, 400)["code"] == "file_not_found"
-
-
-def test_cross_origin_request_is_rejected(server, client):
-    headers = {"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}
-    assert error_of(client.post("/v1/videos", json=SMALL, headers=headers), 403)["code"] == "cross_origin"
 
 
 def test_server_without_keys_rejects_other_hosts(tiny, tmp_path):
@@ -263,73 +255,13 @@ def png(width=64, height=64, **options) -> bytes:
     return buffer.getvalue()
 
 
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def bomb() -> bytes:
-    """Return a PNG with 50000 x 50000 pixels of 1 bit in a few kilobytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = zlib.compressobj(9)
-    data = b"".join(rows.compress(bytes(6251)) for _ in range(1000)) + rows.flush()
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-
-
-def polyglot() -> bytes:
-    """Return a JPEG that is also a ZIP archive."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("x.html", "<script>")
-    return encoded(Image.new("RGB", (64, 64)), "JPEG") + buffer.getvalue()
-
-
-RGB = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
-VALID_IMAGES = {
-    "one pixel": png(1, 1),
-    "CMYK": encoded(RGB.convert("CMYK"), "JPEG"),
-    "16 bits": encoded(Image.fromarray(np.zeros((8, 8), np.uint16)), "PNG"),
-    "palette": encoded(RGB.convert("P"), "PNG"),
-    "animated": encoded(RGB, "GIF", save_all=True, append_images=[RGB.rotate(90)]),
-    "webp": encoded(RGB, "WEBP"),
-    "image and archive": polyglot(),
-}
-INVALID_IMAGES = {
-    "empty": b"",
-    "bomb": bomb(),
-    "truncated": encoded(RGB, "JPEG")[:-600],
-    "damaged": encoded(RGB, "PNG")[:200] + b"\0" * 400 + encoded(RGB, "PNG")[600:],
-    "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
-    "html": b"<html><script>alert(1)</script>",
-    "playlist": b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n",
-    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
-    "pickle": b"\x80\x04cposix\nsystem\n(S'id'\ntR.",
-}
-
-
-def test_upload_accepts_image_formats(client):
-    for name, content in VALID_IMAGES.items():
-        response = client.post("/v1/files", files={"file": ("../../../etc/passwd", content, "text/html")})
-        assert response.status_code == 200, (name, response.text)
-        digest = hashlib.sha256(content).hexdigest()
-        assert response.json()["id"] == response.json()["filename"] == f"file-{digest}", name
-        assert client.get(f"/v1/files/file-{digest}").json()["bytes"] == len(content), name
-
-
-def test_invalid_image_is_rejected_and_not_stored(client, server):
+def test_invalid_image_is_not_stored(client, server):
     folder = server.app.state.server.job_service.uploads._folder
     before = sorted(folder.iterdir()) if folder.exists() else []
-    for name, content in INVALID_IMAGES.items():
-        response = client.post("/v1/files", files={"file": ("photo.png", content, "image/png")})
-        error = error_of(response, 400)
-        assert (error["param"], error["code"]) == ("file", "invalid_image"), name
-        assert server.settings.data not in error["message"], name
-        assert error_of(client.post("/v1/videos", data=SMALL, files={"input_reference": ("a", content)}), 400), name
+    truncated = {"file": ("photo.png", png()[:-20], "image/png")}
+    error = error_of(client.post("/v1/files", files=truncated), 400)
+    assert (error["param"], error["code"]) == ("file", "invalid_image")
+    assert error_of(client.post("/v1/videos", data=SMALL, files={"input_reference": truncated["file"]}), 400)
     assert sorted(folder.iterdir()) == before
 
 
@@ -445,13 +377,6 @@ def test_create_list_and_delete_characters(client, held):
     assert client.delete(f"/v1/files/{photos[0]}").json()["deleted"]
 
 
-def test_character_photo_without_a_face_is_rejected(client):
-    response = client.post(
-        "/v1/videos/characters", data={"name": "x", **CONSENT_FIELD}, files={"image": ("a.png", png(200, 200))}
-    )
-    assert error_of(response, 400)["code"] == "no_face"
-
-
 def test_character_from_the_first_frame_with_a_face(client, tmp_path):
     face = np.asarray(Image.open(ASTRONAUT).convert("RGB"))
     dark = np.zeros_like(face)
@@ -464,15 +389,6 @@ def test_character_from_the_first_frame_with_a_face(client, tmp_path):
     video_of_the_dark = {"video": ("a.mp4", clip_of(tmp_path, dark))}
     without_face = client.post("/v1/videos/characters", data={"name": "y", **CONSENT_FIELD}, files=video_of_the_dark)
     assert "no frame" in error_of(without_face, 400)["message"]
-
-
-def test_invalid_character_video_is_rejected(client):
-    playlist, concat = b"#EXTM3U\n#EXTINF:1,\nhttp://169.254.169.254/\n", b"ffconcat version 1.0\nfile /etc/passwd\n"
-    for content in (b"", b"text as mp4", playlist, concat, b"\0\0\0\x18ftypmp42" + bytes(500)):
-        response = client.post("/v1/videos/characters", data={"name": "x"}, files={"video": ("a.mp4", content)})
-        error = error_of(response, 400)
-        assert (error["param"], error["code"]) == ("video", "invalid_video"), content
-        assert "/tmp" not in error["message"]
 
 
 def test_character_needs_a_name_and_photos_or_a_video(client):
@@ -604,20 +520,3 @@ def test_api_on_sqlite_and_postgresql(tiny, tmp_path, database_url):
         for field in ("character", "face_image", "user", "model"):
             assert client.post("/v1/videos", json={**SMALL, field: "a\0b"}).status_code in (400, 404)
         assert client.get("/v1/videos/characters/%F0%9F%8C%A7").status_code == 404
-
-
-def test_urls_are_fetched_from_allowed_hosts_only(tiny, tmp_path):
-    allowed = {"allow_hosts": ["127.0.0.1", "images.example"]}
-    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path), url_inputs=allowed)) as server:
-        client = TestClient(server.app, raise_server_exceptions=False, **LOCAL)
-        for url, message in (
-            ("http://127.0.0.1/a.png", "not a public address"),
-            ("http://127.0.0.1:6379/", "port 6379"),
-            ("http://elsewhere.example/a.png", "not in url_inputs.allow_hosts"),
-            ("file:///etc/passwd", "not http or https"),
-            ("http://images.example@127.0.0.1/", "user name or password"),
-        ):
-            response = client.post("/v1/videos", json={**SMALL, "image_reference": {"image_url": url}})
-            error = error_of(response, 400)
-            assert error["code"] == "url_not_fetched"
-            assert message in error["message"]
