@@ -1,6 +1,5 @@
-"""API server without Ray, for tests: the app, and a thread that renders queued jobs.
-
-Shots are noise: real files of the right sizes, without models.
+"""API server without Ray, for tests: the app, and a thread that renders queued jobs: as noise of the right sizes, or with the
+stages of a pipeline.
 """
 
 from __future__ import annotations
@@ -19,11 +18,13 @@ from fastapi import FastAPI
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.shot_writer import ShotFiles
+from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import load_keys
 from vidgen_ray.online.job_service import plan_job
+from vidgen_ray.online.queue_estimate import ProgressEstimator
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.store.jobs import Job, JobError, JobProgress
@@ -41,7 +42,10 @@ RenderShot = Callable[[ShotPlan, ProgressCallback], None]
 
 
 class LocalDirector:
-    """Runs one job at a time. While `held` is set, no job starts. While `paused` is set, a job waits in its step."""
+    """Runs one job at a time. While `held` is set, no job starts.
+
+    While `paused` is set, a job waits in its step. It also waits in the stage `pause_at`, until that is another one or `None`.
+    """
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class LocalDirector:
         """Content keys of the rendered shots, in order."""
         self.held = threading.Event()
         self.paused = threading.Event()
+        self.pause_at: str | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -80,15 +85,18 @@ class LocalDirector:
                 self._woken.wait(0.05)
 
     def _run_job(self, job: Job) -> None:
-        def on_progress(stage: str, step: int, steps: int) -> None:
-            if self._closing.is_set() or self._store.queue.heartbeat("director", [job.id], 60):
-                raise Cancelled
-            self._store.queue.progress("director", [JobProgress(job.id, stage, step, steps, 50)])
-            while self.paused.is_set() and not self._closing.is_set():
-                time.sleep(0.01)
-
         try:
             plan = plan_job(job, self._serving_profile, self._settings)
+            estimator = ProgressEstimator(plan, self._serving_profile.profile)
+
+            def on_progress(stage: str, step: int, steps: int) -> None:
+                percent = estimator.percent(Progress(stage, step, steps))
+                self._store.queue.progress("director", [JobProgress(job.id, stage, step, steps, percent)])
+                while not self._is_cancelled(job) and (self.paused.is_set() or stage == self.pause_at):
+                    time.sleep(0.01)
+                if self._is_cancelled(job):
+                    raise Cancelled
+
             if self._outputs.find_by_key(plan.key) is None:
                 self._render(plan, on_progress)
                 self.rendered.append(plan.key)
@@ -101,6 +109,9 @@ class LocalDirector:
         except StepFailed as failed:
             error = JobError(code="stage_failed", message=str(failed), stage=failed.stage)
             self._store.queue.failed(job.id, "director", error)
+
+    def _is_cancelled(self, job: Job) -> bool:
+        return self._closing.is_set() or bool(self._store.queue.heartbeat("director", [job.id], 60))
 
 
 def noise_renderer(profile: Profile, outputs: OutputFolder, step_s: float = 0.0, steps: int = 2) -> RenderShot:
@@ -144,9 +155,14 @@ class LocalServer:
 
 @contextmanager
 def local_server(
-    profile: Profile, settings: OnlineSettings, render: RenderShot | None = None, step_s: float = 0.0
+    profile: Profile,
+    settings: OnlineSettings,
+    render: RenderShot | None = None,
+    step_s: float = 0.0,
+    served: ServingProfile | None = None,
 ) -> Iterator[LocalServer]:
-    served = serving_profile(profile)
+    """Start a server. `render` replaces the renderer of noise, `served` the stages of the profile."""
+    served = served or serving_profile(profile)
     outputs = OutputFolder(settings.data)
     store = open_store(settings)
     outputs.prepare()
@@ -167,11 +183,10 @@ def local_server(
 
 
 @contextmanager
-def listening_on_a_port(app: FastAPI) -> Iterator[str]:
-    """Serve the app on a local port, and yield its URL."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+def listening_on_a_port(app: FastAPI, port: int = 0) -> Iterator[str]:
+    """Serve the app on a local port, by default a free one, and yield its URL."""
+    with socket.create_server(("127.0.0.1", port)) as bound:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         while not server.started:

@@ -1,27 +1,80 @@
 """Sites under test, with fakes or with the tiny models, and windows of Chromium. The tests of a file share a browser."""
 
 import shutil
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.online.web.server import JobDirector, QuickPipeline, chromium, free_port, listening_on
+from tests.browser import PROGRAMS
+from tests.fake_stages import FakeRealESRGAN, FakeStage
+from tests.online.directors import LocalDirector, ProgressCallback, RenderShot, listening_on_a_port, local_server
+from tests.online.scripted_stages import SCRIPTED
+from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import hash_key, load_keys, new_key
 from vidgen_ray.online.server_settings import OnlineSettings
-from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
+from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
-from vidgen_ray.online.store.store import JobStore, open_store
+from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.read import check_shot
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.flux import FluxLoRAStage
+from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
+from vidgen_ray.stages.progress import progress_callback, report_progress
 from vidgen_ray.weights import resolve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install playwright)")
 playwright.expect.set_options(timeout=20_000)
+CHECK_PAGE = (Path(__file__).parent / "check_page.js").read_text()
+
+
+class FakeHunyuanDiT(FakeStage, HunyuanDiTStage):
+    def one(self, shot, artefacts):
+        return {"image": artefacts["image"]}
+
+
+class FakeLoRA(FakeStage, FluxLoRAStage):
+    def one(self, shot, artefacts):
+        return {"image": artefacts["image"]}
+
+
+class FakeUpscaler(FakeRealESRGAN):
+    def run_chunk(self, shot, frames, chunk=None):
+        report_progress(self.name, len(frames), len(frames))
+        return super().run_chunk(shot, frames, chunk)
+
+
+FAKES = {**SCRIPTED, "hunyuan": FakeHunyuanDiT, "lora": FakeLoRA, "realesrgan": FakeUpscaler}
+
+
+class QuickPipeline(VideoGenerationPipeline):
+    """Pipeline that draws noise instead of loading models, for tests of the page."""
+
+    def _stages(self, classes: Sequence[type[Any]], shot: Shot) -> list[Any]:
+        for stage_class in classes:
+            if stage_class.name not in self._loaded:
+                self._loaded[stage_class.name] = FAKES[stage_class.name](self.profile.params(stage_class))
+        return [self._loaded[stage_class.name] for stage_class in classes]
+
+
+assert hasattr(VideoGenerationPipeline, "_stages"), "QuickPipeline replaces this method"
+
+
+def renderer(pipeline: VideoGenerationPipeline) -> RenderShot:
+    """Return a function that renders a shot with the stages of a pipeline."""
+
+    def render(plan: ShotPlan, on_progress: ProgressCallback) -> None:
+        with progress_callback(on_progress):
+            pipeline.render(plan.shot)
+
+    return render
 
 
 @dataclass
@@ -30,7 +83,7 @@ class Site:
 
     url: str
     store: JobStore
-    director: JobDirector
+    director: LocalDirector
     pipeline: VideoGenerationPipeline
     start: Callable[[], None]
     stop: Callable[[], None]
@@ -94,25 +147,26 @@ def new_site(quick, tmp_path) -> Iterator[Callable[..., Site]]:
                 share_results_between_tenants=True,
                 **settings,
             )
-            store = open_store(server_settings)
-            director = JobDirector(store, pipeline)
-            director.start()
-            sites.callback(director.stop)
-            running, port = ExitStack(), free_port()
+            server = sites.enter_context(local_server(pipeline.profile, server_settings, renderer(pipeline), served=served))
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+            running = ExitStack()
             sites.callback(running.close)
 
             def start() -> None:
+                keys = load_keys(server_settings.keys_file, server_settings.limits)
                 app = make_app(
                     server_settings,
-                    store,
-                    pipeline.outputs,
-                    served or serving_profile(pipeline.profile),
-                    load_keys(server_settings.keys_file, server_settings.limits),
+                    server.store,
+                    server.outputs,
+                    server.serving_profile,
+                    keys,
+                    jobs_changed=server.director.wake,
                 )
-                running.enter_context(listening_on(app, port))
+                running.enter_context(listening_on_a_port(app, port))
 
             start()
-            return Site(f"http://127.0.0.1:{port}", store, director, pipeline, start, running.close, key)
+            return Site(f"http://127.0.0.1:{port}", server.store, server.director, pipeline, start, running.close, key)
 
         yield make
 
@@ -134,7 +188,7 @@ def site_with_keys(new_site, tmp_path) -> Site:
 # Not for the whole session: Playwright keeps an event loop running in this thread, and tests of other files call asyncio.run.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    program = chromium()
+    program = next((path for path in PROGRAMS if path.exists()), None)
     if program is None:
         pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
     with playwright.sync_playwright() as started:

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ASTRONAUT
-from tests.online.web.conftest import cards, generate, playwright
-from tests.online.web.server import CHECK_PAGE
+from tests.online.web.conftest import CHECK_PAGE, cards, generate, playwright
 from vidgen_ray.online.store.jobs import JobError, JobState
 
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")

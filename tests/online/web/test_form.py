@@ -8,8 +8,7 @@ import pytest
 from PIL import Image as PILImage
 
 from tests.conftest import ASTRONAUT
-from tests.online.web.conftest import cards, generate, playwright
-from tests.online.web.server import QuickPipeline
+from tests.online.web.conftest import QuickPipeline, cards, generate, playwright
 from vidgen_ray.online.store.jobs import JobKind
 from vidgen_ray.safety import Consent
 
@@ -45,7 +44,7 @@ def grey(tmp_path) -> str:
 
 
 def test_form_values_reach_the_job_and_its_card(site, open_page):
-    site.director.gate.clear()
+    site.director.paused.set()
     page = open_page(site.url)
     page.get_by_label("Photos").set_input_files(ASTRONAUT)
     expect(page.get_by_label("Use this photo")).to_be_checked()
@@ -67,7 +66,7 @@ def test_form_values_reach_the_job_and_its_card(site, open_page):
     expect(card.locator("[aria-current=step]")).to_have_text("Face")
     stages = [text.removesuffix(" (done)") for text in card.locator(".stages li").all_text_contents()]
     assert stages == ["Face", "Base image", "LoRA", "Style", "Likeness", "Video", "Clip likeness", "Upscale", "Save"]
-    site.director.gate.set()
+    site.director.paused.clear()
     site.wait_for_jobs(1)
     card = cards(page, "clips")
     expect(card.locator("video")).to_be_visible()
@@ -119,7 +118,7 @@ def test_frames_follow_the_video_model_until_they_are_changed(new_site, with_rea
 
 
 def test_photo_is_saved_as_character(site, open_page):
-    site.director.gate.clear()
+    site.director.paused.set()
     page = open_page(site.url)
     expect(page.get_by_label("Saved character")).to_be_hidden()
     expect(page.get_by_label("Save as character")).to_be_hidden()
@@ -141,7 +140,7 @@ def test_photo_is_saved_as_character(site, open_page):
 def test_photo_of_a_person_needs_a_consent(site, open_page, tmp_path):
     photo = tmp_path / "me.png"
     PILImage.open(ASTRONAUT).resize((256, 256)).save(photo)
-    site.director.gate.clear()
+    site.director.paused.set()
     page = open_page(site.url)
     basis, person = page.get_by_label("I may use this person's likeness because"), page.get_by_label("Person", exact=True)
     expect(basis).to_be_hidden()

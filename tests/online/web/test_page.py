@@ -16,7 +16,7 @@ LOADED_MS = 120_000
 def test_clip_is_created_followed_and_played(new_site, open_page, tmp_path):
     """Uses the tiny models. The other tests use fakes."""
     site = new_site(pipeline=VideoGenerationPipeline.from_profile("tiny", tmp_path / "out"))
-    site.director.gate.clear()
+    site.director.paused.set()
     page = open_page(site.url)
     expect(page.get_by_text("Finished clips appear here.")).to_be_visible()
     generate(page, "a lighthouse")
@@ -24,7 +24,7 @@ def test_clip_is_created_followed_and_played(new_site, open_page, tmp_path):
     # The models are loaded first.
     expect(card.locator(".status")).to_have_text("Generating the base image · 0 %", timeout=LOADED_MS)
     assert card.get_by_role("progressbar").get_attribute("value") == "0"
-    site.director.gate.set()
+    site.director.paused.clear()
     expect(card.locator(".status")).to_have_text(re.compile(r", [12] of 2 steps · \d+ %"), timeout=LOADED_MS)
     expect(cards(page, "clips")).to_have_count(1, timeout=LOADED_MS)
     expect(cards(page, "queue")).to_have_count(0)
@@ -41,13 +41,13 @@ def test_clip_is_created_followed_and_played(new_site, open_page, tmp_path):
 
 
 def test_reload_shows_the_current_progress(site, open_page):
-    site.director.gate.clear()
+    site.director.paused.set()
     page = open_page(site.url)
     generate(page, "a red ball")
     expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating the base image"))
     page.reload()
     expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating the base image"))
-    site.director.gate.set()
+    site.director.paused.clear()
     site.wait_for_jobs(1)
     expect(cards(page, "clips").locator("video")).to_be_visible()
     page.reload()
@@ -56,7 +56,7 @@ def test_reload_shows_the_current_progress(site, open_page):
 
 
 def test_cancel_leaves_other_jobs_alone(site, open_page):
-    site.director.gate.clear()
+    site.director.paused.set()
     page = open_page(site.url)
     for prompt in ("first", "second", "third"):
         generate(page, prompt)
@@ -67,7 +67,7 @@ def test_cancel_leaves_other_jobs_alone(site, open_page):
         page.get_by_role("button", name=f"Cancel {name}").click()
         expect(page.locator("#clips").get_by_role("heading", name=name)).to_be_visible()
     expect(page.locator("#clips .reason")).to_have_text(["Cancelled.", "Cancelled."])
-    site.director.gate.set()
+    site.director.paused.clear()
     site.wait_for_jobs(3)
     expect(page.locator("#clips video")).to_have_count(1)
     assert [job.state for job in site.jobs()] == ["completed", "cancelled", "cancelled"]
@@ -75,7 +75,7 @@ def test_cancel_leaves_other_jobs_alone(site, open_page):
 
 def test_full_queue_shows_an_error_and_keeps_the_form(new_site, open_page):
     site = new_site(max_queued=1)
-    site.director.gate.clear()
+    site.director.paused.set()
     page = open_page(site.url)
     generate(page, "running")
     expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating"))
@@ -88,7 +88,7 @@ def test_full_queue_shows_an_error_and_keeps_the_form(new_site, open_page):
 
 
 def test_lost_response_creates_no_second_job(site, open_page):
-    site.director.gate.clear()
+    site.director.paused.set()
     page = open_page(site.url)
     page.route("**/v1/videos", lambda route: (route.fetch(), route.abort()))
     generate(page, "twice")
@@ -103,7 +103,7 @@ def test_lost_response_creates_no_second_job(site, open_page):
 
 
 def test_page_reconnects_after_a_server_restart(site, open_page):
-    site.director.gate.clear()
+    site.director.paused.set()
     page = open_page(site.url)
     generate(page, "through a restart")
     expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating"))
@@ -111,7 +111,7 @@ def test_page_reconnects_after_a_server_restart(site, open_page):
     expect(page.locator("#connection")).to_have_text(re.compile("cannot be reached"))
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("alert")).to_have_text(re.compile("The request was not sent"))
-    site.director.gate.set()
+    site.director.paused.clear()
     site.wait_for_jobs(1)
     site.start()
     expect(page.locator("#clips video")).to_be_visible()

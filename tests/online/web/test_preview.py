@@ -53,7 +53,7 @@ def test_preview_changes_from_nothing_to_the_image_to_the_clip(site, open_page):
 
 def test_preview_is_for_the_owner_only(site_with_keys):
     site = site_with_keys
-    site.director.gate.clear()
+    site.director.paused.set()
     job = site.add("of ben", JobState.QUEUED, tenant="ben")
     own = {"authorization": f"Bearer {site.key}"}
     answer = httpx.get(f"{site.url}/v1/videos/{job.id}/content?variant=preview", headers=own)
@@ -74,7 +74,7 @@ def test_running_job_shows_elapsed_and_remaining_time(site, open_page):
 
 
 def test_queued_jobs_show_their_place(site, open_page):
-    site.director.gate.clear()
+    site.director.paused.set()
     page = open_page(site.url)
     for prompt in ("first", "second", "third"):
         generate(page, prompt)
