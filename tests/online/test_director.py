@@ -149,7 +149,7 @@ def real(tiny, tmp_path_factory) -> Running:
 
 @pytest.fixture(scope="module")
 def scripted(tiny, tmp_path_factory) -> Running:
-    """Application with scripted stages on two simulated GPUs, with one process per actor on each GPU."""
+    """Application with scripted stages on two simulated GPUs, with one process on each."""
     return run("scripted", scripted_profile(tiny), parse_gpus("2x80GB"), tmp_path_factory.mktemp("scripted"), SCRIPTED)
 
 
@@ -159,7 +159,7 @@ def scripted_profile(tiny):
         for name, gb in ACTORS_GB.items()
     }
     actors["instantid"] = actors["instantid"].model_copy(update={"timeout_s": FACE_TIMEOUT_S})
-    return tiny.model_copy(update={"name": "scripted", "actors": actors, "cpu_workers": None, "layout": "colocated"})
+    return tiny.model_copy(update={"name": "scripted", "actors": actors, "cpu_workers": None, "layout": "fused"})
 
 
 def digests(outputs: OutputFolder, shot_id: str) -> dict[str, str]:
@@ -216,8 +216,7 @@ class TestRealStages:
 
     def test_cancel_stops_denoising_and_keeps_the_weights_usable(self, real):
         job_id = real.accept(prompt="long", generate_video=False, steps={"flux": 200})
-        at = real.wait_until(job_id, lambda job: job.step > 0)
-        assert (at.stage, at.steps) == ("flux", 200)
+        real.wait_until(job_id, lambda job: job.step > 0)
         real.cancel(job_id)
         ended = real.wait_for_end(job_id)
         assert (ended.state, ended.error) == (JobState.CANCELLED, None)
@@ -257,9 +256,11 @@ IMAGE_ONLY = {"generate_video": False}
 
 
 class TestScriptedStages:
-    def test_cancel_stops_a_job_after_the_current_step(self, scripted, pipe):
+    def test_progress_follows_the_steps_until_a_cancel_stops_the_job(self, scripted, pipe):
         job_id = scripted.accept(prompt=f"steps 9 pause at 4 {pipe}", **IMAGE_ONLY)
-        scripted.wait_until(job_id, lambda job: job.step == 3)
+        at = scripted.wait_until(job_id, lambda job: job.step == 3)
+        assert (at.state, at.stage, at.steps) == (JobState.IN_PROGRESS, "flux", 9)
+        assert 25 <= at.progress <= 34
         scripted.cancel(job_id)
         assert scripted.wait_for_end(job_id).state == JobState.CANCELLED
         # The thread is still in step 4. Release it now.
@@ -267,14 +268,6 @@ class TestScriptedStages:
             jobs = [scripted.accept(prompt=f"next {n}", **IMAGE_ONLY) for n in range(4)]
             assert {scripted.wait_for_end(job).state for job in jobs} == {JobState.COMPLETED}
         assert steps_run(pipe) == [1, 2, 3, 4]
-
-    def test_progress_follows_the_steps(self, scripted, pipe):
-        job_id = scripted.accept(prompt=f"steps 4 pause at 3 {pipe}", **IMAGE_ONLY)
-        at = scripted.wait_until(job_id, lambda job: job.step == 2)
-        assert (at.state, at.stage, at.steps) == (JobState.IN_PROGRESS, "flux", 4)
-        assert 40 <= at.progress <= 50
-        with pipes_open(pipe):
-            assert scripted.wait_for_end(job_id).progress == 100
 
     def test_crash_is_retried(self, scripted, tmp_path):
         job = scripted.wait_for_end(scripted.accept(prompt=f"crash once {tmp_path / 'marker'}"))
@@ -292,12 +285,13 @@ class TestScriptedStages:
         assert steps_run(pipe) == [1, 2]
 
     def test_failed_job_names_the_stage(self, scripted):
-        bad, good = (scripted.accept(prompt=prompt, **IMAGE_ONLY) for prompt in ("oom", "good"))
+        bad, good = (scripted.accept(prompt=prompt, **IMAGE_ONLY) for prompt in ("raise", "good"))
         job = scripted.wait_for_end(bad)
-        assert (job.state, job.error.code, job.error.stage) == (JobState.FAILED, "invalid_shot", "flux")
-        assert "out of GPU memory" in job.error.message
+        assert (job.state, job.error.code, job.error.stage) == (JobState.FAILED, "stage_failed", "flux")
+        assert "a transient fault" in job.error.message
         assert scripted.wait_for_end(good).state == JobState.COMPLETED
 
+    @pytest.mark.slow
     def test_job_that_finds_the_disk_full_is_completed_later(self, tiny, small_disk, tmp_path, pipe):
         """The encoder of this application really gets ENOSPC. The database is on another disk."""
         database = f"sqlite:///{tmp_path}/jobs.db"
@@ -380,10 +374,6 @@ class TestScriptedStages:
             assert {scripted.wait_for_end(job).state for job in (job_id, later)} == {JobState.COMPLETED}
 
 
-def fused(tiny):
-    return scripted_profile(tiny).model_copy(update={"layout": "fused"})
-
-
 class WithoutWeights(FakeSVD):
     def load(self):
         raise SetupError("its weights are damaged")
@@ -392,7 +382,7 @@ class WithoutWeights(FakeSVD):
 @pytest.mark.slow
 def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, scripted):
     serve.delete("scripted")
-    app = run("broken", fused(tiny), parse_gpus("1x80GB"), tmp_path, {**SCRIPTED, "svd": WithoutWeights}, wait=False)
+    app = run("broken", scripted_profile(tiny), parse_gpus("1x80GB"), tmp_path, {**SCRIPTED, "svd": WithoutWeights}, wait=False)
     while (status := serve.status().applications["broken"]).status != ApplicationStatus.DEPLOY_FAILED:
         assert status.status == ApplicationStatus.DEPLOYING
         time.sleep(POLL_S)
@@ -408,7 +398,7 @@ def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, 
 @pytest.mark.slow
 def test_gpu_that_is_free_gets_a_worker_that_the_director_uses(tiny, tmp_path, scripted):
     serve.delete("scripted")
-    app = run("grows", fused(tiny), parse_gpus("1x80GB"), tmp_path, SCRIPTED, grows=True)
+    app = run("grows", scripted_profile(tiny), parse_gpus("1x80GB"), tmp_path, SCRIPTED, grows=True)
     while len(app.pids("worker")) < 2:
         time.sleep(POLL_S)
     # The director learns of the second worker up to two seconds later. Before, both jobs wait for the same one.

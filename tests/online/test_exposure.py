@@ -102,6 +102,7 @@ def test_local_ray_requires_its_token_and_listens_on_loopback(tmp_path, short):
     assert (tmp_path / ".ray").stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 def test_server_beyond_loopback_is_refused_without_token_authentication(tmp_path, short):
     found = ray_with("disabled", tmp_path, short, host="0.0.0.0")
     assert not found["requires_token"]

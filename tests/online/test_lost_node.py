@@ -201,6 +201,7 @@ def test_jobs_continue_with_another_layout_on_the_nodes_that_are_left(cluster, a
     run(server, scenario)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_server_says_what_is_missing_until_a_node_comes(cluster, add_node, server):
     async def scenario():

@@ -10,7 +10,7 @@ from vidgen_ray.engine.engine_metrics import MAX_ERROR_LABELS, OTHER, LabelLimit
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.errors import MissingWeights, ProfileError, SetupError, StageError
+from vidgen_ray.errors import MissingWeights, OutOfMemory, ProfileError, SetupError, StageError
 from vidgen_ray.graph import STAGES
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.online.application import server_plan
@@ -30,6 +30,7 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
     ("failure", "kind", "code", "caused_by"),
     [
         (StageError("svd: got an image of 10x10"), Kind.INPUT, "invalid_shot", "invalid_request_error"),
+        (OutOfMemory("svd: out of GPU memory"), Kind.MEMORY, "invalid_shot", "invalid_request_error"),
         (MissingWeights("no weights"), Kind.INPUT, "not_served", "server_error"),
         (RuntimeError("a fault"), Kind.ERROR, "stage_failed", "server_error"),
     ],

@@ -28,9 +28,8 @@ def problems(page: Any) -> list[str]:
     return [*found, *page.evaluate(CHECK_PAGE)]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [PHONE, LAPTOP], ids=["phone", "laptop"])
-def test_all_states_are_accessible(site, open_page, scheme, size):
+@pytest.mark.parametrize(("size", "scheme"), [(PHONE, "light"), (LAPTOP, "dark")], ids=["phone-light", "laptop-dark"])
+def test_all_states_are_accessible(site, open_page, size, scheme):
     site.add("a completed clip with " + "a_very_long_word" * 10)
     site.add("another clip")
     site.add("a failed clip", JobState.FAILED, error=JobError(code="stage_failed", message="no face was found " * 6))
