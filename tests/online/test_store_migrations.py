@@ -2,15 +2,12 @@
 
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, make_url, text
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.store.database import MIGRATIONS, TABLES, VERSION_TABLE
+from vidgen_ray.online.store.database import VERSION_TABLE
 from vidgen_ray.online.store.store import JobStore
 
 NEWEST = "0001"
@@ -19,15 +16,6 @@ NEWEST = "0001"
 def revisions(store):
     with store.engine.connect() as connection:
         return list(connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalars())
-
-
-def test_new_store_has_the_tables_of_the_metadata(database_url):
-    store = JobStore(database_url)
-    with store.engine.connect() as connection:
-        options = {"version_table": VERSION_TABLE, "compare_type": True, "compare_server_default": True}
-        assert compare_metadata(MigrationContext.configure(connection, opts=options), TABLES) == []
-    assert revisions(store) == [NEWEST]
-    store.close()
 
 
 def test_store_of_a_newer_version_is_refused(database_url):
@@ -50,14 +38,6 @@ def test_failed_creation_changes_nothing(database_url):
     engine.dispose()
 
 
-def test_threads_that_open_a_store_at_once_create_the_tables_once(database_url):
-    with ThreadPoolExecutor(6) as pool:
-        stores = list(pool.map(JobStore, [database_url] * 6))
-    for store in stores:
-        assert revisions(store) == [NEWEST]
-        store.close()
-
-
 def test_processes_that_open_a_store_at_once_create_the_tables_once(database_url):
     code = (
         "import sys; from vidgen_ray.online.store.store import JobStore\n"
@@ -73,9 +53,3 @@ def test_processes_that_open_a_store_at_once_create_the_tables_once(database_url
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-
-
-def test_migrations_are_one_sequence():
-    files = sorted(file.stem for file in (MIGRATIONS / "versions").glob("v*.py"))
-    assert [name[:5] for name in files] == [f"v{number:04}" for number in range(1, len(files) + 1)]
-    assert files[-1].startswith(f"v{NEWEST}_")

@@ -73,9 +73,6 @@ def test_content_variants(client, clip, tmp_path):
     with open_video(video) as opened:
         assert (opened.frame_count, opened.width, opened.height) == (5, 128, 64)
         assert opened.frames(0, 5).shape == (5, 64, 128, 3)
-    thumbnail = Image.open(io.BytesIO(client.videos.download_content(clip.id, variant="thumbnail").read()))
-    assert (thumbnail.format, thumbnail.size) == ("WEBP", (128, 64))
-    assert np.asarray(thumbnail.convert("RGB")).std() > 1
     sheet = Image.open(io.BytesIO(client.videos.download_content(clip.id, variant="spritesheet").read()))
     assert (sheet.format, sheet.size) == ("JPEG", (3 * 160, 2 * 80))
 
@@ -116,26 +113,11 @@ def test_events_and_range_requests(client, address):
         assert plain.head(f"/videos/{video.id}/content").headers["content-length"] == str(len(whole))
 
 
-def test_deleted_video_is_not_found(client):
-    video = client.videos.create(prompt="soon gone", **SMALL)
-    assert client.videos.delete(video.id).deleted
-    with pytest.raises(openai.NotFoundError) as raised:
-        client.videos.retrieve(video.id)
-    assert raised.value.code == "video_not_found"
-    with pytest.raises(openai.NotFoundError):
-        client.videos.delete(video.id)
-
-
 def test_remix_changes_the_prompt_and_keeps_the_seed(client, clip):
     remixed = client.videos.remix(clip.id, prompt="a man in the snow")
     assert remixed.remixed_from_video_id == clip.id
     assert (remixed.prompt, remixed.size, remixed.model_extra["seed"]) == ("a man in the snow", "128x64", 7)
     client.videos.delete(remixed.id)
-
-
-def test_input_reference(client):
-    video = client.videos.create_and_poll(prompt="she smiles", input_reference=photo(200, 100), **SMALL)
-    assert video.status == "completed", video.error
 
 
 def test_create_character_and_use_it(client):
@@ -171,14 +153,6 @@ def test_generate_images(client):
     assert b"digitalsourcetype/trainedAlgorithmicMedia" in image.info["xmp"]
 
 
-def test_stream_images(client):
-    stream = client.images.generate(prompt="a lighthouse at night", size="64x64", stream=True, extra_body={"seed": 2})
-    events = list(stream)
-    assert [event.type for event in events] == ["image_generation.completed"]
-    assert decode_image(events[0].b64_json).size == (64, 64)
-    assert events[0].usage.total_tokens == 0
-
-
 def test_stream_partial_images(client):
     stream = client.images.generate(
         prompt="a lighthouse",
@@ -189,6 +163,7 @@ def test_stream_partial_images(client):
     )
     events = list(stream)
     assert [event.type for event in events] == ["image_generation.partial_image", "image_generation.completed"]
+    assert events[-1].usage.total_tokens == 0
     images = [decode_image(event.b64_json) for event in events]
     assert all(b"digitalsourcetype/trainedAlgorithmicMedia" in image.info["xmp"] for image in images)
     first, last = map(np.asarray, images)
@@ -228,17 +203,6 @@ def test_client_retries_after_429(address):
     cancelled.join()
     cancelled_video = client.videos.retrieve(first.id)
     assert (cancelled_video.status, cancelled_video.error.code) == ("failed", "cancelled")
-
-
-def test_idempotency_key_creates_one_job(client):
-    once = {"prompt": "only once", "extra_headers": {"Idempotency-Key": "k1"}, **SMALL}
-    first, second = client.videos.create(**once), client.videos.create(**once)
-    assert first.id == second.id
-    client.videos.poll(first.id)
-    with pytest.raises(openai.ConflictError) as raised:
-        client.videos.create(**{**once, "prompt": "something else"})
-    assert raised.value.code == "idempotency_key_reused"
-    assert raised.value.response.headers["x-should-retry"] == "false"
 
 
 def test_invalid_key_is_rejected(address):
