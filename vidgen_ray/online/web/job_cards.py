@@ -12,14 +12,12 @@ from vidgen_ray.online.previews import previewed_stage
 from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.store.jobs import Job, JobError, JobKind, JobState
 
-ACTIVE = (JobState.QUEUED, JobState.IN_PROGRESS)
 SAVING = "Save", "Saving"
 """Label and activity of the step after all stages."""
 NO_BREAK = "\u00a0"
 """Separates a number from its unit."""
 NAME_LENGTH, ID_LENGTH = 40, 6
 """Characters of the prompt and of the id in a file name."""
-VERDICTS = {JobState.FAILED: "Failed.", JobState.CANCELLED: "Cancelled."}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,36 +31,26 @@ class CardStage:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """Values of the card template."""
+    """Values of the card template, beside those of the job itself."""
 
-    id: str
-    version: int
-    state: str
-    active: bool
+    job: Job
     title: str
-    percent: int
+    active: bool
     status: str
     stages: tuple[CardStage, ...]
     preview: str | None
     """Newest finished stage whose result the preview shows."""
-    started_at: float | None
-    """Seconds since 1970."""
-    cancelling: bool
     is_clip: bool
     media: str
-    poster: str
     width: int
     height: int
     """Pixels of the delivered file, like `width`."""
     hd_size: str | None
     """Size of the larger file, `None` without one."""
     summary: str
-    verdict: str
     error: str | None
-    seed: int | None
     settings: tuple[tuple[str, str], ...]
-    created: str
-    created_text: str
+    created: datetime
 
 
 def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
@@ -70,36 +58,25 @@ def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
 
     `base` is the path at which the app is mounted. `lora_names` maps the paths of the server's LoRAs to their names.
     """
-    shot, created = job.shot, datetime.fromtimestamp(job.created_at, UTC)
-    sizes, delivered = file_sizes(shot), delivered_artefact_of(job)
+    sizes, delivered = file_sizes(job.shot), delivered_artefact_of(job)
     width, height = sizes[delivered]
     finished = list(sizes)[-1]
-    content = f"{base}/v1/videos/{job.id}/content"
     return Card(
-        id=job.id,
-        version=job.version,
-        state=job.state.value,
-        active=job.state in ACTIVE,
-        title=" ".join(shot.prompt.split()),
-        percent=job.progress,
+        job=job,
+        title=" ".join(job.shot.prompt.split()),
+        active=not job.state.is_final,
         status=_status(job),
         stages=tuple(_card_stages(job)),
         preview=previewed_stage(job),
-        started_at=job.started_at,
-        cancelling=job.cancel_requested,
-        is_clip=job.kind is not JobKind.IMAGE and shot.generate_video,
-        media=content,
-        poster=f"{content}?variant=thumbnail",
+        is_clip=job.kind is not JobKind.IMAGE and job.shot.generate_video,
+        media=f"{base}/v1/videos/{job.id}/content",
         width=width,
         height=height,
         hd_size=None if finished == delivered else _size_text(*sizes[finished]),
         summary=" · ".join(part.replace(" ", NO_BREAK) for part in _summary(job, width, height)),
-        verdict=VERDICTS.get(job.state, ""),
         error=error_text(job.error) if job.error and job.state is JobState.FAILED else None,
-        seed=shot.seed,
         settings=tuple(_settings(job, width, height, lora_names)),
-        created=created.isoformat(timespec="seconds"),
-        created_text=created.strftime("%Y-%m-%d %H:%M UTC"),
+        created=datetime.fromtimestamp(job.created_at, UTC),
     )
 
 

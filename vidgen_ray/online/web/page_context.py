@@ -14,7 +14,7 @@ from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.online.web.form_controls import clip_defaults, control_groups
-from vidgen_ray.online.web.job_cards import ACTIVE, Card, card_of
+from vidgen_ray.online.web.job_cards import Card, card_of
 
 STATIC = Path(__file__).parent / "static"
 HEADERS = {
@@ -91,7 +91,7 @@ class PageContext:
             "state": job.state.value,
             "percent": job.progress,
             "preview": card.preview,
-            "live": str(macros.live(card)) if job.state in ACTIVE else None,
+            "live": str(macros.live(card)) if card.active else None,
             "card": str(macros.card_item(card)) if with_card else None,
         }
 

@@ -23,11 +23,11 @@ from vidgen_ray.online.auth import SESSION_COOKIE, SESSION_S, Tenant, is_same_or
 from vidgen_ray.online.delivered_size import SCALES, delivered_artefact_of
 from vidgen_ray.online.previews import encode_thumbnail
 from vidgen_ray.online.server_context import ServerContext
-from vidgen_ray.online.store.jobs import FINAL, Job, JobState
+from vidgen_ray.online.store.jobs import FINAL, OPEN_STATES, Job, JobState
 from vidgen_ray.online.store.store import UnknownJob
 from vidgen_ray.online.uploads import small_form
 from vidgen_ray.online.web.form_controls import BASES, IDEAS, STYLES, size_choices
-from vidgen_ray.online.web.job_cards import ACTIVE, estimate_text, file_name
+from vidgen_ray.online.web.job_cards import estimate_text, file_name
 from vidgen_ray.online.web.page_context import HEADERS, PageContext, base_path
 from vidgen_ray.outputs.folder import OutputFolder
 
@@ -345,7 +345,7 @@ def _form_values(context: PageContext, tenant: Tenant) -> dict[str, Any]:
 
 
 def _queue_of(server: ServerContext, tenant: Tenant) -> list[Job]:
-    return server.store.list(tenant.name, states=ACTIVE, limit=QUEUE_LENGTH, order="asc").jobs
+    return server.store.list(tenant.name, states=OPEN_STATES, limit=QUEUE_LENGTH, order="asc").jobs
 
 
 def _box(box: tuple[float, float, float, float], chosen: bool) -> Box:
