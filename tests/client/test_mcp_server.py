@@ -15,7 +15,7 @@ from mcp import Client, StdioServerParameters
 from mcp.types import ImageContent, TextContent
 
 from tests.conftest import ASTRONAUT
-from tests.online.test_serve import started
+from tests.online.scripted_server import scripted_server
 from vidgen_ray.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -153,7 +153,7 @@ def test_assistant_cancels_a_running_video_of_vidgen_serve(tiny, tmp_path):
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with started(tmp_path, port) as server:
+    with scripted_server(tmp_path, port) as server:
         cancelled, completed, content = asyncio.run(scenario(server.url))
     assert cancelled.endswith(": cancelled")
     assert ": completed, 64x64" in completed

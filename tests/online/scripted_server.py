@@ -1,11 +1,86 @@
-"""`vidgen serve` with scripted stages, as a process to kill: `python -m tests.online.scripted_server SETTINGS_JSON`."""
+"""`vidgen serve` as a process to kill.
+
+With scripted stages: `python -m tests.online.scripted_server SETTINGS_JSON`.
+"""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import psutil
 
 from tests.online.scripted_stages import SCRIPTED
 from vidgen_ray.online.serve_command import serve_command
 from vidgen_ray.online.server_settings import OnlineSettings
+
+ROOT = Path(__file__).parents[2]
+POLL_S = 0.1
+
+
+class ServerProcess:
+    """Running server."""
+
+    def __init__(self, command: list[str], url: str, log: Path, check: str) -> None:
+        self.url, self.log, self._check = url, log, check
+        with log.open("ab") as output:
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *command], cwd=ROOT, env=environment, stdout=output, stderr=output
+            )
+        while not self._is_up():
+            assert self.process.poll() is None, log.read_text()
+            time.sleep(POLL_S)
+
+    def _is_up(self) -> bool:
+        try:
+            with urlopen(f"{self.url}{self._check}", timeout=10) as answer:
+                return json.load(answer) == {"status": "ok"}
+        except (URLError, OSError):
+            return False
+
+    def kill(self) -> None:
+        """Kill the server with all its child processes, like a machine that goes down."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        for child in children:
+            try:
+                child.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(children, timeout=30)
+
+
+@contextmanager
+def started(command: list[str], url: str, log: Path, check: str = "/healthz") -> Iterator[ServerProcess]:
+    """Start a server and wait until the URL `check` says that it is up. Kill it when the block ends.
+
+    `command`: name of the module and its arguments.
+    """
+    server = ServerProcess(command, url, log, check)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.kill()
+
+
+@contextmanager
+def scripted_server(folder: Path, port: int) -> Iterator[ServerProcess]:
+    """Start a server with scripted stages, the profile `profile.yaml` of the folder, and its data in the folder."""
+    settings = {"profile": str(folder / "profile.yaml"), "data": str(folder / "data"), "port": port}
+    command = ["tests.online.scripted_server", json.dumps(settings)]
+    with started(command, f"http://127.0.0.1:{port}", folder / "log.txt") as server:
+        yield server
+
 
 if __name__ == "__main__":
     serve_command(OnlineSettings(**json.loads(sys.argv[1])), address=None, grace_s=0, stages=SCRIPTED)

@@ -5,20 +5,15 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from contextlib import contextmanager
-from pathlib import Path
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-import psutil
 import pytest
 import yaml
 from ray.serve._private import constants
 from ray.serve._private.http_util import _apply_middlewares, call_function_from_import_path
 
+from tests.online.scripted_server import ROOT, scripted_server
 from tests.online.test_director import POLL_S, pipes_open
 from vidgen_ray.cli import main
 from vidgen_ray.errors import UsageError
@@ -28,8 +23,6 @@ from vidgen_ray.online.serve_command import settings_of
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobState
 from vidgen_ray.online.store.store import open_store
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize(
@@ -96,64 +89,30 @@ def test_response_has_one_request_id():
     assert [value for name, value in sent[0]["headers"] if name.lower() == b"x-request-id"] == [b"video_1"]
 
 
-class Process:
-    """Server process with scripted stages."""
+class Jobs:
+    """Creates jobs of a server, and looks at them in its store."""
 
-    def __init__(self, folder, port):
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = folder / "log.txt"
-        settings = {"profile": str(folder / "profile.yaml"), "data": str(folder / "data"), "port": port}
-        self.store = open_store(OnlineSettings(**settings))
-        command = [sys.executable, "-m", "tests.online.scripted_server", json.dumps(settings)]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-        while not self.healthy():
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(POLL_S)
-
-    def healthy(self):
-        try:
-            with urlopen(f"{self.url}/healthz", timeout=10) as answer:
-                return json.load(answer) == {"status": "ok"}
-        except (URLError, OSError):
-            return False
+    def __init__(self, server, folder):
+        self._server = server
+        self._store = open_store(OnlineSettings(data=str(folder / "data")))
 
     def create(self, **fields):
         body = json.dumps({"generate_video": False, **fields}).encode()
-        with urlopen(Request(f"{self.url}/v1/shots", body, {"content-type": "application/json"}), timeout=30) as answer:
+        with urlopen(Request(f"{self._server.url}/v1/shots", body, {"content-type": "application/json"}), timeout=30) as answer:
             return json.load(answer)["id"]
 
+    def get(self, job_id):
+        return self._store.get(job_id, LOCAL_TENANT)
+
     def wait_until(self, job_id, condition):
-        while not condition(job := self.store.get(job_id, LOCAL_TENANT)):
-            assert self.process.poll() is None, self.log.read_text()
+        while not condition(job := self.get(job_id)):
+            assert self._server.process.poll() is None, self._server.log.read_text()
             assert not job.state.is_final, job
             time.sleep(POLL_S)
         return job
 
     def wait_for_end(self, job_id):
         return self.wait_until(job_id, lambda job: job.state.is_final)
-
-    def kill(self):
-        """Kill the server with all its child processes, like a machine that goes down."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        for child in children:
-            try:
-                child.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(children, timeout=30)
-
-
-@contextmanager
-def started(folder, port):
-    process = Process(folder, port)
-    try:
-        yield process
-    finally:
-        if process.process.poll() is None:
-            process.kill()
 
 
 @pytest.mark.timeout(600)
@@ -167,23 +126,25 @@ def test_killed_server_resumes_all_accepted_jobs_and_sigterm_requeues_jobs(tiny,
         os.mkfifo(path)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with started(tmp_path, port) as server:
+    with scripted_server(tmp_path, port) as server:
+        jobs = Jobs(server, tmp_path)
         # Created before the stages are loaded.
-        done = server.create(prompt="a red ball")
-        assert server.wait_for_end(done).state == JobState.COMPLETED
+        done = jobs.create(prompt="a red ball")
+        assert jobs.wait_for_end(done).state == JobState.COMPLETED
         # One job in the middle, others in progress or queued behind it.
-        jobs = [server.create(prompt=f"steps 3 pause at 2 {pipes[0]}"), *(server.create(prompt=f"ball {n}") for n in range(6))]
-        server.wait_until(jobs[0], lambda job: job.step == 1)
+        ids = [jobs.create(prompt=f"steps 3 pause at 2 {pipes[0]}"), *(jobs.create(prompt=f"ball {n}") for n in range(6))]
+        jobs.wait_until(ids[0], lambda job: job.step == 1)
         server.kill()
-    with started(tmp_path, port) as server:
+    with scripted_server(tmp_path, port) as server:
+        jobs = Jobs(server, tmp_path)
         with pipes_open(pipes[0]):
-            assert [server.wait_for_end(job).state for job in (done, *jobs)] == [JobState.COMPLETED] * 8
-        assert server.store.get(jobs[0], LOCAL_TENANT).attempts == 2
-        unfinished = server.create(prompt=f"steps 3 pause at 2 {pipes[1]}")
-        server.wait_until(unfinished, lambda job: job.step == 1)
+            assert [jobs.wait_for_end(job).state for job in (done, *ids)] == [JobState.COMPLETED] * 8
+        assert jobs.get(ids[0]).attempts == 2
+        unfinished = jobs.create(prompt=f"steps 3 pause at 2 {pipes[1]}")
+        jobs.wait_until(unfinished, lambda job: job.step == 1)
         os.kill(server.process.pid, signal.SIGTERM)
         assert server.process.wait(90) == 0
-    job = server.store.get(unfinished, LOCAL_TENANT)
+    job = jobs.get(unfinished)
     assert (job.state, job.attempts) == (JobState.QUEUED, 0)
     log = server.log.read_text()
     assert f"profile.yaml at {server.url}/" in log

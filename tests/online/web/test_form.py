@@ -254,29 +254,14 @@ def test_seed_is_random_until_it_is_locked(site, open_page):
 
 def test_image_of_the_default_size_is_as_large_as_the_models_draw(site, open_page):
     page = open_page(site.url)
+    sizes = page.get_by_label("Size").locator("option").all_text_contents()
+    assert sizes[:3] == ["256 × 128, default", "1280 × 720, 16:9", "1920 × 1080, 16:9"]
     page.get_by_label("Image", exact=True).check()
     expect(page.locator("#size-hint")).to_have_text("An image of the default size has 128 × 64 pixels.")
     generate(page, "a picture")
     site.wait_for_jobs(1)
     shot = site.jobs()[0].shot
     assert (shot.generate_video, shot.width, shot.height) == (False, 128, 64)
-
-
-def test_clip_is_delivered_in_the_chosen_size(site, open_page):
-    page = open_page(site.url)
-    page.get_by_label("Frames", exact=True).fill("2")
-    sizes = page.get_by_label("Size").locator("option").all_text_contents()
-    assert sizes[:3] == ["256 × 128, default", "1280 × 720, 16:9", "1920 × 1080, 16:9"]
-    page.get_by_label("Size").select_option("832x480")
-    generate(page, "a wide clip")
-    site.wait_for_jobs(1)
-    video = page.locator("#clips video")
-    expect(video).to_be_visible()
-    video.evaluate("video => video.play()")
-    expect(video).to_have_js_property("videoWidth", 832)
-    expect(video).to_have_js_property("videoHeight", 480)
-    shot = site.jobs()[0].shot
-    assert (shot.width, shot.height, shot.scale, shot.crop_height) == (256, 128, 4, 480)
 
 
 def test_more_like_this_fills_the_form_without_a_reload(site, open_page):

@@ -40,21 +40,6 @@ def test_clip_is_created_followed_and_played(new_site, open_page, tmp_path):
     assert download.value.suggested_filename == f"{site.jobs()[0].id}.mp4"
 
 
-def test_reload_shows_the_current_progress(site, open_page):
-    site.director.paused.set()
-    page = open_page(site.url)
-    generate(page, "a red ball")
-    expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating the base image"))
-    page.reload()
-    expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating the base image"))
-    site.director.paused.clear()
-    site.wait_for_jobs(1)
-    expect(cards(page, "clips").locator("video")).to_be_visible()
-    page.reload()
-    expect(cards(page, "clips")).to_have_count(1)
-    assert len(site.jobs()) == 1
-
-
 def test_cancel_leaves_other_jobs_alone(site, open_page):
     site.director.paused.set()
     page = open_page(site.url)
