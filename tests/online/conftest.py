@@ -1,11 +1,13 @@
-"""Test databases: SQLite, and a private PostgreSQL server if Debian's packages are installed."""
+"""Client of a module's server. Test databases: SQLite, and a private PostgreSQL server if Debian's packages are installed."""
 
 from collections.abc import Iterator
 from itertools import count
 
 import pytest
+from starlette.testclient import TestClient
 
 from benchmarks.local_postgres import create_database, is_installed, postgres_server
+from tests.online.directors import LOCAL
 
 numbers = count()
 DATABASES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)]
@@ -27,3 +29,9 @@ def database_url(request, tmp_path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.db"
     return create_database(request.getfixturevalue("postgres"), f"test{next(numbers)}")
+
+
+@pytest.fixture(scope="module")
+def client(server) -> TestClient:
+    """Client on this machine. `server`: the fixture of the test's module, a LocalServer."""
+    return TestClient(server.app, **LOCAL, raise_server_exceptions=False)

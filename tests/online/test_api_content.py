@@ -24,11 +24,6 @@ def server(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def client(server):
-    return TestClient(server.app, **LOCAL, raise_server_exceptions=False)
-
-
-@pytest.fixture(scope="module")
 def clip(client):
     return ended(client, made(client, prompt="ranges", seed=1)["id"])
 

@@ -1,9 +1,8 @@
 """Estimates of the API: what a job would take, without creating it."""
 
 import pytest
-from starlette.testclient import TestClient
 
-from tests.online.directors import LOCAL, local_server
+from tests.online.directors import local_server
 from tests.online.test_api_videos import ended, error_of
 from vidgen_ray.online.server_settings import OnlineSettings
 
@@ -20,11 +19,6 @@ def server(tiny, tmp_path_factory):
     settings = OnlineSettings(profile="tiny", data=str(folder), gpu_hour_price=PRICE_PER_HOUR)
     with local_server(profile, settings) as running:
         yield running
-
-
-@pytest.fixture
-def client(server):
-    return TestClient(server.app, **LOCAL)
 
 
 def estimate(client, route="shots", **fields):

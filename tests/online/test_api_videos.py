@@ -6,10 +6,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from starlette.testclient import TestClient
 
 from tests.conftest import ASTRONAUT
-from tests.online.directors import LOCAL, local_server, noise_renderer
+from tests.online.directors import local_server, noise_renderer
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.online import job_director
 from vidgen_ray.online.api import content_routes
@@ -33,11 +32,6 @@ def server(tiny, tmp_path_factory):
     )
     with local_server(tiny, settings, step_s=0.02) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return TestClient(server.app, **LOCAL, raise_server_exceptions=False)
 
 
 def made(client, **fields) -> dict:

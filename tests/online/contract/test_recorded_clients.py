@@ -13,10 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
-from starlette.testclient import TestClient
 
 from tests.conftest import ASTRONAUT
-from tests.online.directors import LOCAL, listening_on_a_port, local_server
+from tests.online.directors import listening_on_a_port, local_server
 from tests.online.test_api_videos import ended, error_of, shot_of
 from vidgen_ray.media import open_video
 from vidgen_ray.online.api.requests import PEER_FIELDS, CreateVideo
@@ -36,11 +35,6 @@ def server(tiny, tmp_path_factory):
     settings = OnlineSettings(profile="tiny", data=str(folder / "out"), wait_s=60, loras=loras, limits=limits, max_queued=1000)
     with local_server(tiny, settings, step_s=0.01) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return TestClient(server.app, **LOCAL, raise_server_exceptions=False)
 
 
 def form(**fields: str) -> dict:
