@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from pydantic import ValidationError
 
 from vidgen_ray.cli.folder_commands import check_port
@@ -19,10 +18,9 @@ from vidgen_ray.cli.options import AddressOption, C2paKeyOption, JsonOption, Mar
 from vidgen_ray.cli.run_script import interruptible, stoppable
 from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings, read_yaml
 from vidgen_ray.profile import load_profile
 from vidgen_ray.stages.base import Stage
-from vidgen_ray.system.files import load_yaml
 
 SERVE_OPTIONS = ModelOptions.of(
     OnlineSettings,
@@ -68,12 +66,7 @@ def settings_of(file: Path | None, options: dict[str, Any]) -> OnlineSettings:
     """
     content: Any = {}
     if file is not None:
-        try:
-            content = load_yaml(file) or {}
-        except OSError as error:
-            raise UsageError(f"settings {file}: cannot be read ({error.strerror})") from None
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UsageError(f"settings {file}: invalid YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(file, f"settings {file}") or {}
         if not isinstance(content, dict):
             raise UsageError(f"settings {file}: must be a mapping of settings to values, e.g. `port: 8000`")
     try:

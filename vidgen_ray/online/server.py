@@ -13,7 +13,6 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import ray
-import yaml
 from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions
@@ -24,9 +23,8 @@ from vidgen_ray.engine.ray_cluster import muted_stderr
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.application import API, APP, DIRECTOR, WORKERS, ServerPlan, application
-from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings, read_yaml
 from vidgen_ray.stages.base import Stage
-from vidgen_ray.system.files import load_yaml
 
 POLL_S = 0.2
 HEALTH_TIMEOUT_S = 2.0
@@ -156,12 +154,7 @@ NESTED_MODELS: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
 
 def check_config(file: Path) -> tuple[ServeDeploySchema, OnlineSettings]:
     """Return the config and the settings of its application. Raises UsageError with all problems of the file."""
-    try:
-        content = load_yaml(file)
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(file, str(file))
     if unknown := list(_unknown_keys(content, ServeDeploySchema, ())):
         raise UsageError("\n".join(f"{file}: {problem}" for problem in unknown))
     try:

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from vidgen_ray.errors import SetupError
+from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.provenance.record import ProvenanceSettings
-from vidgen_ray.system.files import private_folder
+from vidgen_ray.system.files import load_yaml, private_folder
 
 MB = 1_000_000
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+def read_yaml(file: Path, name: str) -> Any:
+    """Return the content of a YAML file. Raises UsageError that starts with `name`."""
+    try:
+        return load_yaml(file)
+    except OSError as error:
+        raise UsageError(f"{name}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
 
 
 class _Settings(BaseModel):
