@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 
 from sqlalchemy.exc import SQLAlchemyError
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -24,14 +23,6 @@ from vidgen_ray.online.store.store import Changes, DeletedJob, JobStore
 POLL_S = 0.1
 """Seconds between two polls of the store."""
 log = logging.getLogger(__name__)
-
-
-class Topic(NamedTuple):
-    """Subject of a subscription: one job, or all jobs of a tenant."""
-
-    kind: Literal["job", "tenant"]
-    name: str
-    """Id of the job, or name of the tenant."""
 
 
 class Mailbox:
@@ -64,25 +55,27 @@ class JobFeed:
     def __init__(self, store: JobStore, poll_s: float = POLL_S) -> None:
         self._store = store
         self._poll_s = poll_s
-        self._mailboxes: dict[Topic, set[Mailbox]] = {}
+        self._mailboxes: dict[str, set[Mailbox]] = {}
+        """Tenant -> mailboxes of its streams."""
         self._polling: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
 
     async def follow(self, job: Job) -> AsyncGenerator[Job | None, None]:
         """Yield the job now and after each change, until it has ended. `None` if it was deleted, which also ends the stream."""
-        with self._subscribed(Topic("job", job.id)) as mailbox:
-            await self._ensure_polling()
-            # Read after the subscription: later changes arrive in the mailbox.
-            current = await asyncio.to_thread(self._store.get, job.id, job.tenant)
-            yield current
-            while current is not None and not current.state.is_final:
-                changes = await mailbox.take()
-                if changes.deleted:
+        current = await asyncio.to_thread(self._store.get, job.id, job.tenant)
+        yield current
+        if current is None or current.state.is_final:
+            return
+        async with aclosing(self.follow_tenant(job.tenant, current.version)) as feed:
+            async for changes in feed:
+                if any(deleted.id == job.id for deleted in changes.deleted):
                     yield None
                     return
-                if changes.jobs[0].version > current.version:
-                    current = changes.jobs[0]
-                    yield current
+                changed = next((each for each in changes.jobs if each.id == job.id), None)
+                if changed is not None:
+                    yield changed
+                    if changed.state.is_final:
+                        return
 
     async def ended(self, job: Job) -> Job | None:
         """Wait for the end of the job and return it, or `None` if it was deleted."""
@@ -91,12 +84,12 @@ class JobFeed:
             last = current
         return last
 
-    async def follow_tenant(self, tenant: str, cursor: int, idle_s: float) -> AsyncGenerator[Changes, None]:
+    async def follow_tenant(self, tenant: str, cursor: int, idle_s: float | None = None) -> AsyncGenerator[Changes, None]:
         """Yield the changes of a tenant's jobs after `cursor`, without end.
 
         Yields empty changes after `idle_s` seconds without any, so that the caller can check if it should stop.
         """
-        with self._subscribed(Topic("tenant", tenant)) as mailbox:
+        with self._subscribed(tenant) as mailbox:
             await self._ensure_polling()
             # Read after the subscription: later changes arrive in the mailbox.
             while (missed := await asyncio.to_thread(self._store.changed_since, cursor, tenant=tenant)).cursor > cursor:
@@ -114,15 +107,15 @@ class JobFeed:
                 yield Changes(new, changes.deleted, cursor)
 
     @contextmanager
-    def _subscribed(self, topic: Topic) -> Iterator[Mailbox]:
+    def _subscribed(self, tenant: str) -> Iterator[Mailbox]:
         mailbox = Mailbox()
-        self._mailboxes.setdefault(topic, set()).add(mailbox)
+        self._mailboxes.setdefault(tenant, set()).add(mailbox)
         try:
             yield mailbox
         finally:
-            self._mailboxes[topic].remove(mailbox)
-            if not self._mailboxes[topic]:
-                del self._mailboxes[topic]
+            self._mailboxes[tenant].remove(mailbox)
+            if not self._mailboxes[tenant]:
+                del self._mailboxes[tenant]
 
     async def _ensure_polling(self) -> None:
         async with self._starting:
@@ -143,15 +136,9 @@ class JobFeed:
                 log.exception("the changes of jobs cannot be read")
                 continue
             cursor = changes.cursor
-            self._deliver(changes)
-
-    def _deliver(self, changes: Changes) -> None:
-        """Put the changes into the mailboxes of their streams."""
-        changed: Sequence[Job | DeletedJob] = [*changes.jobs, *changes.deleted]
-        for job in changed:
-            for topic in (Topic("job", job.id), Topic("tenant", job.tenant)):
-                for mailbox in self._mailboxes.get(topic, ()):
-                    mailbox.put(job, changes.cursor)
+            for job in (*changes.jobs, *changes.deleted):
+                for mailbox in self._mailboxes.get(job.tenant, ()):
+                    mailbox.put(job, cursor)
 
 
 MAX_STREAMS = 4_000
