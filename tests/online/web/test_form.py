@@ -10,6 +10,7 @@ from PIL import Image as PILImage
 from tests.conftest import ASTRONAUT
 from tests.online.web.conftest import QuickPipeline, cards, generate, playwright
 from vidgen_ray.online.store.jobs import JobKind
+from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.safety import Consent
 
 expect = playwright.expect
@@ -328,7 +329,7 @@ def test_clip_is_continued_with_its_last_frame(site, open_page, grey):
     expect(page.locator("#image-tray img")).to_have_count(1)
     expect(source).to_have_count(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(site.pipeline.outputs, "last_frame", lambda shot: None)
+        patch.setattr(OutputFolder, "last_frame", lambda self, shot: None)
         page.get_by_role("link", name="Continue walks to the door").click()
         expect(source).to_be_checked()
         generate(page, "of a batch run")
