@@ -33,13 +33,13 @@ def test_shipped_config_is_valid(name):
 
 
 INVALID = [
-    ("  port: 8000", "  prt: 8000", "http_options.prt: unknown key, must be one of host"),
-    ("proxy_location", "proxy_locations", "proxy_locations: unknown key"),
-    ("route_prefix", "route_prefx", "applications.0.route_prefx: unknown key"),
-    ("max_queued", "max_queue", "applications.0.args.max_queue: unknown key"),
-    ("name: Api", "nam: Api", "applications.0.deployments.0.nam: unknown key"),
-    ("min_replicas: 2", "min_replica: 2", "applications.0.deployments.0.autoscaling_config.min_replica: unknown key"),
-    ("log_level", "level", "logging_config.level: unknown key"),
+    ("  port: 8000", "  prt: 8000", "http_options.prt: Extra inputs are not permitted"),
+    ("proxy_location", "proxy_locations", "proxy_locations: Extra inputs are not permitted"),
+    ("route_prefix", "route_prefx", "applications.0.route_prefx: Extra inputs are not permitted"),
+    ("max_queued", "max_queue", "max_queue: Extra inputs are not permitted"),
+    ("name: Api", "nam: Api", "applications.0.deployments.0.nam: Extra inputs are not permitted"),
+    ("min_replicas: 2", "min_replica: 2", "min_replica: Extra inputs are not permitted"),
+    ("log_level", "level", "logging_config.level: Extra inputs are not permitted"),
     ("max_queued: 2000", "max_queued: none", "max_queued: Input should be a valid integer"),
     ("name: Api", "name: svd", "applications.0.deployments.0.name: no deployment svd, must be one of Api, Director"),
     ("name: Api", "name: Workers", "Workers always has one replica. Remove autoscaling_config"),

@@ -8,16 +8,16 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import ray
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus, DeploymentSchema, LoggingConfig, ServeApplicationSchema, ServeDeploySchema
+from ray.serve.schema import ApplicationStatus, DeploymentSchema, LoggingConfig, ServeDeploySchema
 
 from vidgen_ray.engine.ray_cluster import muted_stderr
 from vidgen_ray.errors import SetupError, UsageError
@@ -145,26 +145,22 @@ def _reason(messages: str) -> str:
 # Configs for `serve deploy`
 
 IMPORT_PATH = "vidgen_ray.online.application:build"
-NESTED_MODELS: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
-    (ServeApplicationSchema, "args"): OnlineSettings,
-    (DeploymentSchema, "autoscaling_config"): AutoscalingConfig,
-}
-"""Models of keys whose annotation does not name one model: a plain dict or a union."""
 
 
 def check_config(file: Path) -> tuple[ServeDeploySchema, OnlineSettings]:
     """Return the config and the settings of its application. Raises UsageError with all problems of the file."""
     content = read_yaml(file, str(file))
-    if unknown := list(_unknown_keys(content, ServeDeploySchema, ())):
-        raise UsageError("\n".join(f"{file}: {problem}" for problem in unknown))
     try:
-        config = ServeDeploySchema.model_validate(content)
+        # Serve itself accepts unknown keys.
+        config = ServeDeploySchema.model_validate(content, extra="forbid")
         apps = [app for app in config.applications if app.import_path == IMPORT_PATH]
         if len(config.applications) != 1 or len(apps) != 1:
             raise UsageError(f"{file}: must have exactly one application, with import_path {IMPORT_PATH}")
         settings = OnlineSettings.model_validate(apps[0].args)
         for number, deployment in enumerate(apps[0].deployments):
             _check_deployment(deployment, f"{file}: applications.0.deployments.{number}")
+            if isinstance(deployment.autoscaling_config, dict):
+                AutoscalingConfig.model_validate(deployment.autoscaling_config, extra="forbid")
     except ValidationError as error:
         raise UsageError("\n".join(f"{file}: {_dotted(e['loc'])}: {e['msg']}" for e in error.errors())) from None
     host, port = config.http_options.host, config.http_options.port
@@ -185,33 +181,6 @@ def _check_deployment(deployment: DeploymentSchema, location: str) -> None:
             f"{location}: {deployment.name} always has one replica. Remove {', '.join(sorted(replicas))}. "
             "The number of workers follows from `gpus` and the layout of the profile."
         )
-
-
-def _unknown_keys(content: Any, model: type[BaseModel], location: tuple[str | int, ...]) -> Iterator[str]:
-    """Yield a message for each key that the model or a nested model does not have."""
-    if isinstance(content, list):
-        for number, entry in enumerate(content):
-            yield from _unknown_keys(entry, model, (*location, number))
-        return
-    if not isinstance(content, dict):
-        return
-    fields = {field.alias or name: (name, field) for name, field in model.model_fields.items()}
-    for key, value in content.items():
-        if key not in fields:
-            yield f"{_dotted((*location, key))}: unknown key, must be one of {', '.join(sorted(fields))}"
-            continue
-        name, field = fields[key]
-        nested = NESTED_MODELS.get((model, name)) or next(_models_in(field.annotation), None)
-        if nested is not None:
-            yield from _unknown_keys(value, nested, (*location, key))
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the models that an annotation contains."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _models_in(part)
 
 
 def _dotted(loc: tuple[str | int, ...]) -> str:
