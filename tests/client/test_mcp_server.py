@@ -1,7 +1,6 @@
 """`vidgen mcp` as an assistant uses it: the SDK's client, standard input and output, a real server."""
 
 import asyncio
-import os
 import socket
 import subprocess
 import sys
@@ -10,12 +9,10 @@ from pathlib import Path
 
 import httpx2
 import pytest
-import yaml
 from mcp import Client, StdioServerParameters
 from mcp.types import ImageContent, TextContent
 
 from tests.conftest import ASTRONAUT
-from tests.online.scripted_server import scripted_server
 from vidgen_ray.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -119,48 +116,6 @@ def test_assistant_cancels_a_queued_video(server, command):
         asyncio.run(scenario())
     finally:
         server.director.held.clear()
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.slow
-def test_assistant_cancels_a_running_video_of_vidgen_serve(tiny, tmp_path):
-    actors = {name: tiny.actors[name] for name in ("instantid", "flux", "svd", "realesrgan")}
-    profile = tiny.model_copy(update={"actors": actors})
-    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile.model_dump(mode="json")))
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    progress = []
-
-    async def scenario(url):
-        async def cancel_in_step_2(done, total, message):
-            progress.append(message)
-            if "flux 2 of 8" in message:
-                await client.call_tool("cancel", {"video_id": video["id"]})
-                # The paused step continues.
-                await asyncio.to_thread(pipe.write_bytes, b"")
-
-        arguments = ["-m", "vidgen_ray", "mcp", "--url", url, "--folder", str(tmp_path / "clips")]
-        command = StdioServerParameters(command=sys.executable, args=arguments, env={"PYTHONPATH": str(ROOT)})
-        async with Client(command) as client:
-            prompt = {"prompt": f"steps 8 pause at 3 {pipe}", "size": "64x64"}
-            video = (await client.call_tool("create_image", prompt)).structured_content
-            wait = {"video_id": video["id"], "timeout_s": 300}
-            cancelled = text_of(await client.call_tool("wait", wait, progress_callback=cancel_in_step_2))
-            image = (await client.call_tool("create_image", {"prompt": "a red ball", "size": "64x64"})).structured_content
-            completed = text_of(await client.call_tool("wait", {"video_id": image["id"], "timeout_s": 300}))
-            saved = text_of(await client.call_tool("download", {"video_id": image["id"]}))
-            return cancelled, completed, Path(saved).read_bytes()
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with scripted_server(tmp_path, port) as server:
-        cancelled, completed, content = asyncio.run(scenario(server.url))
-    assert cancelled.endswith(": cancelled")
-    assert ": completed, 64x64" in completed
-    assert content.startswith(b"\x89PNG")
-    steps = [int(step) for step in Path(f"{pipe}.steps").read_text().split()]
-    assert steps[:3] == [1, 2, 3]
-    assert len(steps) < 8
 
 
 def test_errors_are_reported_to_the_assistant(server, command):

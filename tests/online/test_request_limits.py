@@ -17,10 +17,8 @@ from tests.online.test_api_videos import SMALL, ended, error_of, made
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media import image_size, read_image, verify_image
 from vidgen_ray.online import uploads
-from vidgen_ray.online.asgi_app import THREADS
 from vidgen_ray.online.auth import hash_key
 from vidgen_ray.online.server_settings import OnlineSettings
-from vidgen_ray.online.store.store import JobStore
 
 DAY_S = 24 * 3600
 
@@ -166,21 +164,6 @@ def test_image_size_and_verification_agree_with_decoding(tmp_path):
     assert image_size(path)
     with pytest.raises(MediaError):
         verify_image(path)
-
-
-def test_database_has_a_connection_for_each_thread(database_url):
-    store = JobStore(database_url)
-    everyone = threading.Barrier(THREADS)
-
-    def hold():
-        with store._database.read_connection() as connection:
-            connection.exec_driver_sql("SELECT 1")
-            everyone.wait(20)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        for task in [pool.submit(hold) for _ in range(THREADS)]:
-            task.result()
-    store.close()
 
 
 # Stored files
