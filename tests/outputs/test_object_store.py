@@ -10,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
+from moto.s3.responses import S3Response
 
 from tests.decoded import frames_of
 from tests.film.conftest import Shots, tone
@@ -20,6 +22,7 @@ from vidgen_ray.cli import main
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import stages_of
+from vidgen_ray.outputs import object_storage
 from vidgen_ray.outputs.cleanup import collect_garbage
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
@@ -224,12 +227,48 @@ def test_failed_upload_raises_os_error(endpoint, size):
         storage.write("hd.mp4", bytes(size))
 
 
-def test_missing_credentials_are_named(endpoint, monkeypatch):
+@pytest.fixture
+def no_credentials(monkeypatch):
+    """No credentials in the environment, and no instance role."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(SetupError, match=r"s3://clips/x: cannot be written .no credentials in the environment"):
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    object_storage._aws_files.cache_clear()
+    yield
+    object_storage._aws_files.cache_clear()
+
+
+def test_missing_credentials_are_named(endpoint, no_credentials):
+    with pytest.raises(SetupError, match=r"s3://clips/x: cannot be written .no credentials: set AWS_ACCESS_KEY_ID"):
         OutputFolder(f"s3://clips/x?endpoint={endpoint}").prepare()
+
+
+def test_credentials_and_region_of_the_aws_files_are_used(endpoint, no_credentials, tmp_path, monkeypatch):
+    (tmp_path / "credentials").write_text("[films]\naws_access_key_id = FILMS\naws_secret_access_key = SECRET\n")
+    (tmp_path / "config").write_text("[profile films]\nregion = eu-west-3\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "films")
+    signatures, put = [], S3Response.put_object
+
+    def record(self):
+        signatures.append(self.headers["Authorization"])
+        return put(self)
+
+    monkeypatch.setattr(S3Response, "put_object", record)
+    OutputFolder(f"s3://clips/x?endpoint={endpoint}").prepare()
+    assert re.search(r"Credential=FILMS/\d+/eu-west-3/s3/", signatures[0])
+
+
+def test_region_of_a_bucket_is_found(endpoint, monkeypatch):
+    monkeypatch.setattr(object_storage, "S3_ADDRESS", endpoint)
+    paris = boto3.client("s3", endpoint_url=endpoint, region_name="eu-west-3")
+    paris.create_bucket(Bucket="in-paris", CreateBucketConfiguration={"LocationConstraint": "eu-west-3"})
+    assert OutputFolder("s3://in-paris/x").storage._store.config["region"] == "eu-west-3"
+    assert OutputFolder("s3://in-paris/x?region=us-east-2").storage._store.config["region"] == "us-east-2"
+    monkeypatch.setattr(object_storage, "S3_ADDRESS", "http://127.0.0.1:9")
+    assert "region" not in OutputFolder("s3://elsewhere/x").storage._store.config
 
 
 def test_large_object_round_trip(outputs):

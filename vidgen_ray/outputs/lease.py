@@ -204,10 +204,7 @@ class _LeaseObject:
         # A store that ignores the condition would have overwritten the lease of a run that started at the same moment.
         if storage.create(self.name, holder.to_json()) is not None:
             storage.delete(self.name)
-            raise SetupError(
-                f"output folder {storage.url}: the store does not support conditional writes (If-None-Match), by which a run "
-                "makes sure that no other run uses the folder; use another store, or a local folder"
-            )
+            raise storage.conditions_unsupported()
 
     def _taken(self) -> UpdateVersion:
         content = self._holder.to_json()

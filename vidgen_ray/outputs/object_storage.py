@@ -1,11 +1,12 @@
 """Storage of an output folder in an object store (S3 and compatible stores, Google Cloud Storage, Azure), through obstore.
 
 An object store only guarantees that single objects appear atomically, so the last object of a group of files marks the
-group as complete. Credentials come from the environment or the URL and are never shown.
+group as complete. Credentials come from the URL, the environment or, with boto3, the files of the AWS CLI, and are never shown.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,9 @@ from datetime import timedelta
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from urllib.error import HTTPError
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.request import Request, urlopen
 
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import from_url
@@ -26,6 +29,7 @@ from vidgen_ray.system.cache_dir import cache_dir
 
 if TYPE_CHECKING:
     from obstore import ListResult, ObjectMeta, PutMode, PutResult, UpdateVersion
+    from obstore.auth.boto3 import Boto3CredentialProvider
     from obstore.store import ObjectStore
 
 SCHEMES = ("s3", "gs", "az", "abfs", "abfss")
@@ -38,6 +42,14 @@ READ_TIMEOUT = "60s"
 LEASE_READ_TIMEOUT = "10s"
 """Shorter, so that a lease can be refreshed again before it counts as lost."""
 MAX_RETRIES, RETRY_TIMEOUT = 4, timedelta(minutes=2)
+CREDENTIAL_OPTIONS = {"access_key_id", "skip_signature"}
+"""Options of an S3 store, one of which says how requests are signed. In the environment, their names start with `AWS_`."""
+REGION_OPTIONS = {"region", "default_region", "endpoint", "endpoint_url", "endpoint_url_s3"}
+"""Options, one of which says where an S3 store is."""
+S3_ADDRESS = "https://s3.amazonaws.com"
+REGION_TIMEOUT_S = 10
+NOT_IMPLEMENTED = "501 Not Implemented"
+"""Part of the error of a store that does not know a request."""
 
 
 class ObjectVersion(NamedTuple):
@@ -109,6 +121,17 @@ class ObjectStorage(Storage):
                 return _version(self._lease_store.put(path, content, mode=mode))
         except (AlreadyExistsError, PreconditionError, FileNotFoundError):
             return None
+        except OSError as error:
+            if NOT_IMPLEMENTED in str(error):
+                raise self.conditions_unsupported() from None
+            raise
+
+    def conditions_unsupported(self) -> SetupError:
+        """Return the error of a store that ignores or rejects the conditions of `create` and `replace`."""
+        return SetupError(
+            f"output folder {self.url}: the store does not support conditional writes (If-None-Match), by which a run "
+            "makes sure that no other run uses the folder; use another store, or a local folder"
+        )
 
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
@@ -218,9 +241,11 @@ def _opened(root: str, read_timeout: str) -> ObjectStore:
             host = host.rpartition("@")[2]
         if address.scheme not in SCHEMES:
             raise SetupError(f"output folder {without_credentials(root)}: must be a local path or a URL ({', '.join(SCHEMES)})")
+        provider = _aws_settings(host, options) if address.scheme == "s3" else None
         return from_url(
             f"{address.scheme}://{host}{address.path}",
             config=cast("Any", options),
+            credential_provider=provider,
             client_options={
                 "allow_http": options.get("endpoint", "").startswith("http://"),
                 "connect_timeout": CONNECT_TIMEOUT,
@@ -235,6 +260,44 @@ def _opened(root: str, read_timeout: str) -> ObjectStore:
             f"output folder {without_credentials(root)}: must be a URL such as s3://bucket/prefix?region=eu-central-1, with "
             "options of obstore; pass secrets that contain / or + in the environment"
         ) from None
+
+
+def _aws_settings(bucket: str, options: dict[str, str]) -> Boto3CredentialProvider | None:
+    """Return the credentials of the AWS CLI, unless others are given. Add the region of the bucket to `options` likewise."""
+    given = {name.lower().removeprefix("aws_") for name in (*options, *os.environ)}
+    provider = None if given & CREDENTIAL_OPTIONS else _aws_files()
+    if provider is not None:
+        given |= provider.config.keys()
+    if not given & REGION_OPTIONS and (region := _region_of(bucket)):
+        options["region"] = region
+    return provider
+
+
+@cache
+def _aws_files() -> Boto3CredentialProvider | None:
+    """Return the credentials and the region that the AWS CLI would use. `None` without boto3, or if there are none."""
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        return Boto3CredentialProvider()
+    # ValueError: no credentials. Obstore then looks for those of an instance role, and says what is missing.
+    except (ImportError, ValueError):
+        return None
+
+
+@cache
+def _region_of(bucket: str) -> str | None:
+    """Return the region of an S3 bucket, which S3 tells everyone. `None` if it does not answer."""
+    try:
+        response: Any = urlopen(Request(f"{S3_ADDRESS}/{bucket}", method="HEAD"), timeout=REGION_TIMEOUT_S)
+    # A bucket that is not public, or in another region, is an error with the same header.
+    except HTTPError as error:
+        response = error
+    except OSError:
+        return None
+    with response:
+        region: str | None = response.headers.get("x-amz-bucket-region")
+    return region
 
 
 @contextmanager
@@ -258,7 +321,7 @@ def _message(text: str) -> str:
     message = text.partition("\n\nDebug source:")[0].strip()
     if "169.254.169.254" in text or "/latest/api/token" in text:
         # Without credentials, the address of an instance role is tried.
-        message = f"no credentials in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({message})"
+        message = f"no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or install boto3 to use ~/.aws ({message})"
     return message
 
 
