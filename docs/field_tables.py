@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from vidgen_ray.batch.shot_queue import ShotTask
+from vidgen_ray.batch.shot_queue import Task
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.manifest import ManifestRow
@@ -25,7 +25,7 @@ from vidgen_ray.stages.base import ChunkedStage, Stage
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "vidgen_ray"
 CLIENT = PACKAGE.parent / "clients" / "python" / "vidgen_client" / "__init__.py"
-RECORDS: tuple[type, ...] = (Line, Shot, ShotPlan, ShotTask, ShotRecord, ManifestRow)
+RECORDS: tuple[type, ...] = (Line, Shot, ShotPlan, Task, ShotRecord, ManifestRow)
 """Types that a line of a script becomes, in order."""
 READING_ORDER = (
     "shot.py",

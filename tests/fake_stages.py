@@ -84,9 +84,6 @@ class FakeFlux(FakeStage, FluxStage):
 
 class FakeLoRA(FakeStage, FluxLoRAStage):
     def one(self, shot, artefacts):
-        for lora in shot.lora:
-            with Path(lora.path).with_name("active_loras").open("a") as log:
-                log.write(Path(lora.path).stem)
         return {"image": artefacts["image"][::-1]}
 
 

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from vidgen_ray.batch.render import GRACE_S
+from vidgen_ray.batch.run_options import GRACE_S
 from vidgen_ray.cli.app import app
 from vidgen_ray.planner.cluster import parse_gpus
 

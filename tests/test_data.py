@@ -11,7 +11,7 @@ import ray
 import ray.data
 
 from tests.fake_stages import FAKES, profile_of_fakes
-from vidgen_ray.batch.render import RenderOptions
+from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.data import build_processor
 from vidgen_ray.planner import parse_gpus
 

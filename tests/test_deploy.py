@@ -11,7 +11,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from vidgen_ray.batch.render import GRACE_S
+from vidgen_ray.batch.run_options import GRACE_S
 from vidgen_ray.cli.app import app
 from vidgen_ray.online.server import check_config
 from vidgen_ray.planner.cluster import parse_gpus

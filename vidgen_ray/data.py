@@ -24,8 +24,9 @@ import ray
 from more_itertools import batched
 
 from vidgen_ray.batch.line_planner import BLOCK_LINES, LinePlanner, on_this_node, one_task_source, own_context, planned_rows
-from vidgen_ray.batch.render import RenderOptions, render_lines
-from vidgen_ray.batch.results import ProgressListener
+from vidgen_ray.batch.render import render_lines
+from vidgen_ray.batch.results import RunListener
+from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.fleet import remove_leaked_groups
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import SetupError, UsageError
@@ -145,7 +146,7 @@ def _render_rows(
     profile: Profile,
     outputs: OutputFolder,
     options: RenderOptions,
-    listener: ProgressListener,
+    listener: RunListener,
 ) -> Iterator[pyarrow.Table]:
     """Render the lines in a thread, and yield the results as they arrive."""
     # Ray would skip as many results of a retry as it has of the first attempt, but their order differs.
@@ -192,7 +193,7 @@ def _with_absolute_paths(row: ManifestRow, outputs: OutputFolder) -> Fields:
     return columns
 
 
-class _MessageListener(ProgressListener):
+class _MessageListener(RunListener):
     """Listener that passes messages on, and ignores other events: results are rows."""
 
     def __init__(self, on_message: Callable[[str], None]) -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, FINDS_FACES
-from vidgen_ray.batch.render import RenderOptions, render
+from vidgen_ray.batch.render import render
+from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.folder import OutputFolder
@@ -23,8 +24,6 @@ from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script
 from vidgen_ray.system.cache_dir import sha256_of
-
-pytestmark = pytest.mark.usefixtures("local_ray")
 
 SCRIPT = Path(__file__).with_name("tiny.jsonl")
 """Script with one line of every kind, for the profile `tiny`."""
@@ -67,6 +66,15 @@ def digests(out: Path) -> dict[str, str]:
     }
 
 
+def wait_for_shots(driver, out, count):
+    """Wait until a driver process has finished this number of shots."""
+    deadline = time.monotonic() + 200
+    while len(list(out.glob(DONE))) < count:
+        assert driver.poll() is None, "the driver ended before its first shot"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)  # polls: files do not send events
+
+
 @pytest.fixture(scope="module")
 def script(tiny):
     return ScriptSettings(SCRIPT, run_seed=3, profile_defaults=tiny.defaults)
@@ -87,7 +95,7 @@ def reference(tiny, script, tmp_path_factory):
     return digests(out)
 
 
-def test_batch_output_equals_the_pipeline_and_a_second_run_skips_everything(tiny, script, reference, tmp_path):
+def test_batch_output_equals_the_pipeline_and_a_second_run_skips_everything(local_ray, tiny, script, reference, tmp_path):
     staged = tiny.model_copy(update={"layout": "staged"})
     first = Events()
     report = render_lines(script, staged, tmp_path, first, keep_stages=True)
@@ -112,7 +120,7 @@ def test_batch_output_equals_the_pipeline_and_a_second_run_skips_everything(tiny
             assert row[kind] is None or row[f"{kind}_sha256"] == reference[row[kind]]
 
 
-def test_changed_scale_reuses_cached_images_and_clips(tiny, tmp_path):
+def test_changed_scale_reuses_cached_images_and_clips(in_process, tiny, tmp_path):
     path = tmp_path / "s.jsonl"
     path.write_text('{"id": "a", "prompt": "a red ball"}\n')
     out = tmp_path / "out"
@@ -125,7 +133,7 @@ def test_changed_scale_reuses_cached_images_and_clips(tiny, tmp_path):
         )
 
 
-def test_failed_lines_do_not_affect_others_and_can_be_rerun(tiny, tmp_path, capsys, monkeypatch):
+def test_failed_lines_do_not_affect_others_and_can_be_rerun(in_process, tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", FINDS_FACES)
     Image.fromarray(np.full((200, 200, 3), 128, np.uint8)).save(tmp_path / "wall.png")
     (tmp_path / "junk.safetensors").write_bytes(b"\xff" * 64)
@@ -196,46 +204,29 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(tiny, tmp_path, caps
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_stopped_and_killed_runs_leave_no_partial_shots_and_can_be_resumed(tiny, script, reference, tmp_path):
-    def started(done):
-        """Start a driver and wait until `done` shots are finished, including earlier ones."""
-        options = ["-p", "tiny", "--seed", "3", "--keep", "stages"]
-        command = [sys.executable, "-m", "vidgen_ray", "render", str(SCRIPT), "-o", str(tmp_path), *options]
-        driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while len(list(tmp_path.glob(DONE))) < done:
-            assert driver.poll() is None, "the driver ended before its first shot"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)  # polls: files do not send events
-        return driver
-
-    stopped = started(1)
+def test_stopped_run_leaves_no_partial_shots_and_can_be_resumed(local_ray, tiny, script, reference, tmp_path):
+    """A killed run is in test_continued_shots."""
+    options = ["-p", "tiny", "--seed", "3", "--keep", "stages"]
+    command = [sys.executable, "-m", "vidgen_ray", "render", str(SCRIPT), "-o", str(tmp_path), *options]
+    stopped = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for_shots(stopped, tmp_path, 1)
     stopped.send_signal(signal.SIGTERM)
-    _, stderr = stopped.communicate(timeout=120)
+    _, stderr = stopped.communicate(timeout=200)
     assert stopped.returncode == 130
     assert "Run the same command to resume." in stderr
     assert " INFO " not in stderr, "Ray's log messages are hidden"
-    stopped_at = len(list(tmp_path.glob(DONE)))
-    assert stopped_at < 13, "the driver was stopped too late for this test"
-
-    killed = started(stopped_at + 1)
-    killed.kill()
-    killed.communicate()
     done_before = len(list(tmp_path.glob(DONE)))
+    assert done_before < 13, "the driver was stopped too late for this test"
     for record in tmp_path.glob(DONE):
         for name, file in json.loads(record.read_text())["files"].items():
             assert sha256_of(record.parent / name) == file["sha256"]
-
     report = render_lines(script, tiny, tmp_path, keep_stages=True)
-    assert report.failed == 0
-    assert report.skipped >= done_before >= 1
-    assert report.done >= 1, "the driver was killed too late for this test"
+    assert (report.failed, report.skipped, report.done) == (0, done_before, 13 - done_before)
     assert digests(tmp_path) == reference
     assert not list(tmp_path.rglob(".tmp-*"))
 
 
-def test_id_of_another_script_is_rejected_unless_it_is_replaced(tmp_path, capsys, monkeypatch):
+def test_id_of_another_script_is_rejected_unless_it_is_replaced(in_process, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", FAKES)
     out = tmp_path / "out"
     # The images of the fake stages depend on the seed only.

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.batch.test_batch import DONE, Events, digests, render_lines
+from tests.batch.test_batch import DONE, Events, digests, render_lines, wait_for_shots
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, FINDS_FACES
 from vidgen_ray.batch import render
 from vidgen_ray.batch.line_planner import LinePlanner, first_lines
+from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.batch.shot_queue import ContinuedShots
 from vidgen_ray.cli import main
 from vidgen_ray.errors import ScriptError
@@ -27,8 +27,6 @@ from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script, unique_lines
 from vidgen_ray.shot import Shot
-
-pytestmark = pytest.mark.usefixtures("local_ray")
 
 SMALL = {"width": 64, "height": 64, "num_frames": 4, "upscale_video": False, "seed": 5}
 CHAIN = [
@@ -67,15 +65,11 @@ def reference(tiny, tmp_path_factory):
     return digests(folder / "out")
 
 
-def test_chain_equals_that_of_the_library_after_the_driver_was_killed(tiny, reference, tmp_path):
+def test_chain_equals_that_of_the_library_after_the_driver_was_killed(local_ray, tiny, reference, tmp_path):
     settings, out = script(tmp_path, CHAIN, tiny), tmp_path / "out"
     command = [sys.executable, "-m", "vidgen_ray", "render", str(settings.path), "-o", str(out), "-p", "tiny"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as driver:
-        deadline = time.monotonic() + 200
-        while not list(out.glob(DONE)):
-            assert driver.poll() is None, "the driver ended before its first shot"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)  # polls: files do not send events
+        wait_for_shots(driver, out, 1)
         driver.kill()
     assert len(list(out.glob(DONE))) < 3, "the driver was killed too late for this test"
     report = render_lines(settings, tiny, out)
@@ -85,7 +79,7 @@ def test_chain_equals_that_of_the_library_after_the_driver_was_killed(tiny, refe
     assert (again.done, again.skipped) == (0, 3)
 
 
-def test_line_added_later_continues_a_finished_shot(tiny, tmp_path):
+def test_line_added_later_continues_a_finished_shot(in_process, tiny, tmp_path):
     out = tmp_path / "out"
     assert render_lines(script(tmp_path, FAKE_CHAIN[:1], tiny), tiny, out, stages=FAKES).done == 1
     assert not list(out.rglob("last_frame.png"))
@@ -102,7 +96,7 @@ def test_line_added_later_continues_a_finished_shot(tiny, tmp_path):
     assert all(row["status"] in ("done", "skipped") for row in rows.values())
 
 
-def test_only_another_last_frame_renders_the_shot_again(tiny, tmp_path):
+def test_only_another_last_frame_renders_the_shot_again(in_process, tiny, tmp_path):
     def counts(**changes):
         lines = [{**FAKE_CHAIN[0], **changes}, FAKE_CHAIN[1]]
         report = render_lines(script(tmp_path, lines, tiny), tiny, tmp_path / "out", stages=FAKES)
@@ -113,7 +107,7 @@ def test_only_another_last_frame_renders_the_shot_again(tiny, tmp_path):
     assert counts(upscale_video=True, num_frames=3) == (2, 0, 0)
 
 
-def test_failed_shot_fails_those_that_continue_it(tiny, tmp_path, monkeypatch):
+def test_failed_shot_fails_those_that_continue_it(in_process, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", FINDS_FACES)
     wall, out = tmp_path / "wall.png", tmp_path / "out"
     Image.fromarray(np.full((200, 200, 3), 128, np.uint8)).save(wall)
@@ -150,7 +144,7 @@ def test_unknown_and_later_shots_are_refused(tiny, tmp_path, lines, number, mess
     assert message in str(error)
 
 
-def test_chain_longer_than_the_queue(tiny, tmp_path, monkeypatch):
+def test_chain_longer_than_the_queue(in_process, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("vidgen_ray.batch.director.MAX_SHOTS", 2)
     fields = {"prompt": "a red ball", "seed": 5, "width": 64, "height": 64, "generate_video": False}
     lines = [{**fields, "id": f"s{n}", **({"continue_from": f"s{n - 1}"} if n else {})} for n in range(6)]
@@ -164,7 +158,7 @@ def test_chain_longer_than_the_queue(tiny, tmp_path, monkeypatch):
 
     planner = LinePlanner(checker, tiny, outputs)
     report = render.render_lines(
-        planner, numbered[:1], remaining, "s.jsonl", tiny, render.RenderOptions(stages=FAKES), listener=Events()
+        planner, numbered[:1], remaining, "s.jsonl", tiny, RenderOptions(stages=FAKES), listener=Events()
     )
     assert (report.done, report.failed) == (6, 0)
 

@@ -5,10 +5,10 @@ process whose calls fail at random, in simulated time. tests/chaos does the same
 """
 
 import json
+import re
 import tempfile
 import threading
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,9 @@ from tests.fake_stages import profile_of_fakes
 from vidgen_ray.batch import director as director_module
 from vidgen_ray.batch import line_planner
 from vidgen_ray.batch import render as render_module
-from vidgen_ray.batch.render import RenderOptions, render
+from vidgen_ray.batch.director import BREAKER_FAILURES
+from vidgen_ray.batch.render import render
+from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine import shot_runner
 from vidgen_ray.engine.actor_client import ActorCallFailed
 from vidgen_ray.engine.calls import CallResult
@@ -28,6 +30,7 @@ from vidgen_ray.engine.encoder_pool import EncoderPool
 from vidgen_ray.engine.engine import Engine, Window
 from vidgen_ray.engine.retries import InputsLost, Kind, Loss
 from vidgen_ray.engine.shot_runner import ShotRunner
+from vidgen_ray.engine.supervisor import MAX_QUARANTINES
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
@@ -43,7 +46,7 @@ GPUS_PER_NODE = 2
 
 
 class FaultyClient(FakeActorClient):
-    """Client of a fake worker or encoder. Prompts that start with `poison` always fail; other calls fail at random."""
+    """Client of a fake worker or encoder. The prompts `poison` and `refused` always fail; other calls fail at random."""
 
     def __init__(self, name, node, faults, outputs, committed):
         super().__init__(name, self.seconds, self.respond, node=node, load_s=1)
@@ -87,20 +90,17 @@ class FaultyClient(FakeActorClient):
 
     def respond(self, method, *args):
         is_encoder = method in ("write", "begin", "add", "commit")
-        if method in ("run", "run_clip", "run_chunk"):
-            plan = args[1]
-            poison = plan.shot.prompt.startswith("poison")
+        plan = None if is_encoder else args[1]
+        prompt = plan and plan.shot.prompt
+        if prompt in ("poison", "refused"):
+            failed = self.failure(Kind.ERROR if prompt == "poison" else Kind.INPUT)
         else:
-            poison = False
-        failed = self.failure(Kind.ERROR) if poison else self.fault() if self.faults.random() < FAULT else None
+            failed = self.fault() if self.faults.random() < FAULT else None
         if failed is not None:
             return failed if method in ("begin", "add") else (failed, None, None) if method == "run_clip" else (failed, None)
         if method == "run_clip":
-            return (
-                CallResult(tuple(self.record(step) for step in plan.steps if step.stage in (*args[2], *args[3]))),
-                None,
-                "clip",
-            )
+            records = tuple(self.record(step) for step in plan.steps if step.stage in (*args[2], *args[3]))
+            return CallResult(records), None, "clip"
         if not is_encoder:
             return CallResult(tuple(self.record(step) for step in plan.steps if step.stage in args[2])), None
         if method == "begin":
@@ -151,9 +151,8 @@ def engine_class(faults, committed):
 
 
 @pytest.fixture
-def without_ray(monkeypatch):
-    monkeypatch.setattr(director_module, "connected", lambda *_: nullcontext())
-    monkeypatch.setattr(director_module, "expect_gpus", lambda _: None)
+def simulated(without_ray, monkeypatch):
+    """Run in simulated time. No line is read by Ray Data."""
     monkeypatch.setattr(line_planner, "FIRST_LOOK_LINES", 100_000)
     monkeypatch.setattr(render_module.asyncio, "run", lambda main: run_in_simulated_time(main)[0])
 
@@ -175,7 +174,7 @@ def random_script(faults, count):
 
 
 def run_once(script, profile, out, faults, committed, monkeypatch, gpus="2x2x80GB"):
-    """Run the script, and stop it after a random number of results. Return the report, or `None` after an error."""
+    """Run the script, and stop it after a random number of results. Return the report, or the error that stopped it."""
     stop = threading.Event()
     events = Events()
     stop_after = int(faults.integers(1, 2000))
@@ -199,22 +198,22 @@ def run_once(script, profile, out, faults, committed, monkeypatch, gpus="2x2x80G
             listener=events,
             stop=stop,
         )
-    except SetupError:
+    except SetupError as error:
         # Too many failures in a row: the same command resumes.
-        return None
+        return error
 
 
 def check(tmp_path, profile, monkeypatch, seed, count):
     faults, committed = np.random.default_rng(seed), Counter()
-    line_planner = list(random_script(faults, count))
+    lines = list(random_script(faults, count))
     script, out = tmp_path / f"{seed}.jsonl", tmp_path / f"out-{seed}"
-    script.write_text("".join(f"{json.dumps(line)}\n" for line in line_planner))
+    script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     runs = 0
     while True:
         runs += 1
         assert runs < MAX_RUNS
         report = run_once(script, profile, out, faults, committed, monkeypatch)
-        if report is not None:
+        if not isinstance(report, SetupError):
             assert report.done + report.failed + report.skipped + report.left == count
             if not report.left:
                 break
@@ -224,7 +223,7 @@ def check(tmp_path, profile, monkeypatch, seed, count):
     assert {row.status for row in rows} <= {"done", "failed", "skipped"}
     assert {row.id for row in rows if row.status != "failed"} == set(committed)
     assert set(committed.values()) == {1}, "a finished shot was rendered again"
-    for number, line in enumerate(line_planner, start=1):
+    for number, line in enumerate(lines, start=1):
         if line["prompt"] == "poison" or line.get("fps") == 0 or (line["id"] == "s-0" and number > 1):
             assert by_line[number].status == "failed", line
     failures = [json.loads(text) for text in (out / "failures.jsonl").read_text().splitlines()]
@@ -236,7 +235,7 @@ def check(tmp_path, profile, monkeypatch, seed, count):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_every_line_ends_once(tmp_path, profile, monkeypatch, without_ray, seed):
+def test_every_line_ends_once(tmp_path, profile, monkeypatch, simulated, seed):
     check(tmp_path, profile, monkeypatch, seed, 120)
 
 
@@ -256,29 +255,71 @@ class Sound:
         return values[-1]
 
 
-def run_on_one_gpu(tmp_path, profile, monkeypatch, prompts):
-    """Run lines with these prompts, and return the report, or `None` if it was stopped, and line -> status in the manifest."""
-    script = tmp_path / "s.jsonl"
-    script.write_text("".join(f'{{"id": "s-{n}", "prompt": "{prompt}"}}\n' for n, prompt in enumerate(prompts, start=1)))
-    report = run_once(script, profile, tmp_path / "out", Sound(), Counter(), monkeypatch, gpus="1x80GB")
-    return report, {row.line: row.status for row in read_manifest(tmp_path / "out")}
+@pytest.fixture
+def run_prompts(tmp_path, profile, monkeypatch, simulated):
+    """Return a function that runs lines with these prompts.
+
+    It returns the report or the error that stopped the run, and line -> status in the manifest.
+    """
+
+    def run(prompts, gpus="1x80GB"):
+        script = tmp_path / "s.jsonl"
+        lines = ({"id": f"s-{n}", "prompt": prompt} for n, prompt in enumerate(prompts, start=1))
+        script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        report = run_once(script, profile, tmp_path / gpus, Sound(), Counter(), monkeypatch, gpus=gpus)
+        return report, {row.line: row.status for row in read_manifest(tmp_path / gpus)}
+
+    return run
 
 
-def test_run_stops_if_the_only_worker_is_sick_and_the_next_run_renders_its_lines(tmp_path, profile, monkeypatch, without_ray):
+def test_run_stops_if_the_only_worker_is_sick_and_the_next_run_renders_its_lines(run_prompts):
     """The shot before it became sick is still written when the first ones fail: it does not show that the worker is healthy."""
-    report, statuses = run_on_one_gpu(tmp_path, profile, monkeypatch, ["a ball", *["poison"] * 20])
-    assert report is None
+    error, statuses = run_prompts(["a ball", *["poison"] * 20])
+    assert isinstance(error, SetupError)
     assert statuses.pop(1) == "done"
     assert set(statuses.values()) == {"failed"}
-    report, statuses = run_on_one_gpu(tmp_path, profile, monkeypatch, ["a ball"] * 21)
+    report, statuses = run_prompts(["a ball"] * 21)
     assert report.failed == 0
     assert statuses == {1: "skipped", **dict.fromkeys(range(2, 22), "done")}
 
 
-def test_line_that_fails_on_the_only_worker_is_final_when_another_one_succeeds(tmp_path, profile, monkeypatch, without_ray):
-    report, statuses = run_on_one_gpu(tmp_path, profile, monkeypatch, ["poison", *["a ball"] * 6, "poison"])
+@pytest.mark.parametrize("gpus", ["1x80GB", "2x80GB"])
+def test_run_stops_if_nearly_all_shots_fail_on_every_gpu(run_prompts, gpus):
+    """The next run renders the lines that are left, also if those that have failed fail again."""
+    error, first = run_prompts(["poison"] * 60, gpus)
+    stopped = rf"stopped, because {BREAKER_FAILURES} of the last \d+ shots failed on every worker that was tried"
+    assert re.match(rf"{stopped}, the last one in flux: error, at random", str(error))
+    failed = dict.fromkeys(first, "failed")
+    # Of the others, only one GPU was tried, or none.
+    assert 0 < len(failed) < 60
+    assert first == failed
+    report, second = run_prompts(["poison" if n in failed else "a ball" for n in range(1, 61)], gpus)
+    assert (report.done, report.failed) == (60 - len(failed), len(failed))
+    assert second == {**dict.fromkeys(range(1, 61), "done"), **failed}
+
+
+def test_line_that_fails_on_the_only_worker_is_final_when_another_one_succeeds(run_prompts):
+    report, statuses = run_prompts(["poison", *["a ball"] * 6, "poison"])
     assert (report.done, report.failed) == (6, 2)
     assert statuses == {1: "failed", 8: "failed", **dict.fromkeys(range(2, 8), "done")}
+
+
+def test_wrong_lines_at_the_head_do_not_keep_a_single_gpu_from_the_rest(run_prompts):
+    """No other worker can confirm their failures. The worker is reloaded three times, then continues with later lines."""
+    report, _ = run_prompts([*["poison"] * 10, *["a ball"] * 5])
+    assert (report.done, report.failed, report.left) == (5, 10, 0)
+    assert len(report.quarantined) == MAX_QUARANTINES
+
+
+def test_workers_are_not_given_up_for_wrong_lines(run_prompts):
+    """Most lines are wrong, but too few for the circuit breaker. Both workers fail for each."""
+    report, _ = run_prompts(["poison" if n % 3 else "a ball" for n in range(25)], "2x80GB")
+    assert (report.done, report.failed, report.left) == (9, 16, 0)
+
+
+def test_script_of_wrong_photos_does_not_stop_the_run(run_prompts):
+    report, _ = run_prompts(["refused"] * 30, "2x80GB")
+    assert (report.failed, report.left, report.quarantined) == (30, 0, ())
 
 
 @pytest.fixture
@@ -291,5 +332,5 @@ def memory_path(tmp_path):
 
 @pytest.mark.very_slow
 @pytest.mark.parametrize("seed", range(100, 150))
-def test_every_line_of_fifty_scripts_ends_once(memory_path, profile, monkeypatch, without_ray, seed):
+def test_every_line_of_fifty_scripts_ends_once(memory_path, profile, monkeypatch, simulated, seed):
     check(memory_path, profile, monkeypatch, seed, 1000)

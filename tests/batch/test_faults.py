@@ -9,17 +9,16 @@ import time
 from collections import Counter
 from contextlib import suppress
 
-import numpy as np
 import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
-from safetensors.numpy import save_file
 
 from tests.batch.test_batch import Events, digests
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, fake_likeness, profile_of_fakes
 from vidgen_ray.batch.line_planner import remaining_lines
-from vidgen_ray.batch.render import RenderOptions, render
+from vidgen_ray.batch.render import render
+from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.ray_cluster import expect_gpus
 from vidgen_ray.errors import ScriptError, SetupError
 from vidgen_ray.media import read_image, write_png
@@ -84,20 +83,16 @@ def place_of(worker):
         time.sleep(POLL_S)
 
 
-@pytest.mark.parametrize("layout", ["fused", "colocated", "staged"])
+@pytest.mark.parametrize("layout", ["colocated", "staged"])
 def test_workers_keep_their_gpus_after_all_processes_were_killed(tmp_path, profile, layout):
     places = []
-    report, _rows = render_lines(
+    report, rows = render_lines(
         tmp_path,
         profile.model_copy(update={"layout": layout}),
         shots(12),
         Events(lambda: places.extend(kill_workers())),
     )
-    assert (report.done, report.failed, report.layout) == (12, 0, layout), [
-        (r.id, r.failure_stage, r.failure_error, r.failure_attempts, r.failure_message)
-        for r in _rows.values()
-        if r.status == "failed"
-    ]
+    assert (report.done, report.failed, report.layout) == (12, 0, layout), [r.failure_message for r in rows.values()]
     before, after = places
     assert {name: place.gpus for name, place in before.items()} == {name: place.gpus for name, place in after.items()}
     by_slot = {}
@@ -112,7 +107,7 @@ def test_models_that_do_not_fit_together_are_swapped(tmp_path, profile):
     assert (report.done, report.layout) == (20, "hybrid")
 
 
-def test_failing_lines_do_not_affect_other_lines(tmp_path, profile):
+def test_failing_lines_do_not_affect_other_lines_and_transient_failures_are_retried(tmp_path, profile):
     failing = {
         "raises": ("raise", "RuntimeError", 3),
         "crashes": ("crash", "WorkerDied", 3),
@@ -122,14 +117,18 @@ def test_failing_lines_do_not_affect_other_lines(tmp_path, profile):
     lines = shots(12)
     for n, (name, (prompt, _, _)) in enumerate(failing.items()):
         lines.insert(3 * n, {"id": name, "prompt": prompt})
+    for name in ("raise", "crash", "hang", "cuda-error", "oom"):
+        lines.append({"id": f"{name}-once", "prompt": f"{name} once {tmp_path / name}"})
     report, rows = render_lines(tmp_path, profile, lines)
-    assert (report.done, report.failed) == (12, 4)
+    assert (report.done, report.failed) == (17, 4), {row.id: row.failure_message for row in rows.values()}
     for name, (_, error, attempts) in failing.items():
         row = rows[name]
         assert (row.status, row.failure_stage, row.failure_error, row.failure_attempts) == ("failed", "flux", error, attempts)
         assert "worker" in row.failure_worker or ":" in row.failure_worker
     failed = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
     assert {line["id"]: line["failure"]["error"] for line in failed} == {name: error for name, (_, error, _) in failing.items()}
+    record = json.loads((tmp_path / "out" / shot_path("oom-once") / "shot.json").read_text())
+    assert record["stages"][0]["recovered"] == "memory freed"
 
 
 def test_image_that_crashes_encoders_does_not_affect_other_shots(tmp_path, profile):
@@ -152,7 +151,7 @@ def test_write_errors_are_retried(tmp_path, profile):
     assert (rows["s01"].failure_stage, rows["s01"].failure_attempts) == ("output", 3)
 
 
-def test_lines_after_the_first_ones_stream_through_ray_data(tmp_path, profile, monkeypatch):
+def test_lines_after_the_first_ones_stream_through_ray_data(in_process, tmp_path, profile, monkeypatch):
     monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
     monkeypatch.setattr("vidgen_ray.batch.line_planner.BLOCK_LINES", 2)
     lines = shots(9)
@@ -166,7 +165,7 @@ def test_lines_after_the_first_ones_stream_through_ray_data(tmp_path, profile, m
     assert render_lines(tmp_path, profile, lines, gpus=ONE_GPU)[0].skipped == 7
 
 
-def test_script_that_changes_during_the_run_is_an_error_and_replaces_no_shot(tmp_path, profile, monkeypatch):
+def test_script_that_changes_during_the_run_is_an_error_and_replaces_no_shot(in_process, tmp_path, profile, monkeypatch):
     monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
     assert render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU)[0].done == 6
 
@@ -186,7 +185,7 @@ def test_script_that_changes_during_the_run_is_an_error_and_replaces_no_shot(tmp
     assert (report.skipped, json.loads((tmp_path / "out/run.json").read_text())["error"]) == (6, None)
 
 
-def test_run_stopped_while_reading_the_script_renders_nothing(tmp_path, profile):
+def test_run_stopped_while_reading_the_script_renders_nothing(in_process, tmp_path, profile):
     stop = threading.Event()
     stop.set()
     report, rows = render_lines(tmp_path, profile, shots(9), gpus=ONE_GPU, stop=stop)
@@ -219,7 +218,7 @@ def test_idle_run_reports_that_no_line_has_come_and_what_it_holds(tmp_path, prof
     assert "Rendering holds 2 GPUs" in message, message
 
 
-def test_lost_planning_task_is_repeated(tmp_path, profile, monkeypatch):
+def test_lost_planning_task_is_repeated(in_process, tmp_path, profile, monkeypatch):
     monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
     monkeypatch.setattr("vidgen_ray.batch.line_planner.BLOCK_LINES", 2)
     crashed = tmp_path / "crashed"
@@ -260,7 +259,7 @@ def test_missing_gpus_raise_instead_of_waiting():
         expect_gpus(3)
 
 
-def test_shot_that_fits_on_no_gpu_fails_before_its_first_stage(tmp_path, profile):
+def test_shot_that_fits_on_no_gpu_fails_before_its_first_stage(in_process, tmp_path, profile):
     computed = profile.actors["svd"].model_copy(update={"memory_gb": 0})
     profile = profile.model_copy(update={"actors": {**profile.actors, "svd": computed}})
     large = {"width": 1024, "height": 1024, "num_frames": 256}
@@ -273,40 +272,6 @@ def test_shot_that_fits_on_no_gpu_fails_before_its_first_stage(tmp_path, profile
     assert "the largest GPU has 80; at most 1024x1024 with" in failed.failure_message
     with pytest.raises(SetupError, match="the largest GPU has 80; at most 1024x1024 with"):
         render_lines(tmp_path, profile, lines[:1])
-
-
-def test_transient_failures_are_retried(tmp_path, profile):
-    failures = ("raise", "crash", "hang", "cuda-error", "oom")
-    lines = [{"id": name, "prompt": f"{name} once {tmp_path / name}"} for name in failures]
-    report, rows = render_lines(tmp_path, profile, lines)
-    assert (report.done, report.failed) == (5, 0), {row.id: row.failure_message for row in rows.values()}
-
-
-def test_oom_falls_back_to_smaller_chunks_and_is_recorded(tmp_path, profile):
-    lines = [{"id": "a", "prompt": "decoder-oom"}, {"id": "once", "prompt": f"oom once {tmp_path / 'oom'}"}]
-    _, rows = render_lines(tmp_path, profile, lines, gpus=ONE_GPU)
-    assert {row.status for row in rows.values()} == {"done"}
-    out = tmp_path / "out"
-    record = json.loads((out / shot_path("a") / "shot.json").read_text())
-    flux, svd, _ = record["stages"]
-    assert svd["recovered"] == "decode_chunk_frames=2"
-    cached = {entry.name for entry in out.glob("cache/*/*")}
-    assert flux["key"] in cached
-    assert svd["key"] not in cached, "made with other settings than those of its key"
-    record = json.loads((out / shot_path("once") / "shot.json").read_text())
-    assert record["stages"][0]["recovered"] == "memory freed"
-
-
-def test_shots_with_the_same_lora_are_rendered_together(tmp_path, profile):
-    loras = []
-    for name in "abc":
-        loras.append(tmp_path / f"{name}.safetensors")
-        weights = np.full((1, 1), ord(name), np.float32)
-        save_file({f"transformer.x.lora_{part}.weight": weights for part in "AB"}, loras[-1])
-    lines = [{**line, "lora": str(loras[n % 3])} for n, line in enumerate(shots(12))]
-    report, _ = render_lines(tmp_path, profile, lines, gpus=ONE_GPU)
-    assert report.done == 12
-    assert (tmp_path / "active_loras").read_text() == "aaaabbbbcccc"
 
 
 def test_full_disk_stops_the_run_and_leaves_the_lines_for_the_next_one(tmp_path, profile, small_disk):
@@ -344,7 +309,7 @@ def test_slow_shot_does_not_delay_results_of_others(tmp_path, profile):
     assert events.rows[0].id != "slow"
 
 
-def test_stopped_run_finishes_started_shots_and_can_be_resumed(tmp_path, profile):
+def test_stopped_run_finishes_started_shots_and_can_be_resumed(in_process, tmp_path, profile):
     stop = threading.Event()
     report, rows = render_lines(tmp_path, profile, shots(60), Events(stop.set), stop=stop)
     assert report.failed == 0
@@ -395,7 +360,7 @@ def test_low_likeness_retries_with_other_seeds_before_the_clip_is_rendered(tmp_p
     assert (second.skipped, second.failed) == (1, 1)
 
 
-def test_photo_replaced_during_the_run_fails_only_its_line(tmp_path, profile):
+def test_photo_replaced_during_the_run_fails_only_its_line(in_process, tmp_path, profile):
     photo = tmp_path / "photo.jpg"
     shutil.copy(ASTRONAUT, photo)
     lines = [*shots(4), {"id": "face", "prompt": "a", "face_image": str(photo), "consent": SYNTHETIC}]

@@ -2,30 +2,25 @@
 
 import json
 import os
-import re
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import ray
-import yaml
 from ray.cluster_utils import Cluster
 
 from tests.batch.faulty_stages import actor_name, append, gpu, node, stages
 from tests.batch.test_batch import Events
 from tests.batch.test_faults import render_lines
 from tests.fake_stages import FAKES, profile_of_fakes
-from vidgen_ray.batch.director import BREAKER_FAILURES
-from vidgen_ray.cli import main
-from vidgen_ray.engine.supervisor import MAX_QUARANTINES
-from vidgen_ray.errors import MediaError, SetupError, StageError
+from vidgen_ray.errors import MediaError, SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 
 ROOT = Path(__file__).parent.parent.parent
 MEMORY = {"object_store_memory": 200 << 20}
-ONE_GPU, ONE_NODE, TWO_NODES = "1x80GB", "2x80GB", "2x2x80GB"
+ONE_NODE, TWO_NODES = "2x80GB", "2x2x80GB"
 WORK_S = 0.1
 """Simulated duration of a shot."""
 IMAGE = {"generate_video": False}
@@ -108,73 +103,6 @@ def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(cluster, pro
     assert json.loads((tmp_path / "out" / "run.json").read_text())["quarantined"] == list(report.quarantined)
     assert listener.quarantined
     assert all(entry.startswith(f"{sick} (") for entry in listener.quarantined)
-
-
-@pytest.mark.parametrize("gpus", [pytest.param(ONE_GPU, marks=pytest.mark.slow), ONE_NODE])
-def test_run_stops_if_nearly_all_shots_fail_on_every_gpu(cluster, profile, tmp_path, monkeypatch, capsys, gpus):
-    """The next run renders the lines that are left, also if those that have failed fail again."""
-    monkeypatch.setattr("vidgen_ray.engine.supervisor.BACK_OFF_S", 0.0)
-    repaired, out = tmp_path / "repaired", tmp_path / "out"
-
-    def fail_until_repaired(shot):
-        if not repaired.exists() or shot.id in repaired.read_text().split():
-            raise RuntimeError("the model is broken")
-
-    monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", stages(fail_until_repaired))
-    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile.model_dump(mode="json")))
-    (tmp_path / "s.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in images(60)))
-    command = ["render", str(tmp_path / "s.jsonl"), "-o", str(out), "--profile", str(tmp_path / "profile.yaml")]
-    assert main([*command, "--gpus", gpus]) == 4
-    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert re.search(
-        rf"stopped, because {BREAKER_FAILURES} of the last \d+ shots failed on every worker that was tried", message
-    )
-    assert "the last one in flux: the model is broken" in message
-    assert "Traceback" not in message
-    failed = {row.id for row in read_manifest(out)}
-    # Of the others, only one GPU was tried, or none.
-    assert 0 < len(failed) < 60
-    repaired.write_text(" ".join(failed))
-    assert main([*command, "--gpus", gpus]) == 1
-    assert {row.id for row in read_manifest(out) if row.status == "failed"} == failed
-    assert sum(row.status == "done" for row in read_manifest(out)) == 60 - len(failed)
-
-
-def test_workers_are_not_given_up_for_wrong_lines(cluster, profile, tmp_path):
-    """Most lines are wrong, but too few for the circuit breaker. Both workers fail for each."""
-    count = 25
-
-    def fail_for_wrong_lines(shot):
-        if int(shot.id[1:]) % 3 != 0:
-            raise RuntimeError("the prompt breaks the model")
-
-    wrong = sum(n % 3 != 0 for n in range(count))
-    assert wrong < BREAKER_FAILURES
-    report, _ = run(tmp_path, profile, images(count), stages(fail_for_wrong_lines))
-    assert (report.done, report.failed, report.left) == (count - wrong, wrong, 0)
-
-
-def test_wrong_lines_at_the_head_do_not_keep_a_single_gpu_from_the_rest(cluster, profile, tmp_path, monkeypatch):
-    """No other worker can confirm their failures. The worker is reloaded three times, then continues with later lines."""
-    monkeypatch.setattr("vidgen_ray.engine.supervisor.BACK_OFF_S", 0.0)
-    count, wrong = 15, 10
-    assert wrong < BREAKER_FAILURES
-
-    def fail_for_first_lines(shot):
-        if int(shot.id[1:]) < wrong:
-            raise RuntimeError("the prompt breaks the model")
-
-    report, _ = run(tmp_path, profile, images(count), stages(fail_for_first_lines), gpus=ONE_GPU)
-    assert (report.done, report.failed, report.left) == (count - wrong, wrong, 0)
-    assert len(report.quarantined) == MAX_QUARANTINES
-
-
-def test_script_of_wrong_photos_does_not_stop_the_run(cluster, profile, tmp_path):
-    def refuse(shot):
-        raise StageError("no face found")
-
-    report, _ = run(tmp_path, profile, images(30), stages(refuse))
-    assert (report.failed, report.left, report.quarantined) == (30, 0, ())
 
 
 # Loading

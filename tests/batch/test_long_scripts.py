@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vidgen_ray.batch.shot_queue import ShotQueue, ShotTask
+from vidgen_ray.batch.shot_queue import ShotQueue, Task
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script
@@ -178,7 +178,7 @@ def in_order(plans, room):
     for plan in plans:
         if len(queue) == room:
             ordered.append(queue.pop().plan)
-        queue.add(ShotTask(plan, 1, "s", None))
+        queue.add(Task(plan, None))
     while queue:
         ordered.append(queue.pop().plan)
     return ordered

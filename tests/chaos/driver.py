@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from tests.chaos.counted_stages import COUNTED
-from vidgen_ray.batch.render import RenderOptions, render
+from vidgen_ray.batch.render import render
+from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.profile import Profile, load_profile

@@ -27,7 +27,8 @@ from tests.chaos.counted_stages import LOG
 from tests.chaos.driver import UNMARKED
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES
-from vidgen_ray.batch.render import RenderOptions, render
+from vidgen_ray.batch.render import render
+from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder

@@ -83,31 +83,17 @@ def file_view(path, clock=time.monotonic):
 # Estimate
 
 
-def test_eta_is_unknown_before_the_first_shot():
-    assert eta_range(100, Throughput(0, 50.0), Throughput(0, 50.0)) is None
-
-
-def test_eta_range_is_narrow_for_steady_throughput():
-    low, high = eta_range(1000, Throughput(10_000, 10_000.0), Throughput(600, 600.0))
-    assert low < 1000 < high
-    assert high / low < 1.03
-
-
-def test_eta_range_is_wide_after_few_shots():
-    low, high = eta_range(10, Throughput(1, 60.0), Throughput(1, 60.0))
-    assert (low, high) == (300, 1200)
-
-
-def test_eta_range_covers_whole_run_and_recent_throughput():
-    """Half of the nodes are lost: a shot took 1 s, now it takes 2 s."""
-    low, high = eta_range(100, Throughput(10_000, 10_000.0), Throughput(100, 200.0))
-    assert low == pytest.approx(100, rel=0.02)
-    assert high == pytest.approx(200, rel=0.02)
-
-
-def test_eta_grows_while_no_shot_finishes():
+def test_eta_range():
+    assert eta_range(100, Throughput(0, 50.0), Throughput(0, 50.0)) is None, "unknown before the first shot"
+    for remaining, whole, recent, expected in (
+        (1000, (10_000, 10_000.0), (600, 600.0), (1000, 1000)),
+        # Half of the nodes are lost: a shot took 1 s, now it takes 2 s.
+        (100, (10_000, 10_000.0), (100, 200.0), (100, 200)),
+    ):
+        assert eta_range(remaining, Throughput(*whole), Throughput(*recent)) == pytest.approx(expected, rel=0.02)
+    assert eta_range(10, Throughput(1, 60.0), Throughput(1, 60.0)) == (300, 1200), "wide after few shots"
     highest = [eta_range(10, Throughput(100, 100.0 + idle), Throughput(0, idle))[1] for idle in (60.0, 120.0, 240.0)]
-    assert highest == sorted(highest)
+    assert highest == sorted(highest), "grows while no shot finishes"
     assert highest[-1] > 10 * 240
 
 
@@ -210,22 +196,15 @@ def test_line_view_prints_messages_and_the_lines_read_so_far(clock):
     ]
 
 
-def test_failure_is_printed_as_one_line_without_control_characters(clock):
-    view, printed = line_view(clock)
-    with view:
-        view.on_lines(1, 0, 0, complete=True)
-        view.on_finished(row("a", "failed", failure_message="CUDA error\n  at layer 3\r\x1b[2J" + "x" * 9000))
-    assert len(printed()) == 3
-    assert "CUDA error at layer 3 [2Jxxx" in printed()[-1]
-    assert len(printed()[-1]) < 350
-
-
-def test_number_of_printed_failures_is_limited(clock):
+def test_failures_are_printed_as_limited_lines_without_control_characters(clock):
     view, printed = line_view(clock)
     with view:
         for n in range(5000):
-            view.on_rejected(row(f"s{n}", "failed", failure_stage="script"))
+            message = "CUDA error\n  at layer 3\r\x1b[2J" + "x" * 9000
+            view.on_rejected(row(f"s{n}", "failed", failure_stage="script", failure_message=message))
         view.on_lines(5000, 0, 5000, complete=True)
+    assert "CUDA error at layer 3 [2Jxxx" in printed()[0]
+    assert len(printed()[0]) < 350
     assert len(printed()) == 1 + progress_display.MAX_MESSAGES + 1 + 1
     assert "all of them are in failures.jsonl" in printed()[-3]
 
@@ -253,43 +232,23 @@ def test_terminal_view_shows_the_phases_of_a_run(clock):
     assert text.splitlines()[-1].split() == ["svd", "14", "2", "2", "98%"]
 
 
-def test_terminal_view_updates_the_estimate_with_each_status(clock):
-    view, frame, _ = terminal_view(clock)
-    view.on_lines(2, 0, 0, complete=True)
-    view.on_status(BUSY)
-    clock.now = 10
-    view.on_finished(row("a"))
-    assert "0:00:05 to 0:00:20 left" in frame()
-    clock.now = 20
-    view.on_status(BUSY)
-    assert "0:00:10 to 0:00:40 left" in frame()
-
-
-def test_last_frame_has_counts_but_no_estimate(clock):
+def test_terminal_view_updates_the_estimate_and_ends_without_one(clock):
     view, frame, printed = terminal_view(clock)
-    with view:
-        view.on_lines(2, 0, 0, complete=True)
-        view.on_status(BUSY)
-        clock.now = 10
-        view.on_finished(row("a"))
-        view.on_finished(row("b", "failed"))
-    assert "failed s.jsonl line 1 b in svd: it broke" in printed()
-    assert "2/2" in frame()
-    assert "1 done   1 failed" in frame()
-    assert "left" not in frame()
-    assert "svd" not in frame()
-
-
-def test_last_frame_of_an_interrupted_run_has_no_estimate(clock):
-    view, frame, _ = terminal_view(clock)
     with view:
         view.on_lines(3, 0, 0, complete=True)
         view.on_status(BUSY)
         clock.now = 10
         view.on_finished(row("a"))
-    assert "1/3" in frame()
-    assert "left" not in frame()
-    assert "in progress" not in frame()
+        assert "0:00:10 to 0:00:40 left" in frame()
+        clock.now = 20
+        view.on_status(BUSY)
+        assert "0:00:20 to 0:01:20 left" in frame()
+        view.on_finished(row("b", "failed"))
+    assert "failed s.jsonl line 1 b in svd: it broke" in printed()
+    assert "2/3" in frame()
+    assert "1 done   1 failed" in frame()
+    for text in ("left", "in progress", "svd"):
+        assert text not in frame()
 
 
 # Progress file
@@ -326,14 +285,6 @@ def test_progress_file_has_one_json_object_per_event(tmp_path, clock):
     assert all(event["at"].endswith("+00:00") for event in events)
 
 
-def test_progress_file_of_an_interrupted_run_names_the_error(tmp_path):
-    view, _ = file_view(tmp_path / "progress.jsonl")
-    view.on_lines(1, 0, 0, complete=True)
-    view.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    last = read(tmp_path / "progress.jsonl")[-1]
-    assert last.items() >= {"event": "finished", "complete": False, "error": "KeyboardInterrupt"}.items()
-
-
 def test_progress_file_of_the_previous_run_is_kept_unless_the_next_one_reads_no_line(tmp_path):
     path = tmp_path / "progress.jsonl"
     for total in (1, 2, 3):
@@ -346,7 +297,7 @@ def test_progress_file_of_the_previous_run_is_kept_unless_the_next_one_reads_no_
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_progress_file_write_errors_do_not_stop_the_run(tmp_path):
+def test_progress_file_names_the_error_of_a_run_and_its_own_errors_do_not_stop_it(tmp_path):
     view, file = file_view(tmp_path / "progress.jsonl")
     with view:
         view.on_lines(1, 0, 0, complete=True)
@@ -354,6 +305,11 @@ def test_progress_file_write_errors_do_not_stop_the_run(tmp_path):
         file._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
         view.on_finished(row("a"))
         view.on_finished(row("b"))
+    view, _ = file_view(tmp_path / "interrupted.jsonl")
+    view.on_lines(1, 0, 0, complete=True)
+    view.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    last = read(tmp_path / "interrupted.jsonl")[-1]
+    assert last.items() >= {"event": "finished", "complete": False, "error": "KeyboardInterrupt"}.items()
     (tmp_path / "taken").write_text("")
     with file_view(tmp_path / "taken" / "progress.jsonl")[0] as view:
         view.on_lines(1, 0, 0, complete=True)

@@ -85,6 +85,19 @@ async def loss_of(client, failed):
     return loss
 
 
+def run(scenario):
+    """Run a coroutine function with the client of an actor that is ready."""
+
+    async def with_client():
+        actor = Sleeper.remote()
+        client = ActorClient(actor, "sleeper")
+        assert await client.ready() is None
+        await scenario(client)
+        ray.kill(actor)
+
+    asyncio.run(with_client())
+
+
 def wait_for(path):
     deadline = time.monotonic() + TIMEOUT_S
     while not path.exists():
@@ -93,72 +106,53 @@ def wait_for(path):
 
 
 def test_crash_on_a_live_node_is_a_crash(cluster):
-    async def scenario():
-        actor = Sleeper.remote()
-        client = ActorClient(actor, "sleeper")
-        assert await client.ready() is None
+    async def scenario(client):
         failed = await failure_of(client.call("crash", stage="flux", timeout_s=60))
         assert (failed.error, failed.kind) == ("WorkerDied", Kind.ERROR)
         assert await loss_of(client, failed) is Loss.CRASH
-        ray.kill(actor)
 
-    asyncio.run(scenario())
+    run(scenario)
 
 
 def test_crash_with_several_calls_makes_each_a_suspect(cluster, tmp_path):
-    async def scenario():
-        actor = Sleeper.remote()
-        client = ActorClient(actor, "sleeper")
-        assert await client.ready() is None
+    async def scenario(client):
         sleeping = asyncio.ensure_future(client.call("sleep", tmp_path / "started", stage="flux", timeout_s=60))
         await asyncio.to_thread(wait_for, tmp_path / "started")
         crashing = client.call("crash", stage="flux", timeout_s=60)
         failures = await asyncio.gather(failure_of(sleeping), failure_of(crashing))
         assert [failed.kind for failed in failures] == [Kind.SHARED_CRASH, Kind.SHARED_CRASH]
-        ray.kill(actor)
 
-    asyncio.run(scenario())
+    run(scenario)
 
 
 def test_call_sent_to_a_process_that_is_being_killed_does_not_count(cluster, tmp_path):
-    async def scenario():
-        actor = Sleeper.remote()
-        client = ActorClient(actor, "sleeper")
-        assert await client.ready() is None
+    async def scenario(client):
         client.restart()
         failed = await failure_of(client.call("sleep", tmp_path / "started", stage="flux", timeout_s=60))
         assert failed.kind is Kind.NOT_RUN
         assert await loss_of(client, failed) is Loss.CRASH
         failed = await failure_of(client.call("crash", stage="flux", timeout_s=60))
         assert failed.kind is Kind.ERROR
-        ray.kill(actor)
 
-    asyncio.run(scenario())
+    run(scenario)
 
 
 def test_timeout_restarts_the_process(cluster, tmp_path):
-    async def scenario():
-        actor = Sleeper.remote()
-        client = ActorClient(actor, "sleeper")
-        assert await client.ready() is None
+    async def scenario(client):
         before = client.place
         sleeping = asyncio.ensure_future(client.call("sleep", tmp_path / "started", stage="flux", timeout_s=0.5))
         failed = await failure_of(sleeping)
         assert (failed.error, failed.kind, failed.loss) == ("TimedOut", Kind.ERROR, None)
         assert await client.ready() is None
         assert client.place.pid != before.pid
-        ray.kill(actor)
 
-    asyncio.run(scenario())
+    run(scenario)
 
 
 def test_process_lost_with_its_node_is_told_from_a_crash(cluster, tmp_path):
     """The successor runs on another node, which is how the client knows that the node is lost."""
 
-    async def scenario():
-        actor = Sleeper.remote()
-        client = ActorClient(actor, "sleeper")
-        assert await client.ready() is None
+    async def scenario(client):
         (node,) = [node for node in cluster.worker_nodes if node.node_id == client.node]
         sleeping = asyncio.ensure_future(client.call("sleep", tmp_path / "started", stage="flux", timeout_s=60))
         await asyncio.to_thread(wait_for, tmp_path / "started")
@@ -167,6 +161,5 @@ def test_process_lost_with_its_node_is_told_from_a_crash(cluster, tmp_path):
         # Ray starts nodes in the main thread only.
         cluster.add_node(num_cpus=1, **MEMORY)
         assert await loss_of(client, failed) is Loss.NODE
-        ray.kill(actor)
 
-    asyncio.run(scenario())
+    run(scenario)

@@ -58,17 +58,12 @@ class TestMeasure:
         assert -1 < expected < 0.9999
         assert measure_likeness([changed], face, models).similarities[0] == pytest.approx(expected, abs=1e-4)
 
-    def test_similarity_of_the_photo_itself_is_one(self, models, face, photo):
-        assert measure_likeness([photo, photo], face, models) == Likeness((1.0, 1.0))
-
-    def test_image_without_a_face_has_no_similarity(self, models, face, photo):
-        likeness = measure_likeness([wall(), photo], face, models)
-        assert likeness == Likeness((None, 1.0))
-        assert (likeness.mean, likeness.worst, likeness.without_face) == (1.0, 1.0, 1)
-
-    def test_too_small_face_has_no_similarity(self, models, face, photo):
+    def test_image_without_a_large_face_has_no_similarity(self, models, face, photo):
         # Detected, but smaller than min_face_px.
-        assert measure_likeness([on_a_wall((head(photo, 16), (200, 200)))], face, models) == Likeness((None,))
+        small = on_a_wall((head(photo, 16), (200, 200)))
+        likeness = measure_likeness([wall(), photo, small], face, models)
+        assert likeness == Likeness((None, 1.0, None))
+        assert (likeness.mean, likeness.worst, likeness.without_face) == (1.0, 1.0, 2)
 
     def test_most_similar_of_several_faces_counts(self, models, face, photo):
         group = read_image(GROUP)
@@ -90,12 +85,9 @@ class TestMeasure:
         assert (faceless.mean, faceless.worst, faceless.without_face) == (None, None, 2)
         assert likeness_from_json(likeness_to_json(likeness)) == likeness
 
-    @pytest.mark.parametrize(
-        ("count", "seen"),
-        [(1, [0]), (2, [0, 1]), (5, [0, 1, 2, 3, 4]), (6, [0, 1, 2, 4, 5]), (25, [0, 6, 12, 18, 24]), (14, [0, 3, 6, 10, 13])],
-    )
-    def test_sampled_frames_are_evenly_spread_with_first_and_last(self, count, seen):
-        assert sampled_frames(count) == seen
+    def test_sampled_frames_are_evenly_spread_with_first_and_last(self):
+        for count, seen in ((1, [0]), (2, [0, 1]), (6, [0, 1, 2, 4, 5]), (25, [0, 6, 12, 18, 24]), (14, [0, 3, 6, 10, 13])):
+            assert sampled_frames(count) == seen
 
     def test_clip_likeness_samples_five_frames(self, face, photo, make_shot):
         shot = make_shot(face_image="x.jpg")
@@ -150,11 +142,6 @@ class TestCheck:
         assert str(failure).startswith("min_identity: got a likeness of 0.3125 in the clip (best of 3 tries), must be")
         assert isinstance(failure, StageError)
         assert "got no face in the image (best of 2 tries)" in str(best_try(failures[:1] * 2))
-
-    def test_fields_are_bounded(self):
-        for wrong in ({"min_identity": 1.1}, {"min_identity": float("nan")}, {"retries": -1}, {"retries": 11}):
-            with pytest.raises(ValueError, match=next(iter(wrong))):
-                Shot(prompt="a", **wrong)
 
 
 @pytest.fixture
@@ -299,13 +286,11 @@ class TestRetries:
         pipeline.generate_video("a", **{**SMALL, "num_frames": 3}, min_identity=0.5)
         assert len(clips) == 2
 
-    def test_likeness_is_recorded_without_min_identity(self, pipeline, set_likeness):
+    def test_likeness_is_recorded_without_min_identity_if_there_is_a_face(self, pipeline, set_likeness):
         set_likeness([(-0.1,)], [(None, None)])
         record = pipeline.generate_video("a", **SMALL, retries=3)["record"]
         assert (record.tries, record.shot.seed) == (1, 7)
         assert record.likeness == LikenessRecord(image=-0.1, clip_mean=None, clip_worst=None, frames_without_face=2)
-
-    def test_shot_without_a_face_has_no_likeness(self, pipeline):
         record = pipeline.generate_video("a", seed=7, generate_video=False, min_identity=0.9, retries=3)["record"]
         assert (record.likeness, record.tries) == (None, 1)
 
@@ -320,7 +305,6 @@ class TestRecords:
             (None, 25, (None, None, None, None), None),
             (record((0.6249,), (0.7, 0.51, 0.54, 0.57, None)), 25, (0.6249, 0.58, 0.51, 1),
              "face 0.62, clip 0.58, worst 0.51; 1 of 5 frames without a face"),
-            (record((0.6,), (0.5, 0.5)), 2, (0.6, 0.5, 0.5, 0), "face 0.60, clip 0.50, worst 0.50"),
             (record((None,), (0.5, None)), 2, (None, 0.5, 0.5, 1),
              "no face found in the image, clip 0.50, worst 0.50; 1 of 2 frames without a face"),
             (record((0.6,), (None, None)), 2, (0.6, None, None, 2), "face 0.60, no face found in the clip"),

@@ -22,14 +22,19 @@ def waits(process):
     return any("->" in line and str(process.pid) in line.split() for line in Path("/proc/locks").read_text().splitlines())
 
 
-def test_second_process_waits_for_the_first(tmp_path):
-    with load_lock(1, tmp_path):
-        second = start(tmp_path)
-        while not waits(second):
-            assert second.poll() is None
-            assert not select.select([second.stdout], [], [], 0.01)[0], "it holds the lock, too"
-    assert second.stdout.readline() == "locked\n"
-    second.communicate()
+def test_one_process_more_than_the_limit_waits(tmp_path):
+    for limit in (1, 2):
+        with load_lock(limit, tmp_path):
+            others = [start(tmp_path, limit) for _ in range(limit - 1)]
+            for other in others:
+                assert other.stdout.readline() == "locked\n"
+            last = start(tmp_path, limit)
+            while not waits(last):
+                assert last.poll() is None
+                assert not select.select([last.stdout], [], [], 0.01)[0], "it holds a lock, too"
+        assert last.stdout.readline() == "locked\n"
+        for process in (*others, last):
+            process.communicate()
 
 
 def test_killed_process_releases_the_lock(tmp_path):
@@ -38,16 +43,3 @@ def test_killed_process_releases_the_lock(tmp_path):
     holder.kill()
     with load_lock(1, tmp_path):
         holder.wait()
-
-
-def test_third_process_waits_for_one_of_two(tmp_path):
-    with load_lock(2, tmp_path):
-        second = start(tmp_path, 2)
-        assert second.stdout.readline() == "locked\n"
-        third = start(tmp_path, 2)
-        while not waits(third):
-            assert third.poll() is None
-            assert not select.select([third.stdout], [], [], 0.01)[0], "it holds a lock, too"
-    assert third.stdout.readline() == "locked\n"
-    second.communicate()
-    third.communicate()

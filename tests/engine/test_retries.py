@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from vidgen_ray.engine.retries import AttemptFailed, Kind, Loss, Process, ShotFailed, run_with_retries
+from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind, Loss, ShotFailed, run_with_retries
 from vidgen_ray.outputs.records import Failure
 
 
@@ -45,7 +45,7 @@ class Workers:
         raise AttemptFailed(kind, failure, self.process(worker), loss and (lambda: explained(loss)))
 
     def process(self, name):
-        return Process(name, self.nodes[name], self.gpus.get(name, 0))
+        return Candidate(name, self.nodes[name], self.gpus.get(name, 0))
 
     def run(self, limit=3):
         def report(failed, own_failure):

@@ -16,9 +16,9 @@ from functools import partial
 import ray
 
 from vidgen_ray.batch.line_planner import LinePlanner, PlannedLine, unique_shots
-from vidgen_ray.batch.results import ProgressListener, RunMetrics, RunResults
+from vidgen_ray.batch.results import RunListener, RunMetrics, RunResults
 from vidgen_ray.batch.run_options import RenderOptions
-from vidgen_ray.batch.shot_queue import MAX_SHOTS, ContinuedShots, ShotQueue, ShotTask
+from vidgen_ray.batch.shot_queue import MAX_SHOTS, ContinuedShots, ShotQueue, Task
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.cache_writer import bytes_per_worker, cache_settings
 from vidgen_ray.engine.calls import OUTPUT
@@ -48,7 +48,7 @@ from vidgen_ray.planner import (
 )
 from vidgen_ray.planner.layout import Slot
 from vidgen_ray.profile import Profile
-from vidgen_ray.script.lines import ScriptIndex
+from vidgen_ray.script.lines import Line, ScriptIndex
 from vidgen_ray.shot import Shot
 
 Remaining = Callable[[], Iterator[Sequence[PlannedLine]]]
@@ -76,7 +76,7 @@ class Director:
         outputs: OutputFolder,
         options: RenderOptions,
         results: RunResults,
-        listener: ProgressListener,
+        listener: RunListener,
         stop: threading.Event,
         planner: LinePlanner,
         demand: Demand | None,
@@ -119,7 +119,7 @@ class Director:
         self._failed_before: frozenset[str] | None = None
         """Ids that failed in earlier runs. Read when the circuit breaker would stop the run for the first time."""
         self._folder_checked = False
-        self._in_doubt: list[tuple[ShotTask, Failure]] = []
+        self._in_doubt: list[tuple[Task, Failure]] = []
         """Unconfirmed failures. Written at the end of the run, or as soon as a later shot passes the same stage."""
         self._metrics: RunMetrics | None = None
         self._stop_watch: asyncio.Task[None] | None = None
@@ -145,10 +145,10 @@ class Director:
                 self._settle(self._continued.accept(line))
             else:
                 self._results.pending()
-                self._enqueue(ShotTask.of(line, planned.result))
+                self._enqueue(Task(planned.result, line))
         self._changed.set()
 
-    def _enqueue(self, task: ShotTask) -> None:
+    def _enqueue(self, task: Task) -> None:
         self._continued.opened(task.plan.shot.id or "")
         self.queue.add(task)
         if self._engine is not None:
@@ -158,7 +158,7 @@ class Director:
         """Queue the shots that no longer wait for another one, or record their results."""
         for line, (result,) in decided:
             if isinstance(result, ShotPlan):
-                self._enqueue(ShotTask.of(line, result))
+                self._enqueue(Task(result, line))
             elif isinstance(result, DoneShot):
                 self._results.found(line, result)
             elif isinstance(result, Failure):
@@ -176,12 +176,12 @@ class Director:
             elif self._notes == MAX_MESSAGES + 1:
                 self._listener.on_message("note: more settings have no effect; `vidgen validate --json` lists all of them")
 
-    def _report_step_notes(self, task: ShotTask, record: ShotRecord) -> None:
+    def _report_step_notes(self, line: Line, record: ShotRecord) -> None:
         """Report what the stages noted about the inputs, each note once: every worker notes the LoRAs that it loads."""
         for note in (note for step in record.stages for note in step.notes):
             if note not in self._step_notes and len(self._step_notes) < MAX_MESSAGES:
                 self._step_notes.add(note)
-                self._listener.on_message(f"note: {task.script} line {task.line}, {note}")
+                self._listener.on_message(f"note: {line.script} line {line.script_line}, {note}")
 
     def connected(self, *, complete: bool) -> AbstractContextManager[None]:
         """Return the context in which Ray is connected. `complete`: the queue has all shots of the script."""
@@ -248,7 +248,7 @@ class Director:
         if isinstance(self._error, ScriptError | None):
             self._record_in_doubt(list(self._in_doubt))
 
-    def _refused(self, task: ShotTask) -> bool:
+    def _refused(self, task: Task) -> bool:
         """Record the failure of a shot that fits on no GPU of the plan, before any of its stages runs."""
         failure = self._size_failure(task.plan.shot)
         if failure is None:
@@ -267,7 +267,7 @@ class Director:
         self._changed.clear()
         await self._changed.wait()
 
-    async def _admitted(self, task: ShotTask) -> bool:
+    async def _admitted(self, task: Task) -> bool:
         """Start a shot. Waits until the window has room for it. Returns false if the run was stopped before that."""
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         rendering = asyncio.ensure_future(self._render(task, partial(admitted.set_result, None)))
@@ -295,7 +295,7 @@ class Director:
         if unfinished:
             raise KeyboardInterrupt
 
-    async def _render(self, task: ShotTask, on_admitted: Callable[[], None]) -> None:
+    async def _render(self, task: Task, on_admitted: Callable[[], None]) -> None:
         assert self._engine is not None
         result: ShotRecord | Failure
         kind: Kind | None = None
@@ -330,21 +330,22 @@ class Director:
         async with self._breaker_lock:
             await self._check_breaker(shot_id, result if isinstance(result, Failure) and kind is Kind.ERROR else None)
 
-    def _record(self, task: ShotTask, result: ShotRecord | Failure) -> None:
+    def _record(self, task: Task, result: ShotRecord | Failure) -> None:
         """Record the result of a shot, and settle the shots that wait for it."""
         if self._metrics is not None:
             self._metrics.shot_ended("failed" if isinstance(result, Failure) else "done")
-        if not task.repeated:
-            self._results.finished(task, result)
-            if isinstance(result, ShotRecord):
-                self._report_step_notes(task, result)
         shot_id = task.plan.shot.id or ""
         if isinstance(result, Failure):
+            if task.line is not None:
+                self._results.failed(task.line, result)
             self._settle(self._continued.failed(shot_id, result.message))
         else:
+            if task.line is not None:
+                self._results.finished(task.line, result)
+                self._report_step_notes(task.line, result)
             self._settle(self._continued.done(shot_id))
 
-    def _record_in_doubt(self, confirmed: Sequence[tuple[ShotTask, Failure]]) -> None:
+    def _record_in_doubt(self, confirmed: Sequence[tuple[Task, Failure]]) -> None:
         """Record failures that were in doubt, unless another shot has confirmed them before."""
         for each in confirmed:
             if each in self._in_doubt:
@@ -377,7 +378,7 @@ class Director:
 
     # The engine
 
-    async def _start_engine(self, needed: ShotTask) -> None:
+    async def _start_engine(self, needed: Task) -> None:
         """Start the engine, or another one with a layout for all stages that are needed now."""
         if self._engine is not None:
             # The new layout needs the GPUs of the present one.
@@ -414,7 +415,7 @@ class Director:
             self._engine.announce(task.plan)
         await self._engine.start(labels_of(self.plan, self.cluster))
 
-    def _make_plan(self, tasks: Sequence[ShotTask], live: LiveCluster, *, complete: bool) -> None:
+    def _make_plan(self, tasks: Sequence[Task], live: LiveCluster, *, complete: bool) -> None:
         """Choose the layout for these shots and, if the script has more, for many like them. Raises CostError."""
         gpus = live.total.gpus
         self._sizes = SizeCheck(self._profile, max(gpus)) if gpus else None

@@ -17,8 +17,8 @@ from more_itertools import batched
 
 from vidgen_ray.batch.director import Director, Remaining
 from vidgen_ray.batch.line_planner import LinePlanner, PlannedLine, first_lines, remaining_lines, unique_shots
-from vidgen_ray.batch.results import ProgressListener, RunResults
-from vidgen_ray.batch.run_options import GRACE_S, RecordedOptions, RenderOptions
+from vidgen_ray.batch.results import RunListener, RunResults
+from vidgen_ray.batch.run_options import RecordedOptions, RenderOptions
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
@@ -68,11 +68,6 @@ def estimate_run(
     return demand, counts, cluster or this_machine()
 
 
-def pending_demand(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Demand:
-    """Return the demand of the shots that are left to render. Raises SetupError if their weights are not on this machine."""
-    return _count_pending(script, profile, outputs)[0]
-
-
 def _count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> tuple[Demand, Counts]:
     done = failed = cached = 0
 
@@ -117,9 +112,6 @@ def _count_all(lines: Iterable[Line]) -> tuple[Demand, Counts]:
     return demand, Counts(demand.shots + failed, None, failed, None)
 
 
-__all__ = ["GRACE_S", "RenderOptions", "RunReport", "render", "render_lines"]
-
-
 @dataclass(frozen=True, slots=True)
 class RunReport:
     """Summary of a run."""
@@ -149,7 +141,7 @@ def render(
     outputs: OutputFolder,
     options: RenderOptions,
     *,
-    listener: ProgressListener,
+    listener: RunListener,
     stop: threading.Event | None = None,
 ) -> RunReport:
     """Render all shots of a script into `outputs`. A shot that is finished with the same content key is skipped.
@@ -171,9 +163,9 @@ def render(
         keep_stages=options.keep_stages,
     )
     remaining = None if version is None else partial(remaining_lines, script, version, planner)
-    demand = None
+    demand: Demand | None = None
     if options.max_cost is not None and version is not None:
-        demand = pending_demand(script, profile, outputs)
+        demand, _ = _count_pending(script, profile, outputs)
     return render_lines(
         planner,
         first,
@@ -196,7 +188,7 @@ def render_lines(
     profile: Profile,
     options: RenderOptions,
     *,
-    listener: ProgressListener,
+    listener: RunListener,
     stop: threading.Event | None = None,
     demand: Demand | None = None,
     on_row: Callable[[ManifestRow], None] | None = None,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
-from vidgen_ray.batch.shot_queue import ShotTask
 from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, MetricSpec
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.engine.step_runner import StepFailed
@@ -19,10 +18,9 @@ from vidgen_ray.outputs.manifest import REJECTED, ManifestRow, Status
 from vidgen_ray.outputs.manifest_writer import FailedLine, ManifestWriter
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
 from vidgen_ray.script.lines import Line
-from vidgen_ray.shot import Shot
 
 
-class ProgressListener(Protocol):
+class RunListener(Protocol):
     """Callbacks of a run, one call at a time."""
 
     def on_rejected(self, row: ManifestRow) -> None:
@@ -78,7 +76,7 @@ class RunResults:
         run: str,
         source: str,
         lease: Lease,
-        listener: ProgressListener,
+        listener: RunListener,
         on_row: Callable[[ManifestRow], None] | None,
         *,
         is_script: bool,
@@ -132,7 +130,7 @@ class RunResults:
 
     def unplannable(self, line: Line, failure: Failure) -> None:
         self.rejected_lines += 1
-        self._listener.on_rejected(self._failed(line.shot, line.script, line.script_line, line.replaces, failure))
+        self._listener.on_rejected(self._failed(line, failure))
 
     def skipped(self, line: Line, done: DoneShot) -> None:
         row = ManifestRow.of_shot(self._run, line.script, line.shot, line.script_line, done, "skipped")
@@ -150,8 +148,8 @@ class RunResults:
         )
 
     def failed(self, line: Line, failure: Failure) -> None:
-        """A pending shot has failed before it could be rendered."""
-        self._listener.on_finished(self._failed(line.shot, line.script, line.script_line, line.replaces, failure))
+        """A pending shot has failed."""
+        self._listener.on_finished(self._failed(line, failure))
 
     def found(self, line: Line, done: DoneShot) -> None:
         """A pending shot turned out to be finished."""
@@ -159,27 +157,23 @@ class RunResults:
         self.skipped(line, done)
         self.lines_read(complete=self._whole_script)
 
-    def finished(self, task: ShotTask, result: ShotRecord | Failure) -> None:
-        """The shot was rendered or has failed."""
-        if isinstance(result, Failure):
-            self._listener.on_finished(self._failed(task.plan.shot, task.script, task.line, task.replaces, result))
-            return
-        self.gpu_seconds += sum(step.gpu_seconds for step in result.stages)
-        self.lora_loads += sum(step.adapter_loads for step in result.stages)
-        costs = relative_costs(result.shot)
-        for step in result.stages:
+    def finished(self, line: Line, record: ShotRecord) -> None:
+        """The shot was rendered."""
+        self.gpu_seconds += sum(step.gpu_seconds for step in record.stages)
+        self.lora_loads += sum(step.adapter_loads for step in record.stages)
+        costs = relative_costs(record.shot)
+        for step in record.stages:
             self.weights[step.stage].update(step.weights)
             if not step.cached:
                 self.durations[step.stage].append((step.seconds, costs[step.stage]))
-        row = ManifestRow.of_shot(self._run, task.script, task.plan.shot, task.line, result, "done")
-        self._enter(row, None, task.replaces)
+        row = ManifestRow.of_shot(self._run, line.script, line.shot, line.script_line, record, "done")
+        self._enter(row, None, line.replaces)
         self._listener.on_finished(row)
 
-    def _failed(self, shot: Shot, script: str, line: int, replaces: str | None, failure: Failure) -> ManifestRow:
-        # The start frame of a continued shot is found again when the line is rendered again.
-        fields = shot.model_dump(mode="json") | ({} if shot.continue_from is None else {"image": None})
-        row = ManifestRow.of_shot(self._run, script, shot, line, failure, "failed")
-        self._enter(row, FailedLine(shot.id or "", script, line, fields, failure), replaces)
+    def _failed(self, line: Line, failure: Failure) -> ManifestRow:
+        row = ManifestRow.of_shot(self._run, line.script, line.shot, line.script_line, failure, "failed")
+        fields = line.shot.model_dump(mode="json")
+        self._enter(row, FailedLine(line.shot.id or "", line.script, line.script_line, fields, failure), line.replaces)
         return row
 
     def _enter(self, row: ManifestRow, failed: FailedLine | None, replaces: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from vidgen_ray.batch.line_planner import PlannedLine
 from vidgen_ray.content_keys import ShotPlan
@@ -21,31 +21,19 @@ MAX_SKIPS = 4096
 """Shots that may overtake an older shot because they use the active LoRAs."""
 
 
-@dataclass(frozen=True, slots=True)
-class ShotTask:
+class Task(NamedTuple):
     """A shot to render."""
 
     plan: ShotPlan
-    line: int
-    """Line number in the script."""
-    script: str
-    """Script of the line."""
-    replaces: str | None
-    """Id under which the line failed in an earlier run, if it differs."""
-    repeated: bool = False
-    """The shot was finished before, and is rendered for its last frame only. Its line has a row already."""
-
-    @classmethod
-    def of(cls, line: Line, plan: ShotPlan) -> ShotTask:
-        """Return the task of a line with one shot."""
-        return cls(plan, line.script_line, line.script, line.replaces)
+    line: Line | None
+    """Line of the shot. `None` for a finished shot that is rendered again for its last frame only: it has a row already."""
 
 
 class ShotQueue:
     """Shots in groups with the same LoRAs and, within a group, the same prompt. Groups and shots keep their order."""
 
     def __init__(self) -> None:
-        self._groups: dict[frozenset[str], dict[str, deque[tuple[int, ShotTask]]]] = {}
+        self._groups: dict[frozenset[str], dict[str, deque[tuple[int, Task]]]] = {}
         self._active: frozenset[str] | None = None
         """LoRAs of the last shot that had any, since shots without LoRAs do not change them. `None` before the first shot."""
         self._added = 0
@@ -54,16 +42,16 @@ class ShotQueue:
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[ShotTask]:
+    def __iter__(self) -> Iterator[Task]:
         return (task for group in self._groups.values() for tasks in group.values() for _, task in tasks)
 
-    def add(self, task: ShotTask) -> None:
+    def add(self, task: Task) -> None:
         group = self._groups.setdefault(_loras(task.plan), {})
         group.setdefault(task.plan.shot.prompt, deque()).append((self._added, task))
         self._added += 1
         self._count += 1
 
-    def pop(self) -> ShotTask:
+    def pop(self) -> Task:
         """Remove and return the next shot: of the group with the active LoRAs, or else of the group with the oldest shot.
 
         Raises IndexError if the queue is empty.
@@ -117,7 +105,7 @@ class ContinuedShots:
         """Id of a failed shot -> message for the shots that continue it."""
         self._waiting: defaultdict[str, list[Line]] = defaultdict(list)
         """Id of a shot -> shots that continue it."""
-        self.repeated: list[ShotTask] = []
+        self.repeated: list[Task] = []
         """Finished shots that are to be rendered again, since their last frame was not kept. The caller takes them."""
 
     def __len__(self) -> int:
@@ -132,9 +120,9 @@ class ContinuedShots:
         """A shot was queued."""
         self._open.add(shot_id)
 
-    def with_last_frame(self, task: ShotTask) -> ShotTask:
+    def with_last_frame(self, task: Task) -> Task:
         """Return the task, with a plan that keeps the last frame if a shot waits for it."""
-        return replace(task, plan=task.plan.with_last_frame()) if task.plan.shot.id in self._waiting else task
+        return task._replace(plan=task.plan.with_last_frame()) if task.plan.shot.id in self._waiting else task
 
     def accept(self, line: Line) -> list[PlannedLine]:
         """Take a shot that continues another one. Empty if it has to wait."""
@@ -195,7 +183,7 @@ class ContinuedShots:
                     return self._fail(line, _failure(lost))
                 self._open.add(source)
                 # It may itself continue another shot, whose licences are in its record only.
-                self.repeated.append(ShotTask(again.with_source_licences(licences), 0, "", None, repeated=True))
+                self.repeated.append(Task(again.with_source_licences(licences), None))
             self._waiting[source].append(line)
             return []
         plan = self._plan(line.shot.continued(str(frame)))

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from math import sqrt
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self, TextIO
+from typing import Any, NamedTuple, Self, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
@@ -152,30 +152,10 @@ class ProgressTracker:
         return Throughput(len(times) - bisect_right(times, now - seconds), seconds)
 
 
-class Display(Protocol):
-    """Progress display of a run. Open for the duration of the run."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
-
-    def note(self, text: str, style: str = "") -> None:
-        """Print a message or a failure."""
-
-    def show_lines(self, rejected: int, *, is_first: bool) -> None:
-        """Show the lines read so far, of which `rejected` are wrong."""
-
-    def show_finished(self, row: ManifestRow, failure: str | None) -> None:
-        """Show that a shot is done or has failed. `failure`: line to print, if any."""
-
-    def show_status(self) -> None:
-        """Called about every second."""
-
-
 class RunView(AbstractContextManager["RunView"]):
     """Progress listener of a run: counts its lines, shows them, and writes `progress.jsonl`. One event at a time."""
 
-    def __init__(self, tracker: ProgressTracker, display: Display, file: ProgressFile) -> None:
+    def __init__(self, tracker: ProgressTracker, display: TerminalDisplay | LineDisplay, file: ProgressFile) -> None:
         self._tracker = tracker
         self._display = display
         self._file = file
@@ -232,7 +212,7 @@ def run_view(progress_file: Path | None = None) -> RunView:
     """Return the view for standard error. With `progress_file`, events are also written to that file."""
     console, tracker = Console(stderr=True), ProgressTracker()
     is_live = console.is_terminal and not console.is_dumb_terminal
-    display: Display = TerminalDisplay(console, tracker) if is_live else LineDisplay(console, tracker)
+    display = TerminalDisplay(console, tracker) if is_live else LineDisplay(console, tracker)
     return RunView(tracker, display, ProgressFile(progress_file))
 
 
@@ -323,17 +303,21 @@ class TerminalDisplay(Progress):
         super().stop()
 
     def note(self, text: str, style: str = "") -> None:
+        """Print a message or a failure."""
         self.console.print(Text(text, style=style))
 
     def show_lines(self, rejected: int, *, is_first: bool) -> None:
+        """Show the lines read so far, of which `rejected` are wrong."""
         self.show_status()
 
     def show_finished(self, row: ManifestRow, failure: str | None) -> None:
+        """Show that a shot is done or has failed. `failure`: line to print, if any."""
         if failure:
             self.note(failure, "red")
         self.show_status()
 
     def show_status(self) -> None:
+        """Called about every second."""
         tracker = self._tracker
         self.update(
             self._run_task,
@@ -369,10 +353,12 @@ class LineDisplay:
             self._print_summary(self._counts())
 
     def note(self, text: str, style: str = "") -> None:
+        """Print a message or a failure."""
         elapsed_s = self._clock() - self._started
         self._console.print(f"{elapsed_s:7.1f}s  {text}", markup=False, highlight=False, soft_wrap=True)
 
     def show_lines(self, rejected: int, *, is_first: bool) -> None:
+        """Show the lines read so far, of which `rejected` are wrong."""
         tracker = self._tracker
         if is_first or tracker.complete:
             so_far = "" if tracker.complete else " so far"
@@ -383,6 +369,7 @@ class LineDisplay:
             self.note(LOADING)
 
     def show_finished(self, row: ManifestRow, failure: str | None) -> None:
+        """Show that a shot is done or has failed. `failure`: line to print, if any."""
         if self._is_small:
             self._print_summary(f"{self._tracker.ended}/{self._tracker.total} {failure or f'{row.status} {row.id}'}")
             return
@@ -391,6 +378,7 @@ class LineDisplay:
         self.show_status()
 
     def show_status(self) -> None:
+        """Called about every second."""
         interval_s = SMALL_RUN_SUMMARY_INTERVAL_S if self._is_small else SUMMARY_INTERVAL_S
         if self._clock() - self._last_summary < interval_s:
             return

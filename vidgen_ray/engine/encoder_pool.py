@@ -15,7 +15,7 @@ from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
 from vidgen_ray.engine.calls import OUTPUT, CallResult
 from vidgen_ray.engine.chunks import join_records
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.retries import AttemptFailed, Kind, Process, ShotFailed, run_with_retries
+from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind, ShotFailed, run_with_retries
 from vidgen_ray.engine.status import EngineObserver
 from vidgen_ray.engine.supervisor import Supervisor
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
@@ -134,8 +134,8 @@ class EncoderPool:
             else:
                 self._supervisor.discard_failure(encoder, plan.key)
 
-        def candidates() -> Sequence[Process[ActorClient]]:
-            return [Process(client, client.node) for client in self._supervisor.candidates]
+        def candidates() -> Sequence[Candidate[ActorClient]]:
+            return [Candidate(client, client.node) for client in self._supervisor.candidates]
 
         return await run_with_retries(attempt, candidates, report, limit=self._attempts, observer=self._observer)
 
@@ -151,7 +151,7 @@ class EncoderPool:
         alone: bool = False,
     ) -> ShotRecord:
         encoder = await self._acquire(avoid, node, alone=alone)
-        process = Process(encoder, encoder.node)
+        process = Candidate(encoder, encoder.node)
         try:
             record = await _encode(encoder, self._director, plan, artefacts, records, chunks)
         except _EncodingFailed as failed:

@@ -95,7 +95,7 @@ class FleetListener(Protocol):
 
 
 @dataclass(eq=False)
-class _Reservation:
+class _Bundle:
     """A bundle of a placement group: for a slot, or for an encoder if `slot` is `None`."""
 
     slot: Slot | None
@@ -131,7 +131,7 @@ class Fleet:
         self._encoder_numbers = count()
         self._groups: list[PlacementGroup] = []
         """All placement groups. The first one is that of the complete set."""
-        self._reservations: list[_Reservation] = []
+        self._reservations: list[_Bundle] = []
         self._encoders: list[Any] = []
         """Encoders outside the complete set. Ray places them on any node, and restarts them on another one."""
         self._further: list[PlacedSlot] = []
@@ -272,7 +272,7 @@ class Fleet:
                 self._reservations.remove(reservation)
                 await self._do(self._remove_unused_groups)
 
-    async def _replace_encoder(self, reservation: _Reservation) -> None:
+    async def _replace_encoder(self, reservation: _Bundle) -> None:
         """Start another encoder on any node if that of the complete set was lost with its node.
 
         Ray places all lost bundles of a placement group together, so the encoder would wait for a GPU.
@@ -285,7 +285,7 @@ class Fleet:
             for name in lost:
                 self._listener.encoder_lost(name)
 
-    def _give_up_after_s(self, reservation: _Reservation) -> float:
+    def _give_up_after_s(self, reservation: _Bundle) -> float:
         """Return the seconds after which a slot without a node is given up."""
         if not reservation.actors:
             return WITHDRAW_AFTER_S
@@ -329,9 +329,9 @@ class Fleet:
         )
         self._groups.append(group)
         now = time.monotonic()
-        self._reservations += [_Reservation(slot, label, group, n, added, now) for n, (slot, label) in enumerate(slots)]
+        self._reservations += [_Bundle(slot, label, group, n, added, now) for n, (slot, label) in enumerate(slots)]
 
-    def _create_actors(self, reservation: _Reservation) -> None:
+    def _create_actors(self, reservation: _Bundle) -> None:
         place = PlacementGroupSchedulingStrategy(reservation.group, placement_group_bundle_index=reservation.bundle)
         if reservation.slot is None:
             name = self._config.encoder_name(next(self._encoder_numbers))
@@ -415,7 +415,7 @@ def _resources(slot: Slot | None) -> dict[str, float]:
     return {"CPU": slot.cpus, **({"GPU": 1} if slot.has_gpu else {})}
 
 
-def _reason(waiting: Sequence[_Reservation], placed: Sequence[_Reservation]) -> str:
+def _reason(waiting: Sequence[_Bundle], placed: Sequence[_Bundle]) -> str:
     """Return what these reservations wait for, what the cluster has, and what is not held by the `placed` ones."""
     needed, own = _total(waiting), _total(placed)
     in_cluster, available = ray.cluster_resources(), ray.available_resources()
@@ -433,7 +433,7 @@ def _reason(waiting: Sequence[_Reservation], placed: Sequence[_Reservation]) -> 
     return reason
 
 
-def _total(reservations: Sequence[_Reservation]) -> dict[str, float]:
+def _total(reservations: Sequence[_Bundle]) -> dict[str, float]:
     """Return the resources of all these reservations."""
     total: dict[str, float] = {}
     for reservation in reservations:
@@ -450,7 +450,7 @@ def _data_steps() -> str:
     return f", among them the steps of data sets: {listed}" if listed else ""
 
 
-def _could_hold(node: Mapping[str, Any], reservation: _Reservation) -> bool:
+def _could_hold(node: Mapping[str, Any], reservation: _Bundle) -> bool:
     """Return whether the node could hold the reservation if nothing else ran there."""
     has_label = reservation.label is None or node["Labels"].get(reservation.label[0]) == reservation.label[1]
     needed = _resources(reservation.slot)

@@ -48,7 +48,7 @@ class Loss(Enum):
     """The process is still there. Only the connection was interrupted."""
 
 
-class Process(NamedTuple, Generic[P]):
+class Candidate(NamedTuple, Generic[P]):
     """A process that could run the call."""
 
     key: P
@@ -64,7 +64,7 @@ class AttemptFailed(Exception):
     """
 
     def __init__(
-        self, kind: Kind, failure: Failure, process: Process[Any], loss: Callable[[], Awaitable[Loss]] | None = None
+        self, kind: Kind, failure: Failure, process: Candidate[Any], loss: Callable[[], Awaitable[Loss]] | None = None
     ) -> None:
         self.kind = kind
         self.failure = failure
@@ -92,7 +92,7 @@ class InputsLost(Exception):
 
 async def run_with_retries(
     attempt: Callable[[frozenset[P], bool], Awaitable[R]],
-    candidates: Callable[[], Sequence[Process[P]]],
+    candidates: Callable[[], Sequence[Candidate[P]]],
     report: Callable[[AttemptFailed, bool], None],
     *,
     limit: int,
@@ -159,7 +159,9 @@ async def _is_own(failed: AttemptFailed) -> bool:
     return failed.loss is None or await failed.loss() is Loss.CRASH
 
 
-def _next(failed: Sequence[AttemptFailed], suspect: bool, candidates: Sequence[Process[P]], limit: int) -> frozenset[P] | None:
+def _next(
+    failed: Sequence[AttemptFailed], suspect: bool, candidates: Sequence[Candidate[P]], limit: int
+) -> frozenset[P] | None:
     """Return the processes that the next attempt avoids. `None`: no further attempt."""
     tried = {each.process.key for each in failed}
     nodes = {each.process.node for each in failed}

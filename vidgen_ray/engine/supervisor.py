@@ -28,7 +28,7 @@ NODE_SHARE = 0.5
 
 
 @dataclass(slots=True)
-class _Record:
+class _History:
     node: str | None = None
     failed_shots: list[Hashable] = field(default_factory=list)
     """Shots that failed in a row, in order, without repetition."""
@@ -41,7 +41,7 @@ class ProcessHealth:
     """Failure records of the processes of one engine. A process is any hashable object."""
 
     def __init__(self) -> None:
-        self._records: defaultdict[Hashable, _Record] = defaultdict(_Record)
+        self._records: defaultdict[Hashable, _History] = defaultdict(_History)
         self._in_doubt: set[Hashable] = set()
         """Shots that have failed and are tried again elsewhere, so that it is not known yet whether they are wrong."""
 

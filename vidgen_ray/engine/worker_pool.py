@@ -21,7 +21,7 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
 from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.retries import AttemptFailed, Kind, Process, ShotFailed, run_with_retries
+from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind, ShotFailed, run_with_retries
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
 from vidgen_ray.engine.status import EngineObserver, Progress, StageStatus
 from vidgen_ray.engine.supervisor import Supervisor
@@ -177,7 +177,7 @@ class WorkerPool:
             else:
                 self._supervisor.discard_failure(client, requested.order)
 
-        def candidates() -> Sequence[Process[WorkerState]]:
+        def candidates() -> Sequence[Candidate[WorkerState]]:
             holders = self._scheduler.holders(requested.stage)
             return [_process(worker) for worker in holders if worker.live or self._is_starting(worker)]
 
@@ -404,5 +404,5 @@ def _ignore_error(call: asyncio.Future[Any]) -> None:
         call.exception()
 
 
-def _process(worker: WorkerState) -> Process[WorkerState]:
-    return Process(worker, worker.node, worker.spec.gpu_gb)
+def _process(worker: WorkerState) -> Candidate[WorkerState]:
+    return Candidate(worker, worker.node, worker.spec.gpu_gb)

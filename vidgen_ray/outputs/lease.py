@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.storage import LocalStorage, Storage
@@ -64,19 +64,6 @@ class Holder(NamedTuple):
         return None if process is None else process.is_running()
 
 
-class LeaseFile(Protocol):
-    """The stored form of a lease that this process has taken."""
-
-    name: str
-    """File name in the output folder."""
-
-    def refresh(self) -> bool:
-        """Refresh the lease. Return False, and write nothing, if it is no longer the lease of this run. Raises OSError."""
-
-    def release(self) -> None:
-        """Delete the lease if it is still the lease of this run. Raises OSError."""
-
-
 class Lease:
     """Lease of an output folder, held by this process.
 
@@ -84,7 +71,7 @@ class Lease:
     After a process was suspended, `check` and `is_lost` notice it before that thread does.
     """
 
-    def __init__(self, url: str, file: LeaseFile, taken: float) -> None:
+    def __init__(self, url: str, file: _LeaseOnDisk | _LeaseObject, taken: float) -> None:
         """Take the time of the last write to `file` as `taken`, by `time.monotonic`, measured before the write."""
         self.lost = threading.Event()
         self.name = file.name
@@ -146,7 +133,7 @@ def lease(storage: Storage, run: str) -> Iterator[Lease]:
             file.release()
 
 
-def _take(storage: Storage, run: str) -> LeaseFile:
+def _take(storage: Storage, run: str) -> _LeaseOnDisk | _LeaseObject:
     since = datetime.now(UTC).isoformat(timespec="seconds")
     holder = Holder(run, os.uname().nodename, str(this_process()), since, secrets.token_hex(8), 0)
     if not isinstance(storage, LocalStorage):
@@ -173,6 +160,7 @@ class _LeaseOnDisk:
         storage.write(self.name, holder.to_json())
 
     def refresh(self) -> bool:
+        """Refresh the lease. Return False, and write nothing, if it is no longer the lease of this run. Raises OSError."""
         if not self._is_ours():
             return False
         try:
@@ -183,6 +171,7 @@ class _LeaseOnDisk:
         return True
 
     def release(self) -> None:
+        """Delete the lease if it is still the lease of this run. Raises OSError."""
         if self._is_ours():
             self._storage.delete(self.name)
 
@@ -240,6 +229,7 @@ class _LeaseObject:
         return stored.version if stored and holder and holder.token == self._holder.token else None
 
     def refresh(self) -> bool:
+        """Refresh the lease. Return False if it is no longer the lease of this run. Raises OSError."""
         self._holder = self._holder._replace(refreshes=self._holder.refreshes + 1)
         # The condition also fails if this is the second attempt of a request whose response was lost.
         version = self._storage.replace(self.name, self._holder.to_json(), self._version) or self._version_if_ours()
@@ -247,6 +237,7 @@ class _LeaseObject:
         return version is not None
 
     def release(self) -> None:
+        """Delete the lease if it is still the lease of this run. Raises OSError."""
         if self._version_if_ours():
             self._storage.delete(self.name)
 

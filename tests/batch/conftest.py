@@ -1,0 +1,70 @@
+"""An engine in this process, for tests of what is around it: lines, finished shots, order, manifest and commands."""
+
+import asyncio
+from contextlib import nullcontext
+
+import pytest
+
+from vidgen_ray.batch import director
+from vidgen_ray.engine.engine import Engine
+from vidgen_ray.engine.retries import Kind, ShotFailed
+from vidgen_ray.engine.status import Snapshot
+from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.pipeline import VideoGenerationPipeline
+
+
+class InProcessEngine(Engine):
+    """Renders one shot after another with the library and the stages of the run, without actors of Ray."""
+
+    fatal_failure = None
+
+    def __init__(self, config, layout, *_):
+        self._layout = layout
+        self._pipeline = VideoGenerationPipeline(
+            config.profile, config.outputs._root, keep_stages=config.keep_stages, cache=config.cache.mode
+        )
+        self._pipeline._stages = self._stages
+        self._config = config
+        self._turn = asyncio.Lock()
+
+    def _stages(self, classes, shot):
+        loaded = self._pipeline._loaded
+        for stage in classes:
+            if stage.name not in loaded:
+                loaded[stage.name] = self._config.stages[stage.name](self._config.profile.params(stage))
+                loaded[stage.name].load()
+        return [loaded[stage.name] for stage in classes]
+
+    async def start(self, labels):
+        pass
+
+    async def stop(self):
+        self._pipeline.close()
+
+    def announce(self, plan):
+        pass
+
+    withdraw = announce
+
+    def snapshot(self):
+        return Snapshot({}, None, 0)
+
+    async def run(self, plan, on_admitted):
+        async with self._turn:
+            on_admitted()
+            try:
+                return await asyncio.to_thread(self._pipeline._render_planned, plan)
+            except StepFailed as failed:
+                raise ShotFailed(failed.failure(), Kind.INPUT) from None
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    """Let a run connect to no Ray."""
+    monkeypatch.setattr(director, "connected", lambda *_: nullcontext())
+    monkeypatch.setattr(director, "expect_gpus", lambda _: None)
+
+
+@pytest.fixture
+def in_process(without_ray, monkeypatch):
+    monkeypatch.setattr(director, "Engine", InProcessEngine)
