@@ -193,8 +193,8 @@ def _write_shots(folder: Path, profile: Any, checker: Any, outputs: Any, numbers
 
 
 def load_finished_shots(folder: Path, script: Path, out: str) -> Measured:
-    from vidgen_ray.outputs.finished import FinishedShots
     from vidgen_ray.outputs.folder import OutputFolder
+    from vidgen_ray.outputs.manifest import FinishedShots
 
     started = time.perf_counter()
     FinishedShots.load(OutputFolder(out))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
-from vidgen_ray.engine.chunks import MAX_CHUNKS_AHEAD
+from vidgen_ray.engine.calls import MAX_CHUNKS_AHEAD
 from vidgen_ray.engine.scheduler import CHUNK_LOAD, Scheduler, Work, WorkerState
 from vidgen_ray.graph import STAGES
 from vidgen_ray.planner.layout import WorkerSpec

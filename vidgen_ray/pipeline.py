@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.cache_writer import CacheMode, cache_settings
-from vidgen_ray.engine.chunks import chunk_frames_of, chunk_unit, clip_chunks, join_records
+from vidgen_ray.engine.calls import chunk_frames_of, chunk_unit, clip_chunks, join_records
 from vidgen_ray.engine.oom_fallback import OomFallback, free_gpu_memory, prepare_gpu
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_runner import (

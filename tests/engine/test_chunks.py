@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from vidgen_ray import graph
-from vidgen_ray.engine.chunks import chunk_result_bytes, chunk_unit, clip_chunks, join_records
+from vidgen_ray.engine.calls import chunk_result_bytes, chunk_unit, clip_chunks, join_records
 from vidgen_ray.outputs.records import StepRecord
 from vidgen_ray.stages.base import ChunkedStage, StageParams
 from vidgen_ray.stages.realesrgan import RealESRGANStage

@@ -9,9 +9,8 @@ import pytest
 from tests.outputs.test_outputs import commit, failed, write
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.outputs import manifest
-from vidgen_ray.outputs.finished import FinishedShots
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.manifest import ManifestRow
+from vidgen_ray.outputs.manifest import FinishedShots, ManifestRow
 from vidgen_ray.outputs.object_storage import ObjectStorage
 from vidgen_ray.outputs.records import SHARD, shot_path
 from vidgen_ray.shot import derive_id

@@ -24,8 +24,8 @@ from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import FieldError, MissingWeights, ScriptError, SetupError, VidgenError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.licences import ShotLicences
-from vidgen_ray.outputs.finished import FinishedShots, id_is_taken
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest import FinishedShots, id_is_taken
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.check import LineChecker

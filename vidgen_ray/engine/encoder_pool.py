@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
-from vidgen_ray.engine.calls import OUTPUT, CallResult
-from vidgen_ray.engine.chunks import join_records
+from vidgen_ray.engine.calls import OUTPUT, CallResult, join_records
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind, ShotFailed, run_with_retries
 from vidgen_ray.engine.status import EngineObserver

@@ -15,7 +15,7 @@ import ray
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorClient
-from vidgen_ray.engine.chunks import MAX_CHUNKS_AHEAD, chunk_frames_of, chunk_result_bytes
+from vidgen_ray.engine.calls import MAX_CHUNKS_AHEAD, chunk_frames_of, chunk_result_bytes
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder_pool import EncoderPool
 from vidgen_ray.engine.fleet import Fleet, MoreSlots

@@ -13,8 +13,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine.calls import OUTPUT, group_chunked_steps, group_steps
-from vidgen_ray.engine.chunks import chunk_unit, clip_chunks, ordered_window
+from vidgen_ray.engine.calls import OUTPUT, chunk_unit, clip_chunks, group_chunked_steps, group_steps, ordered_window
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder_pool import ClipChunks, EncoderPool, ProcessedChunk
 from vidgen_ray.engine.retries import InputsLost, Kind, ShotFailed

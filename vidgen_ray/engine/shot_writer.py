@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vidgen_ray.content_keys import FILE_FIELDS, FILES_FIELDS, ShotPlan
-from vidgen_ray.engine.chunks import CLIP_FILES
+from vidgen_ray.engine.calls import CLIP_FILES
 from vidgen_ray.engine.step_runner import with_images
 from vidgen_ray.errors import MediaError
 from vidgen_ray.graph import chunked_stages_of, clip_length, file_sizes, stages_of

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from vidgen_ray.engine.chunks import CLIP_FILES
+from vidgen_ray.engine.calls import CLIP_FILES
 from vidgen_ray.graph import file_sizes
 from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateVideo

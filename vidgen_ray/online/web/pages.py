@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from zipstream import ZipStream
 
-from vidgen_ray.engine.chunks import CLIP_FILES
+from vidgen_ray.engine.calls import CLIP_FILES
 from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.media import image_size
 from vidgen_ray.online.api_error import ApiError, not_found
