@@ -172,8 +172,7 @@ class RunResults:
 
     def _failed(self, line: Line, failure: Failure) -> ManifestRow:
         row = ManifestRow.of_shot(self._run, line.script, line.shot, line.script_line, failure, "failed")
-        fields = line.shot.model_dump(mode="json")
-        self._enter(row, FailedLine(line.shot.id or "", line.script, line.script_line, fields, failure), line.replaces)
+        self._enter(row, FailedLine.of_shot(line.shot, line.script, line.script_line, failure), line.replaces)
         return row
 
     def _enter(self, row: ManifestRow, failed: FailedLine | None, replaces: str | None) -> None:

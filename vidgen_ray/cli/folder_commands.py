@@ -1,9 +1,11 @@
-"""Commands about an output folder: `vidgen status`, `gc`, `prune` and `watch`."""
+"""Commands about an output folder: `vidgen status`, `verify`, `gc`, `prune` and `watch`."""
 
 from __future__ import annotations
 
 import json
 import socket
+import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +14,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vidgen_ray.cli.options import DryRunOption, JsonOption, OutArgument, check_out
+from vidgen_ray.cli.options import AddressOption, DryRunOption, GpusOption, JsonOption, OutArgument, check_out
+from vidgen_ray.cli.run_script import ProfileOfLastRunOption, render_again
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.cleanup import GRACE_S, collect_garbage
 from vidgen_ray.outputs.cleanup import prune as remove_replaced
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest_writer import to_utf8
 from vidgen_ray.outputs.storage import storage_at
+from vidgen_ray.outputs.verify import VerifyReport
+from vidgen_ray.outputs.verify import verify as verify_folder
 from vidgen_ray.report.overview import ListedShot, Overview, overview
 
 HOST = "127.0.0.1"
@@ -89,6 +95,50 @@ def gc(out: OutArgument, dry_run: DryRunOption = False, as_json: JsonOption = Fa
         typer.echo(f"{report.left_young} younger than {GRACE_S / 60:.0f} minutes kept, because they may still be in use")
 
 
+def verify(
+    out: OutArgument = "out",
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="Delete damaged shots and cache entries, and render these shots again as the last run did, like vidgen retry.",
+        ),
+    ] = False,
+    profile: ProfileOfLastRunOption = None,
+    address: AddressOption = None,
+    gpus: GpusOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read every file of an output folder, and name those that are damaged or missing. Exits with code 1 if there are any."""
+    outputs = OutputFolder(out)
+    with Console(stderr=True).status(f"Reading {outputs.url}"):
+        report = verify_folder(outputs, repair=repair)
+    if as_json:
+        found = {name: getattr(report, name) for name in ("shots", "bytes", "cache_entries")}
+        damaged = [damage._asdict() for damage in report.damaged]
+        typer.echo(json.dumps({**found, "damaged": damaged, "render_again": sorted(report.scripts)}))
+    else:
+        _print_damage(report)
+    if repair and report.lines:
+        lines = "".join(f"{line.as_json('verify')}\n" for line in report.lines)
+        # With --json, standard output has the report above only.
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            render_again(out, to_utf8(lines), profile, address, gpus, as_json=as_json)
+    if report.damaged and (not repair or report.scripts):
+        raise typer.Exit(1)
+
+
+def _print_damage(report: VerifyReport) -> None:
+    for damage in report.damaged:
+        typer.echo(f"{damage.path}: {damage.problem}")
+    read = f"{report.shots:,} shots with {_size(report.bytes)} and {report.cache_entries:,} cache entries"
+    typer.echo(f"{read} read, {len(report.damaged):,} files damaged or missing")
+    for script in sorted(report.scripts):
+        typer.echo(f"Some of its lines have no record any more, render it again: {script}")
+    if report.damaged:
+        typer.echo("vidgen verify --repair deletes what is damaged and renders it again")
+
+
 def prune(out: OutArgument, dry_run: DryRunOption = False, as_json: JsonOption = False) -> None:
     """Remove the shots of lines that their script no longer has."""
     report = remove_replaced(OutputFolder(out), dry_run=dry_run)
@@ -128,4 +178,4 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
-COMMANDS = (status, gc, prune, watch)
+COMMANDS = (status, verify, gc, prune, watch)

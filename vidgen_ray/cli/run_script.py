@@ -45,6 +45,7 @@ from vidgen_ray.licences import ShotLicences, UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run, setting_of_last_run
 from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.outputs.manifest_writer import FILE
+from vidgen_ray.planner import Cluster
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.script.lines import Line, ScriptSettings
@@ -111,6 +112,9 @@ def script_licences(lines: Iterable[Line], profile: Profile, outputs: OutputFold
 
 
 RESUME = "Run the same command to resume."
+ProfileOfLastRunOption = Annotated[
+    str | None, typer.Option("--profile", "-p", help=f"{PROFILE_HELP} Default: that of the last run in the folder.")
+]
 
 
 @contextmanager
@@ -202,9 +206,7 @@ def render(
 
 def retry(
     out: OutArgument = "out",
-    profile: Annotated[
-        str | None, typer.Option("--profile", "-p", help=f"{PROFILE_HELP} Default: that of the last run in the folder.")
-    ] = None,
+    profile: ProfileOfLastRunOption = None,
     address: AddressOption = None,
     gpus: GpusOption = None,
     consent: ConsentOption = None,
@@ -214,13 +216,33 @@ def retry(
     --cache, --cache-gb, --replace, --attempts, --seed and --until.
     """
     outputs = OutputFolder(out)
+    lines = outputs.storage.read(FILE)
+    if lines is None:
+        raise SetupError(f"{outputs.url}: no line has failed, there is no {FILE}")
+    render_again(out, lines, profile, address, gpus, consent, as_json=as_json)
+
+
+def render_again(
+    out: str,
+    lines: bytes,
+    profile: str | None,
+    address: str | None,
+    gpus: Cluster | None,
+    consent: str | None = None,
+    *,
+    as_json: bool,
+) -> None:
+    """Render lines in the format of `failures.jsonl` with the settings of the last run. `profile`: in place of its profile."""
+    outputs = OutputFolder(out)
     chosen = load_profile(profile) if profile else _last_profile(outputs)
     chosen = chosen.with_provenance(setting_of_last_run(outputs, "provenance", ProvenanceSettings))
-    with _failed_lines(outputs) as script:
-        last = _last_options(outputs)
+    last = _last_options(outputs)
+    options = RenderOptions(address=address, cluster=gpus, **last.model_dump(exclude={"run_seed", "changes"}))
+    with TemporaryDirectory(prefix="vidgen-retry-") as folder:
+        script = Path(folder) / FILE
+        script.write_bytes(lines)
         fields = with_consent({}, consent)
         settings = ScriptSettings(script, last.run_seed, fields, chosen.defaults, last.changes, policy=chosen.policy)
-        options = RenderOptions(address=address, cluster=gpus, **last.model_dump(exclude={"run_seed", "changes"}))
         run_script(settings, chosen, out, options, as_json=as_json)
 
 
@@ -310,17 +332,3 @@ def _last_options(outputs: OutputFolder) -> RecordedOptions:
         return RecordedOptions.model_validate(read_last_run(outputs)["options"])
     except (ValueError, KeyError, TypeError):
         return RecordedOptions()
-
-
-@contextmanager
-def _failed_lines(outputs: OutputFolder) -> Iterator[Path]:
-    """Yield the file of failed lines, as a script. Raises SetupError if no line has failed."""
-    lines = outputs.storage.read(FILE)
-    if lines is None:
-        raise SetupError(f"{outputs.url}: no line has failed, there is no {FILE}")
-    if outputs.storage.local is not None:
-        yield outputs.storage.local / FILE
-        return
-    with TemporaryDirectory(prefix="vidgen-retry-") as folder:
-        (Path(folder) / FILE).write_bytes(lines)
-        yield Path(folder) / FILE

@@ -41,6 +41,7 @@ from vidgen_ray.outputs.manifest import (
 )
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.outputs.storage import Storage
+from vidgen_ray.shot import Shot
 
 FILE = "failures.jsonl"
 """The failed lines, as a script that can be rendered again. The field `failure` of each line has the reason."""
@@ -284,6 +285,13 @@ class FailedLine:
     """Line number in that script, from 1."""
     fields: dict[str, Any]
     failure: Failure
+
+    @classmethod
+    def of_shot(cls, shot: Shot, script: str, line: int | None, failure: Failure) -> FailedLine:
+        """Return the line that renders a shot again."""
+        # The start frame of a continued shot is found again.
+        fields = shot.model_dump(mode="json") | ({} if shot.continue_from is None else {"image": None})
+        return cls(shot.id or "", script, line, fields, failure)
 
     def as_json(self, run: str) -> str:
         """Return the line of `failures.jsonl`, without the newline."""

@@ -27,10 +27,7 @@ class StageCache:
         with self._storage.local_folder(_entry(key)) as entry:
             if entry is None:
                 return None
-            try:
-                artefacts = _read_artefacts(entry)
-            except (MediaError, OSError, ValueError, KeyError):
-                artefacts = Artefacts()
+            artefacts = _read_entry(entry)
         if set(names) <= set(artefacts):
             return artefacts
         self.drop([key])
@@ -39,6 +36,11 @@ class StageCache:
     def has(self, key: str) -> bool:
         """Return whether there is an entry, which may be damaged."""
         return self._storage.has_folder(_entry(key))
+
+    def is_readable(self, key: str) -> bool:
+        """Return whether an entry has an artefact, and all of its files can be decoded."""
+        with self._storage.local_folder(_entry(key)) as entry:
+            return entry is not None and bool(_read_entry(entry))
 
     @contextmanager
     def local_entry(self, key: str) -> Iterator[Path | None]:
@@ -82,6 +84,14 @@ def _write_artefacts(folder: Path, artefacts: Artefacts) -> None:
         (folder / "clip_likeness.json").write_text(likeness_to_json(artefacts["clip_likeness"]))
     if "frames" in artefacts:
         encode_lossless(folder / "frames.mkv", artefacts["frames"], fps=1)
+
+
+def _read_entry(folder: Path) -> Artefacts:
+    """Return the artefacts of an entry. None if one of its files is damaged."""
+    try:
+        return _read_artefacts(folder)
+    except (MediaError, OSError, ValueError, KeyError):
+        return Artefacts()
 
 
 def _read_artefacts(folder: Path) -> Artefacts:
