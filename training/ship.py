@@ -20,15 +20,7 @@ from torch import Tensor
 
 from training.wan import pipeline
 from vidgen_ray.nets.identity_networks import NET_FOLDER, PROJECTION, PROJECTION_FILE
-from vidgen_ray.weights.demo_family import (
-    COMPACT_WEIGHTS,
-    SCALE,
-    SHARED_WITH_FLUX,
-    SHIPPED,
-    WHOLE_WEIGHTS,
-    is_spatial,
-    per_channel,
-)
+from vidgen_ray.weights.builtin import COMPACT_WEIGHTS, SCALE, SHARED_WITH_FLUX, SHIPPED, WHOLE_WEIGHTS, is_spatial, per_channel
 
 LORAS = ("ada.safetensors", "sketch.safetensors")
 AS_THEY_ARE = {

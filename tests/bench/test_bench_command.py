@@ -5,8 +5,8 @@ import json
 import pytest
 
 from vidgen_ray.bench import bench_command as cli_bench
-from vidgen_ray.bench import random_networks, stage_bench
-from vidgen_ray.bench.random_networks import random_model, random_pipeline
+from vidgen_ray.bench import published_models, stage_bench
+from vidgen_ray.bench.published_models import random_model, random_pipeline
 from vidgen_ray.bench.stage_bench import BenchOptions, bench_stages, write_lora
 from vidgen_ray.cli import main
 from vidgen_ray.graph import relative_costs
@@ -155,7 +155,7 @@ def test_bench_with_random_weights_replaces_the_networks_and_marks_the_results(c
 def test_bench_with_random_weights_needs_no_files(cache, capsys, monkeypatch):
     """The reference is one to weights that are not on this machine. The published networks are replaced by tiny ones."""
     networks = random_model("builtin:tiny/svd", None).networks
-    monkeypatch.setattr(random_networks, "NETWORKS", {f"svd/{name}": network for name, network in networks.items()})
+    monkeypatch.setattr(published_models, "NETWORKS", {f"svd/{name}": network for name, network in networks.items()})
     monkeypatch.setattr(cli_bench, "load_profile", lambda name: with_published_weights(load_profile(name)))
     assert main(["bench", "-p", "tiny", "--weights", "random", "--quick", "--stage", "svd", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["stages"]
@@ -163,8 +163,8 @@ def test_bench_with_random_weights_needs_no_files(cache, capsys, monkeypatch):
 
 
 def test_full_size_that_does_not_fit_is_refused_before_it_is_built(cache, capsys, monkeypatch):
-    monkeypatch.setattr(random_networks, "free_bytes", lambda device: 2**30)
-    monkeypatch.setattr(random_networks, "_draw_weights", lambda *args: pytest.fail("allocated"))
+    monkeypatch.setattr(published_models, "free_bytes", lambda device: 2**30)
+    monkeypatch.setattr(published_models, "_draw_weights", lambda *args: pytest.fail("allocated"))
     monkeypatch.setattr(cli_bench, "load_profile", lambda name: with_published_weights(load_profile(name)))
     assert main(["bench", "-p", "tiny", "--weights", "random", "--quick", "--stage", "svd", "--no-save"]) == 4
     assert "svd: not measured: the weights need 8.4 GB of host memory, 1 GB are free" in capsys.readouterr().err

@@ -4,8 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vidgen_ray.bench import random_networks
-from vidgen_ray.bench.random_networks import check_shot_memory, empty_network, published_networks, random_model, random_pipeline
+from vidgen_ray.bench import published_models
+from vidgen_ray.bench.published_models import (
+    check_shot_memory,
+    empty_network,
+    published_networks,
+    random_model,
+    random_pipeline,
+)
 from vidgen_ray.errors import SetupError
 from vidgen_ray.stages.flux_model import FluxParams
 from vidgen_ray.stages.svd import SVDParams, SVDStage
@@ -51,7 +57,7 @@ def test_networks_that_flux_quantizes_or_keeps_on_the_host_are_built_there():
     components = ("transformer", "text_encoder_2", "vae")
 
     def places(**changes):
-        return [random_networks._place(name, FluxParams(**options, **changes)) for name in components]
+        return [published_models._place(name, FluxParams(**options, **changes)) for name in components]
 
     assert places() == ["cuda", "cuda", "cuda"]
     assert places(quantize="fp8_storage", text_encoder="cpu") == ["cpu", "cpu", "cuda"]
@@ -66,8 +72,8 @@ def test_shot_that_does_not_fit_on_the_gpu_is_refused(monkeypatch, make_shot):
     params = SVDParams(weights="unused", dtype="float16", device="cuda")
     shot = make_shot(width=1024, height=576, num_frames=25)
     needed = SVDStage.memory(params, shot).total
-    monkeypatch.setattr(random_networks, "free_bytes", lambda device: needed)
+    monkeypatch.setattr(published_models, "free_bytes", lambda device: needed)
     check_shot_memory(SVDStage, params, shot)
-    monkeypatch.setattr(random_networks, "free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(published_models, "free_bytes", lambda device: needed - 1)
     with pytest.raises(SetupError, match=r"1024x576 with 25 frames needs \S+ GB of GPU memory, \S+ GB are free; use a smaller"):
         check_shot_memory(SVDStage, params, shot)

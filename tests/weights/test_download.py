@@ -12,8 +12,7 @@ from tests.weights.hub_server import running_hub
 from vidgen_ray.errors import SetupError
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import download, resolve
-from vidgen_ray.weights.download import Hub, pull, pull_all
-from vidgen_ray.weights.published_files import PUBLISHED, PublishedFile, RemoteFile
+from vidgen_ray.weights.download import PUBLISHED, Hub, PublishedFile, RemoteFile, pull, pull_all
 
 SVD, FLUX = "hub:stabilityai/stable-video-diffusion-img2vid-xt", "hub:black-forest-labs/FLUX.1-dev"
 UNET = "unet/diffusion_pytorch_model.safetensors"

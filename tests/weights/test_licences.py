@@ -4,7 +4,7 @@ import pytest
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.profile import builtin_profiles, load_profile
-from vidgen_ray.weights import BUILTIN, demo_family
+from vidgen_ray.weights import BUILTIN, builtin
 from vidgen_ray.weights.ledger import WeightLicence, licence_ledger, licence_of
 
 
@@ -15,7 +15,7 @@ def test_every_weight_of_a_builtin_profile_has_a_licence():
 
 
 def test_every_builtin_weight_has_a_licence():
-    names = [*BUILTIN, *demo_family.shipped_models()]
+    names = [*BUILTIN, *builtin.shipped_models()]
     assert [name for name in names if licence_of(f"builtin:{name}") is None] == []
 
 

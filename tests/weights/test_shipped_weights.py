@@ -12,13 +12,7 @@ from safetensors.torch import load_file
 
 from training.ship import compact
 from vidgen_ray.weights import resolve
-from vidgen_ray.weights.demo_family import (
-    COMPACT_WEIGHTS,
-    SHARED_WITH_FLUX,
-    SHIPPED,
-    WHOLE_WEIGHTS,
-    whole,
-)
+from vidgen_ray.weights.builtin import COMPACT_WEIGHTS, SHARED_WITH_FLUX, SHIPPED, WHOLE_WEIGHTS, whole
 
 MAX_BYTES = 32_000_000
 

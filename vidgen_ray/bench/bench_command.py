@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vidgen_ray.bench.random_networks import RandomModel, check_shot_memory, random_model, random_pipeline
+from vidgen_ray.bench.published_models import RandomModel, check_shot_memory, random_model, random_pipeline
 from vidgen_ray.bench.stage_bench import QUICK, BenchOptions, StageResult, bench_stages, write_lora
 from vidgen_ray.cli.options import JsonOption, ProfileOption, example
 from vidgen_ray.errors import SetupError, UsageError, VidgenError

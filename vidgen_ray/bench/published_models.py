@@ -1,4 +1,6 @@
-"""Architectures of the published weights: the config of each network, to build it at full size without its weights.
+"""Networks of the published models at full size, without their files: their configs, and random weights for measurements.
+
+Networks with random weights need as much time and memory as the published ones, and give meaningless images.
 
 The configs are in `published_networks.json`. Their sources:
 
@@ -18,10 +20,21 @@ modelscope/DiffSynth-Studio `diffsynth/models/qwen_image_text_encoder.py` (commi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vidgen_ray.errors import SetupError
+from vidgen_ray.planner.cluster import GB
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import Stage, StageParams, torch_dtype
+from vidgen_ray.stages.flux_model import T5, FluxParams
+from vidgen_ray.system.free_memory import free_bytes
+from vidgen_ray.system.model_files import PIPELINE_INDEX
+from vidgen_ray.weights import resolve
 
 if TYPE_CHECKING:
     import torch
@@ -72,3 +85,177 @@ def realesrgan_network(upscaler: str) -> Any:
         return SRVGGNetCompact(num_in_ch=3, num_out_ch=3, num_feat=64, num_conv=16, upscale=4, act_type="prelu")
     blocks = {"x4plus-anime": 6, "x4plus": 23}[upscaler]
     return RRDBNet(in_nc=3, out_nc=3, num_filters=64, num_blocks=blocks, scale=4)
+
+
+PUBLISHED = {
+    "black-forest-labs/FLUX.1-dev": ("flux", "builtin:tiny/flux"),
+    "black-forest-labs/FLUX.1-schnell": ("flux-schnell", "builtin:tiny/flux-schnell"),
+    "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers": ("hunyuan", "builtin:tiny/hunyuandit"),
+    "stabilityai/stable-video-diffusion-img2vid-xt": ("svd", "builtin:tiny/svd"),
+}
+"""Repository -> model in `NETWORKS`, and weights whose tokenizers and scheduler are like the published ones."""
+HUB_REFERENCE = re.compile(r"hub:(?P<repository>[^@:]+).*")
+
+
+@dataclass(frozen=True, slots=True)
+class RandomModel:
+    """Pipeline whose networks get random weights."""
+
+    weights: str
+    """Reference of weights on this machine with the tokenizers, the scheduler and other files."""
+    networks: Mapping[str, PublishedNetwork]
+    """Component of the pipeline -> network."""
+    is_published: bool
+    """The configs are the published ones, so the memory of a shot is known."""
+
+
+def random_model(reference: str, relative_to: Path | None) -> RandomModel:
+    """Return the model of a weight reference with the configs in its folder, or with the published ones without a folder.
+
+    Raises SetupError if there is no folder, and no published config is known.
+    """
+    try:
+        folder = resolve(reference, relative_to)
+    except SetupError as error:
+        match = HUB_REFERENCE.fullmatch(reference)
+        if match is None or match["repository"] not in PUBLISHED:
+            known = ", ".join(PUBLISHED)
+            raise SetupError(f"{error}; without files, random weights are known only for {known}") from None
+        model, weights = PUBLISHED[match["repository"]]
+        return RandomModel(weights, published_networks(model), True)
+    return RandomModel(str(folder), dict(_networks_in(folder)), False)
+
+
+def published_networks(model: str) -> dict[str, PublishedNetwork]:
+    """Return component -> network of a model of `NETWORKS`. `flux-schnell` has only a transformer of its own."""
+    family = model.partition("-")[0]
+    return {
+        name.partition("/")[2]: network
+        for part in (family, model)
+        for name, network in NETWORKS.items()
+        if name.startswith(f"{part}/")
+    }
+
+
+def _networks_in(folder: Path) -> Iterator[tuple[str, PublishedNetwork]]:
+    """Yield component and network of a folder of a diffusers pipeline."""
+    import diffusers
+    import torch
+    import transformers
+
+    try:
+        index = json.loads((folder / PIPELINE_INDEX).read_text("utf-8"))
+        for component, value in index.items():
+            library, class_name = value if isinstance(value, list) else ("", "")
+            module = {"diffusers": diffusers, "transformers": transformers}.get(library or "")
+            network_class: Any = getattr(module, class_name) if module else None
+            if network_class is not None and issubclass(network_class, torch.nn.Module):
+                config = json.loads((folder / component / "config.json").read_text("utf-8"))
+                config_name = network_class.config_class.__name__ if module is transformers else None
+                arguments = {name: value for name, value in config.items() if not name.startswith("_")}
+                yield component, PublishedNetwork(class_name, arguments, config_name)
+    except (OSError, ValueError, AttributeError) as error:
+        raise SetupError(f"{folder}: no configs of a diffusers pipeline: {error}") from None
+
+
+def random_pipeline(networks: Mapping[str, PublishedNetwork], params: StageParams) -> dict[str, Any]:
+    """Return component -> network with random weights in the precision of the stage, where the stage places it.
+
+    Weights are drawn on the device, without a copy in host memory. Raises SetupError, before it allocates weights, if they do
+    not fit into the free memory.
+    """
+    dtype = torch_dtype(params.dtype)
+    models = {component: empty_network(network) for component, network in networks.items()}
+    places = {component: _place(component, params) for component in networks}
+    needed: Counter[str] = Counter()
+    for component, model in models.items():
+        needed[places[component]] += sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    for device, size in needed.items():
+        _require_memory(size, device)
+    for component, model in models.items():
+        _draw_weights(model, dtype, places[component])
+    return models
+
+
+def _place(component: str, params: StageParams) -> str:
+    """Return the device on which a network is built. Networks that FLUX quantizes, or keeps on the host, are built there."""
+    if isinstance(params, FluxParams) and (
+        (component == "transformer" and params.quantize != "none") or (component == T5 and params.text_encoder != "gpu")
+    ):
+        return "cpu"
+    return params.device
+
+
+def _require_memory(size: int, device: str) -> None:
+    """Raise SetupError if less memory is free on the device. `size` is in bytes."""
+    free = free_bytes(device)
+    if size > free:
+        kind = "GPU" if device.startswith("cuda") else "host"
+        raise SetupError(
+            f"the weights need {size / GB:.3g} GB of {kind} memory, {free / GB:.3g} GB are free; "
+            "use a profile for smaller machines"
+        )
+
+
+def check_shot_memory(stage: type[Stage[Any]], params: StageParams, shot: Shot) -> None:
+    """Raise SetupError if a shot does not fit on the GPU with the published networks, as far as its memory is known."""
+    memory = stage.memory(params, shot)
+    if memory is None or not params.device.startswith("cuda"):
+        return
+    free = free_bytes(params.device)
+    if memory.total > free:
+        frames = f" with {shot.num_frames} frames" if "num_frames" in stage.reads else ""
+        raise SetupError(
+            f"{shot.width}x{shot.height}{frames} needs {memory.total / GB:.3g} GB of GPU memory, {free / GB:.3g} GB are free; "
+            "use a smaller --size, fewer --frames, or a profile for smaller cards"
+        )
+
+
+def empty_network(network: PublishedNetwork) -> Any:
+    """Build a network whose parameters take no memory (device `meta`). Its buffers have their values."""
+    import diffusers
+    import transformers
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        if network.config_name is None:
+            model = getattr(diffusers, network.class_name)(**network.config)
+        else:
+            config = getattr(transformers, network.config_name)(**network.config)
+            model = getattr(transformers, network.class_name)(config)
+    if network.config_name is not None:
+        # The block above has separated parameters that layers share.
+        model.tie_weights()
+    return model.eval()
+
+
+def _draw_weights(model: torch.nn.Module, dtype: torch.dtype, device: str) -> None:
+    """Replace the empty parameters by random ones on the device, and move the buffers there."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(0)
+    # Layers that share a parameter share the drawn one.
+    drawn: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in drawn:
+                values = torch.empty(parameter.shape, dtype=dtype, device=device)
+                _fill(values, name, generator)
+                drawn[id(parameter)] = torch.nn.Parameter(values, requires_grad=False)
+            module._parameters[name] = drawn[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device, dtype if buffer.is_floating_point() else buffer.dtype)
+
+
+def _fill(values: torch.Tensor, name: str, generator: torch.Generator) -> None:
+    """Fill a parameter so that layers keep the variance of their input, and results stay finite also in float16."""
+    if values.ndim > 1:
+        inputs = values[0].numel()
+        values.normal_(0, inputs**-0.5, generator=generator)
+    elif name == "weight":
+        values.fill_(1)
+    else:
+        values.zero_()

@@ -16,32 +16,20 @@ from filelock import FileLock
 from vidgen_ray.errors import SetupError
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.model_files import missing_files
-from vidgen_ray.weights import demo_family
+from vidgen_ray.weights import builtin
 
 DEFAULT_REVISION = "main"
-
-
-def _realesrgan(folder: Path) -> None:
-    from vidgen_ray.weights.packaged import build_realesrgan
-
-    build_realesrgan(folder)
-
-
-def _rife(folder: Path) -> None:
-    from vidgen_ray.weights.packaged import build_rife
-
-    build_rife(folder)
 
 
 BUILDER_VERSION = "1"
 """Part of the cached path. Raise it when a builder writes other weights."""
 
 BUILTIN: dict[str, tuple[Callable[[], str], Callable[[Path], None]]] = {
-    "realesrgan": (lambda: BUILDER_VERSION, _realesrgan),
-    "rife": (lambda: BUILDER_VERSION, _rife),
-    "demo/hunyuandit": (partial(demo_family.digest, "hunyuandit"), demo_family.build_hunyuandit),
-    "demo/svd": (partial(demo_family.digest, "svd"), demo_family.build_svd),
-    "demo/wan": (partial(demo_family.digest, "wan"), demo_family.build_wan),
+    "realesrgan": (lambda: BUILDER_VERSION, builtin.build_realesrgan),
+    "rife": (lambda: BUILDER_VERSION, builtin.build_rife),
+    "demo/hunyuandit": (partial(builtin.digest, "hunyuandit"), builtin.build_hunyuandit),
+    "demo/svd": (partial(builtin.digest, "svd"), builtin.build_svd),
+    "demo/wan": (partial(builtin.digest, "wan"), builtin.build_wan),
 }
 """Name -> (function that returns the version of the weights, builder).
 
@@ -81,7 +69,7 @@ def resolve(reference: str, relative_to: Path | None = None) -> Path:
 
 def _resolve_builtin(name: str) -> Path:
     """Return the path of shipped or built weights. Builds them if they are not in the cache."""
-    if name in (shipped := demo_family.shipped_models()):
+    if name in (shipped := builtin.shipped_models()):
         return shipped[name]
     builders = BUILTIN if name in BUILTIN else _builders()
     if name not in builders:

