@@ -2,33 +2,18 @@
 
 from fractions import Fraction
 
-import pytest
-
-from vidgen_ray.film.film_settings import FilmSettings, PixelSize, ShotSettings
-from vidgen_ray.film.timeline import SAMPLE_RATE, Clip, ClipSource, build_timeline
+from vidgen_ray.film.film_settings import ChosenShot, Clip, FilmSettings, PixelSize, ShotSettings
+from vidgen_ray.film.timeline import SAMPLE_RATE, build_timeline
 
 
-def source(frames=10, fps=5, size=(64, 48), **settings) -> ClipSource:
-    return ClipSource("s", "s.mp4", "", Clip(PixelSize(*size), Fraction(fps), frames, False, b"h"), ShotSettings(**settings))
+def source(frames=10, fps=5, size=(64, 48), **settings) -> ChosenShot:
+    clip = Clip(PixelSize(*size), Fraction(fps), frames, False, b"h")
+    return ChosenShot("s", ShotSettings(**settings), path="s.mp4", clip=clip)
 
 
 def test_size_and_rate_are_those_of_most_clips():
     timeline = build_timeline([source(size=(32, 32), fps=9), source(), source()], FilmSettings())
     assert (timeline.size, timeline.fps) == (PixelSize(64, 48), 5)
-
-
-@pytest.mark.parametrize(
-    ("settings", "frames", "stretch"),
-    [
-        ({}, 48, 1),
-        ({"duration_s": 3}, 72, 1),
-        ({"duration_s": 0.5}, 12, 1),
-        ({"duration_s": 3, "fit": "slow"}, 72, Fraction(3, 2)),
-    ],
-)
-def test_duration_of_a_clip(settings, frames, stretch):
-    (item,) = build_timeline([source(**settings)], FilmSettings(fps=24)).items
-    assert (item.frames, item.stretch) == (frames, stretch)
 
 
 def test_narration_keeps_the_shot_on_screen_until_it_ends():

@@ -82,11 +82,11 @@ Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1, max_length=2000)]
 
 
-class _Section(BaseModel):
+class _FilmModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ShotSettings(_Section):
+class ShotSettings(_FilmModel):
     """Settings of one shot in a film. Also read from the fields of this name in the `metadata` of the shot."""
 
     caption: Text | None = Field(None, description="Text shown while the shot is on screen.")
@@ -112,7 +112,7 @@ class FilmEntry(ShotSettings):
         return self
 
 
-class FilmSettings(_Section):
+class FilmSettings(_FilmModel):
     """Description of a film. Relative paths in a file are relative to its folder."""
 
     title: Text | None = Field(None, description="Text of a title card at the start. Also the title in the file's metadata.")
@@ -232,6 +232,21 @@ class Candidate(NamedTuple):
     """Why the shot is not finished, if it is known."""
 
 
+class Clip(NamedTuple):
+    """Properties of a video file."""
+
+    size: PixelSize
+    fps: Fraction
+    frames: int
+    has_sound: bool
+    header: bytes | None
+    """H.264 parameter sets. Clips with the same header can be joined by copying packets. `None` if that is impossible."""
+
+    @property
+    def seconds(self) -> Fraction:
+        return self.frames / self.fps
+
+
 class ChosenShot(NamedTuple):
     """A title card, or a finished shot with the file to show."""
 
@@ -239,12 +254,18 @@ class ChosenShot(NamedTuple):
     """Id of the shot, or `title card N`."""
     settings: ShotSettings
     title: str | None = None
+    """Text of a title card."""
     path: str | None = None
-    """Clip or image, relative to the output folder."""
+    """Clip or image, relative to the output folder. `None` for a title card."""
     sha256: str = ""
     is_clip: bool = False
     scene: str | None = None
     """Title of the scene."""
+    clip: Clip | None = None
+    """Properties of the clip, once they have been read."""
+    speech: str | None = None
+    """Path of the sound file with the spoken narration."""
+    speech_s: float = 0.0
 
 
 def manifest_candidates(storage: Storage) -> list[Candidate]:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from vidgen_ray.errors import UsageError
 from vidgen_ray.film.film_settings import Candidate, ChosenShot, FilmSettings, choose_shots, manifest_candidates
 from vidgen_ray.film.picture import check_texts
-from vidgen_ray.film.pieces import PieceFolder, content_key, plan_pieces, render_pieces, write_film
+from vidgen_ray.film.pieces import content_key, keep_only, plan_pieces, render_pieces, write_film
 from vidgen_ray.film.sound import plan_tracks, sound_key, speaker, write_sound
-from vidgen_ray.film.timeline import ClipSource, FilmTimeline, build_timeline, probe_clip, sound_seconds
+from vidgen_ray.film.timeline import FilmTimeline, build_timeline, probe_clip, sound_seconds
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder, setting_of_last_run
 from vidgen_ray.provenance.record import (
@@ -134,7 +134,7 @@ def make_film(
         encode = setting_of_last_run(outputs, "encode", Mp4Settings) or Mp4Settings()
         settings = settings.model_copy(update={"encode": encode})
     chosen = choose_shots(outputs, settings, candidates, ids, skip_missing=skip_missing)
-    folder = PieceFolder(path.with_name(f"{path.stem}.pieces"))
+    folder = path.with_name(f"{path.stem}.pieces")
     sources, inputs = _sources(outputs, chosen, on_progress)
     sources, spoken = _with_speech(sources, settings, folder, on_progress)
     timeline = build_timeline(sources, settings)
@@ -149,7 +149,7 @@ def make_film(
         pieces, timeline, settings, folder, open_clip, lambda done: on_progress("Rendering", done, len(pieces))
     )
     tracks = plan_tracks(timeline, settings, open_clip, narration_s)
-    sound = folder.path(f"{sound_key(tracks, timeline, settings)}.m4a") if tracks else None
+    sound = folder / f"{sound_key(tracks, timeline, settings)}.m4a" if tracks else None
     if sound is not None and not sound.exists():
         on_progress("Mixing the sound", 0, 1)
         write_sound(sound, tracks, timeline, settings)
@@ -167,7 +167,7 @@ def make_film(
     write_film(path, pieces, timeline, folder, open_clip, sound, settings.title, metadata, sign)
     captions = _write_captions(path, timeline, settings)
     keys = {piece.key for piece in pieces if piece.key is not None}
-    folder.keep_only({f"{key}{SUFFIX}" for key in keys} | spoken | ({sound.name} if sound else set()))
+    keep_only(folder, {f"{key}{SUFFIX}" for key in keys} | spoken | ({sound.name} if sound else set()))
     copied = sum(piece.key is None for piece in pieces)
     return FilmReport(
         film=str(path),
@@ -186,7 +186,7 @@ def make_film(
 
 def _sources(
     outputs: OutputFolder, chosen: Sequence[ChosenShot], on_progress: Progress
-) -> tuple[list[ClipSource], list[InputFile]]:
+) -> tuple[list[ChosenShot], list[InputFile]]:
     """Return the sources of the film, and what the metadata of its clips and images says, each once."""
     sources, inputs = [], dict[str, InputFile]()
     for number, shot in enumerate(chosen):
@@ -197,16 +197,16 @@ def _sources(
                 clip = probe_clip(path) if shot.is_clip else None
                 source = InputFile.read(path, shot.sha256)
             if shot.is_clip and source.found.source_type is None:
-                # A clip of an earlier version, or of a run without provenance. Every clip of a shot is generated.
+                # A clip of a run without provenance. Every clip of a shot is generated.
                 source = InputFile(shot.sha256, FoundProvenance(None, "trainedAlgorithmicMedia"))
             inputs[shot.path] = source
-        sources.append(ClipSource(shot.name, shot.path, shot.sha256, clip, shot.settings, shot.title))
+        sources.append(shot._replace(clip=clip))
     return sources, list(inputs.values())
 
 
 def _with_speech(
-    sources: Sequence[ClipSource], settings: FilmSettings, folder: PieceFolder, on_progress: Progress
-) -> tuple[list[ClipSource], set[str]]:
+    sources: Sequence[ChosenShot], settings: FilmSettings, folder: Path, on_progress: Progress
+) -> tuple[list[ChosenShot], set[str]]:
     """Speak the narration of the shots, if the film has a voice. Return also the names of the sound files in the folder."""
     if settings.voice is None or not any(source.settings.narration for source in sources):
         return list(sources), set()
@@ -219,7 +219,7 @@ def _with_speech(
         text = source.settings.narration
         if text is not None:
             name = f"{content_key({'voice': voice, 'text': text})}.wav"
-            path = folder.path(name)
+            path = folder / name
             if not path.exists():
                 with new_file(path) as tmp:
                     speak(text, tmp)

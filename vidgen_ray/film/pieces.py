@@ -36,28 +36,16 @@ class PlannedPiece(NamedTuple):
     """Name of the rendered file without `.mp4`. `None` if the packets of the clip are copied."""
 
 
-class PieceFolder:
-    """Folder of rendered pieces and sound. Files that are not needed for the newest film are removed by `keep_only`."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def path(self, name: str) -> Path:
-        return self._folder / name
-
-    def temporary_file(self) -> Path:
-        return temporary_file(self._folder)
-
-    def keep_only(self, names: Set[str]) -> None:
-        """Remove all other files, except temporary files of running processes."""
-        for path in abandoned(self._folder):
+def keep_only(folder: Path, names: Set[str]) -> None:
+    """Remove all other files of a folder of rendered pieces, except temporary files of running processes."""
+    for path in abandoned(folder):
+        remove(path)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name not in names and not path.name.startswith(PREFIX):
             remove(path)
-        for path in self._folder.iterdir() if self._folder.is_dir() else ():
-            if path.name not in names and not path.name.startswith(PREFIX):
-                remove(path)
 
 
-def plan_pieces(timeline: FilmTimeline, settings: FilmSettings, folder: PieceFolder) -> list[PlannedPiece]:
+def plan_pieces(timeline: FilmTimeline, settings: FilmSettings, folder: Path) -> list[PlannedPiece]:
     """Decide for each piece of the film whether it is copied or rendered.
 
     All packets of a film need the same H.264 header. If nothing must be rendered, it is that of the clips; else it is the
@@ -89,10 +77,10 @@ def _header_of_unchanged(piece: Piece, timeline: FilmTimeline, settings: FilmSet
     return clip.header if is_unchanged and clip is not None else None
 
 
-def encoder_header(timeline: FilmTimeline, settings: FilmSettings, folder: PieceFolder) -> bytes:
+def encoder_header(timeline: FilmTimeline, settings: FilmSettings, folder: Path) -> bytes:
     """Return the H.264 header of rendered pieces, which depends on size, rate and settings of the encoder."""
     black = np.zeros((1, timeline.size.height, timeline.size.width, 3), np.uint8)
-    path = folder.temporary_file()
+    path = temporary_file(folder)
     try:
         with Mp4Writer(path, *timeline.size, timeline.fps, encode_settings(settings)) as video:
             video.write(black)
@@ -147,7 +135,7 @@ def render_pieces(
     pieces: Sequence[PlannedPiece],
     timeline: FilmTimeline,
     settings: FilmSettings,
-    folder: PieceFolder,
+    folder: Path,
     open_file: OpenFile,
     on_piece: Callable[[int], None],
 ) -> int:
@@ -157,7 +145,7 @@ def render_pieces(
     """
     rendered = 0
     for number, (piece, key) in enumerate(pieces, 1):
-        if key is not None and not (path := folder.path(f"{key}.mp4")).exists():
+        if key is not None and not (path := folder / f"{key}.mp4").exists():
             with (
                 new_file(path) as tmp,
                 Mp4Writer(tmp, *timeline.size, timeline.fps, encode_settings(settings)) as video,
@@ -172,11 +160,11 @@ def render_pieces(
 
 
 @contextmanager
-def opened_piece(planned: PlannedPiece, folder: PieceFolder, open_file: OpenFile) -> Iterator[Any]:
+def opened_piece(planned: PlannedPiece, folder: Path, open_file: OpenFile) -> Iterator[Any]:
     """Open the file with the packets of a piece."""
     piece, key = planned
     if key is not None:
-        with av.open(str(folder.path(f"{key}.mp4").absolute()), format="mp4") as opened:
+        with av.open(str((folder / f"{key}.mp4").absolute()), format="mp4") as opened:
             yield opened
         return
     assert piece.item.source.path is not None
@@ -191,7 +179,7 @@ def write_film(
     path: Path,
     pieces: Sequence[PlannedPiece],
     timeline: FilmTimeline,
-    folder: PieceFolder,
+    folder: Path,
     open_file: OpenFile,
     sound: Path | None,
     title: str | None,

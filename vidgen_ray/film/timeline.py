@@ -10,29 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.film.film_settings import FilmSettings, PixelSize, ShotSettings
+from vidgen_ray.film.film_settings import ChosenShot, Clip, FilmSettings, PixelSize
 from vidgen_ray.media.media_file import check_is_file, check_pixels, open_media, wrap_errors
 
 REORDER_FRAMES = 2
 """Frames by which the decoding order may be ahead of the display order: that of x264 with its default B-frames."""
-
-
-class Clip(NamedTuple):
-    """Properties of a video file."""
-
-    size: PixelSize
-    fps: Fraction
-    frames: int
-    has_sound: bool
-    header: bytes | None
-    """H.264 parameter sets. Clips with the same header can be joined by copying packets. `None` if that is impossible."""
-
-    @property
-    def seconds(self) -> Fraction:
-        return self.frames / self.fps
 
 
 def probe_clip(path: Path) -> Clip:
@@ -104,30 +89,11 @@ FALLBACK_SIZE, FALLBACK_RATE = PixelSize(1280, 720), Fraction(24)
 Value = TypeVar("Value")
 
 
-class ClipSource(NamedTuple):
-    """Clip, image or title card that an item of the film shows."""
-
-    name: str
-    """Id of the shot, or the text of the title card. For messages."""
-    path: str | None
-    """Clip or image, relative to the output folder. `None` for a title card."""
-    sha256: str
-    """Digest of the file, or of the title."""
-    clip: Clip | None
-    """`None` for an image or a title card."""
-    settings: ShotSettings
-    title: str | None = None
-    """Text of a title card."""
-    speech: str | None = None
-    """Path of the sound file with the spoken narration."""
-    speech_s: float = 0.0
-
-
 @dataclass(frozen=True, slots=True)
 class TimelineItem:
     """A shot or title card on the frames of the film."""
 
-    source: ClipSource
+    source: ChosenShot
     start: int
     """First frame in the film."""
     frames: int
@@ -186,7 +152,7 @@ class FilmTimeline:
                 yield Piece(item, item.frames - item.fade_out, item.fade_out, self.items[number + 1])
 
 
-def build_timeline(sources: Sequence[ClipSource], settings: FilmSettings) -> FilmTimeline:
+def build_timeline(sources: Sequence[ChosenShot], settings: FilmSettings) -> FilmTimeline:
     """Place sources one after another. Size and rate are those of the settings, else those of the most clips."""
     clips = [source.clip for source in sources if source.clip is not None]
     size = settings.size or _even(_most_common([clip.size for clip in clips], FALLBACK_SIZE))
@@ -202,7 +168,7 @@ def build_timeline(sources: Sequence[ClipSource], settings: FilmSettings) -> Fil
     return FilmTimeline(size, fps, tuple(items))
 
 
-def _length(source: ClipSource, settings: FilmSettings, fps: Fraction) -> tuple[int, Fraction]:
+def _length(source: ChosenShot, settings: FilmSettings, fps: Fraction) -> tuple[int, Fraction]:
     """Return the frames of a source in the film, and its stretch."""
     own = source.settings.duration_s
     if source.clip is None:
@@ -217,7 +183,7 @@ def _length(source: ClipSource, settings: FilmSettings, fps: Fraction) -> tuple[
     return max(1, rounding(seconds * fps)), stretch.limit_denominator(1_000_000)
 
 
-def _fade(settings: FilmSettings, sources: Sequence[ClipSource], frames: Sequence[int], fps: Fraction) -> int:
+def _fade(settings: FilmSettings, sources: Sequence[ChosenShot], frames: Sequence[int], fps: Fraction) -> int:
     """Return the frames of the transition from one source to the next.
 
     At most half of either, so that fades never overlap. At most a third of a shot with a caption, which is not shown during
