@@ -10,9 +10,8 @@ from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan, swap_groups
 from vidgen_ray.planner.cluster import GB
-from vidgen_ray.planner.demand import MAX_SIZES
-from vidgen_ray.planner.gpu_memory import SizeCheck, actor_memory, fitting_params, too_large
-from vidgen_ray.planner.layout import CONTEXT_GB, Actor, Process
+from vidgen_ray.planner.gpu_memory import MAX_SIZES, SizeCheck, actor_memory, fitting_params, too_large
+from vidgen_ray.planner.layout import CONTEXT_GB, Actor, WorkerProcess
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.memory_table import MemoryTable, load_table
@@ -315,13 +314,13 @@ def actor(name, weights_gb, peak_gb):
 
 def test_process_needs_all_weights_and_the_largest_activations():
     flux, svd = actor("flux", 30, 2), actor("svd", 4, 9)
-    assert Process((flux, svd)).gpu_gb == pytest.approx(CONTEXT_GB + 34 + 9)
-    assert Process((flux, svd), ((flux,), (svd,))).gpu_gb == pytest.approx(CONTEXT_GB + 32)
+    assert WorkerProcess((flux, svd)).gpu_gb == pytest.approx(CONTEXT_GB + 34 + 9)
+    assert WorkerProcess((flux, svd), ((flux,), (svd,))).gpu_gb == pytest.approx(CONTEXT_GB + 32)
 
 
 def test_permanent_actor_runs_while_a_group_is_on_the_gpu():
     flux, svd, upscaler = actor("flux", 30, 2), actor("svd", 4, 9), actor("realesrgan", 0.1, 10)
-    assert Process((flux, svd, upscaler), ((flux,), (svd,))).gpu_gb == pytest.approx(CONTEXT_GB + 30.1 + 10)
+    assert WorkerProcess((flux, svd, upscaler), ((flux,), (svd,))).gpu_gb == pytest.approx(CONTEXT_GB + 30.1 + 10)
 
 
 def test_library_swaps_what_does_not_fit_together():

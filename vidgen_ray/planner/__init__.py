@@ -6,13 +6,12 @@ from vidgen_ray.planner.demand import (
     Calibration,
     Demand,
     Measurement,
-    ShotSizes,
     demand_of,
     load_calibration,
     save_calibration,
     save_measurements,
 )
-from vidgen_ray.planner.gpu_memory import SizeCheck, swap_groups
+from vidgen_ray.planner.gpu_memory import ShotSizes, SizeCheck, swap_groups
 from vidgen_ray.planner.layout import SHOTS_PER_SWAP
 
 __all__ = [

@@ -19,7 +19,8 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vidgen_ray.errors import ProfileError
-from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, clip_growth, relative_costs, stages_of
+from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, clip_growth, relative_costs
+from vidgen_ray.planner.gpu_memory import ShotSizes
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, Stage
@@ -221,8 +222,6 @@ CLIP_BYTES_PER_PIXEL = 0.035
 """H.264 at crf 18, moving content with some grain. Noise takes ten times as much."""
 PNG_BYTES_PER_PIXEL = 1.5
 FFV1_BYTES_PER_PIXEL = 1.3
-MAX_SIZES = 50
-"""Sizes of shots of one kind that are kept."""
 SHOT_BYTES = 8192
 """Size of shot.json and the manifest row."""
 
@@ -325,36 +324,6 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
         mean_pixels,
         mean_frames,
     )
-
-
-class ShotSizes:
-    """Keeps one shot of each kind and size: stages and networks, pixels, frames, scale and reference photos.
-
-    Of a kind with more than `MAX_SIZES`, only shots that no other one exceeds in every respect.
-    """
-
-    def __init__(self) -> None:
-        self._kinds: dict[tuple[object, ...], dict[tuple[int, ...], Shot]] = {}
-
-    def add(self, shot: Shot) -> None:
-        kind = (stages_of(shot), shot.upscaler, shot.flux_identity, bool(shot.fast_lora))
-        photos = len(shot.face_image) if shot.uses_reference_photos else 0
-        size = (shot.width * shot.height, shot.num_frames, shot.clip_frames, shot.scale, photos)
-        kept = self._kinds.setdefault(kind, {})
-        if size in kept:
-            return
-        kept[size] = shot
-        if len(kept) > MAX_SIZES:
-            for other in [a for a in kept if any(a != b and _is_at_least(b, a) for b in kept)]:
-                del kept[other]
-
-    @property
-    def shots(self) -> tuple[Shot, ...]:
-        return tuple(shot for kept in self._kinds.values() for shot in kept.values())
-
-
-def _is_at_least(size: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    return all(a >= b for a, b in zip(size, other, strict=True))
 
 
 class StageSeconds(NamedTuple):

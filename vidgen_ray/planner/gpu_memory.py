@@ -20,6 +20,38 @@ STEP_PX = 64
 """Sides of clips are multiples of it."""
 MIN_FRAMES = 8
 """Fewest frames that are suggested for a clip that is too large."""
+MAX_SIZES = 50
+"""Sizes of shots of one kind that are kept."""
+
+
+class ShotSizes:
+    """Keeps one shot of each kind and size: stages and networks, pixels, frames, scale and reference photos.
+
+    Of a kind with more than `MAX_SIZES`, only shots that no other one exceeds in every respect.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[object, ...], dict[tuple[int, ...], Shot]] = {}
+
+    def add(self, shot: Shot) -> None:
+        kind = (stages_of(shot), shot.upscaler, shot.flux_identity, bool(shot.fast_lora))
+        photos = len(shot.face_image) if shot.uses_reference_photos else 0
+        size = (shot.width * shot.height, shot.num_frames, shot.clip_frames, shot.scale, photos)
+        kept = self._kinds.setdefault(kind, {})
+        if size in kept:
+            return
+        kept[size] = shot
+        if len(kept) > MAX_SIZES:
+            for other in [a for a in kept if any(a != b and _is_at_least(b, a) for b in kept)]:
+                del kept[other]
+
+    @property
+    def shots(self) -> tuple[Shot, ...]:
+        return tuple(shot for kept in self._kinds.values() for shot in kept.values())
+
+
+def _is_at_least(size: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return all(a >= b for a, b in zip(size, other, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

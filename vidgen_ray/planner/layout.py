@@ -146,7 +146,7 @@ def needed_gb(actors: Sequence[Actor]) -> float:
 
 
 @dataclass(frozen=True)
-class Process:
+class WorkerProcess:
     """A worker process and its actors."""
 
     actors: tuple[Actor, ...]
@@ -192,7 +192,7 @@ class Process:
 class Assignment:
     """The processes of one slot and the actors that they hold."""
 
-    processes: tuple[Process, ...]
+    processes: tuple[WorkerProcess, ...]
 
     @cached_property
     def actors(self) -> frozenset[Actor]:
@@ -255,7 +255,7 @@ Candidates = Callable[[float], list[Assignment]]
 
 def fused(actors: Sequence[Actor]) -> Candidates:
     """Return candidates with one process that holds all actors."""
-    return lambda memory_gb: _fitting([Assignment((Process(tuple(actors)),))], memory_gb)
+    return lambda memory_gb: _fitting([Assignment((WorkerProcess(tuple(actors)),))], memory_gb)
 
 
 def colocated(actors: Sequence[Actor]) -> Candidates:
@@ -272,7 +272,7 @@ def staged(actors: Sequence[Actor]) -> Candidates:
 
 def hybrid(actors: Sequence[Actor]) -> Candidates:
     """Return candidates with one process that holds any subset of the actors that fits."""
-    assignments = [Assignment((Process(subset),)) for subset in _subsets(actors)]
+    assignments = [Assignment((WorkerProcess(subset),)) for subset in _subsets(actors)]
     return lambda memory_gb: _fitting(assignments, memory_gb)
 
 
@@ -319,19 +319,19 @@ def _subsets(items: Sequence[T]) -> Iterator[tuple[T, ...]]:
     return chain.from_iterable(combinations(items, size) for size in range(1, len(items) + 1))
 
 
-def _one_process_per_actor(actors: Sequence[Actor]) -> tuple[Process, ...]:
+def _one_process_per_actor(actors: Sequence[Actor]) -> tuple[WorkerProcess, ...]:
     """Return one process per GPU actor. A CPU actor joins the next GPU actor in the chain, or the last one."""
     on_gpu = [actor for actor in actors if actor.on_gpu]
     if not on_gpu:
-        return tuple(Process((actor,)) for actor in actors)
+        return tuple(WorkerProcess((actor,)) for actor in actors)
     members: dict[str, list[Actor]] = {actor.name: [] for actor in on_gpu}
     for actor in actors:
         host = next((other for other in on_gpu if other.position >= actor.position), on_gpu[-1])
         members[host.name].append(actor)
-    return tuple(Process(tuple(group)) for group in members.values())
+    return tuple(WorkerProcess(tuple(group)) for group in members.values())
 
 
-def with_swapping(actors: Sequence[Actor], memory_gb: float) -> Process | None:
+def with_swapping(actors: Sequence[Actor], memory_gb: float) -> WorkerProcess | None:
     """Return one process with these actors, or `None` if they do not fit even with swapping.
 
     As few GB of weights as possible take turns: none if all actors fit together.
@@ -339,15 +339,15 @@ def with_swapping(actors: Sequence[Actor], memory_gb: float) -> Process | None:
     free = memory_gb - CONTEXT_GB + EPSILON
     on_gpu = [actor for actor in actors if actor.on_gpu]
     if needed_gb(on_gpu) <= free or not on_gpu:
-        return Process(tuple(actors))
+        return WorkerProcess(tuple(actors))
     swappable_actors = [actor for actor in on_gpu if actor.swappable]
-    best: Process | None = None
+    best: WorkerProcess | None = None
     for swapped in _subsets(swappable_actors):
         if len(swapped) < 2 or (best and sum(actor.gpu_gb for actor in swapped) >= best.swapped_gb):
             continue
         groups = _fewest_groups(swapped, [actor for actor in on_gpu if actor not in swapped], free)
         if groups:
-            best = Process(tuple(actors), groups)
+            best = WorkerProcess(tuple(actors), groups)
     return best
 
 
