@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vidgen_ray.bench.published_models import build_network, realesrgan_network
+from vidgen_ray.bench.published_models import build_network
 from vidgen_ray.nets.rife_network import Rife425, RifeHDv3
 from vidgen_ray.stages.memory_table import FP8
 from vidgen_ray.stages.speed import store_in_fp8
@@ -87,6 +87,17 @@ def tensor_bytes(model: torch.nn.Module) -> int:
 
 def meta(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def realesrgan_network(upscaler: str) -> Any:
+    """Build the network of an upscaler of `builtin:realesrgan` without weights."""
+    from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
+    from spandrel.architectures.ESRGAN.__arch.RRDB import RRDBNet
+
+    if upscaler == "animevideov3":
+        return SRVGGNetCompact(num_in_ch=3, num_out_ch=3, num_feat=64, num_conv=16, upscale=4, act_type="prelu")
+    blocks = {"x4plus-anime": 6, "x4plus": 23}[upscaler]
+    return RRDBNet(in_nc=3, out_nc=3, num_filters=64, num_blocks=blocks, scale=4)
 
 
 @cache

@@ -58,33 +58,9 @@ NETWORKS: Mapping[str, PublishedNetwork] = {
 """Model and component -> network."""
 
 
-def build_network(name: str, dtype: torch.dtype, device: str = "meta") -> Any:
-    """Build a network of `NETWORKS`. On the device `meta` it takes no memory; elsewhere its weights are random."""
-    import diffusers
-    import torch
-    import transformers
-
-    network = NETWORKS[name]
-    library = diffusers if network.config_name is None else transformers
-    network_class = getattr(library, network.class_name)
-    with torch.device(device):
-        if network.config_name is None:
-            model = network_class(**network.config)
-        else:
-            model = network_class(getattr(transformers, network.config_name)(**network.config))
-    # Some classes of diffusers ignore the default device for single parameters.
-    return model.eval().requires_grad_(False).to(device, dtype)
-
-
-def realesrgan_network(upscaler: str) -> Any:
-    """Build the network of an upscaler of `builtin:realesrgan` without weights."""
-    from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
-    from spandrel.architectures.ESRGAN.__arch.RRDB import RRDBNet
-
-    if upscaler == "animevideov3":
-        return SRVGGNetCompact(num_in_ch=3, num_out_ch=3, num_feat=64, num_conv=16, upscale=4, act_type="prelu")
-    blocks = {"x4plus-anime": 6, "x4plus": 23}[upscaler]
-    return RRDBNet(in_nc=3, out_nc=3, num_filters=64, num_blocks=blocks, scale=4)
+def build_network(name: str, dtype: torch.dtype) -> Any:
+    """Build a network of `NETWORKS` on the device `meta`, where it takes no memory."""
+    return empty_network(NETWORKS[name]).requires_grad_(False).to("meta", dtype)
 
 
 PUBLISHED = {
