@@ -198,8 +198,8 @@ def _make(root: Path, row: Mapping[str, Any]) -> bool:
 
 
 FILE = "index.html"
-MARKS = (b'name="generator" content="vidgen"', b"<title>vidgen: ")
-"""One of these is in every gallery. Early versions wrote the title only."""
+MARK = b'name="generator" content="vidgen"'
+"""In every gallery."""
 FILM_SUFFIX = ".mp4"
 
 
@@ -207,7 +207,7 @@ def check_no_other_page(out: str | Path) -> None:
     """Raise UsageError if the folder has an `index.html` that vidgen has not written."""
     storage = storage_at(out)
     page = storage.read(FILE)
-    if page is not None and not _is_gallery(page):
+    if page is not None and MARK not in page:
         raise UsageError(f"{storage.place(FILE)}: exists and is not from vidgen; move it, or choose another output folder")
 
 
@@ -221,12 +221,8 @@ def write_gallery(out: str | Path, on_made: OnMade = lambda done, total: None) -
 def update_gallery(out: str | Path) -> None:
     """Write the gallery again if the folder has one. Raises OSError."""
     page = storage_at(out).read(FILE)
-    if page is not None and _is_gallery(page):
+    if page is not None and MARK in page:
         write_gallery(out)
-
-
-def _is_gallery(page: bytes) -> bool:
-    return any(mark in page for mark in MARKS)
 
 
 def gallery_data(storage: Storage, on_made: OnMade = lambda done, total: None) -> dict[str, Any]:
