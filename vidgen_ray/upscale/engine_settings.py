@@ -1,8 +1,9 @@
-"""Choose how a network runs on this machine: engine, precision, threads, and tiles for frames that do not fit into memory."""
+"""Choose how a network runs on this machine: precision, threads, and tiles for frames that do not fit into memory."""
 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import finalize
@@ -14,8 +15,6 @@ from vidgen_ray.upscale.network import (
     BUILTIN_MODELS,
     EngineSettings,
     UpscaleModel,
-    has_openvino,
-    runs_in_openvino,
     usable_cpus,
 )
 from vidgen_ray.upscale.source import VideoSource
@@ -47,17 +46,16 @@ def default_workers(device: str) -> int:
 def choose_settings(model: UpscaleModel | None, device: str, workers: int) -> EngineSettings:
     """Return the settings with which each of so many workers of this machine runs a network, or only draws frames between.
 
-    On CPUs, OpenVINO runs Real-ESRGAN's networks faster than torch, if it is installed. Half precision is chosen only where its
-    difference from float32 is known (`benchmarks/upscale_quality.py`): float16 on GPUs, bfloat16 for the builtin networks.
+    Half precision is chosen only where its difference from float32 is known (`benchmarks/upscale_quality.py`): float16 on GPUs,
+    bfloat16 for the builtin networks on CPUs.
     """
     threads = max(1, usable_cpus() // workers)
     if model is None:
         return EngineSettings(device=device, threads=threads)
-    network = model.load()
+    supports_half = model.load().supports_half  # raises for weights that do not hold a network
     if device.startswith("cuda"):
-        return EngineSettings(device=device, dtype="float16" if network.supports_half else "float32")
+        return EngineSettings(device=device, dtype="float16" if supports_half else "float32")
     return EngineSettings(
-        engine="openvino" if has_openvino() and runs_in_openvino(network) else "torch",
         device=device,
         dtype="bfloat16" if model.name in BUILTIN_MODELS and cpu_has_bfloat16() else "float32",
         threads=threads,
@@ -80,7 +78,7 @@ def settings_for(source: VideoSource, model: UpscaleModel | None, settings: Engi
 
 def call_bytes(model: UpscaleModel, width: int, height: int) -> float:
     """Return the estimated bytes of a call of the network with a frame of this size, in float32."""
-    return width * height * (_per_pixel(model) * WORKSPACE + _result_per_pixel(model))
+    return width * height * sum(_bytes_per_pixel(model))
 
 
 def choose_tile(model: UpscaleModel, width: int, height: int, free_bytes: float) -> tuple[int, int]:
@@ -95,7 +93,8 @@ def choose_tile(model: UpscaleModel, width: int, height: int, free_bytes: float)
             f"{needed}, {free_bytes / 1e9:.1f} GB are free, and the network sees whole frames, so tiles would show"
         )
     # The result of the whole frame is kept beside the tiles.
-    result, per_pixel = width * height * _result_per_pixel(model), _per_pixel(model) * WORKSPACE
+    per_pixel, of_result = _bytes_per_pixel(model)
+    result = width * height * of_result
     side = int(max(0.0, (free_bytes - result) / per_pixel) ** 0.5)
     tile = (side - 2 * overlap) // MULTIPLE_PX * MULTIPLE_PX
     if tile < MIN_TILE_PX:
@@ -104,24 +103,12 @@ def choose_tile(model: UpscaleModel, width: int, height: int, free_bytes: float)
     return tile, overlap
 
 
-def _result_per_pixel(model: UpscaleModel) -> float:
+@lru_cache(maxsize=1)
+def _bytes_per_pixel(model: UpscaleModel) -> tuple[float, float]:
+    """Return the bytes that a call takes per pixel of its input: for the network, and for the result."""
+    network = model.load()
     # The upscaled frame and its rounded copy, in float32.
-    return 2 * 3 * 4 * _profile(model)[1] ** 2
-
-
-def _per_pixel(model: UpscaleModel) -> float:
-    return _profile(model)[0]
-
-
-_profiles: dict[str, tuple[float, int]] = {}
-
-
-def _profile(model: UpscaleModel) -> tuple[float, int]:
-    """Return bytes per pixel and scale of a network. Kept for the next video of this process."""
-    if model.key not in _profiles:
-        network = model.load()
-        _profiles[model.key] = bytes_per_pixel(network), int(network.scale)
-    return _profiles[model.key]
+    return bytes_per_pixel(network) * WORKSPACE, 2 * 3 * 4 * int(network.scale) ** 2
 
 
 def bytes_per_pixel(network: ImageModelDescriptor[Any], size_px: int = 48) -> float:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.decode import open_video_stream
+from vidgen_ray.media.encode import Preset
 from vidgen_ray.media.media_file import wrap_errors, wrap_write_errors
 from vidgen_ray.stages.base import torch_threads
 from vidgen_ray.stages.rife import RifeParams, similarity
@@ -181,8 +182,6 @@ SVT_PRESETS = {
 }
 """x264's name of a preset -> preset of SVT-AV1."""
 SEGMENT_SUFFIX = ".mp4"
-
-Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 
 
 class EncodeSettings(BaseModel):

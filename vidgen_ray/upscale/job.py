@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,7 +12,7 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -150,7 +149,7 @@ class SegmentWorker:
 
         with (
             new_file(path) as tmp,
-            Background(self._source_frames(segment), FRAMES_AHEAD) as decoded,
+            closing(ahead(self._source_frames(segment), FRAMES_AHEAD)) as decoded,
             closing(upscale_frames(decoded, self._network)) as upscaled,
         ):
             count = segment.stop - segment.start
@@ -212,60 +211,17 @@ def _repeated(result: Future[list[Pixels]], count: int) -> Iterator[Pixels]:
     return repeat(pixels, count)
 
 
-class _Failure(NamedTuple):
-    error: BaseException
-
-
-_END = object()
-
-
-class Background(Generic[T]):
-    """Iterator over the items of another one, which runs in a thread and stays at most `ahead` items ahead."""
-
-    def __init__(self, items: Iterator[T], ahead: int) -> None:
-        self._items = items
-        self._queue: queue.Queue[Any] = queue.Queue(ahead)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def _run(self) -> None:
+def ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:
+    """Yield the items of an iterator that runs in a thread, up to `count` items ahead. Closing it waits for the thread."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(next, items, end) for _ in range(count))
         try:
-            for item in self._items:
-                if not self._put(item):
-                    return
-            self._put(_END)
-        # Raised again in the thread that iterates.
-        except BaseException as error:
-            self._put(_Failure(error))
-
-    def _put(self, item: Any) -> bool:
-        """Return false if the block has been left."""
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __enter__(self) -> Background[T]:
-        self._thread.start()
-        return self
-
-    def __iter__(self) -> Iterator[T]:
-        return self
-
-    def __next__(self) -> T:
-        item = self._queue.get()
-        if item is _END:
-            raise StopIteration
-        if isinstance(item, _Failure):
-            raise item.error
-        return item  # type: ignore[no-any-return]
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
+            while (item := waiting.popleft().result()) is not end:
+                waiting.append(pool.submit(next, items, end))
+                yield item  # type: ignore[misc]  # not `end`
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class Threads:

@@ -7,11 +7,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from importlib.util import find_spec
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +20,7 @@ from vidgen_ray.errors import SetupError, StageError, UsageError
 from vidgen_ray.nets.weight_files import NOT_FINITE, require_finite_weights
 from vidgen_ray.stages.base import torch_dtype, torch_threads
 from vidgen_ray.stages.loading import require_device
-from vidgen_ray.stages.realesrgan import ENDINGS, UNCLAMPED, forward, in_tiles, load_network
+from vidgen_ray.stages.realesrgan import ENDINGS, forward, in_tiles, load_network
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.upscale.frames import Pixels
 from vidgen_ray.weights import resolve
@@ -104,7 +102,6 @@ def find_model(name: str, denoise: float | None = None) -> UpscaleModel:
     return UpscaleModel(f"{file.stem} (denoise {denoise:g})", file, partner, denoise)
 
 
-Engine = Literal["torch", "openvino"]
 Size = tuple[int, int]
 """Width and height in pixels."""
 
@@ -114,7 +111,6 @@ class EngineSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    engine: Engine = "torch"
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int = Field(1, ge=1)
@@ -129,7 +125,7 @@ class EngineSettings(BaseModel):
     def __str__(self) -> str:
         tiles = f", tiles of {self.tile_px} px with {self.overlap_px} px overlap" if self.tile_px else ""
         calls = f"{self.parallel_calls} call{'s' if self.parallel_calls > 1 else ''} at a time on {self.threads} threads"
-        return f"{self.engine} {self.dtype}, {calls}{tiles}"
+        return f"{self.dtype}, {calls}{tiles}"
 
     @property
     def threads_per_call(self) -> int:
@@ -142,7 +138,7 @@ class UpscaleNetwork:
     def __init__(self, model: UpscaleModel, settings: EngineSettings, out_size: Size | None = None) -> None:
         """Load the weights. `out_size`: size of the results in pixels. `None`: that of the network.
 
-        Raises StageError for weights that cannot be loaded, SetupError if the engine or the device is missing.
+        Raises StageError for weights that cannot be loaded, SetupError if the device is missing.
         """
         import torch
 
@@ -155,11 +151,7 @@ class UpscaleNetwork:
         if not supported.get(dtype, True):
             raise StageError(f"{model.name}: {self.network.architecture.name} does not support {settings.dtype}")
         self._dtype = dtype
-        if settings.engine == "openvino":
-            self._forward = openvino_forward(self.network, settings)
-        else:
-            self.network.model.to(settings.device, dtype, memory_format=torch.channels_last)
-            self._forward = lambda pixels: forward(self.network, pixels)
+        self.network.model.to(settings.device, dtype, memory_format=torch.channels_last)
 
     @property
     def scale(self) -> int:
@@ -186,13 +178,12 @@ class UpscaleNetwork:
 
         levels = 255 if frames.dtype == torch.uint8 else 65535
         # The permuted view is in the memory format channels_last.
-        pixels = (frames.permute(0, 3, 1, 2).float() / levels).to(
-            self._dtype if self.settings.engine == "torch" else torch.float32
-        )
+        pixels = (frames.permute(0, 3, 1, 2).float() / levels).to(self._dtype)
+        run = partial(forward, self.network)
         if self.settings.tile_px is None:
-            pixels = self._forward(pixels)
+            pixels = run(pixels)
         else:
-            pixels = in_tiles(self._forward, self.scale, pixels, self.settings.tile_px, self.settings.overlap_px)
+            pixels = in_tiles(run, self.scale, pixels, self.settings.tile_px, self.settings.overlap_px)
         pixels = pixels.float()
         if self.out_size is not None and self.out_size != (pixels.shape[3], pixels.shape[2]):
             width, height = self.out_size
@@ -202,48 +193,6 @@ class UpscaleNetwork:
         total = pixels.sum()
         rounded = pixels.clamp_(0, 1).mul_(levels).round_().to(frames.dtype)
         return rounded.permute(0, 2, 3, 1).contiguous(), total
-
-
-def openvino_forward(network: ImageModelDescriptor[Any], settings: EngineSettings) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function that runs the network in OpenVINO, compiled for each new shape. Raises SetupError."""
-    import torch
-
-    if not has_openvino():
-        raise SetupError("engine openvino: the package is not installed; run `pip install vidgen-ray[openvino]`")
-    if not runs_in_openvino(network):
-        raise SetupError(f"engine openvino: {network.architecture.name} networks run in torch only")
-    import openvino
-
-    core = openvino.Core()
-    compiled: dict[tuple[int, ...], Any] = {}
-    lock = threading.Lock()
-    options = {
-        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[settings.dtype],
-        "INFERENCE_NUM_THREADS": settings.threads,
-        "NUM_STREAMS": settings.parallel_calls,
-    }
-
-    def run(pixels: torch.Tensor) -> torch.Tensor:
-        shape = tuple(pixels.shape)
-        with lock:
-            if shape not in compiled:
-                graph = openvino.convert_model(network.model, example_input=torch.zeros(shape), input=list(shape))
-                compiled[shape] = core.compile_model(graph, "CPU", options)
-        # A request serves one call at a time.
-        request = compiled[shape].create_infer_request()
-        result = request.infer([pixels.contiguous().numpy()], share_outputs=False)
-        return torch.from_numpy(next(iter(result.values())))
-
-    return run
-
-
-def has_openvino() -> bool:
-    return find_spec("openvino") is not None
-
-
-def runs_in_openvino(network: ImageModelDescriptor[Any]) -> bool:
-    """Return whether the network is called without spandrel's padding, so that its graph alone gives the result."""
-    return network.architecture.id in UNCLAMPED
 
 
 def usable_cpus() -> int:

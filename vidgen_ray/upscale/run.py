@@ -121,14 +121,14 @@ class UpscaleReport:
     """WIDTHxHEIGHT in pixels."""
     seconds: float
     """Seconds that this run took for it."""
-    resumed_frames: int
-    """Frames that an earlier, killed run had made."""
-    was_finished: bool
-    """True if an earlier run with the same request had finished it."""
-    notes: tuple[str, ...]
-    """Properties of the source that are not kept."""
     metadata: Detail
     """Provenance metadata that was written."""
+    resumed_frames: int = 0
+    """Frames that an earlier, killed run had made."""
+    was_finished: bool = False
+    """True if an earlier run with the same request had finished it."""
+    notes: tuple[str, ...] = ()
+    """Properties of the source that are not kept."""
 
 
 class _Plan(BaseModel):
@@ -144,10 +144,8 @@ class _Plan(BaseModel):
     """Size in bytes and time of the last change in ns of the finished file."""
 
 
-class ProgressListener(Protocol):
-    """Called with the frames that are done, of how many, and the frames made by this run."""
-
-    def __call__(self, done: int, total: int, made: int) -> None: ...
+OnFrame = Callable[[int, int, int], None]
+"""Called with the frames that are done, of how many, and the frames made by this run."""
 
 
 def upscale_file(
@@ -157,7 +155,7 @@ def upscale_file(
     settings: EngineSettings,
     runner: SegmentRunner,
     *,
-    on_progress: ProgressListener = lambda done, total, made: None,
+    on_progress: OnFrame = lambda done, total, made: None,
 ) -> UpscaleReport:
     """Upscale a video to `out`, which appears when it is complete. After a kill, the same call continues.
 
@@ -321,7 +319,7 @@ def write_preview(
     settings: EngineSettings,
     seconds: float,
     *,
-    on_progress: ProgressListener = lambda done, total, made: None,
+    on_progress: OnFrame = lambda done, total, made: None,
 ) -> UpscaleReport:
     """Write `seconds` from the middle of the video to NAME.preview.mp4 beside `out`, at a constant rate and without sound.
 
@@ -361,8 +359,5 @@ def write_preview(
         frames=count,
         size=f"{2 * size[0]}x{size[1]}",
         seconds=round(time.monotonic() - begin, 3),
-        resumed_frames=0,
-        was_finished=False,
-        notes=(),
         metadata=options.provenance.metadata,
     )

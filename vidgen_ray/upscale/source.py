@@ -61,8 +61,26 @@ class Colour:
 
 
 @dataclass(frozen=True, slots=True)
-class VideoSource:
-    """A video file and the times of its frames. Times are in units of `time_base`."""
+class FrameTimes:
+    """Times of the frames of a video, in units of `time_base`."""
+
+    fps: Fraction
+    """Frames per second. The average if the frame rate varies."""
+    time_base: Fraction
+    times: Sequence[int]
+    """Time of each frame, strictly increasing."""
+    last_duration: int
+    """Duration of the last frame."""
+
+    @property
+    def duration(self) -> Fraction:
+        """Return the seconds from the first frame to the end of the last one."""
+        return (self.times[-1] - self.times[0] + self.last_duration) * self.time_base
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSource(FrameTimes):
+    """A video file and the times of its frames."""
 
     path: Path
     container: str
@@ -79,13 +97,6 @@ class VideoSource:
     pixel_aspect: Fraction
     """Width of a pixel divided by its height, of an upright frame."""
     colour: Colour
-    fps: Fraction
-    """Frames per second. The average if the frame rate varies."""
-    time_base: Fraction
-    times: tuple[int, ...]
-    """Time of each frame, strictly increasing."""
-    last_duration: int
-    """Duration of the last frame."""
     keyframe_times: tuple[int, ...]
     """Times of keyframes, in order. Empty if frames can only be reached by decoding all frames before."""
     hdr: HdrMetadata
@@ -95,10 +106,6 @@ class VideoSource:
     @property
     def frame_count(self) -> int:
         return len(self.times)
-
-    @property
-    def seconds(self) -> float:
-        return float((self.times[-1] - self.times[0] + self.last_duration) * self.time_base)
 
     def seek_time(self, frame: int) -> int | None:
         """Return the time of a keyframe from which decoding gives this frame exactly. `None`: decode from the start.
@@ -139,12 +146,16 @@ def read_source(path: Path) -> VideoSource:
     quarter_turns = round(first.rotation / 90) % 4
     sideways = quarter_turns % 2
     colour, notes = _colour_of(first)
-    times = _Times.of(packets, Fraction(fps), time_base)
-    frames_s = float((times.times[-1] - times.times[0] + times.last_duration) * times.time_base)
+    times, keyframe_times, notes_on_times = _times_of(packets, Fraction(fps), time_base)
+    frames_s = float(times.duration)
     if declared_s > frames_s + MAX_MISSING_S:
         # Matroska and AVI files have no list of frames that shows that a part is missing. Sound may also be longer.
         notes.append(f"the file declares {declared_s:.1f} s, its frames end after {frames_s:.1f} s")
     return VideoSource(
+        fps=times.fps,
+        time_base=times.time_base,
+        times=times.times,
+        last_duration=times.last_duration,
         path=path,
         container=container,
         width=first.height if sideways else first.width,
@@ -154,13 +165,9 @@ def read_source(path: Path) -> VideoSource:
         bits=max(component.bits for component in first.format.components),
         pixel_aspect=1 / aspect if sideways else aspect,
         colour=colour,
-        fps=Fraction(fps).limit_denominator(100_000),
-        time_base=times.time_base,
-        times=times.times,
-        last_duration=times.last_duration,
-        keyframe_times=times.keyframes,
+        keyframe_times=keyframe_times,
         hdr=_hdr_of(first),
-        notes=(*notes, *times.notes, *_lost(first)),
+        notes=(*notes, *notes_on_times, *_lost(first)),
     )
 
 
@@ -183,26 +190,18 @@ def _read_packets(path: Path, opened: Any, stream: Any) -> list[_Packet]:
     return packets
 
 
-@dataclass(frozen=True, slots=True)
-class _Times:
-    time_base: Fraction
-    times: tuple[int, ...]
-    last_duration: int
-    keyframes: tuple[int, ...]
-    notes: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, packets: list[_Packet], fps: Fraction, time_base: Fraction) -> _Times:
-        """Return the times of the packets. AVI has none: its frames are shown at a constant rate."""
-        shown = sorted((packet for packet in packets if packet.time is not None), key=lambda packet: packet.time or 0)
-        times = tuple(packet.time for packet in shown if packet.time is not None)
-        if len(times) < len(packets) or any(a >= b for a, b in pairwise(times)):
-            notes = ("some frames have the same time or none; frames are shown at a constant rate",) if times else ()
-            return cls(1 / fps, tuple(range(len(packets))), 1, (), notes)
-        last = shown[-1].duration or (times[-1] - times[-2] if len(times) > 1 else max(1, round(1 / fps / time_base)))
-        return cls(
-            time_base, times, last, tuple(packet.time for packet in shown if packet.is_keyframe and packet.time is not None)
-        )
+def _times_of(
+    packets: list[_Packet], fps: Fraction, time_base: Fraction
+) -> tuple[FrameTimes, tuple[int, ...], tuple[str, ...]]:
+    """Return the times of the frames, those of keyframes, and notes. AVI has none: its frames are shown at a constant rate."""
+    rate = fps.limit_denominator(100_000)
+    shown = sorted((packet.time, packet.duration, packet.is_keyframe) for packet in packets if packet.time is not None)
+    times = tuple(time for time, _, _ in shown)
+    if len(times) < len(packets) or any(a >= b for a, b in pairwise(times)):
+        notes = ("some frames have the same time or none; frames are shown at a constant rate",) if times else ()
+        return FrameTimes(rate, 1 / fps, tuple(range(len(packets))), 1), (), notes
+    last = shown[-1][1] or (times[-1] - times[-2] if len(times) > 1 else max(1, round(1 / fps / time_base)))
+    return FrameTimes(rate, time_base, times, last), tuple(time for time, _, is_keyframe in shown if is_keyframe), ()
 
 
 def _colour_of(frame: Any) -> tuple[Colour, list[str]]:
@@ -260,32 +259,19 @@ class Place(NamedTuple):
     """Share of the interval to the next frame, from 0 (the frame itself) to below 1. 0 after the last frame."""
 
 
-@dataclass(frozen=True, slots=True)
-class FrameTimes:
-    """Frames of the result. Times are in units of `time_base`."""
-
-    fps: Fraction
-    """Frames per second. The average if the frame rate varies."""
-    time_base: Fraction
-    times: Sequence[int]
-    """Time of each frame, strictly increasing."""
-    last_duration: int
-
-
 def timeline_of(source: VideoSource, fps: Fraction | None) -> FrameTimes:
     """Return the times of the result: those of the source, or `fps` frames per second from its first frame to its end.
 
     Raises MediaError if `fps` is lower than the rate of the source, so that frames would be dropped.
     """
     if fps is None:
-        return FrameTimes(source.fps, source.time_base, source.times, source.last_duration)
+        return source
     if fps < source.fps:
         rate = f"{float(source.fps):g} frames per second, more than {float(fps):g}"
         raise MediaError(f"{source.path}: has {rate}; frames would be dropped")
     time_base = Fraction(1, math.lcm(fps.numerator, source.time_base.denominator))
     step, start = int(1 / fps / time_base), int(source.times[0] * source.time_base / time_base)
-    duration = (source.times[-1] - source.times[0] + source.last_duration) * source.time_base
-    count = math.ceil(duration * fps)
+    count = math.ceil(source.duration * fps)
     return FrameTimes(fps, time_base, range(start, start + count * step, step), step)
 
 

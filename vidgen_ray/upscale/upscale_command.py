@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,16 +22,15 @@ from vidgen_ray.cli.options import JsonOption, MarkOptions, check_out, with_opti
 from vidgen_ray.cli.run_script import interruptible, remembered_interrupt
 from vidgen_ray.errors import StageError, UsageError, VidgenError
 from vidgen_ray.media import CLIP_SUFFIXES
+from vidgen_ray.media.encode import Preset
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.provenance.record import DEFAULT
 from vidgen_ray.upscale.engine_settings import choose_settings, default_workers
-from vidgen_ray.upscale.frames import DEFAULT_CRF, Codec, EncodeSettings, Preset
+from vidgen_ray.upscale.frames import DEFAULT_CRF, Codec, EncodeSettings
 from vidgen_ray.upscale.job import SegmentFailed, Threads
 from vidgen_ray.upscale.join import FORMATS
 from vidgen_ray.upscale.network import BUILTIN_MODELS, DEFAULT_MODEL, EngineSettings, Size, UpscaleModel, find_model
 from vidgen_ray.upscale.run import SegmentRunner, UpscaleOptions, output_path, upscale_file, write_preview
-
-P = ParamSpec("P")
 
 SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)s?")
@@ -177,7 +176,11 @@ def _upscale_one(
     try:
         with _progress(video.name) as on_progress:
             if preview_s is not None:
-                on_frame = _with_check(check_interrupt, on_progress)
+
+                def on_frame(done: int, total: int, made: int) -> None:
+                    check_interrupt()
+                    on_progress(done, total, made)
+
                 report = write_preview(video, target, options, settings, preview_s, on_progress=on_frame)
             else:
                 report = upscale_file(video, target, options, settings, runner, on_progress=on_progress)
@@ -225,16 +228,6 @@ def _runner(
             yield settings, RayRunner(workers, _note, check_interrupt)
     except StageError as error:
         raise UsageError(f"--model: {error}") from None
-
-
-def _with_check(check_interrupt: Callable[[], None], listener: Callable[P, None]) -> Callable[P, None]:
-    """Return a listener that calls `check_interrupt` first."""
-
-    def listen(*args: P.args, **kwargs: P.kwargs) -> None:
-        check_interrupt()
-        listener(*args, **kwargs)
-
-    return listen
 
 
 def _note(message: str) -> None:
