@@ -59,7 +59,7 @@ def hub(server, tmp_path, monkeypatch):
     return Hub(cache, server.url)
 
 
-def test_pull_downloads_the_loaded_files_and_no_others(hub, server, repositories):
+def test_pull_downloads_the_loaded_files_once_and_no_others(hub, server, repositories):
     pulled = pull(SVD, hub=hub)
     snapshot = resolve(SVD)
     assert pulled.path == str(snapshot)
@@ -67,10 +67,6 @@ def test_pull_downloads_the_loaded_files_and_no_others(hub, server, repositories
     assert pulled.size_bytes == pulled.downloaded_bytes
     assert not {name.rsplit("/", 1)[-1] for name in UNUSED} & set(server.downloads())
     assert server.downloads().total() == len({path for _, path, _ in server.requests if "/resolve/" in path})
-
-
-def test_second_pull_downloads_nothing(hub, server):
-    pull(SVD, hub=hub)
     server.requests.clear()
     assert pull(SVD, hub=hub).downloaded_bytes == 0
     assert server.downloads().total() == 0
