@@ -13,11 +13,11 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.decode import open_video_stream
-from vidgen_ray.media.encode import Preset
+from vidgen_ray.media.encode import Mp4Settings
 from vidgen_ray.media.media_file import wrap_errors, wrap_write_errors
 from vidgen_ray.stages.base import torch_threads
 from vidgen_ray.stages.rife import RifeParams, similarity
@@ -184,17 +184,12 @@ SVT_PRESETS = {
 SEGMENT_SUFFIX = ".mp4"
 
 
-class EncodeSettings(BaseModel):
+class EncodeSettings(Mp4Settings):
     """Compression of upscaled videos. Every field changes the bytes of the file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     codec: Codec = "h264"
     crf: int = Field(18, ge=0, le=63)
     """Quality, lower is better and larger. The scale depends on the codec."""
-    preset: Preset = "medium"
-    threads: int = Field(4, ge=1, le=64)
-    """Threads of the encoder. Fixed, because the output depends on the number."""
 
 
 def write_segment(

@@ -69,14 +69,15 @@ class RayRunner:
         Ray repeats a task after a crash or the loss of its node, and a task that returns an error is tried again. Raises
         SegmentFailed, and what `check_interrupt` raises.
         """
-        resources = _resources(job.settings)
+        needed = _resources(job.settings)
+        named = f"{needed['CPU']} CPUs" + (" and a GPU" if "GPU" in needed else "")
         if not (slots := cluster_slots(job.settings)):
-            raise SetupError(f"no node of the cluster has {_needed(resources)}")
-        if any(ray.available_resources().get(kind, 0) < amount for kind, amount in _names(resources).items()):
-            self._on_wait(f"waiting for the cluster: each segment needs {_needed(resources)}")
+            raise SetupError(f"no node of the cluster has {named}")
+        if any(ray.available_resources().get(kind, 0) < amount for kind, amount in needed.items()):
+            self._on_wait(f"waiting for the cluster: each segment needs {named}")
         # max_calls=0: the process keeps its network, also on a GPU.
-        options = {"max_calls": 0, "max_retries": ATTEMPTS - 1, "scheduling_strategy": "SPREAD", **resources}
-        task: Any = ray.remote(**options)(make_segment)
+        options = {"max_calls": 0, "max_retries": ATTEMPTS - 1, "scheduling_strategy": "SPREAD"}
+        task: Any = ray.remote(num_cpus=needed["CPU"], num_gpus=needed.get("GPU", 0), **options)(make_segment)
         run_id, shared_job = uuid.uuid4().hex, ray.put(job)
         waiting, running, failures = deque(segments), dict[Any, Segment](), Counter[Segment]()
         try:
@@ -123,7 +124,7 @@ def settings_on_cluster(model: UpscaleModel) -> EngineSettings:
 
 def cluster_slots(settings: EngineSettings) -> int:
     """Return the number of tasks that the alive nodes have room for when they are idle."""
-    needed = _names(_resources(settings))
+    needed = _resources(settings)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(int(min(resources.get(kind, 0) // amount for kind, amount in needed.items())) for resources in nodes)
 
@@ -131,16 +132,6 @@ def cluster_slots(settings: EngineSettings) -> int:
 def _resources(settings: EngineSettings) -> dict[str, int]:
     """Return what a task reserves: a GPU, or a CPU for each thread, but not more than a node offers to Ray."""
     if settings.device.startswith("cuda"):
-        return {"num_cpus": 1, "num_gpus": 1}
+        return {"CPU": 1, "GPU": 1}
     largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
-    return {"num_cpus": max(1, min(settings.threads, largest)), "num_gpus": 0}
-
-
-def _names(resources: dict[str, int]) -> dict[str, int]:
-    """Return resources by the names that Ray's nodes give them, without those that are not needed."""
-    named = {"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]}
-    return {name: amount for name, amount in named.items() if amount}
-
-
-def _needed(resources: dict[str, int]) -> str:
-    return f"{resources['num_cpus']} CPUs" + (" and a GPU" if resources["num_gpus"] else "")
+    return {"CPU": max(1, min(settings.threads, largest))}

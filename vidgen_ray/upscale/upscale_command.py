@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vidgen_ray.cli.options import JsonOption, MarkOptions, check_out, with_options
 from vidgen_ray.cli.run_script import interruptible, remembered_interrupt
@@ -30,7 +30,7 @@ from vidgen_ray.upscale.frames import DEFAULT_CRF, Codec, EncodeSettings
 from vidgen_ray.upscale.job import SegmentFailed, Threads
 from vidgen_ray.upscale.join import FORMATS
 from vidgen_ray.upscale.network import BUILTIN_MODELS, DEFAULT_MODEL, EngineSettings, Size, UpscaleModel, find_model
-from vidgen_ray.upscale.run import SegmentRunner, UpscaleOptions, output_path, upscale_file, write_preview
+from vidgen_ray.upscale.run import OnFrame, SegmentRunner, UpscaleOptions, output_path, upscale_file, write_preview
 
 SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)s?")
@@ -317,33 +317,22 @@ def _parse_seconds(text: str) -> float:
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[Any]:
-    """Show frames, frames per second and the estimated time left, as a bar or as a line at first and every LINE_EVERY_S."""
+def _progress(name: str) -> Iterator[OnFrame]:
+    """Show frames and frames per second, as a bar or as a line at first and every LINE_EVERY_S."""
     begin = shown = time.monotonic()
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} {task.fields[rate]}")
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=None, rate="")
+        task = bar.add_task(name, total=None, state="")
 
         def on_progress(done: int, total: int, made: int) -> None:
             nonlocal shown
             now = time.monotonic()
             is_first = not made and done < total
-            rate = _rate(done, total, made, now - begin)
-            bar.update(task, completed=done, total=total, rate=rate)
+            state = f"{done} of {total} frames" + (f", {made / (now - begin):.2f} frames/s" if made else "")
+            bar.update(task, completed=done, total=total, state=state)
             if not console.is_terminal and (is_first or now - shown >= LINE_EVERY_S):
                 shown = now
-                _note(f"{name}: {done} of {total} frames{rate and f', {rate}'}")
+                _note(f"{name}: {state}")
 
         yield on_progress
-
-
-def _rate(done: int, total: int, made: int, seconds: float) -> str:
-    if not made:
-        return ""
-    return f"{made / seconds:.2f} frames/s, {_minutes((total - done) * seconds / made)} left"
-
-
-def _minutes(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"

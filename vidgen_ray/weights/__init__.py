@@ -24,26 +24,24 @@ DEFAULT_REVISION = "main"
 BUILDER_VERSION = "1"
 """Part of the cached path. Raise it when a builder writes other weights."""
 
-BUILTIN: dict[str, tuple[Callable[[], str], Callable[[Path], None]]] = {
-    "realesrgan": (lambda: BUILDER_VERSION, builtin.build_realesrgan),
-    "rife": (lambda: BUILDER_VERSION, builtin.build_rife),
-    "demo/hunyuandit": (partial(builtin.digest, "hunyuandit"), builtin.build_hunyuandit),
-    "demo/svd": (partial(builtin.digest, "svd"), builtin.build_svd),
-    "demo/wan": (partial(builtin.digest, "wan"), builtin.build_wan),
+BUILTIN: dict[str, Callable[[Path], None]] = {
+    "realesrgan": builtin.build_realesrgan,
+    "rife": builtin.build_rife,
+    "demo/hunyuandit": partial(builtin.build_demo, "hunyuandit"),
+    "demo/svd": partial(builtin.build_demo, "svd"),
+    "demo/wan": partial(builtin.build_demo, "wan"),
 }
-"""Name -> (function that returns the version of the weights, builder).
+"""Name -> builder, which writes a file if the name has a suffix, else into a folder.
 
-The builder writes a file if the name has a suffix, else into a folder. Packages add names `GROUP/NAME` by an entry point
-`GROUP` of `vidgen.weights`: a mapping of names to builders."""
+Packages add names `GROUP/NAME` by an entry point `GROUP` of `vidgen.weights`: a mapping of names to builders."""
 
 
 @lru_cache(maxsize=1)
-def _builders() -> dict[str, tuple[Callable[[], str], Callable[[Path], None]]]:
+def _builders() -> dict[str, Callable[[Path], None]]:
     """Return all builders, with those of entry points."""
     found = dict(BUILTIN)
     for group in entry_points(group="vidgen.weights"):
-        for name, build in group.load().items():
-            found[f"{group.name}/{name}"] = (lambda: BUILDER_VERSION, build)
+        found |= {f"{group.name}/{name}": build for name, build in group.load().items()}
     return found
 
 
@@ -74,9 +72,9 @@ def _resolve_builtin(name: str) -> Path:
     builders = BUILTIN if name in BUILTIN else _builders()
     if name not in builders:
         raise SetupError(f"weights 'builtin:{name}': unknown name, must be one of {', '.join((*builders, *shipped))}")
-    version_of, build = builders[name]
+    version = builtin.demo_digest(name.removeprefix("demo/")) if name.startswith("demo/") else BUILDER_VERSION
     stem, suffix = os.path.splitext(name)
-    path = cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version_of()}-torch{_torch_version()}{suffix}"
+    path = cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version}-torch{_torch_version()}{suffix}"
     if path.exists():
         return path
     try:
@@ -90,7 +88,7 @@ def _resolve_builtin(name: str) -> Path:
             unfinished = Path(tmp) / path.name
             if not suffix:
                 unfinished.mkdir()
-            build(unfinished)
+            builders[name](unfinished)
             unfinished.rename(path)
     return path
 

@@ -38,30 +38,21 @@ def shipped_models() -> dict[str, Path]:
     return {f"demo/{path.name}": path for path in sorted(SHIPPED.iterdir()) if path.name not in SHARED_WITH_FLUX}
 
 
-def digest(name: str) -> str:
+def demo_digest(name: str) -> str:
     """Return a digest of the model's files and of the parts that it shares with FLUX. It changes when any is retrained."""
     parts = [SHIPPED / name, *(SHIPPED / "flux" / part for part in SHARED_WITH_FLUX[name].values())]
     return hashlib.sha256("\n".join(map(cache_dir.digest, parts)).encode()).hexdigest()[:16]
 
 
-def build_hunyuandit(folder: Path) -> None:
-    """Write HunyuanDiT with the shared autoencoder."""
-    _copy_with_shared_parts("hunyuandit", folder)
-
-
-def build_svd(folder: Path) -> None:
-    """Write Stable Video Diffusion with the shared autoencoder."""
-    _copy_with_shared_parts("svd", folder)
-
-
-def build_wan(folder: Path) -> None:
-    """Write Wan with FLUX's T5, and with its whole weights."""
+def build_demo(name: str, folder: Path) -> None:
+    """Write a model with the parts that it shares with FLUX, and with whole weights."""
     from safetensors.torch import load_file, save_file
 
-    _copy_with_shared_parts("wan", folder)
-    for part in ("transformer", "vae"):
-        shipped = folder / part / COMPACT_WEIGHTS
-        save_file(whole(load_file(shipped)), folder / part / WHOLE_WEIGHTS)
+    shutil.copytree(SHIPPED / name, folder, dirs_exist_ok=True)
+    for part, of_flux in SHARED_WITH_FLUX[name].items():
+        shutil.copytree(SHIPPED / "flux" / of_flux, folder / part)
+    for shipped in sorted(folder.glob(f"*/{COMPACT_WEIGHTS}")):
+        save_file(whole(load_file(shipped)), shipped.with_name(WHOLE_WEIGHTS))
         shipped.unlink()
 
 
@@ -87,12 +78,6 @@ def per_channel(scale: "torch.Tensor", tensor: "torch.Tensor") -> "torch.Tensor"
 def is_spatial(kernel: "torch.Tensor") -> bool:
     """Return whether a kernel covers 3x3 pixels, and one or three frames."""
     return kernel.dim() == 5 and kernel.shape[3:] == (3, 3)
-
-
-def _copy_with_shared_parts(name: str, folder: Path) -> None:
-    shutil.copytree(SHIPPED / name, folder, dirs_exist_ok=True)
-    for part, of_flux in SHARED_WITH_FLUX[name].items():
-        shutil.copytree(SHIPPED / "flux" / of_flux, folder / part)
 
 
 UPSCALERS = {"animevideov3": "ANIMAVIDEOV3", "x4plus-anime": "X4PLUSANIME", "x4plus": "X4PLUS"}
