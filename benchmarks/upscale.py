@@ -224,9 +224,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def vidgen(workers: int) -> Callable[[Path, Path, int], dict[str, Any]]:
     def run(video: Path, out: Path, scale: int) -> dict[str, Any]:
-        from vidgen_ray.upscale.engine_settings import choose_settings
         from vidgen_ray.upscale.frames import EncodeSettings
         from vidgen_ray.upscale.job import Threads
+        from vidgen_ray.upscale.network import choose_settings
         from vidgen_ray.upscale.run import UpscaleOptions, upscale_file
 
         import_module("spandrel")
@@ -243,7 +243,7 @@ def vidgen(workers: int) -> Callable[[Path, Path, int], dict[str, Any]]:
 
 def network_only(video: Path, _out: Path, scale: int) -> dict[str, Any]:
     """Run the network with the settings of one worker, without decoding and encoding: the speed of light of `vidgen-1`."""
-    from vidgen_ray.upscale.engine_settings import choose_settings
+    from vidgen_ray.upscale.network import choose_settings
 
     model = find_model(DEFAULT_MODEL)
     settings = choose_settings(model, "cpu", 1)

@@ -32,14 +32,16 @@ from PIL import Image
 
 from benchmarks.machine import machine, write_json
 from benchmarks.upscale import PACKAGES, photo_video
-from vidgen_ray.upscale.engine_settings import choose_settings, cpu_has_bfloat16, tile_overlap_px
 from vidgen_ray.upscale.frames import FrameReader
 from vidgen_ray.upscale.network import (
     DEFAULT_MODEL,
     EngineSettings,
     UpscaleModel,
     UpscaleNetwork,
+    choose_settings,
+    cpu_has_bfloat16,
     find_model,
+    tile_overlap_px,
     usable_cpus,
 )
 from vidgen_ray.upscale.source import read_source

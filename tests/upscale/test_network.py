@@ -8,18 +8,21 @@ from tests.upscale.conftest import compact
 from tests.upscale.videos import picture, write_video
 from vidgen_ray.errors import SetupError, StageError, UsageError
 from vidgen_ray.stages.realesrgan import forward
-from vidgen_ray.upscale import engine_settings
-from vidgen_ray.upscale.engine_settings import (
+from vidgen_ray.upscale import network as network_module
+from vidgen_ray.upscale.job import upscale_frames
+from vidgen_ray.upscale.network import (
+    EngineSettings,
+    UpscaleModel,
+    UpscaleNetwork,
     bytes_per_pixel,
     call_bytes,
     choose_settings,
     choose_tile,
     default_workers,
+    find_model,
     settings_for,
     tile_overlap_px,
 )
-from vidgen_ray.upscale.job import upscale_frames
-from vidgen_ray.upscale.network import EngineSettings, UpscaleModel, UpscaleNetwork, find_model
 from vidgen_ray.upscale.source import read_source
 
 BASE = EngineSettings(threads=1)
@@ -30,7 +33,7 @@ def levels_apart(a, b) -> int:
 
 
 def test_tiles_of_a_network_that_sees_everything_are_refused(tiny_model, monkeypatch):
-    monkeypatch.setattr(engine_settings, "tile_overlap_px", lambda model: None)
+    monkeypatch.setattr(network_module, "tile_overlap_px", lambda model: None)
     with pytest.raises(SetupError, match="sees whole frames, so tiles would show"):
         choose_tile(tiny_model, 4000, 4000, 1e6)
 
@@ -92,7 +95,7 @@ def test_settings_follow_the_machine(monkeypatch, tiny_model):
         (16, False, "float32, 2 calls at a time on 8 threads"),
     ):
         for name, value in (("usable_cpus", cpus), ("cpu_has_bfloat16", bfloat16)):
-            monkeypatch.setattr(engine_settings, name, lambda value=value: value)
+            monkeypatch.setattr(network_module, name, lambda value=value: value)
         assert str(choose_settings(find_model("animevideov3"), "cpu", default_workers("cpu"))) == expected
         # The difference of half precision is known for the builtin networks only.
         assert choose_settings(tiny_model, "cpu", 1).dtype == "float32"
@@ -102,8 +105,8 @@ def test_calls_at_the_same_time_must_fit_in_memory(tiny_model, monkeypatch, tmp_
     source = read_source(write_video(tmp_path / "in.mp4", 1))
     settings = EngineSettings(threads=4, parallel_calls=2)
     for calls, expected in ((2, 2), (1.5, 1)):
-        free = calls * call_bytes(tiny_model, source.width, source.height) / engine_settings.MEMORY_SHARE
-        monkeypatch.setattr(engine_settings, "free_bytes", lambda device, free=free: free)
+        free = calls * call_bytes(tiny_model, source.width, source.height) / network_module.MEMORY_SHARE
+        monkeypatch.setattr(network_module, "free_bytes", lambda device, free=free: free)
         assert settings_for(source, tiny_model, settings, 1).parallel_calls == expected
 
 

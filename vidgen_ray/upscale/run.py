@@ -45,11 +45,10 @@ from vidgen_ray.stages.realesrgan import RealESRGANStage, weights_file
 from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import abandoned, new_file, remove, write_atomically
-from vidgen_ray.upscale.engine_settings import choose_settings, settings_for
 from vidgen_ray.upscale.frames import EncodeSettings, FrameReader, Pixels, interpolator_weights, write_segment
 from vidgen_ray.upscale.job import Segment, SegmentFailed, Threads, UpscaleJob, fitted, scaled, upscale_frames
 from vidgen_ray.upscale.join import FORMATS, join_segments, plan_copies
-from vidgen_ray.upscale.network import EngineSettings, Size, UpscaleModel, UpscaleNetwork
+from vidgen_ray.upscale.network import EngineSettings, Size, UpscaleModel, UpscaleNetwork, choose_settings, settings_for
 from vidgen_ray.upscale.source import VideoSource, read_source, timeline_of
 
 WORK_FOLDER = ".vidgen-upscale"

@@ -25,11 +25,19 @@ from vidgen_ray.media import CLIP_SUFFIXES
 from vidgen_ray.media.encode import Preset
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.provenance.record import DEFAULT
-from vidgen_ray.upscale.engine_settings import choose_settings, default_workers
 from vidgen_ray.upscale.frames import DEFAULT_CRF, Codec, EncodeSettings
 from vidgen_ray.upscale.job import SegmentFailed, Threads
 from vidgen_ray.upscale.join import FORMATS
-from vidgen_ray.upscale.network import BUILTIN_MODELS, DEFAULT_MODEL, EngineSettings, Size, UpscaleModel, find_model
+from vidgen_ray.upscale.network import (
+    BUILTIN_MODELS,
+    DEFAULT_MODEL,
+    EngineSettings,
+    Size,
+    UpscaleModel,
+    choose_settings,
+    default_workers,
+    find_model,
+)
 from vidgen_ray.upscale.run import OnFrame, SegmentRunner, UpscaleOptions, output_path, upscale_file, write_preview
 
 SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
