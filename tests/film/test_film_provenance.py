@@ -20,7 +20,7 @@ SHOT = ProvenanceRecord(
 
 @pytest.fixture
 def film(shots, tmp_path):
-    """An output folder with a marked clip and one of an earlier version."""
+    """An output folder with a marked clip and one without metadata."""
     clip = shots.add("new")
     append_xmp(clip, SHOT.metadata().xmp)
     record = json.loads((clip.parent / "shot.json").read_text())

@@ -126,7 +126,7 @@ def test_without_provenance_files_have_none_and_the_record_says_so(tiny, make_sh
     assert json.loads((folder / "shot.json").read_text())["provenance"]["metadata"] == "off"
 
 
-def test_keys_of_marked_files_are_those_of_earlier_versions_and_others_differ(tiny, make_shot):
+def test_other_details_change_the_key_of_the_files_and_a_signature_does_not(tiny, make_shot):
     shot = make_shot()
     before = ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
     marked, private, off = (plan_of(tiny, shot, settings) for settings in (FULL, PRIVATE, OFF))

@@ -85,14 +85,6 @@ def test_dry_run_downloads_only_the_index(hub, server, repositories):
     assert set(server.downloads()) == {"model_index.json"}
 
 
-def test_interrupted_transfer_continues_where_it_stopped(hub, server, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 250)
-    server.cut_after[UNET] = 1000
-    pull(SVD, hub=hub)
-    ranges = [requested for method, path, requested in server.requests if method == "GET" and path.endswith(UNET)]
-    assert ranges == [None, "bytes=1000-"]
-
-
 def test_file_with_a_wrong_digest_is_deleted_and_downloaded_again(hub, server):
     server.corrupt.add(UNET)
     with pytest.raises(SetupError, match=rf"{UNET} does not have the digest that the hub states, and was deleted"):
