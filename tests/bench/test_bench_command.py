@@ -7,7 +7,7 @@ import pytest
 from vidgen_ray.bench import bench_command as cli_bench
 from vidgen_ray.bench import published_models, stage_bench
 from vidgen_ray.bench.published_models import random_model, random_pipeline
-from vidgen_ray.bench.stage_bench import BenchOptions, bench_stages, write_lora
+from vidgen_ray.bench.stage_bench import BenchOptions, bench_stages
 from vidgen_ray.cli import main
 from vidgen_ray.graph import relative_costs
 from vidgen_ray.planner import load_calibration
@@ -122,12 +122,9 @@ def test_seconds_per_step_and_fixed_seconds_are_separated(tiny, monkeypatch, mak
     assert measured.seconds_of_reference == pytest.approx((5 + 2 * 14) / FluxStage.relative_cost(long))
 
 
-def test_random_lora_fits_the_transformer(tmp_path):
-    weights = resolve("builtin:tiny/flux")
-    write_lora(json.loads((weights / "transformer" / "config.json").read_text()), tmp_path / "random.safetensors")
-    params = load_profile("tiny").params(FluxStage)
-    model = FluxModel(params)
-    with model.loras_active(Shot(prompt="a", lora=str(tmp_path / "random.safetensors")).lora):
+def test_random_lora_fits_the_transformer(tiny):
+    model = FluxModel(tiny.params(FluxStage))
+    with cli_bench._lora_for(tiny, None) as file, model.loras_active(Shot(prompt="a", lora=str(file)).lora):
         assert model.adapters.loads == 1
 
 

@@ -18,8 +18,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vidgen_ray.bench.published_models import RandomModel, check_shot_memory, random_model, random_pipeline
-from vidgen_ray.bench.stage_bench import QUICK, BenchOptions, StageResult, bench_stages, write_lora
+from vidgen_ray.bench.published_models import (
+    RandomModel,
+    check_shot_memory,
+    empty_network,
+    networks_in,
+    random_model,
+    random_pipeline,
+)
+from vidgen_ray.bench.stage_bench import QUICK, BenchOptions, StageResult, bench_stages
 from vidgen_ray.cli.options import JsonOption, ProfileOption, example
 from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES
@@ -36,6 +43,7 @@ from vidgen_ray.weights import resolve
 
 SIZE = re.compile(r"(\d+)x(\d+)")
 PROMPT = "a man in the rain"
+LORA_RANK = 16
 CHAIN = "chain"
 """Name of the whole chain among the results."""
 RANDOM_ACTORS = (FluxStage.actor, HunyuanDiTStage.actor, SVDStage.actor)
@@ -175,20 +183,17 @@ def _with_files(fields: Mapping[str, Any], values: Mapping[str, Any], lora: Path
 @contextmanager
 def _lora_for(profile: Profile, random_flux: RandomModel | None) -> Iterator[Path | None]:
     """Yield a LoRA with random weights for the profile's FLUX. `None` if its weights are not on this machine."""
+    from vidgen_ray.bench.tiny_networks import write_random_lora
+
     with tempfile.TemporaryDirectory(prefix="vidgen-bench-") as folder:
         file = Path(folder) / "random.safetensors"
         try:
-            write_lora(random_flux.networks["transformer"].config if random_flux else _flux_config(profile), file)
+            networks = random_flux.networks if random_flux else dict(networks_in(profile.params(FluxStage).weights))
+            write_random_lora(empty_network(networks["transformer"]), file, seed=0, rank=LORA_RANK, scale=0.01)
         except (VidgenError, OSError):
             yield None
         else:
             yield file
-
-
-def _flux_config(profile: Profile) -> dict[str, Any]:
-    folder = profile.params(FluxStage).weights / "transformer"
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-    return config
 
 
 def _random_models(profile: Profile) -> dict[str, RandomModel]:

@@ -99,7 +99,7 @@ def random_model(reference: str, relative_to: Path | None) -> RandomModel:
             raise SetupError(f"{error}; without files, random weights are known only for {known}") from None
         model, weights = PUBLISHED[match["repository"]]
         return RandomModel(weights, published_networks(model), True)
-    return RandomModel(str(folder), dict(_networks_in(folder)), False)
+    return RandomModel(str(folder), dict(networks_in(folder)), False)
 
 
 def published_networks(model: str) -> dict[str, PublishedNetwork]:
@@ -113,7 +113,7 @@ def published_networks(model: str) -> dict[str, PublishedNetwork]:
     }
 
 
-def _networks_in(folder: Path) -> Iterator[tuple[str, PublishedNetwork]]:
+def networks_in(folder: Path) -> Iterator[tuple[str, PublishedNetwork]]:
     """Yield component and network of a folder of a diffusers pipeline."""
     import diffusers
     import torch

@@ -7,7 +7,7 @@ that do not depend on the steps. A chunked stage is measured on one chunk, becau
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,8 +27,6 @@ from vidgen_ray.stages.base import Artefacts, ChunkedStage, Item, Stage, frames_
 from vidgen_ray.stages.instantid import InstantIDStage
 
 MIN_SECONDS = 1e-6
-LORA_RANK = 16
-LORA_LAYERS = ("to_q", "to_k", "to_v")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,22 +195,3 @@ def _peak_gb() -> float:
     import torch
 
     return float(torch.cuda.max_memory_allocated() / GB)
-
-
-def write_lora(transformer: Mapping[str, Any], file: Path) -> None:
-    """Write a LoRA with random factors that fits a FLUX transformer with this configuration, for measurements.
-
-    It has rank 16 and changes the attention of the double blocks.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    generator = torch.Generator().manual_seed(0)
-    factors = {}
-    for block in range(transformer["num_layers"]):
-        for layer in LORA_LAYERS:
-            name = f"transformer.transformer_blocks.{block}.attn.{layer}"
-            factors[f"{name}.lora_A.weight"] = torch.randn(LORA_RANK, width, generator=generator) * 0.01
-            factors[f"{name}.lora_B.weight"] = torch.randn(width, LORA_RANK, generator=generator) * 0.01
-    save_file(factors, file)

@@ -83,16 +83,18 @@ def build_lora(file: Path) -> None:
     write_random_lora(_flux_transformer(guidance=True), file, seed=4)
 
 
-def write_random_lora(transformer: torch.nn.Module, file: Path, seed: int) -> None:
-    """Write a random LoRA of rank 4 on every attention projection of a transformer, in the diffusers layout."""
-    rank, generator, tensors = 4, torch.Generator().manual_seed(seed), {}
+def write_random_lora(transformer: torch.nn.Module, file: Path, seed: int, *, rank: int = 4, scale: float = 0.3) -> None:
+    """Write a random LoRA on every attention projection of a transformer, in the diffusers layout.
+
+    The default `scale` of the factors makes the effect visible on a random network.
+    """
+    generator, tensors = torch.Generator().manual_seed(seed), {}
     for name, module in transformer.named_modules():
         if isinstance(module, torch.nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
             a = torch.randn(rank, module.in_features, generator=generator)
             b = torch.randn(module.out_features, rank, generator=generator)
-            # 0.3 makes the effect of a random adapter visible on a random network.
-            tensors[f"transformer.{name}.lora_A.weight"] = a * 0.3
-            tensors[f"transformer.{name}.lora_B.weight"] = b * 0.3
+            tensors[f"transformer.{name}.lora_A.weight"] = a * scale
+            tensors[f"transformer.{name}.lora_B.weight"] = b * scale
     save_file(tensors, file)
 
 
