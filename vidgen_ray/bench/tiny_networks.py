@@ -1,6 +1,6 @@
 """Random weights in the real architectures of the diffusion models, small enough to run on a laptop.
 
-Images and clips are noise.
+Images and clips are noise. Values that are not given are the defaults of the classes, as in the published models.
 """
 
 from pathlib import Path
@@ -109,7 +109,6 @@ def build_hunyuandit(folder: Path) -> None:
             num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=64,
-            max_position_embeddings=512,
         )
     )
     transformer = HunyuanDiT2DModel(
@@ -120,18 +119,12 @@ def build_hunyuandit(folder: Path) -> None:
         sample_size=16,
         hidden_size=32,
         num_layers=4,
-        mlp_ratio=4.0,
-        learn_sigma=True,
         cross_attention_dim=32,
         cross_attention_dim_t5=32,
         pooled_projection_dim=16,
-        text_len=77,
-        text_len_t5=256,
-        activation_fn="gelu-approximate",
         use_style_cond_and_image_meta_size=False,
     )
     scheduler = DDPMScheduler(
-        num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.018,
         beta_schedule="scaled_linear",
@@ -159,15 +152,9 @@ def build_svd(folder: Path) -> None:
     unet = _svd_unet()
     pipeline = StableVideoDiffusionPipeline(
         vae=AutoencoderKLTemporalDecoder(
-            in_channels=3,
-            out_channels=3,
             down_block_types=["DownEncoderBlock2D"] * 4,
             block_out_channels=[32, 32, 32, 32],
-            layers_per_block=1,
-            latent_channels=4,
             sample_size=64,
-            scaling_factor=0.18215,
-            force_upcast=True,
         ).eval(),
         image_encoder=CLIPVisionModelWithProjection(
             CLIPVisionConfig(
@@ -175,9 +162,7 @@ def build_svd(folder: Path) -> None:
                 projection_dim=32,
                 num_hidden_layers=2,
                 num_attention_heads=2,
-                image_size=224,
                 intermediate_size=37,
-                patch_size=32,
             )
         ).eval(),
         unet=unet,
@@ -186,8 +171,6 @@ def build_svd(folder: Path) -> None:
             beta_end=0.012,
             beta_schedule="scaled_linear",
             prediction_type="v_prediction",
-            interpolation_type="linear",
-            num_train_timesteps=1000,
             steps_offset=1,
             timestep_spacing="leading",
             timestep_type="continuous",
@@ -207,16 +190,12 @@ def _svd_unet() -> Any:
         block_out_channels=(32, 64),
         layers_per_block=1,
         sample_size=16,
-        in_channels=8,
-        out_channels=4,
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
         cross_attention_dim=32,
         num_attention_heads=(2, 4),
-        transformer_layers_per_block=1,
         addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=96,
-        num_frames=25,
     ).eval()
     with torch.no_grad():
         # A random network is dominated by its input image. Larger weights make the effect of the conditions measurable.
@@ -230,13 +209,8 @@ def _flux_pipeline(guidance: bool) -> Any:
     transformer = _flux_transformer(guidance)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=1000,
             shift=3.0 if guidance else 1.0,
             use_dynamic_shifting=guidance,
-            base_shift=0.5,
-            max_shift=1.15,
-            base_image_seq_len=256,
-            max_image_seq_len=4096,
         ),
         vae=autoencoder(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, quant_conv=False),
         text_encoder=clip_text_encoder(clip),
@@ -250,8 +224,6 @@ def _flux_pipeline(guidance: bool) -> Any:
 def _flux_transformer(guidance: bool) -> Any:
     torch.manual_seed(0)
     return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=64,
         num_layers=2,
         num_single_layers=4,
         attention_head_dim=16,
@@ -265,12 +237,9 @@ def _flux_transformer(guidance: bool) -> Any:
 
 def autoencoder(latent_channels: int, scaling_factor: float, shift_factor: float | None, quant_conv: bool) -> Any:
     return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=LATENT_BLOCKS,
-        layers_per_block=1,
         norm_num_groups=4,
         latent_channels=latent_channels,
         sample_size=64,
@@ -281,15 +250,14 @@ def autoencoder(latent_channels: int, scaling_factor: float, shift_factor: float
     ).eval()
 
 
-def clip_text_encoder(tokenizer: Any) -> Any:
-    return CLIPTextModel(
+def clip_text_encoder(tokenizer: Any, network_class: Any = CLIPTextModel) -> Any:
+    return network_class(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=2,
-            max_position_embeddings=77,
             projection_dim=32,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -308,8 +276,6 @@ def t5_encoder(tokenizer: Any) -> Any:
             num_layers=2,
             num_heads=2,
             feed_forward_proj="gated-gelu",
-            pad_token_id=0,
-            eos_token_id=1,
             is_encoder_decoder=False,
             use_cache=False,
             tie_word_embeddings=False,
@@ -374,13 +340,10 @@ def build_klein(folder: Path) -> None:
         )
     )
     vae = AutoencoderKLFlux2(
-        in_channels=3,
-        out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 8, 16, 16),
         layers_per_block=1,
-        latent_channels=32,
         norm_num_groups=4,
         sample_size=64,
     )
@@ -440,14 +403,10 @@ def build_qwen_edit(folder: Path) -> None:
         base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
     transformer = QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=64,
-        out_channels=16,
         num_layers=2,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=TEXT_CHANNELS,
-        guidance_embeds=False,
         axes_dims_rope=(8, 4, 4),
     )
     QwenImageEditPlusPipeline(
@@ -463,14 +422,11 @@ def build_qwen_edit(folder: Path) -> None:
 def _klein_transformer() -> Any:
     torch.manual_seed(23)
     return Flux2Transformer2DModel(
-        patch_size=1,
-        in_channels=128,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=KLEIN_LAYERS * TEXT_CHANNELS,
-        timestep_guidance_channels=256,
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     ).eval()
@@ -518,8 +474,6 @@ def build_wan_ti2v(folder: Path) -> None:
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
         scale_factor_spatial=16,
-        scale_factor_temporal=4,
-        temperal_downsample=[False, True, True],
     )
     transformer = _wan_transformer(TI2V_CHANNELS, TI2V_CHANNELS, 9)
     _wan(vae, transformer=transformer, transformer_2=None, expand_timesteps=True).save_pretrained(folder)
@@ -555,7 +509,6 @@ def _wan(vae: Any, **parts: Any) -> Any:
             d_ff=64,
             num_layers=2,
             num_heads=2,
-            feed_forward_proj="gated-gelu",
             is_encoder_decoder=False,
             use_cache=False,
         )
@@ -574,17 +527,13 @@ def _wan(vae: Any, **parts: Any) -> Any:
 def _wan_transformer(in_channels: int, out_channels: int, seed: int) -> Any:
     torch.manual_seed(seed)
     return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
         in_channels=in_channels,
         out_channels=out_channels,
         text_dim=VIDEO_TEXT_CHANNELS,
-        freq_dim=256,
         ffn_dim=32,
         num_layers=2,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
         # At least the number of latent frames and of tokens per row and column.
         rope_max_seq_len=64,
     ).eval()
@@ -595,24 +544,16 @@ def _ltx_pipeline(timestep_conditioning: bool) -> Any:
     transformer = _ltx_transformer()
     torch.manual_seed(10)
     vae = AutoencoderKLLTXVideo(
-        in_channels=3,
-        out_channels=3,
         latent_channels=8,
         block_out_channels=(8, 8, 8, 8),
         decoder_block_out_channels=(8, 8, 8, 8),
         layers_per_block=(1,) * 5,
         decoder_layers_per_block=(1,) * 5,
-        # Three levels halve space and time. The patches of 4x4 pixels make it 32x32x8.
-        spatio_temporal_scaling=(True, True, True, False),
-        decoder_spatio_temporal_scaling=(True, True, True, False),
+        # By default, three levels halve space and time, and patches of 4x4 pixels make it 32x32x8.
         decoder_inject_noise=(False,) * 5,
         upsample_residual=(False,) * 4,
         upsample_factor=(1,) * 4,
         timestep_conditioning=timestep_conditioning,
-        patch_size=4,
-        patch_size_t=1,
-        encoder_causal=True,
-        decoder_causal=False,
     )
     return LTXImageToVideoPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
@@ -620,7 +561,6 @@ def _ltx_pipeline(timestep_conditioning: bool) -> Any:
             base_shift=0.95,
             max_shift=2.05,
             base_image_seq_len=1024,
-            max_image_seq_len=4096,
             shift_terminal=0.1,
         ),
         vae=vae.eval(),
@@ -635,8 +575,6 @@ def _ltx_transformer() -> Any:
     return LTXVideoTransformer3DModel(
         in_channels=8,
         out_channels=8,
-        patch_size=1,
-        patch_size_t=1,
         num_attention_heads=4,
         attention_head_dim=8,
         cross_attention_dim=32,

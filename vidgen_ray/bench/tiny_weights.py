@@ -19,7 +19,7 @@ from diffusers import (
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection
 
 from vidgen_ray.bench import tiny_networks
 from vidgen_ray.bench.tiny_networks import autoencoder, clip_text_encoder, clip_tokenizer
@@ -171,8 +171,6 @@ def build_infusenet(folder: Path) -> None:
     """Write InfuseNet for `tiny/flux` and `tiny/flux-schnell`: 1 double and 2 single blocks, guidance embedding, 8 tokens."""
     torch.manual_seed(5)
     net = FluxControlNetModel(
-        patch_size=1,
-        in_channels=64,
         num_layers=1,
         num_single_layers=2,
         attention_head_dim=16,
@@ -206,20 +204,7 @@ def build_sdxl(folder: Path) -> None:
     StableDiffusionXLPipeline(
         vae=autoencoder(latent_channels=4, scaling_factor=0.13025, shift_factor=None, quant_conv=True),
         text_encoder=clip_text_encoder(tokenizer),
-        text_encoder_2=CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=TEXT_CHANNELS,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=77,
-                projection_dim=TEXT_CHANNELS,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        ).eval(),
+        text_encoder_2=clip_text_encoder(tokenizer, CLIPTextModelWithProjection),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
@@ -227,7 +212,6 @@ def build_sdxl(folder: Path) -> None:
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
-            num_train_timesteps=1000,
             steps_offset=1,
             timestep_spacing="leading",
         ),
@@ -271,8 +255,6 @@ def _sdxl_unet() -> UNet2DConditionModel:
     torch.manual_seed(6)
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
         block_out_channels=(16, 32),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
