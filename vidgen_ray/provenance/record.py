@@ -282,11 +282,6 @@ class InputFile(NamedTuple):
         return SourceFile(sha256=self.sha256, source_type=self.found.known_type, key=record.key, sources=record.sources)
 
 
-def altered_type(*, is_interpolated: bool) -> SourceType:
-    """Return the source type of recorded video after upscaling: partly generated if a network has drawn frames of it."""
-    return "compositeWithTrainedAlgorithmicMedia" if is_interpolated else "algorithmicallyEnhanced"
-
-
 def altered_record(
     source: InputFile,
     operation: Operation,

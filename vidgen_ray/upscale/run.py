@@ -33,8 +33,8 @@ from vidgen_ray.provenance.record import (
     Operation,
     ProvenanceRecord,
     ProvenanceSettings,
+    SourceType,
     altered_record,
-    altered_type,
     metadata_of,
 )
 from vidgen_ray.provenance.signing import check_signing, sign_result
@@ -94,7 +94,8 @@ class UpscaleOptions:
         """Return the provenance record of the result for a source, or `None` if nothing is written."""
         network = "" if self.model is None else "realesrgan" if self.operation == "stage" else self.model.name
         stages = [name for name in (network, "rife" if self.fps is not None else "") if name]
-        altered = altered_type(is_interpolated=self.fps is not None)
+        # Recorded video is partly generated if a network has drawn frames of it.
+        altered: SourceType = "algorithmicallyEnhanced" if self.fps is None else "compositeWithTrainedAlgorithmicMedia"
         return altered_record(InputFile.read(video, digest(video)), self.operation, stages, self.provenance, altered)
 
     def check(self, out: Path) -> None:
