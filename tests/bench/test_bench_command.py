@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from vidgen_ray.bench import bench_command as cli_bench
-from vidgen_ray.bench import published_models, stage_bench
+from vidgen_ray.bench import bench_command, published_models
+from vidgen_ray.bench.bench_command import BenchOptions, bench_stages
 from vidgen_ray.bench.published_models import random_model, random_pipeline
-from vidgen_ray.bench.stage_bench import BenchOptions, bench_stages
 from vidgen_ray.cli import main
 from vidgen_ray.graph import relative_costs
 from vidgen_ray.planner import load_calibration
@@ -109,8 +108,8 @@ class SlowStage(FluxStage):
 
 
 def test_seconds_per_step_and_fixed_seconds_are_separated(tiny, monkeypatch, make_shot):
-    monkeypatch.setattr(stage_bench, "stages_of", lambda shot: (SlowStage,))
-    monkeypatch.setattr(stage_bench.time, "perf_counter", lambda: SlowStage.clock)
+    monkeypatch.setattr(bench_command, "stages_of", lambda shot: (SlowStage,))
+    monkeypatch.setattr(bench_command.time, "perf_counter", lambda: SlowStage.clock)
     monkeypatch.setattr(SlowStage, "calls", ())
     shot = make_shot(face_image=("examples/faces/astronaut.jpg",), identity="none", width=1024, height=576)
     (result,) = bench_stages(tiny, [shot], BenchOptions(steps=(4, 14), repeats=2))
@@ -124,7 +123,7 @@ def test_seconds_per_step_and_fixed_seconds_are_separated(tiny, monkeypatch, mak
 
 def test_random_lora_fits_the_transformer(tiny):
     model = FluxModel(tiny.params(FluxStage))
-    with cli_bench._lora_for(tiny, None) as file, model.loras_active(Shot(prompt="a", lora=str(file)).lora):
+    with bench_command._lora_for(tiny, None) as file, model.loras_active(Shot(prompt="a", lora=str(file)).lora):
         assert model.adapters.loads == 1
 
 
@@ -133,7 +132,7 @@ NAMES = ("flux", "lora", "hunyuan", "svd", "realesrgan")
 
 def test_bench_with_random_weights_replaces_the_networks_and_marks_the_results(cache, capsys, monkeypatch):
     built = []
-    monkeypatch.setattr(cli_bench, "random_pipeline", lambda *args: built.append(random_pipeline(*args)) or built[-1])
+    monkeypatch.setattr(bench_command, "random_pipeline", lambda *args: built.append(random_pipeline(*args)) or built[-1])
     arguments = ["--weights", "random", "--quick", "--json"]
     assert main(["bench", "-p", "tiny", *arguments, *(a for name in NAMES for a in ("--stage", name))]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -153,7 +152,7 @@ def test_bench_with_random_weights_needs_no_files(cache, capsys, monkeypatch):
     """The reference is one to weights that are not on this machine. The published networks are replaced by tiny ones."""
     networks = random_model("builtin:tiny/svd", None).networks
     monkeypatch.setattr(published_models, "NETWORKS", {f"svd/{name}": network for name, network in networks.items()})
-    monkeypatch.setattr(cli_bench, "load_profile", lambda name: with_published_weights(load_profile(name)))
+    monkeypatch.setattr(bench_command, "load_profile", lambda name: with_published_weights(load_profile(name)))
     assert main(["bench", "-p", "tiny", "--weights", "random", "--quick", "--stage", "svd", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["stages"]
     assert (row["problem"], row["step_s"] is not None, row["random_weights"]) == (None, True, True)
@@ -162,7 +161,7 @@ def test_bench_with_random_weights_needs_no_files(cache, capsys, monkeypatch):
 def test_full_size_that_does_not_fit_is_refused_before_it_is_built(cache, capsys, monkeypatch):
     monkeypatch.setattr(published_models, "free_bytes", lambda device: 2**30)
     monkeypatch.setattr(published_models, "_draw_weights", lambda *args: pytest.fail("allocated"))
-    monkeypatch.setattr(cli_bench, "load_profile", lambda name: with_published_weights(load_profile(name)))
+    monkeypatch.setattr(bench_command, "load_profile", lambda name: with_published_weights(load_profile(name)))
     assert main(["bench", "-p", "tiny", "--weights", "random", "--quick", "--stage", "svd", "--no-save"]) == 4
     assert "svd: not measured: the weights need 8.4 GB of host memory, 1 GB are free" in capsys.readouterr().err
 
