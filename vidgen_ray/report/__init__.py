@@ -1,1 +1,1 @@
-"""Reports: the gallery and the contact sheet of a run, and the identity sheet of photos."""
+"""Reports: the gallery of a run, and the identity sheet of photos."""
