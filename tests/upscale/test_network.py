@@ -112,7 +112,7 @@ def test_calls_at_the_same_time_must_fit_in_memory(tiny_model, monkeypatch, tmp_
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parallel_calls_give_the_same_pixels(dtype):
-    frames = [picture(n) for n in range(4)]
+    frames = [picture(n, 32, 24) for n in range(4)]
     alone = UpscaleNetwork(find_model("animevideov3"), BASE.model_copy(update={"dtype": dtype}))
     expected = [alone([frame])[0] for frame in frames]
     settings = BASE.model_copy(update={"dtype": dtype, "threads": 2, "parallel_calls": 2})
@@ -123,7 +123,7 @@ def test_parallel_calls_give_the_same_pixels(dtype):
 def test_networks_of_real_esrgan_give_the_pixels_of_their_published_code():
     """The network for videos is run layer by layer, which must not change a bit."""
     network = find_model("animevideov3").load()
-    pixels = torch.from_numpy(picture(1)).permute(2, 0, 1)[None] / 255
+    pixels = torch.from_numpy(picture(1, 32, 24)).permute(2, 0, 1)[None] / 255
     with torch.inference_mode():
         assert torch.equal(forward(network, pixels), network.model(pixels))
         network.model.bfloat16()
