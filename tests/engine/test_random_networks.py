@@ -6,7 +6,6 @@ from safetensors.torch import load_file
 
 from vidgen_ray.bench import published_models
 from vidgen_ray.bench.published_models import (
-    check_shot_memory,
     empty_network,
     published_networks,
     random_model,
@@ -14,7 +13,7 @@ from vidgen_ray.bench.published_models import (
 )
 from vidgen_ray.errors import SetupError
 from vidgen_ray.stages.flux_model import FluxParams
-from vidgen_ray.stages.svd import SVDParams, SVDStage
+from vidgen_ray.stages.svd import SVDParams
 from vidgen_ray.weights import resolve
 
 
@@ -66,14 +65,3 @@ def test_networks_that_flux_quantizes_or_keeps_on_the_host_are_built_there():
 def test_unknown_repository_is_refused():
     with pytest.raises(SetupError, match=r"random weights are known only for black-forest-labs/FLUX\.1-dev"):
         random_model("hub:someone/model@main", None)
-
-
-def test_shot_that_does_not_fit_on_the_gpu_is_refused(monkeypatch, make_shot):
-    params = SVDParams(weights="unused", dtype="float16", device="cuda")
-    shot = make_shot(width=1024, height=576, num_frames=25)
-    needed = SVDStage.memory(params, shot).total
-    monkeypatch.setattr(published_models, "free_bytes", lambda device: needed)
-    check_shot_memory(SVDStage, params, shot)
-    monkeypatch.setattr(published_models, "free_bytes", lambda device: needed - 1)
-    with pytest.raises(SetupError, match=r"1024x576 with 25 frames needs \S+ GB of GPU memory, \S+ GB are free; use a smaller"):
-        check_shot_memory(SVDStage, params, shot)

@@ -27,7 +27,6 @@ from rich.table import Table
 
 from vidgen_ray.bench.published_models import (
     RandomModel,
-    check_shot_memory,
     empty_network,
     networks_in,
     random_model,
@@ -82,11 +81,10 @@ def bench_stages(
     shots: Iterable[Shot],
     options: BenchOptions,
     stages: Collection[str] | None = None,
-    check: Callable[[type[Stage[Any]], Shot], None] = lambda stage, shot: None,
 ) -> Iterator[StageResult]:
     """Measure each stage that the shots pass and the profile has, once per variant, and yield each result.
 
-    `stages`: only these. `None`: all. `check`: called before a stage is loaded. If it raises, the stage is not measured.
+    `stages`: only these. `None`: all.
 
     Stages do not get the results of earlier stages but the shot's photo as the image and as every frame of the clip, and its
     face features. Weights are released after each stage. A stage that fails, for example without its weights, is reported.
@@ -99,7 +97,6 @@ def bench_stages(
                 continue
             done.add(key)
             try:
-                check(stage, shot)
                 yield StageResult(stage.name, _measure(profile, stage, shot, options), None)
             # Any error of a model concerns this stage only.
             except Exception as error:
@@ -282,12 +279,7 @@ def bench(
         lora = stack.enter_context(_lora_for(chosen, models.get(FluxStage.actor)))
         shots = _shots(chosen, lora, size, frames, upscalers, stages, quick=quick, identity="none" if is_random else None)
         results = []
-
-        def check(stage: type[Stage[Any]], shot: Shot) -> None:
-            if (model := models.get(stage.actor)) is not None and model.is_published:
-                check_shot_memory(stage, chosen.options_of(stage), shot)
-
-        for result in bench_stages(chosen, shots, QUICK if quick else BenchOptions(), stages, check):
+        for result in bench_stages(chosen, shots, QUICK if quick else BenchOptions(), stages):
             if STAGE_BY_NAME[result.stage].actor in models:
                 result = _marked_random(result)
             results.append(result)

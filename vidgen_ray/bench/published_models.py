@@ -29,8 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner.cluster import GB
-from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Stage, StageParams, torch_dtype
+from vidgen_ray.stages.base import StageParams, torch_dtype
 from vidgen_ray.stages.flux_model import T5, FluxParams
 from vidgen_ray.system.free_memory import free_bytes
 from vidgen_ray.system.model_files import PIPELINE_INDEX
@@ -81,8 +80,6 @@ class RandomModel:
     """Reference of weights on this machine with the tokenizers, the scheduler and other files."""
     networks: Mapping[str, PublishedNetwork]
     """Component of the pipeline -> network."""
-    is_published: bool
-    """The configs are the published ones, so the memory of a shot is known."""
 
 
 def random_model(reference: str, relative_to: Path | None) -> RandomModel:
@@ -98,8 +95,8 @@ def random_model(reference: str, relative_to: Path | None) -> RandomModel:
             known = ", ".join(PUBLISHED)
             raise SetupError(f"{error}; without files, random weights are known only for {known}") from None
         model, weights = PUBLISHED[match["repository"]]
-        return RandomModel(weights, published_networks(model), True)
-    return RandomModel(str(folder), dict(networks_in(folder)), False)
+        return RandomModel(weights, published_networks(model))
+    return RandomModel(str(folder), dict(networks_in(folder)))
 
 
 def published_networks(model: str) -> dict[str, PublishedNetwork]:
@@ -170,20 +167,6 @@ def _require_memory(size: int, device: str) -> None:
         raise SetupError(
             f"the weights need {size / GB:.3g} GB of {kind} memory, {free / GB:.3g} GB are free; "
             "use a profile for smaller machines"
-        )
-
-
-def check_shot_memory(stage: type[Stage[Any]], params: StageParams, shot: Shot) -> None:
-    """Raise SetupError if a shot does not fit on the GPU with the published networks, as far as its memory is known."""
-    memory = stage.memory(params, shot)
-    if memory is None or not params.device.startswith("cuda"):
-        return
-    free = free_bytes(params.device)
-    if memory.total > free:
-        frames = f" with {shot.num_frames} frames" if "num_frames" in stage.reads else ""
-        raise SetupError(
-            f"{shot.width}x{shot.height}{frames} needs {memory.total / GB:.3g} GB of GPU memory, {free / GB:.3g} GB are free; "
-            "use a smaller --size, fewer --frames, or a profile for smaller cards"
         )
 
 

@@ -68,14 +68,25 @@ LATENT_BLOCKS = (8, 8, 16, 16)
 """Channels per level of the autoencoder. Four levels give the real x8 downscaling."""
 
 
-def build_flux(folder: Path) -> None:
-    """Write FLUX.1-dev: guidance embedding, dynamic shifting, 512 T5 tokens."""
-    _flux_pipeline(guidance=True).save_pretrained(folder)
+def build_flux(folder: Path, *, guidance: bool = True) -> None:
+    """Write FLUX.1-dev: guidance embedding, dynamic shifting, 512 T5 tokens.
 
-
-def build_flux_schnell(folder: Path) -> None:
-    """Write FLUX.1-schnell: no guidance, fixed shift, 256 T5 tokens."""
-    _flux_pipeline(guidance=False).save_pretrained(folder)
+    Without `guidance`, write FLUX.1-schnell: fixed shift, 256 T5 tokens.
+    """
+    clip, t5 = clip_tokenizer(), t5_tokenizer(512 if guidance else 256)
+    transformer = _flux_transformer(guidance)
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0 if guidance else 1.0,
+            use_dynamic_shifting=guidance,
+        ),
+        vae=autoencoder(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, quant_conv=False),
+        text_encoder=clip_text_encoder(clip),
+        tokenizer=clip,
+        text_encoder_2=t5_encoder(t5),
+        tokenizer_2=t5,
+        transformer=transformer,
+    ).save_pretrained(folder)
 
 
 def build_lora(file: Path) -> None:
@@ -202,23 +213,6 @@ def _svd_unet() -> Any:
         for module in (unet.add_embedding.linear_2, unet.conv_out):
             module.weight.mul_(4.0)
     return unet
-
-
-def _flux_pipeline(guidance: bool) -> Any:
-    clip, t5 = clip_tokenizer(), t5_tokenizer(512 if guidance else 256)
-    transformer = _flux_transformer(guidance)
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            shift=3.0 if guidance else 1.0,
-            use_dynamic_shifting=guidance,
-        ),
-        vae=autoencoder(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, quant_conv=False),
-        text_encoder=clip_text_encoder(clip),
-        tokenizer=clip,
-        text_encoder_2=t5_encoder(t5),
-        tokenizer_2=t5,
-        transformer=transformer,
-    )
 
 
 def _flux_transformer(guidance: bool) -> Any:
@@ -484,16 +478,6 @@ def build_wan_lora(file: Path) -> None:
     write_random_lora(_wan_transformer(2 * WAN_CHANNELS + 4, WAN_CHANNELS, 6), file, seed=12)
 
 
-def build_ltx(folder: Path) -> None:
-    """Write LTX-Video 0.9: no timestep conditioning of the autoencoder, 32x32x8 compression."""
-    _ltx_pipeline(timestep_conditioning=False).save_pretrained(folder)
-
-
-def build_ltx_distilled(folder: Path) -> None:
-    """Write LTX-Video 0.9.8: an autoencoder that is conditioned on a timestep."""
-    _ltx_pipeline(timestep_conditioning=True).save_pretrained(folder)
-
-
 def build_ltx_lora(file: Path) -> None:
     """Write a LoRA on the attention of the tiny LTX-Video, in the layout of diffusers."""
     write_random_lora(_ltx_transformer(), file, seed=12)
@@ -539,7 +523,8 @@ def _wan_transformer(in_channels: int, out_channels: int, seed: int) -> Any:
     ).eval()
 
 
-def _ltx_pipeline(timestep_conditioning: bool) -> Any:
+def build_ltx(folder: Path, *, timestep_conditioning: bool = False) -> None:
+    """Write LTX-Video 0.9, 32x32x8 compression. With `timestep_conditioning` of the autoencoder: LTX-Video 0.9.8."""
     tokenizer = t5_tokenizer(128)
     transformer = _ltx_transformer()
     torch.manual_seed(10)
@@ -555,7 +540,7 @@ def _ltx_pipeline(timestep_conditioning: bool) -> Any:
         upsample_factor=(1,) * 4,
         timestep_conditioning=timestep_conditioning,
     )
-    return LTXImageToVideoPipeline(
+    LTXImageToVideoPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True,
             base_shift=0.95,
@@ -567,7 +552,7 @@ def _ltx_pipeline(timestep_conditioning: bool) -> Any:
         text_encoder=t5_encoder(tokenizer),
         tokenizer=tokenizer,
         transformer=transformer,
-    )
+    ).save_pretrained(folder)
 
 
 def _ltx_transformer() -> Any:

@@ -4,6 +4,7 @@ Those of the face and identity models are here, the others in `tiny_networks`.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -273,7 +274,7 @@ def _sdxl_unet() -> UNet2DConditionModel:
 
 BUILDERS: Mapping[str, Callable[[Path], None]] = {
     "flux": tiny_networks.build_flux,
-    "flux-schnell": tiny_networks.build_flux_schnell,
+    "flux-schnell": partial(tiny_networks.build_flux, guidance=False),
     "lora.safetensors": tiny_networks.build_lora,
     "hunyuandit": tiny_networks.build_hunyuandit,
     "klein": tiny_networks.build_klein,
@@ -284,7 +285,7 @@ BUILDERS: Mapping[str, Callable[[Path], None]] = {
     "wan-ti2v": tiny_networks.build_wan_ti2v,
     "wan-lora.safetensors": tiny_networks.build_wan_lora,
     "ltx": tiny_networks.build_ltx,
-    "ltx-distilled": tiny_networks.build_ltx_distilled,
+    "ltx-distilled": partial(tiny_networks.build_ltx, timestep_conditioning=True),
     "ltx-lora.safetensors": tiny_networks.build_ltx_lora,
     "antelopev2": build_antelopev2,
     "ir_se50.pth": build_ir_se50,

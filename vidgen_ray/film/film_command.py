@@ -24,9 +24,6 @@ from vidgen_ray.script.read import iter_script
 
 if TYPE_CHECKING:
     from vidgen_ray.film.film_settings import Candidate
-    from vidgen_ray.film.make_film import FilmReport
-    from vidgen_ray.outputs.folder import OutputFolder
-    from vidgen_ray.provenance.record import ProvenanceSettings
 
 
 FILM_OPTIONS = ModelOptions.of(
@@ -79,6 +76,7 @@ def film(
     Only what has changed since the last film is rendered again.
     """
     from vidgen_ray.film.film_settings import manifest_candidates, with_reasons
+    from vidgen_ray.film.make_film import make_film
     from vidgen_ray.outputs.folder import OutputFolder, setting_of_last_run
     from vidgen_ray.provenance.record import DEFAULT, ProvenanceSettings
     from vidgen_ray.report.gallery_page import update_gallery
@@ -96,7 +94,19 @@ def film(
     target = Path(path)
     last = setting_of_last_run(outputs, "provenance", ProvenanceSettings) or DEFAULT
     marking = marks.settings(last)
-    report = _make(outputs, settings, target, candidates, _split(ids), skip_missing, marking)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Reading clips", total=None)
+        report = make_film(
+            outputs,
+            settings,
+            target,
+            candidates=candidates,
+            ids=_split(ids),
+            skip_missing=skip_missing,
+            provenance=marking,
+            on_progress=lambda activity, done, total: bar.update(task, description=activity, completed=done, total=total),
+        )
     if outputs.storage.local is not None and target.resolve().parent == outputs.storage.local.resolve():
         update_gallery(out)
     for note in report.notes:
@@ -108,32 +118,6 @@ def film(
     typer.echo(f"{report.film}: {report.shots} shots, {report.seconds:.1f} s, {report.size}, {report.fps:g} fps ({pieces})")
     for file in report.captions:
         typer.echo(file)
-
-
-def _make(
-    outputs: OutputFolder,
-    settings: FilmSettings,
-    path: Path,
-    candidates: list[Candidate],
-    ids: list[str] | None,
-    skip_missing: bool,
-    marking: ProvenanceSettings,
-) -> FilmReport:
-    from vidgen_ray.film.make_film import make_film
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Reading clips", total=None)
-        return make_film(
-            outputs,
-            settings,
-            path,
-            candidates=candidates,
-            ids=ids,
-            skip_missing=skip_missing,
-            provenance=marking,
-            on_progress=lambda activity, done, total: bar.update(task, description=activity, completed=done, total=total),
-        )
 
 
 def _film_of_script(script: Path) -> dict[str, Any]:

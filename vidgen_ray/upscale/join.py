@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 
@@ -37,15 +37,11 @@ NOT_COPIED_TAGS = {"encoder", "major_brand", "minor_version", "compatible_brands
 """Metadata that describes the file, not the content."""
 
 
-class Copies(NamedTuple):
-    """Streams of a source, by their index, and notes about those that are left out."""
+def plan_copies(source: VideoSource, suffix: str) -> tuple[list[int], list[str]]:
+    """Return the indices of the streams that an output file with this suffix can hold, and notes about the others.
 
-    kept: tuple[int, ...]
-    notes: tuple[str, ...]
-
-
-def plan_copies(source: VideoSource, suffix: str) -> Copies:
-    """Decide which streams of the source an output file with this suffix can hold. Raises MediaError."""
+    Raises MediaError.
+    """
     kept, notes = [], []
     with wrap_errors(f"{source.path}: cannot be read"), open_media(source.path, source.container) as opened:
         video, chapters = opened.streams.best("video"), opened.chapters()
@@ -62,7 +58,7 @@ def plan_copies(source: VideoSource, suffix: str) -> Copies:
                 notes.append(f"{name} is not copied, {suffix} cannot hold it; choose an output that ends in .mkv")
             else:
                 kept.append(stream.index)
-    return Copies(tuple(kept), tuple(notes))
+    return kept, notes
 
 
 def _can_hold(file_format: str, codec: str | None) -> bool:

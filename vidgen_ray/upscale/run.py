@@ -167,7 +167,7 @@ def upscale_file(
     record = work.with_name(f"{out.name}.json")
     options.check(out)
     source, size = planned_size(read_source(video), options)
-    copies = plan_copies(source, out.suffix.lower())
+    kept, not_copied = plan_copies(source, out.suffix.lower())
     timeline = timeline_of(source, options.fps)
     request = _request(source, size, options)
     plan = _read_plan(record)
@@ -182,7 +182,7 @@ def upscale_file(
             seconds=round(time.monotonic() - begin, 3),
             resumed_frames=resumed,
             was_finished=was_finished,
-            notes=(*source.notes, *copies.notes),
+            notes=(*source.notes, *not_copied),
             metadata=options.provenance.metadata,
         )
 
@@ -224,7 +224,7 @@ def upscale_file(
         provenance = options.record(video)
         made_segments = [work / segment.file_name for segment in segments]
         metadata = metadata_of(provenance)
-        join_segments(out, made_segments, job, copies.kept, metadata, partial(options.sign, video, provenance))
+        join_segments(out, made_segments, job, kept, metadata, partial(options.sign, video, provenance))
         write_atomically(record, plan.model_copy(update={"finished": _version(out)}).model_dump_json())
         remove(work)
     finally:
