@@ -61,15 +61,15 @@ def test_signed_file_verifies_and_keeps_its_metadata_and_pixels(signed, key, nam
             assert clip.frames(0, FRAMES).shape == (FRAMES, 48, 64, 3)
 
 
-@pytest.mark.parametrize("name", ["image.png", "clip.mp4"])
-@pytest.mark.parametrize("place", [0.55, 0.75, 0.95])
-def test_one_changed_byte_invalidates_the_signature(signed, name, place):
-    content = bytearray((signed / name).read_bytes())
-    content[int(len(content) * place)] ^= 1
-    (signed / name).write_bytes(content)
-    signature = read_signature(signed / name)
-    assert signature.state == "Invalid"
-    assert signature.problems
+def test_one_changed_byte_invalidates_the_signature(signed):
+    for name in ("image.png", "clip.mp4"):
+        intact = (signed / name).read_bytes()
+        for place in (0.55, 0.75, 0.95):
+            content = bytearray(intact)
+            content[int(len(content) * place)] ^= 1
+            (signed / name).write_bytes(content)
+            signature = read_signature(signed / name)
+            assert (signature.state, bool(signature.problems)) == ("Invalid", True), (name, place)
 
 
 def test_files_are_valid_for_a_second_library(signed, key, tmp_path, monkeypatch):
