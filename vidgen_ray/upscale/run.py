@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from importlib.metadata import version
 from itertools import tee
 from pathlib import Path
@@ -103,10 +102,6 @@ class UpscaleOptions:
         check_signing(self.provenance)
         if self.provenance.signing_key is not None and FORMATS[out.suffix.lower()] == "matroska":
             raise MediaError(f"{out}: Matroska files cannot be signed (C2PA); choose .mp4 or .mov, or do not pass a key")
-
-    def sign(self, video: Path, record: ProvenanceRecord | None, out: Path) -> None:
-        """Sign a result in place, if results are signed, with the source as its parent."""
-        sign_result(out, record, self.provenance, video)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +218,12 @@ def upscale_file(
             runner(job, missing, work, count)
         provenance = options.record(video)
         made_segments = [work / segment.file_name for segment in segments]
+
+        def sign(file: Path) -> None:
+            sign_result(file, provenance, options.provenance, video)
+
         metadata = metadata_of(provenance)
-        join_segments(out, made_segments, job, kept, metadata, partial(options.sign, video, provenance))
+        join_segments(out, made_segments, job, kept, metadata, sign)
         write_atomically(record, plan.model_copy(update={"finished": _version(out)}).model_dump_json())
         remove(work)
     finally:
