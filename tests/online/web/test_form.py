@@ -301,13 +301,11 @@ def test_more_like_this_fills_the_form_without_a_reload(site, open_page):
 
 
 def test_clip_is_continued_with_its_last_frame(site, open_page, grey):
-    page = open_page(site.url)
-    page.get_by_label("Seed").fill("5")
-    generate(page, "walks to the door")
-    site.wait_for_jobs(1)
-    first = site.jobs()[0]
-    # The director of a server keeps the last frame of every clip, this one only if another shot needs it.
+    first = site.add("walks to the door")
+    # The director of a server keeps the last frame of every clip, this one only if another shot needs it. It then replaces the
+    # files of the clip, so this comes before a page loads them.
     site.pipeline.generate_video("stops", continue_from=first.shot_id, seed=1, upscale_video=False, num_frames=2)
+    page = open_page(site.url)
     page.get_by_role("link", name="Continue walks to the door").click()
     source = page.get_by_label("Last frame of “walks to the door”")
     expect(source).to_be_checked()
