@@ -88,7 +88,8 @@ def test_networks_that_give_nan_fail(tmp_path):
         UpscaleNetwork(UpscaleModel("tiny", path), BASE)([picture(0)])
 
 
-def test_settings_follow_the_machine(monkeypatch, tiny_model):
+def test_settings_follow_the_machine(monkeypatch, tiny_model, tmp_path):
+    other = compact(tmp_path / "animevideov3.safetensors")
     for cpus, bfloat16, expected in (
         (1, False, "float32, 1 call at a time on 1 threads"),
         (16, True, "bfloat16, 2 calls at a time on 8 threads"),
@@ -97,8 +98,9 @@ def test_settings_follow_the_machine(monkeypatch, tiny_model):
         for name, value in (("usable_cpus", cpus), ("cpu_has_bfloat16", bfloat16)):
             monkeypatch.setattr(network_module, name, lambda value=value: value)
         assert str(choose_settings(find_model("animevideov3"), "cpu", default_workers("cpu"))) == expected
-        # The difference of half precision is known for the builtin networks only.
+        # The difference of half precision is known for the builtin networks only, not for a file with the name of one.
         assert choose_settings(tiny_model, "cpu", 1).dtype == "float32"
+        assert choose_settings(find_model(str(other)), "cpu", 1).dtype == "float32"
 
 
 def test_calls_at_the_same_time_must_fit_in_memory(tiny_model, monkeypatch, tmp_path):

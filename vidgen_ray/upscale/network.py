@@ -53,6 +53,8 @@ class UpscaleModel:
     denoising_file: Path | None = None
     denoise: float = 1.0
     """Share of `file` in the weights, 0 to 1. The rest is that of `denoising_file`."""
+    is_builtin: bool = False
+    """True for the networks that come with vidgen, not for a file of the same name."""
 
     @cached_property
     def key(self) -> str:
@@ -95,7 +97,7 @@ def find_model(name: str, denoise: float | None = None) -> UpscaleModel:
         if file.suffix not in ENDINGS:
             raise UsageError(f"--model: got {name!r}, must end in {' or '.join(ENDINGS)}")
     if denoise is None:
-        return UpscaleModel(file.stem, file)
+        return UpscaleModel(file.stem, file, is_builtin=name in BUILTIN_MODELS)
     if not 0 <= denoise <= 1:
         raise UsageError(f"--denoise: got {denoise:g}, must be from 0 to 1")
     partner = file.with_name(file.name.replace(GENERAL, DENOISING))
@@ -247,7 +249,7 @@ def choose_settings(model: UpscaleModel | None, device: str, workers: int) -> En
         return EngineSettings(device=device, dtype="float16" if supports_half else "float32")
     return EngineSettings(
         device=device,
-        dtype="bfloat16" if model.name in BUILTIN_MODELS and cpu_has_bfloat16() else "float32",
+        dtype="bfloat16" if model.is_builtin and cpu_has_bfloat16() else "float32",
         threads=threads,
         parallel_calls=min(PARALLEL_CALLS, threads),
     )
