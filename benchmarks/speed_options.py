@@ -38,7 +38,7 @@ from benchmarks.upscale_quality import colour_video_vdp
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.media import read_image
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.script.read import check_shot
+from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage, StageParams
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage

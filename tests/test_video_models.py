@@ -3,9 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from vidgen_ray.invalid_fields import wrong_defaults
 from vidgen_ray.script.check import merged
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import Shot, wrong_defaults
 from vidgen_ray.video_models import VIDEO_MODELS
 
 

@@ -32,9 +32,8 @@ from vidgen_ray.engine.step_runner import (
     best_try,
     check_likeness,
 )
-from vidgen_ray.errors import FieldError, ScriptError, UsageError
+from vidgen_ray.errors import FieldError, ScriptError, UsageError, shortened
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, check_profile, chunked_stages_of, is_chunked, stages_of
-from vidgen_ray.invalid_fields import shortened
 from vidgen_ray.licences import Requirement, ShotLicences, UsedWeights, require_licence
 from vidgen_ray.media import CLIP_SUFFIXES, encode_png, read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
@@ -45,7 +44,7 @@ from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.provenance.record import InputFile, ProvenanceSettings, altered_record, mark_of, metadata_of, with_label
 from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.safety import Consent, safety_of
-from vidgen_ray.script.read import check_shot
+from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, Frames, Item, Stage
 from vidgen_ray.stages.progress import ProgressCallback, progress_callback

@@ -9,11 +9,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from vidgen_ray.errors import ProfileError, SetupError
-from vidgen_ray.invalid_fields import shortened, wrong_defaults
+from vidgen_ray.errors import ProfileError, SetupError, shortened
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.safety import ContentPolicy, SafetySettings
+from vidgen_ray.shot import wrong_defaults
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.system.files import load_yaml, parse_yaml
 from vidgen_ray.weights import resolve, with_commit

@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    ValidationError,
     ValidationInfo,
     WithJsonSchema,
     create_model,
@@ -20,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from vidgen_ray.errors import explain, shortened
 from vidgen_ray.limits import (
     MAX_EXTENDED_FRAMES,
     MAX_FRAMES,
@@ -33,10 +35,12 @@ from vidgen_ray.safety import Consent
 from vidgen_ray.video_models import (
     AUTO,
     DEFAULT_MODEL,
+    MODEL_DEFAULTS,
     VIDEO_MODELS,
     VideoModel,
     VideoModelName,
     frames_of_passes,
+    is_per_model,
     with_model_defaults,
 )
 
@@ -581,3 +585,23 @@ def derive_id(fields: dict[str, Any]) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-")
     digest = hashlib.sha256(repr(sorted(fields.items())).encode("utf-8", "surrogatepass")).hexdigest()[:ID_DIGITS]
     return f"{slug}-{digest}" if slug else digest
+
+
+def wrong_defaults(fields: Mapping[str, Any], *, strict: bool = False) -> list[tuple[str, str, str]]:
+    """Return field, value and what is allowed of each field that would be invalid in every shot that takes these defaults.
+
+    Combinations of fields are not checked, since a shot may set some of them itself.
+    """
+    if "id" in fields:
+        return [("id", shortened(fields["id"]), "must be set by each line, not for all of them")]
+    per_model = {name for field in MODEL_DEFAULTS if is_per_model(values := fields.get(field)) for name in values}
+    try:
+        Shot.model_validate({"prompt": "any", **fields}, strict=strict)
+        for name in sorted(per_model):
+            Shot.model_validate({"prompt": "any", **fields, "video_model": name}, strict=strict)
+    except ValidationError as error:
+        explained = (explain(detail, Shot.model_fields) for detail in error.errors(include_url=False))
+        return [(field, got, allowed) for field, got, allowed in explained if field is not None]
+    except (ValueError, RecursionError) as error:
+        return [("defaults", "invalid values", f"must be plain JSON, not nested deeply ({error})")]
+    return []

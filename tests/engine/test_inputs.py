@@ -19,7 +19,7 @@ from vidgen_ray.graph import stages_of
 from vidgen_ray.media import read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.script.read import check_shot
+from vidgen_ray.script.check import check_shot
 from vidgen_ray.stages.base import Artefacts, Item
 from vidgen_ray.stages.flux_model import FluxModel
 from vidgen_ray.weights import resolve

@@ -14,7 +14,7 @@ from vidgen_ray.errors import ScriptError, SetupError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.safety import CHECKED_FRAMES, Safety, SafetySettings, UnsafeContent, WordList
-from vidgen_ray.script.read import check_shot
+from vidgen_ray.script.check import check_shot
 
 
 class Checker:

@@ -15,7 +15,7 @@ from vidgen_ray.media import open_video, read_image
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.provenance.record import ProvenanceSettings
-from vidgen_ray.script.read import check_shot
+from vidgen_ray.script.check import check_shot
 from vidgen_ray.stages.base import Artefacts, Item
 
 FRAMES = 4

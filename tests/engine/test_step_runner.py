@@ -21,7 +21,7 @@ from vidgen_ray.nets.faces import PackRecogniser
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.script.read import check_shot
+from vidgen_ray.script.check import check_shot
 from vidgen_ray.stages.base import Artefacts, Item, to_uint8
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage

@@ -17,7 +17,7 @@ from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobKind
 from vidgen_ray.outputs.records import Failure
-from vidgen_ray.script.read import check_shot
+from vidgen_ray.script.check import check_shot
 
 SMALL = {"prompt": "a man", "size": "64x64", "num_frames": 2, "upscale": False}
 

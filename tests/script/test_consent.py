@@ -11,9 +11,9 @@ from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.safety import Consent, ContentPolicy, parse_consent
-from vidgen_ray.script.check import SHIPPED_PHOTOS
+from vidgen_ray.script.check import SHIPPED_PHOTOS, check_shot
 from vidgen_ray.script.lines import ScriptSettings
-from vidgen_ray.script.read import check_shot, read_script
+from vidgen_ray.script.read import read_script
 
 ANNA = {"subject": "Anna", "basis": "written", "reference": "release-12.pdf"}
 

@@ -1,9 +1,9 @@
 """Scripts: formats, precedence of defaults, and errors with file, line and field."""
 
-import base64
 import csv
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import SYNTHETIC
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.script import read
-from vidgen_ray.script.formats import EXTENSION_NAME, check_no_extension_types, open_script
+from vidgen_ray.script.formats import open_script
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot
 
@@ -381,21 +381,12 @@ def test_invalid_script_file_raises_script_error(tmp_path):
             read_script(write(tmp_path, name, content))
 
 
-def test_parquet_extension_type_is_rejected_before_reading(tmp_path):
-    table = pa.table(
-        {"prompt": pa.array(["a"]), "x": pa.FixedShapeTensorArray.from_numpy_ndarray(__import__("numpy").zeros((1, 2)))}
-    )
-    pq.write_table(table, tmp_path / "s.parquet")
-    with pytest.raises(ScriptError, match="got an extension type"):
-        read_script(tmp_path / "s.parquet")
-
-
-def test_extension_type_is_found_at_any_position_in_base64(tmp_path):
-    for position in range(3):
-        schema = base64.b64encode(b"x" * position + EXTENSION_NAME + b"yz")
-        (tmp_path / "s.parquet").write_bytes(b"PAR1" + schema + len(schema).to_bytes(4, "little") + b"PAR1")
+def test_parquet_extension_type_is_rejected(tmp_path):
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((1, 2)))
+    for column in (tensors, pa.StructArray.from_arrays([tensors], ["x"])):
+        pq.write_table(pa.table({"prompt": pa.array(["a"]), "metadata.x": column}), tmp_path / "s.parquet")
         with pytest.raises(ScriptError, match="got an extension type"):
-            check_no_extension_types(tmp_path / "s.parquet")
+            read_script(tmp_path / "s.parquet")
 
 
 def test_shot_schema_describes_all_fields():

@@ -12,7 +12,7 @@ from tests.stages.fake_cuda import CUDA, FakeCuda, patch_host_code, register_gua
 from vidgen_ray.bench.published_models import build_network
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.nets.rife_network import FramePair, load_rife
-from vidgen_ray.script.read import check_shot
+from vidgen_ray.script.check import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Item
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage

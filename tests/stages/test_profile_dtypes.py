@@ -36,7 +36,7 @@ def tiny_module():
 
 
 def stage_shot(tiny, **fields):
-    from vidgen_ray.script.read import check_shot
+    from vidgen_ray.script.check import check_shot
 
     return check_shot({"prompt": "a red ball", "seed": 3, "face_image": str(ASTRONAUT), **fields}, "test", tiny.defaults)
 

@@ -41,7 +41,7 @@ from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.planner import Measurement, save_measurements, this_machine
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.script.read import check_shot
+from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, Item, Stage, StageParams, frames_after
 from vidgen_ray.stages.flux import FluxStage

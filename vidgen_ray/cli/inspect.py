@@ -27,7 +27,7 @@ from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.profile import load_profile
 from vidgen_ray.provenance.record import FoundProvenance, read_provenance
 from vidgen_ray.provenance.signing import Signature, read_certificates, read_signature
-from vidgen_ray.script.read import check_shot
+from vidgen_ray.script.check import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Image
 from vidgen_ray.stages.identity import pose_image
 from vidgen_ray.stages.instantid import DetectedPhoto, InstantIDStage

@@ -42,7 +42,7 @@ from vidgen_ray.planner import swap_groups, this_machine
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.provenance.record import InputFile, ProvenanceRecord, SourceType, altered_record, metadata_of, with_label
 from vidgen_ray.provenance.signing import check_signing, sign_result
-from vidgen_ray.script.read import check_shot
+from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import MODEL_FIELDS, Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage
 from vidgen_ray.stages.identity import pose_image

@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal, Self, cast, get_origin, get_type_hin
 import typer
 from pydantic import BaseModel, ValidationError
 
-from vidgen_ray.errors import UsageError
+from vidgen_ray.errors import UsageError, shortened
 from vidgen_ray.graph import WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
-from vidgen_ray.invalid_fields import shortened, wrong_defaults
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.planner import Cluster, parse_gpus
@@ -23,6 +22,7 @@ from vidgen_ray.safety import DECLARED_BASES, parse_consent
 from vidgen_ray.script.check import file_errors
 from vidgen_ray.script.expansion import read_characters
 from vidgen_ray.script.lines import ScriptSettings, absolute_path, parse_text_fields, with_absolute_paths
+from vidgen_ray.shot import wrong_defaults
 
 Until = Literal["image", "video"]
 Kept = Literal["stages"]

@@ -22,8 +22,17 @@ from pydantic import (
     model_validator,
 )
 
-from vidgen_ray.errors import FieldError, MissingShots, ScriptError, UsageError
-from vidgen_ray.invalid_fields import NOT_A_URL, URL, allowed_of, known_fields, shortened
+from vidgen_ray.errors import (
+    NOT_A_URL,
+    URL,
+    FieldError,
+    MissingShots,
+    ScriptError,
+    UsageError,
+    allowed_of,
+    known_fields,
+    shortened,
+)
 from vidgen_ray.limits import MAX_PIXELS
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder

@@ -16,8 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from vidgen_ray.errors import FieldError, ScriptError, VidgenError
-from vidgen_ray.invalid_fields import explain
+from vidgen_ray.errors import FieldError, ScriptError, VidgenError, explain
 from vidgen_ray.outputs.storage import is_disk_full
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS
 

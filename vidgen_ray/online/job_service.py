@@ -32,9 +32,8 @@ from vidgen_ray.online.uploads import UPLOAD_ID, UploadFolder, upload_folder
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.storage import is_disk_full, low_space
 from vidgen_ray.safety import Consent
-from vidgen_ray.script.check import consent_for_photos
+from vidgen_ray.script.check import check_shot, consent_for_photos
 from vidgen_ray.script.lines import WrongField
-from vidgen_ray.script.read import check_shot
 from vidgen_ray.shot import IMAGE_FIELDS, LoraRef, Shot, VideoLora
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
 

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from vidgen_ray.errors import FieldError, ScriptError, SetupError
+from vidgen_ray.errors import NOT_A_URL, URL, FieldError, ScriptError, SetupError, explain, shortened
 from vidgen_ray.graph import STAGES, stages_of, uncropped_size
-from vidgen_ray.invalid_fields import NOT_A_URL, URL, explain, shortened, wrong_defaults
 from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_LORA_BYTES, MAX_NESTING
 from vidgen_ray.safety import (
     DECLARED_BASES,
@@ -48,6 +47,7 @@ from vidgen_ray.shot import (
     Shot,
     derive_id,
     nest_flat_settings,
+    wrong_defaults,
 )
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.identity import identities
@@ -517,3 +517,21 @@ def _shipped(photo: Path) -> ShippedPhoto | None:
         if photo.stat().st_size in SHIPPED_SIZES:
             return SHIPPED_PHOTOS.get(digest(photo))
     return None
+
+
+def check_shot(
+    fields: Mapping[str, Any],
+    source: str,
+    profile_defaults: Mapping[str, Any],
+    run_seed: int = 0,
+    *,
+    policy: ContentPolicy = DEFAULT_POLICY,
+) -> Shot:
+    """Validate a shot that is not from a file. Raises ScriptError with an error for each invalid field."""
+    checker = LineChecker(source, Path.cwd(), merged(profile_defaults), run_seed, policy=policy)
+    line = checker.check(Line(0, dict(fields), strict=False))
+    if len(line.shots) > 1:
+        line.reject("variants", str(len(line.shots)), "must be 1; only scripts can have variants")
+    if line.errors:
+        raise ScriptError(line.errors)
+    return line.shot

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from vidgen_ray.errors import FieldError, ScriptError
-from vidgen_ray.invalid_fields import known_fields, shortened, wrong_defaults
+from vidgen_ray.errors import FieldError, ScriptError, known_fields, shortened
 from vidgen_ray.limits import MAX_SHOTS_PER_LINE
 from vidgen_ray.script.lines import WrongField, absolute_path, with_absolute_paths
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import Shot, wrong_defaults
 from vidgen_ray.system.files import load_yaml
 
 CHARACTER_FIELDS = (

@@ -2,10 +2,8 @@
 
 Lines are read lazily, so memory use does not grow with the script. Only .yaml files are read as a whole."""
 
-import base64
 import csv
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +13,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from vidgen_ray.errors import ScriptError
-from vidgen_ray.invalid_fields import SCHEMA_COMMAND, known_fields, shortened
+from vidgen_ray.errors import SCHEMA_COMMAND, ScriptError, known_fields, shortened
 from vidgen_ray.script.expansion import MATRIX, STYLE
 from vidgen_ray.script.lines import (
     FAILURE_FIELD,
@@ -202,15 +199,17 @@ def read_parquet(path: Path) -> tuple[Header, Lines]:
     import pyarrow
     import pyarrow.parquet
 
-    check_no_extension_types(path)
     try:
         # `pre_buffer` would read whole row groups, and a script is often a single row group.
         file = pyarrow.parquet.ParquetFile(path, buffer_size=COLUMN_BUFFER_BYTES, pre_buffer=False)
-        columns = file.schema_arrow.names
+        schema = file.schema_arrow
     # ValueError for names of columns that are not UTF-8.
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise file_error(path, "invalid Parquet", f"must be a readable Parquet file ({error})") from None
-    names = {name: normal_name(name) for name in columns if name != PANDAS_INDEX}
+    # Converting a value of such a type to Python may run code: Ray registers one with pickled objects.
+    if any("extension<" in str(kind) for kind in schema.types):
+        raise file_error(path, "an extension type", "columns must be text, numbers, lists or structs")
+    names = {name: normal_name(name) for name in schema.names if name != PANDAS_INDEX}
     caption = next((name for name in CAPTIONS if name in names and "prompt" not in names.values()), None)
     if caption is not None:
         names[caption] = "prompt"
@@ -227,37 +226,6 @@ def read_parquet(path: Path) -> tuple[Header, Lines]:
             raise file_error(path, f"invalid data after row {number}", f"must be a readable Parquet file ({error})") from None
 
     return NO_HEADER, lines()
-
-
-def _base64_fragments(text: bytes) -> tuple[bytes, ...]:
-    """Return the Base64 of a text inside a longer one, for each of the three positions that it may have."""
-    fragments = []
-    for shift in range(3):
-        encoded = base64.b64encode(bytes(shift) + text).rstrip(b"=")
-        # Letters that also depend on the text before and after.
-        fragments.append(encoded[(0, 2, 3)[shift] : len(encoded) - bool((shift + len(text)) % 3)])
-    return tuple(fragments)
-
-
-EXTENSION_NAME = b"ARROW:extension:name"
-EXTENSION_MARKS = (EXTENSION_NAME, *_base64_fragments(EXTENSION_NAME))
-"""Names of extension types in the metadata at the end of a file. pyarrow writes its schema in Base64."""
-
-
-def check_no_extension_types(path: Path) -> None:
-    """Raise ScriptError for columns with extension types, which may run code when pyarrow opens the file (CVE-2026-41486).
-
-    Ray registers such types with pyarrow, so this comes before pyarrow opens the file. Raises OSError if it cannot be read.
-    """
-    with path.open("rb") as file:
-        # The file ends with the metadata, its size and `PAR1`.
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - 8))
-        size = int.from_bytes(file.read(4), "little")
-        file.seek(max(0, end - 8 - size))
-        metadata = file.read(size)
-    if any(mark in metadata for mark in EXTENSION_MARKS):
-        raise file_error(path, "an extension type", "columns must be text, numbers, lists or structs")
 
 
 CONVERSION_ERRORS = (UnicodeDecodeError, ValueError, OverflowError)

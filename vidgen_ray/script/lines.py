@@ -10,8 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from vidgen_ray.errors import FieldError, ScriptError
-from vidgen_ray.invalid_fields import URL
+from vidgen_ray.errors import URL, FieldError, ScriptError
 from vidgen_ray.limits import MAX_LINE
 from vidgen_ray.safety import DEFAULT_POLICY, ContentPolicy
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, Shot

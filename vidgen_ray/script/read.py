@@ -8,15 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from more_itertools import batched
 
 from vidgen_ray.errors import FieldError, MediaError, ScriptError, StageError, VidgenError
 from vidgen_ray.media import check_image_header, read_image
 from vidgen_ray.nets.lora_header import FLUX, check_lora_file
-from vidgen_ray.safety import DEFAULT_POLICY, ContentPolicy
-from vidgen_ray.script.check import LineChecker, merged
+from vidgen_ray.script.check import LineChecker
 from vidgen_ray.script.formats import ScriptVersion, open_script
 from vidgen_ray.script.lines import Line, Lines, ScriptIndex, ScriptSettings
 from vidgen_ray.shot import IMAGE_FIELDS, Shot, derive_id
@@ -199,21 +197,3 @@ def default_id(line: Line) -> str:
     if not line.number:
         return f"{stem}-{derive_id({**line.fields, 'prompt': ''})}"
     return f"{stem}-line-{line.number}"
-
-
-def check_shot(
-    fields: Mapping[str, Any],
-    source: str,
-    profile_defaults: Mapping[str, Any],
-    run_seed: int = 0,
-    *,
-    policy: ContentPolicy = DEFAULT_POLICY,
-) -> Shot:
-    """Validate a shot that is not from a file. Raises ScriptError with an error for each invalid field."""
-    checker = LineChecker(source, Path.cwd(), merged(profile_defaults), run_seed, policy=policy)
-    line = checker.check(Line(0, dict(fields), strict=False))
-    if len(line.shots) > 1:
-        line.reject("variants", str(len(line.shots)), "must be 1; only scripts can have variants")
-    if line.errors:
-        raise ScriptError(line.errors)
-    return line.shot

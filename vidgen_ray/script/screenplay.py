@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from vidgen_ray.invalid_fields import known_fields, shortened
+from vidgen_ray.errors import known_fields, shortened
 from vidgen_ray.limits import MAX_YAML_BYTES
 from vidgen_ray.script.expansion import (
     CHARACTER_FIELDS,

@@ -23,7 +23,7 @@ from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.script.read import check_shot
+from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.flux import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
