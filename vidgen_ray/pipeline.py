@@ -46,8 +46,7 @@ from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.safety import Consent, safety_of
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import ChunkedStage, Frames, Item, Stage
-from vidgen_ray.stages.progress import ProgressCallback, progress_callback
+from vidgen_ray.stages.base import ChunkedStage, Frames, Item, ProgressCallback, Stage, progress_callback
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.system.cache_dir import digest
 

@@ -11,8 +11,8 @@ import re
 import numpy as np
 
 from tests.fake_stages import FAKES, FakeFlux, FakeInstantID, FakeStage, run_scripted_failure
+from vidgen_ray.stages.base import report_progress
 from vidgen_ray.stages.flux import FluxRefineStage
-from vidgen_ray.stages.progress import report_progress
 
 STEPS = re.compile(r"steps (\d+) pause at (\d+) (\S+)")
 

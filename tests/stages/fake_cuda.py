@@ -25,7 +25,7 @@ from diffusers.video_processor import VideoProcessor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from vidgen_ray.nets.weight_files import is_finite
-from vidgen_ray.stages import flux, flux2_klein, flux_model, hunyuandit, instantid_sdxl, progress, qwen_edit, svd, video
+from vidgen_ray.stages import base, flux, flux2_klein, flux_model, hunyuandit, instantid_sdxl, qwen_edit, svd, video
 from vidgen_ray.stages.base import pixels_to_uint8
 
 CUDA = torch.device("cuda:0")
@@ -98,7 +98,7 @@ def patch_host_code(cuda, monkeypatch):
         with unset_fake_temporarily():
             return torch.zeros(1, video.shape[2], 3, *video.shape[3:])
 
-    for module in (flux_model, progress, video):
+    for module in (flux_model, base, video):
         monkeypatch.setattr(module, "is_finite", lambda tensor: isinstance(tensor, FakeTensor) or is_finite(tensor))
     for stage_module in (flux, flux, hunyuandit, instantid_sdxl, video, svd):
         monkeypatch.setattr(stage_module, "pixels_to_uint8", outside(pixels_to_uint8))

@@ -10,9 +10,8 @@ from pydantic import ValidationError
 from tests.stages.test_parity import as_uint8, gradient_image, loaded, plain
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Item
+from vidgen_ray.stages.base import Item, progress_callback
 from vidgen_ray.stages.ltx import LTXStage
-from vidgen_ray.stages.progress import progress_callback
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.video import shots_of_passes
 from vidgen_ray.stages.wan import WanStage

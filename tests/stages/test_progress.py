@@ -8,8 +8,7 @@ from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepRunner
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import stages_of
-from vidgen_ray.stages.base import Item
-from vidgen_ray.stages.progress import progress_callback, report_progress
+from vidgen_ray.stages.base import Item, progress_callback, report_progress
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 
 

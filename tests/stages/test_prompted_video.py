@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.stages.test_parity import as_uint8, generator, gradient_image, loaded, plain
 from vidgen_ray.errors import Cancelled, StageError
 from vidgen_ray.shot import VideoLora
-from vidgen_ray.stages.base import Item
+from vidgen_ray.stages.base import Item, progress_callback
 from vidgen_ray.stages.ltx import LTXStage
-from vidgen_ray.stages.progress import progress_callback
 from vidgen_ray.stages.wan import WanStage
 from vidgen_ray.weights import resolve
 

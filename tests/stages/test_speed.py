@@ -8,12 +8,11 @@ from torch._dynamo.testing import CompileCounter
 
 from vidgen_ray.errors import Cancelled, SetupError, StageError
 from vidgen_ray.stages import flux_model, speed
-from vidgen_ray.stages.base import Item, pixels_to_uint8, to_uint8
+from vidgen_ray.stages.base import Item, pixels_to_uint8, progress_callback, to_uint8
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
-from vidgen_ray.stages.progress import progress_callback
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.weights import resolve
 

@@ -44,10 +44,9 @@ from vidgen_ray.provenance.record import InputFile, ProvenanceRecord, SourceType
 from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import MODEL_FIELDS, Shot
-from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage
+from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage, progress_callback
 from vidgen_ray.stages.identity import pose_image
 from vidgen_ray.stages.instantid import InstantIDStage
-from vidgen_ray.stages.progress import progress_callback
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import write_atomically
 

@@ -19,8 +19,7 @@ from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.safety import Safety
 from vidgen_ray.shot import LORA_FIELDS, Shot
-from vidgen_ray.stages.base import Artefacts, ChunkedStage, Frames, Image, Item, Stage
-from vidgen_ray.stages.progress import report_progress
+from vidgen_ray.stages.base import Artefacts, ChunkedStage, Frames, Image, Item, Stage, report_progress
 from vidgen_ray.system.cache_dir import digest, file_version
 from vidgen_ray.system.model_files import loaded_files
 

@@ -27,8 +27,7 @@ from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.safety import safety_of
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, Item
-from vidgen_ray.stages.progress import progress_callback
+from vidgen_ray.stages.base import Artefacts, Item, progress_callback
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from vidgen_ray.stages.base import (
     Item,
     Stage,
     StageParams,
+    diffusers_step_callback,
     noise_generator,
     pixels_to_uint8,
 )
@@ -32,7 +33,6 @@ from vidgen_ray.stages.flux_model import (
 from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines, injector_class, pose_image, shared_injector
 from vidgen_ray.stages.loading import with_smaller_tiles
 from vidgen_ray.stages.memory_table import FP8, StageMemory, activation_bytes, weight_bytes
-from vidgen_ray.stages.progress import diffusers_step_callback
 
 PATCH_PIXELS, HIDDEN_CHANNELS = 16 * 16, 3072
 """Pixels per token of the transformer, and numbers per token."""

@@ -18,13 +18,13 @@ from vidgen_ray.stages.base import (
     Image,
     Item,
     StageParams,
+    diffusers_step_callback,
     noise_generator,
     to_uint8,
 )
 from vidgen_ray.stages.loading import ImageParams, ImageStage, autoencoder_peaks, load_pipeline, set_vae_tiles
 from vidgen_ray.stages.lora import LoraAdapters
 from vidgen_ray.stages.memory_table import CLIP_HOST_BYTES, Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
-from vidgen_ray.stages.progress import diffusers_step_callback
 
 DISTILLED_STEPS, BASE_STEPS = 4, 50
 """Default steps of the distilled weights and of the base weights."""

@@ -10,10 +10,18 @@ import numpy as np
 from PIL import Image as PILImage
 
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, Image, Item, Stage, StageParams, noise_generator, pixels_to_uint8
+from vidgen_ray.stages.base import (
+    Artefacts,
+    Image,
+    Item,
+    Stage,
+    StageParams,
+    diffusers_step_callback,
+    noise_generator,
+    pixels_to_uint8,
+)
 from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks, set_vae_tiles, with_smaller_tiles
 from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, weight_bytes
-from vidgen_ray.stages.progress import diffusers_step_callback
 from vidgen_ray.stages.speed import (
     CompileParams,
     compile_network,

@@ -19,6 +19,7 @@ from vidgen_ray.stages.base import (
     Item,
     Stage,
     StageParams,
+    diffusers_step_callback,
     noise_generator,
     pixels_to_uint8,
     torch_dtype,
@@ -26,7 +27,6 @@ from vidgen_ray.stages.base import (
 from vidgen_ray.stages.identity import pose_image
 from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks, set_vae_tiles, with_smaller_tiles
 from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, weight_bytes
-from vidgen_ray.stages.progress import diffusers_step_callback
 from vidgen_ray.stages.speed import SpeedParams, require_sdpa_backend, sdpa_backend, use_channels_last
 
 if TYPE_CHECKING:

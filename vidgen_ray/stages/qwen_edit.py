@@ -14,12 +14,12 @@ from vidgen_ray.stages.base import (
     Image,
     Item,
     StageParams,
+    diffusers_step_callback,
     noise_generator,
     to_uint8,
 )
 from vidgen_ray.stages.loading import ImageParams, ImageStage, autoencoder_peaks, load_pipeline, set_vae_tiles
 from vidgen_ray.stages.memory_table import CLIP_HOST_BYTES, Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
-from vidgen_ray.stages.progress import diffusers_step_callback
 
 DEFAULT_STEPS = 40
 DEFAULT_GUIDANCE = 4.0

@@ -15,12 +15,12 @@ from vidgen_ray.stages.base import (
     Item,
     Stage,
     StageParams,
+    diffusers_step_callback,
     noise_generator,
     pixels_to_uint8,
 )
 from vidgen_ray.stages.loading import load_pipeline, move_networks
 from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, weight_bytes
-from vidgen_ray.stages.progress import diffusers_step_callback
 from vidgen_ray.stages.speed import (
     CompileParams,
     compile_network,

@@ -22,13 +22,14 @@ from vidgen_ray.stages.base import (
     Artefacts,
     Frames,
     Item,
+    diffusers_step_callback,
     noise_generator,
+    part_of_progress,
     pixels_to_uint8,
 )
 from vidgen_ray.stages.loading import OffloadedStage, OffloadParams
 from vidgen_ray.stages.lora import LoraAdapters
 from vidgen_ray.stages.memory_table import CLIP_HOST_BYTES
-from vidgen_ray.stages.progress import diffusers_step_callback, part_of_progress
 from vidgen_ray.video_models import VIDEO_MODELS
 
 if TYPE_CHECKING:

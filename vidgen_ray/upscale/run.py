@@ -38,8 +38,7 @@ from vidgen_ray.provenance.record import (
 )
 from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import ChunkedStage, StageParams
-from vidgen_ray.stages.progress import report_progress
+from vidgen_ray.stages.base import ChunkedStage, StageParams, report_progress
 from vidgen_ray.stages.realesrgan import RealESRGANStage, weights_file
 from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.system.cache_dir import digest

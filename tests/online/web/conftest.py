@@ -25,9 +25,9 @@ from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import progress_callback, report_progress
 from vidgen_ray.stages.flux import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
-from vidgen_ray.stages.progress import progress_callback, report_progress
 from vidgen_ray.weights import resolve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install playwright)")
