@@ -4,7 +4,7 @@ import ctypes
 import shutil
 import subprocess
 from collections import deque
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -100,11 +100,8 @@ def patch_host_code(cuda, monkeypatch):
 
     for module in (flux_model, base, video):
         monkeypatch.setattr(module, "is_finite", lambda tensor: isinstance(tensor, FakeTensor) or is_finite(tensor))
-    for stage_module in (flux, flux, hunyuandit, instantid_sdxl, video, svd):
+    for stage_module in (flux, hunyuandit, instantid_sdxl, video, svd):
         monkeypatch.setattr(stage_module, "pixels_to_uint8", outside(pixels_to_uint8))
-    # A device without a driver has no streams.
-    monkeypatch.setattr(video, "own_stream", lambda *args, **kwargs: nullcontext())
-    monkeypatch.setattr(video, "used_by_this_stream", lambda tensors: None)
     for stage_module in (flux2_klein, qwen_edit):
         monkeypatch.setattr(stage_module, "to_uint8", lambda pixels: pixels)
     monkeypatch.setattr(VaeImageProcessor, "preprocess", outside(VaeImageProcessor.preprocess))

@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 
 from tests.stages.published_resampler import published_shapes, published_tokens
 from vidgen_ray.errors import SetupError, StageError
-from vidgen_ray.nets.identity_networks import FaceResampler, IdentityNet, ResamplerSizes, build_resampler, read_parts
+from vidgen_ray.nets.identity_networks import FaceResampler, IdentityNet, ResamplerSizes
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import FaceFeatures, Image, Item, noise_generator
 from vidgen_ray.stages.identity import pose_image
@@ -203,22 +203,6 @@ def test_content_key_depends_on_weight_content_and_options(make_shot):
     assert (params.steps, params.guidance, params.adapter_scale, params.net_scale) == (30, 5.0, 0.8, 0.8)
 
 
-def test_tiny_weights_have_the_published_layout():
-    files = {str(file.relative_to(INSTANTID)) for file in INSTANTID.rglob("*") if file.is_file()}
-    net = {f"ControlNetModel/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")}
-    assert files == {"ip-adapter.bin", *net}
-    adapter = torch.load(INSTANTID / "ip-adapter.bin", weights_only=True)
-    assert set(adapter) == {"image_proj", "ip_adapter"}
-    attentions = len(adapter["ip_adapter"]) // 2
-    assert set(adapter["ip_adapter"]) == adapter_names(attentions)
-    assert set(adapter["image_proj"]) == set(published_shapes(4, 32, 128, 16, 64, 128))
-
-
-def adapter_names(attentions: int) -> set[str]:
-    """Return the published names. Cross-attentions have the odd numbers."""
-    return {f"{2 * n + 1}.{part}.weight" for n in range(attentions) for part in ("to_k_ip", "to_v_ip")}
-
-
 def test_networks_have_the_published_number_of_parameters():
     sdxl = {
         "block_out_channels": (320, 640, 1280),
@@ -289,9 +273,3 @@ def test_wrong_instantid_folder_raises_setup_error(tmp_path, problem):
 def test_base_weights_of_another_pipeline_raise_setup_error():
     with pytest.raises(SetupError, match="holds a FluxPipeline, must be a StableDiffusionXLPipeline"):
         loaded(resolve("builtin:tiny/flux"), INSTANTID)
-
-
-def test_resampler_sizes_are_read_from_the_file():
-    file = INSTANTID / "ip-adapter.bin"
-    sizes = build_resampler(read_parts(file, "image_proj")["image_proj"], file).sizes
-    assert sizes == ResamplerSizes(512, tokens=16, channels=32, heads=2, depth=4, hidden=128, output=64)

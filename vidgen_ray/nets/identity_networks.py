@@ -42,18 +42,14 @@ class ResamplerSizes:
         """Read the sizes from a state dict. Raises ValueError if it does not belong to a resampler."""
         try:
             _, tokens, channels = weights["latents"].shape
-            query_channels, _ = weights["layers.0.0.to_q.weight"].shape
-            hidden, _ = weights["layers.0.1.1.weight"].shape
-            _, embedding = weights["proj_in.weight"].shape
-            output, _ = weights["proj_out.weight"].shape
-        except KeyError as missing:
-            raise ValueError(f"has no tensor {missing}") from None
-        except ValueError:
-            raise ValueError("has latents or layers with the wrong number of dimensions") from None
-        if query_channels % HEAD_CHANNELS:
-            raise ValueError(f"layers.0.0.to_q.weight has {query_channels} rows, must be a multiple of {HEAD_CHANNELS}")
+            heads = weights["layers.0.0.to_q.weight"].shape[0] // HEAD_CHANNELS
+            hidden = weights["layers.0.1.1.weight"].shape[0]
+            embedding = weights["proj_in.weight"].shape[1]
+            output = weights["proj_out.weight"].shape[0]
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"has other tensors ({error})") from None
         depth = len({key.split(".")[1] for key in weights if key.startswith("layers.")})
-        return cls(embedding, tokens, channels, query_channels // HEAD_CHANNELS, depth, hidden, output)
+        return cls(embedding, tokens, channels, heads, depth, hidden, output)
 
 
 class FaceResampler(nn.Module):
@@ -149,23 +145,13 @@ def build_resampler(weights: Mapping[str, Tensor], file: Path) -> FaceResampler:
         sizes = ResamplerSizes.from_weights(weights)
         with torch.device("meta"):
             resampler = FaceResampler(sizes)
-        _check_shapes(resampler.state_dict(), weights)
+        resampler.load_state_dict(dict(weights), assign=True)
         if (name := not_finite(weights)) is not None:
             raise ValueError(f"has NaN or infinite values in '{name}'")
-    except ValueError as error:
+    # torch names missing and unexpected tensors, and those of another shape, in a RuntimeError.
+    except (ValueError, RuntimeError) as error:
         raise SetupError(f"{file}: {PROJECTION} {error}; it is not a projection of face embeddings") from None
-    resampler.load_state_dict(dict(weights), assign=True)
     return resampler.eval().requires_grad_(False)
-
-
-def _check_shapes(expected: Mapping[str, Any], got: Mapping[str, Tensor]) -> None:
-    for key in expected.keys() | got.keys():
-        if key not in got:
-            raise ValueError(f"has no tensor '{key}'")
-        if key not in expected:
-            raise ValueError(f"has an unexpected tensor '{key}'")
-        if got[key].shape != expected[key].shape:
-            raise ValueError(f"has '{key}' of shape {tuple(got[key].shape)}, must be {tuple(expected[key].shape)}")
 
 
 NET_FOLDER, PROJECTION_FILE = "InfuseNetModel", "image_proj_model.bin"
