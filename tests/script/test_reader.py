@@ -3,7 +3,6 @@
 import csv
 import json
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -379,14 +378,6 @@ def test_invalid_script_file_raises_script_error(tmp_path):
     for name, content, message in INVALID_FILES:
         with pytest.raises(ScriptError, match=message):
             read_script(write(tmp_path, name, content))
-
-
-def test_parquet_extension_type_is_rejected(tmp_path):
-    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((1, 2)))
-    for column in (tensors, pa.StructArray.from_arrays([tensors], ["x"])):
-        pq.write_table(pa.table({"prompt": pa.array(["a"]), "metadata.x": column}), tmp_path / "s.parquet")
-        with pytest.raises(ScriptError, match="got an extension type"):
-            read_script(tmp_path / "s.parquet")
 
 
 def test_shot_schema_describes_all_fields():

@@ -2,6 +2,7 @@
 
 Lines are read lazily, so memory use does not grow with the script. Only .yaml files are read as a whole."""
 
+import base64
 import csv
 import json
 import re
@@ -193,6 +194,8 @@ INTEGER_FIELDS = frozenset(
 PARQUET_BATCH_ROWS = 1024
 COLUMN_BUFFER_BYTES = 2**18
 """Read-ahead buffer of each Parquet column."""
+EXTENSION_NAME = b"ARROW:extension:name"
+"""Metadata of a column with an extension type."""
 
 
 def read_parquet(path: Path) -> tuple[Header, Lines]:
@@ -200,16 +203,17 @@ def read_parquet(path: Path) -> tuple[Header, Lines]:
     import pyarrow.parquet
 
     try:
+        metadata = pyarrow.parquet.read_metadata(path).metadata or {}
+        # Extension types may run code when pyarrow opens the file or converts their values. Ray registers such types.
+        if EXTENSION_NAME in base64.b64decode(metadata.get(b"ARROW:schema", b"")):
+            raise file_error(path, "an extension type", "columns must be text, numbers, lists or structs")
         # `pre_buffer` would read whole row groups, and a script is often a single row group.
         file = pyarrow.parquet.ParquetFile(path, buffer_size=COLUMN_BUFFER_BYTES, pre_buffer=False)
-        schema = file.schema_arrow
+        columns = file.schema_arrow.names
     # ValueError for names of columns that are not UTF-8.
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise file_error(path, "invalid Parquet", f"must be a readable Parquet file ({error})") from None
-    # Converting a value of such a type to Python may run code: Ray registers one with pickled objects.
-    if any("extension<" in str(kind) for kind in schema.types):
-        raise file_error(path, "an extension type", "columns must be text, numbers, lists or structs")
-    names = {name: normal_name(name) for name in schema.names if name != PANDAS_INDEX}
+    names = {name: normal_name(name) for name in columns if name != PANDAS_INDEX}
     caption = next((name for name in CAPTIONS if name in names and "prompt" not in names.values()), None)
     if caption is not None:
         names[caption] = "prompt"
