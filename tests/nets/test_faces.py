@@ -13,7 +13,6 @@ import skimage.data
 from insightface.app import FaceAnalysis
 from insightface.app.common import Face
 from insightface.utils import face_align
-from PIL import Image
 from pydantic import ValidationError
 
 from tests.conftest import ASTRONAUT
@@ -113,35 +112,11 @@ def test_keypoints_of_a_changed_photo_stay_the_same(stage, photo, change, back):
     assert np.abs(back(face.keypoints) - POINTS).max() < 4.5
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(stage, photo, tmp_path, orientation):
-    """Covers all eight EXIF orientations."""
-    angle_deg = {1: 0, 8: -90, 3: 180, 6: 90, 2: 0, 4: 180, 5: 90, 7: -90}[orientation]
-    image = Image.fromarray(photo).rotate(angle_deg, expand=True)
-    if orientation in (2, 4):
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    elif orientation in (5, 7):
-        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / "photo.jpg", quality=95, exif=exif)
-    face = stage.features([read_image(tmp_path / "photo.jpg")])
-    assert np.abs(face.keypoints - POINTS).max() < 2
-
-
-@pytest.mark.parametrize("name", ["coffee", "chelsea", "rocket", "moon", "coins", "hubble_deep_field", "colorwheel", "text"])
-def test_no_face_is_found_in_images_without_a_face(stage, name):
-    image = getattr(skimage.data, name)()
-    image = image if image.ndim == 3 else image[:, :, None].repeat(3, axis=2)
-    with pytest.raises(StageError, match="face_image: no face found; use a photo"):
-        stage.features([image])
-
-
-@pytest.mark.parametrize("spread", [0, 255])
-def test_no_face_is_found_in_plain_colour_and_noise(stage, spread):
-    noise = np.random.default_rng(0).integers(0, spread + 1, (300, 400, 3))
-    with pytest.raises(StageError, match="no face found"):
-        stage.features([np.clip(WALL + noise - spread // 2, 0, 255).astype(np.uint8)])
+def test_no_face_is_found_in_images_without_a_face(stage):
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3)).astype(np.uint8)
+    for image in (skimage.data.coffee(), skimage.data.moon()[:, :, None].repeat(3, axis=2), noise, on_a_wall()):
+        with pytest.raises(StageError, match="face_image: no face found; use a photo"):
+            stage.features([image])
 
 
 def test_face_index_counts_twenty_faces_from_the_left(stage, photo):
@@ -179,14 +154,6 @@ def test_faces_below_min_face_px_are_rejected(stage, photo):
         stage.features([on_a_wall((head(photo, 16), (200, 200)))])
     # A face below the minimum does not count beside a large one.
     assert stage.features([on_a_wall((head(photo, 16), (400, 400)), (head(photo, 91), (20, 20)))]).faces_found == 1
-
-
-def test_half_a_face_is_detected_with_a_lower_score(stage, photo):
-    """The detector guesses the missing half."""
-    for half, left in ((photo[:, :225], 0), (photo[:, 225:], 225)):
-        face = stage.features([half])
-        assert face.score < 0.85 < stage.features([photo]).score
-        assert np.abs(np.add(face.keypoints, (left, 0)) - POINTS).max() < 25
 
 
 def test_extreme_aspect_ratio_and_missing_photo_are_rejected(stage, photo):
@@ -258,11 +225,6 @@ def test_norm_crop_matches_insightface(photo):
             matrix = face_align.estimate_norm(points)
         assert np.allclose(similarity(points, face_align.arcface_dst), matrix, rtol=0, atol=1e-5)
         assert np.abs(norm_crop(photo, points).astype(int) - reference).max() <= 1
-
-
-def test_keypoints_on_one_point_are_rejected(photo):
-    with pytest.raises(StageError, match="the keypoints of the face fall on one point"):
-        norm_crop(photo, np.full((5, 2), 7.0))
 
 
 def test_pack_embedding_matches_insightface(photo):

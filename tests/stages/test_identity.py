@@ -24,8 +24,6 @@ from vidgen_ray.script.read import read_script
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux import FluxRefineStage, FluxStage
 from vidgen_ray.stages.identity import INJECTORS, FluxInjector
-from vidgen_ray.stages.instantid import InstantIDStage
-from vidgen_ray.weights import resolve
 
 LORA = "builtin:tiny/lora.safetensors"
 
@@ -92,14 +90,7 @@ def test_messages_and_logs_contain_no_features(pipeline, photo, monkeypatch):
 # InfuseNet.
 
 
-def test_face_changes_the_flux_image(render):
-    without_face, stages = render()
-    with_face, stages_with_face = render(face_image=ASTRONAUT)
-    assert with_face != without_face
-    assert (stages, stages_with_face) == (["flux"], ["instantid", "flux", "image_likeness"])
-
-
-@pytest.mark.parametrize("fields", [{}, {"lora_path": LORA}, {"lora_path": LORA, "mode": "fast"}, {"negative_prompt": "blur"}])
+@pytest.mark.parametrize("fields", [{}, {"lora_path": LORA, "mode": "fast", "negative_prompt": "blur"}])
 def test_identity_strength_0_and_identity_none_equal_no_face(render, fields):
     without_face, _ = render(**fields)
     assert render(face_image=ASTRONAUT, identity_strength=0.0, **fields)[0] == without_face
@@ -163,13 +154,6 @@ def test_instantid_sdxl_image_is_refined_by_flux(render):
     assert len({image, unrefined, more_refined, weaker_identity, render(face_image=ASTRONAUT)[0]}) == 5
 
 
-@pytest.mark.parametrize("mode", ["quality", "fast"])
-def test_lora_stage_replaces_the_refine_stage(render, mode):
-    image, stages = render(face_image=ASTRONAUT, identity="instantid-sdxl", lora_path=LORA, mode=mode)
-    assert stages == ["instantid", "instantid_sdxl", "lora", "image_likeness"]
-    assert image != render(face_image=ASTRONAUT, identity="instantid-sdxl", mode=mode)[0]
-
-
 def test_refine_strength_0_returns_the_image_and_less_than_a_step_is_rejected(tiny, make_shot, photo):
     with FluxRefineStage(tiny.params(FluxRefineStage)) as stage:
         item = Item(make_shot(), {"image": photo[:64, :128]})
@@ -217,36 +201,6 @@ def test_missing_extra_weights_fail_only_shots_that_need_them(without, make_shot
     with pytest.raises(MissingWeights, match=message) as raised:
         pipeline.render(make_shot(face_image=str(ASTRONAUT), **fields))
     assert isinstance(raised.value, SetupError)
-
-
-def test_stages_run_without_extra_weights_that_the_shot_does_not_need(without, make_shot, photo):
-    face_stage = InstantIDStage(without("instantid", "ir_se50").params(InstantIDStage))
-    flux_stage = FluxStage(without("flux", "infusenet").params(FluxStage))
-    shot = make_shot(face_image="x.jpg")
-    with face_stage, flux_stage:
-        face = face_stage([Item(make_shot(face_image="x.jpg", identity="none"), {"photos": (photo,)})])[0]["face"]
-        assert set(face.embeddings) == {"antelopev2"}
-        assert flux_stage([Item(make_shot())])[0]["image"].any()
-        with pytest.raises(MissingWeights, match="ir_se50: "):
-            face_stage([Item(shot, {"photos": (photo,)})])
-        with pytest.raises(MissingWeights, match="infusenet: "):
-            flux_stage([Item(shot, {"face": face})])
-
-
-def test_missing_extra_weights_exit_with_code_4(tmp_path, capsys):
-    profile = tmp_path / "p.yaml"
-    profile.write_text(
-        "{name: x, about: y, actors: {instantid: {weights: 'builtin:tiny/antelopev2', extra_weights: {ir_se50: no.pth}}, "
-        "flux: {weights: 'builtin:tiny/flux', extra_weights: "
-        "{infusenet: 'hub:ByteDance/InfiniteYou@main:infu_flux_v1.0/sim_stage1'}}}}"
-    )
-    shot = ["shot", "a", "-p", str(profile), "--until", "image", "-o", str(tmp_path), "--face", str(ASTRONAUT)]
-    assert main([*shot, "--face", str(ASTRONAUT)]) == 4
-    assert f"ir_se50: weights 'no.pth': nothing at {tmp_path / 'no.pth'}" in capsys.readouterr().err
-    (tmp_path / "no.pth").write_bytes(resolve("builtin:tiny/ir_se50.pth").read_bytes())
-    assert main(shot) == 4
-    assert "infusenet: weights 'hub:ByteDance/InfiniteYou@main" in (err := capsys.readouterr().err)
-    assert "run `vidgen models pull hub:ByteDance/InfiniteYou@main:infu_flux_v1.0/sim_stage1` first" in err
 
 
 def test_profile_with_an_injector_but_without_its_recogniser_is_rejected(tiny):

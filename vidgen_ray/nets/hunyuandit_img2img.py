@@ -1,7 +1,7 @@
 """Image to image for HunyuanDiT. diffusers provides text to image only."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,6 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image as PILImage
 
-SIZE_MULTIPLE_PX = 16
-"""The autoencoder halves an image three times, and the transformer takes its latents in patches of 2x2."""
 ROPE_BASE_PX = 512
 """Image size, in pixels, to whose grid the positions are interpolated, as in training."""
 META_SIZE = (1024, 1024)
@@ -33,57 +31,45 @@ class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # di
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        image: PILImage.Image | Sequence[PILImage.Image],
+        prompt: str,
+        image: PILImage.Image,
         *,
         strength: float = 0.5,
         num_inference_steps: int = 30,
         guidance_scale: float = 5.0,
-        negative_prompt: str | Sequence[str] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        negative_prompt: str | None = None,
+        generator: torch.Generator | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
     ) -> StableDiffusionPipelineOutput:
-        """Restyle each image by its prompt. The results have the size of the images.
+        """Restyle the image, whose width and height are multiples of 16, by the prompt. The result has the same size.
 
-        All images have one size, with width and height multiples of 16. A list of generators has one per image.
         `strength` is above 0 and at most 1. Only the last `steps_to_run` of `num_inference_steps` are run. At 1 the image has
         no influence, and the result is that of HunyuanDiTPipeline with the same generator. The noise does not depend on the
         strength.
         A `guidance_scale` of 1 or less turns guidance off, and the negative prompt has no effect.
-        `output_type`: "pil", "np" (B, H, W, 3) 0 to 1, "pt" (B, 3, H, W) 0 to 1, or "latent" (B, 4, H/8, W/8).
+        `output_type`: "pil", "np" (1, H, W, 3) 0 to 1, "pt" (1, 3, H, W) 0 to 1, or "latent" (1, 4, H/8, W/8).
         `callback_on_step_end` is called as in diffusers, with the latents, which it may replace.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        images = [image] if isinstance(image, PILImage.Image) else list(image)
-        width, height = _check_arguments(prompts, images, strength, generator)
-        if isinstance(negative_prompt, str):
-            negative_prompt = [negative_prompt] * len(prompts)
-        elif negative_prompt is not None:
-            negative_prompt = list(negative_prompt)
-
         self._guidance_scale = guidance_scale
-        conditions = self._conditions(prompts, negative_prompt, width, height)
+        conditions = self._conditions(prompt, negative_prompt, *image.size)
         timesteps = self._select_timesteps(num_inference_steps, strength)
-        latents = self._noised_latents(images, strength, timesteps[:1], generator)
+        latents = self._noised_latents(image, strength, timesteps[:1], generator)
         latents = self._denoise(latents, timesteps, conditions, generator, callback_on_step_end)
 
-        result, unsafe = latents, None
+        result = latents
         if output_type != "latent":
-            decoded = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
-            result, unsafe = self.run_safety_checker(decoded, self._execution_device, self.transformer.dtype)
-        result = self.image_processor.postprocess(
-            result, output_type=output_type, do_denormalize=[not u for u in unsafe or [False] * len(prompts)]
-        )
+            result = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        result = self.image_processor.postprocess(result, output_type=output_type)
         self.maybe_free_model_hooks()
-        return StableDiffusionPipelineOutput(images=result, nsfw_content_detected=unsafe)
+        return StableDiffusionPipelineOutput(images=result, nsfw_content_detected=None)
 
-    def _conditions(self, prompts: list[str], negative: list[str] | None, width: int, height: int) -> dict[str, Any]:
-        """Return the conditions of the transformer. With guidance, the rows of the negative prompts come first."""
+    def _conditions(self, prompt: str, negative: str | None, width: int, height: int) -> dict[str, Any]:
+        """Return the conditions of the transformer. With guidance, the row of the negative prompt comes first."""
         device, dtype = self._execution_device, self.transformer.dtype
-        rows = len(prompts) * (2 if self.do_classifier_free_guidance else 1)
-        bert, bert_mask = self._encode(prompts, negative, encoder=0)
-        t5, t5_mask = self._encode(prompts, negative, encoder=1)
+        rows = 2 if self.do_classifier_free_guidance else 1
+        bert, bert_mask = self._encode(prompt, negative, encoder=0)
+        t5, t5_mask = self._encode(prompt, negative, encoder=1)
         return {
             "encoder_hidden_states": bert,
             "text_embedding_mask": bert_mask,
@@ -109,12 +95,12 @@ class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # di
         latents: torch.Tensor,
         timesteps: torch.Tensor,
         conditions: Mapping[str, Any],
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: torch.Generator | None,
         callback_on_step_end: StepCallback | None,
     ) -> torch.Tensor:
-        """Run the denoising steps on the latents (B, 4, H/8, W/8)."""
+        """Run the denoising steps on the latents (1, 4, H/8, W/8)."""
         guided: bool = self.do_classifier_free_guidance
-        rows = len(latents) * (2 if guided else 1)
+        rows = 2 if guided else 1
         step_kwargs = self.prepare_extra_step_kwargs(generator, eta=0.0)
         self._num_timesteps = len(timesteps)
         for index, t in enumerate(self.progress_bar(timesteps)):
@@ -130,13 +116,13 @@ class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # di
                 latents = callback_on_step_end(self, index, t, {"latents": latents}).get("latents", latents)
         return latents
 
-    def _encode(self, prompts: list[str], negative: list[str] | None, encoder: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode(self, prompt: str, negative: str | None, encoder: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return embeddings (rows, tokens, channels) by Bert (encoder 0) or mT5 (1), and their mask.
 
-        With guidance, the rows of the negative prompts come first.
+        With guidance, the row of the negative prompt comes first.
         """
         embeds, negative_embeds, mask, negative_mask = self.encode_prompt(
-            prompts,
+            prompt,
             device=self._execution_device,
             dtype=self.transformer.dtype,
             do_classifier_free_guidance=self.do_classifier_free_guidance,
@@ -161,29 +147,24 @@ class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # di
 
     def _noised_latents(
         self,
-        images: list[PILImage.Image],
+        image: PILImage.Image,
         strength: float,
         timestep: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: torch.Generator | None,
     ) -> torch.Tensor:
-        """Return the latents (B, 4, H/8, W/8) for the first step, noised to `timestep` (1,)."""
+        """Return the latents (1, 4, H/8, W/8) for the first step, noised to `timestep` (1,)."""
         device, dtype = self._execution_device, self.transformer.dtype
-        width, height = images[0].size
-        shape = (
-            len(images),
-            self.transformer.config.in_channels,
-            height // self.vae_scale_factor,
-            width // self.vae_scale_factor,
-        )
+        width, height = (side // self.vae_scale_factor for side in image.size)
+        shape = (1, self.transformer.config.in_channels, height, width)
         noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         if strength == 1:
             pure: torch.Tensor = noise * self.scheduler.init_noise_sigma
             return pure
-        pixels = self.image_processor.preprocess([image.convert("RGB") for image in images])
-        # The mean, not a sample: as in text to image, the generators draw the diffusion noise only.
+        pixels = self.image_processor.preprocess(image.convert("RGB"))
+        # The mean, not a sample: as in text to image, the generator draws the diffusion noise only.
         mean = self.vae.encode(pixels.to(device, self.vae.dtype)).latent_dist.mode()
         clean = mean.to(dtype) * self.vae.config.scaling_factor
-        noised: torch.Tensor = self.scheduler.add_noise(clean, noise, timestep.repeat(len(images)))
+        noised: torch.Tensor = self.scheduler.add_noise(clean, noise, timestep)
         return noised
 
 
@@ -191,25 +172,3 @@ def steps_to_run(num_inference_steps: int, strength: float) -> int:
     """Return how many steps at the end of the schedule are run for a strength (0, 1]: its share, rounded up."""
     # In floating point 0.07 * 100 is a little above 7.
     return math.ceil(round(num_inference_steps * strength, 9))
-
-
-def _check_arguments(
-    prompts: list[str],
-    images: list[PILImage.Image],
-    strength: float,
-    generator: torch.Generator | list[torch.Generator] | None,
-) -> tuple[int, int]:
-    """Return width and height of the images. Raises ValueError for invalid arguments."""
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength: got {strength}, must be above 0 and at most 1")
-    if not prompts or len(prompts) != len(images):
-        raise ValueError(f"got {len(prompts)} prompts and {len(images)} images, must be one image per prompt, at least one")
-    if isinstance(generator, list) and len(generator) != len(prompts):
-        raise ValueError(f"generator: got {len(generator)}, must be one per image: {len(prompts)}")
-    sizes = {image.size for image in images}
-    if len(sizes) > 1:
-        raise ValueError(f"image: got the sizes {sorted(sizes)}, must be one size per call")
-    width, height = sizes.pop()
-    if width % SIZE_MULTIPLE_PX or height % SIZE_MULTIPLE_PX:
-        raise ValueError(f"image: got {width}x{height}, width and height must be multiples of {SIZE_MULTIPLE_PX}")
-    return width, height
