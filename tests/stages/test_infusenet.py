@@ -14,11 +14,10 @@ from PIL import Image as PILImage
 from tests.stages.published_resampler import published_shapes, published_tokens
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.identity_networks import FaceResampler, IdentityControlNet, InfuseNet, ResamplerSizes, load_infusenet
-from vidgen_ray.nets.weight_files import require_same
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Image, noise_generator
 from vidgen_ray.stages.flux_model import FluxModel, FluxParams
-from vidgen_ray.stages.identity import INJECTORS, MUST_AGREE, InfuseNetInjector, identities, injector_class, shared_injector
+from vidgen_ray.stages.identity import InfuseNetInjector, injector_class, shared_injector
 from vidgen_ray.weights import resolve
 
 WIDTH, HEIGHT = 128, 64
@@ -338,9 +337,6 @@ def test_stages_with_one_model_share_an_injector(injector, folder):
     first = shared_injector("infusenet", injector.model, folder)
     assert shared_injector("infusenet", injector.model, folder) is first
     first.move("cpu")
-    assert set(INJECTORS) == {"infusenet"}
-    assert identities() == ("infusenet", "instantid-sdxl", "reference", "none")
-    assert injector_class("infusenet").embedding == "ir_se50"
     with pytest.raises(StageError, match="identity: got 'pulid', must be one of infusenet"):
         injector_class("pulid")
 
@@ -382,26 +378,14 @@ class _RunsCode:
 PROBLEMS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, "no such folder; copy infu_flux_v1.0/aes_stage2"),
     "no net": (lambda f: shutil.rmtree(f / "InfuseNetModel"), "InfuseNetModel: no config.json of a FluxControlNetModel; copy"),
-    "no weights": (
-        lambda f: next((f / "InfuseNetModel").glob("*-00002.safetensors")).unlink(),
-        "InfuseNetModel: not the weights of a FluxControlNetModel",
-    ),
     "no projection": ((lambda f: (f / "image_proj_model.bin").unlink()), r"image_proj_model\.bin: no such file; copy"),
     "another class": (
         lambda f: edit_config(f, "FluxControlNetModel", "ControlNetModel"),
         "holds a ControlNetModel, must be a FluxControlNetModel; copy",
     ),
-    "another width": (
-        lambda f: edit_config(f, '"in_channels": 64', '"in_channels": 48'),
-        "not the weights of a FluxControlNetModel",
-    ),
     "more blocks": (
         lambda f: edit_config(f, '"num_layers": 1', '"num_layers": 2'),
         r"InfuseNetModel: \d+ missing keys, the first is 'controlnet_blocks\.1\.bias'; copy",
-    ),
-    "fewer blocks": (
-        lambda f: edit_config(f, '"num_single_layers": 2', '"num_single_layers": 1'),
-        r"InfuseNetModel: \d+ unexpected keys, the first is 'controlnet_single_blocks\.1\.bias'; copy",
     ),
     "damaged projection": (
         lambda f: (f / "image_proj_model.bin").write_bytes(b"\x80\x02not a pickle"),
@@ -412,7 +396,6 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: torch.save({"ip_adapter": {}}, f / "image_proj_model.bin"),
         "got a dict of ip_adapter, must have the weights 'image_proj'; copy",
     ),
-    "single tensor": (lambda f: torch.save(torch.zeros(1), f / "image_proj_model.bin"), "got Tensor, must have the weights"),
     "another projection": (
         lambda f: rewrite_projection(f, lambda c: c.update(image_proj={"proj.weight": torch.zeros(2, 2)})),
         "image_proj has other tensors .*'latents'.*; it is not a projection of face embeddings",
@@ -421,17 +404,9 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: rewrite_projection(f, lambda c: c["image_proj"].pop("layers.1.0.to_kv.weight")),
         r"image_proj .*Missing key.* \"layers\.1\.0\.to_kv\.weight\"",
     ),
-    "unexpected tensor": (
-        lambda f: rewrite_projection(f, lambda c: c["image_proj"].update(extra=torch.zeros(1))),
-        r"image_proj .*Unexpected key.* \"extra\"",
-    ),
     "wrong shape": (
         lambda f: rewrite_projection(f, lambda c: c["image_proj"].update({"norm_out.bias": torch.zeros(7)})),
         r"image_proj .*size mismatch for norm_out\.bias",
-    ),
-    "wrong latents": (
-        lambda f: rewrite_projection(f, lambda c: c["image_proj"].update(latents=torch.zeros(8, 32))),
-        "image_proj has other tensors",
     ),
     "wrong embedding size": (replace_projection(embedding=768), "takes embeddings of 768 numbers, must be 512"),
     "wrong token size": (
@@ -441,14 +416,13 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_wrong_infusenet_folder_raises_setup_error(folder, tmp_path, problem, capsys):
-    copy = tmp_path / "weights"
-    shutil.copytree(folder, copy)
-    damage, message = PROBLEMS[problem]
-    damage(copy)
-    with pytest.raises(SetupError, match=f"(?s){message}"):
-        load_infusenet(copy, torch.float32, "cpu")
+def test_wrong_infusenet_folder_raises_setup_error(folder, tmp_path, capsys):
+    for number, (damage, message) in enumerate(PROBLEMS.values()):
+        copy = tmp_path / str(number)
+        shutil.copytree(folder, copy)
+        damage(copy)
+        with pytest.raises(SetupError, match=f"(?s){message}"):
+            load_infusenet(copy, torch.float32, "cpu")
     assert not capsys.readouterr().out
 
 
@@ -468,10 +442,3 @@ def test_infusenet_for_another_flux_is_rejected(injector, folder, tmp_path):
         SetupError, match="pooled_projection_dim is 48, the profile's FLUX weights have 32; use weights trained"
     ):
         InfuseNetInjector(injector.model, tmp_path)
-
-
-def test_require_same_accepts_a_value_that_one_config_leaves_to_the_default(tmp_path):
-    with torch.device("meta"):
-        flux = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1)
-        net = IdentityControlNet(num_layers=1, num_single_layers=1)
-    require_same(net.config, flux.config, MUST_AGREE, tmp_path, "FLUX")

@@ -178,15 +178,6 @@ def test_identity_strength_0_equals_plain_sdxl(stage, make_shot):
     assert np.array_equal(generate(stage, shot, face(1)), (expected * 255).round().astype(np.uint8))
 
 
-def test_move_keeps_the_result_and_close_releases_the_weights(make_shot):
-    stage = loaded(BASE, INSTANTID)
-    before = generate(stage, make_shot(), face(1))
-    stage.move("cpu")
-    assert np.array_equal(generate(stage, make_shot(), face(1)), before)
-    stage.close()
-    assert set(vars(stage)) == {"params", "_notes"}
-
-
 def test_wrong_embedding_is_rejected(stage, make_shot):
     with pytest.raises(StageError, match="got embeddings by ir_se50, antelopev2 is needed"):
         generate(stage, make_shot(), features({"ir_se50": embedding(1)}))
@@ -246,7 +237,6 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"no such folder; copy ControlNetModel/ and ip-adapter\.bin of InstantX/InstantID to this path",
     ),
     "no net": (lambda f: shutil.rmtree(f / "ControlNetModel"), r"ControlNetModel: no config\.json of a ControlNetModel; copy"),
-    "no adapter": ((lambda f: (f / "ip-adapter.bin").unlink()), r"ip-adapter\.bin: no such file; copy"),
     "incomplete adapter": (
         lambda f: rewrite_adapter(f, lambda c: c.pop("ip_adapter")),
         "got a dict of image_proj, must have the weights 'ip_adapter'",
@@ -260,16 +250,10 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_wrong_instantid_folder_raises_setup_error(tmp_path, problem):
-    copy = tmp_path / "weights"
-    shutil.copytree(INSTANTID, copy)
-    damage, message = PROBLEMS[problem]
-    damage(copy)
-    with pytest.raises(SetupError, match=f"(?s){message}"):
-        loaded(BASE, copy)
-
-
-def test_base_weights_of_another_pipeline_raise_setup_error():
-    with pytest.raises(SetupError, match="holds a FluxPipeline, must be a StableDiffusionXLPipeline"):
-        loaded(resolve("builtin:tiny/flux"), INSTANTID)
+def test_wrong_instantid_folder_raises_setup_error(tmp_path):
+    for number, (damage, message) in enumerate(PROBLEMS.values()):
+        copy = tmp_path / str(number)
+        shutil.copytree(INSTANTID, copy)
+        damage(copy)
+        with pytest.raises(SetupError, match=f"(?s){message}"):
+            loaded(BASE, copy)
