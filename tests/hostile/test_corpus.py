@@ -116,24 +116,22 @@ def test_script(tmp_path, validate, case):
     assert len(messages) < 20_000
 
 
-@pytest.mark.parametrize("case", LINES, ids=str)
-def test_line(tmp_path, case):
-    """The lines before and after it are valid, and the error names the line and the field."""
+def test_lines(tmp_path, validate):
+    """The lines before and after each one are valid, and the error names the line and the field."""
     script = tmp_path / "s.jsonl"
-    script.write_text(as_script([case]))
+    script.write_text(as_script(LINES))
     read = read_script(ScriptSettings(script))
-    rejected = [error for line in read.rejected for error in line.errors]
-    if case.outcome == "used":
-        assert (len(read.shots), rejected) == (3, [])
-        return
-    assert [shot.id for shot in read.shots] == ["good-0", "good-1"]
-    assert (rejected[0].line, rejected[0].field) == (2, case.field)
-    assert_sentence(rejected[0], case, "s.jsonl line 2")
-
-
-def test_all_lines_at_once(tmp_path, validate):
-    (tmp_path / "s.jsonl").write_text(as_script(LINES))
-    code, messages = validate(tmp_path / "s.jsonl")
+    errors = {line.number: line.errors[0] for line in read.rejected}
+    for number, case in enumerate(LINES, start=1):
+        error = errors.pop(2 * number, None)
+        if case.outcome == "used":
+            assert error is None, case
+            continue
+        assert error is not None, case
+        assert error.field == case.field, case
+        assert_sentence(error, case, f"s.jsonl line {2 * number}")
+    assert not errors
+    code, messages = validate(script)
     assert code == 3
     assert len(messages) < 50 * 350
 

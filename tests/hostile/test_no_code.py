@@ -140,22 +140,22 @@ def test_pickle_in_a_column_of_parquet_does_not_run(tmp_path):
     assert not (tmp_path / "RAN").exists()
 
 
-@pytest.mark.parametrize("write", KINDS)
-def test_pickle_in_a_request_is_refused_and_does_not_run(tiny, tmp_path, write):
-    write(tmp_path / "a", RunsCode(tmp_path / "RAN"))
-    content = (tmp_path / "a").read_bytes()
+def test_pickle_in_a_request_is_refused_and_does_not_run(tiny, tmp_path):
     with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path / "out"))) as server:
         client = TestClient(server.app, **LOCAL)
-        responses = [
-            client.post("/v1/files", files={"file": ("a.png", content)}),
-            client.post("/v1/videos", data={"prompt": "a"}, files={"input_reference": ("a.png", content)}),
-            client.post("/v1/videos/characters", data={"name": "x"}, files={"video": ("a.mp4", content)}),
-            *(
-                client.post("/v1/videos", content=content, headers={"Content-Type": kind})
-                for kind in ("application/json", "application/x-www-form-urlencoded", "application/octet-stream")
-            ),
-        ]
-    assert all(400 <= response.status_code < 500 for response in responses), responses
+        for write in KINDS:
+            write(tmp_path / "a", RunsCode(tmp_path / "RAN"))
+            content = (tmp_path / "a").read_bytes()
+            responses = [
+                client.post("/v1/files", files={"file": ("a.png", content)}),
+                client.post("/v1/videos", data={"prompt": "a"}, files={"input_reference": ("a.png", content)}),
+                client.post("/v1/videos/characters", data={"name": "x"}, files={"video": ("a.mp4", content)}),
+                *(
+                    client.post("/v1/videos", content=content, headers={"Content-Type": kind})
+                    for kind in ("application/json", "application/x-www-form-urlencoded", "application/octet-stream")
+                ),
+            ]
+            assert all(400 <= response.status_code < 500 for response in responses), (write, responses)
     assert not (tmp_path / "RAN").exists()
 
 

@@ -193,31 +193,16 @@ def test_variants_are_separate_shots_with_separate_seeds(tmp_path):
 
 
 INVALID_LINES = [
-    ({"prompt": "a", "width": 7}, "width", "got 7, must be a multiple of 16 from 64 to 2048 (nearest: 64)"),
+    # More are in tests/hostile/scripts.py.
     ({"prompt": "a", "width": 1e6}, "width", "got 1000000.0"),
     ({"prompt": "a", "width": 1000}, "width", "got 1000, must be a multiple of 16 from 64 to 2048 (nearest: 992, 1008)"),
     ({"prompt": "a", "width": 4096}, "width", "(nearest: 2048)"),
     ({"prompt": "a", "height": "64"}, "height", "got '64', must be a valid integer"),
     ({"prompt": "a", "width": 80}, None, "width 80 is not a multiple of 64"),
-    ({"width": 128}, "prompt", "got nothing, this field is required"),
-    ({"prompt": "  "}, "prompt", "must not be blank"),
-    ({"prompt": "a\u0000b"}, "prompt", "must not contain NUL"),
-    ({"prompt": "x" * 100_000}, "prompt", "at most 10000 characters"),
-    ({"prompt": "a", "promt": "b"}, "promt", "an unknown field, did you mean prompt?"),
-    ({"prompt": "a", "id": "../../etc/cron.d/x"}, "id", "must be 1 to 128 characters of"),
-    ({"prompt": "a", "id": "x" * 129}, "id", "must be 1 to 128 characters of"),
-    ({"prompt": "a", "seed": -1}, "seed", "got -1, must be greater than or equal to 0"),
-    ({"prompt": "a", "seed": 2**64}, "seed", "must be less than"),
-    ({"prompt": "a", "seed": True}, "seed", "must be a valid integer"),
-    ({"prompt": "a", "scale": 5}, "scale", "must be 2, 3 or 4"),
-    ({"prompt": "a", "lora_strength": 1.5}, "lora_strength", "less than or equal to 1"),
-    ({"prompt": "a", "lora": [{"path": "a.safetensors", "weight": 1e9}]}, "lora.weight", "less than or equal to 2"),
     ({"prompt": "a", "lora": "missing.safetensors"}, "lora", "must be an existing .safetensors file"),
-    ({"prompt": "a", "face_image": "missing.jpg"}, "face_image", "must be an existing file"),
     ({"prompt": "a", "face_image": ["face.jpg", "missing.jpg"]}, "face_image", "got 'missing.jpg', must be an existing file"),
     ({"prompt": "a", "face_image": [7]}, "face_image", "got 7, must be a valid string"),
     ({"prompt": "a", "face_image": ""}, "face_image", "at least 1 character"),
-    ({"prompt": "a", "face_index": -1}, "face_index", "greater than or equal to 0"),
     (
         {"prompt": "a", "identity": "pulid"},
         "identity",
@@ -230,7 +215,6 @@ INVALID_LINES = [
         "got 0.5, must be greater than identity_start",
     ),
     ({"prompt": "a", "identity_start": 1.0}, "identity_end", "got 1.0, must be greater than identity_start (1.0)"),
-    ({"prompt": "a", "pose": "face"}, "pose", "must be 'photo' or 'none'"),
     (
         {"prompt": "a", "face_image": "face.jpg", "identity": "instantid-sdxl", "refine.steps": 2},
         None,
@@ -240,27 +224,17 @@ INVALID_LINES = [
     ({"prompt": "a", "steps.fulx": 2}, "steps.fulx", "an unknown field"),
     ({"prompt": "a", "character": "ada"}, "character", "header of a .yaml script"),
     ({"prompt": "a", "lora": "a.safetensors", "lora_strength": 0.2, "steps.lora": 4}, None, "set steps.lora to at least 5"),
-    ([1, 2], None, "must be a JSON object"),
-    ('{"prompt": "half', None, "must be a JSON object on one line"),
-    ('{"prompt": "a", "prompt": "b"}', "prompt", "must appear only once"),
-    ("[" * 100_000, None, "must be a JSON object"),
     ('{"prompt": "a", "noise_aug_strength": NaN}', "noise_aug_strength", "must be a finite number"),
-    ('{"prompt": "\\ud800"}', "prompt", "unicode string"),
-    ('{"prompt": "a", "metadata": {"x": NaN}}', "metadata", "must be plain JSON"),
     ({"prompt": "a", "lora": [[[["a.safetensors"]]]]}, "lora", "got"),
     ({"prompt": "a", "lora": {"wieght": 1, "path": "a.safetensors"}}, "lora.wieght", "lora has no such field"),
     ({"prompt": "a", "character": ["ada"]}, "character", "got ['ada']"),
     ({"prompt": "a", "image": "~nosuchuser/x.png"}, "image", "must be an existing file"),
     ({"prompt": "a", "lora": "x" * 5000}, "lora", "must be an existing .safetensors file"),
-    ({"prompt": "a", "lora": "."}, "lora", "must be an existing .safetensors file"),
     ({"prompt": "a", "lora": "builtin:nope.safetensors"}, "lora", "unknown name, must be one of"),
     ({"prompt": "a", "steps": 5, "flux.steps": 3}, "steps", "got 5"),
-    ('{"prompt": "a", "metadata": {"x": "\\ud800"}}', "metadata", "must be plain JSON"),
-    ('{"prompt": "a", "metadata": ' + '{"x": ' * 300 + "1" + "}" * 301, "metadata", "at most 200 levels"),
     ({"prompt": "a", "id": "x" * 128, "variants": 2}, None, "must be at most 123 with variants"),
     # Valid in a shot, but too deep in a shot inside a plan.
     ('{"prompt": "a", "metadata": ' + '{"x": ' * 197 + "1" + "}" * 198, "metadata", "not nested deeply"),
-    ('{"prompt": "a", "metadata": ' + '{"x": ' * 800 + "1" + "}" * 801, "metadata", "at most 200 levels"),
 ]
 
 
