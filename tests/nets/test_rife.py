@@ -1,7 +1,6 @@
 """RIFE's networks against the published code, with the published weights."""
 
 import importlib.util
-import json
 import sys
 from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, distribution
@@ -13,13 +12,11 @@ import torch
 from safetensors.torch import save_file
 from skimage import data
 
+from tests.stages.published_resampler import layout
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.rife_network import FramePair, Rife425, RifeHDv3, Warped, load_rife, warp
 from vidgen_ray.weights import resolve
 from vidgen_ray.weights.builtin import RIFE_FILE
-
-LAYOUT_425 = Path(__file__).with_name("rife_4_25.json")
-"""Names and shapes of the tensors of RIFE 4.25, without those for training."""
 
 
 def file_of(package, path):
@@ -87,7 +84,7 @@ def test_rife_4_25_equals_another_implementation(monkeypatch, frames):
 
 def test_rife_4_25_has_the_published_layout(tmp_path, frames):
     network = Rife425()
-    assert {name: list(value.shape) for name, value in network.state_dict().items()} == json.loads(LAYOUT_425.read_text())
+    assert layout(network) == "7f7dcf2797202054", "without the tensors for training"
     with torch.random.fork_rng():
         torch.manual_seed(1)
         state = {name: torch.randn_like(value) * 0.05 for name, value in network.state_dict().items()}

@@ -1,4 +1,6 @@
-"""A second implementation of the face resampler, written from the published source as plain formulas."""
+"""A second implementation of the face resampler, written from the published source as plain formulas; digests of layouts."""
+
+import hashlib
 
 import torch
 from torch.nn.functional import gelu, layer_norm
@@ -36,24 +38,7 @@ def published_tokens(weights: dict[str, torch.Tensor], faces: torch.Tensor) -> t
     return norm(linear(latents, "proj_out") + weights["proj_out.bias"], "norm_out")
 
 
-def published_shapes(depth: int, dim: int, inner: int, tokens: int, output: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors of `image_proj` by name.
-
-    `inner` is the number of channels of all heads, `hidden` that of a feed-forward layer.
-    """
-    shapes: dict[str, tuple[int, ...]] = {
-        "latents": (1, tokens, dim),
-        "proj_in.weight": (dim, 512),
-        "proj_in.bias": (dim,),
-        "proj_out.weight": (output, dim),
-        "proj_out.bias": (output,),
-        "norm_out.weight": (output,),
-        "norm_out.bias": (output,),
-    }
-    for n in range(depth):
-        attention = {"to_q": (inner, dim), "to_kv": (2 * inner, dim), "to_out": (dim, inner)}
-        shapes |= {f"layers.{n}.0.{name}.weight": shape for name, shape in attention.items()}
-        shapes |= {f"layers.{n}.1.1.weight": (hidden, dim), f"layers.{n}.1.3.weight": (dim, hidden)}
-        for norm in ("0.norm1", "0.norm2", "1.0"):
-            shapes |= {f"layers.{n}.{norm}.weight": (dim,), f"layers.{n}.{norm}.bias": (dim,)}
-    return shapes
+def layout(network: torch.nn.Module) -> str:
+    """Return a digest of the names and shapes of all tensors of a network, sorted by name."""
+    tensors = sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in network.state_dict().items())
+    return hashlib.sha256("\n".join(tensors).encode()).hexdigest()[:16]

@@ -17,7 +17,7 @@ from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.ncnn import read_realesrgan
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages import realesrgan
-from vidgen_ray.stages.base import Frames, Item, frame_chunks
+from vidgen_ray.stages.base import Frames
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, load_network
 from vidgen_ray.weights import resolve
 
@@ -170,28 +170,6 @@ def test_tiles_leave_no_trace(weights: Path, photo: Frames, dtype: str, toleranc
     whole = loaded(weights, dtype=dtype).upscale_float(photo, scale, "animevideov3")
     tiled = loaded(weights, dtype=dtype, tile_px=32, tile_overlap_px=20).upscale_float(photo, scale, "animevideov3")
     np.testing.assert_allclose(tiled, whole, rtol=0, atol=tolerance)
-
-
-def test_tiles_of_a_far_seeing_network_stay_within_one_level(weights: Path) -> None:
-    from skimage.data import astronaut
-
-    strip = astronaut()[None, 80:112, 140:316]
-    whole = loaded(weights).upscale_float(strip, 4, "x4plus-anime")
-    tiled = loaded(weights, tile_px=88, tile_overlap_px=48).upscale_float(strip, 4, "x4plus-anime")
-    assert 0 < np.abs(tiled - whole).max() < UINT8_STEP
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_chunks_upscaled_elsewhere_are_the_bytes_of_run(weights: Path, clip: Frames, dtype: str) -> None:
-    stage, elsewhere = loaded(weights, dtype=dtype), loaded(weights, dtype=dtype)
-    (artefacts,) = stage([Item(shot(scale=3), {"frames": clip})])
-    shared = clip.copy()
-    shared.flags.writeable = False
-    cuts = frame_chunks(len(shared), stage.params.frames_per_call)
-    parts = [upscaled(elsewhere, shared[chunk], 3, "animevideov3") for chunk in cuts]
-    assert [len(part) for part in parts] == [4, 3]
-    assert np.array_equal(np.concatenate(parts), artefacts["hd_frames"])
-    assert artefacts["hd_frames"].shape == (7, 144, 192, 3)
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
