@@ -7,14 +7,14 @@ that the stage reads, its options, the digests of its weights and the previous k
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from types import NoneType
+from threading import Lock
 from typing import Any
 
+from cachetools import LRUCache, cached
 from pydantic import BaseModel, ConfigDict
 
 from vidgen_ray.errors import StageError
@@ -36,6 +36,8 @@ START_FIELDS = ("height", "image", "width")
 """Fields that the chain starts from if the shot brings its own image."""
 NOT_PLAIN_FIELDS = frozenset((*FILE_FIELDS, *FILES_FIELDS, *LORA_FIELDS))
 """Fields that are part of a key by the content of their files. Other fields are by their value."""
+_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+"""The shortest JSON with sorted names: equal values give equal text."""
 CACHED_DIGESTS = 4096
 """Files, and combinations of weights, whose digests a planner caches."""
 OUTPUT_VERSION = 3
@@ -128,7 +130,8 @@ class ShotPlanner:
         self._end = f'["shot",{OUTPUT_VERSION},{_json(encode.model_dump(mode="json"))},{_json(provenance.for_key())}'
         self._digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(Path(path)))
         self._lora_digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(resolve(path)))
-        self._weights = lru_cache(CACHED_DIGESTS)(self._hash_weights)
+        by_choice = cached(LRUCache(CACHED_DIGESTS), key=_weight_choice, lock=Lock())
+        self._weights_of = by_choice(self._hash_weights)
 
     def __call__(self, shot: Shot, salt: str = "", stages: Sequence[type[Stage[Any]]] | None = None) -> ShotPlan:
         """Plan a shot. Shots with different `salt` share no key. `stages`: those of the shot, if they are known.
@@ -195,8 +198,9 @@ class ShotPlanner:
 
     def _field_values(self, shot: Shot, fields_of_stages: tuple[tuple[str, ...], ...]) -> dict[str, str]:
         """Return field -> its value as JSON, for the fields of these stages. Files are represented by their digest."""
-        names, values_of = _plain_fields(fields_of_stages)
-        values = dict(zip(names, map(_json, values_of(shot)), strict=True))
+        names = {*START_FIELDS, *chain.from_iterable(fields_of_stages)} - NOT_PLAIN_FIELDS
+        # `steps.flux` names a nested field.
+        values = {name: _json(attrgetter(name)(shot)) for name in names}
         for name in FILE_FIELDS:
             path = getattr(shot, name)
             values[name] = "null" if path is None else f'"{self._digest(path)}"'
@@ -211,12 +215,9 @@ class ShotPlanner:
         expert = f',"{lora.expert}"' if isinstance(lora, VideoLora) else ""
         return f'["{self._lora_digest(lora.path)}",{_json(lora.weight)}{expert}]'
 
-    def _weights_of(self, stage: type[Stage[Any]], shot: Shot) -> tuple[tuple[str, ...], str]:
+    def _hash_weights(self, stage: type[Stage[Any]], shot: Shot) -> tuple[tuple[str, ...], str]:
         """Return the digests of the stage's weights for the shot, and the same as JSON."""
-        return self._weights(_WeightChoice(stage, tuple(getattr(shot, field) for field in stage.weight_fields), shot))
-
-    def _hash_weights(self, choice: "_WeightChoice") -> tuple[tuple[str, ...], str]:
-        files = choice.stage.weight_files(self._params[choice.stage.name], with_local_loras(choice.shot))
+        files = stage.weight_files(self._params[stage.name], with_local_loras(shot))
         digests = tuple(self._digest(str(file)) for file in files)
         return digests, _json(digests)
 
@@ -248,13 +249,9 @@ def _key_with_rule(key_text: str, min_identity: float | None, retries: int) -> s
     return _sha256(f"{key_text}{rule}]")
 
 
-@dataclass(frozen=True, slots=True)
-class _WeightChoice:
-    """Cache key of a stage's weights: the shot itself does not count."""
-
-    stage: type[Stage[Any]]
-    values: tuple[object, ...]
-    shot: Shot = field(compare=False)
+def _weight_choice(stage: type[Stage[Any]], shot: Shot) -> tuple[object, ...]:
+    """Return what decides about the weights of a stage."""
+    return (stage, *(getattr(shot, field) for field in stage.weight_fields))
 
 
 @cache
@@ -263,35 +260,8 @@ def _fields_of(stage: type[Stage[Any]], uses_identity: bool) -> tuple[str, ...]:
     return tuple(sorted((*stage.reads, *stage.identity_fields) if uses_identity else stage.reads))
 
 
-@cache
-def _plain_fields(fields_of_stages: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], Callable[[Shot], tuple[Any, ...]]]:
-    """Return the plain fields among those of the start and the stages, and a getter of their values.
-
-    `steps.flux` names a nested field.
-    """
-    names = tuple({*START_FIELDS, *chain.from_iterable(fields_of_stages)} - NOT_PLAIN_FIELDS)
-    return names, attrgetter(*names)
-
-
 def _object(fields: Iterable[str], values: Mapping[str, str]) -> str:
     return "{" + ",".join([f'"{field}":{values[field]}' for field in fields]) + "}"
-
-
-def _json(value: Any) -> str:
-    """Serialise to the shortest JSON with sorted names: equal values give equal text."""
-    write = JSON_OF_TYPE.get(type(value))
-    return write(value) if write else json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-JSON_OF_TYPE: dict[type, Callable[[Any], str]] = {
-    NoneType: lambda value: "null",
-    bool: lambda value: "true" if value else "false",
-    int: int.__repr__,
-    float: float.__repr__,
-    # Same text as that of json.dumps, in a tenth of the time.
-    str: json.encoder.encode_basestring_ascii,
-}
-"""Shortcuts for scalars, which most fields are. Floats are finite."""
 
 
 def _sha256(text: str) -> str:

@@ -11,7 +11,7 @@ from vidgen_ray.errors import ProfileError
 from vidgen_ray.profile import Profile
 from vidgen_ray.safety import safety_of
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import SAME_RATE, ChunkedStage, Stage, frames_after
+from vidgen_ray.stages.base import ChunkedStage, Stage, frames_after
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxRefineStage, FluxStage
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage
 from vidgen_ray.stages.flux_model import FluxParams
@@ -124,12 +124,11 @@ def clip_growth(shot: Shot) -> dict[str, tuple[int, Fraction]]:
     """Return artefact -> (side factor, frame factor) of each clip of the shot, relative to the frames that it generates."""
     if not shot.generate_video:
         return {}
-    growth = {"frames": (1, SAME_RATE)}
-    scale, factor = 1, SAME_RATE
+    scale, factor = 1, Fraction(1)
+    growth = {"frames": (scale, factor)}
     for stage in chunked_stages_of(shot):
         scale *= stage.scale_factor(shot)
-        if (own_factor := stage.frame_factor(shot)) is not SAME_RATE:
-            factor *= own_factor
+        factor *= stage.frame_factor(shot)
         growth[stage.writes[0]] = scale, factor
     return growth
 
@@ -137,9 +136,6 @@ def clip_growth(shot: Shot) -> dict[str, tuple[int, Fraction]]:
 def clip_length(shot: Shot) -> tuple[int, int]:
     """Return the number of frames, and the frames per second, of all clip files of a shot."""
     factor = next(factor for _, factor in clip_growth(shot).values())
-    # Fast: fractions are slow, and this is asked for every line of a script.
-    if factor == 1:
-        return shot.clip_frames, shot.fps
     return frames_after(shot.clip_frames, factor), int(shot.fps * factor)
 
 

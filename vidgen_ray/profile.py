@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from vidgen_ray.errors import ProfileError, SetupError, shortened
+from vidgen_ray.errors import ProfileError, SetupError, allowed_of, shortened
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.safety import ContentPolicy, SafetySettings
@@ -236,5 +236,4 @@ def _first_error(error: ValidationError) -> str:
     """Describe the first of pydantic's errors: field, value and what is allowed."""
     detail = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in detail["loc"]) or "top level"
-    message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    return f"{field}: got {shortened(detail['input'])}, {message[0].lower()}{message[1:]}"
+    return f"{field}: got {shortened(detail['input'])}, {allowed_of(detail)}"

@@ -76,13 +76,6 @@ def test_photo_without_a_face_raises_stage_error(stage, make_shot):
         stage([Item(make_shot(face_image="wall.png"), {"photos": (portrait(),)})])
 
 
-def test_features_are_cached(tiny):
-    with InstantIDStage(tiny.params(InstantIDStage)) as stage:
-        first = stage.features([portrait((256, 200))])
-        assert stage.features([portrait((256, 200))]) is first
-        assert stage.features([portrait((256, 264))]) is not first
-
-
 def test_pack_may_be_in_a_nested_folder(tiny, tmp_path):
     pack = resolve("builtin:tiny/antelopev2")
     shutil.copytree(pack, tmp_path / "antelopev2" / "antelopev2")

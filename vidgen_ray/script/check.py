@@ -2,10 +2,10 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +55,6 @@ from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.video_models import MODEL_DEFAULTS, VIDEO_MODELS, is_per_model, per_model, without_other_models_defaults
 from vidgen_ray.weights import resolve
 
-PATH_CACHE_SIZE = 4096
 OUTER_LEVELS = 4
 """Nesting levels that a plan adds around a shot's metadata. JSON parsers limit the total depth."""
 METADATA = TypeAdapter(JsonValue)
@@ -114,14 +113,6 @@ class LineChecker:
         if wrong:
             raise ScriptError([FieldError(self.source, None, *each) for each in wrong])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "locate"}
-
-    @cached_property
-    def locate(self) -> Callable[[str], tuple[str, int | None]]:
-        """Path in a line -> absolute path, and the bytes of the file. `None` if it does not exist."""
-        return lru_cache(PATH_CACHE_SIZE)(partial(_locate, self.folder))
-
     def check(self, line: Line) -> Line:
         """Return the line with its shots or its errors. It has no `id` yet unless it brings a valid one."""
         line = replace(line, source=self.source, script=self.source, script_line=line.number)
@@ -149,7 +140,7 @@ class LineChecker:
             self._add_shots(line, own, line.fields)
         for name in PATH_FIELDS:
             if name in line.fields:
-                line.fields[name] = with_absolute_paths(name, line.fields[name], lambda path: self.locate(path)[0])
+                line.fields[name] = with_absolute_paths(name, line.fields[name], partial(absolute_path, self.folder))
         own_id = line.fields.get("id")
         line.id = line.failed_as or (own_id if isinstance(own_id, str) and ID_PATTERN.fullmatch(own_id) else "")
         if failure:
@@ -277,8 +268,18 @@ class LineChecker:
             return shot
         return shot if consent == shot.consent else shot.model_copy(update={"consent": consent})
 
+    def _locate(self, path: str) -> tuple[str, int | None]:
+        """Return a path in a line as an absolute one, and the bytes of the file. `None` if it does not exist."""
+        absolute = absolute_path(self.folder, path)
+        try:
+            status = os.stat(absolute)
+        # ValueError for paths that cannot be encoded, OSError also for those that are too long.
+        except (OSError, ValueError):
+            return absolute, None
+        return absolute, status.st_size if stat.S_ISREG(status.st_mode) else None
+
     def _existing_file(self, line: Line, field: str, path: str) -> str:
-        absolute, size = self.locate(path)
+        absolute, size = self._locate(path)
         if size is None and URL.match(path):
             line.reject(field, shortened(path), NOT_A_URL)
         elif size is None:
@@ -296,7 +297,7 @@ class LineChecker:
             except SetupError as error:
                 line.reject(field, shortened(lora.path), str(error))
             return lora
-        absolute, size = self.locate(lora.path)
+        absolute, size = self._locate(lora.path)
         if size is None and URL.match(lora.path):
             line.reject(field, shortened(lora.path), NOT_A_URL)
         elif size is None or not is_weights:
@@ -304,16 +305,6 @@ class LineChecker:
         else:
             _check_bytes(line, field, lora.path, size, MAX_LORA_BYTES)
         return lora.model_copy(update={"path": absolute})
-
-
-def _locate(folder: Path, path: str) -> tuple[str, int | None]:
-    absolute = absolute_path(folder, path)
-    try:
-        status = os.stat(absolute)
-    # ValueError for paths that cannot be encoded, OSError also for those that are too long.
-    except (OSError, ValueError):
-        return absolute, None
-    return absolute, status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _set_origin(line: Line, failure: Any) -> None:

@@ -379,10 +379,6 @@ class Stage(ABC, Generic[P]):
         self.close()
 
 
-SAME_RATE = Fraction(1)
-"""Frame factor of stages that make no frames. Making a fraction is slow, and this one is needed often for every shot."""
-
-
 class ChunkedStage(Stage[P]):
     """A stage that makes a clip in chunks of frames. Executors distribute the chunks over workers.
 
@@ -405,7 +401,7 @@ class ChunkedStage(Stage[P]):
     @staticmethod
     def frame_factor(shot: Shot) -> Fraction:
         """Return the factor by which the frame rate grows, at least 1. n frames become `frames_after(n, factor)`."""
-        return SAME_RATE
+        return Fraction(1)
 
     @staticmethod
     def source_frames(shot: Shot, chunk: slice) -> slice:

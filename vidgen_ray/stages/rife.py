@@ -93,7 +93,6 @@ class RifeStage(ChunkedStage[RifeParams]):
 
     @staticmethod
     def applies(shot: Shot) -> bool:
-        # Fast: this is asked for every line of a script.
         return shot.generate_video and (shot.interpolation > 1 or (shot.fps_out or 0) > shot.fps)
 
     @staticmethod
