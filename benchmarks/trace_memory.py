@@ -13,6 +13,7 @@ fragmentation and the CUDA context are not in the table; the planner adds a marg
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -318,6 +319,18 @@ def make_table() -> MemoryTable:
     )
 
 
+def table_json(table: MemoryTable) -> str:
+    """Return the table as JSON, one network or curve per line."""
+
+    def block(values: Mapping[str, object]) -> str:
+        return "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items()) + "\n }"
+
+    about = "GPU memory of the published models in bytes. Written by benchmarks/trace_memory.py; do not edit."
+    parts = {"versions": table.versions, "weights": table.weights, "curves": table.curves}
+    blocks = [f' "about": {json.dumps(about)}', *(f' "{name}": {block(values)}' for name, values in parts.items())]
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
+
+
 def differences(table: MemoryTable, names: Iterable[str] | None = None) -> Iterator[tuple[str, Size, float, int]]:
     """Yield curve, size, planned and traced bytes for sizes that are not in the table."""
     every: Mapping[str, Any] = traces()
@@ -331,7 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare the table with other sizes")
     if not parser.parse_args().check:
-        Path(TABLE_FILE).write_text(make_table().to_json())
+        Path(TABLE_FILE).write_text(table_json(make_table()))
         return
     worst = 0.0
     for name, (width, height, frames), planned, traced in differences(load_table()):

@@ -4,7 +4,6 @@ import io
 import json
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import read_script
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux import FluxRefineStage, FluxStage
-from vidgen_ray.stages.identity import INJECTORS, FluxInjector
+from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines
 
 LORA = "builtin:tiny/lora.safetensors"
 
@@ -256,13 +255,7 @@ class Brighter(FluxInjector):
 
             return run
 
-        yield Pipelines(brightened(self.model.text_to_image), brightened(self.model.image_to_image))
-
-
-@dataclass
-class Pipelines:
-    text_to_image: object
-    image_to_image: object
+        yield FluxPipelines(brightened(self.model.text_to_image), brightened(self.model.image_to_image))
 
 
 @pytest.fixture

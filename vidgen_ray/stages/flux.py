@@ -145,7 +145,7 @@ class FluxFamilyStage(Stage[FluxParams]):
         with self.model.loras_active(self.active_loras(shot)):
             self.note(*self.model.adapters.take_notes())
             if shot.flux_identity is None:
-                yield self.model
+                yield FluxPipelines(self.model.text_to_image, self.model.image_to_image)
                 return
             if "face" not in item.artefacts:
                 raise StageError(

@@ -14,13 +14,12 @@ from vidgen_ray.stages.base import (
     Artefacts,
     Image,
     Item,
-    Stage,
     StageParams,
     diffusers_step_callback,
     noise_generator,
     pixels_to_uint8,
 )
-from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks, set_vae_tiles, with_smaller_tiles
+from vidgen_ray.stages.loading import TiledParams, TiledStage, load_pipeline, move_networks, set_vae_tiles
 from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, weight_bytes
 from vidgen_ray.stages.speed import (
     CompileParams,
@@ -47,7 +46,7 @@ class HunyuanDiTParams(CompileParams, TiledParams):
     """Run at the nearest size that the published weights were trained on. Not needed for random weights."""
 
 
-class HunyuanDiTStage(Stage[HunyuanDiTParams]):
+class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
     """`image` (H, W, 3) of any size -> `image` of the same size, restyled.
 
     The style prompt is appended to the shot's prompt: "prompt, style prompt". Bert reads 77 tokens of it and mT5 256, so after
@@ -101,10 +100,6 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
             {network: weight_bytes(network, params.dtype) for network in NETWORKS},
             max(activation_bytes(curve, pixels, params.dtype) for curve in curves),
         )
-
-    @classmethod
-    def lower_memory(cls, params: HunyuanDiTParams) -> HunyuanDiTParams | None:
-        return with_smaller_tiles(params)
 
     def load(self) -> None:
         from diffusers import DPMSolverMultistepScheduler

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -31,16 +31,12 @@ if TYPE_CHECKING:
     from vidgen_ray.stages.flux_model import FluxModel
 
 
-class FluxPipelines(Protocol):
-    """The two pipelines of FLUX, called like the diffusers pipelines. A FluxModel implements this protocol."""
+@dataclass(frozen=True, slots=True)
+class FluxPipelines:
+    """The two pipelines of FLUX, called like those of diffusers."""
 
-    @property
-    def text_to_image(self) -> Callable[..., Any]:
-        """Pipeline with the interface of `FluxPipeline`."""
-
-    @property
-    def image_to_image(self) -> Callable[..., Any]:
-        """Pipeline with the interface of `FluxImg2ImgPipeline`."""
+    text_to_image: Callable[..., Any]
+    image_to_image: Callable[..., Any]
 
 
 class FluxInjector(ABC):
@@ -189,7 +185,7 @@ class InfuseNetInjector(FluxInjector):
         if embedding.shape != (size,):
             raise StageError(f"face: got an embedding of shape {embedding.shape}, {self.name} takes {size} numbers")
         if shot.identity_strength == 0:
-            yield self.model
+            yield FluxPipelines(self.model.text_to_image, self.model.image_to_image)
             return
         conditioning = _IdentityConditioning(
             net=self.infusenet.net,
@@ -200,7 +196,7 @@ class InfuseNetInjector(FluxInjector):
         )
         tokens = self.infusenet.tokens(torch.tensor(embedding[None]))
         with self.infusenet.net.identity(tokens):
-            yield _IdentityPipelines(
+            yield FluxPipelines(
                 partial(conditioning.run, self.model.text_to_image), partial(conditioning.run, self.model.image_to_image)
             )
 
@@ -217,12 +213,6 @@ class InfuseNetInjector(FluxInjector):
         latents = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
         packed: torch.Tensor = pipe._pack_latents(latents, *latents.shape)
         return packed
-
-
-@dataclass(frozen=True, slots=True)
-class _IdentityPipelines:
-    text_to_image: Callable[..., Any]
-    image_to_image: Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from vidgen_ray.stages.base import (
     FaceFeatures,
     Image,
     Item,
-    Stage,
     StageParams,
     diffusers_step_callback,
     noise_generator,
@@ -25,7 +24,7 @@ from vidgen_ray.stages.base import (
     torch_dtype,
 )
 from vidgen_ray.stages.identity import pose_image
-from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks, set_vae_tiles, with_smaller_tiles
+from vidgen_ray.stages.loading import TiledParams, TiledStage, load_pipeline, move_networks, set_vae_tiles
 from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, weight_bytes
 from vidgen_ray.stages.speed import SpeedParams, require_sdpa_backend, sdpa_backend, use_channels_last
 
@@ -65,7 +64,7 @@ class InstantIDSDXLParams(SpeedParams, TiledParams):
     """Scale of face and keypoints by IdentityNet at `identity_strength` 1."""
 
 
-class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
+class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
     """Prompt and `face` -> `image` (height, width, 3); width and height multiples of 16.
 
     The face embedding is projected to 16 tokens. The UNet attends to the prompt and to these tokens, IdentityNet to these
@@ -127,10 +126,6 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
         decode = activation_bytes(f"sdxl/decode{tiles}", pixels, "float16") + weight_bytes("sdxl/vae", "float16")
         weights = {network: weight_bytes(network, dtype) for network in NETWORKS}
         return StageMemory(weights, max(activation_bytes("sdxl/step", pixels, dtype), decode))
-
-    @classmethod
-    def lower_memory(cls, params: InstantIDSDXLParams) -> InstantIDSDXLParams | None:
-        return with_smaller_tiles(params)
 
     def load(self) -> None:
         from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline

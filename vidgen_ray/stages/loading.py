@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.weight_files import require_finite_weights, silence_libraries
 from vidgen_ray.stages.base import NOT_IN_KEY, Stage, StageParams, torch_dtype
-from vidgen_ray.stages.memory_table import TILES_PX, activation_bytes, next_tile_px
+from vidgen_ray.stages.memory_table import TILES_PX, activation_bytes
 from vidgen_ray.system.model_files import check_pipeline_folder
 
 if TYPE_CHECKING:
@@ -222,9 +223,17 @@ TP = TypeVar("TP", bound=TiledParams)
 
 def with_smaller_tiles(params: TP) -> TP | None:
     """Return the parameters with the next smaller tiles of the autoencoder. `None` if there are none."""
-    if params.vae_tile_px == TILES_PX[-1]:
-        return None
-    return params.model_copy(update={"vae_tile_px": next_tile_px(params.vae_tile_px)})
+    larger = (None, *TILES_PX)
+    smaller = dict(pairwise(larger)).get(params.vae_tile_px)
+    return None if smaller is None else params.model_copy(update={"vae_tile_px": smaller})
+
+
+class TiledStage(Stage[TP]):
+    """A stage that makes images, whose autoencoder works in tiles if there is little memory."""
+
+    @classmethod
+    def lower_memory(cls, params: TP) -> TP | None:
+        return with_smaller_tiles(params)
 
 
 class OffloadedStage(Stage[OP]):
@@ -238,12 +247,8 @@ class OffloadedStage(Stage[OP]):
             self.pipe.to(device)
 
 
-class ImageStage(OffloadedStage[IP]):
+class ImageStage(OffloadedStage[IP], TiledStage[IP]):
     """An offloaded stage that makes an image."""
-
-    @classmethod
-    def lower_memory(cls, params: IP) -> IP | None:
-        return with_smaller_tiles(params)
 
 
 def autoencoder_peaks(model: str, params: ImageParams, pixels: int, seen_pixels: int) -> tuple[int, int]:

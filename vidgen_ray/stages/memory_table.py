@@ -80,17 +80,6 @@ class MemoryTable:
         (x0, y0), (x1, y1) = points[right - 1], points[right]
         return max(0.0, y0 + (y1 - y0) * (pixels - x0) / (x1 - x0))
 
-    def to_json(self) -> str:
-        """Return the table as JSON, one network or curve per line."""
-
-        def block(values: Mapping[str, object]) -> str:
-            return "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items()) + "\n }"
-
-        about = "GPU memory of the published models in bytes. Written by benchmarks/trace_memory.py; do not edit."
-        parts = {"versions": self.versions, "weights": self.weights, "curves": self.curves}
-        blocks = [f' "about": {json.dumps(about)}', *(f' "{name}": {block(values)}' for name, values in parts.items())]
-        return "{\n" + ",\n".join(blocks) + "\n}\n"
-
 
 @cache
 def load_table() -> MemoryTable:
@@ -108,8 +97,3 @@ def weight_bytes(network: str, dtype: str) -> int:
 def activation_bytes(curve: str, pixels: int, dtype: str) -> int:
     """Return the bytes of a curve with the margin. `pixels`: times frames, if the curve is one of clips."""
     return int(load_table().curve(curve, pixels) * MARGIN * (2 if dtype == "float32" else 1))
-
-
-def next_tile_px(tile_px: int | None) -> int:
-    """Return the next smaller tile of an autoencoder. `None`: no tiles yet."""
-    return TILES_PX[0] if tile_px is None else TILES_PX[TILES_PX.index(tile_px) + 1]
