@@ -246,15 +246,19 @@ def look_at(pipe: HunyuanDiTImg2ImgPipeline, of: list[Scene], file: Path) -> Non
     chance, flat = Random(0), [draw(scene, SIZE_PX) for scene in of]
     rows = [np.concatenate(flat, axis=1)]
     for style in STYLES[1:]:
-        pictures = pipe(
-            [f"{caption(scene, chance)}, {STYLE_WORDS[style][0]}" for scene in of],
-            [Image.fromarray(picture) for picture in flat],
-            strength=0.6,
-            num_inference_steps=10,
-            guidance_scale=1.0,
-            generator=[torch.Generator().manual_seed(n) for n in range(len(of))],
-            output_type="np",
-        ).images
+        restyled = [
+            pipe(
+                f"{caption(scene, chance)}, {STYLE_WORDS[style][0]}",
+                Image.fromarray(picture),
+                strength=0.6,
+                num_inference_steps=10,
+                guidance_scale=1.0,
+                generator=torch.Generator().manual_seed(n),
+                output_type="np",
+            ).images
+            for n, (scene, picture) in enumerate(zip(of, flat, strict=True))
+        ]
+        pictures = np.concatenate(restyled)
         rows.append(np.rint(np.concatenate(list(pictures), axis=1) * 255).astype(np.uint8))
         wanted = np.stack([styled(picture, style) for picture in flat]) / 255
         seen = {

@@ -549,9 +549,8 @@ class Shot(_Frozen):
 
     def with_retry_seed(self, number: int) -> "Shot":
         """Return the shot with the seed of retry `number`, derived from its own seed. 0 returns the shot itself."""
-        if self.seed is None:
-            raise ValueError("the shot has no seed; call with_seed first")
-        return self.model_copy(update={"seed": _seed_from(self.seed, "try", number)}) if number else self
+        seed = self.required_seed()
+        return self.model_copy(update={"seed": _seed_from(seed, "try", number)}) if number else self
 
 
 def _seed_from(*parts: object) -> int:
