@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vidgen_ray.errors import ProfileError, SetupError
@@ -24,14 +24,14 @@ MAX_SIZES = 50
 """Sizes of shots of one kind that are kept."""
 
 
+@dataclass
 class ShotSizes:
     """Keeps one shot of each kind and size: stages and networks, pixels, frames, scale and reference photos.
 
     Of a kind with more than `MAX_SIZES`, only shots that no other one exceeds in every respect.
     """
 
-    def __init__(self) -> None:
-        self._kinds: dict[tuple[object, ...], dict[tuple[int, ...], Shot]] = {}
+    _kinds: dict[tuple[object, ...], dict[tuple[int, ...], Shot]] = field(default_factory=dict, init=False)
 
     def add(self, shot: Shot) -> None:
         kind = (stages_of(shot), shot.upscaler, shot.flux_identity, bool(shot.fast_lora))
