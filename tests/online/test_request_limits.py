@@ -57,43 +57,6 @@ def test_json_structure_inside_strings_does_not_count_as_depth(client):
     assert client.post("/v1/videos", json={**SMALL, "prompt": prompt}).json()["prompt"] == prompt
 
 
-def test_large_urlencoded_forms_are_decoded_one_at_a_time(server, monkeypatch):
-    requests, received, active, most = 4, 0, 0, 0
-    lock, all_received = threading.Lock(), threading.Event()
-    read_body, decode = uploads._read_body, uploads._from_urlencoded
-
-    async def read(*args):
-        nonlocal received
-        body = await read_body(*args)
-        received += 1
-        if received == requests:
-            all_received.set()
-        return body
-
-    def decode_form(body):
-        nonlocal active, most
-        with lock:
-            active += 1
-            most = max(most, active)
-        assert all_received.wait(60)
-        form = decode(body)
-        with lock:
-            active -= 1
-        return form
-
-    monkeypatch.setattr(uploads, "_read_body", read)
-    monkeypatch.setattr(uploads, "_from_urlencoded", decode_form)
-    with listening_on_a_port(server.app) as url, ThreadPoolExecutor(requests) as pool:
-
-        def post(_):
-            fields = {**SMALL, "size": "1x1", "prompt": "é" * 9_000}
-            headers = {"Authorization": "Bearer vg-ada"}
-            return httpx.post(f"{url}/v1/videos", data=fields, headers=headers, timeout=60).status_code
-
-        assert list(pool.map(post, range(requests))) == [400] * requests
-    assert most == 1
-
-
 def test_error_messages_are_short(client):
     for field in ("size", "model", "lora", "character", "mode", "x", "seconds", "steps", "input_reference"):
         response = client.post("/v1/videos", json={**SMALL, field: "9x" * 300_000})
@@ -126,29 +89,55 @@ def test_openapi_document_requires_a_key(server, client):
 # Memory
 
 
+def most_threads_in(monkeypatch, name, wait=lambda: None):
+    """Count the threads that are in a function of `uploads` at once. Return a list whose only item is their maximum."""
+    function, threads, most, lock = getattr(uploads, name), 0, [0], threading.Lock()
+
+    def counted(*args):
+        nonlocal threads
+        with lock:
+            threads += 1
+            most[0] = max(most[0], threads)
+        wait()
+        try:
+            return function(*args)
+        finally:
+            with lock:
+                threads -= 1
+
+    monkeypatch.setattr(uploads, name, counted)
+    return most
+
+
+def post_at_once(server, path, requests):
+    """Send requests with these arguments at once. Return the statuses."""
+    with listening_on_a_port(server.app) as url, ThreadPoolExecutor(len(requests)) as pool:
+        headers = {"Authorization": "Bearer vg-ada"}
+        return [*pool.map(lambda body: httpx.post(url + path, **body, headers=headers, timeout=60).status_code, requests)]
+
+
 def test_images_are_decoded_one_at_a_time(server, monkeypatch):
-    active, most, lock = 0, 0, threading.Lock()
+    most = most_threads_in(monkeypatch, "verify_image")
+    files = [{"files": {"file": ("a.png", png() + bytes([number]))}} for number in range(6)]
+    assert post_at_once(server, "/v1/files", files) == [200] * 6
+    assert most == [1]
 
-    def verify(path):
-        nonlocal active, most
-        with lock:
-            active += 1
-            most = max(most, active)
-        verify_image(path)
-        with lock:
-            active -= 1
 
-    monkeypatch.setattr(uploads, "verify_image", verify)
-    with listening_on_a_port(server.app) as url, ThreadPoolExecutor(6) as pool:
+def test_large_urlencoded_forms_are_decoded_one_at_a_time(server, monkeypatch):
+    read_body, received, all_received = uploads._read_body, [], threading.Event()
 
-        def upload(number):
-            files = {"file": ("a.png", png() + bytes([number]))}
-            return httpx.post(
-                f"{url}/v1/files", files=files, headers={"Authorization": "Bearer vg-ada"}, timeout=60
-            ).status_code
+    async def read(*args):
+        body = await read_body(*args)
+        received.append(body)
+        if len(received) == 4:
+            all_received.set()
+        return body
 
-        assert list(pool.map(upload, range(6))) == [200] * 6
-    assert most == 1
+    monkeypatch.setattr(uploads, "_read_body", read)
+    most = most_threads_in(monkeypatch, "_from_urlencoded", lambda: all_received.wait(60))
+    form = {"data": {**SMALL, "size": "1x1", "prompt": "é" * 9_000}}
+    assert post_at_once(server, "/v1/videos", [form] * 4) == [400] * 4
+    assert most == [1]
 
 
 def test_image_size_and_verification_agree_with_decoding(tmp_path):
