@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -136,7 +136,8 @@ class JobFeed:
                 log.exception("the changes of jobs cannot be read")
                 continue
             cursor = changes.cursor
-            for job in (*changes.jobs, *changes.deleted):
+            changed: Sequence[Job | DeletedJob] = [*changes.jobs, *changes.deleted]
+            for job in changed:
                 for mailbox in self._mailboxes.get(job.tenant, ()):
                     mailbox.put(job, cursor)
 
