@@ -37,6 +37,8 @@ def test_assistant_creates_waits_and_downloads(server, command, tmp_path):
 
     async def on_progress(done, total, message):
         progress.append((done, total, message))
+        if "flux" in message:
+            server.director.paused.clear()
 
     async def scenario():
         async with Client(command) as client:
@@ -56,6 +58,7 @@ def test_assistant_creates_waits_and_downloads(server, command, tmp_path):
             assert (plan["size"], plan["num_frames"], plan["is_rendered"]) == ("64x64", 2, False)
             assert (await client.call_tool("list_videos", {})).structured_content["result"] == []
 
+            server.director.paused.set()
             created = await client.call_tool("create_video", arguments)
             video = created.structured_content
             assert (video["status"], video["seed"]) == ("queued", 1)
