@@ -65,11 +65,6 @@ def test_plan_uses_the_results(cache, capsys):
     assert planned["stage_seconds"]["svd"] == pytest.approx(max(expected, 0.001), rel=0.05)
 
 
-def test_results_are_not_stored_with_no_save(cache, capsys):
-    assert main(["bench", "-p", "tiny", "--quick", "--stage", "svd", "--no-save"]) == 0
-    assert load_calibration("tiny", "cpu") == {}
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -148,14 +143,15 @@ def test_bench_with_random_weights_replaces_the_networks_and_marks_the_results(c
     assert load_calibration("tiny", "cpu")["svd"].measurements[0].random_weights
 
 
-def test_bench_with_random_weights_needs_no_files(cache, capsys, monkeypatch):
+def test_bench_with_random_weights_needs_no_files_and_stores_nothing_with_no_save(cache, capsys, monkeypatch):
     """The reference is one to weights that are not on this machine. The published networks are replaced by tiny ones."""
     networks = random_model("builtin:tiny/svd", None).networks
     monkeypatch.setattr(published_models, "NETWORKS", {f"svd/{name}": network for name, network in networks.items()})
     monkeypatch.setattr(bench_command, "load_profile", lambda name: with_published_weights(load_profile(name)))
-    assert main(["bench", "-p", "tiny", "--weights", "random", "--quick", "--stage", "svd", "--json"]) == 0
+    assert main(["bench", "-p", "tiny", "--weights", "random", "--quick", "--stage", "svd", "--json", "--no-save"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["stages"]
     assert (row["problem"], row["step_s"] is not None, row["random_weights"]) == (None, True, True)
+    assert load_calibration("tiny", "cpu") == {}
 
 
 def test_full_size_that_does_not_fit_is_refused_before_it_is_built(cache, capsys, monkeypatch):

@@ -4,7 +4,7 @@ title cards, cross-fade.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from itertools import chain, islice
@@ -45,23 +45,19 @@ def filtered(frames: Iterable[Any], source: Any, sink: Any) -> Iterator[Any]:
     """
     for frame in chain(frames, [None]):
         source.push(frame)
-        while True:
-            try:
-                out = sink.pull()
-            except av.BlockingIOError:
-                break
-            except av.EOFError:
-                return
-            yield out
+        if (yield from available(sink)):
+            return
 
 
-def available(sink: Any) -> Iterator[Any]:
-    """Yield the frames that the graph has ready."""
+def available(sink: Any) -> Generator[Any, None, bool]:
+    """Yield the frames that the graph has ready. Return true at the end of the stream."""
     while True:
         try:
             frame = sink.pull()
-        except (av.BlockingIOError, av.EOFError):
-            return
+        except av.BlockingIOError:
+            return False
+        except av.EOFError:
+            return True
         yield frame
 
 

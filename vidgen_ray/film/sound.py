@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import wave
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from pathlib import Path
@@ -79,6 +79,13 @@ def _piper(model: Path) -> Speak:
 SOUND_FORMAT = 1
 """Part of the key. Increase it when the same settings give other sound."""
 FORMAT = f"sample_fmts=fltp:sample_rates={SAMPLE_RATE}:channel_layouts=stereo"
+INPUT: dict[str, Any] = {
+    "sample_rate": SAMPLE_RATE,
+    "format": "fltp",
+    "layout": "stereo",
+    "time_base": Fraction(1, SAMPLE_RATE),
+}
+"""Options of a graph's input that gets sound in this format."""
 BLOCK_SAMPLES = 4800
 AAC_FRAME_SAMPLES = 1024
 AAC_BITS_PER_SECOND = 192_000
@@ -250,7 +257,7 @@ def _mix(tracks: Tracks, timeline: FilmTimeline, filters: Sequence[str]) -> Iter
     readers: list[Iterator[Any]] = []
 
     def add_input(track: Sequence[Placement]) -> Any:
-        source = graph.add_abuffer(sample_rate=SAMPLE_RATE, format="fltp", layout="stereo", time_base=Fraction(1, SAMPLE_RATE))
+        source = graph.add_abuffer(**INPUT)
         inputs.append(source)
         readers.append(_track(track, timeline.samples))
         return source
@@ -286,12 +293,17 @@ def _mix(tracks: Tracks, timeline: FilmTimeline, filters: Sequence[str]) -> Iter
 
 
 def _track(placements: Sequence[Placement], samples: int) -> Iterator[Any]:
-    """Yield the sound of a track in blocks of BLOCK_SAMPLES; the last one may be shorter. Silence between placements."""
+    """Return the sound of a track in blocks of BLOCK_SAMPLES; the last one may be shorter. Silence between placements."""
+    return _through(_numbered(_unblocked(placements, samples)), [f"asetnsamples={BLOCK_SAMPLES}:p=0"], **INPUT)
+
+
+def _through(frames: Iterable[Any], filters: Sequence[str], **options: Any) -> Iterator[Any]:
+    """Yield sound after filters. `options` describe it before them."""
     graph = Graph()
-    source = graph.add_abuffer(sample_rate=SAMPLE_RATE, format="fltp", layout="stereo", time_base=Fraction(1, SAMPLE_RATE))
-    sink = add_chain(graph, source, [f"asetnsamples={BLOCK_SAMPLES}:p=0", "abuffersink"])
+    source = graph.add_abuffer(**options)
+    sink = add_chain(graph, source, [*filters, "abuffersink"])
     graph.configure()
-    yield from filtered(_numbered(_unblocked(placements, samples)), source, sink)
+    yield from filtered(frames, source, sink)
 
 
 def _numbered(frames: Iterator[Any]) -> Iterator[Any]:
@@ -325,15 +337,11 @@ def _placed(placement: Placement) -> Iterator[Any]:
     """Yield exactly the samples of a placement: the sound of its file, cut or followed by silence."""
     with wrap_errors(f"{placement.path}: the sound cannot be read"), placement.open_file(placement.path) as path:
         frames = _repeated(path) if placement.repeat else _converted(path)
-        graph = Graph()
-        source = graph.add_abuffer(sample_rate=SAMPLE_RATE, format="fltp", layout="stereo", time_base=Fraction(1, SAMPLE_RATE))
         # The length is fixed before the filters, since a fade at the end needs it.
         tempo = [text for text in placement.filters if text.startswith("atempo")]
         rest = [text for text in placement.filters if not text.startswith("atempo")]
         length = _exact_length(placement.stop - placement.start)
-        sink = add_chain(graph, source, [*tempo, *length, *rest, f"aformat={FORMAT}", "abuffersink"])
-        graph.configure()
-        yield from filtered(_numbered(frames), source, sink)
+        yield from _through(_numbered(frames), [*tempo, *length, *rest, f"aformat={FORMAT}"], **INPUT)
 
 
 def _repeated(path: Path) -> Iterator[Any]:
@@ -347,8 +355,5 @@ def _converted(path: Path) -> Iterator[Any]:
         stream = opened.streams.best("audio")
         if stream is None or stream.codec_context is None:
             raise MediaError(f"{path}: has no sound, or none with a supported codec")
-        graph = Graph()
-        source = graph.add_abuffer(template=stream)
-        sink = add_chain(graph, source, [f"aresample={SAMPLE_RATE}:async=1:first_pts=0", f"aformat={FORMAT}", "abuffersink"])
-        graph.configure()
-        yield from filtered(opened.decode(stream), source, sink)
+        filters = [f"aresample={SAMPLE_RATE}:async=1:first_pts=0", f"aformat={FORMAT}"]
+        yield from _through(opened.decode(stream), filters, template=stream)
