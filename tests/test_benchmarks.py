@@ -1,6 +1,5 @@
 """Tests of the benchmarks: simulated GPUs, the efficiency measurement and the simulated stages."""
 
-import asyncio
 import itertools
 import json
 import subprocess
@@ -13,7 +12,6 @@ import pytest
 
 from benchmarks import noop_stages, ours, simulated, simulated_stages
 from benchmarks.efficiency import row, simulation
-from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from benchmarks.measure import efficiency
 from benchmarks.peers import PEERS, sizes
 from benchmarks.runs import Case, Run, run_once
@@ -251,19 +249,6 @@ def test_profiles_of_the_benchmarks_have_weights_that_a_run_accepts(tmp_path):
 def test_peer_modules_exist():
     for peer in PEERS.values():
         assert (ROOT / f"{peer.module.replace('.', '/')}.py").is_file()
-
-
-def test_fake_actors_run_calls_in_order_in_simulated_time():
-    async def calls():
-        actors = [
-            FakeActorClient(f"worker-{n}", lambda method, seconds: seconds, lambda method, _: method) for n in range(1000)
-        ]
-        called = (actor.call(method, 30.0, stage="svd", timeout_s=60) for actor in actors for method in ("first", "second"))
-        return await asyncio.gather(*called)
-
-    results, simulated_s = run_in_simulated_time(calls())
-    assert results == ["first", "second"] * 1000
-    assert simulated_s == pytest.approx(60)
 
 
 def test_simulated_director_keeps_all_workers_busy():

@@ -8,9 +8,7 @@ import pytest
 from tests.upscale.conftest import FAST, TAGGED
 from tests.upscale.videos import decoded, packets, picture, write_video
 from vidgen_ray.errors import MediaError
-from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.upscale.frames import FrameInterpolator, interpolated, interpolator_weights
-from vidgen_ray.upscale.job import SegmentFailed
 from vidgen_ray.upscale.source import Place, places, read_source, timeline_of
 
 
@@ -53,21 +51,6 @@ def test_a_lower_rate_is_refused(tmp_path, upscale):
     video = write_video(tmp_path / "in.mp4", 4)
     with pytest.raises(MediaError, match="has 12 frames per second, more than 10; frames would be dropped"):
         upscale(video, tmp_path / "out.mp4", fps=Fraction(10))
-
-
-def test_a_failed_run_resumes_with_the_bytes_of_an_undisturbed_one(tmp_path, upscale, short_segments):
-    video = write_video(tmp_path / "in.mp4", 8)
-    upscale(video, tmp_path / "whole.mp4", fps=Fraction(25))
-    out = tmp_path / "out" / "whole.mp4"
-
-    def fail(done, total, made):
-        if made == 12:
-            raise RuntimeError("disk lost")
-
-    with pytest.raises(SegmentFailed):
-        upscale(video, out, fps=Fraction(25), on_progress=fail)
-    assert upscale(video, out, fps=Fraction(25)).resumed_frames == 10
-    assert sha256_of(out) == sha256_of(tmp_path / "whole.mp4")
 
 
 def test_cuts_repeat_the_frame_before_and_sixteen_bits_stay():
