@@ -23,7 +23,7 @@ from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script
 
 if TYPE_CHECKING:
-    from vidgen_ray.film.film_settings import Candidate
+    from vidgen_ray.film.film_settings import ShotCandidate
 
 
 FILM_OPTIONS = ModelOptions.of(
@@ -126,19 +126,19 @@ def _film_of_script(script: Path) -> dict[str, Any]:
     return checked_fields(header.film or {}, ScriptSettings(script).folder, f"{script.name}, film")
 
 
-def _script_candidates(script: Path, characters: Path | None) -> list[Candidate]:
+def _script_candidates(script: Path, characters: Path | None) -> list[ShotCandidate]:
     """Return the shots of a script in order. A line that cannot be rendered again may still have a finished shot."""
-    from vidgen_ray.film.film_settings import Candidate
+    from vidgen_ray.film.film_settings import ShotCandidate
 
     found = []
     people = read_characters(characters) if characters else {}
     for line in iter_script(ScriptSettings(script, characters=people, policy=NO_POLICY)):
         if line.errors:
             metadata = line.fields.get("metadata")
-            found.append(Candidate(line.id, metadata if isinstance(metadata, Mapping) else {}))
+            found.append(ShotCandidate(line.id, metadata if isinstance(metadata, Mapping) else {}))
         else:
             assert line.shot.id is not None
-            found.append(Candidate(line.shot.id, line.shot.metadata))
+            found.append(ShotCandidate(line.shot.id, line.shot.metadata))
     return found
 
 

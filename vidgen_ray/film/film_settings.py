@@ -231,7 +231,7 @@ CLIP_FILES = {"hd": ("hd.mp4", "video.mp4"), "video": ("video.mp4", "hd.mp4")}
 IMAGE_FILE = "image.png"
 
 
-class Candidate(NamedTuple):
+class ShotCandidate(NamedTuple):
     """A shot that may be part of the film."""
 
     id: str
@@ -277,7 +277,7 @@ class ChosenShot(NamedTuple):
     speech_s: float = 0.0
 
 
-def manifest_candidates(storage: Storage) -> list[Candidate]:
+def manifest_candidates(storage: Storage) -> list[ShotCandidate]:
     """Return the shots of the manifest in the order of their scripts; several scripts in the order of their names.
 
     Shots of lines that their script no longer has are left out.
@@ -286,7 +286,7 @@ def manifest_candidates(storage: Storage) -> list[Candidate]:
     rows = [row for row in rows if row["status"] != REPLACED]
     rows.sort(key=lambda row: (row["script"], row["line"] or 0, _natural(row["id"])))
     return [
-        Candidate(
+        ShotCandidate(
             row["id"],
             json.loads(row["metadata"] or "{}"),
             f"failed in {row['failure_stage']}: {row['failure_message']}" if row["status"] == "failed" else None,
@@ -295,7 +295,7 @@ def manifest_candidates(storage: Storage) -> list[Candidate]:
     ]
 
 
-def with_reasons(candidates: Iterable[Candidate], of_manifest: Iterable[Candidate]) -> list[Candidate]:
+def with_reasons(candidates: Iterable[ShotCandidate], of_manifest: Iterable[ShotCandidate]) -> list[ShotCandidate]:
     """Return the candidates with the reasons of the manifest's."""
     reasons = {candidate.id: candidate.reason for candidate in of_manifest}
     return [candidate._replace(reason=reasons.get(candidate.id)) for candidate in candidates]
@@ -304,7 +304,7 @@ def with_reasons(candidates: Iterable[Candidate], of_manifest: Iterable[Candidat
 def choose_shots(
     outputs: OutputFolder,
     settings: FilmSettings,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[ShotCandidate],
     ids: Sequence[str] | None,
     *,
     skip_missing: bool,
@@ -324,7 +324,7 @@ def choose_shots(
         if entry.id is None:
             chosen.append(ChosenShot(f"title card at position {number}", entry, title=entry.title))
             continue
-        candidate = known.get(entry.id, Candidate(entry.id))
+        candidate = known.get(entry.id, ShotCandidate(entry.id))
         shot = _finished(outputs, settings, candidate, entry)
         if shot is None:
             missing.append(f"{entry.id}: {candidate.reason or f'not finished in {outputs.url}'}")
@@ -340,14 +340,14 @@ def choose_shots(
     return chosen
 
 
-def _entries(settings: FilmSettings, candidates: Iterable[Candidate], ids: Sequence[str] | None) -> Sequence[FilmEntry]:
+def _entries(settings: FilmSettings, candidates: Iterable[ShotCandidate], ids: Sequence[str] | None) -> Sequence[FilmEntry]:
     if ids is not None:
         own = {entry.id: entry for entry in settings.shots or ()}
         return [own.get(shot_id) or FilmEntry(id=shot_id) for shot_id in ids]
     return settings.shots or [FilmEntry(id=candidate.id) for candidate in candidates]
 
 
-def _finished(outputs: OutputFolder, settings: FilmSettings, candidate: Candidate, entry: FilmEntry) -> ChosenShot | None:
+def _finished(outputs: OutputFolder, settings: FilmSettings, candidate: ShotCandidate, entry: FilmEntry) -> ChosenShot | None:
     """Return the shot with the file to show, or `None` if it is not finished, or failed when it was last rendered."""
     done = outputs.find_by_id(candidate.id) if candidate.reason is None else None
     if done is None:

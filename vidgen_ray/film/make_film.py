@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vidgen_ray.errors import UsageError
-from vidgen_ray.film.film_settings import Candidate, ChosenShot, FilmSettings, choose_shots, manifest_candidates
+from vidgen_ray.film.film_settings import ChosenShot, FilmSettings, ShotCandidate, choose_shots, manifest_candidates
 from vidgen_ray.film.picture import check_texts
 from vidgen_ray.film.pieces import content_key, keep_only, plan_pieces, render_pieces, write_film
 from vidgen_ray.film.sound import plan_tracks, sound_key, speaker, write_sound
@@ -110,7 +110,7 @@ def make_film(
     settings: FilmSettings,
     path: Path,
     *,
-    candidates: Sequence[Candidate] | None = None,
+    candidates: Sequence[ShotCandidate] | None = None,
     ids: Sequence[str] | None = None,
     skip_missing: bool = False,
     provenance: ProvenanceSettings | None = None,
