@@ -67,12 +67,13 @@ def resolve(reference: str, relative_to: Path | None = None) -> Path:
 
 def _resolve_builtin(name: str) -> Path:
     """Return the path of shipped or built weights. Builds them if they are not in the cache."""
+    if name.startswith("demo/") and name in (shipped := builtin.shipped_models()):
+        return shipped[name]
     builders = BUILTIN if name in BUILTIN else _builders()
     if name not in builders:
-        shipped = builtin.shipped_models()
-        if name in shipped:
-            return shipped[name]
-        raise SetupError(f"weights 'builtin:{name}': unknown name, must be one of {', '.join((*builders, *shipped))}")
+        raise SetupError(
+            f"weights 'builtin:{name}': unknown name, must be one of {', '.join((*builders, *builtin.shipped_models()))}"
+        )
     version = builtin.demo_digest(name.removeprefix("demo/")) if name.startswith("demo/") else BUILDER_VERSION
     stem, suffix = os.path.splitext(name)
     path = cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version}-torch{_torch_version()}{suffix}"
