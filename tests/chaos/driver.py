@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from tests.batch.test_batch import Events
 from tests.chaos.counted_stages import COUNTED
 from vidgen_ray.batch.render import render
 from vidgen_ray.batch.run_options import RenderOptions
@@ -19,20 +20,6 @@ UNMARKED = ProvenanceSettings(metadata="off")
 """Marked files name their content key, which depends on the profile."""
 ATTEMPTS = 10
 """More than usual: a line may be in progress during several kills that it did not cause."""
-
-
-class Silent:
-    """Listener that ignores all events."""
-
-    def on_rejected(self, row): ...
-
-    def on_lines(self, total, skipped, rejected, complete): ...
-
-    def on_finished(self, row): ...
-
-    def on_status(self, snapshot): ...
-
-    def on_message(self, message): ...
 
 
 def profile() -> Profile:
@@ -53,7 +40,7 @@ def main(script: str, out: str, address: str) -> int:
         chosen,
         OutputFolder(out),
         RenderOptions(address=address, cluster=parse_gpus(GPUS), stages=COUNTED, attempts=ATTEMPTS),
-        listener=Silent(),
+        listener=Events(),
     )
     return 1 if report.failed else 0
 

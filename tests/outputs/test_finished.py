@@ -172,26 +172,28 @@ def test_object_store_lists_shards_instead_of_reading_new_shots(in_store, plan_o
     assert calls["read"] == 0
 
 
-class TestOwners:
-    def test_id_of_another_script_is_owned_unless_the_key_is_the_same(self, outputs, plan_of):
-        plan, changed = plan_of("x"), plan_of("x", prompt="a dog")
-        write_run(outputs, RUNS[0], plan, script="episode1.jsonl")
-        write(outputs, RUNS[1], failed(RUNS[1], "y", script="episode1.jsonl"), script="episode1.jsonl")
-        commit(outputs, plan_of("z"))
-        finished = FinishedShots.load(outputs)
-        plans = [plan, changed, changed, plan_of("y"), plan_of("z", prompt="a dog")]
-        scripts = ["episode2.jsonl", "episode1.jsonl", *["episode2.jsonl"] * 3]
-        assert finished.other_owners(plans, scripts) == [None, None, "episode1.jsonl", None, None]
+def test_id_of_another_script_is_owned_unless_the_key_is_the_same(outputs, plan_of):
+    plan, changed = plan_of("x"), plan_of("x", prompt="a dog")
+    write_run(outputs, RUNS[0], plan, script="episode1.jsonl")
+    write(outputs, RUNS[1], failed(RUNS[1], "y", script="episode1.jsonl"), script="episode1.jsonl")
+    commit(outputs, plan_of("z"))
+    finished = FinishedShots.load(outputs)
+    for shot_id, key, script, owner in (
+        ("x", plan.key, "episode2.jsonl", None),
+        ("x", changed.key, "episode1.jsonl", None),
+        ("x", changed.key, "episode2.jsonl", "episode1.jsonl"),
+        ("x", None, "episode2.jsonl", "episode1.jsonl"),
+        ("y", changed.key, "episode2.jsonl", None),
+        ("z", changed.key, "episode2.jsonl", None),
+    ):
+        assert finished.other_owner(shot_id, key, script) == owner, (shot_id, key, script)
 
 
-def test_million_derived_ids_do_not_collide():
+def test_derived_ids_do_not_collide():
     opening = "雨夜的街道上，一个穿红色外套的女人撑着伞慢慢走过霓虹灯下的"
-    ids = {derive_id({"prompt": f"{opening}第{number}个路口"}) for number in range(500_000)}
-    ids |= {
-        derive_id({"prompt": f"A photo of a woman in a red coat who walks through the rain, take {number}"})
-        for number in range(500_000)
-    }
-    assert len(ids) == 1_000_000
+    ids = {derive_id({"prompt": f"{opening}第{number}个路口"}) for number in range(100_000)}
+    ids |= {derive_id({"prompt": f"A photo of a woman in a red coat in the rain, take {number}"}) for number in range(100_000)}
+    assert len(ids) == 200_000
 
 
 def test_shards_are_small_and_two_digit_ids_are_not_shards():

@@ -17,11 +17,9 @@ from moto.s3.responses import S3Response
 
 from tests.decoded import frames_of
 from tests.film.conftest import Shots, tone
-from tests.outputs.test_outputs import failed, row, write
+from tests.outputs.test_outputs import commit, failed, row, write
 from vidgen_ray.cli import main
-from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.errors import SetupError
-from vidgen_ray.graph import stages_of
 from vidgen_ray.outputs import object_storage
 from vidgen_ray.outputs.cleanup import collect_garbage
 from vidgen_ray.outputs.folder import OutputFolder
@@ -38,15 +36,6 @@ def outputs(url):
     return OutputFolder(url)
 
 
-@pytest.fixture
-def plan_of(tiny, make_shot):
-    def make(shot_id, **fields):
-        shot = make_shot(id=shot_id, generate_video=False, **fields)
-        return ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
-
-    return make
-
-
 @pytest.fixture(scope="module")
 def render(tiny):
     """Render a shot of the tiny profile into an output folder."""
@@ -59,13 +48,6 @@ def render(tiny):
     yield render
     for pipeline in pipelines.values():
         pipeline.close()
-
-
-def commit(outputs, plan, names=("hd.mp4", "image.png")):
-    with outputs.draft(plan) as draft:
-        for name in names:
-            draft.path(name).write_bytes(name.encode())
-        return draft.commit([])
 
 
 def objects(outputs):
@@ -136,7 +118,7 @@ with outputs.draft(plan) as draft:
         draft.path(name).write_bytes(b"new")
     draft.commit([])
 """
-    commit(outputs, plan, ("image.png", "video.mp4"))
+    commit(outputs, plan)
     assert outputs.find_finished(plan)
     before = workspaces()
     killed = subprocess.run(
@@ -147,7 +129,7 @@ with outputs.draft(plan) as draft:
     (abandoned,) = workspaces() - before
     outputs.sweep()
     assert not abandoned.exists(), "sweep() did not delete the workspace of the killed process"
-    record = commit(outputs, plan)
+    record = commit(outputs, plan, ("hd.mp4", "image.png"))
     assert outputs.find_finished(plan).record() == record
     assert set(outputs.storage.files(shot_path("x"))) == {"hd.mp4", "image.png", "shot.json"}
 

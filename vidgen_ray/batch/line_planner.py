@@ -94,30 +94,27 @@ class LinePlanner:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_planners": {}, "finished": None}
 
-    def load_finished(self, only: Sequence[str] | None = None) -> None:
-        """Read the finished shots, or those with the ids `only`. Raises OSError if the storage fails."""
-        self.finished = FinishedShots.load(self.outputs, self.changed_by, only)
+    def load_finished(self) -> None:
+        """Read the finished shots. Raises OSError if the storage fails."""
+        self.finished = FinishedShots.load(self.outputs, self.changed_by)
         self.changed_by = self.finished.changed_by
 
     def plan_first(self, lines: Sequence[Line]) -> list[PlannedLine]:
-        """Return these lines as `plan` does. Reads only what the manifest says about them."""
-        checked = self._check(lines)
-        self.load_finished([plan.shot.id or "" for plan in _plans(checked)])
-        planned = self._compared(checked)
+        """Return these lines as `plan` does. Keeps no finished shots: the tasks that plan further lines read them again."""
+        self.load_finished()
+        planned = self.plan(lines)
         self.finished = None
         return planned
 
     def plan(self, lines: Iterable[Line]) -> list[PlannedLine]:
-        """Return the planned lines, in order. Raises MissingWeights if this machine has not the weights that a shot needs."""
-        return self._compared(self._check(lines))
+        """Return the planned lines, in order, compared with the finished shots of the folder.
 
-    def _check(self, lines: Iterable[Line]) -> list[PlannedLine]:
-        return [PlannedLine(line, tuple(map(self._plan_of_line, line.shots))) for line in map(self.checker.check, lines)]
-
-    def _compared(self, planned: list[PlannedLine]) -> list[PlannedLine]:
-        """Compare the lines with the finished shots of the folder."""
+        Raises MissingWeights if this machine has not the weights that a shot needs.
+        """
+        checked = map(self.checker.check, lines)
+        planned = [PlannedLine(line, tuple(map(self._plan_of_line, line.shots))) for line in checked]
         if not self._replace:
-            planned = self._without_taken_ids(planned)
+            planned = [self._with_own_ids(line) for line in planned]
         planned = self._without_cached(planned) if self._fresh else self._with_done(planned)
         return [self._with_checked_files(line) for line in planned]
 
@@ -168,22 +165,16 @@ class LinePlanner:
 
         return line._replace(results=tuple(map(checked, line.line.shots, line.results)))
 
-    def _without_taken_ids(self, planned: Sequence[PlannedLine]) -> list[PlannedLine]:
-        """Reject the lines whose id belongs to a finished shot of another script."""
+    def _with_own_ids(self, planned: PlannedLine) -> PlannedLine:
+        """Reject the line if its id belongs to a finished shot of another script."""
         assert self.finished is not None
-        owners = iter(
-            self.finished.other_owners(
-                _with_ids(planned),
-                [line.line.script for line in planned for _ in _with_ids([line])],
-            )
-        )
-        checked = []
-        for each in planned:
-            taken = [(plan.shot.id, owner) for plan in _with_ids([each]) if (owner := next(owners)) is not None]
-            if taken:
-                each = PlannedLine(_reject_taken_id(each.line, *taken[0]))
-            checked.append(each)
-        return checked
+        line = planned.line
+        for shot, plan in zip(line.shots, planned.results, strict=True):
+            if isinstance(plan, ShotPlan | None):
+                owner = self.finished.other_owner(shot.id or "", plan and plan.key, line.script)
+                if owner is not None:
+                    return PlannedLine(_reject_taken_id(line, shot.id, owner))
+        return planned
 
     def _with_done(self, planned: Sequence[PlannedLine]) -> list[PlannedLine]:
         assert self.finished is not None
@@ -206,16 +197,6 @@ class LinePlanner:
 
 def _plans(planned: Sequence[PlannedLine]) -> list[ShotPlan]:
     return [plan for line in planned for plan in line.results if isinstance(plan, ShotPlan)]
-
-
-def _with_ids(planned: Sequence[PlannedLine]) -> list[ShotPlan]:
-    """Return the plans, with a plan that equals no finished shot for each shot that has none yet."""
-    return [
-        plan or ShotPlan(shot=shot, steps=(), key="")
-        for line in planned
-        for shot, plan in zip(line.line.shots, line.results, strict=True)
-        if isinstance(plan, ShotPlan | None)
-    ]
 
 
 def _reject_taken_id(line: Line, shot_id: str | None, owner: str) -> Line:

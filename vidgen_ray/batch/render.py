@@ -205,7 +205,6 @@ def render_lines(
     outputs.prepare()
     with outputs.lease(run) as lease:
         outputs.sweep()
-        # The tasks that plan the remaining lines read the whole manifest.
         planned = planner.plan_first(first)
         results = RunResults(outputs, run, source, lease, listener, on_row, is_script=is_script)
         director = Director(

@@ -174,7 +174,8 @@ class OutputFolder:
         """
         debug_files = {STAGE_BY_NAME[step.stage].debug_file for step in plan.steps} - {None} if with_stages else set()
         needed = debug_files | {LAST_FRAME} if plan.keep_last_frame else debug_files
-        return self._find(_id_of(plan), plan.key, lambda record: is_result_of(plan, record), needed)
+        found = self._find(_id_of(plan), lambda record: is_result_of(plan, record), needed)
+        return None if found is None else found._replace(key=plan.key)
 
     def last_frame(self, shot: DoneShot) -> Path | None:
         """Return the file with the last frame of a finished shot, or `None` if it was not kept.
@@ -193,7 +194,7 @@ class OutputFolder:
             shot_id = content.decode()
             if not ID_PATTERN.fullmatch(shot_id):
                 return None
-            return self._find(shot_id, key, lambda record: record["key"] == key, set())
+            return self._find(shot_id, lambda record: record["key"] == key)
         except (OSError, ValueError):
             return None
 
@@ -201,44 +202,26 @@ class OutputFolder:
         """Return the finished shot with this id and any key, else `None`."""
         if not ID_PATTERN.fullmatch(shot_id):
             return None
-        return self._find(shot_id, None, lambda record: True, set())
+        return self._find(shot_id, lambda record: True)
 
-    def _find(self, shot_id: str, key: str | None, is_result: IsResult, debug_files: Set[str | None]) -> DoneShot | None:
-        """Return the shot if its record is a result for this key and has all `debug_files`, else `None`."""
+    def _find(self, shot_id: str, is_result: IsResult, needed: Set[str | None] = frozenset()) -> DoneShot | None:
+        """Return the shot if its record is a result with the `needed` files, and all of its files are right, else `None`."""
         folder = shot_path(shot_id)
         # The time before the content: if the record is replaced in between, its time does not match in the next run.
         committed_at = self._modified(f"{folder}/{RECORD}")
         text = self.storage.read(f"{folder}/{RECORD}")
-        return None if text is None else self._finished(folder, text, committed_at, key, is_result, debug_files)
-
-    def _modified(self, path: str) -> float | None:
-        """Return the time of the last change of a file. `None` for an object store, or if the file does not exist."""
-        with suppress(FileNotFoundError, NotADirectoryError):
-            return None if self.storage.local is None else os.stat(f"{self.storage.local}/{path}").st_mtime
-        return None
-
-    def _finished(
-        self,
-        folder: str,
-        text: bytes,
-        committed_at: float | None,
-        key: str | None,
-        is_result: IsResult,
-        debug_files: Set[str | None],
-    ) -> DoneShot | None:
-        """Return the shot with this record if it is a result and its files are right, else `None`."""
+        if text is None:
+            return None
         try:
             record = pydantic_core.from_json(text)
             if not is_result(record):
                 return None
             files, stages, likeness = record["files"], record["stages"], record["likeness"]
-            if not debug_files <= files.keys():
-                return None
             sizes = {name: file["bytes"] for name, file in files.items()}
-            if not self.storage.has(folder, sizes):
+            if not (needed <= files.keys() and self.storage.has(folder, sizes)):
                 return None
             return DoneShot(
-                key=record["key"] if key is None else key,
+                key=record["key"],
                 seed=record["shot"]["seed"],
                 likeness=likeness and {name: likeness[name] for name in LikenessRecord.model_fields},
                 folder=folder,
@@ -254,6 +237,12 @@ class OutputFolder:
         # A damaged record counts as missing. An OSError of the storage does not.
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
+
+    def _modified(self, path: str) -> float | None:
+        """Return the time of the last change of a file. `None` for an object store, or if the file does not exist."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return None if self.storage.local is None else os.stat(f"{self.storage.local}/{path}").st_mtime
+        return None
 
     @contextmanager
     def draft(self, plan: ShotPlan) -> Iterator[ShotDraft]:

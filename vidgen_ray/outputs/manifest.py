@@ -420,23 +420,17 @@ class FinishedShots:
         return len(self._rows)
 
     @classmethod
-    def load(
-        cls, outputs: OutputFolder, changed_by: Sequence[str] | None = None, only: Sequence[str] | None = None
-    ) -> FinishedShots:
+    def load(cls, outputs: OutputFolder, changed_by: Sequence[str] | None = None) -> FinishedShots:
         """Read the manifest.
-
-        `only`: ids of the shots that are looked up. Takes less memory. Default: all shots.
 
         `changed_by`: writers that may have changed shots without a row. Default: those with a marker now, which includes a run
         that is writing. Raises OSError if the storage fails.
         """
         writers = open_writers(outputs.storage) if changed_by is None else changed_by
-        batches = []
-        for batch in manifest_batches(outputs.storage, COLUMNS):
-            is_wanted = compute.not_equal(batch.column("status"), "failed")
-            if only is not None:
-                is_wanted = compute.and_(is_wanted, compute.is_in(batch.column("id"), pyarrow.array(only, pyarrow.string())))
-            batches.append(batch.filter(is_wanted).select(COLUMNS))
+        batches = [
+            batch.filter(compute.not_equal(batch.column("status"), "failed")).select(COLUMNS)
+            for batch in manifest_batches(outputs.storage, COLUMNS)
+        ]
         schema = pyarrow.schema([SCHEMA.field(name) for name in COLUMNS])
         return cls(outputs, pyarrow.Table.from_batches(batches, schema).combine_chunks(), writers)
 
@@ -445,11 +439,11 @@ class FinishedShots:
         """Id -> position of its row."""
         return {shot_id: position for position, shot_id in enumerate(self._rows.column("id").to_pylist())}
 
-    def _rows_of(self, plans: Sequence[ShotPlan], columns: Sequence[str] = COLUMNS) -> list[dict[str, Any] | None]:
+    def _rows_of(self, plans: Sequence[ShotPlan]) -> list[dict[str, Any] | None]:
         """Return the manifest row of each plan's id, or `None`."""
         positions = [self._positions.get(plan.shot.id or "") for plan in plans]
         known = pyarrow.array([position for position in positions if position is not None], pyarrow.int64())
-        rows = iter(self._rows.select(columns).take(known).to_pylist())
+        rows = iter(self._rows.take(known).to_pylist())
         return [None if position is None else next(rows) for position in positions]
 
     def find(self, plans: Sequence[ShotPlan], with_stages: bool = False) -> list[DoneShot | None]:
@@ -486,16 +480,13 @@ class FinishedShots:
                 found[number] = self._outputs.find_finished(plans[number], with_stages)
         return found
 
-    def other_owners(self, plans: Sequence[ShotPlan], scripts: Sequence[str]) -> list[str | None]:
-        """Return for each plan the script that owns its id, or `None` if the shot may be rendered.
-
-        `scripts` are the scripts of the plans. An id is owned by the script whose finished shot has it, with another key.
-        """
-        rows = self._rows_of(plans, ("script", "key"))
-        return [
-            row["script"] if row is not None and row["script"] != script and row["key"] != plan.key else None
-            for plan, script, row in zip(plans, scripts, rows, strict=True)
-        ]
+    def other_owner(self, shot_id: str, key: str | None, script: str) -> str | None:
+        """Return the script whose finished shot has this id, with another key. `None` if `script` may render the shot."""
+        position = self._positions.get(shot_id)
+        if position is None:
+            return None
+        owner, finished_key = (self._rows.column(name)[position].as_py() for name in ("script", "key"))
+        return owner if owner != script and finished_key != key else None
 
     def _done_shot(self, plan: ShotPlan, row: Mapping[str, Any]) -> DoneShot | None:
         """Return the finished shot of a row with the key of the plan. `None` if the row has no files."""
