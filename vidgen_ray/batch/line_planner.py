@@ -206,13 +206,12 @@ def _reject_taken_id(line: Line, shot_id: str | None, owner: str) -> Line:
     return replace(line, id="" if line.id in own_ids else line.id, errors=(error,), shots=(), notes=())
 
 
-def unique_shots(planned: Sequence[PlannedLine], index: ScriptIndex) -> Iterator[PlannedLine]:
+def unique_shots(planned: Iterable[PlannedLine], index: ScriptIndex) -> Iterator[PlannedLine]:
     """Yield a line for each shot, and the rejected lines, each with an id that no earlier line has. See `unique_lines`."""
-    first_with_id: dict[str | None, ShotPlan | DoneShot | Failure | None] = {}
-    for each in reversed(planned):
-        first_with_id.update(zip((shot.id for shot in each.line.shots), each.results, strict=True))
-    for line in unique_lines([each.line for each in planned], index):
-        yield PlannedLine(line) if line.errors else PlannedLine(line, (first_with_id[line.shot.id],))
+    for each in planned:
+        result_of = {shot.id: result for shot, result in zip(each.line.shots, each.results, strict=True)}
+        for line in unique_lines([each.line], index):
+            yield PlannedLine(line) if line.errors else PlannedLine(line, (result_of[line.shot.id],))
 
 
 def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[Line], ScriptVersion | None]:

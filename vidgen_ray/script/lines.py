@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -219,23 +219,16 @@ class ScriptIndex:
     """Ids of a script and their lines."""
 
     def __init__(self) -> None:
-        self._line_of: dict[str, int] = {}
+        self.line_of: dict[str, int] = {}
+        """Id -> line number."""
         self._last_numbers: dict[str, int] = {}
 
-    def lines_of(self, ids: Sequence[str]) -> dict[str, int]:
-        """Return id -> line number of those ids that lines have."""
-        return {id_: self._line_of[id_] for id_ in ids if id_ in self._line_of}
-
-    def add(self, lines: Mapping[str, int]) -> None:
-        """Add new ids: id -> line number."""
-        self._line_of |= lines
-
-    def unused_name(self, name: str, taken: Container[str]) -> str:
-        """Return `name`, `name-2`, `name-3`, ... : the first that is neither in the index nor in `taken`."""
+    def unused_name(self, name: str) -> str:
+        """Return `name`, `name-2`, `name-3`, ... : the first that no line has."""
         # Without the counter, thousands of lines with the same default id would take quadratic time.
         for number in count(self._last_numbers.get(name, 1)):
             candidate = name if number == 1 else f"{name}-{number}"
-            if candidate not in taken and candidate not in self._line_of:
+            if candidate not in self.line_of:
                 if number > 1:
                     self._last_numbers[name] = number
                 return candidate

@@ -4,12 +4,10 @@ Fills in defaults and characters and checks that files exist. Only ids are kept 
 and in any order; `unique_lines` then makes their ids unique, in the order of the script."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-
-from more_itertools import batched
 
 from vidgen_ray.errors import FieldError, MediaError, ScriptError, StageError, VidgenError
 from vidgen_ray.media import check_image_header, read_image
@@ -59,8 +57,6 @@ def _lora_error(path: str, base_model: str) -> VidgenError | None:
 
 UNIQUE = "give the line another id, change it, or use `variants` for several shots of it (in .csv, .jsonl, .yaml)"
 """Advice for two lines with the same id."""
-WINDOW_LINES = 500
-"""Lines whose ids are looked up together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +96,14 @@ def open_lines(settings: ScriptSettings, version: ScriptVersion | None = None) -
 def iter_script(settings: ScriptSettings) -> Lines:
     """Yield a line for each valid shot, and the rejected lines of a script, in order.
 
-    Memory use grows by 24 bytes per id. Only .yaml scripts are read as a whole.
+    Only its ids stay in memory. Only .yaml scripts are read as a whole.
     Raises ScriptError, possibly after some lines, if the file cannot be read or has no lines.
     """
     checker, lines = open_lines(settings)
-    empty, index = True, ScriptIndex()
-    for window in batched(map(checker.check, lines), WINDOW_LINES):
+    empty = True
+    for line in unique_lines(map(checker.check, lines), ScriptIndex()):
         empty = False
-        yield from unique_lines(window, index)
+        yield line
     if empty:
         raise no_lines(settings.path)
 
@@ -126,24 +122,18 @@ def read_script(settings: ScriptSettings, *, decode_files: bool = False) -> Scri
     return Script(settings.path.name, lines)
 
 
-def unique_lines(lines: Sequence[Line], index: ScriptIndex) -> Lines:
+def unique_lines(lines: Iterable[Line], index: ScriptIndex) -> Lines:
     """Yield a line for each shot, and the rejected lines, each with an id that no earlier line of the script has.
 
     The first line with an id owns it. A later valid line with the same id is rejected.
     """
-    line_of = index.lines_of([id_ for line in lines for id_ in (*ids_of(line), *_continued_ids(line))])
-    new: dict[str, int] = {}
-
-    def claim(id_: str, number: int) -> str:
-        new[id_] = line_of[id_] = number
-        return id_
-
+    line_of = index.line_of
     for line in lines:
         wrong = _wrong_id(line, line_of)
         if line.shots and wrong is None:
             for number, shot in enumerate(line.shots):
                 assert shot.id is not None
-                claim(shot.id, line.number)
+                line_of[shot.id] = line.number
                 yield replace(line, shots=(shot,), notes=() if number else line.notes)
             continue
         rejected = replace(line)
@@ -151,19 +141,19 @@ def unique_lines(lines: Sequence[Line], index: ScriptIndex) -> Lines:
             rejected.reject(*wrong)
         own_id, named = line.fields.get("id"), line.id
         if not named or named in line_of:
-            named = index.unused_name(default_id(line), line_of)
+            named = index.unused_name(default_id(line))
         if isinstance(own_id, str) and own_id in line_of:
             # With the id of another line, rendering failures.jsonl would overwrite that line's clip.
             rejected.fields = {**line.fields, "id": named}
-        rejected.id = claim(named, line.number)
+        rejected.id = named
+        line_of[named] = line.number
         yield rejected
-    index.add(new)
 
 
 def _wrong_id(line: Line, line_of: Mapping[str, int]) -> tuple[str, str, str] | None:
     """Return what is wrong with a line whose id is taken, or that continues a shot which no earlier line has.
 
-    `line_of`: ids of earlier lines, and possibly of later ones that are finished. Rows of a data set have the number 0.
+    `line_of`: ids of earlier lines. Rows of a data set have the number 0.
     """
     taken = next((shot.id for shot in line.shots if shot.id in line_of), None)
     if taken is not None:
@@ -182,13 +172,6 @@ def _wrong_id(line: Line, line_of: Mapping[str, int]) -> tuple[str, str, str] | 
 def _continued_ids(line: Line) -> list[str]:
     """Return the ids of the shots that the shots of the line continue."""
     return [shot.continue_from for shot in line.shots if shot.continue_from]
-
-
-def ids_of(line: Line) -> list[str]:
-    """Return the ids that the line brings, before they are made unique."""
-    if line.shots:
-        return [shot.id for shot in line.shots if shot.id]
-    return [id_ for id_ in (line.id, line.fields.get("id")) if isinstance(id_, str) and id_]
 
 
 def default_id(line: Line) -> str:
