@@ -171,7 +171,8 @@ class LinePlanner:
         line = planned.line
         for shot, plan in zip(line.shots, planned.results, strict=True):
             if isinstance(plan, ShotPlan | None):
-                owner = self.finished.other_owner(shot.id or "", plan and plan.key, line.script)
+                key = None if plan is None else plan.key
+                owner = self.finished.other_owner(shot.id or "", key, line.script)
                 if owner is not None:
                     return PlannedLine(_reject_taken_id(line, shot.id, owner))
         return planned
