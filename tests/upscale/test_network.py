@@ -78,6 +78,14 @@ def test_sixteen_bits_are_not_rounded_to_eight(tiny_model):
     assert len(np.unique(deep)) > 256
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_openvino_gives_the_same_pixels(tiny_model, bits):
+    frames = [picture(n) if bits == 8 else picture(n).astype(np.uint16) * 257 for n in range(2)]
+    expected = UpscaleNetwork(tiny_model, BASE, (96, 72))(frames)
+    got = UpscaleNetwork(tiny_model, BASE.model_copy(update={"engine": "openvino"}), (96, 72))(frames)
+    assert levels_apart(got, expected) <= (1 if bits == 8 else 8)
+
+
 def test_networks_that_give_nan_fail(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -90,12 +98,12 @@ def test_networks_that_give_nan_fail(tmp_path):
 
 def test_settings_follow_the_machine(monkeypatch, tiny_model, tmp_path):
     other = compact(tmp_path / "animevideov3.safetensors")
-    for cpus, bfloat16, expected in (
-        (1, False, "float32, 1 call at a time on 1 threads"),
-        (16, True, "bfloat16, 2 calls at a time on 8 threads"),
-        (16, False, "float32, 2 calls at a time on 8 threads"),
+    for cpus, bfloat16, openvino, expected in (
+        (1, False, False, "torch float32, 1 call at a time on 1 threads"),
+        (16, True, True, "torch bfloat16, 2 calls at a time on 8 threads"),
+        (16, False, True, "openvino float32, 2 calls at a time on 8 threads"),
     ):
-        for name, value in (("usable_cpus", cpus), ("cpu_has_bfloat16", bfloat16)):
+        for name, value in (("usable_cpus", cpus), ("cpu_has_bfloat16", bfloat16), ("has_openvino", openvino)):
             monkeypatch.setattr(network_module, name, lambda value=value: value)
         assert str(choose_settings(find_model("animevideov3"), "cpu", default_workers("cpu"))) == expected
         # The difference of half precision is known for the builtin networks only, not for a file with the name of one.

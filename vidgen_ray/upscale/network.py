@@ -8,9 +8,11 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import finalize
@@ -22,7 +24,7 @@ from vidgen_ray.errors import SetupError, StageError, UsageError
 from vidgen_ray.nets.weight_files import NOT_FINITE, require_finite_weights
 from vidgen_ray.stages.base import torch_dtype, torch_threads
 from vidgen_ray.stages.loading import require_device
-from vidgen_ray.stages.realesrgan import ENDINGS, forward, in_tiles, load_network
+from vidgen_ray.stages.realesrgan import ENDINGS, UNCLAMPED, forward, in_tiles, load_network
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.free_memory import free_bytes
 from vidgen_ray.upscale.frames import Pixels
@@ -117,6 +119,7 @@ class EngineSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    engine: Literal["torch", "openvino"] = "torch"
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int = Field(1, ge=1)
@@ -131,7 +134,7 @@ class EngineSettings(BaseModel):
     def __str__(self) -> str:
         tiles = f", tiles of {self.tile_px} px with {self.overlap_px} px overlap" if self.tile_px else ""
         calls = f"{self.parallel_calls} call{'s' if self.parallel_calls > 1 else ''} at a time on {self.threads} threads"
-        return f"{self.dtype}, {calls}{tiles}"
+        return f"{self.engine} {self.dtype}, {calls}{tiles}"
 
     @property
     def threads_per_call(self) -> int:
@@ -144,7 +147,7 @@ class UpscaleNetwork:
     def __init__(self, model: UpscaleModel, settings: EngineSettings, out_size: Size | None = None) -> None:
         """Load the weights. `out_size`: size of the results in pixels. `None`: that of the network.
 
-        Raises StageError for weights that cannot be loaded, SetupError if the device is missing.
+        Raises StageError for weights that cannot be loaded, SetupError if the device or OpenVINO is missing.
         """
         import torch
 
@@ -157,7 +160,11 @@ class UpscaleNetwork:
         if not supported.get(dtype, True):
             raise StageError(f"{model.name}: {self.network.architecture.name} does not support {settings.dtype}")
         self._dtype = dtype
-        self.network.model.to(settings.device, dtype, memory_format=torch.channels_last)
+        if settings.engine == "openvino":
+            self._forward = openvino_forward(self.network, settings)
+        else:
+            self.network.model.to(settings.device, dtype, memory_format=torch.channels_last)
+            self._forward = partial(forward, self.network)
 
     @property
     def scale(self) -> int:
@@ -185,11 +192,10 @@ class UpscaleNetwork:
         levels = 255 if frames.dtype == torch.uint8 else 65535
         # The permuted view is in the memory format channels_last.
         pixels = (frames.permute(0, 3, 1, 2).float() / levels).to(self._dtype)
-        run = partial(forward, self.network)
         if self.settings.tile_px is None:
-            pixels = run(pixels)
+            pixels = self._forward(pixels)
         else:
-            pixels = in_tiles(run, self.scale, pixels, self.settings.tile_px, self.settings.overlap_px)
+            pixels = in_tiles(self._forward, self.scale, pixels, self.settings.tile_px, self.settings.overlap_px)
         pixels = pixels.float()
         if self.out_size is not None and self.out_size != (pixels.shape[3], pixels.shape[2]):
             width, height = self.out_size
@@ -199,6 +205,42 @@ class UpscaleNetwork:
         total = pixels.sum()
         rounded = pixels.clamp_(0, 1).mul_(levels).round_().to(frames.dtype)
         return rounded.permute(0, 2, 3, 1).contiguous(), total
+
+
+def openvino_forward(network: ImageModelDescriptor[Any], settings: EngineSettings) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that runs the network in OpenVINO in float32, compiled for each new shape. Raises SetupError."""
+    import torch
+
+    if not has_openvino():
+        raise SetupError("engine openvino: the package is not installed; run `pip install vidgen-ray[openvino]`")
+    import openvino
+
+    core = openvino.Core()
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": settings.threads,
+        "NUM_STREAMS": settings.parallel_calls,
+    }
+    lock = threading.Lock()
+
+    @cache
+    def compiled(shape: tuple[int, ...]) -> Any:
+        graph = openvino.convert_model(network.model, example_input=torch.zeros(shape), input=list(shape))
+        return core.compile_model(graph, "CPU", options)
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        with lock:
+            network_of_shape = compiled(tuple(pixels.shape))
+        # A request serves one call at a time.
+        request = network_of_shape.create_infer_request()
+        result = request.infer([pixels.contiguous().numpy()], share_outputs=False)
+        return torch.from_numpy(next(iter(result.values())))
+
+    return run
+
+
+def has_openvino() -> bool:
+    return find_spec("openvino") is not None
 
 
 def usable_cpus() -> int:
@@ -239,17 +281,21 @@ def choose_settings(model: UpscaleModel | None, device: str, workers: int) -> En
     """Return the settings with which each of so many workers of this machine runs a network, or only draws frames between.
 
     Half precision is chosen only where its difference from float32 is known (`benchmarks/upscale_quality.py`): float16 on GPUs,
-    bfloat16 for the builtin networks on CPUs.
+    bfloat16 for the builtin networks on CPUs that have it. On other CPUs OpenVINO is faster than torch.
     """
     threads = max(1, usable_cpus() // workers)
     if model is None:
         return EngineSettings(device=device, threads=threads)
-    supports_half = model.load().supports_half  # raises for weights that do not hold a network
+    network = model.load()  # raises for weights that do not hold a network
     if device.startswith("cuda"):
-        return EngineSettings(device=device, dtype="float16" if supports_half else "float32")
+        return EngineSettings(device=device, dtype="float16" if network.supports_half else "float32")
+    use_bfloat16 = model.is_builtin and cpu_has_bfloat16()
+    # OpenVINO runs the bare network. Others need spandrel's padding around it.
+    use_openvino = not use_bfloat16 and has_openvino() and network.architecture.id in UNCLAMPED
     return EngineSettings(
+        engine="openvino" if use_openvino else "torch",
         device=device,
-        dtype="bfloat16" if model.is_builtin and cpu_has_bfloat16() else "float32",
+        dtype="bfloat16" if use_bfloat16 else "float32",
         threads=threads,
         parallel_calls=min(PARALLEL_CALLS, threads),
     )
