@@ -3,7 +3,6 @@
 import ast
 import inspect
 import sys
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,19 +125,12 @@ def reading_order() -> Iterator[str]:
         yield f"{number}. `{file}`: {module_summary(PACKAGE / file)}"
 
 
-def layers() -> Iterator[str]:
-    """Yield the order of imports that import-linter checks."""
-    settings = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    contracts = settings["tool"]["importlinter"]["contracts"]
-    order = next(contract["layers"] for contract in contracts if contract.get("containers") == [PACKAGE.name])
-    yield f"`{' -> '.join(order)}`"
-
-
 def modules() -> Iterator[str]:
     """Yield the map of modules, one line a package."""
     for init in (*sorted(PACKAGE.rglob("__init__.py"), key=lambda path: path.parent.relative_to(PACKAGE).parts), CLIENT):
         names = sorted(path.stem for path in init.parent.glob("*.py") if not path.stem.startswith("__"))
-        if names:
+        # The migrations of the job store are scripts.
+        if names and "migrations" not in init.parts:
             yield f"- `{init.parent.relative_to(DOCS.parent)}/`: {module_summary(init)}. *{', '.join(names)}*"
 
 
@@ -147,7 +139,6 @@ TABLES: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
     "architecture.md": {
         "records": records,
         "reading order": reading_order,
-        "layers": layers,
         "modules": modules,
         "stages": stages,
     },
