@@ -1,14 +1,17 @@
 """Limits of event streams, over HTTP."""
 
+import asyncio
 import threading
 from contextlib import ExitStack
 
 import httpx
 import pytest
 import yaml
+from ray.exceptions import TaskCancelledError
 
 from tests.online.directors import listening_on_a_port, local_server
 from tests.online.test_api_videos import SMALL
+from vidgen_ray.online.application import DisconnectedClients
 from vidgen_ray.online.auth import hash_key
 from vidgen_ray.online.server_settings import OnlineSettings
 
@@ -75,3 +78,16 @@ def test_ended_streams_are_not_counted(server):
         video = client.post("/v1/videos", json=SMALL).json()["id"]
         for _ in range(2 * STREAMS):
             assert "event: video.completed" in client.get(f"/v1/videos/{video}/events").text
+
+
+def test_cancelled_receive_of_ray_serve_is_a_disconnect():
+    messages = []
+
+    async def app(scope, receive, send):
+        messages.append(await receive())
+
+    async def receive():
+        raise TaskCancelledError
+
+    asyncio.run(DisconnectedClients(app)({"type": "http"}, receive, None))
+    assert messages == [{"type": "http.disconnect"}]
