@@ -94,14 +94,13 @@ def test_attention_backend_that_is_not_installed_is_refused(tiny):
 def test_compiled_svd_recompiles_once_for_other_sizes(tiny, make_shot, picture, counter):
     compiled = []
     with with_options(SVDStage, tiny, compile="full") as stage, with_options(SVDStage, tiny) as other:
-        for repeat, frames in ((1, 4), (1, 4), (2, 6), (3, 5)):
+        for repeat, frames in ((1, 4), (2, 6), (3, 5)):
             image = np.concatenate([picture] * repeat)
-            shot = {"height": len(image), "num_frames": frames, "steps": {"svd": 2}}
+            shot = {"height": len(image), "num_frames": frames, "steps": {"svd": 1}}
             clip = svd_clip(stage, make_shot, image, **shot)
             compiled.append(counter.frame_count)
             assert largest_difference(clip, svd_clip(other, make_shot, image, **shot)) <= ROUNDING_LEVELS
-    assert 0 < compiled[0] == compiled[1] < compiled[2]
-    assert compiled[2] == compiled[3], "the sizes are dynamic"
+    assert 0 < compiled[0] < compiled[1] == compiled[2], "the sizes are dynamic"
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
