@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from vidgen_ray.cli.options import JsonOption, MarkOptions, check_out, with_options
 from vidgen_ray.cli.run_script import interruptible, remembered_interrupt
@@ -326,10 +327,10 @@ def _parse_seconds(text: str) -> float:
 
 @contextmanager
 def _progress(name: str) -> Iterator[OnFrame]:
-    """Show frames and frames per second, as a bar or as a line at first and every LINE_EVERY_S."""
+    """Show frames, frames per second and the estimated time left, as a bar or as a line at first and every LINE_EVERY_S."""
     begin = shown = time.monotonic()
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}")
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=None, state="")
 
@@ -337,7 +338,10 @@ def _progress(name: str) -> Iterator[OnFrame]:
             nonlocal shown
             now = time.monotonic()
             is_first = not made and done < total
-            state = f"{done} of {total} frames" + (f", {made / (now - begin):.2f} frames/s" if made else "")
+            state = f"{done} of {total} frames"
+            if made:
+                per_frame_s = (now - begin) / made
+                state += f", {1 / per_frame_s:.2f} frames/s, {timedelta(seconds=round((total - done) * per_frame_s))} left"
             bar.update(task, completed=done, total=total, state=state)
             if not console.is_terminal and (is_first or now - shown >= LINE_EVERY_S):
                 shown = now
