@@ -149,7 +149,7 @@ def real(tiny, tmp_path_factory) -> Running:
 
 @pytest.fixture(scope="module")
 def scripted(tiny, tmp_path_factory) -> Running:
-    """Application with scripted stages on two simulated GPUs, with one process on each."""
+    """Application with scripted stages on two simulated GPUs, with one process per actor on each GPU."""
     return run("scripted", scripted_profile(tiny), parse_gpus("2x80GB"), tmp_path_factory.mktemp("scripted"), SCRIPTED)
 
 
@@ -159,7 +159,7 @@ def scripted_profile(tiny):
         for name, gb in ACTORS_GB.items()
     }
     actors["instantid"] = actors["instantid"].model_copy(update={"timeout_s": FACE_TIMEOUT_S})
-    return tiny.model_copy(update={"name": "scripted", "actors": actors, "cpu_workers": None, "layout": "fused"})
+    return tiny.model_copy(update={"name": "scripted", "actors": actors, "cpu_workers": None, "layout": "colocated"})
 
 
 def digests(outputs: OutputFolder, shot_id: str) -> dict[str, str]:
@@ -374,6 +374,10 @@ class TestScriptedStages:
             assert {scripted.wait_for_end(job).state for job in (job_id, later)} == {JobState.COMPLETED}
 
 
+def fused(tiny):
+    return scripted_profile(tiny).model_copy(update={"layout": "fused"})
+
+
 class WithoutWeights(FakeSVD):
     def load(self):
         raise SetupError("its weights are damaged")
@@ -382,7 +386,7 @@ class WithoutWeights(FakeSVD):
 @pytest.mark.slow
 def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, scripted):
     serve.delete("scripted")
-    app = run("broken", scripted_profile(tiny), parse_gpus("1x80GB"), tmp_path, {**SCRIPTED, "svd": WithoutWeights}, wait=False)
+    app = run("broken", fused(tiny), parse_gpus("1x80GB"), tmp_path, {**SCRIPTED, "svd": WithoutWeights}, wait=False)
     while (status := serve.status().applications["broken"]).status != ApplicationStatus.DEPLOY_FAILED:
         assert status.status == ApplicationStatus.DEPLOYING
         time.sleep(POLL_S)
@@ -398,7 +402,7 @@ def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, 
 @pytest.mark.slow
 def test_gpu_that_is_free_gets_a_worker_that_the_director_uses(tiny, tmp_path, scripted):
     serve.delete("scripted")
-    app = run("grows", scripted_profile(tiny), parse_gpus("1x80GB"), tmp_path, SCRIPTED, grows=True)
+    app = run("grows", fused(tiny), parse_gpus("1x80GB"), tmp_path, SCRIPTED, grows=True)
     while len(app.pids("worker")) < 2:
         time.sleep(POLL_S)
     # The director learns of the second worker up to two seconds later. Before, both jobs wait for the same one.
