@@ -237,6 +237,13 @@ def test_idempotency_key_with_a_full_queue(client, held, server):
     server.store.request_cancel(first["id"], None)
 
 
+def test_repeated_request_is_not_planned_again(client, held, server, monkeypatch):
+    """Photos or weights may be gone since the first request."""
+    first = client.post("/v1/videos", json=SMALL, headers={"Idempotency-Key": "again"}).json()
+    monkeypatch.setattr(server.app.state.server.job_service, "new_job", lambda *_: pytest.fail("planned again"))
+    assert client.post("/v1/videos", json=SMALL, headers={"Idempotency-Key": "again"}).json()["id"] == first["id"]
+
+
 def test_idempotency_ignores_the_form_boundary(client, held):
     headers = {"Idempotency-Key": "form"}
     created = [

@@ -110,6 +110,14 @@ class JobService:
 
         Raises ApiError: 400 for an invalid field, 409 for an idempotency key of a different request, 429 for a full queue.
         """
+        if idempotency_key is not None:
+            # Before the shots are planned: photos or weights may be gone since.
+            try:
+                earlier = await asyncio.to_thread(self._store.find_created, tenant.name, idempotency_key, fingerprint)
+            except IdempotencyConflict:
+                raise _key_reused() from None
+            if earlier:
+                return earlier
         jobs = [await asyncio.to_thread(self.new_job, tenant, kind, fields, request) for fields in shots]
         check_size(tenant.limits, max((job.shot for job in jobs), key=lambda shot: shot.width * shot.height), len(jobs))
         if len(jobs) > 1:
@@ -126,13 +134,7 @@ class JobService:
                 files_exist=lambda job: self._outputs.find_by_key(job.key) is not None,
             )
         except IdempotencyConflict:
-            raise ApiError(
-                409,
-                "This Idempotency-Key was used before with a different request",
-                code="idempotency_key_reused",
-                param="Idempotency-Key",
-                headers={"x-should-retry": "false"},
-            ) from None
+            raise _key_reused() from None
         except QueueFull as error:
             raise too_many_requests(str(error).capitalize(), "queue_full", QUEUE_FULL_RETRY_S) from None
         except LimitReached as error:
@@ -459,3 +461,13 @@ def _store_problem(store: JobStore) -> str | None:
     except (SQLAlchemyError, OSError) as error:
         return f"The database {'is full' if is_disk_full(str(error)) else 'does not respond'}."
     return None
+
+
+def _key_reused() -> ApiError:
+    return ApiError(
+        409,
+        "This Idempotency-Key was used before with a different request",
+        code="idempotency_key_reused",
+        param="Idempotency-Key",
+        headers={"x-should-retry": "false"},
+    )

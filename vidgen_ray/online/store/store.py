@@ -172,6 +172,11 @@ class JobStore:
                 transaction.connection.execute(insert(IDEMPOTENCY), row | {"created_at": self._now()})
             return stored, True
 
+    def find_created(self, tenant: str, idempotency_key: str, fingerprint: str) -> list[Job]:
+        """Return the jobs created with an idempotency key; an empty list if there are none. Raises IdempotencyConflict."""
+        with self._database.read_connection() as connection:
+            return _jobs_of_key(connection, tenant, idempotency_key, fingerprint) or []
+
     def get(self, job_id: str, tenant: str | None) -> Job | None:
         """Return a job, or `None` if it does not exist or is deleted. With `tenant=None`, any tenant's."""
         with self._database.read_connection() as connection:
