@@ -49,7 +49,6 @@ NOT_MARKED = {
     "upscale/job.py": "segments, which are joined to a marked video",
     "film/sound.py": "sound",
     "online/api/input_routes.py": "photo of a character, from the user's video",
-    "online/api/content_routes.py": "preview images",
     "online/previews.py": "previews while a shot is rendered",
     "report/gallery_page.py": "thumbnails of the gallery",
     "cli/inspect.py": "photos with the detected face, drawn for their owner",

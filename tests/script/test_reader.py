@@ -1,5 +1,6 @@
 """Scripts: formats, precedence of defaults, and errors with file, line and field."""
 
+import base64
 import csv
 import json
 
@@ -10,7 +11,7 @@ import pytest
 from tests.conftest import SYNTHETIC
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.script import read
-from vidgen_ray.script.formats import open_script
+from vidgen_ray.script.formats import EXTENSION_NAME, check_no_extension_types, open_script
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot
 
@@ -352,6 +353,14 @@ def test_invalid_script_file_raises_script_error(tmp_path):
     for name, content, message in INVALID_FILES:
         with pytest.raises(ScriptError, match=message):
             read_script(write(tmp_path, name, content))
+
+
+def test_extension_type_is_found_at_any_position_in_base64(tmp_path):
+    for position in range(3):
+        schema = base64.b64encode(b"x" * position + EXTENSION_NAME + b"yz")
+        (tmp_path / "s.parquet").write_bytes(b"PAR1" + schema + len(schema).to_bytes(4, "little") + b"PAR1")
+        with pytest.raises(ScriptError, match="got an extension type"):
+            check_no_extension_types(tmp_path / "s.parquet")
 
 
 def test_shot_schema_describes_all_fields():

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vidgen_ray.cli.options import AddressOption, DryRunOption, GpusOption, JsonOption, OutArgument, check_out
-from vidgen_ray.cli.run_script import ProfileOfLastRunOption, render_again
+from vidgen_ray.cli.run_script import ProfileOfLastRunOption, profile_of_run, render_again
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.cleanup import GRACE_S, collect_garbage
 from vidgen_ray.outputs.cleanup import prune as remove_replaced
@@ -111,6 +111,7 @@ def verify(
 ) -> None:
     """Read every file of an output folder, and name those that are damaged or missing. Exits with code 1 if there are any."""
     outputs = OutputFolder(out)
+    chosen = profile_of_run(outputs, profile) if repair else None
     with Console(stderr=True).status(f"Reading {outputs.url}"):
         report = verify_folder(outputs, repair=repair)
     if as_json:
@@ -119,11 +120,11 @@ def verify(
         typer.echo(json.dumps({**found, "damaged": damaged, "render_again": sorted(report.scripts)}))
     else:
         _print_damage(report)
-    if repair and report.lines:
+    if chosen is not None and report.lines:
         lines = "".join(f"{line.as_json('verify')}\n" for line in report.lines)
         # With --json, standard output has the report above only.
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
-            render_again(out, to_utf8(lines), profile, address, gpus, as_json=as_json)
+            render_again(out, to_utf8(lines), chosen, address, gpus, as_json=as_json)
     if report.damaged and (not repair or report.scripts):
         raise typer.Exit(1)
 

@@ -216,26 +216,26 @@ def retry(
     --cache, --cache-gb, --replace, --attempts, --seed and --until.
     """
     outputs = OutputFolder(out)
+    chosen = profile_of_run(outputs, profile)
     lines = outputs.storage.read(FILE)
     if lines is None:
         raise SetupError(f"{outputs.url}: no line has failed, there is no {FILE}")
-    render_again(out, lines, profile, address, gpus, consent, as_json=as_json)
+    render_again(out, lines, chosen, address, gpus, consent, as_json=as_json)
 
 
 def render_again(
     out: str,
     lines: bytes,
-    profile: str | None,
+    profile: Profile,
     address: str | None,
     gpus: Cluster | None,
     consent: str | None = None,
     *,
     as_json: bool,
 ) -> None:
-    """Render lines in the format of `failures.jsonl` with the settings of the last run. `profile`: in place of its profile."""
+    """Render lines in the format of `failures.jsonl` with the options of the last run."""
     outputs = OutputFolder(out)
-    chosen = load_profile(profile) if profile else _last_profile(outputs)
-    chosen = chosen.with_provenance(setting_of_last_run(outputs, "provenance", ProvenanceSettings))
+    chosen = profile.with_provenance(setting_of_last_run(outputs, "provenance", ProvenanceSettings))
     last = _last_options(outputs)
     options = RenderOptions(address=address, cluster=gpus, **last.model_dump(exclude={"run_seed", "changes"}))
     with TemporaryDirectory(prefix="vidgen-retry-") as folder:
@@ -312,11 +312,13 @@ def run_script(
         raise typer.Exit(ScriptError.exit_code if nothing_to_render else 1)
 
 
-def _last_profile(outputs: OutputFolder) -> Profile:
-    """Return the profile of the last run, which `run.json` names.
+def profile_of_run(outputs: OutputFolder, name: str | None) -> Profile:
+    """Return the profile with this name, or that of the last run, which `run.json` names.
 
     Raises SetupError if it names none, and ProfileError if its profile does not exist any more.
     """
+    if name is not None:
+        return load_profile(name)
     try:
         if not (run := read_last_run(outputs)):
             raise SetupError(f"{outputs.url}: has no results; pass the output folder of `vidgen render`")

@@ -5,6 +5,7 @@ Lines are read lazily, so memory use does not grow with the script. Only .yaml f
 import base64
 import csv
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -194,19 +195,14 @@ INTEGER_FIELDS = frozenset(
 PARQUET_BATCH_ROWS = 1024
 COLUMN_BUFFER_BYTES = 2**18
 """Read-ahead buffer of each Parquet column."""
-EXTENSION_NAME = b"ARROW:extension:name"
-"""Metadata of a column with an extension type."""
 
 
 def read_parquet(path: Path) -> tuple[Header, Lines]:
     import pyarrow
     import pyarrow.parquet
 
+    check_no_extension_types(path)
     try:
-        metadata = pyarrow.parquet.read_metadata(path).metadata or {}
-        # Extension types may run code when pyarrow opens the file or converts their values. Ray registers such types.
-        if EXTENSION_NAME in base64.b64decode(metadata.get(b"ARROW:schema", b"")):
-            raise file_error(path, "an extension type", "columns must be text, numbers, lists or structs")
         # `pre_buffer` would read whole row groups, and a script is often a single row group.
         file = pyarrow.parquet.ParquetFile(path, buffer_size=COLUMN_BUFFER_BYTES, pre_buffer=False)
         columns = file.schema_arrow.names
@@ -230,6 +226,37 @@ def read_parquet(path: Path) -> tuple[Header, Lines]:
             raise file_error(path, f"invalid data after row {number}", f"must be a readable Parquet file ({error})") from None
 
     return NO_HEADER, lines()
+
+
+def _base64_fragments(text: bytes) -> tuple[bytes, ...]:
+    """Return the Base64 of a text inside a longer one, for each of the three positions that it may have."""
+    fragments = []
+    for shift in range(3):
+        encoded = base64.b64encode(bytes(shift) + text).rstrip(b"=")
+        # Letters that also depend on the text before and after.
+        fragments.append(encoded[(0, 2, 3)[shift] : len(encoded) - bool((shift + len(text)) % 3)])
+    return tuple(fragments)
+
+
+EXTENSION_NAME = b"ARROW:extension:name"
+EXTENSION_MARKS = (EXTENSION_NAME, *_base64_fragments(EXTENSION_NAME))
+"""Names of extension types in the metadata at the end of a file. pyarrow writes its schema in Base64."""
+
+
+def check_no_extension_types(path: Path) -> None:
+    """Raise ScriptError for columns with extension types, which may run code when pyarrow opens the file (CVE-2026-41486).
+
+    Ray registers such types with pyarrow, so this comes before pyarrow opens the file. Raises OSError if it cannot be read.
+    """
+    with path.open("rb") as file:
+        # The file ends with the metadata, its size and `PAR1`.
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 8))
+        size = int.from_bytes(file.read(4), "little")
+        file.seek(max(0, end - 8 - size))
+        metadata = file.read(size)
+    if any(mark in metadata for mark in EXTENSION_MARKS):
+        raise file_error(path, "an extension type", "columns must be text, numbers, lists or structs")
 
 
 CONVERSION_ERRORS = (UnicodeDecodeError, ValueError, OverflowError)
