@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,10 @@ def test_compact_weights_are_within_half_a_step_of_the_originals() -> None:
 def test_only_weights_published_as_pickles_are_pickles() -> None:
     pickles = {path.name for path in SHIPPED.rglob("*") if path.suffix in (".pth", ".bin", ".pt")}
     assert pickles == {"ir_se50.pth", "image_proj_model.bin"}
+
+
+def test_cached_weights_are_found_without_importing_torch():
+    """Every process of a run resolves its weights. Importing torch and diffusers takes ten seconds of a CPU."""
+    resolve("builtin:tiny/flux")
+    code = "import sys; from vidgen_ray.weights import resolve; resolve('builtin:tiny/flux'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -69,16 +69,18 @@ def _resolve_builtin(name: str) -> Path:
     """Return the path of shipped or built weights. Builds them if they are not in the cache."""
     if name.startswith("demo/") and name in (shipped := builtin.shipped_models()):
         return shipped[name]
+    is_demo = name in BUILTIN and name.startswith("demo/")
+    version = builtin.demo_digest(name.removeprefix("demo/")) if is_demo else BUILDER_VERSION
+    stem, suffix = os.path.splitext(name)
+    path = cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version}-torch{_torch_version()}{suffix}"
+    if path.exists():
+        return path
+    # Importing the builders of other packages takes seconds.
     builders = BUILTIN if name in BUILTIN else _builders()
     if name not in builders:
         raise SetupError(
             f"weights 'builtin:{name}': unknown name, must be one of {', '.join((*builders, *builtin.shipped_models()))}"
         )
-    version = builtin.demo_digest(name.removeprefix("demo/")) if name.startswith("demo/") else BUILDER_VERSION
-    stem, suffix = os.path.splitext(name)
-    path = cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version}-torch{_torch_version()}{suffix}"
-    if path.exists():
-        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
