@@ -12,9 +12,8 @@ import inspect
 import logging
 import pickle
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.lease import PeriodicTask
 from vidgen_ray.outputs.manifest import SCHEMA, SHOT_FILES, ManifestRow, open_writers
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script.check import LineChecker, merged
@@ -40,7 +40,6 @@ from vidgen_ray.script.formats import table_lines
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-WATCH_THREAD = "vidgen placement groups"
 WATCH_INTERVAL_S = 2.0
 """Seconds between two looks for placement groups of executions that were left."""
 _log = logging.getLogger("vidgen_ray")
@@ -109,20 +108,20 @@ def build_processor(
     return processor
 
 
-def _watch_groups() -> None:
+@cache
+def _watch_groups() -> PeriodicTask:
     """Return the GPUs of executions that were left, as by `break` in a loop over the results. Ray then kills the task."""
-    if not any(thread.name == WATCH_THREAD for thread in threading.enumerate()):
-        threading.Thread(target=_remove_groups_periodically, name=WATCH_THREAD, daemon=True).start()
+    return PeriodicTask(WATCH_INTERVAL_S, _remove_leaked_groups)
 
 
-def _remove_groups_periodically() -> None:
-    while ray.is_initialized():
-        try:
-            remove_leaked_groups()
-        # Ray's head process may be restarting.
-        except Exception:
-            _log.debug("cannot look for placement groups, trying again", exc_info=True)
-        time.sleep(WATCH_INTERVAL_S)
+def _remove_leaked_groups() -> None:
+    if not ray.is_initialized():
+        return
+    try:
+        remove_leaked_groups()
+    # Ray's head process may be restarting.
+    except Exception:
+        _log.debug("cannot look for placement groups, trying again", exc_info=True)
 
 
 def _once() -> Fields:
