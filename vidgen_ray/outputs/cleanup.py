@@ -67,13 +67,18 @@ def collect_garbage(outputs: OutputFolder, *, dry_run: bool = False, grace_s: fl
     Raises SetupError if the folder does not exist, a run is working in it, or a run takes the folder over after this process
     was suspended.
     """
-    if not (outputs.storage.folders("") or outputs.storage.files("")):
-        raise SetupError(f"output folder {outputs.url}: does not exist or is empty")
+    check_not_empty(outputs)
     run = f"gc-{secrets.token_hex(3)}"
     with outputs.lease(run) as lease:
         # Current time by the clock of the storage.
         now = outputs.storage.files("")[lease.name].modified
         return _Collector(outputs.storage, lease, now - grace_s, dry_run).collect()
+
+
+def check_not_empty(outputs: OutputFolder) -> None:
+    """Raise SetupError for a folder without content, which is probably the wrong one."""
+    if not (outputs.storage.folders("") or outputs.storage.files("")):
+        raise SetupError(f"output folder {outputs.url}: does not exist or is empty")
 
 
 class _Collector:

@@ -13,8 +13,7 @@ from typing import NamedTuple
 from more_itertools import batched
 from pydantic import ValidationError
 
-from vidgen_ray.errors import SetupError
-from vidgen_ray.outputs.cleanup import CONTENT_KEY, INPUTS, KEPT_PHOTO, shot_records
+from vidgen_ray.outputs.cleanup import CONTENT_KEY, INPUTS, KEPT_PHOTO, SHOTS_AT_ONCE, check_not_empty, shot_records
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import is_damaged, manifest_batches, manifest_files
 from vidgen_ray.outputs.manifest_writer import FailedLine
@@ -23,7 +22,6 @@ from vidgen_ray.system.cache_dir import sha256_of
 
 THREADS = 8
 """Shots that are read at the same time. Hashing a file does not hold the interpreter's lock."""
-SHOTS_AT_ONCE = 1_000
 FINISHED = ("done", "skipped")
 REPAIRED = "repaired"
 """Script of shots that `vidgen shot` or the library has made."""
@@ -53,7 +51,7 @@ class _CheckedShot(NamedTuple):
 
 @dataclass(slots=True)
 class VerifyReport:
-    """What was read, and what is damaged."""
+    """Counts of what was read, and the damaged files."""
 
     shots: int = 0
     bytes: int = 0
@@ -73,8 +71,7 @@ def verify(outputs: OutputFolder, *, repair: bool = False) -> VerifyReport:
 
     Raises SetupError if the folder is empty, or a run is working in it.
     """
-    if not outputs.storage.folders(""):
-        raise SetupError(f"output folder {outputs.url}: does not exist or is empty")
+    check_not_empty(outputs)
     report = VerifyReport()
     with outputs.lease(f"verify-{secrets.token_hex(3)}") as lease:
         rows = _finished_rows(outputs, report)
