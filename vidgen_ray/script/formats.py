@@ -418,23 +418,25 @@ def open_script(path: Path, version: ScriptVersion | None = None) -> tuple[Heade
     try:
         if not path.exists() or not (path.is_file() or path.is_dir()):
             raise file_error(path, str(path), "must be a file or a folder" if path.exists() else "must be an existing file")
-        version = version or script_version(path)
-        _check_unchanged(path, version)
+        found = script_version(path)
+        if version not in (None, found):
+            raise _changed(path)
         header, lines = reader(path)
-        return header, _unchanged(path, version, lines)
+        return header, _unchanged(path, found, lines)
     except OSError as error:
         raise file_error(path, str(path), f"must be readable ({error.strerror})") from None
 
 
 def _unchanged(path: Path, version: ScriptVersion, lines: Lines) -> Lines:
+    """Yield the lines. Raises ScriptError at their end if the script was changed."""
     yield from lines
-    _check_unchanged(path, version)
+    if script_version(path) != version:
+        raise _changed(path)
 
 
-def _check_unchanged(path: Path, version: ScriptVersion) -> None:
-    if not path.exists() or script_version(path) != version:
-        raise file_error(
-            path,
-            "a script that was changed while it was read",
-            "must stay as it is until its last line is read. Run the same command again; finished shots are skipped",
-        )
+def _changed(path: Path) -> ScriptError:
+    return file_error(
+        path,
+        "a script that was changed while it was read",
+        "must stay as it is until its last line is read. Run the same command again; finished shots are skipped",
+    )
