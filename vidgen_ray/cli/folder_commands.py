@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vidgen_ray.cli.options import AddressOption, DryRunOption, GpusOption, JsonOption, OutArgument, check_out
-from vidgen_ray.cli.run_script import ProfileOfLastRunOption, profile_of_run, render_again
+from vidgen_ray.cli.run_script import ProfileOfLastRunOption, profile_of_run, render_again, temporary_script
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.cleanup import GRACE_S, collect_garbage
 from vidgen_ray.outputs.cleanup import prune as remove_replaced
@@ -119,24 +119,24 @@ def verify(
         damaged = [damage._asdict() for damage in report.damaged]
         typer.echo(json.dumps({**found, "damaged": damaged, "render_again": sorted(report.scripts)}))
     else:
-        _print_damage(report)
+        _print_damage(report, repaired=repair)
     if chosen is not None and report.lines:
         lines = "".join(f"{line.as_json('verify')}\n" for line in report.lines)
         # With --json, standard output has the report above only.
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():
-            render_again(out, to_utf8(lines), chosen, address, gpus, as_json=as_json)
+        with temporary_script(to_utf8(lines)) as script, redirect_stdout(sys.stderr) if as_json else nullcontext():
+            render_again(out, script, chosen, address, gpus, as_json=as_json)
     if report.damaged and (not repair or report.scripts):
         raise typer.Exit(1)
 
 
-def _print_damage(report: VerifyReport) -> None:
+def _print_damage(report: VerifyReport, *, repaired: bool) -> None:
     for damage in report.damaged:
         typer.echo(f"{damage.path}: {damage.problem}")
     read = f"{report.shots:,} shots with {_size(report.bytes)} and {report.cache_entries:,} cache entries"
     typer.echo(f"{read} read, {len(report.damaged):,} files damaged or missing")
     for script in sorted(report.scripts):
         typer.echo(f"Some of its lines have no record any more, render it again: {script}")
-    if report.damaged:
+    if report.damaged and not repaired:
         typer.echo("vidgen verify --repair deletes what is damaged and renders it again")
 
 

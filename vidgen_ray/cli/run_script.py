@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -220,12 +220,23 @@ def retry(
     lines = outputs.storage.read(FILE)
     if lines is None:
         raise SetupError(f"{outputs.url}: no line has failed, there is no {FILE}")
-    render_again(out, lines, chosen, address, gpus, consent, as_json=as_json)
+    local = outputs.storage.local
+    with temporary_script(lines) if local is None else nullcontext(local / FILE) as script:
+        render_again(out, script, chosen, address, gpus, consent, as_json=as_json)
+
+
+@contextmanager
+def temporary_script(lines: bytes) -> Iterator[Path]:
+    """Yield a script with these lines, in the format of `failures.jsonl`."""
+    with TemporaryDirectory(prefix="vidgen-retry-") as folder:
+        script = Path(folder) / FILE
+        script.write_bytes(lines)
+        yield script
 
 
 def render_again(
     out: str,
-    lines: bytes,
+    script: Path,
     profile: Profile,
     address: str | None,
     gpus: Cluster | None,
@@ -233,17 +244,14 @@ def render_again(
     *,
     as_json: bool,
 ) -> None:
-    """Render lines in the format of `failures.jsonl` with the options of the last run."""
+    """Render a script in the format of `failures.jsonl` with the options of the last run."""
     outputs = OutputFolder(out)
     chosen = profile.with_provenance(setting_of_last_run(outputs, "provenance", ProvenanceSettings))
     last = _last_options(outputs)
     options = RenderOptions(address=address, cluster=gpus, **last.model_dump(exclude={"run_seed", "changes"}))
-    with TemporaryDirectory(prefix="vidgen-retry-") as folder:
-        script = Path(folder) / FILE
-        script.write_bytes(lines)
-        fields = with_consent({}, consent)
-        settings = ScriptSettings(script, last.run_seed, fields, chosen.defaults, last.changes, policy=chosen.policy)
-        run_script(settings, chosen, out, options, as_json=as_json)
+    fields = with_consent({}, consent)
+    settings = ScriptSettings(script, last.run_seed, fields, chosen.defaults, last.changes, policy=chosen.policy)
+    run_script(settings, chosen, out, options, as_json=as_json)
 
 
 def validate(
