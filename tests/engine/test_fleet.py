@@ -26,7 +26,7 @@ TIMEOUT_S = 30
 
 
 class Place(NamedTuple):
-    """As `ActorPlace`, which would import torch."""
+    """Place of a process, like `ActorPlace`, as a tuple."""
 
     node: str
     gpus: list[str]

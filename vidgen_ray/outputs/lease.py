@@ -1,7 +1,7 @@
 """Lease of an output folder. Prevents two runs, or a run and `vidgen gc`, from using the folder together.
 
 A lease is a file that its run refreshes. If the run's process is in the PID namespace of this process, the lease expires
-when that process ends, whatever the clocks say; otherwise when it was not refreshed for `STALE_AFTER_S`. In an object
+when that process ends, independent of clocks; otherwise when it was not refreshed for `STALE_AFTER_S`. In an object
 store the lease is `OUT/.running`, created, refreshed and taken over by conditional requests: of several runs exactly one
 gets it. On a disk it is `OUT/.running-<run>`, written before looking for those of other runs: at most one run gets the
 folder, but two that start at the same moment may both be refused.

@@ -281,7 +281,7 @@ def choose_settings(model: UpscaleModel | None, device: str, workers: int) -> En
     """Return the settings with which each of so many workers of this machine runs a network, or only draws frames between.
 
     Half precision is chosen only where its difference from float32 is known (`benchmarks/upscale_quality.py`): float16 on GPUs,
-    bfloat16 for the builtin networks on CPUs that have it. On other CPUs OpenVINO is faster than torch.
+    bfloat16 for the builtin networks on CPUs that have it. In float32 on CPUs, OpenVINO is faster than torch.
     """
     threads = max(1, usable_cpus() // workers)
     if model is None:
