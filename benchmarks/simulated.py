@@ -31,9 +31,9 @@ LOAD_SECONDS_PER_GB = 0.25 / TIME_SCALE
 """Loading weights from disk: 4 GB/s, scaled."""
 SWAP_GB_PER_SECOND = 25 * TIME_SCALE
 """Transfer rate between host and GPU memory: PCIe 4 x16, scaled."""
-IMAGE_SHAPE = (1024, 1024, 3)
-"""3 MB of uint8."""
-FRAMES_SHAPE = (FRAMES, 256, 576, 3)
+IMAGE_SHAPE = (256, 576, 3)
+"""0.4 MB of uint8."""
+FRAMES_SHAPE = (FRAMES, *IMAGE_SHAPE)
 """11 MB of uint8."""
 CLIP_BYTES = 100_000
 """Size of the output file of a shot."""
