@@ -9,7 +9,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
-import pydantic_core
 import yaml
 from pydantic import (
     BaseModel,
@@ -352,10 +351,7 @@ def _finished(outputs: OutputFolder, settings: FilmSettings, candidate: ShotCand
     done = outputs.find_by_id(candidate.id) if candidate.reason is None else None
     if done is None:
         return None
-    metadata = candidate.metadata
-    if metadata is None:
-        assert done.text is not None
-        metadata = pydantic_core.from_json(done.text)["shot"].get("metadata", {})
+    metadata = done.record().shot.metadata if candidate.metadata is None else candidate.metadata
     of_shot = shot_settings(metadata, f"shot {candidate.id}, metadata")
     merged = of_shot.model_copy(update={name: getattr(entry, name) for name in entry.model_fields_set & set(SHOT_FIELDS)})
     files = done.sha256

@@ -213,27 +213,11 @@ class OutputFolder:
         if text is None:
             return None
         try:
-            record = pydantic_core.from_json(text)
-            if not is_result(record):
+            if not is_result(pydantic_core.from_json(text)):
                 return None
-            files, stages, likeness = record["files"], record["stages"], record["likeness"]
-            sizes = {name: file["bytes"] for name, file in files.items()}
-            if not (needed <= files.keys() and self.storage.has(folder, sizes)):
-                return None
-            return DoneShot(
-                key=record["key"],
-                seed=record["shot"]["seed"],
-                likeness=likeness and {name: likeness[name] for name in LikenessRecord.model_fields},
-                folder=folder,
-                committed_at=committed_at,
-                sha256={name: file["sha256"] for name, file in files.items()},
-                bytes=sizes,
-                seconds=sum([step["seconds"] for step in stages]),
-                gpu_seconds=sum([step["gpu_seconds"] for step in stages]),
-                lora_loads=sum([step["adapter_loads"] for step in stages]),
-                licences=tuple((used["licence"], used["commercial_use"]) for used in record["licences"]),
-                text=text,
-            )
+            record = ShotRecord.model_validate_json(text)
+            done = record.model_copy(update={"committed_at": committed_at}).done._replace(folder=folder)
+            return done if needed <= done.bytes.keys() and self.storage.has(folder, done.bytes) else None
         # A damaged record counts as missing. An OSError of the storage does not.
         except (ValueError, KeyError, TypeError, AttributeError):
             return None

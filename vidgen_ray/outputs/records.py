@@ -1,6 +1,5 @@
 """Record types of shots, failures and their files, and the paths of shots and keys in an output folder."""
 
-import builtins
 import hashlib
 import re
 from typing import NamedTuple
@@ -123,10 +122,9 @@ class ShotRecord(_Record):
     @property
     def done(self) -> "DoneShot":
         """The record as a finished shot."""
-        assert self.shot.id is not None
         return DoneShot(
             key=self.key,
-            folder=shot_path(self.shot.id),
+            folder=shot_path(self.shot.id or ""),
             committed_at=self.committed_at,
             seed=self.shot.seed,
             likeness=self.likeness.model_dump() if self.likeness else None,
@@ -136,14 +134,12 @@ class ShotRecord(_Record):
             gpu_seconds=sum(step.gpu_seconds for step in self.stages),
             lora_loads=sum(step.adapter_loads for step in self.stages),
             licences=tuple((used.licence, used.commercial_use) for used in self.licences),
+            full_record=self,
         )
 
 
 class DoneShot(NamedTuple):
-    """A finished shot: the parts of its record that the manifest contains.
-
-    Parses the rest only on request: a run may skip thousands of shots.
-    """
+    """A finished shot: the parts of its record that the manifest contains."""
 
     key: str
     folder: str
@@ -163,15 +159,14 @@ class DoneShot(NamedTuple):
     lora_loads: int
     licences: tuple[tuple[str | None, str], ...] = ()
     """Licence and `commercial_use` of each of the weights behind the shot."""
-    text: builtins.bytes | None = None
-    """The content of shot.json. `None` if the shot was found in the manifest, without reading its record."""
+    full_record: ShotRecord | None = None
+    """`None` if the shot was found in the manifest, without reading its record."""
 
     def record(self) -> ShotRecord:
-        """Parse and validate the record. Raises ValueError if the record was not read."""
-        if self.text is None:
+        """Return the record. Raises ValueError if it was not read."""
+        if self.full_record is None:
             raise ValueError(f"{self.folder}: the record was not read")
-        record = ShotRecord.model_validate_json(self.text)
-        return record.model_copy(update={"committed_at": self.committed_at})
+        return self.full_record
 
 
 class Failure(_Record):
