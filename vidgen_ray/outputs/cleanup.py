@@ -22,6 +22,7 @@ from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import REPLACED, SHOT_FILES, manifest_batches, manifest_files, new_writer
 from vidgen_ray.outputs.manifest_writer import drop_rows
 from vidgen_ray.outputs.records import KEYS, RECORD, SHARD, SHOTS
+from vidgen_ray.outputs.stage_cache import CONTENT_KEY, entry_path
 from vidgen_ray.outputs.storage import Storage, StoredFile
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.system.cache_dir import cache_dir
@@ -32,7 +33,6 @@ SHOTS_AT_ONCE = 1_000
 GRACE_S = 600.0
 """Minimum age of garbage, in seconds. Younger files may be in use by a `VideoGenerationPipeline`, which takes no lease."""
 SHOT_FILE_NAMES = {*SHOT_FILES.values(), *(stage.debug_file for stage in STAGES if stage.debug_file)}
-CONTENT_KEY = re.compile(r"[0-9a-f]{64}")
 Kind = Literal["cache entries", "partial shots", "stale keys", "temporaries"]
 FEATURES = InstantIDStage.debug_file
 """File of a shot with the features of its face, which `--keep stages` writes."""
@@ -72,7 +72,7 @@ def collect_garbage(outputs: OutputFolder, *, dry_run: bool = False, grace_s: fl
     with outputs.lease(run) as lease:
         # Current time by the clock of the storage.
         now = outputs.storage.files("")[lease.name].modified
-        return _Collector(outputs.storage, lease, now - grace_s, dry_run).collect()
+        return _Collector(outputs, lease, now - grace_s, dry_run).collect()
 
 
 def check_not_empty(outputs: OutputFolder) -> None:
@@ -82,9 +82,10 @@ def check_not_empty(outputs: OutputFolder) -> None:
 
 
 class _Collector:
-    def __init__(self, storage: Storage, lease: Lease, young_since: float, dry_run: bool) -> None:
+    def __init__(self, outputs: OutputFolder, lease: Lease, young_since: float, dry_run: bool) -> None:
         """`young_since`: time in seconds since 1970, by the clock of the storage."""
-        self._storage = storage
+        self._storage = outputs.storage
+        self._cache = outputs.stage_cache
         self._lease = lease
         self._used_keys = set[str]()
         """Step keys of all finished shots. Filled from their records."""
@@ -98,11 +99,12 @@ class _Collector:
         for folder in self._shots_without_record():
             # Keep folders with foreign files or subfolders.
             if not self._storage.folders(folder) and self._storage.files(folder).keys() <= SHOT_FILE_NAMES:
-                self._drop("partial shots", folder)
+                self._drop_folder("partial shots", folder)
         for key_file, file in self._stale_keys():
-            self._drop_file("stale keys", key_file, file)
-        for entry in self._unused_entries():
-            self._drop("cache entries", entry)
+            self._drop("stale keys", key_file, [file], self._storage.delete)
+        for key in self._cache.stored_keys():
+            if key not in self._used_keys:
+                self._drop_folder("cache entries", entry_path(key))
         for path in self._storage.abandoned(SWEEP_FOLDERS):
             self._report.add("temporaries", _size_of(path))
             self._delete(remove, path)
@@ -127,25 +129,15 @@ class _Collector:
                 if f"{key} {(shot_id or b'').decode(errors='replace')}" not in self._shots_by_key:
                     yield f"{folder}/{key}", files[key]
 
-    def _unused_entries(self) -> Iterator[str]:
-        for group in self._storage.folders("cache"):
-            keys = [key for key in self._storage.folders(f"cache/{group}") if CONTENT_KEY.fullmatch(key)]
-            yield from (f"cache/{group}/{key}" for key in sorted(set(keys) - self._used_keys))
+    def _drop_folder(self, kind: Kind, folder: str) -> None:
+        self._drop(kind, folder, self._storage.files(folder).values(), self._storage.delete_folder)
 
-    def _drop(self, kind: Kind, folder: str) -> None:
-        files = self._storage.files(folder).values()
+    def _drop(self, kind: Kind, path: str, files: Collection[StoredFile], delete: Callable[[str], None]) -> None:
         if any(file.modified > self._young_since for file in files):
             self._report.left_young += 1
             return
         self._report.add(kind, sum(file.bytes for file in files))
-        self._delete(self._storage.delete_folder, folder)
-
-    def _drop_file(self, kind: Kind, path: str, file: StoredFile) -> None:
-        if file.modified > self._young_since:
-            self._report.left_young += 1
-            return
-        self._report.add(kind, file.bytes)
-        self._delete(self._storage.delete, path)
+        self._delete(delete, path)
 
     def _delete(self, delete: Callable[..., None], path: str | Path) -> None:
         if not self._dry_run:
@@ -219,7 +211,7 @@ def remove_person(outputs: OutputFolder, person: Person, *, with_shots: bool = F
             drop_keys.update(keys)
             if FEATURES in record["files"]:
                 features.append((record.pop("folder"), record))
-        drop_keys = {key for key in drop_keys if outputs.stage_cache.has(key)} | set(_entries_without_shot(storage, kept_keys))
+        drop_keys = {key for key in outputs.stage_cache.stored_keys() if key in drop_keys or key not in kept_keys}
         photos = [*_kept_photos(storage, person.photos)]
         local_photos = [*_local_photos(person.photos)]
         report = RemovalReport(
@@ -258,13 +250,6 @@ def _records(storage: Storage) -> Iterator[dict[str, Any]]:
 
 def _character(record: dict[str, Any]) -> object:
     return (record["shot"].get("metadata") or {}).get("character")
-
-
-def _entries_without_shot(storage: Storage, used: set[str]) -> Iterator[str]:
-    """Yield the keys of cache entries that none of the shots that stay has."""
-    for group in storage.folders("cache"):
-        keys = storage.folders(f"cache/{group}")
-        yield from sorted(set(keys) - used)
 
 
 def _kept_photos(storage: Storage, photos: Collection[str]) -> Iterator[str]:

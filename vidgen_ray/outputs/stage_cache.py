@@ -1,6 +1,7 @@
 """Stage cache: lossless stage results by content key. A change to a later stage reuses the results of earlier ones."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from vidgen_ray.errors import MediaError
 from vidgen_ray.media import decode_lossless, encode_lossless, read_image, write_png
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Likeness
+
+CONTENT_KEY = re.compile(r"[0-9a-f]{64}")
 
 
 class StageCache:
@@ -24,7 +27,7 @@ class StageCache:
 
         An entry that is damaged or incomplete is deleted, so that its stage runs again.
         """
-        with self._storage.local_folder(_entry(key)) as entry:
+        with self._storage.local_folder(entry_path(key)) as entry:
             if entry is None:
                 return None
             artefacts = _read_entry(entry)
@@ -33,19 +36,24 @@ class StageCache:
         self.drop([key])
         return None
 
+    def stored_keys(self) -> Iterator[str]:
+        """Yield the keys of all entries."""
+        for group in self._storage.folders("cache"):
+            yield from sorted(filter(CONTENT_KEY.fullmatch, self._storage.folders(f"cache/{group}")))
+
     def has(self, key: str) -> bool:
         """Return whether there is an entry, which may be damaged."""
-        return self._storage.has_folder(_entry(key))
+        return self._storage.has_folder(entry_path(key))
 
     def is_readable(self, key: str) -> bool:
         """Return whether an entry has an artefact, and all of its files can be decoded."""
-        with self._storage.local_folder(_entry(key)) as entry:
+        with self._storage.local_folder(entry_path(key)) as entry:
             return entry is not None and bool(_read_entry(entry))
 
     @contextmanager
     def local_entry(self, key: str) -> Iterator[Path | None]:
         """Yield a read-only folder on this machine with the files of an entry, or `None` if there is no entry."""
-        with self._storage.local_folder(_entry(key)) as entry:
+        with self._storage.local_folder(entry_path(key)) as entry:
             yield entry
 
     @property
@@ -60,16 +68,17 @@ class StageCache:
         with self._storage.workspace("cache") as workspace:
             _write_artefacts(workspace, artefacts)
             size = sum(file.stat().st_size for file in workspace.iterdir())
-            self._storage.publish_folder(workspace, _entry(key))
+            self._storage.publish_folder(workspace, entry_path(key))
         return size
 
     def drop(self, keys: Iterable[str]) -> None:
         """Delete the entries of these keys."""
         for key in keys:
-            self._storage.delete_folder(_entry(key))
+            self._storage.delete_folder(entry_path(key))
 
 
-def _entry(key: str) -> str:
+def entry_path(key: str) -> str:
+    """Return the folder of an entry, relative to the output folder."""
     return f"cache/{key[:2]}/{key}"
 
 

@@ -13,11 +13,12 @@ from typing import NamedTuple
 from more_itertools import batched
 from pydantic import ValidationError
 
-from vidgen_ray.outputs.cleanup import CONTENT_KEY, INPUTS, KEPT_PHOTO, SHOTS_AT_ONCE, check_not_empty, shot_records
+from vidgen_ray.outputs.cleanup import INPUTS, KEPT_PHOTO, SHOTS_AT_ONCE, check_not_empty, shot_records
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import is_damaged, manifest_batches, manifest_files
 from vidgen_ray.outputs.manifest_writer import FailedLine
 from vidgen_ray.outputs.records import RECORD, Failure, FileRecord, ShotRecord, key_path, shot_path
+from vidgen_ray.outputs.stage_cache import entry_path
 from vidgen_ray.system.cache_dir import sha256_of
 
 THREADS = 8
@@ -165,14 +166,13 @@ def _verify_key_file(outputs: OutputFolder, record: ShotRecord, report: VerifyRe
 
 def _verify_cache(outputs: OutputFolder, report: VerifyReport, repair: bool) -> None:
     """Decode every entry of the stage cache. A run does the same with the entries that it needs."""
-    storage, cache = outputs.storage, outputs.stage_cache
-    for shard in storage.folders("cache"):
-        for key in filter(CONTENT_KEY.fullmatch, storage.folders(f"cache/{shard}")):
-            report.cache_entries += 1
-            if not cache.is_readable(key):
-                report.damaged.append(Damage(f"cache/{shard}/{key}", "cannot be decoded"))
-                if repair:
-                    cache.drop([key])
+    cache = outputs.stage_cache
+    for key in cache.stored_keys():
+        report.cache_entries += 1
+        if not cache.is_readable(key):
+            report.damaged.append(Damage(entry_path(key), "cannot be decoded"))
+            if repair:
+                cache.drop([key])
 
 
 def _verify_inputs(outputs: OutputFolder, report: VerifyReport) -> None:
