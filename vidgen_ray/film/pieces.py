@@ -5,10 +5,12 @@ sound into one MP4 file.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,74 +200,50 @@ def write_film(
                 film.metadata["title"] = title
             if metadata is not None:
                 film.metadata[COMMENT_TAG] = metadata.comment
-            writer = _Writer(film, timeline)
-            for planned in pieces:
-                with opened_piece(planned, folder, open_file) as source:
-                    if writer.video is None:
-                        writer.add_streams(source, sound, opened)
-                    writer.copy(source, planned)
-            writer.finish()
+            with opened_piece(pieces[0], folder, open_file) as first:
+                template = first.streams.best("video")
+                picture = film.add_stream_from_template(template)
+                header = bytes(template.codec_context.extradata)
+            packets = [_picture_packets(pieces, timeline, folder, open_file, picture, header)]
+            if sound is not None:
+                stream = opened.enter_context(av.open(str(sound.absolute()), format="mp4")).streams.audio[0]
+                packets.insert(0, _sound_packets(stream, film.add_stream_from_template(stream)))
+            # In the order of their time, so that the muxer keeps few of them in memory.
+            for _, packet in heapq.merge(*packets, key=itemgetter(0)):
+                film.mux(packet)
         if metadata is not None:
             append_xmp(tmp, metadata.xmp)
         sign(tmp)
 
 
-class _Writer:
-    """Copies packets, sound and picture in the order of their time, so that the muxer keeps few of them in memory."""
+def _sound_packets(stream: Any, target: Any) -> Iterator[tuple[Fraction, Any]]:
+    """Yield the packets of the sound with their decoding time in seconds."""
+    for packet in stream.container.demux(stream):
+        if packet.size:
+            seconds = packet.dts * packet.time_base
+            packet.stream = target
+            yield seconds, packet
 
-    def __init__(self, film: Any, timeline: FilmTimeline) -> None:
-        self.video: Any = None
-        self._film = film
-        self._timeline = timeline
-        self._header = b""
-        self._frames = 0
-        self._sound: Iterator[Any] = iter(())
-        self._next_sound: Any = None
 
-    def add_streams(self, source: Any, sound: Path | None, opened: ExitStack) -> None:
-        """Add a video stream like that of the first piece, and the stream of the sound."""
-        template = source.streams.best("video")
-        self.video = self._film.add_stream_from_template(template)
-        self._header = bytes(template.codec_context.extradata)
-        if sound is not None:
-            stream = opened.enter_context(av.open(str(sound.absolute()), format="mp4")).streams.audio[0]
-            self._sound = self._sound_packets(stream, self._film.add_stream_from_template(stream))
-            self._next_sound = next(self._sound, None)
-
-    @staticmethod
-    def _sound_packets(stream: Any, target: Any) -> Iterator[Any]:
-        for packet in stream.container.demux(stream):
-            if packet.size:
+def _picture_packets(
+    pieces: Sequence[PlannedPiece], timeline: FilmTimeline, folder: Path, open_file: OpenFile, target: Any, header: bytes
+) -> Iterator[tuple[Fraction, Any]]:
+    """Yield the packets of all pieces with the time in seconds of the frame at their position."""
+    number = 0
+    for planned in pieces:
+        name, start = planned.piece.item.source.name, number
+        with opened_piece(planned, folder, open_file) as source:
+            stream = source.streams.best("video")
+            if bytes(stream.codec_context.extradata) != header:
+                raise MediaError(f"{name}: its picture has another H.264 header than the rest of the film")
+            for packet in source.demux(stream):
+                if not packet.size:
+                    continue
+                packet.pts = start + round(packet.pts * packet.time_base * timeline.fps)
+                packet.dts = number - REORDER_FRAMES
+                packet.time_base, packet.duration = 1 / timeline.fps, 1
                 packet.stream = target
-                yield packet
-
-    def copy(self, source: Any, planned: PlannedPiece) -> None:
-        """Copy the packets of a piece."""
-        piece, fps = planned.piece, self._timeline.fps
-        stream = source.streams.best("video")
-        if bytes(stream.codec_context.extradata) != self._header:
-            raise MediaError(f"{piece.item.source.name}: its picture has another H.264 header than the rest of the film")
-        start = self._frames
-        for packet in source.demux(stream):
-            if not packet.size:
-                continue
-            self._copy_sound_until(self._frames / fps)
-            packet.pts = start + round(packet.pts * packet.time_base * fps)
-            packet.dts = self._frames - REORDER_FRAMES
-            packet.time_base, packet.duration = 1 / fps, 1
-            packet.stream = self.video
-            self._film.mux(packet)
-            self._frames += 1
-        if self._frames - start != piece.frames:
-            raise MediaError(f"{piece.item.source.name}: got {self._frames - start} frames, must be {piece.frames}")
-
-    def _copy_sound_until(self, seconds: Fraction | None) -> None:
-        while self._next_sound is not None:
-            if seconds is not None and self._next_sound.dts * self._next_sound.time_base > seconds:
-                return
-            self._film.mux(self._next_sound)
-            self._next_sound = next(self._sound, None)
-
-    def finish(self) -> None:
-        """Copy the rest of the sound."""
-        self._copy_sound_until(None)
+                yield number / timeline.fps, packet
+                number += 1
+        if number - start != planned.piece.frames:
+            raise MediaError(f"{name}: got {number - start} frames, must be {planned.piece.frames}")

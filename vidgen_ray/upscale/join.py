@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +126,9 @@ def _join(
             _copy_tags(stream, targets[index])
         if chapters := original.chapters():
             film.set_chapters(chapters)
-        others = _copied_packets(original, targets)
-        pending = next(others, None)
-        for packet in _video_packets(segments, header, timeline, REORDER_FRAMES[codec]):
-            while pending is not None and pending[0] <= packet.dts * timeline.time_base:
-                film.mux(pending[1])
-                pending = next(others, None)
-            packet.stream = video
+        upscaled = _video_packets(segments, header, timeline, REORDER_FRAMES[codec], video)
+        for _, packet in heapq.merge(_copied_packets(original, targets), upscaled, key=itemgetter(0)):
             film.mux(packet)
-        while pending is not None:
-            film.mux(pending[1])
-            pending = next(others, None)
 
 
 def _copy_tags(source: Any, target: Any) -> None:
@@ -157,8 +151,13 @@ def _copied_packets(original: Any, targets: dict[int, Any]) -> Iterator[tuple[Fr
         yield seconds, packet
 
 
-def _video_packets(segments: Iterable[Path], header: bytes, timeline: FrameTimes, reorder: int) -> Iterator[Any]:
-    """Yield the packets of the segments with the times of the timeline. Raises MediaError for a wrong number."""
+def _video_packets(
+    segments: Iterable[Path], header: bytes, timeline: FrameTimes, reorder: int, target: Any
+) -> Iterator[tuple[Fraction, Any]]:
+    """Yield the packets of the segments with the times of the timeline, and their decoding time in seconds.
+
+    Raises MediaError for a wrong number.
+    """
     decoding_times = _decoding_times(timeline, reorder)
     first = 0
     for path in segments:
@@ -179,7 +178,9 @@ def _video_packets(segments: Iterable[Path], header: bytes, timeline: FrameTimes
                 packet.time_base = timeline.time_base
                 if packet.dts > packet.pts:
                     raise MediaError(f"{path}: frame {frame} is decoded later than it is shown")
-                yield packet
+                seconds = packet.dts * timeline.time_base
+                packet.stream = target
+                yield seconds, packet
                 count += 1
         first += count
     if first != len(timeline.times):
