@@ -112,26 +112,6 @@ def test_eta_excludes_weight_loading_and_skipped_lines(tracker, clock):
     assert tracker.shots_per_minute() == pytest.approx(30, rel=0.05)
 
 
-def test_rejected_lines_do_not_count_as_throughput(tracker, clock):
-    for n in range(100):
-        tracker.on_rejected(row(f"s{n}", "failed"))
-    tracker.on_lines(200, 0, 100, complete=True)
-    clock.now = 1
-    assert (tracker.failed, tracker.remaining) == (100, 100)
-    assert tracker.is_waiting_for_first_shot
-    assert tracker.eta() is None
-
-
-def test_throughput_of_a_long_run_uses_a_bounded_number_of_finish_times(tracker, clock, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.cli.progress_display.MAX_FINISH_TIMES", 100)
-    tracker.on_lines(20_000, 0, 0, complete=True)
-    for n in range(10_000):
-        clock.now = n + 1
-        tracker.on_finished(row("s"))
-    assert len(tracker._finish_times) <= 200
-    assert tracker.shots_per_minute() == pytest.approx(60, rel=0.05)
-
-
 # Line view
 
 

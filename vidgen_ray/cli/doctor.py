@@ -44,7 +44,6 @@ MIN_FREE_GB = 20
 MIN_SHM_GB = 2
 """Ray's object store is in shared memory. With less, it uses the disk, which is slow."""
 MIN_OPEN_FILES = 65_536
-MIN_LOCKED_MB = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,15 +276,6 @@ def check_open_files(limit: tuple[int, int] | None = None) -> Finding:
     return Finding("open files", "pass", text)
 
 
-def check_locked_memory(needs_gpu: bool, limit: tuple[int, int] | None = None) -> Finding:
-    """Pinned host memory, from which weights move to the GPU quickly, may count as locked memory."""
-    soft, _ = limit or resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    text = f"{'unlimited' if soft == resource.RLIM_INFINITY else f'{soft / 2**20:.0f} MB'} of locked memory"
-    if needs_gpu and soft != resource.RLIM_INFINITY and soft < MIN_LOCKED_MB * 2**20:
-        return Finding("locked memory", "warn", text, "ulimit -l unlimited; in a container: docker run --ulimit memlock=-1 ...")
-    return Finding("locked memory", "pass", text)
-
-
 def _limit(value: int) -> str:
     return "unlimited" if value == resource.RLIM_INFINITY else f"{value:,}"
 
@@ -413,7 +403,6 @@ def _findings(profile: Profile, name: str) -> Iterator[Finding]:
         yield check_disk(path)
     yield check_shared_memory()
     yield check_open_files()
-    yield check_locked_memory(needs_gpu)
     yield check_container(max((local.size_bytes or 0 for local in weights), default=0) / 2**30)
     yield check_ray_version()
     yield check_ray_token()

@@ -21,7 +21,7 @@ from vidgen_ray.cli.options import JsonOption, ProfileOption, check_out
 from vidgen_ray.engine.shot_writer import line_with_files
 from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.media import read_image
-from vidgen_ray.outputs.cleanup import Person, RemovalReport, photos_of_character, remove_person
+from vidgen_ray.outputs.cleanup import Person, RemovalReport, check_not_empty, photos_of_character, remove_person
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.profile import load_profile
@@ -211,8 +211,7 @@ def remove_identity(
 
     folders = [OutputFolder(check_out(out)) for out in outs]
     for outputs in folders:
-        if not (outputs.storage.folders("") or outputs.storage.files("")):
-            raise SetupError(f"output folder {outputs.url}: does not exist or is empty")
+        check_not_empty(outputs)
     if Path(person).is_file():
         found = Person(frozenset({sha256_of(Path(person))}))
     else:
@@ -235,7 +234,7 @@ def remove_identity(
 
 
 def _print_removal(outputs: OutputFolder, report: RemovalReport, *, dry_run: bool) -> None:
-    verb = "would remove_identity" if dry_run else "removed"
+    verb = "would remove" if dry_run else "removed"
     parts = f"{report.cached_steps} cache entries, {report.features} files with features, {len(report.photos)} stored photos"
     typer.echo(f"{outputs.url}: {verb} {parts}")
     kept = verb if report.shots_removed else "kept"

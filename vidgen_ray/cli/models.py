@@ -196,14 +196,7 @@ def _summary(licence: WeightLicence) -> str:
 
 def _licence_columns(licence: WeightLicence | None, accepted: set[str]) -> dict[str, Any]:
     if licence is None:
-        return {
-            "licence": None,
-            "licence_url": None,
-            "commercial_use": None,
-            "condition": None,
-            "gated": None,
-            "accepted": None,
-        }
+        return dict.fromkeys(("licence", "licence_url", "commercial_use", "condition", "gated", "accepted"))
     return {
         "licence": licence.licence,
         "licence_url": licence.url,

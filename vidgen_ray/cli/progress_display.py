@@ -29,10 +29,6 @@ RECENT_SHARE = 0.25
 """Length of the recent interval as a fraction of the run, between the two limits below."""
 RECENT_MIN_S = 60.0
 RECENT_MAX_S = 600.0
-MAX_FINISH_TIMES = 10_000
-"""Number of finish times kept, at least. The recent interval is shortened to those that are kept."""
-
-
 STATUS_INTERVAL_S = 5.0
 """Seconds between two `status` events."""
 PLANNING = "planning"
@@ -84,7 +80,6 @@ class ProgressTracker:
         """True once a worker has loaded its weights and works on a shot."""
         self._clock = clock
         self._started: float | None = None
-        self._finished_shots = 0
         self._finish_times: list[float] = []
 
     @property
@@ -100,7 +95,7 @@ class ProgressTracker:
     @property
     def is_waiting_for_first_shot(self) -> bool:
         """True if there are shots to render and none has finished."""
-        return bool(self.remaining) and not self._finished_shots
+        return bool(self.remaining) and not self._finish_times
 
     def on_rejected(self, row: ManifestRow) -> None:
         """Count a rejected line as failed."""
@@ -118,10 +113,7 @@ class ProgressTracker:
             self.failed += 1
         else:
             self.done += 1
-        self._finished_shots += 1
         self._finish_times.append(self._clock())
-        if len(self._finish_times) > 2 * MAX_FINISH_TIMES:
-            self._finish_times = self._finish_times[-MAX_FINISH_TIMES:]
 
     def on_status(self, snapshot: Snapshot) -> None:
         """Store the status. Throughput is measured from when the first worker starts a shot: loading weights is excluded."""
@@ -133,13 +125,13 @@ class ProgressTracker:
     def shots_per_minute(self) -> float | None:
         """Return the throughput of the recent interval. `None` before the first shot."""
         recent = self._recent()
-        return 60 * recent.shots / recent.seconds if self._finished_shots and recent.seconds > 0 else None
+        return 60 * recent.shots / recent.seconds if self._finish_times and recent.seconds > 0 else None
 
     def eta(self) -> tuple[float, float] | None:
         """Return the lowest and highest estimate of the remaining seconds. `None` if unknown."""
         if not self.complete:
             return None
-        return eta_range(self.remaining, Throughput(self._finished_shots, self._elapsed()), self._recent())
+        return eta_range(self.remaining, Throughput(len(self._finish_times), self._elapsed()), self._recent())
 
     def _elapsed(self) -> float:
         return 0.0 if self._started is None else self._clock() - self._started
@@ -147,8 +139,6 @@ class ProgressTracker:
     def _recent(self) -> Throughput:
         now, elapsed, times = self._clock(), self._elapsed(), self._finish_times
         seconds = min(elapsed, max(RECENT_MIN_S, min(RECENT_MAX_S, RECENT_SHARE * elapsed)))
-        if len(times) >= MAX_FINISH_TIMES:
-            seconds = min(seconds, now - times[0])
         return Throughput(len(times) - bisect_right(times, now - seconds), seconds)
 
 
