@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,27 @@ def main() -> None:
     sys.stdout.write(json.dumps(figures, indent=1) + "\n")
 
 
-def measure(folder: Path, shots: int, size: tuple[int, int], frames: int, *, copied: bool) -> dict[str, Any]:
+def run_command(folder: Path, arguments: list[str]) -> dict[str, Any]:
+    """Run `vidgen` in a process of its own. Return its report, seconds and peak memory in MB."""
+    begin, peak_file = time.monotonic(), folder / "peak_mb"
+    command = [sys.executable, "-m", "benchmarks.peak_memory", str(peak_file), "vidgen_ray", *arguments]
+    output = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True).stdout
+    return {
+        "report": json.loads(output),
+        "seconds": round(time.monotonic() - begin, 1),
+        "peak_mb": round(float(peak_file.read_text())),
+    }
+
+
+def measure(
+    folder: Path,
+    shots: int,
+    size: tuple[int, int],
+    frames: int,
+    *,
+    copied: bool,
+    run: Callable[[Path, list[str]], dict[str, Any]] = run_command,
+) -> dict[str, Any]:
     """Make a film twice. Return seconds and peak memory in MB of the two commands, and the report of the first."""
     made = Shots(folder / "out")
     for number in range(CLIPS):
@@ -55,8 +76,8 @@ def measure(folder: Path, shots: int, size: tuple[int, int], frames: int, *, cop
         "shots": entries,
     }
     (folder / "film.yaml").write_text(json.dumps(settings))
-    command = ["vidgen_ray", "film", str(made.root), "-o", str(folder / "film.mp4"), "--film", str(folder / "film.yaml")]
-    first, again = (_run(folder / "peak_mb", [*command, *options, "--json"]) for _ in range(2))
+    command = ["film", str(made.root), "-o", str(folder / "film.mp4"), "--film", str(folder / "film.yaml")]
+    first, again = (run(folder, [*command, *options, "--json"]) for _ in range(2))
     return {
         "shots": shots,
         "size": f"{size[0]}x{size[1]}",
@@ -67,17 +88,6 @@ def measure(folder: Path, shots: int, size: tuple[int, int], frames: int, *, cop
         "unchanged_seconds": again["seconds"],
         "unchanged_rendered": again["report"]["rendered"],
         "unchanged_peak_mb": again["peak_mb"],
-    }
-
-
-def _run(peak_file: Path, arguments: list[str]) -> dict[str, Any]:
-    begin = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.peak_memory", str(peak_file), *arguments]
-    output = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True).stdout
-    return {
-        "report": json.loads(output),
-        "seconds": round(time.monotonic() - begin, 1),
-        "peak_mb": round(float(peak_file.read_text())),
     }
 
 

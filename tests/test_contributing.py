@@ -2,12 +2,8 @@
 
 import json
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
 
@@ -17,6 +13,11 @@ from vidgen_ray.outputs.records import shot_path
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SMALL = {"width": 64, "height": 64, "num_frames": 9, "fps": 25, "scale": 2}
+LINES = (
+    {"id": "new", "prompt": "a red ball", "video_model": "ltx95", "steps": {"ltx95": 2}, "guidance": {"ltx95": 2}},
+    {"id": "plain", "prompt": "a red ball"},
+    {"id": "guided", "prompt": "a red ball", "start_guidance": 3},
+)
 DOCUMENT = (ROOT / "CONTRIBUTING.md").read_text()
 
 
@@ -78,15 +79,8 @@ def test_worked_examples_pass_the_contract_tests(project):
     project.run("-m", "pytest", "-q", "tests/stages/test_contract.py", "-k", "ltx95 or svd")
 
 
-def test_worked_examples_are_planned_and_rendered(project, tmp_path):
-    lines = script(
-        tmp_path,
-        {"id": "new", "prompt": "a red ball", "video_model": "ltx95", "steps": {"ltx95": 2}, "guidance": {"ltx95": 2}},
-        {"id": "plain", "prompt": "a red ball"},
-        {"id": "guided", "prompt": "a red ball", "start_guidance": 3},
-    )
-    planned = project.run("-m", "vidgen_ray", "plan", lines, "-p", "gpu-80gb", "--gpus", "8x80GB", "--json")
-    assert json.loads(planned.stdout)
+def test_worked_examples_are_rendered(project, tmp_path):
+    lines = script(tmp_path, *LINES)
     project.run("-m", "vidgen_ray", "render", lines, "-o", str(tmp_path / "out"), "-p", "tiny")
     new, plain, guided = records(tmp_path / "out", "new", "plain", "guided")
     assert [step["stage"] for step in new["stages"]] == ["flux", "ltx95", "realesrgan"]
@@ -94,26 +88,32 @@ def test_worked_examples_are_planned_and_rendered(project, tmp_path):
     assert plain["files"]["video.mp4"] != guided["files"]["video.mp4"]
 
 
-def test_worked_examples_render_online_jobs(project, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vidgen_ray", "serve", "-p", "tiny", "--data", str(tmp_path), "--port", str(port)]
-    log = (tmp_path / "log").open("wb")
-    with subprocess.Popen(command, cwd=project.folder, env=project.environment, stdout=log, stderr=log) as server:
-        try:
-            transport = httpx.HTTPTransport(retries=60)
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport, timeout=60) as client:
-                for stage, fields in (("ltx95", {"video_model": "ltx95", "num_frames": 9}), ("svd", {"start_guidance": 2})):
-                    asked = client.post("/v1/videos", json={"prompt": "a red ball", "size": "64x64", "num_frames": 4, **fields})
-                    assert asked.status_code == 200, asked.text
-                    with client.stream("GET", f"/v1/videos/{asked.json()['id']}/events", timeout=240) as events:
-                        text = "".join(events.iter_text())
-                    video = client.get(f"/v1/videos/{asked.json()['id']}").json()
-                    assert video["status"] == "completed", video
-                    assert stage in text
-        finally:
-            server.terminate()
+SERVED = """
+import json, sys
+from pathlib import Path
+from starlette.testclient import TestClient
+from tests.online.directors import LOCAL, local_server
+from tests.online.test_api_videos import ended
+from vidgen_ray.cli import main
+from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.profile import load_profile
+
+script, data = sys.argv[1:]
+assert main(["plan", script, "-p", "gpu-80gb", "--gpus", "8x80GB", "--json"]) == 0
+with local_server(load_profile("tiny"), OnlineSettings(profile="tiny", data=data)) as server:
+    client = TestClient(server.app, **LOCAL)
+    for fields in ({"video_model": "ltx95", "num_frames": 9}, {"start_guidance": 2}):
+        asked = client.post("/v1/videos", json={"prompt": "a red ball", "size": "64x64", "num_frames": 4, **fields})
+        assert asked.status_code == 200, asked.text
+        video = ended(client, asked.json()["id"])
+        assert video["status"] == "completed", video
+shots = [json.loads(path.read_text()) for path in Path(data).rglob("shot.json")]
+assert {shot["stages"][1]["stage"] for shot in shots} == {"ltx95", "svd"}, shots
+"""
+
+
+def test_worked_examples_are_planned_and_served(project, tmp_path):
+    project.run("-c", SERVED, script(tmp_path, *LINES), str(tmp_path / "out"))
 
 
 def test_stage_of_another_package_is_rendered_on_ray(other_package, tmp_path):

@@ -1,19 +1,22 @@
 """Scripts in examples/ run as documented, with the tiny weights."""
 
-import os
-import subprocess
+import asyncio
+import runpy
 import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet as pq
+import pytest
+import ray
 
 from tests.conftest import ASTRONAUT, EXAMPLES
 from tests.online.directors import listening_on_a_port, local_server
 from vidgen_ray.online.server_settings import OnlineSettings
 
 
-def test_ray_data_pipeline_writes_clips_and_a_table(tmp_path):
+@pytest.mark.usefixtures("local_ray")
+def test_ray_data_pipeline_writes_clips_and_a_table(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     photo = str(EXAMPLES / "faces" / "astronaut.jpg")
@@ -23,10 +26,10 @@ def test_ray_data_pipeline_writes_clips_and_a_table(tmp_path):
         {"id": "missing", "subject": "person", "place": "in the snow", "photo": str(tmp_path / "missing.png")},
     ]
     pq.write_table(pyarrow.Table.from_pylist(ideas), out / "ideas.parquet")
-    command = [sys.executable, EXAMPLES / "ray_data_pipeline.py", "--profile", "tiny", "--out", out]
-    # A Ray of its own, even if a cluster runs on this machine.
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "RAY_ADDRESS": "local"}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    monkeypatch.setattr(sys, "argv", ["ray_data_pipeline.py", "--profile", "tiny", "--out", str(out)])
+    # This process is connected.
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    runpy.run_path(str(EXAMPLES / "ray_data_pipeline.py"))["main"]()
 
     clips = {row["id"]: row for row in pq.read_table(out / "clips.parquet").to_pylist()}
     assert set(clips) == {"boat", "astronaut"}
@@ -41,14 +44,15 @@ def test_ray_data_pipeline_writes_clips_and_a_table(tmp_path):
     assert '"missing"' in (out / "failures.jsonl").read_text()
 
 
-def test_client_renders_and_downloads_prompts(tiny, tmp_path):
+def test_client_renders_and_downloads_prompts(tiny, tmp_path, monkeypatch, capsys):
     settings = OnlineSettings(profile="tiny", data=str(tmp_path / "data"))
     with local_server(tiny, settings) as server, listening_on_a_port(server.app) as url:
-        command = [sys.executable, EXAMPLES / "client.py", "a boat", "fail", "--photo", ASTRONAUT, "--out", tmp_path / "clips"]
-        environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "VIDGEN_URL": url}
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 1, run.stderr
+        arguments = ["client.py", "a boat", "fail", "--photo", str(ASTRONAUT), "--out", str(tmp_path / "clips")]
+        monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.setenv("VIDGEN_URL", url)
+        assert asyncio.run(runpy.run_path(str(EXAMPLES / "client.py"))["main"]()) == 1
+    printed = capsys.readouterr().out
     (clip,) = (tmp_path / "clips").iterdir()
-    assert f"{clip.stem} completed 100%" in run.stdout
-    assert "'fail': " in run.stdout
-    assert run.stdout.splitlines()[-2:] == [str(clip), "failed"]
+    assert f"{clip.stem} completed 100%" in printed
+    assert "'fail': " in printed
+    assert printed.splitlines()[-2:] == [str(clip), "failed"]

@@ -18,7 +18,6 @@ from tests.online.directors import LOCAL, local_server
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.film.film_settings import read_film_file
 from vidgen_ray.media import open_video, read_image
-from vidgen_ray.media.decode import sample_frames
 from vidgen_ray.nets.identity_networks import read_parts
 from vidgen_ray.nets.ir_se50 import read_network
 from vidgen_ray.nets.lora_header import check_lora_file
@@ -80,7 +79,6 @@ FILES = {
     "API keys": ("a.yaml", lambda path: load_keys(path, Limits())),
     "photo": ("a.png", read_image),
     "video": ("a.mp4", open_video),
-    "video of a client": ("a.mp4", lambda path: list(sample_frames(path, 1, 1))),
 }
 """Door -> name of its file, and the function that reads it."""
 

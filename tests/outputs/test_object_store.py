@@ -4,10 +4,8 @@ import io
 import json
 import logging
 import os
-import pickle
 import re
-import subprocess
-import sys
+from contextlib import closing
 from pathlib import Path
 
 import boto3
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 from moto.s3.responses import S3Response
 
-from tests.decoded import frames_of
+from tests import forked
 from tests.film.conftest import Shots, tone
 from tests.outputs.test_outputs import commit, failed, row, write
 from vidgen_ray.cli import main
@@ -24,7 +22,7 @@ from vidgen_ray.outputs import object_storage
 from vidgen_ray.outputs.cleanup import collect_garbage
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
-from vidgen_ray.outputs.object_storage import MARKER
+from vidgen_ray.outputs.object_storage import MARKER, ObjectStorage
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.report.gallery_page import write_gallery
@@ -36,20 +34,6 @@ def outputs(url):
     return OutputFolder(url)
 
 
-@pytest.fixture(scope="module")
-def render(tiny):
-    """Render a shot of the tiny profile into an output folder."""
-    pipelines = {}
-
-    def render(out, shot):
-        pipeline = pipelines.setdefault(out, VideoGenerationPipeline(tiny, out))
-        return pipeline.render(shot)
-
-    yield render
-    for pipeline in pipelines.values():
-        pipeline.close()
-
-
 def objects(outputs):
     """Return path -> size in bytes of all stored objects."""
     return {meta["path"]: meta["size"] for page in outputs.storage._store.list() for meta in page}
@@ -59,42 +43,51 @@ def workspaces():
     return set((cache_dir() / "unfinished").iterdir())
 
 
-def test_shot_has_the_same_bytes_as_on_disk_and_is_not_rendered_twice(render, make_shot, url, tmp_path, monkeypatch):
-    shot = make_shot(id="ball", num_frames=4)
-    outputs = OutputFolder(url)
-    remote, local = render(url, shot), render(tmp_path, shot)
-    assert remote.files == local.files
-    assert set(remote.files) == {"image.png", "video.mp4", "hd.mp4"}
-    for name in remote.files:
-        assert outputs.read("ball", name) == (tmp_path / shot_path("ball") / name).read_bytes()
-    assert str(outputs.place("ball", "hd.mp4")) == f"{outputs.url}/{shot_path('ball')}/hd.mp4"
+def test_shot_has_the_same_bytes_as_on_disk_and_is_not_rendered_twice(tiny, make_shot, url, outputs, tmp_path, monkeypatch):
+    shot = make_shot(id="ball", num_frames=2)
+    with closing(VideoGenerationPipeline(tiny, tmp_path)) as pipeline:
+        local = pipeline.render(shot)
+    with closing(VideoGenerationPipeline(tiny, url)) as pipeline:
+        remote = pipeline.render(shot)
+        assert remote.files == local.files
+        assert set(remote.files) == {"image.png", "video.mp4", "hd.mp4"}
+        for name in remote.files:
+            assert outputs.read("ball", name) == (tmp_path / shot_path("ball") / name).read_bytes()
+        assert str(outputs.place("ball", "hd.mp4")) == f"{outputs.url}/{shot_path('ball')}/hd.mp4"
 
-    monkeypatch.setattr(OutputFolder, "draft", lambda *_: pytest.fail("rendered twice"))
-    render(url, shot)
+        monkeypatch.setattr(OutputFolder, "draft", lambda *_: pytest.fail("rendered twice"))
+        pipeline.render(shot)
     assert not [path for path in workspaces() if f"-{os.getpid()}-" in path.name]
 
 
-def test_changing_the_upscaling_reuses_the_cached_image_and_clip(render, make_shot, url):
-    for scale, cached in ((2, [False, False, False]), (3, [True, True, False])):
-        record = render(url, make_shot(id="ball", num_frames=2, scale=scale))
-        assert [step.cached for step in record.stages] == cached
+def test_damaged_cache_entry_is_dropped(outputs):
+    cache, frames = outputs.stage_cache, np.zeros((2, 16, 16, 3), np.uint8)
+    for digit, damage in enumerate(("none", "truncated", "deleted", "incomplete")):
+        key = str(digit) * 64
+        entry = f"cache/{key[:2]}/{key}"
+        cache.put(key, {"frames": frames})
+        assert set(outputs.storage.files(entry)) == {"frames.mkv", MARKER}
+        if damage == "truncated":
+            outputs.storage.write(f"{entry}/frames.mkv", outputs.storage.read(f"{entry}/frames.mkv")[:100])
+        elif damage != "none":
+            outputs.storage.delete(f"{entry}/{'frames.mkv' if damage == 'deleted' else MARKER}")
+        found = cache.get(key, ["frames"])
+        assert (found is None, cache.has(key)) == (damage != "none", damage == "none"), damage
+        if found is not None:
+            np.testing.assert_array_equal(found["frames"], frames)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "deleted", "incomplete"])
-def test_damaged_cache_entry_is_computed_again(render, make_shot, url, damage):
-    first = render(url, make_shot(id="a", num_frames=2))
-    clip = OutputFolder(url).read("a", "video.mp4")
-    svd = next(step for step in first.stages if step.stage == "svd")
-    storage, entry = OutputFolder(url).storage, f"cache/{svd.key[:2]}/{svd.key}"
-    assert set(storage.files(entry)) == {"frames.mkv", MARKER}
-    if damage == "truncated":
-        storage.write(f"{entry}/frames.mkv", storage.read(f"{entry}/frames.mkv")[:100])
-    else:
-        storage.delete(f"{entry}/{'frames.mkv' if damage == 'deleted' else MARKER}")
-    again = render(url, make_shot(id="a", num_frames=2, scale=3))
-    assert [step.cached for step in again.stages] == [True, False, False]
-    np.testing.assert_array_equal(frames_of(OutputFolder(url).read("a", "video.mp4")), frames_of(clip))
-    assert render(url, make_shot(id="a", num_frames=2, scale=4)).stages[1].cached
+def commit_and_exit(outputs, plan, uploads):
+    """Commit a shot. The process ends after this number of uploads."""
+    upload, uploaded = ObjectStorage._upload, []
+
+    def upload_or_exit(*args):
+        if len(uploaded) == uploads:
+            os._exit(9)
+        uploaded.append(upload(*args))
+
+    ObjectStorage._upload = upload_or_exit
+    commit(outputs, plan, ("hd.mp4", "image.png"))
 
 
 @pytest.mark.parametrize("uploads", range(3))
@@ -102,29 +95,12 @@ def test_commit_killed_between_uploads_leaves_the_shot_unfinished(url, outputs, 
     # Tests in other processes commit at the same time.
     monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path))
     plan = plan_of("x")
-    code = f"""
-import os, pickle, sys
-from vidgen_ray.outputs.object_storage import ObjectStorage
-outputs, plan = pickle.load(sys.stdin.buffer)
-outputs.prepare()
-upload, uploaded = ObjectStorage._upload, []
-def upload_or_exit(*args):
-    if len(uploaded) == {uploads}:
-        os._exit(9)
-    uploaded.append(upload(*args))
-ObjectStorage._upload = upload_or_exit
-with outputs.draft(plan) as draft:
-    for name in ("hd.mp4", "image.png"):
-        draft.path(name).write_bytes(b"new")
-    draft.commit([])
-"""
     commit(outputs, plan)
     assert outputs.find_finished(plan)
     before = workspaces()
-    killed = subprocess.run(
-        [sys.executable, "-c", code], input=pickle.dumps((outputs, plan)), stderr=subprocess.PIPE, env=os.environ
-    )
-    assert killed.returncode == 9, killed.stderr.decode()
+    killed = forked.start(tmp_path / "errors", commit_and_exit, outputs, plan, uploads)
+    killed.join()
+    assert killed.exitcode == 9, (tmp_path / "errors").read_text()
     assert outputs.find_finished(plan) is None
     (abandoned,) = workspaces() - before
     outputs.sweep()
@@ -176,8 +152,8 @@ def test_interrupted_upload_keeps_the_old_object(outputs):
     assert outputs.storage.read("failures.jsonl") == b"whole"
 
 
-def test_collect_garbage_removes_unreferenced_objects(render, make_shot, url, outputs):
-    record = render(url, make_shot(id="ball", num_frames=2))
+def test_collect_garbage_removes_unreferenced_objects(plan_of, outputs):
+    record = commit(outputs, plan_of("ball"))
     before = objects(outputs)
     entry, partial, foreign = (
         f"cache/ab/{'ab' * 32}/image.png",
@@ -254,7 +230,7 @@ def test_region_of_a_bucket_is_found(endpoint, monkeypatch):
 
 
 def test_large_object_round_trip(outputs):
-    content = os.urandom(23 << 20)
+    content = os.urandom(9 << 20)
     outputs.storage.write("hd.mp4", content)
     assert outputs.storage.read("hd.mp4") == content
     with outputs.storage.local_copy("hd.mp4") as path:

@@ -1,17 +1,21 @@
 """`vidgen verify`: damage to every kind of file is found, and repaired where that is possible."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.outputs.test_outputs import row, write
-from vidgen_ray.cli import main
+from vidgen_ray.cli import folder_commands, main
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.outputs.verify import verify
+from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.read import read_script
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -93,20 +97,27 @@ def test_folder_in_use_is_refused(outputs, shot):
         verify(outputs)
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_command_renders_damaged_shots_again(tmp_path, capsys):
-    script, out = tmp_path / "s.jsonl", tmp_path / "out"
-    script.write_text("".join(json.dumps({"id": id_, "prompt": "a", "generate_video": False}) + "\n" for id_ in "ab"))
-    assert main(["render", str(script), "-o", str(out), "-p", "tiny"]) == 0
-    assert main(["verify", str(out)]) == 0
-    image = Path(out / shot_path("b") / "image.png")
-    original = image.read_bytes()
-    image.write_bytes(original[:-20] + bytes(20))
-    capsys.readouterr()
-    assert main(["verify", str(out), "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["damaged"] == [
-        {"path": f"{shot_path('b')}/image.png", "problem": "has another content than shot.json states (sha256)"}
-    ]
-    assert main(["verify", str(out), "--repair"]) == 0
+def test_command_renders_damaged_shots_again(tmp_path, tiny, make_shot, capsys, monkeypatch):
+    """The pipeline stands for a run, which `vidgen retry` starts in the same way."""
+    out = tmp_path / "out"
+
+    def render_again(out, script, profile, *options, as_json):
+        for line in read_script(ScriptSettings(script, profile_defaults=profile.defaults)).lines:
+            pipeline.render(line.shot)
+
+    monkeypatch.setattr(folder_commands, "render_again", render_again)
+    with closing(VideoGenerationPipeline(tiny, out)) as pipeline:
+        for shot_id in "ab":
+            pipeline.render(make_shot(id=shot_id, generate_video=False))
+        assert main(["verify", str(out)]) == 0
+        image = Path(out / shot_path("b") / "image.png")
+        original = image.read_bytes()
+        image.write_bytes(original[:-20] + bytes(20))
+        capsys.readouterr()
+        assert main(["verify", str(out), "--json"]) == 1
+        assert json.loads(capsys.readouterr().out)["damaged"] == [
+            {"path": f"{shot_path('b')}/image.png", "problem": "has another content than shot.json states (sha256)"}
+        ]
+        assert main(["verify", str(out), "--repair", "-p", "tiny"]) == 0
     assert image.read_bytes() == original
     assert main(["verify", str(out)]) == 0

@@ -60,8 +60,6 @@ def test_settings_without_effect_are_noted(check, line, notes):
     [
         ({"steps.flux": 3, "steps": {"flux": 4}}, "steps.flux", "must be set once"),
         ({"lora": ["a.safetensors", "./a.safetensors"]}, "lora", "is listed twice"),
-        ({"face_image": "https://example.com/a.jpg"}, "face_image", "URLs are not read"),
-        ({"image": "s3://bucket/a.jpg"}, "image", "URLs are not read"),
         ({"lora": "https://example.com/a.safetensors"}, "lora", "URLs are not read"),
     ],
 )

@@ -116,7 +116,6 @@ def test_choices_without_an_id_derive_ids_from_the_chosen_text(script):
         ({"prompt": "a", "matrix": {"fps": 3}}, "matrix.fps", "must be a list"),
         ({"prompt": "a", "matrix": {"fpss": [3]}}, "matrix.fpss", "did you mean fps?"),
         ({"prompt": "a", "matrix": {"seed": list(range(MAX_SHOTS_PER_LINE + 1))}}, "matrix", f"at most {MAX_SHOTS_PER_LINE}"),
-        ({"prompt": "{a|b}" * 11}, "prompt", f"at most {MAX_SHOTS_PER_LINE}"),
         ({"id": "x", "prompt": "a", "matrix": {"style_prompt": ["ink!", "ink?"]}}, "id", "same id"),
         ({"prompt": "a", "matrix": {"fps": [3, "x"]}}, "fps", "must be a valid integer"),
     ],

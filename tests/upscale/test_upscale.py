@@ -3,7 +3,6 @@
 import os
 from fractions import Fraction
 from pathlib import Path
-from threading import Event
 
 import av
 import numpy as np
@@ -13,10 +12,9 @@ from av.sidedata.sidedata import Type as SideData
 from tests.upscale.conftest import FAST, TAGGED
 from tests.upscale.videos import SIZE, decoded, packets, picture, write_video
 from vidgen_ray.errors import MediaError
-from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.upscale import job as job_module
 from vidgen_ray.upscale.frames import FrameReader, write_segment
-from vidgen_ray.upscale.job import SegmentFailed, SegmentWorker, Threads
+from vidgen_ray.upscale.job import SegmentFailed, SegmentWorker
 from vidgen_ray.upscale.network import UpscaleNetwork
 from vidgen_ray.upscale.source import read_source
 
@@ -232,52 +230,12 @@ def test_reading_after_a_seek_gives_the_frames_of_reading_from_the_start(tmp_pat
             np.testing.assert_array_equal(pixels, straight[number])
 
 
-def test_a_failed_run_resumes_with_the_bytes_of_an_undisturbed_one(tmp_path, upscale, short_segments):
-    video = write_video(tmp_path / "in.mp4", 23, sound_s=1.5)
-    upscale(video, tmp_path / "whole.mp4")
-    expected = sha256_of(tmp_path / "whole.mp4")
-
-    out = tmp_path / "out" / "whole.mp4"
-    for frame in (3, 8, 14):
-        with pytest.raises(SegmentFailed):
-            upscale(video, out, on_progress=failing_at(frame))
-        assert not out.exists()
-    report = upscale(video, out, runner=Threads(2))
-    assert report.resumed_frames >= 15
-    assert sha256_of(out) == expected
-    assert upscale(video, out).was_finished
-    assert not (out.parent / ".vidgen-upscale" / "whole.mp4").exists()
-
-
 def failing_at(frame):
     def on_progress(done, total, made):
         if made == frame:
             raise RuntimeError("disk lost")
 
     return on_progress
-
-
-def test_interrupt_is_noticed_while_a_segment_is_made(tmp_path, upscale, short_segments):
-    video = write_video(tmp_path / "in.mp4", 23)
-    upscale(video, tmp_path / "whole.mp4")
-    out = tmp_path / "out" / "whole.mp4"
-    pressed, noticed = Event(), Event()
-
-    def check_interrupt():
-        if pressed.is_set():
-            noticed.set()
-            raise KeyboardInterrupt
-
-    def on_progress(done, total, made):
-        if made == 8:
-            pressed.set()
-            noticed.wait()
-
-    with pytest.raises(KeyboardInterrupt):
-        upscale(video, out, runner=Threads(1, check_interrupt), on_progress=on_progress)
-    assert not out.exists()
-    assert upscale(video, out).resumed_frames >= 5
-    assert sha256_of(out) == sha256_of(tmp_path / "whole.mp4")
 
 
 def test_other_settings_do_not_resume(tmp_path, upscale, short_segments):

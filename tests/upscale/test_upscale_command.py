@@ -4,24 +4,21 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.upscale.conftest import SETTINGS, compact
 from tests.upscale.videos import decoded, packets, write_video
 from vidgen_ray.cli import main
 from vidgen_ray.system.cache_dir import sha256_of
+from vidgen_ray.upscale import job, ray_runner
 from vidgen_ray.upscale import run as upscale_run
 from vidgen_ray.upscale import upscale_command as command
 from vidgen_ray.upscale.network import EngineSettings
 from vidgen_ray.upscale.source import read_source
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -123,39 +120,37 @@ def test_list_models(run):
     assert [line.split()[0] for line in output.splitlines()] == ["animevideov3", "x4plus-anime", "x4plus", "PATH"]
 
 
-KILLED = """
-import os, sys
-from pathlib import Path
-from benchmarks.peak_memory import write_at_exit
-from tests.upscale.conftest import SETTINGS
-from vidgen_ray.cli import main
-from vidgen_ray.upscale import upscale_command as command
-from vidgen_ray.upscale import job
-command.choose_settings = lambda model, device, workers: SETTINGS
-if "PEAK_FILE" in os.environ:
-    write_at_exit(Path(os.environ["PEAK_FILE"]))
-else:
-    # Many moments to be killed at.
-    job.MAX_SEGMENT_FRAMES = job.MIN_SEGMENT_FRAMES = 5
-sys.exit(main(["upscale", *sys.argv[1:]]))
-"""
+def command_in_a_fork(segment_frames, peak_file, arguments):
+    """Run the command with the tiny network in segments of this many frames, and write the peak memory of its process."""
+    command.choose_settings = lambda model, device, workers: SETTINGS
+    if segment_frames is not None:
+        job.MAX_SEGMENT_FRAMES = job.MIN_SEGMENT_FRAMES = segment_frames
+    code = main(["upscale", *arguments])
+    peak_file.write_text(str(forked.peak_mb()))
+    return code
 
 
-def start(*arguments, **environment):
-    command_line = [sys.executable, "-c", KILLED, *map(str, arguments)]
-    env = {**os.environ, **environment}
-    return subprocess.Popen(command_line, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start(tmp_path, weights):
+    """Return a function that starts the command in a process of its own, which has many moments to be killed at."""
+
+    def start(*arguments, segment_frames=5):
+        words = [*map(str, arguments), "--model", str(weights), "--preset", "ultrafast"]
+        return forked.start(tmp_path / "errors", command_in_a_fork, segment_frames, tmp_path / "peak_mb", words)
+
+    return start
 
 
-def kill_after_segments(process, folder, count):
-    """Kill the process when `count` segments exist. Return false if it ended before."""
-    while process.poll() is None:
-        if len(list(folder.glob("0*.mp4"))) >= count:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+def segments_in(folder):
+    return len(list(folder.glob("0*.mp4")))
+
+
+def wait_for_segments(process, folder, count):
+    """Wait until `count` segments exist. Return false if the process ends before."""
+    while process.is_alive():
+        if segments_in(folder) >= count:
             return True
         time.sleep(0.002)  # a file system sends no event
-    process.communicate()
     return False
 
 
@@ -171,49 +166,36 @@ def digest_after(run, short_segments):
     return upscaled
 
 
-def test_a_killed_command_resumes_with_the_same_bytes(tmp_path, weights, digest_after):
-    video = write_video(tmp_path / "in.mp4", 120, sound_s=1.0)
-    options = "--model", weights, "--preset", "ultrafast"
-    expected = digest_after(video, tmp_path / "whole" / "in.mp4")
-    out = tmp_path / "out" / "in.mp4"
-    folder = out.parent / ".vidgen-upscale" / "in.mp4"
-    assert kill_after_segments(start(video, "-o", out, *options), folder, 4)
-    assert not out.exists()
-    assert len(list(folder.glob("0*.mp4"))) >= 4
-    assert digest_after(video, out) == expected
-    assert not folder.exists()
-
-
-@pytest.mark.slow
-def test_kills_at_random_moments_leave_the_bytes_of_an_undisturbed_run(tmp_path, weights, digest_after):
-    video = write_video(tmp_path / "in.mp4", 400, sound_s=3.0)
-    options = "--model", weights, "--preset", "ultrafast", "--workers", "2"
+def test_kills_at_random_moments_leave_the_bytes_of_an_undisturbed_run(tmp_path, start, digest_after):
+    video = write_video(tmp_path / "in.mp4", 200, sound_s=2.0)
     expected = digest_after(video, tmp_path / "whole" / "in.mp4", "--workers", "2")
     out = tmp_path / "out" / "in.mp4"
+    folder = out.parent / ".vidgen-upscale" / "in.mp4"
     seed = random.randrange(10**6)
     rng = random.Random(seed)
     kills = 0
-    for _ in range(8):
-        process = start(video, "-o", out, *options)
-        folder = out.parent / ".vidgen-upscale" / "in.mp4"
-        kills += kill_after_segments(process, folder, len(list(folder.glob("0*.mp4"))) + rng.randrange(1, 12))
+    for _ in range(4):
+        process = start(video, "-o", out, "--workers", "2")
+        if wait_for_segments(process, folder, segments_in(folder) + rng.randrange(1, 7)):
+            kills += 1
+        process.kill()
+        process.join()
+    assert kills >= 2, f"seed {seed}"
+    assert not out.exists(), f"seed {seed}"
     assert digest_after(video, out, "--workers", "2") == expected, f"seed {seed}"
-    assert kills >= 3, f"seed {seed}"
+    assert not folder.exists()
 
 
-def test_interrupt_exits_with_130_and_resumes(tmp_path, weights):
-    video = write_video(tmp_path / "in.mp4", 800)
-    options = "--model", weights, "--preset", "ultrafast"
+def test_interrupt_exits_with_130_and_resumes(tmp_path, start):
+    video = write_video(tmp_path / "in.mp4", 400)
     out = tmp_path / "out" / "in.mp4"
     folder = out.parent / ".vidgen-upscale" / "in.mp4"
-    process = start(video, "-o", out, *options)
-    while not folder.exists() or len(list(folder.glob("0*.mp4"))) < 2:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130
-    assert "Run the same command to resume" in errors
+    process = start(video, "-o", out)
+    assert wait_for_segments(process, folder, 2), (tmp_path / "errors").read_text()
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
+    assert "Run the same command to resume" in (tmp_path / "errors").read_text()
     assert not list(folder.glob(".tmp-*"))
 
 
@@ -239,42 +221,33 @@ def test_interrupt_whose_exception_is_dropped_ends_the_command(tmp_path, run, mo
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_long_film_takes_the_memory_of_a_short_one(tmp_path, weights):
-    """Frames of 64x36. The times of all frames are in memory. The frames would take 0.1 GB, and upscaled four times as much."""
+def test_a_long_film_takes_the_memory_of_a_short_one(tmp_path, start):
+    """Frames of 192x108. The times of all frames are in memory. They would take 90 MB, upscaled four times as much."""
     peaks = []
-    for name, frames in (("short", 2_400), ("long", 16_800)):
-        video = write_video(tmp_path / f"{name}.mkv", frames, size=(64, 36), options={"preset": "ultrafast"})
-        peak = tmp_path / f"{name}.peak_mb"
-        options = "--model", weights, "--preset", "ultrafast"
-        process = start(video, "-o", tmp_path / "out" / video.name, *options, PEAK_FILE=str(peak))
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+    for name, frames in (("short", 300), ("long", 1_800)):
+        video = write_video(tmp_path / f"{name}.mkv", frames, size=(192, 108), options={"preset": "ultrafast"})
+        process = start(video, "-o", tmp_path / "out" / video.name, segment_frames=None)
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "errors").read_text()
         assert len(packets(tmp_path / "out" / video.name, "video")) == frames
-        peaks.append(float(peak.read_text()))
-    assert peaks[1] - peaks[0] < 60
+        peaks.append(float((tmp_path / "peak_mb").read_text()))
+    assert peaks[1] - peaks[0] < 50
 
 
 @pytest.mark.parametrize(("cpus", "slots"), [((1, 1), 2), ((3,), 1), ((4, 1), 2), ((0,), 0)])
 def test_worker_reserves_its_threads_or_a_whole_node(monkeypatch, cpus, slots):
-    from vidgen_ray.upscale import ray_runner
-
     nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in cpus]
     monkeypatch.setattr(ray_runner.ray, "nodes", lambda: nodes)
     assert ray_runner.cluster_slots(EngineSettings(threads=2)) == slots
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("local_ray")
 def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, digest_after):
     """Segments are made by tasks. The process of the first attempt of one of them crashes.
 
     A run before is interrupted, and the exception is dropped.
     """
-    import ray
-
-    from vidgen_ray.upscale import ray_runner
-
-    video = write_video(tmp_path / "in.mp4", 120, sound_s=1.0)
+    video = write_video(tmp_path / "in.mp4", 60, sound_s=1.0)
     options = "--model", str(weights), "--preset", "ultrafast"
     expected = digest_after(video, tmp_path / "whole" / "in.mp4")
     monkeypatch.setattr(ray_runner, "settings_on_cluster", lambda model: SETTINGS)
@@ -288,60 +261,21 @@ def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, dige
         return make(run_id, job, segment)
 
     monkeypatch.setattr(ray_runner, "make_segment", crashing_once)
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-    )
-    command_line = ["upscale", str(video), "-o", str(tmp_path / "ray" / "in.mp4"), *options, "--address", "auto"]
-    try:
-        with monkeypatch.context() as patched:
-            patched.setattr(upscale_run, "read_source", read_source_dropping_an_interrupt)
-            assert main(command_line) == 130
-        assert not marker.exists()
-        code = main(command_line)
-    finally:
-        ray.shutdown()
-    assert code == 0
+    command_line = [
+        "upscale",
+        str(video),
+        "-o",
+        str(tmp_path / "ray" / "in.mp4"),
+        *options,
+        "--address",
+        "auto",
+        "--workers",
+        "2",
+    ]
+    with monkeypatch.context() as patched:
+        patched.setattr(upscale_run, "read_source", read_source_dropping_an_interrupt)
+        assert main(command_line) == 130
+    assert not marker.exists()
+    assert main(command_line) == 0
     assert marker.exists()
-    assert sha256_of(tmp_path / "ray" / "in.mp4") == expected
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_bytes_are_the_same_after_the_loss_of_a_node(tmp_path, weights, monkeypatch, digest_after):
-    """Two nodes with one CPU each. One is lost with its first segment, and nothing can replace it."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    from vidgen_ray.upscale import ray_runner
-
-    video = write_video(tmp_path / "in.mp4", 120, sound_s=1.0)
-    options = "--model", str(weights), "--preset", "ultrafast"
-    expected = digest_after(video, tmp_path / "whole" / "in.mp4")
-    monkeypatch.setattr(ray_runner, "settings_on_cluster", lambda model: SETTINGS)
-    lost = tmp_path / "lost"
-    make = ray_runner.make_segment
-
-    def make_or_lose_the_node(run_id, job, segment):
-        if ray.get_runtime_context().get_node_id() != head:
-            lost.write_text(str(segment.number))
-            os.kill(os.getppid(), signal.SIGKILL)
-            os._exit(1)
-        return make(run_id, job, segment)
-
-    monkeypatch.setattr(ray_runner, "make_segment", make_or_lose_the_node)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    node = {"num_cpus": 1, "object_store_memory": 100 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    head = cluster.head_node.node_id
-    try:
-        cluster.add_node(**node)
-        code = main(["upscale", str(video), "-o", str(tmp_path / "ray" / "in.mp4"), *options, "--address", cluster.address])
-    finally:
-        cluster.shutdown()
-    assert code == 0
-    assert lost.exists()
     assert sha256_of(tmp_path / "ray" / "in.mp4") == expected
