@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray's spelling
 os.environ["HOME"] = tempfile.mkdtemp(prefix="vidgen-test-home-")
 # Built weights depend only on their recipe, so test runs of a checkout can share them.
@@ -47,9 +48,10 @@ def pytest_collection_finish(session):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Let one process run all tests of a file, and one process all tests of `local_ray` (see `--dist loadgroup`)."""
+    """Let one process run all tests of a file, one all tests of `local_ray`, and one those of `local_serve`."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("local_ray" if "local_ray" in item.fixturenames else str(item.path)))
+        shared = [name for name in ("local_serve", "local_ray") if name in item.fixturenames]
+        item.add_marker(pytest.mark.xdist_group([*shared, str(item.path)][0]))
 
 
 class LocalRay:

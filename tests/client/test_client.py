@@ -107,11 +107,33 @@ def test_client_works_inside_a_running_event_loop(client):
     assert asyncio.run(scenario()) == "completed"
 
 
-def test_interrupted_wait_leaves_the_client_usable(client, held):
+@pytest.fixture
+def interrupt():
+    """Function that raises KeyboardInterrupt in the main thread, once, a moment after it is called."""
+    raised = threading.Event()
+
+    def raise_once(*_):
+        if not raised.is_set():
+            raised.set()
+            raise KeyboardInterrupt
+
+    def send_until_raised():
+        # Python handles a signal that arrives just before a thread waits when the wait is over, or at the next signal.
+        while not raised.wait(0.1):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, raise_once)
+    sender = threading.Thread(target=send_until_raised)
+    yield sender.start
+    raised.set()
+    sender.join()
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupted_wait_leaves_the_client_usable(client, held, interrupt):
     video = client.create_video("a man", seed=13, **SMALL)
-    interrupt = threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
     with pytest.raises(KeyboardInterrupt):
-        client.wait_for_video(video, on_progress=lambda _: interrupt.start())
+        client.wait_for_video(video, on_progress=lambda _: interrupt())
     for state in client.follow_video(video):
         assert state.status == "queued"
         break

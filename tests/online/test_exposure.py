@@ -89,6 +89,7 @@ def short(tmp_path_factory):
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_local_ray_requires_its_token_and_listens_on_loopback(tmp_path, short):
     found = ray_with(None, tmp_path, short)
     assert found["requires_token"]

@@ -9,8 +9,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from tests.online.on_serve.applications import IMAGE_ONLY, pipes_open, scripted_profile, steps_run
 from tests.online.scripted_stages import SCRIPTED
-from tests.online.test_director import IMAGE_ONLY, pipes_open, scripted_profile, steps_run
 from vidgen_ray.engine import fleet as fleet_module
 from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.config import EngineConfig
@@ -28,6 +28,7 @@ from vidgen_ray.planner import parse_gpus
 from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec
 from vidgen_ray.shot import Shot
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 MEMORY = {"object_store_memory": 200 << 20}
 FAST_DETECTION = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 TIMEOUT_S = 300
@@ -177,7 +178,6 @@ async def missing(server, text):
     return reason
 
 
-@pytest.mark.timeout(900)
 def test_jobs_continue_with_another_layout_on_the_nodes_that_are_left(cluster, add_node, server, pipe):
     async def scenario():
         await server.start(STAGED)
@@ -201,8 +201,6 @@ def test_jobs_continue_with_another_layout_on_the_nodes_that_are_left(cluster, a
     run(server, scenario)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_server_says_what_is_missing_until_a_node_comes(cluster, add_node, server):
     async def scenario():
         await server.start()

@@ -3,12 +3,9 @@
 import os
 import signal
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 import psutil
 import pytest
-import ray
 from PIL import Image
 from ray import serve
 from ray.serve.schema import ApplicationStatus
@@ -16,150 +13,33 @@ from ray.util.placement_group import placement_group_table
 
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FakeSVD
+from tests.online.on_serve.applications import (
+    ACTORS_GB,
+    IMAGE_ONLY,
+    POLL_S,
+    Running,
+    pipes_open,
+    run,
+    scripted_profile,
+    steps_run,
+)
 from tests.online.scripted_stages import SCRIPTED
-from vidgen_ray.engine.cache_writer import CacheSettings
-from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.fleet import labels_of
-from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.errors import SetupError
-from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.online.application import DIRECTOR, WORKERS, director_application
+from vidgen_ray.online.application import DIRECTOR, WORKERS
 from vidgen_ray.online.server import _reason
-from vidgen_ray.online.server_settings import OnlineSettings
-from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
-from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
-from vidgen_ray.online.store.store import JobStore, open_store
+from vidgen_ray.online.store.jobs import JobState, new_id
 from vidgen_ray.outputs.folder import LAST_FRAME, OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.planner import parse_gpus, plan, this_machine
-from vidgen_ray.shot import Shot
+from vidgen_ray.planner import parse_gpus, this_machine
 from vidgen_ray.system.cache_dir import sha256_of
 
 pytestmark = pytest.mark.timeout(600)
 
-POLL_S = 0.02
-ACTORS_GB = {"instantid": 1, "flux": 34, "svd": 20, "realesrgan": 6}
-"""Actors with scripted stages, and their GPU memory."""
-FACE_TIMEOUT_S = 10
-"""Timeout of the face stage in seconds. All other stages keep their long timeouts, for slow machines."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_serve(tmp_path_factory):
-    """Serve on a Ray with two simulated GPUs of 80 GB."""
-    nvidia_smi = tmp_path_factory.mktemp("bin") / "nvidia-smi"
-    nvidia_smi.write_text("#!/bin/sh\necho 81559; echo 81559\n")
-    nvidia_smi.chmod(0o755)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{nvidia_smi.parent}:{os.environ['PATH']}")
-        init_local_ray(num_cpus=16, num_gpus=2, log_to_driver=False)
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
-        yield
-        serve.shutdown()
-        ray.shutdown()
-
-
-@dataclass
-class Running:
-    """A running Serve application and its job store."""
-
-    name: str
-    serving_profile: ServingProfile
-    outputs: OutputFolder
-    store: JobStore
-
-    def shot(self, **fields) -> Shot:
-        shot = Shot(**{**self.serving_profile.profile.defaults, "prompt": "a red ball", "seed": 3, **fields})
-        key = self.serving_profile.plan(shot.model_copy(update={"id": "x"})).key
-        return shot.model_copy(update={"id": f"online-{key[:32]}"})
-
-    def accept(self, **fields) -> str:
-        shot = self.shot(**fields)
-        key = self.serving_profile.plan(shot).key
-        job = Job(id=new_id("shot"), tenant="me", kind=JobKind.SHOT, shot=shot, key=key, created_at=time.time())
-        self.store.create(job)
-        self.director.wake.remote()
-        return job.id
-
-    def job(self, job_id) -> Job:
-        return self.store.get(job_id, "me")
-
-    def wait_until(self, job_id, condition) -> Job:
-        while not condition(job := self.job(job_id)):
-            assert not job.state.is_final, job
-            time.sleep(POLL_S)
-        return job
-
-    def wait_for_end(self, job_id) -> Job:
-        return self.wait_until(job_id, lambda job: job.state.is_final)
-
-    def cancel(self, job_id):
-        self.store.request_cancel(job_id, "me")
-        self.director.wake.remote()
-
-    @property
-    def director(self):
-        return serve.get_deployment_handle(DIRECTOR, self.name)
-
-    def pid(self, deployment):
-        """Return the pid of the replica of a deployment, by its process title."""
-        title = f"ray::ServeReplica:{self.name}:{deployment}"
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
-                    return process.pid
-        raise AssertionError(f"no process {title}")
-
-    def pids(self, kind):
-        """Return name -> pid of the `worker` or `encoder` processes."""
-        return {name: pid_of(ray.get_actor(name, space)) for name, space in self.actors().items() if f"/{kind}/" in name}
-
-    def actors(self):
-        """Return name -> namespace of the workers and encoders."""
-        named = ray.util.list_named_actors(all_namespaces=True)
-        return {actor["name"]: actor["namespace"] for actor in named if actor["name"].startswith(f"{self.name}-")}
-
-
-def pid_of(actor):
-    while True:
-        with suppress(ray.exceptions.ActorUnavailableError):
-            return ray.get(actor.place.remote()).pid
-
-
-def run(name, profile, cluster, out, stages, wait=True, grows=False, database=None) -> Running:
-    served = serving_profile(profile)
-    chosen = plan(served.profile, served.demand(), cluster)
-    outputs = OutputFolder(out / "out")
-    outputs.prepare()
-    settings = OnlineSettings(data=str(out / "out"), database=database)
-    stages_served = {stage.name: stages[stage.name] for stage in served.stages}
-    config = EngineConfig(name, served.profile, outputs, stages_served, CacheSettings("all", wait=True))
-    labels = labels_of(chosen, cluster)
-    app = director_application(config, settings, chosen.layout, labels, chosen.stage_seconds if grows else None)
-    target = serve.RunTarget(app, name=name, route_prefix=None)
-    serve.run_many([target], wait_for_applications_running=wait)
-    return Running(name, served, outputs, open_store(settings))
-
-
-@pytest.fixture(scope="module")
-def real(tiny, tmp_path_factory) -> Running:
-    """Application with the real stages and random weights, all in one process."""
-    return run("real", tiny, this_machine(), tmp_path_factory.mktemp("real"), STAGE_BY_NAME)
-
 
 @pytest.fixture(scope="module")
 def scripted(tiny, tmp_path_factory) -> Running:
-    """Application with scripted stages on two simulated GPUs, with one process per actor on each GPU."""
+    """Application with scripted stages on two simulated GPUs, with one process on each."""
     return run("scripted", scripted_profile(tiny), parse_gpus("2x80GB"), tmp_path_factory.mktemp("scripted"), SCRIPTED)
-
-
-def scripted_profile(tiny):
-    actors = {
-        name: tiny.actors[name].model_copy(update={"device": "cuda", "memory_gb": gb, "cpus": 0.1})
-        for name, gb in ACTORS_GB.items()
-    }
-    actors["instantid"] = actors["instantid"].model_copy(update={"timeout_s": FACE_TIMEOUT_S})
-    return tiny.model_copy(update={"name": "scripted", "actors": actors, "cpu_workers": None, "layout": "colocated"})
 
 
 def digests(outputs: OutputFolder, shot_id: str) -> dict[str, str]:
@@ -231,28 +111,6 @@ def pipe(tmp_path):
     yield path
     with pipes_open(path):
         pass  # release processes that a failed test left waiting
-
-
-@contextmanager
-def pipes_open(*pipes):
-    """Release all readers that wait on these named pipes, now and until the block ends.
-
-    Opening a pipe for reading and writing never makes a reader wait. Opening it only for writing would release a single reader,
-    which may be the thread of an abandoned process.
-    """
-    descriptors = [os.open(pipe, os.O_RDWR) for pipe in pipes]
-    try:
-        yield
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
-def steps_run(pipe):
-    return [int(line) for line in pipe.with_name("pipe.steps").read_text().split()]
-
-
-IMAGE_ONLY = {"generate_video": False}
 
 
 class TestScriptedStages:
@@ -350,6 +208,7 @@ class TestScriptedStages:
         while scripted.pids("worker") == before:
             time.sleep(POLL_S)
 
+    @pytest.mark.slow
     def test_killed_owner_of_the_workers_loses_no_job(self, scripted, pipe):
         job_id = scripted.accept(prompt=f"steps 3 pause at 2 {pipe}", **IMAGE_ONLY)
         scripted.wait_until(job_id, lambda job: job.step == 1)
@@ -362,20 +221,13 @@ class TestScriptedStages:
             time.sleep(POLL_S)
         assert not any(psutil.pid_exists(pid) for pid in before.values())
 
+    # The last test of this application: its director starts no more jobs.
     def test_drain_requeues_jobs_that_exceed_the_grace_period(self, scripted, pipe):
         job_id = scripted.accept(prompt=f"steps 3 pause at 2 {pipe}", **IMAGE_ONLY)
         scripted.wait_until(job_id, lambda job: job.step == 1)
         assert scripted.director.drain.remote(0.1).result() == 1
         job = scripted.job(job_id)
         assert (job.state, job.attempts) == (JobState.QUEUED, 0)
-        with pipes_open(pipe):
-            later = scripted.accept(prompt="later", **IMAGE_ONLY)
-            os.kill(scripted.pid(DIRECTOR), signal.SIGKILL)
-            assert {scripted.wait_for_end(job).state for job in (job_id, later)} == {JobState.COMPLETED}
-
-
-def fused(tiny):
-    return scripted_profile(tiny).model_copy(update={"layout": "fused"})
 
 
 class WithoutWeights(FakeSVD):
@@ -386,7 +238,7 @@ class WithoutWeights(FakeSVD):
 @pytest.mark.slow
 def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, scripted):
     serve.delete("scripted")
-    app = run("broken", fused(tiny), parse_gpus("1x80GB"), tmp_path, {**SCRIPTED, "svd": WithoutWeights}, wait=False)
+    app = run("broken", scripted_profile(tiny), parse_gpus("1x80GB"), tmp_path, {**SCRIPTED, "svd": WithoutWeights}, wait=False)
     while (status := serve.status().applications["broken"]).status != ApplicationStatus.DEPLOY_FAILED:
         assert status.status == ApplicationStatus.DEPLOYING
         time.sleep(POLL_S)
@@ -402,7 +254,7 @@ def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, 
 @pytest.mark.slow
 def test_gpu_that_is_free_gets_a_worker_that_the_director_uses(tiny, tmp_path, scripted):
     serve.delete("scripted")
-    app = run("grows", fused(tiny), parse_gpus("1x80GB"), tmp_path, SCRIPTED, grows=True)
+    app = run("grows", scripted_profile(tiny), parse_gpus("1x80GB"), tmp_path, SCRIPTED, grows=True)
     while len(app.pids("worker")) < 2:
         time.sleep(POLL_S)
     # The director learns of the second worker up to two seconds later. Before, both jobs wait for the same one.

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ASTRONAUT
-from tests.online.contract.conftest import KEYS
+from tests.online.on_serve.conftest import KEYS
 from vidgen_ray.media import open_video
 
 openai = pytest.importorskip("openai")
@@ -75,15 +75,6 @@ def test_content_variants(client, clip, tmp_path):
         assert opened.frames(0, 5).shape == (5, 64, 128, 3)
     sheet = Image.open(io.BytesIO(client.videos.download_content(clip.id, variant="spritesheet").read()))
     assert (sheet.format, sheet.size) == ("JPEG", (3 * 160, 2 * 80))
-
-
-def test_openai_size_and_model(client, tmp_path):
-    size = "720x1280"
-    video = client.videos.create_and_poll(model="sora-2", prompt="a man", size=size, extra_body={"num_frames": 2})
-    assert (video.status, video.size, video.model) == ("completed", size, "sora-2"), video.error
-    client.videos.download_content(video.id).write_to_file(tmp_path / "clip.mp4")
-    with open_video(tmp_path / "clip.mp4") as clip:
-        assert f"{clip.width}x{clip.height}" == size
 
 
 def test_list_follows_pages(client):

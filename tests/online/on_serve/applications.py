@@ -1,0 +1,141 @@
+"""Applications on Ray Serve, their stores and processes, and pipes that stop scripted stages."""
+
+import os
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import psutil
+import ray
+from ray import serve
+
+from vidgen_ray.engine.cache_writer import CacheSettings
+from vidgen_ray.engine.config import EngineConfig
+from vidgen_ray.engine.fleet import labels_of
+from vidgen_ray.online.application import DIRECTOR, director_application
+from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
+from vidgen_ray.online.store.jobs import Job, JobKind, new_id
+from vidgen_ray.online.store.store import JobStore, open_store
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.planner import plan
+from vidgen_ray.shot import Shot
+
+POLL_S = 0.02
+ACTORS_GB = {"instantid": 1, "flux": 34, "svd": 20, "realesrgan": 6}
+"""Actors with scripted stages, and their GPU memory."""
+FACE_TIMEOUT_S = 10
+"""Timeout of the face stage in seconds. All other stages keep their long timeouts, for slow machines."""
+
+
+@dataclass
+class Running:
+    """A running Serve application and its job store."""
+
+    name: str
+    serving_profile: ServingProfile
+    outputs: OutputFolder
+    store: JobStore
+
+    def shot(self, **fields) -> Shot:
+        shot = Shot(**{**self.serving_profile.profile.defaults, "prompt": "a red ball", "seed": 3, **fields})
+        key = self.serving_profile.plan(shot.model_copy(update={"id": "x"})).key
+        return shot.model_copy(update={"id": f"online-{key[:32]}"})
+
+    def accept(self, **fields) -> str:
+        shot = self.shot(**fields)
+        key = self.serving_profile.plan(shot).key
+        job = Job(id=new_id("shot"), tenant="me", kind=JobKind.SHOT, shot=shot, key=key, created_at=time.time())
+        self.store.create(job)
+        self.director.wake.remote()
+        return job.id
+
+    def job(self, job_id) -> Job:
+        return self.store.get(job_id, "me")
+
+    def wait_until(self, job_id, condition) -> Job:
+        while not condition(job := self.job(job_id)):
+            assert not job.state.is_final, job
+            time.sleep(POLL_S)
+        return job
+
+    def wait_for_end(self, job_id) -> Job:
+        return self.wait_until(job_id, lambda job: job.state.is_final)
+
+    def cancel(self, job_id):
+        self.store.request_cancel(job_id, "me")
+        self.director.wake.remote()
+
+    @property
+    def director(self):
+        return serve.get_deployment_handle(DIRECTOR, self.name)
+
+    def pid(self, deployment):
+        """Return the pid of the replica of a deployment, by its process title."""
+        title = f"ray::ServeReplica:{self.name}:{deployment}"
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
+                    return process.pid
+        raise AssertionError(f"no process {title}")
+
+    def pids(self, kind):
+        """Return name -> pid of the `worker` or `encoder` processes."""
+        return {name: pid_of(ray.get_actor(name, space)) for name, space in self.actors().items() if f"/{kind}/" in name}
+
+    def actors(self):
+        """Return name -> namespace of the workers and encoders."""
+        named = ray.util.list_named_actors(all_namespaces=True)
+        return {actor["name"]: actor["namespace"] for actor in named if actor["name"].startswith(f"{self.name}-")}
+
+
+def pid_of(actor):
+    while True:
+        with suppress(ray.exceptions.ActorUnavailableError):
+            return ray.get(actor.place.remote()).pid
+
+
+def run(name, profile, cluster, out, stages, wait=True, grows=False, database=None) -> Running:
+    served = serving_profile(profile)
+    chosen = plan(served.profile, served.demand(), cluster)
+    outputs = OutputFolder(out / "out")
+    outputs.prepare()
+    settings = OnlineSettings(data=str(out / "out"), database=database)
+    stages_served = {stage.name: stages[stage.name] for stage in served.stages}
+    config = EngineConfig(name, served.profile, outputs, stages_served, CacheSettings("all", wait=True))
+    labels = labels_of(chosen, cluster)
+    app = director_application(config, settings, chosen.layout, labels, chosen.stage_seconds if grows else None)
+    target = serve.RunTarget(app, name=name, route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=wait)
+    return Running(name, served, outputs, open_store(settings))
+
+
+def scripted_profile(tiny):
+    actors = {
+        name: tiny.actors[name].model_copy(update={"device": "cuda", "memory_gb": gb, "cpus": 0.1})
+        for name, gb in ACTORS_GB.items()
+    }
+    actors["instantid"] = actors["instantid"].model_copy(update={"timeout_s": FACE_TIMEOUT_S})
+    return tiny.model_copy(update={"name": "scripted", "actors": actors, "cpu_workers": None, "layout": "fused"})
+
+
+@contextmanager
+def pipes_open(*pipes):
+    """Release all readers that wait on these named pipes, now and until the block ends.
+
+    Opening a pipe for reading and writing never makes a reader wait. Opening it only for writing would release a single reader,
+    which may be the thread of an abandoned process.
+    """
+    descriptors = [os.open(pipe, os.O_RDWR) for pipe in pipes]
+    try:
+        yield
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def steps_run(pipe):
+    return [int(line) for line in pipe.with_name("pipe.steps").read_text().split()]
+
+
+IMAGE_ONLY = {"generate_video": False}
