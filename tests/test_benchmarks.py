@@ -1,6 +1,5 @@
 """Tests of the benchmarks: simulated GPUs, the efficiency measurement and the simulated stages."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -11,16 +10,12 @@ import numpy as np
 import pytest
 
 from benchmarks import noop_stages, ours, simulated, simulated_stages
-from benchmarks.efficiency import row, simulation
 from benchmarks.measure import efficiency
-from benchmarks.peers import PEERS, sizes
-from benchmarks.runs import Case, Run, run_once
+from benchmarks.runs import Case, run_once
 from benchmarks.simulated import (
     COMMIT,
-    MODEL_GB,
     READY,
     SWAP,
-    DoesNotFit,
     Event,
     Models,
     OutOfMemoryError,
@@ -91,12 +86,6 @@ def test_efficiency_is_work_divided_by_gpus_and_wall_time():
     assert (measured.first_start, measured.last_commit) == (10.0, 12.0)
 
 
-def test_repeated_work_counts_once():
-    once = [ready(0, 0.0), Event("svd", "a", 0, 0.0, 0.9, 1, 0.9), Event(COMMIT, "a", -1, 2.0, 2.0, 1, 0.0)]
-    again = Event("svd", "a", 0, 1.0, 1.9, 1, 0.9)
-    assert efficiency([*once, again], gpus=1).efficiency == efficiency(once, gpus=1).efficiency == pytest.approx(0.45)
-
-
 def test_overlapping_work_on_a_gpu_is_an_error():
     events = [
         ready(0, 0.0),
@@ -106,11 +95,6 @@ def test_overlapping_work_on_a_gpu_is_an_error():
     ]
     with pytest.raises(ValueError, match="GPU 0: flux started"):
         efficiency(events, gpus=1)
-
-
-def test_run_without_commits_is_an_error():
-    with pytest.raises(ValueError, match="no shot"):
-        efficiency([Event("svd", "a", 0, 0.0, 0.9, 1, 0.9)], gpus=1)
 
 
 def test_processes_on_one_gpu_exclude_each_other(run_folder):
@@ -137,24 +121,6 @@ def test_gpu_out_of_memory_across_processes(run_folder):
     SimulatedModel("svd", SimulatedGPU(run_folder, 0)).close()
 
 
-def test_models_that_do_not_fit_together_can_be_swapped(run_folder):
-    gpu = SimulatedGPU(run_folder, 0)
-    flux = SimulatedModel("flux", gpu)
-    flux.to_host()
-    svd = SimulatedModel("svd", gpu)
-    with pytest.raises(OutOfMemoryError):
-        flux.to_gpu()
-    with pytest.raises(RuntimeError, match="flux is in host memory"):
-        flux.work("flux", "a", 0.01)
-    svd.to_host()
-    flux.to_gpu()
-    flux.work("flux", "a", 0.01)
-    swaps = [event for event in simulated.events(run_folder) if event.stage == SWAP]
-    assert [round(event.t1 - event.t0, 2) for event in swaps] == pytest.approx(
-        [gb / simulated.SWAP_GB_PER_SECOND for gb in (MODEL_GB["flux"], MODEL_GB["svd"], MODEL_GB["flux"])], abs=0.04
-    )
-
-
 def test_simulated_chain_passes_images_and_commits(run_folder):
     models = Models(run_folder, simulated.CHAIN, gpu=0, turns=True)
     payload, sizes_seen = {}, {}
@@ -178,32 +144,6 @@ def test_pool_claims_each_gpu_once(run_folder):
     assert claimed_gpu(run_folder, "svd") == 0
     with pytest.raises(RuntimeError, match="all 2 GPUs"):
         claimed_gpu(run_folder, "flux")
-
-
-def test_pools_sized_by_hand_fit_and_use_all_gpus():
-    for gpus, memory_gb in itertools.product((1, 2, 3, 4, 8, 16), (80, 48, 24)):
-        try:
-            pools = sizes.by_hand(gpus, memory_gb)
-        except DoesNotFit:
-            assert memory_gb < sizes.ALL_GB
-            continue
-        assert {stage for pool in pools for stage in pool.stages} == set(simulated.CHAIN)
-        assert sum(pool.workers * pool.share for pool in pools) <= gpus + 1e-9, (gpus, memory_gb)
-        largest = max(pool.share for pool in pools)
-        assert sum(pool.workers for pool in pools if pool.share > 0.5 or pool.share == largest) >= gpus, (gpus, memory_gb)
-
-
-def test_row_has_medians_or_a_reason():
-    case = Case("xenna", "by hand", 2, 80.0, 10)
-    measured = efficiency(
-        [ready(0, 0.0), Event("svd", "a", 0, 0.0, 0.9, 1, 0.9), Event(COMMIT, "a", -1, 1.0, 1.0, 1, 0.0)],
-        gpus=1,
-    )
-    good = row(case, [Run(measured, None, 2.0, 4.0, 0.1), Run(measured, None, 3.0, 6.0, 0.1)])
-    assert (good["efficiency"], good["startup_s"], good["total_s_low"], good["total_s_high"]) == (0.9, 2.5, 4.0, 6.0)
-    bad = row(case, [Run(None, "does not fit", None, 1.0, 0.1)])
-    assert (bad["efficiency"], bad["reason"], bad["failed_runs"]) == (None, "does not fit", 1)
-    json.dumps([good, bad, simulation()])
 
 
 def test_benchmark_stages_have_the_declarations_of_the_real_stages():
@@ -244,11 +184,6 @@ def test_profiles_of_the_benchmarks_have_weights_that_a_run_accepts(tmp_path):
             [Line(1, line)]
         )
         assert isinstance(planned.result, ShotPlan)
-
-
-def test_peer_modules_exist():
-    for peer in PEERS.values():
-        assert (ROOT / f"{peer.module.replace('.', '/')}.py").is_file()
 
 
 def test_simulated_director_keeps_all_workers_busy():

@@ -153,8 +153,10 @@ def test_cpu_actor_joins_a_gpu_process_and_needs_no_gpu_memory():
 
 def test_plan_does_not_depend_on_the_hash_seed():
     program = (
-        "from tests.planner.test_planner import *; from dataclasses import asdict;"
-        "print(asdict(plan(gpu_profile(B6), make_demand(400), parse_gpus('3x48GB+2x24GB'))))"
+        "from dataclasses import asdict; from vidgen_ray.planner import *; from vidgen_ray.shot import Shot;"
+        "from vidgen_ray.profile import load_profile;"
+        "shot = Shot(prompt='a', face_image=('f.png',), lora='l.safetensors', use_hunyuan_style=True);"
+        "print(asdict(plan(load_profile('gpu-48gb'), demand_of([shot] * 400), parse_gpus('3x48GB+2x24GB'))))"
     )
     outputs = {
         subprocess.run([sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True).stdout
@@ -736,7 +738,7 @@ def _fits_in_a_cpu_slot(profile, used, cluster):
     return False
 
 
-@pytest.mark.parametrize("cases", [250, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [150, pytest.param(1000, marks=pytest.mark.slow)])
 def test_random_plans_respect_all_limits(cases):
     rng = random.Random(3)
     accepted = Counter()
@@ -757,7 +759,7 @@ def test_random_plans_respect_all_limits(cases):
 def test_plan_fails_exactly_if_brute_force_finds_no_packing():
     rng = random.Random(4)
     outcomes = Counter()
-    for _ in range(300):
+    for _ in range(150):
         profile, demand, cluster = random_case(rng, max_gpus=3, max_actors=3)
         try:
             plan(profile, demand, cluster)
@@ -766,7 +768,7 @@ def test_plan_fails_exactly_if_brute_force_finds_no_packing():
             accepted = False
         assert accepted == has_packing(profile, demand, cluster), (profile, demand, cluster)
         outcomes[accepted] += 1
-    assert min(outcomes.values()) > 50, outcomes
+    assert min(outcomes.values()) > 25, outcomes
 
 
 def brute_force_rate(profile, seconds, gpus):
@@ -791,7 +793,7 @@ def brute_force_rate(profile, seconds, gpus):
 def test_plan_is_as_fast_as_the_best_brute_force_assignment():
     rng = random.Random(6)
     compared = Counter()
-    while compared.total() < 60:
+    while compared.total() < 30:
         profile, demand, cluster = random_case(rng, max_gpus=4, max_actors=4)
         if profile.layout != "auto" or any(actor.device == "cpu" for actor in profile.actors.values()) or demand.shots < 9:
             continue
@@ -806,7 +808,7 @@ def test_plan_is_as_fast_as_the_best_brute_force_assignment():
         assert planned_rate >= best * 0.989
         assert swap_groups or planned_rate <= best * 1.001
         compared[swap_groups] += 1
-    assert min(compared.values()) > 5, compared
+    assert min(compared.values()) > 2, compared
 
 
 def planned_seconds(profile, demand, cluster):
@@ -816,7 +818,7 @@ def planned_seconds(profile, demand, cluster):
         return float("inf")
 
 
-@pytest.mark.parametrize("cases", [30, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [20, pytest.param(100, marks=pytest.mark.slow)])
 def test_more_gpus_or_faster_stages_are_never_slower(cases):
     rng = random.Random(5)
     for _ in range(cases):

@@ -38,10 +38,10 @@ def ncnn_files() -> Path:
 
 @pytest.fixture(scope="module")
 def photo() -> Frames:
-    """One frame, (1, 72, 96, 3): a face."""
+    """One frame, (1, 36, 48, 3): part of a face."""
     from skimage.data import astronaut
 
-    return np.ascontiguousarray(astronaut()[None, 60:132, 180:276])
+    return np.ascontiguousarray(astronaut()[None, 80:116, 204:252])
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_pictures_are_those_of_realesrganer_within_one_level(
     floats = rearrange(reference.output[0].numpy(), "c h w -> h w c")
 
     stage = loaded(weights)
-    # Processors without AVX-512 sum in another order: 1.2e-5 was seen on one of 331,776 values.
+    # Processors without AVX-512 sum in another order: a difference of 1.2e-5 was seen.
     np.testing.assert_allclose(stage.upscale_float(photo, 4, upscaler)[0].clip(0, 1), floats, rtol=0, atol=2e-5)
     got = upscaled(stage, photo, 4, upscaler)[0]
     assert levels_apart(got, picture[..., ::-1]) <= 1
@@ -163,12 +163,15 @@ def test_pth_and_safetensors_give_the_same_bytes(weights: Path, clip: Frames, tm
     assert np.array_equal(upscaled(loaded(tmp_path), clip[:1], 4, "realesr.v3"), expected)
 
 
-@pytest.mark.parametrize("scale", [2, 4])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2**-7)])
-def test_tiles_leave_no_trace(weights: Path, photo: Frames, dtype: str, tolerance: float, scale: int) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance", "scale"), [("float32", 1e-5, 4), ("bfloat16", 2**-7, 2)])
+def test_tiles_leave_no_trace(weights: Path, dtype: str, tolerance: float, scale: int) -> None:
     """Within a few roundings where the overlap covers what the network sees; not one on an AVX512 CPU."""
-    whole = loaded(weights, dtype=dtype).upscale_float(photo, scale, "animevideov3")
-    tiled = loaded(weights, dtype=dtype, tile_px=32, tile_overlap_px=20).upscale_float(photo, scale, "animevideov3")
+    from skimage.data import astronaut
+
+    # Tiles reach over 52 pixels with their overlap.
+    frame = astronaut()[None, 60:120, 190:250]
+    whole = loaded(weights, dtype=dtype).upscale_float(frame, scale, "animevideov3")
+    tiled = loaded(weights, dtype=dtype, tile_px=32, tile_overlap_px=20).upscale_float(frame, scale, "animevideov3")
     np.testing.assert_allclose(tiled, whole, rtol=0, atol=tolerance)
 
 

@@ -10,12 +10,12 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, frame_chunks
 from vidgen_ray.stages.rife import RifeStage, similarity
 
-SIZE_PX = 96
+SIZE_PX = 64
 STEP_PX = 6
 
 
 def pan(photo, n_frames, step_px=STEP_PX):
-    """Return a clip (T, 96, 96, 3) that pans over a photo by `step_px` per frame."""
+    """Return a clip (T, 64, 64, 3) that pans over a photo by `step_px` per frame."""
     return np.stack([photo[100 : 100 + SIZE_PX, 60 + step_px * n : 60 + SIZE_PX + step_px * n] for n in range(n_frames)])
 
 
@@ -53,9 +53,7 @@ def test_drawn_frames_are_nearer_to_the_truth_than_blending(rife, make_shot, pho
     assert psnr(result[1], truth[1]) > psnr(blended, truth[1]) + 6
 
 
-@pytest.mark.parametrize(
-    ("fps", "fps_out", "n_frames", "expected"), [(5, 24, 5, 24), (5, 12, 4, 10), (7, 24, 4, 14), (6, 24, 3, 12), (16, 24, 3, 5)]
-)
+@pytest.mark.parametrize(("fps", "fps_out", "n_frames", "expected"), [(5, 24, 5, 24), (5, 12, 4, 10), (16, 24, 3, 5)])
 def test_clip_plays_at_exactly_fps_out(rife, make_shot, fps, fps_out, n_frames, expected):
     clip = pan(data.coffee(), n_frames)
     result = interpolated(rife, make_shot(fps=fps, fps_out=fps_out), clip)
@@ -90,14 +88,13 @@ def test_fast_motion_is_not_taken_for_a_cut(rife, make_shot):
 
 
 @pytest.mark.parametrize("fields", [{"interpolation": 4}, {"fps": 7, "fps_out": 24}])
-@pytest.mark.parametrize("cut", [1, 3, 8])
-def test_clip_may_be_cut_anywhere(rife, make_shot, fields, cut):
-    shot, clip = make_shot(**fields), pan(data.astronaut(), 4)
+def test_clip_may_be_cut_anywhere(rife, make_shot, fields):
+    shot, clip = make_shot(**fields), pan(data.astronaut(), 3)
     whole = interpolated(rife, shot, clip)
-    parts = []
-    for chunk in frame_chunks(len(whole), cut):
-        parts.append(rife.run_chunk(shot, clip[rife.source_frames(shot, chunk)], chunk))
-    assert np.array_equal(np.concatenate(parts), whole)
+    for cut in (1, 3, 8):
+        chunks = frame_chunks(len(whole), cut)
+        parts = [rife.run_chunk(shot, clip[rife.source_frames(shot, chunk)], chunk) for chunk in chunks]
+        assert np.array_equal(np.concatenate(parts), whole), cut
 
 
 def test_lower_memory_settings_halve_the_resolution_of_motion(rife):
