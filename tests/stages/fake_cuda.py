@@ -98,7 +98,7 @@ def patch_host_code(cuda, monkeypatch):
         with unset_fake_temporarily():
             return torch.zeros(1, video.shape[2], 3, *video.shape[3:])
 
-    for module in (flux_model, base, video):
+    for module in (flux_model, base):
         monkeypatch.setattr(module, "is_finite", lambda tensor: isinstance(tensor, FakeTensor) or is_finite(tensor))
     for stage_module in (flux, hunyuandit, instantid_sdxl, video, svd):
         monkeypatch.setattr(stage_module, "pixels_to_uint8", outside(pixels_to_uint8))

@@ -73,20 +73,17 @@ def test_stage_equals_diffusers(tiny, make_shot, model):
     assert np.array_equal(clip, as_uint8(expected))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_inputs_change_the_clip(stage, make_shot):
+    before = clip_of(stage, item(make_shot, stage))
+    for change in (
         {"prompt": "a red ball at night"},
         {"negative_prompt": "blurred"},
         {"motion_prompt": "he walks"},
         {"seed": 8},
         {"guidance": {"wan": 9.0, "ltx": 9.0}},
         {"steps": {"wan": 3, "ltx": 3}},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_inputs_change_the_clip(stage, make_shot, change):
-    assert not np.array_equal(clip_of(stage, item(make_shot, stage)), clip_of(stage, item(make_shot, stage, **change)))
+    ):
+        assert not np.array_equal(before, clip_of(stage, item(make_shot, stage, **change))), change
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -100,24 +97,9 @@ def test_prompt_moves_the_clip_only_if_the_model_reads_it(stage, make_shot, monk
             return tuple(e if e is None or e.dtype == torch.bool else torch.zeros_like(e) for e in tensors)
 
         monkeypatch.setattr(type(stage.pipe), "encode_prompt", without_text)
-        # Without the embeddings of other tests.
-        monkeypatch.setattr(stage, "_texts", {})
     # Texts of equal length: LTX also reads the mask of the tokens.
     clips = [clip_of(stage, item(make_shot, stage, prompt=prompt)) for prompt in ("a cat runs left", "a dog rests now")]
     assert np.array_equal(*clips) == cut
-
-
-def test_each_text_is_encoded_once(stage, make_shot, monkeypatch):
-    texts = []
-    encoder = stage.pipe.text_encoder
-    monkeypatch.setattr(encoder, "forward", lambda *a, f=encoder.forward, **k: (texts.append(a), f(*a, **k))[1])
-    monkeypatch.setattr(stage, "_texts", {})
-    clip_of(stage, item(make_shot, stage, extend=1))
-    assert len(texts) == 2, "the prompt and the negative prompt"
-    clip_of(stage, item(make_shot, stage, prompt="a red ball at night", seed=8))
-    assert len(texts) == 3
-    clip_of(stage, item(make_shot, stage, prompt="a dog", guidance={"wan": 1.0, "ltx": 1.0}))
-    assert len(texts) == 4
 
 
 def test_wan_ends_with_the_last_image(wan, tiny, make_shot):
@@ -153,22 +135,28 @@ def test_both_transformers_of_wan_are_used(wan, make_shot, monkeypatch):
     assert set(used) == {"transformer", "transformer_2"}
 
 
-@pytest.mark.parametrize("expert", ["both", "high", "low"])
-def test_wan_lora_equals_diffusers_and_leaves_no_trace(wan, make_shot, expert):
-    before = clip_of(wan, item(make_shot, wan))
-    one = item(make_shot, wan, video_lora=[{"path": WAN_LORA, "weight": 0.8, "expert": expert}])
-    with_lora = clip_of(wan, one)
-    pipe = plain(diffusers.WanImageToVideoPipeline, "tiny/wan")
-    if expert != "low":
-        pipe.load_lora_weights(WAN_LORA, adapter_name="one")
-    if expert != "high":
-        pipe.load_lora_weights(WAN_LORA, adapter_name="one", load_into_transformer_2=True)
-    pipe.set_adapters(["one"], [0.8])
-    arguments = {"prompt": one.shot.prompt, "generator": generator(one.shot, "wan"), "guidance_scale": 3.5}
-    expected = pipe(image=Image.fromarray(gradient_image()), **arguments, **SIZE).frames[0]
-    assert np.array_equal(with_lora, as_uint8(expected))
-    assert not np.array_equal(with_lora, before)
-    assert np.array_equal(clip_of(wan, item(make_shot, wan)), before)
+def test_wan_lora_equals_diffusers_and_leaves_no_trace(wan, make_shot):
+    size = {"width": 64, "num_frames": 5}
+    image = gradient_image(64, 64)
+
+    def clip(**fields):
+        one = item(make_shot, wan, **size, **fields)
+        return one.shot, clip_of(wan, Item(one.shot, {"image": image}))
+
+    _, before = clip()
+    for expert in ("both", "high", "low"):
+        shot, with_lora = clip(video_lora=[{"path": WAN_LORA, "weight": 0.8, "expert": expert}])
+        pipe = plain(diffusers.WanImageToVideoPipeline, "tiny/wan")
+        if expert != "low":
+            pipe.load_lora_weights(WAN_LORA, adapter_name="one")
+        if expert != "high":
+            pipe.load_lora_weights(WAN_LORA, adapter_name="one", load_into_transformer_2=True)
+        pipe.set_adapters(["one"], [0.8])
+        arguments = {"prompt": shot.prompt, "generator": generator(shot, "wan"), "guidance_scale": 3.5}
+        expected = pipe(image=Image.fromarray(image), **arguments, **{**SIZE, **size}).frames[0]
+        assert np.array_equal(with_lora, as_uint8(expected)), expert
+        assert not np.array_equal(with_lora, before), expert
+    assert np.array_equal(clip()[1], before)
 
 
 def test_loras_for_each_expert_are_active_together(wan, make_shot, tmp_path):

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
-from cachetools import LRUCache
 from PIL import Image as PILImage
 from pydantic import Field
 
 from vidgen_ray.errors import StageError
-from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import (
     NOT_IN_KEY,
@@ -104,8 +102,6 @@ PROMPTED_FIELDS = (
     "prompt", "negative_prompt", "motion_prompt", "width", "height", "num_frames", "extend", "fps", "video_lora",
 )  # fmt: skip
 """Shot fields that every such model reads, beside its steps, its guidance and the seed."""
-CACHED_TEXTS = 16
-"""Texts whose embeddings are kept: 64 MB with 512 tokens of 4096 numbers in 16 bits."""
 VP = TypeVar("VP", bound=PromptedVideoParams)
 
 
@@ -121,7 +117,7 @@ class PromptedVideoStage(OffloadedStage[VP]):
     weight_fields: ClassVar[tuple[str, ...]] = ("video_lora",)
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("frames",)
-    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters", "_texts")
+    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters")
 
     default_steps: ClassVar[int]
 
@@ -160,11 +156,6 @@ class PromptedVideoStage(OffloadedStage[VP]):
     def load(self) -> None:
         self.pipe = self.load_pipe()
         self.adapters = LoraAdapters(self.pipe, self.params.adapters_kept, self.name, "video_lora")
-        self._texts: LRUCache[str, tuple[Any, ...]] = LRUCache(CACHED_TEXTS)
-
-    def move(self, device: str) -> None:
-        super().move(device)
-        self._texts.clear()
 
     @abstractmethod
     def load_pipe(self) -> Any:
@@ -209,7 +200,7 @@ class PromptedVideoStage(OffloadedStage[VP]):
             self.note(*self.adapters.take_notes())
             (latents,) = self.pipe(
                 image=PILImage.fromarray(image),
-                **self._text_arguments(shot),
+                **self._texts_of(shot),
                 height=height,
                 width=width,
                 num_frames=shot.num_frames,
@@ -232,29 +223,6 @@ class PromptedVideoStage(OffloadedStage[VP]):
         """Return argument name -> text: the prompt, and with guidance the negative prompt."""
         prompt = f"{shot.prompt}, {shot.motion_prompt}" if shot.motion_prompt else shot.prompt
         return {"prompt": prompt, **({"negative_prompt": shot.negative_prompt or ""} if self.guidance(shot) > 1 else {})}
-
-    def _text_arguments(self, shot: Shot) -> dict[str, Any]:
-        """Return the embeddings of the shot's texts as arguments of the pipeline."""
-        return {
-            f"{name}_{part}": tensor
-            for name, text in self._texts_of(shot).items()
-            for part, tensor in zip(("embeds", "attention_mask"), self._encode(text), strict=False)
-        }
-
-    def _encode(self, text: str) -> tuple[Any, ...]:
-        """Return the embedding of a text, and its mask if the model takes one.
-
-        The last `CACHED_TEXTS` texts are kept: passes of one clip and shots with the same negative prompt share them.
-        """
-        if (tensors := self._texts.get(text)) is None:
-            encoded = self.pipe.encode_prompt(
-                text, do_classifier_free_guidance=False, max_sequence_length=self.params.text_tokens
-            )
-            tensors = tuple(tensor for tensor in encoded if tensor is not None)
-            if not is_finite(tensors[0]):
-                raise StageError(NOT_FINITE)
-            self._texts[text] = tensors
-        return tensors
 
 
 def _set_tiling(vae: Any, enabled: bool) -> None:
