@@ -18,6 +18,8 @@ from vidgen_ray.weights import resolve
 
 LORA = "builtin:tiny/lora.safetensors"
 SDXL = {"face_image": "x", "identity": "instantid-sdxl"}
+REFERENCE = {"face_image": "x", "identity": "reference", "generate_video": False}
+QWEN = {"use_hunyuan_style": True, "style_model": "qwen-edit", "generate_video": False}
 
 
 def names(**fields):
@@ -41,7 +43,6 @@ def names(**fields):
             "instantid flux image_likeness svd clip_likeness",
         ),
         ({"mode": "fast", "lora": LORA, "image": "x.png", "generate_video": False}, "lora"),
-        ({"face_image": "x", "image": "x.png", "generate_video": False}, "instantid image_likeness"),
         ({"face_image": "x", "identity": "none", "generate_video": False}, "instantid flux image_likeness"),
         ({**SDXL, "generate_video": False}, "instantid instantid_sdxl refine image_likeness"),
         ({**SDXL, "mode": "fast", "generate_video": False}, "instantid instantid_sdxl refine image_likeness"),
@@ -53,6 +54,13 @@ def names(**fields):
         ),
         ({**SDXL, "image": "x.png", "generate_video": False}, "instantid image_likeness"),
         ({"identity": "instantid-sdxl", "generate_video": False}, "flux"),
+        ({"image_model": "klein", "lora": LORA, "generate_video": False}, "klein"),
+        ({**REFERENCE, "lora": LORA}, "instantid klein lora image_likeness"),
+        ({**REFERENCE, "image": "x.png"}, "instantid image_likeness"),
+        ({**REFERENCE, "identity_strength": 0}, "instantid flux image_likeness"),
+        ({**REFERENCE, "image_model": "klein", "identity_strength": 0}, "instantid klein image_likeness"),
+        (QWEN, "flux qwen_edit"),
+        ({**QWEN, "mode": "fast"}, "flux"),
     ],
 )
 def test_stages_of_a_shot(fields, expected):

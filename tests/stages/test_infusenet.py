@@ -176,18 +176,15 @@ def test_networks_have_the_published_layout():
 
 
 @both_tasks
-@pytest.mark.parametrize("flux", [DEV, SCHNELL])
-def test_identity_strength_0_equals_plain_flux(injector_for, make_shot, task, flux):
-    injector = injector_for(flux)
+def test_identity_strength_0_equals_plain_flux(injector, make_shot, task):
     for fields in ({}, {"negative_prompt": "blurred"}):
         shot = make_shot(identity_strength=0.0, **fields)
         assert np.array_equal(generate_with_face(injector, shot, task, face(1)), generate(injector, shot, task))
 
 
 @both_tasks
-@pytest.mark.parametrize("flux", [DEV, SCHNELL])
-def test_face_pose_strength_range_and_seed_change_the_image(injector_for, make_shot, task, flux):
-    injector, shot = injector_for(flux), make_shot()
+def test_face_pose_strength_range_and_seed_change_the_image(injector, make_shot, task):
+    shot = make_shot()
     before = generate(injector, shot, task)
     image = generate_with_face(injector, shot, task, face(1))
     assert np.array_equal(generate_with_face(injector, shot, task, face(1)), image)

@@ -16,7 +16,7 @@ from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.video import shots_of_passes
 from vidgen_ray.stages.wan import WanStage
 
-COMMON = {"height": 64, "width": 128, "num_frames": 9, "num_inference_steps": 2, "output_type": "np"}
+COMMON = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, "output_type": "np"}
 PROMPTED = {**COMMON, "prompt": "a photo of a man", "max_sequence_length": 64}
 MODELS = {
     "svd": (
@@ -27,7 +27,8 @@ MODELS = {
     "wan": (WanStage, diffusers.WanImageToVideoPipeline, {**PROMPTED, "guidance_scale": 3.5}),
     "ltx": (LTXStage, diffusers.LTXImageToVideoPipeline, {**PROMPTED, "guidance_scale": 3.0, "frame_rate": 25}),
 }
-LAST = gradient_image()[::-1, ::-1].copy()
+IMAGE = gradient_image(64, 64)
+LAST = IMAGE[::-1, ::-1].copy()
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -38,9 +39,9 @@ def test_passes_equal_calls_of_diffusers_that_start_from_the_last_frame(tiny, ma
     shot = make_shot(video_model=model, num_frames=9, fps=25, motion_bucket_id=127, extend=2, **fields)
     reports = []
     with progress_callback(lambda *report: reports.append(report)):
-        clip = loaded(stage_class, tiny)([Item(shot, {"image": gradient_image(), "last_image": LAST})])[0]["frames"]
+        clip = loaded(stage_class, tiny)([Item(shot, {"image": IMAGE, "last_image": LAST})])[0]["frames"]
 
-    pipe, image, passes = plain(pipeline, f"tiny/{model}"), gradient_image(), []
+    pipe, image, passes = plain(pipeline, f"tiny/{model}"), IMAGE, []
     for number in range(3):
         seed = shot.derived_seed(f"pass {number}") if number else shot.seed
         noise = torch.Generator("cpu").manual_seed(Shot(prompt="-", seed=seed).derived_seed(model))
@@ -62,7 +63,7 @@ def test_first_pass_is_the_shot_without_extend(make_shot):
 
 def test_cancel_stops_in_a_further_pass_and_keeps_the_weights(tiny, make_shot):
     stage = loaded(LTXStage, tiny)
-    item = Item(make_shot(video_model="ltx", num_frames=9, extend=1), {"image": gradient_image()})
+    item = Item(make_shot(video_model="ltx", num_frames=9, extend=1), {"image": IMAGE})
     before = stage([item])[0]["frames"]
     reports = []
 

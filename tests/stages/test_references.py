@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from tests.stages.test_parity import as_uint8, generator, gradient_image, loaded, plain
 from vidgen_ray.content_keys import ShotPlanner, params_of
-from vidgen_ray.graph import STAGES, stages_of
+from vidgen_ray.graph import STAGES
 from vidgen_ray.script.check import ignored_settings
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item
@@ -122,27 +122,6 @@ def test_qwen_edit_equals_diffusers(qwen, make_shot, photos, with_photos):
     assert np.array_equal(restyled, as_uint8(expected))
     other = image_of(qwen, shot.model_copy(update={"style_prompt": "oil painting"}), image=gradient_image(), photos=photos)
     assert not np.array_equal(restyled, other), "the style prompt has no effect"
-
-
-@pytest.mark.parametrize(
-    ("fields", "stages"),
-    [
-        ({}, ["flux"]),
-        ({"image_model": "klein"}, ["klein"]),
-        ({"image_model": "klein", "lora": "a.safetensors"}, ["klein"]),
-        (REFERENCE, ["instantid", "klein", "image_likeness"]),
-        ({**REFERENCE, "lora": "a.safetensors"}, ["instantid", "klein", "lora", "image_likeness"]),
-        ({**REFERENCE, "image": "start.png"}, ["instantid", "image_likeness"]),
-        ({**REFERENCE, "identity_strength": 0}, ["instantid", "flux", "image_likeness"]),
-        ({**REFERENCE, "image_model": "klein", "identity_strength": 0}, ["instantid", "klein", "image_likeness"]),
-        ({"use_hunyuan_style": True}, ["flux", "hunyuan"]),
-        (QWEN, ["flux", "qwen_edit"]),
-        ({**QWEN, "mode": "fast"}, ["flux"]),
-    ],
-)
-def test_stages_of_a_shot(fields, stages):
-    shot = Shot(prompt="a", generate_video=False, **fields)
-    assert [stage.name for stage in stages_of(shot)] == stages
 
 
 def test_photos_are_part_of_the_key(tiny, make_shot, tmp_path):
