@@ -738,11 +738,10 @@ def _fits_in_a_cpu_slot(profile, used, cluster):
     return False
 
 
-@pytest.mark.parametrize("cases", [150, pytest.param(1000, marks=pytest.mark.slow)])
-def test_random_plans_respect_all_limits(cases):
+def test_random_plans_respect_all_limits():
     rng = random.Random(3)
     accepted = Counter()
-    for _ in range(cases):
+    for _ in range(100):
         profile, demand, cluster = random_case(rng, max_gpus=7)
         try:
             planned = plan(profile, demand, cluster)
@@ -753,13 +752,13 @@ def test_random_plans_respect_all_limits(cases):
         accepted[planned.layout.kind] += 1
         accepted["turns"] += any(worker.swap_groups for worker in planned.layout.workers)
     kinds = ("infeasible", "fused", "colocated", "staged", "hybrid", "turns")
-    assert min(accepted[kind] for kind in kinds) >= cases / 100, accepted
+    assert min(accepted[kind] for kind in kinds) >= 1, accepted
 
 
 def test_plan_fails_exactly_if_brute_force_finds_no_packing():
     rng = random.Random(4)
     outcomes = Counter()
-    for _ in range(150):
+    for _ in range(100):
         profile, demand, cluster = random_case(rng, max_gpus=3, max_actors=3)
         try:
             plan(profile, demand, cluster)
@@ -768,7 +767,7 @@ def test_plan_fails_exactly_if_brute_force_finds_no_packing():
             accepted = False
         assert accepted == has_packing(profile, demand, cluster), (profile, demand, cluster)
         outcomes[accepted] += 1
-    assert min(outcomes.values()) > 25, outcomes
+    assert min(outcomes.values()) > 15, outcomes
 
 
 def brute_force_rate(profile, seconds, gpus):
@@ -818,10 +817,9 @@ def planned_seconds(profile, demand, cluster):
         return float("inf")
 
 
-@pytest.mark.parametrize("cases", [20, pytest.param(100, marks=pytest.mark.slow)])
-def test_more_gpus_or_faster_stages_are_never_slower(cases):
+def test_more_gpus_or_faster_stages_are_never_slower():
     rng = random.Random(5)
-    for _ in range(cases):
+    for _ in range(20):
         profile, demand, cluster = random_case(rng)
         before = planned_seconds(profile, demand, cluster)
         n = rng.randrange(len(cluster.nodes))

@@ -78,8 +78,10 @@ def test_every_place_that_writes_an_image_or_a_clip_is_known():
 
 
 @pytest.fixture
-def sources(tmp_path):
+def sources(tmp_path, monkeypatch):
     """A recorded clip and a generated image."""
+    # OpenVINO compiles the network for seconds.
+    monkeypatch.setattr("vidgen_ray.upscale.network.has_openvino", lambda: False)
     write_video(tmp_path / "recorded.mp4", 2)
     write_png(tmp_path / "generated.png", np.full((48, 64, 3), 90, np.uint8), GENERATED.metadata())
     return tmp_path
