@@ -10,6 +10,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from tests.online.directors import LOCAL, local_server
+from tests.online.test_api_limits import png
 from tests.online.test_api_videos import ended, error_of, made
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.outputs.records import shot_path
@@ -203,12 +204,6 @@ def test_image_timeout_returns_504_with_the_job(tiny, tmp_path):
         server.director.held.clear()
         job_id = answer.json()["error"]["message"].rpartition("/")[2].removesuffix(".")
         assert ended(client, job_id)["status"] == "completed"
-
-
-def png(width=64, height=64) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), "teal").save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def edit(client, files, **fields):

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from tests.online.test_store import new_job
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.event_streams import JobFeed
 from vidgen_ray.online.server_settings import Limits
-from vidgen_ray.online.store.jobs import Job, JobKind, new_id
+from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.online.store.store import Changes, JobStore
 from vidgen_ray.online.web import pages
-from vidgen_ray.shot import Shot
 
 POLL_S = 0.01
 TIMEOUT_S = 120
@@ -47,10 +47,8 @@ def feed(store) -> JobFeed:
     return JobFeed(store, POLL_S)
 
 
-def new_job(store, tenant="ada") -> Job:
-    shot = Shot(id="online-1", prompt="a lighthouse", seed=7)
-    job = Job(id=new_id(JobKind.VIDEO), tenant=tenant, kind=JobKind.VIDEO, shot=shot, key="k" * 64, created_at=5)
-    return store.create(job)[0]
+def stored_job(store, tenant="ada") -> Job:
+    return store.create(new_job(tenant))[0]
 
 
 def run(coroutine):
@@ -60,7 +58,7 @@ def run(coroutine):
 def test_follow_yields_each_state_until_the_end(store, feed):
     async def states() -> list[str]:
         seen = []
-        async for job in feed.follow(new_job(store)):
+        async for job in feed.follow(stored_job(store)):
             seen.append(job.state.value)
             if job.state == "queued":
                 store.queue.claim("d", 30, 1)
@@ -73,7 +71,7 @@ def test_follow_yields_each_state_until_the_end(store, feed):
 
 def test_follow_ends_with_none_when_the_job_is_deleted(store, feed):
     async def last() -> Job | None:
-        job = new_job(store)
+        job = stored_job(store)
         ended = asyncio.create_task(feed.ended(job))
         await asyncio.sleep(5 * POLL_S)
         store.delete(job.id, "ada")
@@ -86,7 +84,7 @@ def test_all_streams_share_one_poll(store, feed):
     async def polls() -> tuple[int, int]:
         async with AsyncExitStack() as stack:
             streams = [await stack.enter_async_context(aclosing(feed.follow_tenant("ada", 0, 60))) for _ in range(20)]
-            job = new_job(store)
+            job = stored_job(store)
             for stream in streams:
                 assert [changed.id for changed in (await anext(stream)).jobs] == [job.id]
             before, began = store.polls, time.monotonic()
@@ -110,9 +108,9 @@ def test_polling_stops_with_the_last_stream(store, feed):
 
 
 def test_tenant_stream_starts_at_its_cursor_and_sees_no_other_tenant(store, feed):
-    new_job(store)
+    stored_job(store)
     cursor = store.latest_version()
-    missed, other = new_job(store), new_job(store, "bob")
+    missed, other = stored_job(store), stored_job(store, "bob")
 
     async def seen() -> tuple[list[str], list[str]]:
         jobs, deleted = [], []
@@ -139,7 +137,7 @@ def test_slow_stream_gets_the_latest_state_only(store, feed):
     async def states() -> list[str]:
         async with aclosing(feed.follow_tenant("ada", store.latest_version(), POLL_S)) as stream:
             await anext(stream)
-            job = new_job(store)
+            job = stored_job(store)
             await polled()
             store.queue.claim("d", 30, 1)
             await polled()
@@ -155,7 +153,7 @@ def test_slow_stream_gets_the_latest_state_only(store, feed):
 def test_polling_continues_after_a_database_error(store, feed):
     async def changed() -> list[str]:
         async with aclosing(feed.follow_tenant("ada", 0, 60)) as stream:
-            job = new_job(store)
+            job = stored_job(store)
             await anext(stream)
             store.fails = True
             polls = store.polls
@@ -179,7 +177,7 @@ def test_page_stream_ends_when_the_session_ends(store, feed, monkeypatch):
     request = SimpleNamespace(scope={})
 
     async def events() -> list:
-        job = new_job(store)
+        job = stored_job(store)
         first = store.latest_version()
         seen = []
         async for event in pages._events(site, request, tenant, 0):

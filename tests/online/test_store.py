@@ -1,8 +1,8 @@
 """The job store, on SQLite and PostgreSQL."""
 
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -383,15 +383,18 @@ def test_outbox_has_a_message_for_each_ended_job(store, clock):
 
 
 def test_stored_jobs_survive_sigkill(store, database_url):
-    code = (
-        "import os, sys; from vidgen_ray.online.store.store import JobStore; from tests.online.test_store import new_job\n"
-        "store = JobStore(sys.argv[1]); print(store.create(new_job())[0].id, flush=True)\n"
-        "with store._database.transaction() as transaction:\n"
-        "    store._rows.insert(transaction, new_job()); os.kill(os.getpid(), 9)"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, database_url], capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [job.id for job in store.list("ada").jobs] == [killed.stdout.strip()]
+    def create_and_be_killed():
+        other = JobStore(database_url)
+        other.create(new_job(id="video_1"))
+        with other._database.transaction() as transaction:
+            other._rows.insert(transaction, new_job())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=create_and_be_killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert [job.id for job in store.list("ada").jobs] == ["video_1"]
 
 
 @pytest.mark.parametrize("url", ["nonsense", "mysql://a@b/c", "sqlite://", "sqlite:////nowhere/at/all/jobs.db"])

@@ -15,7 +15,7 @@ from tests.online.test_store import new_job
 from vidgen_ray.online.store.jobs import FINAL, JobKind, JobProgress, JobState
 from vidgen_ray.online.store.store import JobStore
 
-STORED, QUEUED = 20_000, 40
+STORED, QUEUED = 2_000, 40
 numbers = count()
 
 CALLS = {

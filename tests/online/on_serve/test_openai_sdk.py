@@ -10,7 +10,6 @@ import threading
 import time
 from contextlib import closing
 from http.client import HTTPConnection
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -18,7 +17,8 @@ import pytest
 
 from tests.conftest import ASTRONAUT
 from tests.online.on_serve.conftest import KEYS
-from vidgen_ray.media import open_video
+from vidgen_ray.engine.shot_writer import write_clip
+from vidgen_ray.media import Mp4Settings, open_video
 
 openai = pytest.importorskip("openai")
 from openai import OpenAI  # noqa: E402
@@ -99,9 +99,6 @@ def test_events_and_range_requests(client, address):
         whole = plain.get(f"/videos/{video.id}/content").content
         part = plain.get(f"/videos/{video.id}/content", headers={"Range": "bytes=10-19"})
         assert (part.status_code, part.content) == (206, whole[10:20])
-        beyond = plain.get(f"/videos/{video.id}/content", headers={"Range": "bytes=99999999-"})
-        assert (beyond.status_code, beyond.json()["error"]["code"]) == (416, "range_not_satisfiable")
-        assert plain.head(f"/videos/{video.id}/content").headers["content-length"] == str(len(whole))
 
 
 def test_remix_changes_the_prompt_and_keeps_the_seed(client, clip):
@@ -111,25 +108,14 @@ def test_remix_changes_the_prompt_and_keeps_the_seed(client, clip):
     client.videos.delete(remixed.id)
 
 
-def test_create_character_and_use_it(client):
+def test_create_character_and_use_it(client, tmp_path):
+    face = np.asarray(Image.open(ASTRONAUT).convert("RGB"))
+    write_clip(tmp_path / "me.mp4", [np.stack([np.zeros_like(face), face])], 6, Mp4Settings(threads=1))
     consent = {"subject": "Eileen Collins", "basis": "public-domain"}
-    character = client.videos.create_character(name="Eileen", video=astronaut_video(), extra_body={"consent": consent})
+    character = client.videos.create_character(name="Eileen", video=tmp_path / "me.mp4", extra_body={"consent": consent})
     assert client.videos.get_character(character.id).name == "Eileen"
     video = client.videos.create(prompt="at the sea", size="64x64", extra_body={"character": "Eileen", "num_frames": 2})
     assert client.videos.poll(video.id).status == "completed"
-
-
-def astronaut_video() -> tuple[str, bytes]:
-    import tempfile
-
-    from vidgen_ray.engine.shot_writer import write_clip
-    from vidgen_ray.media import Mp4Settings
-
-    frames = np.asarray(Image.open(ASTRONAUT).convert("RGB"))[None].repeat(3, 0)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
-        write_clip(path, [np.zeros_like(frames), frames], 6, Mp4Settings(threads=1))
-        return "me.mp4", path.read_bytes()
 
 
 def test_generate_images(client):
