@@ -129,8 +129,7 @@ def modules() -> Iterator[str]:
     """Yield the map of modules, one line a package."""
     for init in (*sorted(PACKAGE.rglob("__init__.py"), key=lambda path: path.parent.relative_to(PACKAGE).parts), CLIENT):
         names = sorted(path.stem for path in init.parent.glob("*.py") if not path.stem.startswith("__"))
-        # The migrations of the job store are scripts.
-        if names and "migrations" not in init.parts:
+        if names:
             yield f"- `{init.parent.relative_to(DOCS.parent)}/`: {module_summary(init)}. *{', '.join(names)}*"
 
 

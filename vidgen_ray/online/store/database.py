@@ -1,4 +1,4 @@
-"""Database of the job store, SQLite or PostgreSQL: tables, their migrations, and transactions."""
+"""Database of the job store, SQLite or PostgreSQL: tables and transactions."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -32,7 +27,10 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    insert,
+    inspect,
     make_url,
+    select,
     text,
     update,
 )
@@ -47,14 +45,10 @@ POOL_SIZE = 48
 """Connections of a process: one for each thread that uses the database, or requests wait for each other."""
 READS = {"vidgen_reads": True}
 """Execution option of transactions that only read."""
-MIGRATIONS = Path(__file__).parent / "migrations"
-VERSION_TABLE = "vidgen_alembic_version"
-"""Not Alembic's default name: a PostgreSQL database may be shared with another application."""
+TABLES_VERSION = 1
+"""Version of the tables, stored in `vidgen_meta`. Increase it with each change of a table after a release."""
 POSTGRESQL_LOCK = 0x7669646765
-"""Key of the advisory lock held during an upgrade."""
-
-# Alembic keeps the running migration in global variables.
-_upgrade_lock = Lock()
+"""Key of the advisory lock held while tables are created."""
 
 TABLES = MetaData()
 
@@ -70,7 +64,8 @@ META = Table(
     Column("name", String(64), primary_key=True),
     Column("value", BigInteger, nullable=False),
 )
-"""One row, `changes`: number of the last write. Every transaction increments it first, which serializes all writers."""
+"""Row `tables`: `TABLES_VERSION`. Row `changes`: number of the last write; every transaction increments it first, which
+serializes all writers."""
 NEXT_NUMBER = update(META).where(META.c.name == "changes").values(value=META.c.value + 1).returning(META.c.value)
 
 JOBS = Table(
@@ -179,23 +174,23 @@ SESSIONS = Table(
 
 
 class Database:
-    """Open database whose tables are up to date.
+    """Open database with its tables.
 
     SQLite is for servers whose processes run on one machine: its write-ahead log does not work on a network file system.
     """
 
     def __init__(self, url: str) -> None:
-        """Open a database and create or upgrade its tables.
+        """Open a database and create its tables if there are none.
 
         `url` is an SQLAlchemy URL: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME.
 
-        Raises SetupError if the database cannot be opened or is newer than this program.
+        Raises SetupError if the database cannot be opened or has the tables of another version.
         """
         self.engine = _engine(url)
         # Threads of this process wait here in turn. In SQLite's own lock they would poll with pauses of up to 100 ms.
         self._writing = threading.Lock()
         try:
-            upgrade_schema(self.engine)
+            create_tables(self.engine)
         except OperationalError as error:
             raise SetupError(f"database {self._url_without_password}: cannot be opened ({_first_line(error)})") from None
         except SQLAlchemyError as error:
@@ -234,31 +229,25 @@ class Transaction:
         return int(self.connection.execute(NEXT_NUMBER).scalar_one())
 
 
-def upgrade_schema(engine: Engine) -> None:
-    """Bring the tables to the newest revision, in one transaction.
+def create_tables(engine: Engine) -> None:
+    """Create the tables if there are none, in one transaction.
 
     Processes that open the same store at once wait for each other: on SQLite by the write lock of BEGIN IMMEDIATE, on
-    PostgreSQL by an advisory lock. Raises SetupError if the tables are newer than this program.
+    PostgreSQL by an advisory lock. Raises SetupError for the tables of another version.
     """
-    config = Config()
-    # Config values are subject to %-interpolation.
-    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-    scripts = ScriptDirectory.from_config(config)
-    newest = scripts.get_current_head()
-    with _upgrade_lock, engine.begin() as connection:
+    with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": POSTGRESQL_LOCK})
-        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
-        revision = context.get_current_revision()
-        if revision is not None and revision not in {script.revision for script in scripts.walk_revisions()}:
-            raise SetupError(
-                f"database {engine.url.render_as_string(hide_password=True)}: the tables have revision {revision}, which is "
-                f"newer than {newest}, the newest that this version of vidgen-ray supports. Use the version that upgraded "
-                "them, or another database."
-            )
-        if revision != newest:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+        if not inspect(connection).has_table(META.name):
+            TABLES.create_all(connection, checkfirst=False)
+            rows = {"changes": 0, "tables": TABLES_VERSION}
+            connection.execute(insert(META), [{"name": name, "value": value} for name, value in rows.items()])
+        found = connection.scalar(select(META.c.value).where(META.c.name == "tables"))
+    if found != TABLES_VERSION:
+        raise SetupError(
+            f"database {engine.url.render_as_string(hide_password=True)}: its tables have version {found}, this version of "
+            f"vidgen-ray has {TABLES_VERSION}. Use the version that created them, or another database."
+        )
 
 
 def _engine(url: str) -> Engine:

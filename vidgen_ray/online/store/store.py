@@ -94,7 +94,7 @@ class JobStore:
         targets: Callable[[str], Sequence[str]] = lambda tenant: (),
         now: Callable[[], float] = time.time,
     ) -> None:
-        """Open the store and create or upgrade its tables.
+        """Open the store and create its tables if there are none.
 
         `retention_s` is how long finished jobs are kept, in seconds; `None` keeps them. `targets` returns the names of the
         webhooks that receive messages about a tenant's jobs. `url` and errors are those of `Database`.
