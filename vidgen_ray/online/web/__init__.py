@@ -1,6 +1,6 @@
 """Web page at `/`. It creates and shows the same jobs as the API."""
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -13,10 +13,10 @@ from vidgen_ray.online.web.pages import api_page_routes, auth_routes, clip_route
 def add_page(app: FastAPI, server: ServerContext) -> None:
     """Add the page's routes and static files to the app."""
     context = PageContext(server)
-    app.include_router(page_routes(context))
-    app.include_router(clip_routes(context))
-    app.include_router(auth_routes(context))
-    app.include_router(api_page_routes(context, app))
+    router = APIRouter(include_in_schema=False)
+    for add_routes in (page_routes, clip_routes, auth_routes, api_page_routes):
+        add_routes(router, context)
+    app.include_router(router)
     app.mount("/static", _StaticFiles(directory=STATIC), name="static")
 
 

@@ -76,9 +76,7 @@ def jobs_with_ids(server: ServerContext, tenant: Tenant, ids: Sequence[str]) -> 
 BLOCK_BYTES = 1 << 20
 
 
-def clip_routes(context: PageContext) -> APIRouter:
-    router = APIRouter(include_in_schema=False)
-
+def clip_routes(router: APIRouter, context: PageContext) -> None:
     async def gallery(request: Request, tenant: Tenant) -> Response:
         page = await asyncio.to_thread(gallery_page, context.server, tenant, request.query_params)
         if page is None:
@@ -96,7 +94,6 @@ def clip_routes(context: PageContext) -> APIRouter:
 
     router.add_route("/clips", context.for_tenant(gallery), ["GET"])
     router.add_route("/clips/download", context.for_tenant(download_selected), ["GET"])
-    return router
 
 
 def _archive(outputs: OutputFolder, jobs: list[Job]) -> ZipStream:
@@ -118,9 +115,7 @@ def _blocks(outputs: OutputFolder, path: str) -> Iterator[bytes]:
             yield block
 
 
-def auth_routes(context: PageContext) -> APIRouter:
-    router = APIRouter(include_in_schema=False)
-
+def auth_routes(router: APIRouter, context: PageContext) -> None:
     @router.get("/sign-in")
     async def sign_in_form(request: Request) -> Response:
         if await asyncio.to_thread(context.server.auth.page_tenant, request):
@@ -160,8 +155,6 @@ def auth_routes(context: PageContext) -> APIRouter:
         response.delete_cookie(SESSION_COOKIE, path=f"{base_path(request)}/", httponly=True, samesite="strict")
         return response
 
-    return router
-
 
 @dataclass(frozen=True, slots=True)
 class Operation:
@@ -172,16 +165,13 @@ class Operation:
     description: str
 
 
-def api_page_routes(context: PageContext, app: FastAPI) -> APIRouter:
-    router = APIRouter(include_in_schema=False)
-
+def api_page_routes(router: APIRouter, context: PageContext) -> None:
     async def api_page(request: Request, tenant: Tenant) -> Response:
-        groups = await asyncio.to_thread(_operations, app)
+        groups = await asyncio.to_thread(_operations, request.app)
         url = f"{request.base_url}".rstrip("/")
         return context.render(request, "api.html", groups=groups, url=url, model=next(iter(context.server.models)))
 
     router.add_route("/api-docs", context.for_tenant(api_page), ["GET"])
-    return router
 
 
 def _operations(app: FastAPI) -> dict[str, list[Operation]]:
@@ -246,8 +236,7 @@ class Box(NamedTuple):
     """The face that is used."""
 
 
-def page_routes(context: PageContext) -> APIRouter:
-    router = APIRouter(include_in_schema=False)
+def page_routes(router: APIRouter, context: PageContext) -> None:
     server = context.server
 
     async def index(request: Request, tenant: Tenant) -> Response:
@@ -296,7 +285,6 @@ def page_routes(context: PageContext) -> APIRouter:
     router.add_route("/inputs/{upload_id}/{control}", context.for_tenant(form_image), ["GET"])
     router.add_route("/queue", context.for_tenant(queue), ["GET"])
     router.add_route("/events", context.for_tenant(events), ["GET"])
-    return router
 
 
 def _render_page(context: PageContext, request: Request, tenant: Tenant) -> Response:
