@@ -16,6 +16,8 @@ from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_model import FluxModel
 from vidgen_ray.weights import resolve
 
+SMALL = ("--size", "64x64", "--frames", "2")
+
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
@@ -33,18 +35,19 @@ def cache(tmp_path, monkeypatch):
     built = resolve("builtin:tiny/svd").parent
     monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path))
     (tmp_path / "builtin").symlink_to(built)
+    monkeypatch.setattr(bench_command, "QUICK", BenchOptions(steps=(2, 3), repeats=1))
     return tmp_path
 
 
 def test_quick_bench_measures_every_stage_of_the_chain_and_stores_the_results(cache, capsys):
-    assert main(["bench", "-p", "tiny", "--quick", "--json"]) == 0
+    assert main(["bench", "-p", "tiny", "--quick", "--json", *SMALL]) == 0
     report = json.loads(capsys.readouterr().out)
     rows = {row["stage"]: row for row in report["stages"]}
     assert {"instantid", "flux", "lora", "hunyuan", "svd", "realesrgan", "image_likeness"} <= rows.keys()
     assert [row["problem"] for row in report["stages"] if row["problem"]] == []
     assert (report["card"], report["chain"]) == ("cpu", None)
     assert rows["realesrgan"]["variant"] == "animevideov3"
-    assert rows["svd"]["size"] == "128x64x8"
+    assert rows["svd"]["size"] == "64x64x2"
     assert rows["instantid"]["step_s"] is None
     calibration = load_calibration("tiny", "cpu")
     assert calibration["svd"].seconds_of_reference == rows["svd"]["seconds_of_reference"]
@@ -54,7 +57,7 @@ def test_quick_bench_measures_every_stage_of_the_chain_and_stores_the_results(ca
 def test_plan_uses_the_results(cache, capsys):
     script = cache / "s.jsonl"
     script.write_text('{"prompt": "a", "upscale_video": false}\n')
-    assert main(["bench", "-p", "tiny", "--quick", "--stage", "svd", "--stage", "flux"]) == 0
+    assert main(["bench", "-p", "tiny", "--quick", "--stage", "svd", "--stage", "flux", *SMALL]) == 0
     out = capsys.readouterr().out
     assert "stored for plans with tiny on cpu" in out
     assert main(["plan", str(script), "-p", "tiny", "-o", str(cache / "out"), "--json"]) == 0
@@ -128,7 +131,7 @@ NAMES = ("flux", "lora", "hunyuan", "svd", "realesrgan")
 def test_bench_with_random_weights_replaces_the_networks_and_marks_the_results(cache, capsys, monkeypatch):
     built = []
     monkeypatch.setattr(bench_command, "random_pipeline", lambda *args: built.append(random_pipeline(*args)) or built[-1])
-    arguments = ["--weights", "random", "--quick", "--json"]
+    arguments = ["--weights", "random", "--quick", "--json", *SMALL]
     assert main(["bench", "-p", "tiny", *arguments, *(a for name in NAMES for a in ("--stage", name))]) == 0
     report = json.loads(capsys.readouterr().out)
     rows = {row["stage"]: row for row in report["stages"]}
@@ -148,7 +151,7 @@ def test_bench_with_random_weights_needs_no_files_and_stores_nothing_with_no_sav
     networks = random_model("builtin:tiny/svd", None).networks
     monkeypatch.setattr(published_models, "NETWORKS", {f"svd/{name}": network for name, network in networks.items()})
     monkeypatch.setattr(bench_command, "load_profile", lambda name: with_published_weights(load_profile(name)))
-    assert main(["bench", "-p", "tiny", "--weights", "random", "--quick", "--stage", "svd", "--json", "--no-save"]) == 0
+    assert main(["bench", "-p", "tiny", "--weights", "random", "--quick", "--stage", "svd", "--json", "--no-save", *SMALL]) == 0
     (row,) = json.loads(capsys.readouterr().out)["stages"]
     assert (row["problem"], row["step_s"] is not None, row["random_weights"]) == (None, True, True)
     assert load_calibration("tiny", "cpu") == {}

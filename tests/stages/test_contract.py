@@ -53,7 +53,9 @@ def item(make_shot, photo, face, loaded):
         identity="reference" if any(each.get("identity") == "reference" for each in loaded.examples) else "infusenet",
         num_frames=n_frames,
     )
-    frames = np.repeat(picture[None], n_frames, axis=0)
+    # Frames of chunked stages may have any size.
+    frame = picture[:32, :64] if isinstance(loaded, ChunkedStage) else picture
+    frames = np.repeat(frame[None], n_frames, axis=0)
     return Item(shot, {"photos": (photo,), "face": face, "image": picture, "frames": frames})
 
 

@@ -18,7 +18,7 @@ def chain(tiny):
     from vidgen_ray.shot import Shot
 
     shot = Shot(
-        **{**tiny.defaults, "num_frames": 5},
+        **{**tiny.defaults, "num_frames": 5, "width": 64},
         id="s",
         prompt="a photo of a man",
         seed=7,
