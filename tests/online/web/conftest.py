@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser import PROGRAMS
+from tests.browser import running_browser
 from tests.fake_stages import FakeRealESRGAN, FakeStage
 from tests.online.directors import LocalDirector, ProgressCallback, RenderShot, listening_on_a_port, local_server
 from tests.online.scripted_stages import SCRIPTED
@@ -185,17 +185,11 @@ def site_with_keys(new_site, tmp_path) -> Site:
     return new_site(key=keys["ann"], keys_file=tmp_path / "keys.yaml")
 
 
-# Not for the whole session: Playwright keeps an event loop running in this thread, and tests of other files call asyncio.run.
-@pytest.fixture(scope="module")
+# Not for the whole session: Playwright keeps an event loop running in this thread, and tests of other folders call asyncio.run.
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Any]:
-    program = next((path for path in PROGRAMS if path.exists()), None)
-    if program is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
-    with playwright.sync_playwright() as started:
-        options = ["--no-sandbox", "--disable-dev-shm-usage"]
-        browser = started.chromium.launch(executable_path=program, args=options)
+    with running_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
