@@ -64,12 +64,13 @@ class TestRealStages:
         ids=["clip", "wan"],
     )
     def test_output_equals_the_pipeline_and_is_reused(self, real, tiny, tmp_path, fields, files):
-        job = real.wait_for_end(real.accept(**fields))
+        job_id = real.accept(**fields)
+        pipeline = VideoGenerationPipeline(tiny, tmp_path)
+        record = pipeline.render(real.job(job_id).shot)
+        job = real.wait_for_end(job_id)
         assert (job.state, job.progress, job.error) == (JobState.COMPLETED, 100, None)
         online = digests(real.outputs, job.shot_id)
         assert set(online) == files
-        pipeline = VideoGenerationPipeline(tiny, tmp_path)
-        record = pipeline.render(job.shot)
         assert online == digests(pipeline.outputs, job.shot.id)
         assert record.key == job.key
         assert set(job.stage_seconds) == {step.stage for step in record.stages}
