@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
 
-from tests.browser import page_in, running_browser
+from tests.browser import browser_page
 from tests.film.conftest import Shots
 from vidgen_ray.cli.app import main
 from vidgen_ray.errors import SetupError
@@ -30,12 +30,6 @@ def row(shot_id, line, **columns):
         "ended_at": "",
         **columns,
     }
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with running_browser() as browser:
-        yield browser
 
 
 @pytest.fixture
@@ -80,10 +74,10 @@ def cards(page):
     return page.locator("article .id").all_inner_texts()
 
 
-def test_gallery_opens_from_disk_and_filters(browser, out):
+def test_gallery_opens_from_disk_and_filters(out):
     page_file = write_gallery(out)
     assert sorted(path.name for path in (out / "thumbnails").rglob("*.webp")) == ["ada.webp", "bo.webp"]
-    with page_in(browser, 1366, 768) as page:
+    with browser_page(1366, 768) as page:
         page.goto(page_file.as_uri())
         assert cards(page) == ["bad", "ada", "bo"]
         assert page.locator("#counts").inner_text() == "2 done, 1 failed"
@@ -99,9 +93,9 @@ def test_gallery_opens_from_disk_and_filters(browser, out):
         assert (cards(page), page.locator("#shown").inner_text()) == (["ada"], "1 of 3")
 
 
-def test_detail_shows_clip_images_settings_and_reason(browser, out):
+def test_detail_shows_clip_images_settings_and_reason(out):
     page_file = write_gallery(out)
-    with page_in(browser, 1366, 768) as page:
+    with browser_page(1366, 768) as page:
         page.goto(page_file.as_uri())
         page.hover("article >> nth=1")
         page.wait_for_function("document.querySelector('article video')?.readyState >= 2")
@@ -119,11 +113,11 @@ def test_detail_shows_clip_images_settings_and_reason(browser, out):
         assert page.locator("dialog[open]").count() == 0
 
 
-def test_gallery_links_the_films_of_the_folder(browser, tmp_path):
+def test_gallery_links_the_films_of_the_folder(tmp_path):
     shots = Shots(tmp_path / "out")
     shots.add("a")
     page_file = write_gallery(shots.root)
-    with page_in(browser, 1366, 768) as page:
+    with browser_page(1366, 768) as page:
         page.goto(page_file.as_uri())
         assert page.locator("#films a").count() == 0
         for name in ("film.mp4", "a 2nd cut.mp4"):
@@ -136,10 +130,10 @@ def test_gallery_links_the_films_of_the_folder(browser, tmp_path):
     assert client.get("/run.json").status_code == 404
 
 
-def test_ten_thousand_shots_keep_the_page_small(browser, tmp_path):
+def test_ten_thousand_shots_keep_the_page_small(tmp_path):
     rows = [{"id": f"shot-{n}", "status": "done", "prompt": f"a ball {n}", "script": "s", "line": n} for n in range(MANY)]
     (tmp_path / "index.html").write_text(page_of({"rows": rows, "counts": {"done": MANY}, "total": MANY, "films": []}))
-    with page_in(browser, 1366, 768) as page:
+    with browser_page(1366, 768) as page:
         page.goto((tmp_path / "index.html").as_uri())
         page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
         page.wait_for_selector(f"text=shot-{MANY - 1}")
