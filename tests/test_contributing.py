@@ -75,45 +75,46 @@ def records(folder: Path, *names: str) -> list[dict]:
     return [json.loads((folder / shot_path(name) / "shot.json").read_text()) for name in names]
 
 
-def test_worked_examples_pass_the_contract_tests(project):
-    project.run("-m", "pytest", "-q", "tests/stages/test_contract.py", "-k", "ltx95 or svd")
-
-
-def test_worked_examples_are_rendered(project, tmp_path):
-    lines = script(tmp_path, *LINES)
-    project.run("-m", "vidgen_ray", "render", lines, "-o", str(tmp_path / "out"), "-p", "tiny")
-    new, plain, guided = records(tmp_path / "out", "new", "plain", "guided")
-    assert [step["stage"] for step in new["stages"]] == ["flux", "ltx95", "realesrgan"]
-    assert [step["stage"] for step in plain["stages"]] == ["flux", "svd", "realesrgan"]
-    assert plain["files"]["video.mp4"] != guided["files"]["video.mp4"]
-
-
-SERVED = """
-import json, sys
+CHECKS = """
+import sys
+from contextlib import closing
 from pathlib import Path
+import pytest
 from starlette.testclient import TestClient
 from tests.online.directors import LOCAL, local_server
 from tests.online.test_api_videos import ended
 from vidgen_ray.cli import main
 from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.profile import load_profile
+from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.read import read_script
 
-script, data = sys.argv[1:]
+assert pytest.main(["-q", "tests/stages/test_contract.py", "-k", "ltx95 or svd"]) == 0
+script, out, data = sys.argv[1:]
+profile = load_profile("tiny")
 assert main(["plan", script, "-p", "gpu-80gb", "--gpus", "8x80GB", "--json"]) == 0
-with local_server(load_profile("tiny"), OnlineSettings(profile="tiny", data=data)) as server:
+with closing(VideoGenerationPipeline(profile, out)) as pipeline:
+    for shot in read_script(ScriptSettings(Path(script), profile_defaults=profile.defaults)).shots:
+        pipeline.render(shot)
+with local_server(profile, OnlineSettings(profile="tiny", data=data)) as server:
     client = TestClient(server.app, **LOCAL)
     for fields in ({"video_model": "ltx95", "num_frames": 9}, {"start_guidance": 2}):
         asked = client.post("/v1/videos", json={"prompt": "a red ball", "size": "64x64", "num_frames": 4, **fields})
         assert asked.status_code == 200, asked.text
         video = ended(client, asked.json()["id"])
         assert video["status"] == "completed", video
-shots = [json.loads(path.read_text()) for path in Path(data).rglob("shot.json")]
-assert {shot["stages"][1]["stage"] for shot in shots} == {"ltx95", "svd"}, shots
 """
 
 
-def test_worked_examples_are_planned_and_served(project, tmp_path):
-    project.run("-c", SERVED, script(tmp_path, *LINES), str(tmp_path / "out"))
+def test_worked_examples_pass_the_contract_tests_and_are_planned_rendered_and_served(project, tmp_path):
+    project.run("-c", CHECKS, script(tmp_path, *LINES), str(tmp_path / "out"), str(tmp_path / "data"))
+    new, plain, guided = records(tmp_path / "out", "new", "plain", "guided")
+    assert [step["stage"] for step in new["stages"]] == ["flux", "ltx95", "realesrgan"]
+    assert [step["stage"] for step in plain["stages"]] == ["flux", "svd", "realesrgan"]
+    assert plain["files"]["video.mp4"] != guided["files"]["video.mp4"]
+    served = [json.loads(path.read_text()) for path in (tmp_path / "data").rglob("shot.json")]
+    assert {shot["stages"][1]["stage"] for shot in served} == {"ltx95", "svd"}
 
 
 def test_stage_of_another_package_is_rendered_on_ray(other_package, tmp_path):

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import ExitStack, suppress
@@ -10,7 +12,6 @@ from contextlib import ExitStack, suppress
 import pytest
 from moto.s3.responses import S3Response
 
-from tests import forked
 from tests.pid_namespaces import run_in_pid_namespace
 from vidgen_ray.batch.line_planner import LinePlanner
 from vidgen_ray.batch.render import render_lines
@@ -177,42 +178,41 @@ def test_storage_error_does_not_lose_the_lease(disk, monkeypatch):
         assert not lease.lost.is_set()
 
 
-def hold_until_it_is_lost(outputs, connection):
-    """Hold the lease as a process of another machine, and send why it was lost."""
-    leases.this_process = lambda: ELSEWHERE
-    leases.REFRESH_S, leases.LOST_AFTER_S = 0.1, 0.8
-    with outputs.lease("r1") as lease:
-        connection.send("held")
-        lease.lost.wait()
-        with pytest.raises(SetupError) as error:
-            lease.check()
-        connection.send(str(error.value))
-
-
-def test_suspended_process_notices_that_its_lease_was_taken(outputs, tmp_path, monkeypatch):
+def test_suspended_process_notices_that_its_lease_was_taken(outputs, monkeypatch):
     """A run on another machine takes the lease while the first process is stopped with SIGSTOP."""
+    code = f"""
+import sys
+import vidgen_ray.outputs.lease as leases
+from vidgen_ray.outputs.folder import OutputFolder
+leases.this_process = lambda: {str(ELSEWHERE)!r}
+leases.REFRESH_S, leases.LOST_AFTER_S = 0.1, 0.8
+with OutputFolder(sys.argv[1]).lease("r1") as lease:
+    print("held", flush=True)
+    lease.lost.wait()
+    try:
+        lease.check()
+    except Exception as error:
+        print(error)
+"""
     monkeypatch.setattr(leases, "STALE_AFTER_S", 2.0)  # times of the S3 server are rounded to seconds
-    ours, theirs = forked.CONTEXT.Pipe()
-    process = forked.start(tmp_path / "errors", hold_until_it_is_lost, outputs, theirs)
-    assert ours.poll(WAIT_S), (tmp_path / "errors").read_text()
-    assert ours.recv() == "held"
-    os.kill(process.pid, signal.SIGSTOP)
-    with ExitStack() as stack:
-        stack.callback(process.kill)
-        lease, deadline = None, time.monotonic() + WAIT_S
-        while lease is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)  # no notification is available
-            with suppress(SetupError):
-                lease = stack.enter_context(outputs.lease("r2"))
-        os.kill(process.pid, signal.SIGCONT)
-        assert ours.poll(WAIT_S), (tmp_path / "errors").read_text()
-        assert "this run lost its lease and stopped, because it was suspended" in ours.recv()
-        process.join(WAIT_S)
-        lease.refresh()
-        assert not lease.lost.is_set()
-        assert lease_files(outputs) == {lease.name}
-        assert json.loads(outputs.storage.read(lease.name))["run"] == "r2"
+    arguments = [sys.executable, "-c", code, outputs._root]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n", process.stderr.read()
+        process.send_signal(signal.SIGSTOP)
+        with ExitStack() as stack:
+            lease, deadline = None, time.monotonic() + WAIT_S
+            while lease is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)  # no notification is available
+                with suppress(SetupError):
+                    lease = stack.enter_context(outputs.lease("r2"))
+            process.send_signal(signal.SIGCONT)
+            output, errors = process.communicate(timeout=WAIT_S)
+            assert "this run lost its lease and stopped, because it was suspended" in output, errors
+            lease.refresh()
+            assert not lease.lost.is_set()
+            assert lease_files(outputs) == {lease.name}
+            assert json.loads(outputs.storage.read(lease.name))["run"] == "r2"
 
 
 def test_one_of_two_runs_that_start_at_once_gets_the_lease_in_s3(s3, monkeypatch):

@@ -4,7 +4,10 @@ import io
 import json
 import logging
 import os
+import pickle
 import re
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -13,7 +16,6 @@ import numpy as np
 import pytest
 from moto.s3.responses import S3Response
 
-from tests import forked
 from tests.film.conftest import Shots, tone
 from tests.outputs.test_outputs import commit, failed, row, write
 from vidgen_ray.cli import main
@@ -22,7 +24,7 @@ from vidgen_ray.outputs import object_storage
 from vidgen_ray.outputs.cleanup import collect_garbage
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
-from vidgen_ray.outputs.object_storage import MARKER, ObjectStorage
+from vidgen_ray.outputs.object_storage import MARKER
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.report.gallery_page import write_gallery
@@ -77,30 +79,34 @@ def test_damaged_cache_entry_is_dropped(outputs):
             np.testing.assert_array_equal(found["frames"], frames)
 
 
-def commit_and_exit(outputs, plan, uploads):
-    """Commit a shot. The process ends after this number of uploads."""
-    upload, uploaded = ObjectStorage._upload, []
-
-    def upload_or_exit(*args):
-        if len(uploaded) == uploads:
-            os._exit(9)
-        uploaded.append(upload(*args))
-
-    ObjectStorage._upload = upload_or_exit
-    commit(outputs, plan, ("hd.mp4", "image.png"))
-
-
 @pytest.mark.parametrize("uploads", range(3))
 def test_commit_killed_between_uploads_leaves_the_shot_unfinished(url, outputs, plan_of, uploads, tmp_path, monkeypatch):
     # Tests in other processes commit at the same time.
     monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path))
     plan = plan_of("x")
+    code = f"""
+import os, pickle, sys
+from vidgen_ray.outputs.object_storage import ObjectStorage
+outputs, plan = pickle.load(sys.stdin.buffer)
+outputs.prepare()
+upload, uploaded = ObjectStorage._upload, []
+def upload_or_exit(*args):
+    if len(uploaded) == {uploads}:
+        os._exit(9)
+    uploaded.append(upload(*args))
+ObjectStorage._upload = upload_or_exit
+with outputs.draft(plan) as draft:
+    for name in ("hd.mp4", "image.png"):
+        draft.path(name).write_bytes(b"new")
+    draft.commit([])
+"""
     commit(outputs, plan)
     assert outputs.find_finished(plan)
     before = workspaces()
-    killed = forked.start(tmp_path / "errors", commit_and_exit, outputs, plan, uploads)
-    killed.join()
-    assert killed.exitcode == 9, (tmp_path / "errors").read_text()
+    killed = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps((outputs, plan)), stderr=subprocess.PIPE, env=os.environ
+    )
+    assert killed.returncode == 9, killed.stderr.decode()
     assert outputs.find_finished(plan) is None
     (abandoned,) = workspaces() - before
     outputs.sweep()

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests import forked
 from vidgen_ray.cli.folder_commands import gc
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs import manifest, manifest_writer
@@ -406,38 +407,33 @@ class TestManifest:
 
         As Python objects, 100,000 rows take 200 MB.
         """
-        ours, theirs = forked.CONTEXT.Pipe()
-        process = forked.start(tmp_path / "errors", write_rows, tmp_path, theirs)
-        process.join()
-        assert process.exitcode == 0, (tmp_path / "errors").read_text()
-        grown_mb = ours.recv()
+        code = """
+import sys
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest import ManifestRow, manifest_batches
+from vidgen_ray.outputs.manifest_writer import ManifestWriter
+row = ManifestRow(run="r", script="s", id="x", line=1, status="done", prompt="a photo of a man " * 4)
+
+def peak_mb():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
+
+def write(out, run, count):
+    outputs = OutputFolder(out)
+    writer = ManifestWriter(outputs, run, "s")
+    for number in range(count):
+        writer.add(row.model_copy(update={"run": run, "id": f"a-shot-of-a-long-script-{number:07d}"}))
+    writer.close()
+    return sum(len(batch) for batch in manifest_batches(outputs.storage))
+
+assert write(sys.argv[1] + "/small", "r1", 10_000) == 10_000
+before = peak_mb()
+assert write(sys.argv[1] + "/large", "r1", 100_000) == 100_000
+assert write(sys.argv[1] + "/large", "r2", 25_000) == 100_000
+print(peak_mb() - before)
+"""
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+        grown_mb = float(done.stdout)
         assert grown_mb < 80, f"{grown_mb:.0f} MB"
-
-
-def write_rows(folder, connection):
-    """Write manifests, and send the growth of the peak memory of this process in MB."""
-
-    def write(name, run, count):
-        outputs = OutputFolder(folder / name)
-        writer = ManifestWriter(outputs, run, "s.jsonl")
-        for number in range(count):
-            row = ManifestRow.model_construct(
-                run=run,
-                script="s.jsonl",
-                id=f"a-shot-of-a-long-script-{number:07d}",
-                line=1,
-                status="done",
-                prompt="a photo of a man " * 4,
-            )
-            writer.add(row)
-        writer.close()
-        return sum(len(batch) for batch in manifest_batches(outputs.storage))
-
-    assert write("small", "r1", 10_000) == 10_000
-    before = forked.peak_mb()
-    assert write("large", "r1", 100_000) == 100_000
-    assert write("large", "r2", 25_000) == 100_000
-    connection.send(forked.peak_mb() - before)
 
 
 class TestGarbage:
