@@ -368,7 +368,7 @@ def doctor(profile: ProfileOption = "demo", as_json: JsonOption = False) -> None
     Each finding is pass, warn or fail, with the command that mends it. Exits with code 4 if anything failed.
     """
     chosen = load_profile(profile)
-    findings = list(_findings(chosen, profile))
+    findings = [finding for finding in _findings(chosen, profile) if finding is not None]
     failed = sum(finding.status == "fail" for finding in findings)
     if as_json:
         typer.echo(
@@ -382,7 +382,7 @@ def doctor(profile: ProfileOption = "demo", as_json: JsonOption = False) -> None
         raise typer.Exit(SetupError.exit_code)
 
 
-def _findings(profile: Profile, name: str) -> Iterator[Finding]:
+def _findings(profile: Profile, name: str) -> Iterator[Finding | None]:
     import torch
     from huggingface_hub import constants
 
@@ -393,11 +393,11 @@ def _findings(profile: Profile, name: str) -> Iterator[Finding]:
     weights = [local_weights(reference, folder) for reference in licences]
     yield check_python()
     yield check_driver(needs_gpu)
-    yield from _present(check_wsl(needs_gpu))
+    yield check_wsl(needs_gpu)
     yield check_torch(needs_gpu, torch)
     yield check_onnxruntime()
     yield check_provider(faces)
-    yield from _present(check_cuda_pair(faces, onnxruntime_cuda(), torch.version.cuda))
+    yield check_cuda_pair(faces, onnxruntime_cuda(), torch.version.cuda)
     yield check_video()
     for path in dict.fromkeys((Path.cwd(), cache_dir(), Path(constants.HF_HUB_CACHE))):
         yield check_disk(path)
@@ -408,11 +408,6 @@ def _findings(profile: Profile, name: str) -> Iterator[Finding]:
     yield check_ray_token()
     yield from check_weights(name, weights)
     yield check_licences(name, licences.values(), accepted_licences())
-
-
-def _present(finding: Finding | None) -> Iterator[Finding]:
-    if finding is not None:
-        yield finding
 
 
 def _print(findings: list[Finding]) -> None:

@@ -21,7 +21,7 @@ from vidgen_ray.cli.options import JsonOption, ProfileOption, check_out
 from vidgen_ray.engine.shot_writer import line_with_files
 from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.media import read_image
-from vidgen_ray.outputs.cleanup import Person, RemovalReport, check_not_empty, photos_of_character, remove_person
+from vidgen_ray.outputs.cleanup import RemovalReport, check_not_empty, photos_of_character, remove_person
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.profile import load_profile
@@ -212,18 +212,15 @@ def remove_identity(
     folders = [OutputFolder(check_out(out)) for out in outs]
     for outputs in folders:
         check_not_empty(outputs)
-    if Path(person).is_file():
-        found = Person(frozenset({sha256_of(Path(person))}))
-    else:
-        # The photos of one folder may have been used in the others, under another name.
-        found = Person(frozenset[str]().union(*(photos_of_character(outputs, person) for outputs in folders)), person)
-        if not found.photos:
-            raise UsageError(
-                f"got {person!r}, must be an existing photo, or the character of a shot with a face in these folders"
-            )
+    is_photo = Path(person).is_file()
+    # The photos of one folder may have been used in the others, under another name.
+    found = [{sha256_of(Path(person))}] if is_photo else [photos_of_character(outputs, person) for outputs in folders]
+    pictures = set[str]().union(*found)
+    if not pictures:
+        raise UsageError(f"got {person!r}, must be an existing photo, or the character of a shot with a face in these folders")
     reports = []
     for out, outputs in zip(outs, folders, strict=True):
-        report = remove_person(outputs, found, with_shots=with_shots, dry_run=dry_run)
+        report = remove_person(outputs, pictures, None if is_photo else person, with_shots=with_shots, dry_run=dry_run)
         reports.append({"out": outputs.url, "dry_run": dry_run, **asdict(report)})
         if report.shots and with_shots and not dry_run and manifest_files(outputs.storage):
             write_gallery(out)

@@ -9,7 +9,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -37,7 +36,7 @@ from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import REPLACED, manifest_batches
 from vidgen_ray.outputs.storage import Storage
-from vidgen_ray.system.files import load_yaml
+from vidgen_ray.script.lines import file_error, read_yaml_file
 
 SIZE = re.compile(r"(\d{1,5})[x×](\d{1,5})")
 MIN_SIDE_PX = 16
@@ -174,14 +173,9 @@ class FilmSettings(_FilmModel):
 
 def read_film_file(path: Path) -> dict[str, Any]:
     """Return the checked fields of a YAML film file, with absolute paths. Raises ScriptError that names the field."""
-    try:
-        content = load_yaml(path) or {}
-    except OSError as error:
-        raise _error(path.name, None, "the file", f"must be readable ({error.strerror})") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise _error(path.name, None, "invalid YAML", " ".join(str(error).split())) from None
+    content = read_yaml_file(path) or {}
     if not isinstance(content, dict):
-        raise _error(path.name, None, type(content).__name__, "must be fields such as `title: A day at sea`")
+        raise file_error(path, type(content).__name__, "must be fields such as `title: A day at sea`")
     return checked_fields(content, path.parent, path.name)
 
 
@@ -218,10 +212,6 @@ def _field_error(detail: Any, source: str) -> FieldError:
         return FieldError(source, None, field, "an unknown field", known_fields(str(detail["loc"][-1]), names))
     got = "the fields" if isinstance(detail["input"], dict) else shortened(detail["input"])
     return FieldError(source, None, field or None, got, allowed_of(detail))
-
-
-def _error(source: str, field: str | None, got: str, allowed: str) -> ScriptError:
-    return ScriptError([FieldError(source, None, field, got, allowed)])
 
 
 COLUMNS = ("script", "line", "id", "status", "metadata", "failure_stage", "failure_message")

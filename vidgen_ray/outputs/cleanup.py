@@ -6,7 +6,7 @@ import json
 import posixpath
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -160,15 +160,6 @@ def _size_of(path: Path) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Person:
-    """A person, by the photos that show them and the names that scripts give them."""
-
-    photos: frozenset[str]
-    """sha256 of each photo."""
-    character: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class RemovalReport:
     """Files and results that were removed from an output folder, or would be removed in a dry run."""
 
@@ -189,9 +180,12 @@ def photos_of_character(outputs: OutputFolder, name: str) -> set[str]:
     return {sha256 for record in _records(outputs.storage) if _character(record) == name for sha256 in record["face_photos"]}
 
 
-def remove_person(outputs: OutputFolder, person: Person, *, with_shots: bool = False, dry_run: bool = False) -> RemovalReport:
+def remove_person(
+    outputs: OutputFolder, photos: Set[str], character: str | None, *, with_shots: bool = False, dry_run: bool = False
+) -> RemovalReport:
     """Delete what the folder and the cache of this machine hold of a person. `with_shots`: also the shots made with them.
 
+    `photos`: the sha256 of each photo of the person. `character`: their name in scripts.
     Cache entries that no finished shot names are deleted, too, since they may show the person.
 
     Raises SetupError if a run is using the folder.
@@ -203,8 +197,8 @@ def remove_person(outputs: OutputFolder, person: Person, *, with_shots: bool = F
         kept_keys, drop_keys = set[str](), set[str]()
         for record in _records(storage):
             keys = [step["key"] for step in record["stages"]]
-            is_named = person.character is not None and _character(record) == person.character
-            if not is_named and person.photos.isdisjoint(record["face_photos"]):
+            is_named = character is not None and _character(record) == character
+            if not is_named and photos.isdisjoint(record["face_photos"]):
                 kept_keys.update(keys)
                 continue
             shots.append(record["shot"]["id"])
@@ -212,19 +206,19 @@ def remove_person(outputs: OutputFolder, person: Person, *, with_shots: bool = F
             if FEATURES in record["files"]:
                 features.append((record.pop("folder"), record))
         drop_keys = {key for key in outputs.stage_cache.stored_keys() if key in drop_keys or key not in kept_keys}
-        photos = [*_kept_photos(storage, person.photos)]
-        local_photos = [*_local_photos(person.photos)]
+        kept_photos = [*_kept_photos(storage, photos)]
+        local_photos = [*_local_photos(photos)]
         report = RemovalReport(
             tuple(sorted(shots)),
             with_shots,
             len(drop_keys),
             len(features),
-            tuple(sorted({*(str(storage.place(photo)) for photo in photos), *map(str, local_photos)})),
+            tuple(sorted({*(str(storage.place(photo)) for photo in kept_photos), *map(str, local_photos)})),
         )
         if dry_run:
             return report
         outputs.stage_cache.drop(drop_keys)
-        for photo in photos:
+        for photo in kept_photos:
             storage.delete(photo)
         for file in local_photos:
             file.unlink(missing_ok=True)

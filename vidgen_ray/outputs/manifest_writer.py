@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
-from more_itertools import batched
 from numpy.typing import NDArray
 
 from vidgen_ray.outputs.folder import OutputFolder
@@ -46,9 +45,6 @@ from vidgen_ray.shot import Shot
 FILE = "failures.jsonl"
 """The failed lines, as a script that can be rendered again. The field `failure` of each line has the reason."""
 PARTS = "failures"
-BATCH_LINES = 500
-
-
 PART_ROWS = 2_000
 FLUSH_S = 30.0
 """Seconds between automatic flushes."""
@@ -336,11 +332,9 @@ def merge_failures(storage: Storage, state: ManifestState) -> None:
     parts = [f"{PARTS}/{name}" for name in sorted(storage.files(PARTS)) if name.endswith(".jsonl")]
     if FILE not in storage.files("") and not parts:
         return
-    written = set[str]()
     with storage.new_file(FILE) as path:
         with path.open("wb") as target:
-            for lines in _batches(storage, [FILE, *parts]):
-                target.writelines(to_utf8(line + "\n") for line in _unresolved(lines, state, written))
+            target.writelines(to_utf8(line + "\n") for line in _unresolved(_lines(storage, [FILE, *parts]), state))
         is_empty = path.stat().st_size == 0
     for merged in [FILE, *parts] if is_empty else parts:
         storage.delete(merged)
@@ -348,20 +342,20 @@ def merge_failures(storage: Storage, state: ManifestState) -> None:
         storage.delete_folder(PARTS)
 
 
-def _batches(storage: Storage, sources: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield the non-empty lines of all source files in batches of at most `BATCH_LINES`."""
+def _lines(storage: Storage, sources: Sequence[str]) -> Iterator[str]:
+    """Yield the non-empty lines of all source files."""
     for source in sources:
         with (
             suppress(FileNotFoundError),
             storage.local_copy(source) as path,
             path.open(encoding="utf-8", errors="backslashreplace", newline="\n") as file,
         ):
-            lines = (line.rstrip("\n") for line in file if line.strip())
-            yield from batched(lines, BATCH_LINES)
+            yield from (line.rstrip("\n") for line in file if line.strip())
 
 
-def _unresolved(lines: Sequence[str], state: ManifestState, written: set[str]) -> Iterator[str]:
-    """Yield the lines whose failure still counts, and lines without a reason. Adds their failure keys to `written`."""
+def _unresolved(lines: Iterable[str], state: ManifestState) -> Iterator[str]:
+    """Yield the lines whose failure still counts, and lines without a reason."""
+    written = set[str]()
     for line in lines:
         reason = _reason(line)
         if reason is None:

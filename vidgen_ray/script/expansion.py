@@ -12,13 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from vidgen_ray.errors import FieldError, ScriptError, known_fields, shortened
 from vidgen_ray.limits import MAX_SHOTS_PER_LINE
-from vidgen_ray.script.lines import WrongField, absolute_path, with_absolute_paths
+from vidgen_ray.script.lines import WrongField, absolute_path, read_yaml_file, with_absolute_paths
 from vidgen_ray.shot import Shot, wrong_defaults
-from vidgen_ray.system.files import load_yaml
 
 CHARACTER_FIELDS = (
     "face_image",
@@ -64,12 +61,7 @@ def read_characters(path: Path) -> NamedFields:
 
     Raises ScriptError.
     """
-    try:
-        content = load_yaml(path)
-    except OSError as error:
-        raise _wrong(path.name, None, str(path), f"must be a readable file ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise _wrong(path.name, None, "invalid YAML", " ".join(str(error).split())) from None
+    content = read_yaml_file(path)
     if isinstance(content, dict) and set(content) == {"characters"}:
         content = content["characters"]
     characters = checked_characters(path.name, content)

@@ -10,10 +10,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vidgen_ray.errors import URL, FieldError, ScriptError
 from vidgen_ray.limits import MAX_LINE
 from vidgen_ray.safety import DEFAULT_POLICY, ContentPolicy
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, Shot
+from vidgen_ray.system.files import load_yaml
 
 TEXT_FIELDS = frozenset(name for name, field in Shot.model_fields.items() if field.annotation in (str, str | None))
 """Fields in which `7` is text."""
@@ -187,6 +190,16 @@ def absolute_path(folder: Path, path: str) -> str:
 
 def file_error(path: Path, got: str, allowed: str) -> ScriptError:
     return ScriptError([FieldError(path.name, None, None, got, allowed)])
+
+
+def read_yaml_file(path: Path) -> Any:
+    """Return the content of a YAML file. Raises ScriptError."""
+    try:
+        return load_yaml(path)
+    except OSError as error:
+        raise file_error(path, "the file", f"must be readable ({error.strerror})") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise file_error(path, "invalid YAML", " ".join(str(error).split())) from None
 
 
 def encoding_error(path: Path, line: int | None) -> ScriptError:
