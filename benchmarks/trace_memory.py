@@ -331,12 +331,14 @@ def table_json(table: MemoryTable) -> str:
     return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 
-def differences(table: MemoryTable, names: Iterable[str] | None = None) -> Iterator[tuple[str, Size, float, int]]:
-    """Yield curve, size, planned and traced bytes for sizes that are not in the table."""
+def differences(
+    table: MemoryTable, names: Iterable[str] | None = None, max_sizes: int | None = None
+) -> Iterator[tuple[str, Size, float, int]]:
+    """Yield curve, size, planned and traced bytes for sizes that are not in the table, at most `max_sizes` of each curve."""
     every: Mapping[str, Any] = traces()
     for name in every if names is None else names:
         trace, _, sizes = every[name]
-        for width, height, frames in sizes:
+        for width, height, frames in sizes[:max_sizes]:
             yield name, (width, height, frames), table.curve(name, width * height * frames), trace(width, height, frames)
 
 

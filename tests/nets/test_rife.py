@@ -128,8 +128,10 @@ def test_warp_moves_pixels_along_the_flow():
 
 def test_bfloat16_stays_close_to_float32(frames, hdv3):
     half = load_rife(resolve("builtin:rife"), torch.bfloat16)
+    # Convolutions in bfloat16 are slow on most CPUs.
+    pair = [frame[..., :64, :64] for frame in frames]
     with torch.inference_mode():
-        error = FramePair(half, *frames).at(Fraction(1, 2)) - FramePair(hdv3, *frames).at(Fraction(1, 2))
+        error = FramePair(half, *pair).at(Fraction(1, 2)) - FramePair(hdv3, *pair).at(Fraction(1, 2))
     assert error.dtype == torch.float32
     assert 10 * np.log10(1 / float((error**2).mean())) > 40
 
