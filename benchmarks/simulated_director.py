@@ -16,9 +16,8 @@ import ray
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from benchmarks.simulated_scheduling import CHUNKS, SECONDS, SHOTS_PER_WORKER
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine.calls import CallResult
+from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.encoder_pool import EncoderPool
 from vidgen_ray.engine.engine import Window
 from vidgen_ray.engine.shot_runner import ShotRunner
 from vidgen_ray.engine.worker_pool import WorkerPool
@@ -103,13 +102,13 @@ async def _run(specs: Sequence[WorkerSpec], plans: Sequence[ShotPlan]) -> int:
     observer = _NoObserver()
     slots = tuple(Slot((spec,), 0.0) for spec in specs)
     layout = Layout("fused", slots, encoders=len(specs), window=SHOTS_PER_WORKER * len(specs))
-    workers, encoders = WorkerPool(config, layout, observer), EncoderPool(config, "director", observer)
+    workers = WorkerPool(config, layout, observer)
     for n, spec in enumerate(specs):
         node = f"node-{n // WORKERS_PER_NODE}"
         workers.add(spec, FakeActorClient(f"worker-{n}", seconds, result, node=node))  # type: ignore[arg-type]  # same interface
-        encoders.add(FakeActorClient(f"encoder-{n}", seconds, result, node=node))  # type: ignore[arg-type]  # same interface
+        workers.add(ENCODER, FakeActorClient(f"encoder-{n}", seconds, result, node=node))  # type: ignore[arg-type]  # same interface
     chunk_frames = {"realesrgan": CHUNK_FRAMES}
-    runner = ShotRunner(config, workers, encoders, chunk_frames, observer)
+    runner = ShotRunner(config, workers, chunk_frames, observer)
     window = Window(layout.window, float("inf"))
 
     async def render(plan: ShotPlan) -> None:

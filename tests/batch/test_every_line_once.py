@@ -25,8 +25,7 @@ from vidgen_ray.batch.render import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine import shot_runner
 from vidgen_ray.engine.actor_client import ActorCallFailed
-from vidgen_ray.engine.calls import CallResult
-from vidgen_ray.engine.encoder_pool import EncoderPool
+from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.engine import Engine, Window
 from vidgen_ray.engine.retries import InputsLost, Kind, Loss
 from vidgen_ray.engine.shot_runner import ShotRunner
@@ -104,7 +103,7 @@ class FaultyClient(FakeActorClient):
         if not is_encoder:
             return CallResult(tuple(self.record(step) for step in plan.steps if step.stage in args[2])), None
         if method == "begin":
-            self.open[args[1].shot.id] = args[1]
+            self.open[args[0]] = args[1]
         if method in ("begin", "add"):
             return CallResult()
         plan, records = (args[1], args[3]) if method == "write" else (self.open.pop(args[0]), args[1])
@@ -128,8 +127,7 @@ def engine_class(faults, committed):
         def __init__(self, config, layout, observer, more_slots, on_waiting):
             self._layout = layout
             self._workers = WorkerPool(config, layout, observer)
-            self._encoders = EncoderPool(config, "director", observer)
-            self._runner = ShotRunner(config, self._workers, self._encoders, {"realesrgan": 4}, observer)
+            self._runner = ShotRunner(config, self._workers, {"realesrgan": 4}, observer)
             self.window = Window(layout.window, float("inf"))
             self._outputs = config.outputs
 
@@ -138,14 +136,13 @@ def engine_class(faults, committed):
                 for spec in slot.workers:
                     self._workers.add(spec, self._client(f"worker-{number}", number))
             for number in range(4):
-                self._encoders.add(self._client(f"encoder-{number}", number))
+                self._workers.add(ENCODER, self._client(f"encoder-{number}", number))
 
         def _client(self, name, number):
             return FaultyClient(name, f"node-{number // GPUS_PER_NODE}", faults, self._outputs, committed)
 
         async def stop(self):
             self._workers.close()
-            self._encoders.close()
 
     return FaultyEngine
 

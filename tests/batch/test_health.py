@@ -214,7 +214,7 @@ def test_encoder_that_fails_for_every_shot_costs_no_line(cluster, profile, tmp_p
     report, rows = run(tmp_path, profile, images(30), folder=SickDisk)
     assert (report.done, report.failed) == (30, 0), {row.id: row.failure_message for row in rows.values()}
     assert report.quarantined
-    assert all("/encoder/0" in entry and "failed to write different shots" in entry for entry in report.quarantined)
+    assert all("/encoder/0" in entry and "failed for output on different shots" in entry for entry in report.quarantined)
 
 
 @pytest.mark.slow

@@ -10,11 +10,14 @@ import ray
 
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.actor_client import ActorClient
+from vidgen_ray.engine.calls import ENCODER, OUTPUT
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder import CONTROL, Encoder
-from vidgen_ray.engine.encoder_pool import EncoderPool
+from vidgen_ray.engine.scheduler import Work
 from vidgen_ray.engine.status import EngineObserver
+from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.planner.layout import Layout
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -54,13 +57,19 @@ def plan_of(make_shot, name):
 ARTEFACTS = {"image": np.zeros((64, 64, 3), np.uint8)}
 
 
-async def write(client, config, director, plan):
+async def write(client, config, plan):
     """Write a shot as a director that has just started."""
-    pool = EncoderPool(config, director, EngineObserver)
-    pool.add(client)
+    pool = WorkerPool(config, Layout("fused", (), encoders=1, window=1), EngineObserver)
+    client.send("attach", pool.first_call)
+    pool.add(ENCODER, client)
+
+    async def session(encoder, number):
+        return await encoder.call("write", number, plan, ARTEFACTS, (), None, stage=OUTPUT, timeout_s=TIMEOUT_S)
+
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            return await pool.write(plan, ARTEFACTS, (), None, None)
+            (_, record), _ = await pool.run(Work(OUTPUT, 0), session)
+            return record
     finally:
         pool.close()
 
@@ -70,7 +79,7 @@ def run_with_hanging_call(config, make_shot, scenario):
     actor = ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={CONTROL: 1})(ImpatientEncoder).remote(config)
 
     async def run():
-        crashed = asyncio.create_task(write(ActorClient(actor, "e"), config, "crashed", plan_of(make_shot, "hangs")))
+        crashed = asyncio.create_task(write(ActorClient(actor, "e"), config, plan_of(make_shot, "hangs")))
         async with asyncio.timeout(TIMEOUT_S):
             while not config.outputs.root.joinpath("hangs").exists():
                 await asyncio.sleep(0.02)  # polls: files do not send events
@@ -86,7 +95,7 @@ def run_with_hanging_call(config, make_shot, scenario):
 
 def test_hanging_call_of_a_crashed_director_does_not_block_the_next_one(config, make_shot):
     async def scenario(actor, pid):
-        record = await write(ActorClient(actor, "e"), config, "next", plan_of(make_shot, "later"))
+        record = await write(ActorClient(actor, "e"), config, plan_of(make_shot, "later"))
         assert record.shot.id == "later"
         assert (await actor.place.remote()).pid != pid
 
@@ -96,9 +105,9 @@ def test_hanging_call_of_a_crashed_director_does_not_block_the_next_one(config, 
 def test_call_of_a_crashed_director_that_ends_soon_keeps_the_process(config, make_shot):
     async def scenario(actor, pid):
         config.outputs.root.joinpath("released").touch()
-        await write(ActorClient(actor, "e"), config, "next", plan_of(make_shot, "later"))
+        await write(ActorClient(actor, "e"), config, plan_of(make_shot, "later"))
         assert (await actor.place.remote()).pid == pid
         # The crashed director's shot was closed, and it can begin no other.
-        assert (await actor.begin.remote("crashed", plan_of(make_shot, "late"), ARTEFACTS)).session_lost
+        assert (await actor.begin.remote(1, plan_of(make_shot, "late"), ARTEFACTS)).session_lost
 
     run_with_hanging_call(config, make_shot, scenario)

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vidgen_ray.engine import fleet as fleet_module
 from vidgen_ray.engine.actor_client import ActorClient
+from vidgen_ray.engine.calls import ENCODER
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import Fleet
 from vidgen_ray.engine.ray_cluster import live_cluster
@@ -59,21 +60,18 @@ class Listener:
         self._changed = asyncio.Event()
 
     def worker_started(self, name, spec, actor):
-        assert name not in self.workers
-        self.workers[name], self.stages[name] = actor, spec.stages
+        assert name not in self.workers | self.encoders
+        if spec == ENCODER:
+            self.encoders[name] = actor
+        else:
+            self.workers[name], self.stages[name] = actor, spec.stages
         self._changed.set()
 
     def worker_lost(self, name):
-        del self.workers[name]
-        self.lost.append(name)
+        if self.encoders.pop(name, None) is None:
+            del self.workers[name]
+            self.lost.append(name)
         self._changed.set()
-
-    def encoder_started(self, name, actor):
-        self.encoders[name] = actor
-        self._changed.set()
-
-    def encoder_lost(self, name):
-        del self.encoders[name]
 
     def waiting(self, reason):
         self.reasons.append(reason)

@@ -8,9 +8,8 @@ import pytest
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine import shot_runner
-from vidgen_ray.engine.calls import CallResult
+from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.encoder_pool import EncoderPool
 from vidgen_ray.engine.shot_runner import ShotRunner
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
@@ -50,11 +49,11 @@ def calls_of_a_clip(workers, **svd_options):
 
     async def render():
         observer = Mock()
-        pool, encoders = WorkerPool(config, layout, observer), EncoderPool(config, "director", observer)
+        pool = WorkerPool(config, layout, observer)
         for number, slot in enumerate(slots):
             pool.add(slot.workers[0], FakeActorClient(f"worker-{number}", lambda *_: 1.0, respond))
-        encoders.add(FakeActorClient("encoder", lambda *_: 1.0, respond))
-        return await ShotRunner(config, pool, encoders, {"realesrgan": CHUNK_FRAMES}, observer).run(plan)
+        pool.add(ENCODER, FakeActorClient("encoder", lambda *_: 1.0, respond))
+        return await ShotRunner(config, pool, {"realesrgan": CHUNK_FRAMES}, observer).run(plan)
 
     record, _ = run_in_simulated_time(render())
     return called, [step.stage for step in record.stages]

@@ -19,6 +19,8 @@ from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import OtherWeights, OutOfMemory, VidgenError, WriteError
 from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length, is_chunked
 from vidgen_ray.outputs.records import Failure, StepRecord
+from vidgen_ray.planner.layout import WorkerSpec
+from vidgen_ray.planner.solver import ENCODER_CPUS
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, Stage, frame_chunks
@@ -26,7 +28,9 @@ from vidgen_ray.stages.base import Artefacts, ChunkedStage, Stage, frame_chunks
 LOADING = "loading"
 """Failure stage of a process that could not load its weights."""
 OUTPUT = "output"
-"""Failure stage of writing files."""
+"""Stage of encoders: write and commit the files of a shot."""
+ENCODER = WorkerSpec((OUTPUT,), ENCODER_CPUS, gpus=0.0)
+"""An encoder as a worker of the engine."""
 BROKEN_CONTEXT = ("CUDA error", "CUDNN_STATUS", "device-side assert")
 """Texts in the message of an error after which every call on this process's GPU fails."""
 

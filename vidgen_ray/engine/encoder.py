@@ -23,7 +23,7 @@ ENCODER_NICENESS = 10
 
 
 class Encoder:
-    """Actor that encodes and commits shots."""
+    """Actor that encodes and commits shots. A session of several calls writes one shot; its number is that of a pool's call."""
 
     stale_call_s: ClassVar[float] = 10.0
     """Seconds that a call of a crashed director may still take. It may hang, and its result is not needed."""
@@ -31,8 +31,9 @@ class Encoder:
     def __init__(self, config: EngineConfig) -> None:
         os.nice(ENCODER_NICENESS)
         self._config = config
-        self._open: dict[str, ShotFiles] = {}
-        self._director: str | None = None
+        self._open: dict[int, ShotFiles] = {}
+        self._first_call = 0
+        """Sessions with lower numbers are of an earlier director, which has crashed."""
         self._files_lock = threading.Lock()
         """Held while files are written or deleted."""
 
@@ -41,36 +42,33 @@ class Encoder:
         return place_of_process()
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
-    def attach(self, director: str) -> None:
-        """Start to work for a director. Deletes the unfinished files of an earlier one, which has crashed.
+    def attach(self, first_call: int) -> None:
+        """Start to work for a director that numbers its sessions from `first_call`.
 
-        Ends the process if a call of the earlier director hangs.
+        Deletes the unfinished files of an earlier one, which has crashed. Ends the process if a call of that one hangs.
         """
-        if director == self._director:
+        if first_call == self._first_call:
             return
         if not self._files_lock.acquire(timeout=self.stale_call_s):
             os._exit(1)
         try:
-            self._director = director
-            for shot in list(self._open):
-                self._delete(shot)
+            self._first_call = first_call
+            for session in list(self._open):
+                self._delete(session)
         finally:
             self._files_lock.release()
 
     def load(self) -> None:
         """Do nothing. An encoder has no weights."""
 
-    def begin(self, director: str, plan: ShotPlan, artefacts: Artefacts) -> CallResult:
-        """Start a shot of this director: write the image and the original clip."""
-        shot_id = plan.shot.id or ""
+    def begin(self, session: int, plan: ShotPlan, artefacts: Artefacts) -> CallResult:
+        """Start a shot: write the image and the original clip."""
         with self._files_lock:
-            # After a crash of the encoder, its new process does not know the director yet.
-            if self._director not in (None, director):
+            if session < self._first_call:
                 return CallResult(session_lost=True)
-            self._delete(shot_id)
             try:
                 config, item = self._config, Item(plan.shot, artefacts)
-                self._open[shot_id] = ShotFiles(
+                self._open[session] = ShotFiles(
                     plan,
                     item,
                     config.outputs,
@@ -84,25 +82,25 @@ class Encoder:
                 return CallResult.of_failure(StepFailed(OUTPUT, error))
         return CallResult()
 
-    def add(self, shot_id: str, chunk: Artefacts) -> CallResult:
+    def add(self, session: int, chunk: Artefacts) -> CallResult:
         """Encode the next chunk of the clips made by chunked stages."""
         with self._files_lock:
-            if shot_id not in self._open:
+            if session not in self._open:
                 return CallResult(session_lost=True)
             try:
-                self._open[shot_id].add(chunk)
+                self._open[session].add(chunk)
             except Exception as error:
                 return CallResult.of_failure(StepFailed(OUTPUT, error))
         return CallResult()
 
     def commit(
-        self, shot_id: str, records: tuple[StepRecord, ...], last_chunk: Artefacts | None
+        self, session: int, records: tuple[StepRecord, ...], last_chunk: Artefacts | None
     ) -> tuple[CallResult, ShotRecord | None]:
         """Encode the last chunk, if the clip comes in chunks, then finish the files and commit the shot."""
         with self._files_lock:
-            if shot_id not in self._open:
+            if session not in self._open:
                 return CallResult(session_lost=True), None
-            files = self._open[shot_id]
+            files = self._open[session]
             try:
                 if last_chunk is not None:
                     files.add(last_chunk)
@@ -110,30 +108,30 @@ class Encoder:
             except Exception as error:
                 return CallResult.of_failure(StepFailed(OUTPUT, error)), None
             finally:
-                self._delete(shot_id)
+                self._delete(session)
         return CallResult(), record
 
     def write(
         self,
-        director: str,
+        session: int,
         plan: ShotPlan,
         artefacts: Artefacts,
         records: tuple[StepRecord, ...],
         only_chunk: Artefacts | None,
     ) -> tuple[CallResult, ShotRecord | None]:
         """Write and commit a shot in a single call: one without chunks, or with a single one."""
-        begun = self.begin(director, plan, artefacts)
+        begun = self.begin(session, plan, artefacts)
         if begun.failure is not None or begun.session_lost:
             return begun, None
-        return self.commit(plan.shot.id or "", records, only_chunk)
+        return self.commit(session, records, only_chunk)
 
-    def abandon(self, shot_id: str) -> None:
+    def cancel(self, session: int) -> None:
         """Delete the files of a shot that is not committed."""
         with self._files_lock:
-            self._delete(shot_id)
+            self._delete(session)
 
-    def _delete(self, shot_id: str) -> None:
-        files = self._open.pop(shot_id, None)
+    def _delete(self, session: int) -> None:
+        files = self._open.pop(session, None)
         if files is not None:
             files.close()
 

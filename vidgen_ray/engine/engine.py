@@ -17,7 +17,6 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.calls import MAX_CHUNKS_AHEAD, chunk_frames_of, chunk_result_bytes
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.encoder_pool import EncoderPool
 from vidgen_ray.engine.fleet import Fleet, MoreSlots
 from vidgen_ray.engine.shot_runner import CHUNK_BYTES, ShotRunner
 from vidgen_ray.engine.status import EngineObserver, Snapshot
@@ -131,8 +130,7 @@ class Engine:
         chunk_frames = chunk_frames_of(config.profile, [config.stages[stage] for stage in layout.stages])
         self._layout = layout
         self._workers = WorkerPool(config, layout, observer)
-        self._encoders = EncoderPool(config, str(self._workers.first_call), observer)
-        self._runner = ShotRunner(config, self._workers, self._encoders, chunk_frames, observer)
+        self._runner = ShotRunner(config, self._workers, chunk_frames, observer)
         self._fleet = Fleet(config, self, more_slots)
         self._on_waiting = on_waiting
         store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)
@@ -142,14 +140,13 @@ class Engine:
     async def start(self, labels: Sequence[Label | None]) -> None:
         """Create the actors. Returns before they have loaded their weights. `labels`: see `fleet.labels_of`.
 
-        Instead, another process can run the fleet. Then call `worker_started` and `encoder_started` for its actors.
+        Instead, another process can run the fleet. Then call `worker_started` for its actors.
         """
         await self._fleet.start(self._layout, labels)
 
     async def stop(self) -> None:
         """Stop the actors that `start` created. Shots in progress fail."""
         self._workers.close()
-        self._encoders.close()
         await self._fleet.stop()
 
     async def holdings(self) -> str:
@@ -193,7 +190,7 @@ class Engine:
     @property
     def fatal_failure(self) -> Failure | None:
         """Failure after which no shot can be rendered. `None` if there is none."""
-        return self._workers.fatal_failure or self._encoders.fatal_failure
+        return self._workers.fatal_failure
 
     @property
     def missing_stages(self) -> list[str]:
@@ -203,13 +200,12 @@ class Engine:
     def snapshot(self) -> Snapshot:
         """Return the status. Call it at regular intervals: utilizations are averages over the calls."""
         stages, gpus_busy = self._workers.sample_status()
-        quarantined = (*self._workers.quarantined, *self._encoders.quarantined)
-        return Snapshot(stages, gpus_busy, self.window.in_progress, quarantined)
+        return Snapshot(stages, gpus_busy, self.window.in_progress, tuple(self._workers.quarantined))
 
     # Events of the fleet
 
     def worker_started(self, name: str, spec: WorkerSpec, actor: Any) -> None:
-        """Use a worker. Calls of an earlier engine are stopped."""
+        """Use a worker or an encoder. Calls of an earlier engine are stopped."""
         client = ActorClient(actor, name)
         client.send("attach", self._workers.first_call)
         self._workers.add(spec, client)
@@ -224,12 +220,6 @@ class Engine:
         if self._max_shots is None:
             share = self._workers.count / len(self._layout.workers)
             self.window.resize(max(1, round(self._layout.window * share)))
-
-    def encoder_started(self, name: str, actor: Any) -> None:
-        self._encoders.add(ActorClient(actor, name))
-
-    def encoder_lost(self, name: str) -> None:
-        self._encoders.remove(name)
 
     def waiting(self, reason: str | None) -> None:
         if reason is not None:

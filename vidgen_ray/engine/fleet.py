@@ -32,6 +32,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from vidgen_ray.engine.calls import ENCODER
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder import encoder_class
 from vidgen_ray.engine.ray_cluster import NODE_ID_LABEL, live_cluster
@@ -76,19 +77,13 @@ class FleetListener(Protocol):
     """Receives the events of a fleet, in the engine's event loop."""
 
     def worker_started(self, name: str, spec: WorkerSpec, actor: Any) -> None:
-        """Called when a worker was created. Its GPU is reserved. Its process may still start."""
+        """Called when a worker or an encoder was created, with its GPU reserved. Its process may still start."""
 
     def worker_lost(self, name: str) -> None:
         """Called when a worker was removed for good: its node is gone, and there is no room elsewhere.
 
-        If there is room later, a new worker starts under a new name.
+        If there is room later, a new worker starts under a new name. In place of an encoder, another one was created.
         """
-
-    def encoder_started(self, name: str, actor: Any) -> None:
-        """Called when an encoder was created. Its process may still start."""
-
-    def encoder_lost(self, name: str) -> None:
-        """Called when an encoder was removed for good, and another one was created."""
 
     def waiting(self, reason: str | None) -> None:
         """Called after 30 s without enough resources, and then every minute. `None`: the fleet waits no longer."""
@@ -236,17 +231,14 @@ class Fleet:
             if reservation.actors or reservation.unplaced_since is not None:
                 continue
             await self._do(self._create_actors, reservation)
-            if reservation.slot is None:
-                for name, actor in reservation.actors.items():
-                    self._listener.encoder_started(name, actor)
-            else:
-                for (name, actor), spec in zip(reservation.actors.items(), reservation.slot.workers, strict=True):
-                    self._listener.worker_started(name, spec, actor)
+            specs = (ENCODER,) if reservation.slot is None else reservation.slot.workers
+            for (name, actor), spec in zip(reservation.actors.items(), specs, strict=True):
+                self._listener.worker_started(name, spec, actor)
         started = sum(bool(reservation.actors) for reservation in self._reservations if reservation.slot is not None)
         share = started / len(layout.slots) if layout.slots else 1.0
         for _ in range(math.ceil(layout.encoders * share) - len(self._encoders) - 1):
             name = self._config.encoder_name(next(self._encoder_numbers))
-            self._listener.encoder_started(name, await self._do(self._create_encoder, name, "SPREAD"))
+            self._listener.worker_started(name, ENCODER, await self._do(self._create_encoder, name, "SPREAD"))
 
     async def _give_up(self, now: float) -> None:
         """Kill the workers of slots that have had no node for too long. Withdraw requests that cannot be met.
@@ -280,10 +272,10 @@ class Fleet:
         lost, reservation.actors = reservation.actors, {}
         if lost:
             name = self._config.encoder_name(next(self._encoder_numbers))
-            self._listener.encoder_started(name, await self._do(self._create_encoder, name, "SPREAD"))
+            self._listener.worker_started(name, ENCODER, await self._do(self._create_encoder, name, "SPREAD"))
             await self._do(_kill, list(lost.values()))
             for name in lost:
-                self._listener.encoder_lost(name)
+                self._listener.worker_lost(name)
 
     def _give_up_after_s(self, reservation: _Bundle) -> float:
         """Return the seconds after which a slot without a node is given up."""

@@ -14,6 +14,8 @@ from vidgen_ray.planner.layout import SHOTS_PER_SWAP, WorkerSpec
 
 CHUNK_LOAD = 0.25
 """Load of one chunk of frames to upscale."""
+COMMIT_LOAD = 0.0625
+"""Load of a clip that is written on its encoder, which can write several at a time: they wait for their chunks."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +36,8 @@ class Work:
     """Worker that has the inputs. It is preferred among equally loaded workers, then workers on its node."""
     avoid: frozenset[WorkerState] = frozenset()
     """Workers on which this work failed. It runs there again only if no other live worker holds the stage."""
+    near_load: float = 0.0
+    """Load that a worker near the inputs may have more than another one and still be preferred."""
 
     def loras_active(self, worker: WorkerState) -> bool:
         """Return whether the LoRAs of the work are active on the worker. True for work without LoRAs."""
@@ -447,7 +451,7 @@ class Scheduler:
         """
         best: Pair | None = None
         for alike in sorted(alike for alike in self._indexes if alike.probation == probation and alike.load < max_load):
-            if best is not None and alike.load > best[0].load:
+            if best is not None and alike.load > best[0].load + best[1].near_load:
                 break
             if probation and alike.load:
                 continue

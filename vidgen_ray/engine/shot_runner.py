@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, Mapping
-from functools import partial
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from itertools import count
 from typing import Any, NamedTuple
 
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine.calls import OUTPUT, chunk_unit, clip_chunks, group_chunked_steps, group_steps, ordered_window
+from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
+from vidgen_ray.engine.calls import (
+    OUTPUT,
+    CallResult,
+    chunk_unit,
+    clip_chunks,
+    group_chunked_steps,
+    group_steps,
+    join_records,
+    ordered_window,
+)
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.encoder_pool import ClipChunks, EncoderPool, ProcessedChunk
 from vidgen_ray.engine.retries import InputsLost, Kind, ShotFailed
-from vidgen_ray.engine.scheduler import CHUNK_LOAD, Work
+from vidgen_ray.engine.scheduler import CHUNK_LOAD, COMMIT_LOAD, Work
 from vidgen_ray.engine.status import EngineObserver, Progress
 from vidgen_ray.engine.step_runner import LIKENESS, LikenessTooLow, StepFailed, best_try, check_likeness
 from vidgen_ray.engine.worker_pool import ProgressCallback, RemoteArtefacts, WorkerPool
@@ -32,6 +41,23 @@ MAX_CACHED_FACES = 32
 """Face features kept in Ray's object store, for later shots with the same photos."""
 MAX_RESTARTS = 10
 """Restarts of a shot whose artefacts were lost with a process or node."""
+COMMIT_TIMEOUT_S = 1800.0
+"""Timeout of one call of an encoder."""
+LOCAL_LEAD = 2
+"""Clips that an encoder on the clip's node may have open more than another encoder and still be preferred."""
+
+
+Written = tuple[CallResult, ShotRecord | None]
+"""Result of the call that commits a shot, and the record. `None` if it failed."""
+
+
+class ProcessedChunk(NamedTuple):
+    """Chunk of a clip after its chunked stages."""
+
+    records: tuple[StepRecord, ...]
+    artefacts: Any
+    """Reference in Ray's object store."""
+    is_last: bool
 
 
 class StepResults(NamedTuple):
@@ -54,14 +80,12 @@ class ShotRunner:
         self,
         config: EngineConfig,
         workers: WorkerPool,
-        encoders: EncoderPool,
         chunk_frames: Mapping[str, int],
         observer: EngineObserver,
     ) -> None:
         """`chunk_frames`: chunked stage -> frames per call."""
         self._config = config
         self._workers = workers
-        self._encoders = encoders
         self._chunk_frames = chunk_frames
         self._observer = observer
         self._shared: OrderedDict[str, asyncio.Task[StepResults]] = OrderedDict()
@@ -224,54 +248,110 @@ class ShotRunner:
         chunked = chunked_stages_of(plan.shot) if artefacts.clip is None else ()
         if on_progress is not None:
             on_progress(Progress(chunked[-1].name if chunked else OUTPUT, 0, 0))
-        node = artefacts.by.node if artefacts.by else None
-        chunks = None
-        if chunked:
-            chunks = self._chunks(plan, order, artefacts, on_progress)
-        elif artefacts.clip is not None:
-            chunks = ClipChunks(1, partial(_only_chunk, artefacts.clip))
-        written = await self._encoders.write(plan, artefacts.reference, records, chunks, node)
-        self._count(written.stages[len(records) :])
+        work = Work(OUTPUT, order, load=COMMIT_LOAD, near=artefacts.by, near_load=LOCAL_LEAD * COMMIT_LOAD)
+
+        async def write(encoder: ActorClient, session: int) -> Written:
+            if not chunked:
+                return await _commit(encoder, "write", session, plan, artefacts.reference, records, artefacts.clip)
+            committed = False
+            try:
+                written = await self._write_chunks(encoder, session, plan, order, artefacts, records, on_progress)
+                committed = written[1] is not None
+            finally:
+                if not committed:
+                    encoder.send("cancel", session)
+            return written
+
+        (_, written), _ = await self._workers.run(work, write)
+        record: ShotRecord = written
+        self._count(record.stages[len(records) :])
         if any(scale > 1 for scale, _ in clip_growth(plan.shot).values()):
             n_frames, _ = clip_length(plan.shot)
             self._observer.frames_upscaled(n_frames)
-        return written
+        return record
 
-    def _chunks(
-        self, plan: ShotPlan, order: int, artefacts: RemoteArtefacts, on_progress: ProgressCallback | None
-    ) -> ClipChunks:
-        """Return the clip's chunks, which any free workers process."""
-        calls = group_chunked_steps(plan, self._workers.can_fuse)
-        last_stage = calls[-1][-1].stage
-        n_frames, _ = clip_length(plan.shot)
+    async def _write_chunks(
+        self,
+        encoder: ActorClient,
+        session: int,
+        plan: ShotPlan,
+        order: int,
+        artefacts: RemoteArtefacts,
+        records: tuple[StepRecord, ...],
+        on_progress: ProgressCallback | None,
+    ) -> Written:
+        """Write a clip whose chunks any free workers process meanwhile. Returns the first failure of the encoder."""
         chunks = self._cut(plan.shot)
+        opened: asyncio.Future[CallResult] | None = None
+        if len(chunks) > 1:
+            # Chunks are processed while the image and the original clip are written.
+            opened = asyncio.ensure_future(_call(encoder, "begin", session, plan, artefacts.reference))
+        chunk_records = []
+        try:
+            async with aclosing(self._processed(plan, order, chunks, artefacts, on_progress)) as processed:
+                async for chunk in processed:
+                    chunk_records.append(chunk.records)
+                    if opened is not None and (begun := await opened).failure is not None:
+                        return begun, None
+                    if not chunk.is_last:
+                        added = await _call(encoder, "add", session, chunk.artefacts)
+                        if added.failure is not None:
+                            return added, None
+                        continue
+                    all_records = (*records, *join_records(chunk_records))
+                    if opened is None:
+                        return await _commit(encoder, "write", session, plan, artefacts.reference, all_records, chunk.artefacts)
+                    return await _commit(encoder, "commit", session, all_records, chunk.artefacts)
+        finally:
+            if opened is not None:
+                opened.cancel()
+        raise AssertionError("no chunk is the last one")
 
-        def start() -> AsyncGenerator[ProcessedChunk]:
-            frames_done = 0
+    def _processed(
+        self,
+        plan: ShotPlan,
+        order: int,
+        chunks: Sequence[slice],
+        artefacts: RemoteArtefacts,
+        on_progress: ProgressCallback | None,
+    ) -> AsyncGenerator[ProcessedChunk]:
+        """Yield the chunks of a clip in order, after their chunked stages."""
+        calls = group_chunked_steps(plan, self._workers.can_fuse)
+        n_frames, _ = clip_length(plan.shot)
+        frames_done = 0
 
-            async def process(chunk: slice) -> ProcessedChunk:
-                nonlocal frames_done
-                cut: slice | None = chunk
-                current = artefacts
-                records: tuple[StepRecord, ...] = ()
-                for steps in calls:
-                    names = tuple(step.stage for step in steps)
-                    work = Work(names[0], order, load=CHUNK_LOAD, near=current.by)
-                    timeout_s = self._config.timeout_s(plan.shot, *names)
-                    result, current = await self._workers.call(
-                        work, timeout_s, "run_chunk", plan, names, cut, current.reference
-                    )
-                    records, cut = records + result.records, None
-                frames_done += chunk.stop - chunk.start
-                if on_progress is not None:
-                    on_progress(Progress(last_stage, frames_done, n_frames))
-                return ProcessedChunk(records, current.reference, is_last=chunk.stop >= n_frames)
+        async def process(chunk: slice) -> ProcessedChunk:
+            nonlocal frames_done
+            cut: slice | None = chunk
+            current = artefacts
+            records: tuple[StepRecord, ...] = ()
+            for steps in calls:
+                names = tuple(step.stage for step in steps)
+                work = Work(names[0], order, load=CHUNK_LOAD, near=current.by)
+                timeout_s = self._config.timeout_s(plan.shot, *names)
+                result, current = await self._workers.call(work, timeout_s, "run_chunk", plan, names, cut, current.reference)
+                records, cut = records + result.records, None
+            frames_done += chunk.stop - chunk.start
+            if on_progress is not None:
+                on_progress(Progress(calls[-1][-1].stage, frames_done, n_frames))
+            return ProcessedChunk(records, current.reference, is_last=chunk.stop >= n_frames)
 
-            return ordered_window(chunks, process)
-
-        return ClipChunks(len(chunks), start)
+        return ordered_window(chunks, process)
 
 
-async def _only_chunk(clip: Any) -> AsyncGenerator[ProcessedChunk]:
-    """Yield the only chunk of a clip that is processed already. Its records are among those of the other steps."""
-    yield ProcessedChunk((), clip, is_last=True)
+async def _commit(encoder: ActorClient, method: str, session: int, *args: Any) -> Written:
+    written: Written = await encoder.call(method, session, *args, stage=OUTPUT, timeout_s=COMMIT_TIMEOUT_S)
+    _check_session(written[0], encoder)
+    return written
+
+
+async def _call(encoder: ActorClient, method: str, session: int, *args: Any) -> CallResult:
+    result: CallResult = await encoder.call(method, session, *args, stage=OUTPUT, timeout_s=COMMIT_TIMEOUT_S)
+    _check_session(result, encoder)
+    return result
+
+
+def _check_session(result: CallResult, encoder: ActorClient) -> None:
+    """Raise ActorCallFailed if the encoder has restarted since the session began."""
+    if result.session_lost:
+        raise ActorCallFailed("WorkerDied", "the encoder restarted", Kind.NOT_RUN, encoder.location)

@@ -1,6 +1,6 @@
-"""Workers of an engine: send each call to a suitable worker, and retry it elsewhere.
+"""Workers and encoders of an engine: send each call to a suitable one, and retry it elsewhere.
 
-Runs in the engine's event loop. Independent of what is called.
+An encoder is a worker whose only stage is OUTPUT. Runs in the engine's event loop. Independent of what is called.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -19,7 +19,7 @@ import ray
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
-from vidgen_ray.engine.calls import CallResult
+from vidgen_ray.engine.calls import ENCODER, OUTPUT, CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind, ShotFailed, run_with_retries
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
@@ -27,6 +27,7 @@ from vidgen_ray.engine.status import EngineObserver, Progress, StageStatus
 from vidgen_ray.engine.supervisor import Supervisor
 from vidgen_ray.graph import STAGES, max_loras
 from vidgen_ray.outputs.records import Failure
+from vidgen_ray.outputs.storage import is_disk_full
 from vidgen_ray.planner.layout import Layout, WorkerSpec
 
 BUSY_WINDOW = 30
@@ -45,6 +46,8 @@ PROGRESS_POLL_S = 0.25
 """Seconds between two progress requests for a call whose caller wants to know."""
 
 ProgressCallback = Callable[[Progress], None]
+Session = Callable[[ActorClient, int], Awaitable[tuple[Any, ...]]]
+"""One or several calls of a worker, under one number. Returns a CallResult and what belongs to it."""
 
 
 class RemoteArtefacts(NamedTuple):
@@ -66,7 +69,7 @@ class WorkerPool:
         self._layout = layout
         self._observer = observer
         self._adapters_kept = max_loras(config.profile)
-        self._scheduler = Scheduler({stage.name: n for n, stage in enumerate(STAGES)})
+        self._scheduler = Scheduler({name: n for n, name in enumerate((*(stage.name for stage in STAGES), OUTPUT))})
         self._supervisor = Supervisor(
             observer, on_up=self._worker_up, on_down=self._worker_down, on_given_up=self._worker_given_up
         )
@@ -97,7 +100,7 @@ class WorkerPool:
         self._scheduler.add_worker(worker)
         self._supervisor.add(client)
         lost = self._fatal_failure is not None and self._fatal_failure.stage == NODE_LOST
-        if lost and all(map(self._scheduler.holders, self._layout.stages)):
+        if lost and all(map(self._scheduler.holders, (*self._layout.stages, OUTPUT))):
             # Another node has come.
             self._fatal_failure = None
 
@@ -120,8 +123,9 @@ class WorkerPool:
 
     @property
     def count(self) -> int:
-        """Number of workers that are not given up."""
-        return self._supervisor.count
+        """Number of workers that are not given up, without encoders."""
+        given_up = self._supervisor.given_up
+        return sum(worker.spec != ENCODER and client not in given_up for client, worker in self._workers.items())
 
     @property
     def missing_stages(self) -> list[str]:
@@ -155,22 +159,40 @@ class WorkerPool:
     ) -> tuple[CallResult, RemoteArtefacts]:
         """Run a call on a worker. Return its result and references to its output. `num_returns`: both together.
 
+        Otherwise as `run`.
+        """
+
+        async def call(client: ActorClient, number: int) -> tuple[Any, ...]:
+            returned: tuple[Any, ...] = await client.call(
+                method, number, plan, *args, stage=requested.stage, timeout_s=timeout_s, num_returns=num_returns
+            )
+            return returned
+
+        (result, artefacts, *clip), worker = await self.run(requested, call, on_progress)
+        return result, RemoteArtefacts(artefacts, worker, *clip)
+
+    async def run(
+        self, requested: Work, session: Session, on_progress: ProgressCallback | None = None
+    ) -> tuple[tuple[Any, ...], WorkerState]:
+        """Run a session on a worker. Return what it returned, and the worker.
+
         Failures are retried on other workers and nodes; see `run_with_retries`. If the caller is cancelled, the worker stops at
         its next step. Raises ShotFailed and InputsLost.
         """
 
-        async def attempt(avoid: frozenset[WorkerState], alone: bool) -> tuple[CallResult, RemoteArtefacts]:
+        async def attempt(avoid: frozenset[WorkerState], alone: bool) -> tuple[tuple[Any, ...], WorkerState]:
             # Each attempt needs its own Work object.
             work = replace(requested, alone=alone, avoid=avoid)
             while self._must_wait(work):
                 await self._changed.wait()
             worker = await self._worker_for(work)
-            return await self._attempt(
-                worker, work, timeout_s, method, plan, *args, num_returns=num_returns, on_progress=on_progress
-            )
+            return await self._attempt(worker, work, session, on_progress), worker
 
         def report(failed: AttemptFailed, own_failure: bool) -> None:
             client = self._clients[failed.process.key]
+            # A restart does not make room on a full disk.
+            if is_disk_full(failed.failure.message):
+                return
             if own_failure:
                 reason = f"failed for {requested.stage} on different shots in a row, the last time with: {failed}"
                 self._supervisor.failed(client, requested.order, reason, in_doubt=True)
@@ -192,20 +214,10 @@ class WorkerPool:
                 self._supervisor.ended(requested.order)
 
     async def _attempt(
-        self,
-        worker: WorkerState,
-        work: Work,
-        timeout_s: float,
-        method: str,
-        plan: ShotPlan,
-        *args: Any,
-        num_returns: int,
-        on_progress: ProgressCallback | None,
-    ) -> tuple[CallResult, RemoteArtefacts]:
+        self, worker: WorkerState, work: Work, session: Session, on_progress: ProgressCallback | None
+    ) -> tuple[Any, ...]:
         client, number = self._clients[worker], next(self._calls)
-        running = asyncio.ensure_future(
-            client.call(method, number, plan, *args, stage=work.stage, timeout_s=timeout_s, num_returns=num_returns)
-        )
+        running = asyncio.ensure_future(session(client, number))
         ended = self._ended[work] = asyncio.get_running_loop().create_future()
         running.add_done_callback(lambda _: _set(ended))
         busy = True
@@ -218,7 +230,8 @@ class WorkerPool:
                 running.add_done_callback(_ignore_error)
                 failure = Failure(stage=work.stage, error="Recalled", message="not run", attempts=1, worker=client.location)
                 raise AttemptFailed(Kind.NOT_RUN, failure, _process(worker))
-            result, *output = running.result()
+            returned = running.result()
+            result: CallResult = returned[0]
             if result.failure is not None:
                 process = _process(worker)
                 if result.context_broken:
@@ -230,6 +243,9 @@ class WorkerPool:
                 raise AttemptFailed(kind, result.failure, process)
         except asyncio.CancelledError:
             client.send("cancel", number)
+            if worker.spec == ENCODER:
+                # Between the calls of its session, an encoder is free.
+                running.cancel()
             # The worker is busy until the call has stopped.
             running.add_done_callback(lambda _: self._finished(worker, work))
             running.add_done_callback(_ignore_error)
@@ -245,8 +261,7 @@ class WorkerPool:
         self._seconds[work.stage].append(sum(record.seconds for record in result.records))
         self._supervisor.succeeded(client)
         self._scheduler.set_probation(worker, False)
-        artefacts, *clip = output
-        return result, RemoteArtefacts(artefacts, worker, *clip)
+        return returned
 
     async def _follow(
         self, ended: asyncio.Future[None], client: ActorClient, number: int, on_progress: ProgressCallback
@@ -278,7 +293,8 @@ class WorkerPool:
                 return
             timer.cancel()
             del self._watched[worker]
-        if running is not None:
+        # The sessions of an encoder run side by side, and wait for chunks of their clips.
+        if running is not None and worker.spec != ENCODER:
             loop = asyncio.get_running_loop()
             timer = loop.call_later(MIN_SLOW_S, self._recall_if_slow, worker, running, loop.time())
             self._watched[worker] = running, timer

@@ -95,7 +95,7 @@ class JobDirector:
         self._store = open_store(settings)
         self._metrics = ServerMetrics(config.profile.name)
         self._engine = Engine(config, layout, self._metrics)
-        self._actors = Actors("", 0, {}, {}, layout)
+        self._actors = Actors("", 0, {}, layout)
         self._workers = workers
         self.owner = f"{os.uname().nodename}:{os.getpid()}:{time.time_ns()}"
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -181,17 +181,12 @@ class JobDirector:
         is_first = before.owner == "" and before.layout == actors.layout
         if not is_first and (before.owner, before.generation) != (actors.owner, actors.generation):
             await self._replace_engine(actors.layout)
-            before = Actors("", 0, {}, {})
+            before = Actors("", 0, {})
         for name, (spec, actor) in actors.workers.items():
             if name not in before.workers:
                 self._engine.worker_started(name, spec, actor)
-        for name, encoder in actors.encoders.items():
-            if name not in before.encoders:
-                self._engine.encoder_started(name, encoder)
         for name in before.workers.keys() - actors.workers.keys():
             self._engine.worker_lost(name)
-        for name in before.encoders.keys() - actors.encoders.keys():
-            self._engine.encoder_lost(name)
 
     async def _replace_engine(self, layout: Layout) -> None:
         """Use an engine for new workers with this layout. Running jobs are queued again: their workers are gone."""

@@ -42,9 +42,7 @@ class Actors:
     version: int
     """Increases with every change."""
     workers: dict[str, tuple[WorkerSpec, Any]]
-    """Name -> stages and actor."""
-    encoders: dict[str, Any]
-    """Name -> actor."""
+    """Name -> stages and actor, also of encoders."""
     layout: Layout | None = None
     """Layout of these workers. `None` if there is none yet."""
     generation: int = 0
@@ -73,7 +71,7 @@ class Workers:
         owner = secrets.token_hex(4)
         self._config = config
         self._changed = asyncio.Event()
-        self._actors = Actors(owner, 0, {}, {})
+        self._actors = Actors(owner, 0, {})
         self._loads: dict[str, asyncio.Task[Failure | None]] = {}
         await self._start(layout, labels, stage_seconds)
         self._replanning = None if make_plan is None else asyncio.create_task(self._replan_if_incomplete(make_plan))
@@ -87,7 +85,7 @@ class Workers:
         # name the GPUs, Ray's autoscaler may still start them.
         self._replan_at = time.monotonic() + fleet.LAST_LOST_AFTER_S if self._grows else math.inf
         generation = self._actors.generation + 1
-        self._change(workers={}, encoders={}, layout=layout, generation=generation, waiting=None)
+        self._change(workers={}, layout=layout, generation=generation, waiting=None)
         more = None if stage_seconds is None else partial(placed_more_slots, stage_seconds)
         name = f"{self._config.name}-{self._actors.owner}-{generation}"
         self._fleet = Fleet(replace(self._config, name=name), self, more)
@@ -181,12 +179,6 @@ class Workers:
         self._change(workers={other: worker for other, worker in self._actors.workers.items() if other != name})
         # The fleet has waited for another node.
         self._replan_at = time.monotonic()
-
-    def encoder_started(self, name: str, actor: Any) -> None:
-        self._change(encoders={**self._actors.encoders, name: actor})
-
-    def encoder_lost(self, name: str) -> None:
-        self._change(encoders={other: encoder for other, encoder in self._actors.encoders.items() if other != name})
 
     def waiting(self, reason: str | None) -> None:
         self._change(waiting=reason)
