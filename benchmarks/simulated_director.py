@@ -20,6 +20,7 @@ from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Window
 from vidgen_ray.engine.shot_runner import ShotRunner
+from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.outputs.folder import OutputFolder
@@ -102,7 +103,7 @@ async def _run(specs: Sequence[WorkerSpec], plans: Sequence[ShotPlan]) -> int:
     observer = _NoObserver()
     slots = tuple(Slot((spec,), 0.0) for spec in specs)
     layout = Layout("fused", slots, encoders=len(specs), window=SHOTS_PER_WORKER * len(specs))
-    workers = WorkerPool(config, layout, observer)
+    workers = WorkerPool(config, layout, observer, StoragePause(lambda: None, 0.0, lambda _: None))
     for n, spec in enumerate(specs):
         node = f"node-{n // WORKERS_PER_NODE}"
         workers.add(spec, FakeActorClient(f"worker-{n}", seconds, result, node=node))  # type: ignore[arg-type]  # same interface

@@ -4,6 +4,7 @@ Scripts, planning, scheduling, retries, quarantine and the manifest are the real
 process whose calls fail at random, in simulated time. tests/chaos does the same to real processes, with far fewer lines.
 """
 
+import asyncio
 import json
 import re
 import tempfile
@@ -29,6 +30,7 @@ from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.engine import Engine, Window
 from vidgen_ray.engine.retries import InputsLost, Kind, Loss
 from vidgen_ray.engine.shot_runner import ShotRunner
+from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.supervisor import MAX_QUARANTINES
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.errors import SetupError
@@ -46,6 +48,9 @@ GPUS_PER_NODE = 2
 
 class FaultyClient(FakeActorClient):
     """Client of a fake worker or encoder. The prompts `poison` and `refused` always fail; other calls fail at random."""
+
+    outage_s = 0.0
+    """Nothing can be written before this simulated time."""
 
     def __init__(self, name, node, faults, outputs, committed):
         super().__init__(name, self.seconds, self.respond, node=node, load_s=1)
@@ -69,11 +74,11 @@ class FaultyClient(FakeActorClient):
         failure = Failure(stage="flux", error="RuntimeError", message=message, attempts=1, worker=self.name)
         return CallResult(failure=failure, kind=kind, **more)
 
-    def fault(self):
+    def fault(self, is_encoder):
         """Return a failed result, or raise what a crash, a timeout, a lost input or a bug raises."""
         kinds = ["error", "input", "memory", "context", "crash", "shared crash", "not run", "timeout", "inputs lost", "bug"]
-        match self.faults.choice(kinds):
-            case "error" | "input" | "memory" as kind:
+        match self.faults.choice(["disk full", "write", *kinds] if is_encoder else kinds):
+            case "error" | "input" | "memory" | "disk full" | "write" as kind:
                 return self.failure(Kind(kind))
             case "context":
                 return self.failure(Kind.ERROR, context_broken=True)
@@ -89,12 +94,15 @@ class FaultyClient(FakeActorClient):
 
     def respond(self, method, *args):
         is_encoder = method in ("write", "begin", "add", "commit")
+        if is_encoder and asyncio.get_running_loop().time() < self.outage_s:
+            failed = self.failure(Kind.WRITE)
+            return failed if method in ("begin", "add") else (failed, None)
         plan = None if is_encoder else args[1]
         prompt = plan and plan.shot.prompt
         if prompt in ("poison", "refused"):
             failed = self.failure(Kind.ERROR if prompt == "poison" else Kind.INPUT)
         else:
-            failed = self.fault() if self.faults.random() < FAULT else None
+            failed = self.fault(is_encoder) if self.faults.random() < FAULT else None
         if failed is not None:
             return failed if method in ("begin", "add") else (failed, None, None) if method == "run_clip" else (failed, None)
         if method == "run_clip":
@@ -124,9 +132,9 @@ def engine_class(faults, committed):
     class FaultyEngine(Engine):
         """Engine whose actors are fakes in this process."""
 
-        def __init__(self, config, layout, observer, more_slots, on_waiting):
+        def __init__(self, config, layout, observer, storage, more_slots, on_waiting):
             self._layout = layout
-            self._workers = WorkerPool(config, layout, observer)
+            self._workers = WorkerPool(config, layout, observer, storage)
             self._runner = ShotRunner(config, self._workers, {"realesrgan": 4}, observer)
             self.window = Window(layout.window, float("inf"))
             self._outputs = config.outputs
@@ -152,6 +160,12 @@ def simulated(without_ray, monkeypatch):
     """Run in simulated time. No line is read by Ray Data."""
     monkeypatch.setattr(line_planner, "FIRST_LOOK_LINES", 100_000)
     monkeypatch.setattr(render_module.asyncio, "run", lambda main: run_in_simulated_time(main)[0])
+
+    async def problem(_):
+        # Simulated time does not wait for a thread.
+        return "gone" if asyncio.get_running_loop().time() < FaultyClient.outage_s else None
+
+    monkeypatch.setattr(StoragePause, "problem", problem)
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +326,23 @@ def test_workers_are_not_given_up_for_wrong_lines(run_prompts):
     """Most lines are wrong, but too few for the circuit breaker. Both workers fail for each."""
     report, _ = run_prompts(["poison" if n % 3 else "a ball" for n in range(25)], "2x80GB")
     assert (report.done, report.failed, report.left) == (9, 16, 0)
+
+
+def test_run_waits_while_nothing_can_be_written(run_prompts, monkeypatch):
+    monkeypatch.setattr(FaultyClient, "outage_s", 1000)
+    report, statuses = run_prompts(["a ball"] * 30)
+    assert (report.done, report.failed, report.left, report.quarantined) == (30, 0, 0, ())
+    assert set(statuses.values()) == {"done"}
+
+
+def test_run_stops_if_nothing_can_be_written_for_too_long(run_prompts, monkeypatch):
+    monkeypatch.setattr(FaultyClient, "outage_s", 2000)
+    error, statuses = run_prompts(["a ball"] * 3)
+    assert re.match(r"stopped, because no file could be written to the output folder for 180\d s \(gone\)", str(error))
+    assert statuses == {}
+    monkeypatch.setattr(FaultyClient, "outage_s", 0)
+    report, _ = run_prompts(["a ball"] * 3)
+    assert report.done == 3
 
 
 def test_script_of_wrong_photos_does_not_stop_the_run(run_prompts):

@@ -19,6 +19,7 @@ from tests.fake_stages import FAKES, fake_likeness, profile_of_fakes
 from vidgen_ray.batch.line_planner import remaining_lines
 from vidgen_ray.batch.render import render
 from vidgen_ray.batch.run_options import RenderOptions
+from vidgen_ray.engine import storage_pause
 from vidgen_ray.engine.ray_cluster import expect_gpus
 from vidgen_ray.errors import ScriptError, SetupError
 from vidgen_ray.media import read_image, write_png
@@ -272,8 +273,16 @@ def test_shot_that_fits_on_no_gpu_fails_before_its_first_stage(in_process, tmp_p
         render_lines(tmp_path, profile, lines[:1])
 
 
-def test_full_disk_stops_the_run_and_leaves_the_lines_for_the_next_one(tmp_path, profile, small_disk):
-    lines = shots(30)
+def test_run_waits_while_the_disk_is_full_and_no_line_fails(tmp_path, profile, small_disk, monkeypatch):
+    monkeypatch.setattr(storage_pause, "PROBE_INTERVAL_S", 0.2)
+    lines, events = shots(30), Events()
+
+    def on_message(message):
+        events.messages.append(message)
+        if "no file can be written" in message:
+            small_disk.make_room()
+
+    events.on_message = on_message
 
     class FillsTheDisk(FAKES["flux"]):
         """Fills the disk when the run has started. The files of the shots that follow do not fit."""
@@ -286,17 +295,12 @@ def test_full_disk_stops_the_run_and_leaves_the_lines_for_the_next_one(tmp_path,
     script = tmp_path / "s.jsonl"
     script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
-    def run(fakes):
-        options = RenderOptions(cluster=parse_gpus(GPUS), stages=fakes, cache="none")
-        settings = ScriptSettings(script, profile_defaults=profile.defaults)
-        return render(settings, profile, OutputFolder(small_disk.folder / "out"), options, listener=Events())
-
-    with pytest.raises((SetupError, OSError), match=r"disk is full|No space left"):
-        run({**FAKES, "flux": FillsTheDisk})
-    small_disk.make_room()
-    assert not [row for row in read_manifest(small_disk.folder / "out") if row.status == "failed"]
-    report = run(FAKES)
-    assert (report.done + report.skipped, report.failed) == (30, 0)
+    options = RenderOptions(cluster=parse_gpus(GPUS), stages={**FAKES, "flux": FillsTheDisk}, cache="none")
+    settings = ScriptSettings(script, profile_defaults=profile.defaults)
+    report = render(settings, profile, OutputFolder(small_disk.folder / "out"), options, listener=events)
+    assert (report.done, report.failed, report.left, report.quarantined) == (30, 0, 0, ())
+    assert any("No space left on device" in message for message in events.messages)
+    assert {row.failure_attempts for row in read_manifest(small_disk.folder / "out")} == {None}
 
 
 def test_slow_shot_does_not_delay_results_of_others(tmp_path, profile):

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from contextlib import suppress
+from unittest.mock import AsyncMock, Mock
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ ARTEFACTS = {"image": np.zeros((64, 64, 3), np.uint8)}
 
 async def write(client, config, plan):
     """Write a shot as a director that has just started."""
-    pool = WorkerPool(config, Layout("fused", (), encoders=1, window=1), EngineObserver)
+    pool = WorkerPool(config, Layout("fused", (), encoders=1, window=1), EngineObserver, Mock(over=AsyncMock()))
     client.send("attach", pool.first_call)
     pool.add(ENCODER, client)
 

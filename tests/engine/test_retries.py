@@ -31,6 +31,7 @@ class Workers:
         self.tried = []
         self.alone = []
         self.reports = []
+        self.storage_fails = False
         self.observer = Observer()
 
     async def attempt(self, avoid, alone):
@@ -54,7 +55,12 @@ class Workers:
         def candidates():
             return [self.process(name) for name in self.nodes]
 
-        return asyncio.run(run_with_retries(self.attempt, candidates, report, limit=limit, observer=self.observer))
+        async def storage_is_cause(_):
+            return self.storage_fails
+
+        return asyncio.run(
+            run_with_retries(self.attempt, candidates, report, storage_is_cause, limit=limit, observer=self.observer)
+        )
 
     def failure(self, limit=3):
         with pytest.raises(ShotFailed) as raised:
@@ -69,6 +75,20 @@ async def explained(loss):
 ONE_NODE = {"a": "n1", "b": "n1", "c": "n1"}
 TWO_NODES = {"a": "n1", "b": "n1", "c": "n2"}
 ERROR, INPUT, SHARED, NOT_RUN, MEMORY = Kind.ERROR, Kind.INPUT, Kind.SHARED_CRASH, Kind.NOT_RUN, Kind.MEMORY
+
+
+@pytest.mark.parametrize("kind", [Kind.WRITE, Kind.DISK_FULL])
+def test_failed_write_costs_no_attempt_if_the_storage_is_the_cause(kind):
+    workers = Workers(ONE_NODE, *[kind] * 5, None)
+    workers.storage_fails = True
+    assert workers.run() == "done"
+    assert (workers.reports, workers.observer.failed) == ([], 0)
+
+
+def test_failed_write_is_the_fault_of_its_process_if_the_storage_is_not_the_cause():
+    workers = Workers(ONE_NODE, Kind.WRITE, None)
+    assert workers.run() == "done"
+    assert (workers.tried, workers.reports) == (["a", "b"], [("a", True)])
 
 
 def test_error_is_retried_on_another_worker():

@@ -1,7 +1,7 @@
 """Shot runner with fake actors in simulated time: the calls that a shot takes."""
 
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
@@ -49,7 +49,7 @@ def calls_of_a_clip(workers, **svd_options):
 
     async def render():
         observer = Mock()
-        pool = WorkerPool(config, layout, observer)
+        pool = WorkerPool(config, layout, observer, Mock(over=AsyncMock()))
         for number, slot in enumerate(slots):
             pool.add(slot.workers[0], FakeActorClient(f"worker-{number}", lambda *_: 1.0, respond))
         pool.add(ENCODER, FakeActorClient("encoder", lambda *_: 1.0, respond))

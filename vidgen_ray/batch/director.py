@@ -28,13 +28,13 @@ from vidgen_ray.engine.fleet import FIRST_MESSAGE_S, MESSAGE_INTERVAL_S, PlacedS
 from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, live_cluster
 from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.errors import MAX_MESSAGES, OutOfMemory, ScriptError, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ids_that_failed_before
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
-from vidgen_ray.outputs.storage import is_disk_full
 from vidgen_ray.planner import (
     Cluster,
     Demand,
@@ -121,6 +121,7 @@ class Director:
         self._folder_checked = False
         self._in_doubt: list[tuple[Task, Failure]] = []
         """Unconfirmed failures. Written at the end of the run, or as soon as a later shot passes the same stage."""
+        self._storage = StoragePause(self._probe_storage, options.wait_storage_s, self._on_storage_change)
         self._metrics: RunMetrics | None = None
         self._stop_watch: asyncio.Task[None] | None = None
         """Ends after a stop request or an error."""
@@ -309,12 +310,12 @@ class Director:
                 return
             if (fatal := self._engine.fatal_failure) is not None and fatal.stage == result.stage:
                 raise SetupError(fatal.message) from None
+        # The output folder cannot be written.
+        except SetupError:
+            raise
         # A bug in vidgen fails the shot, not the run.
         except Exception as error:
             result, kind = StepFailed("director", error).failure(), Kind.ERROR
-        if isinstance(result, Failure) and is_disk_full(result.message):
-            # Not the fault of the line: the next run renders it.
-            raise SetupError(f"stopped, because a disk is full ({result.message}). Make room and run the same command again")
         if isinstance(result, ShotRecord) and not self._folder_checked:
             self._folder_checked = True
             await asyncio.to_thread(_check_shared_folder, task.plan, self._outputs)
@@ -410,7 +411,7 @@ class Director:
         # With --gpus, the plan uses all GPUs that there will be.
         may_grow = not self._own_ray and options.cluster is None
         more = self._more_slots if may_grow else None
-        self._engine = Engine(config, layout, self._metrics, more, self._listener.on_message)
+        self._engine = Engine(config, layout, self._metrics, self._storage, more, self._listener.on_message)
         for task in (needed, *self.queue):
             self._engine.announce(task.plan)
         await self._engine.start(labels_of(self.plan, self.cluster))
@@ -507,13 +508,34 @@ class Director:
     async def _watch_stop(self) -> None:
         while not self._stop.is_set() and self._error is None:
             await asyncio.sleep(STOP_POLL_S)
-            if self._lease.lost.is_set():
-                # Another run may be writing to the folder.
-                try:
+            try:
+                if self._lease.lost.is_set():
+                    # Another run may be writing to the folder.
                     self._lease.check()
-                except SetupError as error:
-                    self._error = error
+                elif not self._lease.is_sure:
+                    self._storage.begin("the lease of the output folder is not refreshed")
+                self._storage.check()
+            except SetupError as error:
+                self._error = error
         self._changed.set()
+
+    def _probe_storage(self) -> str | None:
+        """Return why nothing can be written to the output folder now. `None` if it can. Blocks."""
+        if (problem := self._outputs.write_problem()) is None and not self._lease.is_sure:
+            with suppress(SetupError):
+                self._lease.check()
+                return None
+            return "its lease cannot be refreshed"
+        return problem
+
+    def _on_storage_change(self, problem: str | None) -> None:
+        if problem is None:
+            self._listener.on_message("the output folder can be written again")
+        else:
+            self._listener.on_message(
+                f"no file can be written to {self._outputs.url}: {problem}. Finished shots wait for up to "
+                f"{self._options.wait_storage_s:.0f} s (--wait-storage); no shot fails meanwhile"
+            )
 
     def _on_quarantined(self, process: str, reason: str) -> None:
         message = f"{process} is quarantined: {reason}"

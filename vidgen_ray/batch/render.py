@@ -229,7 +229,7 @@ def render_lines(
                         asyncio.run(director.render(remaining))
                 lease.check()
         except BaseException as error:
-            if not lease.is_lost():
+            if lease.is_sure:
                 with suppress(OSError):
                     write_run(_report(run, started, director, results), error)
             raise

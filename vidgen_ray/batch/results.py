@@ -104,7 +104,7 @@ class RunResults:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._lease.is_lost():
+        if not self._lease.is_sure:
             self._manifest.discard()
         else:
             results = self.counts["done"] + self.counts["failed"] - self.rejected_lines

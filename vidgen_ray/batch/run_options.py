@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, CacheMode
 from vidgen_ray.engine.retries import ATTEMPTS
+from vidgen_ray.engine.storage_pause import MAX_WAIT_S
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner import Cluster
 from vidgen_ray.stages.base import Stage
@@ -44,6 +45,8 @@ class RenderOptions:
     """Attempts per call before the shot has failed. The first one counts."""
     grace_s: float = GRACE_S
     """Seconds that shots in progress may take to finish after a stop request."""
+    wait_storage_s: float = MAX_WAIT_S
+    """Seconds that the run waits while no file can be written to the output folder."""
     stages: Mapping[str, type[Stage[Any]]] = field(default_factory=lambda: STAGE_BY_NAME)
     """Stage name -> class that implements it."""
 

@@ -40,6 +40,7 @@ from vidgen_ray.cli.options import (
 from vidgen_ray.cli.progress_display import run_view
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, CacheMode
 from vidgen_ray.engine.retries import ATTEMPTS
+from vidgen_ray.engine.storage_pause import MAX_WAIT_S
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError
 from vidgen_ray.licences import ShotLicences, UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run, setting_of_last_run
@@ -166,6 +167,15 @@ class RunOptions(RenderOptions):
             "--grace", metavar="SECONDS", min=0, help="How long shots in progress may finish after SIGTERM or Ctrl-C."
         ),
     ] = GRACE_S
+    wait_storage_s: Annotated[
+        float,
+        typer.Option(
+            "--wait-storage",
+            metavar="SECONDS",
+            min=0,
+            help="How long the run waits while nothing can be written: the disk is full, or the file system or store is gone.",
+        ),
+    ] = MAX_WAIT_S
 
 
 def render(

@@ -6,6 +6,7 @@ Does not use Ray.
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -55,9 +56,10 @@ class CallResult:
 
     @classmethod
     def of_failure(cls, failed: StepFailed) -> CallResult:
-        # A full disk may have room at the next attempt.
+        if failed.stage == OUTPUT and isinstance(failed.cause, OSError | WriteError):
+            return cls(failure=failed.failure(), kind=Kind.DISK_FULL if _is_disk_full(failed.cause) else Kind.WRITE)
         other_weights = isinstance(failed.cause, OtherWeights)
-        is_input = isinstance(failed.cause, VidgenError) and not isinstance(failed.cause, WriteError) and not other_weights
+        is_input = isinstance(failed.cause, VidgenError) and not other_weights
         # A new process loads the weights again. Failed allocations leave the context as it was.
         too_large = isinstance(failed.cause, OutOfMemory)
         out_of_memory = too_large or is_out_of_memory(failed.cause)
@@ -65,6 +67,15 @@ class CallResult:
         context_broken = other_weights or (names_context and not out_of_memory)
         kind = Kind.MEMORY if too_large else Kind.INPUT if is_input else Kind.ERROR
         return cls(failure=failed.failure(), kind=kind, context_broken=context_broken)
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Return whether the error, or one that it replaced, says that a disk or a quota is full."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__context__
+    return False
 
 
 def group_steps(plan: ShotPlan, can_fuse: Callable[..., bool], *, share_features: bool) -> list[tuple[Step, ...]]:

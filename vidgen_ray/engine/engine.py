@@ -20,6 +20,7 @@ from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import Fleet, MoreSlots
 from vidgen_ray.engine.shot_runner import CHUNK_BYTES, ShotRunner
 from vidgen_ray.engine.status import EngineObserver, Snapshot
+from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.worker_pool import NODE_LOST, ProgressCallback, WorkerPool
 from vidgen_ray.graph import chunked_stages_of, clip_length
 from vidgen_ray.outputs.records import Failure, ShotRecord
@@ -119,6 +120,7 @@ class Engine:
         config: EngineConfig,
         layout: Layout,
         observer: EngineObserver,
+        storage: StoragePause,
         more_slots: MoreSlots | None = None,
         on_waiting: Callable[[str], None] = lambda _: None,
         max_shots: int | None = None,
@@ -129,7 +131,7 @@ class Engine:
         """
         chunk_frames = chunk_frames_of(config.profile, [config.stages[stage] for stage in layout.stages])
         self._layout = layout
-        self._workers = WorkerPool(config, layout, observer)
+        self._workers = WorkerPool(config, layout, observer, storage)
         self._runner = ShotRunner(config, self._workers, chunk_frames, observer)
         self._fleet = Fleet(config, self, more_slots)
         self._on_waiting = on_waiting

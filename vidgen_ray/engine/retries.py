@@ -29,6 +29,10 @@ class Kind(Enum):
     MEMORY = "memory"
     """The shot does not fit into the GPU memory of the process, also with the lowest-memory settings. Repeated on larger GPUs,
     if there are any, otherwise once elsewhere."""
+    WRITE = "write"
+    """A file could not be written. The cause is the storage if nothing else can write to it either, otherwise the process."""
+    DISK_FULL = "disk full"
+    """A file could not be written, because the disk or a quota is full."""
     ERROR = "error"
     """Any other error, a timeout, or a crash that no other call can have caused."""
     SHARED_CRASH = "shared crash"
@@ -94,6 +98,7 @@ async def run_with_retries(
     attempt: Callable[[frozenset[P], bool], Awaitable[R]],
     candidates: Callable[[], Sequence[Candidate[P]]],
     report: Callable[[AttemptFailed, bool], None],
+    storage_is_cause: Callable[[AttemptFailed], Awaitable[bool]],
     *,
     limit: int,
     observer: EngineObserver,
@@ -103,7 +108,8 @@ async def run_with_retries(
     `attempt` gets the processes to avoid, and whether the call must run alone on its process. It raises AttemptFailed.
     `candidates` returns the processes that could run the call, now or once they have started. `report` gets the attempts whose
     failure is that of their process (True), or seems to be the shot's (False). If the shot succeeds elsewhere, they were those
-    of their processes after all. `limit`: attempts, counting the first. Attempts lost with a node or a connection do not count.
+    of their processes after all. `storage_is_cause` tells it of a failed write, once the storage can be written again; then the
+    attempt does not count. `limit`: attempts, counting the first. Attempts lost with a node or a connection do not count.
     Raises ShotFailed.
     """
     failed: list[AttemptFailed] = []
@@ -127,6 +133,10 @@ async def run_with_retries(
             if failure.kind is Kind.SHARED_CRASH:
                 suspect = suspect or await _is_own(failure)
                 continue
+            if failure.kind in (Kind.WRITE, Kind.DISK_FULL):
+                if await storage_is_cause(failure):
+                    continue
+                failure.kind = Kind.ERROR
             failed.append(failure)
             observer.step_failed(failure.failure.stage, failure.failure.error)
             if failure.kind is Kind.ERROR:

@@ -24,10 +24,10 @@ from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind, ShotFailed, run_with_retries
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
 from vidgen_ray.engine.status import EngineObserver, Progress, StageStatus
+from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.supervisor import Supervisor
 from vidgen_ray.graph import STAGES, max_loras
 from vidgen_ray.outputs.records import Failure
-from vidgen_ray.outputs.storage import is_disk_full
 from vidgen_ray.planner.layout import Layout, WorkerSpec
 
 BUSY_WINDOW = 30
@@ -63,11 +63,12 @@ class RemoteArtefacts(NamedTuple):
 class WorkerPool:
     """Workers of one engine. Create it inside the event loop."""
 
-    def __init__(self, config: EngineConfig, layout: Layout, observer: EngineObserver) -> None:
+    def __init__(self, config: EngineConfig, layout: Layout, observer: EngineObserver, storage: StoragePause) -> None:
         self._attempts = config.attempts
         self._circuit_breaker = config.circuit_breaker
         self._layout = layout
         self._observer = observer
+        self._storage = storage
         self._adapters_kept = max_loras(config.profile)
         self._scheduler = Scheduler({name: n for n, name in enumerate((*(stage.name for stage in STAGES), OUTPUT))})
         self._supervisor = Supervisor(
@@ -185,14 +186,13 @@ class WorkerPool:
             work = replace(requested, alone=alone, avoid=avoid)
             while self._must_wait(work):
                 await self._changed.wait()
+            if work.stage == OUTPUT:
+                await self._storage.over()
             worker = await self._worker_for(work)
             return await self._attempt(worker, work, session, on_progress), worker
 
         def report(failed: AttemptFailed, own_failure: bool) -> None:
             client = self._clients[failed.process.key]
-            # A restart does not make room on a full disk.
-            if is_disk_full(failed.failure.message):
-                return
             if own_failure:
                 reason = f"failed for {requested.stage} on different shots in a row, the last time with: {failed}"
                 self._supervisor.failed(client, requested.order, reason, in_doubt=True)
@@ -205,7 +205,9 @@ class WorkerPool:
 
         in_doubt = False
         try:
-            return await run_with_retries(attempt, candidates, report, limit=self._attempts, observer=self._observer)
+            return await run_with_retries(
+                attempt, candidates, report, self._storage.is_cause, limit=self._attempts, observer=self._observer
+            )
         except ShotFailed as failed:
             in_doubt = failed.in_doubt and self._circuit_breaker
             raise
@@ -261,6 +263,8 @@ class WorkerPool:
         self._seconds[work.stage].append(sum(record.seconds for record in result.records))
         self._supervisor.succeeded(client)
         self._scheduler.set_probation(worker, False)
+        if work.stage == OUTPUT:
+            self._storage.written()
         return returned
 
     async def _follow(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +25,7 @@ from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, Metr
 from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.worker_pool import NODE_LOST
 from vidgen_ray.online.api_error import without_paths
 from vidgen_ray.online.job_service import plan_job, storage_problem
@@ -35,7 +37,6 @@ from vidgen_ray.online.store.store import open_store
 from vidgen_ray.online.webhooks import run_maintenance
 from vidgen_ray.online.workers import Actors
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
-from vidgen_ray.outputs.storage import is_disk_full
 from vidgen_ray.planner.layout import Layout
 
 log = logging.getLogger("ray.serve")
@@ -94,7 +95,8 @@ class JobDirector:
         self._serving_profile = serving_profile(config.profile, settings.require_licence)
         self._store = open_store(settings)
         self._metrics = ServerMetrics(config.profile.name)
-        self._engine = Engine(config, layout, self._metrics)
+        self._storage = StoragePause(partial(storage_problem, self._store, self._outputs), math.inf, _log_storage)
+        self._engine = Engine(config, layout, self._metrics, self._storage)
         self._actors = Actors("", 0, {}, layout)
         self._workers = workers
         self.owner = f"{os.uname().nodename}:{os.getpid()}:{time.time_ns()}"
@@ -103,8 +105,6 @@ class JobDirector:
         self._updates: dict[str, JobProgress] = {}
         self._rendering: dict[str, asyncio.Future[None]] = {}
         """Content key -> future that completes when its rendering ends."""
-        self._storage_problem: str | None = None
-        """Reason why no jobs are claimed: their files could not be written."""
         self._draining = False
         self._woken = asyncio.Event()
         self._last_poll = time.monotonic()
@@ -191,7 +191,7 @@ class JobDirector:
     async def _replace_engine(self, layout: Layout) -> None:
         """Use an engine for new workers with this layout. Running jobs are queued again: their workers are gone."""
         running = dict(self._running)
-        old, self._engine = self._engine, Engine(self._config, layout, self._metrics)
+        old, self._engine = self._engine, Engine(self._config, layout, self._metrics, self._storage)
         await self._requeue(running)
         await old.stop()
         self._woken.set()
@@ -223,7 +223,7 @@ class JobDirector:
 
     async def _claim(self) -> None:
         free = self._engine.window.shots - len(self._running)
-        is_paused = self._storage_problem is not None or self._engine.fatal_failure is not None
+        is_paused = self._storage.active or self._engine.fatal_failure is not None
         if free <= 0 or self._draining or is_paused:
             return
         jobs = await asyncio.to_thread(self._store.queue.claim, self.owner, LEASE_S, free)
@@ -238,14 +238,10 @@ class JobDirector:
     async def _check_storage(self) -> None:
         """Stop claiming jobs while the outputs or the store cannot be written."""
         while True:
-            self._set_storage_problem(await asyncio.to_thread(storage_problem, self._store, self._outputs))
+            await self._storage.over()
+            if (problem := await self._storage.problem()) is not None:
+                self._storage.begin(problem)
             await asyncio.sleep(STORAGE_CHECK_INTERVAL_S)
-
-    def _set_storage_problem(self, problem: str | None) -> None:
-        if (problem is None) != (self._storage_problem is None):
-            log.warning("jobs are claimed again" if problem is None else f"no jobs are claimed: {problem}")
-            self._woken.set()
-        self._storage_problem = problem
 
     async def _write_progress(self) -> None:
         """Write the progress of all jobs to the store at regular intervals, in one transaction."""
@@ -304,9 +300,7 @@ class JobDirector:
 
     async def _failed(self, job: Job, failure: Failure, kind: Kind) -> None:
         """Store the failure of a job, or queue it again if the failure is not its own."""
-        if is_disk_full(failure.message):
-            self._set_storage_problem("The disk is full.")
-        elif self._engine.fatal_failure is None and failure.stage != NODE_LOST:
+        if self._engine.fatal_failure is None and failure.stage != NODE_LOST:
             store_end = partial(self._store.queue.failed, job.id, self.owner, error_of(failure, kind))
             await self._finish(job, JobState.FAILED, store_end)
             return
@@ -358,6 +352,10 @@ class JobDirector:
         record = await self._engine.run(plan, on_progress)
         self._metrics.shot_rendered(job.tenant, record.stages)
         return record
+
+
+def _log_storage(problem: str | None) -> None:
+    log.warning("files can be written again" if problem is None else f"no jobs are claimed: {problem}")
 
 
 def error_of(failure: Failure, kind: Kind) -> JobError:

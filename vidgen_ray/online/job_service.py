@@ -11,6 +11,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -431,8 +432,6 @@ def _client_lora(lora: LoraRef, names: Mapping[str, str]) -> dict[str, JsonValue
 
 RESULT_VALID_S = 2.0
 """Seconds for which a result is reused, because anyone may ask for it."""
-TEST_FILE = "write-test"
-TEST_BYTES = 4096
 
 
 @cached(TTLCache(1, RESULT_VALID_S), key=lambda store, outputs: store, lock=Lock())
@@ -442,14 +441,11 @@ def storage_problem(store: JobStore, outputs: OutputFolder) -> str | None:
 
 
 def _output_problem(outputs: OutputFolder) -> str | None:
-    storage = outputs.storage
-    try:
-        if storage.local is not None and (free := low_space(storage.local)):
+    if (problem := outputs.write_problem()) is not None:
+        return f"The output folder cannot be written: {without_paths(problem)}."
+    with suppress(OSError):
+        if outputs.storage.local is not None and (free := low_space(outputs.storage.local)):
             return f"The disk of the output folder is almost full: {free}. Delete files, or set retention_s."
-        storage.write(TEST_FILE, bytes(TEST_BYTES))
-        storage.delete(TEST_FILE)
-    except OSError as error:
-        return f"The output folder cannot be written: {error.strerror or type(error).__name__}."
     return None
 
 

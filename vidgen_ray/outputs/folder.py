@@ -50,6 +50,8 @@ IsResult = Callable[[Mapping[str, Any]], bool]
 REQUESTS_AT_ONCE = 32
 """Concurrent requests to an object store. Each takes tens of milliseconds."""
 M = TypeVar("M", bound=BaseModel)
+TEST_FILE = "write-test"
+TEST_BYTES = 4096
 LAST_FRAME = "last_frame.png"
 """Last frame of a generated clip. Only for shots that another one continues."""
 
@@ -264,6 +266,18 @@ class OutputFolder:
     def lease(self, run: str) -> AbstractContextManager[Lease]:
         """Hold the lease of the folder for a run. Raises SetupError if another run holds it."""
         return lease(self.storage, run)
+
+    def write_problem(self) -> str | None:
+        """Return why no file can be written now, or `None` if a test file can. Blocks."""
+        try:
+            # A test file in the mount point of a file system that is gone would be written to another disk.
+            if self.storage.local is not None:
+                os.stat(self.storage.local)
+            self.storage.write(TEST_FILE, bytes(TEST_BYTES))
+            self.storage.delete(TEST_FILE)
+        except OSError as error:
+            return error.strerror or str(error) or type(error).__name__
+        return None
 
     def prepare(self) -> None:
         """Check that the folder is writable. Raises SetupError if it is not."""

@@ -31,12 +31,10 @@ if TYPE_CHECKING:
 PREFIX = ".running"
 REFRESH_S = 30.0
 """Seconds between refreshes of a lease."""
-LOST_AFTER_S = 100.0
-"""Seconds without a refresh after which a run counts its own lease as lost, so that it stops before another run starts."""
+UNSURE_AFTER_S = 100.0
+"""Seconds without a refresh after which a run does not rely on its lease, so that it stops before another one starts."""
 STALE_AFTER_S = 120.0
 """Seconds without a refresh after which another run may take the lease."""
-CHECK_S = 1.0
-"""Seconds between checks whether the last refresh is too long ago."""
 ATTEMPTS = 5
 """Attempts to take a lease while other runs change it at the same moment."""
 
@@ -67,8 +65,8 @@ class Holder(NamedTuple):
 class Lease:
     """Lease of an output folder, held by this process.
 
-    `lost` is set by a background thread when the lease is no longer held. The process must then stop writing to the folder.
-    After a process was suspended, `check` and `is_lost` notice it before that thread does.
+    A background thread refreshes it, and sets `lost` if another run has taken it: the process must then stop. While the folder
+    cannot be reached, and after a process was suspended, the lease is not sure: the process must not write until it is.
     """
 
     def __init__(self, url: str, file: _LeaseOnDisk | _LeaseObject, taken: float) -> None:
@@ -79,36 +77,36 @@ class Lease:
         self._url = url
         self._file = file
         self._refreshed = taken
-        self._reason = ""
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether no other run can have taken the lease."""
+        return not self.lost.is_set() and time.monotonic() - self._refreshed <= UNSURE_AFTER_S
 
     def check(self) -> None:
-        """Raise SetupError, with the reason, if the lease was lost."""
-        if self.is_lost():
+        """Raise SetupError if the lease was lost, or if it is not sure and cannot be refreshed now."""
+        if not self.is_sure:
+            with suppress(OSError):
+                self.refresh()
+        if not self.is_sure:
+            reason = (
+                "its lease file was deleted or replaced"
+                if self.lost.is_set()
+                else f"it was suspended or could not reach the folder for more than {UNSURE_AFTER_S:.0f} s"
+            )
             raise SetupError(
-                f"output folder {self._url}: this run lost its lease and stopped, because {self._reason}. "
+                f"output folder {self._url}: this run lost its lease and stopped, because {reason}. "
                 "Finished shots are kept; run the same command to resume, when no other run is working in the folder"
             )
 
     def refresh(self) -> None:
         """Refresh the lease file, or set `lost`. Raises OSError if the storage fails."""
-        if self.is_lost():
-            return
+        # If this process is suspended during the refresh, the lease is not sure afterwards, and is refreshed again.
         started = time.monotonic()
-        if not self._file.refresh():
-            self._lose("its lease file was deleted or replaced")
-        # If this process was suspended during the refresh, another run may have taken the lease.
-        elif not self.is_lost():
+        if self.lost.is_set() or not self._file.refresh():
+            self.lost.set()
+        else:
             self._refreshed = started
-
-    def is_lost(self) -> bool:
-        """Return whether the lease was lost, and set `lost` if it was not refreshed in time."""
-        if time.monotonic() - self._refreshed > LOST_AFTER_S:
-            self._lose(f"it was suspended or could not reach the folder for more than {LOST_AFTER_S:.0f} s")
-        return self.lost.is_set()
-
-    def _lose(self, reason: str) -> None:
-        self._reason = self._reason or reason
-        self.lost.set()
 
 
 @contextmanager
@@ -121,12 +119,9 @@ def lease(storage: Storage, run: str) -> Iterator[Lease]:
     file = _take(storage, run)
     held = Lease(storage.url, file, started)
     refreshing = PeriodicTask(REFRESH_S, held.refresh)
-    # Another thread, because a refresh may hang for as long as the storage does.
-    checking = PeriodicTask(CHECK_S, held.is_lost)
     try:
         yield held
     finally:
-        checking.stop()
         refreshing.stop()
         # If the file cannot be deleted, the lease expires.
         with suppress(OSError):
@@ -176,6 +171,8 @@ class _LeaseOnDisk:
             self._storage.delete(self.name)
 
     def _is_ours(self) -> bool:
+        # Raises OSError if the whole folder is gone: it may come back.
+        os.stat(self._storage.local)
         stored = _parse(self._storage.read(self.name))
         return stored is not None and stored.token == self._holder.token
 
