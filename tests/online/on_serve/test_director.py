@@ -161,11 +161,11 @@ class TestScriptedStages:
             app.wait_until(job_id, lambda job: job.step == 1)
             small_disk.fill()
             with pipes_open(pipe):
-                app.wait_until(job_id, lambda job: job.state == JobState.QUEUED)
-                # It is not claimed again, and neither is a new job.
+                app.wait_until(job_id, lambda job: job.stage == "output")
+                # Its files wait for room, and a new job is not claimed.
                 next_job_id = app.accept(prompt="next", **IMAGE_ONLY)
                 assert not app.director.check_health.remote().result(timeout_s=60)
-                assert {app.job(each).state for each in (job_id, next_job_id)} == {JobState.QUEUED}
+                assert [app.job(each).state for each in (job_id, next_job_id)] == [JobState.IN_PROGRESS, JobState.QUEUED]
                 small_disk.make_room()
                 ended = [app.wait_for_end(each) for each in (job_id, next_job_id)]
             assert [(job.state, job.attempts) for job in ended] == [(JobState.COMPLETED, 1)] * 2
