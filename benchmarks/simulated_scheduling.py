@@ -120,13 +120,9 @@ class Simulation:
         loras: int = 4,
         seed: int = 0,
         chunks: int = CHUNKS,
-        worker_type: type[Any] | None = None,
-        work_type: type[Any] | None = None,
     ) -> None:
         self._random = random.Random(seed)
-        self._work_type = work_type or Work
-        make_worker = worker_type or WorkerState
-        self.workers = [make_worker(spec, 4) for spec in specs]
+        self.workers = [WorkerState(spec, 4) for spec in specs]
         self._scheduler = Scheduler(POSITIONS)
         for worker in self.workers:
             self._scheduler.add_worker(worker)
@@ -168,7 +164,7 @@ class Simulation:
         if step < len(self._steps):
             stages = self._steps[step]
             adapters = shot.loras if {"flux", "lora"} & set(stages) else frozenset[Hashable]()
-            work = self._work_type(stages[0], shot.order, adapters, near=by)
+            work = Work(stages[0], shot.order, adapters, near=by)
             self._add(_Running(work, sum(SECONDS[stage] for stage in stages), shot, step))
             return
         self._chunks_left[shot.order] = self._chunk_count
@@ -179,7 +175,7 @@ class Simulation:
     def _start_chunk(self, shot: _Shot, by: Any) -> None:
         if self._chunks_left[shot.order]:
             self._chunks_left[shot.order] -= 1
-            work = self._work_type("realesrgan", shot.order, load=CHUNK_LOAD, near=by)
+            work = Work("realesrgan", shot.order, load=CHUNK_LOAD, near=by)
             self._chunks_running[shot.order].append(work)
             self._add(_Running(work, SECONDS["realesrgan"] / self._chunk_count, shot, -1))
 
