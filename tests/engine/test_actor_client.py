@@ -3,12 +3,14 @@
 import asyncio
 import os
 import signal
+import threading
 import time
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from vidgen_ray.engine import actor_client
 from vidgen_ray.engine.actor_client import NOT_SENT, ActorCallFailed, ActorClient
 from vidgen_ray.engine.retries import Kind, Loss
 from vidgen_ray.engine.worker import place_of_process
@@ -103,6 +105,49 @@ def wait_for(path):
     while not path.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)  # polls: files do not send events
+
+
+@ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0, max_concurrency=2)
+class Loader:
+    """Actor whose first process loads until it was asked for its activity `asked` times. Its activity grows by `growth`."""
+
+    def __init__(self, path, asked, growth):
+        self.asked, self.growth, self.activity_so_far = (0 if path.exists() else asked), growth, 0.0
+        self.loaded = threading.Event()
+        path.touch()
+
+    def place(self):
+        return place_of_process()
+
+    def load(self):
+        if self.asked:
+            self.loaded.wait(TIMEOUT_S)
+
+    def activity(self):
+        self.asked -= 1
+        if not self.asked:
+            self.loaded.set()
+        self.activity_so_far += self.growth
+        return self.activity_so_far
+
+
+@pytest.mark.parametrize(("growth", "hangs"), [(100.0, False), (0.0, True)])
+def test_load_that_hangs_ends_its_process(cluster, tmp_path, monkeypatch, growth, hangs):
+    monkeypatch.setattr(actor_client, "LOAD_CHECK_S", 0.1)
+    monkeypatch.setattr(actor_client, "LOAD_SILENCE_S", 1.0)
+    actor = Loader.remote(tmp_path / "started", 1000 if hangs else 20, growth)
+
+    async def scenario():
+        client = ActorClient(actor, "loader")
+        failure = await asyncio.wait_for(client.ready(), TIMEOUT_S)
+        if hangs:
+            assert failure.error == "TimedOut"
+            assert "hangs while it loads its weights: it has neither read nor computed" in failure.message
+            failure = await asyncio.wait_for(client.ready(), TIMEOUT_S)
+        assert failure is None
+
+    asyncio.run(scenario())
+    ray.kill(actor)
 
 
 def test_crash_on_a_live_node_is_a_crash(cluster):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,6 +21,12 @@ MAX_CRASHES_WHILE_LOADING = 3
 """Crashes in a row while loading before the load has failed."""
 NODE_POLL_S = 2.0
 """Seconds between two checks whether the node of a lost process is still alive."""
+LOAD_CHECK_S = 30.0
+"""Seconds between two looks at a process that loads its weights."""
+LOAD_SILENCE_S = 300.0
+"""Seconds without activity after which a load hangs."""
+MIN_ACTIVITY = 2.0
+"""CPU seconds and MB read in LOAD_CHECK_S that are activity. Ray's own threads need less."""
 RETRY_S = 0.2
 """Seconds between two attempts to reach an actor that restarts."""
 NOT_SENT = "The actor is restarting"
@@ -94,16 +101,36 @@ class ActorClient:
                 # The actor is dead for good, or never started: its runtime environment cannot be set up.
                 return self._loading_failed(1, error)
             self._explain_loss(place)
+            self.place = place
             try:
-                failure: Failure | None = await self._actor.load.remote()
+                failure = await self._load()
             except ray.exceptions.RayActorError as error:
                 crashes += 1
                 if crashes > MAX_CRASHES_WHILE_LOADING:
                     return self._loading_failed(crashes, error)
             else:
-                self.place = place
                 self._up = failure is None
                 return failure
+
+    async def _load(self) -> Failure | None:
+        """Load the weights. Return the failure if that is impossible, or if the load hangs; then the process is killed."""
+        loading = asyncio.wrap_future(self._actor.load.remote().future())
+        loop, activity = asyncio.get_running_loop(), 0.0
+        active = loop.time()
+        while True:
+            if (await asyncio.wait([loading], timeout=LOAD_CHECK_S))[0]:
+                failure: Failure | None = loading.result()
+                return failure
+            now: float | None = activity
+            with suppress(TimeoutError, ray.exceptions.RayError):
+                async with asyncio.timeout(LOAD_CHECK_S):
+                    now = await self._actor.activity.remote()
+            if now is None or now - activity >= MIN_ACTIVITY:
+                activity, active = now or 0.0, loop.time()
+            elif (silent_s := loop.time() - active) > LOAD_SILENCE_S:
+                self.restart()
+                message = f"{self.name} hangs while it loads its weights: it has neither read nor computed for {silent_s:.0f} s"
+                return Failure(stage=LOADING, error="TimedOut", message=message, attempts=1, worker=self.location)
 
     def _loading_failed(self, crashes: int, error: Exception) -> Failure:
         message = f"{self.name} did not start (attempts: {crashes}): {first_line(error)}"

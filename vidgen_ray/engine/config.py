@@ -10,9 +10,14 @@ from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.retries import ATTEMPTS
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.planner.demand import ENCODE_SECONDS, demand_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
+
+COMMIT_FLOOR_S = 300.0
+COMMIT_FACTOR = 20.0
+"""A call that writes files times out after COMMIT_FLOOR_S and COMMIT_FACTOR times the expected seconds of the whole shot."""
 
 
 @dataclass(frozen=True)
@@ -43,3 +48,7 @@ class EngineConfig:
         """Return the timeout of a call of these stages for a shot in seconds. It starts when execution starts."""
         classes = [STAGE_BY_NAME[name] for name in stages]
         return sum(self.profile.actor_of(stage).timeout_s * stage.passes(shot) for stage in classes)
+
+    def commit_timeout_s(self, shot: Shot) -> float:
+        """Return the timeout of one call of an encoder for a shot in seconds."""
+        return COMMIT_FLOOR_S + COMMIT_FACTOR * demand_of([shot]).encoded_mpx * ENCODE_SECONDS[self.profile.encode.preset]

@@ -13,7 +13,7 @@ from vidgen_ray.engine.calls import OUTPUT, CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.engine.worker import CONTROL, ActorPlace, place_of_process
+from vidgen_ray.engine.worker import CONTROL, ActorPlace, activity_of_process, place_of_process
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.safety import safety_of
 from vidgen_ray.stages.base import Artefacts, Item
@@ -57,6 +57,11 @@ class Encoder:
                 self._delete(session)
         finally:
             self._files_lock.release()
+
+    @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
+    def activity(self) -> float:
+        """Return CPU seconds plus MB read of this process."""
+        return activity_of_process()
 
     def load(self) -> None:
         """Do nothing. An encoder has no weights."""

@@ -41,8 +41,6 @@ MAX_CACHED_FACES = 32
 """Face features kept in Ray's object store, for later shots with the same photos."""
 MAX_RESTARTS = 10
 """Restarts of a shot whose artefacts were lost with a process or node."""
-COMMIT_TIMEOUT_S = 1800.0
-"""Timeout of one call of an encoder."""
 LOCAL_LEAD = 2
 """Clips that an encoder on the clip's node may have open more than another encoder and still be preferred."""
 
@@ -58,6 +56,37 @@ class ProcessedChunk(NamedTuple):
     artefacts: Any
     """Reference in Ray's object store."""
     is_last: bool
+
+
+class EncoderSession(NamedTuple):
+    """The calls that write one shot on one encoder. All raise ActorCallFailed."""
+
+    encoder: ActorClient
+    number: int
+    timeout_s: float
+    """Timeout of each call."""
+
+    async def run(self, method: str, *args: Any) -> CallResult:
+        result: CallResult = await self._call(method, *args)
+        return self._checked(result)
+
+    async def commit(self, method: str, *args: Any) -> Written:
+        written: Written = await self._call(method, *args)
+        self._checked(written[0])
+        return written
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        try:
+            return await self.encoder.call(method, self.number, *args, stage=OUTPUT, timeout_s=self.timeout_s)
+        except ActorCallFailed as failed:
+            # The storage may hang.
+            failed.kind = Kind.WRITE if failed.error == "TimedOut" else failed.kind
+            raise
+
+    def _checked(self, result: CallResult) -> CallResult:
+        if result.session_lost:
+            raise ActorCallFailed("WorkerDied", "the encoder restarted", Kind.NOT_RUN, self.encoder.location)
+        return result
 
 
 class StepResults(NamedTuple):
@@ -251,11 +280,12 @@ class ShotRunner:
         work = Work(OUTPUT, order, load=COMMIT_LOAD, near=artefacts.by, near_load=LOCAL_LEAD * COMMIT_LOAD)
 
         async def write(encoder: ActorClient, session: int) -> Written:
+            call = EncoderSession(encoder, session, self._config.commit_timeout_s(plan.shot))
             if not chunked:
-                return await _commit(encoder, "write", session, plan, artefacts.reference, records, artefacts.clip)
+                return await call.commit("write", plan, artefacts.reference, records, artefacts.clip)
             committed = False
             try:
-                written = await self._write_chunks(encoder, session, plan, order, artefacts, records, on_progress)
+                written = await self._write_chunks(call, plan, order, artefacts, records, on_progress)
                 committed = written[1] is not None
             finally:
                 if not committed:
@@ -272,8 +302,7 @@ class ShotRunner:
 
     async def _write_chunks(
         self,
-        encoder: ActorClient,
-        session: int,
+        call: EncoderSession,
         plan: ShotPlan,
         order: int,
         artefacts: RemoteArtefacts,
@@ -285,7 +314,7 @@ class ShotRunner:
         opened: asyncio.Future[CallResult] | None = None
         if len(chunks) > 1:
             # Chunks are processed while the image and the original clip are written.
-            opened = asyncio.ensure_future(_call(encoder, "begin", session, plan, artefacts.reference))
+            opened = asyncio.ensure_future(call.run("begin", plan, artefacts.reference))
         chunk_records = []
         try:
             async with aclosing(self._processed(plan, order, chunks, artefacts, on_progress)) as processed:
@@ -294,14 +323,14 @@ class ShotRunner:
                     if opened is not None and (begun := await opened).failure is not None:
                         return begun, None
                     if not chunk.is_last:
-                        added = await _call(encoder, "add", session, chunk.artefacts)
+                        added = await call.run("add", chunk.artefacts)
                         if added.failure is not None:
                             return added, None
                         continue
                     all_records = (*records, *join_records(chunk_records))
                     if opened is None:
-                        return await _commit(encoder, "write", session, plan, artefacts.reference, all_records, chunk.artefacts)
-                    return await _commit(encoder, "commit", session, all_records, chunk.artefacts)
+                        return await call.commit("write", plan, artefacts.reference, all_records, chunk.artefacts)
+                    return await call.commit("commit", all_records, chunk.artefacts)
         finally:
             if opened is not None:
                 opened.cancel()
@@ -337,21 +366,3 @@ class ShotRunner:
             return ProcessedChunk(records, current.reference, is_last=chunk.stop >= n_frames)
 
         return ordered_window(chunks, process)
-
-
-async def _commit(encoder: ActorClient, method: str, session: int, *args: Any) -> Written:
-    written: Written = await encoder.call(method, session, *args, stage=OUTPUT, timeout_s=COMMIT_TIMEOUT_S)
-    _check_session(written[0], encoder)
-    return written
-
-
-async def _call(encoder: ActorClient, method: str, session: int, *args: Any) -> CallResult:
-    result: CallResult = await encoder.call(method, session, *args, stage=OUTPUT, timeout_s=COMMIT_TIMEOUT_S)
-    _check_session(result, encoder)
-    return result
-
-
-def _check_session(result: CallResult, encoder: ActorClient) -> None:
-    """Raise ActorCallFailed if the encoder has restarted since the session began."""
-    if result.session_lost:
-        raise ActorCallFailed("WorkerDied", "the encoder restarted", Kind.NOT_RUN, encoder.location)

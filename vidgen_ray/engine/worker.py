@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,6 +95,8 @@ class Worker:
         self._spec = spec
         self._parallel_loads = parallel_loads
         self._loaded: Failure | StepRunner | None = None
+        self._waits = False
+        """Waits until other processes of the machine have loaded their weights."""
         self._progress: dict[int, Progress] = {}
         self._deadlines: dict[int, float] = {}
         """Running call -> time at which it exceeds its timeout."""
@@ -132,6 +134,11 @@ class Worker:
     def _exit_if_running(self, call: int) -> None:
         if call in self._deadlines:
             os._exit(1)
+
+    @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
+    def activity(self) -> float | None:
+        """Return CPU seconds plus MB read of this process, which grow while it loads. `None` while it waits for others."""
+        return None if self._waits else activity_of_process()
 
     def load(self) -> Failure | None:
         """Load the weights. Return the failure if that is impossible. Repeated calls return the same.
@@ -232,7 +239,9 @@ class Worker:
                 cache = config.cache.open(config.outputs.stage_cache)
                 runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups, safety=safety_of(self._config.profile.safety))
                 # On a machine without GPUs, the weights stay where they are loaded.
+                self._waits = bool(spec.gpus)
                 with load_lock(self._parallel_loads) if spec.gpus else nullcontext():
+                    self._waits = False
                     runner.load()
                 self._loaded = runner
             except Exception as error:
@@ -246,6 +255,16 @@ def worker_class() -> Any:
     return ray.remote(
         max_restarts=-1, max_task_retries=0, max_concurrency=MAX_CONCURRENT_CALLS, concurrency_groups={CONTROL: 1}
     )(Worker)
+
+
+def activity_of_process() -> float:
+    """Return the CPU seconds and the MB that this process has read from files, added."""
+    times = os.times()
+    read = 0
+    with suppress(OSError):
+        counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        read = int(counters["rchar"]) + int(counters["read_bytes"])
+    return times.user + times.system + read / 1e6
 
 
 def place_of_process() -> ActorPlace:
