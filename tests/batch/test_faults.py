@@ -39,7 +39,7 @@ POLL_S = 0.02
 
 @pytest.fixture(scope="module")
 def profile(tiny):
-    return profile_of_fakes(tiny, timeout_s=5)
+    return profile_of_fakes(tiny, timeout_s=3)
 
 
 def render_lines(tmp_path, profile, lines, listener=None, gpus=GPUS, stop=None, fakes=FAKES, folder=OutputFolder, **options):
