@@ -1,7 +1,4 @@
-"""`vidgen serve` as a process to kill.
-
-With scripted stages: `python -m tests.online.scripted_server SETTINGS_JSON`.
-"""
+"""`vidgen serve` with scripted stages, as a process to kill: `python -m tests.online.scripted_server SETTINGS_JSON`."""
 
 import json
 import os
@@ -28,20 +25,21 @@ POLL_S = 0.1
 class ServerProcess:
     """Running server."""
 
-    def __init__(self, command: list[str], url: str, log: Path, check: str) -> None:
-        self.url, self.log, self._check = url, log, check
-        with log.open("ab") as output:
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *command], cwd=ROOT, env=environment, stdout=output, stderr=output
-            )
+    def __init__(self, folder: Path, port: int) -> None:
+        """Start a server with scripted stages, the profile `profile.yaml` of the folder, and its data in the folder."""
+        self.url, self.log = f"http://127.0.0.1:{port}", folder / "log.txt"
+        settings = {"profile": str(folder / "profile.yaml"), "data": str(folder / "data"), "port": port}
+        command = [sys.executable, "-m", "tests.online.scripted_server", json.dumps(settings)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
         while not self._is_up():
-            assert self.process.poll() is None, log.read_text()
+            assert self.process.poll() is None, self.log.read_text()
             time.sleep(POLL_S)
 
     def _is_up(self) -> bool:
         try:
-            with urlopen(f"{self.url}{self._check}", timeout=10) as answer:
+            with urlopen(f"{self.url}/healthz", timeout=10) as answer:
                 return json.load(answer) == {"status": "ok"}
         except (URLError, OSError):
             return False
@@ -60,26 +58,14 @@ class ServerProcess:
 
 
 @contextmanager
-def started(command: list[str], url: str, log: Path, check: str = "/healthz") -> Iterator[ServerProcess]:
-    """Start a server and wait until the URL `check` says that it is up. Kill it when the block ends.
-
-    `command`: name of the module and its arguments.
-    """
-    server = ServerProcess(command, url, log, check)
+def scripted_server(folder: Path, port: int) -> Iterator[ServerProcess]:
+    """Start a server and wait until it is up. Kill it when the block ends."""
+    server = ServerProcess(folder, port)
     try:
         yield server
     finally:
         if server.process.poll() is None:
             server.kill()
-
-
-@contextmanager
-def scripted_server(folder: Path, port: int) -> Iterator[ServerProcess]:
-    """Start a server with scripted stages, the profile `profile.yaml` of the folder, and its data in the folder."""
-    settings = {"profile": str(folder / "profile.yaml"), "data": str(folder / "data"), "port": port}
-    command = ["tests.online.scripted_server", json.dumps(settings)]
-    with started(command, f"http://127.0.0.1:{port}", folder / "log.txt") as server:
-        yield server
 
 
 if __name__ == "__main__":

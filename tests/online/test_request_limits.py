@@ -80,12 +80,6 @@ def test_wrong_reference_is_reported_under_its_name(client):
             assert (error["param"], error["code"]) == (name, "file_not_found")
 
 
-def test_openapi_document_requires_a_key(server, client):
-    assert "paths" in client.get("/openapi.json").json()
-    anonymous = TestClient(server.app, base_url="http://videos.example", raise_server_exceptions=False)
-    assert error_of(anonymous.get("/openapi.json"), 401)["code"] == "invalid_api_key"
-
-
 # Memory
 
 
@@ -232,13 +226,3 @@ def test_queued_job_keeps_its_key_when_the_setting_changes(tiny, tmp_path):
         client = client_of(server)
         assert ended(client, video["id"])["status"] == "completed"
         assert client.get(f"/v1/videos/{video['id']}/content").status_code == 200
-
-
-def test_keys_without_a_salt_are_those_of_batch(tiny, tmp_path):
-    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path))) as server:
-        video = made(TestClient(server.app, **LOCAL), seed=1)
-        job = server.store.get(video["id"], None)
-        plan = server.serving_profile.plan
-        assert job.key == plan(job.shot).key
-        salted = plan(job.shot, "ada")
-        assert {step.key for step in salted.steps}.isdisjoint(step.key for step in plan(job.shot).steps)
