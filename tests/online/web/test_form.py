@@ -265,7 +265,8 @@ def test_image_of_the_default_size_is_as_large_as_the_models_draw(site, open_pag
     assert (shot.generate_video, shot.width, shot.height) == (False, 128, 64)
 
 
-def test_more_like_this_fills_the_form_without_a_reload(site, open_page):
+def test_try_again_fills_the_form_without_a_reload(site, open_page):
+    site.director.held.set()
     page = open_page(site.url)
     page.get_by_label("Photos").set_input_files(ASTRONAUT)
     expect(page.get_by_label("Use this photo")).to_be_checked()
@@ -278,17 +279,15 @@ def test_more_like_this_fills_the_form_without_a_reload(site, open_page):
     page.get_by_role("group", name="Video").get_by_label("Motion").fill("20")
     page.get_by_label("Fast").check()
     generate(page, "a portrait")
-    site.wait_for_jobs(1)
-    expect(page.locator("#clips video")).to_have_count(1)
+    page.get_by_role("button", name="Cancel a portrait").click()
     page.evaluate("window.same = true")
     page.get_by_label("Prompt", exact=True).fill("something else")
-    page.get_by_role("link", name="More like this (a portrait)").click()
+    page.get_by_role("link", name="Try again (a portrait)").click()
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a portrait")
     expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
     expect(page.get_by_label("Seed")).to_have_value("")
     page.get_by_role("button", name="Generate").click()
-    site.wait_for_jobs(2)
-    expect(page.locator("#clips video")).to_have_count(2)
+    expect(cards(page, "queue")).to_have_count(1)
     assert page.evaluate("window.same"), "the page was reloaded"
     again, before = site.jobs()
     assert again.shot.seed != before.shot.seed
