@@ -1,34 +1,34 @@
-"""The page in Chromium, against a real server with the tiny models or with fakes: jobs, errors, sign-in and security."""
+"""The page in Chromium, against a server with fakes: jobs, errors, sign-in and security."""
 
+import os
 import re
 
 import httpx
 
+from tests.online.on_serve.applications import pipes_open
 from tests.online.web.conftest import cards, generate, playwright
 from vidgen_ray.online.store.jobs import JobError, JobState
-from vidgen_ray.pipeline import VideoGenerationPipeline
 
 expect = playwright.expect
-LOADED_MS = 120_000
-"""Time to load the tiny models and run one stage on a busy machine."""
 
 
-def test_clip_is_created_followed_and_played(new_site, open_page, tmp_path):
-    """Uses the tiny models. The other tests use fakes."""
-    site = new_site(pipeline=VideoGenerationPipeline.from_profile("tiny", tmp_path / "out"))
+def test_clip_is_created_followed_and_played(site, open_page, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    prompt = f"steps 2 pause at 2 {pipe}"
     site.director.paused.set()
     page = open_page(site.url)
     expect(page.get_by_text("Finished clips appear here.")).to_be_visible()
-    generate(page, "a lighthouse")
+    generate(page, prompt)
     card = cards(page, "queue")
-    # The models are loaded first.
-    expect(card.locator(".status")).to_have_text("Generating the base image · 0 %", timeout=LOADED_MS)
+    expect(card.locator(".status")).to_have_text("Generating the base image · 0 %")
     assert card.get_by_role("progressbar").get_attribute("value") == "0"
     site.director.paused.clear()
-    expect(card.locator(".status")).to_have_text(re.compile(r", [12] of 2 steps · \d+ %"), timeout=LOADED_MS)
-    expect(cards(page, "clips")).to_have_count(1, timeout=LOADED_MS)
+    expect(card.locator(".status")).to_have_text(re.compile(r"^Generating the base image, 1 of 2 steps · \d+ %$"))
+    with pipes_open(pipe):
+        expect(cards(page, "clips")).to_have_count(1)
     expect(cards(page, "queue")).to_have_count(0)
-    expect(page.locator("#announcements")).to_have_text("a lighthouse: completed")
+    expect(page.locator("#announcements")).to_have_text(f"{prompt}: completed")
     video = page.locator("video")
     assert video.evaluate("async video => (await fetch(video.poster)).ok && video.readyState === 0"), (
         "the poster is loaded, the clip is not"
