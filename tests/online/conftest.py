@@ -1,13 +1,16 @@
 """Client of a module's server. Test databases: SQLite, and a private PostgreSQL server if Debian's packages are installed."""
 
+import os
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
 
 from benchmarks.local_postgres import create_database, is_installed, postgres_server
 from tests.online.directors import LOCAL
+from tests.online.scripted_stages import pipes_open
 
 numbers = count()
 DATABASES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)]
@@ -29,6 +32,16 @@ def database_url(request, tmp_path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.db"
     return create_database(request.getfixturevalue("postgres"), f"test{next(numbers)}")
+
+
+@pytest.fixture
+def pipe(tmp_path) -> Iterator[Path]:
+    """Named pipe that scripted stages wait for. At the end of the test they are released."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    yield path
+    with pipes_open(path):
+        pass
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ shot has a face.
 
 import os
 import re
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -51,3 +52,22 @@ def append_line(path, text):
 
 
 SCRIPTED = {**FAKES, "instantid": ScriptedInstantID, "refine": FakeRefine, "flux": ScriptedFlux}
+
+
+@contextmanager
+def pipes_open(*pipes):
+    """Release all readers that wait on these named pipes, now and until the block ends.
+
+    Opening a pipe for reading and writing never makes a reader wait. Opening it only for writing would release a single reader,
+    which may be the thread of an abandoned process.
+    """
+    descriptors = [os.open(pipe, os.O_RDWR) for pipe in pipes]
+    try:
+        yield
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def steps_run(pipe):
+    return [int(line) for line in pipe.with_name("pipe.steps").read_text().split()]

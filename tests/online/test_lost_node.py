@@ -9,8 +9,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from tests.online.on_serve.applications import IMAGE_ONLY, pipes_open, scripted_profile, steps_run
-from tests.online.scripted_stages import SCRIPTED
+from tests.online.on_serve.applications import IMAGE_ONLY, scripted_profile
+from tests.online.scripted_stages import SCRIPTED, pipes_open, steps_run
 from vidgen_ray.engine import fleet as fleet_module
 from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.config import EngineConfig
@@ -84,13 +84,6 @@ def fast(monkeypatch):
         monkeypatch.setattr(fleet_module, name, 0.4)
     monkeypatch.setattr(workers_module, "REPLAN_POLL_S", 2.0)
     monkeypatch.setattr(director_module, "ATTACH_INTERVAL_S", 0.2)
-
-
-@pytest.fixture
-def pipe(tmp_path):
-    path = tmp_path / "pipe"
-    os.mkfifo(path)
-    return path
 
 
 class RunningServer:

@@ -13,8 +13,9 @@ import yaml
 from ray.serve._private import constants
 from ray.serve._private.http_util import _apply_middlewares, call_function_from_import_path
 
-from tests.online.on_serve.applications import POLL_S, pipes_open
+from tests.online.on_serve.applications import POLL_S
 from tests.online.scripted_server import ROOT, scripted_server
+from tests.online.scripted_stages import pipes_open
 from vidgen_ray.cli import main
 from vidgen_ray.errors import UsageError
 from vidgen_ray.online import ENVIRONMENT

@@ -1,8 +1,7 @@
-"""Applications on Ray Serve, their stores and processes, and pipes that stop scripted stages."""
+"""Applications on Ray Serve, their stores and processes."""
 
-import os
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
@@ -117,25 +116,6 @@ def scripted_profile(tiny):
     }
     actors["instantid"] = actors["instantid"].model_copy(update={"timeout_s": FACE_TIMEOUT_S})
     return tiny.model_copy(update={"name": "scripted", "actors": actors, "cpu_workers": None, "layout": "fused"})
-
-
-@contextmanager
-def pipes_open(*pipes):
-    """Release all readers that wait on these named pipes, now and until the block ends.
-
-    Opening a pipe for reading and writing never makes a reader wait. Opening it only for writing would release a single reader,
-    which may be the thread of an abandoned process.
-    """
-    descriptors = [os.open(pipe, os.O_RDWR) for pipe in pipes]
-    try:
-        yield
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
-def steps_run(pipe):
-    return [int(line) for line in pipe.with_name("pipe.steps").read_text().split()]
 
 
 IMAGE_ONLY = {"generate_video": False}

@@ -13,17 +13,8 @@ from ray.util.placement_group import placement_group_table
 
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FakeSVD
-from tests.online.on_serve.applications import (
-    ACTORS_GB,
-    IMAGE_ONLY,
-    POLL_S,
-    Running,
-    pipes_open,
-    run,
-    scripted_profile,
-    steps_run,
-)
-from tests.online.scripted_stages import SCRIPTED
+from tests.online.on_serve.applications import ACTORS_GB, IMAGE_ONLY, POLL_S, Running, run, scripted_profile
+from tests.online.scripted_stages import SCRIPTED, pipes_open, steps_run
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online.application import DIRECTOR, WORKERS
 from vidgen_ray.online.server import _reason
@@ -103,15 +94,6 @@ class TestRealStages:
         assert (ended.state, ended.error) == (JobState.CANCELLED, None)
         assert ended.step < 200
         assert real.wait_for_end(real.accept(prompt="next", generate_video=False)).state == JobState.COMPLETED
-
-
-@pytest.fixture
-def pipe(tmp_path):
-    path = tmp_path / "pipe"
-    os.mkfifo(path)
-    yield path
-    with pipes_open(path):
-        pass  # release processes that a failed test left waiting
 
 
 class TestScriptedStages:

@@ -1,20 +1,17 @@
 """The page in Chromium, against a server with fakes: jobs, errors, sign-in and security."""
 
-import os
 import re
 
 import httpx
 
-from tests.online.on_serve.applications import pipes_open
+from tests.online.scripted_stages import pipes_open
 from tests.online.web.conftest import cards, generate, playwright
 from vidgen_ray.online.store.jobs import JobError, JobState
 
 expect = playwright.expect
 
 
-def test_clip_is_created_followed_and_played(site, open_page, tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
+def test_clip_is_created_followed_and_played(site, open_page, pipe):
     prompt = f"steps 2 pause at 2 {pipe}"
     site.director.paused.set()
     page = open_page(site.url)
