@@ -26,7 +26,6 @@ from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import progress_callback, report_progress
-from vidgen_ray.stages.flux import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.weights import resolve
 
@@ -40,18 +39,13 @@ class FakeHunyuanDiT(FakeStage, HunyuanDiTStage):
         return {"image": artefacts["image"]}
 
 
-class FakeLoRA(FakeStage, FluxLoRAStage):
-    def one(self, shot, artefacts):
-        return {"image": artefacts["image"]}
-
-
 class FakeUpscaler(FakeRealESRGAN):
     def run_chunk(self, shot, frames, chunk=None):
         report_progress(self.name, len(frames), len(frames))
         return super().run_chunk(shot, frames, chunk)
 
 
-FAKES = {**SCRIPTED, "hunyuan": FakeHunyuanDiT, "lora": FakeLoRA, "realesrgan": FakeUpscaler}
+FAKES = {**SCRIPTED, "hunyuan": FakeHunyuanDiT, "realesrgan": FakeUpscaler}
 
 
 class QuickPipeline(VideoGenerationPipeline):
