@@ -6,7 +6,6 @@ import time
 
 import psutil
 import pytest
-from PIL import Image
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 from ray.util.placement_group import placement_group_table
@@ -178,20 +177,6 @@ class TestScriptedStages:
         assert scripted.pids("worker") == before
 
     @pytest.mark.slow
-    def test_call_of_a_killed_director_that_hangs_ends_its_worker(self, scripted, tmp_path):
-        before = scripted.pids("worker")
-        marker = tmp_path / "marker"
-        # Face features of the other photo are in the cache.
-        photo = tmp_path / "photo.png"
-        Image.new("RGB", (64, 64)).save(photo)
-        job_id = scripted.accept(prompt=f"hang once {marker}", face_image=[str(photo)], **IMAGE_ONLY)
-        scripted.wait_until(job_id, lambda job: marker.exists())
-        os.kill(scripted.pid(DIRECTOR), signal.SIGKILL)
-        assert scripted.wait_for_end(job_id).state == JobState.COMPLETED
-        while scripted.pids("worker") == before:
-            time.sleep(POLL_S)
-
-    @pytest.mark.slow
     def test_killed_owner_of_the_workers_loses_no_job(self, scripted, pipe):
         job_id = scripted.accept(prompt=f"steps 3 pause at 2 {pipe}", **IMAGE_ONLY)
         scripted.wait_until(job_id, lambda job: job.step == 1)
@@ -232,6 +217,22 @@ def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, 
         time.sleep(POLL_S)
     groups = placement_group_table().values()
     assert {group["state"] for group in groups if any("GPU" in bundle for bundle in group["bundles"].values())} == {"REMOVED"}
+
+
+@pytest.mark.slow
+def test_call_of_a_killed_director_that_hangs_ends_its_worker(tiny, tmp_path, scripted):
+    """One process per actor: the face stage has a short timeout, a process with all stages the longest of them."""
+    serve.delete("scripted")
+    colocated = scripted_profile(tiny).model_copy(update={"layout": "colocated"})
+    app = run("hangs", colocated, parse_gpus("2x80GB"), tmp_path, SCRIPTED)
+    before, marker = app.pids("worker"), tmp_path / "marker"
+    job_id = app.accept(prompt=f"hang once {marker}", face_image=[str(ASTRONAUT)], **IMAGE_ONLY)
+    app.wait_until(job_id, lambda job: marker.exists())
+    os.kill(app.pid(DIRECTOR), signal.SIGKILL)
+    assert app.wait_for_end(job_id).state == JobState.COMPLETED
+    while app.pids("worker") == before:
+        time.sleep(POLL_S)
+    serve.delete("hangs")
 
 
 @pytest.mark.slow
