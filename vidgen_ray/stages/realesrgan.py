@@ -7,26 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from einops import rearrange
-from numpy.typing import NDArray
 from pydantic import Field
 
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.weight_files import NOT_FINITE, require_finite_weights
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import (
-    REFERENCE_FRAMES,
-    REFERENCE_PIXELS,
-    ChunkedStage,
-    Frames,
-    StageParams,
-    torch_dtype,
-    torch_threads,
-)
+from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, ChunkedStage, Frames, StageParams, torch_dtype
 from vidgen_ray.stages.loading import move_networks, require_device
 from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, load_table, weight_bytes
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from spandrel import ImageModelDescriptor
 
@@ -157,15 +147,6 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
 
     def process_chunk(self, shot: Shot, frames: Frames, chunk: slice) -> Frames:
         return _to_frames(self._upscale(frames, shot.scale, shot.upscaler))
-
-    def upscale_float(self, frames: Frames, scale: int, upscaler: str) -> NDArray[np.float32]:
-        """Return (T, scale * H, scale * W, 3), about 0 to 1, before clamping and rounding; all frames in one call."""
-        import torch
-
-        with torch.inference_mode(), torch_threads(self.params.threads):
-            pixels = self._upscale(frames, scale, upscaler)
-            upscaled: NDArray[np.float32] = rearrange(pixels, "t c h w -> t h w c").cpu().numpy()
-        return upscaled
 
     def _upscale(self, frames: Frames, scale: int, upscaler: str) -> torch.Tensor:
         """Upscale uint8 (T, H, W, 3) to fp32 (T, 3, scale * H, scale * W) in the memory format channels_last."""
