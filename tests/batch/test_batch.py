@@ -21,6 +21,7 @@ from vidgen_ray.media import open_video
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.planner import Cluster, Node
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script
 from vidgen_ray.system.cache_dir import sha256_of
@@ -96,9 +97,9 @@ def reference(tiny, script, tmp_path_factory):
 
 
 def test_batch_output_equals_the_pipeline_and_a_second_run_skips_everything(local_ray, tiny, script, reference, tmp_path):
-    staged = tiny.model_copy(update={"layout": "staged"})
-    first = Events()
-    report = render_lines(script, staged, tmp_path, first, keep_stages=True)
+    # A second process takes seconds to import torch. tests/chaos has several.
+    first, one_worker = Events(), Cluster((Node((), 2.5, 64.0),))
+    report = render_lines(script, tiny, tmp_path, first, keep_stages=True, cluster=one_worker)
     assert (report.done, report.failed, report.skipped) == (13, 0, 0)
     assert {Path(name).name for name in reference} == {
         "image.png", "video.mp4", "hd.mp4", "base.png", "refine.png", "lora.png", "style.png", "face.json"

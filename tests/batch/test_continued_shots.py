@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.batch.test_batch import DONE, Events, digests, render_lines, wait_for_shots
+from tests.batch.test_batch import Events, digests, render_lines, wait_for_shots
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, FINDS_FACES
 from vidgen_ray.batch import render
@@ -24,10 +25,12 @@ from vidgen_ray.media import read_image
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.profile import load_profile
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script, unique_lines
 from vidgen_ray.shot import Shot
 
+ROOT = Path(__file__).parents[2]
 SMALL = {"width": 64, "height": 64, "num_frames": 4, "upscale_video": False, "seed": 5}
 CHAIN = [
     {**SMALL, "id": "a", "prompt": "a red ball"},
@@ -49,34 +52,44 @@ def rows_of(out):
     return {row["id"]: row for row in pq.read_table(out / "manifest").to_pylist()}
 
 
-@pytest.fixture(scope="module")
-def reference(tiny, tmp_path_factory):
-    """Files of the chain, rendered by the library: file -> sha256."""
-    folder = tmp_path_factory.mktemp("library")
-    with VideoGenerationPipeline(tiny, folder / "out") as pipeline:
-        for line in iter_script(script(folder, CHAIN, tiny)):
+def test_chain_equals_that_of_the_library(in_process, tiny, tmp_path):
+    settings = script(tmp_path, CHAIN, tiny)
+    with VideoGenerationPipeline(tiny, tmp_path / "library") as pipeline:
+        for line in iter_script(settings):
             pipeline.render(line.shot)
-    for first, second in ("ab", "bc"):
-        last, start = (
-            np.asarray(Image.open(folder / "out" / shot_path(id_) / name))
-            for id_, name in ((first, "last_frame.png"), (second, "image.png"))
-        )
-        assert np.array_equal(last, start)
-    return digests(folder / "out")
+    assert render_lines(settings, tiny, tmp_path / "batch").done == 3
+    for out in (tmp_path / "library", tmp_path / "batch"):
+        for first, second in ("ab", "bc"):
+            last, start = (out / shot_path(first) / "last_frame.png"), (out / shot_path(second) / "image.png")
+            np.testing.assert_array_equal(read_image(last), read_image(start))
+    assert digests(tmp_path / "batch") == digests(tmp_path / "library")
 
 
-def test_chain_equals_that_of_the_library_after_the_driver_was_killed(local_ray, tiny, reference, tmp_path):
-    settings, out = script(tmp_path, CHAIN, tiny), tmp_path / "out"
-    command = [sys.executable, "-m", "vidgen_ray", "render", str(settings.path), "-o", str(out), "-p", "tiny"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as driver:
+def fake_chain(folder, profile):
+    """Return a chain whose second shot waits for the file `go_on`."""
+    _, second, third = FAKE_CHAIN
+    return script(folder, [FAKE_CHAIN[0], {**second, "prompt": f"until {folder / 'go_on'}"}, third], profile)
+
+
+def render_fake_chain(folder):
+    """Run in a process of its own."""
+    profile = load_profile("tiny")
+    render_lines(fake_chain(folder, profile), profile, folder / "out", stages=FAKES)
+
+
+def test_chain_is_resumed_after_the_driver_was_killed(local_ray, tiny, tmp_path):
+    code = f"from pathlib import Path; from {__name__} import *; render_fake_chain(Path({str(tmp_path)!r}))"
+    settings, out = fake_chain(tmp_path, tiny), tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True) as driver:
         wait_for_shots(driver, out, 1)
         driver.kill()
-    assert len(list(out.glob(DONE))) < 3, "the driver was killed too late for this test"
-    report = render_lines(settings, tiny, out)
-    assert (report.failed, report.done + report.skipped) == (0, 3)
-    assert digests(out) == reference
-    again = render_lines(settings, tiny, out)
+    (tmp_path / "go_on").touch()
+    report = render_lines(settings, tiny, out, stages=FAKES)
+    assert (report.done, report.skipped, report.failed) == (2, 1, 0)
+    again = render_lines(settings, tiny, out, stages=FAKES)
     assert (again.done, again.skipped) == (0, 3)
+    render_lines(settings, tiny, tmp_path / "undisturbed", stages=FAKES)
+    assert digests(out) == digests(tmp_path / "undisturbed")
 
 
 def test_line_added_later_continues_a_finished_shot(in_process, tiny, tmp_path):

@@ -173,6 +173,7 @@ async def places_of(listener):
     return {name: await actor.place.remote() for name, actor in listener.workers.items()}
 
 
+@pytest.mark.slow
 def test_second_staged_fleet_waits_until_the_first_one_stops(add_node, fleets):
     async def scenario(make_fleet):
         started = [make_fleet(name) for name in ("first", "second")]
@@ -195,6 +196,7 @@ def test_second_staged_fleet_waits_until_the_first_one_stops(add_node, fleets):
     fleets.run(scenario)
 
 
+@pytest.mark.slow
 def test_slots_beyond_the_complete_set_are_requested_when_it_is_placed(add_node, fleets):
     async def scenario(make_fleet):
         fleet, listener = make_fleet("partly")
@@ -222,6 +224,7 @@ def test_message_names_a_slot_that_no_node_can_hold(add_node, fleets):
     fleets.run(scenario)
 
 
+@pytest.mark.slow
 def test_late_node_gets_added_slots_and_loses_them_with_the_node(head, add_node, fleets):
     offered = []
 
@@ -248,6 +251,7 @@ def test_late_node_gets_added_slots_and_loses_them_with_the_node(head, add_node,
     fleets.run(scenario)
 
 
+@pytest.mark.slow
 def test_no_slots_are_added_while_another_user_waits(add_node, fleets):
     async def scenario(make_fleet):
         fleet, listener = make_fleet("polite", more_slots=lambda _, free: [(slot("flux"), None)])

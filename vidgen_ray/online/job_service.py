@@ -441,11 +441,11 @@ def storage_problem(store: JobStore, outputs: OutputFolder) -> str | None:
 
 
 def _output_problem(outputs: OutputFolder) -> str | None:
-    if (problem := outputs.write_problem()) is not None:
-        return f"The output folder cannot be written: {without_paths(problem)}."
     with suppress(OSError):
         if outputs.storage.local is not None and (free := low_space(outputs.storage.local)):
             return f"The disk of the output folder is almost full: {free}. Delete files, or set retention_s."
+    if (problem := outputs.write_problem()) is not None:
+        return f"The output folder cannot be written: {without_paths(problem)}."
     return None
 
 
