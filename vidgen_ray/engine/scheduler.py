@@ -87,7 +87,7 @@ class WorkerState:
 
     @property
     def alone(self) -> bool:
-        """Whether the assigned work must run alone."""
+        """True if the assigned work must run alone."""
         return any(work.alone for work in self.assigned)
 
 

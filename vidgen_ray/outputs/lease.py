@@ -80,7 +80,7 @@ class Lease:
 
     @property
     def is_sure(self) -> bool:
-        """Whether no other run can have taken the lease."""
+        """True if no other run can have taken the lease."""
         return not self.lost.is_set() and time.monotonic() - self._refreshed <= UNSURE_AFTER_S
 
     def check(self) -> None:
