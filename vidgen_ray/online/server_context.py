@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, overload
 
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.graph import file_sizes
@@ -41,7 +41,13 @@ class PhotoFiles(Sequence[Image]):
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Image: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> PhotoFiles: ...
+
+    def __getitem__(self, index: int | slice) -> Image | PhotoFiles:
         return PhotoFiles(self._files[index]) if isinstance(index, slice) else read_image(self._files[index])
 
 
