@@ -44,6 +44,9 @@ def pytest_collection(session):
 def pytest_collection_finish(session):
     gc.freeze()
     gc.enable()
+    # pytest-xdist adds the group to the id of a test.
+    if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("pytest-xdist ignores the groups of tests: use versions that work together")
 
 
 @pytest.hookimpl(tryfirst=True)
