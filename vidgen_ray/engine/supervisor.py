@@ -1,4 +1,4 @@
-"""Supervision of the processes of one kind, workers or encoders: start-up, restarts, quarantine of processes and nodes, and
+"""Supervision of the workers and encoders of an engine: start-up, restarts, quarantine of processes and nodes, and
 giving up.
 """
 
@@ -56,19 +56,18 @@ class ProcessHealth:
         record.failed_shots.clear()
         record.quarantines.clear()
 
-    def failed(self, process: Hashable, shot: Hashable, *, in_doubt: bool = True) -> bool:
+    def failed(self, process: Hashable, shot: Hashable) -> bool:
         """Record a failed call for a shot. Return whether the process must be quarantined now.
 
         On probation, a single failure is enough. After MAX_QUARANTINES, none is until the process is given up.
-        `in_doubt`: the shot may be wrong; call `ended` once it is known.
+        The shot may be wrong; call `ended` once it is known.
         """
         record = self._records[process]
         if record.quarantined:
             return False
         if shot not in record.failed_shots:
             record.failed_shots.append(shot)
-        if in_doubt:
-            self._in_doubt.add(shot)
+        self._in_doubt.add(shot)
         if len(record.quarantines) >= MAX_QUARANTINES:
             return self.is_given_up(process)
         return len(record.failed_shots) >= (1 if record.quarantines else FAILURES)
@@ -165,21 +164,6 @@ class Supervisor:
     # State
 
     @property
-    def up(self) -> list[ActorClient]:
-        """Processes that have loaded their weights."""
-        return [client for client in self._clients if client in self._up]
-
-    @property
-    def candidates(self) -> list[ActorClient]:
-        """Processes that are up or start, except for those that start after a quarantine."""
-        return [client for client in self._clients if client in self._up or self.is_starting(client)]
-
-    @property
-    def count(self) -> int:
-        """Number of processes that are not given up."""
-        return len(self._clients) - len(self._given_up)
-
-    @property
     def given_up(self) -> Mapping[ActorClient, Failure]:
         """Processes that are not used any more, in order, and their failures."""
         return self._given_up
@@ -203,12 +187,12 @@ class Supervisor:
         """Record a successful call."""
         self._health.succeeded(client)
 
-    def failed(self, client: ActorClient, shot: Hashable, reason: str, *, in_doubt: bool) -> None:
+    def failed(self, client: ActorClient, shot: Hashable, reason: str) -> None:
         """Record a failed call for a shot. Quarantines the process if it fails for different shots in a row.
 
-        `in_doubt`: the shot may be wrong. Call `ended` once it is known.
+        The shot may be wrong. Call `ended` once it is known.
         """
-        if self._health.failed(client, shot, in_doubt=in_doubt):
+        if self._health.failed(client, shot):
             self._quarantine(client, reason)
 
     def discard_failure(self, client: ActorClient, shot: Hashable) -> None:

@@ -195,7 +195,7 @@ class WorkerPool:
             client = self._clients[failed.process.key]
             if own_failure:
                 reason = f"failed for {requested.stage} on different shots in a row, the last time with: {failed}"
-                self._supervisor.failed(client, requested.order, reason, in_doubt=True)
+                self._supervisor.failed(client, requested.order, reason)
             else:
                 self._supervisor.discard_failure(client, requested.order)
 
