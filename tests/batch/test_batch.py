@@ -227,6 +227,49 @@ def test_stopped_run_leaves_no_partial_shots_and_can_be_resumed(local_ray, tiny,
     assert not list(tmp_path.rglob(".tmp-*"))
 
 
+def test_scripts_of_one_name_are_told_apart_by_path_and_content(in_process, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", FAKES)
+    out = tmp_path / "out"
+
+    def run(folder, *ids):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        script = tmp_path / folder / "s.jsonl"
+        if ids:
+            lines = ({"id": id_, "prompt": f"{id_} of {folder[:2]}", "generate_video": False} for id_ in ids)
+            script.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        monkeypatch.chdir(script.parent)
+        code = main(["render", "s.jsonl", "-o", str(out), "-p", "tiny", "--seed", "1"])
+        rows = {row["id"]: (row["script"], row["status"]) for row in pq.read_table(out / "manifest").to_pylist()}
+        capsys.readouterr()
+        return code, rows
+
+    a, b = ("s.jsonl", "done"), ("b1/s.jsonl", "done")
+    run("a1", "x", "y", "z")
+    assert run("b1", "v", "w") == (0, dict.fromkeys("xyz", a) | dict.fromkeys("vw", b)), "two scripts of one name"
+    assert main(["prune", str(out)]) == 0
+    assert all((out / shot_path(id_) / "shot.json").exists() for id_ in "xyzvw")
+    code, rows = run("b1", "v", "x")
+    assert (code, rows["x"], rows["w"]) == (1, a, ("b1/s.jsonl", "replaced")), "the id belongs to the other script"
+    assert rows["b1-s-line-2"] == ("b1/s.jsonl", "failed")
+    # Moved, and edited after its first run there.
+    (tmp_path / "a1").rename(tmp_path / "a2")
+    assert run("a2")[1]["x"] == ("s.jsonl", "skipped")
+    assert run("a2", "x", "y")[1]["z"] == ("s.jsonl", "replaced")
+    # Uploaded twice as part of the working directory of a Ray job.
+    jobs = [f"j1/_ray_pkg_{number}" for number in range(2)]
+    run(jobs[0], "p", "q")
+    assert run(jobs[1], "p")[1]["q"] == ("_ray_pkg_0/s.jsonl", "replaced")
+    # Moved together with the output folder.
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("out", "a2"):
+        (tmp_path / name).rename(moved / name)
+    out = moved / "out"
+    assert run("moved/a2", "x")[1]["y"] == ("s.jsonl", "replaced")
+    (out / "scripts.json").write_text("{")
+    assert run("moved/a2")[0] == 4
+
+
 def test_id_of_another_script_is_rejected_unless_it_is_replaced(in_process, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", FAKES)
     out = tmp_path / "out"

@@ -175,8 +175,9 @@ def test_script_that_changes_during_the_run_is_an_error_and_replaces_no_shot(in_
 
     with monkeypatch.context() as changing:
         changing.setattr("vidgen_ray.batch.render.remaining_lines", change_before)
-        with pytest.raises(ScriptError, match="changed while it was read"):
+        with pytest.raises(ScriptError, match="changed while it was read") as error:
             render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU)
+    assert error.value.exit_code == 3
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert run["error"].startswith("ScriptError: s.jsonl: got a script that was changed while it was read")
     assert {row.status for row in read_manifest(tmp_path / "out")} == {"done", "skipped"}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 from more_itertools import batched
 
@@ -24,6 +25,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.outputs.manifest import ManifestRow, new_writer
+from vidgen_ray.outputs.manifest_writer import script_name
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.planner import Cluster, Demand, demand_of, save_calibration, this_machine
 from vidgen_ray.profile import Profile
@@ -89,6 +91,7 @@ def _count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFold
 
 def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Iterator[PlannedLine]:
     checker, lines = open_lines(script)
+    checker.script = script_name(outputs.storage, script.path)
     planner = LinePlanner(checker, profile, outputs)
     planner.load_finished()
     empty, index = True, ScriptIndex()
@@ -176,7 +179,7 @@ def render(
         listener=listener,
         stop=stop,
         demand=demand,
-        is_script=True,
+        script=script.path,
     )
 
 
@@ -192,12 +195,12 @@ def render_lines(
     stop: threading.Event | None = None,
     demand: Demand | None = None,
     on_row: Callable[[ManifestRow], None] | None = None,
-    is_script: bool = False,
+    script: Path | None = None,
 ) -> RunReport:
     """Render lines. `first`: the first ones. `remaining` starts to read and plan the rest, if there is any.
 
     `source`: name of the script. `demand` of the whole script, if it is known. `on_row` gets the manifest row of every line.
-    `is_script`: earlier rows of `source` whose lines it no longer has become `replaced`.
+    `script`: path of the script. Its earlier rows whose lines it no longer has become `replaced`.
     Otherwise as `render`.
     """
     started, outputs = time.monotonic(), planner.outputs
@@ -205,8 +208,10 @@ def render_lines(
     outputs.prepare()
     with outputs.lease(run) as lease:
         outputs.sweep()
+        if script is not None:
+            source = planner.checker.script = script_name(outputs.storage, script, record=True)
         planned = planner.plan_first(first)
-        results = RunResults(outputs, run, source, lease, listener, on_row, is_script=is_script)
+        results = RunResults(outputs, run, source, lease, listener, on_row, is_script=script is not None)
         director = Director(
             run,
             profile,

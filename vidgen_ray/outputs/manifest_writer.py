@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import posixpath
+import re
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +26,7 @@ import pyarrow.compute
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import PeriodicTask
 from vidgen_ray.outputs.manifest import (
@@ -41,9 +46,12 @@ from vidgen_ray.outputs.manifest import (
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.shot import Shot
+from vidgen_ray.system.cache_dir import sha256_of
 
 FILE = "failures.jsonl"
 """The failed lines, as a script that can be rendered again. The field `failure` of each line has the reason."""
+SCRIPTS = "scripts.json"
+RAY_PACKAGE = re.compile(r".*/_ray_pkg_[^/]+/")
 PARTS = "failures"
 PART_ROWS = 2_000
 FLUSH_S = 30.0
@@ -53,8 +61,39 @@ SMALL_FILE_ROWS = 5_000
 """Files with fewer rows are merged with others."""
 
 
+def script_name(storage: Storage, path: Path, *, record: bool = False) -> str:
+    """Return the name that a script has in the rows of an output folder: its file name, with folders if that is taken.
+
+    `scripts.json` has the names with paths and digests. A script has the name of an earlier one with its path, or with its file
+    name and content. `record`: write it there. Raises SetupError if `scripts.json` is damaged.
+    """
+    if path.name == FILE:
+        return FILE
+    try:
+        known = json.loads(storage.read(SCRIPTS) or b"{}")
+        names = {each["path"]: name for name, each in known.items()}
+        contents = {(posixpath.basename(name), each["sha256"]): name for name, each in known.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SetupError(f"{storage.place(SCRIPTS)}: is damaged; delete it if the folder has one script only") from None
+    path = Path(os.path.abspath(path))
+    # A link may lead to another file later.
+    path = path.parent.resolve() / path.name
+    # Each upload of the working directory of a Ray job has another path. A local output folder may move with its scripts.
+    if (place := RAY_PACKAGE.sub("", str(path))) == str(path) and storage.local is not None:
+        place = os.path.relpath(path, storage.local.resolve())
+    sha256 = sha256_of(path) if path.is_file() else None
+    name = names.get(place) or (contents.get((path.name, sha256)) if sha256 else None)
+    if name is None:
+        longer = ("/".join(path.parts[-number:]) for number in range(1, len(path.parts) + 1))
+        name = next(name for name in longer if name not in known)
+    entry = {"path": place, "sha256": sha256}
+    if record and known.get(name) != entry:
+        storage.write(SCRIPTS, json.dumps({**known, name: entry}, indent=1))
+    return name
+
+
 class ManifestWriter:
-    """Writes the manifest rows and failures of one run, in the order in which lines finish. `script` is the script's name.
+    """Writes the manifest rows and failures of one run, in the order in which lines finish. `script`: see `script_name`.
 
     Create it while the run holds the lease of the folder. Raises OSError if the storage fails.
     """

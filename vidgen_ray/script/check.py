@@ -76,6 +76,8 @@ class LineChecker:
     """Fields that are set on every shot after its checks."""
     policy: ContentPolicy = DEFAULT_POLICY
     """Rules for the content of lines."""
+    script: str = ""
+    """Name of the script in the output folder. Default: `source`."""
 
     @staticmethod
     def of(settings: ScriptSettings, header: Header) -> "LineChecker":
@@ -115,7 +117,7 @@ class LineChecker:
 
     def check(self, line: Line) -> Line:
         """Return the line with its shots or its errors. It has no `id` yet unless it brings a valid one."""
-        line = replace(line, source=self.source, script=self.source, script_line=line.number)
+        line = replace(line, source=self.source, script=self.script or self.source, script_line=line.number)
         if line.errors:
             return line
         own = dict(line.fields)

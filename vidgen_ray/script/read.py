@@ -3,6 +3,7 @@
 Fills in defaults and characters and checks that files exist. Only ids are kept in memory. Lines can be checked in any process
 and in any order; `unique_lines` then makes their ids unique, in the order of the script."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -176,7 +177,7 @@ def _continued_ids(line: Line) -> list[str]:
 
 def default_id(line: Line) -> str:
     """Return the id of a line without one: `SCRIPT-line-NUMBER`, or `NAME-HASH` for a row without a number."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(line.script).stem)[:60] or "script"
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.splitext(line.script)[0])[:60] or "script"
     if not line.number:
         return f"{stem}-{derive_id({**line.fields, 'prompt': ''})}"
     return f"{stem}-line-{line.number}"
