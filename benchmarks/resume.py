@@ -45,7 +45,7 @@ LINKS = 10_000
 CPU_WORKERS = 2
 GOALS = {("disk, resume", LINES): (180.0, 600), ("object store, resume", STORE_LINES): (60.0, None)}
 """Seconds, and memory in MB."""
-OLD_RUN = "20260101T000000-aaaaaa"
+OLD_RUN = "000001-aaaaaa"
 
 
 def main() -> int:
@@ -205,7 +205,7 @@ def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
     """Plan the lines as the tasks of `render` do, then compare their ids and record them as its driver does."""
     from vidgen_ray.batch.line_planner import BLOCK_LINES, LinePlanner, unique_shots
     from vidgen_ray.outputs.folder import OutputFolder
-    from vidgen_ray.outputs.manifest import ManifestRow, new_writer
+    from vidgen_ray.outputs.manifest import ManifestRow
     from vidgen_ray.outputs.manifest_writer import ManifestWriter
     from vidgen_ray.outputs.records import DoneShot
     from vidgen_ray.script.lines import ScriptIndex, ScriptSettings
@@ -215,7 +215,7 @@ def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
     checker, lines = open_lines(ScriptSettings(script, profile_defaults=profile.defaults))
     planner = LinePlanner(checker, profile, outputs)
     planner.load_finished()
-    run = new_writer()
+    run = "000002-bbbbbb"
     writer, index = ManifestWriter(outputs, run, script.name), ScriptIndex()
     plan_s = accept_s = 0.0
     for batch in batched(lines, BLOCK_LINES):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +226,29 @@ def test_stopped_run_leaves_no_partial_shots_and_can_be_resumed(local_ray, tiny,
     assert (report.failed, report.skipped, report.done) == (0, done_before, 13 - done_before)
     assert digests(tmp_path) == reference
     assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_clock_that_is_set_changes_neither_the_current_rows_nor_what_is_skipped(in_process, tiny, tmp_path, monkeypatch):
+    def clock(**step):
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return datetime.now(tz) + timedelta(**step)
+
+        return Clock
+
+    for number, days in enumerate((0, -400, 400, -800)):
+        lines = [{"id": "same", "prompt": "x"}, {"id": "new", "prompt": f"{number}"}, {"id": f"only-{number}", "prompt": "y"}]
+        (tmp_path / "s.jsonl").write_text("".join(json.dumps({**line, "generate_video": False}) + "\n" for line in lines))
+        for module in ("manifest", "lease"):
+            monkeypatch.setattr(f"vidgen_ray.outputs.{module}.datetime", clock(days=days))
+        settings = ScriptSettings(tmp_path / "s.jsonl", 1, profile_defaults=tiny.defaults)
+        report = render_lines(settings, tiny, tmp_path / "out", stages=FAKES)
+        assert (report.done, report.skipped) == ((3, 0) if number == 0 else (2, 1))
+        rows = {row["id"]: row for row in pq.read_table(tmp_path / "out/manifest").to_pylist()}
+        assert {id_ for id_, row in rows.items() if row["status"] != "replaced"} == {"same", "new", f"only-{number}"}
+        assert {rows[id_]["run"] for id_ in ("same", "new", f"only-{number}")} == {report.run}
+        assert (rows["new"]["prompt"], report.run[:7]) == (str(number), f"00000{number + 1}-")
 
 
 def test_scripts_of_one_name_are_told_apart_by_path_and_content(in_process, tmp_path, capsys, monkeypatch):

@@ -304,6 +304,19 @@ def test_run_waits_while_the_disk_is_full_and_no_line_fails(tmp_path, profile, s
     assert {row.failure_attempts for row in read_manifest(small_disk.folder / "out")} == {None}
 
 
+def test_run_that_loses_its_lease_stops_and_its_encoders_commit_nothing(tmp_path, profile):
+    out = tmp_path / "out"
+
+    def take_over():
+        (lease,) = out.glob(".running-*")
+        lease.write_text("{}")
+
+    with pytest.raises(SetupError, match="this run lost its lease and stopped, because its lease file was deleted or replaced"):
+        render_lines(tmp_path, profile, shots(60), Events(take_over))
+    assert len(list(out.glob("shots/*/*/shot.json"))) < 30
+    assert not (out / "run.json").exists()
+
+
 def test_slow_shot_does_not_delay_results_of_others(tmp_path, profile):
     first_result = tmp_path / "first_result"
     events = Events(first_result.touch)

@@ -192,9 +192,6 @@ class SickDisk(OutputFolder):
 
     sick = "/encoder/0"
 
-    def __reduce__(self):
-        return type(self), (self._root,)
-
     def draft(self, plan):
         if self.sick in (actor_name() or ""):
             raise OSError("read-only file system")

@@ -32,9 +32,6 @@ class ImpatientEncoder(Encoder):
 class HangingDisk(OutputFolder):
     """Folder on which shots whose id starts with `hang` hang, until the file `released` exists."""
 
-    def __reduce__(self):
-        return type(self), (self._root,)
-
     def draft(self, plan):
         if plan.shot.id.startswith("hang"):
             self.root.joinpath("hangs").touch()

@@ -13,7 +13,7 @@ from vidgen_ray.outputs.manifest import FinishedShots, ManifestRow
 from vidgen_ray.outputs.object_storage import ObjectStorage
 from vidgen_ray.shot import derive_id
 
-RUNS = [f"2026010{day}T000000-abc" for day in range(1, 6)]
+RUNS = [f"00000{number}-abc" for number in range(1, 6)]
 
 
 @pytest.fixture(params=["disk", "object store"])

@@ -37,8 +37,9 @@ def outputs(url):
 
 
 def objects(outputs):
-    """Return path -> size in bytes of all stored objects."""
-    return {meta["path"]: meta["size"] for page in outputs.storage._store.list() for meta in page}
+    """Return path -> size in bytes of all stored objects, except that with the number of the last lease."""
+    stored = {meta["path"]: meta["size"] for page in outputs.storage._store.list() for meta in page}
+    return {path: size for path, size in stored.items() if not path.startswith(".lease-")}
 
 
 def workspaces():

@@ -238,6 +238,18 @@ class TestManifest:
         assert not (outputs.root / "failures.jsonl").exists()
         assert sorted(path.name for path in outputs.root.iterdir()) == ["manifest"]
 
+    @pytest.mark.parametrize("close", [False, True])
+    def test_rows_of_a_run_that_was_cut_off_do_not_replace_those_of_the_next_run(self, outputs, close):
+        """The clock was set back between the runs: the number of the lease orders them."""
+        stale, later = "000001-20260102T000000-aaaaaa", "000002-20260101T000000-bbbbbb"
+        write(outputs, later, row(later, "a"), failed(later, "b"))
+        write(outputs, stale, failed(stale, "a"), row(stale, "b"), row(stale, "c"), close=close)
+        expected = {"a": (later, "done"), "b": (later, "failed"), "c": (stale, "done")}
+        assert {r.id: (r.run, r.status) for r in read_manifest(outputs.root)} == expected
+        write(outputs, "000003-20260101T000000-cccccc", script="other")
+        assert table(outputs) == expected
+        assert failures(outputs) == ["b"]
+
     def test_rejections_are_dropped_when_the_script_is_read_to_its_end_again(self, outputs):
         write(outputs, "r1", failed("r1", "s-line-7", REJECTED), failed("r1", "x", REJECTED, "other.jsonl"))
         write(outputs, "r2", row("r2", "a"), whole_script=False)
@@ -456,6 +468,7 @@ class TestGarbage:
         record = self._fill(outputs, plan_of)
         before = {path for path in outputs.root.rglob("*") if path.is_file()}
         dry_run = collect_garbage(outputs, dry_run=True, grace_s=-1)
+        (outputs.root / ".lease-000001").unlink()
         assert {path for path in outputs.root.rglob("*") if path.is_file()} == before
         report = collect_garbage(outputs, grace_s=-1)
         assert report == dry_run

@@ -521,12 +521,11 @@ class Director:
 
     def _probe_storage(self) -> str | None:
         """Return why nothing can be written to the output folder now. `None` if it can. Blocks."""
-        if (problem := self._outputs.write_problem()) is None and not self._lease.is_sure:
-            with suppress(SetupError):
-                self._lease.check()
-                return None
-            return "its lease cannot be refreshed"
-        return problem
+        if (problem := self._outputs.write_problem()) is not None:
+            return problem
+        with suppress(OSError):
+            self._lease.refresh()
+        return None if self._lease.is_sure else "its lease cannot be refreshed"
 
     def _on_storage_change(self, problem: str | None) -> None:
         if problem is None:

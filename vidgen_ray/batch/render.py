@@ -24,7 +24,7 @@ from vidgen_ray.engine.ray_cluster import connected, live_cluster
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
-from vidgen_ray.outputs.manifest import ManifestRow, new_writer
+from vidgen_ray.outputs.manifest import ManifestRow, new_name
 from vidgen_ray.outputs.manifest_writer import script_name
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.planner import Cluster, Demand, demand_of, save_calibration, this_machine
@@ -204,9 +204,9 @@ def render_lines(
     Otherwise as `render`.
     """
     started, outputs = time.monotonic(), planner.outputs
-    run = new_writer()
     outputs.prepare()
-    with outputs.lease(run) as lease:
+    with outputs.lease(new_name()) as lease:
+        run, outputs = lease.run, outputs.fenced(lease)
         outputs.sweep()
         if script is not None:
             source = planner.checker.script = script_name(outputs.storage, script, record=True)
@@ -232,6 +232,8 @@ def render_lines(
                 if director.queue or remaining is not None:
                     with director.connected(complete=remaining is None):
                         asyncio.run(director.render(remaining))
+                with suppress(OSError):
+                    lease.refresh()
                 lease.check()
         except BaseException as error:
             if lease.is_sure:

@@ -19,7 +19,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE, SWEEP_FOLDERS, OutputFolder
 from vidgen_ray.outputs.lease import Lease
-from vidgen_ray.outputs.manifest import REPLACED, SHOT_FILES, manifest_batches, manifest_files, new_writer
+from vidgen_ray.outputs.manifest import REPLACED, SHOT_FILES, manifest_batches, manifest_files, new_name
 from vidgen_ray.outputs.manifest_writer import drop_rows
 from vidgen_ray.outputs.records import KEYS, RECORD, SHARD, SHOTS
 from vidgen_ray.outputs.stage_cache import CONTENT_KEY, entry_path
@@ -191,8 +191,7 @@ def remove_person(
     Raises SetupError if a run is using the folder.
     """
     storage = outputs.storage
-    run = new_writer()
-    with outputs.lease(run):
+    with outputs.lease(new_name()) as lease:
         shots, features = list[str](), list[tuple[str, dict[str, Any]]]()
         kept_keys, drop_keys = set[str](), set[str]()
         for record in _records(storage):
@@ -229,7 +228,7 @@ def remove_person(
         for shot_id in shots:
             outputs.delete_shot(shot_id)
         if shots and manifest_files(storage):
-            drop_rows(storage, run, "id", set(shots))
+            drop_rows(storage, lease.run, "id", set(shots))
     return report
 
 
@@ -285,8 +284,7 @@ def prune(outputs: OutputFolder, *, dry_run: bool = False) -> PruneReport:
     """
     if not outputs.storage.files("manifest"):
         raise SetupError(f"output folder {outputs.url}: has no manifest")
-    run = new_writer()
-    with outputs.lease(run):
+    with outputs.lease(new_name()) as lease:
         shots = size = 0
         for batch in manifest_batches(outputs.storage):
             for row in batch.to_pylist():
@@ -295,9 +293,10 @@ def prune(outputs: OutputFolder, *, dry_run: bool = False) -> PruneReport:
                 shots += 1
                 size += sum(row[f"{name}_bytes"] or 0 for name in SHOT_FILES)
                 if not dry_run:
+                    lease.check()
                     outputs.delete_shot(row["id"])
         if shots and not dry_run:
-            drop_rows(outputs.storage, run, "status", {REPLACED})
+            drop_rows(outputs.storage, lease.run, "status", {REPLACED})
     return PruneReport(shots, size)
 
 

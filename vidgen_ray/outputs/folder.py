@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from vidgen_ray.content_keys import ShotPlan, is_result_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.outputs.lease import Lease, lease
+from vidgen_ray.outputs.lease import Fence, Lease, lease
 from vidgen_ray.outputs.records import (
     KEYS,
     RECORD,
@@ -59,9 +59,10 @@ LAST_FRAME = "last_frame.png"
 class ShotDraft:
     """The files of one shot before the commit, in a temporary local folder."""
 
-    def __init__(self, storage: Storage, plan: ShotPlan, workspace: Path) -> None:
+    def __init__(self, outputs: OutputFolder, plan: ShotPlan, workspace: Path) -> None:
         self.plan = plan
-        self._storage = storage
+        self._outputs = outputs
+        self._storage = outputs.storage
         self._workspace = workspace
 
     def path(self, name: str) -> Path:
@@ -76,7 +77,7 @@ class ShotDraft:
         sign: Callable[[Path], bool] = lambda path: False,
         safety: str | None = None,
     ) -> ShotRecord:
-        """Publish the files in the output folder, and `shot.json` last.
+        """Publish the files in the output folder, and `shot.json` last. Raises OSError, also if the run has lost its lease.
 
         `sign` signs a file in place if it is to be signed. Returns whether it was.
 
@@ -102,6 +103,7 @@ class ShotDraft:
         committed_at = None if self._storage.local is None else self.path(RECORD).stat().st_mtime
         shot_id = _id_of(self.plan)
         folder = shot_path(shot_id)
+        self._outputs.check_lease()
         # Delete the record of an earlier render of this id before its first file is replaced.
         self._storage.delete(f"{folder}/{RECORD}")
         # The key file comes before the record, so that every finished shot can be found by its key. A key file without a
@@ -123,11 +125,13 @@ class OutputFolder:
     storage fails.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, fence: Fence | None = None) -> None:
+        """`fence`: lease of the run that writes. Nothing is committed without it. `None` for writers that take no lease."""
         self._root = absolute(root)
+        self._fence = fence
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OutputFolder, (self._root,)
+        return type(self), (self._root, self._fence)
 
     def __repr__(self) -> str:
         return f"OutputFolder({self.url})"
@@ -234,7 +238,7 @@ class OutputFolder:
     def draft(self, plan: ShotPlan) -> Iterator[ShotDraft]:
         """Open a draft for the shot's files. Files that are not committed are deleted at the end of the block."""
         with self.storage.workspace(SHOTS) as workspace:
-            yield ShotDraft(self.storage, plan, workspace)
+            yield ShotDraft(self, plan, workspace)
 
     def keep_input(self, content: bytes, suffix: str) -> Path:
         """Store an input file under the hash of its content and return its path, so that the shot can be rendered again.
@@ -260,12 +264,22 @@ class OutputFolder:
         self.storage.delete_folder(shot_path(shot_id))
 
     def write_run(self, content: dict[str, Any]) -> None:
-        """Write `run.json`: the last run in this folder."""
+        """Write `run.json`: the last run in this folder. Raises OSError, also if the run has lost its lease."""
+        self.check_lease()
         self.storage.write("run.json", json.dumps(content, indent=1))
 
     def lease(self, run: str) -> AbstractContextManager[Lease]:
         """Hold the lease of the folder for a run. Raises SetupError if another run holds it."""
         return lease(self.storage, run)
+
+    def fenced(self, lease: Lease) -> OutputFolder:
+        """Return the folder for a run that writes only while it has this lease."""
+        return type(self)(self._root, lease.fence)
+
+    def check_lease(self) -> None:
+        """Raise LeaseLost, an OSError, if the run that writes does not hold its lease any more."""
+        if self._fence is not None:
+            self._fence.check(self.storage)
 
     def write_problem(self) -> str | None:
         """Return why no file can be written now, or `None` if a test file can. Blocks."""

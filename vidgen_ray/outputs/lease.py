@@ -1,22 +1,28 @@
 """Lease of an output folder. Prevents two runs, or a run and `vidgen gc`, from using the folder together.
 
 A lease is a file that its run refreshes. If the run's process is in the PID namespace of this process, the lease expires
-when that process ends, independent of clocks; otherwise when it was not refreshed for `STALE_AFTER_S`. In an object
+when that process ends; otherwise when this process has watched it for `STALE_AFTER_S` without a refresh. In an object
 store the lease is `OUT/.running`, created, refreshed and taken over by conditional requests: of several runs exactly one
 gets it. On a disk it is `OUT/.running-<run>`, written before looking for those of other runs: at most one run gets the
 folder, but two that start at the same moment may both be refused.
+
+Each lease has a larger number than those before it, which orders runs. `OUT/.lease-<number>` keeps the largest one so far.
+Nothing here depends on the time of a clock.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from vidgen_ray.errors import SetupError
@@ -26,17 +32,22 @@ from vidgen_ray.system.files import ProcessId, this_process
 if TYPE_CHECKING:
     from obstore import UpdateVersion
 
-    from vidgen_ray.outputs.object_storage import ObjectStorage, ObjectVersion
+    from vidgen_ray.outputs.object_storage import ObjectStorage
 
 PREFIX = ".running"
-REFRESH_S = 30.0
+NUMBER_PREFIX = ".lease-"
+NUMBERED = re.compile(r"(?:\.lease-|\.open-)?(\d{6,})(?:-|$)")
+"""Names of files that begin with the number of a lease: also those of the manifest, in case hidden files were not copied."""
+REFRESH_S = 10.0
 """Seconds between refreshes of a lease."""
 UNSURE_AFTER_S = 100.0
 """Seconds without a refresh after which a run does not rely on its lease, so that it stops before another one starts."""
 STALE_AFTER_S = 120.0
-"""Seconds without a refresh after which another run may take the lease."""
+"""Seconds without a refresh after which another run, which has watched the lease meanwhile, may take it."""
+WATCH_INTERVAL_S = 1.0
 ATTEMPTS = 5
 """Attempts to take a lease while other runs change it at the same moment."""
+log = logging.getLogger(__name__)
 
 
 class Holder(NamedTuple):
@@ -62,6 +73,23 @@ class Holder(NamedTuple):
         return None if process is None else process.is_running()
 
 
+class LeaseLost(OSError):
+    """Nothing was written, because the run does not hold the lease of the folder any more."""
+
+
+class Fence(NamedTuple):
+    """A lease, for the processes that write for its holder."""
+
+    name: str
+    token: str
+
+    def check(self, storage: Storage) -> None:
+        """Raise LeaseLost if the lease is no longer that of the run. Raises OSError if the storage fails."""
+        stored = _parse(storage.read(self.name))
+        if stored is None or stored.token != self.token:
+            raise LeaseLost(f"output folder {storage.url}: the run does not hold its lease any more")
+
+
 class Lease:
     """Lease of an output folder, held by this process.
 
@@ -74,6 +102,9 @@ class Lease:
         self.lost = threading.Event()
         self.name = file.name
         """Name of the lease file in the output folder."""
+        self.fence = Fence(file.name, file.holder.token)
+        self.run = file.holder.run
+        """Name of the run. Starts with the number of the lease, so that names sort by it."""
         self._url = url
         self._file = file
         self._refreshed = taken
@@ -115,17 +146,39 @@ def lease(storage: Storage, run: str) -> Iterator[Lease]:
 
     Nothing but a lease file is written or deleted before the lease is held.
     """
-    started = time.monotonic()
     file = _take(storage, run)
-    held = Lease(storage.url, file, started)
+    held = Lease(storage.url, file, time.monotonic())
     refreshing = PeriodicTask(REFRESH_S, held.refresh)
     try:
+        held.run = f"{_next_number(storage)}-{run}"
+        # A run that has lost its lease before it got its number must not use it: it is larger than that of the new holder.
+        held.refresh()
+        held.check()
         yield held
     finally:
         refreshing.stop()
         # If the file cannot be deleted, the lease expires.
         with suppress(OSError):
             file.release()
+
+
+def last_number(storage: Storage) -> str:
+    """Return the largest number of a lease of the folder, with leading zeros."""
+    names = [*storage.files(""), *storage.files("manifest")]
+    return max((found[1] for name in names if (found := NUMBERED.match(name))), key=int, default="000000")
+
+
+def _next_number(storage: Storage) -> str:
+    """Return a number that no other lease has, and which is larger than those of earlier leases."""
+    token = secrets.token_bytes(8)
+    while True:
+        last = last_number(storage)
+        number = f"{int(last) + 1:06d}"
+        path = f"{NUMBER_PREFIX}{number}"
+        # The response to the first attempt of a request may have been lost.
+        if storage.create(path, token) or storage.read(path) == token:
+            storage.delete(f"{NUMBER_PREFIX}{last}")
+            return number
 
 
 def _take(storage: Storage, run: str) -> _LeaseOnDisk | _LeaseObject:
@@ -138,7 +191,7 @@ def _take(storage: Storage, run: str) -> _LeaseOnDisk | _LeaseObject:
         return _LeaseObject(storage, holder)
     file = _LeaseOnDisk(storage, holder)
     try:
-        _check_other_leases(storage, file.name)
+        file.wait_for_others()
     except BaseException:
         file.release()
         raise
@@ -150,8 +203,8 @@ class _LeaseOnDisk:
 
     def __init__(self, storage: LocalStorage, holder: Holder) -> None:
         self.name = f"{PREFIX}-{holder.run}"
+        self.holder = holder
         self._storage = storage
-        self._holder = holder
         storage.write(self.name, holder.to_json())
 
     def refresh(self) -> bool:
@@ -174,7 +227,21 @@ class _LeaseOnDisk:
         # Raises OSError if the whole folder is gone: it may come back.
         os.stat(self._storage.local)
         stored = _parse(self._storage.read(self.name))
-        return stored is not None and stored.token == self._holder.token
+        return stored is not None and stored.token == self.holder.token
+
+    def wait_for_others(self) -> None:
+        """Delete the leases of other runs when all have expired. Raises SetupError, and deletes nothing, if one does not."""
+
+        def refreshed(name: str) -> object:
+            # Another run that is starting must see that this one is alive.
+            self.refresh()
+            return self._storage.files("").get(name)
+
+        others = [name for name in self._storage.files("") if name.startswith(PREFIX) and name != self.name]
+        for name in others:
+            _wait_until_expired(self._storage, name, self._storage.read(name), partial(refreshed, name))
+        for name in others:
+            self._storage.delete(name)
 
 
 class _LeaseObject:
@@ -185,7 +252,7 @@ class _LeaseObject:
     def __init__(self, storage: ObjectStorage, holder: Holder) -> None:
         """Take the lease. Raises SetupError if another run holds it, or if the store ignores conditions."""
         self._storage = storage
-        self._holder = holder
+        self.holder = holder
         self._version = self._taken()
         # A store that ignores the condition would have overwritten the lease of a run that started at the same moment.
         if storage.create(self.name, holder.to_json()) is not None:
@@ -193,43 +260,33 @@ class _LeaseObject:
             raise storage.conditions_unsupported()
 
     def _taken(self) -> UpdateVersion:
-        content = self._holder.to_json()
+        content = self.holder.to_json()
         for _ in range(ATTEMPTS):
             stored = self._storage.read_version(self.name)
             if stored is None:
                 version = self._storage.create(self.name, content)
             else:
-                self._check_expired(stored)
+                _wait_until_expired(self._storage, self.name, stored.content, self._stored_version)
                 version = self._storage.replace(self.name, content, stored.version)
             version = version or self._version_if_ours()
             if version:
                 return version
         raise SetupError(f"output folder {self._storage.url}: other runs are starting in it; try again")
 
-    def _check_expired(self, stored: ObjectVersion) -> None:
-        holder = _parse(stored.content)
-        if holder is None or holder.is_running() is not False:
-            _check_expired(self._storage, holder, self.name, self._now() - stored.modified)
-
-    def _now(self) -> float:
-        """Return the time by the clock of the store, which may differ from this machine's."""
-        name = f".clock-{self._holder.token}"
-        self._storage.write(name, "")
-        try:
-            return self._storage.files("")[name].modified
-        finally:
-            self._storage.delete(name)
+    def _stored_version(self) -> UpdateVersion | None:
+        stored = self._storage.read_version(self.name)
+        return stored.version if stored else None
 
     def _version_if_ours(self) -> UpdateVersion | None:
         stored = self._storage.read_version(self.name)
         holder = _parse(stored.content) if stored else None
-        return stored.version if stored and holder and holder.token == self._holder.token else None
+        return stored.version if stored and holder and holder.token == self.holder.token else None
 
     def refresh(self) -> bool:
         """Refresh the lease. Return False if it is no longer the lease of this run. Raises OSError."""
-        self._holder = self._holder._replace(refreshes=self._holder.refreshes + 1)
+        self.holder = self.holder._replace(refreshes=self.holder.refreshes + 1)
         # The condition also fails if this is the second attempt of a request whose response was lost.
-        version = self._storage.replace(self.name, self._holder.to_json(), self._version) or self._version_if_ours()
+        version = self._storage.replace(self.name, self.holder.to_json(), self._version) or self._version_if_ours()
         self._version = version or self._version
         return version is not None
 
@@ -239,31 +296,29 @@ class _LeaseObject:
             self._storage.delete(self.name)
 
 
-def _check_other_leases(storage: Storage, own: str) -> None:
-    """Delete the leases of other runs, all of which have expired. Raises SetupError, and deletes nothing, if one has not."""
-    leases = {name: file for name, file in storage.files("").items() if name.startswith(PREFIX)}
-    # All times are by the clock of the storage, which may differ from this machine's.
-    now = leases.pop(own).modified
-    for name, file in leases.items():
-        _check_expired(storage, _parse(storage.read(name)), name, now - file.modified)
-    for name in leases:
-        storage.delete(name)
+def _wait_until_expired(storage: Storage, name: str, content: bytes | None, version: Callable[[], object]) -> None:
+    """Wait until a lease of another run has expired. Raises SetupError if it has not.
 
-
-def _check_expired(storage: Storage, holder: Holder | None, name: str, age_s: float) -> None:
-    """Raise SetupError if a lease has not expired. `holder`: its content, or `None` if that is damaged."""
-    expires_in_s = STALE_AFTER_S - age_s
+    `version` changes with each refresh. `None`: the lease was released.
+    """
+    holder = _parse(content)
     is_running = holder.is_running() if holder else None
-    if is_running is False or (is_running is None and expires_in_s <= 0):
-        return
-    run = holder.run if holder else name.removeprefix(f"{PREFIX}-")
+    run = f"run {holder.run if holder else name.removeprefix(f'{PREFIX}-')}"
     process = ProcessId.parse(holder.process) if holder else None
-    details = f" (process {process.pid} on {holder.host}, since {holder.since})" if holder and process else ""
-    expires = f". If it was killed in another container or on another machine, its lease expires in {expires_in_s:.0f} s"
-    raise SetupError(
-        f"output folder {storage.url}: run {run} is working in it{details}; wait until it ends, stop it, or use another folder"
-        + ("" if is_running else expires)
-    )
+    if holder and process:
+        run += f" (process {process.pid} on {holder.host}, since {holder.since})"
+    if is_running is None:
+        first = version()
+        log.warning("output folder %s: waiting up to %.0f s to see if %s has ended", storage.url, STALE_AFTER_S, run)
+        for _ in range(round(STALE_AFTER_S / WATCH_INTERVAL_S)):
+            time.sleep(WATCH_INTERVAL_S)
+            if (found := version()) != first:
+                is_running = found is not None
+                break
+    if is_running:
+        raise SetupError(
+            f"output folder {storage.url}: {run} is working in it; wait until it ends, stop it, or use another folder"
+        )
 
 
 def _parse(content: bytes | None) -> Holder | None:

@@ -33,6 +33,7 @@ from vidgen_ray.errors import FieldError
 from vidgen_ray.graph import clip_length
 from vidgen_ray.licences import worst_use
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE, OutputFolder
+from vidgen_ray.outputs.lease import last_number
 from vidgen_ray.outputs.records import RECORD, SHOTS, DoneShot, Failure, ShotRecord, shot_path
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.shot import Shot
@@ -55,7 +56,6 @@ BATCH_ROWS = 10_000
 INDEX = ["run", "script", "id", "status", "failure_stage"]
 """Columns that decide whether a row is current."""
 MARKER_PREFIX = ".open-"
-TIME_LETTERS = len("20260101T000000")
 
 
 def _now() -> str:
@@ -275,7 +275,7 @@ def is_damaged(storage: Storage, name: str) -> bool:
 
 
 def manifest_files(storage: Storage) -> list[str]:
-    """Return the paths of all manifest files, newest first. File names start with the run, and runs with their start time."""
+    """Return the paths of all manifest files, newest first: names start with the run, and that with the number of its lease."""
     names = sorted(storage.files("manifest"), reverse=True)
     return [f"manifest/{name}" for name in names if name.endswith(".parquet") and not name.startswith(".")]
 
@@ -369,17 +369,19 @@ def is_trusted(run: str, open_writers: Sequence[str]) -> bool:
 @contextmanager
 def shot_without_row(storage: Storage) -> Iterator[None]:
     """Mark that the block may write a shot that gets no manifest row."""
-    before = new_writer()
+    if storage.local is not None:
+        yield
+        return
+    before = f"{last_number(storage)}-{new_name()}"
     write_marker(storage, before)
     yield
     # A run that began during the block may have read the old shot. It deletes only markers of writers that began before it.
-    write_marker(storage, new_writer())
-    if storage.local is None:
-        storage.delete(_path(before))
+    write_marker(storage, f"{last_number(storage)}-{new_name()}")
+    storage.delete(_path(before))
 
 
-def new_writer() -> str:
-    """Return a new name of a writer, such as a run. Names sort by their time."""
+def new_name() -> str:
+    """Return a new name for a run or another writer."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
@@ -388,7 +390,8 @@ def _path(writer: str) -> str:
 
 
 def _began(writer: str) -> str:
-    return writer[:TIME_LETTERS]
+    """Return the number of the lease of a run, or of the last one before a writer without a lease."""
+    return writer.partition("-")[0]
 
 
 COLUMNS = (

@@ -99,6 +99,7 @@ class ManifestWriter:
     """
 
     def __init__(self, outputs: OutputFolder, run: str, script: str) -> None:
+        self._outputs = outputs
         self._storage = outputs.storage
         self._run = run
         self._script = script
@@ -152,23 +153,23 @@ class ManifestWriter:
         self.flush()
         rechecked_script = self._script if whole_script else None
         names = manifest_files(self._storage)
-        own = [name for name in names if name.startswith(f"manifest/{self._run}-")]
         sources, damaged = [], []
         finished_runs = set[str]()
         replaced_ids, seen, failures = set(self._replaced_ids), set[str](), set[str]()
-        for name in [*own, *(name for name in names if name not in own)]:
+        for name in names:
+            is_own = name.startswith(f"manifest/{self._run}-")
             if (indexed := read_index(self._storage, name, seen)) is None:
                 if is_damaged(self._storage, name):
                     damaged.append(name)
                 continue
             file, index = indexed
-            if name not in own:
+            if not is_own:
                 file = _without_replaced(file, index, replaced_ids, rechecked_script)
                 if every_line_has_a_row:
                     file = _with_replaced_rows(file, index, self._script)
             failures.update(_failure_keys(file, index))
             finished_runs |= _finished_runs(file, index)
-            if name in own or _needs_merge(file):
+            if is_own or _needs_merge(file):
                 sources.append(file)
         merge_failures(self._storage, ManifestState(seen, failures, replaced_ids, rechecked_script, every_line_has_a_row))
         sources, unreadable = _readable(self._storage, sources)
@@ -185,6 +186,7 @@ class ManifestWriter:
 
     def _write_parts(self) -> None:
         """Write the current part files. They are rewritten until they are full."""
+        self._outputs.check_lease()
         if self._rows:
             table = pyarrow.Table.from_batches([rows_as_columns(self._rows)])
             content = io.BytesIO()

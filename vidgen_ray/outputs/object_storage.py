@@ -57,8 +57,6 @@ class ObjectVersion(NamedTuple):
 
     content: bytes
     version: UpdateVersion
-    modified: float
-    """Time of the last change, in seconds since 1970, by the clock of the store."""
 
 
 class ObjectStorage(Storage):
@@ -103,7 +101,7 @@ class ObjectStorage(Storage):
         try:
             with _os_errors():
                 result = self._lease_store.get(path)
-                return ObjectVersion(bytes(result.bytes()), _version(result.meta), result.meta["last_modified"].timestamp())
+                return ObjectVersion(bytes(result.bytes()), _version(result.meta))
         except FileNotFoundError:
             return None
 

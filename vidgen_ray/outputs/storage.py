@@ -52,6 +52,10 @@ class Storage(ABC):
         """Write a file atomically."""
 
     @abstractmethod
+    def create(self, path: str, content: bytes) -> object:
+        """Create a file. Return `None` if it exists."""
+
+    @abstractmethod
     def new_file(self, path: str) -> AbstractContextManager[Path]:
         """Yield a local path to write to. The file is published as `path` at the end of the block, unless the block raises."""
 
@@ -157,6 +161,14 @@ class LocalStorage(Storage):
 
     def write(self, path: str, content: str | bytes) -> None:
         files.write_atomically(self.local / path, content)
+
+    def create(self, path: str, content: bytes) -> bool | None:
+        try:
+            with open(f"{self._root}/{path}", "xb") as file:
+                file.write(content)
+        except FileExistsError:
+            return None
+        return True
 
     def touch(self, path: str) -> None:
         """Set the modification time of a file to the current time. Raises FileNotFoundError."""
