@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from vidgen_ray.engine.actor_client import ActorCallFailed
+from vidgen_ray.engine.actor_client import ActorCallFailed, Ping
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.worker import ActorPlace
 from vidgen_ray.outputs.records import Failure
@@ -90,13 +90,16 @@ class FakeActorClient:
             raise ValueError(f"{method}: got {len(result)} results, must be {num_returns}")
         return result
 
+    async def ping(self) -> Ping:
+        return Ping.UP
+
     def send(self, method: str, *args: Any) -> Any:
         """Ignore the call, since a fake actor has no state. Return a future with the result `None`."""
         result: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         result.set_result(None)
         return result
 
-    def restart(self) -> None:
+    def restart(self, *, blame_running: bool = False) -> None:
         """Do nothing: a fake actor does not crash."""
 
     @property

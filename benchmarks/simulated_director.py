@@ -91,8 +91,9 @@ async def _run(specs: Sequence[WorkerSpec], plans: Sequence[ShotPlan]) -> int:
             return CallResult(), ShotRecord.model_construct(stages=args[1])
         if method not in ("run", "run_chunk"):
             return CallResult()
+        keys = {step.stage: step.key for step in args[1].steps}
         records = tuple(
-            StepRecord(stage=name, key="", weights=(), seconds=SECONDS.get(name, 0.0), gpu_seconds=1.0, cached=False)
+            StepRecord(stage=name, key=keys[name], weights=(), seconds=SECONDS.get(name, 0.0), gpu_seconds=1.0, cached=False)
             for name in args[2]
         )
         return CallResult(records), None

@@ -77,7 +77,7 @@ class FakeFlux(FakeStage, FluxStage):
         run_scripted_failure(shot.prompt)
         if shot.prompt == "crash-encoder":
             # For shots without a clip: only the encoder reads their image.
-            return {"image": np.zeros((shot.height, shot.width, 3), np.uint8).view(CrashesReader)}
+            return {"image": np.eye(shot.height, shot.width, dtype=np.uint8)[..., None].repeat(3, 2).view(CrashesReader)}
         noise = np.random.default_rng(self.generator_seed(shot))
         return {"image": noise.integers(0, 256, (shot.height, shot.width, 3), np.uint8)}
 

@@ -11,7 +11,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from vidgen_ray.engine import actor_client
-from vidgen_ray.engine.actor_client import NOT_SENT, ActorCallFailed, ActorClient
+from vidgen_ray.engine.actor_client import NOT_SENT, ActorCallFailed, ActorClient, Ping
 from vidgen_ray.engine.retries import Kind, Loss
 from vidgen_ray.engine.worker import place_of_process
 
@@ -49,6 +49,10 @@ class Sleeper:
     def sleep(self, started):
         started.touch()
         time.sleep(600)
+
+    def nap(self):
+        time.sleep(0.3)
+        return "rested"
 
     def crash(self):
         os._exit(1)
@@ -190,6 +194,45 @@ def test_timeout_restarts_the_process(cluster, tmp_path):
         assert (failed.error, failed.kind, failed.loss) == ("TimedOut", Kind.ERROR, None)
         assert await client.ready() is None
         assert client.place.pid != before.pid
+
+    run(scenario)
+
+
+def test_frozen_process_is_silent_and_its_running_call_is_the_cause(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(actor_client, "SILENT_S", 2.0)
+
+    async def scenario(client):
+        sleeping = asyncio.ensure_future(client.call("sleep", tmp_path / "started", stage="flux", timeout_s=600))
+        await asyncio.to_thread(wait_for, tmp_path / "started")
+        assert await client.ping() is Ping.UP
+        os.kill(client.place.pid, signal.SIGSTOP)
+        assert await client.ping() is Ping.SILENT
+        client.restart(blame_running=True)
+        assert (await failure_of(sleeping)).kind is Kind.ERROR
+        assert await client.ready() is None
+        assert await client.ping() is Ping.UP
+
+    run(scenario)
+
+
+def test_ping_finds_an_idle_process_that_has_crashed(cluster):
+    async def scenario(client):
+        os.kill(client.place.pid, signal.SIGKILL)
+        assert await client.ping() is Ping.DOWN
+
+    run(scenario)
+
+
+def test_late_response_counts_if_the_driver_was_stopped(cluster, monkeypatch):
+    """Its timeouts end before it can read the responses that came meanwhile."""
+
+    async def scenario(client):
+        with monkeypatch.context() as patch:
+            patch.setattr(actor_client, "LATE_S", 0.5)
+            call = asyncio.ensure_future(client.call("nap", stage="flux", timeout_s=0.5))
+            await asyncio.sleep(0)
+            time.sleep(2)  # the driver is stopped while the call ends
+            assert await call == "rested"
 
     run(scenario)
 

@@ -2,7 +2,9 @@
 
 import pytest
 
-from vidgen_ray.engine.supervisor import BACK_OFF_S, FAILURES, MAX_BACK_OFF_S, MAX_QUARANTINES, ProcessHealth
+from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind, Verdict
+from vidgen_ray.engine.supervisor import BACK_OFF_S, FAILURES, MAX_BACK_OFF_S, ProcessHealth
+from vidgen_ray.outputs.records import Failure
 
 
 @pytest.fixture
@@ -13,67 +15,87 @@ def health():
     return health
 
 
+def attempt():
+    failure = Failure(stage="flux", error="RuntimeError", message="it broke", attempts=1, worker="a")
+    return AttemptFailed(Kind.ERROR, failure, Candidate("a", "node"))
+
+
 def fail(health, process, shots=FAILURES):
-    return [health.failed(process, shot) for shot in range(shots)]
+    """Return for each shot whether the process must be quarantined after it, and the failed attempts."""
+    attempts = [attempt() for _ in range(shots)]
+    return [health.failed(process, shot, failed) for shot, failed in enumerate(attempts)], attempts
 
 
 def quarantine(health, process):
-    fail(health, process)
-    return health.quarantine(process)
+    _, attempts = fail(health, process)
+    return health.quarantine(process), attempts
 
 
 def test_failures_of_different_shots_quarantine_a_process(health):
-    assert fail(health, "a") == [False] * (FAILURES - 1) + [True]
+    due, attempts = fail(health, "a")
+    assert due == [False] * (FAILURES - 1) + [True]
+    assert {each.verdict for each in attempts} == {Verdict.OPEN}
+    health.quarantine("a")
+    assert {each.verdict for each in attempts} == {Verdict.SICK}, "they do not count against their shots"
 
 
 def test_failures_of_one_shot_count_once(health):
-    assert [health.failed("a", "shot") for _ in range(2 * FAILURES)] == [False] * (2 * FAILURES)
+    assert [health.failed("a", "shot", attempt()) for _ in range(2 * FAILURES)] == [False] * (2 * FAILURES)
 
 
-def test_success_and_discarded_failures_do_not_count(health):
-    fail(health, "a", FAILURES - 1)
-    health.succeeded("a")
-    assert not any(fail(health, "a", FAILURES - 1))
-    health.discard_failure("a", 0)
-    assert not health.failed("a", "other")
+def test_finished_call_of_another_shot_counts_failures_against_their_shots(health):
+    _, (first, second) = fail(health, "a", 2)
+    assert health.succeeded("a", 1)
+    assert (first.verdict, second.verdict) == (Verdict.WELL, Verdict.OPEN), "the second is of the same shot"
+    assert health.succeeded("a", 2)
+    assert second.verdict is Verdict.WELL
+    assert not health.succeeded("a", 3), "nothing has changed"
+    assert not any(fail(health, "a", FAILURES - 1)[0])
 
 
-def test_quarantine_after_the_failure_of_a_wrong_shot_does_not_count(health):
-    quarantine(health, "a")
-    health.discard_failure("a", 0)
+def test_failures_of_a_lost_process_do_not_count_against_their_shots(health):
+    _, attempts = fail(health, "a", 1)
+    health.lost("a")
+    assert attempts[0].verdict is Verdict.SICK
+
+
+def test_forgiven_failures_do_not_quarantine(health):
+    _, (first, _) = fail(health, "a", FAILURES - 1)
+    first.forgiven = True
+    assert not health.failed("a", "other", attempt())
+    assert health.failed("a", "a third", attempt())
+
+
+def test_quarantine_for_wrong_shots_does_not_count(health):
+    _, attempts = quarantine(health, "a")
     health.started("a", "node")
+    assert health.is_on_probation("a")
+    for each in attempts:
+        each.forgiven = True
     assert not health.is_on_probation("a")
-    assert not health.failed("a", "other")
+    assert not health.failed("a", "other", attempt())
 
 
 def test_single_failure_on_probation_quarantines_again(health):
     quarantine(health, "a")
-    assert not health.failed("a", "shot"), "it is in quarantine already"
+    late = attempt()
+    assert not health.failed("a", "shot", late), "it is in quarantine already"
+    assert late.verdict is Verdict.SICK
     health.started("a", "node")
     assert health.is_on_probation("a")
-    assert health.failed("a", "shot")
+    assert health.failed("a", "shot", attempt())
     health.quarantine("a")
     health.started("a", "node")
-    health.succeeded("a")
+    health.succeeded("a", "shot")
     assert not health.is_on_probation("a")
-    assert not health.failed("a", "shot")
+    assert not health.failed("a", "shot", attempt())
 
 
-def test_back_off_doubles_until_the_process_is_given_up(health):
-    assert [quarantine(health, "a") for _ in range(MAX_QUARANTINES)] == [BACK_OFF_S * 2**n for n in range(MAX_QUARANTINES)]
-    assert not health.is_given_up("a"), "the shots may be wrong"
-    health.ended(0)
-    assert health.is_given_up("a")
-    assert max(quarantine(health, "a") for _ in range(20)) == MAX_BACK_OFF_S
-
-
-def test_process_whose_failures_stay_in_doubt_is_not_restarted_more_often(health):
-    for _ in range(MAX_QUARANTINES):
-        quarantine(health, "a")
-        health.started("a", "node")
-    assert not health.failed("a", "shot")
-    health.ended(0)
-    assert health.failed("a", "other"), "it is given up"
+def test_back_off_doubles(health):
+    delays = [quarantine(health, "a")[0] for _ in range(20)]
+    assert delays[:3] == [BACK_OFF_S, 2 * BACK_OFF_S, 4 * BACK_OFF_S]
+    assert health.quarantines("a") == 20
+    assert max(delays) == MAX_BACK_OFF_S
 
 
 def test_node_is_sick_if_half_of_its_processes_are(health):

@@ -14,12 +14,16 @@ from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.cache_writer import CacheSettings
-from vidgen_ray.engine.step_runner import StepFailed, StepRunner
+from vidgen_ray.engine.calls import CallResult
+from vidgen_ray.engine.retries import Kind
+from vidgen_ray.engine.shot_writer import ShotFiles
+from vidgen_ray.engine.step_runner import ForeignArtefacts, StepFailed, StepRunner
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.nets.faces import PackRecogniser
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
+from vidgen_ray.outputs.stage_cache import entry_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.stages.base import Artefacts, Item, to_uint8
@@ -200,3 +204,55 @@ def test_result_of_another_size_fails_its_step_and_is_never_taken_from_the_cache
     with pytest.raises(StepFailed, match=rf"{stage}: the model made an? \w+ of shape \(.*\) instead of"):
         runner.run(plan, Item(shot), keys)
     assert not cache.has(keys[stage])
+
+
+@pytest.mark.parametrize("receiver", ["svd", "realesrgan", "the encoder"])
+def test_artefacts_of_another_shot_are_refused_by_every_receiver(tiny, make_shot, tmp_path, receiver):
+    """Also the reason that the shot runs again: the receiver is not the cause."""
+    plans, items = [], []
+    for prompt in "ab":
+        shot = make_shot(prompt=prompt, scale=2)
+        plan = ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
+        stages = [FAKES[step.stage](tiny.params(FAKES[step.stage])) for step in plan.steps]
+        runner = StepRunner(stages, 0, None)
+        plans.append(plan)
+        items.append(runner.run(plan, Item(shot), ["flux"] if receiver == "svd" else ["flux", "svd"])[0])
+    (plan, _), (_, foreign) = plans, items
+    receive = {
+        "svd": lambda: runner.run(plan, Item(plan.shot, foreign.artefacts), ["svd"]),
+        "realesrgan": lambda: runner.run_chunk(plan, ["realesrgan"], slice(0, 1), foreign.artefacts),
+        "the encoder": lambda: ShotFiles(plan, foreign, OutputFolder(tmp_path), tiny.encode),
+    }[receiver]
+    with pytest.raises((StepFailed, ForeignArtefacts), match=r"of the step \w{12}, must be of \w{12}") as raised:
+        receive()
+    failed = raised.value if isinstance(raised.value, StepFailed) else StepFailed("output", raised.value)
+    assert CallResult.of_failure(failed).kind is Kind.FOREIGN
+
+
+def test_cache_entry_of_another_step_is_not_used(tiny, make_shot, tmp_path):
+    cache = OutputFolder(tmp_path).stage_cache
+    keys = []
+    for seed, prompt in enumerate("ab"):
+        shot = make_shot(prompt=prompt, seed=seed, generate_video=False)
+        plan = ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
+        runner = StepRunner([FAKES["flux"](tiny.params(FAKES["flux"]))], 0, CacheSettings("all", wait=True).open(cache))
+        image = runner.run(plan, Item(shot), ["flux"])[0].artefacts["image"]
+        keys.append(plan.steps[0].key)
+    first, second = (tmp_path / entry_path(key) for key in keys)
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+    again, (record,) = runner.run(plan, Item(shot), ["flux"])
+    assert not record.cached
+    np.testing.assert_array_equal(again.artefacts["image"], image)
+    assert cache.has(keys[0])
+
+
+@pytest.mark.parametrize("stage", ["flux", "svd"])
+def test_result_of_a_single_colour_fails_its_step(tiny, make_shot, stage):
+    shot = make_shot(prompt="a", upscale_video=False)
+    plan = ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
+    stages = {step.stage: FAKES[step.stage](tiny.params(FAKES[step.stage])) for step in plan.steps}
+    sound = stages[stage].one
+    stages[stage].one = lambda *args: {name: np.full_like(value, 7) for name, value in sound(*args).items()}
+    with pytest.raises(StepFailed, match=rf"{stage}: the model made an? \w+ of a single colour"):
+        StepRunner(list(stages.values()), 0, None).run(plan, Item(shot), list(stages))

@@ -69,7 +69,7 @@ def test_damaged_cache_entry_is_dropped(outputs):
         key = str(digit) * 64
         entry = f"cache/{key[:2]}/{key}"
         cache.put(key, {"frames": frames})
-        assert set(outputs.storage.files(entry)) == {"frames.mkv", MARKER}
+        assert set(outputs.storage.files(entry)) == {"frames.mkv", "entry.json", MARKER}
         if damage == "truncated":
             outputs.storage.write(f"{entry}/frames.mkv", outputs.storage.read(f"{entry}/frames.mkv")[:100])
         elif damage != "none":

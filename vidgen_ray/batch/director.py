@@ -21,7 +21,6 @@ from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.batch.shot_queue import MAX_SHOTS, ContinuedShots, ShotQueue, Task
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.cache_writer import bytes_per_worker, cache_settings
-from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Engine
 from vidgen_ray.engine.fleet import FIRST_MESSAGE_S, MESSAGE_INTERVAL_S, PlacedSlot, labels_of, placed_more_slots
@@ -119,8 +118,6 @@ class Director:
         self._failed_before: frozenset[str] | None = None
         """Ids that failed in earlier runs. Read when the circuit breaker would stop the run for the first time."""
         self._folder_checked = False
-        self._in_doubt: list[tuple[Task, Failure]] = []
-        """Unconfirmed failures. Written at the end of the run, or as soon as a later shot passes the same stage."""
         self._storage = StoragePause(self._probe_storage, options.wait_storage_s, self._on_storage_change)
         self._metrics: RunMetrics | None = None
         self._stop_watch: asyncio.Task[None] | None = None
@@ -224,14 +221,9 @@ class Director:
                 self.left = len(self.queue) + len(self._continued)
                 break
             if not self.queue:
-                # Shots that continue one in doubt may leave no room for further lines.
-                no_more_lines = not self._reading or len(self._continued) >= MAX_SHOTS
-                if self._in_doubt and no_more_lines and not self._rendering:
-                    self._record_in_doubt(list(self._in_doubt))
-                elif self._reading or self._rendering:
-                    await self._next_change()
-                else:
+                if not (self._reading or self._rendering):
                     return
+                await self._next_change()
                 continue
             task = self._continued.with_last_frame(self.queue.pop())
             if self._refused(task):
@@ -245,9 +237,6 @@ class Director:
                 self.left = len(self.queue) + len(self._continued) + 1
                 break
         await self._finish_shots()
-        # After an unreadable part of the script, the engine is still in order.
-        if isinstance(self._error, ScriptError | None):
-            self._record_in_doubt(list(self._in_doubt))
 
     def _refused(self, task: Task) -> bool:
         """Record the failure of a shot that fits on no GPU of the plan, before any of its stages runs."""
@@ -300,11 +289,10 @@ class Director:
         assert self._engine is not None
         result: ShotRecord | Failure
         kind: Kind | None = None
-        in_doubt, earlier = False, list(self._in_doubt)
         try:
             result = await self._engine.run(task.plan, on_admitted=on_admitted)
         except ShotFailed as failed:
-            result, kind, in_doubt = failed.failure, failed.kind, failed.in_doubt
+            result, kind = failed.failure, failed.kind
             if self._engine.needs_other_layout:
                 self.queue.add(task)
                 return
@@ -319,13 +307,7 @@ class Director:
         if isinstance(result, ShotRecord) and not self._folder_checked:
             self._folder_checked = True
             await asyncio.to_thread(_check_shared_folder, task.plan, self._outputs)
-        if isinstance(result, ShotRecord):
-            succeeded = {OUTPUT, *(step.stage for step in result.stages if not step.cached)}
-            self._record_in_doubt([each for each in earlier if each[1].stage in succeeded])
-        if isinstance(result, Failure) and in_doubt:
-            self._in_doubt.append((task, result))
-        else:
-            self._record(task, result)
+        self._record(task, result)
         shot_id = task.plan.shot.id or ""
         # One after another: reading the earlier failures takes time, in which others would change the number in the message.
         async with self._breaker_lock:
@@ -346,13 +328,6 @@ class Director:
                 self._report_step_notes(task.line, result)
             self._settle(self._continued.done(shot_id))
 
-    def _record_in_doubt(self, confirmed: Sequence[tuple[Task, Failure]]) -> None:
-        """Record failures that were in doubt, unless another shot has confirmed them before."""
-        for each in confirmed:
-            if each in self._in_doubt:
-                self._in_doubt.remove(each)
-                self._record(*each)
-
     async def _check_breaker(self, shot_id: str, failure: Failure | None) -> None:
         """Record the outcome of a shot. Raises SetupError if nearly all of the last shots failed on every worker.
 
@@ -367,8 +342,6 @@ class Director:
             counted = [outcome for outcome in self._outcomes if outcome[1] is None or outcome[0] not in known]
             self._outcomes = deque(counted, maxlen=BREAKER_SHOTS)
         if len(failures := self._failures()) >= BREAKER_FAILURES:
-            # With a result, they do not count in the next run, which gets to other lines.
-            self._record_in_doubt(list(self._in_doubt))
             raise SetupError(
                 f"stopped, because {len(failures)} of the last {len(self._outcomes)} shots failed on every worker that was "
                 f"tried, the last one in {failures[-1].stage}: {failures[-1].message}. Remove the cause and start again"

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,10 @@ LOAD_SILENCE_S = 300.0
 """Seconds without activity after which a load hangs."""
 MIN_ACTIVITY = 2.0
 """CPU seconds and MB read in LOAD_CHECK_S that are activity. Ray's own threads need less."""
+SILENT_S = 60.0
+"""Seconds without a response to a ping after which a process is killed: it is frozen, or its node does not respond."""
+LATE_S = 5.0
+"""If a timeout ends this much too late, the driver itself was stopped, and responses may wait to be read."""
 RETRY_S = 0.2
 """Seconds between two attempts to reach an actor that restarts."""
 NOT_SENT = "The actor is restarting"
@@ -51,6 +56,16 @@ class ActorCallFailed(Exception):
 
     def failure(self, stage: str) -> Failure:
         return Failure(stage=stage, error=self.error, message=str(self), attempts=1, worker=self.worker)
+
+
+class Ping(Enum):
+    """Result of a ping."""
+
+    UP = "up"
+    DOWN = "down"
+    """The process has crashed or was replaced."""
+    SILENT = "silent"
+    """No response."""
 
 
 @dataclass(eq=False, slots=True)
@@ -156,11 +171,9 @@ class ActorClient:
         call = _Call(stage, timeout_s)
         returned = getattr(self._actor, method).options(num_returns=num_returns).remote(*args)
         first, *rest = [returned] if num_returns == 1 else returned
+        self._calls.append(call)
         try:
-            async with call.limit:
-                self._calls.append(call)
-                self._calls[0].start()
-                result = await asyncio.wrap_future(first.future())
+            result = await self._response(call, asyncio.wrap_future(first.future()))
         except ray.exceptions.RayActorError as error:
             if was_up:
                 self._record_crash(generation, list(self._calls))
@@ -192,13 +205,41 @@ class ActorClient:
                 self._calls[0].start()
         return (result, *rest) if rest else result
 
+    async def _response(self, call: _Call, response: asyncio.Future[Any]) -> Any:
+        """Return the result of a call. Raises TimeoutError."""
+        try:
+            async with call.limit:
+                self._calls[0].start()
+                return await asyncio.shield(response)
+        except TimeoutError:
+            ended = call.limit.when()
+            if ended is None or asyncio.get_running_loop().time() < ended + LATE_S:
+                raise
+            async with asyncio.timeout(LATE_S):
+                return await response
+        finally:
+            response.cancel()
+
+    async def ping(self) -> Ping:
+        """Return whether the process responds, beside its calls."""
+        loop = asyncio.get_running_loop()
+        pinged = asyncio.wrap_future(self._actor.place.remote().future())
+        while True:
+            before = loop.time()
+            if (await asyncio.wait([pinged], timeout=SILENT_S))[0]:
+                break
+            if loop.time() < before + SILENT_S + LATE_S:
+                pinged.cancel()
+                return Ping.SILENT
+        return Ping.UP if pinged.exception() is None and pinged.result() == self.place else Ping.DOWN
+
     def send(self, method: str, *args: Any) -> Any:
         """Call a method without waiting. Return the reference of its result."""
         return getattr(self._actor, method).remote(*args)
 
-    def restart(self) -> None:
-        """Kill the process. Ray restarts it."""
-        self._record_crash(self._generation, [])
+    def restart(self, *, blame_running: bool = False) -> None:
+        """Kill the process. Ray restarts it. `blame_running`: its running call is the possible cause."""
+        self._record_crash(self._generation, list(self._calls)[:blame_running])
         self._killed_place = self.place
         ray.kill(self._actor, no_restart=False)
 

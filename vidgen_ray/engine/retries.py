@@ -1,8 +1,8 @@
 """Retries of calls: what a failure means, and where the next attempt runs. Shared by workers and encoders. Does not use Ray.
 
 An attempt is repeated on another worker, then on another node, before the shot fails. An error that names a problem of the shot
-counts as the shot's own only if a second node confirms it, or a second worker if there is one node. Any other error is that of
-the worker until a second worker fails with it, and again if a third one renders the shot.
+counts as the shot's own only if a second node confirms it, or a second worker if there is one node. Any other error counts
+against the shot once its worker has finished a call of another shot later, and never if the worker is quarantined instead.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from vidgen_ray.outputs.records import Failure
 
 ATTEMPTS = 3
 """Default number of attempts per step before the shot has failed. The first one counts."""
+IN_DOUBT_FACTOR = 2
+"""Attempts, as a multiple, if nothing shows whether the processes are sick, and others have not tried it yet."""
 
 R = TypeVar("R")
 P = TypeVar("P", bound=Hashable)
@@ -37,6 +39,8 @@ class Kind(Enum):
     """Any other error, a timeout, or a crash that no other call can have caused."""
     SHARED_CRASH = "shared crash"
     """The process crashed with several calls in progress. Each is repeated alone, so that one line costs no other line."""
+    FOREIGN = "foreign"
+    """The inputs of the call were those of another shot. The shot runs again."""
     NOT_RUN = "not run"
     """The call is not the cause: it was never started, or the process was restarted for another reason."""
 
@@ -50,6 +54,16 @@ class Loss(Enum):
     """The node is gone."""
     NETWORK = "network"
     """The process is still there. Only the connection was interrupted."""
+
+
+class Verdict(Enum):
+    """What is known of the process of a failed attempt."""
+
+    OPEN = "open"
+    WELL = "well"
+    """It has finished a call of another shot since: the attempt counts against the shot."""
+    SICK = "sick"
+    """It was quarantined or lost: the attempt does not count."""
 
 
 class Candidate(NamedTuple, Generic[P]):
@@ -74,19 +88,18 @@ class AttemptFailed(Exception):
         self.failure = failure
         self.process = process
         self.loss = loss
+        self.verdict = Verdict.OPEN
+        self.forgiven = False
+        """The shot seems to be the cause: the failure is not counted against the process."""
         super().__init__(failure.message)
 
 
 class ShotFailed(Exception):
-    """The shot has failed. Further attempts are not made.
+    """The shot has failed. Further attempts are not made."""
 
-    `in_doubt`: it failed with an error that no second process has confirmed, so a sick process may be the cause.
-    """
-
-    def __init__(self, failure: Failure, kind: Kind = Kind.ERROR, *, in_doubt: bool = False) -> None:
+    def __init__(self, failure: Failure, kind: Kind = Kind.ERROR) -> None:
         self.failure = failure
         self.kind = kind
-        self.in_doubt = in_doubt
         super().__init__(failure.message)
 
 
@@ -97,7 +110,8 @@ class InputsLost(Exception):
 async def run_with_retries(
     attempt: Callable[[frozenset[P], bool], Awaitable[R]],
     candidates: Callable[[], Sequence[Candidate[P]]],
-    report: Callable[[AttemptFailed, bool], None],
+    blame: Callable[[AttemptFailed], None],
+    evidence: Callable[[Sequence[AttemptFailed]], Awaitable[None]],
     storage_is_cause: Callable[[AttemptFailed], Awaitable[bool]],
     *,
     limit: int,
@@ -106,24 +120,15 @@ async def run_with_retries(
     """Return the result of `attempt`, repeated until it succeeds or the shot has failed.
 
     `attempt` gets the processes to avoid, and whether the call must run alone on its process. It raises AttemptFailed.
-    `candidates` returns the processes that could run the call, now or once they have started. `report` gets the attempts whose
-    failure is that of their process (True), or seems to be the shot's (False). If the shot succeeds elsewhere, they were those
-    of their processes after all. `storage_is_cause` tells it of a failed write, once the storage can be written again; then the
-    attempt does not count. `limit`: attempts, counting the first. Attempts lost with a node or a connection do not count.
+    `candidates` returns the processes that could run the call, now or once they have started. `blame` counts a failure against
+    its process, unless it is forgiven. `evidence` waits until the verdicts are known, or nothing can show them.
+    `storage_is_cause` tells it of a failed write, once the storage can be written again; then the attempt does not count.
+    `limit`: attempts, counting the first. Attempts lost with a node, a connection or a sick process do not count.
     Raises ShotFailed.
     """
     failed: list[AttemptFailed] = []
-    reported: list[AttemptFailed] = []
-    """Reported as the shot's."""
     suspect = False
     avoid: frozenset[P] = frozenset()
-
-    def report_as_input_error(attempts: Sequence[AttemptFailed]) -> None:
-        for each in attempts:
-            if each not in reported:
-                report(each, False)
-                reported.append(each)
-
     while True:
         try:
             result = await attempt(avoid, suspect)
@@ -140,27 +145,32 @@ async def run_with_retries(
             failed.append(failure)
             observer.step_failed(failure.failure.stage, failure.failure.error)
             if failure.kind is Kind.ERROR:
-                if _is_confirmed(failed):
-                    report_as_input_error(failed)
-                else:
-                    report(failure, True)
+                # Several processes with one error: the shot seems to be the cause, until another one renders it.
+                for each in failed if _is_confirmed(failed) else ():
+                    each.forgiven = True
+                blame(failure)
+            last = failure.failure
             if len(failed) + suspect >= limit:
                 failed = [each for each in failed if await _is_own(each)]
-            last = failure.failure
             next_avoid = _next(failed, suspect, candidates(), limit)
+            if next_avoid is None and failure.kind is Kind.ERROR:
+                await evidence(failed)
+                failed = [each for each in failed if each.verdict is not Verdict.SICK]
+                next_avoid = _next(failed, suspect, candidates(), limit)
+                tried = {each.process.key for each in failed}
+                in_doubt = any(each.verdict is Verdict.OPEN for each in failed)
+                if next_avoid is None and limit > 1 and in_doubt and any(each.key not in tried for each in candidates()):
+                    next_avoid = _next(failed, suspect, candidates(), IN_DOUBT_FACTOR * limit)
             if next_avoid is None:
-                if confirmed := _is_confirmed(failed):
-                    report_as_input_error(failed)
-                final = last.model_copy(update={"attempts": len(failed) + suspect})
-                in_doubt = failure.kind is Kind.ERROR and not confirmed
-                raise ShotFailed(final, failure.kind, in_doubt=in_doubt) from None
+                raise ShotFailed(last.model_copy(update={"attempts": len(failed) + suspect}), failure.kind) from None
             avoid = next_avoid
             observer.retried(last.stage)
         else:
             for each in failed:
                 # The shot is fine: another process rendered it.
-                if each.kind is Kind.INPUT or each in reported:
-                    report(each, True)
+                if each.kind is Kind.INPUT or each.forgiven:
+                    each.forgiven = False
+                    blame(each)
             return result
 
 

@@ -251,12 +251,10 @@ class ShotRunner:
         timeout_s = self._config.timeout_s(plan.shot, *names)
         chunked = tuple(name for name in names if is_chunked(name))
         if chunked:
-            others = names[: -len(chunked)]
-            call = self._workers.call(
-                work, timeout_s, "run_clip", plan, others, chunked, artefacts.reference, num_returns=3, on_progress=on_progress
-            )
+            args = plan, names, names[: -len(chunked)], chunked, artefacts.reference
+            call = self._workers.call(work, timeout_s, "run_clip", *args, num_returns=3, on_progress=on_progress)
         else:
-            call = self._workers.call(work, timeout_s, "run", plan, names, artefacts.reference, on_progress=on_progress)
+            call = self._workers.call(work, timeout_s, "run", plan, names, names, artefacts.reference, on_progress=on_progress)
         result, output = await call
         self._count(result.records)
         return StepResults(result.records, output, result.likeness)
@@ -358,7 +356,9 @@ class ShotRunner:
                 names = tuple(step.stage for step in steps)
                 work = Work(names[0], order, load=CHUNK_LOAD, near=current.by)
                 timeout_s = self._config.timeout_s(plan.shot, *names)
-                result, current = await self._workers.call(work, timeout_s, "run_chunk", plan, names, cut, current.reference)
+                result, current = await self._workers.call(
+                    work, timeout_s, "run_chunk", plan, names, names, cut, current.reference
+                )
                 records, cut = records + result.records, None
             frames_done += chunk.stop - chunk.start
             if on_progress is not None:

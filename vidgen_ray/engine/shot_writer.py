@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from vidgen_ray.content_keys import FILE_FIELDS, FILES_FIELDS, ShotPlan
 from vidgen_ray.engine.calls import CLIP_FILES
-from vidgen_ray.engine.step_runner import with_images
+from vidgen_ray.engine.step_runner import check_made_by, with_images
 from vidgen_ray.errors import MediaError
 from vidgen_ray.graph import chunked_stages_of, clip_length, file_sizes, stages_of
 from vidgen_ray.media import FileMetadata, Mp4Settings, Mp4Writer, centre_crop, write_png
@@ -196,7 +196,8 @@ class ShotFiles:
 
         `safety` has checked what stages have made. A start image that no stage changes is checked here: raises UnsafeContent.
         """
-        self._shot = plan.shot
+        check_made_by(plan, item.artefacts)
+        self._plan, self._shot = plan, plan.shot
         self._encode = encode
         self._provenance = provenance
         self._records = shot_records(plan, FILES, provenance)
@@ -226,6 +227,7 @@ class ShotFiles:
 
     def add(self, chunk: Artefacts) -> None:
         """Encode the next chunk of each clip that chunked stages make."""
+        check_made_by(self._plan, chunk)
         for name, file in CLIP_FILES.items():
             whole: Frames | None = chunk.get(name)  # type: ignore[assignment]  # an artefact of frames
             if whole is None:

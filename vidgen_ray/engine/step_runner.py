@@ -15,6 +15,7 @@ from vidgen_ray.content_keys import ShotPlan, Step, with_local_loras
 from vidgen_ray.engine.cache_writer import CacheWriter
 from vidgen_ray.engine.oom_fallback import MEMORY_FREED, OomFallback, free_gpu_memory
 from vidgen_ray.errors import Cancelled, OtherWeights, StageError, VidgenError
+from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.safety import Safety
@@ -196,6 +197,20 @@ class StepFailed(VidgenError):
         )
 
 
+class ForeignArtefacts(VidgenError):
+    """An artefact is that of another shot, or of another step."""
+
+
+def check_made_by(plan: ShotPlan, artefacts: Artefacts, before: Step | None = None) -> None:
+    """Raise ForeignArtefacts unless the steps of the plan, up to `before`, made these artefacts."""
+    planned: dict[str, str] = {}
+    for step in plan.steps[: None if before is None else plan.steps.index(before)]:
+        planned.update(dict.fromkeys(STAGE_BY_NAME[step.stage].writes, step.key))
+    for name, key in artefacts.get("made_by", {}).items():
+        if planned.get(name) != key:
+            raise ForeignArtefacts(f"{name} of the step {key[:12]}, must be of {planned.get(name, 'none')[:12]}")
+
+
 class StepRunner:
     """Runs steps on the stages of one process. Close it when the process ends, to write cache entries that are queued.
 
@@ -250,6 +265,10 @@ class StepRunner:
         `chunk` is a range of its frames. `None`: `artefacts` are the result of earlier chunked steps, not the generated clip.
         Returns all artefacts that chunked steps have made of the chunk so far.
         """
+        try:
+            check_made_by(plan, artefacts)
+        except ForeignArtefacts as error:
+            raise StepFailed(min(steps), error) from error
         made: dict[str, Any] = {**artefacts} if chunk is None else {}
         records = []
         for step in plan.steps:
@@ -263,6 +282,7 @@ class StepRunner:
                     clip: Frames = artefacts[source]  # type: ignore[literal-required]  # the name of an artefact
                     frames, cut = clip[stage.source_frames(plan.shot, chunk)], chunk
                 made[target], record = self._chunk_step(stage, step, plan.shot, frames, cut)
+                made["made_by"] = {**made.get("made_by", {}), target: step.key}
                 records.append(record)
         return Artefacts(**made), records  # type: ignore[typeddict-item]  # both are Artefacts
 
@@ -291,6 +311,7 @@ class StepRunner:
         try:
             # 0 of 0: the stage reports the number of steps with the first one.
             report_progress(step.stage, 0, 0)
+            check_made_by(plan, item.artefacts, step)
             cached = cache.get(step.key, stage.writes) if cache else None
             if cache and cached is not None and _wrong_size(stage, plan.shot, cached):
                 cache.drop(step.key)
@@ -303,7 +324,7 @@ class StepRunner:
                     self._safety.check_image(ready.artefacts["image"])
                 local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts)
                 (result,), recovered = self._fallback.run(stage, plan.shot, lambda: stage([local]))
-                if wrong := _wrong_size(stage, plan.shot, result):
+                if wrong := _wrong_size(stage, plan.shot, result) or _single_colour(stage, result):
                     raise StageError(f"the model made {wrong}; it may be the model of another stage, or the GPU is faulty")
                 self._check_safety(result)
                 lower_memory = lower_memory or recovered not in (None, MEMORY_FREED)
@@ -327,6 +348,7 @@ class StepRunner:
         )
         # Photos are not needed after the face features.
         kept = {name: value for name, value in item.artefacts.items() if name != "photos"}
+        kept["made_by"] = {**item.artefacts.get("made_by", {}), **dict.fromkeys(result, step.key)}
         if lower_memory:
             kept["lower_memory"] = True
         return Item(item.shot, Artefacts(**{**kept, **result})), record  # type: ignore[typeddict-item]  # both are Artefacts
@@ -370,6 +392,16 @@ def _wrong_size(stage: Stage[Any], shot: Shot, result: Artefacts) -> str | None:
     if isinstance(stage, ChunkedStage) or "frames" not in result or result["frames"].shape == (shot.clip_frames, *expected):
         return None
     return f"a clip of shape {result['frames'].shape} instead of {(shot.clip_frames, *expected)}"
+
+
+def _single_colour(stage: Stage[Any], result: Artefacts) -> str | None:
+    """Return what is wrong with an image or a clip that has a single colour, as sick GPUs make them, or `None`."""
+    for name in {"image", "frames"} & set(stage.writes):
+        pixels: Frames = result[name]  # type: ignore[literal-required]  # the name of an artefact
+        # Most others differ in the few pixels of the first look.
+        if all((each == each.flat[0]).all() for each in (pixels[..., ::64, ::64, :], pixels)):
+            return f"{'an image' if name == 'image' else 'a clip'} of a single colour"
+    return None
 
 
 def with_images(item: Item, takes: Iterable[str], inputs: Mapping[str, str] | None = None) -> Item:

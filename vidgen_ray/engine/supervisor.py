@@ -1,4 +1,4 @@
-"""Supervision of the workers and encoders of an engine: start-up, restarts, quarantine of processes and nodes, and
+"""Supervision of the workers and encoders of an engine: start-up, pings, restarts, quarantine of processes and nodes, and
 giving up.
 """
 
@@ -10,7 +10,8 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 
-from vidgen_ray.engine.actor_client import ActorClient
+from vidgen_ray.engine.actor_client import SILENT_S, ActorClient, Ping
+from vidgen_ray.engine.retries import AttemptFailed, Verdict
 from vidgen_ray.engine.status import EngineObserver
 from vidgen_ray.outputs.records import Failure
 
@@ -20,7 +21,8 @@ BACK_OFF_S = 1.0
 """Seconds before the first restart of a quarantined process. Doubled with each further quarantine in a row."""
 MAX_BACK_OFF_S = 300.0
 MAX_QUARANTINES = 3
-"""Quarantines in a row after which a process is given up. If it was the last one with its stages, the run stops."""
+"""Quarantines in a row after which a process is given up. If it was the last one with its stages, the engine stops, unless its
+circuit breaker decides: then the process goes on."""
 NODE_QUARANTINES = 2
 """Fewest processes of a node in quarantine at the same time after which the whole node may be quarantined."""
 NODE_SHARE = 0.5
@@ -30,10 +32,10 @@ NODE_SHARE = 0.5
 @dataclass(slots=True)
 class _History:
     node: str | None = None
-    failed_shots: list[Hashable] = field(default_factory=list)
-    """Shots that failed in a row, in order, without repetition."""
-    quarantines: list[tuple[Hashable, ...]] = field(default_factory=list)
-    """Quarantines in a row: for each, the shots that failed before it. Empty if its node was quarantined."""
+    failures: dict[AttemptFailed, Hashable] = field(default_factory=dict)
+    """Failed attempts since the process has finished a call, and their shots."""
+    quarantines: list[tuple[AttemptFailed, ...]] = field(default_factory=list)
+    """Quarantines in a row: for each, the failures before it. Empty if its node was quarantined."""
     quarantined: bool = False
 
 
@@ -42,67 +44,57 @@ class ProcessHealth:
 
     def __init__(self) -> None:
         self._records: defaultdict[Hashable, _History] = defaultdict(_History)
-        self._in_doubt: set[Hashable] = set()
-        """Shots that have failed and are tried again elsewhere, so that it is not known yet whether they are wrong."""
 
     def started(self, process: Hashable, node: str) -> None:
         """The process is up on this node. Its quarantine, if any, becomes a probation."""
         record = self._records[process]
         record.node, record.quarantined = node, False
-        record.failed_shots.clear()
 
-    def succeeded(self, process: Hashable) -> None:
+    def succeeded(self, process: Hashable, shot: Hashable) -> bool:
+        """Record a finished call. Return whether earlier failures of other shots now count against those shots."""
         record = self._records[process]
-        record.failed_shots.clear()
         record.quarantines.clear()
+        others = [attempt for attempt, failed in record.failures.items() if failed != shot]
+        for attempt in others:
+            attempt.verdict = Verdict.WELL
+            del record.failures[attempt]
+        return bool(others)
 
-    def failed(self, process: Hashable, shot: Hashable) -> bool:
+    def failed(self, process: Hashable, shot: Hashable, attempt: AttemptFailed) -> bool:
         """Record a failed call for a shot. Return whether the process must be quarantined now.
 
-        On probation, a single failure is enough. After MAX_QUARANTINES, none is until the process is given up.
-        The shot may be wrong; call `ended` once it is known.
+        On probation, a single failure is enough. Failures that are forgiven, also later, do not count.
         """
         record = self._records[process]
         if record.quarantined:
+            attempt.verdict = Verdict.SICK
             return False
-        if shot not in record.failed_shots:
-            record.failed_shots.append(shot)
-        self._in_doubt.add(shot)
-        if len(record.quarantines) >= MAX_QUARANTINES:
-            return self.is_given_up(process)
-        return len(record.failed_shots) >= (1 if record.quarantines else FAILURES)
-
-    def discard_failure(self, process: Hashable, shot: Hashable) -> None:
-        """Remove a failure that was the fault of the shot: it failed in the same way elsewhere.
-
-        A quarantine to which it has led does not count any more.
-        """
-        record = self._records[process]
-        if shot in record.failed_shots:
-            record.failed_shots.remove(shot)
-        record.quarantines = [shots for shots in record.quarantines if shot not in shots]
-
-    def ended(self, shot: Hashable) -> None:
-        """The shot was rendered or has failed. Its failures that are not discarded were those of their processes."""
-        self._in_doubt.discard(shot)
+        record.failures[attempt] = shot
+        shots = {shot for attempt, shot in record.failures.items() if not attempt.forgiven}
+        return len(shots) >= (1 if self.is_on_probation(process) else FAILURES)
 
     def quarantine(self, process: Hashable) -> float:
         """Quarantine a process. Return the seconds before its restart."""
         record = self._records[process]
         record.quarantined = True
-        record.quarantines.append(tuple(record.failed_shots))
+        record.quarantines.append(tuple(record.failures))
+        self.lost(process)
         return float(min(MAX_BACK_OFF_S, BACK_OFF_S * 2 ** (len(record.quarantines) - 1)))
 
-    def is_on_probation(self, process: Hashable) -> bool:
-        return bool(self._records[process].quarantines)
+    def lost(self, process: Hashable) -> None:
+        """The process is gone or quarantined: its failures do not count against their shots."""
+        record = self._records[process]
+        for attempt in record.failures:
+            attempt.verdict = Verdict.SICK
+        record.failures.clear()
 
-    def is_given_up(self, process: Hashable) -> bool:
-        """Return whether the process was quarantined too often in a row to try it again.
-
-        A quarantine does not count while all shots that led to it are in doubt: they may be wrong.
-        """
+    def quarantines(self, process: Hashable) -> int:
+        """Return the number of quarantines since the process has finished a call, without those for wrong shots."""
         quarantines = self._records[process].quarantines
-        return sum(not shots or not self._in_doubt.issuperset(shots) for shots in quarantines) >= MAX_QUARANTINES
+        return sum(not failures or any(not each.forgiven for each in failures) for failures in quarantines)
+
+    def is_on_probation(self, process: Hashable) -> bool:
+        return self.quarantines(process) > 0
 
     def node_to_quarantine(self, process: Hashable) -> str | None:
         """Return the node of the process if it must be quarantined as a whole, because half of them are."""
@@ -117,6 +109,8 @@ LOAD_ATTEMPTS = 3
 """Attempts to load the weights, each in a new process, before a process is given up."""
 LOAD_BACK_OFF_S = 1.0
 """Seconds before the second attempt. Doubled for the third: the memory of the previous process may not be free yet."""
+PING_S = 10.0
+"""Seconds between two pings of a process."""
 SETUP_ERRORS = ("MissingWeights", "ProfileError", "SetupError")
 """Errors of a first load that another attempt cannot avoid."""
 
@@ -128,20 +122,25 @@ class Supervisor:
         self,
         observer: EngineObserver,
         *,
+        may_give_up: Callable[[ActorClient], bool],
         on_up: Callable[[ActorClient], None],
         on_down: Callable[[ActorClient], None],
         on_given_up: Callable[[ActorClient, Failure], None],
     ) -> None:
-        """`on_up`: a process has loaded its weights. `on_down`: it has crashed or is quarantined, and starts again.
+        """`may_give_up` tells whether a process that was quarantined too often can be spared.
+
+        `on_up`: a process has loaded its weights. `on_down`: it has crashed or is quarantined, and starts again.
         `on_given_up`: it is not used any more.
         """
         self._observer = observer
+        self._may_give_up = may_give_up
         self._on_up = on_up
         self._on_down = on_down
         self._on_given_up = on_given_up
         self._health = ProcessHealth()
         self._clients: dict[ActorClient, None] = {}
-        self._up: set[ActorClient] = set()
+        self._up: dict[ActorClient, asyncio.Task[None]] = {}
+        """Processes that have loaded their weights, and the tasks that ping them."""
         self._starting: dict[ActorClient, asyncio.Task[None]] = {}
         self._quarantined: dict[ActorClient, None] = {}
         self._given_up: dict[ActorClient, Failure] = {}
@@ -158,7 +157,7 @@ class Supervisor:
 
     def close(self) -> None:
         """Cancel the background tasks."""
-        for task in self._starting.values():
+        for task in (*self._starting.values(), *self._up.values()):
             task.cancel()
 
     # State
@@ -183,25 +182,15 @@ class Supervisor:
 
     # Events
 
-    def succeeded(self, client: ActorClient) -> None:
-        """Record a successful call."""
-        self._health.succeeded(client)
+    def succeeded(self, client: ActorClient, shot: Hashable) -> bool:
+        """Record a successful call. Return whether the verdict of failed attempts has become known."""
+        return self._health.succeeded(client, shot)
 
-    def failed(self, client: ActorClient, shot: Hashable, reason: str) -> None:
-        """Record a failed call for a shot. Quarantines the process if it fails for different shots in a row.
-
-        The shot may be wrong. Call `ended` once it is known.
-        """
-        if self._health.failed(client, shot):
+    def failed(self, client: ActorClient, shot: Hashable, attempt: AttemptFailed, reason: str) -> None:
+        """Record a failed call for a shot. Quarantines the process if it fails for different shots in a row."""
+        due = self._health.failed(client, shot, attempt)
+        if due and (self._health.quarantines(client) < MAX_QUARANTINES or self._may_give_up(client)):
             self._quarantine(client, reason)
-
-    def discard_failure(self, client: ActorClient, shot: Hashable) -> None:
-        """Remove a failure that was the fault of the shot."""
-        self._health.discard_failure(client, shot)
-
-    def ended(self, shot: Hashable) -> None:
-        """The shot, or a call for it, was rendered or has failed for good."""
-        self._health.ended(shot)
 
     def crashed(self, client: ActorClient) -> None:
         """Wait until the next process has loaded its weights. No effect if the process is down already."""
@@ -210,8 +199,21 @@ class Supervisor:
             self._start(client)
 
     def _down(self, client: ActorClient) -> None:
-        self._up.discard(client)
+        if (pings := self._up.pop(client, None)) is not None and pings is not asyncio.current_task():
+            pings.cancel()
         self._on_down(client)
+
+    async def _ping(self, client: ActorClient) -> None:
+        """Kill the process if it is silent. If it crashed while it was idle, wait for the next one."""
+        while True:
+            await asyncio.sleep(PING_S)
+            response = await client.ping()
+            if response is Ping.SILENT:
+                self._observer.quarantined(client.location, f"killed, because it has not responded for {SILENT_S:.0f} s")
+                client.restart(blame_running=True)
+            if response is not Ping.UP:
+                self.crashed(client)
+                return
 
     def _quarantine(self, client: ActorClient, reason: str) -> None:
         """Restart a process after a back-off, or give it up. If several processes of its node are sick, the rest follows."""
@@ -220,7 +222,7 @@ class Supervisor:
         self._quarantined[client] = None
         delay_s = self._health.quarantine(client)
         self._observer.quarantined(client.location, reason)
-        if self._health.is_given_up(client):
+        if self._health.quarantines(client) >= MAX_QUARANTINES and self._may_give_up(client):
             self._give_up(client, client.permanent_failure(reason))
             return
         if (starting := self._starting.pop(client, None)) is not None:
@@ -236,6 +238,7 @@ class Supervisor:
         if (starting := self._starting.pop(client, None)) is not None:
             starting.cancel()
         self._down(client)
+        self._health.lost(client)
         self._quarantined.pop(client, None)
         self._given_up[client] = failure
         self._on_given_up(client, failure)
@@ -254,7 +257,7 @@ class Supervisor:
                 del self._starting[client]
                 self._quarantined.pop(client, None)
                 self._health.started(client, client.place.node)
-                self._up.add(client)
+                self._up[client] = asyncio.ensure_future(self._ping(client))
                 self._on_up(client)
                 return
             if (is_first and failure.error in SETUP_ERRORS) or number == LOAD_ATTEMPTS:

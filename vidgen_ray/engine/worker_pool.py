@@ -9,9 +9,10 @@ import asyncio
 import math
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
 from vidgen_ray.engine.calls import ENCODER, OUTPUT, CallResult
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind, ShotFailed, run_with_retries
+from vidgen_ray.engine.retries import AttemptFailed, Candidate, InputsLost, Kind, ShotFailed, Verdict, run_with_retries
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
 from vidgen_ray.engine.status import EngineObserver, Progress, StageStatus
 from vidgen_ray.engine.storage_pause import StoragePause
@@ -37,17 +38,34 @@ NODE_LOST = "node"
 TIMER_ERROR_S = 1e-3
 """Seconds by which timers may run early."""
 MIN_SLOW_S = 10.0
-SLOW_FACTOR = 5.0
-"""A call that has run longer than both MIN_SLOW_S and SLOW_FACTOR times the longest recent call of its stage may hang. The work
-behind it goes to other workers."""
+COPY_FACTOR, SLOW_FACTOR = 2.0, 5.0
+"""A call that has run longer than both MIN_SLOW_S and a factor times the usual duration of its stage is slow. With the first
+factor, it is copied to a worker that has nothing to do. With the second one, the work behind it goes to other workers."""
 RECENT_CALLS = 32
-"""Calls per stage whose durations are kept."""
+"""Calls per stage whose durations are kept. Three quarters of them took at most the usual duration."""
+EVIDENCE_S = 600.0
+"""Seconds after which a shot that has failed on several workers does not wait any longer for what shows that they are well."""
 PROGRESS_POLL_S = 0.25
 """Seconds between two progress requests for a call whose caller wants to know."""
 
 ProgressCallback = Callable[[Progress], None]
 Session = Callable[[ActorClient, int], Awaitable[tuple[Any, ...]]]
 """One or several calls of a worker, under one number. Returns a CallResult and what belongs to it."""
+
+
+Returned = tuple[tuple[Any, ...], WorkerState]
+"""What a session returned, and its worker."""
+
+
+@dataclass(eq=False, slots=True)
+class _Running:
+    """A session on its worker."""
+
+    session: Session
+    ended: asyncio.Future[None]
+    """Set when the session or its copy has ended, or when it must go to another worker."""
+    may_copy: bool
+    copy: asyncio.Task[Returned] | None = None
 
 
 class RemoteArtefacts(NamedTuple):
@@ -72,7 +90,11 @@ class WorkerPool:
         self._adapters_kept = max_loras(config.profile)
         self._scheduler = Scheduler({name: n for n, name in enumerate((*(stage.name for stage in STAGES), OUTPUT))})
         self._supervisor = Supervisor(
-            observer, on_up=self._worker_up, on_down=self._worker_down, on_given_up=self._worker_given_up
+            observer,
+            may_give_up=self._may_give_up,
+            on_up=self._worker_up,
+            on_down=self._worker_down,
+            on_given_up=self._worker_given_up,
         )
         self._clients: dict[WorkerState, ActorClient] = {}
         self._workers: dict[ActorClient, WorkerState] = {}
@@ -82,8 +104,7 @@ class WorkerPool:
         """First stage of a call -> durations of the last calls."""
         self._watched: dict[WorkerState, tuple[Work, asyncio.TimerHandle]] = {}
         """Running call of each worker, and the timer that checks whether it takes too long."""
-        self._ended: dict[Work, asyncio.Future[None]] = {}
-        """Assigned work -> set when its call has ended, or when it must go to another worker."""
+        self._sessions: dict[Work, _Running] = {}
         self._changed = asyncio.Event()
         """Set, and replaced, when a worker has started, is quarantined or is given up."""
         self.first_call = time.time_ns()
@@ -154,34 +175,42 @@ class WorkerPool:
         timeout_s: float,
         method: str,
         plan: ShotPlan,
+        stages: Collection[str],
         *args: Any,
         num_returns: int = 2,
         on_progress: ProgressCallback | None = None,
     ) -> tuple[CallResult, RemoteArtefacts]:
-        """Run a call on a worker. Return its result and references to its output. `num_returns`: both together.
+        """Run a call of these stages on a worker. Return its result and references to its output.
+
+        `num_returns`: both together.
 
         Otherwise as `run`.
         """
 
         async def call(client: ActorClient, number: int) -> tuple[Any, ...]:
-            returned: tuple[Any, ...] = await client.call(
+            result, *output = await client.call(
                 method, number, plan, *args, stage=requested.stage, timeout_s=timeout_s, num_returns=num_returns
             )
-            return returned
+            keys = [step.key for step in plan.steps if step.stage in stages]
+            if result.failure is None and not result.cancelled and [record.key for record in result.records] != keys:
+                message = "the worker returned the result of another shot"
+                failure = Failure(
+                    stage=requested.stage, error="WrongResult", message=message, attempts=1, worker=client.location
+                )
+                result = CallResult(failure=failure)
+            return result, *output
 
         (result, artefacts, *clip), worker = await self.run(requested, call, on_progress)
         return result, RemoteArtefacts(artefacts, worker, *clip)
 
-    async def run(
-        self, requested: Work, session: Session, on_progress: ProgressCallback | None = None
-    ) -> tuple[tuple[Any, ...], WorkerState]:
+    async def run(self, requested: Work, session: Session, on_progress: ProgressCallback | None = None) -> Returned:
         """Run a session on a worker. Return what it returned, and the worker.
 
         Failures are retried on other workers and nodes; see `run_with_retries`. If the caller is cancelled, the worker stops at
         its next step. Raises ShotFailed and InputsLost.
         """
 
-        async def attempt(avoid: frozenset[WorkerState], alone: bool) -> tuple[tuple[Any, ...], WorkerState]:
+        async def attempt(avoid: frozenset[WorkerState], alone: bool) -> Returned:
             # Each attempt needs its own Work object.
             work = replace(requested, alone=alone, avoid=avoid)
             while self._must_wait(work):
@@ -189,52 +218,67 @@ class WorkerPool:
             if work.stage == OUTPUT:
                 await self._storage.over()
             worker = await self._worker_for(work)
-            return await self._attempt(worker, work, session, on_progress), worker
+            return await self._attempt(worker, work, session, on_progress, may_copy=not alone)
 
-        def report(failed: AttemptFailed, own_failure: bool) -> None:
+        def blame(failed: AttemptFailed) -> None:
             client = self._clients[failed.process.key]
-            if own_failure:
-                reason = f"failed for {requested.stage} on different shots in a row, the last time with: {failed}"
-                self._supervisor.failed(client, requested.order, reason)
-            else:
-                self._supervisor.discard_failure(client, requested.order)
+            reason = f"failed for {requested.stage} on different shots in a row, the last time with: {failed}"
+            self._supervisor.failed(client, requested.order, failed, reason)
 
         def candidates() -> Sequence[Candidate[WorkerState]]:
             holders = self._scheduler.holders(requested.stage)
             return [_process(worker) for worker in holders if worker.live or self._is_starting(worker)]
 
-        in_doubt = False
-        try:
-            return await run_with_retries(
-                attempt, candidates, report, self._storage.is_cause, limit=self._attempts, observer=self._observer
-            )
-        except ShotFailed as failed:
-            in_doubt = failed.in_doubt and self._circuit_breaker
-            raise
-        finally:
-            if not in_doubt:
-                self._supervisor.ended(requested.order)
+        return await run_with_retries(
+            attempt,
+            candidates,
+            blame,
+            partial(self._evidence, requested.order, requested.stage),
+            self._storage.is_cause,
+            limit=self._attempts,
+            observer=self._observer,
+        )
+
+    async def _evidence(self, order: int, stage: str, failed: Sequence[AttemptFailed]) -> None:
+        """Wait until it is known which processes of failed attempts of a shot are sick. Calls of other shots show it."""
+
+        def is_open() -> bool:
+            # The session of an encoder may wait for a chunk that waits for evidence, too.
+            others = (work for work in (*self._assigned, *self._sessions) if work.order != order)
+            is_shown = any(work.stage == stage or work.stage != OUTPUT for work in others)
+            return is_shown and any(each.verdict is Verdict.OPEN for each in failed if each.kind is Kind.ERROR)
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(EVIDENCE_S):
+                while is_open():
+                    await self._changed.wait()
 
     async def _attempt(
-        self, worker: WorkerState, work: Work, session: Session, on_progress: ProgressCallback | None
-    ) -> tuple[Any, ...]:
+        self, worker: WorkerState, work: Work, session: Session, on_progress: ProgressCallback | None, *, may_copy: bool
+    ) -> Returned:
         client, number = self._clients[worker], next(self._calls)
         running = asyncio.ensure_future(session(client, number))
-        ended = self._ended[work] = asyncio.get_running_loop().create_future()
-        running.add_done_callback(lambda _: _set(ended))
+        this = self._sessions[work] = _Running(session, asyncio.get_running_loop().create_future(), may_copy)
+        running.add_done_callback(lambda _: _set(this.ended))
         busy = True
         try:
             if on_progress is not None:
-                await self._follow(ended, client, number, on_progress)
-            await ended
+                await self._follow(this.ended, client, number, on_progress)
+            await this.ended
             if not running.done():
                 client.send("cancel", number)
+                if this.copy is not None and this.copy.done():
+                    running.add_done_callback(partial(self._abandoned, worker, work))
+                    busy = False
+                    return this.copy.result()
                 running.add_done_callback(_ignore_error)
                 failure = Failure(stage=work.stage, error="Recalled", message="not run", attempts=1, worker=client.location)
                 raise AttemptFailed(Kind.NOT_RUN, failure, _process(worker))
             returned = running.result()
             result: CallResult = returned[0]
             if result.failure is not None:
+                if result.kind is Kind.FOREIGN:
+                    raise InputsLost(result.failure.message)
                 process = _process(worker)
                 if result.context_broken:
                     client.restart()
@@ -248,24 +292,31 @@ class WorkerPool:
             if worker.spec == ENCODER:
                 # Between the calls of its session, an encoder is free.
                 running.cancel()
-            # The worker is busy until the call has stopped.
-            running.add_done_callback(lambda _: self._finished(worker, work))
-            running.add_done_callback(_ignore_error)
+            running.add_done_callback(partial(self._abandoned, worker, work))
             busy = False
             raise
         except ActorCallFailed as lost:
             self._supervisor.crashed(client)
             raise AttemptFailed(lost.kind, lost.failure(work.stage), _process(worker), lost.loss) from None
         finally:
-            del self._ended[work]
+            del self._sessions[work]
+            if this.copy is not None:
+                this.copy.cancel()
             if busy:
                 self._finished(worker, work)
         self._seconds[work.stage].append(sum(record.seconds for record in result.records))
-        self._supervisor.succeeded(client)
+        if self._supervisor.succeeded(client, work.order):
+            self._notify()
         self._scheduler.set_probation(worker, False)
         if work.stage == OUTPUT:
             self._storage.written()
-        return returned
+        return returned, worker
+
+    def _abandoned(self, worker: WorkerState, work: Work, running: asyncio.Future[Any]) -> None:
+        """A session has stopped whose result is not needed. Until then, its worker was busy."""
+        if not running.cancelled() and isinstance(running.exception(), ActorCallFailed):
+            self._supervisor.crashed(self._clients[worker])
+        self._finished(worker, work)
 
     async def _follow(
         self, ended: asyncio.Future[None], client: ActorClient, number: int, on_progress: ProgressCallback
@@ -287,6 +338,7 @@ class WorkerPool:
         self._scheduler.finished(worker, work)
         self._watch(worker)
         self._assign_waiting()
+        self._notify()
 
     def _watch(self, worker: WorkerState) -> None:
         """Check later whether the running call of the worker takes too long."""
@@ -300,32 +352,60 @@ class WorkerPool:
         # The sessions of an encoder run side by side, and wait for chunks of their clips.
         if running is not None and worker.spec != ENCODER:
             loop = asyncio.get_running_loop()
-            timer = loop.call_later(MIN_SLOW_S, self._recall_if_slow, worker, running, loop.time())
+            timer = loop.call_later(MIN_SLOW_S, self._check_duration, worker, running, loop.time())
             self._watched[worker] = running, timer
 
-    def _recall_if_slow(self, worker: WorkerState, running: Work, started: float) -> None:
-        """Send the work behind a call that may hang to other workers."""
+    def _check_duration(self, worker: WorkerState, running: Work, started: float) -> None:
+        """Copy a slow call, or send the work behind it to other workers."""
         if next(iter(worker.assigned), None) is not running:
             return
         loop = asyncio.get_running_loop()
-        usual_s = max(self._seconds[running.stage], default=math.inf)
-        left_s = max(MIN_SLOW_S, SLOW_FACTOR * usual_s) - (loop.time() - started)
-        # Without the tolerance, a timer that is early by a rounding error is set again and again until the clock moves on.
-        if left_s > TIMER_ERROR_S:
-            timer = loop.call_later(min(left_s, MIN_SLOW_S), self._recall_if_slow, worker, running, started)
-            self._watched[worker] = running, timer
+        seconds = sorted(self._seconds[running.stage])
+        usual_s = seconds[3 * len(seconds) // 4] if seconds else math.inf
+        elapsed_s = loop.time() - started + TIMER_ERROR_S
+        if elapsed_s > max(MIN_SLOW_S, COPY_FACTOR * usual_s):
+            self._copy(running)
+        if elapsed_s > max(MIN_SLOW_S, SLOW_FACTOR * usual_s):
+            # No more work is prefetched until a call succeeds.
+            self._scheduler.set_probation(worker, True)
+            for work in self._scheduler.recall(worker):
+                # It is added again as another attempt.
+                self._scheduler.remove(work)
+                if work in self._sessions:
+                    _set(self._sessions[work].ended)
+            self._assign_waiting()
+        timer = loop.call_later(MIN_SLOW_S, self._check_duration, worker, running, started)
+        self._watched[worker] = running, timer
+
+    def _copy(self, work: Work) -> None:
+        """Repeat a running call on an idle worker. The first result counts."""
+        running = self._sessions.get(work)
+        idle = (each for each in self._scheduler.holders(work.stage) if each.live and not each.load and not each.probation)
+        if running is None or not running.may_copy or running.copy is not None or not any(idle):
             return
-        # No more work is prefetched until a call succeeds.
-        self._scheduler.set_probation(worker, True)
-        for work in self._scheduler.recall(worker):
-            # It is added again as another attempt.
-            self._scheduler.remove(work)
-            if work in self._ended:
-                _set(self._ended[work])
-        self._assign_waiting()
+        holders = self._scheduler.holders(work.stage)
+        avoid = frozenset(each for each in holders if each.load or each.probation or each in work.avoid)
+
+        async def copy() -> Returned:
+            again = replace(work, avoid=avoid)
+            return await self._attempt(await self._worker_for(again), again, running.session, None, may_copy=False)
+
+        def ended(copy: asyncio.Task[Returned]) -> None:
+            _ignore_error(copy)
+            if not copy.cancelled() and copy.exception() is None:
+                _set(running.ended)
+
+        running.copy = asyncio.ensure_future(copy())
+        running.copy.add_done_callback(ended)
 
     def _is_starting(self, worker: WorkerState) -> bool:
         return self._supervisor.is_starting(self._clients[worker])
+
+    def _may_give_up(self, client: ActorClient) -> bool:
+        """Return whether others can do the work of this worker, or no circuit breaker stops the run if it is sick."""
+        worker = self._workers[client]
+        others = all(any(each.live and each is not worker for each in self._scheduler.holders(s)) for s in worker.spec.stages)
+        return others or not self._circuit_breaker
 
     def _must_wait(self, work: Work) -> bool:
         """Return whether all live workers have failed for the work, but another one starts."""
@@ -352,6 +432,7 @@ class WorkerPool:
             if future.done() and not future.cancelled():
                 self._finished(future.result(), work)
             self._scheduler.remove(work)
+            self._notify()
             raise
         finally:
             self._assigned.pop(work, None)

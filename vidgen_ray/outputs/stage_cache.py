@@ -12,8 +12,11 @@ from vidgen_ray.errors import MediaError
 from vidgen_ray.media import decode_lossless, encode_lossless, read_image, write_png
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Likeness
+from vidgen_ray.system.cache_dir import sha256_of
 
 CONTENT_KEY = re.compile(r"[0-9a-f]{64}")
+IDENTITY = "entry.json"
+"""File with the key of an entry and the sha256 of its other files."""
 
 
 class StageCache:
@@ -30,7 +33,7 @@ class StageCache:
         with self._storage.local_folder(entry_path(key)) as entry:
             if entry is None:
                 return None
-            artefacts = _read_entry(entry)
+            artefacts = _read_entry(entry, key)
         if set(names) <= set(artefacts):
             return artefacts
         self.drop([key])
@@ -48,7 +51,7 @@ class StageCache:
     def is_readable(self, key: str) -> bool:
         """Return whether an entry has an artefact, and all of its files can be decoded."""
         with self._storage.local_folder(entry_path(key)) as entry:
-            return entry is not None and bool(_read_entry(entry))
+            return entry is not None and bool(_read_entry(entry, key))
 
     @contextmanager
     def local_entry(self, key: str) -> Iterator[Path | None]:
@@ -67,6 +70,7 @@ class StageCache:
             return 0
         with self._storage.workspace("cache") as workspace:
             _write_artefacts(workspace, artefacts)
+            (workspace / IDENTITY).write_text(_identity(workspace, key))
             size = sum(file.stat().st_size for file in workspace.iterdir())
             self._storage.publish_folder(workspace, entry_path(key))
         return size
@@ -95,10 +99,15 @@ def _write_artefacts(folder: Path, artefacts: Artefacts) -> None:
         encode_lossless(folder / "frames.mkv", artefacts["frames"], fps=1)
 
 
-def _read_entry(folder: Path) -> Artefacts:
-    """Return the artefacts of an entry. None if one of its files is damaged."""
+def _identity(folder: Path, key: str) -> str:
+    files = {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name != IDENTITY}
+    return json.dumps({"key": key, "sha256": files})
+
+
+def _read_entry(folder: Path, key: str) -> Artefacts:
+    """Return the artefacts of an entry. None if one of its files is damaged, or is that of another entry."""
     try:
-        return _read_artefacts(folder)
+        return _read_artefacts(folder) if (folder / IDENTITY).read_text() == _identity(folder, key) else Artefacts()
     except (MediaError, OSError, ValueError, KeyError):
         return Artefacts()
 

@@ -1,0 +1,111 @@
+"""Worker pool with fake workers in simulated time: slow calls are copied, and sick workers fail no shot."""
+
+import asyncio
+from pathlib import Path
+from unittest.mock import AsyncMock, Mock
+
+import pytest
+
+from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
+from benchmarks.simulated_director import plan_of
+from vidgen_ray.engine.calls import CallResult
+from vidgen_ray.engine.config import EngineConfig
+from vidgen_ray.engine.retries import ShotFailed
+from vidgen_ray.engine.scheduler import Work
+from vidgen_ray.engine.worker_pool import MIN_SLOW_S, WorkerPool
+from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.records import Failure, StepRecord
+from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec
+from vidgen_ray.profile import ActorProfile, Profile
+
+CALL_S = 8.0
+
+
+class Client(FakeActorClient):
+    """Client of a worker for FLUX. `slow`: seconds of each of its calls. `error`: of each of its calls.
+
+    Shots in `poison` fail. With `confused`, each call returns the result of the previous one.
+    """
+
+    def __init__(self, name, *, slow=CALL_S, error=None, poison=(), confused=False):
+        super().__init__(name, lambda *_: slow, self.respond, load_s=1)
+        self.slow, self.error, self.poison, self.confused = slow, error, poison, confused
+        self.key = "of an earlier shot"
+        self.orders = []
+
+    def respond(self, method, number, plan, names, reference):
+        self.orders.append(plan.shot.id)
+        if self.error or plan.shot.id in self.poison:
+            message = self.error or "it broke"
+            return CallResult(
+                failure=Failure(stage="flux", error="RuntimeError", message=message, attempts=1, worker="w")
+            ), None
+        key, self.key = (self.key if self.confused else plan.steps[0].key), plan.steps[0].key
+        record = StepRecord(stage="flux", key=key, weights=(), seconds=self.slow, gpu_seconds=1, cached=False)
+        return CallResult((record,)), self.name
+
+    def permanent_failure(self, reason):
+        return Failure(stage="health", error="Quarantined", message=reason, attempts=1, worker=self.name)
+
+
+def run(clients, shots):
+    """Run one call for each shot, all at once. Return shot -> name of its worker or error, and the simulated seconds."""
+    actors = {stage.actor: ActorProfile(weights="tiny") for stage in STAGE_BY_NAME.values()}
+    config = EngineConfig("run", Profile(name="p", about="", actors=actors), OutputFolder(Path("unused")), STAGE_BY_NAME)
+    spec = WorkerSpec(("flux",), cpus=1, gpus=1)
+    layout = Layout("fused", tuple(Slot((spec,), 0.0) for _ in clients), encoders=1, window=len(shots))
+
+    async def main():
+        pool = WorkerPool(config, layout, Mock(), Mock(over=AsyncMock()))
+        for client in clients:
+            pool.add(spec, client)
+
+        async def call(order):
+            try:
+                _, output = await pool.call(Work("flux", order), 1800, "run", plan_of(order), ["flux"], ("flux",), None)
+            except ShotFailed as failed:
+                return failed.failure
+            return output.reference
+
+        results = await asyncio.gather(*map(call, shots))
+        pool.close()
+        return dict(zip(shots, results, strict=True))
+
+    return run_in_simulated_time(main())
+
+
+def test_slow_call_is_copied_to_an_idle_worker():
+    slow = Client("slow", slow=1000)
+    results, seconds = run([Client("a"), slow, Client("b")], range(12))
+    assert slow.orders == []
+    assert set(results.values()) == {"a", "b"}
+    assert seconds < 6 * CALL_S + 3 * MIN_SLOW_S
+
+
+def test_sick_workers_fail_no_shot_while_a_sound_one_works():
+    """Three of four fail at once with the same error: more than a shot has attempts."""
+    sick = [Client(name, slow=0.1, error="CUDA error") for name in "abc"]
+    results, _ = run([*sick, Client("sound")], range(6))
+    assert set(results.values()) == {"sound"}
+
+
+def test_result_of_another_shot_is_a_failure_of_its_worker():
+    results, _ = run([Client("confused", confused=True), Client("sound")], range(12))
+    assert set(results.values()) == {"sound"}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_wrong_shot_fails_after_three_attempts(workers):
+    poison = plan_of(3).shot.id
+    clients = [Client(f"w{n}", poison=[poison]) for n in range(workers)]
+    results, _ = run(clients, range(60))
+    assert [order for order, result in results.items() if isinstance(result, Failure)] == [3]
+    assert results[3].attempts == 3
+    assert sum(client.orders.count(poison) for client in clients) == 3
+
+
+def test_wrong_shot_that_is_alone_fails_without_other_calls():
+    results, seconds = run([Client("a", poison=[plan_of(1).shot.id])], [1])
+    assert results[1].attempts == 3
+    assert seconds < 4 * CALL_S
