@@ -9,6 +9,7 @@ import pytest
 from tests.fake_stages import FAKES
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.shot_writer import ShotFiles, write_clip
+from vidgen_ray.engine.step_runner import ForeignArtefacts
 from vidgen_ray.errors import MediaError, ScriptError
 from vidgen_ray.graph import file_sizes, stages_of
 from vidgen_ray.media import open_video, read_image
@@ -43,8 +44,11 @@ def shot_files(tiny, shot, folder: Path) -> tuple[dict[str, np.ndarray], Path]:
     if shot.upscale_video:
         hd = random.integers(0, 256, (FRAMES, shot.height * shot.scale, shot.width * shot.scale, 3), np.uint8)
         pixels["hd.mp4"] = hd
-        files.add(Artefacts(hd_frames=hd[:3]))
-        files.add(Artefacts(hd_frames=hd[3:]))
+        files.add(Artefacts(hd_frames=hd[:3], chunk=(0, 3)))
+        with pytest.raises(ForeignArtefacts, match="must begin with frame 3"):
+            files.add(Artefacts(hd_frames=hd[4:], chunk=(4, FRAMES)))
+        files.add(Artefacts(hd_frames=hd[:3], chunk=(0, 3)))  # delivered twice
+        files.add(Artefacts(hd_frames=hd[3:], chunk=(3, FRAMES)))
     files.commit([])
     files.close()
     return pixels, next(folder.rglob("image.png")).parent
@@ -83,7 +87,7 @@ def test_error_of_a_chunk_is_not_replaced_by_that_of_the_unfinished_clip(tiny, m
     frames = np.zeros((FRAMES, shot.height, shot.width, 3), np.uint8)
     files = ShotFiles(plan, Item(shot, Artefacts(image=frames[0], frames=frames)), outputs, tiny.encode)
     with pytest.raises(MediaError, match="must be uint8"), closing(files):
-        files.add(Artefacts(hd_frames=frames))
+        files.add(Artefacts(hd_frames=frames, chunk=(0, len(frames))))
     assert not list(tmp_path.rglob("*.mp4"))
 
 

@@ -97,6 +97,8 @@ class ActorClient:
         """Calls that were pending when the last process crashed. One of them may be the cause."""
         self._loss: asyncio.Future[Loss] = asyncio.get_running_loop().create_future()
         """Fate of the process that was lost last."""
+        self._losses: list[asyncio.Future[Loss]] = []
+        """Fates of all processes that were lost since one has responded."""
 
     async def ready(self) -> Failure | None:
         """Wait until a process has loaded its weights. Return the failure if it cannot load them or does not start."""
@@ -152,13 +154,13 @@ class ActorClient:
         return Failure(stage=LOADING, error="WorkerDied", message=message, attempts=crashes, worker=self.name)
 
     def _explain_loss(self, place: ActorPlace) -> None:
-        """Set what became of the previous process, now that its successor responds."""
-        if self.place is None or self._loss.done():
+        """Set what became of the previous processes, now that one responds."""
+        if self.place is None:
             return
-        if self.place.node != place.node:
-            self._loss.set_result(Loss.NODE)
-        else:
-            self._loss.set_result(Loss.NETWORK if self.place.pid == place.pid else Loss.CRASH)
+        same = Loss.NETWORK if self.place.pid == place.pid else Loss.CRASH
+        for lost in self._losses:
+            lost.set_result(same if self.place.node == place.node else Loss.NODE)
+        self._losses.clear()
 
     async def call(self, method: str, *args: Any, stage: str, timeout_s: float, num_returns: int = 1) -> Any:
         """Return the method's result. With several results, return the first one and references to the others.
@@ -270,6 +272,7 @@ class ActorClient:
             self._up = False
             self._suspects = suspects
             self._loss = asyncio.get_running_loop().create_future()
+            self._losses.append(self._loss)
 
 
 def _is_restarting(error: ray.exceptions.RayError) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.oom_fallback import is_out_of_memory
 from vidgen_ray.engine.retries import Kind
-from vidgen_ray.engine.step_runner import ForeignArtefacts, StepFailed
+from vidgen_ray.engine.step_runner import ForeignArtefacts, StepFailed, WrongResult
 from vidgen_ray.errors import OtherWeights, OutOfMemory, VidgenError, WriteError
 from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length, is_chunked
 from vidgen_ray.outputs.records import Failure, StepRecord
@@ -61,7 +61,7 @@ class CallResult:
         if isinstance(failed.cause, ForeignArtefacts):
             return cls(failure=failed.failure(), kind=Kind.FOREIGN)
         other_weights = isinstance(failed.cause, OtherWeights)
-        is_input = isinstance(failed.cause, VidgenError) and not other_weights
+        is_input = isinstance(failed.cause, VidgenError) and not isinstance(failed.cause, OtherWeights | WrongResult)
         # A new process loads the weights again. Failed allocations leave the context as it was.
         too_large = isinstance(failed.cause, OutOfMemory)
         out_of_memory = too_large or is_out_of_memory(failed.cause)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from vidgen_ray.content_keys import FILE_FIELDS, FILES_FIELDS, ShotPlan
 from vidgen_ray.engine.calls import CLIP_FILES
-from vidgen_ray.engine.step_runner import check_made_by, with_images
+from vidgen_ray.engine.step_runner import ForeignArtefacts, before_chunks, check_made_by, with_images
 from vidgen_ray.errors import MediaError
 from vidgen_ray.graph import chunked_stages_of, clip_length, file_sizes, stages_of
 from vidgen_ray.media import FileMetadata, Mp4Settings, Mp4Writer, centre_crop, write_png
@@ -196,7 +196,7 @@ class ShotFiles:
 
         `safety` has checked what stages have made. A start image that no stage changes is checked here: raises UnsafeContent.
         """
-        check_made_by(plan, item.artefacts)
+        check_made_by(before_chunks(plan), item.artefacts)
         self._plan, self._shot = plan, plan.shot
         self._encode = encode
         self._provenance = provenance
@@ -205,6 +205,8 @@ class ShotFiles:
         self._sizes = file_sizes(plan.shot)
         self._chunked = {stage.writes[0] for stage in chunked_stages_of(plan.shot)}
         self._clips: dict[str, Mp4Writer] = {}
+        self._frames = 0
+        """Frames of the chunks so far."""
         self._open_clips = ExitStack()
         self._likeness = LikenessRecord.of(item.artefacts)
         self._checker = None if safety is None else safety.version
@@ -227,7 +229,14 @@ class ShotFiles:
 
     def add(self, chunk: Artefacts) -> None:
         """Encode the next chunk of each clip that chunked stages make."""
-        check_made_by(self._plan, chunk)
+        check_made_by(self._plan.steps, chunk)
+        start, stop = chunk["chunk"]
+        if stop <= self._frames:
+            # The request was delivered twice.
+            return
+        if start != self._frames:
+            raise ForeignArtefacts(f"the chunk of the frames {start} to {stop}, must begin with frame {self._frames}")
+        self._frames = stop
         for name, file in CLIP_FILES.items():
             whole: Frames | None = chunk.get(name)  # type: ignore[assignment]  # an artefact of frames
             if whole is None:

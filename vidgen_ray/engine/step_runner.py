@@ -15,7 +15,7 @@ from vidgen_ray.content_keys import ShotPlan, Step, with_local_loras
 from vidgen_ray.engine.cache_writer import CacheWriter
 from vidgen_ray.engine.oom_fallback import MEMORY_FREED, OomFallback, free_gpu_memory
 from vidgen_ray.errors import Cancelled, OtherWeights, StageError, VidgenError
-from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.graph import STAGE_BY_NAME, is_chunked
 from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.safety import Safety
@@ -197,18 +197,27 @@ class StepFailed(VidgenError):
         )
 
 
+class WrongResult(VidgenError):
+    """A model made something that cannot be right. Its process may be sick."""
+
+
 class ForeignArtefacts(VidgenError):
     """An artefact is that of another shot, or of another step."""
 
 
-def check_made_by(plan: ShotPlan, artefacts: Artefacts, before: Step | None = None) -> None:
-    """Raise ForeignArtefacts unless the steps of the plan, up to `before`, made these artefacts."""
+def check_made_by(steps: Iterable[Step], artefacts: Artefacts) -> None:
+    """Raise ForeignArtefacts unless these steps made the artefacts."""
     planned: dict[str, str] = {}
-    for step in plan.steps[: None if before is None else plan.steps.index(before)]:
+    for step in steps:
         planned.update(dict.fromkeys(STAGE_BY_NAME[step.stage].writes, step.key))
     for name, key in artefacts.get("made_by", {}).items():
         if planned.get(name) != key:
             raise ForeignArtefacts(f"{name} of the step {key[:12]}, must be of {planned.get(name, 'none')[:12]}")
+
+
+def before_chunks(plan: ShotPlan) -> list[Step]:
+    """Return the steps that make whole images and clips."""
+    return [step for step in plan.steps if not is_chunked(step.stage)]
 
 
 class StepRunner:
@@ -266,10 +275,10 @@ class StepRunner:
         Returns all artefacts that chunked steps have made of the chunk so far.
         """
         try:
-            check_made_by(plan, artefacts)
+            check_made_by(plan.steps if chunk is None else before_chunks(plan), artefacts)
         except ForeignArtefacts as error:
             raise StepFailed(min(steps), error) from error
-        made: dict[str, Any] = {**artefacts} if chunk is None else {}
+        made: dict[str, Any] = {**artefacts} if chunk is None else {"chunk": (chunk.start, chunk.stop)}
         records = []
         for step in plan.steps:
             if step.stage in steps:
@@ -281,19 +290,24 @@ class StepRunner:
                 else:
                     clip: Frames = artefacts[source]  # type: ignore[literal-required]  # the name of an artefact
                     frames, cut = clip[stage.source_frames(plan.shot, chunk)], chunk
-                made[target], record = self._chunk_step(stage, step, plan.shot, frames, cut)
+                start, stop = made["chunk"]
+                made[target], record = self._chunk_step(stage, step, plan.shot, frames, cut, stop - start)
                 made["made_by"] = {**made.get("made_by", {}), target: step.key}
                 records.append(record)
         return Artefacts(**made), records  # type: ignore[typeddict-item]  # both are Artefacts
 
     def _chunk_step(
-        self, stage: ChunkedStage[Any], step: Step, shot: Shot, frames: Frames, chunk: slice | None
+        self, stage: ChunkedStage[Any], step: Step, shot: Shot, frames: Frames, chunk: slice | None, n_frames: int
     ) -> tuple[Frames, StepRecord]:
         begun = time.monotonic()
         try:
             self._check_weights(stage, step, shot)
             self.swapper.ensure_on_gpu(step.stage)
             result, recovered = self._fallback.run(stage, shot, lambda: stage.run_chunk(shot, frames, chunk))
+            scale = stage.scale_factor(shot)
+            expected = (n_frames, frames.shape[1] * scale, frames.shape[2] * scale, 3)
+            if result.shape != expected:
+                raise WrongResult(f"the model made a clip of shape {result.shape} instead of {expected}; the GPU may be faulty")
         except Cancelled:
             raise
         except Exception as error:
@@ -311,7 +325,7 @@ class StepRunner:
         try:
             # 0 of 0: the stage reports the number of steps with the first one.
             report_progress(step.stage, 0, 0)
-            check_made_by(plan, item.artefacts, step)
+            check_made_by(plan.steps[: plan.steps.index(step)], item.artefacts)
             cached = cache.get(step.key, stage.writes) if cache else None
             if cache and cached is not None and _wrong_size(stage, plan.shot, cached):
                 cache.drop(step.key)
@@ -325,7 +339,7 @@ class StepRunner:
                 local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts)
                 (result,), recovered = self._fallback.run(stage, plan.shot, lambda: stage([local]))
                 if wrong := _wrong_size(stage, plan.shot, result) or _single_colour(stage, result):
-                    raise StageError(f"the model made {wrong}; it may be the model of another stage, or the GPU is faulty")
+                    raise WrongResult(f"the model made {wrong}; it may be the model of another stage, or the GPU is faulty")
                 self._check_safety(result)
                 lower_memory = lower_memory or recovered not in (None, MEMORY_FREED)
                 if cache and not lower_memory:

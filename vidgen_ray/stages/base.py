@@ -116,6 +116,8 @@ class Artefacts(TypedDict, total=False):
     hd_frames: Frames
     lower_memory: bool
     """True if a stage made one of these with lower-memory settings. Results that depend on it must not be cached."""
+    chunk: tuple[int, int]
+    """First frame of the finished clip of which these are a chunk, and the one after its last frame."""
     made_by: dict[str, str]
     """Name of another artefact -> key of the step that made it."""
 
