@@ -92,7 +92,7 @@ def measure(url: str, jobs: int, queued: int, calls: int) -> list[dict[str, Any]
         "changes of one tenant": lambda n: store.changed_since(cursor, tenant=MAIN_TENANT, limit=20),
         "counts of open jobs": lambda n: store.open_counts(),
         "order of the queue": lambda n: store.queue_order(),
-        "heartbeat of 8 jobs": lambda n: director.queue.heartbeat("d", running, 3600),
+        "heartbeat of 8 jobs": lambda n: director.queue.heartbeat("d", running),
         "claim of 1 job": lambda n: claimed.extend(director.queue.claim("d", 3600, 1)),
         "completion": lambda n: director.queue.completed(claimed.pop().id, "d", shot_id="s", stage_seconds={}),
         "purge": lambda n: director.purge(lambda key: None, 8),

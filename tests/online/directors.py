@@ -111,7 +111,7 @@ class LocalDirector:
             self._store.queue.failed(job.id, "director", error)
 
     def _is_cancelled(self, job: Job) -> bool:
-        return self._closing.is_set() or bool(self._store.queue.heartbeat("director", [job.id], 60))
+        return self._closing.is_set() or bool(self._store.queue.heartbeat("director", [job.id]))
 
 
 def noise_renderer(profile: Profile, outputs: OutputFolder, step_s: float = 0.0, steps: int = 2) -> RenderShot:

@@ -189,7 +189,7 @@ def test_host_outside_allow_hosts_is_blocked(site):
 
 
 def store_with(tmp_path, clock, webhooks) -> JobStore:
-    return JobStore(f"sqlite:///{tmp_path}/jobs.db", targets=webhooks.names_for, now=clock)
+    return JobStore(f"sqlite:///{tmp_path}/jobs.db", targets=webhooks.names_for, now=clock, steady=clock)
 
 
 def finish_job(store) -> str:

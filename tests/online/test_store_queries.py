@@ -48,7 +48,7 @@ CALLS = {
     "open_counts": lambda store, job: store.open_counts(),
     "queue_order": lambda store, job: store.queue_order(),
     "claim": lambda store, job: store.queue.claim("d", 30, 2),
-    "heartbeat": lambda store, job: store.queue.heartbeat("d", [job.id], 30),
+    "heartbeat": lambda store, job: store.queue.heartbeat("d", [job.id]),
     "progress": lambda store, job: store.queue.progress("d", [JobProgress(job.id, "flux", 1, 2, 50)]),
     "completed": lambda store, job: store.queue.completed(job.id, "d", shot_id="s", stage_seconds={}),
     "release": lambda store, job: store.queue.release("d", [job.id]),

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -99,7 +100,7 @@ class JobDirector:
         self._engine = Engine(config, layout, self._metrics, self._storage)
         self._actors = Actors("", 0, {}, layout)
         self._workers = workers
-        self.owner = f"{os.uname().nodename}:{os.getpid()}:{time.time_ns()}"
+        self.owner = f"{os.uname().nodename}:{os.getpid()}:{secrets.token_hex(8)}"
         self._running: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
         self._updates: dict[str, JobProgress] = {}
@@ -216,7 +217,7 @@ class JobDirector:
         """Renew the leases of the running jobs, and stop those with a cancel request."""
         if not self._running:
             return
-        cancelled = await asyncio.to_thread(self._store.queue.heartbeat, self.owner, list(self._running), LEASE_S)
+        cancelled = await asyncio.to_thread(self._store.queue.heartbeat, self.owner, list(self._running))
         for job_id in cancelled & self._running.keys():
             self._cancelled.add(job_id)
             self._running[job_id].cancel()

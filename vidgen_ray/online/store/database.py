@@ -94,7 +94,7 @@ JOBS = Table(
     Column("cancel_requested", Boolean, nullable=False),
     Column("version", BigInteger, nullable=False),
     Column("owner", String(128)),
-    Column("lease_until", Float(53)),
+    Column("heartbeat", BigInteger),
     Column("deleted_at", Float(53)),
     Column("search_text", Text, nullable=False),
     _partial_index("vidgen_jobs_by_open", "completed_at IS NULL", "state", "tenant", "seq"),
@@ -105,8 +105,9 @@ JOBS = Table(
     Index("vidgen_jobs_by_tenant_version", "tenant", "version"),
     Index("vidgen_jobs_by_key", "key"),
 )
-"""`seq` is the order of creation. `completed_at` is set when a job ends, in any final state. A deleted job keeps its row for
-some minutes, so that lists can continue after it and clients see the deletion. `search_text` is case-folded."""
+"""`seq` is the order of creation. `heartbeat` is the number of the last claim or heartbeat of a job in progress. `completed_at`
+is set when a job ends, in any final state. A deleted job keeps its row for some minutes, so that lists can continue after it
+and clients see the deletion. `search_text` is case-folded."""
 
 IDEMPOTENCY = Table(
     "vidgen_idempotency",

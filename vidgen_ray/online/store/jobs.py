@@ -158,7 +158,7 @@ class JobRows:
             [*where, IS_OPEN],
             state=state,
             owner=None,
-            lease_until=None,
+            heartbeat=None,
             completed_at=now,
             expires_at=self._expiry(now),
             **values,
@@ -180,7 +180,7 @@ class JobRows:
                     created_at=now,
                     tries=0,
                 )
-                row = {**message.model_dump(), "seq": transaction.version, "next_try_at": now}
+                row = {**message.model_dump(), "seq": transaction.version, "next_try_at": 0.0}
                 transaction.connection.execute(insert(OUTBOX).values(row))
 
     def _expiry(self, ended_at: float) -> float | None:
@@ -234,24 +234,29 @@ class JobProgress(NamedTuple):
 
 
 class JobLeases:
-    """Job queue as seen by directors. Calls block; in an event loop use `asyncio.to_thread`."""
+    """Job queue as seen by directors. Calls block; in an event loop use `asyncio.to_thread`.
 
-    def __init__(self, database: Database, rows: JobRows, now: Callable[[], float]) -> None:
+    The lease of a job expires if the director that wants to claim it has seen no new heartbeat for some seconds. No times are
+    stored, so clocks may differ and may be set. A change by a director that has lost a job has no effect: `owner` is its fence.
+    """
+
+    def __init__(self, database: Database, rows: JobRows, now: Callable[[], float], steady: Callable[[], float]) -> None:
         self._database = database
         self._rows = rows
         self._now = now
+        self._steady = steady
+        self._seen: dict[str, tuple[int, float]] = {}
+        """Id of each job in progress -> its last heartbeat, and when this process has first seen that."""
 
     def claim(self, owner: str, lease_s: float, limit: int) -> Sequence[Job]:
         """Claim up to `limit` jobs: first those with an expired lease, then queued ones, oldest first and tenants in turn.
 
-        `attempts` of the returned jobs includes this attempt.
+        A lease expires `lease_s` seconds after this process has first seen its last heartbeat. `attempts` of the returned jobs
+        includes this attempt.
         """
         with self._database.transaction() as transaction:
-            now = self._now()
-            expired = and_(IS_OPEN, JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.lease_until < now)
-            ids = [*transaction.connection.scalars(select(JOBS.c.id).where(expired).order_by(JOBS.c.seq))]
-            if ids:
-                ended = self._rows.end(transaction, [expired, JOBS.c.cancel_requested], JobState.CANCELLED)
+            if ids := self._expired(transaction, lease_s):
+                ended = self._rows.end(transaction, [JOBS.c.id.in_(ids), JOBS.c.cancel_requested], JobState.CANCELLED)
                 cancelled = {row.id for row in ended}
                 ids = [job_id for job_id in ids if job_id not in cancelled][:limit]
             ids += transaction.connection.scalars(ALL_QUEUED.limit(limit - len(ids)))
@@ -262,9 +267,9 @@ class JobLeases:
                 [JOBS.c.id.in_(ids)],
                 state=JobState.IN_PROGRESS,
                 owner=owner,
-                lease_until=now + lease_s,
+                heartbeat=transaction.version,
                 attempts=JOBS.c.attempts + 1,
-                started_at=func.coalesce(JOBS.c.started_at, now),
+                started_at=func.coalesce(JOBS.c.started_at, self._now()),
                 # Finished stages are in the cache; the new owner reports the progress again.
                 stage=None,
                 step=0,
@@ -273,13 +278,22 @@ class JobLeases:
             jobs = {row.id: job_of(row) for row in claimed}
             return [jobs[job_id] for job_id in ids]
 
-    def heartbeat(self, owner: str, ids: Collection[str], lease_s: float) -> set[str]:
+    def _expired(self, transaction: Transaction, lease_s: float) -> list[str]:
+        """Return the jobs in progress that have had the same heartbeat for `lease_s` seconds."""
+        is_held = IS_OPEN, JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.heartbeat.is_not(None)
+        held = select(JOBS.c.id, JOBS.c.heartbeat).where(*is_held).order_by(JOBS.c.seq)
+        now, before = self._steady(), self._seen
+        self._seen = {
+            job_id: before[job_id] if before.get(job_id, (None,))[0] == heartbeat else (heartbeat, now)
+            for job_id, heartbeat in transaction.connection.execute(held)
+        }
+        return [job_id for job_id, (_, since) in self._seen.items() if now - since > lease_s]
+
+    def heartbeat(self, owner: str, ids: Collection[str]) -> set[str]:
         """Renew leases. Return the ids of jobs to stop: a cancel was requested, or `owner` has lost the lease."""
         with self._database.transaction() as transaction:
             held = and_(JOBS.c.id.in_(ids), JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS)
-            renew = (
-                update(JOBS).where(held).values(lease_until=self._now() + lease_s).returning(JOBS.c.id, JOBS.c.cancel_requested)
-            )
+            renew = update(JOBS).where(held).values(heartbeat=transaction.version).returning(JOBS.c.id, JOBS.c.cancel_requested)
             renewed = {row.id for row in transaction.connection.execute(renew) if not row.cancel_requested}
         return set(ids) - renewed
 
@@ -288,7 +302,7 @@ class JobLeases:
         with self._database.transaction() as transaction:
             held = [JOBS.c.id.in_(ids), JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
             self._rows.end(transaction, [*held, JOBS.c.cancel_requested], JobState.CANCELLED)
-            requeued = {"state": JobState.QUEUED, "owner": None, "lease_until": None, "attempts": JOBS.c.attempts - 1}
+            requeued = {"state": JobState.QUEUED, "owner": None, "heartbeat": None, "attempts": JOBS.c.attempts - 1}
             self._rows.update(transaction, held, **requeued)
 
     def progress(self, owner: str, updates: Sequence[JobProgress]) -> None:
@@ -339,13 +353,13 @@ class Message(BaseModel):
 class Outbox:
     """Webhook messages that wait for delivery. `JobRows` adds them."""
 
-    def __init__(self, database: Database, now: Callable[[], float]) -> None:
+    def __init__(self, database: Database, steady: Callable[[], float]) -> None:
         self._database = database
-        self._now = now
+        self._steady = steady
 
     def claim_due(self, lease_s: float, exclude: Collection[str] = ()) -> Message | None:
         """Return the oldest due message to a target that is not in `exclude`. It is not due again for `lease_s` seconds."""
-        now = self._now()
+        now = self._steady()
         due = [OUTBOX.c.next_try_at <= now, OUTBOX.c.target.not_in(exclude)]
         with self._database.read_connection() as connection:
             message_id = connection.scalar(select(OUTBOX.c.id).where(*due).order_by(OUTBOX.c.seq).limit(1))
@@ -364,5 +378,5 @@ class Outbox:
     def postpone(self, message_id: str, seconds: float) -> None:
         """Count a failed attempt and make the message due again after `seconds`."""
         with self._database.transaction() as transaction:
-            later = {"tries": OUTBOX.c.tries + 1, "next_try_at": self._now() + seconds}
+            later = {"tries": OUTBOX.c.tries + 1, "next_try_at": self._steady() + seconds}
             transaction.connection.execute(update(OUTBOX).where(OUTBOX.c.id == message_id).values(**later))

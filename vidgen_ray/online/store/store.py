@@ -93,19 +93,24 @@ class JobStore:
         retention_s: float | None = None,
         targets: Callable[[str], Sequence[str]] = lambda tenant: (),
         now: Callable[[], float] = time.time,
+        steady: Callable[[], float] | None = None,
     ) -> None:
         """Open the store and create its tables if there are none.
 
         `retention_s` is how long finished jobs are kept, in seconds; `None` keeps them. `targets` returns the names of the
-        webhooks that receive messages about a tenant's jobs. `url` and errors are those of `Database`.
+        webhooks that receive messages about a tenant's jobs. `steady` is a clock for claims, which is never set. `url` and
+        errors are those of `Database`.
         """
         self._database = Database(url)
         self._now = now
+        # Seconds since 1970: those of an earlier process are compared with them.
+        offset = time.time() - time.monotonic()
+        steady = steady or (lambda: offset + time.monotonic())
         self.characters = Characters(self._database, now)
         self.uploads = UploadRecords(self._database, now)
-        self.outbox = Outbox(self._database, now)
+        self.outbox = Outbox(self._database, steady)
         self._rows = JobRows(targets, retention_s, now)
-        self.queue = JobLeases(self._database, self._rows, now)
+        self.queue = JobLeases(self._database, self._rows, now, steady)
 
     @property
     def engine(self) -> Engine:
