@@ -3,16 +3,19 @@
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.data
+from ray.util.annotations import RayDeprecationWarning
 
 from tests.fake_stages import FAKES, profile_of_fakes
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.data import build_processor
+from vidgen_ray.errors import UsageError
 from vidgen_ray.planner import parse_gpus
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -49,21 +52,36 @@ def test_rows_become_result_rows_between_other_steps(tiny, tmp_path):
     assert again["s0"] == "skipped"
 
 
-def test_leaving_the_loop_returns_the_gpus(tiny, tmp_path):
-    def free():
-        return ray.available_resources().get("GPU", 0)
+@pytest.mark.parametrize("way", ["iterator is deleted", "exception in the loop", "exception in a later step"])
+def test_leaving_the_results_returns_the_gpus(tiny, tmp_path, way):
+    def wait_for(free_gpus):
+        deadline = time.monotonic() + 60
+        while ray.available_resources().get("GPU", 0) != free_gpus:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)  # no notification is available
 
-    before = free()
-    assert before
-    rows = [{"id": f"s{n}", "prompt": "a"} for n in range(40)]
+    def leave(row=None):
+        wait_for(total - 1)
+        raise RuntimeError("left")
+
+    total = ray.cluster_resources()["GPU"]
+    # The first result is there at once, the second never.
+    dataset = ray.data.from_items([{"id": "wrong", "prompt": "a", "fps": 0}, {"id": "hangs", "prompt": "hang", "fps": 6}])
     options = RenderOptions(cluster=parse_gpus("1x80GB"), stages=FAKES)
-    for _ in build_processor(profile_of_fakes(tiny), tmp_path / "out", options=options)(ray.data.from_items(rows)).iter_rows():
-        assert free() == before - 1
-        break
-    deadline = time.monotonic() + 60
-    while free() != before:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)  # no notification is available
+    results = build_processor(profile_of_fakes(tiny), tmp_path / "out", options=options)(dataset)
+    # By default, Ray passes a block on when it has the next one.
+    rows = results.iter_batches(batch_size=None, prefetch_batches=0)
+    if way == "exception in a later step":
+        with pytest.raises(ray.exceptions.RayTaskError, match="left"):
+            results.map(leave).materialize()
+    elif way == "exception in the loop":
+        with pytest.raises(RuntimeError, match="left"):
+            list(map(leave, rows))
+    else:
+        next(iter(rows))
+        wait_for(total - 1)
+    del rows
+    wait_for(total)
 
 
 def test_wrong_rows_are_failed_results(tiny, tmp_path):
@@ -75,9 +93,8 @@ def test_wrong_rows_are_failed_results(tiny, tmp_path):
     assert rows["b"]["failure_message"].startswith("dataset, prompt: got nothing")
 
 
-def test_lost_task_is_refused_a_second_attempt_by_ray_without_the_option_to_run_once(tiny, tmp_path, monkeypatch):
-    """Ray 2.64 has no such option, and would repeat the task and skip as many results as the first attempt has returned."""
-    monkeypatch.setattr("vidgen_ray.data._once", dict)
+def test_lost_task_is_refused_a_second_attempt(tiny, tmp_path):
+    """Ray would repeat the task and skip as many results as the first attempt has returned."""
     lost = tmp_path / "lost"
 
     def lose_task(message):
@@ -90,3 +107,24 @@ def test_lost_task_is_refused_a_second_attempt_by_ray_without_the_option_to_run_
     with pytest.raises(ray.exceptions.RayError, match="was lost with its process"):
         processor(dataset).take_all()
     assert lost.exists()
+
+
+def test_results_have_blocks_of_several_rows_and_no_deprecated_arguments_of_ray(tiny, tmp_path):
+    dataset = ray.data.from_items([{"id": f"s{n}", "prompt": "a", "generate_video": False} for n in range(120)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RayDeprecationWarning)
+        options = RenderOptions(cluster=parse_gpus("1x80GB"), stages=FAKES)
+        processor = build_processor(profile_of_fakes(tiny), tmp_path / "out", options=options)
+        ids = [row["id"] for row in processor(dataset).map(lambda row: {"id": row["id"]}).iter_rows()]
+    assert sorted(ids) == sorted(f"s{n}" for n in range(120))
+    # All shots are skipped, so the results of a block are there at once.
+    samples = processor(dataset).map(lambda row: {"__key__": row["id"], "bin": Path(row["image"]).read_bytes()})
+    samples.write_webdataset(tmp_path / "tars")
+    assert 2 <= len(list((tmp_path / "tars").glob("*.tar"))) < 12
+
+
+def test_preserve_order_is_refused(tiny, tmp_path):
+    dataset = ray.data.from_items([{"prompt": "a"}])
+    dataset.context.execution_options.preserve_order = True
+    with pytest.raises(UsageError, match="preserve_order: got True, must be False"):
+        build_processor(tiny, tmp_path / "out")(dataset)

@@ -8,21 +8,30 @@ So rendering is one step of a Ray Data pipeline: a model may write the prompts b
 
 from __future__ import annotations
 
-import inspect
 import logging
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import pyarrow
 import ray
 from more_itertools import batched
 
-from vidgen_ray.batch.line_planner import BLOCK_LINES, LinePlanner, on_this_node, one_task_source, own_context, planned_rows
+from vidgen_ray.batch.line_planner import (
+    BLOCK_BYTES,
+    BLOCK_LINES,
+    LinePlanner,
+    on_this_node,
+    one_task_source,
+    own_context,
+    planned_rows,
+)
 from vidgen_ray.batch.render import render_lines
 from vidgen_ray.batch.results import RunListener
 from vidgen_ray.batch.run_options import RenderOptions
@@ -42,6 +51,18 @@ if TYPE_CHECKING:
 
 WATCH_INTERVAL_S = 2.0
 """Seconds between two looks for placement groups of executions that were left."""
+BLOCK_ROWS = 100
+"""Maximum number of results per block."""
+BLOCK_WAIT = 0.2
+"""Maximum time that a result waits for others of its block, as a share of the time since rendering started."""
+MAX_BLOCK_WAIT_S = 600.0
+PADDING = "padding"
+"""Column that makes Ray Data pass a block on at once."""
+PADDED_BYTES = 5 * BLOCK_BYTES // 4
+"""Ray Data collects rows until it has BLOCK_BYTES, and splits blocks of 1.5 times as many."""
+POLL_S = 1.0
+GRACE_S = 5.0
+"""Maximum seconds that shots in progress may take to finish if a later step fails. GPUs must be free within 10 s."""
 _log = logging.getLogger("vidgen_ray")
 
 Fields = dict[str, Any]
@@ -64,11 +85,14 @@ def build_processor(
     The columns of the input are the fields of a script line; `to_fields` maps a row with other columns to them. Nulls are
     missing fields, which come from `defaults`, then from the profile. `seed` is the run seed of shots without a seed.
 
-    The output has one row per shot, as soon as it has ended, with the columns of the manifest: `id`, `status` (done, failed or
-    skipped), `image`, `video`, `hd_video` (absolute paths or URLs), `seconds`, `failure_stage`, `failure_error`,
+    The output has one row per shot, in the order in which they end, with the columns of the manifest: `id`, `status` (done,
+    failed or skipped), `image`, `video`, `hd_video` (absolute paths or URLs), `seconds`, `failure_stage`, `failure_error`,
     `failure_message`, `metadata` (JSON) and others. A wrong row is a result whose status is failed. Finished shots are skipped,
     so the same pipeline resumes. `out` gets the files, the manifest and failures.jsonl, as `vidgen render` writes them. `name`
     stands for the script there.
+
+    Rows come in blocks of up to 100. A row waits for others of its block for at most a fifth of the time since rendering
+    started, and at most ten minutes.
 
     The data set is lazy. When it is executed, one task, on the node of this process, hosts the director. Its workers use the
     GPUs that are free when the first row arrives; to leave some for later steps, pass `RenderOptions(cluster=...)`. If the task
@@ -76,7 +100,7 @@ def build_processor(
     flow: leave enough for rendering. `on_message` gets messages for the user, such as what rendering waits for; it is called in
     the task, and pickled. Default: log them, and Ray prints them in this process.
 
-    Raises ProfileError for an unknown profile.
+    Raises ProfileError for an unknown profile. The function raises UsageError for a data set with `preserve_order`.
     """
     chosen = load_profile(profile) if isinstance(profile, str) else profile
     check_profile(chosen)
@@ -84,6 +108,7 @@ def build_processor(
         raise UsageError(f"name: got {name!r}, must be a name without slashes")
     outputs = OutputFolder(out)
     options = options or RenderOptions()
+    options = replace(options, grace_s=min(options.grace_s, GRACE_S))
     chosen = chosen.with_commits()
     checker = LineChecker(name, Path.cwd(), merged(chosen.defaults, defaults or {}), seed, policy=chosen.policy)
     planner = LinePlanner(
@@ -91,6 +116,11 @@ def build_processor(
     )
 
     def processor(dataset: Dataset) -> Dataset:
+        if dataset.context.execution_options.preserve_order:
+            raise UsageError(
+                "preserve_order: got True, must be False: results have the order in which shots end. "
+                "To sort them, pass the number of the row as a field of `metadata`"
+            )
         _watch_groups()
         lines = dataset.map_batches(
             _pickled_lines,
@@ -99,11 +129,13 @@ def build_processor(
             num_cpus=0,
             fn_kwargs={"name": name, "to_fields": to_fields},
         )
-        # One block per result, so that every result is passed on at once.
-        with own_context(block_bytes=1, ordered=False):
+        with own_context(ordered=False):
             listener = _MessageListener(on_message or _log.warning)
             source = one_task_source(partial(_render_rows, lines, planner, name, chosen, outputs, options, listener))
-            return ray.data.read_datasource(source, override_num_blocks=1, **_once(), **on_this_node())
+            padded = ray.data.read_datasource(source, override_num_blocks=1, **on_this_node())
+            # With a strategy of its own, so that Ray Data does not run it in the task before it.
+            own_tasks = ray.data.TaskPoolStrategy(size=1)
+            return padded.map_batches(_without_padding, batch_size=None, batch_format="pyarrow", num_cpus=0, compute=own_tasks)
 
     return processor
 
@@ -122,15 +154,6 @@ def _remove_leaked_groups() -> None:
     # Ray's head process may be restarting.
     except Exception:
         _log.debug("cannot look for placement groups, trying again", exc_info=True)
-
-
-def _once() -> Fields:
-    """Return the options of a task of Ray Data that runs once, if this version of Ray has them.
-
-    Ray 2.64 removes the argument. There, `_render_rows` refuses to run again.
-    """
-    supported = "ray_remote_args" in inspect.signature(ray.data.read_datasource).parameters
-    return {"ray_remote_args": {"max_retries": 0}} if supported else {}
 
 
 def _pickled_lines(block: pyarrow.Table, name: str, to_fields: Callable[[Fields], Fields] | None) -> pyarrow.Table:
@@ -175,13 +198,44 @@ def _render_rows(
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        while (row := rows.get()) is not None:
-            if isinstance(row, BaseException):
-                raise row
-            yield pyarrow.Table.from_pylist([_with_absolute_paths(row, outputs)], schema=SCHEMA)
+        for block in _blocks(rows):
+            table = pyarrow.Table.from_pylist([_with_absolute_paths(row, outputs) for row in block], schema=SCHEMA)
+            padding = [bytes(max(0, PADDED_BYTES - table.nbytes)), *[None] * (len(block) - 1)]
+            yield table.append_column(PADDING, pyarrow.array(padding, pyarrow.binary()))
     finally:
         stop.set()
         thread.join()
+
+
+def _blocks(rows: SimpleQueue[ManifestRow | BaseException | None]) -> Iterator[list[ManifestRow]]:
+    """Yield the rows before the `None` in blocks. Raises an exception that takes the place of a row."""
+    now = started = time.monotonic()
+    deadline = 0.0
+    block: list[ManifestRow] = []
+    while True:
+        if block and (now >= deadline or len(block) == BLOCK_ROWS):
+            yield block
+            block = []
+        try:
+            # When Ray cancels the task, it interrupts the thread only between two calls.
+            row = rows.get(timeout=min(POLL_S, deadline - now) if block else POLL_S)
+        except Empty:
+            now = time.monotonic()
+            continue
+        now = time.monotonic()
+        if row is None:
+            break
+        if isinstance(row, BaseException):
+            raise row
+        if not block:
+            deadline = now + min(BLOCK_WAIT * (now - started), MAX_BLOCK_WAIT_S)
+        block.append(row)
+    if block:
+        yield block
+
+
+def _without_padding(block: pyarrow.Table) -> pyarrow.Table:
+    return block.drop_columns(PADDING)
 
 
 def _with_absolute_paths(row: ManifestRow, outputs: OutputFolder) -> Fields:
