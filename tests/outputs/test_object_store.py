@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from vidgen_ray.outputs import object_storage
 from vidgen_ray.outputs.cleanup import collect_garbage
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
-from vidgen_ray.outputs.object_storage import MARKER
+from vidgen_ray.outputs.object_storage import MARKER, ObjectStorage
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.report.gallery_page import write_gallery
@@ -87,7 +88,9 @@ def test_commit_killed_between_uploads_leaves_the_shot_unfinished(url, outputs, 
     plan = plan_of("x")
     code = f"""
 import os, pickle, sys
+from vidgen_ray.outputs import object_storage
 from vidgen_ray.outputs.object_storage import ObjectStorage
+object_storage.MAX_UPLOADS = 1
 outputs, plan = pickle.load(sys.stdin.buffer)
 outputs.prepare()
 upload, uploaded = ObjectStorage._upload, []
@@ -115,6 +118,28 @@ with outputs.draft(plan) as draft:
     record = commit(outputs, plan, ("hd.mp4", "image.png"))
     assert outputs.find_finished(plan).record() == record
     assert set(outputs.storage.files(shot_path("x"))) == {"hd.mp4", "image.png", "shot.json"}
+
+
+def test_commit_of_a_new_shot_waits_for_three_requests(outputs, plan_of, monkeypatch):
+    """The listing of its folder, the uploads, which run at once, and the record."""
+    outputs.prepare()
+    requests, files = [], ("image.png", "video.mp4", "hd.mp4")
+    together = threading.Barrier(len(files) + 1, timeout=60)
+    upload, listing = ObjectStorage._upload, ObjectStorage._listing
+
+    def recorded_upload(self, file, path):
+        requests.append(path)
+        if not path.endswith("shot.json"):
+            together.wait()
+        upload(self, file, path)
+
+    monkeypatch.setattr(ObjectStorage, "_upload", recorded_upload)
+    monkeypatch.setattr(ObjectStorage, "_listing", lambda self, folder: requests.append("list") or listing(self, folder))
+    monkeypatch.setattr(ObjectStorage, "delete", lambda *_: pytest.fail("nothing is there"))
+    commit(outputs, plan_of("x"), files)
+    assert requests[0] == "list"
+    assert requests[-1].endswith("shot.json")
+    assert len(requests) == 1 + len(files) + 2
 
 
 def test_manifest_and_failures_of_several_runs_are_merged(url, outputs):

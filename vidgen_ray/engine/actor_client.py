@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import ray
@@ -75,16 +76,17 @@ class _Call:
     limit: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
 
     def start(self) -> None:
-        """Start the timeout: the call is the first in the queue."""
+        """Start the timeout: no longer are all places taken by earlier calls."""
         if self.limit.when() is None:
             self.limit.reschedule(asyncio.get_running_loop().time() + self.timeout_s)
 
 
 class ActorClient:
-    """Client of one actor. Calls run one after another, in order. Use it inside an event loop."""
+    """Client of one actor. `parallel` calls run at once, in order. Use it inside an event loop."""
 
-    def __init__(self, actor: Any, name: str) -> None:
+    def __init__(self, actor: Any, name: str, parallel: int = 1) -> None:
         self._actor = actor
+        self._parallel = parallel
         self.name = name
         self.place: ActorPlace | None = None
         self._killed_place: ActorPlace | None = None
@@ -203,15 +205,18 @@ class ActorClient:
             raise ActorCallFailed("TimedOut", message, Kind.ERROR, self.location) from None
         finally:
             self._calls.remove(call)
-            if self._calls:
-                self._calls[0].start()
+            self._start_timeouts()
         return (result, *rest) if rest else result
+
+    def _start_timeouts(self) -> None:
+        for call in islice(self._calls, self._parallel):
+            call.start()
 
     async def _response(self, call: _Call, response: asyncio.Future[Any]) -> Any:
         """Return the result of a call. Raises TimeoutError."""
         try:
             async with call.limit:
-                self._calls[0].start()
+                self._start_timeouts()
                 return await asyncio.shield(response)
         except TimeoutError:
             ended = call.limit.when()

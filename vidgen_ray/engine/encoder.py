@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import ray
@@ -14,10 +17,15 @@ from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.worker import CONTROL, ActorPlace, activity_of_process, place_of_process
+from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.safety import safety_of
 from vidgen_ray.stages.base import Artefacts, Item
 
+STORE_COMMITS = 4
+"""Calls that an encoder runs at once if the outputs are in an object store."""
+CANCELLED_SESSIONS = 64
+"""Last cancelled sessions that are remembered. A call of such a session that was sent earlier may start later."""
 ENCODER_NICENESS = 10
 """Added to the niceness of encoders. Encoding can wait, but a GPU is idle while its process waits for a CPU core."""
 
@@ -34,8 +42,10 @@ class Encoder:
         self._open: dict[int, ShotFiles] = {}
         self._first_call = 0
         """Sessions with lower numbers are of an earlier director, which has crashed."""
-        self._files_lock = threading.Lock()
-        """Held while files are written or deleted."""
+        self._busy: set[int] = set()
+        """Sessions whose files are being written or deleted."""
+        self._changed = threading.Condition()
+        self._cancelled: deque[int] = deque(maxlen=CANCELLED_SESSIONS)
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def place(self) -> ActorPlace:
@@ -47,16 +57,28 @@ class Encoder:
 
         Deletes the unfinished files of an earlier one, which has crashed. Ends the process if a call of that one hangs.
         """
-        if first_call == self._first_call:
-            return
-        if not self._files_lock.acquire(timeout=self.stale_call_s):
-            os._exit(1)
-        try:
+        with self._changed:
             self._first_call = first_call
-            for session in list(self._open):
+            if not self._changed.wait_for(lambda: not any(map(self._is_stale, self._busy)), self.stale_call_s):
+                os._exit(1)
+            for session in filter(self._is_stale, list(self._open)):
                 self._delete(session)
+
+    def _is_stale(self, session: int) -> bool:
+        return session < self._first_call
+
+    @contextmanager
+    def _call(self, session: int) -> Iterator[None]:
+        """Wait until no other call works for the session, and do so during the block."""
+        with self._changed:
+            self._changed.wait_for(lambda: session not in self._busy)
+            self._busy.add(session)
+        try:
+            yield
         finally:
-            self._files_lock.release()
+            with self._changed:
+                self._busy.remove(session)
+                self._changed.notify_all()
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def activity(self) -> float:
@@ -68,8 +90,8 @@ class Encoder:
 
     def begin(self, session: int, plan: ShotPlan, artefacts: Artefacts) -> CallResult:
         """Start a shot: write the image and the original clip."""
-        with self._files_lock:
-            if session < self._first_call:
+        with self._call(session):
+            if self._is_stale(session) or session in self._cancelled:
                 return CallResult(session_lost=True)
             try:
                 config, item = self._config, Item(plan.shot, artefacts)
@@ -89,7 +111,7 @@ class Encoder:
 
     def add(self, session: int, chunk: Artefacts) -> CallResult:
         """Encode the next chunk of the clips made by chunked stages."""
-        with self._files_lock:
+        with self._call(session):
             if session not in self._open:
                 return CallResult(session_lost=True)
             try:
@@ -102,7 +124,7 @@ class Encoder:
         self, session: int, records: tuple[StepRecord, ...], last_chunk: Artefacts | None
     ) -> tuple[CallResult, ShotRecord | None]:
         """Encode the last chunk, if the clip comes in chunks, then finish the files and commit the shot."""
-        with self._files_lock:
+        with self._call(session):
             if session not in self._open:
                 return CallResult(session_lost=True), None
             files = self._open[session]
@@ -132,7 +154,8 @@ class Encoder:
 
     def cancel(self, session: int) -> None:
         """Delete the files of a shot that is not committed."""
-        with self._files_lock:
+        with self._call(session):
+            self._cancelled.append(session)
             self._delete(session)
 
     def _delete(self, session: int) -> None:
@@ -141,6 +164,11 @@ class Encoder:
             files.close()
 
 
-def encoder_class() -> Any:
+def parallel_commits(outputs: OutputFolder) -> int:
+    """Return how many calls an encoder runs at once: on a disk it waits for its CPU, in an object store for responses."""
+    return 1 if outputs.storage.local is not None else STORE_COMMITS
+
+
+def encoder_class(parallel: int = 1) -> Any:
     """Return the Ray actor class of encoders. Ray restarts a crashed process; its caller decides about retries."""
-    return ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={CONTROL: 1})(Encoder)
+    return ray.remote(max_restarts=-1, max_task_retries=0, max_concurrency=parallel, concurrency_groups={CONTROL: 1})(Encoder)

@@ -15,8 +15,9 @@ import ray
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorClient
-from vidgen_ray.engine.calls import MAX_CHUNKS_AHEAD, chunk_frames_of, chunk_result_bytes
+from vidgen_ray.engine.calls import ENCODER, MAX_CHUNKS_AHEAD, chunk_frames_of, chunk_result_bytes
 from vidgen_ray.engine.config import EngineConfig
+from vidgen_ray.engine.encoder import parallel_commits
 from vidgen_ray.engine.fleet import Fleet, MoreSlots
 from vidgen_ray.engine.shot_runner import CHUNK_BYTES, ShotRunner
 from vidgen_ray.engine.status import EngineObserver, Snapshot
@@ -131,6 +132,7 @@ class Engine:
         """
         chunk_frames = chunk_frames_of(config.profile, [config.stages[stage] for stage in layout.stages])
         self._layout = layout
+        self._parallel_commits = parallel_commits(config.outputs)
         self._workers = WorkerPool(config, layout, observer, storage)
         self._runner = ShotRunner(config, self._workers, chunk_frames, observer)
         self._fleet = Fleet(config, self, more_slots)
@@ -208,7 +210,7 @@ class Engine:
 
     def worker_started(self, name: str, spec: WorkerSpec, actor: Any) -> None:
         """Use a worker or an encoder. Calls of an earlier engine are stopped."""
-        client = ActorClient(actor, name)
+        client = ActorClient(actor, name, self._parallel_commits if spec == ENCODER else 1)
         client.send("attach", self._workers.first_call)
         self._workers.add(spec, client)
         self._resize_window()

@@ -142,7 +142,9 @@ async def run_with_retries(
                 if await storage_is_cause(failure):
                     continue
                 failure.kind = Kind.ERROR
-            failed.append(failure)
+            # The frames of its call would stay in the object store until the last attempt.
+            failed.append(failure.with_traceback(None))
+            failure.__context__ = failure.__cause__ = None
             observer.step_failed(failure.failure.stage, failure.failure.error)
             if failure.kind is Kind.ERROR:
                 # Several processes with one error: the shot seems to be the cause, until another one renders it.

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache, cached_property
@@ -41,6 +42,8 @@ READ_TIMEOUT = "60s"
 """Time without a byte after which a request fails."""
 LEASE_READ_TIMEOUT = "10s"
 """Shorter, so that a lease can be refreshed again before it counts as lost."""
+MAX_UPLOADS = 4
+"""Files of a shot that are uploaded at once."""
 MAX_RETRIES, RETRY_TIMEOUT = 4, timedelta(minutes=2)
 CREDENTIAL_OPTIONS = {"access_key_id", "skip_signature"}
 """Options of an S3 store, one of which says how requests are signed. In the environment, their names start with `AWS_`."""
@@ -192,15 +195,15 @@ class ObjectStorage(Storage):
         finally:
             shutil.rmtree(workspace, ignore_errors=True)
 
-    def publish(self, workspace: Path, folder: str, names: Sequence[str]) -> None:
-        for name in names:
-            self._upload(workspace / name, f"{folder}/{name}")
+    def publish(self, workspace: Path, paths: Mapping[str, str]) -> None:
+        with ThreadPoolExecutor(MAX_UPLOADS) as uploads:
+            list(uploads.map(lambda name: self._upload(workspace / name, paths[name]), paths))
 
     def publish_folder(self, workspace: Path, folder: str) -> None:
         if self.has_folder(folder):
             return
         names = sorted(file.name for file in workspace.iterdir())
-        self.publish(workspace, folder, names)
+        self.publish(workspace, {name: f"{folder}/{name}" for name in names})
         self.write(f"{folder}/{MARKER}", "\n".join(names))
 
     def has_folder(self, folder: str) -> bool:

@@ -88,8 +88,8 @@ class Storage(ABC):
         """Yield a temporary local folder for files to be published in `parent`. It is deleted at the end of the block."""
 
     @abstractmethod
-    def publish(self, workspace: Path, folder: str, names: Sequence[str]) -> None:
-        """Move finished files from a workspace to `folder`, one after another. Each appears atomically."""
+    def publish(self, workspace: Path, paths: Mapping[str, str]) -> None:
+        """Move finished files from a workspace to their paths, in any order. Each appears atomically. `paths`: by name."""
 
     @abstractmethod
     def publish_folder(self, workspace: Path, folder: str) -> None:
@@ -217,12 +217,12 @@ class LocalStorage(Storage):
         finally:
             shutil.rmtree(workspace, ignore_errors=True)
 
-    def publish(self, workspace: Path, folder: str, names: Sequence[str]) -> None:
-        target = self.local / folder
-        target.mkdir(parents=True, exist_ok=True)
-        for name in names:
+    def publish(self, workspace: Path, paths: Mapping[str, str]) -> None:
+        for name, path in paths.items():
+            target = self.local / path
+            target.parent.mkdir(parents=True, exist_ok=True)
             files.flush_to_disk(workspace / name)
-            os.replace(workspace / name, target / name)
+            os.replace(workspace / name, target)
 
     def publish_folder(self, workspace: Path, folder: str) -> None:
         target = self.local / folder
