@@ -266,16 +266,12 @@ class _LeaseObject:
             if stored is None:
                 version = self._storage.create(self.name, content)
             else:
-                _wait_until_expired(self._storage, self.name, stored.content, self._stored_version)
+                _wait_until_expired(self._storage, self.name, stored.content, partial(self._storage.read_version, self.name))
                 version = self._storage.replace(self.name, content, stored.version)
             version = version or self._version_if_ours()
             if version:
                 return version
         raise SetupError(f"output folder {self._storage.url}: other runs are starting in it; try again")
-
-    def _stored_version(self) -> UpdateVersion | None:
-        stored = self._storage.read_version(self.name)
-        return stored.version if stored else None
 
     def _version_if_ours(self) -> UpdateVersion | None:
         stored = self._storage.read_version(self.name)
