@@ -118,9 +118,7 @@ class TestFinishedShots:
     def test_commit_without_its_record_is_not_found_by_key(self, outputs, plan_of, monkeypatch):
         plan = plan_of("mine")
         publish = type(outputs.storage).publish
-        monkeypatch.setattr(
-            type(outputs.storage), "publish", lambda *args: None if "shot.json" in args[-1] else publish(*args)
-        )
+        monkeypatch.setattr(type(outputs.storage), "publish", lambda *args: None if "shot.json" in args[-1] else publish(*args))
         commit(outputs, plan)
         assert outputs.find_by_key(plan.key) is None
         monkeypatch.undo()
