@@ -54,7 +54,8 @@ def pytest_collection_modifyitems(items):
     """Let one process run all tests of a file, one all tests of `local_ray`, and one those of `local_serve`."""
     for item in items:
         shared = [name for name in ("local_serve", "local_ray") if name in item.fixturenames]
-        item.add_marker(pytest.mark.xdist_group([*shared, str(item.path)][0]))
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group([*shared, str(item.path)][0]))
 
 
 class LocalRay:

@@ -1,0 +1,268 @@
+"""Rules for the history of simulated runs. They know the script, the faults and the calls, but nothing of the director's state.
+
+`check` returns the broken rules, each with its name. docs/reliability.md says what is not promised.
+"""
+
+import re
+from collections import Counter, defaultdict
+
+from tests.chaos.model import SECONDS
+from vidgen_ray.engine.calls import OUTPUT
+from vidgen_ray.engine.engine import OBJECT_STORE_SHARE, object_store_bytes
+from vidgen_ray.engine.retries import ATTEMPTS
+from vidgen_ray.errors import SetupError
+
+FATAL = ("poison", "refused", "unlike")
+"""First words of the prompts of shots that must fail."""
+STALL_S = 2400.0
+"""Longest time without a call while lines are left, outages of the storage and stopped drivers not counted."""
+CHUNK_BYTES = 1 << 20
+LEASE_POLL_S = 3.0
+"""Seconds in which a director notices that its lease was deleted."""
+REASONS = {
+    "lost its lease": {"lease_lost", "driver_stop", "storage over"},
+    "no file could be written": {"storage_long"},
+    "does not fit|no GPU": {"node", "drain", "partition"},
+    "of the last .* failed": {"sick", "poison", "crash", "hang", "error"},
+    "": {"node", "drain", "partition", "crash_load", "hang_load", "sick", "kill", "freeze"},
+}
+"""Text of the error that ends a run -> faults of which one must have happened. The first that matches counts."""
+
+
+def check(world):
+    """Return the broken rules as `(rule, what happened)`."""
+    history = History(world)
+    return [(rule.__name__.removeprefix("check_"), text) for rule in RULES for text in rule(world, history)]
+
+
+class History:
+    """Events of a world, by what the rules ask."""
+
+    def __init__(self, world):
+        self.runs, self.rows, self.faults, self.commits = {}, defaultdict(list), [], defaultdict(list)
+        self.sent, self.answers, self.work = {}, {}, []
+        self.own_faults = defaultdict(set)
+        """Call -> kinds of faults that hit it."""
+        self.outages = []
+        """Begin and end of the outages of the storage."""
+        self.discarded = set()
+        for event in world.history:
+            fields = event.fields
+            match event.kind:
+                case "run":
+                    self.runs[fields["number"]] = event.at
+                case "row":
+                    self.rows[int(fields["run"].removeprefix("run-"))].append(event)
+                case "discard":
+                    self.discarded.add(int(fields["run"].removeprefix("run-")))
+                case "fault":
+                    self.faults.append(event)
+                    for number in fields["calls"] if fields["own"] else ():
+                        self.own_faults[number].add(fields["fault"])
+                case "commit":
+                    self.commits[fields["shot"]].append(event)
+                case "send":
+                    self.sent[fields["call"].number] = event
+                case "answer":
+                    self.answers[fields["call"].number] = event
+                case "work":
+                    self.work.append(event)
+        self.final = max(self.runs)
+        self.shots = {plan.shot.id: plan for _, plan in world.script}
+
+    def lease_ends(self, driver):
+        """Return when a director lost its lease."""
+        lost = [event.at for event in self.faults if event.fields["fault"] == "lease_lost" and event.fields["driver"] == driver]
+        return min([*lost, self.runs.get(driver + 1, float("inf"))])
+
+    def own(self, shot, run):
+        """Return the number of calls of a shot in a run that a fault has hit."""
+        return sum(
+            bool(self.own_faults[number])
+            for number, event in self.sent.items()
+            if event.fields["call"].shot == shot and event.fields["call"].driver.number == run
+        )
+
+    def flaw(self, shot):
+        return self.shots[shot].shot.prompt.split()[0]
+
+
+def check_ends(world, history):
+    """A run ends, and the same command finishes the rest."""
+    last = world.drivers[-1]
+    if not last.completed:
+        yield f"run {last.number} did not complete: error {last.error!r}, {last.left} left, ended {last.ended}"
+
+
+def check_stopped(world, history):
+    """A run stops only for a cause."""
+    for driver in world.drivers:
+        if driver.error is None or isinstance(driver.error, KeyboardInterrupt):
+            continue
+        if not isinstance(driver.error, SetupError):
+            yield f"run {driver.number}: {driver.error!r}"
+            continue
+        faults = {event.fields["fault"] for event in history.faults} | {history.flaw(shot) for shot in history.shots}
+        causes = next(causes for text, causes in REASONS.items() if re.search(text, str(driver.error)))
+        if not causes & faults:
+            yield f"run {driver.number} stopped without a cause: {driver.error}"
+
+
+def check_one_row(world, history):
+    """Each line has exactly one result in a run that completes, and at most one in another."""
+    for driver in world.drivers:
+        rows = Counter(event.fields["line"] for event in history.rows[driver.number])
+        for line, _ in world.script:
+            if rows[line.number] > 1 or (driver.completed and rows[line.number] != 1):
+                yield f"run {driver.number}: line {line.number} has {rows[line.number]} rows"
+
+
+def check_committed(world, history):
+    """A line that is done has files."""
+    for number, rows in history.rows.items():
+        for event in rows:
+            made = [commit for commit in history.commits[event.fields["shot"]] if commit.at <= event.at]
+            if event.fields["status"] != "failed" and not made:
+                yield f"run {number}: {event.fields['shot']} is {event.fields['status']} without files"
+
+
+def check_commit_once(world, history):
+    """A shot is not committed again once its director knows, or its run has found, that it is."""
+    for shot, commits in history.commits.items():
+        for n, second in enumerate(commits):
+            sent, driver = history.sent[second.fields["call"].number].at, second.fields["call"].driver
+            for first in commits[:n]:
+                answer = history.answers.get(first.fields["call"].number)
+                known = answer is not None and answer.fields["error"] is None and answer.at < sent
+                if (known and first.fields["call"].driver is driver) or first.at < history.runs[driver.number]:
+                    yield f"{shot} was committed at {first.at:.0f} s and again at {second.at:.0f} s"
+
+
+def check_content(world, history):
+    """What is committed is the result of its key, and of the first try that is good enough."""
+    for shot, commits in history.commits.items():
+        tries = [history.shots[shot], *history.shots[shot].again]
+        minimum = tries[0].shot.min_identity
+        good = next((each.number for each in tries if minimum is None or world.likeness(each.shot) >= minimum), None)
+        for event in commits:
+            if event.fields["wrong"] or event.fields["number"] != good:
+                yield f"{shot}: wrong {event.fields['wrong']}, try {event.fields['number']} instead of {good}"
+
+
+def check_lease(world, history):
+    """A director sends no commit, and keeps no row, after it has lost its lease."""
+    for driver in world.drivers:
+        lost = history.lease_ends(driver.number)
+        for event in history.sent.values():
+            call = event.fields["call"]
+            if call.driver is driver and call.method in ("commit", "write") and event.at > lost + LEASE_POLL_S:
+                yield f"run {driver.number} sent a commit of {call.shot} {event.at - lost:.1f} s after it lost its lease"
+        late = [event for event in history.rows[driver.number] if event.at > lost + LEASE_POLL_S]
+        if late and driver.number not in history.discarded:
+            yield f"run {driver.number} kept {len(late)} rows after it lost its lease"
+
+
+def check_order(world, history):
+    """Chunks arrive in order."""
+    for event in world.history:
+        if event.kind == "disorder":
+            yield f"{event.fields['shot']}: frames {event.fields['frames']} instead of {event.fields['expected']}"
+
+
+def check_window(world, history):
+    """Raw frames in the object store stay within the window."""
+    largest = max(object_store_bytes(plan.shot, CHUNK_BYTES) for plan in history.shots.values())
+    limit = max(OBJECT_STORE_SHARE * world.store_bytes, largest) + largest
+    for driver in world.drivers:
+        if driver.peak_bytes > limit:
+            yield f"run {driver.number}: {driver.peak_bytes / 1e6:.1f} MB of objects, the limit is {limit / 1e6:.1f} MB"
+
+
+def check_fine(world, history):
+    """A fine shot fails only after faults in ATTEMPTS of its own attempts, or if no healthy worker is left."""
+    for driver in world.drivers:
+        for event in history.rows[driver.number] if driver.completed else ():
+            shot = event.fields["shot"]
+            if event.fields["status"] != "failed" or history.flaw(shot) in FATAL or not event.fields["healthy"]:
+                continue
+            if history.flaw(shot) == "too_large" and not event.fields["large"]:
+                continue
+            plan = history.shots[shot]
+            if plan.shot.min_identity is not None and not any(world.likeness(each.shot) >= 0.5 for each in (plan, *plan.again)):
+                continue
+            if (hits := history.own(shot, driver.number)) < ATTEMPTS:
+                yield f"run {driver.number}: {shot} failed after {hits} faults of its own: {event.fields['error']}"
+
+
+def check_wrong_lines_fail(world, history):
+    """A shot that crashes every worker, or that every worker refuses, is not done."""
+    for rows in history.rows.values():
+        for event in rows:
+            if event.fields["status"] != "failed" and history.flaw(event.fields["shot"]) in FATAL:
+                yield f"{event.fields['shot']} is {event.fields['status']}: {history.shots[event.fields['shot']].shot.prompt}"
+
+
+def check_rework(world, history):
+    """Work that is done again is at most that of the shots that a fault could hit."""
+    seconds, done = 0.0, set()
+    for event in history.work:
+        unit = event.fields["call"].unit
+        if OUTPUT not in unit[1]:
+            seconds += event.fields["seconds"] if unit in done else 0.0
+            done.add(unit)
+    allowed = sum(len(event.fields["shots"]) for event in history.faults) * 2 * sum(SECONDS.values())
+    # At the end of each run, the slowest calls run a second time.
+    allowed += len(world.drivers) * sum(len(node.gpus) for node in world.nodes) * SECONDS["svd"]
+    if seconds > allowed:
+        yield f"{seconds:.0f} GPU seconds were done again, {allowed:.0f} are explained by faults"
+
+
+def check_stall(world, history):
+    """While lines are left, calls are sent."""
+    for driver in world.drivers:
+        busy = [history.runs[driver.number]]
+        busy += [event.at for event in history.sent.values() if event.fields["call"].driver is driver]
+        busy += [event.at for event in history.rows[driver.number]]
+        busy += [event.at for event in history.faults if event.fields["fault"].startswith(("storage", "disk", "driver"))]
+        for first, second in zip(sorted(busy), sorted(busy)[1:], strict=False):
+            if second - first > STALL_S:
+                yield f"run {driver.number}: no call between {first:.0f} and {second:.0f} s"
+
+
+def check_errors(world, history):
+    """Methods of actors raise nothing."""
+    for event in world.history:
+        if event.kind == "raised":
+            yield f"{event.fields['call'].method}: {event.fields['error']}"
+
+
+RULES = [
+    check_ends,
+    check_stopped,
+    check_one_row,
+    check_committed,
+    check_commit_once,
+    check_content,
+    check_lease,
+    check_order,
+    check_window,
+    check_fine,
+    check_wrong_lines_fail,
+    check_rework,
+    check_stall,
+    check_errors,
+]
+
+
+def printed(world):
+    """Return the history as text, one event a line."""
+    lines = []
+    for event in world.history:
+        fields = {name: value for name, value in event.fields.items() if name != "process"}
+        call = fields.pop("call", None)
+        where = (
+            "" if call is None else f"{call.number} {call.method} {call.shot or ''} {call.unit[1:] if call.is_work else ''} "
+        )
+        where += "" if call is None or call.process is None else f"by {call.process.pid} on {call.process.life} "
+        lines.append(f"{event.at:9.2f} {event.kind} {where}{fields or ''}"[:400])
+    return "\n".join(lines)

@@ -1,0 +1,509 @@
+"""Ray in one thread and simulated time: event loops, nodes, actors with their processes, object references and a fleet.
+
+An actor holds a real `Worker` or `Encoder`. A driver has an event loop of its own, so that it can be stopped or killed.
+"""
+
+import asyncio
+import math
+from collections import defaultdict
+from contextlib import suppress
+from itertools import count
+from types import SimpleNamespace
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
+
+from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine import fleet
+from vidgen_ray.engine.calls import ENCODER, OUTPUT
+from vidgen_ray.engine.encoder import Encoder
+from vidgen_ray.engine.ray_cluster import LiveCluster
+from vidgen_ray.engine.worker import ActorPlace, Worker
+from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.planner.cluster import Cluster
+from vidgen_ray.planner.cluster import Node as PlannedNode
+
+NODE_TIMEOUT_S = 30.0
+"""Seconds of silence after which Ray declares a node dead."""
+
+
+class Clock:
+    now = 1000.0
+
+
+class Loop(asyncio.BaseEventLoop):
+    """Event loop of one simulated process. Several share a clock."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        super().__init__()
+        self._selector = self
+        self._clock_resolution = 1e-9
+        self.frozen_until = 0.0
+        self.set_exception_handler(lambda *_: None)
+
+    def time(self):
+        return self.clock.now
+
+    def select(self, timeout):
+        return ()
+
+    def _process_events(self, events):
+        pass
+
+    def _write_to_self(self):
+        pass
+
+    def next_time(self):
+        """Return the time of the next callback."""
+        if self._ready:
+            return max(self.clock.now, self.frozen_until)
+        return max(self._scheduled[0]._when, self.frozen_until) if self._scheduled else math.inf
+
+    def step(self):
+        """Run the callbacks that are due."""
+        asyncio._set_running_loop(self)
+        try:
+            self._run_once()
+        except KeyboardInterrupt:
+            # Also the exception of the task that raised it.
+            pass
+        finally:
+            asyncio._set_running_loop(None)
+
+    def discard(self):
+        """End all tasks, as if the process was killed: what their `finally` blocks do has no effect."""
+        asyncio._set_running_loop(self)
+        while tasks := asyncio.all_tasks(self):
+            for task in tasks:
+                task._log_destroy_pending = False
+                with suppress(BaseException):
+                    task.get_coro().close()
+                asyncio._unregister_task(task)
+        asyncio._set_running_loop(None)
+        self._ready.clear()
+        self._scheduled.clear()
+        self.close()
+
+
+class Ref:
+    """Reference of an object, or of a result that is not there yet."""
+
+    def __init__(self, driver):
+        self.driver = driver
+        self.done, self.value, self.error, self.size = False, None, None, 0
+        self.home = None
+        """Node life that holds the object. `None` for a small one, which the driver has."""
+        self._waiting = []
+
+    def future(self):
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        if self.done:
+            self._wake()
+        return future
+
+    def __await__(self):
+        return self.future().__await__()
+
+    def resolve(self, value, error):
+        """Set the result. Only the first one counts. Runs in the loop of the driver."""
+        if not self.done:
+            self.done, self.value, self.error = True, value, error
+            self._wake()
+
+    def _wake(self):
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                if self.error is not None:
+                    future.set_exception(self.error)
+                    future.exception()
+                else:
+                    future.set_result(self.value)
+
+    def __del__(self):
+        self.driver.stored_bytes -= self.size
+
+
+class Call:
+    """One request to an actor."""
+
+    def __init__(self, number, actor, driver, method, args, refs):
+        self.number, self.actor, self.driver, self.method, self.args, self.refs = number, actor, driver, method, args, refs
+        self.process, self.fault = None, None
+        plan = next((arg for arg in args if isinstance(arg, ShotPlan)), None)
+        if actor.kind is Encoder and args:
+            plan = actor.sessions.setdefault(args[0], plan) if plan else actor.sessions.get(args[0])
+        self.plan = plan
+        self.shot = plan.shot.id if plan else None
+        lists = [arg for arg in args if isinstance(arg, tuple)]
+        self.stages = tuple(name for names in lists for name in names if isinstance(name, str) and name in STAGE_BY_NAME)
+        if actor.kind is Encoder and method in ("begin", "add", "commit", "write"):
+            self.stages = (OUTPUT,)
+        chunk = next((arg for arg in args if isinstance(arg, slice)), None)
+        self.unit = (plan and (plan.key, plan.number), self.stages, chunk and chunk.start)
+        self.is_work = bool(plan and self.stages)
+
+
+class Node:
+    def __init__(self, name, gpus):
+        self.name, self.life, self.up, self.draining, self.partition_until = name, 0, True, False, 0.0
+        self.known_lost = False
+        self.gpus = [Gpu(self, gb) for gb in gpus]
+
+    @property
+    def id(self):
+        return f"{self.name}-{self.life}"
+
+    @property
+    def usable(self):
+        return self.up and not self.draining
+
+
+class Gpu:
+    def __init__(self, node, gb):
+        self.node, self.gb, self.holder, self.sick = node, gb, None, None
+
+
+class Process:
+    """Process of an actor. Runs one call at a time, and those of the control group beside it."""
+
+    def __init__(self, actor, node):
+        self.actor, self.world, self.node, self.life = actor, actor.world, node, node.id
+        self.pid = next(self.world.pids)
+        self.alive, self.lost, self.instance, self.frozen_until = True, False, None, 0.0
+        self.started = asyncio.Event()
+        self.calls = {}
+        """Pending call -> its task."""
+        self.turn = asyncio.Lock()
+        self.loaded = False
+        self.world.processes.append(self)
+        self.task = self.world.spawn(self._start())
+
+    async def _start(self):
+        await asyncio.sleep(self.world.rng.uniform(1, 3))
+        self.instance = self.actor.kind(*self.actor.args)
+        self.started.set()
+
+    async def run(self, call):
+        """Run a call that has arrived, and return its result."""
+        await self.started.wait()
+        if getattr(getattr(self.actor.kind, call.method), "__ray_concurrency_group__", None) is not None:
+            await self._thaw()
+            return self._invoke(call, call.args)
+        async with self.turn:
+            await self._thaw()
+            return await self._execute(call)
+
+    async def _thaw(self):
+        while self.frozen_until > self.world.now:
+            await asyncio.sleep(self.frozen_until - self.world.now)
+
+    async def _execute(self, call):
+        world = self.world
+        if not call.refs:
+            # Its node was declared dead meanwhile.
+            await asyncio.Event().wait()
+        seconds = world.seconds(call)
+        args = [await self._fetch(arg, call) if isinstance(arg, Ref) else arg for arg in call.args]
+        kind = world.draw_fault(call)
+        if call.is_work:
+            world.log("start", call=call, process=self)
+        if kind == "slow":
+            seconds *= world.rng.uniform(5, 20)
+        if kind in ("hang", "hang_load"):
+            await asyncio.sleep(seconds / 2)
+            await asyncio.Event().wait()
+        if kind in ("crash", "crash_load"):
+            await asyncio.sleep(seconds / 2)
+            self.die()
+            await asyncio.Event().wait()
+        if self.actor.kind is Encoder:
+            await world.storage.respond()
+        await asyncio.sleep(seconds)
+        await self._thaw()
+        value = self._invoke(call, args)
+        self.loaded = self.loaded or call.method == "load"
+        if call.is_work:
+            world.worked(call, self, seconds, value)
+        if kind == "duplicate":
+            world.spawn(self._again(call, args))
+        return world.exchanged(call, value) if kind == "foreign" else value
+
+    async def _again(self, call, args):
+        """Run a call a second time. Nobody gets the result."""
+        await asyncio.sleep(self.world.rng.uniform(0, 60))
+        if self.alive:
+            self._invoke(call, args)
+
+    async def _fetch(self, ref, call):
+        if ref.error is not None or ref.home is None:
+            return ref.value
+        await self.world.network(self.node)
+        node, life = ref.home
+        if node is not self.node:
+            await self.world.network(node)
+        while node.id == life and not node.up:
+            await asyncio.sleep(1.0)
+        if node.id != life or ref.value is None:
+            await asyncio.sleep(self.world.rng.uniform(0, 2))
+            self.world.fault("inputs", [call], own=False)
+            raise lost_object(self.world.rng)
+        return ref.value
+
+    def _invoke(self, call, args):
+        """Run the real method, in no time."""
+        self.world.begin(call, self)
+        try:
+            return getattr(self.instance, call.method)(*args)
+        finally:
+            self.world.end()
+
+    def die(self, notice_s=None, *, preempted=False):
+        """End the process. Its driver learns it after `notice_s` seconds."""
+        if not self.alive:
+            return
+        self.alive = False
+        self.task.cancel()
+        for task in self.calls.values():
+            task.cancel()
+        self.world.spawn(self._notice(self.world.rng.uniform(0.05, 2) if notice_s is None else notice_s, preempted))
+
+    async def _notice(self, seconds, preempted):
+        await asyncio.sleep(seconds)
+        self.report_lost(preempted=preempted)
+
+    def report_lost(self, *, preempted=False):
+        """Let Ray fail the pending calls of the process and restart the actor. The process itself may go on."""
+        if self.lost:
+            return
+        self.lost = True
+        calls, self.calls = self.calls, {}
+        for call in calls:
+            error = ActorDiedError() if preempted else unavailable("the process has crashed" if not self.alive else "timed out")
+            error._preempted = preempted
+            self.world.answer(call, None, error)
+        if self.actor.process is self:
+            self.actor.process = None
+            self.actor.restart(preempted)
+
+
+def unavailable(text):
+    return ActorUnavailableError(text, None)
+
+
+def lost_object(rng):
+    error = ObjectLostError("00" * 28, None, "")
+    return error if rng.random() < 0.5 else RayTaskError("run", "", error, "worker", 1, "sim")
+
+
+class Actor:
+    """Handle of an actor, and the actor itself. `home` returns the node for its next process, or `None`."""
+
+    def __init__(self, world, kind, args, spec, home, driver):
+        self.world, self.kind, self.args, self.spec, self.home, self.driver = world, kind, args, spec, home, driver
+        self.process, self.dead, self.preempted = None, False, False
+        self.sessions = {}
+        self.gpu = None
+        self._arrival = defaultdict(float)
+        world.actors.append(self)
+        self._starting = world.spawn(self._start(0.0))
+
+    def restart(self, preempted):
+        self.preempted = preempted
+        if not self.dead:
+            self._starting = self.world.spawn(self._start(self.world.rng.uniform(0.5, 2)))
+
+    async def _start(self, delay_s):
+        await asyncio.sleep(delay_s)
+        while not self.dead and (node := self.home()) is None:
+            await asyncio.sleep(1.0)
+        if not self.dead:
+            self.process, self.preempted = Process(self, node), False
+
+    def kill(self, *, no_restart):
+        self.dead = self.dead or no_restart
+        self.world.spawn(self._kill(self.process))
+
+    async def _kill(self, process):
+        if process is not None:
+            await self.world.network(process.node)
+            process.die(0.05)
+
+    def __getattr__(self, method):
+        if method.startswith("_") or not hasattr(self.kind, method):
+            raise AttributeError(method)
+        return Method(self, method, 1)
+
+
+class Method:
+    def __init__(self, actor, name, num_returns):
+        self._actor, self._name, self._num_returns = actor, name, num_returns
+
+    def options(self, num_returns):
+        return Method(self._actor, self._name, num_returns)
+
+    def remote(self, *args):
+        actor, world = self._actor, self._actor.world
+        driver = world.driver_of(asyncio.get_running_loop())
+        refs = [Ref(driver) for _ in range(self._num_returns)]
+        call = Call(next(world.numbers), actor, driver, self._name, args, refs)
+        if call.is_work:
+            world.log("send", call=call)
+        world.spawn(self._deliver(call, actor.process))
+        return refs[0] if len(refs) == 1 else refs
+
+    async def _deliver(self, call, process):
+        actor, world = self._actor, self._actor.world
+        while process is None and not actor.dead and not actor._starting.done() and not actor.preempted and not actor._arrival:
+            # The first process of the actor starts.
+            await asyncio.sleep(0.5)
+            process = actor.process
+        if process is None:
+            await asyncio.sleep(0.01)
+            error = unavailable("The actor is restarting")
+            if actor.dead or actor.preempted:
+                error = ActorDiedError()
+                error._preempted = actor.preempted and not actor.dead
+            world.answer(call, None, error)
+            return
+        call.process = process
+        process.calls[call] = asyncio.current_task()
+        if process.lost:
+            process.calls.pop(call)
+            world.answer(call, None, unavailable("The actor is restarting"))
+            return
+        # Requests to one process arrive in order.
+        arrival = max(actor._arrival[call.method == "place"] + 1e-6, world.now + world.rng.uniform(0.001, 0.03))
+        actor._arrival[call.method == "place"] = arrival
+        await asyncio.sleep(arrival - world.now)
+        await world.network(process.node)
+        if not process.alive:
+            await asyncio.Event().wait()
+        value, error = None, None
+        try:
+            value = await process.run(call)
+        except ray.exceptions.RayError as raised:
+            error = raised
+        except Exception as raised:
+            world.log("raised", call=call, error=repr(raised))
+            error = RayTaskError(call.method, "", raised, "worker", 1, "sim")
+        process.calls.pop(call, None)
+        await world.network(process.node)
+        world.answer(call, value, error)
+
+
+class Fleet:
+    """Places the slots of a layout on GPUs of the world. Replaces `fleet.Fleet`."""
+
+    def __init__(self, world, config, listener, more_slots=None):
+        self.world, self.config, self.listener = world, config, listener
+        self.driver = world.driver_of(asyncio.get_running_loop())
+        self._numbers = count()
+        self._slots, self._encoders = [], []
+        self._keeper = None
+
+    async def start(self, layout, labels):
+        self._layout = layout
+        self._slots = [
+            SimpleNamespace(slot=slot, label=label, gpu=None, node=None, actors={}, since=self.world.now)
+            for slot, label in zip(layout.slots, labels, strict=True)
+        ]
+        self._place()
+        self._keeper = asyncio.ensure_future(self._keep())
+
+    async def stop(self):
+        if self._keeper is not None:
+            self._keeper.cancel()
+        self.kill()
+
+    def kill(self):
+        """Kill all actors and free the GPUs. Also after the driver was killed."""
+        for actor in (*(actor for slot in self._slots for actor in slot.actors.values()), *self._encoders):
+            actor.kill(no_restart=True)
+        for slot in self._slots:
+            self._free(slot)
+
+    async def holdings(self):
+        return "GPUs"
+
+    async def _keep(self):
+        while True:
+            await asyncio.sleep(2.0)
+            for slot in self._slots:
+                if slot.gpu is not None and (slot.gpu.node.known_lost or (slot.gpu.node.up and slot.node != slot.gpu.node.id)):
+                    self._free(slot)
+            self._place()
+            self._give_up()
+
+    def _free(self, slot):
+        if slot.gpu is not None and slot.gpu.holder is slot:
+            slot.gpu.holder = None
+        slot.gpu, slot.since = None, self.world.now
+
+    def _place(self):
+        for slot in self._slots:
+            if slot.gpu is None and (gpu := self._free_gpu(slot)) is not None:
+                slot.gpu, gpu.holder, slot.node = gpu, slot, gpu.node.id
+                if not slot.actors:
+                    self._create(slot)
+                for actor in slot.actors.values():
+                    actor.gpu = gpu
+        missing = self._layout.encoders - len(self._encoders)
+        for _ in range(missing if any(slot.actors for slot in self._slots) else 0):
+            name = self.config.encoder_name(next(self._numbers))
+            encoder = Actor(self.world, Encoder, (self.config,), ENCODER, self.world.any_node, self.driver)
+            self._encoders.append(encoder)
+            self.listener.worker_started(name, ENCODER, encoder)
+
+    def _free_gpu(self, slot):
+        for node in self.world.nodes:
+            if node.usable and not node.known_lost and slot.label in (None, ("node", node.name)):
+                for gpu in node.gpus:
+                    if gpu.holder is None and gpu.gb >= slot.slot.memory_gb - 0.01:
+                        return gpu
+        return None
+
+    def _create(self, slot):
+        number = next(self._numbers)
+
+        def home():
+            return slot.gpu.node if slot.gpu is not None and slot.gpu.node.up and slot.node == slot.gpu.node.id else None
+
+        for k, spec in enumerate(slot.slot.workers):
+            name = self.config.worker_name(number, k)
+            slot.actors[name] = Actor(self.world, Worker, (self.config, spec, 1), spec, home, self.driver)
+        for (name, actor), spec in zip(slot.actors.items(), slot.slot.workers, strict=True):
+            self.listener.worker_started(name, spec, actor)
+
+    def _give_up(self):
+        placed = [slot.slot.stages for slot in self._slots if slot.gpu is not None]
+        for slot in self._slots:
+            if slot.gpu is None and slot.actors:
+                is_last = slot.slot.stages - frozenset().union(*placed)
+                limit_s = fleet.LAST_LOST_AFTER_S if is_last else fleet.LOST_AFTER_S
+                if self.world.now - slot.since > limit_s:
+                    lost, slot.actors = slot.actors, {}
+                    for name, actor in lost.items():
+                        actor.kill(no_restart=True)
+                        self.listener.worker_lost(name)
+
+
+def live_cluster(world):
+    """Return the nodes of the world as `ray_cluster.live_cluster` does."""
+
+    def nodes(free):
+        return tuple(
+            PlannedNode(
+                tuple(gpu.gb for gpu in node.gpus if not (free and gpu.holder is not None)), 32.0, 512.0, ("node", node.name)
+            )
+            for node in world.nodes
+            if node.usable and not node.known_lost
+        )
+
+    return LiveCluster(Cluster(nodes(False)), Cluster(nodes(True)))
+
+
+def place_of(process):
+    return ActorPlace(process.life, process.pid, ())
