@@ -34,7 +34,7 @@ from vidgen_ray.batch.line_planner import PlannedLine
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine import encoder, engine, shot_runner, step_runner, worker
+from vidgen_ray.engine import actor_client, encoder, engine, shot_runner, step_runner, worker
 from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.engine.encoder import Encoder
 from vidgen_ray.engine.engine import OBJECT_STORE_SHARE
@@ -502,15 +502,17 @@ class World:
         )
 
     def _step_until(self, done, limit):
-        loops = [self.loop, *(driver.loop for driver in self.drivers if not driver.loop.is_closed())]
+        """Run callbacks until `done()`. Return False if that takes until `limit`."""
+        clock, loops = self.clock, [self.loop, *(driver.loop for driver in self.drivers)]
         while not done():
-            loop = min(loops, key=Loop.next_time)
-            when = loop.next_time()
-            if when > limit:
-                self.clock.now = limit
+            first, when = None, limit
+            for loop in loops:
+                if (at := loop.next_time()) <= when and (first is None or at < when):
+                    first, when = loop, at
+            clock.now = max(clock.now, when)
+            if first is None:
                 return False
-            self.clock.now = max(self.now, when)
-            loop.step()
+            first.step()
             if self._error is not None:
                 raise self._error
         return True
@@ -535,8 +537,7 @@ class World:
         return self.rng.choice(usable) if usable else None
 
     async def network(self, node):
-        """Wait until a message has passed."""
-        await asyncio.sleep(self.rng.uniform(0.001, 0.03))
+        """Wait while a node is cut off."""
         while node.partition_until > self.now:
             await asyncio.sleep(node.partition_until - self.now + self.rng.uniform(0.001, 0.5))
 
@@ -875,7 +876,8 @@ def patched(world):
         patch.setattr(director_module, "live_cluster", lambda: simulated_ray.live_cluster(world))
         patch.setattr(director_module, "RunMetrics", Metrics)
         patch.setattr(director_module, "ids_that_failed_before", world.failed_before)
-        patch.setattr(director_module, "STOP_POLL_S", 1.0)
+        patch.setattr(director_module, "STOP_POLL_S", 2.0)
+        patch.setattr(actor_client, "RETRY_S", 2.0, raising=False)
         patch.setattr(director_module, "STATUS_INTERVAL_S", 60.0)
         patch.setattr(director_module, "load_calibration", lambda *_: None)
         patch.setattr(results_module, "ManifestWriter", Manifest)

@@ -56,9 +56,8 @@ class Loop(asyncio.BaseEventLoop):
 
     def next_time(self):
         """Return the time of the next callback."""
-        if self._ready:
-            return max(self.clock.now, self.frozen_until)
-        return max(self._scheduled[0]._when, self.frozen_until) if self._scheduled else math.inf
+        at = self.clock.now if self._ready else self._scheduled[0]._when if self._scheduled else math.inf
+        return at if at > self.frozen_until else self.frozen_until
 
     def step(self):
         """Run the callbacks that are due."""
@@ -390,6 +389,7 @@ class Method:
             world.log("raised", call=call, error=repr(raised))
             error = RayTaskError(call.method, "", raised, "worker", 1, "sim")
         process.calls.pop(call, None)
+        await asyncio.sleep(world.rng.uniform(0.001, 0.03))
         await world.network(process.node)
         world.answer(call, value, error)
 
@@ -430,7 +430,7 @@ class Fleet:
 
     async def _keep(self):
         while True:
-            await asyncio.sleep(2.0)
+            await asyncio.sleep(5.0)
             for slot in self._slots:
                 if slot.gpu is not None and (slot.gpu.node.known_lost or (slot.gpu.node.up and slot.node != slot.gpu.node.id)):
                     self._free(slot)
