@@ -5,6 +5,7 @@
 
 import re
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 from tests.chaos.model import SECONDS
 from vidgen_ray.engine.calls import OUTPUT
@@ -41,11 +42,9 @@ class History:
     def __init__(self, world):
         self.runs, self.rows, self.faults, self.commits = {}, defaultdict(list), [], defaultdict(list)
         self.sent, self.answers, self.work = {}, {}, []
-        self.own_faults = defaultdict(set)
-        """Call -> kinds of faults that hit it."""
-        self.outages = []
-        """Begin and end of the outages of the storage."""
-        self.discarded = set()
+        self.hit, self.sick = set(), set()
+        """Calls that a fault has hit, and calls on a sick GPU."""
+        self.discarded, self.ended = set(), {}
         for event in world.history:
             fields = event.fields
             match event.kind:
@@ -57,8 +56,12 @@ class History:
                     self.discarded.add(int(fields["run"].removeprefix("run-")))
                 case "fault":
                     self.faults.append(event)
-                    for number in fields["calls"] if fields["own"] else ():
-                        self.own_faults[number].add(fields["fault"])
+                    if fields["own"]:
+                        self.hit.update(fields["calls"])
+                    elif fields["fault"] == "sick":
+                        self.sick.update(fields["calls"])
+                case "ended":
+                    self.ended[fields["number"]] = event.at
                 case "commit":
                     self.commits[fields["shot"]].append(event)
                 case "send":
@@ -75,13 +78,10 @@ class History:
         lost = [event.at for event in self.faults if event.fields["fault"] == "lease_lost" and event.fields["driver"] == driver]
         return min([*lost, self.runs.get(driver + 1, float("inf"))])
 
-    def own(self, shot, run):
-        """Return the number of calls of a shot in a run that a fault has hit."""
-        return sum(
-            bool(self.own_faults[number])
-            for number, event in self.sent.items()
-            if event.fields["call"].shot == shot and event.fields["call"].driver.number == run
-        )
+    def calls(self, shot, run, numbers):
+        """Return the calls of a shot in a run that are among these."""
+        calls = (event.fields["call"] for number, event in self.sent.items() if number in numbers)
+        return [call for call in calls if call.shot == shot and call.driver.number == run]
 
     def flaw(self, shot):
         return self.shots[shot].shot.prompt.split()[0]
@@ -150,16 +150,16 @@ def check_content(world, history):
 
 
 def check_lease(world, history):
-    """A director sends no commit, and keeps no row, after it has lost its lease."""
+    """A director commits nothing, and keeps no row, after it has lost its lease."""
     for driver in world.drivers:
         lost = history.lease_ends(driver.number)
-        for event in history.sent.values():
-            call = event.fields["call"]
-            if call.driver is driver and call.method in ("commit", "write") and event.at > lost + LEASE_POLL_S:
-                yield f"run {driver.number} sent a commit of {call.shot} {event.at - lost:.1f} s after it lost its lease"
-        late = [event for event in history.rows[driver.number] if event.at > lost + LEASE_POLL_S]
-        if late and driver.number not in history.discarded:
-            yield f"run {driver.number} kept {len(late)} rows after it lost its lease"
+        for shot, commits in history.commits.items():
+            late = [event.at for event in commits if event.fields["call"].driver is driver and event.at > lost]
+            if late:
+                yield f"run {driver.number} committed {shot} {late[0] - lost:.1f} s after it lost its lease"
+        rows = [event for event in history.rows[driver.number] if event.at > lost + LEASE_POLL_S]
+        if rows and driver.number not in history.discarded:
+            yield f"run {driver.number} kept {len(rows)} rows after it lost its lease"
 
 
 def check_order(world, history):
@@ -179,7 +179,10 @@ def check_window(world, history):
 
 
 def check_fine(world, history):
-    """A fine shot fails only after faults in ATTEMPTS of its own attempts, or if no healthy worker is left."""
+    """A fine shot fails only after ATTEMPTS faults, of which one is neither a sick worker nor a lost process or node.
+
+    Or if two sick workers refuse it, or if no healthy worker is left.
+    """
     for driver in world.drivers:
         for event in history.rows[driver.number] if driver.completed else ():
             shot = event.fields["shot"]
@@ -190,8 +193,10 @@ def check_fine(world, history):
             plan = history.shots[shot]
             if plan.shot.min_identity is not None and not any(world.likeness(each.shot) >= 0.5 for each in (plan, *plan.again)):
                 continue
-            if (hits := history.own(shot, driver.number)) < ATTEMPTS:
-                yield f"run {driver.number}: {shot} failed after {hits} faults of its own: {event.fields['error']}"
+            hit, sick = (history.calls(shot, driver.number, calls) for calls in (history.hit, history.sick))
+            by_two_sick_workers = len({call.actor for call in sick}) > 1
+            if not by_two_sick_workers and not (hit and len(hit) + len(sick) >= ATTEMPTS):
+                yield f"run {driver.number}: {shot} failed after {len(hit)} faults, {len(sick)} on a sick worker: {event.fields['error']}"
 
 
 def check_wrong_lines_fail(world, history):
@@ -224,7 +229,9 @@ def check_stall(world, history):
         busy += [event.at for event in history.sent.values() if event.fields["call"].driver is driver]
         busy += [event.at for event in history.rows[driver.number]]
         busy += [event.at for event in history.faults if event.fields["fault"].startswith(("storage", "disk", "driver"))]
-        for first, second in zip(sorted(busy), sorted(busy)[1:], strict=False):
+        begin, end = history.runs[driver.number], history.ended.get(driver.number, 0.0)
+        busy = sorted(at for at in busy if begin <= at <= end)
+        for first, second in pairwise(busy):
             if second - first > STALL_S:
                 yield f"run {driver.number}: no call between {first:.0f} and {second:.0f} s"
 

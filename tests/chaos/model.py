@@ -12,7 +12,7 @@ import random
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -34,12 +34,13 @@ from vidgen_ray.batch.line_planner import PlannedLine
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine import actor_client, encoder, engine, shot_runner, step_runner, worker
+from vidgen_ray.engine import actor_client, encoder, engine, shot_runner, shot_writer, step_runner, worker
 from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.engine.encoder import Encoder
 from vidgen_ray.engine.engine import OBJECT_STORE_SHARE
-from vidgen_ray.errors import OutOfMemory, SetupError, StageError
+from vidgen_ray.errors import OutOfMemory, StageError
 from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_length, stages_of
+from vidgen_ray.outputs.lease import REFRESH_S, Lease, LeaseLost
 from vidgen_ray.outputs.records import FileRecord, ShotRecord
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.lines import Line
@@ -162,30 +163,28 @@ WORLD = None
 
 
 class Storage:
-    """Output folder in memory, with an outage."""
+    """Output folder in memory, with an outage. `number`: that of the run that writes."""
 
     url = "simulated"
     storage = SimpleNamespace(local=Path("/simulated"))
     stage_cache = None
 
-    def __init__(self, world):
-        self._world = world
-        self.down_until, self.mode = 0.0, "error"
-        self.committed = {}
-        """Id -> finished shot."""
+    def __init__(self, world, number=0):
+        self._world, self._number = world, number
 
     @property
     def down(self):
-        return self._world.now < self.down_until
+        return self._world.now < self._world.down_until
 
     async def respond(self):
         """Wait while the storage hangs."""
-        while self.down and self.mode == "hang":
-            await asyncio.sleep(self.down_until - self._world.now)
+        while self.down and self._world.outage == "hang":
+            await asyncio.sleep(self._world.down_until - self._world.now)
 
     def write(self):
-        if self.down and self.mode != "hang":
-            raise OSError(errno.ENOSPC if self.mode == "full" else errno.EIO, f"storage {self.mode}")
+        """Raise OSError if nothing can be written."""
+        if self.down and self._world.outage != "hang":
+            raise OSError(errno.ENOSPC if self._world.outage == "full" else errno.EIO, f"storage: {self._world.outage}")
         call = self._world.current
         if call is not None and call.process.node.name == self._world.sick_encoder_node:
             raise OSError(errno.EIO, "the local disk is sick")
@@ -193,94 +192,95 @@ class Storage:
     def write_problem(self):
         if not self.down:
             return None
-        return self._hang() if self.mode == "hang" else f"storage {self.mode}"
-
-    async def _hang(self):
-        await self.respond()
+        return self.respond() if self._world.outage == "hang" else f"storage: {self._world.outage}"
 
     def find_finished(self, plan, with_stages=False):
-        done = self.committed.get(plan.shot.id)
+        done = self._world.committed.get(plan.shot.id)
         return done if done is not None and done.key == plan.key else None
 
-    def find_by_id(self, shot_id):
-        return self.committed.get(shot_id)
+    @contextmanager
+    def draft(self, plan):
+        yield Draft(self._world, self, plan, self._number)
 
 
-class SimulatedFiles:
-    """Files of a shot. Replaces `ShotFiles`: compares what arrives with what the plan must give."""
+class Draft:
+    """Files of a shot. Compares what is written with what the plan must give."""
 
-    def __init__(self, plan, item, outputs, *_, **__):
-        self._outputs, self._plan = outputs, plan
+    def __init__(self, world, outputs, plan, number):
         outputs.write()
-        self._expected = expected_tags(plan)
-        self._wrong = [
-            name
-            for name in ("image", "frames")
-            if name in item.artefacts
-            and (tag_in(item.artefacts[name]), item.artefacts[name].shape[-3:]) != self._right(name, 1)
-        ]
-        self._chunked = bool(chunked_stages_of(plan.shot))
-        self._next = 0
+        self._world, self._outputs, self._plan, self._number = world, outputs, plan, number
+        self._expected, self._wrong = expected_tags(plan), []
+        self._hd_frames = 0
 
-    def _right(self, name, scale):
-        return self._expected[name], (SIDE_PX * scale, SIDE_PX * scale, 3)
+    def path(self, name):
+        return self, name
 
-    def add(self, chunk):
+    def written(self, name, array, scale=1):
+        """Check an image or some frames of a clip."""
         self._outputs.write()
-        frames = chunk["hd_frames"]
-        if (tag_in(frames), frames.shape[-3:]) != self._right("hd_frames", self._plan.shot.scale):
-            self._wrong.append("hd_frames")
-        elif frames_in(frames) != list(range(self._next, self._next + len(frames))):
-            WORLD.log("disorder", shot=self._plan.shot.id, frames=frames_in(frames), expected=self._next)
-        self._next += len(frames)
+        artefact = {"image.png": "image", "video.mp4": "frames", "hd.mp4": "hd_frames"}[name]
+        scale = self._plan.shot.scale if artefact == "hd_frames" else 1
+        if (tag_in(array), array.shape[-3:]) != (self._expected[artefact], (SIDE_PX * scale, SIDE_PX * scale, 3)):
+            self._wrong.append(artefact)
+        elif artefact == "hd_frames" and frames_in(array) != [self._hd_frames + n for n in range(len(array))]:
+            self._world.log("disorder", shot=self._plan.shot.id, frames=frames_in(array), expected=self._hd_frames)
+        if artefact == "hd_frames":
+            self._hd_frames += len(array)
 
-    def commit(self, records):
+    def commit(self, records, *_):
         self._outputs.write()
-        if self._chunked and self._next != clip_length(self._plan.shot)[0]:
-            self._wrong.append(f"{self._next} frames")
+        world, plan = self._world, self._plan
+        if chunked_stages_of(plan.shot) and self._hd_frames != clip_length(plan.shot)[0]:
+            self._wrong.append(f"{self._hd_frames} frames")
+        if world.holder != self._number:
+            raise LeaseLost("the run does not hold its lease any more")
         record = ShotRecord(
-            key=self._plan.key,
-            shot=self._plan.shot,
-            tries=self._plan.number,
+            key=plan.key,
+            shot=plan.shot,
+            tries=plan.number,
             likeness=None,
             seeds={},
             stages=tuple(records),
             files={"image.png": FileRecord(sha256="0" * 64, bytes=1)},
             software={},
         )
-        WORLD.committed(self._plan, record, self._wrong)
+        world.log("commit", call=world.current, shot=plan.shot.id, number=plan.number, wrong=self._wrong)
+        world.committed[plan.shot.id] = record.done
+        world.homes.pop(plan.shot.id, None)
         return record
 
-    def close(self):
+
+class Mp4:
+    """Clip that is encoded. Replaces `Mp4Writer`."""
+
+    def __init__(self, path, *_):
+        self._draft, self._name = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         pass
 
+    def write(self, frames):
+        self._draft.written(self._name, frames)
 
-class SimulatedLease:
-    """Lease of the output folder, refreshed by a task of its driver."""
+
+class LeaseFile:
+    """File of the lease of a run."""
+
+    name = "lease"
 
     def __init__(self, world, number):
         self._world, self._number = world, number
-        self.lost = threading.Event()
-        self._refreshed = world.now
+        self.holder = SimpleNamespace(token=number, run=f"run-{number}")
         world.holder = number
 
-    @property
-    def is_sure(self):
-        return not self.lost.is_set() and self._world.now - self._refreshed <= 100
-
-    def check(self):
-        if not self.lost.is_set() and self._world.holder == self._number and not self._world.storage.down:
-            self._refreshed = self._world.now
-        if not self.is_sure:
-            raise SetupError("this run lost its lease")
-
-    async def keep(self):
-        while not self.lost.is_set():
-            await asyncio.sleep(30)
-            if self._world.holder != self._number:
-                self.lost.set()
-            elif not self._world.storage.down:
-                self._refreshed = self._world.now
+    def refresh(self):
+        self._world.storage.write()
+        if self._world.storage.down:
+            raise OSError("no response")
+        return self._world.holder == self._number
 
 
 class Manifest:
@@ -295,7 +295,8 @@ class Manifest:
             live = WORLD.live_workers(row.failure_stage)
             healthy = row.failure_stage not in STAGES or any(actor.gpu.sick is None for actor in live)
             if row.failure_stage == OUTPUT:
-                healthy = any(node.usable and node.name != WORLD.sick_encoder_node for node in WORLD.nodes)
+                encoders = [each for each in WORLD.processes if each.alive and each.actor.kind is Encoder]
+                healthy = any(each.node.name != WORLD.sick_encoder_node for each in encoders)
             large = any(actor.spec.gpu_gb >= LARGE_GB and actor.gpu.sick is None for actor in live)
             fields |= {"error": f"{row.failure_stage}: {row.failure_message}", "healthy": healthy, "large": large}
         WORLD.log("row", **fields)
@@ -333,21 +334,21 @@ class Driver:
         self.error = self.left = None
 
     async def _run(self):
-        world, run = self.world, f"run-{self.number}"
-        self.lease = SimulatedLease(world, self.number)
-        keeper = asyncio.ensure_future(self.lease.keep())
-        planner = SimpleNamespace(outputs=world.storage, plan_shot=None, find=world.storage.find_finished)
-        results = RunResults(world.storage, run, "s.jsonl", self.lease, Listener(), None, is_script=True)
+        world, run, outputs = self.world, f"run-{self.number}", Storage(self.world, self.number)
+        self.lease = Lease(outputs.url, LeaseFile(world, self.number), world.now)
+        keeper = asyncio.ensure_future(self._refresh())
+        planner = SimpleNamespace(outputs=outputs, plan_shot=None, find=outputs.find_finished)
+        results = RunResults(outputs, run, "s.jsonl", self.lease, Listener(), None, is_script=True)
         options = RenderOptions(address="simulated", cache="none", stages=STAGES, wait_storage_s=world.wait_storage_s)
-        director = Director(
-            run, world.profile, world.storage, options, results, Listener(), self.stop, planner, None, self.lease
-        )
+        director = Director(run, world.profile, outputs, options, results, Listener(), self.stop, planner, None, self.lease)
         try:
             with results:
                 director.accept([world.planned(line) for line in world.script])
                 results.lines_read(complete=True)
                 if director.queue:
                     await director.render(None)
+                with suppress(OSError):
+                    self.lease.refresh()
                 self.lease.check()
         except (Exception, KeyboardInterrupt) as error:
             self.error = error
@@ -355,6 +356,12 @@ class Driver:
         finally:
             self.left = director.left
             keeper.cancel()
+
+    async def _refresh(self):
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            with suppress(OSError):
+                self.lease.refresh()
 
     @property
     def ended(self):
@@ -381,7 +388,12 @@ class World:
         self.processes, self.homes = [], {}
         """All processes. Id of a shot in progress -> names of the nodes with its results."""
         self._error, self._over, self._calm = None, False, False
-        self.storage, self.drivers, self.holder = Storage(self), [], 0
+        self.storage, self.drivers = Storage(self), []
+        self.holder = 0
+        """Number of the run that holds the lease of the output folder."""
+        self.committed = {}
+        """Id -> finished shot."""
+        self.down_until, self.outage = 0.0, "error"
         self.sick_encoder_node = None
         self.wait_storage_s = 1800.0
         rng = self.rng
@@ -561,7 +573,7 @@ class World:
                 driver.peak_bytes = max(driver.peak_bytes, driver.stored_bytes)
             driver.loop.call_soon(ref.resolve, each, error)
         if call.is_work:
-            self.log("answer", call=call, error=error, failed=getattr(values[0], "failure", None))
+            self.log("answer", call=call, error=error and repr(error), failed=getattr(values[0], "failure", None))
 
     def seconds(self, call):
         """Return how long a call takes."""
@@ -614,12 +626,12 @@ class World:
         if OUTPUT not in call.stages:
             self.homes.setdefault(call.shot, set()).add(process.node.name)
             if value[0].failure is None:
-                self._last[call.method] = call.shot, value
+                self._last[call.method] = call.unit, value
 
     def exchanged(self, call, value):
         """Return the result of another shot, if there is one."""
         other = self._last.get(call.method)
-        if other is None or other[0] == call.shot:
+        if other is None or other[0] == call.unit:
             return value
         self.fault("foreign", [call])
         return other[1]
@@ -683,18 +695,12 @@ class World:
                 return image_of(tag) if array.ndim == 3 else clip_of(tag, frames_in(array), *array.shape[1:3])
         return array
 
-    def committed(self, plan, record, wrong):
-        call = self.current
-        self.log("commit", call=call, shot=plan.shot.id, key=plan.key, number=plan.number, wrong=wrong, holder=self.holder)
-        self.storage.committed[plan.shot.id] = record.done
-        self.homes.pop(plan.shot.id, None)
-
     # Timed faults
 
     def _heal(self):
         self.rates.clear()
         self._calm = True
-        self.storage.down_until = 0.0
+        self.down_until = 0.0
         self.sick_encoder_node = None
         for node in self.nodes:
             node.up, node.known_lost, node.draining, node.partition_until = True, False, False, 0.0
@@ -734,9 +740,9 @@ class World:
                 if node.up:
                     await self._lose(node, rng.uniform(60, 900), preempted=True)
             case "storage" | "storage_hang" | "storage_long" | "disk_full":
-                self.storage.mode = {"storage_hang": "hang", "disk_full": "full"}.get(kind, "error")
+                self.outage = {"storage_hang": "hang", "disk_full": "full"}.get(kind, "error")
                 seconds = rng.uniform(2000, 2600) if kind == "storage_long" else rng.uniform(20, 400)
-                self.storage.down_until = self.now + seconds
+                self.down_until = self.now + seconds
                 self.log("fault", fault=kind, calls=[], shots=set(), own=False)
                 await asyncio.sleep(seconds)
                 self.log("fault", fault="storage over", calls=[], shots=set(), own=False)
@@ -866,7 +872,10 @@ def patched(world):
     WORLD = world
     with pytest.MonkeyPatch.context() as patch:
         for name, module in [*sys.modules.items()]:
-            if name.startswith(("vidgen_ray.engine", "vidgen_ray.batch")) and getattr(module, "time", None) is time:
+            if (
+                name.startswith(("vidgen_ray.engine", "vidgen_ray.batch", "vidgen_ray.outputs.lease"))
+                and getattr(module, "time", None) is time
+            ):
                 patch.setattr(module, "time", _Time)
         patch.setattr(asyncio, "to_thread", _to_thread)
         patch.setattr(ray, "kill", lambda actor, *, no_restart=True: actor.kill(no_restart=no_restart))
@@ -882,7 +891,9 @@ def patched(world):
         patch.setattr(director_module, "load_calibration", lambda *_: None)
         patch.setattr(results_module, "ManifestWriter", Manifest)
         patch.setattr(shot_runner, "CHUNK_BYTES", 1)
-        patch.setattr(encoder, "ShotFiles", SimulatedFiles)
+        patch.setattr(shot_writer, "write_png", lambda path, image, metadata=None: path[0].written(path[1], image))
+        patch.setattr(shot_writer, "Mp4Writer", Mp4)
+        patch.setattr(shot_writer, "shot_records", lambda plan, artefacts, *_: dict.fromkeys(artefacts))
         patch.setattr(encoder, "ENCODER_NICENESS", 0)
         patch.setattr(worker, "prepare_gpu", lambda share: None)
         patch.setattr(worker, "load_lock", lambda *_: nullcontext())

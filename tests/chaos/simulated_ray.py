@@ -113,10 +113,14 @@ class Ref:
 
     def _wake(self):
         waiting, self._waiting = self._waiting, []
+        error = self.error
+        if waiting:
+            # Its traceback would keep this reference alive.
+            self.error = None
         for future in waiting:
             if not future.done():
-                if self.error is not None:
-                    future.set_exception(self.error)
+                if error is not None:
+                    future.set_exception(error)
                     future.exception()
                 else:
                     future.set_result(self.value)
