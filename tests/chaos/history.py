@@ -196,7 +196,8 @@ def check_fine(world, history):
             hit, sick = (history.calls(shot, driver.number, calls) for calls in (history.hit, history.sick))
             by_two_sick_workers = len({call.actor for call in sick}) > 1
             if not by_two_sick_workers and not (hit and len(hit) + len(sick) >= ATTEMPTS):
-                yield f"run {driver.number}: {shot} failed after {len(hit)} faults, {len(sick)} on a sick worker: {event.fields['error']}"
+                counts = f"{len(hit)} faults, {len(sick)} attempts on a sick worker"
+                yield f"run {driver.number}: {shot} failed after {counts}: {event.fields['error']}"
 
 
 def check_wrong_lines_fail(world, history):

@@ -493,6 +493,7 @@ class World:
                 self.log("ended", number=number, error=driver.error, left=driver.left, timeout=not driver.ended and not frozen)
                 if driver.completed:
                     break
+                self._interrupt("end of the run", driver)
                 if not driver.ended and not self._is_stopped(driver):
                     break
                 # Somebody starts the command again, when there are machines.
