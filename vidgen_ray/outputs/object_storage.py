@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from urllib.error import HTTPError
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 from urllib.request import Request, urlopen
@@ -31,7 +31,7 @@ from vidgen_ray.system.cache_dir import cache_dir
 if TYPE_CHECKING:
     from obstore import ListResult, ObjectMeta, PutMode, PutResult, UpdateVersion
     from obstore.auth.boto3 import Boto3CredentialProvider
-    from obstore.store import ObjectStore
+    from obstore.store import ObjectStore, S3Credential
 
 SCHEMES = ("s3", "gs", "az", "abfs", "abfss")
 MARKER = ".complete"
@@ -44,6 +44,8 @@ LEASE_READ_TIMEOUT = "10s"
 """Shorter, so that a lease can be refreshed again before it counts as lost."""
 MAX_UPLOADS = 4
 """Files of a shot that are uploaded at once."""
+CREDENTIALS_TTL = timedelta(minutes=5)
+"""Time after which the credentials of the AWS CLI are read again. boto3 returns some that are valid for ten more minutes."""
 MAX_RETRIES, RETRY_TIMEOUT = 4, timedelta(minutes=2)
 CREDENTIAL_OPTIONS = {"access_key_id", "skip_signature"}
 """Options of an S3 store, one of which says how requests are signed. In the environment, their names start with `AWS_`."""
@@ -53,6 +55,9 @@ S3_ADDRESS = "https://s3.amazonaws.com"
 REGION_TIMEOUT_S = 10
 NOT_IMPLEMENTED = "501 Not Implemented"
 """Part of the error of a store that does not know a request."""
+BROKEN_RESPONSE, NO_RESPONSE = "response body error", "HTTP error: "
+"""Parts of the errors of a response that breaks off, and of any broken or stalled connection."""
+T = TypeVar("T")
 
 
 class ObjectVersion(NamedTuple):
@@ -90,8 +95,7 @@ class ObjectStorage(Storage):
 
     def read(self, path: str) -> bytes | None:
         try:
-            with _os_errors():
-                return bytes(self._store.get(path).bytes())
+            return _repeated(lambda: bytes(self._store.get(path).bytes()))
         except FileNotFoundError:
             return None
 
@@ -101,10 +105,13 @@ class ObjectStorage(Storage):
 
     def read_version(self, path: str) -> ObjectVersion | None:
         """Return an object with its version, or `None` if it does not exist."""
+
+        def get() -> ObjectVersion:
+            result = self._lease_store.get(path)
+            return ObjectVersion(bytes(result.bytes()), _version(result.meta))
+
         try:
-            with _os_errors():
-                result = self._lease_store.get(path)
-                return ObjectVersion(bytes(result.bytes()), _version(result.meta))
+            return _repeated(get)
         except FileNotFoundError:
             return None
 
@@ -118,8 +125,8 @@ class ObjectStorage(Storage):
 
     def _put_if(self, mode: PutMode, path: str, content: bytes) -> UpdateVersion | None:
         try:
-            with _os_errors():
-                return _version(self._lease_store.put(path, content, mode=mode))
+            # The callers recognise their own content if the response to the first attempt was lost.
+            return _version(_repeated(lambda: self._lease_store.put(path, content, mode=mode), NO_RESPONSE))
         except (AlreadyExistsError, PreconditionError, FileNotFoundError):
             return None
         except OSError as error:
@@ -151,11 +158,13 @@ class ObjectStorage(Storage):
             self._store.put(path, file)
 
     def _download(self, path: str, file: Path) -> None:
-        with _os_errors():
+        def get() -> None:
             blocks = self._store.get(path).stream(min_chunk_size=BLOCK_BYTES)
             with file.open("wb") as target:
                 for block in blocks:
                     target.write(block)
+
+        _repeated(get)
 
     def files(self, folder: str) -> dict[str, StoredFile]:
         return {
@@ -167,23 +176,22 @@ class ObjectStorage(Storage):
         return [path.rpartition("/")[2] for path in self._listing(folder)["common_prefixes"]]
 
     def _listing(self, folder: str) -> ListResult[Sequence[ObjectMeta]]:
-        with _os_errors():
-            return self._store.list_with_delimiter(folder or None)
+        return _repeated(lambda: self._store.list_with_delimiter(folder or None))
 
     def has(self, folder: str, sizes: Mapping[str, int]) -> bool:
         files = self.files(folder)
         return all(name in files and files[name].bytes == size for name, size in sizes.items())
 
     def delete(self, path: str) -> None:
-        with suppress(FileNotFoundError), _os_errors():
-            self._store.delete(path)
+        with suppress(FileNotFoundError):
+            _repeated(lambda: self._store.delete(path))
 
     def delete_folder(self, folder: str) -> None:
         # Delete the file that marks the folder as complete first.
         for marker in (MARKER, "shot.json"):
             self.delete(f"{folder}/{marker}")
-        with suppress(FileNotFoundError), _os_errors():
-            self._store.delete([meta["path"] for page in self._store.list(folder) for meta in page])
+        with suppress(FileNotFoundError):
+            _repeated(lambda: self._store.delete([meta["path"] for page in self._store.list(folder) for meta in page]))
 
     @contextmanager
     def workspace(self, parent: str) -> Iterator[Path]:
@@ -280,7 +288,13 @@ def _aws_files() -> Boto3CredentialProvider | None:
     try:
         from obstore.auth.boto3 import Boto3CredentialProvider
 
-        return Boto3CredentialProvider()
+        class CurrentCredentials(Boto3CredentialProvider):
+            """Reads the files again, in case they were renewed."""
+
+            def __call__(self) -> S3Credential:
+                return Boto3CredentialProvider(ttl=CREDENTIALS_TTL)()
+
+        return CurrentCredentials()
     # ValueError: no credentials. Obstore then looks for those of an instance role, and says what is missing.
     except (ImportError, ValueError):
         return None
@@ -312,6 +326,18 @@ def _os_errors() -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error):
             raise
         raise OSError(_message(str(error))) from None
+
+
+def _repeated(request: Callable[[], T], if_text: str = BROKEN_RESPONSE) -> T:
+    """Send a request, and once more if it fails with this text: obstore repeats other failed requests itself."""
+    try:
+        with _os_errors():
+            return request()
+    except OSError as error:
+        if if_text not in str(error):
+            raise
+    with _os_errors():
+        return request()
 
 
 def _message(text: str) -> str:
