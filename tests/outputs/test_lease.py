@@ -14,14 +14,16 @@ from functools import partial
 import pytest
 from moto.s3.responses import S3Response
 
+from tests.outputs.test_outputs import row, write
 from tests.pid_namespaces import run_in_pid_namespace
 from vidgen_ray.batch.line_planner import LinePlanner
 from vidgen_ray.batch.render import render_lines
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs import lease as leases
-from vidgen_ray.outputs.cleanup import collect_garbage
+from vidgen_ray.outputs.cleanup import collect_garbage, prune
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.object_storage import ObjectStorage
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.outputs.storage import LocalStorage
@@ -128,6 +130,13 @@ def test_lease_of_another_namespace_is_taken_after_two_minutes_without_a_refresh
     take(outputs, "r1")
 
 
+def test_run_that_waits_for_a_lease_refreshes_its_own(disk, watching):
+    write_lease(disk, ELSEWHERE)
+    own = disk.root / ".running-r1"
+    watching += [lambda: os.utime(own, (0, 0)), lambda: own.stat().st_mtime and disk.storage.delete(lease_name(disk))]
+    take(disk, "r1")
+
+
 def test_every_lease_has_a_larger_number(outputs, watching):
     numbers = []
     for run in ("r9", "r1"):
@@ -190,6 +199,11 @@ def test_writer_without_the_lease_commits_nothing(outputs, plan_of):
                 commit(stale, old)
             with pytest.raises(OSError, match="does not hold its lease any more"):
                 stale.write_run({})
+            writer = ManifestWriter(stale, lease.run, "s.jsonl")
+            writer.add(row(lease.run, "a"))
+            with pytest.raises(OSError, match="does not hold its lease any more"):
+                writer.flush()
+            writer.discard()
         with pytest.raises(OSError, match="does not hold its lease any more"):
             commit(outputs.fenced(later), old)
     assert outputs.find_finished(new)
@@ -438,9 +452,11 @@ outputs.sweep()
             lease.check()
         assert collect_garbage(disk, grace_s=-1).counts["partial shots"] == 1
 
-    def test_gc_stops_when_its_lease_is_lost(self, disk, monkeypatch):
+    @pytest.mark.parametrize("command", [partial(collect_garbage, grace_s=-1), prune], ids=["gc", "prune"])
+    def test_command_stops_when_its_lease_is_lost(self, disk, monkeypatch, command):
         for name in ("a", "b", "c"):
             write_atomically(disk.root / shot_path(name) / "image.png", b"1")
+        write(disk, "000000-a", *(row("000000-a", name, "replaced") for name in ("a", "b", "c")))
         delete_folder = LocalStorage.delete_folder
 
         def delete_after_losing_the_lease(storage, folder):
@@ -449,7 +465,7 @@ outputs.sweep()
 
         monkeypatch.setattr(LocalStorage, "delete_folder", delete_after_losing_the_lease)
         with pytest.raises(SetupError, match="this run lost its lease"):
-            collect_garbage(disk, grace_s=-1)
+            command(disk)
         assert len(list(disk.root.glob("shots/*/*/image.png"))) == 2
 
     def test_first_workspace_of_a_process_removes_those_of_ended_processes(self, s3, tmp_path, monkeypatch):
