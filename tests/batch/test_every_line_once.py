@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
+from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.script.lines import ScriptSettings
@@ -337,7 +339,10 @@ def test_run_waits_while_nothing_can_be_written(run_prompts, monkeypatch):
 
 def test_run_stops_if_nothing_can_be_written_for_too_long(run_prompts, monkeypatch):
     monkeypatch.setattr(FaultyClient, "outage_s", 2000)
-    error, statuses = run_prompts(["a ball"] * 3)
+    # Neither can the manifest.
+    with monkeypatch.context() as patch:
+        patch.setattr(ManifestWriter, "close", Mock(side_effect=OSError("gone")))
+        error, statuses = run_prompts(["a ball"] * 3)
     assert re.match(r"stopped, because no file could be written to the output folder for 180\d s \(gone\)", str(error))
     assert statuses == {}
     monkeypatch.setattr(FaultyClient, "outage_s", 0)

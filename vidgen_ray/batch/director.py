@@ -237,6 +237,9 @@ class Director:
                 self.left = len(self.queue) + len(self._continued) + 1
                 break
         await self._finish_shots()
+        if self._error is None and not self._stop.is_set():
+            # The last rows of the manifest are written next.
+            await self._storage.writable_again()
 
     def _refused(self, task: Task) -> bool:
         """Record the failure of a shot that fits on no GPU of the plan, before any of its stages runs."""

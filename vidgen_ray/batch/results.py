@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -108,16 +109,18 @@ class RunResults:
             self._manifest.discard()
         else:
             results = self.counts["done"] + self.counts["failed"] - self.rejected_lines
-            damaged = self._manifest.close(
-                whole_script=self._whole_script,
-                every_line_has_a_row=self._is_script and self._whole_script and results == self.to_render,
-                every_shot_has_a_row=kind is None,
-            )
-            for path in damaged:
-                self._listener.on_message(
-                    f"{path}: was damaged and is no longer part of the manifest. Rendering its script again restores its rows "
-                    "and skips finished shots"
+            # The error of the run, if there is one, says why nothing can be written.
+            with nullcontext() if kind is None else suppress(OSError):
+                damaged = self._manifest.close(
+                    whole_script=self._whole_script,
+                    every_line_has_a_row=self._is_script and self._whole_script and results == self.to_render,
+                    every_shot_has_a_row=kind is None,
                 )
+                for path in damaged:
+                    self._listener.on_message(
+                        f"{path}: was damaged and is no longer part of the manifest. Rendering its script again restores its "
+                        "rows and skips finished shots"
+                    )
 
     def rejected(self, line: Line) -> None:
         self.rejected_lines += 1

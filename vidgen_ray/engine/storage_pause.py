@@ -53,11 +53,19 @@ class StoragePause:
 
         Raises SetupError if it could not be written for too long.
         """
-        reason = str(failed) if failed.kind is Kind.DISK_FULL else await self.problem()
-        if reason is not None:
-            self.begin(reason)
-            await self.over()
-        return reason is not None
+        if failed.kind is not Kind.DISK_FULL:
+            return await self.writable_again()
+        self.begin(str(failed))
+        await self.over()
+        return True
+
+    async def writable_again(self) -> bool:
+        """Return whether nothing could be written, as soon as it can be. Raises SetupError if that takes too long."""
+        if (reason := await self.problem()) is None:
+            return False
+        self.begin(reason)
+        await self.over()
+        return True
 
     def check(self) -> None:
         """Raise SetupError if the folder could not be written for too long."""

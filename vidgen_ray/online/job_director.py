@@ -240,8 +240,7 @@ class JobDirector:
         """Stop claiming jobs while the outputs or the store cannot be written."""
         while True:
             await self._storage.over()
-            if (problem := await self._storage.problem()) is not None:
-                self._storage.begin(problem)
+            await self._storage.writable_again()
             await asyncio.sleep(STORAGE_CHECK_INTERVAL_S)
 
     async def _write_progress(self) -> None:
