@@ -130,7 +130,8 @@ def noise_renderer(profile: Profile, outputs: OutputFolder, step_s: float = 0.0,
             artefacts["frames"] = noise.integers(0, 255, (shot.clip_frames, shot.height, shot.width, 3), np.uint8)
         with closing(ShotFiles(plan, Item(shot, artefacts), outputs, profile.encode)) as files:
             if shot.generate_video and shot.upscale_video:
-                files.add({"hd_frames": artefacts["frames"].repeat(shot.scale, 1).repeat(shot.scale, 2)})
+                hd_frames = artefacts["frames"].repeat(shot.scale, 1).repeat(shot.scale, 2)
+                files.add({"hd_frames": hd_frames, "chunk": (0, len(hd_frames))})
             files.commit(
                 [
                     StepRecord(stage=s.stage, key=s.key, weights=s.weights, seconds=0.5, gpu_seconds=0, cached=False)

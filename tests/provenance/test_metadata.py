@@ -41,7 +41,8 @@ def write_shot(profile, shot, folder: Path, settings=FULL) -> Path:
     plan = plan_of(profile, shot, settings)
     with closing(ShotFiles(plan, Item(shot, artefacts), outputs, profile.encode, provenance=settings)) as files:
         if shot.generate_video and shot.upscale_video:
-            files.add(Artefacts(hd_frames=frames.repeat(shot.scale, 1).repeat(shot.scale, 2)))
+            hd_frames = frames.repeat(shot.scale, 1).repeat(shot.scale, 2)
+            files.add(Artefacts(hd_frames=hd_frames, chunk=(0, len(frames))))
         files.commit([])
     return next(folder.rglob("shot.json")).parent
 
