@@ -64,6 +64,7 @@ class FakeActorClient:
         """`seconds` and `result` take the method's name and its arguments. With several results, `result` returns a tuple."""
         self.name = name
         self.place: ActorPlace | None = None
+        self.has_moved = False
         self._seconds, self._result, self._node, self._load_s = seconds, result, node, load_s
         self._calls: deque[str] = deque()
         self._turn = asyncio.Lock()

@@ -29,7 +29,7 @@ from vidgen_ray.engine import shot_runner
 from vidgen_ray.engine.actor_client import ActorCallFailed
 from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.engine import Engine, Window
-from vidgen_ray.engine.retries import InputsLost, Kind, Loss
+from vidgen_ray.engine.retries import InputsLost, Kind
 from vidgen_ray.engine.shot_runner import ShotRunner
 from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.supervisor import MAX_QUARANTINES
@@ -68,9 +68,6 @@ class FaultyClient(FakeActorClient):
     def permanent_failure(self, reason):
         return Failure(stage="health", error="Quarantined", message=reason, attempts=1, worker=self.name)
 
-    async def loss(self):
-        return Loss(self.faults.choice([each.value for each in Loss]))
-
     def failure(self, kind, **more):
         message = f"{kind.value}, at random"
         failure = Failure(stage="flux", error="RuntimeError", message=message, attempts=1, worker=self.name)
@@ -92,7 +89,7 @@ class FaultyClient(FakeActorClient):
                 raise ZeroDivisionError("a bug")
             case crash:
                 kind = {"crash": Kind.ERROR, "shared crash": Kind.SHARED_CRASH, "not run": Kind.NOT_RUN}[crash]
-                raise ActorCallFailed("WorkerDied", "crashed", kind, self.location, self.loss)
+                raise ActorCallFailed("WorkerDied", "crashed", kind, self.location)
 
     def respond(self, method, *args):
         is_encoder = method in ("write", "begin", "add", "commit")

@@ -72,9 +72,13 @@ async def write(client, config, plan):
         pool.close()
 
 
-def run_with_hanging_call(config, make_shot, scenario):
+class PatientEncoder(Encoder):
+    stale_call_s = TIMEOUT_S
+
+
+def run_with_hanging_call(config, make_shot, scenario, encoder):
     """Run the scenario with an encoder in which a call of a crashed director hangs."""
-    actor = ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={CONTROL: 1})(ImpatientEncoder).remote(config)
+    actor = ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={CONTROL: 1})(encoder).remote(config)
 
     async def run():
         crashed = asyncio.create_task(write(ActorClient(actor, "e"), config, plan_of(make_shot, "hangs")))
@@ -97,7 +101,7 @@ def test_hanging_call_of_a_crashed_director_does_not_block_the_next_one(config, 
         assert record.shot.id == "later"
         assert (await actor.place.remote()).pid != pid
 
-    run_with_hanging_call(config, make_shot, scenario)
+    run_with_hanging_call(config, make_shot, scenario, ImpatientEncoder)
 
 
 def test_call_of_a_crashed_director_that_ends_soon_keeps_the_process(config, make_shot):
@@ -108,4 +112,4 @@ def test_call_of_a_crashed_director_that_ends_soon_keeps_the_process(config, mak
         # The crashed director's shot was closed, and it can begin no other.
         assert (await actor.begin.remote(1, plan_of(make_shot, "late"), ARTEFACTS)).session_lost
 
-    run_with_hanging_call(config, make_shot, scenario)
+    run_with_hanging_call(config, make_shot, scenario, PatientEncoder)

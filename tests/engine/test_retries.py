@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind, Loss, ShotFailed, Verdict, run_with_retries
+from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind, ShotFailed, Verdict, run_with_retries
 from vidgen_ray.outputs.records import Failure
 
 
@@ -41,12 +41,11 @@ class Workers:
         worker = next((name for name in self.nodes if name not in avoid), min(self.nodes))
         self.tried.append(worker)
         self.alone.append(alone)
-        outcome = self.outcomes.pop(0)
-        if outcome is None:
+        kind = self.outcomes.pop(0)
+        if kind is None:
             return "done"
-        kind, loss = outcome if isinstance(outcome, tuple) else (outcome, None)
         failure = Failure(stage="flux", error="RuntimeError", message="it broke", attempts=1, worker=worker)
-        raise AttemptFailed(kind, failure, self.process(worker), loss and (lambda: explained(loss)))
+        raise AttemptFailed(kind, failure, self.process(worker))
 
     def process(self, name):
         return Candidate(name, self.nodes[name], self.gpus.get(name, 0))
@@ -79,10 +78,6 @@ class Workers:
         with pytest.raises(ShotFailed) as raised:
             self.run(limit)
         return raised.value
-
-
-async def explained(loss):
-    return loss
 
 
 ONE_NODE = {"a": "n1", "b": "n1", "c": "n1"}
@@ -174,12 +169,11 @@ def test_refused_input_that_another_node_accepts_is_a_failure_of_the_first():
     assert workers.blamed == ["a"]
 
 
-def test_shared_crash_is_repeated_alone():
-    workers = Workers(ONE_NODE, (SHARED, Loss.CRASH), None)
+def test_shared_crash_is_repeated_alone_and_costs_no_attempt():
+    workers = Workers(ONE_NODE, SHARED, None)
     assert workers.run() == "done"
     assert workers.alone == [False, True]
-    workers = Workers(ONE_NODE, (SHARED, Loss.CRASH), ERROR, ERROR)
-    assert workers.failure().failure.attempts == 3
+    assert workers.observer.failed == 0
 
 
 def test_call_that_was_not_run_costs_no_attempt():
@@ -188,21 +182,11 @@ def test_call_that_was_not_run_costs_no_attempt():
     assert workers.observer.failed == 0
 
 
-@pytest.mark.parametrize("loss", [Loss.NODE, Loss.NETWORK])
 @pytest.mark.parametrize("limit", [1, 3])
-def test_attempts_lost_with_a_node_or_a_connection_do_not_count(loss, limit):
-    workers = Workers(TWO_NODES, *[(ERROR, loss)] * 5, None)
+def test_attempts_lost_with_a_node_do_not_count(limit):
+    workers = Workers(TWO_NODES, *[ERROR] * 5, None)
+    workers.sick = ["a"] * 5
     assert workers.run(limit) == "done"
-    workers = Workers(TWO_NODES, *[(SHARED, loss)] * 5, (ERROR, loss), None)
-    assert workers.run(limit) == "done"
-    assert not any(workers.alone), "the call did not cause the loss"
-
-
-def test_crash_on_a_live_node_counts():
-    workers = Workers(TWO_NODES, (ERROR, Loss.CRASH))
-    assert workers.failure(limit=1).failure.attempts == 1
-    workers = Workers(ONE_NODE, (ERROR, Loss.NODE), (ERROR, Loss.CRASH), ERROR, ERROR)
-    assert workers.failure().failure.attempts == 3
 
 
 def test_shot_that_runs_out_of_memory_is_retried_on_larger_gpus_only():

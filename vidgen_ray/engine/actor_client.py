@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
 from itertools import islice
 from typing import Any
 
 import ray
 
 from vidgen_ray.engine.calls import LOADING
-from vidgen_ray.engine.retries import InputsLost, Kind, Loss, first_line
+from vidgen_ray.engine.retries import InputsLost, Kind, first_line
 from vidgen_ray.engine.worker import ActorPlace
 from vidgen_ray.outputs.records import Failure
 
 MAX_CRASHES_WHILE_LOADING = 3
 """Crashes in a row while loading before the load has failed."""
-NODE_POLL_S = 2.0
-"""Seconds between two checks whether the node of a lost process is still alive."""
 LOAD_CHECK_S = 30.0
 """Seconds between two looks at a process that loads its weights."""
 LOAD_SILENCE_S = 300.0
@@ -43,16 +39,13 @@ class ActorCallFailed(Exception):
     """The actor crashed, was lost or timed out during the call.
 
     A crash with several pending calls is of the kind SHARED_CRASH: the result of one call can be lost when the next one crashes
-    the process. `loss` waits until it is known what became of the process. `None` after a timeout.
+    the process.
     """
 
-    def __init__(
-        self, error: str, message: str, kind: Kind, worker: str, loss: Callable[[], Awaitable[Loss]] | None = None
-    ) -> None:
+    def __init__(self, error: str, message: str, kind: Kind, worker: str) -> None:
         self.error = error
         self.kind = kind
         self.worker = worker
-        self.loss = loss
         super().__init__(message)
 
     def failure(self, stage: str) -> Failure:
@@ -97,14 +90,14 @@ class ActorClient:
         """True if a process has loaded its weights and was not lost or killed since."""
         self._suspects: list[_Call] = []
         """Calls that were pending when the last process crashed. One of them may be the cause."""
-        self._loss: asyncio.Future[Loss] = asyncio.get_running_loop().create_future()
-        """Fate of the process that was lost last."""
-        self._losses: list[asyncio.Future[Loss]] = []
-        """Fates of all processes that were lost since one has responded."""
+        self.has_moved = False
+        """True if the process that loaded last is on another node than the one before, or is that same process: the other one
+        was lost with its node, or only its connection was."""
 
     async def ready(self) -> Failure | None:
         """Wait until a process has loaded its weights. Return the failure if it cannot load them or does not start."""
         crashes = 0
+        self.has_moved = False
         while True:
             try:
                 place = await self._actor.place.remote()
@@ -119,8 +112,8 @@ class ActorClient:
                     continue
                 # The actor is dead for good, or never started: its runtime environment cannot be set up.
                 return self._loading_failed(1, error)
-            self._explain_loss(place)
-            self.place = place
+            before, self.place = self.place, place
+            self.has_moved |= before is not None and (before.node != place.node or before.pid == place.pid)
             try:
                 failure = await self._load()
             except ray.exceptions.RayActorError as error:
@@ -155,15 +148,6 @@ class ActorClient:
         message = f"{self.name} did not start (attempts: {crashes}): {first_line(error)}"
         return Failure(stage=LOADING, error="WorkerDied", message=message, attempts=crashes, worker=self.name)
 
-    def _explain_loss(self, place: ActorPlace) -> None:
-        """Set what became of the previous processes, now that one responds."""
-        if self.place is None:
-            return
-        same = Loss.NETWORK if self.place.pid == place.pid else Loss.CRASH
-        for lost in self._losses:
-            lost.set_result(same if self.place.node == place.node else Loss.NODE)
-        self._losses.clear()
-
     async def call(self, method: str, *args: Any, stage: str, timeout_s: float, num_returns: int = 1) -> Any:
         """Return the method's result. With several results, return the first one and references to the others.
 
@@ -187,9 +171,7 @@ class ActorClient:
             else:
                 kind = Kind.ERROR if len(self._suspects) == 1 else Kind.SHARED_CRASH
             message = f"the process crashed: {first_line(error)}"
-            raise ActorCallFailed(
-                "WorkerDied", message, kind, self.location, partial(_explained, self._loss, self.node)
-            ) from None
+            raise ActorCallFailed("WorkerDied", message, kind, self.location) from None
         except ray.exceptions.ObjectLostError as error:
             raise InputsLost(first_line(error)) from None
         except ray.exceptions.RayTaskError as error:
@@ -231,14 +213,15 @@ class ActorClient:
         """Return whether the process responds, beside its calls."""
         loop = asyncio.get_running_loop()
         pinged = asyncio.wrap_future(self._actor.place.remote().future())
-        while True:
-            before = loop.time()
-            if (await asyncio.wait([pinged], timeout=SILENT_S))[0]:
-                break
-            if loop.time() < before + SILENT_S + LATE_S:
-                pinged.cancel()
-                return Ping.SILENT
-        return Ping.UP if pinged.exception() is None and pinged.result() == self.place else Ping.DOWN
+        try:
+            while True:
+                before = loop.time()
+                if (await asyncio.wait([pinged], timeout=SILENT_S))[0]:
+                    return Ping.UP if pinged.exception() is None and pinged.result() == self.place else Ping.DOWN
+                if loop.time() < before + SILENT_S + LATE_S:
+                    return Ping.SILENT
+        finally:
+            pinged.cancel()
 
     def send(self, method: str, *args: Any) -> Any:
         """Call a method without waiting. Return the reference of its result."""
@@ -276,24 +259,9 @@ class ActorClient:
             self._generation += 1
             self._up = False
             self._suspects = suspects
-            self._loss = asyncio.get_running_loop().create_future()
-            self._losses.append(self._loss)
 
 
 def _is_restarting(error: ray.exceptions.RayError) -> bool:
     """Return whether Ray restarts the actor. On a node that was drained for preemption, Ray reports it as dead meanwhile."""
     preempted = isinstance(error, ray.exceptions.ActorDiedError) and error.preempted
     return preempted or isinstance(error, ray.exceptions.ActorUnavailableError)
-
-
-async def _explained(loss: asyncio.Future[Loss], node: str | None) -> Loss:
-    """Return what became of a lost process: as soon as its successor responds, or when Ray reports that its node is gone."""
-    while not loss.done():
-        await asyncio.wait([loss], timeout=NODE_POLL_S)
-        if not loss.done() and not await asyncio.to_thread(_is_alive, node):
-            return Loss.NODE
-    return loss.result()
-
-
-def _is_alive(node: str | None) -> bool:
-    return any(each["NodeID"] == node and each["Alive"] for each in ray.nodes())

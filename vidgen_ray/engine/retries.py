@@ -45,17 +45,6 @@ class Kind(Enum):
     """The call is not the cause: it was never started, or the process was restarted for another reason."""
 
 
-class Loss(Enum):
-    """Fate of a process that stopped responding."""
-
-    CRASH = "crash"
-    """The process crashed on a node that is alive."""
-    NODE = "node"
-    """The node is gone."""
-    NETWORK = "network"
-    """The process is still there. Only the connection was interrupted."""
-
-
 class Verdict(Enum):
     """What is known of the process of a failed attempt."""
 
@@ -63,7 +52,7 @@ class Verdict(Enum):
     WELL = "well"
     """It has finished a call of another shot since: the attempt counts against the shot."""
     SICK = "sick"
-    """It was quarantined or lost: the attempt does not count."""
+    """It was quarantined, or lost with its node or its connection: the attempt does not count."""
 
 
 class Candidate(NamedTuple, Generic[P]):
@@ -76,18 +65,12 @@ class Candidate(NamedTuple, Generic[P]):
 
 
 class AttemptFailed(Exception):
-    """An attempt failed.
+    """An attempt failed."""
 
-    `loss` waits until it is known what became of the process. `None` if it did not stop responding.
-    """
-
-    def __init__(
-        self, kind: Kind, failure: Failure, process: Candidate[Any], loss: Callable[[], Awaitable[Loss]] | None = None
-    ) -> None:
+    def __init__(self, kind: Kind, failure: Failure, process: Candidate[Any]) -> None:
         self.kind = kind
         self.failure = failure
         self.process = process
-        self.loss = loss
         self.verdict = Verdict.OPEN
         self.forgiven = False
         """The shot seems to be the cause: the failure is not counted against the process."""
@@ -127,16 +110,16 @@ async def run_with_retries(
     Raises ShotFailed.
     """
     failed: list[AttemptFailed] = []
-    suspect = False
+    alone = False
     avoid: frozenset[P] = frozenset()
     while True:
         try:
-            result = await attempt(avoid, suspect)
+            result = await attempt(avoid, alone)
         except AttemptFailed as failure:
             if failure.kind is Kind.NOT_RUN:
                 continue
             if failure.kind is Kind.SHARED_CRASH:
-                suspect = suspect or await _is_own(failure)
+                alone = True
                 continue
             if failure.kind in (Kind.WRITE, Kind.DISK_FULL):
                 if await storage_is_cause(failure):
@@ -152,19 +135,17 @@ async def run_with_retries(
                     each.forgiven = True
                 blame(failure)
             last = failure.failure
-            if len(failed) + suspect >= limit:
-                failed = [each for each in failed if await _is_own(each)]
-            next_avoid = _next(failed, suspect, candidates(), limit)
+            next_avoid = _next(failed, candidates(), limit)
             if next_avoid is None and failure.kind is Kind.ERROR:
                 await evidence(failed)
                 failed = [each for each in failed if each.verdict is not Verdict.SICK]
-                next_avoid = _next(failed, suspect, candidates(), limit)
+                next_avoid = _next(failed, candidates(), limit)
                 tried = {each.process.key for each in failed}
                 in_doubt = any(each.verdict is Verdict.OPEN for each in failed)
                 if next_avoid is None and limit > 1 and in_doubt and any(each.key not in tried for each in candidates()):
-                    next_avoid = _next(failed, suspect, candidates(), IN_DOUBT_FACTOR * limit)
+                    next_avoid = _next(failed, candidates(), IN_DOUBT_FACTOR * limit)
             if next_avoid is None:
-                raise ShotFailed(last.model_copy(update={"attempts": len(failed) + suspect}), failure.kind) from None
+                raise ShotFailed(last.model_copy(update={"attempts": len(failed)}), failure.kind) from None
             avoid = next_avoid
             observer.retried(last.stage)
         else:
@@ -176,14 +157,7 @@ async def run_with_retries(
             return result
 
 
-async def _is_own(failed: AttemptFailed) -> bool:
-    """Return whether the attempt counts: its process did not disappear with its node or its connection."""
-    return failed.loss is None or await failed.loss() is Loss.CRASH
-
-
-def _next(
-    failed: Sequence[AttemptFailed], suspect: bool, candidates: Sequence[Candidate[P]], limit: int
-) -> frozenset[P] | None:
+def _next(failed: Sequence[AttemptFailed], candidates: Sequence[Candidate[P]], limit: int) -> frozenset[P] | None:
     """Return the processes that the next attempt avoids. `None`: no further attempt."""
     tried = {each.process.key for each in failed}
     nodes = {each.process.node for each in failed}
@@ -191,7 +165,6 @@ def _next(
     others = [process for process in candidates if process.key not in tried]
     on_tried_nodes = frozenset(process.key for process in candidates if process.node in nodes)
     on_tried_processes = frozenset(process.key for process in candidates if process.key in tried)
-    count = len(failed) + suspect
     too_small = [each.process.gpu_gb for each in failed if each.kind is Kind.MEMORY]
     larger = {process.key for process in candidates if too_small and process.gpu_gb > max(too_small)}
     if larger and limit > 1:
@@ -200,7 +173,7 @@ def _next(
         if limit == 1 or len(nodes) > 1 or not (other_nodes or (others and len(failed) == 1)):
             return None
         return on_tried_nodes if other_nodes else on_tried_processes
-    if count >= limit and (limit == 1 or len(nodes) > 1 or not other_nodes):
+    if len(failed) >= limit and (limit == 1 or len(nodes) > 1 or not other_nodes):
         return None
     if len(failed) > 1 and len(nodes) == 1 and other_nodes:
         return on_tried_nodes

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Coroutine, Hashable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 from vidgen_ray.engine.actor_client import SILENT_S, ActorClient, Ping
 from vidgen_ray.engine.retries import AttemptFailed, Verdict
@@ -245,7 +246,20 @@ class Supervisor:
 
     def _start(self, client: ActorClient, delay_s: float = 0.0) -> None:
         if client not in self._starting:
-            self._starting[client] = asyncio.ensure_future(self._wait_until_ready(client, delay_s))
+            self._starting[client] = self._watched(client, self._wait_until_ready(client, delay_s))
+
+    def _watched(self, client: ActorClient, task: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a task of a process. An error in it, which is a bug, gives up the process: nothing would restart it."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                message = f"{client.name}: {error}"
+                failure = Failure(stage="health", error=type(error).__name__, message=message, attempts=1, worker=client.name)
+                self._give_up(client, failure)
+
+        running = asyncio.ensure_future(task)
+        running.add_done_callback(ended)
+        return running
 
     async def _wait_until_ready(self, client: ActorClient, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
@@ -256,8 +270,10 @@ class Supervisor:
                 assert client.place is not None
                 del self._starting[client]
                 self._quarantined.pop(client, None)
+                if client.has_moved:
+                    self._health.lost(client)
                 self._health.started(client, client.place.node)
-                self._up[client] = asyncio.ensure_future(self._ping(client))
+                self._up[client] = self._watched(client, self._ping(client))
                 self._on_up(client)
                 return
             if (is_first and failure.error in SETUP_ERRORS) or number == LOAD_ATTEMPTS:

@@ -240,13 +240,17 @@ class WorkerPool:
         )
 
     async def _evidence(self, order: int, stage: str, failed: Sequence[AttemptFailed]) -> None:
-        """Wait until it is known which processes of failed attempts of a shot are sick. Calls of other shots show it."""
+        """Wait until it is known which processes of failed attempts of a shot are sick.
+
+        Calls of other shots show it, and the restart of a process, which may have been lost with its node.
+        """
 
         def is_open() -> bool:
             # The session of an encoder may wait for a chunk that waits for evidence, too.
             others = (work for work in (*self._assigned, *self._sessions) if work.order != order)
             is_shown = any(work.stage == stage or work.stage != OUTPUT for work in others)
-            return is_shown and any(each.verdict is Verdict.OPEN for each in failed if each.kind is Kind.ERROR)
+            unknown = [each.process.key for each in failed if each.kind is Kind.ERROR and each.verdict is Verdict.OPEN]
+            return bool(unknown) and (is_shown or any(map(self._is_starting, unknown)))
 
         with suppress(TimeoutError):
             async with asyncio.timeout(EVIDENCE_S):
@@ -297,7 +301,7 @@ class WorkerPool:
             raise
         except ActorCallFailed as lost:
             self._supervisor.crashed(client)
-            raise AttemptFailed(lost.kind, lost.failure(work.stage), _process(worker), lost.loss) from None
+            raise AttemptFailed(lost.kind, lost.failure(work.stage), _process(worker)) from None
         finally:
             del self._sessions[work]
             if this.copy is not None:
