@@ -112,6 +112,11 @@ async def run_with_retries(
     failed: list[AttemptFailed] = []
     alone = False
     avoid: frozenset[P] = frozenset()
+
+    def following(most: int) -> frozenset[P] | None:
+        """Return the processes that the next attempt avoids. `None`: no further attempt. `most`: attempts."""
+        return None if len(failed) >= IN_DOUBT_FACTOR * limit else _next(failed, candidates(), most)
+
     while True:
         try:
             result = await attempt(avoid, alone)
@@ -135,15 +140,15 @@ async def run_with_retries(
                     each.forgiven = True
                 blame(failure)
             last = failure.failure
-            next_avoid = _next(failed, candidates(), limit)
+            next_avoid = following(limit)
             if next_avoid is None and failure.kind is Kind.ERROR:
                 await evidence(failed)
                 failed = [each for each in failed if each.verdict is not Verdict.SICK]
-                next_avoid = _next(failed, candidates(), limit)
+                next_avoid = following(limit)
                 tried = {each.process.key for each in failed}
                 in_doubt = any(each.verdict is Verdict.OPEN for each in failed)
                 if next_avoid is None and limit > 1 and in_doubt and any(each.key not in tried for each in candidates()):
-                    next_avoid = _next(failed, candidates(), IN_DOUBT_FACTOR * limit)
+                    next_avoid = following(IN_DOUBT_FACTOR * limit)
             if next_avoid is None:
                 raise ShotFailed(last.model_copy(update={"attempts": len(failed)}), failure.kind) from None
             avoid = next_avoid
@@ -170,7 +175,7 @@ def _next(failed: Sequence[AttemptFailed], candidates: Sequence[Candidate[P]], l
     if larger and limit > 1:
         return frozenset(process.key for process in candidates if process.key not in larger)
     if failed and all(each.kind in (Kind.INPUT, Kind.MEMORY) for each in failed):
-        if limit == 1 or len(nodes) > 1 or not (other_nodes or (others and len(failed) == 1)):
+        if limit == 1 or len(nodes) > 1 or not (other_nodes or (others and len(tried) == 1)):
             return None
         return on_tried_nodes if other_nodes else on_tried_processes
     if len(failed) >= limit and (limit == 1 or len(nodes) > 1 or not other_nodes):

@@ -308,6 +308,8 @@ class StepRunner:
             expected = (n_frames, frames.shape[1] * scale, frames.shape[2] * scale, 3)
             if result.shape != expected:
                 raise WrongResult(f"the model made a clip of shape {result.shape} instead of {expected}; the GPU may be faulty")
+            if _is_single_colour(result) and not _is_single_colour(frames):
+                raise WrongResult("the model made frames of a single colour from others; the GPU may be faulty")
         except Cancelled:
             raise
         except Exception as error:
@@ -338,7 +340,11 @@ class StepRunner:
                     self._safety.check_image(ready.artefacts["image"])
                 local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts)
                 (result,), recovered = self._fallback.run(stage, plan.shot, lambda: stage([local]))
-                if wrong := _wrong_size(stage, plan.shot, result) or _single_colour(stage, result):
+                wrong = _wrong_size(stage, plan.shot, result)
+                for name in () if wrong else {"image", "frames"} & set(stage.writes):
+                    if _is_single_colour(result[name]):  # type: ignore[literal-required]  # the name of an artefact
+                        wrong = f"{'an image' if name == 'image' else 'a clip'} of a single colour"
+                if wrong:
                     raise WrongResult(f"the model made {wrong}; it may be the model of another stage, or the GPU is faulty")
                 self._check_safety(result)
                 lower_memory = lower_memory or recovered not in (None, MEMORY_FREED)
@@ -408,14 +414,10 @@ def _wrong_size(stage: Stage[Any], shot: Shot, result: Artefacts) -> str | None:
     return f"a clip of shape {result['frames'].shape} instead of {(shot.clip_frames, *expected)}"
 
 
-def _single_colour(stage: Stage[Any], result: Artefacts) -> str | None:
-    """Return what is wrong with an image or a clip that has a single colour, as sick GPUs make them, or `None`."""
-    for name in {"image", "frames"} & set(stage.writes):
-        pixels: Frames = result[name]  # type: ignore[literal-required]  # the name of an artefact
-        # Most others differ in the few pixels of the first look.
-        if all((each == each.flat[0]).all() for each in (pixels[..., ::64, ::64, :], pixels)):
-            return f"{'an image' if name == 'image' else 'a clip'} of a single colour"
-    return None
+def _is_single_colour(pixels: Frames) -> bool:
+    """Return whether an image or a clip has a single colour, as sick GPUs make them."""
+    # Most others differ in the few pixels of the first look.
+    return all(bool((each == each.flat[0]).all()) for each in (pixels[..., ::64, ::64, :], pixels))
 
 
 def with_images(item: Item, takes: Iterable[str], inputs: Mapping[str, str] | None = None) -> Item:

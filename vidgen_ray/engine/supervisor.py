@@ -174,8 +174,8 @@ class Supervisor:
         return [client.location for client in (*self._quarantined, *self._given_up)]
 
     def is_starting(self, client: ActorClient) -> bool:
-        """Return whether the process starts, and not because it was quarantined."""
-        return client in self._starting and client not in self._quarantined
+        """Return whether the process starts, or waits for that in quarantine."""
+        return client in self._starting
 
     def is_on_probation(self, client: ActorClient) -> bool:
         """Return whether the process was quarantined and has not succeeded since."""

@@ -64,8 +64,8 @@ class _Running:
     session: Session
     ended: asyncio.Future[None]
     """Set when the session or its copy has ended, or when it must go to another worker."""
-    may_copy: bool
-    copy: asyncio.Task[Returned] | None = None
+    copies: list[asyncio.Task[Returned]] | None
+    """The next attempt, if it was started early because this one is slow. `None` if it must not be."""
 
 
 class RemoteArtefacts(NamedTuple):
@@ -210,7 +210,11 @@ class WorkerPool:
         its next step. Raises ShotFailed and InputsLost.
         """
 
+        copies: list[asyncio.Task[Returned]] = []
+
         async def attempt(avoid: frozenset[WorkerState], alone: bool) -> Returned:
+            if copies:
+                return await copies.pop()
             # Each attempt needs its own Work object.
             work = replace(requested, alone=alone, avoid=avoid)
             while self._must_wait(work):
@@ -218,7 +222,7 @@ class WorkerPool:
             if work.stage == OUTPUT:
                 await self._storage.over()
             worker = await self._worker_for(work)
-            return await self._attempt(worker, work, session, on_progress, may_copy=not alone)
+            return await self._attempt(worker, work, session, on_progress, None if alone else copies)
 
         def blame(failed: AttemptFailed) -> None:
             client = self._clients[failed.process.key]
@@ -229,15 +233,19 @@ class WorkerPool:
             holders = self._scheduler.holders(requested.stage)
             return [_process(worker) for worker in holders if worker.live or self._is_starting(worker)]
 
-        return await run_with_retries(
-            attempt,
-            candidates,
-            blame,
-            partial(self._evidence, requested.order, requested.stage),
-            self._storage.is_cause,
-            limit=self._attempts,
-            observer=self._observer,
-        )
+        try:
+            return await run_with_retries(
+                attempt,
+                candidates,
+                blame,
+                partial(self._evidence, requested.order, requested.stage),
+                self._storage.is_cause,
+                limit=self._attempts,
+                observer=self._observer,
+            )
+        finally:
+            for copy in copies:
+                copy.cancel()
 
     async def _evidence(self, order: int, stage: str, failed: Sequence[AttemptFailed]) -> None:
         """Wait until it is known which processes of failed attempts of a shot are sick.
@@ -258,11 +266,16 @@ class WorkerPool:
                     await self._changed.wait()
 
     async def _attempt(
-        self, worker: WorkerState, work: Work, session: Session, on_progress: ProgressCallback | None, *, may_copy: bool
+        self,
+        worker: WorkerState,
+        work: Work,
+        session: Session,
+        on_progress: ProgressCallback | None,
+        copies: list[asyncio.Task[Returned]] | None,
     ) -> Returned:
         client, number = self._clients[worker], next(self._calls)
         running = asyncio.ensure_future(session(client, number))
-        this = self._sessions[work] = _Running(session, asyncio.get_running_loop().create_future(), may_copy)
+        this = self._sessions[work] = _Running(session, asyncio.get_running_loop().create_future(), copies)
         running.add_done_callback(lambda _: _set(this.ended))
         busy = True
         try:
@@ -271,10 +284,10 @@ class WorkerPool:
             await this.ended
             if not running.done():
                 client.send("cancel", number)
-                if this.copy is not None and this.copy.done():
+                if copies and copies[0].done():
                     running.add_done_callback(partial(self._abandoned, worker, work))
                     busy = False
-                    return this.copy.result()
+                    return copies[0].result()
                 running.add_done_callback(_ignore_error)
                 failure = Failure(stage=work.stage, error="Recalled", message="not run", attempts=1, worker=client.location)
                 raise AttemptFailed(Kind.NOT_RUN, failure, _process(worker))
@@ -304,8 +317,6 @@ class WorkerPool:
             raise AttemptFailed(lost.kind, lost.failure(work.stage), _process(worker)) from None
         finally:
             del self._sessions[work]
-            if this.copy is not None:
-                this.copy.cancel()
             if busy:
                 self._finished(worker, work)
         self._seconds[work.stage].append(sum(record.seconds for record in result.records))
@@ -385,22 +396,22 @@ class WorkerPool:
         """Repeat a running call on an idle worker. The first result counts."""
         running = self._sessions.get(work)
         idle = (each for each in self._scheduler.holders(work.stage) if each.live and not each.load and not each.probation)
-        if running is None or not running.may_copy or running.copy is not None or not any(idle):
+        if running is None or running.copies is None or running.copies or not any(idle):
             return
         holders = self._scheduler.holders(work.stage)
         avoid = frozenset(each for each in holders if each.load or each.probation or each in work.avoid)
 
         async def copy() -> Returned:
             again = replace(work, avoid=avoid)
-            return await self._attempt(await self._worker_for(again), again, running.session, None, may_copy=False)
+            return await self._attempt(await self._worker_for(again), again, running.session, None, None)
 
         def ended(copy: asyncio.Task[Returned]) -> None:
             _ignore_error(copy)
             if not copy.cancelled() and copy.exception() is None:
                 _set(running.ended)
 
-        running.copy = asyncio.ensure_future(copy())
-        running.copy.add_done_callback(ended)
+        running.copies.append(asyncio.ensure_future(copy()))
+        running.copies[0].add_done_callback(ended)
 
     def _is_starting(self, worker: WorkerState) -> bool:
         return self._supervisor.is_starting(self._clients[worker])
