@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.fake_weights import write_fake_weights
+from benchmarks.simulated import two_coloured
 from vidgen_ray.profile import ActorProfile, Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
@@ -37,12 +36,12 @@ class NoOp(Stage[Any]):
 
 class NoOpFlux(NoOp, FluxStage):
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image": np.zeros((SIDE_PX, SIDE_PX, 3), np.uint8)} for _ in items]
+        return [{"image": two_coloured((SIDE_PX, SIDE_PX, 3), 1)} for _ in items]
 
 
 class NoOpSVD(NoOp, SVDStage):
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"frames": np.zeros((FRAMES, SIDE_PX, SIDE_PX, 3), np.uint8)} for _ in items]
+        return [{"frames": two_coloured((FRAMES, SIDE_PX, SIDE_PX, 3), 1)} for _ in items]
 
 
 class NoOpRealESRGAN(NoOp, RealESRGANStage):
@@ -50,7 +49,7 @@ class NoOpRealESRGAN(NoOp, RealESRGANStage):
         return [{"hd_frames": self.run_chunk(item.shot, item.artefacts["frames"])} for item in items]
 
     def run_chunk(self, shot: Shot, frames: Frames, chunk: slice | None = None) -> Frames:
-        return np.zeros((len(frames), shot.scale * SIDE_PX, shot.scale * SIDE_PX, 3), np.uint8)
+        return two_coloured((len(frames), shot.scale * SIDE_PX, shot.scale * SIDE_PX, 3), 1)
 
 
 STAGES: dict[str, type[Stage[Any]]] = {stage.name: stage for stage in (NoOpFlux, NoOpSVD, NoOpRealESRGAN)}

@@ -300,5 +300,12 @@ class Models:
         return {}
 
 
+def two_coloured(shape: tuple[int, ...], value: int) -> NDArray[np.uint8]:
+    """Return pixels of a single value, except for the last one: a single colour counts as the mark of a sick GPU."""
+    pixels = np.full(shape, value, np.uint8)
+    pixels[..., -1, -1, :] = 0
+    return pixels
+
+
 def shot_ids(shots: int) -> list[str]:
     return [f"shot-{n:05d}" for n in range(shots)]

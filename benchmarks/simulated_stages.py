@@ -15,7 +15,16 @@ from safetensors.numpy import save_file
 
 from benchmarks import simulated
 from benchmarks.fake_weights import write_fake_weights
-from benchmarks.simulated import FRAMES, FRAMES_SHAPE, IMAGE_SHAPE, SimulatedGPU, SimulatedModel, assigned_gpu, shot_ids
+from benchmarks.simulated import (
+    FRAMES,
+    FRAMES_SHAPE,
+    IMAGE_SHAPE,
+    SimulatedGPU,
+    SimulatedModel,
+    assigned_gpu,
+    shot_ids,
+    two_coloured,
+)
 from vidgen_ray.media import write_png
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Frames, Item, Likeness, Stage
@@ -100,7 +109,7 @@ class SimulatedInstantID(SimulatedStage, InstantIDStage):
 
 class SimulatedFlux(SimulatedStage, FluxStage):
     def _result(self, artefacts: Artefacts) -> Artefacts:
-        return {"image": np.full(IMAGE_SHAPE, 100, np.uint8)}
+        return {"image": two_coloured(IMAGE_SHAPE, 100)}
 
 
 class SimulatedLoRA(SimulatedStage, FluxLoRAStage):
@@ -121,7 +130,7 @@ class SimulatedClipLikeness(SimulatedStage, ClipLikenessStage):
 
 class SimulatedSVD(SimulatedStage, SVDStage):
     def _result(self, artefacts: Artefacts) -> Artefacts:
-        return {"frames": np.full(FRAMES_SHAPE, artefacts["image"].flat[0], np.uint8)}
+        return {"frames": two_coloured(FRAMES_SHAPE, artefacts["image"].flat[0])}
 
 
 class SimulatedRealESRGAN(SimulatedStage, RealESRGANStage):

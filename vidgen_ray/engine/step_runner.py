@@ -416,8 +416,9 @@ def _wrong_size(stage: Stage[Any], shot: Shot, result: Artefacts) -> str | None:
 
 def _is_single_colour(pixels: Frames) -> bool:
     """Return whether an image or a clip has a single colour, as sick GPUs make them."""
+    first = pixels.reshape(-1, 3)[0]
     # Most others differ in the few pixels of the first look.
-    return all(bool((each == each.flat[0]).all()) for each in (pixels[..., ::64, ::64, :], pixels))
+    return all(bool((each == first).all()) for each in (pixels[..., ::64, ::64, :], pixels))
 
 
 def with_images(item: Item, takes: Iterable[str], inputs: Mapping[str, str] | None = None) -> Item:
