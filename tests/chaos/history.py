@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 
 from tests.chaos.model import SECONDS
+from vidgen_ray.batch.run_options import GRACE_S
 from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.engine.engine import OBJECT_STORE_SHARE, object_store_bytes
 from vidgen_ray.engine.retries import ATTEMPTS
@@ -17,11 +18,12 @@ FATAL = ("poison", "refused", "unlike")
 """First words of the prompts of shots that must fail."""
 STALL_S = 2400.0
 """Longest time without a call while lines are left, outages of the storage and stopped drivers not counted."""
+IDLE_S, IDLE_CALLS = 300.0, 20
 CHUNK_BYTES = 1 << 20
-LEASE_POLL_S = 3.0
+LEASE_POLL_S = 6.0
 """Seconds in which a director notices that its lease was deleted."""
 REASONS = {
-    "lost its lease": {"lease_lost", "driver_stop", "storage over"},
+    "lost its lease": {"lease_lost", "driver_stop", "storage", "storage_hang", "storage_long", "disk_full"},
     "no file could be written": {"storage_long"},
     "does not fit|no GPU": {"node", "drain", "partition"},
     "of the last .* failed": {"sick", "poison", "crash", "hang", "error"},
@@ -237,6 +239,35 @@ def check_stall(world, history):
                 yield f"run {driver.number}: no call between {first:.0f} and {second:.0f} s"
 
 
+def check_idle(world, history):
+    """A worker that has never failed gets calls while others with its stages get some."""
+    busy, calls = defaultdict(list), defaultdict(list)
+    for event in world.history:
+        process = event.fields.get("process")
+        if event.kind in ("loaded", "gone") or (event.kind == "start" and OUTPUT not in event.fields["call"].stages):
+            busy[process].append(event.at)
+        if event.kind == "start":
+            calls[event.fields["call"].driver].append((event.at, {*event.fields["call"].stages}))
+    failed = {history.sent[number].fields["call"].process for number in history.hit | history.sick if number in history.sent}
+    for process, times in busy.items():
+        driver, stages = process.actor.driver, {*process.actor.spec.stages}
+        if process in failed or process.frozen_until or not process.loaded:
+            continue
+        for first, second in pairwise([*times, *([] if process.lost else [history.ended.get(driver.number, 0.0)])]):
+            others = sum(first + 60 < at < second and names <= stages for at, names in calls[driver])
+            if second - first > IDLE_S and others > IDLE_CALLS:
+                yield f"run {driver.number}: process {process.pid} idle from {first:.0f} to {second:.0f} s, {others} calls beside it"
+
+
+def check_stop(world, history):
+    """After a stop request, a run ends within its grace period."""
+    for event in history.faults:
+        driver = world.drivers[event.fields.get("driver", 1) - 1]
+        end = history.ended.get(driver.number, float("inf"))
+        if event.fields["fault"] == "stop" and not driver.frozen and end > event.at + GRACE_S + 30:
+            yield f"run {driver.number} ended {end - event.at:.0f} s after the stop request"
+
+
 def check_errors(world, history):
     """Methods of actors raise nothing."""
     for event in world.history:
@@ -258,6 +289,8 @@ RULES = [
     check_wrong_lines_fail,
     check_rework,
     check_stall,
+    check_idle,
+    check_stop,
     check_errors,
 ]
 

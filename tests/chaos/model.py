@@ -8,6 +8,7 @@ import errno
 import gc
 import hashlib
 import inspect
+import json
 import random
 import sys
 import threading
@@ -34,13 +35,13 @@ from vidgen_ray.batch.line_planner import PlannedLine
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine import actor_client, encoder, engine, shot_runner, shot_writer, step_runner, worker
+from vidgen_ray.engine import actor_client, encoder, engine, shot_runner, shot_writer, step_runner, supervisor, worker
 from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.engine.encoder import Encoder
 from vidgen_ray.engine.engine import OBJECT_STORE_SHARE
 from vidgen_ray.errors import OutOfMemory, StageError
 from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_length, stages_of
-from vidgen_ray.outputs.lease import REFRESH_S, Lease, LeaseLost
+from vidgen_ray.outputs.lease import REFRESH_S, Fence, Holder, Lease
 from vidgen_ray.outputs.records import FileRecord, ShotRecord
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.lines import Line
@@ -166,11 +167,16 @@ class Storage:
     """Output folder in memory, with an outage. `number`: that of the run that writes."""
 
     url = "simulated"
-    storage = SimpleNamespace(local=Path("/simulated"))
     stage_cache = None
 
     def __init__(self, world, number=0):
-        self._world, self._number = world, number
+        self._world = world
+        self.storage = SimpleNamespace(local=world.local, read=self._read, url=self.url)
+        self.fence = Fence("lease", number)
+
+    def _read(self, path):
+        """Return the content of the lease file."""
+        return json.dumps(Holder("", "", "", "", self._world.holder, 0)._asdict()).encode()
 
     @property
     def down(self):
@@ -200,15 +206,15 @@ class Storage:
 
     @contextmanager
     def draft(self, plan):
-        yield Draft(self._world, self, plan, self._number)
+        yield Draft(self._world, self, plan)
 
 
 class Draft:
     """Files of a shot. Compares what is written with what the plan must give."""
 
-    def __init__(self, world, outputs, plan, number):
+    def __init__(self, world, outputs, plan):
         outputs.write()
-        self._world, self._outputs, self._plan, self._number = world, outputs, plan, number
+        self._world, self._outputs, self._plan = world, outputs, plan
         self._expected, self._wrong = expected_tags(plan), []
         self._hd_frames = 0
 
@@ -232,8 +238,7 @@ class Draft:
         world, plan = self._world, self._plan
         if chunked_stages_of(plan.shot) and self._hd_frames != clip_length(plan.shot)[0]:
             self._wrong.append(f"{self._hd_frames} frames")
-        if world.holder != self._number:
-            raise LeaseLost("the run does not hold its lease any more")
+        self._outputs.fence.check(self._outputs.storage)
         record = ShotRecord(
             key=plan.key,
             shot=plan.shot,
@@ -388,6 +393,8 @@ class World:
         self.processes, self.homes = [], {}
         """All processes. Id of a shot in progress -> names of the nodes with its results."""
         self._error, self._over, self._calm = None, False, False
+        self.local = self.rng.choice((Path("/simulated"), None))
+        """Folder of the outputs. `None`: they are in an object store."""
         self.storage, self.drivers = Storage(self), []
         self.holder = 0
         """Number of the run that holds the lease of the output folder."""
@@ -426,7 +433,7 @@ class World:
 
     def _script(self):
         rng, lines = self.rng, []
-        for number in range(1, rng.randint(10, 40) + 1):
+        for number in range(1, rng.randint(10, 28) + 1):
             fields = {"generate_video": rng.random() < 0.7, "upscale_video": rng.random() < 0.7}
             flaw = next((flaw for flaw in SHOT_FAULTS if flaw in self.kinds and rng.random() < 0.06), "")
             prompt = f"shot {number}"
@@ -886,7 +893,9 @@ def patched(world):
         patch.setattr(director_module, "live_cluster", lambda: simulated_ray.live_cluster(world))
         patch.setattr(director_module, "RunMetrics", Metrics)
         patch.setattr(director_module, "ids_that_failed_before", world.failed_before)
-        patch.setattr(director_module, "STOP_POLL_S", 2.0)
+        # Polls take most of the time of a simulation.
+        patch.setattr(director_module, "STOP_POLL_S", 5.0)
+        patch.setattr(supervisor, "PING_S", 30.0)
         patch.setattr(actor_client, "RETRY_S", 2.0, raising=False)
         patch.setattr(director_module, "STATUS_INTERVAL_S", 60.0)
         patch.setattr(director_module, "load_calibration", lambda *_: None)

@@ -5,7 +5,6 @@ An actor holds a real `Worker` or `Encoder`. A driver has an event loop of its o
 
 import asyncio
 import math
-from collections import defaultdict
 from contextlib import suppress
 from itertools import count
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine import fleet
 from vidgen_ray.engine.calls import ENCODER, OUTPUT
-from vidgen_ray.engine.encoder import Encoder
+from vidgen_ray.engine.encoder import Encoder, parallel_commits
 from vidgen_ray.engine.ray_cluster import LiveCluster
 from vidgen_ray.engine.worker import ActorPlace, Worker
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -147,6 +146,7 @@ class Call:
         chunk = next((arg for arg in args if isinstance(arg, slice)), None)
         self.unit = (plan and (plan.key, plan.number), self.stages, chunk and chunk.start)
         self.is_work = bool(plan and self.stages)
+        self.is_control = hasattr(getattr(actor.kind, method), "__ray_concurrency_group__")
 
 
 class Node:
@@ -170,7 +170,7 @@ class Gpu:
 
 
 class Process:
-    """Process of an actor. Runs one call at a time, and those of the control group beside it."""
+    """Process of an actor. Runs one call at a time, some encoders several, and those of the control group beside them."""
 
     def __init__(self, actor, node):
         self.actor, self.world, self.node, self.life = actor, actor.world, node, node.id
@@ -179,7 +179,7 @@ class Process:
         self.started = asyncio.Event()
         self.calls = {}
         """Pending call -> its task."""
-        self.turn = asyncio.Lock()
+        self.turn = asyncio.Semaphore(parallel_commits(actor.args[0].outputs) if actor.kind is Encoder else 1)
         self.loaded = False
         self.world.processes.append(self)
         self.task = self.world.spawn(self._start())
@@ -192,7 +192,7 @@ class Process:
     async def run(self, call):
         """Run a call that has arrived, and return its result."""
         await self.started.wait()
-        if getattr(getattr(self.actor.kind, call.method), "__ray_concurrency_group__", None) is not None:
+        if call.is_control:
             await self._thaw()
             return self._invoke(call, call.args)
         async with self.turn:
@@ -227,7 +227,9 @@ class Process:
         await asyncio.sleep(seconds)
         await self._thaw()
         value = self._invoke(call, args)
-        self.loaded = self.loaded or call.method == "load"
+        if call.method == "load" and self.actor.kind is Worker:
+            self.loaded = True
+            world.log("loaded", process=self)
         if call.is_work:
             world.worked(call, self, seconds, value)
         if kind == "duplicate":
@@ -268,10 +270,15 @@ class Process:
         if not self.alive:
             return
         self.alive = False
+        self._log_gone()
         self.task.cancel()
         for task in self.calls.values():
             task.cancel()
         self.world.spawn(self._notice(self.world.rng.uniform(0.05, 2) if notice_s is None else notice_s, preempted))
+
+    def _log_gone(self):
+        if self.loaded:
+            self.world.log("gone", process=self)
 
     async def _notice(self, seconds, preempted):
         await asyncio.sleep(seconds)
@@ -282,6 +289,7 @@ class Process:
         if self.lost:
             return
         self.lost = True
+        self._log_gone()
         calls, self.calls = self.calls, {}
         for call in calls:
             error = ActorDiedError() if preempted else unavailable("the process has crashed" if not self.alive else "timed out")
@@ -309,7 +317,7 @@ class Actor:
         self.process, self.dead, self.preempted = None, False, False
         self.sessions = {}
         self.gpu = None
-        self._arrival = defaultdict(float)
+        self.arrival, self.was_up = 0.0, False
         world.actors.append(self)
         self._starting = world.spawn(self._start(0.0))
 
@@ -323,7 +331,7 @@ class Actor:
         while not self.dead and (node := self.home()) is None:
             await asyncio.sleep(1.0)
         if not self.dead:
-            self.process, self.preempted = Process(self, node), False
+            self.process, self.preempted, self.was_up = Process(self, node), False, True
 
     def kill(self, *, no_restart):
         self.dead = self.dead or no_restart
@@ -359,7 +367,7 @@ class Method:
 
     async def _deliver(self, call, process):
         actor, world = self._actor, self._actor.world
-        while process is None and not actor.dead and not actor._starting.done() and not actor.preempted and not actor._arrival:
+        while process is None and not actor.dead and not actor._starting.done() and not actor.preempted and not actor.was_up:
             # The first process of the actor starts.
             await asyncio.sleep(0.5)
             process = actor.process
@@ -377,10 +385,10 @@ class Method:
             process.calls.pop(call)
             world.answer(call, None, unavailable("The actor is restarting"))
             return
-        # Requests to one process arrive in order.
-        arrival = max(actor._arrival[call.method == "place"] + 1e-6, world.now + world.rng.uniform(0.001, 0.03))
-        actor._arrival[call.method == "place"] = arrival
-        await asyncio.sleep(arrival - world.now)
+        if not call.is_control:
+            # Requests to one process arrive in order.
+            actor.arrival = max(actor.arrival + 1e-6, world.now + world.rng.uniform(0.001, 0.03))
+            await asyncio.sleep(actor.arrival - world.now)
         await world.network(process.node)
         if not process.alive:
             await asyncio.Event().wait()
