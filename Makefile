@@ -32,12 +32,13 @@ test-slow: setup
 	$(PYTEST) -m "slow and not very_slow"
 	$(BIN)/python -m pytest -m "" --nbmake --nbmake-timeout 600 examples/library.ipynb
 
-# About twenty minutes. Faults of GPUs, nodes, encoders, disks and inputs, two runs on one cluster, leases of other containers; then kills
-# processes, nodes and drivers of a three-node cluster at 35 random moments.
+# About an hour. Faults of GPUs, nodes, encoders, disks and inputs, two runs on one cluster, leases of other containers; then kills
+# processes, nodes and drivers of a three-node cluster at 35 random moments; then 10,000 seeds of a run in simulated time.
 FAULTS := tests/batch/test_health.py tests/batch/test_faults.py tests/engine/test_inputs.py \
 	tests/engine/test_cache_writer.py tests/engine/test_fleet.py tests/outputs/test_lease.py
 chaos: setup
-	$(BIN)/python -m pytest $(FAULTS) tests/chaos -m ""
+	$(BIN)/python -m pytest $(FAULTS) tests/chaos -m "" --ignore tests/chaos/test_model.py
+	VIDGEN_SEEDS=10000 $(PYTEST) --timeout 7200 tests/chaos/test_model.py
 
 # Damaged and random input for every reader of files, one minute each. FUZZ_S=600 is longer; findings are written to out/fuzz.
 FUZZ_S ?= 60

@@ -256,7 +256,8 @@ def check_idle(world, history):
         for first, second in pairwise([*times, *([] if process.lost else [history.ended.get(driver.number, 0.0)])]):
             others = sum(first + 60 < at < second and names <= stages for at, names in calls[driver])
             if second - first > IDLE_S and others > IDLE_CALLS:
-                yield f"run {driver.number}: process {process.pid} idle from {first:.0f} to {second:.0f} s, {others} calls beside it"
+                span = f"{first:.0f} to {second:.0f} s"
+                yield f"run {driver.number}: process {process.pid} was idle from {span}, with {others} calls on others"
 
 
 def check_stop(world, history):

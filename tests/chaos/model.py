@@ -64,8 +64,8 @@ RUN_FAULTS = ("stop", "driver_kill", "driver_stop", "lease_lost")
 SICK = ("sick_worker", "sick_node")
 SHOT_FAULTS = ("poison", "refused", "too_large", "unlike")
 FAULTS = (*CALL_FAULTS, *WRONG_DATA, *LOAD_FAULTS, *TIMED_FAULTS, *STORAGE_FAULTS, *RUN_FAULTS, *SICK, *SHOT_FAULTS)
-SURVIVED = tuple(kind for kind in FAULTS if kind not in WRONG_DATA)
-"""Faults that cost no promise."""
+SURVIVED = tuple(kind for kind in FAULTS if kind != "wrong_content")
+"""Faults that cost no promise. Nothing finds wrong pixels of the right size under the right key."""
 FAULTY_S = 400.0
 """Seconds of a run within which timed faults happen."""
 CALM_AFTER = 3
@@ -151,7 +151,7 @@ class SimulatedStage:
         fault = WORLD.fail(self, shot)
         tag = tag_of(self.name, shot.prompt, shot.seed, [tag_in(frames)])
         clip = clip_of(tag, frames_in(frames), frames.shape[1] * shot.scale, frames.shape[2] * shot.scale)
-        return WORLD.spoilt(clip, fault)
+        return WORLD.spoilt(clip, fault, chunk=True)
 
 
 STAGES = {
@@ -692,9 +692,10 @@ class World:
                 made[name] = self.spoilt(clip_of(tag, list(range(shot.clip_frames))), fault)
         return made
 
-    def spoilt(self, array, fault):
+    def spoilt(self, array, fault, *, chunk=False):
         match fault:
-            case "constant":
+            # A chunk of one colour can be right.
+            case "constant" if not chunk:
                 return np.broadcast_to(np.uint8(0), array.shape)
             case "wrong_size":
                 return array[..., ::2, :]

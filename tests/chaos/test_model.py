@@ -23,7 +23,6 @@ def failures(seeds):
     return [f"VIDGEN_SEED={seed} {rule}: {text}" for seed in seeds for rule, text in check(simulate(seed, KINDS))]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "group", [pytest.param(group, marks=pytest.mark.xdist_group(f"model-{group}")) for group in range(GROUPS)]
