@@ -7,10 +7,8 @@ process whose calls fail at random, in simulated time. tests/chaos does the same
 import asyncio
 import json
 import re
-import tempfile
 import threading
 from collections import Counter
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -350,17 +348,3 @@ def test_run_stops_if_nothing_can_be_written_for_too_long(run_prompts, monkeypat
 def test_script_of_wrong_photos_does_not_stop_the_run(run_prompts):
     report, _ = run_prompts(["refused"] * 30, "2x80GB")
     assert (report.failed, report.left, report.quarantined) == (30, 0, ())
-
-
-@pytest.fixture
-def memory_path(tmp_path):
-    """A folder in memory, if there is one: on a disk, five files for each line take most of the time."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
-        yield Path(folder)
-
-
-@pytest.mark.very_slow
-@pytest.mark.parametrize("seed", range(100, 150))
-def test_every_line_of_fifty_scripts_ends_once(memory_path, profile, monkeypatch, simulated, seed):
-    check(memory_path, profile, monkeypatch, seed, 1000)
