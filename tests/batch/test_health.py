@@ -2,7 +2,6 @@
 
 import json
 import os
-import threading
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from tests.batch.faulty_stages import actor_name, append, gpu, node, stages
 from tests.batch.test_batch import Events
 from tests.batch.test_faults import render_lines
 from tests.fake_stages import FAKES, profile_of_fakes
-from vidgen_ray.errors import MediaError, SetupError
+from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 
@@ -83,14 +82,13 @@ def worker_on(place, log):
 # A GPU
 
 
-@pytest.mark.parametrize("error", [RuntimeError, pytest.param(MediaError, marks=pytest.mark.slow)])
-def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(cluster, profile, tmp_path, error):
+def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(cluster, profile, tmp_path):
     log = tmp_path / "log"
 
     def fail_on_gpu_0(shot):
         append(log, f"{gpu()} {actor_name()}")
         if gpu() == "0":
-            raise error("it is broken")
+            raise RuntimeError("it is broken")
         time.sleep(WORK_S)  # the work
 
     listener = Statuses()
@@ -108,9 +106,8 @@ def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(cluster, pro
 # Loading
 
 
-@pytest.mark.parametrize("failures", [2, pytest.param(1000, marks=pytest.mark.slow)])
-def test_load_that_fails_on_one_gpu_costs_no_line(cluster, profile, tmp_path, failures):
-    """The load is retried in new processes. A worker that never loads is given up, and the others continue."""
+def test_load_that_fails_twice_on_one_gpu_costs_no_line(cluster, profile, tmp_path):
+    """The load is retried in new processes."""
     loads, tried = tmp_path / "loads", tmp_path / "tried"
 
     def load():
@@ -119,7 +116,7 @@ def test_load_that_fails_on_one_gpu_costs_no_line(cluster, profile, tmp_path, fa
         number = append(loads, f"{os.getpid()}")
         if number > 2:
             tried.touch()
-        if number <= failures:
+        if number <= 2:
             raise RuntimeError("CUDA error: cannot load")
 
     listener = Events()
@@ -138,80 +135,16 @@ def test_load_that_fails_on_every_gpu_stops_the_run(cluster, profile, tmp_path):
         run(tmp_path, profile, images(3), stages(on_load=load))
 
 
-# Single calls
-
-
-@pytest.mark.slow
-def test_hanging_call_delays_no_other_line(cluster, profile, tmp_path, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.engine.worker_pool.MIN_SLOW_S", 1.0)
-    starts, done_before = tmp_path / "starts", tmp_path / "done_before"
-
-    def hang(shot):
-        if shot.prompt != "hang":
-            return
-        # The second attempt starts after the timeout of the first.
-        if append(starts, "start") == 2:
-            done_before.write_text(str(len(list((tmp_path / "out").glob("shots/**/shot.json")))))
-        time.sleep(3600)
-
-    slow = {name: actor.model_copy(update={"timeout_s": 8}) for name, actor in profile.actors.items()}
-    lines = [*images(3), {"id": "hangs", "prompt": "hang", **IMAGE}, *({**line, "id": f"t{line['id']}"} for line in images(15))]
-    report, rows = run(
-        tmp_path, profile.model_copy(update={"actors": slow}), lines, stages(hang), attempts=2, listener=Events()
-    )
-    assert (report.done, report.failed) == (18, 1)
-    assert rows["hangs"].failure_error == "TimedOut"
-    assert done_before.read_text() == "18"
-
-
-def test_suspect_of_a_crash_gets_its_turn_while_workers_are_busy(cluster, profile, tmp_path):
-    stop = threading.Event()
-
-    def work(shot):
-        time.sleep(WORK_S)
-
-    class StopsAfterTheSuspect(Events):
-        def on_finished(self, row):
-            super().on_finished(row)
-            if row.id == "s05":
-                stop.set()
-
-    lines = images(1000)
-    lines[5]["prompt"] = f"crash once {tmp_path / 'crashed'}"
-    report, rows = run(tmp_path, profile, lines, stages(work), listener=StopsAfterTheSuspect(), stop=stop)
-    assert rows["s05"].status == "done"
-    assert report.failed == 0
-    assert report.left > 0, "it does not wait until no other work is left"
-
-
 # Encoders
 
 
-class SickDisk(OutputFolder):
-    """Folder that some encoders cannot write to: those whose names contain `self.sick`."""
-
-    sick = "/encoder/0"
+class SickDisks(OutputFolder):
+    """Folder that no encoder can write to, but the driver can."""
 
     def draft(self, plan):
-        if self.sick in (actor_name() or ""):
+        if "/encoder/" in (actor_name() or ""):
             raise OSError("read-only file system")
         return super().draft(plan)
-
-
-class SickDisks(SickDisk):
-    sick = "/encoder/"
-
-
-@pytest.fixture
-def two_encoders(monkeypatch):
-    monkeypatch.setattr("vidgen_ray.planner.solver.encoders_for", lambda rate, seconds: 2)
-
-
-def test_encoder_that_fails_for_every_shot_costs_no_line(cluster, profile, tmp_path, two_encoders):
-    report, rows = run(tmp_path, profile, images(30), folder=SickDisk)
-    assert (report.done, report.failed) == (30, 0), {row.id: row.failure_message for row in rows.values()}
-    assert report.quarantined
-    assert all("/encoder/0" in entry and "failed for output on different shots" in entry for entry in report.quarantined)
 
 
 @pytest.mark.slow
@@ -241,21 +174,6 @@ def test_layout_is_extended_for_a_stage_that_later_lines_need(cluster, profile, 
 
 
 # Nodes
-
-
-def test_node_without_the_mount_costs_no_line(cluster, second_node, profile, tmp_path):
-    sick = second_node.node_id
-
-    def fail_on_the_second_node(shot):
-        append(tmp_path / "log", node())
-        if node() == sick:
-            raise MediaError("photo.jpg: no such file")
-        time.sleep(WORK_S)
-
-    report, rows = run(tmp_path, profile, images(40), stages(fail_on_the_second_node), gpus=TWO_NODES)
-    assert (report.done, report.failed) == (40, 0), {row.id: row.failure_message for row in rows.values()}
-    assert sick in (tmp_path / "log").read_text()
-    assert report.quarantined
 
 
 @pytest.mark.slow

@@ -351,13 +351,14 @@ class ShotRunner:
             nonlocal frames_done
             cut: slice | None = chunk
             current = artefacts
+            share = (chunk.stop - chunk.start) / n_frames
             records: tuple[StepRecord, ...] = ()
             for steps in calls:
                 names = tuple(step.stage for step in steps)
                 work = Work(names[0], order, load=CHUNK_LOAD, near=current.by)
                 timeout_s = self._config.timeout_s(plan.shot, *names)
                 result, current = await self._workers.call(
-                    work, timeout_s, "run_chunk", plan, names, names, cut, current.reference
+                    work, timeout_s, "run_chunk", plan, names, names, cut, current.reference, share=share
                 )
                 records, cut = records + result.records, None
             frames_done += chunk.stop - chunk.start

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
 from vidgen_ray.engine.calls import ENCODER, OUTPUT, CallResult
 from vidgen_ray.engine.config import EngineConfig
+from vidgen_ray.engine.durations import Durations, call_timeout_s
 from vidgen_ray.engine.retries import AttemptFailed, Candidate, InputsLost, Kind, ShotFailed, Verdict, run_with_retries
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
 from vidgen_ray.engine.status import EngineObserver, Progress, StageStatus
@@ -39,10 +40,8 @@ TIMER_ERROR_S = 1e-3
 """Seconds by which timers may run early."""
 MIN_SLOW_S = 10.0
 COPY_FACTOR, SLOW_FACTOR = 2.0, 5.0
-"""A call that has run longer than both MIN_SLOW_S and a factor times the usual duration of its stage is slow. With the first
-factor, it is copied to a worker that has nothing to do. With the second one, the work behind it goes to other workers."""
-RECENT_CALLS = 32
-"""Calls per stage whose durations are kept. Three quarters of them took at most the usual duration."""
+"""A call that has run longer than both MIN_SLOW_S and a factor times its expected seconds is slow. With the first factor, it is
+copied to a worker that has nothing to do. With the second one, the work behind it goes to other workers."""
 EVIDENCE_S = 600.0
 """Seconds after which a shot that has failed on several workers does not wait any longer for what shows that they are well."""
 PROGRESS_POLL_S = 0.25
@@ -62,6 +61,8 @@ class _Running:
     """A session on its worker."""
 
     session: Session
+    expected_s: Callable[[], float]
+    """Returns its expected seconds, as far as they are known."""
     ended: asyncio.Future[None]
     """Set when the session or its copy has ended, or when it must go to another worker."""
     copies: list[asyncio.Task[Returned]] | None
@@ -100,8 +101,7 @@ class WorkerPool:
         self._workers: dict[ActorClient, WorkerState] = {}
         self._assigned: dict[Work, asyncio.Future[WorkerState]] = {}
         self._fatal_failure: Failure | None = None
-        self._seconds: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT_CALLS))
-        """First stage of a call -> durations of the last calls."""
+        self._durations = Durations()
         self._watched: dict[WorkerState, tuple[Work, asyncio.TimerHandle]] = {}
         """Running call of each worker, and the timer that checks whether it takes too long."""
         self._sessions: dict[Work, _Running] = {}
@@ -177,19 +177,27 @@ class WorkerPool:
         plan: ShotPlan,
         stages: Collection[str],
         *args: Any,
+        share: float = 1.0,
         num_returns: int = 2,
         on_progress: ProgressCallback | None = None,
     ) -> tuple[CallResult, RemoteArtefacts]:
         """Run a call of these stages on a worker. Return its result and references to its output.
 
-        `num_returns`: both together.
+        `share`: of the clip that it works on. `num_returns`: result and output together.
 
         Otherwise as `run`.
         """
+        expected_s = partial(self._durations.expected_s, plan.shot, stages, share)
 
         async def call(client: ActorClient, number: int) -> tuple[Any, ...]:
             result, *output = await client.call(
-                method, number, plan, *args, stage=requested.stage, timeout_s=timeout_s, num_returns=num_returns
+                method,
+                number,
+                plan,
+                *args,
+                stage=requested.stage,
+                timeout_s=call_timeout_s(timeout_s, expected_s()),
+                num_returns=num_returns,
             )
             keys = [step.key for step in plan.steps if step.stage in stages]
             if result.failure is None and not result.cancelled and [record.key for record in result.records] != keys:
@@ -198,12 +206,19 @@ class WorkerPool:
                     stage=requested.stage, error="WrongResult", message=message, attempts=1, worker=client.location
                 )
                 result = CallResult(failure=failure)
+            self._durations.add(plan.shot, result.records, share)
             return result, *output
 
-        (result, artefacts, *clip), worker = await self.run(requested, call, on_progress)
+        (result, artefacts, *clip), worker = await self.run(requested, call, on_progress, expected_s)
         return result, RemoteArtefacts(artefacts, worker, *clip)
 
-    async def run(self, requested: Work, session: Session, on_progress: ProgressCallback | None = None) -> Returned:
+    async def run(
+        self,
+        requested: Work,
+        session: Session,
+        on_progress: ProgressCallback | None = None,
+        expected_s: Callable[[], float] = lambda: math.inf,
+    ) -> Returned:
         """Run a session on a worker. Return what it returned, and the worker.
 
         Failures are retried on other workers and nodes; see `run_with_retries`. If the caller is cancelled, the worker stops at
@@ -222,7 +237,7 @@ class WorkerPool:
             if work.stage == OUTPUT:
                 await self._storage.over()
             worker = await self._worker_for(work)
-            return await self._attempt(worker, work, session, on_progress, None if alone else copies)
+            return await self._attempt(worker, work, session, expected_s, on_progress, None if alone else copies)
 
         def blame(failed: AttemptFailed) -> None:
             client = self._clients[failed.process.key]
@@ -270,12 +285,13 @@ class WorkerPool:
         worker: WorkerState,
         work: Work,
         session: Session,
+        expected_s: Callable[[], float],
         on_progress: ProgressCallback | None,
         copies: list[asyncio.Task[Returned]] | None,
     ) -> Returned:
         client, number = self._clients[worker], next(self._calls)
         running = asyncio.ensure_future(session(client, number))
-        this = self._sessions[work] = _Running(session, asyncio.get_running_loop().create_future(), copies)
+        this = self._sessions[work] = _Running(session, expected_s, asyncio.get_running_loop().create_future(), copies)
         running.add_done_callback(lambda _: _set(this.ended))
         busy = True
         try:
@@ -319,7 +335,6 @@ class WorkerPool:
             del self._sessions[work]
             if busy:
                 self._finished(worker, work)
-        self._seconds[work.stage].append(sum(record.seconds for record in result.records))
         if self._supervisor.succeeded(client, work.order):
             self._notify()
         self._scheduler.set_probation(worker, False)
@@ -375,12 +390,12 @@ class WorkerPool:
         if next(iter(worker.assigned), None) is not running:
             return
         loop = asyncio.get_running_loop()
-        seconds = sorted(self._seconds[running.stage])
-        usual_s = seconds[3 * len(seconds) // 4] if seconds else math.inf
+        session = self._sessions.get(running)
+        expected_s = session.expected_s() if session is not None else math.inf
         elapsed_s = loop.time() - started + TIMER_ERROR_S
-        if elapsed_s > max(MIN_SLOW_S, COPY_FACTOR * usual_s):
+        if elapsed_s > max(MIN_SLOW_S, COPY_FACTOR * expected_s):
             self._copy(running)
-        if elapsed_s > max(MIN_SLOW_S, SLOW_FACTOR * usual_s):
+        if elapsed_s > max(MIN_SLOW_S, SLOW_FACTOR * expected_s):
             # No more work is prefetched until a call succeeds.
             self._scheduler.set_probation(worker, True)
             for work in self._scheduler.recall(worker):
@@ -403,7 +418,7 @@ class WorkerPool:
 
         async def copy() -> Returned:
             again = replace(work, avoid=avoid)
-            return await self._attempt(await self._worker_for(again), again, running.session, None, None)
+            return await self._attempt(await self._worker_for(again), again, running.session, running.expected_s, None, None)
 
         def ended(copy: asyncio.Task[Returned]) -> None:
             _ignore_error(copy)
