@@ -37,8 +37,8 @@ from vidgen_ray.stages.svd import SVDStage
 WEIGHTS, INPUTS = "weights", "inputs"
 PHOTO_PX = 64
 ENCODED_PX = 64
-"""Side of what is kept of upscaled frames; of images and generated clips, the same share. The files are small, because the
-other systems do not encode, and encoding is not compared."""
+"""Side of what encoders keep of upscaled frames; of images and generated clips, the same share. The files are small, because
+the other systems do not encode, and encoding is not compared."""
 
 
 class SimulatedStage(Stage[Any]):
@@ -139,7 +139,7 @@ class SimulatedRealESRGAN(SimulatedStage, RealESRGANStage):
 
     def run_chunk(self, shot: Shot, frames: Frames, chunk: slice | None = None) -> Frames:
         self._model.work(self.name, "", len(frames) * simulated.SECONDS_PER_FRAME)
-        return frames[:, :ENCODED_PX, :ENCODED_PX].copy()
+        return two_coloured((len(frames), frames.shape[1] * shot.scale, frames.shape[2] * shot.scale, 3), frames.flat[0])
 
 
 STAGES: dict[str, type[Stage[Any]]] = {
