@@ -10,13 +10,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,8 @@ CLIP_BYTES = 100_000
 
 MODEL_GB = {"instantid": 1.0, "flux": 34.0, "svd": 20.0, "realesrgan": 6.0}
 """Model -> GB of weights and working memory."""
+SLOW = 20
+"""Factor of the seconds of a slow GPU."""
 SWAP, COMMIT, READY = "swap", "commit", "ready"
 """Names of events that are not stages. READY: a process has loaded a model."""
 
@@ -221,6 +224,33 @@ def claimed_gpu(run_folder: Path, pool: str) -> int:
     raise RuntimeError(f"all {gpus} GPUs already have a process of pool {pool}")
 
 
+def inject(run_folder: Path, **fault: Any) -> None:
+    """Let the GPUs of a run fail. `kind`: `kill`, `hang`, `poison`, `sick` or `slow`, of the `gpu` or the `shot`."""
+    (run_folder / "fault.json").write_text(json.dumps(fault))
+
+
+def _inject_fault(gpu: SimulatedGPU, stage: str, shot: str) -> float:
+    """Fail, or return by how much the call is slower. `kill` and `hang` happen once, in the call of a shot."""
+    try:
+        fault = json.loads((gpu.run_folder / "fault.json").read_text())
+    except FileNotFoundError:
+        return 1.0
+    if fault.get("gpu") == gpu.index:
+        if fault["kind"] == "sick":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered (simulated)")
+        return float(SLOW)
+    if fault.get("shot") == shot and stage == "svd":
+        if fault["kind"] != "poison":
+            try:
+                (gpu.run_folder / "happened").touch(exist_ok=False)
+            except FileExistsError:
+                return 1.0
+        if fault["kind"] == "hang":
+            time.sleep(3600)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1.0
+
+
 class SimulatedModel:
     """Model weights in GPU memory. Loading takes time but does not lock the GPU; swapping does both."""
 
@@ -249,7 +279,7 @@ class SimulatedModel:
         """Occupy the GPU for one call of a stage."""
         if self._memory is None:
             raise RuntimeError(f"{self.name} is in host memory, {stage} needs it on GPU {self._gpu.index}")
-        self._gpu.busy(seconds, stage, shot, seconds)
+        self._gpu.busy(seconds * _inject_fault(self._gpu, stage, shot), stage, shot, seconds)
 
     def close(self) -> None:
         """Free the GPU memory. Can be called twice."""

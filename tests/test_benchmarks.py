@@ -120,6 +120,17 @@ def test_vidgen_renders_the_simulated_shots():
     assert run.measurement is not None, run.reason
 
 
+@pytest.mark.slow
+def test_a_changed_prompt_leaves_a_stale_clip_of_a_script_and_none_of_vidgen(tmp_path):
+    results = tmp_path / "results.json"
+    command = [sys.executable, "benchmarks/rivals.py", "--quick", "--json", str(results)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    server, vidgen = json.loads(results.read_text())["rows"]
+    assert (server["system"], server["stale"], server["wrong_rows"]) == ("video server", 1, 1)
+    faults = ("lost", "stale", "truncated", "doubled", "wrong_rows", "stopped")
+    assert (vidgen["system"], *(vidgen[name] for name in faults)) == ("vidgen", 0, 0, 0, 0, 0, 0)
+
+
 def test_benchmark_stages_have_the_declarations_of_the_real_stages():
     for stage in (*simulated_stages.STAGES.values(), *noop_stages.STAGES.values()):
         for declared in ("name", "actor", "reads", "takes", "writes", "Params", "applies"):

@@ -1,0 +1,400 @@
+"""What people would use instead, under faults: a script with a video server, a script with a fused Ray Data actor, and vidgen.
+
+All render the same lines on the same simulated GPUs (`simulated.py`), and are configured for production: retries, timeouts,
+atomic writes, skipping of finished clips, a server that is restarted when it exits. A command that does not exit with 0 within
+its limit is stopped and run once more. README.md says what is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.local_ray import ENVIRONMENT
+from benchmarks.machine import machine, write_json
+from benchmarks.peers.video_server import clip_of
+from benchmarks.simulated import SECONDS_PER_SHOT, events, inject, prepare, shot_ids
+
+ROOT = Path(__file__).parent.parent
+GPUS, GPU_GB = 2, 160.0
+"""Two runs at once fit on a GPU."""
+SHOTS, QUICK_SHOTS = 12, 4
+TIMEOUT_S = 20.0
+"""Timeout of a job of the video server: more than ten times its usual seconds, with waiting."""
+NO_PROGRESS_S = 40.0
+LIMIT_S = 90.0
+"""Seconds after which a command is stopped."""
+OUTAGE_S = 8.0
+POLL_S = 0.05
+BAD = 2
+"""Index of the line that is changed, broken or poisonous, or whose call fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    about: str
+    gpu: dict[str, Any] | None = None
+    """See `simulated.inject`."""
+    happens: str = ""
+    """What happens outside the GPUs: see `Run`."""
+
+
+VICTIM = shot_ids(BAD + 1)[BAD]
+FAULTS = {
+    "none": Fault("no fault"),
+    "worker killed": Fault("the process of a GPU is killed once, in a call", {"kind": "kill", "shot": VICTIM}),
+    "driver killed": Fault("the command is killed after a quarter of the clips, and repeated", happens="kill"),
+    "sick GPU": Fault("one of two GPUs fails in every call", {"kind": "sick", "gpu": 1}),
+    "hang": Fault("one call never returns", {"kind": "hang", "shot": VICTIM}),
+    "slow GPU": Fault("one of two GPUs is 20 times slower", {"kind": "slow", "gpu": 1}),
+    "poison line": Fault("a line kills its process each time", {"kind": "poison", "shot": VICTIM}),
+    "disk full": Fault(f"no space in the output folder for {OUTAGE_S:g} s", happens="full"),
+    "changed prompt": Fault("a prompt is changed after the run, and the command repeated", happens="change"),
+    "broken line": Fault("a line is not JSON", happens="break"),
+    "two runs": Fault("the command runs twice at once", happens="twice"),
+}
+QUICK_FAULTS, QUICK_SYSTEMS = ("changed prompt",), ("video server", "vidgen")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    system: str
+    fault: str
+    lost: int
+    """Lines without a clip, of those that can be rendered."""
+    stale: int
+    """Clips of another prompt."""
+    truncated: int
+    doubled: int
+    """Lines with several rows that say done."""
+    wrong_rows: int
+    """Lines without a row, or whose last row is not true: done without a clip of its prompt, or failed with one."""
+    seconds: float
+    wasted_gpu_s: float
+    """GPU-seconds of finished calls beyond one call of each stage and clip."""
+    stopped: int
+    """Commands that did not end."""
+
+
+class Run:
+    """One system under one fault, in a folder of its own."""
+
+    def __init__(self, system: str, fault: str, folder: Path, shots: int) -> None:
+        self.system, self.fault, self.folder, self.out = system, FAULTS[fault], folder, folder / "disk" / "out"
+        self.name, self.stopped = fault, 0
+        prepare(folder, GPUS, GPU_GB)
+        self.script = folder / "script.jsonl"
+        if system == "vidgen":
+            from benchmarks.simulated_stages import write_inputs
+
+            self.lines = write_inputs(folder, shots)
+        else:
+            self.lines = [{"id": shot, "prompt": f"simulated shot {number}"} for number, shot in enumerate(shot_ids(shots))]
+        self._write_script()
+        if self.fault.gpu is not None:
+            inject(folder, **self.fault.gpu)
+
+    def _write_script(self) -> None:
+        texts = [json.dumps(line) for line in self.lines]
+        if self.fault.happens == "break":
+            texts[BAD] = texts[BAD][:-1]
+        self.script.write_text("".join(text + "\n" for text in texts))
+
+    def measure(self) -> Result:
+        with ExitStack() as stack:
+            self.out.parent.mkdir()
+            if self.fault.happens == "full":
+                stack.enter_context(_small_disk(self.out.parent))
+            servers = stack.enter_context(_video_servers(self.folder)) if self.system == "video server" else []
+            started = time.monotonic()
+            self._run(servers)
+            seconds = time.monotonic() - started
+            return self._result(seconds)
+
+    def _run(self, servers: list[str]) -> None:
+        happens = self.fault.happens
+        if happens == "kill":
+            with self._command(servers) as process:
+                while process.poll() is None and len(list(self._clips())) < len(self.lines) // 4:
+                    time.sleep(POLL_S)
+        outage = threading.Thread(target=self._fill_disk) if happens == "full" else None
+        if outage:
+            outage.start()
+        if happens == "twice":
+            with self._command(servers) as first, self._command(servers) as second:
+                self._wait(first), self._wait(second)
+        else:
+            self._until_done(servers)
+        if outage:
+            outage.join()
+        if happens == "change":
+            self.lines[BAD]["prompt"] = "another prompt"
+            self._write_script()
+            self._until_done(servers)
+
+    def _until_done(self, servers: list[str]) -> None:
+        for _ in range(2):
+            with self._command(servers) as process:
+                if self._wait(process) == 0:
+                    return
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        try:
+            return process.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self.stopped += 1
+            return -1
+
+    @contextmanager
+    def _command(self, servers: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+        """Run the command in a session of its own, and kill it at the end of the block."""
+        paths = [str(self.folder), str(self.script), str(self.out)]
+        arguments = {
+            "video server": ["benchmarks.peers.video_script", *paths[1:], *servers, "--timeout", str(TIMEOUT_S)],
+            "fused Ray Data": ["benchmarks.peers.fused_script", *paths, str(GPUS), str(NO_PROGRESS_S)],
+            "vidgen": ["benchmarks.peers.vidgen_script", *paths, str(GPUS), str(GPU_GB)],
+        }[self.system]
+        with (self.folder / "log.txt").open("ab") as log:
+            process = _start(arguments, log)
+        try:
+            yield process
+        finally:
+            _kill(process)
+
+    def _fill_disk(self) -> None:
+        while not any(self._clips()):
+            time.sleep(POLL_S)
+        ballast = self.out.parent / "ballast"
+        with ballast.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        time.sleep(OUTAGE_S)
+        ballast.unlink()
+
+    def _clips(self) -> Iterator[Path]:
+        return self.out.glob("shots/*/*/shot.json" if self.system == "vidgen" else "*.mp4")
+
+    def _result(self, seconds: float) -> Result:
+        done, rows = self._clip_states(), self._rows()
+        last = {row["id"]: row for row in rows}
+        expected = [line for line in self.lines if line["id"] != VICTIM or self.name not in ("poison line", "broken line")]
+        wrong = 0
+        for line in self.lines:
+            row = last.get(line["id"])
+            if self.name == "broken line" and line["id"] == VICTIM:  # its row can have another id
+                row = next((row for row in rows if row["status"] == "failed"), None)
+            is_done = done.get(line["id"]) == "good"
+            wrong += row is None or (row["status"] != "failed") != is_done or (is_done and row["prompt"] != line["prompt"])
+        times = Counter(row["id"] for row in rows if row["status"] == "done")
+        states = Counter(done.values())
+        # The first clip of a changed prompt was useful, too.
+        useful = len(done) + (self.fault.happens == "change" and not states["stale"])
+        busy_s = sum(event.t1 - event.t0 for event in events(self.folder))
+        return Result(
+            self.system,
+            self.name,
+            lost=sum(line["id"] not in done for line in expected),
+            stale=states["stale"],
+            truncated=states["truncated"],
+            doubled=sum(count > 1 for count in times.values()),
+            wrong_rows=wrong,
+            seconds=round(seconds, 1),
+            wasted_gpu_s=round(max(0.0, busy_s - useful * SECONDS_PER_SHOT), 1),
+            stopped=self.stopped,
+        )
+
+    def _clip_states(self) -> dict[str, str]:
+        """Return for each line with a clip whether it is good, stale or truncated."""
+        states = {}
+        for line in self.lines:
+            if self.system == "vidgen":
+                for row in self._rows():
+                    if row["id"] == line["id"] and row["hd_video"] is not None:
+                        states[line["id"]] = _state_of_video(self.out / row["hd_video"], line["prompt"])
+            elif (file := self.out / f"{line['id']}.mp4").exists():
+                content, wanted = file.read_bytes(), clip_of(line["prompt"])
+                is_whole = len(content) == len(wanted)
+                states[line["id"]] = "good" if content == wanted else "stale" if is_whole else "truncated"
+        return states
+
+    def _rows(self) -> list[dict[str, Any]]:
+        if self.system == "video server":
+            file = self.out / "manifest.jsonl"
+            return [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
+        if self.system == "fused Ray Data":
+            import pyarrow.parquet
+
+            files = sorted(self.out.glob("manifest/*.parquet"), key=lambda file: file.stat().st_mtime)
+            return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+        from vidgen_ray.outputs.manifest import read_manifest
+
+        return [vars(row) for row in read_manifest(self.out)]
+
+
+def _state_of_video(file: Path, prompt: str) -> str:
+    import av
+
+    from benchmarks.peers.vidgen_script import colour_of
+    from benchmarks.simulated import FRAMES
+
+    try:
+        with av.open(str(file)) as video:
+            frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    except (OSError, av.FFmpegError):
+        return "truncated"
+    if len(frames) != FRAMES:
+        return "truncated"
+    return "good" if abs(float(np.mean(frames[0])) - colour_of(prompt)) < 2 else "stale"
+
+
+def _start(arguments: list[str], log: Any) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the processes of a session. Those of Ray end when their driver has ended."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextmanager
+def _small_disk(folder: Path) -> Iterator[None]:
+    """Mount a disk that can be full."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=True)  # noqa: S607
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # noqa: S607
+
+
+@contextmanager
+def _video_servers(folder: Path) -> Iterator[list[str]]:
+    """Run a video server for each GPU, and start it again when it exits, as a container would be."""
+    with ExitStack() as stack:
+        ports = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(GPUS)]
+    stop = threading.Event()
+
+    def keep(port: int, gpu: int) -> None:
+        while not stop.is_set():
+            with (folder / "servers.txt").open("ab") as log:
+                process = _start(["benchmarks.peers.video_server", str(port), str(folder), str(gpu)], log)
+            while process.poll() is None and not stop.wait(POLL_S):
+                ...
+            _kill(process)
+
+    threads = [threading.Thread(target=keep, args=(port, gpu)) for gpu, port in enumerate(ports)]
+    for thread in threads:
+        thread.start()
+    try:
+        for port in ports:
+            _wait_until_open(port)
+        yield [f"http://127.0.0.1:{port}" for port in ports]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def _wait_until_open(port: int) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_S)
+
+
+SYSTEMS = ("video server", "fused Ray Data", "vidgen")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="A few shots, one fault, two systems.")
+    parser.add_argument("--systems", type=_some_of(SYSTEMS), default=SYSTEMS, help="Default: all.")
+    parser.add_argument("--faults", type=_some_of(tuple(FAULTS)), default=tuple(FAULTS), help="Default: all.")
+    parser.add_argument("--shots", type=int, help=f"Default: {SHOTS}.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="Copy logs and events there.")
+    args = parser.parse_args()
+    faults, systems = (QUICK_FAULTS, QUICK_SYSTEMS) if args.quick else (args.faults, args.systems)
+    shots = args.shots or (QUICK_SHOTS if args.quick else SHOTS)
+    console, results = Console(width=None if sys.stdout.isatty() else 160), []
+    for fault in faults:
+        for system in systems:
+            folder = Path(tempfile.mkdtemp(prefix="vidgen-rivals-"))
+            try:
+                results.append(Run(system, fault, folder, shots).measure())
+                console.print(str(results[-1]), highlight=False)
+                if args.keep:
+                    ignored = shutil.ignore_patterns("disk", "weights", "inputs", "gpu-*")
+                    shutil.copytree(
+                        folder, args.keep / f"{fault}-{system}".replace(" ", "-"), ignore=ignored, dirs_exist_ok=True
+                    )
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    console.print(_table(results))
+    if args.json:
+        rows = [{name: getattr(result, name) for name in Result.__slots__} for result in results]
+        write_json(args.json, {"machine": machine(("vidgen-ray", "ray", "httpx")), "shots": shots, "rows": rows})
+    return 0
+
+
+def _some_of(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(known):
+            raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}, must be some of {', '.join(known)}")
+        return text.split(",")
+
+    return parse
+
+
+def _table(results: list[Result]) -> Table:
+    table = Table(title=f"Faults on {GPUS} simulated GPUs")
+    for column in (
+        "fault",
+        "system",
+        "lost",
+        "stale",
+        "truncated",
+        "doubled",
+        "wrong rows",
+        "seconds",
+        "wasted GPU-s",
+        "stopped",
+    ):
+        table.add_column(column, justify="left" if column in ("fault", "system") else "right")
+    for result in results:
+        numbers = (result.lost, result.stale, result.truncated, result.doubled, result.wrong_rows, result.seconds)
+        table.add_row(result.fault, result.system, *map(str, (*numbers, result.wasted_gpu_s, result.stopped)))
+    return table
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
