@@ -8,8 +8,8 @@ from pathlib import Path
 
 from benchmarks.local_ray import CPUS, local_ray
 from benchmarks.ours import HOST_GB, StatusCounter, profile
-from benchmarks.simulated import IMAGE_SHAPE
-from benchmarks.simulated_stages import STAGES, SimulatedFlux, pixels_of
+from benchmarks.simulated import IMAGE_SHAPE, two_coloured
+from benchmarks.simulated_stages import STAGES, SimulatedFlux
 from vidgen_ray.batch.render import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.errors import VidgenError
@@ -28,7 +28,7 @@ class PromptFlux(SimulatedFlux):
     def _one(self, item: Item) -> Artefacts:
         super()._one(item)
         # The next stage adds 1.
-        return {"image": pixels_of(IMAGE_SHAPE, colour_of(item.shot.prompt) - 1)}
+        return {"image": two_coloured(IMAGE_SHAPE, colour_of(item.shot.prompt) - 1)}
 
 
 class Messages(StatusCounter):
