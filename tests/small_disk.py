@@ -26,10 +26,10 @@ class SmallDisk:
 
 
 @contextmanager
-def mounted_disk(folder: Path) -> Iterator[SmallDisk]:
-    """Mount a disk of 16 MB. Skips the test if this process may not mount file systems."""
+def mounted_disk(folder: Path, options: str = "size=16m") -> Iterator[SmallDisk]:
+    """Mount a disk of 16 MB, or with other options. Skips the test if this process may not mount file systems."""
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"cannot mount a disk: {mounted.stderr.strip()}")
     try:

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.outputs.test_outputs import row, write
+from tests.outputs.test_outputs import write
 from vidgen_ray.cli import folder_commands, main
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.outputs.verify import verify
 from vidgen_ray.pipeline import VideoGenerationPipeline
@@ -29,9 +30,9 @@ def shot(outputs, plan_of):
     plan = plan_of("a", generate_video=False)
     with outputs.draft(plan) as draft:
         draft.path("image.png").write_bytes(b"image")
-        draft.commit([])
+        record = draft.commit([])
     outputs.stage_cache.put(plan.steps[0].key, {"image": np.zeros((16, 16, 3), np.uint8)})
-    write(outputs, "r1", row("r1", "a"))
+    write(outputs, "r1", ManifestRow.of_shot("r1", "s.jsonl", plan.shot, 1, record, "done"))
     return plan
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import posixpath
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,7 +16,15 @@ from pydantic import ValidationError
 
 from vidgen_ray.outputs.cleanup import INPUTS, KEPT_PHOTO, SHOTS_AT_ONCE, check_not_empty, shot_records
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.manifest import is_damaged, manifest_batches, manifest_files
+from vidgen_ray.outputs.manifest import (
+    SHOT_FILES,
+    ManifestRow,
+    is_damaged,
+    is_trusted,
+    manifest_batches,
+    manifest_files,
+    open_writers,
+)
 from vidgen_ray.outputs.manifest_writer import FailedLine
 from vidgen_ray.outputs.records import RECORD, Failure, FileRecord, ShotRecord, key_path, shot_path
 from vidgen_ray.outputs.stage_cache import entry_path
@@ -24,6 +33,8 @@ from vidgen_ray.system.cache_dir import sha256_of
 THREADS = 8
 """Shots that are read at the same time. Hashing a file does not hold the interpreter's lock."""
 FINISHED = ("done", "skipped")
+STATED = ("prompt", "seed", "width", "height", "num_frames", "fps", *(f"{name}_sha256" for name in SHOT_FILES))
+"""Columns of the manifest that equal those of a row made from `shot.json`."""
 REPAIRED = "repaired"
 """Script of shots that `vidgen shot` or the library has made."""
 
@@ -37,10 +48,14 @@ class Damage(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """The script line of a shot, from the manifest."""
+    """The manifest row of a finished shot."""
 
     script: str
     line: int | None
+    run: str
+    committed_at: float | None
+    stated: int
+    """Hash of the columns `STATED`."""
 
 
 class _CheckedShot(NamedTuple):
@@ -75,10 +90,14 @@ def verify(outputs: OutputFolder, *, repair: bool = False) -> VerifyReport:
     check_not_empty(outputs)
     report = VerifyReport()
     with outputs.lease(f"verify-{secrets.token_hex(3)}") as lease:
-        rows = _finished_rows(outputs, report)
+        writers, rows = open_writers(outputs.storage), _finished_rows(outputs, report)
         for shot in _checked_shots(outputs):
             report.shots += 1
             row = rows.pop(shot.shot_id, None)
+            if shot.record is not None and row is not None and _differs(outputs, shot.record, row, writers):
+                # Either may be damaged, so the line of the script is rendered again, not that of the record.
+                place = f"{shot_path(shot.shot_id)}/{RECORD}"
+                shot = shot._replace(record=None, damaged=(Damage(place, "has other values than the manifest"), *shot.damaged))
             if shot.record is not None:
                 report.bytes += sum(file.bytes for file in shot.record.files.values())
                 _verify_key_file(outputs, shot.record, report, repair)
@@ -101,11 +120,20 @@ def _finished_rows(outputs: OutputFolder, report: VerifyReport) -> dict[str, _Ro
         if is_damaged(outputs.storage, name):
             report.damaged.append(Damage(name, "is not a complete Parquet file; rendering its script again restores its rows"))
     rows = {}
-    for batch in manifest_batches(outputs.storage, ["id", "script", "line", "status"]):
+    for batch in manifest_batches(outputs.storage, ["script", "line", "run", "committed_at", "id", "status", *STATED]):
         for row in batch.to_pylist():
             if row["status"] in FINISHED:
-                rows[row["id"]] = _Row(row["script"], row["line"])
+                stated = hash(tuple(row[name] for name in STATED))
+                rows[row["id"]] = _Row(row["script"], row["line"], row["run"], row["committed_at"], stated)
     return rows
+
+
+def _differs(outputs: OutputFolder, record: ShotRecord, row: _Row, writers: Sequence[str]) -> bool:
+    """Return whether a record differs from its manifest row, unless the shot was written again without one."""
+    storage, stated = outputs.storage, ManifestRow.of_shot("", "", record.shot, None, record, "done")
+    if storage.local is not None and os.stat(storage.local / shot_path(stated.id) / RECORD).st_mtime != row.committed_at:
+        return False
+    return is_trusted(row.run, writers) and hash(tuple(getattr(stated, name) for name in STATED)) != row.stated
 
 
 def _checked_shots(outputs: OutputFolder) -> Iterator[_CheckedShot]:
@@ -152,16 +180,19 @@ def _add(report: VerifyReport, shot: _CheckedShot, row: _Row | None) -> None:
         return
     message = "; ".join(f"{damage.path} {damage.problem}" for damage in shot.damaged)
     failure = Failure(stage="verify", error="Damaged", message=message, attempts=0, worker="")
-    script, line = row or (REPAIRED, None)
+    script, line = (row.script, row.line) if row else (REPAIRED, None)
     report.lines.append(FailedLine.of_shot(shot.record.shot, script, line, failure))
 
 
 def _verify_key_file(outputs: OutputFolder, record: ShotRecord, report: VerifyReport, repair: bool) -> None:
-    path = key_path(record.key)
-    if outputs.storage.read(path) is None:
-        report.damaged.append(Damage(path, f"is missing; a server finds the shot {record.shot.id} by it"))
+    path, shot_id = key_path(record.key), record.shot.id or ""
+    content = outputs.storage.read(path)
+    # Shots with the same key have one key file, with the id of one of them.
+    if content is None or (content != shot_id.encode() and not outputs.find_by_id(content.decode(errors="replace"))):
+        problem = "is missing" if content is None else "has the id of no shot"
+        report.damaged.append(Damage(path, f"{problem}; a server finds the shot {shot_id} by it"))
         if repair:
-            outputs.storage.write(path, record.shot.id or "")
+            outputs.storage.write(path, shot_id)
 
 
 def _verify_cache(outputs: OutputFolder, report: VerifyReport, repair: bool) -> None:

@@ -1,0 +1,127 @@
+"""Faults of real processes in a run on two nodes: frozen workers, encoders and nodes, workers that are killed again and again.
+
+Every line ends as done, no shot is committed twice, and each test prints what the fault cost.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+from tests.batch.faulty_stages import append, stages
+from tests.batch.test_batch import Events
+from tests.batch.test_health import TWO_NODES, cluster, images, profile, run, second_node  # noqa: F401  # fixtures
+from vidgen_ray.engine import actor_client
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster", "second_node")]
+WORK_S = 0.5
+"""Simulated duration of a shot."""
+SILENT_S = 3.0
+STOPPED_S = 6.0
+"""Seconds for which a node is stopped: longer than the deadline of a ping."""
+SHOTS = 24
+
+
+class Disturbed(Events):
+    """Listener that calls `fault` after every `every` finished shots, `times` times."""
+
+    def __init__(self, fault, every=6, times=1):
+        super().__init__()
+        self.faults_at = []
+        self._fault, self._every, self._times = fault, every, times
+
+    def on_finished(self, row):
+        super().on_finished(row)
+        if len(self.rows) % self._every == 0 and len(self.faults_at) < self._times:
+            self.faults_at.append(time.monotonic())
+            self._fault()
+
+
+class Log:
+    """Calls of all workers: shot, process, begin or end, time."""
+
+    def __init__(self, path):
+        self.path = path
+        path.touch()
+
+    def work(self, shot):
+        for event in ("begin", "end"):
+            append(self.path, json.dumps([shot.id, os.getpid(), event, time.monotonic()]))
+            time.sleep(WORK_S if event == "begin" else 0)
+
+    def calls(self):
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def busy(self):
+        """Return the process of the call that began last and has not ended."""
+        open_calls = {}
+        for _, pid, event, at in self.calls():
+            open_calls[pid] = at if event == "begin" else None
+        return max((at, pid) for pid, at in open_calls.items() if at is not None)[1]
+
+    def cost(self, at):
+        """Return the repeated calls, and the seconds from a fault until the next call ended."""
+        ends = [each[3] for each in self.calls() if each[2] == "end"]
+        begun = sum(each[2] == "begin" for each in self.calls())
+        return begun - SHOTS, min(end for end in ends if end > at) - at
+
+
+def encoders():
+    return [each for each in psutil.process_iter(["cmdline"]) if "".join(each.info["cmdline"] or []).startswith("ray::Encoder")]
+
+
+def stop_for_a_while(processes):
+    for process in processes:
+        process.suspend()
+
+    def resume():
+        for process in processes:
+            if process.is_running():
+                process.resume()
+
+    threading.Timer(STOPPED_S, resume).start()
+
+
+@pytest.mark.parametrize("fault", ["frozen worker", "frozen encoder", "frozen node", "workers killed"])
+def test_fault_of_a_process_costs_no_line(request, profile, tmp_path, monkeypatch, capsys, fault):  # noqa: F811
+    monkeypatch.setattr(actor_client, "SILENT_S", SILENT_S)
+    log, every, times = Log(tmp_path / "log"), 6, 1
+
+    def freeze_encoder():
+        ours = [
+            each for each in encoders() if any(each.pid == child.pid for child in psutil.Process().children(recursive=True))
+        ]
+        ours[0].suspend()
+
+    def freeze_node():
+        raylet = psutil.Process(request.getfixturevalue("second_node").all_processes["raylet"][0].process.pid)
+        stop_for_a_while([raylet, *raylet.children(recursive=True)])
+
+    begin = {
+        "frozen worker": lambda: os.kill(log.busy(), signal.SIGSTOP),
+        "frozen encoder": freeze_encoder,
+        "frozen node": freeze_node,
+        "workers killed": lambda: os.kill(log.busy(), signal.SIGKILL),
+    }[fault]
+    if fault == "workers killed":
+        every, times = 4, 4
+    listener = Disturbed(begin, every, times)
+    started = time.monotonic()
+    report, rows = run(tmp_path, profile, images(SHOTS), stages(log.work), gpus=TWO_NODES, listener=listener)
+    assert len(listener.faults_at) == times
+    assert (report.done, report.failed, len(rows)) == (SHOTS, 0, SHOTS), {r.id: r.failure_message for r in rows.values()}
+    done = [row.id for row in listener.rows if row.status == "done"]
+    assert len(done) == len(set(done)) == SHOTS
+    assert not list((tmp_path / "out").rglob(".tmp-*"))
+    repeated, next_step_s = log.cost(listener.faults_at[0])
+    # A killed process loses the call in progress and those that it has been sent.
+    assert repeated <= 8 * times
+    with capsys.disabled():
+        print(  # noqa: T201  # the figures of docs/reliability.md
+            f"\n{fault}: {repeated} calls repeated = {repeated * WORK_S:.1f} GPU-seconds at most, next step after "
+            f"{next_step_s:.1f} s, run {time.monotonic() - started:.0f} s"
+        )
