@@ -247,7 +247,12 @@ class Run:
             import pyarrow.parquet
 
             files = sorted(self.out.glob("manifest/*.parquet"), key=lambda file: file.stat().st_mtime)
-            return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+            rows: list[dict[str, Any]] = []
+            for file in files:
+                # A full disk leaves files without content.
+                with suppress(pyarrow.ArrowInvalid):
+                    rows += pyarrow.parquet.read_table(file).to_pylist()
+            return rows
         from vidgen_ray.outputs.manifest import read_manifest
 
         return [vars(row) for row in read_manifest(self.out)]
