@@ -22,7 +22,7 @@ from vidgen_ray.engine.engine import Window
 from vidgen_ray.engine.retries import AttemptFailed, Kind
 from vidgen_ray.engine.shot_runner import ShotRunner
 from vidgen_ray.engine.storage_pause import StoragePause
-from vidgen_ray.engine.supervisor import ProcessHealth, Supervisor
+from vidgen_ray.engine.supervisor import Supervisor
 from vidgen_ray.outputs.lease import Fence, Lease
 
 SEEDS = 200
@@ -69,10 +69,6 @@ def once(*args, original=retries.run_with_retries, **options):
 
 def without_end(*args, original=retries.run_with_retries, **options):
     return original(*args, **{**options, "limit": 10**6})
-
-
-def anywhere(*args, original=retries._next):
-    return None if original(*args) is None else frozenset()
 
 
 async def call_unchecked(self, requested, timeout_s, method, plan, stages, *args, num_returns=2, on_progress=None):
@@ -123,9 +119,7 @@ BROKEN = {
     "all workers": ("idle", lambda patch: patch.setattr(worker_pool.WorkerPool, "_worker_up", use_one)),
     "retries": ("fine", lambda patch: patch.setattr(worker_pool, "run_with_retries", once)),
     "bounded retries": ("ends", lambda patch: patch.setattr(worker_pool, "run_with_retries", without_end)),
-    "another worker": ("fine", lambda patch: patch.setattr(retries, "_next", anywhere)),
     "shared crashes": ("fine", lambda patch: patch.setattr(AttemptFailed, "__init__", blame_all)),
-    "quarantine": ("fine", lambda patch: patch.setattr(ProcessHealth, "failed", lambda *_: False)),
     "restart of a shot": ("fine", lambda patch: patch.setattr(shot_runner, "MAX_RESTARTS", 1)),
     "cause is the storage": ("fine", lambda patch: patch.setattr(StoragePause, "is_cause", not_the_storage)),
     "end of a pause": ("stopped", lambda patch: patch.setattr(StoragePause, "problem", never_writable)),
