@@ -639,7 +639,7 @@ class World:
     def exchanged(self, call, value):
         """Return the result of another shot, if there is one."""
         other = self._last.get(call.method)
-        if other is None or other[0] == call.unit:
+        if other is None or other[0][0] == call.unit[0]:
             return value
         self.fault("foreign", [call])
         return other[1]

@@ -230,11 +230,12 @@ class Process:
         if call.method == "load" and self.actor.kind is Worker:
             self.loaded = True
             world.log("loaded", process=self)
+        returned = world.exchanged(call, value) if kind == "foreign" else value
         if call.is_work:
             world.worked(call, self, seconds, value)
         if kind == "duplicate":
             world.spawn(self._again(call, args))
-        return world.exchanged(call, value) if kind == "foreign" else value
+        return returned
 
     async def _again(self, call, args):
         """Run a call a second time. Nobody gets the result."""
