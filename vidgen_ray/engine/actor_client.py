@@ -129,20 +129,25 @@ class ActorClient:
         loading = asyncio.wrap_future(self._actor.load.remote().future())
         loop, activity = asyncio.get_running_loop(), 0.0
         active = loop.time()
-        while True:
-            if (await asyncio.wait([loading], timeout=LOAD_CHECK_S))[0]:
-                failure: Failure | None = loading.result()
-                return failure
-            now: float | None = activity
-            with suppress(TimeoutError, ray.exceptions.RayError):
-                async with asyncio.timeout(LOAD_CHECK_S):
-                    now = await self._actor.activity.remote()
-            if now is None or now - activity >= MIN_ACTIVITY:
-                activity, active = now or 0.0, loop.time()
-            elif (silent_s := loop.time() - active) > LOAD_SILENCE_S:
-                self.restart()
-                message = f"{self.name} hangs while it loads its weights: it has neither read nor computed for {silent_s:.0f} s"
-                return Failure(stage=LOADING, error="TimedOut", message=message, attempts=1, worker=self.location)
+        try:
+            while True:
+                if (await asyncio.wait([loading], timeout=LOAD_CHECK_S))[0]:
+                    failure: Failure | None = loading.result()
+                    return failure
+                now: float | None = activity
+                with suppress(TimeoutError, ray.exceptions.RayError):
+                    async with asyncio.timeout(LOAD_CHECK_S):
+                        now = await self._actor.activity.remote()
+                if now is None or now - activity >= MIN_ACTIVITY:
+                    activity, active = now or 0.0, loop.time()
+                elif (silent_s := loop.time() - active) > LOAD_SILENCE_S:
+                    self.restart()
+                    message = (
+                        f"{self.name} hangs while it loads its weights: it has neither read nor computed for {silent_s:.0f} s"
+                    )
+                    return Failure(stage=LOADING, error="TimedOut", message=message, attempts=1, worker=self.location)
+        finally:
+            loading.cancel()
 
     def _loading_failed(self, crashes: int, error: Exception) -> Failure:
         message = f"{self.name} did not start (attempts: {crashes}): {first_line(error)}"
