@@ -30,6 +30,7 @@ from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot
+from vidgen_ray.stages.flux import FluxStage
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -342,6 +343,26 @@ def test_stopped_run_finishes_started_shots_and_can_be_resumed(in_process, tmp_p
     assert (second.skipped, second.done) == (report.done, report.left)
     after = digests(tmp_path / "out")
     assert {name: after[name] for name in first} == first
+
+
+def test_run_resumed_by_another_version_mixes_no_results(in_process, tmp_path, profile, monkeypatch):
+    def records():
+        return {file.parent.name: json.loads(file.read_text()) for file in (tmp_path / "out").glob("shots/*/*/shot.json")}
+
+    stop = threading.Event()
+    first, _ = render_lines(tmp_path, profile, shots(6), Events(stop.set), gpus=ONE_GPU, stop=stop)
+    before = records()
+    # A version that computes the same keeps what is finished. Each record names its version.
+    monkeypatch.setattr("vidgen_ray.outputs.folder.software_versions", lambda: {"vidgen-ray": "next"})
+    second, _ = render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU)
+    assert (second.skipped, second.done) == (first.done, 6 - first.done)
+    assert sum(record["software"] == {"vidgen-ray": "next"} for record in records().values()) == second.done
+    assert {name: records()[name] for name in before} == before
+    # A version with another FLUX stage renders all shots again.
+    monkeypatch.setattr(FluxStage, "version", FluxStage.version + 1)
+    third, rows = render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU)
+    assert (third.skipped, third.done, len(rows)) == (0, 6, 6)
+    assert {record["key"] for record in records().values()}.isdisjoint(record["key"] for record in before.values())
 
 
 def test_face_features_are_shared_between_shots_with_the_same_photo(tmp_path, profile):

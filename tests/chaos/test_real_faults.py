@@ -64,14 +64,11 @@ class Log:
         return max((at, pid) for pid, at in open_calls.items() if at is not None)[1]
 
     def cost(self, at):
-        """Return the repeated calls, and the seconds from a fault until the next call ended."""
-        ends = [each[3] for each in self.calls() if each[2] == "end"]
-        begun = sum(each[2] == "begin" for each in self.calls())
-        return begun - SHOTS, min(end for end in ends if end > at) - at
-
-
-def encoders():
-    return [each for each in psutil.process_iter(["cmdline"]) if "".join(each.info["cmdline"] or []).startswith("ray::Encoder")]
+        """Return the repeated calls, and the seconds from a fault until the next call and until all interrupted shots ended."""
+        begins, ends = ([each for each in self.calls() if each[2] == event] for event in ("begin", "end"))
+        running = {each[0] for each in begins if each[3] < at} - {each[0] for each in ends if each[3] < at}
+        first_ends = [min(each[3] for each in ends if each[0] == shot) for shot in running]
+        return len(begins) - SHOTS, min(each[3] for each in ends if each[3] > at) - at, max(first_ends, default=at) - at
 
 
 def stop_for_a_while(processes):
@@ -92,10 +89,8 @@ def test_fault_of_a_process_costs_no_line(request, profile, tmp_path, monkeypatc
     log, every, times = Log(tmp_path / "log"), 6, 1
 
     def freeze_encoder():
-        ours = [
-            each for each in encoders() if any(each.pid == child.pid for child in psutil.Process().children(recursive=True))
-        ]
-        ours[0].suspend()
+        ours = psutil.Process().children(recursive=True)
+        next(each for each in ours if "".join(each.cmdline()).startswith("ray::Encoder")).suspend()
 
     def freeze_node():
         raylet = psutil.Process(request.getfixturevalue("second_node").all_processes["raylet"][0].process.pid)
@@ -117,11 +112,11 @@ def test_fault_of_a_process_costs_no_line(request, profile, tmp_path, monkeypatc
     done = [row.id for row in listener.rows if row.status == "done"]
     assert len(done) == len(set(done)) == SHOTS
     assert not list((tmp_path / "out").rglob(".tmp-*"))
-    repeated, next_step_s = log.cost(listener.faults_at[0])
+    repeated, next_step_s, interrupted_s = log.cost(listener.faults_at[0])
     # A killed process loses the call in progress and those that it has been sent.
     assert repeated <= 8 * times
     with capsys.disabled():
         print(  # noqa: T201  # the figures of docs/reliability.md
             f"\n{fault}: {repeated} calls repeated = {repeated * WORK_S:.1f} GPU-seconds at most, next step after "
-            f"{next_step_s:.1f} s, run {time.monotonic() - started:.0f} s"
+            f"{next_step_s:.1f} s, interrupted shots after {interrupted_s:.1f} s, run {time.monotonic() - started:.0f} s"
         )

@@ -16,8 +16,13 @@ import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
+from tests.batch.test_batch import Events
+from tests.fake_stages import FAKES, profile_of_fakes
 from tests.outputs.test_outputs import commit, failed, row
 from tests.small_disk import mounted_disk
+from vidgen_ray.batch.render import render
+from vidgen_ray.batch.run_options import RenderOptions
+from vidgen_ray.engine import storage_pause
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs import lease, object_storage
 from vidgen_ray.outputs.folder import OutputFolder
@@ -25,6 +30,8 @@ from vidgen_ray.outputs.manifest import FinishedShots, ManifestRow, read_manifes
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.records import key_path, shot_path
 from vidgen_ray.outputs.verify import verify
+from vidgen_ray.planner import parse_gpus
+from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.system.files import this_process
 
 FILES = ("image.png", "video.mp4")
@@ -169,6 +176,38 @@ def test_expired_credentials_are_named_and_renewed_ones_are_used(store, plan_of,
         commit(fenced, plan, FILES)
     assert outputs.find_finished(plan)
     object_storage._aws_files.cache_clear()
+
+
+@pytest.mark.slow
+def test_run_waits_for_an_object_store_and_loses_no_line(local_ray, store, tiny, tmp_path, monkeypatch):
+    """The store is slow for a moment, loses answers, and refuses the credentials of the run until the user is told."""
+    monkeypatch.setattr(storage_pause, "PROBE_INTERVAL_S", 0.2)
+    events, profile = Events(), profile_of_fakes(tiny)
+
+    def on_finished(row):
+        events.rows.append(row)
+        if len(events.rows) == 4:
+            store.expired_key = "KEY"
+        if len(events.rows) == 12:
+            store.begin("error after success", lambda method, path: path.endswith(("shot.json", ".parquet", ".running")))
+
+    def on_message(message):
+        events.messages.append(message)
+        if "The provided token has expired" in message:
+            store.expired_key = None
+
+    events.on_finished, events.on_message = on_finished, on_message
+    store.begin("slow down", lambda method, path: path.endswith("image.png"))
+    script = tmp_path / "s.jsonl"
+    script.write_text("".join(f'{{"id": "s{n:02}", "prompt": "shot {n}"}}\n' for n in range(20)))
+    url = f"s3://KEY:SECRET@clips/run?endpoint={store.endpoint}"
+    options = RenderOptions(cluster=parse_gpus("2x80GB"), stages=FAKES, cache="none")
+    settings = ScriptSettings(script, profile_defaults=profile.defaults)
+    report = render(settings, profile, OutputFolder(url), options, listener=events)
+    assert (report.done, report.failed, report.quarantined) == (20, 0, ()), [r.failure_message for r in events.rows]
+    assert any("The provided token has expired" in message for message in events.messages)
+    assert {row.id: row.failure_attempts for row in read_manifest(url)} == {f"s{n:02}": None for n in range(20)}
+    assert verify(OutputFolder(url)).damaged == []
 
 
 # Power loss
