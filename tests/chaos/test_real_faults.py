@@ -6,16 +6,20 @@ Every line ends as done, no shot is committed twice, and each test prints what t
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import psutil
 import pytest
+from ray.cluster_utils import Cluster
 
 from tests.batch.faulty_stages import append, stages
-from tests.batch.test_batch import Events
-from tests.batch.test_health import TWO_NODES, cluster, images, profile, run, second_node  # noqa: F401  # fixtures
+from tests.batch.test_batch import DONE, Events, wait_for_shots
+from tests.batch.test_health import MEMORY, ROOT, TWO_NODES, cluster, images, profile, run, second_node  # noqa: F401  # fixtures
 from vidgen_ray.engine import actor_client
+from vidgen_ray.outputs.manifest import read_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster", "second_node")]
 WORK_S = 0.5
@@ -120,3 +124,44 @@ def test_fault_of_a_process_costs_no_line(request, profile, tmp_path, monkeypatc
             f"\n{fault}: {repeated} calls repeated = {repeated * WORK_S:.1f} GPU-seconds at most, next step after "
             f"{next_step_s:.1f} s, interrupted shots after {interrupted_s:.1f} s, run {time.monotonic() - started:.0f} s"
         )
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from tests.batch.faulty_stages import stages
+from tests.batch.test_batch import Events
+from tests.chaos.test_real_faults import Log
+from tests.fake_stages import profile_of_fakes
+from vidgen_ray.batch.render import render
+from vidgen_ray.batch.run_options import RenderOptions
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.planner import parse_gpus
+from vidgen_ray.profile import load_profile
+from vidgen_ray.script.lines import ScriptSettings
+folder, address = Path(sys.argv[1]), sys.argv[2]
+profile = profile_of_fakes(load_profile("tiny"), layout="fused")
+options = RenderOptions(address=address, cluster=parse_gpus("2x80GB"), stages=stages(Log(folder / "log").work))
+script = ScriptSettings(folder / "s.jsonl", profile_defaults=profile.defaults)
+render(script, profile, OutputFolder(folder / "out"), options, listener=Events())
+"""
+
+
+def test_lost_head_ends_the_run_and_the_next_one_resumes(cluster, second_node, tmp_path):  # noqa: F811
+    (tmp_path / "s.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in images(SHOTS)))
+    environment = {**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "2"}
+    other = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 2, "include_dashboard": False, **MEMORY})
+    command = [sys.executable, "-c", DRIVER, str(tmp_path)]
+    driver = subprocess.Popen([*command, other.address], env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    wait_for_shots(driver, tmp_path / "out", 4)
+    other.head_node.kill_gcs_server()
+    _, errors = driver.communicate(timeout=200)
+    done = len(list((tmp_path / "out").glob(DONE)))
+    other.shutdown()
+    # Ray itself ends the driver, by default after 60 s.
+    assert driver.returncode == 1
+    assert "Failed to connect to GCS" in errors
+    subprocess.run([*command, cluster.address], env=environment, check=True, timeout=200, cwd=ROOT)
+    assert len(list((tmp_path / "out").glob(DONE))) == SHOTS
+    rows = read_manifest(tmp_path / "out")
+    assert sum(row.status == "skipped" for row in rows) == done
