@@ -639,7 +639,7 @@ class World:
     def exchanged(self, call, value):
         """Return the result of another shot, if there is one."""
         other = self._last.get(call.method)
-        if other is None or other[0][0] == call.unit[0]:
+        if other is None or other[0] == call.unit:
             return value
         self.fault("foreign", [call])
         return other[1]
@@ -695,7 +695,7 @@ class World:
     def spoilt(self, array, fault, *, chunk=False):
         match fault:
             # A chunk of one colour can be right.
-            case "constant" if not chunk:
+            case "constant":
                 return np.broadcast_to(np.uint8(0), array.shape)
             case "wrong_size":
                 return array[..., ::2, :]

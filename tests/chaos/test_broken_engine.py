@@ -71,7 +71,7 @@ def without_end(*args, original=retries.run_with_retries, **options):
     return original(*args, **{**options, "limit": 10**6})
 
 
-async def call_unchecked(self, requested, timeout_s, method, plan, stages, *args, num_returns=2, on_progress=None):
+async def call_unchecked(self, requested, timeout_s, method, plan, stages, *args, share=1.0, num_returns=2, on_progress=None):
     async def call(client, number):
         options = {"stage": requested.stage, "timeout_s": timeout_s, "num_returns": num_returns}
         return await client.call(method, number, plan, *args, **options)
@@ -125,7 +125,7 @@ BROKEN = {
     "end of a pause": ("stopped", lambda patch: patch.setattr(StoragePause, "problem", never_writable)),
     "identity": ("content", lambda patch: patch.setattr(step_runner, "check_made_by", nothing)),
     "size": ("content", lambda patch: patch.setattr(step_runner, "_wrong_size", nothing)),
-    "single colour": ("content", lambda patch: patch.setattr(step_runner, "_single_colour", nothing)),
+    "single colour": ("content", lambda patch: patch.setattr(step_runner, "_is_single_colour", nothing)),
     "likeness": ("content", lambda patch: patch.setattr(shot_runner, "check_likeness", nothing)),
     "order of chunks": (
         "order",

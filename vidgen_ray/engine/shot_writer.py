@@ -255,7 +255,10 @@ class ShotFiles:
         return metadata_of(self._records[name])
 
     def commit(self, records: Sequence[StepRecord]) -> ShotRecord:
-        """Finish the files and commit the shot."""
+        """Finish the files and commit the shot. Raises ForeignArtefacts if a chunk is missing."""
+        n_frames = clip_length(self._shot)[0] if self._chunked else 0
+        if self._frames != n_frames:
+            raise ForeignArtefacts(f"chunks of {self._frames} frames, must be {n_frames}")
         self._open_clips.close()
         if self._stages is not None:
             _write_stages(self._draft, self._stages, self._provenance)
