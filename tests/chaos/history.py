@@ -18,7 +18,7 @@ FATAL = ("poison", "refused", "unlike")
 """First words of the prompts of shots that must fail."""
 STALL_S = 2400.0
 """Longest time without a call while lines are left, outages of the storage and stopped drivers not counted."""
-IDLE_S, IDLE_CALLS = 300.0, 20
+IDLE_S, IDLE_CALLS, WAITED_S = 300.0, 5, 1.0
 CHUNK_BYTES = 1 << 20
 LEASE_POLL_S = 6.0
 """Seconds in which a director notices that its lease was deleted."""
@@ -240,18 +240,23 @@ def check_stall(world, history):
 
 
 def check_idle(world, history):
-    """A worker that has never failed gets calls while others with its stages get some."""
+    """A worker that has never failed gets calls while calls for its stages wait behind others.
+
+    Not if several processes of its node were quarantined: it is on probation then.
+    """
     busy, calls = defaultdict(list), defaultdict(list)
     for event in world.history:
         process = event.fields.get("process")
         if event.kind in ("loaded", "gone") or (event.kind == "start" and OUTPUT not in event.fields["call"].stages):
             busy[process].append(event.at)
-        if event.kind == "start":
+        if event.kind == "start" and event.at > history.sent[event.fields["call"].number].at + WAITED_S:
             calls[event.fields["call"].driver].append((event.at, {*event.fields["call"].stages}))
     failed = {history.sent[number].fields["call"].process for number in history.hit | history.sick if number in history.sent}
+    texts = [event.fields["text"] for event in world.history if event.kind == "message"]
+    sick_nodes = {match[1] for text in texts if (match := re.search(r"\((\S+):\d+\) is quarantined: several", text))}
     for process, times in busy.items():
         driver, stages = process.actor.driver, {*process.actor.spec.stages}
-        if process in failed or process.frozen_until or not process.loaded:
+        if process in failed or process.frozen_until or not process.loaded or process.life in sick_nodes:
             continue
         for first, second in pairwise([*times, *([] if process.lost else [history.ended.get(driver.number, 0.0)])]):
             others = sum(first + 60 < at < second and names <= stages for at, names in calls[driver])

@@ -123,7 +123,14 @@ BROKEN = {
     "restart of a shot": ("fine", lambda patch: patch.setattr(shot_runner, "MAX_RESTARTS", 1)),
     "cause is the storage": ("fine", lambda patch: patch.setattr(StoragePause, "is_cause", not_the_storage)),
     "end of a pause": ("stopped", lambda patch: patch.setattr(StoragePause, "problem", never_writable)),
-    "identity": ("content", lambda patch: patch.setattr(step_runner, "check_made_by", nothing)),
+    "identity": (
+        "content",
+        lambda patch: (
+            patch.setattr(step_runner, "check_made_by", nothing),
+            patch.setattr(shot_writer, "check_made_by", nothing),
+            patch.setattr(worker_pool.WorkerPool, "call", call_unchecked),
+        ),
+    ),
     "size": ("content", lambda patch: patch.setattr(step_runner, "_wrong_size", nothing)),
     "single colour": ("content", lambda patch: patch.setattr(step_runner, "_is_single_colour", nothing)),
     "likeness": ("content", lambda patch: patch.setattr(shot_runner, "check_likeness", nothing)),
