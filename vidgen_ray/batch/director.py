@@ -309,12 +309,21 @@ class Director:
             result, kind = StepFailed("director", error).failure(), Kind.ERROR
         if isinstance(result, ShotRecord) and not self._folder_checked:
             self._folder_checked = True
-            await asyncio.to_thread(_check_shared_folder, task.plan, self._outputs)
+            await self._check_folder(task.plan)
         self._record(task, result)
         shot_id = task.plan.shot.id or ""
         # One after another: reading the earlier failures takes time, in which others would change the number in the message.
         async with self._breaker_lock:
             await self._check_breaker(shot_id, result if isinstance(result, Failure) and kind is Kind.ERROR else None)
+
+    async def _check_folder(self, plan: ShotPlan) -> None:
+        """Raise SetupError if the driver does not see a finished shot."""
+        while True:
+            try:
+                return await asyncio.to_thread(_check_shared_folder, plan, self._outputs)
+            except OSError as error:
+                self._storage.begin(str(error))
+                await self._storage.over()
 
     def _record(self, task: Task, result: ShotRecord | Failure) -> None:
         """Record the result of a shot, and settle the shots that wait for it."""
@@ -340,7 +349,11 @@ class Director:
             return
         self._outcomes.append((shot_id, failure))
         if len(self._failures()) >= BREAKER_FAILURES and self._failed_before is None:
-            known = await asyncio.to_thread(ids_that_failed_before, self._outputs.storage, self._run)
+            try:
+                known = await asyncio.to_thread(ids_that_failed_before, self._outputs.storage, self._run)
+            except OSError:
+                # Asked again after the next shot, when the storage may respond.
+                return
             self._failed_before = known
             counted = [outcome for outcome in self._outcomes if outcome[1] is None or outcome[0] not in known]
             self._outcomes = deque(counted, maxlen=BREAKER_SHOTS)
@@ -519,7 +532,7 @@ class Director:
 
 
 def _check_shared_folder(plan: ShotPlan, outputs: OutputFolder) -> None:
-    """Raise SetupError if the driver does not see a finished shot. Blocks."""
+    """Raise SetupError if the driver does not see a finished shot, OSError if the storage fails. Blocks."""
     deadline = time.monotonic() + VISIBILITY_TIMEOUT_S
     while outputs.find_finished(plan) is None:
         if time.monotonic() > deadline:
