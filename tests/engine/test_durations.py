@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from vidgen_ray.engine.durations import FACTOR, FLOOR_S, RECENT_CALLS, Durations, call_timeout_s
+from vidgen_ray.engine.calls import FACTOR, FLOOR_S, RECENT_CALLS, Durations, call_timeout_s
 from vidgen_ray.outputs.records import StepRecord
 
 

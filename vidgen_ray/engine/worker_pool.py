@@ -20,9 +20,8 @@ import ray
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
-from vidgen_ray.engine.calls import ENCODER, OUTPUT, CallResult
+from vidgen_ray.engine.calls import ENCODER, OUTPUT, CallResult, Durations, call_timeout_s
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.durations import Durations, call_timeout_s
 from vidgen_ray.engine.retries import AttemptFailed, Candidate, InputsLost, Kind, ShotFailed, Verdict, run_with_retries
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
 from vidgen_ray.engine.status import EngineObserver, Progress, StageStatus
