@@ -55,7 +55,7 @@ def test_rows_become_result_rows_between_other_steps(tiny, tmp_path):
 @pytest.mark.parametrize("way", ["iterator is deleted", "exception in the loop", "exception in a later step"])
 def test_leaving_the_results_returns_the_gpus(tiny, tmp_path, way):
     def wait_for(free_gpus):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while ray.available_resources().get("GPU", 0) != free_gpus:
             assert time.monotonic() < deadline
             time.sleep(0.1)  # no notification is available

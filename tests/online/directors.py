@@ -21,6 +21,7 @@ from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import Cancelled
+from vidgen_ray.graph import chunked_stages_of, clip_length
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import load_keys
 from vidgen_ray.online.job_service import plan_job
@@ -129,9 +130,11 @@ def noise_renderer(profile: Profile, outputs: OutputFolder, step_s: float = 0.0,
         if shot.generate_video:
             artefacts["frames"] = noise.integers(0, 255, (shot.clip_frames, shot.height, shot.width, 3), np.uint8)
         with closing(ShotFiles(plan, Item(shot, artefacts), outputs, profile.encode)) as files:
-            if shot.generate_video and shot.upscale_video:
-                hd_frames = artefacts["frames"].repeat(shot.scale, 1).repeat(shot.scale, 2)
-                files.add({"hd_frames": hd_frames, "chunk": (0, len(hd_frames))})
+            if chunked := {stage.writes[0] for stage in chunked_stages_of(shot)}:
+                n_frames, _ = clip_length(shot)
+                frames = artefacts["frames"][np.arange(n_frames) * shot.clip_frames // n_frames]
+                clips = {"frames": frames, "hd_frames": frames.repeat(shot.scale, 1).repeat(shot.scale, 2)}
+                files.add({**{name: clips[name] for name in chunked}, "chunk": (0, n_frames)})
             files.commit(
                 [
                     StepRecord(stage=s.stage, key=s.key, weights=s.weights, seconds=0.5, gpu_seconds=0, cached=False)

@@ -341,8 +341,10 @@ class StepRunner:
                 local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts)
                 (result,), recovered = self._fallback.run(stage, plan.shot, lambda: stage([local]))
                 wrong = _wrong_size(stage, plan.shot, result)
+                source = ready.artefacts.get("image")
                 for name in () if wrong else {"image", "frames"} & set(stage.writes):
-                    if _is_single_colour(result[name]):  # type: ignore[literal-required]  # the name of an artefact
+                    made: Frames = result[name]  # type: ignore[literal-required]  # the name of an artefact
+                    if _is_single_colour(made) and (source is None or not _is_single_colour(source)):
                         wrong = f"{'an image' if name == 'image' else 'a clip'} of a single colour"
                 if wrong:
                     raise WrongResult(f"the model made {wrong}; it may be the model of another stage, or the GPU is faulty")
