@@ -276,6 +276,8 @@ class StepRunner:
         """
         try:
             check_made_by(plan.steps if chunk is None else before_chunks(plan), artefacts)
+            if chunk is not None and "frames" not in artefacts:
+                raise ForeignArtefacts("got those of a shot without a clip")
         except ForeignArtefacts as error:
             raise StepFailed(min(steps), error) from error
         made: dict[str, Any] = {**artefacts} if chunk is None else {"chunk": (chunk.start, chunk.stop)}
