@@ -322,8 +322,7 @@ class Director:
             try:
                 return await asyncio.to_thread(_check_shared_folder, plan, self._outputs)
             except OSError as error:
-                self._storage.begin(str(error))
-                await self._storage.over()
+                await self._storage.wait(str(error))
 
     def _record(self, task: Task, result: ShotRecord | Failure) -> None:
         """Record the result of a shot, and settle the shots that wait for it."""

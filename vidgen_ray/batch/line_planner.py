@@ -324,7 +324,7 @@ def on_this_node() -> dict[str, Any]:
 
 
 @contextmanager
-def own_context(block_bytes: int = BLOCK_BYTES, *, ordered: bool = True) -> Iterator[None]:
+def own_context(*, ordered: bool = True) -> Iterator[None]:
     """Configure Ray Data for the data sets of the block, without changing the settings of others in this process."""
     from ray.data import DataContext
 
@@ -332,7 +332,7 @@ def own_context(block_bytes: int = BLOCK_BYTES, *, ordered: bool = True) -> Iter
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     before = DataContext.get_current()
     context = before.copy()
-    context.target_max_block_size = block_bytes
+    context.target_max_block_size = BLOCK_BYTES
     context.execution_options.preserve_order = ordered
     context.execution_no_progress_timeout_s = -1
     context.max_errored_blocks = 0

@@ -46,7 +46,7 @@ class Kind(Enum):
 
 
 class Verdict(Enum):
-    """What is known of the process of a failed attempt."""
+    """State of the process of a failed attempt, as far as it is known."""
 
     OPEN = "open"
     WELL = "well"

@@ -342,13 +342,7 @@ class StepRunner:
                     self._safety.check_image(ready.artefacts["image"])
                 local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts)
                 (result,), recovered = self._fallback.run(stage, plan.shot, lambda: stage([local]))
-                wrong = _wrong_size(stage, plan.shot, result)
-                source = ready.artefacts.get("image")
-                for name in () if wrong else {"image", "frames"} & set(stage.writes):
-                    made: Frames = result[name]  # type: ignore[literal-required]  # the name of an artefact
-                    if _is_single_colour(made) and (source is None or not _is_single_colour(source)):
-                        wrong = f"{'an image' if name == 'image' else 'a clip'} of a single colour"
-                if wrong:
+                if wrong := _wrong_size(stage, plan.shot, result) or _wrong_colour(result, ready.artefacts.get("image")):
                     raise WrongResult(f"the model made {wrong}; it may be the model of another stage, or the GPU is faulty")
                 self._check_safety(result)
                 lower_memory = lower_memory or recovered not in (None, MEMORY_FREED)
@@ -418,9 +412,17 @@ def _wrong_size(stage: Stage[Any], shot: Shot, result: Artefacts) -> str | None:
     return f"a clip of shape {result['frames'].shape} instead of {(shot.clip_frames, *expected)}"
 
 
+def _wrong_colour(result: Artefacts, source: Image | None) -> str | None:
+    """Return what is wrong with the colours of an image or a clip made from `source`, if there is one, or `None`."""
+    for kind, pixels in (("an image", result.get("image")), ("a clip", result.get("frames"))):
+        if pixels is not None and _is_single_colour(pixels) and (source is None or not _is_single_colour(source)):
+            return f"{kind} of a single colour"
+    return None
+
+
 def _is_single_colour(pixels: Frames) -> bool:
     """Return whether an image or a clip has a single colour, as sick GPUs make them."""
-    first = pixels.reshape(-1, 3)[0]
+    first = pixels[(0,) * (pixels.ndim - 1)]
     # Most others differ in the few pixels of the first look.
     return all(bool((each == first).all()) for each in (pixels[..., ::64, ::64, :], pixels))
 

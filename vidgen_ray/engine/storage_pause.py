@@ -55,17 +55,20 @@ class StoragePause:
         """
         if failed.kind is not Kind.DISK_FULL:
             return await self.writable_again()
-        self.begin(str(failed))
-        await self.over()
+        await self.wait(str(failed))
         return True
 
     async def writable_again(self) -> bool:
         """Return whether nothing could be written, as soon as it can be. Raises SetupError if that takes too long."""
         if (reason := await self.problem()) is None:
             return False
+        await self.wait(reason)
+        return True
+
+    async def wait(self, reason: str) -> None:
+        """Begin a pause, and wait until it is over. Raises SetupError if the folder could not be written for too long."""
         self.begin(reason)
         await self.over()
-        return True
 
     def check(self) -> None:
         """Raise SetupError if the folder could not be written for too long."""

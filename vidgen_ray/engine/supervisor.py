@@ -23,7 +23,7 @@ BACK_OFF_S = 1.0
 MAX_BACK_OFF_S = 300.0
 MAX_QUARANTINES = 3
 """Quarantines in a row after which a process is given up. If it was the last one with its stages, the engine stops, unless its
-circuit breaker decides: then the process goes on."""
+circuit breaker decides: then the process stays in use."""
 NODE_QUARANTINES = 2
 """Fewest processes of a node in quarantine at the same time after which the whole node may be quarantined."""
 NODE_SHARE = 0.5

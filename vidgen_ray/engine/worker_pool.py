@@ -52,7 +52,7 @@ Session = Callable[[ActorClient, int], Awaitable[tuple[Any, ...]]]
 
 
 Returned = tuple[tuple[Any, ...], WorkerState]
-"""What a session returned, and its worker."""
+"""Result of a session, and its worker."""
 
 
 @dataclass(eq=False, slots=True)
@@ -409,14 +409,13 @@ class WorkerPool:
     def _copy(self, work: Work) -> None:
         """Repeat a running call on an idle worker. The first result counts."""
         running = self._sessions.get(work)
-        idle = (each for each in self._scheduler.holders(work.stage) if each.live and not each.load and not each.probation)
-        if running is None or running.copies is None or running.copies or not any(idle):
+        holders = frozenset(self._scheduler.holders(work.stage))
+        idle = {each for each in holders - work.avoid if each.live and not each.load and not each.probation}
+        if running is None or running.copies is None or running.copies or not idle:
             return
-        holders = self._scheduler.holders(work.stage)
-        avoid = frozenset(each for each in holders if each.load or each.probation or each in work.avoid)
 
         async def copy() -> Returned:
-            again = replace(work, avoid=avoid)
+            again = replace(work, avoid=holders - idle)
             return await self._attempt(await self._worker_for(again), again, running.session, running.expected_s, None, None)
 
         def ended(copy: asyncio.Task[Returned]) -> None:
