@@ -14,11 +14,9 @@ RUN apt-get update \
 WORKDIR /opt/vidgen-ray
 COPY pyproject.toml README.md LICENSE ./
 COPY deploy/constraints.txt deploy/constraints.txt
-COPY packaging packaging
 COPY examples examples
 COPY vidgen_ray vidgen_ray
-# packaging/onnxruntime in the same call, so that the CPU wheel of onnxruntime is never installed over onnxruntime-gpu.
-RUN pip install --no-cache-dir --constraint deploy/constraints.txt ./packaging/onnxruntime ".[postgres]" \
+RUN pip install --no-cache-dir --constraint deploy/constraints.txt ".[postgres]" \
     && python -c "import torch; from onnxruntime.capi import build_and_package_info as ort; \
 pair = torch.version.cuda, ort.cuda_version; print('CUDA of torch and onnxruntime-gpu:', pair); \
 assert pair[0] and pair[0].split('.')[0] == pair[1].split('.')[0], pair"

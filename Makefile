@@ -59,8 +59,8 @@ lock: setup
 	mkdir -p out
 	$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/+cpu//' -e '/ @ /d' > out/tested-versions.txt
 	$(BIN)/uv pip compile pyproject.toml $(CLIENT)/pyproject.toml --extra postgres --extra mcp --universal --python-version 3.11 --generate-hashes \
-		--no-emit-index-url --no-emit-find-links --no-annotate --no-header --override packaging/overrides.txt \
-		--constraint out/tested-versions.txt --no-emit-package onnxruntime --quiet --output-file $(LOCK)
+		--no-emit-index-url --no-emit-find-links --no-annotate --no-header \
+		--constraint out/tested-versions.txt --quiet --output-file $(LOCK)
 
 # Known vulnerabilities of the locked packages. Needs the network: --strict makes a package that cannot be looked up an error.
 audit: setup

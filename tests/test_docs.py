@@ -49,7 +49,7 @@ def test_relative_links_resolve():
 
 
 def test_named_repository_paths_and_tests_exist():
-    folders = "vidgen_ray|tests|training|benchmarks|serve_configs|jobs|packaging|clients"
+    folders = "vidgen_ray|tests|training|benchmarks|serve_configs|packaging|clients"
     # The file that CONTRIBUTING.md adds in its worked example.
     examples = {"vidgen_ray/stages/ltx95.py"}
     missing = []

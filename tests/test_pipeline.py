@@ -7,12 +7,14 @@ import json
 import pickle
 import weakref
 from pathlib import Path
+from typing import Literal, get_origin, get_type_hints
 
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
+import vidgen_ray
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from vidgen_ray import VideoGenerationPipeline
 from vidgen_ray.content_keys import ShotPlanner, params_of
@@ -21,8 +23,9 @@ from vidgen_ray.errors import FieldError, ScriptError, UsageError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.pipeline import progress_bar
+from vidgen_ray.pipeline import ShotFields, progress_bar
 from vidgen_ray.provenance.record import read_provenance
+from vidgen_ray.shot import Shot
 from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.weights import resolve
 
@@ -239,3 +242,16 @@ def test_close_frees_the_weights_at_once(tiny, tmp_path):
         assert weights() is None
     finally:
         gc.enable()
+
+
+def test_editors_know_the_api_and_all_fields_of_a_shot():
+    assert set(vidgen_ray.__all__) <= set(dir(vidgen_ray))
+    assert (Path(vidgen_ray.__file__).parent / "py.typed").exists()
+    arguments = {"prompt", "image", "face_image", "consent", "last_image"}
+    of_scripts = {"variants", "character"}
+    assert set(ShotFields.__annotations__) == Shot.model_fields.keys() - arguments - of_scripts
+    hints = get_type_hints(ShotFields)
+    choices = {name: field.annotation for name, field in Shot.model_fields.items() if get_origin(field.annotation) is Literal}
+    assert {name: hints[name] for name in choices if name != "video_model"} == {
+        name: choice for name, choice in choices.items() if name != "video_model"
+    }

@@ -1,28 +1,33 @@
 """Batch and online video generation on Ray, with one recognisable person across every clip."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vidgen_ray.version import __version__
 
 if TYPE_CHECKING:
+    from vidgen_ray.data import build_processor
+    from vidgen_ray.outputs.manifest import read_manifest
     from vidgen_ray.pipeline import GeneratedVideo, VideoGenerationPipeline
     from vidgen_ray.shot import Shot
 
-__all__ = ["GeneratedVideo", "Shot", "VideoGenerationPipeline", "__version__"]
+__all__ = ["GeneratedVideo", "Shot", "VideoGenerationPipeline", "__version__", "build_processor", "read_manifest"]
+
+# Imported lazily: `vidgen validate` needs no torch.
+_MODULES = {
+    "GeneratedVideo": "vidgen_ray.pipeline",
+    "Shot": "vidgen_ray.shot",
+    "VideoGenerationPipeline": "vidgen_ray.pipeline",
+    "build_processor": "vidgen_ray.data",
+    "read_manifest": "vidgen_ray.outputs.manifest",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported lazily: `vidgen validate` needs no torch.
-    if name == "Shot":
-        from vidgen_ray.shot import Shot
+    if name not in _MODULES:
+        raise AttributeError(f"module 'vidgen_ray' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
 
-        return Shot
-    if name == "GeneratedVideo":
-        from vidgen_ray.pipeline import GeneratedVideo
 
-        return GeneratedVideo
-    if name == "VideoGenerationPipeline":
-        from vidgen_ray.pipeline import VideoGenerationPipeline
-
-        return VideoGenerationPipeline
-    raise AttributeError(f"module 'vidgen_ray' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

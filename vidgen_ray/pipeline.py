@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from PIL import Image as PILImage
@@ -45,7 +45,7 @@ from vidgen_ray.provenance.record import InputFile, ProvenanceSettings, altered_
 from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.safety import Consent, safety_of
 from vidgen_ray.script.check import check_shot
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import LoraRef, Shot, VideoLora
 from vidgen_ray.stages.base import ChunkedStage, Frames, Item, ProgressCallback, Stage, progress_callback
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.system.cache_dir import digest
@@ -138,6 +138,66 @@ Photo = str | Path | PILImage.Image | np.ndarray[Any, Any] | bytes
 """A path, a PIL image, an array of RGB pixels (H, W, 3), or the bytes of an image file."""
 
 
+Lora = str | LoraRef | Mapping[str, str | float]
+
+
+class ShotFields(TypedDict, total=False):
+    """Fields of a shot for editors and type checkers. `Shot` has their descriptions, ranges and defaults."""
+
+    id: str
+    negative_prompt: str | None
+    mode: Literal["quality", "fast"]
+    seed: int
+    image_model: Literal["flux", "klein"]
+    width: int
+    height: int
+    continue_from: str | None
+    face_index: int | None
+    identity: str
+    identity_strength: float
+    identity_start: float
+    identity_end: float
+    pose: Literal["photo", "none"]
+    refine_strength: float
+    min_identity: float | None
+    retries: int
+    lora: Lora | Sequence[Lora]
+    lora_strength: float
+    use_hunyuan_style: bool
+    style_model: Literal["hunyuan", "qwen-edit"]
+    style_prompt: str | None
+    style_strength: float
+    generate_video: bool
+    video_model: str
+    motion_prompt: str | None
+    video_lora: Lora | VideoLora | Sequence[Lora | VideoLora]
+    num_frames: int | Literal["auto"]
+    extend: int
+    fps: int
+    interpolation: Literal[1, 2, 4, 8]
+    fps_out: int | None
+    motion_bucket_id: int
+    noise_aug_strength: float
+    upscale_video: bool
+    scale: Literal[2, 3, 4]
+    upscaler: str
+    crop_width: int | None
+    crop_height: int | None
+    steps: Mapping[str, int]
+    guidance: Mapping[str, float]
+    metadata: Mapping[str, Any]
+
+
+class GenerateFields(ShotFields, total=False):
+    """Arguments of `generate_video` but `prompt` and `image`."""
+
+    face_image: Photo | Sequence[Photo] | None
+    consent: Consent | Mapping[str, str] | str | None
+    last_image: Photo | None
+    lora_path: str | Path | None
+    on_progress: ProgressCallback | None
+
+
 class VideoGenerationPipeline:
     """Renders shots one at a time in this process. Stages are loaded on first use and stay loaded.
 
@@ -198,7 +258,7 @@ class VideoGenerationPipeline:
         last_image: Photo | None = None,
         lora_path: str | Path | None = None,
         on_progress: ProgressCallback | None = None,
-        **fields: Any,
+        **fields: Unpack[ShotFields],
     ) -> GeneratedVideo:
         """Render one shot. `fields` are fields of a Shot (use_hunyuan_style, num_frames, scale, seed, ...).
 
@@ -209,7 +269,7 @@ class VideoGenerationPipeline:
         Raises ScriptError for an invalid field, SetupError if weights are not on this machine, LicenceError if they do not
         allow what is required, StepFailed if a stage fails, and what `on_progress` raises.
         """
-        shot_fields = {"prompt": prompt, **fields}
+        shot_fields: dict[str, Any] = {"prompt": prompt, **fields}
         if consent is not None:
             shot_fields["consent"] = consent if isinstance(consent, str | Consent) else dict(consent)
         if lora_path is not None:
@@ -231,19 +291,26 @@ class VideoGenerationPipeline:
             record=record,
         )
 
-    def image(self, prompt: str, **fields: Any) -> PILImage.Image:
+    def image(self, prompt: str, *, image: Photo | None = None, **fields: Unpack[GenerateFields]) -> PILImage.Image:
         """Generate an image. Takes the arguments of `generate_video`, and raises what it raises."""
-        return self.generate_video(prompt, **{**fields, "generate_video": False}).image
+        fields["generate_video"] = False
+        return self.generate_video(prompt, image=image, **fields).image
 
-    def animate(self, image: Photo, prompt: str = "animate", **fields: Any) -> GeneratedVideo:
+    def animate(self, image: Photo, prompt: str = "animate", **fields: Unpack[GenerateFields]) -> GeneratedVideo:
         """Generate a clip that starts with an image, without upscaling it unless `upscale_video` is true.
 
         Takes the arguments of `generate_video`, and raises what it raises.
         """
-        return self.generate_video(prompt, image=image, **{"upscale_video": False, **fields})
+        fields.setdefault("upscale_video", False)
+        return self.generate_video(prompt, image=image, **fields)
 
     def upscale(
-        self, source: Photo, *, out: str | Path | None = None, on_progress: ProgressCallback | None = None, **fields: Any
+        self,
+        source: Photo,
+        *,
+        out: str | Path | None = None,
+        on_progress: ProgressCallback | None = None,
+        **fields: Unpack[ShotFields],
     ) -> Path | PILImage.Image:
         """Upscale an image or a clip by `scale`, with `upscaler`. Return the image, or the path of the clip.
 

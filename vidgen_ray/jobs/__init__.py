@@ -1,0 +1,1 @@
+"""Commands as Ray jobs, which use the cluster that they run on."""
