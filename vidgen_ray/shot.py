@@ -91,12 +91,12 @@ def booleans_as_text(model: type[BaseModel], data: Any) -> Any:
     if not isinstance(data, dict):
         return data
     booleans = [name for name, value in data.items() if value is True or value is False]
-    wrong = _number_fields(model).intersection(booleans) if booleans else ()
+    wrong = number_fields(model).intersection(booleans) if booleans else ()
     return {**data, **{name: str(data[name]).lower() for name in wrong}} if wrong else data
 
 
 @cache
-def _number_fields(model: type[BaseModel]) -> frozenset[str]:
+def number_fields(model: type[BaseModel]) -> frozenset[str]:
     """Return the fields that are numbers."""
     types = {name: set(_types_in(field.annotation)) for name, field in model.model_fields.items()}
     return frozenset(name for name, found in types.items() if found & {int, float} and bool not in found)
@@ -399,7 +399,8 @@ class Shot(_Frozen):
     def _check_text(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        if not value.strip():
+        # Zero-width spaces are neither printable nor whitespace.
+        if not any(char.isprintable() and not char.isspace() for char in value):
             raise ValueError("must not be blank")
         if "\0" in value:
             raise ValueError("must not contain NUL characters")
@@ -413,6 +414,21 @@ class Shot(_Frozen):
         if isinstance(value, str):
             return (value,)
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("variants")
+    @classmethod
+    def _check_variants(cls, value: int, info: ValidationInfo) -> int:
+        most = 128 - VARIANT_SUFFIX
+        if value > 1 and (letters := len(info.data.get("id") or "")) > most:
+            raise ValueError(f"must be 1 with an id of {letters} characters; with variants, ids have at most {most}")
+        return value
+
+    @field_validator("continue_from")
+    @classmethod
+    def _check_continue_from(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and value == info.data.get("id"):
+            raise ValueError("must name another shot than the line itself")
+        return value
 
     @field_validator("identity_end")
     @classmethod
@@ -435,8 +451,6 @@ class Shot(_Frozen):
 
     @model_validator(mode="after")
     def _check_field_combinations(self) -> Self:
-        if self.variants > 1 and self.id and len(self.id) > 128 - VARIANT_SUFFIX:
-            raise ValueError(f"id is {len(self.id)} characters long, must be at most {128 - VARIANT_SUFFIX} with variants")
         if self.image_model == "klein" and self.identity not in (REFERENCE, NO_IDENTITY):
             raise ValueError(f"identity is {self.identity}, must be {REFERENCE} or {NO_IDENTITY} with image_model klein")
         if self.generate_video:
@@ -451,8 +465,6 @@ class Shot(_Frozen):
                     f"extend {self.extend} gives a clip of {self.clip_frames} frames, at most {MAX_EXTENDED_FRAMES} are allowed"
                     f"; set extend to at most {most} with num_frames {self.num_frames}"
                 )
-        if self.continue_from is not None and self.continue_from == self.id:
-            raise ValueError("continue_from must name another shot")
         if self.fps_out is not None:
             interpolated = self.fps * self.interpolation
             if self.fps_out < self.fps:

@@ -77,7 +77,7 @@ def test_script_that_changes_while_it_is_read_is_an_error(tmp_path, change):
         pq.write_table(pa.table({"prompt": ["a", "b", "c"]}), changed)
     else:
         path = changed = write(tmp_path, "s.txt", "a\nb\nc\n")
-    _, lines = open_script(path)
+    _, lines = open_script(ScriptSettings(path))
     next(lines)
     if change == "appended":
         with changed.open("a") as file:
@@ -195,7 +195,7 @@ def test_variants_are_separate_shots_with_separate_seeds(tmp_path):
 
 INVALID_LINES = [
     # More are in tests/hostile/scripts.py.
-    ({"prompt": "a", "width": 1e6}, "width", "got 1000000.0"),
+    ({"prompt": "a", "width": 1e6}, "width", "got 1000000,"),
     ({"prompt": "a", "width": 1000}, "width", "got 1000, must be a multiple of 16 from 64 to 2048 (nearest: 992, 1008)"),
     ({"prompt": "a", "width": 4096}, "width", "(nearest: 2048)"),
     ({"prompt": "a", "height": "64"}, "height", "got '64', must be a valid integer"),
@@ -232,7 +232,7 @@ INVALID_LINES = [
     ({"prompt": "a", "image": "~nosuchuser/x.png"}, "image", "must be an existing file"),
     ({"prompt": "a", "lora": "builtin:nope.safetensors"}, "lora", "unknown name, must be one of"),
     ({"prompt": "a", "steps": 5, "flux.steps": 3}, "steps", "got 5"),
-    ({"prompt": "a", "id": "x" * 128, "variants": 2}, None, "must be at most 123 with variants"),
+    ({"prompt": "a", "id": "x" * 128, "variants": 2}, "variants", "must be 1 with an id of 128 characters"),
     # Valid in a shot, but too deep in a shot inside a plan.
     ('{"prompt": "a", "metadata": ' + '{"x": ' * 197 + "1" + "}" * 198, "metadata", "not nested deeply"),
 ]
@@ -329,7 +329,7 @@ def test_duplicate_id_error_names_the_first_line(tmp_path):
 
 
 INVALID_FILES = [
-    ("s.doc", "x", r"got file type '\.doc', must be one of \.csv, \.jsonl, \.parquet, \.tsv, \.txt, \.yaml, \.yml"),
+    ("s.doc", "x", r"got file type '\.doc', must be one of \.csv, \.jsonl, \.ndjson, \.parquet, \.tsv, \.txt, \.yaml, \.yml"),
     ("s.xlsx", "x", r"must be one of .*; save the sheet as \.csv"),
     ("s.json", "[]", r"must be one of .*; write one object per line to \.jsonl"),
     # More are in tests/hostile/scripts.py.

@@ -36,7 +36,8 @@ def test_unknown_columns_are_one_error_for_the_file(tmp_path):
     with pytest.raises(ScriptError) as raised:
         read(tmp_path / "s.csv")
     assert str(raised.value) == (
-        "s.csv: got unknown columns 'promt', 'notes', did you mean prompt?; a column metadata.promt is copied to the manifest"
+        "s.csv: got unknown columns 'promt', 'notes', did you mean prompt?; --map promt=FIELD reads a column as a field, "
+        "--keep-columns copies all to metadata"
     )
 
 

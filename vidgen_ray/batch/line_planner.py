@@ -84,6 +84,7 @@ class LinePlanner:
         """Must be set to plan lines. Not part of the pickled planner, since it may take hundreds of megabytes."""
         self.changed_by: Sequence[str] | None = None
         """See `FinishedShots.load`. Set it before the run writes its own marker."""
+        checker.inputs = outputs.inputs
         self.checker = checker
         self._profile = profile
         self._fresh = fresh
@@ -220,7 +221,7 @@ def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[Line], Scri
 
     Raises ScriptError if it cannot be read or has no lines.
     """
-    version = script_version(settings.path)
+    version = script_version(settings)
     checker, lines = open_lines(settings, version)
     first = list(islice(lines, FIRST_LOOK_LINES + 1))
     if not first:

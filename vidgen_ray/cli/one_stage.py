@@ -93,6 +93,8 @@ def shot(
     """Render one shot in this process, without Ray."""
     chosen = marks.applied(load_profile(profile))
     values = with_consent(parse_fields(fields), consent)
+    if prompt.startswith("@"):
+        typer.echo(f"vidgen: note: {prompt!r} is the prompt; no file is read, `vidgen render FILE.txt` reads one", err=True)
     if "prompt" in values:
         raise typer.BadParameter("got prompt, which is the argument PROMPT of this command", param_hint="--set")
     options = {"prompt": prompt, "face_image": [str(photo) for photo in face] if face else None, "lora": lora, "mode": mode}

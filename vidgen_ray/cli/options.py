@@ -1,9 +1,13 @@
 """Options shared by several commands, and commands whose options are the fields of a class."""
 
+import hashlib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial, wraps
+from glob import glob, has_magic
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_origin, get_type_hints
@@ -11,7 +15,7 @@ from typing import Annotated, Any, Literal, Self, cast, get_origin, get_type_hin
 import typer
 from pydantic import BaseModel, ValidationError
 
-from vidgen_ray.errors import UsageError, shortened
+from vidgen_ray.errors import UsageError, known_fields, shortened
 from vidgen_ray.graph import WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL
@@ -21,8 +25,11 @@ from vidgen_ray.provenance.record import MAX_LABEL_LETTERS, ProvenanceSettings
 from vidgen_ray.safety import DECLARED_BASES, parse_consent
 from vidgen_ray.script.check import file_errors
 from vidgen_ray.script.expansion import read_characters
-from vidgen_ray.script.lines import ScriptSettings, absolute_path, parse_text_fields, with_absolute_paths
+from vidgen_ray.script.formats import FIELDS, is_known, is_table
+from vidgen_ray.script.lines import Columns, ScriptSettings, absolute_path, parse_text_fields, with_absolute_paths
 from vidgen_ray.shot import wrong_defaults
+from vidgen_ray.system.cache_dir import cache_dir
+from vidgen_ray.system.files import write_atomically
 
 Until = Literal["image", "video"]
 Kept = Literal["stages"]
@@ -43,6 +50,8 @@ def parse_fields(pairs: list[str] | None) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise typer.BadParameter(f"got {pair!r}, must be FIELD=VALUE", param_hint="--set")
+        if name.strip() in fields:
+            raise UsageError(f"--set {name.strip()}: is given twice")
         fields[name.strip()] = value
     absolute = partial(absolute_path, Path.cwd())
     parsed = {name: with_absolute_paths(name, value, absolute) for name, value in parse_text_fields(fields).items()}
@@ -63,7 +72,11 @@ def with_consent(fields: dict[str, Any], consent: str | None) -> dict[str, Any]:
 
 
 def check_out(value: str) -> str:
-    """Reject an empty output folder, which a shell passes for an unset variable, and one that Ray deletes with the job."""
+    """Return an output folder with `~` replaced, which a shell leaves in quotes.
+
+    Rejects an empty one, which a shell passes for an unset variable, and one that Ray deletes with the job.
+    """
+    value = os.path.expanduser(value)
     if not value.strip():
         raise typer.BadParameter("got an empty text, must be a folder or its URL")
     if not URL.match(value) and JOB_FOLDER in Path(value).absolute().parts:
@@ -76,12 +89,59 @@ def check_out(value: str) -> str:
 
 def local_path(value: str | Path) -> Path:
     """Reject a URL, and an empty path, which a shell passes for an unset variable and which would be the current folder."""
-    text = str(value)  # the default of an option is a Path
+    text = os.path.expanduser(str(value))  # the default of an option is a Path
     if not text.strip():
         raise typer.BadParameter("got an empty text, must be a file or a folder")
     if URL.match(text):
         raise typer.BadParameter(f"got {text!r}, must be a file or folder on this machine")
-    return Path(value)
+    return Path(text)
+
+
+STDIN = ("-", "/dev/stdin", "/dev/fd/0")
+
+
+def script_settings(scripts: Sequence[Path]) -> ScriptSettings:
+    """Return the settings of one script: a file, a folder, standard input (`-`), or several files and patterns as one."""
+    if any(str(each) in STDIN for each in scripts):
+        if len(scripts) > 1:
+            raise UsageError("SCRIPT: standard input must be the only script")
+        return ScriptSettings(_standard_input(), base=Path.cwd())
+    files: list[Path] = []
+    for script in scripts:
+        is_pattern = has_magic(str(script)) and not script.exists()
+        found = sorted(map(Path, glob(str(script), recursive=True))) if is_pattern else [script]
+        if not found:
+            raise UsageError(f"SCRIPT: no file matches {str(script)!r}")
+        files += [each for each in found if each not in files]
+    if len(files) == 1:
+        return ScriptSettings(files[0])
+    name = scripts[0].name if len(scripts) == 1 else f"{files[0].name}+{len(files) - 1}"
+    return ScriptSettings(files[0].with_name(name), files=tuple(files))
+
+
+def _standard_input() -> Path:
+    """Return a file with the content of standard input, named after its format. It is kept, so that a run can be resumed."""
+    content = sys.stdin.buffer.read()
+    first = content.decode("utf-8-sig", "replace").lstrip().partition("\n")[0]
+    ending = "jsonl" if first.startswith("{") else "csv" if is_table(first) else "txt"
+    path = cache_dir() / "stdin" / hashlib.sha256(content).hexdigest()[:16] / f"stdin.{ending}"
+    write_atomically(path, content)
+    return path
+
+
+def parse_columns(pairs: Sequence[str] | None) -> dict[str, str]:
+    """Parse `["sample_id=id"]` into `{"sample_id": "id"}`. Raises UsageError for an unknown field."""
+    names: dict[str, str] = {}
+    for pair in pairs or []:
+        column, equals, field = (part.strip() for part in pair.rpartition("="))
+        if not equals or not column:
+            raise UsageError(f"--map: got {pair!r}, must be COLUMN=FIELD, such as sample_id=id")
+        if not is_known(field):
+            raise UsageError(f"--map {column}: got {field!r}, {known_fields(field, FIELDS)}")
+        if column in names:
+            raise UsageError(f"--map {column}: is given twice")
+        names[column] = field
+    return names
 
 
 PROFILE_HELP = f"Built-in profile ({', '.join(builtin_profiles())}), or the path of a profile file."
@@ -91,14 +151,21 @@ OutOption = Annotated[
     str, typer.Option("--out", "-o", help="Output folder, or its URL: s3://BUCKET/FOLDER.", callback=check_out)
 ]
 OutArgument = Annotated[str, typer.Argument(help="Output folder, or its URL.", callback=check_out)]
-ScriptArgument = Annotated[
-    Path,
+ScriptsArgument = Annotated[
+    list[Path],
     typer.Argument(
-        metavar="SCRIPT",
+        metavar="SCRIPT...",
         parser=local_path,
-        help="Script with one shot per line: .jsonl, .csv, .tsv, .txt, .parquet or .yaml; or a folder of captioned images or "
-        "of Parquet files.",
+        help="Script with one shot per line: .jsonl, .csv, .tsv, .txt (also .gz, .zst), .parquet or .yaml; a folder of "
+        "captioned images or of Parquet files; or - for standard input. Several files, or a pattern in quotes, are one script.",
     ),
+]
+MapOption = Annotated[
+    list[str] | None,
+    typer.Option("--map", metavar="COLUMN=FIELD", help="Read a column of the script as this field. Repeatable."),
+]
+KeepColumnsOption = Annotated[
+    bool, typer.Option("--keep-columns", help="Copy unknown columns to `metadata`. Default: they are errors.")
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -188,14 +255,25 @@ class LineOptions:
     fields: SetOption = None
     characters: CharactersOption = None
     consent: ConsentOption = None
+    columns: MapOption = None
+    keep_columns: KeepColumnsOption = False
 
-    def settings(self, script: Path, profile: Profile, seed: int = 0, until: Until | None = None) -> ScriptSettings:
+    def settings(self, scripts: Sequence[Path], profile: Profile, seed: int = 0, until: Until | None = None) -> ScriptSettings:
         """Return the settings for reading a script. Raises UsageError and ScriptError."""
         defaults = with_consent(parse_fields(self.fields), self.consent) | ({"mode": self.mode} if self.mode else {})
         if "id" in defaults:
             raise UsageError("--set id: must be set by each line of the script, not for all of them")
         people = read_characters(self.characters) if self.characters else {}
-        return ScriptSettings(script, seed, defaults, profile.defaults, changes_until(until), people, policy=profile.policy)
+        return replace(
+            script_settings(scripts),
+            run_seed=seed,
+            defaults=defaults,
+            profile_defaults=profile.defaults,
+            changes=changes_until(until),
+            characters=people,
+            policy=profile.policy,
+            columns=Columns(parse_columns(self.columns), self.keep_columns),
+        )
 
 
 @dataclass(frozen=True)

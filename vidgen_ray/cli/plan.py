@@ -24,7 +24,7 @@ from vidgen_ray.cli.options import (
     PriceOption,
     ProfileOption,
     RequireLicenceOption,
-    ScriptArgument,
+    ScriptsArgument,
     SeedOption,
     UntilOption,
 )
@@ -46,7 +46,7 @@ PLAIN_WIDTH = 10_000
 
 
 def plan(
-    script: ScriptArgument,
+    scripts: ScriptsArgument,
     lines: LineOptions,
     out: OutOption = "out",
     profile: ProfileOption = "demo",
@@ -63,7 +63,7 @@ def plan(
     from vidgen_ray.batch.render import estimate_run
 
     chosen = load_profile(profile)
-    settings = lines.settings(script, chosen, seed, until)
+    settings = lines.settings(scripts, chosen, seed, until)
     with interruptible():
         demand, counts, cluster = estimate_run(settings, chosen, OutputFolder(out), address, gpus)
     measured = load_calibration(chosen.name, cluster.card)

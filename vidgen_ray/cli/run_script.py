@@ -32,7 +32,7 @@ from vidgen_ray.cli.options import (
     PriceOption,
     ProfileOption,
     RequireLicenceOption,
-    ScriptArgument,
+    ScriptsArgument,
     SeedOption,
     UntilOption,
     with_consent,
@@ -179,7 +179,7 @@ class RunOptions(RenderOptions):
 
 
 def render(
-    script: ScriptArgument,
+    scripts: ScriptsArgument,
     lines: LineOptions,
     run: RunOptions,
     marks: LabelledMarkOptions,
@@ -206,7 +206,7 @@ def render(
     SIGTERM or Ctrl-C stops the run after the shots in progress. A second one stops it immediately.
     """
     chosen = marks.applied(load_profile(profile))
-    settings = lines.settings(script, chosen, seed, until)
+    settings = lines.settings(scripts, chosen, seed, until)
     if strict and (errors := [error for line in iter_script(settings) for error in line.errors]):
         raise ScriptError(errors)
     if require is not None:
@@ -265,7 +265,7 @@ def render_again(
 
 
 def validate(
-    script: ScriptArgument,
+    scripts: ScriptsArgument,
     lines: LineOptions,
     profile: ProfileOption = "demo",
     files: Annotated[
@@ -274,7 +274,8 @@ def validate(
     as_json: JsonOption = False,
 ) -> None:
     """Check all lines of a script without rendering. Exits with code 3 if any line is invalid."""
-    checked = read_script(lines.settings(script, load_profile(profile)), decode_files=files)
+    settings = lines.settings(scripts, load_profile(profile))
+    checked = read_script(settings, decode_files=files)
     if as_json:
         errors = [asdict(error) for error in checked.errors]
         result = {"shots": len(checked.shots), "rejected": len(checked.rejected), "errors": errors, "notes": checked.notes}
@@ -284,7 +285,7 @@ def validate(
             typer.echo(str(ScriptError(checked.errors)), err=True)
         for note in checked.notes[:MAX_MESSAGES]:
             typer.echo(f"note: {note}", err=True)
-        typer.echo(f"{script.name}: {len(checked.shots)} valid shots, {len(checked.rejected)} invalid lines")
+        typer.echo(f"{settings.path.name}: {len(checked.shots)} valid shots, {len(checked.rejected)} invalid lines")
     if checked.rejected:
         raise typer.Exit(ScriptError.exit_code)
 

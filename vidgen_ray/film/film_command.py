@@ -122,7 +122,7 @@ def film(
 
 def _film_of_script(script: Path) -> dict[str, Any]:
     """Return the section `film` of a .yaml script. Empty for other scripts. Raises ScriptError for invalid fields."""
-    header, _ = open_script(script)
+    header, _ = open_script(ScriptSettings(script))
     return checked_fields(header.film or {}, ScriptSettings(script).folder, f"{script.name}, film")
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
 
 from vidgen_ray.errors import MediaError, WriteError
 from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_PIXELS
@@ -126,8 +127,12 @@ def read_xmp(path: Path) -> str | None:
         return _xmp_of_mp4(path)
     if start[:4] == b"\x1aE\xdf\xa3":  # EBML: Matroska or WebM
         return _xmp_of_matroska(path)
-    with wrap_errors(f"{path}: not an image or a video"), PILImage.open(path, formats=IMAGE_FORMATS) as image:
-        packet = image.info.get("xmp")
+    with wrap_errors(f"{path}: cannot be read"):
+        try:
+            with PILImage.open(path, formats=IMAGE_FORMATS) as image:
+                packet = image.info.get("xmp")
+        except UnidentifiedImageError:
+            raise MediaError(f"{path}: {'not an image or a video' if start else 'is empty'}") from None
     return packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet
 
 

@@ -283,7 +283,7 @@ def prune(outputs: OutputFolder, *, dry_run: bool = False) -> PruneReport:
     Raises SetupError if a run is using the folder, or if it has no manifest.
     """
     if not outputs.storage.files("manifest"):
-        raise SetupError(f"output folder {outputs.url}: has no manifest")
+        raise SetupError(f"{outputs.url}: has no results; pass the output folder of `vidgen render`")
     with outputs.lease(new_name()) as lease:
         shots = size = 0
         for batch in manifest_batches(outputs.storage):

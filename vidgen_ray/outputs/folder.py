@@ -119,6 +119,14 @@ class ShotDraft:
         return record.model_copy(update={"committed_at": committed_at})
 
 
+def store_input(folder: Path, content: bytes, suffix: str) -> Path:
+    """Store a file under the hash of its content and return its path."""
+    path = folder / f"{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
+    if not path.exists():
+        write_atomically(path, content)
+    return path
+
+
 class OutputFolder:
     """The output folder `OUT/`: shots, manifest, failures, `run.json` and, unless it is disabled, the stage cache.
 
@@ -247,11 +255,12 @@ class OutputFolder:
 
         Files are in `OUT/inputs`, or in the cache folder of this machine if `OUT` is in an object store.
         """
-        folder = (self.storage.local or cache_dir()) / "inputs"
-        path = folder / f"{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
-        if not path.exists():
-            write_atomically(path, content)
-        return path
+        return store_input(self.inputs, content, suffix)
+
+    @property
+    def inputs(self) -> Path:
+        """Folder of input files."""
+        return (self.storage.local or cache_dir()) / "inputs"
 
     def delete_shot(self, shot_id: str) -> None:
         """Delete a shot's files and its stage cache entries. Other shots that share a cached step compute it again."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -51,6 +52,12 @@ CREDENTIAL_OPTIONS = {"access_key_id", "skip_signature"}
 """Options of an S3 store, one of which says how requests are signed. In the environment, their names start with `AWS_`."""
 REGION_OPTIONS = {"region", "default_region", "endpoint", "endpoint_url", "endpoint_url_s3"}
 """Options, one of which says where an S3 store is."""
+GOOGLE_OPTIONS = {"application_credentials", "service_account", "service_account_path", "service_account_key", "skip_signature"}
+"""Options of a Google store, one of which says how requests are signed. In the environment, most start with `GOOGLE_`."""
+GOOGLE_FILE = Path("~/.config/gcloud/application_default_credentials.json")
+GOOGLE_MACHINE = "169.254.169.254", 80
+"""Address of the server that knows the account of a machine of Google Cloud."""
+METADATA_TIMEOUT_S = 3
 S3_ADDRESS = "https://s3.amazonaws.com"
 REGION_TIMEOUT_S = 10
 NOT_IMPLEMENTED = "501 Not Implemented"
@@ -251,6 +258,8 @@ def _opened(root: str, read_timeout: str) -> ObjectStore:
         if address.scheme not in SCHEMES:
             raise SetupError(f"output folder {without_credentials(root)}: must be a local path or a URL ({', '.join(SCHEMES)})")
         provider = _aws_settings(host, options) if address.scheme == "s3" else None
+        if address.scheme == "gs":
+            _check_google_credentials(options)
         return from_url(
             f"{address.scheme}://{host}{address.path}",
             config=cast("Any", options),
@@ -268,6 +277,19 @@ def _opened(root: str, read_timeout: str) -> ObjectStore:
         raise SetupError(
             f"output folder {without_credentials(root)}: must be a URL such as s3://bucket/prefix?region=eu-central-1, with "
             "options of obstore; pass secrets that contain / or + in the environment"
+        ) from None
+
+
+def _check_google_credentials(options: Mapping[str, str]) -> None:
+    """Raise SetupError if there are none: the store would ask for those of a Google machine for minutes."""
+    given = {name.lower().removeprefix("google_") for name in (*options, *os.environ)}
+    if given & GOOGLE_OPTIONS or GOOGLE_FILE.expanduser().exists():
+        return
+    try:
+        socket.create_connection(GOOGLE_MACHINE, METADATA_TIMEOUT_S).close()
+    except OSError:
+        raise SetupError(
+            "no credentials of Google Cloud: set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`"
         ) from None
 
 

@@ -1,6 +1,7 @@
 """Check one line of a script: fill in defaults and characters, validate the fields and look for its files."""
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from vidgen_ray.errors import NOT_A_URL, URL, FieldError, ScriptError, SetupError, explain, shortened
 from vidgen_ray.graph import STAGES, stages_of, uncropped_size
 from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_LORA_BYTES, MAX_NESTING
+from vidgen_ray.outputs.folder import store_input
 from vidgen_ray.safety import (
     DECLARED_BASES,
     DEFAULT_POLICY,
@@ -51,10 +53,14 @@ from vidgen_ray.shot import (
 )
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.identity import identities
-from vidgen_ray.system.cache_dir import digest
+from vidgen_ray.system.cache_dir import cache_dir, digest
 from vidgen_ray.video_models import MODEL_DEFAULTS, VIDEO_MODELS, is_per_model, per_model, without_other_models_defaults
 from vidgen_ray.weights import resolve
 
+INTEGER_FIELDS = {name for name, field in Shot.model_fields.items() if field.annotation in (int, int | None)}
+INTEGER_FIELDS |= {"scale", "interpolation"}
+HUB_REPOSITORY = re.compile(r"(hub:.*|hf:.*|[\w-][\w.-]*/[\w.-]+(?<!\.safetensors))")
+"""What names a repository of a model hub rather than a file."""
 OUTER_LEVELS = 4
 """Nesting levels that a plan adds around a shot's metadata. JSON parsers limit the total depth."""
 METADATA = TypeAdapter(JsonValue)
@@ -78,6 +84,8 @@ class LineChecker:
     """Rules for the content of lines."""
     script: str = ""
     """Name of the script in the output folder. Default: `source`."""
+    inputs: Path | None = None
+    """Folder for images that are inside of a table. Default: in the cache folder of this machine."""
 
     @staticmethod
     def of(settings: ScriptSettings, header: Header) -> "LineChecker":
@@ -120,7 +128,7 @@ class LineChecker:
         line = replace(line, source=self.source, script=self.script or self.source, script_line=line.number)
         if line.errors:
             return line
-        own = dict(line.fields)
+        own = {name: _whole_number(name, value) for name, value in line.fields.items()}
         if (deep := next((name for name, value in own.items() if is_deep(value)), None)) is not None:
             # The value stays out of all that follows: neither its repr nor its JSON can be relied on.
             line.fields = {"unreadable": shortened(deep)}
@@ -129,6 +137,7 @@ class LineChecker:
         failure = own.pop(FAILURE_FIELD, None)
         _set_origin(line, failure)
         line.has_own_id = own.get("id") is not None
+        own |= self._stored_images(own)
         if is_expandable(own):
             # As it is written, since a rejected line is one row.
             line.fields = self._with_defaults(line, own, "")
@@ -150,6 +159,20 @@ class LineChecker:
         if self.changes:
             line.shots = tuple(shot.model_copy(update=self.changes) for shot in line.shots)
         return line
+
+    def _stored_images(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Return paths of the images that are structs of bytes and a path, and the id of such a line."""
+        structs = {name: own[name] for name in (*IMAGE_FIELDS, "face_image") if _holds_images(own.get(name))}
+        if not structs:
+            return {}
+        folder = self.inputs or cache_dir() / "inputs"
+        found: dict[str, Any] = {}
+        for name, value in structs.items():
+            paths = [_stored_image(folder, each) for each in (value if isinstance(value, list) else [value])]
+            found[name] = paths if isinstance(value, list) else paths[0]
+        # Names of stored files depend on their content only, their folder does not matter.
+        named = {name: str(paths).replace(str(folder), "") for name, paths in found.items()}
+        return found | {"id": own.get("id") or derive_id({**own, **named})}
 
     def _with_defaults(self, line: Line, own: Mapping[str, Any], suffix: str) -> dict[str, Any]:
         fields = merged(self.fallback, line.defaults, own)
@@ -206,7 +229,10 @@ class LineChecker:
             shot = Shot.model_validate(fields, strict=line.strict)
         except ValidationError as error:
             for detail in error.errors(include_url=False):
-                line.reject(*explain(detail, Shot.model_fields))
+                field, got, allowed = explain(detail, Shot.model_fields)
+                if detail["type"] == "string_type" and isinstance(detail["input"], bool):
+                    allowed = "must be text; put it into quotes, since YAML reads on, off, yes and no as true and false"
+                line.reject(field, got, allowed)
             return None
         except (ValueError, RecursionError) as error:
             line.reject(None, "invalid values", f"must be plain JSON, not nested deeply ({error})")
@@ -282,7 +308,7 @@ class LineChecker:
 
     def _existing_file(self, line: Line, field: str, path: str) -> str:
         absolute, size = self._locate(path)
-        if size is None and URL.match(path):
+        if size is None and (URL.match(path) or path.startswith("data:")):
             line.reject(field, shortened(path), NOT_A_URL)
         elif size is None:
             line.reject(field, shortened(path), f"must be an existing file (looked for {absolute})")
@@ -302,11 +328,30 @@ class LineChecker:
         absolute, size = self._locate(lora.path)
         if size is None and URL.match(lora.path):
             line.reject(field, shortened(lora.path), NOT_A_URL)
+        elif size is None and HUB_REPOSITORY.fullmatch(lora.path):
+            allowed = "must be a .safetensors file; LoRAs are not read from a hub, download it first: hf download OWNER/NAME"
+            line.reject(field, shortened(lora.path), allowed)
         elif size is None or not is_weights:
             line.reject(field, shortened(lora.path), f"must be an existing .safetensors file (looked for {absolute})")
         else:
             _check_bytes(line, field, lora.path, size, MAX_LORA_BYTES)
         return lora.model_copy(update={"path": absolute})
+
+
+def _whole_number(name: str, value: Any) -> Any:
+    """Return 24 for 24.0 in a field of integers, as pandas and JavaScript write them."""
+    return int(value) if isinstance(value, float) and name in INTEGER_FIELDS and value.is_integer() else value
+
+
+def _holds_images(value: Any) -> bool:
+    each = value[0] if isinstance(value, list) and value else value
+    return isinstance(each, dict) and each.keys() <= {"bytes", "path"}
+
+
+def _stored_image(folder: Path, image: Mapping[str, Any]) -> Any:
+    """Return the path of an image. Its bytes are written to the folder if it has any."""
+    content = image.get("bytes")
+    return str(store_input(folder, content, ".image")) if isinstance(content, bytes) else image.get("path")
 
 
 def _set_origin(line: Line, failure: Any) -> None:

@@ -10,6 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import date, time, timedelta
+from decimal import Decimal
+from functools import partial
 from itertools import chain
 from math import isnan
 from pathlib import Path
@@ -18,18 +21,25 @@ from typing import Any
 from vidgen_ray.errors import SCHEMA_COMMAND, ScriptError, known_fields, shortened
 from vidgen_ray.script.expansion import MATRIX, STYLE
 from vidgen_ray.script.lines import (
+    COMPRESSED,
     FAILURE_FIELD,
     NO_HEADER,
+    TEXT_FIELDS,
+    Columns,
     Header,
     Line,
     Lines,
+    ScriptSettings,
+    absolute_path,
     file_error,
+    parse_field,
     parse_text_fields,
     text_lines,
     unreadable_line,
+    with_absolute_paths,
 )
 from vidgen_ray.script.screenplay import read_yaml
-from vidgen_ray.shot import NESTED_FIELDS, STAGES_WITH_STEPS, Shot
+from vidgen_ray.shot import IMAGE_FIELDS, NESTED_FIELDS, STAGES_WITH_STEPS, Shot, number_fields
 
 METADATA_PREFIX = "metadata."
 """A column `metadata.NAME` becomes an entry of `metadata`."""
@@ -41,6 +51,7 @@ FLAT_SETTINGS = tuple(
 )
 ScriptVersion = tuple[tuple[int, int, int], ...]
 """Inode, size in bytes and modification time in ns of each file that is read."""
+DEFAULT_NAMES = Columns()
 MAX_NAMED = 5
 """Unknown columns that an error names."""
 
@@ -50,13 +61,13 @@ def is_known(column: str) -> bool:
     return column in FIELDS or column in FLAT_SETTINGS or column.startswith(METADATA_PREFIX)
 
 
-def normal_name(column: str) -> str:
+def normal_name(column: str, columns: Columns = DEFAULT_NAMES) -> str:
     """Return the field that a column means: ` Negative Prompt ` is `negative_prompt`. Unknown columns are unchanged."""
     column = column.strip()
-    if is_known(column):
-        return column
+    column = columns.names.get(column, column)
     name = "_".join(column.lower().replace("-", " ").split())
-    return name if is_known(name) else column
+    found = next((each for each in (column, name) if is_known(each)), column)
+    return METADATA_PREFIX + column if columns.keep_unknown and not is_known(found) else found
 
 
 def check_columns(path: Path, columns: Sequence[str], *, with_prompt: bool = True) -> None:
@@ -68,7 +79,7 @@ def check_columns(path: Path, columns: Sequence[str], *, with_prompt: bool = Tru
         raise file_error(path, f"the column {duplicates[0][:40]!r} twice", "must appear only once")
     if unknown := [name for name in columns if not is_known(name)]:
         named = ", ".join(repr(name[:40]) for name in unknown[:MAX_NAMED]) + (", ..." if len(unknown) > MAX_NAMED else "")
-        more = f"; a column {METADATA_PREFIX}{unknown[0][:40] or 'NAME'} is copied to the manifest"
+        more = f"; --map {unknown[0][:40] or 'NAME'}=FIELD reads a column as a field, --keep-columns copies all to metadata"
         allowed = known_fields(unknown[0], FIELDS) + more
         if with_prompt and "prompt" not in columns:
             allowed = (
@@ -96,13 +107,20 @@ class _DuplicateField(Exception):
         self.field = field
 
 
-def read_jsonl(path: Path) -> tuple[Header, Lines]:
+def read_jsonl(path: Path, columns: Columns) -> tuple[Header, Lines]:
     texts = text_lines(path)
+    is_renamed = columns != DEFAULT_NAMES
 
     def lines() -> Lines:
         for number, text in enumerate(texts, start=1):
             if text.strip():
-                yield _json_line(path.name, number, text.removesuffix("\n"))
+                line = _json_line(path.name, number, text.removesuffix("\n"))
+                if is_renamed and not line.errors:
+                    fields = {normal_name(name, columns): value for name, value in line.fields.items()}
+                    if len(fields) < len(line.fields):
+                        line.reject(None, "two names for one field", "must be one of them, see --map")
+                    line.fields = nest_metadata(fields)
+                yield line
 
     return NO_HEADER, lines()
 
@@ -128,36 +146,47 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def read_txt(path: Path) -> tuple[Header, Lines]:
+def read_txt(path: Path, columns: Columns) -> tuple[Header, Lines]:
     texts = text_lines(path)
 
     def lines() -> Lines:
         for number, text in enumerate(texts, start=1):
             if text.strip() and not text.lstrip().startswith("#"):
-                yield Line(number, {"prompt": text.strip()}, strict=False)
+                notes = (f"{path.name} line 1: is the first row of a table; name the file .csv",) if is_table(text) else ()
+                yield Line(number, {"prompt": text.strip()}, strict=False, notes=notes if number == 1 else ())
 
     return NO_HEADER, lines()
 
 
+def is_table(row: str) -> bool:
+    """Return whether the first row of a text file names the columns of a table."""
+    names = [[normal_name(cell) for cell in _cells(row, separator)] for separator in SEPARATORS]
+    return any("prompt" in each and len(each) > 1 and all(map(is_known, each)) for each in names)
+
+
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 """Separator -> its name in messages."""
+BOOLEAN_FIELDS = frozenset(name for name, field in Shot.model_fields.items() if field.annotation is bool)
+MISSING = frozenset(("nan", "NaN", "None", "null", "NULL", "NA", "N/A"))
+"""Cells that tools write for missing numbers."""
 
 
-def read_csv(path: Path) -> tuple[Header, Lines]:
+def read_csv(path: Path, columns: Columns) -> tuple[Header, Lines]:
     """Return the rows. The separator is the one that splits the first row into the most known columns."""
     texts = text_lines(path)
     first = next(texts, "")
-    separator = max(SEPARATORS, key=lambda each: sum(is_known(normal_name(cell)) for cell in _cells(first, each)))
+    separator = max(SEPARATORS, key=lambda each: sum(is_known(normal_name(cell, columns)) for cell in _cells(first, each)))
     rows = csv.DictReader(chain([first] if first else [], texts), strict=True, delimiter=separator, skipinitialspace=True)
     try:
-        columns = [normal_name(name) for name in rows.fieldnames or []]
+        names = [normal_name(name, columns) for name in rows.fieldnames or []]
     except csv.Error as error:
         raise file_error(path, "an invalid first row", f"must contain the column names ({error})") from None
     # Spreadsheets write separators for empty columns at the end of every row.
-    while columns and not columns[-1]:
-        columns.pop()
-    check_columns(path, columns)
-    rows.fieldnames = columns
+    while names and names[-1] in ("", METADATA_PREFIX):
+        names.pop()
+    check_columns(path, names)
+    rows.fieldnames = names
+    may_be_missing = number_fields(Shot) | BOOLEAN_FIELDS
 
     def lines() -> Lines:
         while True:
@@ -173,7 +202,8 @@ def read_csv(path: Path) -> tuple[Header, Lines]:
                 allowed = f"must quote cells that contain {SEPARATORS[separator]}"
                 yield unreadable_line(path.name, rows.line_num, "more cells than columns", allowed, text=text)
                 continue
-            fields = {name: cell.strip() for name, cell in row.items() if cell is not None and cell.strip()}
+            cells = {name: cell.strip() for name, cell in row.items() if cell is not None}
+            fields = {name: cell for name, cell in cells.items() if cell and not (cell in MISSING and name in may_be_missing)}
             if fields:
                 yield Line(rows.line_num, nest_metadata(parse_text_fields(fields)), strict=False)
 
@@ -189,15 +219,15 @@ def _cells(row: str, separator: str) -> list[str]:
 
 CAPTIONS = ("caption", "text")
 """Columns that are used as prompt if there is none, as in data sets of captioned images."""
-INTEGER_FIELDS = frozenset(
-    name for name, field in Shot.model_fields.items() if field.annotation in (int, int | None) or name == "scale"
-)
+ID_FIELDS = ("id", "continue_from")
+JSON_FIELDS = Shot.model_fields.keys() - TEXT_FIELDS | {MATRIX}
+"""Fields that are JSON if a table has text for them."""
 PARQUET_BATCH_ROWS = 1024
 COLUMN_BUFFER_BYTES = 2**18
 """Read-ahead buffer of each Parquet column."""
 
 
-def read_parquet(path: Path) -> tuple[Header, Lines]:
+def read_parquet(path: Path, columns: Columns) -> tuple[Header, Lines]:
     import pyarrow
     import pyarrow.parquet
 
@@ -205,14 +235,13 @@ def read_parquet(path: Path) -> tuple[Header, Lines]:
     try:
         # `pre_buffer` would read whole row groups, and a script is often a single row group.
         file = pyarrow.parquet.ParquetFile(path, buffer_size=COLUMN_BUFFER_BYTES, pre_buffer=False)
-        columns = file.schema_arrow.names
+        found = file.schema_arrow.names
     # ValueError for names of columns that are not UTF-8.
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise file_error(path, "invalid Parquet", f"must be a readable Parquet file ({error})") from None
-    names = {name: normal_name(name) for name in columns if name != PANDAS_INDEX}
-    caption = next((name for name in CAPTIONS if name in names and "prompt" not in names.values()), None)
-    if caption is not None:
-        names[caption] = "prompt"
+    names = {name: normal_name(name, columns) for name in found if name != PANDAS_INDEX}
+    captions = [name for name in CAPTIONS if name in found] if "prompt" not in names.values() else []
+    names |= {name: "prompt" if name == captions[0] else f"{METADATA_PREFIX}{name}" for name in captions}
     check_columns(path, list(names.values()))
 
     def lines() -> Lines:
@@ -266,11 +295,11 @@ CONVERSION_ERRORS = (UnicodeDecodeError, ValueError, OverflowError)
 def _rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
     """Yield the rows of a batch. A row that cannot be converted to Python is yielded as its exception."""
     try:
-        yield from batch.to_pylist()
+        yield from batch.to_pylist(maps_as_pydicts="lossy")
     except CONVERSION_ERRORS:
         for number in range(batch.num_rows):
             try:
-                yield batch.slice(number, 1).to_pylist()[0]
+                yield batch.slice(number, 1).to_pylist(maps_as_pydicts="lossy")[0]
             except CONVERSION_ERRORS as error:
                 yield error
 
@@ -284,18 +313,41 @@ def _parquet_row(path: Path, number: int, row: dict[str, Any] | Exception, names
 
 
 def plain_fields(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a row without missing ones: null, and NaN as pandas writes it.
+    """Return the fields of a row of a table as .jsonl would have them, without missing ones: null, and NaN as pandas writes it.
 
-    pandas stores a column of integers with gaps as floats: `7.0` becomes `7` in fields of integers.
+    Numbers are ids, 0 and 1 are booleans, text is JSON where the field is not text. Other types than those of JSON are text.
     """
-    fields: dict[str, Any] = _without_nulls(row)
-    for name, value in [*fields.items()]:
-        if isinstance(value, float):
-            if isnan(value):
-                del fields[name]
-            elif name in INTEGER_FIELDS and value.is_integer():
-                fields[name] = int(value)
-    return fields
+    fields = {name: value for name, value in row.items() if not _is_missing(value)}
+    return {name: _field_of_table(name, value) for name, value in fields.items()}
+
+
+def _field_of_table(name: str, value: Any) -> Any:
+    if name in (*IMAGE_FIELDS, "face_image"):
+        # {bytes, path} of an image in a data set of Hugging Face.
+        return value
+    value = _as_json(value)
+    if name in ID_FIELDS and isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:.0f}" if float(value).is_integer() else str(value)
+    if name in BOOLEAN_FIELDS and value in (0, 1):
+        return bool(value)
+    return parse_field(name, value) if name in JSON_FIELDS and isinstance(value, str) else value
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and isnan(value))
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value as JSON has it. Missing entries of structs are left out."""
+    if isinstance(value, dict):
+        return {str(name): _as_json(each) for name, each in value.items() if not _is_missing(each)}
+    if isinstance(value, list | tuple):
+        return [None if _is_missing(each) else _as_json(each) for each in value]
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return str(value) if isinstance(value, timedelta | Decimal) else value
 
 
 def table_lines(name: str, table: Any, to_fields: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Lines:
@@ -308,20 +360,13 @@ def table_lines(name: str, table: Any, to_fields: Callable[[dict[str, Any]], dic
             if isinstance(row, Exception):
                 yield unreadable_line(name, 0, "a row that cannot be read", f"must be plain data ({row})")
                 continue
-            fields = plain_fields(row)
+            fields = {name: value for name, value in row.items() if not _is_missing(value)}
             try:
-                yield Line(0, to_fields(fields) if to_fields else fields)
+                yield Line(0, plain_fields(to_fields(fields) if to_fields else fields))
             # An error of the caller's function concerns this row only.
             except Exception as error:
                 allowed = f"to_fields raised {type(error).__name__}: {error}"
                 yield unreadable_line(name, 0, shortened(fields), allowed, text=shortened(fields))
-
-
-def _without_nulls(value: Any) -> Any:
-    """Remove null values, which stand for missing fields in Parquet."""
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -329,16 +374,15 @@ METADATA_FILE = "metadata.jsonl"
 """File of a Hugging Face image folder: a `file_name` and a caption per line."""
 
 
-def read_folder(path: Path) -> tuple[Header, Lines]:
+def read_folder(path: Path, columns: Columns) -> tuple[Header, Lines]:
     """Return a line for each row of the Parquet files, otherwise for each image of the folder, in the order of their names.
 
     The caption of NAME.png is in NAME.txt, or in metadata.jsonl. Raises ScriptError for a folder without either.
     """
     if tables := sorted(path.rglob("*.parquet")):
-        rows = chain.from_iterable(read_parquet(table)[1] for table in tables)
-        return NO_HEADER, (replace(row, number=number) for number, row in enumerate(rows, start=1))
+        return read_files(tables, path, columns)
     if (path / METADATA_FILE).is_file():
-        return NO_HEADER, _listed_images(path)
+        return NO_HEADER, _listed_images(path, columns)
     images = sorted(each for each in path.iterdir() if each.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
         raise file_error(
@@ -360,13 +404,14 @@ def _captioned_images(path: Path, images: list[Path]) -> Lines:
         yield Line(number, {"id": _id_of(image.stem), "prompt": prompt, "image": image.name})
 
 
-def _listed_images(path: Path) -> Lines:
-    _, lines = read_jsonl(path / METADATA_FILE)
+def _listed_images(path: Path, columns: Columns) -> Lines:
+    _, lines = read_jsonl(path / METADATA_FILE, DEFAULT_NAMES)
     for line in lines:
         if line.errors:
             yield line
             continue
-        fields = {normal_name(name): value for name, value in line.fields.items() if name not in ("file_name", *CAPTIONS)}
+        given = {name: value for name, value in line.fields.items() if name not in ("file_name", *CAPTIONS)}
+        fields = {normal_name(name, columns): value for name, value in given.items()}
         try:
             check_columns(path / METADATA_FILE, list(fields), with_prompt=False)
         except ScriptError as error:
@@ -389,49 +434,95 @@ ADVICE = {".json": "; write one object per line to .jsonl", ".xlsx": SPREADSHEET
 """Ending of a file that is not read -> what to do."""
 
 
-def script_version(path: Path) -> ScriptVersion:
+READERS: dict[str, Callable[[Path, Columns], tuple[Header, Lines]]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".txt": read_txt,
+    ".parquet": read_parquet,
+    ".yaml": read_yaml,
+    ".yml": read_yaml,
+}
+BINARY = (".parquet", ".yaml", ".yml")
+"""Endings of files that are not read line by line, and so not if they are compressed."""
+
+
+def _reader_of(path: Path) -> Callable[[Path, Columns], tuple[Header, Lines]]:
+    """Return the reader of an existing file or folder. Raises ScriptError."""
+    if path.is_dir():
+        return read_folder
+    suffix = path.suffix.lower()
+    inner = Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
+    if inner in READERS and not (suffix in COMPRESSED and inner in BINARY):
+        return READERS[inner]
+    advice = ADVICE.get(suffix, "; .gz and .zst of text are read, too" if suffix in COMPRESSED else "")
+    raise file_error(path, f"file type {suffix!r}", f"must be one of {', '.join(sorted(READERS))}{advice}")
+
+
+def read_files(files: Sequence[Path], base: Path, columns: Columns) -> tuple[Header, Lines]:
+    """Return the lines of several files, numbered through. Their paths become relative to the folder `base`."""
+
+    def lines() -> Lines:
+        for file in files:
+            header, rows = _reader_of(file)(file, columns)
+            if header != NO_HEADER:
+                raise file_error(file, "one of several scripts with a header", "must be rendered alone")
+            for row in rows:
+                if file.parent != base and not row.errors:
+                    relative = partial(_relative_path, file.parent, base)
+                    row.fields = {name: with_absolute_paths(name, value, relative) for name, value in row.fields.items()}
+                yield row
+
+    return NO_HEADER, (replace(row, number=number) for number, row in enumerate(lines(), start=1))
+
+
+def _relative_path(folder: Path, base: Path, path: str) -> str:
+    """Return a path relative to `folder` as one relative to `base`. Absolute ones, `~` and URLs are kept."""
+    absolute = absolute_path(folder, path)
+    return path if absolute == absolute_path(base, path) else os.path.relpath(absolute, base)
+
+
+def script_version(script: ScriptSettings) -> ScriptVersion:
     """Return what identifies the content of a script. Of a folder: itself, its tables and its list of captions."""
-    files = [path, *sorted(path.rglob("*.parquet")), path / METADATA_FILE] if path.is_dir() else [path]
+    files = [file for path in script.files or (script.path,) for file in _files_of(path)]
     stats = [file.stat() for file in files if file.exists()]
     return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
-def open_script(path: Path, version: ScriptVersion | None = None) -> tuple[Header, Lines]:
+def _files_of(path: Path) -> list[Path]:
+    return [path, *sorted(path.rglob("*.parquet")), path / METADATA_FILE] if path.is_dir() else [path]
+
+
+def open_script(script: ScriptSettings, version: ScriptVersion | None = None) -> tuple[Header, Lines]:
     """Return the header and the lines of a script. Lines that cannot be parsed have an error.
 
     `version`: that of an earlier reading. Raises ScriptError if the file cannot be read, or has another version. The lines
     raise it at their end if the file has changed meanwhile.
     """
-    readers = {
-        ".jsonl": read_jsonl,
-        ".csv": read_csv,
-        ".tsv": read_csv,
-        ".txt": read_txt,
-        ".parquet": read_parquet,
-        ".yaml": read_yaml,
-        ".yml": read_yaml,
-    }
-    reader = read_folder if path.is_dir() else readers.get(path.suffix.lower())
-    if reader is None:
-        advice = ADVICE.get(path.suffix.lower(), "")
-        raise file_error(path, f"file type {path.suffix!r}", f"must be one of {', '.join(sorted(readers))}{advice}")
+    files = script.files or (script.path,)
+    path = script.path
     try:
-        if not path.exists() or not (path.is_file() or path.is_dir()):
-            raise file_error(path, str(path), "must be a file or a folder" if path.exists() else "must be an existing file")
-        found = script_version(path)
+        for path in files:
+            if not path.exists() or not (path.is_file() or path.is_dir()):
+                allowed = "must be a file or a folder" if path.exists() else "must be an existing file"
+                raise file_error(path, str(path), allowed)
+            _reader_of(path)
+        found = script_version(script)
         if version not in (None, found):
-            raise _changed(path)
-        header, lines = reader(path)
-        return header, _unchanged(path, found, lines)
+            raise _changed(script.path)
+        reader = partial(read_files, files, script.folder) if script.files else partial(_reader_of(path), path)
+        header, lines = reader(script.columns)
+        return header, _unchanged(script, found, lines)
     except OSError as error:
         raise file_error(path, str(path), f"must be readable ({error.strerror})") from None
 
 
-def _unchanged(path: Path, version: ScriptVersion, lines: Lines) -> Lines:
+def _unchanged(script: ScriptSettings, version: ScriptVersion, lines: Lines) -> Lines:
     """Yield the lines. Raises ScriptError at their end if the script was changed."""
     yield from lines
-    if script_version(path) != version:
-        raise _changed(path)
+    if script_version(script) != version:
+        raise _changed(script.path)
 
 
 def _changed(path: Path) -> ScriptError:

@@ -1,5 +1,6 @@
 """Lines of a script, read and checked, and what all formats share."""
 
+import io
 import json
 import os
 import re
@@ -8,8 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import pyarrow
 import yaml
 
 from vidgen_ray.errors import URL, FieldError, ScriptError
@@ -105,6 +107,16 @@ class Header:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Fields that columns of tables and names in .jsonl stand for, if they are named otherwise."""
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Column -> field."""
+    keep_unknown: bool = False
+    """Copy unknown columns to `metadata`. Otherwise they are errors."""
+
+
+@dataclass(frozen=True)
 class ScriptSettings:
     """Settings for reading a script.
 
@@ -122,11 +134,16 @@ class ScriptSettings:
     """Characters that are not from the script itself. See `read_characters`."""
     policy: ContentPolicy = DEFAULT_POLICY
     """Rules for the content of lines."""
+    columns: Columns = Columns()
+    files: tuple[Path, ...] = ()
+    """Files that are read as one script, of which `path` is only the name. Default: `path`."""
+    base: Path | None = None
+    """Folder to which paths of the script are relative. Default: that of the script."""
 
     @property
     def folder(self) -> Path:
         """Folder to which paths of the script are relative."""
-        return self.path if self.path.is_dir() else self.path.parent
+        return self.base or (self.path if self.path.is_dir() else self.path.parent)
 
 
 class WrongField(Exception):
@@ -142,10 +159,10 @@ NO_HEADER = Header()
 
 def parse_text_fields(fields: Mapping[str, str]) -> dict[str, Any]:
     """Parse field values given as text, in a CSV cell or on the command line."""
-    return {name: _parse_field(name, value) for name, value in fields.items()}
+    return {name: parse_field(name, value) for name, value in fields.items()}
 
 
-def _parse_field(name: str, text: str) -> Any:
+def parse_field(name: str, text: str) -> Any:
     value = text if name in TEXT_FIELDS else _parse_value(text)
     return text if name in TEXT_OR_LIST_FIELDS and not isinstance(value, list) else value
 
@@ -202,13 +219,38 @@ def read_yaml_file(path: Path) -> Any:
         raise file_error(path, "invalid YAML", " ".join(str(error).split())) from None
 
 
+SIGNATURES = {
+    b"\xff\xfe": ("UTF-16 text", "save the script as UTF-8"),
+    b"\xfe\xff": ("UTF-16 text", "save the script as UTF-8"),
+    b"\x1f\x8b": ("gzip data", "name the file .jsonl.gz, .csv.gz or .txt.gz"),
+    b"\x28\xb5\x2f\xfd": ("Zstandard data", "name the file .jsonl.zst, .csv.zst or .txt.zst"),
+    b"PAR1": ("Parquet data", "name the file .parquet"),
+    b"PK\x03\x04": ("a ZIP archive, such as a spreadsheet", "save the sheet as .csv"),
+}
+"""First bytes of a file -> what it is, and what to do."""
+COMPRESSED = (".gz", ".zst")
+"""Endings of compressed text."""
+
+
 def encoding_error(path: Path, line: int | None) -> ScriptError:
-    return ScriptError([FieldError(path.name, line, None, "bytes that are not UTF-8", "save the script as UTF-8")])
+    with path.open("rb") as file:
+        start = file.read(4)
+    found = (each for mark, each in SIGNATURES.items() if start.startswith(mark))
+    kind, advice = next(found, ("", "save the script as UTF-8"))
+    got = "bytes that are not UTF-8" + (f": the file is {kind}" if kind else "")
+    return ScriptError([FieldError(path.name, line, None, got, advice)])
+
+
+def _open_text(path: Path) -> TextIO:
+    if path.suffix.lower() in COMPRESSED:
+        content = pyarrow.input_stream(str(path), compression="detect")
+        return io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape")
+    return path.open(encoding="utf-8-sig", errors="surrogateescape")
 
 
 def text_lines(path: Path) -> Iterator[str]:
     """Yield the lines, each with its line end converted to a line feed. Raises ScriptError on a read error."""
-    file = path.open(encoding="utf-8-sig", errors="surrogateescape")
+    file = _open_text(path)
 
     def lines() -> Iterator[str]:
         number = 0
@@ -222,8 +264,10 @@ def text_lines(path: Path) -> Iterator[str]:
                         got, allowed = f"more than {MAX_LINE:,} characters", "must be one shot per line"
                         raise ScriptError([FieldError(path.name, number, None, got, allowed)])
                     yield text
-            except OSError as error:
-                raise file_error(path, f"a read error after line {number}", f"must be readable ({error.strerror})") from None
+            # ValueError for damaged compressed data.
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise file_error(path, f"a read error after line {number}", f"must be readable ({reason})") from None
 
     return lines()
 

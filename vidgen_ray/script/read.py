@@ -90,7 +90,7 @@ class Script:
 
 def open_lines(settings: ScriptSettings, version: ScriptVersion | None = None) -> tuple[LineChecker, Lines]:
     """Return the checker and the unchecked lines of a script. `version` and errors: see `open_script`."""
-    header, lines = open_script(settings.path, version)
+    header, lines = open_script(settings, version)
     return LineChecker.of(settings, header), lines
 
 

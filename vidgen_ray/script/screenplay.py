@@ -19,7 +19,7 @@ from vidgen_ray.script.expansion import (
     checked_characters,
     checked_styles,
 )
-from vidgen_ray.script.lines import Header, Line, Lines, encoding_error, file_error, unreadable_line
+from vidgen_ray.script.lines import Columns, Header, Line, Lines, encoding_error, file_error, unreadable_line
 from vidgen_ray.shot import LORA_FIELDS, NESTED_FIELDS, Shot
 from vidgen_ray.system.files import StrictLoader
 
@@ -27,7 +27,7 @@ HEADER_FIELDS = ("title", "defaults", "characters", "styles", "film", "shots", "
 SCENE_FIELDS = ("title", "defaults", "shots")
 
 
-def read_yaml(path: Path) -> tuple[Header, Lines]:
+def read_yaml(path: Path, _columns: Columns) -> tuple[Header, Lines]:
     """Return the header and the shots of a script, with the shots of its scenes in order."""
     content, shot_lines = _parse(path)
     if not isinstance(content, dict):

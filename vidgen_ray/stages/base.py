@@ -369,11 +369,21 @@ class Stage(ABC, Generic[P]):
     def __call__(self, items: Sequence[Item]) -> list[Artefacts]:
         import torch
 
+        for item in items:
+            self._note_dark_start(item)
         with torch.inference_mode(), torch_threads(self.params.threads):
             results = self.run(items)
         for result in results:
             _require_finite(result)
         return results
+
+    def _note_dark_start(self, item: Item) -> None:
+        """Note a start image that is black, or nearly so."""
+        image = item.artefacts.get("image")
+        if image is None or "image" in item.artefacts.get("made_by", {}) or {"image", "frames"}.isdisjoint(self.writes):
+            return
+        if image.max() < DARK:
+            self.note("image: the start image is black")
 
     def __enter__(self) -> Self:
         self.load()
@@ -381,6 +391,10 @@ class Stage(ABC, Generic[P]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+DARK = 16
+"""Value of a pixel below which it is black."""
 
 
 class ChunkedStage(Stage[P]):

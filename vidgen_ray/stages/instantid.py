@@ -134,6 +134,8 @@ def packaged_detectors(options: Mapping[str, Any]) -> tuple[str, ...]:
 
 SAME_PERSON = 0.2
 """Cosine similarity to the first photo below which another photo is noted. Two clear photos of one person are rarely below."""
+EQUAL_FACES = 0.8
+"""Share of the side of the largest face, above which another face of the photo is noted."""
 MAX_ASPECT = 8
 """Maximum aspect ratio of a photo. Above it the shorter side has too few pixels in the detector's square."""
 
@@ -263,9 +265,23 @@ class InstantIDStage(Stage[InstantIDParams]):
         names = [_photo_name(number, len(photos), files) for number in range(len(photos))]
         detected = [self._detect(photo, name) for photo, name in zip(photos, names, strict=True)]
         face = _choose_face(detected[0], face_index, self.params.min_face_px)
+        self._note_doubts(names[0], detected[0], face, chosen=face_index is not None)
         first = DetectedPhoto(detected[0], face, align_face(photos[0], face))
         further = zip(photos[1:], detected[1:], strict=True)
         return [first, *(self._most_similar_face(first.crop, photo, faces) for photo, faces in further)]
+
+    def _note_doubts(self, name: str, faces: Sequence[DetectedFace], face: DetectedFace, *, chosen: bool) -> None:
+        """Note if the largest face of a photo is hardly larger than another one, and if it is upside down."""
+        rivals = [each for each in faces if each is not face and each.side_px >= EQUAL_FACES * face.side_px]
+        if rivals and not chosen:
+            index = next(number for number, each in enumerate(faces) if each is face)
+            self.note(
+                f"{name}: {len(rivals) + 1} faces are about equally large; number {index} from the left, from 0, is used; "
+                "set face_index to choose"
+            )
+        eyes, mouth = face.keypoints[:2, 1].mean(), face.keypoints[3:, 1].mean()
+        if eyes > mouth:
+            self.note(f"{name}: the face is upside down; turn the photo")
 
     def _most_similar_face(self, crop: Image, photo: Image, faces: Sequence[DetectedFace]) -> DetectedPhoto:
         """Choose the face of a further photo that is most similar to `crop`."""

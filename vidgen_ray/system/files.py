@@ -187,6 +187,9 @@ def _is_abandoned(path: Path) -> bool:
     return time.time() - last_write > ABANDONED_AFTER_S
 
 
+LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
+
+
 class StrictLoader(yaml.SafeLoader):
     """Safe loader without aliases, a few lines of which can expand to gigabytes, and without duplicate keys."""
 
@@ -207,6 +210,9 @@ class StrictLoader(yaml.SafeLoader):
             text = f"a number with more than {MAX_NUMBER_CHARACTERS} characters"
             raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
         is_integer = node.tag == "tag:yaml.org,2002:int"
+        # PyYAML reads 017 as 15. It is text here: an id, or an error in a field of numbers.
+        if is_integer and LEADING_ZERO.fullmatch(node.value):
+            return node.value
         return self.construct_yaml_int(node) if is_integer else self.construct_yaml_float(node)
 
 

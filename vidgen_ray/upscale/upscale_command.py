@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from vidgen_ray.cli.options import JsonOption, MarkOptions, check_out, with_options
 from vidgen_ray.cli.run_script import interruptible, remembered_interrupt
-from vidgen_ray.errors import StageError, UsageError, VidgenError
+from vidgen_ray.errors import NOT_A_URL, StageError, UsageError, VidgenError
 from vidgen_ray.media import CLIP_SUFFIXES
 from vidgen_ray.media.encode import Preset
 from vidgen_ray.outputs.storage import URL
@@ -39,9 +39,20 @@ from vidgen_ray.upscale.network import (
     default_workers,
     find_model,
 )
-from vidgen_ray.upscale.run import OnFrame, SegmentRunner, UpscaleOptions, output_path, upscale_file, write_preview
+from vidgen_ray.upscale.run import (
+    OnFrame,
+    SegmentRunner,
+    UpscaleOptions,
+    output_path,
+    planned_size,
+    upscale_file,
+    write_preview,
+)
+from vidgen_ray.upscale.source import read_source, timeline_of
 
 SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
+OTHER_FORMATS = {*CLIP_SUFFIXES, ".gif", ".webm", ".avi", ".ts", ".wmv", ".png", ".jpg", ".jpeg", ".webp"} - {*FORMATS}
+"""Endings that are not those of a folder."""
 DURATION = re.compile(r"(\d+(?:\.\d+)?)s?")
 MAX_FPS, MAX_FPS_NUMERATOR = 240, 240_000
 LINE_EVERY_S = 15.0
@@ -154,22 +165,37 @@ def upscale(
         provenance=marks.settings(DEFAULT),
     )
     seconds = _parse_seconds(preview) if preview else None
-    with (
-        interruptible(),
-        remembered_interrupt() as check_interrupt,
-        redirect_stdout(sys.stderr),
-        _runner(address, network, device, workers, check_interrupt) as (settings, runner),
-    ):
-        results = []
-        for video, target in targets:
-            results.append(_upscale_one(video, target, options, settings, runner, seconds, check_interrupt))
-            check_interrupt()
+    results, usable = _checked(targets, options)
+    if usable:
+        with (
+            interruptible(),
+            remembered_interrupt() as check_interrupt,
+            redirect_stdout(sys.stderr),
+            _runner(address, network, device, workers, check_interrupt) as (settings, runner),
+        ):
+            for video, target in usable:
+                results.append(_upscale_one(video, target, options, settings, runner, seconds, check_interrupt))
+                check_interrupt()
     failed = sum("error" in result for result in results)
     if as_json:
         typer.echo(json.dumps({"videos": results, "failed": failed}))
     if failed:
         _note(f"{failed} of {len(results)} videos failed")
         raise typer.Exit(1)
+
+
+def _checked(
+    targets: Sequence[tuple[Path, Path]], options: UpscaleOptions
+) -> tuple[list[dict[str, Any]], list[tuple[Path, Path]]]:
+    """Return the errors of sources that cannot be read or enlarged as asked, and the other videos with their targets."""
+    failures, usable = [], []
+    for video, target in targets:
+        try:
+            timeline_of(planned_size(read_source(video), options)[0], options.fps)
+            usable.append((video, target))
+        except (VidgenError, OSError) as error:
+            failures.append(_failure(video, target, error))
+    return failures, usable
 
 
 def _upscale_one(
@@ -194,9 +220,9 @@ def _upscale_one(
             else:
                 report = upscale_file(video, target, options, settings, runner, on_progress=on_progress)
     except SegmentFailed as failed:
-        return _failure(video, f"{video}: {failed.segment} cannot be upscaled: {failed.error}")
+        return _failure(video, target, f"{video}: {failed.segment} cannot be upscaled: {failed.error}")
     except (VidgenError, OSError) as error:
-        return _failure(video, str(error) if str(video) in str(error) or str(target) in str(error) else f"{video}: {error}")
+        return _failure(video, target, error)
     for note in report.notes:
         _note(f"{video}: {note}")
     if report.was_finished:
@@ -210,7 +236,10 @@ def _upscale_one(
     return asdict(report)
 
 
-def _failure(video: Path, message: str) -> dict[str, Any]:
+def _failure(video: Path, target: Path, error: Exception | str) -> dict[str, Any]:
+    message = str(error)
+    if str(video) not in message and str(target) not in message:
+        message = f"{video}: {message}"
     _note(message)
     return {"video": str(video), "error": message}
 
@@ -257,6 +286,8 @@ def _find_videos(given: Sequence[str]) -> list[Path]:
 
 
 def _named(text: str) -> list[Path]:
+    if URL.match(text):
+        raise UsageError(f"VIDEO: got {text!r}, {NOT_A_URL}")
     path = Path(text).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in CLIP_SUFFIXES and file.is_file())
@@ -280,6 +311,8 @@ def _named(text: str) -> list[Path]:
 def _targets(videos: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
     """Return each video with its output file. Raises UsageError if two have the same, or one would replace a source."""
     is_folder = out.is_dir() or out.suffix.lower() not in FORMATS
+    if is_folder and not out.is_dir() and out.suffix.lower() in OTHER_FORMATS:
+        raise UsageError(f"--out: got {str(out)!r}, must be a folder or end in {', '.join(FORMATS)}")
     if not is_folder and len(videos) > 1:
         raise UsageError(f"--out: got the file {str(out)!r} for {len(videos)} videos, must be a folder")
     if is_folder and out.is_file():

@@ -7,6 +7,7 @@ A reference is a path, `hub:OWNER/NAME[@REVISION][:SUBFOLDER]` for a Hugging Fac
 import os
 import tempfile
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import lru_cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -78,9 +79,9 @@ def _resolve_builtin(name: str) -> Path:
     # Importing the builders of other packages takes seconds.
     builders = BUILTIN if name in BUILTIN else _builders()
     if name not in builders:
-        raise SetupError(
-            f"weights 'builtin:{name}': unknown name, must be one of {', '.join((*builders, *builtin.shipped_models()))}"
-        )
+        known = [each for each in (*builders, *builtin.shipped_models()) if os.path.splitext(each)[1] == suffix]
+        names = get_close_matches(name, known, 3, 0.4) or known
+        raise SetupError(f"weights 'builtin:{name}': unknown name, must be one of {', '.join(names)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

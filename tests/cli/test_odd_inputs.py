@@ -1,0 +1,270 @@
+"""Inputs that are odd but usual: tables as tools write them, files under other names, values that look like others.
+
+Each is used as meant, noted, or refused with a sentence that says what it is.
+"""
+
+import gzip
+import io
+import json
+import sys
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vidgen_ray.cli import main
+from vidgen_ray.cli.options import LineOptions, check_out, parse_fields
+from vidgen_ray.errors import ScriptError, UsageError
+from vidgen_ray.media import encode_png
+from vidgen_ray.outputs import object_storage
+from vidgen_ray.profile import load_profile
+from vidgen_ray.script.read import read_script
+
+PNG = encode_png(np.zeros((64, 64, 3), np.uint8), None)
+
+
+def text(name, content):
+    return name, lambda path: path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def table(name="s.parquet", **columns):
+    return name, lambda path: pq.write_table(pa.table(columns), path)
+
+
+def lines(*fields, name="s.jsonl"):
+    return text(name, "".join(json.dumps(each) + "\n" for each in fields))
+
+
+def zstd(content):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+LINE = b'{"prompt": "a ball", "seed": 7}\n'
+MOMENT = datetime(2024, 5, 1, 12, tzinfo=UTC)
+MAP = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))
+
+# Name, file, expected fields of the first shot.
+USED = [
+    ("integer ids", table(prompt=["a", "b"], id=[1, 2]), {"id": "1"}),
+    ("ids of pandas with gaps", table(prompt=["a", "b"], id=[1.0, None]), {"id": "1"}),
+    ("timestamp", table(prompt=["a"], **{"metadata.t": [MOMENT]}), {"metadata": {"t": "2024-05-01T12:00:00+00:00"}}),
+    ("bytes in metadata", table(prompt=["a"], metadata=[{"b": b"ab"}]), {"metadata": {"b": "YWI="}}),
+    ("decimal", table(prompt=["a"], **{"metadata.d": [Decimal("1.50")]}), {"metadata": {"d": "1.50"}}),
+    ("NaN in a struct", table(prompt=["a"], metadata=[{"a": float("nan"), "b": 1}]), {"metadata": {"b": 1}}),
+    ("metadata as JSON text", table(prompt=["a"], metadata=['{"a": 1}']), {"metadata": {"a": 1}}),
+    ("metadata as map", table(prompt=["a"], metadata=MAP), {"metadata": {"a": 1}}),
+    ("matrix as JSON text", table(prompt=["a"], id=["x"], matrix=['{"seed": [3, 4]}']), {"id": "x-3", "seed": 3}),
+    ("boolean as 0", table(prompt=["a"], generate_video=[0]), {"generate_video": False}),
+    ("boolean as text", table(prompt=["a"], generate_video=["false"]), {"generate_video": False}),
+    ("image as bytes", table(prompt=["a"], image=[{"bytes": PNG, "path": "x.png"}]), {"image": "{cache}/inputs/*.image"}),
+    ("image as path in a struct", table(prompt=["a"], image=[{"bytes": None, "path": "x.png"}]), {"image": "{here}/x.png"}),
+    ("caption beside text", table(caption=["a"], text=["b"]), {"prompt": "a", "metadata": {"text": "b"}}),
+    ("gzip", text("s.jsonl.gz", gzip.compress(LINE)), {"seed": 7}),
+    ("Zstandard", text("s.csv.zst", zstd(b"prompt,seed\na,7\n")), {"seed": 7}),
+    ("ndjson", text("s.ndjson", LINE), {"seed": 7}),
+    ("missing numbers in .csv", text("s.csv", "prompt,seed,fps\nnone,nan,None\nb,null,6\n"), {"prompt": "none", "fps": 5}),
+    ("whole floats", text("s.jsonl", '{"prompt": "a", "fps": 24.0, "seed": 1e3}\n'), {"fps": 24, "seed": 1000}),
+    ("id with leading zeros in YAML", text("s.yaml", "shots: [{id: 007, prompt: a}]"), {"id": "007"}),
+    ("columns of another name", lines({"caption_long": "a", "sample_id": "x", "n": 1}), {"id": "x", "metadata": {"n": 1}}),
+]
+
+# Name, file, part of the error.
+REFUSED = [
+    ("octal number in YAML", text("s.yaml", "shots: [{prompt: a, seed: 017}]"), "seed: got '017', must be a valid integer"),
+    ("on in YAML", text("s.yaml", "shots: [{prompt: on}]"), "prompt: got True, must be text; put it into quotes"),
+    ("zero-width spaces", lines({"prompt": "\u200b\u200b"}), "must not be blank"),
+    ("UTF-16", text("s.jsonl", '{"prompt": "a"}'.encode("utf-16")), "not UTF-8: the file is UTF-16 text"),
+    (
+        "gzip without its ending",
+        text("s.jsonl", gzip.compress(LINE)),
+        "not UTF-8: the file is gzip data, name the file .jsonl.gz",
+    ),
+    ("damaged gzip", text("s.jsonl.gz", gzip.compress(LINE)[:-9] + b"x" * 9), "a read error"),
+    ("compressed YAML", text("s.yaml.gz", gzip.compress(b"shots: [a]")), "file type '.gz', must be one of"),
+    ("LoRA of a hub", lines({"prompt": "a", "lora": "owner/name"}), "LoRAs are not read from a hub, download it first"),
+    ("LoRA with hub:", lines({"prompt": "a", "lora": "hub:owner/name"}), "LoRAs are not read from a hub"),
+    ("data URL", lines({"prompt": "a", "image": "data:image/png;base64,AAAA"}), "URLs are not read"),
+    (
+        "unknown LoRA of the package",
+        lines({"prompt": "a", "lora": "builtin:tiny/lorra.safetensors"}),
+        "unknown name, must be one of tiny/lora.safetensors",
+    ),
+    (
+        "shot that continues itself",
+        lines({"id": "a", "prompt": "a", "continue_from": "a"}),
+        "continue_from: got 'a', must name another shot than the line itself",
+    ),
+]
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """Write a file, and return the settings with which a command reads these scripts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path / "cache"))
+    Path("x.png").write_bytes(PNG)
+
+    def make(*scripts, **options):
+        options = LineOptions(**options)
+        return options.settings([Path(each) for each in scripts], load_profile("tiny"))
+
+    return make
+
+
+def read(settings, file, **options):
+    name, build = file
+    build(Path(name))
+    return read_script(settings(name, **options))
+
+
+@pytest.mark.parametrize(("file", "expected"), [row[1:] for row in USED], ids=[row[0] for row in USED])
+def test_odd_script_is_read_as_meant(settings, tmp_path, file, expected):
+    options = {"columns": ["caption_long=prompt", "sample_id=id"], "keep_columns": True} if file[0] == "s.jsonl" else {}
+    script = read(settings, file, **options)
+    assert not script.errors
+    found = script.shots[0].model_dump(include=set(expected))
+    if "image" in expected:
+        pattern = expected["image"].format(here=tmp_path, cache=tmp_path / "cache")
+        assert Path(found["image"]).match(pattern)
+        assert Path(found["image"]).read_bytes() == PNG
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize(("file", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_odd_script_is_refused_with_what_it_is(settings, file, message):
+    try:
+        errors = read(settings, file).errors
+    except ScriptError as error:
+        errors = error.errors
+    assert message in " ".join(map(str, errors))
+
+
+def test_id_of_a_line_with_an_image_does_not_depend_on_the_folder(settings, monkeypatch, tmp_path):
+    file = table(prompt=["a"], image=[{"bytes": PNG, "path": None}])
+    first = read(settings, file).shots[0]
+    monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path / "other"))
+    second = read(settings, file).shots[0]
+    assert (first.id, first.seed) == (second.id, second.seed)
+    assert first.image != second.image
+
+
+def test_several_files_and_patterns_are_one_script(settings, tmp_path):
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        Path(name, "x.png").write_bytes(PNG)
+        Path(name, "s.jsonl").write_text(json.dumps({"prompt": name, "image": "x.png"}) + "\n")
+    Path("c.csv").write_text("prompt\nc\n")
+    for scripts, name in ((["*/s.jsonl", "c.csv"], "s.jsonl+2"), (["a/s.jsonl", "b/s.jsonl", "c.csv"], "s.jsonl+2")):
+        given = settings(*scripts)
+        script = read_script(given)
+        assert (given.path.name, script.errors) == (name, [])
+        assert [(line.number, line.shot.prompt) for line in script.lines] == [(1, "a"), (2, "b"), (3, "c")]
+        assert [shot.image for shot in script.shots][:2] == [str(tmp_path / each / "x.png") for each in "ab"]
+    assert settings("a/*.jsonl").path == Path("a/s.jsonl")
+    Path("y.yaml").write_text("defaults: {fps: 6}\nshots: [a]\n")
+    with pytest.raises(ScriptError, match="one of several scripts with a header, must be rendered alone"):
+        read_script(settings("c.csv", "y.yaml"))
+    with pytest.raises(UsageError, match=r"no file matches 'gone\*.csv'"):
+        settings("gone*.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "name"), [(LINE, "stdin.jsonl"), (b"id,prompt\nx,a ball\n", "stdin.csv"), (b"a ball\n", "stdin.txt")]
+)
+def test_standard_input_is_a_script(settings, monkeypatch, tmp_path, content, name):
+    for script in ("-", "/dev/stdin"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        given = settings(script)
+        assert (given.path.name, given.folder) == (name, tmp_path)
+        assert [shot.prompt for shot in read_script(given).shots] == ["a ball"]
+
+
+def test_first_row_of_a_table_in_a_text_file_is_noted(settings):
+    script = read(settings, text("s.txt", "id,prompt\na,b\n"))
+    assert script.notes == ["s.txt line 1: is the first row of a table; name the file .csv"]
+
+
+def test_options_that_contradict_themselves_are_refused(settings):
+    with pytest.raises(UsageError, match="--set seed: is given twice"):
+        parse_fields(["seed=1", "seed=2"])
+    for columns, message in (
+        (["sample_id"], "must be COLUMN=FIELD"),
+        (["sample_id=idd"], "--map sample_id: got 'idd', did you mean id?"),
+        (["a=id", "a=prompt"], "--map a: is given twice"),
+    ):
+        with pytest.raises(UsageError, match=message.replace("?", r"\?")):
+            settings("s.txt", columns=columns)
+    with pytest.raises(ScriptError, match="the column 'id' twice"):
+        read(settings, text("s.csv", "sample_id,id,prompt\na,b,c\n"), columns=["sample_id=id"])
+    with pytest.raises(ScriptError, match="--map sample_id=FIELD reads a column as a field, --keep-columns"):
+        read(settings, text("s.csv", "sample_id,prompt\na,c\n"))
+
+
+def test_home_folder_in_quotes(settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert check_out("~/out") == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("upscale ok.mp4 -o o.gif", 2, "--out: got 'o.gif', must be a folder or end in .mp4"),
+        ("upscale https://x/y.mp4", 2, "got 'https://x/y.mp4', must be a file on this machine; URLs are not read"),
+        ("upscale zero.mp4", 1, "zero.mp4: "),
+        ("show zero.mp4", 1, "zero.mp4: is empty"),
+        ("prune empty", 4, "empty: has no results; pass the output folder of `vidgen render`"),
+        ("validate gone.jsonl", 3, "must be an existing file"),
+    ],
+)
+def test_odd_argument_is_refused_before_anything_starts(settings, monkeypatch, capsys, command, code, message):
+    monkeypatch.setattr("vidgen_ray.upscale.upscale_command.choose_settings", lambda *_: pytest.fail("a model was chosen"))
+    Path("zero.mp4").touch()
+    Path("ok.mp4").write_bytes(b"x")
+    Path("empty").mkdir()
+    assert main(command.split()) == code
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_prompt_that_names_a_file_is_noted(settings, monkeypatch, capsys):
+    monkeypatch.setattr("vidgen_ray.cli.one_stage.VideoGenerationPipeline", lambda *_, **__: pytest.fail("a shot was rendered"))
+    with pytest.raises(pytest.fail.Exception):
+        main(["shot", "@p.txt", "-p", "tiny"])
+    assert "note: '@p.txt' is the prompt; no file is read" in capsys.readouterr().err
+
+
+def test_google_cloud_without_credentials_is_refused_at_once(settings, monkeypatch, capsys):
+    for name in ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(object_storage, "GOOGLE_FILE", Path("nowhere"))
+    monkeypatch.setattr(object_storage, "GOOGLE_MACHINE", ("127.0.0.1", 1))
+    assert main(["status", "gs://bucket/out"]) == 4
+    assert "no credentials of Google Cloud: set GOOGLE_APPLICATION_CREDENTIALS" in " ".join(capsys.readouterr().err.split())
+
+
+def test_faces_of_the_same_size_and_upside_down_and_black_start_images_are_noted(tiny, photo):
+    from vidgen_ray.shot import Shot
+    from vidgen_ray.stages.base import Item
+    from vidgen_ray.stages.instantid import InstantIDStage
+    from vidgen_ray.stages.svd import SVDStage
+
+    with InstantIDStage(tiny.params(InstantIDStage).model_copy(update={"detector": "centerface"})) as stage:
+        stage.features([np.hstack([photo, photo])])
+        assert "face_image: 2 faces are about equally large; number" in stage.take_notes()[0]
+        stage.features([np.hstack([photo, photo])], face_index=0)
+        assert stage.take_notes() == ()
+        stage.features([photo[::-1]])
+        assert stage.take_notes() == ("face_image: the face is upside down; turn the photo",)
+    stage = SVDStage(tiny.params(SVDStage))
+    for image, notes in ((np.zeros((64, 64, 3), np.uint8), 1), (np.full((64, 64, 3), 99, np.uint8), 0)):
+        stage._note_dark_start(Item(Shot(prompt="a"), {"image": image}))
+        assert len(stage.take_notes()) == notes
+        stage._note_dark_start(Item(Shot(prompt="a"), {"image": image, "made_by": {"image": "key"}}))
+        assert stage.take_notes() == ()
