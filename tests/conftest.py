@@ -21,6 +21,7 @@ import pytest
 import ray
 from PIL import Image
 
+from tests import ray_workers
 from tests.small_disk import mounted_disk
 from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.profile import Profile, load_profile
@@ -67,6 +68,7 @@ class LocalRay:
     def start(cls):
         if cls.running:
             return
+        ray_workers.start()
         programs = Path(tempfile.mkdtemp(prefix="vidgen-test-"))
         atexit.register(shutil.rmtree, programs, ignore_errors=True)
         nvidia_smi = programs / "nvidia-smi"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from tests.batch.faulty_stages import actor_name, append, gpu, node, stages
 from tests.batch.test_batch import Events
 from tests.batch.test_faults import render_lines
 from tests.fake_stages import FAKES, profile_of_fakes
+from tests.ray_workers import small_cluster
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
@@ -29,9 +29,7 @@ IMAGE = {"generate_video": False}
 def cluster():
     """Cluster whose only node has two simulated GPUs."""
     os.environ["PYTHONPATH"] = str(ROOT)
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 12, "num_gpus": 2, "include_dashboard": False, **MEMORY}
-    )
+    cluster = small_cluster(num_cpus=12, num_gpus=2, **MEMORY)
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()

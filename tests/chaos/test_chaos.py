@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,13 +20,13 @@ from typing import NamedTuple
 import psutil
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from tests.batch.test_batch import Events, digests
 from tests.chaos.counted_stages import LOG
 from tests.chaos.driver import UNMARKED
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES
+from tests.ray_workers import small_cluster
 from vidgen_ray.batch.render import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.fleet import labels_of
@@ -41,8 +41,6 @@ from vidgen_ray.script.read import iter_script
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
-MARK = "VIDGEN_CHAOS"
-"""Environment variable that marks the processes of this cluster, to tell them from those of another Ray."""
 POLL_S = 0.1
 MAX_PENDING_CALLS = 8
 """Pending calls per process, at most: chunks with a quarter of a load each."""
@@ -51,14 +49,12 @@ WINDOW = 12
 
 
 def processes(title):
-    """Return the pids of the cluster's processes whose title starts with `title`."""
+    """Return the pids of the cluster's processes whose title starts with `title`. All are descendants of this process."""
     pids = []
-    for process in psutil.process_iter():
-        try:
-            if " ".join(process.cmdline()).startswith(title) and MARK in process.environ():
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if " ".join(process.cmdline()).startswith(title):
                 pids.append(process.pid)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
     return sorted(pids)
 
 
@@ -66,9 +62,8 @@ class ThreeNodes:
     """Cluster with a head that runs no work and two nodes with two simulated GPUs each."""
 
     def __init__(self, folder):
-        os.environ.update({MARK: uuid.uuid4().hex, LOG: str(folder / "calls.jsonl"), "PYTHONPATH": str(ROOT)})
-        options = {"object_store_memory": 200 << 20, "include_dashboard": False}
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **options})
+        os.environ.update({LOG: str(folder / "calls.jsonl"), "PYTHONPATH": str(ROOT)})
+        self._cluster = small_cluster(num_cpus=0, object_store_memory=200 << 20)
         self.nodes = [self._add(), self._add()]
 
     @property
@@ -86,7 +81,7 @@ class ThreeNodes:
 
     def shutdown(self):
         self._cluster.shutdown()
-        for name in (MARK, LOG, "PYTHONPATH"):
+        for name in (LOG, "PYTHONPATH"):
             os.environ.pop(name, None)
 
 

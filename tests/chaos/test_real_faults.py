@@ -13,11 +13,11 @@ import time
 
 import psutil
 import pytest
-from ray.cluster_utils import Cluster
 
 from tests.batch.faulty_stages import append, stages
 from tests.batch.test_batch import DONE, Events, wait_for_shots
 from tests.batch.test_health import MEMORY, ROOT, TWO_NODES, cluster, images, profile, run, second_node  # noqa: F401  # fixtures
+from tests.ray_workers import small_cluster
 from vidgen_ray.engine import actor_client
 from vidgen_ray.outputs.manifest import read_manifest
 
@@ -150,7 +150,7 @@ render(script, profile, OutputFolder(folder / "out"), options, listener=Events()
 def test_lost_head_ends_the_run_and_the_next_one_resumes(cluster, second_node, tmp_path):  # noqa: F811
     (tmp_path / "s.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in images(SHOTS)))
     environment = {**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "2"}
-    other = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 2, "include_dashboard": False, **MEMORY})
+    other = small_cluster(num_cpus=8, num_gpus=2, **MEMORY)
     command = [sys.executable, "-c", DRIVER, str(tmp_path)]
     driver = subprocess.Popen([*command, other.address], env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     wait_for_shots(driver, tmp_path / "out", 4)

@@ -8,21 +8,21 @@ import time
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
+from tests.ray_workers import small_cluster
 from vidgen_ray.engine import actor_client
 from vidgen_ray.engine.actor_client import NOT_SENT, ActorCallFailed, ActorClient, Ping
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.worker import place_of_process
 
-MEMORY = {"object_store_memory": 100 << 20, "include_dashboard": False}
+MEMORY = {"object_store_memory": 100 << 20}
 TIMEOUT_S = 120
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """Head without CPUs and one worker node."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **MEMORY})
+    cluster = small_cluster(num_cpus=0, **MEMORY)
     cluster.add_node(num_cpus=1, **MEMORY)
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import pytest
 import ray
 from ray._raylet import GcsClient
-from ray.cluster_utils import Cluster as RayCluster
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tests.ray_workers import small_cluster
 from vidgen_ray.engine import fleet as fleet_module
 from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.calls import ENCODER
@@ -94,8 +94,7 @@ def head(tmp_path_factory):
     nvidia_smi.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-        options = {"num_cpus": 0, "include_dashboard": False, "_system_config": FAST_DETECTION, **MEMORY}
-        cluster = RayCluster(initialize_head=True, head_node_args=options)
+        cluster = small_cluster(num_cpus=0, _system_config=FAST_DETECTION, **MEMORY)
         ray.init(address=cluster.address, log_to_driver=False)
         yield cluster
         ray.shutdown()

@@ -4,22 +4,22 @@ import shutil
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
+from tests.ray_workers import small_cluster
 from tests.weights.hub_server import running_hub
 from vidgen_ray.engine.ray_cluster import pull_on_all_nodes
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import resolve
 from vidgen_ray.weights.download import Hub
 
-MEMORY = {"object_store_memory": 100 << 20, "include_dashboard": False}
+MEMORY = {"object_store_memory": 100 << 20}
 
 
 @pytest.fixture
 def cluster(monkeypatch):
     """Two nodes whose processes may use the network."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **MEMORY})
+    cluster = small_cluster(num_cpus=0, **MEMORY)
     cluster.add_node(num_cpus=1, **MEMORY)
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster

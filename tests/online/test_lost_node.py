@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from tests.online.on_serve.applications import IMAGE_ONLY, scripted_profile
 from tests.online.scripted_stages import SCRIPTED, pipes_open, steps_run
+from tests.ray_workers import small_cluster
 from vidgen_ray.engine import fleet as fleet_module
 from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.config import EngineConfig
@@ -54,8 +54,7 @@ def cluster(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{nvidia_smi.parent}:{os.environ['PATH']}")
         patch.setenv("PYTHONPATH", os.getcwd())
-        options = {"num_cpus": 0, "include_dashboard": False, "_system_config": FAST_DETECTION, **MEMORY}
-        cluster = Cluster(initialize_head=True, head_node_args=options)
+        cluster = small_cluster(num_cpus=0, _system_config=FAST_DETECTION, **MEMORY)
         ray.init(address=cluster.address, log_to_driver=False)
         yield cluster
         ray.shutdown()

@@ -1,0 +1,174 @@
+"""Rays whose workers start in a tenth of the time: forks of one process that has imported torch, diffusers and the package.
+
+This file is also the program of that process, and the one that Ray starts in place of a worker.
+"""
+
+import atexit
+import gc
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+ADDRESS = "VIDGEN_TEST_RAY_WORKERS"
+"""Environment variable with the socket of the process that is forked."""
+PRELOADED = ("diffusers", "vidgen_ray.pipeline", "pyarrow.parquet", "google.protobuf.message", "jsonschema", "requests")
+"""Modules that workers import. Not `ray`, which reads the environment of its process when it is imported."""
+AGENT_PORTS = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
+"""Names of the files in which the agents of a node write their ports."""
+
+
+# In the process of the tests
+
+
+def start():
+    """Start the process, once, and let all Rays that this process starts use it."""
+    from ray._private import parameter
+
+    if ADDRESS in os.environ:
+        return
+    # A short path: paths of sockets are limited to 107 characters.
+    folder = tempfile.mkdtemp(prefix="vw", dir="/tmp")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[ADDRESS] = f"{folder}/socket"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(os.environ[ADDRESS])
+        listening.listen(100)
+        number = listening.fileno()
+        # It ends when this process does and closes its standard input.
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", str(number)],
+            stdin=subprocess.PIPE,
+            pass_fds=[number],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+    atexit.register(process.stdin.close)
+
+    class Parameters(parameter.RayParams):
+        def __init__(self, *arguments, **fields):
+            super().__init__(*arguments, **{"setup_worker_path": __file__, **fields})
+
+    parameter.RayParams = Parameters
+
+
+@contextmanager
+def without_agents():
+    """Let nodes start idle processes instead of the agents that serve a dashboard, metrics and runtime environments."""
+    from ray._private import services
+
+    build = services._build_python_executable_command_memory_profileable
+    services._build_python_executable_command_memory_profileable = lambda *_: [sys.executable, __file__, "--agent"]
+    try:
+        yield
+    finally:
+        services._build_python_executable_command_memory_profileable = build
+
+
+def small_cluster(**head):
+    """Return a started cluster without what only dashboards and runtime environments need. `head`: arguments of its head node.
+
+    The caller connects to it, and shuts it down.
+    """
+    from ray.cluster_utils import Cluster
+
+    from vidgen_ray.engine.ray_cluster import _only_needed_services, _unused_ports
+
+    class SmallCluster(Cluster):
+        def add_node(self, **options):
+            (port,) = _unused_ports(1)
+            with _only_needed_services({"log_to_driver": False}), without_agents():
+                return super().add_node(include_dashboard=False, dashboard_agent_listen_port=port, **options)
+
+    start()
+    return SmallCluster(initialize_head=True, head_node_args=head)
+
+
+# In the process that is forked
+
+
+def serve(listening):
+    for name in PRELOADED:
+        __import__(name)
+    assert "ray" not in sys.modules
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, reap)
+    while True:
+        readable, _, _ = select.select([listening, sys.stdin], [], [])
+        if sys.stdin in readable:
+            return
+        connection, _ = listening.accept()
+        if os.fork() == 0:
+            listening.close()
+            become_worker(connection)
+            return
+        connection.close()
+
+
+def reap(*_):
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def become_worker(connection):
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    message, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    folder, count, *words = message.decode().split("\0")
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(word.split("=", 1) for word in words[int(count) :])
+    threading.Thread(target=end_with, args=[connection], daemon=True).start()
+    sys.argv = words[: int(count)]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def end_with(connection):
+    """End this process when the one that Ray has started ends."""
+    connection.recv(1)
+    os._exit(1)
+
+
+# In the process that Ray starts
+
+
+def ask_for_worker():
+    """Ask for a worker with the arguments, environment and files of this process, and wait until it ends."""
+    # The options of Ray's own program come first.
+    arguments = [word for word in sys.argv[1:] if not word.startswith(("--language", "--serialized-runtime-env-context"))]
+    variables = (f"{name}={value}" for name, value in os.environ.items())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as template:
+        template.connect(os.environ[ADDRESS])
+        message = "\0".join([os.getcwd(), str(len(arguments)), *arguments, *variables])
+        socket.send_fds(template, [message.encode()], [0, 1, 2])
+        template.recv(1)
+
+
+def stand_in_for_an_agent():
+    """Write the ports that Ray waits for. Nothing listens on them."""
+    given = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[2:] if "=" in word)
+    for name in AGENT_PORTS:
+        path = Path(given["session-dir"], f"{name}_{given['node-id']}")
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text("1")
+        part.rename(path)
+    signal.pause()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        serve(socket.socket(fileno=int(sys.argv[2])))
+    elif sys.argv[1] == "--agent":
+        stand_in_for_an_agent()
+    else:
+        ask_for_worker()
