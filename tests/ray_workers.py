@@ -16,12 +16,17 @@ import sys
 import tempfile
 import threading
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 ADDRESS = "VIDGEN_TEST_RAY_WORKERS"
 """Environment variable with the socket of the process that is forked."""
 PRELOADED = ("diffusers", "vidgen_ray.pipeline", "pyarrow.parquet", "google.protobuf.message", "jsonschema", "requests")
 """Modules that workers import. Not `ray`, which reads the environment of its process when it is imported."""
+OWN_WORKERS = {
+    "setup_worker_path": str(Path(find_spec("ray").submodule_search_locations[0]) / "_private" / "workers" / "setup_worker.py")
+}
+"""Arguments of a node with workers that Ray starts itself: children of the node with an environment of their own."""
 AGENT_PORTS = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
 """Names of the files in which the agents of a node write their ports."""
 

@@ -12,7 +12,7 @@ from tests.batch.faulty_stages import actor_name, append, gpu, node, stages
 from tests.batch.test_batch import Events
 from tests.batch.test_faults import render_lines
 from tests.fake_stages import FAKES, profile_of_fakes
-from tests.ray_workers import small_cluster
+from tests.ray_workers import OWN_WORKERS, small_cluster
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
@@ -40,7 +40,7 @@ def cluster():
 @pytest.fixture
 def second_node(cluster):
     """Node with two more GPUs."""
-    added = cluster.add_node(num_cpus=12, num_gpus=2, **MEMORY)
+    added = cluster.add_node(num_cpus=12, num_gpus=2, **MEMORY, **OWN_WORKERS)
     cluster.wait_for_nodes()
     yield added
     if added in cluster.worker_nodes:

@@ -5,22 +5,22 @@ import shutil
 import pytest
 import ray
 
-from tests.ray_workers import small_cluster
+from tests.ray_workers import OWN_WORKERS, small_cluster
 from tests.weights.hub_server import running_hub
 from vidgen_ray.engine.ray_cluster import pull_on_all_nodes
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import resolve
 from vidgen_ray.weights.download import Hub
 
-MEMORY = {"object_store_memory": 100 << 20}
+NODE = {"object_store_memory": 100 << 20, **OWN_WORKERS}
 
 
 @pytest.fixture
 def cluster(monkeypatch):
     """Two nodes whose processes may use the network."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    cluster = small_cluster(num_cpus=0, **MEMORY)
-    cluster.add_node(num_cpus=1, **MEMORY)
+    cluster = small_cluster(num_cpus=0, **NODE)
+    cluster.add_node(num_cpus=1, **NODE)
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()
