@@ -44,12 +44,10 @@ class InProcessEngine(Engine):
     def announce(self, plan):
         pass
 
-    withdraw = announce
-
     def snapshot(self):
         return Snapshot({}, None, 0)
 
-    async def run(self, plan, on_admitted):
+    async def run(self, plan, on_progress, on_admitted):
         async with self._turn:
             on_admitted()
             try:

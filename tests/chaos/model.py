@@ -35,7 +35,7 @@ from vidgen_ray.batch.line_planner import PlannedLine
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine import actor_client, encoder, engine, shot_runner, shot_writer, step_runner, supervisor, worker
+from vidgen_ray.engine import actor_client, encoder, engine, renderer, shot_runner, shot_writer, step_runner, supervisor, worker
 from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.engine.encoder import Encoder
 from vidgen_ray.engine.engine import OBJECT_STORE_SHARE
@@ -889,6 +889,7 @@ def patched(world):
         patch.setattr(asyncio, "to_thread", _to_thread)
         patch.setattr(ray, "kill", lambda actor, *, no_restart=True: actor.kill(no_restart=no_restart))
         patch.setattr(ray, "nodes", world.ray_nodes)
+        patch.setattr(actor_client, "process_of", lambda actor: actor.process)
         patch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": world.store_bytes})
         patch.setattr(engine, "Fleet", world.fleet)
         patch.setattr(director_module, "live_cluster", lambda: simulated_ray.live_cluster(world))
@@ -898,7 +899,7 @@ def patched(world):
         patch.setattr(director_module, "STOP_POLL_S", 5.0)
         patch.setattr(supervisor, "PING_S", 30.0)
         patch.setattr(actor_client, "RETRY_S", 2.0, raising=False)
-        patch.setattr(director_module, "STATUS_INTERVAL_S", 60.0)
+        patch.setattr(renderer, "STATUS_INTERVAL_S", 60.0)
         patch.setattr(director_module, "load_calibration", lambda *_: None)
         patch.setattr(results_module, "ManifestWriter", Manifest)
         patch.setattr(shot_runner, "CHUNK_BYTES", 1)

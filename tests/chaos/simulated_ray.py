@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine import fleet
 from vidgen_ray.engine.calls import ENCODER, OUTPUT
-from vidgen_ray.engine.encoder import Encoder, parallel_commits
+from vidgen_ray.engine.encoder import Encoder
 from vidgen_ray.engine.ray_cluster import LiveCluster
 from vidgen_ray.engine.worker import ActorPlace, Worker
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -179,7 +179,7 @@ class Process:
         self.started = asyncio.Event()
         self.calls = {}
         """Pending call -> its task."""
-        self.turn = asyncio.Semaphore(parallel_commits(actor.args[0].outputs) if actor.kind is Encoder else 1)
+        self.turn = asyncio.Semaphore(actor.args[0].parallel_commits if actor.kind is Encoder else 1)
         self.loaded = False
         self.world.processes.append(self)
         self.task = self.world.spawn(self._start())

@@ -209,6 +209,19 @@ def test_frozen_process_is_silent_and_its_running_call_is_the_cause(cluster, tmp
     run(scenario)
 
 
+def test_process_that_is_frozen_while_it_starts_is_killed(cluster, monkeypatch):
+    monkeypatch.setattr(actor_client, "LOAD_CHECK_S", 0.5)
+    monkeypatch.setattr(actor_client, "LOAD_SILENCE_S", 1.0)
+
+    async def scenario(client):
+        os.kill(client.place.pid, signal.SIGSTOP)
+        starting = ActorClient(client._actor, "starting")
+        assert await starting.ready() is None
+        assert starting.place.pid != client.place.pid
+
+    run(scenario)
+
+
 def test_ping_finds_an_idle_process_that_has_crashed(cluster):
     async def scenario(client):
         os.kill(client.place.pid, signal.SIGKILL)

@@ -59,6 +59,12 @@ def test_failures_of_a_lost_process_do_not_count_against_their_shots(health):
     assert attempts[0].verdict is Verdict.SICK
 
 
+def test_failure_of_a_process_that_was_quarantined_since_does_not_count_against_its_successor(health):
+    _, attempts = quarantine(health, "a")
+    health.started("a", "node")
+    assert not health.failed("a", "shot", attempts[0]), "reported late, when another process has rendered the shot"
+
+
 def test_forgiven_failures_do_not_quarantine(health):
     _, (first, _) = fail(health, "a", FAILURES - 1)
     first.forgiven = True

@@ -72,7 +72,7 @@ class Workers:
     @property
     def blamed(self):
         """Processes against which failures count."""
-        return [each.process.key for each in self.failed if not each.forgiven]
+        return [each.process.key for each in dict.fromkeys(self.failed) if not each.forgiven]
 
     def failure(self, limit=3):
         with pytest.raises(ShotFailed) as raised:

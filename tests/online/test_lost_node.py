@@ -143,7 +143,7 @@ class RunningServer:
         await self.director.drain(0)
         for task in (*self.director._background, self.workers._replanning):
             task.cancel()
-        await self.director._engine.stop()
+        await self.director._renderer.stop()
         await self.workers._fleet.stop()
 
 

@@ -1,4 +1,4 @@
-"""Director of a batch run: feeds the engine with shots, starts it again with another layout, and records the results.
+"""Director of a batch run: feeds the renderer with shots, chooses the layouts, and records the results.
 
 Everything runs in one event loop in the driver, except for the reader of the script, which is a thread.
 """
@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
-from functools import partial
 
 import ray
 
@@ -25,10 +24,12 @@ from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Engine
 from vidgen_ray.engine.fleet import FIRST_MESSAGE_S, MESSAGE_INTERVAL_S, PlacedSlot, labels_of, placed_more_slots
 from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, live_cluster
+from vidgen_ray.engine.renderer import Renderer
 from vidgen_ray.engine.retries import Kind, ShotFailed
+from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.storage_pause import StoragePause
-from vidgen_ray.errors import MAX_MESSAGES, OutOfMemory, ScriptError, SetupError
+from vidgen_ray.errors import MAX_MESSAGES, OutOfMemory, ProfileError, ScriptError, SetupError, TooExpensive
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
@@ -52,8 +53,6 @@ from vidgen_ray.shot import Shot
 
 Remaining = Callable[[], Iterator[Sequence[PlannedLine]]]
 """Starts to read the lines after the first ones. Needs a connection to Ray. Blocks while it waits for lines."""
-STATUS_INTERVAL_S = 1.0
-"""Seconds between two status reports."""
 STOP_POLL_S = 0.1
 """Seconds between two checks of the stop request."""
 VISIBILITY_TIMEOUT_S = 60.0
@@ -66,7 +65,7 @@ MANY_SHOTS = 100
 
 
 class Director:
-    """Feeds the engine with shots and records their results."""
+    """Feeds the renderer with shots and records their results."""
 
     def __init__(
         self,
@@ -104,9 +103,10 @@ class Director:
         self._sizes: SizeCheck | None = None
         """Set when the GPUs are known, if there are any."""
         self._own_ray = False
-        self._engine: Engine | None = None
-        self._engines = 0
-        self._rendering: set[asyncio.Task[None]] = set()
+        self._renderer: Renderer | None = None
+        self._plans = self._engines = 0
+        """Number of the last plan, and of the one that the last engine was started with."""
+        self._rendering: dict[asyncio.Task[None], Task] = {}
         self._changed = asyncio.Event()
         """Set when the queue, the shots in progress or the reader have changed."""
         self._reading = False
@@ -122,6 +122,9 @@ class Director:
         self._metrics: RunMetrics | None = None
         self._stop_watch: asyncio.Task[None] | None = None
         """Ends after a stop request or an error."""
+        self._idle_since, self._next_idle_message_s = time.monotonic(), FIRST_MESSAGE_S
+        """Time since when all shots so far are rendered, and the seconds until the next message about that."""
+        self._idle_message: asyncio.Task[None] | None = None
 
     # Lines
 
@@ -149,8 +152,8 @@ class Director:
     def _enqueue(self, task: Task) -> None:
         self._continued.opened(task.plan.shot.id or "")
         self.queue.add(task)
-        if self._engine is not None:
-            self._engine.announce(task.plan)
+        if self._renderer is not None:
+            self._renderer.announce(task.plan)
 
     def _settle(self, decided: Sequence[PlannedLine]) -> None:
         """Queue the shots that no longer wait for another one, or record their results."""
@@ -202,20 +205,20 @@ class Director:
         self._metrics = RunMetrics(self._profile.name, self._on_quarantined)
         self._reading = remaining is not None
         self._stop_watch = asyncio.ensure_future(self._watch_stop())
-        background = [asyncio.ensure_future(self._report_status()), self._stop_watch]
+        self._renderer = Renderer(self._on_status, self._make_engine)
         if remaining is not None:
             self._start_reader(remaining)
         try:
-            await self._feed()
+            await self._feed(self._renderer)
             if self._error is not None:
                 raise self._error
         finally:
-            for task in (*background, *self._rendering):
+            for task in (self._stop_watch, *self._rendering):
                 task.cancel()
-            await self._stop_engine()
+            await self._renderer.stop()
 
-    async def _feed(self) -> None:
-        """Give shots to the engine as long as there are any."""
+    async def _feed(self, renderer: Renderer) -> None:
+        """Give shots to the renderer as long as there are any."""
         while self._error is None:
             if self._stop.is_set():
                 self.left = len(self.queue) + len(self._continued)
@@ -226,30 +229,15 @@ class Director:
                 await self._next_change()
                 continue
             task = self._continued.with_last_frame(self.queue.pop())
-            if self._refused(task):
-                continue
-            if self._engine is None or not self._engine.can_render(task.plan):
-                await self._start_engine(task)
-                # The GPUs may be known only now.
-                if self._refused(task):
-                    continue
-            if not await self._admitted(task):
+            if (failure := self._size_failure(task.plan.shot)) is not None:
+                self._record(task, failure)
+            elif not await self._admitted(task, renderer):
                 self.left = len(self.queue) + len(self._continued) + 1
                 break
         await self._finish_shots()
         if self._error is None and not self._stop.is_set():
             # The last rows of the manifest are written next.
             await self._storage.writable_again()
-
-    def _refused(self, task: Task) -> bool:
-        """Record the failure of a shot that fits on no GPU of the plan, before any of its stages runs."""
-        failure = self._size_failure(task.plan.shot)
-        if failure is None:
-            return False
-        if self._engine is not None:
-            self._engine.withdraw(task.plan)
-        self._record(task, failure)
-        return True
 
     def _size_failure(self, shot: Shot) -> Failure | None:
         """Return the failure of a shot that fits on no GPU. `None` if it fits, or while the GPUs are unknown."""
@@ -260,11 +248,12 @@ class Director:
         self._changed.clear()
         await self._changed.wait()
 
-    async def _admitted(self, task: Task) -> bool:
+    async def _admitted(self, task: Task, renderer: Renderer) -> bool:
         """Start a shot. Waits until the window has room for it. Returns false if the run was stopped before that."""
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        rendering = asyncio.ensure_future(self._render(task, partial(admitted.set_result, None)))
-        self._rendering.add(rendering)
+        # Called again if another engine renders the shot.
+        rendering = asyncio.ensure_future(self._render(task, renderer, admitted.cancel))
+        self._rendering[rendering] = task
         rendering.add_done_callback(self._ended)
         assert self._stop_watch is not None
         await asyncio.wait([admitted, rendering, self._stop_watch], return_when=asyncio.FIRST_COMPLETED)
@@ -274,7 +263,7 @@ class Director:
         return False
 
     def _ended(self, rendering: asyncio.Task[None]) -> None:
-        self._rendering.discard(rendering)
+        del self._rendering[rendering]
         if not rendering.cancelled() and (error := rendering.exception()) is not None:
             self._error = self._error or error
         self._changed.set()
@@ -288,21 +277,18 @@ class Director:
         if unfinished:
             raise KeyboardInterrupt
 
-    async def _render(self, task: Task, on_admitted: Callable[[], None]) -> None:
-        assert self._engine is not None
+    async def _render(self, task: Task, renderer: Renderer, on_admitted: Callable[[], object]) -> None:
         result: ShotRecord | Failure
         kind: Kind | None = None
         try:
-            result = await self._engine.run(task.plan, on_admitted=on_admitted)
+            result = await renderer.render(task.plan, on_admitted=on_admitted)
         except ShotFailed as failed:
             result, kind = failed.failure, failed.kind
-            if self._engine.needs_other_layout:
-                self.queue.add(task)
-                return
-            if (fatal := self._engine.fatal_failure) is not None and fatal.stage == result.stage:
+            fatal = renderer.engine.fatal_failure if renderer.engine is not None else None
+            if fatal is not None and fatal.stage == result.stage:
                 raise SetupError(fatal.message) from None
-        # The output folder cannot be written.
-        except SetupError:
+        # No engine can be planned or started, or the output folder cannot be written.
+        except (SetupError, ProfileError, TooExpensive, ray.exceptions.RayError):
             raise
         # A bug in vidgen fails the shot, not the run.
         except Exception as error:
@@ -365,26 +351,24 @@ class Director:
     def _failures(self) -> list[Failure]:
         return [failure for _, failure in self._outcomes if failure is not None]
 
-    # The engine
+    # Engines
 
-    async def _start_engine(self, needed: Task) -> None:
-        """Start the engine, or another one with a layout for all stages that are needed now."""
-        if self._engine is not None:
-            # The new layout needs the GPUs of the present one.
-            if self._rendering:
-                await asyncio.wait(list(self._rendering))
-            await self._stop_engine()
-            self.plan = None
-        if self.plan is None:
+    async def _make_engine(self, needed: ShotPlan) -> Engine:
+        """Start an engine for the shots so far. Raises ShotFailed if the needed one fits on no GPU, and what `plan` raises."""
+        shots = [*self._rendering.values(), *self.queue]
+        if self._engines == self._plans:
             known = self.cluster if self._own_ray else self._options.cluster
             live = LiveCluster(known, known) if known else await asyncio.to_thread(live_cluster)
-            self._make_plan([needed, *self.queue], live, complete=not self._reading)
+            self._make_plan(shots, live, complete=not self._reading)
+        if (failure := self._size_failure(needed.shot)) is not None:
+            # The GPUs are known only now.
+            raise ShotFailed(failure, Kind.MEMORY)
         assert self.plan is not None
         assert self.cluster is not None
         layout, options = self.plan.layout, self._options
         if self._own_ray:
             expect_gpus(sum(slot.has_gpu for slot in layout.slots))
-        self._engines += 1
+        self._engines = self._plans
         config = EngineConfig(
             name=f"{self._run}/{self._engines}",
             profile=self._profile.pinned([STAGE_BY_NAME[name] for name in layout.stages]),
@@ -399,10 +383,15 @@ class Director:
         # With --gpus, the plan uses all GPUs that there will be.
         may_grow = not self._own_ray and options.cluster is None
         more = self._more_slots if may_grow else None
-        self._engine = Engine(config, layout, self._metrics, self._storage, more, self._listener.on_message)
-        for task in (needed, *self.queue):
-            self._engine.announce(task.plan)
-        await self._engine.start(labels_of(self.plan, self.cluster))
+        engine = Engine(config, layout, self._metrics, self._storage, more, self._listener.on_message)
+        for task in shots:
+            engine.announce(task.plan)
+        try:
+            await engine.start(labels_of(self.plan, self.cluster))
+        except BaseException:
+            await engine.stop()
+            raise
+        return engine
 
     def _make_plan(self, tasks: Sequence[Task], live: LiveCluster, *, complete: bool) -> None:
         """Choose the layout for these shots and, if the script has more, for many like them. Raises CostError."""
@@ -419,6 +408,7 @@ class Director:
             return plan(self._profile, demand, cluster, calibration=calibration, price=self._options.price)
 
         self.plan, self.cluster = live.plan(planned)
+        self._plans += 1
         self.plan.check_cost(self._options.max_cost)
 
     def _more_slots(self, present: Sequence[Slot], free: Cluster) -> list[PlacedSlot]:
@@ -426,11 +416,6 @@ class Director:
         if self.plan is None or not (self.queue or self._reading):
             return []
         return placed_more_slots(self.plan.stage_seconds, present, free)
-
-    async def _stop_engine(self) -> None:
-        if self._engine is not None:
-            engine, self._engine = self._engine, None
-            await engine.stop()
 
     # Reading
 
@@ -475,23 +460,23 @@ class Director:
 
     # Status
 
-    async def _report_status(self) -> None:
-        idle_since, next_message_s = time.monotonic(), FIRST_MESSAGE_S
-        while True:
-            await asyncio.sleep(STATUS_INTERVAL_S)
-            if self._engine is None or self.queue or self._rendering or not self._reading:
-                idle_since, next_message_s = time.monotonic(), FIRST_MESSAGE_S
-            elif (idle_s := time.monotonic() - idle_since) >= next_message_s:
-                next_message_s += MESSAGE_INTERVAL_S
-                self._listener.on_message(
-                    f"all shots so far are rendered, and no line has come for {idle_s:.0f} s. Rendering holds "
-                    f"{await self._engine.holdings()}. A step that makes the lines waits forever if it needs more than that"
-                )
-            if self._engine is not None:
-                snapshot = self._engine.snapshot()
-                if self._metrics is not None:
-                    self._metrics.snapshot(snapshot)
-                self._listener.on_status(snapshot)
+    def _on_status(self, snapshot: Snapshot) -> None:
+        assert self._metrics is not None
+        self._metrics.snapshot(snapshot)
+        self._listener.on_status(snapshot)
+        if self.queue or self._rendering or not self._reading:
+            self._idle_since, self._next_idle_message_s = time.monotonic(), FIRST_MESSAGE_S
+        elif (idle_s := time.monotonic() - self._idle_since) >= self._next_idle_message_s:
+            self._next_idle_message_s += MESSAGE_INTERVAL_S
+            self._idle_message = asyncio.ensure_future(self._report_idle(idle_s))
+
+    async def _report_idle(self, idle_s: float) -> None:
+        assert self._renderer is not None
+        if (engine := self._renderer.engine) is not None:
+            self._listener.on_message(
+                f"all shots so far are rendered, and no line has come for {idle_s:.0f} s. Rendering holds "
+                f"{await engine.holdings()}. A step that makes the lines waits forever if it needs more than that"
+            )
 
     async def _watch_stop(self) -> None:
         while not self._stop.is_set() and self._error is None:

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from vidgen_ray.engine.calls import LOADING
+from vidgen_ray.engine.ray_cluster import process_of
 from vidgen_ray.engine.retries import InputsLost, Kind, first_line
 from vidgen_ray.engine.worker import ActorPlace
 from vidgen_ray.outputs.records import Failure
@@ -20,9 +21,9 @@ from vidgen_ray.outputs.records import Failure
 MAX_CRASHES_WHILE_LOADING = 3
 """Crashes in a row while loading before the load has failed."""
 LOAD_CHECK_S = 30.0
-"""Seconds between two looks at a process that loads its weights."""
+"""Seconds between two looks at a process that starts or loads its weights."""
 LOAD_SILENCE_S = 300.0
-"""Seconds without activity after which a load hangs."""
+"""Seconds after which a load without activity hangs, and a process that has started but does not respond is frozen."""
 MIN_ACTIVITY = 2.0
 """CPU seconds and MB read in LOAD_CHECK_S that are activity. Ray's own threads need less."""
 SILENT_S = 60.0
@@ -100,16 +101,8 @@ class ActorClient:
         self.has_moved = False
         while True:
             try:
-                place = await self._actor.place.remote()
-                if place == self._killed_place:
-                    # Ray has not killed the process yet.
-                    await asyncio.sleep(RETRY_S)
-                    continue
+                place = await self._placed()
             except ray.exceptions.RayError as error:
-                # A restart may take long: the node may be lost and its replacement not there yet.
-                if _is_restarting(error):
-                    await asyncio.sleep(RETRY_S)
-                    continue
                 # The actor is dead for good, or never started: its runtime environment cannot be set up.
                 return self._loading_failed(1, error)
             before, self.place = self.place, place
@@ -123,6 +116,37 @@ class ActorClient:
             else:
                 self._up = failure is None
                 return failure
+
+    async def _placed(self) -> ActorPlace:
+        """Wait until a process responds. Raises RayError if there will be none."""
+        watch = asyncio.ensure_future(self._kill_if_frozen())
+        try:
+            while True:
+                try:
+                    place: ActorPlace = await self._actor.place.remote()
+                except ray.exceptions.RayError as error:
+                    # A restart may take long: the node may be lost and its replacement not there yet.
+                    if not _is_restarting(error):
+                        raise
+                else:
+                    # Otherwise Ray has not killed the process yet.
+                    if place != self._killed_place:
+                        return place
+                await asyncio.sleep(RETRY_S)
+        finally:
+            watch.cancel()
+
+    async def _kill_if_frozen(self) -> None:
+        """Kill each process that has started and does not respond. While no node has room for one, there is no deadline."""
+        last, silent_s = None, 0.0
+        while True:
+            await asyncio.sleep(LOAD_CHECK_S)
+            process = await asyncio.to_thread(process_of, self._actor)
+            silent_s = silent_s + LOAD_CHECK_S if process is not None and process == last else 0.0
+            last = process
+            if silent_s > LOAD_SILENCE_S:
+                ray.kill(self._actor, no_restart=False)
+                silent_s = 0.0
 
     async def _load(self) -> Failure | None:
         """Load the weights. Return the failure if that is impossible, or if the load hangs; then the process is killed."""

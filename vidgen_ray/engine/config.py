@@ -15,6 +15,8 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
 
+STORE_COMMITS = 4
+"""Calls that an encoder runs at once if the outputs are in an object store."""
 COMMIT_FLOOR_S = 300.0
 COMMIT_FACTOR = 20.0
 """A call that writes files times out after COMMIT_FLOOR_S and COMMIT_FACTOR times the expected seconds of the whole shot."""
@@ -43,6 +45,11 @@ class EngineConfig:
 
     def encoder_name(self, number: int) -> str:
         return f"{self.name}/encoder/{number}"
+
+    @property
+    def parallel_commits(self) -> int:
+        """Calls that an encoder runs at once: on a disk it waits for its CPU, in an object store for responses."""
+        return 1 if self.outputs.storage.local is not None else STORE_COMMITS
 
     def timeout_s(self, shot: Shot, *stages: str) -> float:
         """Return the timeout of a call of these stages for a shot in seconds. It starts when execution starts."""

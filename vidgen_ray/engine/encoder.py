@@ -17,13 +17,10 @@ from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.worker import CONTROL, ActorPlace, activity_of_process, place_of_process
-from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.safety import safety_of
 from vidgen_ray.stages.base import Artefacts, Item
 
-STORE_COMMITS = 4
-"""Calls that an encoder runs at once if the outputs are in an object store."""
 CANCELLED_SESSIONS = 64
 """Last cancelled sessions that are remembered. A call of such a session that was sent earlier may start later."""
 ENCODER_NICENESS = 10
@@ -162,11 +159,6 @@ class Encoder:
         files = self._open.pop(session, None)
         if files is not None:
             files.close()
-
-
-def parallel_commits(outputs: OutputFolder) -> int:
-    """Return how many calls an encoder runs at once: on a disk it waits for its CPU, in an object store for responses."""
-    return 1 if outputs.storage.local is not None else STORE_COMMITS
 
 
 def encoder_class(parallel: int = 1) -> Any:

@@ -17,7 +17,6 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.calls import ENCODER, MAX_CHUNKS_AHEAD, chunk_frames_of, chunk_result_bytes
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.encoder import parallel_commits
 from vidgen_ray.engine.fleet import Fleet, MoreSlots
 from vidgen_ray.engine.shot_runner import CHUNK_BYTES, ShotRunner
 from vidgen_ray.engine.status import EngineObserver, Snapshot
@@ -132,7 +131,7 @@ class Engine:
         """
         chunk_frames = chunk_frames_of(config.profile, [config.stages[stage] for stage in layout.stages])
         self._layout = layout
-        self._parallel_commits = parallel_commits(config.outputs)
+        self._parallel_commits = config.parallel_commits
         self._workers = WorkerPool(config, layout, observer, storage)
         self._runner = ShotRunner(config, self._workers, chunk_frames, observer)
         self._fleet = Fleet(config, self, more_slots)
@@ -161,15 +160,11 @@ class Engine:
         """Tell that this shot will run, so that results which it shares with other shots are computed once."""
         self._runner.announce(plan)
 
-    def withdraw(self, plan: ShotPlan) -> None:
-        """Take back an announcement: the shot will not run."""
-        self._runner.retire(plan)
-
     async def run(
         self,
         plan: ShotPlan,
         on_progress: ProgressCallback | None = None,
-        on_admitted: Callable[[], None] = lambda: None,
+        on_admitted: Callable[[], object] = lambda: None,
     ) -> ShotRecord:
         """Render an announced shot and commit its files. Raises ShotFailed.
 

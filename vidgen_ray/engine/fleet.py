@@ -34,7 +34,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vidgen_ray.engine.calls import ENCODER
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.encoder import encoder_class, parallel_commits
+from vidgen_ray.engine.encoder import encoder_class
 from vidgen_ray.engine.ray_cluster import NODE_ID_LABEL, live_cluster
 from vidgen_ray.engine.worker import worker_class
 from vidgen_ray.errors import SetupError
@@ -336,7 +336,7 @@ class Fleet:
             reservation.actors[name] = worker.remote(self._config, spec, self._parallel_loads)
 
     def _create_encoder(self, name: str, place: Any) -> Any:
-        actor = encoder_class(parallel_commits(self._config.outputs))
+        actor = encoder_class(self._config.parallel_commits)
         encoder = actor.options(name=name, num_cpus=ENCODER_CPUS, scheduling_strategy=place).remote(self._config)
         if place == "SPREAD":
             self._encoders.append(encoder)

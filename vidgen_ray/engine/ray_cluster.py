@@ -25,7 +25,7 @@ import grpc
 import ray
 from ray._private import node as node_module
 from ray._private import parameter, services
-from ray._private.state import available_resources_per_node
+from ray._private.state import actors, available_resources_per_node
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -108,6 +108,13 @@ def live_cluster() -> LiveCluster:
     free = [_node(node, available.get(node["NodeID"], {})) for node in alive]
     labels = list(_labels(alive, total))
     return LiveCluster(*(Cluster(tuple(map(_labelled, nodes, labels))) for nodes in (total, free)))
+
+
+def process_of(actor: Any) -> tuple[str, int] | None:
+    """Return the node id and the port of the actor's process, which may still start. `None` if it has none. Blocks."""
+    entry = actors(actor._actor_id.hex())
+    has_process = bool(entry) and entry["State"] != "DEAD" and entry["Address"]["Port"]
+    return (entry["Address"]["NodeID"], entry["Address"]["Port"]) if has_process else None
 
 
 def _labelled(node: Node, label: Label) -> Node:

@@ -134,10 +134,11 @@ async def run_with_retries(
             failed.append(failure.with_traceback(None))
             failure.__context__ = failure.__cause__ = None
             observer.step_failed(failure.failure.stage, failure.failure.error)
-            if failure.kind is Kind.ERROR:
-                # Several processes with one error: the shot seems to be the cause, until another one renders it.
-                for each in failed if _is_confirmed(failed) else ():
-                    each.forgiven = True
+            # A refusal, or several processes with one error: the shot seems to be the cause, until another process renders it.
+            failure.forgiven = failure.kind is Kind.INPUT
+            for each in failed if failure.kind is Kind.ERROR and _is_confirmed(failed) else ():
+                each.forgiven = True
+            if failure.kind is not Kind.MEMORY:
                 blame(failure)
             last = failure.failure
             next_avoid = following(limit)
@@ -156,7 +157,7 @@ async def run_with_retries(
         else:
             for each in failed:
                 # The shot is fine: another process rendered it.
-                if each.kind is Kind.INPUT or each.forgiven:
+                if each.forgiven:
                     each.forgiven = False
                     blame(each)
             return result

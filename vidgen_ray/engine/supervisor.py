@@ -67,7 +67,8 @@ class ProcessHealth:
         On probation, a single failure is enough. Failures that are forgiven, also later, do not count.
         """
         record = self._records[process]
-        if record.quarantined:
+        if record.quarantined or attempt.verdict is Verdict.SICK:
+            # Another process has replaced it since, or will.
             attempt.verdict = Verdict.SICK
             return False
         record.failures[attempt] = shot

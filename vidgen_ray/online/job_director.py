@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -23,11 +23,11 @@ from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Engine
 from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, MetricSpec
+from vidgen_ray.engine.renderer import STATUS_INTERVAL_S, Renderer
 from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.storage_pause import StoragePause
-from vidgen_ray.engine.worker_pool import NODE_LOST
 from vidgen_ray.online.api_error import without_paths
 from vidgen_ray.online.job_service import plan_job, storage_problem
 from vidgen_ray.online.queue_estimate import ProgressEstimator
@@ -50,8 +50,6 @@ POLL_S = 1.0
 """Seconds between two polls of the store, unless woken earlier. Each poll claims jobs and renews the leases of running ones."""
 PROGRESS_INTERVAL_S = 0.25
 """Seconds between two writes of the progress of all jobs."""
-STATUS_INTERVAL_S = 1.0
-"""Seconds between two updates of the gauges."""
 ATTACH_INTERVAL_S = 2.0
 """Seconds between two requests for changes of the workers."""
 STORAGE_CHECK_INTERVAL_S = 5.0
@@ -88,7 +86,7 @@ class JobDirector:
     """Director of a server. Create it inside an event loop."""
 
     def __init__(self, config: EngineConfig, settings: OnlineSettings, layout: Layout, workers: Any) -> None:
-        """`layout`: the planned one; `workers`, the handle of the Workers deployment, may have another one by now."""
+        """`layout`: the planned one; `workers`, the handle of the Workers deployment, tells which one it has by now."""
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "director"))
         self._config = config
         self._settings = settings
@@ -97,7 +95,7 @@ class JobDirector:
         self._store = open_store(settings)
         self._metrics = ServerMetrics(config.profile.name)
         self._storage = StoragePause(partial(storage_problem, self._store, self._outputs), math.inf, _log_storage)
-        self._engine = Engine(config, layout, self._metrics, self._storage)
+        self._renderer = Renderer(self._metrics.snapshot)
         self._actors = Actors("", 0, {}, layout)
         self._workers = workers
         self.owner = f"{os.uname().nodename}:{os.getpid()}:{secrets.token_hex(8)}"
@@ -116,7 +114,7 @@ class JobDirector:
                 self._poll(),
                 self._check_storage(),
                 self._write_progress(),
-                self._report_status(),
+                self._count_jobs(),
                 run_maintenance(self._store, settings, self._outputs),
             )
         ]
@@ -132,10 +130,7 @@ class JobDirector:
         self._draining = True
         if self._running and grace_s:
             await asyncio.wait(list(self._running.values()), timeout=grace_s)
-        return await self._requeue(dict(self._running))
-
-    async def _requeue(self, jobs: Mapping[str, asyncio.Task[None]]) -> int:
-        """Stop these running jobs, and put them back into the queue. Return how many there were."""
+        jobs = dict(self._running)
         for task in jobs.values():
             task.cancel()
         if jobs:
@@ -145,7 +140,9 @@ class JobDirector:
 
     async def missing(self) -> str | None:
         """Return the stages that no worker can run now, and what the server waits for. `None` if nothing is missing."""
-        if not (stages := self._engine.missing_stages):
+        engine, layout = self._renderer.engine, self._actors.layout
+        assert layout is not None
+        if not (stages := list(layout.stages) if engine is None else engine.missing_stages):
             return None
         return f"no worker for {', '.join(stages)}: {self._actors.waiting or 'the weights are loading'}"
 
@@ -155,7 +152,7 @@ class JobDirector:
         That is if every worker of a stage has failed, the store has not responded for too long, or a background task has
         stopped. If the last worker of a stage is lost with its node, the jobs wait for another layout.
         """
-        if (failure := self._engine.fatal_failure) is not None and not self._engine.needs_other_layout:
+        if (failure := self._fatal_failure) is not None:
             raise RuntimeError(f"{failure.stage}: {failure.message}")
         if (silent_s := time.monotonic() - self._last_poll) > MAX_STORE_SILENCE_S:
             raise RuntimeError(f"the job store has not responded for {silent_s:.0f} s")
@@ -179,23 +176,24 @@ class JobDirector:
     async def _use(self, actors: Actors, before: Actors) -> None:
         self._actors = actors
         assert actors.layout is not None
-        is_first = before.owner == "" and before.layout == actors.layout
-        if not is_first and (before.owner, before.generation) != (actors.owner, actors.generation):
-            await self._replace_engine(actors.layout)
+        if (before.owner, before.generation) != (actors.owner, actors.generation):
             before = Actors("", 0, {})
+            # Running jobs wait for it: their workers are gone.
+            await self._renderer.use(Engine(self._config, actors.layout, self._metrics, self._storage))
+            self._woken.set()
+        engine = self._renderer.engine
+        assert engine is not None
         for name, (spec, actor) in actors.workers.items():
             if name not in before.workers:
-                self._engine.worker_started(name, spec, actor)
+                engine.worker_started(name, spec, actor)
         for name in before.workers.keys() - actors.workers.keys():
-            self._engine.worker_lost(name)
+            engine.worker_lost(name)
 
-    async def _replace_engine(self, layout: Layout) -> None:
-        """Use an engine for new workers with this layout. Running jobs are queued again: their workers are gone."""
-        running = dict(self._running)
-        old, self._engine = self._engine, Engine(self._config, layout, self._metrics, self._storage)
-        await self._requeue(running)
-        await old.stop()
-        self._woken.set()
+    @property
+    def _fatal_failure(self) -> Failure | None:
+        """Failure after which no job can be rendered. `None` if there is none, or if the jobs wait for another layout."""
+        engine = self._renderer.engine
+        return None if engine is None or engine.needs_other_layout else engine.fatal_failure
 
     # The store
 
@@ -223,9 +221,11 @@ class JobDirector:
             self._running[job_id].cancel()
 
     async def _claim(self) -> None:
-        free = self._engine.window.shots - len(self._running)
-        is_paused = self._storage.active or self._engine.fatal_failure is not None
-        if free <= 0 or self._draining or is_paused:
+        engine = self._renderer.engine
+        if engine is None or engine.fatal_failure is not None or self._storage.active or self._draining:
+            return
+        free = engine.window.shots - len(self._running)
+        if free <= 0:
             return
         jobs = await asyncio.to_thread(self._store.queue.claim, self.owner, LEASE_S, free)
         if self._draining:
@@ -255,10 +255,9 @@ class JobDirector:
             except Exception as error:
                 log.warning("cannot write the progress of jobs: %s", error)
 
-    async def _report_status(self) -> None:
-        """Update the gauges at regular intervals."""
+    async def _count_jobs(self) -> None:
+        """Update the gauges of jobs at regular intervals."""
         while True:
-            self._metrics.snapshot(self._engine.snapshot())
             try:
                 counts = await asyncio.to_thread(self._store.open_counts)
                 self._metrics.jobs(counts[JobState.QUEUED], counts[JobState.IN_PROGRESS])
@@ -300,7 +299,7 @@ class JobDirector:
 
     async def _failed(self, job: Job, failure: Failure, kind: Kind) -> None:
         """Store the failure of a job, or queue it again if the failure is not its own."""
-        if self._engine.fatal_failure is None and failure.stage != NODE_LOST:
+        if self._fatal_failure is None:
             store_end = partial(self._store.queue.failed, job.id, self.owner, error_of(failure, kind))
             await self._finish(job, JobState.FAILED, store_end)
             return
@@ -348,8 +347,8 @@ class JobDirector:
             percent = estimator.percent(progress)
             self._updates[job.id] = JobProgress(job.id, progress.stage, progress.step, progress.steps, percent)
 
-        self._engine.announce(plan)
-        record = await self._engine.run(plan, on_progress)
+        self._renderer.announce(plan)
+        record = await self._renderer.render(plan, on_progress)
         self._metrics.shot_rendered(job.tenant, record.stages)
         return record
 
