@@ -14,6 +14,7 @@ from vidgen_ray.engine import (
     retries,
     shot_runner,
     shot_writer,
+    slow_calls,
     step_runner,
     worker_pool,
 )
@@ -148,7 +149,7 @@ BROKEN = {
     "one commit": ("commit_once", lambda patch: patch.setattr(ShotRunner, "_write", write_twice)),
     "copies at the end only": (
         "rework",
-        lambda patch: (patch.setattr(worker_pool, "COPY_FACTOR", 0.0), patch.setattr(worker_pool, "MIN_SLOW_S", 0.01)),
+        lambda patch: (patch.setattr(slow_calls, "COPY_FACTOR", 0.0), patch.setattr(slow_calls, "MIN_SLOW_S", 0.01)),
     ),
     "stop request": ("stop", lambda patch: patch.setattr(Director, "_watch_stop", ignore_stop)),
 }

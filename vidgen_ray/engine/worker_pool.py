@@ -24,6 +24,7 @@ from vidgen_ray.engine.calls import ENCODER, OUTPUT, CallResult, Durations, call
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import AttemptFailed, Candidate, InputsLost, Kind, ShotFailed, Verdict, run_with_retries
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
+from vidgen_ray.engine.slow_calls import SlowCalls
 from vidgen_ray.engine.status import EngineObserver, Progress, StageStatus
 from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.supervisor import Supervisor
@@ -35,12 +36,6 @@ BUSY_WINDOW = 30
 """Snapshots (one per second) over which the utilization is averaged."""
 NODE_LOST = "node"
 """Failure stage of an engine that has lost the last worker with a stage. Another layout may fit on the nodes that are left."""
-TIMER_ERROR_S = 1e-3
-"""Seconds by which timers may run early."""
-MIN_SLOW_S = 10.0
-COPY_FACTOR, SLOW_FACTOR = 2.0, 5.0
-"""A call that has run longer than both MIN_SLOW_S and a factor times its expected seconds is slow. With the first factor, it is
-copied to a worker that has nothing to do. With the second one, the work behind it goes to other workers."""
 EVIDENCE_S = 600.0
 """Seconds after which a shot that has failed on several workers does not wait any longer for what shows that they are well."""
 PROGRESS_POLL_S = 0.25
@@ -101,8 +96,7 @@ class WorkerPool:
         self._assigned: dict[Work, asyncio.Future[WorkerState]] = {}
         self._fatal_failure: Failure | None = None
         self._durations = Durations()
-        self._watched: dict[WorkerState, tuple[Work, asyncio.TimerHandle]] = {}
-        """Running call of each worker, and the timer that checks whether it takes too long."""
+        self._slow_calls = SlowCalls(self._expected_s, self._copy, self._recall)
         self._sessions: dict[Work, _Running] = {}
         self._changed = asyncio.Event()
         """Set, and replaced, when a worker has started, is quarantined or is given up."""
@@ -134,8 +128,7 @@ class WorkerPool:
     def close(self) -> None:
         """Cancel the background tasks."""
         self._supervisor.close()
-        for _, timer in self._watched.values():
-            timer.cancel()
+        self._slow_calls.close()
 
     @property
     def fatal_failure(self) -> Failure | None:
@@ -365,46 +358,26 @@ class WorkerPool:
 
     def _finished(self, worker: WorkerState, work: Work) -> None:
         self._scheduler.finished(worker, work)
-        self._watch(worker)
+        self._slow_calls.watch(worker)
         self._assign_waiting()
         self._notify()
 
-    def _watch(self, worker: WorkerState) -> None:
-        """Check later whether the running call of the worker takes too long."""
-        running = next(iter(worker.assigned), None)
-        if worker in self._watched:
-            watched, timer = self._watched[worker]
-            if watched is running:
-                return
-            timer.cancel()
-            del self._watched[worker]
-        # The sessions of an encoder run side by side, and wait for chunks of their clips.
-        if running is not None and worker.spec != ENCODER:
-            loop = asyncio.get_running_loop()
-            timer = loop.call_later(MIN_SLOW_S, self._check_duration, worker, running, loop.time())
-            self._watched[worker] = running, timer
+    # Slow calls
 
-    def _check_duration(self, worker: WorkerState, running: Work, started: float) -> None:
-        """Copy a slow call, or send the work behind it to other workers."""
-        if next(iter(worker.assigned), None) is not running:
-            return
-        loop = asyncio.get_running_loop()
-        session = self._sessions.get(running)
-        expected_s = session.expected_s() if session is not None else math.inf
-        elapsed_s = loop.time() - started + TIMER_ERROR_S
-        if elapsed_s > max(MIN_SLOW_S, COPY_FACTOR * expected_s):
-            self._copy(running)
-        if elapsed_s > max(MIN_SLOW_S, SLOW_FACTOR * expected_s):
-            # No more work is prefetched until a call succeeds.
-            self._scheduler.set_probation(worker, True)
-            for work in self._scheduler.recall(worker):
-                # It is added again as another attempt.
-                self._scheduler.remove(work)
-                if work in self._sessions:
-                    _set(self._sessions[work].ended)
-            self._assign_waiting()
-        timer = loop.call_later(MIN_SLOW_S, self._check_duration, worker, running, started)
-        self._watched[worker] = running, timer
+    def _expected_s(self, work: Work) -> float:
+        """Return the expected seconds of a running call, as far as they are known."""
+        session = self._sessions.get(work)
+        return session.expected_s() if session is not None else math.inf
+
+    def _recall(self, worker: WorkerState) -> None:
+        """Give the work behind a slow call to other workers. No more is prefetched until a call succeeds."""
+        self._scheduler.set_probation(worker, True)
+        for work in self._scheduler.recall(worker):
+            # It is added again as another attempt.
+            self._scheduler.remove(work)
+            if work in self._sessions:
+                _set(self._sessions[work].ended)
+        self._assign_waiting()
 
     def _copy(self, work: Work) -> None:
         """Repeat a running call on an idle worker. The first result counts."""
@@ -472,7 +445,7 @@ class WorkerPool:
                 self._scheduler.finished(worker, work)
             else:
                 future.set_result(worker)
-                self._watch(worker)
+                self._slow_calls.watch(worker)
 
     # Events of the supervisor
 
