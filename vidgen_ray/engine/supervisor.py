@@ -51,15 +51,14 @@ class ProcessHealth:
         record = self._records[process]
         record.node, record.quarantined = node, False
 
-    def succeeded(self, process: Hashable, shot: Hashable) -> bool:
-        """Record a finished call. Return whether earlier failures of other shots now count against those shots."""
+    def succeeded(self, process: Hashable, shot: Hashable) -> None:
+        """Record a finished call. Earlier failures of other shots now count against those shots."""
         record = self._records[process]
         record.quarantines.clear()
         others = [attempt for attempt, failed in record.failures.items() if failed != shot]
         for attempt in others:
             attempt.verdict = Verdict.WELL
             del record.failures[attempt]
-        return bool(others)
 
     def failed(self, process: Hashable, shot: Hashable, attempt: AttemptFailed) -> bool:
         """Record a failed call for a shot. Return whether the process must be quarantined now.
@@ -184,9 +183,9 @@ class Supervisor:
 
     # Events
 
-    def succeeded(self, client: ActorClient, shot: Hashable) -> bool:
-        """Record a successful call. Return whether the verdict of failed attempts has become known."""
-        return self._health.succeeded(client, shot)
+    def succeeded(self, client: ActorClient, shot: Hashable) -> None:
+        """Record a successful call."""
+        self._health.succeeded(client, shot)
 
     def failed(self, client: ActorClient, shot: Hashable, attempt: AttemptFailed, reason: str) -> None:
         """Record a failed call for a shot. Quarantines the process if it fails for different shots in a row."""

@@ -312,6 +312,11 @@ class WorkerPool:
                 # A load that failed before this call is not a failure of the shot.
                 kind = Kind.NOT_RUN if result.load_failed else result.kind
                 raise AttemptFailed(kind, result.failure, process)
+            self._supervisor.succeeded(client, work.order)
+            self._scheduler.set_probation(worker, False)
+            if work.stage == OUTPUT:
+                self._storage.written()
+            return returned, worker
         except asyncio.CancelledError:
             client.send("cancel", number)
             if worker.spec == ENCODER:
@@ -327,12 +332,6 @@ class WorkerPool:
             del self._sessions[work]
             if busy:
                 self._finished(worker, work)
-        if self._supervisor.succeeded(client, work.order):
-            self._notify()
-        self._scheduler.set_probation(worker, False)
-        if work.stage == OUTPUT:
-            self._storage.written()
-        return returned, worker
 
     def _abandoned(self, worker: WorkerState, work: Work, running: asyncio.Future[Any]) -> None:
         """A session has stopped whose result is not needed. Until then, its worker was busy."""
