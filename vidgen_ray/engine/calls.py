@@ -7,7 +7,6 @@ Does not use Ray.
 from __future__ import annotations
 
 import asyncio
-import errno
 import math
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from vidgen_ray.engine.step_runner import ForeignArtefacts, StepFailed, WrongRes
 from vidgen_ray.errors import OtherWeights, OutOfMemory, VidgenError, WriteError
 from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length, is_chunked, relative_costs
 from vidgen_ray.outputs.records import Failure, StepRecord
+from vidgen_ray.outputs.storage import is_disk_full
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.planner.solver import ENCODER_CPUS
 from vidgen_ray.profile import Profile
@@ -58,7 +58,7 @@ class CallResult:
     @classmethod
     def of_failure(cls, failed: StepFailed) -> CallResult:
         if failed.stage == OUTPUT and isinstance(failed.cause, OSError | WriteError):
-            return cls(failure=failed.failure(), kind=Kind.DISK_FULL if _is_disk_full(failed.cause) else Kind.WRITE)
+            return cls(failure=failed.failure(), kind=Kind.DISK_FULL if is_disk_full(failed.cause) else Kind.WRITE)
         if isinstance(failed.cause, ForeignArtefacts):
             return cls(failure=failed.failure(), kind=Kind.FOREIGN)
         other_weights = isinstance(failed.cause, OtherWeights)
@@ -70,15 +70,6 @@ class CallResult:
         context_broken = other_weights or (names_context and not out_of_memory)
         kind = Kind.MEMORY if too_large else Kind.INPUT if is_input else Kind.ERROR
         return cls(failure=failed.failure(), kind=kind, context_broken=context_broken)
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    """Return whether the error, or one that it replaced, says that a disk or a quota is full."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__context__
-    return False
 
 
 def group_steps(plan: ShotPlan, can_fuse: Callable[..., bool], *, share_features: bool) -> list[tuple[Step, ...]]:

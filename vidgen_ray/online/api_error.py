@@ -151,14 +151,14 @@ async def _http_error(_: Request, error: Exception) -> Response:
 
 
 async def _database_error(_: Request, error: Exception) -> Response:
-    is_full = is_disk_full(str(error))
+    is_full = is_disk_full(error)
     log.error("the database %s: %s", "is full" if is_full else "does not respond", type(error).__name__)
     return _unavailable("The disk of the server is full" if is_full else "The database does not respond")
 
 
 async def _storage_error(request: Request, error: Exception) -> Response:
     log.error("the storage failed", exc_info=error)
-    if is_disk_full(str(error)):
+    if is_disk_full(error):
         return _unavailable("The disk of the server is full")
     return await _internal_error(request, error)
 

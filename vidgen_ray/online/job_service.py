@@ -455,7 +455,7 @@ def _store_problem(store: JobStore) -> str | None:
             return f"The disk of the database is almost full: {free}."
         store.write_nothing()
     except (SQLAlchemyError, OSError) as error:
-        return f"The database {'is full' if is_disk_full(str(error)) else 'does not respond'}."
+        return f"The database {'is full' if is_disk_full(error) else 'does not respond'}."
     return None
 
 

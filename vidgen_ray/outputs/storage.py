@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import shutil
+import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,8 +24,8 @@ from vidgen_ray.system import files
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 MIN_FREE_BYTES, MIN_FREE_SHARE = 10**9, 0.05
 """A disk is almost full when less than both of these is free."""
-FULL_DISK_TEXTS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")
-"""Texts of the errors of the system and of SQLite. FFmpeg and Pillow use those of the system."""
+FULL_DISK = {"errno": (errno.ENOSPC, errno.EDQUOT), "sqlite_errorcode": (sqlite3.SQLITE_FULL,), "sqlstate": ("53100",)}
+"""Attribute of an error -> its values if a disk or a quota is full: of the system, of SQLite and of PostgreSQL."""
 
 
 class StoredFile(NamedTuple):
@@ -248,9 +249,13 @@ class LocalStorage(Storage):
         return self.local / path
 
 
-def is_disk_full(message: str) -> bool:
-    """Return whether the message of an error says that a disk or a quota is full."""
-    return any(text in message for text in FULL_DISK_TEXTS)
+def is_disk_full(error: BaseException | None) -> bool:
+    """Return whether the error, or one that it replaced, says that a disk or a quota is full."""
+    while error is not None:
+        if any(getattr(error, name, None) in values for name, values in FULL_DISK.items()):
+            return True
+        error = error.__context__
+    return False
 
 
 def low_space(folder: Path) -> str | None:
