@@ -5,6 +5,7 @@ Describe its nodes, and download weights on them.
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import grpc
@@ -47,6 +48,10 @@ AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_lis
 AGENT_PORT_RANGE = (20_000, 32_768)
 """Above the default ports of Ray's workers, below the ports that Linux gives to outgoing connections."""
 GPU_QUERY_TIMEOUT_S = 120
+SHUTDOWN_S = 30.0
+"""Seconds after which the process ends although Ray does not."""
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -63,8 +68,26 @@ def connected(address: str | None, cpus: float) -> Iterator[None]:
     finally:
         if own_connection:
             # Hide the errors of messages to processes that are shutting down.
-            with muted_stderr():
-                ray.shutdown()
+            with muted_stderr(), suppress(SetupError):
+                within(SHUTDOWN_S, ray.shutdown)
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """Return the result of a call of Ray that waits forever if Ray is gone. Raises SetupError after `seconds`."""
+    outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    # A thread of a pool would keep the process from ending.
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except concurrent.futures.TimeoutError:
+        raise SetupError(f"lost connection to Ray: no response for {seconds:g} s") from None
 
 
 def expect_gpus(count: int) -> None:

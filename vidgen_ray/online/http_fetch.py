@@ -12,7 +12,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 import httpcore
@@ -66,11 +66,42 @@ def check_address(address: str) -> None:
         raise BlockedUrl(f"{address} is not a public address")
 
 
+class _LimitedStream(httpcore.NetworkStream):
+    """Connection with one deadline for all its reads and writes: a server could send a byte now and then for days."""
+
+    def __init__(self, stream: httpcore.NetworkStream, deadline: float) -> None:
+        self._stream = stream
+        self._deadline = deadline
+
+    def _left_s(self) -> float:
+        if (left_s := self._deadline - time.monotonic()) <= 0:
+            raise httpcore.ReadTimeout
+        return left_s
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, self._left_s())
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, self._left_s())
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        return _LimitedStream(self._stream.start_tls(ssl_context, server_hostname, self._left_s()), self._deadline)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
 class _CheckedBackend(httpcore.NetworkBackend):
     """Network backend that resolves a host, checks all its addresses and connects to the first."""
 
-    def __init__(self, allow_private: bool) -> None:
+    def __init__(self, allow_private: bool, deadline: float) -> None:
         self._allow_private = allow_private
+        self._deadline = deadline
         self._backend = httpcore.SyncBackend()
 
     def connect_tcp(
@@ -90,7 +121,8 @@ class _CheckedBackend(httpcore.NetworkBackend):
             # All of them: one private address is a sign of an attack.
             for address in addresses:
                 check_address(address)
-        return self._backend.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+        stream = self._backend.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+        return _LimitedStream(stream, self._deadline)
 
 
 class PublicHttpClient:
@@ -121,17 +153,20 @@ class PublicHttpClient:
         check(parts)
         if not self._allow_private and parts.port not in (None, *PORTS.values()):
             raise BlockedUrl(f"port {parts.port} is not allowed, must be {' or '.join(map(str, PORTS.values()))}")
-        deadline = time.monotonic() + self._timeout_s
-        timeout = dict.fromkeys(("connect", "read", "write", "pool"), self._timeout_s)
+        backend = _CheckedBackend(self._allow_private, time.monotonic() + self._timeout_s)
         request_headers = [("Host", parts.netloc), ("Connection", "close"), *(headers or {}).items()]
         if method == "POST":
             request_headers.append(("Content-Length", str(len(body))))
         try:
             with (
-                httpcore.ConnectionPool(
-                    ssl_context=ssl.create_default_context(), network_backend=_CheckedBackend(self._allow_private)
-                ) as pool,
-                pool.stream(method, url, headers=request_headers, content=body, extensions={"timeout": timeout}) as response,
+                httpcore.ConnectionPool(ssl_context=ssl.create_default_context(), network_backend=backend) as pool,
+                pool.stream(
+                    method,
+                    url,
+                    headers=request_headers,
+                    content=body,
+                    extensions={"timeout": {"connect": self._timeout_s}},
+                ) as response,
             ):
                 content = bytearray()
                 for chunk in response.iter_stream():
@@ -140,11 +175,11 @@ class PublicHttpClient:
                         if response.status == 200:
                             raise BlockedUrl(f"the response is larger than {max_bytes} bytes")
                         break
-                    if time.monotonic() > deadline:
-                        raise UnreachableUrl(f"took longer than {self._timeout_s:g} s")
                 response_headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
                 return HttpResponse(response.status, response_headers, bytes(content))
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
+        except httpcore.TimeoutException:
+            raise UnreachableUrl(f"took longer than {self._timeout_s:g} s") from None
+        except (httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
             # The messages of OpenSSL and the kernel would reveal which services are listening.
             raise UnreachableUrl(f"cannot be reached ({type(error).__name__})") from None
 

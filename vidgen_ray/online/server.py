@@ -17,9 +17,9 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus, DeploymentSchema, LoggingConfig, ServeDeploySchema
+from ray.serve.schema import ApplicationStatus, DeploymentSchema, LoggingConfig, ServeDeploySchema, ServeStatus
 
-from vidgen_ray.engine.ray_cluster import muted_stderr
+from vidgen_ray.engine.ray_cluster import SHUTDOWN_S, muted_stderr, within
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.application import API, APP, DIRECTOR, WORKERS, ServerPlan, application
@@ -28,6 +28,8 @@ from vidgen_ray.stages.base import Stage
 
 POLL_S = 0.2
 HEALTH_TIMEOUT_S = 2.0
+RESPONSE_S = 60.0
+"""Seconds without a response of Ray after which the server ends."""
 START_ATTEMPTS = 3
 DRAIN_MARGIN_S = 30.0
 """Seconds in addition to the grace period, in which the director requeues unfinished jobs."""
@@ -64,7 +66,7 @@ class Server:
         """
         reported: set[str] = set()
         while not stop.is_set() and self._check_deployed() != ApplicationStatus.RUNNING:
-            for deployment in serve.status().applications[APP].deployments.values():
+            for deployment in _status().applications[APP].deployments.values():
                 if deployment.message and (reason := _reason(deployment.message)) not in reported:
                     reported.add(reason)
                     on_message(reason)
@@ -82,7 +84,9 @@ class Server:
     def check_running(self) -> None:
         """Raise SetupError if Serve or its Ray is gone."""
         try:
-            serve.status()
+            _status()
+        except SetupError:
+            raise
         except Exception as error:
             raise SetupError(f"lost connection to Ray: {str(error).strip().splitlines()[0]}") from None
 
@@ -93,7 +97,7 @@ class Server:
         return f"http://{reached}:{port}"
 
     def _check_deployed(self) -> ApplicationStatus:
-        app = serve.status().applications[APP]
+        app = _status().applications[APP]
         if app.status == ApplicationStatus.DEPLOY_FAILED:
             messages = [app.message, *(deployment.message for deployment in app.deployments.values())]
             raise SetupError(_reason("\n".join(messages)))
@@ -113,8 +117,12 @@ def serving(plan: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_
         yield Server(plan)
     finally:
         # Ray prints errors about pending calls to the Serve controller.
-        with muted_stderr():
-            serve.shutdown()
+        with muted_stderr(), suppress(SetupError):
+            within(SHUTDOWN_S, serve.shutdown)
+
+
+def _status() -> ServeStatus:
+    return within(RESPONSE_S, serve.status)
 
 
 def _start_serve(http: HTTPOptions, logs: LoggingConfig) -> None:

@@ -6,8 +6,9 @@ import asyncio
 import json
 import logging
 import random
-import time
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 from standardwebhooks import Webhook as Signer
@@ -41,14 +42,14 @@ class WebhookSender:
         self._outbox = outbox
         self._client = PublicHttpClient(DELIVERY_TIMEOUT_S, allow_private=webhooks.allow_private)
 
-    def deliver_due(self) -> int:
-        """Attempt each due message once. Return how many were delivered.
+    def deliver_due(self, exclude: Collection[str] = ()) -> int:
+        """Attempt each due message once, except those to targets in `exclude`. Return how many were delivered.
 
         A message whose sender crashes is sent again later, so a receiver may get it twice, with the same id.
         """
         if not self._webhooks.targets:
             return 0
-        delivered, failed = 0, set[str]()
+        delivered, failed = 0, set(exclude)
         while (message := self._outbox.claim_due(2 * DELIVERY_TIMEOUT_S, exclude=failed)) is not None:
             if self._deliver(message):
                 delivered += 1
@@ -115,23 +116,28 @@ log = logging.getLogger(__name__)
 
 
 async def run_maintenance(store: JobStore, settings: OnlineSettings, outputs: OutputFolder) -> None:
-    """Run maintenance until cancelled, in one process of a server. Errors of the storage or database are logged and retried."""
-    webhook_sender = WebhookSender(settings.webhooks, store.outbox)
+    """Deliver webhooks, purge jobs and delete uploads until cancelled, in one process of a server."""
+    sender = WebhookSender(settings.webhooks, store.outbox)
     uploads = upload_folder(outputs, store.uploads, settings.uploads)
-    purged_at = uploads_cleaned_at = 0.0
+    targets = [target.name for target in settings.webhooks.targets]
+    await asyncio.gather(
+        # A slow target delays no other one.
+        *(_repeat(LOOP_INTERVAL_S, sender.deliver_due, {*targets} - {target}) for target in targets),
+        _repeat(PURGE_INTERVAL_S, sender.deliver_due, targets),
+        _repeat(PURGE_INTERVAL_S, purge_jobs, store, outputs),
+        _repeat(UPLOAD_CLEANUP_INTERVAL_S, uploads.expire, settings.retention_s),
+        _repeat(UPLOAD_CLEANUP_INTERVAL_S, uploads.remove_unreferenced, UPLOAD_CLEANUP_INTERVAL_S),
+    )
+
+
+async def _repeat(interval_s: float, work: Callable[..., object], *args: Any) -> None:
+    """Do work at regular intervals. Errors of the storage or the database are logged, and the work is repeated."""
     while True:
         try:
-            await asyncio.to_thread(webhook_sender.deliver_due)
-            if time.monotonic() - purged_at > PURGE_INTERVAL_S:
-                await asyncio.to_thread(purge_jobs, store, outputs)
-                purged_at = time.monotonic()
-            if time.monotonic() - uploads_cleaned_at > UPLOAD_CLEANUP_INTERVAL_S:
-                await asyncio.to_thread(uploads.expire, settings.retention_s)
-                await asyncio.to_thread(uploads.remove_unreferenced, UPLOAD_CLEANUP_INTERVAL_S)
-                uploads_cleaned_at = time.monotonic()
+            await asyncio.to_thread(work, *args)
         except (OSError, SQLAlchemyError):
-            log.exception("Maintenance failed. Retrying in %g s.", LOOP_INTERVAL_S)
-        await asyncio.sleep(LOOP_INTERVAL_S)
+            log.exception("Maintenance failed. Retrying in %g s.", interval_s)
+        await asyncio.sleep(interval_s)
 
 
 def purge_jobs(store: JobStore, outputs: OutputFolder) -> None:
