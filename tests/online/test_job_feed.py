@@ -44,7 +44,7 @@ def store(tmp_path) -> Iterator[CountingStore]:
 
 @pytest.fixture
 def feed(store) -> JobFeed:
-    return JobFeed(store, POLL_S)
+    return JobFeed(store)
 
 
 def stored_job(store, tenant="ada") -> Job:

@@ -20,8 +20,8 @@ from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.online.store.store import Changes, DeletedJob, JobStore
 
-POLL_S = 0.1
-"""Seconds between two polls of the store."""
+MIN_POLL_S, MAX_POLL_S, POLL_GROWTH = 0.02, 0.25, 1.25
+"""Seconds between two polls of the store: at first, at most, and their growth while nothing changes."""
 log = logging.getLogger(__name__)
 
 
@@ -50,11 +50,11 @@ class Mailbox:
 
 
 class JobFeed:
-    """Polls the store every `poll_s` seconds while at least one stream is open."""
+    """Polls the store while at least one stream is open."""
 
-    def __init__(self, store: JobStore, poll_s: float = POLL_S) -> None:
+    def __init__(self, store: JobStore) -> None:
         self._store = store
-        self._poll_s = poll_s
+        self._poll_s = MIN_POLL_S
         self._mailboxes: dict[str, set[Mailbox]] = {}
         """Tenant -> mailboxes of its streams."""
         self._polling: asyncio.Task[None] | None = None
@@ -109,6 +109,7 @@ class JobFeed:
     @contextmanager
     def _subscribed(self, tenant: str) -> Iterator[Mailbox]:
         mailbox = Mailbox()
+        self._poll_s = MIN_POLL_S
         self._mailboxes.setdefault(tenant, set()).add(mailbox)
         try:
             yield mailbox
@@ -135,6 +136,7 @@ class JobFeed:
             except Exception:
                 log.exception("the changes of jobs cannot be read")
                 continue
+            self._poll_s = MIN_POLL_S if changes.cursor > cursor else min(MAX_POLL_S, POLL_GROWTH * self._poll_s)
             cursor = changes.cursor
             changed: Sequence[Job | DeletedJob] = [*changes.jobs, *changes.deleted]
             for job in changed:

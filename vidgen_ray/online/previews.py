@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
-from threading import Lock
+from threading import BoundedSemaphore, Condition
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.stage_cache import StageCache
-from vidgen_ray.stages.base import Frames, Image
+from vidgen_ray.stages.base import Image
 
 MAX_SIDE_PX = 512
 QUALITY = 85
@@ -32,8 +32,14 @@ TILE_PX = 160
 MAX_TILES = 25
 """Frames in a sprite sheet, evenly spaced over the clip."""
 CACHED_BYTES = 16 << 20
+_encoding = BoundedSemaphore(2)
+"""Limits the previews that are made at once: each has a frame of full size, up to 40 MB, and a decoder in memory."""
 VISIBLE = ("image", "frames")
 """Artefacts that a preview can show."""
+
+
+def _size(preview: bytes | None) -> int:
+    return len(preview or b"")
 
 
 class Preview(NamedTuple):
@@ -72,62 +78,78 @@ def _is_visible(stage: str) -> bool:
     return any(artefact in VISIBLE for artefact in STAGE_BY_NAME[stage].writes)
 
 
-@cached(LRUCache(CACHED_BYTES, getsizeof=lambda webp: len(webp or b"")), key=lambda cache, key, duration_s: key, lock=Lock())
+@cached(
+    LRUCache(CACHED_BYTES, getsizeof=lambda webp: len(webp or b"")),
+    key=lambda cache, key, duration_s: key,
+    condition=Condition(),
+)
 def _encode_entry(cache: StageCache, key: str, duration_s: float) -> bytes | None:
     """Encode the clip or image of a cache entry. Returns `None` if it is damaged or was deleted."""
-    with cache.local_entry(key) as entry:
+    with _encoding, cache.local_entry(key) as entry:
         if entry is None:
             return None
         try:
             if (clip := entry / "frames.mkv").exists():
-                frames = _sampled_frames(clip, MAX_FRAMES)
-                return _encode_webp(list(frames), round(1000 * duration_s / len(frames)))
+                frames = _sampled_frames(clip, MAX_FRAMES, _thumbnail)
+                return _encode_webp(frames, round(1000 * duration_s / len(frames)))
             return encode_thumbnail(read_image(entry / "image.png"))
         except MediaError:
             return None
 
 
-@cached(LRUCache(CACHED_BYTES, getsizeof=len), key=lambda outputs, path, variant, digest: (variant, digest), lock=Lock())
+@cached(
+    LRUCache(CACHED_BYTES, getsizeof=len), key=lambda outputs, path, variant, digest: (variant, digest), condition=Condition()
+)
 def encode_preview(outputs: OutputFolder, path: str, variant: str, digest: str) -> bytes:
     """Encode a thumbnail of an image, or a sprite sheet of a clip or an image. Raises FileNotFoundError."""
-    with outputs.storage.local_copy(path) as file:
+    with _encoding, outputs.storage.local_copy(path) as file:
         if variant != "spritesheet":
             return encode_thumbnail(read_image(file))
-        return _spritesheet(_sampled_frames(file, MAX_TILES) if path.endswith(".mp4") else read_image(file)[None])
+        return _spritesheet(_sampled_frames(file, MAX_TILES, _tile) if path.endswith(".mp4") else [_tile(read_image(file))])
 
 
 def encode_thumbnail(image: Image) -> bytes:
     """Encode an image (H, W, 3) as a WebP of at most `MAX_SIDE_PX`."""
-    return _encode_webp([image], 0)
+    return _encode_webp([_thumbnail(image)], 0)
 
 
-def _sampled_frames(clip: Path, most: int) -> Frames:
-    """Return at most this many frames (T, H, W, 3), evenly spaced over a clip."""
-    with open_video(clip) as video:
+def _sampled_frames(clip: Path, most: int, shrunk: Callable[[Image], PILImage.Image]) -> list[PILImage.Image]:
+    """Return at most this many frames, evenly spaced over a clip. Each one is shrunk before the next one is decoded."""
+    # decord would keep more frames in memory.
+    with open_video(clip, backend="pyav") as video:
         count = min(most, video.frame_count)
-        return video.frames_at([round(i * (video.frame_count - 1) / max(1, count - 1)) for i in range(count)])
+        indices = [round(i * (video.frame_count - 1) / max(1, count - 1)) for i in range(count)]
+        return [shrunk(video.frames_at([index])[0]) for index in indices]
 
 
-def _encode_webp(images: Sequence[Image], frame_ms: int) -> bytes:
-    """Encode images (H, W, 3) as one WebP, animated if there are several."""
-    first, *others = [PILImage.fromarray(image) for image in images]
-    for image in (first, *others):
-        image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), PILImage.Resampling.LANCZOS)
+def _thumbnail(image: Image) -> PILImage.Image:
+    thumbnail = PILImage.fromarray(image)
+    thumbnail.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), PILImage.Resampling.LANCZOS)
+    return thumbnail
+
+
+def _tile(image: Image) -> PILImage.Image:
+    height, width = image.shape[:2]
+    tile = cover_crop(np.ascontiguousarray(image), TILE_PX, max(1, round(TILE_PX * height / width)))
+    return PILImage.fromarray(tile)
+
+
+def _encode_webp(images: Sequence[PILImage.Image], frame_ms: int) -> bytes:
+    """Encode images as one WebP, animated if there are several."""
+    first, *others = images
     animation = {"save_all": True, "append_images": others, "duration": frame_ms, "loop": 0} if others else {}
     buffer = io.BytesIO()
     first.save(buffer, "WEBP", quality=QUALITY, **animation)
     return buffer.getvalue()
 
 
-def _spritesheet(frames: Frames) -> bytes:
-    """Encode a JPEG with the frames in a grid of about as many columns as rows."""
-    height, width = frames.shape[1:3]
-    tile = TILE_PX, max(1, round(TILE_PX * height / width))
-    columns = ceil(len(frames) ** 0.5)
-    sheet = PILImage.new("RGB", (columns * tile[0], ceil(len(frames) / columns) * tile[1]))
-    for number, frame in enumerate(frames):
-        position = number % columns * tile[0], number // columns * tile[1]
-        sheet.paste(PILImage.fromarray(cover_crop(np.ascontiguousarray(frame), *tile)), position)
+def _spritesheet(tiles: Sequence[PILImage.Image]) -> bytes:
+    """Encode a JPEG with images of one size in a grid of about as many columns as rows."""
+    width, height = tiles[0].size
+    columns = ceil(len(tiles) ** 0.5)
+    sheet = PILImage.new("RGB", (columns * width, ceil(len(tiles) / columns) * height))
+    for number, tile in enumerate(tiles):
+        sheet.paste(tile, (number % columns * width, number // columns * height))
     buffer = io.BytesIO()
     sheet.save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()
