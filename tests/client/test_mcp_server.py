@@ -90,7 +90,7 @@ def test_assistant_creates_an_image_of_a_character(server, command):
             assert [each["name"] for each in (await client.call_tool("list_characters")).structured_content["result"]] == [
                 "Eileen"
             ]
-            arguments = {"prompt": "a woman", "size": "64x64", "character": "Eileen", "start_image": str(ASTRONAUT)}
+            arguments = {"prompt": "a woman", "size": "64x64", "character": "Eileen", "input_reference": str(ASTRONAUT)}
             image = (await client.call_tool("create_image", arguments)).structured_content
             waited = await client.call_tool("wait", {"video_id": image["id"]})
             assert [block.mime_type for block in waited.content if isinstance(block, ImageContent)] == ["image/webp"]
@@ -126,9 +126,10 @@ def test_errors_are_reported_to_the_assistant(server, command):
         async with Client(command) as client:
             calls = [
                 ("create_video", {"prompt": "a man", "fields": {"num_frames": 1}}),
-                ("create_video", {"prompt": "a man", "start_image": "gone.png"}),
+                ("create_video", {"prompt": "a man", "input_reference": "gone.png"}),
                 ("status", {"video_id": "video_0"}),
                 ("plan", {"prompt": "a man", "size": "large"}),
+                ("create_video", {"prompt": "a man", "num_frames": 2}),
             ]
             results = [await client.call_tool(name, arguments) for name, arguments in calls]
             failing = (await client.call_tool("create_video", {"prompt": "fail", "fields": SMALL})).structured_content
@@ -136,8 +137,15 @@ def test_errors_are_reported_to_the_assistant(server, command):
             return results
 
     results = asyncio.run(scenario())
-    assert [result.is_error for result in results] == [True] * 5
-    parts = ("num_frames: got 1", "gone.png", "video_not_found", "size", "the prompt asked for it")
+    assert [result.is_error for result in results] == [True] * 6
+    parts = (
+        "num_frames: got 1",
+        "gone.png",
+        "video_not_found",
+        "size",
+        "unknown argument num_frames",
+        "the prompt asked for it",
+    )
     assert [part for part, result in zip(parts, results, strict=True) if part not in text_of(result)] == []
 
 

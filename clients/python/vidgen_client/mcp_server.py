@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypedDict, TypeVar, Unpac
 import anyio
 from mcp.server.mcpserver import Context, Image, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
-from mcp.types import ToolAnnotations
+from mcp.types import CallToolResult, InputRequiredResult, ToolAnnotations
 from pydantic import Field
 
 from vidgen_client import AsyncClient, Character, ClientError, Estimate, JobFailed, Model, Variant, Video
@@ -43,13 +43,13 @@ class ImageArguments(Prompt, total=False):
     """Arguments of create_image."""
 
     size: Annotated[str | None, Field(description="WIDTHxHEIGHT in pixels, for example 1280x720. Default: that of the server.")]
-    start_image: Annotated[str | None, Field(description="Path of an image to start from.")]
-    face_photos: Annotated[
+    input_reference: Annotated[str | None, Field(description="Path of an image to start from.")]
+    face_image: Annotated[
         list[str] | None, Field(description="Paths of photos of one face. This person appears. Needs `consent`.")
     ]
     consent: ConsentOfPerson
     character: Annotated[str | None, Field(description="Name of a character, instead of photos. See list_characters.")]
-    loras: Annotated[list[str] | None, Field(description="Names of LoRAs of the server.")]
+    lora: Annotated[list[str] | None, Field(description="Names of LoRAs of the server.")]
     seed: Annotated[int | None, Field(description="The same seed and fields give the same file. Default: random.")]
     fields: Annotated[
         dict[str, Any] | None,
@@ -63,8 +63,6 @@ class VideoArguments(ImageArguments, total=False):
     seconds: Annotated[float | None, Field(description="Length of the clip in seconds.")]
 
 
-REQUEST_FIELDS = {"start_image": "input_reference", "face_photos": "face_image", "loras": "lora"}
-"""Arguments that have another name in a request."""
 READ_ONLY = ("wait", "status", "list_videos", "list_characters", "list_models")
 DESTRUCTIVE = ("cancel", "delete_character")
 
@@ -77,7 +75,7 @@ def make_server(client: AsyncClient, folder: Path) -> MCPServer[None]:
         async with client:
             yield
 
-    server = MCPServer[None](
+    server = _Server(
         "vidgen-ray", instructions=INSTRUCTIONS, version=version("vidgen-client"), lifespan=close_client, log_level="WARNING"
     )
     tools = _Tools(client, folder)
@@ -86,6 +84,20 @@ def make_server(client: AsyncClient, folder: Path) -> MCPServer[None]:
             hints = ToolAnnotations(read_only_hint=name in READ_ONLY, destructive_hint=name in DESTRUCTIVE)
             server.add_tool(_tool(getattr(tools, name)), annotations=hints)
     return server
+
+
+class _Server(MCPServer[None]):
+    """MCP server that refuses unknown arguments. The SDK would ignore them, and so a face or a length."""
+
+    async def call_tool(
+        self, name: str, arguments: dict[str, Any], context: Context[None, Any] | None = None
+    ) -> CallToolResult | InputRequiredResult:
+        for tool in await self.list_tools():
+            allowed = tool.input_schema["properties"]
+            if tool.name == name and (unknown := arguments.keys() - allowed.keys()):
+                hint = ". Further fields of POST /v1/videos belong into `fields`" if "fields" in allowed else ""
+                raise ToolError(f"unknown argument {', '.join(sorted(unknown))}, must be among {', '.join(allowed)}{hint}")
+        return await super().call_tool(name, arguments, context)
 
 
 class _Tools:
@@ -194,7 +206,7 @@ def _request_fields(arguments: ImageArguments) -> dict[str, Any]:
     further: Any = given.pop("fields", {})
     if isinstance(consent := given.get("consent"), Consent):
         given["consent"] = consent.model_dump(exclude_none=True)
-    return {**further, **{REQUEST_FIELDS.get(name, name): value for name, value in given.items()}}
+    return {**further, **given}
 
 
 def _tool(method: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
