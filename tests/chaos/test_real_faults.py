@@ -149,7 +149,7 @@ render(script, profile, OutputFolder(folder / "out"), options, listener=Events()
 
 def test_lost_head_ends_the_run_and_the_next_one_resumes(cluster, second_node, tmp_path):  # noqa: F811
     (tmp_path / "s.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in images(SHOTS)))
-    environment = {**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "2"}
+    environment = {**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "2", "RAY_BACKEND_LOG_LEVEL": "error"}
     other = small_cluster(num_cpus=8, num_gpus=2, **MEMORY)
     command = [sys.executable, "-c", DRIVER, str(tmp_path)]
     driver = subprocess.Popen([*command, other.address], env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT)
