@@ -128,6 +128,9 @@ def test_server_without_keys_rejects_other_hosts(tiny, tmp_path):
         assert error_of(rebound, 403)["code"] == "unknown_host"
         elsewhere = TestClient(server.app, base_url="http://localhost", client=("192.0.2.7", 5)).get("/v1/models")
         assert error_of(elsewhere, 403)["code"] == "unknown_host"
+        local = TestClient(server.app, base_url="http://localhost", client=LOCAL["client"])
+        proxied = local.get("/v1/models", headers={"X-Forwarded-For": "192.0.2.7"})
+        assert "x-forwarded-for" in error_of(proxied, 403)["message"]
 
 
 def test_server_without_keys_binds_to_loopback_only(tmp_path):

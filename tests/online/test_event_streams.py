@@ -11,9 +11,11 @@ from ray.exceptions import TaskCancelledError
 
 from tests.online.directors import listening_on_a_port, local_server
 from tests.online.test_api_videos import SMALL
+from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.application import DisconnectedClients
-from vidgen_ray.online.auth import hash_key
-from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.online.auth import Tenant, hash_key
+from vidgen_ray.online.event_streams import EventStreams
+from vidgen_ray.online.server_settings import Limits, OnlineSettings
 
 STREAMS = 3
 
@@ -70,6 +72,19 @@ def _opens_again(client, video):
                 return True
         threading.Event().wait(0.05)
     return False
+
+
+def test_requests_that_wait_for_one_job_are_capped_per_key():
+    streams, limits = EventStreams(), Limits(streams=1, open_jobs=2)
+    ada, bob = (Tenant(name=name, key_id=name, limits=limits) for name in ("ada", "bob"))
+    with streams.waiting(ada), streams.waiting(ada):
+        with pytest.raises(ApiError) as refused, streams.waiting(ada):
+            pass
+        assert (refused.value.status, refused.value.code) == (429, "too_many_waiting")
+        with streams.waiting(bob):
+            pass
+    with streams.waiting(ada), streams.waiting(ada):
+        pass
 
 
 def test_ended_streams_are_not_counted(server):

@@ -9,7 +9,7 @@ import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from http.client import HTTPSConnection
+from http.client import HTTPSConnection, RemoteDisconnected
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -93,6 +93,7 @@ def proxy(tmp_path):
     ec = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
     subprocess.run([OPENSSL, "req", "-x509", "-nodes", *ec, *key], check=True, capture_output=True)
     shipped = CONFIG.replace("/etc/vidgen", str(tmp_path)).replace("listen 443 ssl", f"listen 127.0.0.1:{port} ssl")
+    shipped = shipped.replace("vidgen.example.com", "127.0.0.1 x")
     shipped = shipped.replace("server 127.0.0.1:8000;", f"server 127.0.0.1:{backend.server_port};")
     folders = "".join(f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     user = "user root;" if os.geteuid() == 0 else ""
@@ -158,6 +159,18 @@ def test_events_are_not_buffered_and_headers_reach_the_server(proxy):
     (headers,) = proxy.backend.seen
     assert headers["Host"] == f"127.0.0.1:{proxy.port}"
     assert headers["X-Forwarded-Proto"] == "https"
+
+
+def test_browsers_keep_to_https_and_requests_for_other_hosts_are_dropped(proxy):
+    proxy.backend.released.set()
+    _, response = proxy.stream()
+    assert response.getheader("Strict-Transport-Security") == "max-age=31536000"
+    seen = len(proxy.backend.seen)
+    connection = proxy.connect()
+    connection.request("GET", "/events", headers={"Host": "rebound.example"})
+    with pytest.raises(RemoteDisconnected):
+        connection.getresponse()
+    assert len(proxy.backend.seen) == seen
 
 
 def test_connections_of_one_address_are_limited(proxy):

@@ -304,9 +304,15 @@ def is_same_origin(request: Request) -> bool:
     return origin is None or urlsplit(origin).netloc == request.headers.get("host")
 
 
+FORWARDING_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via")
+
+
 def check_is_local(request: Request) -> None:
     """Raises ApiError 403 unless the request comes from this machine and asks for a loopback name. For servers without keys."""
-    # Behind a proxy on this machine every client looks local; only the host name tells them apart.
+    # Behind a proxy on this machine every client looks local.
+    if forwarded := [name for name in FORWARDING_HEADERS if name in request.headers]:
+        message = f"A server without API keys accepts no requests through a proxy, got the header {forwarded[0]}."
+        raise ApiError(403, message, code="unknown_host")
     if request.client is not None and not is_loopback(request.client.host):
         raise ApiError(403, "A server without API keys accepts requests from its own machine only.", code="unknown_host")
     # DNS rebinding: another site's name may resolve to this machine, and its page could then read the responses.

@@ -156,6 +156,23 @@ class EventStreams:
 
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
+        self._waiting: Counter[str] = Counter()
+        """Requests that wait for their results."""
+
+    @contextmanager
+    def waiting(self, tenant: Tenant) -> Iterator[None]:
+        """Count a request that waits for its results during the block. Raises ApiError 429 if the key has too many."""
+        allowed = max(tenant.limits.streams, tenant.limits.open_jobs)
+        if self._waiting[tenant.key_id] >= allowed:
+            message = f"At most {allowed} requests may wait at once with this key. Create videos and poll instead"
+            raise too_many_requests(message, "too_many_waiting", RETRY_S)
+        self._waiting[tenant.key_id] += 1
+        try:
+            yield
+        finally:
+            self._waiting[tenant.key_id] -= 1
+            if not self._waiting[tenant.key_id]:
+                del self._waiting[tenant.key_id]
 
     def respond(
         self, tenant: Tenant, events: AsyncIterator[ServerSentEvent], headers: Mapping[str, str] | None = None

@@ -265,16 +265,17 @@ async def create_video_sync(
     The header `X-Request-Id` is the id of the video. Closing the connection cancels it, unless the request has an
     `Idempotency-Key`: then the same request waits for the same video again.
     """
-    (job,) = await created_videos(request, server, tenant, idempotency_key, max_results=1)
-    try:
-        done = await completed_while_connected(server, request, job)
-    except (ClientDisconnected, asyncio.CancelledError) as gone:
-        # Ray Serve cancels the handler when its proxy loses the connection, perhaps while it cancels the video.
-        if idempotency_key is None:
-            await asyncio.shield(server.job_service.cancel(tenant, job.id))
-        if isinstance(gone, asyncio.CancelledError):
-            raise
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    with server.event_streams.waiting(tenant):
+        (job,) = await created_videos(request, server, tenant, idempotency_key, max_results=1)
+        try:
+            done = await completed_while_connected(server, request, job)
+        except (ClientDisconnected, asyncio.CancelledError) as gone:
+            # Ray Serve cancels the handler when its proxy loses the connection, perhaps while it cancels the video.
+            if idempotency_key is None:
+                await asyncio.shield(server.job_service.cancel(tenant, job.id))
+            if isinstance(gone, asyncio.CancelledError):
+                raise
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
     response = await file_response(server, done, "video", request)
     response.headers["X-Request-Id"] = done.id
     response.headers["X-Model"] = str(done.request.get("model"))

@@ -7,6 +7,7 @@ import base64
 import io
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import ExitStack
 from math import sqrt
 from typing import Any
 
@@ -131,19 +132,22 @@ async def _respond(
     received: ReceivedRequest,
 ) -> Response:
     """Create the jobs and wait for the images, or stream events."""
-    if options.stream:
-        server.event_streams.check_room(tenant)
-    jobs = await server.job_service.accept(
-        tenant,
-        JobKind.IMAGE,
-        [each for shot in shots for each in options.repeated(shot)],
-        returned,
-        idempotency_key=idempotency_key,
-        fingerprint=f"{options.event} {received.fingerprint}"[:64],
-    )
-    if options.stream:
-        return server.event_streams.respond(tenant, _events(server, jobs, options))
-    ended = await completed_jobs(server, jobs)
+    with ExitStack() as waiting:
+        if options.stream:
+            server.event_streams.check_room(tenant)
+        else:
+            waiting.enter_context(server.event_streams.waiting(tenant))
+        jobs = await server.job_service.accept(
+            tenant,
+            JobKind.IMAGE,
+            [each for shot in shots for each in options.repeated(shot)],
+            returned,
+            idempotency_key=idempotency_key,
+            fingerprint=f"{options.event} {received.fingerprint}"[:64],
+        )
+        if options.stream:
+            return server.event_streams.respond(tenant, _events(server, jobs, options))
+        ended = await completed_jobs(server, jobs)
     data = [
         ImageResult(url=f"{str(request.base_url).rstrip('/')}/v1/videos/{job.id}/content?variant=image")
         if options.response_format == "url"

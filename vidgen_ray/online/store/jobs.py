@@ -200,7 +200,7 @@ def row_of(job: Job) -> dict[str, Any]:
 def _search_text(job: Job) -> str:
     """Return the text of a job that a search looks for."""
     texts = (job.shot.prompt, job.shot.style_prompt, job.request.get("character"), f"seed:{job.shot.seed}", job.id)
-    return " ".join(str(text) for text in texts if text).casefold()
+    return " ".join(["", *(str(text) for text in texts if text)]).casefold()
 
 
 def _all_queued() -> Select[Any]:

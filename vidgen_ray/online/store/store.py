@@ -5,6 +5,7 @@ Calls block; in an event loop use `asyncio.to_thread`.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -48,6 +49,9 @@ class LimitReached(VidgenError):
 
     def __init__(self, allowed: int) -> None:
         super().__init__(f"at most {allowed} jobs may be queued or in progress for one key")
+
+
+HEX = re.compile("[0-9a-f]+")
 
 
 class IdempotencyConflict(VidgenError):
@@ -163,7 +167,7 @@ class JobStore:
                 if earlier:
                     return earlier, False
                 if earlier is not None:
-                    # A key whose jobs have been purged can be used again.
+                    # A key whose jobs have been deleted can be used again.
                     used = [IDEMPOTENCY.c.tenant == tenant, IDEMPOTENCY.c.key == idempotency_key]
                     transaction.connection.execute(delete(IDEMPOTENCY).where(*used))
             new_jobs = [job if not job.state.is_final or files_exist(job) else job.queued() for job in jobs]
@@ -206,7 +210,7 @@ class JobStore:
         job of the tenant.
         """
         matching = [JOBS.c.tenant == tenant, JOBS.c.deleted_at.is_(None), JOBS.c.kind.in_(kinds), JOBS.c.state.in_(states)]
-        matching += [JOBS.c.search_text.contains(word.casefold(), autoescape=True) for word in words]
+        matching += [JOBS.c.search_text.contains(_searched(word.casefold()), autoescape=True) for word in words]
         sorted_by = JOBS.c.seq.asc() if order == "asc" else JOBS.c.seq.desc()
         with self._database.read_connection() as connection:
             if after is not None:
@@ -341,7 +345,7 @@ def _position(connection: Connection, job_id: str, tenant: str) -> int:
 
 
 def _jobs_of_key(connection: Connection, tenant: str, key: str, fingerprint: str) -> list[Job] | None:
-    """Return the jobs that are left of those created with an idempotency key. `None` if it was never used.
+    """Return the jobs that are left of those created with an idempotency key, without deleted ones. `None` if it is new.
 
     Raises IdempotencyConflict.
     """
@@ -351,8 +355,14 @@ def _jobs_of_key(connection: Connection, tenant: str, key: str, fingerprint: str
         return None
     if earlier.fingerprint != fingerprint:
         raise IdempotencyConflict(key)
-    rows = connection.execute(select(JOBS).where(JOBS.c.id.in_(earlier.jobs)).order_by(JOBS.c.seq)).all()
+    left = JOBS.c.id.in_(earlier.jobs), JOBS.c.deleted_at.is_(None)
+    rows = connection.execute(select(JOBS).where(*left).order_by(JOBS.c.seq)).all()
     return [job_of(row) for row in rows]
+
+
+def _searched(word: str) -> str:
+    """Return the text to look for. Digits and hex digits must begin a word: each id contains many of them."""
+    return f" {word}" if HEX.fullmatch(word) else word
 
 
 def _visible(job_id: str, tenant: str | None) -> list[ColumnElement[bool]]:

@@ -140,7 +140,7 @@ def auth_routes(router: APIRouter, context: PageContext) -> None:
             max_age=SESSION_S,
             path=f"{base_path(request)}/",
             # A proxy that terminates TLS sets X-Forwarded-Proto. A client that forges it only loses its own session.
-            secure="https" in (request.url.scheme, request.headers.get("x-forwarded-proto")),
+            secure="https" in (request.url.scheme, *map(str.strip, request.headers.get("x-forwarded-proto", "").split(","))),
             httponly=True,
             samesite="strict",
         )
