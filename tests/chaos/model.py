@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, nullcontext, suppress
+from copy import copy
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -579,7 +580,8 @@ class World:
                     # Some are garbage, in cycles of exceptions and their tracebacks.
                     gc.collect()
                 driver.peak_bytes = max(driver.peak_bytes, driver.stored_bytes)
-            driver.loop.call_soon(ref.resolve, each, error)
+            # A copy: the tracebacks of the first one keep the arguments of the call alive.
+            driver.loop.call_soon(ref.resolve, each, copy(error))
         if call.is_work:
             self.log("answer", call=call, error=error and repr(error), failed=getattr(values[0], "failure", None))
 
@@ -712,6 +714,8 @@ class World:
         self.down_until = 0.0
         self.sick_encoder_node = None
         for node in self.nodes:
+            # A new life, so that the loss of the node that is in progress has no effect.
+            node.life += not node.up
             node.up, node.known_lost, node.draining, node.partition_until = True, False, False, 0.0
             for gpu in node.gpus:
                 gpu.sick = None
@@ -810,6 +814,8 @@ class World:
         for process in self._processes_on(node):
             process.die(notice_s, preempted=preempted)
         await asyncio.sleep(notice_s)
+        if node.life != life:
+            return
         node.known_lost = True
         node.life = life + 1
         if seconds is not None:

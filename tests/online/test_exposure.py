@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, local_server
+from vidgen_ray.engine.ray_cluster import _private_folder
 from vidgen_ray.online.auth import hash_key, is_loopback
 from vidgen_ray.online.server_settings import OnlineSettings
 
@@ -65,6 +66,12 @@ for name, (ip, port) in sockets:
                 found["grpc"].append(error.code().name)
 print("FOUND", json.dumps(found))
 """
+
+
+def test_no_other_user_can_enter_the_folder_of_ray():
+    folder = Path(_private_folder())
+    assert folder.parent.stat().st_mode & 0o777 == 0o700
+    assert len(str(folder)) < 40, "Ray adds up to 63 characters to the paths of sockets"
 
 
 def ray_with(mode: str | None, tmp_path: Path, short: Path, host: str = "127.0.0.1") -> dict:

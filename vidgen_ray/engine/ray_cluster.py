@@ -244,6 +244,8 @@ def init_local_ray(**options: Any) -> None:
     token = Path.home() / ".ray" / "auth_token"
     with suppress(OSError):
         token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if "RAY_TMPDIR" not in os.environ:
+        options = {"_temp_dir": _private_folder(), **options}
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             with _keep_loopback_address(), _only_needed_services(options):
@@ -259,6 +261,20 @@ def init_local_ray(**options: Any) -> None:
                 raise RayStartTimeout(
                     f"{START_ATTEMPTS} attempts of 30 s each timed out; the machine may be overloaded"
                 ) from error
+
+
+def _private_folder() -> str:
+    """Return a folder for Ray's sockets and logs that no other user of the machine can enter.
+
+    Ray opens its own folder to all users. The path is short, because those of sockets are limited to 107 characters.
+    Raises SetupError if the folder belongs to another user.
+    """
+    parent = Path(f"/tmp/ray-{os.getuid()}")
+    parent.mkdir(mode=0o700, exist_ok=True)
+    if parent.is_symlink() or parent.stat().st_uid != os.getuid():
+        raise SetupError(f"{parent} belongs to another user. Set RAY_TMPDIR to a folder of your own with a short path")
+    parent.chmod(0o700)
+    return str(parent / "ray")
 
 
 @contextmanager

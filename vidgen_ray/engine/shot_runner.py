@@ -158,7 +158,9 @@ class ShotRunner:
                 return await self._run_steps(plan, order, on_progress)
             except InputsLost as lost:
                 self._observer.retried(OUTPUT)
-                reason = lost
+                # Their frames would keep what is left of the results in the object store.
+                reason = lost.with_traceback(None)
+                reason.__context__ = reason.__cause__ = None
                 for step in plan.steps:
                     if step.key in self._shared and self._shared[step.key].done():
                         del self._shared[step.key]
