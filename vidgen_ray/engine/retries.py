@@ -121,6 +121,8 @@ async def run_with_retries(
         try:
             result = await attempt(avoid, alone)
         except AttemptFailed as failure:
+            # The frames of its call would stay in the object store until the last attempt.
+            failure.__traceback__ = failure.__context__ = failure.__cause__ = None
             if failure.kind is Kind.NOT_RUN:
                 continue
             if failure.kind is Kind.SHARED_CRASH:
@@ -130,9 +132,7 @@ async def run_with_retries(
                 if await storage_is_cause(failure):
                     continue
                 failure.kind = Kind.ERROR
-            # The frames of its call would stay in the object store until the last attempt.
-            failed.append(failure.with_traceback(None))
-            failure.__context__ = failure.__cause__ = None
+            failed.append(failure)
             observer.step_failed(failure.failure.stage, failure.failure.error)
             # A refusal, or several processes with one error: the shot seems to be the cause, until another process renders it.
             failure.forgiven = failure.kind is Kind.INPUT
