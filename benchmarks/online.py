@@ -1,14 +1,12 @@
-"""Benchmark of the server: overhead per job, request rate, and jobs lost when processes are killed. Uses the real HTTP API.
+"""Benchmark of the server: latency, request rate, and jobs lost when processes are killed. Uses the real HTTP API.
 
-Added: one client submits one job after another; measures the time from the creation of a job to its completion, minus the
-seconds reported by its stages. It is measured again while many event streams are open, while many clients poll, and when many
-jobs are stored.
-Requests: many clients submit image jobs with stages that do nothing; measures the accepted requests per second, and the CPU
-time of the director for each.
+Latency: stages do nothing, and clients wait for their results; measures the time from a request to its response. One client
+sends one request after another, also while many event streams are open, while many clients poll, and when many jobs are stored.
+Then many clients do so, which gives the images per second, and the CPU time of the director for each.
 Kills: many clients submit jobs while every few seconds a random process of the server (API, director, owner of the workers,
 worker, encoder) is killed with SIGKILL.
 
-Clients and server share this machine. The added time includes encoding and writing the files, which are tiny.
+Clients and server share this machine. The time includes encoding and writing the files, which are tiny.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ from vidgen_ray.online.store.jobs import Job, JobKind, JobProgress, JobState, ne
 from vidgen_ray.shot import Shot
 
 ROOT = Path(__file__).parent.parent
-GOALS = {"no-op image, added, p95": 40.0, "no-op clip, added, p95": 60.0, "accepted jobs lost": 0.0}
+GOALS = {"image, 1 client, p50": 60.0, "images per second, 100 clients": 150.0, "accepted jobs lost": 0.0}
 PROCESSES = ("ray::ServeReplica:vidgen:", "ray::Worker", "ray::Encoder")
 """Prefixes of the process titles of the server."""
 DIRECTOR = "ray::ServeReplica:vidgen:Director"
@@ -71,11 +69,12 @@ SMALL = {"width": SIDE_PX, "height": SIDE_PX, "num_frames": FRAMES, "scale": 2}
 class Size:
     """Size of a benchmark run."""
 
-    clients: int
+    clients: Sequence[int]
+    """Numbers of clients that wait for images at once."""
     requests: int
     """Requests of all clients together."""
     sequential_jobs: int
-    """Jobs of the client that submits one job after another."""
+    """Requests of the client that sends one after another."""
     streams: int
     polling_clients: int
     stored_jobs: int
@@ -84,10 +83,9 @@ class Size:
     kill_interval_s: float
 
 
-FULL = Size(64, 2_000, 200, streams=200, polling_clients=1_000, stored_jobs=100_000, kills_s=120, kill_interval_s=10)
-QUICK = Size(8, 100, 15, streams=20, polling_clients=50, stored_jobs=5_000, kills_s=12, kill_interval_s=4)
-TINY = "tiny"
-"""Profile of the last part, with real stages and random weights."""
+FULL = Size((10, 100), 2_000, 200, streams=200, polling_clients=1_000, stored_jobs=100_000, kills_s=120, kill_interval_s=10)
+QUICK = Size((10, 100), 300, 15, streams=20, polling_clients=50, stored_jobs=5_000, kills_s=12, kill_interval_s=4)
+KILL_CLIENTS = 8
 POLL_INTERVAL_S = 10.0
 """Seconds between the requests of each polling client: what the server asks for if a job takes 100 s more."""
 PROGRESS_INTERVAL_S = 1.0
@@ -96,8 +94,8 @@ PROGRESS_INTERVAL_S = 1.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="Small sizes, without the profile `tiny`.")
-    parts = [*NO_OP_PARTS, TINY]
+    parser.add_argument("--quick", action="store_true", help="Small sizes.")
+    parts = [*PARTS]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="Parts to measure. Default: all.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
     args = parser.parse_args()
@@ -108,17 +106,12 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     try:
         # Ray prints a message for every killed process, hence muted_stderr.
-        no_op = [part for name, part in NO_OP_PARTS.items() if name in args.parts]
-        tiny = [_tiny] if TINY in args.parts and not args.quick else []
-        for server, parts in ((_no_op_server, no_op), (_tiny_server, tiny)):
-            if parts:
-                # One Ray instance per server: Serve's controller of the first may still be stopping when the second one starts.
-                with redirect_stdout(sys.stderr), muted_stderr(), local_ray(0), server(folder) as running_server:
-                    for part in parts:
-                        rows += part(running_server, size)
+        with redirect_stdout(sys.stderr), muted_stderr(), local_ray(0), _no_op_server(folder) as server:
+            for part in args.parts:
+                rows += PARTS[part](server, size)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    table = Table(title="Server overhead")
+    table = Table(title="Server")
     for column in ("what", "value", "unit", "goal"):
         table.add_column(column, justify="right" if column in ("value", "goal") else "left")
     for row in rows:
@@ -139,12 +132,6 @@ class Server:
 
     port: int
     store: Any
-
-    def wait_for(self, job_id: str) -> Any:
-        """Wait until a job has ended and return it. Polls the store, whose times are exact."""
-        while not (job := self.store.get(job_id, "local")).state.is_final:
-            time.sleep(0.02)
-        return job
 
 
 @contextmanager
@@ -178,14 +165,6 @@ def _no_op_server(folder: Path) -> Iterator[Server]:
         yield server
 
 
-@contextmanager
-def _tiny_server(folder: Path) -> Iterator[Server]:
-    from vidgen_ray.graph import STAGE_BY_NAME
-
-    with _server(TINY, folder / "tiny", STAGE_BY_NAME) as server:
-        yield server
-
-
 class Client:
     """HTTP client with one persistent connection. Retries while the server is unavailable."""
 
@@ -196,6 +175,16 @@ class Client:
     def create(self, fields: Mapping[str, Any], key: str) -> str:
         """Create a job and return its id. A repeated `key` returns the same job."""
         return str(self._request("POST", "/v1/shots", json.dumps(fields), {"Idempotency-Key": key})["id"])
+
+    def image(self, number: int) -> None:
+        """Create an image, and wait for it."""
+        fields = {"prompt": f"image {number}", "seed": number, "size": f"{SIDE_PX}x{SIDE_PX}"}
+        self._request("POST", "/v1/images/generations", json.dumps(fields), {})
+
+    def clip(self, number: int) -> None:
+        """Create a clip, and wait for it."""
+        fields = {"prompt": f"clip {number}", "seed": number, **SMALL}
+        self._request("POST", "/v1/videos/sync", json.dumps(fields), {})
 
     def status(self, job_id: str) -> str:
         return str(self._request("GET", f"/v1/shots/{job_id}", None, {})["status"])
@@ -224,8 +213,9 @@ class Client:
             raise _Retryable(response.status)
         if response.status >= 400:
             raise RuntimeError(f"{method} {path}: {response.status} {content.decode()[:500]}")
-        body_json: dict[str, Any] = json.loads(content)
-        return body_json
+        is_json = response.headers.get_content_type() == "application/json"
+        fields: dict[str, Any] = json.loads(content) if is_json else {}
+        return fields
 
 
 class _Retryable(Exception):
@@ -245,35 +235,27 @@ def _quantiles(what: str, milliseconds: list[float]) -> list[dict[str, Any]]:
 # The parts
 
 
+_seeds = itertools.count(1)
+"""Seeds of all requests: no two are the same shot."""
+
+
 def _one_by_one(server: Server, size: Size) -> list[dict[str, Any]]:
-    return _added("no-op", server, size.sequential_jobs, SMALL)
+    client = Client(server)
+    return [
+        *_latencies("image, 1 client", client.image, size.sequential_jobs),
+        *_latencies("clip, 1 client", client.clip, size.sequential_jobs),
+    ]
 
 
-def _tiny(server: Server, size: Size) -> list[dict[str, Any]]:
-    return _added(TINY, server, size.sequential_jobs // 4, {})
+def _latencies(what: str, request: Callable[[int], None], count: int) -> list[dict[str, Any]]:
+    """Send one request after another. Skip the first two, which initialise routes, connections and the upscaler."""
+    return _quantiles(what, [_request_ms(request) for _ in range(count + 2)][2:])
 
 
-def _added(
-    system: str, server: Server, count: int, fields: Mapping[str, Any], kinds: Sequence[str] = ("image", "clip")
-) -> list[dict[str, Any]]:
-    client, rows = Client(server), []
-    for kind in kinds:
-        fields_of_kind = {"generate_video": kind == "clip"}
-        request_ms, added_ms = [], []
-        for number in range(count + 2):
-            started = time.perf_counter()
-            job_id = client.create(
-                {"prompt": f"{system} {kind} {number}", "seed": number, **fields, **fields_of_kind}, f"{system}-{kind}-{number}"
-            )
-            request_ms.append(1000 * (time.perf_counter() - started))
-            job = server.wait_for(job_id)
-            if job.state != "completed":
-                raise RuntimeError(f"{job_id}: {job.error}")
-            added_ms.append(1000 * (job.completed_at - job.created_at - sum(job.stage_seconds.values())))
-        # Skip the first two, which initialise routes, connections and the networks of the upscaler.
-        rows += _quantiles(f"{system} {kind}, added", added_ms[2:])
-        rows += _quantiles(f"{system} {kind}, request", request_ms[2:])
-    return rows
+def _request_ms(request: Callable[[int], None]) -> float:
+    started = time.perf_counter()
+    request(next(_seeds))
+    return 1000 * (time.perf_counter() - started)
 
 
 def _with_streams(server: Server, size: Size) -> list[dict[str, Any]]:
@@ -286,7 +268,7 @@ def _with_streams(server: Server, size: Size) -> list[dict[str, Any]]:
         server.store.queue.progress(OTHER_DIRECTOR, [JobProgress(job.id, "flux", next(steps), 1_000, 0)])
 
     with running(connections, clients), _run_periodically(PROGRESS_INTERVAL_S, change):
-        rows = _added(f"no-op, {size.streams} streams,", server, size.sequential_jobs, SMALL, kinds=("image",))
+        rows = _latencies(f"image, {size.streams} streams", Client(server).image, size.sequential_jobs)
         rows.append(_health(server, f"{size.streams} streams"))
     return [*rows, _row(f"events received by {size.streams} streams", connections.events, "events")]
 
@@ -300,14 +282,14 @@ def _with_polling_clients(server: Server, size: Size) -> list[dict[str, Any]]:
     ]
     what = f"{size.polling_clients} polling clients"
     with running(connections, clients):
-        rows = _added(f"no-op, {what},", server, size.sequential_jobs, SMALL, kinds=("image",))
+        rows = _latencies(f"image, {what}", Client(server).image, size.sequential_jobs)
         rows.append(_health(server, what))
     return [*rows, *_quantiles(f"poll, {what}", connections.latencies_ms or [0.0])]
 
 
 def _with_stored_jobs(server: Server, size: Size) -> list[dict[str, Any]]:
     fill(server.store, size.stored_jobs)
-    return _added(f"no-op, {size.stored_jobs} stored jobs,", server, size.sequential_jobs, SMALL, kinds=("image",))
+    return _latencies(f"image, {size.stored_jobs} stored jobs", Client(server).image, size.sequential_jobs)
 
 
 def _endless_job(server: Server) -> Any:
@@ -332,28 +314,25 @@ def _health(server: Server, what: str) -> dict[str, Any]:
     return _row(f"/healthz, {what}, slowest of 10", slowest_ms, "ms")
 
 
-def _requests(server: Server, size: Size) -> list[dict[str, Any]]:
-    def submit(index: int) -> list[str]:
-        client = Client(server)
-        numbers = range(index, size.requests, size.clients)
-        return [
-            client.create({"prompt": f"request {n}", "seed": n, **SMALL, "generate_video": False}, f"request-{n}")
-            for n in numbers
-        ]
+def _many_clients(server: Server, size: Size) -> list[dict[str, Any]]:
+    rows = []
+    for clients in size.clients:
 
-    (director,) = _processes(DIRECTOR)
-    cpu_s, started = sum(director.cpu_times()[:2]), time.monotonic()
-    with ThreadPoolExecutor(size.clients) as clients:
-        ids = [job_id for batch in clients.map(submit, range(size.clients)) for job_id in batch]
-    accepted_s = time.monotonic() - started
-    for job_id in ids:
-        server.wait_for(job_id)
-    ended_s = time.monotonic() - started
-    return [
-        _row(f"requests accepted, {size.clients} clients", len(ids) / accepted_s, "1/s"),
-        _row("no-op images done", len(ids) / ended_s, "1/s"),
-        _row("CPU time of the director per image", 1000 * (sum(director.cpu_times()[:2]) - cpu_s) / len(ids), "ms"),
-    ]
+        def send(index: int, clients: int = clients) -> list[float]:
+            client = Client(server)
+            return [_request_ms(client.image) for _ in range(index, size.requests, clients)]
+
+        (director,) = _processes(DIRECTOR)
+        cpu_s, started = sum(director.cpu_times()[:2]), time.monotonic()
+        with ThreadPoolExecutor(clients) as pool:
+            milliseconds = [each for batch in pool.map(send, range(clients)) for each in batch]
+        cpu_ms = 1000 * (sum(director.cpu_times()[:2]) - cpu_s)
+        rows += [
+            *_quantiles(f"image, {clients} clients", milliseconds),
+            _row(f"images per second, {clients} clients", size.requests / (time.monotonic() - started), "1/s"),
+            _row(f"CPU time of the director per image, {clients} clients", cpu_ms / size.requests, "ms"),
+        ]
+    return rows
 
 
 @dataclass
@@ -381,12 +360,12 @@ def _kills(server: Server, size: Size) -> list[dict[str, Any]]:
             while time.monotonic() < end and client.status(job_id) not in ("completed", "failed", "cancelled"):
                 time.sleep(POLL_S)
 
-    with _run_periodically(size.kill_interval_s, _kill_a_process) as killed, ThreadPoolExecutor(size.clients) as clients:
-        for future in [clients.submit(submit, index) for index in range(size.clients)]:
+    with _run_periodically(size.kill_interval_s, _kill_a_process) as killed, ThreadPoolExecutor(KILL_CLIENTS) as clients:
+        for future in [clients.submit(submit, index) for index in range(KILL_CLIENTS)]:
             future.result()
     ended = _final_states(server, accepted.ids)
     return [
-        _row(f"accepted, {size.clients} clients for {size.kills_s:g} s", len(accepted.ids), "jobs"),
+        _row(f"accepted, {KILL_CLIENTS} clients for {size.kills_s:g} s", len(accepted.ids), "jobs"),
         _row(f"processes killed, one every {size.kill_interval_s:g} s", len(killed), "processes"),
         _row("accepted jobs that failed", ended["failed"], "jobs"),
         _row("accepted jobs lost", len(accepted.ids) - sum(ended.values()), "jobs"),
@@ -406,15 +385,15 @@ def _final_states(server: Server, ids: list[str]) -> dict[str, int]:
     return counts
 
 
-NO_OP_PARTS: dict[str, Callable[[Server, Size], list[dict[str, Any]]]] = {
-    "added": _one_by_one,
+PARTS: dict[str, Callable[[Server, Size], list[dict[str, Any]]]] = {
+    "latency": _one_by_one,
     "streams": _with_streams,
     "polling": _with_polling_clients,
     "stored": _with_stored_jobs,
-    "requests": _requests,
+    "clients": _many_clients,
     "kills": _kills,
 }
-"""Parts with stages that do nothing, in order. Jobs that `stored` adds stay for the next ones."""
+"""Parts, in order. Jobs that `stored` adds stay for the next ones."""
 
 
 @contextmanager
