@@ -192,9 +192,9 @@ def clips(monkeypatch):
     """Seeds of the clips that SVD has generated."""
     seeds, run = [], SVDStage.run
 
-    def record_seeds(self, items):
-        seeds.extend(item.shot.seed for item in items)
-        return run(self, items)
+    def record_seeds(self, item):
+        seeds.append(item.shot.seed)
+        return run(self, item)
 
     monkeypatch.setattr(SVDStage, "run", record_seeds)
     return seeds
@@ -209,9 +209,7 @@ def set_likeness(monkeypatch):
             (ImageLikenessStage, "image_likeness", iter(images)),
             (ClipLikenessStage, "clip_likeness", iter(clips)),
         ):
-            monkeypatch.setattr(
-                stage, "run", lambda self, items, name=name, values=values: [{name: Likeness(next(values))} for _ in items]
-            )
+            monkeypatch.setattr(stage, "run", lambda self, item, name=name, values=values: {name: Likeness(next(values))})
 
     return replace
 

@@ -26,7 +26,7 @@ from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.outputs.stage_cache import entry_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.check import check_shot
-from vidgen_ray.stages.base import Artefacts, Item, to_uint8
+from vidgen_ray.stages.base import Artefacts, Item, pixels_to_uint8
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.svd import SVDStage
@@ -53,11 +53,11 @@ def write_nan(source, target):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_pixels_must_be_finite(value):
-    pixels = np.full((4, 4, 3), 0.5, np.float32)
-    assert to_uint8(pixels).max() == 128
-    pixels[1, 2, 0] = value
+    pixels = torch.full((3, 4, 4), 0.5)
+    assert pixels_to_uint8(pixels).max() == 128
+    pixels[0, 1, 2] = value
     with pytest.raises(Exception, match=NOT_FINITE):
-        to_uint8(pixels)
+        pixels_to_uint8(pixels)
 
 
 def test_nan_lora_fails_the_step_and_is_not_cached(pipeline, tmp_path):

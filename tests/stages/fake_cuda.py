@@ -100,10 +100,8 @@ def patch_host_code(cuda, monkeypatch):
 
     for module in (flux_model, base):
         monkeypatch.setattr(module, "is_finite", lambda tensor: isinstance(tensor, FakeTensor) or is_finite(tensor))
-    for stage_module in (flux, hunyuandit, instantid_sdxl, video, svd):
+    for stage_module in (flux, flux2_klein, hunyuandit, instantid_sdxl, qwen_edit, video, svd):
         monkeypatch.setattr(stage_module, "pixels_to_uint8", outside(pixels_to_uint8))
-    for stage_module in (flux2_klein, qwen_edit):
-        monkeypatch.setattr(stage_module, "to_uint8", lambda pixels: pixels)
     monkeypatch.setattr(VaeImageProcessor, "preprocess", outside(VaeImageProcessor.preprocess))
     monkeypatch.setattr(VaeImageProcessor, "postprocess", image_result)
     monkeypatch.setattr(VideoProcessor, "postprocess_video", video_result)

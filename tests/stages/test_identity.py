@@ -69,9 +69,9 @@ def test_messages_and_logs_contain_no_features(pipeline, photo, monkeypatch):
     monkeypatch.setattr(root, "level", logging.DEBUG)
     given = []
 
-    def fail(stage, items):
-        given.extend(items)
-        raise RuntimeError(f"{items} {items[0].artefacts}")
+    def fail(stage, item):
+        given.append(item)
+        raise RuntimeError(f"{item} {item.artefacts}")
 
     monkeypatch.setattr(FluxStage, "run", fail)
     with pytest.raises(StepFailed) as failed:
@@ -236,7 +236,7 @@ class Brighter(FluxInjector):
         """Nothing to move."""
 
     @contextmanager
-    def inject(self, embedding, pose, shot, stage, *, start=0.0, end=1.0):
+    def inject(self, embedding, pose, shot, stage):
         def brightened(pipeline):
             def run(**arguments):
                 output = pipeline(**arguments)

@@ -176,7 +176,7 @@ def show_faces(
     shot = check_shot({"prompt": "a person"}, "vidgen identity", chosen.defaults)
     images = [read_image(photo) for photo in photos]
     with InstantIDStage(chosen.params(InstantIDStage)) as stage:
-        detected = stage.detect_faces(images, face_index, [str(photo) for photo in photos])
+        detected = stage.detect_faces(images, len(images), face_index, [str(photo) for photo in photos])
         face = stage.features(images, face_index)
     sheet = identity_sheet(images, detected, pose_image(face, shot))
     content = io.BytesIO()

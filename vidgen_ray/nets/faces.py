@@ -57,11 +57,6 @@ def mean_embedding(embeddings: NDArray[np.float32], normalised: bool) -> NDArray
     return np.asarray(mean / np.linalg.norm(mean) if normalised else mean, np.float32)
 
 
-def most_similar(embeddings: NDArray[np.float32], reference: NDArray[np.float32]) -> int:
-    """Return the index of the embedding in (B, 512) with the highest cosine similarity to the reference (512,)."""
-    return int(np.argmax(embeddings @ reference / np.linalg.norm(embeddings, axis=1)))
-
-
 ERRORS_ONLY = 3
 
 

@@ -166,19 +166,16 @@ class IdentityControlNet(FluxControlNetModel):  # type: ignore[misc]  # diffuser
     Source: Jiang et al. 2025, InfiniteYou, arXiv:2503.16418.
     """
 
-    _identity: tuple[Tensor, float] | None = None
+    _tokens: Tensor | None = None
 
     @contextmanager
-    def identity(self, tokens: Tensor, guidance: float = 1.0) -> Iterator[None]:
-        """Use these tokens (B, n, joint_attention_dim) in the block. A batch of 1 is expanded to the rows of a call.
-
-        `guidance` replaces the transformer's guidance. InfuseNet was trained and published with 1.
-        """
-        previous, self._identity = self._identity, (tokens, guidance)
+    def identity(self, tokens: Tensor) -> Iterator[None]:
+        """Use these tokens (B, n, joint_attention_dim) in the block. A batch of 1 is expanded to the rows of a call."""
+        previous, self._tokens = self._tokens, tokens
         try:
             yield
         finally:
-            self._identity = previous
+            self._tokens = previous
 
     def forward(
         self,
@@ -193,18 +190,18 @@ class IdentityControlNet(FluxControlNetModel):  # type: ignore[misc]  # diffuser
 
         `encoder_hidden_states`, `txt_ids` and `guidance` of the caller are ignored.
         """
-        if self._identity is None:
+        if self._tokens is None:
             raise RuntimeError(
                 "IdentityControlNet was called without identity tokens; call it within `with net.identity(tokens):`"
             )
-        tokens, identity_guidance = self._identity
         rows = len(hidden_states)
         return super().forward(
             hidden_states,
             *args,
-            encoder_hidden_states=tokens.expand(rows, -1, -1),
-            txt_ids=hidden_states.new_zeros(tokens.shape[1], 3),
-            guidance=hidden_states.new_full((rows,), identity_guidance) if self.config.guidance_embeds else None,
+            encoder_hidden_states=self._tokens.expand(rows, -1, -1),
+            txt_ids=hidden_states.new_zeros(self._tokens.shape[1], 3),
+            # InfuseNet was trained and published with a guidance of 1.
+            guidance=hidden_states.new_ones(rows) if self.config.guidance_embeds else None,
             **kwargs,
         )
 

@@ -1,7 +1,7 @@
 """Check a LoRA file by its header: names, types and shapes of its tensors, without reading their values."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from vidgen_ray.errors import StageError
@@ -55,10 +55,16 @@ def check_lora_file(path: Path, base_model: str = FLUX) -> None:
     for name, kind in types.items():
         if kind not in FLOATS:
             raise StageError(f"lora {path.name}: tensor {name[:80]} has type {kind}, must be one of {', '.join(FLOATS)}")
-    if alone := next(_halves(types), None):
+    ranks: dict[str, dict[bool, int | None]] = {}
+    for name, shape in shapes.items():
+        if found := PARTS.match(name):
+            is_first = found["part"] in FIRST
+            ranks.setdefault(found["layer"], {})[is_first] = shape[0 if is_first else 1] if len(shape) >= 2 else None
+    if alone := min((layer for layer, factors in ranks.items() if len(factors) == 1), default=None):
         raise StageError(f"lora {path.name}: layer {alone[:80]} has one of its two factors only; the file is damaged")
-    for layer, first, second in _ranks(shapes):
-        if first != second:
+    for layer, factors in ranks.items():
+        first, second = factors[True], factors[False]
+        if first is not None and second is not None and first != second:
             raise StageError(
                 f"lora {path.name}: the factors of layer {layer[:80]} have rank {first} and {second}; the file is damaged"
             )
@@ -84,24 +90,3 @@ def _check_size(path: Path) -> None:
 def _listed(names: Iterable[str]) -> str:
     first, *others = names
     return f"{first[:80]} and {len(others)} more" if others else first[:80]
-
-
-def _halves(names: Iterable[str]) -> Iterator[str]:
-    """Yield the layers of which one factor is missing."""
-    first: set[str] = set()
-    second: set[str] = set()
-    for name in names:
-        if found := PARTS.match(name):
-            (first if found["part"] in FIRST else second).add(found["layer"])
-    yield from sorted(first ^ second)
-
-
-def _ranks(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int, int]]:
-    """Yield each layer with the rank of its two factors: the rows of the first, the columns of the second."""
-    first: dict[str, int] = {}
-    second: dict[str, int] = {}
-    for name, shape in shapes.items():
-        if (found := PARTS.match(name)) and len(shape) >= 2:
-            is_first = found["part"] in FIRST
-            (first if is_first else second)[found["layer"]] = shape[0 if is_first else 1]
-    yield from ((layer, rank, second[layer]) for layer, rank in first.items() if layer in second)

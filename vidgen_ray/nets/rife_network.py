@@ -271,10 +271,10 @@ def load_rife(path: Path, dtype: torch.dtype = torch.float32) -> Rife:
     network: Rife = Rife425() if "encode.cnn0.weight" in state else RifeHDv3()
     try:
         network.load_state_dict(state)
-        require_finite_weights({f"rife {file}": network})
-    except (RuntimeError, ValueError) as error:
+    except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise SetupError(f"rife: {file} must have the layout of RIFE HDv3 or 4.25 ({reason})") from None
+    require_finite_weights({f"rife {file}": network})
     return network.eval().requires_grad_(False).to(dtype)
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen_ray.errors import SetupError
+from vidgen_ray.errors import SetupError, VidgenError
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +29,11 @@ def not_finite(tensors: Mapping[str, Any]) -> str | None:
     return next((name for name, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)), None)
 
 
-def require_finite_weights(networks: Mapping[str, Any]) -> None:
-    """Raise ValueError if a parameter of a network holds NaN or infinity. `networks`: name -> torch module."""
+def require_finite_weights(networks: Mapping[str, Any], error: type[VidgenError] = SetupError) -> None:
+    """Raise an error if a parameter of a network holds NaN or infinity. `networks`: name in the message -> torch module."""
     for name, network in networks.items():
         if (parameter := not_finite(dict(network.named_parameters()))) is not None:
-            raise ValueError(
+            raise error(
                 f"{name}: {parameter} has NaN or infinite values; copy the weights again, or choose a dtype with their range"
             )
 
@@ -95,10 +95,7 @@ def load_model(model_class: Any, published_as: str, folder: Path, dtype: torch.d
                 f"{folder}: {len(keys)} {problem.replace('_', ' ')}, the first is {keys[0]!r}; "
                 "copy the published folder again, with its config.json"
             )
-    try:
-        require_finite_weights({published_as: model})
-    except ValueError as error:
-        raise SetupError(f"{folder}: {error}") from None
+    require_finite_weights({f"{folder}: {published_as}": model})
     return model.eval().requires_grad_(False)
 
 

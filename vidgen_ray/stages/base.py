@@ -331,8 +331,8 @@ class Stage(ABC, Generic[P]):
         """Load the weights from local files. Raises SetupError if they are missing or of another kind."""
 
     @abstractmethod
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        """Process the items with loaded weights. Returns one result per item, in order."""
+    def run(self, item: Item) -> Artefacts:
+        """Process the item with loaded weights."""
 
     @classmethod
     def generator_seed(cls, shot: Shot) -> int:
@@ -372,7 +372,7 @@ class Stage(ABC, Generic[P]):
         for item in items:
             self._note_dark_start(item)
         with torch.inference_mode(), torch_threads(self.params.threads):
-            results = self.run(items)
+            results = [self.run(item) for item in items]
         for result in results:
             _require_finite(result)
         return results
@@ -433,12 +433,9 @@ class ChunkedStage(Stage[P]):
         `frames` are the input frames `source_frames(shot, chunk)`, fewer at the end of the clip.
         """
 
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+    def run(self, item: Item) -> Artefacts:
         (source,), (result,) = self.takes, self.writes
-        return [
-            Artefacts(**{result: self._run_clip(item.shot, item.artefacts[source], None)})  # type: ignore[misc]
-            for item in items
-        ]
+        return Artefacts(**{result: self._run_clip(item.shot, item.artefacts[source], None)})  # type: ignore[misc]
 
     def run_chunk(self, shot: Shot, frames: Frames, chunk: slice | None = None) -> Frames:
         """Make the output frames `chunk` from the input frames `source_frames(shot, chunk)`. `None`: a whole clip.
@@ -559,7 +556,7 @@ def noise_generator(seed: int) -> torch.Generator:
 
 
 def _require_finite(artefacts: Artefacts) -> None:
-    """Raise StageError for NaN and infinity in face features and likenesses. Images are checked by `to_uint8`."""
+    """Raise StageError for NaN and infinity in face features and likenesses. Images are checked by `pixels_to_uint8`."""
     arrays: list[NDArray[np.floating]] = []
     if "face" in artefacts:
         arrays += [artefacts["face"].keypoints, *artefacts["face"].embeddings.values()]
@@ -570,16 +567,8 @@ def _require_finite(artefacts: Artefacts) -> None:
         raise StageError(NOT_FINITE)
 
 
-def to_uint8(pixels: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Convert pixels of any shape from 0..1 to 0..255, rounded as diffusers does. Raises StageError for NaN and infinity."""
-    # The sum is finite only if all pixels are. It needs no array of its own.
-    if not np.isfinite(pixels.sum(dtype=np.float64)):
-        raise StageError(NOT_FINITE)
-    return (pixels * 255).round().astype(np.uint8)
-
-
 def pixels_to_uint8(pixels: torch.Tensor) -> NDArray[np.uint8]:
-    """Convert (..., 3, H, W), 0 to 1, to RGB levels (..., H, W, 3), 0 to 255, with the bytes that `to_uint8` gives on the host.
+    """Convert (..., 3, H, W), 0 to 1, to RGB levels (..., H, W, 3), 0 to 255, rounded as diffusers does.
 
     The levels are a quarter of the bytes of float32 pixels. Pinned host memory makes copying them several times faster.
     Raises StageError for NaN and infinity.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,6 @@ from vidgen_ray.shot import INSTANTID_SDXL, LoraRef, Shot
 from vidgen_ray.stages.base import (
     REFERENCE_PIXELS,
     Artefacts,
-    Image,
     Item,
     Stage,
     StageParams,
@@ -26,9 +25,9 @@ from vidgen_ray.stages.flux_model import (
     CACHED_PROMPTS,
     DEFAULT_STEPS,
     FEW_STEP_LORA,
+    T5_CHANNELS,
     FluxModel,
     FluxParams,
-    prompt_bytes,
 )
 from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines, injector_class, pose_image, shared_injector
 from vidgen_ray.stages.loading import with_smaller_tiles
@@ -84,11 +83,12 @@ class FluxFamilyStage(Stage[FluxParams]):
         stored = f":{FP8}" if params.quantize == FP8 else ""
         transformer = weight_bytes(f"flux/transformer{stored}", dtype)
         t5 = weight_bytes("flux/text_encoder_2", dtype)
+        number_bytes = 4 if dtype == "float32" else 2
         weights = {
             "flux/transformer": transformer,
             "flux/text_encoder": weight_bytes("flux/text_encoder", dtype),
             "flux/vae": weight_bytes("flux/vae", dtype),
-            "flux/prompts": CACHED_PROMPTS * prompt_bytes(params),
+            "flux/prompts": CACHED_PROMPTS * params.text_tokens * T5_CHANNELS * number_bytes,
         }
         encode_text = activation_bytes("flux/text", 0, dtype)
         host = 0
@@ -108,8 +108,10 @@ class FluxFamilyStage(Stage[FluxParams]):
             weights["flux/lora"] = params.adapters_kept * weight_bytes("flux/lora", dtype)
         tiles = f":tile{params.vae_tile_px}" if params.vae_tile_px else ""
         curves = [f"{step}{stored}", f"flux/decode{tiles}", *(() if tiles else ("flux/encode",))]
-        cached = 0 if params.step_cache == "none" else step_cache_bytes(params, shot)
-        activations = cached + max(activation_bytes(curve, pixels, dtype) for curve in curves)
+        activations = max(activation_bytes(curve, pixels, dtype) for curve in curves)
+        if params.step_cache != "none":
+            tokens, passes = pixels // PATCH_PIXELS + params.text_tokens, 2 if params.uses_negative_prompt(shot) else 1
+            activations += passes * STEP_CACHE_TENSORS * tokens * HIDDEN_CHANNELS * number_bytes
         return StageMemory(weights, max(encode_text, activations), host)
 
     @classmethod
@@ -154,17 +156,10 @@ class FluxFamilyStage(Stage[FluxParams]):
                 )
             face = item.artefacts["face"]
             injector = self._injector(shot.flux_identity)
-            with injector.inject(
-                face.embedding(injector.embedding),
-                pose_image(face, shot),
-                shot,
-                self.name,
-                start=shot.identity_start,
-                end=shot.identity_end,
-            ) as pipelines:
+            with injector.inject(face.embedding(injector.embedding), pose_image(face, shot), shot, self.name) as pipelines:
                 yield pipelines
 
-    def image_to_image(self, item: Item, *, strength: float, steps: int | None, guidance: float | None) -> Image:
+    def image_to_image(self, item: Item, *, strength: float, steps: int | None, guidance: float | None) -> Artefacts:
         """Redraw the item's `image` with the last int(steps * strength) steps of the schedule. 0 returns it unchanged.
 
         Raises StageError for less than one step.
@@ -172,7 +167,7 @@ class FluxFamilyStage(Stage[FluxParams]):
         """
         shot, image = item.shot, item.artefacts["image"]
         if strength == 0:
-            return image
+            return {"image": image}
         steps = steps or self.model.default_steps
         steps_run = int(steps * strength)
         if steps_run < 1:
@@ -191,14 +186,7 @@ class FluxFamilyStage(Stage[FluxParams]):
                     generator=noise_generator(self.generator_seed(shot)),
                     **diffusers_step_callback(self.name),
                 ).images
-        return pixels_to_uint8(redrawn)
-
-
-def step_cache_bytes(params: FluxParams, shot: Shot) -> int:
-    """Return the bytes that the caches `first_block` and `magcache` keep between steps, for each pass of a step."""
-    tokens = shot.width * shot.height // PATCH_PIXELS + params.text_tokens
-    passes = 2 if params.uses_negative_prompt(shot) else 1
-    return passes * STEP_CACHE_TENSORS * tokens * HIDDEN_CHANNELS * (4 if params.dtype == "float32" else 2)
+        return {"image": pixels_to_uint8(redrawn)}
 
 
 def relative_flux_cost(shot: Shot, steps: int | None) -> float:
@@ -260,10 +248,7 @@ class FluxStage(FluxFamilyStage):
     def relative_cost(cls, shot: Shot) -> float:
         return relative_flux_cost(shot, shot.steps.flux)
 
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image": self._generate(item)} for item in items]
-
-    def _generate(self, item: Item) -> Image:
+    def run(self, item: Item) -> Artefacts:
         shot = item.shot
         steps = shot.steps.flux or self.model.default_steps
         with self.conditioned_pipelines(item) as pipelines:
@@ -275,7 +260,7 @@ class FluxStage(FluxFamilyStage):
                     generator=noise_generator(self.generator_seed(shot)),
                     **diffusers_step_callback(self.name),
                 ).images
-        return pixels_to_uint8(image)
+        return {"image": pixels_to_uint8(image)}
 
 
 LORA_REFERENCE_STRENGTH = 0.6
@@ -332,10 +317,7 @@ class FluxLoRAStage(FluxFamilyStage):
     def relative_cost(cls, shot: Shot) -> float:
         return relative_flux_cost(shot, shot.steps.lora) * shot.lora_strength / LORA_REFERENCE_STRENGTH
 
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image": self._refine(item)} for item in items]
-
-    def _refine(self, item: Item) -> Image:
+    def run(self, item: Item) -> Artefacts:
         shot = item.shot
         if not shot.lora:
             raise StageError("lora: got none, must be at least one")
@@ -382,9 +364,6 @@ class FluxRefineStage(FluxFamilyStage):
     def relative_cost(cls, shot: Shot) -> float:
         return relative_flux_cost(shot, shot.steps.refine) * shot.refine_strength / REFINE_REFERENCE_STRENGTH
 
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image": self._refine(item)} for item in items]
-
-    def _refine(self, item: Item) -> Image:
+    def run(self, item: Item) -> Artefacts:
         shot = item.shot
         return self.image_to_image(item, strength=shot.refine_strength, steps=shot.steps.refine, guidance=shot.guidance.refine)

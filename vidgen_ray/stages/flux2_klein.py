@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -15,12 +15,11 @@ from vidgen_ray.stages.base import (
     NOT_IN_KEY,
     REFERENCE_PIXELS,
     Artefacts,
-    Image,
     Item,
     StageParams,
     diffusers_step_callback,
     noise_generator,
-    to_uint8,
+    pixels_to_uint8,
 )
 from vidgen_ray.stages.loading import ImageParams, ImageStage, autoencoder_peaks, load_pipeline, set_vae_tiles
 from vidgen_ray.stages.lora import LoraAdapters
@@ -138,10 +137,7 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
     def adapter_loads(self) -> int:
         return self.adapters.loads
 
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image": self._generate(item)} for item in items]
-
-    def _generate(self, item: Item) -> Image:
+    def run(self, item: Item) -> Artefacts:
         shot = item.shot
         photos = item.artefacts["photos"] if self.uses_identity(shot) else ()
         steps = DISTILLED_STEPS if self.pipe.config.is_distilled else BASE_STEPS
@@ -157,11 +153,11 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
                 num_inference_steps=shot.steps.klein or steps,
                 guidance_scale=DEFAULT_GUIDANCE if shot.guidance.klein is None else shot.guidance.klein,
                 generator=noise_generator(self.generator_seed(shot)),
-                output_type="np",
+                output_type="pt",
                 **self._text_arguments,
                 **diffusers_step_callback(self.name),
             ).images
-        return to_uint8(image)
+        return {"image": pixels_to_uint8(image)}
 
     @property
     def _text_arguments(self) -> Mapping[str, Any]:

@@ -90,11 +90,6 @@ class FluxParams(SpeedParams, TiledParams):
         return self
 
 
-def prompt_bytes(params: FluxParams) -> int:
-    """Return the bytes of the embedding of a prompt."""
-    return params.text_tokens * T5_CHANNELS * (4 if params.dtype == "float32" else 2)
-
-
 class FluxModel:
     """FLUX pipelines with their LoRAs. Use `FluxModel.shared(params)`: stages of one process with the same weights share it."""
 
@@ -104,8 +99,7 @@ class FluxModel:
     def shared(cls, params: FluxParams) -> FluxModel:
         """Return the model of this process for these parameters, loaded on first use."""
         key = params.model_dump_json(exclude={"missing"})
-        model = cls._instances.get(key)
-        if model is None:
+        if (model := cls._instances.get(key)) is None:
             model = cls._instances[key] = cls(params)
         return model
 

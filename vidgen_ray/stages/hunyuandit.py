@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -123,13 +123,10 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
     def move(self, device: str) -> None:
         move_networks(self.pipe.components.values(), device)
 
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image": self._restyle(item)} for item in items]
-
-    def _restyle(self, item: Item) -> Image:
+    def run(self, item: Item) -> Artefacts:
         shot, image = item.shot, item.artefacts["image"]
         if shot.style_strength == 0:
-            return image
+            return {"image": image}
         height, width = image.shape[:2]
         set_vae_tiles(self.pipe.vae, self.params.vae_tile_px)
         placement = (
@@ -147,7 +144,7 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
                 output_type="pt",
                 **diffusers_step_callback(self.name),
             ).images
-        return crop_from_canvas(pixels_to_uint8(restyled), placement)
+        return {"image": crop_from_canvas(pixels_to_uint8(restyled), placement)}
 
 
 @dataclass(frozen=True, slots=True)

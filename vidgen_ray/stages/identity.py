@@ -69,19 +69,13 @@ class FluxInjector(ABC):
 
     @abstractmethod
     def inject(
-        self,
-        embedding: NDArray[np.float32],
-        pose: Image,
-        shot: Shot,
-        stage: str,
-        *,
-        start: float = 0.0,
-        end: float = 1.0,
+        self, embedding: NDArray[np.float32], pose: Image, shot: Shot, stage: str
     ) -> AbstractContextManager[FluxPipelines]:
         """Yield pipelines that generate the face with the strength `shot.identity_strength`. 0 has no effect, bitwise.
 
         `embedding` (512,) is the one that `self.embedding` names. `pose` is the keypoint image at the size of the shot.
-        `start` and `end` are fractions, 0 to 1, of the steps that are run. Identity conditioning is active between them only.
+        Identity conditioning is active from `shot.identity_start` to `shot.identity_end` only, fractions of the steps that are
+        run.
         An injector that needs noise must draw it from its own generator, derived from `shot` and `stage`, so that the diffusion
         noise is the same with and without a face.
         """
@@ -111,8 +105,7 @@ def injector_class(name: str) -> type[FluxInjector]:
 def shared_injector(name: str, model: FluxModel, weights: Path) -> FluxInjector:
     """Return the injector of this model, loaded on first use. Stages of one process with the same weights share it."""
     key = (name, model, weights)
-    injector = _instances.get(key)
-    if injector is None:
+    if (injector := _instances.get(key)) is None:
         injector = _instances[key] = injector_class(name)(model, weights)
     return injector
 
@@ -122,8 +115,6 @@ def pose_image(face: FaceFeatures, shot: Shot) -> Image:
 
     Line widths scale with the size of the image. The networks were trained on images of about a megapixel.
     """
-    import numpy as np
-
     from vidgen_ray.nets.faces import TRAINING_AREA_PX, draw_keypoints, map_to_canvas
 
     width, height = shot.width, shot.height
@@ -167,20 +158,9 @@ class InfuseNetInjector(FluxInjector):
         move_networks((self.infusenet.net, self.infusenet.resampler), device)
 
     @contextmanager
-    def inject(
-        self,
-        embedding: NDArray[np.float32],
-        pose: Image,
-        shot: Shot,
-        stage: str,
-        *,
-        start: float = 0.0,
-        end: float = 1.0,
-    ) -> Iterator[FluxPipelines]:
+    def inject(self, embedding: NDArray[np.float32], pose: Image, shot: Shot, stage: str) -> Iterator[FluxPipelines]:
         import torch
 
-        if not 0 <= start < end <= 1:
-            raise StageError(f"identity: got start {start} and end {end}, must be 0 <= start < end <= 1")
         size = self.infusenet.resampler.sizes.embedding
         if embedding.shape != (size,):
             raise StageError(f"face: got an embedding of shape {embedding.shape}, {self.name} takes {size} numbers")
@@ -190,9 +170,7 @@ class InfuseNetInjector(FluxInjector):
         conditioning = _IdentityConditioning(
             net=self.infusenet.net,
             pose=self._pose_latents(pose, noise_generator(shot.derived_seed(f"{stage}/pose"))),
-            strength=shot.identity_strength,
-            start=start,
-            end=end,
+            shot=shot,
         )
         tokens = self.infusenet.tokens(torch.tensor(embedding[None]))
         with self.infusenet.net.identity(tokens):
@@ -221,12 +199,10 @@ class _IdentityConditioning:
 
     net: IdentityControlNet
     pose: torch.Tensor
-    strength: float
-    start: float
-    end: float
+    shot: Shot
 
     def run(self, pipe: Any, /, **arguments: Any) -> Any:
-        """Call the pipeline with InfuseNet's residuals in the steps from `start` to `end`."""
+        """Call the pipeline with InfuseNet's residuals in the steps from `identity_start` to `identity_end` of the shot."""
         step, residuals = -1, {}
 
         def add_residuals(transformer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -235,7 +211,9 @@ class _IdentityConditioning:
             # pass only, which multiplies the identity conditioning by `true_cfg_scale`.
             if (current_step := _step_index(pipe.scheduler)) != step:
                 step = current_step
-                residuals = self._residuals(kwargs) if self._is_active_step(step, pipe.num_timesteps) else {}
+                steps = pipe.num_timesteps
+                is_active = self.shot.identity_start <= step / steps and (step + 1) / steps <= self.shot.identity_end
+                residuals = self._residuals(kwargs) if is_active else {}
             return args, kwargs | residuals
 
         hook = pipe.transformer.register_forward_pre_hook(add_residuals, with_kwargs=True)
@@ -244,15 +222,12 @@ class _IdentityConditioning:
         finally:
             hook.remove()
 
-    def _is_active_step(self, step: int, steps: int) -> bool:
-        return self.start <= step / steps and (step + 1) / steps <= self.end
-
     def _residuals(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return InfuseNet's residuals for the inputs of the transformer, as arguments of the transformer."""
         double, single = self.net(
             hidden_states=inputs["hidden_states"],
             controlnet_cond=self.pose,
-            conditioning_scale=self.strength,
+            conditioning_scale=self.shot.identity_strength,
             timestep=inputs["timestep"],
             pooled_projections=inputs["pooled_projections"],
             img_ids=inputs["img_ids"],

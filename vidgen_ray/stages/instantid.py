@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
@@ -66,8 +66,7 @@ class FaceModels:
     def shared(cls, params: InstantIDParams) -> FaceModels:
         """Return the models of this process. Raises SetupError if weights are missing or of another kind."""
         key = params.model_dump_json()
-        models = cls._instances.get(key)
-        if models is None:
+        if (models := cls._instances.get(key)) is None:
             models = cls._instances[key] = cls(params)
         return models
 
@@ -204,12 +203,9 @@ class InstantIDStage(Stage[InstantIDParams]):
     def load(self) -> None:
         self._models = FaceModels.shared(self.params)
 
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"face": self._features_for(item)} for item in items]
-
-    def _features_for(self, item: Item) -> FaceFeatures:
+    def run(self, item: Item) -> Artefacts:
         shot = item.shot
-        return self.features(item.artefacts["photos"], shot.face_index, _recognisers(shot), shot.face_image)
+        return {"face": self.features(item.artefacts["photos"], shot.face_index, _recognisers(shot), shot.face_image)}
 
     def features(
         self,
@@ -230,7 +226,7 @@ class InstantIDStage(Stage[InstantIDParams]):
         from vidgen_ray.nets.faces import mean_embedding
 
         names = tuple(self._models.embedders if recognisers is None else recognisers)
-        detected = self.detect_faces(photos, face_index, files)
+        detected = self.detect_faces(photos, len(photos), face_index, files)
         face, crops = detected[0].chosen, np.stack([photo.crop for photo in detected])
         embedders = {name: self._models.embedder(name) for name in names}
         embedded = {name: embedder.embed(crops) for name, embedder in embedders.items()}
@@ -257,18 +253,22 @@ class InstantIDStage(Stage[InstantIDParams]):
                 )
 
     def detect_faces(
-        self, photos: Sequence[Image], face_index: int | None = None, files: Sequence[str] = ()
+        self, photos: Iterable[Image], count: int, face_index: int | None = None, files: Sequence[str] = ()
     ) -> list[DetectedPhoto]:
         """Return the faces of each photo and the chosen one, see `features`. Raises StageError if a photo has no face."""
-        if not photos:
+        detected: list[DetectedPhoto] = []
+        for number, photo in enumerate(photos):
+            name = _photo_name(number, count, files)
+            faces = self._detect(photo, name)
+            if detected:
+                detected.append(self._most_similar_face(detected[0].crop, photo, faces))
+            else:
+                face = _choose_face(faces, face_index, self.params.min_face_px)
+                self._note_doubts(name, faces, face, chosen=face_index is not None)
+                detected.append(DetectedPhoto(faces, face, align_face(photo, face)))
+        if not detected:
             raise StageError("face_image: got no photo, must be at least one")
-        names = [_photo_name(number, len(photos), files) for number in range(len(photos))]
-        detected = [self._detect(photo, name) for photo, name in zip(photos, names, strict=True)]
-        face = _choose_face(detected[0], face_index, self.params.min_face_px)
-        self._note_doubts(names[0], detected[0], face, chosen=face_index is not None)
-        first = DetectedPhoto(detected[0], face, align_face(photos[0], face))
-        further = zip(photos[1:], detected[1:], strict=True)
-        return [first, *(self._most_similar_face(first.crop, photo, faces) for photo, faces in further)]
+        return detected
 
     def _note_doubts(self, name: str, faces: Sequence[DetectedFace], face: DetectedFace, *, chosen: bool) -> None:
         """Note if the largest face of a photo is hardly larger than another one, and if it is upside down."""
@@ -285,13 +285,11 @@ class InstantIDStage(Stage[InstantIDParams]):
 
     def _most_similar_face(self, crop: Image, photo: Image, faces: Sequence[DetectedFace]) -> DetectedPhoto:
         """Choose the face of a further photo that is most similar to `crop`."""
-        from vidgen_ray.nets.faces import most_similar
-
         crops = [align_face(photo, face) for face in faces]
         index = 0
         if len(faces) > 1:
-            embeddings = self._models.embed([crop, *crops])
-            index = most_similar(embeddings[1:], embeddings[0])
+            reference, *others = self._models.embed([crop, *crops])
+            index = int(np.argmax(others @ reference / np.linalg.norm(others, axis=1)))
         return DetectedPhoto(faces, faces[index], crops[index])
 
     def _detect(self, photo: Image, name: str) -> list[DetectedFace]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +15,6 @@ from vidgen_ray.stages.base import (
     REFERENCE_PIXELS,
     Artefacts,
     FaceFeatures,
-    Image,
     Item,
     StageParams,
     diffusers_step_callback,
@@ -170,10 +169,7 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
     def move(self, device: str) -> None:
         move_networks((*self.pipe.components.values(), self.resampler), device)
 
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image": self._generate(item)} for item in items]
-
-    def _generate(self, item: Item) -> Image:
+    def run(self, item: Item) -> Artefacts:
         shot, face = item.shot, item.artefacts["face"]
         embeddings = self._embeddings(face)
         set_vae_tiles(self.pipe.vae, self.params.vae_tile_px)
@@ -194,7 +190,7 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
                 output_type="pt",
                 **diffusers_step_callback(self.name),
             ).images
-        return pixels_to_uint8(image)
+        return {"image": pixels_to_uint8(image)}
 
     def _embeddings(self, face: FaceFeatures) -> torch.Tensor:
         """Return embeddings (2, 512) for classifier-free guidance: zeros and the face, not normalised."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,11 +63,8 @@ class ImageLikenessStage(_LikenessStage):
     def applies(shot: Shot) -> bool:
         return InstantIDStage.applies(shot)
 
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [
-            {"image_likeness": measure_likeness([item.artefacts["image"]], item.artefacts["face"], self._models)}
-            for item in items
-        ]
+    def run(self, item: Item) -> Artefacts:
+        return {"image_likeness": measure_likeness([item.artefacts["image"]], item.artefacts["face"], self._models)}
 
 
 class ClipLikenessStage(_LikenessStage):
@@ -89,12 +86,10 @@ class ClipLikenessStage(_LikenessStage):
     def relative_cost(cls, shot: Shot) -> float:
         return len(sampled_frames(shot.clip_frames)) / MAX_SAMPLED_FRAMES
 
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"clip_likeness": self._measure(item.artefacts)} for item in items]
-
-    def _measure(self, artefacts: Artefacts) -> Likeness:
-        frames = artefacts["frames"]
-        return measure_likeness((frames[index] for index in sampled_frames(len(frames))), artefacts["face"], self._models)
+    def run(self, item: Item) -> Artefacts:
+        frames = item.artefacts["frames"]
+        sampled = (frames[index] for index in sampled_frames(len(frames)))
+        return {"clip_likeness": measure_likeness(sampled, item.artefacts["face"], self._models)}
 
 
 def sampled_frames(count: int) -> list[int]:

@@ -67,10 +67,9 @@ def load_pipeline(
     check_pipeline_folder(folder, list(dict.fromkeys([*classes, *accepted_classes])))
     if (make := _networks.get()) is not None:
         kwargs |= make(params)
+    dtypes = {"default": torch_dtype(params.dtype), **dict.fromkeys(float32_parts, torch_dtype("float32"))}
     try:
-        pipe = pipeline_class.from_pretrained(
-            str(folder), dtype=_dtypes(params.dtype, float32_parts), local_files_only=True, use_safetensors=True, **kwargs
-        )
+        pipe = pipeline_class.from_pretrained(str(folder), dtype=dtypes, local_files_only=True, use_safetensors=True, **kwargs)
     # diffusers raises many exception types for damaged files.
     except Exception as error:
         raise SetupError(f"{folder}: not the weights of {pipeline_class.__name__}: {error}") from error
@@ -81,21 +80,9 @@ def load_pipeline(
         pipe.to(params.device)
     import torch
 
-    try:
-        parts = {
-            name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module) and name not in kwargs
-        }
-        require_finite_weights(parts)
-    except ValueError as error:
-        raise SetupError(f"{folder}: {error}") from None
+    loaded = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module) and name not in kwargs}
+    require_finite_weights({f"{folder}: {name}": part for name, part in loaded.items()})
     return pipe
-
-
-def _dtypes(dtype: str, float32_parts: Sequence[str]) -> Any:
-    """Return the dtype of all components, or component -> dtype."""
-    if not float32_parts:
-        return torch_dtype(dtype)
-    return {"default": torch_dtype(dtype), **{part: torch_dtype("float32") for part in float32_parts}}
 
 
 def set_vae_tiles(vae: Any, tile_px: int | None) -> None:
@@ -129,7 +116,7 @@ def move_networks(networks: Iterable[Any], device: str) -> None:
     for network in networks:
         if not isinstance(network, torch.nn.Module):
             continue
-        tensors = list(_tensors(network))
+        tensors = [*network.named_parameters(), *network.named_buffers()]
         if not all(_is_plain(tensor) for _, tensor in tensors):
             # Quantised tensors are classes of their own, whose data cannot be replaced, or which have scales in addition.
             network.to(device)
@@ -139,14 +126,8 @@ def move_networks(networks: Iterable[Any], device: str) -> None:
                 _to_host(name, tensor)
             else:
                 _to_gpu(name, tensor, device)
-    if device != "cpu":
-        _wait_for_copies(device)
-
-
-def _tensors(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield all parameters and buffers once, also those that several layers share."""
-    yield from network.named_parameters()
-    yield from network.named_buffers()
+    if device != "cpu" and torch.cuda.is_available():
+        torch.cuda.synchronize(device)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -189,13 +170,6 @@ def _pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
     copy = torch.empty_like(tensor, device="cpu", pin_memory=torch.cuda.is_available())
     copy.copy_(tensor)
     return copy
-
-
-def _wait_for_copies(device: str) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize(device)
 
 
 class OffloadParams(StageParams):

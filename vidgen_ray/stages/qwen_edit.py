@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from PIL import Image as PILImage
@@ -11,12 +11,11 @@ from vidgen_ray.shot import REFERENCE, Shot
 from vidgen_ray.stages.base import (
     REFERENCE_PIXELS,
     Artefacts,
-    Image,
     Item,
     StageParams,
     diffusers_step_callback,
     noise_generator,
-    to_uint8,
+    pixels_to_uint8,
 )
 from vidgen_ray.stages.loading import ImageParams, ImageStage, autoencoder_peaks, load_pipeline, set_vae_tiles
 from vidgen_ray.stages.memory_table import CLIP_HOST_BYTES, Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
@@ -112,10 +111,7 @@ class QwenEditStage(ImageStage[ImageParams]):
 
         self.pipe = load_pipeline(QwenImageEditPlusPipeline, self.params, cpu_offload=self.params.cpu_offload)
 
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image": self._restyle(item)} for item in items]
-
-    def _restyle(self, item: Item) -> Image:
+    def run(self, item: Item) -> Artefacts:
         shot, image = item.shot, item.artefacts["image"]
         height, width = image.shape[:2]
         photos = item.artefacts["photos"][:MAX_PHOTOS] if self.uses_identity(shot) else ()
@@ -129,10 +125,10 @@ class QwenEditStage(ImageStage[ImageParams]):
             width=width,
             num_inference_steps=shot.steps.qwen_edit or DEFAULT_STEPS,
             generator=noise_generator(self.generator_seed(shot)),
-            output_type="np",
+            output_type="pt",
             **diffusers_step_callback(self.name),
         ).images
-        return to_uint8(restyled)
+        return {"image": pixels_to_uint8(restyled)}
 
 
 def instruction(prompt: str, style_prompt: str | None) -> str:

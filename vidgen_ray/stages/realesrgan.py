@@ -178,10 +178,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
             supported = {torch.float16: network.supports_half, torch.bfloat16: network.supports_bfloat16}
             dtype = self._dtype if supported.get(self._dtype, True) else torch.float32
             network.model.to(self.params.device, dtype, memory_format=torch.channels_last)
-            try:
-                require_finite_weights({f"upscaler {upscaler}": network.model})
-            except ValueError as error:
-                raise StageError(str(error)) from None
+            require_finite_weights({f"upscaler {upscaler}": network.model}, StageError)
             self._networks[upscaler] = network
         return self._networks[upscaler]
 

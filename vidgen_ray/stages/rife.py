@@ -19,7 +19,7 @@ from vidgen_ray.stages.base import (
     Frames,
     Image,
     StageParams,
-    to_uint8,
+    pixels_to_uint8,
     torch_dtype,
 )
 from vidgen_ray.stages.loading import require_device
@@ -171,7 +171,7 @@ class RifeStage(ChunkedStage[RifeParams]):
             return pixels.float() / 255
 
         def image(pixels: torch.Tensor) -> Image:
-            return to_uint8(pixels[0].permute(1, 2, 0).cpu().numpy())
+            return pixels_to_uint8(pixels[0])
 
         pair = FramePair(self._network, tensor(first), tensor(second), self.params.flow_scale)
         if similarity(*map(image, pair.aligned())) < self.params.min_similarity:

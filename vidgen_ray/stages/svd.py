@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -144,8 +144,8 @@ class SVDStage(Stage[SVDParams]):
     def move(self, device: str) -> None:
         move_networks(self.pipe.components.values(), device)
 
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"frames": run_passes(item, self._generate)} for item in items]
+    def run(self, item: Item) -> Artefacts:
+        return {"frames": run_passes(item, self._generate)}
 
     def _generate(self, item: Item) -> Frames:
         from PIL import Image as PILImage

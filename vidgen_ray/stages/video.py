@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
@@ -182,8 +182,8 @@ class PromptedVideoStage(OffloadedStage[VP]):
     def adapter_loads(self) -> int:
         return self.adapters.loads
 
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"frames": run_passes(item, self._generate)} for item in items]
+    def run(self, item: Item) -> Artefacts:
+        return {"frames": run_passes(item, self._generate)}
 
     def _generate(self, item: Item) -> Frames:
         shot, image = item.shot, item.artefacts["image"]
@@ -195,12 +195,15 @@ class PromptedVideoStage(OffloadedStage[VP]):
         if not model.allows(shot.num_frames):
             raise StageError(f"num_frames: got {shot.num_frames}, {model.allowed_instead_of(shot.num_frames)}")
         generator = noise_generator(self.generator_seed(shot))
-        _set_tiling(self.pipe.vae, self.params.vae_tiling)
+        self.pipe.vae.use_tiling = self.params.vae_tiling
+        prompt = f"{shot.prompt}, {shot.motion_prompt}" if shot.motion_prompt else shot.prompt
+        negative = {"negative_prompt": shot.negative_prompt or ""} if self.guidance(shot) > 1 else {}
         with self.adapters.active(shot.video_lora):
             self.note(*self.adapters.take_notes())
             (latents,) = self.pipe(
                 image=PILImage.fromarray(image),
-                **self._texts_of(shot),
+                prompt=prompt,
+                **negative,
                 height=height,
                 width=width,
                 num_frames=shot.num_frames,
@@ -218,15 +221,3 @@ class PromptedVideoStage(OffloadedStage[VP]):
         # Offloaded weights of the autoencoder leave the GPU.
         self.pipe.maybe_free_model_hooks()
         return clip
-
-    def _texts_of(self, shot: Shot) -> dict[str, str]:
-        """Return argument name -> text: the prompt, and with guidance the negative prompt."""
-        prompt = f"{shot.prompt}, {shot.motion_prompt}" if shot.motion_prompt else shot.prompt
-        return {"prompt": prompt, **({"negative_prompt": shot.negative_prompt or ""} if self.guidance(shot) > 1 else {})}
-
-
-def _set_tiling(vae: Any, enabled: bool) -> None:
-    if enabled:
-        vae.enable_tiling()
-    else:
-        vae.disable_tiling()

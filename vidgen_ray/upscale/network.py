@@ -75,10 +75,7 @@ class UpscaleModel:
             if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in other.items()}:
                 raise StageError(f"{self.file.name} and {self.denoising_file.name} have different layouts, cannot be mixed")
             network.model.load_state_dict({name: tensor.lerp(other[name], 1 - self.denoise) for name, tensor in own.items()})
-        try:
-            require_finite_weights({self.name: network.model})
-        except ValueError as error:
-            raise StageError(str(error)) from None
+        require_finite_weights({self.name: network.model}, StageError)
         return network
 
 
