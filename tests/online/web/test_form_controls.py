@@ -36,7 +36,7 @@ class NewStage(SVDStage):
 @pytest.fixture
 def with_new_stage(monkeypatch) -> serving.ServingProfile:
     monkeypatch.setattr(serving, "STAGES", (*serving.STAGES, NewStage))
-    monkeypatch.setattr(form_controls.control_groups, "__defaults__", (NewShot,))
+    monkeypatch.setattr(form_controls, "Shot", NewShot)
     monkeypatch.setattr(server_context, "Shot", NewShot)
     served = serving.serving_profile(load_profile("tiny"))
     assert NewStage in served.stages
@@ -58,7 +58,7 @@ def test_controls_of_stages_that_are_not_served_are_hidden():
     served = serving.serving_profile(load_profile("tiny"))
     params: Mapping[str, StageParams] = {name: each for name, each in served.params.items() if name in ("flux", "svd")}
     groups = {
-        group.label: [control.name for control in group.controls] for group in control_groups(replace(served, params=params))
+        label: [control.name for control in controls] for label, controls in control_groups(replace(served, params=params))
     }
     assert groups == {
         "Base image": ["steps.flux", "guidance.flux"],
@@ -68,9 +68,10 @@ def test_controls_of_stages_that_are_not_served_are_hidden():
 
 def test_every_field_that_a_stage_reads_has_a_control():
     served = serving.serving_profile(load_profile("tiny"))
-    names = {control.name for group in control_groups(served) for control in group.controls}
+    every = [control for _, controls in control_groups(served) for control in controls]
+    names = {control.name for control in every}
     read = {field for stage in served.stages for field in (*stage.reads, *stage.identity_fields, *stage.clip_only_fields)}
     assert read - names - PLACED == set(DERIVED_FIELDS) - PLACED
-    video = next(control for group in control_groups(served) for control in group.controls if control.name == "video_model")
+    video = next(control for control in every if control.name == "video_model")
     assert video.choices == ("svd", "wan", "ltx")
     assert {"identity", "identity_strength", "min_identity", "retries", "upscaler"} <= names

@@ -8,6 +8,8 @@ needs no change here.
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from typing import Any, Literal
 
 from vidgen_ray.online.api_error import ApiError
@@ -86,28 +88,20 @@ class Control:
     step: str = "any"
 
 
-@dataclass(frozen=True, slots=True)
-class ControlGroup:
-    """Controls of one stage."""
-
-    label: str
-    controls: tuple[Control, ...]
-
-
-def control_groups(serving_profile: ServingProfile, shot_class: type[Shot] = Shot) -> tuple[ControlGroup, ...]:
-    """Return the controls of all served stages, in the order of the stages."""
-    schema = shot_class.model_json_schema()
-    defaults = shot_class.model_validate({"prompt": "-", **serving_profile.profile.defaults}).model_dump(mode="json")
+def control_groups(serving_profile: ServingProfile) -> list[tuple[str, list[Control]]]:
+    """Return the label and the controls of all served stages, in the order of the stages."""
+    schema = Shot.model_json_schema()
+    defaults = Shot.model_validate({"prompt": "-", **serving_profile.profile.defaults}).model_dump(mode="json")
     groups = []
     for label, fields in _fields_by_stage(serving_profile.stages):
-        controls = tuple(
-            _control(field, _schema_of(field, schema), _value_at(field, defaults), _choices(field, serving_profile))
-            for field in fields
+        controls = []
+        for field in fields:
+            choices, default = _choices(field, serving_profile), reduce(getitem, field.split("."), defaults)
             # A slot with one served model has nothing to choose.
-            if field not in MODEL_STAGES or len(_choices(field, serving_profile)) > 1
-        )
-        groups.append(ControlGroup(label, controls))
-    return tuple(groups)
+            if field not in MODEL_STAGES or len(choices) > 1:
+                controls.append(_control(field, _schema_of(field, schema), default, choices))
+        groups.append((label, controls))
+    return groups
 
 
 def clip_defaults(serving_profile: ServingProfile) -> dict[str, dict[str, int]]:
@@ -124,19 +118,11 @@ def clip_defaults(serving_profile: ServingProfile) -> dict[str, dict[str, int]]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
-    """One choice of the size control."""
-
-    value: str
-    label: str
-
-
-def size_choices(rules: SizeRules) -> tuple[Size, ...]:
-    """Return the default size of a finished clip, then the common ones that the server reaches."""
+def size_choices(rules: SizeRules) -> dict[str, str]:
+    """Return value -> label: the default size of a finished clip, then the common ones that the server reaches."""
     width, height = rules.default_clip
     choices = {f"{width}x{height}": "default"} | {size: ratio for size, ratio in SIZES.items() if _is_reachable(size, rules)}
-    return tuple(Size(value, f"{value.replace('x', ' × ')}, {name}") for value, name in choices.items())
+    return {value: f"{value.replace('x', ' × ')}, {name}" for value, name in choices.items()}
 
 
 def _is_reachable(size: str, rules: SizeRules) -> bool:
@@ -172,13 +158,6 @@ def _schema_of(field: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
         description = found.get("description", description)
     options = [option for option in found.get("anyOf", ()) if option.get("type") != "null"]
     return {**(options[0] if options else found), "description": description}
-
-
-def _value_at(field: str, values: Mapping[str, Any]) -> Any:
-    value: Any = values
-    for name in field.split("."):
-        value = value[name]
-    return value
 
 
 def _choices(field: str, serving_profile: ServingProfile) -> tuple[str, ...]:

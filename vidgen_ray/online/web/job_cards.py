@@ -21,15 +21,6 @@ NAME_LENGTH, ID_LENGTH = 40, 6
 
 
 @dataclass(frozen=True, slots=True)
-class CardStage:
-    """One stage in the list of a job's stages."""
-
-    label: str
-    state: str
-    """`done`, `current` or `ahead`."""
-
-
-@dataclass(frozen=True, slots=True)
 class Card:
     """Values of the card template, beside those of the job itself."""
 
@@ -37,7 +28,8 @@ class Card:
     title: str
     active: bool
     status: str
-    stages: tuple[CardStage, ...]
+    stages: tuple[tuple[str, str], ...]
+    """Label of each stage, and `done`, `current` or `ahead`."""
     preview: str | None
     """Newest finished stage whose result the preview shows."""
     is_clip: bool
@@ -122,14 +114,13 @@ def _status(job: Job) -> str:
     return f"{activity}, {job.step} of {job.steps} {unit} · {job.progress} %"
 
 
-def _card_stages(job: Job) -> Iterator[CardStage]:
+def _card_stages(job: Job) -> Iterator[tuple[str, str]]:
     stages = stages_of(job.shot)
     names = [*(stage.name for stage in stages), OUTPUT]
     labels = [*(stage.label for stage in stages), SAVING[0]]
     reached = names.index(job.stage) if job.stage in names else -1
     for number, label in enumerate(labels):
-        state = "done" if number < reached else "current" if number == reached else "ahead"
-        yield CardStage(label, state)
+        yield label, "done" if number < reached else "current" if number == reached else "ahead"
 
 
 def _summary(job: Job, width: int, height: int) -> Iterator[str]:

@@ -69,14 +69,9 @@ class PageContext:
         return self._templates.get_template(template).render(
             base=base_path(request),
             assets=self._assets,
-            signed_in=self.server.auth.keys_are_required,
+            signed_in=self.server.auth.keys.are_required,
             **values,
         )
-
-    def macro(self, request: Request, template: str, name: str, *args: Any) -> str:
-        """Return the HTML of one macro of a template."""
-        module: Any = self._templates.get_template(template).make_module({"base": base_path(request)})
-        return str(getattr(module, name)(*args))
 
     def card(self, job: Job, base: str) -> Card:
         return card_of(job, base, self.lora_names)

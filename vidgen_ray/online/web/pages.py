@@ -6,10 +6,10 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import ServerSentEvent
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
@@ -156,15 +156,6 @@ def auth_routes(router: APIRouter, context: PageContext) -> None:
         return response
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One operation of the API."""
-
-    method: str
-    path: str
-    description: str
-
-
 def api_page_routes(router: APIRouter, context: PageContext) -> None:
     async def api_page(request: Request, tenant: Tenant) -> Response:
         groups = await asyncio.to_thread(_operations, request.app)
@@ -174,15 +165,15 @@ def api_page_routes(router: APIRouter, context: PageContext) -> None:
     router.add_route("/api-docs", context.for_tenant(api_page), ["GET"])
 
 
-def _operations(app: FastAPI) -> dict[str, list[Operation]]:
-    """Return tag -> operations."""
-    groups: dict[str, list[Operation]] = {}
+def _operations(app: FastAPI) -> dict[str, list[tuple[str, str, str]]]:
+    """Return tag -> method, path and description of each operation."""
+    groups: dict[str, list[tuple[str, str, str]]] = {}
     for path, methods in app.openapi()["paths"].items():
         for method, operation in methods.items():
             if method != "head":
                 tag = operation.get("tags", ["other"])[0]
                 description = operation.get("description", operation.get("summary", "")).partition("\n\n")[0]
-                groups.setdefault(tag, []).append(Operation(method.upper(), path, description))
+                groups.setdefault(tag, []).append((method.upper(), path, description))
     return groups
 
 
@@ -190,13 +181,8 @@ SESSION_CHECK_S = 15
 """Seconds between checks that the browser is still signed in."""
 
 
-def event_stream(context: PageContext, request: Request, tenant: Tenant, cursor: int) -> EventSourceResponse:
-    """Respond with the changes after `cursor`, until the browser disconnects or its session ends. Raises ApiError 429."""
-    return context.server.event_streams.respond(tenant, _events(context, request, tenant, cursor), HEADERS)
-
-
 async def _events(context: PageContext, request: Request, tenant: Tenant, cursor: int) -> AsyncIterator[ServerSentEvent]:
-    """Yield one event for all jobs that changed together. Its id is the cursor from which the browser resumes."""
+    """Yield one event for all jobs that changed together, until the session ends. Its id is the cursor to resume from."""
     # Sends the headers at once, even through proxies that wait for the first bytes of the body.
     yield ServerSentEvent(comment="open")
     base = base_path(request)
@@ -225,17 +211,6 @@ THUMBNAIL_AGE_S = 86_400
 """Seconds for which browsers cache an image of the form. Its id is the digest of its content."""
 
 
-class Box(NamedTuple):
-    """Box of a face, in pixels of the photo."""
-
-    x: int
-    y: int
-    width: int
-    height: int
-    chosen: bool
-    """The face that is used."""
-
-
 def page_routes(router: APIRouter, context: PageContext) -> None:
     server = context.server
 
@@ -248,12 +223,12 @@ def page_routes(router: APIRouter, context: PageContext) -> None:
         path = await asyncio.to_thread(server.job_service.uploads.find, tenant.name, upload_id)
         if path is None:
             raise not_found("file", upload_id[:100])
-        faces: list[Box] = []
+        faces = []
         if control == "photo":
             (photo,) = await server.faces_of(tenant, [upload_id], control)
-            faces = [_box(face.box, face is photo.chosen) for face in photo.faces]
+            faces = [(*map(round, face.box), face is photo.chosen) for face in photo.faces]
         size = await asyncio.to_thread(image_size, path)
-        html = context.macro(request, "form_images.html", "form_image", control, upload_id, size, faces)
+        html = context.html(request, "form_image.html", control=control, id=upload_id, size=size, faces=faces)
         return JSONResponse({"html": html}, headers=HEADERS)
 
     async def thumbnail(request: Request, tenant: Tenant) -> Response:
@@ -278,7 +253,7 @@ def page_routes(router: APIRouter, context: PageContext) -> None:
         since = request.query_params.get("since", "")
         is_cursor = since.isascii() and since.isdecimal() and len(since) <= MAX_CURSOR_DIGITS
         cursor = int(since) if is_cursor else await asyncio.to_thread(server.store.latest_version)
-        return event_stream(context, request, tenant, cursor)
+        return server.event_streams.respond(tenant, _events(context, request, tenant, cursor), HEADERS)
 
     router.add_route("/", context.for_tenant(index), ["GET", "HEAD"])
     router.add_route("/inputs/{upload_id}", context.for_tenant(thumbnail), ["GET"])
@@ -334,8 +309,3 @@ def _form_values(context: PageContext, tenant: Tenant) -> dict[str, Any]:
 
 def _queue_of(server: ServerContext, tenant: Tenant) -> list[Job]:
     return server.store.list(tenant.name, states=OPEN_STATES, limit=QUEUE_LENGTH, order="asc").jobs
-
-
-def _box(box: tuple[float, float, float, float], chosen: bool) -> Box:
-    left, top, right, bottom = (round(value) for value in box)
-    return Box(left, top, right - left, bottom - top, chosen)
