@@ -80,10 +80,10 @@ def validation_failed(details: Sequence[Any], fields: Iterable[str] = ()) -> Api
     return invalid_fields(ScriptError(errors))
 
 
-def too_many_requests(message: str, code: str, seconds: float, param: str | None = None) -> ApiError:
+def too_many_requests(message: str, code: str, seconds: float) -> ApiError:
     """Return a 429 error with the retry delay in `Retry-After` (whole seconds) and `retry-after-ms`."""
     headers = {"Retry-After": str(max(1, ceil(seconds))), "retry-after-ms": str(max(1, round(seconds * 1000)))}
-    return ApiError(429, message, code=code, param=param, type="rate_limit_error", headers=headers)
+    return ApiError(429, message, code=code, type="rate_limit_error", headers=headers)
 
 
 def without_paths(text: str) -> str:

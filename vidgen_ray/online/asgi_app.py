@@ -19,7 +19,7 @@ from vidgen_ray.online.api import content_routes, image_routes, input_routes, vi
 from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, openapi_document
 from vidgen_ray.online.api.responses import Health, LoadedLora, LoadedLoras, Lora, LoraPage, Model, ModelPage, Readiness
 from vidgen_ray.online.api_error import ApiError
-from vidgen_ray.online.auth import ApiKeys, Authenticator, Sessions
+from vidgen_ray.online.auth import ApiKeys, Authenticator
 from vidgen_ray.online.event_streams import EventStreams, JobFeed
 from vidgen_ray.online.http_fetch import ImageFetcher
 from vidgen_ray.online.job_service import JobService, NotifyDirector, storage_problem
@@ -67,7 +67,9 @@ def make_app(
 
     Raises SetupError for a missing LoRA file.
     """
-    _check_loras(settings)
+    for name, path in settings.loras.items():
+        if not path.startswith("builtin:") and not os.path.isfile(path):
+            raise SetupError(f"loras.{name}: no such file, {path}")
     hosts = settings.url_inputs.allow_hosts
     fetcher = ImageFetcher(hosts, settings.uploads.image_bytes) if hosts else None
     job_service = JobService(settings, store, outputs, serving_profile, jobs_changed)
@@ -76,7 +78,7 @@ def make_app(
         store=store,
         outputs=outputs,
         serving_profile=serving_profile,
-        auth=Authenticator(keys, Sessions(store.engine)),
+        auth=Authenticator(keys, store.engine),
         job_service=job_service,
         job_feed=JobFeed(store),
         event_streams=EventStreams(),
@@ -95,12 +97,6 @@ def make_app(
     _add_api(app)
     add_page(app, server)
     return app
-
-
-def _check_loras(settings: OnlineSettings) -> None:
-    for name, path in settings.loras.items():
-        if not path.startswith("builtin:") and not os.path.isfile(path):
-            raise SetupError(f"loras.{name}: no such file, {path}")
 
 
 def _empty_app(settings: OnlineSettings, store: JobStore) -> FastAPI:

@@ -23,7 +23,6 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import Engine, delete, insert, select
-from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from vidgen_ray.errors import SetupError
@@ -112,52 +111,19 @@ class ApiKeys:
         return Tenant(name=record.tenant, key_id=_key_id(record), limits=record.limits or self._limits)
 
 
-class Sessions:
-    """Browser sessions: a random token in a cookie, its digest in the database.
-
-    Stored in the database of the jobs, so every replica accepts them and they survive a restart. Each request looks its key up
-    again: an expired key ends its sessions at once, a key removed from the keys file ends them at the next start.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def open(self, key_id: str) -> str:
-        """Return the token of a new session. Also deletes expired sessions."""
-        token = secrets.token_urlsafe(32)
-        now = time.time()
-        with self._engine.begin() as connection:
-            connection.execute(delete(SESSIONS).where(SESSIONS.c.expires_at < now))
-            row = {"digest": _token_digest(token), "key_id": key_id, "expires_at": now + SESSION_S}
-            connection.execute(insert(SESSIONS).values(row))
-        return token
-
-    def key_id(self, token: str) -> str | None:
-        """Return the id of the key that opened the session, or `None` if the token is unknown or expired."""
-        valid = SESSIONS.c.digest == _token_digest(token), SESSIONS.c.expires_at > time.time()
-        with self._engine.connect() as connection:
-            result = connection.execution_options(**READS).execute(select(SESSIONS.c.key_id).where(*valid))
-            return result.scalar_one_or_none()
-
-    def close(self, token: str) -> None:
-        with self._engine.begin() as connection:
-            connection.execute(delete(SESSIONS).where(SESSIONS.c.digest == _token_digest(token)))
-
-
 class Authenticator:
     """Authenticates the requests of the API and of the web page. Methods block: they read sessions from the database.
 
+    A session of a browser is a random token in a cookie, whose digest is in the database of the jobs: every replica accepts it,
+    and it survives a restart. Each request looks its key up again: an expired key ends its sessions at once, a key removed from
+    the keys file ends them at the next start.
     Counts the requests of each key in this process: with N API replicas a key may send N times as many.
     """
 
-    def __init__(self, keys: ApiKeys, sessions: Sessions) -> None:
-        self._keys = keys
-        self._sessions = sessions
+    def __init__(self, keys: ApiKeys, engine: Engine) -> None:
+        self.keys = keys
+        self._engine = engine
         self._request_rate = MovingWindowRateLimiter(MemoryStorage())
-
-    @property
-    def keys_are_required(self) -> bool:
-        return self._keys.are_required
 
     def api_tenant(self, request: Request, key: str | None) -> Tenant:
         """Return the tenant of an API request and count the request.
@@ -167,11 +133,11 @@ class Authenticator:
         Raises ApiError: 400 for an invalid URL, 401 without a valid key, 403 for another origin or host, 429 over the
         rate limit.
         """
-        self._check_host(request)
+        self._check_request(request)
         if request.method not in SAFE_METHODS and not is_same_origin(request):
             raise ApiError(403, "Cross-origin request refused.", code="cross_origin")
         has_key = "authorization" in request.headers
-        tenant = self._keys.verify(key)
+        tenant = self.keys.verify(key)
         if tenant is None and not has_key:
             tenant = self.session_tenant(request)
         if tenant is None:
@@ -186,7 +152,7 @@ class Authenticator:
 
         Raises ApiError: 400 for an invalid URL, 403 for another host, 429 over the rate limit.
         """
-        self._check_host(request)
+        self._check_request(request)
         tenant = self.session_tenant(request)
         if tenant is not None:
             self._count_request(tenant)
@@ -197,20 +163,32 @@ class Authenticator:
 
         A server without keys needs no session.
         """
-        if not self._keys.are_required:
-            return self._keys.verify(None)
-        token = request.cookies.get(SESSION_COOKIE)
-        key_id = self._sessions.key_id(token) if token else None
-        return self._keys.by_id(key_id) if key_id else None
+        if not self.keys.are_required:
+            return self.keys.verify(None)
+        if not (token := request.cookies.get(SESSION_COOKIE)):
+            return None
+        valid = SESSIONS.c.digest == hash_key(token), SESSIONS.c.expires_at > time.time()
+        with self._engine.connect() as connection:
+            connection.execution_options(**READS)
+            key_id = connection.scalar(select(SESSIONS.c.key_id).where(*valid))
+        return self.keys.by_id(key_id) if key_id else None
 
     def sign_in(self, key: str) -> str | None:
-        """Return the token of a new session, or `None` if the key is invalid."""
-        tenant = self._keys.verify(key) if key else None
-        return None if tenant is None else self._sessions.open(tenant.key_id)
+        """Return the token of a new session, or `None` if the key is invalid. Also deletes expired sessions."""
+        tenant = self.keys.verify(key) if key else None
+        if tenant is None:
+            return None
+        token, now = secrets.token_urlsafe(32), time.time()
+        with self._engine.begin() as connection:
+            connection.execute(delete(SESSIONS).where(SESSIONS.c.expires_at < now))
+            row = {"digest": hash_key(token), "key_id": tenant.key_id, "expires_at": now + SESSION_S}
+            connection.execute(insert(SESSIONS).values(row))
+        return token
 
     def sign_out(self, request: Request) -> None:
         if token := request.cookies.get(SESSION_COOKIE):
-            self._sessions.close(token)
+            with self._engine.begin() as connection:
+                connection.execute(delete(SESSIONS).where(SESSIONS.c.digest == hash_key(token)))
 
     def _count_request(self, tenant: Tenant) -> None:
         """Raise ApiError 429 over the limit."""
@@ -220,9 +198,11 @@ class Authenticator:
             message = f"More than {tenant.limits.requests_per_minute} requests in a minute with this key"
             raise too_many_requests(message, "rate_limit_exceeded", max(0.05, wait_s))
 
-    def _check_host(self, request: Request) -> None:
-        check_url(request)
-        if not self._keys.are_required:
+    def _check_request(self, request: Request) -> None:
+        # PostgreSQL rejects a NUL in queries.
+        if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
+            raise ApiError(400, "The URL contains a NUL character.", code="invalid_url")
+        if not self.keys.are_required:
             check_is_local(request)
 
 
@@ -316,28 +296,13 @@ def check_is_local(request: Request) -> None:
     if request.client is not None and not is_loopback(request.client.host):
         raise ApiError(403, "A server without API keys accepts requests from its own machine only.", code="unknown_host")
     # DNS rebinding: another site's name may resolve to this machine, and its page could then read the responses.
-    if not is_loopback(_requested_host(request.headers)):
+    host = request.headers.get("host", "")
+    if not is_loopback(host.partition("]")[0] if host.startswith("[") else host.partition(":")[0]):
         raise ApiError(403, "A server without API keys accepts requests for localhost only.", code="unknown_host")
-
-
-def check_url(request: Request) -> None:
-    """Raises ApiError 400 for a NUL in the URL, which PostgreSQL rejects in queries."""
-    if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
-        raise ApiError(400, "The URL contains a NUL character.", code="invalid_url")
-
-
-def _requested_host(headers: Headers) -> str:
-    """Return the Host header without its port."""
-    host = headers.get("host", "")
-    return host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
 
 
 def _key_id(record: KeyRecord) -> str:
     return record.sha256[:KEY_ID_LENGTH]
-
-
-def _token_digest(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
 
 
 def _read_key_file(file: Path) -> Sequence[KeyRecord]:

@@ -90,7 +90,10 @@ class JobFeed:
         Yields empty changes after `idle_s` seconds without any, so that the caller can check if it should stop.
         """
         with self._subscribed(tenant) as mailbox:
-            await self._ensure_polling()
+            async with self._starting:
+                if self._polling is None or self._polling.done():
+                    polled = await asyncio.to_thread(self._store.latest_version)
+                    self._polling = asyncio.create_task(self._poll(polled))
             # Read after the subscription: later changes arrive in the mailbox.
             while (missed := await asyncio.to_thread(self._store.changed_since, cursor, tenant=tenant)).cursor > cursor:
                 cursor = missed.cursor
@@ -117,12 +120,6 @@ class JobFeed:
             self._mailboxes[tenant].remove(mailbox)
             if not self._mailboxes[tenant]:
                 del self._mailboxes[tenant]
-
-    async def _ensure_polling(self) -> None:
-        async with self._starting:
-            if self._polling is None or self._polling.done():
-                cursor = await asyncio.to_thread(self._store.latest_version)
-                self._polling = asyncio.create_task(self._poll(cursor))
 
     async def _poll(self, cursor: int) -> None:
         while self._mailboxes:

@@ -437,19 +437,11 @@ RESULT_VALID_S = 2.0
 @cached(TTLCache(1, RESULT_VALID_S), key=lambda store, outputs: store, lock=Lock())
 def storage_problem(store: JobStore, outputs: OutputFolder) -> str | None:
     """Return a sentence that tells why jobs cannot be stored or finished, without paths. `None` if they can be. Blocks."""
-    return _output_problem(outputs) or _store_problem(store)
-
-
-def _output_problem(outputs: OutputFolder) -> str | None:
     with suppress(OSError):
         if outputs.storage.local is not None and (free := low_space(outputs.storage.local)):
             return f"The disk of the output folder is almost full: {free}. Delete files, or set retention_s."
     if (problem := outputs.write_problem()) is not None:
         return f"The output folder cannot be written: {without_paths(problem)}."
-    return None
-
-
-def _store_problem(store: JobStore) -> str | None:
     try:
         if store.folder is not None and (free := low_space(store.folder)):
             return f"The disk of the database is almost full: {free}."

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TypeVar, overload
+from typing import TypeVar
 
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.graph import file_sizes
@@ -32,25 +31,6 @@ from vidgen_ray.video_models import DEFAULT_MODEL, VIDEO_MODELS
 T = TypeVar("T")
 
 
-class PhotoFiles(Sequence[Image]):
-    """Photos that are read from their files each time they are used, so that only one of them is in memory."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = files
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    @overload
-    def __getitem__(self, index: int) -> Image: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> PhotoFiles: ...
-
-    def __getitem__(self, index: int | slice) -> Image | PhotoFiles:
-        return PhotoFiles(self._files[index]) if isinstance(index, slice) else read_image(self._files[index])
-
-
 class FaceCheck:
     """Face detector of an API replica. Loads its models at the first use, which most replicas never have."""
 
@@ -63,12 +43,12 @@ class FaceCheck:
         """Run `check` in the thread of all checks and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, check)
 
-    def check(self, photos: Sequence[Image]) -> list[DetectedPhoto]:
-        """Return the faces of each photo. Raise StageError if the photos are unsuitable, ApiError 400 without face models.
+    def check(self, photos: Iterable[Image], count: int = 1) -> list[DetectedPhoto]:
+        """Return the faces of each of `count` photos. Call it inside `run_exclusively`.
 
-        Call it inside `run_exclusively`.
+        Raises StageError if the photos are unsuitable, ApiError 400 without face models.
         """
-        return self._loaded_stage().detect_faces(photos)
+        return self._loaded_stage().detect_faces(photos, count)
 
     def _loaded_stage(self) -> InstantIDStage:
         if self._stage is None:
@@ -118,14 +98,10 @@ class ServerContext:
         """Model name -> the shot fields that it sets. The first is the default."""
         name = self.serving_profile.profile.name
         own = {name: {}, f"{name}-fast": {"mode": "fast"}}
-        own |= {f"{name}-{model}": {"video_model": model} for model in self._other_video_models}
-        return {**own, **{alias: own[target] for alias, target in self.settings.models.items() if target in own}}
-
-    @property
-    def _other_video_models(self) -> tuple[str, ...]:
-        """Served video models that are not the profile's default."""
         default = self.serving_profile.profile.defaults.get("video_model", DEFAULT_MODEL)
-        return tuple(name for name in VIDEO_MODELS if name in self.serving_profile.params and name != default)
+        others = [model for model in VIDEO_MODELS if model in self.serving_profile.params and model != default]
+        own |= {f"{name}-{model}": {"video_model": model} for model in others}
+        return {**own, **{alias: own[target] for alias, target in self.settings.models.items() if target in own}}
 
     @cached_property
     def default_shot(self) -> Shot:
@@ -161,8 +137,10 @@ class ServerContext:
         """Return the faces of each of these uploads. Raises ApiError 400 if one is not a photo of a face."""
 
         def check() -> list[DetectedPhoto]:
-            paths = [self.job_service.uploads.find(tenant.name, photo) for photo in photos]
-            return self.face_check.check(PhotoFiles([path for path in paths if path is not None]))
+            found = [self.job_service.uploads.find(tenant.name, photo) for photo in photos]
+            paths = [path for path in found if path is not None]
+            # Only one photo is in memory.
+            return self.face_check.check(map(read_image, paths), len(paths))
 
         try:
             return await self.face_check.run_exclusively(check)

@@ -175,7 +175,8 @@ async def _events(server: ServerContext, jobs: Sequence[Job], options: CreateIma
 async def _events_of(server: ServerContext, job: Job, options: CreateImages) -> AsyncIterator[ServerSentEvent]:
     """Yield an event for each intermediate image, as soon as its stage is done, and one for the result."""
     plan = await asyncio.to_thread(plan_job, job, server.serving_profile, server.settings) if options.partial_images else None
-    steps = _intermediate_steps(plan) if plan else []
+    # Those of all images of the shot but the last.
+    steps = [step for step in plan.steps if "image" in STAGE_BY_NAME[step.stage].writes][:-1] if plan else []
     index, last = 0, job
     async for current in server.job_feed.follow(job):
         last = require_existing(current)
@@ -203,11 +204,6 @@ def _event(options: CreateImages, name: str, job: Job, **fields: Any) -> ServerS
         **fields,
     }
     return ServerSentEvent(event=event, data=JSON_OBJECT.dump_json(data).decode())
-
-
-def _intermediate_steps(plan: ShotPlan) -> list[Step]:
-    """Return the steps of all images of the shot but the last."""
-    return [step for step in plan.steps if "image" in STAGE_BY_NAME[step.stage].writes][:-1]
 
 
 def _encode_intermediate(server: ServerContext, plan: ShotPlan, step: Step, options: CreateImages) -> str | None:

@@ -24,7 +24,6 @@ from pydantic import (
     PlainValidator,
     TypeAdapter,
     ValidationError,
-    ValidatorFunctionWrapHandler,
     WithJsonSchema,
     WrapValidator,
     create_model,
@@ -179,15 +178,11 @@ OWN_FIELDS = (*SIDES, *CROPS, "upscale_video", "scale", "seed")
 """Plain fields that videos and images define differently: sizes are those of the delivered file, a seed may be a list."""
 
 
-def _keep_auto(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    return value if value == AUTO else check(value)
-
-
 Frames = Annotated[
     int,
     Field(ge=MIN_FRAMES, le=MAX_FRAMES),
     # The shot replaces `auto`, since it knows the video model.
-    WrapValidator(_keep_auto),
+    WrapValidator(lambda value, check: value if value == AUTO else check(value)),
     PlainSerializer(lambda value: value, return_type=Any),
     WithJsonSchema(FRAMES_SCHEMA),
 ]

@@ -26,7 +26,6 @@ from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.online.store.store import UnknownJob
 from vidgen_ray.online.uploads import receive
-from vidgen_ray.profile import Profile
 from vidgen_ray.video_models import MODEL_DEFAULTS, without_other_models_defaults
 
 POLL_AFTER = "openai-poll-after-ms"
@@ -337,7 +336,9 @@ async def _estimate(
     else:
         new = await server.queue_estimator.estimate_new(job.shot)
     seconds = {stage: round(len(shots) * each, 3) for stage, each in new.stage_seconds.items()}
-    gpu_seconds = sum(each for stage, each in seconds.items() if _uses_gpu(stage, server.serving_profile.profile))
+    actor_of = server.serving_profile.profile.actor_of
+    on_gpu = [stage for stage in seconds if stage != OUTPUT and actor_of(STAGE_BY_NAME[stage]).device != "cpu"]
+    gpu_seconds = sum(seconds[stage] for stage in on_gpu)
     price = server.settings.gpu_hour_price
     video = video_response(job, JobEstimate(None, None, 0.0), server.serving_profile.licences)
     return Estimate.model_validate(
@@ -353,10 +354,6 @@ async def _estimate(
             "results": len(shots),
         }
     )
-
-
-def _uses_gpu(stage: str, profile: Profile) -> bool:
-    return stage != OUTPUT and profile.actor_of(STAGE_BY_NAME[stage]).device != "cpu"
 
 
 class ClientDisconnected(Exception):

@@ -20,7 +20,7 @@ class NameTaken(VidgenError):
 class Character(BaseModel):
     """Named person. `photos` are upload ids; the face keypoints come from the first one."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, from_attributes=True)
 
     id: str
     tenant: str
@@ -43,7 +43,7 @@ class Characters:
         with self._database.transaction() as transaction:
             query = select(CHARACTERS).where(CHARACTERS.c.tenant == tenant, CHARACTERS.c.name == name)
             if (row := transaction.connection.execute(query).one_or_none()) is not None:
-                if (existing := _character(row)).photos != tuple(photos):
+                if (existing := Character.model_validate(row)).photos != tuple(photos):
                     raise NameTaken(name)
                 if consent is None or consent == existing.consent:
                     return existing
@@ -68,23 +68,19 @@ class Characters:
         with self._database.read_connection() as connection:
             query = select(CHARACTERS).where(CHARACTERS.c.tenant == tenant, matches).limit(1)
             row = connection.execute(query).one_or_none()
-        return None if row is None else _character(row)
+        return None if row is None else Character.model_validate(row)
 
     def list(self, tenant: str) -> list[Character]:
         """Return all characters of a tenant, newest first."""
         query = select(CHARACTERS).where(CHARACTERS.c.tenant == tenant).order_by(CHARACTERS.c.seq.desc())
         with self._database.read_connection() as connection:
-            return [_character(row) for row in connection.execute(query)]
+            return [Character.model_validate(row) for row in connection.execute(query)]
 
     def delete(self, character_id: str, tenant: str) -> bool:
         """Delete a character. Jobs created with it keep their photos. Return False if the tenant has no such character."""
         own = [CHARACTERS.c.id == character_id, CHARACTERS.c.tenant == tenant]
         with self._database.transaction() as transaction:
             return transaction.connection.execute(delete(CHARACTERS).where(*own)).rowcount > 0
-
-
-def _character(row: object) -> Character:
-    return Character.model_validate(row, from_attributes=True)
 
 
 MIN_COUNTED_BYTES = 4096
@@ -98,7 +94,7 @@ class StorageFull(VidgenError):
 class Upload(BaseModel):
     """File uploaded by a tenant. `file` is its name in the upload folder, the sha256 of its content."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, from_attributes=True)
 
     id: str
     tenant: str
@@ -125,7 +121,7 @@ class UploadRecords:
         with self._database.transaction() as transaction:
             if (row := transaction.connection.execute(select(UPLOADS).where(*own)).one_or_none()) is not None:
                 transaction.connection.execute(update(UPLOADS).where(*own).values(used_at=self._now()))
-                return _upload(row)
+                return Upload.model_validate(row)
             if max_bytes is not None:
                 _check_space(transaction.connection, tenant, size, max_bytes)
             now = self._now()
@@ -138,7 +134,7 @@ class UploadRecords:
         query = select(UPLOADS).where(UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id)
         with self._database.read_connection() as connection:
             row = connection.execute(query).one_or_none()
-        return None if row is None else _upload(row)
+        return None if row is None else Upload.model_validate(row)
 
     def use(self, upload_id: str, tenant: str) -> Upload | None:
         """Return the tenant's upload and record that it is used, or return `None`."""
@@ -146,7 +142,7 @@ class UploadRecords:
         used = update(UPLOADS).where(*own).values(used_at=self._now()).returning(UPLOADS)
         with self._database.transaction() as transaction:
             row = transaction.connection.execute(used).one_or_none()
-        return None if row is None else _upload(row)
+        return None if row is None else Upload.model_validate(row)
 
     def expire(self, unused_s: float, remove: Callable[[str], None]) -> None:
         """Delete the uploads whose last use is more than `unused_s` seconds ago.
@@ -213,7 +209,3 @@ def _remove_unreferenced(connection: Connection, files: Iterable[str], remove: C
         uploaded = select(UPLOADS.c.id).where(UPLOADS.c.file == file).limit(1)
         if connection.execute(uploaded).first() is None and not _has_open_job(connection, file):
             remove(file)
-
-
-def _upload(row: object) -> Upload:
-    return Upload.model_validate(row, from_attributes=True)

@@ -194,13 +194,9 @@ def job_of(row: Row[Any]) -> Job:
 
 def row_of(job: Job) -> dict[str, Any]:
     """Return the column values of a job, except `seq` and those of its lease."""
-    return {**job.model_dump(mode="json"), "search_text": _search_text(job)}
-
-
-def _search_text(job: Job) -> str:
-    """Return the text of a job that a search looks for."""
     texts = (job.shot.prompt, job.shot.style_prompt, job.request.get("character"), f"seed:{job.shot.seed}", job.id)
-    return " ".join(["", *(str(text) for text in texts if text)]).casefold()
+    search_text = " ".join(["", *(str(text) for text in texts if text)]).casefold()
+    return {**job.model_dump(mode="json"), "search_text": search_text}
 
 
 def _all_queued() -> Select[Any]:

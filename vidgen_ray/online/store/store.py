@@ -214,7 +214,9 @@ class JobStore:
         sorted_by = JOBS.c.seq.asc() if order == "asc" else JOBS.c.seq.desc()
         with self._database.read_connection() as connection:
             if after is not None:
-                position = _position(connection, after, tenant)
+                own = JOBS.c.id == after, JOBS.c.tenant == tenant
+                if (position := connection.scalar(select(JOBS.c.seq).where(*own))) is None:
+                    raise UnknownJob(after)
                 matching.append(JOBS.c.seq > position if order == "asc" else JOBS.c.seq < position)
             rows = connection.execute(select(JOBS).where(*matching).order_by(sorted_by).limit(limit + 1)).all()
         return Page([job_of(row) for row in rows[:limit]], len(rows) > limit)
@@ -334,14 +336,6 @@ def _check_limits(connection: Connection, tenant: str, new: int, max_queued: int
         opened = connection.scalars(count.where(IS_OPEN, JOBS.c.state.in_(OPEN_STATES), JOBS.c.tenant == tenant)).one()
         if opened + new > max_open:
             raise LimitReached(max_open)
-
-
-def _position(connection: Connection, job_id: str, tenant: str) -> int:
-    """Return the place of a job in the order of creation. Raises UnknownJob if it is not a job of the tenant."""
-    position = connection.execute(select(JOBS.c.seq).where(JOBS.c.id == job_id, JOBS.c.tenant == tenant)).scalar()
-    if position is None:
-        raise UnknownJob(job_id)
-    return int(position)
 
 
 def _jobs_of_key(connection: Connection, tenant: str, key: str, fingerprint: str) -> list[Job] | None:
