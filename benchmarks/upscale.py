@@ -231,7 +231,7 @@ def vidgen(workers: int) -> Callable[[Path, Path, int], dict[str, Any]]:
         options = UpscaleOptions(model, EncodeSettings(), scale=scale, force=True)
         report = upscale_file(video, out, options, settings, Threads(workers))
         with UpscaledFrame(video, scale) as check:
-            psnr_db = check.psnr_db(UpscaleNetwork(model, settings, check.size)([check.pixels])[0])
+            psnr_db = check.psnr_db(UpscaleNetwork(model, settings, check.size)(check.pixels))
         return {"frames": report.frames, "seconds": report.seconds, "psnr_db": psnr_db, "settings": str(settings)}
 
     return run
@@ -247,7 +247,7 @@ def network_only(video: Path, _out: Path, scale: int) -> dict[str, Any]:
         network = UpscaleNetwork(model, settings, check.size)
         # Equal frames would be computed once.
         frames = [check.pixels, check.pixels[::-1].copy()]
-        psnr_db = check.psnr_db(network([check.pixels])[0])
+        psnr_db = check.psnr_db(network(check.pixels))
         list(upscale_frames(islice(cycle(frames), WARM_UP), network))
         begin = time.monotonic()
         count = sum(1 for _ in upscale_frames(islice(cycle(frames), MEASURED), network))
@@ -263,8 +263,8 @@ class UpscaledFrame:
         self.size = source.width * scale, source.height * scale
         self.pixels = next(FrameReader(source).read(0, 1))
         self._expected = UpscaleNetwork(find_model(DEFAULT_MODEL), EngineSettings(threads=usable_cpus()), self.size)(
-            [self.pixels]
-        )[0]
+            self.pixels
+        )
 
     def psnr_db(self, upscaled: np.ndarray) -> float | None:
         error = np.mean((upscaled.astype(float) - self._expected.astype(float)) ** 2)

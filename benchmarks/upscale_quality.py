@@ -98,7 +98,7 @@ def fast_paths(model: UpscaleModel, base: EngineSettings) -> dict[str, EngineSet
 
 def upscaled(model: UpscaleModel, settings: EngineSettings, frames: Clip) -> Clip:
     network = UpscaleNetwork(model, settings)
-    return [result for frame in frames for result in network([frame])]
+    return [network(frame) for frame in frames]
 
 
 def compare(got: Clip, expected: Clip, jod: Callable[[Clip, Clip], float] | None) -> dict[str, Any]:

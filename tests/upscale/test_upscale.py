@@ -63,7 +63,7 @@ def test_frames_are_those_of_the_network_in_order(tmp_path, upscale, short_segme
     network = UpscaleNetwork(tiny_model, job_module.EngineSettings(threads=1))
     got, _ = decoded(tmp_path / "out.mp4")
     for number in range(len(frames)):
-        scores = [psnr(got[number], network([other])[0]) for other in frames]
+        scores = [psnr(got[number], network(other)) for other in frames]
         assert int(np.argmax(scores)) == number
         # Chroma at half resolution and a little compression.
         assert scores[number] > 28
@@ -210,13 +210,13 @@ def test_equal_frames_are_computed_once(tmp_path, tiny_model):
         settings = network.settings
 
         def __call__(self, pixels):
-            calls.append(len(pixels))
+            calls.append(pixels)
             return network(pixels)
 
     got = list(job_module.upscale_frames(iter(frames), Counting()))
-    expected = [network([pixels])[0] for pixels in frames]
+    expected = [network(pixels) for pixels in frames]
     assert len(got) == 8
-    assert sum(calls) == 4
+    assert len(calls) == 4
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(got, expected, strict=True))
 
 

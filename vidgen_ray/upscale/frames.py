@@ -21,7 +21,7 @@ from vidgen_ray.media.encode import Mp4Settings
 from vidgen_ray.media.media_file import wrap_errors, wrap_write_errors
 from vidgen_ray.stages.base import torch_threads
 from vidgen_ray.stages.rife import RifeParams, similarity
-from vidgen_ray.upscale.source import Colour, Place, VideoSource
+from vidgen_ray.upscale.source import HLG, PQ, Colour, Place, VideoSource
 from vidgen_ray.weights import resolve
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def _options(source: VideoSource, settings: EncodeSettings) -> dict[str, str]:
         }
     if settings.codec == "hevc":
         parameters = ["open-gop=0", "log-level=none", f"pools={settings.threads}", "frame-threads=1", *hdr]
-        if source.colour.is_hdr:
+        if source.colour.transfer in (PQ, HLG):
             parameters += ["hdr10-opt=1", "repeat-headers=0"]
         return {"crf": str(settings.crf), "preset": settings.preset, "x265-params": ":".join(parameters)}
     parameters = [f"lp={settings.threads}", *hdr]

@@ -179,15 +179,16 @@ def upscale_frames(frames: Iterator[Pixels], network: UpscaleNetwork | None) -> 
         return
     settings = network.settings
     distinct = _without_repeats(frames)
-    calls: deque[tuple[Future[list[Pixels]], int]] = deque()
+    calls: deque[tuple[Future[Pixels], int]] = deque()
     pool = ThreadPoolExecutor(settings.parallel_calls)
     try:
         for pixels, count in distinct:
-            calls.append((pool.submit(network, [pixels]), count))
+            calls.append((pool.submit(network, pixels), count))
             if len(calls) > CALLS_AHEAD * settings.parallel_calls:
-                yield from _repeated(*calls.popleft())
-        while calls:
-            yield from _repeated(*calls.popleft())
+                upscaled, count = calls.popleft()
+                yield from repeat(upscaled.result(), count)
+        for upscaled, count in calls:
+            yield from repeat(upscaled.result(), count)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -204,11 +205,6 @@ def _without_repeats(frames: Iterator[Pixels]) -> Iterator[tuple[Pixels, int]]:
             yield last, count
             last, count = pixels, 1
     yield last, count
-
-
-def _repeated(result: Future[list[Pixels]], count: int) -> Iterator[Pixels]:
-    (pixels,) = result.result()
-    return repeat(pixels, count)
 
 
 def ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:

@@ -45,6 +45,7 @@ def plan_copies(source: VideoSource, suffix: str) -> tuple[list[int], list[str]]
     Raises MediaError.
     """
     kept, notes = [], []
+    held = FORMATS[suffix]
     with wrap_errors(f"{source.path}: cannot be read"), open_media(source.path, source.container) as opened:
         video, chapters = opened.streams.best("video"), opened.chapters()
         for stream in opened.streams:
@@ -56,15 +57,11 @@ def plan_copies(source: VideoSource, suffix: str) -> tuple[list[int], list[str]]
             name = f"stream {stream.index} ({stream.type}{f', {codec}' if codec else ''})"
             if stream.type not in COPIED or (codec is None and stream.type != "attachment"):
                 notes.append(f"{name} is not copied")
-            elif not _can_hold(FORMATS[suffix], codec):
+            elif not (held == "matroska" or codec in IN_MP4 or (held == "mov" and codec in PCM_IN_MOV)):
                 notes.append(f"{name} is not copied, {suffix} cannot hold it; choose an output that ends in .mkv")
             else:
                 kept.append(stream.index)
     return kept, notes
-
-
-def _can_hold(file_format: str, codec: str | None) -> bool:
-    return file_format == "matroska" or codec in IN_MP4 or (file_format == "mov" and codec in PCM_IN_MOV)
 
 
 def join_segments(

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
 from importlib.util import find_spec
@@ -168,19 +168,18 @@ class UpscaleNetwork:
         """Return the network's own factor."""
         return int(self.network.scale)
 
-    def __call__(self, frames: Sequence[Pixels]) -> list[Pixels]:
-        """Upscale frames (H, W, 3) of one size. Raises StageError for NaN and infinity."""
+    def __call__(self, frame: Pixels) -> Pixels:
+        """Upscale a frame (H, W, 3). Raises StageError for NaN and infinity."""
         import torch
 
-        # A stack owns its pixels; torch has few operations for uint16.
-        stacked = np.stack(frames)
-        kind = stacked.dtype
-        pixels = torch.from_numpy(stacked if kind == np.uint8 else stacked.astype(np.int32)).to(self.settings.device)
+        # A copy owns its pixels; torch has few operations for uint16.
+        owned = frame.astype(np.uint8 if frame.dtype == np.uint8 else np.int32, order="C")
+        pixels = torch.from_numpy(owned[None]).to(self.settings.device)
         with torch.inference_mode(), torch_threads(self.settings.threads_per_call):
             levels, total = self._upscaled(pixels)
             if not total.isfinite():
                 raise StageError(NOT_FINITE)
-            return list(levels.cpu().numpy().astype(kind, copy=False))
+            return levels[0].cpu().numpy().astype(frame.dtype, copy=False)
 
     def _upscaled(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return levels (T, H, W, 3) of the type of `frames`, and the sum of the pixels, which is finite only if all are."""

@@ -55,10 +55,6 @@ class Colour:
     transfer: int
     full_range: bool
 
-    @property
-    def is_hdr(self) -> bool:
-        return self.transfer in (PQ, HLG)
-
 
 @dataclass(frozen=True, slots=True)
 class FrameTimes:
@@ -205,7 +201,8 @@ def _times_of(
 
 
 def _colour_of(frame: Any) -> tuple[Colour, list[str]]:
-    tags = Colour(int(frame.colorspace), int(frame.color_primaries), int(frame.color_trc), _is_full_range(frame))
+    full_range = int(frame.color_range) == FULL_RANGE or frame.format.name.startswith("yuvj")
+    tags = Colour(int(frame.colorspace), int(frame.color_primaries), int(frame.color_trc), full_range)
     if frame.format.is_rgb:
         return Colour(BT709, tags.primaries, tags.transfer, False), ["RGB is encoded as YUV (BT.709)"]
     if tags.matrix not in (0, UNSPECIFIED):
@@ -214,10 +211,6 @@ def _colour_of(frame: Any) -> tuple[Colour, list[str]]:
     matrix, name = (BT601, "BT.601") if is_sd else (BT709, "BT.709")
     # The upscaled file is larger, so players would assume another matrix for it.
     return Colour(matrix, tags.primaries, tags.transfer, tags.full_range), [f"has no colour tag; {name} is assumed and tagged"]
-
-
-def _is_full_range(frame: Any) -> bool:
-    return int(frame.color_range) == FULL_RANGE or frame.format.name.startswith("yuvj")
 
 
 def _lost(frame: Any) -> list[str]:

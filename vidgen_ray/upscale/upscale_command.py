@@ -152,12 +152,15 @@ def upscale(
         raise UsageError(f"--out: got {out!r}, must be a folder or file on a disk")
     if preview is not None and fps is not None:
         raise UsageError("--preview: cannot be combined with --fps, the preview shows the frames of the video")
-    found = _find_videos(videos or [])
-    targets = _targets(found, Path(out))
+    if not videos:
+        raise UsageError("VIDEO: got nothing, must be video files, folders or patterns")
+    if codec != "av1" and crf is not None and crf > 51:
+        raise UsageError(f"--crf: got {crf}, must be from 0 to 51 for {codec}")
+    targets = _targets(list(dict.fromkeys(path for text in videos for path in _named(text))), Path(out))
     network = find_model(model, denoise)
     options = UpscaleOptions(
         model=network,
-        encode=_encode_settings(codec, crf, preset),
+        encode=EncodeSettings(codec=codec, crf=DEFAULT_CRF[codec] if crf is None else crf, preset=preset),
         scale=None if to else (2 if scale is None else scale),
         fit=_parse_size(to) if to else None,
         fps=_parse_fps(fps) if fps else None,
@@ -251,7 +254,9 @@ def _runner(
     """Yield the settings of the network, and what makes segments: threads of this process, or a Ray cluster."""
     try:
         if address is None:
-            device = device or _default_device()
+            import torch
+
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             workers = workers or default_workers(device)
             settings = choose_settings(model, device, workers)
             _note(f"{model.name}: {settings}{f', {workers} workers' if workers > 1 else ''}")
@@ -272,20 +277,8 @@ def _note(message: str) -> None:
     typer.echo(f"vidgen: {message}", err=True)
 
 
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _find_videos(given: Sequence[str]) -> list[Path]:
-    """Return the files that the arguments name, in order. Raises UsageError if an argument names none."""
-    if not given:
-        raise UsageError("VIDEO: got nothing, must be video files, folders or patterns")
-    return list(dict.fromkeys(path for text in given for path in _named(text)))
-
-
 def _named(text: str) -> list[Path]:
+    """Return the videos that an argument names, in order. Raises UsageError if it names none."""
     if URL.match(text):
         raise UsageError(f"VIDEO: got {text!r}, {NOT_A_URL}")
     path = Path(text).expanduser()
@@ -326,12 +319,6 @@ def _targets(videos: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
         if (other := names.setdefault(target, video)) != video:
             raise UsageError(f"VIDEO: {other} and {video} would both become {target}; upscale them to different folders")
     return targets
-
-
-def _encode_settings(codec: Codec, crf: int | None, preset: Preset) -> EncodeSettings:
-    if codec != "av1" and crf is not None and crf > 51:
-        raise UsageError(f"--crf: got {crf}, must be from 0 to 51 for {codec}")
-    return EncodeSettings(codec=codec, crf=DEFAULT_CRF[codec] if crf is None else crf, preset=preset)
 
 
 def _parse_size(text: str) -> Size:
