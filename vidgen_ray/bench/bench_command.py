@@ -104,13 +104,15 @@ def bench_stages(
 
 
 def _measure(profile: Profile, stage_class: type[Stage[Any]], shot: Shot, options: BenchOptions) -> Measurement:
+    import torch
+
     params = profile.params(stage_class)
     item = _item_for(profile, stage_class, shot)
     on_gpu = str(params.device).startswith("cuda")
     try:
         with stage_class(params) as stage:
             if on_gpu:
-                _reset_peak_memory()
+                torch.cuda.reset_peak_memory_stats()
             if isinstance(stage, ChunkedStage):
                 return _measure_chunk(stage, item, options, on_gpu)
             return _measure_steps(stage, item, options, on_gpu)
@@ -208,12 +210,6 @@ def _size(shot: Shot) -> str:
     return f"{shot.width}x{shot.height}x{shot.num_frames}"
 
 
-def _reset_peak_memory() -> None:
-    import torch
-
-    torch.cuda.reset_peak_memory_stats()
-
-
 def _peak_gb() -> float:
     import torch
 
@@ -280,8 +276,8 @@ def bench(
         shots = _shots(chosen, lora, size, frames, upscalers, stages, quick=quick, identity="none" if is_random else None)
         results = []
         for result in bench_stages(chosen, shots, QUICK if quick else BenchOptions(), stages):
-            if STAGE_BY_NAME[result.stage].actor in models:
-                result = _marked_random(result)
+            if result.measurement and STAGE_BY_NAME[result.stage].actor in models:
+                result = replace(result, measurement=result.measurement.model_copy(update={"random_weights": True}))
             results.append(result)
             if not as_json:
                 typer.echo(_progress(result), err=True)
@@ -394,12 +390,6 @@ def _with_random_weights(profile: Profile, models: Mapping[str, RandomModel]) ->
 
     with networks_from(make):
         yield profile.model_copy(update={"actors": {**profile.actors, **actors}})
-
-
-def _marked_random(result: StageResult) -> StageResult:
-    if result.measurement is None:
-        return result
-    return replace(result, measurement=result.measurement.model_copy(update={"random_weights": True}))
 
 
 def _chain(profile: Profile, shot: Shot) -> dict[str, float] | None:

@@ -144,7 +144,13 @@ def random_pipeline(networks: Mapping[str, PublishedNetwork], params: StageParam
     for component, model in models.items():
         needed[places[component]] += sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     for device, size in needed.items():
-        _require_memory(size, device)
+        free = free_bytes(device)
+        if size > free:
+            kind = "GPU" if device.startswith("cuda") else "host"
+            raise SetupError(
+                f"the weights need {size / GB:.3g} GB of {kind} memory, {free / GB:.3g} GB are free; "
+                "use a profile for smaller machines"
+            )
     for component, model in models.items():
         _draw_weights(model, dtype, places[component])
     return models
@@ -157,17 +163,6 @@ def _place(component: str, params: StageParams) -> str:
     ):
         return "cpu"
     return params.device
-
-
-def _require_memory(size: int, device: str) -> None:
-    """Raise SetupError if less memory is free on the device. `size` is in bytes."""
-    free = free_bytes(device)
-    if size > free:
-        kind = "GPU" if device.startswith("cuda") else "host"
-        raise SetupError(
-            f"the weights need {size / GB:.3g} GB of {kind} memory, {free / GB:.3g} GB are free; "
-            "use a profile for smaller machines"
-        )
 
 
 def empty_network(network: PublishedNetwork) -> Any:

@@ -74,7 +74,7 @@ def build_flux(folder: Path, *, guidance: bool = True) -> None:
     Without `guidance`, write FLUX.1-schnell: fixed shift, 256 T5 tokens.
     """
     clip, t5 = clip_tokenizer(), t5_tokenizer(512 if guidance else 256)
-    transformer = _flux_transformer(guidance)
+    transformer = flux_transformer(guidance)
     FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=3.0 if guidance else 1.0,
@@ -87,11 +87,6 @@ def build_flux(folder: Path, *, guidance: bool = True) -> None:
         tokenizer_2=t5,
         transformer=transformer,
     ).save_pretrained(folder)
-
-
-def build_lora(file: Path) -> None:
-    """Write a LoRA on every attention projection of the tiny FLUX, in the diffusers layout."""
-    write_random_lora(_flux_transformer(guidance=True), file, seed=4)
 
 
 def write_random_lora(transformer: torch.nn.Module, file: Path, seed: int, *, rank: int = 4, scale: float = 0.3) -> None:
@@ -215,7 +210,7 @@ def _svd_unet() -> Any:
     return unet
 
 
-def _flux_transformer(guidance: bool) -> Any:
+def flux_transformer(guidance: bool) -> Any:
     torch.manual_seed(0)
     return FluxTransformer2DModel(
         num_layers=2,
@@ -346,14 +341,9 @@ def build_klein(folder: Path) -> None:
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
-        transformer=_klein_transformer(),
+        transformer=klein_transformer(),
         is_distilled=True,
     ).save_pretrained(folder)
-
-
-def build_klein_lora(file: Path) -> None:
-    """Write a random LoRA on the attention of the tiny FLUX.2 klein, in the layout of diffusers."""
-    write_random_lora(_klein_transformer(), file, seed=21)
 
 
 def build_qwen_edit(folder: Path) -> None:
@@ -413,7 +403,7 @@ def build_qwen_edit(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _klein_transformer() -> Any:
+def klein_transformer() -> Any:
     torch.manual_seed(23)
     return Flux2Transformer2DModel(
         num_layers=1,
@@ -440,6 +430,8 @@ def _qwen_tokenizer() -> Any:
 VIDEO_TEXT_CHANNELS = 32
 WAN_CHANNELS, TI2V_CHANNELS = 16, 48
 """Latent channels of the two autoencoders of Wan 2.2."""
+WAN_INPUTS = 2 * WAN_CHANNELS + 4
+"""Channels of noise, image latents and a mask."""
 
 
 def build_wan(folder: Path) -> None:
@@ -448,8 +440,7 @@ def build_wan(folder: Path) -> None:
     vae = AutoencoderKLWan(
         base_dim=3, z_dim=WAN_CHANNELS, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
-    # Noise, image latents and a mask of 4 channels.
-    high, low = (_wan_transformer(2 * WAN_CHANNELS + 4, WAN_CHANNELS, seed) for seed in (6, 7))
+    high, low = (wan_transformer(WAN_INPUTS, WAN_CHANNELS, seed) for seed in (6, 7))
     _wan(vae, transformer=high, transformer_2=low, boundary_ratio=0.9).save_pretrained(folder)
 
 
@@ -469,18 +460,8 @@ def build_wan_ti2v(folder: Path) -> None:
         num_res_blocks=1,
         scale_factor_spatial=16,
     )
-    transformer = _wan_transformer(TI2V_CHANNELS, TI2V_CHANNELS, 9)
+    transformer = wan_transformer(TI2V_CHANNELS, TI2V_CHANNELS, 9)
     _wan(vae, transformer=transformer, transformer_2=None, expand_timesteps=True).save_pretrained(folder)
-
-
-def build_wan_lora(file: Path) -> None:
-    """Write a LoRA on the attention of either transformer of the tiny Wan I2V-A14B, in the layout of diffusers."""
-    write_random_lora(_wan_transformer(2 * WAN_CHANNELS + 4, WAN_CHANNELS, 6), file, seed=12)
-
-
-def build_ltx_lora(file: Path) -> None:
-    """Write a LoRA on the attention of the tiny LTX-Video, in the layout of diffusers."""
-    write_random_lora(_ltx_transformer(), file, seed=12)
 
 
 def _wan(vae: Any, **parts: Any) -> Any:
@@ -508,7 +489,7 @@ def _wan(vae: Any, **parts: Any) -> Any:
     )
 
 
-def _wan_transformer(in_channels: int, out_channels: int, seed: int) -> Any:
+def wan_transformer(in_channels: int, out_channels: int, seed: int) -> Any:
     torch.manual_seed(seed)
     return WanTransformer3DModel(
         num_attention_heads=2,
@@ -526,7 +507,7 @@ def _wan_transformer(in_channels: int, out_channels: int, seed: int) -> Any:
 def build_ltx(folder: Path, *, timestep_conditioning: bool = False) -> None:
     """Write LTX-Video 0.9, 32x32x8 compression. With `timestep_conditioning` of the autoencoder: LTX-Video 0.9.8."""
     tokenizer = t5_tokenizer(128)
-    transformer = _ltx_transformer()
+    transformer = ltx_transformer()
     torch.manual_seed(10)
     vae = AutoencoderKLLTXVideo(
         latent_channels=8,
@@ -555,7 +536,7 @@ def build_ltx(folder: Path, *, timestep_conditioning: bool = False) -> None:
     ).save_pretrained(folder)
 
 
-def _ltx_transformer() -> Any:
+def ltx_transformer() -> Any:
     torch.manual_seed(11)
     return LTXVideoTransformer3DModel(
         in_channels=8,

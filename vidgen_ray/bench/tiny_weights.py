@@ -23,7 +23,18 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection
 
 from vidgen_ray.bench import tiny_networks
-from vidgen_ray.bench.tiny_networks import autoencoder, clip_text_encoder, clip_tokenizer
+from vidgen_ray.bench.tiny_networks import (
+    WAN_CHANNELS,
+    WAN_INPUTS,
+    autoencoder,
+    clip_text_encoder,
+    clip_tokenizer,
+    flux_transformer,
+    klein_transformer,
+    ltx_transformer,
+    wan_transformer,
+    write_random_lora,
+)
 from vidgen_ray.nets.identity_networks import (
     EMBEDDING_SIZE,
     NET_FOLDER,
@@ -102,7 +113,8 @@ def _detector() -> onnx.ModelProto:
     points = (np.array(POINTS) + 0.5).ravel().astype(np.float32)
     for stride in STRIDES:
         cells = graph.node("AveragePool", "input.1", kernel_shape=[stride, stride], strides=[stride, stride])
-        score = _skin_peaks(graph, cells) if stride == STRIDES[-1] else _zeros(graph, cells)
+        zeros = graph.constant(np.zeros((ANCHORS, 3, 1, 1), "f4"))
+        score = _skin_peaks(graph, cells) if stride == STRIDES[-1] else graph.node("Conv", cells, zeros)
         for kind, value, width in (
             ("score", score, 1),
             ("bbox", _same_in_every_cell(graph, cells, box), 4),
@@ -132,12 +144,6 @@ def _skin_peaks(graph: _Graph, cells: str) -> str:
     peaks = graph.node("Mul", score, is_peak)
     second_anchor = graph.node("Mul", peaks, graph.constant(np.array(0.0, "f4")))
     return graph.node("Concat", peaks, second_anchor, axis=1)
-
-
-def _zeros(graph: _Graph, cells: str) -> str:
-    """Return scores of zero for all cells and anchors."""
-    weights = graph.constant(np.zeros((ANCHORS, 3, 1, 1), "f4"))
-    return graph.node("Conv", cells, weights)
 
 
 def _same_in_every_cell(graph: _Graph, cells: str, values: NDArray[np.float32]) -> str:
@@ -275,18 +281,18 @@ def _sdxl_unet() -> UNet2DConditionModel:
 BUILDERS: Mapping[str, Callable[[Path], None]] = {
     "flux": tiny_networks.build_flux,
     "flux-schnell": partial(tiny_networks.build_flux, guidance=False),
-    "lora.safetensors": tiny_networks.build_lora,
+    "lora.safetensors": lambda file: write_random_lora(flux_transformer(guidance=True), file, seed=4),
     "hunyuandit": tiny_networks.build_hunyuandit,
     "klein": tiny_networks.build_klein,
-    "klein-lora.safetensors": tiny_networks.build_klein_lora,
+    "klein-lora.safetensors": lambda file: write_random_lora(klein_transformer(), file, seed=21),
     "qwen-edit": tiny_networks.build_qwen_edit,
     "svd": tiny_networks.build_svd,
     "wan": tiny_networks.build_wan,
     "wan-ti2v": tiny_networks.build_wan_ti2v,
-    "wan-lora.safetensors": tiny_networks.build_wan_lora,
+    "wan-lora.safetensors": lambda file: write_random_lora(wan_transformer(WAN_INPUTS, WAN_CHANNELS, 6), file, seed=12),
     "ltx": tiny_networks.build_ltx,
     "ltx-distilled": partial(tiny_networks.build_ltx, timestep_conditioning=True),
-    "ltx-lora.safetensors": tiny_networks.build_ltx_lora,
+    "ltx-lora.safetensors": lambda file: write_random_lora(ltx_transformer(), file, seed=12),
     "antelopev2": build_antelopev2,
     "ir_se50.pth": build_ir_se50,
     "infusenet": build_infusenet,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -14,7 +14,7 @@ from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError
 from vidgen_ray.planner import layout
 from vidgen_ray.planner.cluster import Cluster, Node
 from vidgen_ray.planner.demand import ENCODE_SECONDS, Calibration, Demand, seconds_of, total_seconds
-from vidgen_ray.planner.gpu_memory import ActorMemory, actors_of, reference_shots
+from vidgen_ray.planner.gpu_memory import actors_of, reference_shots
 from vidgen_ray.planner.layout import SHOTS_PER_SWAP, Actor, Candidates, Kind, Layout, Slot
 from vidgen_ray.planner.solver import (
     DIRECTOR_CPUS,
@@ -24,7 +24,6 @@ from vidgen_ray.planner.solver import (
     FilledSlot,
     Packing,
     PackingProblem,
-    SlotsOfNode,
     explain_infeasible,
     host_gb_of_nodes,
     pack,
@@ -262,13 +261,20 @@ def plan(
         rate = ENCODER_BUSY / max(encode_seconds, 1.0)
         return estimate("fused", Packing(rate, (), 1), demand, cluster, timing, (), price)
     on_gpu = any(actor.on_gpu for actor in actors)
-    slots_of = _gpu_slots if on_gpu else _cpu_slots(actors)
+    cpus_per_slot = max(1.0, *(actor.cpus for actor in actors))
+
+    def slots_of(node: Node) -> Mapping[float, int]:
+        # On CPUs: one per core, or fewer if an actor needs more cores, and at least one.
+        return Counter(node.gpus) if on_gpu else {0.0: max(1, int(node.cpus / cpus_per_slot))}
+
     problem = PackingProblem(actors, encode_seconds, demand.shots, slots_of, profile.swap_gb_per_s)
     if on_gpu:
         kind, packing, considered = _pack_gpus(profile, problem, cluster)
     else:
         kind, packing, considered = _pack_cpus(profile, problem, cluster)
-    return estimate(kind, packing, demand, cluster, timing, considered, price, tuple(_memory_notes(memories)))
+    notes = [f"the largest shots run with lower-memory settings: {options}" for each in memories for options in each.lowered]
+    notes += [f"shots will fail: {reason}" for each in memories for reason in each.refused]
+    return estimate(kind, packing, demand, cluster, timing, considered, price, tuple(notes))
 
 
 def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibration]) -> Timing:
@@ -282,22 +288,6 @@ def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibrat
         if not expected.is_known:
             assumed.append(stage.name)
     return Timing(seconds, min(0.9, spread_seconds / sum(seconds.values())) if seconds else 0.0, tuple(assumed))
-
-
-def _memory_notes(memories: Iterable[ActorMemory]) -> Iterator[str]:
-    for memory in memories:
-        yield from (f"the largest shots run with lower-memory settings: {options}" for options in memory.lowered)
-        yield from (f"shots will fail: {reason}" for reason in memory.refused)
-
-
-def _gpu_slots(node: Node) -> Mapping[float, int]:
-    return Counter(node.gpus)
-
-
-def _cpu_slots(actors: Iterable[Actor]) -> SlotsOfNode:
-    """Return node -> number of worker slots: one per core, or fewer if an actor needs more cores, and at least one."""
-    cpus_per_slot = max(1.0, *(actor.cpus for actor in actors))
-    return lambda node: {0.0: max(1, int(node.cpus / cpus_per_slot))}
 
 
 Choice = tuple[Kind, Packing, tuple[ConsideredLayout, ...]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import ge
 from typing import Any
 
 from vidgen_ray.errors import ProfileError, SetupError
@@ -42,16 +43,12 @@ class ShotSizes:
             return
         kept[size] = shot
         if len(kept) > MAX_SIZES:
-            for other in [a for a in kept if any(a != b and _is_at_least(b, a) for b in kept)]:
+            for other in [a for a in kept if any(a != b and all(map(ge, b, a)) for b in kept)]:
                 del kept[other]
 
     @property
     def shots(self) -> tuple[Shot, ...]:
         return tuple(shot for kept in self._kinds.values() for shot in kept.values())
-
-
-def _is_at_least(size: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    return all(a >= b for a, b in zip(size, other, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

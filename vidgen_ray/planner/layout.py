@@ -304,10 +304,11 @@ def drop_dominated(assignments: Sequence[Assignment], *, ignore_host_limits: boo
         )
         return swaps_less or (needs_less and not ignore_host_limits)
 
-    def is_dominated(assignment: Assignment) -> bool:
-        return any(assignment.actors < other.actors and not has_advantage(assignment, other) for other in assignments)
-
-    return [assignment for assignment in assignments if not is_dominated(assignment)]
+    return [
+        assignment
+        for assignment in assignments
+        if not any(assignment.actors < other.actors and not has_advantage(assignment, other) for other in assignments)
+    ]
 
 
 def _fitting(assignments: Sequence[Assignment], memory_gb: float) -> list[Assignment]:

@@ -179,11 +179,6 @@ def _most_slots(problem: PackingProblem, cluster: Cluster) -> int:
     return sum(by_node) - min(displaced)
 
 
-def encoders_for(rate: float, encode_seconds: float) -> int:
-    """Return the number of encoders needed for `rate` shots per second."""
-    return max(1, math.ceil(rate * encode_seconds / ENCODER_BUSY - EPSILON))
-
-
 def host_gb_of_nodes(packing: Packing) -> dict[int, float]:
     """Return node -> GB of host memory that its processes need at most, which is while the largest of them loads."""
     assignments: defaultdict[int, list[Assignment]] = defaultdict(list)
@@ -237,7 +232,7 @@ def _place_on_nodes(solution: _Solution, problem: PackingProblem, cluster: Clust
             if node is None:
                 return None
             slots.append(FilledSlot(assignment, node, chosen.shares))
-    encoders = encoders_for(solution.rate, problem.encode_seconds)
+    encoders = max(1, math.ceil(solution.rate * problem.encode_seconds / ENCODER_BUSY - EPSILON))
     others = [DIRECTOR_CPUS + SPARE_CPUS, *[ENCODER_CPUS] * encoders]
     if any(take(needed) is None for needed in others):
         return None
@@ -430,7 +425,9 @@ def explain_infeasible(problem: PackingProblem, candidates: Candidates, cluster:
     for actor in on_gpu:
         if needed_gb([actor]) + CONTEXT_GB > largest + EPSILON:
             available = f"the largest GPU has {largest:.4g} GB" if cluster.gpus else "there is no GPU"
-            return f"{_need(actor.stages)} {needed_gb([actor]) + CONTEXT_GB:.4g} GB of GPU memory, {available}"
+            stages = " and ".join(actor.stages)
+            need = f"stage {stages} needs" if len(actor.stages) == 1 else f"stages {stages} need"
+            return f"{need} {needed_gb([actor]) + CONTEXT_GB:.4g} GB of GPU memory, {available}"
     if pack(problem, candidates, _without_limits(cluster, cpus=UNLIMITED_CPUS)) is None:
         total_gb = needed_gb(on_gpu) + CONTEXT_GB
         return f"the stages need {total_gb:.4g} GB together, the largest of {len(cluster.gpus)} GPUs has {largest:.4g} GB"
@@ -461,10 +458,6 @@ def _without_limits(cluster: Cluster, cpus: float | None = None) -> Cluster:
     """Return the cluster with unlimited host memory and, if `cpus` is not `None`, with that many CPUs per node."""
     nodes = (replace(node, cpus=node.cpus if cpus is None else cpus, memory_gb=None) for node in cluster.nodes)
     return replace(cluster, nodes=tuple(nodes))
-
-
-def _need(stages: tuple[str, ...]) -> str:
-    return f"stage {stages[0]} needs" if len(stages) == 1 else f"stages {' and '.join(stages)} need"
 
 
 MIN_GAIN = 1e-6
