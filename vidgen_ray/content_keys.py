@@ -130,8 +130,11 @@ class ShotPlanner:
         self._end = f'["shot",{OUTPUT_VERSION},{_json(encode.model_dump(mode="json"))},{_json(provenance.for_key())}'
         self._digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(Path(path)))
         self._lora_digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(resolve(path)))
-        by_choice = cached(LRUCache(CACHED_DIGESTS), key=_weight_choice, lock=Lock())
-        self._weights_of = by_choice(self._hash_weights)
+        self._weights_of = cached(
+            LRUCache(CACHED_DIGESTS),
+            key=lambda stage, shot: (stage, *(getattr(shot, field) for field in stage.weight_fields)),
+            lock=Lock(),
+        )(self._hash_weights)
 
     def __call__(self, shot: Shot, salt: str = "", stages: Sequence[type[Stage[Any]]] | None = None) -> ShotPlan:
         """Plan a shot. Shots with different `salt` share no key. `stages`: those of the shot, if they are known.
@@ -247,11 +250,6 @@ def _key_with_rule(key_text: str, min_identity: float | None, retries: int) -> s
     # The number of retries is part of the rule: a shot that fails after two attempts may succeed after three.
     rule = "" if min_identity is None else f",{_json(min_identity)},{retries}"
     return _sha256(f"{key_text}{rule}]")
-
-
-def _weight_choice(stage: type[Stage[Any]], shot: Shot) -> tuple[object, ...]:
-    """Return what decides about the weights of a stage."""
-    return (stage, *(getattr(shot, field) for field in stage.weight_fields))
 
 
 @cache

@@ -113,7 +113,9 @@ class GeneratedVideo(Mapping[str, Any]):
 
     def _repr_html_(self) -> str:
         """Show the image and the largest clip in a notebook."""
-        parts = [f'<img src="{_data_url("image/png", _png(self.image))}" alt="{html.escape(self.record.shot.prompt)}">']
+        # With its mark, since the notebook keeps it when it is saved.
+        png = encode_png(np.asarray(self.image.convert("RGB")), mark_of(self.image))
+        parts = [f'<img src="{_data_url("image/png", png)}" alt="{html.escape(self.record.shot.prompt)}">']
         clip = self.hd_video or self.video
         if isinstance(clip, Path) and clip.stat().st_size <= MAX_INLINE_BYTES:
             url = _data_url("video/mp4", clip.read_bytes())
@@ -121,11 +123,6 @@ class GeneratedVideo(Mapping[str, Any]):
         if clip is not None:
             parts.append(f"<div><code>{html.escape(str(clip))}</code></div>")
         return "".join(parts)
-
-
-def _png(image: PILImage.Image) -> bytes:
-    """Encode the image for a notebook, which keeps it when it is saved."""
-    return encode_png(np.asarray(image.convert("RGB")), mark_of(image))
 
 
 def _data_url(kind: str, content: bytes) -> str:

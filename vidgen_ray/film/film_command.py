@@ -83,7 +83,12 @@ def film(
 
     if URL.match(path):
         raise UsageError(f"--out: got {path!r}, must be a file on this machine; upload the film when it is made")
-    described = {**(_film_of_script(script) if script else {}), **(read_film_file(film_file) if film_file else {})}
+    described: dict[str, Any] = {}
+    if script is not None:
+        header, _ = open_script(ScriptSettings(script))
+        described |= checked_fields(header.film or {}, ScriptSettings(script).folder, f"{script.name}, film")
+    if film_file is not None:
+        described |= read_film_file(film_file)
     settings = film_settings({**described, **options}, "vidgen film")
     outputs = OutputFolder(out)
     if outputs.storage.local is not None and not outputs.storage.local.is_dir():
@@ -118,12 +123,6 @@ def film(
     typer.echo(f"{report.film}: {report.shots} shots, {report.seconds:.1f} s, {report.size}, {report.fps:g} fps ({pieces})")
     for file in report.captions:
         typer.echo(file)
-
-
-def _film_of_script(script: Path) -> dict[str, Any]:
-    """Return the section `film` of a .yaml script. Empty for other scripts. Raises ScriptError for invalid fields."""
-    header, _ = open_script(ScriptSettings(script))
-    return checked_fields(header.film or {}, ScriptSettings(script).folder, f"{script.name}, film")
 
 
 def _script_candidates(script: Path, characters: Path | None) -> list[ShotCandidate]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +62,9 @@ def srt(captions: Sequence[Cue]) -> str:
 
 def vtt(captions: Sequence[Cue]) -> str:
     """Return the captions as WebVTT."""
-    blocks = [f"{_time(cue.start_ms, '.')} --> {_time(cue.stop_ms, '.')}\n{_escaped(cue.text)}\n" for cue in captions]
+    blocks = [
+        f"{_time(cue.start_ms, '.')} --> {_time(cue.stop_ms, '.')}\n{escape(cue.text, quote=False)}\n" for cue in captions
+    ]
     return "\n".join(["WEBVTT\n", *blocks])
 
 
@@ -69,10 +72,6 @@ def _time(time_ms: int, separator: str) -> str:
     seconds, milliseconds = divmod(time_ms, 1000)
     minutes, seconds = divmod(seconds, 60)
     return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}{separator}{milliseconds:03}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 SUFFIX = ".mp4"

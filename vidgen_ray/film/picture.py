@@ -117,7 +117,8 @@ def _fitting(text: str, size: PixelSize, font: Path | None, height: float, max_h
     letter_px = max(MIN_LETTER_PX, round(min(size) * height))
     while letter_px >= MIN_LETTER_PX:
         loaded = _font(font, letter_px)
-        _check_letters(text, loaded)
+        if (letter := missing_letter(text, loaded)) is not None:
+            raise UsageError(f"text {text[:60]!r}: the font has no letter {letter!r}; set a font that has it")
         drawn = _DrawnText("\n".join(_balanced(text, loaded, size.width * MAX_TEXT_WIDTH)), loaded)
         left, top, right, bottom = _box(drawn, round(letter_px / 10))
         if right - left <= size.width and bottom - top <= size.height * max_height:
@@ -132,11 +133,6 @@ def _font(path: Path | None, letter_px: int) -> ImageFont.FreeTypeFont:
         return load_font(path, letter_px)
     except OSError:
         raise UsageError(f"font {path}: not a font; must be a .ttf, .otf or .ttc file") from None
-
-
-def _check_letters(text: str, font: ImageFont.FreeTypeFont) -> None:
-    if (letter := missing_letter(text, font)) is not None:
-        raise UsageError(f"text {text[:60]!r}: the font has no letter {letter!r}; set a font that has it")
 
 
 def _balanced(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> Sequence[str]:

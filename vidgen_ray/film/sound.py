@@ -6,7 +6,7 @@ import math
 import subprocess
 import wave
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,7 +131,14 @@ def plan_tracks(timeline: FilmTimeline, settings: FilmSettings, open_clip: OpenF
     """Place all sound of the film. `narration_s` are the seconds of the narration file, if there is one."""
     with_fades = any(item.fade_in for item in timeline.items)
     turns = [timeline.items[::2], timeline.items[1::2]] if with_fades else [timeline.items]
-    clips = [tuple(_clip_sound(item, timeline, open_clip) for item in items if _has_sound(item)) for items in turns]
+    clips = [
+        tuple(
+            _clip_sound(item, timeline, open_clip)
+            for item in items
+            if item.source.clip is not None and item.source.clip.has_sound
+        )
+        for items in turns
+    ]
     narration = [
         _file(item.source.speech, timeline.sample_at(item.start), timeline.sample_at(item.stop), ())
         for item in timeline.items
@@ -224,10 +231,6 @@ def _exact_length(samples: int) -> list[str]:
     return ["apad", f"atrim=end_sample={samples}"]
 
 
-def _has_sound(item: TimelineItem) -> bool:
-    return item.source.clip is not None and item.source.clip.has_sound
-
-
 def _clip_sound(item: TimelineItem, timeline: FilmTimeline, open_clip: OpenFile) -> Placement:
     start, stop = timeline.sample_at(item.start), timeline.sample_at(item.stop)
     filters = []
@@ -243,11 +246,7 @@ def _clip_sound(item: TimelineItem, timeline: FilmTimeline, open_clip: OpenFile)
 
 
 def _file(path: str, start: int, stop: int, filters: tuple[str, ...]) -> Placement:
-    return Placement(start, stop, filters, path, _local_file, digest(Path(path)))
-
-
-def _local_file(path: str) -> AbstractContextManager[Path]:
-    return nullcontext(Path(path))
+    return Placement(start, stop, filters, path, lambda path: nullcontext(Path(path)), digest(Path(path)))
 
 
 def _mix(tracks: Tracks, timeline: FilmTimeline, filters: Sequence[str]) -> Iterator[Any]:
@@ -259,7 +258,8 @@ def _mix(tracks: Tracks, timeline: FilmTimeline, filters: Sequence[str]) -> Iter
     def add_input(track: Sequence[Placement]) -> Any:
         source = graph.add_abuffer(**INPUT)
         inputs.append(source)
-        readers.append(_track(track, timeline.samples))
+        blocks = [f"asetnsamples={BLOCK_SAMPLES}:p=0"]
+        readers.append(_through(_numbered(_unblocked(track, timeline.samples)), blocks, **INPUT))
         return source
 
     mixed = [(add_input(track), 0) for track in tracks.clips]
@@ -292,11 +292,6 @@ def _mix(tracks: Tracks, timeline: FilmTimeline, filters: Sequence[str]) -> Iter
     yield from available(sink)
 
 
-def _track(placements: Sequence[Placement], samples: int) -> Iterator[Any]:
-    """Return the sound of a track in blocks of BLOCK_SAMPLES; the last one may be shorter. Silence between placements."""
-    return _through(_numbered(_unblocked(placements, samples)), [f"asetnsamples={BLOCK_SAMPLES}:p=0"], **INPUT)
-
-
 def _through(frames: Iterable[Any], filters: Sequence[str], **options: Any) -> Iterator[Any]:
     """Yield sound after filters. `options` describe it before them."""
     graph = Graph()
@@ -315,6 +310,7 @@ def _numbered(frames: Iterator[Any]) -> Iterator[Any]:
 
 
 def _unblocked(placements: Sequence[Placement], samples: int) -> Iterator[Any]:
+    """Yield the sound of a track, with silence between placements."""
     position = 0
     for placement in placements:
         yield from _silence(placement.start - position)

@@ -126,14 +126,16 @@ def read_xmp(path: Path) -> str | None:
     if start[4:8] == b"ftyp":
         return _xmp_of_mp4(path)
     if start[:4] == b"\x1aE\xdf\xa3":  # EBML: Matroska or WebM
-        return _xmp_of_matroska(path)
+        with wrap_errors(f"{path}: cannot be read"), open_media(path, "matroska") as opened:
+            packet: str | None = opened.metadata.get(MATROSKA_XMP_TAG)
+            return packet
     with wrap_errors(f"{path}: cannot be read"):
         try:
             with PILImage.open(path, formats=IMAGE_FORMATS) as image:
-                packet = image.info.get("xmp")
+                stored = image.info.get("xmp")
         except UnidentifiedImageError:
             raise MediaError(f"{path}: {'not an image or a video' if start else 'is empty'}") from None
-    return packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet
+    return stored.decode("utf-8", "replace") if isinstance(stored, bytes) else stored
 
 
 def _xmp_of_mp4(path: Path) -> str | None:
@@ -151,12 +153,6 @@ def _xmp_of_mp4(path: Path) -> str | None:
                 return None
             file.seek(begin + size)
     return None
-
-
-def _xmp_of_matroska(path: Path) -> str | None:
-    with wrap_errors(f"{path}: cannot be read"), open_media(path, "matroska") as opened:
-        packet: str | None = opened.metadata.get(MATROSKA_XMP_TAG)
-        return packet
 
 
 @lru_cache(maxsize=64)

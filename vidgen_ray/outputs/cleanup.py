@@ -106,7 +106,8 @@ class _Collector:
             if key not in self._used_keys:
                 self._drop_folder("cache entries", entry_path(key))
         for path in self._storage.abandoned(SWEEP_FOLDERS):
-            self._report.add("temporaries", _size_of(path))
+            files = path.rglob("*") if path.is_dir() else [path]
+            self._report.add("temporaries", sum(file.stat().st_size for file in files if file.is_file()))
             self._delete(remove, path)
         return self._report
 
@@ -155,10 +156,6 @@ def _keys_in(shot_json: bytes) -> tuple[str, Sequence[str]]:
         return "", []
 
 
-def _size_of(path: Path) -> int:
-    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
-
-
 @dataclass(frozen=True, slots=True)
 class RemovalReport:
     """Files and results that were removed from an output folder, or would be removed in a dry run."""
@@ -205,8 +202,10 @@ def remove_person(
             if FEATURES in record["files"]:
                 features.append((record.pop("folder"), record))
         drop_keys = {key for key in outputs.stage_cache.stored_keys() if key in drop_keys or key not in kept_keys}
-        kept_photos = [*_kept_photos(storage, photos)]
-        local_photos = [*_local_photos(photos)]
+        kept_photos = [f"{INPUTS}/{name}" for name in storage.files(INPUTS) if _is_photo(name, photos)]
+        # Where they are if the output folder is in an object store.
+        own = cache_dir() / INPUTS
+        local_photos = [file for file in own.iterdir() if _is_photo(file.name, photos)] if own.is_dir() else []
         report = RemovalReport(
             tuple(sorted(shots)),
             with_shots,
@@ -223,7 +222,10 @@ def remove_person(
             file.unlink(missing_ok=True)
         if not with_shots:
             for folder, record in features:
-                _remove_features(storage, folder, record)
+                # The shot stays finished without them.
+                record["files"].pop(FEATURES)
+                storage.write(f"{folder}/{RECORD}", json.dumps(record, indent=1))
+                storage.delete(f"{folder}/{FEATURES}")
             return report
         for shot_id in shots:
             outputs.delete_shot(shot_id)
@@ -245,27 +247,9 @@ def _character(record: dict[str, Any]) -> object:
     return (record["shot"].get("metadata") or {}).get("character")
 
 
-def _kept_photos(storage: Storage, photos: Collection[str]) -> Iterator[str]:
-    """Yield the paths of photos that the folder holds."""
-    yield from (f"{INPUTS}/{name}" for name in storage.files(INPUTS) if _is_photo(name, photos))
-
-
-def _local_photos(photos: Collection[str]) -> Iterator[Path]:
-    """Yield the photos in the cache folder of this machine, where they are if the output folder is in an object store."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        yield from (file for file in (cache_dir() / INPUTS).iterdir() if _is_photo(file.name, photos))
-
-
 def _is_photo(name: str, photos: Collection[str]) -> bool:
     found = KEPT_PHOTO.fullmatch(name)
     return found is not None and any(photo.startswith(posixpath.splitext(name)[0]) for photo in photos)
-
-
-def _remove_features(storage: Storage, folder: str, record: dict[str, Any]) -> None:
-    """Delete the features beside a shot, which stays finished without them."""
-    files = {name: file for name, file in record["files"].items() if name != FEATURES}
-    storage.write(f"{folder}/{RECORD}", json.dumps({**record, "files": files}, indent=1))
-    storage.delete(f"{folder}/{FEATURES}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,8 +286,9 @@ def prune(outputs: OutputFolder, *, dry_run: bool = False) -> PruneReport:
 
 def shot_records(storage: Storage) -> Iterator[tuple[str, bytes | None]]:
     """Yield the folder of each shot with the content of its `shot.json`, or `None` if it has none."""
-    for group in _shot_folders(storage):
-        for folders in batched(group, SHOTS_AT_ONCE):
+    for shard in filter(SHARD.fullmatch, storage.folders(SHOTS)):
+        shots = [f"{SHOTS}/{shard}/{shot}" for shot in storage.folders(f"{SHOTS}/{shard}")]
+        for folders in batched(shots, SHOTS_AT_ONCE):
             yield from read_each(storage, folders, [f"{folder}/{RECORD}" for folder in folders])
 
 
@@ -313,10 +298,3 @@ def read_each(storage: Storage, names: Sequence[str], paths: Sequence[str]) -> I
         for batch in batched(zip(names, paths, strict=True), SHOTS_AT_ONCE):
             contents = pool.map(storage.read, [path for _, path in batch])
             yield from zip([name for name, _ in batch], contents, strict=True)
-
-
-def _shot_folders(storage: Storage) -> Iterator[Sequence[str]]:
-    """Yield the folders of shots, shard by shard."""
-    for name in storage.folders(SHOTS):
-        if SHARD.fullmatch(name):
-            yield [f"{SHOTS}/{name}/{shot}" for shot in storage.folders(f"{SHOTS}/{name}")]

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +50,12 @@ class StageCache:
 
     def is_readable(self, key: str) -> bool:
         """Return whether an entry has an artefact, and all of its files can be decoded."""
-        with self._storage.local_folder(entry_path(key)) as entry:
+        with self.local_entry(key) as entry:
             return entry is not None and bool(_read_entry(entry, key))
 
-    @contextmanager
-    def local_entry(self, key: str) -> Iterator[Path | None]:
+    def local_entry(self, key: str) -> AbstractContextManager[Path | None]:
         """Yield a read-only folder on this machine with the files of an entry, or `None` if there is no entry."""
-        with self._storage.local_folder(entry_path(key)) as entry:
-            yield entry
+        return self._storage.local_folder(entry_path(key))
 
     @property
     def folder(self) -> Path | None:

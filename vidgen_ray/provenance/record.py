@@ -83,7 +83,7 @@ RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 
 def xmp_packet(properties: Mapping[str, str]) -> str:
     """Return a packet with these text properties, `prefix:Name` -> value. The same properties give the same packet."""
-    lines = [f"   <{name}>{escape(_allowed_in_xml(value))}</{name}>" for name, value in properties.items()]
+    lines = [f"   <{name}>{escape(NOT_IN_XML.sub('', value))}</{name}>" for name, value in properties.items()]
     prefixes = "".join(f' xmlns:{prefix}="{uri}"' for prefix, uri in NAMESPACES.items())
     return "\n".join(
         [
@@ -120,11 +120,6 @@ def xmp_property(packet: str, name: str) -> str | None:
         if (element := description.find(qualified)) is not None:
             return element.get(f"{{{RDF}}}resource") or element.text
     return None
-
-
-def _allowed_in_xml(text: str) -> str:
-    """Return the text without control characters and surrogates, which XML does not allow."""
-    return NOT_IN_XML.sub("", text)
 
 
 TOOL = "vidgen-ray"

@@ -203,18 +203,26 @@ def sign_file(path: Path, record: ProvenanceRecord, key: Path, ingredients: Sequ
     """Sign a PNG, MP4 or MOV file in place. Raises SetupError without the package or the key, and MediaError."""
     c2pa = _c2pa()
     signing_key = read_signing_key(key)
+    info = c2pa.C2paSignerInfo(
+        alg=signing_key.algorithm.encode(),
+        sign_cert=signing_key.certificates.encode(),
+        private_key=signing_key.private_key.encode(),
+        ta_url=None,
+    )
     kind = _media_type(path)
+    relationship = "parentOf" if record.operation in ALTERING else "componentOf"
     signed = path.with_name(f"{path.name}.signed")
     try:
         with (
             _c2pa_errors(f"{path}: cannot be signed"),
-            _signer(c2pa, signing_key) as signer,
+            c2pa.Signer.from_info(info) as signer,
             c2pa.Context.from_dict(SETTINGS) as context,
             c2pa.Builder(json.dumps(_manifest(record, ingredients)), context) as builder,
         ):
             for number, ingredient in enumerate(ingredients):
+                stated = {"title": ingredient.title, "relationship": relationship, "label": _ingredient_id(number)}
                 with ingredient.path.open("rb") as source:
-                    builder.add_ingredient(_ingredient(record, ingredient, number), _media_type(ingredient.path), source)
+                    builder.add_ingredient(json.dumps(stated), _media_type(ingredient.path), source)
             with path.open("rb") as source, signed.open("w+b") as target:
                 builder.sign(signer, kind, source, target)
         os.chmod(signed, path.stat().st_mode)
@@ -230,7 +238,7 @@ def sign_result(path: Path, record: ProvenanceRecord | None, settings: Provenanc
     """
     if record is None or settings.signing_key is None:
         return
-    ingredients = [] if source is None or not is_signable(source) else [Ingredient(source, source.name)]
+    ingredients = [] if source is None or _known_type(source) is None else [Ingredient(source, source.name)]
     try:
         sign_file(path, record, settings.signing_key, ingredients)
     except Exception:
@@ -261,11 +269,6 @@ def _manifest(record: ProvenanceRecord, ingredients: Sequence[Ingredient]) -> di
 
 def _ingredient_id(number: int) -> str:
     return f"ingredient-{number}"
-
-
-def _ingredient(record: ProvenanceRecord, ingredient: Ingredient, number: int) -> str:
-    relationship = "parentOf" if record.operation in ALTERING else "componentOf"
-    return json.dumps({"title": ingredient.title, "relationship": relationship, "label": _ingredient_id(number)})
 
 
 def read_signature(path: Path, trust_anchors: str | None = None) -> Signature | None:
@@ -311,13 +314,6 @@ def _c2pa() -> Any:
     return c2pa
 
 
-def _signer(c2pa: Any, key: SigningKey) -> Any:
-    info = c2pa.C2paSignerInfo(
-        alg=key.algorithm.encode(), sign_cert=key.certificates.encode(), private_key=key.private_key.encode(), ta_url=None
-    )
-    return c2pa.Signer.from_info(info)
-
-
 @contextmanager
 def _c2pa_errors(message: str) -> Iterator[None]:
     """Turn the errors of c2pa into a MediaError."""
@@ -328,11 +324,6 @@ def _c2pa_errors(message: str) -> Iterator[None]:
     # C2paError has no useful subclasses, and damaged files raise others.
     except Exception as error:
         raise MediaError(f"{message}: {' '.join(str(error).split())}") from None
-
-
-def is_signable(path: Path) -> bool:
-    """Return whether C2PA has signatures for the format of a file."""
-    return _known_type(path) is not None
 
 
 def _media_type(path: Path) -> str:

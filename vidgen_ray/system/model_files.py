@@ -62,7 +62,10 @@ def select_loaded(files: Iterable[PurePosixPath], components: Collection[str] | 
     if components is not None:
         files = [file for file in files if file.parts[0] in components or str(file) == PIPELINE_INDEX]
     candidates = [file for file in files if _is_candidate(file)]
-    return sorted(file for folder_files in _by_folder(candidates) for file in _loaded(folder_files))
+    folders: dict[PurePosixPath, list[PurePosixPath]] = {}
+    for file in candidates:
+        folders.setdefault(file.parent, []).append(file)
+    return sorted(file for folder_files in folders.values() for file in _loaded(folder_files))
 
 
 def pipeline_components(index: str) -> list[str] | None:
@@ -114,19 +117,10 @@ def _is_candidate(path: PurePosixPath) -> bool:
     return not hidden and path.suffix.lower() not in NEVER_LOADED and path.stem.upper() not in NEVER_LOADED_NAMES
 
 
-def _by_folder(files: list[PurePosixPath]) -> list[list[PurePosixPath]]:
-    folders: dict[PurePosixPath, list[PurePosixPath]] = {}
-    for file in files:
-        folders.setdefault(file.parent, []).append(file)
-    return list(folders.values())
-
-
 def _loaded(files: list[PurePosixPath]) -> list[PurePosixPath]:
     """Return the files of one folder without unused formats and variants of a model."""
     names = {file.name for file in files}
-    is_model = "config.json" in names and any(name.endswith(".safetensors") for name in names)
-    return [file for file in files if not (is_model and _is_unused_weights(file.name))]
-
-
-def _is_unused_weights(name: str) -> bool:
-    return Path(name).suffix in OTHER_FORMATS or bool(VARIANT.fullmatch(name) or VARIANT_INDEX.fullmatch(name))
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        return files
+    variants = {name for name in names if VARIANT.fullmatch(name) or VARIANT_INDEX.fullmatch(name)}
+    return [file for file in files if file.suffix not in OTHER_FORMATS and file.name not in variants]

@@ -352,15 +352,11 @@ def _download(reference: str, source: RemoteFile, files: Mapping[PublishedFile, 
             if file.member is None:
                 part.replace(path)
             else:
-                _unpack(part, file.member, path)
+                unfinished = path.with_name(f"{path.name}.unpacking")
+                with zipfile.ZipFile(part) as content, content.open(file.member) as member, unfinished.open("wb") as target:
+                    shutil.copyfileobj(member, target)
+                unfinished.replace(path)
         part.unlink(missing_ok=True)
-
-
-def _unpack(archive: Path, member: str, path: Path) -> None:
-    unfinished = path.with_name(f"{path.name}.unpacking")
-    with zipfile.ZipFile(archive) as content, content.open(member) as source, unfinished.open("wb") as target:
-        shutil.copyfileobj(source, target)
-    unfinished.replace(path)
 
 
 def _fetch(source: RemoteFile, part: Path) -> None:
