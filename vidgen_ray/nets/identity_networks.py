@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.nets.weight_files import load_model, load_torch_file, not_finite
+from vidgen_ray.nets.weight_files import library_errors, load_model, load_torch_file, not_finite
 
 HEAD_CHANNELS = 64
 """Channels of an attention head. The weights do not determine it. Every published face resampler uses 64."""
@@ -123,11 +123,8 @@ def read_parts(file: Path, *parts: str) -> dict[str, dict[str, Tensor]]:
     """
     if not file.is_file():
         raise SetupError(f"{file}: no such file; copy the published file to this path")
-    try:
+    with library_errors(f"{file}: is not a file of tensors only; copy the published file again"):
         content = load_torch_file(file)
-    # torch raises many exception types for damaged or foreign files.
-    except Exception as error:
-        raise SetupError(f"{file}: is not a file of tensors only: {error}; copy the published file again") from error
     for part in parts:
         state = content.get(part) if isinstance(content, dict) else None
         if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.faces import CROP_PX
-from vidgen_ray.nets.weight_files import load_torch_file, require_finite_weights
+from vidgen_ray.nets.weight_files import library_errors, load_torch_file, require_finite_weights
 
 UNITS = (3, 4, 14, 3)
 """Units per stage. The first unit of a stage halves the image: 112 -> 56 -> 28 -> 14 -> 7."""
@@ -113,15 +112,12 @@ class IRSE50Embedder:
 
 def read_network(file: Path) -> IRSE50:
     """Load the network of a `.pth` file on the CPU. The weights determine its widths. Raises SetupError."""
-    try:
+    with library_errors(f"ir_se50 {file}: not the weights of an IR-SE50; {HINT}"):
         state = load_torch_file(file)
         with torch.device("meta"):
             network = IRSE50(_widths(state))
         network.load_state_dict(state, assign=True)
         require_finite_weights({"ir_se50": network})
-    # torch raises many exception types for missing and damaged files, and for other tensors.
-    except Exception as error:
-        raise SetupError(f"ir_se50 {file}: not the weights of an IR-SE50: {error}; {HINT}") from error
     return network.eval().requires_grad_(False)
 
 

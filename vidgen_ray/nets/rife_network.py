@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grid_sample, interpolate, pad
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.nets.weight_files import load_torch_file, require_finite_weights
+from vidgen_ray.nets.weight_files import library_errors, load_torch_file, require_finite_weights
 from vidgen_ray.system.model_files import rife_file
 
 HALVINGS = 4
@@ -282,14 +282,11 @@ def _read(file: Path) -> Mapping[str, Any]:
     """Return the state dict of a file. Raises SetupError."""
     from safetensors.torch import load_file
 
-    try:
+    with library_errors(f"rife: {file} cannot be read"):
         if file.suffix == ".safetensors":
             state: Mapping[str, Any] = load_file(file)
         else:
             state = load_torch_file(file)
-    # Damaged files raise errors of any class.
-    except Exception as error:
-        raise SetupError(f"rife: {file} cannot be read ({type(error).__name__}: {error})") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise SetupError(f"rife: {file} must be a state dict: names and tensors")
     return state

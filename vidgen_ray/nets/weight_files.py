@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,15 @@ def load_torch_file(file: Path) -> Any:
         raise NotTensors("is damaged, or holds other objects than tensors, which could run code") from None
 
 
+@contextmanager
+def library_errors(message: str) -> Iterator[None]:
+    """Turn any exception into a SetupError with this message and the reason: libraries raise many types for damaged files."""
+    try:
+        yield
+    except Exception as error:
+        raise SetupError(f"{message}: {error}") from error
+
+
 @lru_cache(maxsize=1)
 def silence_libraries() -> None:
     """Turn off progress bars and warnings. Call before the first model is loaded. Idempotent."""
@@ -82,13 +92,10 @@ def load_model(model_class: Any, published_as: str, folder: Path, dtype: torch.d
         raise SetupError(f"{folder}: no config.json of a {published_as}; copy the published folder to this path") from None
     if kind != published_as:
         raise SetupError(f"{folder}: holds a {kind}, must be a {published_as}; copy the published folder to this path")
-    try:
+    with library_errors(f"{folder}: not the weights of a {published_as}"):
         model, loaded = model_class.from_pretrained(
             str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    # diffusers raises many exception types for damaged files.
-    except Exception as error:
-        raise SetupError(f"{folder}: not the weights of a {published_as}: {error}") from error
     for problem in ("missing_keys", "unexpected_keys"):
         if keys := sorted(loaded[problem]):
             raise SetupError(

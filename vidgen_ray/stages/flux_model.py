@@ -13,7 +13,7 @@ from cachetools import LRUCache
 from pydantic import Field, model_validator
 
 from vidgen_ray.errors import SetupError, StageError
-from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
+from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite, library_errors
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import NOT_IN_KEY, torch_dtype
 from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks, set_vae_tiles
@@ -264,13 +264,10 @@ def _fp8_transformer(params: FluxParams) -> dict[str, Any]:
 
     config = TorchAoConfig(Float8DynamicActivationFloat8WeightConfig())
     folder, dtype = params.weights / "transformer", torch_dtype(params.dtype)
-    try:
+    with library_errors(f"{folder}: cannot be loaded with quantize: fp8"):
         transformer = FluxTransformer2DModel.from_pretrained(
             str(folder), quantization_config=config, dtype=dtype, local_files_only=True, use_safetensors=True
         )
-    # diffusers and torchao raise many exception types.
-    except Exception as error:
-        raise SetupError(f"{folder}: cannot be loaded with quantize: fp8: {error}") from error
     return {"transformer": transformer}
 
 
@@ -278,10 +275,7 @@ def _merge_lora(pipe: Any, file: Path) -> None:
     """Add a LoRA to the weights of the transformer, for example one that distils it to a few steps. Raises SetupError."""
     if file.suffix != ".safetensors":
         raise SetupError(f"{FEW_STEP_LORA}: got {str(file)!r}, must be a .safetensors file (other formats may run code)")
-    try:
+    with library_errors(f"{FEW_STEP_LORA} {file.name}: cannot be merged into these FLUX weights"):
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True)
         pipe.fuse_lora(components=["transformer"])
         pipe.unload_lora_weights()
-    # diffusers' converters of LoRA formats raise many exception types.
-    except Exception as error:
-        raise SetupError(f"{FEW_STEP_LORA} {file.name}: cannot be merged into these FLUX weights: {error}") from error

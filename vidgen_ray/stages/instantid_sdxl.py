@@ -130,7 +130,7 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
         from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
 
         from vidgen_ray.nets.identity_networks import IdentityNet, build_resampler, read_parts
-        from vidgen_ray.nets.weight_files import load_model, require_same
+        from vidgen_ray.nets.weight_files import library_errors, load_model, require_same
 
         folder, dtype = self.params.extra_weights_at(INSTANTID), torch_dtype(self.params.dtype)
         if not folder.is_dir():
@@ -157,11 +157,8 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
             add_watermarker=False,
         )
         self.pipe.set_progress_bar_config(disable=True)
-        try:
+        with library_errors(f"{file}: {ATTENTION} does not fit the UNet of {self.params.weights}"):
             self.pipe.load_ip_adapter(adapter, subfolder="", weight_name=ADAPTER_FILE, image_encoder_folder=None)
-        # diffusers raises many exception types for tensors of another model.
-        except Exception as error:
-            raise SetupError(f"{file}: {ATTENTION} does not fit the UNet of {self.params.weights}: {error}") from error
         self.resampler = resampler.to(self.params.device, dtype)
         if self.params.channels_last:
             use_channels_last(self.pipe.unet, self.pipe.controlnet, self.pipe.vae)

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.nets.weight_files import require_finite_weights, silence_libraries
+from vidgen_ray.nets.weight_files import library_errors, require_finite_weights, silence_libraries
 from vidgen_ray.stages.base import NOT_IN_KEY, Stage, StageParams, torch_dtype
 from vidgen_ray.stages.memory_table import TILES_PX, activation_bytes
 from vidgen_ray.system.model_files import check_pipeline_folder
@@ -68,11 +68,8 @@ def load_pipeline(
     if (make := _networks.get()) is not None:
         kwargs |= make(params)
     dtypes = {"default": torch_dtype(params.dtype), **dict.fromkeys(float32_parts, torch_dtype("float32"))}
-    try:
+    with library_errors(f"{folder}: not the weights of {pipeline_class.__name__}"):
         pipe = pipeline_class.from_pretrained(str(folder), dtype=dtypes, local_files_only=True, use_safetensors=True, **kwargs)
-    # diffusers raises many exception types for damaged files.
-    except Exception as error:
-        raise SetupError(f"{folder}: not the weights of {pipeline_class.__name__}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     if cpu_offload and params.device != "cpu":
         pipe.enable_model_cpu_offload(device=params.device)
