@@ -35,15 +35,9 @@ class UsedWeights(BaseModel):
 
     @staticmethod
     def of(reference: str, licence: WeightLicence | None) -> UsedWeights:
-        if licence is None:
-            return UsedWeights(weights=reference, licence=None, commercial_use="unknown")
-        return UsedWeights(
-            weights=reference,
-            licence=licence.licence,
-            commercial_use=licence.commercial_use,
-            condition=licence.condition,
-            url=licence.url,
-        )
+        copied = {"licence", "commercial_use", "condition", "url"}
+        known = {"licence": None, "commercial_use": "unknown"} if licence is None else licence.model_dump(include=copied)
+        return UsedWeights(weights=reference, **known)
 
 
 class ShotLicences:

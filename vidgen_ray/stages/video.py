@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
@@ -20,6 +20,8 @@ from vidgen_ray.stages.base import (
     Artefacts,
     Frames,
     Item,
+    P,
+    Stage,
     diffusers_step_callback,
     noise_generator,
     part_of_progress,
@@ -32,16 +34,6 @@ from vidgen_ray.video_models import VIDEO_MODELS
 
 if TYPE_CHECKING:
     import torch
-
-
-def passes_of(shot: Shot) -> int:
-    """Return the number of passes of the video model."""
-    return shot.extend + 1
-
-
-def relative_clip_size(shot: Shot) -> float:
-    """Return the pixels that the video model draws in all passes, relative to the reference shot."""
-    return shot.width * shot.height / REFERENCE_PIXELS * shot.num_frames / REFERENCE_FRAMES * passes_of(shot)
 
 
 def clip_host_bytes(shot: Shot) -> int:
@@ -71,22 +63,45 @@ def shots_of_passes(shot: Shot) -> list[Shot]:
     ]
 
 
-def run_passes(item: Item, generate: Callable[[Item], Frames]) -> Frames:
-    """Return the clip of all passes (clip_frames, H, W, 3). `generate` returns that of one (num_frames, H, W, 3).
+class VideoStage(Stage[P]):
+    """`image` (H, W, 3) -> `frames` (clip_frames, H, W, 3), in one or several passes."""
 
-    The first frame of a further pass stands for the last frame of the pass before, so it is left out.
-    """
-    shots = shots_of_passes(item.shot)
-    if len(shots) == 1:
-        return generate(item)
-    artefacts = item.artefacts.copy()
-    parts = []
-    for number, shot in enumerate(shots):
-        with part_of_progress(number, len(shots)):
-            frames = generate(Item(shot, artefacts))
-        artefacts["image"] = frames[-1]
-        parts.append(frames[1:] if number else frames)
-    return np.concatenate(parts)
+    takes: ClassVar[tuple[str, ...]] = ("image",)
+    writes: ClassVar[tuple[str, ...]] = ("frames",)
+
+    @classmethod
+    def applies(cls, shot: Shot) -> bool:
+        return shot.generate_video and shot.video_model == cls.name
+
+    @classmethod
+    def relative_fixed_cost(cls, shot: Shot) -> float:
+        pixels, frames = shot.width * shot.height / REFERENCE_PIXELS, shot.num_frames / REFERENCE_FRAMES
+        return pixels * frames * cls.passes(shot)
+
+    @classmethod
+    def passes(cls, shot: Shot) -> int:
+        return shot.extend + 1
+
+    @abstractmethod
+    def generate(self, item: Item) -> Frames:
+        """Return the clip of one pass (num_frames, H, W, 3)."""
+
+    def run(self, item: Item) -> Artefacts:
+        """Return the clip of all passes.
+
+        The first frame of a further pass stands for the last frame of the pass before, so it is left out.
+        """
+        shots = shots_of_passes(item.shot)
+        if len(shots) == 1:
+            return {"frames": self.generate(item)}
+        artefacts = item.artefacts.copy()
+        parts = []
+        for number, shot in enumerate(shots):
+            with part_of_progress(number, len(shots)):
+                frames = self.generate(Item(shot, artefacts))
+            artefacts["image"] = frames[-1]
+            parts.append(frames[1:] if number else frames)
+        return {"frames": np.concatenate(parts)}
 
 
 class PromptedVideoParams(OffloadParams):
@@ -105,7 +120,7 @@ PROMPTED_FIELDS = (
 VP = TypeVar("VP", bound=PromptedVideoParams)
 
 
-class PromptedVideoStage(OffloadedStage[VP]):
+class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
     """`image` (H, W, 3) -> `frames` (clip_frames, H, W, 3) by the shot's `video_model`, which reads a prompt.
 
     The text is the shot's prompt with `motion_prompt` appended: "prompt, motion prompt".
@@ -115,15 +130,9 @@ class PromptedVideoStage(OffloadedStage[VP]):
     clip_only_fields: ClassVar[tuple[str, ...]] = ("video_model", "num_frames", "extend", "fps", "motion_prompt", "video_lora")
     common_settings: ClassVar[tuple[str, ...]] = ("steps",)
     weight_fields: ClassVar[tuple[str, ...]] = ("video_lora",)
-    takes: ClassVar[tuple[str, ...]] = ("image",)
-    writes: ClassVar[tuple[str, ...]] = ("frames",)
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters")
 
     default_steps: ClassVar[int]
-
-    @classmethod
-    def applies(cls, shot: Shot) -> bool:
-        return shot.generate_video and shot.video_model == cls.name
 
     @staticmethod
     def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
@@ -139,14 +148,6 @@ class PromptedVideoStage(OffloadedStage[VP]):
         passes = 1 if guidance is None or guidance > 1 else 0.5
         steps = getattr(shot.steps, cls.name) or cls.default_steps
         return float(cls.relative_fixed_cost(shot) * steps / cls.default_steps * passes)
-
-    @classmethod
-    def relative_fixed_cost(cls, shot: Shot) -> float:
-        return relative_clip_size(shot)
-
-    @classmethod
-    def passes(cls, shot: Shot) -> int:
-        return passes_of(shot)
 
     @classmethod
     def lower_memory(cls, params: VP) -> VP | None:
@@ -182,10 +183,7 @@ class PromptedVideoStage(OffloadedStage[VP]):
     def adapter_loads(self) -> int:
         return self.adapters.loads
 
-    def run(self, item: Item) -> Artefacts:
-        return {"frames": run_passes(item, self._generate)}
-
-    def _generate(self, item: Item) -> Frames:
+    def generate(self, item: Item) -> Frames:
         shot, image = item.shot, item.artefacts["image"]
         height, width = image.shape[:2]
         if height % self.size_multiple_px or width % self.size_multiple_px:
