@@ -146,11 +146,7 @@ class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # di
         )
 
     def _noised_latents(
-        self,
-        image: PILImage.Image,
-        strength: float,
-        timestep: torch.Tensor,
-        generator: torch.Generator | None,
+        self, image: PILImage.Image, strength: float, timestep: torch.Tensor, generator: torch.Generator | None
     ) -> torch.Tensor:
         """Return the latents (1, 4, H/8, W/8) for the first step, noised to `timestep` (1,)."""
         device, dtype = self._execution_device, self.transformer.dtype

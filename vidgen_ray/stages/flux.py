@@ -21,14 +21,7 @@ from vidgen_ray.stages.base import (
     noise_generator,
     pixels_to_uint8,
 )
-from vidgen_ray.stages.flux_model import (
-    CACHED_PROMPTS,
-    DEFAULT_STEPS,
-    FEW_STEP_LORA,
-    T5_CHANNELS,
-    FluxModel,
-    FluxParams,
-)
+from vidgen_ray.stages.flux_model import CACHED_PROMPTS, DEFAULT_STEPS, FEW_STEP_LORA, T5_CHANNELS, FluxModel, FluxParams
 from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines, injector_class, pose_image, shared_injector
 from vidgen_ray.stages.loading import with_smaller_tiles
 from vidgen_ray.stages.memory_table import FP8, StageMemory, activation_bytes, weight_bytes
@@ -228,10 +221,7 @@ class FluxStage(FluxFamilyStage):
         "fast_lora",
         "seed",
     )
-    weight_fields: ClassVar[tuple[str, ...]] = (
-        "flux_identity",
-        "fast_lora",
-    )
+    weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity", "fast_lora")
     takes: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "base.png"
@@ -295,10 +285,7 @@ class FluxLoRAStage(FluxFamilyStage):
         "guidance.lora",
         "seed",
     )
-    weight_fields: ClassVar[tuple[str, ...]] = (
-        "flux_identity",
-        "lora",
-    )
+    weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity", "lora")
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "lora.png"

@@ -21,13 +21,7 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.loading import TiledParams, TiledStage, load_pipeline, move_networks, set_vae_tiles
 from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, weight_bytes
-from vidgen_ray.stages.speed import (
-    CompileParams,
-    compile_network,
-    require_sdpa_backend,
-    sdpa_backend,
-    use_channels_last,
-)
+from vidgen_ray.stages.speed import CompileParams, compile_network, require_sdpa_backend, sdpa_backend, use_channels_last
 
 DEFAULT_STEPS = 30
 DEFAULT_GUIDANCE = 5.0
@@ -109,11 +103,7 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
         params = self.params
         require_sdpa_backend(params.attention_backend)
         self.pipe = load_pipeline(
-            HunyuanDiTImg2ImgPipeline,
-            params,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            HunyuanDiTImg2ImgPipeline, params, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
         self.pipe.scheduler = DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config)
         if params.channels_last:

@@ -38,14 +38,7 @@ NET_FOLDER, ADAPTER_FILE = "ControlNetModel", "ip-adapter.bin"
 """Names in the published folder of `InstantX/InstantID`."""
 PROJECTION, ATTENTION = "image_proj", "ip_adapter"
 """Names of the state dicts in the adapter file."""
-NETWORKS = (
-    "sdxl/unet",
-    "sdxl/controlnet",
-    "sdxl/text_encoder",
-    "sdxl/text_encoder_2",
-    "sdxl/vae",
-    "instantid/adapter",
-)
+NETWORKS = ("sdxl/unet", "sdxl/controlnet", "sdxl/text_encoder", "sdxl/text_encoder_2", "sdxl/vae", "instantid/adapter")
 """Its networks in the memory table."""
 MUST_AGREE = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type")
 """Config values that must be equal in IdentityNet and the UNet."""
@@ -81,15 +74,7 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
     )
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "instantid_sdxl"
-    reads: ClassVar[tuple[str, ...]] = (
-        "prompt",
-        "negative_prompt",
-        "width",
-        "height",
-        "identity_strength",
-        "pose",
-        "seed",
-    )
+    reads: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt", "width", "height", "identity_strength", "pose", "seed")
     takes: ClassVar[tuple[str, ...]] = ("face",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "base.png"

@@ -228,10 +228,7 @@ def _cache_contexts(network: Any, names: tuple[str, ...]) -> Iterator[None]:
     def leave(*_: Any) -> None:
         current.close()
 
-    handles = (
-        network.register_forward_pre_hook(enter),
-        network.register_forward_hook(leave, always_call=True),
-    )
+    handles = (network.register_forward_pre_hook(enter), network.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:

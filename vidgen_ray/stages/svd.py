@@ -9,23 +9,10 @@ from pydantic import Field
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import (
-    Frames,
-    Item,
-    StageParams,
-    diffusers_step_callback,
-    noise_generator,
-    pixels_to_uint8,
-)
+from vidgen_ray.stages.base import Frames, Item, StageParams, diffusers_step_callback, noise_generator, pixels_to_uint8
 from vidgen_ray.stages.loading import load_pipeline, move_networks
 from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, weight_bytes
-from vidgen_ray.stages.speed import (
-    CompileParams,
-    compile_network,
-    require_sdpa_backend,
-    sdpa_backend,
-    use_channels_last,
-)
+from vidgen_ray.stages.speed import CompileParams, compile_network, require_sdpa_backend, sdpa_backend, use_channels_last
 from vidgen_ray.stages.video import VideoStage, clip_host_bytes
 
 DEFAULT_STEPS = 25
