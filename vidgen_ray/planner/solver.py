@@ -103,20 +103,10 @@ class _Option:
 
 
 @dataclass(frozen=True)
-class _ChosenOption:
-    """An option that `count` slots use."""
-
-    group: _SlotGroup
-    assignment: Assignment
-    count: int
-    shares: Mapping[str, float]
-    """Actor -> share of the time of each of these slots."""
-
-
-@dataclass(frozen=True)
 class _Solution:
     rate: float
-    chosen: tuple[_ChosenOption, ...]
+    chosen: tuple[tuple[_Option, int, Mapping[str, float]], ...]
+    """Option, number of slots that use it, and actor -> share of the time of each of these slots."""
     encoders: tuple[int, ...]
     """Encoders per node. Empty if CPUs and host memory were ignored."""
 
@@ -153,7 +143,11 @@ def pack(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> P
     limited = _solve(problem, groups, lambda memory: drop_dominated(candidates(memory)), cluster.nodes)
     if limited is None:
         return None
-    slots = [FilledSlot(c.assignment, c.group.node, c.shares) for c in limited.chosen for _ in range(c.count)]
+    slots = [
+        FilledSlot(option.assignment, option.group.node, shares)
+        for option, count, shares in limited.chosen
+        for _ in range(count)
+    ]
     return Packing(limited.rate, tuple(slots), sum(limited.encoders))
 
 
@@ -225,13 +219,13 @@ def _place_on_nodes(solution: _Solution, problem: PackingProblem, cluster: Clust
             free[node][memory_gb] -= 1
         return node
 
-    for chosen in sorted(solution.chosen, key=lambda chosen: -chosen.assignment.cpus):
-        for _ in range(chosen.count):
-            assignment = chosen.assignment
-            node = take(assignment.cpus, assignment.host_gb, assignment.load_gb, chosen.group.memory_gb)
+    for option, count, shares in sorted(solution.chosen, key=lambda chosen: -chosen[0].assignment.cpus):
+        assignment = option.assignment
+        for _ in range(count):
+            node = take(assignment.cpus, assignment.host_gb, assignment.load_gb, option.group.memory_gb)
             if node is None:
                 return None
-            slots.append(FilledSlot(assignment, node, chosen.shares))
+            slots.append(FilledSlot(assignment, node, shares))
     encoders = max(1, math.ceil(solution.rate * problem.encode_seconds / ENCODER_BUSY - EPSILON))
     others = [DIRECTOR_CPUS + SPARE_CPUS, *[ENCODER_CPUS] * encoders]
     if any(take(needed) is None for needed in others):
@@ -289,7 +283,7 @@ class _PackingModel:
         for option, count_variable, times in zip(self._options, self._counts, self._time_variables, strict=True):
             if count := round(values[count_variable]):
                 shares = {actor.name: float(values[variable]) / count for actor, variable in times.items()}
-                chosen.append(_ChosenOption(option.group, option.assignment, count, shares))
+                chosen.append((option, count, shares))
         return _Solution(
             rate=float(values[self._efficiency]) * self._total_slots / self._problem.seconds,
             chosen=tuple(chosen),
