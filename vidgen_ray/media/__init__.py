@@ -8,7 +8,6 @@ from vidgen_ray.media.decode import VideoReader, decode_lossless, open_video
 from vidgen_ray.media.encode import Mp4Settings, Mp4Writer, encode_lossless
 from vidgen_ray.media.images import (
     centre_crop,
-    check_image_header,
     cover_crop,
     encode_png,
     image_size,
@@ -26,7 +25,6 @@ __all__ = [
     "Mp4Writer",
     "VideoReader",
     "centre_crop",
-    "check_image_header",
     "cover_crop",
     "decode_lossless",
     "encode_lossless",

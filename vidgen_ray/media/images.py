@@ -63,11 +63,6 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def check_image_header(path: Path) -> None:
-    """Raise MediaError if the header of an image file says that `read_image` would reject it. Pixels are not decoded."""
-    image_size(path)
-
-
 def verify_image(path: Path) -> None:
     """Decode an image file and drop the pixels. Needs less memory than `read_image`, and raises the same errors."""
     check_image_file(path)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from vidgen_ray.errors import FieldError, MediaError, ScriptError, StageError, VidgenError
-from vidgen_ray.media import check_image_header, read_image
+from vidgen_ray.media import image_size, read_image
 from vidgen_ray.nets.lora_header import FLUX, check_lora_file
 from vidgen_ray.script.check import LineChecker
 from vidgen_ray.script.formats import ScriptVersion, open_script
@@ -41,7 +41,7 @@ def _image_error(path: str, decode: bool) -> VidgenError | None:
         if decode:
             read_image(Path(path))
         else:
-            check_image_header(Path(path))
+            image_size(Path(path))
     except MediaError as error:
         return error
     return None

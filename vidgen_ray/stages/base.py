@@ -578,18 +578,11 @@ def pixels_to_uint8(pixels: torch.Tensor) -> NDArray[np.uint8]:
     # The sum is finite only if all pixels are. It needs no tensor of its own.
     if not pixels.sum(dtype=torch.float64).isfinite():
         raise StageError(NOT_FINITE)
-    return to_host((pixels.float() * 255).round_().to(torch.uint8).movedim(-3, -1).contiguous())
-
-
-def to_host(tensor: torch.Tensor) -> NDArray[np.uint8]:
-    """Return a uint8 tensor as an array in host memory. A tensor on the CPU shares its memory with the array."""
-    import torch
-
-    if tensor.device.type != "cuda":
-        array: NDArray[np.uint8] = tensor.numpy()
-        return array
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    pinned.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
-    copied: NDArray[np.uint8] = pinned.numpy()
-    return copied  # numpy() has no type
+    levels = (pixels.float() * 255).round_().to(torch.uint8).movedim(-3, -1).contiguous()
+    if levels.device.type == "cuda":
+        pinned = torch.empty(levels.shape, dtype=levels.dtype, pin_memory=True)
+        pinned.copy_(levels, non_blocking=True)
+        torch.cuda.current_stream(levels.device).synchronize()
+        levels = pinned
+    array: NDArray[np.uint8] = levels.numpy()
+    return array
