@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    Row,
+    Select,
     String,
     Table,
     Text,
@@ -206,6 +208,11 @@ class Database:
         """Open a read-only transaction."""
         with self.engine.connect() as connection:
             yield connection.execution_options(**READS)
+
+    def rows(self, query: Select[Any]) -> Sequence[Row[Any]]:
+        """Return the rows of a query, read in a transaction of its own."""
+        with self.read_connection() as connection:
+            return connection.execute(query).all()
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:

@@ -65,16 +65,13 @@ class Characters:
     def get(self, id_or_name: str, tenant: str) -> Character | None:
         """Return the tenant's character with this id or name, or `None`."""
         matches = or_(CHARACTERS.c.id == id_or_name, CHARACTERS.c.name == id_or_name)
-        with self._database.read_connection() as connection:
-            query = select(CHARACTERS).where(CHARACTERS.c.tenant == tenant, matches).limit(1)
-            row = connection.execute(query).one_or_none()
-        return None if row is None else Character.model_validate(row)
+        found = self._database.rows(select(CHARACTERS).where(CHARACTERS.c.tenant == tenant, matches).limit(1))
+        return Character.model_validate(found[0]) if found else None
 
     def list(self, tenant: str) -> list[Character]:
         """Return all characters of a tenant, newest first."""
         query = select(CHARACTERS).where(CHARACTERS.c.tenant == tenant).order_by(CHARACTERS.c.seq.desc())
-        with self._database.read_connection() as connection:
-            return [Character.model_validate(row) for row in connection.execute(query)]
+        return [Character.model_validate(row) for row in self._database.rows(query)]
 
     def delete(self, character_id: str, tenant: str) -> bool:
         """Delete a character. Jobs created with it keep their photos. Return False if the tenant has no such character."""
@@ -131,10 +128,8 @@ class UploadRecords:
 
     def get(self, upload_id: str, tenant: str) -> Upload | None:
         """Return the tenant's upload, or `None`."""
-        query = select(UPLOADS).where(UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id)
-        with self._database.read_connection() as connection:
-            row = connection.execute(query).one_or_none()
-        return None if row is None else Upload.model_validate(row)
+        found = self._database.rows(select(UPLOADS).where(UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id))
+        return Upload.model_validate(found[0]) if found else None
 
     def use(self, upload_id: str, tenant: str) -> Upload | None:
         """Return the tenant's upload and record that it is used, or return `None`."""
@@ -150,10 +145,8 @@ class UploadRecords:
         Photos of characters and files of unfinished jobs count as used. `remove` deletes files that are no longer referenced.
         """
         expired = UPLOADS.c.used_at < self._now() - unused_s
-        with self._database.read_connection() as connection:
-            candidates = connection.execute(select(UPLOADS).where(expired)).all()
         # One transaction each: they block other writes.
-        for row in candidates:
+        for row in self._database.rows(select(UPLOADS).where(expired)):
             own = [UPLOADS.c.tenant == row.tenant, UPLOADS.c.id == row.id]
             with self._database.transaction() as transaction:
                 if _is_needed(transaction.connection, row.tenant, row.id, row.file):
@@ -175,8 +168,7 @@ class UploadRecords:
 
     def remove_unreferenced(self, files: Iterable[str], remove: Callable[[str], None]) -> None:
         """Call `remove` for those of `files` that are no longer referenced. No upload can be recorded meanwhile."""
-        with self._database.read_connection() as connection:
-            uploaded = set(connection.scalars(select(UPLOADS.c.file)))
+        uploaded = {row.file for row in self._database.rows(select(UPLOADS.c.file))}
         if candidates := [file for file in files if file not in uploaded]:
             with self._database.transaction() as transaction:
                 _remove_unreferenced(transaction.connection, candidates, remove)

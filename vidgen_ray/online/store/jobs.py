@@ -357,11 +357,10 @@ class Outbox:
         """Return the oldest due message to a target that is not in `exclude`. It is not due again for `lease_s` seconds."""
         now = self._steady()
         due = [OUTBOX.c.next_try_at <= now, OUTBOX.c.target.not_in(exclude)]
-        with self._database.read_connection() as connection:
-            message_id = connection.scalar(select(OUTBOX.c.id).where(*due).order_by(OUTBOX.c.seq).limit(1))
-        if message_id is None:
+        first = self._database.rows(select(OUTBOX.c.id).where(*due).order_by(OUTBOX.c.seq).limit(1))
+        if not first:
             return None
-        lease = update(OUTBOX).where(OUTBOX.c.id == message_id, *due).values(next_try_at=now + lease_s).returning(OUTBOX)
+        lease = update(OUTBOX).where(OUTBOX.c.id == first[0].id, *due).values(next_try_at=now + lease_s).returning(OUTBOX)
         with self._database.transaction() as transaction:
             row = transaction.connection.execute(lease).one_or_none()
         return None if row is None else Message.model_validate(row, from_attributes=True)

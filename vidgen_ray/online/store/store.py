@@ -188,9 +188,8 @@ class JobStore:
 
     def get(self, job_id: str, tenant: str | None) -> Job | None:
         """Return a job, or `None` if it does not exist or is deleted. With `tenant=None`, any tenant's."""
-        with self._database.read_connection() as connection:
-            row = connection.execute(select(JOBS).where(*_visible(job_id, tenant))).one_or_none()
-        return None if row is None else job_of(row)
+        found = self._database.rows(select(JOBS).where(*_visible(job_id, tenant)))
+        return job_of(found[0]) if found else None
 
     def list(
         self,
@@ -228,8 +227,7 @@ class JobStore:
         """
         named = or_(*(cast(JOBS.c.shot, Text).contains(file) for file in files))
         query = select(JOBS).where(JOBS.c.tenant == tenant, named).order_by(JOBS.c.seq)
-        with self._database.read_connection() as connection:
-            return [job_of(row) for row in connection.execute(query)]
+        return [job_of(row) for row in self._database.rows(query)]
 
     def changed_since(self, cursor: int, *, tenant: str | None = None, limit: int = 500) -> Changes:
         """Return the jobs that changed after `cursor`; 0 means from the beginning. Return about `limit` jobs at most."""
@@ -237,8 +235,7 @@ class JobStore:
         # Jobs changed by the same transaction have the same version and must be returned together.
         some = select(JOBS.c.version).where(*changed).order_by(JOBS.c.version).limit(limit).subquery()
         last = select(func.max(some.c.version)).scalar_subquery()
-        with self._database.read_connection() as connection:
-            rows = connection.execute(select(JOBS).where(*changed, JOBS.c.version <= last).order_by(JOBS.c.version)).all()
+        rows = self._database.rows(select(JOBS).where(*changed, JOBS.c.version <= last).order_by(JOBS.c.version))
         return Changes(
             [job_of(row) for row in rows if row.deleted_at is None],
             [DeletedJob(row.id, row.tenant) for row in rows if row.deleted_at is not None],
@@ -247,8 +244,8 @@ class JobStore:
 
     def latest_version(self) -> int:
         """Return the version of the last change of any job, a cursor for `changed_since`."""
-        with self._database.read_connection() as connection:
-            return int(connection.execute(select(func.max(JOBS.c.version))).scalar() or 0)
+        (row,) = self._database.rows(select(func.max(JOBS.c.version).label("latest")))
+        return int(row.latest or 0)
 
     def request_cancel(self, job_id: str, tenant: str | None) -> Job | None:
         """Cancel a queued job, or ask the director to cancel a job in progress. A job that has ended does not change.
@@ -299,23 +296,21 @@ class JobStore:
     def open_counts(self) -> dict[JobState, int]:
         """Return the number of queued jobs and of jobs in progress."""
         is_open = IS_OPEN, JOBS.c.state.in_(OPEN_STATES), JOBS.c.deleted_at.is_(None)
-        query = select(JOBS.c.state, func.count()).where(*is_open).group_by(JOBS.c.state)
-        with self._database.read_connection() as connection:
-            counts = {JobState(state): number for state, number in connection.execute(query)}
+        query = select(JOBS.c.state, func.count().label("jobs")).where(*is_open).group_by(JOBS.c.state)
+        counts = {JobState(row.state): row.jobs for row in self._database.rows(query)}
         return dict.fromkeys(OPEN_STATES, 0) | counts
 
     def queue_order(self) -> Sequence[str]:
         """Return the ids of all queued jobs in the order in which they start."""
-        with self._database.read_connection() as connection:
-            return [*connection.scalars(ALL_QUEUED)]
+        return [row.id for row in self._database.rows(ALL_QUEUED)]
 
     def recent_durations(self, limit: int) -> Sequence[tuple[Shot, float]]:
         """Return the shots of the completed jobs among the last `limit` changed ones, and their seconds from start to end."""
         columns = JOBS.c.state, JOBS.c.shot, JOBS.c.started_at, JOBS.c.completed_at
         query = select(*columns).order_by(JOBS.c.version.desc()).limit(limit)
-        with self._database.read_connection() as connection:
-            rows = connection.execute(query).all()
-        completed = [row for row in rows if row.state == JobState.COMPLETED and row.started_at is not None]
+        completed = [
+            row for row in self._database.rows(query) if row.state == JobState.COMPLETED and row.started_at is not None
+        ]
         return [(Shot.model_validate(row.shot), row.completed_at - row.started_at) for row in completed]
 
 
