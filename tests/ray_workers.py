@@ -21,7 +21,15 @@ from pathlib import Path
 
 ADDRESS = "VIDGEN_TEST_RAY_WORKERS"
 """Environment variable with the socket of the process that is forked."""
-PRELOADED = ("diffusers", "vidgen_ray.pipeline", "pyarrow.parquet", "google.protobuf.message", "jsonschema", "requests")
+PRELOADED = (
+    "diffusers",
+    "spandrel",
+    "vidgen_ray.pipeline",
+    "pyarrow.parquet",
+    "google.protobuf.message",
+    "jsonschema",
+    "requests",
+)
 """Modules that workers import. Not `ray`, which reads the environment of its process when it is imported."""
 OWN_WORKERS = {
     "setup_worker_path": str(Path(find_spec("ray").submodule_search_locations[0]) / "_private" / "workers" / "setup_worker.py")

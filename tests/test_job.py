@@ -63,6 +63,7 @@ def dashboard():
     shutil.rmtree(temporary, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_submitted_job_renders_and_returns_its_exit_code(dashboard, tmp_path):
     script = tmp_path / "s.jsonl"
     script.write_text('{"id": "ball", "prompt": "a red ball"}\n{"id": "bad", "prompt": "a", "fps": 0}\n')

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 
 from vidgen_ray.batch import director
+from vidgen_ray.engine import fleet, supervisor
 from vidgen_ray.engine.engine import Engine
 from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.status import Snapshot
@@ -54,6 +55,14 @@ class InProcessEngine(Engine):
                 return await asyncio.to_thread(self._pipeline._render_planned, plan)
             except StepFailed as failed:
                 raise ShotFailed(failed.failure(), Kind.INPUT) from None
+
+
+@pytest.fixture
+def short_waits(monkeypatch):
+    """Let a fleet look at its cluster often, and processes that have failed start again soon."""
+    monkeypatch.setattr(fleet, "POLL_S", 0.5)
+    for name in ("BACK_OFF_S", "LOAD_BACK_OFF_S"):
+        monkeypatch.setattr(supervisor, name, 0.1)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.flux import FluxStage
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = pytest.mark.usefixtures("local_ray", "short_waits")
 
 GPUS, ONE_GPU = "2x80GB", "1x80GB"
 POLL_S = 0.02

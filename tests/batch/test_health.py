@@ -17,6 +17,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 
+pytestmark = pytest.mark.usefixtures("short_waits")
 ROOT = Path(__file__).parent.parent.parent
 MEMORY = {"object_store_memory": 200 << 20}
 ONE_NODE, TWO_NODES = "2x80GB", "2x2x80GB"

@@ -125,44 +125,55 @@ class Run:
         self._run = run
 
 
-def scrape(address, expected):
-    """Return name -> samples, as soon as all expected names are exported."""
-    deadline = time.monotonic() + 60
-    while True:
-        samples = {}
-        try:
-            text = urllib.request.urlopen(address, timeout=5).read().decode()
-        except (urllib.error.URLError, ConnectionError):
-            text = ""
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                samples.setdefault(sample.name, []).append(sample)
-        if expected <= set(samples):
-            return samples
-        assert time.monotonic() < deadline, f"not exported: {sorted(expected - set(samples))}"
-        time.sleep(0.5)  # polls: the metrics agent does not send events
+def scrape(address):
+    """Return name -> samples of what is exported now."""
+    try:
+        text = urllib.request.urlopen(address, timeout=5).read().decode()
+    except (urllib.error.URLError, ConnectionError):
+        return {}
+    samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            samples.setdefault(sample.name, []).append(sample)
+    return samples
+
+
+FIGURES = {
+    "ray_vidgen_queued": 14,
+    "ray_vidgen_busy_share": pytest.approx(0.98),
+    "ray_vidgen_adapter_loads_total": 3,
+    "ray_vidgen_quarantines_total": 1,
+    "ray_vidgen_quarantined": 1,
+    "ray_vidgen_step_seconds_count": 1,
+}
+ERRORS = {**{f"Error{n}": 1 for n in range(MAX_ERROR_LABELS)}, "other": 5}
+
+
+def by_label(samples, label):
+    return {sample.labels[label]: sample.value for sample in samples}
+
+
+def is_complete(exported):
+    """Return whether all metrics are exported with the values that the run has recorded. Reports come one after another."""
+    return (
+        every_exported_name() <= exported.keys()
+        and {name: exported[name][0].value for name in FIGURES} == FIGURES
+        and by_label(exported["ray_vidgen_shots_total"], "status") == {"done": 1, "failed": 1}
+        and by_label(exported["ray_vidgen_step_failures_total"], "error") == ERRORS
+    )
 
 
 def test_ray_exports_every_metric_under_its_documented_name(metrics_address):
     run = Run.remote()
     ray.get(run.record.remote())
-    exported = scrape(metrics_address, every_exported_name())
+    deadline = time.monotonic() + 60
+    while not is_complete(exported := scrape(metrics_address)):
+        assert time.monotonic() < deadline, {name: exported[name] for name in exported if "vidgen" in name}
+        time.sleep(0.2)  # polls: the metrics agent does not send events
     assert {name for name in exported if "vidgen" in name} == every_exported_name()
     for name, spec in METRICS.items():
         for sample in exported[exported_names(name, METRICS[name])[0]]:
             assert {"profile", *spec.labels} <= set(sample.labels), name
-    value = {name: samples[0].value for name, samples in exported.items()}
-    assert value["ray_vidgen_queued"] == 14
-    assert value["ray_vidgen_busy_share"] == pytest.approx(0.98)
-    assert value["ray_vidgen_adapter_loads_total"] == 3
-    assert value["ray_vidgen_quarantines_total"] == 1
-    assert value["ray_vidgen_quarantined"] == 1
-    assert value["ray_vidgen_step_seconds_count"] == 1
-    shots = {sample.labels["status"]: sample.value for sample in exported["ray_vidgen_shots_total"]}
-    assert shots == {"done": 1, "failed": 1}
-    errors = {sample.labels["error"]: sample.value for sample in exported["ray_vidgen_step_failures_total"]}
-    assert len(errors) == MAX_ERROR_LABELS + 1
-    assert errors["other"] == 5
 
 
 def test_histogram_buckets_cover_0_1_s_to_the_stage_timeout():

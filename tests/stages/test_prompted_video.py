@@ -32,8 +32,9 @@ MODELS = {
 }
 
 
-def item(make_shot, stage, **fields):
-    return Item(make_shot(video_model=stage.name, **{"num_frames": 9, "fps": 25, **fields}), {"image": gradient_image()})
+def item(make_shot, stage, width=64, **fields):
+    shot = make_shot(video_model=stage.name, width=width, **{"num_frames": 9, "fps": 25, **fields})
+    return Item(shot, {"image": gradient_image(width)})
 
 
 def clip_of(stage, item):
@@ -59,7 +60,7 @@ def stage(request):
 def test_stage_equals_diffusers(tiny, make_shot, model):
     stage_class, weights, arguments = MODELS[model]
     stage = loaded(stage_class, tiny, weights=resolve(f"builtin:{weights}"))
-    one = item(make_shot, stage, negative_prompt="blurred", motion_prompt="he walks")
+    one = item(make_shot, stage, 128, negative_prompt="blurred", motion_prompt="he walks")
     expected = plain(type(stage.pipe), weights)(
         image=Image.fromarray(gradient_image()),
         prompt="a photo of a man, he walks",
@@ -116,7 +117,7 @@ def test_wan_ends_with_the_last_image(wan, tiny, make_shot):
         **SIZE,
     ).frames[0]
     assert np.array_equal(clip_of(wan, one), as_uint8(expected))
-    assert not np.array_equal(clip_of(wan, one), clip_of(wan, item(make_shot, wan)))
+    assert not np.array_equal(clip_of(wan, one), clip_of(wan, item(make_shot, wan, 128)))
     small = loaded(WanStage, tiny, weights=resolve("builtin:tiny/wan-ti2v"))
     with pytest.raises(StageError, match="last_image: these weights take none"):
         small([one])

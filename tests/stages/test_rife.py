@@ -53,7 +53,7 @@ def test_drawn_frames_are_nearer_to_the_truth_than_blending(rife, make_shot, pho
     assert psnr(result[1], truth[1]) > psnr(blended, truth[1]) + 6
 
 
-@pytest.mark.parametrize(("fps", "fps_out", "n_frames", "expected"), [(5, 24, 5, 24), (5, 12, 4, 10), (16, 24, 3, 5)])
+@pytest.mark.parametrize(("fps", "fps_out", "n_frames", "expected"), [(5, 24, 2, 10), (5, 12, 3, 8), (16, 24, 3, 5)])
 def test_clip_plays_at_exactly_fps_out(rife, make_shot, fps, fps_out, n_frames, expected):
     clip = pan(data.coffee(), n_frames)
     result = interpolated(rife, make_shot(fps=fps, fps_out=fps_out), clip)
@@ -87,11 +87,11 @@ def test_fast_motion_is_not_taken_for_a_cut(rife, make_shot):
     assert not np.array_equal(interpolated(rife, make_shot(interpolation=2), clip)[1], clip[0])
 
 
-@pytest.mark.parametrize("fields", [{"interpolation": 4}, {"fps": 7, "fps_out": 24}])
+@pytest.mark.parametrize("fields", [{"interpolation": 2}, {"fps": 7, "fps_out": 16}])
 def test_clip_may_be_cut_anywhere(rife, make_shot, fields):
     shot, clip = make_shot(**fields), pan(data.astronaut(), 3)
     whole = interpolated(rife, shot, clip)
-    for cut in (1, 3, 8):
+    for cut in (1, 2, 5):
         chunks = frame_chunks(len(whole), cut)
         parts = [rife.run_chunk(shot, clip[rife.source_frames(shot, chunk)], chunk) for chunk in chunks]
         assert np.array_equal(np.concatenate(parts), whole), cut

@@ -126,6 +126,7 @@ def test_compiled_svd_recompiles_once_for_other_sizes(tiny, make_shot, picture, 
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_compiled_flux_recompiles_once_for_other_sizes_with_and_without_faces(tiny, make_shot, face, counter):
     compiled = []
     with with_options(FluxStage, tiny, compile="regional") as stage:

@@ -142,7 +142,9 @@ def start(tmp_path, weights):
 
 
 def segments_in(folder):
-    return len(list(folder.glob("0*.mp4")))
+    with suppress(FileNotFoundError):  # the command creates the folder, and deletes it at its end
+        return len(list(folder.glob("0*.mp4")))
+    return 0
 
 
 def wait_for_segments(process, folder, count):
@@ -167,14 +169,14 @@ def digest_after(run, short_segments):
 
 
 def test_kills_at_random_moments_leave_the_bytes_of_an_undisturbed_run(tmp_path, start, digest_after):
-    video = write_video(tmp_path / "in.mp4", 200, sound_s=2.0)
+    video = write_video(tmp_path / "in.mp4", 120, sound_s=2.0)
     expected = digest_after(video, tmp_path / "whole" / "in.mp4", "--workers", "2")
     out = tmp_path / "out" / "in.mp4"
     folder = out.parent / ".vidgen-upscale" / "in.mp4"
     seed = random.randrange(10**6)
     rng = random.Random(seed)
     kills = 0
-    for _ in range(4):
+    for _ in range(3):
         process = start(video, "-o", out, "--workers", "2")
         if wait_for_segments(process, folder, segments_in(folder) + rng.randrange(1, 7)):
             kills += 1
@@ -247,7 +249,7 @@ def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, dige
 
     A run before is interrupted, and the exception is dropped.
     """
-    video = write_video(tmp_path / "in.mp4", 60, sound_s=1.0)
+    video = write_video(tmp_path / "in.mp4", 30, sound_s=1.0)
     options = "--model", str(weights), "--preset", "ultrafast"
     expected = digest_after(video, tmp_path / "whole" / "in.mp4")
     monkeypatch.setattr(ray_runner, "settings_on_cluster", lambda model: SETTINGS)
