@@ -31,22 +31,22 @@ class NoOp(Stage[Any]):
 
     def __call__(self, items: Sequence[Item]) -> list[Artefacts]:
         """Run without torch."""
-        return self.run(items)
+        return [self.run(item) for item in items]
 
 
 class NoOpFlux(NoOp, FluxStage):
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image": two_coloured((SIDE_PX, SIDE_PX, 3), 1)} for _ in items]
+    def run(self, item: Item) -> Artefacts:
+        return {"image": two_coloured((SIDE_PX, SIDE_PX, 3), 1)}
 
 
 class NoOpSVD(NoOp, SVDStage):
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"frames": two_coloured((FRAMES, SIDE_PX, SIDE_PX, 3), 1)} for _ in items]
+    def run(self, item: Item) -> Artefacts:
+        return {"frames": two_coloured((FRAMES, SIDE_PX, SIDE_PX, 3), 1)}
 
 
 class NoOpRealESRGAN(NoOp, RealESRGANStage):
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"hd_frames": self.run_chunk(item.shot, item.artefacts["frames"])} for item in items]
+    def run(self, item: Item) -> Artefacts:
+        return {"hd_frames": self.run_chunk(item.shot, item.artefacts["frames"])}
 
     def run_chunk(self, shot: Shot, frames: Frames, chunk: slice | None = None) -> Frames:
         return two_coloured((len(frames), shot.scale * SIDE_PX, shot.scale * SIDE_PX, 3), 1)
@@ -76,13 +76,13 @@ def noop_profile(folder: Path, cpu_workers: int) -> Profile:
 
 
 class NoOpLoRA(NoOp, FluxLoRAStage):
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image": item.artefacts["image"]} for item in items]
+    def run(self, item: Item) -> Artefacts:
+        return {"image": item.artefacts["image"]}
 
 
 class NoOpRefine(NoOp, FluxRefineStage):
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image": item.artefacts["image"]} for item in items]
+    def run(self, item: Item) -> Artefacts:
+        return {"image": item.artefacts["image"]}
 
 
 ON_THESE_ACTORS: dict[str, type[Stage[Any]]] = {**STAGES, **{stage.name: stage for stage in (NoOpLoRA, NoOpRefine)}}

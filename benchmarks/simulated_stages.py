@@ -79,12 +79,9 @@ class SimulatedStage(Stage[Any]):
 
     def __call__(self, items: Sequence[Item]) -> list[Artefacts]:
         """Run without torch, whose import would take most of the start-up time of a worker."""
-        return self.run(items)
+        return [self.run(item) for item in items]
 
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [self._one(item) for item in items]
-
-    def _one(self, item: Item) -> Artefacts:
+    def run(self, item: Item) -> Artefacts:
         self._model.work(self.name, item.shot.id or "", simulated.STAGES[self.name].seconds)
         return self._result(item.artefacts)
 
@@ -118,14 +115,14 @@ class SimulatedLoRA(SimulatedStage, FluxLoRAStage):
 
 
 class SimulatedImageLikeness(SimulatedStage, ImageLikenessStage):
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+    def run(self, item: Item) -> Artefacts:
         """Do not use the GPU: the other systems have no likeness checks."""
-        return [{"image_likeness": Likeness((1.0,))} for _ in items]
+        return {"image_likeness": Likeness((1.0,))}
 
 
 class SimulatedClipLikeness(SimulatedStage, ClipLikenessStage):
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"clip_likeness": Likeness((1.0,))} for _ in items]
+    def run(self, item: Item) -> Artefacts:
+        return {"clip_likeness": Likeness((1.0,))}
 
 
 class SimulatedSVD(SimulatedStage, SVDStage):
@@ -134,8 +131,8 @@ class SimulatedSVD(SimulatedStage, SVDStage):
 
 
 class SimulatedRealESRGAN(SimulatedStage, RealESRGANStage):
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"hd_frames": self.run_chunk(item.shot, item.artefacts["frames"])} for item in items]
+    def run(self, item: Item) -> Artefacts:
+        return {"hd_frames": self.run_chunk(item.shot, item.artefacts["frames"])}
 
     def run_chunk(self, shot: Shot, frames: Frames, chunk: slice | None = None) -> Frames:
         self._model.work(self.name, "", len(frames) * simulated.SECONDS_PER_FRAME)

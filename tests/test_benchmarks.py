@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from inspect import getattr_static
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from vidgen_ray.stages.base import Item
 ROOT = Path(__file__).parent.parent
 OTHER_PROCESS = """
 import sys, time
+from inspect import getattr_static
 from pathlib import Path
 from benchmarks.simulated import SimulatedGPU, SimulatedModel
 model = SimulatedModel("flux", SimulatedGPU(Path(sys.argv[1]), 0))
@@ -134,7 +136,7 @@ def test_a_changed_prompt_leaves_a_stale_clip_of_a_script_and_none_of_vidgen(tmp
 def test_benchmark_stages_have_the_declarations_of_the_real_stages():
     for stage in (*simulated_stages.STAGES.values(), *noop_stages.STAGES.values()):
         for declared in ("name", "actor", "reads", "takes", "writes", "Params", "applies"):
-            assert getattr(stage, declared) is getattr(STAGE_BY_NAME[stage.name], declared), (stage, declared)
+            assert getattr_static(stage, declared) is getattr_static(STAGE_BY_NAME[stage.name], declared), (stage, declared)
 
 
 def test_simulated_stages_run_a_shot(run_folder, monkeypatch):
