@@ -188,7 +188,7 @@ def _write_shots(folder: Path, profile: Any, checker: Any, outputs: Any, numbers
                 file.write(record.model_dump_json(indent=1, exclude={"committed_at"}))
                 file.flush()
                 record = record.model_copy(update={"committed_at": os.stat(file.fileno()).st_mtime})
-        rows.append(ManifestRow.of_shot(OLD_RUN, checker.source, shot, number + 1, record, "done"))
+        rows.append(ManifestRow.of_shot(OLD_RUN, checker.source, shot, number + 1, record, "rendered"))
     return rows
 
 
@@ -227,7 +227,7 @@ def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
         for planned in unique_shots(pickle.loads(block), index):
             done, shot = planned.result, planned.line.shot
             _require(isinstance(done, DoneShot), f"{shot.id} was not found")
-            writer.add(ManifestRow.of_shot(run, script.name, shot, planned.line.number, done, "skipped"))
+            writer.add(ManifestRow.of_shot(run, script.name, shot, planned.line.number, done, "reused"))
         accept_s += time.perf_counter() - started
     started = time.perf_counter()
     writer.close()

@@ -48,8 +48,8 @@ def test_rows_become_result_rows_between_other_steps(tiny, tmp_path):
     manifest = {row["id"]: row for row in pq.read_table(tmp_path / "out" / "manifest").to_pylist()}
     assert manifest["s0"]["script"] == "captions"
     assert by_id["s0"]["hd_video"] == str(tmp_path / "out" / manifest["s0"]["hd_video"])
-    again = {row["id"]: row["status"] for row in processor(prompts).iter_rows()}
-    assert again["s0"] == "skipped"
+    again = {row["id"]: (row["status"], row["last_run"]) for row in processor(prompts).iter_rows()}
+    assert again["s0"] == ("done", "reused")
 
 
 # In a Ray session that has run many other data sets, the last way does not return the GPUs within minutes; alone it does within

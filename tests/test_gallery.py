@@ -27,7 +27,6 @@ def row(shot_id, line, **columns):
         "line": line,
         "status": "done",
         "metadata": "{}",
-        "ended_at": "",
         **columns,
     }
 
@@ -160,7 +159,7 @@ def test_watch_serves_new_rows_and_nothing_beside_the_shots(out):
 def test_status_lists_what_stands_out(out, capsys):
     assert main(["status", str(out), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
-    assert status["counts"] == {"done": 2, "skipped": 0, "failed": 1}
+    assert status["counts"] == {"done": 2, "failed": 1}
     assert [(each["stage"], each["count"], each["line"]) for each in status["failures"]] == [("instantid", 1, 3)]
     assert [shot["id"] for shot in status["slowest"]] == ["bo", "ada"]
     assert [(shot["id"], shot["value"]) for shot in status["least_alike"]] == [("ada", 0.1), ("bo", 0.2)]
@@ -170,7 +169,3 @@ def test_status_lists_what_stands_out(out, capsys):
     assert "3 s of stages, 0 s of GPUs; 0.0 MB of images and clips" in text
     assert "s.yaml line 3" in text
     assert main(["status", str(out / "gone")]) == 4
-    skipped = pa.Table.from_pylist([row("old", 4, status="skipped")], schema=SCHEMA)
-    pq.write_table(skipped, out / "manifest" / "r-00002.parquet")
-    assert main(["status", str(out)]) == 0
-    assert "3 done (1 before the last run), 1 failed" in capsys.readouterr().out

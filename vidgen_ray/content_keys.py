@@ -25,6 +25,7 @@ from vidgen_ray.provenance.record import DEFAULT, ProvenanceSettings
 from vidgen_ray.shot import DERIVED_FIELDS, IMAGE_FIELDS, LocalLora, LocalVideoLora, LoraRef, Shot, VideoLora
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
 from vidgen_ray.stages.base import Stage, StageParams
+from vidgen_ray.stages.text_length import CutText, cut_texts
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import resolve
 
@@ -69,6 +70,8 @@ class ShotPlan(BaseModel):
     """Number of this try, counted from 1. Each try has another seed."""
     key_text: str | None = None
     """Hashed text of the key, without `min_identity` and `retries`. `None` if the shot has no likeness."""
+    cut_texts: tuple[CutText, ...] = ()
+    """Prompts that text encoders cut. Not part of the key."""
     licences: tuple[UsedWeights, ...] = ()
     """Weights behind the shot and, if it continues another one, behind that shot, with their licences. Not part of the key."""
     keep_last_frame: bool = False
@@ -149,6 +152,7 @@ class ShotPlanner:
         key_text = f'{self._end},"{last}",{_json(shot.crop_width)},{_json(shot.crop_height)}'
         key = _key_with_rule(key_text, shot.min_identity if has_likeness else None, shot.retries)
         inputs, licences = self._inputs_of(shot), self._licences(shot, stages) if self._licences else ()
+        cut = cut_texts(stages, self._params, shot)
         again = []
         for number in range(1, shot.retries + 1) if has_likeness and shot.min_identity is not None else ():
             other = shot.with_retry_seed(number)
@@ -159,6 +163,7 @@ class ShotPlanner:
                     key=key,
                     inputs=inputs,
                     number=number + 1,
+                    cut_texts=cut,
                     licences=licences,
                 )
             )
@@ -168,6 +173,7 @@ class ShotPlanner:
             key=key,
             inputs=inputs,
             key_text=key_text if has_likeness else None,
+            cut_texts=cut,
             licences=licences,
             again=tuple(again),
         )

@@ -85,11 +85,11 @@ def build_processor(
     The columns of the input are the fields of a script line; `to_fields` maps a row with other columns to them. Nulls are
     missing fields, which come from `defaults`, then from the profile. `seed` is the run seed of shots without a seed.
 
-    The output has one row per shot, in the order in which they end, with the columns of the manifest: `id`, `status` (done,
-    failed or skipped), `image`, `video`, `hd_video` (absolute paths or URLs), `seconds`, `failure_stage`, `failure_error`,
-    `failure_message`, `metadata` (JSON) and others. A wrong row is a result whose status is failed. Finished shots are skipped,
-    so the same pipeline resumes. `out` gets the files, the manifest and failures.jsonl, as `vidgen render` writes them. `name`
-    stands for the script there.
+    The output has one row per shot, in the order in which they end, with the columns of the manifest: `id`, `status` (done or
+    failed), `last_run` (rendered, reused or failed), `image`, `video`, `hd_video` (absolute paths or URLs), `seconds`,
+    `failure_stage`, `failure_error`, `failure_message`, `metadata` (JSON), the settings of the shot and others. A wrong row is
+    a result whose status is failed. Finished shots are reused, so the same pipeline resumes. `out` gets the files, the manifest
+    and failures.jsonl, as `vidgen render` writes them. `name` stands for the script there.
 
     Rows come in blocks of up to 100. A row waits for others of its block for at most a fifth of the time since rendering
     started, and at most ten minutes.
@@ -111,6 +111,7 @@ def build_processor(
     options = replace(options, grace_s=min(options.grace_s, GRACE_S))
     chosen = chosen.with_commits()
     checker = LineChecker(name, Path.cwd(), merged(chosen.defaults, defaults or {}), seed, policy=chosen.policy)
+    checker.strict_prompts = options.strict_prompts
     planner = LinePlanner(
         checker, chosen, outputs, fresh=options.fresh, replace=options.replace, keep_stages=options.keep_stages
     )

@@ -98,14 +98,15 @@ def booleans_as_text(model: type[BaseModel], data: Any) -> Any:
 @cache
 def number_fields(model: type[BaseModel]) -> frozenset[str]:
     """Return the fields that are numbers."""
-    types = {name: set(_types_in(field.annotation)) for name, field in model.model_fields.items()}
+    types = {name: set(types_in(field.annotation)) for name, field in model.model_fields.items()}
     return frozenset(name for name, found in types.items() if found & {int, float} and bool not in found)
 
 
-def _types_in(annotation: Any) -> Iterator[Any]:
+def types_in(annotation: Any) -> Iterator[Any]:
+    """Yield an annotation, and the types and values that it is made of."""
     yield annotation
     for part in get_args(annotation):
-        yield from _types_in(part)
+        yield from types_in(part)
 
 
 class _Frozen(BaseModel):

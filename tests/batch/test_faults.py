@@ -184,7 +184,7 @@ def test_script_that_changes_during_the_run_is_an_error_and_replaces_no_shot(in_
     assert error.value.exit_code == 3
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert run["error"].startswith("ScriptError: s.jsonl: got a script that was changed while it was read")
-    assert {row.status for row in read_manifest(tmp_path / "out")} == {"done", "skipped"}
+    assert {(row.status, row.last_run) for row in read_manifest(tmp_path / "out")} == {("done", "rendered"), ("done", "reused")}
     report, _ = render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU)
     assert (report.skipped, json.loads((tmp_path / "out/run.json").read_text())["error"]) == (6, None)
 

@@ -316,7 +316,7 @@ class TestRecords:
             write_png(draft.path("image.png"), wall())
             committed = draft.commit([], likeness)
         assert outputs.find_finished(plan) == committed.done
-        row = ManifestRow.of_shot("r", "s", plan.shot, 1, outputs.find_finished(plan), "done")
+        row = ManifestRow.of_shot("r", "s", plan.shot, 1, outputs.find_finished(plan), "rendered")
         assert [getattr(row, name) for name in COLUMNS] == [
             value if value is None else pytest.approx(value) for value in columns
         ]

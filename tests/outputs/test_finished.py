@@ -31,10 +31,12 @@ def in_store(url):
     return OutputFolder(url)
 
 
-def write_run(outputs, run, *plans, script="s.jsonl", status="done", render=True, **options):
+def write_run(outputs, run, *plans, script="s.jsonl", last_run="rendered", render=True, **options):
     """Write the rows of shots, which are rendered first unless `render` is false."""
     results = [commit(outputs, plan) if render else outputs.find_finished(plan) for plan in plans]
-    rows = [ManifestRow.of_shot(run, script, plan.shot, 1, result, status) for plan, result in zip(plans, results, strict=True)]
+    rows = [
+        ManifestRow.of_shot(run, script, plan.shot, 1, result, last_run) for plan, result in zip(plans, results, strict=True)
+    ]
     return write(outputs, run, *rows, script=script, **options)
 
 
@@ -56,7 +58,7 @@ def test_finished_shots_are_found_without_reading_records(outputs, plan_of, monk
     assert results[:6] == [done._replace(full_record=None) for done in expected]
     assert results[6:] == [None] * len(new_plans)
     rows = [
-        vars(ManifestRow.of_shot("r", "s", plans[0].shot, 1, done, "skipped")) | {"ended_at": ""}
+        vars(ManifestRow.of_shot("r", "s", plans[0].shot, 1, done, "reused")) | {"ended_at": ""}
         for done in (results[0], expected[0])
     ]
     assert rows[0] == rows[1]
@@ -65,7 +67,7 @@ def test_finished_shots_are_found_without_reading_records(outputs, plan_of, monk
 def test_likeness_and_seed_of_a_retry_are_kept(outputs, plan_of):
     plan = plan_of("x", seed=5)
     record = commit(outputs, plan)
-    row = ManifestRow.of_shot(RUNS[0], "s", plan.shot, 1, record, "done")
+    row = ManifestRow.of_shot(RUNS[0], "s", plan.shot, 1, record, "rendered")
     likeness = {"image_likeness": 0.5, "clip_likeness_mean": None, "clip_likeness_worst": None, "frames_without_face": 3}
     write(outputs, RUNS[0], row.model_copy(update={"seed": 7, **likeness}))
     (done,) = FinishedShots.load(outputs).find([plan])
@@ -88,10 +90,10 @@ def test_licences_are_kept(outputs, plan_of):
     write_run(outputs, RUNS[0], *plans)
     shots = FinishedShots.load(outputs).find(plans)
     assert all(done.full_record is None for done in shots), "read a record"
-    rows = [ManifestRow.of_shot(RUNS[1], "s", plan.shot, 1, done, "skipped") for plan, done in zip(plans, shots, strict=True)]
+    rows = [ManifestRow.of_shot(RUNS[1], "s", plan.shot, 1, done, "reused") for plan, done in zip(plans, shots, strict=True)]
     assert [(row.licences, row.commercial_use) for row in rows] == [
-        ('["MIT", null]', "unknown"),
-        ('["Apache-2.0"]', "yes"),
+        (["MIT", None], "unknown"),
+        (["Apache-2.0"], "yes"),
         (None, None),
     ]
 
@@ -125,7 +127,7 @@ def test_stale_row_of_a_killed_run_is_not_trusted(outputs, plan_of):
     writer._flushing.stop()  # the run is killed before it writes the row
     assert found(outputs, before, after) == [False, True]
     # The next run writes a new row, so the marker is not needed any more.
-    write_run(outputs, RUNS[2], after, status="skipped", render=False)
+    write_run(outputs, RUNS[2], after, last_run="reused", render=False)
     assert not list(manifest.open_writers(outputs.storage))
     assert found(outputs, before, after) == [False, True]
 

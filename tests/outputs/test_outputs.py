@@ -395,7 +395,9 @@ class TestManifest:
     def test_manifest_row_matches_the_shot_record(self, outputs, plan_of):
         plan = plan_of("x", metadata={"k": [1]})
         record = commit(outputs, plan)
-        rows = [ManifestRow.of_shot("r", "s", plan.shot, 3, result, "done") for result in (record, outputs.find_finished(plan))]
+        rows = [
+            ManifestRow.of_shot("r", "s", plan.shot, 3, result, "rendered") for result in (record, outputs.find_finished(plan))
+        ]
         assert vars(rows[0]) | {"ended_at": ""} == vars(rows[1]) | {"ended_at": ""}
         checked = ManifestRow.model_validate(vars(rows[0]))
         assert (checked.video, checked.hd_video) == (f"{shot_path('x')}/video.mp4", None)
@@ -407,7 +409,7 @@ class TestManifest:
     def test_gallery_lists_failed_shots_first_and_counts_all(self, outputs):
         write(outputs, "r1", *(row("r1", f"a{n}", prompt="p") for n in range(600)), failed("r1", "broken"))
         rows, counts = gallery_rows(outputs.storage, limit=500)
-        assert counts == {"done": 600, "skipped": 0, "failed": 1}
+        assert counts == {"done": 600, "failed": 1}
         assert len(rows) == 500
         assert rows[0]["id"] == "broken"
         assert "601 shots" in write_gallery(outputs.root).read_text()

@@ -86,7 +86,7 @@ def test_outputs_are_removed_with_their_rows(folder, capsys):
     run = "20260101T000000-aaaaaa"
     writer = ManifestWriter(outputs, run, "s.jsonl")
     for plan, record in shots.values():
-        writer.add(ManifestRow.of_shot(run, "s.jsonl", plan.shot, 1, record, "done"))
+        writer.add(ManifestRow.of_shot(run, "s.jsonl", plan.shot, 1, record, "rendered"))
     writer.close()
     assert main(["identity", "remove", "eileen", str(outputs.root), "--outputs"]) == 0
     out = capsys.readouterr().out

@@ -98,7 +98,7 @@ def write_run(outputs, run, plans, failing=()):
         try:
             for plan, done in zip(plans, FinishedShots.load(fenced).find(plans), strict=True):
                 result = done or commit(fenced, plan, FILES)
-                writer.add(ManifestRow.of_shot(held.run, "s.jsonl", plan.shot, 1, result, "skipped" if done else "done"))
+                writer.add(ManifestRow.of_shot(held.run, "s.jsonl", plan.shot, 1, result, "reused" if done else "rendered"))
                 fenced.stage_cache.put(plan.steps[0].key, PIXELS)
             for shot_id in failing:
                 writer.add(**failed(held.run, shot_id))
@@ -348,7 +348,7 @@ def test_disk_without_inodes_or_read_only_keeps_finished_shots(plan_of, tmp_path
             end(disk.folder)
             assert fenced.write_problem() is None
             record = commit(fenced, b, FILES)
-            writer.add(ManifestRow.of_shot(held.run, "s.jsonl", b.shot, 1, record, "done"))
+            writer.add(ManifestRow.of_shot(held.run, "s.jsonl", b.shot, 1, record, "rendered"))
             writer.close()
         assert found(outputs, a, b) == [True, True]
         assert verify(outputs).damaged == []

@@ -32,7 +32,7 @@ def shot(outputs, plan_of):
         draft.path("image.png").write_bytes(b"image")
         record = draft.commit([])
     outputs.stage_cache.put(plan.steps[0].key, {"image": np.zeros((16, 16, 3), np.uint8)})
-    write(outputs, "r1", ManifestRow.of_shot("r1", "s.jsonl", plan.shot, 1, record, "done"))
+    write(outputs, "r1", ManifestRow.of_shot("r1", "s.jsonl", plan.shot, 1, record, "rendered"))
     return plan
 
 

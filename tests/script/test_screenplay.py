@@ -101,6 +101,25 @@ def test_choices_and_matrix_give_one_shot_each_with_ids_that_do_not_depend_on_th
     assert len(seeds) == 6
 
 
+def test_ids_of_a_matrix_name_what_differs_and_never_collide(script, tmp_path):
+    names = [f"loras/project-with-a-long-name/{name}.safetensors" for name in ("step-500", "step-1000")] + [
+        "b/step-500.safetensors"
+    ]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    lora = [*names, {"path": names[1], "weight": 0.5}]
+    read = script(json.dumps({"id": "x", "prompt": "a", "matrix": {"lora": lora, "scale": [2]}}) + "\n", "s.jsonl")
+    assert not read.errors
+    ids = [shot.id for shot in read.shots]
+    assert ids[:2] == ["x-step-500-2", "x-step-1000-2"]
+    assert ids[2].startswith("x-step-500-2-")
+    assert ids[3] == "x-step-1000-0-5-2"
+    assert [shot.metadata["matrix"] for shot in read.shots] == [{"lora": value, "scale": 2} for value in lora]
+    texts = script('{"id": "y", "prompt": "a {ink!|ink?} ball", "matrix": {"style_prompt": ["a-b", "a b"]}}\n', "s.jsonl").shots
+    assert len({shot.id for shot in texts}) == 4
+
+
 def test_choices_without_an_id_derive_ids_from_the_chosen_text(script):
     chosen = script('{"prompt": "a {red |}ball"}\n', "s.jsonl").shots
     plain = script('{"prompt": "a red ball"}\n{"prompt": "a ball"}\n', "s.jsonl").shots
@@ -116,7 +135,7 @@ def test_choices_without_an_id_derive_ids_from_the_chosen_text(script):
         ({"prompt": "a", "matrix": {"fps": 3}}, "matrix.fps", "must be a list"),
         ({"prompt": "a", "matrix": {"fpss": [3]}}, "matrix.fpss", "did you mean fps?"),
         ({"prompt": "a", "matrix": {"seed": list(range(MAX_SHOTS_PER_LINE + 1))}}, "matrix", f"at most {MAX_SHOTS_PER_LINE}"),
-        ({"id": "x", "prompt": "a", "matrix": {"style_prompt": ["ink!", "ink?"]}}, "id", "same id"),
+        ({"id": "x", "prompt": "a", "matrix": {"seed": [1, 1]}}, "matrix", "must be listed once"),
         ({"prompt": "a", "matrix": {"fps": [3, "x"]}}, "fps", "must be a valid integer"),
     ],
 )

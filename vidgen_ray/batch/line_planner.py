@@ -28,12 +28,13 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import FinishedShots, id_is_taken
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.profile import Profile
-from vidgen_ray.script.check import LineChecker
+from vidgen_ray.script.check import LineChecker, with_cut_prompts
 from vidgen_ray.script.formats import ScriptVersion, script_version
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
 from vidgen_ray.script.read import check_files, no_lines, open_lines, unique_lines
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
+from vidgen_ray.stages.text_length import CutText
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -116,8 +117,10 @@ class LinePlanner:
         planned = [PlannedLine(line, tuple(map(self._plan_of_line, line.shots))) for line in checked]
         if not self._replace:
             planned = [self._with_own_ids(line) for line in planned]
+        if self.checker.strict_prompts:
+            planned = [self._with_whole_prompts(line) for line in planned]
         planned = self._without_cached(planned) if self._fresh else self._with_done(planned)
-        return [self._with_checked_files(line) for line in planned]
+        return [self._with_notes(self._with_checked_files(line)) for line in planned]
 
     def _plan_of_line(self, shot: Shot) -> ShotPlan | Failure | None:
         if shot.continue_from is None:
@@ -178,6 +181,14 @@ class LinePlanner:
                     return PlannedLine(_reject_taken_id(line, shot.id, owner))
         return planned
 
+    def _with_whole_prompts(self, planned: PlannedLine) -> PlannedLine:
+        """Reject the line if a text encoder would cut its prompt."""
+        line = with_cut_prompts(planned.line, _cut_texts(planned), strict=True)
+        return PlannedLine(line) if line.errors else planned
+
+    def _with_notes(self, planned: PlannedLine) -> PlannedLine:
+        return planned._replace(line=with_cut_prompts(planned.line, _cut_texts(planned), strict=False))
+
     def _with_done(self, planned: Sequence[PlannedLine]) -> list[PlannedLine]:
         assert self.finished is not None
         found = iter(self.finished.find(_plans(planned), self._keep_stages))
@@ -199,6 +210,10 @@ class LinePlanner:
 
 def _plans(planned: Sequence[PlannedLine]) -> list[ShotPlan]:
     return [plan for line in planned for plan in line.results if isinstance(plan, ShotPlan)]
+
+
+def _cut_texts(planned: PlannedLine) -> list[CutText]:
+    return [cut for plan in _plans([planned]) for cut in plan.cut_texts]
 
 
 def _reject_taken_id(line: Line, shot_id: str | None, owner: str) -> Line:

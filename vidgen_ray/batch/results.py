@@ -136,7 +136,7 @@ class RunResults:
         self._listener.on_rejected(self._failed(line, failure))
 
     def skipped(self, line: Line, done: DoneShot) -> None:
-        row = ManifestRow.of_shot(self._run, line.script, line.shot, line.script_line, done, "skipped")
+        row = ManifestRow.of_shot(self._run, line.script, line.shot, line.script_line, done, "reused")
         self._enter(row, None, line.replaces)
 
     def pending(self) -> None:
@@ -169,7 +169,7 @@ class RunResults:
             self.weights[step.stage].update(step.weights)
             if not step.cached:
                 self.durations[step.stage].append((step.seconds, costs[step.stage]))
-        row = ManifestRow.of_shot(self._run, line.script, line.shot, line.script_line, record, "done")
+        row = ManifestRow.of_shot(self._run, line.script, line.shot, line.script_line, record, "rendered")
         self._enter(row, None, line.replaces)
         self._listener.on_finished(row)
 
@@ -179,7 +179,7 @@ class RunResults:
         return row
 
     def _enter(self, row: ManifestRow, failed: FailedLine | None, replaces: str | None) -> None:
-        self.counts[row.status] += 1
+        self.counts["skipped" if row.last_run == "reused" else row.status] += 1
         self._manifest.add(row, failed=failed, replaces=replaces)
         if self._on_row is not None:
             self._on_row(row)

@@ -41,6 +41,8 @@ class RenderOptions:
     """Replace finished shots of other scripts that have the same id. Otherwise such lines are rejected."""
     keep_stages: bool = False
     """Also write the intermediate images."""
+    strict_prompts: bool = False
+    """Reject lines whose prompt a text encoder would cut."""
     attempts: int = ATTEMPTS
     """Attempts per call before the shot has failed. The first one counts."""
     grace_s: float = GRACE_S
@@ -60,6 +62,7 @@ class RecordedOptions(BaseModel):
     cache_gb: float | None = None
     replace: bool = False
     keep_stages: bool = False
+    strict_prompts: bool = False
     attempts: int = ATTEMPTS
     run_seed: int = 0
     """Seed of the run, for lines without a seed that were rejected. Other failed lines are stored with theirs."""

@@ -44,11 +44,7 @@ def status(out: OutArgument = "out", as_json: JsonOption = False) -> None:
 
 def _print(found: Overview, url: str) -> None:
     console = Console(highlight=False)
-    # A shot that a later run has skipped is finished as well.
-    earlier = found.counts.get("skipped", 0)
-    counts = {**found.counts, "done": found.counts.get("done", 0) + earlier, "skipped": 0}
-    notes = {"done": f" ({earlier:,} before the last run)"} if earlier else {}
-    console.print(", ".join(f"{count:,} {status}{notes.get(status, '')}" for status, count in counts.items() if count))
+    console.print(", ".join(f"{count:,} {status}" for status, count in found.counts.items() if count))
     space = f"{_size(found.shot_bytes)} of images and clips"
     if found.cache_bytes is not None:
         space += f", {_size(found.cache_bytes)} of cache"

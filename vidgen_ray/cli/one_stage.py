@@ -104,7 +104,7 @@ def shot(
     pipeline = VideoGenerationPipeline(chosen, out, keep_stages=bool(keep))
     with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
         record = pipeline.render(checked)
-    for note in (note for step in record.stages for note in step.notes):
+    for note in (*map(str, record.cut_texts), *(note for step in record.stages for note in step.notes)):
         typer.echo(f"vidgen: note: {note}", err=True)
     if as_json:
         typer.echo(record.model_dump_json())

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,10 +38,12 @@ from vidgen_ray.cli.options import (
     with_consent,
 )
 from vidgen_ray.cli.progress_display import run_view
+from vidgen_ray.content_keys import params_of
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, CacheMode
 from vidgen_ray.engine.retries import ATTEMPTS
 from vidgen_ray.engine.storage_pause import MAX_WAIT_S
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError
+from vidgen_ray.graph import stages_of
 from vidgen_ray.licences import ShotLicences, UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run, setting_of_last_run
 from vidgen_ray.outputs.manifest import manifest_files
@@ -49,8 +51,11 @@ from vidgen_ray.outputs.manifest_writer import FILE
 from vidgen_ray.planner import Cluster
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.provenance.record import ProvenanceSettings
+from vidgen_ray.script.check import with_cut_prompts
 from vidgen_ray.script.lines import Line, ScriptSettings
-from vidgen_ray.script.read import iter_script, read_script
+from vidgen_ray.script.read import Script, iter_script, read_script
+from vidgen_ray.stages.base import StageParams
+from vidgen_ray.stages.text_length import cut_texts
 
 
 @contextmanager
@@ -112,6 +117,31 @@ def script_licences(lines: Iterable[Line], profile: Profile, outputs: OutputFold
     return tuple(found)
 
 
+def with_prompt_lengths(script: Script, profile: Profile, *, strict: bool) -> Script:
+    """Return the script with notes or errors about prompts that the text encoders of the profile cut.
+
+    Nothing is known about stages without weights on this machine.
+    """
+
+    params: dict[object, dict[str, StageParams] | None] = {}
+
+    def checked(line: Line) -> Line:
+        if line.errors:
+            return line
+        stages = stages_of(line.shot)
+        if stages not in params:
+            params[stages] = None
+            with suppress(SetupError):
+                params[stages] = params_of(profile, stages)
+        found = params[stages]
+        return line if found is None else with_cut_prompts(line, cut_texts(stages, found, line.shot), strict=strict)
+
+    return replace(script, lines=tuple(map(checked, script.lines)))
+
+
+StrictPromptsOption = Annotated[
+    bool, typer.Option("--strict-prompts", help="Reject lines whose prompt a text encoder would cut. Default: a note.")
+]
 RESUME = "Run the same command to resume."
 ProfileOfLastRunOption = Annotated[
     str | None, typer.Option("--profile", "-p", help=f"{PROFILE_HELP} Default: that of the last run in the folder.")
@@ -158,6 +188,7 @@ class RunOptions(RenderOptions):
         bool,
         typer.Option("--replace", help="Replace finished shots of other scripts with the same id. Default: reject the line."),
     ] = False
+    strict_prompts: StrictPromptsOption = False
     attempts: Annotated[
         int, typer.Option("--attempts", min=1, help="Attempts per call of a stage when it fails, times out or crashes.")
     ] = ATTEMPTS
@@ -206,7 +237,7 @@ def render(
     SIGTERM or Ctrl-C stops the run after the shots in progress. A second one stops it immediately.
     """
     chosen = marks.applied(load_profile(profile))
-    settings = lines.settings(scripts, chosen, seed, until)
+    settings = replace(lines.settings(scripts, chosen, seed, until), strict_prompts=run.strict_prompts)
     if strict and (errors := [error for line in iter_script(settings) for error in line.errors]):
         raise ScriptError(errors)
     if require is not None:
@@ -260,7 +291,15 @@ def render_again(
     last = _last_options(outputs)
     options = RenderOptions(address=address, cluster=gpus, **last.model_dump(exclude={"run_seed", "changes"}))
     fields = with_consent({}, consent)
-    settings = ScriptSettings(script, last.run_seed, fields, chosen.defaults, last.changes, policy=chosen.policy)
+    settings = ScriptSettings(
+        script,
+        last.run_seed,
+        fields,
+        chosen.defaults,
+        last.changes,
+        policy=chosen.policy,
+        strict_prompts=last.strict_prompts,
+    )
     run_script(settings, chosen, out, options, as_json=as_json)
 
 
@@ -271,11 +310,13 @@ def validate(
     files: Annotated[
         bool, typer.Option("--files", help="Also decode all photos and start images, and read the headers of all LoRAs.")
     ] = False,
+    strict_prompts: StrictPromptsOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check all lines of a script without rendering. Exits with code 3 if any line is invalid."""
-    settings = lines.settings(scripts, load_profile(profile))
-    checked = read_script(settings, decode_files=files)
+    chosen = load_profile(profile)
+    settings = lines.settings(scripts, chosen)
+    checked = with_prompt_lengths(read_script(settings, decode_files=files), chosen, strict=strict_prompts)
     if as_json:
         errors = [asdict(error) for error in checked.errors]
         result = {"shots": len(checked.shots), "rejected": len(checked.rejected), "errors": errors, "notes": checked.notes}

@@ -93,6 +93,7 @@ class ShotDraft:
             stages=tuple(stages),
             files={file.name: _file_record(file, sign) for file in files},
             software=software_versions(),
+            cut_texts=self.plan.cut_texts,
             licences=self.plan.licences,
             safety=safety,
             face_photos=tuple(self.plan.inputs[photo] for photo in self.plan.shot.face_image if photo in self.plan.inputs),

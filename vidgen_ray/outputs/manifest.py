@@ -18,25 +18,27 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 from numpy.typing import NDArray
 from pyarrow import compute
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import FieldError
-from vidgen_ray.graph import clip_length
+from vidgen_ray.graph import clip_length, file_sizes
 from vidgen_ray.licences import worst_use
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE, OutputFolder
 from vidgen_ray.outputs.lease import last_number
 from vidgen_ray.outputs.records import RECORD, SHOTS, DoneShot, Failure, ShotRecord, shot_path
 from vidgen_ray.outputs.storage import Storage, storage_at
-from vidgen_ray.shot import Shot
+from vidgen_ray.safety import Consent
+from vidgen_ray.shot import LORA_FIELDS, NESTED_FIELDS, STAGES_WITH_STEPS, Shot, types_in
 
 SHOT_FILES = {"image": "image.png", "video": "video.mp4", "hd_video": "hd.mp4"}
 """Manifest column -> file in the folder of the shot."""
@@ -47,9 +49,14 @@ LIKENESS = {
     "frames_without_face": "frames_without_face",
 }
 """Manifest column -> field of `LikenessRecord`."""
-Status = Literal["done", "failed", "skipped", "replaced"]
+Status = Literal["done", "failed", "replaced"]
+"""State of a shot."""
+LastRun = Literal["rendered", "reused", "failed"]
+"""What the last run that processed a shot did."""
 REPLACED = "replaced"
 """`status` of a finished shot whose line the script no longer has."""
+VERSION = 1
+"""Version of the columns. Raised when the type or the meaning of one changes, not when one is added."""
 REJECTED = "script"
 """`failure_stage` of a line that was rejected when the script was read."""
 BATCH_ROWS = 10_000
@@ -58,29 +65,53 @@ INDEX = ["run", "script", "id", "status", "failure_stage"]
 MARKER_PREFIX = ".open-"
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def _now() -> datetime:
+    now = datetime.now(UTC)
+    return now.replace(microsecond=now.microsecond // 1000 * 1000)
 
 
-class ManifestRow(BaseModel):
-    """Result of one script line. Columns that do not apply are null. Paths are relative to the output folder."""
+class _Row(BaseModel):
+    """Result of one script line: the clip, its files, and all settings that made it.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Columns that do not apply are null. Paths are relative to the output folder.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, json_schema_extra={"version": VERSION}
+    )
 
     run: str
+    """Run that wrote the row. Runs are numbered."""
     script: str
     id: str
     line: int | None
+    """Line number in the script, from 1."""
     status: Status
+    """State of the shot: done (it has its files), failed, or replaced (its script no longer has the line)."""
+    last_run: LastRun | None = None
+    """What the last run that processed the line did: rendered, reused (finished before), or failed."""
     key: str | None = None
+    """Content key: the same key stands for the same bytes."""
     prompt: str | None = None
+    cut_tokens: int | None = None
+    """Tokens at the end of the prompt that the stage did not read that cuts most of it. 0: all was read."""
     mode: str | None = None
     seed: int | None = None
     """Seed used for a finished shot. With `retries` it may differ from the seed in the script."""
     width: int | None = None
+    """Width in pixels before upscaling and cropping."""
     height: int | None = None
+    """Height in pixels before upscaling and cropping."""
+    hd_width: int | None = None
+    """Width in pixels of the upscaled clip."""
+    hd_height: int | None = None
+    """Height in pixels of the upscaled clip."""
     num_frames: int | None = None
+    """Frames of the clip files."""
     fps: int | None = None
+    """Frames per second of the clip files."""
+    duration_s: float | None = None
+    """Seconds that the clip lasts."""
     image: str | None = None
     image_sha256: str | None = None
     image_bytes: int | None = None
@@ -104,46 +135,53 @@ class ManifestRow(BaseModel):
     """Seconds times the share of a GPU, of all stages together."""
     lora_loads: int | None = None
     """LoRAs loaded onto the weights while the shot was rendered."""
-    licences: str | None = None
-    """Licences of the weights behind the shot, as a JSON list. `null` in it: an unknown licence."""
+    licences: list[str | None] | None = None
+    """Licences of the weights behind the shot. Null in it: an unknown licence."""
     commercial_use: str | None = None
     """Commercial use under all of these licences: yes, conditional, no, or unknown."""
-    consent: str | None = None
-    """`consent` of the shot as JSON text: subject, basis and reference. Null without a face photo."""
+    consent: dict[str, str | None] | None = None
+    """Consent of the shot: subject, basis and reference. Null without a face photo."""
     failure_stage: str | None = None
     failure_error: str | None = None
     failure_message: str | None = None
     failure_attempts: int | None = None
     failure_worker: str | None = None
     metadata: str = "{}"
-    """`metadata` of the line, as JSON text."""
-    ended_at: str = Field(default_factory=_now)
+    """`metadata` of the line, as JSON text, with its values of a `matrix` under that name."""
+    ended_at: datetime = Field(default_factory=_now)
+    """Time at which the last run had its result, in UTC."""
     committed_at: float | None = None
     """Modification time of the shot's shot.json, in seconds since 1970. Null in an object store."""
 
     @staticmethod
     def of_shot(
-        run: str, script: str, shot: Shot, line: int | None, result: ShotRecord | DoneShot | Failure, status: Status
+        run: str, script: str, shot: Shot, line: int | None, result: ShotRecord | DoneShot | Failure, last_run: LastRun
     ) -> ManifestRow:
-        """Return the row of a finished, failed or skipped shot. Values are not validated again, for speed."""
+        """Return the row of a rendered, reused or failed shot. Values are not validated again, for speed."""
         assert shot.id is not None
         done = result.done if isinstance(result, ShotRecord) else result
         n_frames, fps = clip_length(shot) if shot.generate_video else (None, None)
+        hd_width, hd_height = file_sizes(shot).get("hd_frames", (None, None))
         return ManifestRow.model_construct(
             run=run,
             script=script,
             id=shot.id,
             line=line,
-            status=status,
+            status="failed" if isinstance(done, Failure) else "done",
+            last_run=last_run,
             prompt=shot.prompt,
             mode=shot.mode,
             seed=shot.seed if isinstance(done, Failure) else done.seed,
             width=shot.width,
             height=shot.height,
+            hd_width=hd_width,
+            hd_height=hd_height,
             num_frames=n_frames,
             fps=fps,
-            consent=shot.consent.model_dump_json() if shot.consent else None,
+            duration_s=n_frames / fps if n_frames and fps else None,
+            consent=shot.consent.model_dump() if shot.consent else None,
             metadata=json.dumps(shot.metadata) if shot.metadata else "{}",
+            **_settings_of(shot),
             **(_failure_columns(done) if isinstance(done, Failure) else _result_columns(done)),
         )
 
@@ -156,9 +194,81 @@ class ManifestRow(BaseModel):
             id=line_id,
             line=line,
             status="failed",
+            last_run="failed",
             prompt=_storable(prompt) if isinstance(prompt, str) else None,
             **_failure_columns(failure),
         )
+
+
+SETTINGS = {
+    "start_image" if name == "image" else name: name
+    for name in Shot.model_fields
+    if name == "image" or (name not in _Row.model_fields and name not in ("variants", "character"))
+}
+"""Column -> field of the shot. The other fields are columns of their own, or part of `metadata`."""
+STRUCTS = {
+    "lora": [("path", pyarrow.string()), ("weight", pyarrow.float64())],
+    "video_lora": [("path", pyarrow.string()), ("weight", pyarrow.float64()), ("expert", pyarrow.string())],
+    "consent": [(name, pyarrow.string()) for name in Consent.model_fields],
+    "steps": [(stage, pyarrow.int64()) for stage in STAGES_WITH_STEPS],
+    "guidance": [(stage, pyarrow.float64()) for stage in STAGES_WITH_STEPS],
+}
+"""Column -> entries of its structs."""
+
+
+SCALARS = {column: name for column, name in SETTINGS.items() if name not in (*STRUCTS, "face_image")}
+_scalars_of = attrgetter(*SCALARS.values())
+
+
+def _settings_of(shot: Shot) -> dict[str, Any]:
+    """Return the columns of `SETTINGS`."""
+    return {
+        **dict(zip(SCALARS, _scalars_of(shot), strict=True)),
+        "face_image": list(shot.face_image),
+        **{name: [lora.model_dump() for lora in getattr(shot, name)] for name in LORA_FIELDS},
+        **{name: {stage: value for stage, value in getattr(shot, name) if value is not None} for name in NESTED_FIELDS},
+    }
+
+
+def _type_of(column: str, annotation: Any) -> pyarrow.DataType:
+    """Return the type of a column: that of the first scalar type in the annotation of its field."""
+    if column in STRUCTS:
+        struct = pyarrow.struct(STRUCTS[column])
+        return pyarrow.list_(struct) if column in LORA_FIELDS else struct
+    if column in ("licences", "face_image"):
+        return pyarrow.list_(pyarrow.string())
+    found = {each if isinstance(each, type) else type(each) for each in types_in(annotation)}
+    scalars = {
+        bool: pyarrow.bool_(),
+        datetime: pyarrow.timestamp("ms", "UTC"),
+        float: pyarrow.float64(),
+        int: pyarrow.int64(),
+    }
+    return next((arrow for scalar, arrow in scalars.items() if scalar in found), pyarrow.string())
+
+
+def _setting(name: str) -> tuple[Any, Any]:
+    """Return type and description of the column of a setting."""
+    field = Shot.model_fields[name]
+    nested: dict[str, Any] = {"face_image": list[str], **dict.fromkeys(LORA_FIELDS, list[dict[str, Any]])}
+    kind: Any = nested.get(name, dict[str, Any] if name in STRUCTS else field.annotation)
+    return kind | None, Field(None, description=field.description)
+
+
+if TYPE_CHECKING:
+
+    class ManifestRow(_Row):
+        """`_Row` with a column for each of `SETTINGS`."""
+
+        def __getattr__(self, column: str) -> Any: ...
+else:
+    ManifestRow = create_model(
+        "ManifestRow",
+        __base__=_Row,
+        __module__=__name__,
+        __doc__=_Row.__doc__,
+        **{column: _setting(name) for column, name in SETTINGS.items()},
+    )
 
 
 def _storable(text: str) -> str:
@@ -178,9 +288,10 @@ def _result_columns(result: DoneShot) -> dict[str, Any]:
         "seconds": result.seconds,
         "gpu_seconds": result.gpu_seconds,
         "lora_loads": result.lora_loads,
+        "cut_tokens": result.cut_tokens,
     }
     if result.licences:
-        columns["licences"] = json.dumps(sorted({licence for licence, _ in result.licences}, key=str))
+        columns["licences"] = sorted({licence for licence, _ in result.licences}, key=str)
         columns["commercial_use"] = worst_use(use for _, use in result.licences)
     if result.likeness is not None:
         columns |= {column: result.likeness[field] for column, field in LIKENESS.items()}
@@ -193,24 +304,12 @@ def _result_columns(result: DoneShot) -> dict[str, Any]:
 
 
 def _arrow_schema() -> pyarrow.Schema:
-    types = {int: pyarrow.int64(), float: pyarrow.float64()}
-    return pyarrow.schema(
-        [
-            (
-                name,
-                next((types[t] for t in types if t in (field.annotation, *_union_members(field.annotation))), pyarrow.string()),
-            )
-            for name, field in ManifestRow.model_fields.items()
-        ]
-    )
-
-
-def _union_members(annotation: Any) -> tuple[Any, ...]:
-    return getattr(annotation, "__args__", ())
+    columns = [(name, _type_of(name, field.annotation)) for name, field in ManifestRow.model_fields.items()]
+    return pyarrow.schema(columns, {"vidgen.manifest": str(VERSION)})
 
 
 SCHEMA = _arrow_schema()
-"""Strings, integers and floats. The same for every run, so that the folder can be read as one table."""
+"""The same for every run, so that the folder can be read as one table."""
 
 
 def rows_as_columns(rows: Iterable[ManifestRow]) -> pyarrow.RecordBatch:
@@ -396,10 +495,10 @@ def _began(writer: str) -> str:
 
 COLUMNS = (
     *("run", "script", "id", "status", "key", "committed_at", "seed", "seconds", "gpu_seconds", "lora_loads"),
-    *("licences", "commercial_use", *LIKENESS),
+    *("licences", "commercial_use", "cut_tokens", *LIKENESS),
     *(f"{name}_{end}" for name in SHOT_FILES for end in ("sha256", "bytes")),
 )
-"""Columns of the manifest that a look-up and the row of a skipped shot need."""
+"""Columns of the manifest that a look-up and the row of a reused shot need."""
 
 
 class FinishedShots:
@@ -509,7 +608,8 @@ class FinishedShots:
             gpu_seconds=row["gpu_seconds"],
             lora_loads=row["lora_loads"],
             # The manifest has the commercial use of all licences together only.
-            licences=tuple((licence, row["commercial_use"]) for licence in json.loads(row["licences"] or "[]")),
+            licences=tuple((licence, row["commercial_use"]) for licence in row["licences"] or ()),
+            cut_tokens=row["cut_tokens"] or 0,
         )
 
     def _holds_on_disk(self, done: DoneShot) -> bool:

@@ -10,6 +10,7 @@ from vidgen_ray.licences import UsedWeights
 from vidgen_ray.provenance.record import Detail
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts
+from vidgen_ray.stages.text_length import CutText
 
 RECORD = "shot.json"
 SHOTS = "shots"
@@ -108,6 +109,8 @@ class ShotRecord(_Record):
     files: dict[str, FileRecord]
     software: dict[str, str]
     """Package -> version."""
+    cut_texts: tuple[CutText, ...] = ()
+    """Prompts of which text encoders read the beginning only."""
     licences: tuple[UsedWeights, ...] = ()
     """Weights behind the shot and the shots that it continues, with their licences."""
     safety: str | None = None
@@ -134,6 +137,7 @@ class ShotRecord(_Record):
             gpu_seconds=sum(step.gpu_seconds for step in self.stages),
             lora_loads=sum(step.adapter_loads for step in self.stages),
             licences=tuple((used.licence, used.commercial_use) for used in self.licences),
+            cut_tokens=max((cut.tokens - cut.read for cut in self.cut_texts), default=0),
             full_record=self,
         )
 
@@ -159,6 +163,8 @@ class DoneShot(NamedTuple):
     lora_loads: int
     licences: tuple[tuple[str | None, str], ...] = ()
     """Licence and `commercial_use` of each of the weights behind the shot."""
+    cut_tokens: int = 0
+    """Tokens of the prompt that the stage did not read that cuts most of it."""
     full_record: ShotRecord | None = None
     """`None` if the shot was found in the manifest, without reading its record."""
 

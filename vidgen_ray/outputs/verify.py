@@ -32,7 +32,6 @@ from vidgen_ray.system.cache_dir import sha256_of
 
 THREADS = 8
 """Shots that are read at the same time. Hashing a file does not hold the interpreter's lock."""
-FINISHED = ("done", "skipped")
 STATED = ("prompt", "seed", "width", "height", "num_frames", "fps", *(f"{name}_sha256" for name in SHOT_FILES))
 """Columns of the manifest that equal those of a row made from `shot.json`."""
 REPAIRED = "repaired"
@@ -122,7 +121,7 @@ def _finished_rows(outputs: OutputFolder, report: VerifyReport) -> dict[str, _Ro
     rows = {}
     for batch in manifest_batches(outputs.storage, ["script", "line", "run", "committed_at", "id", "status", *STATED]):
         for row in batch.to_pylist():
-            if row["status"] in FINISHED:
+            if row["status"] == "done":
                 stated = hash(tuple(row[name] for name in STATED))
                 rows[row["id"]] = _Row(row["script"], row["line"], row["run"], row["committed_at"], stated)
     return rows
@@ -130,7 +129,7 @@ def _finished_rows(outputs: OutputFolder, report: VerifyReport) -> dict[str, _Ro
 
 def _differs(outputs: OutputFolder, record: ShotRecord, row: _Row, writers: Sequence[str]) -> bool:
     """Return whether a record differs from its manifest row, unless the shot was written again without one."""
-    storage, stated = outputs.storage, ManifestRow.of_shot("", "", record.shot, None, record, "done")
+    storage, stated = outputs.storage, ManifestRow.of_shot("", "", record.shot, None, record, "rendered")
     if storage.local is not None and os.stat(storage.local / shot_path(stated.id) / RECORD).st_mtime != row.committed_at:
         return False
     return is_trusted(row.run, writers) and hash(tuple(getattr(stated, name) for name in STATED)) != row.stated

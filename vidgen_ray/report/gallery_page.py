@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ class GalleryRows(NamedTuple):
 
 def gallery_rows(storage: Storage, limit: int = MAX_SHOTS) -> GalleryRows:
     """Return the rows of a gallery, at most `limit`. Reads one small file per finished shot. Raises OSError."""
-    counts: Counter[str] = Counter(done=0, skipped=0, failed=0)
+    counts: Counter[str] = Counter(done=0, failed=0)
     chosen: list[dict[str, Any]] = []
     for batch in manifest_batches(storage):
         counts.update(batch.column("status").to_pylist())
@@ -110,7 +111,7 @@ def likeness_text(row: Mapping[str, Any]) -> str | None:
 
 
 @lru_cache(MAX_SHOTS)
-def _record(storage: Storage, folder: str, ended_at: str) -> dict[str, Any]:
+def _record(storage: Storage, folder: str, ended_at: datetime) -> dict[str, Any]:
     """Return the content of shot.json. `ended_at` of the row tells the records of a shot apart, for `vidgen watch`."""
     return _object(storage.read(f"{folder}/{RECORD}") or b"{}")
 

@@ -65,7 +65,7 @@ class Overview:
 
 def overview(storage: Storage) -> Overview:
     """Read the manifest. Memory use does not grow with the number of shots. Raises OSError."""
-    counts: Counter[str] = Counter(done=0, skipped=0, failed=0)
+    counts: Counter[str] = Counter(done=0, failed=0)
     groups: dict[tuple[str, str], FailureGroup] = {}
     slowest: list[tuple[float, str, ListedShot]] = []
     least: list[tuple[float, str, ListedShot]] = []

@@ -3,7 +3,7 @@
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +27,7 @@ from vidgen_ray.safety import (
     UnsafeContent,
     safety_of,
 )
-from vidgen_ray.script.expansion import STYLE, expand, is_expandable, with_character, with_style
+from vidgen_ray.script.expansion import MATRIX, STYLE, expand, is_expandable, with_character, with_style
 from vidgen_ray.script.lines import (
     FAILURE_FIELD,
     NO_HEADER,
@@ -53,6 +53,7 @@ from vidgen_ray.shot import (
 )
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.identity import identities
+from vidgen_ray.stages.text_length import CutText
 from vidgen_ray.system.cache_dir import cache_dir, digest
 from vidgen_ray.video_models import MODEL_DEFAULTS, VIDEO_MODELS, is_per_model, per_model, without_other_models_defaults
 from vidgen_ray.weights import resolve
@@ -84,6 +85,8 @@ class LineChecker:
     """Rules for the content of lines."""
     script: str = ""
     """Name of the script in the output folder. Default: `source`."""
+    strict_prompts: bool = False
+    """Reject lines whose prompt a text encoder would cut. See `with_cut_prompts`."""
     inputs: Path | None = None
     """Folder for images that are inside of a table. Default: in the cache folder of this machine."""
 
@@ -99,6 +102,7 @@ class LineChecker:
         checker = LineChecker(
             path.name, settings.folder, fallback, settings.run_seed, header, settings.changes, settings.policy
         )
+        checker.strict_prompts = settings.strict_prompts
         checker._check_header()
         return checker
 
@@ -142,8 +146,9 @@ class LineChecker:
             # As it is written, since a rejected line is one row.
             line.fields = self._with_defaults(line, own, "")
             try:
-                for fields, suffix in expand(own):
-                    self._add_shots(line, fields, self._with_names(line, self._with_defaults(line, fields, suffix), fields))
+                for fields, suffix, values in expand(own):
+                    named = self._with_names(line, self._with_defaults(line, fields, suffix), fields, values)
+                    self._add_shots(line, fields, named)
             except WrongField as error:
                 line.reject(error.field, error.got, error.allowed)
         else:
@@ -189,8 +194,10 @@ class LineChecker:
                     line.reject(f"{name}.{stage}", "two values", f"must be set once, as {name}.{stage} or in {name}")
         return fields
 
-    def _with_names(self, line: Line, fields: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields with those of the character and the style. Their names are kept in the metadata only.
+    def _with_names(
+        self, line: Line, fields: dict[str, Any], own: Mapping[str, Any], matrix: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the fields with those of the character and the style. Their names and the matrix are in the metadata only.
 
         They exist only in this script, but the line may move to failures.jsonl.
         """
@@ -203,7 +210,7 @@ class LineChecker:
             line.reject(error.field, error.got, error.allowed)
             names = {"character": character, STYLE: style}
             return {**fields, **{name: value for name, value in names.items() if value is not None}}
-        labels = {"scene": line.scene, "character": character, STYLE: style}
+        labels = {"scene": line.scene, "character": character, STYLE: style, MATRIX: matrix or None}
         labels = {name: label for name, label in labels.items() if label is not None}
         metadata = fields.get("metadata") or {}
         return {**fields, "metadata": {**labels, **metadata}} if labels and isinstance(metadata, dict) else fields
@@ -352,6 +359,18 @@ def _stored_image(folder: Path, image: Mapping[str, Any]) -> Any:
     """Return the path of an image. Its bytes are written to the folder if it has any."""
     content = image.get("bytes")
     return str(store_input(folder, content, ".image")) if isinstance(content, bytes) else image.get("path")
+
+
+def with_cut_prompts(line: Line, cut: Iterable[CutText], *, strict: bool) -> Line:
+    """Return the line with notes about the prompts that text encoders cut. `strict`: reject it instead."""
+    cut = tuple(cut)
+    if strict and cut:
+        line = replace(line)
+        line.reject("prompt", "a prompt that is too long", "; ".join(dict.fromkeys(map(str, cut))))
+        return line
+    where = f"{line.source} line {line.number}" if line.number else line.source
+    notes = dict.fromkeys(f"{where}, prompt: {each}" for each in cut)
+    return replace(line, notes=(*line.notes, *notes)) if notes else line
 
 
 def _set_origin(line: Line, failure: Any) -> None:

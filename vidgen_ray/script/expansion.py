@@ -4,6 +4,7 @@ A character is a person: photos, LoRA, trigger words, a description. A style is 
 script; characters may also stand in a file of their own. Each shot of a line with choices gets an id that depends on its own
 choices only, so that adding a choice changes no other shot."""
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -193,6 +194,9 @@ TEXTS = ("prompt", "negative_prompt", "style_prompt", "motion_prompt")
 CHOICES = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
 NO_MATRIX_FIELDS = ("id", "variants", "metadata", "consent")
 SUFFIX_LETTERS = 24
+HASH_DIGITS = 6
+FILE_NAME = re.compile(r"^(?:.*[/:])?([^/:]+)\.(?:safetensors|png|jpe?g|webp|bmp|tiff?)$", re.IGNORECASE | re.DOTALL)
+"""A file whose name stands for it."""
 
 
 class Expanded(NamedTuple):
@@ -201,6 +205,8 @@ class Expanded(NamedTuple):
     fields: dict[str, Any]
     suffix: str
     """Text to add to the id of the line. Empty for a line that is not expanded."""
+    values: dict[str, Any]
+    """Values of its `matrix` by field."""
 
 
 def is_expandable(fields: Mapping[str, Any]) -> bool:
@@ -215,11 +221,12 @@ def expand(fields: Mapping[str, Any]) -> list[Expanded]:
     """
     plain = {name: value for name, value in fields.items() if name != MATRIX}
     axes = list(_matrix_axes(fields.get(MATRIX) or {}))
-    expanded = []
+    expanded: list[Expanded] = []
+    suffixes = set[str]()
     for values in product(*axes):
         own = {**plain, **dict(values)}
-        suffix = "".join(f"-{_slug(value)}" for _, value in values)
-        expanded += [Expanded(chosen.fields, suffix + chosen.suffix) for chosen in _choose(own)]
+        for fields, chosen in _choose(own):
+            expanded.append(Expanded(fields, _suffix([value for _, value in values], chosen, suffixes), dict(values)))
         if len(expanded) > MAX_SHOTS_PER_LINE:
             raise WrongField(
                 MATRIX if axes else "prompt", f"more than {MAX_SHOTS_PER_LINE} shots", f"must be at most {MAX_SHOTS_PER_LINE}"
@@ -239,8 +246,23 @@ def _matrix_axes(matrix: Any) -> Iterator[list[tuple[str, Any]]]:
         yield [(name, value) for value in values]
 
 
-def _choose(fields: dict[str, Any]) -> Iterator[Expanded]:
-    """Yield the fields with each combination of the choices in their texts."""
+def _suffix(values: Sequence[Any], chosen: Sequence[str], taken: set[str]) -> str:
+    """Return what values and choices add to an id, with their hash if an earlier shot has the same.
+
+    Raises WrongField if the earlier shot has the same values, too.
+    """
+    suffix = "".join(f"-{_slug(value)}" for value in (*values, *chosen))
+    content = repr((values, chosen))
+    if content in taken:
+        raise WrongField(MATRIX, shortened(values), "must be listed once")
+    if suffix in taken:
+        suffix += f"-{hashlib.sha256(content.encode('utf-8', 'surrogatepass')).hexdigest()[:HASH_DIGITS]}"
+    taken |= {suffix, content}
+    return suffix
+
+
+def _choose(fields: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Sequence[str]]]:
+    """Yield the fields with each combination of the choices in their texts, and these choices."""
     texts = {name: CHOICES.split(text) for name in TEXTS if isinstance(text := fields.get(name), str) and "|" in text}
     choices = {
         (name, number): _options(name, parts[number]) for name, parts in texts.items() for number in range(1, len(parts), 2)
@@ -256,17 +278,22 @@ def _choose(fields: dict[str, Any]) -> Iterator[Expanded]:
                 raise WrongField(name, shortened(joined), "choices such as {a|b} must not contain other choices")
         # A choice may be empty: "a {red |}ball".
         joined_texts = {name: " ".join("".join(text).split()) for name, text in parts.items()} if choices else {}
-        yield Expanded({**fields, **joined_texts}, "".join(f"-{_slug(option)}" for option in chosen))
+        yield {**fields, **joined_texts}, chosen
 
 
 def _options(name: str, text: str) -> list[str]:
     options = text.split("|")
-    if len({_slug(option) for option in options}) < len(options):
-        raise WrongField(name, shortened("{" + text + "}"), "choices must differ in their first letters or digits")
+    if len({" ".join(option.split()) for option in options}) < len(options):
+        raise WrongField(name, shortened("{" + text + "}"), "choices must differ")
     return options
 
 
 def _slug(value: Any) -> str:
-    """Return the part of an id that stands for a value."""
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", str(value)).strip("-")[:SUFFIX_LETTERS].strip("-")
-    return slug.lower() or "none"
+    """Return the part of an id that stands for a value. Of a file it is the name, without folder and ending."""
+    if isinstance(value, list | tuple):
+        text = "-".join(map(_slug, value))
+    elif isinstance(value, dict):
+        text = "-".join(map(_slug, value.values()))
+    else:
+        text = FILE_NAME.sub(r"\1", str(value))
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")[:SUFFIX_LETTERS].strip("-").lower() or "none"

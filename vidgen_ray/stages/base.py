@@ -16,7 +16,7 @@ from fractions import Fraction
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,6 +128,16 @@ class Item:
 
     shot: Shot
     artefacts: Artefacts = field(default_factory=lambda: Artefacts())
+
+
+class ReadText(NamedTuple):
+    """A text that a stage reads."""
+
+    text: str
+    tokenizer: Path
+    """Folder of the tokenizer."""
+    tokens: int
+    """Tokens that the text encoder reads. Further ones are cut."""
 
 
 NOT_IN_KEY = "not in key"
@@ -282,6 +292,11 @@ class Stage(ABC, Generic[P]):
         """Raise SetupError for weights of another kind, as far as their index tells, so that no process starts for them."""
         if cls.pipelines:
             check_pipeline_folder(params.weights, cls.pipelines)
+
+    @classmethod
+    def texts(cls, params: P, shot: Shot) -> Iterator[ReadText]:
+        """Yield the texts that the stage reads and would cut if they are too long."""
+        yield from ()
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:

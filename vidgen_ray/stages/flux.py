@@ -15,6 +15,7 @@ from vidgen_ray.stages.base import (
     REFERENCE_PIXELS,
     Artefacts,
     Item,
+    ReadText,
     Stage,
     StageParams,
     diffusers_step_callback,
@@ -52,6 +53,11 @@ class FluxFamilyStage(Stage[FluxParams]):
     @staticmethod
     def uses_identity(shot: Shot) -> bool:
         return shot.flux_identity is not None
+
+    @classmethod
+    def texts(cls, params: FluxParams, shot: Shot) -> Iterator[ReadText]:
+        # CLIP reads 77 tokens, only for the pooled embedding.
+        yield ReadText(shot.prompt, params.weights / "tokenizer_2", params.text_tokens)
 
     @classmethod
     def extra_weights(cls) -> Collection[str]:

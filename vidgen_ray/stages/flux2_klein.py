@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -16,6 +16,7 @@ from vidgen_ray.stages.base import (
     REFERENCE_PIXELS,
     Artefacts,
     Item,
+    ReadText,
     StageParams,
     diffusers_step_callback,
     noise_generator,
@@ -28,6 +29,8 @@ from vidgen_ray.stages.memory_table import CLIP_HOST_BYTES, Phase, StageMemory, 
 DISTILLED_STEPS, BASE_STEPS = 4, 50
 """Default steps of the distilled weights and of the base weights."""
 DEFAULT_GUIDANCE = 4.0
+CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+"""What the text encoder reads of a prompt."""
 PHOTO_PIXELS = 1024 * 1024
 """Pixels to which the pipeline scales larger photos down."""
 TEXT_ENCODER, TRANSFORMER, VAE = "klein/text_encoder", "klein/transformer", "klein/vae"
@@ -96,6 +99,10 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
     @staticmethod
     def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
         return shot.klein_lora
+
+    @classmethod
+    def texts(cls, params: Flux2KleinParams, shot: Shot) -> Iterator[ReadText]:
+        yield ReadText(CHAT.format(shot.prompt), params.weights / "tokenizer", params.text_tokens)
 
     @classmethod
     def weight_files(cls, params: Flux2KleinParams, shot: Shot) -> tuple[Path, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from vidgen_ray.stages.base import (
     Artefacts,
     Image,
     Item,
+    ReadText,
     StageParams,
     diffusers_step_callback,
     noise_generator,
@@ -25,6 +26,7 @@ from vidgen_ray.stages.speed import CompileParams, compile_network, require_sdpa
 
 DEFAULT_STEPS = 30
 DEFAULT_GUIDANCE = 5.0
+MT5_TOKENS = 256
 LARGEST_CANVAS_PX = 1280 * 1280
 """Pixels of the largest size that the published weights were trained on."""
 NETWORKS = ("hunyuan/transformer", "hunyuan/text_encoder", "hunyuan/text_encoder_2", "hunyuan/vae")
@@ -80,6 +82,10 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
         return shot.uses_restyle and shot.style_model == "hunyuan"
 
     @classmethod
+    def texts(cls, params: HunyuanDiTParams, shot: Shot) -> Iterator[ReadText]:
+        yield ReadText(_prompt_of(shot), params.weights / "tokenizer_2", MT5_TOKENS)
+
+    @classmethod
     def relative_cost(cls, shot: Shot) -> float:
         # The number of pixels of the canvas hardly depends on the size of the shot.
         passes = 1 if shot.guidance.hunyuan is None or shot.guidance.hunyuan > 1 else 0.5
@@ -124,7 +130,7 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
         )
         with sdpa_backend(self.params.attention_backend):
             (restyled,) = self.pipe(
-                f"{shot.prompt}, {shot.style_prompt}" if shot.style_prompt else shot.prompt,
+                _prompt_of(shot),
                 PILImage.fromarray(place_on_canvas(image, placement)),
                 strength=shot.style_strength,
                 num_inference_steps=shot.steps.hunyuan or DEFAULT_STEPS,
@@ -135,6 +141,10 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
                 **diffusers_step_callback(self.name),
             ).images
         return {"image": crop_from_canvas(pixels_to_uint8(restyled), placement)}
+
+
+def _prompt_of(shot: Shot) -> str:
+    return f"{shot.prompt}, {shot.style_prompt}" if shot.style_prompt else shot.prompt
 
 
 @dataclass(frozen=True, slots=True)

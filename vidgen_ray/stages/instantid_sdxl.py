@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +16,7 @@ from vidgen_ray.stages.base import (
     Artefacts,
     FaceFeatures,
     Item,
+    ReadText,
     StageParams,
     diffusers_step_callback,
     noise_generator,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 EMBEDDING = "antelopev2"
 """Recogniser that the weights were trained with. Embeddings of another one silently give another face."""
+CLIP_TOKENS = 77
 INSTANTID = "instantid"
 """Name in the profile's `extra_weights` of the folder with `ControlNetModel/` and `ip-adapter.bin`."""
 NET_FOLDER, ADAPTER_FILE = "ControlNetModel", "ip-adapter.bin"
@@ -97,6 +99,10 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
     @classmethod
     def weight_files(cls, params: InstantIDSDXLParams, shot: Shot) -> tuple[Path, ...]:
         return (params.weights, params.extra_weights_at(INSTANTID))
+
+    @classmethod
+    def texts(cls, params: InstantIDSDXLParams, shot: Shot) -> Iterator[ReadText]:
+        yield ReadText(shot.prompt, params.weights / "tokenizer", CLIP_TOKENS)
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
@@ -21,6 +21,7 @@ from vidgen_ray.stages.base import (
     Frames,
     Item,
     P,
+    ReadText,
     Stage,
     diffusers_step_callback,
     noise_generator,
@@ -143,6 +144,10 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
         return (params.weights, *(Path(lora.path) for lora in shot.video_lora))
 
     @classmethod
+    def texts(cls, params: VP, shot: Shot) -> Iterator[ReadText]:
+        yield ReadText(_prompt_of(shot), params.weights / "tokenizer", params.text_tokens)
+
+    @classmethod
     def relative_cost(cls, shot: Shot) -> float:
         guidance = getattr(shot.guidance, cls.name)
         passes = 1 if guidance is None or guidance > 1 else 0.5
@@ -194,13 +199,12 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
             raise StageError(f"num_frames: got {shot.num_frames}, {model.allowed_instead_of(shot.num_frames)}")
         generator = noise_generator(self.generator_seed(shot))
         self.pipe.vae.use_tiling = self.params.vae_tiling
-        prompt = f"{shot.prompt}, {shot.motion_prompt}" if shot.motion_prompt else shot.prompt
         negative = {"negative_prompt": shot.negative_prompt or ""} if self.guidance(shot) > 1 else {}
         with self.adapters.active(shot.video_lora):
             self.note(*self.adapters.take_notes())
             (latents,) = self.pipe(
                 image=PILImage.fromarray(image),
-                prompt=prompt,
+                prompt=_prompt_of(shot),
                 **negative,
                 height=height,
                 width=width,
@@ -219,3 +223,7 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
         # Offloaded weights of the autoencoder leave the GPU.
         self.pipe.maybe_free_model_hooks()
         return clip
+
+
+def _prompt_of(shot: Shot) -> str:
+    return f"{shot.prompt}, {shot.motion_prompt}" if shot.motion_prompt else shot.prompt
