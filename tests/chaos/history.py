@@ -242,7 +242,7 @@ def check_stall(world, history):
 def check_idle(world, history):
     """A worker that has never failed gets calls while calls for its stages wait behind others.
 
-    Not if several processes of its node were quarantined: it is on probation then.
+    Not if it, its predecessor or several processes of its node were quarantined: it is on probation then.
     """
     busy, calls = defaultdict(list), defaultdict(list)
     for event in world.history:
@@ -253,10 +253,13 @@ def check_idle(world, history):
             calls[event.fields["call"].driver].append((event.at, {*event.fields["call"].stages}))
     failed = {history.sent[number].fields["call"].process for number in history.hit | history.sick if number in history.sent}
     texts = [event.fields["text"] for event in world.history if event.kind == "message"]
+    pids = {int(match[1]) for text in texts if (match := re.search(r":(\d+)\) is quarantined", text))}
+    quarantined = {process.actor for process in world.processes if process.pid in pids}
     sick_nodes = {match[1] for text in texts if (match := re.search(r"\((\S+):\d+\) is quarantined: several", text))}
     for process, times in busy.items():
         driver, stages = process.actor.driver, {*process.actor.spec.stages}
-        if process in failed or process.frozen_until or not process.loaded or process.life in sick_nodes:
+        on_probation = process.life in sick_nodes or process.actor in quarantined
+        if process in failed or process.frozen_until or not process.loaded or on_probation:
             continue
         for first, second in pairwise([*times, *([] if process.lost else [history.ended.get(driver.number, 0.0)])]):
             others = sum(first + 60 < at < second and names <= stages for at, names in calls[driver])
