@@ -2,6 +2,7 @@
 
 import inspect
 import socket
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import ray
 from ray._private import node, parameter
 
-from vidgen_ray.engine.ray_cluster import START_ATTEMPTS, START_TIMEOUT, RayStartTimeout, _unused_ports, init_local_ray
+from vidgen_ray.engine.ray_cluster import START_ATTEMPTS, START_TIMEOUT, RayStartTimeout, _unused_ports, init_local_ray, within
+from vidgen_ray.errors import SetupError
 
 
 @pytest.fixture
@@ -72,3 +74,11 @@ def test_ports_of_agents_are_free_and_not_those_of_connections():
             stack.enter_context(socket.create_server(("127.0.0.1", port)))
             first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
             assert port < first_of_connections or first_of_connections < 32_768
+
+
+def test_call_that_never_returns_is_a_lost_connection():
+    with pytest.raises(SetupError, match="no response for 0.05 s"):
+        within(0.05, threading.Event().wait)
+    assert within(60, lambda: 7) == 7
+    with pytest.raises(KeyError):
+        within(60, lambda: {}["missing"])

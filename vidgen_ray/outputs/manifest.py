@@ -70,7 +70,7 @@ def _now() -> datetime:
     return now.replace(microsecond=now.microsecond // 1000 * 1000)
 
 
-class _Row(BaseModel):
+class _Columns(BaseModel):
     """Result of one script line: the clip, its files, and all settings that made it.
 
     Columns that do not apply are null. Paths are relative to the output folder.
@@ -203,7 +203,7 @@ class _Row(BaseModel):
 SETTINGS = {
     "start_image" if name == "image" else name: name
     for name in Shot.model_fields
-    if name == "image" or (name not in _Row.model_fields and name not in ("variants", "character"))
+    if name == "image" or (name not in _Columns.model_fields and name not in ("variants", "character"))
 }
 """Column -> field of the shot. The other fields are columns of their own, or part of `metadata`."""
 STRUCTS = {
@@ -257,16 +257,16 @@ def _setting(name: str) -> tuple[Any, Any]:
 
 if TYPE_CHECKING:
 
-    class ManifestRow(_Row):
-        """`_Row` with a column for each of `SETTINGS`."""
+    class ManifestRow(_Columns):
+        """`_Columns` with a column for each of `SETTINGS`."""
 
         def __getattr__(self, column: str) -> Any: ...
 else:
     ManifestRow = create_model(
         "ManifestRow",
-        __base__=_Row,
+        __base__=_Columns,
         __module__=__name__,
-        __doc__=_Row.__doc__,
+        __doc__=_Columns.__doc__,
         **{column: _setting(name) for column, name in SETTINGS.items()},
     )
 
