@@ -16,13 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vidgen_ray.batch.line_planner import LinePlanner
 from vidgen_ray.cli import main
 from vidgen_ray.cli.options import LineOptions, check_out, parse_fields
 from vidgen_ray.errors import ScriptError, UsageError
 from vidgen_ray.media import encode_png
 from vidgen_ray.outputs import object_storage
+from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.profile import load_profile
-from vidgen_ray.script.read import read_script
+from vidgen_ray.script.read import open_lines, read_script
 
 PNG = encode_png(np.zeros((64, 64, 3), np.uint8), None)
 
@@ -206,6 +208,20 @@ def test_options_that_contradict_themselves_are_refused(settings):
         read(settings, text("s.csv", "sample_id,id,prompt\na,b,c\n"), columns=["sample_id=id"])
     with pytest.raises(ScriptError, match="--map sample_id=FIELD reads a column as a field, --keep-columns"):
         read(settings, text("s.csv", "sample_id,prompt\na,c\n"))
+
+
+def test_lora_for_a_model_of_another_size_is_refused_by_name(settings, capsys, tmp_path):
+    lora = "builtin:tiny/lora.safetensors"
+    Path("s.jsonl").write_text(json.dumps({"prompt": "a", "lora": lora}) + "\n")
+    assert main(["validate", "s.jsonl", "-p", "tiny"]) == 0
+    capsys.readouterr()
+    assert main(["validate", "s.jsonl", "-p", "demo"]) == 3
+    message = f"lora {lora}: is for a model of width 32, that of the profile has 192"
+    assert message in " ".join(capsys.readouterr().err.split())
+    demo = load_profile("demo")
+    checker, found = open_lines(settings("s.jsonl"))
+    (planned,) = LinePlanner(checker, demo, OutputFolder(tmp_path / "out")).plan_first(list(found))
+    assert message in planned.result.message
 
 
 def test_home_folder_in_quotes(settings, monkeypatch, tmp_path):

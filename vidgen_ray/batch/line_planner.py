@@ -31,7 +31,7 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.script.check import LineChecker, with_cut_prompts
 from vidgen_ray.script.formats import ScriptVersion, script_version
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
-from vidgen_ray.script.read import check_files, no_lines, open_lines, unique_lines
+from vidgen_ray.script.read import check_files, check_lora_sizes, no_lines, open_lines, unique_lines
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.text_length import CutText
@@ -161,7 +161,7 @@ class LinePlanner:
         """Return the line with a failure in place of each plan with an unusable file. Finished shots are not checked."""
 
         def checked(shot: Shot, result: ShotPlan | DoneShot | Failure | None) -> ShotPlan | DoneShot | Failure | None:
-            if isinstance(result, ShotPlan | None) and (wrong := check_files(shot)):
+            if isinstance(result, ShotPlan | None) and (wrong := check_files(shot) or check_lora_sizes(shot, self._profile)):
                 source, number = line.line.source, line.line.number
                 errors = [FieldError(source, number, field, "an unusable file", str(error)) for field, error in wrong]
                 return StepFailed("plan", ScriptError(errors)).failure()

@@ -53,7 +53,7 @@ from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.script.check import with_cut_prompts
 from vidgen_ray.script.lines import Line, ScriptSettings
-from vidgen_ray.script.read import Script, iter_script, read_script
+from vidgen_ray.script.read import Script, check_lora_sizes, iter_script, read_script
 from vidgen_ray.stages.base import StageParams
 from vidgen_ray.stages.text_length import cut_texts
 
@@ -117,8 +117,9 @@ def script_licences(lines: Iterable[Line], profile: Profile, outputs: OutputFold
     return tuple(found)
 
 
-def with_prompt_lengths(script: Script, profile: Profile, *, strict: bool) -> Script:
-    """Return the script with notes or errors about prompts that the text encoders of the profile cut.
+def with_profile_checks(script: Script, profile: Profile, *, strict: bool) -> Script:
+    """Return the script with errors of LoRAs for a model of another size than the profile's, and notes, or errors if `strict`,
+    about prompts that its text encoders cut.
 
     Nothing is known about stages without weights on this machine.
     """
@@ -127,6 +128,11 @@ def with_prompt_lengths(script: Script, profile: Profile, *, strict: bool) -> Sc
 
     def checked(line: Line) -> Line:
         if line.errors:
+            return line
+        if wrong := check_lora_sizes(line.shot, profile):
+            line = replace(line)
+            for field, error in wrong:
+                line.reject(field, "an unusable file", str(error))
             return line
         stages = stages_of(line.shot)
         if stages not in params:
@@ -316,7 +322,7 @@ def validate(
     """Check all lines of a script without rendering. Exits with code 3 if any line is invalid."""
     chosen = load_profile(profile)
     settings = lines.settings(scripts, chosen)
-    checked = with_prompt_lengths(read_script(settings, decode_files=files), chosen, strict=strict_prompts)
+    checked = with_profile_checks(read_script(settings, decode_files=files), chosen, strict=strict_prompts)
     if as_json:
         errors = [asdict(error) for error in checked.errors]
         result = {"shots": len(checked.shots), "rejected": len(checked.rejected), "errors": errors, "notes": checked.notes}

@@ -1,5 +1,6 @@
 """Check a LoRA file by its header: names, types and shapes of its tensors, without reading their values."""
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,8 @@ from vidgen_ray.limits import MAX_LORA_BYTES, MAX_LORA_HEADER_BYTES
 PARTS = re.compile(r"^(?P<layer>.*)\.(?P<part>lora_A|lora_B|lora_down|lora_up)(\..+)?\.weight$")
 """A layer has two factors: lora_A and lora_B in the format of diffusers, lora_down and lora_up in that of kohya."""
 FIRST = ("lora_A", "lora_down")
+ATTENTION = re.compile(r"attn[._](to_[qkv]|qkv)$")
+"""Layers that take the hidden state."""
 FLUX = "FLUX.1"
 OTHER_MODELS = {
     "Stable Diffusion or SDXL": re.compile(
@@ -68,6 +71,25 @@ def check_lora_file(path: Path, base_model: str = FLUX) -> None:
             raise StageError(
                 f"lora {path.name}: the factors of layer {layer[:80]} have rank {first} and {second}; the file is damaged"
             )
+
+
+def check_lora_width(path: Path, name: str, transformer: Path) -> None:
+    """Raise StageError if a LoRA that `check_lora_file` accepts was trained for a FLUX of another size.
+
+    `name`: of the LoRA in messages. `transformer`: folder of the network.
+    """
+    from safetensors import safe_open
+
+    config = json.loads((transformer / "config.json").read_text())
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    with safe_open(path, "np") as file:
+        for tensor in file.keys():  # noqa: SIM118  # not a mapping
+            found = PARTS.match(tensor)
+            if found and found["part"] in FIRST and ATTENTION.search(found["layer"]):
+                of_lora = file.get_slice(tensor).get_shape()[-1]
+                if of_lora != width:
+                    raise StageError(f"lora {name}: is for a model of width {of_lora}, that of the profile has {width}")
+                return
 
 
 def _check_size(path: Path) -> None:

@@ -6,17 +6,20 @@ and in any order; `unique_lines` then makes their ids unique, in the order of th
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from vidgen_ray.errors import FieldError, MediaError, ScriptError, StageError, VidgenError
 from vidgen_ray.media import image_size, read_image
-from vidgen_ray.nets.lora_header import FLUX, check_lora_file
+from vidgen_ray.nets.lora_header import FLUX, check_lora_file, check_lora_width
+from vidgen_ray.profile import Profile
 from vidgen_ray.script.check import LineChecker
 from vidgen_ray.script.formats import ScriptVersion, open_script
 from vidgen_ray.script.lines import Line, Lines, ScriptIndex, ScriptSettings
 from vidgen_ray.shot import IMAGE_FIELDS, Shot, derive_id
+from vidgen_ray.stages.flux import FluxLoRAStage
 from vidgen_ray.weights import resolve
 
 CACHED_FILES = 4096
@@ -25,7 +28,7 @@ CACHED_FILES = 4096
 def check_files(shot: Shot, *, decode: bool = False) -> list[tuple[str, VidgenError]]:
     """Return field and error of each file of the shot that cannot be used. Each file is read once.
 
-    By default only headers are read. `decode`: decode the images, which also finds damaged ones.
+    By default only headers are read. `decode`: decode the images, which also finds damaged ones. See also `check_lora_sizes`.
     """
     images = [(field, path) for field in IMAGE_FIELDS if (path := getattr(shot, field))]
     images += [("face_image", photo) for photo in shot.face_image]
@@ -33,6 +36,29 @@ def check_files(shot: Shot, *, decode: bool = False) -> list[tuple[str, VidgenEr
     checked += [("lora", _lora_error(lora.path, FLUX)) for lora in shot.lora]
     checked += [("video_lora", _lora_error(lora.path, shot.video_model)) for lora in shot.video_lora]
     return [(field, error) for field, error in checked if error is not None]
+
+
+def check_lora_sizes(shot: Shot, profile: Profile) -> list[tuple[str, VidgenError]]:
+    """Return field and error of each LoRA for a FLUX of another size than the profile's. Its other files must be usable.
+
+    Nothing is known without the weights.
+    """
+    if not shot.lora or shot.image_model != "flux":
+        return []
+    # Damaged files are found by `check_files`, damaged weights when they are loaded.
+    with suppress(Exception):
+        weights = str(profile.params(FluxLoRAStage).weights)
+        return [("lora", error) for lora in shot.lora if (error := _size_error(lora.path, weights)) is not None]
+    return []
+
+
+@lru_cache(CACHED_FILES)
+def _size_error(path: str, weights: str) -> VidgenError | None:
+    try:
+        check_lora_width(resolve(path), path, Path(weights) / "transformer")
+    except StageError as error:
+        return error
+    return None
 
 
 @lru_cache(CACHED_FILES)
