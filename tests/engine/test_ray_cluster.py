@@ -77,7 +77,7 @@ def test_ports_of_agents_are_free_and_not_those_of_connections():
 
 
 def test_call_that_never_returns_is_a_lost_connection():
-    with pytest.raises(SetupError, match="no response for 0.05 s"):
+    with pytest.raises(SetupError, match=r"no response for 0\.05 s"):
         within(0.05, threading.Event().wait)
     assert within(60, lambda: 7) == 7
     with pytest.raises(KeyError):
