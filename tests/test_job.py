@@ -1,4 +1,4 @@
-"""`vidgen_ray.jobs.render` on a real head node: submission, output and exit code."""
+"""`jobs/render.py`, which runs `vidgen_ray.jobs.render`, on a real head node: submission, output and exit code."""
 
 import os
 import shutil
@@ -70,8 +70,9 @@ def test_submitted_job_renders_and_returns_its_exit_code(dashboard, tmp_path):
     out = tmp_path / "out"
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     # What the job needs of the project: the rest would be uploaded, too.
-    shutil.copytree(ROOT / "vidgen_ray", tmp_path / "project" / "vidgen_ray", ignore=shutil.ignore_patterns("__pycache__"))
-    job = [sys.executable, "-m", "vidgen_ray.jobs.render", str(script), "-o", str(out), "-p", "tiny", "--until", "image"]
+    for folder in ("vidgen_ray", "jobs"):
+        shutil.copytree(ROOT / folder, tmp_path / "project" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    job = [sys.executable, "jobs/render.py", str(script), "-o", str(out), "-p", "tiny", "--until", "image"]
     command = [RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *job]
     result = subprocess.run(command, cwd=tmp_path / "project", env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 1, result.stdout + result.stderr
