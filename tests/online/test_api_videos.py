@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -461,7 +462,8 @@ def test_cancelled_handler_still_cancels_the_video(monkeypatch):
             await may_end.wait()
             ended.set()
 
-        server = SimpleNamespace(job_service=SimpleNamespace(cancel=cancel))
+        streams = SimpleNamespace(waiting=lambda tenant: nullcontext())
+        server = SimpleNamespace(job_service=SimpleNamespace(cancel=cancel), event_streams=streams)
         handler = asyncio.create_task(content_routes.create_video_sync(None, server, None))
         await cancelling.wait()
         handler.cancel()
