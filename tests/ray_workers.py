@@ -35,6 +35,8 @@ OWN_WORKERS = {
     "setup_worker_path": str(Path(find_spec("ray").submodule_search_locations[0]) / "_private" / "workers" / "setup_worker.py")
 }
 """Arguments of a node with workers that Ray starts itself: children of the node with an environment of their own."""
+FAST_DETECTION = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+"""Settings of a cluster that finds lost nodes within two seconds."""
 AGENT_PORTS = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
 """Names of the files in which the agents of a node write their ports."""
 

@@ -11,7 +11,7 @@ from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tests.ray_workers import small_cluster
+from tests.ray_workers import FAST_DETECTION, small_cluster
 from vidgen_ray.engine import fleet as fleet_module
 from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.calls import ENCODER
@@ -22,7 +22,6 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec
 
 MEMORY = {"object_store_memory": 80 << 20}
-FAST_DETECTION = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 TIMEOUT_S = 30
 
 

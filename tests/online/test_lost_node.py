@@ -10,7 +10,7 @@ import ray
 
 from tests.online.on_serve.applications import IMAGE_ONLY, scripted_profile
 from tests.online.scripted_stages import SCRIPTED, pipes_open, steps_run
-from tests.ray_workers import small_cluster
+from tests.ray_workers import FAST_DETECTION, small_cluster
 from vidgen_ray.engine import fleet as fleet_module
 from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.config import EngineConfig
@@ -30,7 +30,6 @@ from vidgen_ray.shot import Shot
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 MEMORY = {"object_store_memory": 200 << 20}
-FAST_DETECTION = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 TIMEOUT_S = 300
 STAGED = Layout(
     "staged",
