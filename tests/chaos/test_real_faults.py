@@ -164,4 +164,5 @@ def test_lost_head_ends_the_run_and_the_next_one_resumes(cluster, second_node, t
     subprocess.run([*command, cluster.address], env=environment, check=True, timeout=200, cwd=ROOT)
     assert len(list((tmp_path / "out").glob(DONE))) == SHOTS
     rows = read_manifest(tmp_path / "out")
-    assert sum(row.last_run == "reused" for row in rows) == done
+    # Encoders of the lost cluster may still have committed shots after the count.
+    assert done <= sum(row.last_run == "reused" for row in rows) < SHOTS
