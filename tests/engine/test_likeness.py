@@ -331,7 +331,7 @@ class TestRecords:
         plan = plan_of(min_identity=0.3, retries=1)
         with pipeline.outputs.draft(plan.again[0]) as draft:
             draft.commit([])
-        row = partial(ManifestRow.of_shot, "r", "s", plan.shot, 1, status="done")
+        row = partial(ManifestRow.of_shot, "r", "s", plan.shot, 1, last_run="rendered")
         assert (
             row(pipeline.outputs.find_finished(plan)).seed
             == row(pipeline.outputs.find_finished(plan).record()).seed

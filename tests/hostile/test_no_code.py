@@ -131,9 +131,11 @@ def test_pickle_in_a_column_of_parquet_does_not_run(tmp_path):
     payload = pickle.dumps(RunsCode(tmp_path / "RAN"))
     marked = {"ARROW:extension:name": "ray.data.arrow_pickled_object", "ARROW:extension:metadata": payload}
     for column in (pa.field("metadata.x", pa.binary()), pa.field("metadata.x", pa.binary(), metadata=marked)):
+        # Bytes without a type are metadata, in Base64.
+        is_metadata = column.metadata is None
         schema = pa.schema([pa.field("prompt", pa.string()), column])
         pq.write_table(pa.table({"prompt": ["a"], "metadata.x": [payload]}, schema), tmp_path / "a.parquet")
-        with pytest.raises(VidgenError):
+        with nullcontext() if is_metadata else pytest.raises(VidgenError):
             script(tmp_path / "a.parquet")
     assert not (tmp_path / "RAN").exists()
 

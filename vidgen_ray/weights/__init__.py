@@ -80,7 +80,7 @@ def _resolve_builtin(name: str) -> Path:
     builders = BUILTIN if name in BUILTIN else _builders()
     if name not in builders:
         known = [each for each in (*builders, *builtin.shipped_models()) if os.path.splitext(each)[1] == suffix]
-        names = get_close_matches(name, known, 3, 0.4) or known
+        names = get_close_matches(name, known, 3) or known
         raise SetupError(f"weights 'builtin:{name}': unknown name, must be one of {', '.join(names)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
