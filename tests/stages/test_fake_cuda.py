@@ -74,7 +74,7 @@ def run(stage, item, cuda, move):
     try:
         move(stage)
         with cuda.running():
-            stage.run([item])
+            stage.run(item)
     finally:
         stage.close()
     _, _, device = cuda.outputs[-1]
