@@ -25,8 +25,8 @@ def colour_of(prompt: str) -> int:
 
 
 class PromptFlux(SimulatedFlux):
-    def _one(self, item: Item) -> Artefacts:
-        super()._one(item)
+    def run(self, item: Item) -> Artefacts:
+        super().run(item)
         # The next stage adds 1.
         return {"image": two_coloured(IMAGE_SHAPE, colour_of(item.shot.prompt) - 1)}
 

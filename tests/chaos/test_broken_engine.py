@@ -156,7 +156,7 @@ BROKEN = {
 """Place -> rule that finds it if it is broken, and how it is broken."""
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("place", BROKEN)
 def test_broken_place_is_found(monkeypatch, place):
