@@ -32,8 +32,9 @@ test-slow: setup
 	$(PYTEST) -m "slow and not very_slow"
 	$(BIN)/python -m pytest -m "" --nbmake --nbmake-timeout 600 examples/library.ipynb
 
-# About an hour. Places of the engine that are broken on purpose; faults of GPUs, nodes, encoders, disks and inputs, two runs on one cluster, leases of other containers; then kills
-# processes, nodes and drivers of a three-node cluster at 35 random moments; then 10,000 seeds of a run in simulated time.
+# About an hour. Places of the engine that are broken on purpose; faults of GPUs, nodes, encoders, disks and inputs, two runs on one
+# cluster, leases of other containers; then kills processes, nodes and drivers of a three-node cluster at 35 random moments; then 10,000
+# seeds of a run in simulated time.
 FAULTS := tests/batch/test_health.py tests/batch/test_faults.py tests/engine/test_inputs.py \
 	tests/engine/test_cache_writer.py tests/engine/test_fleet.py tests/outputs/test_lease.py tests/outputs/test_storage_faults.py
 chaos: setup
