@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, local_server
 from vidgen_ray.engine.ray_cluster import _private_folder
+from vidgen_ray.errors import SetupError
 from vidgen_ray.online.auth import hash_key, is_loopback
 from vidgen_ray.online.server_settings import OnlineSettings
 
@@ -72,6 +73,15 @@ def test_no_other_user_can_enter_the_folder_of_ray():
     folder = Path(_private_folder())
     assert folder.parent.stat().st_mode & 0o777 == 0o700
     assert len(str(folder)) < 40, "Ray adds up to 63 characters to the paths of sockets"
+
+
+def test_folder_of_another_user_is_refused(monkeypatch):
+    monkeypatch.setattr(os, "getuid", lambda: 999_999_999)
+    try:
+        with pytest.raises(SetupError, match="belongs to another user"):
+            _private_folder()
+    finally:
+        Path("/tmp/ray-999999999").rmdir()
 
 
 def ray_with(mode: str | None, tmp_path: Path, short: Path, host: str = "127.0.0.1") -> dict:

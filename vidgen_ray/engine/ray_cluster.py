@@ -267,12 +267,16 @@ def _private_folder() -> str:
     """Return a folder for Ray's sockets and logs that no other user of the machine can enter.
 
     Ray opens its own folder to all users. The path is short, because those of sockets are limited to 107 characters.
-    Raises SetupError if the folder belongs to another user.
+    Raises SetupError if the folder cannot be made, or belongs to another user.
     """
     parent = Path(f"/tmp/ray-{os.getuid()}")
-    parent.mkdir(mode=0o700, exist_ok=True)
-    if parent.is_symlink() or parent.stat().st_uid != os.getuid():
-        raise SetupError(f"{parent} belongs to another user. Set RAY_TMPDIR to a folder of your own with a short path")
+    try:
+        parent.mkdir(mode=0o700, exist_ok=True)
+        problem = "belongs to another user" if parent.is_symlink() or parent.stat().st_uid != os.getuid() else None
+    except OSError as error:
+        problem = f"cannot be made ({error.strerror})"
+    if problem is not None:
+        raise SetupError(f"{parent} {problem}. Set RAY_TMPDIR to a folder of your own with a short path")
     parent.chmod(0o700)
     return str(parent / "ray")
 
