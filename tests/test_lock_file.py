@@ -49,7 +49,7 @@ def test_lock_names_no_index_no_local_version_and_no_second_onnxruntime():
     assert "onnxruntime" not in names, "both own the folder onnxruntime/"
 
 
-def test_an_installation_brings_exactly_one_onnxruntime():
+def test_installation_has_one_onnxruntime():
     """Follows the requirements of the installed packages, as pip does."""
     found, waiting = set(), [Requirement(each) for each in PROJECT["dependencies"]]
     while waiting:

@@ -111,9 +111,14 @@ def build_processor(
     options = replace(options, grace_s=min(options.grace_s, GRACE_S))
     chosen = chosen.with_commits()
     checker = LineChecker(name, Path.cwd(), merged(chosen.defaults, defaults or {}), seed, policy=chosen.policy)
-    checker.strict_prompts = options.strict_prompts
     planner = LinePlanner(
-        checker, chosen, outputs, fresh=options.fresh, replace=options.replace, keep_stages=options.keep_stages
+        checker,
+        chosen,
+        outputs,
+        fresh=options.fresh,
+        replace=options.replace,
+        keep_stages=options.keep_stages,
+        strict_prompts=options.strict_prompts,
     )
 
     def processor(dataset: Dataset) -> Dataset:

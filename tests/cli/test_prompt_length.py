@@ -37,8 +37,8 @@ def test_validate_notes_a_cut_prompt_and_rejects_it_on_request(script, capsys):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_run_notes_a_cut_prompt_or_rejects_the_line(script, tmp_path, tiny, strict):
-    checker, lines = open_lines(ScriptSettings(script, profile_defaults=tiny.defaults, strict_prompts=strict))
-    planned = LinePlanner(checker, tiny, OutputFolder(tmp_path / "out")).plan_first(list(lines))
+    checker, lines = open_lines(ScriptSettings(script, profile_defaults=tiny.defaults))
+    planned = LinePlanner(checker, tiny, OutputFolder(tmp_path / "out"), strict_prompts=strict).plan_first(list(lines))
     assert [bool(each.line.errors) for each in planned] == [False, strict]
     assert planned[0].line.notes == ()
     if strict:
@@ -59,7 +59,7 @@ def test_cut_tokens_are_in_the_record_and_the_manifest(tmp_path, tiny, make_shot
     assert row.cut_tokens == cut.tokens - 64 > 0
 
 
-def test_each_text_encoder_counts_what_it_reads():
+def test_tokens_of_each_text_encoder_are_counted():
     profile = load_profile("tiny")
 
     def cut(text, **fields):

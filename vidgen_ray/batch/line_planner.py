@@ -78,8 +78,12 @@ class LinePlanner:
         fresh: bool = False,
         replace: bool = False,
         keep_stages: bool = False,
+        strict_prompts: bool = False,
     ) -> None:
-        """`fresh`: do not look up finished shots, and drop their cached results. `replace`: also those of other scripts."""
+        """`fresh`: do not look up finished shots, and drop their cached results. `replace`: also those of other scripts.
+
+        `strict_prompts`: reject lines whose prompt a text encoder would cut.
+        """
         self.outputs = outputs
         self.finished: FinishedShots | None = None
         """Must be set to plan lines. Not part of the pickled planner, since it may take hundreds of megabytes."""
@@ -91,6 +95,7 @@ class LinePlanner:
         self._fresh = fresh
         self._replace = replace
         self._keep_stages = keep_stages
+        self._strict_prompts = strict_prompts
         self._planners: dict[tuple[type[Stage[Any]], ...], ShotPlanner] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,7 +122,7 @@ class LinePlanner:
         planned = [PlannedLine(line, tuple(map(self._plan_of_line, line.shots))) for line in checked]
         if not self._replace:
             planned = [self._with_own_ids(line) for line in planned]
-        if self.checker.strict_prompts:
+        if self._strict_prompts:
             planned = [self._with_whole_prompts(line) for line in planned]
         planned = self._without_cached(planned) if self._fresh else self._with_done(planned)
         return [self._with_notes(self._with_checked_files(line)) for line in planned]

@@ -164,6 +164,7 @@ def render(
         fresh=options.fresh,
         replace=options.replace,
         keep_stages=options.keep_stages,
+        strict_prompts=options.strict_prompts,
     )
     remaining = None if version is None else partial(remaining_lines, script, version, planner)
     demand: Demand | None = None

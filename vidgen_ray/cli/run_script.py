@@ -243,7 +243,7 @@ def render(
     SIGTERM or Ctrl-C stops the run after the shots in progress. A second one stops it immediately.
     """
     chosen = marks.applied(load_profile(profile))
-    settings = replace(lines.settings(scripts, chosen, seed, until), strict_prompts=run.strict_prompts)
+    settings = lines.settings(scripts, chosen, seed, until)
     if strict and (errors := [error for line in iter_script(settings) for error in line.errors]):
         raise ScriptError(errors)
     if require is not None:
@@ -297,15 +297,7 @@ def render_again(
     last = _last_options(outputs)
     options = RenderOptions(address=address, cluster=gpus, **last.model_dump(exclude={"run_seed", "changes"}))
     fields = with_consent({}, consent)
-    settings = ScriptSettings(
-        script,
-        last.run_seed,
-        fields,
-        chosen.defaults,
-        last.changes,
-        policy=chosen.policy,
-        strict_prompts=last.strict_prompts,
-    )
+    settings = ScriptSettings(script, last.run_seed, fields, chosen.defaults, last.changes, policy=chosen.policy)
     run_script(settings, chosen, out, options, as_json=as_json)
 
 

@@ -90,6 +90,11 @@ class InputsLost(Exception):
     """The inputs of a call were lost with the process or node that held them, before or during the call. Run the shot again."""
 
 
+def drop_frames(error: BaseException) -> None:
+    """Drop the traceback of an error that is kept: its stack frames would keep results of calls in the object store."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+
+
 async def run_with_retries(
     attempt: Callable[[frozenset[P], bool], Awaitable[R]],
     candidates: Callable[[], Sequence[Candidate[P]]],
@@ -121,8 +126,7 @@ async def run_with_retries(
         try:
             result = await attempt(avoid, alone)
         except AttemptFailed as failure:
-            # The frames of its call would stay in the object store until the last attempt.
-            failure.__traceback__ = failure.__context__ = failure.__cause__ = None
+            drop_frames(failure)
             if failure.kind is Kind.NOT_RUN:
                 continue
             if failure.kind is Kind.SHARED_CRASH:

@@ -25,7 +25,7 @@ from vidgen_ray.engine.calls import (
     ordered_window,
 )
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.retries import InputsLost, Kind, ShotFailed
+from vidgen_ray.engine.retries import InputsLost, Kind, ShotFailed, drop_frames
 from vidgen_ray.engine.scheduler import CHUNK_LOAD, COMMIT_LOAD, Work
 from vidgen_ray.engine.status import EngineObserver, Progress
 from vidgen_ray.engine.step_runner import LIKENESS, LikenessTooLow, StepFailed, best_try, check_likeness
@@ -158,9 +158,8 @@ class ShotRunner:
                 return await self._run_steps(plan, order, on_progress)
             except InputsLost as lost:
                 self._observer.retried(OUTPUT)
-                # Their frames would keep what is left of the results in the object store.
-                reason = lost.with_traceback(None)
-                reason.__context__ = reason.__cause__ = None
+                drop_frames(lost)
+                reason = lost
                 for step in plan.steps:
                     if step.key in self._shared and self._shared[step.key].done():
                         del self._shared[step.key]

@@ -167,9 +167,7 @@ class EventStreams:
         try:
             yield
         finally:
-            self._waiting[tenant.key_id] -= 1
-            if not self._waiting[tenant.key_id]:
-                del self._waiting[tenant.key_id]
+            _decrement(self._waiting, tenant.key_id)
 
     def respond(
         self, tenant: Tenant, events: AsyncIterator[ServerSentEvent], headers: Mapping[str, str] | None = None
@@ -202,6 +200,11 @@ class _CountedStream(EventSourceResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._open[self._key_id] -= 1
-            if not self._open[self._key_id]:
-                del self._open[self._key_id]
+            _decrement(self._open, self._key_id)
+
+
+def _decrement(counts: Counter[str], key_id: str) -> None:
+    """Count one less. Keys without any are dropped."""
+    counts[key_id] -= 1
+    if not counts[key_id]:
+        del counts[key_id]

@@ -52,7 +52,7 @@ LIKENESS = {
 Status = Literal["done", "failed", "replaced"]
 """State of a shot."""
 LastRun = Literal["rendered", "reused", "failed"]
-"""What the last run that processed a shot did."""
+"""Action of the last run that processed a shot."""
 REPLACED = "replaced"
 """`status` of a finished shot whose line the script no longer has."""
 VERSION = 1
@@ -89,7 +89,7 @@ class _Columns(BaseModel):
     status: Status
     """State of the shot: done (it has its files), failed, or replaced (its script no longer has the line)."""
     last_run: LastRun | None = None
-    """What the last run that processed the line did: rendered, reused (finished before), or failed."""
+    """Action of the last run that processed the line: rendered, reused (finished before), or failed."""
     key: str | None = None
     """Content key: the same key stands for the same bytes."""
     prompt: str | None = None

@@ -61,7 +61,7 @@ from vidgen_ray.weights import resolve
 INTEGER_FIELDS = {name for name, field in Shot.model_fields.items() if field.annotation in (int, int | None)}
 INTEGER_FIELDS |= {"scale", "interpolation"}
 HUB_REPOSITORY = re.compile(r"(hub:.*|hf:.*|[\w-][\w.-]*/[\w.-]+(?<!\.safetensors))")
-"""What names a repository of a model hub rather than a file."""
+"""Name of a repository of a model hub. Others are files."""
 OUTER_LEVELS = 4
 """Nesting levels that a plan adds around a shot's metadata. JSON parsers limit the total depth."""
 METADATA = TypeAdapter(JsonValue)
@@ -85,8 +85,6 @@ class LineChecker:
     """Rules for the content of lines."""
     script: str = ""
     """Name of the script in the output folder. Default: `source`."""
-    strict_prompts: bool = False
-    """Reject lines whose prompt a text encoder would cut. See `with_cut_prompts`."""
     inputs: Path | None = None
     """Folder for images that are inside of a table. Default: in the cache folder of this machine."""
 
@@ -102,7 +100,6 @@ class LineChecker:
         checker = LineChecker(
             path.name, settings.folder, fallback, settings.run_seed, header, settings.changes, settings.policy
         )
-        checker.strict_prompts = settings.strict_prompts
         checker._check_header()
         return checker
 

@@ -137,8 +137,6 @@ class ScriptSettings:
     columns: Columns = Columns()
     files: tuple[Path, ...] = ()
     """Files that are read as one script, of which `path` is only the name. Default: `path`."""
-    strict_prompts: bool = False
-    """Reject lines whose prompt a text encoder would cut."""
     base: Path | None = None
     """Folder to which paths of the script are relative. Default: that of the script."""
 

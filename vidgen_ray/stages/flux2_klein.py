@@ -30,7 +30,7 @@ DISTILLED_STEPS, BASE_STEPS = 4, 50
 """Default steps of the distilled weights and of the base weights."""
 DEFAULT_GUIDANCE = 4.0
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-"""What the text encoder reads of a prompt."""
+"""Text around a prompt, for the text encoder."""
 PHOTO_PIXELS = 1024 * 1024
 """Pixels to which the pipeline scales larger photos down."""
 TEXT_ENCODER, TRANSFORMER, VAE = "klein/text_encoder", "klein/transformer", "klein/vae"

@@ -7,7 +7,7 @@ import base64
 import io
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from math import sqrt
 from typing import Any
 
@@ -132,11 +132,9 @@ async def _respond(
     received: ReceivedRequest,
 ) -> Response:
     """Create the jobs and wait for the images, or stream events."""
-    with ExitStack() as waiting:
-        if options.stream:
-            server.event_streams.check_room(tenant)
-        else:
-            waiting.enter_context(server.event_streams.waiting(tenant))
+    if options.stream:
+        server.event_streams.check_room(tenant)
+    with nullcontext() if options.stream else server.event_streams.waiting(tenant):
         jobs = await server.job_service.accept(
             tenant,
             JobKind.IMAGE,

@@ -51,9 +51,6 @@ class LimitReached(VidgenError):
         super().__init__(f"at most {allowed} jobs may be queued or in progress for one key")
 
 
-HEX = re.compile("[0-9a-f]+")
-
-
 class IdempotencyConflict(VidgenError):
     """The idempotency key was used before with a different request."""
 
@@ -347,6 +344,9 @@ def _jobs_of_key(connection: Connection, tenant: str, key: str, fingerprint: str
     left = JOBS.c.id.in_(earlier.jobs), JOBS.c.deleted_at.is_(None)
     rows = connection.execute(select(JOBS).where(*left).order_by(JOBS.c.seq)).all()
     return [job_of(row) for row in rows]
+
+
+HEX = re.compile("[0-9a-f]+")
 
 
 def _searched(word: str) -> str:
