@@ -125,6 +125,7 @@ class Director:
         self._idle_since, self._next_idle_message_s = time.monotonic(), FIRST_MESSAGE_S
         """Time since when all shots so far are rendered, and the seconds until the next message about that."""
         self._idle_message: asyncio.Task[None] | None = None
+        """Kept, because an event loop may drop tasks that nothing refers to."""
 
     # Lines
 

@@ -38,10 +38,6 @@ VISIBLE = ("image", "frames")
 """Artefacts that a preview can show."""
 
 
-def _size(preview: bytes | None) -> int:
-    return len(preview or b"")
-
-
 class Preview(NamedTuple):
     """Preview of a job. `key` is the content key of the result that it shows."""
 
