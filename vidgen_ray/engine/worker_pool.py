@@ -22,7 +22,16 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
 from vidgen_ray.engine.calls import ENCODER, OUTPUT, CallResult, Durations, call_timeout_s
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.retries import AttemptFailed, Candidate, InputsLost, Kind, ShotFailed, Verdict, run_with_retries
+from vidgen_ray.engine.retries import (
+    AttemptFailed,
+    Candidate,
+    InputsLost,
+    Kind,
+    ShotFailed,
+    Verdict,
+    drop_frames,
+    run_with_retries,
+)
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
 from vidgen_ray.engine.slow_calls import SlowCalls
 from vidgen_ray.engine.status import EngineObserver, Progress, StageStatus
@@ -327,6 +336,8 @@ class WorkerPool:
             raise
         except ActorCallFailed as lost:
             self._supervisor.crashed(client)
+            # Its traceback has this frame, and this frame has the task that keeps it.
+            drop_frames(lost)
             raise AttemptFailed(lost.kind, lost.failure(work.stage), _process(worker)) from None
         finally:
             del self._sessions[work]
