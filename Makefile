@@ -20,9 +20,9 @@ $(VENV)/.installed: pyproject.toml packaging/onnxruntime/pyproject.toml $(CLIENT
 demo: setup
 	$(BIN)/vidgen demo --out out/demo
 
-# Two processes with one torch thread each: tests often wait for other processes. -rs lists skipped tests with the reason (no GPU,
+# Three processes with one torch thread each, also on two cores: tests often wait for other processes. -rs lists skipped tests with the reason (no GPU,
 # browser or database).
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup -rs --durations 15
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup -rs --durations 15
 
 test: setup
 	$(PYTEST)

@@ -113,7 +113,7 @@ def photo() -> np.ndarray:
     return np.asarray(Image.open(ASTRONAUT).convert("RGB"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_shot(tiny):
     """Return a function that creates a shot with the tiny profile's defaults and a fixed seed."""
 

@@ -109,9 +109,17 @@ def small_cluster(**head):
 # In the process that is forked
 
 
+def use_small_images():
+    """Let Qwen-Image-Edit see images of 128x128 pixels. diffusers scales them to 1024x1024, which takes seconds on a CPU."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+
+    pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE = 128 * 128
+
+
 def serve(listening):
     for name in PRELOADED:
         __import__(name)
+    use_small_images()
     assert "ray" not in sys.modules
     gc.freeze()
     signal.signal(signal.SIGCHLD, reap)

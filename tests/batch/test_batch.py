@@ -2,9 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from PIL import Image
 
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, FINDS_FACES
+from tests.ray_workers import use_small_images
 from vidgen_ray.batch.render import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
@@ -68,15 +66,6 @@ def digests(out: Path) -> dict[str, str]:
     }
 
 
-def wait_for_shots(driver, out, count):
-    """Wait until a driver process has finished this number of shots."""
-    deadline = time.monotonic() + 200
-    while len(list(out.glob(DONE))) < count:
-        assert driver.poll() is None, "the driver ended before its first shot"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)  # polls: files do not send events
-
-
 @pytest.fixture(scope="module")
 def script(tiny):
     return ScriptSettings(SCRIPT, run_seed=3, profile_defaults=tiny.defaults)
@@ -89,6 +78,7 @@ def render_lines(script, profile, out, listener=None, **options):
 @pytest.fixture(scope="module")
 def reference(tiny, script, tmp_path_factory):
     """Output of the in-process pipeline for the script: file -> sha256."""
+    use_small_images()
     out = tmp_path_factory.mktemp("reference")
     pipeline = VideoGenerationPipeline(tiny, out, keep_stages=True)
     for line in iter_script(script):
@@ -205,26 +195,28 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(in_process, tiny, tm
     assert [(out / shot_path(id_) / "shot.json").exists() for id_ in ("good", "tall", "no-face", "good-too")] == [1, 1, 0, 0]
 
 
-@pytest.mark.slow
-def test_stopped_run_leaves_no_partial_shots_and_can_be_resumed(local_ray, tiny, script, reference, tmp_path):
-    """A killed run is in test_continued_shots."""
-    options = ["-p", "tiny", "--seed", "3", "--keep", "stages"]
-    command = [sys.executable, "-m", "vidgen_ray", "render", str(SCRIPT), "-o", str(tmp_path), *options]
-    stopped = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for_shots(stopped, tmp_path, 1)
-    stopped.send_signal(signal.SIGTERM)
-    _, stderr = stopped.communicate(timeout=200)
-    assert stopped.returncode == 130
-    assert "Run the same command to resume." in stderr
-    assert " INFO " not in stderr, "Ray's log messages are hidden"
-    done_before = len(list(tmp_path.glob(DONE)))
-    assert done_before < 13, "the driver was stopped too late for this test"
-    for record in tmp_path.glob(DONE):
-        for name, file in json.loads(record.read_text())["files"].items():
-            assert sha256_of(record.parent / name) == file["sha256"]
-    report = render_lines(script, tiny, tmp_path, keep_stages=True)
-    assert (report.failed, report.skipped, report.done) == (0, done_before, 13 - done_before)
-    assert digests(tmp_path) == reference
+def test_sigterm_ends_the_command_after_the_shots_in_progress_and_it_can_be_resumed(in_process, tmp_path, capsys, monkeypatch):
+    class Stopped(FAKES["flux"]):
+        """Receives SIGTERM in its second call."""
+
+        calls = 0
+
+        def one(self, shot, artefacts):
+            Stopped.calls += 1
+            if Stopped.calls == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return super().one(shot, artefacts)
+
+    monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", {**FAKES, "flux": Stopped})
+    (tmp_path / "s.txt").write_text("".join(f"ball {number}\n" for number in range(6)))
+    command = ["render", str(tmp_path / "s.txt"), "-o", str(tmp_path / "out"), "-p", "tiny", "--json"]
+    assert main(command) == 130
+    output = capsys.readouterr()
+    assert "Run the same command to resume." in output.err
+    done = json.loads(output.out)["done"]
+    assert 1 <= done == len(list((tmp_path / "out").glob(DONE))) < 6
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["skipped"] == done
     assert not list(tmp_path.rglob(".tmp-*"))
 
 

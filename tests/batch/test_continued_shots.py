@@ -1,8 +1,7 @@
 """Shots that continue another one: order, failures and resume, on a real Ray."""
 
 import json
-import subprocess
-import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.batch.test_batch import Events, digests, render_lines, wait_for_shots
+from tests.batch.test_batch import Events, digests, render_lines
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, FINDS_FACES
-from vidgen_ray.batch import render
+from vidgen_ray.batch import render as render_module
 from vidgen_ray.batch.line_planner import LinePlanner, first_lines
+from vidgen_ray.batch.render import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.batch.shot_queue import ContinuedShots
 from vidgen_ray.cli import main
@@ -25,7 +25,6 @@ from vidgen_ray.media import read_image
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.profile import load_profile
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script, unique_lines
 from vidgen_ray.shot import Shot
@@ -65,29 +64,14 @@ def test_chain_equals_that_of_the_library(in_process, tiny, tmp_path):
     assert digests(tmp_path / "batch") == digests(tmp_path / "library")
 
 
-def fake_chain(folder, profile):
-    """Return a chain whose second shot waits for the file `go_on`."""
-    _, second, third = FAKE_CHAIN
-    return script(folder, [FAKE_CHAIN[0], {**second, "prompt": f"until {folder / 'go_on'}"}, third], profile)
-
-
-def render_fake_chain(folder):
-    """Run in a process of its own."""
-    profile = load_profile("tiny")
-    render_lines(fake_chain(folder, profile), profile, folder / "out", stages=FAKES)
-
-
-def test_chain_is_resumed_after_the_driver_was_killed(local_ray, tiny, tmp_path):
-    code = f"from pathlib import Path; from {__name__} import *; render_fake_chain(Path({str(tmp_path)!r}))"
-    settings, out = fake_chain(tmp_path, tiny), tmp_path / "out"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True) as driver:
-        wait_for_shots(driver, out, 1)
-        driver.kill()
-    (tmp_path / "go_on").touch()
+def test_chain_is_resumed_after_a_stop(in_process, tiny, tmp_path):
+    """A driver that is killed is in tests/chaos."""
+    settings, out, stop = script(tmp_path, FAKE_CHAIN, tiny), tmp_path / "out", threading.Event()
+    stopped = render(settings, tiny, OutputFolder(out), RenderOptions(stages=FAKES), listener=Events(stop.set), stop=stop)
+    assert (stopped.failed, stopped.done + stopped.left) == (0, 3)
+    assert stopped.left > 0
     report = render_lines(settings, tiny, out, stages=FAKES)
-    assert (report.done, report.skipped, report.failed) == (2, 1, 0)
-    again = render_lines(settings, tiny, out, stages=FAKES)
-    assert (again.done, again.skipped) == (0, 3)
+    assert (report.done, report.skipped, report.failed) == (stopped.left, stopped.done, 0)
     render_lines(settings, tiny, tmp_path / "undisturbed", stages=FAKES)
     assert digests(out) == digests(tmp_path / "undisturbed")
 
@@ -170,7 +154,7 @@ def test_chain_longer_than_the_queue(in_process, tiny, tmp_path, monkeypatch):
         yield from (planner.plan([line]) for line in numbered[1:])
 
     planner = LinePlanner(checker, tiny, outputs)
-    report = render.render_lines(
+    report = render_module.render_lines(
         planner, numbered[:1], remaining, "s.jsonl", tiny, RenderOptions(stages=FAKES), listener=Events()
     )
     assert (report.done, report.failed) == (6, 0)

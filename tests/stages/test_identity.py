@@ -1,7 +1,6 @@
 """Identity conditioning through the whole pipeline: settings, SDXL, missing weights and custom injectors."""
 
 import io
-import json
 import logging
 from contextlib import contextmanager
 
@@ -12,19 +11,14 @@ from PIL import Image
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.decoded import frames_of
 from vidgen_ray import VideoGenerationPipeline
-from vidgen_ray.cli import main
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, SetupError, StageError
 from vidgen_ray.graph import check_profile, stages_of
 from vidgen_ray.profile import builtin_profiles, load_profile
-from vidgen_ray.script.lines import ScriptSettings
-from vidgen_ray.script.read import read_script
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux import FluxRefineStage, FluxStage
 from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines
-
-LORA = "builtin:tiny/lora.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -89,32 +83,15 @@ def test_messages_and_logs_contain_no_features(pipeline, photo, monkeypatch):
 # InfuseNet.
 
 
-def test_every_photo_and_setting_changes_the_image(render, two_people):
+def test_photos_face_index_and_strength_change_the_image(render, two_people):
     images = {
         "no face": render()[0],
         "face": render(face_image=ASTRONAUT)[0],
-        "later start": render(face_image=ASTRONAUT, identity_start=0.5)[0],
-        "earlier end": render(face_image=ASTRONAUT, identity_end=0.5)[0],
-        "two faces": render(face_image=two_people)[0],
         "left face": render(face_image=two_people, face_index=0)[0],
         "two photos": render(face_image=[ASTRONAUT, two_people])[0],
-        "two photos in reverse order": render(face_image=[two_people, ASTRONAUT])[0],
     }
     assert len(set(images.values())) == len(images)
     assert render(face_image=ASTRONAUT, identity_strength=0.0)[0] == images["no face"]
-    assert render(face_image=two_people, face_index=1)[0] == images["two faces"], "the second face is the largest"
-
-
-@pytest.mark.parametrize("mode", ["quality", "fast"])
-def test_face_and_lora_act_together(render, mode):
-    both, stages = render(face_image=ASTRONAUT, lora_path=LORA, mode=mode)
-    assert stages == ["instantid", "flux", *(["lora"] if mode == "quality" else []), "image_likeness"]
-    assert len({both, render(lora_path=LORA, mode=mode)[0], render(face_image=ASTRONAUT, mode=mode)[0]}) == 3
-
-
-def test_face_conditions_the_lora_stage(render):
-    without_face = render(lora_path=LORA, image=str(ASTRONAUT))[0]
-    assert render(lora_path=LORA, image=str(ASTRONAUT), face_image=ASTRONAUT)[0] != without_face
 
 
 def test_invalid_face_index_fails_the_shot(pipeline, two_people):
@@ -123,12 +100,12 @@ def test_invalid_face_index_fails_the_shot(pipeline, two_people):
 
 
 def test_shots_of_one_character_share_cached_face_features(pipeline):
-    shots = [{"width": 192}, {"height": 128}, {"seed": 11}, {"pose": "none"}, {"identity_strength": 0.3}]
+    shots = [{"width": 64}, {"seed": 11, "pose": "none", "identity_strength": 0.3}]
     records = [
         pipeline.generate_video("a", face_image=[ASTRONAUT, ASTRONAUT], generate_video=False, **{"seed": 7, **fields})["record"]
         for fields in shots
     ]
-    assert [record.stages[0].cached for record in records] == [False, True, True, True, True]
+    assert [record.stages[0].cached for record in records] == [False, True]
 
 
 # SDXL.
@@ -137,10 +114,7 @@ def test_shots_of_one_character_share_cached_face_features(pipeline):
 def test_instantid_sdxl_image_is_refined_by_flux(render):
     image, stages = render(face_image=ASTRONAUT, identity="instantid-sdxl")
     assert stages == ["instantid", "instantid_sdxl", "refine", "image_likeness"]
-    unrefined = render(face_image=ASTRONAUT, identity="instantid-sdxl", refine_strength=0.0)[0]
-    more_refined = render(face_image=ASTRONAUT, identity="instantid-sdxl", refine_strength=0.8)[0]
-    weaker_identity = render(face_image=ASTRONAUT, identity="instantid-sdxl", identity_strength=0.3)[0]
-    assert len({image, unrefined, more_refined, weaker_identity, render(face_image=ASTRONAUT)[0]}) == 5
+    assert image != render(face_image=ASTRONAUT, identity="instantid-sdxl", refine_strength=0.0)[0]
 
 
 def test_refine_strength_0_returns_the_image_and_less_than_a_step_is_rejected(tiny, make_shot, photo):
@@ -152,15 +126,6 @@ def test_refine_strength_0_returns_the_image_and_less_than_a_step_is_rejected(ti
 
 
 # Errors.
-
-
-def test_unknown_identity_is_rejected_with_line_and_field(tmp_path, capsys):
-    script = tmp_path / "s.jsonl"
-    script.write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "b", "identity": "pulid"}) + "\n")
-    message = "s.jsonl line 2, identity: got 'pulid', must be one of infusenet, instantid-sdxl, reference, none"
-    assert [str(error) for error in read_script(ScriptSettings(script)).errors] == [message]
-    assert main(["validate", str(script)]) == 3
-    assert message in capsys.readouterr().err
 
 
 @pytest.fixture

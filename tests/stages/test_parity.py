@@ -69,8 +69,7 @@ def test_flux_equals_diffusers(flux, make_shot, negative):
     assert np.array_equal(flux([Item(shot)])[0]["image"], as_uint8(expected))
 
 
-@pytest.mark.parametrize("negative", [None, "blurred"])
-@pytest.mark.parametrize("weights", ["tiny/flux", "tiny/flux-schnell"])
+@pytest.mark.parametrize(("weights", "negative"), [("tiny/flux", None), ("tiny/flux-schnell", "blurred")])
 def test_flux_without_distilled_guidance_equals_diffusers_with_two_passes(tiny, make_shot, weights, negative):
     stage = loaded(FluxStage, tiny, weights=resolve(f"builtin:{weights}"), distilled_guidance=False)
     shot = make_shot(negative_prompt=negative, guidance={"flux": 5.0})
@@ -191,35 +190,19 @@ def test_too_many_loras_are_rejected_and_do_not_change_the_weights(flux, lora, m
     assert np.array_equal(flux([Item(make_shot())])[0]["image"], before)
 
 
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        (
-            {
-                "unet.down_blocks.0.attn1.to_q.lora_A.weight": (4, 32),
-                "unet.down_blocks.0.attn1.to_q.lora_B.weight": (32, 4),
-            },
-            "has no effect",
-        ),
-        ({"foo.weight": (2,)}, "cannot be loaded"),
-        (
-            {f"transformer.transformer_blocks.0.attn.to_q.lora_{f}.weight": s for f, s in (("A", (4, 99)), ("B", (32, 4)))},
-            "cannot be loaded",
-        ),
-        (
-            {f"transformer.transformer_blocks.0.attn.to_q.lora_{f}.weight": s for f, s in (("A", (4, 32)), ("B", (32, 4)))},
-            "has no effect",
-        ),
-    ],
-    ids=["another model", "no lora", "wrong shape", "untrained"],
-)
-def test_lora_without_effect_is_rejected_and_unloaded(flux, lora, make_shot, tmp_path, tensors, message):
-    file = tmp_path / "bad.safetensors"
-    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, file)
-    before = flux([Item(make_shot())])[0]["image"]
-    with pytest.raises(StageError, match=message):
-        lora([Item(make_shot(lora=[{"path": str(file)}]), {"image": before})])
-    assert np.array_equal(flux([Item(make_shot())])[0]["image"], before)
+def test_lora_without_effect_is_rejected_and_unloaded(flux, lora, make_shot, tmp_path):
+    file, before = tmp_path / "bad.safetensors", flux([Item(make_shot())])[0]["image"]
+    unet, block = "unet.down_blocks.0.attn1.to_q", "transformer.transformer_blocks.0.attn.to_q"
+    for kind, tensors, message in (
+        ("another model", {f"{unet}.lora_A.weight": (4, 32), f"{unet}.lora_B.weight": (32, 4)}, "has no effect"),
+        ("no lora", {"foo.weight": (2,)}, "cannot be loaded"),
+        ("wrong shape", {f"{block}.lora_A.weight": (4, 99), f"{block}.lora_B.weight": (32, 4)}, "cannot be loaded"),
+        ("untrained", {f"{block}.lora_A.weight": (4, 32), f"{block}.lora_B.weight": (32, 4)}, "has no effect"),
+    ):
+        save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, file)
+        with pytest.raises(StageError, match=message):
+            lora([Item(make_shot(lora=[{"path": str(file)}]), {"image": before})])
+        assert np.array_equal(flux([Item(make_shot())])[0]["image"], before), kind
 
 
 def test_lora_strength_0_returns_the_image_unchanged(lora, make_shot):
@@ -227,7 +210,7 @@ def test_lora_strength_0_returns_the_image_unchanged(lora, make_shot):
     assert np.array_equal(refined[0]["image"], gradient_image())
 
 
-def test_svd_equals_diffusers_and_uses_its_conditions(tiny, make_shot):
+def test_svd_equals_diffusers_with_its_conditions(tiny, make_shot):
     stage = loaded(SVDStage, tiny)
     shot = make_shot(num_frames=7, fps=5, motion_bucket_id=90, noise_aug_strength=0.1, guidance={"svd": 2.5})
     image = gradient_image(64, 64)
@@ -248,9 +231,6 @@ def test_svd_equals_diffusers_and_uses_its_conditions(tiny, make_shot):
     clip = stage([Item(shot, {"image": image})])[0]["frames"]
     assert clip.shape == (7, 64, 64, 3)
     assert np.array_equal(clip, as_uint8(expected))
-    for change in ({"fps": 25}, {"motion_bucket_id": 1}, {"noise_aug_strength": 0.9}, {"seed": 8}):
-        other = stage([Item(shot.model_copy(update=change), {"image": image})])[0]["frames"]
-        assert not np.array_equal(other, clip), change
 
 
 def test_svd_rejects_sizes_that_are_not_multiples_of_64(tiny, make_shot):

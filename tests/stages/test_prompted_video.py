@@ -5,29 +5,36 @@ import json
 import diffusers
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.stages.test_parity import as_uint8, generator, gradient_image, loaded, plain
-from vidgen_ray.errors import Cancelled, StageError
+from vidgen_ray.errors import StageError
 from vidgen_ray.shot import VideoLora
-from vidgen_ray.stages.base import Item, progress_callback
+from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.ltx import LTXStage
 from vidgen_ray.stages.wan import WanStage
 from vidgen_ray.weights import resolve
 
 SIZE = {"height": 64, "width": 128, "num_frames": 9, "num_inference_steps": 2, "max_sequence_length": 64, "output_type": "np"}
+OWN_SETTINGS = {
+    "negative_prompt": "blurred",
+    "motion_prompt": "he walks",
+    "fps": 8,
+    "guidance": {"wan": 2.0, "ltx": 2.0},
+    "steps": {"wan": 3, "ltx": 3},
+}
+"""Settings of a shot that differ from those of the profile and of the weights."""
 WAN_LORA = str(resolve("builtin:tiny/wan-lora.safetensors"))
 LTX_LORA = str(resolve("builtin:tiny/ltx-lora.safetensors"))
 MODELS = {
-    "wan": (WanStage, "tiny/wan", {"guidance_scale": 3.5}),
-    "wan-ti2v": (WanStage, "tiny/wan-ti2v", {"guidance_scale": 5.0}),
-    "ltx": (LTXStage, "tiny/ltx", {"guidance_scale": 3.0, "frame_rate": 25}),
+    "wan": (WanStage, "tiny/wan", {}),
+    "wan-ti2v": (WanStage, "tiny/wan-ti2v", {}),
+    "ltx": (LTXStage, "tiny/ltx", {"frame_rate": 8}),
     "ltx-distilled": (
         LTXStage,
         "tiny/ltx-distilled",
-        {"guidance_scale": 3.0, "frame_rate": 25, "decode_timestep": 0.05, "decode_noise_scale": 0.025},
+        {"frame_rate": 8, "decode_timestep": 0.05, "decode_noise_scale": 0.025},
     ),
 }
 
@@ -60,47 +67,19 @@ def stage(request):
 def test_stage_equals_diffusers(tiny, make_shot, model):
     stage_class, weights, arguments = MODELS[model]
     stage = loaded(stage_class, tiny, weights=resolve(f"builtin:{weights}"))
-    one = item(make_shot, stage, 128, negative_prompt="blurred", motion_prompt="he walks")
+    one = item(make_shot, stage, 128, **OWN_SETTINGS)
     expected = plain(type(stage.pipe), weights)(
         image=Image.fromarray(gradient_image()),
         prompt="a photo of a man, he walks",
         negative_prompt="blurred",
         generator=generator(one.shot, stage.name),
-        **SIZE,
+        guidance_scale=2.0,
+        **{**SIZE, "num_inference_steps": 3},
         **arguments,
     ).frames[0]
     clip = clip_of(stage, one)
     assert clip.shape == (9, 64, 128, 3)
     assert np.array_equal(clip, as_uint8(expected))
-
-
-def test_inputs_change_the_clip(stage, make_shot):
-    before = clip_of(stage, item(make_shot, stage))
-    for change in (
-        {"prompt": "a red ball at night"},
-        {"negative_prompt": "blurred"},
-        {"motion_prompt": "he walks"},
-        {"seed": 8},
-        {"guidance": {"wan": 9.0, "ltx": 9.0}},
-        {"steps": {"wan": 3, "ltx": 3}},
-    ):
-        assert not np.array_equal(before, clip_of(stage, item(make_shot, stage, **change))), change
-
-
-@pytest.mark.parametrize("cut", [False, True])
-def test_prompt_moves_the_clip_only_if_the_model_reads_it(stage, make_shot, monkeypatch, cut):
-    """With the text embeddings cut off, prompts give the same clip: nothing else of the prompt reaches the model."""
-    if cut:
-        encode = type(stage.pipe).encode_prompt
-
-        def without_text(self, *args, **kwargs):
-            tensors = encode(self, *args, **kwargs)
-            return tuple(e if e is None or e.dtype == torch.bool else torch.zeros_like(e) for e in tensors)
-
-        monkeypatch.setattr(type(stage.pipe), "encode_prompt", without_text)
-    # Texts of equal length: LTX also reads the mask of the tokens.
-    clips = [clip_of(stage, item(make_shot, stage, prompt=prompt)) for prompt in ("a cat runs left", "a dog rests now")]
-    assert np.array_equal(*clips) == cut
 
 
 def test_wan_ends_with_the_last_image(wan, tiny, make_shot):
@@ -121,19 +100,6 @@ def test_wan_ends_with_the_last_image(wan, tiny, make_shot):
     small = loaded(WanStage, tiny, weights=resolve("builtin:tiny/wan-ti2v"))
     with pytest.raises(StageError, match="last_image: these weights take none"):
         small([one])
-
-
-def test_ltx_reads_fps(ltx, make_shot):
-    assert not np.array_equal(clip_of(ltx, item(make_shot, ltx)), clip_of(ltx, item(make_shot, ltx, fps=8)))
-
-
-def test_both_transformers_of_wan_are_used(wan, make_shot, monkeypatch):
-    used = []
-    for name in ("transformer", "transformer_2"):
-        module = getattr(wan.pipe, name)
-        monkeypatch.setattr(module, "forward", lambda *a, f=module.forward, n=name, **k: (used.append(n), f(*a, **k))[1])
-    clip_of(wan, item(make_shot, wan, steps={"wan": 3}))
-    assert set(used) == {"transformer", "transformer_2"}
 
 
 def test_wan_lora_equals_diffusers_and_leaves_no_trace(wan, make_shot):
@@ -185,19 +151,6 @@ def test_lora_for_another_model_or_expert_is_rejected(wan, ltx, make_shot):
     with pytest.raises(StageError, match="got expert low, must be both or high"):
         clip_of(ltx, item(make_shot, ltx, video_lora=[VideoLora(path=LTX_LORA, expert="low")]))
     assert np.array_equal(clip_of(ltx, item(make_shot, ltx)), before)
-
-
-def test_progress_is_reported_per_step_and_can_cancel(stage, make_shot):
-    reports = []
-
-    def report(name, done, steps):
-        reports.append((name, done, steps))
-        if done == 2:
-            raise Cancelled
-
-    with progress_callback(report), pytest.raises(Cancelled):
-        stage([item(make_shot, stage, steps={stage.name: 4})])
-    assert reports == [(stage.name, 1, 4), (stage.name, 2, 4)]
 
 
 def test_sizes_and_numbers_of_frames_that_a_model_cannot_make_are_rejected(tiny, wan, make_shot):

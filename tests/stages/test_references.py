@@ -79,18 +79,6 @@ def test_tiles_of_the_autoencoder_are_the_fallback_for_little_memory(request, na
     assert (tiled - whole).abs().mean() < 0.5 * whole.abs().mean()
 
 
-def test_every_photo_and_the_prompt_change_the_image(klein, make_shot, photos):
-    shot = make_shot(**REFERENCE)
-    images = [
-        image_of(klein, shot, photos=photos),
-        image_of(klein, shot, photos=photos[:1]),
-        image_of(klein, shot, photos=photos[::-1]),
-        image_of(klein, make_shot(**REFERENCE, prompt="a red ball at night"), photos=photos),
-        image_of(klein, make_shot(image_model="klein")),
-    ]
-    assert len({image.tobytes() for image in images}) == len(images)
-
-
 def test_lora_is_active_in_klein_and_leaves_no_trace(klein, make_shot):
     before = image_of(klein, make_shot(image_model="klein"))
     shot = make_shot(image_model="klein", lora=[{"path": LORA, "weight": 0.8}])

@@ -109,6 +109,7 @@ def small_unet(params):
     return {"unet": unet.eval()}
 
 
+@pytest.mark.slow
 def test_compiled_svd_recompiles_once_for_other_sizes(tiny, make_shot, picture, counter):
     compiled = []
     with (
