@@ -11,13 +11,15 @@ from tests.chaos.model import SECONDS
 from vidgen_ray.batch.run_options import GRACE_S
 from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.engine.engine import OBJECT_STORE_SHARE, object_store_bytes
-from vidgen_ray.engine.retries import ATTEMPTS
+from vidgen_ray.engine.retries import ATTEMPTS, IN_DOUBT_FACTOR
 from vidgen_ray.errors import SetupError
 
 FATAL = ("poison", "refused", "unlike")
 """First words of the prompts of shots that must fail."""
 STALL_S = 2400.0
 """Longest time without a call while lines are left, outages of the storage and stopped drivers not counted."""
+MOST_ATTEMPTS = IN_DOUBT_FACTOR * ATTEMPTS
+"""Most attempts of a call that are not explained by faults."""
 IDLE_S, IDLE_CALLS, WAITED_S = 300.0, 5, 1.0
 CHUNK_BYTES = 1 << 20
 LEASE_POLL_S = 6.0
@@ -211,11 +213,11 @@ def check_wrong_lines_fail(world, history):
 
 
 def check_rework(world, history):
-    """Work that is done again is at most that of the shots that a fault could hit."""
+    """Work that is done again is at most that of the shots that a fault could hit, and attempts for shots that must fail."""
     seconds, done = 0.0, set()
     for event in history.work:
         unit = event.fields["call"].unit
-        if OUTPUT not in unit[1]:
+        if OUTPUT not in unit[1] and history.flaw(event.fields["call"].shot) not in FATAL:
             seconds += event.fields["seconds"] if unit in done else 0.0
             done.add(unit)
     allowed = sum(len(event.fields["shots"]) for event in history.faults) * 2 * sum(SECONDS.values())
@@ -223,6 +225,10 @@ def check_rework(world, history):
     allowed += len(world.drivers) * sum(len(node.gpus) for node in world.nodes) * SECONDS["svd"]
     if seconds > allowed:
         yield f"{seconds:.0f} GPU seconds were done again, {allowed:.0f} are explained by faults"
+    own = Counter((event.fields["call"].driver.number, event.fields["call"].unit) for event in history.work)
+    for (run, unit), times in own.items():
+        if times > MOST_ATTEMPTS + len(history.faults):
+            yield f"run {run}: {unit} was done {times} times"
 
 
 def check_stall(world, history):
@@ -251,7 +257,8 @@ def check_idle(world, history):
             busy[process].append(event.at)
         if event.kind == "start" and event.at > history.sent[event.fields["call"].number].at + WAITED_S:
             calls[event.fields["call"].driver].append((event.at, {*event.fields["call"].stages}))
-    failed = {history.sent[number].fields["call"].process for number in history.hit | history.sick if number in history.sent}
+    hangs = {number for event in history.faults if event.fields["fault"] == "hang" for number in event.fields["calls"]}
+    failed = {history.sent[n].fields["call"].process for n in history.hit | history.sick | hangs if n in history.sent}
     texts = [event.fields["text"] for event in world.history if event.kind == "message"]
     pids = {int(match[1]) for text in texts if (match := re.search(r":(\d+)\) is quarantined", text))}
     quarantined = {process.actor for process in world.processes if process.pid in pids}

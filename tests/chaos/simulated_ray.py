@@ -423,6 +423,7 @@ class Fleet:
             SimpleNamespace(slot=slot, label=label, gpu=None, node=None, actors={}, since=self.world.now)
             for slot, label in zip(layout.slots, labels, strict=True)
         ]
+        self._could_hold_at = self.world.now
         self._place()
         self._keeper = asyncio.ensure_future(self._keep())
 
@@ -478,6 +479,16 @@ class Fleet:
                         return gpu
         return None
 
+    def _could_hold(self):
+        """Return whether the nodes have a GPU for some slot, free or not."""
+        nodes = [node for node in self.world.nodes if node.usable and not node.known_lost]
+        return any(
+            slot.label in (None, ("node", node.name)) and gpu.gb >= slot.slot.memory_gb - 0.01
+            for slot in self._slots
+            for node in nodes
+            for gpu in node.gpus
+        )
+
     def _create(self, slot):
         number = next(self._numbers)
 
@@ -491,6 +502,10 @@ class Fleet:
             self.listener.worker_started(name, spec, actor)
 
     def _give_up(self):
+        if any(slot.actors for slot in self._slots) or self._could_hold():
+            self._could_hold_at = self.world.now
+        elif self.world.now - self._could_hold_at > fleet.LAST_LOST_AFTER_S:
+            self.listener.not_placeable("the nodes are gone")
         placed = [slot.slot.stages for slot in self._slots if slot.gpu is not None]
         for slot in self._slots:
             if slot.gpu is None and slot.actors:

@@ -56,6 +56,7 @@ class Listener:
 
     def __init__(self):
         self.workers, self.stages, self.lost, self.encoders, self.reasons = {}, {}, [], {}, []
+        self.not_placed = None
         self._changed = asyncio.Event()
 
     def worker_started(self, name, spec, actor):
@@ -70,6 +71,10 @@ class Listener:
         if self.encoders.pop(name, None) is None:
             del self.workers[name]
             self.lost.append(name)
+        self._changed.set()
+
+    def not_placeable(self, reason):
+        self.not_placed = reason
         self._changed.set()
 
     def waiting(self, reason):
@@ -204,19 +209,20 @@ def test_slots_beyond_the_complete_set_are_requested_when_it_is_placed(add_node,
         assert listener.reasons[0].startswith("waiting for 1 GPU and 1 CPU (1 slot of flux): the cluster has 2 GPUs")
         add_node(1)
         await listener.until(lambda: len(listener.workers) == 3)
+        assert listener.not_placed is None
 
     add_node(2)
     fleets.run(scenario)
 
 
-def test_message_names_a_slot_that_no_node_can_hold(add_node, fleets):
+def test_slot_that_no_node_can_hold_is_named_and_needs_another_layout(add_node, fleets):
     async def scenario(make_fleet):
         fleet, listener = make_fleet("impossible")
         await fleet.start(layout(slot("flux", "lora", cpus=64)), [("ray.io/accelerator-type", "H100")])
-        await listener.until(lambda: len(listener.reasons) == 2)
-        assert listener.reasons[0].endswith(
-            ". No node has 1 GPU and 64 CPUs and the label ray.io/accelerator-type=H100, which one slot of flux+lora needs"
-        )
+        await listener.until(lambda: len(listener.reasons) == 2 and listener.not_placed)
+        needs = ". No node has 1 GPU and 64 CPUs and the label ray.io/accelerator-type=H100, which one slot of flux+lora needs"
+        assert listener.reasons[0].endswith(needs)
+        assert listener.not_placed.endswith(needs)
 
     add_node(1)
     fleets.run(scenario)

@@ -214,6 +214,9 @@ class Engine:
         self._workers.remove(name)
         self._resize_window()
 
+    def not_placeable(self, reason: str) -> None:
+        self._workers.lose_layout(reason)
+
     def _resize_window(self) -> None:
         """Adapt the window to the present workers: slots can start late, be added and be lost."""
         if self._max_shots is None:

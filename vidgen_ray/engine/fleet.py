@@ -85,6 +85,12 @@ class FleetListener(Protocol):
         If there is room later, a new worker starts under a new name. In place of an encoder, another one was created.
         """
 
+    def not_placeable(self, reason: str) -> None:
+        """Called if the cluster has been too small for the complete set for LAST_LOST_AFTER_S: nodes were lost before that.
+
+        Called again every POLL_S as long as that is so.
+        """
+
     def waiting(self, reason: str | None) -> None:
         """Called after 30 s without enough resources, and then every minute. `None`: the fleet waits no longer."""
 
@@ -183,7 +189,7 @@ class Fleet:
     async def _keep(self, layout: Layout) -> None:
         """Create actors where there are nodes, give up lost slots, add slots, and report what the fleet waits for."""
         started, complete = time.monotonic(), False
-        waiting_since, next_message_s, last_offer = started, FIRST_MESSAGE_S, started
+        waiting_since, next_message_s, last_offer, could_hold_at = started, FIRST_MESSAGE_S, started, started
         while True:
             now = time.monotonic()
             try:
@@ -208,6 +214,10 @@ class Fleet:
                     next_message_s += MESSAGE_INTERVAL_S
                     placed = [r for r in self._reservations if r.unplaced_since is None]
                     self._listener.waiting(await asyncio.to_thread(_reason, waiting, placed))
+                if complete or await asyncio.to_thread(_cluster_could_hold, waiting):
+                    could_hold_at = now
+                elif now - could_hold_at >= LAST_LOST_AFTER_S:
+                    self._listener.not_placeable(await asyncio.to_thread(_reason, waiting, ()))
             # Supervision must continue after any error, such as a restart of Ray's head process.
             except Exception:
                 _log.warning("cannot supervise the placement groups, trying again", exc_info=True)
@@ -441,6 +451,14 @@ def _data_steps() -> str:
     steps = Counter(name.removeprefix(DATA_ACTOR).removesuffix(")") for name in alive if name.startswith(DATA_ACTOR))
     listed = ", ".join(f"{step} with {count} actor{'' if count == 1 else 's'}" for step, count in steps.items())
     return f", among them the steps of data sets: {listed}" if listed else ""
+
+
+def _cluster_could_hold(reservations: Sequence[_Bundle]) -> bool:
+    """Return whether the nodes could hold all these reservations if nothing else ran there."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    needed = _total(reservations).items()
+    enough = all(sum(node["Resources"].get(name, 0.0) for node in nodes) >= amount for name, amount in needed)
+    return enough and all(any(_could_hold(node, reservation) for node in nodes) for reservation in reservations)
 
 
 def _could_hold(node: Mapping[str, Any], reservation: _Bundle) -> bool:

@@ -134,6 +134,10 @@ class WorkerPool:
         failure = Failure(stage=NODE_LOST, error="NodeLost", message=message, attempts=1, worker=name)
         self._supervisor.remove(name, failure)
 
+    def lose_layout(self, reason: str) -> None:
+        """Fail all shots, so that another layout is planned: the workers of this one do not start."""
+        self._fail_all(Failure(stage=NODE_LOST, error="NodeLost", message=reason, attempts=1, worker="cluster"))
+
     def close(self) -> None:
         """Cancel the background tasks."""
         self._supervisor.close()
@@ -478,11 +482,14 @@ class WorkerPool:
         worker = self._workers[client]
         self._scheduler.remove_worker(worker)
         if any(not self._scheduler.holders(stage) for stage in worker.spec.stages):
-            self._fatal_failure = failure
-            for future in self._assigned.values():
-                if not future.done():
-                    future.set_exception(ShotFailed(failure))
+            self._fail_all(failure)
         self._notify()
+
+    def _fail_all(self, failure: Failure) -> None:
+        self._fatal_failure = failure
+        for future in self._assigned.values():
+            if not future.done():
+                future.set_exception(ShotFailed(failure))
 
     # Status
 

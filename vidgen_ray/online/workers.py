@@ -180,6 +180,9 @@ class Workers:
         # The fleet has waited for another node.
         self._replan_at = time.monotonic()
 
+    def not_placeable(self, reason: str) -> None:
+        """See `_replan_if_incomplete`: it looks at the missing stages."""
+
     def waiting(self, reason: str | None) -> None:
         self._change(waiting=reason)
         if reason is not None:
