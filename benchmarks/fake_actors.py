@@ -71,7 +71,7 @@ class FakeActorClient:
 
     async def ready(self) -> Failure | None:
         await asyncio.sleep(self._load_s)
-        self.place = ActorPlace(self._node, 0, ())
+        self.place = ActorPlace(self._node, 0, (), "")
         return None
 
     async def call(self, method: str, *args: Any, stage: str, timeout_s: float, num_returns: int = 1) -> Any:

@@ -20,6 +20,7 @@ from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Window
 from vidgen_ray.engine.shot_runner import ShotRunner
+from vidgen_ray.engine.status import Attempt
 from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
@@ -47,6 +48,8 @@ class DirectorCost(NamedTuple):
 
 
 class _NoObserver:
+    def attempt_ended(self, attempt: Attempt) -> None: ...
+
     def step_ended(self, stage: str, seconds: float, cached: bool) -> None: ...
 
     def step_failed(self, stage: str, error_class: str) -> None: ...

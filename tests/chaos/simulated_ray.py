@@ -534,4 +534,4 @@ def live_cluster(world):
 
 
 def place_of(process):
-    return ActorPlace(process.life, process.pid, ())
+    return ActorPlace(process.life, process.pid, (), "")

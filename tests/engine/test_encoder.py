@@ -15,7 +15,6 @@ from vidgen_ray.engine.calls import ENCODER, OUTPUT
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder import CONTROL, Encoder
 from vidgen_ray.engine.scheduler import Work
-from vidgen_ray.engine.status import EngineObserver
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner.layout import Layout
@@ -57,7 +56,7 @@ ARTEFACTS = {"image": np.zeros((64, 64, 3), np.uint8)}
 
 async def write(client, config, plan):
     """Write a shot as a director that has just started."""
-    pool = WorkerPool(config, Layout("fused", (), encoders=1, window=1), EngineObserver, Mock(over=AsyncMock()))
+    pool = WorkerPool(config, Layout("fused", (), encoders=1, window=1), Mock(), Mock(over=AsyncMock()))
     client.send("attach", pool.first_call)
     pool.add(ENCODER, client)
 

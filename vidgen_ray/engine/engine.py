@@ -136,6 +136,7 @@ class Engine:
         self._runner = ShotRunner(config, self._workers, chunk_frames, observer)
         self._fleet = Fleet(config, self, more_slots)
         self._on_waiting = on_waiting
+        self._waiting_for: str | None = None
         store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)
         self._max_shots = max_shots
         self.window = Window(max_shots or layout.window, OBJECT_STORE_SHARE * store_bytes)
@@ -199,7 +200,7 @@ class Engine:
     def snapshot(self) -> Snapshot:
         """Return the status. Call it at regular intervals: utilizations are averages over the calls."""
         stages, gpus_busy = self._workers.sample_status()
-        return Snapshot(stages, gpus_busy, self.window.in_progress, tuple(self._workers.quarantined))
+        return Snapshot(stages, gpus_busy, self.window.in_progress, tuple(self._workers.quarantined), self._waiting_for)
 
     # Events of the fleet
 
@@ -224,5 +225,6 @@ class Engine:
             self.window.resize(max(1, round(self._layout.window * share)))
 
     def waiting(self, reason: str | None) -> None:
+        self._waiting_for = reason
         if reason is not None:
             self._on_waiting(reason)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from vidgen_ray.engine.status import Snapshot
+from vidgen_ray.engine.status import Attempt, Snapshot
 
 Kind = Literal["counter", "histogram", "gauge"]
 
@@ -70,7 +70,7 @@ ENGINE_METRICS = {
     "vidgen_shots_in_progress": MetricSpec("gauge", (), "Shots that have started and not finished."),
     "vidgen_gpus_busy_share": MetricSpec("gauge", (), "GPU utilization over the last 30 seconds, 0 to 1."),
 }
-"""Labels are in addition to `profile`, which all metrics have."""
+"""Labels are in addition to `profile` and those of the run, which all metrics have."""
 
 
 class EngineMetrics:
@@ -81,14 +81,19 @@ class EngineMetrics:
 
     definitions: ClassVar[Mapping[str, MetricSpec]] = ENGINE_METRICS
 
-    def __init__(self, profile: str) -> None:
-        self._tags = {"profile": profile}
-        self._counters = {n: Counter(n, spec.description, _labels(spec)) for n, spec in of_kind(self.definitions, "counter")}
-        self._gauges = {n: Gauge(n, spec.description, _labels(spec)) for n, spec in of_kind(self.definitions, "gauge")}
+    def __init__(self, profile: str, **labels: str) -> None:
+        """`labels`: further labels of all metrics."""
+        self._tags = {"profile": profile, **labels}
+        all_of = {name: (spec.description, (*self._tags, *spec.labels)) for name, spec in self.definitions.items()}
+        self._counters = {n: Counter(n, *all_of[n]) for n, _ in of_kind(self.definitions, "counter")}
+        self._gauges = {n: Gauge(n, *all_of[n]) for n, _ in of_kind(self.definitions, "gauge")}
         self._histograms = {
-            n: Histogram(n, spec.description, SECONDS, _labels(spec)) for n, spec in of_kind(self.definitions, "histogram")
+            n: Histogram(n, all_of[n][0], SECONDS, all_of[n][1]) for n, _ in of_kind(self.definitions, "histogram")
         }
         self._errors = LabelLimit(MAX_ERROR_LABELS)
+
+    def attempt_ended(self, attempt: Attempt) -> None:
+        """Do nothing: the other events have what is counted."""
 
     def step_ended(self, stage: str, seconds: float, cached: bool) -> None:
         if cached:
@@ -138,7 +143,3 @@ class EngineMetrics:
 def exported_names(name: str, spec: MetricSpec) -> tuple[str, ...]:
     """Return the names of the Prometheus series of a metric."""
     return tuple(f"ray_{name}{suffix}" for suffix in SUFFIXES[spec.kind])
-
-
-def _labels(spec: MetricSpec) -> tuple[str, ...]:
-    return ("profile", *spec.labels)

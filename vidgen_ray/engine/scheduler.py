@@ -42,6 +42,8 @@ class Work:
     """Workers on which this work failed. It runs there again only if no other live worker holds the stage."""
     near_load: float = 0.0
     """Load that a worker near the inputs may have more than another one and still be preferred."""
+    shot: str = ""
+    """Id of the shot, for logs."""
 
     def loras_active(self, worker: WorkerState) -> bool:
         """Return whether the LoRAs of the work are active on the worker. True for work without LoRAs."""

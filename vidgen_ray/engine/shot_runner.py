@@ -27,7 +27,7 @@ from vidgen_ray.engine.calls import (
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import InputsLost, Kind, ShotFailed, drop_frames
 from vidgen_ray.engine.scheduler import CHUNK_LOAD, COMMIT_LOAD, Work
-from vidgen_ray.engine.status import EngineObserver, Progress
+from vidgen_ray.engine.status import Attempt, EngineObserver, Progress
 from vidgen_ray.engine.step_runner import LIKENESS, LikenessTooLow, StepFailed, best_try, check_likeness
 from vidgen_ray.engine.worker_pool import ProgressCallback, RemoteArtefacts, WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length, is_chunked
@@ -141,12 +141,17 @@ class ShotRunner:
         If the likeness is too low, the further tries of the plan follow, with other seeds.
         """
         order = next(self._orders)
-        rejected = []
+        rejected: list[LikenessTooLow] = []
         for attempt in (plan, *plan.again):
             try:
                 return await self._run_attempt(attempt, order, on_progress)
             except LikenessTooLow as reason:
-                self._observer.step_failed(LIKENESS, type(reason).__name__)
+                error = type(reason).__name__
+                self._observer.step_failed(LIKENESS, error)
+                number = len(rejected) + 1
+                self._observer.attempt_ended(
+                    Attempt(plan.shot.id or "", LIKENESS, number, "too low", 0.0, "", None, error, str(reason))
+                )
                 rejected.append(reason)
         failure = StepFailed(LIKENESS, best_try(rejected)).failure()
         raise ShotFailed(failure.model_copy(update={"attempts": len(rejected)}), Kind.INPUT)
@@ -248,7 +253,7 @@ class ShotRunner:
     ) -> StepResults:
         names = tuple(step.stage for step in steps)
         adapters = frozenset(lora.path for name in names for lora in STAGE_BY_NAME[name].active_loras(plan.shot))
-        work = Work(names[0], order, adapters, near=artefacts.by)
+        work = Work(names[0], order, adapters, near=artefacts.by, shot=plan.shot.id or "")
         timeout_s = self._config.timeout_s(plan.shot, *names)
         chunked = tuple(name for name in names if is_chunked(name))
         if chunked:
@@ -276,7 +281,8 @@ class ShotRunner:
         chunked = chunked_stages_of(plan.shot) if artefacts.clip is None else ()
         if on_progress is not None:
             on_progress(Progress(chunked[-1].name if chunked else OUTPUT, 0, 0))
-        work = Work(OUTPUT, order, load=COMMIT_LOAD, near=artefacts.by, near_load=LOCAL_LEAD * COMMIT_LOAD)
+        near_load = LOCAL_LEAD * COMMIT_LOAD
+        work = Work(OUTPUT, order, load=COMMIT_LOAD, near=artefacts.by, near_load=near_load, shot=plan.shot.id or "")
 
         async def write(encoder: ActorClient, session: int) -> Written:
             call = EncoderSession(encoder, session, self._config.commit_timeout_s(plan.shot))
@@ -356,7 +362,7 @@ class ShotRunner:
             records: tuple[StepRecord, ...] = ()
             for steps in calls:
                 names = tuple(step.stage for step in steps)
-                work = Work(names[0], order, load=CHUNK_LOAD, near=current.by)
+                work = Work(names[0], order, load=CHUNK_LOAD, near=current.by, shot=plan.shot.id or "")
                 timeout_s = self._config.timeout_s(plan.shot, *names)
                 result, current = await self._workers.call(
                     work, timeout_s, "run_chunk", plan, names, names, cut, current.reference, share=share

@@ -39,10 +39,33 @@ class Snapshot(NamedTuple):
     """Shots that have started and not finished."""
     quarantined: tuple[str, ...] = ()
     """Workers and encoders in quarantine or given up, with their nodes."""
+    waiting_for: str | None = None
+    """What workers wait for before they can start, such as GPUs, and who holds them."""
+
+
+class Attempt(NamedTuple):
+    """One attempt of a step of a shot. A clip that is processed in chunks has one for each chunk."""
+
+    shot: str
+    stage: str
+    attempt: int
+    """Counted from 1."""
+    outcome: str
+    """`done`, `cached`, or the kind of the failure."""
+    seconds: float
+    """Seconds of the step, or since a failed attempt was sent to its worker."""
+    worker: str
+    node: str | None
+    """Address of the worker's node."""
+    error: str | None = None
+    message: str | None = None
 
 
 class EngineObserver(Protocol):
     """Callbacks of an engine, in its event loop."""
+
+    def attempt_ended(self, attempt: Attempt) -> None:
+        """An attempt of a step of a shot ended, of whatever outcome."""
 
     def step_ended(self, stage: str, seconds: float, cached: bool) -> None:
         """A step of a shot ended."""

@@ -83,6 +83,8 @@ class ActorPlace:
     pid: int
     gpus: tuple[str, ...]
     """Ray's ids of its GPUs on the node."""
+    host: str
+    """Name of the machine."""
 
 
 class Worker:
@@ -271,4 +273,4 @@ def place_of_process() -> ActorPlace:
     """Return the place of the actor that this process runs."""
     context: Any = ray.get_runtime_context()
     gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
-    return ActorPlace(context.get_node_id(), os.getpid(), gpus)
+    return ActorPlace(context.get_node_id(), os.getpid(), gpus, os.uname().nodename)

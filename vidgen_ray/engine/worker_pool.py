@@ -34,7 +34,7 @@ from vidgen_ray.engine.retries import (
 )
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
 from vidgen_ray.engine.slow_calls import SlowCalls
-from vidgen_ray.engine.status import EngineObserver, Progress, StageStatus
+from vidgen_ray.engine.status import Attempt, EngineObserver, Progress, StageStatus
 from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.supervisor import Supervisor
 from vidgen_ray.graph import STAGES, max_loras
@@ -231,8 +231,20 @@ class WorkerPool:
         """
 
         copies: list[asyncio.Task[Returned]] = []
+        attempts, sent = 0, time.monotonic()
 
         async def attempt(avoid: frozenset[WorkerState], alone: bool) -> Returned:
+            nonlocal attempts
+            attempts += 1
+            try:
+                returned, worker = await run(avoid, alone)
+            except AttemptFailed as failed:
+                self._report(requested, attempts, time.monotonic() - sent, failed.process.key, failed)
+                raise
+            self._report(requested, attempts, time.monotonic() - sent, worker, returned[0])
+            return returned, worker
+
+        async def run(avoid: frozenset[WorkerState], alone: bool) -> Returned:
             if copies:
                 return await copies.pop()
             # Each attempt needs its own Work object.
@@ -242,6 +254,8 @@ class WorkerPool:
             if work.stage == OUTPUT:
                 await self._storage.over()
             worker = await self._worker_for(work)
+            nonlocal sent
+            sent = time.monotonic()
             return await self._attempt(worker, work, session, expected_s, on_progress, None if alone else copies)
 
         def blame(failed: AttemptFailed) -> None:
@@ -266,6 +280,23 @@ class WorkerPool:
         finally:
             for copy in copies:
                 copy.cancel()
+
+    def _report(
+        self, work: Work, number: int, seconds: float, worker: WorkerState, outcome: CallResult | AttemptFailed
+    ) -> None:
+        """Report an attempt, with each of its steps if it has succeeded."""
+        client = self._clients[worker]
+        ended: list[tuple[str, str, float, str | None, str | None]]
+        if isinstance(outcome, AttemptFailed):
+            ended = [(outcome.failure.stage, outcome.kind.value, seconds, outcome.failure.error, str(outcome))]
+        elif work.stage == OUTPUT:
+            ended = [(OUTPUT, "done", seconds, None, None)]
+        else:
+            ended = [(step.stage, "cached" if step.cached else "done", step.seconds, None, None) for step in outcome.records]
+        host = client.place.host if client.place else None
+        for stage, how, step_s, error, message in ended:
+            attempt = Attempt(work.shot, stage, number, how, round(step_s, 3), client.name, host, error, message)
+            self._observer.attempt_ended(attempt)
 
     async def _evidence(self, order: int, stage: str, failed: Sequence[AttemptFailed]) -> None:
         """Wait until it is known which processes of failed attempts of a shot are sick.
