@@ -16,6 +16,7 @@ from vidgen_ray.batch.results import METRICS, RunMetrics
 from vidgen_ray.engine.engine_metrics import MAX_ERROR_LABELS, SECONDS, exported_names
 from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.engine.status import Snapshot, StageStatus
+from vidgen_ray.outputs.run_log import RunLabels
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "docs" / "grafana" / "vidgen.json").read_text())
 MONITORING = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
@@ -23,7 +24,8 @@ EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in pan
 SERIES = re.compile(r"\bray_vidgen_\w+")
 FUNCTIONS = {"sum", "avg", "rate", "increase", "round", "histogram_quantile"}
 KEYWORDS = {"by"}
-LABELS = {"profile", "le", *(label for spec in METRICS.values() for label in spec.labels)}
+RUN_LABELS = {"profile": "tiny", "run": "film", "script": "s.jsonl", "team": "team", "submission_id": "job"}
+LABELS = {*RUN_LABELS, "le", *(label for spec in METRICS.values() for label in spec.labels)}
 
 
 def every_exported_name():
@@ -58,7 +60,7 @@ def test_dashboard_queries_are_well_formed():
         # Grafana would plot the rate of a gauge or a raw counter without an error. Neither has a meaning.
         is_rate = bool(re.search(rf"(rate|increase)\({series}\b", expression))
         assert is_rate == (specs[series].kind != "gauge"), expression
-        labels = {"profile", *specs[series].labels, *(["le"] if series.endswith("_bucket") else [])}
+        labels = {*RUN_LABELS, *specs[series].labels, *(["le"] if series.endswith("_bucket") else [])}
         used = [label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")]
         used += re.findall(r"(\w+)=~?\"", expression)
         assert set(used) <= labels, expression
@@ -67,7 +69,7 @@ def test_dashboard_queries_are_well_formed():
 def test_dashboard_can_be_imported_into_any_grafana():
     """Panels use the data source variable, ids are unique, and panels do not overlap."""
     panels = DASHBOARD["panels"]
-    assert {variable["name"] for variable in DASHBOARD["templating"]["list"]} == {"datasource", "profile"}
+    assert {variable["name"] for variable in DASHBOARD["templating"]["list"]} == {"datasource", "profile", "run", "team"}
     assert {panel["datasource"]["uid"] for panel in panels} == {"${datasource}"}
     assert {target["datasource"]["uid"] for panel in panels for target in panel["targets"]} == {"${datasource}"}
     assert len({panel["id"] for panel in panels}) == len(panels)
@@ -107,7 +109,8 @@ class Run:
     """Worker process that records metrics, like the director of a run."""
 
     def record(self):
-        run = RunMetrics("tiny")
+        labels = RunLabels("000001-x", "film", "tiny", "s.jsonl", "team", "job")
+        run = RunMetrics(labels, lambda *_: None, print)
         run.shot_ended("done")
         run.shot_ended("failed")
         run.step_ended("svd", 12.0, cached=False)
@@ -173,7 +176,8 @@ def test_ray_exports_every_metric_under_its_documented_name(metrics_address):
     assert {name for name in exported if "vidgen" in name} == every_exported_name()
     for name, spec in METRICS.items():
         for sample in exported[exported_names(name, METRICS[name])[0]]:
-            assert {"profile", *spec.labels} <= set(sample.labels), name
+            assert set(spec.labels) <= set(sample.labels), name
+            assert RUN_LABELS.items() <= sample.labels.items(), name
 
 
 def test_histogram_buckets_cover_0_1_s_to_the_stage_timeout():

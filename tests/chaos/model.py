@@ -44,6 +44,7 @@ from vidgen_ray.errors import OutOfMemory, StageError
 from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_length, stages_of
 from vidgen_ray.outputs.lease import REFRESH_S, Fence, Holder, Lease
 from vidgen_ray.outputs.records import FileRecord, ShotRecord
+from vidgen_ray.outputs.run_log import RunLabels
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import Shot
@@ -324,6 +325,10 @@ class Listener:
         return lambda *_: None
 
 
+def labels_of(run):
+    return RunLabels(run, None, "fake", "s.jsonl", None, None)
+
+
 class Driver:
     """One run: a process with the director."""
 
@@ -344,9 +349,11 @@ class Driver:
         self.lease = Lease(outputs.url, LeaseFile(world, self.number), world.now)
         keeper = asyncio.ensure_future(self._refresh())
         planner = SimpleNamespace(outputs=outputs, plan_shot=None, find=outputs.find_finished)
-        results = RunResults(outputs, run, "s.jsonl", self.lease, Listener(), None, is_script=True)
+        results = RunResults(outputs, labels_of(run), self.lease, Listener(), None, is_script=True)
         options = RenderOptions(address="simulated", cache="none", stages=STAGES, wait_storage_s=world.wait_storage_s)
-        director = Director(run, world.profile, outputs, options, results, Listener(), self.stop, planner, None, self.lease)
+        listener = Listener()
+        listener.labels = labels_of(run)
+        director = Director(world.profile, outputs, options, results, listener, self.stop, planner, None, self.lease)
         try:
             with results:
                 director.accept([world.planned(line) for line in world.script])
@@ -930,7 +937,7 @@ def patched(world):
 class Metrics:
     """Replaces `RunMetrics`."""
 
-    def __init__(self, profile, on_quarantined):
+    def __init__(self, labels, on_quarantined, on_attempt):
         self.quarantined = on_quarantined
 
     def __getattr__(self, name):

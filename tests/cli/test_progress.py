@@ -1,27 +1,15 @@
-"""Progress of a run: tracker, line view, terminal view and progress file, with a fake clock."""
+"""Progress of a run: tracker, line view and terminal view, with a fake clock."""
 
 import io
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from rich.console import Console, Group
 
+from vidgen_ray.batch.progress import FIRST_SHOTS, LOADING, PLANNING, ProgressTracker, Throughput, eta_range
 from vidgen_ray.cli import progress_display
-from vidgen_ray.cli.progress_display import (
-    FIRST_SHOTS,
-    LOADING,
-    PLANNING,
-    LineDisplay,
-    ProgressFile,
-    ProgressTracker,
-    RunView,
-    TerminalDisplay,
-    Throughput,
-    eta_range,
-    run_view,
-)
+from vidgen_ray.cli.progress_display import LineDisplay, RunView, TerminalDisplay, run_view
 from vidgen_ray.engine.status import Snapshot, StageStatus
 from vidgen_ray.outputs.manifest import ManifestRow
 
@@ -56,7 +44,7 @@ def row(shot_id, status="done", **fields):
 def line_view(clock):
     """Return a line view, and a function that returns the printed lines."""
     console, tracker = Console(file=io.StringIO(), width=200), ProgressTracker(clock)
-    view = RunView(tracker, LineDisplay(console, tracker, clock), ProgressFile(None))
+    view = RunView(tracker, LineDisplay(console, tracker, clock))
     return view, lambda: console.file.getvalue().splitlines()
 
 
@@ -71,13 +59,7 @@ def terminal_view(clock):
         console.print(Group(*display.get_renderables()))
         return console.file.getvalue()
 
-    return RunView(tracker, display, ProgressFile(None)), frame, console.file.getvalue
-
-
-def file_view(path, clock=time.monotonic):
-    """Return a view that writes a progress file, and the file."""
-    tracker, file = ProgressTracker(clock), ProgressFile(path, clock)
-    return RunView(tracker, LineDisplay(Console(file=io.StringIO()), tracker, clock), file), file
+    return RunView(tracker, display), frame, console.file.getvalue
 
 
 # Estimate
@@ -106,10 +88,10 @@ def test_eta_excludes_weight_loading_and_skipped_lines(tracker, clock):
     for n in range(50):
         clock.now = 600 + 2 * (n + 1)
         tracker.on_finished(row(f"new{n}"))
-    low, high = tracker.eta()
+    low, high = tracker.eta_s
     assert tracker.remaining == 50
     assert low < 100 < high < 130
-    assert tracker.shots_per_minute() == pytest.approx(30, rel=0.05)
+    assert tracker.shots_per_minute == pytest.approx(30, rel=0.05)
 
 
 # Line view
@@ -231,83 +213,17 @@ def test_terminal_view_updates_the_estimate_and_ends_without_one(clock):
         assert text not in frame()
 
 
-# Progress file
+# All views
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_progress_file_has_one_json_object_per_event(tmp_path, clock):
-    path = tmp_path / "out" / "progress.jsonl"
-    view, _ = file_view(path, clock)
-    with view:
-        view.on_lines(2, 0, 0, complete=False)
-        view.on_lines(4, 1, 0, complete=True)
-        view.on_message("a worker is quarantined")
-        for second in range(12):
-            clock.now = second
-            view.on_status(BUSY)
-        view.on_finished(row("ball", seconds=3.5))
-        view.on_finished(row("cube", "failed"))
-        assert len(read(path)) == 7, "complete lines must be written immediately"
-    events = read(path)
-    assert [event["event"] for event in events] == [
-        *("planned", "message", "status", "status", "status", "ended", "ended", "finished"),
-    ]
-    assert events[0].items() >= {"total": 4, "skipped": 1, "rejected": 0}.items()
-    assert events[1]["message"] == "a worker is quarantined"
-    assert events[2]["stages"]["svd"] == {"queued": 14, "running": 2, "workers": 2, "busy": 0.98}
-    assert events[2].items() >= {"gpus_busy": 0.93, "in_progress": 21, "remaining": 3, "eta_s": None}.items()
-    assert events[5].items() >= {"id": "ball", "status": "done", "seconds": 3.5, "elapsed_s": 11.0}.items()
-    assert events[6].items() >= {"id": "cube", "status": "failed", "stage": "svd", "error": "StageError"}.items()
-    assert events[7].items() >= {"done": 1, "failed": 1, "skipped": 1, "complete": False, "error": None}.items()
-    assert all(event["at"].endswith("+00:00") for event in events)
-
-
-def test_progress_file_of_the_previous_run_is_kept_unless_the_next_one_reads_no_line(tmp_path):
-    path = tmp_path / "progress.jsonl"
-    for total in (1, 2, 3):
-        with file_view(path)[0] as view:
-            view.on_lines(total, 0, 0, complete=True)
-    with file_view(path)[0]:
-        pass
-    assert read(path)[0]["total"] == 3
-    assert read(tmp_path / "progress.1.jsonl")[0]["total"] == 2
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_progress_file_names_the_error_of_a_run_and_its_own_errors_do_not_stop_it(tmp_path):
-    view, file = file_view(tmp_path / "progress.jsonl")
-    with view:
-        view.on_lines(1, 0, 0, complete=True)
-        file._file.close()
-        file._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
-        view.on_finished(row("a"))
-        view.on_finished(row("b"))
-    view, _ = file_view(tmp_path / "interrupted.jsonl")
-    view.on_lines(1, 0, 0, complete=True)
-    view.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    last = read(tmp_path / "interrupted.jsonl")[-1]
-    assert last.items() >= {"event": "finished", "complete": False, "error": "KeyboardInterrupt"}.items()
-    (tmp_path / "taken").write_text("")
-    with file_view(tmp_path / "taken" / "progress.jsonl")[0] as view:
-        view.on_lines(1, 0, 0, complete=True)
-        view.on_finished(row("a"))
-
-
-# Display and file
-
-
-def test_run_view_prints_to_stderr_and_writes_the_progress_file(tmp_path, capsys):
-    with run_view(tmp_path / "progress.jsonl") as view:
+def test_run_view_prints_to_stderr(capsys):
+    with run_view() as view:
         view.on_lines(1, 0, 0, complete=True)
         view.on_status(BUSY)
         view.on_finished(row("ball"))
     printed = capsys.readouterr()
     assert "1/1 done ball" in printed.err
     assert printed.out == ""
-    assert [event["event"] for event in read(tmp_path / "progress.jsonl")] == ["planned", "status", "ended", "finished"]
 
 
 def test_events_are_handled_one_at_a_time(clock):
@@ -327,7 +243,7 @@ def test_events_are_handled_one_at_a_time(clock):
             self.show_finished(None, None)
 
     slow = SlowDisplay()
-    view = RunView(ProgressTracker(clock), slow, ProgressFile(None))
+    view = RunView(ProgressTracker(clock), slow)
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda n: view.on_finished(row("a")) if n % 2 else view.on_status(BUSY), range(50)))
     assert (slow.events, slow.max_active) == (50, 1)

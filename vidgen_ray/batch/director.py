@@ -15,7 +15,8 @@ from contextlib import AbstractContextManager, suppress
 import ray
 
 from vidgen_ray.batch.line_planner import LinePlanner, PlannedLine, unique_shots
-from vidgen_ray.batch.results import RunListener, RunMetrics, RunResults
+from vidgen_ray.batch.progress import RunRecorder
+from vidgen_ray.batch.results import RunMetrics, RunResults
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.batch.shot_queue import MAX_SHOTS, ContinuedShots, ShotQueue, Task
 from vidgen_ray.content_keys import ShotPlan
@@ -69,19 +70,18 @@ class Director:
 
     def __init__(
         self,
-        run: str,
         profile: Profile,
         outputs: OutputFolder,
         options: RenderOptions,
         results: RunResults,
-        listener: RunListener,
+        listener: RunRecorder,
         stop: threading.Event,
         planner: LinePlanner,
         demand: Demand | None,
         lease: Lease,
     ) -> None:
         self._lease = lease
-        self._run = run
+        self._run = listener.labels.run
         self._profile = profile
         self._outputs = outputs
         self._options = options
@@ -203,7 +203,7 @@ class Director:
 
     async def render(self, remaining: Remaining | None) -> None:
         """Render all shots. Returns when every line has a result, or after a stop request."""
-        self._metrics = RunMetrics(self._profile.name, self._on_quarantined)
+        self._metrics = RunMetrics(self._listener.labels, self._on_quarantined, self._listener.on_attempt)
         self._reading = remaining is not None
         self._stop_watch = asyncio.ensure_future(self._watch_stop())
         self._renderer = Renderer(self._on_status, self._make_engine)

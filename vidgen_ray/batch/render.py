@@ -6,19 +6,23 @@ Or only estimate what is left.
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from more_itertools import batched
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from vidgen_ray.batch.director import Director, Remaining
 from vidgen_ray.batch.line_planner import LinePlanner, PlannedLine, first_lines, remaining_lines, unique_shots
-from vidgen_ray.batch.results import RunListener, RunResults
+from vidgen_ray.batch.progress import RunListener, RunRecorder
+from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RecordedOptions, RenderOptions
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
 from vidgen_ray.errors import SetupError
@@ -27,6 +31,7 @@ from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.outputs.manifest import ManifestRow, new_name
 from vidgen_ray.outputs.manifest_writer import script_name
 from vidgen_ray.outputs.records import DoneShot, Failure
+from vidgen_ray.outputs.run_log import RunLabels
 from vidgen_ray.planner import Cluster, Demand, demand_of, save_calibration, this_machine
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.signing import check_signing
@@ -206,26 +211,27 @@ def render_lines(
     """
     started, outputs = time.monotonic(), planner.outputs
     outputs.prepare()
-    with outputs.lease(new_name()) as lease:
-        run, outputs = lease.run, outputs.fenced(lease)
+    with outputs.lease(new_name(options.name)) as lease, ExitStack() as stack:
+        outputs = outputs.fenced(lease)
         outputs.sweep()
         if script is not None:
             source = planner.checker.script = script_name(outputs.storage, script, record=True)
         planned = planner.plan_first(first)
-        results = RunResults(outputs, run, source, lease, listener, on_row, is_script=script is not None)
+        labels = RunLabels(lease.run, options.name, profile.name, source, options.team, _submission_id())
+        recorder = stack.enter_context(RunRecorder(outputs.storage, lease, labels, listener))
+        results = RunResults(outputs, labels, lease, recorder, on_row, is_script=script is not None)
         director = Director(
-            run,
             profile,
             outputs,
             options,
             results,
-            listener,
+            recorder,
             stop or threading.Event(),
             planner,
             demand,
             lease,
         )
-        write_run = partial(_write_run, outputs, source, profile, options, planner, director, results)
+        write_run = partial(_write_run, outputs, labels, profile, options, planner, director, results)
         try:
             with results:
                 director.accept(planned)
@@ -239,15 +245,22 @@ def render_lines(
         except BaseException as error:
             if lease.is_sure:
                 with suppress(OSError):
-                    write_run(_report(run, started, director, results), error)
+                    write_run(_report(labels.run, started, director, results), error)
             raise
-        report = _report(run, started, director, results)
+        report = _report(labels.run, started, director, results)
         write_run(report, None)
         # Remove temporary files of processes that were killed on this machine.
         outputs.sweep()
     if director.plan is not None and director.cluster is not None:
         save_calibration(profile.name, director.cluster.card, results.durations)
     return report
+
+
+def _submission_id() -> str | None:
+    """Return the submission id if this process is the driver of a Ray job."""
+    with suppress(KeyError, ValueError, TypeError):
+        return str(json.loads(os.environ[RAY_JOB_CONFIG_JSON_ENV_VAR])["metadata"]["job_submission_id"])
+    return None
 
 
 def _report(run: str, started: float, director: Director, results: RunResults) -> RunReport:
@@ -269,7 +282,7 @@ def _report(run: str, started: float, director: Director, results: RunResults) -
 
 def _write_run(
     outputs: OutputFolder,
-    source: str,
+    labels: RunLabels,
     profile: Profile,
     options: RenderOptions,
     planner: LinePlanner,
@@ -284,7 +297,10 @@ def _write_run(
         {
             **asdict(report),
             "error": None if error is None else f"{type(error).__name__}: {error}",
-            "script": source,
+            "name": labels.name,
+            "script": labels.script,
+            "team": labels.team,
+            "submission_id": labels.submission_id,
             "profile": profile.model_dump(mode="json"),
             "profile_source": str(profile.source) if profile.source else None,
             "options": repeated.model_dump(mode="json"),

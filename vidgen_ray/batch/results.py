@@ -6,10 +6,11 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
+from vidgen_ray.batch.progress import RunListener
 from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, MetricSpec
-from vidgen_ray.engine.status import Snapshot
+from vidgen_ray.engine.status import Attempt
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import RelativeCost, relative_costs
@@ -18,30 +19,8 @@ from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import REJECTED, ManifestRow, Status
 from vidgen_ray.outputs.manifest_writer import FailedLine, ManifestWriter
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
+from vidgen_ray.outputs.run_log import RunLabels
 from vidgen_ray.script.lines import Line
-
-
-class RunListener(Protocol):
-    """Callbacks of a run, one call at a time."""
-
-    def on_rejected(self, row: ManifestRow) -> None:
-        """A line failed before rendering: it is wrong or refers to a missing file."""
-
-    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
-        """Called repeatedly while the script is read, with the lines so far.
-
-        `total` includes the lines already done (`skipped`) and the `rejected` ones. `complete`: the script was read to its end.
-        """
-
-    def on_finished(self, row: ManifestRow) -> None:
-        """A shot was rendered or has failed."""
-
-    def on_status(self, snapshot: Snapshot) -> None:
-        """Called about every second during rendering."""
-
-    def on_message(self, message: str) -> None:
-        """A message for the user, such as a worker that was quarantined or what the run waits for."""
-
 
 METRICS = {"vidgen_shots": MetricSpec("counter", ("status",), "Finished shots: done or failed."), **ENGINE_METRICS}
 
@@ -51,10 +30,16 @@ class RunMetrics(EngineMetrics):
 
     definitions = METRICS
 
-    def __init__(self, profile: str, on_quarantined: Callable[[str, str], None] = lambda process, reason: None) -> None:
+    def __init__(
+        self, labels: RunLabels, on_quarantined: Callable[[str, str], None], on_attempt: Callable[[Attempt], None]
+    ) -> None:
         """`on_quarantined` gets the name and node of each quarantined process, and the reason."""
-        super().__init__(profile)
+        super().__init__(labels.profile, **labels.of_metrics())
         self._on_quarantined = on_quarantined
+        self._on_attempt = on_attempt
+
+    def attempt_ended(self, attempt: Attempt) -> None:
+        self._on_attempt(attempt)
 
     def shot_ended(self, status: Status) -> None:
         self._count("vidgen_shots", 1, status=status)
@@ -74,21 +59,20 @@ class RunResults:
     def __init__(
         self,
         outputs: OutputFolder,
-        run: str,
-        source: str,
+        labels: RunLabels,
         lease: Lease,
         listener: RunListener,
         on_row: Callable[[ManifestRow], None] | None,
         *,
         is_script: bool,
     ) -> None:
-        """`is_script`: `source` is a script, not one of several data sets with this name."""
+        """`is_script`: the run has a script, not one of several data sets with this name."""
         self._is_script = is_script
         self._lease = lease
-        self._run = run
+        self._labels = labels
         self._listener = listener
         self._on_row = on_row
-        self._manifest = ManifestWriter(outputs, run, source)
+        self._manifest = ManifestWriter(outputs, labels.run, labels.script)
         self._whole_script = False
         self.counts: Counter[str] = Counter(done=0, failed=0, skipped=0)
         self.rejected_lines = 0
@@ -126,7 +110,7 @@ class RunResults:
         self.rejected_lines += 1
         failure = StepFailed(REJECTED, ScriptError(line.errors)).failure()
         row = ManifestRow.of_rejected_line(
-            self._run, line.script, line.id, line.script_line, line.fields.get("prompt"), failure
+            self._labels.run, line.script, line.id, line.script_line, line.fields.get("prompt"), failure
         )
         self._enter(row, FailedLine(line.id, line.script, line.script_line, line.fields, failure), None)
         self._listener.on_rejected(row)
@@ -136,7 +120,7 @@ class RunResults:
         self._listener.on_rejected(self._failed(line, failure))
 
     def skipped(self, line: Line, done: DoneShot) -> None:
-        row = ManifestRow.of_shot(self._run, line.script, line.shot, line.script_line, done, "reused")
+        row = ManifestRow.of_shot(self._labels.run, line.script, line.shot, line.script_line, done, "reused")
         self._enter(row, None, line.replaces)
 
     def pending(self) -> None:
@@ -169,17 +153,18 @@ class RunResults:
             self.weights[step.stage].update(step.weights)
             if not step.cached:
                 self.durations[step.stage].append((step.seconds, costs[step.stage]))
-        row = ManifestRow.of_shot(self._run, line.script, line.shot, line.script_line, record, "rendered")
+        row = ManifestRow.of_shot(self._labels.run, line.script, line.shot, line.script_line, record, "rendered")
         self._enter(row, None, line.replaces)
         self._listener.on_finished(row)
 
     def _failed(self, line: Line, failure: Failure) -> ManifestRow:
-        row = ManifestRow.of_shot(self._run, line.script, line.shot, line.script_line, failure, "failed")
+        row = ManifestRow.of_shot(self._labels.run, line.script, line.shot, line.script_line, failure, "failed")
         self._enter(row, FailedLine.of_shot(line.shot, line.script, line.script_line, failure), line.replaces)
         return row
 
     def _enter(self, row: ManifestRow, failed: FailedLine | None, replaces: str | None) -> None:
         self.counts["skipped" if row.last_run == "reused" else row.status] += 1
+        row = row.model_copy(update={"team": self._labels.team, "submission_id": self._labels.submission_id})
         self._manifest.add(row, failed=failed, replaces=replaces)
         if self._on_row is not None:
             self._on_row(row)

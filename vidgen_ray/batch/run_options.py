@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,18 +12,25 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, CacheMode
 from vidgen_ray.engine.retries import ATTEMPTS
 from vidgen_ray.engine.storage_pause import MAX_WAIT_S
+from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner import Cluster
 from vidgen_ray.stages.base import Stage
 
 GRACE_S = 60.0
 """Seconds that shots in progress may take to finish after a stop request."""
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+"""Names of runs and teams. They are part of file names and of metrics."""
 
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """Options of a run."""
+    """Options of a run. Raises UsageError for a wrong name or team."""
 
+    name: str | None = None
+    """Name of the run in metrics, logs and the manifest. Default: a number and the time."""
+    team: str | None = None
+    """Team of the run, likewise."""
     address: str | None = None
     """Address of a Ray cluster. Default: a new local Ray, or the one that is connected."""
     cluster: Cluster | None = None
@@ -52,12 +60,19 @@ class RenderOptions:
     stages: Mapping[str, type[Stage[Any]]] = field(default_factory=lambda: STAGE_BY_NAME)
     """Stage name -> class that implements it."""
 
+    def __post_init__(self) -> None:
+        for option, value in (("name", self.name), ("team", self.team)):
+            if value is not None and not LABEL.fullmatch(value):
+                raise UsageError(f"--{option}: got {value!r}, must be at most 63 letters, digits, dots, hyphens or underscores")
+
 
 class RecordedOptions(BaseModel):
     """Options that decide what a run writes. `run.json` records them, and `vidgen retry` renders with them again."""
 
     model_config = ConfigDict(frozen=True)
 
+    name: str | None = None
+    team: str | None = None
     cache: CacheMode = DEFAULT_CACHE
     cache_gb: float | None = None
     replace: bool = False

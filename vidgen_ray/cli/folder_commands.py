@@ -7,43 +7,79 @@ import socket
 import sys
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
+from datetime import datetime, timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vidgen_ray.cli.options import AddressOption, DryRunOption, GpusOption, JsonOption, OutArgument, check_out
+from vidgen_ray.cli.progress_display import counts_line, speed_texts, stage_table
 from vidgen_ray.cli.run_script import ProfileOfLastRunOption, profile_of_run, render_again, temporary_script
+from vidgen_ray.engine.status import Snapshot, StageStatus
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.cleanup import GRACE_S, collect_garbage
 from vidgen_ray.outputs.cleanup import prune as remove_replaced
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest_writer import to_utf8
+from vidgen_ray.outputs.run_log import RunStatus, read_log, read_status
 from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.outputs.verify import VerifyReport
 from vidgen_ray.outputs.verify import verify as verify_folder
 from vidgen_ray.report.overview import ListedShot, Overview, overview
 
 HOST = "127.0.0.1"
+SHOWN_MESSAGES = 5
 
 
 def status(out: OutArgument = "out", as_json: JsonOption = False) -> None:
-    """Print what an output folder has: counts, failures, slowest and least alike shots, disk use."""
+    """Print the progress of the run in an output folder, and what the folder has: counts, failures, slowest and least alike
+    shots, disk use.
+    """
     storage = storage_at(out)
     with Console(stderr=True).status(f"Reading {storage.url}"):
+        run = read_status(storage)
         found = overview(storage)
-    if not sum(found.counts.values()):
+    has_results = bool(sum(found.counts.values()))
+    if not has_results and run is None:
         raise SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
     if as_json:
-        typer.echo(json.dumps(asdict(found)))
-    else:
-        _print(found, storage.url)
+        typer.echo(json.dumps({"run": run and run.model_dump(mode="json"), **asdict(found)}))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    if run is not None and not (run.ended and has_results):
+        _print_run(console, run)
+    if has_results:
+        _print(console, found, storage.url)
 
 
-def _print(found: Overview, url: str) -> None:
-    console = Console(highlight=False)
+def _print_run(console: Console, run: RunStatus) -> None:
+    labels = {"script": run.script, "profile": run.profile, "team": run.team, "job": run.submission_id}
+    console.print(f"run {run.run}: {', '.join(f'{name} {value}' for name, value in labels.items() if value)}", markup=False)
+    age = f"written {timedelta(seconds=round(max(0, run.age_s)))} ago"
+    if run.is_silent:
+        age += ". The run was killed, or cannot reach the folder"
+    state = f"ended{f' with {run.error}' if run.error else ''}" if run.ended else run.phase or "rendering"
+    console.print(f"{state}, since {run.started_at:%Y-%m-%d %H:%M:%S} UTC; {age}", markup=False)
+    snapshot = Snapshot({name: StageStatus(**stage) for name, stage in run.stages.items()}, run.gpus_busy, run.in_progress)
+    shots = f"{run.total - run.remaining:,}/{run.total:,} shots{'' if run.complete else ' so far'}"
+    console.print(
+        Text("   ").join([Text(", ".join([shots, *([] if run.ended else speed_texts(run))])), counts_line(run, snapshot)])
+    )
+    if run.waiting_for:
+        console.print(run.waiting_for, markup=False)
+    if snapshot.stages and not run.ended:
+        console.print(stage_table(snapshot))
+    for message in run.messages[-SHOWN_MESSAGES:]:
+        if message != run.waiting_for:
+            console.print(message, markup=False)
+
+
+def _print(console: Console, found: Overview, url: str) -> None:
     console.print(", ".join(f"{count:,} {status}" for status, count in found.counts.items() if count))
     space = f"{_size(found.shot_bytes)} of images and clips"
     if found.cache_bytes is not None:
@@ -60,6 +96,27 @@ def _print(found: Overview, url: str) -> None:
         console.print(f"Render them again: vidgen retry {url}", markup=False)
     _print_shots(console, "Slowest shots", "seconds", found.slowest)
     _print_shots(console, "Least alike shots", "worst likeness", found.least_alike)
+
+
+def logs(
+    out: OutArgument, shot: Annotated[str, typer.Argument(metavar="ID", help="Id of a shot.")], as_json: JsonOption = False
+) -> None:
+    """Print every attempt of every step of a shot: time, stage, outcome, seconds, worker and node."""
+    storage = storage_at(out)
+    lines = list(read_log(storage, shot))
+    if not lines:
+        raise SetupError(f"{storage.url}: no run has a step of the shot {shot!r} in its log; failures.jsonl has rejected lines")
+    if as_json:
+        typer.echo(json.dumps(lines))
+        return
+    for run, steps in groupby(lines, lambda line: line["run"]):
+        typer.echo(f"run {run}, times in UTC")
+        for line in steps:
+            at = f"{datetime.fromisoformat(line['at']):%m-%d %H:%M:%S}"
+            step = f"{line['stage']:<11} attempt {line['attempt']}: {line['outcome']}, {line['seconds']:.2f} s"
+            place = f", {line['worker']} on {line.get('node', 'a lost node')}" if line["worker"] else ""
+            error = f". {line['error']}: {line['message']}" if "error" in line else ""
+            typer.echo(f"{at}  {step}{place}{error}")
 
 
 def _duration(seconds: float) -> str:
@@ -175,4 +232,4 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
-COMMANDS = (status, verify, gc, prune, watch)
+COMMANDS = (status, logs, verify, gc, prune, watch)

@@ -168,6 +168,12 @@ def interruptible() -> Iterator[None]:
 class RunOptions(RenderOptions):
     """Options of a run, with their help for `vidgen render`."""
 
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the run in metrics, logs and the manifest. Default: its number.")
+    ] = None
+    team: Annotated[
+        str | None, typer.Option("--team", envvar="VIDGEN_TEAM", help="Team of the run in metrics and the manifest.")
+    ] = None
     address: AddressOption = None
     cluster: GpusOption = None
     price: PriceOption = None
@@ -340,13 +346,12 @@ def run_script(
     outputs = OutputFolder(out)
     outputs.prepare()
     check_no_other_page(out)
-    local = outputs.storage.local
     try:
         # Ray prints messages on standard output, which is reserved for the result.
         with (
             interruptible(),
             redirect_stdout(sys.stderr),
-            run_view(local / "progress.jsonl" if local else None) as view,
+            run_view() as view,
             stoppable(options.grace_s) as stop,
         ):
             report = render_on_ray(script, profile, outputs, options, listener=view, stop=stop)

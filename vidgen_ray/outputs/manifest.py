@@ -81,7 +81,11 @@ class _Columns(BaseModel):
     )
 
     run: str
-    """Run that wrote the row. Runs are numbered."""
+    """Run that wrote the row. Runs are numbered, and their names have that of `--name`."""
+    team: str | None = None
+    """Team of the run."""
+    submission_id: str | None = None
+    """Submission id of the Ray job."""
     script: str
     id: str
     line: int | None
@@ -479,9 +483,9 @@ def shot_without_row(storage: Storage) -> Iterator[None]:
     storage.delete(_path(before))
 
 
-def new_name() -> str:
+def new_name(prefix: str | None = None) -> str:
     """Return a new name for a run or another writer."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    return f"{f'{prefix}-' if prefix else ''}{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 
 def _path(writer: str) -> str:

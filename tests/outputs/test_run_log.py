@@ -1,0 +1,130 @@
+"""Status and log of a run in its output folder, on a disk and in an object store (moto)."""
+
+import json
+import threading
+from types import SimpleNamespace
+
+from vidgen_ray.batch.progress import RunRecorder
+from vidgen_ray.cli.app import main
+from vidgen_ray.engine.status import Attempt, Snapshot, StageStatus
+from vidgen_ray.outputs import run_log
+from vidgen_ray.outputs.manifest import ManifestRow
+from vidgen_ray.outputs.run_log import RunLabels, read_log, read_status
+from vidgen_ray.outputs.storage import LocalStorage, storage_at
+
+RUN = "000001-film"
+LABELS = RunLabels(RUN, "film", "tiny", "s.jsonl", "blue", "job-1")
+BUSY = Snapshot({"svd": StageStatus(14, 2, 2, 0.98)}, 0.93, 21, waiting_for="waiting for 2 GPUs: run b holds them")
+NO_LISTENER = SimpleNamespace(
+    **{f"on_{name}": lambda *_: None for name in ("lines", "finished", "status", "message", "rejected")}
+)
+
+
+def recorder(storage, is_sure=True):
+    return RunRecorder(storage, SimpleNamespace(is_sure=is_sure), LABELS, NO_LISTENER)
+
+
+def attempt(shot, number=1, outcome="done", **fields):
+    return Attempt(shot, "svd", number, outcome, 1.5, f"{RUN}/1/worker/0/0", "node-a", **fields)
+
+
+def record(recorder):
+    """Report a run of ten lines, one of which is finished."""
+    recorder.on_lines(10, 1, 0, complete=True)
+    recorder.on_status(BUSY)
+    recorder.on_message("a worker is quarantined")
+    recorder.on_attempt(attempt("a", outcome="error", error="TimedOut", message="too slow"))
+    recorder.on_attempt(attempt("a", 2))
+    recorder.on_attempt(attempt("b"))
+    recorder.on_finished(ManifestRow(run=RUN, script="s.jsonl", id="a", line=1, status="done"))
+
+
+def test_status_and_log_are_on_disks_and_in_object_stores(tmp_path, url, capsys):
+    for out in (str(tmp_path), url):
+        storage = storage_at(out)
+        running = recorder(storage)
+        record(running)
+        going = running._status()
+        running.__exit__(KeyboardInterrupt, None, None)
+        assert (going.waiting_for, going.in_progress) == (BUSY.waiting_for, 21)
+        status = read_status(storage)
+        assert status.model_dump().items() >= {**LABELS._asdict(), "ended": True, "error": "KeyboardInterrupt"}.items()
+        assert (status.total, status.done, status.skipped, status.remaining, status.complete) == (10, 1, 1, 8, True)
+        assert status.stages == {"svd": {"queued": 14, "running": 2, "workers": 2, "busy": 0.98}}
+        assert status.messages == ("a worker is quarantined",)
+        assert [line["outcome"] for line in read_log(storage, "a")] == ["error", "done"]
+        assert main(["logs", out, "a"]) == main(["status", out]) == 0
+        printed = capsys.readouterr().out
+        assert "TimedOut: too slow" in printed
+        assert "team blue, job job-1" in printed
+        assert "2/10 shots" in printed
+        assert main(["logs", out, "a", "--json"]) == 0
+        assert (
+            json.loads(capsys.readouterr().out)[1].items() >= {"run": RUN, "worker": "1/worker/0/0", "node": "node-a"}.items()
+        )
+        assert main(["status", out, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["run"]["name"] == "film"
+        assert main(["logs", out, "unknown"]) == 4
+
+
+def test_a_run_without_its_lease_does_not_replace_the_status_of_another(tmp_path):
+    storage = storage_at(tmp_path)
+    with recorder(storage, is_sure=False) as running:
+        record(running)
+    assert read_status(storage) is None
+    assert len(list(read_log(storage, "a"))) == 2
+
+
+def test_a_storage_that_hangs_or_fails_neither_stops_the_run_nor_loses_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_log, "CLOSE_S", 0.01)
+    answers = threading.Event()
+
+    class Hanging(LocalStorage):
+        def write(self, path, content):
+            answers.wait()
+            super().write(path, content)
+
+    with recorder(Hanging(tmp_path)) as running:
+        record(running)
+    assert not list(tmp_path.iterdir())
+    answers.set()
+    running._log._thread.join()
+    assert len(list(read_log(storage_at(tmp_path), "a"))) == 2
+
+    written = threading.Event()
+
+    class Full(LocalStorage):
+        failures = 2
+
+        def write(self, path, content):
+            if self.failures:
+                self.failures -= 1
+                raise OSError("no space left")
+            super().write(path, content)
+            written.set()
+
+    monkeypatch.setattr(run_log, "CLOSE_S", 10.0)
+    monkeypatch.setattr(run_log, "INTERVAL_S", 0.001)
+    storage = Full(tmp_path / "full")
+    with recorder(storage) as running:
+        record(running)
+        written.wait()
+    assert read_status(storage).ended
+    assert len(list(read_log(storage, "a"))) == 2
+
+
+def test_log_continues_in_further_files_and_drops_lines_when_it_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_log, "PART_BYTES", 1)
+    storage = storage_at(tmp_path)
+    with recorder(storage) as running:
+        for number in range(3):
+            running.on_attempt(attempt("a", number))
+            running._log._write()
+    assert len(storage.files("logs")) >= 3
+    assert [line["attempt"] for line in read_log(storage, "a")] == [0, 1, 2]
+    monkeypatch.setattr(run_log, "MAX_UNWRITTEN_BYTES", 1)
+    with RunRecorder(storage, SimpleNamespace(is_sure=True), LABELS._replace(run="000002"), NO_LISTENER) as running:
+        running._log._write = lambda: None
+        for number in range(5):
+            running.on_attempt(attempt("b", number))
+        assert running._log._dropped == 5
