@@ -13,7 +13,9 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -51,6 +53,9 @@ GPU_QUERY_TIMEOUT_S = 120
 SHUTDOWN_S = 30.0
 """Seconds after which the process ends although Ray does not."""
 
+HEAD_TIMEOUT_S, HEAD_SHARE = 60, 0.75
+"""Seconds after which Ray ends a process that does not reach the head process, and the share of them after which we do."""
+
 T = TypeVar("T")
 
 
@@ -60,16 +65,34 @@ def connected(address: str | None, cpus: float) -> Iterator[None]:
 
     If this process is already connected, keep that connection.
     """
-    own_connection = not ray.is_initialized()
-    if own_connection:
-        _start_ray(address, cpus)
+    if ray.is_initialized():
+        yield
+        return
+    _start_ray(address, cpus)
+    ended = threading.Event()
+    threading.Thread(target=_exit_without_head, args=(ended,), daemon=True).start()
     try:
         yield
     finally:
-        if own_connection:
-            # Hide the errors of messages to processes that are shutting down.
-            with muted_stderr(), suppress(SetupError):
-                within(SHUTDOWN_S, ray.shutdown)
+        ended.set()
+        # Hide the errors of messages to processes that are shutting down.
+        with muted_stderr(), suppress(SetupError):
+            within(SHUTDOWN_S, ray.shutdown)
+
+
+def _exit_without_head(ended: threading.Event) -> None:
+    """End this process if Ray's head process is not reached for too long. Ray would do so itself, with another exit code."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    limit_s = HEAD_SHARE * float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", HEAD_TIMEOUT_S))  # noqa: SIM112  # Ray's name
+    reached = time.monotonic()
+    while not ended.wait(limit_s / 10):
+        with suppress(OSError):
+            socket.create_connection((host.strip("[]"), int(port)), limit_s / 10).close()
+            reached = time.monotonic()
+        if time.monotonic() - reached > limit_s and not ended.is_set():
+            sys.stderr.write(f"vidgen: lost connection to Ray: no response of its head node for {limit_s:g} s\n")
+            sys.stderr.flush()
+            os._exit(SetupError.exit_code)
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
