@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from importlib.metadata import EntryPoint, EntryPoints
 
 import numpy as np
@@ -70,6 +71,36 @@ def test_command_of_a_missing_package_does_not_break_the_others(monkeypatch, cap
     assert "Not available: No module named 'no_such_package'." in capsys.readouterr().out
     assert main(["blur", "x.mp4", "--radius", "3"]) == 4
     assert "vidgen blur cannot be imported: No module named 'no_such_package'" in capsys.readouterr().err
+
+
+def test_help_lists_groups_of_commands_and_the_common_options(capsys):
+    assert main(["--help"]) == 0
+    names = (
+        "Start",
+        "demo",
+        "Render scripts",
+        "render",
+        "Look at results",
+        "status",
+        "Export",
+        "film",
+        "Serve",
+        "serve",
+        "Machine",
+    )
+    out = capsys.readouterr().out
+    places = [re.search(rf"[─│] {name} ", out).start() for name in names]
+    assert places == sorted(places)
+    assert main(["upscal"]) == 2
+    assert "Did you mean 'upscale'?" in capsys.readouterr().err
+    shown = []
+    for option in ("--help", "--help-all"):
+        assert main(["render", option]) == 0
+        shown.append({*re.findall(r"--[a-z-]+", capsys.readouterr().out)})
+    common, every = shown
+    assert {"--out", "--set", "--gpus", "--help-all"} < common
+    assert len(common) < 15
+    assert common | {"--wait-storage", "--cache-gb"} < every
 
 
 def test_missing_weights_exit_with_code_4(tmp_path, capsys):

@@ -32,6 +32,7 @@ from vidgen_ray.bench.published_models import (
     random_model,
     random_pipeline,
 )
+from vidgen_ray.cli.command_help import MACHINE, in_group
 from vidgen_ray.cli.options import JsonOption, ProfileOption, example
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.engine.oom_fallback import free_gpu_memory
@@ -225,6 +226,7 @@ RANDOM_ACTORS = (FluxStage.actor, HunyuanDiTStage.actor, SVDStage.actor)
 """Actors whose networks `--weights random` replaces. The others use the weights of the profile."""
 
 
+@in_group(MACHINE)
 def bench(
     profile: ProfileOption = "demo",
     size: Annotated[
@@ -255,9 +257,10 @@ def bench(
     no_save: Annotated[bool, typer.Option("--no-save", help="Do not store the results for later plans.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure each stage (seconds per step, fixed seconds, warm-up, peak GPU memory) and the whole chain on this machine.
+    """Measure the speed and memory of the stages on this machine.
 
-    Later plans with this profile on the same kind of GPU use the results. Exits with code 4 if no stage could be measured.
+    Prints seconds per step, fixed seconds, warm-up and peak GPU memory. Later plans with this profile on the same kind of
+    GPU use the results. Exits with code 4 if no stage could be measured.
     """
     chosen = load_profile(profile)
     if unknown := sorted(set(stages or ()) - STAGE_BY_NAME.keys()):

@@ -19,6 +19,7 @@ from typer.main import get_command
 
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import folder_commands
+from vidgen_ray.cli.command_help import GROUPS, RENDER, START, CommandWithShortHelp, group_of, in_group, is_first
 from vidgen_ray.cli.doctor import doctor
 from vidgen_ray.cli.inspect import identity, show
 from vidgen_ray.cli.models import models
@@ -46,7 +47,14 @@ class FoundCommands(TyperGroup):
     """The commands of this module, and those that entry points name. They are imported when called, or listed by --help."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *sorted(entry_points(group=COMMANDS).names - self.commands.keys())]
+        names = [*super().list_commands(ctx), *sorted(entry_points(group=COMMANDS).names - self.commands.keys())]
+        commands = {name: self.get_command(ctx, name) for name in names}
+        return sorted(names, key=lambda name: (GROUPS.index(group_of(commands[name])), not is_first(commands[name])))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and self.get_command(ctx, args[0]) is None:
+            self.list_commands(ctx)  # imports all, so that similar names are found
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.commands:
@@ -60,11 +68,13 @@ class FoundCommands(TyperGroup):
 
 def _command(name: str, loaded: Any) -> Any:
     """Return a command of an object that an entry point names."""
+    function = loaded
     if not isinstance(loaded, typer.Typer):
-        function, loaded = loaded, typer.Typer(add_completion=False)
-        loaded.command(name)(function)
+        loaded = typer.Typer(add_completion=False, rich_help_panel=group_of(loaded))
+        loaded.command(name, cls=CommandWithShortHelp)(function)
     command = get_command(loaded)
     command.name = name
+    vars(command).update(rich_help_panel=group_of(loaded), is_first=is_first(function))
     return command
 
 
@@ -89,10 +99,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(identity, name="identity")
-app.add_typer(models, name="models")
-for _command_function in (render, plan, validate, retry, shot, stage, doctor, show, *folder_commands.COMMANDS):
-    app.command()(with_options(_command_function))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +128,7 @@ def show_version(version: Annotated[bool, typer.Option("--version", help="Print 
         raise typer.Exit()
 
 
-@app.command()
+@in_group(START)
 def demo(
     out: Annotated[str, typer.Option("--out", "-o", help="Output folder.", callback=check_out)] = "out/demo",
     profile: ProfileOption = "demo",
@@ -144,7 +150,7 @@ def demo(
             raise typer.Exit(code)
 
 
-@app.command()
+@in_group(RENDER)
 def schema(
     model: Annotated[
         str,
@@ -154,10 +160,17 @@ def schema(
         ),
     ] = "shot",
 ) -> None:
-    """Print the JSON schema of a script, a shot, a profile, a manifest row or a film file."""
+    """Print the JSON schema of a script, or of another file."""
     sections = {each.name: each.load().model_json_schema() for each in entry_points(group=SCHEMAS)}
     schemas = {"script": script_schema(sections), **{name: each.model_json_schema() for name, each in CORE_SCHEMAS.items()}}
     schemas |= sections
     if model not in schemas:
         raise typer.BadParameter(f"got {model!r}, must be one of {', '.join(schemas)}", param_hint="MODEL")
     typer.echo(json.dumps(schemas[model], indent=2))
+
+
+# The most used first, within each group.
+for _function in (demo, shot, render, validate, plan, retry, stage, schema, *folder_commands.COMMANDS, show, doctor):
+    app.command(cls=CommandWithShortHelp, rich_help_panel=group_of(_function))(with_options(_function))
+for _name, _typer in (("identity", identity), ("models", models)):
+    app.add_typer(_typer, name=_name, rich_help_panel=group_of(_typer))

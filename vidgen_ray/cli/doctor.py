@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vidgen_ray.cli.command_help import MACHINE, in_group
 from vidgen_ray.cli.options import JsonOption, ProfileOption
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.faces import import_onnxruntime, open_session
@@ -362,10 +363,12 @@ FACES = "instantid"
 """Actor of the face stage, which uses onnxruntime."""
 
 
+@in_group(MACHINE)
 def doctor(profile: ProfileOption = "demo", as_json: JsonOption = False) -> None:
-    """Check driver, packages, limits, Ray, weights and licences of this machine for a profile.
+    """Check whether this machine can run a profile.
 
-    Each finding is pass, warn or fail, with the command that mends it. Exits with code 4 if anything failed.
+    Checks driver, packages, limits, Ray, weights and licences. Each finding is pass, warn or fail, with
+    the command that mends it. Exits with code 4 if anything failed.
     """
     chosen = load_profile(profile)
     findings = [finding for finding in _findings(chosen, profile) if finding is not None]

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vidgen_ray.cli.command_help import LOOK, in_group
 from vidgen_ray.cli.options import AddressOption, DryRunOption, GpusOption, JsonOption, OutArgument, check_out
 from vidgen_ray.cli.progress_display import counts_line, speed_texts, stage_table
 from vidgen_ray.cli.run_script import ProfileOfLastRunOption, profile_of_run, render_again, temporary_script
@@ -36,9 +37,11 @@ HOST = "127.0.0.1"
 SHOWN_MESSAGES = 5
 
 
+@in_group(LOOK)
 def status(out: OutArgument = "out", as_json: JsonOption = False) -> None:
-    """Print the progress of the run in an output folder, and what the folder has: counts, failures, slowest and least alike
-    shots, disk use.
+    """Print the progress of the last run in an output folder, and what the folder has.
+
+    Prints its counts, failures, slowest and least alike shots, and disk use.
     """
     storage = storage_at(out)
     with Console(stderr=True).status(f"Reading {storage.url}"):
@@ -98,10 +101,14 @@ def _print(console: Console, found: Overview, url: str) -> None:
     _print_shots(console, "Least alike shots", "worst likeness", found.least_alike)
 
 
+@in_group(LOOK)
 def logs(
     out: OutArgument, shot: Annotated[str, typer.Argument(metavar="ID", help="Id of a shot.")], as_json: JsonOption = False
 ) -> None:
-    """Print every attempt of every step of a shot: time, stage, outcome, seconds, worker and node."""
+    """Print every attempt of every step of a shot.
+
+    Prints time, stage, outcome, seconds, worker and node.
+    """
     storage = storage_at(out)
     lines = list(read_log(storage, shot))
     if not lines:
@@ -136,8 +143,12 @@ def _print_shots(console: Console, title: str, unit: str, shots: list[ListedShot
     console.print(table)
 
 
+@in_group(LOOK)
 def gc(out: OutArgument, dry_run: DryRunOption = False, as_json: JsonOption = False) -> None:
-    """Remove unused files from an output folder: cache entries without a finished shot, and files of killed runs."""
+    """Remove unused files from an output folder.
+
+    These are cache entries without a finished shot, and files of killed runs.
+    """
     report = collect_garbage(OutputFolder(out), dry_run=dry_run)
     if as_json:
         typer.echo(json.dumps({"dry_run": dry_run, **asdict(report)}))
@@ -148,6 +159,7 @@ def gc(out: OutArgument, dry_run: DryRunOption = False, as_json: JsonOption = Fa
         typer.echo(f"{report.left_young} younger than {GRACE_S / 60:.0f} minutes kept, because they may still be in use")
 
 
+@in_group(LOOK)
 def verify(
     out: OutArgument = "out",
     repair: Annotated[
@@ -162,7 +174,10 @@ def verify(
     gpus: GpusOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every file of an output folder, and name those that are damaged or missing. Exits with code 1 if there are any."""
+    """Find damaged and missing files of an output folder.
+
+    Reads every file. Exits with code 1 if there are any.
+    """
     outputs = OutputFolder(out)
     chosen = profile_of_run(outputs, profile) if repair else None
     with Console(stderr=True).status(f"Reading {outputs.url}"):
@@ -193,6 +208,7 @@ def _print_damage(report: VerifyReport, *, repaired: bool) -> None:
         typer.echo("vidgen verify --repair deletes what is damaged and renders it again")
 
 
+@in_group(LOOK)
 def prune(out: OutArgument, dry_run: DryRunOption = False, as_json: JsonOption = False) -> None:
     """Remove the shots of lines that their script no longer has."""
     report = remove_replaced(OutputFolder(out), dry_run=dry_run)
@@ -203,11 +219,12 @@ def prune(out: OutArgument, dry_run: DryRunOption = False, as_json: JsonOption =
         typer.echo(f"{verb} {report.shots:,} replaced shots: {report.bytes / 1e6:.1f} MB")
 
 
+@in_group(LOOK)
 def watch(
     out: Annotated[str, typer.Argument(help="Output folder.", callback=check_out)] = "out",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on, on this machine only.")] = 8001,
 ) -> None:
-    """Show the gallery of an output folder in the browser, while a run fills it."""
+    """Show the gallery of an output folder in a browser, also during a run."""
     import uvicorn
 
     from vidgen_ray.report.gallery_page import gallery_app
@@ -232,4 +249,4 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
-COMMANDS = (status, logs, verify, gc, prune, watch)
+COMMANDS = (status, watch, logs, verify, prune, gc)

@@ -17,6 +17,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from vidgen_ray.cli.command_help import LOOK, in_group
 from vidgen_ray.cli.options import JsonOption, ProfileOption, check_out
 from vidgen_ray.engine.shot_writer import line_with_files
 from vidgen_ray.errors import MediaError, SetupError, UsageError
@@ -42,6 +43,7 @@ MEANINGS = {
 SHOWN_DIGITS = 16
 
 
+@in_group(LOOK)
 def show(
     file: Annotated[Path, typer.Argument(help="Image or video: PNG, JPEG, WebP, MP4, MOV or Matroska.")],
     line: Annotated[
@@ -65,9 +67,10 @@ def show(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the provenance of a file: whether it is AI-generated, the tool, the content key and the shot.
+    """Print how an image or a video was made.
 
-    The metadata is what the file says; only a signature proves that it was not changed.
+    Prints whether it is AI-generated, the tool, the content key and the shot. The metadata is what the
+    file says; only a signature proves that it was not changed.
     """
     if line and (as_json or verify):
         raise UsageError(f"--line: cannot be combined with {'--json' if as_json else '--verify'}")
@@ -148,7 +151,9 @@ def _summary(file: Path, found: FoundProvenance) -> Iterator[str]:
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
-identity = typer.Typer(help="Inspect the identity features of a face, or remove a person.", no_args_is_help=True)
+identity = typer.Typer(
+    help="Inspect the identity features of a face, or remove a person.", no_args_is_help=True, rich_help_panel=LOOK
+)
 
 
 @identity.command("show")

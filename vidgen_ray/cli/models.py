@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vidgen_ray.cli.command_help import MACHINE
 from vidgen_ray.cli.options import JsonOption, local_path
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.profile import builtin_profiles, load_profile
 from vidgen_ray.weights.inventory import local_weights
 from vidgen_ray.weights.ledger import WeightLicence, accept_licences, accepted_licences, licence_of
 
-models = typer.Typer(help="Download, check and list the weights of profiles.", no_args_is_help=True)
+models = typer.Typer(help="Download, check and list the weights of profiles.", no_args_is_help=True, rich_help_panel=MACHINE)
 
 NamesArgument = Annotated[
     list[str],
@@ -53,7 +54,10 @@ def list_models(
     actors: ActorOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List weights with their size, whether they are on this machine, and their licence. Downloads nothing."""
+    """List weights with their size, whether they are on this machine, and their licence.
+
+    Downloads nothing.
+    """
     accepted = accepted_licences()
     rows = [
         {**asdict(local_weights(item.reference, item.folder)), **_licence_columns(item.licence, accepted)}
@@ -128,8 +132,9 @@ def pull(
     verify: Annotated[bool, typer.Option("--verify", help="Compare the digests of existing files, too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Download the files that are loaded, and no others. Complete files are kept; run the command again after an interruption.
+    """Download the files that are loaded, and no others.
 
+    Complete files are kept; run the command again after an interruption.
     Licences that restrict the use must be accepted once with --accept-license. Exits with code 4 if anything failed; all
     failures are printed at once.
     """

@@ -12,6 +12,7 @@ import typer
 from PIL import Image
 from rich.console import Console
 
+from vidgen_ray.cli.command_help import RENDER, START, in_group
 from vidgen_ray.cli.options import (
     ConsentOption,
     JsonOption,
@@ -51,6 +52,7 @@ from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import write_atomically
 
 
+@in_group(RENDER)
 def stage(
     name: Annotated[str, typer.Argument(help=f"Stage to run: {', '.join(STAGE_BY_NAME)}.")],
     marks: LabelledMarkOptions,
@@ -73,6 +75,7 @@ def stage(
     typer.echo(json.dumps({"out": str(out), "provenance": note if is_media else None}) if as_json else str(out))
 
 
+@in_group(START)
 def shot(
     prompt: Annotated[str, typer.Argument(help="Text to render.")],
     marks: LabelledMarkOptions,
@@ -90,7 +93,7 @@ def shot(
     keep: KeepOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Render one shot in this process, without Ray."""
+    """Render one prompt, in this process and without Ray."""
     chosen = marks.applied(load_profile(profile))
     values = with_consent(parse_fields(fields), consent)
     if prompt.startswith("@"):

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self, cast, get_origin, get_type_hin
 import typer
 from pydantic import BaseModel, ValidationError
 
+from vidgen_ray.cli.command_help import COST_PANEL, HELP_ALL, MARKS_PANEL, REUSE_PANEL, SCRIPT_PANEL, HelpAllOption, is_common
 from vidgen_ray.errors import UsageError, known_fields, shortened
 from vidgen_ray.graph import WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
 from vidgen_ray.licences import Requirement
@@ -162,10 +163,18 @@ ScriptsArgument = Annotated[
 ]
 MapOption = Annotated[
     list[str] | None,
-    typer.Option("--map", metavar="COLUMN=FIELD", help="Read a column of the script as this field. Repeatable."),
+    typer.Option(
+        "--map",
+        metavar="COLUMN=FIELD",
+        help="Read a column of the script as this field. Repeatable.",
+        rich_help_panel=SCRIPT_PANEL,
+    ),
 ]
 KeepColumnsOption = Annotated[
-    bool, typer.Option("--keep-columns", help="Copy unknown columns to `metadata`. Default: they are errors.")
+    bool,
+    typer.Option(
+        "--keep-columns", help="Copy unknown columns to `metadata`. Default: they are errors.", rich_help_panel=SCRIPT_PANEL
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -178,14 +187,16 @@ CharactersOption = Annotated[
         metavar="FILE",
         parser=local_path,
         help="YAML file of characters that lines may name in their field `character`.",
+        rich_help_panel=SCRIPT_PANEL,
     ),
 ]
 ConsentOption = Annotated[
     str | None,
     typer.Option(
         "--consent",
-        metavar="subject=NAME,basis=BASIS[,reference=FILE]",
-        help=f"Why the faces may be used, for all shots that do not say it. BASIS: {', '.join(DECLARED_BASES)}.",
+        metavar="CONSENT",
+        help="Why the faces may be used, for all shots that do not say it: subject=NAME,basis=BASIS[,reference=FILE]. "
+        f"BASIS: {', '.join(DECLARED_BASES)}.",
     ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the run. Shots without a seed derive theirs from it.")]
@@ -198,7 +209,11 @@ UntilOption = Annotated[
 ]
 KeepOption = Annotated[
     Kept | None,
-    typer.Option("--keep", help="Also write the intermediate results (base.png, refine.png, lora.png, style.png, face.json)."),
+    typer.Option(
+        "--keep",
+        help="Also write the intermediate results (base.png, refine.png, lora.png, style.png, face.json).",
+        rich_help_panel=REUSE_PANEL,
+    ),
 ]
 AddressOption = Annotated[
     str | None, typer.Option("--address", "-a", help="Address of a Ray cluster, or `auto`. Default: start Ray on this machine.")
@@ -215,7 +230,11 @@ GpusOption = Annotated[
 PriceOption = Annotated[
     float | None,
     typer.Option(
-        "--price", metavar="PRICE", min=0, help="Price of a GPU-hour. Default: that of the profile, or of the detected GPUs."
+        "--price",
+        metavar="PRICE",
+        min=0,
+        help="Price of a GPU-hour. Default: that of the profile, or of the detected GPUs.",
+        rich_help_panel=COST_PANEL,
     ),
 ]
 MaxCostOption = Annotated[
@@ -231,8 +250,10 @@ RequireLicenceOption = Annotated[
     Requirement | None,
     typer.Option(
         "--require-licence",
+        metavar="USE",
         help="Exit with code 3, naming the weights, if a shot uses weights that may not be used commercially (commercial), or "
         "only under a condition (unconditional). Default: no requirement.",
+        rich_help_panel=COST_PANEL,
     ),
 ]
 C2paKeyOption = Annotated[
@@ -241,6 +262,7 @@ C2paKeyOption = Annotated[
         "--c2pa-key",
         envvar="VIDGEN_C2PA_KEY",
         help="Sign files (C2PA) with this key, see `vidgen keys c2pa`. Default: that of the profile, or do not sign.",
+        rich_help_panel=MARKS_PANEL,
     ),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be removed, without removing it.")]
@@ -285,11 +307,16 @@ class MarkOptions:
         typer.Option(
             "--no-provenance",
             help="Do not mark files as AI-generated, and do not sign them. Recorded in shot.json and run.json.",
+            rich_help_panel=MARKS_PANEL,
         ),
     ] = False
     private: Annotated[
         bool,
-        typer.Option("--private", help="Mark files without the prompt and other settings of the shot. Default: with them."),
+        typer.Option(
+            "--private",
+            help="Mark files without the prompt and other settings of the shot. Default: with them.",
+            rich_help_panel=MARKS_PANEL,
+        ),
     ] = False
     c2pa_key: C2paKeyOption = None
 
@@ -316,7 +343,10 @@ class LabelledMarkOptions(MarkOptions):
     label: Annotated[
         str | None,
         typer.Option(
-            "--label", metavar="TEXT", help="Draw this text into the lower right corner of images and clips. Default: none."
+            "--label",
+            metavar="TEXT",
+            help="Draw this text into the lower right corner of images and clips. Default: none.",
+            rich_help_panel=MARKS_PANEL,
         ),
     ] = None
 
@@ -355,6 +385,8 @@ class ModelOptions(tuple[inspect.Parameter, ...]):
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Return the command for typer, with an option for each field of its parameters that stand for several options.
 
+    Adds `--help-all` if `--help` leaves out options.
+
     Such a parameter is a dataclass, whose fields are options if they are annotated as such. Or it is
     `Annotated[dict[str, Any], ModelOptions]`: the values of the options that were given.
     """
@@ -374,11 +406,14 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def with_groups(**values: Any) -> None:
+        values.pop(HELP_ALL, None)
         for name, (make, options) in groups.items():
             values[name] = make(**{option.name: values.pop(option.name) for option in options})
         command(**values)
 
     flat += [option for _, options in groups.values() for option in options]
+    if not all(is_common(item) for each in flat for item in getattr(each.annotation, "__metadata__", ())):
+        flat.append(_parameter(HELP_ALL, HelpAllOption, False))
     with_groups.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
     with_groups.__annotations__ = {each.name: each.annotation for each in flat}
     return with_groups

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vidgen_ray.cli.command_help import RENDER, in_group
 from vidgen_ray.cli.options import (
     AddressOption,
     GpusOption,
@@ -45,6 +46,7 @@ PLAIN_WIDTH = 10_000
 """Width in columns if standard output is not a terminal. Large enough that lines are not wrapped."""
 
 
+@in_group(RENDER)
 def plan(
     scripts: ScriptsArgument,
     lines: LineOptions,
@@ -59,7 +61,10 @@ def plan(
     require: RequireLicenceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Estimate the GPU layout, duration and cost of a script without rendering it. Also lists the licences of its weights."""
+    """Estimate the duration and cost of a script.
+
+    Nothing is rendered. Also prints the layout of the GPUs and the licences of the weights.
+    """
     from vidgen_ray.batch.render import estimate_run
 
     chosen = load_profile(profile)

@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from vidgen_ray.batch.run_options import GRACE_S, RecordedOptions, RenderOptions
+from vidgen_ray.cli.command_help import RENDER, REUSE_PANEL, RUN_PANEL, SCRIPT_PANEL, STOP_PANEL, in_group
 from vidgen_ray.cli.options import (
     PROFILE_HELP,
     AddressOption,
@@ -146,7 +147,12 @@ def with_profile_checks(script: Script, profile: Profile, *, strict: bool) -> Sc
 
 
 StrictPromptsOption = Annotated[
-    bool, typer.Option("--strict-prompts", help="Reject lines whose prompt a text encoder would cut. Default: a note.")
+    bool,
+    typer.Option(
+        "--strict-prompts",
+        help="Reject lines whose prompt a text encoder would cut. Default: a note.",
+        rich_help_panel=SCRIPT_PANEL,
+    ),
 ]
 RESUME = "Run the same command to resume."
 ProfileOfLastRunOption = Annotated[
@@ -169,22 +175,31 @@ class RunOptions(RenderOptions):
     """Options of a run, with their help for `vidgen render`."""
 
     name: Annotated[
-        str | None, typer.Option("--name", help="Name of the run in metrics, logs and the manifest. Default: its number.")
+        str | None,
+        typer.Option(
+            "--name", help="Name of the run in metrics, logs and the manifest. Default: its number.", rich_help_panel=RUN_PANEL
+        ),
     ] = None
     team: Annotated[
-        str | None, typer.Option("--team", envvar="VIDGEN_TEAM", help="Team of the run in metrics and the manifest.")
+        str | None,
+        typer.Option(
+            "--team", envvar="VIDGEN_TEAM", help="Team of the run in metrics and the manifest.", rich_help_panel=RUN_PANEL
+        ),
     ] = None
     address: AddressOption = None
     cluster: GpusOption = None
     price: PriceOption = None
     max_cost: MaxCostOption = None
-    fresh: Annotated[bool, typer.Option("--fresh", help="Render finished shots again, without the cache.")] = False
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Render finished shots again, without the cache.", rich_help_panel=REUSE_PANEL)
+    ] = False
     cache: Annotated[
         CacheMode,
         typer.Option(
             "--cache",
             help="Results of stages to keep for later runs: face features and images, or also the clips before upscaling.",
             show_default=True,
+            rich_help_panel=REUSE_PANEL,
         ),
     ] = DEFAULT_CACHE
     cache_gb: Annotated[
@@ -194,20 +209,35 @@ class RunOptions(RenderOptions):
             metavar="GB",
             min=0,
             help="GB that the run may add to the cache. Default: until less than 10% and less than 50 GB of the disk are free.",
+            rich_help_panel=REUSE_PANEL,
         ),
     ] = None
     replace: Annotated[
         bool,
-        typer.Option("--replace", help="Replace finished shots of other scripts with the same id. Default: reject the line."),
+        typer.Option(
+            "--replace",
+            help="Replace finished shots of other scripts with the same id. Default: reject the line.",
+            rich_help_panel=REUSE_PANEL,
+        ),
     ] = False
     strict_prompts: StrictPromptsOption = False
     attempts: Annotated[
-        int, typer.Option("--attempts", min=1, help="Attempts per call of a stage when it fails, times out or crashes.")
+        int,
+        typer.Option(
+            "--attempts",
+            min=1,
+            help="Attempts per call of a stage when it fails, times out or crashes.",
+            rich_help_panel=STOP_PANEL,
+        ),
     ] = ATTEMPTS
     grace_s: Annotated[
         float,
         typer.Option(
-            "--grace", metavar="SECONDS", min=0, help="How long shots in progress may finish after SIGTERM or Ctrl-C."
+            "--grace",
+            metavar="SECONDS",
+            min=0,
+            help="How long shots in progress may finish after SIGTERM or Ctrl-C.",
+            rich_help_panel=STOP_PANEL,
         ),
     ] = GRACE_S
     wait_storage_s: Annotated[
@@ -217,10 +247,12 @@ class RunOptions(RenderOptions):
             metavar="SECONDS",
             min=0,
             help="How long the run waits while nothing can be written: the disk is full, or the file system or store is gone.",
+            rich_help_panel=STOP_PANEL,
         ),
     ] = MAX_WAIT_S
 
 
+@in_group(RENDER)
 def render(
     scripts: ScriptsArgument,
     lines: LineOptions,
@@ -233,20 +265,26 @@ def render(
     keep: KeepOption = None,
     prune: Annotated[
         bool,
-        typer.Option("--prune", help="Then remove the shots of lines that the script no longer has, as `vidgen prune` does."),
+        typer.Option(
+            "--prune",
+            help="Then remove the shots of lines that the script no longer has, as `vidgen prune` does.",
+            rich_help_panel=REUSE_PANEL,
+        ),
     ] = False,
     strict: Annotated[
         bool,
         typer.Option(
-            "--strict", help="Check all lines first, and exit with code 3 if any is invalid. Default: render the valid lines."
+            "--strict",
+            help="Check all lines first, and exit with code 3 if any is invalid. Default: render the valid lines.",
+            rich_help_panel=SCRIPT_PANEL,
         ),
     ] = False,
     require: RequireLicenceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Render a script on Ray. Finished shots are skipped, so the same command resumes a run.
+    """Render all shots of a script that are not finished.
 
-    SIGTERM or Ctrl-C stops the run after the shots in progress. A second one stops it immediately.
+    The same command resumes a run. SIGTERM or Ctrl-C stops it after the shots in progress, a second one at once.
     """
     chosen = marks.applied(load_profile(profile))
     settings = lines.settings(scripts, chosen, seed, until)
@@ -257,6 +295,7 @@ def render(
     run_script(settings, chosen, out, replace(run, keep_stages=bool(keep)), as_json=as_json, then_prune=prune)
 
 
+@in_group(RENDER)
 def retry(
     out: OutArgument = "out",
     profile: ProfileOfLastRunOption = None,
@@ -265,8 +304,10 @@ def retry(
     consent: ConsentOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Render the failed lines of an output folder again, as its last run did: with its profile and provenance options, --keep,
-    --cache, --cache-gb, --replace, --attempts, --seed and --until.
+    """Render the failed lines of an output folder again.
+
+    With the options of its last run that change files: profile, provenance, --keep, --cache, --cache-gb, --replace,
+    --strict-prompts, --attempts, --seed and --until.
     """
     outputs = OutputFolder(out)
     chosen = profile_of_run(outputs, profile)
@@ -307,6 +348,7 @@ def render_again(
     run_script(settings, chosen, out, options, as_json=as_json)
 
 
+@in_group(RENDER)
 def validate(
     scripts: ScriptsArgument,
     lines: LineOptions,
@@ -317,7 +359,10 @@ def validate(
     strict_prompts: StrictPromptsOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check all lines of a script without rendering. Exits with code 3 if any line is invalid."""
+    """Check all lines of a script without rendering.
+
+    Exits with code 3 if any line is invalid.
+    """
     chosen = load_profile(profile)
     settings = lines.settings(scripts, chosen)
     checked = with_profile_checks(read_script(settings, decode_files=files), chosen, strict=strict_prompts)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from vidgen_ray.cli.command_help import DETAILS_PANEL, EXPORT, in_group
 from vidgen_ray.cli.options import CharactersOption, JsonOption, MarkOptions, ModelOptions, OutArgument, with_options
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.film.film_settings import FilmSettings, checked_fields, film_settings, read_film_file
@@ -29,22 +30,23 @@ if TYPE_CHECKING:
 FILM_OPTIONS = ModelOptions.of(
     FilmSettings,
     title={},
-    scene_titles={},
+    scene_titles={"rich_help_panel": DETAILS_PANEL},
     size={"metavar": "WIDTHxHEIGHT"},
     fps={"metavar": "RATE"},
-    variant={"metavar": "hd|video"},
+    variant={"metavar": "hd|video", "rich_help_panel": DETAILS_PANEL},
     transition={"metavar": "cut|fade"},
-    fade_s={"metavar": "SECONDS"},
-    still_s={"metavar": "SECONDS"},
+    fade_s={"metavar": "SECONDS", "rich_help_panel": DETAILS_PANEL},
+    still_s={"metavar": "SECONDS", "rich_help_panel": DETAILS_PANEL},
     captions={"metavar": "file|burn|none"},
-    font={"metavar": "FILE"},
+    font={"metavar": "FILE", "rich_help_panel": DETAILS_PANEL},
     music={"metavar": "FILE"},
     narration={"metavar": "FILE"},
-    voice={},
-    loudness_lufs={"flag": "--loudness", "metavar": "LUFS"},
+    voice={"rich_help_panel": DETAILS_PANEL},
+    loudness_lufs={"flag": "--loudness", "metavar": "LUFS", "rich_help_panel": DETAILS_PANEL},
 )
 
 
+@in_group(EXPORT)
 @with_options
 def film(
     out: OutArgument,
@@ -71,9 +73,9 @@ def film(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Join the finished shots of an output folder into one video, in the order of the script.
+    """Join the finished shots of an output folder into one video.
 
-    Only what has changed since the last film is rendered again.
+    In the order of the script. Only what has changed since the last film is rendered again.
     """
     from vidgen_ray.film.film_settings import manifest_candidates, with_reasons
     from vidgen_ray.film.make_film import make_film

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from vidgen_ray.cli.command_help import SERVE, in_group
 from vidgen_ray.cli.folder_commands import check_port
 from vidgen_ray.cli.options import AddressOption, C2paKeyOption, JsonOption, MarkOptions, ModelOptions, with_options
 from vidgen_ray.cli.run_script import interruptible, stoppable
@@ -34,6 +35,7 @@ SERVE_OPTIONS = ModelOptions.of(
 )
 
 
+@in_group(SERVE, first=True)
 @with_options
 def serve(
     options: Annotated[dict[str, Any], SERVE_OPTIONS],
@@ -47,7 +49,7 @@ def serve(
         typer.Option("--grace", metavar="SECONDS", min=0, help="How long jobs in progress may finish after SIGTERM or Ctrl-C."),
     ] = 60,
 ) -> None:
-    """Start a server with an OpenAI-compatible API for videos and images, and a web page.
+    """Start a server with an OpenAI-compatible API and a web page.
 
     Jobs are stored before they are accepted. After a stop or a crash, the same command resumes them.
     """
@@ -145,7 +147,12 @@ def _storage(settings: OnlineSettings) -> str:
 MAX_NAME_LETTERS = 64
 """Limit of organisation names in certificates."""
 
-keys = typer.Typer(help="Create API keys of a server, and keys that sign files (C2PA).", no_args_is_help=True)
+keys = typer.Typer(
+    help="Create API keys of a server, and keys that sign files (C2PA).",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_help_panel=SERVE,
+)
 
 
 @keys.command()
@@ -156,7 +163,10 @@ def new(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Create a key and print it once. Only its sha256 is stored. Servers read their key file when they start."""
+    """Create an API key and print it once.
+
+    Only its sha256 is stored. Servers read their key file when they start.
+    """
     from vidgen_ray.online.auth import KeyRecord, add_key, hash_key, new_key
 
     key = new_key()
@@ -183,9 +193,10 @@ def c2pa(
     ] = "vidgen-ray user",
     as_json: JsonOption = False,
 ) -> None:
-    """Create a key that signs files, with a certificate for ten years. Needs the extra `c2pa`.
+    """Create a key that signs files, with a certificate for ten years.
 
-    Only who trusts the certificate can tell who has signed; everybody can tell whether a file was changed.
+    Needs the extra `c2pa`. Only who trusts the certificate can tell who has signed;
+    everybody can tell whether a file was changed.
     """
     from vidgen_ray.provenance.signing import create_signing_key
 

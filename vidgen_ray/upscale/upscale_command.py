@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from vidgen_ray.cli.command_help import DETAILS_PANEL, EXPORT, in_group
 from vidgen_ray.cli.options import JsonOption, MarkOptions, check_out, with_options
 from vidgen_ray.cli.run_script import interruptible, remembered_interrupt
 from vidgen_ray.errors import NOT_A_URL, StageError, UsageError, VidgenError
@@ -59,6 +60,7 @@ LINE_EVERY_S = 15.0
 """Seconds between two lines of progress if standard error is not a terminal."""
 
 
+@in_group(EXPORT)
 @with_options
 def upscale(
     marks: MarkOptions,
@@ -101,10 +103,13 @@ def upscale(
             "--denoise",
             metavar="0..1",
             help="Denoising strength of realesr-general-x4v3, whose two weights are mixed. Default: only the first.",
+            rich_help_panel=DETAILS_PANEL,
         ),
     ] = None,
     list_models: Annotated[bool, typer.Option("--list-models", help="Print the names of the models and exit.")] = False,
-    codec: Annotated[Codec, typer.Option("--codec", help="Video codec of the output.", show_default=True)] = "h264",
+    codec: Annotated[
+        Codec, typer.Option("--codec", help="Video codec of the output.", show_default=True, rich_help_panel=DETAILS_PANEL)
+    ] = "h264",
     crf: Annotated[
         int | None,
         typer.Option(
@@ -112,10 +117,17 @@ def upscale(
             min=0,
             max=63,
             help=f"Quality; lower is better and larger. Default: {', '.join(f'{n} for {c}' for c, n in DEFAULT_CRF.items())}.",
+            rich_help_panel=DETAILS_PANEL,
         ),
     ] = None,
     preset: Annotated[
-        Preset, typer.Option("--preset", help="Speed of the encoder, ultrafast to veryslow, as in x264.", show_default=True)
+        Preset,
+        typer.Option(
+            "--preset",
+            help="Speed of the encoder, ultrafast to veryslow, as in x264.",
+            show_default=True,
+            rich_help_panel=DETAILS_PANEL,
+        ),
     ] = "medium",
     preview: Annotated[
         str | None,
@@ -130,16 +142,26 @@ def upscale(
         str | None,
         typer.Option("--address", "-a", help="Address of a Ray cluster, or `auto`. Default: this machine, without Ray."),
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda. Default: cuda if there is a GPU.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="cpu or cuda. Default: cuda if there is a GPU.", rich_help_panel=DETAILS_PANEL),
+    ] = None,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", min=1, max=64, help="Segments made at the same time. Default: 1 per 8 CPUs."),
+        typer.Option(
+            "--workers",
+            min=1,
+            max=64,
+            help="Segments made at the same time. Default: 1 per 8 CPUs.",
+            rich_help_panel=DETAILS_PANEL,
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Enlarge videos with a super-resolution network. Sound, subtitles, chapters, times and colour tags are kept.
+    """Enlarge videos with a super-resolution network.
 
-    The same command resumes after a stop. A video that fails does not affect the others; the exit code is then 1.
+    Sound, subtitles, chapters, times and colour tags are kept. The same command resumes after a stop.
+    A video that fails does not affect the others; the exit code is then 1.
     """
     if list_models:
         for name, description in BUILTIN_MODELS.items():

@@ -32,7 +32,7 @@ def mcp(
         ),
     ] = None,
 ) -> None:
-    """Start an MCP server, with which an assistant creates videos and images on a running server."""
+    """Start an MCP server: an assistant makes videos on a running server."""
     try:
         from vidgen_client.mcp_server import make_server
     except ModuleNotFoundError as error:
@@ -56,3 +56,6 @@ def mcp(
     except KeyboardInterrupt:
         # Nothing is left to resume: jobs continue on the server.
         raise typer.Exit(130) from None
+
+
+vars(mcp)["rich_help_panel"] = "Serve"  # its group in `vidgen --help`
