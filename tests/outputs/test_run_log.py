@@ -4,6 +4,9 @@ import json
 import threading
 from types import SimpleNamespace
 
+import pytest
+from starlette.testclient import TestClient
+
 from vidgen_ray.batch.progress import RunRecorder
 from vidgen_ray.cli.app import main
 from vidgen_ray.engine.status import Attempt, Snapshot, StageStatus
@@ -11,6 +14,7 @@ from vidgen_ray.outputs import run_log
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.run_log import RunLabels, read_log, read_status
 from vidgen_ray.outputs.storage import LocalStorage, storage_at
+from vidgen_ray.report.gallery_page import gallery_app
 
 RUN = "000001-film"
 LABELS = RunLabels(RUN, "film", "tiny", "s.jsonl", "blue", "job-1")
@@ -67,6 +71,27 @@ def test_status_and_log_are_on_disks_and_in_object_stores(tmp_path, url, capsys)
         assert main(["logs", out, "unknown"]) == 4
 
 
+def test_watch_serves_the_shots_and_the_run_of_an_object_store(url):
+    storage = storage_at(url)
+    with recorder(storage) as running:
+        record(running)
+        going = running._status()
+    storage.write("status.json", going.model_dump_json())
+    storage.write("shots/ab/a/video.mp4", bytes(100))
+    storage.write("jobs.db", "secret")
+    client = TestClient(gallery_app(url))
+    assert 'name="generator"' in client.get("/").text
+    assert client.get("/rows.json").json()["run"]["waiting_for"] == BUSY.waiting_for
+    clip = client.get("/shots/ab/a/video.mp4", headers={"Range": "bytes=0-9"})
+    assert (clip.status_code, len(clip.content), clip.headers["content-type"]) == (206, 10, "video/mp4")
+    for path in ("/jobs.db", "/shots/%2e%2e/jobs.db", "/shots/ab/a/hd.mp4", "/status.json"):
+        assert client.get(path).status_code == 404, path
+    storage.write("status.json", going.model_copy(update={"ended": True}).model_dump_json())
+    assert client.get("/rows.json").json()["run"] is None
+    with pytest.raises(OSError, match="bucket does not exist"):
+        gallery_app(url.replace("clips", "gone"))
+
+
 def test_a_run_without_its_lease_does_not_replace_the_status_of_another(tmp_path):
     storage = storage_at(tmp_path)
     with recorder(storage, is_sure=False) as running:
@@ -117,6 +142,7 @@ def test_log_continues_in_further_files_and_drops_lines_when_it_cannot_be_writte
     monkeypatch.setattr(run_log, "PART_BYTES", 1)
     storage = storage_at(tmp_path)
     with recorder(storage) as running:
+        running._log.close()
         for number in range(3):
             running.on_attempt(attempt("a", number))
             running._log._write()
@@ -124,7 +150,7 @@ def test_log_continues_in_further_files_and_drops_lines_when_it_cannot_be_writte
     assert [line["attempt"] for line in read_log(storage, "a")] == [0, 1, 2]
     monkeypatch.setattr(run_log, "MAX_UNWRITTEN_BYTES", 1)
     with RunRecorder(storage, SimpleNamespace(is_sure=True), LABELS._replace(run="000002"), NO_LISTENER) as running:
-        running._log._write = lambda: None
+        running._log.close()
         for number in range(5):
             running.on_attempt(attempt("b", number))
-        assert running._log._dropped == 5
+        assert running._log._dropped == 4

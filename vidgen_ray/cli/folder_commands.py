@@ -9,7 +9,6 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from itertools import groupby
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vidgen_ray.cli.command_help import LOOK, in_group
-from vidgen_ray.cli.options import AddressOption, DryRunOption, GpusOption, JsonOption, OutArgument, check_out
+from vidgen_ray.cli.options import AddressOption, DryRunOption, GpusOption, JsonOption, OutArgument
 from vidgen_ray.cli.progress_display import counts_line, speed_texts, stage_table
 from vidgen_ray.cli.run_script import ProfileOfLastRunOption, profile_of_run, render_again, temporary_script
 from vidgen_ray.engine.status import Snapshot, StageStatus
@@ -221,7 +220,7 @@ def prune(out: OutArgument, dry_run: DryRunOption = False, as_json: JsonOption =
 
 @in_group(LOOK)
 def watch(
-    out: Annotated[str, typer.Argument(help="Output folder.", callback=check_out)] = "out",
+    out: OutArgument = "out",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on, on this machine only.")] = 8001,
 ) -> None:
     """Show the gallery of an output folder in a browser, also during a run."""
@@ -229,9 +228,9 @@ def watch(
 
     from vidgen_ray.report.gallery_page import gallery_app
 
-    app = gallery_app(Path(out))
+    app = gallery_app(out)
     check_port(HOST, port)
-    typer.echo(f"Gallery of {out}: http://{HOST}:{port}/. Ctrl-C to stop.", err=True)
+    typer.echo(f"Gallery of {storage_at(out).url}: http://{HOST}:{port}/. Ctrl-C to stop.", err=True)
     uvicorn.run(app, host=HOST, port=port, log_level="warning")
 
 

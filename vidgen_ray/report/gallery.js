@@ -20,6 +20,9 @@ function setData(data) {
   $("title").textContent = `${data.total.toLocaleString("en")} shots`;
   $("counts").textContent = Object.entries(data.counts).filter(([, n]) => n).map(([status, n]) => `${n.toLocaleString("en")} ${status}`).join(", ")
     + (rows.length < data.total ? `. Showing the first ${rows.length.toLocaleString("en")}; manifest/ lists all.` : "");
+  const run = data.run;
+  $("run").textContent = run ? [`Run: ${run.total - run.remaining} of ${run.total} shots`, run.phase, run.shots_per_minute && `${run.shots_per_minute.toFixed(1)} shots/min`,
+    run.eta_s && `${Math.ceil(run.eta_s[1] / 60)} min left at most`, run.waiting_for].filter(Boolean).join(", ") : "";
   $("films").replaceChildren(...data.films.map((name) => element("a", { href: path(name) }, data.films.length === 1 ? "Film" : name)));
   fill("status", new Set(rows.map((row) => row.status)));
   fill("character", new Set(rows.map((row) => row.character)));

@@ -11,9 +11,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from functools import lru_cache
+from mimetypes import guess_type
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -21,15 +22,18 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image as PILImage
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGES
+from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
 from vidgen_ray.outputs.manifest import REPLACED, manifest_batches
 from vidgen_ray.outputs.manifest_writer import FILE as FAILURES
 from vidgen_ray.outputs.records import RECORD, SHOTS
+from vidgen_ray.outputs.run_log import read_status
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.likeness import sampled_frames
@@ -60,7 +64,8 @@ def gallery_rows(storage: Storage, limit: int = MAX_SHOTS) -> GalleryRows:
         rows = [row for row in batch.to_pylist() if row["status"] != REPLACED]
         chosen = heapq.nsmallest(limit, [*chosen, *rows], key=_order)
     failed_fields = _failed_fields(storage, {row["id"] for row in chosen if row["status"] == "failed"})
-    return GalleryRows([_row(storage, row, failed_fields) for row in chosen], dict(counts))
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as reading:
+        return GalleryRows(list(reading.map(lambda row: _row(storage, row, failed_fields), chosen)), dict(counts))
 
 
 def _order(row: Mapping[str, Any]) -> tuple[bool, str, int]:
@@ -247,30 +252,47 @@ def page_of(data: Mapping[str, Any]) -> str:
     return environment.get_template("gallery.html").render(data=data, total=data["total"], script=script)
 
 
-REFRESH_S = 3
-"""Seconds between two requests of an open page for new rows."""
+REFRESH_S, STORE_REFRESH_S = 3, 15
+"""Seconds between two requests of an open page for new rows, from a disk and from an object store."""
 SHOWN = (SHOTS, FOLDER)
 """Folders whose files are served, besides films."""
 HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
 
 
-def gallery_app(out: Path) -> Starlette:
-    """Return an application that serves the gallery of a folder. Raises SetupError if the folder does not exist."""
-    if not out.is_dir():
-        raise SetupError(f"{out}: no such folder; pass the output folder of a run")
+def gallery_app(out: str | Path) -> Starlette:
+    """Return an application that serves the gallery of a folder, and the status of its run.
+
+    Raises SetupError if the folder does not exist, and OSError if an object store does not answer.
+    """
     storage = storage_at(out)
-    root = out.resolve()
+    if storage.local is not None and not storage.local.is_dir():
+        raise SetupError(f"{out}: no such folder; pass the output folder of a run")
+    root = storage.local and storage.local.resolve()
+    refresh_s = REFRESH_S if root else STORE_REFRESH_S
+
+    def data() -> dict[str, Any]:
+        status = read_status(storage)
+        run = None if status is None or status.ended else status.model_dump(mode="json")
+        return {**gallery_data(storage), "run": run, "refresh_s": refresh_s}
 
     def page(request: Request) -> Response:
-        return HTMLResponse(page_of({**gallery_data(storage), "refresh_s": REFRESH_S}), headers=HEADERS)
+        return HTMLResponse(page_of(data()), headers=HEADERS)
 
     def rows(request: Request) -> Response:
-        return JSONResponse(gallery_data(storage), headers=HEADERS)
+        return JSONResponse(data(), headers=HEADERS)
 
     def file(request: Request) -> Response:
-        path = (root / request.path_params["path"]).resolve()
-        is_shown = any(path.is_relative_to(root / folder) for folder in SHOWN)
-        is_shown = is_shown or (path.parent == root and path.name in film_names(storage))
-        return FileResponse(path, headers=HEADERS) if is_shown and path.is_file() else Response("Not found", 404)
+        path = PurePosixPath(request.path_params["path"])
+        is_shown = ".." not in path.parts and (path.parts[0] in SHOWN or str(path) in film_names(storage))
+        with ExitStack() as stack:
+            copy = None
+            if is_shown:
+                with suppress(FileNotFoundError):
+                    copy = stack.enter_context(storage.local_copy(str(path)))
+            if copy is None or (root and not copy.resolve().is_relative_to(root)):
+                return Response("Not found", 404)
+            end = BackgroundTask(stack.pop_all().close)
+            return FileResponse(copy, headers=HEADERS, media_type=guess_type(path.name)[0], background=end)
 
+    read_status(storage)
     return Starlette(routes=[Route("/", page), Route("/rows.json", rows), Route("/{path:path}", file)])
