@@ -17,13 +17,7 @@ from benchmarks.simulated import (
     READY,
     SWAP,
     Event,
-    Models,
-    OutOfMemoryError,
-    SimulatedGPU,
-    SimulatedModel,
 )
-from benchmarks.simulated_director import measure_director, plan_of
-from benchmarks.simulated_scheduling import LAYOUTS, SECONDS
 from vidgen_ray.batch.line_planner import LinePlanner
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
@@ -34,15 +28,6 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item
 
 ROOT = Path(__file__).parent.parent
-OTHER_PROCESS = """
-import sys, time
-from inspect import getattr_static
-from pathlib import Path
-from benchmarks.simulated import SimulatedGPU, SimulatedModel
-model = SimulatedModel("flux", SimulatedGPU(Path(sys.argv[1]), 0))
-print("loaded", flush=True)
-time.sleep(60)
-"""
 
 
 @pytest.fixture
@@ -76,44 +61,6 @@ def test_efficiency_is_work_divided_by_gpus_and_wall_time():
     assert measured.drain_s == pytest.approx(1.0)
     assert measured.swap_s == pytest.approx(0.1)
     assert (measured.first_start, measured.last_commit) == (10.0, 12.0)
-
-
-def test_overlapping_work_on_a_gpu_is_an_error():
-    events = [
-        ready(0, 0.0),
-        Event("svd", "a", 0, 0.0, 0.9, 1, 0.9),
-        Event("flux", "b", 0, 0.5, 0.67, 2, 0.17),
-        Event(COMMIT, "a", -1, 1.0, 1.0, 1, 0.0),
-    ]
-    with pytest.raises(ValueError, match="GPU 0: flux started"):
-        efficiency(events, gpus=1)
-
-
-def test_gpu_out_of_memory_across_processes(run_folder):
-    command = [sys.executable, "-c", OTHER_PROCESS, str(run_folder)]
-    other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "loaded\n"
-        with pytest.raises(OutOfMemoryError, match=r"out of memory.*svd needs 20 GB, GPU 0 has 14 of 48 GB free"):
-            SimulatedModel("svd", SimulatedGPU(run_folder, 0))
-        SimulatedModel("svd", SimulatedGPU(run_folder, 1)).close()
-    finally:
-        other.kill()
-        other.wait()
-    # The memory of a killed process is free again.
-    SimulatedModel("svd", SimulatedGPU(run_folder, 0)).close()
-
-
-def test_simulated_chain_passes_images_and_commits(run_folder):
-    models = Models(run_folder, simulated.CHAIN, gpu=0, turns=True)
-    payload, sizes_seen = {}, {}
-    for stage in simulated.CHAIN:
-        payload = models.run(stage, "a", payload)
-        sizes_seen[stage] = sum(array.nbytes for array in payload.values())
-    assert sizes_seen["lora"] == pytest.approx(0.44e6, rel=0.1)
-    assert sizes_seen["svd"] == pytest.approx(11e6, rel=0.1)
-    assert (run_folder / "clips" / "a.mp4").stat().st_size == simulated.CLIP_BYTES
-    assert efficiency(simulated.events(run_folder), gpus=1).bound_s == pytest.approx(simulated.SECONDS_PER_SHOT)
 
 
 @pytest.mark.slow
@@ -171,11 +118,3 @@ def test_profiles_of_the_benchmarks_have_weights_that_a_run_accepts(tmp_path):
             [Line(1, line)]
         )
         assert isinstance(planned.result, ShotPlan)
-
-
-def test_simulated_director_keeps_all_workers_busy():
-    slots = 8
-    cost = measure_director(LAYOUTS["fused"](slots), 100 * slots)
-    seconds = sum(SECONDS[step.stage] for step in plan_of(0).steps)
-    assert cost.shots_per_simulated_s == pytest.approx(slots / seconds, rel=0.02)
-    assert cost.cpu_ms_per_shot > 0

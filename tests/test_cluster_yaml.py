@@ -20,7 +20,6 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "cluster.yaml").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 HOME = "/home/ray"
-SOURCE = f"{HOME}/vidgen-ray"
 
 
 @pytest.fixture
@@ -32,33 +31,6 @@ def test_ray_accepts_cluster_yaml(config):
     prepared = prepare_config(copy.deepcopy(config))
     validate_config(prepared)
     assert set(prepared["available_node_types"]) == {"head", "gpu"}, "Ray merged in defaults of its own"
-
-
-def test_ray_version_is_pinned_consistently_and_allowed_by_the_project(config):
-    allowed = next(r for r in map(Requirement, PROJECT["project"]["dependencies"]) if r.name == "ray")
-    [installed] = re.findall(r'"ray\[([a-z,]+)\]==([0-9.]+)"', " ".join(config["setup_commands"]))
-    extras, version = installed
-    assert set(extras.split(",")) == allowed.extras
-    assert version in allowed.specifier
-    for image in (config["docker"]["head_image"], config["docker"]["worker_image"]):
-        tag = re.fullmatch(r"rayproject/ray:(?P<ray>\d+\.\d+\.\d+)-py3(?P<minor>\d+)-(cpu|gpu)", image)
-        assert tag["ray"] == version
-        assert f"3.{tag['minor']}" in SpecifierSet(PROJECT["project"]["requires-python"])
-
-
-def test_workers_are_autoscaled_gpu_spot_nodes_and_the_head_has_no_cpus_or_gpus(config):
-    nodes = dict(config["available_node_types"])
-    head = nodes.pop(config["head_node_type"])
-    assert head["resources"] == {"CPU": 0, "GPU": 0}
-    assert "InstanceMarketOptions" not in head["node_config"]
-    assert config["max_workers"] > 0
-    assert config["idle_timeout_minutes"] > 0
-    assert nodes
-    for node in nodes.values():
-        assert node["min_workers"] == 0
-        assert node["resources"]["GPU"] > 0
-        # Spot instances without a maximum price.
-        assert node["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
 
 
 def test_token_authentication_is_enabled_everywhere(config):
@@ -80,28 +52,6 @@ def test_dashboard_listens_on_localhost_only(config):
 def test_job_stop_timeout_is_longer_than_the_grace_period(config):
     [seconds] = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", " ".join(config["docker"]["run_options"]))
     assert int(seconds) > GRACE_S, "shots in progress need the whole grace period"
-
-
-def test_mounted_files_are_sufficient_to_install_the_project(config):
-    mounted = {remote.removeprefix(f"{SOURCE}/") for remote in config["file_mounts"] if remote.startswith(f"{SOURCE}/")}
-    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
-    needed = {"pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
-    needed |= {*wheel["packages"], *wheel["force-include"]}
-    assert mounted == needed
-    [setup] = config["setup_commands"]
-    assert setup.startswith(f"cd {SOURCE} && pip install ")
-    assert setup.endswith(" .")
-
-
-def test_no_large_or_private_folders_are_mounted(config):
-    for remote, local in config["file_mounts"].items():
-        if local == "~/.ray/auth_token":
-            continue
-        assert remote == f"{SOURCE}/{local}"
-        path = ROOT / local
-        assert path.exists()
-        for excluded in (".venv", "out", ".git", "dist"):
-            assert not (ROOT / excluded).is_relative_to(path)
 
 
 def test_cluster_yaml_contains_no_secrets_or_account_ids():
@@ -132,7 +82,13 @@ def test_docs_use_existing_options_of_jobs():
         parse_gpus(gpus)
 
 
-def test_commands_stop_at_the_first_error(config):
-    for command in (command for name, items in config.items() if name.endswith("_commands") for command in items):
-        assert " || true" not in command
-        assert "\n" not in command
+def test_ray_version_is_pinned_consistently_and_allowed_by_the_project(config):
+    allowed = next(r for r in map(Requirement, PROJECT["project"]["dependencies"]) if r.name == "ray")
+    [installed] = re.findall(r'"ray\[([a-z,]+)\]==([0-9.]+)"', " ".join(config["setup_commands"]))
+    extras, version = installed
+    assert set(extras.split(",")) == allowed.extras
+    assert version in allowed.specifier
+    for image in (config["docker"]["head_image"], config["docker"]["worker_image"]):
+        tag = re.fullmatch(r"rayproject/ray:(?P<ray>\d+\.\d+\.\d+)-py3(?P<minor>\d+)-(cpu|gpu)", image)
+        assert tag["ray"] == version
+        assert f"3.{tag['minor']}" in SpecifierSet(PROJECT["project"]["requires-python"])

@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from tests.conftest import ASTRONAUT, EXAMPLES
+from tests.fake_stages import FAKES
 from tests.online.directors import listening_on_a_port, local_server
 from vidgen_ray.online.server_settings import OnlineSettings
 
@@ -25,6 +26,7 @@ def test_ray_data_pipeline_writes_clips_and_a_table(tmp_path, monkeypatch):
     ]
     pq.write_table(pyarrow.Table.from_pylist(ideas), out / "ideas.parquet")
     monkeypatch.setattr(sys, "argv", ["ray_data_pipeline.py", "--profile", "tiny", "--out", str(out)])
+    monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", FAKES)
     # This process is connected.
     monkeypatch.setattr(ray, "init", lambda **_: None)
     runpy.run_path(str(EXAMPLES / "ray_data_pipeline.py"))["main"]()

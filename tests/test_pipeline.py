@@ -163,13 +163,6 @@ def test_single_stages_and_what_a_notebook_shows(pipeline, tmp_path):
         pipeline.upscale(result.video, out=tmp_path / "x.png")
 
 
-def test_block_releases_the_weights(tmp_path):
-    with VideoGenerationPipeline.from_profile("tiny", tmp_path) as pipeline:
-        pipeline.image("a ball")
-        assert pipeline._loaded
-    assert not pipeline._loaded
-
-
 def test_keep_stages_after_a_render_without_it(pipeline):
     first = pipeline.generate_video("a red ball", id="late", generate_video=False)
     keeping = VideoGenerationPipeline(pipeline.profile, pipeline.outputs.root, keep_stages=True)

@@ -13,10 +13,6 @@ def gpu():
     return ray.get_runtime_context().get_accelerator_ids()["GPU"][0]
 
 
-def node():
-    return ray.get_runtime_context().get_node_id()
-
-
 def actor_name():
     return ray.get_runtime_context().get_actor_name()
 

@@ -11,7 +11,6 @@ from contextlib import suppress
 
 import pytest
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
 
 from tests.batch.test_batch import Events, digests
 from tests.conftest import ASTRONAUT, SYNTHETIC
@@ -19,7 +18,6 @@ from tests.fake_stages import FAKES, fake_likeness, profile_of_fakes
 from vidgen_ray.batch.line_planner import remaining_lines
 from vidgen_ray.batch.render import render
 from vidgen_ray.batch.run_options import RenderOptions
-from vidgen_ray.engine import storage_pause
 from vidgen_ray.engine.ray_cluster import expect_gpus
 from vidgen_ray.engine.retries import IN_DOUBT_FACTOR
 from vidgen_ray.errors import ScriptError, SetupError
@@ -86,16 +84,10 @@ def place_of(worker):
         time.sleep(POLL_S)
 
 
-@pytest.mark.parametrize("layout", ["colocated", "staged"])
-def test_workers_keep_their_gpus_after_all_processes_were_killed(tmp_path, profile, layout):
-    places = []
-    report, rows = render_lines(
-        tmp_path,
-        profile.model_copy(update={"layout": layout}),
-        shots(12),
-        Events(lambda: places.extend(kill_workers())),
-    )
-    assert (report.done, report.failed, report.layout) == (12, 0, layout), [r.failure_message for r in rows.values()]
+def test_workers_keep_their_gpus_after_all_processes_were_killed(tmp_path, profile):
+    places, colocated = [], profile.model_copy(update={"layout": "colocated"})
+    report, rows = render_lines(tmp_path, colocated, shots(12), Events(lambda: places.extend(kill_workers())))
+    assert (report.done, report.failed, report.layout) == (12, 0, "colocated"), [r.failure_message for r in rows.values()]
     before, after = places
     assert {name: place.gpus for name, place in before.items()} == {name: place.gpus for name, place in after.items()}
     by_slot = {}
@@ -134,14 +126,11 @@ def test_failing_lines_do_not_affect_other_lines_and_transient_failures_are_retr
 
 
 def test_image_that_crashes_encoders_does_not_affect_other_shots(tmp_path, profile):
-    image_only = {"generate_video": False}
-    lines = [{**line, **image_only} for line in shots(8)]
-    lines[3:3] = [{"id": f"bad{n}", "prompt": "crash-encoder", **image_only} for n in range(2)]
-    report, rows = render_lines(tmp_path, profile, lines, cache="none")
-    assert (report.done, report.failed) == (8, 2), {row.id: row.failure_message for row in rows.values()}
-    for name in ("bad0", "bad1"):
-        row = rows[name]
-        assert (row.failure_stage, row.failure_error, row.failure_attempts) == ("output", "WorkerDied", 3)
+    lines = [{**line, "generate_video": False} for line in [*shots(5), {"id": "bad", "prompt": "crash-encoder"}]]
+    report, rows = render_lines(tmp_path, profile, lines, gpus=ONE_GPU, cache="none")
+    assert (report.done, report.failed) == (5, 1), {row.id: row.failure_message for row in rows.values()}
+    row = rows["bad"]
+    assert (row.failure_stage, row.failure_error, row.failure_attempts) == ("output", "WorkerDied", 3)
 
 
 def test_write_errors_are_retried(tmp_path, profile):
@@ -221,41 +210,6 @@ def test_idle_run_reports_that_no_line_has_come_and_what_it_holds(tmp_path, prof
     assert "Rendering holds 2 GPUs" in message, message
 
 
-def test_lost_planning_task_is_repeated(in_process, tmp_path, profile, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
-    monkeypatch.setattr("vidgen_ray.batch.line_planner.BLOCK_LINES", 2)
-    crashed = tmp_path / "crashed"
-
-    def crash_once(block, planner, finished):
-        from vidgen_ray.batch.line_planner import _plan_block
-
-        if not crashed.exists():
-            crashed.touch()
-            os._exit(1)
-        return _plan_block(block, planner, finished)
-
-    monkeypatch.setattr("vidgen_ray.batch.line_planner._plan_block", crash_once)
-    report, rows = render_lines(tmp_path, profile, shots(9), gpus=ONE_GPU)
-    assert crashed.exists()
-    assert (report.done, report.failed, len(rows)) == (9, 0, 9)
-
-
-def test_run_reports_what_it_waits_for(tmp_path, profile, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.engine.fleet.FIRST_MESSAGE_S", 0.0)
-    other_run = placement_group([{"GPU": 1}, {"GPU": 1}])
-    ray.get(other_run.ready())
-
-    class EndOtherRun(Events):
-        def on_message(self, message):
-            super().on_message(message)
-            remove_placement_group(other_run)
-
-    events = EndOtherRun()
-    report, _ = render_lines(tmp_path, profile, shots(2), events)
-    assert report.done == 2
-    assert any(message.startswith("waiting for") and "GPU" in message for message in events.messages), events.messages
-
-
 def test_missing_gpus_raise_instead_of_waiting():
     expect_gpus(2)
     with pytest.raises(SetupError, match="the plan needs 3 GPUs, this machine has 2"):
@@ -277,36 +231,6 @@ def test_shot_that_fits_on_no_gpu_fails_before_its_first_stage(in_process, tmp_p
         render_lines(tmp_path, profile, lines[:1])
 
 
-def test_run_waits_while_the_disk_is_full_and_no_line_fails(tmp_path, profile, small_disk, monkeypatch):
-    monkeypatch.setattr(storage_pause, "PROBE_INTERVAL_S", 0.2)
-    lines, events = shots(30), Events()
-
-    def on_message(message):
-        events.messages.append(message)
-        if "no file can be written" in message:
-            small_disk.make_room()
-
-    events.on_message = on_message
-
-    class FillsTheDisk(FAKES["flux"]):
-        """Fills the disk when the run has started. The files of the shots that follow do not fit."""
-
-        def one(self, shot, artefacts):
-            if shot.id == "s05":
-                small_disk.fill()
-            return super().one(shot, artefacts)
-
-    script = tmp_path / "s.jsonl"
-    script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-
-    options = RenderOptions(cluster=parse_gpus(GPUS), stages={**FAKES, "flux": FillsTheDisk}, cache="none")
-    settings = ScriptSettings(script, profile_defaults=profile.defaults)
-    report = render(settings, profile, OutputFolder(small_disk.folder / "out"), options, listener=events)
-    assert (report.done, report.failed, report.left, report.quarantined) == (30, 0, 0, ())
-    assert any("No space left on device" in message for message in events.messages)
-    assert {row.failure_attempts for row in read_manifest(small_disk.folder / "out")} == {None}
-
-
 def test_run_that_loses_its_lease_stops_and_its_encoders_commit_nothing(tmp_path, profile):
     out = tmp_path / "out"
 
@@ -318,14 +242,6 @@ def test_run_that_loses_its_lease_stops_and_its_encoders_commit_nothing(tmp_path
         render_lines(tmp_path, profile, shots(200), Events(take_over))
     assert len(list(out.glob("shots/*/*/shot.json"))) < 100
     assert not (out / "run.json").exists()
-
-
-def test_slow_shot_does_not_delay_results_of_others(tmp_path, profile):
-    first_result = tmp_path / "first_result"
-    events = Events(first_result.touch)
-    report, _ = render_lines(tmp_path, profile, [{"id": "slow", "prompt": f"until {first_result}"}, *shots(4)], events)
-    assert (report.done, report.failed) == (5, 0), "the slow shot waits for the first result"
-    assert events.rows[0].id != "slow"
 
 
 def test_stopped_run_finishes_started_shots_and_can_be_resumed(in_process, tmp_path, profile):
@@ -371,6 +287,25 @@ def test_face_features_are_shared_between_shots_with_the_same_photo(tmp_path, pr
     assert Counter(record["stages"][0]["cached"] for record in records) == {True: 5, False: 1}
 
 
+def test_photo_replaced_during_the_run_fails_only_its_line(in_process, tmp_path, profile):
+    photo = tmp_path / "photo.jpg"
+    shutil.copy(ASTRONAUT, photo)
+    lines = [*shots(4), {"id": "face", "prompt": "a", "face_image": str(photo), "consent": SYNTHETIC}]
+
+    class ReplacePhoto(Events):
+        def on_lines(self, *counts):
+            """All lines are planned, none is rendered."""
+            write_png(photo, read_image(photo)[:, ::-1])
+
+    report, rows = render_lines(tmp_path, profile, lines, ReplacePhoto(), gpus=ONE_GPU)
+    row = rows["face"]
+    assert (report.done, report.failed) == (4, 1), row
+    assert (row.failure_stage, row.failure_error) == ("instantid", "InputChanged")
+    assert "photo.jpg: changed since the run planned this shot; render the line again" in row.failure_message
+    report, rows = render_lines(tmp_path, profile, lines, gpus=ONE_GPU)
+    assert (report.done, rows["face"].status) == (1, "done")
+
+
 def test_low_likeness_retries_with_other_seeds_before_the_clip_is_rendered(tmp_path, profile):
     def likeness_of_attempts(seed):
         shot = Shot(prompt="a", id="a", seed=seed)
@@ -391,29 +326,3 @@ def test_low_likeness_retries_with_other_seeds_before_the_clip_is_rendered(tmp_p
     assert (failed.failure_stage, failed.failure_error, failed.failure_attempts) == ("likeness", "LikenessTooLow", 3)
     assert f"{max(likeness_of_attempts(never)):g}" in failed.failure_message
     assert len(list((tmp_path / "out").glob("cache/*/*/frames.mkv"))) == 1, "no clip is rendered for rejected images"
-
-
-def test_photo_replaced_during_the_run_fails_only_its_line(in_process, tmp_path, profile):
-    photo = tmp_path / "photo.jpg"
-    shutil.copy(ASTRONAUT, photo)
-    lines = [*shots(4), {"id": "face", "prompt": "a", "face_image": str(photo), "consent": SYNTHETIC}]
-
-    class ReplacePhoto(Events):
-        def on_lines(self, *counts):
-            """All lines are planned, none is rendered."""
-            write_png(photo, read_image(photo)[:, ::-1])
-
-    report, rows = render_lines(tmp_path, profile, lines, ReplacePhoto(), gpus=ONE_GPU)
-    row = rows["face"]
-    assert (report.done, report.failed) == (4, 1), row
-    assert (row.failure_stage, row.failure_error) == ("instantid", "InputChanged")
-    assert "photo.jpg: changed since the run planned this shot; render the line again" in row.failure_message
-    report, rows = render_lines(tmp_path, profile, lines, gpus=ONE_GPU)
-    assert (report.done, rows["face"].status) == (1, "done")
-
-
-def test_cache_of_images_only(tmp_path, profile):
-    report, _ = render_lines(tmp_path, profile, shots(4), gpus=ONE_GPU, cache="images")
-    assert report.done == 4
-    kept = [file.name for file in (tmp_path / "out").glob("cache/*/*/*.png")]
-    assert kept == ["image.png"] * 4, "what was queued is written when the run ends"

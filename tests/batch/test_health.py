@@ -1,51 +1,21 @@
-"""Faults that are not crashes, on real processes: sick GPUs, nodes and encoders, failing loads, hanging calls, lost nodes."""
+"""Faults that are not crashes, on real processes: sick GPUs and failing loads. Also a layout that grows."""
 
 import json
 import os
 import time
-from pathlib import Path
 
 import pytest
-import ray
 
-from tests.batch.faulty_stages import actor_name, append, gpu, node, stages
+from tests.batch.faulty_stages import actor_name, append, gpu, stages
 from tests.batch.test_batch import Events
-from tests.batch.test_faults import render_lines
+from tests.batch.test_faults import GPUS, ONE_GPU, render_lines
 from tests.fake_stages import FAKES, profile_of_fakes
-from tests.ray_workers import OWN_WORKERS, small_cluster
 from vidgen_ray.errors import SetupError
-from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.manifest import read_manifest
 
-pytestmark = pytest.mark.usefixtures("short_waits")
-ROOT = Path(__file__).parent.parent.parent
-MEMORY = {"object_store_memory": 200 << 20}
-ONE_NODE, TWO_NODES = "2x80GB", "2x2x80GB"
+pytestmark = pytest.mark.usefixtures("local_ray", "short_waits")
 WORK_S = 0.1
 """Simulated duration of a shot."""
 IMAGE = {"generate_video": False}
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Cluster whose only node has two simulated GPUs."""
-    os.environ["PYTHONPATH"] = str(ROOT)
-    cluster = small_cluster(num_cpus=12, num_gpus=2, **MEMORY)
-    ray.init(address=cluster.address, log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
-    os.environ.pop("PYTHONPATH")
-
-
-@pytest.fixture
-def second_node(cluster):
-    """Node with two more GPUs."""
-    added = cluster.add_node(num_cpus=12, num_gpus=2, **MEMORY, **OWN_WORKERS)
-    cluster.wait_for_nodes()
-    yield added
-    if added in cluster.worker_nodes:
-        cluster.remove_node(added)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +35,7 @@ class Statuses(Events):
         self.quarantined.update(snapshot.quarantined)
 
 
-def run(tmp_path, profile, lines, fakes=FAKES, gpus=ONE_NODE, **options):
+def run(tmp_path, profile, lines, fakes=FAKES, gpus=GPUS, **options):
     return render_lines(tmp_path, profile, lines, fakes=fakes, gpus=gpus, **options)
 
 
@@ -81,7 +51,7 @@ def worker_on(place, log):
 # A GPU
 
 
-def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(cluster, profile, tmp_path):
+def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(profile, tmp_path):
     log = tmp_path / "log"
 
     def fail_on_gpu_0(shot):
@@ -105,7 +75,7 @@ def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(cluster, pro
 # Loading
 
 
-def test_load_that_fails_twice_on_one_gpu_costs_no_line(cluster, profile, tmp_path):
+def test_load_that_fails_twice_on_one_gpu_costs_no_line(profile, tmp_path):
     """The load is retried in new processes."""
     loads, tried = tmp_path / "loads", tmp_path / "tried"
 
@@ -126,37 +96,18 @@ def test_load_that_fails_twice_on_one_gpu_costs_no_line(cluster, profile, tmp_pa
     assert any("cannot load its weights: CUDA error: cannot load" in message for message in listener.messages)
 
 
-def test_load_that_fails_on_every_gpu_stops_the_run(cluster, profile, tmp_path):
+def test_load_that_fails_on_every_gpu_stops_the_run(profile, tmp_path):
     def load():
         raise RuntimeError("the weights are damaged")
 
     with pytest.raises(SetupError, match="the weights are damaged"):
-        run(tmp_path, profile, images(3), stages(on_load=load))
-
-
-# Encoders
-
-
-class SickDisks(OutputFolder):
-    """Folder that no encoder can write to, but the driver can."""
-
-    def draft(self, plan):
-        if "/encoder/" in (actor_name() or ""):
-            raise OSError("read-only file system")
-        return super().draft(plan)
-
-
-@pytest.mark.slow
-def test_run_stops_if_every_encoder_fails(cluster, profile, tmp_path):
-    with pytest.raises(SetupError, match="read-only file system"):
-        run(tmp_path, profile, images(60), folder=SickDisks)
-    assert len(list(read_manifest(tmp_path / "out"))) < 60
+        run(tmp_path, profile, images(2), stages(on_load=load), gpus=ONE_GPU)
 
 
 # Layout
 
 
-def test_layout_is_extended_for_a_stage_that_later_lines_need(cluster, profile, tmp_path, monkeypatch):
+def test_layout_is_extended_for_a_stage_that_later_lines_need(profile, tmp_path, monkeypatch):
     monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
     monkeypatch.setattr("vidgen_ray.batch.line_planner.BLOCK_LINES", 2)
     log = tmp_path / "log"
@@ -173,29 +124,3 @@ def test_layout_is_extended_for_a_stage_that_later_lines_need(cluster, profile, 
 
 
 # Nodes
-
-
-@pytest.mark.slow
-def test_lost_node_costs_no_attempt(cluster, second_node, profile, tmp_path):
-    """With a single attempt per call, a line that was in progress on the node is still rendered."""
-    started, lost = tmp_path / "started", tmp_path / "lost"
-    sick = second_node.node_id
-
-    def work(shot):
-        on_lost_node = node() == sick
-        if on_lost_node:
-            append(started, shot.id)
-        while not lost.exists():
-            time.sleep(0.02)  # polls: files do not send events
-        if on_lost_node:
-            time.sleep(3600)
-
-    class LosesNode(Events):
-        def on_status(self, snapshot):
-            if not lost.exists() and started.exists() and len(started.read_text().splitlines()) == 2:
-                lost.touch()
-                cluster.remove_node(second_node, allow_graceful=False)
-
-    report, rows = run(tmp_path, profile, images(20), stages(work), gpus=TWO_NODES, listener=LosesNode(), attempts=1)
-    assert lost.exists()
-    assert (report.done, report.failed) == (20, 0), {row.id: row.failure_message for row in rows.values()}

@@ -129,14 +129,6 @@ def test_line_ids_are_unique(input_folder):
     assert len(rejected) == 2000 + 2000 // 20 + 2000 // 50
 
 
-def test_repeated_id_is_rejected_with_the_line_of_the_first(tmp_path):
-    lines = [{"id": "a", "prompt": "x"}, *({"id": f"n{n}", "prompt": "x"} for n in range(5000)), {"id": "a", "prompt": "y"}]
-    script = tmp_path / "s.jsonl"
-    script.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    *_, last = iter_script(ScriptSettings(script))
-    assert str(last.errors[0]).startswith("s.jsonl line 5002, id: got 'a', line 1 has the same id")
-
-
 def test_many_lines_with_the_same_generated_id_are_numbered_quickly(tmp_path):
     script = tmp_path / "s.yaml"
     script.write_text(f"shots: [{'7, ' * 2000}]")
@@ -157,10 +149,6 @@ def test_shots_are_yielded_before_the_script_is_fully_read(tmp_path):
 def plan(number, prompt, *loras):
     shot = Shot(id=f"s{number}", prompt=prompt, seed=1, lora=[f"{lora}.safetensors" for lora in loras])
     return ShotPlan(shot=shot, steps=(), key="")
-
-
-def identity(plan):
-    return plan
 
 
 def swaps(plans):

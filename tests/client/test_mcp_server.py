@@ -13,9 +13,10 @@ from mcp import Client, StdioServerParameters
 from mcp.types import ImageContent, TextContent
 
 from tests.conftest import ASTRONAUT
+from vidgen_client import AsyncClient
+from vidgen_client.mcp_server import make_server
 from vidgen_ray.cli import main
 
-ROOT = Path(__file__).parents[2]
 SMALL = {"num_frames": 2, "upscale": False}
 
 
@@ -26,6 +27,12 @@ def command(url, tmp_path):
     environment = {"VIDGEN_URL": url, "HOME": str(tmp_path)}
     arguments = ["-m", "vidgen_client", "--folder", str(tmp_path / "clips")]
     return StdioServerParameters(command=sys.executable, args=arguments, env=environment)
+
+
+@pytest.fixture
+def mcp_server(url, tmp_path):
+    """The same server in this process."""
+    return make_server(AsyncClient(url), tmp_path / "clips")
 
 
 def text_of(result) -> str:
@@ -82,9 +89,9 @@ def test_assistant_creates_waits_and_downloads(server, command, tmp_path):
     assert any("in_progress" in message and "flux" in message for _, _, message in progress)
 
 
-def test_assistant_creates_an_image_of_a_character(server, command):
+def test_assistant_creates_an_image_of_a_character(server, mcp_server):
     async def scenario():
-        async with Client(command) as client:
+        async with Client(mcp_server) as client:
             made = await client.call_tool("create_character", {"name": "Eileen", "photos": [str(ASTRONAUT)]})
             character = made.structured_content
             assert [each["name"] for each in (await client.call_tool("list_characters")).structured_content["result"]] == [
@@ -102,11 +109,11 @@ def test_assistant_creates_an_image_of_a_character(server, command):
     asyncio.run(scenario())
 
 
-def test_assistant_cancels_a_queued_video(server, command):
+def test_assistant_cancels_a_queued_video(server, mcp_server):
     server.director.held.set()
 
     async def scenario():
-        async with Client(command) as client:
+        async with Client(mcp_server) as client:
             video = (await client.call_tool("create_video", {"prompt": "a man", "fields": SMALL})).structured_content
             waited = await client.call_tool("wait", {"video_id": video["id"], "timeout_s": 0.2})
             assert "Not done after 0.2 s. Call wait again." in text_of(waited)
@@ -121,9 +128,9 @@ def test_assistant_cancels_a_queued_video(server, command):
         server.director.held.clear()
 
 
-def test_errors_are_reported_to_the_assistant(server, command):
+def test_errors_are_reported_to_the_assistant(server, mcp_server):
     async def scenario():
-        async with Client(command) as client:
+        async with Client(mcp_server) as client:
             calls = [
                 ("create_video", {"prompt": "a man", "fields": {"num_frames": 1}}),
                 ("create_video", {"prompt": "a man", "input_reference": "gone.png"}),
@@ -150,11 +157,8 @@ def test_errors_are_reported_to_the_assistant(server, command):
 
 
 def test_unreachable_server_is_reported_to_the_assistant(tmp_path):
-    arguments = ["-m", "vidgen_ray", "mcp", "--url", "http://127.0.0.1:9"]
-    command = StdioServerParameters(command=sys.executable, args=arguments, env={"PYTHONPATH": str(ROOT)})
-
     async def scenario():
-        async with Client(command) as client:
+        async with Client(make_server(AsyncClient("http://127.0.0.1:9", retries=0), tmp_path)) as client:
             return await client.call_tool("list_models")
 
     result = asyncio.run(scenario())

@@ -66,12 +66,6 @@ def test_missing_and_failed_shots_are_refused_with_reasons(shots, film):
     assert (report.shots, len(frames)) == (1, 1)
 
 
-def test_film_without_any_finished_shot_is_refused(shots, film):
-    shots.add_failed("a")
-    with pytest.raises(UsageError, match="no finished shots"):
-        film(title="Only a title", skip_missing=True)
-
-
 def test_equal_clips_are_joined_by_copying_their_packets(shots, film, tmp_path):
     files = [
         shots.add(name, colour=colour, frames=frames)

@@ -329,11 +329,6 @@ def test_cover_crop_keeps_circles_round(size: tuple[int, int]) -> None:
         assert (mass * offset**2).sum() / mass.sum() == pytest.approx((radius * scale) ** 2 / 4, rel=0.05, abs=0.3)
 
 
-def test_cover_crop_to_the_same_size_changes_nothing() -> None:
-    image = noise(1, 48, 64)[0]
-    assert np.array_equal(cover_crop(image, 64, 48), image)
-
-
 def pillow_bytes(image: PILImage.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)

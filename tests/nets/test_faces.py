@@ -23,7 +23,6 @@ from vidgen_ray.media import read_image
 from vidgen_ray.nets import faces
 from vidgen_ray.nets.faces import CenterFace, PackDetector, PackRecogniser, norm_crop, open_pack, similarity
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json
-from vidgen_ray.stages.base import FaceFeatures
 from vidgen_ray.stages.instantid import InstantIDParams, InstantIDStage
 from vidgen_ray.weights import resolve
 
@@ -186,20 +185,6 @@ def test_further_photos_use_the_most_similar_face(stage, photo, other):
         stage.features([photo, on_a_wall()])
 
 
-def test_embedding_returns_only_the_requested_recogniser(stage, photo):
-    face = stage.features([photo])
-    assert face.embedding("ir_se50") is face.embeddings["ir_se50"]
-    assert not np.allclose(face.embedding("antelopev2"), face.embedding("ir_se50"))
-    without = FaceFeatures(
-        {"antelopev2": face.embedding("antelopev2")}, face.keypoints, face.box, face.score, 1, (512, 512), face.digest
-    )
-    with pytest.raises(StageError, match="got embeddings by antelopev2, ir_se50 is needed; add its weights to the profile"):
-        without.embedding("ir_se50")
-    with pytest.raises(StageError, match="by antelopev2, ir_se50, arcface is needed"):
-        face.embedding("arcface")
-    assert set(stage.features([photo], recognisers=["antelopev2"]).embeddings) == {"antelopev2"}
-
-
 def test_features_survive_json(stage, photo):
     face = stage.features([photo])
     again = face_from_json(face_to_json(face))
@@ -282,12 +267,6 @@ def test_face_models_make_no_network_access(monkeypatch, photo):
             stage.features([photo])
         with pytest.raises(SetupError, match=r"no \.onnx files"):
             InstantIDStage(params.model_copy(update={"weights": Path("antelopev2")})).load()
-
-
-def test_centerface_needs_only_the_recogniser_of_a_pack(photo, tmp_path):
-    (tmp_path / "glintr100.onnx").write_bytes((resolve("builtin:tiny/antelopev2") / "glintr100.onnx").read_bytes())
-    with InstantIDStage(InstantIDParams(weights=tmp_path, detector="centerface", threads=1)) as stage:
-        assert set(stage.features([photo]).embeddings) == {"antelopev2"}
 
 
 @pytest.mark.parametrize("name", ["ada", "bo", "cleo", "dan", "eve"])

@@ -59,14 +59,6 @@ def test_range_request_returns_206_with_that_part(client, clip, whole, header, s
     assert answer.headers["content-range"] == f"bytes {first}-{first + len(answer.content) - 1}/{len(whole)}"
 
 
-def test_several_ranges_return_multipart_byteranges(client, clip, whole):
-    answer = content(client, clip, Range="bytes=0-9,20-29")
-    assert answer.status_code == 206
-    assert answer.headers["content-type"].startswith("multipart/byteranges")
-    assert whole[:10] in answer.content
-    assert whole[20:30] in answer.content
-
-
 @pytest.mark.parametrize("header", ["bytes=x-y", "lines=0-5", "bytes=", "bytes=9-1", "bytes=-", "nonsense"])
 def test_invalid_range_header_is_ignored(client, clip, whole, header):
     answer = content(client, clip, Range=header)

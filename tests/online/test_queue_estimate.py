@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from tests.online.test_store import Clock, new_job
-from vidgen_ray.online.queue_estimate import MAX_POLL_AFTER_S, SNAPSHOT_VALID_S, QueueEstimator, expected_seconds
+from vidgen_ray.online.queue_estimate import MAX_POLL_AFTER_S, QueueEstimator, expected_seconds
 from vidgen_ray.online.store.jobs import JobProgress
 from vidgen_ray.online.store.store import JobStore
 
@@ -96,16 +96,3 @@ def test_poll_interval_grows_with_the_remaining_time(store, estimator, clock, ex
     store.request_cancel(first.id, "ada")
     ended = asyncio.run(estimator.estimate(store.get(first.id, "ada")))
     assert ended == (None, None, 1.0)
-
-
-def test_requests_share_one_snapshot(store, estimator, clock):
-    jobs = [store.create(new_job())[0] for _ in range(3)]
-
-    async def polls():
-        await asyncio.gather(*(estimator.estimate(job) for _ in range(300) for job in jobs))
-        assert store.reads == 1
-        clock.seconds += SNAPSHOT_VALID_S + 1
-        await asyncio.gather(*(estimator.estimate(job) for _ in range(300) for job in jobs))
-        assert store.reads == 2
-
-    asyncio.run(polls())

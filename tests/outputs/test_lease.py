@@ -277,17 +277,6 @@ def test_lease_is_not_sure_while_it_cannot_be_refreshed(disk, monkeypatch):
         assert not lease.lost.is_set()
 
 
-def test_lease_is_kept_while_the_folder_is_gone(disk):
-    elsewhere = disk.root.with_name("elsewhere")
-    with disk.lease("r1") as lease:
-        disk.root.rename(elsewhere)
-        with pytest.raises(FileNotFoundError):
-            lease.refresh()
-        elsewhere.rename(disk.root)
-        lease.refresh()
-        assert lease.is_sure
-
-
 def test_suspended_process_notices_that_its_lease_was_taken(outputs, monkeypatch):
     """A run on another machine takes the lease while the first process is stopped with SIGSTOP."""
     code = f"""

@@ -1,14 +1,10 @@
 """Output folder in an object store, tested against a local S3 server (moto)."""
 
-import io
-import json
-import logging
 import os
 import pickle
 import re
 import subprocess
 import sys
-import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -18,17 +14,15 @@ import pytest
 from moto.s3.responses import S3Response
 
 from tests.film.conftest import Shots, tone
-from tests.outputs.test_outputs import commit, failed, row, write
+from tests.outputs.test_outputs import commit
 from vidgen_ray.cli import main
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs import object_storage
 from vidgen_ray.outputs.cleanup import collect_garbage
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.manifest import read_manifest
-from vidgen_ray.outputs.object_storage import MARKER, ObjectStorage
+from vidgen_ray.outputs.object_storage import MARKER
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.report.gallery_page import write_gallery
 from vidgen_ray.system.cache_dir import cache_dir
 
 
@@ -118,44 +112,6 @@ with outputs.draft(plan) as draft:
     record = commit(outputs, plan, ("hd.mp4", "image.png"))
     assert outputs.find_finished(plan).record() == record
     assert set(outputs.storage.files(shot_path("x"))) == {"hd.mp4", "image.png", "shot.json"}
-
-
-def test_commit_of_a_new_shot_waits_for_three_requests(outputs, plan_of, monkeypatch):
-    """The listing of its folder, the uploads, which run at once, and the record."""
-    outputs.prepare()
-    requests, files = [], ("image.png", "video.mp4", "hd.mp4")
-    together = threading.Barrier(len(files) + 1, timeout=60)
-    upload, listing = ObjectStorage._upload, ObjectStorage._listing
-
-    def recorded_upload(self, file, path):
-        requests.append(path)
-        if not path.endswith("shot.json"):
-            together.wait()
-        upload(self, file, path)
-
-    monkeypatch.setattr(ObjectStorage, "_upload", recorded_upload)
-    monkeypatch.setattr(ObjectStorage, "_listing", lambda self, folder: requests.append("list") or listing(self, folder))
-    monkeypatch.setattr(ObjectStorage, "delete", lambda *_: pytest.fail("nothing is there"))
-    commit(outputs, plan_of("x"), files)
-    assert requests[0] == "list"
-    assert requests[-1].endswith("shot.json")
-    assert len(requests) == 1 + len(files) + 2
-
-
-def test_manifest_and_failures_of_several_runs_are_merged(url, outputs):
-    write(outputs, "r1", row("r1", "a"), failed("r1", "b"), failed("r1", "c"))
-    write(outputs, "r2", row("r2", "b"), failed("r2", "d"), close=False)
-    assert {r.id: r.status for r in read_manifest(url)} == {"a": "done", "b": "done", "c": "failed", "d": "failed"}
-    assert "failures/r2-00001.jsonl" in objects(outputs)
-    write(outputs, "r3", row("r3", "c"))
-    assert {r.id: (r.run, r.status) for r in read_manifest(url)} == {
-        "a": ("r1", "done"), "b": ("r2", "done"), "c": ("r3", "done"), "d": ("r2", "failed")
-    }  # fmt: skip
-    assert [json.loads(line)["failure"]["id"] for line in outputs.storage.read("failures.jsonl").splitlines()] == ["d"]
-    # r2 was killed, and the row of `a` is older.
-    assert set(objects(outputs)) == {"manifest/r3-all-00001.parquet", "manifest/.open-r2", "failures.jsonl"}
-    assert write_gallery(url) == f"{outputs.url}/index.html"
-    assert b"4 shots" in outputs.storage.read("index.html")
 
 
 def test_film_of_shots_in_an_object_store(url, outputs, tmp_path, capsys):
@@ -259,22 +215,3 @@ def test_region_of_a_bucket_is_found(endpoint, monkeypatch):
     assert OutputFolder("s3://in-paris/x?region=us-east-2").storage._store.config["region"] == "us-east-2"
     monkeypatch.setattr(object_storage, "S3_ADDRESS", "http://127.0.0.1:9")
     assert "region" not in OutputFolder("s3://elsewhere/x").storage._store.config
-
-
-def test_large_object_round_trip(outputs):
-    content = os.urandom(9 << 20)
-    outputs.storage.write("hd.mp4", content)
-    assert outputs.storage.read("hd.mp4") == content
-    with outputs.storage.local_copy("hd.mp4") as path:
-        assert path.read_bytes() == content
-
-
-def test_small_object_is_uploaded_in_one_request(outputs):
-    """Three requests (multipart upload) would triple the cost and time of caching small images."""
-    outputs.storage.folders("")
-    log, server = io.StringIO(), logging.getLogger("werkzeug")
-    handler = logging.StreamHandler(log)
-    server.addHandler(handler)
-    outputs.storage.write("a/b.json", "{}")
-    server.removeHandler(handler)
-    assert re.findall(r"([A-Z]+) /", log.getvalue()) == ["PUT"]

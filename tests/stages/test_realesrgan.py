@@ -1,6 +1,5 @@
 """RealESRGAN with its real weights: parity with ncnn and RealESRGANer, sameness under tiles and chunks, bad files."""
 
-import pickle
 import sys
 import types
 from collections.abc import Callable
@@ -253,12 +252,8 @@ def test_unknown_upscaler_error_lists_the_available_ones(weights: Path, tmp_path
         RealESRGANStage.weight_files(RealESRGANParams(weights=tmp_path), shot())
 
 
-class RunsCode:
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
-        return print, ("a .pth file must not run code",)
-
-
-def test_other_weights_fail_the_shot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_weights_fail_the_shot(tmp_path: Path) -> None:
+    """Code in pickles is in tests/hostile."""
     file = tmp_path / "other.pth"
     contents: tuple[tuple[object, str], ...] = (
         ({"params": {"linear.weight": torch.zeros(1)}}, "no architecture of spandrel"),
@@ -267,19 +262,15 @@ def test_other_weights_fail_the_shot(tmp_path: Path, capsys: pytest.CaptureFixtu
             "got Compact with purpose SR from 1 to 1 channels, must be a super-resolution",
         ),
         ({"params": {k: v for k, v in random_compact(4).items() if k != "body.2.bias"}}, "body.2.bias"),
-        (RunsCode(), "holds other objects than tensors, which could run code"),
         (b"", r"upscaler other\.pth: is damaged, or holds other objects than tensors"),
-        (pickle.dumps({"params": print}), r"upscaler other\.pth: is damaged, or holds other objects than tensors"),
     )
     for content, complaint in contents:
         file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
-        with pytest.raises(StageError, match=complaint) as raised:
+        with pytest.raises(StageError, match=complaint):
             upscaled(loaded(tmp_path), np.zeros((1, 16, 16, 3), np.uint8), 4, "other")
-        assert "weights_only" not in str(raised.value)
     (tmp_path / "cut.safetensors").write_bytes(b"cut")
     with pytest.raises(StageError, match=r"upscaler cut\.safetensors: cannot be loaded"):
         upscaled(loaded(tmp_path), np.zeros((1, 16, 16, 3), np.uint8), 4, "cut")
-    assert "run code" not in capsys.readouterr().out
 
 
 def test_weights_must_be_a_folder(weights: Path) -> None:

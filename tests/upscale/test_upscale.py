@@ -201,25 +201,6 @@ def test_matroska_file_that_ends_early_is_noted(tmp_path, upscale):
     assert note.startswith("the file declares 5.0 s, its frames end after ")
 
 
-def test_equal_frames_are_computed_once(tmp_path, tiny_model):
-    network = UpscaleNetwork(tiny_model, job_module.EngineSettings(threads=1))
-    frames = [picture(n) for n in (0, 0, 1, 1, 1, 2, 3, 3)]
-    calls = []
-
-    class Counting:
-        settings = network.settings
-
-        def __call__(self, pixels):
-            calls.append(pixels)
-            return network(pixels)
-
-    got = list(job_module.upscale_frames(iter(frames), Counting()))
-    expected = [network(pixels) for pixels in frames]
-    assert len(got) == 8
-    assert len(calls) == 4
-    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(got, expected, strict=True))
-
-
 def test_reading_after_a_seek_gives_the_frames_of_reading_from_the_start(tmp_path):
     options = {"x264-params": "keyint=8:min-keyint=8:open-gop=1:bframes=3:scenecut=0"}
     source = read_source(write_video(tmp_path / "in.mkv", 60, options=options))
@@ -269,12 +250,3 @@ def test_a_failed_segment_names_its_frames(tmp_path, upscale, short_segments, mo
         upscale(video, tmp_path / "out.mp4")
     assert str(failed.value.segment) == "frames 5 to 9"
     assert not (tmp_path / "out.mp4").exists()
-
-
-def test_a_full_disk_ends_with_a_sentence(tmp_path, upscale, small_disk):
-    video = write_video(tmp_path / "in.mp4", 20)
-    small_disk.fill()
-    with pytest.raises((MediaError, SegmentFailed, OSError), match=r"(?i)space|cannot be written"):
-        upscale(video, small_disk.folder / "out.mp4")
-    small_disk.make_room()
-    assert upscale(video, small_disk.folder / "out.mp4").frames == 20

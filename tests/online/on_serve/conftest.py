@@ -19,6 +19,8 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import this_machine
 
 KEYS = {name: f"vg-{name}-key" for name in ("ada", "amy", "eve")}
+ACTORS = ("instantid", "flux", "hunyuan", "svd", "realesrgan")
+"""Actors of the server. Each loads models for seconds."""
 LIMITS = {"eve": {"open_jobs": 1}}
 
 
@@ -28,7 +30,7 @@ def local_serve(local_ray):
 
 
 @pytest.fixture(scope="package")
-def server(tmp_path_factory) -> Iterator[tuple[Server, Running]]:
+def server(tiny, tmp_path_factory) -> Iterator[tuple[Server, Running]]:
     """Start Ray Serve with a server of the tiny models in one process. Other applications may run beside it."""
     LocalRay.start()
     folder = tmp_path_factory.mktemp("server")
@@ -36,7 +38,11 @@ def server(tmp_path_factory) -> Iterator[tuple[Server, Running]]:
     (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    settings = OnlineSettings(profile="tiny", data=str(folder / "out"), keys_file=folder / "keys.yaml", port=port)
+    profile = tiny.model_copy(update={"actors": {name: tiny.actors[name] for name in ACTORS}})
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(profile.model_dump(mode="json")))
+    settings = OnlineSettings(
+        profile=str(folder / "tiny.yaml"), data=str(folder / "out"), keys_file=folder / "keys.yaml", port=port
+    )
     # Without the seconds of the stages, it leaves the rest of the cluster to other applications.
     plan = replace(server_plan(settings, this_machine), stage_seconds=None)
     with serving(plan) as server:

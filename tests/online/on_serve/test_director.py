@@ -140,16 +140,6 @@ class TestScriptedStages:
         finally:
             serve.delete("full")
 
-    @pytest.mark.slow
-    def test_killed_workers_and_encoders_lose_no_job(self, scripted, pipe):
-        job_id = scripted.accept(prompt=f"steps 3 pause at 2 {pipe}", num_frames=2)
-        scripted.wait_until(job_id, lambda job: job.step == 1)
-        for pid in [*scripted.pids("worker").values(), *scripted.pids("encoder").values()]:
-            os.kill(pid, signal.SIGKILL)
-        with pipes_open(pipe):
-            job = scripted.wait_for_end(job_id)
-        assert (job.state, job.attempts) == (JobState.COMPLETED, 1)
-
     def test_killed_director_loses_no_job_and_no_worker(self, scripted, pipe):
         job_id = scripted.accept(prompt=f"steps 3 pause at 2 {pipe}", **IMAGE_ONLY)
         scripted.wait_until(job_id, lambda job: job.step == 1)
@@ -204,22 +194,6 @@ def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, 
         time.sleep(POLL_S)
     groups = placement_group_table().values()
     assert {group["state"] for group in groups if any("GPU" in bundle for bundle in group["bundles"].values())} == {"REMOVED"}
-
-
-@pytest.mark.slow
-def test_call_of_a_killed_director_that_hangs_ends_its_worker(tiny, tmp_path, scripted):
-    """One process per actor: the face stage has a short timeout, a process with all stages the longest of them."""
-    serve.delete("scripted")
-    colocated = scripted_profile(tiny).model_copy(update={"layout": "colocated"})
-    app = run("hangs", colocated, parse_gpus("2x80GB"), tmp_path, SCRIPTED)
-    before, marker = app.pids("worker"), tmp_path / "marker"
-    job_id = app.accept(prompt=f"hang once {marker}", face_image=[str(ASTRONAUT)], **IMAGE_ONLY)
-    app.wait_until(job_id, lambda job: marker.exists())
-    os.kill(app.pid(DIRECTOR), signal.SIGKILL)
-    assert app.wait_for_end(job_id).state == JobState.COMPLETED
-    while app.pids("worker") == before:
-        time.sleep(POLL_S)
-    serve.delete("hangs")
 
 
 @pytest.mark.slow
