@@ -187,10 +187,12 @@ def test_second_staged_fleet_waits_until_the_first_one_stops(add_node, fleets):
         gpus = [gpus for _, gpus, _ in (await places_of(running)).values()]
         assert sorted(gpus) == [["0"], ["1"]]
         assert not waiting.workers
-        assert waiting.reasons[0] == (
+        assert waiting.reasons[0].startswith(
             "waiting for 2 GPUs and 2.5 CPUs (1 slot of flux, 1 slot of svd, 1 encoder): "
-            "the cluster has 2 GPUs and 4 CPUs, 0 GPUs and 1.5 CPUs are free; others hold 2 GPUs and 2.5 CPUs"
+            "the cluster has 2 GPUs and 4 CPUs, 0 GPUs and 1.5 CPUs are free; others hold 2 GPUs and 2.5 CPUs: "
+            f"{fleet._config.name} in {fleets._outputs.url} since "
         )
+        assert " UTC (2 GPUs and 2.5 CPUs)" in waiting.reasons[0]
         await fleet.stop()
         await waiting.until(lambda: len(waiting.workers) == 2)
         await places_of(waiting)

@@ -14,12 +14,13 @@ import logging
 import math
 import re
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from itertools import count
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import ray
 from ray._private.state import actors
@@ -35,7 +36,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from vidgen_ray.engine.calls import ENCODER
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder import encoder_class
-from vidgen_ray.engine.ray_cluster import NODE_ID_LABEL, live_cluster
+from vidgen_ray.engine.ray_cluster import NODE_ID_LABEL, live_cluster, within
 from vidgen_ray.engine.worker import worker_class
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner import Cluster, Plan
@@ -56,8 +57,12 @@ CLOSE_TIMEOUT_S = 5.0
 WITHDRAW_AFTER_S = 10.0
 """Seconds after which the request for an added slot is withdrawn: the GPU that was free is in use."""
 
-GROUP_NAME = re.compile(r".+/group/(.+)/\d+")
-"""Name of a placement group: that of the engine, its process and a number."""
+GROUP_NAME = re.compile(r"(?P<engine>.+?)(/\d+)? in (?P<folder>.+) since (?P<since>.+)/group/(?P<process>.+)/\d+")
+"""Name of a placement group: the engine, its output folder, its start, its process and a number. Other fleets show it."""
+STATE_TIMEOUT_S = 10.0
+"""Seconds that Ray's dashboard may take to say who holds resources."""
+MAX_ACTORS = 1000
+SHOWN_HOLDERS = 5
 DATA_ACTOR = "MapWorker("
 """Start of the class name of Ray Data's actors, before the name of their step."""
 _UNPLACED = ("PENDING", "PREPARED", "RESCHEDULING")
@@ -130,6 +135,7 @@ class Fleet:
         self._more_slots = more_slots
         self._slot_numbers = count()
         self._encoder_numbers = count()
+        self._since = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         self._groups: list[PlacementGroup] = []
         """All placement groups. The first one is that of the complete set."""
         self._reservations: list[_Bundle] = []
@@ -212,18 +218,23 @@ class Fleet:
                     waiting_since, next_message_s = now, FIRST_MESSAGE_S
                 elif now - waiting_since >= next_message_s:
                     next_message_s += MESSAGE_INTERVAL_S
-                    placed = [r for r in self._reservations if r.unplaced_since is None]
-                    self._listener.waiting(await asyncio.to_thread(_reason, waiting, placed))
+                    self._listener.waiting(await self._reason(waiting))
                 if complete or await asyncio.to_thread(_cluster_could_hold, waiting):
                     could_hold_at = now
                 elif now - could_hold_at >= LAST_LOST_AFTER_S:
-                    self._listener.not_placeable(await asyncio.to_thread(_reason, waiting, ()))
+                    self._listener.not_placeable(await self._reason(waiting))
             # Supervision must continue after any error, such as a restart of Ray's head process.
             except Exception:
                 _log.warning("cannot supervise the placement groups, trying again", exc_info=True)
                 waiting = []
             pause_s = max(FIRST_POLL_S, (time.monotonic() - waiting_since) / 10) if waiting else POLL_S
             await asyncio.sleep(min(POLL_S, pause_s))
+
+    async def _reason(self, waiting: Sequence[_Bundle]) -> str:
+        """Return what these reservations wait for, and who holds it."""
+        placed = [r for r in self._reservations if r.unplaced_since is None]
+        own_groups = {group.id.hex() for group in self._groups}
+        return await asyncio.to_thread(_reason, waiting, placed, own_groups, self._config.name)
 
     def _update(self, groups: Mapping[str, Any], now: float) -> None:
         """Set which reservations have a node. `groups`: Ray's table of placement groups."""
@@ -326,7 +337,10 @@ class Fleet:
         """Request one placement group with a bundle for each slot. `None` in place of a slot is an encoder."""
         group = placement_group(
             [_resources(slot) for slot, _ in slots],
-            name=f"{self._config.name}/group/{this_process()}/{next(_group_numbers)}",
+            name=(
+                f"{self._config.name} in {self._config.outputs.url} since {self._since}"
+                f"/group/{this_process()}/{next(_group_numbers)}"
+            ),
             bundle_label_selector=[dict([label]) if label else {} for _, label in slots],
         )
         self._groups.append(group)
@@ -378,7 +392,7 @@ def remove_leaked_groups() -> None:
     """
     for group in placement_group_table().values():
         match = GROUP_NAME.fullmatch(group["name"])
-        process = ProcessId.parse(match[1]) if match else None
+        process = ProcessId.parse(match["process"]) if match else None
         if process is not None and process.is_running() is False and group["state"] != "REMOVED":
             with suppress(ValueError):  # it was removed meanwhile
                 remove_placement_group(get_placement_group(group["name"]))
@@ -418,8 +432,11 @@ def _resources(slot: Slot | None) -> dict[str, float]:
     return {"CPU": slot.cpus, **({"GPU": 1} if slot.has_gpu else {})}
 
 
-def _reason(waiting: Sequence[_Bundle], placed: Sequence[_Bundle]) -> str:
-    """Return what these reservations wait for, what the cluster has, and what is not held by the `placed` ones."""
+def _reason(waiting: Sequence[_Bundle], placed: Sequence[_Bundle], own_groups: Collection[str], engine: str) -> str:
+    """Return what these reservations wait for, what the cluster has, and who holds what the `placed` ones do not.
+
+    `own_groups` and `engine`: ids of the placement groups and name of the engine that waits.
+    """
     needed, own = _total(waiting), _total(placed)
     in_cluster, available = ray.cluster_resources(), ray.available_resources()
     total, free = (_text({name: amounts.get(name, 0) for name in needed}) for amounts in (in_cluster, available))
@@ -428,7 +445,7 @@ def _reason(waiting: Sequence[_Bundle], placed: Sequence[_Bundle]) -> str:
     reason = f"waiting for {_text(needed)} ({listed}): the cluster has {total}, {free} are free"
     held = {name: max(0.0, round(in_cluster.get(name, 0) - available.get(name, 0) - own.get(name, 0), 2)) for name in needed}
     if any(held.values()):
-        reason += f"; others hold {_text(held)}{_data_steps()}"
+        reason += f"; others hold {_text(held)}{_holders(own_groups, engine, needed) or _data_steps()}"
     nodes = [node for node in ray.nodes() if node["Alive"]]
     for reservation in {str(r): r for r in waiting if not any(_could_hold(node, r) for node in nodes)}.values():
         label = f" and the label {'='.join(reservation.label)}" if reservation.label else ""
@@ -443,6 +460,71 @@ def _total(reservations: Sequence[_Bundle]) -> dict[str, float]:
         for name, amount in _resources(reservation.slot).items():
             total[name] = total.get(name, 0.0) + amount
     return total
+
+
+class _JobHoldings(NamedTuple):
+    """What Ray's dashboard knows about the resources of jobs."""
+
+    jobs: dict[str, str]
+    """Id -> submission id."""
+    group_jobs: dict[str, str]
+    """Placement group -> id of its job."""
+    actors: list[Any]
+    """Actors outside of placement groups."""
+
+
+def _job_holdings() -> _JobHoldings:
+    from ray.util.state import list_actors, list_jobs, list_placement_groups
+
+    alive = list_actors(
+        filters=[("state", "=", "ALIVE")],
+        detail=True,
+        limit=MAX_ACTORS,
+        timeout=int(STATE_TIMEOUT_S),
+        raise_on_missing_output=False,
+    )
+    groups = list_placement_groups(limit=MAX_ACTORS, timeout=int(STATE_TIMEOUT_S), raise_on_missing_output=False)
+    jobs = {job.job_id: job.submission_id for job in list_jobs(timeout=int(STATE_TIMEOUT_S), raise_on_missing_output=False)}
+    return _JobHoldings(
+        {job: submission for job, submission in jobs.items() if job and submission},
+        {group.placement_group_id: group.creator_job_id for group in groups},
+        [actor for actor in alive if not actor.placement_group_id],
+    )
+
+
+def _holders(own_groups: Collection[str], engine: str, needed: Collection[str]) -> str:
+    """Return who holds these resources: other runs and servers with their folders, and jobs with their actors."""
+    known = _JobHoldings({}, {}, [])
+    # Without a dashboard, other jobs are not named.
+    with suppress(Exception):
+        known = within(STATE_TIMEOUT_S, _job_holdings)
+    held = defaultdict[str, Counter[str]](Counter)
+    for group, entry in placement_group_table().items():
+        if group in own_groups or entry["state"] not in ("CREATED", "RESCHEDULING"):
+            continue
+        job = known.group_jobs.get(group, "")
+        for number, resources in entry["bundles"].items():
+            if entry["bundles_to_node_id"].get(number):
+                held[_group_holder(entry["name"] or group, known.jobs.get(job, job))].update(resources)
+    for actor in known.actors:
+        if not (actor.name or "").startswith(f"{engine}/"):
+            job = known.jobs.get(actor.job_id, actor.job_id)
+            held[f"job {job} with {actor.class_name}"].update(actor.required_resources or {})
+    holders = [
+        (amounts["GPU"], amounts["CPU"], name) for name, amounts in held.items() if any(amounts[each] for each in needed)
+    ]
+    shown = [
+        f"{name} ({_text({each: held[name][each] for each in needed})})"
+        for *_, name in sorted(holders, reverse=True)[:SHOWN_HOLDERS]
+    ]
+    return f": {', '.join(shown)}" if shown else ""
+
+
+def _group_holder(group: str, job: str) -> str:
+    """Return who holds a placement group. `group`: its name or id. `job`: that of its creator, if it is known."""
+    if match := GROUP_NAME.fullmatch(group):
+        return f"{match['engine']} in {match['folder']} since {match['since']}"
+    return f"{f'job {job} with ' if job else ''}placement group {group}"
 
 
 def _data_steps() -> str:
