@@ -25,6 +25,7 @@ PRELOADED = (
     "diffusers",
     "spandrel",
     "vidgen_ray.pipeline",
+    "vidgen_ray.online.asgi_app",
     "pyarrow.parquet",
     "google.protobuf.message",
     "jsonschema",

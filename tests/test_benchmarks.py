@@ -6,10 +6,9 @@ import sys
 from inspect import getattr_static
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from benchmarks import noop_stages, ours, simulated, simulated_stages
+from benchmarks import noop_stages, simulated_stages
 from benchmarks.measure import efficiency
 from benchmarks.runs import Case, run_once
 from benchmarks.simulated import (
@@ -18,22 +17,9 @@ from benchmarks.simulated import (
     SWAP,
     Event,
 )
-from vidgen_ray.batch.line_planner import LinePlanner
-from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.graph import STAGE_BY_NAME, stages_of
-from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.script.check import LineChecker
-from vidgen_ray.script.lines import Line
-from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Item
+from vidgen_ray.graph import STAGE_BY_NAME
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def run_folder(tmp_path) -> Path:
-    simulated.prepare(tmp_path, gpus=2, memory_gb=48)
-    return tmp_path
 
 
 def ready(gpu, at, pid=1):
@@ -84,37 +70,3 @@ def test_benchmark_stages_have_the_declarations_of_the_real_stages():
     for stage in (*simulated_stages.STAGES.values(), *noop_stages.STAGES.values()):
         for declared in ("name", "actor", "reads", "takes", "writes", "Params", "applies"):
             assert getattr_static(stage, declared) is getattr_static(STAGE_BY_NAME[stage.name], declared), (stage, declared)
-
-
-def test_simulated_stages_run_a_shot(run_folder, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    (line,) = simulated_stages.write_inputs(run_folder, 1)
-    shot = Shot(**line)
-    assert [stage.name for stage in stages_of(shot) if "likeness" not in stage.name] == list(simulated.CHAIN)
-    artefacts = {"photos": (np.zeros((64, 64, 3), np.uint8),)}
-    for stage_class in simulated_stages.STAGES.values():
-        params = stage_class.Params(weights=run_folder / simulated_stages.WEIGHTS / stage_class.actor)
-        assert all(file.exists() for file in stage_class.weight_files(params, shot))
-        with stage_class(params) as stage:
-            (result,) = stage([Item(shot, artefacts)])
-            stage.move("cpu")
-        assert set(result) == set(stage_class.writes)
-        artefacts |= result
-    work = [event for event in simulated.events(run_folder) if event.stage not in (SWAP, READY)]
-    assert [event.stage for event in work] == list(simulated.CHAIN)
-    assert {event.gpu for event in work} == {1}
-    assert sum(event.seconds for event in work) == pytest.approx(simulated.SECONDS_PER_SHOT)
-
-
-def test_profiles_of_the_benchmarks_have_weights_that_a_run_accepts(tmp_path):
-    script = ours.write_script(tmp_path, 1)
-    simulated_line = json.loads(script.read_text())
-    for profile, line in (
-        (ours.profile(tmp_path, "auto"), simulated_line),
-        (noop_stages.noop_profile(tmp_path / "no-op", cpu_workers=1), noop_stages.line(0)),
-    ):
-        checker = LineChecker("s.jsonl", tmp_path, profile.defaults)
-        (planned,) = LinePlanner(checker, profile, OutputFolder(tmp_path / "out"), replace=True, fresh=True).plan(
-            [Line(1, line)]
-        )
-        assert isinstance(planned.result, ShotPlan)

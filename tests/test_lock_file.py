@@ -2,7 +2,6 @@
 
 import re
 import tomllib
-from importlib.metadata import distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -47,20 +46,3 @@ def test_lock_names_no_index_no_local_version_and_no_second_onnxruntime():
     names = locked()
     assert "onnxruntime-gpu" in names
     assert "onnxruntime" not in names, "both own the folder onnxruntime/"
-
-
-def test_installation_has_one_onnxruntime():
-    """Follows the requirements of the installed packages, as pip does."""
-    found, waiting = set(), [Requirement(each) for each in PROJECT["dependencies"]]
-    while waiting:
-        requirement = waiting.pop()
-        name = canonical(requirement.name)
-        if (requirement.marker and not requirement.marker.evaluate({"extra": ""})) or name in found:
-            continue
-        found.add(name)
-        waiting += [
-            needed
-            for each in distribution(name).requires or ()
-            if (needed := Requirement(each)) and (not needed.marker or "extra" not in str(needed.marker) or requirement.extras)
-        ]
-    assert {name for name in found if name.startswith("onnxruntime")} == {"onnxruntime-gpu"}

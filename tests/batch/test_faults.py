@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -13,7 +12,7 @@ import pytest
 import ray
 
 from tests.batch.test_batch import Events, digests
-from tests.conftest import ASTRONAUT, SYNTHETIC
+from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES, fake_likeness, profile_of_fakes
 from vidgen_ray.batch.line_planner import remaining_lines
 from vidgen_ray.batch.render import render
@@ -21,7 +20,6 @@ from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.ray_cluster import expect_gpus
 from vidgen_ray.engine.retries import IN_DOUBT_FACTOR
 from vidgen_ray.errors import ScriptError, SetupError
-from vidgen_ray.media import read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.records import shot_path
@@ -285,25 +283,6 @@ def test_face_features_are_shared_between_shots_with_the_same_photo(tmp_path, pr
     render_lines(tmp_path, profile, lines, cache="none")
     records = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("shots/*/*/shot.json")]
     assert Counter(record["stages"][0]["cached"] for record in records) == {True: 5, False: 1}
-
-
-def test_photo_replaced_during_the_run_fails_only_its_line(in_process, tmp_path, profile):
-    photo = tmp_path / "photo.jpg"
-    shutil.copy(ASTRONAUT, photo)
-    lines = [*shots(4), {"id": "face", "prompt": "a", "face_image": str(photo), "consent": SYNTHETIC}]
-
-    class ReplacePhoto(Events):
-        def on_lines(self, *counts):
-            """All lines are planned, none is rendered."""
-            write_png(photo, read_image(photo)[:, ::-1])
-
-    report, rows = render_lines(tmp_path, profile, lines, ReplacePhoto(), gpus=ONE_GPU)
-    row = rows["face"]
-    assert (report.done, report.failed) == (4, 1), row
-    assert (row.failure_stage, row.failure_error) == ("instantid", "InputChanged")
-    assert "photo.jpg: changed since the run planned this shot; render the line again" in row.failure_message
-    report, rows = render_lines(tmp_path, profile, lines, gpus=ONE_GPU)
-    assert (report.done, rows["face"].status) == (1, "done")
 
 
 def test_low_likeness_retries_with_other_seeds_before_the_clip_is_rendered(tmp_path, profile):

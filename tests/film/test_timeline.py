@@ -3,17 +3,12 @@
 from fractions import Fraction
 
 from vidgen_ray.film.film_settings import ChosenShot, Clip, FilmSettings, PixelSize, ShotSettings
-from vidgen_ray.film.timeline import SAMPLE_RATE, build_timeline
+from vidgen_ray.film.timeline import build_timeline
 
 
 def source(frames=10, fps=5, size=(64, 48), **settings) -> ChosenShot:
     clip = Clip(PixelSize(*size), Fraction(fps), frames, False, b"h")
     return ChosenShot("s", ShotSettings(**settings), path="s.mp4", clip=clip)
-
-
-def test_size_and_rate_are_those_of_most_clips():
-    timeline = build_timeline([source(size=(32, 32), fps=9), source(), source()], FilmSettings())
-    assert (timeline.size, timeline.fps) == (PixelSize(64, 48), 5)
 
 
 def test_narration_keeps_the_shot_on_screen_until_it_ends():
@@ -41,11 +36,3 @@ def test_pieces_cover_every_frame_once_with_cross_fades():
         (5, 5, False),
     ]
     assert sum(piece.frames for piece in pieces) == timeline.frames == 27
-
-
-def test_samples_do_not_drift_from_frames():
-    sources = [source(frames=1 + n % 13, fps=[5, 7, 12][n % 3]) for n in range(1000)]
-    timeline = build_timeline(sources, FilmSettings(fps=Fraction(30000, 1001)))
-    assert timeline.fps == Fraction(30000, 1001)
-    for item in timeline.items:
-        assert abs(timeline.sample_at(item.start) - item.start * SAMPLE_RATE / timeline.fps) <= Fraction(1, 2)

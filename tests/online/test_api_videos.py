@@ -1,10 +1,7 @@
 """Video routes over HTTP: fields, errors, progress, cancellation and events."""
 
-import asyncio
 import json
 import time
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 
@@ -12,8 +9,6 @@ from tests.conftest import ASTRONAUT
 from tests.online.directors import local_server, noise_renderer
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.online import job_director
-from vidgen_ray.online.api import content_routes
-from vidgen_ray.online.api.video_routes import ClientDisconnected
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobKind
@@ -409,35 +404,3 @@ def test_events_until_completion(client):
     again = events_of(client, video["id"], **{"Last-Event-ID": events[-1]["id"]})
     assert [event["event"] for event in again] == ["video.completed"]
     assert error_of(client.get("/v1/videos/video_x/events"), 404)["code"] == "video_not_found"
-
-
-def test_cancelled_handler_still_cancels_the_video(monkeypatch):
-    """Ray Serve cancels the handler of a client that has gone, also while the handler cancels the video."""
-
-    async def accept(*request, **limits):
-        return [SimpleNamespace(id="video_1")]
-
-    async def disconnect(*request):
-        raise ClientDisconnected
-
-    async def run():
-        cancelling, may_end, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
-
-        async def cancel(tenant, video_id):
-            cancelling.set()
-            await may_end.wait()
-            ended.set()
-
-        streams = SimpleNamespace(waiting=lambda tenant: nullcontext())
-        server = SimpleNamespace(job_service=SimpleNamespace(cancel=cancel), event_streams=streams)
-        handler = asyncio.create_task(content_routes.create_video_sync(None, server, None))
-        await cancelling.wait()
-        handler.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await handler
-        may_end.set()
-        await asyncio.wait_for(ended.wait(), 10)
-
-    monkeypatch.setattr(content_routes, "created_videos", accept)
-    monkeypatch.setattr(content_routes, "completed_while_connected", disconnect)
-    asyncio.run(run())

@@ -42,25 +42,6 @@ def test_every_clip_has_exactly_the_requested_size(profile, width, height):
     assert shot.width * shot.height <= 1.1 * area or (shot.upscale_video and shot.scale == 4)
 
 
-@pytest.mark.parametrize(
-    ("size", "drawn", "scale", "crop"),
-    [
-        ((1280, 720), (640, 384), 2, (None, 720)),
-        ((720, 1280), (384, 640), 2, (720, None)),
-        ((832, 480), (832, 512), 1, (None, 480)),
-        ((854, 480), (896, 512), 1, (854, 480)),
-        ((1024, 576), (1024, 576), 1, (None, None)),
-        ((1792, 1024), (896, 512), 2, (None, None)),
-        ((1920, 1080), (960, 576), 2, (None, 1080)),
-        ((3840, 2160), (960, 576), 4, (None, 2160)),
-    ],
-)
-def test_sizes_of_the_80gb_profile(size, drawn, scale, crop):
-    shot = shot_with(clip_fields(*size, rules_of("gpu-80gb")))
-    assert (shot.width, shot.height) == drawn
-    assert (shot.scale if shot.upscale_video else 1, shot.crop_width, shot.crop_height) == (scale, *crop)
-
-
 @pytest.mark.parametrize("rules", [rules_of("gpu-80gb", can_upscale=False), rules_of("gpu-80gb")])
 def test_full_size_is_drawn_without_upscaling(rules):
     shot = shot_with(clip_fields(1280, 720, rules, may_upscale=False))

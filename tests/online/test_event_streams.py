@@ -87,14 +87,6 @@ def test_requests_that_wait_for_one_job_are_capped_per_key():
         pass
 
 
-def test_ended_streams_are_not_counted(server):
-    server.director.held.clear()
-    with listening_on_a_port(server.app) as url, client_of(url, "ada") as client:
-        video = client.post("/v1/videos", json=SMALL).json()["id"]
-        for _ in range(2 * STREAMS):
-            assert "event: video.completed" in client.get(f"/v1/videos/{video}/events").text
-
-
 def test_cancelled_receive_of_ray_serve_is_a_disconnect():
     messages = []
 

@@ -127,29 +127,6 @@ def test_tenant_stream_starts_at_its_cursor_and_sees_no_other_tenant(store, feed
     assert run(seen()) == ([missed.id], [missed.id])
 
 
-def test_slow_stream_gets_the_latest_state_only(store, feed):
-    async def polled():
-        """Wait until the feed has seen all changes."""
-        polls = store.polls
-        while store.polls < polls + 2:
-            await asyncio.sleep(POLL_S)
-
-    async def states() -> list[str]:
-        async with aclosing(feed.follow_tenant("ada", store.latest_version(), POLL_S)) as stream:
-            await anext(stream)
-            job = stored_job(store)
-            await polled()
-            store.queue.claim("d", 30, 1)
-            await polled()
-            store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
-            await polled()
-            while not (jobs := (await anext(stream)).jobs):
-                pass
-            return [job.state.value for job in jobs]
-
-    assert run(states()) == ["completed"]
-
-
 def test_polling_continues_after_a_database_error(store, feed):
     async def changed() -> list[str]:
         async with aclosing(feed.follow_tenant("ada", 0, 60)) as stream:
