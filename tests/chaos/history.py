@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 
 from tests.chaos.model import SECONDS
+from vidgen_ray.batch.director import BREAKER_FAILURES, BREAKER_SHOTS
 from vidgen_ray.batch.run_options import GRACE_S
 from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.engine.engine import OBJECT_STORE_SHARE, object_store_bytes
@@ -22,6 +23,8 @@ MOST_ATTEMPTS = IN_DOUBT_FACTOR * ATTEMPTS
 """Most attempts of a call that are not explained by faults."""
 IDLE_S, IDLE_CALLS, WAITED_S = 300.0, 5, 1.0
 CHUNK_BYTES = 1 << 20
+ROWS_AFTER_BREAKER = 8
+"""Rows of shots that were in progress when the circuit breaker stops a run."""
 LEASE_POLL_S = 6.0
 """Seconds in which a director notices that its lease was deleted."""
 REASONS = {
@@ -87,8 +90,14 @@ class History:
         calls = (event.fields["call"] for number, event in self.sent.items() if number in numbers)
         return [call for call in calls if call.shot == shot and call.driver.number == run]
 
+    def chain(self, shot):
+        """Yield the shots that a shot continues, directly or not."""
+        while (shot := self.shots[shot].shot.continue_from) is not None:
+            yield shot
+
     def flaw(self, shot):
-        return self.shots[shot].shot.prompt.split()[0]
+        """Return the first word of the prompt of a shot, or of the shot at the start of its chain."""
+        return self.shots[[shot, *self.chain(shot)][-1]].shot.prompt.split()[0]
 
 
 def check_ends(world, history):
@@ -126,7 +135,7 @@ def check_committed(world, history):
     for number, rows in history.rows.items():
         for event in rows:
             made = [commit for commit in history.commits[event.fields["shot"]] if commit.at <= event.at]
-            if event.fields["status"] != "failed" and not made:
+            if event.fields["status"] != "failed" and not made and event.fields["shot"] not in world.finished_before:
                 yield f"run {number}: {event.fields['shot']} is {event.fields['status']} without files"
 
 
@@ -188,9 +197,15 @@ def check_fine(world, history):
     Or if two sick workers refuse it, or if no healthy worker is left.
     """
     for driver in world.drivers:
-        for event in history.rows[driver.number] if driver.completed else ():
+        rows = history.rows[driver.number]
+        for event in rows if driver.completed else ():
             shot = event.fields["shot"]
             if event.fields["status"] != "failed" or history.flaw(shot) in FATAL or not event.fields["healthy"]:
+                continue
+            if (source := re.match(r"continue_from: shot (\S+) failed", event.fields["error"])) is not None:
+                causes = {row.fields["shot"] for row in rows if row.fields["status"] == "failed"} & {*history.chain(shot)}
+                if source[1] not in causes:
+                    yield f"run {driver.number}: {shot} failed with {source[1]}, which has not failed"
                 continue
             if history.flaw(shot) == "too_large" and not event.fields["large"]:
                 continue
@@ -275,6 +290,21 @@ def check_idle(world, history):
                 yield f"run {driver.number}: process {process.pid} was idle from {span}, with {others} calls on others"
 
 
+def check_breaker(world, history):
+    """A run stops soon after nearly all of its last shots have failed on every worker, unless they had failed before."""
+    before = set()
+    for driver in world.drivers:
+        rows = history.rows[driver.number]
+        poisoned = [row for row in rows if row.fields["status"] != "failed" or history.flaw(row.fields["shot"]) == "poison"]
+        new = [row for row in poisoned if row.fields["status"] in ("done", "failed") and row.fields["shot"] not in before]
+        fails = [row.fields["status"] == "failed" for row in new]
+        for n in range(BREAKER_FAILURES, len(fails) - ROWS_AFTER_BREAKER):
+            if sum(fails[max(0, n - BREAKER_SHOTS) : n]) >= BREAKER_FAILURES:
+                yield f"run {driver.number} went on after {sum(fails[:n])} of {n} shots had failed"
+                break
+        before |= {row.fields["shot"] for row in rows if row.fields["status"] == "failed"}
+
+
 def check_stop(world, history):
     """After a stop request, a run ends within its grace period."""
     for event in history.faults:
@@ -306,6 +336,7 @@ RULES = [
     check_rework,
     check_stall,
     check_idle,
+    check_breaker,
     check_stop,
     check_errors,
 ]

@@ -42,6 +42,7 @@ from vidgen_ray.engine.encoder import Encoder
 from vidgen_ray.engine.engine import OBJECT_STORE_SHARE
 from vidgen_ray.errors import OutOfMemory, StageError
 from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_length, stages_of
+from vidgen_ray.outputs.folder import LAST_FRAME
 from vidgen_ray.outputs.lease import REFRESH_S, Fence, Holder, Lease
 from vidgen_ray.outputs.records import FileRecord, ShotRecord
 from vidgen_ray.outputs.run_log import RunLabels
@@ -65,7 +66,19 @@ STORAGE_FAULTS = ("storage", "storage_hang", "storage_long", "disk_full")
 RUN_FAULTS = ("stop", "driver_kill", "driver_stop", "lease_lost")
 SICK = ("sick_worker", "sick_node")
 SHOT_FAULTS = ("poison", "refused", "too_large", "unlike")
-FAULTS = (*CALL_FAULTS, *WRONG_DATA, *LOAD_FAULTS, *TIMED_FAULTS, *STORAGE_FAULTS, *RUN_FAULTS, *SICK, *SHOT_FAULTS)
+SCRIPT_FAULTS = ("all_poison",)
+"""Nearly every shot fails on every worker: the circuit breaker must stop the run."""
+FAULTS = (
+    *CALL_FAULTS,
+    *WRONG_DATA,
+    *LOAD_FAULTS,
+    *TIMED_FAULTS,
+    *STORAGE_FAULTS,
+    *RUN_FAULTS,
+    *SICK,
+    *SHOT_FAULTS,
+    *SCRIPT_FAULTS,
+)
 SURVIVED = tuple(kind for kind in FAULTS if kind != "wrong_content")
 """Faults that cost no promise. Nothing finds wrong pixels of the right size under the right key."""
 FAULTY_S = 400.0
@@ -117,6 +130,8 @@ def frames_in(array):
 def expected_tags(plan):
     """Return artefact -> tag of the right results of a plan."""
     tags = {"photos": tag_of(plan.shot.face_image)}
+    if plan.shot.continue_from is not None:
+        tags["image"] = WORLD.last_frames[plan.shot.continue_from]
     for step in plan.steps:
         stage = STAGE_BY_NAME[step.stage]
         tag = tag_of(stage.name, plan.shot.prompt, plan.shot.seed, [tags[name] for name in used_inputs(stage, plan.shot, tags)])
@@ -203,8 +218,15 @@ class Storage:
         return self.respond() if self._world.outage == "hang" else f"storage: {self._world.outage}"
 
     def find_finished(self, plan, with_stages=False):
-        done = self._world.committed.get(plan.shot.id)
-        return done if done is not None and done.key == plan.key else None
+        done = self.find_by_id(plan.shot.id)
+        lacks = plan.keep_last_frame and done is not None and LAST_FRAME not in done.sha256
+        return done if done is not None and done.key == plan.key and not lacks else None
+
+    def find_by_id(self, shot_id):
+        return self._world.committed.get(shot_id)
+
+    def last_frame(self, done):
+        return frame_of(done.record().shot.id) if LAST_FRAME in done.sha256 else None
 
     @contextmanager
     def draft(self, plan):
@@ -226,7 +248,7 @@ class Draft:
     def written(self, name, array, scale=1):
         """Check an image or some frames of a clip."""
         self._outputs.write()
-        artefact = {"image.png": "image", "video.mp4": "frames", "hd.mp4": "hd_frames"}[name]
+        artefact = {"image.png": "image", "video.mp4": "frames", "hd.mp4": "hd_frames", LAST_FRAME: "frames"}[name]
         scale = self._plan.shot.scale if artefact == "hd_frames" else 1
         if (tag_in(array), array.shape[-3:]) != (self._expected[artefact], (SIDE_PX * scale, SIDE_PX * scale, 3)):
             self._wrong.append(artefact)
@@ -241,20 +263,30 @@ class Draft:
         if chunked_stages_of(plan.shot) and self._hd_frames != clip_length(plan.shot)[0]:
             self._wrong.append(f"{self._hd_frames} frames")
         self._outputs.fence.check(self._outputs.storage)
-        record = ShotRecord(
-            key=plan.key,
-            shot=plan.shot,
-            tries=plan.number,
-            likeness=None,
-            seeds={},
-            stages=tuple(records),
-            files={"image.png": FileRecord(sha256="0" * 64, bytes=1)},
-            software={},
-        )
+        record = record_of(plan, records)
         world.log("commit", call=world.current, shot=plan.shot.id, number=plan.number, wrong=self._wrong)
-        world.committed[plan.shot.id] = record.done
+        world.commit(plan, record)
         world.homes.pop(plan.shot.id, None)
         return record
+
+
+def record_of(plan, records=()):
+    names = ("image.png", *([LAST_FRAME] if plan.keep_last_frame else ()))
+    return ShotRecord(
+        key=plan.key,
+        shot=plan.shot,
+        tries=plan.number,
+        likeness=None,
+        seeds={},
+        stages=tuple(records),
+        files={name: FileRecord(sha256="0" * 64, bytes=1) for name in names},
+        software={},
+    )
+
+
+def frame_of(shot_id):
+    """Return the file with the last frame of a shot."""
+    return Path(f"/simulated/{shot_id}/{LAST_FRAME}")
 
 
 class Mp4:
@@ -348,7 +380,7 @@ class Driver:
         world, run, outputs = self.world, f"run-{self.number}", Storage(self.world, self.number)
         self.lease = Lease(outputs.url, LeaseFile(world, self.number), world.now)
         keeper = asyncio.ensure_future(self._refresh())
-        planner = SimpleNamespace(outputs=outputs, plan_shot=None, find=outputs.find_finished)
+        planner = SimpleNamespace(outputs=outputs, plan_shot=plan_of, find=outputs.find_finished)
         results = RunResults(outputs, labels_of(run), self.lease, Listener(), None, is_script=True)
         options = RenderOptions(address="simulated", cache="none", stages=STAGES, wait_storage_s=world.wait_storage_s)
         listener = Listener()
@@ -408,6 +440,10 @@ class World:
         """Number of the run that holds the lease of the output folder."""
         self.committed = {}
         """Id -> finished shot."""
+        self.last_frames = {}
+        """Id of a finished shot -> tag of its last frame."""
+        self.finished_before = set()
+        """Ids of shots that were finished before the first run, without their last frames."""
         self.down_until, self.outage = 0.0, "error"
         self.sick_encoder_node = None
         self.wait_storage_s = 1800.0
@@ -434,8 +470,9 @@ class World:
         return [{"NodeID": node.id, "Alive": not node.known_lost} for node in self.nodes]
 
     def failed_before(self, storage, run):
-        rows = {event.fields["shot"]: event.fields for event in self.history if event.kind == "row"}
-        return frozenset(shot for shot, row in rows.items() if row["status"] == "failed" and row["run"] != run)
+        earlier = (event.fields for event in self.history if event.kind == "row" and event.fields["run"] != run)
+        rows = {row["shot"]: row for row in earlier}
+        return frozenset(shot for shot, row in rows.items() if row["status"] == "failed")
 
     # The script
 
@@ -444,10 +481,15 @@ class World:
         for number in range(1, rng.randint(10, 28) + 1):
             fields = {"generate_video": rng.random() < 0.7, "upscale_video": rng.random() < 0.7}
             flaw = next((flaw for flaw in SHOT_FAULTS if flaw in self.kinds and rng.random() < 0.06), "")
+            source = rng.choice(lines)[1].shot if lines and self.local and not flaw and rng.random() < 0.15 else None
+            if "all_poison" in self.kinds and rng.random() < 0.97:
+                flaw, source = "poison", None
             prompt = f"shot {number}"
             if flaw:
                 prompt = f"{flaw} {rng.choice(('crash', 'hang', 'error'))} {number}"
-            if flaw == "unlike" or rng.random() < 0.3:
+            if source is not None and source.generate_video:
+                fields |= {"continue_from": source.id, "generate_video": True, "image": str(frame_of(source.id))}
+            elif flaw == "unlike" or rng.random() < 0.3:
                 photo = f"/photos/{rng.randint(0, 3)}.png"
                 fields |= {"face_image": photo, "consent": SYNTHETIC, "min_identity": 0.5, "retries": 2}
             elif rng.random() < 0.3:
@@ -466,11 +508,33 @@ class World:
             )
             line = Line(number, {}, script="s.jsonl", script_line=number, id=shot.id, shots=(shot,))
             lines.append((line, plan_of(shot)))
+            if source is not None and source.continue_from is None and source.min_identity is None and rng.random() < 0.2:
+                self._finish_before(source.id, lines)
         return lines
+
+    def _finish_before(self, shot_id, lines):
+        """Let a shot be finished before the first run, when no other shot needed its last frame."""
+        plan = next(plan for _, plan in lines if plan.shot.id == shot_id)
+        if plan.shot.generate_video and plan.shot.prompt.startswith("shot"):
+            self.finished_before.add(shot_id)
+            self.commit(plan, record_of(plan))
+
+    def commit(self, plan, record):
+        """Make a shot finished."""
+        self.committed[plan.shot.id] = record.done
+        if plan.shot.generate_video:
+            self.last_frames[plan.shot.id] = expected_tags(plan)["frames"]
 
     def planned(self, line):
         line, plan = line
+        if plan.shot.continue_from is not None:
+            return PlannedLine(line, (None,))
         return PlannedLine(line, (self.storage.find_finished(plan) or plan,))
+
+    def read_image(self, path, digest=None):
+        """Return an input: a photo, or the last frame of a finished shot."""
+        is_frame = path.name == LAST_FRAME
+        return image_of(self.last_frames[path.parent.name]) if is_frame else np.zeros((8, 8, 3), np.uint8)
 
     def likeness(self, shot):
         """Return the likeness of a shot: 0.9, or 0.1 for a third of the seeds, or for all of an `unlike` one."""
@@ -858,7 +922,7 @@ def plan_of(shot):
             for stage in stages_of(tried)
         )
         again = tuple(map(planned, range(2, shot.retries + 2))) if number == 1 and shot.min_identity is not None else ()
-        inputs = dict.fromkeys(photos, "0" * 64)
+        inputs = dict.fromkeys((*photos, *([tried.image] if tried.image else ())), "0" * 64)
         return ShotPlan(shot=tried, steps=steps, key=tag_of("shot", shot.id).hex(), number=number, inputs=inputs, again=again)
 
     return planned(1)
@@ -926,7 +990,7 @@ def patched(world):
             patch.setattr(module, "place_of_process", lambda: place_of(world.process), raising=False)
             patch.setattr(module, "activity_of_process", lambda: 0.0, raising=False)
         patch.setattr(step_runner.WeightsCheck, "before_load", lambda self, stages: None)
-        patch.setattr(step_runner, "read_image", lambda path, digest=None: np.zeros((8, 8, 3), np.uint8))
+        patch.setattr(step_runner, "read_image", world.read_image)
         patch.setattr(step_runner, "with_local_loras", lambda shot, inputs: shot)
         try:
             yield

@@ -6,8 +6,10 @@ import pytest
 
 from tests.chaos.history import check
 from tests.chaos.model import SURVIVED, simulate
+from vidgen_ray.batch import director
 from vidgen_ray.batch.director import Director
 from vidgen_ray.batch.results import RunResults
+from vidgen_ray.batch.shot_queue import ContinuedShots
 from vidgen_ray.engine import (
     actor_client,
     calls,
@@ -151,6 +153,9 @@ BROKEN = {
         "rework",
         lambda patch: (patch.setattr(slow_calls, "COPY_FACTOR", 0.0), patch.setattr(slow_calls, "MIN_SLOW_S", 0.01)),
     ),
+    "sick workers": ("fine", lambda patch: patch.setattr(retries, "_counting", list)),
+    "circuit breaker": ("breaker", lambda patch: patch.setattr(director, "BREAKER_FAILURES", 10**6)),
+    "chain of shots": ("one_row", lambda patch: patch.setattr(ContinuedShots, "failed", lambda *_: [])),
     "stop request": ("stop", lambda patch: patch.setattr(Director, "_watch_stop", ignore_stop)),
 }
 """Place -> rule that finds it if it is broken, and how it is broken."""

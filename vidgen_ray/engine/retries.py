@@ -136,7 +136,7 @@ async def run_with_retries(
                 if await storage_is_cause(failure):
                     continue
                 failure.kind = Kind.ERROR
-            failed.append(failure)
+            failed = [*_counting(failed), failure]
             observer.step_failed(failure.failure.stage, failure.failure.error)
             # A refusal, or several processes with one error: the shot seems to be the cause, until another process renders it.
             failure.forgiven = failure.kind is Kind.INPUT
@@ -148,7 +148,7 @@ async def run_with_retries(
             next_avoid = following(limit)
             if next_avoid is None and failure.kind is Kind.ERROR:
                 await evidence(failed)
-                failed = [each for each in failed if each.verdict is not Verdict.SICK]
+                failed = _counting(failed)
                 next_avoid = following(limit)
                 tried = {each.process.key for each in failed}
                 in_doubt = any(each.verdict is Verdict.OPEN for each in failed)
@@ -165,6 +165,11 @@ async def run_with_retries(
                     each.forgiven = False
                     blame(each)
             return result
+
+
+def _counting(failed: Sequence[AttemptFailed]) -> list[AttemptFailed]:
+    """Return the attempts that were not lost with a sick process."""
+    return [each for each in failed if each.verdict is not Verdict.SICK]
 
 
 def _next(failed: Sequence[AttemptFailed], candidates: Sequence[Candidate[P]], limit: int) -> frozenset[P] | None:
