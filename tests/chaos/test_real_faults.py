@@ -10,25 +10,52 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from tests.batch.faulty_stages import append, stages
 from tests.batch.test_batch import DONE, Events
-from tests.batch.test_health import MEMORY, ROOT, TWO_NODES, cluster, images, profile, run, second_node  # noqa: F401  # fixtures
-from tests.ray_workers import small_cluster
+from tests.batch.test_health import images, profile, run  # noqa: F401  # a fixture
+from tests.ray_workers import OWN_WORKERS, small_cluster
 from vidgen_ray.engine import actor_client
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.manifest import read_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster", "second_node")]
+ROOT = Path(__file__).parents[2]
+MEMORY = {"object_store_memory": 200 << 20}
+TWO_NODES = "2x2x80GB"
 WORK_S = 0.5
 """Simulated duration of a shot."""
 SILENT_S = 3.0
 STOPPED_S = 6.0
 """Seconds for which a node is stopped: longer than the deadline of a ping."""
 SHOTS = 24
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Cluster whose first node has two simulated GPUs."""
+    os.environ["PYTHONPATH"] = str(ROOT)
+    cluster = small_cluster(num_cpus=12, num_gpus=2, **MEMORY)
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+    os.environ.pop("PYTHONPATH")
+
+
+@pytest.fixture
+def second_node(cluster):
+    """Node with two more GPUs."""
+    added = cluster.add_node(num_cpus=12, num_gpus=2, **MEMORY, **OWN_WORKERS)
+    cluster.wait_for_nodes()
+    yield added
+    if added in cluster.worker_nodes:
+        cluster.remove_node(added)
 
 
 class Disturbed(Events):
@@ -157,7 +184,7 @@ def wait_for_shots(driver, out, count):
         time.sleep(0.02)  # polls: files do not send events
 
 
-def test_lost_head_ends_the_run_and_the_next_one_resumes(cluster, second_node, tmp_path):  # noqa: F811
+def test_lost_head_ends_the_run_and_the_next_one_resumes(cluster, second_node, tmp_path):
     (tmp_path / "s.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in images(SHOTS)))
     environment = {**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "2", "RAY_BACKEND_LOG_LEVEL": "error"}
     other = small_cluster(num_cpus=8, num_gpus=2, **MEMORY)
