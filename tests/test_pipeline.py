@@ -202,13 +202,6 @@ def plan(tiny, make_shot):
     return ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
 
 
-def test_uncommitted_draft_leaves_no_files(tmp_path, plan):
-    outputs = OutputFolder(tmp_path)
-    with outputs.draft(plan) as draft:
-        draft.path("image.png").write_bytes(b"1")
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
-
-
 def test_new_render_replaces_all_files_of_the_id(tmp_path, plan):
     outputs = OutputFolder(tmp_path)
     for names in (("image.png", "video.mp4"), ("image.png",)):

@@ -215,8 +215,10 @@ def test_sigterm_ends_the_command_after_the_shots_in_progress_and_it_can_be_resu
     assert "Run the same command to resume." in output.err
     done = json.loads(output.out)["done"]
     assert 1 <= done == len(list((tmp_path / "out").glob(DONE))) < 6
+    before = digests(tmp_path / "out")
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["skipped"] == done
+    assert before.items() < digests(tmp_path / "out").items()
     assert not list(tmp_path.rglob(".tmp-*"))
 
 

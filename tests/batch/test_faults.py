@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 import ray
 
-from tests.batch.test_batch import Events, digests
+from tests.batch.test_batch import Events
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES, fake_likeness, profile_of_fakes
 from vidgen_ray.batch.line_planner import remaining_lines
@@ -95,11 +95,6 @@ def test_workers_keep_their_gpus_after_all_processes_were_killed(tmp_path, profi
     assert sorted(gpu for gpus in by_slot.values() for gpu in gpus) == ["0", "1"], "each slot has one GPU of its own"
 
 
-def test_models_that_do_not_fit_together_are_swapped(tmp_path, profile):
-    report, _rows = render_lines(tmp_path, profile, shots(20), gpus="2x48GB")
-    assert (report.done, report.layout) == (20, "hybrid")
-
-
 def test_failing_lines_do_not_affect_other_lines_and_transient_failures_are_retried(tmp_path, profile):
     failing = {
         "raises": ("raise", "RuntimeError", 3),
@@ -129,15 +124,6 @@ def test_image_that_crashes_encoders_does_not_affect_other_shots(tmp_path, profi
     assert (report.done, report.failed) == (5, 1), {row.id: row.failure_message for row in rows.values()}
     row = rows["bad"]
     assert (row.failure_stage, row.failure_error, row.failure_attempts) == ("output", "WorkerDied", 3)
-
-
-def test_write_errors_are_retried(tmp_path, profile):
-    place = tmp_path / "out" / shot_path("s01")
-    place.parent.mkdir(parents=True)
-    place.touch()
-    report, rows = render_lines(tmp_path, profile, shots(3), gpus=ONE_GPU)
-    assert (report.done, report.failed) == (2, 1)
-    assert (rows["s01"].failure_stage, rows["s01"].failure_attempts) == ("output", 3)
 
 
 def test_lines_after_the_first_ones_stream_through_ray_data(in_process, tmp_path, profile, monkeypatch):
@@ -240,22 +226,6 @@ def test_run_that_loses_its_lease_stops_and_its_encoders_commit_nothing(tmp_path
         render_lines(tmp_path, profile, shots(200), Events(take_over))
     assert len(list(out.glob("shots/*/*/shot.json"))) < 100
     assert not (out / "run.json").exists()
-
-
-def test_stopped_run_finishes_started_shots_and_can_be_resumed(in_process, tmp_path, profile):
-    stop = threading.Event()
-    report, rows = render_lines(tmp_path, profile, shots(60), Events(stop.set), stop=stop)
-    assert report.failed == 0
-    assert report.done >= 1
-    assert report.left >= 1
-    assert report.done + report.left == 60
-    done = {row.id for row in rows.values() if row.status == "done"}
-    assert len(done) == report.done == len(list((tmp_path / "out").glob("shots/*/*/shot.json")))
-    first = digests(tmp_path / "out")
-    second, _ = render_lines(tmp_path, profile, shots(60))
-    assert (second.skipped, second.done) == (report.done, report.left)
-    after = digests(tmp_path / "out")
-    assert {name: after[name] for name in first} == first
 
 
 def test_run_resumed_by_another_version_mixes_no_results(in_process, tmp_path, profile, monkeypatch):

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from starlette.testclient import TestClient
 from tests.online.directors import LOCAL, local_server
 from tests.online.test_api_limits import png
 from tests.online.test_api_videos import ended, error_of, made
-from vidgen_ray.online import previews
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.system.cache_dir import sha256_of
@@ -121,17 +119,6 @@ def test_variants_return_image_thumbnail_and_spritesheet(client, clip):
     assert Image.open(io.BytesIO(content(client, clip, "thumbnail").content)).format == "WEBP"
     assert Image.open(io.BytesIO(content(client, clip, "spritesheet").content)).size == (2 * 160, 160)
     assert error_of(content(client, clip, "hologram"), 400)["param"] == "variant"
-
-
-def test_preview_is_made_once_for_all_requests_at_the_same_time(client, clip, monkeypatch):
-    made = []
-    monkeypatch.setattr(previews, "_spritesheet", lambda tiles: made.append(tiles) or b"sheet")
-    previews.encode_preview.cache_clear()
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: content(client, clip, "spritesheet").content, range(8)))
-    assert answers == [b"sheet"] * 8
-    assert len(made) == 1
-    assert all(max(tile.size) <= previews.TILE_PX for tile in made[0]), "frames are shrunk while they are decoded"
 
 
 def test_deleted_files_return_404_expired(client, server):

@@ -13,7 +13,7 @@ from vidgen_ray.online import webhooks as webhooks_module
 from vidgen_ray.online.http_fetch import BlockedUrl, ImageFetcher, PublicHttpClient, UnreachableUrl, check_address, parse_url
 from vidgen_ray.online.server_settings import OnlineSettings, Webhooks
 from vidgen_ray.online.store.store import JobStore
-from vidgen_ray.online.webhooks import WebhookSender, backoff_s
+from vidgen_ray.online.webhooks import WebhookSender
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -268,12 +268,6 @@ def test_failing_webhook_does_not_delay_others(site, tmp_path):
     site.responses = {"/down": (500, {}, b""), "/up": (204, {}, b"")}
     assert WebhookSender(webhooks, store.outbox).deliver_due() == 3
     assert sorted(path for path, _, _ in site.requests) == ["/down"] + ["/up"] * 3
-
-
-def test_backoff_grows_to_one_hour():
-    assert 5 <= backoff_s(1) <= 10
-    assert backoff_s(1) < backoff_s(4) < backoff_s(8)
-    assert backoff_s(50) <= 3600
 
 
 def test_webhook_with_a_tenant_receives_only_its_jobs():

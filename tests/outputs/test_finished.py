@@ -1,7 +1,6 @@
 """Finished shots found from the manifest, and ids that belong to another script."""
 
 import pickle
-from collections import Counter
 
 import pytest
 
@@ -10,7 +9,6 @@ from vidgen_ray.licences import UsedWeights
 from vidgen_ray.outputs import manifest
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import FinishedShots, ManifestRow
-from vidgen_ray.outputs.object_storage import ObjectStorage
 from vidgen_ray.shot import derive_id
 
 RUNS = [f"00000{number}-abc" for number in range(1, 6)]
@@ -153,23 +151,6 @@ def test_shot_of_a_writer_without_rows_is_not_hidden_by_an_older_row(outputs, pl
     with manifest.shot_without_row(outputs.storage):
         commit(outputs, new)
     assert found(outputs, row_plan, new) == [False, True]
-
-
-def test_object_store_lists_shards_instead_of_reading_new_shots(in_store, plan_of, monkeypatch):
-    calls = Counter()
-    for name in ("read", "folders"):
-        original = getattr(ObjectStorage, name)
-
-        def counted(self, path, name=name, original=original):
-            calls[name] += 1
-            return original(self, path)
-
-        monkeypatch.setattr(ObjectStorage, name, counted)
-    commit(in_store, plan_of("there"))
-    calls.clear()
-    assert found(in_store, *(plan_of(f"new{number}") for number in range(60))) == [False] * 60
-    assert calls["folders"] <= 2
-    assert calls["read"] == 0
 
 
 def test_id_of_another_script_is_owned_unless_the_key_is_the_same(outputs, plan_of):

@@ -115,18 +115,10 @@ def test_profile_may_not_require_consent(read):
     assert read({"prompt": "a", "face_image": "me.jpg"}, policy=ContentPolicy(require_consent=False)).shots[0].consent is None
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("subject=A,basis=no", "--consent: consent.basis: got 'no', must be 'self', 'written'"),
-        ("basis=self", "--consent: consent.subject: got nothing, this field is required"),
-        ("me", "--consent: consent: got 'me', must be written as subject="),
-    ],
-)
-def test_invalid_option_is_a_usage_error(read, tmp_path, capsys, option, message):
+def test_invalid_option_is_a_usage_error(read, tmp_path, capsys):
     read({"prompt": "a", "face_image": "me.jpg"})
     script = str(tmp_path / "s.jsonl")
-    assert main(["validate", script, "--consent", option]) == 2
-    assert message in capsys.readouterr().err
+    assert main(["validate", script, "--consent", "subject=A,basis=no"]) == 2
+    assert "--consent: consent.basis: got 'no', must be 'self', 'written'" in capsys.readouterr().err
     assert main(["validate", script]) == 3
     assert main(["validate", script, "--consent", "subject=Anna,basis=written"]) == 0

