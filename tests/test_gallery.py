@@ -49,6 +49,10 @@ def out(tmp_path):
             "id": shot_id,
             "prompt": f"a portrait of {shot_id}",
             "lora": [{"path": f"/x/{shot_id}.safetensors", "weight": 1.0}],
+            "steps": {"flux": 4, "lora": 6, "hunyuan": 8, "klein": None},
+            "width": 128,
+            "height": 64,
+            "scale": 2,
             "fps": 5,
         }
         (folder / "shot.json").write_text(json.dumps({"shot": shot, "files": {"image.png": {}, "base.png": {}}}))
@@ -59,7 +63,7 @@ def out(tmp_path):
             "clip_likeness_worst": 0.1 * number,
             "frames_without_face": 0,
         }
-        size = {"width": 128, "height": 72, "num_frames": 3, "fps": 5, "seconds": 1.0 * number}
+        size = {"width": 128, "height": 64, "num_frames": 3, "fps": 5, "duration_s": 0.6, "seconds": 1.0 * number}
         metadata = json.dumps({"character": shot_id, "style": "noir"})
         rows.append(row(shot_id, number, prompt=shot["prompt"], metadata=metadata, **files, **likeness, **size))
     (tmp_path / "manifest").mkdir()
@@ -70,7 +74,7 @@ def out(tmp_path):
 
 
 def cards(page):
-    return page.locator("article .id").all_inner_texts()
+    return page.locator("#cards h2").all_inner_texts()
 
 
 def test_gallery_opens_from_disk_and_filters(out):
@@ -99,17 +103,56 @@ def test_detail_shows_clip_images_settings_and_reason(out):
         page.hover("article >> nth=1")
         page.wait_for_function("document.querySelector('article video')?.readyState >= 2")
         page.click("article >> nth=0")
-        assert "instantid: no face found" in page.locator("dialog dd.failed").inner_text()
+        assert page.locator("dialog dd.reason").inner_text() == "instantid: no face found"
         page.keyboard.press("ArrowRight")
         assert page.locator("dialog h2").inner_text() == "ada"
         assert page.locator("dialog figcaption").all_inner_texts() == ["base", "image"]
         page.wait_for_function("[...document.querySelectorAll('dialog .chain img')].every(image => image.naturalWidth === 128)")
-        assert "face 0.50, clip 0.40, worst 0.10" in page.locator("dialog dl").inner_text()
+        settings = dict(row.split("\n") for row in page.locator("dialog dl > div").all_inner_texts())
+        assert settings["Likeness"] == "face 0.50, clip 0.40, worst 0.10"
+        assert (settings["Length"], settings["Rendered in"], settings["Size"]) == ("0.6 s", "1 s", "256 × 128")
+        assert (settings["LoRA"], settings["Steps"]) == ("ada, weight 1", "Base image 4, LoRA 6")
         page.click("text=Copy as script line")
         line = json.loads(page.locator("dialog textarea").input_value())
         assert (line["id"], line["prompt"], line["lora"][0]["path"]) == ("ada", "a portrait of ada", "/x/ada.safetensors")
+        assert line["steps"] == {"flux": 4, "lora": 6, "hunyuan": 8}
         page.keyboard.press("Escape")
         assert page.locator("dialog[open]").count() == 0
+
+
+def swept(number, seed, lora, scale, **columns):
+    """Return the row of a shot of a matrix."""
+    matrix = {"seed": seed, "lora": f"runs/{lora}/lora.safetensors", "scale": scale}
+    shot_id = f"a-very-long-name-of-a-boat-in-the-evening-sun-{seed}-{lora}-{scale}"
+    return row(shot_id, 1, prompt="a boat", metadata=json.dumps({"matrix": matrix}), seconds=float(number), **columns)
+
+
+def test_matrix_is_shown_in_order_and_as_a_grid(tmp_path):
+    shots = [(seed, lora, scale) for seed in (2, 10) for lora in ("step-500", "step-1000") for scale in (2, 4)]
+    rows = [swept(number, *shot) for number, shot in enumerate(shots, start=1)]
+    rows[0] |= {"frames_without_face": 0, "image_likeness": 0.5}
+    rows[1] |= {"frames_without_face": 0, "image_likeness": 0.25}
+    (tmp_path / "manifest").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows[::-1], schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
+    page_file = write_gallery(tmp_path)
+    with browser_page(1366, 768) as page:
+        page.goto(page_file.as_uri())
+        assert cards(page) == ["…2", "…4"] * 4
+        assert page.locator("#cards .facts").nth(0).inner_text().split("\n") == ["seed 2", "LoRA step-500/lora", "scale 2"]
+        page.select_option("select[name=columns]", "seed")
+        assert page.locator("#grid td article").count() == 8
+        page.select_option("select[name=rows]", "lora")
+        page.select_option("select[name='axis:scale']", "4")
+        headings = [heading.split("\n") for heading in page.locator("#grid th").all_inner_texts()]
+        assert [heading[0] for heading in headings] == ["seed 2", "seed 10", "LoRA step-500/lora", "LoRA step-1000/lora"]
+        # Means of the second and fourth shot, and of the second and sixth one.
+        assert "rendered in 3.0 s" in headings[0]
+        assert "rendered in 4.0 s" in headings[2]
+        page.select_option("select[name='axis:scale']", "")
+        assert "likeness 0.38" in page.locator("#grid th").nth(0).inner_text()
+        page.select_option("select[name='axis:scale']", "4")
+        page.locator("#grid article").nth(3).click()
+        assert page.locator("dialog h2").inner_text() == rows[7]["id"]
 
 
 def test_gallery_links_the_films_of_the_folder(tmp_path):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import heapq
 import json
 import os
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image as PILImage
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
@@ -28,14 +30,16 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Respon
 from starlette.routing import Route
 
 from vidgen_ray.errors import SetupError, UsageError
-from vidgen_ray.graph import STAGES
+from vidgen_ray.graph import STAGES, file_sizes
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
 from vidgen_ray.outputs.manifest import REPLACED, manifest_batches
 from vidgen_ray.outputs.manifest_writer import FILE as FAILURES
 from vidgen_ray.outputs.records import RECORD, SHOTS
 from vidgen_ray.outputs.run_log import read_status
 from vidgen_ray.outputs.storage import Storage, storage_at
-from vidgen_ray.shot import Shot
+from vidgen_ray.report.shot_text import DEFAULTS, duration_text, length_text, settings_text, short_names, size_text, value_text
+from vidgen_ray.script.expansion import MATRIX
+from vidgen_ray.shot import NESTED_FIELDS, Shot
 from vidgen_ray.stages.likeness import sampled_frames
 
 MAX_SHOTS = 10_000
@@ -43,14 +47,15 @@ MAX_SHOTS = 10_000
 _KEPT = (stage.debug_file for stage in STAGES if stage.debug_file and stage.debug_file.endswith(".png"))
 CHAIN = (*dict.fromkeys(_KEPT), "image.png")
 """Images of a shot, in the order in which the stages make them. The first ones exist with `--keep stages`."""
-DEFAULTS = {name: field.get_default(call_default_factory=True) for name, field in Shot.model_fields.items()}
+LABELS = ("character", "style", "scene")
+"""Names in the metadata of a line that the gallery shows."""
 
 
 class GalleryRows(NamedTuple):
     """Rows and counts of a gallery."""
 
     rows: list[dict[str, Any]]
-    """Failures first, then in the order of the script."""
+    """Failures first, then in the order of the script. The shots of a `matrix` are in the order of its values."""
     counts: dict[str, int]
     """Status -> number of shots, including those that are not shown."""
 
@@ -62,35 +67,71 @@ def gallery_rows(storage: Storage, limit: int = MAX_SHOTS) -> GalleryRows:
     for batch in manifest_batches(storage):
         counts.update(batch.column("status").to_pylist())
         rows = [row for row in batch.to_pylist() if row["status"] != REPLACED]
+        for row in rows:
+            row["metadata"] = _object(row["metadata"])
         chosen = heapq.nsmallest(limit, [*chosen, *rows], key=_order)
     failed_fields = _failed_fields(storage, {row["id"] for row in chosen if row["status"] == "failed"})
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as reading:
-        return GalleryRows(list(reading.map(lambda row: _row(storage, row, failed_fields), chosen)), dict(counts))
+        shown = list(reading.map(lambda row: _row(storage, row, failed_fields), chosen))
+    _shorten_names(shown)
+    return GalleryRows(shown, dict(counts))
 
 
-def _order(row: Mapping[str, Any]) -> tuple[bool, str, int]:
-    return row["status"] != "failed", row["script"], row["line"] or 0
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    values = [*_axes(row).values(), row["id"]]
+    return row["status"] != "failed", row["script"], row["line"] or 0, [_natural(text) for text in values]
+
+
+def _natural(text: str) -> list[tuple[bool, float, str]]:
+    """Return a key that sorts numbers in texts by their value."""
+    return [(part.isdecimal(), float(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", text)]
+
+
+def _axes(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the values of a line's `matrix` by field."""
+    matrix = row["metadata"].get(MATRIX)
+    return {name: value_text(value) for name, value in matrix.items()} if isinstance(matrix, dict) else {}
 
 
 def _row(storage: Storage, row: Mapping[str, Any], failed_fields: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    shown = {name: row[name] for name in ("id", "script", "line", "status", "prompt", "width", "height", "num_frames", "fps")}
-    shown |= {name: row[name] for name in ("image", "video", "hd_video", "seconds", "seed", "mode")}
-    shown |= {"likeness": _likeness(row), "likeness_text": likeness_text(row)}
-    metadata = _object(row["metadata"])
-    shown |= {name: str(metadata[name]) for name in ("character", "style", "scene", "caption") if metadata.get(name)}
+    shown = {name: row[name] for name in ("id", "status", "prompt", "image", "video", "hd_video", "seconds")}
+    shown |= {name: str(row["metadata"][name]) for name in LABELS if row["metadata"].get(name)}
+    place = f"{row['script']}, line {row['line']}" if row["line"] else row["script"]
+    shown |= {"place": place, "axes": _axes(row), "likeness": _likeness(row)}
+    size = (row["hd_width"] or row["width"], row["hd_height"] or row["height"])
+    shown["aspect"] = size[0] / size[1] if size[0] and size[1] else None
+    about = {"Prompt": row["prompt"], "Script": place, "Scene": shown.get("scene"), "Caption": row["metadata"].get("caption")}
     if row["status"] == "failed":
         shown["failure"] = f"{row['failure_stage']}: {row['failure_message']}"
-        fields = failed_fields.get(row["id"], {})
+        details = _Details.of({}, failed_fields.get(row["id"], {}))
     else:
         folder = str(PurePosixPath(row["image"]).parent) if row["image"] else ""
-        record = _record(storage, folder, row["ended_at"]) if folder else {}
-        files = record.get("files") or {}
-        shown["chain"] = [f"{folder}/{name}" for name in CHAIN if name in files]
-        fields = record.get("shot") or {}
-    fields = {name: value for name, value in fields.items() if value != DEFAULTS.get(name) and value not in (None, [], {})}
-    shown["fields"] = fields
-    shown["loras"] = [PurePosixPath(lora["path"]).stem for lora in fields.get("lora") or () if isinstance(lora, dict)]
+        details = _details(storage, folder, row["ended_at"]) if folder else _Details()
+        length = length_text(row["duration_s"]) if row["duration_s"] else None
+        worst = shown["likeness"]
+        likeness = None if worst is None else "no face found" if worst < -0.99 else f"likeness {worst:.2f}"
+        shown["facts"] = [part for part in (length, size_text(*size) if size[0] else None, likeness) if part]
+        about |= {"Length": length, "Likeness": likeness_text(row)}
+        about["Rendered in"] = duration_text(row["seconds"]) if row["seconds"] is not None else None
+    about = {name: text for name, text in about.items() if text}
+    shown |= {"chain": details.chain, "fields": details.fields, "loras": details.loras}
+    shown["settings"] = [*about.items(), *details.settings]
     return {name: value for name, value in shown.items() if value not in (None, [], {})}
+
+
+def _shorten_names(rows: Sequence[dict[str, Any]]) -> None:
+    """Replace the paths of LoRAs and of other files in filters and axes by short names."""
+    texts: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        texts["loras"].update(row.get("loras", ()))
+        for name, text in row.get("axes", {}).items():
+            texts[name].add(text)
+    names = {name: short_names(each) for name, each in texts.items()}
+    for row in rows:
+        if "loras" in row:
+            row["loras"] = [names["loras"][path] for path in row["loras"]]
+        if "axes" in row:
+            row["axes"] = {name: names[name][text] for name, text in row["axes"].items()}
 
 
 def _likeness(row: Mapping[str, Any]) -> float | None:
@@ -115,10 +156,36 @@ def likeness_text(row: Mapping[str, Any]) -> str | None:
     return f"{text}; {missing} of {len(sampled_frames(row['num_frames']))} frames without a face" if missing else text
 
 
+class _Details(NamedTuple):
+    """What the record of a shot adds to its row."""
+
+    chain: Sequence[str] = ()
+    """Images of its stages."""
+    fields: Mapping[str, Any] = {}
+    """Fields that differ from the defaults, for a script line."""
+    loras: Sequence[str] = ()
+    settings: Sequence[tuple[str, str]] = ()
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], fields: Mapping[str, Any], folder: str = "") -> _Details:
+        chain = [f"{folder}/{name}" for name in CHAIN if name in (record.get("files") or {})]
+        own = {name: value for name, value in fields.items() if value != DEFAULTS.get(name) and value not in (None, [], {})}
+        own |= {
+            name: {key: each for key, each in own[name].items() if each is not None} for name in NESTED_FIELDS if name in own
+        }
+        try:
+            shot = Shot.model_validate(fields)
+        except ValidationError:  # a rejected line
+            return cls(chain, own)
+        paths = [lora.path for lora in shot.all_loras]
+        return cls(chain, own, paths, list(settings_text(shot, list(file_sizes(shot).values())[-1], short_names(paths))))
+
+
 @lru_cache(MAX_SHOTS)
-def _record(storage: Storage, folder: str, ended_at: datetime) -> dict[str, Any]:
-    """Return the content of shot.json. `ended_at` of the row tells the records of a shot apart, for `vidgen watch`."""
-    return _object(storage.read(f"{folder}/{RECORD}") or b"{}")
+def _details(storage: Storage, folder: str, ended_at: datetime) -> _Details:
+    """Read shot.json. `ended_at` of the row tells the records of a shot apart, for `vidgen watch`."""
+    record = _object(storage.read(f"{folder}/{RECORD}") or b"{}")
+    return _Details.of(record, record.get("shot") or {}, folder)
 
 
 def _failed_fields(storage: Storage, ids: set[str]) -> dict[str, dict[str, Any]]:
@@ -245,11 +312,20 @@ def film_names(storage: Storage) -> list[str]:
     return sorted(name for name in storage.files("") if name.endswith(FILM_SUFFIX) and not name.startswith("."))
 
 
+LOOK = "look/look.css", "look/clips.js"
+"""Stylesheet and script that the gallery shares with the server's page."""
+
+
 def page_of(data: Mapping[str, Any]) -> str:
     """Return the page that shows the data, one HTML file with style and script."""
     environment = Environment(loader=PackageLoader("vidgen_ray.report", "."), autoescape=True)
-    script = Markup(environment.loader.get_source(environment, "gallery.js")[0])  # type: ignore[union-attr]  # own file
-    return environment.get_template("gallery.html").render(data=data, total=data["total"], script=script)
+    # The axes of a matrix keep their order.
+    environment.policies["json.dumps_kwargs"] = {}
+    style, shared, own = (
+        Markup(environment.loader.get_source(environment, name)[0])  # type: ignore[union-attr]  # own files
+        for name in (*LOOK, "gallery.js")
+    )
+    return environment.get_template("gallery.html").render(data=data, style=style, script=shared + own)
 
 
 REFRESH_S, STORE_REFRESH_S = 3, 15

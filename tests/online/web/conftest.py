@@ -215,3 +215,10 @@ def generate(page: Any, prompt: str) -> None:
 
 def cards(page: Any, list_id: str) -> Any:
     return page.locator(f"#{list_id} > li")
+
+
+def open_menu(page: Any, title: str) -> Any:
+    """Open the actions of an ended job's card. Returns the card."""
+    card = page.locator("#clips > li").filter(has=page.get_by_role("heading", name=title, exact=True)).first
+    card.locator(".menu > summary").click()
+    return card

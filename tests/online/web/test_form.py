@@ -8,7 +8,7 @@ import pytest
 from PIL import Image as PILImage
 
 from tests.conftest import ASTRONAUT
-from tests.online.web.conftest import QuickPipeline, cards, generate, playwright
+from tests.online.web.conftest import QuickPipeline, cards, generate, open_menu, playwright
 from vidgen_ray.online.store.jobs import JobKind
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.safety import Consent
@@ -54,8 +54,8 @@ def test_form_values_reach_the_job_and_its_card(site, open_page):
     page.get_by_role("button", name="Add LoRA").click()
     page.get_by_label("LoRA", exact=True).nth(1).select_option("wash")
     page.get_by_label("Style").fill("watercolour")
-    page.get_by_label("Negative prompt").fill("blurry")
     page.get_by_text("Advanced:").click()
+    page.get_by_label("Negative prompt").fill("blurry")
     group = page.get_by_role("group", name="Base image")
     group.get_by_label("Steps").fill("3")
     group.get_by_label("Guidance (CFG)").fill("4.5")
@@ -78,6 +78,7 @@ def test_form_values_reach_the_job_and_its_card(site, open_page):
     assert shot.steps.svd == 2, "the profile's default"
     assert [lora.weight for lora in shot.lora] == [0.5, 1]
     assert shot.face_image
+    card.locator(".menu > summary").click()
     card.get_by_text("Settings of").click()
     settings = dict(zip(card.locator("dt").all_text_contents(), card.locator("dd").all_text_contents(), strict=True))
     assert (settings["Size"], settings["Drawn at"]) == ("256 × 128", "128 × 64, upscaled 2 times")
@@ -101,6 +102,20 @@ def test_found_face_is_drawn_on_the_photo(new_site, with_real_faces, open_page, 
     page.get_by_label("Photos").set_input_files(grey)
     expect(page.locator("#photo-error")).to_have_text(re.compile(r"grey\.png: No face found; use a photo"))
     expect(page.get_by_label("Use this photo")).to_have_count(1)
+    page.locator("#photo-tray").evaluate("tray => tray.replaceChildren()")
+    with PILImage.open(ASTRONAUT) as photo:
+        pair = PILImage.new("RGB", (2 * photo.width, photo.height))
+        pair.paste(photo, (0, 0))
+        pair.paste(photo.resize((photo.width * 3 // 4, photo.height * 3 // 4)), (photo.width, 0))
+    pair.save(grey)
+    page.get_by_label("Photos").set_input_files(grey)
+    faces, index = page.locator("#photo-tray button"), page.locator("[name=face_index]")
+    expect(faces.first).to_have_attribute("aria-pressed", "true")
+    page.locator("#photo-tray rect").nth(1).click()
+    expect(faces.nth(1)).to_have_attribute("aria-pressed", "true")
+    expect(index).to_have_value("1")
+    faces.first.click()
+    expect(index).to_have_value("")
     open_page.messages[:] = [text for text in open_page.messages if "400" not in text]
 
 
@@ -133,7 +148,7 @@ def test_photo_is_saved_as_character(site, open_page):
     second, first = site.jobs()
     assert second.shot.face_image == first.shot.face_image
     page.get_by_role("button", name="Cancel a new character").click()
-    page.get_by_role("link", name="Try again (a new character)").click()
+    open_menu(page, "a new character").get_by_role("link", name="Try again").click()
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a new character")
     expect(page.get_by_label("Saved character").locator("option:checked")).to_have_text("Eileen")
 
@@ -163,7 +178,7 @@ def test_photo_of_a_person_needs_a_consent(site, open_page, tmp_path):
     consent = Consent(subject="Anna Ek", basis="written", reference="release-12.pdf")
     assert [job.shot.consent for job in site.jobs()] == [consent, consent]
     page.get_by_role("button", name="Cancel a person").click()
-    page.get_by_role("link", name="Try again (a person)").click()
+    open_menu(page, "a person").get_by_role("link", name="Try again").click()
     expect(page.get_by_label("Saved character").locator("option:checked")).to_have_text("Anna")
     open_page.messages[:] = [text for text in open_page.messages if "400" not in text]
 
@@ -202,7 +217,7 @@ def test_start_image_is_chosen_dropped_pasted_or_taken_from_a_clip(site, open_pa
     assert len({job.shot.image for job in jobs}) == 1
     assert Path(jobs[0].shot.image).read_bytes() == bytes(content)
     assert not any(job.shot.face_image for job in jobs)
-    card = cards(page, "clips").first
+    card = open_menu(page, "pasted")
     card.get_by_text("Settings of").click()
     card.get_by_role("button", name="Use as start image").click()
     expect(page.locator("#announcements")).to_have_text("image.png: start image set")
@@ -246,7 +261,7 @@ def test_seed_is_random_until_it_is_locked(site, open_page):
     site.wait_for_jobs(3)
     expect(page.locator("#clips video")).to_have_count(3)
     assert site.jobs()[0].shot.seed != first
-    card = cards(page, "clips").last
+    card = open_menu(page, "one")
     card.get_by_text("Settings of").click()
     card.get_by_role("button", name="Use seed").click()
     expect(seed).to_have_value(str(first))
@@ -273,16 +288,16 @@ def test_try_again_fills_the_form_without_a_reload(site, open_page):
     page.get_by_label("Frames", exact=True).fill("2")
     page.get_by_label("Seed").fill("77")
     page.get_by_label("Size").select_option("480x832")
-    page.get_by_label("Upscale", exact=True).select_option("2")
     page.get_by_label("LoRA", exact=True).select_option("wash")
     page.get_by_text("Advanced:").click()
+    page.get_by_label("Upscale", exact=True).select_option("2")
     page.get_by_role("group", name="Video").get_by_label("Motion").fill("20")
     page.get_by_label("Fast").check()
     generate(page, "a portrait")
     page.get_by_role("button", name="Cancel a portrait").click()
     page.evaluate("window.same = true")
     page.get_by_label("Prompt", exact=True).fill("something else")
-    page.get_by_role("link", name="Try again (a portrait)").click()
+    open_menu(page, "a portrait").get_by_role("link", name="Try again").click()
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a portrait")
     expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
     expect(page.get_by_label("Seed")).to_have_value("")
@@ -305,7 +320,7 @@ def test_clip_is_continued_with_its_last_frame(site, open_page, grey):
     # files of the clip, so this comes before a page loads them.
     site.pipeline.generate_video("stops", continue_from=first.shot_id, seed=1, upscale_video=False, num_frames=2)
     page = open_page(site.url)
-    page.get_by_role("link", name="Continue walks to the door").click()
+    open_menu(page, "walks to the door").get_by_role("link", name="Continue").click()
     source = page.get_by_label("Last frame of “walks to the door”")
     expect(source).to_be_checked()
     page.get_by_label("Image", exact=True).check()
@@ -318,7 +333,7 @@ def test_clip_is_continued_with_its_last_frame(site, open_page, grey):
     assert (second.prompt, second.continue_from) == ("opens the door", first.id)
     assert Path(second.image).parent.name == first.shot_id
     page.get_by_label("Prompt", exact=True).fill("something else")
-    page.get_by_role("link", name="More like this (opens the door)").click()
+    open_menu(page, "opens the door").get_by_role("link", name="More like this").click()
     # The new form has arrived. Without this line the image could be put into the old one.
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("opens the door")
     expect(source).to_be_checked()
@@ -380,8 +395,7 @@ def test_clip_is_created_and_deleted_by_keyboard(site, open_page):
         page.keyboard.press("Tab")
     assert focus_order == [
         "Skip to the gallery", "vidgen", "API", "prompt", "generate_video", "mode", "Settings", "image", "photo", "lora",
-        "lora_weight", "add-lora", "style_prompt", "size", "scale", "num_frames", "fps", "seed", "lock-seed", "negative_prompt",
-        "Advanced: steps, guidance, strengths", "n",
+        "style_prompt", "size", "num_frames", "fps", "seed", "lock-seed", "Advanced: upscaling, steps, guidance", "n",
     ]  # fmt: skip
     page.get_by_label("Prompt", exact=True).focus()
     page.keyboard.press("Control+Enter")
@@ -390,6 +404,8 @@ def test_clip_is_created_and_deleted_by_keyboard(site, open_page):
     job = site.jobs()[0]
     assert (job.shot.prompt, job.shot.mode) == ("by keyboard", "fast")
     page.locator("h3", has_text="by keyboard").focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
     for _ in range(9):
         page.keyboard.press("Tab")
         if page.evaluate(f"{focused}.textContent").startswith("Delete"):

@@ -5,7 +5,7 @@ import zipfile
 
 import httpx
 
-from tests.online.web.conftest import cards, generate, playwright
+from tests.online.web.conftest import cards, generate, open_menu, playwright
 from vidgen_ray.online.store.jobs import JobState
 
 expect = playwright.expect
@@ -102,7 +102,7 @@ def test_delete_asks_for_confirmation(site, open_page):
     site.add("one")
     site.add("two")
     page = open_page(site.url)
-    card = cards(page, "clips").first
+    card = open_menu(page, "two")
     assert not card.get_by_role("button", name="Yes, delete two").is_visible()
     card.locator("summary", has_text="Delete").click()
     card.get_by_role("button", name="Yes, delete two").click()

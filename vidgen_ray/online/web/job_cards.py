@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from vidgen_ray.engine.calls import OUTPUT
-from vidgen_ray.graph import STAGE_BY_NAME, clip_growth, clip_length, file_sizes, stages_of
+from vidgen_ray.graph import STAGE_BY_NAME, file_sizes, stages_of
 from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.previews import previewed_stage
 from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.store.jobs import Job, JobError, JobKind, JobState
+from vidgen_ray.report.shot_text import duration_text, length_text, settings_text, size_text
 
 SAVING = "Save", "Saving"
 """Label and activity of the step after all stages."""
-NO_BREAK = "\u00a0"
-"""Separates a number from its unit."""
 NAME_LENGTH, ID_LENGTH = 40, 6
 """Characters of the prompt and of the id in a file name."""
 
@@ -39,7 +38,8 @@ class Card:
     """Pixels of the delivered file, like `width`."""
     hd_size: str | None
     """Size of the larger file, `None` without one."""
-    summary: str
+    facts: tuple[str, ...]
+    """Length, size, seed and rendering time."""
     error: str | None
     settings: tuple[tuple[str, str], ...]
     created: datetime
@@ -53,6 +53,7 @@ def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
     sizes, delivered = file_sizes(job.shot), delivered_artefact_of(job)
     width, height = sizes[delivered]
     finished = list(sizes)[-1]
+    character = name if isinstance(name := job.request.get("character"), str) else None
     return Card(
         job=job,
         title=" ".join(job.shot.prompt.split()),
@@ -64,10 +65,10 @@ def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
         media=f"{base}/v1/videos/{job.id}/content",
         width=width,
         height=height,
-        hd_size=None if finished == delivered else _size_text(*sizes[finished]),
-        summary=" · ".join(part.replace(" ", NO_BREAK) for part in _summary(job, width, height)),
+        hd_size=None if finished == delivered else size_text(*sizes[finished]),
+        facts=tuple(_facts(job, width, height)),
         error=error_text(job.error) if job.error and job.state is JobState.FAILED else None,
-        settings=tuple(_settings(job, width, height, lora_names)),
+        settings=tuple(settings_text(job.shot, (width, height), lora_names, character)),
         created=datetime.fromtimestamp(job.created_at, UTC),
     )
 
@@ -93,7 +94,7 @@ def estimate_text(estimate: JobEstimate) -> str:
     """Return the place in the queue and the time left, in words. Empty for a job that has ended."""
     if estimate.eta_s is None:
         return ""
-    left = f"about {_duration(max(1, round(estimate.eta_s)))} left"
+    left = f"about {duration_text(max(1, round(estimate.eta_s)))} left"
     if estimate.queue_position is None:
         return left
     return f"Position {estimate.queue_position + 1}, {left}" if estimate.queue_position else f"Next in the queue, {left}"
@@ -123,50 +124,12 @@ def _card_stages(job: Job) -> Iterator[tuple[str, str]]:
         yield label, "done" if number < reached else "current" if number == reached else "ahead"
 
 
-def _summary(job: Job, width: int, height: int) -> Iterator[str]:
+def _facts(job: Job, width: int, height: int) -> Iterator[str]:
     shot = job.shot
     if shot.generate_video:
-        yield f"{shot.clip_frames / shot.fps:.3g} s"
-    yield _size_text(width, height)
+        yield length_text(shot.clip_frames / shot.fps)
+    yield size_text(width, height)
     yield f"seed {shot.seed}"
     if job.started_at is not None and job.completed_at is not None:
         duration_s = job.completed_at - job.started_at
-        yield f"rendered in {_duration(duration_s)}" if duration_s else "already rendered"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 10 or seconds == int(seconds) else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min"
-
-
-def _settings(job: Job, width: int, height: int, lora_names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    shot = job.shot
-    yield "Mode", shot.mode
-    yield "Size", _size_text(width, height)
-    if (shot.width, shot.height) != (width, height):
-        growth = max((scale for scale, _ in clip_growth(shot).values()), default=1)
-        yield "Drawn at", _size_text(shot.width, shot.height) + (f", upscaled {growth} times" if growth > 1 else "")
-    if shot.generate_video:
-        n_frames, fps = clip_length(shot)
-        made = "" if n_frames == shot.clip_frames else f", interpolated from {shot.clip_frames}"
-        joined = f", in {shot.extend + 1} passes" if shot.extend else ""
-        yield "Frames", f"{n_frames} at {fps} per second{made}{joined}"
-        yield "Motion", str(shot.motion_bucket_id)
-    yield "Seed", str(shot.seed)
-    if isinstance(name := job.request.get("character"), str):
-        yield "Character", name
-    elif shot.face_image:
-        yield "Character", "from a photo" if len(shot.face_image) == 1 else f"from {len(shot.face_image)} photos"
-    for lora in shot.lora:
-        yield "LoRA", f"{lora_names.get(lora.path, 'no longer available')}, weight {lora.weight:g}"
-    if shot.use_hunyuan_style and shot.mode == "quality":
-        yield "Style", shot.style_prompt or "as in the prompt"
-    if shot.has_start_image:
-        yield "Start image", "last frame of another clip" if shot.continue_from else "yes"
-    if shot.negative_prompt:
-        yield "Negative prompt", shot.negative_prompt
-
-
-def _size_text(width: int, height: int) -> str:
-    return f"{width} × {height}"
+        yield f"rendered in {duration_text(duration_s)}" if duration_s else "already rendered"

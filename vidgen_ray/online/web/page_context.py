@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from vidgen_ray.online.web.form_controls import clip_defaults, control_groups
 from vidgen_ray.online.web.job_cards import Card, card_of
 
 STATIC = Path(__file__).parent / "static"
+LOOK = "vidgen_ray.report", "look"
+"""Package and folder of the stylesheet and the script that the page shares with the gallery of a run."""
 HEADERS = {
     # No inline scripts or styles, no other origins, no framing. blob: allows previews of chosen photos.
     "Content-Security-Policy": (
@@ -49,7 +52,10 @@ class PageContext:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._assets = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(STATIC.iterdir()))).hexdigest()[:12]
+        look = Path(str(resources.files(LOOK[0]))) / LOOK[1]
+        self._assets = hashlib.sha256(
+            b"".join(file.read_bytes() for folder in (STATIC, look) for file in sorted(folder.iterdir()))
+        ).hexdigest()[:12]
 
     def for_tenant(self, handler: TenantHandler) -> Callable[[Request], Awaitable[Response]]:
         """Return a route that calls the handler for signed-in browsers only."""

@@ -2,7 +2,6 @@
 
 export const base = document.body.dataset.base;
 export const byId = (id) => document.getElementById(id);
-const UNREACHABLE = "The server cannot be reached. The request was not sent. Try again later.";
 
 // ---- announcements: a polite live region for screen readers
 
@@ -36,8 +35,12 @@ export async function request(url, options = {}) {
   return content;
 }
 
-/** Return why a request failed, as a sentence. */
-export const reasonOf = (error) => error instanceof Refused ? error.message : UNREACHABLE;
+/** Return why a request failed, as a sentence. A request without an answer may have arrived. */
+export function reasonOf(error) {
+  if (error instanceof Refused) return error.message;
+  return navigator.onLine ? "The server cannot be reached. It may have received the request; sending it again does not repeat it."
+    : "This device is offline. The request was not sent.";
+}
 
 /** Fetch a part of the page. Returns its root elements. */
 export async function fetchHtml(url) {
@@ -62,5 +65,4 @@ export function localizeTimes(root) {
 export const setBusy = (button, busy) => button.setAttribute("aria-disabled", busy);
 export const isBusy = (button) => button.getAttribute("aria-disabled") === "true";
 
-export const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
 export const narrow = matchMedia("(width < 62rem)");

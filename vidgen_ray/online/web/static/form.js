@@ -112,7 +112,11 @@ function showRefusal(error) {
   const photos = checkedIds("face_image").length;
   const text = param === "consent" && photos ? "Choose why this face may be used, and name the person." : reasonOf(error);
   const control = name && showError(name, text);
-  if (control?.checkVisibility()) return control.focus();
+  if (control?.checkVisibility()) {
+    control.focus({ preventScroll: true });
+    // With its message, which is below it.
+    return (control.closest(".field, .segments") ?? control).scrollIntoView({ block: "center" });
+  }
   const summary = byId("form-error");
   summary.firstElementChild.textContent = text;
   summary.hidden = false;
@@ -146,6 +150,7 @@ function addImages(control, files) {
 async function store(control, file) {
   const body = new FormData();
   body.append("file", file);
+  if (control === "photo" && !checkedIds("face_image").length && form.elements.face_index) form.elements.face_index.value = "";
   const stored = await addToTray(control, file.name, request(`${base}/v1/files`, { method: "POST", body }));
   if (!stored) return;
   openFolds(byId(`${control}-tray`)); // it may have been pasted or dropped
@@ -167,6 +172,7 @@ async function addToTray(control, name, upload) {
     if (!waiting.isConnected) return false; // the form was filled in meanwhile
     if (control === "image") tray.replaceChildren();
     if (!tray.querySelector(`[value="${id}"]`)) tray.append(parseHtml(html)); // else the same photo again
+    showFace();
     return true;
   } catch (error) {
     showError(control, `${name}: ${reasonOf(error)}`);
@@ -175,6 +181,23 @@ async function addToTray(control, name, upload) {
     waiting.remove();
     uploads = uploads.filter((each) => each !== finished);
   }
+}
+
+/** Mark the face that is used of the first photo. The field `face_index` is empty for the largest one. */
+function showFace() {
+  const photo = form.querySelector("#photo-tray .form-image"), index = form.elements.face_index?.value;
+  for (const button of photo?.querySelectorAll("button[data-face]") ?? []) {
+    const chosen = index ? button.dataset.face === index : "largest" in button.dataset;
+    button.setAttribute("aria-pressed", chosen);
+    photo.querySelector(`rect[data-face="${button.dataset.face}"]`).classList.toggle("chosen", chosen);
+  }
+}
+
+function chooseFace(target) {
+  const button = target.closest(".form-image").querySelector(`button[data-face="${target.dataset.face}"]`);
+  if (!button?.checkVisibility() || !form.elements.face_index) return;
+  form.elements.face_index.value = "largest" in button.dataset ? "" : button.dataset.face;
+  showFace();
 }
 
 /** Use the image of a clip as start image. */
@@ -361,9 +384,10 @@ async function showLastFrame(id) {
 }
 
 document.addEventListener("click", (event) => {
-  const target = event.target.closest("button, a");
+  const target = event.target.closest("button, a, [data-face]");
   if (!target || isBusy(target)) return;
-  if (target.id === "lock-seed") toggleSeed();
+  if (target.dataset.face) chooseFace(target);
+  else if (target.id === "lock-seed") toggleSeed();
   else if (target.id === "add-lora") addLora(target);
   else if (target.dataset.seed) { setSeed(target.dataset.seed); reveal(form.elements.seed); }
   else if (target.dataset.startImage) useAsStartImage(target);
@@ -392,7 +416,7 @@ export function startForm() {
       form.requestSubmit();
     }
   });
-  form.addEventListener("input", showDuration);
+  form.addEventListener("input", () => { showDuration(); showFace(); });
   form.elements.video_model?.addEventListener("change", showClipDefaults);
   form.elements.seed.addEventListener("input", showSeedLock);
   for (const control of ["image", "photo"])

@@ -1,7 +1,8 @@
 // The gallery: search, pages, favourites, selection, clips that play under the pointer, full view and comparison.
 
 import { remove } from "./cards.js";
-import { announce, base, byId, fetchHtml, isBusy, reasonOf, reducedMotion, request, setBusy } from "./common.js";
+import { browse, closable, element, fit, playClips, reducedMotion, start, togglePlayback } from "./clips.js";
+import { announce, base, byId, fetchHtml, isBusy, reasonOf, request, setBusy } from "./common.js";
 
 const content = byId("gallery-content");
 const search = byId("search");
@@ -111,28 +112,6 @@ async function deleteSelected() {
 
 selection.addEventListener("submit", (event) => { if (isBusy(event.submitter)) event.preventDefault(); });
 
-// ---- play under the pointer, and with the focus
-
-const start = (video) => video.play().catch(() => {}); // a pause may come before it has started
-
-function play(link) {
-  const video = link?.querySelector("video");
-  if (video && !reducedMotion.matches) start(video);
-}
-
-function stop(link) {
-  const video = link?.querySelector("video");
-  if (!video || (video.paused && video.currentTime === 0)) return;
-  video.pause();
-  video.load(); // shows the poster again
-}
-
-const screenOf = (event) => event.target.closest?.(".screen")?.querySelector(".open");
-content.addEventListener("pointerover", (event) => { if (event.pointerType === "mouse" && !event.target.closest(".screen")?.contains(event.relatedTarget)) play(screenOf(event)); });
-content.addEventListener("pointerout", (event) => { if (!event.target.closest(".screen")?.contains(event.relatedTarget)) stop(screenOf(event)); });
-content.addEventListener("focusin", (event) => { if (event.target.matches(".open:focus-visible")) play(event.target); });
-content.addEventListener("focusout", (event) => { if (event.target.matches(".open")) stop(event.target); });
-
 // ---- full view
 
 const viewer = byId("viewer");
@@ -141,27 +120,22 @@ let current = null;
 /** Return a player or an image of a card's file. */
 function mediaOf(card, options) {
   const link = card.querySelector(".open"), clip = link.querySelector("video");
-  const media = document.createElement(clip ? "video" : "img");
-  media.src = link.href;
+  const media = element(clip ? "video" : "img", { src: link.href });
   if (clip) Object.assign(media, { autoplay: !reducedMotion.matches, loop: true, muted: true, playsInline: true, poster: clip.poster, ...options });
   media.setAttribute(clip ? "aria-label" : "alt", card.dataset.title);
   return media;
 }
 
-function badge() {
-  const label = document.createElement("span");
-  label.className = "badge";
-  label.textContent = "AI-generated";
-  return label;
-}
-
+const badge = () => element("span", { class: "badge" }, "AI-generated");
 const openCards = () => [...content.querySelectorAll(".card:has(.open)")];
 
 function openViewer(card) {
   current = card.id;
   byId("viewer-title").textContent = card.dataset.title;
-  byId("viewer-summary").textContent = card.querySelector(".summary-line").textContent;
-  viewer.querySelector(".stage").replaceChildren(mediaOf(card, { controls: true }), badge());
+  byId("viewer-facts").replaceChildren(...card.querySelector(".facts").cloneNode(true).children);
+  const media = mediaOf(card, { controls: true }), { width, height } = card.querySelector(".open").firstElementChild.attributes;
+  fit(media, width.value / height.value, "(100dvh - 13rem)");
+  viewer.querySelector(".stage").replaceChildren(media, badge());
   const cards = openCards(), place = cards.indexOf(card);
   for (const button of viewer.querySelectorAll("[data-step]")) setBusy(button, !cards[place + +button.dataset.step]);
   if (!viewer.open) viewer.showModal();
@@ -173,17 +147,7 @@ function step(by) {
   if (place >= 0 && cards[place + by]) openViewer(cards[place + by]);
 }
 
-const togglePlayback = (videos) => { const paused = videos[0]?.paused; for (const video of videos) paused ? start(video) : video.pause(); };
-
-// While it is captured: the player would use these keys to seek.
-viewer.addEventListener("keydown", (event) => {
-  if (event.key === "ArrowLeft") step(-1);
-  else if (event.key === "ArrowRight") step(1);
-  else if (event.key === " " && !event.target.closest("button")) togglePlayback(viewer.querySelectorAll("video"));
-  else return;
-  event.preventDefault();
-  event.stopPropagation();
-}, true);
+browse(viewer, step);
 viewer.addEventListener("close", () => {
   viewer.querySelector(".stage").replaceChildren();
   byId(current)?.querySelector(".open")?.focus();
@@ -199,21 +163,11 @@ function openComparison() {
   const cards = selectedCards(), [left, right] = cards.map(settingsOf);
   left.set("Prompt", cards[0].dataset.title);
   right.set("Prompt", cards[1].dataset.title);
-  compare.querySelector(".sides").replaceChildren(...cards.map((card) => {
-    const side = document.createElement("figure"), caption = document.createElement("figcaption");
-    caption.textContent = card.dataset.title;
-    side.append(mediaOf(card, { autoplay: false }), badge(), caption);
-    return side;
-  }));
+  compare.querySelector(".sides").replaceChildren(...cards.map((card) =>
+    element("figure", {}, mediaOf(card, { autoplay: false }), badge(), element("figcaption", {}, card.dataset.title))));
   const names = [...new Set([...left.keys(), ...right.keys()])].filter((name) => left.get(name) !== right.get(name) && name !== "ID");
-  compare.querySelector("tbody").replaceChildren(...names.map((name) => {
-    const row = document.createElement("tr"), head = document.createElement("th");
-    head.scope = "row";
-    head.textContent = name;
-    row.append(head);
-    for (const values of [left, right]) row.insertCell().textContent = values.get(name) ?? "–";
-    return row;
-  }));
+  compare.querySelector("tbody").replaceChildren(...names.map((name) =>
+    element("tr", {}, element("th", { scope: "row" }, name), ...[left, right].map((values) => element("td", {}, values.get(name) ?? "–")))));
   const videos = [...compare.querySelectorAll("video")];
   comparePlay.hidden = !videos.length;
   videos[0]?.addEventListener("play", () => { comparePlay.textContent = "Pause"; });
@@ -232,12 +186,8 @@ function openComparison() {
 comparePlay.addEventListener("click", () => togglePlayback(compare.querySelectorAll("video")));
 compare.addEventListener("close", () => { compare.querySelector(".sides").replaceChildren(); byId("compare-selected").focus(); });
 
-for (const dialog of [viewer, compare])
-  dialog.addEventListener("click", (event) => {
-    const button = event.target.closest("button");
-    if (event.target === dialog || button?.hasAttribute("data-close")) dialog.close(); // a click beside the dialog closes it, too
-    else if (button?.dataset.step && !isBusy(button)) step(+button.dataset.step);
-  });
+for (const dialog of [viewer, compare]) closable(dialog);
+playClips(content);
 
 document.addEventListener("click", (event) => {
   const target = event.target.closest("button, a");
