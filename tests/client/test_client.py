@@ -224,10 +224,6 @@ def test_characters(client):
         client.create_character("Black", Image.new("RGB", (64, 64)))
 
 
-def test_models(client):
-    assert [model.id for model in client.list_models()] == ["tiny", "tiny-fast", "tiny-wan", "tiny-ltx"]
-
-
 def test_failed_job_is_an_error_with_a_code(client):
     with pytest.raises(JobFailed, match="the prompt asked for it") as raised:
         client.wait_for_video(client.create_video("fail", **SMALL))

@@ -172,19 +172,6 @@ def test_burnt_in_caption_is_drawn_into_the_lower_part(shots, film):
     assert burnt[changed].min() < 40  # black outline
 
 
-def test_burnt_in_captions_are_shown_when_the_caption_file_shows_them(shots, film, tmp_path):
-    for shot_id, caption in (("a", "The harbour"), ("b", "Waves")):
-        shots.add(shot_id, colour=(90, 90, 90), size=(320, 180), frames=4, metadata={"caption": caption})
-    entries = [{"title": "Noon", "duration_s": 1}, {"id": "a"}, {"id": "b"}]
-    # The cross-fades want 3 frames and get a third of a shot with a caption: 1.
-    plain, burnt = (film(transition="fade", shots=entries, captions=captions)[1] for captions in ("file", "burn"))
-    shown = [number for number, pair in enumerate(zip(plain, burnt, strict=True)) if not np.array_equal(*pair)]
-    assert (tmp_path / "film.srt").read_text() == (
-        "1\n00:00:01,000 --> 00:00:01,333\nThe harbour\n\n2\n00:00:01,500 --> 00:00:02,000\nWaves\n"
-    )
-    assert shown == [6, 7, 9, 10, 11]
-
-
 def test_caption_in_letters_that_the_font_lacks_is_refused(shots, film):
     shots.add("a", size=(320, 180), metadata={"caption": "海"})
     with pytest.raises(UsageError, match=r"a: text '海': the font has no letter '海'; set a font"):

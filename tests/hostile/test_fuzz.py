@@ -15,7 +15,7 @@ from vidgen_ray.shot import Shot
 
 EXAMPLES = int(os.environ.get("VIDGEN_FUZZ_EXAMPLES", "0"))
 fuzzed = settings(
-    max_examples=EXAMPLES or 25,
+    max_examples=EXAMPLES or 15,
     derandomize=not EXAMPLES,
     deadline=None,
     database=None,

@@ -95,18 +95,6 @@ def test_all_streams_share_one_poll(store, feed):
     assert 1 <= polls_made <= intervals + 1
 
 
-def test_polling_stops_with_the_last_stream(store, feed):
-    async def polls_afterwards() -> int:
-        async with aclosing(feed.follow_tenant("ada", 0, POLL_S)) as stream:
-            await anext(stream)
-        await feed._polling
-        before = store.polls
-        await asyncio.sleep(10 * POLL_S)
-        return store.polls - before
-
-    assert run(polls_afterwards()) == 0
-
-
 def test_tenant_stream_starts_at_its_cursor_and_sees_no_other_tenant(store, feed):
     stored_job(store)
     cursor = store.latest_version()

@@ -88,7 +88,7 @@ def proxy(tmp_path):
         port = free.getsockname()[1]
     backend = ThreadingHTTPServer(("127.0.0.1", 0), Backend)
     backend.daemon_threads, backend.seen, backend.released = True, [], threading.Event()
-    threading.Thread(target=backend.serve_forever, daemon=True).start()
+    threading.Thread(target=backend.serve_forever, args=[0.01], daemon=True).start()
     key = ["-keyout", tmp_path / "tls.key", "-out", tmp_path / "tls.crt", "-subj", "/CN=vidgen"]
     ec = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
     subprocess.run([OPENSSL, "req", "-x509", "-nodes", *ec, *key], check=True, capture_output=True)
