@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +26,7 @@ from vidgen_ray.media import CLIP_SUFFIXES
 from vidgen_ray.media.encode import Preset
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.provenance.record import DEFAULT
+from vidgen_ray.system.quantities import duration
 from vidgen_ray.upscale.frames import DEFAULT_CRF, Codec, EncodeSettings
 from vidgen_ray.upscale.job import SegmentFailed, Threads
 from vidgen_ray.upscale.join import FORMATS
@@ -255,9 +255,8 @@ def _upscale_one(
     else:
         made = report.frames - report.resumed_frames
         rate = made / report.seconds if report.seconds else 0
-        typer.echo(
-            f"{report.out}: {report.frames} frames of {report.size}, {report.seconds:.1f} s, {rate:.2f} frames/s", err=True
-        )
+        text = f"{report.frames} frames of {report.size} in {duration(report.seconds)}, {rate:.2f} frames/s"
+        typer.echo(f"{report.out}: {text} with {settings}", err=True)
     return asdict(report)
 
 
@@ -280,17 +279,13 @@ def _runner(
 
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             workers = workers or default_workers(device)
-            settings = choose_settings(model, device, workers)
-            _note(f"{model.name}: {settings}{f', {workers} workers' if workers > 1 else ''}")
-            yield settings, Threads(workers, check_interrupt)
+            yield choose_settings(model, device, workers), Threads(workers, check_interrupt)
             return
         from vidgen_ray.engine.ray_cluster import connected
         from vidgen_ray.upscale.ray_runner import RayRunner, settings_on_cluster
 
         with connected(address, cpus=1):
-            settings = settings_on_cluster(model)
-            _note(f"{model.name}: {settings}, on the cluster")
-            yield settings, RayRunner(workers, _note, check_interrupt)
+            yield settings_on_cluster(model), RayRunner(workers, _note, check_interrupt)
     except StageError as error:
         raise UsageError(f"--model: {error}") from None
 
@@ -369,7 +364,7 @@ def _parse_seconds(text: str) -> float:
 
 @contextmanager
 def _progress(name: str) -> Iterator[OnFrame]:
-    """Show frames, frames per second and the estimated time left, as a bar or as a line at first and every LINE_EVERY_S."""
+    """Show frames, frames per second and the estimated time left, as a bar or as a line every LINE_EVERY_S."""
     begin = shown = time.monotonic()
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}")
@@ -379,13 +374,13 @@ def _progress(name: str) -> Iterator[OnFrame]:
         def on_progress(done: int, total: int, made: int) -> None:
             nonlocal shown
             now = time.monotonic()
-            is_first = not made and done < total
+            is_resumed = not made and 0 < done < total
             state = f"{done} of {total} frames"
             if made:
                 per_frame_s = (now - begin) / made
-                state += f", {1 / per_frame_s:.2f} frames/s, {timedelta(seconds=round((total - done) * per_frame_s))} left"
+                state += f", {1 / per_frame_s:.2f} frames/s, {duration((total - done) * per_frame_s)} left"
             bar.update(task, completed=done, total=total, state=state)
-            if not console.is_terminal and (is_first or now - shown >= LINE_EVERY_S):
+            if not console.is_terminal and (is_resumed or now - shown >= LINE_EVERY_S):
                 shown = now
                 _note(f"{name}: {state}")
 

@@ -1,0 +1,43 @@
+"""Durations, sizes and amounts of money as people read them."""
+
+from __future__ import annotations
+
+from rich.progress import ProgressColumn, Task
+from rich.text import Text
+
+UNITS_S = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
+"""Seconds of a unit, and of the next smaller one."""
+
+
+def duration(seconds: float) -> str:
+    """Return `4.2 s`, `42 s`, `4 min 9 s`, `2 h 5 min` or `3 d 4 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for large_s, large, small_s, small in UNITS_S:
+        if whole >= large_s:
+            rest = whole % large_s // small_s
+            return f"{whole // large_s} {large}" + (f" {rest} {small}" if rest else "")
+    return f"{whole} s"
+
+
+def size(n_bytes: float) -> str:
+    """Return a size in decimal units: `12.3 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if n_bytes < 1000 or unit == "TB":
+            break
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} {unit}" if n_bytes < 100 else f"{n_bytes:,.0f} {unit}"
+
+
+def money(amount: float, currency: str | None) -> str:
+    """Return an amount with its currency. Without one, it is in that of `--price` or of the profile."""
+    return f"{amount:,.2f} {currency or '(in the currency of the price)'}"
+
+
+class ElapsedColumn(ProgressColumn):
+    """Time that a task has taken: `4 min 9 s elapsed`."""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.finished_time if task.finished else task.elapsed
+        return Text("" if seconds is None else f"{duration(seconds)} elapsed", style="progress.elapsed")
