@@ -134,10 +134,11 @@ def test_progress_reaches_the_callback_and_a_bar(pipeline):
     assert ("realesrgan", 3, 3) in steps
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     with progress_bar(console) as on_progress:
-        for report in steps:
+        for report in [("instantid", 0, 0), *steps]:
             on_progress(*report)
-    assert "Upscale" in console.file.getvalue()
-    assert "3/3" in console.file.getvalue()
+    shown = [line for line in console.file.getvalue().splitlines() if line]
+    assert any("Upscale" in line and "3/3" in line and "elapsed" in line for line in shown)
+    assert "1/1" in next(line for line in reversed(shown) if "Face" in line), "a stage without steps looks finished"
 
 
 def test_single_stages_and_what_a_notebook_shows(pipeline, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
 import numpy as np
 from PIL import Image as PILImage
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.cache_writer import CacheMode, cache_settings
@@ -49,6 +49,7 @@ from vidgen_ray.shot import LoraRef, Shot, VideoLora
 from vidgen_ray.stages.base import ChunkedStage, Frames, Item, ProgressCallback, Stage, progress_callback
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.system.cache_dir import digest
+from vidgen_ray.system.quantities import ElapsedColumn
 
 
 def process_clip(profile: Profile, stage: type[ChunkedStage[Any]], shot: Shot, source: Path, out: Path) -> Path:
@@ -69,17 +70,32 @@ def in_notebook() -> bool:
 @contextmanager
 def progress_bar(console: Console | None = None) -> Iterator[ProgressCallback]:
     """Show a bar per stage in this block. Yields the callback that moves them. Default `console`: standard output."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), ElapsedColumn())
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}
+        current: str | None = None
+
+        def finish_current() -> None:
+            """Fill the bar of a stage that is followed by another one. Not all stages report steps."""
+            if current is not None:
+                total = bars.tasks[tasks[current]].total or 1
+                bars.update(tasks[current], completed=total, total=total)
+                bars.stop_task(tasks[current])
 
         def on_progress(stage: str, step: int, steps: int) -> None:
-            if stage not in tasks:
-                label = STAGE_BY_NAME[stage].label if stage in STAGE_BY_NAME else stage
-                tasks[stage] = bars.add_task(label, total=None)
+            nonlocal current
+            if stage != current:
+                finish_current()
+                if stage in tasks:
+                    bars.reset(tasks[stage])
+                else:
+                    label = STAGE_BY_NAME[stage].label if stage in STAGE_BY_NAME else stage
+                    tasks[stage] = bars.add_task(label, total=None)
+                current = stage
             bars.update(tasks[stage], completed=step, total=steps or None)
 
         yield on_progress
+        finish_current()
 
 
 MAX_INLINE_BYTES = 20_000_000

@@ -55,7 +55,7 @@ def test_restricted_licences_are_accepted_once(server, profile, capsys):
     assert f"hub:{SVD}@main: " in (out := capsys.readouterr().out)
     assert f"at commit {server.commit}" in out
     assert main(["models", "pull", profile, "--actor", "svd"]) == 0
-    assert "0.0 MB downloaded, 0 of 1 failed" in capsys.readouterr().out
+    assert "0 bytes downloaded, 0 of 1 failed" in capsys.readouterr().out
 
 
 def test_dry_run_needs_no_acceptance_and_prints_sizes(server, profile, capsys):

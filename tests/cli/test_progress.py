@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from rich.console import Console, Group
 
-from vidgen_ray.batch.progress import FIRST_SHOTS, LOADING, PLANNING, ProgressTracker, Throughput, eta_range
+from vidgen_ray.batch.progress import CONNECTING, FIRST_SHOTS, LOADING, PLANNING, ProgressTracker, Throughput, eta_range
 from vidgen_ray.cli import progress_display
 from vidgen_ray.cli.progress_display import LineDisplay, RunView, TerminalDisplay, run_view
 from vidgen_ray.engine.status import Snapshot, StageStatus
@@ -106,7 +106,7 @@ def test_line_view_prints_a_line_per_shot_of_a_small_run(clock):
         view.on_finished(row("cube", "failed"))
     assert [line.split("s  ", 1)[1] for line in printed()] == [
         "3 shots, 1 already done, 0 lines rejected",
-        LOADING,
+        CONNECTING,
         "2/3 done ball",
         "3/3 failed s.jsonl line 1 cube in svd: it broke",
     ]
@@ -124,23 +124,27 @@ def test_line_view_prints_summaries_and_failures_of_a_large_run(clock):
     assert len([line for line in text if "failed s.jsonl line 1 s50" in line]) == 2
     summaries = [line for line in text if "/10,000 shots" in line]
     assert 9 <= len(summaries) <= 11
-    assert len(text) == len(summaries) + 4
+    assert len(text) == len(summaries) + 5
     middle = summaries[4]
     assert "0 failed" in middle
     assert "GPUs 93% busy, busiest stage svd (98%, 14 queued)" in middle
-    assert "shots/min, 0:1" in middle
+    assert "shots/min, 15 min" in middle
     assert " left" in middle
     assert "1,000/10,000 shots: 998 done, 2 failed, 0 already done" in summaries[-1]
 
 
-def test_line_view_prints_the_phase_of_a_small_run_every_minute(clock):
+def test_line_view_prints_each_phase_of_a_small_run_at_its_start_and_every_minute(clock):
     view, printed = line_view(clock)
     with view:
         view.on_lines(2, 0, 0, complete=True)
         for second in range(150):
             clock.now = second
             view.on_status(IDLE if second < 70 else BUSY)
-    assert [line.split("s  ", 1)[1] for line in printed()[2:]] == [LOADING, FIRST_SHOTS]
+    assert [line.split("s  ", 1)[1] for line in printed()[1:]] == [
+        CONNECTING,
+        *(LOADING, LOADING),
+        *(FIRST_SHOTS, FIRST_SHOTS),
+    ]
 
 
 def test_line_view_prints_messages_and_the_lines_read_so_far(clock):
@@ -152,7 +156,7 @@ def test_line_view_prints_messages_and_the_lines_read_so_far(clock):
         view.on_lines(900, 2, 1, complete=True)
     assert [line.split("s  ", 1)[1] for line in printed()[:-1]] == [
         "500 shots so far, 0 already done, 1 lines rejected",
-        LOADING,
+        CONNECTING,
         "run/1/worker/0/0 is quarantined: failed for flux on different shots in a row",
         "900 shots, 2 already done, 1 lines rejected",
     ]
@@ -178,7 +182,7 @@ def test_terminal_view_shows_the_phases_of_a_run(clock):
     view, frame, _ = terminal_view(clock)
     assert PLANNING in frame()
     view.on_lines(40, 4, 0, complete=True)
-    assert LOADING in frame()
+    assert CONNECTING in frame()
     view.on_status(IDLE)
     assert LOADING in frame()
     view.on_status(BUSY)
@@ -189,7 +193,7 @@ def test_terminal_view_shows_the_phases_of_a_run(clock):
     view.on_finished(row("poison", "failed"))
     text = frame()
     assert "shots ━━━━" in text
-    assert "10/40 6.0 shots/min, 0:03:33 to 0:07:02 left 0:01:00" in text
+    assert "10/40 6.0 shots/min, 3 min 33 s to 7 min 2 s left 1 min elapsed" in text
     assert "5 done   1 failed   4 already done   21 in progress   GPUs 93% busy" in text
     assert text.splitlines()[-1].split() == ["svd", "14", "2", "2", "98%"]
 
@@ -201,10 +205,10 @@ def test_terminal_view_updates_the_estimate_and_ends_without_one(clock):
         view.on_status(BUSY)
         clock.now = 10
         view.on_finished(row("a"))
-        assert "0:00:10 to 0:00:40 left" in frame()
+        assert "10 s to 40 s left" in frame()
         clock.now = 20
         view.on_status(BUSY)
-        assert "0:00:20 to 0:01:20 left" in frame()
+        assert "20 s to 1 min 20 s left" in frame()
         view.on_finished(row("b", "failed"))
     assert "failed s.jsonl line 1 b in svd: it broke" in printed()
     assert "2/3" in frame()

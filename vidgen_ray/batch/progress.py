@@ -24,6 +24,7 @@ RECENT_SHARE = 0.25
 RECENT_MIN_S = 60.0
 RECENT_MAX_S = 600.0
 PLANNING = "planning"
+CONNECTING = "connecting to Ray"
 LOADING = "starting workers, loading weights"
 FIRST_SHOTS = "rendering the first shots"
 KEPT_MESSAGES = 20
@@ -108,6 +109,8 @@ class ProgressTracker:
             return PLANNING
         if not self.remaining or self._finish_times:
             return None
+        if self.snapshot is None:
+            return CONNECTING
         return FIRST_SHOTS if self.shots_started else LOADING
 
     def on_rejected(self, row: ManifestRow) -> None:

@@ -135,6 +135,10 @@ class RunReport:
     seconds: float
     gpu_seconds: float
     """GPU seconds of the finished shots, without failed shots and attempts with too low a likeness."""
+    cost: float | None
+    """Price of all GPUs of the last plan for the seconds of the run. `None` without GPUs or without a price."""
+    currency: str | None
+    """Currency of a default price. `None` if the price is the user's."""
     lora_loads: int
     """LoRA files loaded into a model."""
     layout: str | None
@@ -265,6 +269,7 @@ def _submission_id() -> str | None:
 
 def _report(run: str, started: float, director: Director, results: RunResults) -> RunReport:
     """Return the summary of a run that started at `started`, by `time.monotonic`."""
+    plan, seconds = director.plan, time.monotonic() - started
     return RunReport(
         run=run,
         done=results.counts["done"],
@@ -272,10 +277,12 @@ def _report(run: str, started: float, director: Director, results: RunResults) -
         skipped=results.counts["skipped"],
         rejected=results.rejected_lines,
         left=director.left,
-        seconds=round(time.monotonic() - started, 2),
+        seconds=round(seconds, 2),
         gpu_seconds=round(results.gpu_seconds, 2),
+        cost=None if plan is None or plan.cost is None else round(plan.cost * seconds / plan.seconds, 2),
+        currency=None if plan is None else plan.currency,
         lora_loads=results.lora_loads,
-        layout=director.plan.layout.kind if director.plan else None,
+        layout=plan.layout.kind if plan else None,
         quarantined=tuple(director.quarantined),
     )
 

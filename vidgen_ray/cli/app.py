@@ -114,9 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         typer.echo(f"vidgen: interrupted. {RESUME}", err=True)
         return 130
     except OSError as error:
-        # A disk, a network share or an object store failed. The run can be resumed when it works again.
+        # A disk, a network share or an object store failed. A run can be resumed when it works again.
         path = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"vidgen: {path}{error.strerror or error}. {RESUME}", err=True)
+        typer.echo(
+            f"vidgen: {path}{str(error.strerror or error).rstrip('.')}. Run the same command again when this is solved.",
+            err=True,
+        )
         return SetupError.exit_code
     return 0
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import socket
 import sys
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import datetime
 from itertools import groupby
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,10 +28,11 @@ from vidgen_ray.outputs.cleanup import prune as remove_replaced
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest_writer import to_utf8
 from vidgen_ray.outputs.run_log import RunStatus, read_log, read_status
-from vidgen_ray.outputs.storage import storage_at
+from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.outputs.verify import VerifyReport
 from vidgen_ray.outputs.verify import verify as verify_folder
 from vidgen_ray.report.overview import ListedShot, Overview, overview
+from vidgen_ray.system.quantities import duration, money, size
 
 HOST = "127.0.0.1"
 SHOWN_MESSAGES = 5
@@ -46,23 +48,35 @@ def status(out: OutArgument = "out", as_json: JsonOption = False) -> None:
     with Console(stderr=True).status(f"Reading {storage.url}"):
         run = read_status(storage)
         found = overview(storage)
+        last = _last_run(storage)
     has_results = bool(sum(found.counts.values()))
     if not has_results and run is None:
         raise SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
     if as_json:
-        typer.echo(json.dumps({"run": run and run.model_dump(mode="json"), **asdict(found)}))
+        typer.echo(json.dumps({"run": run and run.model_dump(mode="json"), "last_run": last, **asdict(found)}))
         return
     console = Console(highlight=False, soft_wrap=True)
     if run is not None and not (run.ended and has_results):
         _print_run(console, run)
     if has_results:
         _print(console, found, storage.url)
+    if last is not None and last["seconds"] is not None:
+        cost = "" if last["cost"] is None else f", {money(last['cost'], last['currency'])}"
+        console.print(f"Last run: {duration(last['seconds'])}{cost}", markup=False)
+
+
+def _last_run(storage: Storage) -> dict[str, Any] | None:
+    """Return the seconds and the cost of the last run that has ended, if `run.json` has them."""
+    with suppress(ValueError, AttributeError):
+        content = json.loads(storage.read("run.json") or b"{}")
+        return {name: content.get(name) for name in ("run", "seconds", "gpu_seconds", "cost", "currency")} if content else None
+    return None
 
 
 def _print_run(console: Console, run: RunStatus) -> None:
     labels = {"script": run.script, "profile": run.profile, "team": run.team, "job": run.submission_id}
     console.print(f"run {run.run}: {', '.join(f'{name} {value}' for name, value in labels.items() if value)}", markup=False)
-    age = f"written {timedelta(seconds=round(max(0, run.age_s)))} ago"
+    age = f"written {duration(max(0, run.age_s))} ago"
     if run.is_silent:
         age += ". The run was killed, or cannot reach the folder"
     state = f"ended{f' with {run.error}' if run.error else ''}" if run.ended else run.phase or "rendering"
@@ -83,10 +97,11 @@ def _print_run(console: Console, run: RunStatus) -> None:
 
 def _print(console: Console, found: Overview, url: str) -> None:
     console.print(", ".join(f"{count:,} {status}" for status, count in found.counts.items() if count))
-    space = f"{_size(found.shot_bytes)} of images and clips"
+    space = f"{size(found.shot_bytes)} of images and clips"
     if found.cache_bytes is not None:
-        space += f", {_size(found.cache_bytes)} of cache"
-    console.print(f"{_duration(found.seconds)} of stages, {_duration(found.gpu_seconds)} of GPUs; {space}")
+        space += f", {size(found.cache_bytes)} of cache"
+    on_gpus = f", {duration(found.gpu_seconds)} of it on GPUs" if found.gpu_seconds else ""
+    console.print(f"{duration(found.seconds)} of work{on_gpus}; {space}")
     if found.failures:
         table = Table("stage", "error", "lines", "first", box=None, title="Failures", title_justify="left")
         # Paths in it are broken, not cut.
@@ -96,8 +111,8 @@ def _print(console: Console, found: Overview, url: str) -> None:
             table.add_row(group.stage, group.error, f"{group.count:,}", first, group.message)
         console.print(table)
         console.print(f"Render them again: vidgen retry {url}", markup=False)
-    _print_shots(console, "Slowest shots", "seconds", found.slowest)
-    _print_shots(console, "Least alike shots", "worst likeness", found.least_alike)
+    _print_shots(console, "Slowest shots", "time", found.slowest, duration)
+    _print_shots(console, "Least alike shots", "worst likeness", found.least_alike, "{:.2f}".format)
 
 
 @in_group(LOOK)
@@ -125,20 +140,12 @@ def logs(
             typer.echo(f"{at}  {step}{place}{error}")
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.2f} hours"
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:.1f} MB" if size_bytes < 1e9 else f"{size_bytes / 1e9:.2f} GB"
-
-
-def _print_shots(console: Console, title: str, unit: str, shots: list[ListedShot]) -> None:
+def _print_shots(console: Console, title: str, heading: str, shots: list[ListedShot], text_of: Callable[[float], str]) -> None:
     if not shots:
         return
-    table = Table(unit, "id", "line", box=None, title=title, title_justify="left")
+    table = Table(heading, "id", "line", box=None, title=title, title_justify="left")
     for shot in shots:
-        table.add_row(f"{shot.value:.2f}", shot.id, f"{shot.script} line {shot.line}" if shot.line else shot.script)
+        table.add_row(text_of(shot.value), shot.id, f"{shot.script} line {shot.line}" if shot.line else shot.script)
     console.print(table)
 
 
@@ -153,7 +160,7 @@ def gc(out: OutArgument, dry_run: DryRunOption = False, as_json: JsonOption = Fa
         typer.echo(json.dumps({"dry_run": dry_run, **asdict(report)}))
         return
     counts = ", ".join(f"{count} {kind}" for kind, count in report.counts.items())
-    typer.echo(f"{'would remove' if dry_run else 'removed'} {counts}: {report.bytes / 1e6:.1f} MB")
+    typer.echo(f"{'would remove' if dry_run else 'removed'} {counts}: {size(report.bytes)}")
     if report.left_young:
         typer.echo(f"{report.left_young} younger than {GRACE_S / 60:.0f} minutes kept, because they may still be in use")
 
@@ -199,7 +206,7 @@ def verify(
 def _print_damage(report: VerifyReport, *, repaired: bool) -> None:
     for damage in report.damaged:
         typer.echo(f"{damage.path}: {damage.problem}")
-    read = f"{report.shots:,} shots with {_size(report.bytes)} and {report.cache_entries:,} cache entries"
+    read = f"{report.shots:,} shots with {size(report.bytes)} and {report.cache_entries:,} cache entries"
     typer.echo(f"{read} read, {len(report.damaged):,} files damaged or missing")
     for script in sorted(report.scripts):
         typer.echo(f"Some of its lines have no record any more, render it again: {script}")
@@ -215,7 +222,7 @@ def prune(out: OutArgument, dry_run: DryRunOption = False, as_json: JsonOption =
         typer.echo(json.dumps({"dry_run": dry_run, **asdict(report)}))
     else:
         verb = "would remove" if dry_run else "removed"
-        typer.echo(f"{verb} {report.shots:,} replaced shots: {report.bytes / 1e6:.1f} MB")
+        typer.echo(f"{verb} {report.shots:,} replaced shots: {size(report.bytes)}")
 
 
 @in_group(LOOK)

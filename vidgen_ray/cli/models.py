@@ -17,6 +17,7 @@ from vidgen_ray.cli.command_help import MACHINE
 from vidgen_ray.cli.options import JsonOption, local_path
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.profile import builtin_profiles, load_profile
+from vidgen_ray.system.quantities import size
 from vidgen_ray.weights.inventory import local_weights
 from vidgen_ray.weights.ledger import WeightLicence, accept_licences, accepted_licences, licence_of
 
@@ -72,7 +73,7 @@ def list_models(
     for row in rows:
         table.add_row(
             escape(row["reference"]),
-            "" if row["size_bytes"] is None else _size(row["size_bytes"]),
+            "" if row["size_bytes"] is None else size(row["size_bytes"]),
             row["state"],
             escape(row["licence"] or "unknown"),
             row["commercial_use"] or "unknown",
@@ -168,14 +169,14 @@ def _print_node(node: dict[str, Any], *, dry_run: bool) -> None:
     where = f"{node['node']}: " if node["node"] else ""
     verb = "to download" if dry_run else "downloaded"
     for one in node["pulled"]:
-        size = f"{_size(one['size_bytes'])}, {_size(one['downloaded_bytes'])} {verb}" if one["size_bytes"] else "built in"
+        shown = f"{size(one['size_bytes'])}, {size(one['downloaded_bytes'])} {verb}" if one["size_bytes"] else "built in"
         named = one["commit"] is None or one["commit"] in one["reference"]
         at = "" if named else f", at commit {one['commit']}"
-        typer.echo(f"{where}{one['reference']}: {size}{at}")
+        typer.echo(f"{where}{one['reference']}: {shown}{at}")
     for problem in node["problems"]:
         typer.echo(f"{where}{problem}", err=True)
     total = sum(one["downloaded_bytes"] for one in node["pulled"])
-    typer.echo(f"{where}{_size(total)} {verb}, {len(node['problems'])} of {len(node['pulled']) + len(node['problems'])} failed")
+    typer.echo(f"{where}{size(total)} {verb}, {len(node['problems'])} of {len(node['pulled']) + len(node['problems'])} failed")
 
 
 def _require_acceptance(wanted: Iterable[Wanted], *, accept: bool) -> None:
@@ -226,7 +227,3 @@ def _wanted(names: Sequence[str], actors: Sequence[str] | None) -> list[Wanted]:
         else:
             found[name, None] = Wanted(name, None, licence_of(name))
     return list(found.values())
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"

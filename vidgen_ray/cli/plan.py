@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -38,6 +37,7 @@ from vidgen_ray.planner import plan as make_plan
 from vidgen_ray.planner.layout import Slot, WorkerSpec
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script.read import iter_script
+from vidgen_ray.system.quantities import duration, money, size
 
 if TYPE_CHECKING:
     from vidgen_ray.batch.render import Counts
@@ -162,13 +162,12 @@ def _facts(
         f"{planned.shots_per_hour:,.1f} shots per hour, {planned.efficiency:.0%} efficient"
         + (f", limited by {planned.bottleneck}" if planned.bottleneck else ""),
     )
-    yield "time", f"{_time(planned.seconds)} ({_time(planned.seconds_low)} to {_time(planned.seconds_high)})"
+    yield "time", f"{duration(planned.seconds)} ({duration(planned.seconds_low)} to {duration(planned.seconds_high)})"
     if on_gpus:
-        cost = "unknown; pass --price" if planned.cost is None else f"{planned.cost:,.2f}"
         yield "GPU-hours", f"{planned.gpu_hours:,.2f}"
-        yield "cost", cost
-    yield "disk", f"about {_size(planned.output_bytes)} of outputs"
-    sizes = ", ".join(f"{_size(n_bytes)} ({mode})" for mode, n_bytes in planned.cache_bytes.items() if n_bytes)
+        yield "cost", "unknown; pass --price" if planned.cost is None else money(planned.cost, planned.currency)
+    yield "disk", f"about {size(planned.output_bytes)} of outputs"
+    sizes = ", ".join(f"{size(n_bytes)} ({mode})" for mode, n_bytes in planned.cache_bytes.items() if n_bytes)
     yield "cache", f"about {sizes}; --cache {DEFAULT_CACHE} is the default" if sizes else "nothing to keep"
 
 
@@ -231,16 +230,3 @@ def _count(number: int, thing: str) -> str:
 
 def _short(seconds: float) -> str:
     return f"{seconds:.3g}"
-
-
-def _time(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
-
-
-def _size(n_bytes: float) -> str:
-    """Format a size in decimal units."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if n_bytes < 1000 or unit == "TB":
-            break
-        n_bytes /= 1000
-    return f"{n_bytes:,.3g} {unit}" if n_bytes < 1000 else f"{n_bytes:,.0f} {unit}"

@@ -6,20 +6,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from vidgen_ray.batch.progress import LOADING, PLANNING, ProgressTracker
+from vidgen_ray.batch.progress import CONNECTING, PLANNING, ProgressTracker
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import MAX_MESSAGE_LENGTH, MAX_MESSAGES
 from vidgen_ray.outputs.manifest import REJECTED, ManifestRow
 from vidgen_ray.outputs.run_log import RunStatus
+from vidgen_ray.system.quantities import ElapsedColumn, duration
 
 RENDERING = "shots"
 SMALL_RUN = 50
@@ -91,7 +91,7 @@ class TerminalDisplay(Progress):
             BarColumn(),
             MofNCompleteColumn(),
             "{task.fields[speed]}",
-            TimeElapsedColumn(),
+            ElapsedColumn(),
             console=console,
             refresh_per_second=4,
             get_time=clock,
@@ -146,6 +146,7 @@ class LineDisplay:
         self._tracker = tracker
         self._clock = clock
         self._started = self._last_summary = clock()
+        self._shown_phase: str | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -168,7 +169,7 @@ class LineDisplay:
                 f"{tracker.total:,} shots{so_far}, {tracker.skipped:,} already done, {rejected:,} lines rejected"
             )
         if is_first and tracker.remaining:
-            self.note(LOADING)
+            self.note(CONNECTING)
 
     def show_finished(self, row: ManifestRow, failure: str | None) -> None:
         """Show that a shot is done or has failed. `failure`: line to print, if any."""
@@ -182,9 +183,10 @@ class LineDisplay:
     def show_status(self) -> None:
         """Called about every second."""
         interval_s = SMALL_RUN_SUMMARY_INTERVAL_S if self._is_small else SUMMARY_INTERVAL_S
-        if self._clock() - self._last_summary < interval_s:
-            return
         tracker = self._tracker
+        is_new, self._shown_phase = tracker.phase not in (None, self._shown_phase), tracker.phase
+        if not is_new and self._clock() - self._last_summary < interval_s:
+            return
         self._print_summary(tracker.phase or ", ".join([self._counts(), *speed_texts(tracker), *_busiest(tracker.snapshot)]))
 
     @property
@@ -201,7 +203,7 @@ class LineDisplay:
 
 
 def speed_texts(tracker: ProgressTracker | RunStatus) -> list[str]:
-    """Return `6.0 shots/min` and `0:04:00 to 0:07:00 left`, as far as they are known."""
+    """Return `6.0 shots/min` and `4 min to 7 min left`, as far as they are known."""
     if not tracker.remaining:
         return []
     per_minute, eta = tracker.shots_per_minute, tracker.eta_s
@@ -209,7 +211,7 @@ def speed_texts(tracker: ProgressTracker | RunStatus) -> list[str]:
     if per_minute is not None:
         texts.append(f"{per_minute:.1f} shots/min" if per_minute >= 1 else f"{per_minute * 60:.1f} shots/h")
     if eta is not None:
-        low, high = (str(timedelta(seconds=round(seconds))) for seconds in eta)
+        low, high = map(duration, eta)
         texts.append(f"{low} left" if low == high else f"{low} to {high} left")
     return texts
 

@@ -57,6 +57,7 @@ from vidgen_ray.script.lines import Line, ScriptSettings
 from vidgen_ray.script.read import Script, check_lora_sizes, iter_script, read_script
 from vidgen_ray.stages.base import StageParams
 from vidgen_ray.stages.text_length import cut_texts
+from vidgen_ray.system.quantities import duration, money
 
 
 @contextmanager
@@ -409,7 +410,8 @@ def run_script(
         typer.echo(json.dumps(asdict(report)))
     else:
         counts = f"{report.done} done, {report.skipped} already done, {report.failed} failed"
-        typer.echo(f"{counts} in {report.seconds:.1f} s." + (f" Gallery: {gallery}" if gallery else ""))
+        cost = "" if report.cost is None else f", {money(report.cost, report.currency)}"
+        typer.echo(f"{counts} in {duration(report.seconds)}{cost}." + (f" Gallery: {gallery}" if gallery else ""))
         if report.failed:
             typer.echo(f"Failed lines with their errors: {outputs.storage.place('failures.jsonl')}")
     if report.left:

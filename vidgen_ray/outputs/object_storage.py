@@ -58,6 +58,9 @@ GOOGLE_FILE = Path("~/.config/gcloud/application_default_credentials.json")
 GOOGLE_MACHINE = "169.254.169.254", 80
 """Address of the server that knows the account of a machine of Google Cloud."""
 METADATA_TIMEOUT_S = 3
+NO_GOOGLE_CREDENTIALS = (
+    "no credentials of Google Cloud: set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`"
+)
 S3_ADDRESS = "https://s3.amazonaws.com"
 REGION_TIMEOUT_S = 10
 NOT_IMPLEMENTED = "501 Not Implemented"
@@ -288,9 +291,7 @@ def _check_google_credentials(options: Mapping[str, str]) -> None:
     try:
         socket.create_connection(GOOGLE_MACHINE, METADATA_TIMEOUT_S).close()
     except OSError:
-        raise SetupError(
-            "no credentials of Google Cloud: set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`"
-        ) from None
+        raise SetupError(NO_GOOGLE_CREDENTIALS) from None
 
 
 def _aws_settings(bucket: str, options: dict[str, str]) -> Boto3CredentialProvider | None:
@@ -368,9 +369,11 @@ def _message(text: str) -> str:
     if reason:
         return reason[1]
     message = text.partition("\n\nDebug source:")[0].strip()
+    # Without credentials, the address of an instance role is tried.
+    if "/computeMetadata/" in text:
+        return NO_GOOGLE_CREDENTIALS
     if "169.254.169.254" in text or "/latest/api/token" in text:
-        # Without credentials, the address of an instance role is tried.
-        message = f"no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or install boto3 to use ~/.aws ({message})"
+        return f"no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or install boto3 to use ~/.aws ({message})"
     return message
 
 

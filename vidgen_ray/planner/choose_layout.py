@@ -30,9 +30,11 @@ from vidgen_ray.planner.solver import (
     parallel_loads,
 )
 from vidgen_ray.profile import Profile
+from vidgen_ray.system.quantities import money
 
 PER_GPU_HOUR: Sequence[tuple[float, float]] = ((24, 0.6), (40, 1.3), (48, 1.0), (80, 2.5), (141, 3.8))
-"""Maximum GB of memory and price in dollars: rough values from cloud price lists of 2025."""
+"""Maximum GB of memory and price in `CURRENCY`: rough values from cloud price lists of 2025."""
+CURRENCY = "USD"
 TOLERANCE_GB = 1.0
 """GPUs may have slightly more memory than their nominal size."""
 
@@ -86,6 +88,8 @@ class Plan:
     """Value of `--cache` -> size of the stage cache."""
     cost: float | None
     """Cost in the currency of the price. `None` without GPUs or without a price."""
+    currency: str | None
+    """Currency of a default price. `None` if the price is the user's, which has no currency."""
     bottleneck: str | None
     """Stage that limits the rate."""
     stage_seconds: Mapping[str, float]
@@ -99,11 +103,12 @@ class Plan:
         if max_cost is None:
             return
         if self.cost is None:
-            raise UsageError("--max-cost: the cost of this plan is unknown; pass --price PER_GPU_HOUR for a run on GPUs")
+            hint = "pass --price PER_GPU_HOUR" if self.gpu_hours else "it uses no GPUs; run it without --max-cost"
+            raise UsageError(f"--max-cost: the cost of this plan is unknown: {hint}")
         if self.cost > max_cost:
             raise TooExpensive(
-                f"the plan costs {self.cost:,.2f} for {self.gpu_hours:,.1f} GPU-hours, --max-cost allows {max_cost:,.2f}; "
-                "render fewer shots, use fewer steps, or raise --max-cost"
+                f"the plan costs {money(self.cost, self.currency)} for {self.gpu_hours:,.1f} GPU-hours, "
+                f"--max-cost allows {max_cost:,.2f}; render fewer shots, use fewer steps, or raise --max-cost"
             )
 
 
@@ -171,6 +176,7 @@ def estimate(
             "all": demand.image_cache_bytes + demand.clip_cache_bytes,
         },
         cost=None if per_hour is None else per_hour * expected / 3600,
+        currency=CURRENCY if is_default else None,
         bottleneck=_bottleneck(packing, timing),
         stage_seconds=timing.seconds,
         considered=considered,
