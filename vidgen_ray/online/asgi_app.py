@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online import api_error
 from vidgen_ray.online.api import content_routes, image_routes, input_routes, video_routes
-from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, openapi_document
+from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, openapi_document, without_keys
 from vidgen_ray.online.api.responses import Health, LoadedLora, LoadedLoras, Lora, LoraPage, Model, ModelPage, Readiness
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.auth import ApiKeys, Authenticator
@@ -171,9 +171,10 @@ async def list_loaded_loras(server: ServerDep, tenant: TenantDep) -> LoadedLoras
 
 
 @router.get("/openapi.json", include_in_schema=False)
-async def openapi_json(request: Request, _: TenantDep) -> JSONResponse:
+async def openapi_json(request: Request, server: ServerDep, _: TenantDep) -> JSONResponse:
     """Return the OpenAPI document. It names the stages and models of the server."""
-    return JSONResponse(request.app.openapi())
+    document = request.app.openapi()
+    return JSONResponse(document if server.auth.keys.are_required else without_keys(document))
 
 
 health = APIRouter(tags=["health"])

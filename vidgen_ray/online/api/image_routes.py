@@ -22,7 +22,7 @@ from vidgen_ray.engine.shot_writer import shot_record
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
 from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.media import encode_png
-from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, request_body
+from vidgen_ray.online.api.openapi import EVENT_STREAM, ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateImages, EditImages
 from vidgen_ray.online.api.responses import JSON_OBJECT, ErrorBody, ImageResult, ImagesResponse, ImageUsage, size_text
 from vidgen_ray.online.api.video_routes import IdempotencyKey, completed_jobs, face_fields, require_completed, require_existing
@@ -41,7 +41,7 @@ IMAGES: dict[str, Any] = {
     "model": ImagesResponse,
     "description": "The images. With `stream`: server-sent events, `.partial_image` for intermediate images and `.completed` "
     "for each image.",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": EVENT_STREAM,
 }
 
 router = APIRouter(tags=["images"])

@@ -42,6 +42,18 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": ERRORS[status]} for status in sorted({*ANY_ROUTE, *statuses})}
 
 
+EVENT_STREAM = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "properties": {name: {"type": "string"} for name in ("event", "data", "id")},
+            "required": ["event", "data"],
+        }
+    }
+}
+"""`content` of a response with server-sent events. `data` is JSON."""
+
+
 class JsonBody(GenerateJsonSchema):
     """Schema of a JSON body, without files."""
 
@@ -98,6 +110,19 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
     document["components"]["schemas"] = dict(sorted(schemas.items()))
     app.openapi_schema = document
     return document
+
+
+def without_keys(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the document of a server that needs no API key."""
+    paths = {
+        path: {
+            method: {name: value for name, value in operation.items() if name != "security"}
+            for method, operation in operations.items()
+        }
+        for path, operations in document["paths"].items()
+    }
+    components = {name: value for name, value in document["components"].items() if name != "securitySchemes"}
+    return {**document, "paths": paths, "components": components}
 
 
 bearer = HTTPBearer(

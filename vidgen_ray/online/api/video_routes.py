@@ -14,7 +14,7 @@ from starlette.responses import Response
 from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
 from vidgen_ray.limits import MAX_RESULTS
-from vidgen_ray.online.api.openapi import JSON, ServerDep, TenantDep, error_responses, request_body
+from vidgen_ray.online.api.openapi import EVENT_STREAM, JSON, ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateImages, CreateShot, CreateVideo, RemixVideo
 from vidgen_ray.online.api.responses import Estimate, ShotJob, Video, VideoDeleted, VideoPage, shot_response, video_response
 from vidgen_ray.online.api_error import INVALID, ApiError, invalid, not_found
@@ -223,7 +223,7 @@ async def _polled(server: ServerContext, response: Response, job: Job) -> Video:
 EVENTS = {
     "description": "`video.queued` and `video.in_progress` events with the Video after each change. The last event is "
     "`video.completed`, `video.failed`, `video.cancelled` or `video.deleted`.",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": EVENT_STREAM,
 }
 
 
