@@ -68,7 +68,7 @@ def test_search_finds_ended_jobs_with_all_words(store):
 
     assert found("boat", "red") == found("BOAT") == found("0% w") == found(boat) == [boat]
     assert found("straße") == found("eileen") == [street]
-    assert found("ink", "seed:7") == [street, boat]
+    assert found("ink", "seed:7") == found("date:1970-01-01") == found("date:1970") == [street, boat]
     assert found("red", "rain") == found("0_") == found("prompt") == []
     assert found("7") == found("0") == [], "ids and seeds contain such digits"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -194,7 +195,8 @@ def job_of(row: Row[Any]) -> Job:
 
 def row_of(job: Job) -> dict[str, Any]:
     """Return the column values of a job, except `seq` and those of its lease."""
-    texts = (job.shot.prompt, job.shot.style_prompt, job.request.get("character"), f"seed:{job.shot.seed}", job.id)
+    shot, day = job.shot, datetime.fromtimestamp(job.created_at, UTC)
+    texts = (shot.prompt, shot.style_prompt, job.request.get("character"), f"seed:{shot.seed}", f"date:{day:%Y-%m-%d}", job.id)
     search_text = " ".join(["", *(str(text) for text in texts if text)]).casefold()
     return {**job.model_dump(mode="json"), "search_text": search_text}
 

@@ -201,9 +201,9 @@ class JobStore:
     ) -> Page:
         """List a tenant's jobs in the order of their creation; `desc` starts with the newest.
 
-        Lists only jobs whose prompt, style, character, seed (`seed:7`) and id contain all `words`, in upper or lower case. The
-        page starts after the job with id `after`, which may have been deleted meanwhile. Raises UnknownJob if `after` is not a
-        job of the tenant.
+        Lists only jobs whose prompt, style, character, seed (`seed:7`), UTC day (`date:2026-11-30`) and id contain all `words`,
+        in upper or lower case. The page starts after the job with id `after`, which may have been deleted meanwhile. Raises
+        UnknownJob if `after` is not a job of the tenant.
         """
         matching = [JOBS.c.tenant == tenant, JOBS.c.deleted_at.is_(None), JOBS.c.kind.in_(kinds), JOBS.c.state.in_(states)]
         matching += [JOBS.c.search_text.contains(_searched(word.casefold()), autoescape=True) for word in words]
