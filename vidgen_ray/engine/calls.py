@@ -39,7 +39,7 @@ BROKEN_CONTEXT = ("CUDA error", "CUDNN_STATUS", "device-side assert")
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """Result of a call to a worker or an encoder."""
+    """Result of a call to a worker or an encoder. Without records and failure, the call was cancelled."""
 
     records: tuple[StepRecord, ...] = ()
     likeness: Artefacts = field(default_factory=lambda: Artefacts())
@@ -49,7 +49,6 @@ class CallResult:
     """Kind of the failure."""
     load_failed: bool = False
     """True if the process could not load its weights."""
-    cancelled: bool = False
     context_broken: bool = False
     """True if every further call to this process would fail."""
     session_lost: bool = False

@@ -219,7 +219,7 @@ class Worker:
                     on_progress(stages[0], 0, 0)
                     return function(ready)
             except Cancelled:
-                return CallResult(cancelled=True), default
+                return CallResult(), default
             except StepFailed as failed:
                 return CallResult.of_failure(failed), default
             finally:

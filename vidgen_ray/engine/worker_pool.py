@@ -205,7 +205,8 @@ class WorkerPool:
                 num_returns=num_returns,
             )
             keys = [step.key for step in plan.steps if step.stage in stages]
-            if result.failure is None and not result.cancelled and [record.key for record in result.records] != keys:
+            # Also the result of a cancelled call: this one was not cancelled, or nobody reads its result.
+            if result.failure is None and [record.key for record in result.records] != keys:
                 message = "the worker returned the result of another shot"
                 failure = Failure(
                     stage=requested.stage, error="WrongResult", message=message, attempts=1, worker=client.location
