@@ -1,5 +1,6 @@
 """`jobs/render.py`, which runs `vidgen_ray.jobs.render`, on a real head node: submission, output and exit code."""
 
+import json
 import os
 import shutil
 import socket
@@ -73,8 +74,10 @@ def test_submitted_job_renders_and_returns_its_exit_code(dashboard, tmp_path):
     for folder in ("vidgen_ray", "jobs"):
         shutil.copytree(ROOT / folder, tmp_path / "project" / folder, ignore=shutil.ignore_patterns("__pycache__"))
     job = [sys.executable, "jobs/render.py", str(script), "-o", str(out), "-p", "tiny", "--until", "image"]
-    command = [RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *job]
+    command = [RAY, "job", "submit", "--submission-id", "film-1", "--address", dashboard, "--working-dir", ".", "--", *job]
     result = subprocess.run(command, cwd=tmp_path / "project", env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "1 done, 0 already done, 1 failed" in result.stdout
     assert list(out.glob("shots/*/ball/image.png"))
+    status = json.loads((out / "status.json").read_text())
+    assert (status["submission_id"], status["done"], status["failed"], status["ended"]) == ("film-1", 1, 1, True)

@@ -19,7 +19,7 @@ from vidgen_ray.batch.render import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.ray_cluster import expect_gpus
 from vidgen_ray.engine.retries import IN_DOUBT_FACTOR
-from vidgen_ray.errors import ScriptError, SetupError
+from vidgen_ray.errors import ScriptError, SetupError, UsageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.records import shot_path
@@ -157,8 +157,15 @@ def test_script_that_changes_during_the_run_is_an_error_and_replaces_no_shot(in_
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert run["error"].startswith("ScriptError: s.jsonl: got a script that was changed while it was read")
     assert {(row.status, row.last_run) for row in read_manifest(tmp_path / "out")} == {("done", "rendered"), ("done", "reused")}
-    report, _ = render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU)
-    assert (report.skipped, json.loads((tmp_path / "out/run.json").read_text())["error"]) == (6, None)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "job-1"}}')
+    report, rows = render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU, name="film", team="blue")
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert (report.skipped, run["error"]) == (6, None)
+    assert (run["name"], run["team"], run["submission_id"]) == ("film", "blue", "job-1")
+    assert {(row.run, row.team, row.submission_id) for row in rows.values()} == {(run["run"], "blue", "job-1")}
+    assert "-film-" in run["run"]
+    with pytest.raises(UsageError, match="--team: got 'a b', must be"):
+        render_lines(tmp_path, profile, shots(6), team="a b")
 
 
 def test_run_stopped_while_reading_the_script_renders_nothing(in_process, tmp_path, profile):

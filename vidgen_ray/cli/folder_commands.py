@@ -56,7 +56,7 @@ def status(out: OutArgument = "out", as_json: JsonOption = False) -> None:
         typer.echo(json.dumps({"run": run and run.model_dump(mode="json"), "last_run": last, **asdict(found)}))
         return
     console = Console(highlight=False, soft_wrap=True)
-    if run is not None and not (run.ended and has_results):
+    if run is not None and (not run.ended or run.error or not has_results):
         _print_run(console, run)
     if has_results:
         _print(console, found, storage.url)
