@@ -71,31 +71,40 @@ def in_notebook() -> bool:
 def progress_bar(console: Console | None = None) -> Iterator[ProgressCallback]:
     """Show a bar per stage in this block. Yields the callback that moves them. Default `console`: standard output."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), ElapsedColumn())
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, TaskID] = {}
-        current: str | None = None
+    bars = Progress(*columns, console=console)
+    tasks: dict[str, TaskID] = {}
+    current: str | None = None
+    last_s = bars.get_time()
 
-        def finish_current() -> None:
-            """Fill the bar of a stage that is followed by another one. Not all stages report steps."""
-            if current is not None:
-                total = bars.tasks[tasks[current]].total or 1
-                bars.update(tasks[current], completed=total, total=total)
-                bars.stop_task(tasks[current])
+    def finish_current() -> None:
+        """Fill the bar of a stage that is followed by another one. Not all stages report steps."""
+        if current is not None:
+            total = bars.tasks[tasks[current]].total or 1
+            bars.update(tasks[current], completed=total, total=total)
+            bars.stop_task(tasks[current])
 
-        def on_progress(stage: str, step: int, steps: int) -> None:
-            nonlocal current
-            if stage != current:
-                finish_current()
-                if stage in tasks:
-                    bars.reset(tasks[stage])
-                else:
-                    label = STAGE_BY_NAME[stage].label if stage in STAGE_BY_NAME else stage
-                    tasks[stage] = bars.add_task(label, total=None)
-                current = stage
-            bars.update(tasks[stage], completed=step, total=steps or None)
+    def on_progress(stage: str, step: int, steps: int) -> None:
+        nonlocal current, last_s
+        bars.start()
+        if stage != current:
+            finish_current()
+            if stage in tasks:
+                bars.reset(tasks[stage])
+            else:
+                label = STAGE_BY_NAME[stage].label if stage in STAGE_BY_NAME else stage
+                tasks[stage] = bars.add_task(label, total=None)
+            # The first report of some stages comes at their end.
+            bars.tasks[tasks[stage]].start_time = last_s
+            current = stage
+        bars.update(tasks[stage], completed=step, total=steps or None)
+        last_s = bars.get_time()
 
+    try:
         yield on_progress
         finish_current()
+    finally:
+        if tasks:
+            bars.stop()
 
 
 MAX_INLINE_BYTES = 20_000_000

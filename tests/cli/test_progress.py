@@ -155,10 +155,10 @@ def test_line_view_prints_messages_and_the_lines_read_so_far(clock):
         view.on_lines(700, 0, 1, complete=False)
         view.on_lines(900, 2, 1, complete=True)
     assert [line.split("s  ", 1)[1] for line in printed()[:-1]] == [
-        "500 shots so far, 0 already done, 1 lines rejected",
+        "500 shots so far, 0 already done, 1 line rejected",
         CONNECTING,
         "run/1/worker/0/0 is quarantined: failed for flux on different shots in a row",
-        "900 shots, 2 already done, 1 lines rejected",
+        "900 shots, 2 already done, 1 line rejected",
     ]
 
 

@@ -59,8 +59,8 @@ def test_missing_shots_exit_with_1_and_the_list(shots, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["out", "--size", "10"], 3, "vidgen film, size: got '10', must be WIDTHxHEIGHT, such as 1280x720"),
-        (["out", "--transition", "wipe"], 3, "vidgen film, transition: got 'wipe', must be 'cut' or 'fade'"),
+        (["out", "--size", "10"], 3, "film, size: got '10', must be WIDTHxHEIGHT, such as 1280x720"),
+        (["out", "--transition", "wipe"], 3, "film, transition: got 'wipe', must be 'cut' or 'fade'"),
         (["out", "-o", "film.avi"], 2, "film: got 'film.avi', must end in .mp4"),
         (["nowhere"], 4, "nowhere: does not exist"),
         (["out", "--film", "none.yaml"], 3, "none.yaml: got the file, must be readable (No such file or directory)"),

@@ -171,7 +171,7 @@ def show_faces(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw the detected faces, the selected face and its keypoint image at the profile's default size."""
+    """Draw the detected faces, the selected face and its keypoint image."""
     from vidgen_ray.report.identity_sheet import identity_sheet
 
     image_format = FORMATS.get(out.suffix.lower())
@@ -208,9 +208,9 @@ def remove_identity(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed, without removing it.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete a person's face features, cached results and stored photos, and list what was made with them.
+    """Delete the face features, cached results and stored photos of a person.
 
-    Photos of your own folders are kept.
+    Lists what was made with them. Photos of your own folders are kept.
     """
     from vidgen_ray.report.gallery_page import write_gallery
 

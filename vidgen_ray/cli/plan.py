@@ -37,7 +37,7 @@ from vidgen_ray.planner import plan as make_plan
 from vidgen_ray.planner.layout import Slot, WorkerSpec
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script.read import iter_script
-from vidgen_ray.system.quantities import duration, money, size
+from vidgen_ray.system.quantities import count, duration, money, size
 
 if TYPE_CHECKING:
     from vidgen_ray.batch.render import Counts
@@ -153,10 +153,10 @@ def _facts(
     yield "profile", f"{profile.name} on {cluster}"
     yield "shots", f"{planned.shots:,} to render" + (f"; {_line_counts(counts)}" if counts else "")
     seconds = ", ".join(f"{stage} {_short(value)}" for stage, value in planned.stage_seconds.items())
-    yield "average shot", f"{seconds} s; {_count(demand.upscaled, 'shot')} upscaled, {_count(demand.loras, 'LoRA')}"
+    yield "average shot", f"{seconds} s; {count(demand.upscaled, 'shot')} upscaled, {count(demand.loras, 'LoRA')}"
     layout = planned.layout
-    workers = f"{_count(len(layout.workers), 'worker')} on {_count(len(layout.slots), 'GPU' if on_gpus else 'slot')}"
-    yield "layout", f"{layout.kind}: {workers}, {_count(layout.encoders, 'encoder')}, at most {layout.window} shots at once"
+    workers = f"{count(len(layout.workers), 'worker')} on {count(len(layout.slots), 'GPU' if on_gpus else 'slot')}"
+    yield "layout", f"{layout.kind}: {workers}, {count(layout.encoders, 'encoder')}, at most {layout.window} shots at once"
     yield (
         "rate",
         f"{planned.shots_per_hour:,.1f} shots per hour, {planned.efficiency:.0%} efficient"
@@ -178,9 +178,9 @@ def _slots(planned: Plan) -> Table:
     identical = Counter(
         (slot, tuple(shares.items())) for slot, shares in zip(planned.layout.slots, planned.shares, strict=True)
     )
-    for (slot, shares), count in identical.items():
+    for (slot, shares), alike in identical.items():
         for n, worker in enumerate(slot.workers):
-            first = (str(count), f"{slot.memory_gb:.1f} GB" if slot.has_gpu else "-") if n == 0 else ("", "")
+            first = (str(alike), f"{slot.memory_gb:.1f} GB" if slot.has_gpu else "-") if n == 0 else ("", "")
             share = f"{worker.gpus:.2f}" if slot.has_gpu else "-"
             table.add_row(*first, _process(slot, n), f"{worker.cpus:g}", share, _stage_shares(worker, dict(shares)))
     return table
@@ -222,10 +222,6 @@ def _line_counts(counts: Counts) -> str:
     return (
         f"{counts.done:,} of {counts.lines:,} already done, {counts.rejected:,} rejected, {counts.cached_steps:,} cached stages"
     )
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _short(seconds: float) -> str:

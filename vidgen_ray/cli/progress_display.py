@@ -19,7 +19,7 @@ from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import MAX_MESSAGE_LENGTH, MAX_MESSAGES
 from vidgen_ray.outputs.manifest import REJECTED, ManifestRow
 from vidgen_ray.outputs.run_log import RunStatus
-from vidgen_ray.system.quantities import ElapsedColumn, duration
+from vidgen_ray.system.quantities import ElapsedColumn, count, duration
 
 RENDERING = "shots"
 SMALL_RUN = 50
@@ -166,7 +166,7 @@ class LineDisplay:
         if is_first or tracker.complete:
             so_far = "" if tracker.complete else " so far"
             self._print_summary(
-                f"{tracker.total:,} shots{so_far}, {tracker.skipped:,} already done, {rejected:,} lines rejected"
+                f"{count(tracker.total, 'shot')}{so_far}, {tracker.skipped:,} already done, {count(rejected, 'line')} rejected"
             )
         if is_first and tracker.remaining:
             self.note(CONNECTING)

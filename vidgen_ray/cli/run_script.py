@@ -57,7 +57,7 @@ from vidgen_ray.script.lines import Line, ScriptSettings
 from vidgen_ray.script.read import Script, check_lora_sizes, iter_script, read_script
 from vidgen_ray.stages.base import StageParams
 from vidgen_ray.stages.text_length import cut_texts
-from vidgen_ray.system.quantities import duration, money
+from vidgen_ray.system.quantities import count, duration, money
 
 
 @contextmanager
@@ -376,7 +376,9 @@ def validate(
             typer.echo(str(ScriptError(checked.errors)), err=True)
         for note in checked.notes[:MAX_MESSAGES]:
             typer.echo(f"note: {note}", err=True)
-        typer.echo(f"{settings.path.name}: {len(checked.shots)} valid shots, {len(checked.rejected)} invalid lines")
+        typer.echo(
+            f"{settings.path.name}: {count(len(checked.shots), 'valid shot')}, {count(len(checked.rejected), 'invalid line')}"
+        )
     if checked.rejected:
         raise typer.Exit(ScriptError.exit_code)
 
@@ -415,7 +417,7 @@ def run_script(
         if report.failed:
             typer.echo(f"Failed lines with their errors: {outputs.storage.place('failures.jsonl')}")
     if report.left:
-        typer.echo(f"vidgen: stopped. {report.left} lines not started. {RESUME}", err=True)
+        typer.echo(f"vidgen: stopped. {count(report.left, 'line')} not started. {RESUME}", err=True)
         raise typer.Exit(130)
     if report.failed:
         nothing_to_render = report.failed == report.rejected and not report.done + report.skipped

@@ -91,7 +91,7 @@ def film(
         described |= checked_fields(header.film or {}, ScriptSettings(script).folder, f"{script.name}, film")
     if film_file is not None:
         described |= read_film_file(film_file)
-    settings = film_settings({**described, **options}, "vidgen film")
+    settings = film_settings({**described, **options}, "film")
     outputs = OutputFolder(out)
     if outputs.storage.local is not None and not outputs.storage.local.is_dir():
         raise SetupError(f"output folder {outputs.url}: does not exist")
@@ -102,7 +102,8 @@ def film(
     last = setting_of_last_run(outputs, "provenance", ProvenanceSettings) or DEFAULT
     marking = marks.settings(last)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Reading clips", total=None)
         report = make_film(
             outputs,

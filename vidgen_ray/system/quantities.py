@@ -30,6 +30,11 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.3g} {unit}" if n_bytes < 100 else f"{n_bytes:,.0f} {unit}"
 
 
+def count(number: int, thing: str) -> str:
+    """Return `1 shot` or `1,200 shots`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def money(amount: float, currency: str | None) -> str:
     """Return an amount with its currency. Without one, it is in that of `--price` or of the profile."""
     return f"{amount:,.2f} {currency or '(in the currency of the price)'}"

@@ -205,7 +205,8 @@ def upscale(
     if as_json:
         typer.echo(json.dumps({"videos": results, "failed": failed}))
     if failed:
-        _note(f"{failed} of {len(results)} videos failed")
+        if len(results) > 1:
+            _note(f"{failed} of {len(results)} videos failed")
         raise typer.Exit(1)
 
 
