@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -174,6 +175,33 @@ STAGED = layout(slot("flux"), slot("svd"))
 async def places_of(listener):
     """Return name -> (node, GPU ids, pid) of all workers."""
     return {name: await actor.place.remote() for name, actor in listener.workers.items()}
+
+
+def test_holders_are_runs_with_their_folders_and_jobs_with_their_actors_even_without_a_dashboard(monkeypatch):
+    def group(name, state="CREATED", node="n1", gpus=2.0):
+        return {"name": name, "state": state, "bundles": {0: {"GPU": gpus, "CPU": 1.0}}, "bundles_to_node_id": {0: node}}
+
+    film = "000001-film/1 in s3://clips/film since 2026-01-01 10:00 UTC/group/1-2-3/0"
+    groups = {
+        "own": group("own"),
+        "a": group(film),
+        "b": group("train"),
+        "c": group("gone", "REMOVED"),
+        "d": group("", node=""),
+    }
+    monkeypatch.setattr(fleet_module, "placement_group_table", lambda: groups)
+    job = {"job_id": "02", "required_resources": {"GPU": 1.0}}
+    actors = [
+        SimpleNamespace(name=None, class_name="Trainer", **job),
+        SimpleNamespace(name="me/encoder/0", class_name="E", **job),
+    ]
+    known = fleet_module._JobHoldings({"02": "train-1"}, {"b": "02"}, actors)
+    monkeypatch.setattr(fleet_module, "_job_holdings", lambda: known)
+    run = "000001-film in s3://clips/film since 2026-01-01 10:00 UTC (2 GPUs)"
+    named = f": job train-1 with placement group train (2 GPUs), {run}, job train-1 with Trainer (1 GPU)"
+    assert fleet_module._holders({"own"}, "me", ["GPU"]) == named
+    monkeypatch.setattr(fleet_module, "_job_holdings", lambda: 1 / 0)
+    assert fleet_module._holders({"own"}, "me", ["GPU"]) == f": placement group train (2 GPUs), {run}"
 
 
 @pytest.mark.slow
