@@ -63,7 +63,7 @@ def test_form_values_reach_the_job_and_its_card(site, open_page):
     page.get_by_role("group", name="Face").get_by_label("Pose").select_option("none")
     generate(page, "an astronaut\non a beach")
     card = cards(page, "queue")
-    expect(card.locator(".status")).to_have_text("Reading the face · 0 %")
+    expect(card.locator(".status")).to_have_text("Reading the face (0 %)")
     expect(card.locator("[aria-current=step]")).to_have_text("Face")
     stages = [text.removesuffix(" (done)") for text in card.locator(".stages li").all_text_contents()]
     assert stages == ["Face", "Base image", "LoRA", "Style", "Likeness", "Video", "Clip likeness", "Upscale", "Save"]

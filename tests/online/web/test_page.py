@@ -18,10 +18,10 @@ def test_clip_is_created_followed_and_played(site, open_page, pipe):
     expect(page.get_by_text("Finished clips appear here.")).to_be_visible()
     generate(page, prompt)
     card = cards(page, "queue")
-    expect(card.locator(".status")).to_have_text("Generating the base image · 0 %")
+    expect(card.locator(".status")).to_have_text("Generating the base image (0 %)")
     assert card.get_by_role("progressbar").get_attribute("value") == "0"
     site.director.paused.clear()
-    expect(card.locator(".status")).to_have_text(re.compile(r"^Generating the base image, 1 of 2 steps · \d+ %$"))
+    expect(card.locator(".status")).to_have_text(re.compile(r"^Generating the base image, 1 of 2 steps \(\d+ %\)$"))
     with pipes_open(pipe):
         expect(cards(page, "clips")).to_have_count(1)
     expect(cards(page, "queue")).to_have_count(0)

@@ -110,9 +110,9 @@ def _status(job: Job) -> str:
     stage = STAGE_BY_NAME.get(job.stage)
     activity = stage.activity if stage else SAVING[1]
     if not job.steps:
-        return f"{activity} · {job.progress} %"
+        return f"{activity} ({job.progress} %)"
     unit = stage.progress_unit if stage else "steps"
-    return f"{activity}, {job.step} of {job.steps} {unit} · {job.progress} %"
+    return f"{activity}, {job.step} of {job.steps} {unit} ({job.progress} %)"
 
 
 def _card_stages(job: Job) -> Iterator[tuple[str, str]]:
