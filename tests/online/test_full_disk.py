@@ -1,5 +1,10 @@
-"""Requests to a server whose disk is full."""
+"""Requests to a server whose disk is full, or whose store is locked."""
 
+import asyncio
+import sqlite3
+from contextlib import closing
+
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -7,7 +12,8 @@ from tests.online.directors import LOCAL, local_server
 from tests.online.test_api_videos import SMALL, ended
 from vidgen_ray.online import asgi_app
 from vidgen_ray.online.job_service import storage_problem
-from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.online.server_settings import Limits, OnlineSettings
+from vidgen_ray.online.store.database import POOL_SIZE
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.outputs.folder import OutputFolder
 
@@ -67,3 +73,31 @@ def test_check_writes_to_the_output_folder(tmp_path):
     (tmp_path / "out").touch()
     assert check(store, outputs) == "The output folder cannot be written: File exists."
     store.close()
+
+
+def test_reads_respond_while_the_store_is_locked(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(asgi_app, "READY_S", 0.2)
+    creates = POOL_SIZE + 10
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path / "out"), limits=Limits(open_jobs=creates))
+
+    async def requests(app, lock):
+        transport = httpx.ASGITransport(app, client=LOCAL["client"])
+        client = httpx.AsyncClient(transport=transport, base_url=LOCAL["base_url"], timeout=60)
+        async with app.router.lifespan_context(app), client:
+            lock.execute("BEGIN IMMEDIATE")
+            posts = [client.post("/v1/videos", json={"prompt": "a", "seed": n, **SMALL}) for n in range(creates)]
+            created = asyncio.gather(*posts)
+            # Each of these needs a thread and a connection, as the requests that wait do.
+            reads = [await client.get("/v1/videos") for _ in range(3)]
+            ready = await client.get("/readyz")
+            waiting = not created.done()
+            lock.execute("ROLLBACK")
+            return reads, ready, waiting, await created
+
+    with local_server(tiny, settings) as server, closing(sqlite3.connect(server.store.folder / "jobs.db")) as lock:
+        server.director.held.set()
+        reads, ready, waiting, created = asyncio.run(requests(server.app, lock))
+    assert waiting
+    assert {response.status_code for response in reads} == {200}
+    assert ready.json()["error"]["message"] == "The job store or the output folder has not responded for 0.2 s."
+    assert {response.status_code for response in created} == {200}

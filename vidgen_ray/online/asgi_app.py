@@ -43,6 +43,8 @@ DESCRIPTION = """Videos and images from text, photos and LoRAs, in the format of
 
 Create requests accept JSON or a form. Every error is `{"error": {"message", "type", "param", "code"}}`."""
 
+READY_S = 5.0
+"""Seconds within which `/readyz` responds."""
 THREADS = POOL_SIZE
 """Threads of `asyncio.to_thread` for blocking calls, each with a connection to the database.
 
@@ -193,7 +195,11 @@ async def readyz(server: ServerDep) -> Readiness:
 
     Says what is missing to run jobs.
     """
-    problem = await asyncio.to_thread(storage_problem, server.store, server.outputs)
+    try:
+        async with asyncio.timeout(READY_S):
+            problem = await asyncio.to_thread(storage_problem, server.store, server.outputs)
+    except TimeoutError:
+        problem = f"The job store or the output folder has not responded for {READY_S:g} s."
     if problem is not None:
         raise ApiError(503, problem, code="not_ready", type="server_error", headers={"Retry-After": "5"})
     missing = await server.missing()

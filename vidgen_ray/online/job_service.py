@@ -26,6 +26,7 @@ from vidgen_ray.online.api_error import ApiError, invalid, invalid_fields, not_f
 from vidgen_ray.online.auth import LOCAL_TENANT, Tenant
 from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
+from vidgen_ray.online.store.database import POOL_SIZE
 from vidgen_ray.online.store.inputs import Character
 from vidgen_ray.online.store.jobs import JOB_ID, Job, JobKind, JobState, new_id, shot_id_of
 from vidgen_ray.online.store.store import IdempotencyConflict, JobStore, LimitReached, QueueFull
@@ -56,6 +57,9 @@ LICENCE_LIST = TypeAdapter(tuple[UsedWeights, ...])
 QUEUE_FULL_RETRY_S = 5
 OPEN_JOBS_RETRY_S = 2
 ERASE_RETRY_S = 2
+
+MAX_WRITERS = POOL_SIZE // 2
+"""Requests that create jobs at the same time. If the store is locked, reads still have threads and connections."""
 
 NotifyDirector = Callable[[], None]
 """Wakes the director. Without this call it finds the change at its next poll."""
@@ -92,6 +96,7 @@ class JobService:
         self._jobs_changed = jobs_changed
         self.serving_profile = serving_profile
         self.uploads = upload_folder(outputs, store.uploads, settings.uploads)
+        self._writers = asyncio.Semaphore(MAX_WRITERS)
 
     async def accept(
         self,
@@ -125,15 +130,16 @@ class JobService:
             outputs = {"outputs": [job.id for job in jobs]}
             jobs = [job.model_copy(update={"request": {**job.request, **outputs}}) for job in jobs]
         try:
-            stored, created = await asyncio.to_thread(
-                self._store.create_all,
-                jobs,
-                idempotency_key=idempotency_key,
-                fingerprint=fingerprint,
-                max_queued=self._settings.max_queued,
-                max_open=tenant.limits.open_jobs,
-                files_exist=lambda job: self._outputs.find_by_key(job.key) is not None,
-            )
+            async with self._writers:
+                stored, created = await asyncio.to_thread(
+                    self._store.create_all,
+                    jobs,
+                    idempotency_key=idempotency_key,
+                    fingerprint=fingerprint,
+                    max_queued=self._settings.max_queued,
+                    max_open=tenant.limits.open_jobs,
+                    files_exist=lambda job: self._outputs.find_by_key(job.key) is not None,
+                )
         except IdempotencyConflict:
             raise _key_reused() from None
         except QueueFull as error:
