@@ -9,7 +9,7 @@ const path = (file) => file.split("/").map(encodeURIComponent).join("/");
 const worst = (row) => row.likeness ?? 2;
 const inOrder = (values) => [...new Set(values)].filter(Boolean).sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
 const nameOfAxis = (axis) => axis === "lora" ? "LoRA" : axis.replaceAll("_", " ");
-const facts = (parts) => parts.map((part) => element("span", {}, part));
+const facts = (parts) => parts.flatMap((part) => [element("span", {}, part), " "]);
 
 function setData(data) {
   rows = data.rows;
@@ -124,7 +124,7 @@ const mean = (values) => values.length ? values.reduce((sum, value) => sum + val
 function heading(scope, text, some) {
   const likeness = mean(some.map((row) => row.likeness).filter((value) => value > -1)), seconds = mean(some.map((row) => row.seconds).filter(Boolean));
   const means = [likeness === null ? null : `likeness ${likeness.toFixed(2)}`, seconds === null ? null : `rendered in ${seconds.toFixed(1)} s`].filter(Boolean);
-  return element("th", { scope }, text, some.length > 1 ? element("p", { class: "facts faint", title: `Mean of ${some.length} shots` }, ...facts(means)) : null);
+  return element("th", { scope }, text, " ", some.length > 1 ? element("p", { class: "facts faint", title: `Mean of ${some.length} shots` }, ...facts(means)) : null);
 }
 
 function drawGrid(down, across) {
