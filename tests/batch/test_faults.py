@@ -17,6 +17,7 @@ from tests.fake_stages import FAKES, fake_likeness, profile_of_fakes
 from vidgen_ray.batch.line_planner import remaining_lines
 from vidgen_ray.batch.render import render
 from vidgen_ray.batch.run_options import RenderOptions
+from vidgen_ray.engine import storage_pause
 from vidgen_ray.engine.ray_cluster import expect_gpus
 from vidgen_ray.engine.retries import IN_DOUBT_FACTOR
 from vidgen_ray.errors import ScriptError, SetupError, UsageError
@@ -282,3 +283,52 @@ def test_low_likeness_retries_with_other_seeds_before_the_clip_is_rendered(tmp_p
     assert (failed.failure_stage, failed.failure_error, failed.failure_attempts) == ("likeness", "LikenessTooLow", 3)
     assert f"{max(likeness_of_attempts(never)):g}" in failed.failure_message
     assert len(list((tmp_path / "out").glob("cache/*/*/frames.mkv"))) == 1, "no clip is rendered for rejected images"
+
+
+def test_lost_planning_task_is_repeated(in_process, tmp_path, profile, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
+    monkeypatch.setattr("vidgen_ray.batch.line_planner.BLOCK_LINES", 2)
+    crashed = tmp_path / "crashed"
+
+    def crash_once(block, planner, finished):
+        from vidgen_ray.batch.line_planner import _plan_block
+
+        if not crashed.exists():
+            crashed.touch()
+            os._exit(1)
+        return _plan_block(block, planner, finished)
+
+    monkeypatch.setattr("vidgen_ray.batch.line_planner._plan_block", crash_once)
+    report, rows = render_lines(tmp_path, profile, shots(9), gpus=ONE_GPU)
+    assert crashed.exists()
+    assert (report.done, report.failed, len(rows)) == (9, 0, 9)
+
+
+def test_run_waits_while_the_disk_is_full_and_no_line_fails(tmp_path, profile, small_disk, monkeypatch):
+    monkeypatch.setattr(storage_pause, "PROBE_INTERVAL_S", 0.2)
+    lines, events = shots(30), Events()
+
+    def on_message(message):
+        events.messages.append(message)
+        if "no file can be written" in message:
+            small_disk.make_room()
+
+    events.on_message = on_message
+
+    class FillsTheDisk(FAKES["flux"]):
+        """Fills the disk when the run has started. The files of the shots that follow do not fit."""
+
+        def one(self, shot, artefacts):
+            if shot.id == "s05":
+                small_disk.fill()
+            return super().one(shot, artefacts)
+
+    script = tmp_path / "s.jsonl"
+    script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    options = RenderOptions(cluster=parse_gpus(GPUS), stages={**FAKES, "flux": FillsTheDisk}, cache="none")
+    settings = ScriptSettings(script, profile_defaults=profile.defaults)
+    report = render(settings, profile, OutputFolder(small_disk.folder / "out"), options, listener=events)
+    assert (report.done, report.failed, report.left, report.quarantined) == (30, 0, 0, ())
+    assert any("No space left on device" in message for message in events.messages)
+    assert {row.failure_attempts for row in read_manifest(small_disk.folder / "out")} == {None}

@@ -516,3 +516,19 @@ def test_api_on_sqlite_and_postgresql(tiny, tmp_path, database_url):
         for field in ("character", "face_image", "user", "model"):
             assert client.post("/v1/videos", json={**SMALL, field: "a\0b"}).status_code in (400, 404)
         assert client.get("/v1/videos/characters/%F0%9F%8C%A7").status_code == 404
+
+
+def test_uploads_larger_than_the_cap_are_rejected(client):
+    large = client.post("/v1/files", files={"file": ("a.png", png() + b"\0" * 600_000)})
+    assert error_of(large, 413)["param"] == "file"
+    body = client.post("/v1/files", files={"file": ("a.png", b"\0" * 4_000_000)})
+    assert error_of(body, 413)["code"] == "too_large"
+    prompt = client.post("/v1/videos", json={"prompt": "x" * 1_000_000})
+    assert error_of(prompt, 413)["code"] == "too_large"
+
+
+def test_too_many_form_parts_are_rejected(client):
+    files = client.post("/v1/videos", data=SMALL, files=[("face_image", ("a", png()))] * 4)
+    assert "files" in error_of(files, 400)["message"].lower()
+    fields = client.post("/v1/videos", data={f"f{number}": "x" for number in range(10_000)}, files={"x": ("a", b"")})
+    assert "fields" in error_of(fields, 400)["message"].lower()

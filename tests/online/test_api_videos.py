@@ -404,3 +404,20 @@ def test_events_until_completion(client):
     again = events_of(client, video["id"], **{"Last-Event-ID": events[-1]["id"]})
     assert [event["event"] for event in again] == ["video.completed"]
     assert error_of(client.get("/v1/videos/video_x/events"), 404)["code"] == "video_not_found"
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "code"),
+    [
+        (b"", "application/json", 400, "invalid_json"),
+        (b"[]", "application/json", 400, "invalid_json"),
+        (b"\xff\xfe", "application/json", 400, "invalid_json"),
+        (b"prompt=a", "", 415, "unsupported_media_type"),
+        (b"--x\r\n\r\n", "multipart/form-data; boundary=x", 400, "invalid_request"),
+        (b"", "multipart/form-data; boundary=x", 400, "missing_required_parameter"),
+        (b"", "multipart/form-data", 400, "invalid_request"),
+    ],
+)
+def test_malformed_body_is_rejected(client, body, kind, status, code):
+    response = client.post("/v1/videos", content=body, headers={"content-type": kind})
+    assert error_of(response, status)["code"] == code

@@ -468,3 +468,14 @@ outputs.sweep()
         with s3.storage.workspace("shots"):
             pass
         assert set((tmp_path / "unfinished").iterdir()) == {folders[ELSEWHERE], folders[this_process()]}
+
+
+def test_lease_is_kept_while_the_folder_is_gone(disk):
+    elsewhere = disk.root.with_name("elsewhere")
+    with disk.lease("r1") as lease:
+        disk.root.rename(elsewhere)
+        with pytest.raises(FileNotFoundError):
+            lease.refresh()
+        elsewhere.rename(disk.root)
+        lease.refresh()
+        assert lease.is_sure

@@ -1,7 +1,10 @@
 """Output folder in an object store, tested against a local S3 server (moto)."""
 
+import io
+import logging
 import os
 import re
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -195,3 +198,36 @@ def test_region_of_a_bucket_is_found(endpoint, monkeypatch):
     assert OutputFolder("s3://in-paris/x?region=us-east-2").storage._store.config["region"] == "us-east-2"
     monkeypatch.setattr(object_storage, "S3_ADDRESS", "http://127.0.0.1:9")
     assert "region" not in OutputFolder("s3://elsewhere/x").storage._store.config
+
+
+def test_commit_of_a_new_shot_waits_for_three_requests(outputs, plan_of, monkeypatch):
+    """The listing of its folder, the uploads, which run at once, and the record."""
+    outputs.prepare()
+    requests, files = [], ("image.png", "video.mp4", "hd.mp4")
+    together = threading.Barrier(len(files) + 1, timeout=60)
+    upload, listing = ObjectStorage._upload, ObjectStorage._listing
+
+    def recorded_upload(self, file, path):
+        requests.append(path)
+        if not path.endswith("shot.json"):
+            together.wait()
+        upload(self, file, path)
+
+    monkeypatch.setattr(ObjectStorage, "_upload", recorded_upload)
+    monkeypatch.setattr(ObjectStorage, "_listing", lambda self, folder: requests.append("list") or listing(self, folder))
+    monkeypatch.setattr(ObjectStorage, "delete", lambda *_: pytest.fail("nothing is there"))
+    commit(outputs, plan_of("x"), files)
+    assert requests[0] == "list"
+    assert requests[-1].endswith("shot.json")
+    assert len(requests) == 1 + len(files) + 2
+
+
+def test_small_object_is_uploaded_in_one_request(outputs):
+    """Three requests (multipart upload) would triple the cost and time of caching small images."""
+    outputs.storage.folders("")
+    log, server = io.StringIO(), logging.getLogger("werkzeug")
+    handler = logging.StreamHandler(log)
+    server.addHandler(handler)
+    outputs.storage.write("a/b.json", "{}")
+    server.removeHandler(handler)
+    assert re.findall(r"([A-Z]+) /", log.getvalue()) == ["PUT"]

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -701,3 +702,28 @@ def test_card_name_is_the_nominal_memory():
         names = {Cluster((Node((gb,), 8, None),)).card for gb in (from_torch, from_driver, float(nominal))}
         assert names == {f"{nominal} GB"}
     assert Cluster((Node((21.4,), 8, None),)).card == "21.4 GB"
+
+
+def planned_seconds(profile, demand, cluster):
+    try:
+        return plan(profile, demand, cluster).seconds
+    except (SetupError, ProfileError):
+        return float("inf")
+
+
+def test_more_gpus_or_faster_stages_are_never_slower():
+    rng = random.Random(5)
+    for _ in range(20):
+        profile, demand, cluster = random_case(rng)
+        before = planned_seconds(profile, demand, cluster)
+        n = rng.randrange(len(cluster.nodes))
+        node = cluster.nodes[n]
+        more = replace(node, gpus=(*node.gpus, rng.choice([16.0, 48.0, 80.0])))
+        nodes = (*cluster.nodes[:n], more, *cluster.nodes[n + 1 :])
+        # A simpler layout is chosen if it is at most 1% slower.
+        assert planned_seconds(profile, demand, Cluster(nodes)) <= before * 1.011
+        name = rng.choice(list(profile.actors))
+        actor = profile.actors[name]
+        faster = actor.model_copy(update={"seconds": {stage: s * rng.uniform(0.2, 1) for stage, s in actor.seconds.items()}})
+        quicker = profile.model_copy(update={"actors": {**profile.actors, name: faster}})
+        assert planned_seconds(quicker, demand, cluster) <= before * 1.011
