@@ -159,7 +159,7 @@ import sys
 from pathlib import Path
 from tests.batch.faulty_stages import stages
 from tests.batch.test_batch import Events
-from tests.chaos.test_real_faults import Log
+from tests.chaos.test_real_faults import Log, use_up_memory
 from tests.fake_stages import profile_of_fakes
 from vidgen_ray.batch.render import render
 from vidgen_ray.batch.run_options import RenderOptions
@@ -169,7 +169,8 @@ from vidgen_ray.profile import load_profile
 from vidgen_ray.script.lines import ScriptSettings
 folder, address = Path(sys.argv[1]), sys.argv[2]
 profile = profile_of_fakes(load_profile("tiny"), layout="fused")
-options = RenderOptions(address=address, cluster=parse_gpus("2x80GB"), stages=stages(Log(folder / "log").work))
+work = use_up_memory if "memory" in sys.argv else Log(folder / "log").work
+options = RenderOptions(address=address, cluster=parse_gpus("2x80GB"), stages=stages(work))
 script = ScriptSettings(folder / "s.jsonl", profile_defaults=profile.defaults)
 render(script, profile, OutputFolder(folder / "out"), options, listener=Events())
 """
@@ -202,3 +203,30 @@ def test_lost_head_ends_the_run_and_the_next_one_resumes(cluster, second_node, t
     rows = read_manifest(tmp_path / "out")
     # Encoders of the lost cluster may still have committed shots after the count.
     assert done <= sum(row.last_run == "reused" for row in rows) < SHOTS
+
+
+def use_up_memory(shot):
+    """Let one shot use more and more memory of its node, up to 8 GB."""
+    kept = []
+    while shot.id == "large" and len(kept) < 128:
+        kept.append(bytearray(os.urandom(1 << 20) * 64))
+        time.sleep(0.1)  # Ray looks at the memory now and then
+
+
+@pytest.mark.very_slow
+def test_line_that_uses_up_the_memory_of_its_node_fails_alone(tmp_path):
+    """Ray's memory monitor kills its worker each time. Linux would end it with the same signal."""
+    lines = [*images(8), {**images(1)[0], "id": "large"}]
+    (tmp_path / "s.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    memory = psutil.virtual_memory()
+    limit = (memory.total - memory.available + (4 << 30)) / memory.total
+    settings = {"memory_usage_threshold": limit, "memory_monitor_refresh_ms": 100}
+    other = small_cluster(num_cpus=8, num_gpus=2, _system_config=settings, **MEMORY)
+    driver = subprocess.run([sys.executable, "-c", DRIVER, str(tmp_path), other.address, "memory"], timeout=400, cwd=ROOT)
+    log = (Path(other.head_node.get_logs_dir_path()) / "raylet.out").read_text()
+    other.shutdown()
+    assert driver.returncode == 0
+    assert log.count("Memory on the node") >= 3, "Ray killed the worker each time"
+    rows = {row.id: row for row in read_manifest(tmp_path / "out")}
+    assert {row.status for name, row in rows.items() if name != "large"} == {"done"}
+    assert (rows["large"].failure_error, rows["large"].failure_attempts) == ("WorkerDied", 3)
