@@ -23,8 +23,8 @@ MOST_ATTEMPTS = IN_DOUBT_FACTOR * ATTEMPTS
 """Most attempts of a call that are not explained by faults."""
 IDLE_S, IDLE_CALLS, WAITED_S = 300.0, 5, 1.0
 CHUNK_BYTES = 1 << 20
-ROWS_AFTER_BREAKER = 8
-"""Rows of shots that were in progress when the circuit breaker stops a run."""
+SECONDS_AFTER_BREAKER = 120.0
+"""Seconds in which a run stops because nearly all shots fail."""
 LEASE_POLL_S = 6.0
 """Seconds in which a director notices that its lease was deleted."""
 REASONS = {
@@ -146,7 +146,8 @@ def check_commit_once(world, history):
             sent, driver = history.sent[second.fields["call"].number].at, second.fields["call"].driver
             for first in commits[:n]:
                 answer = history.answers.get(first.fields["call"].number)
-                known = answer is not None and answer.fields["error"] is None and answer.at < sent
+                # A request that was delivered twice can be answered before its second commit.
+                known = answer is not None and answer.fields["error"] is None and first.at <= answer.at < sent
                 if (known and first.fields["call"].driver is driver) or first.at < history.runs[driver.number]:
                     yield f"{shot} was committed at {first.at:.0f} s and again at {second.at:.0f} s"
 
@@ -301,8 +302,9 @@ def check_breaker(world, history):
         poisoned = [row for row in rows if row.fields["status"] != "failed" or history.flaw(row.fields["shot"]) == "poison"]
         new = [row for row in poisoned if row.fields["status"] in ("done", "failed") and row.fields["shot"] not in before]
         fails = [row.fields["status"] == "failed" for row in new]
-        for n in range(BREAKER_FAILURES, len(fails) - ROWS_AFTER_BREAKER):
-            if sum(fails[max(0, n - BREAKER_SHOTS) : n]) >= BREAKER_FAILURES:
+        for n in range(BREAKER_FAILURES, len(fails)):
+            late = new[-1].at - new[n - 1].at > SECONDS_AFTER_BREAKER
+            if late and sum(fails[max(0, n - BREAKER_SHOTS) : n]) >= BREAKER_FAILURES:
                 yield f"run {driver.number} went on after {sum(fails[:n])} of {n} shots had failed"
                 break
         before |= {row.fields["shot"] for row in rows if row.fields["status"] == "failed"}
