@@ -106,6 +106,7 @@ class JobDirector:
         """Content key -> future that completes when its rendering ends."""
         self._draining = False
         self._woken = asyncio.Event()
+        self._heartbeat_due = True
         self._last_poll = time.monotonic()
         self._background = [
             asyncio.ensure_future(work)
@@ -123,6 +124,7 @@ class JobDirector:
 
     async def wake(self) -> None:
         """Poll the store now: there are new jobs or cancel requests."""
+        self._heartbeat_due = True
         self._woken.set()
 
     async def drain(self, grace_s: float) -> int:
@@ -198,12 +200,16 @@ class JobDirector:
     # The store
 
     async def _poll(self) -> None:
+        last_heartbeat = time.monotonic()
         while True:
             self._woken.clear()
             try:
                 # Jobs first: they wait for a transaction less.
                 await self._claim()
-                await self._send_heartbeat()
+                # After the end of a job, which also wakes this loop, there is no need for one.
+                if self._heartbeat_due or time.monotonic() - last_heartbeat >= POLL_S:
+                    self._heartbeat_due, last_heartbeat = False, time.monotonic()
+                    await self._send_heartbeat()
                 self._last_poll = time.monotonic()
             # The database may come back. The health check limits how long it may be away.
             except Exception as error:
