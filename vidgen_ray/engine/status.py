@@ -65,7 +65,7 @@ class EngineObserver(Protocol):
     """Callbacks of an engine, in its event loop."""
 
     def attempt_ended(self, attempt: Attempt) -> None:
-        """An attempt of a step of a shot ended, of whatever outcome."""
+        """An attempt of a step of a shot has ended: done or failed."""
 
     def step_ended(self, stage: str, seconds: float, cached: bool) -> None:
         """A step of a shot ended."""

@@ -205,7 +205,7 @@ class WorkerPool:
                 num_returns=num_returns,
             )
             keys = [step.key for step in plan.steps if step.stage in stages]
-            # Also the result of a cancelled call: this one was not cancelled, or nobody reads its result.
+            # Also the result of a cancelled call: this one was not cancelled, or its result is not read.
             if result.failure is None and [record.key for record in result.records] != keys:
                 message = "the worker returned the result of another shot"
                 failure = Failure(
