@@ -54,7 +54,7 @@ def test_status_and_log_are_on_disks_and_in_object_stores(tmp_path, url, capsys)
         status = read_status(storage)
         assert status.model_dump().items() >= {**LABELS._asdict(), "ended": True, "error": "KeyboardInterrupt"}.items()
         assert (status.total, status.done, status.skipped, status.remaining, status.complete) == (10, 1, 1, 8, True)
-        assert status.stages == {"svd": {"queued": 14, "running": 2, "workers": 2, "busy": 0.98}}
+        assert status.model_dump()["stages"] == {"svd": {"queued": 14, "running": 2, "workers": 2, "busy": 0.98}}
         assert status.messages == ("a worker is quarantined",)
         assert [line["outcome"] for line in read_log(storage, "a")] == ["error", "done"]
         assert main(["logs", out, "a"]) == main(["status", out]) == 0
@@ -69,6 +69,24 @@ def test_status_and_log_are_on_disks_and_in_object_stores(tmp_path, url, capsys)
         assert main(["status", out, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["run"]["name"] == "film"
         assert main(["logs", out, "unknown"]) == 4
+
+
+def test_damaged_status_and_logs_are_left_out(tmp_path, capsys):
+    storage = LocalStorage(tmp_path)
+    with recorder(storage) as running:
+        record(running)
+        content = running._status().model_dump(mode="json")
+    (log,) = storage.files("logs")
+    storage.write(f"logs/{log}", storage.read(f"logs/{log}") + b'["a"]\n{"shot": "a"}\n{"shot": "a"')
+    assert main(["logs", str(tmp_path), "a"]) == 0
+    storage.write("run.json", json.dumps({"run": RUN, "seconds": 75, "gpu_seconds": 9, "cost": 0.004, "currency": None}))
+    assert main(["status", str(tmp_path)]) == 0
+    assert "Last run that ended: 1 min 15 s, 0.004 (in the currency" in capsys.readouterr().out
+    for fields in ({"at": "2026-11-29T12:00:00"}, {"stages": {"svd": {"queued": 1}}}, {"total": "many"}):
+        storage.write("status.json", json.dumps({**content, **fields}))
+        assert read_status(storage) is None, fields
+    storage.write("run.json", '{"seconds": "x"}')
+    assert main(["status", str(tmp_path)]) == 4
 
 
 def test_watch_serves_the_shots_and_the_run_of_an_object_store(url):

@@ -63,7 +63,7 @@ class RenderOptions:
     def __post_init__(self) -> None:
         for option, value in (("name", self.name), ("team", self.team)):
             if value is not None and not LABEL.fullmatch(value):
-                raise UsageError(f"--{option}: got {value!r}, must be at most 63 letters, digits, dots, hyphens or underscores")
+                raise UsageError(f"--{option}: got {value!r}, must be at most 63 letters, digits, and after the first . _ -")
 
 
 class RecordedOptions(BaseModel):

@@ -10,9 +10,10 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict
 from datetime import datetime
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -53,23 +54,33 @@ def status(out: OutArgument = "out", as_json: JsonOption = False) -> None:
     if not has_results and run is None:
         raise SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
     if as_json:
-        typer.echo(json.dumps({"run": run and run.model_dump(mode="json"), "last_run": last, **asdict(found)}))
+        typer.echo(
+            json.dumps({"run": run and run.model_dump(mode="json"), "last_run": last and last.model_dump(), **asdict(found)})
+        )
         return
     console = Console(highlight=False, soft_wrap=True)
     if run is not None and (not run.ended or run.error or not has_results):
         _print_run(console, run)
     if has_results:
         _print(console, found, storage.url)
-    if last is not None and last["seconds"] is not None:
-        cost = "" if last["cost"] is None else f", {money(last['cost'], last['currency'])}"
-        console.print(f"Last run: {duration(last['seconds'])}{cost}", markup=False)
+    if last is not None:
+        cost = "" if last.cost is None else f", {money(last.cost, last.currency)}"
+        console.print(f"Last run that ended: {duration(last.seconds)}{cost}", markup=False)
 
 
-def _last_run(storage: Storage) -> dict[str, Any] | None:
-    """Return the seconds and the cost of the last run that has ended, if `run.json` has them."""
-    with suppress(ValueError, AttributeError):
-        content = json.loads(storage.read("run.json") or b"{}")
-        return {name: content.get(name) for name in ("run", "seconds", "gpu_seconds", "cost", "currency")} if content else None
+class EndedRun(BaseModel):
+    """What `run.json` says about the last run that has ended."""
+
+    run: str
+    seconds: float
+    gpu_seconds: float
+    cost: float | None
+    currency: str | None
+
+
+def _last_run(storage: Storage) -> EndedRun | None:
+    with suppress(ValidationError):
+        return EndedRun.model_validate_json(storage.read("run.json") or b"")
     return None
 
 
@@ -81,7 +92,8 @@ def _print_run(console: Console, run: RunStatus) -> None:
         age += ". The run was killed, or cannot reach the folder"
     state = f"ended{f' with {run.error}' if run.error else ''}" if run.ended else run.phase or "rendering"
     console.print(f"{state}, since {run.started_at:%Y-%m-%d %H:%M:%S} UTC; {age}", markup=False)
-    snapshot = Snapshot({name: StageStatus(**stage) for name, stage in run.stages.items()}, run.gpus_busy, run.in_progress)
+    stages = {name: StageStatus(**stage.model_dump()) for name, stage in run.stages.items()}
+    snapshot = Snapshot(stages, run.gpus_busy, run.in_progress)
     shots = f"{run.total - run.remaining:,}/{run.total:,} shots{'' if run.complete else ' so far'}"
     console.print(
         Text("   ").join([Text(", ".join([shots, *([] if run.ended else speed_texts(run))])), counts_line(run, snapshot)])

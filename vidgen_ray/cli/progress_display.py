@@ -152,7 +152,7 @@ class LineDisplay:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not self._is_small:
+        if self._tracker.total and not self._is_small:
             self._print_summary(self._counts())
 
     def note(self, text: str, style: str = "") -> None:
@@ -208,7 +208,7 @@ def speed_texts(tracker: ProgressTracker | RunStatus) -> list[str]:
         return []
     per_minute, eta = tracker.shots_per_minute, tracker.eta_s
     texts = []
-    if per_minute is not None:
+    if per_minute:
         texts.append(f"{per_minute:.1f} shots/min" if per_minute >= 1 else f"{per_minute * 60:.1f} shots/h")
     if eta is not None:
         low, high = map(duration, eta)

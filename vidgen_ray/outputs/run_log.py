@@ -13,7 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
 from vidgen_ray.outputs.storage import Storage
@@ -28,6 +28,8 @@ PART_BYTES = 1 << 20
 """Size above which the log continues in another file."""
 MAX_UNWRITTEN_BYTES = 16 << 20
 """Size of the log in memory above which lines are dropped, because the storage does not take them."""
+ATTEMPT_FIELDS = {"at", "stage", "attempt", "outcome", "seconds", "worker"}
+"""Fields that every line of an attempt has."""
 SILENT_S = 60.0
 """Age of the status of a run that is still going above which it was killed, or is cut off from the folder."""
 
@@ -51,6 +53,15 @@ class RunLabels(NamedTuple):
         return {name: value for name, value in labels.items() if value}
 
 
+class StageLoad(BaseModel):
+    """Calls and workers of a stage."""
+
+    queued: int
+    running: int
+    workers: int
+    busy: float
+
+
 class RunStatus(BaseModel):
     """The content of `status.json`."""
 
@@ -62,8 +73,8 @@ class RunStatus(BaseModel):
     script: str
     team: str | None
     submission_id: str | None
-    started_at: datetime
-    at: datetime
+    started_at: AwareDatetime
+    at: AwareDatetime
     """Time of this status."""
     ended: bool
     error: str | None
@@ -87,8 +98,7 @@ class RunStatus(BaseModel):
     """What the run waits for, such as GPUs, and who holds them."""
     in_progress: int
     gpus_busy: float | None
-    stages: dict[str, dict[str, Any]]
-    """Stage -> calls `queued` and `running`, `workers`, and their `busy` share."""
+    stages: dict[str, StageLoad]
     quarantined: tuple[str, ...]
     messages: tuple[str, ...]
     """Last messages for the user."""
@@ -172,7 +182,7 @@ class RunLog:
 
 
 def read_log(storage: Storage, shot_id: str) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a shot in the logs of all runs, in order, with the `run`. Raises OSError."""
+    """Yield the lines of a shot in the logs of all runs, in order, with the `run`. Leaves out damaged lines. Raises OSError."""
     quoted = json.dumps(shot_id).encode()
     names = sorted(storage.files(LOGS))
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as reading:
@@ -182,5 +192,5 @@ def read_log(storage: Storage, shot_id: str) -> Iterator[dict[str, Any]]:
                 if quoted in text:
                     with suppress(ValueError):
                         line = json.loads(text)
-                        if line.get("shot") == shot_id:
+                        if isinstance(line, dict) and line.get("shot") == shot_id and line.keys() >= ATTEMPT_FIELDS:
                             yield {"run": name.rpartition("-")[0], **line}

@@ -30,7 +30,7 @@ from vidgen_ray.planner.solver import (
     parallel_loads,
 )
 from vidgen_ray.profile import Profile
-from vidgen_ray.system.quantities import money
+from vidgen_ray.system.quantities import amount_text, money
 
 PER_GPU_HOUR: Sequence[tuple[float, float]] = ((24, 0.6), (40, 1.3), (48, 1.0), (80, 2.5), (141, 3.8))
 """Maximum GB of memory and price in `CURRENCY`: rough values from cloud price lists of 2025."""
@@ -107,8 +107,8 @@ class Plan:
             raise UsageError(f"--max-cost: the cost of this plan is unknown: {hint}")
         if self.cost > max_cost:
             raise TooExpensive(
-                f"the plan costs {money(self.cost, self.currency)} for {self.gpu_hours:,.1f} GPU-hours, "
-                f"--max-cost allows {max_cost:,.2f}; render fewer shots, use fewer steps, or raise --max-cost"
+                f"the plan costs {money(self.cost, self.currency)} for {amount_text(self.gpu_hours)} GPU-hours, "
+                f"--max-cost allows {amount_text(max_cost)}; render fewer shots, use fewer steps, or raise --max-cost"
             )
 
 

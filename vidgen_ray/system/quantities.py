@@ -35,9 +35,14 @@ def count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
+def amount_text(amount: float) -> str:
+    """Return `1,234.50` or `0.0012`."""
+    return f"{amount:,.2f}" if not amount or amount >= 0.1 else f"{amount:.2g}"
+
+
 def money(amount: float, currency: str | None) -> str:
     """Return an amount with its currency. Without one, it is in that of `--price` or of the profile."""
-    return f"{amount:,.2f} {currency or '(in the currency of the price)'}"
+    return f"{amount_text(amount)} {currency or '(in the currency of the price)'}"
 
 
 class ElapsedColumn(ProgressColumn):
