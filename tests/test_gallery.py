@@ -15,7 +15,8 @@ from vidgen_ray.cli.app import main
 from vidgen_ray.errors import SetupError
 from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
 from vidgen_ray.outputs.manifest import SCHEMA
-from vidgen_ray.report.gallery_page import gallery_app, page_of, write_gallery
+from vidgen_ray.outputs.storage import LocalStorage
+from vidgen_ray.report.gallery_page import gallery_app, gallery_rows, page_of, write_gallery
 
 MANY = 10_000
 
@@ -159,6 +160,15 @@ def test_matrix_is_shown_in_order_and_as_a_grid(tmp_path):
             assert [each for each in problems(page) if "inside a word" not in each] == []
         page.locator("#grid article").nth(3).click()
         assert page.locator("dialog h2").inner_text() == rows[7]["id"]
+
+
+def test_only_files_of_a_matrix_have_short_names(tmp_path):
+    axes = [{"prompt": f"a {size} ball, f/{size}.jpg", "face_image": f"faces/{size}.png"} for size in "12"]
+    rows = [row(f"a-{n}", 1, metadata=json.dumps({"matrix": each})) for n, each in enumerate(axes)]
+    (tmp_path / "manifest").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
+    shown = [each["axes"] for each in gallery_rows(LocalStorage(tmp_path)).rows]
+    assert shown == [{"prompt": f"a {size} ball, f/{size}.jpg", "face_image": size} for size in "12"]
 
 
 def test_gallery_links_the_films_of_the_folder(tmp_path):

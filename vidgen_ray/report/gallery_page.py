@@ -39,7 +39,7 @@ from vidgen_ray.outputs.run_log import read_status
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.report.shot_text import DEFAULTS, duration_text, length_text, settings_text, short_names, size_text, value_text
 from vidgen_ray.script.expansion import MATRIX
-from vidgen_ray.shot import NESTED_FIELDS, Shot
+from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, NESTED_FIELDS, Shot
 from vidgen_ray.stages.likeness import sampled_frames
 
 MAX_SHOTS = 10_000
@@ -47,6 +47,8 @@ MAX_SHOTS = 10_000
 _KEPT = (stage.debug_file for stage in STAGES if stage.debug_file and stage.debug_file.endswith(".png"))
 CHAIN = (*dict.fromkeys(_KEPT), "image.png")
 """Images of a shot, in the order in which the stages make them. The first ones exist with `--keep stages`."""
+FILE_AXES = frozenset((*IMAGE_FIELDS, "face_image", *LORA_FIELDS))
+"""Fields of a `matrix` whose values are files."""
 LABELS = ("character", "style", "scene")
 """Names in the metadata of a line that the gallery shows."""
 
@@ -124,14 +126,14 @@ def _shorten_names(rows: Sequence[dict[str, Any]]) -> None:
     texts: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         texts["loras"].update(row.get("loras", ()))
-        for name, text in row.get("axes", {}).items():
-            texts[name].add(text)
+        for name in FILE_AXES & row.get("axes", {}).keys():
+            texts[name].add(row["axes"][name])
     names = {name: short_names(each) for name, each in texts.items()}
     for row in rows:
         if "loras" in row:
             row["loras"] = [names["loras"][path] for path in row["loras"]]
         if "axes" in row:
-            row["axes"] = {name: names[name][text] for name, text in row["axes"].items()}
+            row["axes"] |= {name: names[name][row["axes"][name]] for name in FILE_AXES & row["axes"].keys()}
 
 
 def _likeness(row: Mapping[str, Any]) -> float | None:
