@@ -4,6 +4,8 @@ import json
 import threading
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
 
@@ -11,7 +13,7 @@ from vidgen_ray.batch.progress import RunRecorder
 from vidgen_ray.cli.app import main
 from vidgen_ray.engine.status import Attempt, Snapshot, StageStatus
 from vidgen_ray.outputs import run_log
-from vidgen_ray.outputs.manifest import ManifestRow
+from vidgen_ray.outputs.manifest import SCHEMA, ManifestRow
 from vidgen_ray.outputs.run_log import RunLabels, read_log, read_status
 from vidgen_ray.outputs.storage import LocalStorage, storage_at
 from vidgen_ray.report.gallery_page import gallery_app
@@ -87,6 +89,16 @@ def test_damaged_status_and_logs_are_left_out(tmp_path, capsys):
         assert read_status(storage) is None, fields
     storage.write("run.json", '{"seconds": "x"}')
     assert main(["status", str(tmp_path)]) == 4
+
+
+def test_status_says_how_many_lines_a_stopped_run_has_left(tmp_path, capsys):
+    with recorder(LocalStorage(tmp_path)) as stopped:
+        record(stopped)
+    (tmp_path / "manifest").mkdir()
+    rows = [{"id": "a", "status": "done", "script": "s.jsonl", "line": 1, "seconds": 2.0}]
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
+    assert main(["status", str(tmp_path)]) == 0
+    assert "2/10 shots" in capsys.readouterr().out
 
 
 def test_watch_serves_the_shots_and_the_run_of_an_object_store(url):

@@ -59,7 +59,7 @@ def status(out: OutArgument = "out", as_json: JsonOption = False) -> None:
         )
         return
     console = Console(highlight=False, soft_wrap=True)
-    if run is not None and (not run.ended or run.error or not has_results):
+    if run is not None and (not run.ended or run.error or run.remaining or not has_results):
         _print_run(console, run)
     if has_results:
         _print(console, found, storage.url)
@@ -142,11 +142,12 @@ def logs(
     if as_json:
         typer.echo(json.dumps(lines))
         return
+    width = max(len(line["stage"]) for line in lines)
     for run, steps in groupby(lines, lambda line: line["run"]):
         typer.echo(f"run {run}, times in UTC")
         for line in steps:
             at = f"{datetime.fromisoformat(line['at']):%m-%d %H:%M:%S}"
-            step = f"{line['stage']:<11} attempt {line['attempt']}: {line['outcome']}, {line['seconds']:.2f} s"
+            step = f"{line['stage']:<{width}}  attempt {line['attempt']}: {line['outcome']}, {line['seconds']:.2f} s"
             place = f", {line['worker']} on {line.get('node', 'a lost node')}" if line["worker"] else ""
             error = f". {line['error']}: {line['message']}" if "error" in line else ""
             typer.echo(f"{at}  {step}{place}{error}")
