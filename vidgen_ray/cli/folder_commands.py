@@ -91,7 +91,7 @@ def _print_run(console: Console, run: RunStatus) -> None:
     if run.is_silent:
         age += ". The run was killed, or cannot reach the folder"
     state = f"ended{f' with {run.error}' if run.error else ''}" if run.ended else run.phase or "rendering"
-    console.print(f"{state}, since {run.started_at:%Y-%m-%d %H:%M:%S} UTC; {age}", markup=False)
+    console.print(f"{state}, started {run.started_at:%Y-%m-%d %H:%M:%S} UTC; {age}", markup=False)
     stages = {name: StageStatus(**stage.model_dump()) for name, stage in run.stages.items()}
     snapshot = Snapshot(stages, run.gpus_busy, run.in_progress)
     shots = f"{run.total - run.remaining:,}/{run.total:,} shots{'' if run.complete else ' so far'}"
