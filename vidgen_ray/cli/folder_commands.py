@@ -28,7 +28,7 @@ from vidgen_ray.outputs.cleanup import GRACE_S, collect_garbage
 from vidgen_ray.outputs.cleanup import prune as remove_replaced
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest_writer import to_utf8
-from vidgen_ray.outputs.run_log import RunStatus, read_log, read_status
+from vidgen_ray.outputs.run_log import LOGS, RunStatus, read_log, read_status
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.outputs.verify import VerifyReport
 from vidgen_ray.outputs.verify import verify as verify_folder
@@ -137,6 +137,8 @@ def logs(
     """
     storage = storage_at(out)
     lines = list(read_log(storage, shot))
+    if not lines and not storage.files(LOGS):
+        raise SetupError(f"{storage.url}: has no log of a run; pass the output folder of a run")
     if not lines:
         raise SetupError(f"{storage.url}: no run has a step of the shot {shot!r} in its log; failures.jsonl has rejected lines")
     if as_json:

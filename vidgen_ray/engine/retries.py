@@ -26,12 +26,12 @@ P = TypeVar("P", bound=Hashable)
 class Kind(Enum):
     """Kind of a failed attempt."""
 
-    INPUT = "input"
+    INPUT = "refused"
     """The stage refused the shot or its files, with an error for the user. Repeated once elsewhere to confirm it."""
-    MEMORY = "memory"
+    MEMORY = "out of memory"
     """The shot does not fit into the GPU memory of the process, also with the lowest-memory settings. Repeated on larger GPUs,
     if there are any, otherwise once elsewhere."""
-    WRITE = "write"
+    WRITE = "write failed"
     """A file could not be written. The cause is the storage if nothing else can write to it either, otherwise the process."""
     DISK_FULL = "disk full"
     """A file could not be written, because the disk or a quota is full."""
