@@ -975,7 +975,7 @@ def patched(world):
         # Polls take most of the time of a simulation.
         patch.setattr(director_module, "STOP_POLL_S", 5.0)
         patch.setattr(supervisor, "PING_S", 30.0)
-        patch.setattr(actor_client, "RETRY_S", 2.0, raising=False)
+        patch.setattr(actor_client, "RETRY_S", 10.0, raising=False)
         patch.setattr(renderer, "STATUS_INTERVAL_S", 60.0)
         patch.setattr(director_module, "load_calibration", lambda *_: None)
         patch.setattr(results_module, "ManifestWriter", Manifest)

@@ -330,7 +330,7 @@ class Actor:
     async def _start(self, delay_s):
         await asyncio.sleep(delay_s)
         while not self.dead and (node := self.home()) is None:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(5.0)
         if not self.dead:
             self.process, self.preempted, self.was_up = Process(self, node), False, True
 
@@ -370,7 +370,7 @@ class Method:
         actor, world = self._actor, self._actor.world
         while process is None and not actor.dead and not actor._starting.done() and not actor.preempted and not actor.was_up:
             # The first process of the actor starts.
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(5.0)
             process = actor.process
         if process is None:
             await asyncio.sleep(0.01)

@@ -23,7 +23,9 @@ from itertools import count
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import ray
+from ray._private import ray_constants
 from ray._private.state import actors
+from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -32,6 +34,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.state import list_actors, list_jobs, list_placement_groups
 
 from vidgen_ray.engine.calls import ENCODER
 from vidgen_ray.engine.config import EngineConfig
@@ -474,17 +477,16 @@ class _JobHoldings(NamedTuple):
 
 
 def _job_holdings() -> _JobHoldings:
-    from ray.util.state import list_actors, list_jobs, list_placement_groups
-
-    alive = list_actors(
-        filters=[("state", "=", "ALIVE")],
-        detail=True,
-        limit=MAX_ACTORS,
-        timeout=int(STATE_TIMEOUT_S),
-        raise_on_missing_output=False,
-    )
-    groups = list_placement_groups(limit=MAX_ACTORS, timeout=int(STATE_TIMEOUT_S), raise_on_missing_output=False)
-    jobs = {job.job_id: job.submission_id for job in list_jobs(timeout=int(STATE_TIMEOUT_S), raise_on_missing_output=False)}
+    """Ask Ray's dashboard. Without one, nothing is known."""
+    # Without its address, each call looks for it with a client of its own for 40 s, and Ray ends this process if the cluster is
+    # gone by then.
+    found = _internal_kv_get(ray_constants.DASHBOARD_ADDRESS, namespace=ray_constants.KV_NAMESPACE_DASHBOARD)
+    if not found:
+        return _JobHoldings({}, {}, [])
+    url, timeout_s = f"http://{found.decode()}", int(STATE_TIMEOUT_S)
+    alive = list_actors(url, [("state", "=", "ALIVE")], MAX_ACTORS, timeout_s, detail=True, raise_on_missing_output=False)
+    groups = list_placement_groups(url, limit=MAX_ACTORS, timeout=timeout_s, raise_on_missing_output=False)
+    jobs = {job.job_id: job.submission_id for job in list_jobs(url, timeout=timeout_s, raise_on_missing_output=False)}
     return _JobHoldings(
         {job: submission for job, submission in jobs.items() if job and submission},
         {group.placement_group_id: group.creator_job_id for group in groups},
@@ -495,7 +497,7 @@ def _job_holdings() -> _JobHoldings:
 def _holders(own_groups: Collection[str], engine: str, needed: Collection[str]) -> str:
     """Return who holds these resources: other runs and servers with their folders, and jobs with their actors."""
     known = _JobHoldings({}, {}, [])
-    # Without a dashboard, other jobs are not named.
+    # If the dashboard does not respond, other jobs are not named.
     with suppress(Exception):
         known = within(STATE_TIMEOUT_S, _job_holdings)
     held = defaultdict[str, Counter[str]](Counter)
