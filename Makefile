@@ -20,16 +20,16 @@ $(VENV)/.installed: pyproject.toml packaging/onnxruntime/pyproject.toml $(CLIENT
 demo: setup
 	$(BIN)/vidgen demo --out out/demo
 
-# Three processes with one torch thread each, also on two cores: tests often wait for other processes. -rs lists skipped tests with the reason (no GPU,
-# browser or database).
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup -rs --durations 15
+# Processes have one torch thread each. -rs lists skipped tests with the reason (no GPU, browser or database).
+PYTEST := $(BIN)/python -m pytest --dist loadgroup -rs --durations 15
 
+# Three processes also on two cores: these tests often wait for other processes.
 test: setup
-	$(PYTEST)
+	$(PYTEST) -n 3
 
 # Tests that take minutes: chaos, the demo models, long scripts, the worked example of CONTRIBUTING.md, the notebook.
 test-slow: setup
-	$(PYTEST) -m "slow and not very_slow"
+	$(PYTEST) -n 2 -m "slow and not very_slow"
 	$(BIN)/python -m pytest -m "" --nbmake --nbmake-timeout 600 examples/library.ipynb
 
 # About an hour. Places of the engine that are broken on purpose; faults of GPUs, nodes, encoders, disks and inputs, two runs on one
@@ -39,7 +39,7 @@ FAULTS := tests/batch/test_health.py tests/batch/test_faults.py tests/engine/tes
 	tests/engine/test_cache_writer.py tests/engine/test_fleet.py tests/outputs/test_lease.py tests/outputs/test_storage_faults.py
 chaos: setup
 	$(BIN)/python -m pytest $(FAULTS) tests/chaos -m "" --ignore tests/chaos/test_model.py
-	VIDGEN_SEEDS=10000 $(PYTEST) --timeout 7200 tests/chaos/test_model.py
+	VIDGEN_SEEDS=10000 $(PYTEST) -n 2 --timeout 7200 tests/chaos/test_model.py
 
 # Damaged and random input for every reader of files, one minute each. FUZZ_S=600 is longer; findings are written to out/fuzz.
 FUZZ_S ?= 60
