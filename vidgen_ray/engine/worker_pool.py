@@ -137,6 +137,7 @@ class WorkerPool:
     def lose_layout(self, reason: str) -> None:
         """Fail all shots, so that another layout is planned: the workers of this one do not start."""
         self._fail_all(Failure(stage=NODE_LOST, error="NodeLost", message=reason, attempts=1, worker="cluster"))
+        self._notify()
 
     def close(self) -> None:
         """Cancel the background tasks."""
