@@ -96,7 +96,7 @@ class FleetListener(Protocol):
     def not_placeable(self, reason: str) -> None:
         """Called if the cluster has been too small for the complete set for LAST_LOST_AFTER_S: nodes were lost before that.
 
-        Called again every POLL_S as long as that is so.
+        Called again every MESSAGE_INTERVAL_S as long as that is so.
         """
 
     def waiting(self, reason: str | None) -> None:
@@ -218,14 +218,15 @@ class Fleet:
                 if not waiting:
                     if next_message_s > FIRST_MESSAGE_S:
                         self._listener.waiting(None)
-                    waiting_since, next_message_s = now, FIRST_MESSAGE_S
+                    waiting_since, next_message_s, could_hold_at = now, FIRST_MESSAGE_S, now
                 elif now - waiting_since >= next_message_s:
                     next_message_s += MESSAGE_INTERVAL_S
-                    self._listener.waiting(await self._reason(waiting))
-                if complete or await asyncio.to_thread(_cluster_could_hold, waiting):
-                    could_hold_at = now
-                elif now - could_hold_at >= LAST_LOST_AFTER_S:
-                    self._listener.not_placeable(await self._reason(waiting))
+                    reason = await self._reason(waiting)
+                    self._listener.waiting(reason)
+                    if complete or await asyncio.to_thread(_cluster_could_hold, waiting):
+                        could_hold_at = now
+                    elif now - could_hold_at >= LAST_LOST_AFTER_S:
+                        self._listener.not_placeable(reason)
             # Supervision must continue after any error, such as a restart of Ray's head process.
             except Exception:
                 _log.warning("cannot supervise the placement groups, trying again", exc_info=True)
