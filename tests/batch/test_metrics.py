@@ -91,7 +91,7 @@ class Run:
     """Worker process that records metrics, like the director of a run."""
 
     def record(self):
-        labels = RunLabels("000001-x", "film", "tiny", "s.jsonl", "team", "job")
+        labels = RunLabels(run="000001-x", name="film", profile="tiny", script="s.jsonl", team="team", submission_id="job")
         run = RunMetrics(labels, lambda *_: None, print)
         run.shot_ended("done")
         run.shot_ended("failed")

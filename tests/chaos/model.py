@@ -358,7 +358,7 @@ class Listener:
 
 
 def labels_of(run):
-    return RunLabels(run, None, "fake", "s.jsonl", None, None)
+    return RunLabels(run=run, name=None, profile="fake", script="s.jsonl", team=None, submission_id=None)
 
 
 class Driver:

@@ -19,7 +19,7 @@ from vidgen_ray.outputs.storage import LocalStorage, storage_at
 from vidgen_ray.report.gallery_page import gallery_app
 
 RUN = "000001-film"
-LABELS = RunLabels(RUN, "film", "tiny", "s.jsonl", "blue", "job-1")
+LABELS = RunLabels(run=RUN, name="film", profile="tiny", script="s.jsonl", team="blue", submission_id="job-1")
 BUSY = Snapshot({"svd": StageStatus(14, 2, 2, 0.98)}, 0.93, 21, waiting_for="waiting for 2 GPUs: run b holds them")
 NO_LISTENER = SimpleNamespace(
     **{f"on_{name}": lambda *_: None for name in ("lines", "finished", "status", "message", "rejected")}
@@ -54,7 +54,7 @@ def test_status_and_log_are_on_disks_and_in_object_stores(tmp_path, url, capsys)
         running.__exit__(KeyboardInterrupt, None, None)
         assert (going.waiting_for, going.in_progress) == (BUSY.waiting_for, 21)
         status = read_status(storage)
-        assert status.model_dump().items() >= {**LABELS._asdict(), "ended": True, "error": "KeyboardInterrupt"}.items()
+        assert status.model_dump().items() >= {**LABELS.model_dump(), "ended": True, "error": "KeyboardInterrupt"}.items()
         assert (status.total, status.done, status.skipped, status.remaining, status.complete) == (10, 1, 1, 8, True)
         assert status.model_dump()["stages"] == {"svd": {"queued": 14, "running": 2, "workers": 2, "busy": 0.98}}
         assert status.messages == ("a worker is quarantined",)
@@ -179,7 +179,9 @@ def test_log_continues_in_further_files_and_drops_lines_when_it_cannot_be_writte
     assert len(storage.files("logs")) >= 3
     assert [line["attempt"] for line in read_log(storage, "a")] == [0, 1, 2]
     monkeypatch.setattr(run_log, "MAX_UNWRITTEN_BYTES", 1)
-    with RunRecorder(storage, SimpleNamespace(is_sure=True), LABELS._replace(run="000002"), NO_LISTENER) as running:
+    with RunRecorder(
+        storage, SimpleNamespace(is_sure=True), LABELS.model_copy(update={"run": "000002"}), NO_LISTENER
+    ) as running:
         running._log.close()
         for number in range(5):
             running.on_attempt(attempt("b", number))

@@ -173,7 +173,7 @@ class RunRecorder(RunListener, AbstractContextManager["RunRecorder"]):
         self._error: str | None = None
         self._lock = threading.Lock()
         self._log = RunLog(storage, labels.run, self._status, lambda: lease.is_sure)
-        self._log.add(**labels._asdict())
+        self._log.add(**labels.model_dump())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended, self._error = True, kind.__name__ if kind else None
@@ -210,7 +210,7 @@ class RunRecorder(RunListener, AbstractContextManager["RunRecorder"]):
         with self._lock:
             messages = tuple(self._messages)
         return RunStatus(
-            **self.labels._asdict(),
+            **self.labels.model_dump(),
             started_at=self._started_at,
             at=datetime.now(UTC),
             ended=self._ended,

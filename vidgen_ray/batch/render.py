@@ -221,7 +221,14 @@ def render_lines(
         if script is not None:
             source = planner.checker.script = script_name(outputs.storage, script, record=True)
         planned = planner.plan_first(first)
-        labels = RunLabels(lease.run, options.name, profile.name, source, options.team, _submission_id())
+        labels = RunLabels(
+            run=lease.run,
+            name=options.name,
+            profile=profile.name,
+            script=source,
+            team=options.team,
+            submission_id=_submission_id(),
+        )
         recorder = stack.enter_context(RunRecorder(outputs.storage, lease, labels, listener))
         results = RunResults(outputs, labels, lease, recorder, on_row, is_script=script is not None)
         director = Director(

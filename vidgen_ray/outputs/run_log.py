@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
@@ -34,8 +34,10 @@ SILENT_S = 60.0
 """Age of the status of a run that is still going above which it was killed, or is cut off from the folder."""
 
 
-class RunLabels(NamedTuple):
-    """What tells runs apart, in metrics, status, log and manifest."""
+class RunLabels(BaseModel):
+    """Names of a run, in metrics, status, log and manifest."""
+
+    model_config = ConfigDict(frozen=True)
 
     run: str
     """Name of the run in the manifest: numbered, and unique in the folder."""
@@ -62,17 +64,9 @@ class StageLoad(BaseModel):
     busy: float
 
 
-class RunStatus(BaseModel):
+class RunStatus(RunLabels):
     """The content of `status.json`."""
 
-    model_config = ConfigDict(frozen=True)
-
-    run: str
-    name: str | None
-    profile: str
-    script: str
-    team: str | None
-    submission_id: str | None
     started_at: AwareDatetime
     at: AwareDatetime
     """Time of this status."""
