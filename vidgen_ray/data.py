@@ -111,15 +111,7 @@ def build_processor(
     options = replace(options, grace_s=min(options.grace_s, GRACE_S))
     chosen = chosen.with_commits()
     checker = LineChecker(name, Path.cwd(), merged(chosen.defaults, defaults or {}), seed, policy=chosen.policy)
-    planner = LinePlanner(
-        checker,
-        chosen,
-        outputs,
-        fresh=options.fresh,
-        replace=options.replace,
-        keep_stages=options.keep_stages,
-        strict_prompts=options.strict_prompts,
-    )
+    planner = LinePlanner(checker, chosen, outputs, options)
 
     def processor(dataset: Dataset) -> Dataset:
         if dataset.context.execution_options.preserve_order:

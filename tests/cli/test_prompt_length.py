@@ -6,6 +6,7 @@ import pytest
 
 from tests.outputs.test_outputs import commit
 from vidgen_ray.batch.line_planner import LinePlanner
+from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.graph import stages_of
@@ -38,7 +39,9 @@ def test_validate_notes_a_cut_prompt_and_rejects_it_on_request(script, capsys):
 @pytest.mark.parametrize("strict", [False, True])
 def test_run_notes_a_cut_prompt_or_rejects_the_line(script, tmp_path, tiny, strict):
     checker, lines = open_lines(ScriptSettings(script, profile_defaults=tiny.defaults))
-    planned = LinePlanner(checker, tiny, OutputFolder(tmp_path / "out"), strict_prompts=strict).plan_first(list(lines))
+    planned = LinePlanner(checker, tiny, OutputFolder(tmp_path / "out"), RenderOptions(strict_prompts=strict)).plan_first(
+        list(lines)
+    )
     assert [bool(each.line.errors) for each in planned] == [False, strict]
     assert planned[0].line.notes == ()
     if strict:

@@ -19,6 +19,7 @@ import pyarrow
 import ray
 from more_itertools import batched
 
+from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import FieldError, MissingWeights, ScriptError, SetupError, VidgenError
@@ -66,6 +67,9 @@ class PlannedLine(NamedTuple):
         return result
 
 
+DEFAULT_OPTIONS = RenderOptions()
+
+
 class LinePlanner:
     """Plans the lines of one run. Can be pickled."""
 
@@ -74,16 +78,9 @@ class LinePlanner:
         checker: LineChecker,
         profile: Profile,
         outputs: OutputFolder,
-        *,
-        fresh: bool = False,
-        replace: bool = False,
-        keep_stages: bool = False,
-        strict_prompts: bool = False,
+        options: RenderOptions = DEFAULT_OPTIONS,
     ) -> None:
-        """`fresh`: do not look up finished shots, and drop their cached results. `replace`: also those of other scripts.
-
-        `strict_prompts`: reject lines whose prompt a text encoder would cut.
-        """
+        """Of the options, `fresh`, `replace`, `keep_stages` and `strict_prompts` count."""
         self.outputs = outputs
         self.finished: FinishedShots | None = None
         """Must be set to plan lines. Not part of the pickled planner, since it may take hundreds of megabytes."""
@@ -92,10 +89,10 @@ class LinePlanner:
         checker.inputs = outputs.inputs
         self.checker = checker
         self._profile = profile
-        self._fresh = fresh
-        self._replace = replace
-        self._keep_stages = keep_stages
-        self._strict_prompts = strict_prompts
+        self._fresh = options.fresh
+        self._replace = options.replace
+        self._keep_stages = options.keep_stages
+        self._strict_prompts = options.strict_prompts
         self._planners: dict[tuple[type[Stage[Any]], ...], ShotPlanner] = {}
 
     def __getstate__(self) -> dict[str, Any]:

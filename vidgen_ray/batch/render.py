@@ -166,15 +166,7 @@ def render(
     check_signing(profile.provenance)
     profile = profile.with_commits()
     checker, first, version = first_lines(script)
-    planner = LinePlanner(
-        checker,
-        profile,
-        outputs,
-        fresh=options.fresh,
-        replace=options.replace,
-        keep_stages=options.keep_stages,
-        strict_prompts=options.strict_prompts,
-    )
+    planner = LinePlanner(checker, profile, outputs, options)
     remaining = None if version is None else partial(remaining_lines, script, version, planner)
     demand: Demand | None = None
     if options.max_cost is not None and version is not None:
