@@ -88,6 +88,26 @@ def without_agents():
         services._build_python_executable_command_memory_profileable = build
 
 
+@contextmanager
+def repeated_question_for_nodes():
+    """Ask a second time whether a node has started: Ray gives up after 30 s, which is also the timeout of one lost question."""
+    from ray._private import services
+
+    ask = services.get_node
+
+    def get_node(*arguments):
+        try:
+            return ask(*arguments)
+        except RuntimeError:
+            return ask(*arguments)
+
+    services.get_node = get_node
+    try:
+        yield
+    finally:
+        services.get_node = ask
+
+
 def small_cluster(**head):
     """Return a started cluster without what only dashboards and runtime environments need. `head`: arguments of its head node.
 
@@ -100,7 +120,7 @@ def small_cluster(**head):
     class SmallCluster(Cluster):
         def add_node(self, **options):
             (port,) = _unused_ports(1)
-            with _only_needed_services({"log_to_driver": False}), without_agents():
+            with _only_needed_services({"log_to_driver": False}), without_agents(), repeated_question_for_nodes():
                 return super().add_node(include_dashboard=False, dashboard_agent_listen_port=port, **options)
 
     start()
