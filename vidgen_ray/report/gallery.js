@@ -106,7 +106,7 @@ function makeCard(number, hidden = null) {
       : element("img", { src: path(still), alt: row.prompt ?? "", decoding: "async" });
   if (media?.matches("video")) media.muted = true;
   const values = Object.entries(row.axes ?? {}).filter(([axis]) => !hidden?.includes(axis)).map(([axis, value]) => `${nameOfAxis(axis)} ${value}`);
-  const measures = hidden ? [...(row.facts ?? []).filter((part) => part.includes("likeness")), ...row.seconds ? [`rendered in ${row.seconds.toFixed(1)} s`] : []] : row.facts;
+  const measures = hidden ? [...(row.facts ?? []).filter((part) => part.includes("likeness")), ...row.seconds ? [`rendered in ${+row.seconds.toFixed(1)} s`] : []] : row.facts;
   const card = element("article", { class: `card ${row.status}`, title: row.id },
     element("div", { class: "screen" }, element("button", { class: "open", type: "button", "aria-label": `Open ${row.id}` }, media ?? element("p", { class: "reason" }, row.failure ?? ""))),
     element("div", { class: "body" }, hidden ? null : element("h2", {}, nameOf(number)),
@@ -123,7 +123,7 @@ const mean = (values) => values.length ? values.reduce((sum, value) => sum + val
 /** Return a heading with the mean likeness and rendering time of some shots. */
 function heading(scope, text, some) {
   const likeness = mean(some.map((row) => row.likeness).filter((value) => value > -1)), seconds = mean(some.map((row) => row.seconds).filter(Boolean));
-  const means = [likeness === null ? null : `likeness ${likeness.toFixed(2)}`, seconds === null ? null : `rendered in ${seconds.toFixed(1)} s`].filter(Boolean);
+  const means = [likeness === null ? null : `likeness ${likeness.toFixed(2)}`, seconds === null ? null : `rendered in ${+seconds.toFixed(1)} s`].filter(Boolean);
   return element("th", { scope }, text, " ", some.length > 1 ? element("p", { class: "facts faint", title: `Mean of ${some.length} shots` }, ...facts(means)) : null);
 }
 

@@ -37,10 +37,11 @@ from vidgen_ray.outputs.manifest_writer import FILE as FAILURES
 from vidgen_ray.outputs.records import RECORD, SHOTS
 from vidgen_ray.outputs.run_log import read_status
 from vidgen_ray.outputs.storage import Storage, storage_at
-from vidgen_ray.report.shot_text import DEFAULTS, duration_text, length_text, settings_text, short_names, size_text, value_text
+from vidgen_ray.report.shot_text import DEFAULTS, length_text, settings_text, short_names, size_text, value_text
 from vidgen_ray.script.expansion import MATRIX
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, NESTED_FIELDS, Shot
 from vidgen_ray.stages.likeness import sampled_frames
+from vidgen_ray.system.quantities import duration
 
 MAX_SHOTS = 10_000
 """Maximum number of shots in the gallery."""
@@ -114,7 +115,7 @@ def _row(storage: Storage, row: Mapping[str, Any], failed_fields: Mapping[str, d
         likeness = None if worst is None else "no face found" if worst < -0.99 else f"likeness {worst:.2f}"
         shown["facts"] = [part for part in (length, size_text(*size) if size[0] else None, likeness) if part]
         about |= {"Length": length, "Likeness": likeness_text(row)}
-        about["Rendered in"] = duration_text(row["seconds"]) if row["seconds"] is not None else None
+        about["Rendered in"] = duration(row["seconds"]) if row["seconds"] is not None else None
     about = {name: text for name, text in about.items() if text}
     shown |= {"chain": details.chain, "fields": details.fields, "loras": details.loras}
     shown["settings"] = [*about.items(), *details.settings]

@@ -89,9 +89,3 @@ def size_text(width: int, height: int) -> str:
 
 def length_text(seconds: float) -> str:
     return f"{round(seconds, 1):g} s"
-
-
-def duration_text(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 10 or seconds == int(seconds) else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min"

@@ -10,9 +10,9 @@ UNITS_S = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
 
 
 def duration(seconds: float) -> str:
-    """Return `4.2 s`, `42 s`, `4 min 9 s`, `2 h 5 min` or `3 d 4 h`."""
+    """Return `4 s`, `4.2 s`, `42 s`, `4 min 9 s`, `2 h 5 min` or `3 d 4 h`."""
     if seconds < 9.95:
-        return f"{seconds:.1f} s"
+        return f"{round(seconds, 1):g} s"
     whole = round(seconds)
     for large_s, large, small_s, small in UNITS_S:
         if whole >= large_s:

@@ -11,7 +11,8 @@ from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.previews import previewed_stage
 from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.store.jobs import Job, JobError, JobKind, JobState
-from vidgen_ray.report.shot_text import duration_text, length_text, settings_text, size_text
+from vidgen_ray.report.shot_text import length_text, settings_text, size_text
+from vidgen_ray.system.quantities import duration
 
 SAVING = "Save", "Saving"
 """Label and activity of the step after all stages."""
@@ -94,7 +95,7 @@ def estimate_text(estimate: JobEstimate) -> str:
     """Return the place in the queue and the time left, in words. Empty for a job that has ended."""
     if estimate.eta_s is None:
         return ""
-    left = f"about {duration_text(max(1, round(estimate.eta_s)))} left"
+    left = f"about {duration(max(1, round(estimate.eta_s)))} left"
     if estimate.queue_position is None:
         return left
     return f"Position {estimate.queue_position + 1}, {left}" if estimate.queue_position else f"Next in the queue, {left}"
@@ -132,4 +133,4 @@ def _facts(job: Job, width: int, height: int) -> Iterator[str]:
     yield f"seed {shot.seed}"
     if job.started_at is not None and job.completed_at is not None:
         duration_s = job.completed_at - job.started_at
-        yield f"rendered in {duration_text(duration_s)}" if duration_s else "already rendered"
+        yield f"rendered in {duration(duration_s)}" if duration_s else "already rendered"
