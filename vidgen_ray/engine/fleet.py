@@ -96,7 +96,7 @@ class FleetListener(Protocol):
     def not_placeable(self, reason: str) -> None:
         """Called if the cluster has been too small for the complete set for LAST_LOST_AFTER_S: nodes were lost before that.
 
-        Called again every MESSAGE_INTERVAL_S as long as that is so.
+        Called again every MESSAGE_INTERVAL_S as long as that is so. A listener that looks for missing stages itself needs none.
         """
 
     def waiting(self, reason: str | None) -> None:
@@ -221,7 +221,7 @@ class Fleet:
                     waiting_since, next_message_s, could_hold_at = now, FIRST_MESSAGE_S, now
                 elif now - waiting_since >= next_message_s:
                     next_message_s += MESSAGE_INTERVAL_S
-                    reason = await self._reason(waiting)
+                    reason = await asyncio.to_thread(self._wait_reason, waiting)
                     self._listener.waiting(reason)
                     if complete or await asyncio.to_thread(_cluster_could_hold, waiting):
                         could_hold_at = now
@@ -233,12 +233,6 @@ class Fleet:
                 waiting = []
             pause_s = max(FIRST_POLL_S, (time.monotonic() - waiting_since) / 10) if waiting else POLL_S
             await asyncio.sleep(min(POLL_S, pause_s))
-
-    async def _reason(self, waiting: Sequence[_Bundle]) -> str:
-        """Return what these reservations wait for, and who holds it."""
-        placed = [r for r in self._reservations if r.unplaced_since is None]
-        own_groups = {group.id.hex() for group in self._groups}
-        return await asyncio.to_thread(_reason, waiting, placed, own_groups, self._config.name)
 
     def _update(self, groups: Mapping[str, Any], now: float) -> None:
         """Set which reservations have a node. `groups`: Ray's table of placement groups."""
@@ -370,6 +364,26 @@ class Fleet:
             self._encoders.append(encoder)
         return encoder
 
+    def _wait_reason(self, waiting: Sequence[_Bundle]) -> str:
+        """Return what these reservations wait for, what the cluster has, and who holds it."""
+        needed, own = _total(waiting), _total([r for r in self._reservations if r.unplaced_since is None])
+        in_cluster, available = ray.cluster_resources(), ray.available_resources()
+        total, free = (_text({name: amounts.get(name, 0) for name in needed}) for amounts in (in_cluster, available))
+        kinds = Counter(map(str, waiting)).items()
+        listed = ", ".join(f"{number} {kind if number == 1 else kind.replace('slot', 'slots')}" for kind, number in kinds)
+        reason = f"waiting for {_text(needed)} ({listed}): the cluster has {total}, {free} are free"
+        held = {
+            name: max(0.0, round(in_cluster.get(name, 0) - available.get(name, 0) - own.get(name, 0), 2)) for name in needed
+        }
+        if any(held.values()):
+            own_groups = {group.id.hex() for group in self._groups}
+            reason += f"; others hold {_text(held)}{_holders(own_groups, self._config.name, needed) or _data_steps()}"
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        for reservation in {str(r): r for r in waiting if not any(_could_hold(node, r) for node in nodes)}.values():
+            label = f" and the label {'='.join(reservation.label)}" if reservation.label else ""
+            reason += f". No node has {_text(_resources(reservation.slot))}{label}, which one {reservation} needs"
+        return reason
+
     def _remove_unused_groups(self) -> None:
         used = {reservation.group.id for reservation in self._reservations}
         for group in [group for group in self._groups if group.id not in used]:
@@ -434,27 +448,6 @@ def _resources(slot: Slot | None) -> dict[str, float]:
     if slot is None:
         return {"CPU": ENCODER_CPUS}
     return {"CPU": slot.cpus, **({"GPU": 1} if slot.has_gpu else {})}
-
-
-def _reason(waiting: Sequence[_Bundle], placed: Sequence[_Bundle], own_groups: Collection[str], engine: str) -> str:
-    """Return what these reservations wait for, what the cluster has, and who holds what the `placed` ones do not.
-
-    `own_groups` and `engine`: ids of the placement groups and name of the engine that waits.
-    """
-    needed, own = _total(waiting), _total(placed)
-    in_cluster, available = ray.cluster_resources(), ray.available_resources()
-    total, free = (_text({name: amounts.get(name, 0) for name in needed}) for amounts in (in_cluster, available))
-    kinds = Counter(map(str, waiting)).items()
-    listed = ", ".join(f"{number} {kind if number == 1 else kind.replace('slot', 'slots')}" for kind, number in kinds)
-    reason = f"waiting for {_text(needed)} ({listed}): the cluster has {total}, {free} are free"
-    held = {name: max(0.0, round(in_cluster.get(name, 0) - available.get(name, 0) - own.get(name, 0), 2)) for name in needed}
-    if any(held.values()):
-        reason += f"; others hold {_text(held)}{_holders(own_groups, engine, needed) or _data_steps()}"
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    for reservation in {str(r): r for r in waiting if not any(_could_hold(node, r) for node in nodes)}.values():
-        label = f" and the label {'='.join(reservation.label)}" if reservation.label else ""
-        reason += f". No node has {_text(_resources(reservation.slot))}{label}, which one {reservation} needs"
-    return reason
 
 
 def _total(reservations: Sequence[_Bundle]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from typing import Any
 from vidgen_ray.engine import fleet
 from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.fleet import Fleet, labels_of, placed_more_slots
+from vidgen_ray.engine.fleet import Fleet, FleetListener, labels_of, placed_more_slots
 from vidgen_ray.engine.ray_cluster import LiveCluster, live_cluster
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.outputs.records import Failure
@@ -51,7 +51,7 @@ class Actors:
     """Reason why the fleet waits. `None` if it does not wait."""
 
 
-class Workers:
+class Workers(FleetListener):
     """Runs the fleet of a server. Its replica is up as soon as every stage has a worker with loaded weights."""
 
     # Serve awaits it.
@@ -179,9 +179,6 @@ class Workers:
         self._change(workers={other: worker for other, worker in self._actors.workers.items() if other != name})
         # The fleet has waited for another node.
         self._replan_at = time.monotonic()
-
-    def not_placeable(self, reason: str) -> None:
-        """See `_replan_if_incomplete`: it looks at the missing stages."""
 
     def waiting(self, reason: str | None) -> None:
         self._change(waiting=reason)
