@@ -56,7 +56,7 @@ def test_vidgen_renders_the_simulated_shots():
 
 
 @pytest.mark.slow
-def test_a_changed_prompt_leaves_a_stale_clip_of_a_script_and_none_of_vidgen(tmp_path):
+def test_changed_prompt_leaves_a_stale_clip_of_a_script_and_none_of_vidgen(tmp_path):
     results = tmp_path / "results.json"
     command = [sys.executable, "benchmarks/rivals.py", "--quick", "--json", str(results)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

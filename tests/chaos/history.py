@@ -153,7 +153,7 @@ def check_commit_once(world, history):
 
 
 def check_content(world, history):
-    """What is committed is the result of its key, and of the first try that is good enough."""
+    """The committed result is that of its key, and of the first try that is good enough."""
     for shot, commits in history.commits.items():
         tries = [history.shots[shot], *history.shots[shot].again]
         minimum = tries[0].shot.min_identity

@@ -575,7 +575,7 @@ class World:
                 self._interrupt("end of the run", driver)
                 if not driver.ended and not self._is_stopped(driver):
                     break
-                # Somebody starts the command again, when there are machines.
+                # The user runs the command again, when there are machines.
                 again = self.now + (10 if driver.ended else 0)
                 self._step_until(lambda again=again: self.now > again and self.any_node() is not None, self.now + 1000)
             # Earlier drivers that were stopped wake, and the calls that are left end.

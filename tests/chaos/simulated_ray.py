@@ -238,7 +238,7 @@ class Process:
         return returned
 
     async def _again(self, call, args):
-        """Run a call a second time. Nobody gets the result."""
+        """Run a call a second time and drop the result."""
         await asyncio.sleep(self.world.rng.uniform(0, 60))
         if self.alive:
             self._invoke(call, args)

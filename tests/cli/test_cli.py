@@ -101,6 +101,8 @@ def test_help_lists_groups_of_commands_and_the_common_options(capsys):
     assert {"--out", "--set", "--gpus", "--help-all"} < common
     assert len(common) < 15
     assert common | {"--wait-storage", "--cache-gb"} < every
+    for words in (["demo"], ["models", "list"]):
+        assert main([*words, "--help-all"]) == 0
 
 
 def test_missing_weights_exit_with_code_4(tmp_path, capsys):

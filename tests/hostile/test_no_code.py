@@ -105,7 +105,7 @@ KINDS = [as_pickle, as_text_pickle, as_checkpoint, as_array]
 
 @pytest.mark.parametrize("write", KINDS)
 def test_payload_runs_when_it_is_unpickled(tmp_path, write):
-    """Without this, the tests below could not fail."""
+    """Positive control of the tests below."""
     write(tmp_path / "a", RunsCode(tmp_path / "RAN"))
     if write is as_checkpoint:
         torch.load(tmp_path / "a", weights_only=False)
@@ -196,7 +196,7 @@ def test_package_makes_no_call_that_runs_code_of_a_file():
     assert wrong == [("system/files.py", "yaml.load")]
 
 
-def test_nothing_enables_code_of_model_repositories():
+def test_code_of_model_repositories_is_never_enabled():
     for folder in (PACKAGE, *(PACKAGE.parent / name for name in ("training", "jobs", "examples", "benchmarks"))):
         for path in folder.rglob("*"):
             if path.suffix in (".py", ".yaml", ".ipynb"):

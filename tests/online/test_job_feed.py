@@ -80,7 +80,7 @@ def test_follow_ends_with_none_when_the_job_is_deleted(store, feed):
     assert run(last()) is None
 
 
-def test_all_streams_share_one_poll(store, feed):
+def test_streams_share_one_poll(store, feed):
     async def polls() -> tuple[int, int]:
         async with AsyncExitStack() as stack:
             streams = [await stack.enter_async_context(aclosing(feed.follow_tenant("ada", 0, 60))) for _ in range(20)]

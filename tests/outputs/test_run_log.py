@@ -56,7 +56,8 @@ def test_status_and_log_are_on_disks_and_in_object_stores(tmp_path, url, capsys)
         status = read_status(storage)
         assert status.model_dump().items() >= {**LABELS.model_dump(), "ended": True, "error": "KeyboardInterrupt"}.items()
         assert (status.total, status.done, status.skipped, status.remaining, status.complete) == (10, 1, 1, 8, True)
-        assert status.model_dump()["stages"] == {"svd": {"queued": 14, "running": 2, "workers": 2, "busy": 0.98}}
+        assert going.model_dump()["stages"] == {"svd": {"queued": 14, "running": 2, "workers": 2, "busy": 0.98}}
+        assert (status.stages, status.in_progress, status.gpus_busy) == ({}, 0, None)
         assert status.messages == ("a worker is quarantined",)
         assert [line["outcome"] for line in read_log(storage, "a")] == ["error", "done"]
         assert main(["logs", out, "a"]) == main(["status", out]) == 0
@@ -122,7 +123,7 @@ def test_watch_serves_the_shots_and_the_run_of_an_object_store(url):
         gallery_app(url.replace("clips", "gone"))
 
 
-def test_a_run_without_its_lease_does_not_replace_the_status_of_another(tmp_path):
+def test_run_without_its_lease_does_not_replace_the_status_of_another(tmp_path):
     storage = storage_at(tmp_path)
     with recorder(storage, is_sure=False) as running:
         record(running)
@@ -130,7 +131,7 @@ def test_a_run_without_its_lease_does_not_replace_the_status_of_another(tmp_path
     assert len(list(read_log(storage, "a"))) == 2
 
 
-def test_a_storage_that_hangs_or_fails_neither_stops_the_run_nor_loses_the_log(tmp_path, monkeypatch):
+def test_storage_that_hangs_or_fails_neither_stops_the_run_nor_loses_the_log(tmp_path, monkeypatch):
     monkeypatch.setattr(run_log, "CLOSE_S", 0.01)
     answers = threading.Event()
 

@@ -154,7 +154,7 @@ def test_requests_that_fail_once_change_nothing(store, url, endpoint, plan_of, m
 
 
 def test_expired_credentials_are_named_and_renewed_ones_are_used(store, plan_of, monkeypatch, tmp_path):
-    """As of a user who logs in again while the run waits."""
+    """Stand-in for a user who logs in again while the run waits."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setattr(object_storage, "CREDENTIALS_TTL", timedelta(0))
@@ -180,7 +180,7 @@ def test_expired_credentials_are_named_and_renewed_ones_are_used(store, plan_of,
 
 @pytest.mark.slow
 def test_run_waits_for_an_object_store_and_loses_no_line(local_ray, store, tiny, tmp_path, monkeypatch):
-    """The store is slow for a moment, loses answers, and refuses the credentials of the run until the user is told."""
+    """The store is slow for a moment, loses answers, and refuses the credentials of the run until the user renews them."""
     monkeypatch.setattr(storage_pause, "PROBE_INTERVAL_S", 0.2)
     events, profile = Events(), profile_of_fakes(tiny)
 
@@ -416,7 +416,7 @@ def test_flipped_bit_in_any_file_is_found_or_has_no_effect(plan_of, tmp_path, wa
         assert [each.path for each in verify(folder, repair=False).damaged] == ([damaged] if damaged else []), path
         assert found(folder, *plans) == [finished, True], path
         assert folder.stage_cache.get(plans[1].steps[0].key, ["image"]), path
-        # A run goes on, and renders what is not finished.
+        # A run continues, and renders what is not finished.
         write_run(folder, "r2", plans)
         assert found(folder, *plans) == [True, True], path
         shutil.rmtree(folder.root)

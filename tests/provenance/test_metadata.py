@@ -121,7 +121,7 @@ def test_private_files_have_the_mark_but_no_prompt_and_no_inputs(tiny, make_shot
     assert json.loads((folder / "shot.json").read_text())["provenance"] == {"metadata": "private", "label": None}
 
 
-def test_without_provenance_files_have_none_and_the_record_says_so(tiny, make_shot, tmp_path):
+def test_record_says_that_files_have_no_provenance(tiny, make_shot, tmp_path):
     folder = write_shot(tiny, make_shot(num_frames=FRAMES, upscale_video=False), tmp_path / "out", OFF)
     assert read_provenance(folder / "image.png") == read_provenance(folder / "video.mp4") == (None, None)
     assert json.loads((folder / "shot.json").read_text())["provenance"]["metadata"] == "off"
@@ -253,7 +253,7 @@ def test_packets_of_other_tools_are_read_and_hostile_ones_ignored():
 
 
 @pytest.mark.parametrize("cut", [0, 4, 20, -30])
-def test_a_damaged_file_is_an_error_or_has_no_metadata(files, tmp_path, cut):
+def test_damaged_file_is_an_error_or_has_no_metadata(files, tmp_path, cut):
     content = (files / "video.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(content[:cut])
     try:

@@ -171,7 +171,7 @@ def test_formats_without_signatures_are_named(tmp_path, key):
         sign_file(tmp_path / "clip.mkv", GENERATED, key)
 
 
-def test_without_the_package_the_error_says_what_to_install(signed, monkeypatch):
+def test_error_of_a_missing_package_says_what_to_install(signed, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "c2pa", None)
     with pytest.raises(SetupError, match=r"pip install 'vidgen-ray\[c2pa\]'"):
         read_signature(signed / "image.png")

@@ -47,7 +47,7 @@ def test_places_in_a_video_with_variable_times(tmp_path):
     assert got[4:] == [Place(2, Fraction(1, 3)), Place(2, Fraction(2, 3))]
 
 
-def test_a_lower_rate_is_refused(tmp_path, upscale):
+def test_lower_rate_is_refused(tmp_path, upscale):
     video = write_video(tmp_path / "in.mp4", 4)
     with pytest.raises(MediaError, match="has 12 frames per second, more than 10; frames would be dropped"):
         upscale(video, tmp_path / "out.mp4", fps=Fraction(10))

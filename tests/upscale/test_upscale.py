@@ -25,7 +25,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
-def test_everything_but_the_size_is_kept(tmp_path, upscale, short_segments, suffix):
+def test_upscaling_keeps_all_but_the_size(tmp_path, upscale, short_segments, suffix):
     chapters = [(0, 0.5, "One"), (0.5, 1, "Two")]
     subtitles = [(0.1, "Hello"), (0.6, "Bye")] if suffix != ".mov" else []
     video = write_video(
@@ -236,7 +236,7 @@ def test_existing_files_are_kept_without_force(tmp_path, upscale):
     assert upscale(video, tmp_path / "out.mp4", force=True).frames == 2
 
 
-def test_a_failed_segment_names_its_frames(tmp_path, upscale, short_segments, monkeypatch):
+def test_failed_segment_names_its_frames(tmp_path, upscale, short_segments, monkeypatch):
     video = write_video(tmp_path / "in.mp4", 12)
     write = SegmentWorker.write
 

@@ -39,7 +39,7 @@ def run(weights, monkeypatch, capsys):
     return call
 
 
-def test_a_folder_a_pattern_and_a_list(tmp_path, run):
+def test_inputs_can_be_a_folder_a_pattern_and_a_list(tmp_path, run):
     folder = tmp_path / "in"
     folder.mkdir()
     for name in ("a.mp4", "b.mkv", "c.avi"):
@@ -56,7 +56,7 @@ def test_a_folder_a_pattern_and_a_list(tmp_path, run):
     assert [(video["frames"], video["size"]) for video in report["videos"]] == [(2, "256x192")] * 2
 
 
-def test_a_bad_video_fails_and_the_others_go_on(tmp_path, run):
+def test_bad_video_fails_and_the_others_continue(tmp_path, run):
     write_video(tmp_path / "good.mp4", 2)
     (tmp_path / "bad.mp4").write_text("nonsense")
     code, output, errors = run(
@@ -217,7 +217,7 @@ def test_interrupt_whose_exception_is_dropped_ends_the_command(tmp_path, run, mo
 
 
 @pytest.mark.slow
-def test_a_long_film_takes_the_memory_of_a_short_one(tmp_path, start):
+def test_long_film_takes_the_memory_of_a_short_one(tmp_path, start):
     """Frames of 128x72. The times of all frames are in memory. They would take 50 MB, upscaled four times as much."""
     peaks = []
     for name, frames in (("short", 300), ("long", 2_100)):

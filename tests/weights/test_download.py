@@ -132,7 +132,7 @@ def test_gated_repository_names_the_page_and_the_token(hub, server, monkeypatch)
     assert pull(FLUX, hub=hub).downloaded_bytes > 0
 
 
-def test_all_failures_are_reported_and_stop_no_other_download(hub, server):
+def test_failed_downloads_are_reported_and_stop_no_other(hub, server):
     server.gated.add("black-forest-labs/FLUX.1-dev")
     references = [FLUX, "hub:nobody/nothing", f"{SVD}@v9", f"{SVD}:vea", "hub:x/y/z", SVD]
     pulled, problems = pull_all([(reference, None) for reference in references], hub, dry_run=False, verify=False)

@@ -460,7 +460,7 @@ def _total(reservations: Sequence[_Bundle]) -> dict[str, float]:
 
 
 class _JobHoldings(NamedTuple):
-    """What Ray's dashboard knows about the resources of jobs."""
+    """Resources of jobs, as far as Ray's dashboard knows them."""
 
     jobs: dict[str, str]
     """Id -> submission id."""

@@ -40,7 +40,7 @@ class Snapshot(NamedTuple):
     quarantined: tuple[str, ...] = ()
     """Workers and encoders in quarantine or given up, with their nodes."""
     waiting_for: str | None = None
-    """What workers wait for before they can start, such as GPUs, and who holds them."""
+    """Resources that workers wait for before they can start, such as GPUs, and who holds them."""
 
 
 class Attempt(NamedTuple):

@@ -160,7 +160,7 @@ def likeness_text(row: Mapping[str, Any]) -> str | None:
 
 
 class _Details(NamedTuple):
-    """What the record of a shot adds to its row."""
+    """Additions of the record of a shot to its row."""
 
     chain: Sequence[str] = ()
     """Images of its stages."""

@@ -31,7 +31,7 @@ def local_serve(local_ray):
 
 @pytest.fixture(scope="package")
 def server(tiny, tmp_path_factory) -> Iterator[tuple[Server, Running]]:
-    """Start Ray Serve with a server of the tiny models in one process. Other applications may run beside it."""
+    """Start Ray Serve with a server of the tiny models in one process. Other applications may run at the same time."""
     LocalRay.start()
     folder = tmp_path_factory.mktemp("server")
     keys = [{"tenant": name, "sha256": hash_key(key), "limits": LIMITS.get(name, {})} for name, key in KEYS.items()]

@@ -31,7 +31,7 @@ def problems(page: Any, part: str = "html") -> list[str]:
     return found
 
 
-def test_all_states_are_accessible(site, open_page):
+def test_states_are_accessible(site, open_page):
     site.add("a completed clip with " + "a_very_long_word" * 10)
     site.add("another clip")
     site.add("a failed clip", JobState.FAILED, error=JobError(code="stage_failed", message="no face was found " * 6))
