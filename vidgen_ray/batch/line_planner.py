@@ -35,7 +35,6 @@ from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
 from vidgen_ray.script.read import check_files, check_lora_sizes, no_lines, open_lines, unique_lines
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
-from vidgen_ray.stages.text_length import CutText
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -80,7 +79,7 @@ class LinePlanner:
         outputs: OutputFolder,
         options: RenderOptions = DEFAULT_OPTIONS,
     ) -> None:
-        """Of the options, `fresh`, `replace`, `keep_stages` and `strict_prompts` count."""
+        """Only `fresh`, `replace`, `keep_stages` and `strict_prompts` of the options count."""
         self.outputs = outputs
         self.finished: FinishedShots | None = None
         """Must be set to plan lines. Not part of the pickled planner, since it may take hundreds of megabytes."""
@@ -120,9 +119,9 @@ class LinePlanner:
         if not self._replace:
             planned = [self._with_own_ids(line) for line in planned]
         if self._strict_prompts:
-            planned = [self._with_whole_prompts(line) for line in planned]
+            planned = [_with_cut_prompts(line, strict=True) for line in planned]
         planned = self._without_cached(planned) if self._fresh else self._with_done(planned)
-        return [self._with_notes(self._with_checked_files(line)) for line in planned]
+        return [_with_cut_prompts(self._with_checked_files(line), strict=False) for line in planned]
 
     def _plan_of_line(self, shot: Shot) -> ShotPlan | Failure | None:
         if shot.continue_from is None:
@@ -183,14 +182,6 @@ class LinePlanner:
                     return PlannedLine(_reject_taken_id(line, shot.id, owner))
         return planned
 
-    def _with_whole_prompts(self, planned: PlannedLine) -> PlannedLine:
-        """Reject the line if a text encoder would cut its prompt."""
-        line = with_cut_prompts(planned.line, _cut_texts(planned), strict=True)
-        return PlannedLine(line) if line.errors else planned
-
-    def _with_notes(self, planned: PlannedLine) -> PlannedLine:
-        return planned._replace(line=with_cut_prompts(planned.line, _cut_texts(planned), strict=False))
-
     def _with_done(self, planned: Sequence[PlannedLine]) -> list[PlannedLine]:
         assert self.finished is not None
         found = iter(self.finished.find(_plans(planned), self._keep_stages))
@@ -214,8 +205,11 @@ def _plans(planned: Sequence[PlannedLine]) -> list[ShotPlan]:
     return [plan for line in planned for plan in line.results if isinstance(plan, ShotPlan)]
 
 
-def _cut_texts(planned: PlannedLine) -> list[CutText]:
-    return [cut for plan in _plans([planned]) for cut in plan.cut_texts]
+def _with_cut_prompts(planned: PlannedLine, *, strict: bool) -> PlannedLine:
+    """Add notes about the prompts that text encoders cut. `strict`: reject the line instead."""
+    cut = [cut for plan in _plans([planned]) for cut in plan.cut_texts]
+    line = with_cut_prompts(planned.line, cut, strict=strict)
+    return PlannedLine(line) if line.errors else planned._replace(line=line)
 
 
 def _reject_taken_id(line: Line, shot_id: str | None, owner: str) -> Line:
