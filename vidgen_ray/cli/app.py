@@ -93,6 +93,8 @@ def _unavailable(name: str, error: ImportError) -> Any:
 
 app = typer.Typer(
     name="vidgen",
+    # Commands whose `--help` leaves out options have an option `--help-all` of their own.
+    context_settings={"help_option_names": ["--help", "--help-all"]},
     cls=FoundCommands,
     help="Batch and online video generation on Ray, with one recognisable person across every clip.",
     no_args_is_help=True,
