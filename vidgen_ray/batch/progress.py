@@ -206,7 +206,8 @@ class RunRecorder(RunListener, AbstractContextManager["RunRecorder"]):
         self._log.add(**attempt._replace(worker=attempt.worker.removeprefix(f"{self.labels.run}/"))._asdict())
 
     def _status(self) -> RunStatus:
-        tracker, snapshot = self._tracker, self._tracker.snapshot
+        tracker, last = self._tracker, self._tracker.snapshot
+        snapshot = None if self._ended else last
         with self._lock:
             messages = tuple(self._messages)
         return RunStatus(
@@ -224,10 +225,10 @@ class RunRecorder(RunListener, AbstractContextManager["RunRecorder"]):
             remaining=tracker.remaining,
             shots_per_minute=tracker.shots_per_minute,
             eta_s=tracker.eta_s if tracker.remaining else None,
-            waiting_for=snapshot.waiting_for if snapshot and not self._ended else None,
-            in_progress=snapshot.in_progress if snapshot and not self._ended else 0,
+            waiting_for=snapshot.waiting_for if snapshot else None,
+            in_progress=snapshot.in_progress if snapshot else 0,
             gpus_busy=snapshot.gpus_busy if snapshot else None,
             stages={name: stage._asdict() for name, stage in snapshot.stages.items()} if snapshot else {},
-            quarantined=snapshot.quarantined if snapshot else (),
+            quarantined=last.quarantined if last else (),
             messages=messages,
         )

@@ -69,7 +69,7 @@ def status(out: OutArgument = "out", as_json: JsonOption = False) -> None:
 
 
 class EndedRun(BaseModel):
-    """What `run.json` says about the last run that has ended."""
+    """Content of `run.json` about the last run that has ended."""
 
     run: str
     seconds: float
@@ -100,7 +100,7 @@ def _print_run(console: Console, run: RunStatus) -> None:
     )
     if run.waiting_for:
         console.print(run.waiting_for, markup=False)
-    if snapshot.stages and not run.ended:
+    if snapshot.stages:
         console.print(stage_table(snapshot))
     for message in run.messages[-SHOWN_MESSAGES:]:
         if message != run.waiting_for:

@@ -74,7 +74,7 @@ class RunStatus(RunLabels):
     error: str | None
     """Class of the error that ended the run."""
     phase: str | None
-    """What happens before the first shot has ended. `None` after that."""
+    """Activity before the first shot has ended. `None` after that."""
     total: int
     """Lines so far."""
     complete: bool
@@ -89,10 +89,11 @@ class RunStatus(RunLabels):
     eta_s: tuple[float, float] | None
     """Lowest and highest estimate of the seconds that are left."""
     waiting_for: str | None
-    """What the run waits for, such as GPUs, and who holds them."""
+    """Resources that the run waits for, such as GPUs, and who holds them."""
     in_progress: int
     gpus_busy: float | None
     stages: dict[str, StageLoad]
+    """Empty when the run has ended."""
     quarantined: tuple[str, ...]
     messages: tuple[str, ...]
     """Last messages for the user."""
