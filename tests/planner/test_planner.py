@@ -342,6 +342,8 @@ def test_max_cost_exits_with_code_5():
     with pytest.raises(TooExpensive, match=r"--max-cost allows 1.00") as error:
         planned.check_cost(1)
     assert error.value.exit_code == 5
+    without_gpus = plan(load_profile("demo"), make_demand(1000), Cluster((Node((), 2, 8),)))
+    without_gpus.check_cost(0)
 
 
 def test_price_comes_from_the_command_the_profile_or_the_default_table():

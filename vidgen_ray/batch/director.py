@@ -411,6 +411,8 @@ class Director:
         self.plan, self.cluster = live.plan(planned)
         self._plans += 1
         self.plan.check_cost(self._options.max_cost)
+        if self._options.max_cost is not None and not self.plan.gpu_hours:
+            self._listener.on_message("--max-cost has no effect: a run without GPUs has no price")
 
     def _more_slots(self, present: Sequence[Slot], free: Cluster) -> list[PlacedSlot]:
         """Return the slots to add for GPUs that have become free. None if all shots have been started."""

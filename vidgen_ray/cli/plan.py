@@ -166,6 +166,8 @@ def _facts(
     if on_gpus:
         yield "GPU-hours", f"{planned.gpu_hours:,.2f}"
         yield "cost", "unknown; pass --price" if planned.cost is None else money(planned.cost, planned.currency)
+    else:
+        yield "cost", "none: a run without GPUs has no price"
     yield "disk", f"about {size(planned.output_bytes)} of outputs"
     sizes = ", ".join(f"{size(n_bytes)} ({mode})" for mode, n_bytes in planned.cache_bytes.items() if n_bytes)
     yield "cache", f"about {sizes}; --cache {DEFAULT_CACHE} is the default" if sizes else "nothing to keep"

@@ -99,12 +99,14 @@ class Plan:
     """Assumptions and hints, to be shown with the plan."""
 
     def check_cost(self, max_cost: float | None) -> None:
-        """Raise TooExpensive if the cost exceeds `max_cost`, UsageError if the cost is unknown. `None` disables the check."""
-        if max_cost is None:
+        """Raise TooExpensive if the cost exceeds `max_cost`, UsageError if the cost of the GPUs is unknown.
+
+        `None` disables the check. A run without GPUs has no price, and is never too expensive.
+        """
+        if max_cost is None or not self.gpu_hours:
             return
         if self.cost is None:
-            hint = "pass --price PER_GPU_HOUR" if self.gpu_hours else "it uses no GPUs; run it without --max-cost"
-            raise UsageError(f"--max-cost: the cost of this plan is unknown: {hint}")
+            raise UsageError("--max-cost: the cost of this plan is unknown: pass --price PER_GPU_HOUR")
         if self.cost > max_cost:
             raise TooExpensive(
                 f"the plan costs {money(self.cost, self.currency)} for {amount_text(self.gpu_hours)} GPU-hours, "
