@@ -11,9 +11,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from tests.online.test_serve_configs import checked_config
 from vidgen_ray.batch.run_options import GRACE_S
 from vidgen_ray.cli.app import app
-from vidgen_ray.online.server import check_config
 from vidgen_ray.planner.cluster import parse_gpus
 from vidgen_ray.profile import builtin_profiles
 from vidgen_ray.version import __version__
@@ -155,9 +155,8 @@ def test_commands_of_image_and_manifests_exist():
     check_command(json.loads(re.search(r"^CMD (\[.+\])$", DOCKERFILE, re.MULTILINE)[1]))
 
 
-def test_serve_config_is_valid_and_listens_where_the_service_connects(tmp_path):
-    (tmp_path / "serve.yaml").write_text(spec_of("service")["serveConfigV2"])
-    config, settings = check_config(tmp_path / "serve.yaml")
+def test_serve_config_is_valid_and_listens_where_the_service_connects():
+    config, settings = checked_config(spec_of("service")["serveConfigV2"])
     assert config.http_options.host == "0.0.0.0"
     assert settings.keys_file is not None, "a server that listens on all addresses requires API keys"
     mounted = {mount["mountPath"] for pod in pods("service") for mount in pod["containers"][0]["volumeMounts"]}

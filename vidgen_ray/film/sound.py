@@ -67,7 +67,7 @@ def _piper(model: Path) -> Speak:
     try:
         voice = PiperVoice.load(model)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise SetupError(f"voice: {model} is not a voice of piper, with {model.name}.json in the same folder ({error})") from None
+        raise SetupError(f"voice: {model} is not a voice of piper with its {model.name}.json ({error})") from None
 
     def speak(text: str, path: Path) -> None:
         with wave.open(str(path), "wb") as file:

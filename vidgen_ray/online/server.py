@@ -1,4 +1,4 @@
-"""Start, monitor and stop a server on the connected Ray, and check configs for `serve deploy`. Prints nothing."""
+"""Start, monitor and stop a server on the connected Ray. Prints nothing."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import ray
-from pydantic import ValidationError
 from ray import serve
-from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus, DeploymentSchema, LoggingConfig, ServeDeploySchema, ServeStatus
+from ray.serve.schema import ApplicationStatus, LoggingConfig, ServeStatus
 
 from vidgen_ray.engine.ray_cluster import SHUTDOWN_S, muted_stderr, within
-from vidgen_ray.errors import SetupError, UsageError
+from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.online.application import API, APP, DIRECTOR, WORKERS, ServerPlan, application
-from vidgen_ray.online.server_settings import OnlineSettings, read_yaml
+from vidgen_ray.online.application import APP, DIRECTOR, ServerPlan, application
 from vidgen_ray.stages.base import Stage
 
 POLL_S = 0.2
@@ -148,48 +145,3 @@ def _reason(messages: str) -> str:
         return vidgen_errors[-1]
     errors = [line for line in lines if ERROR.match(line)]
     return [*lines, "Ray Serve failed to start the application and gave no reason"][0] if not errors else errors[-1]
-
-
-# Configs for `serve deploy`
-
-IMPORT_PATH = "vidgen_ray.online.application:build"
-
-
-def check_config(file: Path) -> tuple[ServeDeploySchema, OnlineSettings]:
-    """Return the config and the settings of its application. Raises UsageError with all problems of the file."""
-    content = read_yaml(file, str(file))
-    try:
-        # Serve itself accepts unknown keys.
-        config = ServeDeploySchema.model_validate(content, extra="forbid")
-        apps = [app for app in config.applications if app.import_path == IMPORT_PATH]
-        if len(config.applications) != 1 or len(apps) != 1:
-            raise UsageError(f"{file}: must have exactly one application, with import_path {IMPORT_PATH}")
-        settings = OnlineSettings.model_validate(apps[0].args)
-        for number, deployment in enumerate(apps[0].deployments):
-            _check_deployment(deployment, f"{file}: applications.0.deployments.{number}")
-            if isinstance(deployment.autoscaling_config, dict):
-                AutoscalingConfig.model_validate(deployment.autoscaling_config, extra="forbid")
-    except ValidationError as error:
-        raise UsageError("\n".join(f"{file}: {_dotted(e['loc'])}: {e['msg']}" for e in error.errors())) from None
-    host, port = config.http_options.host, config.http_options.port
-    if (host, port) != (settings.host, settings.port):
-        raise UsageError(
-            f"{file}: http_options has {host}:{port} but args have {settings.host}:{settings.port}. They must match."
-        )
-    return config, settings
-
-
-def _check_deployment(deployment: DeploymentSchema, location: str) -> None:
-    """Raise UsageError for a deployment that does not exist, and for replicas of one that has a single replica."""
-    if deployment.name not in (names := (API, DIRECTOR, WORKERS)):
-        raise UsageError(f"{location}.name: no deployment {deployment.name}, must be one of {', '.join(names)}")
-    replicas = deployment.model_fields_set & {"num_replicas", "max_replicas_per_node", "autoscaling_config"}
-    if deployment.name != API and replicas:
-        raise UsageError(
-            f"{location}: {deployment.name} always has one replica. Remove {', '.join(sorted(replicas))}. "
-            "The number of workers follows from `gpus` and the layout of the profile."
-        )
-
-
-def _dotted(loc: tuple[str | int, ...]) -> str:
-    return ".".join(map(str, loc)) or "the file"
