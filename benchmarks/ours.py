@@ -12,7 +12,7 @@ from benchmarks.local_ray import CPUS as CPUS_OF_RAY
 from benchmarks.local_ray import local_ray
 from benchmarks.simulated import COMMIT, FRAMES, FRAMES_SHAPE, DoesNotFit, Event, record
 from benchmarks.simulated_stages import STAGES, WEIGHTS, write_inputs
-from vidgen_ray.batch.run import render
+from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE
 from vidgen_ray.engine.status import Snapshot

@@ -174,7 +174,7 @@ def measure(lines: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def _render(script: Path, folder: Path, listener: RunClock) -> None:
-    from vidgen_ray.batch.run import render
+    from vidgen_ray.batch.render_script import render
     from vidgen_ray.batch.run_options import RenderOptions
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.script.lines import ScriptSettings

@@ -240,7 +240,7 @@ def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
 
 def resume(folder: Path, script: Path, out: str) -> Measured:
     """Run `render` on the finished script."""
-    from vidgen_ray.batch.run import render
+    from vidgen_ray.batch.render_script import render
     from vidgen_ray.batch.run_options import RenderOptions
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.script.lines import ScriptSettings

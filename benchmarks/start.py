@@ -53,7 +53,7 @@ def measure(started: float) -> dict[str, float]:
     """Run the command in this process, which was started at the time `started`. Return the seconds of each phase."""
     import ray
 
-    from vidgen_ray.batch import results, run
+    from vidgen_ray.batch import render_script, results
     from vidgen_ray.cli import main as vidgen
     from vidgen_ray.engine import actor_client
     from vidgen_ray.report import gallery_page
@@ -63,7 +63,7 @@ def measure(started: float) -> dict[str, float]:
     def note(phase: str) -> Callable[[], None]:
         return lambda: ends.update({phase: time.time()})
 
-    _before(run, "first_lines", note("imports"))
+    _before(render_script, "first_lines", note("imports"))
     _before(ray, "init", note("plan"))
     _after(ray, "init", note("start Ray"))
     _before(actor_client.ActorClient, "call", lambda: ends.setdefault("start a worker, load", time.time()))

@@ -36,7 +36,7 @@ READING_ORDER = (
     "engine/shot_writer.py",
     "pipeline.py",
     "engine/shot_runner.py",
-    "batch/run.py",
+    "batch/render_script.py",
 )
 """The files that explain the project, below `vidgen_ray/`."""
 KINDS = {

@@ -33,7 +33,7 @@ from vidgen_ray.batch.line_planner import (
     planned_rows,
 )
 from vidgen_ray.batch.progress import RunListener
-from vidgen_ray.batch.run import render_lines
+from vidgen_ray.batch.render_script import render_lines
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.fleet import remove_leaked_groups
 from vidgen_ray.engine.status import Snapshot

@@ -10,7 +10,7 @@ from benchmarks.local_ray import CPUS, local_ray
 from benchmarks.ours import HOST_GB, StatusCounter, profile
 from benchmarks.simulated import IMAGE_SHAPE, two_coloured
 from benchmarks.simulated_stages import STAGES, SimulatedFlux
-from vidgen_ray.batch.run import render
+from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.outputs.folder import OutputFolder

@@ -13,9 +13,9 @@ from PIL import Image
 from tests.batch.test_batch import Events, digests, render_lines
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, FINDS_FACES
-from vidgen_ray.batch import run as run_module
+from vidgen_ray.batch import render_script
 from vidgen_ray.batch.line_planner import LinePlanner, first_lines
-from vidgen_ray.batch.run import render
+from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.batch.shot_queue import ContinuedShots
 from vidgen_ray.cli import main
@@ -154,7 +154,7 @@ def test_chain_longer_than_the_queue(in_process, tiny, tmp_path, monkeypatch):
         yield from (planner.plan([line]) for line in numbered[1:])
 
     planner = LinePlanner(checker, tiny, outputs)
-    report = run_module.render_lines(
+    report = render_script.render_lines(
         planner, numbered[:1], remaining, "s.jsonl", tiny, RenderOptions(stages=FAKES), listener=Events()
     )
     assert (report.done, report.failed) == (6, 0)

@@ -18,10 +18,9 @@ from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from tests.batch.test_batch import Events
 from tests.fake_stages import profile_of_fakes
 from vidgen_ray.batch import director as director_module
-from vidgen_ray.batch import line_planner
-from vidgen_ray.batch import run as run_module
+from vidgen_ray.batch import line_planner, render_script
 from vidgen_ray.batch.director import BREAKER_FAILURES
-from vidgen_ray.batch.run import render
+from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine import shot_runner
 from vidgen_ray.engine.actor_client import ActorCallFailed
@@ -156,7 +155,7 @@ def engine_class(faults, committed):
 def simulated(without_ray, monkeypatch):
     """Run in simulated time. No line is read by Ray Data."""
     monkeypatch.setattr(line_planner, "FIRST_LOOK_LINES", 100_000)
-    monkeypatch.setattr(run_module.asyncio, "run", lambda main: run_in_simulated_time(main)[0])
+    monkeypatch.setattr(render_script.asyncio, "run", lambda main: run_in_simulated_time(main)[0])
 
     async def problem(_):
         # Simulated time does not wait for a thread.

@@ -15,7 +15,7 @@ from tests.batch.test_batch import Events
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES, fake_likeness, profile_of_fakes
 from vidgen_ray.batch.line_planner import remaining_lines
-from vidgen_ray.batch.run import render
+from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine import storage_pause
 from vidgen_ray.engine.ray_cluster import expect_gpus
@@ -151,7 +151,7 @@ def test_script_that_changes_during_the_run_is_an_error_and_replaces_no_shot(in_
         return remaining_lines(*args)
 
     with monkeypatch.context() as changing:
-        changing.setattr("vidgen_ray.batch.run.remaining_lines", change_before)
+        changing.setattr("vidgen_ray.batch.render_script.remaining_lines", change_before)
         with pytest.raises(ScriptError, match="changed while it was read") as error:
             render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU)
     assert error.value.exit_code == 3
@@ -193,7 +193,7 @@ def test_idle_run_reports_that_no_line_has_come_and_what_it_holds(tmp_path, prof
             if "no line has come" in message:
                 reported.set()
 
-    monkeypatch.setattr("vidgen_ray.batch.run.remaining_lines", slow_lines)
+    monkeypatch.setattr("vidgen_ray.batch.render_script.remaining_lines", slow_lines)
     events = Reported()
     report, _ = render_lines(tmp_path, profile, shots(4), events)
     assert report.done == 4

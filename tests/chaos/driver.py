@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.batch.test_batch import Events
 from tests.chaos.counted_stages import COUNTED
-from vidgen_ray.batch.run import render
+from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import parse_gpus

@@ -27,7 +27,7 @@ from tests.chaos.driver import UNMARKED
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES
 from tests.ray_workers import small_cluster
-from vidgen_ray.batch.run import render
+from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.errors import SetupError

@@ -161,7 +161,7 @@ from tests.batch.faulty_stages import stages
 from tests.batch.test_batch import Events
 from tests.chaos.test_real_faults import Log, use_up_memory
 from tests.fake_stages import profile_of_fakes
-from vidgen_ray.batch.run import render
+from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import parse_gpus

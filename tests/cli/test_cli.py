@@ -131,7 +131,7 @@ def test_retry_renders_as_the_last_run_did(tmp_path, monkeypatch):
         calls.append((script, profile, options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vidgen_ray.batch.run.render", record)
+    monkeypatch.setattr("vidgen_ray.batch.render_script.render", record)
     assert main(["retry", str(out)]) == 130
     ((script, profile, retried),) = calls
     assert (profile.name, profile.provenance.metadata) == ("tiny", "off")

@@ -10,7 +10,7 @@ from tests.fake_stages import FAKES, profile_of_fakes
 from tests.hostile.images import IMAGES
 from tests.hostile.scripts import LINES
 from tests.hostile.weights import LORAS
-from vidgen_ray.batch.run import render
+from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest

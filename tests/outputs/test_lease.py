@@ -17,7 +17,7 @@ from moto.s3.responses import S3Response
 from tests.outputs.test_outputs import row, write
 from tests.pid_namespaces import run_in_pid_namespace
 from vidgen_ray.batch.line_planner import LinePlanner
-from vidgen_ray.batch.run import render_lines
+from vidgen_ray.batch.render_script import render_lines
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs import lease as leases

@@ -20,7 +20,7 @@ from tests.batch.test_batch import Events
 from tests.fake_stages import FAKES, profile_of_fakes
 from tests.outputs.test_outputs import commit, failed, row
 from tests.small_disk import mounted_disk
-from vidgen_ray.batch.run import render
+from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine import storage_pause
 from vidgen_ray.errors import SetupError

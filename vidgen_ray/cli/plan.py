@@ -40,7 +40,7 @@ from vidgen_ray.script.read import iter_script
 from vidgen_ray.system.quantities import count, duration, money, size
 
 if TYPE_CHECKING:
-    from vidgen_ray.batch.run import Counts
+    from vidgen_ray.batch.render_script import Counts
 
 PLAIN_WIDTH = 10_000
 """Width in columns if standard output is not a terminal. Large enough that lines are not wrapped."""
@@ -65,7 +65,7 @@ def plan(
 
     Nothing is rendered. Also prints the layout of the GPUs and the licences of the weights.
     """
-    from vidgen_ray.batch.run import estimate_run
+    from vidgen_ray.batch.render_script import estimate_run
 
     chosen = load_profile(profile)
     settings = lines.settings(scripts, chosen, seed, until)

@@ -387,7 +387,7 @@ def run_script(
     script: ScriptSettings, profile: Profile, out: str, options: RenderOptions, *, as_json: bool, then_prune: bool = False
 ) -> None:
     """Render a script, write the gallery and print the result. Raises typer.Exit unless all shots are done."""
-    from vidgen_ray.batch.run import render as render_on_ray
+    from vidgen_ray.batch.render_script import render as render_on_ray
     from vidgen_ray.outputs.cleanup import prune as prune_folder
     from vidgen_ray.report.gallery_page import check_no_other_page, write_gallery
 
