@@ -30,7 +30,8 @@ def checked_config(text):
     assert app.import_path == "vidgen_ray.online.application:build"
     for deployment in app.deployments:
         assert deployment.name == API, "the others always have one replica"
-        AutoscalingConfig.model_validate(deployment.autoscaling_config, extra="forbid")
+        if isinstance(deployment.autoscaling_config, dict):
+            AutoscalingConfig.model_validate(deployment.autoscaling_config, extra="forbid")
     settings = OnlineSettings.model_validate(app.args)
     assert (settings.host, settings.port) == (config.http_options.host, config.http_options.port)
     return config, settings

@@ -118,6 +118,7 @@ def test_ids_of_a_matrix_name_what_differs_and_never_collide(script, tmp_path):
     assert [shot.metadata["matrix"] for shot in read.shots] == [{"lora": value, "scale": 2} for value in lora]
     texts = script('{"id": "y", "prompt": "a {ink!|ink?} ball", "matrix": {"style_prompt": ["a-b", "a b"]}}\n', "s.jsonl").shots
     assert len({shot.id for shot in texts}) == 4
+    assert [shot.metadata["matrix_number"] for shot in texts] == [0, 1, 2, 3]
 
 
 def test_choices_without_an_id_derive_ids_from_the_chosen_text(script):

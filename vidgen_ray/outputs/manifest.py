@@ -151,7 +151,7 @@ class _Columns(BaseModel):
     failure_attempts: int | None = None
     failure_worker: str | None = None
     metadata: str = "{}"
-    """`metadata` of the line, as JSON text, with its values of a `matrix` under that name."""
+    """`metadata` of the line, as JSON text, with its values of a `matrix` under that name, and its `matrix_number`."""
     ended_at: datetime = Field(default_factory=_now)
     """Time at which the last run had its result, in UTC."""
     committed_at: float | None = None

@@ -25,19 +25,25 @@ function setData(data) {
     run.eta_s && `${Math.ceil(run.eta_s[1] / 60)} min left at most`, run.waiting_for].filter(Boolean).join(", ") : "";
   $("films").replaceChildren(...data.films.map((name) => element("a", { href: path(name) }, data.films.length === 1 ? "Film" : name)));
   const own = { status: "status", character: "character", style: "style", lora: "loras" };
-  for (const [name, field] of Object.entries(own)) fill(filters.elements[name], "all", axes.includes(name) ? [] : rows.flatMap((row) => row[field] ?? []));
+  for (const [name, field] of Object.entries(own)) fill(filters.elements[name], "all", axes.includes(name) ? [] : inOrder(rows.flatMap((row) => row[field] ?? [])));
   for (const axis of axes) {
     const name = `axis:${axis}`;
     if (!filters.elements[name]) $("axes").append(element("label", {}, nameOfAxis(axis), element("select", { name })));
-    fill(filters.elements[name], "all", rows.map((row) => row.axes?.[axis]));
+    fill(filters.elements[name], "all", valuesOf(axis, rows));
   }
-  for (const name of ["rows", "columns"]) fill(filters.elements[name], "–", axes, 1, nameOfAxis);
+  for (const name of ["rows", "columns"]) fill(filters.elements[name], "–", inOrder(axes), 1, nameOfAxis);
   filter();
 }
 
+/** Return the values of an axis of some rows in the order of the script, and numbers by size. */
+function valuesOf(axis, some) {
+  const values = [...new Set([...some].sort((a, b) => a.order - b.order).map((row) => row.axes?.[axis]))].filter(Boolean);
+  return values.every((value) => isFinite(value)) ? inOrder(values) : values;
+}
+
 /** Set the options of a select, and keep its value. Hides one with fewer options than `least`. */
-function fill(select, none, values, least = 2, text = (value) => value) {
-  const before = select.value, options = inOrder(values);
+function fill(select, none, options, least = 2, text = (value) => value) {
+  const before = select.value;
   select.replaceChildren(element("option", { value: "" }, none), ...options.map((value) => element("option", { value }, text(value))));
   select.value = options.includes(before) ? before : "";
   select.closest("label").hidden = options.length < least;
@@ -129,7 +135,7 @@ function heading(scope, text, some) {
 
 function drawGrid(down, across) {
   const numbers = [...shown.keys()].filter((number) => [down, across].every((axis) => !axis || shown[number].axes?.[axis] !== undefined)).slice(0, MAX_IN_GRID);
-  const valuesAlong = (axis) => axis ? inOrder(numbers.map((number) => shown[number].axes[axis])) : [null];
+  const valuesAlong = (axis) => axis ? valuesOf(axis, numbers.map((number) => shown[number])) : [null];
   const along = (axis, value, some) => some.filter((number) => !axis || shown[number].axes[axis] === value);
   const headingOf = (scope, axis, value) => heading(scope, axis ? `${nameOfAxis(axis)} ${value}` : "", along(axis, value, numbers).map((number) => shown[number]));
   const columns = valuesAlong(across), hidden = [down, across, ...axes.filter((axis) => filters.elements[`axis:${axis}`].value)];

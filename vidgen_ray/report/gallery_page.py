@@ -38,7 +38,7 @@ from vidgen_ray.outputs.records import RECORD, SHOTS
 from vidgen_ray.outputs.run_log import read_status
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.report.shot_text import DEFAULTS, length_text, settings_text, short_names, size_text, value_text
-from vidgen_ray.script.expansion import MATRIX
+from vidgen_ray.script.expansion import MATRIX, MATRIX_NUMBER
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, NESTED_FIELDS, Shot
 from vidgen_ray.stages.likeness import sampled_frames
 from vidgen_ray.system.quantities import duration
@@ -58,7 +58,7 @@ class GalleryRows(NamedTuple):
     """Rows and counts of a gallery."""
 
     rows: list[dict[str, Any]]
-    """Failures first, then in the order of the script. The shots of a `matrix` are in the order of its values."""
+    """Failures first, then in the order of the script. `order`: place in the script of a shot with a `matrix`."""
     counts: dict[str, int]
     """Status -> number of shots, including those that are not shown."""
 
@@ -76,13 +76,20 @@ def gallery_rows(storage: Storage, limit: int = MAX_SHOTS) -> GalleryRows:
     failed_fields = _failed_fields(storage, {row["id"] for row in chosen if row["status"] == "failed"})
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as reading:
         shown = list(reading.map(lambda row: _row(storage, row, failed_fields), chosen))
+    for order, number in enumerate(sorted(range(len(shown)), key=lambda number: _place_in_script(chosen[number]))):
+        if "axes" in shown[number]:
+            shown[number]["order"] = order
     _shorten_names(shown)
     return GalleryRows(shown, dict(counts))
 
 
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    values = [*_axes(row).values(), row["id"]]
-    return row["status"] != "failed", row["script"], row["line"] or 0, [_natural(text) for text in values]
+    return row["status"] != "failed", _place_in_script(row)
+
+
+def _place_in_script(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    number = row["metadata"].get(MATRIX_NUMBER)
+    return row["script"], row["line"] or 0, number if isinstance(number, int) else 0, _natural(row["id"])
 
 
 def _natural(text: str) -> list[tuple[bool, float, str]]:

@@ -27,7 +27,7 @@ from vidgen_ray.safety import (
     UnsafeContent,
     safety_of,
 )
-from vidgen_ray.script.expansion import MATRIX, STYLE, expand, is_expandable, with_character, with_style
+from vidgen_ray.script.expansion import MATRIX, MATRIX_NUMBER, STYLE, expand, is_expandable, with_character, with_style
 from vidgen_ray.script.lines import (
     FAILURE_FIELD,
     NO_HEADER,
@@ -143,8 +143,9 @@ class LineChecker:
             # As it is written, since a rejected line is one row.
             line.fields = self._with_defaults(line, own, "")
             try:
-                for fields, suffix, values in expand(own):
-                    named = self._with_names(line, self._with_defaults(line, fields, suffix), fields, values)
+                for number, (fields, suffix, values) in enumerate(expand(own)):
+                    matrix = {MATRIX: values, MATRIX_NUMBER: number} if values else {}
+                    named = self._with_names(line, self._with_defaults(line, fields, suffix), fields, matrix)
                     self._add_shots(line, fields, named)
             except WrongField as error:
                 line.reject(error.field, error.got, error.allowed)
@@ -207,7 +208,7 @@ class LineChecker:
             line.reject(error.field, error.got, error.allowed)
             names = {"character": character, STYLE: style}
             return {**fields, **{name: value for name, value in names.items() if value is not None}}
-        labels = {"scene": line.scene, "character": character, STYLE: style, MATRIX: matrix or None}
+        labels = {"scene": line.scene, "character": character, STYLE: style, **(matrix or {})}
         labels = {name: label for name, label in labels.items() if label is not None}
         metadata = fields.get("metadata") or {}
         return {**fields, "metadata": {**labels, **metadata}} if labels and isinstance(metadata, dict) else fields

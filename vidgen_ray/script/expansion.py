@@ -187,7 +187,9 @@ def _wrong(source: str, field: str | None, got: str, allowed: str) -> ScriptErro
 
 
 MATRIX = "matrix"
-"""Field of a line: field -> list of values. Not a field of a shot."""
+"""Field of a line: field -> list of values. Not a field of a shot, whose metadata has its values under this name."""
+MATRIX_NUMBER = "matrix_number"
+"""Key in the metadata of such a shot: its number among those of its line, from 0."""
 STYLE = "style"
 """Field of a line: name of a style in the header. Not a field of a shot."""
 TEXTS = ("prompt", "negative_prompt", "style_prompt", "motion_prompt")
