@@ -37,7 +37,7 @@ function setData(data) {
 
 /** Return the values of an axis of some rows in the order of the script, and numbers by size. */
 function valuesOf(axis, some) {
-  const values = [...new Set([...some].sort((a, b) => a.order - b.order).map((row) => row.axes?.[axis]))].filter(Boolean);
+  const values = [...new Set(some.filter((row) => row.axes).sort((a, b) => a.order - b.order).map((row) => row.axes[axis]))].filter(Boolean);
   return values.every((value) => isFinite(value)) ? inOrder(values) : values;
 }
 
