@@ -1,4 +1,4 @@
-"""Generate the tables of fields, stages and modules. `make docs` writes them; `--check` fails if one is stale."""
+"""Generate the tables of fields, stages and packages. `make docs` writes them; `--check` fails if one is stale."""
 
 import ast
 import inspect
@@ -126,11 +126,10 @@ def reading_order() -> Iterator[str]:
 
 
 def modules() -> Iterator[str]:
-    """Yield the map of modules, one line a package."""
+    """Yield a line for each package with modules."""
     for init in (*sorted(PACKAGE.rglob("__init__.py"), key=lambda path: path.parent.relative_to(PACKAGE).parts), CLIENT):
-        names = sorted(path.stem for path in init.parent.glob("*.py") if not path.stem.startswith("__"))
-        if names:
-            yield f"- `{init.parent.relative_to(DOCS.parent)}/`: {module_summary(init)}. *{', '.join(names)}*"
+        if any(not path.stem.startswith("__") for path in init.parent.glob("*.py")):
+            yield f"- `{init.parent.relative_to(DOCS.parent)}/`: {module_summary(init)}"
 
 
 TABLES: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
