@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from vidgen_ray.system.cache_dir import digest
-from vidgen_ray.system.model_files import loaded_files
+from vidgen_ray.system.model_files import loaded_files, missing_files
 from vidgen_ray.weights import resolve
 
 NOT_LOADED = (
@@ -57,3 +57,16 @@ def test_weights_in_other_formats_count_where_they_are_loaded(tmp_path):
     assert loaded == {"ip-adapter.bin", "ControlNetModel/config.json", "ControlNetModel/diffusion_pytorch_model.safetensors"}
     faces = resolve("builtin:tiny/antelopev2")
     assert {file.suffix for file in loaded_files(faces)} == {".onnx"}
+
+
+def test_weights_beside_the_folder_of_the_same_network_do_not_count(tmp_path):
+    """ByteDance/InfiniteYou has InfuseNet in two more files beside its folder."""
+    folder = shutil.copytree(resolve("builtin:tiny/infusenet"), tmp_path / "sim_stage1")
+    before = digest(folder)
+    for name in ("infusenet_sim_bf16.safetensors", "infusenet_sim_fp8e4m3fn.safetensors"):
+        (folder / name).symlink_to("/nowhere")
+    assert digest(folder) == before
+    assert missing_files(folder) == []
+    # With a network of its own, the root is no second copy.
+    (folder / "config.json").write_text("{}")
+    assert len(missing_files(folder)) == 2

@@ -43,8 +43,8 @@ def loaded_files(folder: Path) -> list[Path]:
     """Return the files in `folder` and its subfolders that a result may depend on, sorted by path.
 
     Of a diffusers pipeline these are its index and the folders of its components, without weights in other formats than
-    safetensors and without variants such as fp16. Of other folders these are all files but documentation, pictures and hidden
-    files.
+    safetensors and without variants such as fp16. Of other folders these are all files but documentation, pictures, hidden
+    files, and the same weights a second time: safetensors beside a subfolder with a network.
     """
     components = _components_of(folder)
     roots = [folder] if components is None else [folder / name for name in components]
@@ -61,10 +61,13 @@ def select_loaded(files: Iterable[PurePosixPath], components: Collection[str] | 
     """
     if components is not None:
         files = [file for file in files if file.parts[0] in components or str(file) == PIPELINE_INDEX]
-    candidates = [file for file in files if _is_candidate(file)]
     folders: dict[PurePosixPath, list[PurePosixPath]] = {}
-    for file in candidates:
+    for file in filter(_is_candidate, files):
         folders.setdefault(file.parent, []).append(file)
+    root = PurePosixPath()
+    networks = [folder for folder, inside in folders.items() if _is_network(inside)]
+    if networks and root not in networks:
+        folders[root] = [file for file in folders.get(root, ()) if ".safetensors" not in file.name]
     return sorted(file for folder_files in folders.values() for file in _loaded(folder_files))
 
 
@@ -88,11 +91,11 @@ def missing_files(folder: Path) -> list[str]:
     components = _components_of(folder)
     missing = [name for name in components or () if not any((folder / name).glob("*"))]
     roots = [folder] if components is None else [folder / name for name in components]
-    for path in {path for root in roots for path in root.rglob("*")}:
-        name = PurePosixPath(path.relative_to(folder))
-        if path.is_symlink() and not path.exists():
-            if select_loaded([name], components):
-                missing.append(str(name))
+    names = {PurePosixPath(path.relative_to(folder)) for root in roots for path in root.rglob("*") if not path.is_dir()}
+    for name in select_loaded(names, components):
+        path = folder / name
+        if not path.exists():
+            missing.append(str(name))
         elif name.name.endswith(SHARD_INDEX):
             missing += [str(name.parent / shard) for shard in _shards(path) if not (path.parent / shard).is_file()]
     return sorted(set(missing))
@@ -117,10 +120,14 @@ def _is_candidate(path: PurePosixPath) -> bool:
     return not hidden and path.suffix.lower() not in NEVER_LOADED and path.stem.upper() not in NEVER_LOADED_NAMES
 
 
-def _loaded(files: list[PurePosixPath]) -> list[PurePosixPath]:
+def _is_network(files: Sequence[PurePosixPath]) -> bool:
+    """Return whether a folder with these files holds a network in safetensors."""
+    return any(file.name == "config.json" for file in files) and any(file.suffix == ".safetensors" for file in files)
+
+
+def _loaded(files: Sequence[PurePosixPath]) -> Sequence[PurePosixPath]:
     """Return the files of one folder without unused formats and variants of a model."""
-    names = {file.name for file in files}
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+    if not _is_network(files):
         return files
-    variants = {name for name in names if VARIANT.fullmatch(name) or VARIANT_INDEX.fullmatch(name)}
-    return [file for file in files if file.suffix not in OTHER_FORMATS and file.name not in variants]
+    variants = {file for file in files if VARIANT.fullmatch(file.name) or VARIANT_INDEX.fullmatch(file.name)}
+    return [file for file in files if file.suffix not in OTHER_FORMATS and file not in variants]
