@@ -52,9 +52,12 @@ class ShotLicences:
 
         `stages`: those of the shot, if they are known.
         """
+        return tuple(map(self._of, self.references(shot, stages)))
+
+    def references(self, shot: Shot, stages: Iterable[type[Stage[Any]]] | None = None) -> tuple[str, ...]:
+        """Return the references of the weights that the shot passes, in order, each once. See `__call__`."""
         passed = stages_of(shot) if stages is None else stages
-        references = dict.fromkeys(each for stage in passed for each in self._references(stage, shot))
-        return tuple(map(self._of, references))
+        return tuple(dict.fromkeys(each for stage in passed for each in self._references(stage, shot)))
 
     def of_stage(self, stage: type[Stage[Any]]) -> tuple[UsedWeights, ...]:
         """Return the weights that every shot of the stage passes."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.weights.hub_server import running_hub
 from vidgen_ray.cli import main
+from vidgen_ray.profile import load_profile
 from vidgen_ray.weights import resolve
 from vidgen_ray.weights.ledger import accepted_licences
 
@@ -52,8 +54,7 @@ def test_restricted_licences_are_accepted_once(server, profile, capsys):
     assert server.downloads().total() == 0
     assert main(["models", "pull", profile, "--actor", "svd", "--accept-license"]) == 0
     assert accepted_licences() == {"svd-xt"}
-    assert f"hub:{SVD}@main: " in (out := capsys.readouterr().out)
-    assert f"at commit {server.commit}" in out
+    assert f"hub:{SVD}@main is at commit {server.commit}" in capsys.readouterr().out
     assert main(["models", "pull", profile, "--actor", "svd"]) == 0
     assert "0 bytes downloaded, 0 of 1 failed" in capsys.readouterr().out
 
@@ -63,8 +64,24 @@ def test_dry_run_needs_no_acceptance_and_prints_sizes(server, profile, capsys):
     report = json.loads(capsys.readouterr().out)
     (node,) = report["nodes"]
     svd, upscaler = node["pulled"]
-    assert (report["dry_run"], node["problems"], svd["downloaded_bytes"] > 1e6) == (True, [], True)
+    assert (report["dry_run"], node["problems"], svd["downloaded_bytes"] > 1e6, svd["files"]) == (True, [], True, 9)
     assert (upscaler["reference"], upscaler["size_bytes"]) == ("builtin:realesrgan", 0)
+    (disk,) = node["disks"]
+    assert (disk["needed_bytes"], disk["free_bytes"] > 0) == (svd["downloaded_bytes"], True)
+
+
+def test_table_is_printed_before_a_full_disk_is_refused(server, profile, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2_000_000))
+    assert main(["models", "pull", profile, "--accept-license"]) == 4
+    out, err = capsys.readouterr()
+    row = next(line for line in out.splitlines() if line.startswith(f"hub:{SVD}@main"))
+    assert row.split()[1:4] == ["9", "0.00", "0.00"]
+    assert "Stability AI Community License" in row
+    assert "3.75 MB in 9 files, 3.75 MB to download; " in out
+    assert f"{tmp_path / 'hub'} has 2 MB free" in out
+    assert "these weights: needs 0.0 GB" in err
+    assert "free some space, or use another folder with --to" in err
+    assert server.downloads() == {"model_index.json": 1}
 
 
 def test_list_shows_state_size_and_licence(server, profile, capsys):
@@ -105,6 +122,41 @@ def test_check_prints_all_problems(server, profile, capsys):
     assert "1 of 2 weights are usable" in out
     assert "unet: tensors of another shape" in err
     assert "vae: tensors of another shape" in err
+
+
+def planned(capsys, *args):
+    """Return the references that `vidgen models pull` would download."""
+    assert main(["models", "pull", *args, "--dry-run", "--json"]) in (0, 4)
+    (node,) = json.loads(capsys.readouterr().out)["nodes"]
+    return [one["reference"] for one in node["pulled"]] + [problem.split(": ")[0] for problem in node["problems"]]
+
+
+def test_pull_takes_the_default_chain_all_weights_or_those_of_a_script(server, tmp_path, capsys):
+    chain = set(planned(capsys, "gpu-80gb"))
+    names = (
+        "antelopev2",
+        "recognition_arcface_ir_se50.pth",
+        "FLUX.1-dev@",
+        "InfiniteYou@",
+        "img2vid-xt@",
+        "builtin:realesrgan",
+    )
+    assert len(chain) == len(names)
+    assert all(any(name in reference for reference in chain) for name in names), chain
+    assert planned(capsys, "-p", "gpu-80gb") == planned(capsys, "gpu-80gb")
+    everything = set(planned(capsys, "gpu-80gb", "--all"))
+    assert everything == set(load_profile("gpu-80gb").weight_licences(load_profile("gpu-80gb").actors))
+    lines = (
+        {"prompt": "a boat", "video_model": "ltx", "num_frames": "auto"},
+        {"prompt": "a boat", "generate_video": False},
+        {"prompt": 7},
+    )
+    (tmp_path / "script.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "script.yaml").write_text("shots: [{prompt: a boat, video_model: ltx, num_frames: auto}]")
+    for script in ("script.jsonl", "script.yaml"):
+        used = planned(capsys, str(tmp_path / script), "-p", "gpu-80gb")
+        assert len(used) == 3
+        assert {"FLUX.1-dev", "LTX-Video"} < {reference.rpartition("/")[2].split("@")[0] for reference in used}
 
 
 def test_failures_are_printed_together_with_exit_code_4(server, capsys):

@@ -22,6 +22,7 @@ UNUSED = (
     "svd_xt_image_decoder.safetensors",
     "unet/diffusion_pytorch_model.fp16.safetensors",
 )
+DUPLICATES = ("infusenet_sim_bf16.safetensors", "infusenet_sim_fp8e4m3fn.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,8 @@ def repositories(tmp_path_factory):
     (flux / "flux1-dev.safetensors").write_bytes(b"unused")
     infusenet = shutil.copytree(resolve("builtin:tiny/infusenet"), folder / "infiniteyou" / "infu_flux_v1.0" / "sim_stage1")
     shutil.copytree(infusenet, infusenet.parent / "aes_stage2")
+    for name in DUPLICATES:
+        (infusenet / name).write_bytes(b"the weights of InfuseNetModel, once more")
     return {
         "stabilityai/stable-video-diffusion-img2vid-xt": svd,
         "black-forest-labs/FLUX.1-dev": flux,
@@ -77,6 +80,7 @@ def test_pull_of_a_subfolder_downloads_only_that(hub, server):
     pull(reference, hub=hub)
     assert (resolve(reference) / "InfuseNetModel" / "config.json").is_file()
     assert not [path for _, path, _ in server.requests if "aes_stage2" in path]
+    assert not set(DUPLICATES) & set(server.downloads())
 
 
 def test_dry_run_downloads_only_the_index(hub, server, repositories):
@@ -92,6 +96,27 @@ def test_file_with_a_wrong_digest_is_deleted_and_downloaded_again(hub, server):
     server.corrupt.clear()
     assert pull(SVD, hub=hub).downloaded_bytes > 0
     assert pull(SVD, hub=hub, verify=True).downloaded_bytes == 0
+
+
+def test_interrupted_download_continues(hub, server, monkeypatch):
+    """A broken connection continues in the file. After the end of a command the next one downloads the missing files only."""
+
+    def interrupted(seconds):
+        raise ConnectionError("the command ends while it waits for the next attempt")
+
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 500)
+    server.cut_after[UNET] = 1000
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", interrupted)
+    with pytest.raises(SetupError, match="run the same command to continue"):
+        pull(SVD, hub=hub)
+    missing = pull(SVD, hub=hub, dry_run=True).downloaded_bytes
+    server.requests.clear()
+    server.cut_after[UNET] = 1000
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    assert pull(SVD, hub=hub).downloaded_bytes == missing
+    unet = [start for method, path, start in server.requests if method == "GET" and UNET in path]
+    assert unet == [None, "bytes=1000-"]
+    assert server.downloads().total() < 9
 
 
 def test_truncated_file_in_the_cache_is_replaced(hub):
@@ -135,10 +160,10 @@ def test_gated_repository_names_the_page_and_the_token(hub, server, monkeypatch)
 def test_failed_downloads_are_reported_and_stop_no_other(hub, server):
     server.gated.add("black-forest-labs/FLUX.1-dev")
     references = [FLUX, "hub:nobody/nothing", f"{SVD}@v9", f"{SVD}:vea", "hub:x/y/z", SVD]
-    pulled, problems = pull_all([(reference, None) for reference in references], hub, dry_run=False, verify=False)
-    assert [one.reference for one in pulled] == [SVD]
+    result = pull_all([(reference, None) for reference in references], hub, dry_run=False, verify=False)
+    assert [one.reference for one in result.pulled] == [SVD]
     expected = ("is gated", "no repository at", "no such revision", "has no vea at revision main", "must be hub:OWNER/NAME")
-    assert all(text in problem for text, problem in zip(expected, problems, strict=True)), problems
+    assert all(text in problem for text, problem in zip(expected, result.problems, strict=True)), result.problems
 
 
 def test_offline_mode_is_explained(hub, monkeypatch):

@@ -3,36 +3,53 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from yaml import YAMLError
 
 from vidgen_ray.cli.command_help import MACHINE
-from vidgen_ray.cli.options import JsonOption, local_path
+from vidgen_ray.cli.options import STDIN, JsonOption, LineOptions, ProfileOption, example, local_path
 from vidgen_ray.errors import SetupError, UsageError
-from vidgen_ray.profile import builtin_profiles, load_profile
-from vidgen_ray.system.quantities import size
+from vidgen_ray.licences import ShotLicences
+from vidgen_ray.profile import Profile, builtin_profiles, load_profile
+from vidgen_ray.script.check import check_shot
+from vidgen_ray.script.formats import READERS
+from vidgen_ray.script.lines import COMPRESSED
+from vidgen_ray.script.read import iter_script
+from vidgen_ray.shot import Shot
+from vidgen_ray.system.files import load_yaml
+from vidgen_ray.system.quantities import count, size
 from vidgen_ray.weights.inventory import local_weights
 from vidgen_ray.weights.ledger import WeightLicence, accept_licences, accepted_licences, licence_of
+
+if TYPE_CHECKING:
+    from vidgen_ray.weights.download import PullResult
 
 models = typer.Typer(help="Download, check and list the weights of profiles.", no_args_is_help=True, rich_help_panel=MACHINE)
 
 NamesArgument = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
-        metavar="NAME...",
-        help="Profiles (a built-in name or a path), or references as profiles write them, e.g. hub:OWNER/NAME.",
+        metavar="[NAME...]",
+        help="Profiles (a built-in name or a path), scripts, whose lines decide, or references as profiles write them, e.g. "
+        "hub:OWNER/NAME. Default: the profile of --profile.",
     ),
 ]
+AllOption = Annotated[
+    bool, typer.Option("--all", help="All weights of the profiles. Default: those that a line with a prompt and a face needs.")
+]
+YAML = (".yaml", ".yml")
 ActorOption = Annotated[
     list[str] | None,
-    typer.Option("--actor", metavar="ACTOR", help="Only the weights of this actor of the profiles. Repeatable. Default: all."),
+    typer.Option("--actor", metavar="ACTOR", help="All weights of this actor of the profiles, and no others. Repeatable."),
 ]
 
 
@@ -62,7 +79,7 @@ def list_models(
     accepted = accepted_licences()
     rows = [
         {**asdict(local_weights(item.reference, item.folder)), **_licence_columns(item.licence, accepted)}
-        for item in _wanted(names or builtin_profiles(), actors)
+        for item in _wanted(names or builtin_profiles(), "", actors, everything=True)
     ]
     if as_json:
         typer.echo(json.dumps(rows, default=str))
@@ -82,7 +99,13 @@ def list_models(
 
 
 @models.command()
-def check(names: NamesArgument, actors: ActorOption = None, as_json: JsonOption = False) -> None:
+def check(
+    names: NamesArgument = None,
+    profile: ProfileOption = "demo",
+    everything: AllOption = False,
+    actors: ActorOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Compare the keys and shapes of weights with the networks that load them, without loading the weights.
 
     Exits with code 4 if any weights are missing, incomplete or of another kind. All problems are printed at once.
@@ -90,7 +113,7 @@ def check(names: NamesArgument, actors: ActorOption = None, as_json: JsonOption 
     from vidgen_ray.weights.inventory import header_problems
 
     results = []
-    for item in _wanted(names, actors):
+    for item in _wanted(names or [profile], profile, actors, everything=everything):
         local = local_weights(item.reference, item.folder)
         problems = [local.problem] if local.problem else [] if local.path is None else header_problems(local.path)
         results.append({"reference": item.reference, "state": local.state, "problems": problems})
@@ -109,7 +132,9 @@ def check(names: NamesArgument, actors: ActorOption = None, as_json: JsonOption 
 
 @models.command()
 def pull(
-    names: NamesArgument,
+    names: NamesArgument = None,
+    profile: ProfileOption = "demo",
+    everything: AllOption = False,
     actors: ActorOption = None,
     to: Annotated[
         Path | None,
@@ -133,50 +158,91 @@ def pull(
     verify: Annotated[bool, typer.Option("--verify", help="Compare the digests of existing files, too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Download the files that are loaded, and no others.
+    """Download the weights that are loaded: of the default chain of a profile, or of the lines of a script.
 
-    Complete files are kept; run the command again after an interruption.
-    Licences that restrict the use must be accepted once with --accept-license. Exits with code 4 if anything failed; all
-    failures are printed at once.
+    Prints sizes, licences and the free space of the disk before it starts. Complete files are kept, and interrupted ones
+    continue: run the command again.
+    Licences that restrict the use must be accepted once with --accept-license. Exits with code 4 if the disk cannot hold the
+    files, or if anything failed; all failures are printed at once.
     """
-    from vidgen_ray.weights.download import Hub, pull_all
+    from vidgen_ray.weights.download import Hub
 
-    wanted = _wanted(names, actors)
+    wanted = _wanted(names or [profile], profile, actors, everything=everything)
     if not dry_run:
         _require_acceptance(wanted, accept=accept_license)
     references = [(item.reference, item.folder) for item in wanted]
     hub = Hub(to.expanduser().absolute() / "hub" if to else None)
-    if address is None:
-        pulled, problems = pull_all(references, hub, dry_run=dry_run, verify=verify)
-        nodes = [{"node": None, "pulled": [asdict(one) for one in pulled], "problems": list(problems)}]
-    else:
-        from vidgen_ray.engine.ray_cluster import connected, pull_on_all_nodes
-
-        with connected(address, 0):
-            nodes = [asdict(node) for node in pull_on_all_nodes(references, hub, dry_run=dry_run, verify=verify)]
+    with _nodes(address) as pull_on_nodes:
+        # Digests are compared once, with the download.
+        nodes = pull_on_nodes(references, hub, dry_run=True, verify=verify and dry_run)
+        if not as_json:
+            _print_planned(nodes, {item.reference: item.licence for item in wanted})
+        if not dry_run:
+            for node in nodes:
+                for disk in node.disks:
+                    disk.require("these weights" if node.node is None else f"{node.node}: these weights")
+            nodes = pull_on_nodes(references, hub, dry_run=False, verify=verify)
     if as_json:
-        typer.echo(json.dumps({"dry_run": dry_run, "nodes": nodes}))
+        typer.echo(json.dumps({"dry_run": dry_run, "nodes": [asdict(node) for node in nodes]}))
     else:
         for node in nodes:
             _print_node(node, dry_run=dry_run)
         if to and not dry_run:
             typer.echo(f"Set HF_HOME={to.expanduser().absolute()} for runs with these weights.")
-    if any(node["problems"] for node in nodes):
+    if any(node.problems for node in nodes):
         raise typer.Exit(SetupError.exit_code)
 
 
-def _print_node(node: dict[str, Any], *, dry_run: bool) -> None:
-    where = f"{node['node']}: " if node["node"] else ""
-    verb = "to download" if dry_run else "downloaded"
-    for one in node["pulled"]:
-        shown = f"{size(one['size_bytes'])}, {size(one['downloaded_bytes'])} {verb}" if one["size_bytes"] else "built in"
-        named = one["commit"] is None or one["commit"] in one["reference"]
-        at = "" if named else f", at commit {one['commit']}"
-        typer.echo(f"{where}{one['reference']}: {shown}{at}")
-    for problem in node["problems"]:
+@contextmanager
+def _nodes(address: str | None) -> Iterator[Callable[..., Sequence[PullResult]]]:
+    """Yield what downloads on this machine, or on every node of a cluster, and returns a result per node."""
+    if address is None:
+        from vidgen_ray.weights.download import pull_all
+
+        yield lambda *args, **options: [pull_all(*args, **options)]
+    else:
+        from vidgen_ray.engine.ray_cluster import connected, pull_on_all_nodes
+
+        with connected(address, 0):
+            yield pull_on_all_nodes
+
+
+def _print_planned(nodes: Sequence[PullResult], licences: Mapping[str, WeightLicence | None]) -> None:
+    """Print what each node needs: weights, files, sizes and licences, and the total with the free space of its disks."""
+    for node in nodes:
+        table = Table(box=None, pad_edge=False, header_style="")
+        for column in ("weights", "files", "GB", "to download", "licence"):
+            table.add_column(column, overflow="fold", justify="left" if column in ("weights", "licence") else "right")
+        for one in node.pulled:
+            licence = licences.get(one.reference)
+            gb = (
+                [f"{n_bytes / 1e9:.2f}" for n_bytes in (one.size_bytes, one.downloaded_bytes)]
+                if one.files
+                else ["built in", ""]
+            )
+            table.add_row(escape(one.reference), str(one.files or ""), *gb, escape(licence.licence if licence else "unknown"))
+        if node.node is not None:
+            typer.echo(node.node)
+        Console(width=None if Console().is_terminal else 160).print(table)
+        total, missing = (sum(getattr(one, name) for one in node.pulled) for name in ("size_bytes", "downloaded_bytes"))
+        free = "".join(f"; {disk.folder} has {size(disk.free_bytes)} free" for disk in node.disks)
+        typer.echo(
+            f"{size(total)} in {count(sum(one.files for one in node.pulled), 'file')}, {size(missing)} to download{free}"
+        )
+
+
+def _print_node(node: PullResult, *, dry_run: bool) -> None:
+    where = f"{node.node}: " if node.node else ""
+    for problem in node.problems:
         typer.echo(f"{where}{problem}", err=True)
-    total = sum(one["downloaded_bytes"] for one in node["pulled"])
-    typer.echo(f"{where}{size(total)} {verb}, {len(node['problems'])} of {len(node['pulled']) + len(node['problems'])} failed")
+    if dry_run:
+        return
+    for one in node.pulled:
+        if one.commit is not None and one.commit not in one.reference:
+            typer.echo(f"{where}{one.reference} is at commit {one.commit}")
+    total = sum(one.downloaded_bytes for one in node.pulled)
+    failed, of = len(node.problems), len(node.pulled) + len(node.problems)
+    typer.echo(f"{where}{size(total)} downloaded, {failed} of {of} failed")
 
 
 def _require_acceptance(wanted: Iterable[Wanted], *, accept: bool) -> None:
@@ -213,17 +279,70 @@ def _licence_columns(licence: WeightLicence | None, accepted: set[str]) -> dict[
     }
 
 
-def _wanted(names: Sequence[str], actors: Sequence[str] | None) -> list[Wanted]:
-    """Return the weights of profiles and the given references, each once. Raises UsageError for an unknown actor."""
+def _wanted(names: Sequence[str], profile: str, actors: Sequence[str] | None, *, everything: bool) -> list[Wanted]:
+    """Return the weights of profiles, of scripts with `profile`, and the given references, each once.
+
+    Raises UsageError for an unknown actor.
+    """
     found: dict[tuple[str, Path | None], Wanted] = {}
+
+    def add(chosen: Profile, references: Iterable[str]) -> None:
+        folder = chosen.source.parent if chosen.source else None
+        for reference in references:
+            found[reference, folder] = Wanted(reference, folder, licence_of(reference, chosen.licences))
+
+    scripts = [name for name in names if _is_script(name)]
+    if scripts:
+        chosen = load_profile(profile)
+        add(chosen, _references_of_lines(map(local_path, scripts), chosen))
     for name in names:
-        if name in builtin_profiles() or Path(name).suffix in (".yaml", ".yml"):
-            profile = load_profile(name)
-            if unknown := sorted(set(actors or ()) - profile.actors.keys()):
-                raise UsageError(f"--actor: got {unknown[0]!r}, profile {name} has {', '.join(profile.actors)}")
-            folder = profile.source.parent if profile.source else None
-            for reference, licence in profile.weight_licences(actors or profile.actors).items():
-                found[reference, folder] = Wanted(reference, folder, licence)
-        else:
+        if name in builtin_profiles() or (Path(name).suffix in YAML and name not in scripts):
+            chosen = load_profile(name)
+            if unknown := sorted(set(actors or ()) - chosen.actors.keys()):
+                raise UsageError(f"--actor: got {unknown[0]!r}, profile {name} has {', '.join(chosen.actors)}")
+            if actors or everything:
+                add(chosen, chosen.weight_licences(actors or chosen.actors))
+            else:
+                add(chosen, default_references(chosen))
+        elif name not in scripts:
             found[name, None] = Wanted(name, None, licence_of(name))
     return list(found.values())
+
+
+def default_shot(profile: Profile) -> Shot:
+    """Return a shot with a prompt and a face, and nothing else but the defaults of the profile."""
+    fields = {"prompt": "a portrait", "face_image": str(example("faces/astronaut.jpg"))}
+    return check_shot(fields, "the default chain", profile.defaults)
+
+
+def default_references(profile: Profile) -> list[str]:
+    """Return the references of the weights that `default_shot` passes."""
+    return _downloadable(ShotLicences(profile).references(default_shot(profile)))
+
+
+def _downloadable(references: Iterable[str]) -> list[str]:
+    return [reference for reference in references if not reference.startswith("package:")]
+
+
+def _is_script(name: str) -> bool:
+    path = Path(name)
+    if path.suffix not in YAML:
+        return name in STDIN or path.suffix.lower() in (*READERS, *COMPRESSED)
+    try:
+        content = load_yaml(path)
+    except (OSError, ValueError, YAMLError):
+        return False
+    return isinstance(content, dict) and not {"shots", "scenes"}.isdisjoint(content)
+
+
+def _references_of_lines(scripts: Iterable[Path], profile: Profile) -> list[str]:
+    """Return the references of the weights of all valid lines, without LoRAs, which are files of this machine."""
+    licences, found, rejected = ShotLicences(profile), dict[str, None](), 0
+    for line in iter_script(LineOptions().settings(list(scripts), profile)):
+        rejected += bool(line.errors)
+        if not line.errors:
+            loras = {lora.path for lora in line.shot.all_loras}
+            found |= dict.fromkeys(each for each in licences.references(line.shot) if each not in loras)
+    if rejected:
+        typer.echo(f"{count(rejected, 'line')} rejected, without their weights; vidgen validate prints the errors", err=True)
+    return _downloadable(found)

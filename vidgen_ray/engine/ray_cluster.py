@@ -19,7 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -36,7 +36,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.planner import Cluster, Node, Plan
 from vidgen_ray.planner.cluster import GB, Label
-from vidgen_ray.weights.download import Hub, Pulled, pull_all
+from vidgen_ray.weights.download import Hub, PullResult, pull_all
 
 GPU_TYPE_LABEL, NODE_ID_LABEL = "ray.io/accelerator-type", "ray.io/node-id"
 """Labels that Ray sets on its nodes."""
@@ -406,20 +406,9 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((url.hostname, url.port), CONNECT_TIMEOUT_S).close()
 
 
-@dataclass(frozen=True, slots=True)
-class NodeWeights:
-    """Result of the downloads on one node."""
-
-    node: str
-    """Address of the node."""
-    pulled: tuple[Pulled, ...]
-    problems: tuple[str, ...]
-    """One message per reference that failed."""
-
-
 def pull_on_all_nodes(
     references: Sequence[tuple[str, Path | None]], hub: Hub, *, dry_run: bool, verify: bool
-) -> list[NodeWeights]:
+) -> list[PullResult]:
     """Download on every node of the connected Ray, into the node's own HF_HOME, with the node's own token.
 
     Nodes with a shared folder wait for each other and find the files complete.
@@ -435,8 +424,8 @@ def pull_on_all_nodes(
     found = []
     for node, result in zip(nodes, results, strict=True):
         try:
-            pulled, problems = ray.get(result)
+            pulled = ray.get(result)
         except ray.exceptions.RayError as error:
-            pulled, problems = (), (f"the node was lost during the download ({type(error).__name__}); run the command again",)
-        found.append(NodeWeights(node["NodeManagerAddress"], pulled, problems))
+            pulled = PullResult((), (f"the node was lost during the download ({type(error).__name__}); run the command again",))
+        found.append(replace(pulled, node=node["NodeManagerAddress"]))
     return found

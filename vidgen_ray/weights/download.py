@@ -1,7 +1,8 @@
 """Download weights: the files of a Hugging Face repository that are loaded, and published single files.
 
-Complete files are not downloaded again, an interrupted transfer continues where it stopped, and the digest of every downloaded
-file is compared with the one that its source states, or, for single files, that several projects state.
+Complete files are not downloaded again, a broken connection continues in its file, and the digest of every downloaded file is
+compared with the one that its source states, or, for single files, that several projects state. After the end of a command,
+single files continue; an unfinished file of a repository starts again.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import hashlib
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -151,12 +152,45 @@ class Pulled:
     reference: str
     path: str
     """File or folder on this machine."""
+    files: int
+    """Number of files that are loaded. 0 for weights that are built on this machine."""
     size_bytes: int
-    """Size of all files that are loaded. 0 for weights that are built on this machine."""
+    """Size of these files."""
     downloaded_bytes: int
     """Size of the files that were missing. With `dry_run` they still are."""
     commit: str | None = None
     """Commit of the repository that the reference means now. `None` for weights from elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpace:
+    """Space that downloads need on one disk."""
+
+    folder: str
+    """Folder on the disk."""
+    needed_bytes: int
+    free_bytes: int
+
+    def require(self, what: str) -> None:
+        """Raise SetupError if the disk cannot hold the downloads. `what`: subject of the message."""
+        if self.needed_bytes and self.free_bytes < self.needed_bytes + SPARE_BYTES:
+            raise SetupError(
+                f"{what}: needs {self.needed_bytes / 1e9:.1f} GB, {self.folder} has {self.free_bytes / 1e9:.1f} GB free; "
+                "free some space, or use another folder with --to"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class PullResult:
+    """Result of several downloads on one machine."""
+
+    pulled: tuple[Pulled, ...]
+    problems: tuple[str, ...]
+    """One message per reference that failed."""
+    disks: tuple[DiskSpace, ...] = ()
+    """Space that the downloads need, per disk. Only with `dry_run`."""
+    node: str | None = None
+    """Address of the node of a cluster. `None`: this machine."""
 
 
 def pull(
@@ -170,26 +204,46 @@ def pull(
     if reference.startswith("hub:"):
         return _pull_repository(reference, hub or Hub(), dry_run=dry_run, verify=verify)
     if reference.startswith("builtin:"):
-        return Pulled(reference, "" if dry_run else str(resolve(reference)), 0, 0)
+        return Pulled(reference, "" if dry_run else str(resolve(reference)), 0, 0, 0)
     target = ((relative_to or Path()) / os.path.expanduser(reference)).absolute()
     if target.name in PUBLISHED:
         return _pull_published(reference, target, dry_run=dry_run, verify=verify)
     path = resolve(reference, relative_to)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return Pulled(reference, str(path), sum(file.stat().st_size for file in files), 0)
+    return Pulled(reference, str(path), len(files), sum(file.stat().st_size for file in files), 0)
 
 
-def pull_all(
-    references: Sequence[tuple[str, Path | None]], hub: Hub, *, dry_run: bool, verify: bool
-) -> tuple[tuple[Pulled, ...], tuple[str, ...]]:
-    """Download all references, each with its folder of relative paths. Return results, and messages of those that failed."""
+def pull_all(references: Sequence[tuple[str, Path | None]], hub: Hub, *, dry_run: bool, verify: bool) -> PullResult:
+    """Download all references, each with its folder of relative paths. With `dry_run` only add up what is missing."""
     pulled, problems = [], []
     for reference, folder in references:
         try:
             pulled.append(pull(reference, folder, hub, dry_run=dry_run, verify=verify))
         except SetupError as error:
             problems.append(str(error))
-    return tuple(pulled), tuple(problems)
+    return PullResult(tuple(pulled), tuple(problems), _disks(pulled, hub) if dry_run else ())
+
+
+def _disks(planned: Iterable[Pulled], hub: Hub) -> tuple[DiskSpace, ...]:
+    """Return the space that downloads need on each disk."""
+    disks: dict[int, DiskSpace] = {}
+    for one in planned:
+        # An archive is unpacked beside its file.
+        folder, copies = (hub.folder, 1) if one.commit else (Path(one.path).parent, 2)
+        disk = _disk(folder, copies * one.downloaded_bytes)
+        if disk.needed_bytes:
+            device = _existing(folder).stat().st_dev
+            before = disks.get(device, replace(disk, needed_bytes=0))
+            disks[device] = replace(before, needed_bytes=before.needed_bytes + disk.needed_bytes)
+    return tuple(disks.values())
+
+
+def _disk(folder: Path, needed_bytes: int) -> DiskSpace:
+    return DiskSpace(str(folder), needed_bytes, shutil.disk_usage(_existing(folder)).free)
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def _pull_repository(reference: str, hub: Hub, *, dry_run: bool, verify: bool) -> Pulled:
@@ -224,10 +278,10 @@ def _pull_repository(reference: str, hub: Hub, *, dry_run: bool, verify: bool) -
         missing_bytes = sum(wanted[name].size for name in missing) + index_bytes
         snapshot = hub.folder / f"models--{repo.replace('/', '--')}" / "snapshots" / str(commit)
         size_bytes = sum(entry.size for entry in wanted.values())
-        pulled = Pulled(reference, str(snapshot / subfolder), size_bytes, missing_bytes, str(commit))
+        pulled = Pulled(reference, str(snapshot / subfolder), len(wanted), size_bytes, missing_bytes, str(commit))
         if dry_run:
             return pulled
-        _require_space(hub.folder, missing_bytes, reference)
+        _disk(hub.folder, missing_bytes).require(reference)
         # With the revision in place of the commit, the cache also stores which commit a branch means.
         patterns = [escape(name) for name in wanted]
         folder = snapshot_download(
@@ -309,9 +363,8 @@ def _pull_published(reference: str, target: Path, *, dry_run: bool, verify: bool
     paths = {file: target if is_file else target / file.name for file in files}
     missing = {file: path for file, path in paths.items() if not _has(file, path, target, verify=verify)}
     sources = {file.source for file in missing}
-    pulled = Pulled(
-        reference, str(target), sum(file.size_bytes for file in files), sum(source.size_bytes for source in sources)
-    )
+    size_bytes, missing_bytes = (sum(each.size_bytes for each in sized) for sized in (files, sources))
+    pulled = Pulled(reference, str(target), len(files), size_bytes, missing_bytes)
     if dry_run or not missing:
         return pulled
     folder = target.parent if is_file else target
@@ -319,7 +372,7 @@ def _pull_published(reference: str, target: Path, *, dry_run: bool, verify: bool
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SetupError(f"{reference}: {folder} cannot be created ({error.strerror})") from None
-    _require_space(folder, 2 * pulled.downloaded_bytes, reference)
+    _disk(folder, 2 * missing_bytes).require(reference)
     for source in sorted(sources, key=lambda source: source.url):
         _download(reference, source, {file: path for file, path in missing.items() if file.source == source}, folder)
     return pulled
@@ -376,13 +429,3 @@ def _fetch(source: RemoteFile, part: Path) -> None:
         except httpx2.TransportError:
             if attempt == ATTEMPTS:
                 raise
-
-
-def _require_space(folder: Path, needed_bytes: int, reference: str) -> None:
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed_bytes and free < needed_bytes + SPARE_BYTES:
-        raise SetupError(
-            f"{reference}: needs {needed_bytes / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free; free some space, or use "
-            "another folder with --to"
-        )
