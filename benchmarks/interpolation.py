@@ -94,7 +94,7 @@ def blended(given: Frames, factor: int) -> Frames:
 def by_stage(stage: RifeStage) -> Callable[[Frames, int], Frames]:
     def interpolate(given: Frames, factor: int) -> Frames:
         shot = Shot(prompt="-", seed=0, fps=FPS, fps_out=FPS * factor, width=SIDE_PX, height=SIDE_PX)
-        frames: Frames = stage([Item(shot, {"frames": given})])[0]["frames"]
+        frames: Frames = stage(Item(shot, {"frames": given}))["frames"]
         return frames
 
     return interpolate

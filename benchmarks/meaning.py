@@ -94,7 +94,7 @@ def grid(chain: Chain) -> NDArray[np.uint8]:
         restyled = fields | {"use_hunyuan_style": True, "style_prompt": style, "style_strength": 0.6}
         cells += [clip["image"], *(chain.make(**variant)["image"] for variant in (refined, restyled))]
         last = chain.make(**fields, generate_video=True, **WAN_SLOW)["frames"][-1:]
-        (upscaled,) = upscaler([Item(chain.shot(**fields), {"frames": last})])
+        upscaled = upscaler(Item(chain.shot(**fields), {"frames": last}))
         cells += [clip["frames"][-1], last[0], upscaled["hd_frames"][0]]
         rows.append(np.concatenate([_cell(cell) for cell in cells], axis=1))
     return np.concatenate(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ class NoOp(Stage[Any]):
     def load(self) -> None:
         """Do nothing: there are no weights."""
 
-    def __call__(self, items: Sequence[Item]) -> list[Artefacts]:
+    def __call__(self, item: Item) -> Artefacts:
         """Run without torch."""
-        return [self.run(item) for item in items]
+        return self.run(item)
 
 
 class NoOpFlux(NoOp, FluxStage):

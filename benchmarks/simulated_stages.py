@@ -6,7 +6,6 @@ of every actor are the folder `weights` of the run folder, through which stages 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,9 +76,9 @@ class SimulatedStage(Stage[Any]):
     def adapter_loads(self) -> int:
         return 0
 
-    def __call__(self, items: Sequence[Item]) -> list[Artefacts]:
+    def __call__(self, item: Item) -> Artefacts:
         """Run without torch, whose import would take most of the start-up time of a worker."""
-        return [self.run(item) for item in items]
+        return self.run(item)
 
     def run(self, item: Item) -> Artefacts:
         self._model.work(self.name, item.shot.id or "", simulated.STAGES[self.name].seconds)

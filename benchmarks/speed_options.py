@@ -185,7 +185,7 @@ def items_of(profile: Profile, group: Group, shots: Sequence[Shot]) -> list[Item
     items = []
     with FluxStage(profile.params(FluxStage)) as flux:
         for shot, artefacts in zip(shots, given, strict=True):
-            image = flux([Item(shot.model_copy(update={"lora": ()}), artefacts)])[0]["image"]
+            image = flux(Item(shot.model_copy(update={"lora": ()}), artefacts))["image"]
             items.append(Item(shot, {**artefacts, "image": image}))
     return items
 
@@ -209,9 +209,9 @@ def variants_of(profile: Profile, group: Group, choices: Sequence[str]) -> list[
 
 def run(stage: Stage[Any], items: Sequence[Item]) -> tuple[list[Frames], float]:
     """Return the result of each item as frames (T, H, W, 3), and seconds per item without the first call."""
-    stage(items[:1])
+    stage(items[0])
     begun = time.monotonic()
-    results = [stage([item])[0][stage.writes[0]] for item in items]  # type: ignore[literal-required]
+    results = [stage(item)[stage.writes[0]] for item in items]  # type: ignore[literal-required]
     seconds = (time.monotonic() - begun) / len(items)
     return [result if result.ndim == 4 else result[None] for result in results], seconds
 

@@ -62,9 +62,9 @@ class FakeStage:
 
     adapter_loads = 0
 
-    def __call__(self, items):
+    def __call__(self, item):
         assert self.device != "cpu" or self.params.device == "cpu", "the weights are not on the GPU"
-        return [self.one(item.shot, item.artefacts) for item in items]
+        return self.one(item.shot, item.artefacts)
 
 
 class FakeInstantID(FakeStage, InstantIDStage):

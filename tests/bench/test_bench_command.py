@@ -92,11 +92,11 @@ class SlowStage(FluxStage):
     def close(self):
         pass
 
-    def __call__(self, items):
-        steps = items[0].shot.steps.flux
+    def __call__(self, item):
+        steps = item.shot.steps.flux
         SlowStage.clock += 5 + 2 * steps + (0 if SlowStage.calls else 30)
         SlowStage.calls += (steps,)
-        return [{}]
+        return {}
 
 
 def test_seconds_per_step_and_fixed_seconds_are_separated(tiny, monkeypatch, make_shot):

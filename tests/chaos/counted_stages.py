@@ -24,10 +24,10 @@ class Counted:
     def __init__(self, params):
         super().__init__(params.model_copy(update={"device": "cpu"}))
 
-    def __call__(self, items):
-        results = super().__call__(items)
-        log_call(self.name, [item.shot.id for item in items])
-        return results
+    def __call__(self, item):
+        result = super().__call__(item)
+        log_call(self.name, [item.shot.id])
+        return result
 
     def run_chunk(self, shot, frames, chunk=None):
         result = super().run_chunk(shot, frames, chunk)

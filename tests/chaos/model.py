@@ -160,9 +160,8 @@ class SimulatedStage:
     def chunk_frames(cls, params):
         return CHUNK_FRAMES
 
-    def __call__(self, items):
-        (item,) = items
-        return [WORLD.compute(self, item.shot, item.artefacts)]
+    def __call__(self, item):
+        return WORLD.compute(self, item.shot, item.artefacts)
 
     def run_chunk(self, shot, frames, chunk=None):
         fault = WORLD.fail(self, shot)

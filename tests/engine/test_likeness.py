@@ -94,10 +94,9 @@ class TestMeasure:
         frames = np.stack([np.full_like(photo, 90)] * 25)
         frames[[0, 12, 1]] = photo
         with ClipLikenessStage(PARAMS) as clip, ImageLikenessStage(PARAMS) as image:
-            assert clip([Item(shot, {"face": face, "frames": frames})]) == [
-                {"clip_likeness": Likeness((1.0, None, 1.0, None, None))}
-            ]
-            assert image([Item(shot, {"face": face, "image": photo})]) == [{"image_likeness": Likeness((1.0,))}]
+            sampled = Likeness((1.0, None, 1.0, None, None))
+            assert clip(Item(shot, {"face": face, "frames": frames})) == {"clip_likeness": sampled}
+            assert image(Item(shot, {"face": face, "image": photo})) == {"image_likeness": Likeness((1.0,))}
             assert clip._models is image._models, "stages share the weights"
 
 

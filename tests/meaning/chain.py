@@ -75,8 +75,7 @@ class Chain:
         artefacts = {key: value for key, value in cut.items() if key in stage.takes}
         fields = {key: value for key, value in cut.items() if key not in artefacts}
         shot = with_local_loras(item.shot.model_copy(update=fields))
-        (result,) = stage([Item(shot, {**inputs.artefacts, **artefacts})])
-        return result
+        return stage(Item(shot, {**inputs.artefacts, **artefacts}))
 
     def stage(self, name: str, shot: Shot) -> Stage[Any]:
         """Return the loaded stage of this name that the shot uses."""

@@ -26,7 +26,7 @@ def difference(a, b):
 
 
 def result(stage, shot, **artefacts):
-    return stage([Item(shot, artefacts)])[0][stage.writes[0]]
+    return stage(Item(shot, artefacts))[stage.writes[0]]
 
 
 def on_gpu(stage_class, profile, **changes):
@@ -73,7 +73,7 @@ def item_of(make_shot, face, photo):
 def test_stage_on_gpu_is_close_to_cpu(tiny, item_of, name):
     stage, item = STAGE_BY_NAME[name], item_of(name)
     with stage(tiny.params(stage)) as cpu, on_gpu(stage, tiny) as gpu:
-        a, b = (each([item])[0][stage.writes[0]] for each in (cpu, gpu))
+        a, b = (each(item)[stage.writes[0]] for each in (cpu, gpu))
     assert difference(a, b) <= 8
 
 
@@ -81,19 +81,19 @@ def test_stage_on_gpu_is_close_to_cpu(tiny, item_of, name):
 def test_stage_gives_the_same_bytes_after_weight_swapping(tiny, item_of, name):
     stage, item = STAGE_BY_NAME[name], item_of(name)
     with on_gpu(stage, tiny) as gpu:
-        expected = gpu([item])[0][stage.writes[0]]
+        expected = gpu(item)[stage.writes[0]]
         gpu.move("cpu")
         used = torch.cuda.memory_allocated()
         gpu.move("cuda")
         assert torch.cuda.memory_allocated() > used
-        assert np.array_equal(gpu([item])[0][stage.writes[0]], expected)
+        assert np.array_equal(gpu(item)[stage.writes[0]], expected)
 
 
 @pytest.mark.parametrize("name", OFFLOADED)
 def test_offloaded_stage_gives_the_same_bytes(tiny, item_of, name):
     stage, item = STAGE_BY_NAME[name], item_of(name)
     with on_gpu(stage, tiny) as resident, on_gpu(stage, tiny, cpu_offload=True) as offloaded:
-        a, b = (each([item])[0][stage.writes[0]] for each in (resident, offloaded))
+        a, b = (each(item)[stage.writes[0]] for each in (resident, offloaded))
     assert np.array_equal(a, b)
 
 

@@ -75,7 +75,7 @@ def shot(**fields: Any) -> Shot:
 
 
 def restyle(stage: HunyuanDiTStage, image: Image, **fields: Any) -> Image:
-    ((artefacts),) = stage([Item(shot(**fields), {"image": image})])
+    artefacts = stage(Item(shot(**fields), {"image": image}))
     return artefacts["image"]
 
 

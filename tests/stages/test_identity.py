@@ -120,9 +120,9 @@ def test_instantid_sdxl_image_is_refined_by_flux(render):
 def test_refine_strength_0_returns_the_image_and_less_than_a_step_is_rejected(tiny, make_shot, photo):
     with FluxRefineStage(tiny.params(FluxRefineStage)) as stage:
         item = Item(make_shot(), {"image": photo[:64, :128]})
-        assert np.array_equal(stage([Item(make_shot(refine_strength=0.0), item.artefacts)])[0]["image"], photo[:64, :128])
+        assert np.array_equal(stage(Item(make_shot(refine_strength=0.0), item.artefacts))["image"], photo[:64, :128])
         with pytest.raises(StageError, match=r"refine_strength: got 0\.1 of 4 steps, .*must be at least 0\.250"):
-            stage([Item(make_shot(refine_strength=0.1), item.artefacts)])
+            stage(Item(make_shot(refine_strength=0.1), item.artefacts))
 
 
 # Errors.

@@ -38,7 +38,7 @@ def portrait(*centres, size=(512, 512), radius=70):
 
 def test_portrait_gives_face_features_and_a_pose_image(stage, make_shot, photo):
     shot = make_shot(face_image="x.jpg")
-    face = stage([Item(shot, {"photos": (photo,)})])[0]["face"]
+    face = stage(Item(shot, {"photos": (photo,)}))["face"]
     assert face.embedding("antelopev2").shape == (512,)
     assert face.embedding("antelopev2").dtype == np.float32
     assert face.keypoints.shape == (5, 2)
@@ -56,7 +56,7 @@ def test_portrait_gives_face_features_and_a_pose_image(stage, make_shot, photo):
 
 def test_only_embeddings_that_the_shot_needs_are_computed(stage, make_shot, photo):
     def recognisers(**fields):
-        return set(stage([Item(make_shot(face_image="x.jpg", **fields), {"photos": (photo,)})])[0]["face"].embeddings)
+        return set(stage(Item(make_shot(face_image="x.jpg", **fields), {"photos": (photo,)}))["face"].embeddings)
 
     assert recognisers() == {"antelopev2", "ir_se50"}
     for fields in ({"identity": "none"}, {"identity": "instantid-sdxl"}, {"identity_strength": 0.0}):
@@ -73,7 +73,7 @@ def test_photos_of_different_people_are_noted(photo):
 
 def test_photo_without_a_face_raises_stage_error(stage, make_shot):
     with pytest.raises(StageError, match=r"face_image \(wall\.png\): no face found"):
-        stage([Item(make_shot(face_image="wall.png"), {"photos": (portrait(),)})])
+        stage(Item(make_shot(face_image="wall.png"), {"photos": (portrait(),)}))
 
 
 def test_pack_may_be_in_a_nested_folder(tiny, tmp_path):

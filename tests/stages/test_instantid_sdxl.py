@@ -59,7 +59,7 @@ def features(embeddings: dict[str, np.ndarray], keypoints: np.ndarray = KEYPOINT
 
 
 def generate(stage: InstantIDSDXLStage, shot: Shot, face: FaceFeatures) -> Image:
-    return stage([Item(shot, {"face": face})])[0]["image"]
+    return stage(Item(shot, {"face": face}))["image"]
 
 
 def test_face_tokens_match_the_published_formula_and_diffusers(stage):

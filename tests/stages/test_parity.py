@@ -66,7 +66,7 @@ def test_flux_equals_diffusers(flux, make_shot, negative):
     expected = plain(diffusers.FluxPipeline, "tiny/flux")(
         shot.prompt, guidance_scale=3.5, generator=torch.Generator().manual_seed(7), **TEXT_CALL, **cfg
     ).images[0]
-    assert np.array_equal(flux([Item(shot)])[0]["image"], as_uint8(expected))
+    assert np.array_equal(flux(Item(shot))["image"], as_uint8(expected))
 
 
 @pytest.mark.parametrize(("weights", "negative"), [("tiny/flux", None), ("tiny/flux-schnell", "blurred")])
@@ -84,7 +84,7 @@ def test_flux_without_distilled_guidance_equals_diffusers_with_two_passes(tiny, 
         **TEXT_CALL,
     ).images[0]
     assert len(calls) == 4
-    assert np.array_equal(stage([Item(shot)])[0]["image"], as_uint8(expected))
+    assert np.array_equal(stage(Item(shot))["image"], as_uint8(expected))
 
 
 def test_schnell_uses_4_steps_and_256_text_tokens(tiny, make_shot):
@@ -100,7 +100,7 @@ def test_schnell_uses_4_steps_and_256_text_tokens(tiny, make_shot):
         generator=torch.Generator().manual_seed(7),
         output_type="np",
     ).images[0]
-    assert np.array_equal(schnell([Item(shot)])[0]["image"], as_uint8(expected))
+    assert np.array_equal(schnell(Item(shot))["image"], as_uint8(expected))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_lora_stage_equals_diffusers(tiny, make_shot, distilled, guidance, call)
         **{**TEXT_CALL, "num_inference_steps": 4},
         **call,
     ).images[0]
-    refined = lora([Item(shot, {"image": gradient_image()})])[0]["image"]
+    refined = lora(Item(shot, {"image": gradient_image()}))["image"]
     assert np.array_equal(refined, as_uint8(expected))
 
 
@@ -135,10 +135,10 @@ def test_flux_stages_share_one_model(flux, lora):
 
 
 def test_lora_does_not_change_later_images_without_it(flux, lora, make_shot):
-    before = flux([Item(make_shot())])[0]["image"]
-    refined = [lora([Item(make_shot(lora=[{"path": LORA.path, "weight": w}]), {"image": before})]) for w in (1.0, 0.0)]
-    assert not np.array_equal(refined[0][0]["image"], refined[1][0]["image"]), "the LoRA has no effect"
-    assert np.array_equal(flux([Item(make_shot())])[0]["image"], before)
+    before = flux(Item(make_shot()))["image"]
+    refined = [lora(Item(make_shot(lora=[{"path": LORA.path, "weight": w}]), {"image": before})) for w in (1.0, 0.0)]
+    assert not np.array_equal(refined[0]["image"], refined[1]["image"]), "the LoRA has no effect"
+    assert np.array_equal(flux(Item(make_shot()))["image"], before)
 
 
 def test_layers_of_a_lora_that_flux_has_not_are_noted(flux, make_shot, tmp_path):
@@ -151,7 +151,7 @@ def test_layers_of_a_lora_that_flux_has_not_are_noted(flux, make_shot, tmp_path)
     save_file(tensors, tmp_path / "large.safetensors")
     flux.take_notes()
     for path, notes in ((LORA.path, 0), (str(tmp_path / "large.safetensors"), 1), (str(tmp_path / "large.safetensors"), 0)):
-        flux([Item(make_shot(lora=[path], mode="fast"))])
+        flux(Item(make_shot(lora=[path], mode="fast")))
         found = flux.take_notes()
         assert len(found) == notes
         if notes:
@@ -161,7 +161,7 @@ def test_layers_of_a_lora_that_flux_has_not_are_noted(flux, make_shot, tmp_path)
 
 def test_fast_mode_applies_the_lora_in_the_flux_stage(flux, make_shot):
     without_lora, quality, fast = (
-        flux([Item(make_shot(**fields))])[0]["image"] for fields in ({}, {"lora": [LORA]}, {"lora": [LORA], "mode": "fast"})
+        flux(Item(make_shot(**fields)))["image"] for fields in ({}, {"lora": [LORA]}, {"lora": [LORA], "mode": "fast"})
     )
     assert np.array_equal(without_lora, quality)
     assert not np.array_equal(without_lora, fast)
@@ -181,17 +181,17 @@ def test_least_recently_used_adapter_is_evicted(tiny, tmp_path):
 
 
 def test_too_many_loras_are_rejected_and_do_not_change_the_weights(flux, lora, make_shot, tmp_path):
-    before = flux([Item(make_shot())])[0]["image"]
+    before = flux(Item(make_shot()))["image"]
     files = [tmp_path / f"{n}.safetensors" for n in range(5)]
     for file in files:
         file.write_bytes(Path(LORA.path).read_bytes())
     with pytest.raises(StageError, match="lora: got 5, must be at most 4"):
-        lora([Item(make_shot(lora=[str(file) for file in files]), {"image": before})])
-    assert np.array_equal(flux([Item(make_shot())])[0]["image"], before)
+        lora(Item(make_shot(lora=[str(file) for file in files]), {"image": before}))
+    assert np.array_equal(flux(Item(make_shot()))["image"], before)
 
 
 def test_lora_without_effect_is_rejected_and_unloaded(flux, lora, make_shot, tmp_path):
-    file, before = tmp_path / "bad.safetensors", flux([Item(make_shot())])[0]["image"]
+    file, before = tmp_path / "bad.safetensors", flux(Item(make_shot()))["image"]
     unet, block = "unet.down_blocks.0.attn1.to_q", "transformer.transformer_blocks.0.attn.to_q"
     for kind, tensors, message in (
         ("another model", {f"{unet}.lora_A.weight": (4, 32), f"{unet}.lora_B.weight": (32, 4)}, "has no effect"),
@@ -201,13 +201,13 @@ def test_lora_without_effect_is_rejected_and_unloaded(flux, lora, make_shot, tmp
     ):
         save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, file)
         with pytest.raises(StageError, match=message):
-            lora([Item(make_shot(lora=[{"path": str(file)}]), {"image": before})])
-        assert np.array_equal(flux([Item(make_shot())])[0]["image"], before), kind
+            lora(Item(make_shot(lora=[{"path": str(file)}]), {"image": before}))
+        assert np.array_equal(flux(Item(make_shot()))["image"], before), kind
 
 
 def test_lora_strength_0_returns_the_image_unchanged(lora, make_shot):
-    refined = lora([Item(make_shot(lora=[LORA], lora_strength=0.0), {"image": gradient_image()})])
-    assert np.array_equal(refined[0]["image"], gradient_image())
+    refined = lora(Item(make_shot(lora=[LORA], lora_strength=0.0), {"image": gradient_image()}))
+    assert np.array_equal(refined["image"], gradient_image())
 
 
 def test_svd_equals_diffusers_with_its_conditions(tiny, make_shot):
@@ -228,14 +228,14 @@ def test_svd_equals_diffusers_with_its_conditions(tiny, make_shot):
         generator=generator(shot, "svd"),
         output_type="np",
     ).frames[0]
-    clip = stage([Item(shot, {"image": image})])[0]["frames"]
+    clip = stage(Item(shot, {"image": image}))["frames"]
     assert clip.shape == (7, 64, 64, 3)
     assert np.array_equal(clip, as_uint8(expected))
 
 
 def test_svd_rejects_sizes_that_are_not_multiples_of_64(tiny, make_shot):
     with pytest.raises(StageError, match="image: got 96x64, width and height must be multiples of 64"):
-        loaded(SVDStage, tiny)([Item(make_shot(), {"image": gradient_image(96, 64)})])
+        loaded(SVDStage, tiny)(Item(make_shot(), {"image": gradient_image(96, 64)}))
 
 
 def test_missing_weights_and_weights_of_another_model_raise_setup_error(tiny, tmp_path):

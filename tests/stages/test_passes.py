@@ -39,7 +39,7 @@ def test_passes_equal_calls_of_diffusers_that_start_from_the_last_frame(tiny, ma
     shot = make_shot(video_model=model, num_frames=9, fps=25, motion_bucket_id=127, extend=2, **fields)
     reports = []
     with progress_callback(lambda *report: reports.append(report)):
-        clip = loaded(stage_class, tiny)([Item(shot, {"image": IMAGE, "last_image": LAST})])[0]["frames"]
+        clip = loaded(stage_class, tiny)(Item(shot, {"image": IMAGE, "last_image": LAST}))["frames"]
 
     pipe, image, passes = plain(pipeline, f"tiny/{model}"), IMAGE, []
     for number in range(3):
@@ -64,7 +64,7 @@ def test_first_pass_is_the_shot_without_extend(make_shot):
 def test_cancel_stops_in_a_further_pass_and_keeps_the_weights(tiny, make_shot):
     stage = loaded(LTXStage, tiny)
     item = Item(make_shot(video_model="ltx", num_frames=9, extend=1), {"image": IMAGE})
-    before = stage([item])[0]["frames"]
+    before = stage(item)["frames"]
     reports = []
 
     def cancel_in_the_second_pass(*report):
@@ -73,9 +73,9 @@ def test_cancel_stops_in_a_further_pass_and_keeps_the_weights(tiny, make_shot):
             raise Cancelled
 
     with progress_callback(cancel_in_the_second_pass), pytest.raises(Cancelled):
-        stage([item])
+        stage(item)
     assert reports[-1] == ("ltx", 3, 4)
-    assert np.array_equal(stage([item])[0]["frames"], before)
+    assert np.array_equal(stage(item)["frames"], before)
 
 
 def test_clip_that_is_too_long_is_refused_with_what_is_allowed():

@@ -27,7 +27,7 @@ def psnr(a, b):
 @pytest.fixture(scope="module")
 def face(tiny):
     with InstantIDStage(tiny.params(InstantIDStage)) as stage:
-        return stage([with_images(Item(stage_shot(tiny)), stage.takes)])[0]["face"]
+        return stage(with_images(Item(stage_shot(tiny)), stage.takes))["face"]
 
 
 def stage_shot(tiny, **fields):
@@ -40,7 +40,7 @@ def run(tiny, name, artefacts, fields, **changes):
     params = tiny.params(stage_class).model_copy(update=changes)
     shot = with_local_loras(stage_shot(tiny, **fields))
     with stage_class(params) as stage:
-        (result,) = stage([Item(shot, artefacts)])
+        result = stage(Item(shot, artefacts))
     return result[stage.writes[0]]
 
 

@@ -45,7 +45,7 @@ def item(make_shot, stage, width=64, **fields):
 
 
 def clip_of(stage, item):
-    return stage([item])[0]["frames"]
+    return stage(item)["frames"]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_wan_ends_with_the_last_image(wan, tiny, make_shot):
     assert not np.array_equal(clip_of(wan, one), clip_of(wan, item(make_shot, wan, 128)))
     small = loaded(WanStage, tiny, weights=resolve("builtin:tiny/wan-ti2v"))
     with pytest.raises(StageError, match="last_image: these weights take none"):
-        small([one])
+        small(one)
 
 
 def test_wan_lora_equals_diffusers_and_leaves_no_trace(wan, make_shot):
@@ -158,9 +158,9 @@ def test_sizes_and_numbers_of_frames_that_a_model_cannot_make_are_rejected(tiny,
     shot = item(make_shot, wan).shot
     assert clip_of(wan, Item(shot, {"image": gradient_image(80, 64)})).shape == (9, 64, 80, 3)
     with pytest.raises(StageError, match="image: got 80x64, width and height must be multiples of 32"):
-        small([Item(shot, {"image": gradient_image(80, 64)})])
+        small(Item(shot, {"image": gradient_image(80, 64)}))
     with pytest.raises(StageError, match=r"num_frames: got 10, must be 4k \+ 1 for this video model \(nearest: 9, 13\)"):
-        wan([Item(shot.model_copy(update={"num_frames": 10}), {"image": gradient_image()})])
+        wan(Item(shot.model_copy(update={"num_frames": 10}), {"image": gradient_image()}))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def photos(photo):
 
 
 def image_of(stage, shot, **artefacts):
-    return stage([Item(shot, artefacts)])[0]["image"]
+    return stage(Item(shot, artefacts))["image"]
 
 
 @pytest.mark.parametrize("with_photos", [False, True])

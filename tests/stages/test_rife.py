@@ -26,7 +26,7 @@ def rife(tiny):
 
 
 def interpolated(rife, shot, clip):
-    return rife([Item(shot, {"frames": clip})])[0]["frames"]
+    return rife(Item(shot, {"frames": clip}))["frames"]
 
 
 def psnr(a, b):

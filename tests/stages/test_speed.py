@@ -29,11 +29,11 @@ def with_options(stage_class, profile, **options):
 
 
 def image_of(stage, shot, **artefacts):
-    return stage([Item(shot, artefacts)])[0]["image"]
+    return stage(Item(shot, artefacts))["image"]
 
 
 def svd_clip(stage, make_shot, picture, **fields):
-    return stage([Item(make_shot(**{"num_frames": 4, "steps": {"svd": 3}, **fields}), {"image": picture})])[0]["frames"]
+    return stage(Item(make_shot(**{"num_frames": 4, "steps": {"svd": 3}, **fields}), {"image": picture}))["frames"]
 
 
 def largest_difference(a, b):

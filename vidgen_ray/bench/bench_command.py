@@ -133,17 +133,17 @@ def _item_for(profile: Profile, stage_class: type[Stage[Any]], shot: Shot) -> It
     needs = stage_class.needs(shot)
     if "face" in needs:
         with InstantIDStage(profile.params(InstantIDStage)) as faces:
-            available |= _call(faces, Item(shot, Artefacts(photos=(photo,))))
+            available |= faces(Item(shot, Artefacts(photos=(photo,))))
     return Item(with_local_loras(shot), Artefacts(**{name: available[name] for name in needs}))  # type: ignore[typeddict-item]
 
 
 def _measure_steps(stage: Stage[Any], item: Item, options: BenchOptions, on_gpu: bool) -> Measurement:
     low, high = options.steps if f"steps.{stage.name}" in stage.reads else (0, 0)
     short, long = (Item(_with_steps(item.shot, stage.name, steps), item.artefacts) for steps in (low, high))
-    first_s, long_s = _seconds(lambda: _call(stage, long), options.repeats, on_gpu)
+    first_s, long_s = _seconds(lambda: stage(long), options.repeats, on_gpu)
     step_s, fixed_s = None, 0.0
     if high > low:
-        _, short_s = _seconds(lambda: _call(stage, short), options.repeats, on_gpu)
+        _, short_s = _seconds(lambda: stage(short), options.repeats, on_gpu)
         step_s = max(0.0, (long_s - short_s) / (high - low))
         fixed_s = max(0.0, long_s - high * step_s)
     cost = relative_costs(long.shot)[stage.name]
@@ -189,11 +189,6 @@ def _seconds(call: Callable[[], Any], repeats: int, on_gpu: bool) -> tuple[float
 def _with_steps(shot: Shot, stage: str, steps: int) -> Shot:
     """Return the shot with this number of steps in a stage. 0 changes nothing."""
     return shot.model_copy(update={"steps": shot.steps.model_copy(update={stage: steps})}) if steps else shot
-
-
-def _call(stage: Stage[Any], item: Item) -> Artefacts:
-    (made,) = stage([item])
-    return made
 
 
 def _timed(call: Callable[[], Any], on_gpu: bool) -> float:

@@ -157,7 +157,7 @@ def run_one_stage(
     with stage_class(profile.params(stage_class)) as stage:
         item = Item(with_local_loras(shot), item.artefacts)
         try:
-            (result,), _ = OomFallback().run(stage, shot, lambda: stage([item]))
+            result, _ = OomFallback().run(stage, shot, lambda: stage(item))
         except Exception as error:
             raise StepFailed(name, error) from error
     record = _record(stage_class, source, profile)
@@ -227,7 +227,7 @@ def _face_of(profile: Profile, shot: Shot) -> FaceFeatures:
         raise UsageError("face_image: got nothing, the stage needs a face; pass a photo with -s face_image=PHOTO")
     with InstantIDStage(profile.params(InstantIDStage)) as stage:
         try:
-            return stage([with_images(Item(shot), stage.takes)])[0]["face"]
+            return stage(with_images(Item(shot), stage.takes))["face"]
         except Exception as error:
             raise StepFailed(stage.name, error) from error
 

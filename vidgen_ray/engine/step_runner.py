@@ -341,7 +341,7 @@ class StepRunner:
                 if self._safety is not None and "image" in ready.artefacts and "image" not in item.artefacts:
                     self._safety.check_image(ready.artefacts["image"])
                 local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts)
-                (result,), recovered = self._fallback.run(stage, plan.shot, lambda: stage([local]))
+                result, recovered = self._fallback.run(stage, plan.shot, lambda: stage(local))
                 if wrong := _wrong_size(stage, plan.shot, result) or _wrong_colour(result, ready.artefacts.get("image")):
                     raise WrongResult(f"the model made {wrong}; it may be the model of another stage, or the GPU is faulty")
                 self._check_safety(result)

@@ -1,4 +1,4 @@
-"""Stage interface: frozen parameters, weights loaded once, items in, artefacts out.
+"""Stage interface: frozen parameters, weights loaded once, an item in, artefacts out.
 
 A stage declares everything that the rest of the project needs to know about it. Graph, content keys, planner, API, page and
 docs are derived from that declaration. Heavy packages (torch, diffusers) are imported in `load`, so importing a stage is
@@ -8,7 +8,7 @@ cheap.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -188,7 +188,7 @@ P = TypeVar("P", bound=StageParams)
 
 
 class Stage(ABC, Generic[P]):
-    """One step of the chain. Use: `stage.load(); stage([item])`, or `with stage: stage([item])`."""
+    """One step of the chain. Use: `stage.load(); stage(item)`, or `with stage: stage(item)`."""
 
     name: ClassVar[str]
     label: ClassVar[str]
@@ -381,16 +381,14 @@ class Stage(ABC, Generic[P]):
             if name in vars(self):
                 delattr(self, name)
 
-    def __call__(self, items: Sequence[Item]) -> list[Artefacts]:
+    def __call__(self, item: Item) -> Artefacts:
         import torch
 
-        for item in items:
-            self._note_dark_start(item)
+        self._note_dark_start(item)
         with torch.inference_mode(), torch_threads(self.params.threads):
-            results = [self.run(item) for item in items]
-        for result in results:
-            _require_finite(result)
-        return results
+            result = self.run(item)
+        _require_finite(result)
+        return result
 
     def _note_dark_start(self, item: Item) -> None:
         """Note a start image that is black, or nearly so."""
