@@ -4,9 +4,9 @@
 #     docker run --rm --gpus all --shm-size 16g vidgen-ray doctor -p gpu-80gb
 FROM python:3.12-slim-bookworm
 
-# libgl1 and libglib2.0-0: OpenCV. wget: the probes of KubeRay. tini: forwards SIGTERM and reaps Ray's processes.
+# libgl1 and libglib2.0-0: OpenCV. gcc and libc6-dev: Triton, for torch.compile. wget: the probes of KubeRay. tini: forwards SIGTERM and reaps Ray's processes.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends libgl1 libglib2.0-0 tini wget \
+    && apt-get install -y --no-install-recommends gcc libc6-dev libgl1 libglib2.0-0 tini wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 --shell /bin/bash vidgen \
     && install -d -o vidgen -g vidgen /data /weights

@@ -13,12 +13,14 @@ from vidgen_ray.cli import doctor as checks
 from vidgen_ray.cli import main
 from vidgen_ray.cli.doctor import Finding
 from vidgen_ray.errors import SetupError
-from vidgen_ray.planner import cluster
+from vidgen_ray.planner import Cluster, Node, cluster
+from vidgen_ray.profile import load_profile
+from vidgen_ray.stages import speed
 from vidgen_ray.weights.inventory import LocalWeights
 from vidgen_ray.weights.ledger import licence_of
 
 Disk = namedtuple("Disk", "total free")
-H100 = [["570.86", "NVIDIA H100 80GB HBM3", "81559"]]
+H100, OLD = ([[driver, "NVIDIA H100 80GB HBM3", "81559"]] for driver in ("570.86", "515.105"))
 GB = 10**9
 
 
@@ -47,18 +49,27 @@ def session(*_):
     return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
 
 
+def machine(*gpus):
+    return Cluster((Node(gpus, 16, 128),))
+
+
 HERE, NOWHERE = Path(__file__), Path("/nowhere")
+GPU_24GB, GPU_80GB = map(load_profile, ("gpu-24gb", "gpu-80gb"))
 FLUX = licence_of("hub:black-forest-labs/FLUX.1-dev")
 CASES = [
     (checks.check_python((3, 12)), "pass", "Python 3.12", None),
     (checks.check_python((3, 10)), "fail", "Python 3.10", "use Python 3.11, 3.12 or 3.13"),
-    (checks.check_driver(True, lambda: H100, [HERE]), "pass", "driver 570.86: NVIDIA H100 80GB HBM3 (80 GB)", None),
-    (checks.check_driver(True, lambda: H100, [NOWHERE]), "fail", "no GPU: none of /nowhere exists", "docker run --gpus all"),
-    (checks.check_driver(False, lambda: None, [NOWHERE]), "pass", "this profile needs none", None),
-    (checks.check_driver(True, lambda: None, [HERE]), "fail", "nvidia-smi shows no GPU", "nvidia-smi"),
+    (checks.check_driver(True, "12.8", lambda: H100, [HERE]), "pass", "driver 570.86: NVIDIA H100 80GB HBM3 (80 GB)", None),
+    (checks.check_driver(True, "13.0", lambda: H100, [HERE]), "fail", "NVIDIA driver 580", "torchvision for CUDA 12:"),
+    (checks.check_driver(True, "12.8", lambda: OLD, [HERE]), "fail", "needs the NVIDIA driver 525", "for CUDA 11:"),
+    (checks.check_driver(False, "13.0", lambda: H100, [HERE]), "warn", "driver 580 or newer", "update it"),
+    (checks.check_driver(True, "13.0", lambda: H100, [NOWHERE]), "fail", "no GPU: none of /nowhere", "driver 580 or newer;"),
+    (checks.check_driver(True, None, lambda: H100, [NOWHERE]), "fail", "no GPU", "driver 580 or newer; in a container: docker"),
+    (checks.check_driver(False, None, lambda: None, [NOWHERE]), "pass", "this profile needs none", None),
+    (checks.check_driver(True, "13.0", lambda: None, [HERE]), "fail", "nvidia-smi shows no GPU", "nvidia-smi"),
     (checks.check_torch(True, torch()), "pass", "CUDA 12.8, 1 GPUs", None),
     (checks.check_torch(True, torch(cuda=None)), "fail", "built for the CPU", "pip install"),
-    (checks.check_torch(True, torch(gpus=0)), "fail", "finds no GPU", "driver for CUDA 12.8"),
+    (checks.check_torch(True, torch(gpus=0)), "fail", "finds no GPU", "driver 525 or newer"),
     (checks.check_torch(True, torch(capability=(12, 0))), "fail", "compute capability 12.0", "torch release"),
     (checks.check_torch(True, torch(archs=["compute_90"], capability=(12, 0))), "pass", "1 GPUs", None),
     (checks.check_torch(True, torch(archs=["sm_90"], capability=(8, 9))), "fail", "only sm_90", "torch release"),
@@ -84,8 +95,10 @@ CASES = [
     (checks.check_open_files((65_536, 65_536)), "pass", "65,536 open files", None),
     (checks.check_open_files((RLIM_INFINITY, RLIM_INFINITY)), "pass", "unlimited open files", None),
     (checks.check_open_files((1024, 4096)), "warn", "1,024 open files, at most 4,096", "ulimit -n 65536"),
-    (checks.check_container(31, NOWHERE, 128), "pass", "128.0 GB of memory", None),
-    (checks.check_container(31, NOWHERE, 16), "warn", "the profile have 31 GB", "a machine with more memory"),
+    (checks.check_plan(GPU_24GB, machine(23.6), None), "pass", "can render clips of 25 frames and 4096x2304 pixels", None),
+    (checks.check_plan(GPU_80GB, machine(23.6), None), "fail", "the largest GPU has 23.6", "use a profile for this GPU"),
+    (checks.check_plan(GPU_80GB, machine(), None), "fail", "there is no GPU", "use a profile for this GPU"),
+    (checks.check_plan(GPU_24GB, machine(23.6), 30), "fail", "the nodes have 30 GB", "docker run --memory"),
     (checks.check_ray_version("2.60.0"), "pass", "Ray 2.60.0", None),
     (checks.check_ray_version("2.9.3"), "fail", "Ray 2.9.3", "pip install"),
     (checks.check_ray_version("3.0.0.dev0"), "pass", "Ray 3.0.0.dev0", None),
@@ -109,15 +122,38 @@ def test_every_finding_that_is_not_a_pass_says_what_to_do():
 
 
 def test_container_limit_is_read_from_both_versions_of_control_groups(tmp_path):
+    assert checks.memory_limit_gb(tmp_path) is None
     (tmp_path / "memory.max").write_text("max\n")
-    assert checks.check_container(31, tmp_path, 128).text == "128.0 GB of memory"
+    assert checks.memory_limit_gb(tmp_path) is None
     (tmp_path / "memory.max").write_text(f"{16 * 2**30}\n")
-    finding = checks.check_container(31, tmp_path, 128)
-    assert (finding.status, "limited to 16.0 GB by the container" in finding.text) == ("warn", True)
+    assert checks.memory_limit_gb(tmp_path) == 16
     (tmp_path / "memory.max").rename(tmp_path / "unused")
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text(str(64 * 2**30))
-    assert checks.check_container(31, tmp_path, 128).status == "pass"
+    assert checks.memory_limit_gb(tmp_path) == 64
+
+
+def test_compile_needs_a_c_compiler_and_the_headers_of_python(tmp_path, monkeypatch):
+    compiling = GPU_80GB.actors["svd"].model_copy(update={"options": {"compile": "full"}})
+    profile = GPU_80GB.model_copy(update={"actors": {"svd": compiling}})
+    monkeypatch.setattr(speed, "COMPILE_BACKEND", "inductor")
+    monkeypatch.setattr(speed, "find_spec", lambda name: None)
+    assert checks.check_compiler(profile).fix == "pip install triton"
+    monkeypatch.setattr(speed, "find_spec", lambda name: name)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert checks.check_compiler(profile) == Finding(
+        "compiler", "fail", "compile needs a C compiler on a GPU", "apt-get install gcc libc6-dev, or set CC"
+    )
+    for path in (tmp_path / "gcc", tmp_path / "Python.h"):
+        path.touch(mode=0o755)
+    monkeypatch.setattr(speed.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert checks.check_compiler(profile).status == "pass"
+    (tmp_path / "Python.h").unlink()
+    assert "python3-dev" in checks.check_compiler(profile).fix
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert checks.check_compiler(profile).text == "compile needs a C compiler on a GPU"
+    assert checks.check_compiler(GPU_80GB.model_copy(update={"actors": {}})) is None
 
 
 def test_wsl2_needs_its_own_device_file(tmp_path):
@@ -158,7 +194,9 @@ def test_missing_weights_name_the_command_to_download_them():
         LocalWeights("builtin:realesrgan", "built in", None, None, None),
         LocalWeights("hub:a/b", "missing", None, None, "weights 'hub:a/b': not on this machine; run something"),
     ]
-    present, missing = checks.check_weights("gpu-80gb", weights)
+    present, missing = checks.check_weights("gpu-80gb", weights, ["hub:a/b"])
+    (_, unneeded) = checks.check_weights("gpu-80gb", weights, [])
+    assert unneeded == Finding("weights", "pass", "hub:a/b: not here, and not needed by the default chain")
     assert (present.status, present.text) == ("pass", "builtin:realesrgan: built in")
     assert missing == Finding("weights", "fail", "weights 'hub:a/b': not on this machine", "vidgen models pull gpu-80gb")
 
@@ -173,8 +211,7 @@ def test_doctor_exits_with_4_if_weights_are_missing(capsys):
     assert main(["doctor", "-p", "gpu-80gb", "--json"]) == 4
     report = json.loads(capsys.readouterr().out)
     missing = [finding for finding in report["findings"] if finding["check"] == "weights" and finding["status"] == "fail"]
-    assert [finding["fix"] for finding in missing] == ["vidgen models pull gpu-80gb"] * len(missing)
-    assert len(missing) >= 5
+    assert [finding["fix"] for finding in missing] == ["vidgen models pull gpu-80gb"] * 5
     assert report["failed"] >= len(missing)
 
 
@@ -182,4 +219,6 @@ def test_doctor_prints_findings_of_a_cpu_profile(capsys):
     assert main(["doctor", "-p", "tiny"]) in (0, 4)
     out = capsys.readouterr().out
     assert "builtin:tiny/flux: built in" in out
-    assert out.strip().splitlines()[-1].endswith("passed")
+    counts, summary = out.strip().splitlines()[-2:]
+    assert counts.endswith("passed")
+    assert summary.startswith("This machine can render clips of 8 frames and 256x128 pixels with tiny, at ")

@@ -6,13 +6,14 @@ Each check looks at one thing and returns a finding. Its arguments are what it l
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +24,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from vidgen_ray.cli.command_help import MACHINE, in_group
+from vidgen_ray.cli.models import default_references, default_shot
 from vidgen_ray.cli.options import JsonOption, ProfileOption
-from vidgen_ray.errors import SetupError
+from vidgen_ray.errors import SetupError, VidgenError
+from vidgen_ray.graph import STAGES, clip_length, file_sizes
 from vidgen_ray.nets.faces import import_onnxruntime, open_session
+from vidgen_ray.planner import Cluster, demand_of, load_calibration, this_machine
+from vidgen_ray.planner import plan as make_plan
 from vidgen_ray.planner.cluster import GB, GPU_DEVICES
 from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.stages.speed import missing_compiler
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.weights.inventory import LocalWeights, local_weights
 from vidgen_ray.weights.ledger import WeightLicence, accepted_licences
@@ -41,10 +47,14 @@ EMPTY_ONNXRUNTIME = "99.0"
 REINSTALL_ONNXRUNTIME = "pip uninstall -y onnxruntime && pip install --no-deps --force-reinstall onnxruntime-gpu"
 WSL_TOOLS = "/usr/lib/wsl/lib"
 """Folder of nvidia-smi on WSL2, which may not be on the path."""
+LOWEST_DRIVER = {11: 450, 12: 525, 13: 580}
+"""Major version of CUDA -> lowest driver on Linux. Source: CUDA's release notes, minor version compatibility."""
 MIN_FREE_GB = 20
 MIN_SHM_GB = 2
 """Ray's object store is in shared memory. With less, it uses the disk, which is slow."""
 MIN_OPEN_FILES = 65_536
+PLANNED_SHOTS = 100
+"""Shots of the plan of the default chain: enough for all GPUs of a machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,23 +95,41 @@ def query_driver() -> list[list[str]] | None:
 
 def check_driver(
     needs_gpu: bool,
+    cuda: str | None,
     query: Callable[[], list[list[str]] | None] = query_driver,
     devices: Iterable[Path] = GPU_DEVICES,
 ) -> Finding:
-    """A GPU profile needs the device files of the driver and a working nvidia-smi."""
+    """A GPU profile needs the device files of the driver, a working nvidia-smi, and a driver for the CUDA of torch."""
     present = [str(device) for device in devices if device.exists()]
     if not present:
         text = f"no GPU: none of {', '.join(map(str, devices))} exists"
         if not needs_gpu:
             return Finding("driver", "pass", f"{text}; this profile needs none")
-        return Finding("driver", "fail", text, "install the NVIDIA driver; in a container: docker run --gpus all ...")
+        return Finding("driver", "fail", text, f"install {_driver_for(cuda)}; in a container: docker run --gpus all ...")
     gpus = query()
     if not gpus:
         return Finding(
             "driver", "fail" if needs_gpu else "warn", f"{present[0]} exists, nvidia-smi shows no GPU", "sudo nvidia-smi"
         )
     names = ", ".join(f"{name} ({float(memory) / 1024:.0f} GB)" for _, name, memory in gpus)
-    return Finding("driver", "pass", f"driver {gpus[0][0]}: {names}")
+    text, found = f"driver {gpus[0][0]}: {names}", int(gpus[0][0].split(".")[0])
+    if cuda is None or found >= LOWEST_DRIVER.get(int(cuda.split(".")[0]), 0):
+        return Finding("driver", "pass", text)
+    older = [major for major, lowest in LOWEST_DRIVER.items() if lowest <= found]
+    advice = f", or torch and torchvision for CUDA {older[-1]}: https://pytorch.org/get-started/locally" if older else ""
+    return Finding(
+        "driver",
+        "fail" if needs_gpu else "warn",
+        f"{text}; torch for CUDA {cuda} needs {_driver_for(cuda)}",
+        f"update it{advice}",
+    )
+
+
+def _driver_for(cuda: str | None) -> str:
+    """Return `the NVIDIA driver 580 or newer`: what torch for this version of CUDA needs. `None`: the newest version."""
+    newest = max(LOWEST_DRIVER)
+    major = int(cuda.split(".")[0]) if cuda else newest
+    return f"the NVIDIA driver {LOWEST_DRIVER.get(major, LOWEST_DRIVER[newest])} or newer"
 
 
 def check_wsl(
@@ -138,9 +166,7 @@ def check_torch(needs_gpu: bool, torch: Any = None) -> Finding:
             "pip install --force-reinstall torch torchvision, without a CPU index",
         )
     if not torch.cuda.is_available():
-        return Finding(
-            "torch", "fail", f"{text}: finds no GPU", f"install a driver for CUDA {build} or newer, or torch for your driver"
-        )
+        return Finding("torch", "fail", f"{text}: finds no GPU", f"install {_driver_for(build)}, or torch for your driver")
     known = torch.cuda.get_arch_list()
     for n in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(n)
@@ -281,20 +307,40 @@ def _limit(value: int) -> str:
     return "unlimited" if value == resource.RLIM_INFINITY else f"{value:,}"
 
 
-def check_container(needed_gb: float, root: Path = Path("/sys/fs/cgroup"), memory_gb: float | None = None) -> Finding:
-    """The memory limit of a container must hold the weights that are loaded through host memory."""
-    total_gb = memory_gb or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
-    limit_gb = _memory_limit_gb(root)
-    allowed_gb = min(total_gb, limit_gb or total_gb)
-    limited = f", limited to {limit_gb:.1f} GB by the container" if limit_gb and limit_gb < total_gb else ""
-    text = f"{total_gb:.1f} GB of memory{limited}"
-    if allowed_gb < needed_gb:
-        advice = "use a machine with more memory" if not limited else "raise the limit, e.g. docker run --memory 64g ..."
-        return Finding("memory", "warn", f"{text}; the largest weights of the profile have {needed_gb:.0f} GB", advice)
-    return Finding("memory", "pass", text)
+def check_compiler(profile: Profile) -> Finding | None:
+    """Stages with the option `compile` need a compiler. `None` if there is none."""
+    stages = [stage for stage in STAGES if stage.actor in profile.actors]
+    compiled = [stage for stage in stages if getattr(profile.options_of(stage), "compile", "none") != "none"]
+    devices = dict.fromkeys(profile.actor_of(stage).device for stage in compiled)
+    missing = [text for device in devices if (text := missing_compiler(device)) is not None]
+    if missing:
+        return Finding("compiler", "fail", f"compile needs {missing[0].split('; ')[0]}", missing[0].split("; ")[1])
+    return Finding("compiler", "pass", f"found, for {', '.join(stage.name for stage in compiled)}") if compiled else None
 
 
-def _memory_limit_gb(root: Path) -> float | None:
+def check_plan(profile: Profile, machine: Cluster, limit_gb: float | None) -> Finding:
+    """The default chain must fit the GPUs and the host memory of this machine.
+
+    `limit_gb`: memory limit of the container. The text says what the machine can render.
+    """
+    shot, limit = default_shot(profile), math.inf if limit_gb is None else limit_gb
+    machine = replace(
+        machine, nodes=tuple(replace(each, memory_gb=min(limit, each.memory_gb or limit)) for each in machine.nodes)
+    )
+    try:
+        measured = load_calibration(profile.name, machine.card)
+        planned = make_plan(profile, demand_of([shot] * PLANNED_SHOTS), machine, calibration=measured)
+    except VidgenError as error:
+        reason = str(error).removeprefix(f"profile {profile.name}: ")
+        advice = "use a profile for this GPU, or more memory; in a container: docker run --memory 64g ..."
+        return Finding("plan", "fail", f"this machine cannot render with {profile.name}: {reason}", advice)
+    width, height = list(file_sizes(shot).values())[-1]
+    what = f"clips of {clip_length(shot)[0]} frames and" if shot.generate_video else "images of"
+    seconds = f"{3600 / planned.shots_per_hour:.3g} s each"
+    return Finding("plan", "pass", f"this machine can render {what} {width}x{height} pixels with {profile.name}, at {seconds}")
+
+
+def memory_limit_gb(root: Path = Path("/sys/fs/cgroup")) -> float | None:
     """Return the memory limit of the control group, version 2 or 1. `None` without a limit."""
     for file in (root / "memory.max", root / "memory" / "memory.limit_in_bytes"):
         try:
@@ -336,12 +382,14 @@ def check_ray_token(environment: Mapping[str, str] = os.environ, home: Path | No
     return Finding("ray token", "pass", f"token authentication with {token}")
 
 
-def check_weights(profile: str, weights: Iterable[LocalWeights]) -> list[Finding]:
-    """All weights of the profile must be on this machine."""
+def check_weights(profile: str, weights: Iterable[LocalWeights], needed: Collection[str]) -> list[Finding]:
+    """The weights of the default chain must be on this machine. Other lines need the others. `needed`: those of the chain."""
     findings = []
     for local in weights:
-        if local.problem:
+        if local.problem and local.reference in needed:
             findings.append(Finding("weights", "fail", local.problem.split(";")[0], f"vidgen models pull {profile}"))
+        elif local.problem:
+            findings.append(Finding("weights", "pass", f"{local.reference}: not here, and not needed by the default chain"))
         else:
             size = "" if local.size_bytes is None else f", {local.size_bytes / 1e9:.1f} GB"
             findings.append(Finding("weights", "pass", f"{local.reference}: {local.state}{size}"))
@@ -367,20 +415,23 @@ FACES = "instantid"
 def doctor(profile: ProfileOption = "demo", as_json: JsonOption = False) -> None:
     """Check whether this machine can run a profile.
 
-    Checks driver, packages, limits, Ray, weights and licences. Each finding is pass, warn or fail, with
-    the command that mends it. Exits with code 4 if anything failed.
+    Checks driver, packages, limits, Ray, weights and licences, and plans the default chain. Each finding is pass, warn or fail,
+    with the command that mends it. The last line says what the machine can render, or what is missing. Exits with code 4 if
+    anything failed.
     """
     chosen = load_profile(profile)
-    findings = [finding for finding in _findings(chosen, profile) if finding is not None]
-    failed = sum(finding.status == "fail" for finding in findings)
+    *findings, planned = [finding for finding in _findings(chosen, profile) if finding is not None]
+    failed = [finding.check for finding in (*findings, planned) if finding.status == "fail"]
+    missing = f", when these are mended: {', '.join(dict.fromkeys(failed))}" if failed and planned.status == "pass" else ""
+    summary = f"{planned.text[0].upper()}{planned.text[1:]}{missing}."
     if as_json:
-        typer.echo(
-            json.dumps({"profile": chosen.name, "failed": failed, "findings": [asdict(finding) for finding in findings]})
-        )
+        rows = [asdict(finding) for finding in (*findings, planned)]
+        typer.echo(json.dumps({"profile": chosen.name, "failed": len(failed), "findings": rows, "summary": summary}))
     else:
-        _print(findings)
+        _print([*findings, planned])
         warnings = sum(finding.status == "warn" for finding in findings)
-        typer.echo(f"{failed} failed, {warnings} warnings, {len(findings) - failed - warnings} passed")
+        typer.echo(f"{len(failed)} failed, {warnings} warnings, {len(findings) + 1 - len(failed) - warnings} passed")
+        typer.echo(summary)
     if failed:
         raise typer.Exit(SetupError.exit_code)
 
@@ -395,7 +446,7 @@ def _findings(profile: Profile, name: str) -> Iterator[Finding | None]:
     licences = profile.weight_licences(profile.actors)
     weights = [local_weights(reference, folder) for reference in licences]
     yield check_python()
-    yield check_driver(needs_gpu)
+    yield check_driver(needs_gpu, torch.version.cuda)
     yield check_wsl(needs_gpu)
     yield check_torch(needs_gpu, torch)
     yield check_onnxruntime()
@@ -406,11 +457,13 @@ def _findings(profile: Profile, name: str) -> Iterator[Finding | None]:
         yield check_disk(path)
     yield check_shared_memory()
     yield check_open_files()
-    yield check_container(max((local.size_bytes or 0 for local in weights), default=0) / 2**30)
+    yield check_compiler(profile)
     yield check_ray_version()
     yield check_ray_token()
-    yield from check_weights(name, weights)
-    yield check_licences(name, licences.values(), accepted_licences())
+    needed = default_references(profile)
+    yield from check_weights(name, weights, needed)
+    yield check_licences(name, (licences[reference] for reference in needed), accepted_licences())
+    yield check_plan(profile, this_machine(), memory_limit_gb())
 
 
 def _print(findings: list[Finding]) -> None:

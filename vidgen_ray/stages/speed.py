@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from itertools import cycle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vidgen_ray.errors import SetupError
@@ -124,7 +126,8 @@ def compile_network(network: torch.nn.Module, mode: CompileMode, device: str, bl
 
     if mode == "none":
         return
-    _require_compiler(device)
+    if (missing := missing_compiler(device)) is not None:
+        raise SetupError(f"compile: needs {missing}, or set `compile: none`")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if mode == "full":
         network.compile(backend=COMPILE_BACKEND)
@@ -134,15 +137,20 @@ def compile_network(network: torch.nn.Module, mode: CompileMode, device: str, bl
             module.compile(backend=COMPILE_BACKEND)
 
 
-def _require_compiler(device: str) -> None:
-    """Raise SetupError if torch.compile cannot generate code for the device on this machine."""
+def missing_compiler(device: str) -> str | None:
+    """Return what this machine lacks to generate code for the device with torch.compile. `None`: nothing."""
     if COMPILE_BACKEND != "inductor":
-        return
-    if device.startswith("cuda"):
-        if find_spec("triton") is None:
-            raise SetupError("compile: needs Triton on a GPU; pip install triton, or set `compile: none`")
-    elif shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise SetupError("compile: needs a C++ compiler on a CPU; install g++, or set `compile: none`")
+        return None
+    if not device.startswith("cuda"):
+        return None if shutil.which(os.environ.get("CXX", "g++")) else "a C++ compiler on a CPU; install g++"
+    if find_spec("triton") is None:
+        return "Triton on a GPU; pip install triton"
+    # Triton compiles a launcher per kernel with this compiler, against Python's headers.
+    if not any(map(shutil.which, (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang"))):
+        return "a C compiler on a GPU; apt-get install gcc libc6-dev, or set CC"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "the headers of Python on a GPU; apt-get install python3-dev"
+    return None
 
 
 def store_in_fp8(transformer: Any, dtype: torch.dtype) -> None:
