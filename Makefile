@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 ONNXRUNTIME := ./packaging/onnxruntime
 CLIENT := ./clients/python
 
+# Let each module be compiled once, also where the environment turns bytecode files off: the tests start hundreds of processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test test-slow chaos fuzz lock audit sbom docs docs-site check clean
 
 setup: $(VENV)/.installed
