@@ -29,6 +29,7 @@ from tests.chaos import simulated_ray
 from tests.chaos.simulated_ray import Clock, Loop, Node, place_of
 from tests.conftest import SYNTHETIC
 from tests.fake_stages import profile_of_fakes
+from vidgen_ray import profile as profile_module
 from vidgen_ray.batch import director as director_module
 from vidgen_ray.batch import results as results_module
 from vidgen_ray.batch.director import Director
@@ -977,6 +978,7 @@ def patched(world):
         patch.setattr(actor_client, "RETRY_S", 10.0, raising=False)
         patch.setattr(renderer, "STATUS_INTERVAL_S", 60.0)
         patch.setattr(director_module, "load_calibration", lambda *_: None)
+        patch.setattr(profile_module, "resolve", cache(profile_module.resolve))
         patch.setattr(results_module, "ManifestWriter", Manifest)
         patch.setattr(shot_runner, "CHUNK_BYTES", 1)
         patch.setattr(shot_writer, "write_png", lambda path, image, metadata=None: path[0].written(path[1], image))

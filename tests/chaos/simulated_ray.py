@@ -6,6 +6,7 @@ An actor holds a real `Worker` or `Encoder`. A driver has an event loop of its o
 import asyncio
 import math
 from contextlib import suppress
+from heapq import heappop
 from itertools import count
 from types import SimpleNamespace
 
@@ -36,18 +37,13 @@ class Loop(asyncio.BaseEventLoop):
     def __init__(self, clock):
         self.clock = clock
         super().__init__()
-        self._selector = self
-        self._clock_resolution = 1e-9
         self.frozen_until = 0.0
         self.set_exception_handler(lambda *_: None)
 
     def time(self):
         return self.clock.now
 
-    def select(self, timeout):
-        return ()
-
-    def _process_events(self, events):
+    def _timer_handle_cancelled(self, handle):
         pass
 
     def _write_to_self(self):
@@ -59,10 +55,18 @@ class Loop(asyncio.BaseEventLoop):
         return at if at > self.frozen_until else self.frozen_until
 
     def step(self):
-        """Run the callbacks that are due."""
+        """Run the callbacks that are due: `_run_once` without I/O."""
         asyncio._set_running_loop(self)
+        scheduled, ready = self._scheduled, self._ready
         try:
-            self._run_once()
+            while scheduled and scheduled[0]._cancelled:
+                heappop(scheduled)
+            while scheduled and scheduled[0]._when <= self.clock.now:
+                ready.append(heappop(scheduled))
+            for _ in range(len(ready)):
+                handle = ready.popleft()
+                if not handle._cancelled:
+                    handle._run()
         except KeyboardInterrupt:
             # Also the exception of the task that raised it.
             pass

@@ -52,7 +52,7 @@ class ClipLikenessStage(FaceStage):
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
-        return len(sampled_frames(shot.clip_frames)) / MAX_SAMPLED_FRAMES
+        return min(shot.clip_frames, MAX_SAMPLED_FRAMES) / MAX_SAMPLED_FRAMES
 
     def run(self, item: Item) -> Artefacts:
         frames = item.artefacts["frames"]
