@@ -27,12 +27,12 @@ class CountingStore(JobStore):
     """Queries for the changes of all tenants."""
     fails = False
 
-    def changed_since(self, cursor: int, *, tenant: str | None = None, limit: int = 500) -> Changes:
+    def changed_since(self, cursor: int, *, tenant: str | None = None, **options) -> Changes:
         if tenant is None:
             self.polls += 1
             if self.fails:
                 raise OperationalError("SELECT", {}, Exception("down"))
-        return super().changed_since(cursor, tenant=tenant, limit=limit)
+        return super().changed_since(cursor, tenant=tenant, **options)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""Changes of jobs as server-sent events.
+"""Changes of jobs as server-sent events, and requests that wait for the end of a job.
 
-All streams of a process share one database poll; each key may open a limited number.
+All of a process share one database poll; each key may open a limited number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.online.store.store import Changes, DeletedJob, JobStore
 
-MIN_POLL_S, MAX_POLL_S, POLL_GROWTH = 0.02, 0.25, 1.25
+MIN_POLL_S, MAX_POLL_S, POLL_GROWTH = 0.01, 0.25, 1.25
 """Seconds between two polls of the store: at first, at most, and their growth while nothing changes."""
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 class Mailbox:
     """Changes that a stream has not taken yet. A slow stream gets only the latest state of each job."""
 
-    def __init__(self) -> None:
+    def __init__(self, only_ended: bool) -> None:
+        """`only_ended`: other changes need not be put in."""
+        self.only_ended = only_ended
         self._pending: dict[str, Job | DeletedJob] = {}
         self._cursor = 0
         self._filled = asyncio.Event()
@@ -50,39 +52,49 @@ class Mailbox:
 
 
 class JobFeed:
-    """Polls the store while at least one stream is open."""
+    """Polls the store while at least one stream is open, or one request waits."""
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
         self._poll_s = MIN_POLL_S
         self._mailboxes: dict[str, set[Mailbox]] = {}
-        """Tenant -> mailboxes of its streams."""
+        """Tenant, or id of a job -> mailboxes for its changes."""
+        self._cursor = 0
+        """Version of the last change that was read."""
         self._polling: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
 
-    async def follow(self, job: Job) -> AsyncGenerator[Job | None, None]:
-        """Yield the job now and after each change, until it has ended. `None` if it was deleted, which also ends the stream."""
-        current = await asyncio.to_thread(self._store.get, job.id, job.tenant)
-        yield current
-        if current is None or current.state.is_final:
-            return
-        async with aclosing(self.follow_tenant(job.tenant, current.version)) as feed:
-            async for changes in feed:
-                if any(deleted.id == job.id for deleted in changes.deleted):
-                    yield None
-                    return
-                changed = next((each for each in changes.jobs if each.id == job.id), None)
-                if changed is not None:
-                    yield changed
-                    if changed.state.is_final:
-                        return
+    async def follow(self, job: Job, only_ended: bool = False) -> AsyncGenerator[Job | None, None]:
+        """Yield the job now and after each change, until it has ended. `None` if it was deleted, which also ends the stream.
+
+        `only_ended`: changes before the end may be left out.
+        """
+        with self._subscribed(job.id, only_ended) as mailbox:
+            await self._start_polling()
+            # The mailbox gets all later changes.
+            current = job if job.version >= self._cursor else await asyncio.to_thread(self._store.get, job.id, job.tenant)
+            yield current
+            while current is not None and not current.state.is_final:
+                changes = await mailbox.take()
+                changed = None if changes.deleted else changes.jobs[0]
+                if changed is None or changed.version > current.version:
+                    current = changed
+                    yield current
 
     async def ended(self, job: Job) -> Job | None:
         """Wait for the end of the job and return it, or `None` if it was deleted."""
         last: Job | None = job
-        async for current in self.follow(job):
-            last = current
+        async with aclosing(self.follow(job, only_ended=True)) as states:
+            async for current in states:
+                last = current
         return last
+
+    async def _start_polling(self) -> None:
+        self._poll_s = MIN_POLL_S
+        async with self._starting:
+            if self._polling is None or self._polling.done():
+                self._cursor = await asyncio.to_thread(self._store.latest_version)
+                self._polling = asyncio.create_task(self._poll())
 
     async def follow_tenant(self, tenant: str, cursor: int, idle_s: float | None = None) -> AsyncGenerator[Changes, None]:
         """Yield the changes of a tenant's jobs after `cursor`, without end.
@@ -90,14 +102,12 @@ class JobFeed:
         Yields empty changes after `idle_s` seconds without any, so that the caller can check if it should stop.
         """
         with self._subscribed(tenant) as mailbox:
-            async with self._starting:
-                if self._polling is None or self._polling.done():
-                    polled = await asyncio.to_thread(self._store.latest_version)
-                    self._polling = asyncio.create_task(self._poll(polled))
+            await self._start_polling()
             # Read after the subscription: later changes arrive in the mailbox.
             while (missed := await asyncio.to_thread(self._store.changed_since, cursor, tenant=tenant)).cursor > cursor:
                 cursor = missed.cursor
-                yield missed
+                if missed.jobs or missed.deleted:
+                    yield missed
             while True:
                 try:
                     async with asyncio.timeout(idle_s):
@@ -110,22 +120,27 @@ class JobFeed:
                 yield Changes(new, changes.deleted, cursor)
 
     @contextmanager
-    def _subscribed(self, tenant: str) -> Iterator[Mailbox]:
-        mailbox = Mailbox()
-        self._poll_s = MIN_POLL_S
-        self._mailboxes.setdefault(tenant, set()).add(mailbox)
+    def _subscribed(self, to: str, only_ended: bool = False) -> Iterator[Mailbox]:
+        """Open a mailbox for the changes of a tenant's jobs, or of one job."""
+        mailbox = Mailbox(only_ended)
+        self._mailboxes.setdefault(to, set()).add(mailbox)
         try:
             yield mailbox
         finally:
-            self._mailboxes[tenant].remove(mailbox)
-            if not self._mailboxes[tenant]:
-                del self._mailboxes[tenant]
+            self._mailboxes[to].remove(mailbox)
+            if not self._mailboxes[to]:
+                del self._mailboxes[to]
 
-    async def _poll(self, cursor: int) -> None:
+    @property
+    def _only_ended(self) -> bool:
+        return all(mailbox.only_ended for mailboxes in self._mailboxes.values() for mailbox in mailboxes)
+
+    async def _poll(self) -> None:
         while self._mailboxes:
             await asyncio.sleep(self._poll_s)
+            only_ended = self._only_ended
             try:
-                changes = await asyncio.to_thread(self._store.changed_since, cursor)
+                changes = await asyncio.to_thread(self._store.changed_since, self._cursor, only_ended=only_ended)
             except SQLAlchemyError as error:
                 log.error("the database does not respond: %s", type(error).__name__)
                 continue
@@ -133,12 +148,15 @@ class JobFeed:
             except Exception:
                 log.exception("the changes of jobs cannot be read")
                 continue
-            self._poll_s = MIN_POLL_S if changes.cursor > cursor else min(MAX_POLL_S, POLL_GROWTH * self._poll_s)
-            cursor = changes.cursor
+            if only_ended != self._only_ended:
+                # A mailbox that was opened meanwhile would miss changes.
+                continue
+            self._poll_s = MIN_POLL_S if changes.jobs or changes.deleted else min(MAX_POLL_S, POLL_GROWTH * self._poll_s)
+            self._cursor = changes.cursor
             changed: Sequence[Job | DeletedJob] = [*changes.jobs, *changes.deleted]
             for job in changed:
-                for mailbox in self._mailboxes.get(job.tenant, ()):
-                    mailbox.put(job, cursor)
+                for mailbox in (*self._mailboxes.get(job.tenant, ()), *self._mailboxes.get(job.id, ())):
+                    mailbox.put(job, changes.cursor)
 
 
 MAX_STREAMS = 4_000

@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -37,7 +37,7 @@ from vidgen_ray.online.store.jobs import Job, JobError, JobProgress, JobState
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.online.webhooks import run_maintenance
 from vidgen_ray.online.workers import Actors
-from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
+from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, StepRecord
 from vidgen_ray.planner.layout import Layout
 
 log = logging.getLogger("ray.serve")
@@ -47,9 +47,8 @@ LEASE_S = 10.0
 THREADS = 16
 """Threads for calls that block. Ray would allow as many as the replica has CPUs."""
 POLL_S = 1.0
-"""Seconds between two polls of the store, unless woken earlier. Each poll claims jobs and renews the leases of running ones."""
-PROGRESS_INTERVAL_S = 0.25
-"""Seconds between two writes of the progress of all jobs."""
+"""Seconds between two polls of the store, unless woken earlier. Each claims jobs, renews the leases of running ones and stores
+their progress."""
 ATTACH_INTERVAL_S = 2.0
 """Seconds between two requests for changes of the workers."""
 STORAGE_CHECK_INTERVAL_S = 5.0
@@ -80,6 +79,8 @@ CLIENT_ERRORS = frozenset({"too_unlike", "content_refused", "invalid_shot"})
 """Error codes of failures that are caused by the request."""
 
 R = TypeVar("R")
+End = tuple[Callable[[], Any], asyncio.Future[Any]]
+"""Function that stores the end of a job, and its result."""
 
 
 class JobDirector:
@@ -102,11 +103,13 @@ class JobDirector:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
         self._updates: dict[str, JobProgress] = {}
+        self._ends: dict[str, End] = {}
         self._rendering: dict[str, asyncio.Future[None]] = {}
         """Content key -> future that completes when its rendering ends."""
         self._draining = False
         self._woken = asyncio.Event()
-        self._heartbeat_due = True
+        self._may_be_queued = self._may_be_cancelled = True
+        """There may be queued jobs, or cancel requests, that the last poll has not found."""
         self._last_poll = time.monotonic()
         self._background = [
             asyncio.ensure_future(work)
@@ -114,7 +117,6 @@ class JobDirector:
                 self._attach_workers(),
                 self._poll(),
                 self._check_storage(),
-                self._write_progress(),
                 self._count_jobs(),
                 run_maintenance(self._store, settings, self._outputs),
             )
@@ -124,7 +126,7 @@ class JobDirector:
 
     async def wake(self) -> None:
         """Poll the store now: there are new jobs or cancel requests."""
-        self._heartbeat_due = True
+        self._may_be_queued = self._may_be_cancelled = True
         self._woken.set()
 
     async def drain(self, grace_s: float) -> int:
@@ -182,7 +184,7 @@ class JobDirector:
             before = Actors("", 0, {})
             # Running jobs wait for it: their workers are gone.
             await self._renderer.use(Engine(self._config, actors.layout, self._metrics, self._storage))
-            self._woken.set()
+            await self.wake()
         engine = self._renderer.engine
         assert engine is not None
         for name, (spec, actor) in actors.workers.items():
@@ -200,47 +202,82 @@ class JobDirector:
     # The store
 
     async def _poll(self) -> None:
-        last_heartbeat = time.monotonic()
+        next_full = 0.0
         while True:
             self._woken.clear()
+            is_full = time.monotonic() >= next_full
+            if is_full:
+                next_full = time.monotonic() + POLL_S
             try:
-                # Jobs first: they wait for a transaction less.
-                await self._claim()
-                # After the end of a job, which also wakes this loop, there is no need for one.
-                if self._heartbeat_due or time.monotonic() - last_heartbeat >= POLL_S:
-                    self._heartbeat_due, last_heartbeat = False, time.monotonic()
-                    await self._send_heartbeat()
+                await self._exchange(is_full)
                 self._last_poll = time.monotonic()
             # The database may come back. The health check limits how long it may be away.
             except Exception as error:
                 log.warning("the job store does not respond: %s", error)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), POLL_S)
+                await asyncio.wait_for(self._woken.wait(), max(0.0, next_full - time.monotonic()))
 
-    async def _send_heartbeat(self) -> None:
-        """Renew the leases of the running jobs, and stop those with a cancel request."""
-        if not self._running:
+    async def _exchange(self, is_full: bool) -> None:
+        """Store the ends of jobs, claim new ones and stop cancelled ones, as far as there is something to do.
+
+        `is_full`: also renew all leases, store the progress, and claim jobs of directors that have crashed.
+        """
+        ends, self._ends = self._ends, {}
+        running = self._running.keys() - ends.keys()
+        held = running if is_full or self._may_be_cancelled else set[str]()
+        limit = self._free_slots(len(running)) if is_full or self._may_be_queued else 0
+        if not (ends or held or limit):
             return
-        cancelled = await asyncio.to_thread(self._store.queue.heartbeat, self.owner, list(self._running))
-        for job_id in cancelled & self._running.keys():
+        updates: list[JobProgress] = []
+        if is_full:
+            updates, self._updates = [each for each in self._updates.values() if each.job_id in running], {}
+        self._may_be_cancelled = False
+        self._may_be_queued = self._may_be_queued and not limit
+        try:
+            results, stopped, jobs = await asyncio.to_thread(self._write, ends, held, updates, is_full, limit)
+        except Exception as error:
+            self._may_be_queued = self._may_be_cancelled = True
+            for _, stored in ends.values():
+                if not stored.done():
+                    stored.set_exception(error)
+            raise
+        for (_, stored), result in zip(ends.values(), results, strict=True):
+            if not stored.done():
+                stored.set_result(result)
+        for job_id in (stopped & self._running.keys()) - self._ends.keys():
             self._cancelled.add(job_id)
             self._running[job_id].cancel()
-
-    async def _claim(self) -> None:
-        engine = self._renderer.engine
-        if engine is None or engine.fatal_failure is not None or self._storage.active or self._draining:
-            return
-        free = engine.window.shots - len(self._running)
-        if free <= 0:
-            return
-        jobs = await asyncio.to_thread(self._store.queue.claim, self.owner, LEASE_S, free)
-        if self._draining:
+        if self._draining and jobs:
             await asyncio.to_thread(self._store.queue.release, self.owner, [job.id for job in jobs])
             return
+        self._may_be_queued |= len(jobs) == limit > 0
         for job in jobs:
             # A running job is claimed again if its lease expired while this process was stalled.
             if job.id not in self._running:
                 self._running[job.id] = asyncio.ensure_future(self._run_job(job))
+
+    def _write(
+        self, ends: Mapping[str, End], held: Collection[str], updates: Sequence[JobProgress], is_full: bool, limit: int
+    ) -> tuple[list[Any], set[str], Sequence[Job]]:
+        """Store the ends, renew leases, store progress and claim jobs in one transaction. Blocks.
+
+        Return the results of the ends, the jobs to stop, and the claimed ones.
+        """
+        queue = self._store.queue
+        with queue.together():
+            results = [store() for store, _ in ends.values()]
+            stopped = queue.heartbeat(self.owner, held) if held else set()
+            if updates:
+                queue.progress(self.owner, updates)
+            jobs = queue.claim(self.owner, LEASE_S if is_full else None, limit) if limit else ()
+        return results, stopped, jobs
+
+    def _free_slots(self, running: int) -> int:
+        """Return how many jobs can be started now."""
+        engine = self._renderer.engine
+        if engine is None or engine.fatal_failure is not None or self._storage.active or self._draining:
+            return 0
+        return max(0, engine.window.shots - running)
 
     async def _check_storage(self) -> None:
         """Stop claiming jobs while the outputs or the store cannot be written."""
@@ -248,18 +285,6 @@ class JobDirector:
             await self._storage.over()
             await self._storage.writable_again()
             await asyncio.sleep(STORAGE_CHECK_INTERVAL_S)
-
-    async def _write_progress(self) -> None:
-        """Write the progress of all jobs to the store at regular intervals, in one transaction."""
-        while True:
-            await asyncio.sleep(PROGRESS_INTERVAL_S)
-            updates, self._updates = list(self._updates.values()), {}
-            if not updates:
-                continue
-            try:
-                await asyncio.to_thread(self._store.queue.progress, self.owner, updates)
-            except Exception as error:
-                log.warning("cannot write the progress of jobs: %s", error)
 
     async def _count_jobs(self) -> None:
         """Update the gauges of jobs at regular intervals."""
@@ -310,22 +335,27 @@ class JobDirector:
             await self._finish(job, JobState.FAILED, store_end)
             return
         self._updates.pop(job.id, None)
-        await self._write(partial(self._store.queue.release, self.owner, [job.id]), job)
+        await self._store_end(partial(self._store.queue.release, self.owner, [job.id]), job)
 
     async def _finish(self, job: Job, state: JobState, write: Callable[[], bool]) -> None:
         """Store the end of a job."""
         self._updates.pop(job.id, None)
-        if await self._write(write, job):
+        if await self._store_end(write, job):
             self._metrics.job_ended(job.tenant, state.value, time.time() - job.created_at)
 
-    async def _write(self, write: Callable[[], R], job: Job) -> R:
-        """Write to the store. Retries until it responds: without it, no other director can claim the job."""
+    async def _store_end(self, write: Callable[[], R], job: Job) -> R:
+        """Write to the store with the next poll. Retries until it responds: without it, no other director can claim the job."""
+        stored: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._ends[job.id] = write, stored
+        self._woken.set()
         while True:
             try:
-                return await asyncio.to_thread(write)
+                return await stored
             except SQLAlchemyError as error:
                 log.warning("cannot store the end of job %s yet: %s", job.id, error)
                 await asyncio.sleep(POLL_S)
+                # Alone: it may be the one that the database refuses.
+                stored = asyncio.ensure_future(asyncio.to_thread(write))
 
     async def _find_or_render(self, job: Job) -> tuple[str, dict[str, float]]:
         """Return the shot id and the seconds per stage. Renders the shot unless its files exist.
@@ -337,14 +367,19 @@ class JobDirector:
             await asyncio.shield(other)
         rendering = self._rendering[job.key] = asyncio.get_running_loop().create_future()
         try:
-            plan = await asyncio.to_thread(plan_job, job, self._serving_profile, self._settings)
-            if (done := await asyncio.to_thread(self._outputs.find_by_key, plan.key)) is not None:
+            plan, done = await asyncio.to_thread(self._planned, job)
+            if done is not None:
                 return done.record().shot.id or "", {}
             record = await self._render(job, plan)
             return record.shot.id or "", {step.stage: 0.0 if step.cached else step.seconds for step in record.stages}
         finally:
             del self._rendering[job.key]
             rendering.set_result(None)
+
+    def _planned(self, job: Job) -> tuple[ShotPlan, DoneShot | None]:
+        """Return the plan of a job, and its shot if that is finished. Blocks."""
+        plan = plan_job(job, self._serving_profile, self._settings)
+        return plan, self._outputs.find_by_key(plan.key)
 
     async def _render(self, job: Job, plan: ShotPlan) -> ShotRecord:
         estimator = ProgressEstimator(plan, self._config.profile)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ WAL_RETRY_S = 0.05
 POOL_SIZE = 48
 """Connections of a process: one for each thread that uses the database, or requests wait for each other."""
 READS = {"vidgen_reads": True}
-"""Execution option of transactions that only read."""
+"""Execution option of connections that only read. On SQLite they open no transaction: each statement sees the last commit."""
 TABLES_VERSION = 1
 """Version of the tables, stored in `vidgen_meta`. Increase it with each change of a table after a release."""
 POSTGRESQL_LOCK = 0x7669646765
@@ -69,6 +69,7 @@ META = Table(
 """Row `tables`: `TABLES_VERSION`. Row `changes`: number of the last write; every transaction increments it first, which
 serializes all writers."""
 NEXT_NUMBER = update(META).where(META.c.name == "changes").values(value=META.c.value + 1).returning(META.c.value)
+LAST_NUMBER = select(META.c.value).where(META.c.name == "changes")
 
 JOBS = Table(
     "vidgen_jobs",
@@ -190,8 +191,10 @@ class Database:
         Raises SetupError if the database cannot be opened or has the tables of another version.
         """
         self.engine = _engine(url)
+        self._reading = self.engine.execution_options(**READS)
         # Threads of this process wait here in turn. In SQLite's own lock they would poll with pauses of up to 100 ms.
         self._writing = threading.Lock()
+        self._thread = threading.local()
         try:
             create_tables(self.engine)
         except OperationalError as error:
@@ -205,20 +208,30 @@ class Database:
 
     @contextmanager
     def read_connection(self) -> Iterator[Connection]:
-        """Open a read-only transaction."""
-        with self.engine.connect() as connection:
-            yield connection.execution_options(**READS)
+        """Open a connection that only reads."""
+        with self._reading.connect() as connection:
+            yield connection
 
-    def rows(self, query: Select[Any]) -> Sequence[Row[Any]]:
-        """Return the rows of a query, read in a transaction of its own."""
+    def rows(self, query: Select[Any], parameters: Mapping[str, Any] | None = None) -> Sequence[Row[Any]]:
+        """Return the rows of a query."""
         with self.read_connection() as connection:
-            return connection.execute(query).all()
+            return connection.execute(query, parameters).all()
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """Open the only write transaction. It is committed when the block ends, and rolled back on an exception."""
+        """Open the only write transaction. It is committed when the block ends, and rolled back on an exception.
+
+        Inside a block of the same thread, returns the transaction of that block.
+        """
+        if (outer := getattr(self._thread, "transaction", None)) is not None:
+            yield outer
+            return
         with self._writing, self.engine.begin() as connection:
-            yield Transaction(connection)
+            self._thread.transaction = Transaction(connection)
+            try:
+                yield self._thread.transaction
+            finally:
+                self._thread.transaction = None
 
     def close(self) -> None:
         self.engine.dispose()
@@ -229,11 +242,17 @@ class Transaction:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.version = int(connection.execute(NEXT_NUMBER).scalar_one())
-        """Version of all rows that this transaction writes."""
+        self.version = self._next_number()
+        """Version of the rows that this transaction changes."""
+        self._is_new = True
 
-    def next_number(self) -> int:
-        """Return a unique number, larger than all numbers of earlier transactions."""
+    def new_number(self) -> int:
+        """Return the version and `seq` of a new job: a unique number, larger than all numbers of earlier transactions."""
+        number = self.version if self._is_new else self._next_number()
+        self._is_new = False
+        return number
+
+    def _next_number(self) -> int:
         return int(self.connection.execute(NEXT_NUMBER).scalar_one())
 
 
@@ -321,8 +340,8 @@ def _enable_write_ahead_log(cursor: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    reads = connection.get_execution_options().get("vidgen_reads")
-    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+    if not connection.get_execution_options().get("vidgen_reads"):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _first_line(error: Exception) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
-from sqlalchemy import ColumnElement, Row, Select, and_, case, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Row, Select, bindparam, case, delete, func, insert, select, update
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from vidgen_ray.online.store.database import JOBS, OUTBOX, Database, Transaction
 from vidgen_ray.shot import Shot
@@ -116,6 +118,41 @@ def new_id(prefix: str) -> str:
 OPEN_STATES = (JobState.QUEUED, JobState.IN_PROGRESS)
 IS_OPEN = JOBS.c.completed_at.is_(None)
 """Condition of jobs that have not ended. The index of open jobs is used only by queries that include it."""
+INSERT = insert(JOBS)
+HELD = JOBS.c.owner == bindparam("held_by"), IS_OPEN, JOBS.c.state == JobState.IN_PROGRESS
+"""Conditions of the jobs that a director holds."""
+# Statements of each job. SQLAlchemy takes a millisecond to build one, and finds a constant one in its cache.
+CLAIM = (
+    update(JOBS)
+    .where(JOBS.c.id.in_(bindparam("ids", expanding=True)))
+    .values(
+        state=JobState.IN_PROGRESS,
+        attempts=JOBS.c.attempts + 1,
+        started_at=func.coalesce(JOBS.c.started_at, bindparam("now")),
+        # Finished stages are in the cache; the new owner reports the progress again.
+        stage=None,
+        step=0,
+        steps=0,
+    )
+    .returning(JOBS)
+)
+RENEW = update(JOBS).where(JOBS.c.id.in_(bindparam("ids", expanding=True)), *HELD).returning(JOBS.c.id, JOBS.c.cancel_requested)
+PROGRESS = (
+    update(JOBS)
+    .where(JOBS.c.id == bindparam("job_id"), *HELD)
+    # Not a function: the maximum of two values is `max` in SQLite and `greatest` in PostgreSQL.
+    .values(progress=case((JOBS.c.progress > bindparam("percent"), JOBS.c.progress), else_=bindparam("percent")))
+)
+END_OWN = (
+    update(JOBS)
+    .where(JOBS.c.id == bindparam("ended"), *HELD)
+    .returning(*(ENDED := JOBS.c["id", "tenant", "kind", "deleted_at"]))
+)
+HELD_BY_ALL = (
+    select(JOBS.c.id, JOBS.c.heartbeat)
+    .where(IS_OPEN, JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.heartbeat.is_not(None))
+    .order_by(JOBS.c.seq)
+)
 
 
 class JobRows:
@@ -137,52 +174,48 @@ class JobRows:
         if job.state.is_final:
             ended_at = self._now() if job.completed_at is None else job.completed_at
             job = job.model_copy(update={"completed_at": ended_at, "expires_at": self._expiry(ended_at)})
-        number = transaction.next_number()
+        number = transaction.new_number()
         job = job.model_copy(update={"version": number})
-        transaction.connection.execute(insert(JOBS), row_of(job) | {"seq": number})
+        transaction.connection.execute(INSERT, row_of(job) | {"seq": number})
         if job.state.is_final:
-            self._add_messages(transaction, [job])
+            self._add_messages(transaction, job, job.state)
         return job
 
-    def update(self, transaction: Transaction, where: Sequence[ColumnElement[bool]], **values: Any) -> Sequence[Row[Any]]:
-        """Update the jobs that match `where`. Return their new rows."""
-        statement = update(JOBS).where(*where).values(**values, version=transaction.version).returning(JOBS)
-        return transaction.connection.execute(statement).all()
+    def update(self, transaction: Transaction, where: Sequence[ColumnElement[bool]], **values: Any) -> int:
+        """Update the jobs that match `where`. Return their number."""
+        statement = update(JOBS).where(*where).values(**values, version=transaction.version)
+        return transaction.connection.execute(statement).rowcount
 
-    def end(
-        self, transaction: Transaction, where: Sequence[ColumnElement[bool]], state: JobState, **values: Any
-    ) -> Sequence[Row[Any]]:
-        """Set the final state of the open jobs that match `where`, and add their webhook messages. Return their new rows."""
-        now = self._now()
-        ended = self.update(
-            transaction,
-            [*where, IS_OPEN],
-            state=state,
-            owner=None,
-            heartbeat=None,
-            completed_at=now,
-            expires_at=self._expiry(now),
-            **values,
-        )
-        self._add_messages(transaction, [job_of(row) for row in ended if row.deleted_at is None])
-        return ended
+    def end(self, transaction: Transaction, where: Sequence[ColumnElement[bool]], state: JobState) -> set[str]:
+        """Set the final state of the open jobs that match `where`, and add their webhook messages. Return their ids."""
+        return self.end_by(transaction, update(JOBS).where(*where, IS_OPEN).returning(*ENDED), {}, state)
 
-    def _add_messages(self, transaction: Transaction, jobs: Sequence[Job]) -> None:
-        """Add messages in the transaction that ends the jobs, so that both are stored or neither."""
+    def end_by(
+        self, transaction: Transaction, statement: ReturningUpdate[Any], parameters: Mapping[str, Any], state: JobState
+    ) -> set[str]:
+        """End jobs, as `end`. `statement`: update of the jobs, `parameters`: for its conditions, and further columns."""
         now = self._now()
-        for job in jobs:
-            for target in self._targets(job.tenant):
-                message = Message(
-                    id=new_id("evt"),
-                    tenant=job.tenant,
-                    target=target,
-                    event=f"{job.kind}.{job.state}",
-                    job=job.id,
-                    created_at=now,
-                    tries=0,
-                )
-                row = {**message.model_dump(), "seq": transaction.version, "next_try_at": 0.0}
-                transaction.connection.execute(insert(OUTBOX).values(row))
+        columns = {"state": state, "owner": None, "heartbeat": None, "completed_at": now, "expires_at": self._expiry(now)}
+        ended = transaction.connection.execute(statement, {**parameters, **columns, "version": transaction.version}).all()
+        for row in ended:
+            if row.deleted_at is None:
+                self._add_messages(transaction, row, state)
+        return {row.id for row in ended}
+
+    def _add_messages(self, transaction: Transaction, job: Job | Row[Any], state: JobState) -> None:
+        """Add messages in the transaction that ends the job, so that both are stored or neither."""
+        for target in self._targets(job.tenant):
+            message = Message(
+                id=new_id("evt"),
+                tenant=job.tenant,
+                target=target,
+                event=f"{job.kind}.{state}",
+                job=job.id,
+                created_at=self._now(),
+                tries=0,
+            )
+            row = {**message.model_dump(), "seq": transaction.version, "next_try_at": 0.0}
+            transaction.connection.execute(insert(OUTBOX), row)
 
     def _expiry(self, ended_at: float) -> float | None:
         return None if self._retention_s is None else ended_at + self._retention_s
@@ -219,6 +252,7 @@ def _all_queued() -> Select[Any]:
 
 ALL_QUEUED = _all_queued()
 """Ids of all queued jobs, in order."""
+FIRST_QUEUED = ALL_QUEUED.limit(bindparam("limit"))
 
 
 class JobProgress(NamedTuple):
@@ -232,7 +266,8 @@ class JobProgress(NamedTuple):
 
 
 class JobLeases:
-    """Job queue as seen by directors. Calls block; in an event loop use `asyncio.to_thread`.
+    """Job queue as seen by directors. Calls block; in an event loop use `asyncio.to_thread`. Calls inside a block of
+    `together` are one transaction.
 
     The lease of a job expires if the director that wants to claim it has seen no new heartbeat for some seconds. No times are
     stored, so clocks may differ and may be set. A change by a director that has lost a job has no effect: `owner` is its fence.
@@ -246,53 +281,43 @@ class JobLeases:
         self._seen: dict[str, tuple[int, float]] = {}
         """Id of each job in progress -> its last heartbeat, and when this process has first seen that."""
 
-    def claim(self, owner: str, lease_s: float, limit: int) -> Sequence[Job]:
+    def together(self) -> AbstractContextManager[Transaction]:
+        """Make the calls of this thread inside the block one transaction."""
+        return self._database.transaction()
+
+    def claim(self, owner: str, lease_s: float | None, limit: int) -> Sequence[Job]:
         """Claim up to `limit` jobs: first those with an expired lease, then queued ones, oldest first and tenants in turn.
 
-        A lease expires `lease_s` seconds after this process has first seen its last heartbeat. `attempts` of the returned jobs
-        includes this attempt.
+        A lease expires `lease_s` seconds after this process has first seen its last heartbeat. `None`: claim only queued jobs.
+        `attempts` of the returned jobs includes this attempt.
         """
         with self._database.transaction() as transaction:
-            if ids := self._expired(transaction, lease_s):
-                ended = self._rows.end(transaction, [JOBS.c.id.in_(ids), JOBS.c.cancel_requested], JobState.CANCELLED)
-                cancelled = {row.id for row in ended}
+            ids: list[str] = []
+            if lease_s is not None and (ids := self._expired(transaction, lease_s)):
+                cancelled = self._rows.end(transaction, [JOBS.c.id.in_(ids), JOBS.c.cancel_requested], JobState.CANCELLED)
                 ids = [job_id for job_id in ids if job_id not in cancelled][:limit]
-            ids += transaction.connection.scalars(ALL_QUEUED.limit(limit - len(ids)))
+            ids += transaction.connection.scalars(FIRST_QUEUED, {"limit": limit - len(ids)})
             if not ids:
                 return []
-            claimed = self._rows.update(
-                transaction,
-                [JOBS.c.id.in_(ids)],
-                state=JobState.IN_PROGRESS,
-                owner=owner,
-                heartbeat=transaction.version,
-                attempts=JOBS.c.attempts + 1,
-                started_at=func.coalesce(JOBS.c.started_at, self._now()),
-                # Finished stages are in the cache; the new owner reports the progress again.
-                stage=None,
-                step=0,
-                steps=0,
-            )
+            values = {"owner": owner, "heartbeat": transaction.version, "version": transaction.version}
+            claimed = transaction.connection.execute(CLAIM, {"ids": ids, "now": self._now(), **values})
             jobs = {row.id: job_of(row) for row in claimed}
             return [jobs[job_id] for job_id in ids]
 
     def _expired(self, transaction: Transaction, lease_s: float) -> list[str]:
         """Return the jobs in progress that have had the same heartbeat for `lease_s` seconds."""
-        is_held = IS_OPEN, JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.heartbeat.is_not(None)
-        held = select(JOBS.c.id, JOBS.c.heartbeat).where(*is_held).order_by(JOBS.c.seq)
         now, before = self._steady(), self._seen
         self._seen = {
             job_id: before[job_id] if before.get(job_id, (None,))[0] == heartbeat else (heartbeat, now)
-            for job_id, heartbeat in transaction.connection.execute(held)
+            for job_id, heartbeat in transaction.connection.execute(HELD_BY_ALL)
         }
         return [job_id for job_id, (_, since) in self._seen.items() if now - since > lease_s]
 
     def heartbeat(self, owner: str, ids: Collection[str]) -> set[str]:
         """Renew leases. Return the ids of jobs to stop: a cancel was requested, or `owner` has lost the lease."""
         with self._database.transaction() as transaction:
-            held = and_(JOBS.c.id.in_(ids), JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS)
-            renew = update(JOBS).where(held).values(heartbeat=transaction.version).returning(JOBS.c.id, JOBS.c.cancel_requested)
-            renewed = {row.id for row in transaction.connection.execute(renew) if not row.cancel_requested}
+            parameters = {"ids": list(ids), "held_by": owner, "heartbeat": transaction.version}
+            renewed = {row.id for row in transaction.connection.execute(RENEW, parameters) if not row.cancel_requested}
         return set(ids) - renewed
 
     def release(self, owner: str, ids: Collection[str]) -> None:
@@ -306,11 +331,9 @@ class JobLeases:
     def progress(self, owner: str, updates: Sequence[JobProgress]) -> None:
         """Store the progress of those jobs that `owner` still holds. The percentage never decreases."""
         with self._database.transaction() as transaction:
-            for job_id, stage, step, steps, percent in updates:
-                # Not a function: the maximum of two values is `max` in SQLite and `greatest` in PostgreSQL.
-                reached = case((JOBS.c.progress > percent, JOBS.c.progress), else_=percent)
-                own = [JOBS.c.id == job_id, JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
-                self._rows.update(transaction, own, stage=stage, step=step, steps=steps, progress=reached)
+            held = {"held_by": owner, "version": transaction.version}
+            if updates:
+                transaction.connection.execute(PROGRESS, [{**update._asdict(), **held} for update in updates])
 
     def completed(self, job_id: str, owner: str, *, shot_id: str, stage_seconds: Mapping[str, float]) -> bool:
         """End a job whose files are stored. Return False if `owner` has lost the lease."""
@@ -326,9 +349,8 @@ class JobLeases:
         return self._end_own(job_id, owner, JobState.CANCELLED)
 
     def _end_own(self, job_id: str, owner: str, state: JobState, **values: Any) -> bool:
-        held = [JOBS.c.id == job_id, JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
         with self._database.transaction() as transaction:
-            return bool(self._rows.end(transaction, held, state, **values))
+            return bool(self._rows.end_by(transaction, END_OWN, {"ended": job_id, "held_by": owner, **values}, state))
 
 
 class Message(BaseModel):

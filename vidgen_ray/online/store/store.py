@@ -8,14 +8,15 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Engine, Text, cast, delete, func, insert, not_, or_, select
+from sqlalchemy import ColumnElement, Connection, Engine, Select, Text, bindparam, cast, delete, func, insert, not_, or_, select
 
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.server_settings import OnlineSettings
-from vidgen_ray.online.store.database import IDEMPOTENCY, JOBS, Database
+from vidgen_ray.online.store.database import IDEMPOTENCY, JOBS, LAST_NUMBER, Database
 from vidgen_ray.online.store.inputs import Characters, UploadRecords
 from vidgen_ray.online.store.jobs import (
     ALL_QUEUED,
@@ -185,8 +186,8 @@ class JobStore:
 
     def get(self, job_id: str, tenant: str | None) -> Job | None:
         """Return a job, or `None` if it does not exist or is deleted. With `tenant=None`, any tenant's."""
-        found = self._database.rows(select(JOBS).where(*_visible(job_id, tenant)))
-        return job_of(found[0]) if found else None
+        found = self._database.rows(ONE_JOB, {"one": job_id})
+        return job_of(found[0]) if found and tenant in (None, found[0].tenant) else None
 
     def list(
         self,
@@ -226,23 +227,27 @@ class JobStore:
         query = select(JOBS).where(JOBS.c.tenant == tenant, named).order_by(JOBS.c.seq)
         return [job_of(row) for row in self._database.rows(query)]
 
-    def changed_since(self, cursor: int, *, tenant: str | None = None, limit: int = 500) -> Changes:
-        """Return the jobs that changed after `cursor`; 0 means from the beginning. Return about `limit` jobs at most."""
-        changed = [JOBS.c.version > cursor, *([] if tenant is None else [JOBS.c.tenant == tenant])]
-        # Jobs changed by the same transaction have the same version and must be returned together.
-        some = select(JOBS.c.version).where(*changed).order_by(JOBS.c.version).limit(limit).subquery()
-        last = select(func.max(some.c.version)).scalar_subquery()
-        rows = self._database.rows(select(JOBS).where(*changed, JOBS.c.version <= last).order_by(JOBS.c.version))
+    def changed_since(self, cursor: int, *, tenant: str | None = None, limit: int = 500, only_ended: bool = False) -> Changes:
+        """Return the jobs that changed after `cursor`; 0 means from the beginning. Return about `limit` jobs at most.
+
+        `only_ended`: only jobs that have ended or were deleted.
+        """
+        with self._database.read_connection() as connection:
+            # Read first: all changes up to this one are visible to the query.
+            if (latest := connection.scalar(LAST_NUMBER)) <= cursor:
+                return Changes([], [], cursor)
+            parameters = {"cursor": cursor, "of_tenant": tenant, "limit": limit}
+            rows = connection.execute(_changed(tenant is not None, only_ended), parameters).all()
         return Changes(
             [job_of(row) for row in rows if row.deleted_at is None],
             [DeletedJob(row.id, row.tenant) for row in rows if row.deleted_at is not None],
-            rows[-1].version if rows else cursor,
+            rows[-1].version if len(rows) >= limit else max(latest, *(row.version for row in rows[-1:])),
         )
 
     def latest_version(self) -> int:
-        """Return the version of the last change of any job, a cursor for `changed_since`."""
-        (row,) = self._database.rows(select(func.max(JOBS.c.version).label("latest")))
-        return int(row.latest or 0)
+        """Return the version of the last change, a cursor for `changed_since`."""
+        (row,) = self._database.rows(LAST_NUMBER)
+        return int(row.value)
 
     def request_cancel(self, job_id: str, tenant: str | None) -> Job | None:
         """Cancel a queued job, or ask the director to cancel a job in progress. A job that has ended does not change.
@@ -311,23 +316,40 @@ class JobStore:
         return [(Shot.model_validate(row.shot), row.completed_at - row.started_at) for row in completed]
 
 
+ONE_JOB = select(JOBS).where(JOBS.c.id == bindparam("one"), JOBS.c.deleted_at.is_(None))
+
+
+@cache
+def _changed(of_tenant: bool, only_ended: bool) -> Select[Any]:
+    """Return the query of `changed_since`."""
+    changed: list[ColumnElement[bool]] = [JOBS.c.version > bindparam("cursor")]
+    changed += [JOBS.c.tenant == bindparam("of_tenant")] if of_tenant else []
+    changed += [or_(not_(IS_OPEN), JOBS.c.deleted_at.is_not(None))] if only_ended else []
+    # Jobs changed by the same transaction have the same version and must be returned together.
+    some = select(JOBS.c.version).where(*changed).order_by(JOBS.c.version).limit(bindparam("limit")).subquery()
+    last = select(func.max(some.c.version)).scalar_subquery()
+    return select(JOBS).where(*changed, JOBS.c.version <= last).order_by(JOBS.c.version)
+
+
 def open_store(settings: OnlineSettings) -> JobStore:
     """Open the store of a server. Raises what `Database` raises."""
     targets = settings.webhooks.names_for
     return JobStore(settings.database_url, retention_s=settings.retention_s, targets=targets)
 
 
+OPEN_JOBS = select(
+    func.count().filter(JOBS.c.state == JobState.QUEUED), func.count().filter(JOBS.c.tenant == bindparam("of_tenant"))
+).where(IS_OPEN, JOBS.c.state.in_(OPEN_STATES))
+"""Queued jobs of all tenants, and open jobs of one."""
+
+
 def _check_limits(connection: Connection, tenant: str, new: int, max_queued: int | None, max_open: int | None) -> None:
     """Raise QueueFull or LimitReached if `new` more jobs exceed a limit."""
-    count = select(func.count()).select_from(JOBS)
-    if max_queued is not None:
-        queued = connection.scalars(count.where(IS_OPEN, JOBS.c.state == JobState.QUEUED)).one()
-        if queued + new > max_queued:
-            raise QueueFull(queued)
-    if max_open is not None:
-        opened = connection.scalars(count.where(IS_OPEN, JOBS.c.state.in_(OPEN_STATES), JOBS.c.tenant == tenant)).one()
-        if opened + new > max_open:
-            raise LimitReached(max_open)
+    queued, opened = connection.execute(OPEN_JOBS, {"of_tenant": tenant}).one()
+    if max_queued is not None and queued + new > max_queued:
+        raise QueueFull(queued)
+    if max_open is not None and opened + new > max_open:
+        raise LimitReached(max_open)
 
 
 def _jobs_of_key(connection: Connection, tenant: str, key: str, fingerprint: str) -> list[Job] | None:
