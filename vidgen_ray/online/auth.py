@@ -5,6 +5,7 @@ Only the SHA-256 of a key or a session token is stored. Both have 256 random bit
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -112,7 +113,8 @@ class ApiKeys:
 
 
 class Authenticator:
-    """Authenticates the requests of the API and of the web page. Methods block: they read sessions from the database.
+    """Authenticates the requests of the API and of the web page. Methods that are not async block: they read sessions from the
+    database.
 
     A session of a browser is a random token in a cookie, whose digest is in the database of the jobs: every replica accepts it,
     and it survives a restart. Each request looks its key up again: an expired key ends its sessions at once, a key removed from
@@ -125,7 +127,7 @@ class Authenticator:
         self._engine = engine
         self._request_rate = MovingWindowRateLimiter(MemoryStorage())
 
-    def api_tenant(self, request: Request, key: str | None) -> Tenant:
+    async def api_tenant(self, request: Request, key: str | None) -> Tenant:
         """Return the tenant of an API request and count the request.
 
         Without an Authorization header the session cookie of the page is accepted. Browsers name the site that sends a request
@@ -139,7 +141,7 @@ class Authenticator:
         has_key = "authorization" in request.headers
         tenant = self.keys.verify(key)
         if tenant is None and not has_key:
-            tenant = self.session_tenant(request)
+            tenant = await asyncio.to_thread(self.session_tenant, request)
         if tenant is None:
             message = "Invalid API key." if has_key else "No API key. Send it as `Authorization: Bearer KEY`."
             headers = {"WWW-Authenticate": "Bearer"}

@@ -93,7 +93,8 @@ class JobDirector:
         self._settings = settings
         self._outputs = config.outputs
         self._serving_profile = serving_profile(config.profile, settings.require_licence)
-        self._store = open_store(settings)
+        # A job whose claim or end is lost in a power failure is claimed again, and its files are found.
+        self._store = open_store(settings, durable=False)
         self._metrics = ServerMetrics(config.profile.name)
         self._storage = StoragePause(partial(storage_problem, self._store, self._outputs), math.inf, _log_storage)
         self._renderer = Renderer(self._metrics.snapshot)

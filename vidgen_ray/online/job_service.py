@@ -124,22 +124,10 @@ class JobService:
                 raise _key_reused() from None
             if earlier:
                 return earlier
-        jobs = [await asyncio.to_thread(self.new_job, tenant, kind, fields, request) for fields in shots]
-        check_size(tenant.limits, max((job.shot for job in jobs), key=lambda shot: shot.width * shot.height), len(jobs))
-        if len(jobs) > 1:
-            outputs = {"outputs": [job.id for job in jobs]}
-            jobs = [job.model_copy(update={"request": {**job.request, **outputs}}) for job in jobs]
+        options = {"idempotency_key": idempotency_key, "fingerprint": fingerprint}
         try:
             async with self._writers:
-                stored, created = await asyncio.to_thread(
-                    self._store.create_all,
-                    jobs,
-                    idempotency_key=idempotency_key,
-                    fingerprint=fingerprint,
-                    max_queued=self._settings.max_queued,
-                    max_open=tenant.limits.open_jobs,
-                    files_exist=lambda job: self._outputs.find_by_key(job.key) is not None,
-                )
+                stored, created = await asyncio.to_thread(self._store_new, tenant, kind, shots, request, options)
         except IdempotencyConflict:
             raise _key_reused() from None
         except QueueFull as error:
@@ -149,6 +137,27 @@ class JobService:
         if created:
             self._jobs_changed()
         return stored
+
+    def _store_new(
+        self,
+        tenant: Tenant,
+        kind: JobKind,
+        shots: Sequence[Mapping[str, Any]],
+        request: Mapping[str, JsonValue],
+        options: Mapping[str, Any],
+    ) -> tuple[list[Job], bool]:
+        jobs = [self.new_job(tenant, kind, fields, request) for fields in shots]
+        check_size(tenant.limits, max((job.shot for job in jobs), key=lambda shot: shot.width * shot.height), len(jobs))
+        if len(jobs) > 1:
+            outputs = {"outputs": [job.id for job in jobs]}
+            jobs = [job.model_copy(update={"request": {**job.request, **outputs}}) for job in jobs]
+        return self._store.create_all(
+            jobs,
+            **options,
+            max_queued=self._settings.max_queued,
+            max_open=tenant.limits.open_jobs,
+            files_exist=lambda job: self._outputs.find_by_key(job.key) is not None,
+        )
 
     async def cancel(self, tenant: Tenant, job_id: str) -> Job | None:
         """Cancel a queued job or request the cancellation of one in progress. Return `None` if the tenant has no such job."""

@@ -245,6 +245,10 @@ async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[ReceivedR
             )
     if form is None:
         with body:
+            if body.tell() <= SMALL_FORM_BYTES:
+                # Starting a thread takes longer.
+                yield _from_json(body)
+                return
             async with request.app.state.large_json if body.tell() > SMALL_JSON_BYTES else nullcontext():
                 yield await _parse(request, _from_json, body)
         return

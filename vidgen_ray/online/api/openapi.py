@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Annotated, Any
@@ -143,7 +142,7 @@ async def tenant_of(
 ) -> Tenant:
     """Authenticate the request. Raises ApiError 400, 401, 403 or 429; see `Authenticator.api_tenant`."""
     key = credentials.credentials if credentials else None
-    return await asyncio.to_thread(server.auth.api_tenant, request, key)
+    return await server.auth.api_tenant(request, key)
 
 
 TenantDep = Annotated[Tenant, Depends(tenant_of)]

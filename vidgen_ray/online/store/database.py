@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,14 +184,15 @@ class Database:
     SQLite is for servers whose processes run on one machine: its write-ahead log does not work on a network file system.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, durable: bool = True) -> None:
         """Open a database and create its tables if there are none.
 
-        `url` is an SQLAlchemy URL: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME.
+        `url` is an SQLAlchemy URL: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME. `durable=False`: the last changes
+        by this object in an SQLite file are lost in a power failure, but not in a crash of processes.
 
         Raises SetupError if the database cannot be opened or has the tables of another version.
         """
-        self.engine = _engine(url)
+        self.engine = _engine(url, durable)
         self._reading = self.engine.execution_options(**READS)
         # Threads of this process wait here in turn. In SQLite's own lock they would poll with pauses of up to 100 ms.
         self._writing = threading.Lock()
@@ -277,7 +279,7 @@ def create_tables(engine: Engine) -> None:
         )
 
 
-def _engine(url: str) -> Engine:
+def _engine(url: str, durable: bool) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError:
@@ -301,7 +303,7 @@ def _engine(url: str) -> Engine:
         )
     _make_private(parsed.database)
     engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, pool_size=POOL_SIZE, pool_timeout=BUSY_TIMEOUT_S)
-    event.listen(engine, "connect", _set_up_sqlite)
+    event.listen(engine, "connect", partial(_set_up_sqlite, "FULL" if durable else "NORMAL"))
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
@@ -315,14 +317,13 @@ def _make_private(database: str) -> None:
             Path(f"{database}{suffix}").chmod(0o600)
 
 
-def _set_up_sqlite(connection: Any, _: object) -> None:
+def _set_up_sqlite(synchronous: str, connection: Any, _: object) -> None:
     # The sqlite3 module would open transactions only before the first write, after the reads that decide on it.
     connection.isolation_level = None
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000}")
     _enable_write_ahead_log(cursor)
-    # An accepted job must survive a power failure. The default of WAL mode survives only a crash of the process.
-    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute(f"PRAGMA synchronous={synchronous}")
     cursor.close()
 
 

@@ -1,4 +1,4 @@
-"""Job store of a server. Every change is one transaction, which is on the disk before the call returns.
+"""Job store of a server. Every change is one transaction, which is on the disk before the call returns unless `durable=False`.
 
 Calls block; in an event loop use `asyncio.to_thread`.
 """
@@ -96,14 +96,15 @@ class JobStore:
         targets: Callable[[str], Sequence[str]] = lambda tenant: (),
         now: Callable[[], float] = time.time,
         steady: Callable[[], float] | None = None,
+        durable: bool = True,
     ) -> None:
         """Open the store and create its tables if there are none.
 
         `retention_s` is how long finished jobs are kept, in seconds; `None` keeps them. `targets` returns the names of the
-        webhooks that receive messages about a tenant's jobs. `steady` is a clock for claims, which is never set. `url` and
-        errors are those of `Database`.
+        webhooks that receive messages about a tenant's jobs. `steady` is a clock for claims, which is never set. `url`,
+        `durable` and errors are those of `Database`.
         """
-        self._database = Database(url)
+        self._database = Database(url, durable)
         self._now = now
         # Seconds since 1970: those of an earlier process are compared with them.
         offset = time.time() - time.monotonic()
@@ -241,7 +242,7 @@ class JobStore:
         return Changes(
             [job_of(row) for row in rows if row.deleted_at is None],
             [DeletedJob(row.id, row.tenant) for row in rows if row.deleted_at is not None],
-            rows[-1].version if len(rows) >= limit else max(latest, *(row.version for row in rows[-1:])),
+            rows[-1].version if len(rows) >= limit else max([latest, *(row.version for row in rows[-1:])]),
         )
 
     def latest_version(self) -> int:
@@ -331,10 +332,10 @@ def _changed(of_tenant: bool, only_ended: bool) -> Select[Any]:
     return select(JOBS).where(*changed, JOBS.c.version <= last).order_by(JOBS.c.version)
 
 
-def open_store(settings: OnlineSettings) -> JobStore:
+def open_store(settings: OnlineSettings, durable: bool = True) -> JobStore:
     """Open the store of a server. Raises what `Database` raises."""
     targets = settings.webhooks.names_for
-    return JobStore(settings.database_url, retention_s=settings.retention_s, targets=targets)
+    return JobStore(settings.database_url, retention_s=settings.retention_s, targets=targets, durable=durable)
 
 
 OPEN_JOBS = select(
