@@ -235,7 +235,7 @@ class JobStore:
         """
         with self._database.read_connection() as connection:
             # Read first: all changes up to this one are visible to the query.
-            if (latest := connection.scalar(LAST_NUMBER)) <= cursor:
+            if (latest := connection.scalars(LAST_NUMBER).one()) <= cursor:
                 return Changes([], [], cursor)
             parameters = {"cursor": cursor, "of_tenant": tenant, "limit": limit}
             rows = connection.execute(_changed(tenant is not None, only_ended), parameters).all()
