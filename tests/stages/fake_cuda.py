@@ -23,12 +23,18 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from diffusers.video_processor import VideoProcessor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidgen_ray.nets.weight_files import is_finite
 from vidgen_ray.stages import base, flux, flux2_klein, flux_model, hunyuandit, instantid_sdxl, qwen_edit, svd, video
 from vidgen_ray.stages.base import pixels_to_uint8
 
 CUDA = torch.device("cuda:0")
+aten = torch.ops.aten
+PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.addmv, aten.dot, aten.convolution)
+ARITHMETIC = (aten.add, aten.sub, aten.mul, aten.div)
+FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index)
 COMPILER = shutil.which("g++")
 
 
@@ -57,8 +63,8 @@ class FakeCuda:
     def tensor(self, *shape, dtype):
         return FakeTensor(self.mode, torch.empty(*shape, dtype=dtype, device="meta"), CUDA)
 
-    def move(self, network, dtype):
-        """Replace all tensors of a module by fake ones on the GPU. Anything else is ignored."""
+    def move(self, network, dtype=None):
+        """Replace all tensors of a module by fake ones on the GPU. `dtype`: new precision. Anything else is ignored."""
         if not isinstance(network, torch.nn.Module):
             return
         for module in network.modules():
@@ -68,14 +74,31 @@ class FakeCuda:
                         store[name] = self._fake(tensor, dtype, is_parameter=store is module._parameters)
 
     def _fake(self, tensor, dtype, *, is_parameter):
-        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         fake = FakeTensor(self.mode, torch.empty_strided(tensor.shape, tensor.stride(), dtype=kept, device="meta"), CUDA)
         return torch.nn.Parameter(fake, requires_grad=False) if is_parameter else fake
 
     @contextmanager
     def running(self):
-        with self.mode, torch.no_grad():
+        with self.mode, ErrorsOfCuda(), torch.no_grad():
             yield
+
+
+class ErrorsOfCuda(TorchDispatchMode):
+    """Raises the errors of CUDA's kernels that fake tensors do not raise."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        tensors = [each for each in args if isinstance(each, torch.Tensor)]
+        dtypes = {tensor.dtype for tensor in tensors}
+        if operation.overloadpacket in PRODUCTS and len(dtypes) > 1:
+            raise RuntimeError(f"{operation}: expected tensors of the same dtype, got {sorted(map(str, dtypes))}")
+        if operation.overloadpacket in (*PRODUCTS, *ARITHMETIC) and not dtypes.isdisjoint(FLOAT8):
+            raise RuntimeError(f"{operation}: not implemented for {sorted(map(str, dtypes))}")
+        if operation.overloadpacket in INDEXING:
+            indices = {index.device.type for index in args[1] if index is not None}
+            if args[0].device.type == "cpu" and "cuda" in indices:
+                raise RuntimeError(f"{operation}: indices should be on the same device as the indexed tensor (cpu)")
+        return operation(*args, **(kwargs or {}))
 
 
 def patch_host_code(cuda, monkeypatch):

@@ -1,4 +1,5 @@
-"""Stages on a fake CUDA device: every tensor must be on it. Shows nothing about kernels and speed."""
+"""Stages on a fake CUDA device: every tensor must be on it, in the precision of its operation. Shows nothing about kernels and
+speed."""
 
 from fractions import Fraction
 
@@ -62,11 +63,16 @@ def shot(tiny, **fields):
 
 def move_flux(stage, cuda):
     for network in stage.model.text_to_image.components.values():
-        cuda.move(network, BRAIN)
+        cuda.move(network)
     stage.model.device = "cuda:0"
     for injector in stage.injectors.values():
-        cuda.move(injector.infusenet.net, BRAIN)
-        cuda.move(injector.infusenet.resampler, BRAIN)
+        cuda.move(injector.infusenet.net)
+        cuda.move(injector.infusenet.resampler)
+
+
+def in_precision(profile, stage_class, dtype, **changes):
+    """Return a stage that loads its weights in this precision, as on a GPU."""
+    return stage_class(profile.params(stage_class).model_copy(update={"dtype": dtype, **changes}))
 
 
 def run(stage, item, cuda, move):
@@ -82,15 +88,16 @@ def run(stage, item, cuda, move):
 
 
 @pytest.mark.parametrize(
-    ("stage_class", "fields", "with_face"),
+    ("stage_class", "fields", "with_face", "quantize"),
     [
-        (FluxStage, {}, False),
-        (FluxStage, {"negative_prompt": "blurry"}, False),
-        (FluxStage, {"face_image": str(ASTRONAUT)}, True),
-        (FluxLoRAStage, {"lora": LORA, "face_image": str(ASTRONAUT)}, True),
+        (FluxStage, {}, False, "none"),
+        (FluxStage, {"negative_prompt": "blurry"}, False, "none"),
+        (FluxStage, {"face_image": str(ASTRONAUT)}, True, "none"),
+        (FluxLoRAStage, {"lora": LORA, "face_image": str(ASTRONAUT)}, True, "none"),
+        (FluxLoRAStage, {"lora": LORA, "face_image": str(ASTRONAUT)}, True, "fp8_storage"),
     ],
 )
-def test_flux_stages_stay_on_the_gpu(tiny, cuda, face, stage_class, fields, with_face):
+def test_flux_stages_stay_on_the_gpu(tiny, cuda, face, stage_class, fields, with_face, quantize):
     line = shot(tiny, **fields)
 
     def move(stage):
@@ -102,19 +109,23 @@ def test_flux_stages_stay_on_the_gpu(tiny, cuda, face, stage_class, fields, with
         move_flux(stage, cuda)
 
     artefacts = {"image": IMAGE, "face": face} if with_face else {"image": IMAGE}
-    run(stage_class(tiny.params(stage_class)), Item(line, artefacts), cuda, move)
+    run(in_precision(tiny, stage_class, "bfloat16", quantize=quantize), Item(line, artefacts), cuda, move)
 
 
 @pytest.mark.parametrize(
     ("stage_class", "fields", "dtype"),
-    [(HunyuanDiTStage, {"use_hunyuan_style": True, "style_prompt": "oil"}, HALF), (SVDStage, {}, HALF), (SVDStage, {}, BRAIN)],
+    [
+        (HunyuanDiTStage, {"use_hunyuan_style": True, "style_prompt": "oil"}, "float16"),
+        (SVDStage, {}, "float16"),
+        (SVDStage, {}, "bfloat16"),
+    ],
 )
 def test_later_stages_stay_on_the_gpu(tiny, cuda, stage_class, fields, dtype):
     def move(stage):
         for network in stage.pipe.components.values():
-            cuda.move(network, dtype)
+            cuda.move(network)
 
-    run(stage_class(tiny.params(stage_class)), Item(shot(tiny, **fields), {"image": IMAGE}), cuda, move)
+    run(in_precision(tiny, stage_class, dtype), Item(shot(tiny, **fields), {"image": IMAGE}), cuda, move)
 
 
 @pytest.mark.parametrize(
@@ -129,13 +140,16 @@ def test_later_stages_stay_on_the_gpu(tiny, cuda, stage_class, fields, dtype):
 def test_other_models_stay_on_the_gpu(tiny, cuda, stage_class, fields):
 
     def move(stage):
-        for name, network in stage.pipe.components.items():
-            cuda.move(network, torch.float32 if (name, stage_class) == ("vae", WanStage) else BRAIN)
+        for network in stage.pipe.components.values():
+            cuda.move(network)
 
-    params = tiny.params(stage_class)
-    if stage_class is WanStage:
-        params = params.model_copy(update={"weights": resolve("builtin:tiny/wan-ti2v")})
-    run(stage_class(params), Item(shot(tiny, **fields), {"image": IMAGE, "photos": (IMAGE,)}), cuda, move)
+    changes = {"weights": resolve("builtin:tiny/wan-ti2v")} if stage_class is WanStage else {}
+    run(
+        in_precision(tiny, stage_class, "bfloat16", **changes),
+        Item(shot(tiny, **fields), {"image": IMAGE, "photos": (IMAGE,)}),
+        cuda,
+        move,
+    )
 
 
 def wan_a14b(cuda, left_on_the_host=()):
@@ -144,11 +158,8 @@ def wan_a14b(cuda, left_on_the_host=()):
 
     def move(stage):
         for name, network in stage.pipe.components.items():
-            dtype = torch.float32 if name == "vae" else BRAIN
-            if name in left_on_the_host:
-                network.to(dtype)
-            else:
-                cuda.move(network, dtype)
+            if name not in left_on_the_host:
+                cuda.move(network)
         for name in ("transformer", "transformer_2"):
             getattr(stage.pipe, name).register_forward_hook(lambda *_, name=name: ran.append(name))
         # The first of two steps has a timestep above the boundary.
@@ -160,7 +171,7 @@ def wan_a14b(cuda, left_on_the_host=()):
 def test_both_transformers_of_wan_stay_on_the_gpu(tiny, cuda):
     line = shot(tiny, video_model="wan", num_frames=5, last_image=str(ASTRONAUT))
     move, ran = wan_a14b(cuda)
-    run(WanStage(tiny.params(WanStage)), Item(line, {"image": IMAGE, "last_image": IMAGE}), cuda, move)
+    run(in_precision(tiny, WanStage, "bfloat16"), Item(line, {"image": IMAGE, "last_image": IMAGE}), cuda, move)
     assert (list(dict.fromkeys(ran)), len(cuda.branches)) == (["transformer", "transformer_2"], 0)
 
 
@@ -170,16 +181,16 @@ def test_network_on_the_host_is_found(tiny, cuda, network):
     line = shot(tiny, video_model="wan", num_frames=5)
     move, _ = wan_a14b(cuda, left_on_the_host=(network,))
     with pytest.raises(RuntimeError, match="device"):
-        run(WanStage(tiny.params(WanStage)), Item(line, {"image": IMAGE}), cuda, move)
+        run(in_precision(tiny, WanStage, "bfloat16"), Item(line, {"image": IMAGE}), cuda, move)
 
 
 def test_sdxl_stays_on_the_gpu(tiny, cuda, face):
     def move(stage):
         for network in (*stage.pipe.components.values(), stage.resampler):
-            cuda.move(network, HALF)
+            cuda.move(network)
 
     line = shot(tiny, identity="instantid-sdxl", face_image=str(ASTRONAUT))
-    run(InstantIDSDXLStage(tiny.params(InstantIDSDXLStage)), Item(line, {"face": face}), cuda, move)
+    run(in_precision(tiny, InstantIDSDXLStage, "float16"), Item(line, {"face": face}), cuda, move)
 
 
 @pytest.mark.parametrize("tile_px", [None, 48])
@@ -200,3 +211,44 @@ def test_interpolation_stays_on_the_gpu(tiny, cuda):
     with cuda.running():
         between = FramePair(network, first, second, 1.0).at(Fraction(1, 2))
     assert (between.shape, between.device) == ((1, 3, 64, 128), CUDA)
+
+
+def _linear_in_bfloat16(cuda):
+    layer = torch.nn.Linear(16, 16)
+    cuda.move(layer, BRAIN)
+    return layer
+
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda cuda: _linear_in_bfloat16(cuda)(cuda.tensor(2, 16, dtype=torch.float32)),
+        lambda cuda: _linear_in_bfloat16(cuda)(cuda.tensor(2, 3, 16, dtype=torch.float32)),
+        lambda cuda: cuda.tensor(16, 16, dtype=FLOAT8) @ cuda.tensor(16, 16, dtype=FLOAT8),
+        lambda cuda: cuda.tensor(4, dtype=FLOAT8) + cuda.tensor(4, dtype=FLOAT8),
+        lambda cuda: torch.ones(4)[cuda.tensor(2, dtype=torch.int64)],
+        lambda cuda: torch.ones(4).index_put_((cuda.tensor(2, dtype=torch.int64),), torch.tensor(0.0)),
+        lambda cuda: torch.nn.functional.conv1d(cuda.tensor(1, 4, 8, dtype=HALF), cuda.tensor(4, 4, 3, dtype=BRAIN)),
+    ],
+    ids=["linear", "linear of tokens", "fp8 matmul", "fp8 sum", "index", "index_put", "convolution"],
+)
+def test_mistakes_of_precision_and_device_are_found(cuda, mistake):
+    """Positive controls: each raises an error on a GPU."""
+    with cuda.running(), pytest.raises(RuntimeError):
+        mistake(cuda)
+
+
+def test_network_in_another_precision_is_found(tiny, cuda, face):
+    """Positive control: a resampler of face embeddings that was left in float32 raises an error."""
+    line = shot(tiny, face_image=str(ASTRONAUT))
+
+    def move(stage):
+        stage._injector("infusenet")
+        move_flux(stage, cuda)
+        cuda.move(stage.injectors["infusenet"].infusenet.resampler, torch.float32)
+
+    with pytest.raises(RuntimeError, match="dtype"):
+        run(in_precision(tiny, FluxStage, "bfloat16"), Item(line, {"image": IMAGE, "face": face}), cuda, move)

@@ -21,6 +21,15 @@ LORAS = [str(resolve("builtin:tiny/lora.safetensors"))]
 PICTURE = np.tile(np.linspace(0, 255, 128, dtype=np.uint8)[None, :, None], (64, 1, 3))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def full_precision():
+    """Compute float32 on the GPU in full, as on the CPU: TF32 has 10 bits, which changes images of Wan by 25 levels."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def difference(a, b):
     return np.abs(a.astype(int) - b).max()
 
