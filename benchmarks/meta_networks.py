@@ -1,4 +1,4 @@
-"""Networks of the published models on the meta device, where tensors have no memory, and the peak memory of a call."""
+"""Networks of the published models on the meta device, where tensors have no memory; peak memory and work of a call."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from vidgen_ray.bench.published_models import build_network
 from vidgen_ray.nets.rife_network import Rife425, RifeHDv3
@@ -22,14 +24,27 @@ HALF = torch.bfloat16
 RIFE_NETWORKS = {"rife/hdv3": RifeHDv3, "rife/4.25": Rife425}
 
 
+class Traced(NamedTuple):
+    """What one call takes."""
+
+    peak_bytes: int
+    """Most bytes that it holds at once beside the weights of the models."""
+    flop: int
+    """Floating-point operations of matrix products, convolutions and attention: a multiplication and an addition are two."""
+    moved_bytes: int
+    """Bytes that all other operations, such as normalisation and activation functions, read and write."""
+
+
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live meta tensors inside the block."""
+    """Counts the bytes of live meta tensors inside the block, and those that operations without a FLOP count read and write."""
 
     def __init__(self) -> None:
         super().__init__()
         self._sizes: dict[int, int] = {}
+        self._counted = FlopCounterMode(display=False).flop_registry
         self.now = 0
         self.peak = 0
+        self.moved = 0
 
     def track(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -45,38 +60,49 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta":
-                self.track(leaf)
+        outputs = _meta_tensors(output)
+        for tensor in outputs:
+            self.track(tensor)
+        if not function.is_view and function.overloadpacket not in self._counted:
+            self.moved += sum(tensor.nbytes for tensor in (*_meta_tensors((args, kwargs)), *outputs))
         return output
 
 
-def peak_bytes(call: Callable[[], Any], *models: torch.nn.Module) -> int:
-    """Return the most bytes that the call holds at once beside the weights of the models."""
+def _meta_tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta"]
+
+
+def trace(call: Callable[[], Any], *models: torch.nn.Module) -> Traced:
+    """Run the call and return what it takes."""
     live = LiveBytes()
     for model in models:
         for tensor in (*model.parameters(), *model.buffers()):
             live.track(tensor)
     weights = live.now
-    with torch.no_grad(), _fused_attention(), live:
+    with torch.no_grad(), _fused_attention() as attention_flop, FlopCounterMode(display=False) as flop, live:
         # The result counts until the block ends.
         result = call()
     del result
-    return live.peak - weights
+    return Traced(live.peak - weights, flop.get_total_flops() + sum(attention_flop), live.moved)
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Replace scaled dot product attention by its output. On the meta device it would build the attention matrix."""
+def _fused_attention() -> Iterator[list[int]]:
+    """Replace scaled dot product attention by its output. On the meta device it would build the attention matrix.
+
+    Yields the list of the floating-point operations of each.
+    """
+    flop: list[int] = []
 
     def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        flop.append(2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
         return torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
 
     functional: Any = torch.nn.functional
     original = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = attention
     try:
-        yield
+        yield flop
     finally:
         functional.scaled_dot_product_attention = original
 

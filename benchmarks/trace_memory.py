@@ -1,7 +1,7 @@
-"""Trace the GPU memory of all stages at full size and write the table from which the planner works.
+"""Trace the GPU memory and the work of all stages at full size and write the table from which the planner works.
 
 Networks are built on the meta device, where tensors have a shape and no memory, and run once per size while the bytes of live
-tensors are counted. Needs no GPU and no weights:
+tensors, floating-point operations and bytes read and written are counted. Needs no GPU and no weights:
 
     python -m benchmarks.trace_memory            # writes vidgen_ray/stages/memory_table.json, takes some minutes
     python -m benchmarks.trace_memory --check    # compares the table with other sizes and prints the differences
@@ -23,7 +23,7 @@ from typing import Any
 import diffusers
 import torch
 
-from benchmarks.meta_networks import RIFE_NETWORKS, LiveBytes, meta, network, peak_bytes, tensor_bytes
+from benchmarks.meta_networks import RIFE_NETWORKS, LiveBytes, Traced, meta, network, tensor_bytes, trace
 from benchmarks.trace_open_models import Size, Trace, constants, one_frame, open_model_traces
 from vidgen_ray.bench.published_models import NETWORKS
 from vidgen_ray.stages.memory_table import FP8, LORA_RANK, TABLE_FILE, TILES_PX, MemoryTable, load_table
@@ -49,7 +49,7 @@ OTHER_UPSCALED = ((576, 1024, 2), (2048, 512, 1), (1024, 1024, 3))
 # FLUX
 
 
-def flux_step(width: int, height: int, frames: int = 1, *, variant: str = "", infusenet: bool = False) -> int:
+def flux_step(width: int, height: int, frames: int = 1, *, variant: str = "", infusenet: bool = False) -> Traced:
     """One denoising step, with InfuseNet before it."""
     patches = width * height // 256
     transformer = network("flux/transformer", variant)
@@ -79,15 +79,15 @@ def flux_step(width: int, height: int, frames: int = 1, *, variant: str = "", in
         prompt = {"encoder_hidden_states": meta(1, TEXT_TOKENS, 4096), "txt_ids": meta(TEXT_TOKENS, 3)}
         return transformer(**inputs, **prompt, **residuals)
 
-    return peak_bytes(step, *models)
+    return trace(step, *models)
 
 
-def flux_text() -> int:
+def flux_text() -> Traced:
     encoder = network("flux/text_encoder_2")
-    return peak_bytes(lambda: encoder(meta(1, TEXT_TOKENS, dtype=torch.int64)), encoder)
+    return trace(lambda: encoder(meta(1, TEXT_TOKENS, dtype=torch.int64)), encoder)
 
 
-def vae_decode(width: int, height: int, frames: int = 1, *, model: str, tile_px: int = 0, variant: str = "") -> int:
+def vae_decode(width: int, height: int, frames: int = 1, *, model: str, tile_px: int = 0, variant: str = "") -> Traced:
     vae = network(f"{model}/vae", variant)
     _set_tiles(vae, tile_px)
     latents = meta(1, vae.config.latent_channels, height // 8, width // 8, dtype=vae.dtype)
@@ -97,14 +97,14 @@ def vae_decode(width: int, height: int, frames: int = 1, *, model: str, tile_px:
         # As diffusers' image processor does on the device.
         return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
 
-    return peak_bytes(decode, vae)
+    return trace(decode, vae)
 
 
-def vae_encode(width: int, height: int, frames: int = 1, *, model: str, variant: str = "") -> int:
+def vae_encode(width: int, height: int, frames: int = 1, *, model: str, variant: str = "") -> Traced:
     vae = network(f"{model}/vae", variant)
     _set_tiles(vae, 0)
     pixels = meta(1, 3, height, width, dtype=vae.dtype)
-    return peak_bytes(lambda: vae.encode(pixels).latent_dist.mode(), vae)
+    return trace(lambda: vae.encode(pixels).latent_dist.mode(), vae)
 
 
 def _set_tiles(vae: Any, tile_px: int) -> None:
@@ -118,12 +118,12 @@ def _set_tiles(vae: Any, tile_px: int) -> None:
 # HunyuanDiT
 
 
-def hunyuan_step(width: int, height: int, frames: int = 1) -> int:
+def hunyuan_step(width: int, height: int, frames: int = 1) -> Traced:
     """One denoising step with guidance."""
     model = network("hunyuan/transformer")
     patches = width * height // 256
     rope = meta(patches, 88, dtype=torch.float32), meta(patches, 88, dtype=torch.float32)
-    return peak_bytes(
+    return trace(
         lambda: model(
             meta(2, 4, height // 8, width // 8),
             meta(2),
@@ -140,18 +140,18 @@ def hunyuan_step(width: int, height: int, frames: int = 1) -> int:
     )
 
 
-def hunyuan_text() -> int:
+def hunyuan_text() -> Traced:
     encoder = network("hunyuan/text_encoder_2")
-    return peak_bytes(lambda: encoder(meta(1, 256, dtype=torch.int64)), encoder)
+    return trace(lambda: encoder(meta(1, 256, dtype=torch.int64)), encoder)
 
 
 # Stable Video Diffusion
 
 
-def svd_step(width: int, height: int, frames: int, *, variant: str = "") -> int:
+def svd_step(width: int, height: int, frames: int, *, variant: str = "") -> Traced:
     """One denoising step with guidance."""
     unet = network("svd/unet", variant)
-    return peak_bytes(
+    return trace(
         lambda: unet(
             meta(2, frames, 8, height // 8, width // 8),
             meta(1, dtype=torch.float32),
@@ -163,13 +163,13 @@ def svd_step(width: int, height: int, frames: int, *, variant: str = "") -> int:
     )
 
 
-def svd_decode(width: int, height: int, frames: int) -> int:
+def svd_decode(width: int, height: int, frames: int) -> Traced:
     """Decode a chunk of frames."""
     vae = network("svd/vae")
-    return peak_bytes(lambda: vae.decode(meta(frames, 4, height // 8, width // 8), num_frames=frames, return_dict=False), vae)
+    return trace(lambda: vae.decode(meta(frames, 4, height // 8, width // 8), num_frames=frames, return_dict=False), vae)
 
 
-def svd_clip(width: int, height: int, frames: int) -> int:
+def svd_clip(width: int, height: int, frames: int) -> Traced:
     """Join the decoded frames of a clip and convert them to 0..1 in float32, as diffusers does after the last chunk."""
     from diffusers.video_processor import VideoProcessor
 
@@ -186,13 +186,13 @@ def svd_clip(width: int, height: int, frames: int) -> int:
         live.track(frame)
     with torch.no_grad(), live:
         join()
-    return live.peak
+    return Traced(live.peak, 0, live.moved)
 
 
 # SDXL with InstantID
 
 
-def sdxl_step(width: int, height: int, frames: int = 1) -> int:
+def sdxl_step(width: int, height: int, frames: int = 1) -> Traced:
     """One denoising step with guidance, IdentityNet before it."""
     unet, controlnet = network("sdxl/unet"), network("sdxl/controlnet")
     added = {"text_embeds": meta(2, 1280), "time_ids": meta(2, 6)}
@@ -218,13 +218,13 @@ def sdxl_step(width: int, height: int, frames: int = 1) -> int:
             return_dict=False,
         )
 
-    return peak_bytes(step, unet, controlnet)
+    return trace(step, unet, controlnet)
 
 
 # RealESRGAN
 
 
-def upscale(width: int, height: int, frames: int, *, upscaler: str, whole: bool = True) -> int:
+def upscale(width: int, height: int, frames: int, *, upscaler: str, whole: bool = True) -> Traced:
     """Upscale frames four times and convert them to uint8; with `whole` false the network alone, as for a tile."""
     model = network(f"realesrgan/{upscaler}")
 
@@ -235,7 +235,7 @@ def upscale(width: int, height: int, frames: int, *, upscaler: str, whole: bool 
             return output
         return output.float().clamp_(0, 1).mul_(255).round_().to(torch.uint8)
 
-    return peak_bytes(call, model)
+    return trace(call, model)
 
 
 def traces() -> dict[str, tuple[Trace, tuple[Size, ...], tuple[Size, ...]]]:
@@ -304,19 +304,30 @@ def sdxl_adapter_parameters() -> int:
 
 def make_table() -> MemoryTable:
     """Trace all curves."""
-    curves: dict[str, list[tuple[int, int]]] = {
+    traced: dict[str, list[tuple[int, Traced]]] = {
         "flux/text": [(0, flux_text())],
         "hunyuan/text": [(0, hunyuan_text())],
-        **{name: [(0, size)] for name, size in constants().items()},
+        **{name: [(0, once)] for name, once in constants().items()},
     }
-    for name, (trace, sizes, _) in traces().items():
-        curves[name] = sorted((width * height * frames, trace(width, height, frames)) for width, height, frames in sizes)
-        sys.stdout.write(f"{name}: {', '.join(f'{size / 2**30:.2f}' for _, size in curves[name])} GiB\n")
+    for name, (run, sizes, _) in traces().items():
+        traced[name] = sorted((width * height * frames, run(width, height, frames)) for width, height, frames in sizes)
+        points = (f"{once.peak_bytes / 2**30:.2f} GiB, {once.flop / 1e12:.3g} TFLOP" for _, once in traced[name])
+        sys.stdout.write(f"{name}: {'; '.join(points)}\n")
     return MemoryTable(
         versions={"torch": torch.__version__.partition("+")[0], "diffusers": diffusers.__version__},
         weights=weights(),
-        curves=curves,
+        curves={name: [(pixels, once.peak_bytes) for pixels, once in points] for name, points in traced.items()},
+        work={
+            name: [(pixels, once.flop, once.moved_bytes) for pixels, once in points]
+            for name, points in traced.items()
+            if has_work(name)
+        },
     )
+
+
+def has_work(curve: str) -> bool:
+    """Return whether the planner computes seconds from a curve: not from those of options that only change memory."""
+    return ":" not in curve or curve.endswith(":1")
 
 
 def table_json(table: MemoryTable) -> str:
@@ -325,8 +336,8 @@ def table_json(table: MemoryTable) -> str:
     def block(values: Mapping[str, object]) -> str:
         return "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items()) + "\n }"
 
-    about = "GPU memory of the published models in bytes. Written by benchmarks/trace_memory.py; do not edit."
-    parts = {"versions": table.versions, "weights": table.weights, "curves": table.curves}
+    about = "GPU memory in bytes and work of the published models. Written by benchmarks/trace_memory.py; do not edit."
+    parts = {"versions": table.versions, "weights": table.weights, "curves": table.curves, "work": table.work}
     blocks = [f' "about": {json.dumps(about)}', *(f' "{name}": {block(values)}' for name, values in parts.items())]
     return "{\n" + ",\n".join(blocks) + "\n}\n"
 
@@ -337,9 +348,10 @@ def differences(
     """Yield curve, size, planned and traced bytes for sizes that are not in the table, at most `max_sizes` of each curve."""
     every: Mapping[str, Any] = traces()
     for name in every if names is None else names:
-        trace, _, sizes = every[name]
+        run, _, sizes = every[name]
         for width, height, frames in sizes[:max_sizes]:
-            yield name, (width, height, frames), table.curve(name, width * height * frames), trace(width, height, frames)
+            traced = run(width, height, frames).peak_bytes
+            yield name, (width, height, frames), table.curve(name, width * height * frames), traced
 
 
 def main() -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.meta_networks import RIFE_NETWORKS, meta, network, peak_bytes
+from benchmarks.meta_networks import RIFE_NETWORKS, Traced, meta, network, trace
 from vidgen_ray.nets.rife_network import FramePair
 from vidgen_ray.stages.loading import set_vae_tiles
 from vidgen_ray.stages.memory_table import TILES_PX
 from vidgen_ray.stages.rife import FLOW_SCALES
 
-Trace = Callable[[int, int, int], int]
-"""Width, height and frames -> bytes."""
+Trace = Callable[[int, int, int], Traced]
+"""Width, height and frames -> what a call takes."""
 Size = tuple[int, int, int]
 
 TEXT_TOKENS = 512
@@ -46,10 +46,10 @@ def one_frame(images: Iterable[tuple[int, int]]) -> tuple[Size, ...]:
 # FLUX.2 klein and Qwen-Image-Edit. The pixels are those of all images in the sequence.
 
 
-def klein_step(width: int, height: int, frames: int = 1) -> int:
+def klein_step(width: int, height: int, frames: int = 1) -> Traced:
     """One denoising step. `width` times `height`: the image and the photos."""
     model, tokens = network("klein/transformer"), width * height // 256
-    return peak_bytes(
+    return trace(
         lambda: model(
             hidden_states=meta(1, tokens, 128),
             timestep=meta(1),
@@ -63,7 +63,7 @@ def klein_step(width: int, height: int, frames: int = 1) -> int:
     )
 
 
-def klein_text() -> int:
+def klein_text() -> Traced:
     """The language model computes logits and keeps the results of all layers, as the pipeline calls it."""
     model = network("klein/text_encoder")
     # With a mask that is made already, the model does not look at the values of its inputs.
@@ -71,13 +71,13 @@ def klein_text() -> int:
         "input_ids": meta(1, TEXT_TOKENS, dtype=torch.int64),
         "attention_mask": {"full_attention": meta(1, 1, TEXT_TOKENS, TEXT_TOKENS)},
     }
-    return peak_bytes(lambda: model(**inputs, output_hidden_states=True, use_cache=False), model)
+    return trace(lambda: model(**inputs, output_hidden_states=True, use_cache=False), model)
 
 
-def qwen_step(width: int, height: int, frames: int = 1) -> int:
+def qwen_step(width: int, height: int, frames: int = 1) -> Traced:
     """One denoising step. `width` times `height`: the new image and those that the model sees."""
     model = network("qwen_edit/transformer")
-    return peak_bytes(
+    return trace(
         lambda: model(
             hidden_states=meta(1, width * height // 256, 64),
             timestep=meta(1),
@@ -89,7 +89,7 @@ def qwen_step(width: int, height: int, frames: int = 1) -> int:
     )
 
 
-def qwen_text() -> int:
+def qwen_text() -> Traced:
     """The language model, with logits and the results of all layers. Its vision tower needs less and runs before it."""
     model = network("qwen_edit/text_encoder")
 
@@ -99,20 +99,20 @@ def qwen_text() -> int:
         )
         return output, model.lm_head(output.last_hidden_state)
 
-    return peak_bytes(encode, model)
+    return trace(encode, model)
 
 
-def image_decode(width: int, height: int, frames: int = 1, *, model: str, tile_px: int | None = None) -> int:
+def image_decode(width: int, height: int, frames: int = 1, *, model: str, tile_px: int | None = None) -> Traced:
     vae = network(f"{model}/vae")
     set_vae_tiles(vae, tile_px)
-    return peak_bytes(lambda: _to_pixels(vae.decode(_latents(vae, width, height), return_dict=False)[0]), vae)
+    return trace(lambda: _to_pixels(vae.decode(_latents(vae, width, height), return_dict=False)[0]), vae)
 
 
-def image_encode(width: int, height: int, frames: int = 1, *, model: str) -> int:
+def image_encode(width: int, height: int, frames: int = 1, *, model: str) -> Traced:
     vae = network(f"{model}/vae")
     set_vae_tiles(vae, None)
     pixels = meta(1, 3, *((1,) if model == "qwen_edit" else ()), height, width)
-    return peak_bytes(lambda: vae.encode(pixels).latent_dist.mode(), vae)
+    return trace(lambda: vae.encode(pixels).latent_dist.mode(), vae)
 
 
 def _latents(vae: Any, width: int, height: int) -> torch.Tensor:
@@ -129,13 +129,13 @@ def _to_pixels(decoded: torch.Tensor) -> torch.Tensor:
 # Wan 2.2 and LTX-Video
 
 
-def wan_step(width: int, height: int, latent_frames: int, *, model: str = "wan") -> int:
+def wan_step(width: int, height: int, latent_frames: int, *, model: str = "wan") -> Traced:
     """One pass of a denoising step: guidance takes two passes, one after the other."""
     transformer = network(f"{model}/transformer")
     channels, patch, per_token = (48, 32, True) if model == "wan-ti2v" else (36, 16, False)
     latents = meta(1, channels, latent_frames, height * 2 // patch, width * 2 // patch)
     tokens = latent_frames * (height // patch) * (width // patch)
-    return peak_bytes(
+    return trace(
         lambda: transformer(
             hidden_states=latents,
             timestep=meta(1, tokens, dtype=torch.float32) if per_token else meta(1, dtype=torch.float32),
@@ -146,33 +146,33 @@ def wan_step(width: int, height: int, latent_frames: int, *, model: str = "wan")
     )
 
 
-def text_encoder(name: str, tokens: int) -> int:
+def text_encoder(name: str, tokens: int) -> Traced:
     model = network(name)
-    return peak_bytes(lambda: model(meta(1, tokens, dtype=torch.int64)), model)
+    return trace(lambda: model(meta(1, tokens, dtype=torch.int64)), model)
 
 
-def wan_decode(width: int, height: int, frames: int = 1, *, model: str = "wan") -> int:
+def wan_decode(width: int, height: int, frames: int = 1, *, model: str = "wan") -> Traced:
     """Working memory of decoding, in float32: that of a short clip."""
     vae = network(f"{model}/vae", "float32")
     side = vae.config.scale_factor_spatial
     latents = meta(1, vae.config.z_dim, (DECODED_FRAMES - 1) // 4 + 1, height // side, width // side, dtype=torch.float32)
-    return peak_bytes(lambda: vae.decode(latents, return_dict=False)[0], vae)
+    return trace(lambda: vae.decode(latents, return_dict=False)[0], vae)
 
 
-def wan_encode(width: int, height: int, frames: int = 1, *, model: str = "wan") -> int:
+def wan_encode(width: int, height: int, frames: int = 1, *, model: str = "wan") -> Traced:
     """Working memory of encoding, in float32: that of a short clip, or of the image for TI2V-5B, which encodes no more."""
     vae = network(f"{model}/vae", "float32")
     encoded = 1 if model == "wan-ti2v" else DECODED_FRAMES
     pixels = meta(1, 3, encoded, height, width, dtype=torch.float32)
-    return peak_bytes(lambda: vae.encode(pixels).latent_dist.mode(), vae)
+    return trace(lambda: vae.encode(pixels).latent_dist.mode(), vae)
 
 
-def ltx_step(width: int, height: int, latent_frames: int) -> int:
+def ltx_step(width: int, height: int, latent_frames: int) -> Traced:
     """One denoising step with guidance, which takes both passes at once."""
     model = network("ltx/transformer")
     rows, columns = height // 32, width // 32
     tokens = latent_frames * rows * columns
-    return peak_bytes(
+    return trace(
         lambda: model(
             hidden_states=meta(2, tokens, 128),
             encoder_hidden_states=meta(2, LTX_TEXT_TOKENS, 4096),
@@ -188,22 +188,22 @@ def ltx_step(width: int, height: int, latent_frames: int) -> int:
     )
 
 
-def ltx_decode(width: int, height: int, latent_frames: int) -> int:
+def ltx_decode(width: int, height: int, latent_frames: int) -> Traced:
     """Decode the whole clip."""
     vae = network("ltx/vae")
     latents = meta(1, 128, latent_frames, height // 32, width // 32)
-    return peak_bytes(lambda: _to_pixels(vae.decode(latents, None, return_dict=False)[0]), vae)
+    return trace(lambda: _to_pixels(vae.decode(latents, None, return_dict=False)[0]), vae)
 
 
-def ltx_encode(width: int, height: int, frames: int = 1) -> int:
+def ltx_encode(width: int, height: int, frames: int = 1) -> Traced:
     vae = network("ltx/vae")
-    return peak_bytes(lambda: vae.encode(meta(1, 3, 1, height, width)).latent_dist.mode(), vae)
+    return trace(lambda: vae.encode(meta(1, 3, 1, height, width)).latent_dist.mode(), vae)
 
 
 # RIFE
 
 
-def rife_pair(width: int, height: int, frames: int = 1, *, layout: str, flow_scale: float) -> int:
+def rife_pair(width: int, height: int, frames: int = 1, *, layout: str, flow_scale: float) -> Traced:
     """Draw the middle of two frames in float32, with convolutions in float16."""
     model = network(layout)
     first, second = (meta(1, 3, height, width, dtype=torch.float32) for _ in range(2))
@@ -212,10 +212,11 @@ def rife_pair(width: int, height: int, frames: int = 1, *, layout: str, flow_sca
         pair = FramePair(model, first, second, flow_scale)
         return pair, pair.aligned()
 
-    return peak_bytes(draw, model) + 2 * first.untyped_storage().nbytes()
+    drawn = trace(draw, model)
+    return drawn._replace(peak_bytes=drawn.peak_bytes + 2 * first.untyped_storage().nbytes())
 
 
-def constants() -> dict[str, int]:
+def constants() -> dict[str, Traced]:
     """Return the curves that do not depend on the size of a shot."""
     return {
         "klein/text": klein_text(),

@@ -1,4 +1,4 @@
-"""GPU memory of the stages with their published weights: from sizes of shots to bytes.
+"""GPU memory and work of the stages with their published weights: from sizes of shots to bytes and operations.
 
 The table `memory_table.json` is written by `benchmarks/trace_memory.py`, which runs all networks at full size without weights.
 """
@@ -43,6 +43,24 @@ class StageMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """Work of a shot, from which the planner computes seconds on a card."""
+
+    flop: float = 0.0
+    """Floating-point operations of matrix products, convolutions and attention: a multiplication and an addition are two."""
+    moved_bytes: float = 0.0
+    """Bytes that all other operations read and write in GPU memory."""
+    linked_bytes: float = 0.0
+    """Bytes copied between host memory and GPU memory."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flop + other.flop, self.moved_bytes + other.moved_bytes, self.linked_bytes + other.linked_bytes)
+
+    def times(self, factor: float) -> Work:
+        return Work(self.flop * factor, self.moved_bytes * factor, self.linked_bytes * factor)
+
+
+@dataclass(frozen=True, slots=True)
 class Phase:
     """A part of a call."""
 
@@ -70,15 +88,27 @@ class MemoryTable:
     """Network -> bytes."""
     curves: Mapping[str, Sequence[tuple[int, int]]]
     """Name -> points (pixels times frames, bytes), in ascending order. A single point is a constant."""
+    work: Mapping[str, Sequence[tuple[int, int, int]]]
+    """Name -> points (pixels times frames, floating-point operations, bytes moved by other operations), in ascending order."""
 
     def curve(self, name: str, pixels: int) -> float:
         """Return the bytes of a curve for a number of pixels: linear between points, and beyond them as between the nearest."""
-        points = self.curves[name]
-        if len(points) == 1:
-            return points[0][1]
-        right = min(max(bisect_left(points, (pixels, 0)), 1), len(points) - 1)
-        (x0, y0), (x1, y1) = points[right - 1], points[right]
-        return max(0.0, y0 + (y1 - y0) * (pixels - x0) / (x1 - x0))
+        (value,) = _between(self.curves[name], pixels)
+        return value
+
+    def work_of(self, name: str, pixels: int) -> Work:
+        """Return the work of a curve for a number of pixels, as `curve` does."""
+        flop, moved_bytes = _between(self.work[name], pixels)
+        return Work(flop, moved_bytes)
+
+
+def _between(points: Sequence[tuple[int, ...]], pixels: int) -> tuple[float, ...]:
+    """Return the values at `pixels`. Each point: pixels, then values."""
+    if len(points) == 1:
+        return points[0][1:]
+    right = min(max(bisect_left(points, (pixels,)), 1), len(points) - 1)
+    (x0, *before), (x1, *after) = points[right - 1], points[right]
+    return tuple(max(0.0, y0 + (y1 - y0) * (pixels - x0) / (x1 - x0)) for y0, y1 in zip(before, after, strict=True))
 
 
 @cache
@@ -86,7 +116,8 @@ def load_table() -> MemoryTable:
     """Return the table of this package."""
     content = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
     curves = {name: tuple((x, y) for x, y in points) for name, points in content["curves"].items()}
-    return MemoryTable(content["versions"], content["weights"], curves)
+    work = {name: tuple((x, flop, moved) for x, flop, moved in points) for name, points in content["work"].items()}
+    return MemoryTable(content["versions"], content["weights"], curves, work)
 
 
 def weight_bytes(network: str, dtype: str) -> int:
@@ -97,3 +128,13 @@ def weight_bytes(network: str, dtype: str) -> int:
 def activation_bytes(curve: str, pixels: int, dtype: str) -> int:
     """Return the bytes of a curve with the margin. `pixels`: times frames, if the curve is one of clips."""
     return int(load_table().curve(curve, pixels) * MARGIN * (2 if dtype == "float32" else 1))
+
+
+def network_work(curve: str, pixels: int = 0) -> Work:
+    """Return the work of one call. `pixels`: times frames, if the curve is one of clips."""
+    return load_table().work_of(curve, pixels)
+
+
+def relative_flop(curve: str, pixels: int, reference_pixels: int) -> float:
+    """Return how many times the operations of a call with `reference_pixels` one with `pixels` needs."""
+    return network_work(curve, pixels).flop / network_work(curve, reference_pixels).flop
