@@ -17,6 +17,9 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.records import ShotRecord
+from vidgen_ray.planner.cards import H100
+from vidgen_ray.planner.demand import seconds_of
+from vidgen_ray.profile import load_profile
 from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import DERIVED_FIELDS, NESTED_FIELDS, Shot
 from vidgen_ray.stages.base import ChunkedStage, Stage
@@ -90,6 +93,9 @@ def readers(name: str) -> list[str]:
     return [stage.name for stage in STAGES if name in fields_read(stage)]
 
 
+GPU = load_profile("gpu")
+
+
 def stages() -> Iterator[str]:
     """Yield the rows of the table of stages."""
     yield "| stage | actor | takes, returns | seconds |"
@@ -97,7 +103,12 @@ def stages() -> Iterator[str]:
     for stage in STAGES:
         name = f"`{stage.name}`" + (" (chunked)" if issubclass(stage, ChunkedStage) else "")
         takes = ", ".join((*stage.takes, *(f"[{artefact}]" for artefact in stage.identity_inputs)))
-        cells = name, stage.actor, f"{takes} -> {', '.join(stage.writes)}".strip(), f"{stage.reference_s:g}"
+        cells = (
+            name,
+            stage.actor,
+            f"{takes} -> {', '.join(stage.writes)}".strip(),
+            f"{seconds_of(GPU, stage, {}, H100).reference_s:.2g}",
+        )
         yield f"| {' | '.join(cells)} |"
 
 

@@ -72,7 +72,7 @@ class LocalRay:
         programs = Path(tempfile.mkdtemp(prefix="vidgen-test-"))
         atexit.register(shutil.rmtree, programs, ignore_errors=True)
         nvidia_smi = programs / "nvidia-smi"
-        nvidia_smi.write_text("#!/bin/sh\necho 81559; echo 81559\n")
+        nvidia_smi.write_text("#!/bin/sh\nfor n in 1 2; do echo NVIDIA H100 80GB HBM3, 81559; done\n")
         nvidia_smi.chmod(0o755)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")

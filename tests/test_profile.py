@@ -53,7 +53,7 @@ def test_invalid_profile_error_names_the_field(tmp_path, text, message):
 
 
 def test_unknown_profile_name_lists_the_builtin_profiles():
-    with pytest.raises(ProfileError, match="must be one of demo"):
+    with pytest.raises(ProfileError, match="must be one of auto, demo"):
         load_profile("nope")
 
 

@@ -36,13 +36,15 @@ from vidgen_ray.batch.progress import RunListener
 from vidgen_ray.batch.render_script import render_lines
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.fleet import remove_leaked_groups
+from vidgen_ray.engine.ray_cluster import live_cluster
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import PeriodicTask
 from vidgen_ray.outputs.manifest import SCHEMA, SHOT_FILES, ManifestRow, open_writers
-from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.planner import Cluster, profile_for, this_machine
+from vidgen_ray.profile import Profile
 from vidgen_ray.script.check import LineChecker, merged
 from vidgen_ray.script.formats import table_lines
 
@@ -102,7 +104,7 @@ def build_processor(
 
     Raises ProfileError for an unknown profile. The function raises UsageError for a data set with `preserve_order`.
     """
-    chosen = load_profile(profile) if isinstance(profile, str) else profile
+    chosen = profile_for(profile, partial(_cluster_of, options)) if isinstance(profile, str) else profile
     check_profile(chosen)
     if not name or "/" in name:
         raise UsageError(f"name: got {name!r}, must be a name without slashes")
@@ -136,6 +138,13 @@ def build_processor(
             return padded.map_batches(_without_padding, batch_size=None, batch_format="pyarrow", num_cpus=0, compute=own_tasks)
 
     return processor
+
+
+def _cluster_of(options: RenderOptions | None) -> Cluster:
+    """Return the GPUs that the options name, or those of the cluster that this process is connected to, or of this machine."""
+    if options is not None and options.cluster is not None:
+        return options.cluster
+    return live_cluster().total if ray.is_initialized() else this_machine()
 
 
 @cache

@@ -195,6 +195,11 @@ def relative_costs(shot: Shot) -> dict[str, RelativeCost]:
     return costs
 
 
+def durations(shot: Shot) -> dict[str, float]:
+    """Return stage name -> duration of the shot relative to the reference shot, with the fixed part that is assumed."""
+    return {name: cost.mixed(STAGE_BY_NAME[name].fixed_share) for name, cost in relative_costs(shot).items()}
+
+
 def is_chunked(stage_name: str) -> bool:
     """Return whether a stage processes clips in chunks of frames."""
     return issubclass(STAGE_BY_NAME[stage_name], ChunkedStage)

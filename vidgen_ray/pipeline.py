@@ -39,8 +39,8 @@ from vidgen_ray.media import CLIP_SUFFIXES, encode_png, read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import shot_without_row
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
-from vidgen_ray.planner import ShotSizes, swap_groups, this_machine
-from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.planner import ShotSizes, profile_for, swap_groups, this_machine
+from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.record import InputFile, ProvenanceSettings, altered_record, mark_of, metadata_of, with_label
 from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.safety import Consent, safety_of
@@ -267,7 +267,7 @@ class VideoGenerationPipeline:
         `provenance`, how files are marked as AI-generated, replaces the profile's. `require_licence`: use that the licences of
         all weights behind a shot, and behind the shots that it continues, must allow.
         """
-        profile = load_profile(name_or_path).with_provenance(provenance)
+        profile = profile_for(name_or_path).with_provenance(provenance)
         return cls(profile, out, require_licence=require_licence)
 
     def generate_video(

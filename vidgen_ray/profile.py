@@ -1,5 +1,6 @@
 """Profiles: YAML files with the weights, precision, memory and stage seconds of each actor."""
 
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -27,6 +28,21 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class SmallerGpu(_Section):
+    """Changes of an actor on GPUs with less memory."""
+
+    below_gb: float = Field(gt=0, allow_inf_nan=False, description="GPUs with less memory in GB (2^30 bytes) than this.")
+    weights: str | None = Field(None, description="Other weights. Default: those of the actor.")
+    options: dict[str, JsonValue] = Field(default_factory=dict, description="Parameters of the stage that replace the actor's.")
+
+
+class SmallerDefaults(_Section):
+    """Other defaults on GPUs with less memory."""
+
+    below_gb: float = Field(gt=0, allow_inf_nan=False, description="GPUs with less memory in GB (2^30 bytes) than this.")
+    defaults: dict[str, JsonValue] = Field(description="Default values of shot fields that replace the profile's.")
+
+
 class ActorProfile(_Section):
     """Weights and resources of an actor. An actor runs one stage, or several stages that share weights."""
 
@@ -47,10 +63,34 @@ class ActorProfile(_Section):
     )
     seconds: dict[str, Seconds] = Field(
         default_factory=dict,
-        description="Stage -> seconds of the reference shot (1024x576, 25 frames, default steps) on this device.",
+        description="Stage -> seconds of the reference shot (1024x576, 25 frames, default steps) on this device. Default: "
+        "from the work of its networks and the data sheet of the card.",
     )
     timeout_s: float = Field(1800, gt=0, allow_inf_nan=False, description="Timeout in seconds of one attempt of one stage.")
     options: dict[str, JsonValue] = Field(default_factory=dict, description="Parameters of the stage.")
+    smaller: tuple[SmallerGpu, ...] = Field(
+        (),
+        description="Changes on GPUs with less memory. Of the entries that apply, the one with the smallest `below_gb` counts.",
+    )
+
+    reason: SkipJsonSchema[str] = Field("", exclude=True)
+    """Why the options differ from those for the largest GPUs."""
+
+    def for_gpu(self, memory_gb: float) -> "ActorProfile":
+        """Return the actor for a GPU with this memory in GB."""
+        changed: dict[str, Any] = {"smaller": ()}
+        if change := _for_memory(self.smaller, memory_gb):
+            changed |= {"weights": change.weights or self.weights, "options": {**self.options, **change.options}}
+            changed["reason"] = f"GPUs below {change.below_gb:g} GB"
+        return self.model_copy(update=changed)
+
+
+S = TypeVar("S", SmallerGpu, SmallerDefaults)
+
+
+def _for_memory(changes: Iterable[S], memory_gb: float) -> S | None:
+    """Return the change for a GPU with this memory. `None` if there is none."""
+    return min((change for change in changes if memory_gb < change.below_gb), key=lambda change: change.below_gb, default=None)
 
 
 class Profile(_Section):
@@ -82,6 +122,7 @@ class Profile(_Section):
     licences: tuple[WeightLicence, ...] = Field(
         (), description="Licences of weights of your own. They take precedence over those that vidgen knows."
     )
+    smaller: tuple[SmallerDefaults, ...] = Field((), description="Other defaults on GPUs with less memory, as in `actors`.")
     actors: dict[str, ActorProfile]
     source: SkipJsonSchema[Path | None] = Field(None, exclude=True)
 
@@ -142,6 +183,24 @@ class Profile(_Section):
         """Return the profile with other settings of the provenance. `None` keeps its own."""
         return self if settings is None else self.model_copy(update={"provenance": settings})
 
+    def for_size(self, nominal_gb: int) -> "Profile":
+        """Return the profile for GPUs of this nominal size in GB, which is part of its new name."""
+        memory_gb = nominal_gb * REPORTED_SHARE
+        actors = {actor: section.for_gpu(memory_gb) for actor, section in self.actors.items()}
+        change = _for_memory(self.smaller, memory_gb)
+        defaults = {**self.defaults, **change.defaults} if change else self.defaults
+        return self.model_copy(
+            update={"actors": actors, "smaller": (), "defaults": defaults, "name": f"{self.name}-{nominal_gb}gb"}
+        )
+
+    def with_options(self, options: Mapping[str, Mapping[str, JsonValue]]) -> "Profile":
+        """Return the profile with other options of some actors. `options`: actor -> option -> value."""
+        changed = {
+            name: self.actors[name].model_copy(update={"options": {**self.actors[name].options, **own}})
+            for name, own in options.items()
+        }
+        return self.model_copy(update={"actors": {**self.actors, **changed}})
+
     def with_commits(self) -> "Profile":
         """Return the profile with the commit of each Hugging Face snapshot that is on this machine, in place of a branch.
 
@@ -195,10 +254,24 @@ def _resolve_all(references: Mapping[str, str], folder: Path | None) -> tuple[di
     return available, missing
 
 
+AUTO = "auto"
+"""Name of the profile that is chosen for the GPUs at hand, see `planner.profile_for`."""
+SIZED = re.compile(r"gpu-(\d+)gb")
+"""Names of the profile `gpu` for a GPU of this nominal size."""
+REPORTED_SHARE = 0.98
+"""Memory that torch reports, relative to the nominal size."""
+
+
 def builtin_profiles() -> list[str]:
-    """Return the names of the built-in profiles."""
+    """Return the names of the built-in profiles, with those of `gpu` for common sizes."""
     folder = resources.files("vidgen_ray") / "profiles"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    files = (p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    return sorted({*files, "gpu-24gb", "gpu-48gb", "gpu-80gb"} - {"gpu"})
+
+
+def is_builtin(name: str) -> bool:
+    """Return whether this is the name of a built-in profile, and no path."""
+    return name in (AUTO, *builtin_profiles()) or SIZED.fullmatch(name) is not None
 
 
 def load_profile(name_or_path: str) -> Profile:
@@ -211,11 +284,13 @@ def load_profile(name_or_path: str) -> Profile:
     try:
         if path.suffix in (".yaml", ".yml"):
             content, source = load_yaml(path), path.absolute()
-        elif name_or_path in builtin_profiles():
+        elif sized := SIZED.fullmatch(name_or_path):
+            return load_profile("gpu").for_size(int(sized[1]))
+        elif name_or_path in ("gpu", *builtin_profiles()):
             text = (resources.files("vidgen_ray") / "profiles" / f"{name_or_path}.yaml").read_text("utf-8")
             content = parse_yaml(text)
         else:
-            names = ", ".join(builtin_profiles())
+            names = ", ".join((AUTO, *builtin_profiles()))
             raise ProfileError(f"profile {name_or_path!r}: must be one of {names}, or the path of a .yaml file")
     except OSError as error:
         raise ProfileError(f"profile {name_or_path!r}: cannot be read ({error.strerror})") from None

@@ -142,7 +142,7 @@ def test_bench_with_random_weights_needs_no_files_and_stores_nothing_with_no_sav
     """The reference is one to weights that are not on this machine. The published networks are replaced by tiny ones."""
     networks = random_model("builtin:tiny/svd", None).networks
     monkeypatch.setattr(published_models, "NETWORKS", {f"svd/{name}": network for name, network in networks.items()})
-    monkeypatch.setattr(bench_command, "load_profile", lambda name: with_published_weights(load_profile(name)))
+    monkeypatch.setattr(bench_command, "profile_for", lambda name: with_published_weights(load_profile(name)))
     assert main(["bench", "-p", "tiny", "--weights", "random", "--quick", "--stage", "svd", "--json", "--no-save", *SMALL]) == 0
     (row,) = json.loads(capsys.readouterr().out)["stages"]
     assert (row["problem"], row["step_s"] is not None, row["random_weights"]) == (None, True, True)
@@ -152,7 +152,7 @@ def test_bench_with_random_weights_needs_no_files_and_stores_nothing_with_no_sav
 def test_full_size_that_does_not_fit_is_refused_before_it_is_built(cache, capsys, monkeypatch):
     monkeypatch.setattr(published_models, "free_bytes", lambda device: 2**30)
     monkeypatch.setattr(published_models, "_draw_weights", lambda *args: pytest.fail("allocated"))
-    monkeypatch.setattr(bench_command, "load_profile", lambda name: with_published_weights(load_profile(name)))
+    monkeypatch.setattr(bench_command, "profile_for", lambda name: with_published_weights(load_profile(name)))
     assert main(["bench", "-p", "tiny", "--weights", "random", "--quick", "--stage", "svd", "--no-save"]) == 4
     assert "svd: not measured: the weights need 8.4 GB of host memory, 1 GB are free" in capsys.readouterr().err
 

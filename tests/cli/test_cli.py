@@ -38,7 +38,7 @@ USER_ERRORS = [
     (["shot", "a", "--set", "fps"], 2, "must be FIELD=VALUE"),
     (["shot", "a", "--until", "dawn"], 2, "'dawn' is not one of 'image', 'video'"),
     (["shot", "a", "--keep", "all"], 2, "'all' is not one of 'stages'"),
-    (["shot", "a", "--profile", "nope"], 3, "must be one of demo"),
+    (["shot", "a", "--profile", "nope"], 3, "must be one of auto, demo"),
     (["shot", "a", "--set", "fpss=3"], 2, "--set fpss: got an unknown field, did you mean fps?"),
     (["stage", "blur", "x.png"], 2, "must be one of instantid, instantid_sdxl, flux"),
     (["stage", "svd", "-o", "x.mp4"], 2, "svd requires an input file (image)"),

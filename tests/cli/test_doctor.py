@@ -171,11 +171,12 @@ def test_gpus_are_detected_on_wsl2(tmp_path, monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: SimpleNamespace(total_memory=24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: SimpleNamespace(name="NVIDIA GeForce RTX 4090", total_memory=24 * 2**30))
     monkeypatch.setattr(cluster, "GPU_DEVICES", (NOWHERE, tmp_path / "dxg"))
     assert cluster.this_machine().gpus == ()
     (tmp_path / "dxg").touch()
     assert cluster.this_machine().gpus == (24,)
+    assert cluster.this_machine().card == "RTX 4090"
 
 
 def test_token_must_be_readable_only_by_its_owner(tmp_path):

@@ -95,7 +95,7 @@ def head(tmp_path_factory):
     """Cluster without work nodes. Every GPU node reports GPUs of 80 GB."""
     programs = tmp_path_factory.mktemp("programs")
     nvidia_smi = programs / "nvidia-smi"
-    nvidia_smi.write_text("#!/bin/sh\nfor n in 1 2 3 4; do echo 81559; done\n")
+    nvidia_smi.write_text("#!/bin/sh\nfor n in 1 2 3 4; do echo NVIDIA H100 80GB HBM3, 81559; done\n")
     nvidia_smi.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")

@@ -48,7 +48,7 @@ POLL_S = 0.05
 def cluster(tmp_path_factory):
     """Cluster without work nodes. Every GPU node reports one GPU of 80 GB."""
     nvidia_smi = tmp_path_factory.mktemp("programs") / "nvidia-smi"
-    nvidia_smi.write_text("#!/bin/sh\necho 81559\n")
+    nvidia_smi.write_text("#!/bin/sh\necho NVIDIA H100 80GB HBM3, 81559\n")
     nvidia_smi.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{nvidia_smi.parent}:{os.environ['PATH']}")

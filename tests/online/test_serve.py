@@ -29,7 +29,7 @@ from vidgen_ray.online.store.store import open_store
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--profile", "nope"], 3, "must be one of demo"),
+        (["--profile", "nope"], 3, "must be one of auto, demo"),
         (["--host", "0.0.0.0"], 4, "requires API keys. Create one with `vidgen keys new`"),
         (
             ["--profile", "gpu-80gb"],

@@ -50,5 +50,5 @@ def test_serve_validates_the_args():
     call = call_user_app_builder_with_args_if_necessary
     with pytest.raises(ValidationError, match="max_queue"):
         call(build, {"profile": "tiny", "max_queue": 7})
-    with pytest.raises(ProfileError, match="must be one of demo"):
+    with pytest.raises(ProfileError, match="must be one of auto, demo"):
         call(build, {"profile": "nope", "gpus": "1x80GB"})

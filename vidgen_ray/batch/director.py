@@ -372,9 +372,10 @@ class Director:
         self._engines = self._plans
         config = EngineConfig(
             name=f"{self._run}/{self._engines}",
-            profile=self._profile.pinned([STAGE_BY_NAME[name] for name in layout.stages]),
+            profile=self._profile.with_options(self.plan.options).pinned([STAGE_BY_NAME[name] for name in layout.stages]),
             outputs=self._outputs,
             stages=options.stages,
+            planned_s=self.plan.reference_s,
             cache=cache_settings(options.cache, options.keep_stages, max_bytes=bytes_per_worker(options.cache_gb, layout)),
             keep_stages=options.keep_stages,
             attempts=options.attempts,

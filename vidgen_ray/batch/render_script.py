@@ -70,9 +70,14 @@ def estimate_run(
     except SetupError:
         demand, counts = _count_all(iter_script(script))
     if cluster is None and address is not None:
-        with connected(address, 0):
-            cluster = live_cluster().total
+        cluster = cluster_at(address)
     return demand, counts, cluster or this_machine()
+
+
+def cluster_at(address: str) -> Cluster:
+    """Return the machines of the Ray cluster. Raises SetupError if there is none at this address."""
+    with connected(address, 0):
+        return live_cluster().total
 
 
 def _count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> tuple[Demand, Counts]:

@@ -39,9 +39,9 @@ from vidgen_ray.engine.oom_fallback import free_gpu_memory
 from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, relative_costs, stages_of
 from vidgen_ray.media import cover_crop, read_image
-from vidgen_ray.planner import Measurement, save_measurements, this_machine
+from vidgen_ray.planner import Measurement, profile_for, save_measurements, this_machine
 from vidgen_ray.planner.cluster import GB
-from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, Item, Stage, StageParams, frames_after
@@ -223,7 +223,7 @@ RANDOM_ACTORS = (FluxStage.actor, HunyuanDiTStage.actor, SVDStage.actor)
 
 @in_group(MACHINE)
 def bench(
-    profile: ProfileOption = "demo",
+    profile: ProfileOption = AUTO,
     size: Annotated[
         str | None, typer.Option("--size", metavar="WIDTHxHEIGHT", help="Size of the clip. Default: that of the profile.")
     ] = None,
@@ -257,7 +257,7 @@ def bench(
     Prints seconds per step, fixed seconds, warm-up and peak GPU memory. Later plans with this profile on the same kind of
     GPU use the results. Exits with code 4 if no stage could be measured.
     """
-    chosen = load_profile(profile)
+    chosen = profile_for(profile)
     if unknown := sorted(set(stages or ()) - STAGE_BY_NAME.keys()):
         raise UsageError(f"--stage: got {unknown[0]!r}, must be one of {', '.join(STAGE_BY_NAME)}")
     if weights not in ("profile", "random"):

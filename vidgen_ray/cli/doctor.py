@@ -29,10 +29,10 @@ from vidgen_ray.cli.options import JsonOption, ProfileOption
 from vidgen_ray.errors import SetupError, VidgenError
 from vidgen_ray.graph import STAGES, clip_length, file_sizes
 from vidgen_ray.nets.faces import import_onnxruntime, open_session
-from vidgen_ray.planner import Cluster, demand_of, load_calibration, this_machine
+from vidgen_ray.planner import Cluster, demand_of, load_calibration, profile_for, this_machine
 from vidgen_ray.planner import plan as make_plan
 from vidgen_ray.planner.cluster import GB, GPU_DEVICES
-from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.stages.speed import missing_compiler
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.weights.inventory import LocalWeights, local_weights
@@ -412,14 +412,14 @@ FACES = "instantid"
 
 
 @in_group(MACHINE)
-def doctor(profile: ProfileOption = "demo", as_json: JsonOption = False) -> None:
+def doctor(profile: ProfileOption = AUTO, as_json: JsonOption = False) -> None:
     """Check whether this machine can run a profile.
 
     Checks driver, packages, limits, Ray, weights and licences, and plans the default chain. Each finding is pass, warn or fail,
     with the command that mends it. The last line says what the machine can render, or what is missing. Exits with code 4 if
     anything failed.
     """
-    chosen = load_profile(profile)
+    chosen = profile_for(profile)
     *findings, planned = [finding for finding in _findings(chosen, profile) if finding is not None]
     failed = [finding.check for finding in (*findings, planned) if finding.status == "fail"]
     missing = f", when these are mended: {', '.join(dict.fromkeys(failed))}" if failed and planned.status == "pass" else ""

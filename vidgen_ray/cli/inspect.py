@@ -25,7 +25,8 @@ from vidgen_ray.media import read_image
 from vidgen_ray.outputs.cleanup import RemovalReport, check_not_empty, photos_of_character, remove_person
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import manifest_files
-from vidgen_ray.profile import load_profile
+from vidgen_ray.planner import profile_for
+from vidgen_ray.profile import AUTO
 from vidgen_ray.provenance.record import FoundProvenance, read_provenance
 from vidgen_ray.provenance.signing import Signature, read_certificates, read_signature
 from vidgen_ray.script.check import check_shot
@@ -160,7 +161,7 @@ identity = typer.Typer(
 def show_faces(
     photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="One or more photos of the same person.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Image to write: .png or .jpg.")] = Path("identity.png"),
-    profile: ProfileOption = "demo",
+    profile: ProfileOption = AUTO,
     face_index: Annotated[
         int | None,
         typer.Option(
@@ -177,7 +178,7 @@ def show_faces(
     image_format = FORMATS.get(out.suffix.lower())
     if image_format is None:
         raise UsageError(f"--out: got {str(out)!r}, must end in {', '.join(FORMATS)}")
-    chosen = load_profile(profile)
+    chosen = profile_for(profile)
     shot = check_shot({"prompt": "a person"}, "vidgen identity", chosen.defaults)
     images = [read_image(photo) for photo in photos]
     with InstantIDStage(chosen.params(InstantIDStage)) as stage:

@@ -19,7 +19,8 @@ from vidgen_ray.cli.command_help import MACHINE
 from vidgen_ray.cli.options import STDIN, JsonOption, LineOptions, ProfileOption, example, local_path
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.licences import ShotLicences
-from vidgen_ray.profile import Profile, builtin_profiles, load_profile
+from vidgen_ray.planner import profile_for
+from vidgen_ray.profile import AUTO, Profile, builtin_profiles, is_builtin
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.script.formats import READERS
 from vidgen_ray.script.lines import COMPRESSED
@@ -101,7 +102,7 @@ def list_models(
 @models.command()
 def check(
     names: NamesArgument = None,
-    profile: ProfileOption = "demo",
+    profile: ProfileOption = AUTO,
     everything: AllOption = False,
     actors: ActorOption = None,
     as_json: JsonOption = False,
@@ -133,7 +134,7 @@ def check(
 @models.command()
 def pull(
     names: NamesArgument = None,
-    profile: ProfileOption = "demo",
+    profile: ProfileOption = AUTO,
     everything: AllOption = False,
     actors: ActorOption = None,
     to: Annotated[
@@ -293,11 +294,11 @@ def _wanted(names: Sequence[str], profile: str, actors: Sequence[str] | None, *,
 
     scripts = [name for name in names if _is_script(name)]
     if scripts:
-        chosen = load_profile(profile)
+        chosen = profile_for(profile)
         add(chosen, _references_of_lines(map(local_path, scripts), chosen))
     for name in names:
-        if name in builtin_profiles() or (Path(name).suffix in YAML and name not in scripts):
-            chosen = load_profile(name)
+        if is_builtin(name) or (Path(name).suffix in YAML and name not in scripts):
+            chosen = profile_for(name)
             if unknown := sorted(set(actors or ()) - chosen.actors.keys()):
                 raise UsageError(f"--actor: got {unknown[0]!r}, profile {name} has {', '.join(chosen.actors)}")
             if actors or everything:

@@ -39,8 +39,8 @@ from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import CLIP_SUFFIXES, FileMetadata, cover_crop, open_video, read_image, write_png
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likeness_to_json
 from vidgen_ray.pipeline import VideoGenerationPipeline, process_clip, progress_bar
-from vidgen_ray.planner import swap_groups, this_machine
-from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.planner import profile_for, swap_groups, this_machine
+from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.provenance.record import InputFile, ProvenanceRecord, SourceType, altered_record, metadata_of, with_label
 from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.script.check import check_shot
@@ -60,14 +60,14 @@ def stage(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE", parser=local_path, help="Output file: .png, .mp4 or .json.")
     ] = Path("out.png"),
-    profile: ProfileOption = "demo",
+    profile: ProfileOption = AUTO,
     seed: SeedOption = 0,
     fields: SetOption = None,
     consent: ConsentOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a single stage on an image or a clip."""
-    chosen = marks.applied(load_profile(profile))
+    chosen = marks.applied(profile_for(profile))
     with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
         is_media = run_one_stage(chosen, name, source, out, with_consent(parse_fields(fields), consent), seed)
     marking = chosen.provenance
@@ -80,7 +80,7 @@ def shot(
     prompt: Annotated[str, typer.Argument(help="Text to render.")],
     marks: LabelledMarkOptions,
     out: OutOption = "out",
-    profile: ProfileOption = "demo",
+    profile: ProfileOption = AUTO,
     face: Annotated[
         list[Path] | None, typer.Option("--face", help="Photo of the person. Repeat for more photos of the same person.")
     ] = None,
@@ -94,7 +94,7 @@ def shot(
     as_json: JsonOption = False,
 ) -> None:
     """Render one prompt, in this process and without Ray."""
-    chosen = marks.applied(load_profile(profile))
+    chosen = marks.applied(profile_for(profile))
     values = with_consent(parse_fields(fields), consent)
     if prompt.startswith("@"):
         typer.echo(f"vidgen: note: {prompt!r} is the prompt; no file is read, `vidgen render FILE.txt` reads one", err=True)

@@ -28,14 +28,15 @@ from vidgen_ray.cli.options import (
     SeedOption,
     UntilOption,
 )
-from vidgen_ray.cli.run_script import interruptible, script_licences
+from vidgen_ray.cli.run_script import interruptible, profile_on, script_licences
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE
+from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.licences import UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, load_calibration
 from vidgen_ray.planner import plan as make_plan
 from vidgen_ray.planner.layout import Slot, WorkerSpec
-from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.script.read import iter_script
 from vidgen_ray.system.quantities import count, duration, money, size
 
@@ -51,7 +52,7 @@ def plan(
     scripts: ScriptsArgument,
     lines: LineOptions,
     out: OutOption = "out",
-    profile: ProfileOption = "demo",
+    profile: ProfileOption = AUTO,
     address: AddressOption = None,
     gpus: GpusOption = None,
     until: UntilOption = None,
@@ -67,7 +68,7 @@ def plan(
     """
     from vidgen_ray.batch.render_script import estimate_run
 
-    chosen = load_profile(profile)
+    chosen = profile_on(profile, address, gpus)
     settings = lines.settings(scripts, chosen, seed, until)
     with interruptible():
         demand, counts, cluster = estimate_run(settings, chosen, OutputFolder(out), address, gpus)
@@ -129,7 +130,7 @@ def _print(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, co
     facts = Table.grid(padding=(0, 2))
     for name, text in _facts(planned, profile, demand, cluster, counts):
         facts.add_row(f"[bold]{name}[/]" if console.is_terminal else name, escape(text))
-    for table in (facts, _slots(planned), _considered(planned)):
+    for table in (facts, _stages(planned, profile), _slots(planned), _considered(planned)):
         console.print(table)
         console.print()
     for note in planned.notes:
@@ -152,8 +153,12 @@ def _facts(
     on_gpus = planned.gpu_hours > 0
     yield "profile", f"{profile.name} on {cluster}"
     yield "shots", f"{planned.shots:,} to render" + (f"; {_line_counts(counts)}" if counts else "")
-    seconds = ", ".join(f"{stage} {_short(value)}" for stage, value in planned.stage_seconds.items())
-    yield "average shot", f"{seconds} s; {count(demand.upscaled, 'shot')} upscaled, {count(demand.loras, 'LoRA')}"
+    total_s = sum(planned.stage_seconds.values())
+    share = f", {planned.clip_peak_share:.0%} of the GPU's peak" if planned.peak_share else ""
+    yield (
+        "average shot",
+        f"{_short(total_s)} s{share}; {count(demand.upscaled, 'shot')} upscaled, {count(demand.loras, 'LoRA')}",
+    )
     layout = planned.layout
     workers = f"{count(len(layout.workers), 'worker')} on {count(len(layout.slots), 'GPU' if on_gpus else 'slot')}"
     yield "layout", f"{layout.kind}: {workers}, {count(layout.encoders, 'encoder')}, at most {layout.window} shots at once"
@@ -171,6 +176,20 @@ def _facts(
     yield "disk", f"about {size(planned.output_bytes)} of outputs"
     sizes = ", ".join(f"{size(n_bytes)} ({mode})" for mode, n_bytes in planned.cache_bytes.items() if n_bytes)
     yield "cache", f"about {sizes}; --cache {DEFAULT_CACHE} is the default" if sizes else "nothing to keep"
+
+
+def _stages(planned: Plan, profile: Profile) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="")
+    for name in ("stage", "seconds", "of the peak", "precision", "options", "because of"):
+        table.add_column(name, justify="right" if name in ("seconds", "of the peak") else "left")
+    for stage, seconds in planned.stage_seconds.items():
+        actor = profile.actor_of(STAGE_BY_NAME[stage])
+        share = f"{planned.peak_share[stage]:.0%}" if stage in planned.peak_share else "-"
+        at_load = planned.options.get(STAGE_BY_NAME[stage].actor, {})
+        options = ", ".join(f"{name}={value}" for name, value in {**actor.options, **at_load}.items())
+        because = "; ".join(filter(None, (actor.reason, "GPU memory" if at_load else "")))
+        table.add_row(stage, _short(seconds), share, actor.dtype or "", escape(options), because)
+    return table
 
 
 def _slots(planned: Plan) -> Table:

@@ -49,8 +49,8 @@ from vidgen_ray.licences import ShotLicences, UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run, setting_of_last_run
 from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.outputs.manifest_writer import FILE
-from vidgen_ray.planner import Cluster
-from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.planner import Cluster, profile_for, this_machine
+from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.script.check import with_cut_prompts
 from vidgen_ray.script.lines import Line, ScriptSettings
@@ -260,7 +260,7 @@ def render(
     run: RunOptions,
     marks: LabelledMarkOptions,
     out: OutOption = "out",
-    profile: ProfileOption = "demo",
+    profile: ProfileOption = AUTO,
     seed: SeedOption = 0,
     until: UntilOption = None,
     keep: KeepOption = None,
@@ -287,7 +287,7 @@ def render(
 
     The same command resumes a run. SIGTERM or Ctrl-C stops it after the shots in progress, a second one at once.
     """
-    chosen = marks.applied(load_profile(profile))
+    chosen = marks.applied(profile_on(profile, run.address, run.cluster))
     settings = lines.settings(scripts, chosen, seed, until)
     if strict and (errors := [error for line in iter_script(settings) for error in line.errors]):
         raise ScriptError(errors)
@@ -353,7 +353,7 @@ def render_again(
 def validate(
     scripts: ScriptsArgument,
     lines: LineOptions,
-    profile: ProfileOption = "demo",
+    profile: ProfileOption = AUTO,
     files: Annotated[
         bool, typer.Option("--files", help="Also decode all photos and start images, and read the headers of all LoRAs.")
     ] = False,
@@ -364,7 +364,7 @@ def validate(
 
     Exits with code 3 if any line is invalid.
     """
-    chosen = load_profile(profile)
+    chosen = profile_for(profile)
     settings = lines.settings(scripts, chosen)
     checked = with_profile_checks(read_script(settings, decode_files=files), chosen, strict=strict_prompts)
     if as_json:
@@ -381,6 +381,19 @@ def validate(
         )
     if checked.rejected:
         raise typer.Exit(ScriptError.exit_code)
+
+
+def profile_on(name_or_path: str, address: str | None = None, gpus: Cluster | None = None) -> Profile:
+    """Load the profile for these GPUs, for those of the cluster at an address, or for those of this machine."""
+
+    def cluster() -> Cluster:
+        if address is None:
+            return gpus or this_machine()
+        from vidgen_ray.batch.render_script import cluster_at
+
+        return gpus or cluster_at(address)
+
+    return profile_for(name_or_path, cluster)
 
 
 def run_script(
@@ -430,14 +443,14 @@ def profile_of_run(outputs: OutputFolder, name: str | None) -> Profile:
     Raises SetupError if it names none, and ProfileError if its profile does not exist any more.
     """
     if name is not None:
-        return load_profile(name)
+        return profile_for(name)
     try:
         if not (run := read_last_run(outputs)):
             raise SetupError(f"{outputs.url}: has no results; pass the output folder of `vidgen render`")
         name = run["profile_source"] or run["profile"]["name"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SetupError(f"{outputs.url}: run.json does not name the profile of the last run; pass --profile") from None
-    return load_profile(name)
+    return profile_for(name)
 
 
 def _last_options(outputs: OutputFolder) -> RecordedOptions:

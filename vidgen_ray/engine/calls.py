@@ -18,7 +18,7 @@ from vidgen_ray.engine.oom_fallback import is_out_of_memory
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.step_runner import ForeignArtefacts, StepFailed, WrongResult
 from vidgen_ray.errors import OtherWeights, OutOfMemory, VidgenError, WriteError
-from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length, is_chunked, relative_costs
+from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length, durations, is_chunked
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.outputs.storage import is_disk_full
 from vidgen_ray.planner.layout import WorkerSpec
@@ -187,24 +187,19 @@ class Durations:
 
     def add(self, shot: Shot, records: Sequence[StepRecord], share: float = 1.0) -> None:
         """Add the seconds of a call. `share`: of the clip that it worked on."""
-        costs = _costs(shot, [record.stage for record in records if not record.cached])
+        costs = durations(shot)
         for record in records:
-            if costs.get(record.stage):
+            if costs[record.stage] and not record.cached:
                 self._seconds[record.stage].append(record.seconds / (costs[record.stage] * share))
 
     def expected_s(self, shot: Shot, stages: Collection[str], share: float = 1.0) -> float:
         """Return the expected seconds of a call. Infinite if a stage was not measured yet."""
-        return sum(self._usual_s(stage) * cost * share for stage, cost in _costs(shot, stages).items() if cost)
+        costs = durations(shot)
+        return sum(self._usual_s(stage) * costs[stage] * share for stage in stages if costs[stage])
 
     def _usual_s(self, stage: str) -> float:
         seconds = sorted(self._seconds[stage])
         return seconds[int(USUAL_SHARE * len(seconds))] if seconds else math.inf
-
-
-def _costs(shot: Shot, stages: Collection[str]) -> dict[str, float]:
-    """Return stage -> cost of the shot relative to the reference shot."""
-    costs = relative_costs(shot)
-    return {stage: costs[stage].mixed(STAGE_BY_NAME[stage].fixed_share) for stage in stages}
 
 
 def call_timeout_s(timeout_s: float, expected_s: float) -> float:

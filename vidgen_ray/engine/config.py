@@ -8,7 +8,7 @@ from typing import Any
 
 from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.retries import ATTEMPTS
-from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.graph import STAGE_BY_NAME, durations
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner.demand import ENCODE_SECONDS, demand_of
 from vidgen_ray.profile import Profile
@@ -17,6 +17,8 @@ from vidgen_ray.stages.base import Stage
 
 STORE_COMMITS = 4
 """Calls that an encoder runs at once if the outputs are in an object store."""
+TIMEOUT_FACTOR = 3.0
+"""A call of a stage times out after the `timeout_s` of its actor, or this many times its planned seconds if these are more."""
 COMMIT_FLOOR_S = 300.0
 COMMIT_FACTOR = 20.0
 """A call that writes files times out after COMMIT_FLOOR_S and COMMIT_FACTOR times the expected seconds of the whole shot."""
@@ -37,6 +39,8 @@ class EngineConfig:
     """Also write the intermediate images."""
     attempts: int = ATTEMPTS
     """Attempts per call before the shot has failed. The first one counts."""
+    planned_s: Mapping[str, float] = field(default_factory=dict)
+    """Stage -> planned seconds of the reference shot, on the slowest GPUs."""
     circuit_breaker: bool = False
     """Keep workers that fail alone: the caller stops the run when most shots fail."""
 
@@ -53,8 +57,15 @@ class EngineConfig:
 
     def timeout_s(self, shot: Shot, *stages: str) -> float:
         """Return the timeout of a call of these stages for a shot in seconds. It starts when execution starts."""
+        planned = durations(shot)
         classes = [STAGE_BY_NAME[name] for name in stages]
-        return sum(self.profile.actor_of(stage).timeout_s * stage.passes(shot) for stage in classes)
+        return sum(
+            max(
+                self.profile.actor_of(stage).timeout_s * stage.passes(shot),
+                TIMEOUT_FACTOR * self.planned_s.get(stage.name, 0.0) * planned[stage.name],
+            )
+            for stage in classes
+        )
 
     def commit_timeout_s(self, shot: Shot) -> float:
         """Return the timeout of one call of an encoder for a shot in seconds."""

@@ -35,6 +35,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.planner import Cluster, Node, Plan
+from vidgen_ray.planner.cards import card_reported_as
 from vidgen_ray.planner.cluster import GB, Label
 from vidgen_ray.weights.download import Hub, PullResult, pull_all
 
@@ -167,13 +168,13 @@ def _labelled(node: Node, label: Label) -> Node:
     return replace(node, label=label)
 
 
-_gpus_of_nodes: dict[str, tuple[float, ...]] = {}
-"""Node id -> GB of memory of each GPU. Node ids are never used again."""
+_gpus_of_nodes: dict[str, tuple[tuple[str, float], ...]] = {}
+"""Node id -> name and GB of memory of each GPU. Node ids are never used again."""
 
 
 def _query_gpus(nodes: Sequence[str]) -> None:
-    """Ask the nodes that have not been asked before for the memory of their GPUs."""
-    query = ray.remote(num_cpus=0)(_gpus_gb)
+    """Ask the nodes that have not been asked before for their GPUs."""
+    query = ray.remote(num_cpus=0)(_gpus)
     queries = {
         node: query.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
         for node in nodes
@@ -205,20 +206,25 @@ def _labels(alive: Sequence[dict[str, Any]], nodes: Sequence[Node]) -> Iterator[
 def _node(node: dict[str, Any], resources: Mapping[str, float]) -> Node:
     """Return the node with these of its resources. Part of a GPU counts as none."""
     gpus = int(resources.get("GPU", 0))
-    gpus_gb = _gpus_of_nodes.get(node["NodeID"], ())
-    if gpus > len(gpus_gb):
+    found = _gpus_of_nodes.get(node["NodeID"], ())
+    if gpus > len(found):
         raise SetupError(
-            f"node {node['NodeManagerAddress']}: Ray has {gpus} GPUs, nvidia-smi shows {len(gpus_gb)}. "
+            f"node {node['NodeManagerAddress']}: Ray has {gpus} GPUs, nvidia-smi shows {len(found)}. "
             "Name the GPUs with --gpus, e.g. 8x80GB."
         )
-    return Node(gpus=gpus_gb[:gpus], cpus=resources.get("CPU", 0.0), memory_gb=resources.get("memory", 0.0) / GB or None)
+    return Node(
+        gpus=tuple(memory_gb for _, memory_gb in found[:gpus]),
+        cpus=resources.get("CPU", 0.0),
+        memory_gb=resources.get("memory", 0.0) / GB or None,
+        card=card_reported_as(found[0][0]) if gpus else None,
+    )
 
 
-def _gpus_gb() -> tuple[float, ...]:
-    """Return the memory of each GPU of this machine in units of 2**30 bytes, as reported by nvidia-smi."""
+def _gpus() -> tuple[tuple[str, float], ...]:
+    """Return the name of each GPU of this machine and its memory in units of 2**30 bytes, as reported by nvidia-smi."""
     try:
         output = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],  # noqa: S607  # its folder differs between distributions
+            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],  # noqa: S607  # its folder differs between distributions
             capture_output=True,
             text=True,
             timeout=30,
@@ -226,7 +232,8 @@ def _gpus_gb() -> tuple[float, ...]:
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    return tuple(float(line) / 1024 for line in output.split("\n") if line.strip())
+    lines = (line.rsplit(",", 1) for line in output.split("\n") if line.strip())
+    return tuple((name.strip(), float(mebibytes) / 1024) for name, mebibytes in lines)
 
 
 def _start_ray(address: str | None, cpus: float) -> None:

@@ -34,11 +34,10 @@ from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.online.workers import Workers
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import Cluster, Plan, cpus_needed, load_calibration, parse_gpus, plan
+from vidgen_ray.planner import Cluster, Plan, cpus_needed, load_calibration, parse_gpus, plan, profile_for
 from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout
 from vidgen_ray.planner.solver import DIRECTOR_CPUS
-from vidgen_ray.profile import load_profile
 from vidgen_ray.provenance.signing import check_signing
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.system.files import private_folder
@@ -68,6 +67,8 @@ class ServerPlan:
     layout: Layout
     labels: tuple[Label | None, ...]
     """Label of the node of each slot; see `fleet.labels_of`."""
+    reference_s: Mapping[str, float]
+    """Stage -> planned seconds of the reference shot."""
     stage_seconds: Mapping[str, float] | None
     """Stage -> mean seconds per shot, to use GPUs that become free later. `None` if the settings name all GPUs."""
 
@@ -83,15 +84,15 @@ def server_plan(settings: OnlineSettings, detect: Callable[[], Cluster]) -> Serv
     Raises ProfileError and SetupError as the planner does, and SetupError if nothing can be served, or if Ray cannot
     distinguish GPUs of different sizes.
     """
-    configured = load_profile(settings.profile)
-    configured = configured.with_provenance(settings.provenance)
+    cluster = parse_gpus(settings.gpus) if settings.gpus else detect()
+    configured = profile_for(settings.profile, lambda: cluster).with_provenance(settings.provenance)
     check_signing(configured.provenance)
     served = serving_profile(configured, settings.require_licence)
-    cluster = parse_gpus(settings.gpus) if settings.gpus else detect()
     served = replace(served, gpu_gb=max(cluster.gpus, default=None))
     chosen = plan_for(served, cluster)
+    served = replace(served, profile=served.profile.with_options(chosen.options))
     stage_seconds = None if settings.gpus else chosen.stage_seconds
-    return ServerPlan(settings, served, chosen.layout, tuple(labels_of(chosen, cluster)), stage_seconds)
+    return ServerPlan(settings, served, chosen.layout, tuple(labels_of(chosen, cluster)), chosen.reference_s, stage_seconds)
 
 
 def plan_for(served: ServingProfile, cluster: Cluster) -> Plan:
@@ -136,6 +137,7 @@ def application(server: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STA
     config = EngineConfig(
         name=APP,
         profile=server.serving_profile.profile,
+        planned_s=server.reference_s,
         outputs=outputs,
         stages={stage.name: stages[stage.name] for stage in server.serving_profile.stages if stage.name in stages},
         # Streamed images are read from the cache while a job runs, and lost artefacts are taken from it.

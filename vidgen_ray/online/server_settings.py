@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL
+from vidgen_ray.profile import AUTO
 from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.system.files import load_yaml, private_folder
 
@@ -119,7 +120,7 @@ class Webhooks(_Settings):
 class OnlineSettings(_Settings):
     """Settings of a server. Times are in seconds."""
 
-    profile: str = Field("demo", description="Name or file of the profile: models, devices and defaults.")
+    profile: str = Field(AUTO, description="Name or file of the profile: models, devices and defaults. `auto`: by the GPUs.")
     gpus: str | None = Field(None, description="GPUs to plan for, for example 8x80GB. Default: detect GPUs at the start.")
     provenance: ProvenanceSettings | None = Field(
         None, description="How files are marked as AI-generated, labelled and signed. Default: that of the profile."

@@ -1,7 +1,7 @@
 """Planner: cluster + profile + demand of a script -> layout, duration and cost. Does not use Ray; callers pass the cluster."""
 
 from vidgen_ray.planner.choose_layout import ConsideredLayout, Plan, cpus_needed, plan
-from vidgen_ray.planner.cluster import Cluster, Node, parse_gpus, this_machine
+from vidgen_ray.planner.cluster import Cluster, Node, parse_gpus, profile_for, this_machine
 from vidgen_ray.planner.demand import (
     Calibration,
     Demand,
@@ -30,6 +30,7 @@ __all__ = [
     "load_calibration",
     "parse_gpus",
     "plan",
+    "profile_for",
     "save_calibration",
     "save_measurements",
     "swap_groups",

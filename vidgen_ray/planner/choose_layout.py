@@ -7,14 +7,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+
+from pydantic import JsonValue
 
 from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError, VidgenError
+from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner import layout
+from vidgen_ray.planner.cards import Card, typical_card
 from vidgen_ray.planner.cluster import Cluster, Node
 from vidgen_ray.planner.demand import ENCODE_SECONDS, Calibration, Demand, seconds_of, total_seconds
-from vidgen_ray.planner.gpu_memory import actors_of, reference_shots
+from vidgen_ray.planner.gpu_memory import actors_of, memory_limits, reference_shots
 from vidgen_ray.planner.layout import SHOTS_PER_SWAP, Actor, Candidates, Kind, Layout, Slot
 from vidgen_ray.planner.solver import (
     DIRECTOR_CPUS,
@@ -32,18 +37,8 @@ from vidgen_ray.planner.solver import (
 from vidgen_ray.profile import Profile
 from vidgen_ray.system.quantities import amount_text, money
 
-PER_GPU_HOUR: Sequence[tuple[float, float]] = ((24, 0.6), (40, 1.3), (48, 1.0), (80, 2.5), (141, 3.8))
-"""Maximum GB of memory and price in `CURRENCY`: rough values from cloud price lists of 2025."""
 CURRENCY = "USD"
-TOLERANCE_GB = 1.0
-"""GPUs may have slightly more memory than their nominal size."""
-
-
-def default_price(memory_gb: float) -> float | None:
-    """Return dollars per hour, or `None` for a GPU with more memory than those in the table."""
-    return next((price for max_gb, price in PER_GPU_HOUR if memory_gb <= max_gb + TOLERANCE_GB), None)
-
-
+"""Currency of the default prices of cards."""
 SHOTS_PER_SLOT = 3
 """Shots in progress per slot: one running, one queued and one in transfer."""
 START_SECONDS = 15.0
@@ -87,7 +82,7 @@ class Plan:
     cache_bytes: Mapping[str, float]
     """Value of `--cache` -> size of the stage cache."""
     cost: float | None
-    """Cost in the currency of the price. `None` without GPUs or without a price."""
+    """Cost in the currency of the price. `None` without GPUs."""
     currency: str | None
     """Currency of a default price. `None` if the price is the user's, which has no currency."""
     bottleneck: str | None
@@ -97,6 +92,19 @@ class Plan:
     considered: tuple[ConsideredLayout, ...]
     notes: tuple[str, ...]
     """Assumptions and hints, to be shown with the plan."""
+    reference_s: Mapping[str, float] = field(default_factory=dict)
+    """Stage -> planned seconds of the reference shot, on the slowest GPUs."""
+    peak_share: Mapping[str, float] = field(default_factory=dict)
+    """Stage -> fraction of the GPU's peak in 16 bits that it reaches at the planned seconds. Only stages of known work."""
+    options: Mapping[str, Mapping[str, JsonValue]] = field(default_factory=dict)
+    """Actor -> options with which its weights are loaded, where they differ from the profile's."""
+
+    @property
+    def clip_peak_share(self) -> float:
+        """Fraction of the GPU's peak that a shot reaches on average."""
+        return sum(share * self.stage_seconds[stage] for stage, share in self.peak_share.items()) / sum(
+            self.stage_seconds.values()
+        )
 
     def check_cost(self, max_cost: float | None) -> None:
         """Raise TooExpensive if the cost exceeds `max_cost`, UsageError if the cost of the GPUs is unknown.
@@ -122,6 +130,8 @@ class Timing:
     """Stage -> mean seconds per shot."""
     spread: float
     """Relative standard deviation of the sum."""
+    reference_s: Mapping[str, float]
+    """Stage -> seconds of the reference shot."""
     assumed: tuple[str, ...]
     """Stages without calibration or seconds in the profile."""
 
@@ -203,12 +213,11 @@ def _window(slots: Sequence[Slot], shots: int) -> int:
     return max(1, min(shots_needed, shots))
 
 
-def _price(cluster: Cluster, price: float | None) -> tuple[float | None, bool]:
+def _price(cluster: Cluster, price: float | None) -> tuple[float, bool]:
     """Return the price of an hour of all GPUs, and whether it is from the table of default prices."""
     if price is not None:
         return price * len(cluster.gpus), False
-    prices = [default_price(memory) for memory in cluster.gpus]
-    return (None, False) if None in prices else (sum(p for p in prices if p is not None), True)
+    return sum(len(node.gpus) * card.usd_per_hour for node in cluster.nodes if (card := node.assumed_card)), True
 
 
 def _bottleneck(packing: Packing, timing: Timing) -> str | None:
@@ -228,10 +237,16 @@ def _notes(packing: Packing, cluster: Cluster, timing: Timing, on_gpu: bool, def
         yield f"the workers need up to {max(unknown):.4g} GB of host memory per node, which is assumed to be available"
     if on_gpu and (idle := len(cluster.gpus) - len(packing.slots)):
         yield f"{idle} of {len(cluster.gpus)} GPUs are idle: too little memory, too few shots, or too few CPUs"
+    unnamed = sorted({max(node.gpus) for node in cluster.nodes if node.gpus and node.card is None})
+    if on_gpu and unnamed:
+        assumed = " and ".join(f"{memory:.4g} GB as {typical_card(memory).name}" for memory in unnamed)
+        yield f"GPUs of unknown kind: planned {assumed}; name them with --gpus, such as 8xL40S"
     if default_price:
         yield "the price is an estimate; set it with --price or price_per_gpu_hour in the profile"
 
 
+ROOM_GB = 2.0
+"""GPU memory that stays free if there is a plan with it, for what the computed memory leaves out."""
 TIE = 0.01
 """Relative gain in rate below which the simpler layout is preferred."""
 MIN_SECONDS = 1e-6
@@ -258,44 +273,99 @@ def plan(
         raise ValueError(f"demand.shots: got {demand.shots}, must be at least 1")
     price = profile.price_per_gpu_hour if price is None else price
     measured = {name: known.nearest(demand.pixels, demand.frames) for name, known in (calibration or {}).items()}
-    timing = _timing(profile, demand, measured)
+    cards = cluster.assumed_cards or (None,)
+    timings = {card: _timing(profile, demand, measured, card) for card in cards}
+    timing = timings[cards[0]]
+    reference_s = {stage.name: max(timings[card].reference_s[stage.name] for card in cards) for stage in demand.stages}
     shots = demand.sizes or reference_shots(profile)
-    # Without a GPU, the error is that of the layouts.
-    gpu_gb = max(cluster.gpus, default=math.inf)
-    actors, memories = actors_of(profile, demand.stages, shots, gpu_gb, timing.seconds)
     encode_seconds = demand.encoded_mpx * ENCODE_SECONDS[profile.encode.preset] / demand.shots
-    if not actors:
-        # No stage to run: every shot has a start image and no clip, so that only files are written.
-        rate = ENCODER_BUSY / max(encode_seconds, 1.0)
-        return estimate("fused", Packing(rate, (), 1), demand, cluster, timing, (), price)
-    on_gpu = any(actor.on_gpu for actor in actors)
-    cpus_per_slot = max(1.0, *(actor.cpus for actor in actors))
 
-    def slots_of(node: Node) -> Mapping[float, int]:
-        # On CPUs: one per core, or fewer if an actor needs more cores, and at least one.
-        return Counter(node.gpus) if on_gpu else {0.0: max(1, int(node.cpus / cpus_per_slot))}
+    def speed(actor: Actor, card: Card | None) -> float:
+        on_card = timings.get(card, timing).seconds
+        return actor.seconds / sum(on_card[stage] for stage in actor.stages)
 
-    problem = PackingProblem(actors, encode_seconds, demand.shots, slots_of, profile.swap_gb_per_s)
-    if on_gpu:
-        kind, packing, considered = _pack_gpus(profile, problem, cluster)
-    else:
-        kind, packing, considered = _pack_cpus(profile, problem, cluster)
-    notes = [f"the largest shots run with lower-memory settings: {options}" for each in memories for options in each.lowered]
-    notes += [f"shots will fail: {reason}" for each in memories for reason in each.refused]
-    return estimate(kind, packing, demand, cluster, timing, considered, price, tuple(notes))
+    def plan_within(limit_gb: float, usable: Cluster) -> Plan:
+        """Return the plan whose calls take at most `limit_gb` of GPU memory each, on GPUs with the memory of `usable`."""
+        actors, memories = actors_of(profile, demand.stages, shots, limit_gb, timing.seconds)
+        if not actors:
+            # No stage to run: every shot has a start image and no clip, so that only files are written.
+            rate = ENCODER_BUSY / max(encode_seconds, 1.0)
+            return estimate("fused", Packing(rate, (), 1), demand, cluster, timing, (), price)
+        on_gpu = any(actor.on_gpu for actor in actors)
+        cpus_per_slot = max(1.0, *(actor.cpus for actor in actors))
+
+        def slots_of(node: Node) -> Mapping[float, int]:
+            # On CPUs: one per core, or fewer if an actor needs more cores, and at least one.
+            return Counter(node.gpus) if on_gpu else {0.0: max(1, int(node.cpus / cpus_per_slot))}
+
+        problem = PackingProblem(actors, encode_seconds, demand.shots, slots_of, profile.swap_gb_per_s, speed)
+        kind, packing, considered = (_pack_gpus if on_gpu else _pack_cpus)(profile, problem, usable)
+        lowered = [options for each in memories for options in each.lowered]
+        notes = [f"the largest shots run with lower-memory settings: {options}" for options in lowered]
+        notes += [f"shots will fail: {reason}" for each in memories for reason in each.refused]
+        planned = estimate(kind, packing, demand, cluster, timing, considered, price, tuple(notes))
+        options = {actor.name: memory.options for actor, memory in zip(actors, memories, strict=True) if memory.options}
+        return replace(
+            planned, options=options, reference_s=reference_s, peak_share=dict(_peak_shares(profile, timing, cards[0]))
+        )
+
+    def best_plan(usable: Cluster) -> Plan:
+        gpu_gb = max(usable.gpus, default=math.inf)
+        limits = memory_limits(profile, demand.stages, shots, gpu_gb)
+        return _fastest(partial(plan_within, usable=usable), limits)
+
+    sections = [profile.actor_of(stage) for stage in demand.stages]
+    if any(section.device == "cuda" and not section.memory_gb for section in sections):
+        with suppress(SetupError, ProfileError):
+            return best_plan(cluster.with_room(ROOM_GB))
+    return best_plan(cluster)
 
 
-def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibration]) -> Timing:
+def _peak_shares(profile: Profile, timing: Timing, card: Card | None) -> Iterator[tuple[str, float]]:
+    for name, seconds in timing.reference_s.items():
+        stage = STAGE_BY_NAME[name]
+        if card is not None and profile.actor_of(stage).device == "cuda" and (work := stage.work(profile.options_of(stage))):
+            yield name, card.share_of_peak(work, seconds)
+
+
+def _fastest(plan_within: Callable[[float], Plan], limits_gb: Sequence[float]) -> Plan:
+    """Return the fastest plan; of several about as fast the one with the highest settings.
+
+    More memory never leads to a slower plan: a larger GPU has the limits of a smaller one too. Raises the error of the first
+    limit if no plan is possible.
+    """
+    plans: list[Plan] = []
+    errors: list[VidgenError] = []
+    for limit_gb in limits_gb:
+        try:
+            planned = plan_within(limit_gb)
+        except (SetupError, ProfileError) as error:
+            errors.append(error)
+            continue
+        plans.append(planned)
+        # With one worker per GPU that holds everything, lower settings gain nothing.
+        if planned.layout.kind == "fused":
+            break
+    if not plans:
+        raise errors[0]
+    best = max(planned.shots_per_hour for planned in plans)
+    return next(planned for planned in plans if planned.shots_per_hour >= best * (1 - TIE))
+
+
+def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibration], card: Card | None) -> Timing:
     seconds: dict[str, float] = {}
+    reference_s: dict[str, float] = {}
     spread_seconds, assumed = 0.0, []
     for stage in demand.stages:
-        expected = seconds_of(profile, stage, calibration)
+        expected = seconds_of(profile, stage, calibration, card)
         total = total_seconds(expected, stage.name, demand, calibration.get(stage.name))
+        reference_s[stage.name] = expected.reference_s
         seconds[stage.name] = max(MIN_SECONDS, total / demand.shots)
         spread_seconds += expected.spread * seconds[stage.name]
         if not expected.is_known:
             assumed.append(stage.name)
-    return Timing(seconds, min(0.9, spread_seconds / sum(seconds.values())) if seconds else 0.0, tuple(assumed))
+    spread = min(0.9, spread_seconds / sum(seconds.values())) if seconds else 0.0
+    return Timing(seconds, spread, reference_s, tuple(assumed))
 
 
 Choice = tuple[Kind, Packing, tuple[ConsideredLayout, ...]]

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, clip_growth, relative_costs
+from vidgen_ray.planner.cards import H100, Card
 from vidgen_ray.planner.gpu_memory import ShotSizes
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
@@ -354,8 +355,10 @@ def total_seconds(expected: StageSeconds, stage: str, demand: Demand, measured: 
     return max(0.0, expected.of(rest)) + own
 
 
-def seconds_of(profile: Profile, stage: type[Stage[Any]], measured: Mapping[str, Calibration]) -> StageSeconds:
-    """Return the expected seconds of a stage.
+def seconds_of(
+    profile: Profile, stage: type[Stage[Any]], measured: Mapping[str, Calibration], card: Card | None = None
+) -> StageSeconds:
+    """Return the expected seconds of a stage on a kind of GPU: measured, of the profile, or from the work of its networks.
 
     Raises ProfileError for a missing actor, and for an actor with seconds of a stage that it does not hold.
     """
@@ -370,4 +373,8 @@ def seconds_of(profile: Profile, stage: type[Stage[Any]], measured: Mapping[str,
         return StageSeconds(calibrated.seconds_of_reference, calibrated.fixed_share, calibrated.spread, True)
     if stage.name in actor.seconds:
         return StageSeconds(actor.seconds[stage.name], stage.fixed_share, ASSUMED_SPREAD, True)
+    work = stage.work(profile.options_of(stage)) if actor.device == "cuda" else None
+    if work is not None:
+        seconds = (card or H100).seconds(work, stage.compute_share)
+        return StageSeconds(seconds, stage.fixed_share, ASSUMED_SPREAD, True)
     return StageSeconds(stage.reference_s, stage.fixed_share, ASSUMED_SPREAD, False)

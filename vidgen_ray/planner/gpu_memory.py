@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from operator import ge
 from typing import Any
 
+from pydantic import JsonValue
+
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.planner.cluster import GB, Node
@@ -64,14 +66,18 @@ class ActorMemory:
     """Options that some shots need lower than the profile has them, such as `svd: decode_chunk_frames=1`."""
     refused: tuple[str, ...] = ()
     """Why some shots fit in no way. They will fail, and are not part of the sizes."""
+    options: Mapping[str, JsonValue] = field(default_factory=dict)
+    """Options of the actor with which its weights must be loaded, where they differ from the profile's: lowered ones that
+    decide which weights stay on the GPU."""
 
 
 def actor_memory(profile: Profile, stages: Sequence[type[Stage[Any]]], shots: Iterable[Shot], gpu_gb: float) -> ActorMemory:
-    """Return the memory of the actor that runs these stages. `gpu_gb`: memory of the largest GPU.
+    """Return the memory of the actor that runs these stages. `gpu_gb`: memory that each of its calls may take.
 
     Shots that do not fit with the options of the profile count with the first lower-memory settings with which they do, as
     workers run them. `memory_gb` of the profile replaces the table of the published weights.
-    Raises SetupError if no shot fits in any way, with the size that would fit, and ProfileError if the memory is unknown.
+    Raises SetupError if none of a stage's shots fits in any way, with the size that would fit, and ProfileError if the memory
+    is unknown.
     """
     section = profile.actor_of(stages[0])
     if section.device == "cpu":
@@ -80,24 +86,27 @@ def actor_memory(profile: Profile, stages: Sequence[type[Stage[Any]]], shots: It
         return ActorMemory(section.memory_gb, 0.0, 0.0)
     weights: dict[str, int] = {}
     peak = host = 0
-    fits = False
+    fitting_stages: set[str] = set()
     lowered: dict[str, None] = {}
-    refused: dict[str, None] = {}
+    refused: dict[str, str] = {}
+    options: dict[str, JsonValue] = {}
     for stage, params, shot in _calls(profile, stages, shots):
         fitting = fitting_params(stage, params, shot, gpu_gb)
         if fitting is None:
-            refused[too_large(stage, params, shot, gpu_gb)] = None
+            refused[too_large(stage, params, shot, gpu_gb)] = stage.name
             continue
-        fits = True
+        fitting_stages.add(stage.name)
         memory = stage_memory(profile, stage, fitting, shot)
         for part, size in memory.weights.items():
             weights[part] = max(size, weights.get(part, 0))
         peak, host = max(peak, memory.peak), max(host, memory.host)
         if fitting != params:
             lowered[f"{stage.name}: {changed_options(params, fitting)}"] = None
-    if refused and not fits:
-        raise SetupError(next(iter(refused)))
-    return ActorMemory(sum(weights.values()) / GB, peak / GB, host / GB, tuple(lowered), tuple(refused))
+            options |= _options_at_load(stage, params, fitting, shot)
+    for message, name in refused.items():
+        if name not in fitting_stages:
+            raise SetupError(message)
+    return ActorMemory(sum(weights.values()) / GB, peak / GB, host / GB, tuple(lowered), tuple(refused), options)
 
 
 def actors_of(
@@ -130,6 +139,26 @@ def actors_of(
         for position, ((name, members), memory) in enumerate(zip(by_name.items(), memories, strict=True))
     ]
     return tuple(actors), tuple(memories)
+
+
+def memory_limits(
+    profile: Profile, stages: Sequence[type[Stage[Any]]], shots: Sequence[Shot], gpu_gb: float
+) -> tuple[float, ...]:
+    """Return the limits of the memory of a call, largest first, that lead to different settings of the stages.
+
+    All shots that fit on a GPU of `gpu_gb` fit into the smallest of them.
+    """
+    totals: set[float] = set()
+    smallest = 0.0
+    for stage, params, shot in _calls(profile, stages, shots):
+        section = profile.actor_of(stage)
+        if section.device == "cpu" or section.memory_gb:
+            continue
+        steps = [stage_memory(profile, stage, step, shot) for step in stage.lower_memory_steps(params, shot)]
+        fitting = {total for memory in steps if (total := memory.total / GB + CONTEXT_GB) <= gpu_gb}
+        totals |= fitting
+        smallest = max(smallest, min(fitting, default=0.0))
+    return gpu_gb, *sorted((total for total in totals if smallest <= total < gpu_gb), reverse=True)
 
 
 def _calls(
@@ -243,8 +272,23 @@ def fitting_sizes(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu_
 
 def changed_options(before: StageParams, after: StageParams) -> str:
     """Return what differs in `after`, for example `decode_chunk_frames=2`."""
+    return ", ".join(f"{name}={value}" for name, value in _changes(before, after).items())
+
+
+def _options_at_load(stage: type[Stage[Any]], params: StageParams, fitting: StageParams, shot: Shot) -> dict[str, JsonValue]:
+    """Return the lowered options that decide which weights stay on the GPU. Such options change no bytes of results."""
+
+    def weights(with_params: StageParams) -> Mapping[str, int]:
+        memory = stage.memory(with_params, shot)
+        return memory.weights if memory is not None else {}
+
+    changed = _changes(params, fitting).items()
+    return {name: value for name, value in changed if weights(params.model_copy(update={name: value})) != weights(params)}
+
+
+def _changes(before: StageParams, after: StageParams) -> dict[str, JsonValue]:
     other = after.model_dump(mode="json")
-    return ", ".join(f"{name}={other[name]}" for name, value in before.model_dump(mode="json").items() if other[name] != value)
+    return {name: other[name] for name, value in before.model_dump(mode="json").items() if other[name] != value}
 
 
 def swap_groups(
@@ -257,11 +301,14 @@ def swap_groups(
     if not machine.gpus:
         return ()
     gpu_gb = machine.gpus[0]
-    actors, memories = actors_of(profile, stages, shots, gpu_gb)
-    if refused := [reason for memory in memories for reason in memory.refused]:
-        raise SetupError(refused[0])
-    process = with_swapping(actors, gpu_gb)
-    if process is None:
+    for limit_gb in memory_limits(profile, stages, shots, gpu_gb):
+        actors, memories = actors_of(profile, stages, shots, limit_gb)
+        if refused := [reason for memory in memories for reason in memory.refused]:
+            raise SetupError(refused[0])
+        process = with_swapping(actors, gpu_gb)
+        if process is not None:
+            break
+    else:
         needed = needed_gb([actor for actor in actors if actor.on_gpu]) + CONTEXT_GB
         raise SetupError(f"profile {profile.name}: the stages need {needed:.4g} GB of GPU memory, the GPU has {gpu_gb:.4g}")
     if machine.memory_gb is not None and process.host_gb > machine.memory_gb:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vidgen_ray.planner.cards import Card
 from vidgen_ray.planner.cluster import Cluster, Node
 from vidgen_ray.planner.layout import (
     CONTEXT_GB,
@@ -57,6 +58,8 @@ class PackingProblem:
     slots_of: SlotsOfNode
     swap_gb_per_s: float
     """Transfer rate between host memory and GPU memory."""
+    speed: Callable[[Actor, Card | None], float] = lambda *_: 1.0
+    """Speed of an actor on a kind of GPU: its seconds divided by those on that kind."""
 
     @property
     def seconds(self) -> float:
@@ -87,10 +90,11 @@ class Packing:
 
 @dataclass(frozen=True)
 class _SlotGroup:
-    """Interchangeable slots: same memory, and same node if `node` matters."""
+    """Interchangeable slots: same memory and kind of GPU, and same node if `node` matters."""
 
     node: int
     memory_gb: float
+    card: Card | None
     count: int
 
 
@@ -117,10 +121,11 @@ def pack(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> P
     First solves the problem without CPU and host memory limits, which rarely matter, then with those of all nodes together,
     and places the slots on nodes afterwards. Only if both placements fail, solves it with the limits of each node.
     """
-    sizes: Counter[float] = Counter()
+    kinds: Counter[tuple[float, Card | None]] = Counter()
     for node in cluster.nodes:
-        sizes.update(problem.slots_of(node))
-    groups = [_SlotGroup(0, memory, count) for memory, count in sorted(sizes.items(), reverse=True)]
+        kinds.update({(memory, node.assumed_card): count for memory, count in problem.slots_of(node).items()})
+    ordered = sorted(kinds.items(), key=lambda kind: kind[0][0], reverse=True)
+    groups = [_SlotGroup(0, memory, card, count) for (memory, card), count in ordered]
     unlimited = _solve(problem, groups, lambda memory: drop_dominated(candidates(memory), ignore_host_limits=True), None)
     if unlimited is None:
         return None
@@ -136,7 +141,7 @@ def pack(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> P
     if placed is not None:
         return placed
     groups = [
-        _SlotGroup(index, memory, count)
+        _SlotGroup(index, memory, node.assumed_card, count)
         for index, node in enumerate(cluster.nodes)
         for memory, count in sorted(problem.slots_of(node).items(), reverse=True)
     ]
@@ -201,13 +206,13 @@ def _place_on_nodes(solution: _Solution, problem: PackingProblem, cluster: Clust
     free = [Counter(problem.slots_of(node)) for node in cluster.nodes]
     slots: list[FilledSlot] = []
 
-    def take(cpus_needed: float, host_gb: float = 0.0, load_gb: float = 0.0, memory_gb: float | None = None) -> int | None:
+    def take(cpus_needed: float, host_gb: float = 0.0, load_gb: float = 0.0, group: _SlotGroup | None = None) -> int | None:
         suitable = [
             node
             for node in range(len(cpus))
             if cpus[node] >= cpus_needed - EPSILON
             and host[node] >= host_gb + max(load_gb, load[node]) - EPSILON
-            and (memory_gb is None or free[node][memory_gb] > 0)
+            and (group is None or (free[node][group.memory_gb] > 0 and cluster.nodes[node].assumed_card == group.card))
         ]
         if not suitable:
             return None
@@ -215,14 +220,14 @@ def _place_on_nodes(solution: _Solution, problem: PackingProblem, cluster: Clust
         cpus[node] -= cpus_needed
         host[node] -= host_gb
         load[node] = max(load_gb, load[node])
-        if memory_gb is not None:
-            free[node][memory_gb] -= 1
+        if group is not None:
+            free[node][group.memory_gb] -= 1
         return node
 
     for option, count, shares in sorted(solution.chosen, key=lambda chosen: -chosen[0].assignment.cpus):
         assignment = option.assignment
         for _ in range(count):
-            node = take(assignment.cpus, assignment.host_gb, assignment.load_gb, option.group.memory_gb)
+            node = take(assignment.cpus, assignment.host_gb, assignment.load_gb, option.group)
             if node is None:
                 return None
             slots.append(FilledSlot(assignment, node, shares))
@@ -264,7 +269,9 @@ class _PackingModel:
         self._programme = LinearProgramme()
         self._total_slots = sum(group.count for group in groups)
         self._needs = {actor: self._total_slots * actor.seconds / problem.seconds for actor in problem.actors}
-        self._efficiency = self._programme.add_variable(1.0)
+        self._efficiency = self._programme.add_variable(
+            max(problem.speed(actor, group.card) for group in groups for actor in problem.actors)
+        )
         self._counts = [self._programme.add_variable(option.group.count, integer=True) for option in options]
         self._time_variables: list[dict[Actor, int]] = [self._add_slot_time(n) for n in range(len(options))]
         self._supply_all_actors()
@@ -304,14 +311,19 @@ class _PackingModel:
             slot_time[time] = 1.0
             if actor in assignment.swapped_actors and rounds is not None:
                 # At most `TURN_SHOTS` shots per round of swapping.
-                self._programme.add_constraint({time: 1.0, rounds: -SHOTS_PER_SWAP * self._needs[actor]}, high=0.0)
+                speed = self._problem.speed(actor, self._options[n].group.card)
+                self._programme.add_constraint({time: speed, rounds: -SHOTS_PER_SWAP * self._needs[actor]}, high=0.0)
         self._programme.add_constraint(slot_time, high=0.0)
         return times
 
     def _supply_all_actors(self) -> None:
         """Require enough time of every actor for the efficiency, and at least one slot with it."""
         for actor in self._problem.actors:
-            supply = {times[actor]: 1.0 for times in self._time_variables if actor in times}
+            supply = {
+                times[actor]: self._problem.speed(actor, option.group.card)
+                for times, option in zip(self._time_variables, self._options, strict=True)
+                if actor in times
+            }
             self._programme.add_constraint({self._efficiency: -self._needs[actor], **supply}, low=0.0)
             slots = [n for n, option in zip(self._counts, self._options, strict=True) if actor in option.assignment.actors]
             self._programme.add_constraint(dict.fromkeys(slots, 1.0), low=1.0)

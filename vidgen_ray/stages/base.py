@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vidgen_ray.errors import MissingWeights, StageError
 from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
-from vidgen_ray.stages.memory_table import StageMemory
+from vidgen_ray.stages.memory_table import StageMemory, Work
 from vidgen_ray.system.model_files import check_pipeline_folder
 
 if TYPE_CHECKING:
@@ -202,7 +202,9 @@ class Stage(ABC, Generic[P]):
     actor: ClassVar[str]
     """Stages with the same actor share weights and live in one process."""
     reference_s: ClassVar[float] = 1.0
-    """Seconds for the reference shot on an H100, for profiles that state none."""
+    """Seconds for the reference shot, for profiles that state none and stages without `work`."""
+    compute_share: ClassVar[float] = 0.5
+    """Fraction of a card's peak that matrix products, convolutions and attention of `work` are assumed to reach."""
     fixed_share: ClassVar[float] = 0.0
     """Fraction of the reference shot's seconds that does not depend on the number of steps, such as text encoding and decoding.
     The planner assumes it until it is measured."""
@@ -339,6 +341,11 @@ class Stage(ABC, Generic[P]):
     @classmethod
     def memory(cls, params: P, shot: Shot) -> StageMemory | None:
         """Return the memory that the shot needs with the published weights. `None` if unknown: the profile must state it."""
+        return None
+
+    @classmethod
+    def work(cls, params: P) -> Work | None:
+        """Return the work of the reference shot with the published weights. `None` if unknown: `reference_s` counts."""
         return None
 
     @abstractmethod

@@ -25,7 +25,7 @@ from vidgen_ray.stages.base import (
 from vidgen_ray.stages.flux_model import CACHED_PROMPTS, DEFAULT_STEPS, FEW_STEP_LORA, T5_CHANNELS, FluxModel, FluxParams
 from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines, injector_class, pose_image, shared_injector
 from vidgen_ray.stages.loading import with_smaller_tiles
-from vidgen_ray.stages.memory_table import FP8, StageMemory, activation_bytes, weight_bytes
+from vidgen_ray.stages.memory_table import FP8, StageMemory, Work, activation_bytes, network_work, relative_flop, weight_bytes
 
 PATCH_PIXELS, HIDDEN_CHANNELS = 16 * 16, 3072
 """Pixels per token of the transformer, and numbers per token."""
@@ -114,6 +114,14 @@ class FluxFamilyStage(Stage[FluxParams]):
         return StageMemory(weights, max(encode_text, activations), host)
 
     @classmethod
+    def work_of_steps(cls, params: FluxParams, steps: float) -> Work:
+        """Return the work of an image of the reference size with this number of steps."""
+        step = network_work("flux/step", REFERENCE_PIXELS)
+        if params.quantize == FP8:
+            step += Work(moved_bytes=FP8_CAST_BYTES * weight_bytes(f"flux/transformer:{FP8}", params.dtype))
+        return step.times(steps) + network_work("flux/decode", REFERENCE_PIXELS)
+
+    @classmethod
     def lower_memory(cls, params: FluxParams) -> FluxParams | None:
         """Return smaller tiles of the autoencoder, then T5 taking turns with the transformer."""
         if (smaller := with_smaller_tiles(params)) is not None:
@@ -188,6 +196,10 @@ class FluxFamilyStage(Stage[FluxParams]):
         return {"image": pixels_to_uint8(redrawn)}
 
 
+FP8_CAST_BYTES = 6
+"""Bytes per weight that a step moves to convert it from 8 bits to 16 and back."""
+
+
 def relative_flux_cost(shot: Shot, steps: int | None) -> float:
     """Return the cost of the whole schedule relative to the reference shot, which has no face.
 
@@ -197,7 +209,8 @@ def relative_flux_cost(shot: Shot, steps: int | None) -> float:
     passes = 2.0 if shot.negative_prompt else 1.0
     if shot.flux_identity is not None:
         passes += injector_class(shot.flux_identity).passes_per_step * (shot.identity_end - shot.identity_start)
-    return shot.width * shot.height / REFERENCE_PIXELS * (steps or DEFAULT_STEPS) / DEFAULT_STEPS * passes
+    size = relative_flop("flux/step", shot.width * shot.height, REFERENCE_PIXELS)
+    return size * (steps or DEFAULT_STEPS) / DEFAULT_STEPS * passes
 
 
 class FluxStage(FluxFamilyStage):
@@ -213,7 +226,6 @@ class FluxStage(FluxFamilyStage):
     name: ClassVar[str] = "flux"
     label: ClassVar[str] = "Base image"
     activity: ClassVar[str] = "Generating the base image"
-    reference_s: ClassVar[float] = 3.8
     common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
     version: ClassVar[int] = 1
     uses_shot_seed: ClassVar[bool] = True
@@ -239,6 +251,14 @@ class FluxStage(FluxFamilyStage):
     @staticmethod
     def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
         return shot.fast_lora
+
+    @classmethod
+    def work(cls, params: FluxParams) -> Work:
+        text = network_work("flux/text")
+        if params.text_encoder == "swapped":
+            t5, transformer = (weight_bytes(f"flux/{name}", params.dtype) for name in ("text_encoder_2", "transformer"))
+            text += Work(linked_bytes=t5 + transformer / (2 if params.quantize == FP8 else 1))
+        return text + cls.work_of_steps(params, DEFAULT_STEPS)
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
@@ -274,7 +294,6 @@ class FluxLoRAStage(FluxFamilyStage):
     name: ClassVar[str] = "lora"
     label: ClassVar[str] = "LoRA"
     activity: ClassVar[str] = "Redrawing with the LoRA"
-    reference_s: ClassVar[float] = 2.3
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"lora": "style.safetensors"},
         {"lora": "style.safetensors", "face_image": ("photo.jpg",)},
@@ -307,6 +326,11 @@ class FluxLoRAStage(FluxFamilyStage):
         return shot.lora
 
     @classmethod
+    def work(cls, params: FluxParams) -> Work:
+        encoded = network_work("flux/encode", REFERENCE_PIXELS)
+        return encoded + cls.work_of_steps(params, DEFAULT_STEPS * LORA_REFERENCE_STRENGTH)
+
+    @classmethod
     def relative_cost(cls, shot: Shot) -> float:
         return relative_flux_cost(shot, shot.steps.lora) * shot.lora_strength / LORA_REFERENCE_STRENGTH
 
@@ -331,7 +355,6 @@ class FluxRefineStage(FluxFamilyStage):
     name: ClassVar[str] = "refine"
     label: ClassVar[str] = "Refinement"
     activity: ClassVar[str] = "Refining the image"
-    reference_s: ClassVar[float] = 1.3
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",), "identity": INSTANTID_SDXL},)
     version: ClassVar[int] = 1
     reads: ClassVar[tuple[str, ...]] = (
@@ -352,6 +375,11 @@ class FluxRefineStage(FluxFamilyStage):
     @staticmethod
     def applies(shot: Shot) -> bool:
         return shot.uses_sdxl_base and not shot.lora
+
+    @classmethod
+    def work(cls, params: FluxParams) -> Work:
+        encoded = network_work("flux/encode", REFERENCE_PIXELS)
+        return encoded + cls.work_of_steps(params, DEFAULT_STEPS * REFINE_REFERENCE_STRENGTH)
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:

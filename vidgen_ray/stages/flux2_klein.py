@@ -24,7 +24,17 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.loading import ImageParams, ImageStage, autoencoder_peaks, load_pipeline, set_vae_tiles
 from vidgen_ray.stages.lora import LoraAdapters
-from vidgen_ray.stages.memory_table import CLIP_HOST_BYTES, Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
+from vidgen_ray.stages.memory_table import (
+    CLIP_HOST_BYTES,
+    Phase,
+    StageMemory,
+    Work,
+    activation_bytes,
+    memory_of_phases,
+    network_work,
+    relative_flop,
+    weight_bytes,
+)
 
 DISTILLED_STEPS, BASE_STEPS = 4, 50
 """Default steps of the distilled weights and of the base weights."""
@@ -59,7 +69,6 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
     name: ClassVar[str] = "klein"
     label: ClassVar[str] = "FLUX.2 klein"
     activity: ClassVar[str] = "Generating the base image"
-    reference_s: ClassVar[float] = 0.6
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"image_model": "klein", "identity": "none"},
         {"image_model": "klein", "face_image": ("photo.jpg",), "identity": REFERENCE},
@@ -109,11 +118,16 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
         return (params.weights, *(Path(lora.path) for lora in shot.klein_lora))
 
     @classmethod
+    def work(cls, params: Flux2KleinParams) -> Work:
+        step = network_work("klein/step", REFERENCE_PIXELS)
+        return network_work("klein/text") + step.times(DISTILLED_STEPS) + network_work("klein/decode", REFERENCE_PIXELS)
+
+    @classmethod
     def relative_cost(cls, shot: Shot) -> float:
         # Photos are further tokens of the transformer's sequence.
         photos = len(shot.face_image) * PHOTO_PIXELS if shot.uses_reference_photos else 0
         pixels = shot.width * shot.height + photos
-        return pixels / REFERENCE_PIXELS * (shot.steps.klein or DISTILLED_STEPS) / DISTILLED_STEPS
+        return relative_flop("klein/step", pixels, REFERENCE_PIXELS) * (shot.steps.klein or DISTILLED_STEPS) / DISTILLED_STEPS
 
     @classmethod
     def memory(cls, params: Flux2KleinParams, shot: Shot) -> StageMemory | None:

@@ -21,7 +21,7 @@ from vidgen_ray.stages.base import (
     pixels_to_uint8,
 )
 from vidgen_ray.stages.loading import TiledParams, TiledStage, load_pipeline, move_networks, set_vae_tiles
-from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, weight_bytes
+from vidgen_ray.stages.memory_table import StageMemory, Work, activation_bytes, network_work, weight_bytes
 from vidgen_ray.stages.speed import CompileParams, compile_network, require_sdpa_backend, sdpa_backend, use_channels_last
 
 DEFAULT_STEPS = 30
@@ -57,7 +57,6 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
     name: ClassVar[str] = "hunyuan"
     label: ClassVar[str] = "Style"
     activity: ClassVar[str] = "Restyling the image"
-    reference_s: ClassVar[float] = 6.0
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"use_hunyuan_style": True, "style_prompt": "watercolour"},)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "hunyuan"
@@ -84,6 +83,11 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
     @classmethod
     def texts(cls, params: HunyuanDiTParams, shot: Shot) -> Iterator[ReadText]:
         yield ReadText(_prompt_of(shot), params.weights / "tokenizer_2", MT5_TOKENS)
+
+    @classmethod
+    def work(cls, params: HunyuanDiTParams) -> Work:
+        step = network_work("hunyuan/step", LARGEST_CANVAS_PX).times(DEFAULT_STEPS * REFERENCE_STRENGTH)
+        return network_work("hunyuan/text") + step + network_work("hunyuan/decode", LARGEST_CANVAS_PX)
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:

@@ -25,7 +25,7 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.identity import pose_image
 from vidgen_ray.stages.loading import TiledParams, TiledStage, load_pipeline, move_networks, set_vae_tiles
-from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, weight_bytes
+from vidgen_ray.stages.memory_table import StageMemory, Work, activation_bytes, network_work, relative_flop, weight_bytes
 from vidgen_ray.stages.speed import SpeedParams, require_sdpa_backend, sdpa_backend, use_channels_last
 
 if TYPE_CHECKING:
@@ -70,7 +70,6 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
     name: ClassVar[str] = "instantid_sdxl"
     label: ClassVar[str] = "Base image"
     activity: ClassVar[str] = "Generating the base image"
-    reference_s: ClassVar[float] = 3.0
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"face_image": ("photo.jpg",), "identity": INSTANTID_SDXL, "image_model": "flux"},
     )
@@ -105,8 +104,13 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
         yield ReadText(shot.prompt, params.weights / "tokenizer", CLIP_TOKENS)
 
     @classmethod
+    def work(cls, params: InstantIDSDXLParams) -> Work:
+        step = network_work("sdxl/step", REFERENCE_PIXELS).times(params.steps)
+        return step + network_work("sdxl/decode", REFERENCE_PIXELS)
+
+    @classmethod
     def relative_cost(cls, shot: Shot) -> float:
-        return shot.width * shot.height / REFERENCE_PIXELS
+        return relative_flop("sdxl/step", shot.width * shot.height, REFERENCE_PIXELS)
 
     @classmethod
     def memory(cls, params: InstantIDSDXLParams, shot: Shot) -> StageMemory | None:

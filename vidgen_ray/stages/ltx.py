@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Item, StageParams
+from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, Item, StageParams
 from vidgen_ray.stages.loading import load_pipeline
-from vidgen_ray.stages.memory_table import Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
+from vidgen_ray.stages.memory_table import (
+    Phase,
+    StageMemory,
+    Work,
+    activation_bytes,
+    memory_of_phases,
+    network_work,
+    weight_bytes,
+)
 from vidgen_ray.stages.video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage, clip_host_bytes
 
 if TYPE_CHECKING:
@@ -41,7 +49,6 @@ class LTXStage(PromptedVideoStage[LTXParams]):
 
     name: ClassVar[str] = "ltx"
     label: ClassVar[str] = "LTX"
-    reference_s: ClassVar[float] = 1.6
     fixed_share: ClassVar[float] = 0.3
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "ltx", "num_frames": 25, "fps": 25},)
     version: ClassVar[int] = 1
@@ -51,10 +58,22 @@ class LTXStage(PromptedVideoStage[LTXParams]):
     reads: ClassVar[tuple[str, ...]] = (*PROMPTED_FIELDS, "steps.ltx", "guidance.ltx", "seed")
     Params: ClassVar[type[StageParams]] = LTXParams
     default_steps: ClassVar[int] = 50
+    step_curve: ClassVar[str] = "ltx/step"
 
     @property
     def size_multiple_px(self) -> int:
         return 32
+
+    @staticmethod
+    def latent_frames(frames: int) -> int:
+        # The autoencoder makes eight frames one.
+        return (frames - 1) // 8 + 1
+
+    @classmethod
+    def work(cls, params: LTXParams) -> Work:
+        sequence = REFERENCE_PIXELS * cls.latent_frames(REFERENCE_FRAMES)
+        steps = network_work("ltx/step", sequence).times(cls.default_steps)
+        return network_work("ltx/text") + steps + network_work("ltx/decode", sequence)
 
     @classmethod
     def memory(cls, params: LTXParams, shot: Shot) -> StageMemory | None:
@@ -62,7 +81,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
         if "13b" in params.weights.name.lower():
             return None
         dtype, pixels = params.dtype, shot.width * shot.height
-        latent_frames = (shot.num_frames - 1) // 8 + 1
+        latent_frames = cls.latent_frames(shot.num_frames)
         weights = {network: weight_bytes(network, dtype) for network in (TEXT_ENCODER, TRANSFORMER, VAE)}
         if shot.video_lora:
             weights[TRANSFORMER] += params.adapters_kept * weight_bytes("ltx/lora", dtype)

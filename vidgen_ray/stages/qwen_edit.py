@@ -18,7 +18,17 @@ from vidgen_ray.stages.base import (
     pixels_to_uint8,
 )
 from vidgen_ray.stages.loading import ImageParams, ImageStage, autoencoder_peaks, load_pipeline, set_vae_tiles
-from vidgen_ray.stages.memory_table import CLIP_HOST_BYTES, Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
+from vidgen_ray.stages.memory_table import (
+    CLIP_HOST_BYTES,
+    Phase,
+    StageMemory,
+    Work,
+    activation_bytes,
+    memory_of_phases,
+    network_work,
+    relative_flop,
+    weight_bytes,
+)
 
 DEFAULT_STEPS = 40
 DEFAULT_GUIDANCE = 4.0
@@ -45,7 +55,6 @@ class QwenEditStage(ImageStage[ImageParams]):
     name: ClassVar[str] = "qwen_edit"
     label: ClassVar[str] = "Qwen-Image-Edit"
     activity: ClassVar[str] = "Restyling the image"
-    reference_s: ClassVar[float] = 35.0
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {
             "use_hunyuan_style": True,
@@ -84,12 +93,19 @@ class QwenEditStage(ImageStage[ImageParams]):
         return shot.uses_reference_photos
 
     @classmethod
+    def work(cls, params: ImageParams) -> Work:
+        # Guidance takes two passes.
+        step = network_work("qwen_edit/step", REFERENCE_PIXELS + SEEN_PIXELS).times(2 * DEFAULT_STEPS)
+        return network_work("qwen_edit/text").times(2) + step + network_work("qwen_edit/decode", REFERENCE_PIXELS)
+
+    @classmethod
     def relative_cost(cls, shot: Shot) -> float:
         passes = 1 if shot.guidance.qwen_edit is None or shot.guidance.qwen_edit > 1 else 0.5
         # The pipeline scales the image and the photos to 1024x1024 pixels each. All are tokens of one sequence.
         photos = min(len(shot.face_image), MAX_PHOTOS) if shot.uses_reference_photos else 0
-        pixels = (shot.width * shot.height + (1 + photos) * SEEN_PIXELS) / (REFERENCE_PIXELS + SEEN_PIXELS)
-        return pixels * (shot.steps.qwen_edit or DEFAULT_STEPS) / DEFAULT_STEPS * passes
+        pixels = shot.width * shot.height + (1 + photos) * SEEN_PIXELS
+        size = relative_flop("qwen_edit/step", pixels, REFERENCE_PIXELS + SEEN_PIXELS)
+        return size * (shot.steps.qwen_edit or DEFAULT_STEPS) / DEFAULT_STEPS * passes
 
     @classmethod
     def memory(cls, params: ImageParams, shot: Shot) -> StageMemory | None:

@@ -14,7 +14,7 @@ from vidgen_ray.nets.weight_files import NOT_FINITE, require_finite_weights
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, ChunkedStage, Frames, StageParams, torch_dtype
 from vidgen_ray.stages.loading import move_networks, require_device
-from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, load_table, weight_bytes
+from vidgen_ray.stages.memory_table import StageMemory, Work, activation_bytes, load_table, network_work, weight_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +24,10 @@ MAX_REASON = 200
 """Maximum number of characters of an error of torch in a message. Some list every tensor."""
 ENDINGS = (".safetensors", ".pth")
 """File endings of weights. The first one wins if both exist."""
-RELATIVE_COST = {"animevideov3": 1.0, "x4plus-anime": 10.0, "x4plus": 23.0}
-"""Duration of a frame relative to the default network, measured on a CPU in float32."""
+SMALLEST_UPSCALER = "animevideov3"
+"""Network of the reference shot."""
 LARGEST_UPSCALER = "x4plus"
-"""Network whose memory is assumed for networks that are not in the memory table."""
+"""Network whose memory and work are assumed for networks that are not in the table."""
 NETWORK_SCALE = 4
 """Scale of the networks in the memory table."""
 UNCLAMPED = ("Compact", "ESRGAN")
@@ -56,6 +56,11 @@ class RealESRGANParams(StageParams):
         return self.model_copy(update={"dtype": "float32" if self.device == "cpu" else "float16"})
 
 
+def _traced(upscaler: str) -> str:
+    """Return the network of the table that stands for this one."""
+    return upscaler if f"realesrgan/{upscaler}" in load_table().weights else LARGEST_UPSCALER
+
+
 class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     """`frames` uint8 (T, H, W, 3) -> `hd_frames` uint8 (T, scale * H, scale * W, 3).
 
@@ -69,7 +74,8 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     activity: ClassVar[str] = "Upscaling"
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "realesrgan"
-    reference_s: ClassVar[float] = 0.1
+    # Convolutions with few channels.
+    compute_share: ClassVar[float] = 0.2
     reads: ClassVar[tuple[str, ...]] = ("scale", "upscaler")
     clip_only_fields: ClassVar[tuple[str, ...]] = ("upscale_video", "scale", "upscaler")
     switch_off: ClassVar[Mapping[str, Any]] = {"upscale_video": False}
@@ -88,9 +94,16 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
         return (weights_file(params.weights, shot.upscaler),)
 
     @classmethod
+    def work(cls, params: RealESRGANParams) -> Work:
+        return network_work(f"realesrgan/{SMALLEST_UPSCALER}", REFERENCE_PIXELS).times(REFERENCE_FRAMES)
+
+    @classmethod
     def relative_cost(cls, shot: Shot) -> float:
         pixels, frames = shot.width * shot.height / REFERENCE_PIXELS, shot.clip_frames / REFERENCE_FRAMES
-        return pixels * frames * RELATIVE_COST.get(shot.upscaler, 1.0)
+        own, reference = (
+            network_work(f"realesrgan/{name}", REFERENCE_PIXELS) for name in (_traced(shot.upscaler), SMALLEST_UPSCALER)
+        )
+        return pixels * frames * own.flop / reference.flop
 
     @classmethod
     def variant(cls, shot: Shot) -> str:
@@ -107,7 +120,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     @classmethod
     def memory(cls, params: RealESRGANParams, shot: Shot) -> StageMemory | None:
         dtype = params.resolved().dtype
-        known = shot.upscaler if f"realesrgan/{shot.upscaler}" in load_table().weights else LARGEST_UPSCALER
+        known = _traced(shot.upscaler)
         pixels, frames = shot.width * shot.height, min(params.frames_per_call, shot.clip_frames)
         # Upscaled pixels of a call in float32 and uint8.
         call_bytes = pixels * frames * shot.scale**2 * 3 * (4 + 1)

@@ -23,7 +23,7 @@ from vidgen_ray.stages.base import (
     torch_dtype,
 )
 from vidgen_ray.stages.loading import require_device
-from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, weight_bytes
+from vidgen_ray.stages.memory_table import StageMemory, Work, activation_bytes, network_work, weight_bytes
 from vidgen_ray.system.model_files import rife_file
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class RifeStage(ChunkedStage[RifeParams]):
     activity: ClassVar[str] = "Interpolating frames"
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "rife"
-    reference_s: ClassVar[float] = 0.4
+    compute_share: ClassVar[float] = 0.2
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"interpolation": 2},)
     reads: ClassVar[tuple[str, ...]] = ("fps", "interpolation", "fps_out")
     clip_only_fields: ClassVar[tuple[str, ...]] = ("fps", "interpolation", "fps_out")
@@ -103,6 +103,10 @@ class RifeStage(ChunkedStage[RifeParams]):
     def source_frames(shot: Shot, chunk: slice) -> slice:
         factor = RifeStage.frame_factor(shot)
         return slice(floor(chunk.start / factor), floor((chunk.stop - 1) / factor) + 2)
+
+    @classmethod
+    def work(cls, params: RifeParams) -> Work:
+        return network_work(f"{LAYOUTS[-1]}:1", REFERENCE_PIXELS).times(REFERENCE_FRAMES)
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:

@@ -9,9 +9,18 @@ from pydantic import Field
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Frames, Item, StageParams, diffusers_step_callback, noise_generator, pixels_to_uint8
+from vidgen_ray.stages.base import (
+    REFERENCE_FRAMES,
+    REFERENCE_PIXELS,
+    Frames,
+    Item,
+    StageParams,
+    diffusers_step_callback,
+    noise_generator,
+    pixels_to_uint8,
+)
 from vidgen_ray.stages.loading import load_pipeline, move_networks
-from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, weight_bytes
+from vidgen_ray.stages.memory_table import StageMemory, Work, activation_bytes, network_work, relative_flop, weight_bytes
 from vidgen_ray.stages.speed import CompileParams, compile_network, require_sdpa_backend, sdpa_backend, use_channels_last
 from vidgen_ray.stages.video import VideoStage, clip_host_bytes
 
@@ -42,7 +51,6 @@ class SVDStage(VideoStage[SVDParams]):
     name: ClassVar[str] = "svd"
     label: ClassVar[str] = "Video"
     activity: ClassVar[str] = "Generating the clip"
-    reference_s: ClassVar[float] = 22.6
     clip_only_fields: ClassVar[tuple[str, ...]] = (
         "generate_video",
         "video_model",
@@ -56,6 +64,7 @@ class SVDStage(VideoStage[SVDParams]):
     common_settings: ClassVar[tuple[str, ...]] = ("steps",)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "svd"
+    step_curve: ClassVar[str] = "svd/step"
     reads: ClassVar[tuple[str, ...]] = (
         "width",
         "height",
@@ -73,8 +82,19 @@ class SVDStage(VideoStage[SVDParams]):
     Params: ClassVar[type[StageParams]] = SVDParams
 
     @classmethod
+    def work(cls, params: SVDParams) -> Work:
+        step = network_work("svd/step", REFERENCE_PIXELS * REFERENCE_FRAMES).times(DEFAULT_STEPS)
+        return step + network_work("svd/decode", REFERENCE_PIXELS).times(REFERENCE_FRAMES)
+
+    @classmethod
+    def relative_step_cost(cls, shot: Shot) -> float:
+        # Attention is within frames, and between the same places of all frames: operations are linear in frames.
+        pixels = relative_flop(cls.step_curve, shot.width * shot.height * REFERENCE_FRAMES, REFERENCE_PIXELS * REFERENCE_FRAMES)
+        return pixels * shot.num_frames / REFERENCE_FRAMES * cls.passes(shot)
+
+    @classmethod
     def relative_cost(cls, shot: Shot) -> float:
-        return cls.relative_fixed_cost(shot) * (shot.steps.svd or DEFAULT_STEPS) / DEFAULT_STEPS
+        return cls.relative_step_cost(shot) * (shot.steps.svd or DEFAULT_STEPS) / DEFAULT_STEPS
 
     @classmethod
     def memory(cls, params: SVDParams, shot: Shot) -> StageMemory | None:

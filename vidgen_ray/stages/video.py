@@ -30,7 +30,7 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.loading import OffloadedStage, OffloadParams
 from vidgen_ray.stages.lora import LoraAdapters
-from vidgen_ray.stages.memory_table import CLIP_HOST_BYTES
+from vidgen_ray.stages.memory_table import CLIP_HOST_BYTES, relative_flop
 from vidgen_ray.video_models import VIDEO_MODELS
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ class VideoStage(Stage[P]):
 
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("frames",)
+    step_curve: ClassVar[str] = ""
+    """Curve of the table for a denoising step. Empty for a network that was not traced."""
 
     @classmethod
     def applies(cls, shot: Shot) -> bool:
@@ -78,6 +80,20 @@ class VideoStage(Stage[P]):
     def relative_fixed_cost(cls, shot: Shot) -> float:
         pixels, frames = shot.width * shot.height / REFERENCE_PIXELS, shot.num_frames / REFERENCE_FRAMES
         return pixels * frames * cls.passes(shot)
+
+    @classmethod
+    def relative_step_cost(cls, shot: Shot) -> float:
+        """Return the operations of one denoising step of all passes relative to the reference shot."""
+        if not cls.step_curve:
+            return cls.relative_fixed_cost(shot)
+        sequence = shot.width * shot.height * cls.latent_frames(shot.num_frames)
+        reference = REFERENCE_PIXELS * cls.latent_frames(REFERENCE_FRAMES)
+        return relative_flop(cls.step_curve, sequence, reference) * cls.passes(shot)
+
+    @staticmethod
+    def latent_frames(frames: int) -> int:
+        """Return how many frames the denoising network works on."""
+        return frames
 
     @classmethod
     def passes(cls, shot: Shot) -> int:
@@ -152,7 +168,7 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
         guidance = getattr(shot.guidance, cls.name)
         passes = 1 if guidance is None or guidance > 1 else 0.5
         steps = getattr(shot.steps, cls.name) or cls.default_steps
-        return float(cls.relative_fixed_cost(shot) * steps / cls.default_steps * passes)
+        return float(cls.relative_step_cost(shot) * steps / cls.default_steps * passes)
 
     @classmethod
     def lower_memory(cls, params: VP) -> VP | None:

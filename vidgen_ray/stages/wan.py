@@ -11,9 +11,17 @@ from pydantic import Field
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Item, StageParams
+from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, Item, StageParams
 from vidgen_ray.stages.loading import load_pipeline
-from vidgen_ray.stages.memory_table import Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
+from vidgen_ray.stages.memory_table import (
+    Phase,
+    StageMemory,
+    Work,
+    activation_bytes,
+    memory_of_phases,
+    network_work,
+    weight_bytes,
+)
 from vidgen_ray.stages.video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage, clip_host_bytes
 from vidgen_ray.system.model_files import PIPELINE_INDEX
 
@@ -45,7 +53,6 @@ class WanStage(PromptedVideoStage[WanParams]):
 
     name: ClassVar[str] = "wan"
     label: ClassVar[str] = "Wan"
-    reference_s: ClassVar[float] = 178.0
     fixed_share: ClassVar[float] = 0.012
     clip_only_fields: ClassVar[tuple[str, ...]] = (*PromptedVideoStage.clip_only_fields, "last_image")
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "wan", "num_frames": 25, "fps": 16},)
@@ -57,11 +64,29 @@ class WanStage(PromptedVideoStage[WanParams]):
     reads: ClassVar[tuple[str, ...]] = (*PROMPTED_FIELDS, "last_image", "steps.wan", "guidance.wan", "seed")
     Params: ClassVar[type[StageParams]] = WanParams
     default_steps: ClassVar[int] = 40
+    step_curve: ClassVar[str] = "wan/step"
 
     @property
     def size_multiple_px(self) -> int:
         patch = self.pipe.transformer.config.patch_size[1]
         return int(self.pipe.vae_scale_factor_spatial * patch)
+
+    @staticmethod
+    def latent_frames(frames: int) -> int:
+        # The autoencoder makes four frames one.
+        return (frames - 1) // 4 + 1
+
+    @classmethod
+    def work(cls, params: WanParams) -> Work:
+        model = "wan-ti2v" if _has_one_transformer(params.weights) else "wan"
+        sequence = REFERENCE_PIXELS * cls.latent_frames(REFERENCE_FRAMES)
+        # Guidance takes two passes.
+        steps = network_work(f"{model}/step", sequence).times(2 * cls.default_steps)
+        decode = network_work(f"{model}/decode", REFERENCE_PIXELS).times(REFERENCE_FRAMES / DECODED_FRAMES)
+        # accelerate copies the weights to the GPU and back.
+        networks = (TEXT_ENCODER, *[f"{model}/transformer"] * (1 if model == "wan-ti2v" else 2))
+        offloaded = 2 * sum(weight_bytes(network, params.dtype) for network in networks) if params.cpu_offload else 0
+        return network_work("wan/text") + steps + decode + Work(linked_bytes=offloaded)
 
     @classmethod
     def memory(cls, params: WanParams, shot: Shot) -> StageMemory | None:
@@ -87,7 +112,7 @@ class WanStage(PromptedVideoStage[WanParams]):
         phases = (
             Phase((TEXT_ENCODER,), activation_bytes("wan/text", 0, dtype)),
             Phase((TEXT_ENCODER, vae), max(2 * encoded, encoded + encode)),
-            Phase((transformer, vae), activation_bytes(f"{model}/step", pixels * latent_frames(shot), dtype)),
+            Phase((transformer, vae), activation_bytes(f"{model}/step", pixels * cls.latent_frames(shot.num_frames), dtype)),
             Phase((vae,), max(decode + max(clip, tiles), 2 * clip + max(clip, tiles))),
         )
         return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=clip_host_bytes(shot))
@@ -136,9 +161,8 @@ class WanStage(PromptedVideoStage[WanParams]):
         return pixels
 
 
-def latent_frames(shot: Shot) -> int:
-    """Return the number of frames that the transformer works on: the autoencoder makes four frames one."""
-    return (shot.num_frames - 1) // 4 + 1
+DECODED_FRAMES = 9
+"""Frames of the clip whose decoding was traced."""
 
 
 def _has_one_transformer(weights: Path) -> bool:
