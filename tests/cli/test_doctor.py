@@ -171,7 +171,8 @@ def test_gpus_are_detected_on_wsl2(tmp_path, monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: SimpleNamespace(name="NVIDIA GeForce RTX 4090", total_memory=24 * 2**30))
+    card = SimpleNamespace(name="NVIDIA GeForce RTX 4090", total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: card)
     monkeypatch.setattr(cluster, "GPU_DEVICES", (NOWHERE, tmp_path / "dxg"))
     assert cluster.this_machine().gpus == ()
     (tmp_path / "dxg").touch()
