@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from vidgen_ray.outputs.manifest import ManifestRow, new_name
 from vidgen_ray.outputs.manifest_writer import script_name
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.outputs.run_log import RunLabels
-from vidgen_ray.planner import Cluster, Demand, demand_of, save_calibration, this_machine
+from vidgen_ray.planner import Cluster, Demand, calibrations, demand_of, peak_shares, save_calibration, this_machine
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.signing import check_signing
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
@@ -146,6 +146,8 @@ class RunReport:
     """Currency of a default price. `None` if the price is the user's."""
     lora_loads: int
     """LoRA files loaded into a model."""
+    peak_share: Mapping[str, float]
+    """Stage -> fraction of the GPU's peak in 16 bits that it has reached, as measured. Only stages of known work on GPUs."""
     layout: str | None
     """Kind of the last layout. `None` if there was nothing to render."""
     quarantined: tuple[str, ...]
@@ -253,9 +255,9 @@ def render_lines(
         except BaseException as error:
             if lease.is_sure:
                 with suppress(OSError):
-                    write_run(_report(labels.run, started, director, results), error)
+                    write_run(_report(labels.run, profile, started, director, results), error)
             raise
-        report = _report(labels.run, started, director, results)
+        report = _report(labels.run, profile, started, director, results)
         write_run(report, None)
         # Remove temporary files of processes that were killed on this machine.
         outputs.sweep()
@@ -271,7 +273,7 @@ def _submission_id() -> str | None:
     return None
 
 
-def _report(run: str, started: float, director: Director, results: RunResults) -> RunReport:
+def _report(run: str, profile: Profile, started: float, director: Director, results: RunResults) -> RunReport:
     """Return the summary of a run that started at `started`, by `time.monotonic`."""
     plan, seconds = director.plan, time.monotonic() - started
     return RunReport(
@@ -286,9 +288,16 @@ def _report(run: str, started: float, director: Director, results: RunResults) -
         cost=None if plan is None or plan.cost is None else round(plan.cost * seconds / plan.seconds, 2),
         currency=None if plan is None else plan.currency,
         lora_loads=results.lora_loads,
+        peak_share=_peak_share(profile, director, results),
         layout=plan.layout.kind if plan else None,
         quarantined=tuple(director.quarantined),
     )
+
+
+def _peak_share(profile: Profile, director: Director, results: RunResults) -> dict[str, float]:
+    cards = director.cluster.assumed_cards if director.cluster else ()
+    measured = {stage: known.seconds_of_reference for stage, known in calibrations(results.durations).items()}
+    return peak_shares(profile, measured, cards[0]) if len(cards) == 1 else {}
 
 
 def _write_run(

@@ -39,7 +39,7 @@ from vidgen_ray.engine.oom_fallback import free_gpu_memory
 from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, relative_costs, stages_of
 from vidgen_ray.media import cover_crop, read_image
-from vidgen_ray.planner import Measurement, profile_for, save_measurements, this_machine
+from vidgen_ray.planner import Measurement, peak_shares, profile_for, save_measurements, this_machine
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.script.check import check_shot
@@ -285,14 +285,17 @@ def bench(
         if result.measurement:
             measured[result.stage].append(result.measurement)
     card = this_machine().card
+    shares = _peak_shares(chosen, results)
     if not no_save:
         save_measurements(chosen.name, card, measured)
     if as_json:
         typer.echo(
-            json.dumps({"profile": chosen.name, "card": card, "stages": [_row(result) for result in results], CHAIN: chain})
+            json.dumps(
+                {"profile": chosen.name, "card": card, "stages": [_row(result, shares) for result in results], CHAIN: chain}
+            )
         )
     else:
-        Console().print(_table(results))
+        Console().print(_table(results, shares))
         if chain:
             typer.echo(f"whole chain: {chain['seconds']:.2f} s a shot, {chain['first_s']:.2f} s the first time")
         for result in results:
@@ -410,9 +413,20 @@ def _chain(profile: Profile, shot: Shot) -> dict[str, float] | None:
     return {"first_s": seconds[0], "seconds": seconds[1]}
 
 
-def _row(result: StageResult) -> dict[str, Any]:
+def _peak_shares(profile: Profile, results: Sequence[StageResult]) -> dict[str, float]:
+    """Return the fraction of the GPU's peak that each stage has reached, for the network of the reference shot."""
+    reference = {stage.name: stage.variant(Shot(prompt="")) for stage in STAGES}
+    measured = {
+        result.stage: one.seconds_of_reference
+        for result in results
+        if (one := result.measurement) is not None and one.variant == reference[result.stage]
+    }
+    return peak_shares(profile, measured, this_machine().nodes[0].assumed_card)
+
+
+def _row(result: StageResult, shares: Mapping[str, float]) -> dict[str, Any]:
     measured = result.measurement.model_dump() if result.measurement else {}
-    return {"stage": result.stage, **measured, "problem": result.problem}
+    return {"stage": result.stage, **measured, "peak_share": shares.get(result.stage), "problem": result.problem}
 
 
 def _progress(result: StageResult) -> str:
@@ -420,9 +434,9 @@ def _progress(result: StageResult) -> str:
     return f"{name}: {'measured' if result.measurement else 'not measured'}"
 
 
-def _table(results: Sequence[StageResult]) -> Table:
+def _table(results: Sequence[StageResult], shares: Mapping[str, float]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="")
-    for column in ("stage", "size", "reference shot", "per step", "fixed", "warm-up", "peak"):
+    for column in ("stage", "size", "reference shot", "of the peak", "per step", "fixed", "warm-up", "memory"):
         table.add_column(column, justify="left" if column in ("stage", "size") else "right")
     for result in results:
         if (one := result.measurement) is not None:
@@ -430,6 +444,7 @@ def _table(results: Sequence[StageResult]) -> Table:
                 f"{result.stage} {one.variant}".strip(),
                 one.size,
                 f"{one.seconds_of_reference:.3g} s",
+                f"{shares[result.stage]:.0%}" if result.stage in shares else "",
                 "" if one.step_s is None else f"{one.step_s:.3g} s",
                 f"{one.fixed_s:.3g} s",
                 f"{one.warmup_s:.3g} s",

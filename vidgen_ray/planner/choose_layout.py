@@ -14,11 +14,10 @@ from functools import cache, partial
 from pydantic import JsonValue
 
 from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError, VidgenError
-from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner import layout
 from vidgen_ray.planner.cards import Card, typical_card
 from vidgen_ray.planner.cluster import Cluster, Node
-from vidgen_ray.planner.demand import ENCODE_SECONDS, Calibration, Demand, seconds_of, total_seconds
+from vidgen_ray.planner.demand import ENCODE_SECONDS, Calibration, Demand, peak_shares, seconds_of, total_seconds
 from vidgen_ray.planner.gpu_memory import actors_of, memory_limits, reference_shots
 from vidgen_ray.planner.layout import SHOTS_PER_SWAP, Actor, Candidates, Kind, Layout, Slot
 from vidgen_ray.planner.solver import (
@@ -276,6 +275,7 @@ def plan(
     cards = cluster.assumed_cards or (None,)
     timings = {card: _timing(profile, demand, measured, card) for card in cards}
     timing = timings[cards[0]]
+    peak_share = peak_shares(profile, timing.reference_s, cards[0])
     reference_s = {stage.name: max(timings[card].reference_s[stage.name] for card in cards) for stage in demand.stages}
     shots = demand.sizes or reference_shots(profile)
     encode_seconds = demand.encoded_mpx * ENCODE_SECONDS[profile.encode.preset] / demand.shots
@@ -305,9 +305,7 @@ def plan(
         notes += [f"shots will fail: {reason}" for each in memories for reason in each.refused]
         planned = estimate(kind, packing, demand, cluster, timing, considered, price, tuple(notes))
         options = {actor.name: memory.options for actor, memory in zip(actors, memories, strict=True) if memory.options}
-        return replace(
-            planned, options=options, reference_s=reference_s, peak_share=dict(_peak_shares(profile, timing, cards[0]))
-        )
+        return replace(planned, options=options, reference_s=reference_s, peak_share=peak_share)
 
     def best_plan(usable: Cluster) -> Plan:
         gpu_gb = max(usable.gpus, default=math.inf)
@@ -319,13 +317,6 @@ def plan(
         with suppress(SetupError, ProfileError):
             return best_plan(cluster.with_room(ROOM_GB))
     return best_plan(cluster)
-
-
-def _peak_shares(profile: Profile, timing: Timing, card: Card | None) -> Iterator[tuple[str, float]]:
-    for name, seconds in timing.reference_s.items():
-        stage = STAGE_BY_NAME[name]
-        if card is not None and profile.actor_of(stage).device == "cuda" and (work := stage.work(profile.options_of(stage))):
-            yield name, card.share_of_peak(work, seconds)
 
 
 def _fastest(plan_within: Callable[[float], Plan], limits_gb: Sequence[float]) -> Plan:

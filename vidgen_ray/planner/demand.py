@@ -116,11 +116,7 @@ def save_calibration(profile: str, card: str, seconds: Mapping[str, Sequence[tup
 
     `seconds`: stage -> (seconds, relative cost) of each shot that was not taken from the stage cache.
     """
-    new = {
-        stage: calibration
-        for stage, samples in seconds.items()
-        if (calibration := _summary(samples, STAGE_BY_NAME[stage].fixed_share))
-    }
+    new = calibrations(seconds)
     # If the file cannot be written, the stages are measured again in the next run.
     with suppress(OSError):
         cache_dir().mkdir(parents=True, exist_ok=True)
@@ -134,6 +130,12 @@ def save_calibration(profile: str, card: str, seconds: Mapping[str, Sequence[tup
                     kept = {"variants": known.variants, "measurements": known.measurements}
                     stages[stage] = calibration.model_copy(update=kept)
             _write(stored)
+
+
+def calibrations(seconds: Mapping[str, Sequence[tuple[float, RelativeCost]]]) -> dict[str, Calibration]:
+    """Return stage -> calibration of the measurements of a run, see `save_calibration`."""
+    summaries = {stage: _summary(samples, STAGE_BY_NAME[stage].fixed_share) for stage, samples in seconds.items()}
+    return {stage: calibration for stage, calibration in summaries.items() if calibration}
 
 
 def save_measurements(profile: str, card: str, measured: Mapping[str, Sequence[Measurement]]) -> None:
@@ -378,3 +380,16 @@ def seconds_of(
         seconds = (card or H100).seconds(work, stage.compute_share)
         return StageSeconds(seconds, stage.fixed_share, ASSUMED_SPREAD, True)
     return StageSeconds(stage.reference_s, stage.fixed_share, ASSUMED_SPREAD, False)
+
+
+def peak_shares(profile: Profile, reference_s: Mapping[str, float], card: Card | None) -> dict[str, float]:
+    """Return the fraction of the GPU's peak that stages reach if the reference shot takes these seconds.
+
+    Only for stages on the GPU whose work is known. Empty without a card.
+    """
+    shares = {}
+    for name, seconds in reference_s.items():
+        stage = STAGE_BY_NAME[name]
+        if card is not None and profile.actor_of(stage).device == "cuda" and (work := stage.work(profile.options_of(stage))):
+            shares[name] = round(card.share_of_peak(work, seconds), 4)
+    return shares
