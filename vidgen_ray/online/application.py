@@ -7,6 +7,7 @@ Serve configs use `vidgen_ray.online.application:build` as their import path.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import ApiKeys, check_bind_host, check_token_required, load_keys
 from vidgen_ray.online.event_streams import MAX_STREAMS
-from vidgen_ray.online.job_director import JobDirector
+from vidgen_ray.online.job_director import AWAKE_S, JobDirector
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.store.store import open_store
@@ -235,16 +236,22 @@ class DirectorClient:
     def __init__(self, director: Any) -> None:
         self._director = director
         self._call: asyncio.Task[None] | None = None
+        self._awake_until = 0.0
 
     def wake(self) -> None:
-        """Wake the director for new jobs or cancel requests. One call at a time: none pile up while the director is down."""
-        if self._call is None or self._call.done():
+        """Wake the director for new jobs or cancel requests, if it is not awake.
+
+        One call at a time: none pile up while the director is down.
+        """
+        if time.monotonic() >= self._awake_until and (self._call is None or self._call.done()):
             self._call = asyncio.ensure_future(self._wake())
 
     async def _wake(self) -> None:
-        # A restarted director polls the store anyway, and one that is being woken finds this change at its next poll.
+        sent = time.monotonic()
+        # A restarted director polls the store anyway.
         with suppress(ray.exceptions.RayError, RayServeException):
             await self._director.wake.remote()
+            self._awake_until = sent + AWAKE_S / 2
 
     async def missing(self) -> str | None:
         """Return what the server lacks to run jobs. `None` if nothing is missing."""

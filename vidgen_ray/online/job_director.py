@@ -49,6 +49,9 @@ THREADS = 16
 POLL_S = 1.0
 """Seconds between two polls of the store, unless woken earlier. Each claims jobs, renews the leases of running ones and stores
 their progress."""
+AWAKE_S = 2.0
+"""Seconds after a wake call in which the director looks for new jobs every `QUEUE_POLL_S`: a call costs more than that."""
+QUEUE_POLL_S = 0.02
 ATTACH_INTERVAL_S = 2.0
 """Seconds between two requests for changes of the workers."""
 STORAGE_CHECK_INTERVAL_S = 5.0
@@ -111,6 +114,7 @@ class JobDirector:
         self._woken = asyncio.Event()
         self._may_be_queued = self._may_be_cancelled = True
         """There may be queued jobs, or cancel requests, that the last poll has not found."""
+        self._awake_until = time.monotonic() + AWAKE_S
         self._last_poll = time.monotonic()
         self._background = [
             asyncio.ensure_future(work)
@@ -128,6 +132,7 @@ class JobDirector:
     async def wake(self) -> None:
         """Poll the store now: there are new jobs or cancel requests."""
         self._may_be_queued = self._may_be_cancelled = True
+        self._awake_until = time.monotonic() + AWAKE_S
         self._woken.set()
 
     async def drain(self, grace_s: float) -> int:
@@ -215,8 +220,10 @@ class JobDirector:
             # The database may come back. The health check limits how long it may be away.
             except Exception as error:
                 log.warning("the job store does not respond: %s", error)
+            now = time.monotonic()
+            pause_s = QUEUE_POLL_S if now < self._awake_until else max(0.0, next_full - now)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), max(0.0, next_full - time.monotonic()))
+                await asyncio.wait_for(self._woken.wait(), pause_s)
 
     async def _exchange(self, is_full: bool) -> None:
         """Store the ends of jobs, claim new ones and stop cancelled ones, as far as there is something to do.
@@ -226,14 +233,15 @@ class JobDirector:
         ends, self._ends = self._ends, {}
         running = self._running.keys() - ends.keys()
         held = running if is_full or self._may_be_cancelled else set[str]()
-        limit = self._free_slots(len(running)) if is_full or self._may_be_queued else 0
-        if not (ends or held or limit):
+        limit = self._free_slots(len(running))
+        is_due = ends or held or is_full or self._may_be_queued
+        if not is_due and (not limit or not await asyncio.to_thread(self._store.queue.has_queued)):
             return
         updates: list[JobProgress] = []
         if is_full:
             updates, self._updates = [each for each in self._updates.values() if each.job_id in running], {}
         self._may_be_cancelled = False
-        self._may_be_queued = self._may_be_queued and not limit
+        self._may_be_queued &= not limit
         try:
             results, stopped, jobs = await asyncio.to_thread(self._write, ends, held, updates, is_full, limit)
         except Exception as error:
@@ -326,8 +334,6 @@ class JobDirector:
             self._updates.pop(job.id, None)
             self._running.pop(job.id, None)
             self._cancelled.discard(job.id)
-            # A slot is free for the next job.
-            self._woken.set()
 
     async def _failed(self, job: Job, failure: Failure, kind: Kind) -> None:
         """Store the failure of a job, or queue it again if the failure is not its own."""

@@ -252,6 +252,7 @@ def _all_queued() -> Select[Any]:
 
 ALL_QUEUED = _all_queued()
 """Ids of all queued jobs, in order."""
+ANY_QUEUED = select(JOBS.c.id).where(IS_OPEN, JOBS.c.state == JobState.QUEUED).limit(1)
 FIRST_QUEUED = ALL_QUEUED.limit(bindparam("limit"))
 
 
@@ -280,6 +281,10 @@ class JobLeases:
         self._steady = steady
         self._seen: dict[str, tuple[int, float]] = {}
         """Id of each job in progress -> its last heartbeat, and when this process has first seen that."""
+
+    def has_queued(self) -> bool:
+        """Return whether any job is queued."""
+        return bool(self._database.rows(ANY_QUEUED))
 
     def together(self) -> AbstractContextManager[Transaction]:
         """Make the calls of this thread inside the block one transaction."""
