@@ -2,7 +2,7 @@
 
 Latency: stages do nothing, and clients wait for their results; measures the time from a request to its response. One client
 sends one request after another, also while many event streams are open, while many clients poll, and when many jobs are stored.
-Then many clients do so, which gives the images per second, and the CPU time of the director for each.
+Then several clients do so at once, which gives the images per second, and the CPU time of each process for an image.
 Kills: many clients submit jobs while every few seconds a random process of the server (API, director, owner of the workers,
 worker, encoder) is killed with SIGKILL.
 
@@ -54,7 +54,15 @@ ROOT = Path(__file__).parent.parent
 GOALS = {"image, 1 client, p50": 60.0, "images per second, 100 clients": 150.0, "accepted jobs lost": 0.0}
 PROCESSES = ("ray::ServeReplica:vidgen:", "ray::Worker", "ray::Encoder")
 """Prefixes of the process titles of the server."""
-DIRECTOR = "ray::ServeReplica:vidgen:Director"
+MEASURED = {
+    "API": "ray::ServeReplica:vidgen:Api",
+    "director": "ray::ServeReplica:vidgen:Director",
+    "Serve's proxy": "ray::ProxyActor",
+    "workers": "ray::Worker",
+    "encoders": "ray::Encoder",
+    "all processes of the server": "",
+}
+"""Processes whose CPU time is measured, and how their titles start."""
 CPU_WORKERS = 2
 OTHER_DIRECTOR = "benchmark"
 """Owner of jobs that stay in progress."""
@@ -83,8 +91,8 @@ class Size:
     kill_interval_s: float
 
 
-FULL = Size((10, 100), 2_000, 200, streams=200, polling_clients=1_000, stored_jobs=100_000, kills_s=120, kill_interval_s=10)
-QUICK = Size((10, 100), 300, 15, streams=20, polling_clients=50, stored_jobs=5_000, kills_s=12, kill_interval_s=4)
+FULL = Size((1, 10, 100), 2_000, 200, streams=200, polling_clients=1_000, stored_jobs=100_000, kills_s=120, kill_interval_s=10)
+QUICK = Size((1, 10, 100), 300, 15, streams=20, polling_clients=50, stored_jobs=5_000, kills_s=12, kill_interval_s=4)
 KILL_CLIENTS = 8
 POLL_INTERVAL_S = 10.0
 """Seconds between the requests of each polling client: what the server asks for if a job takes 100 s more."""
@@ -322,17 +330,22 @@ def _many_clients(server: Server, size: Size) -> list[dict[str, Any]]:
             client = Client(server)
             return [_request_ms(client.image) for _ in range(index, size.requests, clients)]
 
-        (director,) = _processes(DIRECTOR)
-        cpu_s, started = sum(director.cpu_times()[:2]), time.monotonic()
+        before, started = _cpu_s(), time.monotonic()
         with ThreadPoolExecutor(clients) as pool:
             milliseconds = [each for batch in pool.map(send, range(clients)) for each in batch]
-        cpu_ms = 1000 * (sum(director.cpu_times()[:2]) - cpu_s)
-        rows += [
-            *_quantiles(f"image, {clients} clients", milliseconds),
-            _row(f"images per second, {clients} clients", size.requests / (time.monotonic() - started), "1/s"),
-            _row(f"CPU time of the director per image, {clients} clients", cpu_ms / size.requests, "ms"),
-        ]
+        images_per_s = size.requests / (time.monotonic() - started)
+        at_once = "1 client" if clients == 1 else f"{clients} clients"
+        rows += _quantiles(f"image, {at_once}", milliseconds) if clients > 1 else []
+        rows.append(_row(f"images per second, {at_once}", images_per_s, "1/s"))
+        for name, after_s in _cpu_s().items():
+            cpu_ms = 1000 * (after_s - before[name]) / size.requests
+            rows.append(_row(f"CPU time per image, {name}, {at_once}", cpu_ms, "ms"))
     return rows
+
+
+def _cpu_s() -> dict[str, float]:
+    """Return the CPU seconds so far of each of `MEASURED`."""
+    return {name: sum(sum(process.cpu_times()[:2]) for process in _processes(title)) for name, title in MEASURED.items()}
 
 
 @dataclass
