@@ -33,6 +33,7 @@ class SmallerGpu(_Section):
 
     below_gb: float = Field(gt=0, allow_inf_nan=False, description="GPUs with less memory in GB (2^30 bytes) than this.")
     weights: str | None = Field(None, description="Other weights. Default: those of the actor.")
+    extra_weights: dict[str, str] | None = Field(None, description="Other extra weights. Default: those of the actor.")
     options: dict[str, JsonValue] = Field(default_factory=dict, description="Parameters of the stage that replace the actor's.")
 
 
@@ -80,7 +81,12 @@ class ActorProfile(_Section):
         """Return the actor for a GPU with this memory in GB."""
         changed: dict[str, Any] = {"smaller": ()}
         if change := _for_memory(self.smaller, memory_gb):
-            changed |= {"weights": change.weights or self.weights, "options": {**self.options, **change.options}}
+            extra_weights = self.extra_weights if change.extra_weights is None else change.extra_weights
+            changed |= {
+                "weights": change.weights or self.weights,
+                "extra_weights": extra_weights,
+                "options": {**self.options, **change.options},
+            }
             changed["reason"] = f"GPUs below {change.below_gb:g} GB"
         return self.model_copy(update=changed)
 

@@ -138,6 +138,25 @@ def test_loras_for_each_expert_are_active_together(wan, make_shot, tmp_path):
         assert not np.array_equal(together, clip_of(wan, item(make_shot, wan, video_lora=[one], **few)))
 
 
+def test_few_step_loras_are_merged_into_both_experts(tiny, wan, make_shot, tmp_path):
+    layers = load_file(WAN_LORA)
+    for name, factor in (("high_noise_model", 1.0), ("low_noise_model", 0.5)):
+        save_file({key: factor * tensor for key, tensor in layers.items()}, tmp_path / f"{name}.safetensors")
+    pair = [{"path": str(tmp_path / f"{name}_noise_model.safetensors"), "expert": name} for name in ("high", "low")]
+    few = {"steps": {"wan": 4}, "guidance": {"wan": 1.0}}
+    with loaded(WanStage, tiny, extra_weights={"few_step_lora": tmp_path}) as merged:
+        assert not any(merged.pipe.get_list_adapters().values())
+        clip, active = (
+            clip_of(merged, item(make_shot, merged, **few)),
+            clip_of(wan, item(make_shot, wan, video_lora=pair, **few)),
+        )
+        assert np.abs(clip.astype(int) - active).max() <= 2
+        assert not np.array_equal(clip, clip_of(wan, item(make_shot, wan, **few)))
+        assert len(WanStage.weight_files(merged.params, make_shot())) == 3
+        # Further LoRAs are active on top.
+        assert not np.array_equal(clip, clip_of(merged, item(make_shot, merged, video_lora=WAN_LORA, **few)))
+
+
 def test_ltx_lora_changes_the_clip_and_leaves_no_trace(ltx, make_shot):
     before = clip_of(ltx, item(make_shot, ltx))
     assert not np.array_equal(clip_of(ltx, item(make_shot, ltx, video_lora=LTX_LORA)), before)

@@ -22,9 +22,10 @@ from vidgen_ray.stages.base import (
     noise_generator,
     pixels_to_uint8,
 )
-from vidgen_ray.stages.flux_model import CACHED_PROMPTS, DEFAULT_STEPS, FEW_STEP_LORA, T5_CHANNELS, FluxModel, FluxParams
+from vidgen_ray.stages.flux_model import CACHED_PROMPTS, DEFAULT_STEPS, T5_CHANNELS, FluxModel, FluxParams
 from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines, injector_class, pose_image, shared_injector
 from vidgen_ray.stages.loading import with_smaller_tiles
+from vidgen_ray.stages.lora import FEW_STEP_LORA
 from vidgen_ray.stages.memory_table import FP8, StageMemory, Work, activation_bytes, network_work, relative_flop, weight_bytes
 
 PATCH_PIXELS, HIDDEN_CHANNELS = 16 * 16, 3072

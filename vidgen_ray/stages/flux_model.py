@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from weakref import WeakValueDictionary
 
@@ -17,7 +16,7 @@ from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite, library_errors
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import NOT_IN_KEY, torch_dtype
 from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks, set_vae_tiles
-from vidgen_ray.stages.lora import LoraAdapters
+from vidgen_ray.stages.lora import FEW_STEP_LORA, LoraAdapters, merge_lora
 from vidgen_ray.stages.memory_table import FP8
 from vidgen_ray.stages.speed import (
     SpeedParams,
@@ -41,7 +40,6 @@ DEFAULT_STEPS = 28
 DEFAULT_GUIDANCE = 3.5
 SCHNELL_STEPS = 4
 """Default steps of FLUX.1-schnell."""
-FEW_STEP_LORA = "few_step_lora"
 """Name in the profile's `extra_weights` of a LoRA that is merged into the weights."""
 REPEATED_BLOCKS = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 """Classes of the blocks of FLUX and InfuseNet."""
@@ -114,7 +112,7 @@ class FluxModel:
         self.text_to_image = load_pipeline(FluxPipeline, params, place=False, **_fp8_transformer(params))
         transformer = self.text_to_image.transformer
         if params.names_extra_weights(FEW_STEP_LORA):
-            _merge_lora(self.text_to_image, params.extra_weights_at(FEW_STEP_LORA))
+            merge_lora(self.text_to_image, params.extra_weights_at(FEW_STEP_LORA), "FLUX")
         if params.quantize == FP8:
             store_in_fp8(transformer, self.dtype)
         # Not `from_pipe`: it casts the shared weights to float32 in place.
@@ -269,13 +267,3 @@ def _fp8_transformer(params: FluxParams) -> dict[str, Any]:
             str(folder), quantization_config=config, dtype=dtype, local_files_only=True, use_safetensors=True
         )
     return {"transformer": transformer}
-
-
-def _merge_lora(pipe: Any, file: Path) -> None:
-    """Add a LoRA to the weights of the transformer, for example one that distils it to a few steps. Raises SetupError."""
-    if file.suffix != ".safetensors":
-        raise SetupError(f"{FEW_STEP_LORA}: got {str(file)!r}, must be a .safetensors file (other formats may run code)")
-    with library_errors(f"{FEW_STEP_LORA} {file.name}: cannot be merged into these FLUX weights"):
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True)
-        pipe.fuse_lora(components=["transformer"])
-        pipe.unload_lora_weights()

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen_ray.errors import InputChanged, StageError
-from vidgen_ray.nets.weight_files import not_finite
+from vidgen_ray.errors import InputChanged, SetupError, StageError
+from vidgen_ray.nets.weight_files import library_errors, not_finite
 from vidgen_ray.shot import LocalLora, LoraRef, VideoLora
 from vidgen_ray.system.cache_dir import digest
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 
+FEW_STEP_LORA = "few_step_lora"
+"""Extra weights: a LoRA that distils a model to a few steps, merged when the model is loaded."""
 MAX_REASON = 200
 """Maximum number of characters of an error of diffusers in a message. Some list every layer."""
 
@@ -209,3 +211,14 @@ def _set_factors(network: Any, part: str, adapter: str, factors: Mapping[str, An
         for factor, half in (("lora_A", layer.lora_A[adapter]), ("lora_B", layer.lora_B[adapter])):
             value = factors.get(f"{part}.{path}.{factor}.weight", half.weight)
             half.weight.data = value.to(half.weight.device, dtype)
+
+
+def merge_lora(pipe: Any, file: Path, model: str, part: str = "transformer") -> None:
+    """Add a LoRA to the weights of a part of the pipeline. Raises SetupError. `model`: its name in messages."""
+    if file.suffix != ".safetensors":
+        raise SetupError(f"{FEW_STEP_LORA}: got {str(file)!r}, must be a .safetensors file (other formats may run code)")
+    second = {"load_into_transformer_2": True} if part == "transformer_2" else {}
+    with library_errors(f"{FEW_STEP_LORA} {file.name}: cannot be merged into these {model} weights"):
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True, **second)
+        pipe.fuse_lora(components=[part])
+        pipe.unload_lora_weights()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +13,7 @@ from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, Item, StageParams
 from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.lora import FEW_STEP_LORA, merge_lora
 from vidgen_ray.stages.memory_table import (
     Phase,
     StageMemory,
@@ -129,7 +130,23 @@ class WanStage(PromptedVideoStage[WanParams]):
         )
         if self.params.flow_shift is not None:
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=self.params.flow_shift)
+        if self.params.names_extra_weights(FEW_STEP_LORA):
+            for part, file in few_step_files(self.params).items():
+                merge_lora(pipe, file, "Wan", part)
         return pipe
+
+    @classmethod
+    def extra_weights(cls) -> Collection[str]:
+        return (FEW_STEP_LORA,)
+
+    @classmethod
+    def used_extra_weights(cls, shot: Shot) -> Collection[str]:
+        return (FEW_STEP_LORA,)
+
+    @classmethod
+    def weight_files(cls, params: WanParams, shot: Shot) -> tuple[Path, ...]:
+        merged = tuple(few_step_files(params).values()) if params.names_extra_weights(FEW_STEP_LORA) else ()
+        return (params.weights, *merged, *(Path(lora.path) for lora in shot.video_lora))
 
     @classmethod
     def needs(cls, shot: Shot) -> tuple[str, ...]:
@@ -159,6 +176,12 @@ class WanStage(PromptedVideoStage[WanParams]):
         # As the pipeline computes it, which rounds in another way than latents * std.
         pixels: torch.Tensor = vae.decode(latents / (1 / std) + mean, return_dict=False)[0]
         return pixels
+
+
+def few_step_files(params: WanParams) -> dict[str, Path]:
+    """Return transformer -> LoRA that distils it to a few steps, with the file names of lightx2v's Wan2.2-Lightning."""
+    folder = params.extra_weights_at(FEW_STEP_LORA)
+    return {"transformer": folder / "high_noise_model.safetensors", "transformer_2": folder / "low_noise_model.safetensors"}
 
 
 DECODED_FRAMES = 9
