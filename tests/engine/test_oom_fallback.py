@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from vidgen_ray.engine.calls import CallResult
-from vidgen_ray.engine.oom_fallback import MEMORY_FREED, OomFallback, is_out_of_memory, prepare_gpu
+from vidgen_ray.engine.oom_fallback import ALLOCATOR, MEMORY_FREED, OomFallback, is_out_of_memory, prepare_gpu
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import OutOfMemory
 from vidgen_ray.graph import STAGES
@@ -176,7 +176,7 @@ def test_process_that_shares_a_gpu_is_limited_to_its_share(monkeypatch, torch_se
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
     prepare_gpu(1)
     prepare_gpu(0.4)
-    assert torch_settings == ["expandable_segments:True", "expandable_segments:True", 0.4]
+    assert torch_settings == [ALLOCATOR, ALLOCATOR, 0.4]
 
 
 def test_torch_is_not_imported_without_a_gpu_driver(monkeypatch):

@@ -53,6 +53,18 @@ def test_weights_are_copied_to_the_host_once(copies):
     assert [tensor.data_ptr() for tensor in net.parameters()] != host
 
 
+def test_network_that_was_loaded_in_pageable_memory_is_pinned_once(copies, monkeypatch):
+    """As T5 is, which starts in host memory."""
+    monkeypatch.setattr(loading, "_is_pinned", lambda tensor: False)
+    net = network()
+    tensors = [*net.parameters(), *net.buffers()]
+    move_networks([net], GPU)
+    assert copies.count("to host") == len(tensors)
+    host = [getattr(tensor, loading._COPY) for tensor in tensors]
+    move_networks([net], "cpu")
+    assert all(tensor.data is copy or tensor.data_ptr() == copy.data_ptr() for tensor, copy in zip(tensors, host, strict=True))
+
+
 def test_network_that_was_loaded_on_the_gpu_gets_a_host_copy(copies):
     net = network()
     move_networks([net], GPU)

@@ -20,6 +20,8 @@ from vidgen_ray.system.free_memory import free_gpu_bytes
 
 R = TypeVar("R")
 
+ALLOCATOR = "expandable_segments:True,pinned_max_round_threshold_mb:1"
+"""Settings of torch's allocators, see `prepare_gpu`."""
 MEMORY_FREED = "memory freed"
 """Recorded for a step that succeeded with unchanged settings after unused memory was freed."""
 OUT_OF_MEMORY = (
@@ -150,8 +152,9 @@ def total_gpu_gb() -> float | None:
 def prepare_gpu(share: float) -> None:
     """Set up torch's allocator for this process, which holds `share` of a GPU. Does nothing without a GPU.
 
-    Expandable segments waste less memory on fragmentation. A process that shares a GPU is limited to its share, so that it runs
-    out of memory before it takes that of the others.
+    Expandable segments waste less memory on fragmentation. Blocks of pinned host memory above 1 MB are not rounded up to a
+    power of two, which would take half as much again for the weights of FLUX. A process that shares a GPU is limited to its
+    share, so that it runs out of memory before it takes that of the others.
     """
     if not _has_cuda_driver():
         return
@@ -159,7 +162,7 @@ def prepare_gpu(share: float) -> None:
 
     if not torch.cuda.is_available():
         return
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    torch.cuda.memory._set_allocator_settings(ALLOCATOR)
     if share < 1:
         torch.cuda.set_per_process_memory_fraction(share)
 

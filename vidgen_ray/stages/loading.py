@@ -104,7 +104,7 @@ _COPY = "_vidgen_host_copy"
 def move_networks(networks: Iterable[Any], device: str) -> None:
     """Move torch modules to `device`, `cpu` for host memory. Anything else among `networks` is ignored.
 
-    A network that leaves the GPU for the first time gets a copy of its weights in pinned host memory. Later, its GPU copy is
+    A network gets a copy of its weights in pinned host memory when it moves for the first time. Later, its GPU copy is
     dropped and the host copy is used again, since inference does not change weights. Adapters of LoRAs are copied each time:
     they are small, and are loaded and replaced while the network is in use.
     """
@@ -146,14 +146,22 @@ def _to_host(name: str, tensor: torch.Tensor) -> None:
 def _to_gpu(name: str, tensor: torch.Tensor, device: str) -> None:
     if not _is_on_host(tensor):
         return
-    host = tensor.data
-    tensor.data = _on_device(host, device)
     # Adapters may change in place while they are on the GPU.
-    setattr(tensor, _COPY, None if ADAPTER in name else host)
+    is_kept = ADAPTER not in name
+    host = _pinned_copy(tensor) if is_kept and not _is_pinned(tensor) else tensor.data
+    tensor.data = _on_device(host, device)
+    setattr(tensor, _COPY, host if is_kept else None)
 
 
 def _is_on_host(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
+
+
+def _is_pinned(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor on the host is copied to a GPU at the full rate of the bus. Nothing is, without a GPU."""
+    import torch
+
+    return not torch.cuda.is_available() or tensor.is_pinned()
 
 
 def _on_device(host: torch.Tensor, device: str) -> torch.Tensor:
