@@ -94,7 +94,7 @@ def measure(url: str, jobs: int, queued: int, calls: int) -> list[dict[str, Any]
         "order of the queue": lambda n: store.queue_order(),
         "heartbeat of 8 jobs": lambda n: director.queue.heartbeat("d", running),
         "claim of 1 job": lambda n: claimed.extend(director.queue.claim("d", 3600, 1)),
-        "completion": lambda n: director.queue.completed(claimed.pop().id, "d", shot_id="s", stage_seconds={}),
+        "completion": lambda n: director.queue.end(claimed.pop().id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={}),
         "purge": lambda n: director.purge(lambda key: None, 8),
     }
     rows = [_timed(name, call, calls) for name, call in cases.items()]

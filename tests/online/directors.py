@@ -28,7 +28,7 @@ from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.queue_estimate import ProgressEstimator
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
-from vidgen_ray.online.store.jobs import Job, JobError, JobProgress
+from vidgen_ray.online.store.jobs import Job, JobError, JobProgress, JobState
 from vidgen_ray.online.store.store import JobStore, open_store
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import StepRecord
@@ -104,12 +104,14 @@ class LocalDirector:
             done = self._outputs.find_by_key(plan.key)
             assert done is not None
             seconds = {step.stage: step.seconds for step in done.record().stages}
-            self._store.queue.completed(job.id, "director", shot_id=done.record().shot.id or "", stage_seconds=seconds)
+            self._store.queue.end(
+                job.id, "director", JobState.COMPLETED, shot_id=done.record().shot.id or "", stage_seconds=seconds
+            )
         except Cancelled:
-            self._store.queue.cancelled(job.id, "director")
+            self._store.queue.end(job.id, "director", JobState.CANCELLED)
         except StepFailed as failed:
             error = JobError(code="stage_failed", message=str(failed), stage=failed.stage)
-            self._store.queue.failed(job.id, "director", error)
+            self._store.queue.end(job.id, "director", JobState.FAILED, error=error.model_dump(mode="json"))
 
     def _is_cancelled(self, job: Job) -> bool:
         return self._closing.is_set() or bool(self._store.queue.heartbeat("director", [job.id]))

@@ -12,6 +12,7 @@ from vidgen_ray.online import http_fetch
 from vidgen_ray.online import webhooks as webhooks_module
 from vidgen_ray.online.http_fetch import BlockedUrl, ImageFetcher, PublicHttpClient, UnreachableUrl, check_address, parse_url
 from vidgen_ray.online.server_settings import OnlineSettings, Webhooks
+from vidgen_ray.online.store.jobs import JobState
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.webhooks import WebhookSender
 
@@ -195,7 +196,7 @@ def store_with(tmp_path, clock, webhooks) -> JobStore:
 def finish_job(store) -> str:
     job, _ = store.create(new_job())
     store.queue.claim("d", 30, 1)
-    store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
+    store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={})
     return job.id
 
 

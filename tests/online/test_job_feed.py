@@ -14,7 +14,7 @@ from tests.online.test_store import new_job
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.event_streams import JobFeed
 from vidgen_ray.online.server_settings import Limits
-from vidgen_ray.online.store.jobs import Job
+from vidgen_ray.online.store.jobs import Job, JobState
 from vidgen_ray.online.store.store import Changes, JobStore
 from vidgen_ray.online.web import pages
 
@@ -63,7 +63,7 @@ def test_follow_yields_each_state_until_the_end(store, feed):
             if job.state == "queued":
                 store.queue.claim("d", 30, 1)
             elif job.state == "in_progress":
-                store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
+                store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={})
         return seen
 
     assert run(states()) == ["queued", "in_progress", "completed"]

@@ -6,7 +6,7 @@ import pytest
 
 from tests.online.test_store import Clock, new_job
 from vidgen_ray.online.queue_estimate import MAX_POLL_AFTER_S, QueueEstimator, expected_seconds
-from vidgen_ray.online.store.jobs import JobProgress
+from vidgen_ray.online.store.jobs import JobProgress, JobState
 from vidgen_ray.online.store.store import JobStore
 
 SLOWNESS = 3.0
@@ -48,7 +48,7 @@ def complete_jobs(store, clock, seconds, count=5):
         store.create(new_job())
         (job,) = store.queue.claim("d", 10**6, 1)
         clock.seconds += seconds
-        store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
+        store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={})
 
 
 def test_queue_position_is_the_order_in_which_jobs_start(store, estimator):

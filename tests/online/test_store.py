@@ -9,7 +9,7 @@ import pytest
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online.store.inputs import NameTaken
-from vidgen_ray.online.store.jobs import FINAL, Job, JobError, JobKind, JobProgress, JobState, new_id
+from vidgen_ray.online.store.jobs import FINAL, Job, JobKind, JobProgress, JobState, new_id
 from vidgen_ray.online.store.store import (
     PURGE_DELAY_S,
     IdempotencyConflict,
@@ -179,8 +179,8 @@ def test_expired_lease_can_be_claimed_by_another_director(store, clock, steady, 
     # Calls of the first owner have no effect.
     assert store.queue.heartbeat("d", [job.id]) == {job.id}
     store.queue.progress("d", [JobProgress(job.id, "flux", 1, 2, 50)])
-    assert not store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
-    assert not store.queue.failed(job.id, "d", JobError(code="x", message="y"))
+    assert not store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={})
+    assert not store.queue.end(job.id, "d", JobState.FAILED)
     assert store.get(job.id, "ada") == again
 
 
@@ -196,7 +196,7 @@ def test_progress_never_decreases(store):
 def test_completed_job_does_not_change(store, clock):
     store.create(new_job())
     (job,) = store.queue.claim("d", 30, 5)
-    assert store.queue.completed(job.id, "d", shot_id="online-1", stage_seconds={"flux": 1.5})
+    assert store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="online-1", stage_seconds={"flux": 1.5})
     completed = store.get(job.id, "ada")
     assert (completed.state, completed.progress, completed.shot_id) == (JobState.COMPLETED, 100, "online-1")
     assert (completed.completed_at, completed.expires_at, completed.stage_seconds) == (
@@ -204,8 +204,8 @@ def test_completed_job_does_not_change(store, clock):
         clock.seconds + 3600,
         {"flux": 1.5},
     )
-    assert not store.queue.failed(job.id, "d", JobError(code="x", message="y"))
-    assert not store.queue.cancelled(job.id, "d")
+    assert not store.queue.end(job.id, "d", JobState.FAILED)
+    assert not store.queue.end(job.id, "d", JobState.CANCELLED)
     assert store.request_cancel(job.id, "ada") == completed
 
 
@@ -215,7 +215,7 @@ def test_cancel_of_a_job_in_progress_is_left_to_its_owner(store):
     requested = store.request_cancel(job.id, "ada")
     assert (requested.state, requested.cancel_requested) == (JobState.IN_PROGRESS, True)
     assert store.queue.heartbeat("d", [job.id]) == {job.id}
-    assert store.queue.cancelled(job.id, "d")
+    assert store.queue.end(job.id, "d", JobState.CANCELLED)
     assert store.get(job.id, "ada").state == JobState.CANCELLED
 
 
@@ -240,7 +240,7 @@ def test_deleted_job_is_hidden_and_cancelled(store):
     assert not store.delete(job.id, "ada")
     assert store.changed_since(cursor, tenant="ada").deleted == [(job.id, "ada")]
     assert store.queue.heartbeat("d", [job.id]) == {job.id}
-    assert store.queue.cancelled(job.id, "d")
+    assert store.queue.end(job.id, "d", JobState.CANCELLED)
 
 
 def test_released_jobs_return_to_their_position_in_the_queue(store):
@@ -287,7 +287,7 @@ def test_changed_since_misses_no_concurrent_change(store):
 def test_purge_deletes_old_jobs_and_their_unshared_files(store, clock):
     jobs = [store.create(new_job(key=key))[0] for key in ("shared", "shared", "own")]
     for job in store.queue.claim("d", 30, 9):
-        store.queue.completed(job.id, "d", shot_id=job.key, stage_seconds={})
+        store.queue.end(job.id, "d", JobState.COMPLETED, shot_id=job.key, stage_seconds={})
     store.delete(jobs[0].id, "ada")
     store.delete(jobs[2].id, "ada")
     purged = []
@@ -364,7 +364,7 @@ def test_outbox_has_a_message_for_each_ended_job(store, clock, steady):
     job, _ = store.create(new_job())
     store.queue.claim("d", 30, 1)
     assert store.outbox.claim_due(60) is None
-    store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
+    store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={})
     message = store.outbox.claim_due(60)
     assert (message.event, message.job, message.target, message.tries) == ("video.completed", job.id, "hook", 0)
     assert store.outbox.claim_due(60) is None

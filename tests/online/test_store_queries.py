@@ -50,7 +50,7 @@ CALLS = {
     "claim": lambda store, job: store.queue.claim("d", 30, 2),
     "heartbeat": lambda store, job: store.queue.heartbeat("d", [job.id]),
     "progress": lambda store, job: store.queue.progress("d", [JobProgress(job.id, "flux", 1, 2, 50)]),
-    "completed": lambda store, job: store.queue.completed(job.id, "d", shot_id="s", stage_seconds={}),
+    "completed": lambda store, job: store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={}),
     "release": lambda store, job: store.queue.release("d", [job.id]),
     "webhooks": lambda store, job: store.outbox.claim_due(60),
 }

@@ -28,9 +28,7 @@ log = logging.getLogger(__name__)
 class Mailbox:
     """Changes that a stream has not taken yet. A slow stream gets only the latest state of each job."""
 
-    def __init__(self, only_ended: bool) -> None:
-        """`only_ended`: other changes need not be put in."""
-        self.only_ended = only_ended
+    def __init__(self) -> None:
         self._pending: dict[str, Job | DeletedJob] = {}
         self._cursor = 0
         self._filled = asyncio.Event()
@@ -64,12 +62,9 @@ class JobFeed:
         self._polling: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
 
-    async def follow(self, job: Job, only_ended: bool = False) -> AsyncGenerator[Job | None, None]:
-        """Yield the job now and after each change, until it has ended. `None` if it was deleted, which also ends the stream.
-
-        `only_ended`: changes before the end may be left out.
-        """
-        with self._subscribed(job.id, only_ended) as mailbox:
+    async def follow(self, job: Job) -> AsyncGenerator[Job | None, None]:
+        """Yield the job now and after each change, until it has ended. `None` if it was deleted, which also ends the stream."""
+        with self._subscribed(job.id) as mailbox:
             await self._start_polling()
             # The mailbox gets all later changes.
             current = job if job.version >= self._cursor else await asyncio.to_thread(self._store.get, job.id, job.tenant)
@@ -84,7 +79,7 @@ class JobFeed:
     async def ended(self, job: Job) -> Job | None:
         """Wait for the end of the job and return it, or `None` if it was deleted."""
         last: Job | None = job
-        async with aclosing(self.follow(job, only_ended=True)) as states:
+        async with aclosing(self.follow(job)) as states:
             async for current in states:
                 last = current
         return last
@@ -120,9 +115,9 @@ class JobFeed:
                 yield Changes(new, changes.deleted, cursor)
 
     @contextmanager
-    def _subscribed(self, to: str, only_ended: bool = False) -> Iterator[Mailbox]:
+    def _subscribed(self, to: str) -> Iterator[Mailbox]:
         """Open a mailbox for the changes of a tenant's jobs, or of one job."""
-        mailbox = Mailbox(only_ended)
+        mailbox = Mailbox()
         self._mailboxes.setdefault(to, set()).add(mailbox)
         try:
             yield mailbox
@@ -131,25 +126,17 @@ class JobFeed:
             if not self._mailboxes[to]:
                 del self._mailboxes[to]
 
-    @property
-    def _only_ended(self) -> bool:
-        return all(mailbox.only_ended for mailboxes in self._mailboxes.values() for mailbox in mailboxes)
-
     async def _poll(self) -> None:
         while self._mailboxes:
             await asyncio.sleep(self._poll_s)
-            only_ended = self._only_ended
             try:
-                changes = await asyncio.to_thread(self._store.changed_since, self._cursor, only_ended=only_ended)
+                changes = await asyncio.to_thread(self._store.changed_since, self._cursor)
             except SQLAlchemyError as error:
                 log.error("the database does not respond: %s", type(error).__name__)
                 continue
             # All streams depend on this task, so it must survive any error, such as a row of another version.
             except Exception:
                 log.exception("the changes of jobs cannot be read")
-                continue
-            if only_ended != self._only_ended:
-                # A mailbox that was opened meanwhile would miss changes.
                 continue
             self._poll_s = MIN_POLL_S if changes.jobs or changes.deleted else min(MAX_POLL_S, POLL_GROWTH * self._poll_s)
             self._cursor = changes.cursor

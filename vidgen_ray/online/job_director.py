@@ -23,7 +23,7 @@ from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Engine
 from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, MetricSpec
-from vidgen_ray.engine.renderer import STATUS_INTERVAL_S, Renderer
+from vidgen_ray.engine.renderer import Renderer
 from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed
@@ -122,7 +122,6 @@ class JobDirector:
                 self._attach_workers(),
                 self._poll(),
                 self._check_storage(),
-                self._count_jobs(),
                 run_maintenance(self._store, settings, self._outputs),
             )
         ]
@@ -272,6 +271,9 @@ class JobDirector:
 
         Return the results of the ends, the jobs to stop, and the claimed ones.
         """
+        if is_full:
+            counts = self._store.open_counts()
+            self._metrics.jobs(counts[JobState.QUEUED], counts[JobState.IN_PROGRESS])
         queue = self._store.queue
         with queue.together():
             results = [store() for store, _ in ends.values()]
@@ -295,33 +297,21 @@ class JobDirector:
             await self._storage.writable_again()
             await asyncio.sleep(STORAGE_CHECK_INTERVAL_S)
 
-    async def _count_jobs(self) -> None:
-        """Update the gauges of jobs at regular intervals."""
-        while True:
-            try:
-                counts = await asyncio.to_thread(self._store.open_counts)
-                self._metrics.jobs(counts[JobState.QUEUED], counts[JobState.IN_PROGRESS])
-            except Exception as error:
-                log.warning("cannot count the jobs: %s", error)
-            await asyncio.sleep(STATUS_INTERVAL_S)
-
     # Jobs
 
     async def _run_job(self, job: Job) -> None:
         """Run a job and store its end. Stops early if the job is cancelled or the director shuts down."""
         if job.attempts <= 1:
             self._metrics.job_started(job.tenant, time.time() - job.created_at)
-        claim = job.id, self.owner
         try:
             if job.attempts > MAX_CLAIMS:
                 raise ShotFailed(_interrupted(job))
             shot_id, seconds = await self._find_or_render(job)
-            store_end = partial(self._store.queue.completed, *claim, shot_id=shot_id, stage_seconds=seconds)
-            await self._finish(job, JobState.COMPLETED, store_end)
+            await self._finish(job, JobState.COMPLETED, shot_id=shot_id, stage_seconds=seconds)
         except asyncio.CancelledError:
             if job.id not in self._cancelled:
                 raise
-            await self._finish(job, JobState.CANCELLED, partial(self._store.queue.cancelled, *claim))
+            await self._finish(job, JobState.CANCELLED)
         except ShotFailed as failed:
             await self._failed(job, failed.failure, failed.kind)
         # An invalid shot or a bug in vidgen fails the job, not the server.
@@ -338,16 +328,13 @@ class JobDirector:
     async def _failed(self, job: Job, failure: Failure, kind: Kind) -> None:
         """Store the failure of a job, or queue it again if the failure is not its own."""
         if self._fatal_failure is None:
-            store_end = partial(self._store.queue.failed, job.id, self.owner, error_of(failure, kind))
-            await self._finish(job, JobState.FAILED, store_end)
+            await self._finish(job, JobState.FAILED, error=error_of(failure, kind).model_dump(mode="json"))
             return
-        self._updates.pop(job.id, None)
         await self._store_end(partial(self._store.queue.release, self.owner, [job.id]), job)
 
-    async def _finish(self, job: Job, state: JobState, write: Callable[[], bool]) -> None:
+    async def _finish(self, job: Job, state: JobState, **values: Any) -> None:
         """Store the end of a job."""
-        self._updates.pop(job.id, None)
-        if await self._store_end(write, job):
+        if await self._store_end(partial(self._store.queue.end, job.id, self.owner, state, **values), job):
             self._metrics.job_ended(job.tenant, state.value, time.time() - job.created_at)
 
     async def _store_end(self, write: Callable[[], R], job: Job) -> R:

@@ -244,17 +244,11 @@ class Transaction:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.version = self._next_number()
-        """Version of the rows that this transaction changes."""
-        self._is_new = True
+        self.version = self.next_number()
+        """Version of all rows that this transaction changes."""
 
-    def new_number(self) -> int:
-        """Return the version and `seq` of a new job: a unique number, larger than all numbers of earlier transactions."""
-        number = self.version if self._is_new else self._next_number()
-        self._is_new = False
-        return number
-
-    def _next_number(self) -> int:
+    def next_number(self) -> int:
+        """Return a unique number, larger than all numbers of earlier transactions."""
         return int(self.connection.execute(NEXT_NUMBER).scalar_one())
 
 

@@ -169,12 +169,12 @@ class JobRows:
         self._retention_s = retention_s
         self._now = now
 
-    def insert(self, transaction: Transaction, job: Job) -> Job:
-        """Insert a new job. Return it as it is stored."""
+    def insert(self, transaction: Transaction, job: Job, is_first: bool = False) -> Job:
+        """Insert a new job. Return it as it is stored. `is_first`: of those that the transaction inserts."""
         if job.state.is_final:
             ended_at = self._now() if job.completed_at is None else job.completed_at
             job = job.model_copy(update={"completed_at": ended_at, "expires_at": self._expiry(ended_at)})
-        number = transaction.new_number()
+        number = transaction.version if is_first else transaction.next_number()
         job = job.model_copy(update={"version": number})
         transaction.connection.execute(INSERT, row_of(job) | {"seq": number})
         if job.state.is_final:
@@ -195,7 +195,14 @@ class JobRows:
     ) -> set[str]:
         """End jobs, as `end`. `statement`: update of the jobs, `parameters`: for its conditions, and further columns."""
         now = self._now()
-        columns = {"state": state, "owner": None, "heartbeat": None, "completed_at": now, "expires_at": self._expiry(now)}
+        columns = {
+            "state": state,
+            **({"progress": 100} if state == JobState.COMPLETED else {}),
+            "owner": None,
+            "heartbeat": None,
+            "completed_at": now,
+            "expires_at": self._expiry(now),
+        }
         ended = transaction.connection.execute(statement, {**parameters, **columns, "version": transaction.version}).all()
         for row in ended:
             if row.deleted_at is None:
@@ -340,20 +347,8 @@ class JobLeases:
             if updates:
                 transaction.connection.execute(PROGRESS, [{**update._asdict(), **held} for update in updates])
 
-    def completed(self, job_id: str, owner: str, *, shot_id: str, stage_seconds: Mapping[str, float]) -> bool:
-        """End a job whose files are stored. Return False if `owner` has lost the lease."""
-        result = {"shot_id": shot_id, "stage_seconds": dict(stage_seconds)}
-        return self._end_own(job_id, owner, JobState.COMPLETED, **result, progress=100)
-
-    def failed(self, job_id: str, owner: str, error: JobError) -> bool:
-        """End a job with an error. Return False if `owner` has lost the lease."""
-        return self._end_own(job_id, owner, JobState.FAILED, error=error.model_dump(mode="json"))
-
-    def cancelled(self, job_id: str, owner: str) -> bool:
-        """End a job after its cancellation. Return False if `owner` has lost the lease."""
-        return self._end_own(job_id, owner, JobState.CANCELLED)
-
-    def _end_own(self, job_id: str, owner: str, state: JobState, **values: Any) -> bool:
+    def end(self, job_id: str, owner: str, state: JobState, **values: Any) -> bool:
+        """End a job; the files of a completed one are stored. Return False if `owner` has lost the lease."""
         with self._database.transaction() as transaction:
             return bool(self._rows.end_by(transaction, END_OWN, {"ended": job_id, "held_by": owner, **values}, state))
 

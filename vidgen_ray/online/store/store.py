@@ -173,7 +173,7 @@ class JobStore:
             new = sum(not job.state.is_final for job in new_jobs)
             if new:
                 _check_limits(transaction.connection, tenant, new, max_queued, max_open)
-            stored = [self._rows.insert(transaction, job) for job in new_jobs]
+            stored = [self._rows.insert(transaction, job, is_first=job is new_jobs[0]) for job in new_jobs]
             if idempotency_key is not None:
                 ids = [job.id for job in stored]
                 row = {"tenant": tenant, "key": idempotency_key, "fingerprint": fingerprint, "jobs": ids}
@@ -228,17 +228,14 @@ class JobStore:
         query = select(JOBS).where(JOBS.c.tenant == tenant, named).order_by(JOBS.c.seq)
         return [job_of(row) for row in self._database.rows(query)]
 
-    def changed_since(self, cursor: int, *, tenant: str | None = None, limit: int = 500, only_ended: bool = False) -> Changes:
-        """Return the jobs that changed after `cursor`; 0 means from the beginning. Return about `limit` jobs at most.
-
-        `only_ended`: only jobs that have ended or were deleted.
-        """
+    def changed_since(self, cursor: int, *, tenant: str | None = None, limit: int = 500) -> Changes:
+        """Return the jobs that changed after `cursor`; 0 means from the beginning. Return about `limit` jobs at most."""
         with self._database.read_connection() as connection:
             # Read first: all changes up to this one are visible to the query.
             if (latest := connection.scalars(LAST_NUMBER).one()) <= cursor:
                 return Changes([], [], cursor)
             parameters = {"cursor": cursor, "of_tenant": tenant, "limit": limit}
-            rows = connection.execute(_changed(tenant is not None, only_ended), parameters).all()
+            rows = connection.execute(_changed(tenant is not None), parameters).all()
         return Changes(
             [job_of(row) for row in rows if row.deleted_at is None],
             [DeletedJob(row.id, row.tenant) for row in rows if row.deleted_at is not None],
@@ -321,11 +318,10 @@ ONE_JOB = select(JOBS).where(JOBS.c.id == bindparam("one"), JOBS.c.deleted_at.is
 
 
 @cache
-def _changed(of_tenant: bool, only_ended: bool) -> Select[Any]:
+def _changed(of_tenant: bool) -> Select[Any]:
     """Return the query of `changed_since`."""
     changed: list[ColumnElement[bool]] = [JOBS.c.version > bindparam("cursor")]
     changed += [JOBS.c.tenant == bindparam("of_tenant")] if of_tenant else []
-    changed += [or_(not_(IS_OPEN), JOBS.c.deleted_at.is_not(None))] if only_ended else []
     # Jobs changed by the same transaction have the same version and must be returned together.
     some = select(JOBS.c.version).where(*changed).order_by(JOBS.c.version).limit(bindparam("limit")).subquery()
     last = select(func.max(some.c.version)).scalar_subquery()
