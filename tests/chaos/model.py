@@ -335,7 +335,8 @@ class Manifest:
             healthy = row.failure_stage not in STAGES or any(actor.gpu.sick is None for actor in live)
             if row.failure_stage == OUTPUT:
                 encoders = [each for each in WORLD.processes if each.alive and each.actor.kind is Encoder]
-                healthy = any(each.node.name != WORLD.sick_encoder_node for each in encoders)
+                # Also after its disk has become well: what was written before may have been the last attempt.
+                healthy = any(each.node.name not in WORLD.nodes_with_sick_disks for each in encoders)
             large = any(actor.spec.gpu_gb >= LARGE_GB and actor.gpu.sick is None for actor in live)
             fields |= {"error": f"{row.failure_stage}: {row.failure_message}", "healthy": healthy, "large": large}
         WORLD.log("row", **fields)
@@ -446,6 +447,7 @@ class World:
         """Ids of shots that were finished before the first run, without their last frames."""
         self.down_until, self.outage = 0.0, "error"
         self.sick_encoder_node = None
+        self.nodes_with_sick_disks = set()
         self.wait_storage_s = 1800.0
         rng = self.rng
         chosen = [kind for kind in FAULTS if rng.random() < 0.25]
@@ -855,6 +857,7 @@ class World:
                     gpu.sick = mode
                 if kind == "sick_node" and len(self.nodes) > 1:
                     self.sick_encoder_node = node.name
+                    self.nodes_with_sick_disks.add(node.name)
 
     def _interrupt(self, kind, driver):
         """Log a fault that can cost the work of all shots in progress."""

@@ -103,6 +103,8 @@ class WorkerPool:
         self._clients: dict[WorkerState, ActorClient] = {}
         self._workers: dict[ActorClient, WorkerState] = {}
         self._assigned: dict[Work, asyncio.Future[WorkerState]] = {}
+        self._paused: set[Work] = set()
+        """Commits that wait until the output folder can be written again."""
         self._fatal_failure: Failure | None = None
         self._durations = Durations()
         self._slow_calls = SlowCalls(self._expected_s, self._copy, self._recall)
@@ -254,7 +256,11 @@ class WorkerPool:
             while self._must_wait(work):
                 await self._changed.wait()
             if work.stage == OUTPUT:
-                await self._storage.over()
+                self._paused.add(work)
+                try:
+                    await self._storage.over()
+                finally:
+                    self._paused.discard(work)
             worker = await self._worker_for(work)
             nonlocal sent
             sent = time.monotonic()
@@ -308,11 +314,12 @@ class WorkerPool:
 
         def is_open() -> bool:
             # The session of an encoder may wait for a chunk that waits for evidence, too.
-            others = (work for work in (*self._assigned, *self._sessions) if work.order != order)
+            others = (work for work in (*self._paused, *self._assigned, *self._sessions) if work.order != order)
             is_shown = any(work.stage == stage or work.stage != OUTPUT for work in others)
             unknown = [each.process.key for each in failed if each.kind is Kind.ERROR and each.verdict is Verdict.OPEN]
             return bool(unknown) and (is_shown or any(map(self._is_starting, unknown)))
 
+        await self._storage.over()
         with suppress(TimeoutError):
             async with asyncio.timeout(EVIDENCE_S):
                 while is_open():
