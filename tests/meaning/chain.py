@@ -11,10 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from tests.conftest import SYNTHETIC
-from training.cast import portrait
+from training.cast import CAST, portrait
 from vidgen_ray.content_keys import ShotPlanner, params_of, with_local_loras
 from vidgen_ray.engine.step_runner import with_images
 from vidgen_ray.graph import stages_of
@@ -22,7 +24,7 @@ from vidgen_ray.profile import load_profile
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item, Stage
-from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.stages.instantid import RECOGNISER, InstantIDStage
 
 
 @dataclass
@@ -92,3 +94,8 @@ class Chain:
         stage = InstantIDStage(self.profile.params(InstantIDStage))
         stage.load()
         return stage
+
+    @cached_property
+    def cast_embeddings(self) -> dict[str, NDArray[np.float32]]:
+        """Embedding of each cast member."""
+        return {name: self.faces.features([portrait(name)], recognisers=[RECOGNISER]).embedding(RECOGNISER) for name in CAST}

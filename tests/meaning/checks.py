@@ -120,14 +120,10 @@ def _likeness(chain: Chain, image: NDArray[np.uint8]) -> dict[str, float] | None
         face = chain.faces.features([image], recognisers=[RECOGNISER]).embedding(RECOGNISER)
     except StageError:
         return None
-    cast = {name: _embedding(chain, name) for name in CAST}
-    return {name: float(face @ other / np.linalg.norm(face) / np.linalg.norm(other)) for name, other in cast.items()}
-
-
-def _embedding(chain: Chain, name: str) -> NDArray[np.float32]:
-    from training.cast import portrait
-
-    return chain.faces.features([portrait(name)], recognisers=[RECOGNISER]).embedding(RECOGNISER)
+    return {
+        name: float(face @ other / np.linalg.norm(face) / np.linalg.norm(other))
+        for name, other in chain.cast_embeddings.items()
+    }
 
 
 def person_recognised(chain: Chain, cases: int, cut: Cut) -> float:

@@ -19,8 +19,8 @@ from vidgen_ray.stages.svd import SVDStage
 
 FACE = {"face_image": ("face.png",), "prompt": "a"}
 LARGEST = Shot(**FACE, width=2048, height=2048, num_frames=256, scale=4)
-VARIANTS = ("tile256", ":chunked", f":{FP8}")
-"""Ends of the names of curves of networks that another curve traces, too."""
+VARIANTS = ("tile256", "flux/decode:tile512", "hunyuan/decode:tile512", ":0.5", ":0.25", ":chunked", f":{FP8}")
+"""Ends of the names of curves of networks that another curve traces, too. FLUX and HunyuanDiT have the autoencoder of SDXL."""
 FAST_CURVES = ("flux/decode", "svd/decode", "svd/clip", "realesrgan/animevideov3", "realesrgan/x4plus-anime")
 
 
