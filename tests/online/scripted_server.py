@@ -14,6 +14,7 @@ from urllib.request import urlopen
 
 import psutil
 
+from tests import ray_workers
 from tests.online.scripted_stages import SCRIPTED
 from vidgen_ray.online.serve_command import serve_command
 from vidgen_ray.online.server_settings import OnlineSettings
@@ -69,4 +70,5 @@ def scripted_server(folder: Path, port: int) -> Iterator[ServerProcess]:
 
 
 if __name__ == "__main__":
+    ray_workers.start()
     serve_command(OnlineSettings(**json.loads(sys.argv[1])), address=None, grace_s=0, stages=SCRIPTED)
