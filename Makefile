@@ -25,7 +25,7 @@ demo: setup
 	$(BIN)/vidgen demo --out out/demo
 
 # Processes have one torch thread each. -rs lists skipped tests with the reason (no GPU, browser or database).
-PYTEST := $(BIN)/python -m pytest --dist loadgroup -rs --durations 15
+PYTEST := $(BIN)/python -m pytest --dist loadgroup --no-loadscope-reorder -rs --durations 15
 
 # Three processes also on two cores: these tests often wait for other processes.
 test: setup
@@ -34,7 +34,7 @@ test: setup
 # Tests that take minutes: chaos, the demo models, long scripts, the worked example of CONTRIBUTING.md, the notebook.
 test-slow: setup
 	$(PYTEST) -n 2 -m "slow and not very_slow"
-	$(BIN)/python -m pytest -m "" --nbmake --nbmake-timeout 600 examples/library.ipynb
+	$(BIN)/python -m pytest -p nbmake -m "" --nbmake --nbmake-timeout 600 examples/library.ipynb
 
 # About an hour. Places of the engine that are broken on purpose; faults of GPUs, nodes, encoders, disks and inputs, two runs on one
 # cluster, leases of other containers; then kills processes, nodes and drivers of a three-node cluster at 35 random moments; then 10,000

@@ -29,7 +29,8 @@ from vidgen_ray.shot import Shot
 
 atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
 ASTRONAUT = EXAMPLES / "faces" / "astronaut.jpg"
 SYNTHETIC = {"subject": "an image made by a test", "basis": "synthetic"}
 """Consent for photos that tests make themselves."""
@@ -50,13 +51,28 @@ def pytest_collection_finish(session):
         raise pytest.UsageError("pytest-xdist ignores the groups of tests: use versions that work together")
 
 
+LONGEST = (
+    *("local_ray", "model-0", "model-1", "local_serve"),
+    *("meaning/test_meaning.py", "chaos/test_real_faults.py", "chaos/test_chaos.py", "engine/test_fleet.py"),
+    *("online/test_serve.py", "online/test_lost_node.py", "test_contributing.py", "test_job.py", "planner/test_memory.py"),
+    *("test_benchmarks.py", "stages/test_fake_cuda.py", "film/test_memory.py", "client/test_distribution.py"),
+)
+"""Groups of tests that start first, so that no process works alone at the end."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Let one process run all tests of a file, one all tests of `local_ray`, and one those of `local_serve`."""
+    order = {name: number for number, name in enumerate(LONGEST)}
+    places = {}
     for item in items:
+        mark = item.get_closest_marker("xdist_group")
         shared = [name for name in ("local_serve", "local_ray") if name in item.fixturenames]
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group([*shared, str(item.path)][0]))
+        group = mark.args[0] if mark else [*shared, item.path.relative_to(TESTS).as_posix()][0]
+        if mark is None:
+            item.add_marker(pytest.mark.xdist_group(group))
+        places[item] = order.get(group, len(order))
+    items.sort(key=places.get)
 
 
 class LocalRay:
