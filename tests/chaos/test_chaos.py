@@ -150,14 +150,15 @@ def render_with(disturbances, script, out, nodes, total, rng):
         record.drivers += 1
         while driver.poll() is None:
             if due and len(calls()) >= due[0][0]:
-                _, disturb = due.pop(0)
+                disturb = due[0][1]
                 if disturb is kill_driver:
                     driver.kill()
                     driver.wait()
                     driver = start(script, out, nodes, log)
                     record.drivers += 1
-                    record.counts[disturb.__name__] += 1
-                elif disturb(nodes, rng):
+                # If it finds no process, it waits for the next one.
+                if disturb is kill_driver or disturb(nodes, rng):
+                    due.pop(0)
                     record.counts[disturb.__name__] += 1
             time.sleep(POLL_S)  # polls: calls do not send events
     record.calls, record.seconds = calls(), time.monotonic() - started

@@ -115,7 +115,15 @@ def stop_for_a_while(processes):
     threading.Timer(STOPPED_S, resume).start()
 
 
-@pytest.mark.parametrize("fault", ["frozen worker", "frozen encoder", "frozen node", "workers killed"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "frozen encoder",
+        "frozen node",
+        # As the encoder, and as in test_run_survives_crashes_of_workers_encoders_and_node.
+        *(pytest.param(fault, marks=pytest.mark.very_slow) for fault in ("frozen worker", "workers killed")),
+    ],
+)
 def test_fault_of_a_process_costs_no_line(request, profile, tmp_path, monkeypatch, capsys, fault):  # noqa: F811
     monkeypatch.setattr(actor_client, "SILENT_S", SILENT_S)
     log, every, times = Log(tmp_path / "log"), 6, 1

@@ -11,7 +11,7 @@ from tests.meaning.chain import Chain
 from tests.meaning.checks import CHECKS, PERSON_LORA, STYLE_LORA, UNCUT, person_prompt
 
 pytestmark = pytest.mark.slow
-CASES, CASES_WITHOUT_INPUT = 5, 4
+CASES, CASES_WITHOUT_INPUT = 5, 3
 """Cases per check, and with its input disconnected. `benchmarks/meaning.py` uses 50 or more."""
 
 
