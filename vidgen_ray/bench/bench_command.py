@@ -415,7 +415,7 @@ def _chain(profile: Profile, shot: Shot) -> dict[str, float] | None:
 
 def _peak_shares(profile: Profile, results: Sequence[StageResult]) -> dict[str, float]:
     """Return the fraction of the GPU's peak that each stage has reached, for the network of the reference shot."""
-    reference = {stage.name: stage.variant(Shot(prompt="")) for stage in STAGES}
+    reference = {stage.name: stage.variant(Shot(prompt="reference")) for stage in STAGES}
     measured = {
         result.stage: one.seconds_of_reference
         for result in results
