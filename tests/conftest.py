@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         mark = item.get_closest_marker("xdist_group")
         shared = [name for name in ("local_serve", "local_ray") if name in item.fixturenames]
-        group = mark.args[0] if mark else [*shared, item.path.relative_to(TESTS).as_posix()][0]
+        group = mark.args[0] if mark else [*shared, os.path.relpath(item.path, TESTS)][0]
         if mark is None:
             item.add_marker(pytest.mark.xdist_group(group))
         places[item] = order.get(group, len(order))
