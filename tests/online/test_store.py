@@ -159,6 +159,16 @@ def test_concurrent_claims_return_different_jobs(store):
     assert len(claimed) == len(set(claimed)) == 20
 
 
+def test_calls_together_are_stored_or_undone_together(store):
+    first, second = (store.create(new_job())[0] for _ in range(2))
+    store.queue.claim("d", 30, 1)
+    with pytest.raises(KeyError), store.queue.together():
+        assert store.queue.end(first.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={})
+        assert [job.id for job in store.queue.claim("d", None, 5)] == [second.id]
+        raise KeyError
+    assert [store.get(job.id, "ada").state for job in (first, second)] == [JobState.IN_PROGRESS, JobState.QUEUED]
+
+
 @pytest.mark.parametrize("clock_s", [-10_000, 0, 10_000])
 def test_expired_lease_can_be_claimed_by_another_director(store, clock, steady, clock_s):
     """Independent of `clock`, which is set meanwhile."""
