@@ -111,7 +111,7 @@ class Run:
 
 
 def scrape(address):
-    """Return name -> samples of what is exported now."""
+    """Return name -> samples of what is exported now, without runs that other tests of this process have recorded."""
     try:
         text = urllib.request.urlopen(address, timeout=5).read().decode()
     except (urllib.error.URLError, ConnectionError):
@@ -119,7 +119,8 @@ def scrape(address):
     samples = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            samples.setdefault(sample.name, []).append(sample)
+            if "vidgen" not in sample.name or RUN_LABELS.items() <= sample.labels.items():
+                samples.setdefault(sample.name, []).append(sample)
     return samples
 
 
@@ -151,7 +152,7 @@ def is_complete(exported):
 def test_ray_exports_every_metric_under_its_documented_name(metrics_address):
     run = Run.remote()
     ray.get(run.record.remote())
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 60
     while not is_complete(exported := scrape(metrics_address)):
         assert time.monotonic() < deadline, {name: exported[name] for name in exported if "vidgen" in name}
         time.sleep(0.2)  # polls: the metrics agent does not send events
@@ -159,4 +160,3 @@ def test_ray_exports_every_metric_under_its_documented_name(metrics_address):
     for name, spec in METRICS.items():
         for sample in exported[exported_names(name, METRICS[name])[0]]:
             assert set(spec.labels) <= set(sample.labels), name
-            assert RUN_LABELS.items() <= sample.labels.items(), name

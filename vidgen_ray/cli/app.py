@@ -30,7 +30,8 @@ from vidgen_ray.cli.run_script import RESUME, render, retry, run_script, validat
 from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.storage import URL
-from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.planner import profile_for
+from vidgen_ray.profile import Profile
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.screenplay import script_schema
 from vidgen_ray.shot import Shot
@@ -145,7 +146,7 @@ def demo(
     """Render the demo script on this machine: all stages, both modes."""
     if URL.match(out):
         raise UsageError(f"--out: got {out!r}, must be a folder on this machine")
-    chosen = load_profile(profile)
+    chosen = profile_for(profile)
     script = example("film.yaml" if with_film else "demo.jsonl")
     settings = ScriptSettings(script, profile_defaults=chosen.defaults)
     run_script(settings, chosen, out, RenderOptions(keep_stages=not with_film), as_json=as_json)

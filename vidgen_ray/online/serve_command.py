@@ -20,7 +20,7 @@ from vidgen_ray.cli.run_script import interruptible, stoppable
 from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.server_settings import OnlineSettings, read_yaml
-from vidgen_ray.profile import load_profile
+from vidgen_ray.planner import profile_for, this_machine
 from vidgen_ray.stages.base import Stage
 
 SERVE_OPTIONS = ModelOptions.of(
@@ -56,7 +56,7 @@ def serve(
     with interruptible(), redirect_stdout(sys.stderr):
         chosen = settings_of(settings, options)
         if c2pa_key is not None:
-            base = chosen.provenance or load_profile(chosen.profile).provenance
+            base = chosen.provenance or profile_for(chosen.profile).provenance
             chosen = chosen.model_copy(update={"provenance": MarkOptions(c2pa_key=c2pa_key).settings(base)})
         serve_command(chosen, address=address, grace_s=grace_s)
 
@@ -96,7 +96,6 @@ def serve_command(
     from vidgen_ray.online.auth import check_bind_host, is_loopback, load_keys
     from vidgen_ray.online.server import serving, wait_for
     from vidgen_ray.online.store.store import open_store
-    from vidgen_ray.planner import this_machine
 
     keys = load_keys(settings.keys_file, settings.limits)
     check_bind_host(settings.host, keys)
