@@ -35,7 +35,7 @@ def project(tmp_path_factory):
         "vidgen_ray/stages/ltx95.py",
         "vidgen_ray/graph.py",
         "vidgen_ray/profiles/tiny.yaml",
-        "vidgen_ray/profiles/gpu-80gb.yaml",
+        "vidgen_ray/profiles/gpu.yaml",
     ]
     changed = project.apply_steps(section("Worked example: add a shot field"))
     assert changed == ["vidgen_ray/shot.py", "vidgen_ray/stages/svd.py"]
