@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from vidgen_ray.stages.memory_table import Work
+from vidgen_ray.stages.memory_table import Workload
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class GpuCard:
     """One kind of GPU."""
 
     name: str
@@ -30,13 +30,13 @@ class Card:
     pattern: str
     """Regular expression that the name reported by the driver contains."""
 
-    def seconds(self, work: Work, share: float) -> float:
+    def seconds(self, work: Workload, share: float) -> float:
         """Return the seconds of the work. `share`: fraction of the peak that matrix products and convolutions reach."""
         computing = work.flop / (self.tflop_per_s * 1e12 * share)
         moving = work.moved_bytes / (self.gb_per_s * 1e9 * BANDWIDTH_SHARE)
         return computing + moving + work.linked_bytes / (self.link_gb_per_s * 1e9)
 
-    def share_of_peak(self, work: Work, seconds: float) -> float:
+    def share_of_peak(self, work: Workload, seconds: float) -> float:
         """Return the fraction of the peak that work reaches if it takes these seconds."""
         return work.flop / (seconds * self.tflop_per_s * 1e12)
 
@@ -46,30 +46,30 @@ BANDWIDTH_SHARE = 0.8
 PCIE3, PCIE4, PCIE5, NVLINK_C2C = 12, 25, 50, 350
 
 CARDS = (
-    Card("T4", 14.6, 65, 320, PCIE3, 0.35, r"\bT4\b"),
-    Card("RTX 4080", 15.7, 97.5, 717, PCIE4, 0.3, r"RTX 4080"),
-    Card("RTX 5080", 15.5, 112.6, 960, PCIE5, 0.35, r"RTX 5080"),
-    Card("A4500", 19.7, 94.6, 640, PCIE4, 0.25, r"RTX A4500"),
-    Card("L4", 22.0, 121, 300, PCIE4, 0.6, r"\bL4\b"),
-    Card("A10G", 22.0, 70, 600, PCIE4, 0.8, r"\bA10G\b"),
-    Card("A10", 22.1, 125, 600, PCIE4, 0.75, r"\bA10\b"),
-    Card("RTX 3090", 23.6, 71, 936, PCIE4, 0.25, r"RTX 3090"),
-    Card("A5000", 23.7, 111, 768, PCIE4, 0.3, r"RTX A5000"),
-    Card("RTX 4090", 23.6, 165.2, 1008, PCIE4, 0.5, r"RTX 4090"),
-    Card("RTX 5090", 31.4, 209.5, 1792, PCIE5, 0.8, r"RTX 5090"),
-    Card("A100 40 GB", 39.4, 312, 1555, PCIE4, 1.3, r"\bA100.*40"),
-    Card("A40", 44.4, 149.7, 696, PCIE4, 0.5, r"\bA40\b"),
-    Card("L40S", 44.4, 362, 864, PCIE4, 1.0, r"\bL40S\b"),
-    Card("A6000", 47.5, 154.8, 768, PCIE4, 0.6, r"RTX A6000"),
-    Card("RTX 6000 Ada", 47.4, 364.2, 960, PCIE4, 0.9, r"6000 Ada"),
-    Card("A100 80 GB", 79.2, 312, 2039, PCIE4, 1.8, r"\bA100"),
-    Card("H100 PCIe", 79.2, 756, 2039, PCIE5, 2.2, r"H100 PCIe"),
-    Card("H100", 79.2, 989, 3352, PCIE5, 2.5, r"H100(?!.*(NVL|PCIe))"),
-    Card("H100 NVL", 93.1, 835, 3938, PCIE5, 2.6, r"H100 NVL"),
-    Card("RTX PRO 6000", 95.0, 503.8, 1792, PCIE5, 1.8, r"RTX PRO 6000"),
-    Card("GH200", 94.5, 989, 4022, NVLINK_C2C, 2.5, r"GH200"),
-    Card("H200", 139.8, 989, 4915, PCIE5, 3.6, r"\bH200"),
-    Card("B200", 178.4, 2250, 8000, PCIE5, 5.5, r"\bB200"),
+    GpuCard("T4", 14.6, 65, 320, PCIE3, 0.35, r"\bT4\b"),
+    GpuCard("RTX 4080", 15.7, 97.5, 717, PCIE4, 0.3, r"RTX 4080"),
+    GpuCard("RTX 5080", 15.5, 112.6, 960, PCIE5, 0.35, r"RTX 5080"),
+    GpuCard("A4500", 19.7, 94.6, 640, PCIE4, 0.25, r"RTX A4500"),
+    GpuCard("L4", 22.0, 121, 300, PCIE4, 0.6, r"\bL4\b"),
+    GpuCard("A10G", 22.0, 70, 600, PCIE4, 0.8, r"\bA10G\b"),
+    GpuCard("A10", 22.1, 125, 600, PCIE4, 0.75, r"\bA10\b"),
+    GpuCard("RTX 3090", 23.6, 71, 936, PCIE4, 0.25, r"RTX 3090"),
+    GpuCard("A5000", 23.7, 111, 768, PCIE4, 0.3, r"RTX A5000"),
+    GpuCard("RTX 4090", 23.6, 165.2, 1008, PCIE4, 0.5, r"RTX 4090"),
+    GpuCard("RTX 5090", 31.4, 209.5, 1792, PCIE5, 0.8, r"RTX 5090"),
+    GpuCard("A100 40 GB", 39.4, 312, 1555, PCIE4, 1.3, r"\bA100.*40"),
+    GpuCard("A40", 44.4, 149.7, 696, PCIE4, 0.5, r"\bA40\b"),
+    GpuCard("L40S", 44.4, 362, 864, PCIE4, 1.0, r"\bL40S\b"),
+    GpuCard("A6000", 47.5, 154.8, 768, PCIE4, 0.6, r"RTX A6000"),
+    GpuCard("RTX 6000 Ada", 47.4, 364.2, 960, PCIE4, 0.9, r"6000 Ada"),
+    GpuCard("A100 80 GB", 79.2, 312, 2039, PCIE4, 1.8, r"\bA100"),
+    GpuCard("H100 PCIe", 79.2, 756, 2039, PCIE5, 2.2, r"H100 PCIe"),
+    GpuCard("H100", 79.2, 989, 3352, PCIE5, 2.5, r"H100(?!.*(NVL|PCIe))"),
+    GpuCard("H100 NVL", 93.1, 835, 3938, PCIE5, 2.6, r"H100 NVL"),
+    GpuCard("RTX PRO 6000", 95.0, 503.8, 1792, PCIE5, 1.8, r"RTX PRO 6000"),
+    GpuCard("GH200", 94.5, 989, 4022, NVLINK_C2C, 2.5, r"GH200"),
+    GpuCard("H200", 139.8, 989, 4915, PCIE5, 3.6, r"\bH200"),
+    GpuCard("B200", 178.4, 2250, 8000, PCIE5, 5.5, r"\bB200"),
 )
 TYPICAL = ("RTX 4080", "A4500", "RTX 4090", "RTX 5090", "A100 40 GB", "L40S", "H100", "RTX PRO 6000", "H200", "B200")
 """Cards that stand for an unknown one of at most their memory, smallest first."""
@@ -77,18 +77,18 @@ H100 = next(card for card in CARDS if card.name == "H100")
 """Card for which the seconds of stages without a traced network are stated."""
 
 
-def card_reported_as(name: str) -> Card | None:
+def card_reported_as(name: str) -> GpuCard | None:
     """Return the card for the name that NVIDIA's driver or torch reports. `None` if it is not in the table."""
     return next((card for card in CARDS if re.search(card.pattern, name)), None)
 
 
-def card_named(text: str) -> Card | None:
+def card_named(text: str) -> GpuCard | None:
     """Return the card that a user names, such as `L40S`, `rtx4090` or `A100-80GB`. `None` if it is not in the table."""
     wanted = _plain(text)
     return next((card for card in CARDS if wanted in (_plain(card.name), _plain(card.name.removeprefix("RTX")))), None)
 
 
-def typical_card(memory_gb: float) -> Card:
+def typical_card(memory_gb: float) -> GpuCard:
     """Return the card that stands for one of which only the memory is known."""
     typical = [card for card in CARDS if card.name in TYPICAL]
     return next((card for card in typical if memory_gb <= card.memory_gb * 13 / 12), typical[-1])

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 
 from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError, VidgenError
 from vidgen_ray.planner import layout
-from vidgen_ray.planner.cards import Card, typical_card
+from vidgen_ray.planner.cards import GpuCard, typical_card
 from vidgen_ray.planner.cluster import Cluster, Node
 from vidgen_ray.planner.demand import ENCODE_SECONDS, Calibration, Demand, peak_shares, seconds_of, total_seconds
 from vidgen_ray.planner.gpu_memory import actors_of, memory_limits, reference_shots
@@ -280,7 +280,7 @@ def plan(
     shots = demand.sizes or reference_shots(profile)
     encode_seconds = demand.encoded_mpx * ENCODE_SECONDS[profile.encode.preset] / demand.shots
 
-    def speed(actor: Actor, card: Card | None) -> float:
+    def speed(actor: Actor, card: GpuCard | None) -> float:
         on_card = timings.get(card, timing).seconds
         return actor.seconds / sum(on_card[stage] for stage in actor.stages)
 
@@ -343,7 +343,7 @@ def _fastest(plan_within: Callable[[float], Plan], limits_gb: Sequence[float]) -
     return next(planned for planned in plans if planned.shots_per_hour >= best * (1 - TIE))
 
 
-def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibration], card: Card | None) -> Timing:
+def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibration], card: GpuCard | None) -> Timing:
     seconds: dict[str, float] = {}
     reference_s: dict[str, float] = {}
     spread_seconds, assumed = 0.0, []

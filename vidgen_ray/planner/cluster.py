@@ -11,7 +11,7 @@ from math import ceil
 from pathlib import Path
 
 from vidgen_ray.errors import UsageError
-from vidgen_ray.planner.cards import CARDS, Card, card_named, card_reported_as, typical_card
+from vidgen_ray.planner.cards import CARDS, GpuCard, card_named, card_reported_as, typical_card
 from vidgen_ray.profile import AUTO, Profile, load_profile
 
 GB = 2**30
@@ -40,11 +40,11 @@ class Node:
     """Host memory. `None` if unknown."""
     label: Label | None = None
     """Label that only nodes with these GPUs have. `None` if unknown."""
-    card: Card | None = None
+    card: GpuCard | None = None
     """Kind of all its GPUs. `None` if unknown."""
 
     @property
-    def assumed_card(self) -> Card | None:
+    def assumed_card(self) -> GpuCard | None:
         """Kind of its GPUs: a typical one of their memory, if it is unknown. `None` without GPUs."""
         return self.card or (typical_card(max(self.gpus)) if self.gpus else None)
 
@@ -82,9 +82,9 @@ class Cluster:
         return replace(self, nodes=tuple(nodes))
 
     @property
-    def assumed_cards(self) -> tuple[Card, ...]:
+    def assumed_cards(self) -> tuple[GpuCard, ...]:
         """Distinct kinds of GPUs, the one that computes most in total first."""
-        speeds: defaultdict[Card, float] = defaultdict(float)
+        speeds: defaultdict[GpuCard, float] = defaultdict(float)
         for node in self.nodes:
             if card := node.assumed_card:
                 speeds[card] += len(node.gpus) * card.tflop_per_s

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, clip_growth, relative_costs
-from vidgen_ray.planner.cards import H100, Card
+from vidgen_ray.planner.cards import H100, GpuCard
 from vidgen_ray.planner.gpu_memory import ShotSizes
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
@@ -358,7 +358,7 @@ def total_seconds(expected: StageSeconds, stage: str, demand: Demand, measured: 
 
 
 def seconds_of(
-    profile: Profile, stage: type[Stage[Any]], measured: Mapping[str, Calibration], card: Card | None = None
+    profile: Profile, stage: type[Stage[Any]], measured: Mapping[str, Calibration], card: GpuCard | None = None
 ) -> StageSeconds:
     """Return the expected seconds of a stage on a kind of GPU: measured, of the profile, or from the work of its networks.
 
@@ -382,7 +382,7 @@ def seconds_of(
     return StageSeconds(stage.reference_s, stage.fixed_share, ASSUMED_SPREAD, False)
 
 
-def peak_shares(profile: Profile, reference_s: Mapping[str, float], card: Card | None) -> dict[str, float]:
+def peak_shares(profile: Profile, reference_s: Mapping[str, float], card: GpuCard | None) -> dict[str, float]:
     """Return the fraction of the GPU's peak that stages reach if the reference shot takes these seconds.
 
     Only for stages on the GPU whose work is known. Empty without a card.

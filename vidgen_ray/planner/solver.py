@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vidgen_ray.planner.cards import Card
+from vidgen_ray.planner.cards import GpuCard
 from vidgen_ray.planner.cluster import Cluster, Node
 from vidgen_ray.planner.layout import (
     CONTEXT_GB,
@@ -58,7 +58,7 @@ class PackingProblem:
     slots_of: SlotsOfNode
     swap_gb_per_s: float
     """Transfer rate between host memory and GPU memory."""
-    speed: Callable[[Actor, Card | None], float] = lambda *_: 1.0
+    speed: Callable[[Actor, GpuCard | None], float] = lambda *_: 1.0
     """Speed of an actor on a kind of GPU: its seconds divided by those on that kind."""
 
     @property
@@ -94,7 +94,7 @@ class _SlotGroup:
 
     node: int
     memory_gb: float
-    card: Card | None
+    card: GpuCard | None
     count: int
 
 
@@ -121,7 +121,7 @@ def pack(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> P
     First solves the problem without CPU and host memory limits, which rarely matter, then with those of all nodes together,
     and places the slots on nodes afterwards. Only if both placements fail, solves it with the limits of each node.
     """
-    kinds: Counter[tuple[float, Card | None]] = Counter()
+    kinds: Counter[tuple[float, GpuCard | None]] = Counter()
     for node in cluster.nodes:
         kinds.update({(memory, node.assumed_card): count for memory, count in problem.slots_of(node).items()})
     ordered = sorted(kinds.items(), key=lambda kind: kind[0][0], reverse=True)

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vidgen_ray.errors import MissingWeights, StageError
 from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
-from vidgen_ray.stages.memory_table import StageMemory, Work
+from vidgen_ray.stages.memory_table import StageMemory, Workload
 from vidgen_ray.system.model_files import check_pipeline_folder
 
 if TYPE_CHECKING:
@@ -344,7 +344,7 @@ class Stage(ABC, Generic[P]):
         return None
 
     @classmethod
-    def work(cls, params: P) -> Work | None:
+    def work(cls, params: P) -> Workload | None:
         """Return the work of the reference shot with the published weights. `None` if unknown: `reference_s` counts."""
         return None
 

@@ -26,7 +26,15 @@ from vidgen_ray.stages.flux_model import CACHED_PROMPTS, DEFAULT_STEPS, T5_CHANN
 from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines, injector_class, pose_image, shared_injector
 from vidgen_ray.stages.loading import with_smaller_tiles
 from vidgen_ray.stages.lora import FEW_STEP_LORA
-from vidgen_ray.stages.memory_table import FP8, StageMemory, Work, activation_bytes, network_work, relative_flop, weight_bytes
+from vidgen_ray.stages.memory_table import (
+    FP8,
+    StageMemory,
+    Workload,
+    activation_bytes,
+    network_work,
+    relative_flop,
+    weight_bytes,
+)
 
 PATCH_PIXELS, HIDDEN_CHANNELS = 16 * 16, 3072
 """Pixels per token of the transformer, and numbers per token."""
@@ -115,11 +123,11 @@ class FluxFamilyStage(Stage[FluxParams]):
         return StageMemory(weights, max(encode_text, activations), host)
 
     @classmethod
-    def work_of_steps(cls, params: FluxParams, steps: float) -> Work:
+    def work_of_steps(cls, params: FluxParams, steps: float) -> Workload:
         """Return the work of an image of the reference size with this number of steps."""
         step = network_work("flux/step", REFERENCE_PIXELS)
         if params.quantize == FP8:
-            step += Work(moved_bytes=FP8_CAST_BYTES * weight_bytes(f"flux/transformer:{FP8}", params.dtype))
+            step += Workload(moved_bytes=FP8_CAST_BYTES * weight_bytes(f"flux/transformer:{FP8}", params.dtype))
         return step.times(steps) + network_work("flux/decode", REFERENCE_PIXELS)
 
     @classmethod
@@ -254,11 +262,11 @@ class FluxStage(FluxFamilyStage):
         return shot.fast_lora
 
     @classmethod
-    def work(cls, params: FluxParams) -> Work:
+    def work(cls, params: FluxParams) -> Workload:
         text = network_work("flux/text")
         if params.text_encoder == "swapped":
             t5, transformer = (weight_bytes(f"flux/{name}", params.dtype) for name in ("text_encoder_2", "transformer"))
-            text += Work(linked_bytes=t5 + transformer / (2 if params.quantize == FP8 else 1))
+            text += Workload(linked_bytes=t5 + transformer / (2 if params.quantize == FP8 else 1))
         return text + cls.work_of_steps(params, DEFAULT_STEPS)
 
     @classmethod
@@ -327,7 +335,7 @@ class FluxLoRAStage(FluxFamilyStage):
         return shot.lora
 
     @classmethod
-    def work(cls, params: FluxParams) -> Work:
+    def work(cls, params: FluxParams) -> Workload:
         encoded = network_work("flux/encode", REFERENCE_PIXELS)
         return encoded + cls.work_of_steps(params, DEFAULT_STEPS * LORA_REFERENCE_STRENGTH)
 
@@ -378,7 +386,7 @@ class FluxRefineStage(FluxFamilyStage):
         return shot.uses_sdxl_base and not shot.lora
 
     @classmethod
-    def work(cls, params: FluxParams) -> Work:
+    def work(cls, params: FluxParams) -> Workload:
         encoded = network_work("flux/encode", REFERENCE_PIXELS)
         return encoded + cls.work_of_steps(params, DEFAULT_STEPS * REFINE_REFERENCE_STRENGTH)
 

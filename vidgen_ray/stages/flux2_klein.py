@@ -28,7 +28,7 @@ from vidgen_ray.stages.memory_table import (
     CLIP_HOST_BYTES,
     Phase,
     StageMemory,
-    Work,
+    Workload,
     activation_bytes,
     memory_of_phases,
     network_work,
@@ -118,7 +118,7 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
         return (params.weights, *(Path(lora.path) for lora in shot.klein_lora))
 
     @classmethod
-    def work(cls, params: Flux2KleinParams) -> Work:
+    def work(cls, params: Flux2KleinParams) -> Workload:
         step = network_work("klein/step", REFERENCE_PIXELS)
         return network_work("klein/text") + step.times(DISTILLED_STEPS) + network_work("klein/decode", REFERENCE_PIXELS)
 

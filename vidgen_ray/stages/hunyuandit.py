@@ -21,7 +21,7 @@ from vidgen_ray.stages.base import (
     pixels_to_uint8,
 )
 from vidgen_ray.stages.loading import TiledParams, TiledStage, load_pipeline, move_networks, set_vae_tiles
-from vidgen_ray.stages.memory_table import StageMemory, Work, activation_bytes, network_work, weight_bytes
+from vidgen_ray.stages.memory_table import StageMemory, Workload, activation_bytes, network_work, weight_bytes
 from vidgen_ray.stages.speed import CompileParams, compile_network, require_sdpa_backend, sdpa_backend, use_channels_last
 
 DEFAULT_STEPS = 30
@@ -85,7 +85,7 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
         yield ReadText(_prompt_of(shot), params.weights / "tokenizer_2", MT5_TOKENS)
 
     @classmethod
-    def work(cls, params: HunyuanDiTParams) -> Work:
+    def work(cls, params: HunyuanDiTParams) -> Workload:
         step = network_work("hunyuan/step", LARGEST_CANVAS_PX).times(DEFAULT_STEPS * REFERENCE_STRENGTH)
         return network_work("hunyuan/text") + step + network_work("hunyuan/decode", LARGEST_CANVAS_PX)
 

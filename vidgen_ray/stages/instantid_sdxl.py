@@ -25,7 +25,7 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.identity import pose_image
 from vidgen_ray.stages.loading import TiledParams, TiledStage, load_pipeline, move_networks, set_vae_tiles
-from vidgen_ray.stages.memory_table import StageMemory, Work, activation_bytes, network_work, relative_flop, weight_bytes
+from vidgen_ray.stages.memory_table import StageMemory, Workload, activation_bytes, network_work, relative_flop, weight_bytes
 from vidgen_ray.stages.speed import SpeedParams, require_sdpa_backend, sdpa_backend, use_channels_last
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
         yield ReadText(shot.prompt, params.weights / "tokenizer", CLIP_TOKENS)
 
     @classmethod
-    def work(cls, params: InstantIDSDXLParams) -> Work:
+    def work(cls, params: InstantIDSDXLParams) -> Workload:
         step = network_work("sdxl/step", REFERENCE_PIXELS).times(params.steps)
         return step + network_work("sdxl/decode", REFERENCE_PIXELS)
 

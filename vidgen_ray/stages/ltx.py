@@ -13,7 +13,7 @@ from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.memory_table import (
     Phase,
     StageMemory,
-    Work,
+    Workload,
     activation_bytes,
     memory_of_phases,
     network_work,
@@ -70,7 +70,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
         return (frames - 1) // 8 + 1
 
     @classmethod
-    def work(cls, params: LTXParams) -> Work:
+    def work(cls, params: LTXParams) -> Workload:
         sequence = REFERENCE_PIXELS * cls.latent_frames(REFERENCE_FRAMES)
         steps = network_work("ltx/step", sequence).times(cls.default_steps)
         return network_work("ltx/text") + steps + network_work("ltx/decode", sequence)

@@ -43,7 +43,7 @@ class StageMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Workload:
     """Work of a shot, from which the planner computes seconds on a card."""
 
     flop: float = 0.0
@@ -53,11 +53,11 @@ class Work:
     linked_bytes: float = 0.0
     """Bytes copied between host memory and GPU memory."""
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flop + other.flop, self.moved_bytes + other.moved_bytes, self.linked_bytes + other.linked_bytes)
+    def __add__(self, other: Workload) -> Workload:
+        return Workload(self.flop + other.flop, self.moved_bytes + other.moved_bytes, self.linked_bytes + other.linked_bytes)
 
-    def times(self, factor: float) -> Work:
-        return Work(self.flop * factor, self.moved_bytes * factor, self.linked_bytes * factor)
+    def times(self, factor: float) -> Workload:
+        return Workload(self.flop * factor, self.moved_bytes * factor, self.linked_bytes * factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +96,10 @@ class MemoryTable:
         (value,) = _between(self.curves[name], pixels)
         return value
 
-    def work_of(self, name: str, pixels: int) -> Work:
+    def work_of(self, name: str, pixels: int) -> Workload:
         """Return the work of a curve for a number of pixels, as `curve` does."""
         flop, moved_bytes = _between(self.work[name], pixels)
-        return Work(flop, moved_bytes)
+        return Workload(flop, moved_bytes)
 
 
 def _between(points: Sequence[tuple[int, ...]], pixels: int) -> tuple[float, ...]:
@@ -130,7 +130,7 @@ def activation_bytes(curve: str, pixels: int, dtype: str) -> int:
     return int(load_table().curve(curve, pixels) * MARGIN * (2 if dtype == "float32" else 1))
 
 
-def network_work(curve: str, pixels: int = 0) -> Work:
+def network_work(curve: str, pixels: int = 0) -> Workload:
     """Return the work of one call. `pixels`: times frames, if the curve is one of clips."""
     return load_table().work_of(curve, pixels)
 

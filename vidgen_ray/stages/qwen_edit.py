@@ -22,7 +22,7 @@ from vidgen_ray.stages.memory_table import (
     CLIP_HOST_BYTES,
     Phase,
     StageMemory,
-    Work,
+    Workload,
     activation_bytes,
     memory_of_phases,
     network_work,
@@ -93,7 +93,7 @@ class QwenEditStage(ImageStage[ImageParams]):
         return shot.uses_reference_photos
 
     @classmethod
-    def work(cls, params: ImageParams) -> Work:
+    def work(cls, params: ImageParams) -> Workload:
         # Guidance takes two passes.
         step = network_work("qwen_edit/step", REFERENCE_PIXELS + SEEN_PIXELS).times(2 * DEFAULT_STEPS)
         return network_work("qwen_edit/text").times(2) + step + network_work("qwen_edit/decode", REFERENCE_PIXELS)

@@ -14,7 +14,7 @@ from vidgen_ray.nets.weight_files import NOT_FINITE, require_finite_weights
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, ChunkedStage, Frames, StageParams, torch_dtype
 from vidgen_ray.stages.loading import move_networks, require_device
-from vidgen_ray.stages.memory_table import StageMemory, Work, activation_bytes, load_table, network_work, weight_bytes
+from vidgen_ray.stages.memory_table import StageMemory, Workload, activation_bytes, load_table, network_work, weight_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
         return (weights_file(params.weights, shot.upscaler),)
 
     @classmethod
-    def work(cls, params: RealESRGANParams) -> Work:
+    def work(cls, params: RealESRGANParams) -> Workload:
         return network_work(f"realesrgan/{SMALLEST_UPSCALER}", REFERENCE_PIXELS).times(REFERENCE_FRAMES)
 
     @classmethod

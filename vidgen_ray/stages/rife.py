@@ -23,7 +23,7 @@ from vidgen_ray.stages.base import (
     torch_dtype,
 )
 from vidgen_ray.stages.loading import require_device
-from vidgen_ray.stages.memory_table import StageMemory, Work, activation_bytes, network_work, weight_bytes
+from vidgen_ray.stages.memory_table import StageMemory, Workload, activation_bytes, network_work, weight_bytes
 from vidgen_ray.system.model_files import rife_file
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class RifeStage(ChunkedStage[RifeParams]):
         return slice(floor(chunk.start / factor), floor((chunk.stop - 1) / factor) + 2)
 
     @classmethod
-    def work(cls, params: RifeParams) -> Work:
+    def work(cls, params: RifeParams) -> Workload:
         return network_work(f"{LAYOUTS[-1]}:1", REFERENCE_PIXELS).times(REFERENCE_FRAMES)
 
     @classmethod

@@ -20,7 +20,7 @@ from vidgen_ray.stages.base import (
     pixels_to_uint8,
 )
 from vidgen_ray.stages.loading import load_pipeline, move_networks
-from vidgen_ray.stages.memory_table import StageMemory, Work, activation_bytes, network_work, relative_flop, weight_bytes
+from vidgen_ray.stages.memory_table import StageMemory, Workload, activation_bytes, network_work, relative_flop, weight_bytes
 from vidgen_ray.stages.speed import CompileParams, compile_network, require_sdpa_backend, sdpa_backend, use_channels_last
 from vidgen_ray.stages.video import VideoStage, clip_host_bytes
 
@@ -82,7 +82,7 @@ class SVDStage(VideoStage[SVDParams]):
     Params: ClassVar[type[StageParams]] = SVDParams
 
     @classmethod
-    def work(cls, params: SVDParams) -> Work:
+    def work(cls, params: SVDParams) -> Workload:
         step = network_work("svd/step", REFERENCE_PIXELS * REFERENCE_FRAMES).times(DEFAULT_STEPS)
         return step + network_work("svd/decode", REFERENCE_PIXELS).times(REFERENCE_FRAMES)
 

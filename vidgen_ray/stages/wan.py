@@ -17,7 +17,7 @@ from vidgen_ray.stages.lora import FEW_STEP_LORA, merge_lora
 from vidgen_ray.stages.memory_table import (
     Phase,
     StageMemory,
-    Work,
+    Workload,
     activation_bytes,
     memory_of_phases,
     network_work,
@@ -78,7 +78,7 @@ class WanStage(PromptedVideoStage[WanParams]):
         return (frames - 1) // 4 + 1
 
     @classmethod
-    def work(cls, params: WanParams) -> Work:
+    def work(cls, params: WanParams) -> Workload:
         model = "wan-ti2v" if _has_one_transformer(params.weights) else "wan"
         sequence = REFERENCE_PIXELS * cls.latent_frames(REFERENCE_FRAMES)
         # Guidance takes two passes.
@@ -87,7 +87,7 @@ class WanStage(PromptedVideoStage[WanParams]):
         # accelerate copies the weights to the GPU and back.
         networks = (TEXT_ENCODER, *[f"{model}/transformer"] * (1 if model == "wan-ti2v" else 2))
         offloaded = 2 * sum(weight_bytes(network, params.dtype) for network in networks) if params.cpu_offload else 0
-        return network_work("wan/text") + steps + decode + Work(linked_bytes=offloaded)
+        return network_work("wan/text") + steps + decode + Workload(linked_bytes=offloaded)
 
     @classmethod
     def memory(cls, params: WanParams, shot: Shot) -> StageMemory | None:
