@@ -74,7 +74,7 @@ CARDS = (
 TYPICAL = ("RTX 4080", "A4500", "RTX 4090", "RTX 5090", "A100 40 GB", "L40S", "H100", "RTX PRO 6000", "H200", "B200")
 """Cards that stand for an unknown one of at most their memory, smallest first."""
 H100 = next(card for card in CARDS if card.name == "H100")
-"""Card for which the seconds of stages without a traced network are stated."""
+"""Card for which seconds are computed if none is known."""
 
 
 def card_reported_as(name: str) -> GpuCard | None:
