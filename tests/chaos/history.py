@@ -296,9 +296,9 @@ def check_idle(world, history):
 def check_breaker(world, history):
     """A run stops soon after nearly all of its last shots have failed on every worker, unless they had failed before."""
     before = set()
-    # What a sick worker refuses does not count.
+    # What a sick worker refuses does not count, nor a shot that fails with the one that it continues.
     for driver in world.drivers if not {"sick_worker", "sick_node"} & {*world.kinds} else ():
-        rows = history.rows[driver.number]
+        rows = [row for row in history.rows[driver.number] if not row.fields.get("error", "").startswith("continue_from")]
         poisoned = [row for row in rows if row.fields["status"] != "failed" or history.flaw(row.fields["shot"]) == "poison"]
         new = [row for row in poisoned if row.fields["status"] in ("done", "failed") and row.fields["shot"] not in before]
         fails = [row.fields["status"] == "failed" for row in new]

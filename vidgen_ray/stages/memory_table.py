@@ -9,7 +9,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 TABLE_FILE = Path(__file__).with_name("memory_table.json")
@@ -135,6 +135,7 @@ def network_work(curve: str, pixels: int = 0) -> Workload:
     return load_table().work_of(curve, pixels)
 
 
+@lru_cache(4096)
 def relative_flop(curve: str, pixels: int, reference_pixels: int) -> float:
     """Return how many times the operations of a call with `reference_pixels` one with `pixels` needs."""
     return network_work(curve, pixels).flop / network_work(curve, reference_pixels).flop
