@@ -49,6 +49,7 @@ class History:
     def __init__(self, world):
         self.runs, self.rows, self.faults, self.commits = {}, defaultdict(list), [], defaultdict(list)
         self.sent, self.answers, self.work = {}, {}, []
+        frozen = set()
         self.hit, self.sick = set(), set()
         """Calls that a fault has hit, and calls on a sick GPU."""
         self.discarded, self.ended = set(), {}
@@ -63,6 +64,8 @@ class History:
                     self.discarded.add(int(fields["run"].removeprefix("run-")))
                 case "fault":
                     self.faults.append(event)
+                    if fields["fault"] == "freeze":
+                        frozen.add(fields["process"])
                     if fields["own"]:
                         self.hit.update(fields["calls"])
                     elif fields["fault"] == "sick":
@@ -73,6 +76,9 @@ class History:
                     self.commits[fields["shot"]].append(event)
                 case "send":
                     self.sent[fields["call"].number] = event
+                    # Nothing shows yet that the process is frozen.
+                    if (process := fields["call"].process) in frozen and event.at < process.frozen_until:
+                        self.hit.add(fields["call"].number)
                 case "answer":
                     self.answers[fields["call"].number] = event
                 case "work":

@@ -696,12 +696,12 @@ class World:
     def _beside(call):
         return list(call.process.calls)
 
-    def fault(self, kind, calls, *, own=True, node=None):
+    def fault(self, kind, calls, *, own=True, node=None, process=None):
         """Log a fault and the shots whose work it can cost. `own`: it hits these calls themselves."""
         shots = {call.shot for call in calls if call.shot}
         if node is not None:
             shots |= {shot for shot, names in self.homes.items() if node.name in names}
-        self.log("fault", fault=kind, calls=[call.number for call in calls], shots=shots, own=own)
+        self.log("fault", fault=kind, calls=[call.number for call in calls], shots=shots, own=own, process=process)
 
     def worked(self, call, process, seconds, value):
         """A call has ended."""
@@ -811,7 +811,7 @@ class World:
                 self.fault(kind, process.calls)
                 process.die()
             case "freeze" if process:
-                self.fault(kind, process.calls)
+                self.fault(kind, process.calls, process=process)
                 process.frozen_until = self.now + rng.choice((20, 300, 1e9))
             case "partition" if node.up:
                 await self._partition(node, rng.uniform(2, 90))
