@@ -22,6 +22,7 @@ from vidgen_ray.engine.worker import ActorPlace, Worker
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner.cluster import Cluster
 from vidgen_ray.planner.cluster import Node as PlannedNode
+from vidgen_ray.planner.layout import complete_set
 
 NODE_TIMEOUT_S = 30.0
 """Seconds of silence after which Ray declares a node dead."""
@@ -461,19 +462,33 @@ class Fleet:
         slot.gpu, slot.since = None, self.world.now
 
     def _place(self):
-        for slot in self._slots:
-            if slot.gpu is None and (gpu := self._free_gpu(slot)) is not None:
-                slot.gpu, gpu.holder, slot.node = gpu, slot, gpu.node.id
-                if not slot.actors:
-                    self._create(slot)
-                for actor in slot.actors.values():
-                    actor.gpu = gpu
+        # As in the fleet, slots that hold every stage are placed together, and the others are asked for after them.
+        first = [self._slots[index] for index in complete_set([slot.slot for slot in self._slots])]
+        if not all(slot.actors for slot in first):
+            if not all(map(self._take_gpu, first)):
+                for slot in first:
+                    if slot.gpu is not None and not slot.actors:
+                        slot.gpu.holder = slot.gpu = None
+            to_start = first if all(slot.gpu for slot in first) else []
+        else:
+            to_start = [slot for slot in self._slots if self._take_gpu(slot)]
+        for slot in to_start:
+            if not slot.actors:
+                self._create(slot)
+            for actor in slot.actors.values():
+                actor.gpu = slot.gpu
         missing = self._layout.encoders - len(self._encoders)
         for _ in range(missing if any(slot.actors for slot in self._slots) else 0):
             name = self.config.encoder_name(next(self._numbers))
             encoder = Actor(self.world, Encoder, (self.config,), ENCODER, self.world.any_node, self.driver)
             self._encoders.append(encoder)
             self.listener.worker_started(name, ENCODER, encoder)
+
+    def _take_gpu(self, slot):
+        """Give the slot a GPU, if it has none. Return whether it has one."""
+        if slot.gpu is None and (gpu := self._free_gpu(slot)) is not None:
+            slot.gpu, gpu.holder, slot.node = gpu, slot, gpu.node.id
+        return slot.gpu is not None
 
     def _free_gpu(self, slot):
         for node in self.world.nodes:
