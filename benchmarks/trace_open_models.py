@@ -13,6 +13,7 @@ from vidgen_ray.nets.rife_network import FramePair
 from vidgen_ray.stages.loading import set_vae_tiles
 from vidgen_ray.stages.memory_table import TILES_PX
 from vidgen_ray.stages.rife import FLOW_SCALES
+from vidgen_ray.stages.wan import DECODED_FRAMES
 
 Trace = Callable[[int, int, int], Traced]
 """Width, height and frames -> what a call takes."""
@@ -22,8 +23,6 @@ TEXT_TOKENS = 512
 LTX_TEXT_TOKENS = 128
 QWEN_TEXT_TOKENS = 1700
 """Tokens of the longest instruction, of the template around it, and of three images with 196 tokens each."""
-DECODED_FRAMES = 9
-"""Frames of the clip from which the working memory of Wan's autoencoder is traced: it works on four frames at a time."""
 
 IMAGES = ((256, 256), (512, 512), (1024, 1024), (2048, 2048))
 OTHER_IMAGES = ((640, 1024), (2048, 512), (1920, 1088))

@@ -131,6 +131,11 @@ class FluxFamilyStage(Stage[FluxParams]):
         return step.times(steps) + network_work("flux/decode", REFERENCE_PIXELS)
 
     @classmethod
+    def work_of_redrawing(cls, params: FluxParams, strength: float) -> Workload:
+        """Return the work of redrawing an image of the reference size with this strength."""
+        return network_work("flux/encode", REFERENCE_PIXELS) + cls.work_of_steps(params, DEFAULT_STEPS * strength)
+
+    @classmethod
     def lower_memory(cls, params: FluxParams) -> FluxParams | None:
         """Return smaller tiles of the autoencoder, then T5 taking turns with the transformer."""
         if (smaller := with_smaller_tiles(params)) is not None:
@@ -336,8 +341,7 @@ class FluxLoRAStage(FluxFamilyStage):
 
     @classmethod
     def work(cls, params: FluxParams) -> Workload:
-        encoded = network_work("flux/encode", REFERENCE_PIXELS)
-        return encoded + cls.work_of_steps(params, DEFAULT_STEPS * LORA_REFERENCE_STRENGTH)
+        return cls.work_of_redrawing(params, LORA_REFERENCE_STRENGTH)
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
@@ -387,8 +391,7 @@ class FluxRefineStage(FluxFamilyStage):
 
     @classmethod
     def work(cls, params: FluxParams) -> Workload:
-        encoded = network_work("flux/encode", REFERENCE_PIXELS)
-        return encoded + cls.work_of_steps(params, DEFAULT_STEPS * REFINE_REFERENCE_STRENGTH)
+        return cls.work_of_redrawing(params, REFINE_REFERENCE_STRENGTH)
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:

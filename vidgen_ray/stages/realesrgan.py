@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -61,6 +62,13 @@ def _traced(upscaler: str) -> str:
     return upscaler if f"realesrgan/{upscaler}" in load_table().weights else LARGEST_UPSCALER
 
 
+@cache
+def _relative_flop(upscaler: str) -> float:
+    """Return how many times the operations of the smallest network this one needs."""
+    own, smallest = (network_work(f"realesrgan/{name}", REFERENCE_PIXELS) for name in (upscaler, SMALLEST_UPSCALER))
+    return own.flop / smallest.flop
+
+
 class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     """`frames` uint8 (T, H, W, 3) -> `hd_frames` uint8 (T, scale * H, scale * W, 3).
 
@@ -100,10 +108,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
         pixels, frames = shot.width * shot.height / REFERENCE_PIXELS, shot.clip_frames / REFERENCE_FRAMES
-        own, reference = (
-            network_work(f"realesrgan/{name}", REFERENCE_PIXELS) for name in (_traced(shot.upscaler), SMALLEST_UPSCALER)
-        )
-        return pixels * frames * own.flop / reference.flop
+        return pixels * frames * _relative_flop(_traced(shot.upscaler))
 
     @classmethod
     def variant(cls, shot: Shot) -> str:

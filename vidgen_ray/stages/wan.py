@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 GUIDANCE_A14B, GUIDANCE_TI2V = 3.5, 5.0
 """Default guidance scales of the two models."""
 TEXT_ENCODER = "wan/text_encoder"
+DECODED_FRAMES = 9
+"""Frames of the clip whose decoding was traced: the autoencoder works on four frames at a time."""
 TILE_PX, TILE_STEP_PX = 256, 192
 """Side of diffusers' tiles of the autoencoder, and the distance between them."""
 
@@ -182,10 +184,6 @@ def few_step_files(params: WanParams) -> dict[str, Path]:
     """Return transformer -> LoRA that distils it to a few steps, with the file names of lightx2v's Wan2.2-Lightning."""
     folder = params.extra_weights_at(FEW_STEP_LORA)
     return {"transformer": folder / "high_noise_model.safetensors", "transformer_2": folder / "low_noise_model.safetensors"}
-
-
-DECODED_FRAMES = 9
-"""Frames of the clip whose decoding was traced."""
 
 
 def _has_one_transformer(weights: Path) -> bool:
