@@ -73,7 +73,6 @@ class ActorProfile(_Section):
         (),
         description="Changes on GPUs with less memory. Of the entries that apply, the one with the smallest `below_gb` counts.",
     )
-
     reason: SkipJsonSchema[str] = Field("", exclude=True)
     """Why the options differ from those for the largest GPUs."""
 
@@ -86,8 +85,8 @@ class ActorProfile(_Section):
                 "weights": change.weights or self.weights,
                 "extra_weights": extra_weights,
                 "options": {**self.options, **change.options},
+                "reason": f"GPUs below {change.below_gb:g} GB",
             }
-            changed["reason"] = f"GPUs below {change.below_gb:g} GB"
         return self.model_copy(update=changed)
 
 

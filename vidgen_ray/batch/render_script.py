@@ -69,13 +69,13 @@ def estimate_run(
         demand, counts = _count_pending(script, profile, outputs)
     except SetupError:
         demand, counts = _count_all(iter_script(script))
-    if cluster is None and address is not None:
-        cluster = cluster_at(address)
-    return demand, counts, cluster or this_machine()
+    return demand, counts, cluster or cluster_at(address)
 
 
-def cluster_at(address: str) -> Cluster:
-    """Return the machines of the Ray cluster. Raises SetupError if there is none at this address."""
+def cluster_at(address: str | None) -> Cluster:
+    """Return the machines of the Ray cluster at an address, or this machine. Raises SetupError if there is no cluster."""
+    if address is None:
+        return this_machine()
     with connected(address, 0):
         return live_cluster().total
 
@@ -296,8 +296,10 @@ def _report(run: str, profile: Profile, started: float, director: Director, resu
 
 def _peak_share(profile: Profile, director: Director, results: RunResults) -> dict[str, float]:
     cards = director.cluster.assumed_cards if director.cluster else ()
+    if len(cards) != 1:
+        return {}
     measured = {stage: known.seconds_of_reference for stage, known in calibrations(results.durations).items()}
-    return peak_shares(profile, measured, cards[0]) if len(cards) == 1 else {}
+    return peak_shares(profile, measured, cards[0])
 
 
 def _write_run(

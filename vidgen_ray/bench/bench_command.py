@@ -40,6 +40,7 @@ from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, relative_costs, stages_of
 from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.planner import Measurement, peak_shares, profile_for, save_measurements, this_machine
+from vidgen_ray.planner.cards import GpuCard
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.script.check import check_shot
@@ -284,8 +285,8 @@ def bench(
     for result in results:
         if result.measurement:
             measured[result.stage].append(result.measurement)
-    card = this_machine().card
-    shares = _peak_shares(chosen, results)
+    machine = this_machine()
+    card, shares = machine.card, _peak_shares(chosen, results, machine.nodes[0].assumed_card)
     if not no_save:
         save_measurements(chosen.name, card, measured)
     if as_json:
@@ -413,7 +414,7 @@ def _chain(profile: Profile, shot: Shot) -> dict[str, float] | None:
     return {"first_s": seconds[0], "seconds": seconds[1]}
 
 
-def _peak_shares(profile: Profile, results: Sequence[StageResult]) -> dict[str, float]:
+def _peak_shares(profile: Profile, results: Sequence[StageResult], card: GpuCard | None) -> dict[str, float]:
     """Return the fraction of the GPU's peak that each stage has reached, for the network of the reference shot."""
     reference = {stage.name: stage.variant(Shot(prompt="reference")) for stage in STAGES}
     measured = {
@@ -421,7 +422,7 @@ def _peak_shares(profile: Profile, results: Sequence[StageResult]) -> dict[str, 
         for result in results
         if (one := result.measurement) is not None and one.variant == reference[result.stage]
     }
-    return peak_shares(profile, measured, this_machine().nodes[0].assumed_card)
+    return peak_shares(profile, measured, card)
 
 
 def _row(result: StageResult, shares: Mapping[str, float]) -> dict[str, Any]:

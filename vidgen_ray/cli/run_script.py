@@ -49,7 +49,7 @@ from vidgen_ray.licences import ShotLicences, UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run, setting_of_last_run
 from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.outputs.manifest_writer import FILE
-from vidgen_ray.planner import Cluster, profile_for, this_machine
+from vidgen_ray.planner import Cluster, profile_for
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.script.check import with_cut_prompts
@@ -387,8 +387,6 @@ def profile_on(name_or_path: str, address: str | None = None, gpus: Cluster | No
     """Load the profile for these GPUs, for those of the cluster at an address, or for those of this machine."""
 
     def cluster() -> Cluster:
-        if address is None:
-            return gpus or this_machine()
         from vidgen_ray.batch.render_script import cluster_at
 
         return gpus or cluster_at(address)

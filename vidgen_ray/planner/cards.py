@@ -73,6 +73,7 @@ CARDS = (
 )
 TYPICAL = ("RTX 4080", "A4500", "RTX 4090", "RTX 5090", "A100 40 GB", "L40S", "H100", "RTX PRO 6000", "H200", "B200")
 """Cards that stand for an unknown one of at most their memory, smallest first."""
+_TYPICAL_CARDS = tuple(card for card in CARDS if card.name in TYPICAL)
 H100 = next(card for card in CARDS if card.name == "H100")
 """Card for which seconds are computed if none is known."""
 
@@ -90,8 +91,7 @@ def card_named(text: str) -> GpuCard | None:
 
 def typical_card(memory_gb: float) -> GpuCard:
     """Return the card that stands for one of which only the memory is known."""
-    typical = [card for card in CARDS if card.name in TYPICAL]
-    return next((card for card in typical if memory_gb <= card.memory_gb * 13 / 12), typical[-1])
+    return next((card for card in _TYPICAL_CARDS if memory_gb <= card.memory_gb * 13 / 12), _TYPICAL_CARDS[-1])
 
 
 def _plain(text: str) -> str:

@@ -25,6 +25,7 @@ from vidgen_ray.planner.gpu_memory import ShotSizes
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, Stage
+from vidgen_ray.stages.memory_table import Workload
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import write_atomically
 
@@ -375,8 +376,7 @@ def seconds_of(
         return StageSeconds(calibrated.seconds_of_reference, calibrated.fixed_share, calibrated.spread, True)
     if stage.name in actor.seconds:
         return StageSeconds(actor.seconds[stage.name], stage.fixed_share, ASSUMED_SPREAD, True)
-    work = stage.work(profile.options_of(stage)) if actor.device == "cuda" else None
-    if work is not None:
+    if (work := _work_of(profile, stage)) is not None:
         seconds = (card or H100).seconds(work, stage.compute_share)
         return StageSeconds(seconds, stage.fixed_share, ASSUMED_SPREAD, True)
     return StageSeconds(stage.reference_s, stage.fixed_share, ASSUMED_SPREAD, False)
@@ -390,6 +390,11 @@ def peak_shares(profile: Profile, reference_s: Mapping[str, float], card: GpuCar
     shares = {}
     for name, seconds in reference_s.items():
         stage = STAGE_BY_NAME[name]
-        if card is not None and profile.actor_of(stage).device == "cuda" and (work := stage.work(profile.options_of(stage))):
+        if card is not None and (work := _work_of(profile, stage)) is not None:
             shares[name] = round(card.share_of_peak(work, seconds), 4)
     return shares
+
+
+def _work_of(profile: Profile, stage: type[Stage[Any]]) -> Workload | None:
+    """Return the work of the reference shot. `None` if it is unknown, or if the stage runs on a CPU."""
+    return stage.work(profile.options_of(stage)) if profile.actor_of(stage).device == "cuda" else None

@@ -204,6 +204,7 @@ def _place_on_nodes(solution: _Solution, problem: PackingProblem, cluster: Clust
     host = [math.inf if node.memory_gb is None else node.memory_gb for node in cluster.nodes]
     load = [0.0 for _ in cluster.nodes]
     free = [Counter(problem.slots_of(node)) for node in cluster.nodes]
+    cards = [node.assumed_card for node in cluster.nodes]
     slots: list[FilledSlot] = []
 
     def take(cpus_needed: float, host_gb: float = 0.0, load_gb: float = 0.0, group: _SlotGroup | None = None) -> int | None:
@@ -212,7 +213,7 @@ def _place_on_nodes(solution: _Solution, problem: PackingProblem, cluster: Clust
             for node in range(len(cpus))
             if cpus[node] >= cpus_needed - EPSILON
             and host[node] >= host_gb + max(load_gb, load[node]) - EPSILON
-            and (group is None or (free[node][group.memory_gb] > 0 and cluster.nodes[node].assumed_card == group.card))
+            and (group is None or (free[node][group.memory_gb] > 0 and cards[node] == group.card))
         ]
         if not suitable:
             return None
