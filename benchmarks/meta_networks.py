@@ -25,7 +25,7 @@ RIFE_NETWORKS = {"rife/hdv3": RifeHDv3, "rife/4.25": Rife425}
 
 
 class Traced(NamedTuple):
-    """What one call takes."""
+    """Peak memory and work of one call."""
 
     peak_bytes: int
     """Most bytes that it holds at once beside the weights of the models."""

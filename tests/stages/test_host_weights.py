@@ -54,7 +54,7 @@ def test_weights_are_copied_to_the_host_once(copies):
 
 
 def test_network_that_was_loaded_in_pageable_memory_is_pinned_once(copies, monkeypatch):
-    """As T5 is, which starts in host memory."""
+    """T5 starts in host memory."""
     monkeypatch.setattr(loading, "_is_pinned", lambda tensor: False)
     net = network()
     tensors = [*net.parameters(), *net.buffers()]

@@ -15,7 +15,7 @@ INDEX = yaml.safe_load((Path(__file__).parent / "published_index.yaml").read_tex
 TIED = {"encoder.embed_tokens.weight"}
 """Second name of T5's embedding in the model. The file has it once, as `shared.weight`."""
 BYTES_PER_NUMBER = {"hunyuan/text_encoder_2": 4}
-"""Of weights that are not published in 16 bits."""
+"""Network -> bytes of a number, if its weights are not published in 16 bits."""
 NUMBERS = {"wan/transformer": 14_288_901_184, "wan/text_encoder": 5_680_910_336, "wan-ti2v/transformer": 4_999_787_712}
 """Network -> number of weights, by the index files of Wan2.2-I2V-A14B-Diffusers and -TI2V-5B-Diffusers, as others check it."""
 FILES = {"svd/unet": 6_098_682_464, "svd/vae": 391_017_740, "svd/image_encoder": 2_528_371_296}

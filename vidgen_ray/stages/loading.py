@@ -158,7 +158,7 @@ def _is_on_host(tensor: torch.Tensor) -> bool:
 
 
 def _is_pinned(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor on the host is copied to a GPU at the full rate of the bus. Nothing is, without a GPU."""
+    """Return whether a tensor on the host can be copied to a GPU at the full rate of the bus. Without a GPU, none is copied."""
     import torch
 
     return not torch.cuda.is_available() or tensor.is_pinned()
