@@ -10,11 +10,13 @@ from PIL import Image
 
 from tests.conftest import ASTRONAUT, EXAMPLES
 from tests.nets.test_faces import BOX, GROUP, POINTS
+from vidgen_ray.batch import render_script
 from vidgen_ray.cli import main
 from vidgen_ray.cli.app import COMMANDS
 from vidgen_ray.cli.options import changes_until
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.records import shot_path
+from vidgen_ray.planner import parse_gpus
 from vidgen_ray.provenance.record import read_provenance
 from vidgen_ray.shot import Shot
 
@@ -117,6 +119,14 @@ def test_unreachable_cluster_exits_with_code_4(tmp_path, capsys):
     script.write_text("a red ball\n")
     assert main(["render", str(script), "-o", str(tmp_path), "-p", "tiny", "--address", "127.0.0.1:1"]) == 4
     assert "no Ray cluster at '127.0.0.1:1'" in capsys.readouterr().err
+
+
+def test_plan_connects_to_the_cluster_once(tmp_path, monkeypatch):
+    script, asked = tmp_path / "s.jsonl", []
+    script.write_text('{"prompt": "a"}\n')
+    monkeypatch.setattr(render_script, "cluster_at", lambda address: asked.append(address) or parse_gpus("1x80GB"))
+    assert main(["plan", str(script), "-o", str(tmp_path), "--address", "head:6379"]) == 0
+    assert asked == ["head:6379"]
 
 
 def test_retry_renders_as_the_last_run_did(tmp_path, monkeypatch):

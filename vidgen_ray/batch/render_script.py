@@ -57,19 +57,13 @@ class Counts:
     """Steps of pending shots whose result is in the stage cache. `None` as for `done`."""
 
 
-def estimate_run(
-    script: ScriptSettings, profile: Profile, outputs: OutputFolder, address: str | None, cluster: Cluster | None
-) -> tuple[Demand, Counts, Cluster]:
-    """Return the demand, the line counts and the cluster: `cluster`, the one at `address`, or this machine.
-
-    If the weights are not on this machine, no shot counts as done. Raises SetupError if there is no cluster at `address`.
-    """
+def estimate_run(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> tuple[Demand, Counts]:
+    """Return the demand and the line counts. If the weights are not on this machine, no shot counts as done."""
     check_profile(profile)
     try:
-        demand, counts = _count_pending(script, profile, outputs)
+        return _count_pending(script, profile, outputs)
     except SetupError:
-        demand, counts = _count_all(iter_script(script))
-    return demand, counts, cluster or cluster_at(address)
+        return _count_all(iter_script(script))
 
 
 def cluster_at(address: str | None) -> Cluster:

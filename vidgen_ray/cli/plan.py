@@ -28,12 +28,12 @@ from vidgen_ray.cli.options import (
     SeedOption,
     UntilOption,
 )
-from vidgen_ray.cli.run_script import interruptible, profile_on, script_licences
+from vidgen_ray.cli.run_script import detected, interruptible, script_licences
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.licences import UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, load_calibration
+from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, load_calibration, profile_for
 from vidgen_ray.planner import plan as make_plan
 from vidgen_ray.planner.layout import Slot, WorkerSpec
 from vidgen_ray.profile import AUTO, Profile
@@ -68,10 +68,12 @@ def plan(
     """
     from vidgen_ray.batch.render_script import estimate_run
 
-    chosen = profile_on(profile, address, gpus)
-    settings = lines.settings(scripts, chosen, seed, until)
+    cluster_of_run = detected(address, gpus)
     with interruptible():
-        demand, counts, cluster = estimate_run(settings, chosen, OutputFolder(out), address, gpus)
+        chosen = profile_for(profile, cluster_of_run)
+        settings = lines.settings(scripts, chosen, seed, until)
+        demand, counts = estimate_run(settings, chosen, OutputFolder(out))
+        cluster = cluster_of_run()
     measured = load_calibration(chosen.name, cluster.card)
     licences = script_licences(iter_script(settings), chosen, OutputFolder(out))
     print_plan(chosen, demand, cluster, counts, measured, price=price, max_cost=max_cost, licences=licences, as_json=as_json)

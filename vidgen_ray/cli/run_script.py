@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -287,7 +288,7 @@ def render(
 
     The same command resumes a run. SIGTERM or Ctrl-C stops it after the shots in progress, a second one at once.
     """
-    chosen = marks.applied(profile_on(profile, run.address, run.cluster))
+    chosen = marks.applied(profile_for(profile, detected(run.address, run.cluster)))
     settings = lines.settings(scripts, chosen, seed, until)
     if strict and (errors := [error for line in iter_script(settings) for error in line.errors]):
         raise ScriptError(errors)
@@ -383,15 +384,16 @@ def validate(
         raise typer.Exit(ScriptError.exit_code)
 
 
-def profile_on(name_or_path: str, address: str | None = None, gpus: Cluster | None = None) -> Profile:
-    """Load the profile for these GPUs, for those of the cluster at an address, or for those of this machine."""
+def detected(address: str | None, gpus: Cluster | None) -> Callable[[], Cluster]:
+    """Return a function that returns these GPUs, the cluster at an address, or this machine. It connects once at most."""
 
+    @cache
     def cluster() -> Cluster:
         from vidgen_ray.batch.render_script import cluster_at
 
         return gpus or cluster_at(address)
 
-    return profile_for(name_or_path, cluster)
+    return cluster
 
 
 def run_script(
