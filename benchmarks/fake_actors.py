@@ -100,6 +100,9 @@ class FakeActorClient:
         result.set_result(None)
         return result
 
+    def cancel(self, number: int) -> None:
+        """Do nothing: a call to a fake actor ends at its time."""
+
     def restart(self, *, blame_running: bool = False) -> None:
         """Do nothing: a fake actor does not crash."""
 

@@ -1,18 +1,23 @@
 """Worker pool with fake workers in simulated time: slow calls are copied, and sick workers fail no shot."""
 
 import asyncio
+from concurrent.futures import Future
 from pathlib import Path
 from unittest.mock import AsyncMock, Mock
 
 import pytest
+import ray
 
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from benchmarks.simulated_director import plan_of
+from vidgen_ray.engine import actor_client
+from vidgen_ray.engine.actor_client import CANCEL_S, ActorClient
 from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import ShotFailed
 from vidgen_ray.engine.scheduler import Work
 from vidgen_ray.engine.slow_calls import MIN_SLOW_S
+from vidgen_ray.engine.worker import ActorPlace
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
@@ -50,17 +55,23 @@ class Client(FakeActorClient):
         return Failure(stage="health", error="Quarantined", message=reason, attempts=1, worker=self.name)
 
 
-def run(clients, shots):
-    """Run one call for each shot, all at once. Return shot -> name of its worker or error, and the simulated seconds."""
+def pool_of(clients, window=1):
+    """Return a pool of these workers for FLUX."""
     actors = {stage.actor: ActorProfile(weights="tiny") for stage in STAGE_BY_NAME.values()}
     config = EngineConfig("run", Profile(name="p", about="", actors=actors), OutputFolder(Path("unused")), STAGE_BY_NAME)
     spec = WorkerSpec(("flux",), cpus=1, gpus=1)
-    layout = Layout("fused", tuple(Slot((spec,), 0.0) for _ in clients), encoders=1, window=len(shots))
+    layout = Layout("fused", tuple(Slot((spec,), 0.0) for _ in clients), encoders=1, window=window)
+    pool = WorkerPool(config, layout, Mock(), Mock(over=AsyncMock()))
+    for client in clients:
+        pool.add(spec, client)
+    return pool
+
+
+def run(clients, shots):
+    """Run one call for each shot, all at once. Return shot -> name of its worker or error, and the simulated seconds."""
 
     async def main():
-        pool = WorkerPool(config, layout, Mock(), Mock(over=AsyncMock()))
-        for client in clients:
-            pool.add(spec, client)
+        pool = pool_of(clients, len(shots))
 
         async def call(order):
             try:
@@ -110,3 +121,63 @@ def test_wrong_shot_that_is_alone_fails_without_other_calls():
     results, seconds = run([Client("a", poison=[plan_of(1).shot.id])], [1])
     assert results[1].attempts == 3
     assert seconds < 4 * CALL_S
+
+
+class Hanging:
+    """Ray actor whose first process never ends a call and ignores that it is cancelled."""
+
+    def __init__(self):
+        self.pid, self.pending = 1, []
+
+    def __getattr__(self, method):
+        return Mock(remote=lambda *args: self.respond(method, args), options=lambda **_: getattr(self, method))
+
+    def respond(self, method, args):
+        if method != "run":
+            return Response(ActorPlace("node", self.pid, (), "host") if method == "place" else None)
+        step = args[1].steps[0]
+        record = StepRecord(stage="flux", key=step.key, weights=(), seconds=1, gpu_seconds=1, cached=False)
+        response = Response(CallResult((record,)), ends=self.pid > 1)
+        self.pending.append(response.result)
+        return response, f"of process {self.pid}"
+
+    def kill(self, *_, **__):
+        self.pid += 1
+        for result in self.pending:
+            if not result.done():
+                result.set_exception(ray.exceptions.RayActorError())
+
+
+class Response:
+    """Reference to the result of a call."""
+
+    def __init__(self, value, ends=True):
+        self.result = Future()
+        if ends:
+            self.result.set_result(value)
+
+    def future(self):
+        return self.result
+
+    def __await__(self):
+        return asyncio.wrap_future(self.result).__await__()
+
+
+def test_worker_is_restarted_if_its_cancelled_call_takes_no_further_step(monkeypatch):
+    actor = Hanging()
+    monkeypatch.setattr(actor_client.ray, "kill", actor.kill)
+
+    async def main():
+        pool = pool_of([ActorClient(actor, "worker")])
+        first, second = (
+            asyncio.ensure_future(pool.call(Work("flux", order), 1800, "run", plan_of(order), ["flux"], ("flux",), None))
+            for order in range(2)
+        )
+        while not actor.pending:
+            await asyncio.sleep(0.01)
+        first.cancel()
+        assert (await second)[1].reference == "of process 2"
+        pool.close()
+
+    _, seconds = run_in_simulated_time(main())
+    assert CANCEL_S <= seconds < CANCEL_S + 2

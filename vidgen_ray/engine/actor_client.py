@@ -28,6 +28,8 @@ MIN_ACTIVITY = 2.0
 """CPU seconds and MB read in LOAD_CHECK_S that are activity. Ray's own threads need less."""
 SILENT_S = 60.0
 """Seconds without a response to a ping after which a process is killed: it is frozen, or its node does not respond."""
+CANCEL_S = 60.0
+"""Seconds without a step after which the process of a cancelled call is killed. Only a large clip on a CPU takes longer."""
 LATE_S = 5.0
 """If a timeout ends this much too late, the driver itself was stopped, and responses may wait to be read."""
 RETRY_S = 0.2
@@ -67,12 +69,20 @@ class Ping(Enum):
 class _Call:
     stage: str
     timeout_s: float
+    number: object
     limit: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
 
     def start(self) -> None:
         """Start the timeout: no longer are all places taken by earlier calls."""
         if self.limit.when() is None:
             self.limit.reschedule(asyncio.get_running_loop().time() + self.timeout_s)
+
+    def shorten(self, timeout_s: float) -> None:
+        """Let the call time out after these seconds from now, or from its start, unless it does so earlier."""
+        self.timeout_s = min(self.timeout_s, timeout_s)
+        ends, soon = self.limit.when(), asyncio.get_running_loop().time() + timeout_s
+        if ends is not None and ends > soon:
+            self.limit.reschedule(soon)
 
 
 class ActorClient:
@@ -185,7 +195,7 @@ class ActorClient:
         Raises ActorCallFailed and InputsLost.
         """
         generation, was_up = self._generation, self._up
-        call = _Call(stage, timeout_s)
+        call = _Call(stage, timeout_s, args[0] if args else None)
         returned = getattr(self._actor, method).options(num_returns=num_returns).remote(*args)
         first, *rest = [returned] if num_returns == 1 else returned
         self._calls.append(call)
@@ -251,6 +261,13 @@ class ActorClient:
                     return Ping.SILENT
         finally:
             pinged.cancel()
+
+    def cancel(self, number: int) -> None:
+        """Stop the call with this number at its next step. The process is killed if that takes longer than CANCEL_S."""
+        self.send("cancel", number)
+        for call in self._calls:
+            if call.number == number:
+                call.shorten(CANCEL_S)
 
     def send(self, method: str, *args: Any) -> Any:
         """Call a method without waiting. Return the reference of its result."""

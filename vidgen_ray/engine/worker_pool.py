@@ -231,7 +231,7 @@ class WorkerPool:
         """Run a session on a worker. Return what it returned, and the worker.
 
         Failures are retried on other workers and nodes; see `run_with_retries`. If the caller is cancelled, the worker stops at
-        its next step. Raises ShotFailed and InputsLost.
+        its next step, or is restarted; see `ActorClient.cancel`. Raises ShotFailed and InputsLost.
         """
 
         copies: list[asyncio.Task[Returned]] = []
@@ -371,7 +371,7 @@ class WorkerPool:
                 self._storage.written()
             return returned, worker
         except asyncio.CancelledError:
-            client.send("cancel", number)
+            client.cancel(number)
             if worker.spec == ENCODER:
                 # Between the calls of its session, an encoder is free.
                 running.cancel()
