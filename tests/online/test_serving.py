@@ -14,11 +14,13 @@ from vidgen_ray.errors import MissingWeights, OutOfMemory, ProfileError, SetupEr
 from vidgen_ray.graph import STAGES
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.online.application import server_plan
-from vidgen_ray.online.job_director import JOB_METRICS, error_of
+from vidgen_ray.online.auth import ApiKeys, KeyRecord
+from vidgen_ray.online.job_director import JOB_METRICS, ServerMetrics, error_of
 from vidgen_ray.online.queue_estimate import ProgressEstimator
 from vidgen_ray.online.server import _reason
-from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.online.serving_profile import serving_profile
+from vidgen_ray.outputs.records import StepRecord
 from vidgen_ray.planner import this_machine
 from vidgen_ray.shot import Shot
 from vidgen_ray.weights.ledger import WeightLicence
@@ -133,6 +135,20 @@ def test_progress_is_weighted_by_expected_seconds_and_never_decreases(tiny, make
     ]
     # Encoding takes some tenths of a second.
     assert [estimator.percent(Progress(*update)) for update in updates] == [0, 4, 9, 15, 15, 51, 99]
+
+
+def test_metrics_do_not_name_the_tenants(monkeypatch):
+    keys = ApiKeys([KeyRecord(tenant="ada", sha256=digest * 64) for digest in "ab"], Limits())
+    metrics = ServerMetrics("tiny", keys.public_name)
+    labels = []
+    for method in ("_count", "_observe"):
+        monkeypatch.setattr(metrics, method, lambda name, value, **of_value: labels.append(of_value["tenant"]))
+    step = StepRecord(stage="flux", key="k", weights=(), seconds=1, gpu_seconds=1, cached=False)
+    for tenant in ("ada", "whose key was removed"):
+        metrics.job_started(tenant, 1.0)
+        metrics.job_ended(tenant, "completed", 2.0)
+        metrics.shot_rendered(tenant, [step])
+    assert labels == ["a" * 12] * 5 + ["local"] * 5
 
 
 def test_label_values_are_limited_and_every_metric_is_documented():

@@ -106,6 +106,10 @@ class ApiKeys:
         record = next((record for record in self._records if _key_id(record) == key_id), None)
         return None if record is None else self._tenant(record)
 
+    def public_name(self, tenant: str) -> str:
+        """Return the name of a tenant in metrics, which everybody can read: the id of its first key. `local` without a key."""
+        return next((_key_id(record) for record in self._records if record.tenant == tenant), LOCAL_TENANT)
+
     def _tenant(self, record: KeyRecord) -> Tenant | None:
         if record.expires_at is not None and record.expires_at <= datetime.now(UTC):
             return None

@@ -29,6 +29,7 @@ from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.online.api_error import without_paths
+from vidgen_ray.online.auth import load_keys
 from vidgen_ray.online.job_service import plan_job, storage_problem
 from vidgen_ray.online.queue_estimate import ProgressEstimator
 from vidgen_ray.online.server_settings import OnlineSettings
@@ -98,7 +99,7 @@ class JobDirector:
         self._serving_profile = serving_profile(config.profile, settings.require_licence)
         # A job whose claim or end is lost in a power failure is claimed again, and its files are found.
         self._store = open_store(settings, durable=False)
-        self._metrics = ServerMetrics(config.profile.name)
+        self._metrics = ServerMetrics(config.profile.name, load_keys(settings.keys_file, settings.limits).public_name)
         self._storage = StoragePause(partial(storage_problem, self._store, self._outputs), math.inf, _log_storage)
         self._renderer = Renderer(self._metrics.snapshot)
         self._actors = Actors("", 0, {}, layout)
@@ -430,20 +431,25 @@ class ServerMetrics(EngineMetrics):
 
     definitions = METRICS
 
+    def __init__(self, profile: str, public_name: Callable[[str], str]) -> None:
+        """`public_name`: of a tenant. Every user of the machine can read it."""
+        super().__init__(profile)
+        self._public_name = public_name
+
     def job_started(self, tenant: str, waited_s: float) -> None:
-        self._observe("vidgen_online_wait_seconds", waited_s, tenant=tenant)
+        self._observe("vidgen_online_wait_seconds", waited_s, tenant=self._public_name(tenant))
 
     def job_ended(self, tenant: str, status: str, seconds: float) -> None:
-        self._count("vidgen_online_jobs", 1, tenant=tenant, status=status)
+        self._count("vidgen_online_jobs", 1, tenant=self._public_name(tenant), status=status)
         if status == "completed":
-            self._observe("vidgen_online_job_seconds", seconds, tenant=tenant)
+            self._observe("vidgen_online_job_seconds", seconds, tenant=self._public_name(tenant))
 
     def shot_rendered(self, tenant: str, records: Iterable[StepRecord]) -> None:
         """Count the computing time of a finished shot for its tenant."""
         for record in records:
             if not record.cached:
-                self._count("vidgen_online_stage_seconds", record.seconds, stage=record.stage, tenant=tenant)
-                self._count("vidgen_online_gpu_seconds", record.gpu_seconds, tenant=tenant)
+                self._count("vidgen_online_stage_seconds", record.seconds, stage=record.stage, tenant=self._public_name(tenant))
+                self._count("vidgen_online_gpu_seconds", record.gpu_seconds, tenant=self._public_name(tenant))
 
     def jobs(self, queued: int, in_progress: int) -> None:
         self._set("vidgen_online_queued", queued)
