@@ -18,12 +18,9 @@ os.environ.setdefault("VIDGEN_CACHE", str(Path(__file__).parent.parent / ".pytes
 
 import numpy as np
 import pytest
-import ray
 from PIL import Image
 
-from tests import ray_workers
 from tests.small_disk import mounted_disk
-from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.shot import Shot
 
@@ -84,6 +81,10 @@ class LocalRay:
     def start(cls):
         if cls.running:
             return
+        # Tests of stages also run on machines without Ray.
+        from tests import ray_workers
+        from vidgen_ray.engine.ray_cluster import init_local_ray
+
         ray_workers.start()
         programs = Path(tempfile.mkdtemp(prefix="vidgen-test-"))
         atexit.register(shutil.rmtree, programs, ignore_errors=True)
@@ -98,6 +99,8 @@ class LocalRay:
     @classmethod
     def stop(cls):
         if cls.running:
+            import ray
+
             ray.shutdown()
             cls.running = False
 

@@ -32,10 +32,6 @@ PRELOADED = (
     "requests",
 )
 """Modules that workers import. Not `ray`, which reads the environment of its process when it is imported."""
-OWN_WORKERS = {
-    "setup_worker_path": str(Path(find_spec("ray").submodule_search_locations[0]) / "_private" / "workers" / "setup_worker.py")
-}
-"""Arguments of a node with workers that Ray starts itself: children of the node with an environment of their own."""
 FAST_DETECTION = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 """Settings of a cluster that finds lost nodes within two seconds."""
 AGENT_PORTS = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
@@ -43,6 +39,12 @@ AGENT_PORTS = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_exp
 
 
 # In the process of the tests
+
+
+def own_workers():
+    """Return arguments of a node with workers that Ray starts itself: children of the node with an environment of their own."""
+    folder = Path(find_spec("ray").submodule_search_locations[0])
+    return {"setup_worker_path": str(folder / "_private" / "workers" / "setup_worker.py")}
 
 
 def start():

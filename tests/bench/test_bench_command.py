@@ -115,7 +115,7 @@ def test_seconds_per_step_and_fixed_seconds_are_separated(tiny, monkeypatch, mak
 
 def test_random_lora_fits_the_transformer(tiny):
     model = FluxModel(tiny.params(FluxStage))
-    with bench_command._lora_for(tiny, None) as file, model.loras_active(Shot(prompt="a", lora=str(file)).lora):
+    with bench_command.lora_for(tiny, None) as file, model.loras_active(Shot(prompt="a", lora=str(file)).lora):
         assert model.adapters.loads == 1
 
 

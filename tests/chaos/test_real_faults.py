@@ -19,7 +19,7 @@ import ray
 from tests.batch.faulty_stages import append, stages
 from tests.batch.test_batch import DONE, Events
 from tests.batch.test_health import images, profile, run  # noqa: F401  # a fixture
-from tests.ray_workers import OWN_WORKERS, small_cluster
+from tests.ray_workers import own_workers, small_cluster
 from vidgen_ray.engine import actor_client
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.manifest import read_manifest
@@ -51,7 +51,7 @@ def cluster():
 @pytest.fixture
 def second_node(cluster):
     """Node with two more GPUs."""
-    added = cluster.add_node(num_cpus=12, num_gpus=2, **MEMORY, **OWN_WORKERS)
+    added = cluster.add_node(num_cpus=12, num_gpus=2, **MEMORY, **own_workers())
     cluster.wait_for_nodes()
     yield added
     if added in cluster.worker_nodes:

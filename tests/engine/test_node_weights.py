@@ -5,14 +5,14 @@ import shutil
 import pytest
 import ray
 
-from tests.ray_workers import OWN_WORKERS, small_cluster
+from tests.ray_workers import own_workers, small_cluster
 from tests.weights.hub_server import running_hub
 from vidgen_ray.engine.ray_cluster import pull_on_all_nodes
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import resolve
 from vidgen_ray.weights.download import Hub
 
-NODE = {"object_store_memory": 100 << 20, **OWN_WORKERS}
+NODE = {"object_store_memory": 100 << 20, **own_workers()}
 
 
 @pytest.fixture

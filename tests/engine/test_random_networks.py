@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import WanImageToVideoPipeline
 from safetensors.torch import load_file
 
 from vidgen_ray.bench import published_models
@@ -13,7 +14,9 @@ from vidgen_ray.bench.published_models import (
 )
 from vidgen_ray.errors import SetupError
 from vidgen_ray.stages.flux_model import FluxParams
+from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.svd import SVDParams
+from vidgen_ray.stages.wan import WanParams
 from vidgen_ray.weights import resolve
 
 
@@ -35,6 +38,22 @@ def test_schnell_has_the_encoders_of_dev():
     dev, schnell = published_networks("flux"), published_networks("flux-schnell")
     assert dev.keys() == schnell.keys() == {"transformer", "text_encoder", "text_encoder_2", "vae"}
     assert [name for name in dev if dev[name] != schnell[name]] == ["transformer"]
+
+
+def test_wan_has_one_or_two_transformers():
+    a14b, ti2v = published_networks("wan"), published_networks("wan-ti2v")
+    assert a14b.keys() == {"transformer", "transformer_2", "text_encoder", "vae"}
+    assert ti2v.keys() == a14b.keys() - {"transformer_2"}
+    assert [name for name in ti2v if ti2v[name] == a14b[name]] == ["text_encoder"]
+
+
+def test_random_networks_have_the_precisions_of_loaded_ones():
+    """The autoencoder of Wan and some layers of its transformers are in float32."""
+    params = WanParams(weights=resolve("builtin:tiny/wan"), dtype="bfloat16")
+    loaded = load_pipeline(WanImageToVideoPipeline, params, float32_parts=("vae",)).components
+    for component, model in random_pipeline(random_model("builtin:tiny/wan", None).networks, params, ("vae",)).items():
+        expected = {name: tensor.dtype for name, tensor in loaded[component].state_dict().items()}
+        assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == expected
 
 
 def test_random_networks_have_the_tensors_of_the_weights_and_are_repeatable():
@@ -60,6 +79,7 @@ def test_networks_that_flux_quantizes_or_keeps_on_the_host_are_built_there():
 
     assert places() == ["cuda", "cuda", "cuda"]
     assert places(quantize="fp8_storage", text_encoder="cpu") == ["cpu", "cpu", "cuda"]
+    assert published_models._place("vae", WanParams(**options, cpu_offload=True)) == "cpu"
 
 
 def test_unknown_repository_is_refused():

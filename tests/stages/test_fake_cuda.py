@@ -13,7 +13,7 @@ from tests.stages.fake_cuda import CUDA, FakeCuda, patch_host_code, register_gua
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.nets.rife_network import FramePair, load_rife
 from vidgen_ray.script.check import check_shot
-from vidgen_ray.stages.base import FaceFeatures, Item
+from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
@@ -46,15 +46,6 @@ def cuda(monkeypatch):
     device = FakeCuda()
     patch_host_code(device, monkeypatch)
     return device
-
-
-@pytest.fixture
-def face():
-    rng = np.random.default_rng(0)
-    unit = rng.standard_normal(512).astype("f")
-    embeddings = {"antelopev2": rng.standard_normal(512).astype("f"), "ir_se50": unit / np.linalg.norm(unit)}
-    points = np.array([[40, 30], [60, 30], [50, 40], [42, 50], [58, 50]], "f")
-    return FaceFeatures(embeddings, points, (30, 20, 70, 60), 0.9, 1, (100, 80), "d")
 
 
 def shot(tiny, **fields):

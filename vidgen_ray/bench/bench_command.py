@@ -51,6 +51,7 @@ from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.loading import networks_from
 from vidgen_ray.stages.svd import SVDStage
+from vidgen_ray.stages.wan import WanStage
 from vidgen_ray.weights import resolve
 
 MIN_SECONDS = 1e-6
@@ -99,20 +100,20 @@ def bench_stages(
                 continue
             done.add(key)
             try:
-                yield StageResult(stage.name, _measure(profile, stage, shot, options), None)
+                params, item = profile.params(stage), item_for(profile, stage, shot)
+                yield StageResult(stage.name, measure_stage(stage(params), item, options), None)
             # Any error of a model concerns this stage only.
             except Exception as error:
                 yield StageResult(stage.name, None, str(error) or type(error).__name__)
 
 
-def _measure(profile: Profile, stage_class: type[Stage[Any]], shot: Shot, options: BenchOptions) -> Measurement:
+def measure_stage(stage: Stage[Any], item: Item, options: BenchOptions) -> Measurement:
+    """Load a stage, measure it on the item and release its weights."""
     import torch
 
-    params = profile.params(stage_class)
-    item = _item_for(profile, stage_class, shot)
-    on_gpu = str(params.device).startswith("cuda")
+    on_gpu = str(stage.params.device).startswith("cuda")
     try:
-        with stage_class(params) as stage:
+        with stage:
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             if isinstance(stage, ChunkedStage):
@@ -122,7 +123,7 @@ def _measure(profile: Profile, stage_class: type[Stage[Any]], shot: Shot, option
         free_gpu_memory()
 
 
-def _item_for(profile: Profile, stage_class: type[Stage[Any]], shot: Shot) -> Item:
+def item_for(profile: Profile, stage_class: type[Stage[Any]], shot: Shot) -> Item:
     """Return the shot with what the stage needs: its photo in place of images and frames."""
     photo = read_image(Path(shot.face_image[0]))
     image = cover_crop(photo, shot.width, shot.height)
@@ -218,7 +219,7 @@ PROMPT = "a man in the rain"
 LORA_RANK = 16
 CHAIN = "chain"
 """Name of the whole chain among the results."""
-RANDOM_ACTORS = (FluxStage.actor, HunyuanDiTStage.actor, SVDStage.actor)
+RANDOM_ACTORS = (FluxStage.actor, HunyuanDiTStage.actor, SVDStage.actor, WanStage.actor)
 """Actors whose networks `--weights random` replaces. The others use the weights of the profile."""
 
 
@@ -243,8 +244,8 @@ def bench(
         typer.Option(
             "--weights",
             metavar="profile|random",
-            help="random: FLUX, HunyuanDiT and SVD at full size with random weights, without their files; no face, no chain. "
-            "Default: those of the profile.",
+            help="random: FLUX, HunyuanDiT, SVD and Wan at full size with random weights, without their files; no face, no "
+            "chain. Default: those of the profile.",
         ),
     ] = "profile",
     quick: Annotated[
@@ -269,9 +270,9 @@ def bench(
         stack.enter_context(redirect_stdout(sys.stderr))
         models: dict[str, RandomModel] = {}
         if is_random:
-            models = _random_models(chosen)
-            chosen = stack.enter_context(_with_random_weights(chosen, models))
-        lora = stack.enter_context(_lora_for(chosen, models.get(FluxStage.actor)))
+            models = random_models(chosen)
+            chosen = stack.enter_context(with_random_weights(chosen, models))
+        lora = stack.enter_context(lora_for(chosen, models.get(FluxStage.actor)))
         shots = _shots(chosen, lora, size, frames, upscalers, stages, quick=quick, identity="none" if is_random else None)
         results = []
         for result in bench_stages(chosen, shots, QUICK if quick else BenchOptions(), stages):
@@ -353,7 +354,7 @@ def _with_files(fields: Mapping[str, Any], values: Mapping[str, Any], lora: Path
 
 
 @contextmanager
-def _lora_for(profile: Profile, random_flux: RandomModel | None) -> Iterator[Path | None]:
+def lora_for(profile: Profile, random_flux: RandomModel | None, seed: int = 0) -> Iterator[Path | None]:
     """Yield a LoRA with random weights for the profile's FLUX. `None` if its weights are not on this machine."""
     from vidgen_ray.bench.tiny_networks import write_random_lora
 
@@ -361,14 +362,14 @@ def _lora_for(profile: Profile, random_flux: RandomModel | None) -> Iterator[Pat
         file = Path(folder) / "random.safetensors"
         try:
             networks = random_flux.networks if random_flux else dict(networks_in(profile.params(FluxStage).weights))
-            write_random_lora(empty_network(networks["transformer"]), file, seed=0, rank=LORA_RANK, scale=0.01)
+            write_random_lora(empty_network(networks["transformer"]), file, seed=seed, rank=LORA_RANK, scale=0.01)
         except (VidgenError, OSError):
             yield None
         else:
             yield file
 
 
-def _random_models(profile: Profile) -> dict[str, RandomModel]:
+def random_models(profile: Profile) -> dict[str, RandomModel]:
     """Return actor -> model with random weights. Without actors for whose weights no config is known: they are not measured."""
     folder = profile.source.parent if profile.source else None
     models = {}
@@ -382,13 +383,15 @@ def _random_models(profile: Profile) -> dict[str, RandomModel]:
 
 
 @contextmanager
-def _with_random_weights(profile: Profile, models: Mapping[str, RandomModel]) -> Iterator[Profile]:
+def with_random_weights(profile: Profile, models: Mapping[str, RandomModel]) -> Iterator[Profile]:
     """Yield the profile with the weights of these models. In the block, their networks have random weights."""
     networks = {resolve(model.weights): model.networks for model in models.values()}
-    actors = {name: profile.actors[name].model_copy(update={"weights": model.weights}) for name, model in models.items()}
+    # LoRAs that distil to a few steps do not fit other weights, and cost no time.
+    changes = {name: {"weights": model.weights, "extra_weights": {}} for name, model in models.items()}
+    actors = {name: profile.actors[name].model_copy(update=change) for name, change in changes.items()}
 
-    def make(params: StageParams) -> dict[str, Any]:
-        return random_pipeline(networks[params.weights], params) if params.weights in networks else {}
+    def make(params: StageParams, float32_parts: Collection[str]) -> dict[str, Any]:
+        return random_pipeline(networks[params.weights], params, float32_parts) if params.weights in networks else {}
 
     with networks_from(make):
         yield profile.model_copy(update={"actors": {**profile.actors, **actors}})

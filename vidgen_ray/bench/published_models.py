@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.stages.base import StageParams, torch_dtype
 from vidgen_ray.stages.flux_model import T5, FluxParams
+from vidgen_ray.stages.loading import OffloadParams
 from vidgen_ray.system.free_memory import free_bytes
 from vidgen_ray.system.model_files import PIPELINE_INDEX
 from vidgen_ray.weights import resolve
@@ -67,6 +68,8 @@ PUBLISHED = {
     "black-forest-labs/FLUX.1-schnell": ("flux-schnell", "builtin:tiny/flux-schnell"),
     "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers": ("hunyuan", "builtin:tiny/hunyuandit"),
     "stabilityai/stable-video-diffusion-img2vid-xt": ("svd", "builtin:tiny/svd"),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": ("wan", "builtin:tiny/wan"),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": ("wan-ti2v", "builtin:tiny/wan-ti2v"),
 }
 """Repository -> model in `NETWORKS`, and weights whose tokenizers and scheduler are like the published ones."""
 HUB_REFERENCE = re.compile(r"hub:(?P<repository>[^@:]+).*")
@@ -100,14 +103,18 @@ def random_model(reference: str, relative_to: Path | None) -> RandomModel:
 
 
 def published_networks(model: str) -> dict[str, PublishedNetwork]:
-    """Return component -> network of a model of `NETWORKS`. `flux-schnell` has only a transformer of its own."""
+    """Return component -> network of a model of `NETWORKS`. `flux-schnell` and `wan-ti2v` have only some networks of their own.
+
+    Wan I2V-A14B has two transformers of the same architecture.
+    """
     family = model.partition("-")[0]
-    return {
+    networks = {
         name.partition("/")[2]: network
         for part in (family, model)
         for name, network in NETWORKS.items()
         if name.startswith(f"{part}/")
     }
+    return {**networks, "transformer_2": networks["transformer"]} if model == "wan" else networks
 
 
 def networks_in(folder: Path) -> Iterator[tuple[str, PublishedNetwork]]:
@@ -131,18 +138,22 @@ def networks_in(folder: Path) -> Iterator[tuple[str, PublishedNetwork]]:
         raise SetupError(f"{folder}: no configs of a diffusers pipeline: {error}") from None
 
 
-def random_pipeline(networks: Mapping[str, PublishedNetwork], params: StageParams) -> dict[str, Any]:
+def random_pipeline(
+    networks: Mapping[str, PublishedNetwork], params: StageParams, float32_parts: Collection[str] = ()
+) -> dict[str, Any]:
     """Return component -> network with random weights in the precision of the stage, where the stage places it.
 
-    Weights are drawn on the device, without a copy in host memory. Raises SetupError, before it allocates weights, if they do
-    not fit into the free memory.
+    `float32_parts`: components that keep float32. Weights are drawn on the stage's device, one parameter at a time: a GPU draws
+    the 4.7 billion numbers of T5 in a second, one core of a CPU in two minutes. Raises SetupError, before it allocates weights,
+    if they do not fit into the free memory.
     """
-    dtype = torch_dtype(params.dtype)
+    dtypes = {name: torch_dtype("float32" if name in float32_parts else params.dtype) for name in networks}
     models = {component: empty_network(network) for component, network in networks.items()}
     places = {component: _place(component, params) for component in networks}
     needed: Counter[str] = Counter()
     for component, model in models.items():
-        needed[places[component]] += sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+        numbers = sum(parameter.numel() for parameter in model.parameters())
+        needed[places[component]] += numbers * dtypes[component].itemsize
     for device, size in needed.items():
         free = free_bytes(device)
         if size > free:
@@ -152,12 +163,14 @@ def random_pipeline(networks: Mapping[str, PublishedNetwork], params: StageParam
                 "use a profile for smaller machines"
             )
     for component, model in models.items():
-        _draw_weights(model, dtype, places[component])
+        _draw_weights(model, dtypes[component], params.device, places[component])
     return models
 
 
 def _place(component: str, params: StageParams) -> str:
-    """Return the device on which a network is built. Networks that FLUX quantizes, or keeps on the host, are built there."""
+    """Return the device on which a network is built: the host for those that FLUX quantizes there, or that stay there."""
+    if isinstance(params, OffloadParams) and params.cpu_offload:
+        return "cpu"
     if isinstance(params, FluxParams) and (
         (component == "transformer" and params.quantize != "none") or (component == T5 and params.text_encoder != "gpu")
     ):
@@ -183,25 +196,33 @@ def empty_network(network: PublishedNetwork) -> Any:
     return model.eval()
 
 
-def _draw_weights(model: torch.nn.Module, dtype: torch.dtype, device: str) -> None:
-    """Replace the empty parameters by random ones on the device, and move the buffers there."""
+def _draw_weights(model: torch.nn.Module, dtype: torch.dtype, drawn_on: str, device: str) -> None:
+    """Replace the empty parameters by random ones, drawn on one device and kept on the other, and move the buffers there.
+
+    Modules that diffusers keeps in float32 are drawn in it.
+    """
     import torch
 
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(drawn_on).manual_seed(0)
+    # transformers has the same attribute with another meaning.
+    is_of_diffusers = type(model).__module__.startswith("diffusers.")
+    in_float32 = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if is_of_diffusers else set()
     # Layers that share a parameter share the drawn one.
     drawn: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if id(parameter) not in drawn:
-                values = torch.empty(parameter.shape, dtype=dtype, device=device)
+                kept = torch.float32 if in_float32.intersection((*path.split("."), name)) else dtype
+                values = torch.empty(parameter.shape, dtype=kept, device=drawn_on)
                 _fill(values, name, generator)
-                drawn[id(parameter)] = torch.nn.Parameter(values, requires_grad=False)
+                drawn[id(parameter)] = torch.nn.Parameter(values.to(device), requires_grad=False)
             module._parameters[name] = drawn[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = buffer.to(device, dtype if buffer.is_floating_point() else buffer.dtype)
+                is_cast = buffer.is_floating_point() and not in_float32.intersection(path.split("."))
+                module._buffers[name] = buffer.to(device, dtype if is_cast else buffer.dtype)
 
 
 def _fill(values: torch.Tensor, name: str, generator: torch.Generator) -> None:

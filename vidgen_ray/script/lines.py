@@ -11,7 +11,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
-import pyarrow
 import yaml
 
 from vidgen_ray.errors import URL, FieldError, ScriptError
@@ -243,6 +242,8 @@ def encoding_error(path: Path, line: int | None) -> ScriptError:
 
 def _open_text(path: Path) -> TextIO:
     if path.suffix.lower() in COMPRESSED:
+        import pyarrow
+
         content = pyarrow.input_stream(str(path), compression="detect")
         return io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape")
     return path.open(encoding="utf-8-sig", errors="surrogateescape")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 
-Networks = Callable[[StageParams], Mapping[str, Any]]
-"""Parameters of a stage -> component of its pipeline -> network."""
+Networks = Callable[[StageParams, Collection[str]], Mapping[str, Any]]
+"""Parameters of a stage and its components in float32 -> component of its pipeline -> network."""
 _networks: ContextVar[Networks | None] = ContextVar("_networks", default=None)
 
 
@@ -66,7 +66,7 @@ def load_pipeline(
     classes = [c.__name__ for c in pipeline_class.__mro__ if c.__name__.endswith("Pipeline")][:-1]
     check_pipeline_folder(folder, list(dict.fromkeys([*classes, *accepted_classes])))
     if (make := _networks.get()) is not None:
-        kwargs |= make(params)
+        kwargs |= make(params, float32_parts)
     dtypes = {"default": torch_dtype(params.dtype), **dict.fromkeys(float32_parts, torch_dtype("float32"))}
     with library_errors(f"{folder}: not the weights of {pipeline_class.__name__}"):
         pipe = pipeline_class.from_pretrained(str(folder), dtype=dtypes, local_files_only=True, use_safetensors=True, **kwargs)
