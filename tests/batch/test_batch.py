@@ -2,8 +2,10 @@
 
 import json
 import signal
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,14 +15,17 @@ from PIL import Image
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, FINDS_FACES
 from tests.ray_workers import use_small_images
-from vidgen_ray.batch.render_script import render
+from vidgen_ray.batch import render_script
+from vidgen_ray.batch.render_script import _encoding_note, render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
+from vidgen_ray.graph import RelativeCost
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.planner import Cluster, Node
+from vidgen_ray.planner import Cluster, Node, demand_of, plan, this_machine
+from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script
 from vidgen_ray.system.cache_dir import sha256_of
@@ -87,7 +92,11 @@ def reference(tiny, script, tmp_path_factory):
     return digests(out)
 
 
-def test_batch_output_equals_the_pipeline_and_a_second_run_skips_everything(local_ray, tiny, script, reference, tmp_path):
+def test_batch_output_equals_the_pipeline_and_a_second_run_skips_everything(
+    local_ray, tiny, script, reference, tmp_path, monkeypatch
+):
+    measured = {}
+    monkeypatch.setattr(render_script, "save_calibration", lambda profile, card, seconds: measured.update(seconds))
     # A second process takes seconds to import torch. tests/chaos has several.
     first, one_worker = Events(), Cluster((Node((), 2.5, 64.0),))
     report = render_lines(script, tiny, tmp_path, first, keep_stages=True, cluster=one_worker)
@@ -96,6 +105,10 @@ def test_batch_output_equals_the_pipeline_and_a_second_run_skips_everything(loca
         "image.png", "video.mp4", "hd.mp4", "base.png", "refine.png", "lora.png", "style.png", "face.json"
     }  # fmt: skip
     assert digests(tmp_path) == reference
+    # CPU seconds and megapixels of each shot with a clip.
+    encoding = [(seconds, cost.fixed) for seconds, cost in measured[ENCODING] if cost.fixed]
+    assert len(encoding) == sum(line.shot.generate_video for line in iter_script(script))
+    assert all(0.01 * mpx < seconds < 100 * mpx for seconds, mpx in encoding)
     # Two passes of 4 frames, which share one, at 5 per second last 1.4 seconds.
     with open_video(tmp_path / shot_path("draft") / "hd.mp4") as video:
         assert (video.frame_count, video.fps) == (17, 12)
@@ -331,3 +344,12 @@ def test_id_of_another_script_is_rejected_unless_it_is_replaced(in_process, tmp_
     code, counts, fox, _ = run(tmp_path / "episode2.jsonl")
     assert (code, counts) == (0, (1, 0, 0))
     assert fox != dog
+
+
+@pytest.mark.parametrize(("encode_s", "needed"), [(1.9, None), (4.1, "5 encoders")])
+def test_run_with_too_few_encoders_says_so(tiny, make_shot, encode_s, needed):
+    planned = replace(plan(tiny, demand_of([make_shot()]), this_machine()), shots_per_hour=1800.0)
+    planned = replace(planned, layout=replace(planned.layout, encoders=2))
+    results = Mock(durations={ENCODING: [(encode_s, RelativeCost(1, 1))] * MIN_SHOTS})
+    note = _encoding_note(planned, results)
+    assert note is None if needed is None else f"2 encoders ran, the planned rate needs {needed[0]}" in note

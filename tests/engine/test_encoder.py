@@ -1,6 +1,7 @@
 """Encoder actor: the next director can use it after a director has crashed."""
 
 import asyncio
+import os
 import time
 from contextlib import suppress
 from unittest.mock import AsyncMock, Mock
@@ -69,6 +70,18 @@ async def write(client, config, plan):
             return record
     finally:
         pool.close()
+
+
+def test_records_have_the_cpu_seconds_of_the_process(config, make_shot, monkeypatch):
+    monkeypatch.setattr(os, "nice", lambda _: None)
+    encoder = Encoder(config)
+    start_s = encoder._counted_s
+    plans = [plan_of(make_shot, name) for name in ("one", "two")]
+    written = [encoder.write(number, plan, ARTEFACTS, (), None) for number, plan in enumerate(plans)]
+    seconds = [record.encode_s for _, record in written]
+    assert min(seconds) > 0
+    assert sum(seconds) == pytest.approx(encoder._counted_s - start_s)
+    assert "encode_s" not in written[0][1].model_dump()
 
 
 class PatientEncoder(Encoder):

@@ -1,6 +1,7 @@
 """Planner: layouts, costs and errors, comparison with brute force, and the rate that the scheduler reaches."""
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from vidgen_ray.planner import (
     Demand,
     Measurement,
     Node,
+    calibrations,
     cpus_needed,
     demand_of,
     load_calibration,
@@ -31,6 +33,7 @@ from vidgen_ray.planner import (
     this_machine,
 )
 from vidgen_ray.planner.cards import H100
+from vidgen_ray.planner.demand import ENCODE_SECONDS, ENCODING
 from vidgen_ray.planner.layout import CONTEXT_GB, GPU_PROCESS_HOST_GB, PROCESS_HOST_GB
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
@@ -326,10 +329,28 @@ def test_demand_of_sums_over_shots():
 
 def test_number_of_encoders_follows_the_encoded_pixels():
     fast = gpu_profile({"svd": (20, {"svd": 1.0})})
+    planned = plan(fast, make_demand(100, ["svd"], encoded_mpx=100 * 24), parse_gpus("8x80GB"))
+    # 8 shots per second of 24 megapixels each.
+    encode_s = 24 * ENCODE_SECONDS["medium"][1]
+    assert (planned.layout.encoders, planned.encode_s) == (math.ceil(8 * encode_s / 0.5), pytest.approx(encode_s))
+
+
+def test_measured_seconds_of_encoding_replace_those_of_the_table():
+    fast = gpu_profile({"svd": (20, {"svd": 1.0})})
     demand = make_demand(100, ["svd"], encoded_mpx=100 * 240)
-    encoders = plan(fast, demand, parse_gpus("8x80GB")).layout.encoders
-    # 8 shots per second of 240 megapixels each, at 0.02 CPU seconds per megapixel.
-    assert encoders == pytest.approx(8 * 240 * 0.02 / 0.8)
+    save_calibration("p", "H100", {ENCODING: [(240 * 0.025, RelativeCost(240, 240))] * 3})
+    planned = plan(fast, demand, parse_gpus("8x80GB"), calibration=load_calibration("p", "H100"))
+    assert (planned.layout.encoders, planned.encode_s) == (8 * 6 / 0.5, pytest.approx(6.0))
+
+
+def test_encoders_limit_the_rate_where_cpus_are_few():
+    fast = gpu_profile({"svd": (20, {"svd": 1.0})})
+    demand = make_demand(100, ["svd"], encoded_mpx=100 * 240)
+    calibration = calibrations({ENCODING: [(240 * 0.025, RelativeCost(240, 240))]})
+    planned = plan(fast, demand, Cluster((Node((80.0,), 4, None),)), calibration=calibration)
+    # One CPU for the worker and one for the director leave four encoders of half a CPU.
+    assert (planned.layout.encoders, planned.shots_per_hour) == (4, pytest.approx(4 * 0.5 / 6 * 3600, rel=1e-3))
+    assert planned.bottleneck == ENCODING
 
 
 def test_window_depends_on_slots_and_swaps_and_is_limited_by_shots():

@@ -32,7 +32,9 @@ from vidgen_ray.outputs.manifest import ManifestRow, new_name
 from vidgen_ray.outputs.manifest_writer import script_name
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.outputs.run_log import RunLabels
-from vidgen_ray.planner import Cluster, Demand, calibrations, demand_of, peak_shares, save_calibration, this_machine
+from vidgen_ray.planner import Cluster, Demand, Plan, calibrations, demand_of, peak_shares, save_calibration, this_machine
+from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS
+from vidgen_ray.planner.solver import encoders_needed
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.signing import check_signing
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
@@ -257,7 +259,24 @@ def render_lines(
         outputs.sweep()
     if director.plan is not None and director.cluster is not None:
         save_calibration(profile.name, director.cluster.card, results.durations)
+        if note := _encoding_note(director.plan, results):
+            listener.on_message(note)
     return report
+
+
+def _encoding_note(plan: Plan, results: RunResults) -> str | None:
+    """Return a note if the encoders were too few for the planned rate. The next plan is made with the measured seconds."""
+    seconds = [seconds for seconds, _ in results.durations[ENCODING]]
+    if len(seconds) < MIN_SHOTS:
+        return None
+    needed = encoders_needed(plan.shots_per_hour / 3600, sum(seconds) / len(seconds))
+    if needed <= plan.layout.encoders:
+        return None
+    return (
+        f"encoding may have limited the rate: it took {sum(seconds) / len(seconds):.3g} CPU seconds a clip, "
+        f"{plan.encode_s:.3g} were planned; {plan.layout.encoders} encoders ran, the planned rate needs {needed}. The next run "
+        "uses the measured seconds"
+    )
 
 
 def _submission_id() -> str | None:
@@ -293,6 +312,7 @@ def _peak_share(profile: Profile, director: Director, results: RunResults) -> di
     if len(cards) != 1:
         return {}
     measured = {stage: known.seconds_of_reference for stage, known in calibrations(results.durations).items()}
+    measured.pop(ENCODING, None)
     return peak_shares(profile, measured, cards[0])
 
 

@@ -20,6 +20,7 @@ from vidgen_ray.outputs.manifest import REJECTED, ManifestRow, Status
 from vidgen_ray.outputs.manifest_writer import FailedLine, ManifestWriter
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
 from vidgen_ray.outputs.run_log import RunLabels
+from vidgen_ray.planner.demand import ENCODING, demand_of
 from vidgen_ray.script.lines import Line
 
 METRICS = {"vidgen_shots": MetricSpec("counter", ("status",), "Finished shots: done or failed."), **ENGINE_METRICS}
@@ -81,7 +82,7 @@ class RunResults:
         self.gpu_seconds = 0.0
         self.lora_loads = 0
         self.durations: dict[str, deque[tuple[float, RelativeCost]]] = defaultdict(lambda: deque(maxlen=CALIBRATION_SHOTS))
-        """Stage -> (seconds, relative cost) of the last shots that were not taken from the cache."""
+        """Stage, or ENCODING -> (seconds, relative cost) of the last shots that were not taken from the cache."""
         self.weights: dict[str, set[str]] = defaultdict(set)
         """Stage -> digests of the weights that its results were made with."""
 
@@ -153,6 +154,9 @@ class RunResults:
             self.weights[step.stage].update(step.weights)
             if not step.cached:
                 self.durations[step.stage].append((step.seconds, costs[step.stage]))
+        if record.encode_s is not None:
+            encoded_mpx = demand_of([record.shot]).encoded_mpx
+            self.durations[ENCODING].append((record.encode_s, RelativeCost(encoded_mpx, encoded_mpx)))
         row = ManifestRow.of_shot(self._labels.run, line.script, line.shot, line.script_line, record, "rendered")
         self._enter(row, None, line.replaces)
         self._listener.on_finished(row)

@@ -36,6 +36,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, load_calibration, profile_for
 from vidgen_ray.planner import plan as make_plan
 from vidgen_ray.planner.layout import Slot, WorkerSpec
+from vidgen_ray.planner.solver import ENCODER_CPUS
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.script.read import iter_script
 from vidgen_ray.system.quantities import count, duration, money, size
@@ -164,6 +165,8 @@ def _facts(
     layout = planned.layout
     workers = f"{count(len(layout.workers), 'worker')} on {count(len(layout.slots), 'GPU' if on_gpus else 'slot')}"
     yield "layout", f"{layout.kind}: {workers}, {count(layout.encoders, 'encoder')}, at most {layout.window} shots at once"
+    if planned.encode_s:
+        yield "encoding", f"{_short(planned.encode_s)} CPU s a shot, on {layout.encoders * ENCODER_CPUS:g} CPUs"
     yield (
         "rate",
         f"{planned.shots_per_hour:,.1f} shots per hour, {planned.efficiency:.0%} efficient"

@@ -10,7 +10,7 @@ from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.retries import ATTEMPTS
 from vidgen_ray.graph import STAGE_BY_NAME, durations
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner.demand import ENCODE_SECONDS, demand_of
+from vidgen_ray.planner.demand import demand_of, encode_seconds_per_mpx
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
@@ -20,8 +20,8 @@ STORE_COMMITS = 4
 TIMEOUT_FACTOR = 3.0
 """A call of a stage times out after the `timeout_s` of its actor, or this many times its planned seconds if these are more."""
 COMMIT_FLOOR_S = 300.0
-COMMIT_FACTOR = 20.0
-"""A call that writes files times out after COMMIT_FLOOR_S and COMMIT_FACTOR times the expected seconds of the whole shot."""
+COMMIT_FACTOR = 4.0
+"""A call that writes files times out after COMMIT_FLOOR_S and COMMIT_FACTOR times the CPU seconds of a shot with grain."""
 
 
 @dataclass(frozen=True)
@@ -69,4 +69,4 @@ class EngineConfig:
 
     def commit_timeout_s(self, shot: Shot) -> float:
         """Return the timeout of one call of an encoder for a shot in seconds."""
-        return COMMIT_FLOOR_S + COMMIT_FACTOR * demand_of([shot]).encoded_mpx * ENCODE_SECONDS[self.profile.encode.preset]
+        return COMMIT_FLOOR_S + COMMIT_FACTOR * demand_of([shot]).encoded_mpx * encode_seconds_per_mpx(self.profile, {})

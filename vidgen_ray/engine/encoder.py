@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
+import time
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -43,6 +44,9 @@ class Encoder:
         """Sessions whose files are being written or deleted."""
         self._changed = threading.Condition()
         self._cancelled: deque[int] = deque(maxlen=CANCELLED_SESSIONS)
+        self._cpu_s: defaultdict[int, float] = defaultdict(float)
+        """Open session -> CPU seconds of this process for it. Sessions that are open at once may count each other's."""
+        self._counted_s = time.process_time()
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def place(self) -> ActorPlace:
@@ -74,8 +78,16 @@ class Encoder:
             yield
         finally:
             with self._changed:
+                if session in self._open:
+                    self._count_cpu(session)
                 self._busy.remove(session)
                 self._changed.notify_all()
+
+    def _count_cpu(self, session: int) -> None:
+        """Add the CPU seconds since the last count to a session. x264 works on its frames between two calls, too."""
+        now_s = time.process_time()
+        self._cpu_s[session] += now_s - self._counted_s
+        self._counted_s = now_s
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def activity(self) -> float:
@@ -129,6 +141,9 @@ class Encoder:
                 if last_chunk is not None:
                     files.add(last_chunk)
                 record = files.commit(records)
+                with self._changed:
+                    self._count_cpu(session)
+                record = record.model_copy(update={"encode_s": self._cpu_s[session]})
             except Exception as error:
                 return CallResult.of_failure(StepFailed(OUTPUT, error)), None
             finally:
@@ -156,6 +171,7 @@ class Encoder:
             self._delete(session)
 
     def _delete(self, session: int) -> None:
+        self._cpu_s.pop(session, None)
         files = self._open.pop(session, None)
         if files is not None:
             files.close()

@@ -15,7 +15,7 @@ from vidgen_ray.engine.status import Progress
 from vidgen_ray.graph import STAGE_BY_NAME, relative_costs
 from vidgen_ray.online.store.jobs import Job, JobState
 from vidgen_ray.online.store.store import JobStore
-from vidgen_ray.planner.demand import ENCODE_SECONDS, seconds_of
+from vidgen_ray.planner.demand import encode_seconds_per_mpx, seconds_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 
@@ -27,7 +27,7 @@ def expected_seconds(shot: Shot, profile: Profile) -> dict[str, float]:
     """Return stage name -> seconds that the profile expects for a shot, in order. The last stage writes the files."""
     seconds = {name: seconds_of(profile, STAGE_BY_NAME[name], {}).of(cost) for name, cost in relative_costs(shot).items()}
     megapixels = shot.width * shot.height / 1e6 * (shot.clip_frames if shot.generate_video else 1)
-    return seconds | {OUTPUT: megapixels * ENCODE_SECONDS[profile.encode.preset]}
+    return seconds | {OUTPUT: megapixels * encode_seconds_per_mpx(profile, {}) / profile.encode.threads}
 
 
 class ProgressEstimator:

@@ -4,7 +4,7 @@ import hashlib
 import re
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.provenance.record import Detail
@@ -121,6 +121,8 @@ class ShotRecord(_Record):
     """Marking of the files. `None` if they are not marked."""
     committed_at: float | None = None
     """Modification time of shot.json, in seconds since 1970. Not part of the file. `None` in an object store."""
+    encode_s: float | None = Field(None, exclude=True)
+    """CPU seconds of the encoder. Not part of the file. `None` if another process has rendered the shot, or no encoder."""
 
     @property
     def done(self) -> "DoneShot":

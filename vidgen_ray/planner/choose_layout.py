@@ -17,12 +17,19 @@ from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError
 from vidgen_ray.planner import layout
 from vidgen_ray.planner.cards import GpuCard, typical_card
 from vidgen_ray.planner.cluster import Cluster, Node
-from vidgen_ray.planner.demand import ENCODE_SECONDS, Calibration, Demand, peak_shares, seconds_of, total_seconds
+from vidgen_ray.planner.demand import (
+    ENCODING,
+    Calibration,
+    Demand,
+    encode_seconds_per_mpx,
+    peak_shares,
+    seconds_of,
+    total_seconds,
+)
 from vidgen_ray.planner.gpu_memory import actors_of, memory_limits, reference_shots
 from vidgen_ray.planner.layout import SHOTS_PER_SWAP, Actor, Candidates, Kind, Layout, Slot
 from vidgen_ray.planner.solver import (
     DIRECTOR_CPUS,
-    ENCODER_BUSY,
     ENCODER_CPUS,
     SPARE_CPUS,
     FilledSlot,
@@ -85,9 +92,11 @@ class Plan:
     currency: str | None
     """Currency of a default price. `None` if the price is the user's, which has no currency."""
     bottleneck: str | None
-    """Stage that limits the rate."""
+    """Stage that limits the rate, or ENCODING."""
     stage_seconds: Mapping[str, float]
     """Stage -> mean seconds per shot."""
+    encode_s: float
+    """Mean CPU seconds of encoding per shot."""
     considered: tuple[ConsideredLayout, ...]
     notes: tuple[str, ...]
     """Assumptions and hints, to be shown with the plan."""
@@ -133,6 +142,8 @@ class Timing:
     """Stage -> seconds of the reference shot."""
     assumed: tuple[str, ...]
     """Stages without calibration or seconds in the profile."""
+    encode_s: float
+    """Mean CPU seconds of encoding per shot."""
 
     @property
     def shot_seconds(self) -> float:
@@ -188,8 +199,9 @@ def estimate(
         },
         cost=None if per_hour is None else per_hour * expected / 3600,
         currency=CURRENCY if is_default else None,
-        bottleneck=_bottleneck(packing, timing),
+        bottleneck=_bottleneck(packing, timing, cluster),
         stage_seconds=timing.seconds,
+        encode_s=timing.encode_s,
         considered=considered,
         notes=(*_notes(packing, cluster, timing, on_gpu, is_default), *notes),
     )
@@ -219,8 +231,12 @@ def _price(cluster: Cluster, price: float | None) -> tuple[float, bool]:
     return sum(len(node.gpus) * card.usd_per_hour for node in cluster.nodes if (card := node.assumed_card)), True
 
 
-def _bottleneck(packing: Packing, timing: Timing) -> str | None:
-    """Return the longest stage of the actor with the most seconds per slot."""
+def _bottleneck(packing: Packing, timing: Timing, cluster: Cluster) -> str | None:
+    """Return ENCODING if its CPUs limit the rate, else the longest stage of the actor with the most seconds per slot."""
+    encoders_cpus = packing.encoders * ENCODER_CPUS
+    others_cpus = sum(filled.assignment.cpus for filled in packing.slots) + DIRECTOR_CPUS + SPARE_CPUS
+    if packing.rate * timing.encode_s > encoders_cpus * (1 - TIE) and others_cpus + encoders_cpus > cluster.cpus - ENCODER_CPUS:
+        return ENCODING
     holders = Counter(actor for filled in packing.slots for actor in filled.assignment.actors)
     if not holders:
         return None
@@ -278,7 +294,6 @@ def plan(
     peak_share = peak_shares(profile, timing.reference_s, cards[0])
     reference_s = {stage.name: max(timings[card].reference_s[stage.name] for card in cards) for stage in demand.stages}
     shots = demand.sizes or reference_shots(profile)
-    encode_seconds = demand.encoded_mpx * ENCODE_SECONDS[profile.encode.preset] / demand.shots
 
     def speed(actor: Actor, card: GpuCard | None) -> float:
         on_card = timings.get(card, timing).seconds
@@ -289,7 +304,7 @@ def plan(
         actors, memories = actors_of(profile, demand.stages, shots, limit_gb, timing.seconds)
         if not actors:
             # No stage to run: every shot has a start image and no clip, so that only files are written.
-            rate = ENCODER_BUSY / max(encode_seconds, 1.0)
+            rate = ENCODER_CPUS / max(timing.encode_s, 1.0)
             return estimate("fused", Packing(rate, (), 1), demand, cluster, timing, (), price)
         on_gpu = any(actor.on_gpu for actor in actors)
         cpus_per_slot = max(1.0, *(actor.cpus for actor in actors))
@@ -298,7 +313,7 @@ def plan(
             # On CPUs: one per core, or fewer if an actor needs more cores, and at least one.
             return Counter(node.gpus) if on_gpu else {0.0: max(1, int(node.cpus / cpus_per_slot))}
 
-        problem = PackingProblem(actors, encode_seconds, demand.shots, slots_of, profile.swap_gb_per_s, speed)
+        problem = PackingProblem(actors, timing.encode_s, demand.shots, slots_of, profile.swap_gb_per_s, speed)
         kind, packing, considered = (_pack_gpus if on_gpu else _pack_cpus)(profile, problem, usable)
         lowered = [options for each in memories for options in each.lowered]
         notes = [f"the largest shots run with lower-memory settings: {options}" for options in lowered]
@@ -356,7 +371,8 @@ def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibrat
         if not expected.is_known:
             assumed.append(stage.name)
     spread = min(0.9, spread_seconds / sum(seconds.values())) if seconds else 0.0
-    return Timing(seconds, spread, reference_s, tuple(assumed))
+    encode_s = demand.encoded_mpx * encode_seconds_per_mpx(profile, calibration) / demand.shots
+    return Timing(seconds, spread, reference_s, tuple(assumed), encode_s)
 
 
 Choice = tuple[Kind, Packing, tuple[ConsideredLayout, ...]]

@@ -115,7 +115,7 @@ def load_calibration(profile: str, card: str) -> dict[str, Calibration]:
 def save_calibration(profile: str, card: str, seconds: Mapping[str, Sequence[tuple[float, RelativeCost]]]) -> None:
     """Store the measurements of a run.
 
-    `seconds`: stage -> (seconds, relative cost) of each shot that was not taken from the stage cache.
+    `seconds`: stage, or ENCODING -> (seconds, relative cost) of each shot that was not taken from the stage cache.
     """
     new = calibrations(seconds)
     # If the file cannot be written, the stages are measured again in the next run.
@@ -135,7 +135,8 @@ def save_calibration(profile: str, card: str, seconds: Mapping[str, Sequence[tup
 
 def calibrations(seconds: Mapping[str, Sequence[tuple[float, RelativeCost]]]) -> dict[str, Calibration]:
     """Return stage -> calibration of the measurements of a run, see `save_calibration`."""
-    summaries = {stage: _summary(samples, STAGE_BY_NAME[stage].fixed_share) for stage, samples in seconds.items()}
+    assumed = {stage: 1.0 if stage == ENCODING else STAGE_BY_NAME[stage].fixed_share for stage in seconds}
+    summaries = {stage: _summary(samples, assumed[stage]) for stage, samples in seconds.items()}
     return {stage: calibration for stage, calibration in summaries.items() if calibration}
 
 
@@ -210,18 +211,32 @@ def _read() -> dict[str, dict[str, dict[str, Calibration]]]:
         return {}
 
 
-ENCODE_SECONDS: Mapping[str, float] = {
-    "ultrafast": 0.01,
-    "superfast": 0.01,
-    "veryfast": 0.011,
-    "faster": 0.016,
-    "fast": 0.02,
-    "medium": 0.02,
-    "slow": 0.04,
-    "slower": 0.05,
-    "veryslow": 0.07,
+ENCODE_SECONDS: Mapping[str, tuple[float, float]] = {
+    "ultrafast": (0.015, 0.02),
+    "superfast": (0.03, 0.067),
+    "veryfast": (0.024, 0.073),
+    "faster": (0.037, 0.12),
+    "fast": (0.033, 0.16),
+    "medium": (0.053, 0.2),
+    "slow": (0.065, 0.47),
+    "slower": (0.072, 0.82),
+    "veryslow": (0.085, 1.0),
 }
-"""x264 preset -> CPU seconds per megapixel of a frame, with colour conversion. Measured at 4096x2304 on one core."""
+"""x264 preset -> CPU seconds per megapixel, with colour conversion: of a smooth clip that moves, and of the same clip with
+grain (noise with a standard deviation of 3 levels). Measured at 4096x2304 and crf 18 with one thread on an AMD EPYC whose other
+hyperthread was busy, the best of one to three runs. With an idle one, `medium` took 0.041 and 0.136."""
+ENCODING = "encoding"
+"""Calibration of encoders, beside those of stages: CPU seconds per megapixel."""
+
+
+def encode_seconds_per_mpx(profile: Profile, measured: Mapping[str, Calibration]) -> float:
+    """Return the CPU seconds of encoding per megapixel: measured, or those of clips with grain."""
+    if known := measured.get(ENCODING):
+        return known.seconds_of_reference
+    _, with_grain = ENCODE_SECONDS[profile.encode.preset]
+    return with_grain
+
+
 CLIP_BYTES_PER_PIXEL = 0.035
 """H.264 at crf 18, moving content with some grain. Noise takes ten times as much."""
 PNG_BYTES_PER_PIXEL = 1.5

@@ -29,9 +29,7 @@ from vidgen_ray.planner.layout import (
 )
 
 ENCODER_CPUS = 0.5
-"""CPUs of an encoder. It waits for frames about half of the time."""
-ENCODER_BUSY = 0.8
-"""Maximum share of the time that an encoder may work, so that no worker waits for an encoder."""
+"""CPUs of an encoder, and CPU seconds per second that it is planned to use: about half of the time it waits for frames."""
 DIRECTOR_CPUS = 0.5
 SPARE_CPUS = 0.5
 """CPUs for Ray's own tasks, such as reading the script."""
@@ -178,6 +176,11 @@ def _most_slots(problem: PackingProblem, cluster: Cluster) -> int:
     return sum(by_node) - min(displaced)
 
 
+def encoders_needed(rate: float, encode_seconds: float) -> int:
+    """Return the encoders for `rate` shots per second that take so many CPU seconds to encode on average."""
+    return max(1, math.ceil(rate * encode_seconds / ENCODER_CPUS - EPSILON))
+
+
 def host_gb_of_nodes(packing: Packing) -> dict[int, float]:
     """Return node -> GB of host memory that its processes need at most, which is while the largest of them loads."""
     assignments: defaultdict[int, list[Assignment]] = defaultdict(list)
@@ -232,7 +235,7 @@ def _place_on_nodes(solution: _Solution, problem: PackingProblem, cluster: Clust
             if node is None:
                 return None
             slots.append(FilledSlot(assignment, node, shares))
-    encoders = max(1, math.ceil(solution.rate * problem.encode_seconds / ENCODER_BUSY - EPSILON))
+    encoders = encoders_needed(solution.rate, problem.encode_seconds)
     others = [DIRECTOR_CPUS + SPARE_CPUS, *[ENCODER_CPUS] * encoders]
     if any(take(needed) is None for needed in others):
         return None
@@ -344,7 +347,7 @@ class _PackingModel:
         programme, problem = self._programme, self._problem
         encoders = [programme.add_variable(math.floor(node.cpus / ENCODER_CPUS), integer=True) for node in nodes]
         directors = [programme.add_variable(1, integer=True) for _ in nodes]
-        encoders_per_efficiency = self._total_slots / problem.seconds * problem.encode_seconds / ENCODER_BUSY
+        encoders_per_efficiency = self._total_slots / problem.seconds * problem.encode_seconds / ENCODER_CPUS
         programme.add_constraint({**dict.fromkeys(encoders, 1.0), self._efficiency: -encoders_per_efficiency}, low=0.0)
         programme.add_constraint(dict.fromkeys(encoders, 1.0), low=1.0)
         programme.add_constraint(dict.fromkeys(directors, 1.0), low=1.0)
