@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.planner import Cluster, Node
+from vidgen_ray.planner.cards import H100
 from vidgen_ray.profile import ActorProfile, Profile
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot
@@ -64,6 +66,7 @@ def run(layout_name: str, gpus: int, gpu_memory_gb: float, shots: int, run_folde
     `layout_name` is one of efficiency.VIDGEN_LAYOUTS. Raises simulated.DoesNotFit if the layout does not fit on the GPUs.
     """
     listener, out = StatusCounter(), run_folder / "out"
+    card = replace(H100, link_gb_per_s=simulated.SWAP_GB_PER_SECOND)
     try:
         with local_ray(gpus):
             report = render(
@@ -71,7 +74,7 @@ def run(layout_name: str, gpus: int, gpu_memory_gb: float, shots: int, run_folde
                 profile(run_folder, layout_name.removesuffix(WITH_CACHE)),
                 OutputFolder(out),
                 RenderOptions(
-                    cluster=Cluster((Node((gpu_memory_gb,) * gpus, CPUS_OF_RAY, HOST_GB),)),
+                    cluster=Cluster((Node((gpu_memory_gb,) * gpus, CPUS_OF_RAY, HOST_GB, card=card),)),
                     cache=DEFAULT_CACHE if layout_name.endswith(WITH_CACHE) else "none",
                     stages=STAGES,
                 ),
@@ -110,7 +113,6 @@ def profile(run_folder: Path, layout: Any) -> Profile:
         layout=layout,
         actors=actors,
         encode=ENCODE,
-        swap_gb_per_s=simulated.SWAP_GB_PER_SECOND,
     )
 
 

@@ -264,9 +264,8 @@ class SimulatedModel:
         record(gpu.run_folder, Event(READY, "", gpu.index, now, now, os.getpid(), 0.0))
 
     def to_host(self) -> None:
-        """Move the weights to host memory."""
+        """Drop the weights on the GPU. A copy is in host memory."""
         if self._memory is not None:
-            self._gpu.busy(self.gb / SWAP_GB_PER_SECOND, SWAP, "", 0.0)
             self.close()
 
     def to_gpu(self) -> None:

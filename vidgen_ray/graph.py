@@ -170,16 +170,18 @@ class RelativeCost(NamedTuple):
     """The part that grows with the number of steps."""
     fixed: float
     """The part that does not, such as text encoding and decoding."""
+    copies: float = 0.0
+    """How many times weights that wait in host memory are copied to the GPU: a number, not relative."""
 
     def mixed(self, fixed_share: float) -> float:
         """Return the duration of both parts. `fixed_share`: fraction of the fixed part in the reference shot."""
         return (1 - fixed_share) * self.steps + fixed_share * self.fixed
 
     def plus(self, other: RelativeCost) -> RelativeCost:
-        return RelativeCost(self.steps + other.steps, self.fixed + other.fixed)
+        return RelativeCost(self.steps + other.steps, self.fixed + other.fixed, self.copies + other.copies)
 
     def times(self, factor: float) -> RelativeCost:
-        return RelativeCost(self.steps * factor, self.fixed * factor)
+        return RelativeCost(self.steps * factor, self.fixed * factor, self.copies * factor)
 
 
 def relative_costs(shot: Shot) -> dict[str, RelativeCost]:
@@ -189,7 +191,8 @@ def relative_costs(shot: Shot) -> dict[str, RelativeCost]:
     """
     costs, growth = {}, 1.0
     for stage in stages_of(shot):
-        costs[stage.name] = RelativeCost(stage.relative_cost(shot), stage.relative_fixed_cost(shot)).times(growth)
+        cost = RelativeCost(stage.relative_cost(shot), stage.relative_fixed_cost(shot), stage.weight_copies(shot))
+        costs[stage.name] = cost.times(growth)
         if issubclass(stage, ChunkedStage):
             growth *= float(stage.frame_factor(shot)) * stage.scale_factor(shot) ** 2
     return costs

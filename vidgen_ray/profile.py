@@ -114,9 +114,6 @@ class Profile(_Section):
     cpu_workers: int | None = Field(
         None, ge=1, description="Maximum number of workers of a profile without GPUs. Default: as many as the CPUs allow."
     )
-    swap_gb_per_s: float = Field(
-        20, gt=0, allow_inf_nan=False, description="Bandwidth of weight swapping between host and GPU memory, in GB per second."
-    )
     price_per_gpu_hour: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="Price of a GPU-hour, for the estimated cost."
     )

@@ -6,7 +6,7 @@ import pytest
 
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.errors import UsageError
-from vidgen_ray.graph import STAGE_BY_NAME, STAGES, durations
+from vidgen_ray.graph import STAGE_BY_NAME, STAGES, durations, relative_costs
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan, profile_for
 from vidgen_ray.planner.cards import CARDS, TYPICAL, card_named, card_reported_as, typical_card
@@ -84,6 +84,31 @@ def test_cards_can_be_named():
 def test_computed_seconds_are_near_published_ones(stage, name, fields, published_s):
     expected = seconds_of(load_profile("gpu"), STAGE_BY_NAME[stage], {}, card(name))
     assert expected.reference_s * durations(Shot(prompt="a", **fields))[stage] == pytest.approx(published_s, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "option", "fields", "copies"),
+    [
+        ("wan", {"cpu_offload": True}, {"video_model": "wan"}, 1),
+        ("wan", {"cpu_offload": True}, {"video_model": "wan", "extend": 2}, 3),
+        ("wan", {"cpu_offload": True}, {"video_model": "wan", "steps": {"wan": 4}, "width": 1280, "height": 704}, 1),
+        ("flux", {"text_encoder": "swapped"}, {"steps": {"flux": 4}}, 1),
+        ("lora", {"text_encoder": "swapped"}, FACE, 0),
+        ("lora", {"text_encoder": "swapped"}, {**FACE, "image": "start.png"}, 1),
+        ("refine", {"text_encoder": "swapped"}, {"face_image": "face.png", "identity": "instantid-sdxl"}, 1),
+    ],
+)
+def test_seconds_include_the_copies_of_weights_whatever_the_size_and_the_steps(stage, option, fields, copies):
+    profile, stage_class = load_profile("gpu"), STAGE_BY_NAME[stage]
+    actors = {**profile.actors, stage_class.actor: profile.actor_of(stage_class).model_copy(update={"options": option})}
+    cost = relative_costs(Shot.model_validate({"prompt": "a", **fields}))[stage]
+    with_copies, without = (
+        seconds_of(each, stage_class, {}, card("L40S")).of(cost)
+        for each in (profile.model_copy(update={"actors": actors}), profile)
+    )
+    linked = stage_class.work(stage_class.Params(weights="w", dtype="bfloat16", **option)).linked_bytes
+    assert with_copies - without == pytest.approx(copies * linked / 25e9)
+    assert linked > 30e9
 
 
 def test_every_traced_stage_is_faster_on_a_faster_card():

@@ -520,7 +520,7 @@ def test_print_plan_prints_the_plan(capsys):
         "2 x 48 GB, 32 CPUs on 1 node",
         "400 to render; 7 of 410 already done, 3 rejected, 12 cached stages",
         "hybrid: 2 workers on 2 GPUs",
-        "swapping flux 13%, lora 6% | svd 69%",
+        "swapping flux 27%, lora 12% | svd 41%",
         "limited by svd",
         "GPU-hours",
         "cost",

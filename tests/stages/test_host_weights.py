@@ -1,35 +1,31 @@
-"""Host copies of swapped weights. A GPU is simulated by tensors that are cloned on the way to it."""
+"""Weights in host memory: swapped stages, and parts of pipelines that take turns on the GPU. The GPU is simulated."""
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
+from tests.stages.fake_gpu import GPU, FakeGpu
+from tests.stages.test_parity import gradient_image, loaded
 from vidgen_ray.stages import loading
+from vidgen_ray.stages.base import Item
+from vidgen_ray.stages.flux2_klein import Flux2KleinStage
 from vidgen_ray.stages.loading import move_networks
-
-GPU = "cuda:0"
+from vidgen_ray.stages.ltx import LTXStage
+from vidgen_ray.stages.qwen_edit import QwenEditStage
+from vidgen_ray.stages.wan import WanStage
+from vidgen_ray.weights import resolve
 
 
 @pytest.fixture
-def copies(monkeypatch):
-    """Simulate a GPU. Yields the names of the copies that were made: `to gpu` and `to host`."""
-    made = []
-    on_gpu = set()
+def gpu(monkeypatch):
+    return FakeGpu(monkeypatch)
 
-    def to_gpu(host, device):
-        made.append("to gpu")
-        tensor = host.clone()
-        on_gpu.add(tensor.data_ptr())
-        return tensor
 
-    def to_host(tensor):
-        made.append("to host")
-        return tensor.data.clone()
-
-    monkeypatch.setattr(loading, "_on_device", to_gpu)
-    monkeypatch.setattr(loading, "_pinned_copy", to_host)
-    monkeypatch.setattr(loading, "_is_on_host", lambda tensor: tensor.data_ptr() not in on_gpu)
-    return made
+@pytest.fixture
+def copies(gpu):
+    """The copies that were made: `to gpu` and `to host`."""
+    return gpu.copies
 
 
 def network():
@@ -112,3 +108,49 @@ def test_moving_without_a_gpu_changes_nothing():
     pointers = [tensor.data_ptr() for tensor in net.parameters()]
     move_networks([net, None, "a tokenizer"], "cpu")
     assert [tensor.data_ptr() for tensor in net.parameters()] == pointers
+
+
+QWEN = {"use_hunyuan_style": True, "style_model": "qwen-edit", "style_prompt": "ink"}
+LORAS = {
+    "wan": {"video_lora": [{"path": str(resolve("builtin:tiny/wan-lora.safetensors")), "weight": 0.8}]},
+    "ltx": {"video_lora": [{"path": str(resolve("builtin:tiny/ltx-lora.safetensors")), "weight": 0.8}]},
+    "klein": {"lora": [{"path": str(resolve("builtin:tiny/klein-lora.safetensors")), "weight": 0.8}]},
+    "qwen_edit": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("stage_class", "fields", "runs"),
+    [
+        (WanStage, {"video_model": "wan", "num_frames": 5}, ("text_encoder", "vae", "transformer", "transformer_2", "vae")),
+        (LTXStage, {"video_model": "ltx", "num_frames": 9}, ("text_encoder", "vae", "transformer", "vae")),
+        (
+            Flux2KleinStage,
+            {"face_image": "x.jpg", "identity": "reference"},
+            ("text_encoder", "vae", "transformer", "vae"),
+        ),
+        (QwenEditStage, QWEN, ("text_encoder", "vae", "transformer", "vae")),
+    ],
+)
+def test_offloaded_parts_take_turns_and_are_copied_in_one_direction(tiny, make_shot, gpu, stage_class, fields, runs):
+    image = gradient_image(64, 64)
+    reference = loaded(stage_class, tiny)
+    stage = loaded(stage_class, tiny, device=GPU, cpu_offload=True)
+    gpu.watch(stage.pipe)
+    tensors = {name: len([*part.parameters(), *part.buffers()]) for name, part in gpu.networks.items()}
+    assert not gpu.on_gpu
+    for loras in ({}, LORAS[stage.name], {}):
+        item = Item(make_shot(width=64, **fields, **loras), {"image": image, "photos": (image,)})
+        gpu.forget()
+        (result,), (expected,) = (each(item).values() for each in (stage, reference))
+        assert np.array_equal(result, expected)
+        assert gpu.together == {frozenset({name}) for name in runs}
+        assert not gpu.on_gpu
+        adapters = {name: sum("lora_" in key for key, _ in part.named_parameters()) for name, part in gpu.networks.items()}
+        assert gpu.copies.count("to gpu") == sum(tensors[name] + adapters[name] for name in runs)
+        # Only LoRAs, which may change on the GPU, are copied back.
+        assert gpu.copies.count("to host") == sum(adapters.values())
+    for name, network in gpu.networks.items():
+        weights, expected = (each.state_dict() for each in (network, reference.pipe.components[name]))
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in weights.items())

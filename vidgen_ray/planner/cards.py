@@ -34,7 +34,11 @@ class GpuCard:
         """Return the seconds of the work. `share`: fraction of the peak that matrix products and convolutions reach."""
         computing = work.flop / (self.tflop_per_s * 1e12 * share)
         moving = work.moved_bytes / (self.gb_per_s * 1e9 * BANDWIDTH_SHARE)
-        return computing + moving + work.linked_bytes / (self.link_gb_per_s * 1e9)
+        return computing + moving + self.copy_seconds(work.linked_bytes)
+
+    def copy_seconds(self, n_bytes: float) -> float:
+        """Return the seconds of copying weights from pinned host memory to the GPU."""
+        return n_bytes / (self.link_gb_per_s * 1e9)
 
     def share_of_peak(self, work: Workload, seconds: float) -> float:
         """Return the fraction of the peak that work reaches if it takes these seconds."""

@@ -313,7 +313,7 @@ def plan(
             # On CPUs: one per core, or fewer if an actor needs more cores, and at least one.
             return Counter(node.gpus) if on_gpu else {0.0: max(1, int(node.cpus / cpus_per_slot))}
 
-        problem = PackingProblem(actors, timing.encode_s, demand.shots, slots_of, profile.swap_gb_per_s, speed)
+        problem = PackingProblem(actors, timing.encode_s, demand.shots, slots_of, speed)
         kind, packing, considered = (_pack_gpus if on_gpu else _pack_cpus)(profile, problem, usable)
         lowered = [options for each in memories for options in each.lowered]
         notes = [f"the largest shots run with lower-memory settings: {options}" for options in lowered]
@@ -365,7 +365,9 @@ def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibrat
     for stage in demand.stages:
         expected = seconds_of(profile, stage, calibration, card)
         total = total_seconds(expected, stage.name, demand, calibration.get(stage.name))
-        reference_s[stage.name] = expected.reference_s
+        # With the share of copying weights that the shots of the script have.
+        copy_s = expected.copy_s * demand.relative_cost[stage.name].copies
+        reference_s[stage.name] = expected.reference_s * total / max(total - copy_s, MIN_SECONDS)
         seconds[stage.name] = max(MIN_SECONDS, total / demand.shots)
         spread_seconds += expected.spread * seconds[stage.name]
         if not expected.is_known:

@@ -349,17 +349,19 @@ class StageSeconds(NamedTuple):
     """Expected seconds of a stage."""
 
     reference_s: float
-    """Seconds of the reference shot."""
+    """Seconds of the reference shot, without `copy_s`."""
     fixed_share: float
     """Fraction of them that does not depend on the number of steps."""
     spread: float
     """Relative spread of the seconds of a shot."""
     is_known: bool
     """The seconds were stated or measured."""
+    copy_s: float = 0.0
+    """Seconds of copying weights that wait in host memory to the GPU. 0 if they were measured with the rest."""
 
     def of(self, cost: RelativeCost) -> float:
         """Return the seconds of shots with this cost."""
-        return self.reference_s * cost.mixed(self.fixed_share)
+        return self.reference_s * cost.mixed(self.fixed_share) + self.copy_s * cost.copies
 
 
 def total_seconds(expected: StageSeconds, stage: str, demand: Demand, measured: Calibration | None) -> float:
@@ -392,8 +394,9 @@ def seconds_of(
     if stage.name in actor.seconds:
         return StageSeconds(actor.seconds[stage.name], stage.fixed_share, ASSUMED_SPREAD, True)
     if (work := _work_of(profile, stage)) is not None:
-        seconds = (card or H100).seconds(work, stage.compute_share)
-        return StageSeconds(seconds, stage.fixed_share, ASSUMED_SPREAD, True)
+        copy_s = (card or H100).copy_seconds(work.linked_bytes)
+        seconds = (card or H100).seconds(work, stage.compute_share) - copy_s
+        return StageSeconds(seconds, stage.fixed_share, ASSUMED_SPREAD, True, copy_s)
     return StageSeconds(stage.reference_s, stage.fixed_share, ASSUMED_SPREAD, False)
 
 

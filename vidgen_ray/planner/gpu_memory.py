@@ -62,6 +62,8 @@ class ActorMemory:
     peak_gb: float
     """Further GPU memory during the largest call."""
     host_gb: float
+    copied_gb: float = 0.0
+    """Part of `weights_gb` of which `host_gb` includes a copy."""
     lowered: tuple[str, ...] = ()
     """Options that some shots need lower than the profile has them, such as `svd: decode_chunk_frames=1`."""
     refused: tuple[str, ...] = ()
@@ -85,7 +87,8 @@ def actor_memory(profile: Profile, stages: Sequence[type[Stage[Any]]], shots: It
     if section.memory_gb:
         return ActorMemory(section.memory_gb, 0.0, 0.0)
     weights: dict[str, int] = {}
-    peak = host = 0
+    host_weights: dict[str, int] = {}
+    peak = results = 0
     fitting_stages: set[str] = set()
     lowered: dict[str, None] = {}
     refused: dict[str, str] = {}
@@ -97,16 +100,19 @@ def actor_memory(profile: Profile, stages: Sequence[type[Stage[Any]]], shots: It
             continue
         fitting_stages.add(stage.name)
         memory = stage_memory(profile, stage, fitting, shot)
-        for part, size in memory.weights.items():
-            weights[part] = max(size, weights.get(part, 0))
-        peak, host = max(peak, memory.peak), max(host, memory.host)
+        for parts, held in ((weights, memory.weights), (host_weights, memory.host_weights)):
+            for part, size in held.items():
+                parts[part] = max(size, parts.get(part, 0))
+        peak, results = max(peak, memory.peak), max(results, memory.results)
         if fitting != params:
             lowered[f"{stage.name}: {changed_options(params, fitting)}"] = None
             options |= _options_at_load(stage, params, fitting, shot)
     for message, name in refused.items():
         if name not in fitting_stages:
             raise SetupError(message)
-    return ActorMemory(sum(weights.values()) / GB, peak / GB, host / GB, tuple(lowered), tuple(refused), options)
+    host = results + sum(host_weights.values())
+    copied = sum(size for part, size in host_weights.items() if part in weights)
+    return ActorMemory(sum(weights.values()) / GB, peak / GB, host / GB, copied / GB, tuple(lowered), tuple(refused), options)
 
 
 def actors_of(
@@ -135,6 +141,7 @@ def actors_of(
             cpus=profile.actor_of(members[0]).cpus,
             swappable=all(stage.move is not Stage.move for stage in members),
             peak_gb=memory.peak_gb,
+            copied_gb=memory.copied_gb,
         )
         for position, ((name, members), memory) in enumerate(zip(by_name.items(), memories, strict=True))
     ]

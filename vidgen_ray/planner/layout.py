@@ -134,6 +134,8 @@ class Actor:
     """Its weights can be moved to host memory while other actors use the GPU."""
     peak_gb: float = 0.0
     """Further GPU memory during its largest call."""
+    copied_gb: float = 0.0
+    """Part of `gpu_gb` of which `host_gb` includes a copy."""
 
     @property
     def on_gpu(self) -> bool:
@@ -169,9 +171,10 @@ class WorkerProcess:
 
     @cached_property
     def host_gb(self) -> float:
-        """Host memory needed in GB after loading. Between two turns, the weights of all groups are in host memory."""
+        """Host memory needed in GB after loading. The weights of all groups have a copy in host memory."""
         own = GPU_PROCESS_HOST_GB if self.gpu_gb else PROCESS_HOST_GB
-        return own + sum(actor.host_gb for actor in self.actors) + self.swapped_gb
+        swapped = sum(actor.gpu_gb - actor.copied_gb for group in self.swap_groups for actor in group)
+        return own + sum(actor.host_gb for actor in self.actors) + swapped
 
     @cached_property
     def load_gb(self) -> float:
@@ -222,8 +225,8 @@ class Assignment:
 
     @property
     def swapped_gb(self) -> float:
-        """Weights moved per round, in GB. In a round, each group moves into GPU memory and out again."""
-        return sum(2 * process.swapped_gb for process in self.processes)
+        """Weights copied per round, in GB. In a round, each group is copied to the GPU once; its copy there is then dropped."""
+        return sum(process.swapped_gb for process in self.processes)
 
     def slot(self, gpu_gb: float = 0.0) -> Slot:
         """Return the slot for the layout of a run. `gpu_gb`: memory of its GPU, 0 if unknown."""

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from vidgen_ray.planner.cards import GpuCard
-from vidgen_ray.planner.cluster import Cluster, Node
+from vidgen_ray.planner.cards import H100, GpuCard
+from vidgen_ray.planner.cluster import GB, Cluster, Node
 from vidgen_ray.planner.layout import (
     CONTEXT_GB,
     EPSILON,
@@ -54,8 +54,6 @@ class PackingProblem:
     """Mean CPU seconds of encoding per shot."""
     max_slots: int
     slots_of: SlotsOfNode
-    swap_gb_per_s: float
-    """Transfer rate between host memory and GPU memory."""
     speed: Callable[[Actor, GpuCard | None], float] = lambda *_: 1.0
     """Speed of an actor on a kind of GPU: its seconds divided by those on that kind."""
 
@@ -307,7 +305,7 @@ class _PackingModel:
         slot_time = {self._counts[n]: -1.0}
         rounds = self._programme.add_variable(math.inf) if assignment.swapped_actors else None
         if rounds is not None:
-            seconds_per_round = assignment.swapped_gb / self._problem.swap_gb_per_s
+            seconds_per_round = (self._options[n].group.card or H100).copy_seconds(assignment.swapped_gb * GB)
             slot_time[rounds] = seconds_per_round * self._total_slots / self._problem.seconds
         times = {}
         for actor in (actor for actor in self._problem.actors if actor in assignment.actors):

@@ -316,6 +316,11 @@ class Stage(ABC, Generic[P]):
         return 1
 
     @classmethod
+    def weight_copies(cls, shot: Shot) -> int:
+        """Return how many times the shot needs all weights that wait in host memory, the `linked_bytes` of `work`."""
+        return cls.passes(shot)
+
+    @classmethod
     def variant(cls, shot: Shot) -> str:
         """Return the name of the network that processes the shot, if shots choose between several. Empty otherwise."""
         return ""

@@ -28,6 +28,7 @@ from vidgen_ray.stages.loading import with_smaller_tiles
 from vidgen_ray.stages.lora import FEW_STEP_LORA
 from vidgen_ray.stages.memory_table import (
     FP8,
+    RESULT_COPIES,
     StageMemory,
     Workload,
     activation_bytes,
@@ -99,14 +100,14 @@ class FluxFamilyStage(Stage[FluxParams]):
             "flux/prompts": CACHED_PROMPTS * params.text_tokens * T5_CHANNELS * number_bytes,
         }
         encode_text = activation_bytes("flux/text", 0, dtype)
-        host = 0
+        host_weights = {}
         if params.text_encoder == "gpu":
             weights["flux/text_encoder_2"] = t5
         elif params.text_encoder == "swapped":
             encode_text = max(0, encode_text + t5 - transformer)
-            host = t5 + transformer
+            host_weights = {"flux/text_encoder_2": t5, "flux/transformer": transformer}
         else:
-            encode_text, host = 0, t5
+            encode_text, host_weights = 0, {"flux/text_encoder_2": t5}
         step = "flux/step"
         if shot.flux_identity is not None:
             injector = injector_class(shot.flux_identity)
@@ -120,15 +121,21 @@ class FluxFamilyStage(Stage[FluxParams]):
         if params.step_cache != "none":
             tokens, passes = pixels // PATCH_PIXELS + params.text_tokens, 2 if params.uses_negative_prompt(shot) else 1
             activations += passes * STEP_CACHE_TENSORS * tokens * HIDDEN_CHANNELS * number_bytes
-        return StageMemory(weights, max(encode_text, activations), host)
+        return StageMemory(weights, max(encode_text, activations), pixels * 3 * RESULT_COPIES, host_weights)
 
     @classmethod
     def work_of_steps(cls, params: FluxParams, steps: float) -> Workload:
-        """Return the work of an image of the reference size with this number of steps."""
+        """Return the work of an image of the reference size with this number of steps, and of T5 and the transformer taking
+        turns for a new prompt."""
         step = network_work("flux/step", REFERENCE_PIXELS)
         if params.quantize == FP8:
             step += Workload(moved_bytes=FP8_CAST_BYTES * weight_bytes(f"flux/transformer:{FP8}", params.dtype))
-        return step.times(steps) + network_work("flux/decode", REFERENCE_PIXELS)
+        work = step.times(steps) + network_work("flux/decode", REFERENCE_PIXELS)
+        if params.text_encoder == "swapped":
+            t5 = weight_bytes("flux/text_encoder_2", params.dtype)
+            stored = f":{FP8}" if params.quantize == FP8 else ""
+            work += Workload(linked_bytes=t5 + weight_bytes(f"flux/transformer{stored}", params.dtype))
+        return work
 
     @classmethod
     def work_of_redrawing(cls, params: FluxParams, strength: float) -> Workload:
@@ -268,11 +275,7 @@ class FluxStage(FluxFamilyStage):
 
     @classmethod
     def work(cls, params: FluxParams) -> Workload:
-        text = network_work("flux/text")
-        if params.text_encoder == "swapped":
-            t5, transformer = (weight_bytes(f"flux/{name}", params.dtype) for name in ("text_encoder_2", "transformer"))
-            text += Workload(linked_bytes=t5 + transformer / (2 if params.quantize == FP8 else 1))
-        return text + cls.work_of_steps(params, DEFAULT_STEPS)
+        return network_work("flux/text") + cls.work_of_steps(params, DEFAULT_STEPS)
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
@@ -347,6 +350,11 @@ class FluxLoRAStage(FluxFamilyStage):
     def relative_cost(cls, shot: Shot) -> float:
         return relative_flux_cost(shot, shot.steps.lora) * shot.lora_strength / LORA_REFERENCE_STRENGTH
 
+    @classmethod
+    def weight_copies(cls, shot: Shot) -> int:
+        # The prompt of a shot whose image is FLUX's is still in the cache.
+        return 0 if FluxStage.applies(shot) or not shot.lora_strength else 1
+
     def run(self, item: Item) -> Artefacts:
         shot = item.shot
         if not shot.lora:
@@ -396,6 +404,10 @@ class FluxRefineStage(FluxFamilyStage):
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
         return relative_flux_cost(shot, shot.steps.refine) * shot.refine_strength / REFINE_REFERENCE_STRENGTH
+
+    @classmethod
+    def weight_copies(cls, shot: Shot) -> int:
+        return 1 if shot.refine_strength else 0
 
     def run(self, item: Item) -> Artefacts:
         shot = item.shot

@@ -25,13 +25,14 @@ from vidgen_ray.stages.base import (
 from vidgen_ray.stages.loading import ImageParams, ImageStage, autoencoder_peaks, load_pipeline, set_vae_tiles
 from vidgen_ray.stages.lora import LoraAdapters
 from vidgen_ray.stages.memory_table import (
-    CLIP_HOST_BYTES,
+    RESULT_COPIES,
     Phase,
     StageMemory,
     Workload,
     activation_bytes,
     memory_of_phases,
     network_work,
+    offload_work,
     relative_flop,
     weight_bytes,
 )
@@ -120,7 +121,9 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
     @classmethod
     def work(cls, params: Flux2KleinParams) -> Workload:
         step = network_work("klein/step", REFERENCE_PIXELS)
-        return network_work("klein/text") + step.times(DISTILLED_STEPS) + network_work("klein/decode", REFERENCE_PIXELS)
+        steps = step.times(DISTILLED_STEPS) + network_work("klein/decode", REFERENCE_PIXELS)
+        copies = offload_work((TEXT_ENCODER, VAE, TRANSFORMER, VAE), params.dtype, cpu_offload=params.cpu_offload)
+        return network_work("klein/text") + steps + copies
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
@@ -139,14 +142,13 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
         if shot.klein_lora:
             weights[TRANSFORMER] += params.adapters_kept * weight_bytes("klein/lora", dtype)
         encode, decode = autoencoder_peaks("klein", params, pixels, PHOTO_PIXELS)
-        # With `cpu_offload`, the text encoder leaves the GPU when the transformer runs, and the autoencoder at the end.
         phases = (
-            Phase((TEXT_ENCODER,), activation_bytes("klein/text", 0, dtype)),
-            Phase((TEXT_ENCODER, VAE), encode if photos else 0),
-            Phase((TRANSFORMER, VAE), activation_bytes("klein/step", pixels + photos * PHOTO_PIXELS, dtype)),
-            Phase((VAE,), decode),
+            Phase(TEXT_ENCODER, activation_bytes("klein/text", 0, dtype)),
+            Phase(VAE, encode if photos else 0),
+            Phase(TRANSFORMER, activation_bytes("klein/step", pixels + photos * PHOTO_PIXELS, dtype)),
+            Phase(VAE, decode),
         )
-        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=pixels * 3 * CLIP_HOST_BYTES)
+        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, results=pixels * 3 * RESULT_COPIES)
 
     def load(self) -> None:
         from diffusers import Flux2KleinPipeline

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.weight_files import library_errors, require_finite_weights, silence_libraries
-from vidgen_ray.stages.base import NOT_IN_KEY, Stage, StageParams, torch_dtype
+from vidgen_ray.stages.base import NOT_IN_KEY, Artefacts, Item, Stage, StageParams, torch_dtype
 from vidgen_ray.stages.memory_table import TILES_PX, activation_bytes
 from vidgen_ray.system.model_files import check_pipeline_folder
 
@@ -71,15 +71,42 @@ def load_pipeline(
     with library_errors(f"{folder}: not the weights of {pipeline_class.__name__}"):
         pipe = pipeline_class.from_pretrained(str(folder), dtype=dtypes, local_files_only=True, use_safetensors=True, **kwargs)
     pipe.set_progress_bar_config(disable=True)
-    if cpu_offload and params.device != "cpu":
-        pipe.enable_model_cpu_offload(device=params.device)
-    elif place:
-        pipe.to(params.device)
     import torch
 
-    loaded = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module) and name not in kwargs}
-    require_finite_weights({f"{folder}: {name}": part for name, part in loaded.items()})
+    networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    loaded = {f"{folder}: {name}": part for name, part in networks.items() if name not in kwargs}
+    if cpu_offload and params.device != "cpu":
+        for name, network in loaded.items():
+            move_networks([network], params.device)
+            require_finite_weights({name: network})
+            move_networks([network], "cpu")
+        _offload(list(networks.values()), params.device)
+        return pipe
+    if place:
+        pipe.to(params.device)
+    require_finite_weights(loaded)
     return pipe
+
+
+def _offload(networks: Sequence[torch.nn.Module], device: str) -> None:
+    """Have each of the networks on the GPU only while it runs, alone. The one that ran last stays there.
+
+    A replacement of diffusers' `enable_model_cpu_offload`, whose hooks copy weights back to host memory. diffusers finds the
+    device of the pipeline by the hook, and calls it for `vae.encode` and `vae.decode`, too.
+    """
+    import torch
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Alone(ModelHook):  # type: ignore[misc]  # accelerate has no types
+        execution_device = torch.device(device)
+
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            move_networks([network for network in networks if network is not module], "cpu")
+            move_networks([module], device)
+            return args, kwargs
+
+    for network in networks:
+        add_hook_to_module(network, Alone())
 
 
 def set_vae_tiles(vae: Any, tile_px: int | None) -> None:
@@ -220,10 +247,17 @@ class OffloadedStage(Stage[OP]):
 
     pipe: Any
 
+    def __call__(self, item: Item) -> Artefacts:
+        try:
+            return super().__call__(item)
+        finally:
+            if self.params.cpu_offload:
+                move_networks(self.pipe.components.values(), "cpu")
+
     def move(self, device: str) -> None:
         # Offloaded weights are in host memory whenever the stage does not run.
         if not self.params.cpu_offload:
-            self.pipe.to(device)
+            move_networks(self.pipe.components.values(), device)
 
 
 class ImageStage(OffloadedStage[IP], TiledStage[IP]):

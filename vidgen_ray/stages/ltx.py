@@ -17,6 +17,7 @@ from vidgen_ray.stages.memory_table import (
     activation_bytes,
     memory_of_phases,
     network_work,
+    offload_work,
     weight_bytes,
 )
 from vidgen_ray.stages.video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage, clip_host_bytes
@@ -73,7 +74,8 @@ class LTXStage(PromptedVideoStage[LTXParams]):
     def work(cls, params: LTXParams) -> Workload:
         sequence = REFERENCE_PIXELS * cls.latent_frames(REFERENCE_FRAMES)
         steps = network_work("ltx/step", sequence).times(cls.default_steps)
-        return network_work("ltx/text") + steps + network_work("ltx/decode", sequence)
+        copies = offload_work((TEXT_ENCODER, VAE, TRANSFORMER, VAE), params.dtype, cpu_offload=params.cpu_offload)
+        return network_work("ltx/text") + steps + network_work("ltx/decode", sequence) + copies
 
     @classmethod
     def memory(cls, params: LTXParams, shot: Shot) -> StageMemory | None:
@@ -88,14 +90,13 @@ class LTXStage(PromptedVideoStage[LTXParams]):
         worked_on = min(pixels, TILE_PX**2) if params.vae_tiling else pixels
         # The curve of decoding includes the clip of the pixels that it works on, in float32. The other tiles come on top.
         tiles = 3 * shot.num_frames * pixels * 3 * 4 if params.vae_tiling else 0
-        # With `cpu_offload`, the text encoder leaves the GPU when the transformer runs, and the autoencoder at the end.
         phases = (
-            Phase((TEXT_ENCODER,), activation_bytes("ltx/text", 0, dtype)),
-            Phase((TEXT_ENCODER, VAE), activation_bytes("ltx/encode", worked_on, dtype)),
-            Phase((TRANSFORMER, VAE), activation_bytes("ltx/step", pixels * latent_frames, dtype)),
-            Phase((VAE,), activation_bytes("ltx/decode", worked_on * latent_frames, dtype) + tiles),
+            Phase(TEXT_ENCODER, activation_bytes("ltx/text", 0, dtype)),
+            Phase(VAE, activation_bytes("ltx/encode", worked_on, dtype)),
+            Phase(TRANSFORMER, activation_bytes("ltx/step", pixels * latent_frames, dtype)),
+            Phase(VAE, activation_bytes("ltx/decode", worked_on * latent_frames, dtype) + tiles),
         )
-        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=clip_host_bytes(shot))
+        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, results=clip_host_bytes(shot))
 
     def load_pipe(self) -> Any:
         from diffusers import LTXImageToVideoPipeline

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -19,8 +19,9 @@ LORA_RANK = 32
 """Rank of the LoRA in the table."""
 TILES_PX = (512, 256)
 """Sides of the tiles of an autoencoder that are in the table, and that stages fall back to."""
-CLIP_HOST_BYTES = 13
-"""Bytes of host memory per number of a clip: an upper bound, with room for the clip in float32 and two copies."""
+RESULT_COPIES = 3
+"""Copies of an image or a clip in uint8 in host memory: as it comes from the GPU, as Ray sends it, and the result of the call
+before, which is sent meanwhile; or the passes of a clip, and what they are joined to."""
 MARGIN = 1.15
 """Factor on traced activations for workspaces of kernels and fragmentation. An assumption, not measured."""
 
@@ -33,8 +34,16 @@ class StageMemory:
     """Part -> bytes that stay on the GPU between calls. Stages of an actor share parts of the same name."""
     peak: int
     """Further GPU memory during a call."""
-    host: int = 0
-    """Host memory: weights that stay there, and the results of a call."""
+    results: int = 0
+    """Host memory for the results of calls."""
+    host_weights: Mapping[str, int] = field(default_factory=dict)
+    """Part -> bytes of weights that stay in host memory: those that run there, and those that leave the GPU in a call, of which
+    a copy stays."""
+
+    @property
+    def host(self) -> int:
+        """Host memory between calls and during one, without that of the process."""
+        return sum(self.host_weights.values()) + self.results
 
     @property
     def total(self) -> int:
@@ -51,7 +60,7 @@ class Workload:
     moved_bytes: float = 0.0
     """Bytes that all other operations read and write in GPU memory."""
     linked_bytes: float = 0.0
-    """Bytes copied between host memory and GPU memory."""
+    """Weights copied from host memory to GPU memory each time, in bytes; see `Stage.weight_copies`."""
 
     def __add__(self, other: Workload) -> Workload:
         return Workload(self.flop + other.flop, self.moved_bytes + other.moved_bytes, self.linked_bytes + other.linked_bytes)
@@ -64,18 +73,23 @@ class Workload:
 class Phase:
     """A part of a call."""
 
-    networks: tuple[str, ...]
-    """Networks that are on the GPU meanwhile if the weights of all others wait in host memory."""
+    network: str
+    """The network that runs, which is alone on the GPU if the weights of all wait in host memory."""
     peak: int
     """Bytes of activations."""
 
 
-def memory_of_phases(weights: Mapping[str, int], phases: Sequence[Phase], *, cpu_offload: bool, host: int) -> StageMemory:
+def memory_of_phases(weights: Mapping[str, int], phases: Sequence[Phase], *, cpu_offload: bool, results: int) -> StageMemory:
     """Return the memory of a call. `cpu_offload`: weights are in host memory until a phase needs them."""
     if not cpu_offload:
-        return StageMemory(weights, max(phase.peak for phase in phases), host)
-    peak = max(sum(weights.get(network, 0) for network in phase.networks) + phase.peak for phase in phases)
-    return StageMemory({}, peak, sum(weights.values()) + host)
+        return StageMemory(weights, max(phase.peak for phase in phases), results)
+    peak = max(weights[phase.network] + phase.peak for phase in phases)
+    return StageMemory({}, peak, results, weights)
+
+
+def offload_work(networks: Sequence[str], dtype: str, *, cpu_offload: bool) -> Workload:
+    """Return the work of copying weights to the GPU for a call. `networks`: in order; one that runs again counts twice."""
+    return Workload(linked_bytes=sum(weight_bytes(name, dtype) for name in networks) if cpu_offload else 0)
 
 
 @dataclass(frozen=True, slots=True)

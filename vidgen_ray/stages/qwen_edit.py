@@ -19,13 +19,14 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.loading import ImageParams, ImageStage, autoencoder_peaks, load_pipeline, set_vae_tiles
 from vidgen_ray.stages.memory_table import (
-    CLIP_HOST_BYTES,
+    RESULT_COPIES,
     Phase,
     StageMemory,
     Workload,
     activation_bytes,
     memory_of_phases,
     network_work,
+    offload_work,
     relative_flop,
     weight_bytes,
 )
@@ -96,7 +97,8 @@ class QwenEditStage(ImageStage[ImageParams]):
     def work(cls, params: ImageParams) -> Workload:
         # Guidance takes two passes.
         step = network_work("qwen_edit/step", REFERENCE_PIXELS + SEEN_PIXELS).times(2 * DEFAULT_STEPS)
-        return network_work("qwen_edit/text").times(2) + step + network_work("qwen_edit/decode", REFERENCE_PIXELS)
+        copies = offload_work((TEXT_ENCODER, VAE, TRANSFORMER, VAE), params.dtype, cpu_offload=params.cpu_offload)
+        return network_work("qwen_edit/text").times(2) + step + network_work("qwen_edit/decode", REFERENCE_PIXELS) + copies
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
@@ -113,14 +115,13 @@ class QwenEditStage(ImageStage[ImageParams]):
         seen = 1 + (min(len(shot.face_image), MAX_PHOTOS) if shot.uses_reference_photos else 0)
         weights = {network: weight_bytes(network, dtype) for network in (TEXT_ENCODER, TRANSFORMER, VAE)}
         encode, decode = autoencoder_peaks("qwen_edit", params, pixels, SEEN_PIXELS)
-        # With `cpu_offload`, the text encoder leaves the GPU when the transformer runs, and the autoencoder at the end.
         phases = (
-            Phase((TEXT_ENCODER,), activation_bytes("qwen_edit/text", 0, dtype)),
-            Phase((TEXT_ENCODER, VAE), encode),
-            Phase((TRANSFORMER, VAE), activation_bytes("qwen_edit/step", pixels + seen * SEEN_PIXELS, dtype)),
-            Phase((VAE,), decode),
+            Phase(TEXT_ENCODER, activation_bytes("qwen_edit/text", 0, dtype)),
+            Phase(VAE, encode),
+            Phase(TRANSFORMER, activation_bytes("qwen_edit/step", pixels + seen * SEEN_PIXELS, dtype)),
+            Phase(VAE, decode),
         )
-        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=pixels * 3 * CLIP_HOST_BYTES)
+        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, results=pixels * 3 * RESULT_COPIES)
 
     def load(self) -> None:
         from diffusers import QwenImageEditPlusPipeline

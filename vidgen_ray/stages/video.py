@@ -30,7 +30,7 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.loading import OffloadedStage, OffloadParams
 from vidgen_ray.stages.lora import LoraAdapters
-from vidgen_ray.stages.memory_table import CLIP_HOST_BYTES, relative_flop
+from vidgen_ray.stages.memory_table import RESULT_COPIES, relative_flop
 from vidgen_ray.video_models import VIDEO_MODELS
 
 if TYPE_CHECKING:
@@ -38,9 +38,8 @@ if TYPE_CHECKING:
 
 
 def clip_host_bytes(shot: Shot) -> int:
-    """Return the host memory of a clip: an upper bound for one pass, and two copies of the clip that several make."""
-    joined = 2 * shot.clip_frames if shot.extend else 0
-    return shot.width * shot.height * 3 * (shot.num_frames * CLIP_HOST_BYTES + joined)
+    """Return the host memory of the clip of a shot."""
+    return shot.width * shot.height * 3 * shot.clip_frames * RESULT_COPIES
 
 
 def shots_of_passes(shot: Shot) -> list[Shot]:
@@ -235,10 +234,7 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
                 return_dict=False,
             )
         pixels = self.decode(latents, item, generator)
-        clip = pixels_to_uint8(self.pipe.video_processor.postprocess_video(pixels, output_type="pt")[0])
-        # Offloaded weights of the autoencoder leave the GPU.
-        self.pipe.maybe_free_model_hooks()
-        return clip
+        return pixels_to_uint8(self.pipe.video_processor.postprocess_video(pixels, output_type="pt")[0])
 
 
 def _prompt_of(shot: Shot) -> str:

@@ -21,6 +21,7 @@ from vidgen_ray.stages.memory_table import (
     activation_bytes,
     memory_of_phases,
     network_work,
+    offload_work,
     weight_bytes,
 )
 from vidgen_ray.stages.video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage, clip_host_bytes
@@ -86,10 +87,11 @@ class WanStage(PromptedVideoStage[WanParams]):
         # Guidance takes two passes.
         steps = network_work(f"{model}/step", sequence).times(2 * cls.default_steps)
         decode = network_work(f"{model}/decode", REFERENCE_PIXELS).times(REFERENCE_FRAMES / DECODED_FRAMES)
-        # accelerate copies the weights to the GPU and back.
-        networks = (TEXT_ENCODER, *[f"{model}/transformer"] * (1 if model == "wan-ti2v" else 2))
-        offloaded = 2 * sum(weight_bytes(network, params.dtype) for network in networks) if params.cpu_offload else 0
-        return network_work("wan/text") + steps + decode + Workload(linked_bytes=offloaded)
+        transformers = [f"{model}/transformer"] * (1 if model == "wan-ti2v" else 2)
+        copies = offload_work((TEXT_ENCODER, *transformers), params.dtype, cpu_offload=params.cpu_offload)
+        # It keeps float32.
+        copies += offload_work((f"{model}/vae",) * 2, "float32", cpu_offload=params.cpu_offload)
+        return network_work("wan/text") + steps + decode + copies
 
     @classmethod
     def memory(cls, params: WanParams, shot: Shot) -> StageMemory | None:
@@ -111,14 +113,13 @@ class WanStage(PromptedVideoStage[WanParams]):
         encode, decode = (activation_bytes(f"{model}/{work}", worked_on, "float16") for work in ("encode", "decode"))
         # Overlapping tiles, rows of blended tiles and the clip; without tiles the clip and two copies.
         tiles = clip * TILE_PX**2 // TILE_STEP_PX**2 if params.vae_tiling else 0
-        # With `cpu_offload`, the text encoder leaves the GPU when a transformer runs, and the autoencoder at the end.
         phases = (
-            Phase((TEXT_ENCODER,), activation_bytes("wan/text", 0, dtype)),
-            Phase((TEXT_ENCODER, vae), max(2 * encoded, encoded + encode)),
-            Phase((transformer, vae), activation_bytes(f"{model}/step", pixels * cls.latent_frames(shot.num_frames), dtype)),
-            Phase((vae,), max(decode + max(clip, tiles), 2 * clip + max(clip, tiles))),
+            Phase(TEXT_ENCODER, activation_bytes("wan/text", 0, dtype)),
+            Phase(vae, max(2 * encoded, encoded + encode)),
+            Phase(transformer, activation_bytes(f"{model}/step", pixels * cls.latent_frames(shot.num_frames), dtype)),
+            Phase(vae, max(decode + max(clip, tiles), 2 * clip + max(clip, tiles))),
         )
-        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=clip_host_bytes(shot))
+        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, results=clip_host_bytes(shot))
 
     def load_pipe(self) -> Any:
         from diffusers import WanImageToVideoPipeline
