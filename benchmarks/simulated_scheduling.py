@@ -31,7 +31,7 @@ SWAP_S = 3.0
 JITTER = 0.1
 """Largest relative difference of a call's duration from the mean."""
 SHOTS_PER_WORKER = 3
-"""Shots in progress per worker."""
+"""Shots in progress per worker on a GPU."""
 FUSED = (*SECONDS,)
 
 
@@ -130,7 +130,7 @@ class Simulation:
         self._steps = calls_of(specs)
         self._shots, self._loras, self._chunk_count = shots, loras, chunks
         swaps = any(spec.swap_groups for spec in specs)
-        self._window = (16 if swaps else SHOTS_PER_WORKER) * len(specs)
+        self._window = (16 if swaps else SHOTS_PER_WORKER) * sum(bool(spec.gpus) for spec in specs)
         self._orders = count()
         self._now, self._in_progress = 0.0, 0
         self._events: list[tuple[float, int, int]] = []

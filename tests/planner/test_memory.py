@@ -102,8 +102,9 @@ def test_profiles_run_the_whole_chain_on_one_gpu(name, fields, swapped):
     # What torch reports for such cards: RTX 4090, L40S, H100.
     gpu_gb = {"24": 23.6, "48": 44.4, "80": 79.1}[name[4:6]]
     planned = plan(profile, demand_of([shot] * 100), Cluster((Node((gpu_gb,), 16, 256),)))
-    (worker,) = planned.layout.workers
-    assert set(worker.stages) == {stage.name for stage in stages_of(shot)}
+    worker, *beside = planned.layout.workers
+    assert set(planned.layout.stages) == {stage.name for stage in stages_of(shot)}
+    assert [other.gpus for other in beside] == [0] * bool(shot.face_image)
     assert bool(worker.swap_groups) == swapped
     assert not [note for note in planned.notes if "lower-memory" in note]
 

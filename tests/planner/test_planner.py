@@ -139,15 +139,22 @@ def test_staged_layout_gives_slow_stages_more_processes_and_small_ones_share_gpu
     assert planned.efficiency > 0.9
 
 
-def test_cpu_actor_joins_a_gpu_process_and_needs_no_gpu_memory():
+@pytest.mark.parametrize("kind", ["auto", "colocated", "staged"])
+def test_cpu_actor_works_beside_the_gpu_process_where_cpus_suffice(kind):
     profile = gpu_profile(B6)
-    face = ActorProfile(weights="w", cpus=2, memory_gb=0.7, seconds={"instantid": 0.1})
-    for kind in ("auto", "colocated", "staged"):
-        mixed = profile.model_copy(update={"actors": {**profile.actors, "instantid": face}, "layout": kind})
-        planned = plan(mixed, WITHOUT_STYLE, parse_gpus("2x80GB"))
-        workers = [worker for worker in planned.layout.workers if "instantid" in worker.stages]
-        assert workers
-        assert all("flux" in worker.stages and worker.cpus == 2 and worker.gpus > 0 for worker in workers)
+    face = ActorProfile(weights="w", cpus=2, memory_gb=0.7, seconds={"instantid": 2.0})
+    mixed = profile.model_copy(update={"actors": {**profile.actors, "instantid": face}, "layout": kind})
+    planned = plan(mixed, WITHOUT_STYLE, parse_gpus("2x80GB"))
+    beside = [worker for worker in planned.layout.workers if "instantid" in worker.stages]
+    assert {(worker.stages, worker.cpus, worker.gpus) for worker in beside} == {(("instantid",), 2, 0)}
+    # Its seconds are not those of a GPU.
+    on_gpu = sum(planned.stage_seconds.values()) - 2.0
+    assert planned.shots_per_hour == pytest.approx(2 * 3600 / on_gpu, rel=0.25 if kind == "staged" else 1e-3)
+    few_cpus = plan(mixed, WITHOUT_STYLE, Cluster((Node((80.0,), 3.5 if kind == "auto" else 5.5, None),)))
+    (joined,) = (worker for worker in few_cpus.layout.workers if "instantid" in worker.stages)
+    assert {"instantid", "flux"} <= set(joined.stages)
+    assert joined.cpus == 2
+    assert joined.gpus > 0
 
 
 PLANNED = """
@@ -637,7 +644,9 @@ def assert_respects_limits(planned, profile, demand, cluster):
     assert 0 < planned.efficiency <= 1 + TOLERANCE
     for slot, shares in zip(layout.slots, planned.shares, strict=True):
         assert set(shares) == {stage for worker in slot.workers for stage in worker.stages}
-        assert sum(shares.values()) <= 1 + 1e-4
+        beside = {stage for worker in slot.workers if slot.has_gpu and not worker.gpus for stage in worker.stages}
+        assert sum(share for stage, share in shares.items() if stage not in beside) <= 1 + 1e-4
+        assert all(sum(shares[stage] for stage in worker.stages) <= 1 + 1e-4 for worker in slot.workers)
 
 
 def test_random_plans_respect_all_limits():
@@ -683,7 +692,7 @@ def test_plan_is_as_fast_as_the_best_brute_force_assignment():
         profile, demand, cluster = random_case(rng, max_gpus=4, max_actors=4)
         if profile.layout != "auto" or any(actor.device == "cpu" for actor in profile.actors.values()) or demand.shots < 9:
             continue
-        cluster = Cluster((Node(cluster.gpus, 640, None),))
+        cluster = Cluster((Node(cluster.gpus, 640_000, None),))
         try:
             planned = plan(profile, demand, cluster)
         except SetupError:
@@ -713,6 +722,21 @@ def test_scheduler_reaches_the_planned_rate(gpus):
     assert bool(simulated.swaps) == any(worker.swap_groups for worker in planned.layout.workers)
     rate = 3600 * WITHOUT_STYLE.shots / simulated.makespan_s
     assert 0.95 * planned.shots_per_hour < rate < 1.01 * planned.shots_per_hour
+
+
+def test_gpu_is_busy_while_a_cpu_actor_works(monkeypatch):
+    """A GPU that waited for the CPU actor would be busy 90% of the time."""
+    monkeypatch.setitem(SECONDS, "instantid", 3.0)
+    actors = {
+        name: (gb, {stage: SECONDS[stage] for stage in seconds}) for name, (gb, seconds) in B6.items() if name != "hunyuan"
+    }
+    profile = gpu_profile(actors)
+    face = ActorProfile(weights="w", memory_gb=0.7, seconds={"instantid": 3.0})
+    profile = profile.model_copy(update={"actors": {**profile.actors, "instantid": face}})
+    planned = plan(profile, WITHOUT_STYLE, parse_gpus("2x80GB"))
+    simulated = Simulation(planned.layout.workers, WITHOUT_STYLE.shots, loras=1).run()
+    busy_s = WITHOUT_STYLE.shots * (sum(SECONDS.values()) - 3.0)
+    assert busy_s / (2 * simulated.makespan_s) > 0.97
 
 
 def test_card_name_is_the_nominal_memory():

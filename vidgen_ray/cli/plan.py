@@ -207,7 +207,7 @@ def _slots(planned: Plan) -> Table:
     for (slot, shares), alike in identical.items():
         for n, worker in enumerate(slot.workers):
             first = (str(alike), f"{slot.memory_gb:.1f} GB" if slot.has_gpu else "-") if n == 0 else ("", "")
-            share = f"{worker.gpus:.2f}" if slot.has_gpu else "-"
+            share = f"{worker.gpus:.2f}" if worker.gpus else "-"
             table.add_row(*first, _process(slot, n), f"{worker.cpus:g}", share, _stage_shares(worker, dict(shares)))
     return table
 

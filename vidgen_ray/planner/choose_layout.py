@@ -71,8 +71,9 @@ class Plan:
     nodes: tuple[int, ...]
     """Index of the planned node in the cluster, per slot of the layout."""
     shares: tuple[Mapping[str, float], ...]
-    """Stage -> share of the slot's time, per slot of the layout. If slots hold different stages, the rate is only reached if
-    each slot keeps to its shares. A stage with share 0 runs only if the slot has nothing else to do."""
+    """Stage -> share of the slot's time, per slot of the layout; of a worker without a GPU, share of its own time. If slots
+    hold different stages, the rate is only reached if each slot keeps to its shares. A stage with share 0 runs only if the
+    worker has nothing else to do."""
     shots: int
     shots_per_hour: float
     efficiency: float
@@ -180,13 +181,15 @@ def estimate(
     gpu_hours = len(cluster.gpus) * expected / 3600 if on_gpu else 0.0
     per_hour, is_default = _price(cluster, price) if on_gpu else (None, False)
     units = len(cluster.gpus) if on_gpu else max(1, len(slots))
+    held = {actor for assignment in assignments for actor in assignment.actors}
+    unit_seconds = sum(actor.seconds for actor in held if actor.on_gpu) if on_gpu else timing.shot_seconds
     return Plan(
         layout=Layout(kind, slots, packing.encoders, _window(slots, demand.shots), parallel_loads(packing, cluster)),
         nodes=tuple(filled.node for filled in packing.slots),
         shares=tuple(_stage_shares(filled, timing) for filled in packing.slots),
         shots=demand.shots,
         shots_per_hour=packing.rate * 3600,
-        efficiency=min(1.0, packing.rate * timing.shot_seconds / units),
+        efficiency=min(1.0, packing.rate * unit_seconds / units),
         seconds=expected,
         seconds_low=render_seconds * (1 - timing.spread),
         seconds_high=load_seconds + (render_seconds + one_shot) * (1 + timing.spread),
@@ -403,7 +406,7 @@ def _pack_gpus(profile: Profile, problem: PackingProblem, cluster: Cluster) -> C
             continue
         # The packing asks for the candidates of the same GPUs several times.
         candidates = cache(candidates_of(problem.actors))
-        packing = pack(problem if name in ("fused", "colocated") else distributed, candidates, cluster)
+        packing = _pack_beside(problem if name in ("fused", "colocated") else distributed, candidates, cluster)
         if packing is None:
             considered.append(ConsideredLayout(name, None, explain_infeasible(distributed, candidates, cluster)))
             continue
@@ -415,6 +418,18 @@ def _pack_gpus(profile: Profile, problem: PackingProblem, cluster: Cluster) -> C
     best = max(packing.rate for packing in packings.values())
     name, kind = next((n, k) for n, k, _ in layouts if n in packings and packings[n].rate >= best * (1 - TIE))
     return kind, packings[name], tuple(considered)
+
+
+def _pack_beside(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> Packing | None:
+    """Return the packing with CPU actors beside the processes on GPUs, or in these if that is faster: if CPUs are few."""
+    joined = partial(pack, problem, candidates, cluster)
+    if all(actor.on_gpu for actor in problem.actors):
+        return joined()
+    beside = pack(problem, cache(layout.cpu_actors_beside(candidates)), cluster)
+    max_rate = min(len(cluster.gpus), problem.max_slots) / problem.seconds
+    if beside is not None and beside.rate >= max_rate * (1 - TIE):
+        return beside
+    return max((packing for packing in (beside, joined()) if packing), key=lambda packing: packing.rate, default=None)
 
 
 def _pack_cpus(profile: Profile, problem: PackingProblem, cluster: Cluster) -> Choice:

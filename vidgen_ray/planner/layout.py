@@ -223,6 +223,11 @@ class Assignment:
         """Actors that take turns in GPU memory."""
         return frozenset(actor for process in self.processes for group in process.swap_groups for actor in group)
 
+    @cached_property
+    def beside_gpu(self) -> tuple[WorkerProcess, ...]:
+        """Processes that work on CPUs while others of the slot use its GPU."""
+        return tuple(process for process in self.processes if self.gpu_gb and not process.gpu_gb)
+
     @property
     def swapped_gb(self) -> float:
         """Weights copied per round, in GB. In a round, each group is copied to the GPU once; its copy there is then dropped."""
@@ -287,6 +292,26 @@ def hybrid_with_swapping(actors: Sequence[Actor]) -> Candidates:
         return [Assignment((process,)) for process in processes if process]
 
     return candidates
+
+
+def cpu_actors_beside(candidates: Candidates) -> Candidates:
+    """Return the candidates with the CPU actors of each process on a GPU in a process of their own.
+
+    In the same process, they keep the GPU idle, but need fewer CPUs and less host memory.
+    """
+
+    def divided(process: WorkerProcess) -> Iterator[WorkerProcess]:
+        on_gpu = tuple(actor for actor in process.actors if actor.on_gpu)
+        on_cpu = tuple(actor for actor in process.actors if not actor.on_gpu)
+        if on_gpu:
+            yield WorkerProcess(on_gpu, process.swap_groups)
+        if on_cpu:
+            yield WorkerProcess(on_cpu)
+
+    return lambda memory_gb: [
+        Assignment(tuple(part for process in assignment.processes for part in divided(process)))
+        for assignment in candidates(memory_gb)
+    ]
 
 
 def drop_dominated(assignments: Sequence[Assignment], *, ignore_host_limits: bool = False) -> list[Assignment]:

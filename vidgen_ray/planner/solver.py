@@ -59,8 +59,8 @@ class PackingProblem:
 
     @property
     def seconds(self) -> float:
-        """Mean seconds of all actors per shot."""
-        return sum(actor.seconds for actor in self.actors)
+        """Mean seconds per shot of the actors on GPUs, or of all actors if none is on a GPU."""
+        return sum(actor.seconds for actor in self.actors if actor.on_gpu) or sum(actor.seconds for actor in self.actors)
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,8 @@ class _PackingModel:
         chosen = []
         for option, count_variable, times in zip(self._options, self._counts, self._time_variables, strict=True):
             if count := round(values[count_variable]):
-                shares = {actor.name: float(values[variable]) / count for actor, variable in times.items()}
+                used = {actor: self._used_share(actor, values) for actor in times}
+                shares = {actor.name: float(values[time]) * used[actor] / count for actor, time in times.items()}
                 chosen.append((option, count, shares))
         return _Solution(
             rate=float(values[self._efficiency]) * self._total_slots / self._problem.seconds,
@@ -299,8 +300,16 @@ class _PackingModel:
             encoders=tuple(round(values[variable]) for variable in self._encoders),
         )
 
+    def _used_share(self, actor: Actor, values: Any) -> float:
+        """Return the share of its time that an actor needs. One beside a GPU may have more time than that."""
+        time = sum(values[times[actor]] for times in self._time_variables if actor in times)
+        return 1.0 if actor.on_gpu else min(1.0, float(values[self._efficiency] * self._needs[actor] / time))
+
     def _add_slot_time(self, n: int) -> dict[Actor, int]:
-        """Limit the time that the slots of option `n` spend on actors and on swapping. Return actor -> time variable."""
+        """Limit the time that the slots of option `n` spend on actors and on swapping. Return actor -> time variable.
+
+        Processes beside the GPU have time of their own.
+        """
         assignment = self._options[n].assignment
         slot_time = {self._counts[n]: -1.0}
         rounds = self._programme.add_variable(math.inf) if assignment.swapped_actors else None
@@ -308,14 +317,17 @@ class _PackingModel:
             seconds_per_round = (self._options[n].group.card or H100).copy_seconds(assignment.swapped_gb * GB)
             slot_time[rounds] = seconds_per_round * self._total_slots / self._problem.seconds
         times = {}
+        beside = {actor: process for process in assignment.beside_gpu for actor in process.actors}
+        beside_time = {process: {self._counts[n]: -1.0} for process in assignment.beside_gpu}
         for actor in (actor for actor in self._problem.actors if actor in assignment.actors):
             time = times[actor] = self._programme.add_variable(math.inf)
-            slot_time[time] = 1.0
+            (beside_time[beside[actor]] if actor in beside else slot_time)[time] = 1.0
             if actor in assignment.swapped_actors and rounds is not None:
                 # At most `TURN_SHOTS` shots per round of swapping.
                 speed = self._problem.speed(actor, self._options[n].group.card)
                 self._programme.add_constraint({time: speed, rounds: -SHOTS_PER_SWAP * self._needs[actor]}, high=0.0)
-        self._programme.add_constraint(slot_time, high=0.0)
+        for process_time in (slot_time, *beside_time.values()):
+            self._programme.add_constraint(process_time, high=0.0)
         return times
 
     def _supply_all_actors(self) -> None:
@@ -506,10 +518,14 @@ def _rate(counts: Mapping[Slot, int], seconds: Mapping[str, float]) -> float:
     rate = programme.add_variable(float(sum(counts.values())))
     supply: dict[str, dict[int, float]] = {stage: {rate: -seconds[stage] / total} for stage in seconds}
     for slot, count in counts.items():
-        times = {stage: programme.add_variable(float(count)) for stage in slot.stages if stage in seconds}
-        programme.add_constraint(dict.fromkeys(times.values(), 1.0), high=float(count))
-        for stage, time in times.items():
-            supply[stage][time] = 1.0
+        # Workers without a GPU work beside those on it.
+        beside = [worker.stages for worker in slot.workers if slot.has_gpu and not worker.gpus]
+        on_slot = slot.stages.difference(*beside)
+        for held in (on_slot, *beside):
+            times = {stage: programme.add_variable(float(count)) for stage in held if stage in seconds}
+            programme.add_constraint(dict.fromkeys(times.values(), 1.0), high=float(count))
+            for stage, time in times.items():
+                supply[stage][time] = 1.0
     for terms in supply.values():
         programme.add_constraint(terms, low=0.0)
     cost = programme.zero_cost()
