@@ -73,7 +73,8 @@ THINGS = (
 
 Options = Mapping[str, Any]
 HALF_PRECISION: tuple[Options, ...] = ({"dtype": "bfloat16"}, {"dtype": "float16"})
-FIRST_BLOCK: tuple[Options, ...] = tuple({"step_cache": "first_block", "step_cache_threshold": t} for t in (0.05, 0.1, 0.2))
+STEP_CACHES: tuple[Options, ...] = tuple({"step_cache_threshold": t} for t in (0.05, 0.1, 0.2))
+GPU_OPTIONS = {"compile", "attention_backend"}
 QUANTIZED: tuple[Options, ...] = ({"quantize": "fp8_storage"}, {"quantize": "fp8"})
 
 
@@ -90,23 +91,19 @@ class Group:
 
 
 FLUX_OPTIONS: tuple[Options, ...] = (
-    {"channels_last": True},
-    {"compile": "regional"},
+    {"compile": True},
+    {"attention_backend": "_native_cudnn"},
     *HALF_PRECISION,
-    *FIRST_BLOCK,
-    {"step_cache": "magcache"},
-    {"step_cache": "taylorseer"},
     *QUANTIZED,
 )
-STEP_CACHES: tuple[Options, ...] = (*FIRST_BLOCK, {"step_cache": "magcache"}, {"step_cache": "taylorseer"})
 SVD_OPTIONS: tuple[Options, ...] = (
     {"channels_last": True},
-    {"compile": "full"},
+    {"compile": True},
     {"forward_chunking": True},
     {"decode_chunk_frames": 1},
     *HALF_PRECISION,
 )
-HUNYUAN_OPTIONS: tuple[Options, ...] = ({"channels_last": True}, {"compile": "regional"}, *HALF_PRECISION)
+HUNYUAN_OPTIONS: tuple[Options, ...] = ({"compile": True}, *HALF_PRECISION)
 EDIT_OPTIONS: tuple[Options, ...] = ({"vae_tile_px": 256}, {"dtype": "bfloat16"})
 VIDEO_OPTIONS: tuple[Options, ...] = ({"vae_tiling": True}, {"dtype": "bfloat16"})
 # Tiles have 256 pixels at least.
@@ -116,9 +113,9 @@ GROUPS: Mapping[str, Group] = {
     "flux": Group(FluxStage, FLUX_OPTIONS),
     "flux-face": Group(FluxStage, FLUX_OPTIONS, has_face=True),
     # The default of FLUX.1-dev. The demo has 12 steps, which differ more from each other.
-    "flux-28-steps": Group(FluxStage, STEP_CACHES, {"steps": {"flux": 28}}),
+    "flux-28-steps": Group(FluxStage, STEP_CACHES, {"steps": {"flux": 28}, "mode": "fast"}),
     "flux-tiles": Group(FluxStage, ({"vae_tile_px": 256},), TILED),
-    "lora": Group(FluxLoRAStage, STEP_CACHES, {"lora": "builtin:demo/sketch.safetensors"}),
+    "lora": Group(FluxLoRAStage, HALF_PRECISION, {"lora": "builtin:demo/sketch.safetensors"}),
     "hunyuan": Group(HunyuanDiTStage, HUNYUAN_OPTIONS, {"use_hunyuan_style": True, "style_prompt": "a pencil sketch"}),
     "hunyuan-face": Group(
         HunyuanDiTStage, HUNYUAN_OPTIONS, {"use_hunyuan_style": True, "style_prompt": "pastel colours"}, has_face=True
@@ -200,7 +197,7 @@ def variants_of(profile: Profile, group: Group, choices: Sequence[str]) -> list[
     variants = [("reference", reference)]
     for options in group.options:
         name = ", ".join(f"{option}: {value}" for option, value in options.items())
-        if not (on_cpu and ("compile" in options or ("float16" in options.values() and "float16" not in choices))):
+        if not (on_cpu and (options.keys() & GPU_OPTIONS or ("float16" in options.values() and "float16" not in choices))):
             variants.append((name, type(reference).model_validate({**dict(reference), **options})))
     return [
         (name, params) for name, params in variants if not choices or name == "reference" or any(c in name for c in choices)

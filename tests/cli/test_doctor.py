@@ -134,7 +134,7 @@ def test_container_limit_is_read_from_both_versions_of_control_groups(tmp_path):
 
 
 def test_compile_needs_a_c_compiler_and_the_headers_of_python(tmp_path, monkeypatch):
-    compiling = GPU_80GB.actors["svd"].model_copy(update={"options": {"compile": "full"}})
+    compiling = GPU_80GB.actors["svd"].model_copy(update={"options": {"compile": True}})
     profile = GPU_80GB.model_copy(update={"actors": {"svd": compiling}})
     monkeypatch.setattr(speed, "COMPILE_BACKEND", "inductor")
     monkeypatch.setattr(speed, "find_spec", lambda name: None)

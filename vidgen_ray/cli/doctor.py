@@ -308,11 +308,16 @@ def _limit(value: int) -> str:
 
 
 def check_compiler(profile: Profile) -> Finding | None:
-    """Stages with the option `compile` need a compiler. `None` if there is none."""
+    """Stages with the option `compile` need a compiler. Those that only try it are run without. `None` if there is none."""
     stages = [stage for stage in STAGES if stage.actor in profile.actors]
-    compiled = [stage for stage in stages if getattr(profile.options_of(stage), "compile", "none") != "none"]
+    compiled = [stage for stage in stages if getattr(profile.options_of(stage), "compile", False)]
     devices = dict.fromkeys(profile.actor_of(stage).device for stage in compiled)
     missing = [text for device in devices if (text := missing_compiler(device)) is not None]
+    tried = {section.device for section in profile.actors.values() if section.trial_options.get("compile")}
+    untried = [text for device in tried if (text := missing_compiler(device)) is not None]
+    if untried and not missing:
+        text, fix = untried[0].split("; ")
+        return Finding("compiler", "warn", f"compile, which is faster, will not be used: it needs {text}", fix)
     if missing:
         return Finding("compiler", "fail", f"compile needs {missing[0].split('; ')[0]}", missing[0].split("; ")[1])
     return Finding("compiler", "pass", f"found, for {', '.join(stage.name for stage in compiled)}") if compiled else None

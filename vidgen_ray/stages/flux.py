@@ -22,7 +22,7 @@ from vidgen_ray.stages.base import (
     noise_generator,
     pixels_to_uint8,
 )
-from vidgen_ray.stages.flux_model import CACHED_PROMPTS, DEFAULT_STEPS, T5_CHANNELS, FluxModel, FluxParams
+from vidgen_ray.stages.flux_model import CACHED_PROMPTS, DEFAULT_STEPS, T5_CHANNELS, FluxModel, FluxParams, uses_step_cache
 from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines, injector_class, pose_image, shared_injector
 from vidgen_ray.stages.loading import with_smaller_tiles
 from vidgen_ray.stages.lora import FEW_STEP_LORA
@@ -86,10 +86,9 @@ class FluxFamilyStage(Stage[FluxParams]):
 
     @classmethod
     def memory(cls, params: FluxParams, shot: Shot) -> StageMemory | None:
-        if params.quantize == "fp8" or params.step_cache == "taylorseer":
-            return None
         pixels, dtype = shot.width * shot.height, params.dtype
-        stored = f":{FP8}" if params.quantize == FP8 else ""
+        # The weights of both kinds of fp8 take as much memory.
+        stored = "" if params.quantize == "none" else f":{FP8}"
         transformer = weight_bytes(f"flux/transformer{stored}", dtype)
         t5 = weight_bytes("flux/text_encoder_2", dtype)
         number_bytes = 4 if dtype == "float32" else 2
@@ -118,7 +117,7 @@ class FluxFamilyStage(Stage[FluxParams]):
         tiles = f":tile{params.vae_tile_px}" if params.vae_tile_px else ""
         curves = [f"{step}{stored}", f"flux/decode{tiles}", *(() if tiles else ("flux/encode",))]
         activations = max(activation_bytes(curve, pixels, dtype) for curve in curves)
-        if params.step_cache != "none":
+        if params.step_cache_threshold is not None and uses_step_cache(shot):
             tokens, passes = pixels // PATCH_PIXELS + params.text_tokens, 2 if params.uses_negative_prompt(shot) else 1
             activations += passes * STEP_CACHE_TENSORS * tokens * HIDDEN_CHANNELS * number_bytes
         return StageMemory(weights, max(encode_text, activations), pixels * 3 * RESULT_COPIES, host_weights)
@@ -205,7 +204,7 @@ class FluxFamilyStage(Stage[FluxParams]):
             )
         with self.conditioned_pipelines(item) as pipelines:
             arguments = self.model.call_arguments(shot, self.params, guidance)
-            with self.model.step_cache_running(shot, arguments, steps, steps_run):
+            with self.model.step_cache_running(shot, arguments):
                 (redrawn,) = pipelines.image_to_image(
                     **arguments,
                     image=PILImage.fromarray(image),
@@ -286,7 +285,7 @@ class FluxStage(FluxFamilyStage):
         steps = shot.steps.flux or self.model.default_steps
         with self.conditioned_pipelines(item) as pipelines:
             arguments = self.model.call_arguments(shot, self.params, shot.guidance.flux)
-            with self.model.step_cache_running(shot, arguments, steps, steps):
+            with self.model.step_cache_running(shot, arguments):
                 (image,) = pipelines.text_to_image(
                     **arguments,
                     num_inference_steps=steps,

@@ -36,6 +36,7 @@ from vidgen_ray.stages.memory_table import (
     relative_flop,
     weight_bytes,
 )
+from vidgen_ray.stages.speed import speed_up
 
 DISTILLED_STEPS, BASE_STEPS = 4, 50
 """Default steps of the distilled weights and of the base weights."""
@@ -154,7 +155,8 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
         from diffusers import Flux2KleinPipeline
 
         self.pipe = load_pipeline(Flux2KleinPipeline, self.params, cpu_offload=self.params.cpu_offload)
-        self.adapters = LoraAdapters(self.pipe, self.params.adapters_kept, "FLUX.2 klein")
+        speed_up(self.pipe.transformer, self.params)
+        self.adapters = LoraAdapters(self.pipe, self.params.adapters_kept, "FLUX.2 klein", is_compiled=self.params.compile)
 
     @property
     def adapter_loads(self) -> int:

@@ -19,13 +19,10 @@ from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks,
 from vidgen_ray.stages.lora import FEW_STEP_LORA, LoraAdapters, merge_lora
 from vidgen_ray.stages.memory_table import FP8
 from vidgen_ray.stages.speed import (
-    SpeedParams,
-    StepCacheName,
-    TransformerStepCache,
-    compile_network,
-    set_attention_backend,
+    CompileParams,
+    FirstBlockCache,
+    speed_up,
     store_in_fp8,
-    use_channels_last,
 )
 
 T5 = "text_encoder_2"
@@ -41,11 +38,9 @@ DEFAULT_GUIDANCE = 3.5
 SCHNELL_STEPS = 4
 """Default steps of FLUX.1-schnell."""
 """Name in the profile's `extra_weights` of a LoRA that is merged into the weights."""
-REPEATED_BLOCKS = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
-"""Classes of the blocks of FLUX and InfuseNet."""
 
 
-class FluxParams(SpeedParams, TiledParams):
+class FluxParams(CompileParams, TiledParams):
     text_encoder: Literal["gpu", "swapped", "cpu"] = "gpu"
     """Place of T5. gpu: with the other networks. swapped: T5 and the transformer take turns in GPU memory, for each new prompt.
     cpu: T5 stays in host memory and runs there."""
@@ -58,14 +53,9 @@ class FluxParams(SpeedParams, TiledParams):
     """Classifier-free guidance scale for shots with a negative prompt, with distilled guidance. Adds a second pass per step."""
     adapters_kept: Annotated[int, NOT_IN_KEY] = Field(4, ge=1)
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
-    compile: Literal["none", "regional"] = "none"
-    """Compile the blocks of the transformer and of InfuseNet with torch.compile. Each LoRA compiles them again."""
-    step_cache: StepCacheName = "none"
-    """Reuse results between steps. An approximation. `first_block` and `magcache` have no effect on shots with a face."""
-    step_cache_threshold: float = Field(0.06, gt=0)
-    """Change below which `first_block` and `magcache` reuse a result. Larger is faster and less exact."""
-    step_cache_interval: int = Field(3, ge=2, le=10)
-    """`taylorseer` computes attention in every n-th step."""
+    step_cache_threshold: float | None = Field(None, gt=0)
+    """In shots of mode `fast` without a face, skip all blocks but the first while its residual changes by less than this from
+    step to step. An approximation: larger is faster and less exact. `None`: compute every step."""
     quantize: Literal["none", "fp8", "fp8_storage"] = "none"
     """Quantisation of the transformer while it is loaded. fp8: weights and activations, computed in 8 bits by torchao, on GPUs
     since Ada and Hopper. fp8_storage: weights in 8 bits (e4m3), converted to `dtype` layer by layer, on any device."""
@@ -83,8 +73,8 @@ class FluxParams(SpeedParams, TiledParams):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        if self.quantize == FP8 and self.compile != "none":
-            raise ValueError("quantize fp8_storage needs compile: none, because the casts of each layer are not compiled")
+        if self.quantize == FP8 and self.compile:
+            raise ValueError("quantize fp8_storage needs compile: false, because the casts of each layer are not compiled")
         return self
 
 
@@ -105,7 +95,7 @@ class FluxModel:
         import torch
         from diffusers import FluxImg2ImgPipeline, FluxPipeline
 
-        self._params = params
+        self.params = params
         self.device = params.device
         self.dtype = torch_dtype(params.dtype)
         """Dtype of the computation, which quantised weights do not have."""
@@ -120,34 +110,26 @@ class FluxModel:
         scheduler = components.pop("scheduler")
         self.image_to_image = FluxImg2ImgPipeline(scheduler=type(scheduler).from_config(scheduler.config), **components)
         self.image_to_image.set_progress_bar_config(disable=True)
-        if params.channels_last:
-            use_channels_last(self.text_to_image.vae)
         self.adapters = LoraAdapters(
-            self.text_to_image, params.adapters_kept, "FLUX", dtype=None if params.quantize == "none" else self.dtype
+            self.text_to_image,
+            params.adapters_kept,
+            "FLUX",
+            dtype=None if params.quantize == "none" else self.dtype,
+            is_compiled=params.compile,
         )
-        self._step_cache = (
-            None
-            if params.step_cache == "none"
-            else TransformerStepCache(transformer, params.step_cache, params.step_cache_threshold, params.step_cache_interval)
-        )
+        threshold = params.step_cache_threshold
+        self._step_cache = None if threshold is None else FirstBlockCache(transformer, threshold)
         self._t5_on_gpu = params.text_encoder == "gpu"
         for name, network in self.text_to_image.components.items():
             if isinstance(network, torch.nn.Module) and (self._t5_on_gpu or name != T5):
                 network.to(params.device)
-        self.speed_up(transformer)
+        speed_up(transformer, params)
         self._embeddings: LRUCache[tuple[str, int, tuple[tuple[str, float], ...]], tuple[Any, Any]] = LRUCache(CACHED_PROMPTS)
-
-    def speed_up(self, network: Any) -> None:
-        """Apply the attention backend and the compilation of the parameters to the transformer, or to InfuseNet."""
-        params = self._params
-        if params.attention_backend != "native":
-            set_attention_backend(params.attention_backend, network)
-        compile_network(network, params.compile, params.device, REPEATED_BLOCKS)
 
     @property
     def is_schnell(self) -> bool:
         """True for weights distilled to a few steps without guidance, such as FLUX.1-schnell."""
-        return self._params.distilled_guidance and not self.text_to_image.transformer.config.guidance_embeds
+        return self.params.distilled_guidance and not self.text_to_image.transformer.config.guidance_embeds
 
     @property
     def default_steps(self) -> int:
@@ -157,14 +139,12 @@ class FluxModel:
         """Run the block with exactly these LoRAs active. Outside of it the weights are bitwise those without LoRAs."""
         return self.adapters.active(loras)
 
-    def step_cache_running(
-        self, shot: Shot, arguments: Mapping[str, Any], schedule_steps: int, steps: int
-    ) -> AbstractContextManager[None]:
-        """Run one pipeline call with these arguments with the step cache. The last `steps` of the `schedule_steps` are run."""
+    def step_cache_running(self, shot: Shot, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Run one pipeline call with these arguments, with the step cache if the shot uses it."""
         if self._step_cache is None:
             return nullcontext()
         passes = 2 if arguments.get("true_cfg_scale", 1) > 1 else 1
-        return self._step_cache.running(schedule_steps, steps, passes, has_residuals=shot.flux_identity is not None)
+        return self._step_cache.running(passes, enabled=uses_step_cache(shot))
 
     def call_arguments(self, shot: Shot, params: FluxParams, guidance: float | None) -> dict[str, Any]:
         """Return the arguments that text to image and image to image have in common."""
@@ -242,6 +222,11 @@ class FluxModel:
         move_networks(networks.values(), device)
         for key, (embeds, pooled) in list(self._embeddings.items()):
             self._embeddings[key] = embeds.to(device), pooled.to(device)
+
+
+def uses_step_cache(shot: Shot) -> bool:
+    """Return whether the shot may be computed with a step cache: a draft without a face, whose residuals it would add twice."""
+    return shot.mode == "fast" and shot.flux_identity is None
 
 
 def _fp8_transformer(params: FluxParams) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.loading import TiledParams, TiledStage, load_pipeline, move_networks, set_vae_tiles
 from vidgen_ray.stages.memory_table import StageMemory, Workload, activation_bytes, network_work, weight_bytes
-from vidgen_ray.stages.speed import CompileParams, compile_network, require_sdpa_backend, sdpa_backend, use_channels_last
+from vidgen_ray.stages.speed import CompileParams, compile_blocks, require_sdpa_backend, sdpa_backend
 
 DEFAULT_STEPS = 30
 DEFAULT_GUIDANCE = 5.0
@@ -116,9 +116,8 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
             HunyuanDiTImg2ImgPipeline, params, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
         self.pipe.scheduler = DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config)
-        if params.channels_last:
-            use_channels_last(self.pipe.vae)
-        compile_network(self.pipe.transformer, params.compile, params.device, REPEATED_BLOCKS)
+        if params.compile:
+            compile_blocks(self.pipe.transformer, params.device, REPEATED_BLOCKS)
 
     def move(self, device: str) -> None:
         move_networks(self.pipe.components.values(), device)

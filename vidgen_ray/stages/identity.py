@@ -23,12 +23,17 @@ from vidgen_ray.errors import StageError
 from vidgen_ray.shot import INSTANTID_SDXL, NO_IDENTITY, REFERENCE, Shot
 from vidgen_ray.stages.base import FaceFeatures, Image, noise_generator
 from vidgen_ray.stages.loading import move_networks
+from vidgen_ray.stages.speed import speed_up
 
 if TYPE_CHECKING:
     import torch
 
     from vidgen_ray.nets.identity_networks import IdentityControlNet
     from vidgen_ray.stages.flux_model import FluxModel
+
+
+INFUSENET_BLOCKS = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+"""Classes of its blocks, which diffusers does not state for this network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +157,7 @@ class InfuseNetInjector(FluxInjector):
         transformer = model.text_to_image.transformer
         self.infusenet = load_infusenet(weights, model.dtype, model.device)
         require_same(self.infusenet.net.config, transformer.config, MUST_AGREE, weights / NET_FOLDER, "FLUX")
-        model.speed_up(self.infusenet.net)
+        speed_up(self.infusenet.net, model.params, INFUSENET_BLOCKS)
 
     def move(self, device: str) -> None:
         move_networks((self.infusenet.net, self.infusenet.resampler), device)

@@ -26,7 +26,7 @@ from vidgen_ray.stages.base import (
 from vidgen_ray.stages.identity import pose_image
 from vidgen_ray.stages.loading import TiledParams, TiledStage, load_pipeline, move_networks, set_vae_tiles
 from vidgen_ray.stages.memory_table import StageMemory, Workload, activation_bytes, network_work, relative_flop, weight_bytes
-from vidgen_ray.stages.speed import SpeedParams, require_sdpa_backend, sdpa_backend, use_channels_last
+from vidgen_ray.stages.speed import ChannelsLastParams, use_channels_last
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ MUST_AGREE = ("in_channels", "block_out_channels", "layers_per_block", "cross_at
 """Config values that must be equal in IdentityNet and the UNet."""
 
 
-class InstantIDSDXLParams(SpeedParams, TiledParams):
+class InstantIDSDXLParams(ChannelsLastParams, TiledParams):
     """`weights` is a diffusers folder of SDXL base. `extra_weights.instantid` is the published folder of InstantID."""
 
     steps: int = Field(30, ge=1, le=200)
@@ -132,7 +132,6 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
             raise SetupError(
                 f"{folder}: no such folder; copy {NET_FOLDER}/ and {ADAPTER_FILE} of InstantX/InstantID to this path"
             )
-        require_sdpa_backend(self.params.attention_backend)
         net = load_model(IdentityNet, "ControlNetModel", folder / NET_FOLDER, dtype)
         file = folder / ADAPTER_FILE
         adapter = read_parts(file, PROJECTION, ATTENTION)
@@ -166,7 +165,7 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
         embeddings = self._embeddings(face)
         set_vae_tiles(self.pipe.vae, self.params.vae_tile_px)
         self.pipe.set_ip_adapter_scale(self.params.adapter_scale * shot.identity_strength)
-        with sdpa_backend(self.params.attention_backend), self.pipe.controlnet.identity(self.resampler(embeddings)):
+        with self.pipe.controlnet.identity(self.resampler(embeddings)):
             (image,) = self.pipe(
                 shot.prompt,
                 negative_prompt=shot.negative_prompt,

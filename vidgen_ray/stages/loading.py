@@ -12,6 +12,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.weight_files import library_errors, require_finite_weights, silence_libraries
 from vidgen_ray.stages.base import NOT_IN_KEY, Artefacts, Item, Stage, StageParams, torch_dtype
 from vidgen_ray.stages.memory_table import TILES_PX, activation_bytes
+from vidgen_ray.stages.speed import CompileParams
 from vidgen_ray.system.model_files import check_pipeline_folder
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ class TiledParams(StageParams):
     """Side of the tiles in which the autoencoder works, for large images on small GPUs. `None`: on whole images."""
 
 
-class ImageParams(OffloadParams, TiledParams):
+class ImageParams(OffloadParams, TiledParams, CompileParams):
     """Parameters of a stage with one diffusers pipeline that makes images and sees others."""
 
 

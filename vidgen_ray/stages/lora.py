@@ -29,16 +29,33 @@ MAX_REASON = 200
 class LoraAdapters:
     """LoRAs of one pipeline. Outside of `active` the weights are bitwise those without LoRAs."""
 
-    def __init__(self, pipe: Any, kept: int, model: str, field: str = "lora", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        kept: int,
+        model: str,
+        field: str = "lora",
+        *,
+        dtype: torch.dtype | None = None,
+        is_compiled: bool = False,
+    ) -> None:
         """`kept`: LoRAs that stay loaded, and the maximum per shot. `model`, `field`: names of the base model and of the shot
-        field in error messages. `dtype`: that of the computation, if the weights are stored in another one."""
+        field in error messages. `dtype`: that of the computation, if the weights are stored in another one.
+
+        `is_compiled`: the network was compiled. The n-th LoRA of a shot then replaces the n-th one of the shot before it in
+        place (hot swap), because a network with other adapters is compiled again. It still is if a LoRA has other layers or a
+        higher rank.
+        """
         self._pipe = pipe
         self._kept = kept
         self._model = model
         self._field = field
         self._dtype = dtype
-        # Least recently used first.
-        self._names: OrderedDict[str, None] = OrderedDict()
+        self._is_compiled = is_compiled
+        # Adapter -> identity of the LoRA in it. Least recently used first.
+        self._names: OrderedDict[str, str] = OrderedDict()
+        self._scales: dict[str, dict[Any, float]] = {}
+        """Adapter -> layer -> scale of its LoRA with weight 1. Only if compiled."""
         self._active: tuple[tuple[str, float], ...] = ()
         self._notes: list[str] = []
         self.loads = 0
@@ -65,18 +82,35 @@ class LoraAdapters:
             return
         if len(loras) > self._kept:
             raise StageError(f"{self._field}: got {len(loras)}, must be at most {self._kept}, the profile's adapters_kept")
-        names, weights = [self._loaded(lora) for lora in loras], [lora.weight for lora in loras]
+        names, weights = [self._loaded(lora, n) for n, lora in enumerate(loras)], [lora.weight for lora in loras]
         try:
             self._pipe.enable_lora()
-            self._pipe.set_adapters(names, weights)
+            if self._is_compiled:
+                self._activate(names, weights)
+            else:
+                self._pipe.set_adapters(names, weights)
             self._active = tuple(zip(names, weights, strict=True))
             yield
         finally:
             self._active = ()
             self._pipe.disable_lora()
 
-    def _loaded(self, lora: LoraRef) -> str:
-        """Return the adapter name of a LoRA file, loaded on first use.
+    def _activate(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        """Activate these adapters. Their scales change in place: a compiled network is compiled again for other numbers."""
+        for layer in self._layers():
+            if list(layer.active_adapters) != list(names):
+                layer.set_adapter(list(names))
+            for name, weight in zip(names, weights, strict=True):
+                if name in layer.scaling:
+                    layer.scaling[name].fill_(self._scales[name][layer] * weight)
+
+    def _layers(self) -> Iterator[Any]:
+        """Yield the layers that have adapters."""
+        for part in self._pipe.get_list_adapters():
+            yield from (layer for layer in getattr(self._pipe, part).modules() if hasattr(layer, "lora_B"))
+
+    def _loaded(self, lora: LoraRef, position: int) -> str:
+        """Return the adapter name of the LoRA file at this position of the shot's, loaded on first use.
 
         Raises InputChanged if the file does not have the digest that the shot was planned with.
         """
@@ -87,11 +121,11 @@ class LoraAdapters:
         sha256 = lora.sha256 if isinstance(lora, LocalLora) else digest(file)
         transformers = self._transformers_of(lora)
         identity = "/".join((str(file.resolve()), sha256, *transformers))
-        name = f"lora_{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-        if name in self._names:
+        name = f"lora_{position if self._is_compiled else hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+        if self._names.get(name) == identity:
             self._names.move_to_end(name)
             return name
-        while len(self._names) >= self._kept:
+        while name not in self._names and len(self._names) >= self._kept:
             oldest, _ = self._names.popitem(last=False)
             self._unload(oldest)
         content = file.read_bytes()
@@ -104,7 +138,7 @@ class LoraAdapters:
             del content
             self._load(copy, name, transformers)
         self.loads += 1
-        self._names[name] = None
+        self._names[name] = identity
         return name
 
     def _transformers_of(self, lora: LoraRef) -> tuple[str, ...]:
@@ -129,9 +163,10 @@ class LoraAdapters:
                 raise ValueError(f"{tensor} has NaN or infinite values")
             # Stages run in inference mode, in which torchao's weights cannot be detached.
             with without_peft_warnings(), torch.inference_mode(False), torch.no_grad():
-                for part in transformers:
-                    second = {"load_into_transformer_2": True} if part == "transformer_2" else {}
-                    pipe.load_lora_weights(str(file.parent), adapter_name=name, **source, **second)
+                if self._is_compiled:
+                    self._swap(file, name, transformers, factors)
+                else:
+                    load_adapter(pipe, file, name, transformers)
         # diffusers' converters of LoRA formats raise many exception types.
         except Exception as error:
             self._unload(name)
@@ -139,8 +174,10 @@ class LoraAdapters:
             raise StageError(f"lora {file.name}: cannot be loaded into these {self._model} weights: {reason}") from error
         if self._names:
             pipe.disable_lora()
+        if self._is_compiled:
+            self._scales[name] = {layer: float(layer.scaling[name]) for layer in self._layers() if name in layer.scaling}
         changed_parts = [part for part, names in pipe.get_list_adapters().items() if name in names]
-        if self._dtype is not None:
+        if self._dtype is not None and not self._is_compiled:
             for part in changed_parts:
                 _set_factors(getattr(pipe, part), part, name, factors, self._dtype)
         if not any(_has_effect(getattr(pipe, part), name) for part in changed_parts):
@@ -155,11 +192,55 @@ class LoraAdapters:
                 f"layers, the first is {ignored[0][:80]}"
             )
 
+    def _swap(self, file: Path, name: str, transformers: Sequence[str], factors: Mapping[str, Any]) -> None:
+        """Load a LoRA in place of the one in this adapter, which compiles nothing if it has no other layers and no higher rank.
+
+        Source: peft's hot swap, by diffusers.
+        """
+        pipe = self._pipe
+        wanted = {key.removeprefix("transformer.").rpartition(".lora_")[0] for key in factors if ".lora_" in key}
+        rank = max((factor.shape[1] for key, factor in factors.items() if key.endswith("lora_B.weight")), default=1)
+        ranks = [half.out_features for layer in self._layers() for half in layer.lora_A.values()]
+        parts = [part for part, names in pipe.get_list_adapters().items() if name in names]
+        fits = parts == list(transformers) and all(rank <= held for held in ranks)
+        for part in parts:
+            layers = getattr(pipe, part).named_modules()
+            fits = fits and wanted <= {path for path, layer in layers if name in getattr(layer, "lora_B", ())}
+        if not fits:
+            self._unload(name)
+            # Ranks of 16, 32, 64 and so on share their compiled network. All adapters of a network get the same rank.
+            target_rank = max(16, 1 << (rank - 1).bit_length(), *ranks)
+            for part in transformers:
+                getattr(pipe, part).enable_lora_hotswap(target_rank=target_rank, check_compiled="ignore")
+            load_adapter(pipe, file, name, transformers)
+            for layer in self._layers():
+                if self._dtype is not None and name in layer.lora_B:
+                    for half in (layer.lora_A[name], layer.lora_B[name]):
+                        half.to(self._dtype)
+        # Also after loading: in the dtype of the computation, the factors have the values of the file.
+        load_adapter(pipe, file, name, transformers, hotswap=True)
+
     def _unload(self, name: str) -> None:
         """Unload an adapter from all parts that have it."""
+        self._names.pop(name, None)
         if any(name in names for names in self._pipe.get_list_adapters().values()):
             with without_peft_warnings():
                 self._pipe.delete_adapters(name)
+
+
+def load_adapter(pipe: Any, file: Path, name: str, transformers: Sequence[str], **options: Any) -> None:
+    """Load a LoRA as an adapter of these parts of the pipeline."""
+    for part in transformers:
+        second = {"load_into_transformer_2": True} if part == "transformer_2" else {}
+        pipe.load_lora_weights(
+            str(file.parent),
+            weight_name=file.name,
+            adapter_name=name,
+            use_safetensors=True,
+            local_files_only=True,
+            **second,
+            **options,
+        )
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from vidgen_ray.stages.memory_table import (
     relative_flop,
     weight_bytes,
 )
+from vidgen_ray.stages.speed import speed_up
 
 DEFAULT_STEPS = 40
 DEFAULT_GUIDANCE = 4.0
@@ -127,6 +128,7 @@ class QwenEditStage(ImageStage[ImageParams]):
         from diffusers import QwenImageEditPlusPipeline
 
         self.pipe = load_pipeline(QwenImageEditPlusPipeline, self.params, cpu_offload=self.params.cpu_offload)
+        speed_up(self.pipe.transformer, self.params)
 
     def run(self, item: Item) -> Artefacts:
         shot, image = item.shot, item.artefacts["image"]

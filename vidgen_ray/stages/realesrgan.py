@@ -16,6 +16,7 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, ChunkedStage, Frames, StageParams, torch_dtype
 from vidgen_ray.stages.loading import move_networks, require_device
 from vidgen_ray.stages.memory_table import StageMemory, Workload, activation_bytes, load_table, network_work, weight_bytes
+from vidgen_ray.stages.speed import cudnn_benchmark
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,8 @@ class RealESRGANParams(StageParams):
     """Frames in one call of the network. Clips are cut by this number only."""
     tile_px: int | None = Field(None, ge=16, multiple_of=4)
     """Side of the square tiles that bound memory. `None` processes whole frames."""
+    cudnn_benchmark: bool = False
+    """Let cuDNN choose its convolutions by timing them, for each size. Its choice may change the last bits of a result."""
     tile_overlap_px: int = Field(32, ge=0, multiple_of=4)
     """Pixels that a tile sees of its neighbours on each side. The receptive field of animevideov3 is 18 pixels, so from 20 on
     tiling changes nothing. RRDBNet's is larger: x4plus-anime differs by up to 9 of 255 levels at 32 and by 1 at 48."""
@@ -175,12 +178,13 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
         # A copy: frames shared between processes are read-only.
         pixels = rearrange(torch.tensor(frames, device=self.params.device), "t h w c -> t c h w")
         pixels = (pixels.float() / 255).to(network.dtype, memory_format=torch.channels_last)
-        if self.params.tile_px is None:
-            pixels = forward(network, pixels).float()
-        else:
-            pixels = in_tiles(
-                lambda tile: forward(network, tile), network.scale, pixels, self.params.tile_px, self.params.tile_overlap_px
-            )
+        with cudnn_benchmark(self.params.cudnn_benchmark):
+            if self.params.tile_px is None:
+                pixels = forward(network, pixels).float()
+            else:
+                pixels = in_tiles(
+                    lambda tile: forward(network, tile), network.scale, pixels, self.params.tile_px, self.params.tile_overlap_px
+                )
         if network.scale == scale:
             return pixels
         return torch.nn.functional.interpolate(

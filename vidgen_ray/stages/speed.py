@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.stages.base import StageParams
@@ -23,8 +23,6 @@ from vidgen_ray.stages.base import StageParams
 if TYPE_CHECKING:
     import torch
 
-
-CompileMode = Literal["none", "regional", "full"]
 
 COMPILE_BACKEND: Any = "inductor"
 """Backend of torch.compile. Tests replace it by a counter."""
@@ -46,21 +44,21 @@ KEPT_IN_16_BITS = (
 """Parts of FLUX's transformer that `store_in_fp8` leaves: small ones, and its ends, not its modulation layers."""
 
 
-class SpeedParams(StageParams):
-    """Parameters of a stage whose networks can be made faster."""
+class ChannelsLastParams(StageParams):
+    """Parameters of a stage with convolutional networks."""
 
     channels_last: bool = False
     """Store the weights of convolutions in the order that tensor cores read."""
+
+
+class CompileParams(StageParams):
+    """Parameters of a stage with a denoising network that can be made faster."""
+
     attention_backend: str = "native"
     """Implementation of attention, by diffusers' name. `native`: torch chooses."""
-
-
-class CompileParams(SpeedParams):
-    """Parameters of a stage whose networks can also be compiled."""
-
-    compile: CompileMode = "none"
-    """Compile the network with torch.compile: `regional` its repeated blocks, `full` all of it. The first shot takes minutes
-    longer, and the first one of another size once more. Further sizes share the second compilation."""
+    compile: bool = False
+    """Compile the denoising network with torch.compile: SVD's as a whole, all others block by block. The first shot takes
+    minutes longer, and the first one of another size once more. Further sizes share the second compilation."""
 
 
 def use_channels_last(*networks: torch.nn.Module) -> None:
@@ -116,25 +114,44 @@ def sdpa_backend(name: str) -> Iterator[None]:
         yield
 
 
-def compile_network(network: torch.nn.Module, mode: CompileMode, device: str, blocks: Collection[str]) -> None:
-    """Compile a network in place. Sizes that change between shots become dynamic.
+def speed_up(network: Any, params: CompileParams, blocks: Collection[str] | None = None) -> None:
+    """Apply the attention backend and the compilation to one of diffusers' transformers, in place. `blocks` as below."""
+    if params.attention_backend != "native":
+        set_attention_backend(params.attention_backend, network)
+    if params.compile:
+        compile_blocks(network, params.device, blocks)
 
-    `blocks` names the classes that `regional` compiles. Apply all other options first. Raises SetupError if the machine has no
-    compiler.
+
+def compile_blocks(network: Any, device: str, blocks: Collection[str] | None = None) -> None:
+    """Compile the blocks of a network in place, each on its own. Sizes that change between shots become dynamic.
+
+    `blocks`: names of their classes; that of the network itself compiles it as a whole. `None`: those that diffusers states for
+    the network. Apply all other options first. Raises SetupError if the machine has no compiler.
     """
     import torch
 
-    if mode == "none":
-        return
     if (missing := missing_compiler(device)) is not None:
-        raise SetupError(f"compile: needs {missing}, or set `compile: none`")
+        raise SetupError(f"compile: needs {missing}, or set `compile: false`")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    if mode == "full":
-        network.compile(backend=COMPILE_BACKEND)
+    if blocks is None:
+        network.compile_repeated_blocks(backend=COMPILE_BACKEND)
         return
     for module in network.modules():
         if type(module).__name__ in blocks:
             module.compile(backend=COMPILE_BACKEND)
+
+
+@contextmanager
+def cudnn_benchmark(enabled: bool) -> Iterator[None]:
+    """Let cuDNN choose its convolutions by timing them in this block, or by its rules."""
+    import torch
+
+    previous = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = previous
 
 
 def missing_compiler(device: str) -> str | None:
@@ -164,64 +181,36 @@ def store_in_fp8(transformer: Any, dtype: torch.dtype) -> None:
     apply_layerwise_casting(transformer, torch.float8_e4m3fn, dtype, skip_modules_pattern=KEPT_IN_16_BITS)
 
 
-StepCacheName = Literal["none", "first_block", "magcache", "taylorseer"]
+class FirstBlockCache:
+    """Step cache of a diffusers transformer: skips the other blocks while the residual of the first one changes by less than
+    `threshold` from step to step.
 
-WITHOUT_RESIDUALS = ("first_block", "magcache")
-"""Caches that skip whole blocks. A ControlNet's residuals are added between blocks, also in skipped steps, where the cached
-result has them already."""
-
-
-class TransformerStepCache:
-    """Step cache of a diffusers transformer. Use: `with cache.running(...)` around a pipeline call.
-
-    `first_block` skips the other blocks while the residual of the first block changes by less than `threshold`. `magcache`
-    skips all blocks while the error that is estimated from FLUX's published magnitudes is below `threshold`. `taylorseer`
-    computes attention in every `interval`-th step and extrapolates in between.
-    Source: ParaAttention's First Block Cache; Ma et al. 2025, MagCache, arXiv:2506.09045; Liu et al. 2025, TaylorSeer,
-    arXiv:2503.06923; diffusers `hooks`.
+    Not for calls in which a ControlNet adds residuals between the blocks: the cached result has them already.
+    Source: ParaAttention's First Block Cache; diffusers `hooks`.
     """
 
-    def __init__(self, network: Any, name: StepCacheName, threshold: float, interval: int) -> None:
-        self._network, self._name, self._threshold, self._interval = network, name, threshold, interval
-        self._applied: tuple[int, int] | None = None
-        """Steps of the schedule and steps that are run of the call that the cache is enabled for. `None`: it is disabled."""
+    def __init__(self, network: Any, threshold: float) -> None:
+        self._network, self._threshold = network, threshold
+        self._enabled = False
 
     @contextmanager
-    def running(self, schedule_steps: int, steps: int, passes: int, has_residuals: bool) -> Iterator[None]:
-        """Run one pipeline call with a fresh cache.
+    def running(self, passes: int, *, enabled: bool) -> Iterator[None]:
+        """Run one pipeline call with a fresh cache, or without it. `passes`: calls of the network per step."""
+        from diffusers.hooks import FirstBlockCacheConfig, HookRegistry
 
-        `steps` at the end of the `schedule_steps` are run, with `passes` of the network per step. `has_residuals`: a ControlNet
-        adds residuals to the blocks. The call runs without the cache if that does not support them.
-        """
-        from diffusers.hooks import HookRegistry
-
-        self._apply(None if has_residuals and self._name in WITHOUT_RESIDUALS else (schedule_steps, steps))
+        # It stays enabled between calls: a compiled network is compiled again when the hooks change.
+        if enabled and not self._enabled:
+            self._network.enable_cache(FirstBlockCacheConfig(self._threshold))
+        elif self._enabled and not enabled:
+            self._network.disable_cache()
+        self._enabled = enabled
+        if not enabled:
+            yield
+            return
         # A cancelled call leaves its state behind.
         HookRegistry.check_if_exists_or_initialize(self._network).reset_stateful_hooks()
         with _cache_contexts(self._network, ("cond", "uncond")[:passes]):
             yield
-
-    def _apply(self, call: tuple[int, int] | None) -> None:
-        """Enable the cache for this number of steps, or disable it. It stays as it is if that is possible, because a compiled
-        network is compiled again when the hooks change."""
-        if call == self._applied or (call and self._applied and self._name != "magcache"):
-            return
-        if self._applied is not None:
-            self._network.disable_cache()
-        if call is not None:
-            self._network.enable_cache(self._config(*call))
-        self._applied = call
-
-    def _config(self, schedule_steps: int, steps: int) -> Any:
-        from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
-        from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, nearest_interp
-
-        if self._name == "first_block":
-            return FirstBlockCacheConfig(self._threshold)
-        if self._name == "taylorseer":
-            return TaylorSeerCacheConfig(cache_interval=self._interval, taylor_factors_dtype=self._network.dtype)
-        ratios = nearest_interp(FLUX_MAG_RATIOS, schedule_steps)[-steps:]
-        return MagCacheConfig(self._threshold, num_inference_steps=steps, mag_ratios=ratios)
 
 
 @contextmanager

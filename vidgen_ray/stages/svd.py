@@ -21,18 +21,23 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.loading import load_pipeline, move_networks
 from vidgen_ray.stages.memory_table import StageMemory, Workload, activation_bytes, network_work, relative_flop, weight_bytes
-from vidgen_ray.stages.speed import CompileParams, compile_network, require_sdpa_backend, sdpa_backend, use_channels_last
+from vidgen_ray.stages.speed import (
+    ChannelsLastParams,
+    CompileParams,
+    compile_blocks,
+    require_sdpa_backend,
+    sdpa_backend,
+    use_channels_last,
+)
 from vidgen_ray.stages.video import VideoStage, clip_host_bytes
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 3.0
 NETWORKS = ("svd/unet", "svd/vae", "svd/image_encoder")
 """Its networks in the memory table."""
-REPEATED_BLOCKS = ("SpatioTemporalResBlock", "BasicTransformerBlock", "TemporalBasicTransformerBlock")
-"""Classes of the UNet's blocks, which diffusers does not state for this network."""
 
 
-class SVDParams(CompileParams):
+class SVDParams(CompileParams, ChannelsLastParams):
     decode_chunk_frames: int = Field(5, ge=1)
     """Frames that the temporal autoencoder decodes at once. More frames are smoother and need more memory."""
     forward_chunking: bool = False
@@ -130,7 +135,8 @@ class SVDStage(VideoStage[SVDParams]):
         unet = self.pipe.unet
         if params.channels_last:
             use_channels_last(unet, self.pipe.vae)
-        compile_network(unet, params.compile, params.device, REPEATED_BLOCKS)
+        if params.compile:
+            compile_blocks(unet, params.device, (type(unet).__name__,))
 
     def move(self, device: str) -> None:
         move_networks(self.pipe.components.values(), device)

@@ -31,6 +31,7 @@ from vidgen_ray.stages.base import (
 from vidgen_ray.stages.loading import OffloadedStage, OffloadParams
 from vidgen_ray.stages.lora import LoraAdapters
 from vidgen_ray.stages.memory_table import RESULT_COPIES, relative_flop
+from vidgen_ray.stages.speed import CompileParams, speed_up
 from vidgen_ray.video_models import VIDEO_MODELS
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class VideoStage(Stage[P]):
         return {"frames": np.concatenate(parts)}
 
 
-class PromptedVideoParams(OffloadParams):
+class PromptedVideoParams(OffloadParams, CompileParams):
     text_tokens: int = Field(512, ge=1, le=1024)
     """Tokens of the prompt that the text encoder reads. Longer prompts are cut."""
     adapters_kept: Annotated[int, NOT_IN_KEY] = Field(4, ge=1)
@@ -176,7 +177,12 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
 
     def load(self) -> None:
         self.pipe = self.load_pipe()
-        self.adapters = LoraAdapters(self.pipe, self.params.adapters_kept, self.name, "video_lora")
+        for name in ("transformer", "transformer_2"):
+            if (transformer := getattr(self.pipe, name, None)) is not None:
+                speed_up(transformer, self.params)
+        self.adapters = LoraAdapters(
+            self.pipe, self.params.adapters_kept, self.name, "video_lora", is_compiled=self.params.compile
+        )
 
     @abstractmethod
     def load_pipe(self) -> Any:
