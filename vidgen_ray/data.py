@@ -33,7 +33,7 @@ from vidgen_ray.batch.line_planner import (
     planned_rows,
 )
 from vidgen_ray.batch.progress import RunListener
-from vidgen_ray.batch.render_script import render_lines
+from vidgen_ray.batch.render_script import recorded_options, render_lines
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.fleet import remove_leaked_groups
 from vidgen_ray.engine.ray_cluster import live_cluster
@@ -111,7 +111,7 @@ def build_processor(
     outputs = OutputFolder(out)
     options = options or RenderOptions()
     options = replace(options, grace_s=min(options.grace_s, GRACE_S))
-    chosen = chosen.with_commits()
+    chosen = recorded_options(chosen.with_commits(), outputs)
     checker = LineChecker(name, Path.cwd(), merged(chosen.defaults, defaults or {}), seed, policy=chosen.policy)
     planner = LinePlanner(checker, chosen, outputs, options)
 

@@ -35,6 +35,9 @@ class SmallerGpu(_Section):
     weights: str | None = Field(None, description="Other weights. Default: those of the actor.")
     extra_weights: dict[str, str] | None = Field(None, description="Other extra weights. Default: those of the actor.")
     options: dict[str, JsonValue] = Field(default_factory=dict, description="Parameters of the stage that replace the actor's.")
+    trial_options: dict[str, JsonValue] | None = Field(
+        None, description="Other parameters to try. Default: those of the actor."
+    )
 
 
 class SmallerDefaults(_Section):
@@ -69,6 +72,11 @@ class ActorProfile(_Section):
     )
     timeout_s: float = Field(1800, gt=0, allow_inf_nan=False, description="Timeout in seconds of one attempt of one stage.")
     options: dict[str, JsonValue] = Field(default_factory=dict, description="Parameters of the stage.")
+    trial_options: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Further parameters that are used if a trial on this kind of GPU finds them faster and the result "
+        "close to that without them. They are tried one after another.",
+    )
     smaller: tuple[SmallerGpu, ...] = Field(
         (),
         description="Changes on GPUs with less memory. Of the entries that apply, the one with the smallest `below_gb` counts.",
@@ -85,6 +93,7 @@ class ActorProfile(_Section):
                 "weights": change.weights or self.weights,
                 "extra_weights": extra_weights,
                 "options": {**self.options, **change.options},
+                "trial_options": self.trial_options if change.trial_options is None else change.trial_options,
                 "reason": f"GPUs below {change.below_gb:g} GB",
             }
         return self.model_copy(update=changed)

@@ -25,22 +25,26 @@ from vidgen_ray.batch.progress import RunListener, RunRecorder
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RecordedOptions, RenderOptions
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
+from vidgen_ray.engine.run_trials import run_trials
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
-from vidgen_ray.outputs.folder import OutputFolder, software_versions
+from vidgen_ray.outputs.folder import OutputFolder, read_last_run, software_versions
 from vidgen_ray.outputs.manifest import ManifestRow, new_name
 from vidgen_ray.outputs.manifest_writer import script_name
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.outputs.run_log import RunLabels
 from vidgen_ray.planner import Cluster, Demand, Plan, calibrations, demand_of, peak_shares, save_calibration, this_machine
-from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS
+from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS, seconds_of, total_seconds
 from vidgen_ray.planner.solver import encoders_needed
+from vidgen_ray.planner.speed_trials import as_recorded
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.signing import check_signing
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
 from vidgen_ray.script.read import iter_script, no_lines, open_lines
 from vidgen_ray.shot import Shot
 
+TRIAL_FROM_S = 3600.0
+"""Planned GPU-seconds of the first lines from which untried speed options are tried first, which takes 10 to 20 minutes."""
 LINES_AT_ONCE = 500
 """Lines that are planned together."""
 
@@ -169,6 +173,8 @@ def render(
     check_signing(profile.provenance)
     profile = profile.with_commits()
     checker, first, version = first_lines(script)
+    shots = [shot for line in first for shot in line.shots]
+    profile = _with_settled_options(profile, outputs, options, shots, listener, is_long=version is not None)
     planner = LinePlanner(checker, profile, outputs, options)
     remaining = None if version is None else partial(remaining_lines, script, version, planner)
     demand: Demand | None = None
@@ -186,6 +192,40 @@ def render(
         demand=demand,
         script=script.path,
     )
+
+
+def recorded_options(profile: Profile, outputs: OutputFolder) -> Profile:
+    """Return the profile with the tried options of the folder's last run, so that its shots keep their content keys."""
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        return as_recorded(profile, read_last_run(outputs)["profile"])
+    return profile
+
+
+def _with_settled_options(
+    profile: Profile,
+    outputs: OutputFolder,
+    options: RenderOptions,
+    shots: Sequence[Shot],
+    listener: RunListener,
+    *,
+    is_long: bool,
+) -> Profile:
+    """Return the profile with the speed options for this folder and the GPUs. Those that were not tried are, in a long run.
+
+    `shots`: the first ones. `is_long`: there are more.
+    """
+    if (recorded := recorded_options(profile, outputs)) is not profile:
+        return recorded
+    demand = demand_of(shots)
+    actors = {stage.actor: profile.actors[stage.actor] for stage in demand.stages if stage.actor in profile.actors}
+    if not any(actor.trial_options for actor in actors.values()):
+        return profile
+    cluster = options.cluster or cluster_at(options.address)
+    card = cluster.assumed_cards[0] if cluster.gpus else None
+    seconds = sum(total_seconds(seconds_of(profile, stage, {}, card), stage.name, demand, None) for stage in demand.stages)
+    if not is_long and seconds < TRIAL_FROM_S:
+        return profile
+    return run_trials(profile, shots, options.address, cluster, listener.on_message)
 
 
 def render_lines(

@@ -42,6 +42,7 @@ from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.planner import Measurement, peak_shares, profile_for, save_measurements, this_machine
 from vidgen_ray.planner.cards import GpuCard
 from vidgen_ray.planner.cluster import GB
+from vidgen_ray.planner.speed_trials import keep, open_trials, settled, try_option
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
@@ -264,7 +265,7 @@ def bench(
         raise UsageError(f"--stage: got {unknown[0]!r}, must be one of {', '.join(STAGE_BY_NAME)}")
     if weights not in ("profile", "random"):
         raise UsageError(f"--weights: got {weights!r}, must be profile or random")
-    is_random = weights == "random"
+    is_random, machine = weights == "random", this_machine()
     with ExitStack() as stack:
         # Libraries print to standard output while they load.
         stack.enter_context(redirect_stdout(sys.stderr))
@@ -274,6 +275,7 @@ def bench(
             chosen = stack.enter_context(with_random_weights(chosen, models))
         lora = stack.enter_context(lora_for(chosen, models.get(FluxStage.actor)))
         shots = _shots(chosen, lora, size, frames, upscalers, stages, quick=quick, identity="none" if is_random else None)
+        chosen = _with_trials(chosen, shots, machine.kinds, stages)
         results = []
         for result in bench_stages(chosen, shots, QUICK if quick else BenchOptions(), stages):
             if result.measurement and STAGE_BY_NAME[result.stage].actor in models:
@@ -286,7 +288,6 @@ def bench(
     for result in results:
         if result.measurement:
             measured[result.stage].append(result.measurement)
-    machine = this_machine()
     card, shares = machine.card, _peak_shares(chosen, results, machine.nodes[0].assumed_card)
     if not no_save:
         save_measurements(chosen.name, card, measured)
@@ -308,6 +309,22 @@ def bench(
             typer.echo(f"stored for plans with {chosen.name} on {card}{marked}")
     if not measured:
         raise typer.Exit(SetupError.exit_code)
+
+
+def _with_trials(profile: Profile, shots: Sequence[Shot], kinds: Sequence[str], stages: Collection[str] | None) -> Profile:
+    """Try the speed options of the stages that are measured, and return the profile with those that help."""
+    for actor in profile.actors:
+        passed = {stage.name: shot for shot in reversed(shots) for stage in stages_of(shot) if stage.actor == actor}
+        measured = {name: shot for name, shot in passed.items() if stages is None or name in stages}
+        for trial, card in open_trials(profile, actor, kinds) if measured else ():
+            try:
+                result = try_option(trial, measured.items())
+            # The stages fail without the option. Their measurement says why.
+            except Exception:
+                break
+            keep(trial, card, result)
+            typer.echo(f"{actor}: {trial.option}={trial.value}: {result}", err=True)
+    return settled(profile, kinds)
 
 
 def _shots(

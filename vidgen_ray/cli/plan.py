@@ -37,6 +37,7 @@ from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, 
 from vidgen_ray.planner import plan as make_plan
 from vidgen_ray.planner.layout import Slot, WorkerSpec
 from vidgen_ray.planner.solver import ENCODER_CPUS
+from vidgen_ray.planner.speed_trials import open_trials
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.script.read import iter_script
 from vidgen_ray.system.quantities import count, duration, money, size
@@ -67,11 +68,11 @@ def plan(
 
     Nothing is rendered. Also prints the layout of the GPUs and the licences of the weights.
     """
-    from vidgen_ray.batch.render_script import estimate_run
+    from vidgen_ray.batch.render_script import estimate_run, recorded_options
 
     cluster_of_run = detected(address, gpus)
     with interruptible():
-        chosen = profile_for(profile, cluster_of_run)
+        chosen = recorded_options(profile_for(profile, cluster_of_run), OutputFolder(out))
         settings = lines.settings(scripts, chosen, seed, until)
         demand, counts = estimate_run(settings, chosen, OutputFolder(out))
         cluster = cluster_of_run()
@@ -133,7 +134,7 @@ def _print(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, co
     facts = Table.grid(padding=(0, 2))
     for name, text in _facts(planned, profile, demand, cluster, counts):
         facts.add_row(f"[bold]{name}[/]" if console.is_terminal else name, escape(text))
-    for table in (facts, _stages(planned, profile), _slots(planned), _considered(planned)):
+    for table in (facts, _stages(planned, profile, cluster.kinds), _slots(planned), _considered(planned)):
         console.print(table)
         console.print()
     for note in planned.notes:
@@ -183,7 +184,7 @@ def _facts(
     yield "cache", f"about {sizes}; --cache {DEFAULT_CACHE} is the default" if sizes else "nothing to keep"
 
 
-def _stages(planned: Plan, profile: Profile) -> Table:
+def _stages(planned: Plan, profile: Profile, kinds: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="")
     for name in ("stage", "seconds", "of the peak", "precision", "options", "because of"):
         table.add_column(name, justify="right" if name in ("seconds", "of the peak") else "left")
@@ -192,7 +193,10 @@ def _stages(planned: Plan, profile: Profile) -> Table:
         share = f"{planned.peak_share[stage]:.0%}" if stage in planned.peak_share else "-"
         at_load = planned.options.get(STAGE_BY_NAME[stage].actor, {})
         options = ", ".join(f"{name}={value}" for name, value in {**actor.options, **at_load}.items())
-        because = "; ".join(filter(None, (actor.reason, "GPU memory" if at_load else "")))
+        untried = ", ".join(dict.fromkeys(trial.option for trial, _ in open_trials(profile, STAGE_BY_NAME[stage].actor, kinds)))
+        because = "; ".join(
+            filter(None, (actor.reason, "GPU memory" if at_load else "", f"not tried yet: {untried}" if untried else ""))
+        )
         table.add_row(stage, _short(seconds), share, actor.dtype or "", escape(options), because)
     return table
 

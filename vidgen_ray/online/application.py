@@ -25,6 +25,7 @@ from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.engine.ray_cluster import LOOPBACK, live_cluster, requires_token
+from vidgen_ray.engine.run_trials import run_trials
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import ApiKeys, check_bind_host, check_token_required, load_keys
@@ -89,6 +90,10 @@ def server_plan(settings: OnlineSettings, detect: Callable[[], Cluster]) -> Serv
     configured = profile_for(settings.profile, lambda: cluster).with_provenance(settings.provenance)
     check_signing(configured.provenance)
     served = serving_profile(configured, settings.require_licence)
+    # LoRAs of the examples do not exist.
+    examples = [shot for shot in served.example_shots() if not shot.all_loras]
+    if (fast := run_trials(configured, examples, None, cluster, log.warning)) != configured:
+        served = serving_profile(fast, settings.require_licence)
     served = replace(served, gpu_gb=max(cluster.gpus, default=None))
     chosen = plan_for(served, cluster)
     served = replace(served, profile=served.profile.with_options(chosen.options))

@@ -94,10 +94,10 @@ class ServingProfile:
 
     def demand(self) -> Demand:
         """Return the demand that a server is laid out for: equally many shots of each kind that it can serve."""
-        kinds = self._example_shots()
+        kinds = self.example_shots()
         return demand_of(shot for shot in kinds for _ in range(MIX_SHOTS))
 
-    def _example_shots(self) -> list[Shot]:
+    def example_shots(self) -> list[Shot]:
         """Return the example shots of all stages that can be served, with upscaling and video dropped if they cannot."""
         plain = {**self.profile.defaults, "id": "s", "prompt": "p", "seed": 0}
         shots: dict[str, Shot] = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vidgen_ray.errors import UsageError
 from vidgen_ray.planner.cards import CARDS, GpuCard, card_named, card_reported_as, typical_card
+from vidgen_ray.planner.speed_trials import CPU, settled
 from vidgen_ray.profile import AUTO, Profile, load_profile
 
 GB = 2**30
@@ -74,7 +75,12 @@ class Cluster:
     @property
     def card(self) -> str:
         """Key of the calibration for these GPUs, such as `H100` or, if their kind is unknown, `80 GB`; `cpu` without GPUs."""
-        return " + ".join(name for name, _ in self._kinds()) or "cpu"
+        return " + ".join(self.kinds) or CPU
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of the GPUs, such as `H100` or, if it is unknown, `80 GB`, those with most memory first."""
+        return tuple(name for name, _ in self._counts())
 
     def with_room(self, room_gb: float) -> Cluster:
         """Return the cluster with as much less memory on each GPU."""
@@ -92,11 +98,11 @@ class Cluster:
 
     def __str__(self) -> str:
         """`8 x H100, 128 CPUs on 1 node`."""
-        cards = [f"{count} x {name}" for name, count in self._kinds()] or ["no GPU"]
+        cards = [f"{count} x {name}" for name, count in self._counts()] or ["no GPU"]
         nodes = f"{len(self.nodes)} node{'s' if len(self.nodes) > 1 else ''}"
         return f"{' + '.join(cards)}, {self.cpus:g} CPUs on {nodes}"
 
-    def _kinds(self) -> list[tuple[str, int]]:
+    def _counts(self) -> list[tuple[str, int]]:
         """Return names and numbers of the GPUs, those with most memory first."""
         counts: Counter[tuple[float, str]] = Counter()
         for node in self.nodes:
@@ -156,18 +162,20 @@ def _local_gpus() -> Iterator[tuple[str, float]]:
 
 
 def profile_for(name_or_path: str, cluster: Callable[[], Cluster] = this_machine) -> Profile:
-    """Load a profile with the options for these GPUs. `auto`: `gpu` on GPUs, `demo` without any.
+    """Load a profile with the options for these GPUs, and those that trials on them have accepted.
 
+    `auto`: `gpu` on GPUs, `demo` without any.
     In a cluster with several kinds of GPUs, those of the kind that computes most in total decide. `cluster` is only called if
     it matters. Raises ProfileError.
     """
     found = cluster() if name_or_path == AUTO else None
     profile = load_profile(name_or_path if found is None else "gpu" if found.gpus else "demo")
-    if not profile.smaller and not any(actor.smaller for actor in profile.actors.values()):
+    actors = profile.actors.values()
+    has_sizes = bool(profile.smaller) or any(actor.smaller for actor in actors)
+    if not has_sizes and not any(actor.trial_options for actor in actors):
         return profile
     found = found or cluster()
-    if not found.gpus:
-        return profile
-    card = found.assumed_cards[0]
-    memory_gb = min(gb for node in found.nodes if node.assumed_card == card for gb in node.gpus)
-    return profile.for_size(ceil(memory_gb))
+    if has_sizes and found.gpus:
+        card = found.assumed_cards[0]
+        profile = profile.for_size(ceil(min(gb for node in found.nodes if node.assumed_card == card for gb in node.gpus)))
+    return settled(profile, found.kinds)

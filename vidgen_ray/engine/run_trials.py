@@ -1,0 +1,75 @@
+"""Run trials of speed options on a Ray cluster, as tasks that take one GPU each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import ray
+
+from vidgen_ray.engine.ray_cluster import connected, live_cluster
+from vidgen_ray.graph import stages_of
+from vidgen_ray.planner.cluster import Cluster
+from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, open_trials, settled, try_option
+from vidgen_ray.profile import Profile
+from vidgen_ray.shot import Shot
+
+TIMEOUT_S = 1800.0
+"""Longest trial: a model is loaded twice, and compiled."""
+
+
+def run_trials(
+    profile: Profile, shots: Sequence[Shot], address: str | None, cluster: Cluster, on_message: Callable[[str], None]
+) -> Profile:
+    """Return the profile with settled speed options. Those of the actors that the shots pass are tried if it is not known
+    whether they help on the GPUs of the cluster, the one at `address` or this machine.
+
+    Without a free GPU, or if the stages fail without the option, an option stays untried and is left out. Raises OSError if a
+    result cannot be stored.
+    """
+    examples: dict[str, dict[str, Shot]] = {}
+    for shot in shots:
+        for stage in (stage for stage in stages_of(shot) if stage.actor in profile.actors):
+            examples.setdefault(stage.actor, {}).setdefault(stage.name, shot)
+    actors = [actor for actor in examples if any(True for _ in open_trials(profile, actor, cluster.kinds))]
+    with connected(address, 0) if actors else nullcontext():
+        for actor in actors:
+            _try_options(profile, actor, list(examples[actor].items()), cluster, on_message)
+    return settled(profile, cluster.kinds)
+
+
+def _try_options(
+    profile: Profile, actor: str, shots: list[tuple[str, Shot]], cluster: Cluster, on_message: Callable[[str], None]
+) -> None:
+    for trial, card in open_trials(profile, actor, cluster.kinds):
+        what = f"{actor}: {trial.option}={trial.value} on {card}"
+        on_message(f"trying {what}, once for this kind of GPU and these versions of torch and diffusers")
+        result = _run(trial, card, shots)
+        if result is None:
+            on_message(f"{what}: could not be tried")
+            return
+        keep(trial, card, result)
+        on_message(f"{what}: {result}")
+
+
+def _run(trial: Trial, card: str, shots: list[tuple[str, Shot]]) -> TrialResult | None:
+    """Return the result of a trial. `None` if no GPU of this kind is free, or if the stages fail without the option."""
+    resources: dict[str, Any] = {"num_cpus": 1, "max_retries": 0, "max_calls": 1}
+    if trial.profile.actors[trial.actor].device == "cuda":
+        free = next((node for node in live_cluster().free.nodes if card in Cluster((node,)).kinds), None)
+        if free is None:
+            return None
+        resources |= {"num_gpus": 1, "label_selector": dict([free.label]) if free.label else {}}
+    call = ray.remote(**resources)(try_option).remote(trial, shots)
+    try:
+        result: TrialResult = ray.get(call, timeout=TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(call, force=True)
+        return TrialResult(error=f"timeout: it did not end within {TIMEOUT_S:g} s")
+    except ray.exceptions.RayTaskError:
+        return None
+    # A crash of its process: of a compiled kernel, or for lack of memory.
+    except ray.exceptions.RayError as error:
+        return TrialResult(error=f"crash: {type(error).__name__}")
+    return result
