@@ -144,7 +144,8 @@ def test_more_memory_is_never_slower_and_leaves_room():
 def test_options_follow_from_the_memory():
     def chosen(gb):
         actors = profile_for("auto", lambda: machine(gb)).actors
-        return actors["flux"].options, "TI2V" in actors["wan"].weights, actors["wan"].options
+        flux = {name: value for name, value in actors["flux"].options.items() if name != "step_cache_threshold"}
+        return flux, "TI2V" in actors["wan"].weights, actors["wan"].options
 
     assert chosen(23.6) == ({"quantize": "fp8_storage", "text_encoder": "swapped"}, True, {"cpu_offload": True})
     assert chosen(44.4) == ({"text_encoder": "swapped"}, False, {"cpu_offload": True})
@@ -160,7 +161,7 @@ def test_text_encoder_is_loaded_as_planned():
     shot = Shot(prompt="a", upscaler="x4plus", **FACE)
     planned = plan(load_profile("gpu"), demand_of([shot] * 9), machine(39.4))
     assert planned.options == {"flux": {"text_encoder": "swapped"}}
-    assert load_profile("gpu").with_options(planned.options).actors["flux"].options == {"text_encoder": "swapped"}
+    assert load_profile("gpu").with_options(planned.options).actors["flux"].options["text_encoder"] == "swapped"
 
 
 def test_slow_cards_get_less_work():
