@@ -132,7 +132,7 @@ class FluxFamilyStage(Stage[FluxParams]):
         work = step.times(steps) + network_work("flux/decode", REFERENCE_PIXELS)
         if params.text_encoder == "swapped":
             t5 = weight_bytes("flux/text_encoder_2", params.dtype)
-            stored = f":{FP8}" if params.quantize == FP8 else ""
+            stored = "" if params.quantize == "none" else f":{FP8}"
             work += Workload(linked_bytes=t5 + weight_bytes(f"flux/transformer{stored}", params.dtype))
         return work
 
