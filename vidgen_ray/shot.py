@@ -69,6 +69,8 @@ DERIVED_FIELDS = {
 """Property that stages read in place of fields -> the fields it is computed from."""
 STAGES_WITH_STEPS = ("flux", "klein", "refine", "lora", "hunyuan", "qwen_edit", *VIDEO_MODELS)
 """Stages that have denoising steps and a guidance scale in `steps` and `guidance` of a shot."""
+GUIDANCE_SCALES = (*STAGES_WITH_STEPS, "wan_2")
+"""Settings of `guidance`: one per stage, and one for the low-noise expert of Wan, `guidance_scale_2` in diffusers."""
 PROMPTED_MODELS = tuple(name for name, model in VIDEO_MODELS.items() if model.reads_prompt)
 STEPPED_MODELS = {name: model for name, model in VIDEO_MODELS.items() if model.frame_step > 1}
 """Video models that do not generate every number of frames."""
@@ -152,7 +154,7 @@ def _guidance_of(stage: str) -> Any:
 
 
 class StageSettings(_Frozen):
-    """One setting for each of `STAGES_WITH_STEPS`. `None` uses the default of the profile's model."""
+    """One setting for each stage with denoising steps. `None` uses the default of the profile's model."""
 
     if TYPE_CHECKING:
 
@@ -175,7 +177,11 @@ else:
         __base__=StageSettings,
         __module__=__name__,
         __doc__="Guidance scale of each stage. `None` uses the default of the model. For svd: the guidance of the last frame.",
-        **{stage: (_guidance_of(stage) | None, None) for stage in STAGES_WITH_STEPS},
+        **{name: (_guidance_of(name) | None, None) for name in STAGES_WITH_STEPS},
+        wan_2=(
+            Guidance | None,
+            Field(None, description="Guidance scale of Wan's low-noise expert, if `wan` is above 1. Default: that of `wan`."),
+        ),
     )
 
 

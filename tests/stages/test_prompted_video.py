@@ -102,6 +102,53 @@ def test_wan_ends_with_the_last_image(wan, tiny, make_shot):
         small(one)
 
 
+def test_guidance_wan_2_changes_only_the_steps_of_the_low_noise_expert(wan, tiny, make_shot):
+    begins = []
+    hook = wan.pipe.transformer_2.register_forward_pre_hook(
+        lambda module, args, inputs: begins.append(inputs["hidden_states"].clone()), with_kwargs=True
+    )
+    clips = []
+    for scales in ({"wan": 3.5}, {"wan": 3.5, "wan_2": 3.5}, {"wan": 3.5, "wan_2": 1.5}, {"wan": 2.0, "wan_2": 1.5}):
+        begins.append(None)
+        clips.append(clip_of(wan, item(make_shot, wan, 128, guidance=scales)))
+    hook.remove()
+    same, equal, second, first = (begins[n + 1] for n, each in enumerate(begins) if each is None)
+    assert same.equal(equal)
+    assert same.equal(second)
+    assert not same.equal(first)
+    assert np.array_equal(clips[0], clips[1])
+    assert not np.array_equal(clips[0], clips[2])
+    one = item(make_shot, wan, 128)
+    arguments = {
+        "prompt": one.shot.prompt,
+        "generator": generator(one.shot, "wan"),
+        "guidance_scale": 3.5,
+        "guidance_scale_2": 1.5,
+    }
+    pipe = plain(diffusers.WanImageToVideoPipeline, "tiny/wan")
+    assert np.array_equal(clips[2], as_uint8(pipe(image=Image.fromarray(gradient_image()), **arguments, **SIZE).frames[0]))
+
+
+def test_guidance_of_1_takes_one_pass_per_step_of_each_expert(wan, make_shot):
+    passes = []
+    hooks = [
+        network.register_forward_pre_hook(lambda network, _: passes.append(network))
+        for network in (wan.pipe.transformer, wan.pipe.transformer_2)
+    ]
+    clip_of(wan, item(make_shot, wan, steps={"wan": 4}, guidance={"wan": 1.0, "wan_2": 1.0}))
+    for hook in hooks:
+        hook.remove()
+    assert len(passes) == 4
+    assert len(set(passes)) == 2
+
+
+def test_guidance_wan_2_without_effect_is_refused(wan, tiny, make_shot):
+    with pytest.raises(StageError, match=r"needs guidance\.wan above 1"):
+        wan(item(make_shot, wan, guidance={"wan": 1.0, "wan_2": 2.0}))
+    with pytest.raises(StageError, match="wan_2: these weights take none"):
+        loaded(WanStage, tiny, weights=resolve("builtin:tiny/wan-ti2v"))(item(make_shot, wan, guidance={"wan_2": 2.0}))
+
+
 def test_wan_lora_equals_diffusers_and_leaves_no_trace(wan, make_shot):
     size = {"width": 64, "num_frames": 5}
     image = gradient_image(64, 64)

@@ -38,7 +38,7 @@ from vidgen_ray.outputs.lease import last_number
 from vidgen_ray.outputs.records import RECORD, SHOTS, DoneShot, Failure, ShotRecord, shot_path
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.safety import Consent
-from vidgen_ray.shot import LORA_FIELDS, NESTED_FIELDS, STAGES_WITH_STEPS, Shot, types_in
+from vidgen_ray.shot import GUIDANCE_SCALES, LORA_FIELDS, NESTED_FIELDS, STAGES_WITH_STEPS, Shot, types_in
 
 SHOT_FILES = {"image": "image.png", "video": "video.mp4", "hd_video": "hd.mp4"}
 """Manifest column -> file in the folder of the shot."""
@@ -215,7 +215,7 @@ STRUCTS = {
     "video_lora": [("path", pyarrow.string()), ("weight", pyarrow.float64()), ("expert", pyarrow.string())],
     "consent": [(name, pyarrow.string()) for name in Consent.model_fields],
     "steps": [(stage, pyarrow.int64()) for stage in STAGES_WITH_STEPS],
-    "guidance": [(stage, pyarrow.float64()) for stage in STAGES_WITH_STEPS],
+    "guidance": [(name, pyarrow.float64()) for name in GUIDANCE_SCALES],
 }
 """Column -> entries of its structs."""
 

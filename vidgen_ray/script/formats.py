@@ -39,7 +39,7 @@ from vidgen_ray.script.lines import (
     with_absolute_paths,
 )
 from vidgen_ray.script.screenplay import read_yaml
-from vidgen_ray.shot import IMAGE_FIELDS, NESTED_FIELDS, STAGES_WITH_STEPS, Shot, number_fields
+from vidgen_ray.shot import GUIDANCE_SCALES, IMAGE_FIELDS, NESTED_FIELDS, Shot, number_fields
 
 METADATA_PREFIX = "metadata."
 """A column `metadata.NAME` becomes an entry of `metadata`."""
@@ -47,7 +47,7 @@ PANDAS_INDEX = "__index_level_0__"
 """Column in which pandas stores its index."""
 FIELDS = (*Shot.model_fields, STYLE, MATRIX, FAILURE_FIELD)
 FLAT_SETTINGS = tuple(
-    name for field in NESTED_FIELDS for stage in STAGES_WITH_STEPS for name in (f"{field}.{stage}", f"{stage}.{field}")
+    name for field in NESTED_FIELDS for key in GUIDANCE_SCALES for name in (f"{field}.{key}", f"{key}.{field}")
 )
 ScriptVersion = tuple[tuple[int, int, int], ...]
 """Inode, size in bytes and modification time in ns of each file that is read."""

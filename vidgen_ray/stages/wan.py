@@ -49,7 +49,7 @@ class WanStage(PromptedVideoStage[WanParams]):
 
     The weights decide about the model: I2V-A14B has two transformers, one for the noisy steps and one for the last steps, and
     TI2V-5B has one, which gets a timestep per token. Guidance of 1 or less needs one pass per step instead of two, and the
-    negative prompt has no effect; use it with LoRAs distilled to a few steps. Both transformers use `guidance.wan`.
+    negative prompt has no effect; use it with LoRAs distilled to a few steps. `guidance.wan_2` is that of the last steps.
     I2V-A14B also takes the image that the clip ends with, `last_image` (H, W, 3).
     The autoencoder runs in float32, as in the reference.
     Source: Wan Team 2025, arXiv:2503.20314; diffusers `WanImageToVideoPipeline`.
@@ -65,7 +65,7 @@ class WanStage(PromptedVideoStage[WanParams]):
     # The folder of TI2V-5B names the pipeline of text to video, with the same components.
     pipelines: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline", "WanPipeline")
     # The model has no condition for fps, but the clip is encoded with it.
-    reads: ClassVar[tuple[str, ...]] = (*PROMPTED_FIELDS, "last_image", "steps.wan", "guidance.wan", "seed")
+    reads: ClassVar[tuple[str, ...]] = (*PROMPTED_FIELDS, "last_image", "steps.wan", "guidance.wan", "guidance.wan_2", "seed")
     Params: ClassVar[type[StageParams]] = WanParams
     default_steps: ClassVar[int] = 40
     step_curve: ClassVar[str] = "wan/step"
@@ -156,12 +156,20 @@ class WanStage(PromptedVideoStage[WanParams]):
         return (*super().needs(shot), *(("last_image",) if shot.last_image else ()))
 
     def call_arguments(self, item: Item) -> Mapping[str, Any]:
-        if item.shot.last_image is None:
-            return {}
-        if self.pipe.config.expand_timesteps:
-            # The pipeline would ignore it.
-            raise StageError("last_image: these weights take none; use Wan 2.2 I2V-A14B")
-        return {"last_image": PILImage.fromarray(item.artefacts["last_image"])}
+        arguments: dict[str, Any] = {}
+        given = {"last_image": item.shot.last_image, "guidance.wan_2": item.shot.guidance.wan_2}
+        for field, value in given.items():
+            if value is not None and self.pipe.config.expand_timesteps:
+                # The pipeline would ignore an image.
+                raise StageError(f"{field}: these weights take none; use Wan 2.2 I2V-A14B")
+        if item.shot.last_image is not None:
+            arguments["last_image"] = PILImage.fromarray(item.artefacts["last_image"])
+        if (second := item.shot.guidance.wan_2) is not None:
+            if second > 1 >= self.guidance(item.shot):
+                # The pipeline would ignore it.
+                raise StageError(f"guidance.wan_2: got {second:g}, needs guidance.wan above 1")
+            arguments["guidance_scale_2"] = second
+        return arguments
 
     def guidance(self, shot: Shot) -> float:
         default = GUIDANCE_TI2V if self.pipe.config.expand_timesteps else GUIDANCE_A14B

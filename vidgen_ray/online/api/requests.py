@@ -350,7 +350,7 @@ class _Generation(RequestBody):
     num_inference_steps: Steps | None = Field(None, description="Denoising steps of the base image and the video model.")
     guidance_scale: Guidance | None = Field(None, description="Guidance scale of the base image.")
     guidance_scale_2: Guidance | None = Field(
-        None, description="Of vLLM-Omni, SGLang. Must be equal to `guidance_scale`: video models have one guidance scale."
+        None, description="Of vLLM-Omni, SGLang. Must be equal to `guidance_scale`; set `guidance` for the experts of Wan."
     )
     style: str | None = Field(None, description="Restyle with this prompt: sets `use_hunyuan_style` and `style_prompt`.")
     extra_params: dict[str, JsonValue] | None = Field(None, description="More fields of a shot. In a form: JSON.")
@@ -394,7 +394,10 @@ class _Generation(RequestBody):
         if self.num_inference_steps is not None:
             fields["steps"] = dict.fromkeys(self.step_stages, self.num_inference_steps) | fields.get("steps", {})
         if self.guidance_scale_2 not in (None, self.guidance_scale):
-            raise invalid("guidance_scale_2", "must be equal to guidance_scale: video models have one guidance scale")
+            raise invalid(
+                "guidance_scale_2",
+                "must be equal to guidance_scale; set guidance.wan and guidance.wan_2 for the experts of Wan",
+            )
         if self.guidance_scale is not None:
             guidance = dict.fromkeys(stages_with_setting("guidance"), self.guidance_scale)
             fields["guidance"] = guidance | fields.get("guidance", {})

@@ -37,6 +37,7 @@ MODEL_STAGES = {
 LABELS = {
     "extend": "Further passes",
     "guidance": "Guidance (CFG)",
+    "guidance.wan_2": "Guidance (CFG) of the low-noise expert",
     "identity": "Identity method",
     "lora_strength": "Denoise strength",
     "min_identity": "Minimum likeness",
@@ -185,7 +186,7 @@ def _control(name: str, schema: Mapping[str, Any], default: Any, choices: tuple[
     maximum = schema.get("maximum", schema.get("exclusiveMaximum", ""))
     return Control(
         name=name,
-        label=LABELS.get(first, first.replace("_", " ").capitalize()),
+        label=LABELS.get(name) or LABELS.get(first, first.replace("_", " ").capitalize()),
         kind=kind,
         hint=schema["description"],
         default=_text_of(default),
