@@ -33,8 +33,7 @@ test: setup
 
 # Tests that take minutes: chaos, the demo models, long scripts, the worked example of CONTRIBUTING.md, the notebook.
 test-slow: setup
-	$(PYTEST) -n 2 -m "slow and not very_slow"
-	$(BIN)/python -m pytest -p nbmake -m "" --nbmake --nbmake-timeout 600 examples/library.ipynb
+	$(PYTEST) -n 2 -m "slow and not very_slow" -p nbmake --nbmake --nbmake-timeout 600 tests examples/library.ipynb
 
 # About an hour. Places of the engine that are broken on purpose; faults of GPUs, nodes, encoders, disks and inputs, two runs on one
 # cluster, leases of other containers; then kills processes, nodes and drivers of a three-node cluster at 35 random moments; then 10,000

@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import ray_workers
 from tests.small_disk import mounted_disk
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.shot import Shot
@@ -33,6 +35,12 @@ SYNTHETIC = {"subject": "an image made by a test", "basis": "synthetic"}
 """Consent for photos that tests make themselves."""
 CONSENT_FIELD = {"consent": "subject=an image made by a test,basis=synthetic"}
 """The same as a form field."""
+
+
+def pytest_configure(config):
+    # A process of pytest-xdist imports all tests, unless folders are named, whose conftest.py have imported Ray by now.
+    if hasattr(config, "workerinput") and "ray" not in sys.modules:
+        ray_workers.prepare()
 
 
 def pytest_collection(session):
@@ -53,6 +61,7 @@ LONGEST = (
     *("meaning/test_meaning.py", "chaos/test_real_faults.py", "chaos/test_chaos.py", "engine/test_fleet.py"),
     *("online/test_serve.py", "online/test_lost_node.py", "test_contributing.py", "test_job.py", "planner/test_memory.py"),
     *("test_benchmarks.py", "stages/test_fake_cuda.py", "film/test_memory.py", "client/test_distribution.py"),
+    "../examples/library.ipynb",
 )
 """Groups of tests that start first, so that no process works alone at the end."""
 
@@ -63,8 +72,10 @@ def pytest_collection_modifyitems(items):
     order = {name: number for number, name in enumerate(LONGEST)}
     places = {}
     for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker("slow")
         mark = item.get_closest_marker("xdist_group")
-        shared = [name for name in ("local_serve", "local_ray") if name in item.fixturenames]
+        shared = [name for name in ("local_serve", "local_ray") if name in getattr(item, "fixturenames", ())]
         group = mark.args[0] if mark else [*shared, os.path.relpath(item.path, TESTS)][0]
         if mark is None:
             item.add_marker(pytest.mark.xdist_group(group))
@@ -82,7 +93,6 @@ class LocalRay:
         if cls.running:
             return
         # Tests of stages also run on machines without Ray.
-        from tests import ray_workers
         from vidgen_ray.engine.ray_cluster import init_local_ray
 
         ray_workers.start()

@@ -5,6 +5,7 @@ This file is also the program of that process, and the one that Ray starts in pl
 
 import atexit
 import gc
+import io
 import os
 import runpy
 import select
@@ -47,28 +48,73 @@ def own_workers():
     return {"setup_worker_path": str(folder / "_private" / "workers" / "setup_worker.py")}
 
 
+_prepared = None
+"""Address of the process that `prepare` has forked, and what keeps it alive."""
+
+
+def listen():
+    """Return a listening socket, and its address in a short path: paths of sockets are limited to 107 characters."""
+    folder = tempfile.mkdtemp(prefix="vw", dir="/tmp")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listening.bind(f"{folder}/socket")
+    listening.listen(100)
+    return listening, f"{folder}/socket"
+
+
+def prepare():
+    """Fork the process from this one, which has not imported Ray yet and will import all of PRELOADED anyway."""
+    global _prepared
+    for name in PRELOADED:
+        __import__(name)
+    listening, address = listen()
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        code = 1
+        try:
+            forget_the_tests({listening.fileno(), reading})
+            serve(listening, reading)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else end.code is not None
+        finally:
+            atexit._run_exitfuncs()
+            os._exit(code)
+    listening.close()
+    os.close(reading)
+    _prepared = address, writing
+
+
+def forget_the_tests(kept):
+    """Close what a forked process has from that of the tests: its files other than `kept`, captured output, handlers, hooks."""
+    atexit._clear()
+    for number in set(map(int, os.listdir("/proc/self/fd"))) - kept - {0, 1, 2}:
+        with suppress(OSError):  # the one that has read the folder
+            os.close(number)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w", closefd=False), line_buffering=True) for number in (1, 2))
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "pytest" not in type(finder).__module__]
+
+
 def start():
-    """Start the process, once, and let all Rays that this process starts use it."""
+    """Start the process, once, unless `prepare` has, and let all Rays that this process starts use it."""
     from ray._private import parameter
 
     if ADDRESS in os.environ:
         return
-    # A short path: paths of sockets are limited to 107 characters.
-    folder = tempfile.mkdtemp(prefix="vw", dir="/tmp")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ[ADDRESS] = f"{folder}/socket"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
-        listening.bind(os.environ[ADDRESS])
-        listening.listen(100)
-        number = listening.fileno()
-        # It ends when this process does and closes its standard input.
-        process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", str(number)],
-            stdin=subprocess.PIPE,
-            pass_fds=[number],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        )
-    atexit.register(process.stdin.close)
+    if _prepared:
+        os.environ[ADDRESS] = _prepared[0]
+    else:
+        listening, os.environ[ADDRESS] = listen()
+        with listening:
+            number = listening.fileno()
+            # It ends when this process does and closes its standard input.
+            process = subprocess.Popen(
+                [sys.executable, __file__, "--serve", str(number)],
+                stdin=subprocess.PIPE,
+                pass_fds=[number],
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            )
+        atexit.register(process.stdin.close)
 
     class Parameters(parameter.RayParams):
         def __init__(self, *arguments, **fields):
@@ -139,17 +185,16 @@ def use_small_images():
     pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE = 128 * 128
 
 
-def serve(listening):
-    for name in PRELOADED:
-        __import__(name)
-    use_small_images()
+def serve(listening, lifetime):
+    """Fork a worker for each connection, until the other end of `lifetime` is closed."""
     assert "ray" not in sys.modules
     gc.freeze()
     signal.signal(signal.SIGCHLD, reap)
     while True:
-        readable, _, _ = select.select([listening, sys.stdin], [], [])
-        if sys.stdin in readable:
+        readable, _, _ = select.select([listening, lifetime], [], [])
+        if lifetime in readable:
             return
+        use_small_images()
         connection, _ = listening.accept()
         if os.fork() == 0:
             listening.close()
@@ -213,7 +258,9 @@ def stand_in_for_an_agent():
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        serve(socket.socket(fileno=int(sys.argv[2])))
+        for name in PRELOADED:
+            __import__(name)
+        serve(socket.socket(fileno=int(sys.argv[2])), sys.stdin.fileno())
     elif sys.argv[1] == "--agent":
         stand_in_for_an_agent()
     else:
