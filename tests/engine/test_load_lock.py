@@ -1,20 +1,42 @@
 """A limited number of processes of a machine load weights at once."""
 
-import select
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
+
+import pytest
 
 from vidgen_ray.engine.worker import load_lock
 
-HOLDER = "import sys; from pathlib import Path; from vidgen_ray.engine.worker import load_lock\n"
-HOLDER += "with load_lock(int(sys.argv[2]), Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+# Forks have imported everything.
+FORK = multiprocessing.get_context("fork")
 
 
-def start(folder, processes=1):
-    return subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder), str(processes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+def hold(folder, processes, pipe):
+    pipe.recv()
+    with load_lock(processes, folder):
+        pipe.send("locked")
+        pipe.recv()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Return a function that starts a process, which holds a lock from its first message to its second.
+
+    Start it before this process has a lock: a fork has the files of this process, and with them its locks.
+    """
+    started = []
+
+    def start(processes):
+        ours, theirs = FORK.Pipe()
+        process = FORK.Process(target=hold, args=(tmp_path, processes, theirs), daemon=True)
+        process.start()
+        started.append(process)
+        return process, ours
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
 
 
 def waits(process):
@@ -22,24 +44,24 @@ def waits(process):
     return any("->" in line and str(process.pid) in line.split() for line in Path("/proc/locks").read_text().splitlines())
 
 
-def test_one_process_more_than_the_limit_waits(tmp_path):
-    for limit in (1, 2):
-        with load_lock(limit, tmp_path):
-            others = [start(tmp_path, limit) for _ in range(limit - 1)]
-            for other in others:
-                assert other.stdout.readline() == "locked\n"
-            last = start(tmp_path, limit)
-            while not waits(last):
-                assert last.poll() is None
-                assert not select.select([last.stdout], [], [], 0.01)[0], "it holds a lock, too"
-        assert last.stdout.readline() == "locked\n"
-        for process in (*others, last):
-            process.communicate()
+@pytest.mark.parametrize("limit", [1, 2])
+def test_one_process_more_than_the_limit_waits(tmp_path, start, limit):
+    holders, (last, waiting) = [pipe for _, pipe in (start(limit) for _ in range(limit - 1))], start(limit)
+    with load_lock(limit, tmp_path):
+        for pipe in holders:
+            pipe.send("lock")
+            assert pipe.recv() == "locked"
+        waiting.send("lock")
+        while not waits(last):
+            assert last.is_alive()
+            assert not waiting.poll(0.01), "it holds a lock, too"
+    assert waiting.recv() == "locked"
 
 
-def test_killed_process_releases_the_lock(tmp_path):
-    holder = start(tmp_path)
-    assert holder.stdout.readline() == "locked\n"
+def test_killed_process_releases_the_lock(tmp_path, start):
+    holder, pipe = start(1)
+    pipe.send("lock")
+    assert pipe.recv() == "locked"
     holder.kill()
     with load_lock(1, tmp_path):
-        holder.wait()
+        holder.join()

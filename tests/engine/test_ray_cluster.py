@@ -56,16 +56,17 @@ def test_installed_ray_words_the_start_timeout_this_way():
     assert START_TIMEOUT in inspect.getsource(node), f"Ray {ray.__version__}: update START_TIMEOUT in ray_cluster.py"
 
 
-def test_local_ray_starts_only_services_that_are_used():
-    params = parameter.RayParams
-    start_server = node.Node.start_api_server
-    init_local_ray(num_cpus=1, log_to_driver=False, object_store_memory=100 << 20)
-    try:
-        assert set(ray._private.worker._global_node.all_processes) <= {"gcs_server", "raylet", "reaper"}
-        assert (parameter.RayParams, node.Node.start_api_server) == (params, start_server)
-        assert ray.get(ray.remote(lambda: 1).remote()) == 1
-    finally:
-        ray.shutdown()
+def test_local_ray_starts_only_services_that_are_used(local_ray):
+    assert set(ray._private.worker._global_node.all_processes) <= {"gcs_server", "raylet", "reaper"}
+
+
+def test_ray_is_changed_during_its_start_only(monkeypatch):
+    before = parameter.RayParams, node.Node.start_api_server
+    meanwhile = []
+    monkeypatch.setattr(ray, "init", lambda **_: meanwhile.extend((parameter.RayParams, node.Node.start_api_server)))
+    init_local_ray(num_cpus=1, log_to_driver=False)
+    assert (parameter.RayParams, node.Node.start_api_server) == before
+    assert all(changed is not original for changed, original in zip(meanwhile, before, strict=True))
 
 
 def test_ports_of_agents_are_free_and_not_those_of_connections():
