@@ -26,6 +26,7 @@ from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import Cluster, Node, demand_of, plan, this_machine
 from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS
+from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, settled
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script
 from vidgen_ray.system.cache_dir import sha256_of
@@ -136,6 +137,31 @@ def test_changed_scale_reuses_cached_images_and_clips(in_process, tiny, tmp_path
         assert [(s["stage"], s["cached"]) for s in record["stages"]] == list(
             zip(("flux", "svd", "realesrgan"), cached, strict=True)
         )
+
+
+def test_speed_options_are_settled_before_the_keys_and_a_folder_keeps_them(in_process, tiny, tmp_path, monkeypatch):
+    """Trials in a long run use what helps. Later runs in the folder have the same keys, whatever is known by then."""
+    actor = tiny.actors["svd"].model_copy(update={"trial_options": {"channels_last": True, "decode_chunk_frames": 1}})
+    profile = tiny.model_copy(update={"actors": {**tiny.actors, "svd": actor}})
+    known = {"channels_last": TrialResult(speedup=2.0), "decode_chunk_frames": TrialResult(error="RuntimeError: no kernel")}
+
+    def trials(profile, shots, address, cluster, on_message):
+        for option, value in actor.trial_options.items():
+            keep(Trial(profile, "svd", option, value), "cpu", known[option])
+        return settled(profile, cluster.kinds)
+
+    monkeypatch.setattr(render_script, "run_trials", trials)
+    (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": "a boat", "num_frames": 2, "steps": {"svd": 1}, "scale": 2}))
+    script = ScriptSettings(tmp_path / "s.jsonl", run_seed=1, profile_defaults=tiny.defaults)
+    counts = []
+    for out, trial_from_s in (("fast", 0.0), ("short", 1e9), ("fast", 0.0), ("short", 0.0)):
+        monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path / f"cache-{len(counts)}"))
+        monkeypatch.setattr(render_script, "TRIAL_FROM_S", trial_from_s)
+        report = render_lines(script, profile, tmp_path / out)
+        counts.append((report.done, report.skipped))
+        options = json.loads((tmp_path / out / "run.json").read_text())["profile"]["actors"]["svd"]["options"]
+        assert options == ({"channels_last": True} if out == "fast" else {})
+    assert counts == [(1, 0), (1, 0), (0, 1), (0, 1)]
 
 
 def test_failed_lines_do_not_affect_others_and_can_be_rerun(in_process, tiny, tmp_path, capsys, monkeypatch):

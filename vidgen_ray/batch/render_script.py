@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from more_itertools import batched
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from vidgen_ray.batch.director import Director, Remaining
-from vidgen_ray.batch.line_planner import LinePlanner, PlannedLine, first_lines, remaining_lines, unique_shots
+from vidgen_ray.batch.line_planner import FIRST_LOOK_LINES, LinePlanner, PlannedLine, first_lines, remaining_lines, unique_shots
 from vidgen_ray.batch.progress import RunListener, RunRecorder
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RecordedOptions, RenderOptions
@@ -173,8 +174,7 @@ def render(
     check_signing(profile.provenance)
     profile = profile.with_commits()
     checker, first, version = first_lines(script)
-    shots = [shot for line in first for shot in line.shots]
-    profile = _with_settled_options(profile, outputs, options, shots, listener, is_long=version is not None)
+    profile = _with_settled_options(profile, outputs, options, script, listener, is_long=version is not None)
     planner = LinePlanner(checker, profile, outputs, options)
     remaining = None if version is None else partial(remaining_lines, script, version, planner)
     demand: Demand | None = None
@@ -205,24 +205,25 @@ def _with_settled_options(
     profile: Profile,
     outputs: OutputFolder,
     options: RenderOptions,
-    shots: Sequence[Shot],
+    script: ScriptSettings,
     listener: RunListener,
     *,
     is_long: bool,
 ) -> Profile:
     """Return the profile with the speed options for this folder and the GPUs. Those that were not tried are, in a long run.
 
-    `shots`: the first ones. `is_long`: there are more.
+    `is_long`: the script has more than its first lines.
     """
     if (recorded := recorded_options(profile, outputs)) is not profile:
         return recorded
-    demand = demand_of(shots)
-    actors = {stage.actor: profile.actors[stage.actor] for stage in demand.stages if stage.actor in profile.actors}
-    if not any(actor.trial_options for actor in actors.values()):
+    if not any(actor.trial_options for actor in profile.actors.values()):
         return profile
+    shots = [shot for line in islice(iter_script(script), FIRST_LOOK_LINES) for shot in line.shots]
+    demand = demand_of(shots)
     cluster = options.cluster or cluster_at(options.address)
     card = cluster.assumed_cards[0] if cluster.gpus else None
-    seconds = sum(total_seconds(seconds_of(profile, stage, {}, card), stage.name, demand, None) for stage in demand.stages)
+    stages = [stage for stage in demand.stages if stage.actor in profile.actors]
+    seconds = sum(total_seconds(seconds_of(profile, stage, {}, card), stage.name, demand, None) for stage in stages)
     if not is_long and seconds < TRIAL_FROM_S:
         return profile
     return run_trials(profile, shots, options.address, cluster, listener.on_message)
