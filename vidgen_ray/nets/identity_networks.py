@@ -234,7 +234,7 @@ def load_infusenet(folder: Path, dtype: torch.dtype, device: str) -> InfuseNet:
         raise SetupError(
             f"{folder}: no such folder; copy infu_flux_v1.0/aes_stage2 (or sim_stage1) of ByteDance/InfiniteYou to this path"
         )
-    net = load_model(IdentityControlNet, "FluxControlNetModel", folder / NET_FOLDER, dtype)
+    net = load_model(IdentityControlNet, "FluxControlNetModel", folder / NET_FOLDER, dtype, device)
     if net.union or net.input_hint_block is not None:
         raise SetupError(
             f"{folder / NET_FOLDER}: is a FLUX ControlNet of another design, with control modes or hints; must be InfuseNet"
@@ -249,7 +249,7 @@ def load_infusenet(folder: Path, dtype: torch.dtype, device: str) -> InfuseNet:
             f"{file}: returns tokens of {sizes.output} numbers, {NET_FOLDER} takes {net.config.joint_attention_dim}; "
             "copy both from the same published folder"
         )
-    return InfuseNet(net.to(device), resampler.to(device, dtype))
+    return InfuseNet(net, resampler.to(device, dtype))
 
 
 class IdentityNet(_IdentityTokens, ControlNetModel):  # type: ignore[misc]  # diffusers is untyped, its classes are Any

@@ -25,15 +25,21 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-def not_finite(tensors: Mapping[str, Any]) -> str | None:
-    """Return the name of the first tensor of floating-point numbers that are not all finite."""
-    return next((name for name, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)), None)
+def not_finite(tensors: Mapping[str, Any], device: str | None = None) -> str | None:
+    """Return the name of the first tensor of floating-point numbers that are not all finite. `device`: where to check them."""
+    numbers = ((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point())
+    return next((name for name, tensor in numbers if not is_finite(tensor if device is None else tensor.to(device))), None)
 
 
-def require_finite_weights(networks: Mapping[str, Any], error: type[VidgenError] = SetupError) -> None:
-    """Raise an error if a parameter of a network holds NaN or infinity. `networks`: name in the message -> torch module."""
+def require_finite_weights(
+    networks: Mapping[str, Any], error: type[VidgenError] = SetupError, device: str | None = None
+) -> None:
+    """Raise an error if a parameter of a network holds NaN or infinity. `networks`: name in the message -> torch module.
+
+    `device`: copy the parameters there one by one, to check them. Default: check them where they are.
+    """
     for name, network in networks.items():
-        if (parameter := not_finite(dict(network.named_parameters()))) is not None:
+        if (parameter := not_finite(dict(network.named_parameters()), device)) is not None:
             raise error(
                 f"{name}: {parameter} has NaN or infinite values; copy the weights again, or choose a dtype with their range"
             )
@@ -79,8 +85,8 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated", FutureWarning)
 
 
-def load_model(model_class: Any, published_as: str, folder: Path, dtype: torch.dtype) -> Any:
-    """Return `model_class.from_pretrained(folder)` if the folder's configuration names the class `published_as`.
+def load_model(model_class: Any, published_as: str, folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """Return `model_class.from_pretrained(folder)` on the device if the folder's configuration names the class `published_as`.
 
     Reads local safetensors only. Raises SetupError if the folder is missing, holds another kind of model, or lacks tensors
     or has unexpected ones. diffusers would initialise missing tensors randomly.
@@ -94,7 +100,12 @@ def load_model(model_class: Any, published_as: str, folder: Path, dtype: torch.d
         raise SetupError(f"{folder}: holds a {kind}, must be a {published_as}; copy the published folder to this path")
     with library_errors(f"{folder}: not the weights of a {published_as}"):
         model, loaded = model_class.from_pretrained(
-            str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            str(folder),
+            torch_dtype=dtype,
+            device_map=None if device == "cpu" else device,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     for problem in ("missing_keys", "unexpected_keys"):
         if keys := sorted(loaded[problem]):

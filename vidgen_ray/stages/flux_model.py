@@ -120,8 +120,16 @@ class FluxModel:
         threshold = params.step_cache_threshold
         self._step_cache = None if threshold is None else FirstBlockCache(transformer, threshold)
         self._t5_on_gpu = params.text_encoder == "gpu"
-        for name, network in self.text_to_image.components.items():
-            if isinstance(network, torch.nn.Module) and (self._t5_on_gpu or name != T5):
+        networks = {name: each for name, each in self.text_to_image.components.items() if isinstance(each, torch.nn.Module)}
+        swapped = params.text_encoder == "swapped"
+        if swapped:
+            # Makes the pinned copy, while there is room on the GPU.
+            move_networks([networks[T5]], params.device)
+            move_networks([networks[T5]], "cpu")
+        for name, network in networks.items():
+            if swapped and network is transformer:
+                move_networks([network], params.device)
+            elif self._t5_on_gpu or name != T5:
                 network.to(params.device)
         speed_up(transformer, params)
         self._embeddings: LRUCache[tuple[str, int, tuple[tuple[str, float], ...]], tuple[Any, Any]] = LRUCache(CACHED_PROMPTS)

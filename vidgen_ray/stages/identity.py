@@ -109,9 +109,13 @@ def injector_class(name: str) -> type[FluxInjector]:
 
 def shared_injector(name: str, model: FluxModel, weights: Path) -> FluxInjector:
     """Return the injector of this model, loaded on first use. Stages of one process with the same weights share it."""
+    import torch
+
     key = (name, model, weights)
     if (injector := _instances.get(key)) is None:
-        injector = _instances[key] = injector_class(name)(model, weights)
+        # Weights that are made in inference mode, in which stages run, cannot be moved outside of it.
+        with torch.inference_mode(False):
+            injector = _instances[key] = injector_class(name)(model, weights)
     return injector
 
 

@@ -132,7 +132,7 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
             raise SetupError(
                 f"{folder}: no such folder; copy {NET_FOLDER}/ and {ADAPTER_FILE} of InstantX/InstantID to this path"
             )
-        net = load_model(IdentityNet, "ControlNetModel", folder / NET_FOLDER, dtype)
+        net = load_model(IdentityNet, "ControlNetModel", folder / NET_FOLDER, dtype, self.params.device)
         file = folder / ADAPTER_FILE
         adapter = read_parts(file, PROJECTION, ATTENTION)
         resampler = build_resampler(adapter[PROJECTION], file)
@@ -145,7 +145,7 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
             )
         self.pipe = StableDiffusionXLControlNetPipeline(
             **base.components,
-            controlnet=net.to(self.params.device),
+            controlnet=net,
             force_zeros_for_empty_prompt=base.config.force_zeros_for_empty_prompt,
             # By default, images get a watermark if the package invisible-watermark is installed.
             add_watermarker=False,

@@ -56,7 +56,7 @@ def load_pipeline(
 
     `accepted_classes`: names of further classes whose folders `pipeline_class` loads, such as text to video for image to video.
     `float32_parts`: components that keep float32 with any dtype. `cpu_offload`: keep the weights in host memory and move each
-    part to the GPU when it runs. No effect on a CPU. `place`: move the weights to the device; otherwise the caller does.
+    part to the GPU when it runs. No effect on a CPU. `place`: have the weights on the device; otherwise the caller moves them.
     `kwargs` may give components that are loaded already. Their weights are not checked for NaN, which quantised ones do not
     support.
     """
@@ -69,14 +69,19 @@ def load_pipeline(
     if (make := _networks.get()) is not None:
         kwargs |= make(params, float32_parts)
     dtypes = {"default": torch_dtype(params.dtype), **dict.fromkeys(float32_parts, torch_dtype("float32"))}
+    offloads = cpu_offload and params.device != "cpu"
+    # Files are mapped, and their tensors go to the GPU one by one, also if they are converted on the way.
+    direct = {"device_map": params.device} if place and not cpu_offload and params.device != "cpu" else {}
     with library_errors(f"{folder}: not the weights of {pipeline_class.__name__}"):
-        pipe = pipeline_class.from_pretrained(str(folder), dtype=dtypes, local_files_only=True, use_safetensors=True, **kwargs)
+        pipe = pipeline_class.from_pretrained(
+            str(folder), dtype=dtypes, local_files_only=True, use_safetensors=True, **direct, **kwargs
+        )
     pipe.set_progress_bar_config(disable=True)
     import torch
 
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     loaded = {f"{folder}: {name}": part for name, part in networks.items() if name not in kwargs}
-    if cpu_offload and params.device != "cpu":
+    if offloads:
         for name, network in loaded.items():
             move_networks([network], params.device)
             require_finite_weights({name: network})
@@ -84,8 +89,9 @@ def load_pipeline(
         _offload(list(networks.values()), params.device)
         return pipe
     if place:
-        pipe.to(params.device)
-    require_finite_weights(loaded)
+        for network in networks.values():
+            network.to(params.device)
+    require_finite_weights(loaded, device=params.device)
     return pipe
 
 

@@ -196,10 +196,12 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
         import torch
 
         if upscaler not in self._networks:
-            network = load_network(weights_file(self.params.weights, upscaler))
-            supported = {torch.float16: network.supports_half, torch.bfloat16: network.supports_bfloat16}
-            dtype = self._dtype if supported.get(self._dtype, True) else torch.float32
-            network.model.to(self.params.device, dtype, memory_format=torch.channels_last)
+            # Weights that are made in inference mode, in which stages run, cannot be moved outside of it.
+            with torch.inference_mode(False):
+                network = load_network(weights_file(self.params.weights, upscaler))
+                supported = {torch.float16: network.supports_half, torch.bfloat16: network.supports_bfloat16}
+                dtype = self._dtype if supported.get(self._dtype, True) else torch.float32
+                network.model.to(self.params.device, dtype, memory_format=torch.channels_last)
             require_finite_weights({f"upscaler {upscaler}": network.model}, StageError)
             self._networks[upscaler] = network
         return self._networks[upscaler]
