@@ -181,8 +181,9 @@ def estimate(
     gpu_hours = len(cluster.gpus) * expected / 3600 if on_gpu else 0.0
     per_hour, is_default = _price(cluster, price) if on_gpu else (None, False)
     units = len(cluster.gpus) if on_gpu else max(1, len(slots))
-    held = {actor for assignment in assignments for actor in assignment.actors}
-    unit_seconds = sum(actor.seconds for actor in held if actor.on_gpu) if on_gpu else timing.shot_seconds
+    # Sums of floats depend on their order, and that of a set on the process.
+    gpu_seconds = sorted({(actor.position, actor.seconds) for a in assignments for actor in a.actors if actor.on_gpu})
+    unit_seconds = sum(seconds for _, seconds in gpu_seconds) if on_gpu else timing.shot_seconds
     return Plan(
         layout=Layout(kind, slots, packing.encoders, _window(slots, demand.shots), parallel_loads(packing, cluster)),
         nodes=tuple(filled.node for filled in packing.slots),
