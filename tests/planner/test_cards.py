@@ -79,6 +79,13 @@ def test_cards_can_be_named():
         ("svd", "H100 PCIe", {}, 22.6),
         # FLUX.1-dev by flux-fast before its changes: 1024x1024, 28 steps.
         ("flux", "H100", {"width": 1024, "height": 1024}, 6.7),
+        # The same by TheStage AI, model `original` of Elastic-FLUX.1-dev.
+        ("flux", "H100", {"width": 1024, "height": 1024}, 6.46),
+        ("flux", "L40S", {"width": 1024, "height": 1024}, 16.0),
+        ("flux", "B200", {"width": 1024, "height": 1024}, 4.4),
+        # 28 steps at the rate of Black Forest Labs' code, by FLUX.1-dev-fp8-flumina; on the RTX 4090 with weights in fp8.
+        ("flux", "RTX 6000 Ada", {"width": 1024, "height": 1024}, 28 / 1.74),
+        ("flux", "RTX 4090", {"width": 1024, "height": 1024}, 28 / 1.7),
     ],
 )
 def test_computed_seconds_are_near_published_ones(stage, name, fields, published_s):

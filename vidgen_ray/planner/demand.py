@@ -394,8 +394,10 @@ def seconds_of(
     if stage.name in actor.seconds:
         return StageSeconds(actor.seconds[stage.name], stage.fixed_share, ASSUMED_SPREAD, True)
     if (work := _work_of(profile, stage)) is not None:
-        copy_s = (card or H100).copy_seconds(work.linked_bytes)
-        seconds = (card or H100).seconds(work, stage.compute_share) - copy_s
+        card = card or H100
+        copy_s = card.copy_seconds(work.linked_bytes)
+        seconds = card.seconds(work, stage.compute_share) - copy_s
+        seconds *= stage.card_factors.get(card.name, 1.0)
         return StageSeconds(seconds, stage.fixed_share, ASSUMED_SPREAD, True, copy_s)
     return StageSeconds(stage.reference_s, stage.fixed_share, ASSUMED_SPREAD, False)
 

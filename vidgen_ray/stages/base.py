@@ -205,6 +205,8 @@ class Stage(ABC, Generic[P]):
     """Seconds for the reference shot, for profiles that state none and stages without `work`."""
     compute_share: ClassVar[float] = 0.5
     """Fraction of a card's peak that matrix products, convolutions and attention of `work` are assumed to reach."""
+    card_factors: ClassVar[Mapping[str, float]] = {}
+    """Card -> published seconds divided by those that are computed from `work`. 1 for the others."""
     fixed_share: ClassVar[float] = 0.0
     """Fraction of the reference shot's seconds that does not depend on the number of steps, such as text encoding and decoding.
     The planner assumes it until it is measured."""
