@@ -70,14 +70,12 @@ def _resolve_builtin(name: str) -> Path:
     """Return the path of shipped or built weights. Builds them if they are not in the cache."""
     if name.startswith("demo/") and name in (shipped := builtin.shipped_models()):
         return shipped[name]
-    is_demo = name in BUILTIN and name.startswith("demo/")
-    version = builtin.demo_digest(name.removeprefix("demo/")) if is_demo else BUILDER_VERSION
-    stem, suffix = os.path.splitext(name)
-    path = cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version}-torch{_torch_version()}{suffix}"
+    path = built_path(name)
     if path.exists():
         return path
     # Importing the builders of other packages takes seconds.
     builders = BUILTIN if name in BUILTIN else _builders()
+    suffix = os.path.splitext(name)[1]
     if name not in builders:
         known = [each for each in (*builders, *builtin.shipped_models()) if os.path.splitext(each)[1] == suffix]
         names = get_close_matches(name, known, 3) or known
@@ -96,6 +94,14 @@ def _resolve_builtin(name: str) -> Path:
             builders[name](unfinished)
             unfinished.rename(path)
     return path
+
+
+def built_path(name: str) -> Path:
+    """Return where the cache keeps built weights."""
+    is_demo = name in BUILTIN and name.startswith("demo/")
+    version = builtin.demo_digest(name.removeprefix("demo/")) if is_demo else BUILDER_VERSION
+    stem, suffix = os.path.splitext(name)
+    return cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version}-torch{_torch_version()}{suffix}"
 
 
 @lru_cache(maxsize=1)
