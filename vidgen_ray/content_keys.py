@@ -1,7 +1,8 @@
 """Content keys: the steps of a shot and the key of each result.
 
-Same key, same bytes on the same kind of machine: a key is the sha256 of the stage and its version, the fields of the shot
-that the stage reads, its options, the digests of its weights and the previous key.
+Same key, same bytes on the same kind of machine; several GPUs that divide the work of a shot are a kind of their own. A key is
+the sha256 of the stage and its version, the fields of the shot that the stage reads, its options, the digests of its weights
+and the previous key.
 """
 
 import hashlib

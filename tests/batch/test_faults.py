@@ -119,6 +119,17 @@ def test_failing_lines_do_not_affect_other_lines_and_transient_failures_are_retr
     assert {line["id"]: line["failure"]["error"] for line in failed} == {name: error for name, (_, error, _) in failing.items()}
 
 
+@pytest.mark.slow
+def test_crash_of_a_process_of_several_gpus_is_retried(tmp_path, profile):
+    """Two GPUs divide the work of the only shot."""
+    line = {"id": "s", "prompt": f"crash once {tmp_path / 'crashed'}", "generate_video": False, "steps": {"flux": 200}}
+    report, rows = render_lines(tmp_path, profile, [line])
+    assert report.done == 1, rows
+    assert (tmp_path / "crashed").exists()
+    (step,) = json.loads((tmp_path / "out" / shot_path("s") / "shot.json").read_text())["stages"]
+    assert step["gpu_seconds"] == pytest.approx(2 * step["seconds"], abs=1e-3)
+
+
 def test_image_that_crashes_encoders_does_not_affect_other_shots(tmp_path, profile):
     lines = [{**line, "generate_video": False} for line in [*shots(5), {"id": "bad", "prompt": "crash-encoder"}]]
     report, rows = render_lines(tmp_path, profile, lines, gpus=ONE_GPU, cache="none")

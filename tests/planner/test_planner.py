@@ -38,6 +38,7 @@ from vidgen_ray.planner.layout import CONTEXT_GB, GPU_PROCESS_HOST_GB, PROCESS_H
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.svd import SVDStage
+from vidgen_ray.stages.wan import WanStage
 
 TOLERANCE = 1e-6
 B6 = {
@@ -114,6 +115,33 @@ def test_one_cluster_runs_three_video_models(profile, gpus):
     assert held == {"svd", "wan", "ltx", "realesrgan"}
     # 81 frames with 40 steps of a model of 14 billion parameters take most of the time.
     assert max(planned.stage_seconds, key=lambda stage: planned.stage_seconds[stage]) == "wan"
+
+
+@pytest.mark.parametrize(("shots", "gpus"), [(1, 8), (2, 4), (3, 2), (4, 2), (5, 1), (100, 1)])
+def test_fewer_clips_than_gpus_have_several_gpus_each(shots, gpus):
+    clips = [Shot(prompt="a", image="start.png", video_model="wan", num_frames=81, upscale_video=False)] * shots
+    profile, cluster = load_profile("gpu-80gb"), parse_gpus("8xH100")
+    planned = plan(profile, demand_of(clips), cluster)
+    assert {slot.gpus for slot in planned.layout.slots} == {gpus}
+    assert [worker.gpus for worker in planned.layout.workers] == [gpus] * min(shots, 8 // gpus)
+    assert any("divide the work of each shot" in note for note in planned.notes) == (gpus > 1)
+    one_each = plan(profile.model_copy(update={"layout": "fused"}), demand_of(clips), cluster)
+    assert {slot.gpus for slot in one_each.layout.slots} == {1}
+    assert (planned.seconds < one_each.seconds) == (gpus > 1)
+    # Each doubling is assumed to make the steps 1.7 times as fast.
+    gain = 1.7 ** math.log2(gpus)
+    share = WanStage.fixed_share + (1 - WanStage.fixed_share) / gain
+    assert planned.stage_seconds["wan"] == pytest.approx(one_each.stage_seconds["wan"] * share)
+    assert planned.efficiency <= 1
+
+
+def test_each_of_several_gpus_needs_host_memory_of_its_own():
+    clip = Shot(prompt="a", image="start.png", video_model="wan", num_frames=81, upscale_video=False)
+    plans = [
+        plan(load_profile("gpu-80gb"), demand_of([clip]), Cluster((Node((80.0,) * 8, 64, host_gb),)))
+        for host_gb in (90, 180, 360)
+    ]
+    assert [[slot.gpus for slot in planned.layout.slots] for planned in plans] == [[1], [2], [4]]
 
 
 def test_flux_and_lora_share_a_process_in_every_layout():

@@ -368,7 +368,7 @@ class Director:
         assert self.cluster is not None
         layout, options = self.plan.layout, self._options
         if self._own_ray:
-            expect_gpus(sum(slot.has_gpu for slot in layout.slots))
+            expect_gpus(sum(slot.gpus for slot in layout.slots))
         self._engines = self._plans
         config = EngineConfig(
             name=f"{self._run}/{self._engines}",

@@ -152,7 +152,8 @@ class RunResults:
         costs = relative_costs(record.shot)
         for step in record.stages:
             self.weights[step.stage].update(step.weights)
-            if not step.cached:
+            # Seconds on several GPUs are no measure of one.
+            if not step.cached and step.gpu_seconds <= step.seconds:
                 self.durations[step.stage].append((step.seconds, costs[step.stage]))
         if record.encode_s is not None:
             encoded_mpx = demand_of([record.shot]).encoded_mpx

@@ -164,7 +164,8 @@ def _facts(
         f"{_short(total_s)} s{share}; {count(demand.upscaled, 'shot')} upscaled, {count(demand.loras, 'LoRA')}",
     )
     layout = planned.layout
-    workers = f"{count(len(layout.workers), 'worker')} on {count(len(layout.slots), 'GPU' if on_gpus else 'slot')}"
+    workers = f"{count(len(layout.workers), 'worker')} on "
+    workers += count(sum(slot.gpus for slot in layout.slots), "GPU") if on_gpus else count(len(layout.slots), "slot")
     yield "layout", f"{layout.kind}: {workers}, {count(layout.encoders, 'encoder')}, at most {layout.window} shots at once"
     if planned.encode_s:
         yield "encoding", f"{_short(planned.encode_s)} CPU s a shot, on {layout.encoders * ENCODER_CPUS:g} CPUs"

@@ -1,7 +1,7 @@
 """Fleet: the worker and encoder actors of an engine, and their placement groups.
 
-A slot is a bundle of a placement group. A bundle with one whole GPU owns that GPU: only the actors of the slot share it, and a
-crashed actor restarts in the same bundle. With GPU fractions alone, Ray could put actors of two slots on one GPU.
+A slot is a bundle of a placement group. A bundle with whole GPUs owns them: only the actors of the slot use them, and a crashed
+actor restarts in the same bundle. With GPU fractions alone, Ray could put actors of two slots on one GPU.
 
 The first placement group holds a complete set: the fewest slots that hold every stage, and an encoder. Ray places all of its
 bundles or none, so two runs never hold half a set each and wait for the other half.
@@ -447,7 +447,7 @@ def _kill(actors: Sequence[Any]) -> None:
 def _resources(slot: Slot | None) -> dict[str, float]:
     if slot is None:
         return {"CPU": ENCODER_CPUS}
-    return {"CPU": slot.cpus, **({"GPU": 1} if slot.has_gpu else {})}
+    return {"CPU": slot.cpus, **({"GPU": slot.gpus} if slot.gpus else {})}
 
 
 def _total(reservations: Sequence[_Bundle]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import ray
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.calls import LOADING, CallResult
 from vidgen_ray.engine.config import EngineConfig
+from vidgen_ray.engine.gpu_group import GpuGroup
 from vidgen_ray.engine.oom_fallback import prepare_gpu
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner, likeness_of
@@ -27,7 +28,7 @@ from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.safety import safety_of
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, Item, progress_callback
+from vidgen_ray.stages.base import Artefacts, Item, Stage, progress_callback
 
 
 @contextmanager
@@ -97,6 +98,7 @@ class Worker:
         self._spec = spec
         self._parallel_loads = parallel_loads
         self._loaded: Failure | StepRunner | None = None
+        self._group = GpuGroup(int(spec.gpus)) if spec.gpus > 1 else None
         self._waits = False
         """Waits until other processes of the machine have loaded their weights."""
         self._progress: dict[int, Progress] = {}
@@ -139,8 +141,8 @@ class Worker:
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def activity(self) -> float | None:
-        """Return CPU seconds plus MB read of this process, which grow while it loads. `None` while it waits for others."""
-        return None if self._waits else activity_of_process()
+        """Return CPU seconds plus MB read of its processes, which grow while it loads. `None` while it waits for others."""
+        return None if self._waits else activity_of_process(() if self._group is None else self._group.pids)
 
     def load(self) -> Failure | None:
         """Load the weights. Return the failure if that is impossible. Repeated calls return the same.
@@ -237,7 +239,7 @@ class Worker:
             try:
                 if spec.gpus:
                     prepare_gpu(spec.gpus)
-                stages = [stage(config.profile.params(stage)) for stage in (config.stages[name] for name in spec.stages)]
+                stages = [self._stage(config.stages[name]) for name in spec.stages]
                 cache = config.cache.open(config.outputs.stage_cache)
                 runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups, safety=safety_of(self._config.profile.safety))
                 # On a machine without GPUs, the weights stay where they are loaded.
@@ -251,6 +253,12 @@ class Worker:
                 self._loaded = StepFailed(LOADING, error).failure()
         return self._loaded
 
+    def _stage(self, stage: type[Stage[Any]]) -> Stage[Any]:
+        """Return the stage, divided among the GPUs of the worker if it has several and the stage can use them."""
+        params = self._config.profile.params(stage)
+        divided = None if self._group is None else stage.divided(params)
+        return stage(params) if self._group is None or divided is None else self._group.divided(stage, divided)
+
 
 def worker_class() -> Any:
     """Return the Ray actor class of workers. Ray restarts a crashed process; its caller decides about retries."""
@@ -259,14 +267,20 @@ def worker_class() -> Any:
     )(Worker)
 
 
-def activity_of_process() -> float:
-    """Return the CPU seconds and the MB that this process has read from files, added."""
+def activity_of_process(others: Iterable[int] = ()) -> float:
+    """Return the CPU seconds and the MB read from files of this process and of others with these ids, added."""
     times = os.times()
-    read = 0
-    with suppress(OSError):
-        counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-        read = int(counters["rchar"]) + int(counters["read_bytes"])
-    return times.user + times.system + read / 1e6
+    activity = times.user + times.system
+    for process in ("self", *others):
+        with suppress(OSError):
+            counters = dict(line.split(": ") for line in Path(f"/proc/{process}/io").read_text().splitlines())
+            activity += (int(counters["rchar"]) + int(counters["read_bytes"])) / 1e6
+    for process in others:
+        with suppress(OSError):
+            # User and system time are the 12th and 13th field after the name, which is in brackets.
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            activity += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return activity
 
 
 def place_of_process() -> ActorPlace:

@@ -104,7 +104,9 @@ def server_plan(settings: OnlineSettings, detect: Callable[[], Cluster]) -> Serv
 def plan_for(served: ServingProfile, cluster: Cluster) -> Plan:
     """Plan the layout of a server. Raises ProfileError and SetupError as the planner does."""
     profile = served.profile
-    return plan(profile, served.demand(), cluster, calibration=load_calibration(profile.name, cluster.card))
+    # As many shots as there may be: each GPU makes its own.
+    demand = served.demand().scaled(max(1, len(cluster.gpus)))
+    return plan(profile, demand, cluster, calibration=load_calibration(profile.name, cluster.card))
 
 
 def build(args: OnlineSettings) -> Application:

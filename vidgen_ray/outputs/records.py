@@ -43,7 +43,7 @@ class StepRecord(_Record):
     """Digests of the weights used."""
     seconds: float
     gpu_seconds: float
-    """Seconds times the share of a GPU that the worker has."""
+    """Seconds times the share of a GPU, or the number of GPUs, that the worker has."""
     cached: bool
     """The result came from the stage cache."""
     recovered: str | None = None

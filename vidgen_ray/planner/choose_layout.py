@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -41,6 +42,7 @@ from vidgen_ray.planner.solver import (
     parallel_loads,
 )
 from vidgen_ray.profile import Profile
+from vidgen_ray.stages.base import Stage
 from vidgen_ray.system.quantities import amount_text, money
 
 CURRENCY = "USD"
@@ -169,21 +171,21 @@ def estimate(
     """Return the plan of a packing for the shots of the demand. `notes`: further notes."""
     assignments = [filled.assignment for filled in packing.slots]
     slots = tuple(filled.assignment.slot(max(cluster.nodes[filled.node].gpus, default=0.0)) for filled in packing.slots)
-    on_gpu = any(slot.has_gpu for slot in slots)
+    used_gpus = sum(slot.gpus for slot in slots)
+    on_gpu = used_gpus > 0
     # A single shot runs its stages one after another, regardless of the number of slots.
     one_shot = timing.shot_seconds
     render_seconds = max(demand.shots / packing.rate, one_shot)
     # At the end of a run, slots become idle one after another: on average they lose half a shot.
     drain_seconds = one_shot / 2 * (1 - 1 / demand.shots)
-    actors = {(actor.position, actor.gpu_gb + actor.host_gb) for assignment in assignments for actor in assignment.actors}
-    load_seconds = START_SECONDS + sum(gb for _, gb in sorted(actors)) / LOAD_GB_PER_S
+    # Sums of floats depend on their order, and that of a set on the process.
+    actors = sorted({actor for assignment in assignments for actor in assignment.actors}, key=lambda actor: actor.position)
+    load_seconds = START_SECONDS + sum(actor.gpu_gb + actor.host_gb for actor in actors) / LOAD_GB_PER_S
     expected = load_seconds + render_seconds + drain_seconds
     gpu_hours = len(cluster.gpus) * expected / 3600 if on_gpu else 0.0
     per_hour, is_default = _price(cluster, price) if on_gpu else (None, False)
     units = len(cluster.gpus) if on_gpu else max(1, len(slots))
-    # Sums of floats depend on their order, and that of a set on the process.
-    gpu_seconds = sorted({(actor.position, actor.seconds) for a in assignments for actor in a.actors if actor.on_gpu})
-    unit_seconds = sum(seconds for _, seconds in gpu_seconds) if on_gpu else timing.shot_seconds
+    unit_seconds = sum(a.gpus * a.seconds for a in actors if a.on_gpu) if on_gpu else timing.shot_seconds
     return Plan(
         layout=Layout(kind, slots, packing.encoders, _window(slots, demand.shots), parallel_loads(packing, cluster)),
         nodes=tuple(filled.node for filled in packing.slots),
@@ -207,7 +209,7 @@ def estimate(
         stage_seconds=timing.seconds,
         encode_s=timing.encode_s,
         considered=considered,
-        notes=(*_notes(packing, cluster, timing, on_gpu, is_default), *notes),
+        notes=(*_notes(packing, cluster, timing, used_gpus, is_default), *notes),
     )
 
 
@@ -248,16 +250,16 @@ def _bottleneck(packing: Packing, timing: Timing, cluster: Cluster) -> str | Non
     return max(slowest.stages, key=lambda stage: timing.seconds[stage])
 
 
-def _notes(packing: Packing, cluster: Cluster, timing: Timing, on_gpu: bool, default_price: bool) -> Iterator[str]:
+def _notes(packing: Packing, cluster: Cluster, timing: Timing, used_gpus: int, default_price: bool) -> Iterator[str]:
     yield from cluster.notes
     if timing.assumed:
         yield f"the profile has no seconds of {', '.join(timing.assumed)}: assuming those of an H100 until a run measures them"
     if unknown := [gb for node, gb in host_gb_of_nodes(packing).items() if cluster.nodes[node].memory_gb is None]:
         yield f"the workers need up to {max(unknown):.4g} GB of host memory per node, which is assumed to be available"
-    if on_gpu and (idle := len(cluster.gpus) - len(packing.slots)):
+    if used_gpus and (idle := len(cluster.gpus) - used_gpus):
         yield f"{idle} of {len(cluster.gpus)} GPUs are idle: too little memory, too few shots, or too few CPUs"
     unnamed = sorted({max(node.gpus) for node in cluster.nodes if node.gpus and node.card is None})
-    if on_gpu and unnamed:
+    if used_gpus and unnamed:
         assumed = " and ".join(f"{memory:.4g} GB as {typical_card(memory).name}" for memory in unnamed)
         yield f"GPUs of unknown kind: planned {assumed}; name them with --gpus, such as 8xL40S"
     if default_price:
@@ -270,6 +272,12 @@ TIE = 0.01
 """Relative gain in rate below which the simpler layout is preferred."""
 MIN_SECONDS = 1e-6
 """Minimum seconds of a stage, so that a stage without work still gets a worker."""
+GPUS_PER_SHOT = (2, 4, 8)
+"""Numbers of GPUs of a node that may divide the work of a shot. FLUX and Wan have multiples of 8 attention heads."""
+DOUBLING_GAIN = 1.7
+"""Assumed factor by which twice as many GPUs are faster at a step. They exchange tokens in every block."""
+WORTHWHILE = 0.05
+"""Part of a run's duration that dividing shots among twice as many GPUs must save."""
 
 
 def plan(
@@ -282,18 +290,45 @@ def plan(
 ) -> Plan:
     """Return the plan with the fastest layout, or with the simplest one that is at most 1% slower.
 
-    Uses the layout that the profile requests, if any. `calibration`: stage -> seconds measured on these GPUs, which replace
-    those of the profile. `price`: price of a GPU-hour.
+    Uses the layout that the profile requests, if any. With `layout: auto` and fewer shots than GPUs, several GPUs of a node
+    divide the work of each shot if that makes the run clearly shorter. `calibration`: stage -> seconds measured on these GPUs,
+    which replace those of the profile. `price`: price of a GPU-hour.
 
     Raises SetupError if the stages do not fit on the machines, ProfileError if the requested layout does not fit, and
     ValueError if there are no shots.
     """
     if demand.shots < 1:
         raise ValueError(f"demand.shots: got {demand.shots}, must be at least 1")
+    best = _plan(profile, demand, cluster, calibration, price, 1)
+    if profile.layout == "auto" and any(_can_divide(profile, stage) for stage in demand.stages):
+        for gpus in GPUS_PER_SHOT:
+            if sum(len(node.gpus) // gpus for node in cluster.nodes) < demand.shots:
+                break
+            with suppress(SetupError, ProfileError):
+                divided = _plan(profile, demand, cluster, calibration, price, gpus)
+                if divided.seconds < best.seconds * (1 - WORTHWHILE):
+                    best = divided
+    return best
+
+
+def _can_divide(profile: Profile, stage: type[Stage[Any]]) -> bool:
+    return profile.actor_of(stage).device == "cuda" and stage.divided(profile.options_of(stage)) is not None
+
+
+def _plan(
+    profile: Profile,
+    demand: Demand,
+    cluster: Cluster,
+    calibration: Mapping[str, Calibration] | None,
+    price: float | None,
+    gpus: int,
+) -> Plan:
+    """Return the best plan with this number of GPUs per shot, where stages can use several."""
+    divided = {stage.actor for stage in demand.stages if gpus > 1 and _can_divide(profile, stage)}
     price = profile.price_per_gpu_hour if price is None else price
     measured = {name: known.nearest(demand.pixels, demand.frames) for name, known in (calibration or {}).items()}
     cards = cluster.assumed_cards or (None,)
-    timings = {card: _timing(profile, demand, measured, card) for card in cards}
+    timings = {card: _timing(profile, demand, measured, card, divided, gpus) for card in cards}
     timing = timings[cards[0]]
     peak_share = peak_shares(profile, timing.reference_s, cards[0])
     reference_s = {stage.name: max(timings[card].reference_s[stage.name] for card in cards) for stage in demand.stages}
@@ -306,6 +341,7 @@ def plan(
     def plan_within(limit_gb: float, usable: Cluster) -> Plan:
         """Return the plan whose calls take at most `limit_gb` of GPU memory each, on GPUs with the memory of `usable`."""
         actors, memories = actors_of(profile, demand.stages, shots, limit_gb, timing.seconds)
+        actors = tuple(replace(actor, gpus=gpus) if actor.name in divided else actor for actor in actors)
         if not actors:
             # No stage to run: every shot has a start image and no clip, so that only files are written.
             rate = ENCODER_CPUS / max(timing.encode_s, 1.0)
@@ -318,10 +354,14 @@ def plan(
             return Counter(node.gpus) if on_gpu else {0.0: max(1, int(node.cpus / cpus_per_slot))}
 
         problem = PackingProblem(actors, timing.encode_s, demand.shots, slots_of, speed)
-        kind, packing, considered = (_pack_gpus if on_gpu else _pack_cpus)(profile, problem, usable)
+        nodes = tuple(replace(node, gpus=_groups(node.gpus, gpus)) for node in usable.nodes)
+        kind, packing, considered = (_pack_gpus if on_gpu else _pack_cpus)(profile, problem, replace(usable, nodes=nodes))
         lowered = [options for each in memories for options in each.lowered]
         notes = [f"the largest shots run with lower-memory settings: {options}" for options in lowered]
         notes += [f"shots will fail: {reason}" for each in memories for reason in each.refused]
+        if divided:
+            because = f"since there are fewer shots than GPUs; its steps are assumed to be {_gain(gpus):.2g} times as fast"
+            notes.append(f"{gpus} GPUs divide the work of each shot in {' and '.join(sorted(divided))}, {because}")
         planned = estimate(kind, packing, demand, cluster, timing, considered, price, tuple(notes))
         options = {actor.name: memory.options for actor, memory in zip(actors, memories, strict=True) if memory.options}
         return replace(planned, options=options, reference_s=reference_s, peak_share=peak_share)
@@ -362,7 +402,24 @@ def _fastest(plan_within: Callable[[float], Plan], limits_gb: Sequence[float]) -
     return next(planned for planned in plans if planned.shots_per_hour >= best * (1 - TIE))
 
 
-def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibration], card: GpuCard | None) -> Timing:
+def _groups(gpus: tuple[float, ...], size: int) -> tuple[float, ...]:
+    """Return the memory per GPU of groups of this many GPUs."""
+    return gpus if size == 1 else (min(gpus, default=0.0),) * (len(gpus) // size)
+
+
+def _gain(gpus: int) -> float:
+    return float(DOUBLING_GAIN ** math.log2(gpus))
+
+
+def _timing(
+    profile: Profile,
+    demand: Demand,
+    calibration: Mapping[str, Calibration],
+    card: GpuCard | None,
+    divided: Collection[str],
+    gpus: int,
+) -> Timing:
+    """Return the seconds of all stages. Those of the `divided` actors have several GPUs."""
     seconds: dict[str, float] = {}
     reference_s: dict[str, float] = {}
     spread_seconds, assumed = 0.0, []
@@ -372,7 +429,8 @@ def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibrat
         # With the share of copying weights that the shots of the script have.
         copy_s = expected.copy_s * demand.relative_cost[stage.name].copies
         reference_s[stage.name] = expected.reference_s * total / max(total - copy_s, MIN_SECONDS)
-        seconds[stage.name] = max(MIN_SECONDS, total / demand.shots)
+        own_part = stage.fixed_share + (1 - stage.fixed_share) / _gain(gpus) if stage.actor in divided else 1.0
+        seconds[stage.name] = max(MIN_SECONDS, own_part * total / demand.shots)
         spread_seconds += expected.spread * seconds[stage.name]
         if not expected.is_known:
             assumed.append(stage.name)
@@ -392,10 +450,14 @@ LAYOUTS: tuple[tuple[str, Kind, Callable[[Sequence[Actor]], Candidates]], ...] =
     ("hybrid with swapping", "hybrid", layout.hybrid_with_swapping),
 )
 """Name, kind and candidate assignments of each layout, simplest first."""
+ONE_PROCESS = ("fused", "hybrid")
+"""Kinds with one worker per slot. Only these can have several GPUs in a slot."""
 
 
 def _pack_gpus(profile: Profile, problem: PackingProblem, cluster: Cluster) -> Choice:
     layouts = [layout for layout in LAYOUTS if profile.layout in ("auto", layout[0])]
+    if any(actor.gpus > 1 for actor in problem.actors):
+        layouts = [layout for layout in layouts if layout[1] in ONE_PROCESS]
     packings: dict[str, Packing] = {}
     considered = []
     # Layouts that distribute the stages may need more slots than shots: a single shot moves from GPU to GPU.

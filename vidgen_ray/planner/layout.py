@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, combinations
+from math import ceil
 from typing import Literal, TypeVar
 
 Kind = Literal["fused", "colocated", "staged", "hybrid"]
@@ -21,7 +22,7 @@ class WorkerSpec:
     """Names of the stages, in the order of the chain."""
     cpus: float
     gpus: float
-    """Share of the slot's GPU. 0 for a slot without a GPU."""
+    """Share of the slot's GPU, or the number of its GPUs if they divide the work of each shot. 0 for a slot without a GPU."""
     swap_groups: tuple[tuple[str, ...], ...] = ()
     """Groups of these stages that take turns in GPU memory, while the others are in host memory (weight swapping). Stages in
     no group stay in GPU memory."""
@@ -39,15 +40,20 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One whole GPU, or a share of a machine without GPUs, and its worker processes."""
+    """One whole GPU, several GPUs of one machine that work on the same shot, or a share of a machine without GPUs, and its
+    worker processes."""
 
     workers: tuple[WorkerSpec, ...]
     memory_gb: float
-    """GPU memory that the slot needs, in GB. 0 without a GPU."""
+    """Memory that the slot needs on each of its GPUs, in GB. 0 without a GPU."""
 
     @property
     def has_gpu(self) -> bool:
-        return any(worker.gpus for worker in self.workers)
+        return self.gpus > 0
+
+    @property
+    def gpus(self) -> int:
+        return ceil(sum(worker.gpus for worker in self.workers) - EPSILON)
 
     @property
     def cpus(self) -> float:
@@ -136,6 +142,8 @@ class Actor:
     """Further GPU memory during its largest call."""
     copied_gb: float = 0.0
     """Part of `gpu_gb` of which `host_gb` includes a copy."""
+    gpus: int = 1
+    """GPUs that divide the work of each shot. Each holds all weights."""
 
     @property
     def on_gpu(self) -> bool:
@@ -156,8 +164,13 @@ class WorkerProcess:
     """Groups of these actors that take turns in GPU memory (weight swapping). Actors in no group always stay there."""
 
     @cached_property
+    def gpus(self) -> int:
+        """GPUs that it works on, with a process for each if they are several."""
+        return max(actor.gpus for actor in self.actors)
+
+    @cached_property
     def swapped_gb(self) -> float:
-        """Weights of all groups that take turns, in GB."""
+        """Weights of all groups that take turns, in GB, on each of its GPUs."""
         return sum(actor.gpu_gb for group in self.swap_groups for actor in group)
 
     @cached_property
@@ -167,14 +180,16 @@ class WorkerProcess:
             return 0.0
         swapped = {actor for group in self.swap_groups for actor in group}
         permanent = [actor for actor in self.actors if actor not in swapped]
-        return CONTEXT_GB + max(needed_gb([*permanent, *group]) for group in self.swap_groups or ((),))
+        # The first of several GPUs is that of two processes.
+        context_gb = CONTEXT_GB if self.gpus == 1 else 2 * CONTEXT_GB
+        return context_gb + max(needed_gb([*permanent, *group]) for group in self.swap_groups or ((),))
 
     @cached_property
     def host_gb(self) -> float:
         """Host memory needed in GB after loading. The weights of all groups have a copy in host memory."""
         own = GPU_PROCESS_HOST_GB if self.gpu_gb else PROCESS_HOST_GB
         swapped = sum(actor.gpu_gb - actor.copied_gb for group in self.swap_groups for actor in group)
-        return own + sum(actor.host_gb for actor in self.actors) + swapped
+        return self.gpus * (own + sum(actor.host_gb for actor in self.actors) + swapped)
 
     @cached_property
     def load_gb(self) -> float:
@@ -183,12 +198,12 @@ class WorkerProcess:
         For weights that take turns, `host_gb` includes it.
         """
         swapped = {actor for group in self.swap_groups for actor in group}
-        return max((actor.gpu_gb for actor in self.actors if actor not in swapped), default=0.0)
+        return max((actor.gpus * actor.gpu_gb for actor in self.actors if actor not in swapped), default=0.0)
 
     @property
     def cpus(self) -> float:
         """CPUs needed by the largest actor: stages of one process run one after another."""
-        return max(actor.cpus for actor in self.actors)
+        return max(actor.gpus * actor.cpus for actor in self.actors)
 
 
 @dataclass(frozen=True)
@@ -242,19 +257,20 @@ class Assignment:
                 process.cpus,
                 share,
                 tuple(_stages(group) for group in process.swap_groups),
-                round(share * gpu_gb, 3),
+                round(min(1.0, share) * gpu_gb, 3),
             )
             for process, share in zip(self.processes, shares, strict=True)
         )
         return Slot(workers, round(self.gpu_gb, 3))
 
     def _shares(self) -> list[float]:
-        """Return the share of the GPU per process, proportional to memory, rounded down to Ray's resolution of 0.0001."""
+        """Return the share of the GPU per process, proportional to memory, rounded down to Ray's resolution of 0.0001.
+
+        Several GPUs are those of one process.
+        """
         if not self.gpu_gb:
             return [0.0] * len(self.processes)
-        if len(self.processes) == 1:
-            return [1.0]
-        return [int(10_000 * process.gpu_gb / self.gpu_gb) / 10_000 for process in self.processes]
+        return [process.gpus * int(10_000 * process.gpu_gb / self.gpu_gb) / 10_000 for process in self.processes]
 
 
 Candidates = Callable[[float], list[Assignment]]

@@ -488,7 +488,8 @@ def more_slots(slots: Sequence[Slot], seconds: Mapping[str, float], free: Cluste
     """Return the slots to add, and the index of the free node of each.
 
     The kinds of slots are those of `slots`, the present ones. `seconds`: stage -> mean seconds per shot. Each free GPU gets the
-    kind that it has the memory and CPUs for and that raises the rate most; the time for swapping weights is neglected.
+    kind of one GPU that it has the memory and CPUs for and that raises the rate most; the time for swapping weights is
+    neglected.
     """
     counts = Counter(slots)
     cpus = [node.cpus for node in free.nodes]
@@ -498,7 +499,7 @@ def more_slots(slots: Sequence[Slot], seconds: Mapping[str, float], free: Cluste
         kinds = [
             kind
             for kind in dict.fromkeys(slots)
-            if kind.has_gpu and kind.memory_gb <= memory_gb + EPSILON and kind.cpus + ENCODER_CPUS <= cpus[node] + EPSILON
+            if kind.gpus == 1 and kind.memory_gb <= memory_gb + EPSILON and kind.cpus + ENCODER_CPUS <= cpus[node] + EPSILON
         ]
         rates = {kind: _rate(counts + Counter([kind]), seconds) for kind in kinds}
         best = max(kinds, key=lambda kind: rates[kind], default=None)

@@ -323,6 +323,14 @@ class Stage(ABC, Generic[P]):
         return cls.passes(shot)
 
     @classmethod
+    def divided(cls, params: P) -> P | None:
+        """Return the parameters with which several GPUs divide the work of a shot, see `stages/context_parallel.py`.
+
+        They change the last bits at most. `None` if that is impossible.
+        """
+        return None
+
+    @classmethod
     def variant(cls, shot: Shot) -> str:
         """Return the name of the network that processes the shot, if shots choose between several. Empty otherwise."""
         return ""

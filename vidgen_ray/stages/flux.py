@@ -22,6 +22,7 @@ from vidgen_ray.stages.base import (
     noise_generator,
     pixels_to_uint8,
 )
+from vidgen_ray.stages.context_parallel import ATTENTION_BACKENDS
 from vidgen_ray.stages.flux_model import CACHED_PROMPTS, DEFAULT_STEPS, T5_CHANNELS, FluxModel, FluxParams, uses_step_cache
 from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines, injector_class, pose_image, shared_injector
 from vidgen_ray.stages.loading import with_smaller_tiles
@@ -134,6 +135,13 @@ class FluxFamilyStage(Stage[FluxParams]):
             tokens, passes = pixels // PATCH_PIXELS + params.text_tokens, 2 if params.uses_negative_prompt(shot) else 1
             activations += passes * STEP_CACHE_TENSORS * tokens * HIDDEN_CHANNELS * number_bytes
         return StageMemory(weights, max(encode_text, activations), pixels * 3 * RESULT_COPIES, host_weights)
+
+    @classmethod
+    def divided(cls, params: FluxParams) -> FluxParams | None:
+        # A step cache compares the tokens of a process, so the processes would not skip the same blocks.
+        is_exact = params.step_cache_threshold is None and params.quantize == "none"
+        can_divide = is_exact and params.attention_backend in ATTENTION_BACKENDS
+        return params.model_copy(update={"compile": False}) if can_divide else None
 
     @classmethod
     def work_of_steps(cls, params: FluxParams, steps: float) -> Workload:

@@ -15,6 +15,7 @@ from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite, library_errors
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import NOT_IN_KEY, torch_dtype
+from vidgen_ray.stages.context_parallel import begin_call, divide
 from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks, set_vae_tiles
 from vidgen_ray.stages.lora import FEW_STEP_LORA, LoraAdapters, merge_lora
 from vidgen_ray.stages.memory_table import FP8
@@ -132,6 +133,7 @@ class FluxModel:
             elif self._t5_on_gpu or name != T5:
                 network.to(params.device)
         speed_up(transformer, params)
+        divide(transformer)
         self._embeddings: LRUCache[tuple[str, int, tuple[tuple[str, float], ...]], tuple[Any, Any]] = LRUCache(CACHED_PROMPTS)
 
     @property
@@ -149,9 +151,10 @@ class FluxModel:
 
     def step_cache_running(self, shot: Shot, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Run one pipeline call with these arguments, with the step cache if the shot uses it."""
+        passes = 2 if arguments.get("true_cfg_scale", 1) > 1 else 1
+        begin_call(guided=passes == 2)
         if self._step_cache is None:
             return nullcontext()
-        passes = 2 if arguments.get("true_cfg_scale", 1) > 1 else 1
         return self._step_cache.running(passes, enabled=uses_step_cache(shot))
 
     def call_arguments(self, shot: Shot, params: FluxParams, guidance: float | None) -> dict[str, Any]:

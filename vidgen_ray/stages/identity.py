@@ -22,6 +22,7 @@ from PIL import Image as PILImage
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import INSTANTID_SDXL, NO_IDENTITY, REFERENCE, Shot
 from vidgen_ray.stages.base import FaceFeatures, Image, noise_generator
+from vidgen_ray.stages.context_parallel import divide, own_part
 from vidgen_ray.stages.loading import move_networks
 from vidgen_ray.stages.speed import speed_up
 
@@ -162,6 +163,8 @@ class InfuseNetInjector(FluxInjector):
         self.infusenet = load_infusenet(weights, model.dtype, model.device)
         require_same(self.infusenet.net.config, transformer.config, MUST_AGREE, weights / NET_FOLDER, "FLUX")
         speed_up(self.infusenet.net, model.params, INFUSENET_BLOCKS)
+        # Each process adds its residuals to its own tokens.
+        divide(self.infusenet.net, {"hidden_states": 1, "controlnet_cond": 1, "img_ids": 0})
 
     def move(self, device: str) -> None:
         move_networks((self.infusenet.net, self.infusenet.resampler), device)
@@ -180,12 +183,11 @@ class InfuseNetInjector(FluxInjector):
             net=self.infusenet.net,
             pose=self._pose_latents(pose, noise_generator(shot.derived_seed(f"{stage}/pose"))),
             shot=shot,
+            tokens=self.infusenet.tokens(torch.tensor(embedding[None])),
         )
-        tokens = self.infusenet.tokens(torch.tensor(embedding[None]))
-        with self.infusenet.net.identity(tokens):
-            yield FluxPipelines(
-                partial(conditioning.run, self.model.text_to_image), partial(conditioning.run, self.model.image_to_image)
-            )
+        yield FluxPipelines(
+            partial(conditioning.run, self.model.text_to_image), partial(conditioning.run, self.model.image_to_image)
+        )
 
     def _pose_latents(self, pose: Image, generator: torch.Generator) -> torch.Tensor:
         """Encode the keypoint image with the autoencoder. Return a sample, packed as FLUX latents: (1, H/16 * W/16, 64)."""
@@ -209,6 +211,8 @@ class _IdentityConditioning:
     net: IdentityControlNet
     pose: torch.Tensor
     shot: Shot
+    tokens: torch.Tensor
+    """(1, n, channels of the attention)"""
 
     def run(self, pipe: Any, /, **arguments: Any) -> Any:
         """Call the pipeline with InfuseNet's residuals in the steps from `identity_start` to `identity_end` of the shot."""
@@ -233,15 +237,16 @@ class _IdentityConditioning:
 
     def _residuals(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return InfuseNet's residuals for the inputs of the transformer, as arguments of the transformer."""
-        double, single = self.net(
-            hidden_states=inputs["hidden_states"],
-            controlnet_cond=self.pose,
-            conditioning_scale=self.shot.identity_strength,
-            timestep=inputs["timestep"],
-            pooled_projections=inputs["pooled_projections"],
-            img_ids=inputs["img_ids"],
-            return_dict=False,
-        )
+        with self.net.identity(own_part(self.tokens)):
+            double, single = self.net(
+                hidden_states=inputs["hidden_states"],
+                controlnet_cond=self.pose,
+                conditioning_scale=self.shot.identity_strength,
+                timestep=inputs["timestep"],
+                pooled_projections=inputs["pooled_projections"],
+                img_ids=inputs["img_ids"],
+                return_dict=False,
+            )
         return {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
 
 

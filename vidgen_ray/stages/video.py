@@ -28,6 +28,7 @@ from vidgen_ray.stages.base import (
     part_of_progress,
     pixels_to_uint8,
 )
+from vidgen_ray.stages.context_parallel import begin_call
 from vidgen_ray.stages.loading import OffloadedStage, OffloadParams
 from vidgen_ray.stages.lora import LoraAdapters
 from vidgen_ray.stages.memory_table import RESULT_COPIES, relative_flop
@@ -221,6 +222,7 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
         generator = noise_generator(self.generator_seed(shot))
         self.pipe.vae.use_tiling = self.params.vae_tiling
         negative = {"negative_prompt": shot.negative_prompt or ""} if self.guidance(shot) > 1 else {}
+        begin_call(guided=self.guidance(shot) > 1)
         with self.adapters.active(shot.video_lora):
             self.note(*self.adapters.take_notes())
             (latents,) = self.pipe(

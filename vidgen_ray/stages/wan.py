@@ -12,6 +12,7 @@ from pydantic import Field
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, Item, StageParams
+from vidgen_ray.stages.context_parallel import ATTENTION_BACKENDS, divide
 from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.lora import FEW_STEP_LORA, merge_lora
 from vidgen_ray.stages.memory_table import (
@@ -121,6 +122,11 @@ class WanStage(PromptedVideoStage[WanParams]):
         )
         return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, results=clip_host_bytes(shot))
 
+    @classmethod
+    def divided(cls, params: WanParams) -> WanParams | None:
+        can_divide = not params.cpu_offload and params.attention_backend in ATTENTION_BACKENDS
+        return params.model_copy(update={"compile": False}) if can_divide else None
+
     def load_pipe(self) -> Any:
         from diffusers import WanImageToVideoPipeline
 
@@ -136,6 +142,8 @@ class WanStage(PromptedVideoStage[WanParams]):
         if self.params.names_extra_weights(FEW_STEP_LORA):
             for part, file in few_step_files(self.params).items():
                 merge_lora(pipe, file, "Wan", part)
+        for transformer in filter(None, (pipe.transformer, pipe.transformer_2)):
+            divide(transformer)
         return pipe
 
     @classmethod

@@ -1,0 +1,216 @@
+"""Stages divided among several processes on the CPU: the result of one process, and errors, cancelled calls and crashes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from math import ceil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from vidgen_ray.bench.tiny_networks import write_random_lora
+from vidgen_ray.engine import gpu_group
+from vidgen_ray.engine.gpu_group import GpuGroup
+from vidgen_ray.engine.oom_fallback import is_out_of_memory
+from vidgen_ray.errors import Cancelled, StageError
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import FaceFeatures, Item, progress_callback
+from vidgen_ray.stages.flux import FluxParams, FluxStage
+from vidgen_ray.stages.wan import WanParams, WanStage
+from vidgen_ray.weights import resolve
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 1
+"""Largest difference to the result of one process, in levels of 255."""
+NETWORKS = {"flux": ["transformer"], "infusenet": ["InfuseNetModel"], "wan": ["transformer", "transformer_2"]}
+TI2V = {"wan-ti2v": ["transformer"]}
+
+
+def count_tokens(stage, block, item, run):
+    """Run the stage. Note how many tokens the block gets in how many calls."""
+    seen = []
+    hook = block.register_forward_pre_hook(
+        lambda _, inputs, named: seen.append((inputs[0] if inputs else named["hidden_states"]).shape[1]), with_kwargs=True
+    )
+    try:
+        result = run(item)
+    finally:
+        hook.remove()
+    stage.note(f"{len(seen)} calls with {min(seen)} tokens")
+    return result
+
+
+class CountingFlux(FluxStage):
+    def run(self, item):
+        return count_tokens(self, self.model.text_to_image.transformer.single_transformer_blocks[0], item, super().run)
+
+
+class CountingWan(WanStage):
+    """Fails as the prompt says."""
+
+    def run(self, item):
+        prompt = item.shot.prompt
+        if prompt == "crash" and dist.get_rank() == 1:
+            os._exit(1)
+        if prompt == "wrong":
+            raise StageError("wrong in all processes")
+        if prompt == "oom in one" and dist.get_rank() == 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 9.00 GiB")
+        if prompt in ("crash", "oom in one"):
+            dist.barrier()
+        return count_tokens(self, self.pipe.transformer.blocks[1], item, super().run)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Tiny weights whose transformers have four attention heads, which four processes can divide."""
+    root = tmp_path_factory.mktemp("weights")
+    for name, networks in {**NETWORKS, **TI2V}.items():
+        shutil.copytree(resolve(f"builtin:tiny/{name}"), root / name)
+        for seed, network in enumerate(networks):
+            file = root / name / network / "config.json"
+            config = {**json.loads(file.read_text()), "num_attention_heads": 4}
+            torch.manual_seed(seed)
+            made = getattr(diffusers, config["_class_name"]).from_config(config)
+            if name == "infusenet":
+                # diffusers initialises these layers to zero, so that the network has no effect.
+                for layer in (made.controlnet_x_embedder, *made.controlnet_blocks, *made.controlnet_single_blocks):
+                    layer.reset_parameters()
+            shutil.rmtree(file.parent)
+            made.save_pretrained(file.parent)
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained(root / "flux" / "transformer")
+    write_random_lora(transformer, root / "lora.safetensors", seed=4)
+    # The tokens are gathered after this layer.
+    layer, tensors = transformer.proj_out, load_file(root / "lora.safetensors")
+    tensors["transformer.proj_out.lora_A.weight"] = torch.randn(4, layer.in_features) * 0.3
+    tensors["transformer.proj_out.lora_B.weight"] = torch.randn(layer.out_features, 4) * 0.3
+    save_file(tensors, root / "lora.safetensors")
+    return root
+
+
+class Runner:
+    """The same stages in a group of processes and, if a result is asked for, in this one."""
+
+    def __init__(self, weights, processes, wan):
+        self.group = GpuGroup(processes)
+        flux = FluxParams(
+            weights=weights / "flux", extra_weights={"infusenet": weights / "infusenet"}, text_tokens=64, threads=1
+        )
+        self.params = {CountingFlux: flux, CountingWan: WanParams(weights=weights / wan, threads=1)}
+        self.divided = {stage: self.group.divided(stage, params) for stage, params in self.params.items()}
+        for stage in self.divided.values():
+            stage.load()
+
+    def both(self, kind, item):
+        """Return the results and notes of the group and of one process."""
+        with kind(self.params[kind]) as stage:
+            alone = stage(item)
+        together = self.divided[kind](item)
+        (name,) = kind.writes
+        return together[name], alone[name], self.divided[kind].take_notes(), stage.take_notes()
+
+
+TWO, FOUR = (2, "wan-ti2v"), (4, "wan")
+"""Processes, and weights of Wan."""
+
+
+@pytest.fixture(scope="module", params=[TWO, FOUR], ids=["two processes", "four processes"])
+def runner(weights, request):
+    runner = Runner(weights, *request.param)
+    yield runner
+    runner.group.stop()
+
+
+def shot(prompt="a dog", width=128, height=64, **fields):
+    return Shot(id="s", prompt=prompt, seed=3, width=width, height=height, **fields)
+
+
+def clip(prompt="a dog", guidance=1.0):
+    y, x = np.mgrid[0:64, 0:128]
+    image = np.stack([x * 2, y * 4, x + y], -1).astype(np.uint8)
+    fields = {"video_model": "wan", "num_frames": 9, "steps": {"wan": 3}, "guidance": {"wan": guidance}}
+    return Item(shot(prompt, negative_prompt="blurred", **fields), {"image": image})
+
+
+def picture(**fields):
+    embedding = np.random.default_rng(0).standard_normal(512).astype(np.float32)
+    points = np.array([[40, 30], [60, 30], [50, 40], [42, 50], [58, 50]], np.float32)
+    embeddings = {"ir_se50": embedding / np.linalg.norm(embedding)}
+    face = FaceFeatures(embeddings, points, (20, 10, 80, 60), 1.0, 1, (128, 64), "")
+    return Item(shot(steps={"flux": 3}, **fields), {"face": face})
+
+
+FACE = {"face_image": "photo.png"}
+
+
+@pytest.mark.parametrize("kind", ["clip", "guided clip", "image", "odd image", "face with LoRA", "face with two passes"])
+def test_group_makes_the_result_of_one_process_with_its_part_of_the_tokens(runner, weights, kind):
+    processes = len(list(runner.group.pids))
+    lora = {"lora": [{"path": str(weights / "lora.safetensors")}], "mode": "fast"}
+    stage, item, halves = {
+        "clip": (CountingWan, clip(), False),
+        "guided clip": (CountingWan, clip(guidance=5.0), True),
+        "image": (CountingFlux, picture(), False),
+        "odd image": (CountingFlux, picture(width=112, generate_video=False, height=80), False),
+        "face with LoRA": (CountingFlux, picture(**FACE, **lora), False),
+        "face with two passes": (CountingFlux, picture(**FACE, negative_prompt="blurred"), True),
+    }[kind]
+    together, alone, own_notes, notes = runner.both(stage, item)
+    assert alone.std() > 5
+    assert np.abs(together.astype(int) - alone).max() <= TOLERANCE
+    (all_calls, all_tokens), (calls, tokens) = ((int(w) for w in n[-1].split() if w.isdigit()) for n in (notes, own_notes))
+    assert calls == (all_calls // 2 if halves else all_calls)
+    # The first process gets one more if the tokens cannot be divided evenly.
+    assert tokens == ceil(all_tokens / (processes // 2 if halves else processes))
+
+
+def test_error_of_all_processes_and_a_cancelled_call_leave_the_group_usable(runner):
+    stage, before = runner.divided[CountingWan], list(runner.group.pids)
+    with pytest.raises(StageError, match="wrong in all processes"):
+        stage(clip("wrong"))
+    reported = []
+
+    def cancel(*progress):
+        reported.append(progress)
+        raise Cancelled
+
+    with pytest.raises(Cancelled), progress_callback(cancel):
+        stage(clip())
+    assert reported == [("wan", 1, 3)]
+    assert stage(clip())["frames"].shape == (9, 64, 128, 3)
+    assert list(runner.group.pids) == before
+
+
+@pytest.mark.parametrize("runner", [TWO], indirect=True, ids=["two processes"])
+def test_error_of_one_process_ends_the_call_and_the_group_starts_again(runner, monkeypatch):
+    monkeypatch.setattr(gpu_group, "SAME_ERROR_S", 0.5)
+    stage, before = runner.divided[CountingWan], list(runner.group.pids)
+    with pytest.raises(RuntimeError) as error:
+        stage(clip("oom in one"))
+    assert is_out_of_memory(error.value)
+    assert stage(clip())["frames"].shape == (9, 64, 128, 3)
+    assert not set(before) & set(runner.group.pids)
+
+
+CRASH = """
+import sys
+from pathlib import Path
+from tests.engine.test_gpu_group import Runner, clip, CountingWan
+runner = Runner(Path(sys.argv[1]), 2, "wan")
+print("loaded", flush=True)
+runner.divided[CountingWan](clip("crash"))
+print("survived", flush=True)
+"""
+
+
+def test_crash_of_one_process_is_one_of_the_worker_and_ends_the_others(weights):
+    # The other processes have the same standard output, so this returns when all have ended.
+    done = subprocess.run([sys.executable, "-c", CRASH, weights], stdout=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (1, "loaded\n")

@@ -1,0 +1,237 @@
+"""Run stages on several GPUs of one machine: a process for each GPU holds the whole model and computes a part of each step.
+
+The worker that starts the processes sends them every call and takes the result of the first one. It computes nothing itself, so
+no failure leaves it waiting for another process. Does not depend on Ray.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from vidgen_ray.engine.oom_fallback import free_gpu_memory, prepare_gpu
+from vidgen_ray.errors import Cancelled
+from vidgen_ray.stages.base import Artefacts, Item, Stage, StageParams, progress_callback, report_progress
+from vidgen_ray.stages.context_parallel import join_group
+
+SAME_ERROR_S = 20.0
+"""Seconds after an error in one process in which the others have to end the call, too. An error that all processes meet, such
+as wrong inputs, leaves them usable. Otherwise the others wait for the one that failed, and all are started again."""
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+RUN, PROGRESS, DONE, ERROR = "run", "progress", "done", "error"
+"""Method of a request for a result, and kinds of answers."""
+
+StageKind = tuple[type[Stage[Any]], StageParams]
+
+
+class GpuGroup:
+    """The processes of one worker. They start with the first call and end with the worker."""
+
+    def __init__(self, gpus: int) -> None:
+        self._gpus = gpus
+        self._stages: dict[str, StageKind] = {}
+        self._placed: dict[str, str | None] = {}
+        """Loaded stage -> device that it was moved to. `None` if it was not moved."""
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    @property
+    def pids(self) -> Iterator[int]:
+        return (process.pid for process in self._processes)
+
+    def divided(self, stage: type[Stage[Any]], params: StageParams) -> Stage[Any]:
+        """Return the stage as one that runs in these processes."""
+        self._stages[stage.name] = stage, params
+        made: Stage[Any] = type(stage.__name__, (DividedStage, stage), {"group": self})(params)
+        return made
+
+    def load(self, name: str) -> None:
+        self._call(name, "load")
+        self._placed[name] = None
+
+    def move(self, name: str, device: str) -> None:
+        self._call(name, "move", device)
+        self._placed[name] = device
+
+    def run(self, name: str, params: StageParams, item: Item) -> tuple[Artefacts, tuple[str, ...], int]:
+        """Return the artefacts, the notes and the number of loaded LoRAs. Raises what the stage raises, and Cancelled."""
+        free_gpu_memory()
+        result: tuple[Artefacts, tuple[str, ...], int] = self._call(name, RUN, params, item)
+        return result
+
+    def stop(self) -> None:
+        """Kill the processes. The next call starts them again and loads the stages that were loaded."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def _call(self, *request: Any) -> Any:
+        if not self._processes:
+            self._start()
+            for name, device in self._placed.items():
+                self._ask(name, "load")
+                if device is not None:
+                    self._ask(name, "move", device)
+        return self._ask(*request)
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory(prefix="vidgen-group-")
+        meeting = Path(self._folder.name) / "meeting"
+        visible = os.environ.get(VISIBLE_GPUS)
+        gpus: Sequence[str | None] = visible.split(",") if visible else [None] * self._gpus
+        for rank in range(self._gpus):
+            pipe, other = context.Pipe()
+            arguments = (other, rank, self._gpus, gpus[rank], meeting, self._stages)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            other.close()
+            self._processes.append(process)
+            self._pipes.append(pipe)
+
+    def _ask(self, *request: Any) -> Any:
+        """Return the answer of the first process to a request to all."""
+        for pipe in self._pipes:
+            _send(pipe, request)
+        results: dict[Connection, Any] = {}
+        errors: list[Exception] = []
+        asking: dict[Connection, tuple[str, int, int]] = {}
+        """Process -> progress after which it waits for the permission to continue."""
+        deadline: float | None = None
+        while len(results) < self._gpus:
+            computing = [pipe for pipe in self._pipes if pipe not in results and pipe not in asking]
+            ready = wait(computing, None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.stop()
+                break
+            for pipe in [pipe for pipe in computing if pipe in ready]:
+                kind, value = _receive(pipe)
+                if kind == PROGRESS:
+                    asking[pipe] = value
+                    continue
+                results[pipe] = value
+                if kind == ERROR:
+                    errors.append(value)
+                    deadline = deadline or time.monotonic() + SAME_ERROR_S
+            if asking and len(asking) + len(results) == self._gpus:
+                may_continue = not results and _report(*next(iter(asking.values())))
+                for pipe in asking:
+                    _send(pipe, may_continue)
+                asking.clear()
+        if errors:
+            # An error of one process cancels the others.
+            raise min(errors, key=lambda error: isinstance(error, Cancelled))
+        return results[self._pipes[0]]
+
+
+class DividedStage(Stage[StageParams]):
+    """Mixin of a stage that runs in a group of processes. It comes before the stage in the base classes."""
+
+    group: GpuGroup
+    _adapter_loads = 0
+
+    def load(self) -> None:
+        self.group.load(self.name)
+
+    def move(self, device: str) -> None:
+        self.group.move(self.name, device)
+
+    @property
+    def adapter_loads(self) -> int:
+        return self._adapter_loads
+
+    def __call__(self, item: Item) -> Artefacts:
+        result, notes, self._adapter_loads = self.group.run(self.name, self.params, item)
+        self.note(*notes)
+        return result
+
+
+def _report(stage: str, done: int, steps: int) -> bool:
+    """Report the progress. Return whether the call may continue."""
+    try:
+        report_progress(stage, done, steps)
+    except Cancelled:
+        return False
+    return True
+
+
+def _send(pipe: Connection, message: Any) -> None:
+    with suppress(BrokenPipeError):  # the next answer of this process is missing
+        pipe.send(message)
+
+
+def _receive(pipe: Connection) -> tuple[str, Any]:
+    """Return the next message of a process. Ends this process if that one has crashed: the crash is the worker's."""
+    try:
+        message: tuple[str, Any] = pipe.recv()
+    except (EOFError, ConnectionResetError):
+        os._exit(1)
+    return message
+
+
+# In the processes of a group
+
+
+def _serve(pipe: Connection, rank: int, gpus: int, own_gpu: str | None, meeting: Path, kinds: Mapping[str, StageKind]) -> None:
+    """Run the requests of the worker until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_worker, daemon=True).start()
+    if own_gpu is not None:
+        os.environ[VISIBLE_GPUS] = own_gpu
+    prepare_gpu(1)
+    (device,) = {params.device for _, params in kinds.values()}
+    join_group(rank, gpus, meeting, device)
+    stages = {name: stage(params) for name, (stage, params) in kinds.items()}
+
+    def on_progress(*progress: Any) -> None:
+        pipe.send((PROGRESS, progress))
+        if not pipe.recv():
+            raise Cancelled
+
+    while True:
+        name, method, *arguments = pipe.recv()
+        stage = stages[name]
+        try:
+            with progress_callback(on_progress):
+                result = _run(stage, *arguments) if method == RUN else getattr(stage, method)(*arguments)
+            # The result is the same everywhere.
+            answer = (DONE, result if rank == 0 else None)
+        except Exception as error:
+            answer = (ERROR, _sendable(error))
+        # Also releases the error, which refers to tensors. The worker may have stages of its own on this GPU.
+        free_gpu_memory()
+        pipe.send(answer)
+
+
+def _run(stage: Stage[Any], params: StageParams, item: Item) -> tuple[Artefacts, tuple[str, ...], int]:
+    stage.params = params
+    stage.take_notes()
+    result = stage(item)
+    return result, stage.take_notes(), stage.adapter_loads
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an error that can be sent to the worker: this one, or one with its name and message."""
+    try:
+        same: Exception = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return same
+
+
+def _exit_with_worker() -> None:
+    worker = multiprocessing.parent_process()
+    assert worker is not None
+    wait([worker.sentinel])
+    os._exit(1)
