@@ -8,7 +8,7 @@ from skimage import data
 
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, frame_chunks
-from vidgen_ray.stages.rife import RifeStage, similarity
+from vidgen_ray.stages.rife import KEPT_FRAMES, LARGEST_MULTIPLE_PX, RifeStage, similarity
 
 SIZE_PX = 64
 STEP_PX = 6
@@ -123,3 +123,13 @@ def test_stage_applies_only_to_clips_of_a_higher_rate(make_shot):
 def test_wrong_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Shot(prompt="a", **fields)
+
+
+def test_planned_memory_has_room_for_the_kept_frames(tiny, make_shot):
+    """Both sizes are padded to the same one, so they differ by the frames only."""
+    small, large = (
+        RifeStage.memory(tiny.params(RifeStage), make_shot(width=side_px, height=side_px)).peak
+        for side_px in (LARGEST_MULTIPLE_PX // 2, LARGEST_MULTIPLE_PX)
+    )
+    pixels = LARGEST_MULTIPLE_PX**2 - (LARGEST_MULTIPLE_PX // 2) ** 2
+    assert large - small == np.zeros((KEPT_FRAMES, pixels, 3), np.float32).nbytes
