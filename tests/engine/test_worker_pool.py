@@ -34,8 +34,8 @@ class Client(FakeActorClient):
     Shots in `poison` fail. With `confused`, each call returns the result of the previous one.
     """
 
-    def __init__(self, name, *, slow=CALL_S, error=None, poison=(), confused=False):
-        super().__init__(name, lambda *_: slow, self.respond, load_s=1)
+    def __init__(self, name, *, slow=CALL_S, error=None, poison=(), confused=False, load_s=1):
+        super().__init__(name, lambda *_: slow, self.respond, load_s=load_s)
         self.slow, self.error, self.poison, self.confused = slow, error, poison, confused
         self.key = "of an earlier shot"
         self.orders = []
@@ -100,6 +100,14 @@ def test_sick_workers_fail_no_shot_while_a_sound_one_works():
     sick = [Client(name, slow=0.1, error="CUDA error") for name in "abc"]
     results, _ = run([*sick, Client("sound")], range(6))
     assert set(results.values()) == {"sound"}
+
+
+def test_retry_does_not_wait_for_a_worker_that_starts():
+    results, seconds = run(
+        [Client("bad", slow=0.1, error="it broke"), Client("sound"), Client("late", load_s=10_000)], range(4)
+    )
+    assert set(results.values()) == {"sound"}
+    assert seconds < 8 * CALL_S
 
 
 def test_result_of_another_shot_is_a_failure_of_its_worker():
