@@ -87,14 +87,9 @@ class FakeLoRA(FakeStage, FluxLoRAStage):
         return {"image": artefacts["image"][::-1]}
 
 
-def fake_likeness(seed):
-    """Return a likeness of 0 to 0.99 that depends on the seed only."""
-    return seed % 100 / 100
-
-
 class FakeImageLikeness(FakeStage, ImageLikenessStage):
     def one(self, shot, artefacts):
-        return {"image_likeness": Likeness((fake_likeness(shot.seed),))}
+        return {"image_likeness": Likeness((shot.seed % 100 / 100,))}
 
 
 class FakeSVD(FakeStage, SVDStage):

@@ -13,7 +13,7 @@ import ray
 
 from tests.batch.test_batch import Events
 from tests.conftest import ASTRONAUT
-from tests.fake_stages import FAKES, fake_likeness, profile_of_fakes
+from tests.fake_stages import FAKES, profile_of_fakes
 from vidgen_ray.batch.line_planner import remaining_lines
 from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
@@ -26,7 +26,6 @@ from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.script.lines import ScriptSettings
-from vidgen_ray.shot import Shot
 from vidgen_ray.stages.flux import FluxStage
 
 pytestmark = pytest.mark.usefixtures("local_ray", "short_waits")
@@ -272,28 +271,6 @@ def test_face_features_are_shared_between_shots_with_the_same_photo(tmp_path, pr
     render_lines(tmp_path, profile, lines, cache="none")
     records = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("shots/*/*/shot.json")]
     assert Counter(record["stages"][0]["cached"] for record in records) == {True: 5, False: 1}
-
-
-def test_low_likeness_retries_with_other_seeds_before_the_clip_is_rendered(tmp_path, profile):
-    def likeness_of_attempts(seed):
-        shot = Shot(prompt="a", id="a", seed=seed)
-        return [fake_likeness(shot.with_retry_seed(number).seed) for number in range(3)]
-
-    third = next(
-        seed for seed in range(1000) if [likeness >= 0.5 for likeness in likeness_of_attempts(seed)] == [False, False, True]
-    )
-    never = next(seed for seed in range(1000) if max(likeness_of_attempts(seed)) < 0.5)
-    fields = {"prompt": "a", "face_image": str(ASTRONAUT), "min_identity": 0.5, "retries": 2}
-    lines = [{"id": "third", "seed": third, **fields}, {"id": "never", "seed": never, **fields}]
-    report, rows = render_lines(tmp_path, profile.model_copy(update={"layout": "fused"}), lines, cache="all")
-    assert (report.done, report.failed) == (1, 1)
-    assert rows["third"].image_likeness == likeness_of_attempts(third)[2]
-    record = json.loads((tmp_path / "out" / shot_path("third") / "shot.json").read_text())
-    assert (record["tries"], record["shot"]["seed"]) == (3, Shot(prompt="a", id="a", seed=third).with_retry_seed(2).seed)
-    failed = rows["never"]
-    assert (failed.failure_stage, failed.failure_error, failed.failure_attempts) == ("likeness", "LikenessTooLow", 3)
-    assert f"{max(likeness_of_attempts(never)):g}" in failed.failure_message
-    assert len(list((tmp_path / "out").glob("cache/*/*/frames.mkv"))) == 1, "no clip is rendered for rejected images"
 
 
 def test_lost_planning_task_is_repeated(in_process, tmp_path, profile, monkeypatch):

@@ -237,7 +237,6 @@ def test_home_folder_in_quotes(settings, monkeypatch, tmp_path):
         ("upscale zero.mp4", 1, "zero.mp4: "),
         ("show zero.mp4", 1, "zero.mp4: is empty"),
         ("prune empty", 4, "empty: has no results; pass the output folder of `vidgen render`"),
-        ("validate gone.jsonl", 3, "must be an existing file"),
     ],
 )
 def test_odd_argument_is_refused_before_anything_starts(settings, monkeypatch, capsys, command, code, message):
