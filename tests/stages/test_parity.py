@@ -233,6 +233,14 @@ def test_svd_equals_diffusers_with_its_conditions(tiny, make_shot):
     assert np.array_equal(clip, as_uint8(expected))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_planned_memory_of_svd_has_room_for_the_decoded_frames(tiny, make_shot, dtype):
+    """Frames are decoded eight at a time, and all of them are kept."""
+    params = tiny.params(SVDStage).model_copy(update={"decode_chunk_frames": 8, "dtype": dtype})
+    shorter, longer = (SVDStage.memory(params, make_shot(width=512, height=512, num_frames=n)).peak for n in (14, 15))
+    assert longer - shorter == np.zeros((512, 512, 3), dtype).nbytes
+
+
 def test_svd_rejects_sizes_that_are_not_multiples_of_64(tiny, make_shot):
     with pytest.raises(StageError, match="image: got 96x64, width and height must be multiples of 64"):
         loaded(SVDStage, tiny)(Item(make_shot(), {"image": gradient_image(96, 64)}))
