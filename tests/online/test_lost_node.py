@@ -17,8 +17,9 @@ from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.online import job_director as director_module
 from vidgen_ray.online import workers as workers_module
 from vidgen_ray.online.application import plan_for
+from vidgen_ray.online.auth import ApiKeys
 from vidgen_ray.online.job_director import JobDirector
-from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
 from vidgen_ray.online.store.store import open_store
@@ -112,7 +113,7 @@ class RunningServer:
         )
         await self.workers.__init__(config, layout, [None] * len(layout.slots), chosen.stage_seconds, make_plan)
         handle = SimpleNamespace(actors=SimpleNamespace(remote=self.workers.actors))
-        self.director = JobDirector(config, self._settings, layout, handle)
+        self.director = JobDirector(config, self._settings, layout, ApiKeys([], Limits()), handle)
 
     async def accept(self, **fields):
         shot = Shot(**{**self.served.profile.defaults, "seed": 3, **IMAGE_ONLY, **fields, "id": new_id("shot")})

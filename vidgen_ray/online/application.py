@@ -152,9 +152,9 @@ def application(server: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STA
         cache=CacheSettings("all", wait=True),
     )
     make_plan = partial(plan_for, server.serving_profile)
-    director = director_application(config, settings, server.layout, server.labels, server.stage_seconds, make_plan)
-    # Passed to the replica, which may run on another machine without the keys file. Without keys it would require none.
+    # Passed to the replicas, which may run on another machine without the keys file. Without keys they would require none.
     keys = load_keys(settings.keys_file, settings.limits)
+    director = director_application(config, settings, server.layout, keys, server.labels, server.stage_seconds, make_plan)
     return serve.deployment(
         serve.ingress()(Api),
         name=API,
@@ -169,6 +169,7 @@ def director_application(
     config: EngineConfig,
     settings: OnlineSettings,
     layout: Layout,
+    keys: ApiKeys,
     labels: Sequence[Label | None],
     stage_seconds: Mapping[str, float] | None = None,
     make_plan: Callable[[Cluster], Plan] | None = None,
@@ -187,7 +188,7 @@ def director_application(
         ray_actor_options={"num_cpus": DIRECTOR_CPUS},
         max_ongoing_requests=MAX_DIRECTOR_CALLS,
         **HEALTH,
-    ).bind(config, settings, layout, workers)
+    ).bind(config, settings, layout, keys, workers)
 
 
 class Api:

@@ -29,7 +29,7 @@ from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.online.api_error import without_paths
-from vidgen_ray.online.auth import load_keys
+from vidgen_ray.online.auth import ApiKeys
 from vidgen_ray.online.job_service import plan_job, storage_problem
 from vidgen_ray.online.queue_estimate import ProgressEstimator
 from vidgen_ray.online.server_settings import OnlineSettings
@@ -90,7 +90,7 @@ End = tuple[Callable[[], Any], asyncio.Future[Any]]
 class JobDirector:
     """Director of a server. Create it inside an event loop."""
 
-    def __init__(self, config: EngineConfig, settings: OnlineSettings, layout: Layout, workers: Any) -> None:
+    def __init__(self, config: EngineConfig, settings: OnlineSettings, layout: Layout, keys: ApiKeys, workers: Any) -> None:
         """`layout`: the planned one; `workers`, the handle of the Workers deployment, tells which one it has by now."""
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "director"))
         self._config = config
@@ -99,7 +99,7 @@ class JobDirector:
         self._serving_profile = serving_profile(config.profile, settings.require_licence)
         # A job whose claim or end is lost in a power failure is claimed again, and its files are found.
         self._store = open_store(settings, durable=False)
-        self._metrics = ServerMetrics(config.profile.name, load_keys(settings.keys_file, settings.limits).public_name)
+        self._metrics = ServerMetrics(config.profile.name, keys.public_name)
         self._storage = StoragePause(partial(storage_problem, self._store, self._outputs), math.inf, _log_storage)
         self._renderer = Renderer(self._metrics.snapshot)
         self._actors = Actors("", 0, {}, layout)

@@ -12,6 +12,7 @@ from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.online.application import DIRECTOR, director_application
+from vidgen_ray.online.auth import ApiKeys
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.store.jobs import Job, JobKind, new_id
@@ -103,7 +104,8 @@ def run(name, profile, cluster, out, stages, wait=True, grows=False, database=No
     stages_served = {stage.name: stages[stage.name] for stage in served.stages}
     config = EngineConfig(name, served.profile, outputs, stages_served, CacheSettings("all", wait=True))
     labels = labels_of(chosen, cluster)
-    app = director_application(config, settings, chosen.layout, labels, chosen.stage_seconds if grows else None)
+    keys = ApiKeys([], settings.limits)
+    app = director_application(config, settings, chosen.layout, keys, labels, chosen.stage_seconds if grows else None)
     target = serve.RunTarget(app, name=name, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=wait)
     return Running(name, served, outputs, open_store(settings))
