@@ -211,6 +211,7 @@ def _linear_in_bfloat16(cuda):
 
 
 FLOAT8 = torch.float8_e4m3fn
+_attention = torch.nn.functional.scaled_dot_product_attention
 
 
 @pytest.mark.parametrize(
@@ -223,13 +224,36 @@ FLOAT8 = torch.float8_e4m3fn
         lambda cuda: torch.ones(4)[cuda.tensor(2, dtype=torch.int64)],
         lambda cuda: torch.ones(4).index_put_((cuda.tensor(2, dtype=torch.int64),), torch.tensor(0.0)),
         lambda cuda: torch.nn.functional.conv1d(cuda.tensor(1, 4, 8, dtype=HALF), cuda.tensor(4, 4, 3, dtype=BRAIN)),
+        lambda cuda: torch.nn.functional.conv2d(
+            cuda.tensor(1, 4, 8, 8, dtype=torch.float32), cuda.tensor(4, 4, 3, 3, dtype=HALF)
+        ),
+        lambda cuda: _attention(cuda.tensor(1, 1, 4, 8, dtype=HALF), *(cuda.tensor(1, 1, 4, 8, dtype=BRAIN),) * 2),
+        lambda cuda: cuda.tensor(4, dtype=BRAIN) * torch.ones(4),
     ],
-    ids=["linear", "linear of tokens", "fp8 matmul", "fp8 sum", "index", "index_put", "convolution"],
+    ids=(
+        *("linear", "linear of tokens", "fp8 matmul", "fp8 sum", "index", "index_put", "convolution of mixed 16 bits"),
+        *("convolution of float32", "attention", "product with the host"),
+    ),
 )
 def test_mistakes_of_precision_and_device_are_found(cuda, mistake):
     """Positive controls: each raises an error on a GPU."""
     with cuda.running(), pytest.raises(RuntimeError):
         mistake(cuda)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda cuda: _linear_in_bfloat16(cuda)(cuda.tensor(2, 16, dtype=BRAIN)),
+        lambda cuda: cuda.tensor(4, dtype=BRAIN) * torch.tensor(2.0),
+        lambda cuda: cuda.tensor(4, dtype=BRAIN)[torch.tensor([0, 1])],
+        lambda cuda: cuda.tensor(4, dtype=FLOAT8).to(BRAIN),
+    ],
+    ids=["linear", "number on the host", "index on the host", "fp8 cast"],
+)
+def test_operations_that_a_gpu_runs_raise_no_error(cuda, operation):
+    with cuda.running():
+        assert operation(cuda).dtype == BRAIN
 
 
 def test_network_in_another_precision_is_found(tiny, cuda, face):
