@@ -10,10 +10,12 @@ from vidgen_ray.graph import STAGE_BY_NAME, STAGES, durations, relative_costs
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan, profile_for
 from vidgen_ray.planner.cards import CARDS, TYPICAL, card_named, card_reported_as, typical_card
-from vidgen_ray.planner.choose_layout import ROOM_GB
+from vidgen_ray.planner.choose_layout import DISK_GB_PER_S, FIRST_CALL_S, ROOM_GB, START_SECONDS
+from vidgen_ray.planner.cluster import GB
 from vidgen_ray.planner.demand import seconds_of
 from vidgen_ray.profile import load_profile
 from vidgen_ray.shot import Shot
+from vidgen_ray.stages.memory_table import weight_bytes
 
 FACE = {"face_image": "face.png", "lora": "l.safetensors"}
 CHAINS = {
@@ -116,6 +118,23 @@ def test_seconds_include_the_copies_of_weights_whatever_the_size_and_the_steps(s
     linked = stage_class.work(stage_class.Params(weights="w", dtype="bfloat16", **option)).linked_bytes
     assert with_copies - without == pytest.approx(copies * linked / 25e9)
     assert linked > 30e9
+
+
+@pytest.mark.parametrize(("gpus", "shots", "turns"), [("1xH100", 100, 0), ("1xRTX-4090", 100, 7), ("1xRTX-4090", 1, 0)])
+def test_first_clip_waits_for_weights_and_for_the_turn_before(gpus, shots, turns):
+    cluster = parse_gpus(gpus)
+    profile = profile_for("auto", lambda: cluster)
+    planned = plan(profile, demand_of([Shot.model_validate({"prompt": "a", "upscaler": "x4plus", **FACE})] * shots), cluster)
+    seconds = planned.stage_seconds
+    on_gpu = [name for name in seconds if profile.actor_of(STAGE_BY_NAME[name]).device == "cuda"]
+    shot_s = sum(seconds.values()) + FIRST_CALL_S * len(on_gpu)
+    turn_s = turns * (seconds["flux"] + seconds["lora"])
+    assert planned.first_clip_s == pytest.approx(planned.load_s + shot_s + turn_s)
+    stored = "flux/transformer" if gpus == "1xH100" else "flux/transformer:fp8_storage"
+    largest = (stored, "flux/text_encoder_2", "infusenet/net", "svd/unet")
+    weights_gb = sum(weight_bytes(name, "float16") for name in largest) / GB
+    assert weights_gb / DISK_GB_PER_S < planned.load_s - START_SECONDS < 1.4 * weights_gb / DISK_GB_PER_S
+    assert planned.first_clip_s < planned.seconds_high
 
 
 def test_every_traced_stage_is_faster_on_a_faster_card():

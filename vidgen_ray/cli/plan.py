@@ -175,6 +175,7 @@ def _facts(
         + (f", limited by {planned.bottleneck}" if planned.bottleneck else ""),
     )
     yield "time", f"{duration(planned.seconds)} ({duration(planned.seconds_low)} to {duration(planned.seconds_high)})"
+    yield "first clip", f"after {duration(planned.first_clip_s)}, {duration(planned.load_s)} of it to load weights"
     if on_gpus:
         yield "GPU-hours", f"{planned.gpu_hours:,.2f}"
         yield "cost", "unknown; pass --price" if planned.cost is None else money(planned.cost, planned.currency)

@@ -17,7 +17,7 @@ from pydantic import JsonValue
 from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError, VidgenError
 from vidgen_ray.planner import layout
 from vidgen_ray.planner.cards import GpuCard, typical_card
-from vidgen_ray.planner.cluster import Cluster, Node
+from vidgen_ray.planner.cluster import GB, Cluster, Node
 from vidgen_ray.planner.demand import (
     ENCODING,
     Calibration,
@@ -28,7 +28,7 @@ from vidgen_ray.planner.demand import (
     total_seconds,
 )
 from vidgen_ray.planner.gpu_memory import actors_of, memory_limits, reference_shots
-from vidgen_ray.planner.layout import SHOTS_PER_SWAP, Actor, Candidates, Kind, Layout, Slot
+from vidgen_ray.planner.layout import SHOTS_PER_SWAP, Actor, Assignment, Candidates, Kind, Layout, Slot
 from vidgen_ray.planner.solver import (
     DIRECTOR_CPUS,
     ENCODER_CPUS,
@@ -51,8 +51,10 @@ SHOTS_PER_SLOT = 3
 """Shots in progress per slot: one running, one queued and one in transfer."""
 START_SECONDS = 15.0
 """Seconds to start the processes."""
-LOAD_GB_PER_S = 1.0
-"""Rate at which weights are loaded from disk."""
+DISK_GB_PER_S = 1.5
+"""Assumed rate at which a node reads weight files from its disk, in GB per second. Its workers share one read."""
+FIRST_CALL_S = 2.0
+"""Assumed seconds by which the first call of a stage on a GPU is slower, if `vidgen bench` has not measured it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,10 @@ class Plan:
     """Share of the time of all GPUs (or of all slots, on CPUs) in which they compute, without the start and end of the run."""
     seconds: float
     """Expected duration of the run, including loading the weights."""
+    load_s: float
+    """Seconds until the workers have loaded their weights."""
+    first_clip_s: float
+    """Seconds until the first shot has left the GPU, including `load_s`."""
     seconds_low: float
     seconds_high: float
     """Range of the expected duration."""
@@ -147,6 +153,8 @@ class Timing:
     """Stages without calibration or seconds in the profile."""
     encode_s: float
     """Mean CPU seconds of encoding per shot."""
+    warm_up_s: float
+    """Seconds by which the first shot of a worker is slower."""
 
     @property
     def shot_seconds(self) -> float:
@@ -180,7 +188,7 @@ def estimate(
     drain_seconds = one_shot / 2 * (1 - 1 / demand.shots)
     # Sums of floats depend on their order, and that of a set on the process.
     actors = sorted({actor for assignment in assignments for actor in assignment.actors}, key=lambda actor: actor.position)
-    load_seconds = START_SECONDS + sum(actor.gpu_gb + actor.host_gb for actor in actors) / LOAD_GB_PER_S
+    load_seconds = _load_seconds(actors, cluster)
     expected = load_seconds + render_seconds + drain_seconds
     gpu_hours = len(cluster.gpus) * expected / 3600 if on_gpu else 0.0
     per_hour, is_default = _price(cluster, price) if on_gpu else (None, False)
@@ -194,6 +202,8 @@ def estimate(
         shots_per_hour=packing.rate * 3600,
         efficiency=min(1.0, packing.rate * unit_seconds / units),
         seconds=expected,
+        load_s=load_seconds,
+        first_clip_s=load_seconds + timing.warm_up_s + one_shot + _wait_for_turns(assignments, demand.shots),
         seconds_low=render_seconds * (1 - timing.spread),
         seconds_high=load_seconds + (render_seconds + one_shot) * (1 + timing.spread),
         gpu_hours=gpu_hours,
@@ -211,6 +221,24 @@ def estimate(
         considered=considered,
         notes=(*_notes(packing, cluster, timing, used_gpus, is_default), *notes),
     )
+
+
+def _load_seconds(actors: Sequence[Actor], cluster: Cluster) -> float:
+    """Return the seconds until processes have started and read their weights from disk, through the slowest link to a GPU."""
+    read_gb = sum(actor.gpu_gb + actor.host_gb - actor.copied_gb for actor in actors)
+    copy_s = max((card.copy_seconds(read_gb * GB) for card in cluster.assumed_cards), default=0.0)
+    return START_SECONDS + read_gb / DISK_GB_PER_S + copy_s
+
+
+def _wait_for_turns(assignments: Sequence[Assignment], shots: int) -> float:
+    """Return the seconds for which the first shot waits for others, because the groups of its slot take turns."""
+
+    def waits(assignment: Assignment) -> float:
+        groups = [group for process in assignment.processes for group in process.swap_groups]
+        first = sorted(groups, key=lambda group: min(actor.position for actor in group))[:-1]
+        return (min(SHOTS_PER_SWAP, shots) - 1) * sum(actor.seconds for group in first for actor in group)
+
+    return min(map(waits, assignments), default=0.0)
 
 
 def _stage_shares(filled: FilledSlot, timing: Timing) -> dict[str, float]:
@@ -422,7 +450,7 @@ def _timing(
     """Return the seconds of all stages. Those of the `divided` actors have several GPUs."""
     seconds: dict[str, float] = {}
     reference_s: dict[str, float] = {}
-    spread_seconds, assumed = 0.0, []
+    spread_seconds, warm_up_s, assumed = 0.0, 0.0, []
     for stage in demand.stages:
         expected = seconds_of(profile, stage, calibration, card)
         total = total_seconds(expected, stage.name, demand, calibration.get(stage.name))
@@ -432,11 +460,14 @@ def _timing(
         own_part = stage.fixed_share + (1 - stage.fixed_share) / _gain(gpus) if stage.actor in divided else 1.0
         seconds[stage.name] = max(MIN_SECONDS, own_part * total / demand.shots)
         spread_seconds += expected.spread * seconds[stage.name]
+        if profile.actor_of(stage).device == "cuda":
+            known = calibration.get(stage.name)
+            warm_up_s += max((each.warmup_s for each in known.measurements) if known else (), default=FIRST_CALL_S)
         if not expected.is_known:
             assumed.append(stage.name)
     spread = min(0.9, spread_seconds / sum(seconds.values())) if seconds else 0.0
     encode_s = demand.encoded_mpx * encode_seconds_per_mpx(profile, calibration) / demand.shots
-    return Timing(seconds, spread, reference_s, tuple(assumed), encode_s)
+    return Timing(seconds, spread, reference_s, tuple(assumed), encode_s, warm_up_s)
 
 
 Choice = tuple[Kind, Packing, tuple[ConsideredLayout, ...]]
