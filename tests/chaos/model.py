@@ -992,7 +992,7 @@ def patched(world):
         patch.setattr(worker, "load_lock", lambda *_: nullcontext())
         for module in (worker, encoder):
             patch.setattr(module, "place_of_process", lambda: place_of(world.process), raising=False)
-            patch.setattr(module, "activity_of_process", lambda: 0.0, raising=False)
+            patch.setattr(module, "activity_of_process", lambda *_: 0.0, raising=False)
         patch.setattr(step_runner.WeightsCheck, "before_load", lambda self, stages: None)
         patch.setattr(step_runner, "read_image", world.read_image)
         patch.setattr(step_runner, "with_local_loras", lambda shot, inputs: shot)
