@@ -147,7 +147,8 @@ class TestFinishedShots:
         monkeypatch.chdir("/")
         assert pickle.loads(packed).root == tmp_path / "out"
         remote = OutputFolder("s3://KEY:SECRET@clips/a?endpoint=http://h:1")
-        remote.storage  # noqa: B018  # create the storage, which is not pickled
+        # Creates the storage, which is not pickled.
+        assert remote.place("a b", "hd.mp4") == f"s3://clips/a/{shot_path('a b').replace(' ', '%20')}/hd.mp4"
         unpickled = pickle.loads(pickle.dumps(remote))
         assert (unpickled.url, repr(unpickled)) == ("s3://clips/a", "OutputFolder(s3://clips/a)")
         with pytest.raises(SetupError, match="s3://clips/a: is in an object store"):
