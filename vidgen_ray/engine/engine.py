@@ -123,12 +123,8 @@ class Engine:
         storage: StoragePause,
         more_slots: MoreSlots | None = None,
         on_waiting: Callable[[str], None] = lambda _: None,
-        max_shots: int | None = None,
     ) -> None:
-        """`more_slots`: see `Fleet`. `on_waiting` gets what the fleet waits for, such as GPUs that another run uses.
-
-        `max_shots`: maximum number of shots in progress. `None`: the window of the layout, in proportion to its workers.
-        """
+        """`more_slots`: see `Fleet`. `on_waiting` gets what the fleet waits for, such as GPUs that another run uses."""
         chunk_frames = chunk_frames_of(config.profile, [config.stages[stage] for stage in layout.stages])
         self._layout = layout
         self._parallel_commits = config.parallel_commits
@@ -138,8 +134,7 @@ class Engine:
         self._on_waiting = on_waiting
         self._waiting_for: str | None = None
         store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)
-        self._max_shots = max_shots
-        self.window = Window(max_shots or layout.window, OBJECT_STORE_SHARE * store_bytes)
+        self.window = Window(layout.window, OBJECT_STORE_SHARE * store_bytes)
 
     async def start(self, labels: Sequence[Label | None]) -> None:
         """Create the actors. Returns before they have loaded their weights. `labels`: see `fleet.labels_of`.
@@ -220,9 +215,8 @@ class Engine:
 
     def _resize_window(self) -> None:
         """Adapt the window to the present workers: slots can start late, be added and be lost."""
-        if self._max_shots is None:
-            share = self._workers.count / len(self._layout.workers)
-            self.window.resize(max(1, round(self._layout.window * share)))
+        share = self._workers.count / len(self._layout.workers)
+        self.window.resize(max(1, round(self._layout.window * share)))
 
     def waiting(self, reason: str | None) -> None:
         self._waiting_for = reason
