@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from math import ceil
 
 import diffusers
@@ -56,7 +54,7 @@ class CountingWan(WanStage):
     """Fails as the prompt says."""
 
     def run(self, item):
-        prompt = item.shot.prompt
+        prompt = item.shot.prompt if dist.is_initialized() else "alone"
         if prompt == "crash" and dist.get_rank() == 1:
             os._exit(1)
         if prompt == "wrong":
@@ -199,18 +197,11 @@ def test_error_of_one_process_ends_the_call_and_the_group_starts_again(runner, m
     assert not set(before) & set(runner.group.pids)
 
 
-CRASH = """
-import sys
-from pathlib import Path
-from tests.engine.test_gpu_group import Runner, clip, CountingWan
-runner = Runner(Path(sys.argv[1]), 2, "wan")
-print("loaded", flush=True)
-runner.divided[CountingWan](clip("crash"))
-print("survived", flush=True)
-"""
-
-
-def test_crash_of_one_process_is_one_of_the_worker_and_ends_the_others(weights):
-    # The other processes have the same standard output, so this returns when all have ended.
-    done = subprocess.run([sys.executable, "-c", CRASH, weights], stdout=subprocess.PIPE, text=True, timeout=300)
-    assert (done.returncode, done.stdout) == (1, "loaded\n")
+@pytest.mark.parametrize("runner", [TWO], indirect=True, ids=["two processes"])
+def test_worker_computes_alone_if_its_processes_cannot_work_together(runner):
+    together, alone, notes, _ = runner.both(CountingWan, clip("crash"))
+    assert np.array_equal(together, alone)
+    assert notes[-1].endswith("because several could not work together: RuntimeError: the process of a GPU has crashed")
+    assert not list(runner.group.pids)
+    together, alone, _, _ = runner.both(CountingFlux, picture())
+    assert np.array_equal(together, alone)

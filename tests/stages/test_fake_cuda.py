@@ -96,7 +96,7 @@ def test_flux_stages_stay_on_the_gpu(tiny, cuda, face, stage_class, fields, with
             stage._injector("infusenet")
         if line.lora:
             with torch.inference_mode(False), torch.no_grad():
-                stage.model.adapters._loaded(line.lora[0])
+                stage.model.adapters._loaded(line.lora[0], 0)
         move_flux(stage, cuda)
 
     artefacts = {"image": IMAGE, "face": face} if with_face else {"image": IMAGE}

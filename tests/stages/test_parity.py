@@ -177,7 +177,7 @@ def test_least_recently_used_adapter_is_evicted(tiny, tmp_path):
         with model.loras_active([LoraRef(path=str(file))]):
             pass
     kept = model.text_to_image.get_list_adapters()["transformer"]
-    assert kept == [model.adapters._loaded(LoraRef(path=str(file))) for file in (files[0], files[2])]
+    assert kept == [model.adapters._loaded(LoraRef(path=str(file)), 0) for file in (files[0], files[2])]
 
 
 def test_too_many_loras_are_rejected_and_do_not_change_the_weights(flux, lora, make_shot, tmp_path):

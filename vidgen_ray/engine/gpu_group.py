@@ -1,7 +1,7 @@
 """Run stages on several GPUs of one machine: a process for each GPU holds the whole model and computes a part of each step.
 
 The worker that starts the processes sends them every call and takes the result of the first one. It computes nothing itself, so
-no failure leaves it waiting for another process. Does not depend on Ray.
+no failure leaves it waiting for another process. If they cannot work together, it computes alone. Does not depend on Ray.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from vidgen_ray.engine.oom_fallback import free_gpu_memory, prepare_gpu
-from vidgen_ray.errors import Cancelled
+from vidgen_ray.engine.oom_fallback import free_gpu_memory, is_out_of_memory, prepare_gpu
+from vidgen_ray.errors import Cancelled, VidgenError
 from vidgen_ray.stages.base import Artefacts, Item, Stage, StageParams, progress_callback, report_progress
 from vidgen_ray.stages.context_parallel import join_group
 
@@ -34,8 +34,15 @@ RUN, PROGRESS, DONE, ERROR = "run", "progress", "done", "error"
 StageKind = tuple[type[Stage[Any]], StageParams]
 
 
+class GroupLost(Exception):
+    """The processes of a group crashed, or could not work together."""
+
+
 class GpuGroup:
-    """The processes of one worker. They start with the first call and end with the worker."""
+    """The processes of one worker. They start with the first call and end with the worker.
+
+    Methods that call the processes raise what the stage raises, Cancelled, and GroupLost after which the group is not used.
+    """
 
     def __init__(self, gpus: int) -> None:
         self._gpus = gpus
@@ -44,6 +51,8 @@ class GpuGroup:
         """Loaded stage -> device that it was moved to. `None` if it was not moved."""
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        self.lost = ""
+        """Why the group is not used any more. Empty if it is."""
 
     @property
     def pids(self) -> Iterator[int]:
@@ -64,7 +73,7 @@ class GpuGroup:
         self._placed[name] = device
 
     def run(self, name: str, params: StageParams, item: Item) -> tuple[Artefacts, tuple[str, ...], int]:
-        """Return the artefacts, the notes and the number of loaded LoRAs. Raises what the stage raises, and Cancelled."""
+        """Return the artefacts, the notes and the number of loaded LoRAs."""
         free_gpu_memory()
         result: tuple[Artefacts, tuple[str, ...], int] = self._call(name, RUN, params, item)
         return result
@@ -77,13 +86,22 @@ class GpuGroup:
         self._processes, self._pipes = [], []
 
     def _call(self, *request: Any) -> Any:
-        if not self._processes:
-            self._start()
-            for name, device in self._placed.items():
-                self._ask(name, "load")
-                if device is not None:
-                    self._ask(name, "move", device)
-        return self._ask(*request)
+        try:
+            if not self._processes:
+                self._start()
+                for name, device in self._placed.items():
+                    self._ask(name, "load")
+                    if device is not None:
+                        self._ask(name, "move", device)
+            return self._ask(*request)
+        except (VidgenError, Cancelled):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self.stop()
+            self.lost = f"{type(error).__name__}: {error}"
+            raise GroupLost(self.lost) from error
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -136,24 +154,39 @@ class GpuGroup:
 
 
 class DividedStage(Stage[StageParams]):
-    """Mixin of a stage that runs in a group of processes. It comes before the stage in the base classes."""
+    """Mixin of a stage that runs in a group of processes, or in this one if the group is lost. It comes before the stage in the
+    base classes."""
 
     group: GpuGroup
     _adapter_loads = 0
+    _is_loaded_here = False
 
     def load(self) -> None:
-        self.group.load(self.name)
+        with suppress(GroupLost):
+            self.group.load(self.name)
 
     def move(self, device: str) -> None:
-        self.group.move(self.name, device)
+        if self._is_loaded_here:
+            super().move(device)
+        elif not self.group.lost:
+            with suppress(GroupLost):
+                self.group.move(self.name, device)
 
     @property
     def adapter_loads(self) -> int:
-        return self._adapter_loads
+        return super().adapter_loads if self._is_loaded_here else self._adapter_loads
 
     def __call__(self, item: Item) -> Artefacts:
-        result, notes, self._adapter_loads = self.group.run(self.name, self.params, item)
-        self.note(*notes)
+        if not self.group.lost:
+            with suppress(GroupLost):
+                result, notes, self._adapter_loads = self.group.run(self.name, self.params, item)
+                self.note(*notes)
+                return result
+        if not self._is_loaded_here:
+            super().load()  # type: ignore[safe-super]  # that of the stage, the next base class
+            self._is_loaded_here = True
+        result = super().__call__(item)
+        self.note(f"computed on one GPU, because several could not work together: {self.group.lost}")
         return result
 
 
@@ -172,11 +205,11 @@ def _send(pipe: Connection, message: Any) -> None:
 
 
 def _receive(pipe: Connection) -> tuple[str, Any]:
-    """Return the next message of a process. Ends this process if that one has crashed: the crash is the worker's."""
+    """Return the next message of a process. Raises RuntimeError if it has crashed."""
     try:
         message: tuple[str, Any] = pipe.recv()
     except (EOFError, ConnectionResetError):
-        os._exit(1)
+        raise RuntimeError("the process of a GPU has crashed") from None
     return message
 
 

@@ -138,10 +138,9 @@ class FluxFamilyStage(Stage[FluxParams]):
 
     @classmethod
     def divided(cls, params: FluxParams) -> FluxParams | None:
+        can_divide = params.quantize == "none" and params.attention_backend in ATTENTION_BACKENDS
         # A step cache compares the tokens of a process, so the processes would not skip the same blocks.
-        is_exact = params.step_cache_threshold is None and params.quantize == "none"
-        can_divide = is_exact and params.attention_backend in ATTENTION_BACKENDS
-        return params.model_copy(update={"compile": False}) if can_divide else None
+        return params.model_copy(update={"compile": False, "step_cache_threshold": None}) if can_divide else None
 
     @classmethod
     def work_of_steps(cls, params: FluxParams, steps: float) -> Workload:
