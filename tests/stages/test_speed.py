@@ -92,7 +92,7 @@ def test_attention_backend_that_is_not_installed_is_refused(tiny):
 # Compilation
 
 
-def small_unet(params):
+def small_unet(params, float32_parts):
     """Return a UNet of one level for SVD. torch.compile traces it in a third of the time."""
     torch.manual_seed(0)
     unet = UNetSpatioTemporalConditionModel(
