@@ -134,10 +134,13 @@ def _print(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, co
     facts = Table.grid(padding=(0, 2))
     for name, text in _facts(planned, profile, demand, cluster, counts):
         facts.add_row(f"[bold]{name}[/]" if console.is_terminal else name, escape(text))
-    for table in (facts, _stages(planned, profile, cluster.kinds), _slots(planned), _considered(planned)):
+    for table in (facts, _stages(planned, profile), _slots(planned), _considered(planned)):
         console.print(table)
         console.print()
-    for note in planned.notes:
+    actors = dict.fromkeys(STAGE_BY_NAME[stage].actor for stage in planned.stage_seconds)
+    trials = {actor: dict.fromkeys(trial.option for trial, _ in open_trials(profile, actor, cluster.kinds)) for actor in actors}
+    untried = "; ".join(f"{actor} {', '.join(options)}" for actor, options in trials.items() if options)
+    for note in (*planned.notes, *([f"speed options that were not tried on these GPUs: {untried}"] if untried else [])):
         console.print(f"note: {escape(note)}", soft_wrap=True)
 
 
@@ -186,7 +189,7 @@ def _facts(
     yield "cache", f"about {sizes}; --cache {DEFAULT_CACHE} is the default" if sizes else "nothing to keep"
 
 
-def _stages(planned: Plan, profile: Profile, kinds: Sequence[str]) -> Table:
+def _stages(planned: Plan, profile: Profile) -> Table:
     table = Table(box=None, pad_edge=False, header_style="")
     for name in ("stage", "seconds", "of the peak", "precision", "options", "because of"):
         table.add_column(name, justify="right" if name in ("seconds", "of the peak") else "left")
@@ -195,10 +198,7 @@ def _stages(planned: Plan, profile: Profile, kinds: Sequence[str]) -> Table:
         share = f"{planned.peak_share[stage]:.0%}" if stage in planned.peak_share else "-"
         at_load = planned.options.get(STAGE_BY_NAME[stage].actor, {})
         options = ", ".join(f"{name}={value}" for name, value in {**actor.options, **at_load}.items())
-        untried = ", ".join(dict.fromkeys(trial.option for trial, _ in open_trials(profile, STAGE_BY_NAME[stage].actor, kinds)))
-        because = "; ".join(
-            filter(None, (actor.reason, "GPU memory" if at_load else "", f"not tried yet: {untried}" if untried else ""))
-        )
+        because = "; ".join(filter(None, (actor.reason, "GPU memory" if at_load else "")))
         table.add_row(stage, _short(seconds), share, actor.dtype or "", escape(options), because)
     return table
 
