@@ -249,15 +249,15 @@ EVERYTHING = {
 @pytest.mark.parametrize(
     ("fields", "key"),
     [
-        ({}, "738650852c16027d5311c4ebec686c76813bf2e1ebe1d26de1440415e2da4fc1"),
-        (EVERYTHING, "9393d61d58b2ce0064f94d2362ca98e0714287db8e36e55da42c75a07c6cd77a"),
+        ({}, "72cd56c1ac6fd492ba788969d3a9c1fa520334e0c87cdb60d815102110befadf"),
+        (EVERYTHING, "4e3b9b787747862f2d8c969ee53c99ea97146b5585d8c91297bd6c6a8e248405"),
         (
             {"prompt": "a", "mode": "fast", "lora": "one.safetensors", "generate_video": False},
-            "47a9feee1692e42a6a1bceb4c5d70da448f5b5545eb0ebf837d2b2a408175c49",
+            "f15c3084fdf0583fed0df33b3f614c2e29115db4078fa1eec9e45ccaec31fb7b",
         ),
         (
             {"prompt": "a", "image": "picture.png", "scale": 2, "seed": 2**32 - 1},
-            "ccb3b6ded6a72a1a4de1b29dcd3d0c04341771ba067370cd6a238a2b381a5d02",
+            "94df8aa7b8407b32e080f7793b613ccbd16105d5911eca9c2d75f4d95f3ccdf6",
         ),
     ],
 )

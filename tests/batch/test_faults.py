@@ -205,11 +205,11 @@ def test_idle_run_reports_that_no_line_has_come_and_what_it_holds(tmp_path, prof
 
     monkeypatch.setattr("vidgen_ray.batch.render_script.remaining_lines", slow_lines)
     events = Reported()
-    report, _ = render_lines(tmp_path, profile, shots(4), events)
+    report, _ = render_lines(tmp_path, profile, shots(4), events, gpus=ONE_GPU)
     assert report.done == 4
     message = next(message for message in events.messages if "no line has come" in message)
     assert message.startswith("all shots so far are rendered")
-    assert "Rendering holds 2 GPUs" in message, message
+    assert "Rendering holds 1 GPU and" in message, message
 
 
 def test_missing_gpus_raise_instead_of_waiting():
