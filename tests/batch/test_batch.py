@@ -157,7 +157,7 @@ def test_speed_options_are_settled_before_the_keys_and_a_folder_keeps_them(in_pr
     for out, trial_from_s in (("fast", 0.0), ("short", 1e9), ("fast", 0.0), ("short", 0.0)):
         monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path / f"cache-{len(counts)}"))
         monkeypatch.setattr(render_script, "TRIAL_FROM_S", trial_from_s)
-        report = render_lines(script, profile, tmp_path / out)
+        report = render_lines(script, profile, tmp_path / out, stages=FAKES)
         counts.append((report.done, report.skipped))
         options = json.loads((tmp_path / out / "run.json").read_text())["profile"]["actors"]["svd"]["options"]
         assert options == ({"channels_last": True} if out == "fast" else {})

@@ -37,7 +37,7 @@ def test_table_agrees_with_other_traced_sizes(name):
         assert planned == pytest.approx(traced, rel=TOLERANCE), size
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_table_agrees_with_another_traced_size_of_all_networks():
     names = [name for name in traces() if name not in (*FAST_CURVES, "flux/step") and not name.endswith(VARIANTS)]
     assert [

@@ -108,7 +108,7 @@ def small_unet(params, float32_parts):
     return {"unet": unet.eval()}
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_compiled_svd_recompiles_once_for_other_sizes(tiny, make_shot, picture, counter):
     compiled = []
     with (
@@ -141,7 +141,6 @@ def test_compiled_flux_recompiles_once_for_other_sizes_with_and_without_faces(ti
 
 PROMPTED = {
     "klein": {"image_model": "klein", "identity": "none"},
-    "qwen_edit": {"use_hunyuan_style": True, "style_model": "qwen-edit"},
     "hunyuan": {"use_hunyuan_style": True},
     "wan": {"video_model": "wan", "num_frames": 5},
     "ltx": {"video_model": "ltx", "num_frames": 9},
