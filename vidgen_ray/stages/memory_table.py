@@ -111,11 +111,11 @@ class MemoryTable:
         return value
 
     def work_of(self, name: str, pixels: int) -> Workload:
-        """Return the work of a curve for a number of pixels: between points and above them as `curve` does."""
-        smallest = self.work[name][0]
-        flop, moved_bytes = _between(self.work[name], max(pixels, smallest[0]))
-        # Below the smallest size that was traced, in proportion: a line through two points may reach 0.
-        return Workload(flop, moved_bytes).times(min(1.0, pixels / smallest[0]) if len(self.work[name]) > 1 else 1.0)
+        """Return the work of a curve for a number of pixels, as `curve` does, but in proportion where its line reaches 0."""
+        smallest, flop, moved_bytes = self.work[name][0]
+        share = pixels / smallest if len(self.work[name]) > 1 else 1.0
+        on_line = _between(self.work[name], pixels)
+        return Workload(*(value or least * share for value, least in zip(on_line, (flop, moved_bytes), strict=True)))
 
 
 def _between(points: Sequence[tuple[int, ...]], pixels: int) -> tuple[float, ...]:
