@@ -135,6 +135,14 @@ def test_fewer_clips_than_gpus_have_several_gpus_each(shots, gpus):
     assert planned.efficiency <= 1
 
 
+@pytest.mark.parametrize(("shots_at_once", "gpus"), [(1, 8), (3, 2), (8, 1), (None, 1)])
+def test_server_divides_clips_if_fewer_run_at_once_than_it_has_gpus(shots_at_once, gpus):
+    clip = Shot(prompt="a", image="start.png", video_model="wan", num_frames=81, upscale_video=False)
+    profile, demand = load_profile("gpu-80gb"), demand_of([clip] * 100)
+    planned = plan(profile, demand, parse_gpus("8xH100"), shots_at_once=shots_at_once)
+    assert {slot.gpus for slot in planned.layout.slots} == {gpus}
+
+
 def test_each_of_several_gpus_needs_host_memory_of_its_own():
     clip = Shot(prompt="a", image="start.png", video_model="wan", num_frames=81, upscale_video=False)
     plans = [

@@ -95,18 +95,19 @@ def server_plan(settings: OnlineSettings, detect: Callable[[], Cluster]) -> Serv
     if (fast := run_trials(configured, examples, None, cluster, log.warning)) != configured:
         served = serving_profile(fast, settings.require_licence)
     served = replace(served, gpu_gb=max(cluster.gpus, default=None))
-    chosen = plan_for(served, cluster)
+    chosen = plan_for(served, cluster, settings.shots_at_once)
     served = replace(served, profile=served.profile.with_options(chosen.options))
     stage_seconds = None if settings.gpus else chosen.stage_seconds
     return ServerPlan(settings, served, chosen.layout, tuple(labels_of(chosen, cluster)), chosen.reference_s, stage_seconds)
 
 
-def plan_for(served: ServingProfile, cluster: Cluster) -> Plan:
-    """Plan the layout of a server. Raises ProfileError and SetupError as the planner does."""
-    profile = served.profile
-    # As many shots as there may be: each GPU makes its own.
-    demand = served.demand().scaled(max(1, len(cluster.gpus)))
-    return plan(profile, demand, cluster, calibration=load_calibration(profile.name, cluster.card))
+def plan_for(served: ServingProfile, cluster: Cluster, shots_at_once: int | None = None) -> Plan:
+    """Plan the layout of a server. `shots_at_once`: `None` for as many as GPUs. Raises ProfileError and SetupError as the
+    planner does."""
+    profile, shots = served.profile, shots_at_once or max(1, len(cluster.gpus))
+    return plan(
+        profile, served.demand(), cluster, calibration=load_calibration(profile.name, cluster.card), shots_at_once=shots
+    )
 
 
 def build(args: OnlineSettings) -> Application:
@@ -151,7 +152,7 @@ def application(server: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STA
         # Streamed images are read from the cache while a job runs, and lost artefacts are taken from it.
         cache=CacheSettings("all", wait=True),
     )
-    make_plan = partial(plan_for, server.serving_profile)
+    make_plan = partial(plan_for, server.serving_profile, shots_at_once=settings.shots_at_once)
     # Passed to the replicas, which may run on another machine without the keys file. Without keys they would require none.
     keys = load_keys(settings.keys_file, settings.limits)
     director = director_application(config, settings, server.layout, keys, server.labels, server.stage_seconds, make_plan)

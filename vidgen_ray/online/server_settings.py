@@ -122,6 +122,12 @@ class OnlineSettings(_Settings):
 
     profile: str = Field(AUTO, description="Name or file of the profile: models, devices and defaults. `auto`: by the GPUs.")
     gpus: str | None = Field(None, description="GPUs to plan for, for example 8x80GB. Default: detect GPUs at the start.")
+    shots_at_once: int | None = Field(
+        None,
+        ge=1,
+        description="Shots that usually run at the same time. If there are fewer than GPUs, several GPUs of a node divide each "
+        "shot where that makes it shorter. Default: as many as GPUs.",
+    )
     provenance: ProvenanceSettings | None = Field(
         None, description="How files are marked as AI-generated, labelled and signed. Default: that of the profile."
     )

@@ -315,26 +315,33 @@ def plan(
     *,
     calibration: Mapping[str, Calibration] | None = None,
     price: float | None = None,
+    shots_at_once: int | None = None,
 ) -> Plan:
     """Return the plan with the fastest layout, or with the simplest one that is at most 1% slower.
 
     Uses the layout that the profile requests, if any. With `layout: auto` and fewer shots than GPUs, several GPUs of a node
     divide the work of each shot if that makes the run clearly shorter. `calibration`: stage -> seconds measured on these GPUs,
-    which replace those of the profile. `price`: price of a GPU-hour.
+    which replace those of the profile. `price`: price of a GPU-hour. `shots_at_once`: shots that come at the same time, of a
+    demand without an end, for which a shorter shot counts. `None`: those of the demand.
 
     Raises SetupError if the stages do not fit on the machines, ProfileError if the requested layout does not fit, and
     ValueError if there are no shots.
     """
     if demand.shots < 1:
         raise ValueError(f"demand.shots: got {demand.shots}, must be at least 1")
+    shots = demand.shots if shots_at_once is None else shots_at_once
+
+    def duration(planned: Plan) -> float:
+        return planned.seconds if shots_at_once is None else sum(planned.stage_seconds.values())
+
     best = _plan(profile, demand, cluster, calibration, price, 1)
     if profile.layout == "auto" and any(_can_divide(profile, stage) for stage in demand.stages):
         for gpus in GPUS_PER_SHOT:
-            if sum(len(node.gpus) // gpus for node in cluster.nodes) < demand.shots:
+            if sum(len(node.gpus) // gpus for node in cluster.nodes) < shots:
                 break
             with suppress(SetupError, ProfileError):
                 divided = _plan(profile, demand, cluster, calibration, price, gpus)
-                if divided.seconds < best.seconds * (1 - WORTHWHILE):
+                if duration(divided) < duration(best) * (1 - WORTHWHILE):
                     best = divided
     return best
 
