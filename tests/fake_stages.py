@@ -133,4 +133,6 @@ def profile_of_fakes(tiny, actors=tuple(ACTORS_GB), timeout_s=60, **update):
     """Return the profile `tiny` with these actors on a GPU."""
     more = {"device": "cuda", "timeout_s": timeout_s, "cpus": 0.5}
     on_gpu = {name: tiny.actors[name].model_copy(update={"memory_gb": ACTORS_GB[name], **more}) for name in actors}
-    return tiny.model_copy(update={"name": "fakes", "actors": on_gpu, "cpu_workers": None, **update})
+    # Fake stages take no time, so the planned rate would need tens of encoders with the preset of `tiny`.
+    encode = tiny.encode.model_copy(update={"preset": "ultrafast"})
+    return tiny.model_copy(update={"name": "fakes", "actors": on_gpu, "cpu_workers": None, "encode": encode, **update})
