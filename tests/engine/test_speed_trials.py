@@ -3,9 +3,10 @@
 import pytest
 
 from vidgen_ray.engine.run_trials import run_trials
+from vidgen_ray.engine.try_option import try_option
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner import Cluster, Node, parse_gpus, profile_for, speed_trials
-from vidgen_ray.planner.speed_trials import Trial, TrialResult, as_recorded, keep, settled, try_option
+from vidgen_ray.planner.speed_trials import Trial, TrialResult, as_recorded, keep, settled
 from vidgen_ray.profile import load_profile
 
 FAST = TrialResult(speedup=1.3, levels=0.5)

@@ -36,13 +36,14 @@ from vidgen_ray.cli.command_help import MACHINE, in_group
 from vidgen_ray.cli.options import JsonOption, ProfileOption, example
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.engine.oom_fallback import free_gpu_memory
+from vidgen_ray.engine.try_option import try_option
 from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, relative_costs, stages_of
 from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.planner import Measurement, peak_shares, profile_for, save_measurements, this_machine
 from vidgen_ray.planner.cards import GpuCard
 from vidgen_ray.planner.cluster import GB
-from vidgen_ray.planner.speed_trials import keep, open_trials, settled, try_option
+from vidgen_ray.planner.speed_trials import keep, open_trials, settled
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot

@@ -9,9 +9,10 @@ from typing import Any
 import ray
 
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
+from vidgen_ray.engine.try_option import try_option
 from vidgen_ray.graph import stages_of
 from vidgen_ray.planner.cluster import Cluster
-from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, open_trials, settled, try_option
+from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, open_trials, settled
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 

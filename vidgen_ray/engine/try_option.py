@@ -1,0 +1,98 @@
+"""Try a speed option on this machine: run shots through the stages of an actor with and without it. Does not use Ray."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterable
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+
+from vidgen_ray.content_keys import with_local_loras
+from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.planner.speed_trials import Trial, TrialResult
+from vidgen_ray.profile import Profile
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Item, Stage, frames_after
+
+CALLS = 2
+"""Calls after the first one, of which the median counts."""
+MAX_REASON = 300
+"""Maximum number of characters of an error in a result."""
+
+
+def try_option(trial: Trial, shots: Iterable[tuple[str, Shot]]) -> TrialResult:
+    """Run shots through stages of the actor with and without the option, on this machine. `shots`: stage and shot.
+
+    Raises what the stages raise without the option.
+    """
+    calls = [(STAGE_BY_NAME[name], shot) for name, shot in shots]
+    plain_s, plain = _run(trial.profile, calls)
+    try:
+        tried_s, tried = _run(trial.with_option, calls)
+    # Whatever a compiler, a kernel or a package raises concerns the option.
+    except Exception as error:
+        return TrialResult(error=f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON])
+    levels = max(float(np.abs(a.astype(np.int16) - b).mean()) for a, b in zip(plain, tried, strict=True))
+    return TrialResult(speedup=plain_s / tried_s, levels=levels)
+
+
+def _run(profile: Profile, calls: Iterable[tuple[type[Stage[Any]], Shot]]) -> tuple[float, list[NDArray[np.uint8]]]:
+    """Return the seconds of the calls, without the first one of each, and their results."""
+    import torch
+
+    seconds, results = 0.0, []
+    for stage_class, shot in calls:
+        with stage_class(profile.params(stage_class)) as stage:
+            item, durations = _item_for(stage_class, shot), []
+            for _ in range(CALLS + 1):
+                begun = time.perf_counter()
+                # A result is an array on the host, so the GPU has finished.
+                result = _result(stage, item)
+                durations.append(time.perf_counter() - begun)
+            seconds += median(durations[1:])
+            results.append(result)
+        del stage
+        gc.collect()
+        torch.cuda.empty_cache()
+    return seconds, results
+
+
+def _result(stage: Stage[Any], item: Item) -> NDArray[np.uint8]:
+    """Return the image or the frames that the stage makes; one chunk of a chunked stage."""
+    (name,) = stage.writes
+    if not isinstance(stage, ChunkedStage):
+        return stage(item)[name]  # type: ignore[literal-required,no-any-return]  # the name of an artefact
+    frames = item.artefacts[stage.takes[0]]  # type: ignore[literal-required]
+    chunk = slice(0, min(stage.chunk_frames(stage.params), frames_after(len(frames), stage.frame_factor(item.shot))))
+    return stage.run_chunk(item.shot, frames[stage.source_frames(item.shot, chunk)], chunk)
+
+
+def _item_for(stage_class: type[Stage[Any]], shot: Shot) -> Item:
+    """Return the shot with invented inputs: smooth images that move, and the features of no real face."""
+    random = np.random.default_rng(0)
+    small = PILImage.fromarray(random.integers(0, 256, (9, 16, 3), np.uint8))
+    image = np.asarray(small.resize((shot.width, shot.height), PILImage.Resampling.BICUBIC))
+    embedding = random.standard_normal(512).astype(np.float32)
+    eyes_nose_mouth = np.array([[0.4, 0.4], [0.6, 0.4], [0.5, 0.5], [0.42, 0.6], [0.58, 0.6]], np.float32)
+    available = {
+        "photos": (image,),
+        "image": image,
+        "last_image": image,
+        "frames": np.stack([np.roll(image, 4 * n, 1) for n in range(shot.clip_frames)]),
+        "face": FaceFeatures(
+            embeddings={"antelopev2": embedding * 20, "ir_se50": embedding / np.linalg.norm(embedding)},
+            keypoints=eyes_nose_mouth * np.array([shot.width, shot.height], np.float32),
+            box=(0.3 * shot.width, 0.3 * shot.height, 0.7 * shot.width, 0.7 * shot.height),
+            score=1.0,
+            faces_found=1,
+            photo_size=(shot.width, shot.height),
+            digest="",
+        ),
+    }
+    needs = {name: available[name] for name in stage_class.needs(shot)}
+    return Item(with_local_loras(shot), Artefacts(**needs))  # type: ignore[typeddict-item]
