@@ -14,8 +14,9 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -36,14 +37,14 @@ from vidgen_ray.cli.command_help import MACHINE, in_group
 from vidgen_ray.cli.options import JsonOption, ProfileOption, example
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.engine.oom_fallback import free_gpu_memory
-from vidgen_ray.engine.try_option import try_option
+from vidgen_ray.engine.try_option import try_option, try_options
 from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, relative_costs, stages_of
 from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.planner import Measurement, peak_shares, profile_for, save_measurements, this_machine
 from vidgen_ray.planner.cards import GpuCard
 from vidgen_ray.planner.cluster import GB
-from vidgen_ray.planner.speed_trials import keep, open_trials, settled
+from vidgen_ray.planner.speed_trials import Trial, TrialResult, settled
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
@@ -169,12 +170,10 @@ def _measure_steps(stage: Stage[Any], item: Item, options: BenchOptions, on_gpu:
 def _measure_chunk(stage: ChunkedStage[Any], item: Item, options: BenchOptions, on_gpu: bool) -> Measurement:
     shot, (source,) = item.shot, stage.takes
     frames = item.artefacts[source]  # type: ignore[literal-required]  # the name of an artefact
-    frames_made = frames_after(len(frames), stage.frame_factor(shot))
-    chunk = slice(0, min(stage.chunk_frames(stage.params), frames_made))
-    source_frames = frames[stage.source_frames(shot, chunk)]
+    source_frames, chunk = stage.first_chunk(shot, frames)
     first_s, chunk_s = _seconds(lambda: stage.run_chunk(shot, source_frames, chunk), options.repeats, on_gpu)
     # An earlier chunked stage may make the clip larger. The chunk is one of the generated clip.
-    cost = stage.relative_cost(shot) * chunk.stop / frames_made
+    cost = stage.relative_cost(shot) * chunk.stop / frames_after(len(frames), stage.frame_factor(shot))
     return Measurement(
         size=_size(shot),
         variant=stage.variant(shot),
@@ -317,14 +316,15 @@ def _with_trials(profile: Profile, shots: Sequence[Shot], kinds: Sequence[str], 
     for actor in profile.actors:
         passed = {stage.name: shot for shot in reversed(shots) for stage in stages_of(shot) if stage.actor == actor}
         measured = {name: shot for name, shot in passed.items() if stages is None or name in stages}
-        for trial, card in open_trials(profile, actor, kinds) if measured else ():
-            try:
-                result = try_option(trial, measured.items())
-            # The stages fail without the option. Their measurement says why.
-            except Exception:
-                break
-            keep(trial, card, result)
-            typer.echo(f"{actor}: {trial.option}={trial.value}: {result}", err=True)
+
+        def tried(trial: Trial, _card: str, measured: Mapping[str, Shot] = measured) -> TrialResult | None:
+            # Stages that fail without the option are reported when they are measured.
+            with suppress(Exception):
+                return try_option(trial, measured.items())
+            return None
+
+        if measured:
+            try_options(profile, actor, kinds, tried, partial(typer.echo, err=True))
     return settled(profile, kinds)
 
 

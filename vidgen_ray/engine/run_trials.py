@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import ray
 
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
-from vidgen_ray.engine.try_option import try_option
+from vidgen_ray.engine.try_option import try_option, try_options
 from vidgen_ray.graph import stages_of
 from vidgen_ray.planner.cluster import Cluster
-from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, open_trials, settled
+from vidgen_ray.planner.speed_trials import Trial, TrialResult, open_trials, settled
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 
@@ -36,25 +37,11 @@ def run_trials(
     actors = [actor for actor in examples if any(True for _ in open_trials(profile, actor, cluster.kinds))]
     with connected(address, 0) if actors else nullcontext():
         for actor in actors:
-            _try_options(profile, actor, list(examples[actor].items()), cluster, on_message)
+            try_options(profile, actor, cluster.kinds, partial(_run, list(examples[actor].items())), on_message)
     return settled(profile, cluster.kinds)
 
 
-def _try_options(
-    profile: Profile, actor: str, shots: list[tuple[str, Shot]], cluster: Cluster, on_message: Callable[[str], None]
-) -> None:
-    for trial, card in open_trials(profile, actor, cluster.kinds):
-        what = f"{actor}: {trial.option}={trial.value} on {card}"
-        on_message(f"trying {what}, once for this kind of GPU and these versions of torch and diffusers")
-        result = _run(trial, card, shots)
-        if result is None:
-            on_message(f"{what}: could not be tried")
-            return
-        keep(trial, card, result)
-        on_message(f"{what}: {result}")
-
-
-def _run(trial: Trial, card: str, shots: list[tuple[str, Shot]]) -> TrialResult | None:
+def _run(shots: list[tuple[str, Shot]], trial: Trial, card: str) -> TrialResult | None:
     """Return the result of a trial. `None` if no GPU of this kind is free, or if the stages fail without the option."""
     resources: dict[str, Any] = {"num_cpus": 1, "max_retries": 0, "max_calls": 1}
     if trial.profile.actors[trial.actor].device == "cuda":

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
@@ -13,16 +12,40 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from vidgen_ray.content_keys import with_local_loras
+from vidgen_ray.engine.oom_fallback import free_gpu_memory
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.planner.speed_trials import Trial, TrialResult
+from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, open_trials
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Item, Stage, frames_after
+from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Item, Stage
 
 CALLS = 2
 """Calls after the first one, of which the median counts."""
 MAX_REASON = 300
 """Maximum number of characters of an error in a result."""
+
+
+def try_options(
+    profile: Profile,
+    actor: str,
+    cards: Sequence[str],
+    run: Callable[[Trial, str], TrialResult | None],
+    on_message: Callable[[str], None],
+) -> None:
+    """Try the options of an actor without a result on these kinds of GPUs, and keep the results.
+
+    `run`: runs a trial on a kind of GPU. `None` from it leaves this option and the actor's next ones untried. Raises OSError if
+    a result cannot be stored.
+    """
+    for trial, card in open_trials(profile, actor, cards):
+        what = f"{actor}: {trial.option}={trial.value} on {card}"
+        on_message(f"trying {what}, once for this kind of GPU and these versions of torch and diffusers")
+        result = run(trial, card)
+        if result is None:
+            on_message(f"{what}: could not be tried")
+            return
+        keep(trial, card, result)
+        on_message(f"{what}: {result}")
 
 
 def try_option(trial: Trial, shots: Iterable[tuple[str, Shot]]) -> TrialResult:
@@ -34,7 +57,7 @@ def try_option(trial: Trial, shots: Iterable[tuple[str, Shot]]) -> TrialResult:
     plain_s, plain = _run(trial.profile, calls)
     try:
         tried_s, tried = _run(trial.with_option, calls)
-    # Whatever a compiler, a kernel or a package raises concerns the option.
+    # Compilers, kernels and packages raise errors of any class.
     except Exception as error:
         return TrialResult(error=f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON])
     levels = max(float(np.abs(a.astype(np.int16) - b).mean()) for a, b in zip(plain, tried, strict=True))
@@ -43,8 +66,6 @@ def try_option(trial: Trial, shots: Iterable[tuple[str, Shot]]) -> TrialResult:
 
 def _run(profile: Profile, calls: Iterable[tuple[type[Stage[Any]], Shot]]) -> tuple[float, list[NDArray[np.uint8]]]:
     """Return the seconds of the calls, without the first one of each, and their results."""
-    import torch
-
     seconds, results = 0.0, []
     for stage_class, shot in calls:
         with stage_class(profile.params(stage_class)) as stage:
@@ -57,8 +78,7 @@ def _run(profile: Profile, calls: Iterable[tuple[type[Stage[Any]], Shot]]) -> tu
             seconds += median(durations[1:])
             results.append(result)
         del stage
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_gpu_memory()
     return seconds, results
 
 
@@ -68,8 +88,7 @@ def _result(stage: Stage[Any], item: Item) -> NDArray[np.uint8]:
     if not isinstance(stage, ChunkedStage):
         return stage(item)[name]  # type: ignore[literal-required,no-any-return]  # the name of an artefact
     frames = item.artefacts[stage.takes[0]]  # type: ignore[literal-required]
-    chunk = slice(0, min(stage.chunk_frames(stage.params), frames_after(len(frames), stage.frame_factor(item.shot))))
-    return stage.run_chunk(item.shot, frames[stage.source_frames(item.shot, chunk)], chunk)
+    return stage.run_chunk(item.shot, *stage.first_chunk(item.shot, frames))
 
 
 def _item_for(stage_class: type[Stage[Any]], shot: Shot) -> Item:

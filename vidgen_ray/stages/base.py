@@ -461,6 +461,12 @@ class ChunkedStage(Stage[P]):
         """Return the range of input frames from which a range of output frames is made. It may end after the clip."""
         return chunk
 
+    def first_chunk(self, shot: Shot, frames: Frames) -> tuple[Frames, slice]:
+        """Return the input frames of the first chunk of a clip, and its range of output frames. `frames`: those of the clip."""
+        n_output = frames_after(len(frames), self.frame_factor(shot))
+        chunk = slice(0, min(self.chunk_frames(self.params), n_output))
+        return frames[self.source_frames(shot, chunk)], chunk
+
     @abstractmethod
     def process_chunk(self, shot: Shot, frames: Frames, chunk: slice) -> Frames:
         """Return the output frames `chunk`, at most `chunk_frames` of them: (n, H * scale_factor, W * scale_factor, 3).
