@@ -20,7 +20,7 @@ from vidgen_ray.outputs.manifest import REJECTED, ManifestRow, Status
 from vidgen_ray.outputs.manifest_writer import FailedLine, ManifestWriter
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
 from vidgen_ray.outputs.run_log import RunLabels
-from vidgen_ray.planner.demand import ENCODING, demand_of
+from vidgen_ray.planner.demand import ENCODING, encoded_mpx
 from vidgen_ray.script.lines import Line
 
 METRICS = {"vidgen_shots": MetricSpec("counter", ("status",), "Finished shots: done or failed."), **ENGINE_METRICS}
@@ -156,8 +156,8 @@ class RunResults:
             if not step.cached and step.gpu_seconds <= step.seconds:
                 self.durations[step.stage].append((step.seconds, costs[step.stage]))
         if record.encode_s is not None:
-            encoded_mpx = demand_of([record.shot]).encoded_mpx
-            self.durations[ENCODING].append((record.encode_s, RelativeCost(encoded_mpx, encoded_mpx)))
+            mpx = encoded_mpx(record.shot)
+            self.durations[ENCODING].append((record.encode_s, RelativeCost(mpx, mpx)))
         row = ManifestRow.of_shot(self._labels.run, line.script, line.shot, line.script_line, record, "rendered")
         self._enter(row, None, line.replaces)
         self._listener.on_finished(row)

@@ -10,7 +10,7 @@ from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.retries import ATTEMPTS
 from vidgen_ray.graph import STAGE_BY_NAME, durations
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner.demand import demand_of, encode_seconds_per_mpx
+from vidgen_ray.planner.demand import encode_seconds_per_mpx, encoded_mpx
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
@@ -69,4 +69,4 @@ class EngineConfig:
 
     def commit_timeout_s(self, shot: Shot) -> float:
         """Return the timeout of one call of an encoder for a shot in seconds."""
-        return COMMIT_FLOOR_S + COMMIT_FACTOR * demand_of([shot]).encoded_mpx * encode_seconds_per_mpx(self.profile, {})
+        return COMMIT_FLOOR_S + COMMIT_FACTOR * encoded_mpx(shot) * encode_seconds_per_mpx(self.profile, {})

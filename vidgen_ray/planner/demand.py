@@ -299,6 +299,14 @@ class Demand:
         )
 
 
+def encoded_mpx(shot: Shot) -> float:
+    """Return the megapixels of all frames that are encoded for a shot."""
+    if not shot.generate_video:
+        return 0.0
+    growth = sum(scale**2 * float(factor) for scale, factor in clip_growth(shot).values())
+    return shot.width * shot.height * shot.clip_frames * growth / 1e6
+
+
 def demand_of(shots: Iterable[Shot]) -> Demand:
     """Sum up the shots in one pass. Memory does not grow with their number."""
     relative_cost: dict[str, RelativeCost] = {}
@@ -322,12 +330,11 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
         all_frames += shot.num_frames
         output += SHOT_BYTES + PNG_BYTES_PER_PIXEL * pixels
         if shot.generate_video:
-            clip = pixels * shot.clip_frames
-            encoded_pixels = clip * sum(scale**2 * float(factor) for scale, factor in clip_growth(shot).values())
+            mpx = encoded_mpx(shot)
             upscaled += any(scale > 1 for scale, _ in clip_growth(shot).values())
-            encoded += encoded_pixels / 1e6
-            output += CLIP_BYTES_PER_PIXEL * encoded_pixels
-            clips += FFV1_BYTES_PER_PIXEL * clip
+            encoded += mpx
+            output += CLIP_BYTES_PER_PIXEL * mpx * 1e6
+            clips += FFV1_BYTES_PER_PIXEL * pixels * shot.clip_frames
     mean_pixels, mean_frames = (total / max(count, 1) for total in (all_pixels, all_frames))
     return Demand(
         count,
