@@ -85,7 +85,7 @@ class Rows:
                 begun = time.monotonic()
                 try:
                     values, problem = dict(cases[name]()), None
-                # The next rows are measured, whatever fails on this machine.
+                # A failed row does not affect the next ones.
                 except Exception as error:
                     values, problem = {}, f"{type(error).__name__}: {error}"
                 self.add(name, problem, {**values, "took_s": time.monotonic() - begun})
@@ -107,7 +107,7 @@ def _machine() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """What a step needs."""
+    """Inputs of a step."""
 
     rows: Rows
     profile: Profile

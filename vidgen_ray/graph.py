@@ -171,7 +171,7 @@ class RelativeCost(NamedTuple):
     fixed: float
     """The part that does not, such as text encoding and decoding."""
     copies: float = 0.0
-    """How many times weights that wait in host memory are copied to the GPU: a number, not relative."""
+    """Number of times that weights in host memory are copied to the GPU, not relative to the reference shot."""
 
     def mixed(self, fixed_share: float) -> float:
         """Return the duration of both parts. `fixed_share`: fraction of the fixed part in the reference shot."""

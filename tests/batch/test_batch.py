@@ -140,7 +140,7 @@ def test_changed_scale_reuses_cached_images_and_clips(in_process, tiny, tmp_path
 
 
 def test_speed_options_are_settled_before_the_keys_and_a_folder_keeps_them(in_process, tiny, tmp_path, monkeypatch):
-    """Trials in a long run use what helps. Later runs in the folder have the same keys, whatever is known by then."""
+    """Trials in a long run use what helps. Later runs in the folder have the same keys, also with other results of trials."""
     actor = tiny.actors["svd"].model_copy(update={"trial_options": {"channels_last": True, "decode_chunk_frames": 1}})
     profile = tiny.model_copy(update={"actors": {**tiny.actors, "svd": actor}})
     known = {"channels_last": TrialResult(speedup=2.0), "decode_chunk_frames": TrialResult(error="RuntimeError: no kernel")}

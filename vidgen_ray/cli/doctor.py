@@ -315,11 +315,12 @@ def check_compiler(profile: Profile) -> Finding | None:
     missing = [text for device in devices if (text := missing_compiler(device)) is not None]
     tried = {section.device for section in profile.actors.values() if section.trial_options.get("compile")}
     untried = [text for device in tried if (text := missing_compiler(device)) is not None]
-    if untried and not missing:
+    if missing:
+        text, fix = missing[0].split("; ")
+        return Finding("compiler", "fail", f"compile needs {text}", fix)
+    if untried:
         text, fix = untried[0].split("; ")
         return Finding("compiler", "warn", f"compile, which is faster, will not be used: it needs {text}", fix)
-    if missing:
-        return Finding("compiler", "fail", f"compile needs {missing[0].split('; ')[0]}", missing[0].split("; ")[1])
     return Finding("compiler", "pass", f"found, for {', '.join(stage.name for stage in compiled)}") if compiled else None
 
 

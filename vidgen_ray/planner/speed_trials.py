@@ -71,11 +71,11 @@ class TrialResult(BaseModel):
     levels: float = 0.0
     """Mean difference of the result in levels of 255."""
     error: str = ""
-    """What the option raised."""
+    """Error that the option raised. Empty if it raised none."""
 
     @property
     def rejected(self) -> str:
-        """Why the option is left out. Empty if it is used."""
+        """Reason why the option is left out. Empty if it is used."""
         if self.error:
             return self.error
         if self.levels > MAX_LEVELS:

@@ -38,7 +38,6 @@ DEFAULT_STEPS = 28
 DEFAULT_GUIDANCE = 3.5
 SCHNELL_STEPS = 4
 """Default steps of FLUX.1-schnell."""
-"""Name in the profile's `extra_weights` of a LoRA that is merged into the weights."""
 
 
 class FluxParams(CompileParams, TiledParams):
