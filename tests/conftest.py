@@ -25,6 +25,7 @@ from tests import ray_workers
 from tests.small_disk import mounted_disk
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import FaceFeatures
 
 atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
@@ -150,6 +151,16 @@ def make_shot(tiny):
         return Shot(**{**tiny.defaults, "id": "s", "prompt": "a photo of a man", "seed": 7, **fields})
 
     return make
+
+
+@pytest.fixture
+def face():
+    """Features of a face that no model has found."""
+    rng = np.random.default_rng(0)
+    unit = rng.standard_normal(512).astype("f")
+    embeddings = {"antelopev2": rng.standard_normal(512).astype("f"), "ir_se50": unit / np.linalg.norm(unit)}
+    points = np.array([[40, 30], [60, 30], [50, 40], [42, 50], [58, 50]], "f")
+    return FaceFeatures(embeddings, points, (30, 20, 70, 60), 0.9, 1, (100, 80), "d")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ sizes replace those of the table. The GPU is simulated."""
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,7 @@ from vidgen_ray.planner.cluster import GB
 from vidgen_ray.planner.gpu_memory import actors_of
 from vidgen_ray.planner.layout import GPU_PROCESS_HOST_GB, WorkerProcess
 from vidgen_ray.stages import flux, memory_table
-from vidgen_ray.stages.base import FaceFeatures, Item
+from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux_model import FluxModel
 
 FACE = {"face_image": str(ASTRONAUT), "lora": "builtin:tiny/lora.safetensors"}
@@ -32,15 +31,6 @@ ONE_LORA = {"adapters_kept": 1}
 def gpu(monkeypatch):
     FluxModel._instances.clear()
     return FakeGpu(monkeypatch)
-
-
-@pytest.fixture
-def face():
-    rng = np.random.default_rng(0)
-    unit = rng.standard_normal(512).astype("f")
-    embeddings = {"antelopev2": rng.standard_normal(512).astype("f"), "ir_se50": unit / np.linalg.norm(unit)}
-    points = np.array([[40, 30], [60, 30], [50, 40], [42, 50], [58, 50]], "f")
-    return FaceFeatures(embeddings, points, (30, 20, 70, 60), 0.9, 1, (100, 80), "d")
 
 
 def networks_of(stage):
