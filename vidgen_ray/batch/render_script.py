@@ -37,7 +37,7 @@ from vidgen_ray.outputs.run_log import RunLabels
 from vidgen_ray.planner import Cluster, Demand, Plan, calibrations, demand_of, peak_shares, save_calibration, this_machine
 from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS, seconds_of, total_seconds
 from vidgen_ray.planner.solver import encoders_needed
-from vidgen_ray.planner.speed_trials import as_recorded
+from vidgen_ray.planner.speed_trials import as_recorded, open_trials, settled
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.signing import check_signing
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
@@ -218,9 +218,12 @@ def _with_settled_options(
         return recorded
     if not any(actor.trial_options for actor in profile.actors.values()):
         return profile
+    cluster = options.cluster or cluster_at(options.address)
+    # The lines are checked once more for this: only if there is something to try.
+    if not any(True for actor in profile.actors for _ in open_trials(profile, actor, cluster.kinds)):
+        return settled(profile, cluster.kinds)
     shots = [shot for line in islice(iter_script(script), FIRST_LOOK_LINES) for shot in line.shots]
     demand = demand_of(shots)
-    cluster = options.cluster or cluster_at(options.address)
     card = cluster.assumed_cards[0] if cluster.gpus else None
     stages = [stage for stage in demand.stages if stage.actor in profile.actors]
     seconds = sum(total_seconds(seconds_of(profile, stage, {}, card), stage.name, demand, None) for stage in stages)
