@@ -275,7 +275,8 @@ def bench(
             chosen = stack.enter_context(with_random_weights(chosen, models))
         lora = stack.enter_context(lora_for(chosen, models.get(FluxStage.actor)))
         shots = _shots(chosen, lora, size, frames, upscalers, stages, quick=quick, identity="none" if is_random else None)
-        chosen = _with_trials(chosen, shots, machine.kinds, stages)
+        if not no_save:
+            chosen = _with_trials(chosen, shots, machine.kinds, stages)
         results = []
         for result in bench_stages(chosen, shots, QUICK if quick else BenchOptions(), stages):
             if result.measurement and STAGE_BY_NAME[result.stage].actor in models:
