@@ -94,10 +94,8 @@ class GpuGroup:
                     if device is not None:
                         self._ask(name, "move", device)
             return self._ask(*request)
-        except (VidgenError, Cancelled):
-            raise
         except Exception as error:
-            if is_out_of_memory(error):
+            if isinstance(error, VidgenError) or is_out_of_memory(error):
                 raise
             self.stop()
             self.lost = f"{type(error).__name__}: {error}"
