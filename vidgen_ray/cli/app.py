@@ -62,7 +62,7 @@ class FoundCommands(TyperGroup):
             for found in entry_points(group=COMMANDS, name=cmd_name):
                 try:
                     self.commands[cmd_name] = _command(cmd_name, found.load())
-                except ImportError as error:
+                except (ImportError, AttributeError) as error:
                     return _unavailable(cmd_name, error)
         return super().get_command(ctx, cmd_name)
 
@@ -79,7 +79,7 @@ def _command(name: str, loaded: Any) -> Any:
     return command
 
 
-def _unavailable(name: str, error: ImportError) -> Any:
+def _unavailable(name: str, error: Exception) -> Any:
     """Return a command in place of one that cannot be imported, so that the others can be listed."""
     reason = f"vidgen {name} cannot be imported: {error}"
 

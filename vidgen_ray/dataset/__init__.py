@@ -1,1 +1,5 @@
-"""Data sets from output folders: scores, queries, comparisons and exports. The core never imports this package."""
+"""Data sets from output folders: scores, queries, comparisons and exports. The core never imports this package.
+
+Read `tables.py` first: it says what a folder has. Then `scorers.py` and `score_folder.py`, which measure clips, `compare.py`,
+and `export.py`, which writes a data set.
+"""

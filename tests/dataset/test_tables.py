@@ -1,0 +1,127 @@
+"""Tables of an output folder, queries and selections."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from vidgen_ray.cli import main
+from vidgen_ray.dataset.tables import open_tables, run_query, select_ids
+from vidgen_ray.errors import SetupError, UsageError
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest import ManifestRow
+from vidgen_ray.outputs.manifest_writer import ManifestWriter
+from vidgen_ray.outputs.records import DoneShot, Failure
+from vidgen_ray.outputs.reviews import Review
+from vidgen_ray.shot import Shot
+
+
+def _digest(name: str) -> str:
+    return name.encode().hex().ljust(64, "0")
+
+
+def _done(name: str, seed: int) -> DoneShot:
+    files = {"image.png": 10, "video.mp4": 20}
+    return DoneShot(name, f"shots/00/{name}", 1.0, seed, None, dict.fromkeys(files, _digest(name)), files, 2.0, 1.0, 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with two variants of a line with a quoted prompt, a failed line, a score and a review of the first variant."""
+    out: Path = tmp_path_factory.mktemp("tables") / "out"
+    writer = ManifestWriter(OutputFolder(out), "1-run", "s.jsonl")
+    for number, seed in enumerate((7, 8)):
+        shot = Shot(
+            id=f"boat-{number}",
+            prompt='He said "🚤, go"\tנו\n',
+            seed=seed,
+            metadata={"character": "Ada", "matrix": {"seed": seed}},
+        )
+        writer.add(ManifestRow.of_shot("1-run", "s.jsonl", shot, 1, _done(f"boat-{number}", seed), "rendered"))
+    failure = Failure(stage="flux", error="StageError", message="no", attempts=1, worker="")
+    writer.add(ManifestRow.of_shot("1-run", "s.jsonl", Shot(id="lost", prompt="a lake"), 2, failure, "failed"))
+    writer.close()
+    storage = OutputFolder(out).storage
+    for version, worth in ((1, 0.1), (2, 0.9)):
+        table = pyarrow.table({"clip_sha256": [_digest("boat-0")], "motion": [worth], "seconds": [worth]})
+        with storage.new_file(f"scores/flow@{version}/1.parquet") as path:
+            pyarrow.parquet.write_table(table, path)
+    table = pyarrow.table({"clip_sha256": [_digest("boat-1")], "sharpness": [3.0]})
+    for name in ("1", "2"):
+        with storage.new_file(f"scores/frames@1/{name}.parquet") as path:
+            pyarrow.parquet.write_table(table, path)
+    review = Review(clip_sha256=_digest("boat-0"), id="boat-0", verdict="accept", stars=4, at=datetime(2026, 1, 2, tzinfo=UTC))
+    older = review.model_copy(update={"verdict": "reject", "at": datetime(2026, 1, 1, tzinfo=UTC)})
+    storage.write("reviews/1.jsonl", f"{review.model_dump_json()}\nnot JSON\n{older.model_dump_json()}\n")
+    return out
+
+
+def test_clips_joins_manifest_scores_and_newest_review(folder: Path) -> None:
+    sql = "SELECT id, motion, flow_seconds, sharpness, verdict, stars, character, person, clip FROM clips ORDER BY id"
+    with open_tables(OutputFolder(folder).storage) as database:
+        rows = run_query(database, sql).read_all().to_pylist()
+        siblings = run_query(database, "SELECT DISTINCT siblings FROM clips WHERE status = 'done'").read_all()
+    assert [tuple(row.values()) for row in rows] == [
+        ("boat-0", 0.9, 0.9, None, "accept", 4, "Ada", "Ada", "shots/00/boat-0/video.mp4"),
+        ("boat-1", None, None, 3.0, None, None, "Ada", "Ada", "shots/00/boat-1/video.mp4"),
+        ("lost", None, None, None, None, None, None, None, None),
+    ]
+    assert len(siblings) == 1
+
+
+def test_best_of_siblings_is_selected_and_a_shot_without_a_value_loses(folder: Path) -> None:
+    storage = OutputFolder(folder).storage
+    assert select_ids(storage) == ["boat-0", "boat-1", "lost"]
+    assert select_ids(storage, best="seed") == ["boat-1"]
+    assert select_ids(storage, best="stars -- a comment") == ["boat-0"]
+    assert select_ids(storage, "motion > 0.5 or status = 'failed'") == ["boat-0", "lost"]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT * FROM read_csv('/etc/passwd')",
+        "SELECT * FROM 'x.parquet'",
+        "COPY manifest TO '/tmp/manifest.csv'",
+        "SET enable_external_access = true",
+        "ATTACH '/tmp/other.db'",
+    ],
+)
+def test_query_reads_no_other_file(folder: Path, sql: str) -> None:
+    with open_tables(OutputFolder(folder).storage) as database, pytest.raises(UsageError, match=r"disabled|locked"):
+        run_query(database, sql)
+
+
+def test_sql_errors_name_the_columns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for sql in ("SELECT sharpnes FROM clips", "SELEC 1", "SELECT id::INT FROM clips"):
+        assert main(["query", str(folder), sql]) == UsageError.exit_code
+        message = capsys.readouterr().err
+        assert "scores has the columns clip_sha256, motion, flow_seconds, sharpness" in message, sql
+        assert "Traceback" not in message
+    assert main(["query", str(folder), " "]) == UsageError.exit_code
+    assert "must be a query" in capsys.readouterr().err
+
+
+def test_query_prints_csv_and_json_and_writes_parquet(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sql = "SELECT id, prompt, metadata, reviewed_at FROM clips WHERE id = 'boat-0';"
+    assert main(["query", str(folder), sql, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["prompt"] == 'He said "🚤, go"\tנו\n'
+    assert row["reviewed_at"].startswith("2026-01-02 00:00:00")
+    assert main(["query", str(folder), sql, "--csv"]) == 0
+    assert capsys.readouterr().out.startswith('id,prompt,metadata,reviewed_at\nboat-0,"He said ""🚤, go""\tנו\n"')
+    assert main(["query", str(folder), sql, "--parquet", str(tmp_path / "rows.parquet")]) == 0
+    assert pyarrow.parquet.read_table(tmp_path / "rows.parquet").column("prompt").to_pylist() == [row["prompt"]]
+    assert main(["query", str(folder), "SELECT id, 1.5 AS x FROM clips"]) == 0
+    assert "boat-1" in capsys.readouterr().out
+    assert main(["query", str(folder), sql, "--csv", "--json"]) == UsageError.exit_code
+
+
+def test_folder_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="has no results"):
+        select_ids(OutputFolder(tmp_path).storage)

@@ -1,0 +1,193 @@
+"""Tables of an output folder for SQL: `manifest`, `scores`, `reviews`, and `clips`, which joins them.
+
+They are copied into a temporary database, so memory stays flat and a query sees one state of the folder, also during a run. The
+database reads and writes no other file.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import pyarrow
+import pyarrow.parquet
+
+from vidgen_ray.errors import SetupError, UsageError
+from vidgen_ray.outputs.manifest import SCHEMA, manifest_batches, manifest_files, opened
+from vidgen_ray.outputs.reviews import read_reviews
+from vidgen_ray.outputs.storage import Storage
+from vidgen_ray.script.expansion import MATRIX, MATRIX_NUMBER
+
+SCORES = "scores"
+"""Folder with one folder per scorer and version, `NAME@VERSION`, whose Parquet files have a row per scored clip."""
+SCORER = re.compile(r"(\w+)@(\d+)")
+DIGEST = "clip_sha256"
+"""Column that joins the tables: sha256 of the clip before upscaling, or of the image of a shot without a clip."""
+MEMORY_LIMIT = "1GB"
+"""Of the database. More is kept on disk."""
+TABLES = ("clips", "manifest", "scores", "reviews")
+OWN_COLUMNS = ("clip", DIGEST, "character", "person", "factors", "siblings")
+"""Columns of `clips` that no other table has."""
+REVIEWS = pyarrow.schema(
+    [
+        (DIGEST, pyarrow.string()),
+        ("verdict", pyarrow.string()),
+        ("stars", pyarrow.int64()),
+        ("note", pyarrow.string()),
+        ("who", pyarrow.string()),
+        ("reviewed_at", pyarrow.timestamp("ms", "UTC")),
+    ]
+)
+CLIPS = f"""
+CREATE VIEW clips AS
+SELECT
+    m.*,
+    coalesce(m.video, m.hd_video, m.image) AS clip,
+    coalesce(m.video_sha256, m.hd_video_sha256, m.image_sha256) AS {DIGEST},
+    m.metadata->>'character' AS character,
+    coalesce(m.metadata->>'character', nullif(array_to_string(m.face_image, '+'), '')) AS person,
+    json_merge_patch(coalesce(m.metadata->'{MATRIX}', '{{}}'), '{{"seed": null}}') AS factors,
+    concat_ws(':', m.script, m.line, factors) AS siblings,
+    s.* EXCLUDE ({DIGEST}),
+    r.* EXCLUDE ({DIGEST})
+FROM manifest m
+LEFT JOIN scores s ON s.{DIGEST} = coalesce(m.video_sha256, m.hd_video_sha256, m.image_sha256)
+LEFT JOIN reviews r ON r.{DIGEST} = coalesce(m.video_sha256, m.hd_video_sha256, m.image_sha256)
+"""
+IN_SCRIPT_ORDER = f"ORDER BY script, line, (metadata->>'{MATRIX_NUMBER}')::BIGINT, id"
+"""Order of the rows of `clips`."""
+
+
+@contextmanager
+def open_tables(storage: Storage) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Yield a connection with the tables of an output folder.
+
+    `clips` has every row of `manifest`, with its scores and its review, and the columns `clip` (path of the file that is scored
+    and reviewed), `clip_sha256`, `character`, `person` (the character, otherwise the face photos), `factors` (the values of the
+    `matrix` of its line without the seed, as JSON) and `siblings` (the same text for the shots of a line that differ only in
+    their seed).
+    Raises SetupError if the folder has no manifest.
+    """
+    if not manifest_files(storage):
+        raise SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
+    with tempfile.TemporaryDirectory(prefix="vidgen-tables-") as folder:
+        database = duckdb.connect(Path(folder, "tables.duckdb"), config={"memory_limit": MEMORY_LIMIT})
+        with database:
+            # Dates are printed alike on all machines.
+            database.execute("SET TimeZone = 'UTC'")
+            _load(database, "manifest", SCHEMA, manifest_batches(storage), "* REPLACE (metadata::JSON AS metadata)")
+            reviews = [_review_row(digest, review) for digest, review in read_reviews(storage).items()]
+            _load(database, "reviews", REVIEWS, iter([pyarrow.RecordBatch.from_pylist(reviews, schema=REVIEWS)]))
+            _load_scores(database, storage)
+            database.execute(CLIPS)
+            database.execute("SET enable_external_access = false; SET lock_configuration = true")
+            yield database
+
+
+def _load(
+    database: duckdb.DuckDBPyConnection,
+    table: str,
+    schema: pyarrow.Schema,
+    batches: Iterator[pyarrow.RecordBatch],
+    columns: str = "*",
+) -> None:
+    """Create a table with the rows of the batches."""
+    database.register("source", pyarrow.RecordBatchReader.from_batches(schema, batches))
+    database.execute(f"CREATE TABLE {table} AS SELECT {columns} FROM source")
+    database.unregister("source")
+
+
+def _load_scores(database: duckdb.DuckDBPyConnection, storage: Storage) -> None:
+    """Create the table `scores`: a row per clip, with the columns of the newest version of every scorer."""
+    versions = defaultdict[str, list[int]](list)
+    for folder in storage.folders(SCORES):
+        if found := SCORER.fullmatch(folder):
+            versions[found[1]].append(int(found[2]))
+    taken = {*SCHEMA.names, *REVIEWS.names, *OWN_COLUMNS}
+    joined = f"(SELECT NULL::VARCHAR AS {DIGEST} WHERE false)"
+    for scorer, numbers in sorted(versions.items()):
+        folder = f"{SCORES}/{scorer}@{max(numbers)}"
+        names = sorted(name for name in storage.files(folder) if name.endswith(".parquet"))
+        if not names:
+            continue
+        for number, name in enumerate(names):
+            with opened(storage, f"{folder}/{name}") as file:
+                table = pyarrow.parquet.read_table(file)
+            database.register("source", table)
+            begin = "INSERT INTO {} BY NAME" if number else "CREATE TABLE {} AS"
+            database.execute(f"{begin.format(_quoted(f'of_{scorer}'))} SELECT *, {number} AS part FROM source")
+            database.unregister("source")
+        columns = [name for name in table.schema.names if name != DIGEST]
+        renamed = ", ".join(f"{_quoted(name)} AS {_quoted(f'{scorer}_{name}')}" for name in columns if name in taken)
+        taken |= {f"{scorer}_{name}" if name in taken else name for name in columns}
+        rows = (
+            f"(SELECT * EXCLUDE (part){f' RENAME ({renamed})' if renamed else ''} FROM {_quoted(f'of_{scorer}')} "
+            f"QUALIFY row_number() OVER (PARTITION BY {DIGEST} ORDER BY part DESC) = 1)"
+        )
+        joined = f"{joined} FULL JOIN {rows} USING ({DIGEST})"
+    database.execute(f"CREATE TABLE scores AS SELECT * FROM {joined}")
+
+
+def _review_row(digest: str, review: object) -> dict[str, object]:
+    values = {name: getattr(review, name) for name in ("verdict", "stars", "note", "who", "at")}
+    return {DIGEST: digest, **values, "reviewed_at": values.pop("at")}
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def run_query(database: duckdb.DuckDBPyConnection, sql: str) -> pyarrow.RecordBatchReader:
+    """Return the result of a user's SQL. Raises UsageError, which names the columns that there are, also while it is read."""
+
+    def batches() -> Iterator[pyarrow.RecordBatch]:
+        with _sql_errors(database):
+            yield from result
+
+    with _sql_errors(database):
+        if (query := database.sql(sql)) is None:
+            raise UsageError("SQL: must be a query, such as SELECT id, seconds FROM clips")
+        result = query.to_arrow_reader()
+    return pyarrow.RecordBatchReader.from_batches(result.schema, batches())
+
+
+@contextmanager
+def _sql_errors(database: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    try:
+        yield
+    except duckdb.Error as error:
+        raise UsageError(f"SQL: {str(error).partition(chr(10))[0]}\n{_columns_text(database)}") from None
+
+
+def select_ids(storage: Storage, where: str | None = None, best: str | None = None) -> list[str]:
+    """Return the ids of the shots of `clips` for which an SQL expression holds, in the order of their scripts.
+
+    `best`: SQL expression. Of each group of finished siblings, only the shot with the highest value is left; a shot without a
+    value loses. Raises UsageError for invalid SQL.
+    """
+    with open_tables(storage) as database:
+        selected = run_query(database, f"SELECT id FROM ({selection(where, best)}) {IN_SCRIPT_ORDER}")
+        return [row["id"] for batch in selected for row in batch.to_pylist()]
+
+
+def selection(where: str | None, best: str | None, columns: Sequence[str] = ("*",)) -> str:
+    """Return the SQL that selects rows of `clips`. See `select_ids`."""
+    sql = f"SELECT {', '.join(columns)} FROM clips WHERE ({where or 'true'}\n)"
+    if best is None:
+        return sql
+    order = f"({best}\n) DESC NULLS LAST, id"
+    return f"{sql} AND status = 'done' QUALIFY row_number() OVER (PARTITION BY siblings ORDER BY {order}) = 1"
+
+
+def _columns_text(database: duckdb.DuckDBPyConnection) -> str:
+    """Return a line per table with its columns. `clips` has those of the other tables, too."""
+    lines = []
+    for table in TABLES[1:]:
+        names = [row[0] for row in database.execute(f"DESCRIBE {table}").fetchall()]
+        lines.append(f"{table} has the columns {', '.join(names)}")
+    return "\n".join([*lines, f"clips has all of them and {', '.join(OWN_COLUMNS)}"])
