@@ -13,6 +13,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.records import StepRecord
+from vidgen_ray.outputs.reviews import Opinion, ReviewSession, read_reviews
 from vidgen_ray.system.cache_dir import sha256_of
 
 ADA = EXAMPLES / "faces" / "ada.png"
@@ -88,7 +89,10 @@ def test_outputs_are_removed_with_their_rows(folder, capsys):
     for plan, record in shots.values():
         writer.add(ManifestRow.of_shot(run, "s.jsonl", plan.shot, 1, record, "rendered"))
     writer.close()
+    clip = shots["one"][1].files["image.png"].sha256
+    ReviewSession(outputs.storage, None).add(Opinion(clip_sha256=clip, note="Eileen looks older"), "one")
     assert main(["identity", "remove", "eileen", str(outputs.root), "--outputs"]) == 0
+    assert read_reviews(outputs.storage) == {}
     out = capsys.readouterr().out
     assert "2 shots made with this person, removed:" in out
     assert [outputs.find_by_id(shot_id) is not None for shot_id in shots] == [False, False, True, True]

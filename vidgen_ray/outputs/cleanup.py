@@ -22,6 +22,7 @@ from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import REPLACED, SHOT_FILES, manifest_batches, manifest_files, new_name
 from vidgen_ray.outputs.manifest_writer import drop_rows
 from vidgen_ray.outputs.records import KEYS, RECORD, SHARD, SHOTS
+from vidgen_ray.outputs.reviews import drop_reviews
 from vidgen_ray.outputs.stage_cache import CONTENT_KEY, entry_path
 from vidgen_ray.outputs.storage import Storage, StoredFile
 from vidgen_ray.stages.instantid import InstantIDStage
@@ -180,8 +181,9 @@ def photos_of_character(outputs: OutputFolder, name: str) -> set[str]:
 def remove_person(
     outputs: OutputFolder, photos: Set[str], character: str | None, *, with_shots: bool = False, dry_run: bool = False
 ) -> RemovalReport:
-    """Delete what the folder and the cache of this machine hold of a person. `with_shots`: also the shots made with them.
+    """Delete what the folder and the cache of this machine hold of a person.
 
+    `with_shots`: also the shots made with them, and their reviews.
     `photos`: the sha256 of each photo of the person. `character`: their name in scripts.
     Cache entries that no finished shot names are deleted, too, since they may show the person.
 
@@ -189,7 +191,7 @@ def remove_person(
     """
     storage = outputs.storage
     with outputs.lease(new_name()) as lease:
-        shots, features = list[str](), list[tuple[str, dict[str, Any]]]()
+        shots, clips, features = list[str](), set[str](), list[tuple[str, dict[str, Any]]]()
         kept_keys, drop_keys = set[str](), set[str]()
         for record in _records(storage):
             keys = [step["key"] for step in record["stages"]]
@@ -198,6 +200,7 @@ def remove_person(
                 kept_keys.update(keys)
                 continue
             shots.append(record["shot"]["id"])
+            clips.update(file["sha256"] for file in record["files"].values())
             drop_keys.update(keys)
             if FEATURES in record["files"]:
                 features.append((record.pop("folder"), record))
@@ -231,6 +234,8 @@ def remove_person(
             outputs.delete_shot(shot_id)
         if shots and manifest_files(storage):
             drop_rows(storage, lease.run, "id", set(shots))
+        # Their notes may be about the person.
+        drop_reviews(storage, clips)
     return report
 
 

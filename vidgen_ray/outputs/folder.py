@@ -43,7 +43,7 @@ from vidgen_ray.system.cache_dir import cache_dir, sha256_of
 from vidgen_ray.system.files import remove, write_atomically
 from vidgen_ray.version import __version__
 
-SWEEP_FOLDERS = ("", SHOTS, KEYS, "cache", "manifest", "failures", "inputs", "logs")
+SWEEP_FOLDERS = ("", SHOTS, KEYS, "cache", "manifest", "failures", "inputs", "logs", "reviews")
 """Folders that may contain temporary files."""
 IsResult = Callable[[Mapping[str, Any]], bool]
 """Tells whether a record, parsed from JSON, is the wanted result."""

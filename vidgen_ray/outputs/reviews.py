@@ -1,54 +1,146 @@
-"""Reviews of clips by people: verdict, stars and a note, keyed by the digest of the clip.
+"""Reviews of clips, `reviews/*.jsonl`: accepted or rejected, stars and a note, with who and when.
 
-Each session (a `vidgen watch`, or an import) writes a file of its own, so that sessions never overwrite each other.
+A review belongs to the bytes of a clip: a clip that is rendered again with others has none. Each session, such as that of
+`vidgen watch`, writes a file of its own, so it needs no lease of the folder. Of several reviews of a clip the newest counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import datetime
-from typing import Literal
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
+from vidgen_ray.outputs.manifest import manifest_batches, new_name
 from vidgen_ray.outputs.storage import Storage
 
 REVIEWS = "reviews"
-"""Folder with a `.jsonl` file per session."""
-Verdict = Literal["accept", "reject"]
+CLIP_COLUMNS = ("id", "status", "video_sha256", "hd_video_sha256", "image_sha256")
+"""Columns of the manifest that `clip_digest` and `reviewable_clips` need."""
+MAX_NOTE = 2000
 
 
-class Review(BaseModel):
-    """State of the review of one clip. Without verdict, stars and note, the clip counts as not reviewed."""
+class Opinion(BaseModel):
+    """What a person says about a clip. Without verdict, stars and note, it is not reviewed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    clip_sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    """Digest of the clip before upscaling, or of the image of a shot without a clip."""
-    id: str
-    verdict: Verdict | None = None
+    clip_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    verdict: Literal["accept", "reject"] | None = None
     stars: int | None = Field(None, ge=1, le=5)
-    note: str | None = Field(None, max_length=10_000)
+    note: str | None = Field(None, max_length=MAX_NOTE)
+
+
+class Review(Opinion):
+    """A line of `reviews/*.jsonl`."""
+
+    id: str
+    """Id of a shot with this clip."""
     who: str | None = Field(None, max_length=200)
-    at: datetime
-    """Time of the review, in UTC."""
+    at: Annotated[AwareDatetime, AfterValidator(lambda at: at.astimezone(UTC))]
+
+
+def clip_digest(row: Mapping[str, Any]) -> str | None:
+    """Return the digest by which the clip of a manifest row is reviewed: before upscaling, or of the image without a clip."""
+    digest: str | None = row["video_sha256"] or row["hd_video_sha256"] or row["image_sha256"]
+    return digest
+
+
+def reviewable_clips(storage: Storage) -> dict[str, str]:
+    """Return the digest of each finished clip of a folder, with the id of a shot. Raises OSError."""
+    rows = (row for batch in manifest_batches(storage, CLIP_COLUMNS) for row in batch.to_pylist())
+    return {digest: row["id"] for row in rows if row["status"] == "done" and (digest := clip_digest(row)) is not None}
 
 
 def read_reviews(storage: Storage) -> dict[str, Review]:
-    """Return the newest review of each clip by its digest. Raises OSError."""
+    """Return the review of each reviewed clip by its digest. Leaves out damaged lines. Raises OSError."""
+    return {digest: each for digest, each in _last_reviews(storage).items() if each.verdict or each.stars or each.note}
+
+
+def _last_reviews(storage: Storage) -> dict[str, Review]:
+    """Return the newest review of each clip, also those that were undone."""
+    names = [f"{REVIEWS}/{name}" for name in sorted(storage.files(REVIEWS)) if name.endswith(".jsonl")]
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE if storage.local is None else 1) as reading:
+        return _newest(review for content in reading.map(storage.read, names) for review in _parsed(content))
+
+
+def _newest(reviews: Iterable[Review]) -> dict[str, Review]:
     newest: dict[str, Review] = {}
-    for review in _all_reviews(storage):
-        known = newest.get(review.clip_sha256)
-        if known is None or known.at <= review.at:
+    for review in reviews:
+        if (other := newest.get(review.clip_sha256)) is None or other.at <= review.at:
             newest[review.clip_sha256] = review
-    return {digest: each for digest, each in newest.items() if (each.verdict, each.stars, each.note) != (None, None, None)}
+    return newest
 
 
-def _all_reviews(storage: Storage) -> Iterator[Review]:
-    for name in sorted(storage.files(REVIEWS)):
-        if name.endswith(".jsonl"):
-            for line in (storage.read(f"{REVIEWS}/{name}") or b"").splitlines():
-                # A damaged line is left out.
-                with suppress(ValidationError):
-                    yield Review.model_validate_json(line)
+def _parsed(content: bytes | None) -> Iterator[Review]:
+    for line in (content or b"").splitlines():
+        with suppress(ValidationError):
+            yield Review.model_validate_json(line)
+
+
+class ReviewSession:
+    """Writes the reviews of one session. Methods can be called by several threads. Raises OSError."""
+
+    def __init__(self, storage: Storage, who: str | None) -> None:
+        self._storage = storage
+        self._who = who
+        self._path = f"{REVIEWS}/{new_name()}.jsonl"
+        self._lock = threading.Lock()
+
+    def add(self, opinion: Opinion, shot_id: str) -> Review:
+        """Store an opinion. Return it as the newest review of its clip, also if the clock of another session is ahead."""
+        with self._lock:
+            before = _last_reviews(self._storage).get(opinion.clip_sha256)
+            at = max(datetime.now(UTC), before.at + timedelta(milliseconds=1)) if before else datetime.now(UTC)
+            review = Review(**opinion.model_dump(), id=shot_id, who=self._who, at=at)
+            self._write([review])
+        return review
+
+    def add_all(self, reviews: Iterable[Review]) -> Imported:
+        """Store reviews of clips that the folder has. Those without `who` are of the person of this session."""
+        with self._lock:
+            clips, known, given = reviewable_clips(self._storage), _last_reviews(self._storage), _newest(reviews)
+            of_clips = {digest: review for digest, review in given.items() if digest in clips}
+            new = [
+                review.model_copy(update={"id": clips[digest], "who": review.who or self._who})
+                for digest, review in of_clips.items()
+                if digest not in known or known[digest].at < review.at
+            ]
+            if new:
+                self._write(new)
+        return Imported(len(new), len(of_clips) - len(new), len(given) - len(of_clips))
+
+    def _write(self, reviews: Iterable[Review]) -> None:
+        # Not kept in memory, since `drop_reviews` may remove some meanwhile.
+        own = _newest([*_parsed(self._storage.read(self._path)), *reviews])
+        self._storage.write(self._path, _lines(own.values()))
+
+
+class Imported(NamedTuple):
+    """Numbers of clips whose review was to be stored."""
+
+    imported: int
+    known: int
+    """The folder has the same or a newer review."""
+    refused: int
+    """The folder has no such clip."""
+
+
+def drop_reviews(storage: Storage, clips: Set[str]) -> None:
+    """Delete all reviews of clips with these digests. Raises OSError."""
+    for name in storage.files(REVIEWS):
+        reviews = list(_parsed(storage.read(f"{REVIEWS}/{name}")))
+        kept = [review for review in reviews if review.clip_sha256 not in clips]
+        if not kept:
+            storage.delete(f"{REVIEWS}/{name}")
+        elif len(kept) < len(reviews):
+            storage.write(f"{REVIEWS}/{name}", _lines(kept))
+
+
+def _lines(reviews: Iterable[Review]) -> str:
+    return "".join(f"{review.model_dump_json()}\n" for review in reviews)
