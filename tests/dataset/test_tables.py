@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             id=f"boat-{number}",
             prompt='He said "🚤, go"\tנו\n',
             seed=seed,
-            metadata={"character": "Ada", "matrix": {"seed": seed}},
+            metadata={"character": "Ada", "matrix": {"seed": seed}, "choices": {"a|b": "a"}},
         )
         writer.add(ManifestRow.of_shot("1-run", "s.jsonl", shot, 1, _done(f"boat-{number}", seed), "rendered"))
     failure = Failure(stage="flux", error="StageError", message="no", attempts=1, worker="")
@@ -65,13 +65,13 @@ def test_clips_joins_manifest_scores_and_newest_review(folder: Path) -> None:
     sql = "SELECT id, motion, flow_seconds, sharpness, verdict, stars, character, person, clip FROM clips ORDER BY id"
     with open_tables(OutputFolder(folder).storage) as database:
         rows = run_query(database, sql).read_all().to_pylist()
-        siblings = run_query(database, "SELECT DISTINCT siblings FROM clips WHERE status = 'done'").read_all()
+        siblings = run_query(database, "SELECT DISTINCT siblings, factors FROM clips WHERE status = 'done'").read_all()
     assert [tuple(row.values()) for row in rows] == [
         ("boat-0", 0.9, 0.9, None, "accept", 4, "Ada", "Ada", "shots/00/boat-0/video.mp4"),
         ("boat-1", None, None, 3.0, None, None, "Ada", "Ada", "shots/00/boat-1/video.mp4"),
         ("lost", None, None, None, None, None, None, None, None),
     ]
-    assert len(siblings) == 1
+    assert siblings.column("factors").to_pylist() == ['{"a|b":"a"}']
 
 
 def test_best_of_siblings_is_selected_and_a_shot_without_a_value_loses(folder: Path) -> None:

@@ -94,6 +94,7 @@ def test_choices_and_matrix_give_one_shot_each_with_ids_that_do_not_depend_on_th
         ("beach-200-ben-sunny", "a sunny beach, a woman with red hair", 200),
         ("beach-200-ben-rainy", "a rainy beach, a woman with red hair", 200),
     ]
+    assert [shot.metadata["choices"] for shot in read.shots] == [{"sunny|rainy": "sunny"}, {"sunny|rainy": "rainy"}] * 2
     line["prompt"] = "a {foggy|sunny|rainy} beach, {anna}"
     more = script(HEADER + f"shots: [{json.dumps(line)}]")
     seeds = {shot.id: shot.seed for shot in more.shots}
@@ -123,6 +124,12 @@ def test_ids_of_a_matrix_name_what_differs_and_never_collide(script, tmp_path):
 
 def test_choices_without_an_id_derive_ids_from_the_chosen_text(script):
     chosen = script('{"prompt": "a {red |}ball"}\n', "s.jsonl").shots
+    assert [shot.metadata for shot in chosen] == [
+        {"choices": {"red |": "red"}, "matrix_number": 0},
+        {"choices": {"red |": ""}, "matrix_number": 1},
+    ]
+    (both, *_) = script('{"prompt": "a {red|blue} ball", "style_prompt": "{red|blue}"}\n', "s.jsonl").shots
+    assert both.metadata["choices"] == {"red|blue": "red", "red|blue (2)": "red"}
     plain = script('{"prompt": "a red ball"}\n{"prompt": "a ball"}\n', "s.jsonl").shots
     assert [(shot.id, shot.prompt) for shot in chosen] == [(shot.id, shot.prompt) for shot in plain]
 

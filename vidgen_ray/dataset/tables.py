@@ -21,7 +21,7 @@ from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.outputs.manifest import SCHEMA, manifest_batches, manifest_files, opened
 from vidgen_ray.outputs.reviews import read_reviews
 from vidgen_ray.outputs.storage import Storage
-from vidgen_ray.script.expansion import MATRIX, MATRIX_NUMBER
+from vidgen_ray.script.expansion import CHOSEN, MATRIX, MATRIX_NUMBER
 
 SCORES = "scores"
 """Folder with one folder per scorer and version, `NAME@VERSION`, whose Parquet files have a row per scored clip."""
@@ -51,7 +51,8 @@ SELECT
     coalesce(m.video_sha256, m.hd_video_sha256, m.image_sha256) AS {DIGEST},
     m.metadata->>'character' AS character,
     coalesce(m.metadata->>'character', nullif(array_to_string(m.face_image, '+'), '')) AS person,
-    json_merge_patch(coalesce(m.metadata->'{MATRIX}', '{{}}'), '{{"seed": null}}') AS factors,
+    json_merge_patch(coalesce(m.metadata->'{MATRIX}', '{{}}'), '{{"seed": null}}', coalesce(m.metadata->'{CHOSEN}', '{{}}'))
+        AS factors,
     concat_ws(':', m.script, m.line, factors) AS siblings,
     s.* EXCLUDE ({DIGEST}),
     r.* EXCLUDE ({DIGEST})
@@ -69,8 +70,8 @@ def open_tables(storage: Storage) -> Iterator[duckdb.DuckDBPyConnection]:
 
     `clips` has every row of `manifest`, with its scores and its review, and the columns `clip` (path of the file that is scored
     and reviewed), `clip_sha256`, `character`, `person` (the character, otherwise the face photos), `factors` (the values of the
-    `matrix` of its line without the seed, as JSON) and `siblings` (the same text for the shots of a line that differ only in
-    their seed).
+    `matrix` of its line without the seed, and its choices, as JSON) and `siblings` (the same text for the shots of a line that
+    differ only in their seed).
     Raises SetupError if the folder has no manifest.
     """
     if not manifest_files(storage):

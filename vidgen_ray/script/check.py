@@ -27,7 +27,7 @@ from vidgen_ray.safety import (
     UnsafeContent,
     safety_of,
 )
-from vidgen_ray.script.expansion import MATRIX, MATRIX_NUMBER, STYLE, expand, is_expandable, with_character, with_style
+from vidgen_ray.script.expansion import CHOSEN, MATRIX, MATRIX_NUMBER, STYLE, expand, is_expandable, with_character, with_style
 from vidgen_ray.script.lines import (
     FAILURE_FIELD,
     NO_HEADER,
@@ -143,9 +143,9 @@ class LineChecker:
             # As it is written, since a rejected line is one row.
             line.fields = self._with_defaults(line, own, "")
             try:
-                for number, (fields, suffix, values) in enumerate(expand(own)):
-                    matrix = {MATRIX: values, MATRIX_NUMBER: number} if values else {}
-                    named = self._with_names(line, self._with_defaults(line, fields, suffix), fields, matrix)
+                for number, (fields, suffix, values, chosen) in enumerate(expand(own)):
+                    place = {MATRIX: values or None, CHOSEN: chosen or None, MATRIX_NUMBER: number} if values or chosen else {}
+                    named = self._with_names(line, self._with_defaults(line, fields, suffix), fields, place)
                     self._add_shots(line, fields, named)
             except WrongField as error:
                 line.reject(error.field, error.got, error.allowed)
@@ -193,9 +193,9 @@ class LineChecker:
         return fields
 
     def _with_names(
-        self, line: Line, fields: dict[str, Any], own: Mapping[str, Any], matrix: Mapping[str, Any] | None = None
+        self, line: Line, fields: dict[str, Any], own: Mapping[str, Any], place: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return the fields with those of the character and the style. Their names and the matrix are in the metadata only.
+        """Return the fields with those of the character and the style. Their names and `place` are in the metadata only.
 
         They exist only in this script, but the line may move to failures.jsonl.
         """
@@ -208,7 +208,7 @@ class LineChecker:
             line.reject(error.field, error.got, error.allowed)
             names = {"character": character, STYLE: style}
             return {**fields, **{name: value for name, value in names.items() if value is not None}}
-        labels = {"scene": line.scene, "character": character, STYLE: style, **(matrix or {})}
+        labels = {"scene": line.scene, "character": character, STYLE: style, **(place or {})}
         labels = {name: label for name, label in labels.items() if label is not None}
         metadata = fields.get("metadata") or {}
         return {**fields, "metadata": {**labels, **metadata}} if labels and isinstance(metadata, dict) else fields

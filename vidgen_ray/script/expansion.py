@@ -189,13 +189,16 @@ def _wrong(source: str, field: str | None, got: str, allowed: str) -> ScriptErro
 MATRIX = "matrix"
 """Field of a line: field -> list of values. Not a field of a shot, whose metadata has its values under this name."""
 MATRIX_NUMBER = "matrix_number"
-"""Key in the metadata of such a shot: its number among those of its line, from 0."""
+"""Key in the metadata of a shot of a `matrix`, or with choices: its number among those of its line, from 0."""
+CHOSEN = "choices"
+"""Key in the metadata of a shot with choices: their options (`sunny|rainy`) -> the option that was chosen."""
 STYLE = "style"
 """Field of a line: name of a style in the header. Not a field of a shot."""
 TEXTS = ("prompt", "negative_prompt", "style_prompt", "motion_prompt")
 CHOICES = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
 NO_MATRIX_FIELDS = ("id", "variants", "metadata", "consent")
 SUFFIX_LETTERS = 24
+CHOICE_LETTERS = 60
 HASH_DIGITS = 6
 FILE_NAME = re.compile(r"^(?:.*[/:])?([^/:]+)\.(?:safetensors|png|jpe?g|webp|bmp|tiff?)$", re.IGNORECASE | re.DOTALL)
 """A file whose name stands for it."""
@@ -209,6 +212,8 @@ class Expanded(NamedTuple):
     """Text to add to the id of the line. Empty for a line that is not expanded."""
     values: dict[str, Any]
     """Values of its `matrix` by field."""
+    chosen: dict[str, str]
+    """Chosen option of each of its choices."""
 
 
 def is_expandable(fields: Mapping[str, Any]) -> bool:
@@ -228,7 +233,8 @@ def expand(fields: Mapping[str, Any]) -> list[Expanded]:
     for values in product(*axes):
         own = {**plain, **dict(values)}
         for fields, chosen in _choose(own):
-            expanded.append(Expanded(fields, _suffix([value for _, value in values], chosen, suffixes), dict(values)))
+            suffix = _suffix([value for _, value in values], [option for _, option in chosen], suffixes)
+            expanded.append(Expanded(fields, suffix, dict(values), _named_choices(chosen)))
         if len(expanded) > MAX_SHOTS_PER_LINE:
             raise WrongField(
                 MATRIX if axes else "prompt", f"more than {MAX_SHOTS_PER_LINE} shots", f"must be at most {MAX_SHOTS_PER_LINE}"
@@ -263,8 +269,18 @@ def _suffix(values: Sequence[Any], chosen: Sequence[str], taken: set[str]) -> st
     return suffix
 
 
-def _choose(fields: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Sequence[str]]]:
-    """Yield the fields with each combination of the choices in their texts, and these choices."""
+def _named_choices(chosen: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return options -> chosen option, as text. Options that a line has twice are numbered."""
+    named: dict[str, str] = {}
+    for options, option in chosen:
+        name = options if len(options) <= CHOICE_LETTERS else f"{options[: CHOICE_LETTERS - 1]}…"
+        same = sum(each == name or each.startswith(f"{name} (") for each in named)
+        named[f"{name} ({same + 1})" if same else name] = option.strip()
+    return named
+
+
+def _choose(fields: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Sequence[tuple[str, str]]]]:
+    """Yield the fields with each combination of the choices in their texts, and the options and the chosen one of each."""
     texts = {name: CHOICES.split(text) for name in TEXTS if isinstance(text := fields.get(name), str) and "|" in text}
     choices = {
         (name, number): _options(name, parts[number]) for name, parts in texts.items() for number in range(1, len(parts), 2)
@@ -280,7 +296,10 @@ def _choose(fields: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Sequence[s
                 raise WrongField(name, shortened(joined), "choices such as {a|b} must not contain other choices")
         # A choice may be empty: "a {red |}ball".
         joined_texts = {name: " ".join("".join(text).split()) for name, text in parts.items()} if choices else {}
-        yield {**fields, **joined_texts}, chosen
+        yield (
+            {**fields, **joined_texts},
+            [(texts[name][number], option) for (name, number), option in zip(choices, chosen, strict=True)],
+        )
 
 
 def _options(name: str, text: str) -> list[str]:
