@@ -571,6 +571,10 @@ class Shot(_Frozen):
         seed = self.required_seed()
         return self.model_copy(update={"seed": _seed_from(seed, "try", number)}) if number else self
 
+    def seed_instead_of(self, clip: str) -> int:
+        """Return a seed for another clip of the same shot. `clip`: digest of the clip that is not wanted."""
+        return _seed_from(self.required_seed(), self.id, clip)
+
 
 def _seed_from(*parts: object) -> int:
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()

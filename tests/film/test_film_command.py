@@ -1,11 +1,12 @@
 """`vidgen film`: options, film files, screenplays, messages and exit codes."""
 
 import json
+from importlib.metadata import EntryPoints
 
 import pytest
 
-from tests.film.conftest import GREEN, Shots, read_frames
-from vidgen_ray.cli import main
+from tests.film.conftest import BLUE, GREEN, Shots, read_frames
+from vidgen_ray.cli import main, options
 
 
 @pytest.fixture
@@ -39,6 +40,24 @@ def test_film_takes_order_metadata_and_settings_from_a_screenplay_and_options_ov
     assert (report["size"], report["fps"], report["shots"]) == ("96x96", 12, 2)
     assert read_frames(tmp_path / "film.mp4")[0][48, 48].argmax() == 1  # green: b comes first
     assert "New" in (tmp_path / "film.srt").read_text()
+
+
+def test_film_of_the_shots_that_match_and_are_best(shots, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("duckdb")
+    shots.add("c", line=1, colour=BLUE)
+    shots.add_failed("d")
+    # Two shots of the first line. `--ids` gives the order.
+    assert main(["film", "out", "--best", "id", "--ids", "b,a,c", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["shots"] == 2
+    middle = read_frames(tmp_path / "film.mp4")[::6]
+    assert [frame[24, 32].argmax() for frame in middle] == [1, 2]
+    assert main(["film", "out", "--where", "id != 'b'", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["shots"] == 2
+    assert main(["film", "out", "--where", "stars > 3"]) == 2
+    assert "no finished shot matches" in capsys.readouterr().err
+    monkeypatch.setattr(options, "entry_points", lambda group: EntryPoints(()))
+    assert main(["film", "out", "--where", "stars > 3"]) == 4
+    assert "pip install 'vidgen-ray[dataset]'" in capsys.readouterr().err
 
 
 def test_film_without_captions_to_burn_in_says_so(shots, capsys):

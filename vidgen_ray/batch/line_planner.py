@@ -19,6 +19,7 @@ import pyarrow
 import ray
 from more_itertools import batched
 
+from vidgen_ray.batch.new_seeds import Seeds, read_seeds, with_new_seed
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
@@ -93,12 +94,14 @@ class LinePlanner:
         self._keep_stages = options.keep_stages
         self._strict_prompts = options.strict_prompts
         self._planners: dict[tuple[type[Stage[Any]], ...], ShotPlanner] = {}
+        self._seeds: Seeds = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_planners": {}, "finished": None}
 
     def load_finished(self) -> None:
-        """Read the finished shots. Raises OSError if the storage fails."""
+        """Read the finished shots, and the new seeds of shots. Raises OSError if the storage fails."""
+        self._seeds = read_seeds(self.outputs.storage)
         self.finished = FinishedShots.load(self.outputs, self.changed_by)
         self.changed_by = self.finished.changed_by
 
@@ -114,7 +117,7 @@ class LinePlanner:
 
         Raises MissingWeights if this machine has not the weights that a shot needs.
         """
-        checked = map(self.checker.check, lines)
+        checked = map(self._checked, lines)
         planned = [PlannedLine(line, tuple(map(self._plan_of_line, line.shots))) for line in checked]
         if not self._replace:
             planned = [self._with_own_ids(line) for line in planned]
@@ -122,6 +125,15 @@ class LinePlanner:
             planned = [_with_cut_prompts(line, strict=True) for line in planned]
         planned = self._without_cached(planned) if self._fresh else self._with_done(planned)
         return [_with_cut_prompts(self._with_checked_files(line), strict=False) for line in planned]
+
+    def _checked(self, line: Line) -> Line:
+        """Return the line with its shots, which have the new seeds of the folder, or its errors."""
+        checked = self.checker.check(line)
+        return (
+            replace(checked, shots=tuple(with_new_seed(shot, self._seeds) for shot in checked.shots))
+            if self._seeds
+            else checked
+        )
 
     def _plan_of_line(self, shot: Shot) -> ShotPlan | Failure | None:
         if shot.continue_from is None:

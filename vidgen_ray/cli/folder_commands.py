@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vidgen_ray.cli.command_help import LOOK, in_group
-from vidgen_ray.cli.options import AddressOption, DryRunOption, GpusOption, JsonOption, OutArgument
+from vidgen_ray.cli.options import AddressOption, DryRunOption, GpusOption, JsonOption, OutArgument, WhereOption, ids_where
 from vidgen_ray.cli.progress_display import counts_line, speed_texts, stage_table
 from vidgen_ray.cli.run_script import ProfileOfLastRunOption, profile_of_run, render_again, temporary_script
 from vidgen_ray.engine.status import Snapshot, StageStatus
@@ -33,7 +33,7 @@ from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.outputs.verify import VerifyReport
 from vidgen_ray.outputs.verify import verify as verify_folder
 from vidgen_ray.report.overview import ListedShot, Overview, overview
-from vidgen_ray.system.quantities import duration, money, size
+from vidgen_ray.system.quantities import count, duration, money, size
 
 HOST = "127.0.0.1"
 SHOWN_MESSAGES = 5
@@ -230,14 +230,21 @@ def _print_damage(report: VerifyReport, *, repaired: bool) -> None:
 
 
 @in_group(LOOK)
-def prune(out: OutArgument, dry_run: DryRunOption = False, as_json: JsonOption = False) -> None:
-    """Remove the shots of lines that their script no longer has."""
-    report = remove_replaced(OutputFolder(out), dry_run=dry_run)
+def prune(out: OutArgument, where: WhereOption = None, dry_run: DryRunOption = False, as_json: JsonOption = False) -> None:
+    """Remove the shots of lines that their script no longer has.
+
+    --where also removes the finished shots that match. Their script renders them again.
+    """
+    outputs = OutputFolder(out)
+    ids = frozenset() if where is None else frozenset(ids_where(outputs.storage, where))
+    report = remove_replaced(outputs, ids, dry_run=dry_run)
     if as_json:
         typer.echo(json.dumps({"dry_run": dry_run, **asdict(report)}))
-    else:
-        verb = "would remove" if dry_run else "removed"
-        typer.echo(f"{verb} {report.shots:,} replaced shots: {size(report.bytes)}")
+        return
+    verb = "would remove" if dry_run else "removed"
+    typer.echo(f"{verb} {count(len(report.shots), 'shot')}: {size(report.bytes)}")
+    for shot_id in report.shots if dry_run else ():
+        typer.echo(shot_id)
 
 
 @in_group(LOOK)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial, wraps
 from glob import glob, has_magic
 from importlib import resources
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast, get_origin, get_type_hints
 
@@ -16,10 +17,10 @@ import typer
 from pydantic import BaseModel, ValidationError
 
 from vidgen_ray.cli.command_help import COST_PANEL, HELP_ALL, MARKS_PANEL, REUSE_PANEL, SCRIPT_PANEL, HelpAllOption, is_common
-from vidgen_ray.errors import UsageError, known_fields, shortened
+from vidgen_ray.errors import SetupError, UsageError, known_fields, shortened
 from vidgen_ray.graph import WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
 from vidgen_ray.licences import Requirement
-from vidgen_ray.outputs.storage import URL
+from vidgen_ray.outputs.storage import URL, Storage
 from vidgen_ray.planner import Cluster, parse_gpus
 from vidgen_ray.profile import Profile, builtin_profiles
 from vidgen_ray.provenance.record import MAX_LABEL_LETTERS, ProvenanceSettings
@@ -37,6 +38,8 @@ Kept = Literal["stages"]
 Mode = Literal["quality", "fast"]
 UNCHECKED = ("id", "character", "style")
 """Fields that depend on the command and on the script."""
+WHERE = "vidgen.where"
+"""Group of entry points. Its `sql` is a function that selects shots, see `ids_where`."""
 JOB_FOLDER = "working_dir_files"
 """Folder of Ray that has the working directories of submitted jobs."""
 
@@ -265,6 +268,14 @@ C2paKeyOption = Annotated[
         rich_help_panel=MARKS_PANEL,
     ),
 ]
+WhereOption = Annotated[
+    str | None,
+    typer.Option(
+        "--where",
+        metavar="SQL",
+        help='Only shots for which this SQL expression over the columns of `clips` holds, e.g. "stars >= 4"; see vidgen query.',
+    ),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be removed, without removing it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
 
@@ -417,6 +428,21 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     with_groups.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
     with_groups.__annotations__ = {each.name: each.annotation for each in flat}
     return with_groups
+
+
+def ids_where(storage: Storage, where: str | None, best: str | None = None) -> list[str]:
+    """Return the ids of the shots, in any state, for which an SQL expression holds, in the order of their scripts.
+
+    `best`: SQL expression. Of finished shots of a line that differ only in their seed, only the one with its highest value.
+    Raises UsageError for invalid SQL, and SetupError if the packages of the extra `dataset` are not installed.
+    """
+    try:
+        select: Callable[[Storage, str | None, str | None], list[str]] = entry_points(group=WHERE)["sql"].load()
+    except (ImportError, KeyError) as error:
+        raise SetupError(
+            f"--where and --best: need packages that are not installed ({error}); pip install 'vidgen-ray[dataset]'"
+        ) from None
+    return select(storage, where, best)
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from vidgen_ray.batch.new_seeds import give_new_seeds
 from vidgen_ray.batch.run_options import GRACE_S, RecordedOptions, RenderOptions
 from vidgen_ray.cli.command_help import RENDER, REUSE_PANEL, RUN_PANEL, SCRIPT_PANEL, STOP_PANEL, in_group
 from vidgen_ray.cli.options import (
@@ -37,6 +38,8 @@ from vidgen_ray.cli.options import (
     ScriptsArgument,
     SeedOption,
     UntilOption,
+    WhereOption,
+    ids_where,
     with_consent,
 )
 from vidgen_ray.cli.progress_display import run_view
@@ -49,7 +52,7 @@ from vidgen_ray.graph import stages_of
 from vidgen_ray.licences import ShotLicences, UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run, setting_of_last_run
 from vidgen_ray.outputs.manifest import manifest_files
-from vidgen_ray.outputs.manifest_writer import FILE
+from vidgen_ray.outputs.manifest_writer import FILE, failed_lines, to_utf8
 from vidgen_ray.planner import Cluster, profile_for
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.provenance.record import ProvenanceSettings
@@ -300,6 +303,10 @@ def render(
 @in_group(RENDER)
 def retry(
     out: OutArgument = "out",
+    rejected: Annotated[
+        bool, typer.Option("--rejected", help="Instead render the shots whose clip was rejected in a review, with new seeds.")
+    ] = False,
+    where: WhereOption = None,
     profile: ProfileOfLastRunOption = None,
     address: AddressOption = None,
     gpus: GpusOption = None,
@@ -309,16 +316,40 @@ def retry(
     """Render the failed lines of an output folder again.
 
     With the options of its last run that change files: profile, provenance, --keep, --cache, --cache-gb, --replace,
-    --strict-prompts, --attempts, --seed and --until.
+    --strict-prompts, --attempts, --seed and --until. --where also renders the finished shots that match, with new seeds, which
+    their script then keeps.
     """
     outputs = OutputFolder(out)
     chosen = profile_of_run(outputs, profile)
-    lines = outputs.storage.read(FILE)
-    if lines is None:
-        raise SetupError(f"{outputs.url}: no line has failed, there is no {FILE}")
     local = outputs.storage.local
-    with temporary_script(lines) if local is None else nullcontext(local / FILE) as script:
-        render_again(out, script, chosen, address, gpus, consent, as_json=as_json)
+    if rejected or where is not None:
+        ids = None if where is None else frozenset(ids_where(outputs.storage, where))
+        lines = _chosen_lines(outputs, ids, rejected=rejected)
+        if not lines:
+            typer.echo("No shot of the folder is rejected." if where is None else "No shot of the folder matches.", err=True)
+            return
+        script: AbstractContextManager[Path] = temporary_script(lines)
+    elif (failed := outputs.storage.read(FILE)) is None:
+        raise SetupError(f"{outputs.url}: no line has failed, there is no {FILE}")
+    else:
+        script = temporary_script(failed) if local is None else nullcontext(local / FILE)
+    with script as path:
+        render_again(out, path, chosen, address, gpus, consent, as_json=as_json)
+
+
+def _chosen_lines(outputs: OutputFolder, ids: frozenset[str] | None, *, rejected: bool) -> bytes:
+    """Return the lines of finished shots with new seeds and, unless only `rejected` ones are wanted, of failed ones.
+
+    `ids`: of the shots. Default: all.
+    """
+    repeated = give_new_seeds(outputs, ids, rejected=rejected)
+    if repeated.continued:
+        typer.echo(f"vidgen: these shots continue one of them and change, too: {', '.join(repeated.continued)}", err=True)
+    if repeated.unreadable:
+        names = ", ".join(repeated.unreadable)
+        typer.echo(f"vidgen: files are missing or damaged, see vidgen verify. Left out: {names}", err=True)
+    failed = () if rejected else failed_lines(outputs.storage, ids or frozenset())
+    return to_utf8("".join(f"{line}\n" for line in (*failed, *(line.as_json("retry") for line in repeated.lines))))
 
 
 @contextmanager

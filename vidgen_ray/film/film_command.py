@@ -13,7 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vidgen_ray.cli.command_help import DETAILS_PANEL, EXPORT, in_group
-from vidgen_ray.cli.options import CharactersOption, JsonOption, MarkOptions, ModelOptions, OutArgument, with_options
+from vidgen_ray.cli.options import (
+    CharactersOption,
+    JsonOption,
+    MarkOptions,
+    ModelOptions,
+    OutArgument,
+    WhereOption,
+    ids_where,
+    with_options,
+)
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.film.film_settings import FilmSettings, checked_fields, film_settings, read_film_file
 from vidgen_ray.outputs.storage import URL
@@ -68,6 +77,16 @@ def film(
         list[str] | None,
         typer.Option("--ids", metavar="ID,ID", help="Shots of the film in this order. Repeatable. Default: all."),
     ] = None,
+    where: WhereOption = None,
+    best: Annotated[
+        str | None,
+        typer.Option(
+            "--best",
+            metavar="SQL",
+            help="Of the shots of a line that differ only in their seed, only the one with the highest value of this SQL "
+            "expression, e.g. stars.",
+        ),
+    ] = None,
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out shots that are not finished. Default: refuse, with a list.")
     ] = False,
@@ -98,6 +117,13 @@ def film(
     candidates = manifest_candidates(outputs.storage)
     if script is not None:
         candidates = with_reasons(_script_candidates(script, characters), candidates)
+    chosen = _split(ids)
+    if where is not None or best is not None:
+        selected = {*ids_where(outputs.storage, where, best)} & {each.id for each in candidates if each.reason is None}
+        listed = [entry.id for entry in settings.shots or ()] or [each.id for each in candidates]
+        chosen = [shot_id for shot_id in chosen or listed if shot_id in selected]
+        if not chosen:
+            raise UsageError("--where, --best: no finished shot matches")
     target = Path(path)
     last = setting_of_last_run(outputs, "provenance", ProvenanceSettings) or DEFAULT
     marking = marks.settings(last)
@@ -110,7 +136,7 @@ def film(
             settings,
             target,
             candidates=candidates,
-            ids=_split(ids),
+            ids=chosen,
             skip_missing=skip_missing,
             provenance=marking,
             on_progress=lambda activity, done, total: bar.update(task, description=activity, completed=done, total=total),

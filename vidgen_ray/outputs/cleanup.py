@@ -233,7 +233,7 @@ def remove_person(
         for shot_id in shots:
             outputs.delete_shot(shot_id)
         if shots and manifest_files(storage):
-            drop_rows(storage, lease.run, "id", set(shots))
+            drop_rows(storage, lease.run, set(shots))
         # Their notes may be about the person.
         drop_reviews(storage, clips)
     return report
@@ -259,34 +259,35 @@ def _is_photo(name: str, photos: Collection[str]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """Shots that were removed, and their bytes."""
+    """Shots that were removed, or would be removed in a dry run, and their bytes."""
 
-    shots: int
+    shots: tuple[str, ...]
+    """Their ids."""
     bytes: int
     """Bytes of their images and clips."""
 
 
-def prune(outputs: OutputFolder, *, dry_run: bool = False) -> PruneReport:
-    """Delete the files and rows of replaced shots. A killed call is completed by the next one.
+def prune(outputs: OutputFolder, ids: Set[str] = frozenset(), *, dry_run: bool = False) -> PruneReport:
+    """Delete the files and rows of replaced shots, and of finished shots with these `ids`.
 
-    Raises SetupError if a run is using the folder, or if it has no manifest.
+    A killed call is completed by the next one. Raises SetupError if a run is using the folder, or if it has no manifest.
     """
     if not outputs.storage.files("manifest"):
         raise SetupError(f"{outputs.url}: has no results; pass the output folder of `vidgen render`")
     with outputs.lease(new_name()) as lease:
-        shots = size = 0
+        shots, size = list[str](), 0
         for batch in manifest_batches(outputs.storage):
             for row in batch.to_pylist():
-                if row["status"] != REPLACED:
+                if row["status"] != REPLACED and not (row["status"] == "done" and row["id"] in ids):
                     continue
-                shots += 1
+                shots.append(row["id"])
                 size += sum(row[f"{name}_bytes"] or 0 for name in SHOT_FILES)
                 if not dry_run:
                     lease.check()
                     outputs.delete_shot(row["id"])
         if shots and not dry_run:
-            drop_rows(outputs.storage, lease.run, "status", {REPLACED})
-    return PruneReport(shots, size)
+            drop_rows(outputs.storage, lease.run, set(shots))
+    return PruneReport(tuple(sorted(shots)), size)
 
 
 def shot_records(storage: Storage) -> Iterator[tuple[str, bytes | None]]:

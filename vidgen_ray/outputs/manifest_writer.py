@@ -14,7 +14,7 @@ import os
 import posixpath
 import re
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,8 +249,8 @@ def _with_replaced_rows(file: ManifestFile, index: pyarrow.Table, script: str) -
     )
 
 
-def drop_rows(storage: Storage, run: str, column: str, values: Collection[str]) -> None:
-    """Remove the rows with one of `values` in `column` (`id` or `status`) from the manifest.
+def drop_rows(storage: Storage, run: str, ids: Set[str]) -> None:
+    """Remove the rows with these ids from the manifest.
 
     `run` is part of the names of new files, which become the newest. Call it while holding the lease of the folder. Raises
     OSError if the storage fails.
@@ -260,7 +260,7 @@ def drop_rows(storage: Storage, run: str, column: str, values: Collection[str]) 
         if (indexed := read_index(storage, name, seen)) is None:
             continue
         file, index = indexed
-        current = file.current & ~_is(index, column, *values)
+        current = file.current & ~_is(index, "id", *ids)
         # A row that is not current would become so, if the newer one of its id is dropped from another file.
         if not current.all():
             sources.append(file._replace(current=current))
@@ -392,6 +392,11 @@ def _lines(storage: Storage, sources: Sequence[str]) -> Iterator[str]:
             path.open(encoding="utf-8", errors="backslashreplace", newline="\n") as file,
         ):
             yield from (line.rstrip("\n") for line in file if line.strip())
+
+
+def failed_lines(storage: Storage, ids: Set[str]) -> list[str]:
+    """Return the lines of `failures.jsonl` with these ids."""
+    return [line for line in _lines(storage, [FILE]) if (reason := _reason(line)) is not None and reason.id in ids]
 
 
 def _unresolved(lines: Iterable[str], state: ManifestState) -> Iterator[str]:
