@@ -98,7 +98,7 @@ class OtherWeights(SetupError):
 
 
 class TooExpensive(VidgenError):
-    """The estimated cost exceeds `--max-cost`. Nothing was started."""
+    """The cost exceeds `--max-cost`: the estimate, before anything was started, or that of a run, which stopped."""
 
     exit_code = 5
 

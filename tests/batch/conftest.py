@@ -18,6 +18,7 @@ class InProcessEngine(Engine):
     """Renders one shot after another with the library and the stages of the run, without actors of Ray."""
 
     fatal_failure = None
+    held_gpus = 1
 
     def __init__(self, config, layout, *_):
         self._layout = layout

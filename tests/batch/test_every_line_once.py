@@ -7,6 +7,7 @@ process whose calls fail at random, in simulated time. tests/chaos does the same
 import asyncio
 import json
 import re
+import shutil
 import threading
 from collections import Counter
 from unittest.mock import Mock
@@ -31,7 +32,7 @@ from vidgen_ray.engine.shot_runner import ShotRunner
 from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.supervisor import MAX_QUARANTINES
 from vidgen_ray.engine.worker_pool import WorkerPool
-from vidgen_ray.errors import SetupError
+from vidgen_ray.errors import SetupError, TooExpensive
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
@@ -148,6 +149,10 @@ def engine_class(faults, committed):
         async def stop(self):
             self._workers.close()
 
+        @property
+        def held_gpus(self):
+            return sum(slot.gpus for slot in self._layout.slots)
+
     return FaultyEngine
 
 
@@ -180,7 +185,7 @@ def random_script(faults, count):
         yield {"id": f"s-{number}", "prompt": "a ball", **kind}
 
 
-def run_once(script, profile, out, faults, committed, monkeypatch, gpus="2x2x80GB"):
+def run_once(script, profile, out, faults, committed, monkeypatch, gpus="2x2x80GB", **options):
     """Run the script, and stop it after a random number of results. Return the report, or the error that stopped it."""
     stop = threading.Event()
     events = Events()
@@ -195,7 +200,7 @@ def run_once(script, profile, out, faults, committed, monkeypatch, gpus="2x2x80G
     monkeypatch.setattr(director_module, "Engine", engine_class(faults, committed))
     # Clips in several chunks, or in one.
     monkeypatch.setattr(shot_runner, "CHUNK_BYTES", int(faults.choice([1, 128 << 20])))
-    options = RenderOptions(cluster=parse_gpus(gpus), cache="none", grace_s=1e9)
+    options = RenderOptions(**{"cluster": parse_gpus(gpus), "cache": "none", "grace_s": 1e9, **options})
     try:
         return render(
             ScriptSettings(script, profile_defaults=profile.defaults),
@@ -205,8 +210,8 @@ def run_once(script, profile, out, faults, committed, monkeypatch, gpus="2x2x80G
             listener=events,
             stop=stop,
         )
-    except SetupError as error:
-        # Too many failures in a row: the same command resumes.
+    except (SetupError, TooExpensive) as error:
+        # Too many failures in a row, or the maximum cost: the same command resumes.
         return error
 
 
@@ -269,11 +274,11 @@ def run_prompts(tmp_path, profile, monkeypatch, simulated):
     It returns the report or the error that stopped the run, and line -> status in the manifest.
     """
 
-    def run(prompts, gpus="1x80GB"):
+    def run(prompts, gpus="1x80GB", **options):
         script = tmp_path / "s.jsonl"
         lines = ({"id": f"s-{n}", "prompt": prompt} for n, prompt in enumerate(prompts, start=1))
         script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-        report = run_once(script, profile, tmp_path / gpus, Sound(), Counter(), monkeypatch, gpus=gpus)
+        report = run_once(script, profile, tmp_path / gpus, Sound(), Counter(), monkeypatch, gpus=gpus, **options)
         return report, {row.line: row.status for row in read_manifest(tmp_path / gpus)}
 
     return run
@@ -347,3 +352,33 @@ def test_run_stops_if_nothing_can_be_written_for_too_long(run_prompts, monkeypat
 def test_script_of_wrong_photos_does_not_stop_the_run(run_prompts):
     report, _ = run_prompts(["refused"] * 30, "2x80GB")
     assert (report.failed, report.left, report.quarantined) == (30, 0, ())
+
+
+def test_run_stops_at_its_maximum_cost_and_the_next_run_resumes(run_prompts, tmp_path, monkeypatch):
+    """A second of the GPU costs 1. Each of 20 clips has 3 of them, and the encoder ends one every 10 seconds."""
+    # Without the seconds that other tests have measured.
+    monkeypatch.setattr(director_module, "load_calibration", lambda *_: {})
+    out = tmp_path / "1x80GB"
+
+    def run(price, grace_s=40, max_cost=90):
+        result, _ = run_prompts(["a ball"] * 20, price=price, grace_s=grace_s, max_cost=max_cost)
+        return result, json.loads((out / "run.json").read_text())
+
+    # Without a grace period, the run uses all of the limit; the calls in progress are cancelled.
+    for grace_s, least, most in ((0, 90, 91), (40, 80, 90)):
+        error, written = run(3600, grace_s)
+        assert isinstance(error, TooExpensive)
+        assert least <= written["cost"] <= most
+        assert 0 < written["done"] < 20 - written["skipped"]
+        assert written["done"] + written["skipped"] + written["left"] == 20
+        stated = f"stopped by --max-cost 90.00: the GPUs have cost {written['cost']:.2f} (in the currency of the price). "
+        assert str(error).startswith(f"{stated}{written['left']} line")
+        assert written["error"] == f"TooExpensive: {error}"
+    assert run(3600)[0].left == 0
+    assert {(row.cost, row.currency) for row in read_manifest(out)} == {(3.0, None)}
+    run(7200)
+    assert {(row.last_run, row.cost) for row in read_manifest(out)} == {("reused", 3.0)}
+    # The cost of a shot without a row is that at the price of the run that finds it.
+    shutil.rmtree(out / "manifest")
+    run(7200)
+    assert {(row.last_run, row.cost) for row in read_manifest(out)} == {("reused", 6.0)}

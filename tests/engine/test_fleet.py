@@ -309,9 +309,11 @@ def test_lost_slot_is_reported_and_starts_again_on_a_new_node(head, add_node, fl
         fleet, listener = make_fleet("moves")
         await fleet.start(STAGED, [None, None])
         await listener.until(lambda: len(listener.workers) == 2)
+        assert fleet.held_gpus == 2
         places = await places_of(listener)
         head.remove_node(nodes[0], allow_graceful=False)
         await listener.until(lambda: listener.lost and listener.reasons)
+        assert fleet.held_gpus == 1
         (lost,) = listener.lost
         (kept,) = listener.workers
         assert places[lost][0] == nodes[0].node_id

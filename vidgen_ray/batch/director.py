@@ -51,6 +51,7 @@ from vidgen_ray.planner.layout import Slot
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.lines import Line, ScriptIndex
 from vidgen_ray.shot import Shot
+from vidgen_ray.system.quantities import amount_text, count, money
 
 Remaining = Callable[[], Iterator[Sequence[PlannedLine]]]
 """Starts to read the lines after the first ones. Needs a connection to Ray. Blocks while it waits for lines."""
@@ -93,6 +94,12 @@ class Director:
         self.queue = ShotQueue()
         self.plan: Plan | None = None
         self.left = 0
+        self.cost: float | None = None
+        """Cost so far of the GPUs that the run holds. `None` without GPUs."""
+        self._metered_at = 0.0
+        """Time of the event loop until which `cost` is computed."""
+        self._over_cost = False
+        """The run stops because its cost reaches `max_cost`."""
         self._notes = 0
         """Settings without effect in the lines so far."""
         self._step_notes: set[str] = set()
@@ -205,6 +212,7 @@ class Director:
         """Render all shots. Returns when every line has a result, or after a stop request."""
         self._metrics = RunMetrics(self._listener.labels, self._on_quarantined, self._listener.on_attempt)
         self._reading = remaining is not None
+        self._metered_at = asyncio.get_running_loop().time()
         self._stop_watch = asyncio.ensure_future(self._watch_stop())
         self._renderer = Renderer(self._on_status, self._make_engine)
         if remaining is not None:
@@ -216,6 +224,7 @@ class Director:
         finally:
             for task in (self._stop_watch, *self._rendering):
                 task.cancel()
+            self._meter_cost()
             await self._renderer.stop()
 
     async def _feed(self, renderer: Renderer) -> None:
@@ -270,13 +279,17 @@ class Director:
         self._changed.set()
 
     async def _finish_shots(self) -> None:
-        """Wait for the shots in progress. Raises KeyboardInterrupt if they take longer than the grace period."""
+        """Wait for the shots in progress. Raises KeyboardInterrupt if they take longer than the grace period.
+
+        Raises TooExpensive instead if the run stops because of its cost.
+        """
         # After an unreadable part of the script, the engine is still in order.
         if not self._rendering or not isinstance(self._error, ScriptError | None):
             return
         _, unfinished = await asyncio.wait(list(self._rendering), timeout=self._options.grace_s)
         if unfinished:
-            raise KeyboardInterrupt
+            self.left += len(unfinished)
+            raise self.cost_error() or KeyboardInterrupt
 
     async def _render(self, task: Task, renderer: Renderer, on_admitted: Callable[[], object]) -> None:
         result: ShotRecord | Failure
@@ -396,7 +409,7 @@ class Director:
         return engine
 
     def _make_plan(self, tasks: Sequence[Task], live: LiveCluster, *, complete: bool) -> None:
-        """Choose the layout for these shots and, if the script has more, for many like them. Raises CostError."""
+        """Choose the layout for these shots and, if the script has more, for many like them. Raises TooExpensive."""
         gpus = live.total.gpus
         self._sizes = SizeCheck(self._profile, max(gpus)) if gpus else None
         shots = [*(task.plan.shot for task in tasks), *self._continued.shots]
@@ -410,8 +423,11 @@ class Director:
             return plan(self._profile, demand, cluster, calibration=calibration, price=self._options.price)
 
         self.plan, self.cluster = live.plan(planned)
+        self._results.price, self._results.currency = self.plan.price_per_gpu_hour, self.plan.currency
         self._plans += 1
-        self.plan.check_cost(self._options.max_cost)
+        # Later plans are for the shots that are left, and the demand of a data set is unknown: the running cost limits them.
+        if self._plans == 1 and (complete or self._demand is not None):
+            self.plan.check_cost(self._options.max_cost)
         if self._options.max_cost is not None and not self.plan.gpu_hours:
             self._listener.on_message("--max-cost has no effect: a run without GPUs has no price")
 
@@ -420,6 +436,49 @@ class Director:
         if self.plan is None or not (self.queue or self._reading):
             return []
         return placed_more_slots(self.plan.stage_seconds, present, free)
+
+    # Cost
+
+    def _cost_per_second(self) -> float | None:
+        """Return the price of the GPUs that the run holds now: on this machine, all that it was planned for."""
+        if self.plan is None or self.cluster is None or (price := self.plan.price_per_gpu_hour) is None:
+            return None
+        engine = self._renderer.engine if self._renderer is not None else None
+        gpus = len(self.cluster.gpus) if self._own_ray else engine.held_gpus if engine is not None else 0
+        return gpus * price / 3600
+
+    def _meter_cost(self) -> None:
+        """Add the cost since the last call, and stop the run if it will exceed `max_cost` when the shots in progress end."""
+        now = asyncio.get_running_loop().time()
+        seconds, self._metered_at = now - self._metered_at, now
+        if self.plan is None or (per_second := self._cost_per_second()) is None:
+            return
+        self.cost = (self.cost or 0.0) + per_second * seconds
+        if self._options.max_cost is None or self._stop.is_set():
+            return
+        finishing = 0.0
+        if self.queue or self._continued or self._reading:
+            ended = self._results.counts["done"]
+            per_shot = self.cost / ended if ended else per_second * 3600 / self.plan.shots_per_hour
+            finishing = min(per_shot * len(self._rendering), per_second * self._options.grace_s)
+        if self.cost + finishing > self._options.max_cost:
+            self._over_cost = True
+            self._listener.on_message(
+                f"--max-cost: stopping at {money(self.cost, self.plan.currency)}; shots in progress may finish for up to "
+                f"{self._options.grace_s:g} s (--grace)"
+            )
+            self._stop.set()
+
+    def cost_error(self) -> TooExpensive | None:
+        """Return the error of a run that was stopped by `max_cost` before its last shot. `None` if it was not."""
+        limit = self._options.max_cost
+        if not self._over_cost or not (self.left or self._reading) or limit is None or self.plan is None:
+            return None
+        unread = " and the rest of the script" if self._reading else ""
+        return TooExpensive(
+            f"stopped by --max-cost {amount_text(limit)}: the GPUs have cost {money(self.cost or 0.0, self.plan.currency)}. "
+            f"{count(self.left, 'line')}{unread} left. Run the same command to resume; the limit is for each run"
+        )
 
     # Reading
 
@@ -485,6 +544,7 @@ class Director:
     async def _watch_stop(self) -> None:
         while not self._stop.is_set() and self._error is None:
             await asyncio.sleep(STOP_POLL_S)
+            self._meter_cost()
             try:
                 if self._lease.lost.is_set():
                     # Another run may be writing to the folder.

@@ -142,7 +142,7 @@ class RunReport:
     gpu_seconds: float
     """GPU seconds of the finished shots, without failed shots and attempts with too low a likeness."""
     cost: float | None
-    """Price of all GPUs of the last plan for the seconds of the run. `None` without GPUs or without a price."""
+    """Cost of the GPUs that the run held: on this machine, all that it was planned for. `None` without GPUs."""
     currency: str | None
     """Currency of a default price. `None` if the price is the user's."""
     lora_loads: int
@@ -167,8 +167,9 @@ def render(
     """Render all shots of a script into `outputs`. A shot that is finished with the same content key is skipped.
 
     When `stop` is set, no more shots start, and those in progress have `options.grace_s` seconds to finish; then raises
-    KeyboardInterrupt. A failed line does not raise. Raises ScriptError if the script cannot be read, SetupError or ProfileError
-    if weights are missing, no layout fits the cluster or nothing healthy is left.
+    KeyboardInterrupt. A run whose cost would exceed `options.max_cost` stops likewise; then raises TooExpensive if lines are left.
+    A failed line does not raise. Raises ScriptError if the script cannot be read, SetupError or ProfileError if weights are
+    missing, no layout fits the cluster or nothing healthy is left.
     """
     check_profile(profile)
     check_signing(profile.provenance)
@@ -270,6 +271,8 @@ def render_lines(
         )
         recorder = stack.enter_context(RunRecorder(outputs.storage, lease, labels, listener))
         results = RunResults(outputs, labels, lease, recorder, on_row, is_script=script is not None)
+        # Of shots that are found before there is a plan.
+        results.price = profile.price_per_gpu_hour if options.price is None else options.price
         director = Director(
             profile,
             outputs,
@@ -298,13 +301,16 @@ def render_lines(
                     write_run(_report(labels.run, profile, started, director, results), error)
             raise
         report = _report(labels.run, profile, started, director, results)
-        write_run(report, None)
+        too_expensive = director.cost_error()
+        write_run(report, too_expensive)
         # Remove temporary files of processes that were killed on this machine.
         outputs.sweep()
     if director.plan is not None and director.cluster is not None:
         save_calibration(profile.name, director.cluster.card, results.durations)
         if note := _encoding_note(director.plan, results):
             listener.on_message(note)
+    if too_expensive is not None:
+        raise too_expensive
     return report
 
 
@@ -342,7 +348,7 @@ def _report(run: str, profile: Profile, started: float, director: Director, resu
         left=director.left,
         seconds=round(seconds, 2),
         gpu_seconds=round(results.gpu_seconds, 2),
-        cost=None if plan is None or plan.cost is None else round(plan.cost * seconds / plan.seconds, 2),
+        cost=None if director.cost is None else round(director.cost, 6),
         currency=None if plan is None else plan.currency,
         lora_loads=results.lora_loads,
         peak_share=_peak_share(profile, director, results),

@@ -80,6 +80,10 @@ class RunResults:
         """Lines that failed before rendering. They are part of the failed ones."""
         self.to_render = 0
         self.gpu_seconds = 0.0
+        self.price: float | None = None
+        """Price of a GPU-hour. `None` if it is unknown, or without GPUs."""
+        self.currency: str | None = None
+        """Currency of the price. `None` if it is the user's."""
         self.lora_loads = 0
         self.durations: dict[str, deque[tuple[float, RelativeCost]]] = defaultdict(lambda: deque(maxlen=CALIBRATION_SHOTS))
         """Stage, or ENCODING -> (seconds, relative cost) of the last shots that were not taken from the cache."""
@@ -121,7 +125,7 @@ class RunResults:
         self._listener.on_rejected(self._failed(line, failure))
 
     def skipped(self, line: Line, done: DoneShot) -> None:
-        row = ManifestRow.of_shot(self._labels.run, line.script, line.shot, line.script_line, done, "reused")
+        row = ManifestRow.of_shot(self._labels.run, line.script, line.shot, line.script_line, self._with_cost(done), "reused")
         self._enter(row, None, line.replaces)
 
     def pending(self) -> None:
@@ -158,9 +162,16 @@ class RunResults:
         if record.encode_s is not None:
             mpx = encoded_mpx(record.shot)
             self.durations[ENCODING].append((record.encode_s, RelativeCost(mpx, mpx)))
-        row = ManifestRow.of_shot(self._labels.run, line.script, line.shot, line.script_line, record, "rendered")
+        done = self._with_cost(record.done)
+        row = ManifestRow.of_shot(self._labels.run, line.script, line.shot, line.script_line, done, "rendered")
         self._enter(row, None, line.replaces)
         self._listener.on_finished(row)
+
+    def _with_cost(self, done: DoneShot) -> DoneShot:
+        """Return the shot with its cost. One that was found by its manifest row has that already."""
+        if self.price is None or done.full_record is None or done.cost is not None:
+            return done
+        return done._replace(cost=round(done.gpu_seconds * self.price / 3600, 6), currency=self.currency)
 
     def _failed(self, line: Line, failure: Failure) -> ManifestRow:
         row = ManifestRow.of_shot(self._labels.run, line.script, line.shot, line.script_line, failure, "failed")

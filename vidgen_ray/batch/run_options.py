@@ -38,7 +38,7 @@ class RenderOptions:
     price: float | None = None
     """Price of a GPU-hour."""
     max_cost: float | None = None
-    """Raise CostError before any worker starts if the run would cost more. Then the whole script is read first."""
+    """Maximum cost of the run. The whole script is read and estimated first; a data set is not."""
     fresh: bool = False
     """Render finished shots again, without the cache."""
     cache: CacheMode = DEFAULT_CACHE

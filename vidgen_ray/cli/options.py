@@ -246,7 +246,8 @@ MaxCostOption = Annotated[
         "--max-cost",
         metavar="COST",
         min=0,
-        help="Exit with code 5 before any worker starts if the estimated cost exceeds this. Default: no limit.",
+        help="Maximum cost of a run. Exit with code 5 before any worker starts if the estimate exceeds it, or stop during the "
+        "run; the same command resumes, with the same limit again. Default: no limit.",
     ),
 ]
 RequireLicenceOption = Annotated[

@@ -148,6 +148,11 @@ class Engine:
         self._workers.close()
         await self._fleet.stop()
 
+    @property
+    def held_gpus(self) -> int:
+        """Number of GPUs that the actors that `start` created hold."""
+        return self._fleet.held_gpus
+
     async def holdings(self) -> str:
         """Return which GPUs and CPUs the actors that `start` created hold, and what is free."""
         return await self._fleet.holdings()

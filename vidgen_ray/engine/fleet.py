@@ -180,6 +180,12 @@ class Fleet:
             await asyncio.wait([self._change])
         await asyncio.to_thread(self._remove_all)
 
+    @property
+    def held_gpus(self) -> int:
+        """Number of GPUs that the fleet has reserved on nodes."""
+        slots = (bundle.slot for bundle in list(self._reservations) if bundle.unplaced_since is None)
+        return sum(slot.gpus for slot in slots if slot is not None)
+
     async def holdings(self) -> str:
         """Return which GPUs and CPUs the fleet holds, and what is free."""
         held = _total([reservation for reservation in self._reservations if reservation.unplaced_since is None])

@@ -137,6 +137,10 @@ class _Columns(BaseModel):
     """Seconds of all stages together, when they ran."""
     gpu_seconds: float | None = None
     """Seconds times the share of a GPU, of all stages together."""
+    cost: float | None = None
+    """`gpu_seconds` at the price of a GPU-hour in the run that rendered the shot. Null without GPUs."""
+    currency: str | None = None
+    """Currency of `cost` at a default price of the GPUs. Null if the price is the user's, which has no currency."""
     lora_loads: int | None = None
     """LoRAs loaded onto the weights while the shot was rendered."""
     licences: list[str | None] | None = None
@@ -291,6 +295,8 @@ def _result_columns(result: DoneShot) -> dict[str, Any]:
         "committed_at": result.committed_at,
         "seconds": result.seconds,
         "gpu_seconds": result.gpu_seconds,
+        "cost": result.cost,
+        "currency": result.currency,
         "lora_loads": result.lora_loads,
         "cut_tokens": result.cut_tokens,
     }
@@ -498,8 +504,8 @@ def _began(writer: str) -> str:
 
 
 COLUMNS = (
-    *("run", "script", "id", "status", "key", "committed_at", "seed", "seconds", "gpu_seconds", "lora_loads"),
-    *("licences", "commercial_use", "cut_tokens", *LIKENESS),
+    *("run", "script", "id", "status", "key", "committed_at", "seed", "seconds", "gpu_seconds", "cost", "currency"),
+    *("lora_loads", "licences", "commercial_use", "cut_tokens", *LIKENESS),
     *(f"{name}_{end}" for name in SHOT_FILES for end in ("sha256", "bytes")),
 )
 """Columns of the manifest that a look-up and the row of a reused shot need."""
@@ -560,8 +566,8 @@ class FinishedShots:
         """
         found: list[DoneShot | None] = [None] * len(plans)
         in_object_store = self._outputs.storage.local is None
-        unsure, absent = list[int](), list[int]()
-        for number, (plan, row) in enumerate(zip(plans, self._rows_of(plans), strict=True)):
+        unsure, absent, rows = list[int](), list[int](), self._rows_of(plans)
+        for number, (plan, row) in enumerate(zip(plans, rows, strict=True)):
             if row is None:
                 (absent if in_object_store else unsure).append(number)
                 continue
@@ -580,10 +586,10 @@ class FinishedShots:
                 unsure += [number for number in absent if plans[number].shot.id in existing]
                 read = pool.map(lambda number: self._outputs.find_finished(plans[number], with_stages), unsure)
                 for number, done in zip(unsure, read, strict=True):
-                    found[number] = done
+                    found[number] = _with_cost(done, rows[number])
         else:
             for number in unsure:
-                found[number] = self._outputs.find_finished(plans[number], with_stages)
+                found[number] = _with_cost(self._outputs.find_finished(plans[number], with_stages), rows[number])
         return found
 
     def other_owner(self, shot_id: str, key: str | None, script: str) -> str | None:
@@ -610,6 +616,8 @@ class FinishedShots:
             bytes={SHOT_FILES[name]: row[f"{name}_bytes"] for name in names},
             seconds=row["seconds"],
             gpu_seconds=row["gpu_seconds"],
+            cost=row["cost"],
+            currency=row["currency"],
             lora_loads=row["lora_loads"],
             # The manifest has the commercial use of all licences together only.
             licences=tuple((licence, row["commercial_use"]) for licence in row["licences"] or ()),
@@ -645,6 +653,13 @@ class FinishedShots:
             for plan in plans
             if plan.shot.id in self._folders.get(os.path.dirname(shot_path(plan.shot.id or "")), ())
         }
+
+
+def _with_cost(done: DoneShot | None, row: Mapping[str, Any] | None) -> DoneShot | None:
+    """Return a shot that was found by its record, with the cost that its row states."""
+    if done is None or row is None or row["key"] != done.key:
+        return done
+    return done._replace(cost=row["cost"], currency=row["currency"])
 
 
 def id_is_taken(script: str, line: int, shot_id: str, owner: str) -> FieldError:

@@ -167,6 +167,10 @@ class DoneShot(NamedTuple):
     """Licence and `commercial_use` of each of the weights behind the shot."""
     cut_tokens: int = 0
     """Tokens of the prompt that the stage did not read that cuts most of it."""
+    cost: float | None = None
+    """Cost of `gpu_seconds`. Not part of the record: only the manifest has it. `None` if it is unknown, or without GPUs."""
+    currency: str | None = None
+    """Currency of the cost. `None` if the price is the user's."""
     full_record: ShotRecord | None = None
     """`None` if the shot was found in the manifest, without reading its record."""
 

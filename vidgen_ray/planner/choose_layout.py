@@ -123,6 +123,11 @@ class Plan:
             self.stage_seconds.values()
         )
 
+    @property
+    def price_per_gpu_hour(self) -> float | None:
+        """Mean price of a GPU-hour. `None` without GPUs."""
+        return self.cost / self.gpu_hours if self.cost is not None and self.gpu_hours else None
+
     def check_cost(self, max_cost: float | None) -> None:
         """Raise TooExpensive if the cost exceeds `max_cost`, UsageError if the cost of the GPUs is unknown.
 
