@@ -66,6 +66,7 @@ def out(tmp_path):
             "frames_without_face": 0,
         }
         size = {"width": 128, "height": 64, "num_frames": 3, "fps": 5, "duration_s": 0.6, "seconds": 1.0 * number}
+        size |= {"cost": 0.004, "currency": "USD"} if shot_id == "ada" else {}
         metadata = json.dumps({"character": shot_id, "style": "noir"})
         rows.append(row(shot_id, number, prompt=shot["prompt"], metadata=metadata, **files, **likeness, **size))
     (tmp_path / "manifest").mkdir()
@@ -205,7 +206,10 @@ def test_watch_serves_new_rows_and_nothing_beside_the_shots(out):
     (out / "jobs.db").write_text("secret")
     client = TestClient(gallery_app(out))
     assert 'name="generator"' in client.get("/").text
-    assert len(client.get("/rows.json").json()["rows"]) == 3
+    shown = {each["id"]: each for each in client.get("/rows.json").json()["rows"]}
+    assert len(shown) == 3
+    assert ["Cost", "0.004 USD"] in shown["ada"]["settings"]
+    assert [shown[name]["facts"][3:] for name in ("ada", "bo")] == [["cost 0.004 USD"], []]
     pq.write_table(pa.Table.from_pylist([row("new", 4)], schema=SCHEMA), out / "manifest" / "s-00001.parquet")
     assert {each["id"] for each in client.get("/rows.json").json()["rows"]} == {"ada", "bo", "bad", "new"}
     clip = client.get("/shots/ab/ada/video.mp4", headers={"Range": "bytes=0-9"})

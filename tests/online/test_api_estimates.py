@@ -48,6 +48,13 @@ def test_cost_is_that_of_the_stages_on_gpus(client):
     assert (image["gpu_seconds"], image["cost"], image["size"]) == (0, 0, "64x64")
 
 
+def test_completed_video_has_the_cost_of_its_stages_on_gpus(client):
+    video = client.post("/v1/videos", json={"prompt": "a man", "size": "250x130", "num_frames": 4}).json()
+    assert video["cost"] is None
+    done = ended(client, video["id"])
+    assert done["cost"] == pytest.approx(done["stage_durations"]["realesrgan"] * PRICE_PER_HOUR / 3600, abs=1e-6)
+
+
 def test_estimate_of_a_video_resolves_its_size_and_counts_all_results(client):
     body = {"prompt": "a man", "size": "250x130", "num_frames": 4}
     one, three = estimate(client, "videos", **body), estimate(client, "videos", **body, n=3)

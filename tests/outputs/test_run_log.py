@@ -14,6 +14,7 @@ from vidgen_ray.cli.app import main
 from vidgen_ray.engine.status import Attempt, Snapshot, StageStatus
 from vidgen_ray.outputs import run_log
 from vidgen_ray.outputs.manifest import SCHEMA, ManifestRow
+from vidgen_ray.outputs.reviews import Opinion, ReviewSession
 from vidgen_ray.outputs.run_log import RunLabels, read_log, read_status
 from vidgen_ray.outputs.storage import LocalStorage, storage_at
 from vidgen_ray.report.gallery_page import gallery_app
@@ -100,6 +101,47 @@ def test_status_says_how_many_lines_a_stopped_run_has_left(tmp_path, capsys):
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
     assert main(["status", str(tmp_path)]) == 0
     assert "2/10 shots" in capsys.readouterr().out
+
+
+def test_status_has_the_cost_of_clips_accepted_clips_scripts_and_characters(tmp_path, capsys):
+    storage = LocalStorage(tmp_path)
+
+    def clip(number, script, cost, currency="USD", character=None, **columns):
+        metadata = json.dumps({"character": character} if character else {})
+        digest = {"image_sha256": "0" * 64, "video_sha256": f"{number:064}"}
+        fields = {"id": f"s-{number}", "status": "done", "script": script, "cost": cost, "currency": currency}
+        return {**fields, "metadata": metadata, **digest, **columns}
+
+    rows = [
+        clip(1, "a.jsonl", 0.5, character="ann"),
+        clip(2, "a.jsonl", 1.5, character="ann"),
+        clip(3, "b.jsonl", 3.0, character="bo"),
+        clip(4, "b.jsonl", 0.25, currency=None),
+        clip(5, "b.jsonl", None),
+        clip(6, "b.jsonl", 9.0, status="replaced"),
+    ]
+    (tmp_path / "manifest").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
+    session = ReviewSession(storage, "ann")
+    for number, verdict in ((1, "accept"), (2, "reject"), (3, "accept"), (6, "accept")):
+        session.add(Opinion(clip_sha256=f"{number:064}", verdict=verdict), f"s-{number}")
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    names = ("of", "name", "currency", "cost", "clips", "accepted", "cost_per_clip", "cost_per_accepted")
+    assert [tuple(each[name] for name in names) for each in json.loads(capsys.readouterr().out)["costs"]] == [
+        ("all", None, "USD", 5.0, 3, 2, 1.666667, 2.5),
+        ("all", None, None, 0.25, 1, 0, 0.25, None),
+        ("script", "b.jsonl", "USD", 3.0, 1, 1, 3.0, 3.0),
+        ("script", "a.jsonl", "USD", 2.0, 2, 1, 1.0, 2.0),
+        ("script", "b.jsonl", None, 0.25, 1, 0, 0.25, None),
+        ("character", "bo", "USD", 3.0, 1, 1, 3.0, 3.0),
+        ("character", "ann", "USD", 2.0, 2, 1, 1.0, 2.0),
+    ]
+    assert main(["status", str(tmp_path)]) == 0
+    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if "character ann" in line]
+    assert line == ["character", "ann", "2", "1", "2.00", "USD", "1.00", "USD", "2.00", "USD"]
+    pq.write_table(pa.Table.from_pylist(rows[4:], schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
+    assert main(["status", str(tmp_path)]) == 0
+    assert "Cost" not in capsys.readouterr().out
 
 
 def test_watch_serves_the_shots_and_the_run_of_an_object_store(url):

@@ -167,7 +167,7 @@ def render(
     """Render all shots of a script into `outputs`. A shot that is finished with the same content key is skipped.
 
     When `stop` is set, no more shots start, and those in progress have `options.grace_s` seconds to finish; then raises
-    KeyboardInterrupt. A run whose cost would exceed `options.max_cost` stops likewise; then raises TooExpensive if lines are left.
+    KeyboardInterrupt. A run also stops before its cost exceeds `options.max_cost`, and raises TooExpensive if lines are left.
     A failed line does not raise. Raises ScriptError if the script cannot be read, SetupError or ProfileError if weights are
     missing, no layout fits the cluster or nothing healthy is left.
     """

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict
 from datetime import datetime
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Annotated
 
 import typer
@@ -32,8 +32,8 @@ from vidgen_ray.outputs.run_log import LOGS, RunStatus, read_log, read_status
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.outputs.verify import VerifyReport
 from vidgen_ray.outputs.verify import verify as verify_folder
-from vidgen_ray.report.overview import ListedShot, Overview, overview
-from vidgen_ray.system.quantities import count, duration, money, size
+from vidgen_ray.report.overview import LISTED, Cost, ListedShot, Overview, overview
+from vidgen_ray.system.quantities import amount_text, count, duration, money, size
 
 HOST = "127.0.0.1"
 SHOWN_MESSAGES = 5
@@ -43,7 +43,7 @@ SHOWN_MESSAGES = 5
 def status(out: OutArgument = "out", as_json: JsonOption = False) -> None:
     """Print the progress of the last run in an output folder, and what the folder has.
 
-    Prints its counts, failures, slowest and least alike shots, and disk use.
+    Prints its counts, failures, slowest and least alike shots, cost, and disk use.
     """
     storage = storage_at(out)
     with Console(stderr=True).status(f"Reading {storage.url}"):
@@ -114,6 +114,8 @@ def _print(console: Console, found: Overview, url: str) -> None:
         space += f", {size(found.cache_bytes)} of cache"
     on_gpus = f", {duration(found.gpu_seconds)} of it on GPUs" if found.gpu_seconds else ""
     console.print(f"{duration(found.seconds)} of work{on_gpus}; {space}")
+    if found.costs:
+        _print_costs(console, found.costs)
     if found.failures:
         table = Table("stage", "error", "lines", "first", box=None, title="Failures", title_justify="left")
         # Paths in it are broken, not cut.
@@ -125,6 +127,20 @@ def _print(console: Console, found: Overview, url: str) -> None:
         console.print(f"Render them again: vidgen retry {url}", markup=False)
     _print_shots(console, "Slowest shots", "time", found.slowest, duration)
     _print_shots(console, "Least alike shots", "worst likeness", found.least_alike, "{:.2f}".format)
+
+
+def _print_costs(console: Console, costs: list[Cost]) -> None:
+    table = Table(box=None, title="Cost", title_justify="left")
+    table.add_column("cost of", overflow="fold")
+    for heading in ("clips", "accepted", "cost", "per clip", "per accepted clip"):
+        table.add_column(heading, justify="right")
+    for _, entries in groupby(costs, lambda entry: entry.of):
+        for entry in islice(entries, LISTED):
+            name = "all shots" if entry.name is None else f"{entry.of} {entry.name}"
+            amounts = (entry.cost, entry.cost_per_clip, entry.cost_per_accepted)
+            texts = ("-" if each is None else f"{amount_text(each)} {entry.currency or ''}".rstrip() for each in amounts)
+            table.add_row(Text(name), f"{entry.clips:,}", f"{entry.accepted:,}", *texts)
+    console.print(table)
 
 
 @in_group(LOOK)

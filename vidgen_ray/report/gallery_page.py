@@ -41,7 +41,7 @@ from vidgen_ray.report.shot_text import DEFAULTS, length_text, settings_text, sh
 from vidgen_ray.script.expansion import MATRIX, MATRIX_NUMBER
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, NESTED_FIELDS, Shot
 from vidgen_ray.stages.likeness import sampled_frames
-from vidgen_ray.system.quantities import duration
+from vidgen_ray.system.quantities import amount_text, duration, money
 
 MAX_SHOTS = 10_000
 """Maximum number of shots in the gallery."""
@@ -120,9 +120,11 @@ def _row(storage: Storage, row: Mapping[str, Any], failed_fields: Mapping[str, d
         length = length_text(row["duration_s"]) if row["duration_s"] else None
         worst = shown["likeness"]
         likeness = None if worst is None else "no face found" if worst < -0.99 else f"likeness {worst:.2f}"
-        shown["facts"] = [part for part in (length, size_text(*size) if size[0] else None, likeness) if part]
+        cost = f"cost {amount_text(row['cost'])} {row['currency'] or ''}".rstrip() if row["cost"] else None
+        shown["facts"] = [part for part in (length, size_text(*size) if size[0] else None, likeness, cost) if part]
         about |= {"Length": length, "Likeness": likeness_text(row)}
         about["Rendered in"] = duration(row["seconds"]) if row["seconds"] is not None else None
+        about["Cost"] = money(row["cost"], row["currency"]) if row["cost"] else None
     about = {name: text for name, text in about.items() if text}
     shown |= {"chain": details.chain, "fields": details.fields, "loras": details.loras}
     shown["settings"] = [*about.items(), *details.settings]

@@ -65,6 +65,8 @@ class Video(Answer):
     """Estimate of the seconds left."""
     inference_time_s: float | None = None
     """Seconds that the stages took, without stages whose results were cached."""
+    cost: float | None = None
+    """Cost of a completed video. `None` if the server has no price."""
     remixed_from_video_id: str | None = None
     error: JobProblem | None = None
 

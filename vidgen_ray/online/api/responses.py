@@ -90,6 +90,10 @@ class Video(_JobStatus):
     num_frames: int = Field(description="Number of frames of the delivered clip. 1 for an image.")
     seed: int = Field(description="Seed of the shot.")
     inference_time_s: float | None = Field(description="Sum of `stage_durations`.")
+    cost: float | None = Field(
+        description="Seconds of the stages on GPUs at the server's setting `gpu_hour_price`. Null without a price, or if the "
+        "video is not completed."
+    )
     user: str | None = Field(description="`user` of the request.")
     licences: list[UsedWeights] = Field(description="Weights behind the video and what it continues, with their licences.")
 
@@ -311,8 +315,8 @@ def outputs_of(job: Job) -> list[str]:
     return [str(each) for each in outputs] if isinstance(outputs, list) else [job.id]
 
 
-def video_response(job: Job, estimate: JobEstimate, licences: ShotLicences) -> Video:
-    """Return a job as OpenAI's Video."""
+def video_response(job: Job, estimate: JobEstimate, licences: ShotLicences, cost: float | None) -> Video:
+    """Return a job as OpenAI's Video. `cost`: of its stages."""
     shot = job.shot
     growth, sizes, delivered = clip_growth(shot), file_sizes(shot), delivered_artefact_of(job)
     frames, fps = clip_length(shot) if shot.generate_video else (1, shot.fps)
@@ -339,6 +343,7 @@ def video_response(job: Job, estimate: JobEstimate, licences: ShotLicences) -> V
             "num_frames": frames,
             "seed": shot.seed or 0,
             "inference_time_s": round(sum(job.stage_seconds.values()), 3) if job.stage_seconds else None,
+            "cost": cost,
             "user": job.request.get("user"),
             "licences": stored_licences(job) or licences(shot),
         }

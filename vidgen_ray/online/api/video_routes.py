@@ -11,7 +11,6 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import Response
 
-from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
 from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.online.api.openapi import EVENT_STREAM, JSON, ServerDep, TenantDep, error_responses, request_body
@@ -72,9 +71,7 @@ async def list_videos(
         )
     except UnknownJob:
         raise not_found("video", str(after)[:100], "after") from None
-    data = [
-        video_response(job, await server.queue_estimator.estimate(job), server.serving_profile.licences) for job in page.jobs
-    ]
+    data = [_video(server, job, await server.queue_estimator.estimate(job)) for job in page.jobs]
     ids = [video.id for video in data]
     return VideoPage(data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=page.has_more)
 
@@ -103,7 +100,7 @@ async def cancel_video(server: ServerDep, tenant: TenantDep, video_id: str) -> V
     job = await server.job_service.cancel(tenant, video_id)
     if job is None:
         raise not_found("video", video_id[:100])
-    return video_response(job, await server.queue_estimator.estimate(job), server.serving_profile.licences)
+    return _video(server, job, await server.queue_estimator.estimate(job))
 
 
 @router.post(
@@ -213,11 +210,30 @@ async def face_fields(server: ServerContext, tenant: Tenant, request: CreateVide
     return fields
 
 
+def _video(server: ServerContext, job: Job, estimate: JobEstimate) -> Video:
+    cost = _cost(server, _gpu_seconds(server, job.stage_seconds)) if job.state == JobState.COMPLETED else None
+    return video_response(job, estimate, server.serving_profile.licences, cost)
+
+
+def _gpu_seconds(server: ServerContext, stage_seconds: Mapping[str, float]) -> float:
+    """Return the seconds of the stages that run on a GPU."""
+    actors = server.serving_profile.profile.actors
+    # An older video may have a stage without an actor in this profile.
+    of_stages = {name: actors.get(STAGE_BY_NAME[name].actor) for name in stage_seconds if name in STAGE_BY_NAME}
+    return sum(stage_seconds[name] for name, actor in of_stages.items() if actor is not None and actor.device != "cpu")
+
+
+def _cost(server: ServerContext, gpu_seconds: float) -> float | None:
+    """Return the cost of seconds of a GPU, or `None` if the server has no price."""
+    price = server.settings.gpu_hour_price
+    return None if price is None else round(gpu_seconds * price / SECONDS_PER_HOUR, 6)
+
+
 async def _polled(server: ServerContext, response: Response, job: Job) -> Video:
     """Return a job for a client that polls it, and set the header that says when to poll again."""
     estimate = await server.queue_estimator.estimate(job)
     response.headers[POLL_AFTER] = str(round(estimate.poll_after_s * 1000))
-    return video_response(job, estimate, server.serving_profile.licences)
+    return _video(server, job, estimate)
 
 
 EVENTS = {
@@ -246,7 +262,7 @@ async def _events(server: ServerContext, job: Job, last_event_id: str | None) ->
         # The last event is always sent: a browser that missed it would reconnect forever.
         elif current.state.is_final or str(current.version) != last_event_id:
             estimate = await server.queue_estimator.estimate(current)
-            data = video_response(current, estimate, server.serving_profile.licences).model_dump_json(exclude_none=True)
+            data = _video(server, current, estimate).model_dump_json(exclude_none=True)
             yield ServerSentEvent(data, event=f"video.{current.state}", id=str(current.version))
 
 
@@ -336,11 +352,8 @@ async def _estimate(
     else:
         new = await server.queue_estimator.estimate_new(job.shot)
     seconds = {stage: round(len(shots) * each, 3) for stage, each in new.stage_seconds.items()}
-    actor_of = server.serving_profile.profile.actor_of
-    on_gpu = [stage for stage in seconds if stage != OUTPUT and actor_of(STAGE_BY_NAME[stage]).device != "cpu"]
-    gpu_seconds = sum(seconds[stage] for stage in on_gpu)
-    price = server.settings.gpu_hour_price
-    video = video_response(job, JobEstimate(None, None, 0.0), server.serving_profile.licences)
+    gpu_seconds = _gpu_seconds(server, seconds)
+    video = _video(server, job, JobEstimate(None, None, 0.0))
     return Estimate.model_validate(
         {
             **video.model_dump(include={"model", "seconds", "size", "model_size", "scale", "hd_size", "fps", "num_frames"}),
@@ -349,7 +362,7 @@ async def _estimate(
             "gpu_seconds": round(gpu_seconds, 3),
             "queue_position": new.queue_position,
             "queue_wait_s": round(new.wait_s, 3),
-            "cost": None if price is None else round(gpu_seconds * price / SECONDS_PER_HOUR, 6),
+            "cost": _cost(server, gpu_seconds),
             "is_rendered": job.state.is_final,
             "results": len(shots),
         }
