@@ -53,7 +53,7 @@ SELECT
     coalesce(m.metadata->>'character', nullif(array_to_string(m.face_image, '+'), '')) AS person,
     json_merge_patch(coalesce(m.metadata->'{MATRIX}', '{{}}'), '{{"seed": null}}', coalesce(m.metadata->'{CHOSEN}', '{{}}'))
         AS factors,
-    concat_ws(':', m.script, m.line, factors) AS siblings,
+    concat_ws(':', m.script, coalesce(m.line::VARCHAR, m.id), factors) AS siblings,
     s.* EXCLUDE ({DIGEST}),
     r.* EXCLUDE ({DIGEST})
 FROM manifest m
