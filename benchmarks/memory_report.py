@@ -1,6 +1,6 @@
 """Print the planned GPU memory for the docs.
 
-docs/planning.md: each actor with the options of each profile. docs/models.md: each model with the options of gpu-80gb, or of
+docs/planning.md: each actor of the default chain with the options of each profile. docs/models.md: each model with the options of gpu-80gb, or of
 gpu-24gb for the small Wan.
 
 python -m benchmarks.memory_report
@@ -20,17 +20,12 @@ from vidgen_ray.shot import Shot
 
 PROFILES = ("gpu-80gb", "gpu-48gb", "gpu-24gb", "gpu-24gb-schnell")
 PHOTO: dict[str, Any] = {"width": 1024, "height": 576, "face_image": ("face.png",), "identity": "reference"}
-OTHER_SHOTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "klein": ("1024x576, one photo", PHOTO),
-    "qwen_edit": ("1024x576, one photo", {**PHOTO, "use_hunyuan_style": True, "style_model": "qwen-edit"}),
-    "wan": ("1280x704, 81 frames", {"width": 1280, "height": 704, "num_frames": 81, "video_model": "wan"}),
-    "ltx": ("1216x704, 121 frames", {"width": 1216, "height": 704, "num_frames": 121, "video_model": "ltx"}),
-    "rife": ("1024x576", {"width": 1024, "height": 576, "interpolation": 4}),
-}
-"""Stage -> text for the table, and fields of a shot."""
+QWEN: dict[str, Any] = {**PHOTO, "use_hunyuan_style": True, "style_model": "qwen-edit"}
+WAN: dict[str, Any] = {"width": 1280, "height": 704, "num_frames": 81, "video_model": "wan"}
+LTX: dict[str, Any] = {"width": 1216, "height": 704, "num_frames": 121, "video_model": "ltx"}
+RIFE: dict[str, Any] = {"width": 1024, "height": 576, "interpolation": 4}
 FACE: dict[str, Any] = {"face_image": ("face.png",)}
 SDXL: dict[str, Any] = {**FACE, "identity": "instantid-sdxl"}
-WAN, LTX, QWEN = (OTHER_SHOTS[stage][1] for stage in ("wan", "ltx", "qwen_edit"))
 MODELS: dict[str, tuple[tuple[str, str, str, dict[str, Any], dict[str, Any]], ...]] = {
     "FLUX.1-dev": (("", "gpu-80gb", "flux", {}, {}), ("with InfuseNet", "gpu-80gb", "flux", FACE, {})),
     "FLUX.2 klein 4B": (("", "gpu-80gb", "klein", PHOTO, {}),),
@@ -52,7 +47,7 @@ MODELS: dict[str, tuple[tuple[str, str, str, dict[str, Any], dict[str, Any]], ..
         ("and with `vae_tiling`", "gpu-24gb", "wan", WAN, {"cpu_offload": True, "vae_tiling": True}),
     ),
     "LTX-Video": (("", "gpu-80gb", "ltx", LTX, {}), ("with `vae_tiling`", "gpu-80gb", "ltx", LTX, {"vae_tiling": True})),
-    "RIFE": (("", "gpu-80gb", "rife", OTHER_SHOTS["rife"][1], {}),),
+    "RIFE": (("", "gpu-80gb", "rife", RIFE, {}),),
     "RealESRGAN": (("", "gpu-80gb", "realesrgan", {}, {}),),
 }
 """Weights in docs/models.md -> condition, profile, stage, fields of a shot and changed options."""
@@ -81,26 +76,11 @@ def chain_cells(profile: Profile) -> dict[str, str]:
     return cells | {"these in one process": cell(together, 0)}
 
 
-def other_cells(profile: Profile) -> dict[str, str]:
-    """Return actor -> cell for the other models."""
-    cells = {}
-    for actor, (_, fields) in OTHER_SHOTS.items():
-        if actor in profile.actors:
-            stage = STAGE_BY_NAME[actor]
-            planned = stage.memory(profile.options_of(stage), Shot.model_validate({"prompt": "a", **fields}))
-            assert planned is not None
-            cells[actor] = cell(planned.total / GB, planned.host / GB)
-    return cells
-
-
 def rows() -> list[str]:
     """Return the table of docs/planning.md."""
     lines = [f"| actor | {' | '.join(f'`{name}`' for name in PROFILES)} |", f"|{' --- |' * (1 + len(PROFILES))}"]
-    columns = [chain_cells(profile) | other_cells(profile) for profile in map(load_profile, PROFILES)]
-    for actor in columns[0]:
-        about = f", {OTHER_SHOTS[actor][0]}" if actor in OTHER_SHOTS else ""
-        lines.append(f"| {actor}{about} | {' | '.join(column.get(actor, '') for column in columns)} |")
-    return lines
+    columns = [chain_cells(profile) for profile in map(load_profile, PROFILES)]
+    return lines + [f"| {actor} | {' | '.join(column[actor] for column in columns)} |" for actor in columns[0]]
 
 
 def model_cells() -> dict[str, str]:
