@@ -1,7 +1,7 @@
 """Print the planned GPU memory for the docs.
 
-docs/planning.md: each actor of the default chain with the options of each profile. docs/models.md: each model with the options of gpu-80gb, or of
-gpu-24gb for the small Wan.
+docs/planning.md: each actor of the default chain with the options of each profile. docs/models.md: each model with the options
+of gpu-80gb, or of gpu-24gb for the small Wan.
 
 python -m benchmarks.memory_report
 """

@@ -93,7 +93,7 @@ def first_sentence(docstring: str | None) -> str:
 
 def modules() -> Iterator[str]:
     """Yield a line for each package with modules."""
-    for init in (*sorted(PACKAGE.glob("*/**/__init__.py"), key=lambda path: path.parent.parts), CLIENT):
+    for init in (*sorted(PACKAGE.glob("*/__init__.py")), CLIENT):
         if any(not path.stem.startswith("__") for path in init.parent.glob("*.py")):
             summary = first_sentence(ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))))
             yield f"- `{init.parent.relative_to(DOCS.parent)}/`: {summary}"
