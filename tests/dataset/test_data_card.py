@@ -1,0 +1,251 @@
+"""The data card: what it says, how it escapes, and what the libraries of the hub and of Croissant read in it."""
+
+import json
+from itertools import pairwise
+
+import mlcroissant
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+from obstore.store import MemoryStore
+from PIL import Image as PILImage
+
+from tests.dataset.conftest import make_folder, moving, texture
+from vidgen_ray.dataset.data_card import ROWS, STATE, write_card
+from vidgen_ray.dataset.tables import open_tables
+from vidgen_ray.outputs.object_storage import ObjectStorage
+from vidgen_ray.outputs.storage import storage_at
+from vidgen_ray.provenance.record import read_provenance
+
+NASTY = 'a | b `c` *d* <script>alert(1)</script>\n# e\t"f" [g](http://h.i) $j$ @k :l: www.m.n \u202eo & שלום 🎬'
+SHOWN = " ".join(NASTY.replace("\u202e", "").split())
+"""The same on one line, without the mark of direction."""
+LICENCES = (
+    {"weights": "hub:black-forest-labs/FLUX.1-dev", "licence": "FLUX.1 [dev] Non-Commercial License", "commercial_use": "no"},
+    {"weights": "builtin:rife", "licence": "MIT", "commercial_use": "yes", "url": "https://example.com/a_(b)"},
+)
+STATE_OF_EXPORT = {
+    "format": "videofolder",
+    "files": "clip",
+    "columns": {"file_name": "string", "prompt": "string", "fps": "double", "seed": "int64", "ai_generated": "bool"},
+    "where": "seed < 9",
+    "best": None,
+    "cleared": "commercial",
+    "caption": "{prompt}",
+    "splits": {"train": 0.8, "val": 0.2},
+    "split_by": ["prompt", "character"],
+    "transcode": {"resize": None, "fps": None},
+    "command": "vidgen export /home/me/out /home/me/dest --where 'seed < 9'",
+    "versions": {"duckdb": "2.0"},
+    "counts": {"added": 1, "changed": 2, "removed": 1, "unchanged": 3},
+    "removed": [{"id": "gone", "reason": "the output folder does not have the shot"}],
+    "refused": [{"id": "bad", "reason": NASTY}, {"id": "worse", "reason": NASTY}],
+    "missing": [],
+}
+EXPORTED = """
+SELECT {all}, if(seed = 8, 'val', 'train') AS split, split || '/' || id || '.mp4' AS file, NULL::VARCHAR AS sample,
+    prompt AS caption, coalesce(video_bytes, image_bytes) AS exported_bytes, width AS exported_width, height AS exported_height,
+    fps::DOUBLE AS exported_fps, num_frames AS exported_num_frames, duration_s AS exported_duration_s, {columns}
+FROM clips WHERE {rows} ORDER BY id"""
+
+
+def export_state(dest, source, columns="NULL::DOUBLE AS empty_score", all="*", exported="status = 'done'", **changes):
+    """Write what an export leaves for its card, and the card."""
+    with open_tables(source) as database:
+        rows = database.sql(EXPORTED.format(columns=columns, all=all, rows=exported)).to_arrow_table()
+    with dest.new_file(ROWS) as path:
+        pyarrow.parquet.write_table(rows, path)
+    dest.write(STATE, json.dumps(STATE_OF_EXPORT | changes))
+    write_card(dest, source)
+    return rows.to_pylist()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Six clips: of two persons with two values of a factor, of a text with all kinds of signs, and of no person."""
+    consent = {"subject": SHOWN, "basis": "written", "reference": "a|b.pdf"}
+    root = tmp_path_factory.mktemp("source")
+    faces = [root / f"{name}.png" for name in ("ada", "bob")]
+    for number, face in enumerate(faces):
+        PILImage.fromarray(texture(64, 64, seed=number)).save(face)
+    clips = [
+        ({"id": f"{face.stem}-{strength}", "prompt": f"{face.stem} walks", "face_image": [str(face)], "seed": seed}
+         | ({"consent": consent} if face.stem == "ada" else {})
+         | {"metadata": {"matrix": {"lora_strength": strength}}}, moving(seed=seed))
+        for seed, (face, strength) in enumerate((face, strength) for face in faces for strength in (0.5, 1.0))
+    ]  # fmt: skip
+    clips += [({"id": "nasty", "prompt": NASTY, "seed": 8}, moving(px=1)), ({"id": "plain", "licences": LICENCES}, moving())]
+    return make_folder(root / "out", clips).storage
+
+
+@pytest.fixture(scope="module")
+def card(source, tmp_path_factory):
+    """Folder of an export with scores, reviews and costs."""
+    root = tmp_path_factory.mktemp("card")
+    extra = "seed / 2 AS sharpness, seed > 1 AS has_face, 'text' AS phash, [1.0] AS each_frame, NULL::DOUBLE AS empty_score"
+    dest = storage_at(root)
+    export_state(dest, source, f'{extra}, 1.5::DOUBLE AS "na|me<&"')
+    return root
+
+
+def front_matter(root):
+    return yaml.safe_load((root / "README.md").read_text().split("---\n")[1])
+
+
+def tables(root):
+    """Return the tables of the page as a Markdown renderer reads them: lists of rows, rows are lists of texts."""
+    content = (root / "README.md").read_text().split("---\n", 2)[2]
+    found, tokens = [], MarkdownIt("commonmark").enable("table").parse(content)
+    for opened, inline in pairwise(tokens):
+        if opened.type == "table_open":
+            found.append([])
+        elif opened.type == "tr_open":
+            found[-1].append([])
+        elif opened.type in ("th_open", "td_open"):
+            found[-1][-1].append("".join(part.content for part in inline.children))
+            assert {part.type for part in inline.children} <= {"text", "code_inline", "link_open", "link_close", "text_special"}
+    by_head: dict[tuple[str, ...], list[list[str]]] = {}
+    for head, *rows in found:
+        by_head.setdefault(tuple(head), []).extend(rows)
+    return by_head
+
+
+def test_card_states_counts_persons_factors_and_changes(card):
+    found = tables(card)
+    splits = found["Split", "Clips", "Length", "Size", "Persons", "Prompts"]
+    assert [(row[0], row[1], row[2], row[4], row[5]) for row in splits] == [
+        ("train", "5", "5.62 s", "2", "3"),
+        ("val", "1", "1.12 s", "", "1"),
+    ]
+    assert [row[:2] for row in found["Person", "Clips", "Length", "Size"]] == [["ada", "2"], ["bob", "2"]]
+    assert [row[:2] for row in found["Value", "Clips", "Length", "Size"]] == [["0.5", "2"], ["1.0", "2"]]
+    assert found["Person", "Clips"] == [["bob", "2"]]  # without consent
+    (scores,) = (rows for head, rows in found.items() if head[0] == "Score")
+    assert ["sharpness", "6", "0", "0.5", "1.25", "4"] in [row[:6] for row in scores]
+    models = {row[0]: row[1:] for row in found["Weights", "Licence", "Commercial use"]}
+    assert models["hub:black-forest-labs/FLUX.1-dev"] == ["FLUX.1 [dev] Non-Commercial License", "no"]
+    text = (card / "README.md").read_text()
+    assert "1 added, 2 changed, 1 removed, 3 unchanged." in text
+    assert "/home/me" not in text
+    assert "vidgen export OUT DEST --where 'seed < 9'\n" in text
+    assert "vidgen render script.jsonl -o OUT\n" in text
+
+
+def test_text_of_rows_cannot_change_the_page(card):
+    found = tables(card)
+    isolated = f"\u2068{SHOWN}\u2069"
+    assert isolated in [row[-1] for row in found["Frame", "Person", "Prompt"]]
+    assert found["Subject", "Basis", "Reference", "Clips"] == [[isolated, "written", "a|b.pdf", "2"]]
+    assert [isolated, "2", "bad, worse"] in found["Reason", "Shots", "Such as"]
+    assert "<script>" not in (card / "README.md").read_text()
+    (picture,) = (card / "card").glob("na-me-*.svg")
+    assert "na|me&lt;&amp;" in picture.read_text()
+
+
+def test_front_matter_names_the_files_of_each_split(card):
+    found = front_matter(card)
+    assert found["license"] == "other"
+    assert found["license_name"] == "flux.1-dev-non-commercial-license-and-mit"
+    assert (found["task_categories"], found["size_categories"]) == (["text-to-video"], ["n<1K"])
+    assert found["tags"] == ["ai-generated", "synthetic", "vidgen-ray"]
+    files = found["configs"][0]["data_files"]
+    assert files == [{"split": name, "path": [f"{name}/metadata.parquet", f"{name}/*.mp4"]} for name in ("train", "val")]
+
+
+def test_histograms_are_of_scores_only(card):
+    names = sorted(path.stem.rpartition("-")[0] for path in (card / "card").glob("*.svg"))
+    assert names == ["has-face", "na-me-", "sharpness"]
+
+
+def test_samples_show_each_person_and_then_each_factor(card):
+    persons = [row[1] for row in tables(card)["Frame", "Person", "Prompt"]]
+    assert persons == ["ada", "bob", "", "ada", "bob", ""]
+    with PILImage.open(card / "card/samples.webp") as image:
+        assert image.size == (4 * 244 - 4, 2 * 164 - 4)
+    assert read_provenance(card / "card/samples.webp").known_type == "trainedAlgorithmicMedia"
+
+
+def test_same_rows_give_the_same_bytes(card, source, tmp_path):
+    dest = storage_at(tmp_path)
+    dest.write(ROWS, (card / ROWS).read_bytes())
+    dest.write(STATE, json.dumps(STATE_OF_EXPORT | {"command": "vidgen export x y --where 'seed < 9'"}))
+    write_card(dest, source)
+    written = [path.relative_to(card) for path in card.rglob("*") if path.is_file() and ".vidgen" not in path.parts]
+    assert len(written) == 6
+    for path in written:
+        assert (tmp_path / path).read_bytes() == (card / path).read_bytes(), path
+
+
+def test_object_store_gets_the_same_card(card, source):
+    store = ObjectStorage("s3://bucket/data")
+    store._store = MemoryStore()
+    store.write(ROWS, (card / ROWS).read_bytes())
+    store.write(STATE, json.dumps(STATE_OF_EXPORT))
+    write_card(store, source)
+    assert store.read("README.md") == (card / "README.md").read_bytes()
+    assert store.files("card").keys() == {path.name for path in (card / "card").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Three images without persons, of which one is damaged."""
+    root = tmp_path_factory.mktemp("images")
+    folder = make_folder(root, [({"id": name}, texture(64, 96, seed)) for seed, name in enumerate("abc")])
+    next(root.glob("shots/*/c/image.png")).write_bytes(b"")
+    return folder.storage
+
+
+NOTHING = {"removed": [], "refused": [], "where": None, "cleared": None, "splits": {"train": 1.0}, "files": "image"}
+PATTERNS = {"webdataset": "train-*.tar", "parquet": "train-*.parquet", "lance": "train.lance/**", "captions": "train/*.png"}
+
+
+def test_card_of_images_has_no_empty_sections(images, tmp_path):
+    dest = storage_at(tmp_path)
+    dest.write("card/old-123456.svg", "")
+    export_state(dest, images, all="* REPLACE (0.0 AS gpu_seconds)", **NOTHING)
+    text = (tmp_path / "README.md").read_text()
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    expected = "# script, ## Contents, ### Sizes, ## Models and licences, ## Last change, ## Reproduce, ## Columns"
+    assert ", ".join(headings) == expected
+    assert front_matter(tmp_path)["license"] == "mit"
+    assert front_matter(tmp_path)["task_categories"] == ["text-to-image"]
+    assert "\n\n\n" not in text
+    assert len(tables(tmp_path)["Frame", "Prompt"]) == 2
+    assert dest.files("card").keys() == {"samples.webp"}
+
+
+def test_card_of_an_export_without_clips(images, tmp_path):
+    export_state(storage_at(tmp_path), images, exported="false", **NOTHING)
+    assert "0 images, of 0 prompts." in (tmp_path / "README.md").read_text()
+    assert not mlcroissant.Dataset(jsonld=str(tmp_path / "croissant.json")).metadata.ctx.issues.errors
+
+
+def test_croissant_reads_the_records(card):
+    columns = STATE_OF_EXPORT["columns"]
+    kinds = {"string": pyarrow.string(), "double": pyarrow.float64(), "int64": pyarrow.int64(), "bool": pyarrow.bool_()}
+    schema = pyarrow.schema([(name, kinds[kind]) for name, kind in columns.items()])
+    for split in ("train", "val"):
+        row = {"file_name": f"{split}.mp4", "prompt": NASTY, "fps": None, "seed": 7, "ai_generated": True}
+        (card / split).mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row], schema), card / split / "metadata.parquet")
+    dataset = mlcroissant.Dataset(jsonld=str(card / "croissant.json"))
+    assert not dataset.metadata.ctx.issues.errors
+    records = list(dataset.records("clips"))
+    assert sorted(record["clips/file_name"] for record in records) == [b"train.mp4", b"val.mp4"]
+    assert {record["clips/prompt"].decode() for record in records} == {NASTY}
+    for record in records:
+        assert (record["clips/seed"], record["clips/ai_generated"], record["clips/fps"]) == (7, True, None)
+    assert dataset.metadata.personal_sensitive_information[0].startswith("Shows 2 persons")
+
+
+@pytest.mark.parametrize("format", PATTERNS)
+def test_metadata_of_each_format_is_valid(images, tmp_path, format):
+    export_state(storage_at(tmp_path), images, format=format, **NOTHING)
+    assert front_matter(tmp_path)["configs"][0]["data_files"] == [{"split": "train", "path": [PATTERNS[format]]}]
+    dataset = mlcroissant.Dataset(jsonld=str(tmp_path / "croissant.json"))
+    assert not dataset.metadata.ctx.issues.errors
+    assert [PATTERNS[format]] in [each.includes for each in dataset.metadata.file_sets]
+    names = [field.name for field in dataset.metadata.record_sets[0].fields]
+    assert names == (["file_name", "caption"] if format == "captions" else [*STATE_OF_EXPORT["columns"]])

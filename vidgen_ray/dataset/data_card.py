@@ -1,0 +1,614 @@
+"""Data card of an export: `README.md` as the Hugging Face Hub reads it, `croissant.json`, histograms and a grid of samples.
+
+It is computed with DuckDB from the rows and the state of the export, so memory stays flat. The same rows give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import json
+import posixpath
+import re
+import shlex
+import tempfile
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from urllib.parse import quote
+
+import duckdb
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image as PILImage
+from pydantic import BaseModel
+
+from vidgen_ray.dataset.tables import DIGEST, MEMORY_LIMIT, OWN_COLUMNS, REVIEWS
+from vidgen_ray.errors import MediaError
+from vidgen_ray.licences import UsedWeights
+from vidgen_ray.media import cover_crop, open_video, read_image
+from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
+from vidgen_ray.outputs.manifest import LIKENESS, SCHEMA, ManifestRow
+from vidgen_ray.outputs.manifest_writer import SCRIPTS
+from vidgen_ray.outputs.records import RECORD
+from vidgen_ray.outputs.storage import Storage
+from vidgen_ray.provenance.record import ProvenanceRecord
+from vidgen_ray.report.shot_text import short_names
+from vidgen_ray.safety import Consent
+from vidgen_ray.stages.base import Image
+
+ROWS, STATE = ".vidgen/rows.parquet", ".vidgen/export.json"
+FOLDER, GRID = "card", "card/samples.webp"
+SAMPLES, GRID_COLUMNS, TILE_WIDTH_PX, GAP_PX = 12, 4, 240, 4
+BINS = 24
+TABLE_ROWS, LISTED, TEXT_LENGTH = 50, 20, 300
+"""Rows of a table, names in a line, and characters of a text. The rest is counted, or cut."""
+TAGS = ("ai-generated", "synthetic", "vidgen-ray")
+HUB_LICENCES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0")
+"""Identifiers of the hub that are the SPDX identifier in small letters."""
+HUB_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+MEDIA_TYPES = {
+    "mp4": "video/mp4",
+    "png": "image/png",
+    "tar": "application/x-tar",
+    "parquet": "application/x-parquet",
+    "txt": "text/plain",
+}
+EXPORT_COLUMNS = re.compile("split|file|sample|caption|signature|content|exported_.*")
+"""Columns of the rows that `clips` does not have."""
+DESCRIPTIONS = {
+    **{name: field.description for name, field in ManifestRow.model_fields.items()},
+    **{f"consent_{name}": field.description for name, field in Consent.model_fields.items()},
+    "id": "Name of the shot.",
+    "prompt": "Text that the clip was rendered from.",
+    "caption": "Text for training.",
+    "file_name": "File of the clip.",
+    "width": "Width in pixels.",
+    "height": "Height in pixels.",
+    "num_frames": "Number of frames.",
+    "fps": "Frames per second.",
+    "bytes": "Size in bytes.",
+    "sha256": "Digest of the file before it was signed.",
+    "ai_generated": "Always true.",
+    "character": "Character of the shot.",
+    "factors": "Values of the matrix of the line without the seed, as JSON.",
+    "verdict": "accept or reject, from a review.",
+    "stars": "1 to 5, from a review.",
+}
+
+
+class Listed(BaseModel):
+    """A shot and the reason why it was refused, removed or left out."""
+
+    id: str
+    reason: str
+
+
+class ExportState(BaseModel):
+    """The part of `.vidgen/export.json` that the card shows."""
+
+    format: Literal["videofolder", "webdataset", "parquet", "lance", "captions"]
+    files: str
+    """Kind of files: image, video, hd or clip."""
+    columns: dict[str, str] = {}
+    """Column of the data set -> Arrow type."""
+    where: str | None
+    best: str | None
+    cleared: str | None
+    """Commercial use that the licences must allow, if a consent is required for every face photo."""
+    caption: str
+    """Template."""
+    splits: dict[str, float]
+    split_by: list[str]
+    transcode: dict[str, Any]
+    """Settings of clips that were encoded again."""
+    command: str
+    """Command line."""
+    versions: dict[str, str]
+    counts: dict[str, int]
+    """Clips that the last call added, changed, removed, or left unchanged."""
+    removed: list[Listed]
+    refused: list[Listed]
+    missing: list[Listed]
+    """Selected shots without the file."""
+
+    @property
+    def noun(self) -> str:
+        return "image" if self.files == "image" else "clip"
+
+    @property
+    def encoding(self) -> str:
+        """Settings with which clips were encoded again. Empty if their bytes were copied."""
+        return ", ".join(f"{name} {value}" for name, value in self.transcode.items() if value is not None)
+
+    def patterns(self, split: str) -> dict[str, str]:
+        """Return name -> pattern of the files of a split. The first ones have the columns."""
+        media = f"{split}/*.{'png' if self.files == 'image' else 'mp4'}"
+        return {
+            "videofolder": {"metadata": f"{split}/metadata.parquet", "files": media},
+            "webdataset": {"shards": f"{split}-*.tar"},
+            "parquet": {"shards": f"{split}-*.parquet"},
+            "lance": {"tables": f"{split}.lance/**"},
+            "captions": {"captions": f"{split}/*.txt", "files": media},
+        }[self.format]
+
+
+def write_card(dest: Storage, source: Storage) -> None:
+    """Write the card of the export `dest`, which has `ROWS` and `STATE`. `source`: the output folder. Raises OSError."""
+    state = ExportState.model_validate_json(dest.read(STATE) or b"")
+    with (
+        tempfile.TemporaryDirectory(prefix="vidgen-card-") as folder,
+        dest.local_copy(ROWS) as rows,
+        # Sums of several threads would differ in the last bit.
+        duckdb.connect(Path(folder, "card.duckdb"), config={"memory_limit": MEMORY_LIMIT, "threads": 1}) as database,
+    ):
+        database.read_parquet(str(rows)).create_view("clips")
+        files = _files(database, state, source)
+    for name in dest.files(FOLDER):
+        if f"{FOLDER}/{name}" not in files:
+            dest.delete(f"{FOLDER}/{name}")
+    for path, content in files.items():
+        dest.write(path, content)
+
+
+def _files(database: duckdb.DuckDBPyConnection, state: ExportState, source: Storage) -> dict[str, str | bytes]:
+    """Return the files of the card by path."""
+    (totals,) = _dicts(database, TOTALS)
+    splits = sorted(_dicts(database, SPLITS), key=lambda row: [*state.splits].index(row["Split"]))
+    # All clips may have been removed.
+    split_names = [row["Split"] for row in splits] or [*state.splits]
+    names = _person_names(database)
+    used = _used_weights(database, source)
+    title = _clean(", ".join(posixpath.splitext(script)[0] for script in totals["scripts"])) or "Clips"
+    licences = sorted({each.licence or "unknown" for each in used} or {name or "unknown" for name in totals["licences"]})
+    samples, grid = _samples(database, source, names)
+    scores = [
+        _histogram(database, name)
+        for name, kind, *_ in database.execute("DESCRIBE clips").fetchall()
+        if re.fullmatch("DOUBLE|FLOAT|BOOLEAN|U?(BIG|SMALL|TINY)?INT(EGER)?", kind) and _is_score(name)
+    ]
+    histograms = [each for each in scores if each is not None]
+    front_matter = _front_matter(state, totals, title, licences, split_names)
+    context = {
+        "title": title,
+        "front_matter": Markup(front_matter),
+        "state": state,
+        "totals": {**totals, "length": _scaled(totals["seconds"], "Length"), "size": _scaled(totals["bytes"], "Size")},
+        "splits": splits,
+        "samples": samples,
+        "histograms": histograms,
+        "models": [
+            {"Weights": _code(each.weights), "Licence": _link(each.licence, each.url)}
+            | {"Commercial use": each.commercial_use, "Condition": each.condition}
+            for each in used
+        ],
+        **_reproduction(totals, state, source),
+        "columns": [
+            {"Column": _code(name), "Type": kind, "Meaning": description_of(name)} for name, kind in state.columns.items()
+        ],
+        **_tables(database, names),
+    }
+    return {
+        "README.md": _page(context),
+        "croissant.json": _croissant(state, totals, title, licences, split_names),
+        **({GRID: grid} if samples else {}),
+        **{f"{FOLDER}/{each.file}": each.svg for each in histograms},
+    }
+
+
+def _dicts(database: duckdb.DuckDBPyConnection, sql: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = database.sql(sql).to_arrow_table().to_pylist()
+    return rows
+
+
+TOTALS = """
+SELECT
+    count(*) AS clips, sum(exported_duration_s) AS seconds, sum(exported_bytes)::BIGINT AS bytes,
+    count(DISTINCT person) AS persons, count(DISTINCT prompt) AS prompts,
+    count(*) FILTER (start_image IS NOT NULL OR continue_from IS NOT NULL) AS from_images, sum(gpu_seconds) / 3600 AS gpu_hours,
+    coalesce(list_sort(list(DISTINCT script)), []) AS scripts,
+    coalesce(list_sort(list(DISTINCT split_part(run, '-', 1))), []) AS runs,
+    coalesce(list_sort(list_distinct(flatten(list(licences)))), []) AS licences, max(ended_at) AS ended_at,
+    count(reviewed_at) AS reviewed, count(*) FILTER (verdict = 'accept') AS accepted,
+    count(*) FILTER (verdict = 'reject') AS rejected
+FROM clips"""
+COUNTED = 'count(*) AS "Clips", sum(exported_duration_s) AS "Length", sum(exported_bytes)::BIGINT AS "Size"'
+SPLITS = f"""
+SELECT split AS "Split", {COUNTED}, nullif(count(DISTINCT person), 0) AS "Persons", count(DISTINCT prompt) AS "Prompts"
+FROM clips GROUP BY split"""
+
+
+def _tables(database: duckdb.DuckDBPyConnection, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return tables of counts, costs and consents."""
+    factors = defaultdict[str, list[dict[str, Any]]](list)
+    values = f"""SELECT each.key, each.value->>'$' AS "Value", {COUNTED} FROM clips, json_each(factors) each
+    GROUP BY ALL ORDER BY each.key, "Clips" DESC, "Value" """
+    for row in _dicts(database, values):
+        factors[row.pop("key")].append(row)
+    tables = {
+        "sizes": f"""SELECT exported_width || ' × ' || exported_height AS "Pixels",
+            exported_fps AS "Frames per second", exported_num_frames AS "Frames", {COUNTED} FROM clips
+            GROUP BY ALL ORDER BY "Clips" DESC, 1, 2, 3""",
+        "people": f"""SELECT person AS "Person", {COUNTED} FROM clips WHERE person IS NOT NULL
+            GROUP BY ALL ORDER BY 2 DESC, 1""",
+        "stars": """SELECT stars AS "Stars", count(*) AS "Clips" FROM clips WHERE stars > 0 GROUP BY ALL ORDER BY 1""",
+        "uses": """SELECT coalesce(commercial_use, 'unknown') AS "Commercial use", count(*) AS "Clips" FROM clips GROUP BY ALL
+            ORDER BY 1""",
+        "consents": """SELECT consent.subject AS "Subject", consent.basis AS "Basis", consent.reference AS "Reference",
+            count(*) AS "Clips" FROM clips WHERE consent.subject IS NOT NULL GROUP BY ALL ORDER BY "Clips" DESC, 1, 2, 3""",
+        "without_consent": """SELECT person AS "Person", count(*) AS "Clips" FROM clips
+            WHERE person IS NOT NULL AND consent.subject IS NULL GROUP BY ALL ORDER BY 2 DESC, 1""",
+        "costs": """SELECT currency AS "Currency", sum(cost) AS "Total", avg(cost) AS "Per clip",
+            sum(cost) / nullif(count(*) FILTER (verdict = 'accept'), 0) AS "Per accepted clip"
+            FROM clips WHERE cost IS NOT NULL GROUP BY ALL ORDER BY 1""",
+    }
+    found = {name: _dicts(database, sql) for name, sql in tables.items()}
+    for row in (*found["people"], *found["without_consent"]):
+        row["Person"] = names[row["Person"]]
+    return {**found, "factors": factors}
+
+
+def _person_names(database: duckdb.DuckDBPyConnection) -> dict[str, str]:
+    """Return the name to show of each person. Face photos are shown without their folders."""
+    persons = [row["person"] for row in _dicts(database, "SELECT DISTINCT person FROM clips WHERE person IS NOT NULL")]
+    photos = short_names({photo for person in persons for photo in person.split("+")})
+    return {person: "+".join(photos[photo] for photo in person.split("+")) for person in persons}
+
+
+def _used_weights(database: duckdb.DuckDBPyConnection, source: Storage) -> list[UsedWeights]:
+    """Return the weights behind the clips, from the record of one clip of each combination of models."""
+    found = _dicts(
+        database,
+        """SELECT min(clip) AS clip FROM clips GROUP BY run, licences, commercial_use, mode, image_model, identity, pose,
+        len(face_image) > 0, use_hunyuan_style, style_model, generate_video, video_model, interpolation > 1, upscale_video,
+        scale, upscaler, list_transform(lora, lambda each: each.path), list_transform(video_lora, lambda each: each.path),
+        continue_from IS NULL ORDER BY 1""",
+    )
+    used = dict[str, UsedWeights]()
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        for content in pool.map(lambda row: source.read(f"{posixpath.dirname(row['clip'])}/{RECORD}"), found):
+            for entry in json.loads(content or b"{}").get("licences", ()):
+                used[entry["weights"]] = UsedWeights.model_validate(entry)
+    return [used[name] for name in sorted(used)]
+
+
+def _reproduction(totals: Mapping[str, Any], state: ExportState, source: Storage) -> dict[str, Any]:
+    """Return the settings of the render and the export, and their command lines without the places of the folders."""
+    run, scripts = (json.loads(source.read(name) or b"{}") for name in ("run.json", SCRIPTS))
+    profile = run.get("profile", {}).get("name")
+    versions = sorted((run.get("software", {}) | state.versions).items())
+    digests = {name: scripts.get(name, {}).get("sha256", "unknown") for name in totals["scripts"][:LISTED]}
+    settings = {
+        **{f"Script {name}": f"sha256 {digest}" for name, digest in digests.items()},
+        "Profile of the last run": profile,
+        "Runs": ", ".join(totals["runs"][:LISTED]) + (", …" if len(totals["runs"]) > LISTED else ""),
+        "Format": state.format,
+        "Selected": state.where and _code(state.where),
+        "Best of the seeds": state.best and _code(state.best),
+        "Licences": state.cleared and f"those that allow {state.cleared} use; a consent for every face photo",
+        "Caption": _code(state.caption),
+        "Splits": ", ".join(f"{name} {share:g}" for name, share in state.splits.items()),
+        "Never in two splits": ", ".join(state.split_by) if len(state.splits) > 1 else None,
+        "Encoded again": state.encoding,
+        "Versions": ", ".join(f"{name} {number}" for name, number in versions),
+    }
+    words = shlex.split(state.command)
+    renders = [["vidgen", "render", name, "-o", "OUT", *(["-p", profile] if profile else [])] for name in digests]
+    commands = "\n".join(map(shlex.join, [*renders, [*words[:2], "OUT", "DEST", *words[4:]]]))
+    return {"settings": [{"Setting": name, "Value": value} for name, value in settings.items() if value], "commands": commands}
+
+
+# Pictures.
+
+CHOSEN = f"""
+WITH in_group AS (
+    SELECT id, clip, prompt, person, factors,
+        row_number() OVER (PARTITION BY person, factors ORDER BY {DIGEST}, id) AS number
+    FROM clips),
+in_person AS (SELECT *, row_number() OVER (PARTITION BY person, number ORDER BY factors, id) AS variant FROM in_group)
+SELECT clip, prompt AS "Prompt", person AS "Person" FROM in_person ORDER BY number, variant, person, id LIMIT {SAMPLES * 4}"""
+"""Candidates for the samples: first a clip of each person and each combination of factors, then another one of each."""
+
+
+def _samples(
+    database: duckdb.DuckDBPyConnection, source: Storage, names: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], bytes]:
+    """Return person and prompt of the samples, and an image of their middle frames. Leaves out clips that cannot be read."""
+    shown, tiles = list[dict[str, Any]](), list[Image]()
+    for row in _dicts(database, CHOSEN):
+        if len(tiles) < SAMPLES:
+            with suppress(MediaError, OSError), source.local_copy(row["clip"]) as path:
+                tiles.append(_middle_frame(path))
+                shown.append({"Frame": len(tiles), "Person": names.get(row["Person"]), "Prompt": row["Prompt"]})
+    return shown, _grid(tiles) if tiles else b""
+
+
+def _middle_frame(path: Path) -> Image:
+    if path.suffix == ".png":
+        return read_image(path)
+    with open_video(path) as video:
+        middle = video.frame_count // 2
+        frame: Image = video.frames(middle, middle + 1)[0]
+        return frame
+
+
+def _grid(tiles: Sequence[Image]) -> bytes:
+    """Return a WebP image, marked as AI-generated, with the tiles cropped to the shape of the first one."""
+    width = TILE_WIDTH_PX
+    height = round(width * min(2, max(0.5, tiles[0].shape[0] / tiles[0].shape[1])))
+    columns = min(GRID_COLUMNS, len(tiles))
+    rows = -(-len(tiles) // columns)
+    grid = PILImage.new("RGBA", (columns * (width + GAP_PX) - GAP_PX, rows * (height + GAP_PX) - GAP_PX))
+    for number, tile in enumerate(tiles):
+        row, column = divmod(number, columns)
+        grid.paste(PILImage.fromarray(cover_crop(tile, width, height)), (column * (width + GAP_PX), row * (height + GAP_PX)))
+    content = io.BytesIO()
+    mark = ProvenanceRecord(source_type="trainedAlgorithmicMedia").metadata()
+    grid.save(content, "WEBP", quality=80, xmp=mark.xmp.encode())
+    return content.getvalue()
+
+
+class Histogram(NamedTuple):
+    """Distribution of a score."""
+
+    file: str
+    svg: str
+    alt: str
+    row: dict[str, Any]
+    """Row of the table of scores."""
+
+
+def _is_score(name: str) -> bool:
+    known = {*SCHEMA.names, *REVIEWS.names, *OWN_COLUMNS}
+    return name in LIKENESS or not (name in known or EXPORT_COLUMNS.fullmatch(name))
+
+
+def _histogram(database: duckdb.DuckDBPyConnection, name: str) -> Histogram | None:
+    """Return the histogram of a column, or `None` if it has no values."""
+    column = '"' + name.replace('"', '""') + '"'
+    values = f"(SELECT {column}::DOUBLE AS value FROM clips WHERE isfinite({column}::DOUBLE))"
+    (found,) = _dicts(
+        database,
+        f"""SELECT count(*) AS "Clips", quantile_disc(value, 0.05) AS "5 %", quantile_disc(value, 0.5) AS "Median",
+        avg(value) AS "Mean", quantile_disc(value, 0.95) AS "95 %", min(value) AS low, max(value) AS high FROM {values}""",
+    )
+    if not found["Clips"]:
+        return None
+    low, median, high = found.pop("low"), found["Median"], found.pop("high")
+    step = (high - low) / BINS or 1.0
+    counts = f"SELECT least(floor((value - {low!r}) / {step!r}), {BINS - 1})::INTEGER, count(*) FROM {values} GROUP BY 1"
+    bins = dict(database.execute(counts).fetchall())
+    alt = f"{name} from {_number(low)} to {_number(high)}, median {_number(median)}"
+    file = f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{hashlib.sha256(name.encode()).hexdigest()[:6]}.svg"
+    svg = _svg(_clean(name), [bins.get(number, 0) for number in range(BINS)], low, median, high)
+    return Histogram(file, svg, alt, {"Score": _code(name), **found, "Meaning": description_of(name)})
+
+
+def _svg(title: str, counts: Sequence[int], low: float, median: float, high: float) -> str:
+    """Return a histogram with a background of its own, so that it is legible on light and dark pages."""
+    width, height, left, top, bottom = 300, 150, 12, 34, 124
+    span, largest = width - 2 * left, max(counts)
+    bars = "".join(
+        f'<path d="M{left + span * (number + 0.5) / BINS:.2f} {bottom}V{bottom - (bottom - top) * count / largest:.2f}"/>'
+        for number, count in enumerate(counts)
+        if count
+    )
+    x = left + span * ((median - low) / (high - low) if high > low else 0.5 / BINS)
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"
+ font-family="system-ui, sans-serif" font-size="12" fill="#1f2328">
+<rect x=".5" y=".5" width="{width - 1}" height="{height - 1}" rx="6" fill="#fff" stroke="#d0d7de"/>
+<text x="{left}" y="22" font-weight="600">{html.escape(title)}</text>
+<g stroke="#3b6fb5" stroke-width="{span / BINS - 1:.2f}">{bars}</g>
+<path d="M{left} {bottom}H{width - left}" stroke="#8c959f"/>
+<path d="M{x:.2f} {top - 4}V{bottom}" stroke="#c2410c" stroke-width="1.5"/>
+<text x="{left}" y="141">{_number(low)}</text>
+<text x="{width / 2}" y="141" text-anchor="middle" fill="#c2410c">{_number(median)}</text>
+<text x="{width - left}" y="141" text-anchor="end">{_number(high)}</text>
+</svg>
+"""
+
+
+# Metadata for machines.
+
+
+def _front_matter(
+    state: ExportState, totals: Mapping[str, Any], title: str, licences: Sequence[str], splits: Sequence[str]
+) -> str:
+    """Return the YAML that the hub and `datasets` read."""
+    spdx = [name.lower() for name in licences]
+    one = len(spdx) == 1 and spdx[0] in HUB_LICENCES
+    listed = "-and-".join(re.sub("[^a-z0-9.]+", "-", name).strip("-") for name in spdx) or "unknown"
+    text, images = totals["clips"] - totals["from_images"], totals["from_images"]
+    tasks = [task for task, count in (("text-to-video", text), ("image-to-video", images)) if count]
+    # The captions of trainers are no format of `datasets`, which reads their clips only.
+    skipped = ("captions",) if state.format == "captions" else ()
+    data_files = [
+        {"split": split, "path": [pattern for name, pattern in state.patterns(split).items() if name not in skipped]}
+        for split in splits
+    ]
+    content = {
+        "pretty_name": title,
+        **({"license": spdx[0]} if one else {"license": "other", "license_name": listed}),
+        "task_categories": ["text-to-image"] if state.files == "image" else tasks,
+        "size_categories": [next((name for limit, name in HUB_SIZES if totals["clips"] < limit), "10M<n<100M")],
+        "tags": list(TAGS),
+        "configs": [{"config_name": "default", "data_files": data_files}],
+    }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _croissant(
+    state: ExportState, totals: Mapping[str, Any], title: str, licences: Sequence[str], splits: Sequence[str]
+) -> str:
+    """Return the Croissant metadata: the files of the format, and a record per clip."""
+    # It takes seconds to import.
+    import mlcroissant as mlc
+
+    context = mlc.Context(conforms_to="http://mlcommons.org/croissant/1.1")
+    types = {
+        "string": mlc.DataType.TEXT,
+        "int64": mlc.DataType.INTEGER,
+        "double": mlc.DataType.FLOAT,
+        "bool": mlc.DataType.BOOL,
+    }
+
+    def file_set(name: str, includes: list[str], container: str | None = None) -> Any:
+        kind = MEDIA_TYPES.get(includes[0].rpartition(".")[2], "application/octet-stream")
+        return mlc.FileSet(
+            ctx=context,
+            id=name,
+            name=name,
+            contained_in=[container] if container else [],
+            encoding_formats=["application/json" if container else kind],
+            includes=includes,
+        )
+
+    def field(name: str, kind: str, extract: Any) -> Any:
+        source = mlc.Source(file_set=records, extract=extract)
+        about = description_of(name)
+        return mlc.Field(ctx=context, id=f"clips/{name}", name=name, description=about, data_types=[types[kind]], source=source)
+
+    sets = {name: [state.patterns(split)[name] for split in splits] for name in state.patterns("")}
+    distribution = [file_set(name, includes) for name, includes in sets.items()]
+    records = next(iter(sets))
+    if state.format == "webdataset":
+        distribution.append(file_set("records", ["*.json"], records))
+        records = "records"
+    if state.format == "captions":
+        properties = {"file_name": mlc.FileProperty.filename, "caption": mlc.FileProperty.content}
+        fields = [field(name, "string", mlc.Extract(file_property=each)) for name, each in properties.items()]
+    else:
+        by = "json_path" if state.format == "webdataset" else "column"
+        path = "$." if state.format == "webdataset" else ""
+        fields = [field(name, kind, mlc.Extract(**{by: f"{path}{name}"})) for name, kind in state.columns.items()]
+    persons = totals["persons"]
+    metadata = mlc.Metadata(
+        ctx=context,
+        name=title,
+        description=f"{totals['clips']:,} AI-generated {state.noun}s, rendered with vidgen-ray. See README.md.",
+        keywords=list(TAGS),
+        license=[f"https://spdx.org/licenses/{name}" if name.lower() in HUB_LICENCES else name for name in licences] or None,
+        date_created=totals["ended_at"],
+        data_collection="Models rendered everything from text prompts. README.md lists them with their licences.",
+        data_annotation_protocol=["People accepted or rejected results, or gave 1 to 5 stars."] if totals["reviewed"] else None,
+        data_preprocessing_protocol=[f"Encoded again: {state.encoding}"] if state.encoding else None,
+        data_limitations=["Generated content does not show real events."],
+        personal_sensitive_information=[
+            f"Shows {persons} persons, from face photos or as characters. README.md has their consents."
+            if persons
+            else "No face photo was used."
+        ],
+        distribution=distribution,
+        record_sets=[mlc.RecordSet(ctx=context, id="clips", name="clips", fields=fields)],
+    )
+    return json.dumps(metadata.to_json(), indent=1, ensure_ascii=False) + "\n"
+
+
+# Text of the page. Every value is escaped, unless it is Markup.
+
+DIRECTION_MARKS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+SPECIAL = re.compile(r"""[\\`*_{}\[\]<>&"#|~$:@!^=]|(?<=www)[.]""")
+"""Signs of Markdown, HTML, TeX, mentions and links inside a line."""
+
+
+def _page(context: Mapping[str, Any]) -> str:
+    environment = Environment(
+        loader=PackageLoader("vidgen_ray.dataset", "."),
+        autoescape=True,
+        finalize=_markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("data_card.md").render(context, table=_table, fence=_fence, by_reason=_by_reason)
+
+
+def _clean(text: str) -> str:
+    """Return a text on one line, without control characters and marks of direction, cut to `TEXT_LENGTH`."""
+    line = " ".join(DIRECTION_MARKS.sub("", text).split())
+    line = "".join(sign for sign in line if unicodedata.category(sign) not in ("Cc", "Cs"))
+    return line if len(line) <= TEXT_LENGTH else f"{line[:TEXT_LENGTH]}…"
+
+
+def _markdown(value: Any) -> Markup:
+    """Return a value as Markdown that shows it as it is: special signs are entities."""
+    if isinstance(value, Markup):
+        return value
+    text = "" if value is None else _clean(value) if isinstance(value, str) else _number(value)
+    escaped = SPECIAL.sub(lambda sign: f"&#{ord(sign[0])};", text)
+    if any(unicodedata.bidirectional(sign) in ("R", "AL") for sign in text):
+        # Right-to-left text does not reorder what is around it.
+        escaped = f"\u2068{escaped}\u2069"
+    return Markup(escaped)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+UNITS: dict[str, dict[str, float]] = {"Length": {"h": 3600, "min": 60, "s": 1}, "Size": {"GB": 1e9, "MB": 1e6, "kB": 1e3}}
+"""Column of a table -> its units, largest first."""
+
+
+def _scaled(value: float | None, column: str) -> str | None:
+    """Return a value of a column in a unit that suits it."""
+    if value is None:
+        return None
+    units = UNITS[column]
+    name = next((name for name, unit in units.items() if value >= unit), [*units][-1])
+    return f"{_number(value / units[name])} {name}"
+
+
+def _code(text: str) -> Markup:
+    """Return a text as code, or escaped if code cannot show it."""
+    line = _clean(text)
+    return _markdown(text) if re.search(r"[`|]|^\W*$", line) or not line.isascii() else Markup(f"`{line}`")
+
+
+def _link(text: str | None, url: str | None) -> Markup:
+    label = _markdown(text or "unknown")
+    is_link = url and url.startswith(("https://", "http://"))
+    return Markup(f"[{label}]({quote(url or '', safe=':/?=&%#')})") if is_link else label
+
+
+def _fence(text: str) -> Markup:
+    """Return a command line as a block of code, which the text cannot end."""
+    fence = "`" * max(3, *(len(found) + 1 for found in re.findall("`+", text)), 0)
+    return Markup(f"{fence}sh\n{DIRECTION_MARKS.sub('', text)}\n{fence}")
+
+
+def _table(rows: Sequence[Mapping[str, Any]], limit: int = TABLE_ROWS) -> Markup:
+    """Return rows as a table, without the columns that are empty in all of them."""
+    shown = rows[:limit]
+    columns = [name for name in (shown[0] if shown else ()) if any(row[name] is not None for row in shown)]
+    numbers = [all(isinstance(row[name], int | float | None) for row in shown) for name in columns]
+    lines: list[list[str]] = [[_markdown(name) for name in columns], ["---:" if is_number else "---" for is_number in numbers]]
+    lines += [[_markdown(_scaled(row[name], name) if name in UNITS else row[name]) for name in columns] for row in shown]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return Markup(text + (f"\n\n{len(rows) - limit:,} more." if len(rows) > limit else ""))
+
+
+def _by_reason(listed: Iterable[Listed]) -> list[dict[str, Any]]:
+    """Return a row per reason, with the number of shots and the first ids."""
+    ids = defaultdict[str, list[str]](list)
+    for each in listed:
+        ids[each.reason].append(each.id)
+    return [
+        {"Reason": reason, "Shots": len(found), "Such as": ", ".join(sorted(found)[:3])}
+        for reason, found in sorted(ids.items())
+    ]
+
+
+def description_of(column: str) -> Markup | None:
+    """Return the meaning of a column of the data set, if it is known."""
+    text = DESCRIPTIONS.get(column)
+    return Markup(text) if text else None
