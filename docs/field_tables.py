@@ -1,6 +1,7 @@
 """Generate the tables of fields, stages and packages. `make docs` writes them; `--check` fails if one is stale."""
 
 import ast
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,16 +12,36 @@ from pydantic.fields import FieldInfo
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from vidgen_ray.batch.shot_queue import Task
+from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.graph import STAGES
+from vidgen_ray.outputs.manifest import ManifestRow
+from vidgen_ray.outputs.records import ShotRecord
 from vidgen_ray.planner.cards import H100
 from vidgen_ray.planner.demand import seconds_of
 from vidgen_ray.profile import load_profile
+from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import DERIVED_FIELDS, NESTED_FIELDS, Shot
 from vidgen_ray.stages.base import ChunkedStage, Stage
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "vidgen_ray"
 CLIENT = PACKAGE.parent / "clients" / "python" / "vidgen_client" / "__init__.py"
+RECORDS: tuple[type, ...] = (Line, Shot, ShotPlan, Task, ShotRecord, ManifestRow)
+"""Types that a line of a script becomes, in order."""
+READING_ORDER = (
+    "shot.py",
+    "stages/base.py",
+    "graph.py",
+    "stages/flux.py",
+    "content_keys.py",
+    "engine/step_runner.py",
+    "engine/shot_writer.py",
+    "pipeline.py",
+    "engine/shot_runner.py",
+    "batch/render_script.py",
+)
+"""The files that explain the project, below `vidgen_ray/`."""
 KINDS = {
     "string": "text",
     "integer": "integer",
@@ -91,17 +112,36 @@ def first_sentence(docstring: str | None) -> str:
     return " ".join(docstring.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
 
 
+def module_summary(path: Path) -> str:
+    """Return the first sentence of a module's docstring."""
+    return first_sentence(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def records() -> Iterator[str]:
+    """Yield the list of records."""
+    for record in RECORDS:
+        file = Path(inspect.getfile(record)).relative_to(PACKAGE)
+        yield f"- `{record.__name__}` in `{file}`: {first_sentence(inspect.getdoc(record))}"
+
+
+def reading_order() -> Iterator[str]:
+    """Yield the numbered list of the files to read first."""
+    for number, file in enumerate(READING_ORDER, start=1):
+        yield f"{number}. `{file}`: {module_summary(PACKAGE / file)}"
+
+
 def modules() -> Iterator[str]:
     """Yield a line for each package with modules."""
     for init in (*sorted(PACKAGE.glob("*/__init__.py")), CLIENT):
         if any(not path.stem.startswith("__") for path in init.parent.glob("*.py")):
-            summary = first_sentence(ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))))
-            yield f"- `{init.parent.relative_to(DOCS.parent)}/`: {summary}"
+            yield f"- `{init.parent.relative_to(DOCS.parent)}/`: {module_summary(init)}"
 
 
 TABLES: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
     "scripts.md": {"shot fields": shot_fields},
     "architecture.md": {
+        "records": records,
+        "reading order": reading_order,
         "modules": modules,
         "stages": stages,
     },
