@@ -15,15 +15,23 @@ from rich.console import Console
 from rich.table import Table
 
 from vidgen_ray.cli.command_help import LOOK, in_group
-from vidgen_ray.cli.options import JsonOption, OutArgument, local_path
+from vidgen_ray.cli.options import JsonOption, OutArgument, check_out, local_path
 from vidgen_ray.dataset.tables import open_tables, run_query
 from vidgen_ray.errors import UsageError
+from vidgen_ray.outputs.cleanup import check_not_empty
+from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.report.shot_text import value_text
 from vidgen_ray.system.files import new_file
 
+MAIN_MEASURES = ("accepted", "seconds", "cost")
+"""Measures that `compare` prints besides likeness and motion."""
 SHOWN_ROWS = 100
 """Rows of a query that are printed as a table."""
+
+
+def check_optional_out(value: str | None) -> str | None:
+    return None if value is None else check_out(value)
 
 
 @in_group(LOOK)
@@ -71,3 +79,91 @@ def query(
             if len(first) > SHOWN_ROWS:
                 left = sum(1 for _ in rows)
                 typer.echo(f"{left + 1:,} more rows; --csv, --json or --parquet FILE give all", err=True)
+
+
+@in_group(LOOK)
+def compare(
+    out: OutArgument,
+    out2: Annotated[
+        str | None,
+        typer.Argument(metavar="[OUT2]", help="Second output folder, to compare the two.", callback=check_optional_out),
+    ] = None,
+    factor: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--factor", metavar="NAME", help="What to compare, such as lora_strength. Repeatable. Default: all factors."
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", metavar="LEVEL", help="Value that the others are compared with. Default: the first one."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FOLDER",
+            help="Folder for compare.html and compare.json. Default: OUT.",
+            callback=check_optional_out,
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare clips by the values of a matrix, by choices or settings, or the clips of two folders.
+
+    Shows means, differences within pairs with 95% intervals, and the clips that differ most.
+    """
+    from vidgen_ray.dataset.compare import FACES, MOTION
+    from vidgen_ray.dataset.compare import compare as compare_clips
+    from vidgen_ray.dataset.compare_page import label, number_text, write_page
+
+    storages = [storage_at(each) for each in (out, out2) if each is not None]
+    result = compare_clips(storages, factor or (), reference)
+    page = write_page(result, storages, storage_at(target or out))
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    console = Console(markup=False, highlight=False)
+    for each in result["factors"]:
+        axes = each["pareto"]["measures"] if each["pareto"] else [name for name in FACES + MOTION if name in each["measures"]]
+        shown = [name for name in (*axes, *MAIN_MEASURES) if name in each["measures"]]
+        table = Table(label(each["name"]), "clips", *map(label, shown), box=None)
+        for level in each["levels"]:
+            cells = []
+            for name in shown:
+                text, change = number_text(level["measures"][name]["mean"], name), level.get("differences", {}).get(name)
+                if change and change["low"] is not None:
+                    low, high = (number_text(change[end], name, signed=True) for end in ("low", "high"))
+                    text += f" ({low} to {high})"
+                cells.append(text)
+            table.add_row(level["level"], f"{level['clips']:,}", *cells)
+        console.print(table)
+        typer.echo(f"In brackets: 95% interval of the difference to {each['reference']}. Pairs by {each['paired_by']}.\n")
+    typer.echo(page)
+
+
+@in_group(LOOK)
+def diff(
+    out1: Annotated[str, typer.Argument(help="Output folder, or its URL.", callback=check_out)],
+    out2: Annotated[str, typer.Argument(help="Output folder to compare it with.", callback=check_out)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array of the shots that are not equal.")] = False,
+) -> None:
+    """Say which shots of two output folders differ, and why: fields, weights, options or software.
+
+    Exits with code 0 if all are equal, with 1 if not.
+    """
+    from vidgen_ray.dataset.lineage import Summary, differences
+
+    folders = [OutputFolder(out) for out in (out1, out2)]
+    for outputs in folders:
+        check_not_empty(outputs)
+    summary, is_equal = Summary(), True
+    for difference in differences(*folders):
+        if as_json and difference is not None:
+            typer.echo(("[" if is_equal else ",\n") + json.dumps(difference.as_json()), nl=False)
+        is_equal &= difference is None
+        summary.add(difference)
+    typer.echo(("[]" if is_equal else "]") if as_json else "\n".join(summary.lines()))
+    if not is_equal:
+        raise typer.Exit(1)

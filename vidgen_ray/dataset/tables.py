@@ -121,13 +121,13 @@ def _load_scores(database: duckdb.DuckDBPyConnection, storage: Storage) -> None:
                 table = pyarrow.parquet.read_table(file)
             database.register("source", table)
             begin = "INSERT INTO {} BY NAME" if number else "CREATE TABLE {} AS"
-            database.execute(f"{begin.format(_quoted(f'of_{scorer}'))} SELECT *, {number} AS part FROM source")
+            database.execute(f"{begin.format(quoted(f'of_{scorer}'))} SELECT *, {number} AS part FROM source")
             database.unregister("source")
         columns = [name for name in table.schema.names if name != DIGEST]
-        renamed = ", ".join(f"{_quoted(name)} AS {_quoted(f'{scorer}_{name}')}" for name in columns if name in taken)
+        renamed = ", ".join(f"{quoted(name)} AS {quoted(f'{scorer}_{name}')}" for name in columns if name in taken)
         taken |= {f"{scorer}_{name}" if name in taken else name for name in columns}
         rows = (
-            f"(SELECT * EXCLUDE (part){f' RENAME ({renamed})' if renamed else ''} FROM {_quoted(f'of_{scorer}')} "
+            f"(SELECT * EXCLUDE (part){f' RENAME ({renamed})' if renamed else ''} FROM {quoted(f'of_{scorer}')} "
             f"QUALIFY row_number() OVER (PARTITION BY {DIGEST} ORDER BY part DESC) = 1)"
         )
         joined = f"{joined} FULL JOIN {rows} USING ({DIGEST})"
@@ -139,7 +139,8 @@ def _review_row(digest: str, review: object) -> dict[str, object]:
     return {DIGEST: digest, **values, "reviewed_at": values.pop("at")}
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
+    """Return the name of a column or a table for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 

@@ -1,0 +1,287 @@
+"""Comparison of clips: factors, pairs, intervals, and the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from scipy import stats
+
+from tests.browser import browser_page
+from tests.dataset.conftest import make_folder, moving, texture
+from vidgen_ray.cli import main
+from vidgen_ray.dataset.compare import MAX_GROUPS, MIN_GROUPS, compare, interval
+from vidgen_ray.errors import UsageError
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest import ManifestRow, read_manifest
+from vidgen_ray.outputs.manifest_writer import ManifestWriter
+from vidgen_ray.outputs.records import DoneShot
+from vidgen_ray.shot import Shot
+
+Row = tuple[int, Mapping[str, Any], Mapping[str, float]]
+"""Line, fields of the shot, scores."""
+
+
+def _digest(shot_id: str) -> str:
+    return shot_id.encode().hex().ljust(64, "0")
+
+
+def _folder(out: Path, rows: Iterable[Row]) -> OutputFolder:
+    """Write the manifest and the scores of shots without files. `seconds` of the scores is a column of the manifest."""
+    outputs = OutputFolder(out)
+    writer, scored = ManifestWriter(outputs, "1-run", "s.jsonl"), []
+    for line, fields, scores in rows:
+        shot = Shot(**{"prompt": f"prompt {line}", "seed": 1, **fields})
+        assert shot.id is not None
+        digests, sizes = {"video.mp4": _digest(shot.id)}, {"video.mp4": 1000}
+        done = DoneShot(
+            shot.id, f"shots/00/{shot.id}", 1.0, shot.seed, None, digests, sizes, scores.get("seconds", 1.0), 1.0, 0
+        )
+        writer.add(ManifestRow.of_shot("1-run", "s.jsonl", shot, line, done, "rendered"))
+        scored.append({"clip_sha256": _digest(shot.id), **{name: value for name, value in scores.items() if name != "seconds"}})
+    writer.close()
+    names = list(dict.fromkeys(name for row in scored for name in row))
+    with outputs.storage.new_file("scores/made@1/1.parquet") as path:
+        pyarrow.parquet.write_table(pyarrow.table({name: [row.get(name) for row in scored] for name in names}), path)
+    return outputs
+
+
+def _swept(line: int, strength: float, seed: int = 1, **scores: float) -> Row:
+    matrix = {"identity_strength": strength, "seed": seed}
+    fields = {"id": f"{line}-{strength}-{seed}", "identity_strength": strength, "seed": seed, "metadata": {"matrix": matrix}}
+    return line, fields, scores
+
+
+def _compare(*folders: OutputFolder, names: tuple[str, ...] = (), reference: str | None = None) -> dict[str, dict[str, Any]]:
+    """Return the factors by name, each with its levels by name."""
+    result = compare([folder.storage for folder in folders], names, reference)
+    return {
+        factor["name"]: {**factor, "levels": {level["level"]: level for level in factor["levels"]}}
+        for factor in result["factors"]
+    }
+
+
+def test_means_and_paired_differences_are_those_by_hand(tmp_path: Path) -> None:
+    rises = [1.0, 2.0, 3.0, 4.0, 5.0]
+    rows = [_swept(line, 0.8, motion=10 * line + rise, seconds=3.0) for line, rise in enumerate(rises)]
+    rows += [_swept(line, 0.2, motion=10 * line, seconds=2.0) for line in range(5)]
+    rows += [_swept(7, 0.8, motion=99.0), _swept(0, 0.2, seed=2, motion=50.0)]
+    factor = _compare(_folder(tmp_path, rows), reference="0.2")["identity_strength"]
+    assert (list(factor["levels"]), factor["numeric"], factor["paired_by"]) == (["0.2", "0.8"], True, "prompt and seed")
+    low, high = factor["levels"].values()
+    assert (low["clips"], low["measures"]["motion"]["mean"]) == (6, 25.0)
+    assert (high["clips"], high["measures"]["seconds"]["mean"]) == (6, pytest.approx(16 / 6, rel=1e-5))
+    assert (high["unpaired"], high["differences"]["motion"]["pairs"]) == (2, 5)
+    assert high["differences"]["motion"]["mean"] == 3.0
+    # All five pairs, one per prompt: the interval is that of their differences.
+    assert high["differences"]["motion"]["low"] == pytest.approx(interval(np.array(rises), np.ones(5))[0], rel=1e-5)
+    assert high["differences"]["seconds"] == {"pairs": 5, "mean": 1.0, "low": 1.0, "high": 1.0}
+    rise, *_ = factor["extremes"]["motion"]
+    assert (rise["difference"], [clip["id"] for clip in rise["clips"]]) == (5.0, ["4-0.2-1", "4-0.8-1"])
+
+
+def test_interval_is_that_of_scipy_at_the_widened_level() -> None:
+    values = np.random.default_rng(5).exponential(size=12)
+    tail = stats.norm.cdf(-np.sqrt(12 / 11) * stats.t.ppf(0.975, 11))
+    reference = stats.bootstrap(
+        (values,), np.mean, n_resamples=50_000, confidence_level=1 - 2 * tail, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    # 5,000 resamples leave an error of a few percent of the width.
+    assert interval(values, np.ones(12)) == pytest.approx(tuple(reference), abs=0.05 * (reference.high - reference.low))
+    assert interval(values, np.ones(12)) == interval(values, np.ones(12))
+
+
+def test_interval_by_prompts_covers_the_mean_in_95_percent_of_draws() -> None:
+    rng, by_prompt, by_pair = np.random.default_rng(11), [], []
+    for _ in range(200):
+        # 15 prompts with 4 seeds each, which differ less than the prompts.
+        pairs = 1 + rng.normal(0, 1, (15, 1)) + rng.normal(0, 0.5, (15, 4))
+        by_prompt.append(interval(pairs.sum(1), np.full(15, 4.0)))
+        by_pair.append(interval(pairs.ravel(), np.ones(60)))
+    covered, too_narrow = (np.mean([low <= 1 <= high for low, high in found]) for found in (by_prompt, by_pair))
+    # 99.9% of binomial draws of 200 at 0.95 are in these bounds.
+    least, most = stats.binom.interval(0.999, 200, 0.95)
+    assert least / 200 <= covered <= most / 200
+    assert too_narrow < least / 200
+
+
+def test_many_prompts_are_resampled_in_blocks() -> None:
+    values = np.random.default_rng(2).normal(size=20 * MAX_GROUPS)
+    low, high = interval(values, np.ones(len(values)))
+    # Twice the 97.5% point of the normal distribution, within the 10% by which 500 blocks may err.
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(len(values)), rel=0.1)
+
+
+def test_pairs_are_clear_where_the_means_of_prompts_scatter(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    rows = []
+    for line in range(10):
+        base = rng.normal(0, 1)
+        rows += [_swept(line, strength, score=base + strength * 0.2 + rng.normal(0, 0.02)) for strength in (0.0, 0.5, 1.0)]
+    first, _, last = _compare(_folder(tmp_path, rows))["identity_strength"]["levels"].values()
+    assert first["measures"]["score"]["high"] > last["measures"]["score"]["low"]
+    assert 0.15 < last["differences"]["score"]["low"] < 0.2 < last["differences"]["score"]["high"] < 0.25
+
+
+def test_few_pairs_and_few_prompts_have_no_interval(tmp_path: Path) -> None:
+    few = [_swept(line, strength, score=strength) for line in range(MIN_GROUPS - 1) for strength in (0.0, 1.0)]
+    (_, level) = _compare(_folder(tmp_path / "few", few))["identity_strength"]["levels"].values()
+    assert level["differences"]["score"] == {
+        "pairs": 4,
+        "mean": 1.0,
+        "low": None,
+        "high": None,
+        "reason": "4 pairs; an interval needs 5 prompts",
+    }
+    one = [_swept(0, strength, seed, score=strength) for seed in range(9) for strength in (0.0, 1.0)]
+    (_, level) = _compare(_folder(tmp_path / "one", one))["identity_strength"]["levels"].values()
+    assert level["differences"]["score"]["reason"] == "9 pairs of 1 prompt; an interval needs 5 prompts"
+
+
+def test_clips_with_seeds_of_their_own_are_paired_by_prompt(tmp_path: Path) -> None:
+    rows = []
+    for line in range(5):
+        for number, strength in enumerate((0.2, 0.8)):
+            for variant in range(2):
+                seed = 100 * line + 10 * number + variant
+                fields = {"id": f"{line}-{seed}", "seed": seed, "metadata": {"matrix": {"identity_strength": strength}}}
+                rows.append((line, fields, {"score": strength * 10 + variant}))
+    factor = _compare(_folder(tmp_path, rows))["identity_strength"]
+    assert factor["paired_by"] == "prompt, as means over seeds"
+    assert factor["levels"]["0.8"]["differences"]["score"]["pairs"] == 5
+    assert factor["levels"]["0.8"]["differences"]["score"]["mean"] == 6.0
+
+
+def test_choices_are_factors_and_prompts_of_a_line_belong_together(tmp_path: Path) -> None:
+    rows = []
+    for line in range(6):
+        for number, (sky, size) in enumerate(product(("sun", "rain"), ("small", "big"))):
+            metadata = {"choices": {"sun|rain": sky, "small|big": size}, "matrix_number": number}
+            fields = {"id": f"{line}-{sky}-{size}", "prompt": f"a {size} boat {line}, {sky}", "metadata": metadata}
+            rows.append((line + 1, fields, {"score": line + (sky == "rain")}))
+    factors = _compare(_folder(tmp_path, rows))
+    # The first of the script is the reference.
+    assert {name: factor["reference"] for name, factor in factors.items()} == {"sun|rain": "sun", "small|big": "small"}
+    rain = factors["sun|rain"]["levels"]["rain"]
+    assert (rain["differences"]["score"]["pairs"], rain["differences"]["score"]["mean"], rain["prompts"]) == (12, 1.0, 6)
+
+
+def test_settings_that_differ_within_prompts_are_factors(tmp_path: Path) -> None:
+    """LoRA and its strength always change together, so they are one factor. The width differs between prompts only."""
+    rows = []
+    for line in range(5):
+        for steps in (4, 8):
+            for name, strength in (("a", 0.5), ("b", 0.7)):
+                fields = {
+                    "id": f"{line}-{steps}-{name}",
+                    "steps": {"flux": steps},
+                    "lora": [{"path": f"loras/{name}.safetensors"}],
+                    "lora_strength": strength,
+                    "width": 128 * (line + 1),
+                }
+                rows.append((line, fields, {"score": steps + 100 * strength}))
+    factors = _compare(_folder(tmp_path, rows))
+    assert {name: list(factor["levels"]) for name, factor in factors.items()} == {
+        "lora": ["a", "b"],
+        "steps.flux": ["4", "8"],
+    }
+    assert factors["lora"]["also_differ"] == ["lora_strength"]
+    assert factors["steps.flux"]["levels"]["8"]["differences"]["score"]["mean"] == 4.0
+    assert factors["lora"]["levels"]["b"]["differences"]["score"]["mean"] == pytest.approx(20)
+
+
+def test_two_folders_are_paired_by_prompt_and_seed_or_by_id(tmp_path: Path) -> None:
+    def rendered(name: str, seed: int, lora_strength: float, score: float) -> OutputFolder:
+        fields = [{"id": f"s{line}", "seed": seed + line, "lora_strength": lora_strength} for line in range(5)]
+        return _folder(tmp_path / name, [(line, each, {"score": score + line}) for line, each in enumerate(fields)])
+
+    old, new, other_seed = rendered("old", 1, 0.6, 1.0), rendered("new", 1, 0.8, 3.0), rendered("seed", 50, 0.6, 2.0)
+    factor = _compare(old, new)["folder"]
+    assert (list(factor["levels"]), factor["paired_by"]) == (["old", "new"], "prompt and seed")
+    assert factor["also_differ"] == ["lora_strength 0.6 -> 0.8"]
+    assert factor["levels"]["new"]["differences"]["score"]["mean"] == 2.0
+    factor = _compare(old, other_seed)["folder"]
+    assert (factor["paired_by"], factor["levels"]["seed"]["differences"]["score"]["mean"]) == ("id", 1.0)
+
+
+def test_levels_that_another_exceeds_in_likeness_and_motion_are_named(tmp_path: Path) -> None:
+    points = {0.2: (0.3, 3.0), 0.4: (0.5, 2.0), 0.6: (0.4, 1.0), 0.8: (0.5, 2.0)}
+    rows = [
+        _swept(line, level, likeness_mean=face, motion_mean_px=px) for line in range(2) for level, (face, px) in points.items()
+    ]
+    factor = _compare(_folder(tmp_path, rows))["identity_strength"]
+    assert factor["pareto"]["measures"] == ["likeness_mean", "motion_mean_px"]
+    assert factor["pareto"]["exceeded_by"] == {"0.2": [], "0.4": [], "0.6": ["0.4", "0.8"], "0.8": []}
+
+
+def test_measures_of_one_level_are_left_out(tmp_path: Path) -> None:
+    rows = [_swept(0, 0.2, score=1.0, both=1.0), _swept(0, 0.8, both=2.0)]
+    factor = _compare(_folder(tmp_path, rows))["identity_strength"]
+    assert factor["left_out"]["score"] == "has values for 1 of 2 levels"
+    assert "score" not in factor["measures"]
+    assert "both" in factor["measures"]
+
+
+def test_unknown_factors_and_levels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _folder(tmp_path / "swept", [_swept(0, strength, score=1.0) for strength in (0.2, 0.8)])
+    with pytest.raises(UsageError, match=r"--factor lora: must be one of identity_strength"):
+        _compare(folder, names=("lora",))
+    with pytest.raises(UsageError, match=r"--reference 0.3: must be a level \(identity_strength: 0.2, 0.8\)"):
+        _compare(folder, reference="0.3")
+    _folder(tmp_path / "one", [_swept(0, 0.2, score=1.0)])
+    assert main(["compare", str(tmp_path / "one")]) == UsageError.exit_code
+    assert "differ in no setting" in capsys.readouterr().err
+
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+def test_page_shows_plots_and_clips_that_play(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips = [
+        ({"id": f"{person}-{strength}", "prompt": f"a boat {HOSTILE}", "seconds": 1 + strength, "identity_strength": strength,
+          "metadata": {"matrix": {"identity_strength": strength, "character": person}}},
+         moving(5, px=int(10 * strength), size=(64, 64), seed=number))
+        for number, person in enumerate(("ada", HOSTILE)) for strength in (0.2, 0.8)
+    ]  # fmt: skip
+    for number, (fields, _) in enumerate(clips):
+        fields["id"] = f"clip-{number}"
+    image = ({"id": "image", "prompt": "a lake", "metadata": {"matrix": {"identity_strength": 0.2}}}, texture(64, 64))
+    folder = make_folder(tmp_path / "an out", [*clips, image])
+    digests = [row.video_sha256 for row in sorted(read_manifest(folder.root), key=lambda row: row.id) if row.video]
+    scores = {"clip_sha256": digests, "likeness_mean": [0.2, 0.6, 0.3, 0.5], "motion_mean_px": [3.0, 1.0, 2.0, 1.0]}
+    with folder.storage.new_file("scores/made@1/1.parquet") as path:
+        pyarrow.parquet.write_table(pyarrow.table(scores), path)
+    assert main(["compare", str(folder.root), "--out", str(tmp_path / "report"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "report" / "compare.json").read_text())
+    assert main(["compare", str(folder.root), "--factor", "identity_strength"]) == 0
+    text = capsys.readouterr().out
+    assert "0.55" in text
+    assert "Pairs by prompt and seed" in text
+    with browser_page(1280, 900) as page:
+        page.goto((folder.root / "compare.html").as_uri())
+        assert page.locator("h2").all_inner_texts() == ["identity strength"]
+        page.goto((tmp_path / "report" / "compare.html").as_uri())
+        assert page.locator("h2").all_inner_texts() == ["identity strength", "character"]
+        assert HOSTILE in page.locator("main").inner_text()
+        pair = page.locator(".pair").first
+        pair.get_by_role("button", name="Play both").click()
+        page.wait_for_function("[...document.querySelectorAll('.pair')][0].querySelectorAll('video')[1].currentTime > 0")
+        assert pair.locator("figcaption").all_inner_texts()[0].startswith("0.2: 0.2\n")
+        assert page.locator("svg[role=img]").count() >= 6
+        assert page.evaluate("performance.getEntriesByType('resource').every(each => each.name.startsWith('file:'))")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        if find_spec("axe_playwright_python"):
+            from tests.online.web.test_accessibility import problems
+
+            for details in page.locator("details").all():
+                details.evaluate("details => { details.open = true; }")
+            assert [each for each in problems(page) if "inside a word" not in each] == []
