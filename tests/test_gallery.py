@@ -116,7 +116,7 @@ def test_detail_shows_clip_images_settings_and_reason(out):
         assert (settings["Length"], settings["Rendered in"], settings["Size"]) == ("0.6 s", "1 s", "256 × 128")
         assert (settings["LoRA"], settings["Steps"]) == ("ada, weight 1", "Base image 4, LoRA 6")
         page.click("text=Copy as script line")
-        line = json.loads(page.locator("dialog textarea").input_value())
+        line = json.loads(page.locator("#line").input_value())
         assert (line["id"], line["prompt"], line["lora"][0]["path"]) == ("ada", "a portrait of ada", "/x/ada.safetensors")
         assert line["steps"] == {"flux": 4, "lora": 6, "hunyuan": 8}
         page.keyboard.press("Escape")
@@ -171,6 +171,20 @@ def test_only_files_of_a_matrix_have_short_names(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
     shown = [each["axes"] for each in gallery_rows(LocalStorage(tmp_path)).rows]
     assert shown == [{"prompt": f"a {size} ball, f/{size}.jpg", "face_image": size} for size in "12"]
+
+
+def test_shots_of_a_line_that_differ_only_in_their_seed_are_siblings(tmp_path):
+    shots = [(seed, lora, "a boat") for lora in ("wide", "base") for seed in (1, 2)] + [(1, "wide", "a kite")]
+    rows = []
+    for seed, lora, prompt in shots:
+        matrix = json.dumps({"matrix": {"seed": seed, "lora": lora}})
+        rows.append(
+            row(f"{prompt}-{lora}-{seed}", 1, prompt=prompt, metadata=matrix, image="a/image.png", image_sha256="0" * 64)
+        )
+    (tmp_path / "manifest").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
+    siblings = {each["id"]: each.get("siblings") for each in gallery_rows(LocalStorage(tmp_path)).rows}
+    assert siblings == {"a boat-base-1": 0, "a boat-base-2": 0, "a boat-wide-1": 1, "a boat-wide-2": 1, "a kite-wide-1": None}
 
 
 def test_gallery_links_the_films_of_the_folder(tmp_path):

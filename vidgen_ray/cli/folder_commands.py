@@ -1,7 +1,8 @@
-"""Commands about an output folder: `vidgen status`, `verify`, `gc`, `prune` and `watch`."""
+"""Commands about an output folder: `vidgen status`, `logs`, `verify`, `gc`, `prune`, `watch` and `review`."""
 
 from __future__ import annotations
 
+import getpass
 import json
 import socket
 import sys
@@ -10,6 +11,7 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict
 from datetime import datetime
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,7 +21,16 @@ from rich.table import Table
 from rich.text import Text
 
 from vidgen_ray.cli.command_help import LOOK, in_group
-from vidgen_ray.cli.options import AddressOption, DryRunOption, GpusOption, JsonOption, OutArgument, WhereOption, ids_where
+from vidgen_ray.cli.options import (
+    AddressOption,
+    DryRunOption,
+    GpusOption,
+    JsonOption,
+    OutArgument,
+    WhereOption,
+    ids_where,
+    local_path,
+)
 from vidgen_ray.cli.progress_display import counts_line, speed_texts, stage_table
 from vidgen_ray.cli.run_script import ProfileOfLastRunOption, profile_of_run, render_again, temporary_script
 from vidgen_ray.engine.status import Snapshot, StageStatus
@@ -263,20 +274,57 @@ def prune(out: OutArgument, where: WhereOption = None, dry_run: DryRunOption = F
         typer.echo(shot_id)
 
 
+def _user() -> str | None:
+    """Return the name of the user of this machine. `None` in a container without one."""
+    with suppress(OSError, KeyError):
+        return getpass.getuser()
+    return None
+
+
+ReviewerOption = Annotated[
+    str | None, typer.Option("--reviewer", metavar="NAME", help="Name in the reviews. Default: the user of this machine.")
+]
+
+
 @in_group(LOOK)
 def watch(
     out: OutArgument = "out",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on, on this machine only.")] = 8001,
+    reviewer: ReviewerOption = None,
 ) -> None:
-    """Show the gallery of an output folder in a browser, also during a run."""
+    """Show the gallery of an output folder in a browser, also during a run, and review its clips."""
     import uvicorn
 
     from vidgen_ray.report.gallery_page import gallery_app
 
-    app = gallery_app(out)
+    app = gallery_app(out, reviewer or _user())
     check_port(HOST, port)
     typer.echo(f"Gallery of {storage_at(out).url}: http://{HOST}:{port}/. Ctrl-C to stop.", err=True)
     uvicorn.run(app, host=HOST, port=port, log_level="warning")
+
+
+@in_group(LOOK)
+def review(
+    out: OutArgument,
+    file: Annotated[Path, typer.Argument(metavar="FILE", parser=local_path, help="File that the gallery has saved.")],
+    reviewer: ReviewerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Import the reviews that were made in the gallery of an output folder.
+
+    Exits with code 1 if some are of clips that the folder does not have.
+    """
+    from vidgen_ray.report.gallery_page import import_reviews
+
+    report = import_reviews(out, file, reviewer or _user())
+    if as_json:
+        typer.echo(json.dumps(report._asdict()))
+    else:
+        typer.echo(f"{count(report.imported, 'review')} imported, {report.known:,} known or older")
+        if report.refused:
+            typer.echo(f"{count(report.refused, 'review')} of clips that the folder does not have left out", err=True)
+    if report.refused:
+        raise typer.Exit(1)
 
 
 def check_port(host: str, port: int) -> None:
@@ -293,4 +341,4 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
-COMMANDS = (status, watch, logs, verify, prune, gc)
+COMMANDS = (status, watch, review, logs, verify, prune, gc)

@@ -1,10 +1,11 @@
 """Gallery: `OUT/index.html` with the clip, the prompt and the result of every shot.
 
-Works offline; `vidgen watch` serves it while a run fills the folder.
+Works offline; `vidgen watch` serves it while a run fills the folder. Its reader can review the clips, see outputs/reviews.py.
 """
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import json
 import os
@@ -22,23 +23,32 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image as PILImage
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from vidgen_ray.errors import SetupError, UsageError
+from vidgen_ray.errors import SetupError, UsageError, allowed_of, explain
 from vidgen_ray.graph import STAGES, file_sizes
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
-from vidgen_ray.outputs.manifest import REPLACED, manifest_batches
+from vidgen_ray.outputs.manifest import REPLACED, manifest_batches, manifest_files
 from vidgen_ray.outputs.manifest_writer import FILE as FAILURES
 from vidgen_ray.outputs.records import RECORD, SHOTS
+from vidgen_ray.outputs.reviews import (
+    Imported,
+    Opinion,
+    Review,
+    ReviewSession,
+    clip_digest,
+    read_reviews,
+    reviewable_clips,
+)
 from vidgen_ray.outputs.run_log import read_status
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.report.shot_text import DEFAULTS, length_text, settings_text, short_names, size_text, value_text
-from vidgen_ray.script.expansion import MATRIX, MATRIX_NUMBER
+from vidgen_ray.script.expansion import MATRIX, MATRIX_NUMBER, TEXTS
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, NESTED_FIELDS, Shot
 from vidgen_ray.stages.likeness import sampled_frames
 from vidgen_ray.system.quantities import amount_text, duration, money
@@ -80,6 +90,7 @@ def gallery_rows(storage: Storage, limit: int = MAX_SHOTS) -> GalleryRows:
         if "axes" in shown[number]:
             shown[number]["order"] = order
     _shorten_names(shown)
+    _add_reviews(storage, chosen, shown)
     return GalleryRows(shown, dict(counts))
 
 
@@ -144,6 +155,26 @@ def _shorten_names(rows: Sequence[dict[str, Any]]) -> None:
             row["loras"] = [names["loras"][path] for path in row["loras"]]
         if "axes" in row:
             row["axes"] |= {name: names[name][row["axes"][name]] for name in FILE_AXES & row["axes"].keys()}
+
+
+def _add_reviews(storage: Storage, rows: Sequence[Mapping[str, Any]], shown: Sequence[dict[str, Any]]) -> None:
+    """Add `clip`, the digest by which a clip is reviewed, `review`, and `siblings` to the shown rows.
+
+    `siblings` is a number that the shots of a line have which differ only in their seed.
+    """
+    reviews, groups = read_reviews(storage), defaultdict[str, list[dict[str, Any]]](list)
+    for row, each in zip(rows, shown, strict=True):
+        if row["status"] != "done" or (digest := clip_digest(row)) is None:
+            continue
+        each["clip"] = digest
+        if (review := reviews.get(digest)) is not None:
+            each["review"] = review.model_dump(mode="json", exclude={"clip_sha256", "id"})
+        matrix = row["metadata"].get(MATRIX)
+        values = {name: value for name, value in matrix.items() if name != "seed"} if isinstance(matrix, dict) else {}
+        groups[json.dumps([row["script"], row["line"], values, *(row[name] for name in TEXTS)])].append(each)
+    for number, group in enumerate(group for group in groups.values() if len(group) > 1):
+        for each in group:
+            each["siblings"] = number
 
 
 def _likeness(row: Mapping[str, Any]) -> float | None:
@@ -347,16 +378,22 @@ SHOWN = (SHOTS, FOLDER)
 HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
 
 
-def gallery_app(out: str | Path) -> Starlette:
-    """Return an application that serves the gallery of a folder, and the status of its run.
+LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
+MAX_REVIEW_BYTES = 64 * 1024
 
-    Raises SetupError if the folder does not exist, and OSError if an object store does not answer.
+
+def gallery_app(out: str | Path, reviewer: str | None = None) -> Starlette:
+    """Return an application that serves the gallery of a folder and the status of its run, and stores reviews.
+
+    `reviewer`: the person who reviews. Raises SetupError if the folder does not exist, and OSError if an object store does not
+    answer.
     """
     storage = storage_at(out)
     if storage.local is not None and not storage.local.is_dir():
         raise SetupError(f"{out}: no such folder; pass the output folder of a run")
     root = storage.local and storage.local.resolve()
     refresh_s = REFRESH_S if root else STORE_REFRESH_S
+    session, clips = ReviewSession(storage, reviewer), dict[str, str]()
 
     def data() -> dict[str, Any]:
         status = read_status(storage)
@@ -368,6 +405,31 @@ def gallery_app(out: str | Path) -> Starlette:
 
     def rows(request: Request) -> Response:
         return JSONResponse(data(), headers=HEADERS)
+
+    def store(opinion: Opinion) -> Response:
+        try:
+            if opinion.clip_sha256 not in clips:
+                clips.update(reviewable_clips(storage))
+            if (shot_id := clips.get(opinion.clip_sha256)) is None:
+                return Response("the folder has no such clip, it may have been rendered again", 404)
+            session.add(opinion, shot_id)
+        except OSError as error:
+            return Response(f"the folder cannot be written: {error.strerror or error}", 503)
+        return Response(status_code=204)
+
+    async def add_review(request: Request) -> Response:
+        if not _is_from_own_page(request):
+            return Response("reviews are accepted from the page of vidgen watch only, opened on this machine", 403)
+        body = b""
+        async for part in request.stream():
+            if len(body := body + part) > MAX_REVIEW_BYTES:
+                return Response(f"must have at most {MAX_REVIEW_BYTES} bytes", 413)
+        try:
+            opinion = Opinion.model_validate_json(body)
+        except ValidationError as error:
+            field, got, allowed = explain(error.errors(include_url=False)[0], Opinion.model_fields)
+            return Response(f"{field or 'review'}: got {got}, {allowed}", 422)
+        return await asyncio.to_thread(store, opinion)
 
     def file(request: Request) -> Response:
         path = PurePosixPath(request.path_params["path"])
@@ -383,4 +445,40 @@ def gallery_app(out: str | Path) -> Starlette:
             return FileResponse(copy, headers=HEADERS, media_type=guess_type(path.name)[0], background=end)
 
     read_status(storage)
-    return Starlette(routes=[Route("/", page), Route("/rows.json", rows), Route("/{path:path}", file)])
+    reviews = Route("/reviews", add_review, methods=["POST"])
+    return Starlette(routes=[Route("/", page), Route("/rows.json", rows), reviews, Route("/{path:path}", file)])
+
+
+def _is_from_own_page(request: Request) -> bool:
+    """Return whether no page of another site sends the request. Any page in a browser can send some to this machine."""
+    headers = request.headers
+    host, origin = headers.get("host", ""), headers.get("origin")
+    return (
+        headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+        # Another name may be that of a site whose address was changed to this machine's.
+        and LOCAL_HOST.fullmatch(host) is not None
+        and origin in (None, f"http://{host}", f"https://{host}")
+        and headers.get("sec-fetch-site", "same-origin") == "same-origin"
+    )
+
+
+def import_reviews(out: str | Path, path: Path, reviewer: str | None) -> Imported:
+    """Store the reviews of a file that the page has saved, and update the gallery of the folder.
+
+    `reviewer`: the person who has made those without a name. Raises UsageError if it is not such a file, SetupError if the
+    folder has no clips, and OSError.
+    """
+    storage = storage_at(out)
+    if not manifest_files(storage):
+        raise SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
+    try:
+        reviews = TypeAdapter(list[Review]).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise UsageError(f"FILE: got {str(path)!r}, must be a file that the gallery has saved") from None
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        place = ".".join(map(str, detail["loc"])) or "the file"
+        raise UsageError(f"{path}, {place}: {allowed_of(detail)}; must be a file that the gallery has saved") from None
+    imported = ReviewSession(storage, reviewer).add_all(reviews)
+    update_gallery(out)
+    return imported
