@@ -15,6 +15,7 @@ from tests.dataset.conftest import make_folder, texture
 from vidgen_ray.cli import main
 from vidgen_ray.outputs.reviews import read_reviews, reviewable_clips
 from vidgen_ray.outputs.storage import storage_at
+from vidgen_ray.report import gallery_page
 from vidgen_ray.report.gallery_page import gallery_app, write_gallery
 
 NOTE = "« \"quoted\" 'twice' <b>שלום</b> 🎬"
@@ -107,7 +108,8 @@ def test_only_the_own_page_can_review_clips_of_this_folder(out):
     assert post({**review, "clip_sha256": clips["ball"]}) == 204, "known since the page was loaded"
 
 
-def test_review_with_the_keyboard_and_in_a_file(browser, out, tmp_path, capsys):
+def test_review_with_the_keyboard_and_in_a_file(browser, out, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gallery_page, "REFRESH_S", 0.3)
     with watched(out, "ada") as url, page_in(browser, 1366, 768) as page:
         page.goto(url)
         keys = page.keyboard
@@ -121,8 +123,9 @@ def test_review_with_the_keyboard_and_in_a_file(browser, out, tmp_path, capsys):
         page.select_option("select[name=verdict]", "")
         page.locator("[title=boat-1] .open").focus()
         keys.press("n")
-        keys.type("aru1" + NOTE)  # letters that are keys elsewhere
-        page.evaluate("fetch('rows.json')")
+        with page.expect_response("**/rows.json"):
+            keys.type("aru1" + NOTE)  # letters that are keys elsewhere
+        assert page.locator("#note").input_value() == "aru1" + NOTE
         keys.press("Enter")
         assert page.locator("dialog h2").inner_text() == "boat-1"
         keys.press("c")
@@ -140,8 +143,10 @@ def test_review_with_the_keyboard_and_in_a_file(browser, out, tmp_path, capsys):
         keys.press("a")
         assert "ball is accepted. It is the last clip." in page.locator("dialog .message").inner_text()
         keys.press("Escape")
-        page.wait_for_function("document.activeElement.closest('article').title === 'ball'")
         page.wait_for_selector("#reviews[aria-busy=false]")
+        for _ in range(2):  # the second one was asked for after the reviews were stored
+            page.wait_for_event("response", lambda response: response.url.endswith("rows.json"))
+        assert page.evaluate("document.activeElement.closest('article').title") == "ball"
         assert reviews(out) == {
             "boat-1": ("accept", 4, None),
             "boat-2": ("reject", None, None),

@@ -1,6 +1,7 @@
 """`vidgen retry --rejected` and `--where`: new seeds, which the script of the shots keeps."""
 
 import json
+import pickle
 
 import pytest
 
@@ -8,9 +9,12 @@ from tests.batch.test_continued_shots import SMALL, rows_of
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES
 from vidgen_ray.batch import run_options
+from vidgen_ray.batch.line_planner import LinePlanner, first_lines
 from vidgen_ray.cli import main
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.records import DoneShot
 from vidgen_ray.outputs.reviews import Opinion, ReviewSession, clip_digest
+from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot
 
 IMAGE = {"width": 64, "height": 64, "generate_video": False}
@@ -54,7 +58,7 @@ def changed(before, after):
     return {id_: (before[id_]["seed"], row["seed"]) for id_, row in after.items() if row["key"] != before[id_]["key"]}
 
 
-def test_rejected_shots_get_new_seeds_that_the_script_keeps(run):
+def test_rejected_shots_get_new_seeds_that_the_script_keeps(run, tiny):
     assert run("render")[0] == 1
     first = rows_of(run.out)
     assert first["face"]["seed"] != UNLIKE
@@ -70,7 +74,7 @@ def test_rejected_shots_get_new_seeds_that_the_script_keeps(run):
     assert {id_: second[id_]["line"] for id_ in seeds} == {"a": 1, "b": 2, "m-2": 3, "v-v1": 4, "face": 5}
     # Neither the script nor the same command renders one of them again.
     assert "0 done, 7 already done, 1 failed" in run("render")[1]
-    assert run("retry", "--rejected") == (0, "No shot of the folder is rejected.\n")
+    assert run("retry", "--rejected") == (0, "No finished shot is rejected.\n")
 
     # The clips with the new seeds are rejected as well, and the one that continues them has a seed of its own in the script.
     reject(run.out, "a", "face")
@@ -79,6 +83,15 @@ def test_rejected_shots_get_new_seeds_that_the_script_keeps(run):
     assert set(changed(second, third)) == {"a", "b", "face"}
     assert json.loads((run.out / "seeds.json").read_text())["a"] == [5, third["a"]["seed"]]
     assert "0 done, 7 already done, 1 failed" in run("render")[1]
+    # A task of Ray, which plans later lines of a long script, gets the seeds with the pickled planner.
+    settings = ScriptSettings(run.out.parent / "s.jsonl", profile_defaults=tiny.defaults)
+    planner = LinePlanner(first_lines(settings)[0], tiny, OutputFolder(run.out))
+    planner.checker.script = "s.jsonl"
+    planner.load_finished()
+    in_task = pickle.loads(pickle.dumps(planner))
+    in_task.finished = planner.finished
+    planned = {each.line.fields["id"]: each.results for each in in_task.plan(first_lines(settings)[1])}
+    assert all(isinstance(result, DoneShot) for id_ in ("a", "m", "v", "face") for result in planned[id_])
     edited = [{**line, "seed": 6} if line["id"] == "a" else line for line in LINES]
     assert run("render", lines=edited)[0] == 1
     assert rows_of(run.out)["a"]["seed"] == 6

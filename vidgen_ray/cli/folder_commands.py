@@ -34,11 +34,12 @@ from vidgen_ray.cli.options import (
 from vidgen_ray.cli.progress_display import counts_line, speed_texts, stage_table
 from vidgen_ray.cli.run_script import ProfileOfLastRunOption, profile_of_run, render_again, temporary_script
 from vidgen_ray.engine.status import Snapshot, StageStatus
-from vidgen_ray.errors import SetupError
+from vidgen_ray.errors import SetupError, UsageError, shortened
 from vidgen_ray.outputs.cleanup import GRACE_S, collect_garbage
 from vidgen_ray.outputs.cleanup import prune as remove_replaced
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest_writer import to_utf8
+from vidgen_ray.outputs.reviews import MAX_NAME
 from vidgen_ray.outputs.run_log import LOGS, RunStatus, read_log, read_status
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.outputs.verify import VerifyReport
@@ -262,9 +263,13 @@ def prune(out: OutArgument, where: WhereOption = None, dry_run: DryRunOption = F
 
     --where also removes the finished shots that match. Their script renders them again.
     """
+    from vidgen_ray.report.gallery_page import update_gallery
+
     outputs = OutputFolder(out)
     ids = frozenset() if where is None else frozenset(ids_where(outputs.storage, where))
     report = remove_replaced(outputs, ids, dry_run=dry_run)
+    if report.shots and not dry_run:
+        update_gallery(out)
     if as_json:
         typer.echo(json.dumps({"dry_run": dry_run, **asdict(report)}))
         return
@@ -274,10 +279,12 @@ def prune(out: OutArgument, where: WhereOption = None, dry_run: DryRunOption = F
         typer.echo(shot_id)
 
 
-def _user() -> str | None:
-    """Return the name of the user of this machine. `None` in a container without one."""
+def _reviewer(name: str | None) -> str | None:
+    """Return the name of the person who reviews. `None`: without one, in a container without a user. Raises UsageError."""
+    if name is not None and not 0 < len(name) <= MAX_NAME:
+        raise UsageError(f"--reviewer: got {shortened(name)}, must have 1 to {MAX_NAME} letters")
     with suppress(OSError, KeyError):
-        return getpass.getuser()
+        return name or getpass.getuser()
     return None
 
 
@@ -297,7 +304,7 @@ def watch(
 
     from vidgen_ray.report.gallery_page import gallery_app
 
-    app = gallery_app(out, reviewer or _user())
+    app = gallery_app(out, _reviewer(reviewer))
     check_port(HOST, port)
     typer.echo(f"Gallery of {storage_at(out).url}: http://{HOST}:{port}/. Ctrl-C to stop.", err=True)
     uvicorn.run(app, host=HOST, port=port, log_level="warning")
@@ -316,7 +323,7 @@ def review(
     """
     from vidgen_ray.report.gallery_page import import_reviews
 
-    report = import_reviews(out, file, reviewer or _user())
+    report = import_reviews(out, file, _reviewer(reviewer))
     if as_json:
         typer.echo(json.dumps(report._asdict()))
     else:

@@ -326,7 +326,9 @@ def retry(
         ids = None if where is None else frozenset(ids_where(outputs.storage, where))
         lines = _chosen_lines(outputs, ids, rejected=rejected)
         if not lines:
-            typer.echo("No shot of the folder is rejected." if where is None else "No shot of the folder matches.", err=True)
+            typer.echo("No finished shot is rejected." if where is None else "No shot matches.", err=True)
+            if as_json:
+                typer.echo(json.dumps({"done": 0, "skipped": 0, "failed": 0}))
             return
         script: AbstractContextManager[Path] = temporary_script(lines)
     elif (failed := outputs.storage.read(FILE)) is None:

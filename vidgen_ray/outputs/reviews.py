@@ -22,7 +22,7 @@ from vidgen_ray.outputs.storage import Storage
 REVIEWS = "reviews"
 CLIP_COLUMNS = ("id", "status", "video_sha256", "hd_video_sha256", "image_sha256")
 """Columns of the manifest that `clip_digest` and `reviewable_clips` need."""
-MAX_NOTE = 2000
+MAX_NOTE, MAX_NAME = 2000, 200
 
 
 class Opinion(BaseModel):
@@ -41,7 +41,7 @@ class Review(Opinion):
 
     id: str
     """Id of a shot with this clip."""
-    who: str | None = Field(None, max_length=200)
+    who: str | None = Field(None, max_length=MAX_NAME)
     at: Annotated[AwareDatetime, AfterValidator(lambda at: at.astimezone(UTC))]
 
 
