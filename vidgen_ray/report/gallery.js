@@ -167,7 +167,7 @@ function open(number) {
   const row = shown[number], media = mediaOf(row, row.hd_video ?? row.video, { controls: "" });
   setStage([media]);
   show();
-  if (media) fit(media, row.aspect ?? 1, "60dvh");
+  if (media) fit(media, row.aspect ?? 1, "58dvh");
 }
 
 /** Replace what the full view plays. */
@@ -302,8 +302,8 @@ function reviewBar(row, onNote, isLarge = false) {
   const button = (label, text, name, value) => element("button", { type: "button", class: name, "aria-label": label, title: label, "data-value": value }, isLarge && name !== "stars" ? `${text} ${label}` : text);
   const made = element("div", { class: `review ${isLarge ? "large" : ""}`, role: "group", "aria-label": "Review" },
     button("Accept", "✓", "verdict", "accept"), button("Reject", "✗", "verdict", "reject"),
-    element("span", {}, ...[1, 2, 3, 4, 5].map((stars) => button(stars === 1 ? "1 star" : `${stars} stars`, "★", "stars", stars))),
-    onNote ? button("Note", "✎", "note", "") : null);
+    onNote ? button("Note", "✎", "note", "") : null,
+    element("span", {}, ...[1, 2, 3, 4, 5].map((stars) => button(stars === 1 ? "1 star" : `${stars} stars`, "☆", "stars", stars))));
   made.row = row;
   made.onclick = (event) => {
     event.stopPropagation();
