@@ -98,6 +98,8 @@ class Director:
         """Cost so far of the GPUs that the run holds. `None` without GPUs."""
         self._metered_at = 0.0
         """Time of the event loop until which `cost` is computed."""
+        self._measured_from: tuple[int, float] | None = None
+        """Finished shots, and the cost until then, from which the cost of a shot is measured: without loading the weights."""
         self._over_cost = False
         """The run stops because its cost reaches `max_cost`."""
         self._notes = 0
@@ -458,8 +460,12 @@ class Director:
             return
         finishing = 0.0
         if self.queue or self._continued or self._reading:
-            ended = self._results.counts["done"]
-            per_shot = self.cost / ended if ended else per_second * 3600 / self.plan.shots_per_hour
+            done = self._results.counts["done"]
+            if done and self._measured_from is None:
+                self._measured_from = done, self.cost
+            first_done, first_cost = self._measured_from or (done, 0.0)
+            measured = (self.cost - first_cost) / (done - first_done) if done > first_done else None
+            per_shot = per_second * 3600 / self.plan.shots_per_hour if measured is None else measured
             finishing = min(per_shot * len(self._rendering), per_second * self._options.grace_s)
         if self.cost + finishing > self._options.max_cost:
             self._over_cost = True

@@ -137,7 +137,7 @@ class RunReport:
     rejected: int
     """Rejected lines. They are part of `failed`."""
     left: int
-    """Lines read but not started, because the run was stopped."""
+    """Lines read but not started, or interrupted, because the run was stopped."""
     seconds: float
     gpu_seconds: float
     """GPU seconds of the finished shots, without failed shots and attempts with too low a likeness."""
