@@ -444,6 +444,10 @@ class Fleet:
         for slot in self._slots:
             self._free(slot)
 
+    @property
+    def held_gpus(self):
+        return sum(slot.gpu is not None for slot in self._slots)
+
     async def holdings(self):
         return "GPUs"
 
