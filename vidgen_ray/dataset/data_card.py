@@ -6,7 +6,6 @@ It is computed with DuckDB from the rows and the state of the export, so memory 
 from __future__ import annotations
 
 import hashlib
-import html
 import io
 import json
 import posixpath
@@ -19,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from urllib.parse import quote
 
 import duckdb
@@ -41,6 +40,7 @@ from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.provenance.record import ProvenanceRecord
 from vidgen_ray.report.shot_text import short_names
 from vidgen_ray.safety import Consent
+from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Image
 
 ROWS, STATE = ".vidgen/rows.parquet", ".vidgen/export.json"
@@ -56,19 +56,25 @@ HUB_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6
 MEDIA_TYPES = {
     "mp4": "video/mp4",
     "png": "image/png",
+    "txt": "text/plain",
+    "json": "application/json",
     "tar": "application/x-tar",
     "parquet": "application/x-parquet",
-    "txt": "text/plain",
 }
+"""Ending -> type of the file."""
 EXPORT_COLUMNS = re.compile("split|file|sample|caption|signature|content|exported_.*")
 """Columns of the rows that `clips` does not have."""
 DESCRIPTIONS = {
-    **{name: field.description for name, field in ManifestRow.model_fields.items()},
+    **{
+        name: field.description
+        for name, field in (*Shot.model_fields.items(), *ManifestRow.model_fields.items())
+        if field.description
+    },
     **{f"consent_{name}": field.description for name, field in Consent.model_fields.items()},
     "id": "Name of the shot.",
-    "prompt": "Text that the clip was rendered from.",
     "caption": "Text for training.",
     "file_name": "File of the clip.",
+    "split": "Split of the data set.",
     "width": "Width in pixels.",
     "height": "Height in pixels.",
     "num_frames": "Number of frames.",
@@ -76,18 +82,13 @@ DESCRIPTIONS = {
     "bytes": "Size in bytes.",
     "sha256": "Digest of the file before it was signed.",
     "ai_generated": "Always true.",
+    "script": "File name of the script.",
     "character": "Character of the shot.",
-    "factors": "Values of the matrix of the line without the seed, as JSON.",
-    "verdict": "accept or reject, from a review.",
+    "lora": "LoRAs with their weights, as JSON.",
+    "factors": "Values that differ between the shots of its line besides the seed, as JSON.",
+    "verdict": "accept, from a review. Null without one.",
     "stars": "1 to 5, from a review.",
 }
-
-
-class Listed(BaseModel):
-    """A shot and the reason why it was refused, removed or left out."""
-
-    id: str
-    reason: str
 
 
 class ExportState(BaseModel):
@@ -112,10 +113,11 @@ class ExportState(BaseModel):
     """Command line."""
     versions: dict[str, str]
     counts: dict[str, int]
-    """Clips that the last call added, changed, removed, or left unchanged."""
-    removed: list[Listed]
-    refused: list[Listed]
-    missing: list[Listed]
+    """Clips that the last call added, changed, removed, left unchanged, or left out because they are rejected."""
+    removed: list[dict[str, str]]
+    """`id` and `reason`. The same for the next two."""
+    refused: list[dict[str, str]]
+    missing: list[dict[str, str]]
     """Selected shots without the file."""
 
     @property
@@ -190,15 +192,15 @@ def _files(database: duckdb.DuckDBPyConnection, state: ExportState, source: Stor
         ],
         **_reproduction(totals, state, source),
         "columns": [
-            {"Column": _code(name), "Type": kind, "Meaning": description_of(name)} for name, kind in state.columns.items()
+            {"Column": _code(name), "Type": kind, "Meaning": DESCRIPTIONS.get(name)} for name, kind in state.columns.items()
         ],
         **_tables(database, names),
     }
     return {
-        "README.md": _page(context),
+        "README.md": _render("data_card.md", context),
         "croissant.json": _croissant(state, totals, title, licences, split_names),
         **({GRID: grid} if samples else {}),
-        **{f"{FOLDER}/{each.file}": each.svg for each in histograms},
+        **{f"{FOLDER}/{each['file']}": each["svg"] for each in histograms},
     }
 
 
@@ -215,8 +217,7 @@ SELECT
     coalesce(list_sort(list(DISTINCT script)), []) AS scripts,
     coalesce(list_sort(list(DISTINCT split_part(run, '-', 1))), []) AS runs,
     coalesce(list_sort(list_distinct(flatten(list(licences)))), []) AS licences, max(ended_at) AS ended_at,
-    count(reviewed_at) AS reviewed, count(*) FILTER (verdict = 'accept') AS accepted,
-    count(*) FILTER (verdict = 'reject') AS rejected
+    count(reviewed_at) AS reviewed, count(*) FILTER (verdict = 'accept') AS accepted
 FROM clips"""
 COUNTED = 'count(*) AS "Clips", sum(exported_duration_s) AS "Length", sum(exported_bytes)::BIGINT AS "Size"'
 SPLITS = f"""
@@ -354,23 +355,13 @@ def _grid(tiles: Sequence[Image]) -> bytes:
     return content.getvalue()
 
 
-class Histogram(NamedTuple):
-    """Distribution of a score."""
-
-    file: str
-    svg: str
-    alt: str
-    row: dict[str, Any]
-    """Row of the table of scores."""
-
-
 def _is_score(name: str) -> bool:
     known = {*SCHEMA.names, *REVIEWS.names, *OWN_COLUMNS}
     return name in LIKENESS or not (name in known or EXPORT_COLUMNS.fullmatch(name))
 
 
-def _histogram(database: duckdb.DuckDBPyConnection, name: str) -> Histogram | None:
-    """Return the histogram of a column, or `None` if it has no values."""
+def _histogram(database: duckdb.DuckDBPyConnection, name: str) -> dict[str, Any] | None:
+    """Return the picture of a score, its file name and text, and its row of the table. `None` if the score has no values."""
     column = '"' + name.replace('"', '""') + '"'
     values = f"(SELECT {column}::DOUBLE AS value FROM clips WHERE isfinite({column}::DOUBLE))"
     (found,) = _dicts(
@@ -382,36 +373,20 @@ def _histogram(database: duckdb.DuckDBPyConnection, name: str) -> Histogram | No
         return None
     low, median, high = found.pop("low"), found["Median"], found.pop("high")
     step = (high - low) / BINS or 1.0
-    counts = f"SELECT least(floor((value - {low!r}) / {step!r}), {BINS - 1})::INTEGER, count(*) FROM {values} GROUP BY 1"
-    bins = dict(database.execute(counts).fetchall())
-    alt = f"{name} from {_number(low)} to {_number(high)}, median {_number(median)}"
-    file = f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{hashlib.sha256(name.encode()).hexdigest()[:6]}.svg"
-    svg = _svg(_clean(name), [bins.get(number, 0) for number in range(BINS)], low, median, high)
-    return Histogram(file, svg, alt, {"Score": _code(name), **found, "Meaning": description_of(name)})
-
-
-def _svg(title: str, counts: Sequence[int], low: float, median: float, high: float) -> str:
-    """Return a histogram with a background of its own, so that it is legible on light and dark pages."""
-    width, height, left, top, bottom = 300, 150, 12, 34, 124
-    span, largest = width - 2 * left, max(counts)
-    bars = "".join(
-        f'<path d="M{left + span * (number + 0.5) / BINS:.2f} {bottom}V{bottom - (bottom - top) * count / largest:.2f}"/>'
-        for number, count in enumerate(counts)
-        if count
+    sql = (
+        f"SELECT least(floor((value - {low!r}) / {step!r}), {BINS - 1})::INTEGER, count(*) FROM {values} GROUP BY 1 ORDER BY 1"
     )
-    x = left + span * ((median - low) / (high - low) if high > low else 0.5 / BINS)
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"
- font-family="system-ui, sans-serif" font-size="12" fill="#1f2328">
-<rect x=".5" y=".5" width="{width - 1}" height="{height - 1}" rx="6" fill="#fff" stroke="#d0d7de"/>
-<text x="{left}" y="22" font-weight="600">{html.escape(title)}</text>
-<g stroke="#3b6fb5" stroke-width="{span / BINS - 1:.2f}">{bars}</g>
-<path d="M{left} {bottom}H{width - left}" stroke="#8c959f"/>
-<path d="M{x:.2f} {top - 4}V{bottom}" stroke="#c2410c" stroke-width="1.5"/>
-<text x="{left}" y="141">{_number(low)}</text>
-<text x="{width / 2}" y="141" text-anchor="middle" fill="#c2410c">{_number(median)}</text>
-<text x="{width - left}" y="141" text-anchor="end">{_number(high)}</text>
-</svg>
-"""
+    bins = dict(database.execute(sql).fetchall())
+    bars = "".join(f"M{17.75 + 11.5 * number} 124v{-90 * count / max(bins.values()):.2f}" for number, count in bins.items())
+    line = f"M{12 + 11.5 * (median - low) / step:.2f} 30V124"
+    return {
+        "svg": _render(
+            "histogram.svg", {"title": name, "bars": bars, "line": line, "low": low, "median": median, "high": high}
+        ),
+        "file": f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{hashlib.sha256(name.encode()).hexdigest()[:6]}.svg",
+        "alt": f"{name} from {_number(low)} to {_number(high)}, median {_number(median)}",
+        "row": {"Score": _code(name), **found, "Meaning": DESCRIPTIONS.get(name)},
+    }
 
 
 # Metadata for machines.
@@ -451,27 +426,17 @@ def _croissant(
     import mlcroissant as mlc
 
     context = mlc.Context(conforms_to="http://mlcommons.org/croissant/1.1")
-    types = {
-        "string": mlc.DataType.TEXT,
-        "int64": mlc.DataType.INTEGER,
-        "double": mlc.DataType.FLOAT,
-        "bool": mlc.DataType.BOOL,
-    }
+    of = mlc.DataType
+    types = {"string": of.TEXT, "int64": of.INTEGER, "double": of.FLOAT, "bool": of.BOOL}
 
     def file_set(name: str, includes: list[str], container: str | None = None) -> Any:
-        kind = MEDIA_TYPES.get(includes[0].rpartition(".")[2], "application/octet-stream")
-        return mlc.FileSet(
-            ctx=context,
-            id=name,
-            name=name,
-            contained_in=[container] if container else [],
-            encoding_formats=["application/json" if container else kind],
-            includes=includes,
-        )
+        kinds = [MEDIA_TYPES.get(includes[0].rpartition(".")[2], "application/octet-stream")]
+        inside = [container] if container else []
+        return mlc.FileSet(ctx=context, id=name, name=name, contained_in=inside, encoding_formats=kinds, includes=includes)
 
     def field(name: str, kind: str, extract: Any) -> Any:
         source = mlc.Source(file_set=records, extract=extract)
-        about = description_of(name)
+        about = DESCRIPTIONS.get(name)
         return mlc.Field(ctx=context, id=f"clips/{name}", name=name, description=about, data_types=[types[kind]], source=source)
 
     sets = {name: [state.patterns(split)[name] for split in splits] for name in state.patterns("")}
@@ -517,7 +482,7 @@ SPECIAL = re.compile(r"""[\\`*_{}\[\]<>&"#|~$:@!^=]|(?<=www)[.]""")
 """Signs of Markdown, HTML, TeX, mentions and links inside a line."""
 
 
-def _page(context: Mapping[str, Any]) -> str:
+def _render(template: str, context: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("vidgen_ray.dataset", "."),
         autoescape=True,
@@ -527,7 +492,7 @@ def _page(context: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("data_card.md").render(context, table=_table, fence=_fence, by_reason=_by_reason)
+    return environment.get_template(template).render(context, table=_table, fence=_fence, by_reason=_by_reason)
 
 
 def _clean(text: str) -> str:
@@ -597,18 +562,12 @@ def _table(rows: Sequence[Mapping[str, Any]], limit: int = TABLE_ROWS) -> Markup
     return Markup(text + (f"\n\n{len(rows) - limit:,} more." if len(rows) > limit else ""))
 
 
-def _by_reason(listed: Iterable[Listed]) -> list[dict[str, Any]]:
+def _by_reason(listed: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     """Return a row per reason, with the number of shots and the first ids."""
     ids = defaultdict[str, list[str]](list)
     for each in listed:
-        ids[each.reason].append(each.id)
+        ids[each["reason"]].append(each["id"])
     return [
         {"Reason": reason, "Shots": len(found), "Such as": ", ".join(sorted(found)[:3])}
         for reason, found in sorted(ids.items())
     ]
-
-
-def description_of(column: str) -> Markup | None:
-    """Return the meaning of a column of the data set, if it is known."""
-    text = DESCRIPTIONS.get(column)
-    return Markup(text) if text else None
