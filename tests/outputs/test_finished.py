@@ -1,5 +1,6 @@
 """Finished shots found from the manifest, and ids that belong to another script."""
 
+import os
 import pickle
 
 import pytest
@@ -73,6 +74,19 @@ def test_likeness_and_seed_of_a_retry_are_kept(outputs, plan_of):
     assert done.likeness == {"image": 0.5, "clip_mean": None, "clip_worst": None, "frames_without_face": 3}
     with pytest.raises(ValueError, match="record was not read"):
         done.record()
+
+
+def test_cost_of_a_row_is_kept_also_if_the_record_is_read(on_disk, plan_of):
+    plan = plan_of("x")
+    row = ManifestRow.of_shot(RUNS[0], "s", plan.shot, 1, commit(on_disk, plan), "rendered")
+    write(on_disk, RUNS[0], row.model_copy(update={"cost": 0.25, "currency": "USD"}))
+    finished = FinishedShots.load(on_disk)
+    (by_row,) = finished.find([plan])
+    os.utime(on_disk.root / by_row.folder / "shot.json", (0, 0))
+    (by_record,) = finished.find([plan])
+    assert (by_row.full_record is None, by_record.full_record is None) == (True, False)
+    for done in (by_row, by_record):
+        assert (done.cost, done.currency) == (0.25, "USD")
 
 
 def test_licences_are_kept(outputs, plan_of):
