@@ -458,20 +458,19 @@ class Director:
         self.cost = (self.cost or 0.0) + per_second * seconds
         if self._options.max_cost is None or self._stop.is_set():
             return
-        finishing = 0.0
-        if self.queue or self._continued or self._reading:
-            done = self._results.counts["done"]
-            if done and self._measured_from is None:
-                self._measured_from = done, self.cost
-            first_done, first_cost = self._measured_from or (done, 0.0)
-            measured = (self.cost - first_cost) / (done - first_done) if done > first_done else None
-            per_shot = per_second * 3600 / self.plan.shots_per_hour if measured is None else measured
-            finishing = min(per_shot * len(self._rendering), per_second * self._options.grace_s)
-        if self.cost + finishing > self._options.max_cost:
+        done = self._results.counts["done"]
+        if done and self._measured_from is None:
+            self._measured_from = done, self.cost
+        first_done, first_cost = self._measured_from or (done, 0.0)
+        measured = (self.cost - first_cost) / (done - first_done) if done > first_done else None
+        per_shot = per_second * 3600 / self.plan.shots_per_hour if measured is None else measured
+        finishing = min(per_shot * len(self._rendering), per_second * self._options.grace_s)
+        waiting = self.queue or self._continued or self._reading
+        if self.cost + (finishing if waiting else 0.0) > self._options.max_cost:
             self._over_cost = True
             self._listener.on_message(
-                f"--max-cost: stopping at {money(self.cost, self.plan.currency)}; shots in progress may finish for up to "
-                f"{self._options.grace_s:g} s (--grace)"
+                f"--max-cost: stopping at {money(self.cost, self.plan.currency)}; finishing the shots in progress may cost "
+                f"{amount_text(finishing)}. They have {self._options.grace_s:g} s (--grace)"
             )
             self._stop.set()
 
