@@ -14,6 +14,8 @@ if __package__ in (None, ""):
 
 from vidgen_ray.batch.shot_queue import Task
 from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.dataset.measurements import SCORERS
+from vidgen_ray.dataset.score_folder import NEIGHBOURS
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.records import ShotRecord
@@ -106,6 +108,13 @@ def stages() -> Iterator[str]:
         yield f"- {name}: {takes} -> {', '.join(stage.writes)}; {float(f'{seconds:.2g}'):g} s"
 
 
+def score_columns() -> Iterator[str]:
+    """Yield a line for each column of the built-in scorers."""
+    for scorer in SCORERS:
+        yield from (f"- `{name}`: {column.description}" for name, column in scorer.columns.items())
+    yield from (f"- `{name}`: {column.description}" for name, column in NEIGHBOURS.items())
+
+
 def first_sentence(docstring: str | None) -> str:
     """Return the first sentence of a docstring in one line, without its full stop."""
     assert docstring
@@ -139,6 +148,7 @@ def modules() -> Iterator[str]:
 
 TABLES: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
     "scripts.md": {"shot fields": shot_fields},
+    "dataset.md": {"scores": score_columns},
     "architecture.md": {
         "records": records,
         "reading order": reading_order,

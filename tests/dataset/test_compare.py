@@ -214,11 +214,9 @@ def test_two_folders_are_paired_by_prompt_and_seed_or_by_id(tmp_path: Path) -> N
 
 def test_levels_that_another_exceeds_in_likeness_and_motion_are_named(tmp_path: Path) -> None:
     points = {0.2: (0.3, 3.0), 0.4: (0.5, 2.0), 0.6: (0.4, 1.0), 0.8: (0.5, 2.0)}
-    rows = [
-        _swept(line, level, likeness_mean=face, motion_mean_px=px) for line in range(2) for level, (face, px) in points.items()
-    ]
+    rows = [_swept(line, level, likeness=face, motion=px) for line in range(2) for level, (face, px) in points.items()]
     factor = _compare(_folder(tmp_path, rows))["identity_strength"]
-    assert factor["pareto"]["measures"] == ["likeness_mean", "motion_mean_px"]
+    assert factor["pareto"]["measures"] == ["likeness", "motion"]
     assert factor["pareto"]["exceeded_by"] == {"0.2": [], "0.4": [], "0.6": ["0.4", "0.8"], "0.8": []}
 
 
@@ -256,7 +254,7 @@ def test_page_shows_plots_and_clips_that_play(tmp_path: Path, capsys: pytest.Cap
     image = ({"id": "image", "prompt": "a lake", "metadata": {"matrix": {"identity_strength": 0.2}}}, texture(64, 64))
     folder = make_folder(tmp_path / "an out", [*clips, image])
     digests = [row.video_sha256 for row in sorted(read_manifest(folder.root), key=lambda row: row.id) if row.video]
-    scores = {"clip_sha256": digests, "likeness_mean": [0.2, 0.6, 0.3, 0.5], "motion_mean_px": [3.0, 1.0, 2.0, 1.0]}
+    scores = {"clip_sha256": digests, "likeness": [0.2, 0.6, 0.3, 0.5], "motion": [3.0, 1.0, 2.0, 1.0]}
     with folder.storage.new_file("scores/made@1/1.parquet") as path:
         pyarrow.parquet.write_table(pyarrow.table(scores), path)
     assert main(["compare", str(folder.root), "--out", str(tmp_path / "report"), "--json"]) == 0

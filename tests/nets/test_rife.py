@@ -101,7 +101,7 @@ def test_hdv3_halves_the_interval(monkeypatch, frames):
 
     def average(self, first, second, time, flow_scale):
         calls.append(time)
-        return Warped(first, second, torch.tensor(0.5))
+        return Warped(first, second, torch.tensor(0.5), torch.zeros(1))
 
     monkeypatch.setattr(RifeHDv3, "warped", average)
     first, second = frames
@@ -115,6 +115,13 @@ def test_frames_are_aligned_by_their_motion(frames, hdv3):
     with torch.inference_mode():
         first, second = FramePair(hdv3, *frames).aligned()
     assert (first - second).abs().mean() < 0.2 * (frames[0] - frames[1]).abs().mean()
+
+
+def test_motion_is_that_of_the_pan(frames, hdv3):
+    with torch.inference_mode():
+        motion = FramePair(hdv3, *frames).motion()
+    assert motion.shape == (1, 2, 100, 150)
+    assert motion[0].flatten(1).median(1).values.tolist() == pytest.approx([-8, -3], abs=0.2)
 
 
 def test_warp_moves_pixels_along_the_flow():

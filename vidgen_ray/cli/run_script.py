@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -159,6 +160,8 @@ StrictPromptsOption = Annotated[
         rich_help_panel=SCRIPT_PANEL,
     ),
 ]
+LISTENERS = "vidgen.run_listeners"
+"""Group of entry points, name of an option of `vidgen render` -> listener of a run."""
 RESUME = "Run the same command to resume."
 ProfileOfLastRunOption = Annotated[
     str | None, typer.Option("--profile", "-p", help=f"{PROFILE_HELP} Default: that of the last run in the folder.")
@@ -285,6 +288,14 @@ def render(
         ),
     ] = False,
     require: RequireLicenceOption = None,
+    score: Annotated[
+        bool,
+        typer.Option(
+            "--score",
+            help="Also measure the clips, as `vidgen score` does: on idle CPUs during the run, the rest after it.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Render all shots of a script that are not finished.
@@ -297,7 +308,15 @@ def render(
         raise ScriptError(errors)
     if require is not None:
         require_licence(require, script_licences(iter_script(settings), chosen, OutputFolder(out)))
-    run_script(settings, chosen, out, replace(run, keep_stages=bool(keep)), as_json=as_json, then_prune=prune)
+    run_script(
+        settings,
+        chosen,
+        out,
+        replace(run, keep_stages=bool(keep)),
+        as_json=as_json,
+        then_prune=prune,
+        listener="score" if score else None,
+    )
 
 
 @in_group(RENDER)
@@ -430,9 +449,20 @@ def detected(address: str | None, gpus: Cluster | None) -> Callable[[], Cluster]
 
 
 def run_script(
-    script: ScriptSettings, profile: Profile, out: str, options: RenderOptions, *, as_json: bool, then_prune: bool = False
+    script: ScriptSettings,
+    profile: Profile,
+    out: str,
+    options: RenderOptions,
+    *,
+    as_json: bool,
+    then_prune: bool = False,
+    listener: str | None = None,
 ) -> None:
-    """Render a script, write the gallery and print the result. Raises typer.Exit unless all shots are done."""
+    """Render a script, write the gallery and print the result. Raises typer.Exit unless all shots are done.
+
+    `listener`: name of an entry point of `LISTENERS`. Its class gets the view, the output folder, the profile and Ray's
+    address; `finish` is called after the run.
+    """
     from vidgen_ray.batch.render_script import render as render_on_ray
     from vidgen_ray.outputs.cleanup import prune as prune_folder
     from vidgen_ray.report.gallery_page import check_no_other_page, write_gallery
@@ -448,7 +478,11 @@ def run_script(
             run_view() as view,
             stoppable(options.grace_s) as stop,
         ):
-            report = render_on_ray(script, profile, outputs, options, listener=view, stop=stop)
+            added = None if listener is None else _listener_class(listener)(view, outputs, profile, options.address)
+            report = render_on_ray(script, profile, outputs, options, listener=added or view, stop=stop)
+        if added is not None and not report.left:
+            with interruptible(), redirect_stdout(sys.stderr):
+                added.finish()
         if then_prune:
             prune_folder(outputs)
     finally:
@@ -468,6 +502,14 @@ def run_script(
     if report.failed:
         nothing_to_render = report.failed == report.rejected and not report.done + report.skipped
         raise typer.Exit(ScriptError.exit_code if nothing_to_render else 1)
+
+
+def _listener_class(name: str) -> Any:
+    """Return the class of an entry point. Raises SetupError if it cannot be imported."""
+    try:
+        return entry_points(group=LISTENERS)[name].load()
+    except (KeyError, ImportError) as error:
+        raise SetupError(f"--{name}: not available: {error}; install vidgen-ray[dataset]") from None
 
 
 def profile_of_run(outputs: OutputFolder, name: str | None) -> Profile:

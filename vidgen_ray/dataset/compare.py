@@ -50,7 +50,7 @@ RESULTS = {
 }
 """Measure -> SQL. `accepted`: 1 or 0 for a reviewed clip, so that its mean is the share of accepted clips."""
 NUMERIC = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "FLOAT", "DOUBLE", "BOOLEAN")
-FACES, MOTION = ("clip_likeness_mean", "likeness_mean", "image_likeness"), ("motion_mean_share", "motion_mean_px")
+FACES, MOTION = ("clip_likeness_mean", "likeness", "image_likeness"), ("motion_share", "motion")
 """Measures for likeness against motion. The first that exists is used."""
 SETTING_COLUMNS = tuple(
     name for name in dict.fromkeys(("mode", "width", "height", "num_frames", "fps", *SETTINGS)) if name in SCHEMA.names

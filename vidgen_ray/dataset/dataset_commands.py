@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vidgen_ray.cli.command_help import LOOK, in_group
-from vidgen_ray.cli.options import JsonOption, OutArgument, check_out, local_path
+from vidgen_ray.cli.options import AddressOption, JsonOption, OutArgument, check_out, local_path
+from vidgen_ray.cli.run_script import ProfileOfLastRunOption, interruptible, profile_of_run
 from vidgen_ray.dataset.tables import open_tables, run_query
 from vidgen_ray.errors import UsageError
 from vidgen_ray.outputs.cleanup import check_not_empty
@@ -166,4 +169,42 @@ def diff(
         summary.add(difference)
     typer.echo(("[]" if is_equal else "]") if as_json else "\n".join(summary.lines()))
     if not is_equal:
+        raise typer.Exit(1)
+
+
+@in_group(LOOK)
+def score(
+    out: OutArgument,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scorer",
+            metavar="MODULE:CLASS",
+            help="Also measure with this class, of an installed module or a file in the current folder. Repeatable.",
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option("--weights", metavar="NAME=PATH", help="Weights of the scorer with this name. Repeatable."),
+    ] = None,
+    profile: ProfileOfLastRunOption = None,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the clips of an output folder: frozen frames, flicker, motion, sharpness, faces, near-duplicates.
+
+    Writes OUT/scores, for `vidgen query`. Only clips and scorers without scores are computed, so the same command resumes.
+    Exits with code 1 if a clip cannot be measured.
+    """
+    from vidgen_ray.dataset.measurements import SCORERS
+    from vidgen_ray.dataset.score_folder import faces_of, score_folder, summary
+    from vidgen_ray.dataset.scorers import choose_scorers
+
+    outputs = OutputFolder(out)
+    found = faces_of(lambda: profile_of_run(outputs, profile), required=profile is not None)
+    chosen = choose_scorers(SCORERS, scorer or (), weights or (), found)
+    with interruptible(), redirect_stdout(sys.stderr):
+        report = score_folder(outputs, chosen, found, address)
+    typer.echo(json.dumps(asdict(report)) if as_json else summary(report))
+    if report.failed:
         raise typer.Exit(1)

@@ -34,6 +34,8 @@ class Warped(NamedTuple):
     second: Tensor
     share: Tensor
     """Share of the first one in each pixel, (1, 1, H, W)."""
+    flow: Tensor
+    """(1, 4, H, W): x and y in pixels from each pixel to where it is in the first frame, and in the second."""
 
     def mixed(self) -> Tensor:
         return self.first * self.share + self.second * (1 - self.share)
@@ -71,6 +73,11 @@ class FramePair:
     def aligned(self) -> tuple[Tensor, Tensor]:
         """Return both frames, moved along the estimated motion to the middle of the interval. Alike unless there is a cut."""
         return self._cropped(self._middle.first), self._cropped(self._middle.second)
+
+    def motion(self) -> Tensor:
+        """Return the motion (1, 2, H, W) from the first frame to the second: x and y in pixels."""
+        flow = self._cropped(self._middle.flow)
+        return flow[:, 2:] - flow[:, :2]
 
     def at(self, time: Fraction) -> Tensor:
         """Return the frame at a time between 0 (the first frame) and 1."""
@@ -116,7 +123,7 @@ class RifeHDv3(Rife):
             flow = flow + (forward + _swap(backward)) / 2
             mask = mask + (forward_mask - backward_mask) / 2
             warped_first, warped_second = warp(first, flow[:, :2]), warp(second, flow[:, 2:])
-        return Warped(warped_first, warped_second, torch.sigmoid(mask))
+        return Warped(warped_first, warped_second, torch.sigmoid(mask), flow)
 
 
 class Rife425(Rife):
@@ -148,7 +155,7 @@ class Rife425(Rife):
             )
             change, mask, features = block(torch.cat(parts, 1), flow, coarseness / flow_scale)
             flow = flow + change
-        return Warped(warp(first, flow[:, :2]), warp(second, flow[:, 2:]), torch.sigmoid(mask))
+        return Warped(warp(first, flow[:, :2]), warp(second, flow[:, 2:]), torch.sigmoid(mask), flow)
 
 
 class _BlockV3(nn.Module):

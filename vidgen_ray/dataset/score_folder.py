@@ -1,0 +1,519 @@
+"""Score the clips of an output folder: find those without scores, measure them with Ray Data, write `scores/`.
+
+Files are written as results come, so a call that was stopped or killed is resumed by the next. A clip that fails gets no row:
+its columns are null, and the next call tries it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import pickle
+import sys
+import time
+import warnings
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+import ray
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from vidgen_ray.batch.line_planner import own_context
+from vidgen_ray.batch.progress import RunListener
+from vidgen_ray.dataset.measurements import SCORERS, HashScorer
+from vidgen_ray.dataset.scorers import NEED_CPU_S, ChosenScorer, Clip, Column, Networks, Scorer, choose_scorers, face_params
+from vidgen_ray.dataset.tables import DIGEST
+from vidgen_ray.dataset.tables import SCORES as FOLDER
+from vidgen_ray.engine.ray_cluster import connected
+from vidgen_ray.engine.status import Snapshot
+from vidgen_ray.errors import MAX_MESSAGES, SetupError, VidgenError
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest import SCHEMA, ManifestRow, manifest_batches, manifest_files, new_name, opened
+from vidgen_ray.outputs.storage import Storage
+from vidgen_ray.profile import Profile
+from vidgen_ray.system.quantities import count, duration
+
+COLUMNS = (
+    *("id", "prompt", "negative_prompt", "seed", "metadata", "face_image", "face_index"),
+    *("width", "height", "num_frames", "fps"),
+)
+"""Columns of the manifest that a scorer gets, beside `clip` (path in the folder), `clip_sha256` and `clip_bytes`."""
+FILES = ("video", "hd_video", "image")
+"""The first of them that a shot has is scored."""
+NEIGHBOURS: dict[str, Column] = {
+    "neighbour_id": Column(pyarrow.string(), "Id of the most similar other clip of the folder, by `phash`."),
+    "neighbour_distance": Column(pyarrow.int64(), "Bits of `phash` that differ from that clip, 0 to 192."),
+}
+NEIGHBOURS_FILE = f"{FOLDER}/neighbours@1/all.parquet"
+PAIR_ROWS, PAIR_COLUMNS = 32, 8192
+"""Clips that are compared at once, so that intermediate results stay in the processor's cache."""
+PART_ROWS, FLUSH_S = 2_000, 10.0
+"""Most rows of a file, and seconds between two writes."""
+TASK_S, MAX_TASK_CLIPS = 20.0, 64
+"""Seconds that a task of Ray Data should take, and its most clips."""
+START_S = 15.0
+"""Seconds to start a process and load its networks: no process is started for less work."""
+LINE_EVERY_S = 15.0
+"""Seconds between two lines of progress if standard error is not a terminal."""
+
+
+@dataclass
+class ClipScores:
+    """Scores of one clip."""
+
+    id: str
+    clip_sha256: str
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Scorer -> its columns."""
+    errors: list[str] = field(default_factory=list)
+    is_fatal: bool = False
+    """The process cannot score any clip."""
+
+
+@dataclass
+class ScoreReport:
+    """Result of a call: counts of clips, and those that could not be measured."""
+
+    clips: int
+    scored: int = 0
+    already_scored: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    """Id -> reason."""
+    seconds: float = 0
+
+
+class ClipScorer:
+    """Scores clips in one process."""
+
+    def __init__(self, chosen: Sequence[ChosenScorer], outputs: OutputFolder, profile: Profile | None) -> None:
+        import torch
+
+        # Each process has one CPU.
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
+        self._outputs = outputs
+        self._error: str | None = None
+        self._scorers: dict[str, tuple[Scorer, pyarrow.Schema]] = {}
+        try:
+            self._networks = Networks(tuple({need for each in chosen for need in each.kind.needs}), profile)
+            for each in chosen:
+                self._error = f"scorer {each.kind.name}: "
+                self._scorers[each.kind.name] = each.kind(each.weights), each.schema
+        except Exception as error:  # a scorer may raise anything; Ray would start the process again
+            self._error = f"{self._error or ''}{error if isinstance(error, VidgenError) else repr(error)}"
+        else:
+            self._error = None
+
+    def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
+        """Score a batch of Ray Data."""
+        return pyarrow.table({"scores": [pickle.dumps(self.score(row)) for row in batch.to_pylist()]})
+
+    def score(self, row: dict[str, Any]) -> ClipScores:
+        """Score a clip by the scorers that `row` names."""
+        scores = ClipScores(row["id"], row[DIGEST])
+        if self._error is not None:
+            scores.errors, scores.is_fatal = [self._error], True
+            return scores
+        try:
+            with self._outputs.storage.local_copy(row["clip"]) as path:
+                if (size := path.stat().st_size) != row["clip_bytes"]:
+                    raise SetupError(f"has {size} bytes instead of {row['clip_bytes']}; run `vidgen verify`")
+                clip = Clip(row, path, self._networks, self._outputs)
+                clip.frames  # noqa: B018  # decodes
+                for name in row["scorers"]:
+                    try:
+                        scorer, schema = self._scorers[name]
+                        scores.values[name] = _checked(scorer.score(clip), schema) | {DIGEST: row[DIGEST]}
+                    except Exception as error:
+                        scores.errors.append(f"{name}: {type(error).__name__}: {error}")
+        except FileNotFoundError:
+            scores.errors.append(f"{row['clip']} is missing")
+        except Exception as error:  # decoders raise almost any exception
+            scores.errors.append(str(error) or repr(error))
+        return scores
+
+
+def _checked(values: Any, schema: pyarrow.Schema) -> dict[str, Any]:
+    """Return the values as Python objects of the types of the columns. Infinite numbers become null."""
+    if unknown := [name for name in values if name not in schema.names or name == DIGEST]:
+        raise ValueError(f"returned {', '.join(unknown)}, which is not in `columns`")
+    row: dict[str, Any] = pyarrow.Table.from_pylist([dict(values)], schema=schema).to_pylist()[0]
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+
+
+class ScoreWriter:
+    """Writes the scores of one call as they come. Two calls at the same time do not disturb each other."""
+
+    def __init__(self, storage: Storage, chosen: Sequence[ChosenScorer]) -> None:
+        self._storage = storage
+        self._chosen = {each.kind.name: each for each in chosen}
+        self._name = new_name()
+        self._parts: Counter[str] = Counter()
+        self._rows = defaultdict[str, list[dict[str, Any]]](list)
+        self._unwritten = set[str]()
+        self._written_at = time.monotonic()
+
+    def add(self, scores: ClipScores) -> None:
+        """Add the scores of a clip. Raises OSError."""
+        for name, row in scores.values.items():
+            self._rows[name].append(row)
+            self._unwritten.add(name)
+            if len(self._rows[name]) >= PART_ROWS:
+                self._write(name)
+                self._rows[name] = []
+                self._parts[name] += 1
+        if time.monotonic() - self._written_at > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write all rows. The last file of each scorer is rewritten until it is full. Raises OSError."""
+        for name in sorted(self._unwritten):
+            self._write(name)
+        self._written_at = time.monotonic()
+
+    def _write(self, name: str) -> None:
+        chosen = self._chosen[name]
+        path = f"{FOLDER}/{chosen.folder}/{self._name}-{self._parts[name]:05d}.parquet"
+        _write_table(self._storage, path, pyarrow.Table.from_pylist(self._rows[name], schema=chosen.schema))
+        self._unwritten.discard(name)
+
+
+def _write_table(storage: Storage, path: str, table: pyarrow.Table) -> None:
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(table, content)
+    storage.write(path, content.getvalue())
+
+
+def finished_clips(storage: Storage) -> list[dict[str, Any]]:
+    """Return the clips of the finished shots, each digest once. Raises SetupError if the folder has no results."""
+    if not manifest_files(storage):
+        raise SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
+    files = [f"{name}{end}" for name in FILES for end in ("", "_sha256", "_bytes")]
+    clips: dict[str, dict[str, Any]] = {}
+    for batch in manifest_batches(storage, ["status", *COLUMNS, *files]):
+        for row in batch.filter(pyarrow.compute.equal(batch.column("status"), "done")).to_pylist():
+            if (clip := clip_of(row)) is not None:
+                known = clips.setdefault(clip[DIGEST], clip)
+                known.setdefault("ids", []).append(clip["id"])
+    return list(clips.values())
+
+
+def clip_of(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a scorer gets of a manifest row. `None` if the shot has no file."""
+    name = next((name for name in FILES if row[name] is not None), None)
+    if name is None:
+        return None
+    file = {"clip": row[name], DIGEST: row[f"{name}_sha256"], "clip_bytes": row[f"{name}_bytes"]}
+    return {column: row[column] for column in COLUMNS} | file
+
+
+def _scored(storage: Storage, chosen: ChosenScorer) -> set[str]:
+    """Return the digests of the clips whose newest row is by this version with these weights."""
+    weights: dict[str, str] = {}
+    for name in _part_files(storage, chosen.folder):
+        with opened(storage, name) as file:
+            table = pyarrow.parquet.read_table(file, columns=[DIGEST])
+        metadata = table.schema.metadata or {}
+        weights |= dict.fromkeys(table.column(DIGEST).to_pylist(), metadata.get(b"vidgen.weights", b"").decode())
+    return {digest for digest, of in weights.items() if of == chosen.digest}
+
+
+def _part_files(storage: Storage, folder: str) -> list[str]:
+    names = sorted(storage.files(f"{FOLDER}/{folder}"))
+    return [f"{FOLDER}/{folder}/{name}" for name in names if name.endswith(".parquet") and not name.startswith(".")]
+
+
+class ScoreProgress:
+    """Progress bar on a terminal, a line every LINE_EVERY_S elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        console = Console(stderr=True)
+        self._bar = Progress(
+            "scoring",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._is_live = console.is_terminal
+        self._task = self._bar.add_task("", total=total)
+        self._total, self._done, self._shown = total, 0, time.monotonic()
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        with self._bar:
+            yield
+
+    def advance(self) -> None:
+        self._done += 1
+        self._bar.advance(self._task)
+        if not self._is_live and time.monotonic() - self._shown >= LINE_EVERY_S:
+            self._shown = time.monotonic()
+            note(f"scored {self._done:,} of {count(self._total, 'clip')}")
+
+
+def note(message: str) -> None:
+    """Print a message on standard error."""
+    typer.echo(f"vidgen: {message}", err=True)
+
+
+def score_folder(
+    outputs: OutputFolder, chosen: Sequence[ChosenScorer], profile: Profile | None, address: str | None
+) -> ScoreReport:
+    """Score the clips that lack scores of a scorer, and find neighbours if hashes have changed.
+
+    Prints progress and failures. Raises SetupError, and OSError if the storage fails.
+    """
+    started, storage = time.monotonic(), outputs.storage
+    clips = finished_clips(storage)
+    scored = {each.kind.name: _scored(storage, each) for each in chosen}
+    pending = [
+        clip | {"scorers": missing} for clip in clips if (missing := [n for n in scored if clip[DIGEST] not in scored[n]])
+    ]
+    report = ScoreReport(len(clips), already_scored=len(clips) - len(pending))
+    writer = ScoreWriter(storage, chosen)
+    if pending:
+        progress = ScoreProgress(len(pending))
+        try:
+            with connected(address, cpus=1), progress.shown():
+                for scores in _scores_of(pending, chosen, outputs, profile):
+                    writer.add(scores)
+                    progress.advance()
+                    if not scores.errors:
+                        report.scored += 1
+                        continue
+                    report.failed[scores.id] = "; ".join(scores.errors)
+                    if len(report.failed) <= MAX_MESSAGES:
+                        note(f"{scores.id} has no scores: {report.failed[scores.id]}")
+        finally:
+            writer.flush()
+    write_neighbours(storage, clips)
+    report.seconds = round(time.monotonic() - started, 3)
+    return report
+
+
+def _scores_of(
+    pending: Sequence[dict[str, Any]], chosen: Sequence[ChosenScorer], outputs: OutputFolder, profile: Profile | None
+) -> Iterator[ClipScores]:
+    """Yield the scores of all clips as they come. A clip that crashes its process twice fails.
+
+    Raises SetupError if a scorer cannot be loaded.
+    """
+    resources = ray.cluster_resources()
+    kinds = {each.kind.name: each.kind for each in chosen}
+    used = [kinds[name] for name in sorted({name for clip in pending for name in clip["scorers"]})]
+    seconds = [_cpu_s(clip, [kinds[name] for name in clip["scorers"]]) for clip in pending]
+    num_gpus = min(1.0, sum(kind.num_gpus for kind in used))
+    if num_gpus and resources.get("GPU", 0) < num_gpus:
+        note(f"{', '.join(kind.name for kind in used if kind.num_gpus)}: Ray has no GPU, computing on CPUs")
+        num_gpus = 0
+    slots = max(1, int(min(resources.get("CPU", 1), resources["GPU"] // num_gpus if num_gpus else math.inf)))
+    processes = min(slots, len(pending), max(1, math.ceil(sum(seconds) / START_S)))
+    task_clips = max(1, min(MAX_TASK_CLIPS, int(TASK_S / (sum(seconds) / len(pending))), len(pending) // processes))
+    for kind in used:
+        module = sys.modules[kind.__module__]
+        # Other machines cannot import a module of the current folder.
+        if Path(module.__file__ or "").parent == Path.cwd():
+            ray.cloudpickle.register_pickle_by_value(module)
+    needed_s = duration(sum(seconds) / processes + START_S)
+    note(f"scoring {count(len(pending), 'clip')} with {count(processes, 'CPU')}, about {needed_s}")
+    arguments = {"chosen": [each for each in chosen if each.kind in used], "outputs": outputs, "profile": profile}
+    left = {clip[DIGEST]: clip for clip in pending}
+    # What was lost with a process is scored again alone, so that one clip does not take others with it.
+    for clips_at_once in (task_clips, 1):
+        for scores in _ray_data([*left.values()], clips_at_once, processes, num_gpus, arguments):
+            if scores.is_fatal:
+                raise SetupError(scores.errors[0])
+            del left[scores.clip_sha256]
+            yield scores
+        if not left:
+            return
+    for clip in left.values():
+        yield ClipScores(clip["id"], clip[DIGEST], errors=["the process that scored it crashed"])
+
+
+def _cpu_s(clip: dict[str, Any], kinds: Sequence[type[Scorer]]) -> float:
+    """Return the estimated CPU seconds for a clip."""
+    needs = {need for kind in kinds for need in kind.needs}
+    per_frame = sum(NEED_CPU_S[need] for need in needs) + sum(kind.cpu_s_per_frame for kind in kinds)
+    return per_frame * (clip["num_frames"] or 1)
+
+
+def _ray_data(
+    clips: Sequence[dict[str, Any]], clips_at_once: int, processes: int, num_gpus: float, arguments: dict[str, Any]
+) -> Iterator[ClipScores]:
+    """Score clips with Ray Data. The results of a task whose process crashed twice are left out."""
+    table = pyarrow.Table.from_pylist(clips)
+    with own_context(ordered=False), warnings.catch_warnings():
+        # Ray announces to drop `ray_remote_args_fn`, the only way to limit the retries of an actor's tasks.
+        warnings.simplefilter("ignore")
+        ray.data.DataContext.get_current().max_errored_blocks = -1
+        blocks = [table.slice(begin, clips_at_once) for begin in range(0, len(table), clips_at_once)]
+        dataset = ray.data.from_arrow(blocks).map_batches(
+            ClipScorer,
+            fn_constructor_kwargs=arguments,
+            batch_size=clips_at_once,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=processes),
+            num_cpus=1,
+            num_gpus=num_gpus,
+            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": 1},
+        )
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for scores in batch["scores"].to_pylist():
+                yield pickle.loads(scores)
+
+
+def write_neighbours(storage: Storage, clips: Sequence[dict[str, Any]]) -> None:
+    """Write the nearest neighbour of each clip in the folder, unless the hashes are those of the last call."""
+    hashes: dict[str, list[int]] = {}
+    for name in _part_files(storage, f"{HashScorer.name}@{HashScorer.version}"):
+        with opened(storage, name) as file:
+            table = pyarrow.parquet.read_table(file)
+        hashes |= dict(zip(table[DIGEST].to_pylist(), table["phash"].to_pylist(), strict=True))
+    known = sorted((clip for clip in clips if hashes.get(clip[DIGEST])), key=lambda clip: str(clip["id"]))
+    if len(known) < 2 and not any(len(clip["ids"]) > 1 for clip in known):
+        storage.delete(NEIGHBOURS_FILE)
+        return
+    content = [(clip["ids"], clip[DIGEST], hashes[clip[DIGEST]]) for clip in known]
+    state = hashlib.sha256(repr(content).encode()).hexdigest()
+    with suppress(FileNotFoundError), opened(storage, NEIGHBOURS_FILE) as file:
+        if (pyarrow.parquet.read_schema(file).metadata or {}).get(b"vidgen.hashes") == state.encode():
+            return
+    nearest, distances = nearest_neighbours(np.array([each for _, _, each in content], np.int64).view(np.uint64))
+    rows = []
+    for clip, position, distance in zip(known, nearest.tolist(), distances.tolist(), strict=True):
+        # Shots with the same bytes.
+        same = clip["ids"][1] if len(clip["ids"]) > 1 else None
+        rows.append(
+            {DIGEST: clip[DIGEST], "neighbour_id": same or known[position]["id"], "neighbour_distance": 0 if same else distance}
+        )
+    columns = [(DIGEST, pyarrow.string()), *((name, column.type) for name, column in NEIGHBOURS.items())]
+    schema = pyarrow.schema(columns, {"vidgen.hashes": state})
+    _write_table(storage, NEIGHBOURS_FILE, pyarrow.Table.from_pylist(rows, schema=schema))
+
+
+def nearest_neighbours(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Return for each row of hashes (n, words) the other row with the fewest different bits, and their number.
+
+    Every pair is compared. Of several nearest rows the first one counts. n is at least 2.
+    """
+    n, words = hashes.shape
+    columns = np.ascontiguousarray(hashes.T)
+    nearest, distances = np.zeros(n, np.int64), np.full(n, 255, np.uint8)
+
+    def compare(begin: int) -> None:
+        rows = slice(begin, min(begin + PAIR_ROWS, n))
+        for start in range(0, n, PAIR_COLUMNS):
+            others = slice(start, min(start + PAIR_COLUMNS, n))
+            bits = np.zeros((rows.stop - rows.start, others.stop - others.start), np.uint8)
+            for word in range(words):
+                bits += np.bitwise_count(columns[word, rows, None] ^ columns[word, None, others])
+            own = np.arange(max(rows.start, others.start), min(rows.stop, others.stop))
+            bits[own - rows.start, own - others.start] = 255
+            best = bits.argmin(1)
+            found = bits[np.arange(len(best)), best]
+            better = found < distances[rows]
+            distances[rows][better] = found[better]
+            nearest[rows][better] = best[better] + start
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compare, range(0, n, PAIR_ROWS)))
+    return nearest, distances
+
+
+BACKGROUND = {"env_vars": {"VIDGEN_BACKGROUND": "score"}}
+"""Runtime environment of tasks during a run. Ray gives processes of it to no other tasks: their priority stays low."""
+_background: tuple[bytes, ClipScorer] | None = None
+"""The scorers that a process keeps for its next task."""
+
+
+def _score_in_background(arguments: bytes, clip: dict[str, Any]) -> ClipScores:
+    global _background
+    if _background is None or _background[0] != arguments:
+        os.nice(19)
+        _background = arguments, ClipScorer(**pickle.loads(arguments))
+    return _background[1].score(clip)
+
+
+class ScoringListener:
+    """Listener of a run that scores finished clips on CPUs that are idle, and the rest after the run.
+
+    Passes all events on to another listener. A clip whose score fails during the run is scored after it.
+    """
+
+    def __init__(self, listener: RunListener, outputs: OutputFolder, profile: Profile, address: str | None) -> None:
+        self._listener = listener
+        self._outputs, self._address = outputs, address
+        self._profile = faces_of(lambda: profile)
+        self._chosen = choose_scorers(SCORERS, (), (), self._profile)
+        self._arguments = pickle.dumps({"chosen": self._chosen, "outputs": outputs, "profile": self._profile})
+        self._writer = ScoreWriter(outputs.storage, self._chosen)
+        self._waiting = deque[dict[str, Any]]()
+        self._running: list[Any] = []
+        self.on_rejected, self.on_lines = listener.on_rejected, listener.on_lines
+        self.on_message = listener.on_message
+
+    def on_finished(self, row: ManifestRow) -> None:
+        self._listener.on_finished(row)
+        if row.status == "done" and (clip := clip_of({name: getattr(row, name) for name in SCHEMA.names})) is not None:
+            self._waiting.append(clip | {"scorers": [each.kind.name for each in self._chosen]})
+
+    def on_status(self, snapshot: Snapshot) -> None:
+        self._listener.on_status(snapshot)
+        if not (self._waiting or self._running) or not ray.is_initialized():
+            return
+        # A score is not worth the run: whatever fails is tried again after it.
+        with suppress(ray.exceptions.RayError, OSError):
+            ready, self._running = (
+                ray.wait(self._running, num_returns=len(self._running), timeout=0) if self._running else ([], [])
+            )
+            for reference in ready:
+                self._writer.add(ray.get(reference))
+            idle = int(ray.available_resources().get("CPU", 0))
+            task = ray.remote(num_cpus=1, max_retries=0, runtime_env=BACKGROUND)(_score_in_background)
+            for _ in range(min(idle, len(self._waiting))):
+                self._running.append(task.remote(self._arguments, self._waiting.popleft()))
+
+    def finish(self) -> None:
+        """Score what is left, after the run. Raises SetupError and OSError."""
+        self._writer.flush()
+        report = score_folder(self._outputs, self._chosen, self._profile, self._address)
+        note(summary(report))
+
+
+def faces_of(find: Callable[[], Profile], *, required: bool = False) -> Profile | None:
+    """Return the profile of the face models, or `None` with a note if there is none, or its weights are missing.
+
+    `required` raises the error instead.
+    """
+    try:
+        profile = find()
+        face_params(profile)
+        return profile
+    except VidgenError as error:
+        if required:
+            raise
+        note(f"faces are not measured: {error}")
+        return None
+
+
+def summary(report: ScoreReport) -> str:
+    counts = f"{report.scored:,} scored, {report.already_scored:,} already scored, {len(report.failed):,} failed"
+    return f"{count(report.clips, 'clip')}: {counts} in {duration(report.seconds)}"
