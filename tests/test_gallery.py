@@ -71,7 +71,7 @@ def out(tmp_path):
         rows.append(row(shot_id, number, prompt=shot["prompt"], metadata=metadata, **files, **likeness, **size))
     (tmp_path / "manifest").mkdir()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
-    failed = {"id": "bad", "prompt": "a </script> man", "failure": {"id": "bad", "stage": "instantid"}}
+    failed = {"id": "bad", "prompt": "a </script> man", "failure": {"id": "bad", "script": "s.yaml", "stage": "instantid"}}
     (tmp_path / "failures.jsonl").write_text(json.dumps(failed) + "\n")
     return tmp_path
 
@@ -128,7 +128,8 @@ def swept(number, seed, lora, scale, **columns):
     matrix = {"seed": seed, "lora": f"runs/{lora}/lora.safetensors", "scale": scale}
     shot_id = f"a-very-long-name-of-a-boat-in-the-evening-sun-{seed}-{lora}-{scale}"
     metadata = json.dumps({"matrix": matrix, "matrix_number": number})
-    return row(shot_id, 1, prompt="a boat", metadata=metadata, seconds=float(number), **columns)
+    digest = f"{number:064x}"
+    return row(shot_id, 1, prompt="a boat", metadata=metadata, seconds=float(number), image_sha256=digest, **columns)
 
 
 def test_matrix_is_shown_in_order_and_as_a_grid(tmp_path):
@@ -158,6 +159,9 @@ def test_matrix_is_shown_in_order_and_as_a_grid(tmp_path):
         if find_spec("axe_playwright_python"):
             from tests.online.web.test_accessibility import problems
 
+            for key, number in (("a", 0), ("r", 1), ("4", 2)):
+                page.locator("#grid .open").nth(number).focus()
+                page.keyboard.press(key)
             # Names of files may be broken.
             assert [each for each in problems(page) if "inside a word" not in each] == []
         page.locator("#grid article").nth(3).click()

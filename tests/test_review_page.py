@@ -117,7 +117,6 @@ def test_review_with_the_keyboard_and_in_a_file(browser, out, tmp_path, capsys, 
             keys.press(key)
         assert page.locator("#reviews").inner_text() == "1 accepted, 1 rejected"
         page.locator("[title=kite] .review").get_by_label("2 stars").click()
-        assert problems(page, "html") == []
         page.select_option("select[name=verdict]", "accept")
         assert page.locator("#cards h2").all_inner_texts() == ["boat-1"]
         page.select_option("select[name=verdict]", "")

@@ -97,7 +97,7 @@ def test_rejected_shots_get_new_seeds_that_the_script_keeps(run, tiny):
     assert rows_of(run.out)["a"]["seed"] == 6
 
 
-def test_where_renders_matching_failed_and_finished_shots(run):
+def test_retry_and_prune_of_the_shots_that_match(run):
     pytest.importorskip("duckdb")
     more = [*LINES, {**IMAGE, "id": "worse", "prompt": "raise later"}]
     assert run("render", lines=more)[0] == 1

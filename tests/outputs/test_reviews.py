@@ -35,7 +35,7 @@ def test_newest_review_of_several_sessions_counts(storage):
     drop_reviews(storage, {A})
     assert set(read_reviews(storage)) == {B}
     assert len(storage.files(REVIEWS)) == 1
-    # A session that goes on does not write the deleted ones again.
+    # A session that is still open does not write the deleted ones again.
     one.add(Opinion(clip_sha256=B, verdict="reject"), "other")
     assert {digest: review.verdict for digest, review in read_reviews(storage).items()} == {B: "reject"}
 

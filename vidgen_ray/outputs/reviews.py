@@ -26,7 +26,7 @@ MAX_NOTE, MAX_NAME = 2000, 200
 
 
 class Opinion(BaseModel):
-    """What a person says about a clip. Without verdict, stars and note, it is not reviewed."""
+    """Verdict, stars and note of a clip. Without all three, it is not reviewed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

@@ -416,7 +416,7 @@ function nextCard(number, by) {
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea")) return;
-  const article = document.activeElement.closest("article"), number = article ? Number(article.dataset.number) : null;
+  const article = document.activeElement?.closest("article"), number = article ? Number(article.dataset.number) : null;
   const isOpen = opened !== null, row = isOpen ? current() : shown[number], key = event.key.toLowerCase();
   const arrow = { arrowleft: -1, arrowright: 1 }[key];
   if (arrow && !isOpen) focusCard(nextCard(number, arrow));
@@ -467,7 +467,7 @@ if (isLive) setInterval(async () => {
     const before = changes, response = await fetch("rows.json"), text = await response.text();
     if (!response.ok || opened !== null || before !== changes || text === lastRows) return;
     lastRows = text;
-    const id = document.activeElement.closest("article")?.title;
+    const id = document.activeElement?.closest("article")?.title;
     setData(JSON.parse(text));
     document.querySelector(`main article[title="${CSS.escape(id ?? "")}"] .open`)?.focus({ preventScroll: true });
   } catch { /* The watching process has stopped. */ }

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from datetime import datetime
@@ -34,7 +34,7 @@ from vidgen_ray.errors import SetupError, UsageError, allowed_of, explain
 from vidgen_ray.graph import STAGES, file_sizes
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
 from vidgen_ray.outputs.manifest import REPLACED, manifest_batches, manifest_files
-from vidgen_ray.outputs.manifest_writer import FILE as FAILURES
+from vidgen_ray.outputs.manifest_writer import failed_lines
 from vidgen_ray.outputs.records import RECORD, SHOTS
 from vidgen_ray.outputs.reviews import (
     Imported,
@@ -233,21 +233,11 @@ def _details(storage: Storage, folder: str, ended_at: datetime) -> _Details:
 
 def _failed_fields(storage: Storage, ids: set[str]) -> dict[str, dict[str, Any]]:
     """Return the fields of failed lines by their id."""
-    if not ids:
-        return {}
     fields = {}
-    for line in _failures(storage, ids):
+    for text in failed_lines(storage, ids) if ids else ():
+        line = _object(text)
         fields[line.pop("failure")["id"]] = line
     return fields
-
-
-def _failures(storage: Storage, ids: set[str]) -> Iterator[dict[str, Any]]:
-    with suppress(FileNotFoundError), storage.local_copy(FAILURES) as path:
-        for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            line = _object(text)
-            failure = line.get("failure")
-            if isinstance(failure, dict) and failure.get("id") in ids:
-                yield line
 
 
 def _object(text: str | bytes) -> dict[str, Any]:
