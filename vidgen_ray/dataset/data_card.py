@@ -14,9 +14,10 @@ import shlex
 import tempfile
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -62,6 +63,8 @@ MEDIA_TYPES = {
     "parquet": "application/x-parquet",
 }
 """Ending -> type of the file."""
+NUMBERS = re.compile("DOUBLE|FLOAT|BOOLEAN|U?(BIG|SMALL|TINY)?INT(EGER)?")
+"""DuckDB's types of scores with a histogram."""
 EXPORT_COLUMNS = re.compile("split|file|sample|caption|signature|content|exported_.*")
 """Columns of the rows that `clips` does not have."""
 DESCRIPTIONS = {
@@ -85,6 +88,7 @@ DESCRIPTIONS = {
     "script": "File name of the script.",
     "character": "Character of the shot.",
     "lora": "LoRAs with their weights, as JSON.",
+    "video_lora": "LoRAs of the video model with their weights, as JSON.",
     "factors": "Values that differ between the shots of its line besides the seed, as JSON.",
     "verdict": "accept, from a review. Null without one.",
     "stars": "1 to 5, from a review.",
@@ -170,12 +174,10 @@ def _files(database: duckdb.DuckDBPyConnection, state: ExportState, source: Stor
     title = _clean(", ".join(posixpath.splitext(script)[0] for script in totals["scripts"])) or "Clips"
     licences = sorted({each.licence or "unknown" for each in used} or {name or "unknown" for name in totals["licences"]})
     samples, grid = _samples(database, source, names)
-    scores = [
-        _histogram(database, name)
-        for name, kind, *_ in database.execute("DESCRIBE clips").fetchall()
-        if re.fullmatch("DOUBLE|FLOAT|BOOLEAN|U?(BIG|SMALL|TINY)?INT(EGER)?", kind) and _is_score(name)
-    ]
-    histograms = [each for each in scores if each is not None]
+    scores = {name: kind for name, kind, *_ in database.execute("DESCRIBE clips").fetchall() if _is_score(name)}
+    meanings = _meanings({*state.columns, *scores})
+    drawn = [_histogram(database, name, meanings) for name, kind in scores.items() if NUMBERS.fullmatch(kind)]
+    histograms = [each for each in drawn if each is not None]
     front_matter = _front_matter(state, totals, title, licences, split_names)
     context = {
         "title": title,
@@ -192,13 +194,13 @@ def _files(database: duckdb.DuckDBPyConnection, state: ExportState, source: Stor
         ],
         **_reproduction(totals, state, source),
         "columns": [
-            {"Column": _code(name), "Type": kind, "Meaning": DESCRIPTIONS.get(name)} for name, kind in state.columns.items()
+            {"Column": _code(name), "Type": kind, "Meaning": meanings.get(name)} for name, kind in state.columns.items()
         ],
         **_tables(database, names),
     }
     return {
         "README.md": _render("data_card.md", context),
-        "croissant.json": _croissant(state, totals, title, licences, split_names),
+        "croissant.json": _croissant(state, totals, title, licences, split_names, meanings),
         **({GRID: grid} if samples else {}),
         **{f"{FOLDER}/{each['file']}": each["svg"] for each in histograms},
     }
@@ -355,12 +357,23 @@ def _grid(tiles: Sequence[Image]) -> bytes:
     return content.getvalue()
 
 
+def _meanings(columns: Set[str]) -> dict[str, Markup]:
+    """Return the descriptions of columns, as far as they are known."""
+    known = dict(DESCRIPTIONS)
+    if columns - known.keys():
+        # It imports torch.
+        from vidgen_ray.dataset.measurements import SCORERS
+
+        known |= {name: column.description for scorer in SCORERS for name, column in scorer.columns.items()}
+    return {name: Markup(known[name]) for name in columns & known.keys()}
+
+
 def _is_score(name: str) -> bool:
     known = {*SCHEMA.names, *REVIEWS.names, *OWN_COLUMNS}
     return name in LIKENESS or not (name in known or EXPORT_COLUMNS.fullmatch(name))
 
 
-def _histogram(database: duckdb.DuckDBPyConnection, name: str) -> dict[str, Any] | None:
+def _histogram(database: duckdb.DuckDBPyConnection, name: str, meanings: Mapping[str, Markup]) -> dict[str, Any] | None:
     """Return the picture of a score, its file name and text, and its row of the table. `None` if the score has no values."""
     column = '"' + name.replace('"', '""') + '"'
     values = f"(SELECT {column}::DOUBLE AS value FROM clips WHERE isfinite({column}::DOUBLE))"
@@ -385,7 +398,7 @@ def _histogram(database: duckdb.DuckDBPyConnection, name: str) -> dict[str, Any]
         ),
         "file": f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{hashlib.sha256(name.encode()).hexdigest()[:6]}.svg",
         "alt": f"{name} from {_number(low)} to {_number(high)}, median {_number(median)}",
-        "row": {"Score": _code(name), **found, "Meaning": DESCRIPTIONS.get(name)},
+        "row": {"Score": _code(name), **found, "Meaning": meanings.get(name)},
     }
 
 
@@ -419,7 +432,12 @@ def _front_matter(
 
 
 def _croissant(
-    state: ExportState, totals: Mapping[str, Any], title: str, licences: Sequence[str], splits: Sequence[str]
+    state: ExportState,
+    totals: Mapping[str, Any],
+    title: str,
+    licences: Sequence[str],
+    splits: Sequence[str],
+    meanings: Mapping[str, Markup],
 ) -> str:
     """Return the Croissant metadata: the files of the format, and a record per clip."""
     # It takes seconds to import.
@@ -436,7 +454,7 @@ def _croissant(
 
     def field(name: str, kind: str, extract: Any) -> Any:
         source = mlc.Source(file_set=records, extract=extract)
-        about = DESCRIPTIONS.get(name)
+        about = meanings.get(name)
         return mlc.Field(ctx=context, id=f"clips/{name}", name=name, description=about, data_types=[types[kind]], source=source)
 
     sets = {name: [state.patterns(split)[name] for split in splits] for name in state.patterns("")}
@@ -482,8 +500,9 @@ SPECIAL = re.compile(r"""[\\`*_{}\[\]<>&"#|~$:@!^=]|(?<=www)[.]""")
 """Signs of Markdown, HTML, TeX, mentions and links inside a line."""
 
 
-def _render(template: str, context: Mapping[str, Any]) -> str:
-    environment = Environment(
+@cache
+def _templates() -> Environment:
+    return Environment(
         loader=PackageLoader("vidgen_ray.dataset", "."),
         autoescape=True,
         finalize=_markdown,
@@ -492,7 +511,10 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(template).render(context, table=_table, fence=_fence, by_reason=_by_reason)
+
+
+def _render(template: str, context: Mapping[str, Any]) -> str:
+    return _templates().get_template(template).render(context, table=_table, fence=_fence, by_reason=_by_reason)
 
 
 def _clean(text: str) -> str:
