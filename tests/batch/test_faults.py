@@ -181,13 +181,15 @@ def test_script_that_changes_during_the_run_is_an_error_and_replaces_no_shot(in_
         render_lines(tmp_path, profile, shots(6), team="a b")
 
 
-def test_run_stopped_while_reading_the_script_renders_nothing(in_process, tmp_path, profile):
+def test_run_stopped_while_reading_the_script_renders_nothing(in_process, tmp_path, profile, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 4)
     stop = threading.Event()
     stop.set()
     report, rows = render_lines(tmp_path, profile, shots(9), gpus=ONE_GPU, stop=stop)
     assert (report.done, report.layout, rows) == (0, None, {})
-    assert report.left
-    assert render_lines(tmp_path, profile, shots(9), gpus=ONE_GPU)[0].done == 9
+    assert (report.left, report.complete) == (4, False)
+    report, _ = render_lines(tmp_path, profile, shots(9), gpus=ONE_GPU)
+    assert (report.done, report.complete) == (9, True)
 
 
 def test_idle_run_reports_that_no_line_has_come_and_what_it_holds(tmp_path, profile, monkeypatch):

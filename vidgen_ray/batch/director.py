@@ -208,6 +208,11 @@ class Director:
                 cpus = max(cpus, cpus_needed(self.plan.layout))
         return connected(self._options.address, cpus)
 
+    @property
+    def complete(self) -> bool:
+        """True if the script was read to its end."""
+        return not self._reading
+
     # Rendering
 
     async def render(self, remaining: Remaining | None) -> None:

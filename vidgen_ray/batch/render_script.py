@@ -138,6 +138,8 @@ class RunReport:
     """Rejected lines. They are part of `failed`."""
     left: int
     """Lines read but not started, or interrupted, because the run was stopped."""
+    complete: bool
+    """The script was read to its end. False if the run was stopped before."""
     seconds: float
     gpu_seconds: float
     """GPU seconds of the finished shots, without failed shots and attempts with too low a likeness."""
@@ -346,6 +348,7 @@ def _report(run: str, profile: Profile, started: float, director: Director, resu
         skipped=results.counts["skipped"],
         rejected=results.rejected_lines,
         left=director.left,
+        complete=director.complete,
         seconds=round(seconds, 2),
         gpu_seconds=round(results.gpu_seconds, 2),
         cost=None if director.cost is None else round(director.cost, 6),

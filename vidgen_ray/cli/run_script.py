@@ -480,7 +480,7 @@ def run_script(
         ):
             added = None if listener is None else _listener_class(listener)(view, outputs, profile, options.address)
             report = render_on_ray(script, profile, outputs, options, listener=added or view, stop=stop)
-        if added is not None and not report.left:
+        if added is not None and report.complete and not report.left:
             with interruptible(), redirect_stdout(sys.stderr):
                 added.finish()
         if then_prune:
@@ -496,8 +496,9 @@ def run_script(
         typer.echo(f"{counts} in {duration(report.seconds)}{cost}." + (f" Gallery: {gallery}" if gallery else ""))
         if report.failed:
             typer.echo(f"Failed lines with their errors: {outputs.storage.place('failures.jsonl')}")
-    if report.left:
-        typer.echo(f"vidgen: stopped. {count(report.left, 'line')} not started. {RESUME}", err=True)
+    if report.left or not report.complete:
+        unread = "" if report.complete else " and the rest of the script"
+        typer.echo(f"vidgen: stopped. {count(report.left, 'line')}{unread} not started. {RESUME}", err=True)
         raise typer.Exit(130)
     if report.failed:
         nothing_to_render = report.failed == report.rejected and not report.done + report.skipped
