@@ -38,12 +38,12 @@ from vidgen_ray.batch.progress import RunListener
 from vidgen_ray.dataset.measurements import SCORERS, HashScorer
 from vidgen_ray.dataset.scorers import NEED_CPU_S, ChosenScorer, Clip, Column, Networks, Scorer, choose_scorers, face_params
 from vidgen_ray.dataset.tables import DIGEST
-from vidgen_ray.dataset.tables import SCORES as FOLDER
 from vidgen_ray.engine.ray_cluster import connected
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import MAX_MESSAGES, SetupError, VidgenError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import SCHEMA, ManifestRow, manifest_batches, manifest_files, new_name, opened
+from vidgen_ray.outputs.records import SCORES as FOLDER
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.profile import Profile
 from vidgen_ray.system.quantities import count, duration

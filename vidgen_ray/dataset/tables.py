@@ -19,13 +19,13 @@ import pyarrow.parquet
 
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.outputs.manifest import SCHEMA, manifest_batches, manifest_files, opened
+from vidgen_ray.outputs.records import SCORES
 from vidgen_ray.outputs.reviews import read_reviews
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.script.expansion import CHOSEN, MATRIX, MATRIX_NUMBER
 
-SCORES = "scores"
-"""Folder with one folder per scorer and version, `NAME@VERSION`, whose Parquet files have a row per scored clip."""
 SCORER = re.compile(r"(\w+)@(\d+)")
+"""Name of a folder in `scores/`."""
 DIGEST = "clip_sha256"
 """Column that joins the tables: sha256 of the clip before upscaling, or of the image of a shot without a clip."""
 MEMORY_LIMIT = "1GB"

@@ -13,15 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
 from more_itertools import batched
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE, SWEEP_FOLDERS, OutputFolder
 from vidgen_ray.outputs.lease import Lease
-from vidgen_ray.outputs.manifest import REPLACED, SHOT_FILES, manifest_batches, manifest_files, new_name
+from vidgen_ray.outputs.manifest import REPLACED, SHOT_FILES, manifest_batches, manifest_files, new_name, opened
 from vidgen_ray.outputs.manifest_writer import drop_rows
-from vidgen_ray.outputs.records import KEYS, RECORD, SHARD, SHOTS
+from vidgen_ray.outputs.records import KEYS, RECORD, SCORES, SHARD, SHOTS
 from vidgen_ray.outputs.reviews import drop_reviews
 from vidgen_ray.outputs.stage_cache import CONTENT_KEY, entry_path
 from vidgen_ray.outputs.storage import Storage, StoredFile
@@ -183,7 +186,7 @@ def remove_person(
 ) -> RemovalReport:
     """Delete what the folder and the cache of this machine hold of a person.
 
-    `with_shots`: also the shots made with them, and their reviews.
+    `with_shots`: also the shots made with them, and their reviews and scores.
     `photos`: the sha256 of each photo of the person. `character`: their name in scripts.
     Cache entries that no finished shot names are deleted, too, since they may show the person.
 
@@ -230,13 +233,27 @@ def remove_person(
                 storage.write(f"{folder}/{RECORD}", json.dumps(record, indent=1))
                 storage.delete(f"{folder}/{FEATURES}")
             return report
+        # Their notes may be about the person. Before the shots, by which the next call after a crash finds them.
+        drop_reviews(storage, clips)
+        _drop_scores(storage, clips)
         for shot_id in shots:
             outputs.delete_shot(shot_id)
         if shots and manifest_files(storage):
             drop_rows(storage, lease.run, set(shots))
-        # Their notes may be about the person.
-        drop_reviews(storage, clips)
     return report
+
+
+def _drop_scores(storage: Storage, clips: Set[str]) -> None:
+    """Delete the scores of clips with these digests, such as the likeness to the person."""
+    digests = pyarrow.array(sorted(clips), pyarrow.string())
+    for folder in storage.folders(SCORES):
+        for path in (f"{SCORES}/{folder}/{name}" for name in storage.files(f"{SCORES}/{folder}")):
+            with opened(storage, path) as file:
+                table = pyarrow.parquet.read_table(file)
+            kept = table.filter(pyarrow.compute.invert(pyarrow.compute.is_in(table["clip_sha256"], value_set=digests)))
+            if len(kept) < len(table):
+                with storage.new_file(path) as target:
+                    pyarrow.parquet.write_table(kept, target)
 
 
 def _records(storage: Storage) -> Iterator[dict[str, Any]]:

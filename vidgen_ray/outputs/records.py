@@ -15,6 +15,8 @@ from vidgen_ray.stages.text_length import CutText
 RECORD = "shot.json"
 SHOTS = "shots"
 KEYS = "keys"
+SCORES = "scores"
+"""Folder with one folder per scorer and version, `NAME@VERSION`, whose Parquet files have a row per scored clip."""
 SHARD = re.compile(r"[0-9a-f]{2}")
 """Name of a shard."""
 
