@@ -86,9 +86,12 @@ def source(tmp_path_factory):
 def card(source, tmp_path_factory):
     """Folder of an export with scores, reviews and costs."""
     root = tmp_path_factory.mktemp("card")
-    extra = "seed / 2 AS sharpness, seed > 1 AS has_face, 'text' AS phash, [1.0] AS each_frame, NULL::DOUBLE AS empty_score"
-    dest = storage_at(root)
-    export_state(dest, source, f'{extra}, 1.5::DOUBLE AS "na|me<&"')
+    scores = (
+        "seed / 2 AS sharpness, seed > 1 AS has_face, 0 AS cuts, 'text' AS phash, [1.0] AS each_frame, NULL::DOUBLE AS empty"
+    )
+    rest = """* REPLACE (if(seed = 1, 'accept', NULL) AS verdict, if(seed = 1, 5, NULL) AS stars,
+        if(seed = 1, ended_at, NULL) AS reviewed_at, 0.5::DOUBLE AS cost, 'USD' AS currency)"""
+    export_state(storage_at(root), source, f'{scores}, seed + 1.5::DOUBLE AS "na|me<&"', all=rest)
     return root
 
 
@@ -124,12 +127,16 @@ def test_card_states_counts_persons_factors_and_changes(card):
     assert [row[:2] for row in found["Person", "Clips", "Length", "Size"]] == [["ada", "2"], ["bob", "2"]]
     assert [row[:2] for row in found["Value", "Clips", "Length", "Size"]] == [["0.5", "2"], ["1.0", "2"]]
     assert found["Person", "Clips"] == [["bob", "2"]]  # without consent
+    assert found["Stars", "Clips"] == [["5", "2"]]
+    assert found["Currency", "Total", "Per clip", "Per accepted clip"] == [["USD", "3", "0.5", "1.5"]]
     (scores,) = (rows for head, rows in found.items() if head[0] == "Score")
     assert ["sharpness", "6", "0", "0.5", "1.25", "4", PixelScorer.columns["sharpness"].description] in scores
     models = {row[0]: row[1:] for row in found["Weights", "Licence", "Commercial use"]}
     assert models["hub:black-forest-labs/FLUX.1-dev"] == ["FLUX.1 [dev] Non-Commercial License", "no"]
     text = (card / "README.md").read_text()
     assert "1 added, 2 changed, 1 removed, 3 unchanged." in text
+    assert "People reviewed 2 clips and accepted 2." in text
+    assert "GPU hours of these clips: 0.00333." in text
     assert "/home/me" not in text
     assert "vidgen export OUT DEST --where 'seed < 9'\n" in text
     assert "vidgen render script.jsonl -o OUT\n" in text
@@ -144,7 +151,7 @@ def test_text_of_rows_cannot_change_the_page(card):
     assert "<script>" not in (card / "README.md").read_text()
     (picture,) = (card / "card").glob("na-me-*.svg")
     texts = [each.text for each in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text")]
-    assert texts == ["na|me<&", "1.5", "1.5", "1.5"]
+    assert texts == ["na|me<&", "1.5", "2.5", "9.5"]
 
 
 def test_front_matter_names_the_files_of_each_split(card):

@@ -202,7 +202,7 @@ def _files(database: duckdb.DuckDBPyConnection, state: ExportState, source: Stor
         "README.md": _render("data_card.md", context),
         "croissant.json": _croissant(state, totals, title, licences, split_names, meanings),
         **({GRID: grid} if samples else {}),
-        **{f"{FOLDER}/{each['file']}": each["svg"] for each in histograms},
+        **{f"{FOLDER}/{each['file']}": each["svg"] for each in histograms if each["svg"]},
     }
 
 
@@ -361,10 +361,12 @@ def _meanings(columns: Set[str]) -> dict[str, Markup]:
     """Return the descriptions of columns, as far as they are known."""
     known = dict(DESCRIPTIONS)
     if columns - known.keys():
-        # It imports torch.
+        # They import torch.
         from vidgen_ray.dataset.measurements import SCORERS
+        from vidgen_ray.dataset.score_folder import NEIGHBOURS
 
-        known |= {name: column.description for scorer in SCORERS for name, column in scorer.columns.items()}
+        for scored in (NEIGHBOURS, *(scorer.columns for scorer in SCORERS)):
+            known |= {name: column.description for name, column in scored.items()}
     return {name: Markup(known[name]) for name in columns & known.keys()}
 
 
@@ -374,7 +376,7 @@ def _is_score(name: str) -> bool:
 
 
 def _histogram(database: duckdb.DuckDBPyConnection, name: str, meanings: Mapping[str, Markup]) -> dict[str, Any] | None:
-    """Return the picture of a score, its file name and text, and its row of the table. `None` if the score has no values."""
+    """Return the picture of a score, its file name, its text and its row of the table. `None` if the score has no values."""
     column = '"' + name.replace('"', '""') + '"'
     values = f"(SELECT {column}::DOUBLE AS value FROM clips WHERE isfinite({column}::DOUBLE))"
     (found,) = _dicts(
@@ -392,10 +394,10 @@ def _histogram(database: duckdb.DuckDBPyConnection, name: str, meanings: Mapping
     bins = dict(database.execute(sql).fetchall())
     bars = "".join(f"M{17.75 + 11.5 * number} 124v{-90 * count / max(bins.values()):.2f}" for number, count in bins.items())
     line = f"M{12 + 11.5 * (median - low) / step:.2f} 30V124"
+    picture = {"title": name, "bars": bars, "line": line, "low": low, "median": median, "high": high}
     return {
-        "svg": _render(
-            "histogram.svg", {"title": name, "bars": bars, "line": line, "low": low, "median": median, "high": high}
-        ),
+        # A score that is the same everywhere needs no picture.
+        "svg": _render("histogram.svg", picture) if low < high else None,
         "file": f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{hashlib.sha256(name.encode()).hexdigest()[:6]}.svg",
         "alt": f"{name} from {_number(low)} to {_number(high)}, median {_number(median)}",
         "row": {"Score": _code(name), **found, "Meaning": meanings.get(name)},
