@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
@@ -90,7 +92,7 @@ def test_interrupted_call_is_resumed_and_a_new_scorer_computes_only_its_column(t
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(module.ScoreProgress, "advance", interrupt)
+        patched.setattr(module.ScoreProgress, "count_clip", interrupt)
         with pytest.raises(KeyboardInterrupt):
             score_folder(outputs, chosen, None, None)
     first = len(query(outputs, "SELECT * FROM scores WHERE shape IS NOT NULL"))
@@ -125,13 +127,23 @@ def test_clip_that_crashes_its_process_fails_alone(tmp_path, logging_scorer):
     assert (report.scored, report.failed) == (3, {"crash": "the process that scored it crashed"})
 
 
+def low_priority():
+    """Return the ids of this process's children with the lowest priority."""
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if child.nice() == 19:
+                found.add(child.pid)
+    return found
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_clips_are_scored_during_and_after_a_run(tmp_path, monkeypatch, capsys):
     """The run is replaced: its listener gets the rows of a folder."""
     outputs = make_folder(tmp_path / "out", clips(3))
     rows = read_manifest(outputs.root)
     monkeypatch.setattr(module, "SCORERS", (HashScorer,))
-    listeners = []
+    listeners, before = [], low_priority()
 
     def render(script, profile, outputs, options, *, listener, stop):
         assert isinstance(listener, ScoringListener)
@@ -149,6 +161,7 @@ def test_clips_are_scored_during_and_after_a_run(tmp_path, monkeypatch, capsys):
     script.write_text('{"id": "clip-0", "prompt": "x"}\n')
     assert main(["render", str(script), "--out", str(outputs.root), "--profile", "tiny", "--score"]) == 0
     assert not listeners[0]._running
+    assert low_priority() > before
     assert "3 clips: 1 scored, 2 already scored, 0 failed" in capsys.readouterr().err
     assert query(outputs, "SELECT count(phash) FROM scores") == [(3,)]
 
@@ -218,7 +231,7 @@ def test_wrong_scorers_are_named_before_any_work(clips_folder, tmp_path, monkeyp
         (["--scorer", "wrong_scorers:Base"], "must define score"),
         (["--scorer", "wrong_scorers:Taken"], "flicker is already that of PixelScorer"),
         (["--scorer", "wrong_scorers:Needy"], "needs sound, allowed are frames, flow, faces"),
-        (["--weights", "motions=x"], "must be NAME=PATH with a scorer: pixels, motion"),
+        (["--weights", "motion=x"], "must be NAME=PATH with a scorer that takes weights: none"),
     ]:
         assert main(["score", out, *options]) == 2, options
         assert message in capsys.readouterr().err
@@ -243,7 +256,7 @@ def test_clip_scorer_of_the_examples_compares_prompt_and_frames(tmp_path, monkey
     without = ClipScorer(choose_scorers((), name, (), None), outputs, None).score(finished_clips(outputs.storage)[0])
     assert (without.is_fatal, without.errors) == (
         True,
-        ["scorer clip_text: pass --weights clip_text=PATH, the folder of a CLIP model"],
+        ["a scorer cannot be loaded: pass --weights clip_text=PATH, the folder of a CLIP model"],
     )
     score_here(outputs, choose_scorers((), name, [f"clip_text={weights}"], None))
     rows = query(outputs, "SELECT clip_text_worst, clip_text_mean FROM scores")

@@ -366,6 +366,6 @@ def own_context(*, ordered: bool = True) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        raise SetupError(f"Ray Data cannot read the script: {str(error).strip().splitlines()[0]}") from error
+        raise SetupError(f"Ray Data failed: {str(error).strip().splitlines()[0]}") from error
     finally:
         DataContext._set_current(before)

@@ -13,11 +13,10 @@ import os
 import pickle
 import sys
 import time
-import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +65,7 @@ PART_ROWS, FLUSH_S = 2_000, 10.0
 """Most rows of a file, and seconds between two writes."""
 TASK_S, MAX_TASK_CLIPS = 20.0, 64
 """Seconds that a task of Ray Data should take, and its most clips."""
+MAX_CRASHES = 2
 START_S = 15.0
 """Seconds to start a process and load its networks: no process is started for less work."""
 LINE_EVERY_S = 15.0
@@ -97,44 +97,64 @@ class ScoreReport:
     seconds: float = 0
 
 
+class Attempts:
+    """Actor that counts the attempts of each clip that have begun and not ended: its process crashed."""
+
+    def __init__(self) -> None:
+        self._open = Counter[str]()
+
+    def begin(self, clip: str) -> int:
+        """Return the attempts that have not ended, with this one."""
+        self._open[clip] += 1
+        return self._open[clip]
+
+    def end(self, clip: str) -> None:
+        del self._open[clip]
+
+
 class ClipScorer:
     """Scores clips in one process."""
 
-    def __init__(self, chosen: Sequence[ChosenScorer], outputs: OutputFolder, profile: Profile | None) -> None:
+    def __init__(
+        self, chosen: Sequence[ChosenScorer], outputs: OutputFolder, profile: Profile | None, attempts: Any = None
+    ) -> None:
+        """`attempts`: handle of the actor `Attempts`, if Ray repeats the work of a process that crashes."""
         import torch
+
+        self._attempts = attempts
 
         # Each process has one CPU.
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
-        self._outputs = outputs
-        self._error: str | None = None
-        self._scorers: dict[str, tuple[Scorer, pyarrow.Schema]] = {}
+        self._outputs, self._fatal = outputs, list[str]()
         try:
             self._networks = Networks(tuple({need for each in chosen for need in each.kind.needs}), profile)
-            for each in chosen:
-                self._error = f"scorer {each.kind.name}: "
-                self._scorers[each.kind.name] = each.kind(each.weights), each.schema
+            self._scorers = {each.kind.name: (each.kind(each.weights), each.schema) for each in chosen}
         except Exception as error:  # a scorer may raise anything; Ray would start the process again
-            self._error = f"{self._error or ''}{error if isinstance(error, VidgenError) else repr(error)}"
-        else:
-            self._error = None
+            self._fatal.append(f"a scorer cannot be loaded: {error if isinstance(error, VidgenError) else repr(error)}")
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
-        """Score a batch of Ray Data."""
-        return pyarrow.table({"scores": [pickle.dumps(self.score(row)) for row in batch.to_pylist()]})
+        """Score a batch of Ray Data. A clip at which `MAX_CRASHES` processes crashed fails."""
+        results = []
+        for row in batch.to_pylist():
+            if ray.get(self._attempts.begin.remote(row[DIGEST])) > MAX_CRASHES:
+                scores = ClipScores(row["id"], row[DIGEST], errors=["the process that scored it crashed"])
+            else:
+                scores = self.score(row)
+            self._attempts.end.remote(row[DIGEST])
+            results.append(pickle.dumps(scores))
+        return pyarrow.table({"scores": results})
 
     def score(self, row: dict[str, Any]) -> ClipScores:
         """Score a clip by the scorers that `row` names."""
-        scores = ClipScores(row["id"], row[DIGEST])
-        if self._error is not None:
-            scores.errors, scores.is_fatal = [self._error], True
+        scores = ClipScores(row["id"], row[DIGEST], errors=[*self._fatal], is_fatal=bool(self._fatal))
+        if scores.is_fatal:
             return scores
         try:
             with self._outputs.storage.local_copy(row["clip"]) as path:
                 if (size := path.stat().st_size) != row["clip_bytes"]:
                     raise SetupError(f"has {size} bytes instead of {row['clip_bytes']}; run `vidgen verify`")
                 clip = Clip(row, path, self._networks, self._outputs)
-                clip.frames  # noqa: B018  # decodes
                 for name in row["scorers"]:
                     try:
                         scorer, schema = self._scorers[name]
@@ -238,34 +258,21 @@ def _part_files(storage: Storage, folder: str) -> list[str]:
     return [f"{FOLDER}/{folder}/{name}" for name in names if name.endswith(".parquet") and not name.startswith(".")]
 
 
-class ScoreProgress:
+class ScoreProgress(Progress):
     """Progress bar on a terminal, a line every LINE_EVERY_S elsewhere."""
 
     def __init__(self, total: int) -> None:
         console = Console(stderr=True)
-        self._bar = Progress(
-            "scoring",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._is_live = console.is_terminal
-        self._task = self._bar.add_task("", total=total)
-        self._total, self._done, self._shown = total, 0, time.monotonic()
+        columns = ("scoring", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        self._clips = self.add_task("", total=total)
+        self._shown = time.monotonic()
 
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        with self._bar:
-            yield
-
-    def advance(self) -> None:
-        self._done += 1
-        self._bar.advance(self._task)
-        if not self._is_live and time.monotonic() - self._shown >= LINE_EVERY_S:
+    def count_clip(self) -> None:
+        self.advance(self._clips)
+        if not self.console.is_terminal and time.monotonic() - self._shown >= LINE_EVERY_S:
             self._shown = time.monotonic()
-            note(f"scored {self._done:,} of {count(self._total, 'clip')}")
+            note(f"scored {self.tasks[0].completed:,.0f} of {count(int(self.tasks[0].total or 0), 'clip')}")
 
 
 def note(message: str) -> None:
@@ -291,10 +298,10 @@ def score_folder(
     if pending:
         progress = ScoreProgress(len(pending))
         try:
-            with connected(address, cpus=1), progress.shown():
+            with connected(address, cpus=1), progress:
                 for scores in _scores_of(pending, chosen, outputs, profile):
                     writer.add(scores)
-                    progress.advance()
+                    progress.count_clip()
                     if not scores.errors:
                         report.scored += 1
                         continue
@@ -311,73 +318,55 @@ def score_folder(
 def _scores_of(
     pending: Sequence[dict[str, Any]], chosen: Sequence[ChosenScorer], outputs: OutputFolder, profile: Profile | None
 ) -> Iterator[ClipScores]:
-    """Yield the scores of all clips as they come. A clip that crashes its process twice fails.
+    """Yield the scores of all clips as they come.
 
     Raises SetupError if a scorer cannot be loaded.
     """
-    resources = ray.cluster_resources()
+    resources, n = ray.cluster_resources(), len(pending)
     kinds = {each.kind.name: each.kind for each in chosen}
     used = [kinds[name] for name in sorted({name for clip in pending for name in clip["scorers"]})]
-    seconds = [_cpu_s(clip, [kinds[name] for name in clip["scorers"]]) for clip in pending]
+    seconds = sum(_cpu_s(clip, [kinds[name] for name in clip["scorers"]]) for clip in pending)
     num_gpus = min(1.0, sum(kind.num_gpus for kind in used))
-    if num_gpus and resources.get("GPU", 0) < num_gpus:
+    if resources.get("GPU", 0) < num_gpus:
         note(f"{', '.join(kind.name for kind in used if kind.num_gpus)}: Ray has no GPU, computing on CPUs")
         num_gpus = 0
     slots = max(1, int(min(resources.get("CPU", 1), resources["GPU"] // num_gpus if num_gpus else math.inf)))
-    processes = min(slots, len(pending), max(1, math.ceil(sum(seconds) / START_S)))
-    task_clips = max(1, min(MAX_TASK_CLIPS, int(TASK_S / (sum(seconds) / len(pending))), len(pending) // processes))
+    processes = min(slots, n, max(1, math.ceil(seconds / START_S)))
+    task_clips = max(1, min(MAX_TASK_CLIPS, int(TASK_S / (seconds / n)), n // processes))
+    note(f"scoring {count(n, 'clip')} with {count(processes, 'CPU')}, about {duration(seconds / processes + START_S)}")
     for kind in used:
         module = sys.modules[kind.__module__]
         # Other machines cannot import a module of the current folder.
         if Path(module.__file__ or "").parent == Path.cwd():
             ray.cloudpickle.register_pickle_by_value(module)
-    needed_s = duration(sum(seconds) / processes + START_S)
-    note(f"scoring {count(len(pending), 'clip')} with {count(processes, 'CPU')}, about {needed_s}")
-    arguments = {"chosen": [each for each in chosen if each.kind in used], "outputs": outputs, "profile": profile}
-    left = {clip[DIGEST]: clip for clip in pending}
-    # What was lost with a process is scored again alone, so that one clip does not take others with it.
-    for clips_at_once in (task_clips, 1):
-        for scores in _ray_data([*left.values()], clips_at_once, processes, num_gpus, arguments):
-            if scores.is_fatal:
-                raise SetupError(scores.errors[0])
-            del left[scores.clip_sha256]
-            yield scores
-        if not left:
-            return
-    for clip in left.values():
-        yield ClipScores(clip["id"], clip[DIGEST], errors=["the process that scored it crashed"])
+    arguments = {
+        "chosen": [each for each in chosen if each.kind in used],
+        "outputs": outputs,
+        "profile": profile,
+        "attempts": ray.remote(num_cpus=0)(Attempts).remote(),
+    }
+    table = pyarrow.Table.from_pylist(pending)
+    with own_context(ordered=False):
+        dataset = ray.data.from_arrow([table.slice(begin, task_clips) for begin in range(0, n, task_clips)]).map_batches(
+            ClipScorer,
+            fn_constructor_kwargs=arguments,
+            batch_size=task_clips,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=processes),
+            num_cpus=1,
+            num_gpus=num_gpus,
+        )
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for scores in map(pickle.loads, batch["scores"].to_pylist()):
+                if scores.is_fatal:
+                    raise SetupError(scores.errors[0])
+                yield scores
 
 
 def _cpu_s(clip: dict[str, Any], kinds: Sequence[type[Scorer]]) -> float:
     """Return the estimated CPU seconds for a clip."""
     needs = {need for kind in kinds for need in kind.needs}
-    per_frame = sum(NEED_CPU_S[need] for need in needs) + sum(kind.cpu_s_per_frame for kind in kinds)
-    return per_frame * (clip["num_frames"] or 1)
-
-
-def _ray_data(
-    clips: Sequence[dict[str, Any]], clips_at_once: int, processes: int, num_gpus: float, arguments: dict[str, Any]
-) -> Iterator[ClipScores]:
-    """Score clips with Ray Data. The results of a task whose process crashed twice are left out."""
-    table = pyarrow.Table.from_pylist(clips)
-    with own_context(ordered=False), warnings.catch_warnings():
-        # Ray announces to drop `ray_remote_args_fn`, the only way to limit the retries of an actor's tasks.
-        warnings.simplefilter("ignore")
-        ray.data.DataContext.get_current().max_errored_blocks = -1
-        blocks = [table.slice(begin, clips_at_once) for begin in range(0, len(table), clips_at_once)]
-        dataset = ray.data.from_arrow(blocks).map_batches(
-            ClipScorer,
-            fn_constructor_kwargs=arguments,
-            batch_size=clips_at_once,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=processes),
-            num_cpus=1,
-            num_gpus=num_gpus,
-            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": 1},
-        )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for scores in batch["scores"].to_pylist():
-                yield pickle.loads(scores)
+    return (sum(map(NEED_CPU_S.__getitem__, needs)) + sum(kind.cpu_s_per_frame for kind in kinds)) * (clip["num_frames"] or 1)
 
 
 def write_neighbours(storage: Storage, clips: Sequence[dict[str, Any]]) -> None:
@@ -397,16 +386,13 @@ def write_neighbours(storage: Storage, clips: Sequence[dict[str, Any]]) -> None:
         if (pyarrow.parquet.read_schema(file).metadata or {}).get(b"vidgen.hashes") == state.encode():
             return
     nearest, distances = nearest_neighbours(np.array([each for _, _, each in content], np.int64).view(np.uint64))
-    rows = []
+    rows: dict[str, list[Any]] = {DIGEST: [clip[DIGEST] for clip in known], "neighbour_id": [], "neighbour_distance": []}
     for clip, position, distance in zip(known, nearest.tolist(), distances.tolist(), strict=True):
-        # Shots with the same bytes.
-        same = clip["ids"][1] if len(clip["ids"]) > 1 else None
-        rows.append(
-            {DIGEST: clip[DIGEST], "neighbour_id": same or known[position]["id"], "neighbour_distance": 0 if same else distance}
-        )
+        is_double = len(clip["ids"]) > 1  # shots with the same bytes
+        rows["neighbour_id"].append(clip["ids"][1] if is_double else known[position]["id"])
+        rows["neighbour_distance"].append(0 if is_double else distance)
     columns = [(DIGEST, pyarrow.string()), *((name, column.type) for name, column in NEIGHBOURS.items())]
-    schema = pyarrow.schema(columns, {"vidgen.hashes": state})
-    _write_table(storage, NEIGHBOURS_FILE, pyarrow.Table.from_pylist(rows, schema=schema))
+    _write_table(storage, NEIGHBOURS_FILE, pyarrow.table(rows, pyarrow.schema(columns, {"vidgen.hashes": state})))
 
 
 def nearest_neighbours(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:

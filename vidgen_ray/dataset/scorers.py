@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
-from vidgen_ray.dataset.tables import DIGEST, SCORER
+from vidgen_ray.dataset.tables import DIGEST
 from vidgen_ray.errors import MediaError, SetupError, StageError, UsageError
 from vidgen_ray.media import CLIP_SUFFIXES, open_video, read_image
 from vidgen_ray.nets.rife_network import FramePair, Rife, load_rife
@@ -39,6 +39,7 @@ from vidgen_ray.weights import resolve
 
 GROUP = "vidgen.scorers"
 """Group of entry points, any name -> scorer class."""
+REQUIRED, NAME = ("name", "version", "columns", "cpu_s_per_frame", "score"), re.compile("[a-z][a-z0-9_]*")
 Need = Literal["frames", "flow", "faces"]
 NEED_CPU_S: Mapping[Need, float] = {"frames": 0.015, "flow": 0.13, "faces": 0.05}
 """CPU seconds per frame of what scorers share, measured on one slow core."""
@@ -75,9 +76,8 @@ class Scorer(ABC):
     """GPUs that an instance needs, 0 to 1. If Ray has none, it runs on a CPU: ask `torch.cuda.is_available()`."""
 
     def __init__(self, weights: Path | None) -> None:
-        """`weights`: file or folder of `--weights NAME=PATH`. Raise SetupError if they are missing or of another kind."""
-        if weights is not None:
-            raise SetupError(f"--weights {self.name}: this scorer takes no weights")
+        """`weights`: file or folder of `--weights NAME=PATH`. Scorers that take weights define this method."""
+        self.weights = weights
 
     @abstractmethod
     def score(self, clip: Clip) -> Mapping[str, Any]:
@@ -132,49 +132,31 @@ def face_params(profile: Profile) -> InstantIDParams:
 
 
 class Clip:
-    """A finished clip, or the image of a shot without a clip. Decoded once; every part is computed when first used."""
+    """A finished clip, or the image of a shot without a clip. Everything but the frames is computed when first used."""
 
     def __init__(self, row: Mapping[str, Any], path: Path, networks: Networks, outputs: OutputFolder) -> None:
+        """Decode the file. Raises MediaError."""
         self.row = row
         """Columns of the manifest: `score_folder.COLUMNS`."""
         self.path = path
         """The file, on this machine."""
-        self._networks = networks
-        self._outputs = outputs
-
-    @property
-    def is_clip(self) -> bool:
-        """False for an image."""
-        return self.path.suffix in CLIP_SUFFIXES
-
-    @cached_property
-    def frames(self) -> Frames:
-        """Frames uint8 (T, H, W, 3). They have the size of the file, unless that is above `MAX_SIDE_PX`. An image: T = 1."""
-        return self._decoded[0]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height of the file in pixels."""
-        return self._decoded[1]
-
-    @property
-    def fps(self) -> float | None:
+        self._networks, self._outputs = networks, outputs
+        self.fps: float | None = None
         """Frames per second. `None` for an image."""
-        return self._decoded[2]
-
-    @cached_property
-    def _decoded(self) -> tuple[Frames, tuple[int, int], float | None]:
-        if not self.is_clip:
-            image = read_image(self.path)
-            return _reduced(image[None], MAX_SIDE_PX), (image.shape[1], image.shape[0]), None
-        with open_video(self.path) as video:
-            longest, count = max(video.width, video.height), video.frame_count
-            side = min(MAX_SIDE_PX, int(longest * min(1, (MAX_FRAMES_BYTES / (count * video.width * video.height * 3)) ** 0.5)))
-            parts = [
-                _reduced(video.frames(begin, min(begin + DECODED_AT_ONCE, count)), side)
-                for begin in range(0, count, DECODED_AT_ONCE)
-            ]
-            return np.concatenate(parts), (video.width, video.height), float(video.fps)
+        if path.suffix not in CLIP_SUFFIXES:
+            image = read_image(path)
+            self.size = image.shape[1], image.shape[0]
+            self.frames: Frames = _reduced(image[None], MAX_SIDE_PX)
+            return
+        with open_video(path) as video:
+            count = video.frame_count
+            self.fps, self.size = float(video.fps), (video.width, video.height)
+            """Width and height of the file in pixels."""
+            side = (MAX_FRAMES_BYTES / (count * video.width * video.height * 3)) ** 0.5 * max(self.size)
+            starts = range(0, count, DECODED_AT_ONCE)
+            chunks = (video.frames(start, min(start + DECODED_AT_ONCE, count)) for start in starts)
+            self.frames = np.concatenate([_reduced(chunk, min(MAX_SIDE_PX, int(side))) for chunk in chunks])
+            """uint8 (T, H, W, 3), in the size of the file unless that is above `MAX_SIDE_PX`. An image: T = 1."""
 
     @cached_property
     def luma(self) -> NDArray[np.uint8]:
@@ -299,13 +281,22 @@ def choose_scorers(
             if column in owners:
                 raise UsageError(f"--scorer {kind.__name__}: {column} is already that of {owners[column]}; rename it")
             owners[column] = kind.__name__
-    paths = _parsed_weights(weights, [kind.name for kind in kinds])
-    faces = "" if profile is None else _face_digest(profile)
-    return [
-        ChosenScorer(kind, path, f"{digest(path) if path else ''}{faces if 'faces' in kind.needs else ''}")
-        for kind in kinds
-        for path in (paths.get(kind.name),)
+    takes_weights = [kind.name for kind in kinds if kind.__init__ is not Scorer.__init__]
+    paths: dict[str, Path] = {}
+    for pair in weights:
+        name, equals, path = pair.partition("=")
+        if not equals or name not in takes_weights:
+            known = f"must be NAME=PATH with a scorer that takes weights: {', '.join(takes_weights) or 'none'}"
+            raise UsageError(f"--weights: got {pair!r}, {known}")
+        paths[name] = resolve(path)
+    faces = ""
+    if profile is not None:
+        params = face_params(profile)
+        faces = f"{digest(params.weights)} {json.dumps(params.for_key(), sort_keys=True)}"
+    digests = [
+        (digest(paths[kind.name]) if kind.name in paths else "") + (faces if "faces" in kind.needs else "") for kind in kinds
     ]
+    return [ChosenScorer(kind, paths.get(kind.name), of) for kind, of in zip(kinds, digests, strict=True)]
 
 
 def load_scorer(name: str) -> type[Scorer]:
@@ -329,34 +320,14 @@ def _checked(kind: Any, name: str) -> type[Scorer]:
     problem = None
     if not (isinstance(kind, type) and issubclass(kind, Scorer)):
         problem = "must be a subclass of vidgen_ray.dataset.scorers.Scorer"
-    elif missing := [each for each in ("name", "version", "columns", "cpu_s_per_frame") if not hasattr(kind, each)]:
-        problem = f"has no {', '.join(missing)}"
-    elif not SCORER.fullmatch(f"{kind.name}@{kind.version}") or not re.fullmatch("[a-z][a-z0-9_]*", kind.name):
-        problem = f"got name {kind.name!r} and version {kind.version!r}, must be lowercase letters and a number"
-    elif not kind.columns or any(not re.fullmatch("[a-z][a-z0-9_]*", column) for column in kind.columns):
-        problem = f"got columns {', '.join(kind.columns) or 'none'}, must be lowercase letters, digits and underscores"
-    elif wrong := [column for column, what in kind.columns.items() if not isinstance(what, Column)]:
-        problem = f"column {wrong[0]} must be a Column(type, description)"
+    elif missing := sorted(each for each in REQUIRED if not hasattr(kind, each) or each in kind.__abstractmethods__):
+        problem = f"must define {', '.join(missing)}"
+    elif wrong := [each for each in (kind.name, *kind.columns) if not NAME.fullmatch(each)]:
+        problem = f"got the name {wrong[0]!r}, must be lowercase letters, digits and underscores"
+    elif not all(isinstance(column, Column) for column in kind.columns.values()) or not isinstance(kind.version, int):
+        problem = "columns must be Column(type, description), and version a number"
     elif unknown := set(kind.needs) - NEED_CPU_S.keys():
         problem = f"needs {', '.join(sorted(unknown))}, allowed are {', '.join(NEED_CPU_S)}"
-    elif kind.__abstractmethods__:
-        problem = f"must define {', '.join(sorted(kind.__abstractmethods__))}"
     if problem is not None:
         raise UsageError(f"--scorer {name}: {problem}")
-    checked: type[Scorer] = kind
-    return checked
-
-
-def _parsed_weights(pairs: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
-    paths = {}
-    for pair in pairs:
-        name, equals, path = pair.partition("=")
-        if not equals or name not in names:
-            raise UsageError(f"--weights: got {pair!r}, must be NAME=PATH with a scorer: {', '.join(names)}")
-        paths[name] = resolve(path)
-    return paths
-
-
-def _face_digest(profile: Profile) -> str:
-    params = face_params(profile)
-    return f"{digest(params.weights)} {json.dumps(params.for_key(), sort_keys=True)}"
+    return kind  # type: ignore[no-any-return]  # checked above
