@@ -170,6 +170,15 @@ def test_review_with_the_keyboard_and_in_a_file(browser, out, tmp_path, capsys, 
         assert tuple(json.loads(capsys.readouterr().out).values()) == numbers
     assert reviews(out)["kite"] == ("reject", 2, NOTE)
     assert {each.id: each.who for each in read_reviews(storage_at(out)).values()}["kite"] == "bo"
+    by_id = [{"id": "kite", "verdict": "accept"}, {"id": "unknown", "stars": 1}, {"id": "strange", "stars": 1}]
+    (tmp_path / "saved.json").write_text(json.dumps(by_id))
+    for numbers in ((1, 0, 2), (0, 1, 2)):
+        assert main(["review", str(out), str(tmp_path / "saved.json"), "--json"]) == 1
+        assert tuple(json.loads(capsys.readouterr().out).values()) == numbers
+    assert reviews(out)["kite"] == ("accept", None, None)
+    (tmp_path / "saved.json").write_text("not JSON")
+    assert main(["review", str(out), str(tmp_path / "saved.json")]) == 2
+    assert "saved.json: is not JSON" in capsys.readouterr().err
     (tmp_path / "saved.json").write_text(json.dumps([{**given[0], "stars": 6}]))
     assert main(["review", str(out), str(tmp_path / "saved.json")]) == 2
     assert "0.stars: must be less than or equal to 5; must be a file that the gallery has saved" in capsys.readouterr().err

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import from_json, to_json
 
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
 from vidgen_ray.outputs.manifest import manifest_batches, new_name
@@ -51,10 +53,31 @@ def clip_digest(row: Mapping[str, Any]) -> str | None:
     return digest
 
 
+def digests_by_id(storage: Storage) -> dict[str, str]:
+    """Return the digest of the clip of each finished shot by its id. Raises OSError."""
+    rows = (row for batch in manifest_batches(storage, CLIP_COLUMNS) for row in batch.to_pylist())
+    return {row["id"]: digest for row in rows if row["status"] == "done" and (digest := clip_digest(row)) is not None}
+
+
 def reviewable_clips(storage: Storage) -> dict[str, str]:
     """Return the digest of each finished clip of a folder, with the id of a shot. Raises OSError."""
-    rows = (row for batch in manifest_batches(storage, CLIP_COLUMNS) for row in batch.to_pylist())
-    return {digest: row["id"] for row in rows if row["status"] == "done" and (digest := clip_digest(row)) is not None}
+    return {digest: shot_id for shot_id, digest in digests_by_id(storage).items()}
+
+
+def parse_reviews(content: bytes, storage: Storage) -> list[Review]:
+    """Parse reviews of a folder to import, a JSON array. Raises ValueError, a pydantic ValidationError for wrong fields.
+
+    Without `clip_sha256`, a review is of the clip that the shot with its `id` has now; without `at`, it was made now.
+    """
+    given, now = from_json(content), datetime.now(UTC).isoformat()
+    if isinstance(given, list) and any(isinstance(each, dict) and "clip_sha256" not in each for each in given):
+        digests = digests_by_id(storage)
+        for each in filter(lambda each: isinstance(each, dict), given):
+            shot_id = str(each.get("id"))
+            # The hash of an unknown id is the digest of no clip.
+            each.setdefault("clip_sha256", digests.get(shot_id) or sha256(shot_id.encode()).hexdigest())
+            each.setdefault("at", now)
+    return TypeAdapter(list[Review]).validate_json(to_json(given))
 
 
 def read_reviews(storage: Storage) -> dict[str, Review]:
@@ -67,6 +90,10 @@ def _last_reviews(storage: Storage) -> dict[str, Review]:
     names = [f"{REVIEWS}/{name}" for name in sorted(storage.files(REVIEWS)) if name.endswith(".jsonl")]
     with ThreadPoolExecutor(REQUESTS_AT_ONCE if storage.local is None else 1) as reading:
         return _newest(review for content in reading.map(storage.read, names) for review in _parsed(content))
+
+
+def _opinion(review: Review) -> tuple[object, ...]:
+    return review.verdict, review.stars, review.note
 
 
 def _newest(reviews: Iterable[Review]) -> dict[str, Review]:
@@ -109,7 +136,7 @@ class ReviewSession:
             new = [
                 review.model_copy(update={"id": clips[digest], "who": review.who or self._who})
                 for digest, review in of_clips.items()
-                if digest not in known or known[digest].at < review.at
+                if digest not in known or (known[digest].at < review.at and _opinion(known[digest]) != _opinion(review))
             ]
             if new:
                 self._write(new)

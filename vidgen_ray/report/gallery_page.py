@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image as PILImage
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
@@ -39,9 +39,9 @@ from vidgen_ray.outputs.records import RECORD, SHOTS
 from vidgen_ray.outputs.reviews import (
     Imported,
     Opinion,
-    Review,
     ReviewSession,
     clip_digest,
+    parse_reviews,
     read_reviews,
     reviewable_clips,
 )
@@ -462,13 +462,15 @@ def import_reviews(out: str | Path, path: Path, reviewer: str | None) -> Importe
     if not manifest_files(storage):
         raise SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
     try:
-        reviews = TypeAdapter(list[Review]).validate_json(path.read_bytes())
+        reviews = parse_reviews(path.read_bytes(), storage)
     except FileNotFoundError:
         raise UsageError(f"FILE: got {str(path)!r}, must be a file that the gallery has saved") from None
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         place = ".".join(map(str, detail["loc"])) or "the file"
         raise UsageError(f"{path}, {place}: {allowed_of(detail)}; must be a file that the gallery has saved") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: is not JSON ({error}); must be a file that the gallery has saved") from None
     imported = ReviewSession(storage, reviewer).add_all(reviews)
     update_gallery(out)
     return imported
