@@ -231,13 +231,19 @@ def _follows(values: Sequence[str], others: Sequence[str]) -> bool:
 
 
 def _settings_of_folders(clips: Clips) -> list[str]:
-    """Return `NAME OLD -> NEW` of each setting that has one value per folder, and another in each."""
-    values = defaultdict[str, tuple[set[str], set[str]]](lambda: (set(), set()))
-    for settings, number in zip(clips.settings, clips.folders, strict=True):
-        for name, value in settings.items():
-            values[name][number].add(value)
-    one_each = {name: (*old, *new) for name, (old, new) in values.items() if len(old) == len(new) == 1 and old != new}
-    return [f"{name} {' -> '.join(value_text(json.loads(text)) for text in texts)}" for name, texts in one_each.items()]
+    """Return the settings that differ between clips of the same id, with `OLD -> NEW` if it is the same for all of them."""
+    old = {shot_id: each for shot_id, each, number in zip(clips.ids, clips.settings, clips.folders, strict=True) if not number}
+    changes = defaultdict[str, set[tuple[str, str]]](set)
+    for shot_id, settings, number in zip(clips.ids, clips.settings, clips.folders, strict=True):
+        if number and shot_id in old:
+            for name in dict.fromkeys((*old[shot_id], *settings)):
+                before, after = (each.get(name, "null") for each in (old[shot_id], settings))
+                if before != after:
+                    changes[name].add((before, after))
+    return [
+        f"{name} {' -> '.join(value_text(json.loads(value)) for value in min(values))}" if len(values) == 1 else name
+        for name, values in changes.items()
+    ]
 
 
 def _levels(clips: Clips, name: str) -> list[str]:

@@ -136,13 +136,20 @@ def compare(
             cells = []
             for name in shown:
                 text, change = number_text(level["measures"][name]["mean"], name), level.get("differences", {}).get(name)
-                if change and change["low"] is not None:
-                    low, high = (number_text(change[end], name, signed=True) for end in ("low", "high"))
-                    text += f" ({low} to {high})"
+                if change and change["pairs"]:
+                    mean, low, high = (number_text(change[part], name, signed=True) for part in ("mean", "low", "high"))
+                    text += f"\n{mean}" + (f" ({low} to {high})" if change["low"] is not None else "")
                 cells.append(text)
             table.add_row(level["level"], f"{level['clips']:,}", *cells)
         console.print(table)
-        typer.echo(f"In brackets: 95% interval of the difference to {each['reference']}. Pairs by {each['paired_by']}.\n")
+        reasons = [
+            change["reason"]
+            for level in each["levels"]
+            for change in level.get("differences", {}).values()
+            if "reason" in change
+        ]
+        intervals = f"no interval ({reasons[0]})" if reasons else "95% interval"
+        typer.echo(f"Below the means: difference to {each['reference']}, {intervals}. Pairs by {each['paired_by']}.\n")
     typer.echo(page)
 
 
