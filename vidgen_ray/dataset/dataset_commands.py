@@ -13,24 +13,30 @@ from typing import Annotated
 
 import pyarrow.parquet
 import typer
+from pydantic import ValidationError
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from vidgen_ray.cli.command_help import LOOK, in_group
-from vidgen_ray.cli.options import AddressOption, JsonOption, OutArgument, check_out, local_path
+from vidgen_ray.cli.command_help import DETAILS_PANEL, EXPORT, LOOK, in_group
+from vidgen_ray.cli.options import AddressOption, JsonOption, OutArgument, WhereOption, check_out, local_path, with_options
 from vidgen_ray.cli.run_script import ProfileOfLastRunOption, interruptible, profile_of_run
 from vidgen_ray.dataset.tables import open_tables, run_query
-from vidgen_ray.errors import UsageError
+from vidgen_ray.errors import UsageError, allowed_of
+from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.cleanup import check_not_empty
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.report.shot_text import value_text
 from vidgen_ray.system.files import new_file
+from vidgen_ray.system.quantities import duration
 
 MAIN_MEASURES = ("accepted", "seconds", "cost")
 """Measures that `compare` prints besides likeness and motion."""
 SHOWN_ROWS = 100
 """Rows of a query that are printed as a table."""
+SHOWN_REASONS = 10
+"""Clips that are named when an export leaves them out or removes them."""
 
 
 def check_optional_out(value: str | None) -> str | None:
@@ -136,20 +142,13 @@ def compare(
             cells = []
             for name in shown:
                 text, change = number_text(level["measures"][name]["mean"], name), level.get("differences", {}).get(name)
-                if change and change["pairs"]:
-                    mean, low, high = (number_text(change[part], name, signed=True) for part in ("mean", "low", "high"))
-                    text += f"\n{mean}" + (f" ({low} to {high})" if change["low"] is not None else "")
+                if change and change["low"] is not None:
+                    low, high = (number_text(change[end], name, signed=True) for end in ("low", "high"))
+                    text += f" ({low} to {high})"
                 cells.append(text)
             table.add_row(level["level"], f"{level['clips']:,}", *cells)
         console.print(table)
-        reasons = [
-            change["reason"]
-            for level in each["levels"]
-            for change in level.get("differences", {}).values()
-            if "reason" in change
-        ]
-        intervals = f"no interval ({reasons[0]})" if reasons else "95% interval"
-        typer.echo(f"Below the means: difference to {each['reference']}, {intervals}. Pairs by {each['paired_by']}.\n")
+        typer.echo(f"In brackets: 95% interval of the difference to {each['reference']}. Pairs by {each['paired_by']}.\n")
     typer.echo(page)
 
 
@@ -215,3 +214,158 @@ def score(
     typer.echo(json.dumps(asdict(report)) if as_json else summary(report))
     if report.failed:
         raise typer.Exit(1)
+
+
+@in_group(EXPORT)
+@with_options
+def export(
+    out: OutArgument,
+    dest: Annotated[
+        str,
+        typer.Argument(
+            metavar="DEST", help="Folder of the data set, or its URL. The same call updates it.", callback=check_out
+        ),
+    ],
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="videofolder (MP4 files and metadata.parquet, for datasets), webdataset (tar shards), parquet (clips inside), "
+            "lance, or captions (a .txt beside each clip).",
+            show_default=True,
+        ),
+    ] = "videofolder",
+    where: WhereOption = None,
+    best: Annotated[
+        str | None,
+        typer.Option(
+            "--best", metavar="SQL", help="Of the seeds of a line, only the shot with the highest value of this SQL expression."
+        ),
+    ] = None,
+    image: Annotated[bool, typer.Option("--image", help="Export the images.")] = False,
+    video: Annotated[bool, typer.Option("--video", help="Export the clips before upscaling.")] = False,
+    hd: Annotated[
+        bool,
+        typer.Option(
+            "--hd", help="Export only upscaled clips. Default: the upscaled clip, else the clip; images if no shot has a clip."
+        ),
+    ] = False,
+    caption: Annotated[
+        str,
+        typer.Option(
+            "--caption",
+            metavar="TEMPLATE",
+            help="Caption with columns of `clips` and metadata, such as 'A video of {character}: {metadata.scene}'.",
+            show_default=True,
+        ),
+    ] = "{prompt}",
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="NAME=SHARE,...", help="Such as train=0.9,val=0.1. Default: only train.")
+    ] = None,
+    split_by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--split-by",
+            metavar="KEY",
+            help="Clips of the same prompt, character or source (script) are in one split, as continued clips always are. "
+            "Repeatable. Default: prompt,character.",
+        ),
+    ] = None,
+    cleared: Annotated[
+        Requirement | None,
+        typer.Option(
+            "--cleared",
+            metavar="USE",
+            help="Leave out clips whose weights may not be used commercially (commercial), or only under a condition "
+            "(unconditional), and those with a face photo without declared consent. Default: all clips.",
+        ),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(
+            "--resize",
+            metavar="WxH|SHORT",
+            help="Encode again in this size, cropped around the centre, or with this shorter side.",
+            rich_help_panel=DETAILS_PANEL,
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option("--fps", min=1, max=240, help="Encode again at this frame rate.", rich_help_panel=DETAILS_PANEL),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            "--frames", min=1, help="Encode the first N frames; shorter clips are left out.", rich_help_panel=DETAILS_PANEL
+        ),
+    ] = None,
+    shard_mb: Annotated[
+        int,
+        typer.Option(
+            "--shard-mb",
+            min=1,
+            help="Size of the shards of webdataset and parquet.",
+            show_default=True,
+            rich_help_panel=DETAILS_PANEL,
+        ),
+    ] = 500,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a data set of the finished shots that are not rejected.
+
+    The same call later adds new clips and removes those that are gone or rejected. On the same disk, files are linked.
+    """
+    from vidgen_ray.dataset.export import ExportSettings, export_folder
+    from vidgen_ray.dataset.export_splits import parse_splits
+
+    kinds = [name for name, is_given in (("image", image), ("video", video), ("hd", hd)) if is_given]
+    if len(kinds) > 1:
+        raise UsageError("--image, --video and --hd: only one can be given")
+    keys = [key.strip() for each in split_by or ["prompt,character"] for key in each.split(",")]
+    try:
+        settings = ExportSettings.model_validate(
+            {
+                "format": format,
+                "files": kinds[0] if kinds else None,
+                "splits": parse_splits(split),
+                "split_by": list(dict.fromkeys(keys)),
+                "transcode": {"resize": resize, "fps": fps, "frames": frames},
+                "where": where,
+                "best": best,
+                "cleared": cleared,
+                "caption": caption,
+                "shard_mb": shard_mb,
+            }
+        )
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        name = next(part for part in reversed(detail["loc"]) if isinstance(part, str)).replace("_", "-")
+        raise UsageError(f"--{name}: got {detail['input']!r}, {allowed_of(detail)}") from None
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with (
+        interruptible(),
+        redirect_stdout(sys.stderr),
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+    ):
+        task = bar.add_task("Writing clips", total=None)
+        report = export_folder(
+            out,
+            dest,
+            settings,
+            address=address,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if as_json:
+        typer.echo(json.dumps(asdict(report)))
+        return
+    for text, rows in (("removed", report.removed), ("refused by --cleared", report.refused), ("left out", report.missing)):
+        for row in rows[:SHOWN_REASONS]:
+            typer.echo(f"vidgen: {row['id']}: {text}: {row['reason']}", err=True)
+        if len(rows) > SHOWN_REASONS:
+            typer.echo(f"vidgen: {len(rows) - SHOWN_REASONS:,} more clips {text}; --json lists them", err=True)
+    sizes = ", ".join(f"{name} {clips:,}" for name, clips in report.splits.items())
+    counts = ", ".join(f"{number:,} {name}" for name, number in report.counts.items() if number)
+    state = "is up to date" if report.up_to_date else f"written in {duration(report.seconds)}"
+    typer.echo(f"{report.dest}: {state}: {sizes} ({counts})")

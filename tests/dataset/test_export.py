@@ -1,0 +1,508 @@
+"""Exported data sets: read by the libraries that people use, updated, killed, refused."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import traceback
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from shutil import copytree
+from types import SimpleNamespace
+
+import boto3
+import duckdb
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tests import forked
+from tests.dataset.conftest import make_folder, moving, texture
+from tests.outputs.conftest import endpoint  # noqa: F401  # a fixture
+from vidgen_ray.cli import main
+from vidgen_ray.dataset import export
+from vidgen_ray.dataset.export import ExportSettings, export_folder
+from vidgen_ray.dataset.export_formats import Transcode, encode_again, write_block
+from vidgen_ray.dataset.export_splits import assign_splits, parse_splits
+from vidgen_ray.dataset.tables import open_tables
+from vidgen_ray.errors import MediaError, SetupError, UsageError
+from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video
+from vidgen_ray.outputs.cleanup import remove_person
+from vidgen_ray.outputs.lease import lease
+from vidgen_ray.outputs.manifest import read_manifest
+from vidgen_ray.outputs.reviews import Review
+from vidgen_ray.outputs.storage import storage_at
+from vidgen_ray.provenance.record import ProvenanceRecord, read_provenance
+from vidgen_ray.system.cache_dir import sha256_of
+
+SCORES = ("score_caption", "score_split", "hashes", "motion")
+HALVES = {"train": 0.5, "test": 0.5}
+CAPTION = "{metadata.scene}{character}: {prompt}"
+PROMPTS = ("a\tb\nc", 'He said "go", it\'s 🚤', "שלום \u202eעולם", "{braces}, 'quotes'", "plain", "last")
+IDS = ("a.b", "a_b", "-c", "D", "d", "e.mp4")
+
+
+def run_inline(blocks, target):
+    for block in blocks:
+        yield write_block(block, target)
+
+
+def work_inline(patch):
+    """Do the tasks in this process, without a card. The round trip has them done by Ray Data."""
+    patch.setattr(export, "write_card", lambda *_: None)
+    patch.setattr(export, "_run_tasks", run_inline)
+    patch.setattr(export, "connected", lambda *_, **__: nullcontext())
+    patch.setattr(export, "own_context", nullcontext)
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    work_inline(monkeypatch)
+
+
+def export_to(dest, out, **settings):
+    return export_folder(str(out), str(dest), ExportSettings(**settings))
+
+
+def reject(out, shot_id):
+    (row,) = [row for row in read_manifest(out) if row.id == shot_id]
+    digest = row.video_sha256 or row.image_sha256
+    review = Review(clip_sha256=digest, id=shot_id, verdict="reject", at=datetime.now(UTC))
+    storage_at(out).write("reviews/1.jsonl", review.model_dump_json() + "\n")
+
+
+def content_of(dest):
+    """Return path -> content and time of all files but that with the number of the last lease."""
+    found = [path for path in Path(dest).rglob("*") if path.is_file() and not path.name.startswith(".lease-")]
+    return {str(path.relative_to(dest)): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+
+
+def load_with_datasets(kind, dest, cache):
+    import datasets
+
+    # torchcodec, which `datasets` imports to store the path of a video, needs FFmpeg on the machine.
+    decoders = SimpleNamespace(VideoDecoder=type("VideoDecoder", (), {}), AudioDecoder=type("AudioDecoder", (), {}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchcodec", SimpleNamespace(decoders=decoders))
+        patch.setitem(sys.modules, "torchcodec.decoders", decoders)
+        found = datasets.load_dataset(kind, data_dir=str(dest), cache_dir=str(cache))
+    assert all(isinstance(rows.features["video"], datasets.Video) for rows in found.values())
+    return found.cast_column("video", datasets.Video(decode=False))
+
+
+def read_folder(dest, cache):
+    found = load_with_datasets("videofolder", dest, cache)
+    return {
+        split: [{**row, "content": Path(row["video"]["path"]).read_bytes()} for row in rows] for split, rows in found.items()
+    }
+
+
+def read_webdataset(dest, cache):
+    import webdataset
+
+    found = {}
+    for shard in sorted(dest.glob("*.tar")):
+        samples = list(webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False).decode())
+        rows = [{**each["json"], "content": each["mp4"]} for each in samples]
+        assert [each["txt"] for each in samples] == [row["caption"] for row in rows]
+        found.setdefault(shard.name.split("-")[0], []).extend(rows)
+    return found
+
+
+def read_parquet(dest, cache):
+    found = load_with_datasets("parquet", dest, cache)
+    return {split: [{**row, "content": row["video"]["bytes"]} for row in rows] for split, rows in found.items()}
+
+
+def read_lance(dest, cache):
+    import lance
+
+    found = {}
+    for path in dest.glob("*.lance"):
+        rows = lance.dataset(path)
+        table = rows.to_table(columns=[name for name in rows.schema.names if name != "video"]).to_pylist()
+        clips = rows.take_blobs("video", indices=list(range(len(table))))
+        found[path.stem] = [{**row, "content": clip.read()} for row, clip in zip(table, clips, strict=True)]
+    return found
+
+
+def read_captions(dest, cache):
+    ids = {f"{name}.mp4": name for name in (*IDS, "new")}
+    clips = [(path, path.with_suffix(".txt").read_bytes().decode()) for path in sorted(dest.glob("*/*.mp4"))]
+    assert len(list(dest.glob("*/*.txt"))) == len(clips)
+    found = {}
+    for path, caption in clips:
+        found.setdefault(path.parent.name, []).append({"id": ids[path.name], "caption": caption, "content": path.read_bytes()})
+    return found
+
+
+READERS = {
+    "videofolder": read_folder,
+    "webdataset": read_webdataset,
+    "parquet": read_parquet,
+    "lance": read_lance,
+    "captions": read_captions,
+}
+
+
+@pytest.fixture(scope="module")
+def six_clips(tmp_path_factory):
+    out = tmp_path_factory.mktemp("six") / "out"
+    fields = [
+        {
+            "id": name,
+            "prompt": prompt,
+            "seed": number,
+            "metadata": {"scene": f"{number}é\n", **({"character": "Ada"} if number == 1 else {})},
+        }
+        for number, (name, prompt) in enumerate(zip(IDS, PROMPTS, strict=True))
+    ]
+    make_folder(out, [(each, moving(3, seed=each["seed"], size=(64, 128))) for each in fields])
+    # Of two clips, and with names that data sets have.
+    digests = [row.video_sha256 for row in read_manifest(out)][:2]
+    scores = {
+        "clip_sha256": digests,
+        "caption": ["a", "b"],
+        "split": [1, 2],
+        "hashes": [[1, 2], None],
+        "motion": [0.5, math.nan],
+    }
+    (out / "scores/x@1").mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.table(scores), out / "scores/x@1/1.parquet")
+    return out
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("form", READERS)
+def test_clips_and_texts_survive_and_later_calls_update_them(form, six_clips, tmp_path):
+    import decord
+
+    out, dest = tmp_path / "out", tmp_path / "dest"
+    copytree(six_clips, out)
+    settings = {"format": form, "splits": HALVES, "split_by": ("prompt",), "caption": CAPTION}
+    report = export_to(dest, out, **settings)
+    assert report.counts == {"added": 6, "changed": 0, "removed": 0, "unchanged": 0, "rejected": 0}
+
+    with open_tables(storage_at(out)) as tables:
+        found = tables.execute("SELECT clip_sha256, caption, split, hashes::JSON::VARCHAR, motion FROM scores").fetchall()
+    scores = {digest: [*rest, None if math.isnan(motion) else motion] for digest, *rest, motion in found}
+
+    def check(expected, step):
+        clips = {row.id: row for row in read_manifest(out)}
+        found = READERS[form](dest, tmp_path / f"cache-{step}")
+        assert {name: len(rows) for name, rows in found.items()} == {name: n for name, n in report.splits.items() if n}
+        rows = {row["id"]: (split, row) for split, rows in found.items() for row in rows}
+        assert rows.keys() == expected.keys()
+        for id_, (split, row) in rows.items():
+            assert row["caption"] == expected[id_], id_
+            assert hashlib.sha256(row["content"]).hexdigest() == clips[id_].video_sha256
+            assert row.get("split", split) == split
+            if form != "captions" and clips[id_].video_sha256 in scores:
+                assert [row[name] for name in SCORES] == scores[clips[id_].video_sha256]
+            assert row.get("prompt", clips[id_].prompt) == clips[id_].prompt
+        assert decord.VideoReader(io.BytesIO(row["content"])).get_batch([0, 1]).shape == (2, 64, 128, 3)
+        return {id_: split for id_, (split, _) in rows.items()}
+
+    captions = {
+        name: f"{number}é\n{'Ada' if number == 1 else ''}: {prompt}"
+        for number, (name, prompt) in enumerate(zip(IDS, PROMPTS, strict=True))
+    }
+    splits = check(captions, 1)
+    assert set(splits.values()) == {"train", "test"}
+
+    before = content_of(dest)
+    report = export_to(dest, out, **settings)
+    assert report.up_to_date
+    assert content_of(dest) == before
+
+    # One clip has other frames, one is rejected, one is new. The others stay as they are.
+    reject(out, "a_b")
+    lost = (out / next(row.video for row in read_manifest(out) if row.id == "a_b")).read_bytes()
+    make_folder(
+        out,
+        [
+            ({"id": "D", "prompt": PROMPTS[3], "metadata": {"scene": "other "}}, moving(3, seed=50, size=(64, 128))),
+            ({"id": "new", "prompt": PROMPTS[0]}, moving(3, seed=51, size=(64, 128))),
+        ],
+    )
+    report = export_to(dest, out, **settings)
+    assert report.counts == {"added": 1, "changed": 1, "removed": 1, "unchanged": 4, "rejected": 1}
+    assert report.removed == [{"id": "a_b", "reason": "rejected"}]
+    del captions["a_b"]
+    later = check(captions | {"D": f"other : {PROMPTS[3]}", "new": f": {PROMPTS[0]}"}, 2)
+    assert later == {id_: split for id_, split in splits.items() if id_ != "a_b"} | {"new": splits["a.b"]}
+    assert not any(lost in content for content, _ in content_of(dest).values())
+    state = json.loads((dest / ".vidgen/export.json").read_text())
+    assert (state["counts"], state["removed"]) == (report.counts, report.removed)
+
+
+def valid_rows(dest):
+    """Return id -> digest of the clips that the metadata names. Each of them must be in its place."""
+    rows = {}
+    for metadata in Path(dest).glob("*/metadata.parquet"):
+        for row in pyarrow.parquet.read_table(metadata, use_threads=False).to_pylist():
+            clip = (metadata.parent / row["file_name"]).read_bytes()
+            assert hashlib.sha256(clip).hexdigest() == row["sha256"], f"{row['id']} has another clip than its row says"
+            rows[row["id"]] = row["sha256"]
+    return rows
+
+
+def in_fork(call, *arguments):
+    """Return the exit code of a fork that makes a call, or minus the signal that ended it."""
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            call(*arguments)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def export_until(dest, out, last):
+    """Export, and kill this process before the change number `last` of a file."""
+    changes = 0
+
+    def count(event, arguments):
+        nonlocal changes
+        if event in ("os.rename", "os.link", "os.remove") and str(dest) in str(arguments) and ".running" not in str(arguments):
+            changes += 1
+            if changes == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    export_to(dest, out, splits=HALVES, split_by=("prompt",))
+
+
+def check_kills(root):
+    """Kill an export at each change of a file. The data set is valid then, and the next call completes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        work_inline(patch)
+        before, after = valid_rows(root / "first"), valid_rows(root / "complete")
+        code = last = 0
+        for last in range(1, 100):
+            dest = copytree(root / "first", root / f"killed-{last}")
+            code = in_fork(export_until, dest, root / "out", last)
+            found = valid_rows(dest)
+            assert all(digest in (before.get(id_), after.get(id_)) for id_, digest in found.items())
+            if code != -signal.SIGKILL:
+                break
+            # The same code completes all of them.
+            if last % 3 == 0:
+                assert in_fork(export_until, dest, root / "out", 0) == 0
+                assert valid_rows(dest) == after
+                assert {path.name for path in dest.rglob("*.mp4")} == {path.name for path in (root / "complete").rglob("*.mp4")}
+    return 0 if code == 0 and last > 8 else 2
+
+
+@pytest.mark.usefixtures("inline")
+def test_killed_export_is_valid_and_completed_by_the_next_call(six_clips, tmp_path):
+    out = copytree(six_clips, tmp_path / "out")
+    for name in ("first", "complete"):
+        export_to(tmp_path / name, out, splits=HALVES, split_by=("prompt",))
+    reject(out, "a_b")
+    clip = moving(3, seed=50, size=(64, 128))
+    make_folder(out, [({"id": "D", "prompt": PROMPTS[3]}, clip), ({"id": "new", "prompt": PROMPTS[0]}, clip)])
+    export_to(tmp_path / "complete", out, splits=HALVES, split_by=("prompt",))
+    process = forked.start(tmp_path / "errors", check_kills, tmp_path)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "errors").read_text()
+
+
+@pytest.mark.usefixtures("inline")
+def test_full_disk_leaves_a_valid_data_set(six_clips, tmp_path, small_disk):
+    dest = small_disk.folder / "dest"
+    export_to(dest, six_clips, where="id <> 'D'")
+    before = valid_rows(dest)
+    small_disk.fill()
+    with pytest.raises(SetupError, match="the disk is full"):
+        export_to(dest, six_clips)
+    assert valid_rows(dest) == before
+    small_disk.make_room()
+    export_to(dest, six_clips)
+    assert len(valid_rows(dest)) == 6
+
+
+@pytest.mark.usefixtures("inline")
+def test_what_does_not_fit_is_refused(six_clips, tmp_path, capsys):
+    dest, other = tmp_path / "dest", tmp_path / "other"
+    export_to(dest, six_clips)
+    assert os.path.samefile(
+        dest / "train/D.mp4", six_clips / next(row.video for row in read_manifest(six_clips) if row.id == "D")
+    )
+    other.mkdir()
+    (other / "notes").touch()
+    with lease(storage_at(dest / ".vidgen"), "export-other"), pytest.raises(SetupError, match="is working in it"):
+        export_to(dest, six_clips)
+    for match, place, settings in (
+        ("was exported with the default options, got --format lance", dest, {"format": "lance"}),
+        ("has other files, such as 'notes'", other, {}),
+        ("must not be inside", six_clips / "data", {}),
+        ("no clip to export: of 6 finished shots, 6 are not selected", tmp_path / "new", {"where": "seed > 100"}),
+        ("6 have no hd", tmp_path / "new", {"files": "hd"}),
+        (
+            r"unknown name \{place\}, must be one of metadata.character, metadata.scene, run,",
+            tmp_path / "new",
+            {"caption": "{place}"},
+        ),
+        ("unknown name {metadata.place}", tmp_path / "new", {"caption": "{metadata.place}"}),
+        ("manifest has the columns", tmp_path / "new", {"where": "sharpness > 1"}),
+    ):
+        with pytest.raises(UsageError, match=match):
+            export_to(place, six_clips, **settings)
+    assert list(other.iterdir()) == [other / "notes"]
+    assert main(["export", str(six_clips), str(dest), "--format", "zip"]) == 2
+    assert "--format: got 'zip', must be 'videofolder'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("inline")
+def test_uncleared_clips_are_refused_with_the_reason(tmp_path):
+    photo = tmp_path / "face.png"
+    photo.write_bytes(b"face")
+    licence = {"weights": "w", "licence": "Strict", "commercial_use": "conditional"}
+    clip = moving(2, size=(64, 64))
+    declared = {"subject": "Ada", "basis": "written"}
+    out = make_folder(
+        tmp_path / "out",
+        [
+            ({"id": "free"}, clip),
+            ({"id": "strict", "licences": (licence,)}, clip),
+            ({"id": "face", "face_image": [str(photo)]}, clip),
+            ({"id": "cleared", "face_image": [str(photo)], "consent": declared}, clip),
+        ],
+    )
+    dest = tmp_path / "dest"
+    assert export_to(dest, out.url, cleared="commercial").refused == [
+        {"id": "face", "reason": "shows a person (face photo) without declared consent"}
+    ]
+    report = export_to(dest, out.url, cleared="unconditional")
+    strict = {"id": "strict", "reason": "commercial use: conditional; licences: Strict"}
+    assert strict in report.refused
+    assert report.removed == [strict]
+    assert valid_rows(dest).keys() == {"free", "cleared"}
+    assert [json.loads(line) for line in (dest / "refused.jsonl").read_text().splitlines()] == report.refused
+    remove_person(out, {sha256_of(photo)}, None, with_shots=True)
+    removed = export_to(dest, out.url, cleared="unconditional").removed
+    assert removed == [{"id": "cleared", "reason": "the output folder does not have the shot"}]
+    assert [path.name for path in dest.rglob("*.mp4")] == ["free.mp4"]
+
+
+@pytest.mark.usefixtures("inline")
+def test_missing_files_and_images_are_left_out(tmp_path):
+    shots = [({"id": f"clip-{n}", "seed": n}, moving(2, seed=n, size=(64, 64))) for n in range(3)]
+    out = make_folder(tmp_path / "out", [*shots, ({"id": "image"}, texture(64, 64))])
+    (tmp_path / "out" / next(row.video for row in read_manifest(out.url) if row.id == "clip-1")).unlink()
+    for form in ("videofolder", "webdataset"):
+        dest = tmp_path / form
+        report = export_to(dest, out.url, format=form, shard_mb=1)
+        assert [each["id"] for each in report.missing] == ["clip-1", "image"]
+        assert report.splits == {"train": 2}
+        assert export_to(dest, out.url, format=form, shard_mb=1).up_to_date
+    export_to(tmp_path / "images", out.url, files="image")
+    assert len(list((tmp_path / "images/train").glob("*.png"))) == 4
+
+
+def split_of(rows, splits=HALVES, by=("prompt", "character"), done=None, chain=()):
+    """Return id -> split of rows (id, prompt, character)."""
+    with duckdb.connect() as database:
+        database.execute("CREATE TABLE clips (id VARCHAR, prompt VARCHAR, character VARCHAR)")
+        database.execute(
+            "ALTER TABLE clips ADD COLUMN face_image VARCHAR[]; ALTER TABLE clips ADD COLUMN script VARCHAR DEFAULT 's'"
+        )
+        database.execute("ALTER TABLE clips ADD COLUMN continue_from VARCHAR; CREATE TABLE done (id VARCHAR, split VARCHAR)")
+        database.executemany("INSERT INTO clips (id, prompt, character) VALUES (?, ?, ?)", rows)
+        for id_, before in dict(chain).items():
+            database.execute("UPDATE clips SET continue_from = ? WHERE id = ?", [before, id_])
+        for item in (done or {}).items():
+            database.execute("INSERT INTO done VALUES (?, ?)", item)
+        database.execute("CREATE TABLE chosen AS SELECT id FROM clips WHERE prompt <> 'not chosen'")
+        assign_splits(database, splits, by)
+        return dict(database.execute("SELECT id, split FROM splits").fetchall())
+
+
+def test_groups_are_never_divided_and_keep_their_split():
+    rows = [(f"{person}-{number}", f"prompt {person}", f"person {person}") for person in range(40) for number in range(5)]
+    found = split_of(rows, {"train": 0.8, "val": 0.2})
+    assert all(len({found[f"{person}-{number}"] for number in range(5)}) == 1 for person in range(40))
+    assert 0.1 < sum(split == "val" for split in found.values()) / len(found) < 0.4
+    # More clips change no split, in whatever order they are.
+    more = [*rows, *((f"z-{number}", f"other {number}", None) for number in range(50))][::-1]
+    assert split_of(more, {"train": 0.8, "val": 0.2}).items() >= found.items()
+    # Chains, also through a shot that is not chosen.
+    chained = [("a", "one", None), ("b", "not chosen", None), ("c", "three", None), *rows]
+    for other in ("one", "two", "three"):
+        found = split_of(chained, done={"a": "train"} if other == "two" else None, chain=(("b", "a"), ("c", "b")))
+        assert found["a"] == found["c"]
+        chained[0] = ("a", other, None)
+
+
+def test_splits_that_cannot_hold_are_refused():
+    rows = [(f"a{number}", f"p{number}", "Ada") for number in range(9)] + [("b", "p", "Bo")]
+    match = "would have .* of 10 clips.*with 'character Ada', has 9 clips. Try --split-by prompt, --split-by character"
+    with pytest.raises(UsageError, match=match):
+        split_of(rows)
+    assert set(split_of(rows, by=("prompt",)).values()) == {"train", "test"}
+    joined = [("a", "one", "Ada"), ("b", "two", "Bo"), ("new", "one", "Bo")]
+    with pytest.raises(UsageError, match="new connects b of test and a of train, through 'character Ada' or other keys"):
+        split_of(joined, done={"a": "train", "b": "test"})
+    for text, match in (
+        ("train=0.9", "add up to 0.9"),
+        ("a=1,a=1", "got 'a=1'"),
+        ("a/b=1", "got 'a/b=1'"),
+        ("a=x", "got 'a=x'"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            parse_splits(text)
+
+
+def test_clips_are_encoded_again_as_asked_with_their_marks(tmp_path):
+    record = ProvenanceRecord(source_type="trainedAlgorithmicMedia", key="k")
+    frames = moving(12, px=6, size=(64, 96))
+    with Mp4Writer(tmp_path / "in.mp4", 96, 64, 12, Mp4Settings(crf=5), record.metadata()) as clip:
+        clip.write(frames)
+    to = tmp_path / "out.mp4"
+    assert encode_again(tmp_path / "in.mp4", to, Transcode(resize="32", fps=6, frames=4)) == {
+        "sha256": hashlib.sha256(to.read_bytes()).hexdigest(),
+        "bytes": to.stat().st_size,
+        "width": 48,
+        "height": 32,
+        "num_frames": 4,
+        "fps": 6.0,
+        "duration_s": 4 / 6,
+    }
+    with open_video(to) as video:
+        small = frames.reshape(12, 32, 2, 48, 2, 3).mean((2, 4))
+        errors = np.abs(video.frames(0, 4)[:, None] - small).mean((2, 3, 4))
+    # The colours of so small a texture do not survive half the resolution of colours.
+    assert errors.argmin(1).tolist() == [0, 2, 4, 6]
+    assert errors.min(1).max() < 16 < errors[errors > errors.min(1, keepdims=True)].min()
+    assert read_provenance(to).record == record
+    with pytest.raises(MediaError, match="has 12 frames, fewer than --frames 13"):
+        encode_again(tmp_path / "in.mp4", to, Transcode(frames=13))
+
+
+@pytest.mark.usefixtures("inline")
+def test_object_stores(six_clips, tmp_path, endpoint, capsys):  # noqa: F811
+    bucket = boto3.resource("s3", endpoint_url=endpoint).Bucket("clips")
+    for path in six_clips.rglob("*"):
+        if path.is_file():
+            bucket.put_object(Key=f"out/{path.relative_to(six_clips)}", Body=path.read_bytes())
+    source, dest = (f"s3://clips/{name}?endpoint={endpoint}" for name in ("out", "dest"))
+    for where, clips in (("true", 6), ("id <> 'D'", 5)):
+        assert main(["export", source, dest, "--where", where, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["splits"] == {"train": clips}
+        copy = tmp_path / f"copy-{clips}"
+        for item in bucket.objects.filter(Prefix="dest/train/"):
+            target = copy / item.key
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(item.get()["Body"].read())
+        assert len(valid_rows(copy / "dest")) == clips == len(list(copy.rglob("*.mp4")))
