@@ -57,7 +57,7 @@ SETTING_COLUMNS = tuple(
 )
 INTERVAL = (
     f"{CONFIDENCE:.0%} percentile bootstrap over prompts, {RESAMPLES:,} resamples, widened for few prompts (Hesterberg 2015); "
-    f"null below {MIN_GROUPS} prompts"
+    f"none below {MIN_GROUPS} prompts"
 )
 
 

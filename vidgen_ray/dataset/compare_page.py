@@ -27,7 +27,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 170, 58, 12, 12, 26
 """Size of a plot and its margins in pixels."""
 ROW = 28
 """Height of a level in a dot plot."""
-LETTERS = 20
+LETTERS = 18
 """Maximum length of the name of a level in a plot."""
 
 Bounds = tuple[float, float]
