@@ -167,42 +167,36 @@ def _files(database: duckdb.DuckDBPyConnection, state: ExportState, source: Stor
     """Return the files of the card by path."""
     (totals,) = _dicts(database, TOTALS)
     splits = sorted(_dicts(database, SPLITS), key=lambda row: [*state.splits].index(row["Split"]))
-    # All clips may have been removed.
-    split_names = [row["Split"] for row in splits] or [*state.splits]
     names = _person_names(database)
     used = _used_weights(database, source)
-    title = _clean(", ".join(posixpath.splitext(script)[0] for script in totals["scripts"])) or "Clips"
-    licences = sorted({each.licence or "unknown" for each in used} or {name or "unknown" for name in totals["licences"]})
-    samples, grid = _samples(database, source, names)
     scores = {name: kind for name, kind, *_ in database.execute("DESCRIBE clips").fetchall() if _is_score(name)}
     meanings = _meanings({*state.columns, *scores})
     drawn = [_histogram(database, name, meanings) for name, kind in scores.items() if NUMBERS.fullmatch(kind)]
-    histograms = [each for each in drawn if each is not None]
-    front_matter = _front_matter(state, totals, title, licences, split_names)
-    context = {
-        "title": title,
-        "front_matter": Markup(front_matter),
+    samples, grid = _samples(database, source, names)
+    facts = {
+        "title": _clean(", ".join(posixpath.splitext(script)[0] for script in totals["scripts"])) or "Clips",
         "state": state,
         "totals": {**totals, "length": _scaled(totals["seconds"], "Length"), "size": _scaled(totals["bytes"], "Size")},
         "splits": splits,
+        # All clips may have been removed.
+        "split_names": [row["Split"] for row in splits] or [*state.splits],
         "samples": samples,
-        "histograms": histograms,
+        "histograms": [each for each in drawn if each is not None],
         "models": [
             {"Weights": _code(each.weights), "Licence": _link(each.licence, each.url)}
             | {"Commercial use": each.commercial_use, "Condition": each.condition}
             for each in used
         ],
+        "licences": sorted({each.licence or "unknown" for each in used} or {name or "unknown" for name in totals["licences"]}),
+        "meanings": meanings,
         **_reproduction(totals, state, source),
-        "columns": [
-            {"Column": _code(name), "Type": kind, "Meaning": meanings.get(name)} for name, kind in state.columns.items()
-        ],
         **_tables(database, names),
     }
     return {
-        "README.md": _render("data_card.md", context),
-        "croissant.json": _croissant(state, totals, title, licences, split_names, meanings),
+        "README.md": _render("data_card.md", {**facts, "front_matter": Markup(_front_matter(facts))}),
+        "croissant.json": _croissant(facts),
         **({GRID: grid} if samples else {}),
-        **{f"{FOLDER}/{each['file']}": each["svg"] for each in histograms if each["svg"]},
+        **{f"{FOLDER}/{each['file']}": each["svg"] for each in facts["histograms"] if each["svg"]},
     }
 
 
@@ -407,11 +401,10 @@ def _histogram(database: duckdb.DuckDBPyConnection, name: str, meanings: Mapping
 # Metadata for machines.
 
 
-def _front_matter(
-    state: ExportState, totals: Mapping[str, Any], title: str, licences: Sequence[str], splits: Sequence[str]
-) -> str:
+def _front_matter(facts: Mapping[str, Any]) -> str:
     """Return the YAML that the hub and `datasets` read."""
-    spdx = [name.lower() for name in licences]
+    state, totals = facts["state"], facts["totals"]
+    spdx = [name.lower() for name in facts["licences"]]
     one = len(spdx) == 1 and spdx[0] in HUB_LICENCES
     listed = "-and-".join(re.sub("[^a-z0-9.]+", "-", name).strip("-") for name in spdx) or "unknown"
     text, images = totals["clips"] - totals["from_images"], totals["from_images"]
@@ -420,10 +413,10 @@ def _front_matter(
     skipped = ("captions",) if state.format == "captions" else ()
     data_files = [
         {"split": split, "path": [pattern for name, pattern in state.patterns(split).items() if name not in skipped]}
-        for split in splits
+        for split in facts["split_names"]
     ]
     content = {
-        "pretty_name": title,
+        "pretty_name": facts["title"],
         **({"license": spdx[0]} if one else {"license": "other", "license_name": listed}),
         "task_categories": ["text-to-image"] if state.files == "image" else tasks,
         "size_categories": [next((name for limit, name in HUB_SIZES if totals["clips"] < limit), "10M<n<100M")],
@@ -433,18 +426,12 @@ def _front_matter(
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def _croissant(
-    state: ExportState,
-    totals: Mapping[str, Any],
-    title: str,
-    licences: Sequence[str],
-    splits: Sequence[str],
-    meanings: Mapping[str, Markup],
-) -> str:
+def _croissant(facts: Mapping[str, Any]) -> str:
     """Return the Croissant metadata: the files of the format, and a record per clip."""
     # It takes seconds to import.
     import mlcroissant as mlc
 
+    state, totals, persons = facts["state"], facts["totals"], facts["totals"]["persons"]
     context = mlc.Context(conforms_to="http://mlcommons.org/croissant/1.1")
     of = mlc.DataType
     types = {"string": of.TEXT, "int64": of.INTEGER, "double": of.FLOAT, "bool": of.BOOL}
@@ -456,10 +443,10 @@ def _croissant(
 
     def field(name: str, kind: str, extract: Any) -> Any:
         source = mlc.Source(file_set=records, extract=extract)
-        about = meanings.get(name)
+        about = facts["meanings"].get(name)
         return mlc.Field(ctx=context, id=f"clips/{name}", name=name, description=about, data_types=[types[kind]], source=source)
 
-    sets = {name: [state.patterns(split)[name] for split in splits] for name in state.patterns("")}
+    sets = {name: [state.patterns(split)[name] for split in facts["split_names"]] for name in state.patterns("")}
     distribution = [file_set(name, includes) for name, includes in sets.items()]
     records = next(iter(sets))
     if state.format == "webdataset":
@@ -472,13 +459,12 @@ def _croissant(
         by = "json_path" if state.format == "webdataset" else "column"
         path = "$." if state.format == "webdataset" else ""
         fields = [field(name, kind, mlc.Extract(**{by: f"{path}{name}"})) for name, kind in state.columns.items()]
-    persons = totals["persons"]
     metadata = mlc.Metadata(
         ctx=context,
-        name=title,
+        name=facts["title"],
         description=f"{totals['clips']:,} AI-generated {state.noun}s, rendered with vidgen-ray. See README.md.",
         keywords=list(TAGS),
-        license=[f"https://spdx.org/licenses/{name}" if name.lower() in HUB_LICENCES else name for name in licences] or None,
+        license=[f"https://spdx.org/licenses/{name}" if name.lower() in HUB_LICENCES else name for name in facts["licences"]],
         date_created=totals["ended_at"],
         data_collection="Models rendered everything from text prompts. README.md lists them with their licences.",
         data_annotation_protocol=["People accepted or rejected results, or gave 1 to 5 stars."] if totals["reviewed"] else None,
@@ -516,7 +502,7 @@ def _templates() -> Environment:
 
 
 def _render(template: str, context: Mapping[str, Any]) -> str:
-    return _templates().get_template(template).render(context, table=_table, fence=_fence, by_reason=_by_reason)
+    return _templates().get_template(template).render(context, table=_table, code=_code, fence=_fence, by_reason=_by_reason)
 
 
 def _clean(text: str) -> str:
@@ -575,15 +561,15 @@ def _fence(text: str) -> Markup:
     return Markup(f"{fence}sh\n{DIRECTION_MARKS.sub('', text)}\n{fence}")
 
 
-def _table(rows: Sequence[Mapping[str, Any]], limit: int = TABLE_ROWS) -> Markup:
+def _table(rows: Sequence[Mapping[str, Any]]) -> Markup:
     """Return rows as a table, without the columns that are empty in all of them."""
-    shown = rows[:limit]
+    shown = rows[:TABLE_ROWS]
     columns = [name for name in (shown[0] if shown else ()) if any(row[name] is not None for row in shown)]
     numbers = [all(isinstance(row[name], int | float | None) for row in shown) for name in columns]
     lines: list[list[str]] = [[_markdown(name) for name in columns], ["---:" if is_number else "---" for is_number in numbers]]
     lines += [[_markdown(_scaled(row[name], name) if name in UNITS else row[name]) for name in columns] for row in shown]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return Markup(text + (f"\n\n{len(rows) - limit:,} more." if len(rows) > limit else ""))
+    return Markup(text + (f"\n\n{len(rows) - TABLE_ROWS:,} more." if len(rows) > TABLE_ROWS else ""))
 
 
 def _by_reason(listed: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
