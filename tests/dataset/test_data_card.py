@@ -79,16 +79,20 @@ def source(tmp_path_factory):
         for seed, (face, strength) in enumerate((face, strength) for face in faces for strength in (0.5, 1.0))
     ]  # fmt: skip
     clips += [({"id": "nasty", "prompt": NASTY, "seed": 8}, moving(px=1)), ({"id": "plain", "licences": LICENCES}, moving())]
-    return make_folder(root / "out", clips).storage
+    outputs = make_folder(root / "out", clips)
+    with open_tables(outputs.storage) as database:
+        scores = database.sql("SELECT clip_sha256, min(seed) / 2 AS sharpness FROM clips GROUP BY ALL").to_arrow_table()
+    schema = pyarrow.schema([("clip_sha256", pyarrow.string()), PixelScorer.columns["sharpness"].named("sharpness")])
+    with outputs.storage.new_file("scores/pixels@1/1.parquet") as path:
+        pyarrow.parquet.write_table(scores.cast(schema), path)
+    return outputs.storage
 
 
 @pytest.fixture(scope="module")
 def card(source, tmp_path_factory):
     """Folder of an export with scores, reviews and costs."""
     root = tmp_path_factory.mktemp("card")
-    scores = (
-        "seed / 2 AS sharpness, seed > 1 AS has_face, 0 AS cuts, 'text' AS phash, [1.0] AS each_frame, NULL::DOUBLE AS empty"
-    )
+    scores = "seed > 1 AS has_face, 0 AS cuts, 'text' AS phash, [1.0] AS each_frame, NULL::DOUBLE AS empty"
     rest = """* REPLACE (if(seed = 1, 'accept', NULL) AS verdict, if(seed = 1, 5, NULL) AS stars,
         if(seed = 1, ended_at, NULL) AS reviewed_at, 0.5::DOUBLE AS cost, 'USD' AS currency)"""
     export_state(storage_at(root), source, f'{scores}, seed + 1.5::DOUBLE AS "na|me<&"', all=rest)
@@ -130,7 +134,7 @@ def test_card_states_counts_persons_factors_and_changes(card):
     assert found["Stars", "Clips"] == [["5", "2"]]
     assert found["Currency", "Total", "Per clip", "Per accepted clip"] == [["USD", "3", "0.5", "1.5"]]
     (scores,) = (rows for head, rows in found.items() if head[0] == "Score")
-    assert ["sharpness", "6", "0", "0.5", "1.25", "4", PixelScorer.columns["sharpness"].description] in scores
+    assert ["sharpness", "6", "0", "0.5", "1.17", "4", PixelScorer.columns["sharpness"].description] in scores
     models = {row[0]: row[1:] for row in found["Weights", "Licence", "Commercial use"]}
     assert models["hub:black-forest-labs/FLUX.1-dev"] == ["FLUX.1 [dev] Non-Commercial License", "no"]
     text = (card / "README.md").read_text()

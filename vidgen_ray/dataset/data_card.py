@@ -14,7 +14,7 @@ import shlex
 import tempfile
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -23,6 +23,7 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 import duckdb
+import pyarrow.parquet
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -34,9 +35,9 @@ from vidgen_ray.errors import MediaError
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.media import cover_crop, open_video, read_image
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
-from vidgen_ray.outputs.manifest import LIKENESS, SCHEMA, ManifestRow
+from vidgen_ray.outputs.manifest import LIKENESS, SCHEMA, ManifestRow, opened
 from vidgen_ray.outputs.manifest_writer import SCRIPTS
-from vidgen_ray.outputs.records import RECORD
+from vidgen_ray.outputs.records import RECORD, SCORES
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.provenance.record import ProvenanceRecord
 from vidgen_ray.report.shot_text import short_names
@@ -170,7 +171,7 @@ def _files(database: duckdb.DuckDBPyConnection, state: ExportState, source: Stor
     names = _person_names(database)
     used = _used_weights(database, source)
     scores = {name: kind for name, kind, *_ in database.execute("DESCRIBE clips").fetchall() if _is_score(name)}
-    meanings = _meanings({*state.columns, *scores})
+    meanings = _meanings(source)
     drawn = [_histogram(database, name, meanings) for name, kind in scores.items() if NUMBERS.fullmatch(kind)]
     samples, grid = _samples(database, source, names)
     facts = {
@@ -351,17 +352,15 @@ def _grid(tiles: Sequence[Image]) -> bytes:
     return content.getvalue()
 
 
-def _meanings(columns: Set[str]) -> dict[str, Markup]:
-    """Return the descriptions of columns, as far as they are known."""
-    known = dict(DESCRIPTIONS)
-    if columns - known.keys():
-        # They import torch.
-        from vidgen_ray.dataset.measurements import SCORERS
-        from vidgen_ray.dataset.score_folder import NEIGHBOURS
-
-        for scored in (NEIGHBOURS, *(scorer.columns for scorer in SCORERS)):
-            known |= {name: column.description for name, column in scored.items()}
-    return {name: Markup(known[name]) for name in columns & known.keys()}
+def _meanings(source: Storage) -> dict[str, str]:
+    """Return the descriptions of columns. Those of scores are in their files."""
+    known: dict[str, str] = {name: Markup(text) for name, text in DESCRIPTIONS.items()}
+    for folder in sorted(source.folders(SCORES)):
+        for name in sorted(name for name in source.files(f"{SCORES}/{folder}") if name.endswith(".parquet"))[-1:]:
+            with opened(source, f"{SCORES}/{folder}/{name}") as file:
+                fields = pyarrow.parquet.read_schema(file)
+            known |= {field.name: field.metadata[b"description"].decode() for field in fields if field.metadata}
+    return known
 
 
 def _is_score(name: str) -> bool:
@@ -369,7 +368,7 @@ def _is_score(name: str) -> bool:
     return name in LIKENESS or not (name in known or EXPORT_COLUMNS.fullmatch(name))
 
 
-def _histogram(database: duckdb.DuckDBPyConnection, name: str, meanings: Mapping[str, Markup]) -> dict[str, Any] | None:
+def _histogram(database: duckdb.DuckDBPyConnection, name: str, meanings: Mapping[str, str]) -> dict[str, Any] | None:
     """Return the picture of a score, its file name, its text and its row of the table. `None` if the score has no values."""
     column = '"' + name.replace('"', '""') + '"'
     values = f"(SELECT {column}::DOUBLE AS value FROM clips WHERE isfinite({column}::DOUBLE))"

@@ -391,7 +391,7 @@ def write_neighbours(storage: Storage, clips: Sequence[dict[str, Any]]) -> None:
         is_double = len(clip["ids"]) > 1  # shots with the same bytes
         rows["neighbour_id"].append(clip["ids"][1] if is_double else known[position]["id"])
         rows["neighbour_distance"].append(0 if is_double else distance)
-    columns = [(DIGEST, pyarrow.string()), *((name, column.type) for name, column in NEIGHBOURS.items())]
+    columns = [(DIGEST, pyarrow.string()), *(column.named(name) for name, column in NEIGHBOURS.items())]
     _write_table(storage, NEIGHBOURS_FILE, pyarrow.table(rows, pyarrow.schema(columns, {"vidgen.hashes": state})))
 
 

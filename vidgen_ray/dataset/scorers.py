@@ -59,6 +59,10 @@ class Column(NamedTuple):
     description: str
     """One sentence with unit and range."""
 
+    def named(self, name: str) -> pyarrow.Field:
+        """Return the column of this name, with its description, for files with scores."""
+        return pyarrow.field(name, self.type, metadata={"description": self.description})
+
 
 class Scorer(ABC):
     """Measures clips. One instance measures many clips, in a process of its own."""
@@ -255,7 +259,7 @@ class ChosenScorer:
 
     @property
     def schema(self) -> pyarrow.Schema:
-        columns = [(name, column.type) for name, column in self.kind.columns.items()]
+        columns = [column.named(name) for name, column in self.kind.columns.items()]
         return pyarrow.schema([(DIGEST, pyarrow.string()), *columns], {"vidgen.weights": self.digest})
 
 
