@@ -399,7 +399,7 @@ def test_uncleared_clips_are_refused_with_the_reason(tmp_path):
 @pytest.mark.usefixtures("inline")
 def test_missing_files_and_images_are_left_out(tmp_path):
     shots = [({"id": f"clip-{n}", "seed": n}, moving(2, seed=n, size=(64, 64))) for n in range(3)]
-    out = make_folder(tmp_path / "out", [*shots, ({"id": "image"}, texture(64, 64))])
+    out = make_folder(tmp_path / "out", [*shots, ({"id": "image", "crop_width": 48, "crop_height": 32}, texture(64, 64))])
     (tmp_path / "out" / next(row.video for row in read_manifest(out.url) if row.id == "clip-1")).unlink()
     for form in ("videofolder", "webdataset"):
         dest = tmp_path / form
@@ -409,6 +409,8 @@ def test_missing_files_and_images_are_left_out(tmp_path):
         assert export_to(dest, out.url, format=form, shard_mb=1).up_to_date
     export_to(tmp_path / "images", out.url, files="image")
     assert len(list((tmp_path / "images/train").glob("*.png"))) == 4
+    rows = pyarrow.parquet.read_table(tmp_path / "images/train/metadata.parquet", columns=["width", "height"]).to_pylist()
+    assert [(row["width"], row["height"]) for row in rows] == [(64, 64)] * 3 + [(48, 32)]
 
 
 def split_of(rows, splits=HALVES, by=("prompt", "character"), done=None, chain=()):

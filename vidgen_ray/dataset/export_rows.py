@@ -94,7 +94,7 @@ def load_rows(database: duckdb.DuckDBPyConnection, kind: Kind, caption: str, *, 
         # As `graph.file_sizes` cuts files that are not upscaled.
         cut = f"greatest(2, round_even(crop_{side} / if(upscale_video, scale, 1) / 2, 0) * 2)::BIGINT"
         is_hd = f"{kind in ('hd', 'clip')} AND hd_video IS NOT NULL"
-        columns[side] = f"if({is_hd}, hd_{side}, least({side}, coalesce({cut}, {side})))"
+        columns[side] = f"if({is_hd}, hd_{side}, if(crop_{side} IS NULL, {side}, least({side}, {cut})))"
     for name, type_ in (("num_frames", "BIGINT"), ("fps", "DOUBLE"), ("duration_s", "DOUBLE")):
         columns[name] = f"({'NULL' if kind == 'image' else name})::{type_}"
     columns["ai_generated"] = "true"
