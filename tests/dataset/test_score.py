@@ -154,7 +154,7 @@ def test_clips_are_scored_during_and_after_a_run(tmp_path, monkeypatch, capsys):
         ray.wait(listener._running, num_returns=2)
         listener.on_status(SimpleNamespace(stages={}, gpus_busy=None, in_progress=0))
         listeners.append(listener)
-        return SimpleNamespace(done=2, skipped=1, failed=0, seconds=1, cost=None, currency=None, left=0)
+        return SimpleNamespace(done=2, skipped=1, failed=0, seconds=1, cost=None, currency=None, left=0, complete=True)
 
     monkeypatch.setattr("vidgen_ray.batch.render_script.render", render)
     script = tmp_path / "script.jsonl"
