@@ -201,7 +201,7 @@ def test_settings_that_differ_within_prompts_are_factors(tmp_path: Path) -> None
 
 def test_two_folders_are_paired_by_prompt_and_seed_or_by_id(tmp_path: Path) -> None:
     def rendered(name: str, seed: int, lora_strength: float, score: float) -> OutputFolder:
-        fields = [{"id": f"s{line}", "seed": seed + line, "lora_strength": lora_strength} for line in range(5)]
+        fields = [{"id": f"s{line}", "seed": seed + line, "lora_strength": lora_strength if line else 0.5} for line in range(5)]
         return _folder(tmp_path / name, [(line, each, {"score": score + line}) for line, each in enumerate(fields)])
 
     old, new, other_seed = rendered("old", 1, 0.6, 1.0), rendered("new", 1, 0.8, 3.0), rendered("seed", 50, 0.6, 2.0)
@@ -266,7 +266,7 @@ def test_page_shows_plots_and_clips_that_play(tmp_path: Path, capsys: pytest.Cap
     assert main(["compare", str(folder.root), "--factor", "identity_strength"]) == 0
     text = capsys.readouterr().out
     assert "0.55" in text
-    assert "Pairs by prompt and seed" in text
+    assert "Below the means: difference to 0.2, no interval (2 pairs of 1 prompt; an interval needs 5 prompts)" in text
     with browser_page(1280, 900) as page:
         page.goto((folder.root / "compare.html").as_uri())
         assert page.locator("h2").all_inner_texts() == ["identity strength"]

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import operator
+import sys
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -87,7 +89,7 @@ def compare(storages: Sequence[Storage], names: Sequence[str] = (), reference: s
     `names`: factors. Default: all. `reference`: level that the others are compared with. Default: the first of the script.
     Raises UsageError for an unknown factor or level, and if the clips differ in no setting.
     """
-    clips = _joined([_load(storage, number) for number, storage in enumerate(storages)])
+    clips = _joined([_load(storage, number, len(storages) > 1) for number, storage in enumerate(storages)])
     also_differ: dict[str, list[str]] = defaultdict(list)
     if len(storages) == 2:
         texts = short_names([storage.url for storage in storages])
@@ -125,7 +127,8 @@ def compare(storages: Sequence[Storage], names: Sequence[str] = (), reference: s
 # ---- clips and their factors
 
 
-def _load(storage: Storage, number: int) -> Clips:
+def _load(storage: Storage, number: int, all_settings: bool) -> Clips:
+    """Return the clips of a folder. Without `all_settings`, clips of a matrix or with choices have none."""
     with open_tables(storage) as database:
         scores = [
             name for name, kind, *_ in database.execute("DESCRIBE scores").fetchall() if name != DIGEST and kind in NUMERIC
@@ -140,7 +143,7 @@ def _load(storage: Storage, number: int) -> Clips:
             f"FROM clips WHERE status = 'done' {IN_SCRIPT_ORDER}"
         ).to_arrow_table()
     values = np.stack([table.column(name).to_numpy(zero_copy_only=False) for name in measures], axis=1).astype(float)
-    rows = table.select([name for name in table.column_names if name not in measures]).to_pylist()
+    rows = table.select([name for name in table.column_names if name not in {*measures, *SETTING_COLUMNS}]).to_pylist()
     texts = defaultdict[tuple[str, int], set[str]](set)
     for row in rows:
         texts[row["script"], row["line"]].add(row["prompt"])
@@ -152,6 +155,10 @@ def _load(storage: Storage, number: int) -> Clips:
         for row, own in zip(rows, factors, strict=True)
         for place in [(row["script"], row["line"])]
     ]
+    shown = [position for position, own in enumerate(factors) if all_settings or not own]
+    settings_of = dict(
+        zip(shown, map(_settings, table.select(SETTING_COLUMNS).take(pyarrow.array(shown, "int64")).to_pylist()), strict=True)
+    )
     return Clips(
         ids=[row["id"] for row in rows],
         folders=[number] * len(rows),
@@ -160,25 +167,27 @@ def _load(storage: Storage, number: int) -> Clips:
         seeds=[row["seed"] for row in rows],
         files=[(row["clip"], row["image"]) for row in rows],
         factors=factors,
-        settings=[dict(_settings(row)) for row in rows],
+        settings=[settings_of.get(position, {}) for position in range(len(rows))],
         measures=list(measures),
         values=values,
     )
 
 
-def _settings(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the settings of a clip, with an entry per stage, and with the weights of LoRAs apart from their files."""
+def _settings(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings of a clip, with an entry per stage, and with the weights of LoRAs apart from their files."""
+    settings: dict[str, str] = {}
     for name in SETTING_COLUMNS:
         text = row[name] or "null"
         if name in NESTED_FIELDS:
-            yield from ((f"{name}.{stage}", json.dumps(value)) for stage, value in (json.loads(text) or {}).items())
+            settings |= {f"{name}.{stage}": json.dumps(value) for stage, value in (json.loads(text) or {}).items()}
         elif name in LORA_FIELDS:
             loras = json.loads(text) or []
             weights = [lora["weight"] for lora in loras]
-            yield name, json.dumps([lora["path"] for lora in loras])
-            yield f"{name}.weight", json.dumps(weights[0] if len(weights) == 1 else weights)
+            settings[name] = json.dumps([lora["path"] for lora in loras])
+            settings[f"{name}.weight"] = json.dumps(weights[0] if len(weights) == 1 else weights)
         else:
-            yield name, text
+            settings[name] = text
+    return {name: sys.intern(text) for name, text in settings.items()}
 
 
 def _joined(parts: Sequence[Clips]) -> Clips:
@@ -231,13 +240,19 @@ def _follows(values: Sequence[str], others: Sequence[str]) -> bool:
 
 
 def _settings_of_folders(clips: Clips) -> list[str]:
-    """Return `NAME OLD -> NEW` of each setting that has one value per folder, and another in each."""
-    values = defaultdict[str, tuple[set[str], set[str]]](lambda: (set(), set()))
-    for settings, number in zip(clips.settings, clips.folders, strict=True):
-        for name, value in settings.items():
-            values[name][number].add(value)
-    one_each = {name: (*old, *new) for name, (old, new) in values.items() if len(old) == len(new) == 1 and old != new}
-    return [f"{name} {' -> '.join(value_text(json.loads(text)) for text in texts)}" for name, texts in one_each.items()]
+    """Return the settings that differ between clips of the same id, with `OLD -> NEW` if it is the same for all of them."""
+    old = {shot_id: each for shot_id, each, number in zip(clips.ids, clips.settings, clips.folders, strict=True) if not number}
+    changes = defaultdict[str, set[tuple[str, str]]](set)
+    for shot_id, settings, number in zip(clips.ids, clips.settings, clips.folders, strict=True):
+        if number and shot_id in old:
+            for name in dict.fromkeys((*old[shot_id], *settings)):
+                before, after = (each.get(name, "null") for each in (old[shot_id], settings))
+                if before != after:
+                    changes[name].add((before, after))
+    return [
+        f"{name} {' -> '.join(value_text(json.loads(value)) for value in min(values))}" if len(values) == 1 else name
+        for name, values in changes.items()
+    ]
 
 
 def _levels(clips: Clips, name: str) -> list[str]:

@@ -142,13 +142,16 @@ def compare(
             cells = []
             for name in shown:
                 text, change = number_text(level["measures"][name]["mean"], name), level.get("differences", {}).get(name)
-                if change and change["low"] is not None:
-                    low, high = (number_text(change[end], name, signed=True) for end in ("low", "high"))
-                    text += f" ({low} to {high})"
+                if change and change["pairs"]:
+                    mean, low, high = (number_text(change[part], name, signed=True) for part in ("mean", "low", "high"))
+                    text += f"\n{mean}" + (f" ({low} to {high})" if change["low"] is not None else "")
                 cells.append(text)
             table.add_row(level["level"], f"{level['clips']:,}", *cells)
         console.print(table)
-        typer.echo(f"In brackets: 95% interval of the difference to {each['reference']}. Pairs by {each['paired_by']}.\n")
+        changes = [change for level in each["levels"] for change in level.get("differences", {}).values()]
+        has_interval = any(change["low"] is not None for change in changes)
+        intervals = "95% interval" if has_interval or not changes else f"no interval ({changes[0]['reason']})"
+        typer.echo(f"Below the means: difference to {each['reference']}, {intervals}. Pairs by {each['paired_by']}.\n")
     typer.echo(page)
 
 
