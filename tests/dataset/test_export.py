@@ -413,6 +413,31 @@ def test_missing_files_and_images_are_left_out(tmp_path):
     assert [(row["width"], row["height"]) for row in rows] == [(64, 64)] * 3 + [(48, 32)]
 
 
+@pytest.mark.usefixtures("inline")
+@pytest.mark.parametrize("form", ["webdataset", "parquet"])
+def test_shards_have_deterministic_bytes_and_only_those_with_changes_are_written(form, tmp_path):
+    clips = [({"id": f"clip-{n}", "seed": n}, moving(2, seed=n, size=(64, 64))) for n in range(4)]
+    out = make_folder(tmp_path / "out", clips[:3])
+
+    def shards(dest):
+        return {name: file for name, file in content_of(dest).items() if name.startswith("train")}
+
+    for dest in ("one", "two"):
+        export_to(tmp_path / dest, out.url, format=form, shard_mb=0)
+    first = shards(tmp_path / "one")
+    assert len(first) == 3
+    assert {name: content for name, (content, _) in first.items()} == {
+        name: content for name, (content, _) in shards(tmp_path / "two").items()
+    }
+    reject(out.url, "clip-1")
+    make_folder(tmp_path / "out", clips[3:])
+    export_to(tmp_path / "one", out.url, format=form, shard_mb=0)
+    names = sorted(first)
+    after = shards(tmp_path / "one")
+    assert after.keys() == {names[0], names[2], names[2].replace("2", "3")}
+    assert {name: after[name] for name in (names[0], names[2])} == {name: first[name] for name in (names[0], names[2])}
+
+
 def split_of(rows, splits=HALVES, by=("prompt", "character"), done=None, chain=()):
     """Return id -> split of rows (id, prompt, character)."""
     with duckdb.connect() as database:
