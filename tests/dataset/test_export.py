@@ -188,7 +188,7 @@ def test_clips_and_texts_survive_and_later_calls_update_them(form, six_clips, tm
     copytree(six_clips, out)
     settings = {"format": form, "splits": HALVES, "split_by": ("prompt",), "caption": CAPTION}
     report = export_to(dest, out, **settings)
-    assert report.counts == {"added": 6, "changed": 0, "removed": 0, "unchanged": 0, "rejected": 0}
+    assert report.counts == {"added": 6, "changed": 0, "removed": 0, "unchanged": 0, "rejected": 0, "failed": 0}
 
     with open_tables(storage_at(out)) as tables:
         found = tables.execute("SELECT clip_sha256, caption, split, hashes::JSON::VARCHAR, motion FROM scores").fetchall()
@@ -233,7 +233,7 @@ def test_clips_and_texts_survive_and_later_calls_update_them(form, six_clips, tm
         ],
     )
     report = export_to(dest, out, **settings)
-    assert report.counts == {"added": 1, "changed": 1, "removed": 1, "unchanged": 4, "rejected": 1}
+    assert report.counts == {"added": 1, "changed": 1, "removed": 1, "unchanged": 4, "rejected": 1, "failed": 0}
     assert report.removed == [{"id": "a_b", "reason": "rejected"}]
     del captions["a_b"]
     later = check(captions | {"D": f"other : {PROMPTS[3]}", "new": f": {PROMPTS[0]}"}, 2)
@@ -362,6 +362,8 @@ def test_what_does_not_fit_is_refused(six_clips, tmp_path, capsys):
     assert list(other.iterdir()) == [other / "notes"]
     assert main(["export", str(six_clips), str(dest), "--format", "zip"]) == 2
     assert "--format: got 'zip', must be 'videofolder'" in capsys.readouterr().err
+    assert main(["export", str(six_clips), str(dest), "--resize", "64x63"]) == 2
+    assert "--resize: got '64x63', must be WIDTHxHEIGHT in even numbers of pixels" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("inline")
@@ -405,7 +407,7 @@ def test_missing_files_and_images_are_left_out(tmp_path):
         dest = tmp_path / form
         report = export_to(dest, out.url, format=form, shard_mb=1)
         assert [each["id"] for each in report.missing] == ["clip-1", "image"]
-        assert report.splits == {"train": 2}
+        assert (report.splits, report.counts["failed"]) == ({"train": 2}, 1)
         assert export_to(dest, out.url, format=form, shard_mb=1).up_to_date
     export_to(tmp_path / "images", out.url, files="image")
     assert len(list((tmp_path / "images/train").glob("*.png"))) == 4

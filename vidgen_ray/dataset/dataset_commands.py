@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import pyarrow.parquet
 import typer
@@ -30,6 +30,9 @@ from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.report.shot_text import value_text
 from vidgen_ray.system.files import new_file
 from vidgen_ray.system.quantities import duration
+
+if TYPE_CHECKING:
+    from vidgen_ray.dataset.export import ExportReport
 
 MAIN_MEASURES = ("accepted", "seconds", "cost")
 """Measures that `compare` prints besides likeness and motion."""
@@ -318,6 +321,7 @@ def export(
     """Make a data set of the finished shots that are not rejected.
 
     The same call later adds new clips and removes those that are gone or rejected. On the same disk, files are linked.
+    Exits with code 1 if files of clips cannot be read.
     """
     from vidgen_ray.dataset.export import ExportSettings, export_folder
     from vidgen_ray.dataset.export_splits import parse_splits
@@ -362,7 +366,13 @@ def export(
         )
     if as_json:
         typer.echo(json.dumps(asdict(report)))
-        return
+    else:
+        _print_export(report)
+    if report.counts["failed"]:
+        raise typer.Exit(1)
+
+
+def _print_export(report: ExportReport) -> None:
     for text, rows in (("removed", report.removed), ("refused by --cleared", report.refused), ("left out", report.missing)):
         for row in rows[:SHOWN_REASONS]:
             typer.echo(f"vidgen: {row['id']}: {text}: {row['reason']}", err=True)

@@ -68,6 +68,8 @@ BLOCK_ROWS, SLOW_BLOCK_ROWS = 500, 16
 CHUNK_BLOCKS = 20
 """Tasks after which the lease is checked."""
 PACKAGES = ("vidgen-ray", "duckdb", "pyarrow", "ray")
+PRIVATE = ("note", "who", "team", "submission_id")
+"""Columns of `clips` that are not stored, because data sets are published."""
 DONE = {
     **dict.fromkeys(("id", "split", "file", "sample", "signature", "content", "exported_sha256"), "VARCHAR"),
     **{f"exported_{name}": "BIGINT" for name in ("bytes", "width", "height", "num_frames")},
@@ -123,7 +125,7 @@ class ExportReport:
     splits: dict[str, int] = field(default_factory=dict)
     """Name -> clips that the data set has now."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Clips that this call added, changed, removed and left unchanged, and those that are rejected."""
+    """Clips that this call added, changed, removed and left unchanged, and those that are rejected or cannot be read."""
     removed: list[dict[str, str]] = field(default_factory=list)
     """Id and reason of each clip that this call removed. The same for the next two."""
     refused: list[dict[str, str]] = field(default_factory=list)
@@ -210,6 +212,7 @@ class _Export:
         self._settings = settings
         self._ending = SHARD_ENDING.get(settings.format)
         self._pending = list[str]()
+        self._failed = 0
         self._saved = time.monotonic()
 
     def run(self) -> ExportReport:
@@ -409,6 +412,7 @@ class _Export:
         db = self._db
         db.register("results", results)
         db.execute("INSERT INTO missing SELECT id, problem FROM results WHERE problem IS NOT NULL")
+        self._failed += len(results) - results["problem"].null_count
         written_files = "SELECT DISTINCT _file FROM results JOIN todo USING (id)"
         db.execute("DELETE FROM done WHERE id IN (SELECT id FROM results)")
         if self._ending:
@@ -461,7 +465,7 @@ class _Export:
         self._write_metadata()
         columns = []
         for name, *_ in self._db.execute("DESCRIBE clips").fetchall():
-            if name not in ("id", "caption", *DONE):
+            if name not in ("id", "caption", *DONE, *PRIVATE):
                 text = "::VARCHAR" if name in ("metadata", "factors") else ""
                 columns.append(f"clips.{quoted(name)}{text} AS {quoted(name)}")
         self._write_rows(
@@ -491,6 +495,7 @@ class _Export:
             "removed": len(report.removed),
             "unchanged": count(self._db, f"{both} = done.signature"),
             "rejected": count(self._db, REJECTED),
+            "failed": self._failed,
         }
         counted = self._db.execute("SELECT split, count(*) FROM done GROUP BY split").fetchall()
         report.splits = {name: dict(counted).get(name, 0) for name in self._settings.splits}

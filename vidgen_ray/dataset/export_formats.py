@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -24,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 import pyarrow
 import pyarrow.parquet
 from more_itertools import batched
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, open_video, read_image, write_png
@@ -69,12 +70,19 @@ class Transcode(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    resize: str | None = Field(None, pattern="^[1-9][0-9]{1,4}(x[1-9][0-9]{1,4})?$")
+    resize: str | None = None
     """WIDTHxHEIGHT in pixels, to which the clip is scaled and cropped around its centre, or the pixels of its shorter side."""
     fps: float | None = None
     """Frames per second. Frames are repeated or left out."""
     frames: int | None = None
     """Frames of every clip: its first ones. Shorter clips cannot be encoded."""
+
+    @field_validator("resize")
+    @classmethod
+    def _check_resize(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[1-9]\d{1,4}|[1-9]\d{0,3}[02468]x[1-9]\d{0,3}[02468]", value):
+            raise ValueError("must be WIDTHxHEIGHT in even numbers of pixels, or those of the shorter side")
+        return value
 
     def __bool__(self) -> bool:
         return any(value is not None for _, value in self)
