@@ -30,16 +30,16 @@ def networks():
 def clip_of(tmp_path, networks):
     """Return a function that encodes frames as a run does, and returns them as a clip."""
 
-    def make(frames: np.ndarray, row: dict | None = None, networks: Networks = networks) -> Clip:
-        path = tmp_path / "shots" / f"{len(list(tmp_path.rglob('*.*')))}.mp4"
-        path.parent.mkdir(exist_ok=True)
+    def make(frames: np.ndarray) -> Clip:
+        # Without an ending, like a copy from an object store.
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
         if frames.ndim == 3:
-            path = path.with_suffix(".png")
             write_png(path, frames)
         else:
             with Mp4Writer(path, frames.shape[2], frames.shape[1], FPS, Mp4Settings(threads=1)) as file:
                 file.write(frames)
-        return Clip({"face_image": [], **(row or {})}, path, networks, OutputFolder(tmp_path))
+        name = "image.png" if frames.ndim == 3 else "video.mp4"
+        return Clip({"clip": f"shots/00/a/{name}"}, path, networks, OutputFolder(tmp_path))
 
     return make
 

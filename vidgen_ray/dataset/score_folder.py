@@ -63,7 +63,7 @@ PAIR_ROWS, PAIR_COLUMNS = 32, 8192
 """Clips that are compared at once, so that intermediate results stay in the processor's cache."""
 PART_ROWS, FLUSH_S = 2_000, 10.0
 """Most rows of a file, and seconds between two writes."""
-TASK_S, MAX_TASK_CLIPS = 20.0, 64
+TASK_S, MAX_TASK_CLIPS = 10.0, 64
 """Seconds that a task of Ray Data should take, and its most clips."""
 MAX_CRASHES = 2
 START_S = 15.0

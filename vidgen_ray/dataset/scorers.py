@@ -141,13 +141,14 @@ class Clip:
     def __init__(self, row: Mapping[str, Any], path: Path, networks: Networks, outputs: OutputFolder) -> None:
         """Decode the file. Raises MediaError."""
         self.row = row
-        """Columns of the manifest: `score_folder.COLUMNS`."""
+        """Columns of the manifest: `score_folder.COLUMNS` and `clip`, the path in the output folder."""
         self.path = path
         """The file, on this machine."""
         self._networks, self._outputs = networks, outputs
         self.fps: float | None = None
         """Frames per second. `None` for an image."""
-        if path.suffix not in CLIP_SUFFIXES:
+        # A copy from an object store has another name.
+        if Path(row["clip"]).suffix not in CLIP_SUFFIXES:
             image = read_image(path)
             self.size = image.shape[1], image.shape[0]
             self.frames: Frames = _reduced(image[None], MAX_SIDE_PX)
