@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import boto3
 import duckdb
+import mlcroissant
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -208,6 +209,10 @@ def test_clips_and_texts_survive_and_later_calls_update_them(form, six_clips, tm
                 assert [row[name] for name in SCORES] == scores[clips[id_].video_sha256]
             assert row.get("prompt", clips[id_].prompt) == clips[id_].prompt
         assert decord.VideoReader(io.BytesIO(row["content"])).get_batch([0, 1]).shape == (2, 64, 128, 3)
+        assert f"\n{len(expected)} clips, " in (dest / "README.md").read_text()
+        if form in ("videofolder", "parquet"):
+            records = mlcroissant.Dataset(jsonld=str(dest / "croissant.json")).records("clips")
+            assert {each["clips/id"].decode() for each in records} == expected.keys()
         return {id_: split for id_, (split, _) in rows.items()}
 
     captions = {

@@ -76,6 +76,8 @@ DONE = {
     **{f"exported_{name}": "DOUBLE" for name in ("fps", "duration_s")},
 }
 """Columns of the table `done`. `signature` changes with the row or its clip, `content` with the clip."""
+FILE_NAME = "parse_filename(file) AS file_name"
+"""SQL of the column that `videofolder` has beside the others."""
 
 
 class ExportSettings(BaseModel):
@@ -225,9 +227,10 @@ class _Export:
         assign_splits(self._db, settings.splits, settings.split_by)
         was_killed = self._clean_up()
         self._plan_shards() if self._ending else self._plan_files()
+        columns = self._rows("", *([FILE_NAME] if settings.format == "videofolder" else []))
         described = settings.model_dump(mode="json") | {
             "source": self._source.url,
-            "columns": {field.name: str(field.type) for field in self._db.sql(self._rows()).to_arrow_reader(1).schema},
+            "columns": {field.name: str(field.type) for field in self._db.sql(columns).to_arrow_reader(1).schema},
             "refused": self._reasons("SELECT * FROM refused"),
         }
         is_same = all(stored.get(name) == value for name, value in described.items())
@@ -448,7 +451,7 @@ class _Export:
             return
         for split in self._settings.splits:
             if count(self._db, f"done WHERE split = '{split}'"):
-                rows = self._rows(f"WHERE done.split = '{split}'", "parse_filename(file) AS file_name")
+                rows = self._rows(f"WHERE done.split = '{split}'", FILE_NAME)
                 self._write_rows(f"{split}/{METADATA}", rows)
             else:
                 self._dest.delete(f"{split}/{METADATA}")
