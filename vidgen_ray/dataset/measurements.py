@@ -35,7 +35,7 @@ class PixelScorer(Scorer):
 
     name: ClassVar[str] = "pixels"
     version: ClassVar[int] = 1
-    cpu_s_per_frame: ClassVar[float] = 0.01
+    cpu_s_per_frame: ClassVar[float] = 0.004
     columns: ClassVar[Mapping[str, Column]] = {
         "file_duration_s": Column(FLOAT, "Duration of the file in seconds; null for an image."),
         "file_kbps": Column(FLOAT, "Bitrate of the file in kilobits per second; null for an image."),
@@ -120,7 +120,7 @@ class MotionScorer(Scorer):
     name: ClassVar[str] = "motion"
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[Need, ...]] = ("frames", "flow")
-    cpu_s_per_frame: ClassVar[float] = 0.005
+    cpu_s_per_frame: ClassVar[float] = 0.004
     columns: ClassVar[Mapping[str, Column]] = {
         "motion": Column(FLOAT, "Mean length of the motion between two frames, in pixels of the file; null for an image."),
         "motion_worst": Column(FLOAT, "The same of the two frames with the most motion."),
