@@ -7,10 +7,8 @@ import io
 import json
 import math
 import os
-import signal
+import subprocess
 import sys
-import traceback
-from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from shutil import copytree
@@ -24,13 +22,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests import forked
 from tests.dataset.conftest import make_folder, moving, texture
+from tests.dataset.killed_exports import HALVES, export_to, valid_rows, work_inline
 from tests.outputs.conftest import endpoint  # noqa: F401  # a fixture
 from vidgen_ray.cli import main
-from vidgen_ray.dataset import export
-from vidgen_ray.dataset.export import ExportSettings, export_folder
-from vidgen_ray.dataset.export_formats import Transcode, encode_again, write_block
+from vidgen_ray.dataset.export_formats import Transcode, encode_again
 from vidgen_ray.dataset.export_splits import assign_splits, parse_splits
 from vidgen_ray.dataset.tables import open_tables
 from vidgen_ray.errors import MediaError, SetupError, UsageError
@@ -44,32 +40,14 @@ from vidgen_ray.provenance.record import ProvenanceRecord, read_provenance
 from vidgen_ray.system.cache_dir import sha256_of
 
 SCORES = ("score_caption", "score_split", "hashes", "motion")
-HALVES = {"train": 0.5, "test": 0.5}
 CAPTION = "{metadata.scene}{character}: {prompt}"
 PROMPTS = ("a\tb\nc", 'He said "go", it\'s 🚤', "שלום \u202eעולם", "{braces}, 'quotes'", "plain", "last")
 IDS = ("a.b", "a_b", "-c", "D", "d", "e.mp4")
 
 
-def run_inline(blocks, target):
-    for block in blocks:
-        yield write_block(block, target)
-
-
-def work_inline(patch):
-    """Do the tasks in this process, without a card. The round trip has them done by Ray Data."""
-    patch.setattr(export, "write_card", lambda *_: None)
-    patch.setattr(export, "_run_tasks", run_inline)
-    patch.setattr(export, "connected", lambda *_, **__: nullcontext())
-    patch.setattr(export, "own_context", nullcontext)
-
-
 @pytest.fixture
 def inline(monkeypatch):
     work_inline(monkeypatch)
-
-
-def export_to(dest, out, **settings):
-    return export_folder(str(out), str(dest), ExportSettings(**settings))
 
 
 def reject(out, shot_id):
@@ -248,67 +226,6 @@ def test_clips_and_texts_survive_and_later_calls_update_them(form, six_clips, tm
     assert (state["counts"], state["removed"]) == (report.counts, report.removed)
 
 
-def valid_rows(dest):
-    """Return id -> digest of the clips that the metadata names. Each of them must be in its place."""
-    rows = {}
-    for metadata in Path(dest).glob("*/metadata.parquet"):
-        for row in pyarrow.parquet.read_table(metadata, use_threads=False).to_pylist():
-            clip = (metadata.parent / row["file_name"]).read_bytes()
-            assert hashlib.sha256(clip).hexdigest() == row["sha256"], f"{row['id']} has another clip than its row says"
-            rows[row["id"]] = row["sha256"]
-    return rows
-
-
-def in_fork(call, *arguments):
-    """Return the exit code of a fork that makes a call, or minus the signal that ended it."""
-    if (pid := os.fork()) == 0:
-        code = 1
-        try:
-            call(*arguments)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def export_until(dest, out, last):
-    """Export, and kill this process before the change number `last` of a file."""
-    changes = 0
-
-    def count(event, arguments):
-        nonlocal changes
-        if event in ("os.rename", "os.link", "os.remove") and str(dest) in str(arguments) and ".running" not in str(arguments):
-            changes += 1
-            if changes == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(count)
-    export_to(dest, out, splits=HALVES, split_by=("prompt",))
-
-
-def check_kills(root):
-    """Kill an export at each change of a file. The data set is valid then, and the next call completes it."""
-    with pytest.MonkeyPatch.context() as patch:
-        work_inline(patch)
-        before, after = valid_rows(root / "first"), valid_rows(root / "complete")
-        code = last = 0
-        for last in range(1, 100):
-            dest = copytree(root / "first", root / f"killed-{last}")
-            code = in_fork(export_until, dest, root / "out", last)
-            found = valid_rows(dest)
-            assert all(digest in (before.get(id_), after.get(id_)) for id_, digest in found.items())
-            if code != -signal.SIGKILL:
-                break
-            # The same code completes all of them.
-            if last % 3 == 0:
-                assert in_fork(export_until, dest, root / "out", 0) == 0
-                assert valid_rows(dest) == after
-                assert {path.name for path in dest.rglob("*.mp4")} == {path.name for path in (root / "complete").rglob("*.mp4")}
-    return 0 if code == 0 and last > 8 else 2
-
-
 @pytest.mark.usefixtures("inline")
 def test_killed_export_is_valid_and_completed_by_the_next_call(six_clips, tmp_path):
     out = copytree(six_clips, tmp_path / "out")
@@ -318,9 +235,7 @@ def test_killed_export_is_valid_and_completed_by_the_next_call(six_clips, tmp_pa
     clip = moving(3, seed=50, size=(64, 128))
     make_folder(out, [({"id": "D", "prompt": PROMPTS[3]}, clip), ({"id": "new", "prompt": PROMPTS[0]}, clip)])
     export_to(tmp_path / "complete", out, splits=HALVES, split_by=("prompt",))
-    process = forked.start(tmp_path / "errors", check_kills, tmp_path)
-    process.join()
-    assert process.exitcode == 0, (tmp_path / "errors").read_text()
+    subprocess.run([sys.executable, "-m", "tests.dataset.killed_exports", tmp_path], check=True)
 
 
 @pytest.mark.usefixtures("inline")
