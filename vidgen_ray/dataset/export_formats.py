@@ -66,7 +66,7 @@ FEATURES = {"string": "string", "int64": "int64", "double": "float64", "bool": "
 
 
 class Transcode(BaseModel):
-    """How clips are encoded again. Without any of it, their bytes are copied."""
+    """Settings of clips that are encoded again. Without any, their bytes are copied."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
