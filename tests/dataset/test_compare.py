@@ -223,12 +223,18 @@ def test_levels_that_another_exceeds_in_likeness_and_motion_are_named(tmp_path: 
     assert factor["pareto"]["exceeded_by"] == {"0.2": [], "0.4": [], "0.6": ["0.4", "0.8"], "0.8": []}
 
 
-def test_measures_of_one_level_are_left_out(tmp_path: Path) -> None:
-    rows = [_swept(0, 0.2, score=1.0, both=1.0), _swept(0, 0.8, both=2.0)]
-    factor = _compare(_folder(tmp_path, rows))["identity_strength"]
+def test_measures_of_one_level_or_value_are_left_out(tmp_path: Path) -> None:
+    rows = [_swept(0, 0.2, score=1.0, both=1.0, cuts=2.0), _swept(0, 0.8, both=2.0, cuts=2.0)]
+    folder = _folder(tmp_path, rows)
+    factor = _compare(folder)["identity_strength"]
     assert factor["left_out"]["score"] == "has values for 1 of 2 levels"
-    assert "score" not in factor["measures"]
-    assert "both" in factor["measures"]
+    assert factor["measures"] == ["both"]
+    assert compare([folder.storage])["same"] == {"cuts": 2.0, "seconds": 1.0, "file_bytes": 1000.0}
+    assert main(["compare", str(folder.root)]) == 0
+    page = (tmp_path / "compare.html").read_text()
+    assert "The same for all clips: cuts 2, seconds 1, file bytes 1 kB." in page
+    # The number of pairs is said once.
+    assert page.count("1 pair of 1 prompt") + page.count("1 pair ") == 1
 
 
 def test_unknown_factors_and_levels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vidgen_ray.cli import main
-from vidgen_ray.dataset.lineage import Summary, differences
+from vidgen_ray.dataset.lineage import differences, summary
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import RECORD, FileRecord, ShotRecord, StepRecord, shot_path
 from vidgen_ray.shot import Shot
@@ -144,10 +144,7 @@ def test_many_values_of_one_reason_are_one_line(tmp_path: Path) -> None:
     for number in range(30):
         for name, seed in (("old", number), ("new", number + 100)):
             _write(tmp_path / name, {"id": f"s{number:02}", "seed": seed}, "flux", version=seed)
-    summary = Summary()
-    for difference in differences(OutputFolder(tmp_path / "old"), OutputFolder(tmp_path / "new")):
-        summary.add(difference)
-    (_, line) = summary.lines()
+    (_, line) = summary(differences(OutputFolder(tmp_path / "old"), OutputFolder(tmp_path / "new")))
     assert line.startswith("30 shots different from flux: seed, such as seed ")
 
 

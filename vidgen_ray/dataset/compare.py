@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import math
 import operator
-import sys
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import pyarrow
 from numpy.typing import NDArray
 from scipy import stats
 
+from vidgen_ray.dataset.lineage import changes, flat_settings
 from vidgen_ray.dataset.tables import DIGEST, IN_SCRIPT_ORDER, open_tables, quoted
 from vidgen_ray.errors import UsageError
 from vidgen_ray.outputs.manifest import SCHEMA, SETTINGS
@@ -27,7 +27,7 @@ from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.report.gallery_page import FILE_AXES
 from vidgen_ray.report.shot_text import short_names, value_text
 from vidgen_ray.script.expansion import MATRIX
-from vidgen_ray.shot import LORA_FIELDS, NESTED_FIELDS
+from vidgen_ray.system.quantities import count
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
@@ -64,20 +64,12 @@ INTERVAL = (
 
 
 class Clips(NamedTuple):
-    """Finished clips of one or two folders in the order of their scripts, as columns."""
+    """Finished clips of one or two folders in the order of their scripts."""
 
-    ids: list[str]
-    folders: list[int]
-    prompts: list[str]
-    units: list[str]
-    """The prompt. If the prompts of a line differ by a factor: the line, or the prompt of its matrix."""
-    seeds: list[int | None]
-    files: list[tuple[str | None, str | None]]
-    """Clip and image, relative to the output folder. The clip of a shot without video is the image."""
-    factors: list[dict[str, str]]
-    """Name of a factor -> value as JSON. Clips that lack a factor do not belong to it."""
-    settings: list[dict[str, str]]
-    """Setting -> value as JSON."""
+    rows: list[dict[str, Any]]
+    """`id`, `folder` (number), `file` (clip, or image of a shot without video), `image`, `prompt`, `seed`, `factors` (name ->
+    value as JSON), `settings` (name -> value), and `unit`: the prompt. If the prompts of a line differ by a factor, the unit is
+    the line, or the prompt of its matrix."""
     measures: list[str]
     values: Array
     """(clips, measures), NaN for null."""
@@ -89,18 +81,20 @@ def compare(storages: Sequence[Storage], names: Sequence[str] = (), reference: s
     `names`: factors. Default: all. `reference`: level that the others are compared with. Default: the first of the script.
     Raises UsageError for an unknown factor or level, and if the clips differ in no setting.
     """
-    clips = _joined([_load(storage, number, len(storages) > 1) for number, storage in enumerate(storages)])
+    rows, measures, values = _load(storages)
+    is_same = (values == values[:1]).all(0)
+    same = {measures[column]: _number(values[0, column]) for column in np.flatnonzero(is_same)}
+    clips = Clips(rows, [name for name in measures if name not in same], values[:, ~is_same])
     also_differ: dict[str, list[str]] = defaultdict(list)
     if len(storages) == 2:
         texts = short_names([storage.url for storage in storages])
-        for factors, number in zip(clips.factors, clips.folders, strict=True):
-            factors[FOLDER] = json.dumps(texts[storages[number].url])
-        also_differ[FOLDER] = _settings_of_folders(clips)
-        kinds = {FOLDER: "folder"}
+        for row in rows:
+            row["factors"][FOLDER] = json.dumps(texts[storages[row["folder"]].url])
+        also_differ[FOLDER] = _settings_of_folders(rows)
+        levels = {FOLDER: _levels(rows, FOLDER)}
     else:
-        kinds = dict.fromkeys((name for factors in clips.factors for name in factors), "script")
-        kinds |= dict.fromkeys(_add_setting_factors(clips, also_differ), "setting")
-    levels = {name: _levels(clips, name) for name in kinds}
+        _add_setting_factors(rows, also_differ)
+        levels = {name: _levels(rows, name) for name in dict.fromkeys(name for row in rows for name in row["factors"])}
     varied = {name: values for name, values in levels.items() if 1 < len(values) <= MAX_LEVELS}
     if not varied:
         raise UsageError(
@@ -109,16 +103,17 @@ def compare(storages: Sequence[Storage], names: Sequence[str] = (), reference: s
     if unknown := [name for name in names if name not in varied]:
         raise UsageError(f"--factor {unknown[0]}: must be one of {', '.join(varied)}")
     chosen = {name: varied[name] for name in names or varied}
-    if reference is not None and not any(reference in level_texts(name, each).values() for name, each in chosen.items()):
-        known = "; ".join(f"{name}: {', '.join(level_texts(name, each).values())}" for name, each in chosen.items())
+    if reference is not None and not any(reference in each.values() for each in chosen.values()):
+        known = "; ".join(f"{name}: {', '.join(each.values())}" for name, each in chosen.items())
         raise UsageError(f"--reference {reference}: must be a level ({known})")
     return {
         "folders": [storage.url for storage in storages],
-        "clips": len(clips.ids),
+        "clips": len(rows),
         "interval": INTERVAL,
+        "same": same,
         "left_out": {name: len(values) for name, values in levels.items() if len(values) > MAX_LEVELS},
         "factors": [
-            {"name": name, "kind": kinds[name], "also_differ": also_differ[name], **_factor(clips, name, each, reference)}
+            {"name": name, "also_differ": also_differ[name], **_factor(clips, name, each, reference)}
             for name, each in chosen.items()
         ],
     }
@@ -127,226 +122,170 @@ def compare(storages: Sequence[Storage], names: Sequence[str] = (), reference: s
 # ---- clips and their factors
 
 
-def _load(storage: Storage, number: int, all_settings: bool) -> Clips:
-    """Return the clips of a folder. Without `all_settings`, clips of a matrix or with choices have none."""
-    with open_tables(storage) as database:
-        scores = [
-            name for name, kind, *_ in database.execute("DESCRIBE scores").fetchall() if name != DIGEST and kind in NUMERIC
-        ]
-        results = {name: sql for name, sql in RESULTS.items() if sql != name or name in (*SCHEMA.names, "stars")}
-        measures = {**{name: name for name in LIKENESS}, **{name: quoted(name) for name in scores}, **results}
-        columns = ", ".join(f"({sql})::DOUBLE AS {quoted(name)}" for name, sql in measures.items())
-        settings = ", ".join(f"to_json({name}) AS {name}" for name in SETTING_COLUMNS)
-        table = database.sql(
-            f"SELECT id, script, line, coalesce(prompt, '') AS prompt, metadata->>'$.{MATRIX}.prompt' AS raw_prompt, factors, "
-            f"coalesce(try_cast(metadata->>'$.{MATRIX}.seed' AS BIGINT), seed) AS seed, clip, image, {settings}, {columns} "
-            f"FROM clips WHERE status = 'done' {IN_SCRIPT_ORDER}"
-        ).to_arrow_table()
-    values = np.stack([table.column(name).to_numpy(zero_copy_only=False) for name in measures], axis=1).astype(float)
-    rows = table.select([name for name in table.column_names if name not in {*measures, *SETTING_COLUMNS}]).to_pylist()
-    texts = defaultdict[tuple[str, int], set[str]](set)
+def _load(storages: Sequence[Storage]) -> Clips:
+    """Return the clips of the folders. Those of one folder have settings only if they have no factors."""
+    one = len(storages) == 1
+    settings = ", ".join(f"'{name}', {name}" for name in SETTING_COLUMNS)
+    unit = "coalesce(prompt, '')"
+    # The same line has the same prompt in the scripts of two folders, which may have different names.
+    if one:
+        differ = "own <> '{}' AND min(prompt) OVER of_line <> max(prompt) OVER of_line"
+        of_line = f"CASE WHEN {differ} THEN script || ', line ' || line END"
+        unit = f"coalesce(metadata->>'$.{MATRIX}.prompt', {of_line}, prompt, '')"
+    tables = []
+    for number, storage in enumerate(storages):
+        with open_tables(storage) as database:
+            described = database.execute("DESCRIBE scores").fetchall()
+            scores = [name for name, kind, *_ in described if name != DIGEST and kind in NUMERIC]
+            measures = {**{name: name for name in LIKENESS}, **{name: quoted(name) for name in scores}, **RESULTS}
+            columns = ", ".join(f"({sql})::DOUBLE AS {quoted(name)}" for name, sql in measures.items())
+            table = database.sql(f"""
+                SELECT {{'id': id, 'folder': {number}, 'file': clip, 'image': image, 'prompt': coalesce(prompt, ''),
+                    'seed': coalesce(try_cast(metadata->>'$.{MATRIX}.seed' AS BIGINT), seed), 'unit': {unit}, 'factors': own,
+                    'settings': CASE WHEN own = '{{}}' OR {not one} THEN json_object({settings})::VARCHAR ELSE '{{}}' END
+                }} AS clip, {columns}
+                FROM (SELECT *, json_merge_patch(factors, '{{"prompt": null}}')::VARCHAR AS own FROM clips)
+                WHERE status = 'done' WINDOW of_line AS (PARTITION BY script, line) {IN_SCRIPT_ORDER}""")
+            tables.append(table.to_arrow_table())
+    table = pyarrow.concat_tables(tables, promote_options="default")
+    rows = table.column("clip").to_pylist()
     for row in rows:
-        texts[row["script"], row["line"]].add(row["prompt"])
-    factors = [
-        {name: json.dumps(value) for name, value in json.loads(row["factors"]).items() if name != "prompt"} for row in rows
-    ]
-    units = [
-        row["raw_prompt"] or (f"{place[0]}, line {place[1]}" if own and place[1] and len(texts[place]) > 1 else row["prompt"])
-        for row, own in zip(rows, factors, strict=True)
-        for place in [(row["script"], row["line"])]
-    ]
-    shown = [position for position, own in enumerate(factors) if all_settings or not own]
-    settings_of = dict(
-        zip(shown, map(_settings, table.select(SETTING_COLUMNS).take(pyarrow.array(shown, "int64")).to_pylist()), strict=True)
-    )
-    return Clips(
-        ids=[row["id"] for row in rows],
-        folders=[number] * len(rows),
-        prompts=[row["prompt"] for row in rows],
-        units=units,
-        seeds=[row["seed"] for row in rows],
-        files=[(row["clip"], row["image"]) for row in rows],
-        factors=factors,
-        settings=[settings_of.get(position, {}) for position in range(len(rows))],
-        measures=list(measures),
-        values=values,
-    )
+        row["factors"] = {name: json.dumps(value) for name, value in json.loads(row["factors"]).items()}
+        row["settings"] = flat_settings(json.loads(row["settings"]))
+    found = [name for name in table.column_names if name != "clip"]
+    return Clips(rows, found, np.stack([table.column(name).to_numpy() for name in found], axis=1))
 
 
-def _settings(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings of a clip, with an entry per stage, and with the weights of LoRAs apart from their files."""
-    settings: dict[str, str] = {}
-    for name in SETTING_COLUMNS:
-        text = row[name] or "null"
-        if name in NESTED_FIELDS:
-            settings |= {f"{name}.{stage}": json.dumps(value) for stage, value in (json.loads(text) or {}).items()}
-        elif name in LORA_FIELDS:
-            loras = json.loads(text) or []
-            weights = [lora["weight"] for lora in loras]
-            settings[name] = json.dumps([lora["path"] for lora in loras])
-            settings[f"{name}.weight"] = json.dumps(weights[0] if len(weights) == 1 else weights)
-        else:
-            settings[name] = text
-    return {name: sys.intern(text) for name, text in settings.items()}
-
-
-def _joined(parts: Sequence[Clips]) -> Clips:
-    if len(parts) == 1:
-        return parts[0]
-    measures = list(dict.fromkeys(name for part in parts for name in part.measures))
-    values = np.full((sum(len(part.ids) for part in parts), len(measures)), math.nan)
-    begin = 0
-    for part in parts:
-        values[begin : begin + len(part.ids), [measures.index(name) for name in part.measures]] = part.values
-        begin += len(part.ids)
-    lists = {
-        name: [each for part in parts for each in getattr(part, name)]
-        for name in Clips._fields
-        if name not in ("measures", "values")
-    }
-    # The same line has the same prompt in both scripts, which may have different names.
-    return Clips(**{**lists, "units": lists["prompts"]}, measures=measures, values=values)
-
-
-def _add_setting_factors(clips: Clips, also_differ: dict[str, list[str]]) -> list[str]:
-    """Make factors of the settings that differ between clips of one prompt without a matrix and choices. Return their names.
+def _add_setting_factors(rows: Sequence[dict[str, Any]], also_differ: dict[str, list[str]]) -> None:
+    """Make factors of the settings that differ between clips of one prompt without a matrix and choices.
 
     Of settings that always change together, the first with the most levels is the factor. The others are added to
     `also_differ`.
     """
-    rows = [number for number, factors in enumerate(clips.factors) if not factors]
+    rows = [row for row in rows if not row["factors"]]
     seen = defaultdict[tuple[str, str], set[str]](set)
     for row in rows:
-        for name, value in clips.settings[row].items():
-            seen[name, clips.units[row]].add(value)
+        for name, value in row["settings"].items():
+            seen[name, row["unit"]].add(json.dumps(value))
     differing = dict.fromkeys(name for (name, _), values in seen.items() if len(values) > 1)
-    values_of = {name: [clips.settings[row].get(name, "null") for row in rows] for name in differing}
+    values_of = {name: [json.dumps(row["settings"].get(name)) for row in rows] for name in differing}
     kept: list[str] = []
     for name in sorted(differing, key=lambda name: -len(set(values_of[name]))):
-        same = next((other for other in kept if _follows(values_of[name], values_of[other])), None)
-        if same is None:
-            kept.append(name)
+        for other in kept:
+            # Each value of the other setting always comes with the same value of this one.
+            if len(set(zip(values_of[other], values_of[name], strict=True))) == len(set(values_of[other])):
+                also_differ[other].append(name)
+                break
         else:
-            also_differ[same].append(name)
+            kept.append(name)
     for name in kept:
         for row, value in zip(rows, values_of[name], strict=True):
-            clips.factors[row][name] = value
-    return kept
+            row["factors"][name] = value
 
 
-def _follows(values: Sequence[str], others: Sequence[str]) -> bool:
-    """Return whether each of the other values always comes with the same value."""
-    return len(set(zip(others, values, strict=True))) == len(set(others))
-
-
-def _settings_of_folders(clips: Clips) -> list[str]:
+def _settings_of_folders(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the settings that differ between clips of the same id, with `OLD -> NEW` if it is the same for all of them."""
-    old = {shot_id: each for shot_id, each, number in zip(clips.ids, clips.settings, clips.folders, strict=True) if not number}
-    changes = defaultdict[str, set[tuple[str, str]]](set)
-    for shot_id, settings, number in zip(clips.ids, clips.settings, clips.folders, strict=True):
-        if number and shot_id in old:
-            for name in dict.fromkeys((*old[shot_id], *settings)):
-                before, after = (each.get(name, "null") for each in (old[shot_id], settings))
-                if before != after:
-                    changes[name].add((before, after))
-    return [
-        f"{name} {' -> '.join(value_text(json.loads(value)) for value in min(values))}" if len(values) == 1 else name
-        for name, values in changes.items()
-    ]
+    old = {row["id"]: row["settings"] for row in rows if not row["folder"]}
+    found = defaultdict[str, set[str]](set)
+    for row in rows:
+        if row["folder"] and row["id"] in old:
+            for change in changes("field", old[row["id"]], row["settings"]):
+                found[change.name].add(str(change))
+    return [min(texts) if len(texts) == 1 else name for name, texts in found.items()]
 
 
-def _levels(clips: Clips, name: str) -> list[str]:
-    """Return the values of a factor: numbers by size, others in the order of the script."""
-    values = list(dict.fromkeys(factors[name] for factors in clips.factors if name in factors))
-    return sorted(values, key=json.loads) if is_numeric(values) else values
-
-
-def is_numeric(levels: Iterable[str]) -> bool:
-    return all(type(json.loads(level)) in (int, float) for level in levels)
-
-
-def level_texts(name: str, levels: Sequence[str]) -> dict[str, str]:
-    """Return value -> its text, which is short for files."""
-    texts = {level: value_text(json.loads(level)) or "(empty)" for level in levels}
+def _levels(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, str]:
+    """Return value -> text, short for files, of a factor: numbers by size, others in the order of the script."""
+    values = list(dict.fromkeys(row["factors"][name] for row in rows if name in row["factors"]))
+    if _is_numeric(values):
+        values.sort(key=json.loads)
+    texts = {value: value_text(json.loads(value)) or "(empty)" for value in values}
     names = short_names(texts.values()) if name in FILE_AXES or name == "start_image" else {}
-    return {level: names.get(text, text) for level, text in texts.items()}
+    return {value: names.get(text, text) for value, text in texts.items()}
+
+
+def _is_numeric(values: Iterable[str]) -> bool:
+    return all(type(json.loads(value)) in (int, float) for value in values)
 
 
 # ---- one factor
 
 
-def _factor(clips: Clips, name: str, levels: Sequence[str], reference_text: str | None) -> dict[str, Any]:
-    texts = level_texts(name, levels)
-    rows = np.array([number for number, factors in enumerate(clips.factors) if name in factors])
-    first = clips.factors[rows[0]][name]
-    reference = next((level for level, text in texts.items() if text == reference_text), first)
-    level_of = np.array([levels.index(clips.factors[row][name]) for row in rows])
-    values, units = clips.values[rows], _codes(clips.units[row] for row in rows)
-    present = np.stack([np.isfinite(values[level_of == number]).any(0) for number in range(len(levels))])
-    kept = np.flatnonzero(present.sum(0) > 1)
-    measures = [clips.measures[number] for number in kept]
-    values = values[:, kept]
-    paired_by, cells = _pairing(clips, name, rows, level_of, levels.index(reference))
-    group_of_cell = np.zeros(cells.max() + 1, np.int64)
-    group_of_cell[cells[::-1]] = units[::-1]
-    is_reference = level_of == levels.index(reference)
-    before = _cell_means(values[is_reference], cells[is_reference], len(group_of_cell))
-    described, extremes = [], defaultdict[str, list[dict[str, Any]]](list)
-    for number, level in enumerate(levels):
-        is_level = level_of == number
-        sums, counts = _sums(values[is_level], units[is_level], units.max() + 1)
+def _factor(clips: Clips, name: str, text_of: Mapping[str, str], reference_text: str | None) -> dict[str, Any]:
+    levels, texts = list(text_of), list(text_of.values())
+    numbers = [number for number, row in enumerate(clips.rows) if name in row["factors"]]
+    rows, values = [clips.rows[number] for number in numbers], clips.values[numbers]
+    level_of = np.array([levels.index(row["factors"][name]) for row in rows])
+    reference = texts.index(reference_text) if reference_text in texts else int(level_of[0])
+    present = np.stack([np.isfinite(values[level_of == level]).any(0) for level in range(len(levels))]).sum(0)
+    measures = [measure for measure, n_levels in zip(clips.measures, present, strict=True) if n_levels > 1]
+    values = values[:, present > 1]
+    prompts = _codes(row["unit"] for row in rows)
+    paired_by, cells = _pairing(rows, name, level_of, reference)
+    prompt_of_cell = np.zeros(cells.max() + 1, np.int64)
+    prompt_of_cell[cells] = prompts
+    means = []
+    for level in range(len(levels)):
+        sums, counts = _sums(values[level_of == level], cells[level_of == level], len(prompt_of_cell))
+        means.append(np.divide(sums, counts, out=np.full(sums.shape, math.nan), where=counts > 0))
+    differences = np.stack(means) - means[reference]
+    described, pairs = [], []
+    for level, value in enumerate(levels):
+        is_level, is_reference = level_of == level, level_of == reference
         about = {
             "level": texts[level],
-            "value": json.loads(level),
+            "value": json.loads(value),
             "clips": int(is_level.sum()),
-            "prompts": len(set(units[is_level])),
-            "measures": {measure: _estimate(*each) for measure, each in zip(measures, _columns(sums, counts), strict=True)},
+            "prompts": len(set(prompts[is_level])),
+            "measures": _estimates(measures, values[is_level], prompts[is_level], "clips"),
         }
         if level != reference:
-            after = _cell_means(values[is_level], cells[is_level], len(group_of_cell))
-            differences = after - before
             in_both = np.isin(cells, cells[is_level]) & np.isin(cells, cells[is_reference])
-            sums, counts = _sums(differences, group_of_cell, units.max() + 1)
             about["unpaired"] = int((~in_both[is_level | is_reference]).sum())
-            about["differences"] = {
-                measure: _estimate(*each, "pairs") for measure, each in zip(measures, _columns(sums, counts), strict=True)
-            }
-            for column, measure in enumerate(measures):
-                for cell in _extreme_cells(differences[:, column], group_of_cell):
-                    pair = [rows[np.flatnonzero(side & (cells == cell))[0]] for side in (is_reference, is_level)]
-                    shown = [_clip(clips, row, kept[column]) for row in pair]
-                    change = _number(differences[cell, column])
-                    extremes[measure].append({"level": texts[level], "difference": change, "clips": shown})
+            about["differences"] = _estimates(measures, differences[level], prompt_of_cell, "pairs")
+            pairs += about["differences"].values()
         described.append(about)
+    extremes = defaultdict[str, list[dict[str, Any]]](list)
+    for column, measure in enumerate(measures):
+        for level, cell in _extremes(differences[:, :, column], prompt_of_cell):
+            shown = []
+            for side in (reference, level):
+                row = np.flatnonzero((level_of == side) & (cells == cell))[0]
+                about = {key: each for key, each in rows[row].items() if key not in ("unit", "factors", "settings")}
+                shown.append({**about, "value": _number(values[row, column])})
+            change = _number(differences[level, cell, column])
+            extremes[measure].append({"level": texts[level], "difference": change, "clips": shown})
+    most = max(pairs, key=operator.itemgetter("pairs"), default={"pairs": 0})
     return {
-        "numeric": is_numeric(levels),
+        "numeric": _is_numeric(levels),
         "reference": texts[reference],
         "paired_by": paired_by,
+        "pairs": most["pairs"],
+        "reason": most.get("reason"),
         "clips": len(rows),
-        "clips_without": len(clips.ids) - len(rows),
+        "clips_without": len(clips.rows) - len(rows),
         "measures": measures,
         "left_out": {
-            measure: f"has values for {count} of {len(levels)} levels"
-            for measure, count in zip(clips.measures, present.sum(0).tolist(), strict=True)
-            if count < 2
+            measure: f"has values for {n_levels} of {len(levels)} levels"
+            for measure, n_levels in zip(clips.measures, present, strict=True)
+            if n_levels < 2
         },
         "levels": described,
         "pareto": _pareto(described, measures),
-        "extremes": {measure: _largest(found) for measure, found in extremes.items()},
+        "extremes": extremes,
     }
 
 
-def _pairing(clips: Clips, name: str, rows: Codes, level_of: Codes, reference: int) -> tuple[str, Codes]:
+def _pairing(rows: Sequence[Mapping[str, Any]], name: str, level_of: Codes, reference: int) -> tuple[str, Codes]:
     """Return how clips are paired, and the number of the cell of each: clips of one cell differ only in the factor.
 
     The way that gives the most pairs is used. Clips of a line get different seeds unless the script sets one.
     """
-    others = [tuple(sorted((key, value) for key, value in clips.factors[row].items() if key != name)) for row in rows]
-    unit = [clips.units[row] for row in rows]
-    ways = {"prompt and seed": _codes(zip(unit, (clips.seeds[row] for row in rows), others, strict=True))}
+    keys = [(row["unit"], *sorted({**row["factors"], name: ""}.items())) for row in rows]
+    ways = {"prompt and seed": _codes((key, row["seed"]) for key, row in zip(keys, rows, strict=True))}
     if name == FOLDER:
-        ways["id"] = _codes(clips.ids[row] for row in rows)
-    ways["prompt, as means over seeds"] = _codes(zip(unit, others, strict=True))
+        ways["id"] = _codes(row["id"] for row in rows)
+    ways["prompt, as means over seeds"] = _codes(keys)
 
     def pairs(way: str) -> int:
         with_reference = set(ways[way][level_of == reference].tolist())
@@ -366,31 +305,28 @@ def _codes(keys: Iterable[Hashable]) -> Codes:
 def _sums(values: Array, groups: Codes, n_groups: int) -> tuple[Array, Array]:
     """Return sum and count of the finite values per group and measure, each (groups, measures)."""
     known = np.isfinite(values)
-    filled = np.where(known, values, 0.0)
-    columns = range(values.shape[1])
-    sums = np.array([np.bincount(groups, filled[:, column], n_groups) for column in columns], float)
-    counts = np.array([np.bincount(groups, known[:, column], n_groups) for column in columns], float)
-    return sums.reshape(-1, n_groups).T, counts.reshape(-1, n_groups).T
+    sums, counts = np.zeros((2, n_groups, values.shape[1]))
+    np.add.at(sums, groups, np.where(known, values, 0.0))
+    np.add.at(counts, groups, known)
+    return sums, counts
 
 
-def _cell_means(values: Array, cells: Codes, n_cells: int) -> Array:
-    sums, counts = _sums(values, cells, n_cells)
-    means: Array = np.divide(sums, counts, out=np.full(sums.shape, math.nan), where=counts > 0)
-    return means
+def _estimates(measures: Sequence[str], values: Array, groups: Codes, unit: str) -> dict[str, dict[str, Any]]:
+    """Return the estimate of each column of values (values, measures) in groups. `unit`: `clips` or `pairs`."""
+    sums, counts = _sums(values, groups, groups.max() + 1)
+    has = counts > 0
+    return {
+        measure: _estimate(sums[has[:, column], column], counts[has[:, column], column], unit)
+        for column, measure in enumerate(measures)
+    }
 
 
-def _columns(sums: Array, counts: Array) -> Iterator[tuple[Array, Array]]:
-    for column in range(sums.shape[1]):
-        has = counts[:, column] > 0
-        yield sums[has, column], counts[has, column]
-
-
-def _estimate(sums: Array, counts: Array, unit: str = "clips") -> dict[str, Any]:
+def _estimate(sums: Array, counts: Array, unit: str) -> dict[str, Any]:
     """Return count, mean and interval of values in groups, each with the sum and the count of its values."""
     n, groups = int(counts.sum()), len(sums)
     estimate = {unit: n, "mean": _number(sums.sum() / n) if n else None, "low": None, "high": None}
     if groups < MIN_GROUPS:
-        few = f"{n} {unit}" if groups == n else f"{n} {unit} of {groups} prompt{'s' if groups > 1 else ''}"
+        few = count(n, unit[:-1]) + (f" of {count(groups, 'prompt')}" if groups < n else "")
         return {**estimate, "reason": f"{few}; an interval needs {MIN_GROUPS} prompts"}
     low, high = interval(sums, counts)
     return {**estimate, "low": _number(low), "high": _number(high)}
@@ -420,58 +356,39 @@ def _resamples(n: int) -> Array:
     return np.bincount(drawn.ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n).astype(float)
 
 
-def _extreme_cells(differences: Array, prompts: Codes) -> list[int]:
-    """Return the cells with the largest rises and falls, at most one per prompt for each."""
-    known = np.flatnonzero(np.isfinite(differences) & (differences != 0))
-    falling = known[np.argsort(differences[known], kind="stable")]
-    found = []
-    for order, sign in ((falling[::-1], 1), (falling, -1)):
-        _, first = np.unique(prompts[order], return_index=True)
-        found += [int(cell) for cell in order[np.sort(first)[:EXTREMES]] if differences[cell] * sign > 0]
+def _extremes(differences: Array, prompts: Codes) -> list[tuple[int, int]]:
+    """Return level and cell of the largest rises, and then of the largest falls, at most one per prompt for each.
+
+    `differences`: (levels, cells). `prompts`: (cells,).
+    """
+    found: list[tuple[int, int]] = []
+    for sign in (1, -1):
+        of_prompt: dict[int, tuple[int, int]] = {}
+        # NaN comes last.
+        for place in np.argsort(-sign * differences, axis=None, kind="stable"):
+            level, cell = divmod(int(place), len(prompts))
+            if len(of_prompt) == EXTREMES or not sign * differences[level, cell] > 0:
+                break
+            of_prompt.setdefault(prompts[cell], (level, cell))
+        found += of_prompt.values()
     return found
 
 
-def _largest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the pairs with the largest rises, and then those with the largest falls, over all levels."""
-    falling = sorted(found, key=lambda pair: float(pair["difference"]))
-    largest = []
-    for order, sign in ((falling[::-1], 1), (falling, -1)):
-        of_prompt: dict[str, dict[str, Any]] = {}
-        for pair in order:
-            if pair["difference"] * sign > 0:
-                of_prompt.setdefault(pair["clips"][0]["prompt"], pair)
-        largest += list(of_prompt.values())[:EXTREMES]
-    return largest
+def _pareto(levels: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> dict[str, Any]:
+    """Return the measures of likeness and motion that there are, and for each level those that exceed it.
 
-
-def _clip(clips: Clips, row: int, measure: int) -> dict[str, Any]:
-    file, image = clips.files[row]
-    return {
-        "id": clips.ids[row],
-        "folder": clips.folders[row],
-        "file": file,
-        "image": image,
-        "prompt": clips.prompts[row],
-        "seed": clips.seeds[row],
-        "value": _number(clips.values[row, measure]),
-    }
-
-
-def _pareto(levels: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> dict[str, Any] | None:
-    """Return for each level those that exceed it: in the mean of likeness or motion, and not less in the other.
-
-    `None` if one of the two is not measured.
+    They exceed it in the mean of one of the two, and are not less in the other.
     """
     axes = [next((name for name in names if name in measures), None) for names in (FACES, MOTION)]
-    if None in axes:
-        return None
-    means = {level["level"]: [level["measures"][axis]["mean"] for axis in axes] for level in levels}
-    points = {level: point for level, point in means.items() if None not in point}
+    points: dict[str, list[float]] = {}
+    if None not in axes:
+        means = {level["level"]: [level["measures"][axis]["mean"] for axis in axes] for level in levels}
+        points = {level: point for level, point in means.items() if None not in point}
     exceeded_by = {
         level: [other for other, better in points.items() if better != point and all(map(operator.ge, better, point))]
         for level, point in points.items()
     }
-    return {"measures": axes, "exceeded_by": exceeded_by}
+    return {"measures": [axis for axis in axes if axis], "exceeded_by": exceeded_by}
 
 
 def _number(value: float) -> float | None:

@@ -20,13 +20,13 @@ from markupsafe import Markup, escape
 
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.report.gallery_page import LOOK, add_thumbnails
-from vidgen_ray.system.quantities import size
+from vidgen_ray.system.quantities import count, size
 
 PAGE, DATA = "compare.html", "compare.json"
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 170, 58, 12, 12, 26
-"""Size of a plot and its margins in pixels."""
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 340, 58, 12, 12, 26
+"""Width of a plot and its margins in pixels."""
 ROW = 28
-"""Height of a level in a dot plot."""
+"""Height of a level in a plot."""
 LETTERS = 18
 """Maximum length of the name of a level in a plot."""
 
@@ -44,7 +44,7 @@ def write_page(result: Mapping[str, Any], storages: Sequence[Storage], target: S
     ]
     posters: dict[tuple[int, str], str] = {}
     for number, storage in enumerate(storages):
-        rows = [{"image": image} for image in {clip["image"] for clip in clips if clip["folder"] == number} if image]
+        rows = [{"image": image} for image in {clip["image"] for clip in clips if clip["folder"] == number and clip["image"]}]
         if storage.local is not None:
             add_thumbnails(storage.local, rows, lambda made, total: None)
         posters |= {(number, row["image"]): row.get("thumbnail", row["image"]) for row in rows}
@@ -52,16 +52,14 @@ def write_page(result: Mapping[str, Any], storages: Sequence[Storage], target: S
     def link(folder: int, path: str | None) -> str | None:
         """Return the URL of a file, relative to the page. `None` if the page cannot refer to it."""
         storage = storages[folder]
-        if path is None or (storage.local is None) != (target.local is None):
-            return None
-        if storage.local is not None and target.local is not None:
+        if path and storage.local is not None and target.local is not None:
             path = os.path.relpath(storage.local / path, target.local).replace(os.sep, posixpath.sep)
         elif storage.url != target.url:
             return None
-        return quote(path)
+        return path and quote(path)
 
     environment = Environment(loader=PackageLoader("vidgen_ray.dataset", "."), autoescape=True, trim_blocks=True)
-    environment.filters |= {"label": label, "number": number_text}
+    environment.filters |= {"label": label, "number": number_text, "pairs": _pairs_text}
     look = files("vidgen_ray.report")
     style, script = (Markup(look.joinpath(name).read_text(encoding="utf-8")) for name in LOOK)  # own files
     page = environment.get_template(PAGE).render(
@@ -82,6 +80,12 @@ def label(measure: str) -> str:
     return measure.replace("_", " ")
 
 
+def _pairs_text(estimate: Mapping[str, Any]) -> str:
+    """Return the number of pairs of a difference, and that of their prompts if they are too few for an interval."""
+    few, _, _ = (estimate.get("reason") or "").partition(";")
+    return few or count(estimate["pairs"], "pair")
+
+
 def number_text(value: float | None, measure: str, signed: bool = False) -> str:
     """Return the value of a measure, or a difference with its sign."""
     if value is None:
@@ -97,35 +101,21 @@ def number_text(value: float | None, measure: str, signed: bool = False) -> str:
 
 
 def plot(factor: Mapping[str, Any], measure: str) -> Markup:
-    """Return the means of the levels with their intervals: over the number of a level, or a row per level."""
+    """Return the means of the levels with their intervals, a row per level."""
     levels = [level for level in factor["levels"] if level["measures"][measure]["mean"] is not None]
-    estimates = [level["measures"][measure] for level in levels]
-    bounds = _bounds(estimates)
-    if factor["numeric"]:
-        values = [float(level["value"]) for level in levels]
-        across, up = _scale((min(values), max(values)), LEFT + 10, WIDTH - RIGHT - 10), _scale(bounds, HEIGHT - BOTTOM, TOP)
-        points = [(across(value), up(each["mean"])) for value, each in zip(values, estimates, strict=True)]
-        parts = [*_y_axis(bounds, up, measure), _line(points)]
-        last_end = -math.inf
-        for level, (x, y), each in zip(levels, points, estimates, strict=True):
-            parts += [_interval(x, each, up, vertical=True), _dot(x, y)]
-            # Names of levels that are close to each other would overlap.
-            if x - 4 * len(level["level"]) > last_end:
-                parts.append(_text(x, HEIGHT - 8, level["level"], "middle"))
-                last_end = x + 4 * len(level["level"])
-        return _svg(parts, HEIGHT, _summary(label(measure), levels, measure))
+    bounds = _bounds([level["measures"][measure] for level in levels])
     left = min(LEFT + 70, 12 + 7 * max(min(len(level["level"]), LETTERS) for level in levels))
-    across = _scale(bounds, left + 8, WIDTH - RIGHT - 14)
+    across = _scale(bounds, left + 12, WIDTH - RIGHT - 14)
     height = TOP + ROW * len(levels) + BOTTOM
     parts = []
-    for tick in _few(_ticks(bounds)):
+    for tick in _ticks(bounds):
         parts.append(f'<line class="grid" x1="{across(tick):.1f}" x2="{across(tick):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
         parts.append(_text(across(tick), height - 8, number_text(tick, measure), "middle"))
-    for number, (level, each) in enumerate(zip(levels, estimates, strict=True)):
-        y = TOP + ROW * (number + 0.5)
+    for number, level in enumerate(levels):
+        y, each = TOP + ROW * (number + 0.5), level["measures"][measure]
         name = level["level"] if len(level["level"]) <= LETTERS else f"{level['level'][: LETTERS - 1]}…"
         parts += [_text(left, y + 4, name, "end"), _interval(y, each, across, vertical=False), _dot(across(each["mean"]), y)]
-    return _svg(parts, height, _summary(label(measure), levels, measure))
+    return _svg(parts, height, _summary(levels, measure))
 
 
 def trade_off(factor: Mapping[str, Any]) -> Markup:
@@ -136,10 +126,14 @@ def trade_off(factor: Mapping[str, Any]) -> Markup:
     y_bounds, x_bounds = (_bounds([level["measures"][name] for level in levels]) for name in (upward, sideways))
     across, up = _scale(x_bounds, LEFT + 10, WIDTH - RIGHT - 24), _scale(y_bounds, height - BOTTOM - 18, TOP + 18)
     points = [(across(level["measures"][sideways]["mean"]), up(level["measures"][upward]["mean"])) for level in levels]
-    parts = [*_y_axis(y_bounds, up, upward), *([_line(points)] if factor["numeric"] else [])]
-    for tick in _few(_ticks(x_bounds)):
+    parts = [_text(LEFT - 50, TOP, f"↑ {label(upward)}", "start"), _text(WIDTH - 4, height - 6, f"{label(sideways)} →", "end")]
+    for tick in _ticks(y_bounds):
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>')
+        parts.append(_text(LEFT - 6, up(tick) + 4, number_text(tick, upward), "end"))
+    for tick in _ticks(x_bounds):
         parts.append(_text(across(tick), height - BOTTOM + 2, number_text(tick, sideways), "middle"))
-    parts += [_text(LEFT - 50, TOP, f"↑ {label(upward)}", "start"), _text(WIDTH - 4, height - 6, f"{label(sideways)} →", "end")]
+    if factor["numeric"]:
+        parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
     for level, (x, y) in zip(levels, points, strict=True):
         parts += [
             _interval(x, level["measures"][upward], up, vertical=True),
@@ -147,7 +141,7 @@ def trade_off(factor: Mapping[str, Any]) -> Markup:
             _dot(x, y),
             _text(x + 7, y - 7, level["level"][:LETTERS], "start" if x < WIDTH * 0.7 else "end", "name"),
         ]
-    return _svg(parts, height, f"{_summary(label(upward), levels, upward)}. {_summary(label(sideways), levels, sideways)}")
+    return _svg(parts, height, f"{_summary(levels, upward)}. {_summary(levels, sideways)}")
 
 
 def _bounds(estimates: Sequence[Mapping[str, Any]]) -> Bounds:
@@ -159,28 +153,16 @@ def _bounds(estimates: Sequence[Mapping[str, Any]]) -> Bounds:
 def _scale(bounds: Bounds, begin: float, end: float) -> Any:
     """Return a function from values to pixels."""
     low, high = bounds
-    return lambda value: (begin + end) / 2 if high == low else begin + (value - low) / (high - low) * (end - begin)
+    return lambda value: begin + (value - low) / (high - low) * (end - begin)
 
 
 def _ticks(bounds: Bounds) -> list[float]:
-    """Return two to five round numbers in the bounds."""
+    """Return one to three round numbers in the bounds."""
     low, high = bounds
     power = 10 ** math.floor(math.log10((high - low) / 2))
     step = max((step * power for step in (1, 2, 5) if step * power <= (high - low) / 2), default=power)
-    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def _few(ticks: list[float]) -> list[float]:
-    """Return at most three ticks, whose texts have room beside each other."""
+    ticks = [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
     return ticks[:: math.ceil(len(ticks) / 3)]
-
-
-def _y_axis(bounds: Bounds, up: Any, measure: str) -> list[str]:
-    lines = []
-    for tick in _ticks(bounds):
-        lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>')
-        lines.append(_text(LEFT - 6, up(tick) + 4, number_text(tick, measure), "end"))
-    return lines
 
 
 def _interval(at: float, estimate: Mapping[str, Any], scale: Any, *, vertical: bool) -> str:
@@ -195,18 +177,14 @@ def _dot(x: float, y: float) -> str:
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
 
 
-def _line(points: Sequence[tuple[float, float]]) -> str:
-    return f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
-
-
 def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _summary(name: str, levels: Sequence[Mapping[str, Any]], measure: str) -> str:
+def _summary(levels: Sequence[Mapping[str, Any]], measure: str) -> str:
     """Return the plot as text, for screen readers."""
     means = (f"{level['level']}: {number_text(level['measures'][measure]['mean'], measure)}" for level in levels)
-    return f"Mean {name} per level: {', '.join(means)}"
+    return f"Mean {label(measure)} per level: {', '.join(means)}"
 
 
 def _svg(parts: Sequence[str], height: float, summary: str) -> Markup:

@@ -126,7 +126,6 @@ def compare(
 
     Shows means, differences within pairs with 95% intervals, and the clips that differ most.
     """
-    from vidgen_ray.dataset.compare import FACES, MOTION
     from vidgen_ray.dataset.compare import compare as compare_clips
     from vidgen_ray.dataset.compare_page import label, number_text, write_page
 
@@ -138,8 +137,7 @@ def compare(
         return
     console = Console(markup=False, highlight=False)
     for each in result["factors"]:
-        axes = each["pareto"]["measures"] if each["pareto"] else [name for name in FACES + MOTION if name in each["measures"]]
-        shown = [name for name in (*axes, *MAIN_MEASURES) if name in each["measures"]]
+        shown = [*each["pareto"]["measures"], *(name for name in MAIN_MEASURES if name in each["measures"])]
         table = Table(label(each["name"]), "clips", *map(label, shown), box=None)
         for level in each["levels"]:
             cells = []
@@ -151,9 +149,7 @@ def compare(
                 cells.append(text)
             table.add_row(level["level"], f"{level['clips']:,}", *cells)
         console.print(table)
-        changes = [change for level in each["levels"] for change in level.get("differences", {}).values()]
-        has_interval = any(change["low"] is not None for change in changes)
-        intervals = "95% interval" if has_interval or not changes else f"no interval ({changes[0]['reason']})"
+        intervals = f"no interval ({each['reason']})" if each["reason"] else "95% interval"
         typer.echo(f"Below the means: difference to {each['reference']}, {intervals}. Pairs by {each['paired_by']}.\n")
     typer.echo(page)
 
@@ -168,18 +164,22 @@ def diff(
 
     Exits with code 0 if all are equal, with 1 if not.
     """
-    from vidgen_ray.dataset.lineage import Summary, differences
+    from vidgen_ray.dataset.lineage import differences, summary
 
     folders = [OutputFolder(out) for out in (out1, out2)]
     for outputs in folders:
         check_not_empty(outputs)
-    summary, is_equal = Summary(), True
-    for difference in differences(*folders):
-        if as_json and difference is not None:
-            typer.echo(("[" if is_equal else ",\n") + json.dumps(difference.as_json()), nl=False)
-        is_equal &= difference is None
-        summary.add(difference)
-    typer.echo(("[]" if is_equal else "]") if as_json else "\n".join(summary.lines()))
+    is_equal, found = True, differences(*folders)
+    if as_json:
+        for each in filter(None, found):
+            row = {**each._asdict(), "reasons": [reason._asdict() for reason in each.reasons]}
+            typer.echo(("[" if is_equal else ",\n") + json.dumps(row), nl=False)
+            is_equal = False
+        typer.echo("[]" if is_equal else "]")
+    else:
+        lines = list(summary(found))
+        typer.echo("\n".join(lines))
+        is_equal = len(lines) == 1
     if not is_equal:
         raise typer.Exit(1)
 

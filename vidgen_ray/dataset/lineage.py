@@ -31,9 +31,7 @@ AFTER_STEPS = ("crop_width", "crop_height", "min_identity", "retries")
 """Fields that are part of the key of a shot, but of none of its steps."""
 OTHER_DEVICE = "another GPU, driver or encoder"
 UNRECORDED = "version of the stage, or an option or a file that its record does not name"
-MAX_VALUES = 20
-"""Old and new values that are counted per kind of reason."""
-SHOWN_VALUES, SHOWN_IDS = 3, 3
+SHOWN_IDS = 3
 
 
 class Reason(NamedTuple):
@@ -64,17 +62,13 @@ class Difference(NamedTuple):
     """First stage whose key differs. `None` if all steps have the same keys."""
     reasons: tuple[Reason, ...] = ()
 
-    def as_json(self) -> dict[str, Any]:
-        reasons = [reason._asdict() for reason in self.reasons]
-        return {**self._asdict(), "reasons": reasons}
-
 
 def differences(old: OutputFolder, new: OutputFolder) -> Iterator[Difference | None]:
     """Yield what differs for each finished shot, by shard and id. `None` for a shot with the same bytes in both folders."""
     options = tuple(map(_options, (old, new)))
     shards = {name for outputs in (old, new) for name in outputs.storage.folders(SHOTS) if SHARD.fullmatch(name)}
     for shard in sorted(shards):
-        before, after = (dict(_records(outputs.storage, shard)) for outputs in (old, new))
+        before, after = (_records(outputs.storage, shard) for outputs in (old, new))
         for shot_id in sorted(before.keys() | after.keys()):
             if shot_id not in after:
                 yield Difference(shot_id, "only in OUT1")
@@ -84,12 +78,11 @@ def differences(old: OutputFolder, new: OutputFolder) -> Iterator[Difference | N
                 yield _difference(shot_id, before[shot_id], after[shot_id], options)
 
 
-def _records(storage: Storage, shard: str) -> Iterator[tuple[str, bytes]]:
-    """Yield id and record of each finished shot of a shard."""
+def _records(storage: Storage, shard: str) -> dict[str, bytes]:
+    """Return the record of each finished shot of a shard by id."""
     ids = storage.folders(f"{SHOTS}/{shard}")
-    for shot_id, content in read_each(storage, ids, [f"{SHOTS}/{shard}/{shot_id}/{RECORD}" for shot_id in ids]):
-        if content is not None:
-            yield shot_id, content
+    found = read_each(storage, ids, [f"{SHOTS}/{shard}/{shot_id}/{RECORD}" for shot_id in ids])
+    return {shot_id: content for shot_id, content in found if content is not None}
 
 
 def _options(outputs: OutputFolder) -> dict[str, Any]:
@@ -110,31 +103,28 @@ def _options(outputs: OutputFolder) -> dict[str, Any]:
 def _difference(shot_id: str, old: bytes, new: bytes, options: tuple[dict[str, Any], ...]) -> Difference | None:
     try:
         before, after = (json.loads(text) for text in (old, new))
-        digests = [
-            {name: record["files"].get(file, {}).get("sha256") for name, file in SHOT_FILES.items()}
-            for record in (before, after)
-        ]
-        if digests[0] == digests[1]:
-            return None
-        file = next(name for name in SHOT_FILES if digests[0][name] != digests[1][name])
-        step, reasons = _reasons(before, after, options)
+        for name, file in SHOT_FILES.items():
+            digests = [record["files"].get(file, {}).get("sha256") for record in (before, after)]
+            if digests[0] != digests[1]:
+                step, reasons = _reasons(before, after, options)
+                return Difference(shot_id, "different", name, step, tuple(reasons))
     except (ValueError, KeyError, TypeError, AttributeError):
         return Difference(shot_id, "different", reasons=(Reason("record", "a damaged shot.json; see `vidgen verify`"),))
-    return Difference(shot_id, "different", file, step, tuple(reasons))
+    return None
 
 
 def _reasons(
     old: Mapping[str, Any], new: Mapping[str, Any], options: tuple[dict[str, Any], ...]
 ) -> tuple[str | None, list[Reason]]:
     """Return the first stage whose key differs, and why the bytes differ."""
-    software = list(_changes("software", old["software"], new["software"]))
+    software = list(changes("software", old["software"], new["software"]))
     if old["key"] == new["key"]:
         return None, software or [Reason("device", OTHER_DEVICE)]
     before, after = ({step["stage"]: step for step in record["stages"]} for record in (old, new))
-    stages = [name for name in STAGE_BY_NAME if name in before or name in after]
-    stages += [name for name in dict.fromkeys((*before, *after)) if name not in stages]
+    known = dict.fromkeys((*STAGE_BY_NAME, *before, *after))
+    stages = [name for name in known if name in before or name in after]
     changed = [name for name in stages if before.get(name, {}).get("key") != after.get(name, {}).get("key")]
-    reasons = list(_changes("field", _flat(old), _flat(new)))
+    reasons = list(changes("field", _flat(old), _flat(new)))
     if before.keys() == after.keys():
         read = {*AFTER_STEPS, *_fields_read(changed), *(["image"] if changed[:1] == stages[:1] else [])}
         reasons = [reason for reason in reasons if read & {reason.name, reason.name.partition(".")[0]}]
@@ -143,29 +133,36 @@ def _reasons(
         reasons = [Reason("stage", f"stage {name} only in {side}") for side, name in sides]
     weights = []
     for name in changed:
-        digests = [step.get(name, {}).get("weights", []) for step in (before, after)]
-        if name in before and name in after and digests[0] != digests[1]:
-            removed, added = ([each for each in digests[a] if each not in digests[b]] for a, b in ((0, 1), (1, 0)))
+        if name in before and name in after and before[name]["weights"] != after[name]["weights"]:
+            sides = [before[name]["weights"], after[name]["weights"]]
+            removed, added = ([each for each in one if each not in other] for one, other in (sides, sides[::-1]))
             weights.append(Reason("weights", f"{name} weights", removed, added))
     # Another path of the same file changes nothing.
-    reasons = [reason for reason in reasons if weights or not reason.name.endswith(".path")] + weights
-    reasons += [reason for reason in _changes("option", *options) if _has_effect(reason.name, changed)]
+    reasons = [reason for reason in reasons if weights or reason.name not in LORA_FIELDS] + weights
+    reasons += [reason for reason in changes("option", *options) if _has_effect(reason.name, changed)]
     if not reasons and new["shot"]["continue_from"]:
         reasons = [Reason("field", "last frame of continue_from", old["shot"]["continue_from"], new["shot"]["continue_from"])]
     return next(iter(changed), None), reasons or software or [Reason("unrecorded", UNRECORDED)]
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a shot that can change its bytes, with an entry per stage, and face photos by their content."""
+    """Return the settings of a shot that can change its bytes, and its face photos by their content."""
+    left_out = {*WITHOUT_EFFECT, *(["image"] if record["shot"]["continue_from"] else [])}
+    fields = {name: value for name, value in record["shot"].items() if name not in left_out}
+    return flat_settings({**fields, "face_image": [photo[:12] for photo in record["face_photos"]]})
+
+
+def flat_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a shot with an entry per stage, and with the weights of LoRAs apart from their files."""
     flat: dict[str, Any] = {}
-    for name, value in record["shot"].items():
+    for name, value in fields.items():
         if name in NESTED_FIELDS:
-            flat |= {f"{name}.{stage}": each for stage, each in value.items()}
+            flat |= {f"{name}.{stage}": each for stage, each in (value or {}).items()}
         elif name in LORA_FIELDS:
-            flat |= {f"{name}.{each}": [lora[each] for lora in value] for each in ("path", "weight")}
-        elif name == "face_image":
-            flat[name] = [photo[:12] for photo in record["face_photos"]]
-        elif name not in WITHOUT_EFFECT and not (name == "image" and record["shot"]["continue_from"]):
+            weights = [lora["weight"] for lora in value or []]
+            flat[name] = [lora["path"] for lora in value or []]
+            flat[f"{name}.weight"] = weights[0] if len(weights) == 1 else weights
+        else:
             flat[name] = value
     return flat
 
@@ -188,47 +185,36 @@ def _fields_read(stages: Iterable[str]) -> set[str]:
     return {base for field in read for base in DERIVED_FIELDS.get(field, (field,))}
 
 
-def _changes(kind: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Reason]:
+def changes(kind: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Reason]:
+    """Yield a reason per name whose values differ."""
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             yield Reason(kind, name, old.get(name), new.get(name))
 
 
-class Summary:
-    """Counts of equal and different shots, with equal reasons together. Memory use does not grow with the number of shots."""
+def summary(found: Iterable[Difference | None]) -> Iterator[str]:
+    """Yield lines with the number of equal shots, and of those that differ for the same reasons, the largest groups first.
 
-    def __init__(self) -> None:
-        self.equal = 0
-        self.groups: dict[tuple[str | None, ...], list[str]] = defaultdict(list)
-        """State, step and names of reasons -> first ids."""
-        self._counts: Counter[tuple[str | None, ...]] = Counter()
-        self._values: dict[tuple[str | None, ...], Counter[str]] = defaultdict(Counter)
-
-    def add(self, difference: Difference | None) -> None:
-        if difference is None:
-            self.equal += 1
-            return
-        group = (difference.state, difference.step, *(reason.name for reason in difference.reasons))
-        self._counts[group] += 1
-        if len(ids := self.groups[group]) < SHOWN_IDS:
-            ids.append(difference.id)
-        text = ", ".join(map(str, difference.reasons))
-        if text in (values := self._values[group]) or len(values) < MAX_VALUES:
-            values[text] += 1
-
-    def lines(self) -> Iterator[str]:
-        """Yield the result as text, the largest groups first."""
-        yield f"{count(self.equal, 'shot')} equal"
-        for group, number in self._counts.most_common():
+    Memory use does not grow with the number of shots.
+    """
+    counts = Counter[tuple[str | None, ...] | None]()
+    """State, step and names of reasons -> shots. `None` for equal shots."""
+    ids, texts = (defaultdict[tuple[str | None, ...], list[str]](list) for _ in range(2))
+    for difference in found:
+        group = difference and (difference.state, difference.step, *(reason.name for reason in difference.reasons))
+        counts[group] += 1
+        if difference and group:
+            ids[group] += [difference.id][: SHOWN_IDS - len(ids[group])]
+            text = ", ".join(map(str, difference.reasons))
+            # A second text says that the values differ.
+            if len(texts[group]) < 2 and text not in texts[group]:
+                texts[group].append(text)
+    yield f"{count(counts.pop(None, 0), 'shot')} equal"
+    for group, number in counts.most_common():
+        if group:
             state, step, *names = group
-            ids = f" ({', '.join(self.groups[group])}{', ...' if number > SHOWN_IDS else ''})"
-            if state != "different":
-                yield f"{count(number, 'shot')} {state}{ids}"
-                continue
             place = f" from {step}" if step else ", same key" if names == [OTHER_DEVICE] else ""
-            values = self._values[group].most_common()
-            if len(values) <= SHOWN_VALUES:
-                for text, times in values:
-                    yield f"{count(times, 'shot')} different{place}: {text}{ids if len(values) == 1 else ''}"
-            else:
-                yield f"{count(number, 'shot')} different{place}: {', '.join(map(str, names))}, such as {values[0][0]}{ids}"
+            text, *others = texts[group]
+            why = f"{', '.join(map(str, names))}, such as {text}" if others else text
+            shown = f"{', '.join(ids[group])}{', ...' if number > SHOWN_IDS else ''}"
+            yield f"{count(number, 'shot')} {state}{place}{f': {why}' if why else ''} ({shown})"
