@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
 
 import duckdb
@@ -28,7 +28,6 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image as PILImage
-from pydantic import BaseModel
 
 from vidgen_ray.dataset.tables import DIGEST, MEMORY_LIMIT, OWN_COLUMNS, REVIEWS
 from vidgen_ray.errors import MediaError
@@ -96,59 +95,22 @@ DESCRIPTIONS = {
 }
 
 
-class ExportState(BaseModel):
-    """The part of `.vidgen/export.json` that the card shows."""
-
-    format: Literal["videofolder", "webdataset", "parquet", "lance", "captions"]
-    files: str
-    """Kind of files: image, video, hd or clip."""
-    columns: dict[str, str] = {}
-    """Column of the data set -> Arrow type."""
-    where: str | None
-    best: str | None
-    cleared: str | None
-    """Commercial use that the licences must allow, if a consent is required for every face photo."""
-    caption: str
-    """Template."""
-    splits: dict[str, float]
-    split_by: list[str]
-    transcode: dict[str, Any]
-    """Settings of clips that were encoded again."""
-    command: str
-    """Command line."""
-    versions: dict[str, str]
-    counts: dict[str, int]
-    """Clips that the last call added, changed, removed, left unchanged, or left out because they are rejected."""
-    removed: list[dict[str, str]]
-    """`id` and `reason`. The same for the next two."""
-    refused: list[dict[str, str]]
-    missing: list[dict[str, str]]
-    """Selected shots without the file."""
-
-    @property
-    def noun(self) -> str:
-        return "image" if self.files == "image" else "clip"
-
-    @property
-    def encoding(self) -> str:
-        """Settings with which clips were encoded again. Empty if their bytes were copied."""
-        return ", ".join(f"{name} {value}" for name, value in self.transcode.items() if value is not None)
-
-    def patterns(self, split: str) -> dict[str, str]:
-        """Return name -> pattern of the files of a split. The first ones have the columns."""
-        media = f"{split}/*.{'png' if self.files == 'image' else 'mp4'}"
-        return {
-            "videofolder": {"metadata": f"{split}/metadata.parquet", "files": media},
-            "webdataset": {"shards": f"{split}-*.tar"},
-            "parquet": {"shards": f"{split}-*.parquet"},
-            "lance": {"tables": f"{split}.lance/**"},
-            "captions": {"captions": f"{split}/*.txt", "files": media},
-        }[self.format]
+def _patterns(state: Mapping[str, Any], split: str) -> dict[str, str]:
+    """Return name -> pattern of the files of a split. The first ones have the columns."""
+    media = f"{split}/*.{'png' if state['files'] == 'image' else 'mp4'}"
+    patterns = {
+        "videofolder": {"metadata": f"{split}/metadata.parquet", "files": media},
+        "webdataset": {"shards": f"{split}-*.tar"},
+        "parquet": {"shards": f"{split}-*.parquet"},
+        "lance": {"tables": f"{split}.lance/**"},
+        "captions": {"captions": f"{split}/*.txt", "files": media},
+    }
+    return patterns[state["format"]]
 
 
 def write_card(dest: Storage, source: Storage) -> None:
     """Write the card of the export `dest`, which has `ROWS` and `STATE`. `source`: the output folder. Raises OSError."""
-    state = ExportState.model_validate_json(dest.read(STATE) or b"")
+    state = json.loads(dest.read(STATE) or b"")
     with (
         tempfile.TemporaryDirectory(prefix="vidgen-card-") as folder,
         dest.local_copy(ROWS) as rows,
@@ -164,10 +126,10 @@ def write_card(dest: Storage, source: Storage) -> None:
         dest.write(path, content)
 
 
-def _files(database: duckdb.DuckDBPyConnection, state: ExportState, source: Storage) -> dict[str, str | bytes]:
+def _files(database: duckdb.DuckDBPyConnection, state: Mapping[str, Any], source: Storage) -> dict[str, str | bytes]:
     """Return the files of the card by path."""
     (totals,) = _dicts(database, TOTALS)
-    splits = sorted(_dicts(database, SPLITS), key=lambda row: [*state.splits].index(row["Split"]))
+    splits = sorted(_dicts(database, SPLITS), key=lambda row: [*state["splits"]].index(row["Split"]))
     names = _person_names(database)
     used = _used_weights(database, source)
     scores = {name: kind for name, kind, *_ in database.execute("DESCRIBE clips").fetchall() if _is_score(name)}
@@ -177,10 +139,11 @@ def _files(database: duckdb.DuckDBPyConnection, state: ExportState, source: Stor
     facts = {
         "title": _clean(", ".join(posixpath.splitext(script)[0] for script in totals["scripts"])) or "Clips",
         "state": state,
+        "noun": "image" if state["files"] == "image" else "clip",
         "totals": {**totals, "length": _scaled(totals["seconds"], "Length"), "size": _scaled(totals["bytes"], "Size")},
         "splits": splits,
         # All clips may have been removed.
-        "split_names": [row["Split"] for row in splits] or [*state.splits],
+        "split_names": [row["Split"] for row in splits] or [*state["splits"]],
         "samples": samples,
         "histograms": [each for each in drawn if each is not None],
         "models": [
@@ -276,27 +239,19 @@ def _used_weights(database: duckdb.DuckDBPyConnection, source: Storage) -> list[
     return [used[name] for name in sorted(used)]
 
 
-def _reproduction(totals: Mapping[str, Any], state: ExportState, source: Storage) -> dict[str, Any]:
+def _reproduction(totals: Mapping[str, Any], state: Mapping[str, Any], source: Storage) -> dict[str, Any]:
     """Return the settings of the render and the export, and their command lines without the places of the folders."""
     run, scripts = (json.loads(source.read(name) or b"{}") for name in ("run.json", SCRIPTS))
     profile = run.get("profile", {}).get("name")
-    versions = sorted((run.get("software", {}) | state.versions).items())
+    versions = sorted((run.get("software", {}) | state["versions"]).items())
     digests = {name: scripts.get(name, {}).get("sha256", "unknown") for name in totals["scripts"][:LISTED]}
     settings = {
         **{f"Script {name}": f"sha256 {digest}" for name, digest in digests.items()},
         "Profile of the last run": profile,
         "Runs": ", ".join(totals["runs"][:LISTED]) + (", …" if len(totals["runs"]) > LISTED else ""),
-        "Format": state.format,
-        "Selected": state.where and _code(state.where),
-        "Best of the seeds": state.best and _code(state.best),
-        "Licences": state.cleared and f"those that allow {state.cleared} use; a consent for every face photo",
-        "Caption": _code(state.caption),
-        "Splits": ", ".join(f"{name} {share:g}" for name, share in state.splits.items()),
-        "Never in two splits": ", ".join(state.split_by) if len(state.splits) > 1 else None,
-        "Encoded again": state.encoding,
         "Versions": ", ".join(f"{name} {number}" for name, number in versions),
     }
-    words = shlex.split(state.command)
+    words = shlex.split(state["command"])
     renders = [["vidgen", "render", name, "-o", "OUT", *(["-p", profile] if profile else [])] for name in digests]
     commands = "\n".join(map(shlex.join, [*renders, [*words[:2], "OUT", "DEST", *words[4:]]]))
     return {"settings": [{"Setting": name, "Value": value} for name, value in settings.items() if value], "commands": commands}
@@ -409,15 +364,15 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
     text, images = totals["clips"] - totals["from_images"], totals["from_images"]
     tasks = [task for task, count in (("text-to-video", text), ("image-to-video", images)) if count]
     # The captions of trainers are no format of `datasets`, which reads their clips only.
-    skipped = ("captions",) if state.format == "captions" else ()
+    skipped = ("captions",) if state["format"] == "captions" else ()
     data_files = [
-        {"split": split, "path": [pattern for name, pattern in state.patterns(split).items() if name not in skipped]}
+        {"split": split, "path": [pattern for name, pattern in _patterns(state, split).items() if name not in skipped]}
         for split in facts["split_names"]
     ]
     content = {
         "pretty_name": facts["title"],
         **({"license": spdx[0]} if one else {"license": "other", "license_name": listed}),
-        "task_categories": ["text-to-image"] if state.files == "image" else tasks,
+        "task_categories": ["text-to-image"] if state["files"] == "image" else tasks,
         "size_categories": [next((name for limit, name in HUB_SIZES if totals["clips"] < limit), "10M<n<100M")],
         "tags": list(TAGS),
         "configs": [{"config_name": "default", "data_files": data_files}],
@@ -431,6 +386,7 @@ def _croissant(facts: Mapping[str, Any]) -> str:
     import mlcroissant as mlc
 
     state, totals, persons = facts["state"], facts["totals"], facts["totals"]["persons"]
+    encoding = ", ".join(f"{name} {value}" for name, value in state["transcode"].items() if value is not None)
     context = mlc.Context(conforms_to="http://mlcommons.org/croissant/1.1")
     of = mlc.DataType
     types = {"string": of.TEXT, "int64": of.INTEGER, "double": of.FLOAT, "bool": of.BOOL}
@@ -445,29 +401,29 @@ def _croissant(facts: Mapping[str, Any]) -> str:
         about = facts["meanings"].get(name)
         return mlc.Field(ctx=context, id=f"clips/{name}", name=name, description=about, data_types=[types[kind]], source=source)
 
-    sets = {name: [state.patterns(split)[name] for split in facts["split_names"]] for name in state.patterns("")}
+    sets = {name: [_patterns(state, split)[name] for split in facts["split_names"]] for name in _patterns(state, "")}
     distribution = [file_set(name, includes) for name, includes in sets.items()]
     records = next(iter(sets))
-    if state.format == "webdataset":
+    if state["format"] == "webdataset":
         distribution.append(file_set("records", ["*.json"], records))
         records = "records"
-    if state.format == "captions":
+    if state["format"] == "captions":
         properties = {"file_name": mlc.FileProperty.filename, "caption": mlc.FileProperty.content}
         fields = [field(name, "string", mlc.Extract(file_property=each)) for name, each in properties.items()]
     else:
-        by = "json_path" if state.format == "webdataset" else "column"
-        path = "$." if state.format == "webdataset" else ""
-        fields = [field(name, kind, mlc.Extract(**{by: f"{path}{name}"})) for name, kind in state.columns.items()]
+        by = "json_path" if state["format"] == "webdataset" else "column"
+        path = "$." if state["format"] == "webdataset" else ""
+        fields = [field(name, kind, mlc.Extract(**{by: f"{path}{name}"})) for name, kind in state["columns"].items()]
     metadata = mlc.Metadata(
         ctx=context,
         name=facts["title"],
-        description=f"{totals['clips']:,} AI-generated {state.noun}s, rendered with vidgen-ray. See README.md.",
+        description=f"{totals['clips']:,} AI-generated {facts['noun']}s, rendered with vidgen-ray. See README.md.",
         keywords=list(TAGS),
         license=[f"https://spdx.org/licenses/{name}" if name.lower() in HUB_LICENCES else name for name in facts["licences"]],
         date_created=totals["ended_at"],
         data_collection="Models rendered everything from text prompts. README.md lists them with their licences.",
         data_annotation_protocol=["People accepted or rejected results, or gave 1 to 5 stars."] if totals["reviewed"] else None,
-        data_preprocessing_protocol=[f"Encoded again: {state.encoding}"] if state.encoding else None,
+        data_preprocessing_protocol=[f"Encoded again: {encoding}"] if encoding else None,
         data_limitations=["Generated content does not show real events."],
         personal_sensitive_information=[
             f"Shows {persons} persons, from face photos or as characters. README.md has their consents."
