@@ -125,8 +125,8 @@ def test_card_states_counts_persons_factors_and_changes(card):
     found = tables(card)
     splits = found["Split", "Clips", "Length", "Size", "Persons", "Prompts"]
     assert [(row[0], row[1], row[2], row[4], row[5]) for row in splits] == [
-        ("train", "5", "5.62 s", "2", "3"),
-        ("val", "1", "1.12 s", "", "1"),
+        ("train", "5", "5.6 s", "2", "3"),
+        ("val", "1", "1.1 s", "", "1"),
     ]
     assert [row[:2] for row in found["Person", "Clips", "Length", "Size"]] == [["ada", "2"], ["bob", "2"]]
     assert [row[:2] for row in found["Value", "Clips", "Length", "Size"]] == [["0.5", "2"], ["1.0", "2"]]

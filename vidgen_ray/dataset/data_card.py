@@ -8,16 +8,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mimetypes
 import posixpath
 import re
 import shlex
 import tempfile
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -43,6 +43,7 @@ from vidgen_ray.report.shot_text import short_names
 from vidgen_ray.safety import Consent
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Image
+from vidgen_ray.system.quantities import duration, size
 
 ROWS, STATE = ".vidgen/rows.parquet", ".vidgen/export.json"
 FOLDER, GRID = "card", "card/samples.webp"
@@ -54,15 +55,6 @@ TAGS = ("ai-generated", "synthetic", "vidgen-ray")
 HUB_LICENCES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0")
 """Identifiers of the hub that are the SPDX identifier in small letters."""
 HUB_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
-MEDIA_TYPES = {
-    "mp4": "video/mp4",
-    "png": "image/png",
-    "txt": "text/plain",
-    "json": "application/json",
-    "tar": "application/x-tar",
-    "parquet": "application/x-parquet",
-}
-"""Ending -> type of the file."""
 NUMBERS = re.compile("DOUBLE|FLOAT|BOOLEAN|U?(BIG|SMALL|TINY)?INT(EGER)?")
 """DuckDB's types of scores with a histogram."""
 EXPORT_COLUMNS = re.compile("split|file|sample|caption|signature|content|exported_.*")
@@ -140,15 +132,19 @@ def _files(database: duckdb.DuckDBPyConnection, state: Mapping[str, Any], source
         "title": _clean(", ".join(posixpath.splitext(script)[0] for script in totals["scripts"])) or "Clips",
         "state": state,
         "noun": "image" if state["files"] == "image" else "clip",
-        "totals": {**totals, "length": _scaled(totals["seconds"], "Length"), "size": _scaled(totals["bytes"], "Size")},
+        "totals": totals,
         "splits": splits,
         # All clips may have been removed.
         "split_names": [row["Split"] for row in splits] or [*state["splits"]],
         "samples": samples,
         "histograms": [each for each in drawn if each is not None],
         "models": [
-            {"Weights": _code(each.weights), "Licence": _link(each.licence, each.url)}
-            | {"Commercial use": each.commercial_use, "Condition": each.condition}
+            {
+                "Weights": each.weights,
+                "Licence": _link(each.licence, each.url),
+                "Commercial use": each.commercial_use,
+                "Condition": each.condition,
+            }
             for each in used
         ],
         "licences": sorted({each.licence or "unknown" for each in used} or {name or "unknown" for name in totals["licences"]}),
@@ -157,7 +153,7 @@ def _files(database: duckdb.DuckDBPyConnection, state: Mapping[str, Any], source
         **_tables(database, names),
     }
     return {
-        "README.md": _render("data_card.md", {**facts, "front_matter": Markup(_front_matter(facts))}),
+        "README.md": TEMPLATES.get_template("data_card.md").render(facts, front_matter=Markup(_front_matter(facts))),
         "croissant.json": _croissant(facts),
         **({GRID: grid} if samples else {}),
         **{f"{FOLDER}/{each['file']}": each["svg"] for each in facts["histograms"] if each["svg"]},
@@ -345,10 +341,10 @@ def _histogram(database: duckdb.DuckDBPyConnection, name: str, meanings: Mapping
     picture = {"title": name, "bars": bars, "line": line, "low": low, "median": median, "high": high}
     return {
         # A score that is the same everywhere needs no picture.
-        "svg": _render("histogram.svg", picture) if low < high else None,
+        "svg": TEMPLATES.get_template("histogram.svg").render(picture) if low < high else None,
         "file": f"{re.sub('[^A-Za-z0-9]+', '-', name)}-{hashlib.sha256(name.encode()).hexdigest()[:6]}.svg",
         "alt": f"{name} from {_number(low)} to {_number(high)}, median {_number(median)}",
-        "row": {"Score": _code(name), **found, "Meaning": meanings.get(name)},
+        "row": {"Score": name, **found, "Meaning": meanings.get(name)},
     }
 
 
@@ -392,8 +388,10 @@ def _croissant(facts: Mapping[str, Any]) -> str:
     types = {"string": of.TEXT, "int64": of.INTEGER, "double": of.FLOAT, "bool": of.BOOL}
 
     def file_set(name: str, includes: list[str], container: str | None = None) -> Any:
-        kinds = [MEDIA_TYPES.get(includes[0].rpartition(".")[2], "application/octet-stream")]
-        inside = [container] if container else []
+        kind, _ = mimetypes.guess_type(includes[0])
+        if includes[0].endswith(".parquet"):
+            kind = "application/x-parquet"  # the name that mlcroissant reads
+        kinds, inside = [kind or "application/octet-stream"], [container] if container else []
         return mlc.FileSet(ctx=context, id=name, name=name, contained_in=inside, encoding_formats=kinds, includes=includes)
 
     def field(name: str, kind: str, extract: Any) -> Any:
@@ -443,23 +441,6 @@ SPECIAL = re.compile(r"""[\\`*_{}\[\]<>&"#|~$:@!^=]|(?<=www)[.]""")
 """Signs of Markdown, HTML, TeX, mentions and links inside a line."""
 
 
-@cache
-def _templates() -> Environment:
-    return Environment(
-        loader=PackageLoader("vidgen_ray.dataset", "."),
-        autoescape=True,
-        finalize=_markdown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-
-
-def _render(template: str, context: Mapping[str, Any]) -> str:
-    return _templates().get_template(template).render(context, table=_table, code=_code, fence=_fence, by_reason=_by_reason)
-
-
 def _clean(text: str) -> str:
     """Return a text on one line, without control characters and marks of direction, cut to `TEXT_LENGTH`."""
     line = " ".join(DIRECTION_MARKS.sub("", text).split())
@@ -485,23 +466,8 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-UNITS: dict[str, dict[str, float]] = {"Length": {"h": 3600, "min": 60, "s": 1}, "Size": {"GB": 1e9, "MB": 1e6, "kB": 1e3}}
-"""Column of a table -> its units, largest first."""
-
-
-def _scaled(value: float | None, column: str) -> str | None:
-    """Return a value of a column in a unit that suits it."""
-    if value is None:
-        return None
-    units = UNITS[column]
-    name = next((name for name, unit in units.items() if value >= unit), [*units][-1])
-    return f"{_number(value / units[name])} {name}"
-
-
-def _code(text: str) -> Markup:
-    """Return a text as code, or escaped if code cannot show it."""
-    line = _clean(text)
-    return _markdown(text) if re.search(r"[`|]|^\W*$", line) or not line.isascii() else Markup(f"`{line}`")
+UNITS: dict[str, Callable[[float], str]] = {"Length": duration, "Size": size}
+"""Column of a table -> how its values are shown."""
 
 
 def _link(text: str | None, url: str | None) -> Markup:
@@ -522,7 +488,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Markup:
     columns = [name for name in (shown[0] if shown else ()) if any(row[name] is not None for row in shown)]
     numbers = [all(isinstance(row[name], int | float | None) for row in shown) for name in columns]
     lines: list[list[str]] = [[_markdown(name) for name in columns], ["---:" if is_number else "---" for is_number in numbers]]
-    lines += [[_markdown(_scaled(row[name], name) if name in UNITS else row[name]) for name in columns] for row in shown]
+    for row in shown:
+        lines.append([_markdown(UNITS[name](row[name]) if name in UNITS and row[name] else row[name]) for name in columns])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return Markup(text + (f"\n\n{len(rows) - TABLE_ROWS:,} more." if len(rows) > TABLE_ROWS else ""))
 
@@ -536,3 +503,15 @@ def _by_reason(listed: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
         {"Reason": reason, "Shots": len(found), "Such as": ", ".join(sorted(found)[:3])}
         for reason, found in sorted(ids.items())
     ]
+
+
+TEMPLATES = Environment(
+    loader=PackageLoader("vidgen_ray.dataset", "."),
+    autoescape=True,
+    finalize=_markdown,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+TEMPLATES.globals.update(table=_table, fence=_fence, by_reason=_by_reason, duration=duration, size=size)
