@@ -84,15 +84,16 @@ def test_interrupted_call_is_resumed_and_a_new_scorer_computes_only_its_column(t
     damaged.write_bytes(intact[: len(intact) // 3] + bytes(len(intact) - len(intact) // 3))
     scorer, weights, log = logging_scorer
     chosen = choose_scorers((HashScorer,), scorer, weights, None)
-    done = []
+    done, add = [], ScoreWriter.add
 
-    def interrupt(progress):
+    def interrupt(writer, scores):
+        add(writer, scores)
         done.append(1)
         if len(done) == 5:  # at least two of them have not failed
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(module.ScoreProgress, "count_clip", interrupt)
+        patched.setattr(ScoreWriter, "add", interrupt)
         with pytest.raises(KeyboardInterrupt):
             score_folder(outputs, chosen, None, None)
     first = len(query(outputs, "SELECT * FROM scores WHERE shape IS NOT NULL"))
@@ -168,7 +169,6 @@ def test_clips_are_scored_during_and_after_a_run(tmp_path, monkeypatch, capsys):
 
 def test_nearest_neighbour_is_exact_over_several_blocks(monkeypatch):
     monkeypatch.setattr(module, "PAIR_ROWS", 7)
-    monkeypatch.setattr(module, "PAIR_COLUMNS", 20)
     hashes = np.random.default_rng(0).integers(0, 2**63, (60, 3), dtype=np.uint64)
     hashes[41] = hashes[3] ^ np.array([5, 0, 1], np.uint64)
     nearest, distances = nearest_neighbours(hashes)

@@ -7,7 +7,6 @@ its columns are null, and the next call tries it again.
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 import pickle
@@ -15,9 +14,9 @@ import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import ray
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import track
 
 from vidgen_ray.batch.line_planner import own_context
 from vidgen_ray.batch.progress import RunListener
@@ -59,10 +58,10 @@ NEIGHBOURS: dict[str, Column] = {
     "neighbour_distance": Column(pyarrow.int64(), "Bits of `phash` that differ from that clip, 0 to 192."),
 }
 NEIGHBOURS_FILE = f"{FOLDER}/neighbours@1/all.parquet"
-PAIR_ROWS, PAIR_COLUMNS = 32, 8192
-"""Clips that are compared at once, so that intermediate results stay in the processor's cache."""
+PAIR_ROWS = 8
+"""Clips that are compared with all others at once, so that intermediate results stay in the processor's cache."""
 PART_ROWS, FLUSH_S = 2_000, 10.0
-"""Most rows of a file, and seconds between two writes."""
+"""Rows from which a file is complete, and seconds between two writes."""
 TASK_S, MAX_TASK_CLIPS = 10.0, 64
 """Seconds that a task of Ray Data should take, and its most clips."""
 MAX_CRASHES = 2
@@ -180,43 +179,27 @@ class ScoreWriter:
     """Writes the scores of one call as they come. Two calls at the same time do not disturb each other."""
 
     def __init__(self, storage: Storage, chosen: Sequence[ChosenScorer]) -> None:
-        self._storage = storage
-        self._chosen = {each.kind.name: each for each in chosen}
-        self._name = new_name()
-        self._parts: Counter[str] = Counter()
+        self._storage, self._chosen = storage, chosen
         self._rows = defaultdict[str, list[dict[str, Any]]](list)
-        self._unwritten = set[str]()
+        self._names = defaultdict[str, str](new_name)
         self._written_at = time.monotonic()
 
     def add(self, scores: ClipScores) -> None:
         """Add the scores of a clip. Raises OSError."""
         for name, row in scores.values.items():
             self._rows[name].append(row)
-            self._unwritten.add(name)
-            if len(self._rows[name]) >= PART_ROWS:
-                self._write(name)
-                self._rows[name] = []
-                self._parts[name] += 1
         if time.monotonic() - self._written_at > FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
-        """Write all rows. The last file of each scorer is rewritten until it is full. Raises OSError."""
-        for name in sorted(self._unwritten):
-            self._write(name)
+        """Write all rows. The last file of each scorer is rewritten until it has `PART_ROWS`. Raises OSError."""
+        for each in self._chosen:
+            if rows := self._rows[name := each.kind.name]:
+                with self._storage.new_file(f"{FOLDER}/{each.folder}/{self._names[name]}.parquet") as path:
+                    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=each.schema), path)
+                if len(rows) >= PART_ROWS:
+                    del self._rows[name], self._names[name]
         self._written_at = time.monotonic()
-
-    def _write(self, name: str) -> None:
-        chosen = self._chosen[name]
-        path = f"{FOLDER}/{chosen.folder}/{self._name}-{self._parts[name]:05d}.parquet"
-        _write_table(self._storage, path, pyarrow.Table.from_pylist(self._rows[name], schema=chosen.schema))
-        self._unwritten.discard(name)
-
-
-def _write_table(storage: Storage, path: str, table: pyarrow.Table) -> None:
-    content = io.BytesIO()
-    pyarrow.parquet.write_table(table, content)
-    storage.write(path, content.getvalue())
 
 
 def finished_clips(storage: Storage) -> list[dict[str, Any]]:
@@ -245,34 +228,17 @@ def clip_of(row: dict[str, Any]) -> dict[str, Any] | None:
 def _scored(storage: Storage, chosen: ChosenScorer) -> set[str]:
     """Return the digests of the clips whose newest row is by this version with these weights."""
     weights: dict[str, str] = {}
-    for name in _part_files(storage, chosen.folder):
-        with opened(storage, name) as file:
-            table = pyarrow.parquet.read_table(file, columns=[DIGEST])
-        metadata = table.schema.metadata or {}
-        weights |= dict.fromkeys(table.column(DIGEST).to_pylist(), metadata.get(b"vidgen.weights", b"").decode())
+    for table in _part_tables(storage, chosen.folder, [DIGEST]):
+        weights |= dict.fromkeys(table[DIGEST].to_pylist(), (table.schema.metadata or {}).get(b"vidgen.weights", b"").decode())
     return {digest for digest, of in weights.items() if of == chosen.digest}
 
 
-def _part_files(storage: Storage, folder: str) -> list[str]:
-    names = sorted(storage.files(f"{FOLDER}/{folder}"))
-    return [f"{FOLDER}/{folder}/{name}" for name in names if name.endswith(".parquet") and not name.startswith(".")]
-
-
-class ScoreProgress(Progress):
-    """Progress bar on a terminal, a line every LINE_EVERY_S elsewhere."""
-
-    def __init__(self, total: int) -> None:
-        console = Console(stderr=True)
-        columns = ("scoring", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        super().__init__(*columns, console=console, disable=not console.is_terminal)
-        self._clips = self.add_task("", total=total)
-        self._shown = time.monotonic()
-
-    def count_clip(self) -> None:
-        self.advance(self._clips)
-        if not self.console.is_terminal and time.monotonic() - self._shown >= LINE_EVERY_S:
-            self._shown = time.monotonic()
-            note(f"scored {self.tasks[0].completed:,.0f} of {count(int(self.tasks[0].total or 0), 'clip')}")
+def _part_tables(storage: Storage, folder: str, columns: list[str] | None = None) -> Iterator[pyarrow.Table]:
+    """Yield the tables of a scorer, oldest first."""
+    for name in sorted(storage.files(f"{FOLDER}/{folder}")):
+        if name.endswith(".parquet"):
+            with opened(storage, f"{FOLDER}/{folder}/{name}") as file:
+                yield pyarrow.parquet.read_table(file, columns=columns)
 
 
 def note(message: str) -> None:
@@ -296,12 +262,15 @@ def score_folder(
     report = ScoreReport(len(clips), already_scored=len(clips) - len(pending))
     writer = ScoreWriter(storage, chosen)
     if pending:
-        progress = ScoreProgress(len(pending))
+        console, shown = Console(stderr=True), started
+        options: Any = {"total": len(pending), "console": console, "disable": not console.is_terminal}
         try:
-            with connected(address, cpus=1), progress:
-                for scores in _scores_of(pending, chosen, outputs, profile):
+            with connected(address, cpus=1):
+                for number, scores in enumerate(track(_scores_of(pending, chosen, outputs, profile), "scoring", **options), 1):
                     writer.add(scores)
-                    progress.count_clip()
+                    if not console.is_terminal and time.monotonic() - shown >= LINE_EVERY_S:
+                        shown = time.monotonic()
+                        note(f"scored {number:,} of {count(len(pending), 'clip')}")
                     if not scores.errors:
                         report.scored += 1
                         continue
@@ -372,70 +341,58 @@ def _cpu_s(clip: dict[str, Any], kinds: Sequence[type[Scorer]]) -> float:
 def write_neighbours(storage: Storage, clips: Sequence[dict[str, Any]]) -> None:
     """Write the nearest neighbour of each clip in the folder, unless the hashes are those of the last call."""
     hashes: dict[str, list[int]] = {}
-    for name in _part_files(storage, f"{HashScorer.name}@{HashScorer.version}"):
-        with opened(storage, name) as file:
-            table = pyarrow.parquet.read_table(file)
+    for table in _part_tables(storage, f"{HashScorer.name}@{HashScorer.version}"):
         hashes |= dict(zip(table[DIGEST].to_pylist(), table["phash"].to_pylist(), strict=True))
-    known = sorted((clip for clip in clips if hashes.get(clip[DIGEST])), key=lambda clip: str(clip["id"]))
-    if len(known) < 2 and not any(len(clip["ids"]) > 1 for clip in known):
+    # Shots with the same bytes are neighbours.
+    known = sorted((name, clip[DIGEST]) for clip in clips if hashes.get(clip[DIGEST]) for name in clip["ids"])
+    if len(known) < 2:
         storage.delete(NEIGHBOURS_FILE)
         return
-    content = [(clip["ids"], clip[DIGEST], hashes[clip[DIGEST]]) for clip in known]
+    content = [(name, digest, hashes[digest]) for name, digest in known]
     state = hashlib.sha256(repr(content).encode()).hexdigest()
     with suppress(FileNotFoundError), opened(storage, NEIGHBOURS_FILE) as file:
         if (pyarrow.parquet.read_schema(file).metadata or {}).get(b"vidgen.hashes") == state.encode():
             return
     nearest, distances = nearest_neighbours(np.array([each for _, _, each in content], np.int64).view(np.uint64))
-    rows: dict[str, list[Any]] = {DIGEST: [clip[DIGEST] for clip in known], "neighbour_id": [], "neighbour_distance": []}
-    for clip, position, distance in zip(known, nearest.tolist(), distances.tolist(), strict=True):
-        is_double = len(clip["ids"]) > 1  # shots with the same bytes
-        rows["neighbour_id"].append(clip["ids"][1] if is_double else known[position]["id"])
-        rows["neighbour_distance"].append(0 if is_double else distance)
+    rows: dict[str, dict[str, Any]] = {}
+    for (_, digest), position, distance in zip(known, nearest.tolist(), distances.tolist(), strict=True):
+        rows.setdefault(digest, {DIGEST: digest, "neighbour_id": known[position][0], "neighbour_distance": distance})
     columns = [(DIGEST, pyarrow.string()), *(column.named(name) for name, column in NEIGHBOURS.items())]
-    _write_table(storage, NEIGHBOURS_FILE, pyarrow.table(rows, pyarrow.schema(columns, {"vidgen.hashes": state})))
+    schema = pyarrow.schema(columns, {"vidgen.hashes": state})
+    with storage.new_file(NEIGHBOURS_FILE) as path:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([*rows.values()], schema), path)
 
 
-def nearest_neighbours(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+def nearest_neighbours(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return for each row of hashes (n, words) the other row with the fewest different bits, and their number.
 
     Every pair is compared. Of several nearest rows the first one counts. n is at least 2.
     """
-    n, words = hashes.shape
-    columns = np.ascontiguousarray(hashes.T)
-    nearest, distances = np.zeros(n, np.int64), np.full(n, 255, np.uint8)
-
-    def compare(begin: int) -> None:
-        rows = slice(begin, min(begin + PAIR_ROWS, n))
-        for start in range(0, n, PAIR_COLUMNS):
-            others = slice(start, min(start + PAIR_COLUMNS, n))
-            bits = np.zeros((rows.stop - rows.start, others.stop - others.start), np.uint8)
-            for word in range(words):
-                bits += np.bitwise_count(columns[word, rows, None] ^ columns[word, None, others])
-            own = np.arange(max(rows.start, others.start), min(rows.stop, others.stop))
-            bits[own - rows.start, own - others.start] = 255
-            best = bits.argmin(1)
-            found = bits[np.arange(len(best)), best]
-            better = found < distances[rows]
-            distances[rows][better] = found[better]
-            nearest[rows][better] = best[better] + start
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compare, range(0, n, PAIR_ROWS)))
+    words = np.ascontiguousarray(hashes.T)
+    nearest, distances = np.zeros((2, len(hashes)), np.int64)
+    for begin in range(0, len(hashes), PAIR_ROWS):
+        block = words[:, begin : begin + PAIR_ROWS, None]
+        bits = np.sum([np.bitwise_count(some ^ others) for some, others in zip(block, words, strict=True)], 0, np.uint8)
+        rows = np.arange(len(bits))
+        bits[rows, begin + rows] = 255
+        nearest[begin + rows] = best = bits.argmin(1)
+        distances[begin + rows] = bits[rows, best]
     return nearest, distances
 
 
 BACKGROUND = {"env_vars": {"VIDGEN_BACKGROUND": "score"}}
 """Runtime environment of tasks during a run. Ray gives processes of it to no other tasks: their priority stays low."""
-_background: tuple[bytes, ClipScorer] | None = None
-"""The scorers that a process keeps for its next task."""
+
+
+@lru_cache(maxsize=1)
+def _background_scorer(arguments: bytes) -> ClipScorer:
+    """Return the scorers that a process keeps for its next task."""
+    os.nice(19)
+    return ClipScorer(**pickle.loads(arguments))
 
 
 def _score_in_background(arguments: bytes, clip: dict[str, Any]) -> ClipScores:
-    global _background
-    if _background is None or _background[0] != arguments:
-        os.nice(19)
-        _background = arguments, ClipScorer(**pickle.loads(arguments))
-    return _background[1].score(clip)
+    return _background_scorer(arguments).score(clip)
 
 
 class ScoringListener:
