@@ -372,7 +372,7 @@ def nearest_neighbours(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], N
     nearest, distances = np.zeros((2, len(hashes)), np.int64)
     for begin in range(0, len(hashes), PAIR_ROWS):
         block = words[:, begin : begin + PAIR_ROWS, None]
-        bits = np.sum([np.bitwise_count(some ^ others) for some, others in zip(block, words, strict=True)], 0, np.uint8)
+        bits = np.stack([np.bitwise_count(some ^ others) for some, others in zip(block, words, strict=True)]).sum(0, np.uint8)
         rows = np.arange(len(bits))
         bits[rows, begin + rows] = 255
         nearest[begin + rows] = best = bits.argmin(1)
