@@ -22,7 +22,7 @@ from scipy import stats
 from vidgen_ray.dataset.lineage import changes, flat_settings
 from vidgen_ray.dataset.tables import DIGEST, IN_SCRIPT_ORDER, open_tables, quoted
 from vidgen_ray.errors import UsageError
-from vidgen_ray.outputs.manifest import SCHEMA, SETTINGS
+from vidgen_ray.outputs.manifest import SETTINGS
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.report.gallery_page import FILE_AXES
 from vidgen_ray.report.shot_text import short_names, value_text
@@ -54,9 +54,7 @@ RESULTS = {
 NUMERIC = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "FLOAT", "DOUBLE", "BOOLEAN")
 FACES, MOTION = ("clip_likeness_mean", "likeness", "image_likeness"), ("motion_share", "motion")
 """Measures for likeness against motion. The first that exists is used."""
-SETTING_COLUMNS = tuple(
-    name for name in dict.fromkeys(("mode", "width", "height", "num_frames", "fps", *SETTINGS)) if name in SCHEMA.names
-)
+SETTING_COLUMNS = ("mode", "width", "height", "num_frames", "fps", *SETTINGS)
 INTERVAL = (
     f"{CONFIDENCE:.0%} percentile bootstrap over prompts, {RESAMPLES:,} resamples, widened for few prompts (Hesterberg 2015); "
     f"none below {MIN_GROUPS} prompts"
@@ -224,11 +222,11 @@ def _factor(clips: Clips, name: str, text_of: Mapping[str, str], reference_text:
     paired_by, cells = _pairing(rows, name, level_of, reference)
     prompt_of_cell = np.zeros(cells.max() + 1, np.int64)
     prompt_of_cell[cells] = prompts
-    means = []
-    for level in range(len(levels)):
-        sums, counts = _sums(values[level_of == level], cells[level_of == level], len(prompt_of_cell))
-        means.append(np.divide(sums, counts, out=np.full(sums.shape, math.nan), where=counts > 0))
-    differences = np.stack(means) - means[reference]
+    n_cells = len(prompt_of_cell)
+    sums, counts = _sums(values, level_of * n_cells + cells, len(levels) * n_cells)
+    counts[counts == 0] = math.nan
+    means = (sums / counts).reshape(len(levels), n_cells, len(measures))
+    differences = means - means[reference]
     described, pairs = [], []
     for level, value in enumerate(levels):
         is_level, is_reference = level_of == level, level_of == reference
@@ -307,29 +305,26 @@ def _sums(values: Array, groups: Codes, n_groups: int) -> tuple[Array, Array]:
     known = np.isfinite(values)
     sums, counts = np.zeros((2, n_groups, values.shape[1]))
     np.add.at(sums, groups, np.where(known, values, 0.0))
-    np.add.at(counts, groups, known)
+    np.add.at(counts, groups, known.astype(float))
     return sums, counts
 
 
 def _estimates(measures: Sequence[str], values: Array, groups: Codes, unit: str) -> dict[str, dict[str, Any]]:
-    """Return the estimate of each column of values (values, measures) in groups. `unit`: `clips` or `pairs`."""
+    """Return count, mean and interval of each column of values (values, measures) in groups. `unit`: `clips` or `pairs`."""
     sums, counts = _sums(values, groups, groups.max() + 1)
-    has = counts > 0
-    return {
-        measure: _estimate(sums[has[:, column], column], counts[has[:, column], column], unit)
-        for column, measure in enumerate(measures)
-    }
-
-
-def _estimate(sums: Array, counts: Array, unit: str) -> dict[str, Any]:
-    """Return count, mean and interval of values in groups, each with the sum and the count of its values."""
-    n, groups = int(counts.sum()), len(sums)
-    estimate = {unit: n, "mean": _number(sums.sum() / n) if n else None, "low": None, "high": None}
-    if groups < MIN_GROUPS:
-        few = count(n, unit[:-1]) + (f" of {count(groups, 'prompt')}" if groups < n else "")
-        return {**estimate, "reason": f"{few}; an interval needs {MIN_GROUPS} prompts"}
-    low, high = interval(sums, counts)
-    return {**estimate, "low": _number(low), "high": _number(high)}
+    estimates: dict[str, dict[str, Any]] = {}
+    for column, measure in enumerate(measures):
+        has = counts[:, column] > 0
+        n, n_groups = int(counts[:, column].sum()), int(has.sum())
+        mean = _number(sums[:, column].sum() / n) if n else None
+        estimates[measure] = {unit: n, "mean": mean, "low": None, "high": None}
+        if n_groups < MIN_GROUPS:
+            few = count(n, unit[:-1]) + (f" of {count(n_groups, 'prompt')}" if n_groups < n else "")
+            estimates[measure]["reason"] = f"{few}; an interval needs {MIN_GROUPS} prompts"
+        else:
+            low, high = interval(sums[has, column], counts[has, column])
+            estimates[measure] |= {"low": _number(low), "high": _number(high)}
+    return estimates
 
 
 def interval(sums: Array, counts: Array) -> tuple[float, float]:

@@ -70,12 +70,10 @@ def differences(old: OutputFolder, new: OutputFolder) -> Iterator[Difference | N
     for shard in sorted(shards):
         before, after = (_records(outputs.storage, shard) for outputs in (old, new))
         for shot_id in sorted(before.keys() | after.keys()):
-            if shot_id not in after:
-                yield Difference(shot_id, "only in OUT1")
-            elif shot_id not in before:
-                yield Difference(shot_id, "only in OUT2")
-            else:
+            if shot_id in before and shot_id in after:
                 yield _difference(shot_id, before[shot_id], after[shot_id], options)
+            else:
+                yield Difference(shot_id, "only in OUT1" if shot_id in before else "only in OUT2")
 
 
 def _records(storage: Storage, shard: str) -> dict[str, bytes]:
@@ -89,13 +87,12 @@ def _options(outputs: OutputFolder) -> dict[str, Any]:
     """Return `ACTOR.OPTION` -> value of the profile of the last run, and those of its files."""
     try:
         profile = read_last_run(outputs)["profile"]
-        of_actors = {
-            f"{actor}.{name}": value
+        parts = {
+            actor: {**settings["options"], "device": settings["device"], "dtype": settings["dtype"]}
             for actor, settings in profile["actors"].items()
-            for name, value in {**settings["options"], "device": settings["device"], "dtype": settings["dtype"]}.items()
         }
-        of_files = {f"{part}.{name}": value for part in FILE_OPTIONS for name, value in profile[part].items()}
-        return of_actors | of_files
+        parts |= {part: profile[part] for part in FILE_OPTIONS}
+        return {f"{part}.{name}": value for part, options in parts.items() for name, value in options.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -121,8 +118,7 @@ def _reasons(
     if old["key"] == new["key"]:
         return None, software or [Reason("device", OTHER_DEVICE)]
     before, after = ({step["stage"]: step for step in record["stages"]} for record in (old, new))
-    known = dict.fromkeys((*STAGE_BY_NAME, *before, *after))
-    stages = [name for name in known if name in before or name in after]
+    stages = [name for name in dict.fromkeys((*STAGE_BY_NAME, *before, *after)) if name in before or name in after]
     changed = [name for name in stages if before.get(name, {}).get("key") != after.get(name, {}).get("key")]
     reasons = list(changes("field", _flat(old), _flat(new)))
     if before.keys() == after.keys():
