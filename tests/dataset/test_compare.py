@@ -246,6 +246,8 @@ def test_unknown_factors_and_levels_are_refused(tmp_path: Path, capsys: pytest.C
     _folder(tmp_path / "one", [_swept(0, 0.2, score=1.0)])
     assert main(["compare", str(tmp_path / "one")]) == UsageError.exit_code
     assert "differ in no setting" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="differ in no setting"):
+        _compare(make_folder(tmp_path / "failed", [({"id": "failed"}, None)]))
 
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"

@@ -80,9 +80,6 @@ def compare(storages: Sequence[Storage], names: Sequence[str] = (), reference: s
     Raises UsageError for an unknown factor or level, and if the clips differ in no setting.
     """
     rows, measures, values = _load(storages)
-    is_same = (values == values[:1]).all(0)
-    same = {measures[column]: _number(values[0, column]) for column in np.flatnonzero(is_same)}
-    clips = Clips(rows, [name for name in measures if name not in same], values[:, ~is_same])
     also_differ: dict[str, list[str]] = defaultdict(list)
     if len(storages) == 2:
         texts = short_names([storage.url for storage in storages])
@@ -93,7 +90,7 @@ def compare(storages: Sequence[Storage], names: Sequence[str] = (), reference: s
     else:
         _add_setting_factors(rows, also_differ)
         levels = {name: _levels(rows, name) for name in dict.fromkeys(name for row in rows for name in row["factors"])}
-    varied = {name: values for name, values in levels.items() if 1 < len(values) <= MAX_LEVELS}
+    varied = {name: each for name, each in levels.items() if 1 < len(each) <= MAX_LEVELS}
     if not varied:
         raise UsageError(
             f"{storages[0].url}: its clips differ in no setting; compare those of a script with a `matrix`, or two folders"
@@ -104,12 +101,15 @@ def compare(storages: Sequence[Storage], names: Sequence[str] = (), reference: s
     if reference is not None and not any(reference in each.values() for each in chosen.values()):
         known = "; ".join(f"{name}: {', '.join(each.values())}" for name, each in chosen.items())
         raise UsageError(f"--reference {reference}: must be a level ({known})")
+    is_same = (values == values[:1]).all(0)
+    same = {measures[column]: _number(values[0, column]) for column in np.flatnonzero(is_same)}
+    clips = Clips(rows, [name for name in measures if name not in same], values[:, ~is_same])
     return {
         "folders": [storage.url for storage in storages],
         "clips": len(rows),
         "interval": INTERVAL,
         "same": same,
-        "left_out": {name: len(values) for name, values in levels.items() if len(values) > MAX_LEVELS},
+        "left_out": {name: len(each) for name, each in levels.items() if len(each) > MAX_LEVELS},
         "factors": [
             {"name": name, "also_differ": also_differ[name], **_factor(clips, name, each, reference)}
             for name, each in chosen.items()
