@@ -66,7 +66,6 @@ DESCRIPTIONS = {
         if field.description
     },
     **{f"consent_{name}": field.description for name, field in Consent.model_fields.items()},
-    "id": "Name of the shot.",
     "caption": "Text for training.",
     "file_name": "File of the clip.",
     "split": "Split of the data set.",
@@ -78,9 +77,6 @@ DESCRIPTIONS = {
     "sha256": "Digest of the file before it was signed.",
     "ai_generated": "Always true.",
     "script": "File name of the script.",
-    "character": "Character of the shot.",
-    "lora": "LoRAs with their weights, as JSON.",
-    "video_lora": "LoRAs of the video model with their weights, as JSON.",
     "factors": "Values that differ between the shots of its line besides the seed, as JSON.",
     "verdict": "accept, from a review. Null without one.",
     "stars": "1 to 5, from a review.",
@@ -192,21 +188,17 @@ def _tables(database: duckdb.DuckDBPyConnection, names: Mapping[str, str]) -> di
         "sizes": f"""SELECT exported_width || ' × ' || exported_height AS "Pixels",
             exported_fps AS "Frames per second", exported_num_frames AS "Frames", {COUNTED} FROM clips
             GROUP BY ALL ORDER BY "Clips" DESC, 1, 2, 3""",
-        "people": f"""SELECT person AS "Person", {COUNTED} FROM clips WHERE person IS NOT NULL
-            GROUP BY ALL ORDER BY 2 DESC, 1""",
+        "people": f"""SELECT person AS "Person", {COUNTED}, consent.subject AS "Subject", consent.basis AS "Basis",
+            consent.reference AS "Reference" FROM clips WHERE person IS NOT NULL GROUP BY ALL ORDER BY 2 DESC, 1, 5, 6, 7""",
         "stars": """SELECT stars AS "Stars", count(*) AS "Clips" FROM clips WHERE stars > 0 GROUP BY ALL ORDER BY 1""",
         "uses": """SELECT coalesce(commercial_use, 'unknown') AS "Commercial use", count(*) AS "Clips" FROM clips GROUP BY ALL
             ORDER BY 1""",
-        "consents": """SELECT consent.subject AS "Subject", consent.basis AS "Basis", consent.reference AS "Reference",
-            count(*) AS "Clips" FROM clips WHERE consent.subject IS NOT NULL GROUP BY ALL ORDER BY "Clips" DESC, 1, 2, 3""",
-        "without_consent": """SELECT person AS "Person", count(*) AS "Clips" FROM clips
-            WHERE person IS NOT NULL AND consent.subject IS NULL GROUP BY ALL ORDER BY 2 DESC, 1""",
         "costs": """SELECT currency AS "Currency", sum(cost) AS "Total", avg(cost) AS "Per clip",
             sum(cost) / nullif(count(*) FILTER (verdict = 'accept'), 0) AS "Per accepted clip"
             FROM clips WHERE cost IS NOT NULL GROUP BY ALL ORDER BY 1""",
     }
     found = {name: _dicts(database, sql) for name, sql in tables.items()}
-    for row in (*found["people"], *found["without_consent"]):
+    for row in found["people"]:
         row["Person"] = names[row["Person"]]
     return {**found, "factors": factors}
 
@@ -382,7 +374,6 @@ def _croissant(facts: Mapping[str, Any]) -> str:
     import mlcroissant as mlc
 
     state, totals, persons = facts["state"], facts["totals"], facts["totals"]["persons"]
-    encoding = ", ".join(f"{name} {value}" for name, value in state["transcode"].items() if value is not None)
     context = mlc.Context(conforms_to="http://mlcommons.org/croissant/1.1")
     of = mlc.DataType
     types = {"string": of.TEXT, "int64": of.INTEGER, "double": of.FLOAT, "bool": of.BOOL}
@@ -420,8 +411,6 @@ def _croissant(facts: Mapping[str, Any]) -> str:
         license=[f"https://spdx.org/licenses/{name}" if name.lower() in HUB_LICENCES else name for name in facts["licences"]],
         date_created=totals["ended_at"],
         data_collection="Models rendered everything from text prompts. README.md lists them with their licences.",
-        data_annotation_protocol=["People accepted or rejected results, or gave 1 to 5 stars."] if totals["reviewed"] else None,
-        data_preprocessing_protocol=[f"Encoded again: {encoding}"] if encoding else None,
         data_limitations=["Generated content does not show real events."],
         personal_sensitive_information=[
             f"Shows {persons} persons, from face photos or as characters. README.md has their consents."
