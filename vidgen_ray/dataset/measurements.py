@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, ClassVar
 
 import cv2
@@ -77,7 +77,7 @@ class PixelScorer(Scorer):
             }
         if count > 1:
             frozen = [_largest_change(*pair) <= FROZEN_LEVELS for pair in pairwise(luma)]
-            values |= {"frozen_frames": sum(frozen), "frozen_longest": _longest_run(frozen)}
+            values |= {"frozen_frames": sum(frozen), "frozen_longest": max(sum(run) for _, run in groupby(frozen))}
         return values
 
 
@@ -92,14 +92,6 @@ def _largest_change(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> floa
     height, width = first.shape
     blocks = max(1, BLOCKS * width // max(height, width)), max(1, BLOCKS * height // max(height, width))
     return float(cv2.resize(cv2.absdiff(first, second).astype(np.float32), blocks, interpolation=cv2.INTER_AREA).max())
-
-
-def _longest_run(flags: list[bool]) -> int:
-    longest = run = 0
-    for flag in flags:
-        run = run + 1 if flag else 0
-        longest = max(longest, run)
-    return longest
 
 
 def flicker(means: NDArray[np.float64]) -> float | None:
@@ -180,7 +172,7 @@ class FaceScorer(Scorer):
 
 
 class HashScorer(Scorer):
-    """Perceptual hashes. `neighbours` compares them."""
+    """Perceptual hashes, for near-duplicates."""
 
     name: ClassVar[str] = "hashes"
     version: ClassVar[int] = 1

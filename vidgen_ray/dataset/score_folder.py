@@ -34,7 +34,7 @@ from rich.progress import track
 from vidgen_ray.batch.line_planner import own_context
 from vidgen_ray.batch.progress import RunListener
 from vidgen_ray.dataset.measurements import SCORERS, HashScorer
-from vidgen_ray.dataset.scorers import NEED_CPU_S, ChosenScorer, Clip, Column, Networks, Scorer, choose_scorers, face_params
+from vidgen_ray.dataset.scorers import NEED_CPU_S, ChosenScorer, Clip, Column, Networks, choose_scorers, face_params
 from vidgen_ray.dataset.tables import DIGEST
 from vidgen_ray.engine.ray_cluster import connected
 from vidgen_ray.engine.status import Snapshot
@@ -76,7 +76,6 @@ class ClipScores:
     """Scores of one clip."""
 
     id: str
-    clip_sha256: str
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Scorer -> its columns."""
     errors: list[str] = field(default_factory=list)
@@ -137,7 +136,7 @@ class ClipScorer:
         results = []
         for row in batch.to_pylist():
             if ray.get(self._attempts.begin.remote(row[DIGEST])) > MAX_CRASHES:
-                scores = ClipScores(row["id"], row[DIGEST], errors=["the process that scored it crashed"])
+                scores = ClipScores(row["id"], errors=["the process that scored it crashed"])
             else:
                 scores = self.score(row)
             self._attempts.end.remote(row[DIGEST])
@@ -146,7 +145,7 @@ class ClipScorer:
 
     def score(self, row: dict[str, Any]) -> ClipScores:
         """Score a clip by the scorers that `row` names."""
-        scores = ClipScores(row["id"], row[DIGEST], errors=[*self._fatal], is_fatal=bool(self._fatal))
+        scores = ClipScores(row["id"], errors=[*self._fatal], is_fatal=bool(self._fatal))
         if scores.is_fatal:
             return scores
         try:
@@ -292,9 +291,11 @@ def _scores_of(
     Raises SetupError if a scorer cannot be loaded.
     """
     resources, n = ray.cluster_resources(), len(pending)
-    kinds = {each.kind.name: each.kind for each in chosen}
-    used = [kinds[name] for name in sorted({name for clip in pending for name in clip["scorers"]})]
-    seconds = sum(_cpu_s(clip, [kinds[name] for name in clip["scorers"]]) for clip in pending)
+    names = {name for clip in pending for name in clip["scorers"]}
+    used = [each.kind for each in chosen if each.kind.name in names]
+    needs = {need for kind in used for need in kind.needs}
+    cpu_s_per_frame = sum(NEED_CPU_S[need] for need in needs) + sum(kind.cpu_s_per_frame for kind in used)
+    seconds = cpu_s_per_frame * sum(clip["num_frames"] or 1 for clip in pending)
     num_gpus = min(1.0, sum(kind.num_gpus for kind in used))
     if resources.get("GPU", 0) < num_gpus:
         note(f"{', '.join(kind.name for kind in used if kind.num_gpus)}: Ray has no GPU, computing on CPUs")
@@ -308,17 +309,13 @@ def _scores_of(
         # Other machines cannot import a module of the current folder.
         if Path(module.__file__ or "").parent == Path.cwd():
             ray.cloudpickle.register_pickle_by_value(module)
-    arguments = {
-        "chosen": [each for each in chosen if each.kind in used],
-        "outputs": outputs,
-        "profile": profile,
-        "attempts": ray.remote(num_cpus=0)(Attempts).remote(),
-    }
+    chosen = [each for each in chosen if each.kind in used]
+    attempts = ray.remote(num_cpus=0)(Attempts).remote()
     table = pyarrow.Table.from_pylist(pending)
     with own_context(ordered=False):
         dataset = ray.data.from_arrow([table.slice(begin, task_clips) for begin in range(0, n, task_clips)]).map_batches(
             ClipScorer,
-            fn_constructor_kwargs=arguments,
+            fn_constructor_args=(chosen, outputs, profile, attempts),
             batch_size=task_clips,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=processes),
@@ -330,12 +327,6 @@ def _scores_of(
                 if scores.is_fatal:
                     raise SetupError(scores.errors[0])
                 yield scores
-
-
-def _cpu_s(clip: dict[str, Any], kinds: Sequence[type[Scorer]]) -> float:
-    """Return the estimated CPU seconds for a clip."""
-    needs = {need for kind in kinds for need in kind.needs}
-    return (sum(map(NEED_CPU_S.__getitem__, needs)) + sum(kind.cpu_s_per_frame for kind in kinds)) * (clip["num_frames"] or 1)
 
 
 def write_neighbours(storage: Storage, clips: Sequence[dict[str, Any]]) -> None:

@@ -30,7 +30,7 @@ from vidgen_ray.nets.rife_network import FramePair, Rife, load_rife
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import RECORD
 from vidgen_ray.profile import Profile
-from vidgen_ray.stages.base import Frames, Image
+from vidgen_ray.stages.base import Frames
 from vidgen_ray.stages.instantid import RECOGNISER, FaceModels, InstantIDParams, InstantIDStage, align_face
 from vidgen_ray.stages.likeness import sampled_frames
 from vidgen_ray.stages.rife import similarity
@@ -205,7 +205,13 @@ class Clip:
         models = self._networks.faces
         if models is None:
             raise StageError("faces: add it to `needs` of the scorer")
-        return [_faces_of(self.frames[index], models) for index in sampled_frames(len(self.frames))]
+        found: list[list[FoundFace]] = []
+        for frame in (self.frames[index] for index in sampled_frames(len(self.frames))):
+            faces = [face for face in models.detect(frame) if face.side_px >= models.min_face_px]
+            embeddings = models.embed([align_face(frame, face) for face in faces]) if faces else ()
+            pairs = zip(faces, embeddings, strict=True)
+            found.append([FoundFace(face.box, face.score, each / np.linalg.norm(each)) for face, each in pairs])
+        return found
 
     @cached_property
     def person(self) -> NDArray[np.float32] | None:
@@ -214,24 +220,12 @@ class Clip:
             return None
         content = self._outputs.storage.read(f"{Path(self.row['clip']).parent.as_posix()}/{RECORD}")
         digests = json.loads(content or b"{}").get("face_photos", ())
-        photos = [_found(Path(photo), self._outputs.inputs) for photo in self.row["face_image"]]
+        # The photos are in the folder of input files if the output folder was moved.
+        places = ((Path(photo), self._outputs.inputs / Path(photo).name) for photo in self.row["face_image"])
+        photos = [photo if photo.is_file() else copy for photo, copy in places]
         if len(digests) != len(photos):
             return None
         return self._networks.person(tuple(zip(photos, digests, strict=True)), self.row["face_index"])
-
-
-def _found(photo: Path, inputs: Path) -> Path:
-    """Return the photo at its path, or in the folder of input files if the output folder was moved."""
-    return photo if photo.is_file() else inputs / photo.name
-
-
-def _faces_of(frame: Image, models: FaceModels) -> list[FoundFace]:
-    found = [face for face in models.detect(frame) if face.side_px >= models.min_face_px]
-    if not found:
-        return []
-    embeddings = models.embed([align_face(frame, face) for face in found])
-    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
-    return [FoundFace(face.box, face.score, embedding) for face, embedding in zip(found, embeddings, strict=True)]
 
 
 def _reduced(frames: Frames, side_px: int) -> Frames:
@@ -294,14 +288,13 @@ def choose_scorers(
             known = f"must be NAME=PATH with a scorer that takes weights: {', '.join(takes_weights) or 'none'}"
             raise UsageError(f"--weights: got {pair!r}, {known}")
         paths[name] = resolve(path)
-    faces = ""
+    digests = {kind.name: digest(paths[kind.name]) if kind.name in paths else "" for kind in kinds}
     if profile is not None:
         params = face_params(profile)
-        faces = f"{digest(params.weights)} {json.dumps(params.for_key(), sort_keys=True)}"
-    digests = [
-        (digest(paths[kind.name]) if kind.name in paths else "") + (faces if "faces" in kind.needs else "") for kind in kinds
-    ]
-    return [ChosenScorer(kind, paths.get(kind.name), of) for kind, of in zip(kinds, digests, strict=True)]
+        for kind in kinds:
+            if "faces" in kind.needs:
+                digests[kind.name] += f"{digest(params.weights)} {json.dumps(params.for_key(), sort_keys=True)}"
+    return [ChosenScorer(kind, paths.get(kind.name), digests[kind.name]) for kind in kinds]
 
 
 def load_scorer(name: str) -> type[Scorer]:
