@@ -15,7 +15,7 @@ import shlex
 import tempfile
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -167,7 +167,6 @@ SELECT
     count(DISTINCT person) AS persons, count(DISTINCT prompt) AS prompts,
     count(*) FILTER (start_image IS NOT NULL OR continue_from IS NOT NULL) AS from_images, sum(gpu_seconds) / 3600 AS gpu_hours,
     coalesce(list_sort(list(DISTINCT script)), []) AS scripts,
-    coalesce(list_sort(list(DISTINCT split_part(run, '-', 1))), []) AS runs,
     coalesce(list_sort(list_distinct(flatten(list(licences)))), []) AS licences, max(ended_at) AS ended_at,
     count(reviewed_at) AS reviewed, count(*) FILTER (verdict = 'accept') AS accepted
 FROM clips"""
@@ -236,7 +235,6 @@ def _reproduction(totals: Mapping[str, Any], state: Mapping[str, Any], source: S
     settings = {
         **{f"Script {name}": f"sha256 {digest}" for name, digest in digests.items()},
         "Profile of the last run": profile,
-        "Runs": ", ".join(totals["runs"][:LISTED]) + (", …" if len(totals["runs"]) > LISTED else ""),
         "Versions": ", ".join(f"{name} {number}" for name, number in versions),
     }
     words = shlex.split(state["command"])
@@ -411,7 +409,6 @@ def _croissant(facts: Mapping[str, Any]) -> str:
         license=[f"https://spdx.org/licenses/{name}" if name.lower() in HUB_LICENCES else name for name in facts["licences"]],
         date_created=totals["ended_at"],
         data_collection="Models rendered everything from text prompts. README.md lists them with their licences.",
-        data_limitations=["Generated content does not show real events."],
         personal_sensitive_information=[
             f"Shows {persons} persons, from face photos or as characters. README.md has their consents."
             if persons
@@ -483,17 +480,6 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Markup:
     return Markup(text + (f"\n\n{len(rows) - TABLE_ROWS:,} more." if len(rows) > TABLE_ROWS else ""))
 
 
-def _by_reason(listed: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Return a row per reason, with the number of shots and the first ids."""
-    ids = defaultdict[str, list[str]](list)
-    for each in listed:
-        ids[each["reason"]].append(each["id"])
-    return [
-        {"Reason": reason, "Shots": len(found), "Such as": ", ".join(sorted(found)[:3])}
-        for reason, found in sorted(ids.items())
-    ]
-
-
 TEMPLATES = Environment(
     loader=PackageLoader("vidgen_ray.dataset", "."),
     autoescape=True,
@@ -503,4 +489,4 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-TEMPLATES.globals.update(table=_table, fence=_fence, by_reason=_by_reason, duration=duration, size=size)
+TEMPLATES.globals.update(table=_table, fence=_fence, duration=duration, size=size)

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -379,7 +379,7 @@ BACKGROUND = {"env_vars": {"VIDGEN_BACKGROUND": "score"}}
 def _background_scorer(arguments: bytes) -> ClipScorer:
     """Return the scorers that a process keeps for its next task."""
     os.nice(19)
-    return ClipScorer(**pickle.loads(arguments))
+    return ClipScorer(*pickle.loads(arguments))
 
 
 def _score_in_background(arguments: bytes, clip: dict[str, Any]) -> ClipScores:
@@ -394,10 +394,10 @@ class ScoringListener:
 
     def __init__(self, listener: RunListener, outputs: OutputFolder, profile: Profile, address: str | None) -> None:
         self._listener = listener
-        self._outputs, self._address = outputs, address
-        self._profile = faces_of(lambda: profile)
-        self._chosen = choose_scorers(SCORERS, (), (), self._profile)
-        self._arguments = pickle.dumps({"chosen": self._chosen, "outputs": outputs, "profile": self._profile})
+        found = faces_of(lambda: profile)
+        self._chosen = choose_scorers(SCORERS, (), (), found)
+        self._score_rest = partial(score_folder, outputs, self._chosen, found, address)
+        self._arguments = pickle.dumps((self._chosen, outputs, found))
         self._writer = ScoreWriter(outputs.storage, self._chosen)
         self._waiting = deque[dict[str, Any]]()
         self._running: list[Any] = []
@@ -428,8 +428,7 @@ class ScoringListener:
     def finish(self) -> None:
         """Score what is left, after the run. Raises SetupError and OSError."""
         self._writer.flush()
-        report = score_folder(self._outputs, self._chosen, self._profile, self._address)
-        note(summary(report))
+        note(summary(self._score_rest()))
 
 
 def faces_of(find: Callable[[], Profile], *, required: bool = False) -> Profile | None:
