@@ -136,8 +136,8 @@ def test_card_states_counts_persons_factors_and_changes(card):
     assert found["Currency", "Total", "Per clip", "Per accepted clip"] == [["USD", "3", "0.5", "1.5"]]
     (scores,) = (rows for head, rows in found.items() if head[0] == "Score")
     assert ["sharpness", "6", "0", "0.5", "1.17", "4", PixelScorer.columns["sharpness"].description] in scores
-    models = {row[0]: row[1:] for row in found["Weights", "Licence", "Commercial use"]}
-    assert models["hub:black-forest-labs/FLUX.1-dev"] == ["FLUX.1 [dev] Non-Commercial License", "no"]
+    models = {row[0]: row[1:] for row in found["Weights", "Licence", "Commercial use", "Condition"]}
+    assert models["hub:black-forest-labs/FLUX.1-dev"] == ["FLUX.1 [dev] Non-Commercial License", "no", ""]
     text = (card / "README.md").read_text()
     assert "1 added, 2 changed, 1 removed, 3 unchanged." in text
     assert "People reviewed 2 clips and accepted 2." in text

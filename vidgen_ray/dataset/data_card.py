@@ -120,9 +120,13 @@ def _files(database: duckdb.DuckDBPyConnection, state: Mapping[str, Any], source
     splits = sorted(_dicts(database, SPLITS), key=lambda row: [*state["splits"]].index(row["Split"]))
     names = _person_names(database)
     used = _used_weights(database, source)
-    scores = {name: kind for name, kind, *_ in database.execute("DESCRIBE clips").fetchall() if _is_score(name)}
     meanings = _meanings(source)
-    drawn = [_histogram(database, name, meanings) for name, kind in scores.items() if NUMBERS.fullmatch(kind)]
+    known = {*SCHEMA.names, *REVIEWS.names, *OWN_COLUMNS} - {*LIKENESS}
+    drawn = [
+        _histogram(database, name, meanings)
+        for name, kind, *_ in database.execute("DESCRIBE clips").fetchall()
+        if NUMBERS.fullmatch(kind) and name not in known and not EXPORT_COLUMNS.fullmatch(name)
+    ]
     samples, grid = _samples(database, source, names)
     facts = {
         "title": _clean(", ".join(posixpath.splitext(script)[0] for script in totals["scripts"])) or "Clips",
@@ -134,15 +138,7 @@ def _files(database: duckdb.DuckDBPyConnection, state: Mapping[str, Any], source
         "split_names": [row["Split"] for row in splits] or [*state["splits"]],
         "samples": samples,
         "histograms": [each for each in drawn if each is not None],
-        "models": [
-            {
-                "Weights": each.weights,
-                "Licence": _link(each.licence, each.url),
-                "Commercial use": each.commercial_use,
-                "Condition": each.condition,
-            }
-            for each in used
-        ],
+        "models": used,
         "licences": sorted({each.licence or "unknown" for each in used} or {name or "unknown" for name in totals["licences"]}),
         "meanings": meanings,
         **_reproduction(totals, state, source),
@@ -302,11 +298,6 @@ def _meanings(source: Storage) -> dict[str, str]:
                 fields = pyarrow.parquet.read_schema(file)
             known |= {field.name: field.metadata[b"description"].decode() for field in fields if field.metadata}
     return known
-
-
-def _is_score(name: str) -> bool:
-    known = {*SCHEMA.names, *REVIEWS.names, *OWN_COLUMNS}
-    return name in LIKENESS or not (name in known or EXPORT_COLUMNS.fullmatch(name))
 
 
 def _histogram(database: duckdb.DuckDBPyConnection, name: str, meanings: Mapping[str, str]) -> dict[str, Any] | None:
@@ -489,4 +480,4 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-TEMPLATES.globals.update(table=_table, fence=_fence, duration=duration, size=size)
+TEMPLATES.globals.update(table=_table, fence=_fence, link=_link, duration=duration, size=size)
