@@ -317,9 +317,9 @@ def _histogram(database: duckdb.DuckDBPyConnection, name: str, meanings: Mapping
         f"SELECT least(floor((value - {low!r}) / {step!r}), {BINS - 1})::INTEGER, count(*) FROM {values} GROUP BY 1 ORDER BY 1"
     )
     bins = dict(database.execute(sql).fetchall())
-    bars = "".join(f"M{17.75 + 11.5 * number} 124v{-90 * count / max(bins.values()):.2f}" for number, count in bins.items())
+    bars = (f"M{17.75 + 11.5 * number} 124v{-90 * count / max(bins.values()):.2f}" for number, count in bins.items())
     line = f"M{12 + 11.5 * (median - low) / step:.2f} 30V124"
-    picture = {"title": name, "bars": bars, "line": line, "low": low, "median": median, "high": high}
+    picture = {"title": name, "bars": Markup("".join(bars)), "line": line, "low": low, "median": median, "high": high}
     return {
         # A score that is the same everywhere needs no picture.
         "svg": TEMPLATES.get_template("histogram.svg").render(picture) if low < high else None,
