@@ -268,8 +268,7 @@ def _middle_frame(path: Path) -> Image:
     if path.suffix == ".png":
         return read_image(path)
     with open_video(path) as video:
-        middle = video.frame_count // 2
-        frame: Image = video.frames(middle, middle + 1)[0]
+        frame: Image = video.frames_at([video.frame_count // 2])[0]
         return frame
 
 

@@ -119,12 +119,10 @@ class ClipScorer:
         """`attempts`: handle of the actor `Attempts`, if Ray repeats the work of a process that crashes."""
         import torch
 
-        self._attempts = attempts
-
         # Each process has one CPU.
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
-        self._outputs, self._fatal = outputs, list[str]()
+        self._outputs, self._attempts, self._fatal = outputs, attempts, list[str]()
         try:
             self._networks = Networks(tuple({need for each in chosen for need in each.kind.needs}), profile)
             self._scorers = {each.kind.name: (each.kind(each.weights), each.schema) for each in chosen}
