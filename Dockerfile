@@ -16,7 +16,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY deploy/constraints.txt deploy/constraints.txt
 COPY examples examples
 COPY vidgen_ray vidgen_ray
-RUN pip install --no-cache-dir --constraint deploy/constraints.txt ".[postgres,quantization]" \
+RUN pip install --no-cache-dir --constraint deploy/constraints.txt ".[postgres,quantization,dataset]" \
     && python -c "import torch; from onnxruntime.capi import build_and_package_info as ort; \
 pair = torch.version.cuda, ort.cuda_version; print('CUDA of torch and onnxruntime-gpu:', pair); \
 assert pair[0] and pair[0].split('.')[0] == pair[1].split('.')[0], pair"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -120,6 +121,15 @@ def test_query_prints_csv_and_json_and_writes_parquet(folder: Path, tmp_path: Pa
     assert main(["query", str(folder), "SELECT id, 1.5 AS x FROM clips"]) == 0
     assert "boat-1" in capsys.readouterr().out
     assert main(["query", str(folder), sql, "--csv", "--json"]) == UsageError.exit_code
+
+
+def test_missing_packages_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    for name in ("tables", "dataset_commands"):
+        monkeypatch.delitem(sys.modules, f"vidgen_ray.dataset.{name}", raising=False)
+    for command in (["query", str(folder), "SELECT 1"], ["film", str(folder), "--where", "true"]):
+        assert main(command) == SetupError.exit_code
+        assert "pip install 'vidgen-ray[dataset]'" in capsys.readouterr().err
 
 
 def test_folder_without_results_is_refused(tmp_path: Path) -> None:

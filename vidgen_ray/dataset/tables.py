@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import duckdb
 import pyarrow
 import pyarrow.parquet
 
@@ -23,6 +22,11 @@ from vidgen_ray.outputs.records import SCORES
 from vidgen_ray.outputs.reviews import read_reviews
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.script.expansion import CHOSEN, MATRIX, MATRIX_NUMBER
+
+try:
+    import duckdb
+except ImportError as error:
+    raise ImportError(f"{error}; pip install 'vidgen-ray[dataset]'") from None
 
 SCORER = re.compile(r"(\w+)@(\d+)")
 """Name of a folder in `scores/`."""
