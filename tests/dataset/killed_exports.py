@@ -15,8 +15,9 @@ import pyarrow.parquet
 import pytest
 
 from vidgen_ray.dataset import export
-from vidgen_ray.dataset.export import ExportSettings, export_folder
+from vidgen_ray.dataset.export import export_folder
 from vidgen_ray.dataset.export_formats import write_block
+from vidgen_ray.dataset.export_rows import ExportSettings
 
 HALVES = {"train": 0.5, "test": 0.5}
 

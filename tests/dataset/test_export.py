@@ -26,8 +26,8 @@ from tests.dataset.conftest import make_folder, moving, texture
 from tests.dataset.killed_exports import HALVES, export_to, valid_rows, work_inline
 from tests.outputs.conftest import endpoint  # noqa: F401  # a fixture
 from vidgen_ray.cli import main
-from vidgen_ray.dataset.export_formats import Transcode, encode_again
-from vidgen_ray.dataset.export_splits import assign_splits, parse_splits
+from vidgen_ray.dataset.export_formats import encode_again
+from vidgen_ray.dataset.export_rows import Transcode, assign_splits, parse_splits
 from vidgen_ray.dataset.tables import open_tables
 from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video
@@ -261,10 +261,10 @@ def test_what_does_not_fit_is_refused(six_clips, tmp_path, capsys):
     )
     other.mkdir()
     (other / "notes").touch()
-    with lease(storage_at(dest / ".vidgen"), "export-other"), pytest.raises(SetupError, match="is working in it"):
+    with lease(storage_at(dest), "export-other"), pytest.raises(SetupError, match="is working in it"):
         export_to(dest, six_clips)
     for match, place, settings in (
-        ("was exported with the default options, got --format lance", dest, {"format": "lance"}),
+        ("was exported with format videofolder, got lance", dest, {"format": "lance"}),
         ("has other files, such as 'notes'", other, {}),
         ("must not be inside", six_clips / "data", {}),
         ("no clip to export: of 6 finished shots, 6 are not selected", tmp_path / "new", {"where": "seed > 100"}),
@@ -316,6 +316,26 @@ def test_uncleared_clips_are_refused_with_the_reason(tmp_path):
     removed = export_to(dest, out.url, cleared="unconditional").removed
     assert removed == [{"id": "cleared", "reason": "the output folder does not have the shot"}]
     assert [path.name for path in dest.rglob("*.mp4")] == ["free.mp4"]
+
+
+@pytest.mark.usefixtures("inline")
+def test_stored_rows_tell_persons_apart_by_names_of_files(tmp_path):
+    photos = [tmp_path / name for name in ("ada/face.png", "bob/face.png", "eve.png")]
+    clips = []
+    for number, photo in enumerate(photos):
+        photo.parent.mkdir(exist_ok=True)
+        photo.write_bytes(b"face")
+        fields = {"face_image": [str(photo), str(photos[2])], "image": str(photos[2])}
+        clips += [({"id": f"{number}-{seed}", **fields}, moving(2, seed=seed, size=(64, 64))) for seed in range(2)]
+    out = make_folder(tmp_path / "out", clips)
+    export_to(tmp_path / "dest", out.url)
+    columns = ["face_image", "start_image", "last_image", "person"]
+    rows = pyarrow.parquet.read_table(tmp_path / "dest/.vidgen/rows.parquet", columns=columns).to_pylist()
+    assert rows[::2] == rows[1::2]
+    ada, bob, eve = rows[::2]
+    assert eve == {"face_image": ["eve.png"] * 2, "start_image": "eve.png", "last_image": None, "person": "eve.png+eve.png"}
+    assert ada["person"] != bob["person"]
+    assert all(each["person"].endswith("-face.png+eve.png") and "/" not in each["person"] for each in (ada, bob))
 
 
 @pytest.mark.usefixtures("inline")

@@ -9,18 +9,27 @@ from contextlib import redirect_stdout
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow.parquet
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from vidgen_ray.cli.command_help import DETAILS_PANEL, EXPORT, LOOK, in_group
-from vidgen_ray.cli.options import AddressOption, JsonOption, OutArgument, WhereOption, check_out, local_path, with_options
+from vidgen_ray.cli.options import (
+    AddressOption,
+    JsonOption,
+    ModelOptions,
+    OutArgument,
+    WhereOption,
+    check_out,
+    local_path,
+    with_options,
+)
 from vidgen_ray.cli.run_script import ProfileOfLastRunOption, interruptible, profile_of_run
+from vidgen_ray.dataset.export_rows import ExportSettings, Transcode, parse_splits
 from vidgen_ray.dataset.tables import open_tables, run_query
 from vidgen_ray.errors import UsageError, allowed_of
 from vidgen_ray.licences import Requirement
@@ -222,99 +231,44 @@ def score(
         raise typer.Exit(1)
 
 
+EXPORT_OPTIONS = ModelOptions.of(
+    ExportSettings,
+    format={},
+    best={"metavar": "SQL"},
+    caption={"metavar": "TEMPLATE"},
+    cleared={"metavar": "USE", "kind": Requirement},
+    shard_mb={"kind": int, "min": 1, "rich_help_panel": DETAILS_PANEL},
+)
+TRANSCODE_OPTIONS = ModelOptions.of(
+    Transcode,
+    resize={"metavar": "WxH|SHORT", "rich_help_panel": DETAILS_PANEL},
+    fps={"kind": float, "rich_help_panel": DETAILS_PANEL},
+    frames={"kind": int, "rich_help_panel": DETAILS_PANEL},
+)
+
+
 @in_group(EXPORT)
 @with_options
 def export(
     out: OutArgument,
-    dest: Annotated[
-        str,
-        typer.Argument(
-            metavar="DEST", help="Folder of the data set, or its URL. The same call updates it.", callback=check_out
-        ),
-    ],
-    format: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="videofolder (MP4 files and metadata.parquet, for datasets), webdataset (tar shards), parquet (clips inside), "
-            "lance, or captions (a .txt beside each clip).",
-            show_default=True,
-        ),
-    ] = "videofolder",
+    dest: Annotated[str, typer.Argument(help="Folder of the data set, or its URL, which a call updates.", callback=check_out)],
+    options: Annotated[dict[str, Any], EXPORT_OPTIONS],
+    transcode: Annotated[dict[str, Any], TRANSCODE_OPTIONS],
     where: WhereOption = None,
-    best: Annotated[
-        str | None,
-        typer.Option(
-            "--best", metavar="SQL", help="Of the seeds of a line, only the shot with the highest value of this SQL expression."
-        ),
-    ] = None,
     image: Annotated[bool, typer.Option("--image", help="Export the images.")] = False,
     video: Annotated[bool, typer.Option("--video", help="Export the clips before upscaling.")] = False,
     hd: Annotated[
-        bool,
-        typer.Option(
-            "--hd", help="Export only upscaled clips. Default: the upscaled clip, else the clip; images if no shot has a clip."
-        ),
+        bool, typer.Option("--hd", help="Export only upscaled clips. Default: those, else clips, or images.")
     ] = False,
-    caption: Annotated[
-        str,
-        typer.Option(
-            "--caption",
-            metavar="TEMPLATE",
-            help="Caption with columns of `clips` and metadata, such as 'A video of {character}: {metadata.scene}'.",
-            show_default=True,
-        ),
-    ] = "{prompt}",
-    split: Annotated[
-        str | None, typer.Option("--split", metavar="NAME=SHARE,...", help="Such as train=0.9,val=0.1. Default: only train.")
-    ] = None,
+    split: Annotated[str, typer.Option(metavar="NAME=SHARE,...", help="Such as train=0.9,val=0.1. Default: one.")] = "train=1",
     split_by: Annotated[
         list[str] | None,
         typer.Option(
-            "--split-by",
             metavar="KEY",
             help="Clips of the same prompt, character or source (script) are in one split, as continued clips always are. "
             "Repeatable. Default: prompt,character.",
         ),
     ] = None,
-    cleared: Annotated[
-        Requirement | None,
-        typer.Option(
-            "--cleared",
-            metavar="USE",
-            help="Leave out clips whose weights may not be used commercially (commercial), or only under a condition "
-            "(unconditional), and those with a face photo without declared consent. Default: all clips.",
-        ),
-    ] = None,
-    resize: Annotated[
-        str | None,
-        typer.Option(
-            "--resize",
-            metavar="WxH|SHORT",
-            help="Encode again in this size, cropped around the centre, or with this shorter side.",
-            rich_help_panel=DETAILS_PANEL,
-        ),
-    ] = None,
-    fps: Annotated[
-        float | None,
-        typer.Option("--fps", min=1, max=240, help="Encode again at this frame rate.", rich_help_panel=DETAILS_PANEL),
-    ] = None,
-    frames: Annotated[
-        int | None,
-        typer.Option(
-            "--frames", min=1, help="Encode the first N frames; shorter clips are left out.", rich_help_panel=DETAILS_PANEL
-        ),
-    ] = None,
-    shard_mb: Annotated[
-        int,
-        typer.Option(
-            "--shard-mb",
-            min=1,
-            help="Size of the shards of webdataset and parquet.",
-            show_default=True,
-            rich_help_panel=DETAILS_PANEL,
-        ),
-    ] = 500,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -323,47 +277,22 @@ def export(
     The same call later adds new clips and removes those that are gone or rejected. On the same disk, files are linked.
     Exits with code 1 if files of clips cannot be read.
     """
-    from vidgen_ray.dataset.export import ExportSettings, export_folder
-    from vidgen_ray.dataset.export_splits import parse_splits
+    from vidgen_ray.dataset.export import export_folder
 
     kinds = [name for name, is_given in (("image", image), ("video", video), ("hd", hd)) if is_given]
     if len(kinds) > 1:
         raise UsageError("--image, --video and --hd: only one can be given")
-    keys = [key.strip() for each in split_by or ["prompt,character"] for key in each.split(",")]
+    options |= {"transcode": transcode, "where": where, "files": kinds[0] if kinds else None, "splits": parse_splits(split)}
+    if split_by:
+        options["split_by"] = list(dict.fromkeys(key.strip() for each in split_by for key in each.split(",")))
     try:
-        settings = ExportSettings.model_validate(
-            {
-                "format": format,
-                "files": kinds[0] if kinds else None,
-                "splits": parse_splits(split),
-                "split_by": list(dict.fromkeys(keys)),
-                "transcode": {"resize": resize, "fps": fps, "frames": frames},
-                "where": where,
-                "best": best,
-                "cleared": cleared,
-                "caption": caption,
-                "shard_mb": shard_mb,
-            }
-        )
+        settings = ExportSettings.model_validate(options)
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         name = next(part for part in reversed(detail["loc"]) if isinstance(part, str)).replace("_", "-")
         raise UsageError(f"--{name}: got {detail['input']!r}, {allowed_of(detail)}") from None
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with (
-        interruptible(),
-        redirect_stdout(sys.stderr),
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
-    ):
-        task = bar.add_task("Writing clips", total=None)
-        report = export_folder(
-            out,
-            dest,
-            settings,
-            address=address,
-            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with interruptible(), redirect_stdout(sys.stderr):
+        report = export_folder(out, dest, settings, address)
     if as_json:
         typer.echo(json.dumps(asdict(report)))
     else:

@@ -14,53 +14,45 @@ import os
 import secrets
 import shlex
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import duckdb
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import ray
 from more_itertools import batched
 from pyarrow import compute
-from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.progress import Progress
 
 from vidgen_ray.batch.line_planner import MAX_TASKS, on_this_node, own_context
 from vidgen_ray.dataset.data_card import write_card
 from vidgen_ray.dataset.export_formats import (
-    METADATA,
     PROPERTIES,
     SHARD_ENDING,
-    Format,
     Target,
-    Transcode,
     append_to_lance,
     caption_file,
     delete_from_lance,
     write_block,
 )
-from vidgen_ray.dataset.export_rows import REJECTED, Kind, choose, count, load_rows, nothing_chosen, quoted
-from vidgen_ray.dataset.export_splits import SplitKey, assign_splits
-from vidgen_ray.dataset.tables import open_tables
+from vidgen_ray.dataset.export_rows import FINISHED, REJECTED, ExportSettings, assign_splits, choose, count, load_rows
+from vidgen_ray.dataset.tables import open_tables, quoted
 from vidgen_ray.engine.ray_cluster import connected
 from vidgen_ray.errors import SetupError, UsageError
-from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
 from vidgen_ray.outputs.lease import Lease, lease
 from vidgen_ray.outputs.manifest import opened
-from vidgen_ray.outputs.storage import URL, Storage, is_disk_full, storage_at
+from vidgen_ray.outputs.storage import Storage, is_disk_full, storage_at
 
-STATE = ".vidgen"
-ROWS, EXPORT, PENDING = (f"{STATE}/{name}" for name in ("rows.parquet", "export.json", "pending.json"))
-REFUSED = "refused.jsonl"
+ROWS, EXPORT, PENDING = (f".vidgen/{name}" for name in ("rows.parquet", "export.json", "pending.json"))
+FIXED = ("format", "files", "splits", "split_by", "transcode")
+"""Settings that stay the same in all calls."""
 CHECKPOINT_S = 60.0
 """Seconds after which the rows of written clips are stored, for a call that is killed later."""
 BLOCK_ROWS, SLOW_BLOCK_ROWS = 500, 16
@@ -69,51 +61,13 @@ CHUNK_BLOCKS = 20
 """Tasks after which the lease is checked."""
 PACKAGES = ("vidgen-ray", "duckdb", "pyarrow", "ray")
 PRIVATE = ("note", "who", "team", "submission_id")
-"""Columns of `clips` that are not stored, because data sets are published."""
+"""Columns of `clips` that are not stored, because data sets are published. Of photos and images, only file names are."""
 DONE = {
     **dict.fromkeys(("id", "split", "file", "sample", "signature", "content", "exported_sha256"), "VARCHAR"),
     **{f"exported_{name}": "BIGINT" for name in ("bytes", "width", "height", "num_frames")},
     **{f"exported_{name}": "DOUBLE" for name in ("fps", "duration_s")},
 }
 """Columns of the table `done`. `signature` changes with the row or its clip, `content` with the clip."""
-FILE_NAME = "parse_filename(file) AS file_name"
-"""SQL of the column that `videofolder` has beside the others."""
-
-
-class ExportSettings(BaseModel):
-    """Settings of a data set."""
-
-    model_config = ConfigDict(frozen=True)
-
-    format: Format = "videofolder"
-    files: Kind | None = None
-    """`clip`: the upscaled clip of a shot, otherwise its clip. `None`: `clip`, or `image` if no shot has a clip."""
-    splits: dict[str, float] = {"train": 1.0}
-    """Name -> share of the clips, in order."""
-    split_by: tuple[SplitKey, ...] = ("prompt", "character")
-    transcode: Transcode = Transcode()
-    where: str | None = None
-    best: str | None = None
-    cleared: Requirement | None = None
-    caption: str = "{prompt}"
-    shard_mb: int = 500
-    """Size of new shards in millions of bytes of clips, which the last clip of a shard may not exceed."""
-
-    def fixed(self) -> ExportSettings:
-        """Return the settings that stay the same in all calls, with the defaults of the others."""
-        return ExportSettings(**{name: getattr(self, name) for name in ("format", "files", "splits", "split_by", "transcode")})
-
-    def options(self) -> list[str]:
-        """Return the options of the command for settings other than the defaults."""
-        values = self.model_dump(exclude_defaults=True, exclude={"files", "transcode"}) | self.transcode.model_dump(
-            exclude_none=True
-        )
-        if "splits" in values:
-            values["split"] = ",".join(f"{name}={share:g}" for name, share in values.pop("splits").items())
-        if "split_by" in values:
-            values["split_by"] = ",".join(values["split_by"])
-        kind = [] if self.files in (None, "clip") else [f"--{self.files}"]
-        return [*kind, *(text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value)))]
 
 
 @dataclass
@@ -121,7 +75,7 @@ class ExportReport:
     """Result of a call."""
 
     dest: str
-    format: Format
+    format: str
     up_to_date: bool = False
     """Nothing was written."""
     splits: dict[str, int] = field(default_factory=dict)
@@ -136,18 +90,11 @@ class ExportReport:
     seconds: float = 0
 
 
-def export_folder(
-    out: str,
-    dest: str,
-    settings: ExportSettings,
-    *,
-    address: str | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> ExportReport:
+def export_folder(out: str, dest: str, settings: ExportSettings, address: str | None = None) -> ExportReport:
     """Make `dest` the data set of what the output folder has now.
 
-    `address`: of a Ray cluster. Raises UsageError for settings that fit neither the folder nor what `dest` has, SetupError if
-    another export is using `dest` or the disk is full, and OSError.
+    Shows a progress bar. Raises UsageError for settings that fit neither the folder nor what `dest` has, SetupError if another
+    export is using `dest` or the disk is full, and OSError.
     """
     begin = time.monotonic()
     source, target = storage_at(out), storage_at(dest)
@@ -156,25 +103,14 @@ def export_folder(
     if settings.format == "lance" and target.local is None:
         raise UsageError("--format lance: DEST must be a folder on a disk; copy it to the object store afterwards")
     try:
-        with (
-            lease(storage_at(_below(dest, STATE)), f"export-{secrets.token_hex(3)}") as held,
-            open_tables(source) as database,
-        ):
-            report = _Export(source, target, settings, database, held, address, on_progress).run()
+        with lease(target, f"export-{secrets.token_hex(3)}") as held, open_tables(source) as database:
+            report = _Export(source, target, settings, database, held, address, _read_state(target)).run()
     except OSError as error:
         if is_disk_full(error):
             raise SetupError(f"{target.url}: the disk is full. Make room and run the same command to resume") from None
         raise
     report.seconds = round(time.monotonic() - begin, 3)
     return report
-
-
-def _below(root: str, folder: str) -> str:
-    """Return the path or URL of a folder in `root`."""
-    if not URL.match(root):
-        return str(Path(root, folder))
-    path, question, options = root.partition("?")
-    return f"{path.rstrip('/')}/{folder}{question}{options}"
 
 
 def _check_places(source: Storage, dest: Storage) -> None:
@@ -195,61 +131,53 @@ def _read_state(dest: Storage) -> dict[str, Any] | None:
     return None
 
 
+@dataclass
 class _Export:
     """One call. The table `new` is what the data set shall have, `done` what it has, `before` what it had."""
 
-    def __init__(
-        self,
-        source: Storage,
-        dest: Storage,
-        settings: ExportSettings,
-        database: duckdb.DuckDBPyConnection,
-        held: Lease,
-        address: str | None,
-        on_progress: Callable[[int, int], None],
-    ) -> None:
-        self._source, self._dest, self._db, self._lease = source, dest, database, held
-        self._address, self._on_progress = address, on_progress
-        self._state = _read_state(dest)
-        self._settings = settings
-        self._ending = SHARD_ENDING.get(settings.format)
-        self._pending = list[str]()
-        self._failed = 0
-        self._saved = time.monotonic()
+    _source: Storage
+    _dest: Storage
+    _settings: ExportSettings
+    _db: duckdb.DuckDBPyConnection
+    _lease: Lease
+    _address: str | None
+    _state: dict[str, Any] | None
+    _pending: list[str] = field(default_factory=list)
+    _failed: int = 0
+    _saved: float = field(default_factory=time.monotonic)
 
     def run(self) -> ExportReport:
         settings, stored = self._settings, self._state or {}
         self._load_done()
-        kind = choose(self._db, settings.where, settings.best, settings.cleared, settings.files or stored.get("files"))
+        kind = choose(self._db, settings, settings.files or stored.get("files"))
         self._settings = settings = settings.model_copy(update={"files": kind})
+        self._ending = SHARD_ENDING.get(settings.format)
+        self._key = "id" if settings.format == "lance" else "file"
         self._check_settings()
         load_rows(self._db, kind, settings.caption, in_shards=self._ending is not None)
         assign_splits(self._db, settings.splits, settings.split_by)
         was_killed = self._clean_up()
         self._plan_shards() if self._ending else self._plan_files()
-        columns = self._rows("", *([FILE_NAME] if settings.format == "videofolder" else []))
         described = settings.model_dump(mode="json") | {
             "source": self._source.url,
-            "columns": {field.name: str(field.type) for field in self._db.sql(columns).to_arrow_reader(1).schema},
+            "columns": {field.name: str(field.type) for field in self._db.sql(self._rows()).to_arrow_reader(1).schema},
             "refused": self._reasons("SELECT * FROM refused"),
         }
         is_same = all(stored.get(name) == value for name, value in described.items())
         if not is_same:
             # So that the next call knows the folder, and has work to do, if this one is killed.
             self._pend([])
-            self._dest.write(EXPORT, _to_json(described))
+            self._dest.write(EXPORT, json.dumps(described, indent=1, ensure_ascii=False))
         self._remove()
         self._write()
         return self._finish(described, is_same=is_same and not was_killed)
 
     def _load_done(self) -> None:
         self._db.execute(f"CREATE TABLE done ({', '.join(f'{name} {kind}' for name, kind in DONE.items())})")
-        if Path(ROWS).name in self._dest.files(STATE):
+        if "rows.parquet" in self._dest.files(".vidgen"):
             with opened(self._dest, ROWS) as file:
-                for batch in pyarrow.parquet.ParquetFile(file).iter_batches(columns=[*DONE]):
-                    self._db.register("stored", pyarrow.Table.from_batches([batch]))
-                    self._db.execute("INSERT INTO done BY NAME SELECT * FROM stored")
-                    self._db.unregister("stored")
+                self._db.register("stored", pyarrow.parquet.read_table(file, columns=[*DONE]))
+            self._db.execute("INSERT INTO done BY NAME SELECT * FROM stored")
         self._db.execute("CREATE TABLE before AS SELECT id, signature FROM done")
 
     def _reasons(self, sql: str) -> list[dict[str, str]]:
@@ -261,15 +189,21 @@ class _Export:
         if state is not None:
             if state["source"] != self._source.url:
                 raise UsageError(f"DEST: {dest} has clips of {state['source']}; export to another folder")
-            stored = ExportSettings.model_validate({name: state[name] for name in ExportSettings.model_fields})
-            texts = [" ".join(each.fixed().options()) or "the default options" for each in (stored, given)]
-            if stored.fixed() != given.fixed():
-                raise UsageError(f"DEST: {dest} was exported with {texts[0]}, got {texts[1]}; export to another folder")
+            for name, value in given.model_dump(mode="json", include={*FIXED}).items():
+                if state[name] != value:
+                    raise UsageError(
+                        f"DEST: {dest} was exported with {name} {state[name]}, got {value}; export to another folder"
+                    )
         # What the same call exported before may be gone or rejected.
         is_update = state is not None and all(state[name] == getattr(given, name) for name in ("where", "best", "cleared"))
-        if not count(self._db, "chosen") and not (is_update and count(self._db, "done")):
-            assert given.files is not None
-            raise nothing_chosen(self._db, given.files)
+        if count(self._db, "chosen") or (is_update and count(self._db, "done")):
+            return
+        done, rejected, refused, missing = (count(self._db, table) for table in (FINISHED, REJECTED, "refused", "missing"))
+        raise UsageError(
+            f"no clip to export: of {done:,} finished shots, {done - rejected - refused - missing:,} are not selected by "
+            f"--where or --best, {rejected:,} are rejected, {refused:,} are refused by --cleared, {missing:,} have no "
+            f"{given.files}"
+        )
 
     def _clean_up(self) -> bool:
         """Delete what a killed call left. Return whether there was one."""
@@ -277,68 +211,50 @@ class _Export:
             return False
         self._pending = json.loads(content)
         self._lease.check()
-        key = "id" if self._settings.format == "lance" else "file"
+        key = self._key
         self._db.register("changed", pyarrow.table({key: pyarrow.array(self._pending, pyarrow.string())}))
         unknown = [name for (name,) in self._db.execute(f"SELECT {key} FROM changed ANTI JOIN done USING ({key})").fetchall()]
         # These may be newer than their rows.
         self._db.execute(f"UPDATE done SET signature = '', content = '' WHERE {key} IN (SELECT {key} FROM changed)")
-        self._db.unregister("changed")
-        if self._settings.format == "lance":
-            for split in self._settings.splits:
-                delete_from_lance(self._dest, split, unknown)
-        else:
-            self._delete_files(unknown)
+        self._delete(unknown)
         return True
 
     def _plan_files(self) -> None:
         """Create the tables `todo` of rows to write, and `stale` of clips that must go first."""
-        is_lance, is_captions = self._settings.format == "lance", self._settings.format == "captions"
-        file = (
-            "splits.split || '.lance'"
-            if is_lance
-            else "concat(splits.split, '/', id, regexp_extract(_source, '[.][a-z0-9]+$'))"
-        )
-        same = "signature = _signature" if is_lance or is_captions else "content = _content"
-        keeps = "coalesce(content = _content, false)" if is_captions else "false"
+        is_lance = self._settings.format == "lance"
+        name = ".lance'" if is_lance else "/', id, regexp_extract(_source, '[.][a-z0-9]+$')"
+        # Of `videofolder`, the metadata has the rows.
+        same = "content = _content" if self._settings.format == "videofolder" else "signature = _signature"
         self._db.execute(
-            f"""CREATE TABLE todo AS SELECT id, {file} AS _file, {keeps} AS _keep, _place
+            f"""CREATE TABLE todo AS SELECT id, concat(splits.split, '{name}) AS _file, _place
             FROM new JOIN splits USING (id) LEFT JOIN done USING (id) WHERE coalesce({same}, false) = false"""
         )
         self._db.execute(
-            "CREATE TABLE stale AS SELECT id, split, file FROM done WHERE id NOT IN (SELECT id FROM new) "
-            "OR id IN (SELECT id FROM todo WHERE NOT _keep)"
+            "CREATE TABLE stale AS SELECT id, file FROM done WHERE id NOT IN (SELECT id FROM new) "
+            "OR id IN (SELECT id FROM todo)"
         )
 
     def _plan_shards(self) -> None:
         """Create the same tables. A shard with a row that changed or went is written again; new rows get new shards."""
-        db, limit = self._db, self._settings.shard_mb * 1e6
+        db, begin = self._db, "(sum(bytes) OVER (PARTITION BY split ORDER BY _place) - bytes)"
         changed = "SELECT file FROM done LEFT JOIN new USING (id) WHERE signature IS DISTINCT FROM _signature"
         db.execute(
-            f"""CREATE TABLE todo AS SELECT id, file AS _file, false AS _keep, _place FROM done JOIN new USING (id)
+            f"""CREATE TABLE todo AS SELECT id, file AS _file, _place FROM done JOIN new USING (id)
             WHERE file IN ({changed})"""
         )
         # A shard that loses all rows goes as a file. Other rows go when their shard is written again.
         kept = "SELECT file FROM done SEMI JOIN new USING (id)"
-        db.execute(f"CREATE TABLE stale AS SELECT id, split, file FROM done WHERE file NOT IN ({kept})")
-        number, size = defaultdict[str, int](int), defaultdict[str, int](int)
-        for split, file in db.execute("SELECT DISTINCT split, file FROM done").fetchall():
-            number[split] = max(number[split], int(file.removesuffix(self._ending).rpartition("-")[2]) + 1)
-        ids, files = [], []
-        added = db.execute(
-            "SELECT id, split, bytes FROM new JOIN splits USING (id) WHERE id NOT IN (SELECT id FROM done) ORDER BY _place"
+        db.execute(f"CREATE TABLE stale AS SELECT id, file FROM done WHERE file NOT IN ({kept})")
+        db.execute(
+            f"""INSERT INTO todo
+            WITH added AS (
+                SELECT id, split, _place, {begin} // {max(1, self._settings.shard_mb * 1_000_000)} AS part
+                FROM new JOIN splits USING (id) WHERE id NOT IN (SELECT id FROM done)
+            ), last AS (SELECT split, max(regexp_extract(file, '-([0-9]+)[.]', 1)::BIGINT) AS last FROM done GROUP BY split)
+            SELECT id, format('{{}}-{{:06d}}{self._ending}', split,
+                coalesce(last, -1) + dense_rank() OVER (PARTITION BY split ORDER BY part)), _place
+            FROM added LEFT JOIN last USING (split)"""
         )
-        while rows := added.fetchmany(10_000):
-            for id_, split, n_bytes in rows:
-                if size[split] and size[split] + n_bytes > limit:
-                    number[split] += 1
-                    size[split] = 0
-                size[split] += n_bytes
-                ids.append(id_)
-                files.append(f"{split}-{number[split]:06d}{self._ending}")
-        text = pyarrow.string()
-        db.register("added", pyarrow.table({"id": pyarrow.array(ids, text), "_file": pyarrow.array(files, text)}))
-        db.execute("INSERT INTO todo SELECT id, _file, false, _place FROM added JOIN new USING (id)")
-        db.unregister("added")
 
     def _pend(self, files: Sequence[str]) -> None:
         """Store the names of files that will change, beside those that have since the rows were stored."""
@@ -348,19 +264,18 @@ class _Export:
 
     def _remove(self) -> None:
         """Remove clips that changed or went: first from the metadata, then their files."""
-        stale = self._db.execute("SELECT id, split, file FROM stale").fetchall()
-        if not stale:
-            return
-        self._pend([id_ if self._settings.format == "lance" else file for id_, _, file in stale])
-        self._db.execute("DELETE FROM done WHERE id IN (SELECT id FROM stale)")
+        if stale := [name for (name,) in self._db.execute(f"SELECT DISTINCT {self._key} FROM stale").fetchall()]:
+            self._pend(stale)
+            self._db.execute("DELETE FROM done WHERE id IN (SELECT id FROM stale)")
+            self._write_metadata()
+            self._delete(stale)
+
+    def _delete(self, files: Sequence[str]) -> None:
+        """Delete files, or rows of Lance with these ids."""
         if self._settings.format == "lance":
             for split in self._settings.splits:
-                delete_from_lance(self._dest, split, [id_ for id_, of, _ in stale if of == split])
+                delete_from_lance(self._dest, split, files)
             return
-        self._write_metadata()
-        self._delete_files([*dict.fromkeys(file for _, _, file in stale)])
-
-    def _delete_files(self, files: Sequence[str]) -> None:
         with ThreadPoolExecutor(1 if self._dest.local else REQUESTS_AT_ONCE) as pool:
             list(pool.map(self._dest.delete, files))
             if self._settings.format == "captions":
@@ -370,43 +285,32 @@ class _Export:
         """Write the clips of `todo` with tasks of Ray Data."""
         if not (total := count(self._db, "todo")):
             return
-        target, written = Target(self._source, self._dest, self._settings.format, self._settings.transcode), 0
-        with connected(self._address, cpus=1), own_context():
+        target, bar = Target(self._source, self._dest, self._settings), Progress(console=Console(stderr=True), transient=True)
+        task = bar.add_task("Writing clips", total=total)
+        with connected(self._address, cpus=1), own_context(), bar:
             for blocks in batched(self._blocks(), CHUNK_BLOCKS):
-                key = "id" if self._settings.format == "lance" else "_file"
+                key = self._key.replace("file", "_file")
                 self._pend([name for block in blocks for name in compute.unique(block[key]).to_pylist()])
                 for results in _run_tasks(blocks, target):
                     self._record(results)
-                    written += len(results)
-                    self._on_progress(written, total)
+                    bar.advance(task, len(results))
                 if time.monotonic() - self._saved > CHECKPOINT_S:
                     self._save()
                     self._pending, self._saved = [], time.monotonic()
 
     def _blocks(self) -> Iterator[pyarrow.Table]:
         """Yield the rows to write, a block per task: some rows, or all of a shard."""
-        is_linked = (
-            self._settings.format != "lance" and not self._settings.transcode and self._source.local and self._dest.local
-        )
-        # A connection of its own, because the other one is used meanwhile.
-        rows = self._db.cursor().sql(
-            f"""SELECT new.* EXCLUDE (_place, _content, _signature), split, _file, _keep
-            FROM todo JOIN new USING (id) JOIN splits USING (id)
-            ORDER BY {"_file" if self._ending else "split"}, todo._place"""
-        )
-        rest = None
-        for batch in rows.to_arrow_reader(BLOCK_ROWS if self._ending or is_linked else SLOW_BLOCK_ROWS):
-            table = pyarrow.Table.from_batches([batch])
-            if not self._ending:
-                yield table
-                continue
-            table = table if rest is None else pyarrow.concat_tables([rest, table])
-            files = np.asarray(table["_file"])
-            starts = [0, *(np.flatnonzero(files[1:] != files[:-1]) + 1).tolist()]
-            yield from (table.slice(begin, end - begin) for begin, end in pairwise(starts))
-            rest = table.slice(starts[-1])
-        if rest is not None:
-            yield rest
+        db, settings = self._db.cursor(), self._settings
+        columns = "new.* EXCLUDE (_place, _content, _signature), split, _file"
+        rows = f"SELECT {columns} FROM new JOIN todo USING (id) JOIN splits USING (id)"
+        if self._ending:
+            for name in db.execute("SELECT DISTINCT _file FROM todo ORDER BY _file").fetchall():
+                yield db.sql(f"{rows} WHERE _file = ? ORDER BY todo._place", params=name).to_arrow_table()
+            return
+        is_linked = settings.format != "lance" and not settings.transcode and self._source.local and self._dest.local
+        size = BLOCK_ROWS if is_linked else SLOW_BLOCK_ROWS
+        for batch in db.sql(f"{rows} ORDER BY split, todo._place").to_arrow_reader(size):
+            yield pyarrow.Table.from_batches([batch])
 
     def _record(self, results: pyarrow.Table) -> None:
         """Add written clips to `done`, and those without a file to `missing`. Raises OSError if a task failed."""
@@ -422,7 +326,7 @@ class _Export:
             # The rows that a shard does not have any more.
             db.execute(f"DELETE FROM done WHERE file IN ({written_files}) AND id NOT IN (SELECT id FROM todo)")
             empty = f"{written_files} GROUP BY _file HAVING count(*) FILTER (problem IS NULL) = 0"
-            self._delete_files([file for (file,) in db.execute(empty).fetchall()])
+            self._delete([file for (file,) in db.execute(empty).fetchall()])
         exported = ", ".join(f"results.{name} AS exported_{name}" for name in PROPERTIES)
         db.execute(
             f"""INSERT INTO done BY NAME
@@ -436,14 +340,14 @@ class _Export:
             for split in compute.unique(rows["split"]).to_pylist():
                 some = rows.filter(compute.equal(rows["split"], split))
                 append_to_lance(self._dest, split, some.drop_columns("content"), column, some["content"].to_pylist())
-        db.unregister("results")
 
-    def _rows(self, joined: str = "", *first: str) -> str:
-        """Return the SQL of the exported rows, as the data set has them, in order. `first`: further columns."""
+    def _rows(self, rest: str = "", *further: str) -> str:
+        """Return the SQL of the exported rows, as the data set has them, in order. `further`: columns from `rest`."""
+        first = ["parse_filename(file) AS file_name"] if self._settings.format == "videofolder" else []
         names = [name for name, *_ in self._db.execute("DESCRIBE new").fetchall() if not name.startswith("_")]
         listed = [f"exported_{name} AS {name}" if name in PROPERTIES else f"new.{quoted(name)}" for name in names]
-        columns = ", ".join([*first, *listed, "done.split"])
-        return f"SELECT {columns} FROM done JOIN new USING (id) {joined} ORDER BY _place"
+        columns = ", ".join([*first, *further, *listed, "done.split"])
+        return f"SELECT {columns} FROM done JOIN new USING (id) {rest} ORDER BY _place"
 
     def _write_metadata(self) -> None:
         """Write the metadata of each split of `videofolder`, with the rows of `done`."""
@@ -451,10 +355,9 @@ class _Export:
             return
         for split in self._settings.splits:
             if count(self._db, f"done WHERE split = '{split}'"):
-                rows = self._rows(f"WHERE done.split = '{split}'", FILE_NAME)
-                self._write_rows(f"{split}/{METADATA}", rows)
+                self._write_rows(f"{split}/metadata.parquet", self._rows(f"WHERE done.split = '{split}'"))
             else:
-                self._dest.delete(f"{split}/{METADATA}")
+                self._dest.delete(f"{split}/metadata.parquet")
 
     def _write_rows(self, path: str, sql: str) -> None:
         self._lease.check()
@@ -466,15 +369,24 @@ class _Export:
     def _save(self) -> None:
         """Store the rows that the data set has."""
         self._write_metadata()
-        columns = []
-        for name, *_ in self._db.execute("DESCRIBE clips").fetchall():
-            if name not in ("id", "caption", *DONE, *PRIVATE):
-                text = "::VARCHAR" if name in ("metadata", "factors") else ""
-                columns.append(f"clips.{quoted(name)}{text} AS {quoted(name)}")
+        taken = ", ".join(f"'{name}'" for name in ("id", "caption", *DONE, *PRIVATE))
         self._write_rows(
             ROWS,
-            f"SELECT id, {', '.join(columns)}, new.caption, done.* EXCLUDE (id) FROM done JOIN clips USING (id) "
-            "JOIN (SELECT id, caption, _place FROM new) new USING (id) ORDER BY new._place",
+            f"""WITH photo AS (
+                SELECT id, unnest(face_image) AS path, parse_filename(path) AS name, generate_subscripts(face_image, 1) AS n
+                FROM clips
+            ), named AS (SELECT *, count(DISTINCT path) OVER (PARTITION BY name) AS paths FROM photo
+            ), faces AS (
+                SELECT id, list(if(paths > 1, left(sha256(path), 6) || '-', '') || name ORDER BY n) AS names
+                FROM named GROUP BY id
+            ), short AS (
+                SELECT * REPLACE (metadata::VARCHAR AS metadata, factors::VARCHAR AS factors, names AS face_image,
+                    parse_filename(start_image) AS start_image, parse_filename(last_image) AS last_image,
+                    coalesce(character, array_to_string(names, '+')) AS person)
+                FROM clips LEFT JOIN faces USING (id)
+            ), rest AS (SELECT id AS _id, COLUMNS(lambda name: name NOT IN ({taken}, 'names')) FROM short)
+            SELECT id, rest.* EXCLUDE (_id), new.caption, done.* EXCLUDE (id)
+            FROM done JOIN rest ON id = _id JOIN new USING (id) ORDER BY _place""",
         )
 
     def _finish(self, described: dict[str, Any], *, is_same: bool) -> ExportReport:
@@ -513,11 +425,11 @@ class _Export:
                 "versions": {name: version(name) for name in PACKAGES},
                 **{name: getattr(report, name) for name in ("counts", "removed", "missing")},
             }
+            self._dest.delete("refused.jsonl")
             if report.refused:
-                self._dest.write(REFUSED, "".join(f"{json.dumps(each, ensure_ascii=False)}\n" for each in report.refused))
-            else:
-                self._dest.delete(REFUSED)
-            self._dest.write(EXPORT, _to_json(state))
+                lines = (f"{json.dumps(each, ensure_ascii=False)}\n" for each in report.refused)
+                self._dest.write("refused.jsonl", "".join(lines))
+            self._dest.write(EXPORT, json.dumps(state, indent=1, ensure_ascii=False))
             write_card(self._dest, self._source)
         self._dest.delete(PENDING)
         return report
@@ -532,7 +444,3 @@ def _run_tasks(blocks: Sequence[pyarrow.Table], target: Target) -> Iterator[pyar
         partial(write_block, target=target), batch_size=None, batch_format="pyarrow", **tasks
     )
     yield from written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
-
-
-def _to_json(value: object) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False)

@@ -8,25 +8,25 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import suppress
 from datetime import timedelta
 from fractions import Fraction
 from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import IO, Any, NamedTuple
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
-from more_itertools import batched
-from pydantic import BaseModel, ConfigDict, field_validator
+from more_itertools import batched, constrained_batches
 
+from vidgen_ray.dataset.export_rows import ExportSettings, Format, Transcode
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, open_video, read_image, write_png
 from vidgen_ray.media.images import image_size
@@ -35,10 +35,6 @@ from vidgen_ray.outputs.storage import Storage, is_disk_full
 from vidgen_ray.provenance.record import metadata_of, read_provenance
 from vidgen_ray.system.cache_dir import sha256_of
 
-if TYPE_CHECKING:
-    from lance import LanceDataset
-
-Format = Literal["videofolder", "webdataset", "parquet", "lance", "captions"]
 SHARD_ENDING: dict[Format, str] = {"webdataset": ".tar", "parquet": ".parquet"}
 """Format whose files have many clips -> ending of these files."""
 METADATA = "metadata.parquet"
@@ -65,46 +61,22 @@ FEATURES = {"string": "string", "int64": "int64", "double": "float64", "bool": "
 """Type of Arrow -> type of `datasets`."""
 
 
-class Transcode(BaseModel):
-    """Settings of clips that are encoded again. Without any, their bytes are copied."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    resize: str | None = None
-    """WIDTHxHEIGHT in pixels, to which the clip is scaled and cropped around its centre, or the pixels of its shorter side."""
-    fps: float | None = None
-    """Frames per second. Frames are repeated or left out."""
-    frames: int | None = None
-    """Frames of every clip: its first ones. Shorter clips cannot be encoded."""
-
-    @field_validator("resize")
-    @classmethod
-    def _check_resize(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[1-9]\d{1,4}|[1-9]\d{0,3}[02468]x[1-9]\d{0,3}[02468]", value):
-            raise ValueError("must be WIDTHxHEIGHT in even numbers of pixels, or those of the shorter side")
-        return value
-
-    def __bool__(self) -> bool:
-        return any(value is not None for _, value in self)
-
-
 Row = dict[str, Any]
 
 
 class Target(NamedTuple):
-    """Source, destination and format of an export, for the tasks that write files."""
+    """What the tasks that write files need to know of an export."""
 
     source: Storage
     dest: Storage
-    format: Format
-    transcode: Transcode
+    settings: ExportSettings
 
 
 def write_block(block: pyarrow.Table, target: Target) -> pyarrow.Table:
     """Task of Ray Data: write the clips of a block, for a format of shards all rows of one shard. Return rows of `RESULTS`.
 
     Columns of a block that start with `_` are not part of the data set: `_source` and `_bytes` (file in the output folder),
-    `_file` (file or shard to write), `_sample` (name of the clip), `_keep` (the clip is in its place, only its caption is new).
+    `_file` (file or shard to write), `_sample` (name of the clip).
     """
     rows, results = block.to_pylist(), list[dict[str, Any]]()
 
@@ -113,12 +85,12 @@ def write_block(block: pyarrow.Table, target: Target) -> pyarrow.Table:
             _write_clip(each, target)
 
     try:
-        if target.format in SHARD_ENDING:
+        if target.settings.format in SHARD_ENDING:
             clips = _clips(rows, target, results)
             # Without clips, there is no file.
             for first in islice(clips, 1):
                 with target.dest.new_file(rows[0]["_file"]) as tmp:
-                    if target.format == "webdataset":
+                    if target.settings.format == "webdataset":
                         _write_tar(tmp, chain([first], clips))
                     else:
                         _write_parquet(tmp, chain([first], clips), block)
@@ -133,7 +105,7 @@ def write_block(block: pyarrow.Table, target: Target) -> pyarrow.Table:
     return pyarrow.Table.from_pylist(results, RESULTS)
 
 
-class Clip(NamedTuple):
+class ExportedClip(NamedTuple):
     """A row with the local file of its clip, and the result of the task about it."""
 
     row: Row
@@ -150,22 +122,19 @@ class Clip(NamedTuple):
         return {name: value for name, value in (self.row | self.result).items() if not name.startswith("_")}
 
 
-def _clips(rows: Iterable[Row], target: Target, results: list[dict[str, Any]]) -> Iterator[Clip]:
+def _clips(rows: Iterable[Row], target: Target, results: list[dict[str, Any]]) -> Iterator[ExportedClip]:
     """Yield the rows that have a clip, encoded again if asked. Adds a result for each row. Raises OSError."""
     for row in rows:
         result = {"id": row["id"], **{name: row[name] for name in PROPERTIES}}
         try:
-            with (
-                target.source.local_copy(row["_source"]) as path,
-                tempfile.TemporaryDirectory(prefix="vidgen-export-") if target.transcode else nullcontext("") as folder,
-            ):
+            with target.source.local_copy(row["_source"]) as path, tempfile.TemporaryDirectory(prefix="vidgen-") as folder:
                 if path.stat().st_size != row["_bytes"]:
                     raise FileNotFoundError
-                if target.transcode:
+                if target.settings.transcode:
                     encoded = Path(folder, f"clip{Path(row['_source']).suffix}")
-                    result |= encode_again(path, encoded, target.transcode)
+                    result |= encode_again(path, encoded, target.settings.transcode)
                     path = encoded
-                yield Clip(row, path, result)
+                yield ExportedClip(row, path, result)
         except FileNotFoundError:
             result = {"id": row["id"], "problem": f"{row['_source']} is missing or incomplete, see vidgen verify --repair"}
         except MediaError as error:
@@ -175,15 +144,22 @@ def _clips(rows: Iterable[Row], target: Target, results: list[dict[str, Any]]) -
         results.append(result)
 
 
-def _write_clip(clip: Clip, target: Target) -> None:
+def _write_clip(clip: ExportedClip, target: Target) -> None:
     """Write a clip to a file of its own. A caption comes first, so that no clip is without one."""
-    if target.format == "lance":
+    if target.settings.format == "lance":
         clip.result["content"] = clip.path.read_bytes()
         return
-    if target.format == "captions":
+    if target.settings.format == "captions":
         target.dest.write(caption_file(clip.row["_file"]), clip.row["caption"])
-    if not clip.row["_keep"]:
-        _place(clip.path, target.dest, clip.row["_file"], may_link=target.source.local is not None and not target.transcode)
+    if target.source.local and target.dest.local and not target.settings.transcode:
+        to = target.dest.local / clip.row["_file"]
+        to.parent.mkdir(parents=True, exist_ok=True)
+        # Fails if they are on two disks, or the disk has no links.
+        with suppress(OSError):
+            os.link(clip.path, to)
+            return
+    with target.dest.new_file(clip.row["_file"]) as tmp:
+        shutil.copyfile(clip.path, tmp)
 
 
 def caption_file(file: str) -> str:
@@ -191,23 +167,7 @@ def caption_file(file: str) -> str:
     return f"{file.rpartition('.')[0]}.txt"
 
 
-def _place(path: Path, dest: Storage, file: str, *, may_link: bool) -> None:
-    """Write a file with the content of `path`: a hard link if both are on one disk, otherwise a copy."""
-    if may_link and dest.local is not None:
-        to = dest.local / file
-        to.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path, to)
-            return
-        # It exists, is on another disk, or the disk has no links.
-        except OSError:
-            if to.exists() and to.samefile(path):
-                return
-    with dest.new_file(file) as tmp:
-        shutil.copyfile(path, tmp)
-
-
-def _write_tar(tmp: Path, clips: Iterable[Clip]) -> None:
+def _write_tar(tmp: Path, clips: Iterable[ExportedClip]) -> None:
     """Write a shard of `webdataset`. Its bytes depend only on the rows and their clips."""
 
     def add(name: str, size: int, content: IO[bytes]) -> None:
@@ -224,7 +184,7 @@ def _write_tar(tmp: Path, clips: Iterable[Clip]) -> None:
                 add(f"{clip.row['_sample']}{ending}", len(text), BytesIO(text))
 
 
-def _write_parquet(tmp: Path, clips: Iterable[Clip], block: pyarrow.Table) -> None:
+def _write_parquet(tmp: Path, clips: Iterable[ExportedClip], block: pyarrow.Table) -> None:
     """Write a shard of `parquet` with the clips inside, which `datasets` reads as videos or images."""
     record = [field for field in block.schema if not field.name.startswith("_")]
     column = "image" if block["_source"][0].as_py().endswith(".png") else "video"
@@ -234,26 +194,13 @@ def _write_parquet(tmp: Path, clips: Iterable[Clip], block: pyarrow.Table) -> No
     }
     content = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     schema = pyarrow.schema([(column, content), *record], {"huggingface": json.dumps({"info": {"features": features}})})
-    group, size = list[dict[str, Any]](), 0
+    rows = ({column: {"bytes": clip.path.read_bytes(), "path": clip.name}, **clip.record} for clip in clips)
     with pyarrow.parquet.ParquetWriter(tmp, schema) as out:
-        for clip in clips:
-            group.append({column: {"bytes": clip.path.read_bytes(), "path": clip.name}, **clip.record})
-            size += clip.result["bytes"]
-            if size >= GROUP_BYTES:
-                out.write_table(pyarrow.Table.from_pylist(group, schema))
-                group, size = [], 0
-        if group:
-            out.write_table(pyarrow.Table.from_pylist(group, schema))
+        for group in constrained_batches(rows, GROUP_BYTES, get_len=lambda row: row["bytes"], strict=False):
+            out.write_table(pyarrow.Table.from_pylist(list(group), schema))
 
 
 # Lance: a dataset per split, which only the driver writes. Each change is a version of it, which appears atomically.
-
-
-def _lance(dest: Storage, split: str) -> LanceDataset | None:
-    import lance
-
-    path = Path(dest.local or "", f"{split}.lance")
-    return lance.dataset(path) if path.is_dir() else None
 
 
 def append_to_lance(dest: Storage, split: str, rows: pyarrow.Table, column: str, contents: Sequence[bytes]) -> None:
@@ -262,20 +209,23 @@ def append_to_lance(dest: Storage, split: str, rows: pyarrow.Table, column: str,
 
     schema = pyarrow.schema([*rows.schema, lance.blob_field(column)])
     table = pyarrow.Table.from_arrays([*rows.columns, lance.blob_array(list(contents))], schema=schema)
-    mode = "append" if _lance(dest, split) else "create"
-    lance.write_dataset(table, Path(dest.local or "", f"{split}.lance"), mode=mode, data_storage_version="2.2")
+    path = Path(dest.local or "", f"{split}.lance")
+    lance.write_dataset(table, path, mode="append" if path.is_dir() else "create", data_storage_version="2.2")
 
 
 def delete_from_lance(dest: Storage, split: str, ids: Sequence[str]) -> None:
     """Delete rows, and their clips from the disk: older versions of the dataset are deleted, too."""
-    dataset = _lance(dest, split)
-    if dataset is None or not ids:
+    import lance
+
+    path = Path(dest.local or "", f"{split}.lance")
+    if not ids or not path.is_dir():
         return
+    dataset = lance.dataset(path)
     for some in batched(ids, 1_000):
         listed = ", ".join(f"'{each}'" for each in some)
         dataset.delete(f"id IN ({listed})")
     if not dataset.count_rows():
-        shutil.rmtree(Path(dest.local or "", f"{split}.lance"))
+        shutil.rmtree(path)
         return
     dataset.optimize.compact_files(materialize_deletions=True, materialize_deletions_threshold=0.0)
     dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
@@ -285,38 +235,30 @@ def encode_again(path: Path, to: Path, transcode: Transcode) -> dict[str, Any]:
     """Encode a clip or an image as asked, with the marks of its origin. Return its properties. Raises MediaError."""
     marks = metadata_of(read_provenance(path).record)
     if to.suffix == ".png":
-        width, height = _size(*image_size(path), transcode)
+        width, height = _size(*image_size(path), transcode.resize)
         write_png(to, cover_crop(read_image(path), width, height), marks)
-        return _properties(to, width, height)
-    with open_video(path) as video:
-        fps = video.fps if transcode.fps is None else Fraction(str(transcode.fps))
-        # Each frame is the one that is shown at its time.
-        count = max(1, round(video.frame_count * fps / video.fps))
-        if transcode.frames is not None and count < transcode.frames:
-            raise MediaError(f"has {count} frames, fewer than --frames {transcode.frames}")
-        shown = [min(int(number * video.fps / fps), video.frame_count - 1) for number in range(transcode.frames or count)]
-        width, height = _size(video.width, video.height, transcode)
-        with Mp4Writer(to, width, height, fps, Mp4Settings(), marks) as clip:
-            for indices in batched(shown, DECODED_FRAMES):
-                for frame in video.frames_at(indices):
-                    scaled = frame if frame.shape[:2] == (height, width) else cover_crop(frame, width, height)
-                    clip.write(scaled[None])
-    return {
-        **_properties(to, width, height),
-        "num_frames": len(shown),
-        "fps": float(fps),
-        "duration_s": float(len(shown) / fps),
-    }
+        timing = {}
+    else:
+        with open_video(path) as video:
+            fps = video.fps if transcode.fps is None else Fraction(str(transcode.fps))
+            count = max(1, round(video.frame_count * fps / video.fps))
+            if transcode.frames is not None and count < transcode.frames:
+                raise MediaError(f"has {count} frames, fewer than --frames {transcode.frames}")
+            count = transcode.frames or count
+            # Each frame is the one that is shown at its time.
+            shown = [min(int(number * video.fps / fps), video.frame_count - 1) for number in range(count)]
+            width, height = _size(video.width, video.height, transcode.resize)
+            with Mp4Writer(to, width, height, fps, Mp4Settings(), marks) as clip:
+                for indices in batched(shown, DECODED_FRAMES):
+                    clip.write(np.stack([cover_crop(frame, width, height) for frame in video.frames_at(indices)]))
+        timing = {"num_frames": count, "fps": float(fps), "duration_s": float(count / fps)}
+    return {"sha256": sha256_of(to), "bytes": to.stat().st_size, "width": width, "height": height, **timing}
 
 
-def _size(width: int, height: int, transcode: Transcode) -> tuple[int, int]:
+def _size(width: int, height: int, resize: str | None) -> tuple[int, int]:
     """Return the width and height to which a clip of this size is scaled, both even."""
-    wanted = [int(side) for side in (transcode.resize or f"{width}x{height}").split("x")]
+    wanted = [int(side) for side in (resize or f"{width}x{height}").split("x")]
     if len(wanted) == 1:
         factor = wanted[0] / min(width, height)
         wanted = [round(width * factor / 2) * 2, round(height * factor / 2) * 2]
     return wanted[0], wanted[1]
-
-
-def _properties(file: Path, width: int, height: int) -> dict[str, Any]:
-    return {"sha256": sha256_of(file), "bytes": file.stat().st_size, "width": width, "height": height}

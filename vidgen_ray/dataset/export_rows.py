@@ -1,24 +1,37 @@
-"""Rows of a data set, as SQL over the tables of an output folder: which clips it has, and their columns and captions."""
+"""Settings of a data set, and SQL over the tables of an output folder: which clips it has, their columns, captions and splits.
+
+A group is everything that is connected by an equal prompt, person or script, or by `continue_from`. It is never divided.
+"""
 
 from __future__ import annotations
 
 import re
+from bisect import bisect
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from string import Formatter
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import duckdb
+import numpy as np
+import pyarrow
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from vidgen_ray.dataset.tables import IN_SCRIPT_ORDER, run_query, selection
-from vidgen_ray.errors import UsageError
+from vidgen_ray.dataset.tables import IN_SCRIPT_ORDER, quoted, run_query, selection
+from vidgen_ray.errors import UsageError, shortened
 from vidgen_ray.licences import ALLOWED, Requirement
 from vidgen_ray.outputs.manifest import SCHEMA
 from vidgen_ray.safety import DECLARED_BASES
 
+Format = Literal["videofolder", "webdataset", "parquet", "lance", "captions"]
 Kind = Literal["image", "video", "hd", "clip"]
+SplitKey = Literal["prompt", "character", "source"]
 KINDS: dict[Kind, list[str]] = {"image": ["image"], "video": ["video"], "hd": ["hd_video"], "clip": ["hd_video", "video"]}
 """Kind of files -> columns with their paths, of which the first that is not null counts."""
 FINISHED = "clips WHERE status = 'done'"
 REJECTED = f"{FINISHED} AND verdict = 'reject'"
+CHOSEN_CLIPS = "clips SEMI JOIN chosen USING (id)"
 INTERNAL = re.compile(
     r"run|team|submission_id|status|last_run|cut_tokens|lora_loads|failure_.*|ended_at|committed_at|consent|clip|clip_sha256"
     r"|(image|video|hd_video)(_sha256|_bytes)?|hd_width|hd_height|crop_.*|siblings|person|face_.*|start_image|last_image|pose"
@@ -27,51 +40,115 @@ INTERNAL = re.compile(
 """Columns of `clips` that a data set does not have: internal ones, files of this machine, and what reviewers wrote."""
 OWN_COLUMNS = ("split", "file_name", "video", "image")
 """Columns of data sets beside those of `new`. Scores of the same name get another one."""
+# Keys are named so that the key of a shot sorts last: a group keeps its smallest key when shots are added.
+KEYS: dict[SplitKey, str] = {
+    "prompt": f"SELECT id, 'prompt ' || prompt AS key FROM {CHOSEN_CLIPS} WHERE prompt IS NOT NULL",
+    "character": f"""SELECT id, 'character ' || character AS key FROM {CHOSEN_CLIPS} WHERE character IS NOT NULL
+        UNION ALL SELECT id, 'photo ' || unnest(face_image) AS key FROM {CHOSEN_CLIPS}""",
+    "source": f"SELECT id, 'script ' || script AS key FROM {CHOSEN_CLIPS}",
+}
+"""Key -> SQL of the ids and keys of clips. A person is a character, and each face photo."""
+CHAINS = """SELECT id, 'shot ' || id AS key FROM clips
+    UNION ALL SELECT id, 'shot ' || continue_from AS key FROM clips WHERE continue_from IS NOT NULL"""
 
 
-def choose(
-    database: duckdb.DuckDBPyConnection, where: str | None, best: str | None, cleared: Requirement | None, kind: Kind | None
-) -> Kind:
+class Transcode(BaseModel):
+    """Settings of clips that are encoded again. Without any, their bytes are copied."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    resize: str | None = Field(None, description="Encode again, cropped around the centre, or with this shorter side.")
+    fps: float | None = Field(None, ge=1, le=240, description="Encode again at this frame rate: repeat or leave out frames.")
+    frames: int | None = Field(None, ge=1, description="Encode the first N frames; shorter clips are left out.")
+
+    @field_validator("resize")
+    @classmethod
+    def _check_resize(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[1-9]\d{1,4}|[1-9]\d{0,3}[02468]x[1-9]\d{0,3}[02468]", value):
+            raise ValueError("must be WIDTHxHEIGHT in even numbers of pixels, or those of the shorter side")
+        return value
+
+    def __bool__(self) -> bool:
+        return any(value is not None for _, value in self)
+
+
+class ExportSettings(BaseModel):
+    """Settings of a data set."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Format = Field(
+        "videofolder",
+        description="videofolder (MP4 files and metadata.parquet, for datasets), webdataset (tar shards), parquet (clips "
+        "inside), lance, or captions (a .txt beside each clip).",
+    )
+    files: Kind | None = None
+    """`clip`: the upscaled clip of a shot, otherwise its clip. `None`: `clip`, or `image` if no shot has a clip."""
+    splits: dict[str, float] = {"train": 1.0}
+    """Name -> share of the clips, in order."""
+    split_by: tuple[SplitKey, ...] = ("prompt", "character")
+    transcode: Transcode = Transcode()
+    where: str | None = None
+    best: str | None = Field(None, description="Of the seeds of a line, only the shot with the highest value of this SQL.")
+    cleared: Requirement | None = Field(
+        None,
+        description="Leave out clips whose weights may not be used commercially (commercial), or only under a condition "
+        "(unconditional), and those with a face photo without declared consent. Default: all clips.",
+    )
+    caption: str = Field("{prompt}", description="Such as 'A video of {character}: {metadata.scene}', with columns of `clips`.")
+    shard_mb: int = Field(500, description="Size of the shards of webdataset and parquet. Their last clip may exceed it.")
+
+    def options(self) -> list[str]:
+        """Return the options of the command for settings other than the defaults."""
+        values = self.model_dump(exclude_defaults=True, exclude={"files", "transcode"})
+        values |= self.transcode.model_dump(exclude_none=True)
+        if "splits" in values:
+            values["split"] = ",".join(f"{name}={share:g}" for name, share in values.pop("splits").items())
+        if "split_by" in values:
+            values["split_by"] = ",".join(values["split_by"])
+        kind = [] if self.files in (None, "clip") else [f"--{self.files}"]
+        return [*kind, *(text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value)))]
+
+
+def parse_splits(text: str) -> dict[str, float]:
+    """Parse `train=0.9,val=0.1`. Raises UsageError."""
+    splits: dict[str, float] = {}
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([A-Za-z0-9_]+)\s*=\s*([0-9]*[.]?[0-9]+)\s*", part)
+        if found is None or found[1] in splits or not 0 < float(found[2]) <= 1:
+            raise UsageError(
+                f"--split: got {part.strip()!r}, must be NAME=SHARE such as val=0.1, each name once, above 0 up to 1"
+            )
+        splits[found[1]] = float(found[2])
+    if abs(sum(splits.values()) - 1) > 1e-6:
+        raise UsageError(f"--split: the shares add up to {sum(splits.values()):g}, must be 1")
+    return splits
+
+
+def choose(database: duckdb.DuckDBPyConnection, settings: ExportSettings, kind: Kind | None) -> Kind:
     """Create the table `chosen` of ids, and `refused` and `missing` of ids with reasons. Return the kind of files.
 
     Rejected clips are left out. Without a kind, it is `clip`, or `image` if no shot has a clip. Raises UsageError for SQL.
     """
-    wanted = f"({where or 'true'}\n) AND status = 'done' AND verdict IS DISTINCT FROM 'reject'"
-    selected = run_query(database, selection(wanted, best, ("id",))).read_all()
-    database.register("selected", selected)
+    wanted = f"({settings.where or 'true'}\n) AND status = 'done' AND verdict IS DISTINCT FROM 'reject'"
+    database.register("selected", run_query(database, selection(wanted, settings.best, ("id",))).read_all())
     database.execute("CREATE TABLE chosen AS SELECT id FROM selected")
-    database.unregister("selected")
     problem = "NULL"
-    if cleared is not None:
-        uses, bases = (", ".join(map(_text, values)) for values in (ALLOWED[cleared], DECLARED_BASES))
+    if settings.cleared is not None:
+        uses, bases = (", ".join(map(_text, values)) for values in (ALLOWED[settings.cleared], DECLARED_BASES))
         licences = "array_to_string(list_transform(licences, lambda x: coalesce(x, 'unknown')), ', ')"
         problem = f"""CASE WHEN coalesce(commercial_use, 'unknown') NOT IN ({uses}) THEN
                 concat('commercial use: ', coalesce(commercial_use, 'unknown'), '; licences: ', coalesce({licences}, 'unknown'))
             WHEN len(face_image) > 0 AND coalesce(consent.basis, '') NOT IN ({bases}) THEN
                 'shows a person (face photo) without declared consent' END"""
-    database.execute(f"CREATE TABLE refused AS SELECT id, {problem} AS reason FROM clips SEMI JOIN chosen USING (id)")
-    database.execute("DELETE FROM refused WHERE reason IS NULL; DELETE FROM chosen WHERE id IN (SELECT id FROM refused)")
+    database.execute(f"CREATE TABLE refused AS SELECT id, {problem} AS reason FROM {CHOSEN_CLIPS} WHERE reason IS NOT NULL")
+    database.execute("DELETE FROM chosen WHERE id IN (SELECT id FROM refused)")
     if kind is None:
-        kind = (
-            "clip"
-            if count(database, "clips SEMI JOIN chosen USING (id) WHERE coalesce(hd_video, video) IS NOT NULL")
-            else "image"
-        )
-    database.execute(
-        f"""CREATE TABLE missing AS SELECT id, 'has no {kind}' AS reason FROM clips SEMI JOIN chosen USING (id)
-        WHERE coalesce({", ".join(KINDS[kind])}, NULL) IS NULL"""
-    )
+        kind = "clip" if count(database, f"{CHOSEN_CLIPS} WHERE coalesce(hd_video, video) IS NOT NULL") else "image"
+    path = f"coalesce({', '.join(KINDS[kind])}, NULL)"
+    database.execute(f"CREATE TABLE missing AS SELECT id, 'has no {kind}' AS reason FROM {CHOSEN_CLIPS} WHERE {path} IS NULL")
     database.execute("DELETE FROM chosen WHERE id IN (SELECT id FROM missing)")
     return kind
-
-
-def nothing_chosen(database: duckdb.DuckDBPyConnection, kind: Kind) -> UsageError:
-    """Return the error of an empty selection."""
-    done, rejected, refused, missing = (count(database, table) for table in (FINISHED, REJECTED, "refused", "missing"))
-    return UsageError(
-        f"no clip to export: of {done:,} finished shots, {done - rejected - refused - missing:,} are not selected by --where "
-        f"or --best, {rejected:,} are rejected, {refused:,} are refused by --cleared, {missing:,} have no {kind}"
-    )
 
 
 def count(database: duckdb.DuckDBPyConnection, table: str) -> int:
@@ -111,20 +188,15 @@ def load_rows(database: duckdb.DuckDBPyConnection, kind: Kind, caption: str, *, 
     listed = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in columns.items())
     database.execute(
         f"""CREATE TABLE new AS
-        WITH record AS (SELECT {listed} FROM clips SEMI JOIN chosen USING (id)),
+        WITH record AS (SELECT {listed} FROM {CHOSEN_CLIPS}),
         file AS (
             SELECT id, row_number() OVER ({IN_SCRIPT_ORDER}) AS _place, {path} AS _source, {size} AS _bytes, {sample} AS _sample
-            FROM clips SEMI JOIN chosen USING (id)
+            FROM {CHOSEN_CLIPS}
         )
         SELECT record.*, file.* EXCLUDE (id), sha256(concat_ws(' ', _source, sha256, _bytes)) AS _content,
             sha256(concat(to_json(record), _source)) AS _signature
         FROM record JOIN file USING (id)"""
     )
-
-
-def quoted(name: str) -> str:
-    """Return the name of a column for SQL."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _text(value: str) -> str:
@@ -146,7 +218,7 @@ def _flat(name: str, type_: str) -> str:
 def _caption(database: duckdb.DuckDBPyConnection, template: str) -> str:
     """Return the SQL of captions."""
     columns = [name for name, *_ in database.execute("DESCRIBE clips").fetchall()]
-    found = "SELECT DISTINCT unnest(json_keys(metadata)) AS key FROM clips SEMI JOIN chosen USING (id) ORDER BY key"
+    found = f"SELECT DISTINCT unnest(json_keys(metadata)) AS key FROM {CHOSEN_CLIPS} ORDER BY key"
     keys = [f"metadata.{key}" for (key,) in database.execute(found).fetchall()]
     parts = ["''"]
     try:
@@ -157,14 +229,113 @@ def _caption(database: duckdb.DuckDBPyConnection, template: str) -> str:
         parts.append(_text(text))
         if name is None:
             continue
-        if name in columns:
-            parts.append(f"{quoted(name)}::VARCHAR")
-        else:
-            # `metadata.a.b` is `b` of `a`.
-            path = name.split(".")
-            if ".".join(path[:2]) not in keys or '"' in name:
-                raise UsageError(f"--caption: unknown name {{{name}}}, must be one of {', '.join([*keys, *columns])}")
-            parts.append(f"json_extract_string(metadata, {_text('$' + ''.join(f'.{quoted(part)}' for part in path[1:]))})")
-        if form or conversion:
-            raise UsageError(f"--caption: got {{{name}}} with a format, must be a name in braces")
+        # `metadata.a.b` is `b` of `a`.
+        path = name.split(".")
+        if form or conversion or not (name in columns or (".".join(path[:2]) in keys and '"' not in name)):
+            raise UsageError(f"--caption: unknown name {{{name}}}, must be one of {', '.join([*keys, *columns])}")
+        value = f"{quoted(name)}::VARCHAR"
+        if name not in columns:
+            value = f"json_extract_string(metadata, {_text('$' + ''.join(f'.{quoted(part)}' for part in path[1:]))})"
+        parts.append(value)
     return f"concat({', '.join(parts)})"
+
+
+class Group(NamedTuple):
+    """Clips that belong into one split."""
+
+    number: int
+    key: str
+    """The smallest of its keys, such as `prompt a boat`."""
+    place: float
+    """A number from 0 to 1 that depends only on the key."""
+    clips: int
+    splits: list[str]
+    """Splits of its clips that are exported already."""
+
+
+def assign_splits(database: duckdb.DuckDBPyConnection, splits: Mapping[str, float], by: Sequence[SplitKey]) -> None:
+    """Create the table `splits` with the split of each id in `chosen`.
+
+    A group with exported clips (table `done`) keeps their split. That of another group follows from the hash of its smallest
+    key. Raises UsageError if clips connect groups of several splits, or groups are too large for the shares.
+    """
+    if len(splits) == 1:
+        database.execute(f"CREATE TABLE splits AS SELECT id, '{next(iter(splits))}' AS split FROM chosen")
+        return
+    groups = _groups(database, by)
+    if connected := next((group for group in groups if len(group.splits) > 1), None):
+        raise _connected(database, connected, by)
+    ends, names = [*accumulate(splits.values())], [*splits]
+    chosen = {
+        group.number: group.splits[0] if group.splits else names[min(bisect(ends, group.place), len(names) - 1)]
+        for group in groups
+    }
+    if not any(group.splits for group in groups):
+        for name, end in zip(names, ends, strict=True):
+            counts = Counter(chosen.values())
+            spare = [group for group in groups if counts[chosen[group.number]] > 1]
+            # Few groups can miss a small split by chance. It gets the nearest one.
+            if spare and not counts[name]:
+                chosen[min(spare, key=lambda group: abs(group.place - (end - splits[name] / 2))).number] = name
+        _check_shares(groups, chosen, splits, by)
+    table = pyarrow.table({"number": [*chosen], "split": pyarrow.array(chosen.values(), pyarrow.string())})
+    database.register("chosen_splits", table)
+    database.execute("CREATE TABLE splits AS SELECT id, split FROM members JOIN chosen_splits USING (number)")
+
+
+def _groups(database: duckdb.DuckDBPyConnection, by: Sequence[SplitKey]) -> list[Group]:
+    """Create the table `members` with the group of each id in `chosen`. Return the groups, sorted by their keys."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    keys = " UNION ALL ".join([*(KEYS[name] for name in by), CHAINS])
+    rank = "dense_rank() OVER (ORDER BY {}) - 1"
+    database.execute(f"CREATE TABLE keys AS SELECT *, {rank.format('id')} AS shot, {rank.format('key')} AS rank FROM ({keys})")
+    edges = database.execute("SELECT shot, rank FROM keys").fetchnumpy()
+    shots, ranks = (np.asarray(edges[name], np.int64) for name in ("shot", "rank"))
+    ranks += shots.max() + 1
+    size = int(ranks.max()) + 1
+    graph = coo_array((np.ones(len(shots), bool), (shots, ranks)), (size, size))
+    _, labels = connected_components(graph, directed=False)
+    database.register("labels", pyarrow.table({"shot": np.arange(size), "number": labels}))
+    members = "SELECT DISTINCT id, number FROM keys SEMI JOIN chosen USING (id) JOIN labels USING (shot)"
+    database.execute(f"CREATE TABLE members AS {members}")
+    found = database.execute(
+        """SELECT number, min(key) AS first, ('0x' || left(sha256(first), 13))::BIGINT / 16.0 ** 13, count(DISTINCT id),
+            coalesce(list_sort(list(DISTINCT split) FILTER (split IS NOT NULL)), [])
+        FROM members JOIN keys USING (id) LEFT JOIN done USING (id) GROUP BY number ORDER BY first"""
+    )
+    return [Group(*row) for row in found.fetchall()]
+
+
+def _check_shares(
+    groups: Sequence[Group], chosen: Mapping[int, str], splits: Mapping[str, float], by: Sequence[SplitKey]
+) -> None:
+    sizes = Counter[str]()
+    for group in groups:
+        sizes[chosen[group.number]] += group.clips
+    largest = max(groups, key=lambda group: group.clips)
+    for name, share in splits.items():
+        expected = share * sizes.total()
+        is_off = not sizes[name] or abs(sizes[name] - expected) > max(expected / 2, 1)
+        if is_off and largest.clips > expected / 2:
+            others = [key for key in KEYS if key not in by] if len(by) == 1 else by
+            raise UsageError(
+                f"--split {name}={share:g}: would have {sizes[name]:,} of {sizes.total():,} clips. Clips of the same "
+                f"{' or '.join(by)}, or of a continued chain, are never divided; the largest such group, with "
+                f"{shortened(largest.key)}, has {largest.clips:,} clips. Try "
+                f"{', '.join(f'--split-by {key}' for key in others)}, or other shares"
+            )
+
+
+def _connected(database: duckdb.DuckDBPyConnection, group: Group, by: Sequence[SplitKey]) -> UsageError:
+    """Return the error of clips that connect clips of several splits."""
+    rows = database.execute(
+        "SELECT id, split FROM members LEFT JOIN done USING (id) WHERE number = ? ORDER BY id", [group.number]
+    ).fetchall()
+    new = ", ".join([id_ for id_, split in rows if split is None][:3]) or "a changed clip"
+    known = " and ".join(f"{next(id_ for id_, split in rows if split == name)} of {name}" for name in group.splits)
+    return UsageError(
+        f"--split-by {','.join(by)}: {new} connects {known}, through {shortened(group.key)} or other keys. Exported clips keep "
+        "their split: leave the new clips out with --where, or export to another folder"
+    )
