@@ -145,7 +145,7 @@ def _files(database: duckdb.DuckDBPyConnection, state: Mapping[str, Any], source
         **_tables(database, names),
     }
     return {
-        "README.md": TEMPLATES.get_template("data_card.md").render(facts, front_matter=Markup(_front_matter(facts))),
+        "README.md": TEMPLATES.get_template("data_card.jinja").render(facts, front_matter=Markup(_front_matter(facts))),
         "croissant.json": _croissant(facts),
         **({GRID: grid} if samples else {}),
         **{f"{FOLDER}/{each['file']}": each["svg"] for each in facts["histograms"] if each["svg"]},
