@@ -260,13 +260,14 @@ def export(
     hd: Annotated[
         bool, typer.Option("--hd", help="Export only upscaled clips. Default: those, else clips, or images.")
     ] = False,
-    split: Annotated[str, typer.Option(metavar="NAME=SHARE,...", help="Such as train=0.9,val=0.1. Default: one.")] = "train=1",
+    split: Annotated[
+        str, typer.Option(metavar="NAME=SHARE,...", help="Shares of clips, such as train=0.9,val=0.1.")
+    ] = "train=1",
     split_by: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY",
-            help="Clips of the same prompt, character or source (script) are in one split, as continued clips always are. "
-            "Repeatable. Default: prompt,character.",
+            help="Keep clips of one prompt, character or source (script) together. Repeatable. Default: prompt,character.",
         ),
     ] = None,
     address: AddressOption = None,

@@ -51,8 +51,6 @@ from vidgen_ray.outputs.manifest import opened
 from vidgen_ray.outputs.storage import Storage, is_disk_full, storage_at
 
 ROWS, EXPORT, PENDING = (f".vidgen/{name}" for name in ("rows.parquet", "export.json", "pending.json"))
-FIXED = ("format", "files", "splits", "split_by", "transcode")
-"""Settings that stay the same in all calls."""
 CHECKPOINT_S = 60.0
 """Seconds after which the rows of written clips are stored, for a call that is killed later."""
 BLOCK_ROWS, SLOW_BLOCK_ROWS = 500, 16
@@ -189,7 +187,8 @@ class _Export:
         if state is not None:
             if state["source"] != self._source.url:
                 raise UsageError(f"DEST: {dest} has clips of {state['source']}; export to another folder")
-            for name, value in given.model_dump(mode="json", include={*FIXED}).items():
+            fixed = given.model_dump(mode="json", include={"format", "files", "splits", "split_by", "transcode"})
+            for name, value in fixed.items():
                 if state[name] != value:
                     raise UsageError(
                         f"DEST: {dest} was exported with {name} {state[name]}, got {value}; export to another folder"
@@ -239,8 +238,7 @@ class _Export:
         db, begin = self._db, "(sum(bytes) OVER (PARTITION BY split ORDER BY _place) - bytes)"
         changed = "SELECT file FROM done LEFT JOIN new USING (id) WHERE signature IS DISTINCT FROM _signature"
         db.execute(
-            f"""CREATE TABLE todo AS SELECT id, file AS _file, _place FROM done JOIN new USING (id)
-            WHERE file IN ({changed})"""
+            f"CREATE TABLE todo AS SELECT id, file AS _file, _place FROM done JOIN new USING (id) WHERE file IN ({changed})"
         )
         # A shard that loses all rows goes as a file. Other rows go when their shard is written again.
         kept = "SELECT file FROM done SEMI JOIN new USING (id)"
@@ -335,11 +333,11 @@ class _Export:
             FROM results JOIN todo USING (id) JOIN new USING (id) JOIN splits USING (id) WHERE problem IS NULL"""
         )
         if self._settings.format == "lance":
-            rows = db.sql(self._rows("JOIN results USING (id)", "results.content")).to_arrow_table()
             column = "image" if self._settings.files == "image" else "video"
-            for split in compute.unique(rows["split"]).to_pylist():
-                some = rows.filter(compute.equal(rows["split"], split))
-                append_to_lance(self._dest, split, some.drop_columns("content"), column, some["content"].to_pylist())
+            for split in self._settings.splits:
+                rows = self._rows(f"JOIN results USING (id) WHERE done.split = '{split}'", "results.content")
+                if table := db.sql(rows).to_arrow_table():
+                    append_to_lance(self._dest, split, table, column)
 
     def _rows(self, rest: str = "", *further: str) -> str:
         """Return the SQL of the exported rows, as the data set has them, in order. `further`: columns from `rest`."""

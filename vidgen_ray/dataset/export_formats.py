@@ -203,12 +203,12 @@ def _write_parquet(tmp: Path, clips: Iterable[ExportedClip], block: pyarrow.Tabl
 # Lance: a dataset per split, which only the driver writes. Each change is a version of it, which appears atomically.
 
 
-def append_to_lance(dest: Storage, split: str, rows: pyarrow.Table, column: str, contents: Sequence[bytes]) -> None:
-    """Append rows with their clips, of which a reader loads only what it asks for."""
+def append_to_lance(dest: Storage, split: str, rows: pyarrow.Table, column: str) -> None:
+    """Append rows, with `content` as the clip in `column`, of which a reader loads only what it asks for."""
     import lance
 
-    schema = pyarrow.schema([*rows.schema, lance.blob_field(column)])
-    table = pyarrow.Table.from_arrays([*rows.columns, lance.blob_array(list(contents))], schema=schema)
+    contents = lance.blob_array(rows["content"].to_pylist())
+    table = rows.drop_columns("content").append_column(lance.blob_field(column), contents)
     path = Path(dest.local or "", f"{split}.lance")
     lance.write_dataset(table, path, mode="append" if path.is_dir() else "create", data_storage_version="2.2")
 
