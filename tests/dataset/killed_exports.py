@@ -13,6 +13,7 @@ from shutil import copytree
 
 import pyarrow.parquet
 import pytest
+import scipy.sparse.csgraph  # noqa: F401  # once, instead of in each fork
 
 from vidgen_ray.dataset import export
 from vidgen_ray.dataset.export import export_folder
