@@ -182,10 +182,18 @@ def test_script_that_changes_during_the_run_is_an_error_and_replaces_no_shot(in_
 
 
 def test_run_stopped_while_reading_the_script_renders_nothing(in_process, tmp_path, profile, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 4)
-    stop = threading.Event()
+    stop, read = threading.Event(), threading.Event()
     stop.set()
-    report, rows = render_lines(tmp_path, profile, shots(9), gpus=ONE_GPU, stop=stop)
+
+    def unread_lines(*args):
+        read.wait()
+        yield from ()
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 4)
+        patched.setattr("vidgen_ray.batch.render_script.remaining_lines", unread_lines)
+        report, rows = render_lines(tmp_path, profile, shots(9), gpus=ONE_GPU, stop=stop)
+    read.set()
     assert (report.done, report.layout, rows) == (0, None, {})
     assert (report.left, report.complete) == (4, False)
     report, _ = render_lines(tmp_path, profile, shots(9), gpus=ONE_GPU)

@@ -1,9 +1,11 @@
 """Output folders with clips that tests make on the spot, and clips of moving texture. No Ray and no models."""
 
 import hashlib
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -18,6 +20,11 @@ from vidgen_ray.outputs.records import RECORD, Failure, FileRecord, ShotRecord, 
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Frames, Image
 from vidgen_ray.system.cache_dir import sha256_of
+
+# absl, which mlcroissant imports, closes the stream that is stderr at its import when uvicorn resets the handlers of logs. The
+# stream of pytest must stay open.
+with mock.patch.object(sys, "stderr", sys.__stderr__):
+    import absl.logging  # noqa: F401
 
 FAST = Mp4Settings(crf=10, preset="ultrafast", threads=1)
 LICENCES = ({"weights": "builtin:test", "licence": "MIT", "commercial_use": "yes"},)
