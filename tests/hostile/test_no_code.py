@@ -168,7 +168,7 @@ def test_face_features_are_json(tmp_path):
 # What the package calls
 
 PICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-INTERNAL_PICKLES = {"batch/line_planner.py", "data.py", "engine/gpu_group.py"}
+INTERNAL_PICKLES = {"batch/line_planner.py", "data.py", "dataset/score_folder.py", "engine/gpu_group.py"}
 """Modules that pickle objects between processes of one run. They read no file."""
 
 

@@ -40,6 +40,8 @@ MARKED = {
     "upscale/join.py": "upscaled videos",
     "upscale/run.py": "upscaled videos, clips of `vidgen stage` and of the library, previews",
     "online/api/image_routes.py": "images of the server",
+    "dataset/export_formats.py": "exported clips that are encoded again; copies keep the mark they have",
+    "dataset/data_card.py": "the grid of samples",
 }
 NOT_MARKED = {
     "media/images.py": "the encoder itself",
