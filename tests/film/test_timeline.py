@@ -2,12 +2,12 @@
 
 from fractions import Fraction
 
-from vidgen_ray.film.film_settings import ChosenShot, Clip, FilmSettings, PixelSize, ShotSettings
+from vidgen_ray.film.film_settings import ChosenShot, ClipFormat, FilmSettings, PixelSize, ShotSettings
 from vidgen_ray.film.timeline import build_timeline
 
 
 def source(frames=10, fps=5, size=(64, 48), **settings) -> ChosenShot:
-    clip = Clip(PixelSize(*size), Fraction(fps), frames, False, b"h")
+    clip = ClipFormat(PixelSize(*size), Fraction(fps), frames, False, b"h")
     return ChosenShot("s", ShotSettings(**settings), path="s.mp4", clip=clip)
 
 

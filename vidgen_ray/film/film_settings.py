@@ -230,7 +230,7 @@ class ShotCandidate(NamedTuple):
     """Why the shot is not finished, if it is known."""
 
 
-class Clip(NamedTuple):
+class ClipFormat(NamedTuple):
     """Properties of a video file."""
 
     size: PixelSize
@@ -259,7 +259,7 @@ class ChosenShot(NamedTuple):
     is_clip: bool = False
     scene: str | None = None
     """Title of the scene."""
-    clip: Clip | None = None
+    clip: ClipFormat | None = None
     """Properties of the clip, once they have been read."""
     speech: str | None = None
     """Path of the sound file with the spoken narration."""

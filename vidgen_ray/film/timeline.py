@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.film.film_settings import ChosenShot, Clip, FilmSettings, PixelSize
+from vidgen_ray.film.film_settings import ChosenShot, ClipFormat, FilmSettings, PixelSize
 from vidgen_ray.media.media_file import check_is_file, check_pixels, open_media, wrap_errors
 
 REORDER_FRAMES = 2
 """Frames by which the decoding order may be ahead of the display order: that of x264 with its default B-frames."""
 
 
-def probe_clip(path: Path) -> Clip:
+def probe_clip(path: Path) -> ClipFormat:
     """Return the properties of a clip. Raises MediaError if it is missing, damaged or has no frames."""
     check_is_file(path)
     with (
@@ -42,7 +42,7 @@ def probe_clip(path: Path) -> Clip:
             and packets[0].is_keyframe
             and _has_constant_rate([packet.pts for packet in packets], fps, stream.time_base)
         )
-        return Clip(
+        return ClipFormat(
             size=PixelSize(stream.width, stream.height),
             fps=fps,
             frames=len(packets),
