@@ -253,7 +253,7 @@ def test_full_disk_leaves_a_valid_data_set(six_clips, tmp_path, small_disk):
 
 
 @pytest.mark.usefixtures("inline")
-def test_what_does_not_fit_is_refused(six_clips, tmp_path, capsys):
+def test_settings_that_do_not_fit_are_refused(six_clips, tmp_path, capsys):
     dest, other = tmp_path / "dest", tmp_path / "other"
     export_to(dest, six_clips)
     assert os.path.samefile(
@@ -403,7 +403,7 @@ def test_groups_are_never_divided_and_keep_their_split():
     found = split_of(rows, {"train": 0.8, "val": 0.2})
     assert all(len({found[f"{person}-{number}"] for number in range(5)}) == 1 for person in range(40))
     assert 0.1 < sum(split == "val" for split in found.values()) / len(found) < 0.4
-    # More clips change no split, in whatever order they are.
+    # More clips change no split, in any order.
     more = [*rows, *((f"z-{number}", f"other {number}", None) for number in range(50))][::-1]
     assert split_of(more, {"train": 0.8, "val": 0.2}).items() >= found.items()
     # Chains, also through a shot that is not chosen.

@@ -94,6 +94,7 @@ def test_outputs_are_removed_with_their_rows(folder, capsys):
     ReviewSession(outputs.storage, None).add(Opinion(clip_sha256=clip, note="Eileen looks older"), "one")
     with outputs.storage.new_file("scores/faces@1/1.parquet") as path:
         pq.write_table(pyarrow.table({"clip_sha256": [clip, "0" * 64], "likeness_mean": [0.7, 0.1]}), path)
+    (outputs.root / "scores/faces@1/.tmp-of-a-killed-call").write_bytes(b"PAR")
     assert main(["identity", "remove", "eileen", str(outputs.root), "--outputs"]) == 0
     assert read_reviews(outputs.storage) == {}
     assert pq.read_table(outputs.root / "scores/faces@1/1.parquet")["clip_sha256"].to_pylist() == ["0" * 64]

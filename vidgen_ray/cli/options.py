@@ -437,13 +437,18 @@ def ids_where(storage: Storage, where: str | None, best: str | None = None) -> l
     `best`: SQL expression. Of finished shots of a line that differ only in their seed, only the one with its highest value.
     Raises UsageError for invalid SQL, and SetupError if the packages of the extra `dataset` are not installed.
     """
-    try:
-        select: Callable[[Storage, str | None, str | None], list[str]] = entry_points(group=WHERE)["sql"].load()
-    except (ImportError, KeyError) as error:
-        raise SetupError(
-            f"--where and --best: need packages that are not installed ({error}); pip install 'vidgen-ray[dataset]'"
-        ) from None
+    select: Callable[[Storage, str | None, str | None], list[str]] = load_of_extra(WHERE, "sql", "--where and --best")
     return select(storage, where, best)
+
+
+def load_of_extra(group: str, name: str, option: str) -> Any:
+    """Return the object of an entry point of the extra `dataset`. Raises SetupError if its packages are not installed."""
+    try:
+        return entry_points(group=group)[name].load()
+    except KeyError:
+        raise SetupError(f"{option}: needs packages that are not installed; pip install 'vidgen-ray[dataset]'") from None
+    except ImportError as error:  # its text names the extra
+        raise SetupError(f"{option}: needs packages that are not installed: {error}") from None
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -41,6 +40,7 @@ from vidgen_ray.cli.options import (
     UntilOption,
     WhereOption,
     ids_where,
+    load_of_extra,
     with_consent,
 )
 from vidgen_ray.cli.progress_display import run_view
@@ -478,7 +478,9 @@ def run_script(
             run_view() as view,
             stoppable(options.grace_s) as stop,
         ):
-            added = None if listener is None else _listener_class(listener)(view, outputs, profile, options.address)
+            added = None
+            if listener is not None:
+                added = load_of_extra(LISTENERS, listener, f"--{listener}")(view, outputs, profile, options.address)
             report = render_on_ray(script, profile, outputs, options, listener=added or view, stop=stop)
         if added is not None and report.complete and not report.left:
             with interruptible(), redirect_stdout(sys.stderr):
@@ -503,14 +505,6 @@ def run_script(
     if report.failed:
         nothing_to_render = report.failed == report.rejected and not report.done + report.skipped
         raise typer.Exit(ScriptError.exit_code if nothing_to_render else 1)
-
-
-def _listener_class(name: str) -> Any:
-    """Return the class of an entry point. Raises SetupError if it cannot be imported."""
-    try:
-        return entry_points(group=LISTENERS)[name].load()
-    except (KeyError, ImportError) as error:
-        raise SetupError(f"--{name}: not available: {error}; install vidgen-ray[dataset]") from None
 
 
 def profile_of_run(outputs: OutputFolder, name: str | None) -> Profile:

@@ -34,7 +34,7 @@ from vidgen_ray.errors import MediaError
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.media import cover_crop, open_video, read_image
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
-from vidgen_ray.outputs.manifest import LIKENESS, SCHEMA, ManifestRow, opened
+from vidgen_ray.outputs.manifest import LIKENESS, SCHEMA, ManifestRow, opened, parquet_files
 from vidgen_ray.outputs.manifest_writer import SCRIPTS
 from vidgen_ray.outputs.records import RECORD, SCORES
 from vidgen_ray.outputs.storage import Storage
@@ -292,8 +292,8 @@ def _meanings(source: Storage) -> dict[str, str]:
     """Return the descriptions of columns. Those of scores are in their files."""
     known: dict[str, str] = {name: Markup(text) for name, text in DESCRIPTIONS.items()}
     for folder in sorted(source.folders(SCORES)):
-        for name in sorted(name for name in source.files(f"{SCORES}/{folder}") if name.endswith(".parquet"))[-1:]:
-            with opened(source, f"{SCORES}/{folder}/{name}") as file:
+        for name in parquet_files(source, f"{SCORES}/{folder}")[-1:]:
+            with opened(source, name) as file:
                 fields = pyarrow.parquet.read_schema(file)
             known |= {field.name: field.metadata[b"description"].decode() for field in fields if field.metadata}
     return known

@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import pyarrow.parquet
 import typer
 from pydantic import ValidationError
 from rich.console import Console
@@ -30,7 +29,7 @@ from vidgen_ray.cli.options import (
 )
 from vidgen_ray.cli.run_script import ProfileOfLastRunOption, interruptible, profile_of_run
 from vidgen_ray.dataset.export_rows import ExportSettings, Transcode, parse_splits
-from vidgen_ray.dataset.tables import open_tables, run_query
+from vidgen_ray.dataset.tables import open_tables, run_query, write_parquet
 from vidgen_ray.errors import UsageError, allowed_of
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.cleanup import check_not_empty
@@ -76,9 +75,8 @@ def query(
     with open_tables(storage_at(out)) as database:
         result = run_query(database, sql)
         if parquet is not None:
-            with new_file(parquet) as path, pyarrow.parquet.ParquetWriter(path, result.schema) as file:
-                for batch in result:
-                    file.write_batch(batch)
+            with new_file(parquet) as path:
+                write_parquet(path, result)
             return
         rows = (row for batch in result for row in batch.to_pylist())
         if as_json:

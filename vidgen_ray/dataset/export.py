@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vidgen_ray.batch.line_planner import MAX_TASKS, on_this_node, own_context
-from vidgen_ray.dataset.data_card import write_card
+from vidgen_ray.dataset.data_card import ROWS, STATE, write_card
 from vidgen_ray.dataset.export_formats import (
     PROPERTIES,
     SHARD_ENDING,
@@ -42,7 +42,7 @@ from vidgen_ray.dataset.export_formats import (
     write_block,
 )
 from vidgen_ray.dataset.export_rows import FINISHED, REJECTED, ExportSettings, assign_splits, choose, count, load_rows
-from vidgen_ray.dataset.tables import open_tables, quoted
+from vidgen_ray.dataset.tables import open_tables, quoted, write_parquet
 from vidgen_ray.engine.ray_cluster import connected
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
@@ -50,7 +50,7 @@ from vidgen_ray.outputs.lease import Lease, lease
 from vidgen_ray.outputs.manifest import opened
 from vidgen_ray.outputs.storage import Storage, is_disk_full, storage_at
 
-ROWS, EXPORT, PENDING = (f".vidgen/{name}" for name in ("rows.parquet", "export.json", "pending.json"))
+PENDING = ".vidgen/pending.json"
 CHECKPOINT_S = 60.0
 """Seconds after which the rows of written clips are stored, for a call that is killed later."""
 BLOCK_ROWS, SLOW_BLOCK_ROWS = 500, 16
@@ -121,7 +121,7 @@ def _check_places(source: Storage, dest: Storage) -> None:
 
 def _read_state(dest: Storage) -> dict[str, Any] | None:
     """Return the content of `export.json`, or `None` for a new data set. Raises UsageError for a folder with other files."""
-    if (content := dest.read(EXPORT)) is not None:
+    if (content := dest.read(STATE)) is not None:
         state: dict[str, Any] = json.loads(content)
         return state
     if names := sorted(name for name in (*dest.files(""), *dest.folders("")) if not name.startswith(".")):
@@ -165,7 +165,7 @@ class _Export:
         if not is_same:
             # So that the next call knows the folder, and has work to do, if this one is killed.
             self._pend([])
-            self._dest.write(EXPORT, json.dumps(described, indent=1, ensure_ascii=False))
+            self._dest.write(STATE, json.dumps(described, indent=1, ensure_ascii=False))
         self._remove()
         self._write()
         return self._finish(described, is_same=is_same and not was_killed)
@@ -360,9 +360,8 @@ class _Export:
     def _write_rows(self, path: str, sql: str) -> None:
         self._lease.check()
         rows = self._db.sql(sql).to_arrow_reader(10_000)
-        with self._dest.new_file(path) as tmp, pyarrow.parquet.ParquetWriter(tmp, rows.schema) as file:
-            for batch in rows:
-                file.write_batch(batch)
+        with self._dest.new_file(path) as tmp:
+            write_parquet(tmp, rows)
 
     def _save(self) -> None:
         """Store the rows that the data set has."""
@@ -427,7 +426,7 @@ class _Export:
             if report.refused:
                 lines = (f"{json.dumps(each, ensure_ascii=False)}\n" for each in report.refused)
                 self._dest.write("refused.jsonl", "".join(lines))
-            self._dest.write(EXPORT, json.dumps(state, indent=1, ensure_ascii=False))
+            self._dest.write(STATE, json.dumps(state, indent=1, ensure_ascii=False))
             write_card(self._dest, self._source)
         self._dest.delete(PENDING)
         return report

@@ -65,7 +65,7 @@ Row = dict[str, Any]
 
 
 class Target(NamedTuple):
-    """What the tasks that write files need to know of an export."""
+    """Folders and settings of an export, for the tasks that write its files."""
 
     source: Storage
     dest: Storage

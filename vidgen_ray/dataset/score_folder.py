@@ -40,7 +40,15 @@ from vidgen_ray.engine.ray_cluster import connected
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import MAX_MESSAGES, SetupError, VidgenError
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.manifest import SCHEMA, ManifestRow, manifest_batches, manifest_files, new_name, opened
+from vidgen_ray.outputs.manifest import (
+    CLIP_FILES,
+    ManifestRow,
+    check_has_manifest,
+    manifest_batches,
+    new_name,
+    opened,
+    parquet_files,
+)
 from vidgen_ray.outputs.records import SCORES as FOLDER
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.profile import Profile
@@ -51,8 +59,6 @@ COLUMNS = (
     *("width", "height", "num_frames", "fps"),
 )
 """Columns of the manifest that a scorer gets, beside `clip` (path in the folder), `clip_sha256` and `clip_bytes`."""
-FILES = ("video", "hd_video", "image")
-"""The first of them that a shot has is scored."""
 NEIGHBOURS: dict[str, Column] = {
     "neighbour_id": Column(pyarrow.string(), "Id of the most similar other clip of the folder, by `phash`."),
     "neighbour_distance": Column(pyarrow.int64(), "Bits of `phash` that differ from that clip, 0 to 192."),
@@ -201,9 +207,8 @@ class ScoreWriter:
 
 def finished_clips(storage: Storage) -> list[dict[str, Any]]:
     """Return the clips of the finished shots, each digest once. Raises SetupError if the folder has no results."""
-    if not manifest_files(storage):
-        raise SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
-    files = [f"{name}{end}" for name in FILES for end in ("", "_sha256", "_bytes")]
+    check_has_manifest(storage)
+    files = [f"{name}{end}" for name in CLIP_FILES for end in ("", "_sha256", "_bytes")]
     clips: dict[str, dict[str, Any]] = {}
     for batch in manifest_batches(storage, ["status", *COLUMNS, *files]):
         for row in batch.filter(pyarrow.compute.equal(batch.column("status"), "done")).to_pylist():
@@ -215,7 +220,7 @@ def finished_clips(storage: Storage) -> list[dict[str, Any]]:
 
 def clip_of(row: dict[str, Any]) -> dict[str, Any] | None:
     """Return what a scorer gets of a manifest row. `None` if the shot has no file."""
-    name = next((name for name in FILES if row[name] is not None), None)
+    name = next((name for name in CLIP_FILES if row[name] is not None), None)
     if name is None:
         return None
     file = {"clip": row[name], DIGEST: row[f"{name}_sha256"], "clip_bytes": row[f"{name}_bytes"]}
@@ -232,10 +237,9 @@ def _scored(storage: Storage, chosen: ChosenScorer) -> set[str]:
 
 def _part_tables(storage: Storage, folder: str, columns: list[str] | None = None) -> Iterator[pyarrow.Table]:
     """Yield the tables of a scorer, oldest first."""
-    for name in sorted(storage.files(f"{FOLDER}/{folder}")):
-        if name.endswith(".parquet"):
-            with opened(storage, f"{FOLDER}/{folder}/{name}") as file:
-                yield pyarrow.parquet.read_table(file, columns=columns)
+    for name in parquet_files(storage, f"{FOLDER}/{folder}"):
+        with opened(storage, name) as file:
+            yield pyarrow.parquet.read_table(file, columns=columns)
 
 
 def note(message: str) -> None:
@@ -397,6 +401,7 @@ class ScoringListener:
         self._score_rest = partial(score_folder, outputs, self._chosen, found, address)
         self._arguments = pickle.dumps((self._chosen, outputs, found))
         self._writer = ScoreWriter(outputs.storage, self._chosen)
+        self._task: Any = ray.remote(num_cpus=1, max_retries=0, runtime_env=BACKGROUND)(_score_in_background)
         self._waiting = deque[dict[str, Any]]()
         self._running: list[Any] = []
         self.on_rejected, self.on_lines = listener.on_rejected, listener.on_lines
@@ -404,14 +409,14 @@ class ScoringListener:
 
     def on_finished(self, row: ManifestRow) -> None:
         self._listener.on_finished(row)
-        if row.status == "done" and (clip := clip_of({name: getattr(row, name) for name in SCHEMA.names})) is not None:
+        if row.status == "done" and (clip := clip_of(vars(row))) is not None:
             self._waiting.append(clip | {"scorers": [each.kind.name for each in self._chosen]})
 
     def on_status(self, snapshot: Snapshot) -> None:
         self._listener.on_status(snapshot)
         if not (self._waiting or self._running) or not ray.is_initialized():
             return
-        # A score is not worth the run: whatever fails is tried again after it.
+        # A score is not worth the run. A failed one is computed after it.
         with suppress(ray.exceptions.RayError, OSError):
             ready, self._running = (
                 ray.wait(self._running, num_returns=len(self._running), timeout=0) if self._running else ([], [])
@@ -419,9 +424,8 @@ class ScoringListener:
             for reference in ready:
                 self._writer.add(ray.get(reference))
             idle = int(ray.available_resources().get("CPU", 0))
-            task = ray.remote(num_cpus=1, max_retries=0, runtime_env=BACKGROUND)(_score_in_background)
             for _ in range(min(idle, len(self._waiting))):
-                self._running.append(task.remote(self._arguments, self._waiting.popleft()))
+                self._running.append(self._task.remote(self._arguments, self._waiting.popleft()))
 
     def finish(self) -> None:
         """Score what is left, after the run. Raises SetupError and OSError."""

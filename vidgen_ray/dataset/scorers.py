@@ -70,7 +70,7 @@ class Scorer(ABC):
     name: ClassVar[str]
     """Lowercase letters, digits and underscores."""
     version: ClassVar[int]
-    """From 1. Raise it when results change: all clips are measured again."""
+    """Number from 1. Raise it when results change: all clips are measured again."""
     columns: ClassVar[Mapping[str, Column]]
     needs: ClassVar[tuple[Need, ...]] = ("frames",)
     """Parts of a clip that `score` uses. Their networks are loaded before."""

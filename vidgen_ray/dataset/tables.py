@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from vidgen_ray.errors import SetupError, UsageError
-from vidgen_ray.outputs.manifest import SCHEMA, manifest_batches, manifest_files, opened
+from vidgen_ray.errors import UsageError
+from vidgen_ray.outputs.manifest import CLIP_FILES, SCHEMA, check_has_manifest, manifest_batches, opened, parquet_files
 from vidgen_ray.outputs.records import SCORES
 from vidgen_ray.outputs.reviews import read_reviews
 from vidgen_ray.outputs.storage import Storage
@@ -33,7 +33,7 @@ SCORER = re.compile(r"(\w+)@(\d+)")
 DIGEST = "clip_sha256"
 """Column that joins the tables: sha256 of the clip before upscaling, or of the image of a shot without a clip."""
 MEMORY_LIMIT = "1GB"
-"""Of the database. More is kept on disk."""
+"""Memory of the database. More is kept on disk."""
 TABLES = ("clips", "manifest", "scores", "reviews")
 OWN_COLUMNS = ("clip", DIGEST, "character", "person", "factors", "siblings")
 """Columns of `clips` that no other table has."""
@@ -47,12 +47,13 @@ REVIEWS = pyarrow.schema(
         ("reviewed_at", pyarrow.timestamp("ms", "UTC")),
     ]
 )
+DIGEST_OF_ROW = f"coalesce({', '.join(f'm.{name}_sha256' for name in CLIP_FILES)})"
 CLIPS = f"""
 CREATE VIEW clips AS
 SELECT
     m.*,
-    coalesce(m.video, m.hd_video, m.image) AS clip,
-    coalesce(m.video_sha256, m.hd_video_sha256, m.image_sha256) AS {DIGEST},
+    coalesce({", ".join(f"m.{name}" for name in CLIP_FILES)}) AS clip,
+    {DIGEST_OF_ROW} AS {DIGEST},
     m.metadata->>'character' AS character,
     coalesce(m.metadata->>'character', nullif(array_to_string(m.face_image, '+'), '')) AS person,
     json_merge_patch(coalesce(m.metadata->'{MATRIX}', '{{}}'), '{{"seed": null}}', coalesce(m.metadata->'{CHOSEN}', '{{}}'))
@@ -61,8 +62,8 @@ SELECT
     s.* EXCLUDE ({DIGEST}),
     r.* EXCLUDE ({DIGEST})
 FROM manifest m
-LEFT JOIN scores s ON s.{DIGEST} = coalesce(m.video_sha256, m.hd_video_sha256, m.image_sha256)
-LEFT JOIN reviews r ON r.{DIGEST} = coalesce(m.video_sha256, m.hd_video_sha256, m.image_sha256)
+LEFT JOIN scores s ON s.{DIGEST} = {DIGEST_OF_ROW}
+LEFT JOIN reviews r ON r.{DIGEST} = {DIGEST_OF_ROW}
 """
 IN_SCRIPT_ORDER = f"ORDER BY script, line, (metadata->>'{MATRIX_NUMBER}')::BIGINT, id"
 """Order of the rows of `clips`."""
@@ -78,15 +79,17 @@ def open_tables(storage: Storage) -> Iterator[duckdb.DuckDBPyConnection]:
     differ only in their seed).
     Raises SetupError if the folder has no manifest.
     """
-    if not manifest_files(storage):
-        raise SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
+    check_has_manifest(storage)
     with tempfile.TemporaryDirectory(prefix="vidgen-tables-") as folder:
         database = duckdb.connect(Path(folder, "tables.duckdb"), config={"memory_limit": MEMORY_LIMIT})
         with database:
             # Dates are printed alike on all machines.
             database.execute("SET TimeZone = 'UTC'")
             _load(database, "manifest", SCHEMA, manifest_batches(storage), "* REPLACE (metadata::JSON AS metadata)")
-            reviews = [_review_row(digest, review) for digest, review in read_reviews(storage).items()]
+            reviews = [
+                {**review.model_dump(exclude={"id", "at"}), "reviewed_at": review.at}
+                for review in read_reviews(storage).values()
+            ]
             _load(database, "reviews", REVIEWS, iter([pyarrow.RecordBatch.from_pylist(reviews, schema=REVIEWS)]))
             _load_scores(database, storage)
             database.execute(CLIPS)
@@ -116,12 +119,10 @@ def _load_scores(database: duckdb.DuckDBPyConnection, storage: Storage) -> None:
     taken = {*SCHEMA.names, *REVIEWS.names, *OWN_COLUMNS}
     joined = f"(SELECT NULL::VARCHAR AS {DIGEST} WHERE false)"
     for scorer, numbers in sorted(versions.items()):
-        folder = f"{SCORES}/{scorer}@{max(numbers)}"
-        names = sorted(name for name in storage.files(folder) if name.endswith(".parquet"))
-        if not names:
+        if not (names := parquet_files(storage, f"{SCORES}/{scorer}@{max(numbers)}")):
             continue
         for number, name in enumerate(names):
-            with opened(storage, f"{folder}/{name}") as file:
+            with opened(storage, name) as file:
                 table = pyarrow.parquet.read_table(file)
             database.register("source", table)
             begin = "INSERT INTO {} BY NAME" if number else "CREATE TABLE {} AS"
@@ -136,11 +137,6 @@ def _load_scores(database: duckdb.DuckDBPyConnection, storage: Storage) -> None:
         )
         joined = f"{joined} FULL JOIN {rows} USING ({DIGEST})"
     database.execute(f"CREATE TABLE scores AS SELECT * FROM {joined}")
-
-
-def _review_row(digest: str, review: object) -> dict[str, object]:
-    values = {name: getattr(review, name) for name in ("verdict", "stars", "note", "who", "at")}
-    return {DIGEST: digest, **values, "reviewed_at": values.pop("at")}
 
 
 def quoted(name: str) -> str:
@@ -160,6 +156,13 @@ def run_query(database: duckdb.DuckDBPyConnection, sql: str) -> pyarrow.RecordBa
             raise UsageError("SQL: must be a query, such as SELECT id, seconds FROM clips")
         result = query.to_arrow_reader()
     return pyarrow.RecordBatchReader.from_batches(result.schema, batches())
+
+
+def write_parquet(path: Path, rows: pyarrow.RecordBatchReader) -> None:
+    """Write the result of a query to a Parquet file, batch by batch."""
+    with pyarrow.parquet.ParquetWriter(path, rows.schema) as file:
+        for batch in rows:
+            file.write_batch(batch)
 
 
 @contextmanager

@@ -22,7 +22,15 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE, SWEEP_FOLDERS, OutputFolder
 from vidgen_ray.outputs.lease import Lease
-from vidgen_ray.outputs.manifest import REPLACED, SHOT_FILES, manifest_batches, manifest_files, new_name, opened
+from vidgen_ray.outputs.manifest import (
+    REPLACED,
+    SHOT_FILES,
+    manifest_batches,
+    manifest_files,
+    new_name,
+    opened,
+    parquet_files,
+)
 from vidgen_ray.outputs.manifest_writer import drop_rows
 from vidgen_ray.outputs.records import KEYS, RECORD, SCORES, SHARD, SHOTS
 from vidgen_ray.outputs.reviews import drop_reviews
@@ -247,7 +255,7 @@ def _drop_scores(storage: Storage, clips: Set[str]) -> None:
     """Delete the scores of clips with these digests, such as the likeness to the person."""
     digests = pyarrow.array(sorted(clips), pyarrow.string())
     for folder in storage.folders(SCORES):
-        for path in (f"{SCORES}/{folder}/{name}" for name in storage.files(f"{SCORES}/{folder}")):
+        for path in parquet_files(storage, f"{SCORES}/{folder}"):
             with opened(storage, path) as file:
                 table = pyarrow.parquet.read_table(file)
             kept = table.filter(pyarrow.compute.invert(pyarrow.compute.is_in(table["clip_sha256"], value_set=digests)))

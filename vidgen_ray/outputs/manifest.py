@@ -30,7 +30,7 @@ from pyarrow import compute
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.errors import FieldError
+from vidgen_ray.errors import FieldError, SetupError
 from vidgen_ray.graph import clip_length, file_sizes
 from vidgen_ray.licences import worst_use
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE, OutputFolder
@@ -42,6 +42,8 @@ from vidgen_ray.shot import GUIDANCE_SCALES, LORA_FIELDS, NESTED_FIELDS, STAGES_
 
 SHOT_FILES = {"image": "image.png", "video": "video.mp4", "hd_video": "hd.mp4"}
 """Manifest column -> file in the folder of the shot."""
+CLIP_FILES = ("video", "hd_video", "image")
+"""Manifest columns with a file. The first that a shot has is its clip, which is scored and reviewed."""
 LIKENESS = {
     "image_likeness": "image",
     "clip_likeness_mean": "clip_mean",
@@ -385,8 +387,19 @@ def is_damaged(storage: Storage, name: str) -> bool:
 
 def manifest_files(storage: Storage) -> list[str]:
     """Return the paths of all manifest files, newest first: names start with the run, and that with the number of its lease."""
-    names = sorted(storage.files("manifest"), reverse=True)
-    return [f"manifest/{name}" for name in names if name.endswith(".parquet") and not name.startswith(".")]
+    return parquet_files(storage, "manifest")[::-1]
+
+
+def parquet_files(storage: Storage, folder: str) -> list[str]:
+    """Return the paths of the Parquet files of a folder, sorted. Leaves out temporary and damaged ones."""
+    names = sorted(storage.files(folder))
+    return [f"{folder}/{name}" for name in names if name.endswith(".parquet") and not name.startswith(".")]
+
+
+def check_has_manifest(storage: Storage) -> None:
+    """Raise SetupError for a folder without a manifest."""
+    if not manifest_files(storage):
+        raise SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
 
 
 def ids_that_failed_before(storage: Storage, run: str) -> frozenset[str]:

@@ -18,11 +18,11 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 from pydantic_core import from_json, to_json
 
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
-from vidgen_ray.outputs.manifest import manifest_batches, new_name
+from vidgen_ray.outputs.manifest import CLIP_FILES, manifest_batches, new_name
 from vidgen_ray.outputs.storage import Storage
 
 REVIEWS = "reviews"
-CLIP_COLUMNS = ("id", "status", "video_sha256", "hd_video_sha256", "image_sha256")
+CLIP_COLUMNS = ("id", "status", *(f"{name}_sha256" for name in CLIP_FILES))
 """Columns of the manifest that `clip_digest` and `reviewable_clips` need."""
 MAX_NOTE, MAX_NAME = 2000, 200
 
@@ -49,8 +49,7 @@ class Review(Opinion):
 
 def clip_digest(row: Mapping[str, Any]) -> str | None:
     """Return the digest by which the clip of a manifest row is reviewed: before upscaling, or of the image without a clip."""
-    digest: str | None = row["video_sha256"] or row["hd_video_sha256"] or row["image_sha256"]
-    return digest
+    return next((row[f"{name}_sha256"] for name in CLIP_FILES if row[f"{name}_sha256"]), None)
 
 
 def digests_by_id(storage: Storage) -> dict[str, str]:
@@ -129,7 +128,7 @@ class ReviewSession:
         return review
 
     def add_all(self, reviews: Iterable[Review]) -> Imported:
-        """Store reviews of clips that the folder has. Those without `who` are of the person of this session."""
+        """Store reviews of clips that the folder has. Those without `who` get the name of this reviewer."""
         with self._lock:
             clips, known, given = reviewable_clips(self._storage), _last_reviews(self._storage), _newest(reviews)
             of_clips = {digest: review for digest, review in given.items() if digest in clips}

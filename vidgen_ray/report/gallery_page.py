@@ -33,7 +33,7 @@ from starlette.routing import Route
 from vidgen_ray.errors import SetupError, UsageError, allowed_of, explain
 from vidgen_ray.graph import STAGES, file_sizes
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
-from vidgen_ray.outputs.manifest import REPLACED, manifest_batches, manifest_files
+from vidgen_ray.outputs.manifest import REPLACED, check_has_manifest, manifest_batches
 from vidgen_ray.outputs.manifest_writer import failed_lines
 from vidgen_ray.outputs.records import RECORD, SHOTS
 from vidgen_ray.outputs.reviews import (
@@ -459,8 +459,7 @@ def import_reviews(out: str | Path, path: Path, reviewer: str | None) -> Importe
     folder has no clips, and OSError.
     """
     storage = storage_at(out)
-    if not manifest_files(storage):
-        raise SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
+    check_has_manifest(storage)
     try:
         reviews = parse_reviews(path.read_bytes(), storage)
     except FileNotFoundError:
