@@ -10,6 +10,8 @@ import typer
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 
 from tests.online.test_serve_configs import checked_config
 from vidgen_ray.batch.run_options import GRACE_S
@@ -25,6 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 SAFE_POD = {"allowPrivilegeEscalation": False, "runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+UNPRIVILEGED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 SAFE_CLUSTER = {**SAFE_POD, "serviceType": "ClusterIP", "enableIngress": False, "authOptions": {"mode": "token"}}
 KINDS = {"cluster": "RayCluster", "job": "RayJob", "service": "RayService"}
 """Manifest -> its kind."""
@@ -49,8 +52,7 @@ def unsafe(manifest, safe):
 
 
 def spec_of(name):
-    (document,) = documents(name)
-    return document["spec"]
+    return documents(name)[0]["spec"]
 
 
 def cluster_of(name):
@@ -67,6 +69,10 @@ def pods(name):
     return [group["template"]["spec"] for group in (cluster_of(name)["headGroupSpec"], *cluster_of(name)["workerGroupSpecs"])]
 
 
+def submitter_pod():
+    return spec_of("job")["submitterPodTemplate"]["spec"]
+
+
 def weights_pod():
     return documents("weights")[-1]["spec"]["template"]["spec"]
 
@@ -77,10 +83,19 @@ def all_pods():
 
 def test_manifests_have_safe_values():
     for name, kind in KINDS.items():
-        (document,) = documents(name)
+        document = documents(name)[0]
         assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", kind)
         assert unsafe(document, SAFE_CLUSTER) == []
     assert unsafe(weights_pod(), SAFE_POD) == []
+
+
+def test_no_pod_runs_as_root_and_no_container_has_privileges():
+    for pod in [*all_pods(), submitter_pod()]:
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["runAsUser"] == 1000
+        assert [container["securityContext"] for container in pod["containers"]] == [UNPRIVILEGED] * len(pod["containers"])
+    for name in ("cluster", "service"):
+        assert cluster_of(name)["autoscalerOptions"]["securityContext"] == UNPRIVILEGED
 
 
 def test_pods_mount_declared_volumes_and_reserve_what_they_may_use():
@@ -105,6 +120,7 @@ def test_head_runs_no_work_and_pods_read_weights_only():
             assert "/dev/shm" in mounts
             env = {variable["name"]: variable.get("value") for variable in pod["containers"][0]["env"]}
             assert float(env["RAY_JOB_STOP_WAIT_TIME_S"]) > GRACE_S
+            assert pod["terminationGracePeriodSeconds"] > float(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]) >= GRACE_S
             assert (env["HF_HOME"], env["HF_HUB_OFFLINE"]) == ("/weights/huggingface", "1")
 
 
@@ -132,6 +148,66 @@ def test_gpus_of_the_job_fit_into_its_worker_group():
     (container,) = group["template"]["spec"]["containers"]
     assert len(nodes) <= group["maxReplicas"]
     assert {len(node.gpus) for node in nodes} == {int(container["resources"]["limits"]["nvidia.com/gpu"])}
+
+
+def total(pods_of_flavor):
+    """Return resource -> amount that these pods request."""
+    requests = [container["resources"]["requests"] for pod in pods_of_flavor for container in pod["containers"]]
+    return {name: sum(amount(each.get(name, 0)) for each in requests) for name in set().union(*requests)}
+
+
+def amount(text):
+    """Return a Kubernetes quantity as a number."""
+    units = {"m": 1e-3, "Mi": 2**20, "Gi": 2**30}
+    number, unit = re.fullmatch(r"([\d.]+)(m|Mi|Gi)?", str(text)).groups()
+    return float(number) * units.get(unit, 1)
+
+
+def test_kueue_admits_the_job_on_spot_nodes_with_its_head_on_demand():
+    """Check what the webhook and the scheduler of Kueue require. No Python package has its schemas."""
+    found = {(document["kind"], document["metadata"]["name"]): document for document in documents("kueue")}
+    labels = documents("job")[0]["metadata"]["labels"]
+    local_queue = found["LocalQueue", labels["kueue.x-k8s.io/queue-name"]]
+    assert ("WorkloadPriorityClass", labels["kueue.x-k8s.io/priority-class"]) in found
+    (resources,) = found["ClusterQueue", local_queue["spec"]["clusterQueue"]]["spec"]["resourceGroups"]
+    assert spec_of("job")["shutdownAfterJobFinishes"]
+    assert "enableInTreeAutoscaling" not in cluster_of("job"), "Kueue refuses it without its annotation for elastic jobs"
+    group = worker_group("job")
+    assert group["minReplicas"] == group["replicas"] == group["maxReplicas"], "Kueue counts `replicas`"
+    head, worker = pods("job")
+    pods_of_flavors = {"on-demand": [head, submitter_pod()], "spot": [worker] * group["replicas"]}
+    assert list(pods_of_flavors) == [flavor["name"] for flavor in resources["flavors"]], "Kueue tries them in this order"
+    for flavor in resources["flavors"]:
+        assert [each["name"] for each in flavor["resources"]] == resources["coveredResources"]
+        quota = {each["name"]: amount(each["nominalQuota"]) for each in flavor["resources"]}
+        needed = total(pods_of_flavors[flavor["name"]])
+        assert all(needed[name] <= quota[name] for name in needed)
+        if flavor["name"] == "on-demand":
+            assert not quota["nvidia.com/gpu"], "a worker that requires spot nodes would wait for one forever"
+    (spot_label,) = found["ResourceFlavor", "spot"]["spec"]["nodeLabels"].items()
+    required = worker["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    allowed = {(each["key"], value) for term in required for each in term["matchExpressions"] for value in each["values"]}
+    assert spot_label in allowed
+
+
+def test_probes_of_the_server_need_no_token_and_wait_for_no_weights():
+    for pod in pods("service"):
+        (container,) = pod["containers"]
+        for probe in ("startupProbe", "livenessProbe"):
+            request = container[probe]["httpGet"]
+            assert request["path"] in PUBLIC_EXACT_PATHS
+            assert request["port"] == DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+    head, worker = (pod["containers"][0]["readinessProbe"]["httpGet"] for pod in pods("service"))
+    assert head == pods("service")[0]["containers"][0]["startupProbe"]["httpGet"], "no replica runs on the head"
+    assert worker == {"path": "/-/healthz", "port": 8000}
+
+
+def test_disruption_budgets_of_the_server_select_its_head_and_its_fewest_workers():
+    groups = {"head": cluster_of("service")["headGroupSpec"], "worker": worker_group("service")}
+    for node_type, budget in zip(groups, documents("service")[1:], strict=True):
+        labels = {**groups[node_type]["template"]["metadata"]["labels"], "ray.io/node-type": node_type}
+        least = groups[node_type].get("minReplicas", 1)
+        assert budget["spec"] == {"minAvailable": least, "selector": {"matchLabels": labels}}
 
 
 def check_command(words):

@@ -10,11 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
+from ray._private import ray_constants
 
 from tests.batch.faulty_stages import append, stages
 from tests.batch.test_batch import DONE, Events
@@ -87,6 +90,10 @@ class Log:
 
     def calls(self):
         return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def begun(self):
+        """Return shot -> number of its calls."""
+        return Counter(shot for shot, _, event, _ in self.calls() if event == "begin")
 
     def busy(self):
         """Return the process of the call that began last and has not ended."""
@@ -211,6 +218,49 @@ def test_lost_head_ends_the_run_and_the_next_one_resumes(cluster, second_node, t
     rows = read_manifest(tmp_path / "out")
     # Encoders of the lost cluster may still have committed shots after the count.
     assert done <= sum(row.last_run == "reused" for row in rows) < SHOTS
+
+
+def delete_pods(nodes, driver):
+    """Do to a cluster and its driver what a suspended RayJob does: KubeRay deletes all pods at once, and stops no job before.
+
+    In each pod the main process, `ray start --block`, gets SIGTERM. It drains its node, which accepts no new actors, and then
+    stops the processes of Ray. When it has ended, the kernel kills the rest of the pod. The driver is in that of the head.
+    """
+
+    def end(node):
+        node._drain_node_before_shutdown()
+        node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+
+    with ThreadPoolExecutor(len(nodes)) as threads:
+        list(threads.map(end, nodes))
+    driver.kill()
+
+
+def test_job_suspended_by_kueue_repeats_only_shots_in_progress(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_constants, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", 1.0)
+    (tmp_path / "s.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in images(SHOTS)))
+    suspended = small_cluster(num_cpus=0, **MEMORY)
+    suspended.add_node(num_cpus=8, num_gpus=2, **MEMORY)
+    command = [sys.executable, "-c", DRIVER, str(tmp_path)]
+    driver = subprocess.Popen([*command, suspended.address], cwd=ROOT)
+    wait_for_shots(driver, tmp_path / "out", 4)
+    delete_pods([suspended.head_node, *suspended.worker_nodes], driver)
+    assert driver.wait() == -signal.SIGKILL
+    suspended.shutdown()
+    done = {json.loads(record.read_text())["shot"]["id"] for record in (tmp_path / "out").glob(DONE)}
+    calls_before = Log(tmp_path / "log").begun()
+    lost = set(calls_before) - done
+    assert 0 < len(lost) <= 8
+    assert len(done) + len(lost) < SHOTS
+    # KubeRay submits the same command to a new cluster.
+    subprocess.run([*command, cluster.address], check=True, timeout=200, cwd=ROOT)
+    rows = read_manifest(tmp_path / "out")
+    assert sorted(row.id for row in rows if row.status == "done") == sorted(line["id"] for line in images(SHOTS))
+    assert {row.id for row in rows if row.last_run == "reused"} == done
+    calls = Log(tmp_path / "log").begun()
+    repeated = {shot for shot, count in calls.items() if count > 1}
+    assert repeated <= lost
+    assert sum(calls.values()) == SHOTS + len(repeated)
 
 
 def use_up_memory(shot):
