@@ -21,9 +21,9 @@ from PIL import ImageDraw, ImageFont
 from vidgen_ray.errors import MediaError, UsageError
 from vidgen_ray.film.film_settings import FilmSettings, PixelSize
 from vidgen_ray.film.timeline import FilmTimeline, Piece, TimelineItem
-from vidgen_ray.limits import MAX_PIXELS
 from vidgen_ray.media import read_image
-from vidgen_ray.media.media_file import load_font, missing_letter, open_media, wrap_errors
+from vidgen_ray.media.decode import open_video_stream
+from vidgen_ray.media.media_file import load_font, missing_letter, wrap_errors
 from vidgen_ray.stages.base import Image
 
 
@@ -178,7 +178,6 @@ OpenFile = Callable[[str], AbstractContextManager[Path]]
 """Yields a local file with the content of a path of the output folder."""
 BT709, LIMITED, UNSPECIFIED = 1, 1, 2
 """FFmpeg's numbers of colour matrices and ranges."""
-DECODE_THREADS = 2
 SCALING = (
     "force_original_aspect_ratio=decrease:force_divisible_by=2:out_color_matrix=bt709:out_range=tv"
     ":flags=lanczos+accurate_rnd+full_chroma_int+bitexact"
@@ -274,10 +273,7 @@ def _decoded(
         if source.clip is None:
             yield iter([_still(read_image(path))])
             return
-        with open_media(path) as opened:
-            stream = opened.streams.best("video")
-            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-            stream.thread_type, stream.thread_count = "AUTO", DECODE_THREADS
+        with open_video_stream(path) as (opened, stream):
             yield opened.decode(stream)
 
 

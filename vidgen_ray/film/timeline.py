@@ -14,7 +14,8 @@ from typing import TypeVar
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.film.film_settings import ChosenShot, ClipFormat, FilmSettings, PixelSize
-from vidgen_ray.media.media_file import check_is_file, check_pixels, open_media, wrap_errors
+from vidgen_ray.media.decode import open_video_stream
+from vidgen_ray.media.media_file import check_is_file, open_media, wrap_errors
 
 REORDER_FRAMES = 2
 """Frames by which the decoding order may be ahead of the display order: that of x264 with its default B-frames."""
@@ -23,16 +24,9 @@ REORDER_FRAMES = 2
 def probe_clip(path: Path) -> ClipFormat:
     """Return the properties of a clip. Raises MediaError if it is missing, damaged or has no frames."""
     check_is_file(path)
-    with (
-        wrap_errors(f"{path}: cannot be read as a video"),
-        open_media(path) as opened,
-    ):
-        stream = opened.streams.best("video")
-        if stream is None or stream.codec_context is None or not stream.average_rate:
-            raise MediaError(f"{path}: has no video, or none with a supported codec")
-        check_pixels(path, stream.width, stream.height)
+    with wrap_errors(f"{path}: cannot be read as a video"), open_video_stream(path) as (opened, stream):
         packets = [packet for packet in opened.demux(stream) if packet.size]
-        if not packets:
+        if not packets or not stream.average_rate:
             raise MediaError(f"{path}: has no frames")
         fps = Fraction(stream.average_rate)
         codec = stream.codec_context
@@ -64,10 +58,7 @@ def _has_constant_rate(times: list[int | None], fps: Fraction, time_base: Fracti
 def sound_seconds(path: Path) -> float:
     """Return the length of the sound in a file. Raises MediaError if there is none."""
     check_is_file(path)
-    with (
-        wrap_errors(f"{path}: cannot be read as sound"),
-        open_media(path) as opened,
-    ):
+    with wrap_errors(f"{path}: cannot be read as sound"), open_media(path) as opened:
         stream = opened.streams.best("audio")
         if stream is None or stream.codec_context is None:
             raise MediaError(f"{path}: has no sound, or none with a supported codec")

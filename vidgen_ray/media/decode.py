@@ -141,14 +141,11 @@ def _read_header(path: Path) -> _Header:
         if first is None or not fps:
             raise MediaError(f"{path}: has no frames")
         _to_rgb(first)  # raises for unsupported colour spaces, which decord would convert wrongly
-        with open_video_stream(path, container) as (opened, stream):
-            frame_count, clean_keyframes = 0, True
-            for packet in opened.demux(stream):
-                if packet.is_corrupt:
-                    raise MediaError(f"{path}: is truncated, got {frame_count} complete frames of {stream.frames}")
-                frame_count += packet.size > 0 and not packet.is_discard
-                if packet.is_keyframe and codec == "h264":
-                    clean_keyframes &= _H264_IDR in _nal_types(bytes(packet), stream.codec_context.extradata)
+        frame_count, clean_keyframes = 0, True
+        for packet in read_packets(path, container):
+            frame_count += not packet.is_discard
+            if packet.is_keyframe and codec == "h264":
+                clean_keyframes &= _H264_IDR in _nal_types(bytes(packet), packet.stream.codec_context.extradata)
     return _Header(
         path=path,
         container=container,
@@ -183,8 +180,8 @@ def video_container(path: Path) -> str:
 
 
 @contextmanager
-def open_video_stream(path: Path, container: str) -> Iterator[tuple[Any, Any]]:
-    """Open PyAV's container and its best video stream, checked and ready to decode."""
+def open_video_stream(path: Path, container: str | None = None) -> Iterator[tuple[Any, Any]]:
+    """Open PyAV's container and its best video stream, checked and ready to decode. See `open_media`."""
     with open_media(path, container) as opened:
         stream = opened.streams.best("video")
         if stream is None or stream.codec_context is None:
@@ -194,6 +191,18 @@ def open_video_stream(path: Path, container: str) -> Iterator[tuple[Any, Any]]:
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         stream.thread_type, stream.thread_count = "AUTO", _DECODE_THREADS
         yield opened, stream
+
+
+def read_packets(path: Path, container: str) -> Iterator[Any]:
+    """Yield the packets of a video, also those that are not shown (`is_discard`). Raises MediaError if it is truncated."""
+    with open_video_stream(path, container) as (opened, stream):
+        complete = 0
+        for packet in opened.demux(stream):
+            if packet.is_corrupt:
+                raise MediaError(f"{path}: is truncated, got {complete} complete frames of {stream.frames}")
+            complete += packet.size > 0 and not packet.is_discard
+            if packet.size:
+                yield packet
 
 
 def _nal_types(packet: bytes, extradata: bytes | None) -> set[int]:

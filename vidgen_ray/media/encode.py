@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MediaError
@@ -35,8 +37,12 @@ class Mp4Settings(BaseModel):
     threads: int = Field(4, ge=1, le=64, description="x264 threads; fixed, because the output depends on the number")
 
 
-class _VideoWriter:
-    """Writer of one video stream. The file is deleted if anything fails."""
+class VideoWriter:
+    """Writer of one video stream. The file is deleted if anything fails.
+
+    `conversion`: arguments of FFmpeg's reformatter. `tags`: attributes of the encoder. Frames are uint8, or uint16 with the
+    full range of 0 to 65535 if `input_format` is rgb48le.
+    """
 
     def __init__(
         self,
@@ -46,11 +52,13 @@ class _VideoWriter:
         fps: int | Fraction,
         *,
         container: str,
-        container_options: dict[str, str],
+        container_options: Mapping[str, str] = {},
         codec: str,
         codec_options: dict[str, str],
         conversion: dict[str, Any],
-        metadata: dict[str, str],
+        metadata: Mapping[str, str] = {},
+        tags: Mapping[str, Any] = {},
+        input_format: Literal["rgb24", "rgb48le"] = "rgb24",
     ) -> None:
         if width < 1 or height < 1:
             raise MediaError(f"{path}: got {width}×{height} pixels, must be at least 1×1")
@@ -63,7 +71,8 @@ class _VideoWriter:
         self._container_name, self._container_options = container, container_options
         self._codec, self._codec_options = codec, codec_options
         self._conversion = conversion
-        self._metadata = metadata
+        self._metadata, self._tags = metadata, tags
+        self._input_format = input_format
 
     def __enter__(self) -> Self:
         import av
@@ -78,20 +87,23 @@ class _VideoWriter:
             self._stream = self._container.add_stream(self._codec, rate=self._fps, options=self._codec_options)
             self._stream.height, self._stream.width, _ = self._shape
             self._stream.pix_fmt = self._conversion["format"]
+            for name, value in self._tags.items():
+                setattr(self._stream.codec_context, name, value)
         return self
 
-    def write(self, frames: Frames) -> None:
-        """Append uint8 frames (T, H, W, 3). The result does not depend on the chunk size. No chunk is kept in memory.
+    def write(self, frames: NDArray[Any]) -> None:
+        """Append frames (T, H, W, 3). The result does not depend on the chunk size. No chunk is kept in memory.
 
         Raises MediaError if the frames have another size or type than the file, WriteError if they cannot be written.
         """
         import av
 
-        if frames.dtype != np.uint8 or frames.shape[1:] != self._shape:
-            raise MediaError(f"{self.path}: got {frames.dtype} frames {frames.shape[1:]}, must be uint8 {self._shape}")
+        kind = "uint8" if self._input_format == "rgb24" else "uint16"
+        if frames.dtype != kind or frames.shape[1:] != self._shape:
+            raise MediaError(f"{self.path}: got {frames.dtype} frames {frames.shape[1:]}, must be {kind} {self._shape}")
         with wrap_write_errors(self.path):
             for pixels in frames:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format=self._input_format)
                 self._append(self._reformatter.reformat(frame, threads=1, **self._conversion))
 
     def _append(self, frame: av.VideoFrame) -> None:
@@ -122,7 +134,7 @@ class _VideoWriter:
         self.path.unlink(missing_ok=True)
 
 
-class Mp4Writer(_VideoWriter):
+class Mp4Writer(VideoWriter):
     """Writer of an H.264 MP4 with faststart: `with Mp4Writer(path, 1024, 576, 24, Mp4Settings()) as clip: ...`.
 
     The pixels are yuv420p, BT.709, limited range, and tagged as such. Players and FFmpeg guess differently for untagged files.
@@ -194,13 +206,12 @@ def encode_lossless(path: Path, frames: Frames, fps: int | Fraction) -> None:
     Any size from 2×2 pixels, including odd sizes.
     Raises MediaError for no frames, WriteError if the file cannot be written. The file is deleted on an error.
     """
-    with _VideoWriter(
+    with VideoWriter(
         path,
         frames.shape[2],
         frames.shape[1],
         fps,
         container="matroska",
-        container_options={},
         codec="ffv1",
         codec_options={"level": "3", "slices": "4"},
         conversion={"format": "bgr0"},  # the only 8-bit RGB format of FFmpeg's FFV1

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import av
 import numpy as np
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from numpy.typing import NDArray
@@ -17,11 +16,11 @@ from pydantic import Field
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.decode import open_video_stream
-from vidgen_ray.media.encode import Mp4Settings
-from vidgen_ray.media.media_file import wrap_errors, wrap_write_errors
+from vidgen_ray.media.encode import Mp4Settings, VideoWriter
+from vidgen_ray.media.media_file import wrap_errors
 from vidgen_ray.stages.base import torch_threads
 from vidgen_ray.stages.rife import RifeParams, similarity
-from vidgen_ray.upscale.source import HLG, PQ, Colour, Place, VideoSource
+from vidgen_ray.upscale.source import HLG, PQ, Place, VideoSource
 from vidgen_ray.weights import resolve
 
 if TYPE_CHECKING:
@@ -144,27 +143,6 @@ def _to_rgb(frame: Any, source: VideoSource, reformatter: VideoReformatter) -> P
     return np.ascontiguousarray(np.rot90(pixels, source.quarter_turns)) if source.quarter_turns else pixels
 
 
-class YuvConverter:
-    """Converts RGB pixels (H, W, 3) to 4:2:0 frames of a colour matrix, with 8 or 10 bits."""
-
-    def __init__(self, colour: Colour, bits: int) -> None:
-        self._colour = colour
-        self.pixel_format = "yuv420p" if bits == 8 else "yuv420p10le"
-        self._reformatter = VideoReformatter()
-
-    def convert(self, pixels: Pixels) -> av.VideoFrame:
-        """Return the frame of uint8 or uint16 pixels."""
-        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24" if pixels.dtype == np.uint8 else "rgb48le")
-        return self._reformatter.reformat(
-            frame,
-            format=self.pixel_format,
-            dst_colorspace=self._colour.matrix,
-            dst_color_range=ColorRange.JPEG if self._colour.full_range else ColorRange.MPEG,
-            interpolation=TO_YUV,
-            threads=1,
-        )
-
-
 Codec = Literal["h264", "hevc", "av1"]
 
 ENCODERS: dict[Codec, str] = {"h264": "libx264", "hevc": "libx265", "av1": "libsvtav1"}
@@ -208,40 +186,36 @@ def write_segment(
     """
     # By default, SVT-AV1 prints its settings. 1: errors only.
     os.environ.setdefault("SVT_LOG", "1")
-    converter = YuvConverter(source.colour, source.bits)
-    written = 0
-    with ExitStack() as stack:
-        with wrap_write_errors(path):
-            container = stack.enter_context(av.open(str(path.absolute()), "w", "mp4", options={"fflags": "+bitexact"}))
-            stream = container.add_stream(ENCODERS[settings.codec], rate=fps, options=_options(source, settings))
-            stream.width, stream.height = size
-            stream.pix_fmt = converter.pixel_format
-            _tag(stream.codec_context, source)
-        # Errors of the frames themselves keep their class.
+    colour = source.colour
+    with VideoWriter(
+        path,
+        *size,
+        fps,
+        container="mp4",
+        codec=ENCODERS[settings.codec],
+        codec_options=_options(source, settings),
+        conversion={
+            "format": "yuv420p" if source.bits == 8 else "yuv420p10le",
+            "dst_colorspace": colour.matrix,
+            "dst_color_range": ColorRange.JPEG if colour.full_range else ColorRange.MPEG,
+            "interpolation": TO_YUV,
+        },
+        tags={
+            "sample_aspect_ratio": source.pixel_aspect,
+            "colorspace": colour.matrix,
+            "color_primaries": colour.primaries,
+            "color_trc": colour.transfer,
+            "color_range": 2 if colour.full_range else 1,
+        },
+        input_format="rgb24" if source.bits == 8 else "rgb48le",
+    ) as video:
         for pixels in frames:
-            with wrap_write_errors(path):
-                frame = converter.convert(pixels)
-                frame.pts, frame.time_base = written, 1 / fps
-                packets = stream.encode(frame)
-                if written == 0 and settings.codec == "av1":
-                    # The first frame opens the encoder.
-                    end_real_time_priority()
-                container.mux(packets)
-            written += 1
-        if written != count:
-            raise MediaError(f"{source.path}: got {written} upscaled frames of a segment, must be {count}")
-        with wrap_write_errors(path):
-            container.mux(stream.encode(None))
-            container.close()
-
-
-def _tag(codec: Any, source: VideoSource) -> None:
-    """Set aspect ratio and colour tags."""
-    codec.sample_aspect_ratio = source.pixel_aspect
-    codec.colorspace = source.colour.matrix
-    codec.color_primaries = source.colour.primaries
-    codec.color_trc = source.colour.transfer
-    codec.color_range = 2 if source.colour.full_range else 1
+            video.write(pixels[None])
+            if video.frames_written == 1 and settings.codec == "av1":
+                # The first frame opens the encoder.
+                end_real_time_priority()
+        if video.frames_written != count:
+            raise MediaError(f"{source.path}: got {video.frames_written} upscaled frames of a segment, must be {count}")
 
 
 def _options(source: VideoSource, settings: EncodeSettings) -> dict[str, str]:

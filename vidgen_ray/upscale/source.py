@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from av.sidedata.sidedata import Type as SideData
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.decode import open_video_stream, video_container
+from vidgen_ray.media.decode import open_video_stream, read_packets, video_container
 from vidgen_ray.media.media_file import wrap_errors
 
 AV_TIME_BASE = 1_000_000
@@ -134,11 +134,14 @@ def read_source(path: Path) -> VideoSource:
             first = next(opened.decode(stream), None)
             fps, time_base = stream.average_rate or stream.guessed_rate, stream.time_base
             aspect = stream.sample_aspect_ratio or Fraction(1)
-        if first is None or not fps:
-            raise MediaError(f"{path}: has no frames")
-        with open_video_stream(path, container) as (opened, stream):
-            packets = _read_packets(path, opened, stream)
             declared_s = (opened.duration or 0) / AV_TIME_BASE
+        packets = [
+            (packet.pts, packet.duration or 0, bool(packet.is_keyframe))
+            for packet in read_packets(path, container)
+            if not packet.is_discard
+        ]
+        if first is None or not fps or not packets:
+            raise MediaError(f"{path}: has no frames")
     quarter_turns = round(first.rotation / 90) % 4
     sideways = quarter_turns % 2
     colour, notes = _colour_of(first)
@@ -167,31 +170,15 @@ def read_source(path: Path) -> VideoSource:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Packet:
-    time: int | None
-    duration: int
-    is_keyframe: bool
-
-
-def _read_packets(path: Path, opened: Any, stream: Any) -> list[_Packet]:
-    packets: list[_Packet] = []
-    for packet in opened.demux(stream):
-        if packet.is_corrupt:
-            raise MediaError(f"{path}: is truncated, got {len(packets)} complete frames of {stream.frames}")
-        if packet.size > 0 and not packet.is_discard:
-            packets.append(_Packet(packet.pts, packet.duration or 0, bool(packet.is_keyframe)))
-    if not packets:
-        raise MediaError(f"{path}: has no frames")
-    return packets
-
-
 def _times_of(
-    packets: list[_Packet], fps: Fraction, time_base: Fraction
+    packets: Sequence[tuple[int | None, int, bool]], fps: Fraction, time_base: Fraction
 ) -> tuple[FrameTimes, tuple[int, ...], tuple[str, ...]]:
-    """Return the times of the frames, those of keyframes, and notes. AVI has none: its frames are shown at a constant rate."""
+    """Return the times of the frames, those of keyframes, and notes. AVI has none: its frames are shown at a constant rate.
+
+    `packets`: time, duration, and true for a keyframe.
+    """
     rate = fps.limit_denominator(100_000)
-    shown = sorted((packet.time, packet.duration, packet.is_keyframe) for packet in packets if packet.time is not None)
+    shown = sorted((time, *rest) for time, *rest in packets if time is not None)
     times = tuple(time for time, _, _ in shown)
     if len(times) < len(packets) or any(a >= b for a, b in pairwise(times)):
         notes = ("some frames have the same time or none; frames are shown at a constant rate",) if times else ()
