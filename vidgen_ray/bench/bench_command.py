@@ -55,6 +55,7 @@ from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.loading import networks_from
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
+from vidgen_ray.system.quantities import table_of
 from vidgen_ray.weights import resolve
 
 MIN_SECONDS = 1e-6
@@ -458,9 +459,8 @@ def _progress(result: StageResult) -> str:
 
 
 def _table(results: Sequence[StageResult], shares: Mapping[str, float]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="")
-    for column in ("stage", "size", "reference shot", "of the peak", "per step", "fixed", "warm-up", "memory"):
-        table.add_column(column, justify="left" if column in ("stage", "size") else "right")
+    numbers = ("reference shot", "of the peak", "per step", "fixed", "warm-up", "memory")
+    table = table_of("stage", "size", *numbers, right=numbers)
     for result in results:
         if (one := result.measurement) is not None:
             table.add_row(

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -35,6 +34,7 @@ from vidgen_ray.planner.cluster import GB, GPU_DEVICES
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.stages.speed import missing_compiler
 from vidgen_ray.system.cache_dir import cache_dir
+from vidgen_ray.system.quantities import stdout_console
 from vidgen_ray.weights.inventory import LocalWeights, local_weights
 from vidgen_ray.weights.ledger import WeightLicence, accepted_licences
 
@@ -481,5 +481,4 @@ def _print(findings: list[Finding]) -> None:
         table.add_row(status, escape(finding.check), escape(finding.text))
         if finding.fix:
             table.add_row("", "", f"[bold]{escape(finding.fix)}[/]")
-    console = Console()
-    Console(width=None if console.is_terminal else 160).print(table)
+    stdout_console().print(table)

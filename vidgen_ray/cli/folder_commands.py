@@ -45,7 +45,7 @@ from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.outputs.verify import VerifyReport
 from vidgen_ray.outputs.verify import verify as verify_folder
 from vidgen_ray.report.overview import LISTED, Cost, ListedShot, Overview, overview
-from vidgen_ray.system.quantities import amount_text, count, duration, money, size
+from vidgen_ray.system.quantities import amount_text, count, duration, money, size, table_of
 
 HOST = "127.0.0.1"
 SHOWN_MESSAGES = 5
@@ -142,10 +142,9 @@ def _print(console: Console, found: Overview, url: str) -> None:
 
 
 def _print_costs(console: Console, costs: list[Cost]) -> None:
-    table = Table(box=None, title="Cost", title_justify="left")
-    table.add_column("cost of", overflow="fold")
-    for heading in ("clips", "accepted", "cost", "per clip", "per accepted clip"):
-        table.add_column(heading, justify="right")
+    numbers = ("clips", "accepted", "cost", "per clip", "per accepted clip")
+    table = table_of("cost of", *numbers, right=numbers)
+    table.title, table.title_justify = "Cost", "left"
     for _, entries in groupby(costs, lambda entry: entry.of):
         for entry in islice(entries, LISTED):
             name = "all shots" if entry.name is None else f"{entry.of} {entry.name}"

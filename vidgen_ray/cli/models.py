@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from yaml import YAMLError
 
 from vidgen_ray.cli.command_help import MACHINE
@@ -27,7 +25,7 @@ from vidgen_ray.script.lines import COMPRESSED
 from vidgen_ray.script.read import iter_script
 from vidgen_ray.shot import Shot
 from vidgen_ray.system.files import load_yaml
-from vidgen_ray.system.quantities import count, size
+from vidgen_ray.system.quantities import count, size, stdout_console, table_of
 from vidgen_ray.weights.inventory import local_weights
 from vidgen_ray.weights.ledger import WeightLicence, accept_licences, accepted_licences, licence_of
 
@@ -85,9 +83,7 @@ def list_models(
     if as_json:
         typer.echo(json.dumps(rows, default=str))
         return
-    table = Table(box=None, pad_edge=False, header_style="")
-    for column in ("weights", "size", "state", "licence", "commercial use"):
-        table.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
+    table = table_of("weights", "size", "state", "licence", "commercial use", right=["size"])
     for row in rows:
         table.add_row(
             escape(row["reference"]),
@@ -96,7 +92,7 @@ def list_models(
             escape(row["licence"] or "unknown"),
             row["commercial_use"] or "unknown",
         )
-    Console(width=None if Console().is_terminal else 160).print(table)
+    stdout_console().print(table)
 
 
 @models.command()
@@ -211,9 +207,8 @@ def _nodes(address: str | None) -> Iterator[Callable[..., Sequence[PullResult]]]
 def _print_planned(nodes: Sequence[PullResult], licences: Mapping[str, WeightLicence | None]) -> None:
     """Print what each node needs: weights, files, sizes and licences, and the total with the free space of its disks."""
     for node in nodes:
-        table = Table(box=None, pad_edge=False, header_style="")
-        for column in ("weights", "files", "GB", "to download", "licence"):
-            table.add_column(column, overflow="fold", justify="left" if column in ("weights", "licence") else "right")
+        numbers = ("files", "GB", "to download")
+        table = table_of("weights", *numbers, "licence", right=numbers)
         for one in node.pulled:
             licence = licences.get(one.reference)
             gb = (
@@ -224,7 +219,7 @@ def _print_planned(nodes: Sequence[PullResult], licences: Mapping[str, WeightLic
             table.add_row(escape(one.reference), str(one.files or ""), *gb, escape(licence.licence if licence else "unknown"))
         if node.node is not None:
             typer.echo(node.node)
-        Console(width=None if Console().is_terminal else 160).print(table)
+        stdout_console().print(table)
         total, missing = (sum(getattr(one, name) for one in node.pulled) for name in ("size_bytes", "downloaded_bytes"))
         free = "".join(f"; {disk.folder} has {size(disk.free_bytes)} free" for disk in node.disks)
         typer.echo(

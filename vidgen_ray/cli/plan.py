@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -40,13 +39,10 @@ from vidgen_ray.planner.solver import ENCODER_CPUS
 from vidgen_ray.planner.speed_trials import open_trials
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.script.read import iter_script
-from vidgen_ray.system.quantities import count, duration, money, size
+from vidgen_ray.system.quantities import count, duration, money, size, stdout_console, table_of
 
 if TYPE_CHECKING:
     from vidgen_ray.batch.render_script import Counts
-
-PLAIN_WIDTH = 10_000
-"""Width in columns if standard output is not a terminal. Large enough that lines are not wrapped."""
 
 
 @in_group(RENDER)
@@ -123,12 +119,6 @@ def _as_json(planned: Plan, profile: Profile, cluster: Cluster, counts: Counts |
     return {**context, **asdict(planned), **({"counts": asdict(counts)} if counts else {})}
 
 
-def stdout_console() -> Console:
-    """Return a console for standard output that wraps lines only on a terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
-
-
 def _print(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, counts: Counts | None) -> None:
     console = stdout_console()
     facts = Table.grid(padding=(0, 2))
@@ -145,9 +135,7 @@ def _print(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, co
 
 
 def _print_licences(licences: Sequence[UsedWeights]) -> None:
-    console, table = stdout_console(), Table(box=None, pad_edge=False, header_style="")
-    for name in ("weights", "licence", "commercial use", "condition"):
-        table.add_column(name)
+    console, table = stdout_console(), table_of("weights", "licence", "commercial use", "condition")
     for used in licences:
         table.add_row(*map(escape, (used.weights, used.licence or "unknown", used.commercial_use, used.condition or "")))
     console.print()
@@ -190,9 +178,8 @@ def _facts(
 
 
 def _stages(planned: Plan, profile: Profile) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="")
-    for name in ("stage", "seconds", "of the peak", "precision", "options", "because of"):
-        table.add_column(name, justify="right" if name in ("seconds", "of the peak") else "left")
+    right = ("seconds", "of the peak")
+    table = table_of("stage", *right, "precision", "options", "because of", right=right)
     for stage, seconds in planned.stage_seconds.items():
         actor = profile.actor_of(STAGE_BY_NAME[stage])
         share = f"{planned.peak_share[stage]:.0%}" if stage in planned.peak_share else "-"
@@ -204,9 +191,8 @@ def _stages(planned: Plan, profile: Profile) -> Table:
 
 
 def _slots(planned: Plan) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="")
-    for name in ("slots", "memory", "process", "CPUs", "GPU", "stages (share of time)"):
-        table.add_column(name, justify="right" if name in ("slots", "memory", "CPUs", "GPU") else "left")
+    numbers = ("slots", "memory", "CPUs", "GPU")
+    table = table_of("slots", "memory", "process", "CPUs", "GPU", "stages (share of time)", right=numbers)
     identical = Counter(
         (slot, tuple(shares.items())) for slot, shares in zip(planned.layout.slots, planned.shares, strict=True)
     )
@@ -238,10 +224,7 @@ def _stage_shares(worker: WorkerSpec, shares: Mapping[str, float]) -> str:
 
 
 def _considered(planned: Plan) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="")
-    table.add_column("considered")
-    table.add_column("shots per hour", justify="right")
-    table.add_column("")
+    table = table_of("considered", "shots per hour", "", right=["shots per hour"])
     for entry in planned.considered:
         rate = "-" if entry.shots_per_hour is None else f"{entry.shots_per_hour:,.1f}"
         table.add_row(entry.kind, rate, escape(entry.reason or ""))

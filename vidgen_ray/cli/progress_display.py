@@ -19,7 +19,7 @@ from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import MAX_MESSAGE_LENGTH, MAX_MESSAGES
 from vidgen_ray.outputs.manifest import REJECTED, ManifestRow
 from vidgen_ray.outputs.run_log import RunStatus
-from vidgen_ray.system.quantities import ElapsedColumn, count, duration
+from vidgen_ray.system.quantities import ElapsedColumn, count, duration, table_of
 
 RENDERING = "shots"
 SMALL_RUN = 50
@@ -241,10 +241,8 @@ def counts_line(tracker: ProgressTracker | RunStatus, snapshot: Snapshot | None)
 
 
 def stage_table(snapshot: Snapshot) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("stage")
-    for heading in ("queued", "running", "workers", "busy"):
-        table.add_column(heading, justify="right")
+    numbers = ("queued", "running", "workers", "busy")
+    table = table_of("stage", *numbers, right=numbers)
     for name, stage in snapshot.stages.items():
         table.add_row(name, f"{stage.queued:,}", f"{stage.running:,}", f"{stage.workers:,}", f"{stage.busy:.0%}")
     return table

@@ -1,8 +1,12 @@
-"""Durations, sizes and amounts of money as people read them."""
+"""Durations, sizes, amounts of money and tables as people read them."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from rich.console import Console
 from rich.progress import ProgressColumn, Task
+from rich.table import Table
 from rich.text import Text
 
 UNITS_S = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
@@ -43,6 +47,24 @@ def amount_text(amount: float) -> str:
 def money(amount: float, currency: str | None) -> str:
     """Return an amount with its currency. Without one, it is in that of `--price` or of the profile."""
     return f"{amount_text(amount)} {currency or '(in the currency of the price)'}"
+
+
+PLAIN_WIDTH = 10_000
+"""Width in columns if standard output is not a terminal. Large enough that lines are not wrapped."""
+
+
+def stdout_console() -> Console:
+    """Return a console for standard output that wraps lines only on a terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def table_of(*columns: str, right: Collection[str] = ()) -> Table:
+    """Return a table without lines with these columns, of which those in `right` are aligned to the right."""
+    table = Table(box=None, pad_edge=False, header_style="")
+    for name in columns:
+        table.add_column(name, overflow="fold", justify="right" if name in right else "left")
+    return table
 
 
 class ElapsedColumn(ProgressColumn):
