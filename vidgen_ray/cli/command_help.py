@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -17,9 +18,16 @@ SERVE, MACHINE, OTHER = "Serve", "Machine", "Other commands"
 GROUPS = (START, RENDER, LOOK, EXPORT, SERVE, MACHINE, OTHER)
 """Groups of commands in the order of `vidgen --help`. In a group, the commands of this package come first."""
 
-SCRIPT_PANEL, COST_PANEL, REUSE_PANEL = "Reading the script", "Costs and licences", "Keeping and reusing results"
-RUN_PANEL, STOP_PANEL, MARKS_PANEL, DETAILS_PANEL = "Names of the run", "Failures and stops", "Marks on files", "Details"
-"""Panels of less common options, shared by several commands."""
+DETAILS_PANEL = "Details"
+"""Panel of less common options."""
+script_option = partial(typer.Option, rich_help_panel="Reading the script")
+cost_option = partial(typer.Option, rich_help_panel="Costs and licences")
+reuse_option = partial(typer.Option, rich_help_panel="Keeping and reusing results")
+run_option = partial(typer.Option, rich_help_panel="Names of the run")
+stop_option = partial(typer.Option, rich_help_panel="Failures and stops")
+marks_option = partial(typer.Option, rich_help_panel="Marks on files")
+details_option = partial(typer.Option, rich_help_panel=DETAILS_PANEL)
+"""Like `typer.Option`, for less common options of the panel that is named."""
 
 CommandFunction = TypeVar("CommandFunction", bound=Callable[..., None])
 

@@ -16,7 +16,15 @@ from typing import Annotated, Any, Literal, Self, cast, get_origin, get_type_hin
 import typer
 from pydantic import BaseModel, ValidationError
 
-from vidgen_ray.cli.command_help import COST_PANEL, HELP_ALL, MARKS_PANEL, REUSE_PANEL, SCRIPT_PANEL, HelpAllOption, is_common
+from vidgen_ray.cli.command_help import (
+    HELP_ALL,
+    HelpAllOption,
+    cost_option,
+    is_common,
+    marks_option,
+    reuse_option,
+    script_option,
+)
 from vidgen_ray.errors import SetupError, UsageError, known_fields, shortened
 from vidgen_ray.graph import WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
 from vidgen_ray.licences import Requirement
@@ -166,18 +174,10 @@ ScriptsArgument = Annotated[
 ]
 MapOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--map",
-        metavar="COLUMN=FIELD",
-        help="Read a column of the script as this field. Repeatable.",
-        rich_help_panel=SCRIPT_PANEL,
-    ),
+    script_option("--map", metavar="COLUMN=FIELD", help="Read a column of the script as this field. Repeatable."),
 ]
 KeepColumnsOption = Annotated[
-    bool,
-    typer.Option(
-        "--keep-columns", help="Copy unknown columns to `metadata`. Default: they are errors.", rich_help_panel=SCRIPT_PANEL
-    ),
+    bool, script_option("--keep-columns", help="Copy unknown columns to `metadata`. Default: they are errors.")
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -185,12 +185,11 @@ SetOption = Annotated[
 ]
 CharactersOption = Annotated[
     Path | None,
-    typer.Option(
+    script_option(
         "--characters",
         metavar="FILE",
         parser=local_path,
         help="YAML file of characters that lines may name in their field `character`.",
-        rich_help_panel=SCRIPT_PANEL,
     ),
 ]
 ConsentOption = Annotated[
@@ -212,11 +211,7 @@ UntilOption = Annotated[
 ]
 KeepOption = Annotated[
     Kept | None,
-    typer.Option(
-        "--keep",
-        help="Also write the intermediate results (base.png, refine.png, lora.png, style.png, face.json).",
-        rich_help_panel=REUSE_PANEL,
-    ),
+    reuse_option("--keep", help="Also write the intermediate results (base.png, refine.png, lora.png, style.png, face.json)."),
 ]
 AddressOption = Annotated[
     str | None, typer.Option("--address", "-a", help="Address of a Ray cluster, or `auto`. Default: start Ray on this machine.")
@@ -232,12 +227,8 @@ GpusOption = Annotated[
 ]
 PriceOption = Annotated[
     float | None,
-    typer.Option(
-        "--price",
-        metavar="PRICE",
-        min=0,
-        help="Price of a GPU-hour. Default: that of the profile, or of the detected GPUs.",
-        rich_help_panel=COST_PANEL,
+    cost_option(
+        "--price", metavar="PRICE", min=0, help="Price of a GPU-hour. Default: that of the profile, or of the detected GPUs."
     ),
 ]
 MaxCostOption = Annotated[
@@ -252,21 +243,19 @@ MaxCostOption = Annotated[
 ]
 RequireLicenceOption = Annotated[
     Requirement | None,
-    typer.Option(
+    cost_option(
         "--require-licence",
         metavar="USE",
         help="Exit with code 3, naming the weights, if a shot uses weights that may not be used commercially (commercial), or "
         "only under a condition (unconditional). Default: no requirement.",
-        rich_help_panel=COST_PANEL,
     ),
 ]
 C2paKeyOption = Annotated[
     Path | None,
-    typer.Option(
+    marks_option(
         "--c2pa-key",
         envvar="VIDGEN_C2PA_KEY",
         help="Sign files (C2PA) with this key, see `vidgen keys c2pa`. Default: that of the profile, or do not sign.",
-        rich_help_panel=MARKS_PANEL,
     ),
 ]
 WhereOption = Annotated[
@@ -316,19 +305,14 @@ class MarkOptions:
 
     no_provenance: Annotated[
         bool,
-        typer.Option(
+        marks_option(
             "--no-provenance",
             help="Do not mark files as AI-generated, and do not sign them. Recorded in shot.json and run.json.",
-            rich_help_panel=MARKS_PANEL,
         ),
     ] = False
     private: Annotated[
         bool,
-        typer.Option(
-            "--private",
-            help="Mark files without the prompt and other settings of the shot. Default: with them.",
-            rich_help_panel=MARKS_PANEL,
-        ),
+        marks_option("--private", help="Mark files without the prompt and other settings of the shot. Default: with them."),
     ] = False
     c2pa_key: C2paKeyOption = None
 
@@ -354,11 +338,8 @@ class LabelledMarkOptions(MarkOptions):
 
     label: Annotated[
         str | None,
-        typer.Option(
-            "--label",
-            metavar="TEXT",
-            help="Draw this text into the lower right corner of images and clips. Default: none.",
-            rich_help_panel=MARKS_PANEL,
+        marks_option(
+            "--label", metavar="TEXT", help="Draw this text into the lower right corner of images and clips. Default: none."
         ),
     ] = None
 

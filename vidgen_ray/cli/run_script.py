@@ -19,7 +19,7 @@ import typer
 
 from vidgen_ray.batch.new_seeds import give_new_seeds
 from vidgen_ray.batch.run_options import GRACE_S, RecordedOptions, RenderOptions
-from vidgen_ray.cli.command_help import RENDER, REUSE_PANEL, RUN_PANEL, SCRIPT_PANEL, STOP_PANEL, in_group
+from vidgen_ray.cli.command_help import RENDER, in_group, reuse_option, run_option, script_option, stop_option
 from vidgen_ray.cli.options import (
     PROFILE_HELP,
     AddressOption,
@@ -153,12 +153,7 @@ def with_profile_checks(script: Script, profile: Profile, *, strict: bool) -> Sc
 
 
 StrictPromptsOption = Annotated[
-    bool,
-    typer.Option(
-        "--strict-prompts",
-        help="Reject lines whose prompt a text encoder would cut. Default: a note.",
-        rich_help_panel=SCRIPT_PANEL,
-    ),
+    bool, script_option("--strict-prompts", help="Reject lines whose prompt a text encoder would cut. Default: a note.")
 ]
 LISTENERS = "vidgen.run_listeners"
 """Group of entry points, name of an option of `vidgen render` -> listener of a run."""
@@ -183,79 +178,52 @@ class RunOptions(RenderOptions):
     """Options of a run, with their help for `vidgen render`."""
 
     name: Annotated[
-        str | None,
-        typer.Option(
-            "--name", help="Name of the run in metrics, logs and the manifest. Default: its number.", rich_help_panel=RUN_PANEL
-        ),
+        str | None, run_option("--name", help="Name of the run in metrics, logs and the manifest. Default: its number.")
     ] = None
     team: Annotated[
-        str | None,
-        typer.Option(
-            "--team", envvar="VIDGEN_TEAM", help="Team of the run in metrics and the manifest.", rich_help_panel=RUN_PANEL
-        ),
+        str | None, run_option("--team", envvar="VIDGEN_TEAM", help="Team of the run in metrics and the manifest.")
     ] = None
     address: AddressOption = None
     cluster: GpusOption = None
     price: PriceOption = None
     max_cost: MaxCostOption = None
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Render finished shots again, without the cache.", rich_help_panel=REUSE_PANEL)
-    ] = False
+    fresh: Annotated[bool, reuse_option("--fresh", help="Render finished shots again, without the cache.")] = False
     cache: Annotated[
         CacheMode,
-        typer.Option(
+        reuse_option(
             "--cache",
             help="Results of stages to keep for later runs: face features and images, or also the clips before upscaling.",
             show_default=True,
-            rich_help_panel=REUSE_PANEL,
         ),
     ] = DEFAULT_CACHE
     cache_gb: Annotated[
         float | None,
-        typer.Option(
+        reuse_option(
             "--cache-gb",
             metavar="GB",
             min=0,
             help="GB that the run may add to the cache. Default: until less than 10% and less than 50 GB of the disk are free.",
-            rich_help_panel=REUSE_PANEL,
         ),
     ] = None
     replace: Annotated[
         bool,
-        typer.Option(
-            "--replace",
-            help="Replace finished shots of other scripts with the same id. Default: reject the line.",
-            rich_help_panel=REUSE_PANEL,
-        ),
+        reuse_option("--replace", help="Replace finished shots of other scripts with the same id. Default: reject the line."),
     ] = False
     strict_prompts: StrictPromptsOption = False
     attempts: Annotated[
-        int,
-        typer.Option(
-            "--attempts",
-            min=1,
-            help="Attempts per call of a stage when it fails, times out or crashes.",
-            rich_help_panel=STOP_PANEL,
-        ),
+        int, stop_option("--attempts", min=1, help="Attempts per call of a stage when it fails, times out or crashes.")
     ] = ATTEMPTS
     grace_s: Annotated[
         float,
-        typer.Option(
-            "--grace",
-            metavar="SECONDS",
-            min=0,
-            help="How long shots in progress may finish after SIGTERM or Ctrl-C.",
-            rich_help_panel=STOP_PANEL,
-        ),
+        stop_option("--grace", metavar="SECONDS", min=0, help="How long shots in progress may finish after SIGTERM or Ctrl-C."),
     ] = GRACE_S
     wait_storage_s: Annotated[
         float,
-        typer.Option(
+        stop_option(
             "--wait-storage",
             metavar="SECONDS",
             min=0,
             help="How long the run waits while nothing can be written: the disk is full, or the file system or store is gone.",
-            rich_help_panel=STOP_PANEL,
         ),
     ] = MAX_WAIT_S
 
@@ -273,27 +241,19 @@ def render(
     keep: KeepOption = None,
     prune: Annotated[
         bool,
-        typer.Option(
-            "--prune",
-            help="Then remove the shots of lines that the script no longer has, as `vidgen prune` does.",
-            rich_help_panel=REUSE_PANEL,
-        ),
+        reuse_option("--prune", help="Then remove the shots of lines that the script no longer has, as `vidgen prune` does."),
     ] = False,
     strict: Annotated[
         bool,
-        typer.Option(
-            "--strict",
-            help="Check all lines first, and exit with code 3 if any is invalid. Default: render the valid lines.",
-            rich_help_panel=SCRIPT_PANEL,
+        script_option(
+            "--strict", help="Check all lines first, and exit with code 3 if any is invalid. Default: render the valid lines."
         ),
     ] = False,
     require: RequireLicenceOption = None,
     score: Annotated[
         bool,
-        typer.Option(
-            "--score",
-            help="Also measure the clips, as `vidgen score` does: on idle CPUs during the run, the rest after it.",
-            rich_help_panel=RUN_PANEL,
+        run_option(
+            "--score", help="Also measure the clips, as `vidgen score` does: on idle CPUs during the run, the rest after it."
         ),
     ] = False,
     as_json: JsonOption = False,

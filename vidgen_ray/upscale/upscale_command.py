@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from vidgen_ray.cli.command_help import DETAILS_PANEL, EXPORT, in_group
+from vidgen_ray.cli.command_help import EXPORT, details_option, in_group
 from vidgen_ray.cli.options import JsonOption, MarkOptions, check_out, with_options
 from vidgen_ray.cli.run_script import interruptible, remembered_interrupt
 from vidgen_ray.errors import NOT_A_URL, StageError, UsageError, VidgenError
@@ -99,35 +99,25 @@ def upscale(
     ] = DEFAULT_MODEL,
     denoise: Annotated[
         float | None,
-        typer.Option(
+        details_option(
             "--denoise",
             metavar="0..1",
             help="Denoising strength of realesr-general-x4v3, whose two weights are mixed. Default: only the first.",
-            rich_help_panel=DETAILS_PANEL,
         ),
     ] = None,
     list_models: Annotated[bool, typer.Option("--list-models", help="Print the names of the models and exit.")] = False,
-    codec: Annotated[
-        Codec, typer.Option("--codec", help="Video codec of the output.", show_default=True, rich_help_panel=DETAILS_PANEL)
-    ] = "h264",
+    codec: Annotated[Codec, details_option("--codec", help="Video codec of the output.", show_default=True)] = "h264",
     crf: Annotated[
         int | None,
-        typer.Option(
+        details_option(
             "--crf",
             min=0,
             max=63,
             help=f"Quality; lower is better and larger. Default: {', '.join(f'{n} for {c}' for c, n in DEFAULT_CRF.items())}.",
-            rich_help_panel=DETAILS_PANEL,
         ),
     ] = None,
     preset: Annotated[
-        Preset,
-        typer.Option(
-            "--preset",
-            help="Speed of the encoder, ultrafast to veryslow, as in x264.",
-            show_default=True,
-            rich_help_panel=DETAILS_PANEL,
-        ),
+        Preset, details_option("--preset", help="Speed of the encoder, ultrafast to veryslow, as in x264.", show_default=True)
     ] = "medium",
     preview: Annotated[
         str | None,
@@ -142,19 +132,9 @@ def upscale(
         str | None,
         typer.Option("--address", "-a", help="Address of a Ray cluster, or `auto`. Default: this machine, without Ray."),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", help="cpu or cuda. Default: cuda if there is a GPU.", rich_help_panel=DETAILS_PANEL),
-    ] = None,
+    device: Annotated[str | None, details_option("--device", help="cpu or cuda. Default: cuda if there is a GPU.")] = None,
     workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            min=1,
-            max=64,
-            help="Segments made at the same time. Default: 1 per 8 CPUs.",
-            rich_help_panel=DETAILS_PANEL,
-        ),
+        int | None, details_option("--workers", min=1, max=64, help="Segments made at the same time. Default: 1 per 8 CPUs.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
