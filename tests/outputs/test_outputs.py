@@ -462,7 +462,8 @@ class TestGarbage:
         prefix = temporary_prefix(this_process()._replace(started=1))
         write_atomically(outputs.root / "shots" / f"{prefix}x" / "hd.mp4", b"1234567")
         temporary_folder(outputs.root / "shots")
-        write_atomically(outputs.root / "manifest" / f"{prefix}y", b"1")
+        for folder in ("manifest", "scores/faces@1", "reviews"):
+            write_atomically(outputs.root / folder / f"{prefix}y", b"1")
         return record
 
     def test_collect_garbage_removes_only_unreferenced_files(self, outputs, plan_of):
@@ -473,8 +474,8 @@ class TestGarbage:
         assert {path for path in outputs.root.rglob("*") if path.is_file()} == before
         report = collect_garbage(outputs, grace_s=-1)
         assert report == dry_run
-        assert report.counts == {"cache entries": 1, "partial shots": 1, "stale keys": 1, "temporaries": 2}
-        assert report.bytes == 3 + 5 + 1 + 7 + 1
+        assert report.counts == {"cache entries": 1, "partial shots": 1, "stale keys": 1, "temporaries": 4}
+        assert report.bytes == 3 + 5 + 1 + 7 + 3
         removed = {str(path.relative_to(outputs.root)) for path in before - {p for p in outputs.root.rglob("*") if p.is_file()}}
         assert {name for name in removed if ".tmp-" not in name} == {
             f"cache/ab/{'ab' * 32}/image.png", f"{shot_path('partial')}/image.png",
@@ -489,7 +490,7 @@ class TestGarbage:
         gc(str(outputs.root), dry_run=True, as_json=True)
         report = json.loads(capsys.readouterr().out)
         assert (report["dry_run"], report["left_young"]) == (True, 3)
-        assert report["counts"] == {"cache entries": 0, "partial shots": 0, "stale keys": 0, "temporaries": 2}
+        assert report["counts"] == {"cache entries": 0, "partial shots": 0, "stale keys": 0, "temporaries": 4}
         gc(str(outputs.root), dry_run=False, as_json=False)
-        removed = "removed 0 cache entries, 0 partial shots, 0 stale keys, 2 temporaries: 8 bytes\n3 younger"
+        removed = "removed 0 cache entries, 0 partial shots, 0 stale keys, 4 temporaries: 10 bytes\n3 younger"
         assert capsys.readouterr().out.startswith(removed)

@@ -20,11 +20,12 @@ from more_itertools import batched
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
-from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE, SWEEP_FOLDERS, OutputFolder
+from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE, OutputFolder
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import (
     REPLACED,
     SHOT_FILES,
+    check_has_manifest,
     manifest_batches,
     manifest_files,
     new_name,
@@ -96,7 +97,7 @@ def check_not_empty(outputs: OutputFolder) -> None:
 class _Collector:
     def __init__(self, outputs: OutputFolder, lease: Lease, young_since: float, dry_run: bool) -> None:
         """`young_since`: time in seconds since 1970, by the clock of the storage."""
-        self._storage = outputs.storage
+        self._outputs, self._storage = outputs, outputs.storage
         self._cache = outputs.stage_cache
         self._lease = lease
         self._used_keys = set[str]()
@@ -117,7 +118,7 @@ class _Collector:
         for key in self._cache.stored_keys():
             if key not in self._used_keys:
                 self._drop_folder("cache entries", entry_path(key))
-        for path in self._storage.abandoned(SWEEP_FOLDERS):
+        for path in self._outputs.abandoned():
             files = path.rglob("*") if path.is_dir() else [path]
             self._report.add("temporaries", sum(file.stat().st_size for file in files if file.is_file()))
             self._delete(remove, path)
@@ -297,8 +298,7 @@ def prune(outputs: OutputFolder, ids: Set[str] = frozenset(), *, dry_run: bool =
 
     A killed call is completed by the next one. Raises SetupError if a run is using the folder, or if it has no manifest.
     """
-    if not outputs.storage.files("manifest"):
-        raise SetupError(f"{outputs.url}: has no results; pass the output folder of `vidgen render`")
+    check_has_manifest(outputs.storage)
     with outputs.lease(new_name()) as lease:
         shots, size = list[str](), 0
         for batch in manifest_batches(outputs.storage):

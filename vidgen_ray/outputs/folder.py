@@ -26,6 +26,7 @@ from vidgen_ray.outputs.lease import Fence, Lease, lease
 from vidgen_ray.outputs.records import (
     KEYS,
     RECORD,
+    SCORES,
     SHOTS,
     DoneShot,
     FileRecord,
@@ -317,8 +318,13 @@ class OutputFolder:
 
     def sweep(self) -> None:
         """Remove the temporary files of killed processes. Call it only while holding the lease of the folder."""
-        for path in self.storage.abandoned(SWEEP_FOLDERS):
+        for path in self.abandoned():
             remove(path)
+
+    def abandoned(self) -> Iterator[Path]:
+        """Yield the temporary files of killed processes. Call it only while holding the lease of the folder."""
+        scores = (f"{SCORES}/{name}" for name in self.storage.folders(SCORES))
+        return self.storage.abandoned([*SWEEP_FOLDERS, *scores])
 
 
 def _file_record(path: Path, sign: Callable[[Path], bool]) -> FileRecord:

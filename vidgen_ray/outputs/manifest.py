@@ -51,6 +51,8 @@ LIKENESS = {
     "frames_without_face": "frames_without_face",
 }
 """Manifest column -> field of `LikenessRecord`."""
+RESULT = ("key", "committed_at", "seconds", "gpu_seconds", "cost", "currency", "lora_loads", "cut_tokens")
+"""Columns of a finished shot that are fields of `DoneShot`."""
 Status = Literal["done", "failed", "replaced"]
 """State of a shot."""
 LastRun = Literal["rendered", "reused", "failed"]
@@ -292,16 +294,7 @@ def _failure_columns(failure: Failure) -> dict[str, Any]:
 
 
 def _result_columns(result: DoneShot) -> dict[str, Any]:
-    columns: dict[str, Any] = {
-        "key": result.key,
-        "committed_at": result.committed_at,
-        "seconds": result.seconds,
-        "gpu_seconds": result.gpu_seconds,
-        "cost": result.cost,
-        "currency": result.currency,
-        "lora_loads": result.lora_loads,
-        "cut_tokens": result.cut_tokens,
-    }
+    columns: dict[str, Any] = {name: getattr(result, name) for name in RESULT}
     if result.licences:
         columns["licences"] = sorted({licence for licence, _ in result.licences}, key=str)
         columns["commercial_use"] = worst_use(use for _, use in result.licences)
@@ -315,12 +308,10 @@ def _result_columns(result: DoneShot) -> dict[str, Any]:
     return columns
 
 
-def _arrow_schema() -> pyarrow.Schema:
-    columns = [(name, _type_of(name, field.annotation)) for name, field in ManifestRow.model_fields.items()]
-    return pyarrow.schema(columns, {"vidgen.manifest": str(VERSION)})
-
-
-SCHEMA = _arrow_schema()
+SCHEMA = pyarrow.schema(
+    [(name, _type_of(name, field.annotation)) for name, field in ManifestRow.model_fields.items()],
+    {"vidgen.manifest": str(VERSION)},
+)
 """The same for every run, so that the folder can be read as one table."""
 
 
@@ -517,8 +508,7 @@ def _began(writer: str) -> str:
 
 
 COLUMNS = (
-    *("run", "script", "id", "status", "key", "committed_at", "seed", "seconds", "gpu_seconds", "cost", "currency"),
-    *("lora_loads", "licences", "commercial_use", "cut_tokens", *LIKENESS),
+    *("run", "script", "id", "status", "seed", *RESULT, "licences", "commercial_use", *LIKENESS),
     *(f"{name}_{end}" for name in SHOT_FILES for end in ("sha256", "bytes")),
 )
 """Columns of the manifest that a look-up and the row of a reused shot need."""
@@ -620,21 +610,14 @@ class FinishedShots:
             return None
         has_likeness = row["frames_without_face"] is not None
         return DoneShot(
-            key=plan.key,
             folder=shot_path(plan.shot.id),
-            committed_at=row["committed_at"],
             seed=row["seed"],
             likeness={field: row[column] for column, field in LIKENESS.items()} if has_likeness else None,
             sha256={SHOT_FILES[name]: row[f"{name}_sha256"] for name in names},
             bytes={SHOT_FILES[name]: row[f"{name}_bytes"] for name in names},
-            seconds=row["seconds"],
-            gpu_seconds=row["gpu_seconds"],
-            cost=row["cost"],
-            currency=row["currency"],
-            lora_loads=row["lora_loads"],
             # The manifest has the commercial use of all licences together only.
             licences=tuple((licence, row["commercial_use"]) for licence in row["licences"] or ()),
-            cut_tokens=row["cut_tokens"] or 0,
+            **{name: row[name] for name in RESULT},
         )
 
     def _holds_on_disk(self, done: DoneShot) -> bool:

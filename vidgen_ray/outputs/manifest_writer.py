@@ -14,7 +14,7 @@ import os
 import posixpath
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +125,9 @@ class ManifestWriter:
                 self._failed.append(failed.as_json(self._run))
             if replaces is not None:
                 self._replaced_ids.append(replaces)
-            self._write_full_parts()
+            if len(self._rows) >= PART_ROWS or len(self._failed) >= PART_ROWS:
+                with suppress(OSError):
+                    self._write_parts()
 
     def flush(self) -> None:
         """Write the rows added so far. Runs automatically every `FLUSH_S` seconds."""
@@ -152,10 +154,17 @@ class ManifestWriter:
         self._flushing.stop()
         self.flush()
         rechecked_script = self._script if whole_script else None
+
+        def is_resolved(reason: _Reason) -> bool:
+            if reason.key in failures:
+                return False
+            was_rechecked = reason.script == rechecked_script and (reason.stage == REJECTED or every_line_has_a_row)
+            return was_rechecked or reason.id in seen or reason.id in replaced_ids
+
         names = manifest_files(self._storage)
         sources, damaged = [], []
         finished_runs = set[str]()
-        replaced_ids, seen, failures = set(self._replaced_ids), set[str](), set[str]()
+        replaced_ids, seen, failures = set(self._replaced_ids), set[str](), set[tuple[str, str]]()
         for name in names:
             is_own = name.startswith(f"manifest/{self._run}-")
             if (indexed := read_index(self._storage, name, seen)) is None:
@@ -167,22 +176,20 @@ class ManifestWriter:
                 file = _without_replaced(file, index, replaced_ids, rechecked_script)
                 if every_line_has_a_row:
                     file = _with_replaced_rows(file, index, self._script)
-            failures.update(_failure_keys(file, index))
+            failed = index.filter(pyarrow.array(file.current & _is(index, "status", "failed")))
+            failures.update(zip(failed.column("run").to_pylist(), failed.column("id").to_pylist(), strict=True))
             finished_runs |= _finished_runs(file, index)
             if is_own or _needs_merge(file):
                 sources.append(file)
-        merge_failures(self._storage, ManifestState(seen, failures, replaced_ids, rechecked_script, every_line_has_a_row))
-        sources, unreadable = _readable(self._storage, sources)
+        _merge_failures(self._storage, is_resolved)
+        # Damaged in a column that is not in the index.
+        unreadable = [file.name for file in sources if file.current.any() and is_damaged(self._storage, file.name)]
+        sources = [file for file in sources if file.name not in unreadable]
         damaged = [_hide(self._storage, name) for name in (*damaged, *unreadable)]
         _merge_rows(self._storage, self._run, sources[::-1])
         if every_shot_has_a_row:
             delete_markers(self._storage, self._run, min(finished_runs, default=None))
         return damaged
-
-    def _write_full_parts(self) -> None:
-        if len(self._rows) >= PART_ROWS or len(self._failed) >= PART_ROWS:
-            with suppress(OSError):
-                self._write_parts()
 
     def _write_parts(self) -> None:
         """Write the current part files. They are rewritten until they are full."""
@@ -202,12 +209,6 @@ class ManifestWriter:
             if len(self._failed) >= PART_ROWS:
                 self._failed, self._failed_parts = [], self._failed_parts + 1
         self._unwritten = False
-
-
-def _readable(storage: Storage, files: list[ManifestFile]) -> tuple[list[ManifestFile], list[str]]:
-    """Return the files that can be merged, and the names of those that are damaged in a column that is not in the index."""
-    unreadable = [file.name for file in files if file.current.any() and is_damaged(storage, file.name)]
-    return [file for file in files if file.name not in unreadable], unreadable
 
 
 def _hide(storage: Storage, name: str) -> str:
@@ -265,14 +266,6 @@ def drop_rows(storage: Storage, run: str, ids: Set[str]) -> None:
         if not current.all():
             sources.append(file._replace(current=current))
     _merge_rows(storage, run, sources[::-1])
-
-
-def _failure_keys(file: ManifestFile, index: pyarrow.Table) -> list[str]:
-    """Return the failure key of each current row that failed."""
-    failed = index.filter(pyarrow.array(file.current & _is(index, "status", "failed")))
-    return [
-        failure_key(run, id_) for run, id_ in zip(*(failed.column(name).to_pylist() for name in ("run", "id")), strict=True)
-    ]
 
 
 def _finished_runs(file: ManifestFile, index: pyarrow.Table) -> set[str]:
@@ -345,27 +338,7 @@ def to_utf8(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-class ManifestState(NamedTuple):
-    """The manifest rows of all runs, as far as they decide which failures are kept."""
-
-    ids: set[str]
-    """Ids of all rows."""
-    failures: set[str]
-    """`failure_key` of each row whose status is failed."""
-    replaced_ids: set[str]
-    """Ids of earlier runs whose lines now have another id."""
-    rechecked_script: str | None
-    """Script that this run read to its end. Earlier rejections of its lines are dropped."""
-    every_line_has_a_row: bool = False
-    """The ids include all lines that this script has now. Its other failures are dropped."""
-
-
-def failure_key(run: object, line_id: object) -> str:
-    """Return the text that identifies the failure of a line in a run."""
-    return f"{run} {line_id}"
-
-
-def merge_failures(storage: Storage, state: ManifestState) -> None:
+def _merge_failures(storage: Storage, is_resolved: Callable[[_Reason], bool]) -> None:
     """Merge the part files of all runs into `failures.jsonl` and drop resolved failures.
 
     The file is deleted if no failure is left.
@@ -375,7 +348,7 @@ def merge_failures(storage: Storage, state: ManifestState) -> None:
         return
     with storage.new_file(FILE) as path:
         with path.open("wb") as target:
-            target.writelines(to_utf8(line + "\n") for line in _unresolved(_lines(storage, [FILE, *parts]), state))
+            target.writelines(to_utf8(line + "\n") for line in _unresolved(_lines(storage, [FILE, *parts]), is_resolved))
         is_empty = path.stat().st_size == 0
     for merged in [FILE, *parts] if is_empty else parts:
         storage.delete(merged)
@@ -399,9 +372,9 @@ def failed_lines(storage: Storage, ids: Set[str]) -> list[str]:
     return [line for line in _lines(storage, [FILE]) if (reason := _reason(line)) is not None and reason.id in ids]
 
 
-def _unresolved(lines: Iterable[str], state: ManifestState) -> Iterator[str]:
+def _unresolved(lines: Iterable[str], is_resolved: Callable[[_Reason], bool]) -> Iterator[str]:
     """Yield the lines whose failure still counts, and lines without a reason."""
-    written = set[str]()
+    written = set[tuple[str, str]]()
     for line in lines:
         reason = _reason(line)
         if reason is None:
@@ -411,10 +384,7 @@ def _unresolved(lines: Iterable[str], state: ManifestState) -> Iterator[str]:
         if reason.key in written:
             continue
         written.add(reason.key)
-        is_rejection = reason.stage == REJECTED
-        was_rechecked = reason.script == state.rechecked_script and (is_rejection or state.every_line_has_a_row)
-        is_resolved = reason.id in state.ids or reason.id in state.replaced_ids or was_rechecked
-        if reason.key in state.failures or not is_resolved:
+        if not is_resolved(reason):
             yield line
 
 
@@ -422,17 +392,17 @@ class _Reason(NamedTuple):
     id: str
     script: object
     stage: object
-    run: object
+    run: str
 
     @property
-    def key(self) -> str:
-        return failure_key(self.run, self.id)
+    def key(self) -> tuple[str, str]:
+        return self.run, self.id
 
 
 def _reason(line: str) -> _Reason | None:
     """Return the reason of a line, or `None` for a line that was added by hand."""
     try:
         reason = json.loads(line)["failure"]
-        return _Reason(str(reason["id"]), reason["script"], reason["stage"], reason.get("run"))
+        return _Reason(str(reason["id"]), reason["script"], reason["stage"], str(reason.get("run")))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
