@@ -8,7 +8,7 @@ import pytest
 from tests.upscale.conftest import FAST, TAGGED
 from tests.upscale.videos import decoded, packets, picture, write_video
 from vidgen_ray.errors import MediaError
-from vidgen_ray.upscale.frames import FrameInterpolator, interpolated, interpolator_weights
+from vidgen_ray.upscale.frames import FrameInterpolator, interpolated
 from vidgen_ray.upscale.source import Place, places, read_source, timeline_of
 
 
@@ -54,7 +54,7 @@ def test_lower_rate_is_refused(tmp_path, upscale):
 
 
 def test_cuts_repeat_the_frame_before_and_sixteen_bits_stay():
-    network = FrameInterpolator(interpolator_weights(), "cpu", threads=1)
+    network = FrameInterpolator("cpu", threads=1)
     rng = np.random.default_rng(0)
     cut = [picture(0), rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)]
     wanted = [Place(0, Fraction(0)), Place(0, Fraction(1, 2)), Place(1, Fraction(0))]

@@ -145,7 +145,9 @@ def item_for(profile: Profile, stage_class: type[Stage[Any]], shot: Shot) -> Ite
 
 def _measure_steps(stage: Stage[Any], item: Item, options: BenchOptions, on_gpu: bool) -> Measurement:
     low, high = options.steps if f"steps.{stage.name}" in stage.reads else (0, 0)
-    short, long = (Item(_with_steps(item.shot, stage.name, steps), item.artefacts) for steps in (low, high))
+    all_steps = item.shot.steps
+    with_steps = [all_steps.model_copy(update={stage.name: steps}) if steps else all_steps for steps in (low, high)]
+    short, long = (Item(item.shot.model_copy(update={"steps": steps}), item.artefacts) for steps in with_steps)
     first_s, long_s = _seconds(lambda: stage(long), options.repeats, on_gpu)
     step_s, fixed_s = None, 0.0
     if high > low:
@@ -188,11 +190,6 @@ def _seconds(call: Callable[[], Any], repeats: int, on_gpu: bool) -> tuple[float
     """Return the seconds of the first call, and the median of the next ones."""
     first, *others = (_timed(call, on_gpu) for _ in range(repeats + 1))
     return first, median(others)
-
-
-def _with_steps(shot: Shot, stage: str, steps: int) -> Shot:
-    """Return the shot with this number of steps in a stage. 0 changes nothing."""
-    return shot.model_copy(update={"steps": shot.steps.model_copy(update={stage: steps})}) if steps else shot
 
 
 def _timed(call: Callable[[], Any], on_gpu: bool) -> float:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from vidgen_ray.dataset.lineage import changes, flat_settings
-from vidgen_ray.dataset.tables import DIGEST, IN_SCRIPT_ORDER, open_tables, quoted
+from vidgen_ray.dataset.tables import IN_SCRIPT_ORDER, NUMBERS, columns_of, open_tables, quoted
 from vidgen_ray.errors import UsageError
 from vidgen_ray.outputs.manifest import SETTINGS
 from vidgen_ray.outputs.storage import Storage
@@ -51,7 +51,6 @@ RESULTS = {
     "file_bytes": "coalesce(hd_video_bytes, video_bytes, image_bytes)",
 }
 """Measure -> SQL. `accepted`: 1 or 0 for a reviewed clip, so that its mean is the share of accepted clips."""
-NUMERIC = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "FLOAT", "DOUBLE", "BOOLEAN")
 FACES, MOTION = ("clip_likeness_mean", "likeness", "image_likeness"), ("motion_share", "motion")
 """Measures for likeness against motion. The first that exists is used."""
 SETTING_COLUMNS = ("mode", "width", "height", "num_frames", "fps", *SETTINGS)
@@ -133,8 +132,7 @@ def _load(storages: Sequence[Storage]) -> Clips:
     tables = []
     for number, storage in enumerate(storages):
         with open_tables(storage) as database:
-            described = database.execute("DESCRIBE scores").fetchall()
-            scores = [name for name, kind, *_ in described if name != DIGEST and kind in NUMERIC]
+            scores = [name for name, kind in columns_of(database, "scores").items() if NUMBERS.fullmatch(kind)]
             measures = {**{name: name for name in LIKENESS}, **{name: quoted(name) for name in scores}, **RESULTS}
             columns = ", ".join(f"({sql})::DOUBLE AS {quoted(name)}" for name, sql in measures.items())
             table = database.sql(f"""

@@ -43,7 +43,7 @@ def write_page(result: Mapping[str, Any], storages: Sequence[Storage], target: S
         """Return the URL of the thumbnail of an image, relative to the page."""
         storage, row = storages[folder], {"image": image}
         if image and storage.local is not None:
-            add_thumbnails(storage.local, [row], lambda made, total: None)
+            add_thumbnails(storage.local, [row])
         return link(folder, row.get("thumbnail", image))
 
     environment = Environment(loader=PackageLoader("vidgen_ray.dataset", "."), autoescape=True, trim_blocks=True)

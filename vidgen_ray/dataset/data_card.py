@@ -29,7 +29,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image as PILImage
 
-from vidgen_ray.dataset.tables import DIGEST, MEMORY_LIMIT, OWN_COLUMNS, REVIEWS
+from vidgen_ray.dataset.tables import DIGEST, MEMORY_LIMIT, NUMBERS, OWN_COLUMNS, REVIEWS, columns_of, quoted
 from vidgen_ray.errors import MediaError
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.media import cover_crop, open_video, read_image
@@ -55,8 +55,6 @@ TAGS = ("ai-generated", "synthetic", "vidgen-ray")
 HUB_LICENCES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0")
 """Identifiers of the hub that are the SPDX identifier in small letters."""
 HUB_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
-NUMBERS = re.compile("DOUBLE|FLOAT|BOOLEAN|U?(BIG|SMALL|TINY)?INT(EGER)?")
-"""DuckDB's types of scores with a histogram."""
 EXPORT_COLUMNS = re.compile("split|file|sample|caption|signature|content|exported_.*")
 """Columns of the rows that `clips` does not have."""
 DESCRIPTIONS = {
@@ -124,7 +122,7 @@ def _files(database: duckdb.DuckDBPyConnection, state: Mapping[str, Any], source
     known = {*SCHEMA.names, *REVIEWS.names, *OWN_COLUMNS} - {*LIKENESS}
     drawn = [
         _histogram(database, name, meanings)
-        for name, kind, *_ in database.execute("DESCRIBE clips").fetchall()
+        for name, kind in columns_of(database, "clips").items()
         if NUMBERS.fullmatch(kind) and name not in known and not EXPORT_COLUMNS.fullmatch(name)
     ]
     samples, grid = _samples(database, source, names)
@@ -301,7 +299,7 @@ def _meanings(source: Storage) -> dict[str, str]:
 
 def _histogram(database: duckdb.DuckDBPyConnection, name: str, meanings: Mapping[str, str]) -> dict[str, Any] | None:
     """Return the picture of a score, its file name, its text and its row of the table. `None` if the score has no values."""
-    column = '"' + name.replace('"', '""') + '"'
+    column = quoted(name)
     values = f"(SELECT {column}::DOUBLE AS value FROM clips WHERE isfinite({column}::DOUBLE))"
     (found,) = _dicts(
         database,

@@ -42,7 +42,7 @@ from vidgen_ray.dataset.export_formats import (
     write_block,
 )
 from vidgen_ray.dataset.export_rows import FINISHED, REJECTED, ExportSettings, assign_splits, choose, count, load_rows
-from vidgen_ray.dataset.tables import open_tables, quoted, write_parquet
+from vidgen_ray.dataset.tables import columns_of, open_tables, quoted, write_parquet
 from vidgen_ray.engine.ray_cluster import connected
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
@@ -342,7 +342,7 @@ class _Export:
     def _rows(self, rest: str = "", *further: str) -> str:
         """Return the SQL of the exported rows, as the data set has them, in order. `further`: columns from `rest`."""
         first = ["parse_filename(file) AS file_name"] if self._settings.format == "videofolder" else []
-        names = [name for name, *_ in self._db.execute("DESCRIBE new").fetchall() if not name.startswith("_")]
+        names = [name for name in columns_of(self._db, "new") if not name.startswith("_")]
         listed = [f"exported_{name} AS {name}" if name in PROPERTIES else f"new.{quoted(name)}" for name in names]
         columns = ", ".join([*first, *further, *listed, "done.split"])
         return f"SELECT {columns} FROM done JOIN new USING (id) {rest} ORDER BY _place"

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from vidgen_ray.dataset.tables import IN_SCRIPT_ORDER, quoted, run_query, selection
+from vidgen_ray.dataset.tables import IN_SCRIPT_ORDER, columns_of, quoted, run_query, selection
 from vidgen_ray.errors import UsageError, shortened
 from vidgen_ray.licences import ALLOWED, Requirement
 from vidgen_ray.outputs.manifest import SCHEMA
@@ -181,7 +181,7 @@ def load_rows(database: duckdb.DuckDBPyConnection, kind: Kind, caption: str, *, 
         file = "{'file': parse_filename(x.path), 'weight': x.weight}"
         columns[name] = f"to_json(list_transform({name}, lambda x: {file}))::VARCHAR"
     own = {*columns, *OWN_COLUMNS}
-    for name, type_, *_ in database.execute("DESCRIBE clips").fetchall():
+    for name, type_ in columns_of(database, "clips").items():
         if not INTERNAL.fullmatch(name) and not (name in own and name in SCHEMA.names):
             columns[f"score_{name}" if name in own else name] = _flat(name, type_)
     sample = "if(contains(id, '.'), concat(replace(id, '.', '_'), '-', left(sha256(id), 8)), id)" if in_shards else "id"
@@ -217,7 +217,7 @@ def _flat(name: str, type_: str) -> str:
 
 def _caption(database: duckdb.DuckDBPyConnection, template: str) -> str:
     """Return the SQL of captions."""
-    columns = [name for name, *_ in database.execute("DESCRIBE clips").fetchall()]
+    columns = columns_of(database, "clips")
     found = f"SELECT DISTINCT unnest(json_keys(metadata)) AS key FROM {CHOSEN_CLIPS} ORDER BY key"
     keys = [f"metadata.{key}" for (key,) in database.execute(found).fetchall()]
     parts = ["''"]

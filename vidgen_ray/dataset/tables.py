@@ -35,6 +35,8 @@ DIGEST = "clip_sha256"
 MEMORY_LIMIT = "1GB"
 """Memory of the database. More is kept on disk."""
 TABLES = ("clips", "manifest", "scores", "reviews")
+NUMBERS = re.compile("DOUBLE|FLOAT|BOOLEAN|U?(BIG|SMALL|TINY)?INT(EGER)?")
+"""DuckDB's types of scores that are compared and have a histogram."""
 OWN_COLUMNS = ("clip", DIGEST, "character", "person", "factors", "siblings")
 """Columns of `clips` that no other table has."""
 REVIEWS = pyarrow.schema(
@@ -139,6 +141,11 @@ def _load_scores(database: duckdb.DuckDBPyConnection, storage: Storage) -> None:
     database.execute(f"CREATE TABLE scores AS SELECT * FROM {joined}")
 
 
+def columns_of(database: duckdb.DuckDBPyConnection, table: str) -> dict[str, str]:
+    """Return name -> type of the columns of a table."""
+    return {name: kind for name, kind, *_ in database.execute(f"DESCRIBE {table}").fetchall()}
+
+
 def quoted(name: str) -> str:
     """Return the name of a column or a table for SQL."""
     return '"' + name.replace('"', '""') + '"'
@@ -195,8 +202,5 @@ def selection(where: str | None, best: str | None, columns: Sequence[str] = ("*"
 
 def _columns_text(database: duckdb.DuckDBPyConnection) -> str:
     """Return a line per table with its columns. `clips` has those of the other tables, too."""
-    lines = []
-    for table in TABLES[1:]:
-        names = [row[0] for row in database.execute(f"DESCRIBE {table}").fetchall()]
-        lines.append(f"{table} has the columns {', '.join(names)}")
+    lines = [f"{table} has the columns {', '.join(columns_of(database, table))}" for table in TABLES[1:]]
     return "\n".join([*lines, f"clips has all of them and {', '.join(OWN_COLUMNS)}"])

@@ -36,14 +36,13 @@ from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import REPLACED, manifest_batches
 from vidgen_ray.outputs.storage import Storage
+from vidgen_ray.report.shot_text import place_in_script
 from vidgen_ray.script.lines import file_error, read_yaml_file
 
 SIZE = re.compile(r"(\d{1,5})[x×](\d{1,5})")
 MIN_SIDE_PX = 16
 FILES = ("font", "music", "narration")
 """Fields that hold the path of a file."""
-SHOT_FIELDS = ("caption", "narration", "duration_s", "fit", "transition")
-"""Fields of `ShotSettings`, which are also read from the `metadata` of a shot."""
 
 Transition = Literal["cut", "fade"]
 Model = TypeVar("Model", bound=BaseModel)
@@ -104,6 +103,9 @@ class ShotSettings(_FilmModel):
         description="How a clip gets its `duration_s`. hold: repeat the last frame, or cut. slow: play slower, or faster.",
     )
     transition: Transition | None = Field(None, description="Transition from what comes before. Default: that of the film.")
+
+
+SHOT_FIELDS = tuple(ShotSettings.model_fields)
 
 
 class FilmEntry(ShotSettings):
@@ -271,16 +273,19 @@ def manifest_candidates(storage: Storage) -> list[ShotCandidate]:
 
     Shots of lines that their script no longer has are left out.
     """
-    rows = [row for batch in manifest_batches(storage) for row in batch.select(COLUMNS).to_pylist()]
-    rows = [row for row in rows if row["status"] != REPLACED]
-    rows.sort(key=lambda row: (row["script"], row["line"] or 0, _natural(row["id"])))
+    rows = [
+        row | {"metadata": json.loads(row["metadata"] or "{}")}
+        for batch in manifest_batches(storage, COLUMNS)
+        for row in batch.to_pylist()
+        if row["status"] != REPLACED
+    ]
     return [
         ShotCandidate(
             row["id"],
-            json.loads(row["metadata"] or "{}"),
+            row["metadata"],
             f"failed in {row['failure_stage']}: {row['failure_message']}" if row["status"] == "failed" else None,
         )
-        for row in rows
+        for row in sorted(rows, key=place_in_script)
     ]
 
 
@@ -356,8 +361,3 @@ def _finished(outputs: OutputFolder, settings: FilmSettings, candidate: ShotCand
         is_clip=clip is not None,
         scene=scene if isinstance(scene, str) and scene.strip() else None,
     )
-
-
-def _natural(text: str) -> list[str | int]:
-    """Sort key with numbers by value: shot-v2 before shot-v10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]

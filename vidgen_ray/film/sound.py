@@ -16,12 +16,12 @@ import numpy as np
 from av.codec.context import Flags
 from av.filter import Graph
 
-from vidgen_ray.errors import MediaError, SetupError, UsageError
+from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.film.film_settings import FilmSettings
 from vidgen_ray.film.picture import OpenFile, add_chain, available, filtered
 from vidgen_ray.film.pieces import content_key
-from vidgen_ray.film.timeline import SAMPLE_RATE, FilmTimeline, TimelineItem
-from vidgen_ray.media.media_file import open_media, wrap_errors
+from vidgen_ray.film.timeline import SAMPLE_RATE, FilmTimeline, TimelineItem, open_sound
+from vidgen_ray.media.media_file import wrap_errors
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import new_file
 
@@ -347,9 +347,6 @@ def _repeated(path: Path) -> Iterator[Any]:
 
 def _converted(path: Path) -> Iterator[Any]:
     """Yield the sound of a file as 48 kHz stereo. Sound that starts late is preceded by silence, gaps are filled."""
-    with open_media(path) as opened:
-        stream = opened.streams.best("audio")
-        if stream is None or stream.codec_context is None:
-            raise MediaError(f"{path}: has no sound, or none with a supported codec")
+    with open_sound(path) as (opened, stream):
         filters = [f"aresample={SAMPLE_RATE}:async=1:first_pts=0", f"aformat={FORMAT}"]
         yield from _through(opened.decode(stream), filters, template=stream)

@@ -7,10 +7,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.film.film_settings import ChosenShot, ClipFormat, FilmSettings, PixelSize
@@ -55,13 +56,20 @@ def _has_constant_rate(times: list[int | None], fps: Fraction, time_base: Fracti
     )
 
 
-def sound_seconds(path: Path) -> float:
-    """Return the length of the sound in a file. Raises MediaError if there is none."""
-    check_is_file(path)
-    with wrap_errors(f"{path}: cannot be read as sound"), open_media(path) as opened:
+@contextmanager
+def open_sound(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Open PyAV's container and its best sound stream. Raises MediaError if there is none."""
+    with open_media(path) as opened:
         stream = opened.streams.best("audio")
         if stream is None or stream.codec_context is None:
             raise MediaError(f"{path}: has no sound, or none with a supported codec")
+        yield opened, stream
+
+
+def sound_seconds(path: Path) -> float:
+    """Return the length of the sound in a file. Raises MediaError if there is none."""
+    check_is_file(path)
+    with wrap_errors(f"{path}: cannot be read as sound"), open_sound(path) as (opened, stream):
         end = Fraction(0)
         for packet in opened.demux(stream):
             if packet.pts is not None:

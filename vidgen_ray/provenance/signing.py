@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vidgen_ray.errors import MediaError, SetupError
+from vidgen_ray.media.media_file import wrap_errors
 from vidgen_ray.provenance.record import SOURCE_TYPE_URI, TOOL, Operation, ProvenanceRecord, ProvenanceSettings
 from vidgen_ray.system.files import write_atomically
 
@@ -214,7 +214,7 @@ def sign_file(path: Path, record: ProvenanceRecord, key: Path, ingredients: Sequ
     signed = path.with_name(f"{path.name}.signed")
     try:
         with (
-            _c2pa_errors(f"{path}: cannot be signed"),
+            wrap_errors(f"{path}: cannot be signed"),
             c2pa.Signer.from_info(info) as signer,
             c2pa.Context.from_dict(SETTINGS) as context,
             c2pa.Builder(json.dumps(_manifest(record, ingredients)), context) as builder,
@@ -280,7 +280,7 @@ def read_signature(path: Path, trust_anchors: str | None = None) -> Signature | 
     settings: dict[str, Any] = {"verify": {**SETTINGS["verify"], "verify_trust": True}}
     if trust_anchors is not None:
         settings["trust"] = {"trust_anchors": trust_anchors}
-    with _c2pa_errors(f"{path}: cannot be verified"), c2pa.Context.from_dict(settings) as context, path.open("rb") as file:
+    with wrap_errors(f"{path}: cannot be verified"), c2pa.Context.from_dict(settings) as context, path.open("rb") as file:
         reader = c2pa.Reader.try_create(_media_type(path), file, context=context)
         if reader is None:
             return None
@@ -312,18 +312,6 @@ def _c2pa() -> Any:
     except ImportError:
         raise SetupError(f"C2PA signatures need the package c2pa-python: {INSTALL}") from None
     return c2pa
-
-
-@contextmanager
-def _c2pa_errors(message: str) -> Iterator[None]:
-    """Turn the errors of c2pa into a MediaError."""
-    try:
-        yield
-    except MediaError:
-        raise
-    # C2paError has no useful subclasses, and damaged files raise others.
-    except Exception as error:
-        raise MediaError(f"{message}: {' '.join(str(error).split())}") from None
 
 
 def _media_type(path: Path) -> str:

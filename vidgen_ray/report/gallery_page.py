@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from datetime import datetime
@@ -47,8 +47,16 @@ from vidgen_ray.outputs.reviews import (
 )
 from vidgen_ray.outputs.run_log import read_status
 from vidgen_ray.outputs.storage import Storage, storage_at
-from vidgen_ray.report.shot_text import DEFAULTS, length_text, settings_text, short_names, size_text, value_text
-from vidgen_ray.script.expansion import MATRIX, MATRIX_NUMBER, TEXTS
+from vidgen_ray.report.shot_text import (
+    DEFAULTS,
+    length_text,
+    place_in_script,
+    settings_text,
+    short_names,
+    size_text,
+    value_text,
+)
+from vidgen_ray.script.expansion import MATRIX, TEXTS
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, NESTED_FIELDS, Shot
 from vidgen_ray.stages.likeness import sampled_frames
 from vidgen_ray.system.quantities import amount_text, duration, money
@@ -82,30 +90,16 @@ def gallery_rows(storage: Storage, limit: int = MAX_SHOTS) -> GalleryRows:
         rows = [row for row in batch.to_pylist() if row["status"] != REPLACED]
         for row in rows:
             row["metadata"] = _object(row["metadata"])
-        chosen = heapq.nsmallest(limit, [*chosen, *rows], key=_order)
+        chosen = heapq.nsmallest(limit, [*chosen, *rows], key=lambda row: (row["status"] != "failed", place_in_script(row)))
     failed_fields = _failed_fields(storage, {row["id"] for row in chosen if row["status"] == "failed"})
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as reading:
         shown = list(reading.map(lambda row: _row(storage, row, failed_fields), chosen))
-    for order, number in enumerate(sorted(range(len(shown)), key=lambda number: _place_in_script(chosen[number]))):
+    for order, number in enumerate(sorted(range(len(shown)), key=lambda number: place_in_script(chosen[number]))):
         if "axes" in shown[number]:
             shown[number]["order"] = order
     _shorten_names(shown)
     _add_reviews(storage, chosen, shown)
     return GalleryRows(shown, dict(counts))
-
-
-def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["status"] != "failed", _place_in_script(row)
-
-
-def _place_in_script(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    number = row["metadata"].get(MATRIX_NUMBER)
-    return row["script"], row["line"] or 0, number if isinstance(number, int) else 0, _natural(row["id"])
-
-
-def _natural(text: str) -> list[tuple[bool, float, str]]:
-    """Return a key that sorts numbers in texts by their value."""
-    return [(part.isdecimal(), float(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", text)]
 
 
 def _axes(row: Mapping[str, Any]) -> dict[str, str]:
@@ -160,7 +154,7 @@ def _shorten_names(rows: Sequence[dict[str, Any]]) -> None:
 def _add_reviews(storage: Storage, rows: Sequence[Mapping[str, Any]], shown: Sequence[dict[str, Any]]) -> None:
     """Add `clip`, the digest by which a clip is reviewed, `review`, and `siblings` to the shown rows.
 
-    `siblings` is a number that the shots of a line have which differ only in their seed.
+    `siblings` is a number that the shots of a line have which differ only in their seed, as in `dataset/tables.py`.
     """
     reviews, groups = read_reviews(storage), defaultdict[str, list[dict[str, Any]]](list)
     for row, each in zip(rows, shown, strict=True):
@@ -171,7 +165,7 @@ def _add_reviews(storage: Storage, rows: Sequence[Mapping[str, Any]], shown: Seq
             each["review"] = review.model_dump(mode="json", exclude={"clip_sha256", "id"})
         matrix = row["metadata"].get(MATRIX)
         values = {name: value for name, value in matrix.items() if name != "seed"} if isinstance(matrix, dict) else {}
-        groups[json.dumps([row["script"], row["line"], values, *(row[name] for name in TEXTS)])].append(each)
+        groups[json.dumps([row["script"], row["line"] or row["id"], values, *(row[name] for name in TEXTS)])].append(each)
     for number, group in enumerate(group for group in groups.values() if len(group) > 1):
         for each in group:
             each["siblings"] = number
@@ -254,11 +248,8 @@ SIDE_PX = 320
 """Longest side."""
 QUALITY = 75
 
-OnMade = Callable[[int, int], None]
-"""Called with the number of thumbnails made and to make."""
 
-
-def add_thumbnails(root: Path, rows: Sequence[dict[str, Any]], on_made: OnMade) -> None:
+def add_thumbnails(root: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Make the missing thumbnails of the rows and set their `thumbnail`, a path relative to `root`.
 
     An image that cannot be read has no thumbnail.
@@ -270,11 +261,9 @@ def add_thumbnails(root: Path, rows: Sequence[dict[str, Any]], on_made: OnMade) 
             if not _is_current(root, row):
                 missing.append(row)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(lambda row: _make(root, row), missing)
-        for number, row in enumerate(missing, start=1):
-            if not next(made):
+        for row, is_made in zip(missing, pool.map(lambda row: _make(root, row), missing), strict=True):
+            if not is_made:
                 del row["thumbnail"]
-            on_made(number, len(missing))
 
 
 def _place(row: Mapping[str, Any]) -> str:
@@ -317,10 +306,10 @@ def check_no_other_page(out: str | Path) -> None:
         raise UsageError(f"{storage.place(FILE)}: exists and is not from vidgen; move it, or choose another output folder")
 
 
-def write_gallery(out: str | Path, on_made: OnMade = lambda done, total: None) -> Path | str:
+def write_gallery(out: str | Path) -> Path | str:
     """Write the gallery, and thumbnails if the folder is on a disk. Return its path or URL. Raises OSError."""
     storage = storage_at(out)
-    storage.write(FILE, page_of(gallery_data(storage, on_made)))
+    storage.write(FILE, page_of(gallery_data(storage)))
     return storage.place(FILE)
 
 
@@ -331,11 +320,11 @@ def update_gallery(out: str | Path) -> None:
         write_gallery(out)
 
 
-def gallery_data(storage: Storage, on_made: OnMade = lambda done, total: None) -> dict[str, Any]:
+def gallery_data(storage: Storage) -> dict[str, Any]:
     """Return what the page shows, as JSON data. Makes the missing thumbnails. Raises OSError."""
     rows, counts = gallery_rows(storage)
     if storage.local is not None:
-        add_thumbnails(storage.local, rows, on_made)
+        add_thumbnails(storage.local, rows)
     total = sum(counts.values()) - counts.get(REPLACED, 0)
     return {"rows": rows, "counts": counts, "total": total, "films": film_names(storage)}
 

@@ -1,4 +1,4 @@
-"""Settings and measures of a shot in words, for the gallery of a run and for the server's page."""
+"""Settings and measures of a shot in words, for the gallery of a run and for the server's page, and the order of shots."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from vidgen_ray.graph import clip_growth, clip_length, stages_of
+from vidgen_ray.script.expansion import MATRIX_NUMBER
 from vidgen_ray.shot import LORA_FIELDS, NESTED_FIELDS, Shot
 
 DEFAULTS = {name: field.get_default(call_default_factory=True) for name, field in Shot.model_fields.items()}
@@ -89,3 +90,14 @@ def size_text(width: int, height: int) -> str:
 
 def length_text(seconds: float) -> str:
     return f"{round(seconds, 1):g} s"
+
+
+def place_in_script(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return a key that sorts manifest rows by script, line and place in its matrix. Their metadata is a mapping."""
+    number = row["metadata"].get(MATRIX_NUMBER)
+    return row["script"], row["line"] or 0, number if isinstance(number, int) else 0, _natural(row["id"])
+
+
+def _natural(text: str) -> list[tuple[bool, float, str]]:
+    """Return a key that sorts numbers in texts by their value."""
+    return [(part.isdecimal(), float(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", text)]

@@ -263,20 +263,17 @@ def _scaled(value: Fraction, unit: int) -> int:
 
 
 INTERPOLATOR = "builtin:rife"
-
-
-def interpolator_weights() -> Path:
-    """Return the weights of RIFE. Raises SetupError if they are not on this machine."""
-    return resolve(INTERPOLATOR)
+"""Weights of RIFE."""
 
 
 class FrameInterpolator:
     """RIFE in float32. Frames are uint8 or uint16 (H, W, 3). One thread may use it at a time."""
 
-    def __init__(self, weights: Path, device: str, threads: int) -> None:
-        """Load the weights. Raises SetupError."""
+    def __init__(self, device: str, threads: int) -> None:
+        """Load the weights. Raises SetupError if they are not on this machine."""
         from vidgen_ray.nets.rife_network import load_rife
 
+        weights = resolve(INTERPOLATOR)
         self._network = load_rife(weights).to(device)
         self._device, self._threads = device, threads
         self._min_similarity = RifeParams(weights=weights).min_similarity

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -26,7 +26,6 @@ from vidgen_ray.upscale.frames import (
     FrameReader,
     Pixels,
     interpolated,
-    interpolator_weights,
     write_segment,
 )
 from vidgen_ray.upscale.network import EngineSettings, Size, UpscaleModel, UpscaleNetwork
@@ -131,9 +130,7 @@ class SegmentWorker:
         self._reader = FrameReader(job.source)
         # As many threads as a call of the network: further ones would wait for the CPUs of the calls at the same time.
         threads = job.settings.threads_per_call
-        self._interpolator = (
-            None if job.fps is None else FrameInterpolator(interpolator_weights(), job.settings.device, threads)
-        )
+        self._interpolator = None if job.fps is None else FrameInterpolator(job.settings.device, threads)
 
     def write(self, segment: Segment, path: Path, on_frame: Callable[[], None]) -> None:
         """Write the file of a segment. `on_frame` is called after each frame, and ends the work if it raises.
@@ -237,6 +234,11 @@ class Threads:
         stop = threading.Event()
         failures: list[BaseException] = []
 
+        def count(segment: Segment) -> None:
+            if stop.is_set():
+                raise Cancelled
+            on_frame(segment)
+
         def work() -> None:
             segment = None
             try:
@@ -246,20 +248,20 @@ class Threads:
                             segment = waiting.popleft()
                         except IndexError:
                             return
-                        worker.write(segment, folder / segment.file_name, _stoppable(stop, segment, on_frame))
+                        worker.write(segment, folder / segment.file_name, partial(count, segment))
             except Cancelled:
                 return
             except Exception as error:
                 failures.append(SegmentFailed(segment, error) if segment is not None else error)
                 stop.set()
 
-        count = min(self.workers, len(segments))
+        workers = min(self.workers, len(segments))
         # Leaving the block waits for the threads: after Ctrl-C, nothing must be written while the process ends. `Thread.join`
         # is not used to wait: in Python 3.11 and 3.12, an interrupted join makes the next one return at once.
-        with ThreadPoolExecutor(count) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             try:
                 # Ctrl-C may come while a thread is started, too.
-                futures = [pool.submit(work) for _ in range(count)]
+                futures = [pool.submit(work) for _ in range(workers)]
                 self._check_interrupt()
                 while wait(futures, timeout=CHECK_S).not_done:
                     self._check_interrupt()
@@ -267,12 +269,3 @@ class Threads:
                 stop.set()
         if failures:
             raise failures[0]
-
-
-def _stoppable(stop: threading.Event, segment: Segment, on_frame: Callable[[Segment], None]) -> Callable[[], None]:
-    def count() -> None:
-        if stop.is_set():
-            raise Cancelled
-        on_frame(segment)
-
-    return count

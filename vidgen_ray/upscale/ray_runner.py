@@ -87,7 +87,10 @@ class RayRunner:
                 self._check_interrupt()
                 for reference in ray.wait([*running], timeout=CHECK_S)[0]:
                     segment = running.pop(reference)
-                    result = _result(reference)
+                    try:
+                        result: bytes | Exception = ray.get(reference)
+                    except ray.exceptions.RayError as error:
+                        result = RuntimeError(f"the worker crashed: {first_line(error)}")
                     if isinstance(result, Exception):
                         failures[segment] += 1
                         if failures[segment] >= (ATTEMPTS_OF_REFUSED if isinstance(result, VidgenError) else ATTEMPTS):
@@ -100,14 +103,6 @@ class RayRunner:
         finally:
             for reference in running:
                 ray.cancel(reference, force=True)
-
-
-def _result(reference: Any) -> bytes | Exception:
-    try:
-        result: bytes | Exception = ray.get(reference)
-    except ray.exceptions.RayError as error:
-        return RuntimeError(f"the worker crashed: {first_line(error)}")
-    return result
 
 
 def settings_on_cluster(model: UpscaleModel) -> EngineSettings:

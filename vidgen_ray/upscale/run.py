@@ -43,11 +43,12 @@ from vidgen_ray.stages.realesrgan import RealESRGANStage, weights_file
 from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import abandoned, new_file, remove, write_atomically
-from vidgen_ray.upscale.frames import EncodeSettings, FrameReader, Pixels, interpolator_weights, write_segment
+from vidgen_ray.upscale.frames import INTERPOLATOR, EncodeSettings, FrameReader, Pixels, write_segment
 from vidgen_ray.upscale.job import Segment, SegmentFailed, Threads, UpscaleJob, fitted, scaled, upscale_frames
 from vidgen_ray.upscale.join import FORMATS, join_segments, plan_copies
 from vidgen_ray.upscale.network import EngineSettings, Size, UpscaleModel, UpscaleNetwork, choose_settings, settings_for
 from vidgen_ray.upscale.source import VideoSource, read_source, timeline_of
+from vidgen_ray.weights import resolve
 
 WORK_FOLDER = ".vidgen-upscale"
 """Folder beside the output files: segments of unfinished videos, and what the finished ones were made from."""
@@ -95,12 +96,6 @@ class UpscaleOptions:
         # Recorded video is partly generated if a network has drawn frames of it.
         altered: SourceType = "algorithmicallyEnhanced" if self.fps is None else "compositeWithTrainedAlgorithmicMedia"
         return altered_record(InputFile.read(video, digest(video)), self.operation, stages, self.provenance, altered)
-
-    def check(self, out: Path) -> None:
-        """Raise MediaError if `out` is to be signed and has a format without signatures, SetupError if signing cannot work."""
-        check_signing(self.provenance)
-        if self.provenance.signing_key is not None and FORMATS[out.suffix.lower()] == "matroska":
-            raise MediaError(f"{out}: Matroska files cannot be signed (C2PA); choose .mp4 or .mov, or do not pass a key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +154,9 @@ def upscale_file(
     begin = time.monotonic()
     work = out.parent / WORK_FOLDER / out.name
     record = work.with_name(f"{out.name}.json")
-    options.check(out)
+    check_signing(options.provenance)
+    if options.provenance.signing_key is not None and FORMATS[out.suffix.lower()] == "matroska":
+        raise MediaError(f"{out}: Matroska files cannot be signed (C2PA); choose .mp4 or .mov, or do not pass a key")
     source, size = planned_size(read_source(video), options)
     kept, not_copied = plan_copies(source, out.suffix.lower())
     timeline = timeline_of(source, options.fps)
@@ -253,7 +250,7 @@ def _request(source: VideoSource, size: Size, options: UpscaleOptions) -> str:
         "size": size,
         "pixel_aspect": str(source.pixel_aspect),
         "encode": options.encode.model_dump(),
-        "fps": None if options.fps is None else [str(options.fps), digest(interpolator_weights())],
+        "fps": None if options.fps is None else [str(options.fps), digest(resolve(INTERPOLATOR))],
         "provenance": options.provenance.for_key(),
         "versions": {"ffmpeg": av.library_versions, "torch": version("torch"), "spandrel": version("spandrel")},
     }
@@ -317,7 +314,7 @@ def write_preview(
     settings: EngineSettings,
     seconds: float,
     *,
-    on_progress: OnFrame = lambda done, total, made: None,
+    on_progress: OnFrame,
 ) -> UpscaleReport:
     """Write `seconds` from the middle of the video to NAME.preview.mp4 beside `out`, at a constant rate and without sound.
 
