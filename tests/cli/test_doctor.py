@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections import namedtuple
 from pathlib import Path
 from resource import RLIM_INFINITY
@@ -115,6 +116,18 @@ def test_check(finding, status, text, fix):
     assert finding.status == status
     assert text in finding.text
     assert (finding.fix is None) if fix is None else (fix in finding.fix)
+
+
+@pytest.mark.parametrize(
+    ("check", "package"), [(lambda: checks.check_provider("cpu"), "onnx"), (lambda: checks.check_video(), "av")]
+)
+def test_missing_package_is_a_finding(monkeypatch, check, package):
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    finding = check()
+    assert (finding.status, finding.text) == ("fail", f"the package {package} is not installed")
+    assert finding.fix == f"pip install {package}"
 
 
 def test_every_finding_that_is_not_a_pass_says_what_to_do():

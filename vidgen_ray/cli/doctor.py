@@ -13,6 +13,7 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -224,15 +225,25 @@ def check_provider(device: str, open_model: Callable[..., Any] = open_session) -
         session = open_model(trial_model(), device, 1, "a test model")
     except SetupError as error:
         return Finding("faces", "fail", str(error), REINSTALL_ONNXRUNTIME)
+    except ImportError as error:
+        return _not_installed("faces", error)
     return Finding("faces", "pass", f"sessions run on {session.get_providers()[0]}")
+
+
+def _not_installed(check: str, error: ImportError) -> Finding:
+    package = str(error.name).partition(".")[0]
+    return Finding(check, "fail", f"the package {package} is not installed", f"pip install {package}")
 
 
 def onnxruntime_cuda() -> str | None:
     """Return the CUDA version that onnxruntime-gpu was built for. `None` if unknown."""
-    import_onnxruntime()
-    from onnxruntime.capi import build_and_package_info
+    # `check_provider` reports an installation that is damaged.
+    with suppress(ImportError, SetupError):
+        import_onnxruntime()
+        from onnxruntime.capi import build_and_package_info
 
-    return str(getattr(build_and_package_info, "cuda_version", "")) or None
+        return str(getattr(build_and_package_info, "cuda_version", "")) or None
+    return None
 
 
 def check_cuda_pair(device: str, runtime_cuda: str | None, torch_cuda: str | None) -> Finding | None:
@@ -253,8 +264,10 @@ def check_video(has_decord: bool | None = None, encoders: Iterable[str] | None =
     if has_decord is None:
         has_decord = bool(installed_versions(["decord"]))
     if encoders is None:
-        from av.codec import codecs_available
-
+        try:
+            from av.codec import codecs_available
+        except ImportError as error:
+            return _not_installed("video", error)
         encoders = codecs_available
     if "libx264" not in set(encoders):
         return Finding("video", "fail", "PyAV has no libx264", "pip install --force-reinstall --only-binary :all: av")

@@ -39,17 +39,19 @@ SHARD_ENDING: dict[Format, str] = {"webdataset": ".tar", "parquet": ".parquet"}
 """Format whose files have many clips -> ending of these files."""
 METADATA = "metadata.parquet"
 """File of a split of `videofolder` with a row per clip."""
-PROPERTIES = ("sha256", "bytes", "width", "height", "num_frames", "fps", "duration_s")
-"""Columns that change if a clip is encoded again."""
+PROPERTIES = {
+    "sha256": pyarrow.string(),
+    **dict.fromkeys(("bytes", "width", "height", "num_frames"), pyarrow.int64()),
+    **dict.fromkeys(("fps", "duration_s"), pyarrow.float64()),
+}
+"""Columns that change if a clip is encoded again, with their types."""
 RESULTS = pyarrow.schema(
     [
         ("id", pyarrow.string()),
         ("problem", pyarrow.string()),  # why the row was left out. With a null id: why the task failed
         ("is_full", pyarrow.bool_()),
         ("content", pyarrow.large_binary()),  # for lance, which this process writes
-        ("sha256", pyarrow.string()),
-        *((name, pyarrow.int64()) for name in ("bytes", "width", "height", "num_frames")),
-        *((name, pyarrow.float64()) for name in ("fps", "duration_s")),
+        *PROPERTIES.items(),
     ]
 )
 """Result of a task: a row per clip, or one about the failure of the task."""

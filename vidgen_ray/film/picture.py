@@ -82,13 +82,13 @@ class Overlay(NamedTuple):
 
 def draw_caption(text: str, size: PixelSize, font: Path | None) -> Overlay:
     """Draw a caption for the lower edge of a picture. Raises UsageError if the text does not fit or the font lacks a letter."""
-    drawn, letter_px = _fitting(text, size, font, CAPTION_HEIGHT, MAX_CAPTION_HEIGHT)
-    outline_px = max(1, round(letter_px / 10))
-    left, top, right, bottom = _box(drawn, outline_px)
+    lines, loaded = _fitting(text, size, font, CAPTION_HEIGHT, MAX_CAPTION_HEIGHT)
+    outline_px = max(1, round(loaded.size / 10))
+    left, top, right, bottom = _box(lines, loaded, outline_px)
     width, height = _even(right - left), _even(bottom - top)
     image = PILImage.new("RGBA", (width, height), (0, 0, 0, 0))
     ImageDraw.Draw(image).multiline_text(
-        (-left, -top), drawn.text, INK, drawn.font, align="center", stroke_width=outline_px, stroke_fill=OUTLINE
+        (-left, -top), lines, INK, loaded, align="center", stroke_width=outline_px, stroke_fill=OUTLINE
     )
     # Even positions, since the chroma of two pixels is shared.
     x = (size.width - width) // 4 * 2
@@ -98,31 +98,27 @@ def draw_caption(text: str, size: PixelSize, font: Path | None) -> Overlay:
 
 def draw_title(text: str, size: PixelSize, font: Path | None) -> Image:
     """Draw a title card (H, W, 3), text in the middle. Raises UsageError if it does not fit or the font lacks a letter."""
-    drawn, _ = _fitting(text, size, font, TITLE_HEIGHT, MAX_TITLE_HEIGHT)
+    lines, loaded = _fitting(text, size, font, TITLE_HEIGHT, MAX_TITLE_HEIGHT)
     card = PILImage.new("RGB", size, BACKGROUND)
-    left, top, right, bottom = _box(drawn, 0)
+    left, top, right, bottom = _box(lines, loaded, 0)
     position = (size.width - right + left) / 2 - left, (size.height - bottom + top) / 2 - top
-    ImageDraw.Draw(card).multiline_text(position, drawn.text, INK, drawn.font, align="center")
+    ImageDraw.Draw(card).multiline_text(position, lines, INK, loaded, align="center")
     return np.asarray(card)
 
 
-class _DrawnText(NamedTuple):
-    text: str
-    """With line breaks."""
-    font: ImageFont.FreeTypeFont
-
-
-def _fitting(text: str, size: PixelSize, font: Path | None, height: float, max_height: float) -> tuple[_DrawnText, int]:
-    """Return the text in the largest letters that fit, and their size in pixels."""
+def _fitting(
+    text: str, size: PixelSize, font: Path | None, height: float, max_height: float
+) -> tuple[str, ImageFont.FreeTypeFont]:
+    """Return the text with line breaks, and the font with the largest letters that fit."""
     letter_px = max(MIN_LETTER_PX, round(min(size) * height))
     while letter_px >= MIN_LETTER_PX:
         loaded = _font(font, letter_px)
         if (letter := missing_letter(text, loaded)) is not None:
             raise UsageError(f"text {text[:60]!r}: the font has no letter {letter!r}; set a font that has it")
-        drawn = _DrawnText("\n".join(_balanced(text, loaded, size.width * MAX_TEXT_WIDTH)), loaded)
-        left, top, right, bottom = _box(drawn, round(letter_px / 10))
+        lines = "\n".join(_balanced(text, loaded, size.width * MAX_TEXT_WIDTH))
+        left, top, right, bottom = _box(lines, loaded, round(letter_px / 10))
         if right - left <= size.width and bottom - top <= size.height * max_height:
-            return drawn, letter_px
+            return lines, loaded
         letter_px = min(letter_px - 1, round(letter_px * 0.9))
     shown = text if len(text) <= 60 else f"{text[:59]}…"
     raise UsageError(f"text {shown!r}: too long for a picture of {size}; shorten it or use a larger size")
@@ -162,10 +158,10 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> Sequen
     return lines
 
 
-def _box(drawn: _DrawnText, outline_px: int) -> tuple[int, int, int, int]:
+def _box(lines: str, font: ImageFont.FreeTypeFont, outline_px: int) -> tuple[int, int, int, int]:
     """Return left, top, right and bottom of the text drawn at (0, 0), in whole pixels."""
     canvas = ImageDraw.Draw(PILImage.new("L", (1, 1)))
-    box = canvas.multiline_textbbox((0, 0), drawn.text, drawn.font, align="center", stroke_width=outline_px)
+    box = canvas.multiline_textbbox((0, 0), lines, font, align="center", stroke_width=outline_px)
     left, top, right, bottom = box
     return int(left) - 1, int(top) - 1, int(right) + 2, int(bottom) + 2
 

@@ -180,8 +180,7 @@ def write_sound(path: Path, tracks: Tracks, timeline: FilmTimeline, settings: Fi
     The tracks are mixed twice: to measure the loudness, and to write them with one gain. If the peaks would then be too high,
     loudnorm also limits them.
     """
-    loudness = _measure(tracks, timeline)
-    filters = [*_normalisation(loudness, settings.loudness_lufs), *_exact_length(timeline.samples)]
+    filters = [*_normalisation(tracks, timeline, settings.loudness_lufs), *_exact_length(timeline.samples)]
     filters.append(f"asetnsamples={AAC_FRAME_SAMPLES}:p=0")
     with (
         wrap_errors(f"{path}: cannot be written"),
@@ -197,31 +196,19 @@ def write_sound(path: Path, tracks: Tracks, timeline: FilmTimeline, settings: Fi
         output.mux(stream.encode(None))
 
 
-class _Loudness(NamedTuple):
-    integrated_lufs: float
-    range_lu: float
-    true_peak_db: float
-
-
-def _measure(tracks: Tracks, timeline: FilmTimeline) -> _Loudness | None:
-    """Return the loudness of the mix, or `None` if it is silent."""
+def _normalisation(tracks: Tracks, timeline: FilmTimeline, target_lufs: float) -> list[str]:
+    """Measure the loudness of the mix. Return the filters that bring it to the target, none if it is silent."""
     metadata: dict[str, str] = {}
     for frame in _mix(tracks, timeline, ["ebur128=metadata=1:peak=true"]):
         # The last frame may be too short for a measurement of its own.
         metadata = frame.metadata if INTEGRATED in frame.metadata else metadata
-    if not metadata or float(metadata[INTEGRATED]) < SILENCE_LUFS:
-        return None
-    peak = max(float(metadata["lavfi.r128.true_peak"]), 1e-4)
-    return _Loudness(float(metadata[INTEGRATED]), float(metadata["lavfi.r128.LRA"]), 20 * math.log10(peak))
-
-
-def _normalisation(measured: _Loudness | None, target_lufs: float) -> list[str]:
-    if measured is None:
+    if not metadata or (integrated_lufs := float(metadata[INTEGRATED])) < SILENCE_LUFS:
         return []
+    true_peak_db = 20 * math.log10(max(float(metadata["lavfi.r128.true_peak"]), 1e-4))
     known = (
-        f"measured_I={measured.integrated_lufs}:measured_TP={measured.true_peak_db:.2f}"
+        f"measured_I={integrated_lufs}:measured_TP={true_peak_db:.2f}"
         # loudnorm takes a range of 0 for not measured, and then ignores the other values.
-        f":measured_LRA={max(0.1, measured.range_lu)}:measured_thresh={measured.integrated_lufs - 10:.2f}"
+        f":measured_LRA={max(0.1, float(metadata['lavfi.r128.LRA']))}:measured_thresh={integrated_lufs - 10:.2f}"
     )
     target = f"I={target_lufs}:TP={TRUE_PEAK_DB}:LRA={MAX_LOUDNESS_RANGE_LU}"
     return [f"loudnorm={target}:{known}:linear=true", f"aresample={SAMPLE_RATE}", f"aformat={FORMAT}"]

@@ -118,10 +118,10 @@ def _row(storage: Storage, row: Mapping[str, Any], failed_fields: Mapping[str, d
     about = {"Prompt": row["prompt"], "Script": place, "Scene": shown.get("scene"), "Caption": row["metadata"].get("caption")}
     if row["status"] == "failed":
         shown["failure"] = f"{row['failure_stage']}: {row['failure_message']}"
-        details = _Details.of({}, failed_fields.get(row["id"], {}))
+        details = _details(failed_fields.get(row["id"], {}))
     else:
         folder = str(PurePosixPath(row["image"]).parent) if row["image"] else ""
-        details = _details(storage, folder, row["ended_at"]) if folder else _Details()
+        details = _recorded_details(storage, folder, row["ended_at"]) if folder else {}
         length = length_text(row["duration_s"]) if row["duration_s"] else None
         worst = shown["likeness"]
         likeness = None if worst is None else "no face found" if worst < -0.99 else f"likeness {worst:.2f}"
@@ -131,8 +131,7 @@ def _row(storage: Storage, row: Mapping[str, Any], failed_fields: Mapping[str, d
         about["Rendered in"] = duration(row["seconds"]) if row["seconds"] is not None else None
         about["Cost"] = money(row["cost"], row["currency"]) if row["cost"] else None
     about = {name: text for name, text in about.items() if text}
-    shown |= {"chain": details.chain, "fields": details.fields, "loras": details.loras}
-    shown["settings"] = [*about.items(), *details.settings]
+    shown |= details | {"settings": [*about.items(), *details.get("settings", ())]}
     return {name: value for name, value in shown.items() if value not in (None, [], {})}
 
 
@@ -193,36 +192,29 @@ def likeness_text(row: Mapping[str, Any]) -> str | None:
     return f"{text}; {missing} of {len(sampled_frames(row['num_frames']))} frames without a face" if missing else text
 
 
-class _Details(NamedTuple):
-    """Additions of the record of a shot to its row."""
+def _details(fields: Mapping[str, Any], record: Mapping[str, Any] = {}, folder: str = "") -> dict[str, Any]:
+    """Return what the fields and the record of a shot add to its row.
 
-    chain: Sequence[str] = ()
-    """Images of its stages."""
-    fields: Mapping[str, Any] = {}
-    """Fields that differ from the defaults, for a script line."""
-    loras: Sequence[str] = ()
-    settings: Sequence[tuple[str, str]] = ()
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any], fields: Mapping[str, Any], folder: str = "") -> _Details:
-        chain = [f"{folder}/{name}" for name in CHAIN if name in (record.get("files") or {})]
-        own = {name: value for name, value in fields.items() if value != DEFAULTS.get(name) and value not in (None, [], {})}
-        own |= {
-            name: {key: each for key, each in own[name].items() if each is not None} for name in NESTED_FIELDS if name in own
-        }
-        try:
-            shot = Shot.model_validate(fields)
-        except ValidationError:  # a rejected line
-            return cls(chain, own)
-        paths = [lora.path for lora in shot.all_loras]
-        return cls(chain, own, paths, list(settings_text(shot, list(file_sizes(shot).values())[-1], short_names(paths))))
+    `chain`: images of its stages. `fields`: those that differ from the defaults, for a script line. `loras`: their paths.
+    """
+    chain = [f"{folder}/{name}" for name in CHAIN if name in (record.get("files") or {})]
+    own = {name: value for name, value in fields.items() if value != DEFAULTS.get(name) and value not in (None, [], {})}
+    own |= {name: {key: each for key, each in own[name].items() if each is not None} for name in NESTED_FIELDS if name in own}
+    details = {"chain": chain, "fields": own}
+    try:
+        shot = Shot.model_validate(fields)
+    except ValidationError:  # a rejected line
+        return details
+    paths = [lora.path for lora in shot.all_loras]
+    settings = settings_text(shot, list(file_sizes(shot).values())[-1], short_names(paths))
+    return {**details, "loras": paths, "settings": list(settings)}
 
 
 @lru_cache(MAX_SHOTS)
-def _details(storage: Storage, folder: str, ended_at: datetime) -> _Details:
+def _recorded_details(storage: Storage, folder: str, ended_at: datetime) -> dict[str, Any]:
     """Read shot.json. `ended_at` of the row tells the records of a shot apart, for `vidgen watch`."""
     record = _object(storage.read(f"{folder}/{RECORD}") or b"{}")
-    return _Details.of(record, record.get("shot") or {}, folder)
+    return _details(record.get("shot") or {}, record, folder)
 
 
 def _failed_fields(storage: Storage, ids: set[str]) -> dict[str, dict[str, Any]]:
