@@ -281,7 +281,8 @@ def bench(
                 result = replace(result, measurement=result.measurement.model_copy(update={"random_weights": True}))
             results.append(result)
             if not as_json:
-                typer.echo(_progress(result), err=True)
+                variant = f" {result.measurement.variant}".rstrip() if result.measurement else ""
+                typer.echo(f"{result.stage}{variant}: {'measured' if result.measurement else 'not measured'}", err=True)
         chain = None if quick or stages or is_random else _chain(chosen, shots[0])
     measured: defaultdict[str, list[Measurement]] = defaultdict(list)
     for result in results:
@@ -448,11 +449,6 @@ def _peak_shares(profile: Profile, results: Sequence[StageResult], card: GpuCard
 def _row(result: StageResult, shares: Mapping[str, float]) -> dict[str, Any]:
     measured = result.measurement.model_dump() if result.measurement else {}
     return {"stage": result.stage, **measured, "peak_share": shares.get(result.stage), "problem": result.problem}
-
-
-def _progress(result: StageResult) -> str:
-    name = f"{result.stage} {result.measurement.variant}".strip() if result.measurement else result.stage
-    return f"{name}: {'measured' if result.measurement else 'not measured'}"
 
 
 def _table(results: Sequence[StageResult], shares: Mapping[str, float]) -> Table:

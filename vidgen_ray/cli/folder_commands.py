@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -37,11 +37,11 @@ from vidgen_ray.engine.status import Snapshot, StageStatus
 from vidgen_ray.errors import SetupError, UsageError, shortened
 from vidgen_ray.outputs.cleanup import GRACE_S, collect_garbage
 from vidgen_ray.outputs.cleanup import prune as remove_replaced
-from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.folder import OutputFolder, setting_of_last_run
 from vidgen_ray.outputs.manifest_writer import to_utf8
 from vidgen_ray.outputs.reviews import MAX_NAME
 from vidgen_ray.outputs.run_log import LOGS, RunStatus, read_log, read_status
-from vidgen_ray.outputs.storage import Storage, storage_at
+from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.outputs.verify import VerifyReport
 from vidgen_ray.outputs.verify import verify as verify_folder
 from vidgen_ray.report.overview import LISTED, Cost, ListedShot, Overview, overview
@@ -61,7 +61,7 @@ def status(out: OutArgument = "out", as_json: JsonOption = False) -> None:
     with Console(stderr=True).status(f"Reading {storage.url}"):
         run = read_status(storage)
         found = overview(storage)
-        last = _last_run(storage)
+        last = setting_of_last_run(OutputFolder(out), EndedRun)
     has_results = bool(sum(found.counts.values()))
     if not has_results and run is None:
         raise SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
@@ -88,12 +88,6 @@ class EndedRun(BaseModel):
     gpu_seconds: float
     cost: float | None
     currency: str | None
-
-
-def _last_run(storage: Storage) -> EndedRun | None:
-    with suppress(ValidationError):
-        return EndedRun.model_validate_json(storage.read("run.json") or b"")
-    return None
 
 
 def _print_run(console: Console, run: RunStatus) -> None:

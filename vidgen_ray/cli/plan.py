@@ -34,7 +34,7 @@ from vidgen_ray.licences import UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, load_calibration, profile_for
 from vidgen_ray.planner import plan as make_plan
-from vidgen_ray.planner.layout import Slot, WorkerSpec
+from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.planner.solver import ENCODER_CPUS
 from vidgen_ray.planner.speed_trials import open_trials
 from vidgen_ray.profile import AUTO, Profile
@@ -199,13 +199,10 @@ def _slots(planned: Plan) -> Table:
     for (slot, shares), alike in identical.items():
         for n, worker in enumerate(slot.workers):
             first = (str(alike), f"{slot.memory_gb:.1f} GB" if slot.has_gpu else "-") if n == 0 else ("", "")
+            process = "worker" if len(slot.workers) == 1 else f"worker {n + 1} of {len(slot.workers)}"
             share = f"{worker.gpus:.2f}" if worker.gpus else "-"
-            table.add_row(*first, _process(slot, n), f"{worker.cpus:g}", share, _stage_shares(worker, dict(shares)))
+            table.add_row(*first, process, f"{worker.cpus:g}", share, _stage_shares(worker, dict(shares)))
     return table
-
-
-def _process(slot: Slot, n: int) -> str:
-    return "worker" if len(slot.workers) == 1 else f"worker {n + 1} of {len(slot.workers)}"
 
 
 def _stage_shares(worker: WorkerSpec, shares: Mapping[str, float]) -> str:

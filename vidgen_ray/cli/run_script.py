@@ -79,9 +79,15 @@ def stoppable(grace_s: float, unit: str = "shots") -> Iterator[threading.Event]:
             err=True,
         )
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handled((signal.SIGINT, signal.SIGTERM), handle):
         yield stop
+
+
+@contextmanager
+def _handled(signals: Iterable[signal.Signals], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    previous = {number: signal.signal(number, handle) for number in signals}
+    try:
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -104,11 +110,8 @@ def remembered_interrupt() -> Iterator[Callable[[], None]]:
         if pressed.is_set():
             raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
+    with _handled((signal.SIGINT,), handle):
         yield check
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def script_licences(lines: Iterable[Line], profile: Profile, outputs: OutputFolder) -> tuple[UsedWeights, ...]:
@@ -354,8 +357,8 @@ def render_again(
 ) -> None:
     """Render a script in the format of `failures.jsonl` with the options of the last run."""
     outputs = OutputFolder(out)
-    chosen = profile.with_provenance(setting_of_last_run(outputs, "provenance", ProvenanceSettings))
-    last = _last_options(outputs)
+    chosen = profile.with_provenance(setting_of_last_run(outputs, ProvenanceSettings, "profile", "provenance"))
+    last = setting_of_last_run(outputs, RecordedOptions, "options") or RecordedOptions()
     options = RenderOptions(address=address, cluster=gpus, **last.model_dump(exclude={"run_seed", "changes"}))
     fields = with_consent({}, consent)
     settings = ScriptSettings(script, last.run_seed, fields, chosen.defaults, last.changes, policy=chosen.policy)
@@ -481,11 +484,3 @@ def profile_of_run(outputs: OutputFolder, name: str | None) -> Profile:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SetupError(f"{outputs.url}: run.json does not name the profile of the last run; pass --profile") from None
     return profile_for(name)
-
-
-def _last_options(outputs: OutputFolder) -> RecordedOptions:
-    """Return the options of the last run, or the defaults if run.json does not have them."""
-    try:
-        return RecordedOptions.model_validate(read_last_run(outputs)["options"])
-    except (ValueError, KeyError, TypeError):
-        return RecordedOptions()

@@ -125,7 +125,7 @@ def film(
         if not chosen:
             raise UsageError("--where, --best: no finished shot matches")
     target = Path(path)
-    last = setting_of_last_run(outputs, "provenance", ProvenanceSettings) or DEFAULT
+    last = setting_of_last_run(outputs, ProvenanceSettings, "profile", "provenance") or DEFAULT
     marking = marks.settings(last)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     console = Console(stderr=True)

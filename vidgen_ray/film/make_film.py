@@ -125,12 +125,12 @@ def make_film(
     """
     if path.suffix.lower() != SUFFIX:
         raise UsageError(f"film: got {str(path)!r}, must end in {SUFFIX}")
-    marking = provenance or setting_of_last_run(outputs, "provenance", ProvenanceSettings) or DEFAULT
+    marking = provenance or setting_of_last_run(outputs, ProvenanceSettings, "profile", "provenance") or DEFAULT
     check_signing(marking)
     if candidates is None:
         candidates = manifest_candidates(outputs.storage)
     if settings.encode is None:
-        encode = setting_of_last_run(outputs, "encode", Mp4Settings) or Mp4Settings()
+        encode = setting_of_last_run(outputs, Mp4Settings, "profile", "encode") or Mp4Settings()
         settings = settings.model_copy(update={"encode": encode})
     chosen = choose_shots(outputs, settings, candidates, ids, skip_missing=skip_missing)
     folder = path.with_name(f"{path.stem}.pieces")

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from warnings import catch_warnings, simplefilter
 
@@ -44,8 +46,7 @@ def read_image(path: Path, sha256: str | None = None) -> Image:
     # The bytes that are decoded are those that are checked.
     if isinstance(source, io.BytesIO) and hashlib.sha256(source.getbuffer()).hexdigest() != sha256:
         raise InputChanged(path)
-    with wrap_errors(f"{path}: cannot be read as an image"), _open(path, source) as image:
-        check_pixels(path, *image.size)
+    with _opened(path, source) as image:
         _check_scans(path, source, image)
         ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(path, image)
@@ -57,8 +58,7 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises MediaError if the header says that `read_image` would reject the file.
     """
     check_image_file(path)
-    with wrap_errors(f"{path}: cannot be read as an image"), _open(path, path) as image:
-        check_pixels(path, *image.size)
+    with _opened(path, path) as image:
         _check_mode(path, image)
         return image.size
 
@@ -66,24 +66,28 @@ def image_size(path: Path) -> tuple[int, int]:
 def verify_image(path: Path) -> None:
     """Decode an image file and drop the pixels. Needs less memory than `read_image`, and raises the same errors."""
     check_image_file(path)
-    with wrap_errors(f"{path}: cannot be read as an image"), _open(path, path) as image:
-        check_pixels(path, *image.size)
+    with _opened(path, path) as image:
         _check_mode(path, image)
         _check_scans(path, path, image)
         image.load()
 
 
-def _open(path: Path, source: Path | io.BytesIO) -> PILImage.Image:
-    """Open the image in `source`. `path` is for error messages."""
-    try:
-        with catch_warnings():
-            # Pillow's own limit is above MAX_PIXELS, so images that only cause a warning are rejected as well.
-            simplefilter("error", PILImage.DecompressionBombWarning)
-            return PILImage.open(source, formats=IMAGE_FORMATS)
-    except UnidentifiedImageError:
-        raise MediaError(f"{path}: not a supported image format ({', '.join(IMAGE_FORMATS)})") from None
-    except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning):
-        raise MediaError(f"{path}: too large, must be at most {MAX_PIXELS / 1e6:g} megapixels") from None
+@contextmanager
+def _opened(path: Path, source: Path | io.BytesIO) -> Iterator[PILImage.Image]:
+    """Open the image in `source`. `path` is for error messages. Errors of the block are errors of the image."""
+    with wrap_errors(f"{path}: cannot be read as an image"):
+        try:
+            with catch_warnings():
+                # Pillow's own limit is above MAX_PIXELS, so images that only cause a warning are rejected as well.
+                simplefilter("error", PILImage.DecompressionBombWarning)
+                opened = PILImage.open(source, formats=IMAGE_FORMATS)
+        except UnidentifiedImageError:
+            raise MediaError(f"{path}: not a supported image format ({', '.join(IMAGE_FORMATS)})") from None
+        except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning):
+            raise MediaError(f"{path}: too large, must be at most {MAX_PIXELS / 1e6:g} megapixels") from None
+        with opened as image:
+            check_pixels(path, *image.size)
+            yield image
 
 
 def _check_scans(path: Path, source: Path | io.BytesIO, image: PILImage.Image) -> None:

@@ -11,8 +11,9 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import cache, cached_property
+from functools import cache, cached_property, reduce
 from importlib.metadata import version
+from operator import getitem
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -226,7 +227,10 @@ class OutputFolder:
         """Return the shot if its record is a result with the `needed` files, and all of its files are right, else `None`."""
         folder = shot_path(shot_id)
         # The time before the content: if the record is replaced in between, its time does not match in the next run.
-        committed_at = self._modified(f"{folder}/{RECORD}")
+        committed_at = None
+        if self.storage.local is not None:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                committed_at = os.stat(f"{self.storage.local}/{folder}/{RECORD}").st_mtime
         text = self.storage.read(f"{folder}/{RECORD}")
         if text is None:
             return None
@@ -239,12 +243,6 @@ class OutputFolder:
         # A damaged record counts as missing. An OSError of the storage does not.
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
-
-    def _modified(self, path: str) -> float | None:
-        """Return the time of the last change of a file. `None` for an object store, or if the file does not exist."""
-        with suppress(FileNotFoundError, NotADirectoryError):
-            return None if self.storage.local is None else os.stat(f"{self.storage.local}/{path}").st_mtime
-        return None
 
     @contextmanager
     def draft(self, plan: ShotPlan) -> Iterator[ShotDraft]:
@@ -350,9 +348,9 @@ def read_last_run(outputs: OutputFolder) -> Any:
     return json.loads(outputs.storage.read("run.json") or b"{}")
 
 
-def setting_of_last_run(outputs: OutputFolder, name: str, model: type[M]) -> M | None:
-    """Return a setting of the last run's profile, or `None` if there was no run."""
+def setting_of_last_run(outputs: OutputFolder, model: type[M], *keys: str) -> M | None:
+    """Return the part of `run.json` at these keys, or `None` if there was no run."""
     try:
-        return model.model_validate(read_last_run(outputs)["profile"][name])
+        return model.model_validate(reduce(getitem, keys, read_last_run(outputs)))
     except (ValueError, KeyError, TypeError):
         return None
