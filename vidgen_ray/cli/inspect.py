@@ -191,10 +191,11 @@ def show_faces(
         write_atomically(out, content.getvalue())
     except OSError as error:
         raise SetupError(f"{out}: cannot be written ({error.strerror})") from None
+    described = _described_faces(photos, images, detected, face)
     if as_json:
-        typer.echo(json.dumps(_faces_as_json(photos, images, detected, face, out)))
+        typer.echo(json.dumps({**described, "drawn": str(out)}))
     else:
-        _print_faces(photos, images, detected, face, out)
+        _print_faces(described, out)
 
 
 @identity.command("remove")
@@ -246,8 +247,8 @@ def _print_removal(outputs: OutputFolder, report: RemovalReport, *, dry_run: boo
         typer.echo(f"  {outputs.place(shot_id, '') if not report.shots_removed else shot_id}")
 
 
-def _faces_as_json(
-    photos: Sequence[Path], images: Sequence[Image], detected: Sequence[DetectedPhoto], face: FaceFeatures, out: Path
+def _described_faces(
+    photos: Sequence[Path], images: Sequence[Image], detected: Sequence[DetectedPhoto], face: FaceFeatures
 ) -> dict[str, Any]:
     return {
         "photos": [
@@ -259,32 +260,25 @@ def _faces_as_json(
             }
             for photo, image, detection in zip(photos, images, detected, strict=True)
         ],
-        "embeddings": {name: {"numbers": len(values), "length": _norm(values)} for name, values in face.embeddings.items()},
+        "embeddings": {
+            name: {"numbers": len(values), "length": round(float(np.linalg.norm(values)), 2)}
+            for name, values in face.embeddings.items()
+        },
         "digest": face.digest,
-        "drawn": str(out),
     }
 
 
-def _print_faces(
-    photos: Sequence[Path], images: Sequence[Image], detected: Sequence[DetectedPhoto], face: FaceFeatures, out: Path
-) -> None:
+def _print_faces(described: dict[str, Any], out: Path) -> None:
     console = stdout_console()
     table = table_of("photo", "size", "faces", "selected face", "score")
-    for photo, image, detection in zip(photos, images, detected, strict=True):
-        left, top, right, bottom = detection.chosen.box
-        table.add_row(
-            escape(str(photo)),
-            f"{image.shape[1]}x{image.shape[0]}",
-            str(len(detection.faces)),
-            f"{right - left:.0f}x{bottom - top:.0f} px at {left:.0f}, {top:.0f}",
-            f"{detection.chosen.score:.2f}",
-        )
+    for each in described["photos"]:
+        (chosen,) = (face for face in each["faces"] if face["chosen"])
+        left, top, right, bottom = chosen["box"]
+        selected = f"{right - left:.0f}x{bottom - top:.0f} px at {left:.0f}, {top:.0f}"
+        size = "x".join(map(str, each["size"]))
+        table.add_row(escape(each["photo"]), size, str(len(each["faces"])), selected, f"{chosen['score']:.2f}")
     console.print(table)
-    for name, values in face.embeddings.items():
-        console.print(f"embedding {name}: {len(values)} numbers, norm {_norm(values):g}")
-    console.print(f"digest {face.digest[:16]}")
+    for name, embedding in described["embeddings"].items():
+        console.print(f"embedding {name}: {embedding['numbers']} numbers, norm {embedding['length']:g}")
+    console.print(f"digest {described['digest'][:SHOWN_DIGITS]}")
     console.print(f"image: {escape(str(out))}")
-
-
-def _norm(embedding: Any) -> float:
-    return round(float(np.linalg.norm(embedding)), 2)

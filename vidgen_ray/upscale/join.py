@@ -69,8 +69,8 @@ def join_segments(
     segments: Sequence[Path],
     job: UpscaleJob,
     kept: Sequence[int],
-    metadata: FileMetadata | None = None,
-    sign: Callable[[Path], None] = lambda path: None,
+    metadata: FileMetadata | None,
+    sign: Callable[[Path], None],
 ) -> None:
     """Write the video to `path`, which appears when it is complete.
 
@@ -78,54 +78,42 @@ def join_segments(
     Every frame gets its time in the job's timeline. `kept` are indices of streams that are copied packet by packet.
     Raises MediaError if the segments do not have the frames of the source, WriteError if the file cannot be written.
     """
+    source, timeline, codec = job.source, job.timeline, job.encode.codec
     file_format = FORMATS[path.suffix.lower()]
     options = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if file_format in ("mp4", "mov") else {})
     with wrap_write_errors(path), new_file(path) as tmp:
-        _join(tmp, segments, job, kept, file_format, options, metadata)
+        with (
+            open_media(source.path, source.container) as original,
+            av.open(str(tmp.absolute()), "w", file_format, options=options) as film,
+        ):
+            film.metadata.update({key: value for key, value in original.metadata.items() if key.lower() not in NOT_COPIED_TAGS})
+            if metadata is not None:
+                # A comment of the source stays.
+                if COMMENT_TAG not in {key.lower() for key in film.metadata}:
+                    film.metadata[COMMENT_TAG] = metadata.comment
+                if file_format == "matroska":
+                    film.metadata[MATROSKA_XMP_TAG] = metadata.xmp
+            with open_media(segments[0], "mov") as first:
+                template = first.streams.best("video")
+                video = film.add_stream_from_template(template, opaque=True)  # no encoder is needed
+                header = bytes(template.codec_context.extradata or b"")
+            video.time_base = timeline.time_base
+            if codec == "hevc" and file_format != "matroska":
+                video.codec_context.codec_tag = "hvc1"  # the tag that Apple's players require
+            _copy_tags(original.streams.best("video"), video)
+            targets = {}
+            for index in kept:
+                stream = original.streams[index]
+                targets[index] = film.add_stream_from_template(stream)
+                _copy_tags(stream, targets[index])
+            if chapters := original.chapters():
+                film.set_chapters(chapters)
+            upscaled = _video_packets(segments, header, timeline, REORDER_FRAMES[codec], video)
+            for _, packet in heapq.merge(_copied_packets(original, targets), upscaled, key=itemgetter(0)):
+                film.mux(packet)
         if metadata is not None and file_format != "matroska":
             append_xmp(tmp, metadata.xmp)
         sign(tmp)
-
-
-def _join(
-    path: Path,
-    segments: Sequence[Path],
-    job: UpscaleJob,
-    kept: Sequence[int],
-    file_format: str,
-    options: dict[str, str],
-    metadata: FileMetadata | None,
-) -> None:
-    source, timeline, codec = job.source, job.timeline, job.encode.codec
-    with (
-        open_media(source.path, source.container) as original,
-        av.open(str(path.absolute()), "w", file_format, options=options) as film,
-    ):
-        film.metadata.update({key: value for key, value in original.metadata.items() if key.lower() not in NOT_COPIED_TAGS})
-        if metadata is not None:
-            # A comment of the source stays.
-            if COMMENT_TAG not in {key.lower() for key in film.metadata}:
-                film.metadata[COMMENT_TAG] = metadata.comment
-            if file_format == "matroska":
-                film.metadata[MATROSKA_XMP_TAG] = metadata.xmp
-        with open_media(segments[0], "mov") as first:
-            template = first.streams.best("video")
-            video = film.add_stream_from_template(template, opaque=True)  # no encoder is needed
-            header = bytes(template.codec_context.extradata or b"")
-        video.time_base = timeline.time_base
-        if codec == "hevc" and file_format != "matroska":
-            video.codec_context.codec_tag = "hvc1"  # the tag that Apple's players require
-        _copy_tags(original.streams.best("video"), video)
-        targets = {}
-        for index in kept:
-            stream = original.streams[index]
-            targets[index] = film.add_stream_from_template(stream)
-            _copy_tags(stream, targets[index])
-        if chapters := original.chapters():
-            film.set_chapters(chapters)
-        upscaled = _video_packets(segments, header, timeline, REORDER_FRAMES[codec], video)
-        for _, packet in heapq.merge(_copied_packets(original, targets), upscaled, key=itemgetter(0)):
-            film.mux(packet)
 
 
 def _copy_tags(source: Any, target: Any) -> None:
