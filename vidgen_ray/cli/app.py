@@ -19,7 +19,7 @@ from typer.main import get_command
 
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import folder_commands
-from vidgen_ray.cli.command_help import GROUPS, RENDER, START, CommandWithShortHelp, group_of, in_group, is_first
+from vidgen_ray.cli.command_help import GROUPS, RENDER, START, CommandWithShortHelp, group_of, in_group, is_first, note
 from vidgen_ray.cli.doctor import doctor
 from vidgen_ray.cli.inspect import identity, show
 from vidgen_ray.cli.models import models
@@ -109,20 +109,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app(args=None if argv is None else list(argv), prog_name="vidgen")
     except VidgenError as error:
-        typer.echo(f"vidgen: {error}", err=True)
+        note(error)
         return error.exit_code
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 0
     except KeyboardInterrupt:
-        typer.echo(f"vidgen: interrupted. {RESUME}", err=True)
+        note(f"interrupted. {RESUME}")
         return 130
     except OSError as error:
         # A disk, a network share or an object store failed. A run can be resumed when it works again.
         path = f"{error.filename}: " if error.filename else ""
-        typer.echo(
-            f"vidgen: {path}{str(error.strerror or error).rstrip('.')}. Run the same command again when this is solved.",
-            err=True,
-        )
+        note(f"{path}{str(error.strerror or error).rstrip('.')}. Run the same command again when this is solved.")
         return SetupError.exit_code
     return 0
 

@@ -1,4 +1,4 @@
-"""Help of commands: the group in which `vidgen --help` lists a command, and the options that only `--help-all` shows.
+"""Messages of commands, and their help: the group of a command, and the options that only `--help-all` shows.
 
 An option with a `rich_help_panel` is left out by `--help`. `--help-all` shows it in that panel.
 """
@@ -28,6 +28,12 @@ stop_option = partial(typer.Option, rich_help_panel="Failures and stops")
 marks_option = partial(typer.Option, rich_help_panel="Marks on files")
 details_option = partial(typer.Option, rich_help_panel=DETAILS_PANEL)
 """Like `typer.Option`, for less common options of the panel that is named."""
+
+
+def note(message: object) -> None:
+    """Print a message on standard error."""
+    typer.echo(f"vidgen: {message}", err=True)
+
 
 CommandFunction = TypeVar("CommandFunction", bound=Callable[..., None])
 

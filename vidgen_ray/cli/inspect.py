@@ -16,7 +16,7 @@ import numpy as np
 import typer
 from rich.markup import escape
 
-from vidgen_ray.cli.command_help import LOOK, in_group
+from vidgen_ray.cli.command_help import LOOK, in_group, note
 from vidgen_ray.cli.options import JsonOption, ProfileOption, check_out
 from vidgen_ray.engine.shot_writer import line_with_files
 from vidgen_ray.errors import MediaError, SetupError, UsageError
@@ -119,7 +119,7 @@ def _script_line(file: Path, found: FoundProvenance, folders: Sequence[Path]) ->
     known = {digest(path): str(path.absolute()) for path in _files(folders)}
     line, unknown = line_with_files(found.record.shot, known)
     for field in unknown:
-        typer.echo(f"vidgen: {field}: the file names only the digest; pass the folder of the original with --inputs", err=True)
+        note(f"{field}: the file names only the digest; pass the folder of the original with --inputs")
     return line
 
 

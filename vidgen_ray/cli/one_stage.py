@@ -12,7 +12,7 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from vidgen_ray.cli.command_help import RENDER, START, in_group
+from vidgen_ray.cli.command_help import RENDER, START, in_group, note
 from vidgen_ray.cli.options import (
     ConsentOption,
     JsonOption,
@@ -97,7 +97,7 @@ def shot(
     chosen = marks.applied(profile_for(profile))
     values = with_consent(parse_fields(fields), consent)
     if prompt.startswith("@"):
-        typer.echo(f"vidgen: note: {prompt!r} is the prompt; no file is read, `vidgen render FILE.txt` reads one", err=True)
+        note(f"note: {prompt!r} is the prompt; no file is read, `vidgen render FILE.txt` reads one")
     if "prompt" in values:
         raise typer.BadParameter("got prompt, which is the argument PROMPT of this command", param_hint="--set")
     options = {"prompt": prompt, "face_image": [str(photo) for photo in face] if face else None, "lora": lora, "mode": mode}
@@ -107,8 +107,8 @@ def shot(
     pipeline = VideoGenerationPipeline(chosen, out, keep_stages=bool(keep))
     with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
         record = pipeline.render(checked)
-    for note in (*map(str, record.cut_texts), *(note for step in record.stages for note in step.notes)):
-        typer.echo(f"vidgen: note: {note}", err=True)
+    for text in (*map(str, record.cut_texts), *(text for step in record.stages for text in step.notes)):
+        note(f"note: {text}")
     if as_json:
         typer.echo(record.model_dump_json())
     else:
@@ -185,7 +185,7 @@ def _note_animation(source: Path) -> None:
     with Image.open(source) as image:
         frames = getattr(image, "n_frames", 1)
     if frames > 1:
-        typer.echo(f"vidgen: {source}: has {frames} frames, the first is used; for all of them, convert it to .mp4", err=True)
+        note(f"{source}: has {frames} frames, the first is used; for all of them, convert it to .mp4")
 
 
 def _check_suffix(stage: type[Stage[Any]], out: Path) -> None:

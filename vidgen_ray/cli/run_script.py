@@ -19,7 +19,7 @@ import typer
 
 from vidgen_ray.batch.new_seeds import give_new_seeds
 from vidgen_ray.batch.run_options import GRACE_S, RecordedOptions, RenderOptions
-from vidgen_ray.cli.command_help import RENDER, in_group, reuse_option, run_option, script_option, stop_option
+from vidgen_ray.cli.command_help import RENDER, in_group, note, reuse_option, run_option, script_option, stop_option
 from vidgen_ray.cli.options import (
     PROFILE_HELP,
     AddressOption,
@@ -74,10 +74,7 @@ def stoppable(grace_s: float, unit: str = "shots") -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        typer.echo(
-            f"vidgen: stopping. Finishing the {unit} in progress for up to {grace_s:g} s. Press Ctrl-C again to stop now.",
-            err=True,
-        )
+        note(f"stopping. Finishing the {unit} in progress for up to {grace_s:g} s. Press Ctrl-C again to stop now.")
 
     with _handled((signal.SIGINT, signal.SIGTERM), handle):
         yield stop
@@ -172,7 +169,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"vidgen: interrupted. {RESUME}", err=True)
+        note(f"interrupted. {RESUME}")
         raise typer.Exit(130) from None
 
 
@@ -328,10 +325,10 @@ def _chosen_lines(outputs: OutputFolder, ids: frozenset[str] | None, *, rejected
     """
     repeated = give_new_seeds(outputs, ids, rejected=rejected)
     if repeated.continued:
-        typer.echo(f"vidgen: these shots continue one of them and change, too: {', '.join(repeated.continued)}", err=True)
+        note(f"these shots continue one of them and change, too: {', '.join(repeated.continued)}")
     if repeated.unreadable:
         names = ", ".join(repeated.unreadable)
-        typer.echo(f"vidgen: files are missing or damaged, see vidgen verify. Left out: {names}", err=True)
+        note(f"files are missing or damaged, see vidgen verify. Left out: {names}")
     failed = () if rejected else failed_lines(outputs.storage, ids or frozenset())
     return to_utf8("".join(f"{line}\n" for line in (*failed, *(line.as_json("retry") for line in repeated.lines))))
 
@@ -463,7 +460,7 @@ def run_script(
             typer.echo(f"Failed lines with their errors: {outputs.storage.place('failures.jsonl')}")
     if report.left or not report.complete:
         unread = "" if report.complete else " and the rest of the script"
-        typer.echo(f"vidgen: stopped. {count(report.left, 'line')}{unread} not started. {RESUME}", err=True)
+        note(f"stopped. {count(report.left, 'line')}{unread} not started. {RESUME}")
         raise typer.Exit(130)
     if report.failed:
         nothing_to_render = report.failed == report.rejected and not report.done + report.skipped

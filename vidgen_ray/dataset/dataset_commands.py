@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from vidgen_ray.cli.command_help import DETAILS_PANEL, EXPORT, LOOK, in_group
+from vidgen_ray.cli.command_help import DETAILS_PANEL, EXPORT, LOOK, in_group, note
 from vidgen_ray.cli.options import (
     AddressOption,
     JsonOption,
@@ -303,9 +303,9 @@ def export(
 def _print_export(report: ExportReport) -> None:
     for text, rows in (("removed", report.removed), ("refused by --cleared", report.refused), ("left out", report.missing)):
         for row in rows[:SHOWN_REASONS]:
-            typer.echo(f"vidgen: {row['id']}: {text}: {row['reason']}", err=True)
+            note(f"{row['id']}: {text}: {row['reason']}")
         if len(rows) > SHOWN_REASONS:
-            typer.echo(f"vidgen: {len(rows) - SHOWN_REASONS:,} more clips {text}; --json lists them", err=True)
+            note(f"{len(rows) - SHOWN_REASONS:,} more clips {text}; --json lists them")
     sizes = ", ".join(f"{name} {clips:,}" for name, clips in report.splits.items())
     counts = ", ".join(f"{number:,} {name}" for name, number in report.counts.items() if number)
     state = "is up to date" if report.up_to_date else f"written in {duration(report.seconds)}"

@@ -26,13 +26,13 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 import ray
-import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
 from vidgen_ray.batch.line_planner import own_context
 from vidgen_ray.batch.progress import RunListener
+from vidgen_ray.cli.command_help import note
 from vidgen_ray.dataset.measurements import SCORERS, HashScorer
 from vidgen_ray.dataset.scorers import NEED_CPU_S, ChosenScorer, Clip, Column, Networks, choose_scorers, face_params
 from vidgen_ray.dataset.tables import DIGEST
@@ -240,11 +240,6 @@ def _part_tables(storage: Storage, folder: str, columns: list[str] | None = None
     for name in parquet_files(storage, f"{FOLDER}/{folder}"):
         with opened(storage, name) as file:
             yield pyarrow.parquet.read_table(file, columns=columns)
-
-
-def note(message: str) -> None:
-    """Print a message on standard error."""
-    typer.echo(f"vidgen: {message}", err=True)
 
 
 def score_folder(

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from vidgen_ray.cli.command_help import DETAILS_PANEL, EXPORT, in_group
+from vidgen_ray.cli.command_help import DETAILS_PANEL, EXPORT, in_group, note
 from vidgen_ray.cli.options import (
     CharactersOption,
     JsonOption,
@@ -143,8 +143,8 @@ def film(
         )
     if outputs.storage.local is not None and target.resolve().parent == outputs.storage.local.resolve():
         update_gallery(out)
-    for note in report.notes:
-        typer.echo(f"vidgen: {note}", err=True)
+    for text in report.notes:
+        note(text)
     if as_json:
         typer.echo(json.dumps(asdict(report)))
         return

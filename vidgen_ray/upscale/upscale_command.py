@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from vidgen_ray.cli.command_help import EXPORT, details_option, in_group
+from vidgen_ray.cli.command_help import EXPORT, details_option, in_group, note
 from vidgen_ray.cli.options import JsonOption, MarkOptions, check_out, with_options
 from vidgen_ray.cli.run_script import interruptible, remembered_interrupt
 from vidgen_ray.errors import NOT_A_URL, StageError, UsageError, VidgenError
@@ -186,7 +186,7 @@ def upscale(
         typer.echo(json.dumps({"videos": results, "failed": failed}))
     if failed:
         if len(results) > 1:
-            _note(f"{failed} of {len(results)} videos failed")
+            note(f"{failed} of {len(results)} videos failed")
         raise typer.Exit(1)
 
 
@@ -229,8 +229,8 @@ def _upscale_one(
         return _failure(video, target, f"{video}: {failed.segment} cannot be upscaled: {failed.error}")
     except (VidgenError, OSError) as error:
         return _failure(video, target, error)
-    for note in report.notes:
-        _note(f"{video}: {note}")
+    for text in report.notes:
+        note(f"{video}: {text}")
     if report.was_finished:
         typer.echo(f"{target}: finished before", err=True)
     else:
@@ -245,7 +245,7 @@ def _failure(video: Path, target: Path, error: Exception | str) -> dict[str, Any
     message = str(error)
     if str(video) not in message and str(target) not in message:
         message = f"{video}: {message}"
-    _note(message)
+    note(message)
     return {"video": str(video), "error": message}
 
 
@@ -266,13 +266,9 @@ def _runner(
         from vidgen_ray.upscale.ray_runner import RayRunner, settings_on_cluster
 
         with connected(address, cpus=1):
-            yield settings_on_cluster(model), RayRunner(workers, _note, check_interrupt)
+            yield settings_on_cluster(model), RayRunner(workers, note, check_interrupt)
     except StageError as error:
         raise UsageError(f"--model: {error}") from None
-
-
-def _note(message: str) -> None:
-    typer.echo(f"vidgen: {message}", err=True)
 
 
 def _named(text: str) -> list[Path]:
@@ -363,6 +359,6 @@ def _progress(name: str) -> Iterator[OnFrame]:
             bar.update(task, completed=done, total=total, state=state)
             if not console.is_terminal and (is_resumed or now - shown >= LINE_EVERY_S):
                 shown = now
-                _note(f"{name}: {state}")
+                note(f"{name}: {state}")
 
         yield on_progress
