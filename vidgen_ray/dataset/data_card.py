@@ -16,7 +16,6 @@ import tempfile
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from vidgen_ray.dataset.tables import DIGEST, MEMORY_LIMIT, NUMBERS, OWN_COLUMNS
 from vidgen_ray.errors import MediaError
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.media import cover_crop, open_video, read_image
-from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
 from vidgen_ray.outputs.manifest import LIKENESS, SCHEMA, ManifestRow, opened, parquet_files
 from vidgen_ray.outputs.manifest_writer import SCRIPTS
 from vidgen_ray.outputs.records import RECORD, SCORES
@@ -213,10 +211,9 @@ def _used_weights(database: duckdb.DuckDBPyConnection, source: Storage) -> list[
         continue_from IS NULL ORDER BY 1""",
     )
     used = dict[str, UsedWeights]()
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        for content in pool.map(lambda row: source.read(f"{posixpath.dirname(row['clip'])}/{RECORD}"), found):
-            for entry in json.loads(content or b"{}").get("licences", ()):
-                used[entry["weights"]] = UsedWeights.model_validate(entry)
+    for content in source.read_each(f"{posixpath.dirname(row['clip'])}/{RECORD}" for row in found):
+        for entry in json.loads(content or b"{}").get("licences", ()):
+            used[entry["weights"]] = UsedWeights.model_validate(entry)
     return [used[name] for name in sorted(used)]
 
 

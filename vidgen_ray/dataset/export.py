@@ -45,10 +45,9 @@ from vidgen_ray.dataset.export_rows import FINISHED, REJECTED, ExportSettings, a
 from vidgen_ray.dataset.tables import columns_of, open_tables, quoted, write_parquet
 from vidgen_ray.engine.ray_cluster import connected
 from vidgen_ray.errors import SetupError, UsageError
-from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
 from vidgen_ray.outputs.lease import Lease, lease
 from vidgen_ray.outputs.manifest import opened
-from vidgen_ray.outputs.storage import Storage, is_disk_full, storage_at
+from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, is_disk_full, storage_at
 
 PENDING = ".vidgen/pending.json"
 CHECKPOINT_S = 60.0

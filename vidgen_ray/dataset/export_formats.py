@@ -30,8 +30,7 @@ from vidgen_ray.dataset.export_rows import ExportSettings, Format, Transcode
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, open_video, read_image, write_png
 from vidgen_ray.media.images import image_size
-from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
-from vidgen_ray.outputs.storage import Storage, is_disk_full
+from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, is_disk_full
 from vidgen_ray.provenance.record import metadata_of, read_provenance
 from vidgen_ray.system.cache_dir import sha256_of
 

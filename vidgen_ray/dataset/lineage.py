@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import Mp4Settings
-from vidgen_ray.outputs.cleanup import read_each
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run
 from vidgen_ray.outputs.manifest import SHOT_FILES
 from vidgen_ray.outputs.records import RECORD, SHARD, SHOTS
@@ -79,8 +78,8 @@ def differences(old: OutputFolder, new: OutputFolder) -> Iterator[Difference | N
 def _records(storage: Storage, shard: str) -> dict[str, bytes]:
     """Return the record of each finished shot of a shard by id."""
     ids = storage.folders(f"{SHOTS}/{shard}")
-    found = read_each(storage, ids, [f"{SHOTS}/{shard}/{shot_id}/{RECORD}" for shot_id in ids])
-    return {shot_id: content for shot_id, content in found if content is not None}
+    contents = storage.read_each(f"{SHOTS}/{shard}/{shot_id}/{RECORD}" for shot_id in ids)
+    return {shot_id: content for shot_id, content in zip(ids, contents, strict=True) if content is not None}
 
 
 def _options(outputs: OutputFolder) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import posixpath
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any, Literal
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
-from more_itertools import batched
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
-from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE, OutputFolder
+from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import (
     REPLACED,
@@ -41,8 +39,6 @@ from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import remove
 
-SHOTS_AT_ONCE = 1_000
-"""Files that are read together."""
 GRACE_S = 600.0
 """Minimum age of garbage, in seconds. Younger files may be in use by a `VideoGenerationPipeline`, which takes no lease."""
 SHOT_FILE_NAMES = {*SHOT_FILES.values(), *(stage.debug_file for stage in STAGES if stage.debug_file)}
@@ -139,7 +135,7 @@ class _Collector:
         for folder in (f"{KEYS}/{name}" for name in self._storage.folders(KEYS) if SHARD.fullmatch(name)):
             files = self._storage.files(folder)
             keys = [name for name in files if CONTENT_KEY.fullmatch(name)]
-            for key, shot_id in read_each(self._storage, keys, [f"{folder}/{key}" for key in keys]):
+            for key, shot_id in zip(keys, self._storage.read_each(f"{folder}/{key}" for key in keys), strict=True):
                 if f"{key} {(shot_id or b'').decode(errors='replace')}" not in self._shots_by_key:
                     yield f"{folder}/{key}", files[key]
 
@@ -319,13 +315,4 @@ def shot_records(storage: Storage) -> Iterator[tuple[str, bytes | None]]:
     """Yield the folder of each shot with the content of its `shot.json`, or `None` if it has none."""
     for shard in filter(SHARD.fullmatch, storage.folders(SHOTS)):
         shots = [f"{SHOTS}/{shard}/{shot}" for shot in storage.folders(f"{SHOTS}/{shard}")]
-        for folders in batched(shots, SHOTS_AT_ONCE):
-            yield from read_each(storage, folders, [f"{folder}/{RECORD}" for folder in folders])
-
-
-def read_each(storage: Storage, names: Sequence[str], paths: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
-    """Yield each name with the content of its file, or `None`. Sends concurrent requests to an object store."""
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE if storage.local is None else 1) as pool:
-        for batch in batched(zip(names, paths, strict=True), SHOTS_AT_ONCE):
-            contents = pool.map(storage.read, [path for _, path in batch])
-            yield from zip([name for name, _ in batch], contents, strict=True)
+        yield from zip(shots, storage.read_each(f"{shot}/{RECORD}" for shot in shots), strict=True)

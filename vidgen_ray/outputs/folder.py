@@ -49,8 +49,6 @@ SWEEP_FOLDERS = ("", SHOTS, KEYS, "cache", "manifest", "failures", "inputs", "lo
 """Folders that may contain temporary files."""
 IsResult = Callable[[Mapping[str, Any]], bool]
 """Tells whether a record, parsed from JSON, is the wanted result."""
-REQUESTS_AT_ONCE = 32
-"""Concurrent requests to an object store. Each takes tens of milliseconds."""
 M = TypeVar("M", bound=BaseModel)
 TEST_FILE = "write-test"
 TEST_BYTES = 4096

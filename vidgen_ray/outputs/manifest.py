@@ -33,10 +33,10 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import FieldError, SetupError
 from vidgen_ray.graph import clip_length, file_sizes
 from vidgen_ray.licences import worst_use
-from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE, OutputFolder
+from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import last_number
 from vidgen_ray.outputs.records import RECORD, SHOTS, DoneShot, Failure, ShotRecord, shot_path
-from vidgen_ray.outputs.storage import Storage, storage_at
+from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, storage_at
 from vidgen_ray.safety import Consent
 from vidgen_ray.shot import GUIDANCE_SCALES, LORA_FIELDS, NESTED_FIELDS, STAGES_WITH_STEPS, Shot, types_in
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Set
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -17,7 +16,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
-from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
 from vidgen_ray.outputs.manifest import CLIP_FILES, manifest_batches, new_name
 from vidgen_ray.outputs.storage import Storage
 
@@ -87,8 +85,7 @@ def read_reviews(storage: Storage) -> dict[str, Review]:
 def _last_reviews(storage: Storage) -> dict[str, Review]:
     """Return the newest review of each clip, also those that were undone."""
     names = [f"{REVIEWS}/{name}" for name in sorted(storage.files(REVIEWS)) if name.endswith(".jsonl")]
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE if storage.local is None else 1) as reading:
-        return _newest(review for content in reading.map(storage.read, names) for review in _parsed(content))
+    return _newest(review for content in storage.read_each(names) for review in _parsed(content))
 
 
 def _opinion(review: Review) -> tuple[object, ...]:

@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
-from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
 from vidgen_ray.outputs.storage import Storage
 
 STATUS = "status.json"
@@ -180,12 +178,10 @@ def read_log(storage: Storage, shot_id: str) -> Iterator[dict[str, Any]]:
     """Yield the lines of a shot in the logs of all runs, in order, with the `run`. Leaves out damaged lines. Raises OSError."""
     quoted = json.dumps(shot_id).encode()
     names = sorted(storage.files(LOGS))
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as reading:
-        contents = reading.map(lambda name: storage.read(f"{LOGS}/{name}") or b"", names)
-        for name, content in zip(names, contents, strict=True):
-            for text in content.splitlines():
-                if quoted in text:
-                    with suppress(ValueError):
-                        line = json.loads(text)
-                        if isinstance(line, dict) and line.get("shot") == shot_id and line.keys() >= ATTEMPT_FIELDS:
-                            yield {"run": name.rpartition("-")[0], **line}
+    for name, content in zip(names, storage.read_each(f"{LOGS}/{name}" for name in names), strict=True):
+        for text in (content or b"").splitlines():
+            if quoted in text:
+                with suppress(ValueError):
+                    line = json.loads(text)
+                    if isinstance(line, dict) and line.get("shot") == shot_id and line.keys() >= ATTEMPT_FIELDS:
+                        yield {"run": name.rpartition("-")[0], **line}

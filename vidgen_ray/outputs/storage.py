@@ -13,14 +13,21 @@ import re
 import shutil
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from more_itertools import batched
+
 from vidgen_ray.errors import SetupError
 from vidgen_ray.system import files
 
+REQUESTS_AT_ONCE = 32
+"""Concurrent requests to an object store. Each takes tens of milliseconds."""
+FILES_AT_ONCE = 1_000
+"""Small files that are read together."""
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 MIN_FREE_BYTES, MIN_FREE_SHARE = 10**9, 0.05
 """A disk is almost full when less than both of these is free."""
@@ -47,6 +54,12 @@ class Storage(ABC):
     @abstractmethod
     def read(self, path: str) -> bytes | None:
         """Return the content of a file, or `None` if it does not exist."""
+
+    def read_each(self, paths: Iterable[str]) -> Iterator[bytes | None]:
+        """Yield the content of each file, or `None`, in order. Sends concurrent requests to an object store."""
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE if self.local is None else 1) as pool:
+            for batch in batched(paths, FILES_AT_ONCE):
+                yield from pool.map(self.read, batch)
 
     @abstractmethod
     def write(self, path: str, content: str | bytes) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from more_itertools import batched
 from pydantic import ValidationError
 
-from vidgen_ray.outputs.cleanup import INPUTS, KEPT_PHOTO, SHOTS_AT_ONCE, check_not_empty, shot_records
+from vidgen_ray.outputs.cleanup import INPUTS, KEPT_PHOTO, check_not_empty, shot_records
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import (
     SHOT_FILES,
@@ -28,6 +28,7 @@ from vidgen_ray.outputs.manifest import (
 from vidgen_ray.outputs.manifest_writer import FailedLine
 from vidgen_ray.outputs.records import RECORD, Failure, FileRecord, ShotRecord, key_path, shot_path
 from vidgen_ray.outputs.stage_cache import entry_path
+from vidgen_ray.outputs.storage import FILES_AT_ONCE
 from vidgen_ray.system.cache_dir import sha256_of
 
 THREADS = 8
@@ -138,7 +139,7 @@ def _differs(outputs: OutputFolder, record: ShotRecord, row: _Row, writers: Sequ
 def _checked_shots(outputs: OutputFolder) -> Iterator[_CheckedShot]:
     """Read the files of all shots with a record. Others were never finished; `vidgen gc` removes them."""
     with ThreadPoolExecutor(THREADS) as pool:
-        for batch in batched(shot_records(outputs.storage), SHOTS_AT_ONCE):
+        for batch in batched(shot_records(outputs.storage), FILES_AT_ONCE):
             yield from pool.map(
                 lambda shot: _check_shot(outputs, *shot), [(path, text) for path, text in batch if text is not None]
             )

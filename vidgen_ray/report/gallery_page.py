@@ -32,7 +32,6 @@ from starlette.routing import Route
 
 from vidgen_ray.errors import SetupError, UsageError, allowed_of, explain
 from vidgen_ray.graph import STAGES, file_sizes
-from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE
 from vidgen_ray.outputs.manifest import REPLACED, check_has_manifest, manifest_batches
 from vidgen_ray.outputs.manifest_writer import failed_lines
 from vidgen_ray.outputs.records import RECORD, SHOTS
@@ -46,7 +45,7 @@ from vidgen_ray.outputs.reviews import (
     reviewable_clips,
 )
 from vidgen_ray.outputs.run_log import read_status
-from vidgen_ray.outputs.storage import Storage, storage_at
+from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, storage_at
 from vidgen_ray.report.shot_text import (
     DEFAULTS,
     length_text,
