@@ -33,7 +33,7 @@ def loudness(path) -> float:
         source = graph.add_abuffer(template=stream)
         sink = add_chain(graph, source, ["ebur128=metadata=1", "abuffersink"])
         graph.configure()
-        measured = [frame.metadata.get("lavfi.r128.I") for frame in filtered(opened.decode(stream), source, sink)]
+        measured = [frame.metadata.get("lavfi.r128.I") for frame in filtered(zip(opened.decode(stream)), [source], sink)]
     return float([value for value in measured if value is not None][-1])
 
 

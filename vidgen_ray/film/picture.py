@@ -38,18 +38,19 @@ def add_chain(graph: Graph, source: Any, filters: Sequence[str]) -> Any:
     return node
 
 
-def filtered(frames: Iterable[Any], source: Any, sink: Any) -> Iterator[Any]:
-    """Push frames into a configured graph with one open input, and yield what comes out.
+def filtered(rounds: Iterable[Sequence[Any]], inputs: Sequence[Any], sink: Any) -> Iterator[Any]:
+    """Push frames into a configured graph, in each round one into each of its open inputs, and yield what comes out.
 
     Stops when a filter has ended the stream, even if there are more frames. Endless with a filter such as tpad.
     """
-    for frame in chain(frames, [None]):
-        source.push(frame)
-        if (yield from available(sink)):
+    for frames in chain(rounds, [(None,) * len(inputs)]):
+        for source, frame in zip(inputs, frames, strict=True):
+            source.push(frame)
+        if (yield from _available(sink)):
             return
 
 
-def available(sink: Any) -> Generator[Any, None, bool]:
+def _available(sink: Any) -> Generator[Any, None, bool]:
     """Yield the frames that the graph has ready. Return true at the end of the stream."""
     while True:
         try:
@@ -252,7 +253,7 @@ def _item_frames(
         if image is not None and overlay is not None:
             image.push(_still(overlay.rgba, "rgba"))
             image.push(None)
-        yield from islice(filtered(chain([start], frames), source, sink), first, first + count)
+        yield from islice(filtered(zip(chain([start], frames), strict=True), [source], sink), first, first + count)
 
 
 @contextmanager
@@ -314,11 +315,11 @@ def _cross_fade(
         source.link_to(fade, 0, number)
     sink = add_chain(graph, fade, ["format=yuv420p", "buffersink"])
     graph.configure()
-    for number, pair in enumerate(zip(before, after, strict=True)):
-        for source, frame in zip(inputs, pair, strict=True):
-            frame.pts, frame.time_base = number, 1 / timeline.fps
-            source.push(frame)
-        yield from available(sink)
-    for source in inputs:
-        source.push(None)
-    yield from available(sink)
+    numbered = (_numbered(frames, timeline.fps) for frames in (before, after))
+    yield from filtered(zip(*numbered, strict=True), inputs, sink)
+
+
+def _numbered(frames: Iterator[av.VideoFrame], fps: Fraction) -> Iterator[av.VideoFrame]:
+    for number, frame in enumerate(frames):
+        frame.pts, frame.time_base = number, 1 / fps
+        yield frame

@@ -18,7 +18,7 @@ from av.filter import Graph
 
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.film.film_settings import FilmSettings
-from vidgen_ray.film.picture import OpenFile, add_chain, available, filtered
+from vidgen_ray.film.picture import OpenFile, add_chain, filtered
 from vidgen_ray.film.pieces import content_key
 from vidgen_ray.film.timeline import SAMPLE_RATE, FilmTimeline, TimelineItem, open_sound
 from vidgen_ray.media.media_file import wrap_errors
@@ -270,13 +270,7 @@ def _mix(tracks: Tracks, timeline: FilmTimeline, filters: Sequence[str]) -> Iter
         node.link_to(mixer, output, number)
     sink = add_chain(graph, mixer, [f"aformat={FORMAT}", *filters, "abuffersink"])
     graph.configure()
-    for blocks in zip(*readers, strict=True):
-        for source, block in zip(inputs, blocks, strict=True):
-            source.push(block)
-        yield from available(sink)
-    for source in inputs:
-        source.push(None)
-    yield from available(sink)
+    yield from filtered(zip(*readers, strict=True), inputs, sink)
 
 
 def _through(frames: Iterable[Any], filters: Sequence[str], **options: Any) -> Iterator[Any]:
@@ -285,7 +279,7 @@ def _through(frames: Iterable[Any], filters: Sequence[str], **options: Any) -> I
     source = graph.add_abuffer(**options)
     sink = add_chain(graph, source, [*filters, "abuffersink"])
     graph.configure()
-    yield from filtered(frames, source, sink)
+    yield from filtered(zip(frames, strict=True), [source], sink)
 
 
 def _numbered(frames: Iterator[Any]) -> Iterator[Any]:
