@@ -23,6 +23,7 @@ ENCODERS = {
     "write_png",
     "encode_png",
     "encode_lossless",
+    "VideoWriter",
     "Mp4Writer",
     "write_clip",
     "write_segment",
