@@ -575,7 +575,7 @@ def test_print_plan_prints_the_plan(capsys):
 
 def test_print_plan_prints_json_before_the_cost_check(capsys):
     with pytest.raises(TooExpensive):
-        print_plan(gpu_profile(B6), WITHOUT_STYLE, parse_gpus("8x80GB"), max_cost=0.01, as_json=True)
+        print_plan(gpu_profile(B6), WITHOUT_STYLE, parse_gpus("8x80GB"), Counts(1, 0, 0, 0), max_cost=0.01, as_json=True)
     printed = json.loads(capsys.readouterr().out)
     assert printed["layout"]["kind"] == "fused"
     assert len(printed["layout"]["slots"]) == len(printed["nodes"]) == len(printed["shares"]) == 8

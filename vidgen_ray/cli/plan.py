@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.markup import escape
@@ -82,7 +82,7 @@ def print_plan(
     profile: Profile,
     demand: Demand,
     cluster: Cluster,
-    counts: Counts | None = None,
+    counts: Counts,
     measured: Mapping[str, Calibration] | None = None,
     *,
     price: float | None = None,
@@ -95,31 +95,21 @@ def print_plan(
     Raises the errors of `make_plan`, and TooExpensive after printing if the cost exceeds `max_cost`.
     """
     if not demand.shots:
-        _print_empty(counts, as_json)
+        nothing = {"shots": 0, "counts": asdict(counts)}
+        typer.echo(json.dumps(nothing) if as_json else f"nothing to render: {_line_counts(counts)}")
         return
     planned = make_plan(profile, demand, cluster, calibration=measured, price=price)
     if as_json:
+        about = {"profile": profile.name, "cluster": str(cluster), "cpus_needed": cpus_needed(planned.layout)}
         used = [each.model_dump() for each in licences]
-        typer.echo(json.dumps({**_as_json(planned, profile, cluster, counts), "licences": used}))
+        typer.echo(json.dumps({**about, **asdict(planned), "counts": asdict(counts), "licences": used}))
     else:
         _print(planned, profile, demand, cluster, counts)
         _print_licences(licences)
     planned.check_cost(max_cost)
 
 
-def _print_empty(counts: Counts | None, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({"shots": 0, **({"counts": asdict(counts)} if counts else {})}))
-    else:
-        typer.echo(f"nothing to render: {_line_counts(counts)}" if counts else "nothing to render")
-
-
-def _as_json(planned: Plan, profile: Profile, cluster: Cluster, counts: Counts | None) -> dict[str, Any]:
-    context = {"profile": profile.name, "cluster": str(cluster), "cpus_needed": cpus_needed(planned.layout)}
-    return {**context, **asdict(planned), **({"counts": asdict(counts)} if counts else {})}
-
-
-def _print(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, counts: Counts | None) -> None:
+def _print(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, counts: Counts) -> None:
     console = stdout_console()
     facts = Table.grid(padding=(0, 2))
     for name, text in _facts(planned, profile, demand, cluster, counts):
@@ -147,7 +137,7 @@ def _facts(
 ) -> Iterator[tuple[str, str]]:
     on_gpus = planned.gpu_hours > 0
     yield "profile", f"{profile.name} on {cluster}"
-    yield "shots", f"{planned.shots:,} to render" + (f"; {_line_counts(counts)}" if counts else "")
+    yield "shots", f"{planned.shots:,} to render; {_line_counts(counts)}"
     total_s = sum(planned.stage_seconds.values())
     share = f", {planned.clip_peak_share:.0%} of the GPU's peak" if planned.peak_share else ""
     yield (
