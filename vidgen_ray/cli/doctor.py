@@ -12,6 +12,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -70,9 +71,7 @@ class Finding:
     """Advice, as a command if there is one. `None`: nothing to do."""
 
 
-def check_python(
-    found: tuple[int, int] = (int(platform.python_version_tuple()[0]), int(platform.python_version_tuple()[1])),
-) -> Finding:
+def check_python(found: tuple[int, int] = sys.version_info[:2]) -> Finding:
     """Python's version must be one that the dependencies support."""
     lowest, highest = PYTHON_VERSIONS
     text = f"Python {found[0]}.{found[1]} on {platform.machine()}"
@@ -101,6 +100,7 @@ def check_driver(
     devices: Iterable[Path] = GPU_DEVICES,
 ) -> Finding:
     """A GPU profile needs the device files of the driver, a working nvidia-smi, and a driver for the CUDA of torch."""
+    problem: Status = "fail" if needs_gpu else "warn"
     present = [str(device) for device in devices if device.exists()]
     if not present:
         text = f"no GPU: none of {', '.join(map(str, devices))} exists"
@@ -109,21 +109,14 @@ def check_driver(
         return Finding("driver", "fail", text, f"install {_driver_for(cuda)}; in a container: docker run --gpus all ...")
     gpus = query()
     if not gpus:
-        return Finding(
-            "driver", "fail" if needs_gpu else "warn", f"{present[0]} exists, nvidia-smi shows no GPU", "sudo nvidia-smi"
-        )
+        return Finding("driver", problem, f"{present[0]} exists, nvidia-smi shows no GPU", "sudo nvidia-smi")
     names = ", ".join(f"{name} ({float(memory) / 1024:.0f} GB)" for _, name, memory in gpus)
     text, found = f"driver {gpus[0][0]}: {names}", int(gpus[0][0].split(".")[0])
     if cuda is None or found >= LOWEST_DRIVER.get(int(cuda.split(".")[0]), 0):
         return Finding("driver", "pass", text)
     older = [major for major, lowest in LOWEST_DRIVER.items() if lowest <= found]
     advice = f", or torch and torchvision for CUDA {older[-1]}: https://pytorch.org/get-started/locally" if older else ""
-    return Finding(
-        "driver",
-        "fail" if needs_gpu else "warn",
-        f"{text}; torch for CUDA {cuda} needs {_driver_for(cuda)}",
-        f"update it{advice}",
-    )
+    return Finding("driver", problem, f"{text}; torch for CUDA {cuda} needs {_driver_for(cuda)}", f"update it{advice}")
 
 
 def _driver_for(cuda: str | None) -> str:
@@ -160,12 +153,8 @@ def check_torch(needs_gpu: bool, torch: Any = None) -> Finding:
     if not needs_gpu:
         return Finding("torch", "pass", text)
     if build is None:
-        return Finding(
-            "torch",
-            "fail",
-            f"{text}: built for the CPU",
-            "pip install --force-reinstall torch torchvision, without a CPU index",
-        )
+        fix = "pip install --force-reinstall torch torchvision, without a CPU index"
+        return Finding("torch", "fail", f"{text}: built for the CPU", fix)
     if not torch.cuda.is_available():
         return Finding("torch", "fail", f"{text}: finds no GPU", f"install {_driver_for(build)}, or torch for your driver")
     known = torch.cuda.get_arch_list()
@@ -275,31 +264,27 @@ def check_video(has_decord: bool | None = None, encoders: Iterable[str] | None =
     return Finding("video", "pass", f"PyAV with libx264{decord}")
 
 
-def check_disk(folder: Path, needed_gb: float = MIN_FREE_GB, usage: Callable[[Path], Any] = shutil.disk_usage) -> Finding:
+def check_disk(folder: Path, usage: Callable[[Path], Any] = shutil.disk_usage) -> Finding:
     """The disks of weights and results need free space, and Ray stops spilling objects to a disk that is 95 % full."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     disk = usage(existing)
     text = f"{folder}: {disk.free / 1e9:.0f} GB free of {disk.total / 1e9:.0f} GB"
     if disk.free < 1e9:
         return Finding("disk", "fail", text, f"free some space on the disk of {existing}")
-    if disk.free < needed_gb * 1e9 or disk.free < disk.total * 0.05:
-        return Finding("disk", "warn", text, f"free {needed_gb:.0f} GB on the disk of {existing}")
+    if disk.free < MIN_FREE_GB * 1e9 or disk.free < disk.total * 0.05:
+        return Finding("disk", "warn", text, f"free {MIN_FREE_GB} GB on the disk of {existing}")
     return Finding("disk", "pass", text)
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm"), usage: Callable[[Path], Any] = shutil.disk_usage) -> Finding:
     """Ray's object store needs shared memory. Containers get 64 MB by default."""
     if not folder.is_dir():
-        return Finding(
-            "shared memory", "warn", f"no {folder}", "mount a tmpfs there; in a container: docker run --shm-size=8g ..."
-        )
+        fix = "mount a tmpfs there; in a container: docker run --shm-size=8g ..."
+        return Finding("shared memory", "warn", f"no {folder}", fix)
     total_gb = usage(folder).total / GB
-    text = f"{folder}: {total_gb:.1f} GB"
-    if total_gb < MIN_SHM_GB:
-        return Finding(
-            "shared memory", "warn", text, "docker run --shm-size=8g ...; in Kubernetes an emptyDir with medium: Memory"
-        )
-    return Finding("shared memory", "pass", text)
+    fix = "docker run --shm-size=8g ...; in Kubernetes an emptyDir with medium: Memory"
+    is_small = total_gb < MIN_SHM_GB
+    return Finding("shared memory", "warn" if is_small else "pass", f"{folder}: {total_gb:.1f} GB", fix if is_small else None)
 
 
 def check_open_files(limit: tuple[int, int] | None = None) -> Finding:
@@ -307,12 +292,8 @@ def check_open_files(limit: tuple[int, int] | None = None) -> Finding:
     soft, hard = limit or resource.getrlimit(resource.RLIMIT_NOFILE)
     text = f"{_limit(soft)} open files, at most {_limit(hard)}"
     if soft != resource.RLIM_INFINITY and soft < MIN_OPEN_FILES:
-        return Finding(
-            "open files",
-            "warn",
-            text,
-            f"ulimit -n {MIN_OPEN_FILES}; in a container: docker run --ulimit nofile=65536:65536 ...",
-        )
+        fix = f"ulimit -n {MIN_OPEN_FILES}; in a container: docker run --ulimit nofile=65536:65536 ..."
+        return Finding("open files", "warn", text, fix)
     return Finding("open files", "pass", text)
 
 
@@ -383,12 +364,8 @@ def check_ray_token(environment: Mapping[str, str] = os.environ, home: Path | No
     """Anyone who can connect to Ray can run code: a cluster needs a token, and only its owner may read it."""
     mode = environment.get("RAY_AUTH_MODE", "")
     if mode == "disabled":
-        return Finding(
-            "ray token",
-            "warn",
-            "RAY_AUTH_MODE=disabled: anyone who reaches Ray's ports can run code",
-            "export RAY_AUTH_MODE=token",
-        )
+        text = "RAY_AUTH_MODE=disabled: anyone who reaches Ray's ports can run code"
+        return Finding("ray token", "warn", text, "export RAY_AUTH_MODE=token")
     token = Path(environment.get("RAY_AUTH_TOKEN_PATH") or (home or Path.home()) / ".ray" / "auth_token")
     if not token.is_file():
         if mode == "token" and not environment.get("RAY_AUTH_TOKEN"):
