@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from tests.browser import browser_page
 from tests.film.conftest import Shots
 from vidgen_ray.cli.app import main
+from vidgen_ray.dataset.tables import open_tables, run_query
 from vidgen_ray.errors import SetupError
 from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
 from vidgen_ray.outputs.manifest import SCHEMA
@@ -178,17 +179,26 @@ def test_only_files_of_a_matrix_have_short_names(tmp_path):
 
 
 def test_shots_of_a_line_that_differ_only_in_their_seed_are_siblings(tmp_path):
-    shots = [(seed, lora, "a boat") for lora in ("wide", "base") for seed in (1, 2)] + [(1, "wide", "a kite")]
+    shots = [(seed, lora, "boat") for lora in ("wide", "base") for seed in (1, 2)] + [(1, "wide", "kite")]
     rows = []
-    for seed, lora, prompt in shots:
-        matrix = json.dumps({"matrix": {"seed": seed, "lora": lora}})
-        rows.append(
-            row(f"{prompt}-{lora}-{seed}", 1, prompt=prompt, metadata=matrix, image="a/image.png", image_sha256="0" * 64)
-        )
+    for number, (seed, lora, prompt) in enumerate([*shots, (1, "free", "kite"), (2, "free", "kite")]):
+        metadata = json.dumps({"matrix": {"seed": seed, "lora": lora}, "choices": {"boat|kite": prompt}})
+        files = {"image": "a/image.png", "image_sha256": f"{number:064x}"}
+        line = None if lora == "free" else 1
+        rows.append(row(f"{prompt}-{lora}-{seed}", line, prompt=prompt, metadata=metadata, **files))
     (tmp_path / "manifest").mkdir()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
-    siblings = {each["id"]: each.get("siblings") for each in gallery_rows(LocalStorage(tmp_path)).rows}
-    assert siblings == {"a boat-base-1": 0, "a boat-base-2": 0, "a boat-wide-1": 1, "a boat-wide-2": 1, "a kite-wide-1": None}
+    storage = LocalStorage(tmp_path)
+    siblings = {each["id"]: each.get("siblings") for each in gallery_rows(storage).rows}
+    alone = dict.fromkeys(["kite-wide-1", "kite-free-1", "kite-free-2"])
+    assert siblings == {"boat-base-1": 0, "boat-base-2": 0, "boat-wide-1": 1, "boat-wide-2": 1, **alone}
+    with open_tables(storage) as database:
+        groups = (
+            run_query(database, "SELECT list(id ORDER BY id) AS ids FROM clips GROUP BY siblings").read_all()["ids"].to_pylist()
+        )
+    assert sorted(groups) == sorted(
+        [["boat-base-1", "boat-base-2"], ["boat-wide-1", "boat-wide-2"], *([each] for each in alone)]
+    )
 
 
 def test_gallery_links_the_films_of_the_folder(tmp_path):

@@ -55,7 +55,7 @@ from vidgen_ray.report.shot_text import (
     size_text,
     value_text,
 )
-from vidgen_ray.script.expansion import MATRIX, TEXTS
+from vidgen_ray.script.expansion import CHOSEN, MATRIX
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, NESTED_FIELDS, Shot
 from vidgen_ray.stages.likeness import sampled_frames
 from vidgen_ray.system.quantities import amount_text, duration, money
@@ -161,9 +161,9 @@ def _add_reviews(storage: Storage, rows: Sequence[Mapping[str, Any]], shown: Seq
         each["clip"] = digest
         if (review := reviews.get(digest)) is not None:
             each["review"] = review.model_dump(mode="json", exclude={"clip_sha256", "id"})
-        matrix = row["metadata"].get(MATRIX)
-        values = {name: value for name, value in matrix.items() if name != "seed"} if isinstance(matrix, dict) else {}
-        groups[json.dumps([row["script"], row["line"] or row["id"], values, *(row[name] for name in TEXTS)])].append(each)
+        parts = (row["metadata"].get(name) for name in (MATRIX, CHOSEN))
+        factors = {name: value for part in parts if isinstance(part, dict) for name, value in part.items() if name != "seed"}
+        groups[json.dumps([row["script"], row["line"] or row["id"], factors])].append(each)
     for number, group in enumerate(group for group in groups.values() if len(group) > 1):
         for each in group:
             each["siblings"] = number
