@@ -132,9 +132,7 @@ def _print_licences(licences: Sequence[UsedWeights]) -> None:
     console.print(table)
 
 
-def _facts(
-    planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, counts: Counts | None
-) -> Iterator[tuple[str, str]]:
+def _facts(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, counts: Counts) -> Iterator[tuple[str, str]]:
     on_gpus = planned.gpu_hours > 0
     yield "profile", f"{profile.name} on {cluster}"
     yield "shots", f"{planned.shots:,} to render; {_line_counts(counts)}"
