@@ -61,6 +61,7 @@ def _rows(first: int, count: int, queued: int) -> Iterator[dict[str, Any]]:
             "state": ENDED[number % len(ENDED)] if ended else JobState.QUEUED,
             "key": f"{number:064x}",
             "seq": number,
+            "place": number,
             "version": number,
             "progress": 100 if ended else 0,
             "created_at": float(number),

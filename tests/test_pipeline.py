@@ -235,10 +235,11 @@ def test_editors_know_the_api_and_all_fields_of_a_shot():
     assert set(vidgen_ray.__all__) <= set(dir(vidgen_ray))
     assert (Path(vidgen_ray.__file__).parent / "py.typed").exists()
     arguments = {"prompt", "image", "face_image", "consent", "last_image"}
-    of_scripts = {"variants", "character"}
+    of_scripts = {"variants", "character", "priority"}
     assert set(ShotFields.__annotations__) == Shot.model_fields.keys() - arguments - of_scripts
     hints = get_type_hints(ShotFields)
-    choices = {name: field.annotation for name, field in Shot.model_fields.items() if get_origin(field.annotation) is Literal}
+    literals = {name: field.annotation for name, field in Shot.model_fields.items() if get_origin(field.annotation) is Literal}
+    choices = {name: choice for name, choice in literals.items() if name not in of_scripts}
     assert {name: hints[name] for name in choices if name != "video_model"} == {
         name: choice for name, choice in choices.items() if name != "video_model"
     }

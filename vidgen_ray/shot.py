@@ -80,6 +80,9 @@ INSTANTID_SDXL, REFERENCE, NO_IDENTITY = "instantid-sdxl", "reference", "none"
 FRAMES_SCHEMA = {"anyOf": [{"type": "integer", "minimum": MIN_FRAMES, "maximum": MAX_FRAMES}, {"enum": [AUTO]}]}
 """JSON schema of `num_frames`. A shot always has a number: `auto` is replaced when it is checked."""
 
+Priority = Literal["low", "normal", "high"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+"""All priorities, the lowest first."""
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Steps = Annotated[int, Field(ge=1, le=200)]
 Guidance = Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)]
@@ -213,6 +216,12 @@ class Shot(_Frozen):
     )
     variants: int = Field(
         1, ge=1, le=MAX_SHOTS_PER_LINE, description="Number of shots rendered from this line: id-v0, id-v1, ..."
+    )
+
+    priority: Priority = Field(
+        "normal",
+        exclude=True,  # of a request or a line, not of what is rendered
+        description="Shots with a higher priority start first. No effect on files.",
     )
 
     image_model: Literal["flux", "klein"] = Field(
@@ -601,8 +610,8 @@ def nest_flat_settings(data: dict[str, Any]) -> dict[str, Any]:
 
 def derive_id(fields: dict[str, Any]) -> str:
     """Return an id derived from the content of the line, not its position: inserting a line does not change other seeds."""
-    # The same line with a consent is the same shot.
-    fields = {name: value for name, value in fields.items() if name != "consent"}
+    # The same line with a consent or a priority is the same shot.
+    fields = {name: value for name, value in fields.items() if name not in ("consent", "priority")}
     text = str(fields.get("prompt", ""))
     slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-")
     digest = hashlib.sha256(repr(sorted(fields.items())).encode("utf-8", "surrogatepass")).hexdigest()[:ID_DIGITS]

@@ -146,8 +146,8 @@ def test_shots_are_yielded_before_the_script_is_fully_read(tmp_path):
     shots.close()
 
 
-def plan(number, prompt, *loras):
-    shot = Shot(id=f"s{number}", prompt=prompt, seed=1, lora=[f"{lora}.safetensors" for lora in loras])
+def plan(number, prompt, *loras, priority="normal"):
+    shot = Shot(id=f"s{number}", prompt=prompt, seed=1, lora=[f"{lora}.safetensors" for lora in loras], priority=priority)
     return ShotPlan(shot=shot, steps=(), key="")
 
 
@@ -190,6 +190,13 @@ def test_prompts_of_a_group_are_together(mixed):
 def test_order_is_stable_and_ignores_the_order_of_loras():
     plans = [plan(0, "x", "a", "b"), plan(1, "y"), plan(2, "y", "b", "a"), plan(3, "x", "a", "b"), plan(4, "y")]
     assert [p.shot.id for p in in_order(plans, room=9)] == ["s0", "s3", "s2", "s1", "s4"]
+
+
+def test_shots_with_a_higher_priority_come_first_and_lora_groups_within_a_priority():
+    of_line = [("low", "a"), ("normal", "a"), ("normal", "b"), ("normal", "a"), ("high", "a")]
+    plans = [plan(number, "x", lora, priority=priority) for number, (priority, lora) in enumerate(of_line)]
+    assert [p.shot.id for p in in_order(plans, room=9)] == ["s4", "s1", "s3", "s2", "s0"]
+    assert [p.shot.id for p in in_order(plans, room=2)] == ["s1", "s2", "s3", "s4", "s0"], "only read shots are ordered"
 
 
 def test_shot_with_other_loras_is_not_overtaken_forever(monkeypatch):

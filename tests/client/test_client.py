@@ -195,6 +195,13 @@ def test_list_remix_cancel_delete(client, server, held):
         client.wait_for_video(video)
 
 
+def test_priority_of_a_video(client, held):
+    video = client.create_video("a man", seed=15, priority="high", **SMALL)
+    assert (video.priority, client.get_video(video).priority) == ("high", "high")
+    with pytest.raises(ApiError, match="priority: got 'urgent', must be 'low', 'normal' or 'high'"):
+        client.create_video("a man", priority="urgent", **SMALL)
+
+
 def test_wait_timeout_keeps_the_job(client, held):
     video = client.create_video("a man", **SMALL)
     with pytest.raises(WaitTimeout, match=r"is queued after 0\.1 s. Its job continues"):

@@ -114,7 +114,9 @@ def test_assistant_cancels_a_queued_video(server, mcp_server):
 
     async def scenario():
         async with Client(mcp_server) as client:
-            video = (await client.call_tool("create_video", {"prompt": "a man", "fields": SMALL})).structured_content
+            arguments = {"prompt": "a man", "priority": "low", "fields": SMALL}
+            video = (await client.call_tool("create_video", arguments)).structured_content
+            assert video["priority"] == "low"
             waited = await client.call_tool("wait", {"video_id": video["id"], "timeout_s": 0.2})
             assert "Not done after 0.2 s. Call wait again." in text_of(waited)
             cancelled = await client.call_tool("cancel", {"video_id": video["id"]})
@@ -137,6 +139,7 @@ def test_errors_are_reported_to_the_assistant(server, mcp_server):
                 ("status", {"video_id": "video_0"}),
                 ("plan", {"prompt": "a man", "size": "large"}),
                 ("create_video", {"prompt": "a man", "num_frames": 2}),
+                ("create_video", {"prompt": "a man", "priority": "urgent"}),
             ]
             results = [await client.call_tool(name, arguments) for name, arguments in calls]
             failing = (await client.call_tool("create_video", {"prompt": "fail", "fields": SMALL})).structured_content
@@ -144,13 +147,14 @@ def test_errors_are_reported_to_the_assistant(server, mcp_server):
             return results
 
     results = asyncio.run(scenario())
-    assert [result.is_error for result in results] == [True] * 6
+    assert [result.is_error for result in results] == [True] * 7
     parts = (
         "num_frames: got 1",
         "gone.png",
         "video_not_found",
         "size",
         "unknown argument num_frames",
+        "'low', 'normal' or 'high'",
         "the prompt asked for it",
     )
     assert [part for part, result in zip(parts, results, strict=True) if part not in text_of(result)] == []

@@ -62,6 +62,18 @@ def test_queue_position_is_the_order_in_which_jobs_start(store, estimator):
     assert [job.id for job in store.queue.claim("d", 30, 4)] == [ada[0].id, bob.id, ada[1].id, ada[2].id]
 
 
+def test_queue_position_of_a_new_job_follows_from_its_priority(store, estimator):
+    for priority in ("normal", "low"):
+        store.create(new_job(priority=priority))
+
+    async def positions():
+        new = [(await estimator.estimate_new(new_job(priority=each))).queue_position for each in ("high", "normal", "low")]
+        later, _ = store.create(new_job(priority="normal"))
+        return [*new, (await estimator.estimate(later)).queue_position]
+
+    assert asyncio.run(positions()) == [0, 1, 2, 1]
+
+
 def test_eta_follows_progress_and_the_speed_of_recent_jobs(store, estimator, clock, expected_s):
     complete_jobs(store, clock, SLOWNESS * expected_s)
     store.create(new_job())

@@ -177,6 +177,13 @@ def test_seeds_and_ids_do_not_depend_on_the_line_order(tmp_path):
     assert {s.seed for s in read_script(tmp_path / "a.jsonl", run_seed=4).shots}.isdisjoint({s.seed for s in forward.shots})
 
 
+def test_priority_changes_neither_id_nor_seed_nor_record(tmp_path):
+    lines = [{"prompt": "a ball"}, {"prompt": "a ball", "priority": "high"}]
+    (plain,), (first,) = (read_script(write(tmp_path, f"{n}.jsonl", [line])).shots for n, line in enumerate(lines))
+    assert first.priority == "high"
+    assert first.model_dump() == plain.model_dump()
+
+
 def test_variants_are_separate_shots_with_separate_seeds(tmp_path):
     path = write(
         tmp_path,

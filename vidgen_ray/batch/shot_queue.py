@@ -1,8 +1,8 @@
-"""Queue of the shots to render, ordered to minimize LoRA changes, and the shots that wait for the last frame of another one."""
+"""Queue of the shots to render, by priority and with few LoRA changes, and the shots that wait for another one's last frame."""
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from vidgen_ray.errors import StageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.script.lines import Line
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import PRIORITIES, Priority, Shot
 
 MAX_SHOTS = 4096
 """Shots that are ordered together. They take some megabytes."""
@@ -30,45 +30,53 @@ class Task(NamedTuple):
 
 
 class ShotQueue:
-    """Shots in groups with the same LoRAs and, within a group, the same prompt. Groups and shots keep their order."""
+    """Shots by priority. Those of a priority are in groups with the same LoRAs and, within a group, the same prompt. Groups and
+    shots keep their order."""
 
     def __init__(self) -> None:
-        self._groups: dict[frozenset[str], dict[str, deque[tuple[int, Task]]]] = {}
+        self._levels: dict[Priority, dict[frozenset[str], dict[str, deque[tuple[int, Task]]]]] = {}
         self._active: frozenset[str] | None = None
         """LoRAs of the last shot that had any, since shots without LoRAs do not change them. `None` before the first shot."""
-        self._added = 0
+        self._added = Counter[Priority]()
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[Task]:
-        return (task for group in self._groups.values() for tasks in group.values() for _, task in tasks)
+        groups = (group for level in self._levels.values() for group in level.values())
+        return (task for group in groups for tasks in group.values() for _, task in tasks)
 
     def add(self, task: Task) -> None:
-        group = self._groups.setdefault(_loras(task.plan), {})
-        group.setdefault(task.plan.shot.prompt, deque()).append((self._added, task))
-        self._added += 1
+        priority = task.plan.shot.priority
+        group = self._levels.setdefault(priority, {}).setdefault(_loras(task.plan), {})
+        group.setdefault(task.plan.shot.prompt, deque()).append((self._added[priority], task))
+        self._added[priority] += 1
         self._count += 1
 
     def pop(self) -> Task:
-        """Remove and return the next shot: of the group with the active LoRAs, or else of the group with the oldest shot.
+        """Remove and return the next shot of the highest priority in the queue: of the group with the active LoRAs, or else of
+        the group with the oldest shot.
 
         Raises IndexError if the queue is empty.
         """
-        if not self._groups:
+        if not self._levels:
             raise IndexError("the queue is empty")
-        loras = next(iter(self._groups))
-        oldest = next(iter(self._groups[loras].values()))[0][0]
-        if self._active in self._groups and self._added - oldest <= MAX_SHOTS + MAX_SKIPS:
+        priority = max(self._levels, key=PRIORITIES.index)
+        groups = self._levels[priority]
+        loras = next(iter(groups))
+        oldest = next(iter(groups[loras].values()))[0][0]
+        if self._active in groups and self._added[priority] - oldest <= MAX_SHOTS + MAX_SKIPS:
             loras = self._active
-        group = self._groups[loras]
+        group = groups[loras]
         prompt = next(iter(group))
         _, task = group[prompt].popleft()
         if not group[prompt]:
             del group[prompt]
         if not group:
-            del self._groups[loras]
+            del groups[loras]
+        if not groups:
+            del self._levels[priority]
         self._active = loras or self._active or loras
         self._count -= 1
         return task

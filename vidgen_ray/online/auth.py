@@ -51,7 +51,7 @@ class KeyRecord(BaseModel):
 
     tenant: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the key, in hexadecimal")
-    limits: Limits | None = Field(None, description="None: the limits of the server")
+    limits: Limits | None = Field(None, description="those that differ from the limits of the server")
     expires_at: datetime | None = Field(None, description="with a time zone; None: never")
 
 
@@ -113,7 +113,8 @@ class ApiKeys:
     def _tenant(self, record: KeyRecord) -> Tenant | None:
         if record.expires_at is not None and record.expires_at <= datetime.now(UTC):
             return None
-        return Tenant(name=record.tenant, key_id=_key_id(record), limits=record.limits or self._limits)
+        own = record.limits.model_dump(exclude_unset=True) if record.limits is not None else {}
+        return Tenant(name=record.tenant, key_id=_key_id(record), limits=self._limits.model_copy(update=own))
 
 
 class Authenticator:
@@ -239,7 +240,7 @@ def add_key(file: Path, record: KeyRecord) -> None:
     Raises SetupError if the file cannot be read or written.
     """
     before = _read_key_file(file) if file.exists() else ()
-    records = [each.model_dump(mode="json", exclude_none=True) for each in (*before, record)]
+    records = [each.model_dump(mode="json", exclude_unset=True, exclude_none=True) for each in (*before, record)]
     try:
         with new_file(file.absolute()) as tmp:
             tmp.chmod(0o600)

@@ -268,7 +268,7 @@ class JobDirector:
     def _write(
         self, ends: Mapping[str, End], held: Collection[str], updates: Sequence[JobProgress], is_full: bool, limit: int
     ) -> tuple[list[Any], set[str], Sequence[Job]]:
-        """Store the ends, renew leases, store progress and claim jobs in one transaction. Blocks.
+        """Store the ends, fail late jobs, renew leases, store progress and claim jobs in one transaction. Blocks.
 
         Return the results of the ends, the jobs to stop, and the claimed ones.
         """
@@ -278,6 +278,8 @@ class JobDirector:
         queue = self._store.queue
         with queue.together():
             results = [store() for store, _ in ends.values()]
+            if is_full:
+                queue.fail_late()
             stopped = queue.heartbeat(self.owner, held) if held else set()
             if updates:
                 queue.progress(self.owner, updates)

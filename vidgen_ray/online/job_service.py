@@ -36,7 +36,7 @@ from vidgen_ray.outputs.storage import is_disk_full, low_space
 from vidgen_ray.safety import Consent
 from vidgen_ray.script.check import check_shot, consent_for_photos
 from vidgen_ray.script.lines import WrongField
-from vidgen_ray.shot import IMAGE_FIELDS, LoraRef, Shot, VideoLora
+from vidgen_ray.shot import IMAGE_FIELDS, PRIORITIES, LoraRef, Priority, Shot, VideoLora
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
 
 METADATA_BYTES = 64 << 10
@@ -242,6 +242,11 @@ class JobService:
             shot = check_shot(values, "request", profile.defaults, policy=profile.policy)
         except ScriptError as error:
             raise invalid_fields(error) from None
+        allowed = allowed_priorities(tenant.limits)
+        if shot.priority not in allowed:
+            if "priority" in values:
+                raise invalid("priority", f"got {shot.priority}, must be {' or '.join(allowed)} with this key")
+            shot = shot.model_copy(update={"priority": allowed[-1]})
         source_licences: Sequence[UsedWeights] = ()
         if shot.continue_from is not None:
             frame, source_licences = self._last_frame(tenant, shot.continue_from)
@@ -271,14 +276,16 @@ class JobService:
             request = {**request, "require_consent": False}
         if plan.shot.continue_from is not None:
             request = {**request, LICENCES: LICENCE_LIST.dump_python(plan.licences, mode="json")}
-        now = time.time()
+        now, deadline_s = time.time(), request.get("deadline_s")
         job = Job(
             id=new_id(kind),
             tenant=tenant.name,
             kind=kind,
+            priority=plan.shot.priority,
             shot=plan.shot.model_copy(update={"id": shot_id_of(plan.key)}),
             key=plan.key,
             created_at=now,
+            start_by=now + deadline_s if isinstance(deadline_s, int | float) else None,
             request=dict(request),
         )
         rendered = self._outputs.find_by_key(plan.key)
@@ -380,6 +387,11 @@ class JobService:
             )
             raise ApiError(404, f"{param}: no such LoRA; {names}", code="lora_not_found", param=param)
         return paths.pop()
+
+
+def allowed_priorities(limits: Limits) -> Sequence[Priority]:
+    """Return the priorities that a job may have with these limits, the lowest first."""
+    return PRIORITIES[: PRIORITIES.index(limits.max_priority) + 1]
 
 
 def check_size(limits: Limits, shot: Shot, count: int = 1) -> None:

@@ -17,7 +17,7 @@ from vidgen_ray.online.store.jobs import Job, JobState
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.planner.demand import encode_seconds_per_mpx, seconds_of
 from vidgen_ray.profile import Profile
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import Priority, Shot
 
 MAX_UNFINISHED_PERCENT = 99
 """Maximum percentage of a shot that is not finished."""
@@ -119,16 +119,22 @@ class QueueEstimator:
         seconds = snapshot.slowness * self._expected_s(job.shot)
         if job.state == JobState.IN_PROGRESS:
             return self._estimate(None, seconds * (1 - job.progress / 100))
-        # A job that was created after the snapshot is the last one.
-        position = snapshot.positions.get(job.id, len(snapshot.positions))
+        position = snapshot.positions.get(job.id)
+        if position is None:
+            position = await self._new_position(snapshot, job.tenant, job.priority)
         return self._estimate(position, snapshot.wait_s(position, seconds) + seconds)
 
-    async def estimate_new(self, shot: Shot) -> NewJobEstimate:
-        """Return the estimate for a job with this shot, if it were created now."""
+    async def estimate_new(self, job: Job) -> NewJobEstimate:
+        """Return the estimate for a job, if it were created now."""
         snapshot = await self._current_snapshot()
-        expected = {stage: snapshot.slowness * seconds for stage, seconds in expected_seconds(shot, self._profile).items()}
-        position = len(snapshot.positions)
+        expected = {stage: snapshot.slowness * seconds for stage, seconds in expected_seconds(job.shot, self._profile).items()}
+        position = await self._new_position(snapshot, job.tenant, job.priority)
         return NewJobEstimate(position, snapshot.wait_s(position, sum(expected.values())), expected)
+
+    async def _new_position(self, snapshot: _Snapshot, tenant: str, priority: Priority) -> int:
+        """Return the position of a job that was created after the snapshot: of the first one that it overtakes, or the last."""
+        overtaken = await asyncio.to_thread(self._store.first_overtaken, tenant, priority)
+        return snapshot.positions.get(overtaken or "", len(snapshot.positions))
 
     def _estimate(self, position: int | None, eta_s: float) -> JobEstimate:
         poll_after_s = max(MIN_POLL_AFTER_S, min(MAX_POLL_AFTER_S, POLL_SHARE * eta_s))

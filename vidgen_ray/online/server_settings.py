@@ -14,6 +14,7 @@ from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import AUTO
 from vidgen_ray.provenance.record import ProvenanceSettings
+from vidgen_ray.shot import Priority
 from vidgen_ray.system.files import load_yaml, private_folder
 
 MB = 1_000_000
@@ -49,6 +50,7 @@ class Limits(_Settings):
         description="Most bytes of uploads that a tenant may store. Each upload counts as at least 4096 bytes.",
     )
     requests_per_minute: int = Field(600, ge=1, description="Requests per minute, counted by each replica of the API.")
+    max_priority: Priority = Field("high", description="Highest priority of a job, and at most that of requests without one.")
     streams: int = Field(32, ge=1, description="Most event streams that may be open at once. An open page has one.")
 
 

@@ -215,9 +215,9 @@ class _Columns(BaseModel):
 SETTINGS = {
     "start_image" if name == "image" else name: name
     for name in Shot.model_fields
-    if name == "image" or (name not in _Columns.model_fields and name not in ("variants", "character"))
+    if name == "image" or (name not in _Columns.model_fields and name not in ("variants", "character", "priority"))
 }
-"""Column -> field of the shot. The other fields are columns of their own, or part of `metadata`."""
+"""Column -> field of the shot. The other fields are columns of their own, part of `metadata`, or say nothing about files."""
 STRUCTS = {
     "lora": [("path", pyarrow.string()), ("weight", pyarrow.float64())],
     "video_lora": [("path", pyarrow.string()), ("weight", pyarrow.float64()), ("expert", pyarrow.string())],

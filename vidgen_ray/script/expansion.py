@@ -196,7 +196,7 @@ STYLE = "style"
 """Field of a line: name of a style in the header. Not a field of a shot."""
 TEXTS = ("prompt", "negative_prompt", "style_prompt", "motion_prompt")
 CHOICES = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
-NO_MATRIX_FIELDS = ("id", "variants", "metadata", "consent")
+NO_MATRIX_FIELDS = ("id", "variants", "metadata", "consent", "priority")
 SUFFIX_LETTERS = 24
 CHOICE_LETTERS = 60
 HASH_DIGITS = 6

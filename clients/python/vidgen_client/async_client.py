@@ -31,6 +31,7 @@ from vidgen_client.models import (
     ImagesAnswer,
     Listing,
     Model,
+    Priority,
     UploadedFile,
     Variant,
     Video,
@@ -120,6 +121,7 @@ class AsyncClient:
         lora: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None,
         seed: int | None = None,
         model: str | None = None,
+        priority: Priority | None = None,
         idempotency_key: str | None = None,
         **fields: Any,
     ) -> Video:
@@ -128,8 +130,8 @@ class AsyncClient:
         `size`: WIDTHxHEIGHT in pixels. `input_reference`: image to start from. `face_image`: photos of one face. `consent`: why
         this face may be used, `{"subject": "NAME", "basis": "written", "reference": "FILE"}`; photos need it. `character`: name
         or id of a character, instead of photos. `lora`: names of LoRAs of the server, or `{"name": ..., "scale": ...}`.
-        `fields`: any other field of `POST /v1/videos`. `idempotency_key`: the same key returns the same video; default: a new
-        key.
+        `priority`: of this video among the waiting ones of the same tenant. `fields`: any other field of `POST /v1/videos`.
+        `idempotency_key`: the same key returns the same video; default: a new key.
         """
         named = {
             "prompt": prompt,
@@ -142,6 +144,7 @@ class AsyncClient:
             "lora": lora,
             "seed": seed,
             "model": model,
+            "priority": priority,
         }
         return await self._create(Video, "/v1/videos", {**fields, **named}, idempotency_key)
 

@@ -17,7 +17,7 @@ from mcp.types import CallToolResult, InputRequiredResult, ToolAnnotations
 from pydantic import Field
 
 from vidgen_client import AsyncClient, Character, ClientError, Estimate, JobFailed, Model, Variant, Video
-from vidgen_client.models import Consent
+from vidgen_client.models import Consent, Priority
 
 INSTRUCTIONS = """Creates videos and images on a vidgen-ray server. create_video and create_image return at once with an id.
 Call wait with this id, and again while it reports that the job is not done; then call download to save the file."""
@@ -51,6 +51,7 @@ class ImageArguments(Prompt, total=False):
     character: Annotated[str | None, Field(description="Name of a character, instead of photos. See list_characters.")]
     lora: Annotated[list[str] | None, Field(description="Names of LoRAs of the server.")]
     seed: Annotated[int | None, Field(description="The same seed and fields give the same file. Default: random.")]
+    priority: Annotated[Priority | None, Field(description="Priority among the jobs of this user. Default: normal.")]
     fields: Annotated[
         dict[str, Any] | None,
         Field(description="Further fields of POST /v1/videos, for example negative_prompt, num_inference_steps, fps."),

@@ -11,6 +11,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+Priority = Literal["low", "normal", "high"]
 Variant = Literal["video", "hd", "sd", "image", "thumbnail", "spritesheet", "preview"]
 """File of a video: the clip, a larger clip, the clip before upscaling, the first image, or a preview."""
 
@@ -39,6 +40,7 @@ class Video(Answer):
 
     id: str
     status: Status
+    priority: Priority = "normal"
     progress: int = 0
     """Progress in percent."""
     created_at: int

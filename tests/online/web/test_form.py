@@ -10,6 +10,7 @@ from PIL import Image as PILImage
 from tests.conftest import ASTRONAUT
 from tests.online.web.conftest import QuickPipeline, cards, generate, open_menu, playwright
 from vidgen_ray.online.store.jobs import JobKind
+from vidgen_ray.online.web.job_cards import card_of
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.safety import Consent
 
@@ -55,6 +56,7 @@ def test_form_values_reach_the_job_and_its_card(site, open_page):
     page.get_by_label("LoRA", exact=True).nth(1).select_option("wash")
     page.get_by_label("Style").fill("watercolour")
     page.get_by_text("Advanced:").click()
+    page.get_by_label("Priority").select_option("high")
     page.get_by_label("Negative prompt").fill("blurry")
     group = page.get_by_role("group", name="Base image")
     group.get_by_label("Steps").fill("3")
@@ -73,6 +75,7 @@ def test_form_values_reach_the_job_and_its_card(site, open_page):
     expect(card.locator("video")).to_be_visible()
     (job,) = site.jobs()
     shot = job.shot
+    assert (job.priority, card_of(job.queued(), "", {}).status[-15:]) == ("high", ", high priority")
     assert (shot.prompt, shot.negative_prompt, shot.use_hunyuan_style) == ("an astronaut\non a beach", "blurry", True)
     assert (shot.steps.flux, shot.guidance.flux, shot.style_strength, shot.pose) == (3, 4.5, 0.25, "none")
     assert shot.steps.svd == 2, "the profile's default"

@@ -99,7 +99,7 @@ async def _image_fields(server: ServerContext, tenant: Tenant, request: CreateIm
     model, base = server.model(request.model)
     fields = {**base, **request.shot_fields({**server.serving_profile.profile.defaults, **base}), **request.size_fields()}
     fields |= await face_fields(server, tenant, request)
-    return fields, {"model": model, "user": request.safety_identifier or request.user}
+    return fields, {"model": model, "user": request.safety_identifier or request.user, "deadline_s": request.deadline_s}
 
 
 def _edit_fields(request: EditImages, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,7 @@ from vidgen_ray.shot import (
     IMAGE_FIELDS,
     LORA_FIELDS,
     Guidance,
+    Priority,
     Shot,
     Steps,
     Strength,
@@ -186,8 +187,8 @@ Frames = Annotated[
     PlainSerializer(lambda value: value, return_type=Any),
     WithJsonSchema(FRAMES_SCHEMA),
 ]
-ANNOTATIONS: dict[str, Any] = {"num_frames": Frames}
-"""Fields of a `Shot` that have more values in a request."""
+ANNOTATIONS: dict[str, Any] = {"num_frames": Frames, "priority": Priority}
+"""Fields of a `Shot` that have more values in a request, or that only a request has when it is dumped."""
 M = TypeVar("M", bound="RequestBody")
 
 
@@ -327,6 +328,14 @@ def with_shot_fields(without: tuple[str, ...] = ()) -> Callable[[type[M]], type[
     return add_fields
 
 
+DEADLINE = Field(
+    None,
+    gt=0,
+    allow_inf_nan=False,
+    description="Seconds within which the job must start, or it fails with the code `deadline_exceeded`. Default: none.",
+)
+
+
 class _Generation(RequestBody):
     """Fields of videos and images besides those of a `Shot`."""
 
@@ -358,6 +367,7 @@ class _Generation(RequestBody):
         None, description="More fields of this body, which replace those outside. In a form: JSON."
     )
     extra_json: dict[str, Any] | None = Field(None, description="Same as `extra_body`.")
+    deadline_s: float | None = DEADLINE
     user: ShortText | None = Field(None, description="Id of the end user. Returned with the video.")
 
     @field_validator("size")
@@ -612,6 +622,7 @@ class CreateShot(RequestBody):
     character: str | None = Field(None, description="Id or name of a character, instead of `face_image`.")
     lora: Loras = Field(None, description="LoRA by name, or a list of LoRAs.")
     video_lora: Loras = Field(None, description="LoRA of the video model, as in `lora`, with an `expert` for wan.")
+    deadline_s: float | None = DEADLINE
 
     @classmethod
     def normalise(cls, fields: Mapping[str, Any]) -> dict[str, Any]:

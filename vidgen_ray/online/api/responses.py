@@ -14,6 +14,7 @@ from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.store.inputs import Upload
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.safety import Consent
+from vidgen_ray.shot import Priority
 
 CANCELLED = JobError(code="cancelled", message="The job was cancelled.", type="invalid_request_error")
 """Error of a cancelled video: clients of OpenAI's API only know `failed`."""
@@ -54,6 +55,7 @@ class _JobStatus(BaseModel):
 
     id: str = Field(description="Id of the job.")
     created_at: Timestamp = Field(description="Time of creation.")
+    priority: Priority = Field(description="Priority among the jobs of the tenant.")
     progress: int = Field(description="Progress in percent.")
     stage: str | None = Field(description="Stage that is running.")
     step: int = Field(description="Finished steps of this stage: denoising steps, or frames.")

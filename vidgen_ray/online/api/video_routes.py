@@ -187,7 +187,7 @@ async def video_fields(
         fields["image"] = await server.image_references.resolve(tenant, getattr(request, name), name)
     if request.last_image is not None:
         fields["last_image"] = await server.image_references.resolve(tenant, request.last_image, "last_image")
-    returned: dict[str, Any] = {"model": model, "user": request.user}
+    returned: dict[str, Any] = {"model": model, "user": request.user, "deadline_s": request.deadline_s}
     if hd_beside:
         returned["hd"] = True
     if original is not None:
@@ -279,24 +279,26 @@ async def create_shot(
     request: Request, server: ServerDep, tenant: TenantDep, idempotency_key: IdempotencyKey = None
 ) -> ShotJob:
     """Create a job from the fields of a script line, as JSON. Files are ids of uploads, LoRAs are names of this server."""
-    fields, fingerprint = await shot_fields(request, server)
+    fields, returned, fingerprint = await shot_fields(request, server)
     (job,) = await server.job_service.accept(
         tenant,
         JobKind.SHOT,
         [fields],
-        {"model": server.model(None)[0]},
+        returned,
         idempotency_key=idempotency_key,
         fingerprint=f"shot {fingerprint}"[:64],
     )
     return shot_response(job, client_fields(job.shot, server.settings, server.job_service.uploads))
 
 
-async def shot_fields(request: Request, server: ServerContext) -> tuple[dict[str, Any], str]:
-    """Return the fields of the shot in the body of a request, and the fingerprint of the body. Raises ApiError."""
+async def shot_fields(request: Request, server: ServerContext) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Return the fields of the shot in the body of a request, the values that are stored with the job, and the fingerprint of
+    the body. Raises ApiError."""
     async with receive(request, server.settings.uploads) as received:
         if received.is_form:
             raise ApiError(415, "Content-Type: must be application/json", code="unsupported_media_type")
-    return CreateShot.parse(received.fields).model_dump(exclude_unset=True), received.fingerprint
+    fields = CreateShot.parse(received.fields).model_dump(exclude_unset=True)
+    return fields, {"model": server.model(None)[0], "deadline_s": fields.pop("deadline_s", None)}, received.fingerprint
 
 
 @shot_router.get("/v1/shots/{shot_id}", response_model=ShotJob, responses=error_responses(404))
@@ -320,8 +322,8 @@ estimate_router = APIRouter()
 )
 async def estimate_shot(request: Request, server: ServerDep, tenant: TenantDep) -> Estimate:
     """Estimate the job that `POST /v1/shots` would create from the same body, without creating it."""
-    fields, _ = await shot_fields(request, server)
-    return await _estimate(server, tenant, JobKind.SHOT, [fields], {"model": server.model(None)[0]})
+    fields, returned, _ = await shot_fields(request, server)
+    return await _estimate(server, tenant, JobKind.SHOT, [fields], returned)
 
 
 @estimate_router.post(
@@ -350,7 +352,7 @@ async def _estimate(
     if job.state.is_final:
         new = NewJobEstimate(0, 0.0, {})
     else:
-        new = await server.queue_estimator.estimate_new(job.shot)
+        new = await server.queue_estimator.estimate_new(job)
     seconds = {stage: round(len(shots) * each, 3) for stage, each in new.stage_seconds.items()}
     gpu_seconds = _gpu_seconds(server, seconds)
     video = _video(server, job, JobEstimate(None, None, 0.0))

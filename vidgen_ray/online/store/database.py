@@ -80,6 +80,10 @@ JOBS = Table(
     Column("kind", String(16), nullable=False),
     Column("state", String(16), nullable=False),
     Column("seq", BigInteger, nullable=False, unique=True),
+    Column("place", BigInteger, nullable=False),
+    Column("priority", String(16), nullable=False),
+    Column("overtaken", Integer, nullable=False),
+    Column("start_by", Float(53)),
     Column("shot", JSON, nullable=False),
     Column("key", String(64), nullable=False),
     Column("attempts", Integer, nullable=False),
@@ -101,7 +105,7 @@ JOBS = Table(
     Column("heartbeat", BigInteger),
     Column("deleted_at", Float(53)),
     Column("search_text", Text, nullable=False),
-    _partial_index("vidgen_jobs_by_open", "completed_at IS NULL", "state", "tenant", "seq"),
+    _partial_index("vidgen_jobs_by_open", "completed_at IS NULL", "state", "tenant", "place"),
     _partial_index("vidgen_jobs_by_list", "deleted_at IS NULL", "tenant", "seq", "kind", "state"),
     _partial_index("vidgen_jobs_by_expiry", "expires_at IS NOT NULL AND deleted_at IS NULL", "expires_at"),
     _partial_index("vidgen_jobs_by_deletion", "deleted_at IS NOT NULL", "deleted_at"),
@@ -109,9 +113,10 @@ JOBS = Table(
     Index("vidgen_jobs_by_tenant_version", "tenant", "version"),
     Index("vidgen_jobs_by_key", "key"),
 )
-"""`seq` is the order of creation. `heartbeat` is the number of the last claim or heartbeat of a job in progress. `completed_at`
-is set when a job ends, in any final state. A deleted job keeps its row for some minutes, so that lists can continue after it
-and clients see the deletion. `search_text` is case-folded."""
+"""`seq` is the order of creation, `place` that in the queue, `overtaken` the number of later jobs with an earlier place.
+`heartbeat` is the number of the last claim or heartbeat of a job in progress. `completed_at` is set when a job ends, in any
+final state. A deleted job keeps its row for some minutes, so that lists can continue after it and clients see the deletion.
+`search_text` is case-folded."""
 
 IDEMPOTENCY = Table(
     "vidgen_idempotency",

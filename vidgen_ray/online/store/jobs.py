@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from enum import StrEnum
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
-from sqlalchemy import ColumnElement, Row, Select, bindparam, case, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, bindparam, case, delete, func, insert, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from vidgen_ray.online.store.database import JOBS, OUTBOX, Database, Transaction
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import PRIORITIES, Priority, Shot
 
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """Form of ids of jobs. PostgreSQL refuses texts with a NUL."""
@@ -68,6 +69,7 @@ class Job(_JobModel):
     tenant: str
     kind: JobKind
     state: JobState = JobState.QUEUED
+    priority: Priority = "normal"
     shot: Shot
     """Checked shot with its seed. Its id is the name of its folder in the output folder."""
     key: str
@@ -82,6 +84,8 @@ class Job(_JobModel):
     steps: int = 0
     """All steps of the current stage. 0 if not known yet."""
     created_at: float
+    start_by: float | None = None
+    """Time after which the job fails if it has not started. `None`: it waits for any time."""
     started_at: float | None = None
     completed_at: float | None = None
     """Time at which the job ended, in any final state."""
@@ -148,6 +152,12 @@ END_OWN = (
     .where(JOBS.c.id == bindparam("ended"), *HELD)
     .returning(*(ENDED := JOBS.c["id", "tenant", "kind", "deleted_at"]))
 )
+END_LATE = (
+    update(JOBS)
+    .where(IS_OPEN, JOBS.c.state == JobState.QUEUED, JOBS.c.started_at.is_(None), JOBS.c.start_by < bindparam("now"))
+    .returning(*ENDED)
+)
+LATE = JobError(code="deadline_exceeded", message="The job has not started within its deadline.", param="deadline_s")
 HELD_BY_ALL = (
     select(JOBS.c.id, JOBS.c.heartbeat)
     .where(IS_OPEN, JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.heartbeat.is_not(None))
@@ -176,7 +186,8 @@ class JobRows:
             job = job.model_copy(update={"completed_at": ended_at, "expires_at": self._expiry(ended_at)})
         number = transaction.version if is_first else transaction.next_number()
         job = job.model_copy(update={"version": number})
-        transaction.connection.execute(INSERT, row_of(job) | {"seq": number})
+        place = number if job.state.is_final else _make_place(transaction.connection, job, number)
+        transaction.connection.execute(INSERT, row_of(job) | {"seq": number, "place": place})
         if job.state.is_final:
             self._add_messages(transaction, job, job.state)
         return job
@@ -234,11 +245,41 @@ def job_of(row: Row[Any]) -> Job:
 
 
 def row_of(job: Job) -> dict[str, Any]:
-    """Return the column values of a job, except `seq` and those of its lease."""
+    """Return the column values of a job, except `seq`, `place` and those of its lease."""
     shot, day = job.shot, datetime.fromtimestamp(job.created_at, UTC)
     texts = (shot.prompt, shot.style_prompt, job.request.get("character"), f"seed:{shot.seed}", f"date:{day:%Y-%m-%d}", job.id)
     search_text = " ".join(["", *(str(text) for text in texts if text)]).casefold()
-    return {**job.model_dump(mode="json"), "search_text": search_text}
+    return {**job.model_dump(mode="json"), "overtaken": 0, "search_text": search_text}
+
+
+PRIORITY_STEP = 32
+"""Later jobs of its tenant that overtake a job until it counts as one priority higher. No job overtakes a high one."""
+LAST_QUEUED = (
+    select(*JOBS.c["id", "place", "priority", "overtaken"])
+    .where(IS_OPEN, JOBS.c.state == JobState.QUEUED, JOBS.c.tenant == bindparam("of_tenant"))
+    .order_by(JOBS.c.place.desc())
+)
+MOVE_BACK = update(JOBS).where(JOBS.c.id == bindparam("moved")).values(place=bindparam("to"), overtaken=JOBS.c.overtaken + 1)
+
+
+def overtaken_by(priority: Priority, queued: Iterable[Row[Any]]) -> list[Row[Any]]:
+    """Return the jobs that a new one would overtake: all at the end of the queue of its tenant that count as a lower priority.
+
+    `queued`: the queued jobs of the tenant, the last one first, like the result.
+    """
+    level = PRIORITIES.index(priority)
+    return list(takewhile(lambda job: PRIORITIES.index(job.priority) + job.overtaken // PRIORITY_STEP < level, queued))
+
+
+def _make_place(connection: Connection, job: Job, last: int) -> int:
+    """Return the place of a new job in the queue. The jobs that it overtakes move one place of their tenant back.
+
+    So the tenant holds the same places as without priorities, and other tenants are not affected. `last`: place after all jobs.
+    """
+    for row in overtaken_by(job.priority, connection.execute(LAST_QUEUED, {"of_tenant": job.tenant}).all()):
+        connection.execute(MOVE_BACK, {"moved": row.id, "to": last})
+        last = row.place
+    return last
 
 
 def _all_queued() -> Select[Any]:
@@ -248,12 +289,12 @@ def _all_queued() -> Select[Any]:
         .group_by(JOBS.c.tenant)
         .subquery()
     )
-    turn = func.row_number().over(partition_by=JOBS.c.tenant, order_by=JOBS.c.seq) + func.coalesce(busy.c.jobs, 0)
+    turn = func.row_number().over(partition_by=JOBS.c.tenant, order_by=JOBS.c.place) + func.coalesce(busy.c.jobs, 0)
     return (
         select(JOBS.c.id)
         .select_from(JOBS.outerjoin(busy, JOBS.c.tenant == busy.c.tenant))
         .where(IS_OPEN, JOBS.c.state == JobState.QUEUED)
-        .order_by(turn, JOBS.c.seq)
+        .order_by(turn, JOBS.c.place)
     )
 
 
@@ -298,7 +339,7 @@ class JobLeases:
         return self._database.transaction()
 
     def claim(self, owner: str, lease_s: float | None, limit: int) -> Sequence[Job]:
-        """Claim up to `limit` jobs: first those with an expired lease, then queued ones, oldest first and tenants in turn.
+        """Claim up to `limit` jobs: first those with an expired lease, then queued ones, by place and tenants in turn.
 
         A lease expires `lease_s` seconds after this process has first seen its last heartbeat. `None`: claim only queued jobs.
         `attempts` of the returned jobs includes this attempt.
@@ -324,6 +365,12 @@ class JobLeases:
             for job_id, heartbeat in transaction.connection.execute(HELD_BY_ALL)
         }
         return [job_id for job_id, (_, since) in self._seen.items() if now - since > lease_s]
+
+    def fail_late(self) -> None:
+        """Fail the queued jobs whose deadline has passed before they have ever started."""
+        with self._database.transaction() as transaction:
+            values = {"now": self._now(), "error": LATE.model_dump(mode="json")}
+            self._rows.end_by(transaction, END_LATE, values, JobState.FAILED)
 
     def heartbeat(self, owner: str, ids: Collection[str]) -> set[str]:
         """Renew leases. Return the ids of jobs to stop: a cancel was requested, or `owner` has lost the lease."""

@@ -21,6 +21,7 @@ from vidgen_ray.online.store.inputs import Characters, UploadRecords
 from vidgen_ray.online.store.jobs import (
     ALL_QUEUED,
     IS_OPEN,
+    LAST_QUEUED,
     OPEN_STATES,
     Job,
     JobKind,
@@ -29,8 +30,9 @@ from vidgen_ray.online.store.jobs import (
     JobState,
     Outbox,
     job_of,
+    overtaken_by,
 )
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import Priority, Shot
 
 IDEMPOTENCY_TTL_S = 86_400
 """Seconds for which an idempotency key is valid."""
@@ -303,6 +305,11 @@ class JobStore:
     def queue_order(self) -> Sequence[str]:
         """Return the ids of all queued jobs in the order in which they start."""
         return [row.id for row in self._database.rows(ALL_QUEUED)]
+
+    def first_overtaken(self, tenant: str, priority: Priority) -> str | None:
+        """Return the id of the first job that a new job would overtake. `None` if it would be the last one of its tenant."""
+        overtaken = overtaken_by(priority, self._database.rows(LAST_QUEUED, {"of_tenant": tenant}))
+        return overtaken[-1].id if overtaken else None
 
     def recent_durations(self, limit: int) -> Sequence[tuple[Shot, float]]:
         """Return the shots of the completed jobs among the last `limit` changed ones, and their seconds from start to end."""

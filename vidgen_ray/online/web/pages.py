@@ -21,6 +21,7 @@ from vidgen_ray.media import image_size
 from vidgen_ray.online.api_error import ApiError, not_found
 from vidgen_ray.online.auth import SESSION_COOKIE, SESSION_S, Tenant, is_same_origin
 from vidgen_ray.online.delivered_size import SCALES, delivered_artefact_of
+from vidgen_ray.online.job_service import allowed_priorities
 from vidgen_ray.online.previews import encode_thumbnail
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import FINAL, OPEN_STATES, Job, JobState
@@ -304,6 +305,7 @@ def _form_values(context: PageContext, tenant: Tenant) -> dict[str, Any]:
         "styles": STYLES if "style_prompt" in fields else (),
         "characters": server.store.characters.list(tenant.name),
         "max_count": MAX_RESULTS,
+        "priorities": allowed_priorities(tenant.limits),
     }
 
 
