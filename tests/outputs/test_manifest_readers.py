@@ -52,7 +52,7 @@ def test_status_is_that_of_the_shot_and_last_run_that_of_the_run(out):
 
 def test_every_setting_of_a_shot_is_a_typed_column(out):
     not_settings = {"id", "prompt", "mode", "seed", "width", "height", "num_frames", "fps", "consent", "metadata"}
-    assert set(SETTINGS.values()) == Shot.model_fields.keys() - not_settings - {"variants", "character"}
+    assert set(SETTINGS.values()) == Shot.model_fields.keys() - not_settings - {"variants", "character", "priority"}
     columns = {name: SCHEMA.field(column).type for column, name in SETTINGS.items()}
     for name, kind in {
         "lora": pyarrow.list_(pyarrow.struct([("path", pyarrow.string()), ("weight", pyarrow.float64())])),
