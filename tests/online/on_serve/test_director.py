@@ -173,6 +173,10 @@ class TestScriptedStages:
         assert scripted.director.drain.remote(0.1).result() == 1
         job = scripted.job(job_id)
         assert (job.state, job.attempts) == (JobState.QUEUED, 0)
+        # The deadlines of queued jobs pass although it starts none.
+        late = job.model_copy(update={"id": new_id("shot"), "started_at": None, "start_by": time.time()})
+        scripted.store.create(late)
+        assert scripted.wait_for_end(late.id).error.code == "deadline_exceeded"
 
 
 class WithoutWeights(FakeSVD):
