@@ -65,12 +65,12 @@ class FakeActorClient:
         self.name = name
         self.place: ActorPlace | None = None
         self.has_moved = False
-        self._seconds, self._result, self._node, self._load_s = seconds, result, node, load_s
+        self._seconds, self._result, self._node, self.load_s = seconds, result, node, load_s
         self._calls: deque[str] = deque()
         self._turn = asyncio.Lock()
 
     async def ready(self) -> Failure | None:
-        await asyncio.sleep(self._load_s)
+        await asyncio.sleep(self.load_s)
         self.place = ActorPlace(self._node, 0, (), "")
         return None
 

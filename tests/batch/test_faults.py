@@ -14,9 +14,11 @@ import ray
 from tests.batch.test_batch import Events
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES, profile_of_fakes
+from tests.outputs.test_trace import read_trace
 from vidgen_ray.batch.line_planner import remaining_lines
 from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
+from vidgen_ray.cli.app import main
 from vidgen_ray.engine import storage_pause
 from vidgen_ray.engine.ray_cluster import expect_gpus
 from vidgen_ray.engine.retries import IN_DOUBT_FACTOR
@@ -27,6 +29,7 @@ from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.trace.trace_command import ROUNDING_US
 
 pytestmark = pytest.mark.usefixtures("local_ray", "short_waits")
 
@@ -95,7 +98,9 @@ def test_workers_keep_their_gpus_after_all_processes_were_killed(tmp_path, profi
     assert sorted(gpu for gpus in by_slot.values() for gpu in gpus) == ["0", "1"], "each slot has one GPU of its own"
 
 
-def test_failing_lines_do_not_affect_other_lines_and_transient_failures_are_retried(tmp_path, profile):
+def test_failing_lines_do_not_affect_other_lines_and_transient_failures_are_retried(tmp_path, profile, monkeypatch):
+    # Without the seconds that other tests have measured, which change the layout.
+    monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path / "cache"))
     failing = {
         "raises": ("raise", "RuntimeError", 3),
         "crashes": ("crash", "WorkerDied", 3),
@@ -116,6 +121,35 @@ def test_failing_lines_do_not_affect_other_lines_and_transient_failures_are_retr
         assert "worker" in row.failure_worker or ":" in row.failure_worker
     failed = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
     assert {line["id"]: line["failure"]["error"] for line in failed} == {name: error for name, (_, error, _) in failing.items()}
+    check_trace(tmp_path, rows)
+
+
+def check_trace(tmp_path, rows):
+    """Check that the trace of the run has the steps of all records and the failed attempts."""
+    assert main(["trace", str(tmp_path / "out"), "-o", str(tmp_path / "trace.json")]) == 0
+    traced = read_trace(tmp_path / "trace.json")
+    slices = [each for row in traced.values() for each in row]
+    seconds, failures = Counter(), Counter()
+    for each in slices:
+        shot, stage, outcome = (each["args"][name] for name in ("shot", "stage", "outcome"))
+        if outcome in ("done", "cached"):
+            seconds[shot, stage] += each["args"]["seconds"]
+            assert each["dur"] == pytest.approx(1e6 * each["args"]["seconds"], abs=ROUNDING_US), each
+        else:
+            failures[shot] += 1
+    records = {
+        name: json.loads((tmp_path / "out" / shot_path(name) / "shot.json").read_text())
+        for name in rows
+        if rows[name].status == "done"
+    }
+    recorded = {(name, step["stage"]): step["seconds"] for name, record in records.items() for step in record["stages"]}
+    loads_and_writes = {(shot, stage) for shot, stage in seconds if stage in ("loading", "output")}
+    assert {key: seconds[key] for key in seconds.keys() - loads_and_writes} == pytest.approx(recorded, abs=2e-3)
+    assert {shot for shot, stage in loads_and_writes} == {"", *records}
+    # The worker of `oom-once` has freed memory.
+    assert failures.keys() >= {name for name in rows if not name.startswith("s") and name != "oom-once"}
+    assert all(failures[name] >= rows[name].failure_attempts for name in rows if rows[name].status == "failed")
+    assert {worker.split("/")[1] for _, worker in traced} == {"worker", "encoder"}
 
 
 @pytest.mark.slow

@@ -27,12 +27,12 @@ NO_LISTENER = SimpleNamespace(
 )
 
 
-def recorder(storage, is_sure=True):
-    return RunRecorder(storage, SimpleNamespace(is_sure=is_sure), LABELS, NO_LISTENER)
+def recorder(storage, is_sure=True, labels=LABELS):
+    return RunRecorder(storage, SimpleNamespace(is_sure=is_sure), labels, NO_LISTENER)
 
 
 def attempt(shot, number=1, outcome="done", **fields):
-    return Attempt(shot, "svd", number, outcome, 1.5, f"{RUN}/1/worker/0/0", "node-a", **fields)
+    return Attempt(shot, "svd", number, outcome, 1.8e9, 1.5, 0.25, f"{RUN}/1/worker/0/0", "node-a", **fields)
 
 
 def record(recorder):
@@ -222,9 +222,7 @@ def test_log_continues_in_further_files_and_drops_lines_when_it_cannot_be_writte
     assert len(storage.files("logs")) >= 3
     assert [line["attempt"] for line in read_log(storage, "a")] == [0, 1, 2]
     monkeypatch.setattr(run_log, "MAX_UNWRITTEN_BYTES", 1)
-    with RunRecorder(
-        storage, SimpleNamespace(is_sure=True), LABELS.model_copy(update={"run": "000002"}), NO_LISTENER
-    ) as running:
+    with recorder(storage, labels=LABELS.model_copy(update={"run": "000002"})) as running:
         running._log.close()
         for number in range(5):
             running.on_attempt(attempt("b", number))

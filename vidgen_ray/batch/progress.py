@@ -203,7 +203,9 @@ class RunRecorder(RunListener, AbstractContextManager["RunRecorder"]):
 
     def on_attempt(self, attempt: Attempt) -> None:
         """An attempt of a step of a shot has ended."""
-        self._log.add(**attempt._replace(worker=attempt.worker.removeprefix(f"{self.labels.run}/"))._asdict())
+        started_at = datetime.fromtimestamp(attempt.started_at, UTC).isoformat(timespec="milliseconds")
+        worker = attempt.worker.removeprefix(f"{self.labels.run}/")
+        self._log.add(**{**attempt._asdict(), "started_at": started_at, "worker": worker})
 
     def _status(self) -> RunStatus:
         tracker, last = self._tracker, self._tracker.snapshot

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -93,6 +94,8 @@ class ActorClient:
         self._parallel = parallel
         self.name = name
         self.place: ActorPlace | None = None
+        self.load_s = 0.0
+        """Seconds in which the last process has loaded its weights, with waiting for other processes of the machine."""
         self._killed_place: ActorPlace | None = None
         """Place of the process that was killed last. It may still respond for a short time."""
         self._calls: deque[_Call] = deque()
@@ -117,6 +120,7 @@ class ActorClient:
                 return self._loading_failed(1, error)
             before, self.place = self.place, place
             self.has_moved |= before is not None and (before.node != place.node or before.pid == place.pid)
+            begun = time.monotonic()
             try:
                 failure = await self._load()
             except ray.exceptions.RayActorError as error:
@@ -124,7 +128,7 @@ class ActorClient:
                 if crashes > MAX_CRASHES_WHILE_LOADING:
                     return self._loading_failed(crashes, error)
             else:
-                self._up = failure is None
+                self._up, self.load_s = failure is None, time.monotonic() - begun
                 return failure
 
     async def _placed(self) -> ActorPlace:

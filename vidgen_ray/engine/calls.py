@@ -53,6 +53,10 @@ class CallResult:
     """True if every further call to this process would fail."""
     session_lost: bool = False
     """True if the encoder process that began the shot has crashed."""
+    started_at: float | None = None
+    """Time in seconds since 1970, by the clock of the worker. `None` for encoders."""
+    seconds: float = 0.0
+    """Seconds since then, of a failed call."""
 
     @classmethod
     def of_failure(cls, failed: StepFailed) -> CallResult:

@@ -67,8 +67,12 @@ class Candidate(NamedTuple, Generic[P]):
 class AttemptFailed(Exception):
     """An attempt failed."""
 
-    def __init__(self, kind: Kind, failure: Failure, process: Candidate[Any]) -> None:
+    def __init__(
+        self, kind: Kind, failure: Failure, process: Candidate[Any], started_at: float | None = None, seconds: float = 0.0
+    ) -> None:
+        """`started_at` and `seconds`: see `CallResult`."""
         self.kind = kind
+        self.started_at, self.seconds = started_at, seconds
         self.failure = failure
         self.process = process
         self.verdict = Verdict.OPEN

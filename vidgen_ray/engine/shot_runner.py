@@ -6,6 +6,7 @@ Checks the likeness of its result.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -150,7 +151,9 @@ class ShotRunner:
                 self._observer.step_failed(LIKENESS, error)
                 number = len(rejected) + 1
                 self._observer.attempt_ended(
-                    Attempt(plan.shot.id or "", LIKENESS, number, "too low", 0.0, "", None, error, str(reason))
+                    Attempt(
+                        plan.shot.id or "", LIKENESS, number, "too low", time.time(), 0.0, 0.0, "", None, error, str(reason)
+                    )
                 )
                 rejected.append(reason)
         failure = StepFailed(LIKENESS, best_try(rejected)).failure()

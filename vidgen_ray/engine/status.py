@@ -47,13 +47,18 @@ class Attempt(NamedTuple):
     """One attempt of a step of a shot. A clip that is processed in chunks has one for each chunk."""
 
     shot: str
+    """Empty for a worker that has loaded its weights."""
     stage: str
     attempt: int
     """Counted from 1."""
     outcome: str
     """`done`, `cached`, or the kind of the failure."""
+    started_at: float
+    """Time in seconds since 1970, by the clock of the worker. For encoders and workers that have not responded, the time by the
+    clock of the driver at which the attempt was sent."""
     seconds: float
-    """Seconds of the step, or since a failed attempt was sent to its worker."""
+    waited: float
+    """Seconds before `started_at` for a worker. 0 for the later steps of a call."""
     worker: str
     node: str | None
     """Address of the worker's node."""

@@ -5,6 +5,7 @@ giving up.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from itertools import count
 from typing import Any
 
 from vidgen_ray.engine.actor_client import SILENT_S, ActorClient, Ping
+from vidgen_ray.engine.calls import LOADING
 from vidgen_ray.engine.retries import AttemptFailed, Verdict
-from vidgen_ray.engine.status import EngineObserver
+from vidgen_ray.engine.status import Attempt, EngineObserver
 from vidgen_ray.outputs.records import Failure
 
 FAILURES = 3
@@ -274,6 +276,8 @@ class Supervisor:
                     self._health.lost(client)
                 self._health.started(client, client.place.node)
                 self._up[client] = self._watched(client, self._ping(client))
+                times = time.time() - client.load_s, round(client.load_s, 3), 0.0
+                self._observer.attempt_ended(Attempt("", LOADING, number, "done", *times, client.name, client.place.host))
                 self._on_up(client)
                 return
             if (is_first and failure.error in SETUP_ERRORS) or number == LOAD_ATTEMPTS:

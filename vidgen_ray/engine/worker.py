@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -215,15 +215,18 @@ class Worker:
             ready = self._ready()
             if isinstance(ready, Failure):
                 return CallResult(failure=ready, load_failed=True), default
+            started_at = time.time()
             self._deadlines[call] = time.monotonic() + self._config.timeout_s(shot, *stages)
             try:
                 with progress_callback(on_progress):
                     on_progress(stages[0], 0, 0)
-                    return function(ready)
+                    result, output = function(ready)
+                    return replace(result, started_at=started_at), output
             except Cancelled:
                 return CallResult(), default
             except StepFailed as failed:
-                return CallResult.of_failure(failed), default
+                result = CallResult.of_failure(failed)
+                return replace(result, started_at=started_at, seconds=time.time() - started_at), default
             finally:
                 self._progress.pop(call, None)
                 del self._deadlines[call]

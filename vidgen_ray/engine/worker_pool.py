@@ -235,17 +235,18 @@ class WorkerPool:
         """
 
         copies: list[asyncio.Task[Returned]] = []
-        attempts, sent = 0, time.monotonic()
+        attempts, begun, sent = 0, 0.0, 0.0
 
         async def attempt(avoid: frozenset[WorkerState], alone: bool) -> Returned:
-            nonlocal attempts
+            nonlocal attempts, begun, sent
             attempts += 1
+            begun = sent = time.monotonic()
             try:
                 returned, worker = await run(avoid, alone)
             except AttemptFailed as failed:
-                self._report(requested, attempts, time.monotonic() - sent, failed.process.key, failed)
+                self._report(requested, attempts, begun, sent, failed.process.key, failed)
                 raise
-            self._report(requested, attempts, time.monotonic() - sent, worker, returned[0])
+            self._report(requested, attempts, begun, sent, worker, returned[0])
             return returned, worker
 
         async def run(avoid: frozenset[WorkerState], alone: bool) -> Returned:
@@ -290,10 +291,16 @@ class WorkerPool:
                 copy.cancel()
 
     def _report(
-        self, work: Work, number: int, seconds: float, worker: WorkerState, outcome: CallResult | AttemptFailed
+        self, work: Work, number: int, begun: float, sent: float, worker: WorkerState, outcome: CallResult | AttemptFailed
     ) -> None:
-        """Report an attempt, with each of its steps if it has succeeded."""
+        """Report an attempt, with each of its steps if it has succeeded. It waited from `begun` to `sent` for its worker."""
         client = self._clients[worker]
+        seconds, waited = time.monotonic() - sent, sent - begun
+        started_at = time.time() - seconds
+        if outcome.started_at is not None:
+            # It may have been prefetched.
+            waited += max(0.0, outcome.started_at - started_at)
+            started_at, seconds = outcome.started_at, outcome.seconds
         ended: list[tuple[str, str, float, str | None, str | None]]
         if isinstance(outcome, AttemptFailed):
             ended = [(outcome.failure.stage, outcome.kind.value, seconds, outcome.failure.error, str(outcome))]
@@ -303,8 +310,9 @@ class WorkerPool:
             ended = [(step.stage, "cached" if step.cached else "done", step.seconds, None, None) for step in outcome.records]
         host = client.place.host if client.place else None
         for stage, how, step_s, error, message in ended:
-            attempt = Attempt(work.shot, stage, number, how, round(step_s, 3), client.name, host, error, message)
-            self._observer.attempt_ended(attempt)
+            times = started_at, round(step_s, 3), round(waited, 3)
+            self._observer.attempt_ended(Attempt(work.shot, stage, number, how, *times, client.name, host, error, message))
+            started_at, waited = started_at + step_s, 0.0
 
     async def _evidence(self, order: int, stage: str, failed: Sequence[AttemptFailed]) -> None:
         """Wait until it is known which processes of failed attempts of a shot are sick.
@@ -364,7 +372,7 @@ class WorkerPool:
                     self._supervisor.crashed(client)
                 # A load that failed before this call is not a failure of the shot.
                 kind = Kind.NOT_RUN if result.load_failed else result.kind
-                raise AttemptFailed(kind, result.failure, process)
+                raise AttemptFailed(kind, result.failure, process, result.started_at, result.seconds)
             self._supervisor.succeeded(client, work.order)
             self._scheduler.set_probation(worker, False)
             if work.stage == OUTPUT:

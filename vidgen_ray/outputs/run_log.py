@@ -26,7 +26,7 @@ PART_BYTES = 1 << 20
 """Size above which the log continues in another file."""
 MAX_UNWRITTEN_BYTES = 16 << 20
 """Size of the log in memory above which lines are dropped, because the storage does not take them."""
-ATTEMPT_FIELDS = {"at", "stage", "attempt", "outcome", "seconds", "worker"}
+ATTEMPT_FIELDS = {"at", "shot", "stage", "attempt", "outcome", "started_at", "seconds", "waited", "worker"}
 """Fields that every line of an attempt has."""
 SILENT_S = 60.0
 """Age of the status of a run that is still going above which it was killed, or is cut off from the folder."""
@@ -174,14 +174,28 @@ class RunLog:
             self._number += 1
 
 
-def read_log(storage: Storage, shot_id: str) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a shot in the logs of all runs, in order, with the `run`. Leaves out damaged lines. Raises OSError."""
-    quoted = json.dumps(shot_id).encode()
-    names = sorted(storage.files(LOGS))
+def logged_runs(storage: Storage) -> list[str]:
+    """Return the runs that have a log, oldest first. Raises OSError."""
+    return sorted({name.rpartition("-")[0] for name in storage.files(LOGS)})
+
+
+def read_run(storage: Storage, run: str | None, having: bytes = b"") -> Iterator[dict[str, Any]]:
+    """Yield the lines in the log of a run, or of all, in order, with the `run`. Leaves out damaged lines. Raises OSError.
+
+    `having`: part of the lines that are read.
+    """
+    names = sorted(name for name in storage.files(LOGS) if run in (None, name.rpartition("-")[0]))
     for name, content in zip(names, storage.read_each(f"{LOGS}/{name}" for name in names), strict=True):
         for text in (content or b"").splitlines():
-            if quoted in text:
+            if having in text:
                 with suppress(ValueError):
                     line = json.loads(text)
-                    if isinstance(line, dict) and line.get("shot") == shot_id and line.keys() >= ATTEMPT_FIELDS:
+                    if isinstance(line, dict):
                         yield {"run": name.rpartition("-")[0], **line}
+
+
+def read_log(storage: Storage, shot_id: str) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a shot in the logs of all runs, in order, with the `run`. Leaves out damaged lines. Raises OSError."""
+    for line in read_run(storage, None, having=json.dumps(shot_id).encode()):
+        if line.get("shot") == shot_id and line.keys() >= ATTEMPT_FIELDS:
+            yield line

@@ -1,0 +1,198 @@
+"""Traces of runs: the file for Perfetto, and spans at a real receiver of OTLP over HTTP."""
+
+import json
+import threading
+from collections import defaultdict
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from tests.outputs.test_run_log import LABELS, RUN, recorder
+from vidgen_ray.cli.app import main
+from vidgen_ray.engine.status import Attempt
+from vidgen_ray.outputs.run_log import read_run
+from vidgen_ray.outputs.storage import storage_at
+from vidgen_ray.trace.trace_command import spans_of
+
+WORKER, ENCODER = f"{RUN}/1/worker/0/0", f"{RUN}/1/encoder/0"
+NOW = datetime.now(UTC).timestamp() + 60
+"""Time of the first step, after the start of the run."""
+
+
+def attempt(shot, stage, outcome, start, seconds, worker=WORKER, number=1, waited=0.0, node="node-a", error=None):
+    message = error and "out of luck"
+    return Attempt(shot, stage, number, outcome, NOW + start, seconds, waited, worker, node, error, message)
+
+
+ATTEMPTS = [
+    attempt("", "loading", "done", 0, 1.5),
+    attempt("a", "flux", "done", 2, 2.0, waited=0.5),
+    attempt("a", "svd", "done", 4, 3.0),
+    attempt("b", "flux", "cached", 7.001, 0.002),
+    # Sent while the worker rendered `a`.
+    attempt("b", "svd", "error", 5, 4.0, error="RuntimeError"),
+    attempt("a", "output", "done", 7, 5.0, ENCODER),
+    attempt("b", "svd", "done", 10, 1.0, f"{RUN}/1/worker/1/0", 2, node="node-b"),
+    attempt("b", "output", "done", 11, 0.5, ENCODER),
+    attempt("c", "likeness", "too low", 11, 0.0, "", node=None, error="LikenessTooLow"),
+]
+
+
+def record(storage):
+    with recorder(storage) as running:
+        for each in ATTEMPTS:
+            running.on_attempt(each)
+        running.on_message("waiting for 2 GPUs")
+
+
+def read_trace(path, ended=True):
+    """Return the slices of a trace by row, after checking its events. `ended`: no step is after the end of the run."""
+    rows, names, arrows = defaultdict(list), {}, defaultdict(list)
+    for event in json.loads(path.read_text())["traceEvents"]:
+        place = event["pid"], event["tid"]
+        if event["ph"] == "M":
+            names[event["name"], *place] = event["args"]["name"]
+        elif event["ph"] == "X" and names["process_name", *place] == "run":
+            end = event["dur"]
+        elif event["ph"] == "X":
+            assert event["ts"] + event["dur"] <= end or not ended
+            rows[names["process_name", *place], names["thread_name", *place]].append(event)
+        elif event["ph"] in "stf":
+            arrows[event["id"]].append(event)
+        assert event.get("ts", 0) >= 0
+    starts = {(event["pid"], event["tid"], event["ts"]): event["args"]["shot"] for row in rows.values() for event in row}
+    for row in rows.values():
+        for before, after in pairwise(row):
+            assert before["ts"] + before["dur"] <= after["ts"], (before, after)
+    for events in arrows.values():
+        assert [event["ph"] for event in events] == ["s", *"t" * (len(events) - 2), "f"]
+        (shot,) = {starts[event["pid"], event["tid"], event["ts"]] for event in events}
+        assert len(events) == sum(each == shot for each in starts.values()), shot
+    return rows
+
+
+def test_trace_has_a_row_per_worker_and_a_slice_per_attempt(tmp_path, url):
+    for out in (str(tmp_path / "out"), url):
+        storage = storage_at(out)
+        record(storage)
+        assert main(["trace", out, "-o", str(tmp_path / "trace.json")]) == 0
+        rows = read_trace(tmp_path / "trace.json", ended=False)
+        (start,) = [datetime.fromisoformat(line["at"]).timestamp() - NOW for line in read_run(storage, RUN) if "team" in line]
+        shown = {
+            row: [(each["name"], round(each["ts"] / 1e6 + start, 2), round(each["dur"] / 1e6, 2)) for each in slices]
+            for row, slices in rows.items()
+        }
+        assert shown == {
+            ("driver", "likeness"): [("likeness: too low", 11, 0)],
+            ("node-a", "1/encoder/0"): [("output", 11, 0.5)],
+            # The encoder writes two shots at once.
+            ("node-a", "1/encoder/0 (2)"): [("output", 7, 5)],
+            ("node-a", "1/worker/0/0"): [
+                ("loading", 0, 1.5),
+                ("flux", 2, 2),
+                ("svd", 4, 3),
+                ("flux", 7, 0),
+                ("svd: error", 7, 2),
+            ],
+            ("node-b", "1/worker/1/0"): [("svd", 10, 1)],
+        }
+        slices = [each for row in rows.values() for each in row]
+        assert sum(each["args"]["seconds"] for each in slices) == pytest.approx(sum(each.seconds for each in ATTEMPTS))
+        assert {"name": "waiting for 2 GPUs", "ph": "i"}.items() <= json.loads((tmp_path / "trace.json").read_text())[
+            "traceEvents"
+        ][-1].items()
+
+
+def test_trace_is_of_the_last_run_with_a_step_unless_another_is_named(tmp_path, capsys):
+    out, path = str(tmp_path / "out"), tmp_path / "trace.json"
+    command = ["trace", out, "-o", str(path)]
+    assert main(command) == 4
+    assert "has no step of a run in its logs; runs with a log: none" in capsys.readouterr().err
+    record(storage_at(out))
+    for number, stage in (2, "flux"), (3, None):
+        labels = LABELS.model_copy(update={"run": f"00000{number}"})
+        with recorder(storage_at(out), labels=labels) as running:
+            if stage:
+                running.on_attempt(attempt("a", stage, "done", 0, 1.0, f"00000{number}/1/worker/0/0"))
+    for options, slices in ([], 1), (["--run", RUN], len(ATTEMPTS)):
+        assert main([*command, *options]) == 0
+        assert sum(map(len, read_trace(path, ended=False).values())) == slices
+    assert main([*command, "--run", "000003"]) == 4
+    assert f"has no step of the run '000003' in its logs; runs with a log: {RUN}, 000002, 000003" in capsys.readouterr().err
+    assert main(["trace", out]) == 2
+
+
+@pytest.fixture
+def collector(monkeypatch):
+    """Yield the requests to a receiver of OTLP, which the environment names. It refuses the authorization `refused`."""
+    requests = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            requests.append((self.path, self.headers["Authorization"], ExportTraceServiceRequest.FromString(body)))
+            self.send_response(400 if self.headers["Authorization"] == "refused" else 200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield requests
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_spans_are_sent_with_the_same_ids_each_time(tmp_path, collector, monkeypatch, capsys):
+    storage = storage_at(tmp_path)
+    record(storage)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=secret")
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "films")
+    command = ["trace", str(tmp_path), "--otlp"]
+    assert main(command) == main(command) == 0
+    (path, header, first), (*_, second) = collector
+    assert (path, header) == ("/v1/traces", "secret")
+    assert first == second
+    (received,) = first.resource_spans
+    resource = {each.key: each.value.string_value for each in received.resource.attributes}
+    assert resource.items() >= {"service.name": "films", "vidgen.run": RUN, "vidgen.team": "blue"}.items()
+    spans = [span for scope in received.scope_spans for span in scope.spans]
+    assert len({span.span_id for span in spans}) == len(spans) == len(ATTEMPTS) - 1 + 3
+    roots = {span.trace_id: span for span in spans if not span.parent_span_id}
+    assert len(roots) == 3
+    times, failed = [], []
+    for span in spans:
+        root = roots[span.trace_id]
+        (shot,) = [each.value.string_value for each in span.attributes if each.key == "vidgen.shot"]
+        start, end = ((at / 1e9 - NOW) for at in (span.start_time_unix_nano, span.end_time_unix_nano))
+        times.append((shot, span.name, round(start, 2), round(end, 2)))
+        if span is not root:
+            assert span.parent_span_id == root.span_id
+        if span.status.code:
+            failed.append((shot, span.name, span.status.message))
+    assert failed == [("b", "svd", "out of luck"), ("c", "shot", "out of luck"), ("c", "likeness", "out of luck")]
+    # The shot has waited for half a second.
+    assert [each for each in times if each[1] == "shot"] == [
+        ("a", "shot", 1.5, 12),
+        ("b", "shot", 5, 11.5),
+        ("c", "shot", 11, 11),
+    ]
+    assert sorted(each for each in times if each[1] != "shot") == sorted(
+        (each.shot, each.stage, round(each.started_at - NOW, 2), round(each.started_at - NOW + each.seconds, 2))
+        for each in ATTEMPTS
+        if each.shot
+    )
+    other = [{**line, "run": "000007-film"} for line in read_run(storage, RUN)]
+    assert not {span.context.trace_id.to_bytes(16) for span in spans_of(other)} & roots.keys()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=refused")
+    assert main(command) == 4
+    assert "cannot send the spans; set OTEL_EXPORTER_OTLP_ENDPOINT" in capsys.readouterr().err
