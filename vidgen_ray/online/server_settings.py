@@ -50,7 +50,9 @@ class Limits(_Settings):
         description="Most bytes of uploads that a tenant may store. Each upload counts as at least 4096 bytes.",
     )
     requests_per_minute: int = Field(600, ge=1, description="Requests per minute, counted by each replica of the API.")
-    max_priority: Priority = Field("high", description="Highest priority of a job, and at most that of requests without one.")
+    max_priority: Priority = Field(
+        "high", description="Highest priority that requests may have. Those without one get at most this."
+    )
     streams: int = Field(32, ge=1, description="Most event streams that may be open at once. An open page has one.")
 
 

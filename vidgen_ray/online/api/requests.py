@@ -188,7 +188,7 @@ Frames = Annotated[
     WithJsonSchema(FRAMES_SCHEMA),
 ]
 ANNOTATIONS: dict[str, Any] = {"num_frames": Frames, "priority": Priority}
-"""Fields of a `Shot` that have more values in a request, or that only a request has when it is dumped."""
+"""Fields of a `Shot` that requests declare otherwise: `num_frames` has more values, `priority` is part of a dump."""
 M = TypeVar("M", bound="RequestBody")
 
 

@@ -276,7 +276,10 @@ def _make_place(connection: Connection, job: Job, last: int) -> int:
 
     So the tenant holds the same places as without priorities, and other tenants are not affected. `last`: place after all jobs.
     """
-    for row in overtaken_by(job.priority, connection.execute(LAST_QUEUED, {"of_tenant": job.tenant}).all()):
+    # Reads no further than the first job that is not overtaken.
+    with connection.execute(LAST_QUEUED, {"of_tenant": job.tenant}) as queued:
+        overtaken = overtaken_by(job.priority, queued)
+    for row in overtaken:
         connection.execute(MOVE_BACK, {"moved": row.id, "to": last})
         last = row.place
     return last
