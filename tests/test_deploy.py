@@ -237,7 +237,9 @@ def test_serve_config_is_valid_and_listens_where_the_service_connects():
     assert settings.keys_file is not None, "a server that listens on all addresses requires API keys"
     mounted = {mount["mountPath"] for pod in pods("service") for mount in pod["containers"][0]["volumeMounts"]}
     assert str(Path(settings.keys_file).parent) in mounted
-    assert len(parse_gpus(settings.gpus).nodes) <= worker_group("service")["maxReplicas"]
+    nodes = len(parse_gpus(settings.gpus).nodes)
+    assert settings.max_queue_s
+    assert (nodes, 2 * nodes) == (worker_group("service")["minReplicas"], worker_group("service")["maxReplicas"])
 
 
 def test_network_policy_opens_the_dashboard_to_the_operator_only():

@@ -1,12 +1,14 @@
-"""Server on a real small cluster that loses nodes: the director and the owner of the workers, without Serve."""
+"""Server on a real small cluster whose nodes come and go: the director and the owner of the workers, without Serve."""
 
 import asyncio
+import math
 import os
 import time
 from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
 from tests.online.on_serve.applications import IMAGE_ONLY, scripted_profile
 from tests.online.scripted_stages import SCRIPTED, pipes_open, steps_run
@@ -88,18 +90,18 @@ def fast(monkeypatch):
 class RunningServer:
     """Director and workers of a server in this process, without Serve, and their job store."""
 
-    def __init__(self, profile, folder):
+    def __init__(self, profile, folder, **settings):
         self.served = serving_profile(scripted_profile(profile).model_copy(update={"layout": "auto"}))
         self._outputs = OutputFolder(folder)
         self._outputs.prepare()
-        self._settings = OnlineSettings(data=str(folder))
+        self._settings = OnlineSettings(data=str(folder), **settings)
         self._store = open_store(self._settings)
         self.workers = Workers.__new__(Workers)
 
     async def start(self, layout=None):
         """Start with this layout, or the one for one GPU."""
         chosen = plan_for(self.served, parse_gpus("1x80GB"))
-        layout = layout or chosen.layout
+        self.layout = layout = layout or chosen.layout
         self.kinds = [layout.kind]
 
         def make_plan(cluster):
@@ -111,8 +113,10 @@ class RunningServer:
         config = EngineConfig(
             f"server-{new_id('x')}", self.served.profile, self._outputs, stages, CacheSettings("all", wait=True)
         )
-        await self.workers.__init__(config, layout, [None] * len(layout.slots), chosen.stage_seconds, make_plan)
-        handle = SimpleNamespace(actors=SimpleNamespace(remote=self.workers.actors))
+        stage_seconds = None if self._settings.gpus else chosen.stage_seconds
+        await self.workers.__init__(config, layout, [None] * len(layout.slots), stage_seconds, make_plan)
+        methods = ("actors", "add_copy", "newest_copy", "release")
+        handle = SimpleNamespace(**{name: SimpleNamespace(remote=getattr(self.workers, name)) for name in methods})
         self.director = JobDirector(config, self._settings, layout, ApiKeys([], Limits()), handle)
 
     async def accept(self, **fields):
@@ -204,4 +208,66 @@ def test_server_says_what_is_missing_until_a_node_comes(cluster, add_node, serve
         assert (await server.end(waiting)).state == JobState.COMPLETED
 
     node = add_node()
+    run(server, scenario)
+
+
+def requested():
+    """Return the bundles that Ray's autoscaler reads as demand for nodes."""
+    state = get_cluster_resource_state(ray._private.worker.global_worker.gcs_client)
+    return [dict(bundle.resources_bundle) for gang in state.pending_gang_resource_requests for bundle in gang.requests]
+
+
+async def until(condition):
+    async with asyncio.timeout(TIMEOUT_S):
+        while not condition():
+            await asyncio.sleep(POLL_S)
+
+
+def test_long_queue_adds_a_copy_of_the_layout_and_an_unneeded_copy_is_drained(cluster, add_node, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(director_module, "SCALE_INTERVAL_S", 0.2)
+    monkeypatch.setattr(director_module, "UNNEEDED_S", math.inf)
+    server = RunningServer(tiny, tmp_path / "data", gpus="1x80GB", max_queue_s=1e-3)
+    pipes = [tmp_path / name for name in ("first", "second")]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+
+    async def scenario():
+        await server.start()
+        window = server.layout.window
+        await server.end(await server.accept(prompt="its duration is known"))
+        assert not requested()
+        first = await server.accept(prompt=f"steps 3 pause at 2 {pipes[0]}")
+        others = [await server.accept(prompt=f"other {number}") for number in range(window + 4)]
+        await server.until(first, lambda job: job.step == 1)
+        # The request ends after LAST_LOST_AFTER_S, and is repeated while the queue is too long.
+        for expected in (True, False):
+            await until(lambda expected=expected: bool(requested()) == expected)
+        monkeypatch.setattr(fleet_module, "LAST_LOST_AFTER_S", float(TIMEOUT_S))
+        await until(requested)
+        assert sorted(bundle.get("GPU", 0) for bundle in requested()) == [0.0] * server.layout.encoders + [1.0]
+        assert not await server.workers.newest_copy()
+        add_node()
+        # On the new worker: the other one is busy.
+        ended = [await server.end(others.pop())]
+        second = await server.accept(prompt=f"steps 3 pause at 2 {pipes[1]}")
+        await server.until(second, lambda job: job.step == 1)
+        engine = server.director._renderer.engine
+        assert engine.window.shots == 2 * window
+        monkeypatch.setattr(director_module, "UNNEEDED_S", 0.4)
+        with pipes_open(pipes[0]):
+            ended += [await server.end(job) for job in (first, *others)]
+        # Drained while the second one still runs there.
+        await until(lambda: engine.window.shots == window)
+        copy = await server.workers.newest_copy()
+        assert len(copy) == len(server.layout.workers) + server.layout.encoders
+        with pipes_open(pipes[1]):
+            ended.append(await server.end(second))
+        assert {(job.state, job.attempts) for job in ended} == {(JobState.COMPLETED, 1)}
+        await until(lambda: ray.available_resources().get("GPU") == 1.0)
+        assert not await server.workers.newest_copy()
+        assert not engine.snapshot().quarantined
+        # What was planned stays.
+        assert (await server.end(await server.accept(prompt="the last one"))).state == JobState.COMPLETED
+
+    add_node()
     run(server, scenario)

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from tests.online.test_store import Clock, new_job
-from vidgen_ray.online.queue_estimate import MAX_POLL_AFTER_S, QueueEstimator, expected_seconds
+from vidgen_ray.online.queue_estimate import MAX_POLL_AFTER_S, SNAPSHOT_VALID_S, QueueEstimator, expected_seconds
 from vidgen_ray.online.store.jobs import JobProgress, JobState
 from vidgen_ray.online.store.store import JobStore
 
@@ -108,3 +108,17 @@ def test_poll_interval_grows_with_the_remaining_time(store, estimator, clock, ex
     store.request_cancel(first.id, "ada")
     ended = asyncio.run(estimator.estimate(store.get(first.id, "ada")))
     assert ended == (None, None, 1.0)
+
+
+def test_length_of_the_queue_is_the_wait_of_its_last_job(store, estimator, clock):
+    def queue_s():
+        clock.seconds += SNAPSHOT_VALID_S
+        return asyncio.run(estimator.queue_s())
+
+    complete_jobs(store, clock, 10.0)
+    assert queue_s() == 0
+    for _ in range(6):
+        store.create(new_job())
+    assert len(store.queue.claim("d", 10**6, 2)) == 2
+    # Two at a time: the last of four queued jobs starts after four others, those in progress counted as one.
+    assert queue_s() == pytest.approx(4 * 10.0 / 2)

@@ -37,6 +37,11 @@ def checked_config(text):
     return config, settings
 
 
+def test_scaling_needs_the_gpus_that_are_added_at_a_time():
+    with pytest.raises(ValueError, match="max_queue_s: needs gpus"):
+        OnlineSettings(max_queue_s=60)
+
+
 @pytest.mark.parametrize("name", GPUS)
 def test_shipped_config_is_valid(name):
     _, settings = checked_config((CONFIGS / f"{name}.yaml").read_text())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from vidgen_ray.engine.fleet import Fleet, MoreSlots
 from vidgen_ray.engine.shot_runner import CHUNK_BYTES, ShotRunner
 from vidgen_ray.engine.status import EngineObserver, Snapshot
 from vidgen_ray.engine.storage_pause import StoragePause
+from vidgen_ray.engine.supervisor import RELEASED
 from vidgen_ray.engine.worker_pool import NODE_LOST, ProgressCallback, WorkerPool
 from vidgen_ray.graph import chunked_stages_of, clip_length
 from vidgen_ray.outputs.records import Failure, ShotRecord
@@ -214,6 +215,13 @@ class Engine:
     def worker_lost(self, name: str) -> None:
         self._workers.remove(name)
         self._resize_window()
+
+    async def drain(self, names: Collection[str]) -> None:
+        """Give these workers and encoders no more calls, and wait until they have none. Others must hold their stages."""
+        for name in names:
+            self._workers.remove(name, RELEASED)
+        self._resize_window()
+        await self._workers.until_unused(names)
 
     def not_placeable(self, reason: str) -> None:
         self._workers.lose_layout(reason)

@@ -112,7 +112,7 @@ class _Bundle:
     group: PlacementGroup
     bundle: int
     added: bool
-    """Added for a GPU that was free, not part of the layout. Dropped as soon as it has no node."""
+    """Added for a GPU that was free, or in a copy of the layout. Dropped as soon as it has no node."""
     unplaced_since: float | None
     """Time since when it has no node. `None` if it has one."""
     actors: dict[str, Any] = field(default_factory=dict)
@@ -146,6 +146,8 @@ class Fleet:
         """Encoders outside the complete set. Ray places them on any node, and restarts them on another one."""
         self._further: list[PlacedSlot] = []
         """Slots of the layout that are requested once the complete set has nodes."""
+        self._copy_requested = False
+        self._released: frozenset[str] = frozenset()
         self._offered: Cluster | None = None
         """Free resources that `more_slots` was called with last."""
         self._parallel_loads = 1
@@ -158,7 +160,7 @@ class Fleet:
         `labels`: for each slot the label that its node must have; see `labels_of`. After `stop`, the fleet can start again with
         another layout.
         """
-        slots = list(zip(layout.slots, labels, strict=True))
+        self._slots = slots = list(zip(layout.slots, labels, strict=True))
         first = complete_set(layout.slots)
         self._offered = None
         self._parallel_loads = layout.parallel_loads
@@ -169,6 +171,20 @@ class Fleet:
             await self._request(self._further, added=False)
             self._further = []
         self._keeper = asyncio.create_task(self._keep(layout))
+
+    def request_copy(self) -> None:
+        """Request nodes for a copy of the layout, if all of it has nodes. Only for a fleet without `more_slots`."""
+        self._copy_requested = True
+
+    @property
+    def newest_copy(self) -> frozenset[str]:
+        """Names of the workers and encoders of the newest copy of the layout that has nodes. Empty if there is none."""
+        copies = [bundle for bundle in self._copies if bundle.actors]
+        return frozenset(name for bundle in copies if bundle.group is copies[-1].group for name in bundle.actors)
+
+    def release(self, names: frozenset[str]) -> None:
+        """Stop the actors of a copy, which must have no calls, and give its nodes back. Withdraws copies without nodes."""
+        self._released = names
 
     async def stop(self) -> None:
         """Kill the actors and remove the placement groups."""
@@ -193,6 +209,10 @@ class Fleet:
         available = await asyncio.to_thread(ray.available_resources)
         return f"{_text(held)}; {_text({name: available.get(name, 0) for name in held})} are free"
 
+    @property
+    def _copies(self) -> list[_Bundle]:
+        return [bundle for bundle in self._reservations if bundle.added and self._more_slots is None]
+
     async def _do(self, change: Callable[..., T], *args: Any) -> T:
         """Create or remove actors and placement groups in a thread: these calls of Ray block."""
         change_in_thread = asyncio.ensure_future(asyncio.to_thread(change, *args))
@@ -212,11 +232,18 @@ class Fleet:
                 self._update(groups, now)
                 await self._start_placed(layout)
                 await self._give_up(now)
-                complete = complete or all(r.unplaced_since is None for r in self._reservations)
+                is_placed = all(r.unplaced_since is None for r in self._reservations)
+                complete = complete or is_placed
+                if self._released:
+                    names, self._released = self._released, frozenset()
+                    await self._stop_copy(names)
                 if complete and self._further:
                     await self._request(self._further, added=False)
                     self._further = []
                     continue
+                if self._copy_requested and is_placed:
+                    await self._do(self._reserve, [*self._slots, *[(None, None)] * layout.encoders], True)
+                self._copy_requested = False
                 if complete and now - last_offer >= POLL_S and self._more_slots is not None and not self._others_wait(groups):
                     last_offer = now
                     await self._add_slots(self._more_slots)
@@ -259,7 +286,8 @@ class Fleet:
             specs = (ENCODER,) if reservation.slot is None else reservation.slot.workers
             for (name, actor), spec in zip(reservation.actors.items(), specs, strict=True):
                 self._listener.worker_started(name, spec, actor)
-        started = sum(bool(reservation.actors) for reservation in self._reservations if reservation.slot is not None)
+        copies = self._copies
+        started = sum(bool(r.actors) for r in self._reservations if r.slot is not None and r not in copies)
         share = started / len(layout.slots) if layout.slots else 1.0
         for _ in range(math.ceil(layout.encoders * share) - len(self._encoders) - 1):
             name = self._config.encoder_name(next(self._encoder_numbers))
@@ -273,7 +301,7 @@ class Fleet:
         for reservation in list(self._reservations):
             if reservation.unplaced_since is None:
                 continue
-            if reservation.slot is None:
+            if reservation.slot is None and not reservation.added:
                 await self._replace_encoder(reservation)
                 continue
             limit_s = self._give_up_after_s(reservation)
@@ -305,10 +333,18 @@ class Fleet:
     def _give_up_after_s(self, reservation: _Bundle) -> float:
         """Return the seconds after which a slot without a node is given up."""
         if not reservation.actors:
-            return WITHDRAW_AFTER_S
+            # Ray's autoscaler starts nodes for a copy.
+            return LAST_LOST_AFTER_S if self._more_slots is None else WITHDRAW_AFTER_S
         others = (r.slot.stages for r in self._reservations if r.slot is not None and r.unplaced_since is None)
         has_last_stage = reservation.slot is not None and reservation.slot.stages - frozenset().union(*others)
         return LAST_LOST_AFTER_S if has_last_stage else LOST_AFTER_S
+
+    async def _stop_copy(self, names: frozenset[str]) -> None:
+        released = [bundle for bundle in self._copies if not bundle.actors or bundle.actors.keys() & names]
+        self._reservations = [bundle for bundle in self._reservations if bundle not in released]
+        for name in names:
+            self._listener.worker_lost(name)
+        await self._do(self._stop_actors, released)
 
     def _others_wait(self, groups: Mapping[str, Any]) -> bool:
         """Return whether another user of the cluster waits for resources."""
@@ -397,15 +433,20 @@ class Fleet:
             remove_placement_group(group)
 
     def _remove_all(self) -> None:
+        stopped, self._reservations = self._reservations, []
+        self._stop_actors(stopped)
+        _kill(self._encoders)
+        self._encoders.clear()
+
+    def _stop_actors(self, reservations: Sequence[_Bundle]) -> None:
+        """Stop the actors of former reservations, and remove their placement groups."""
         workers = [
-            actor for reservation in self._reservations if reservation.slot is not None for actor in reservation.actors.values()
+            actor for reservation in reservations if reservation.slot is not None for actor in reservation.actors.values()
         ]
         # A worker that has crashed or hangs loses its queued cache entries.
         if workers:
             ray.wait([worker.close.remote() for worker in workers], num_returns=len(workers), timeout=CLOSE_TIMEOUT_S)
-        _kill([*self._encoders, *(actor for reservation in self._reservations for actor in reservation.actors.values())])
-        self._encoders.clear()
-        self._reservations.clear()
+        _kill([actor for reservation in reservations for actor in reservation.actors.values()])
         self._remove_unused_groups()
 
 

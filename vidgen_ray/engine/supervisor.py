@@ -114,6 +114,8 @@ LOAD_BACK_OFF_S = 1.0
 """Seconds before the second attempt. Doubled for the third: the memory of the previous process may not be free yet."""
 PING_S = 10.0
 """Seconds between two pings of a process."""
+RELEASED = "Released"
+"""Error of a process that is given up because it is not needed. It is well."""
 SETUP_ERRORS = ("MissingWeights", "ProfileError", "SetupError")
 """Errors of a first load that another attempt cannot avoid."""
 
@@ -173,7 +175,8 @@ class Supervisor:
     @property
     def quarantined(self) -> list[str]:
         """Processes in quarantine or given up, with their nodes."""
-        return [client.location for client in (*self._quarantined, *self._given_up)]
+        given_up = (client for client, failure in self._given_up.items() if failure.error != RELEASED)
+        return [client.location for client in (*self._quarantined, *given_up)]
 
     def is_starting(self, client: ActorClient) -> bool:
         """Return whether the process starts, or waits for that in quarantine."""

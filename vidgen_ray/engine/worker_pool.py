@@ -63,6 +63,7 @@ Returned = tuple[tuple[Any, ...], WorkerState]
 class _Running:
     """A session on its worker."""
 
+    worker: WorkerState
     session: Session
     expected_s: Callable[[], float]
     """Returns its expected seconds, as far as they are known."""
@@ -130,11 +131,18 @@ class WorkerPool:
             # Another node has come.
             self._fatal_failure = None
 
-    def remove(self, name: str) -> None:
-        """Remove a worker that is gone for good."""
+    def remove(self, name: str, error: str = "NodeLost") -> None:
+        """Remove a worker that is gone for good, or, with the error RELEASED, will be stopped after its calls."""
         message = f"{name}: its node is lost, and no other node has room"
-        failure = Failure(stage=NODE_LOST, error="NodeLost", message=message, attempts=1, worker=name)
+        failure = Failure(stage=NODE_LOST, error=error, message=message, attempts=1, worker=name)
         self._supervisor.remove(name, failure)
+
+    async def until_unused(self, names: Collection[str]) -> None:
+        """Wait until these workers, which were removed, have no calls."""
+        # Calls that have just been assigned start first.
+        await asyncio.sleep(0)
+        while any(self._clients[running.worker].name in names for running in self._sessions.values()):
+            await self._changed.wait()
 
     def lose_layout(self, reason: str) -> None:
         """Fail all shots, so that another layout is planned: the workers of this one do not start."""
@@ -344,7 +352,7 @@ class WorkerPool:
     ) -> Returned:
         client, number = self._clients[worker], next(self._calls)
         running = asyncio.ensure_future(session(client, number))
-        this = self._sessions[work] = _Running(session, expected_s, asyncio.get_running_loop().create_future(), copies)
+        this = self._sessions[work] = _Running(worker, session, expected_s, asyncio.get_running_loop().create_future(), copies)
         running.add_done_callback(lambda _: _set(this.ended))
         busy = True
         try:
@@ -543,9 +551,10 @@ class WorkerPool:
 
     def sample_status(self) -> tuple[dict[str, StageStatus], float | None]:
         """Return the status of each stage and the GPU utilization. Both are averages over calls at regular intervals."""
-        running = {worker: client.running for worker, client in self._clients.items()}
+        given_up = self._supervisor.given_up
+        running = {worker: client.running for worker, client in self._clients.items() if client not in given_up}
         self._running.append(Counter(stage for stage in running.values() if stage))
-        with_gpu = [worker for worker in self._clients if worker.spec.gpus]
+        with_gpu = [worker for worker in running if worker.spec.gpus]
         if with_gpu:
             busy = sum(worker.spec.gpus for worker in with_gpu if running[worker])
             self._gpu_utilization.append(busy / sum(worker.spec.gpus for worker in with_gpu))

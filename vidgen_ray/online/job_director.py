@@ -31,7 +31,7 @@ from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.online.api_error import without_paths
 from vidgen_ray.online.auth import ApiKeys
 from vidgen_ray.online.job_service import plan_job, storage_problem
-from vidgen_ray.online.queue_estimate import ProgressEstimator
+from vidgen_ray.online.queue_estimate import ProgressEstimator, QueueEstimator
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.store.jobs import Job, JobError, JobProgress, JobState
@@ -57,6 +57,10 @@ ATTACH_INTERVAL_S = 2.0
 """Seconds between two requests for changes of the workers."""
 STORAGE_CHECK_INTERVAL_S = 5.0
 """Seconds between two checks that the outputs and the store can be written."""
+SCALE_INTERVAL_S = 10.0
+"""Seconds between two looks at the length of the queue."""
+UNNEEDED_S = 600.0
+"""Seconds in which fewer workers would have done before the newest copy of the layout is given back."""
 MAX_CLAIMS = 10
 """Claims of a job before it fails, if its directors crash."""
 MAX_STORE_SILENCE_S = 60.0
@@ -124,6 +128,7 @@ class JobDirector:
                 self._poll(),
                 self._check_storage(),
                 run_maintenance(self._store, settings, self._outputs),
+                *([] if settings.max_queue_s is None else [self._scale(settings.max_queue_s)]),
             )
         ]
 
@@ -198,6 +203,24 @@ class JobDirector:
                 engine.worker_started(name, spec, actor)
         for name in before.workers.keys() - actors.workers.keys():
             engine.worker_lost(name)
+
+    async def _scale(self, max_queue_s: float) -> None:
+        """Request a copy of the layout while the queue is too long, and give the newest one back when it is not needed."""
+        estimator = QueueEstimator(self._store, self._config.profile)
+        needed = time.monotonic()
+        while True:
+            await asyncio.sleep(SCALE_INTERVAL_S)
+            # The store and the owner of the workers may restart.
+            with suppress(ray.exceptions.RayError, RayServeException, SQLAlchemyError):
+                engine, layout, queue_s = self._renderer.engine, self._actors.layout, await estimator.queue_s()
+                if engine is None or layout is None or queue_s or len(self._running) > engine.window.shots - layout.window:
+                    needed = time.monotonic()
+                    if queue_s > max_queue_s:
+                        await self._workers.add_copy.remote()
+                elif time.monotonic() - needed >= UNNEEDED_S and (copy := await self._workers.newest_copy.remote()):
+                    await engine.drain(copy)
+                    await self._workers.release.remote(copy)
+                    needed = time.monotonic()
 
     @property
     def _fatal_failure(self) -> Failure | None:

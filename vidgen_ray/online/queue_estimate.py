@@ -136,6 +136,11 @@ class QueueEstimator:
         overtaken = await asyncio.to_thread(self._store.first_overtaken, tenant, priority)
         return snapshot.positions.get(overtaken or "", len(snapshot.positions))
 
+    async def queue_s(self) -> float:
+        """Return the seconds until the last queued job starts. 0 without queued jobs, and while no job has ended."""
+        snapshot = await self._current_snapshot()
+        return snapshot.wait_s(len(snapshot.positions) - 1, 0.0) if snapshot.positions else 0.0
+
     def _estimate(self, position: int | None, eta_s: float) -> JobEstimate:
         poll_after_s = max(MIN_POLL_AFTER_S, min(MAX_POLL_AFTER_S, POLL_SHARE * eta_s))
         return JobEstimate(position, round(eta_s, 1), poll_after_s)

@@ -126,6 +126,12 @@ class OnlineSettings(_Settings):
 
     profile: str = Field(AUTO, description="Name or file of the profile: models, devices and defaults. `auto`: by the GPUs.")
     gpus: str | None = Field(None, description="GPUs to plan for, for example 8x80GB. Default: detect GPUs at the start.")
+    max_queue_s: float | None = Field(
+        None,
+        gt=0,
+        description="Estimated seconds until the last queued job starts above which the GPUs of `gpus` are requested once more "
+        "from Ray's autoscaler. They are given back after 10 minutes in which fewer would have done. Default: never.",
+    )
     shots_at_once: int | None = Field(
         None,
         ge=1,
@@ -188,7 +194,9 @@ class OnlineSettings(_Settings):
         return value if URL.match(value) else os.path.abspath(os.path.expanduser(value))
 
     @model_validator(mode="after")
-    def _check_webhook_names(self) -> Self:
+    def _check_gpus_and_webhook_names(self) -> Self:
+        if self.max_queue_s is not None and self.gpus is None:
+            raise ValueError("max_queue_s: needs gpus, the GPUs to request at a time")
         names = [target.name for target in self.webhooks.targets]
         if len(names) != len(set(names)):
             raise ValueError("webhooks.targets: names must be unique")

@@ -95,6 +95,19 @@ class Workers(FleetListener):
         """Return the workers and encoders. `None` if the caller has this version of this owner already."""
         return None if (owner, version) == (self._actors.owner, self._actors.version) else self._actors
 
+    async def add_copy(self) -> None:
+        """Request GPUs for a copy of the layout, unless workers still load. See `Fleet.request_copy`."""
+        if all(load.done() for load in self._loads.values()):
+            self._fleet.request_copy()
+
+    async def newest_copy(self) -> frozenset[str]:
+        """Return the names of the workers and encoders of the newest copy. Empty if there is none."""
+        return self._fleet.newest_copy
+
+    async def release(self, names: frozenset[str]) -> None:
+        """Stop the workers and encoders of a copy, which must have no calls."""
+        self._fleet.release(names)
+
     # Lost stages
 
     async def _replan_if_incomplete(self, make_plan: Callable[[Cluster], Plan]) -> None:
