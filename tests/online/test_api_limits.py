@@ -23,7 +23,7 @@ from vidgen_ray.cli import main
 from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.errors import SetupError
 from vidgen_ray.media import Mp4Settings
-from vidgen_ray.online.auth import check_bind_host, hash_key, is_loopback, load_keys, new_key
+from vidgen_ray.online.auth import KeyRecord, add_key, check_bind_host, hash_key, is_loopback, load_keys, new_key
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
@@ -180,6 +180,18 @@ def test_keys_from_the_environment():
     assert keys.verify(None) is None
     with pytest.raises(SetupError, match="TENANT=SHA256"):
         load_keys(None, Limits(), {"VIDGEN_API_KEYS": key})
+
+
+def test_limits_that_a_key_does_not_set_are_those_of_the_server(tmp_path):
+    keys, file = [new_key(), new_key()], tmp_path / "keys.yaml"
+    file.write_text(yaml.safe_dump({"keys": [{"tenant": "ada", "sha256": hash_key(keys[0]), "limits": {"open_jobs": 8}}]}))
+    # Rewrites the file.
+    add_key(file, KeyRecord(tenant="bob", sha256=hash_key(keys[1])))
+    loaded = load_keys(file, Limits(open_jobs=3, max_priority="low"), {})
+    assert [loaded.verify(key).limits for key in keys] == [
+        Limits(open_jobs=8, max_priority="low"),
+        Limits(open_jobs=3, max_priority="low"),
+    ]
 
 
 # Limits.
