@@ -148,6 +148,8 @@ class ShotPlanner:
         if shot.continue_from is not None and shot.image is None:
             raise StageError(f"continue_from: the last frame of {shot.continue_from} is not known yet; see Shot.continued")
         stages = stages_of(shot) if stages is None else stages
+        for stage in stages:
+            stage.check_shot(self._params[stage.name], shot)
         steps, last = self._steps_of(shot, stages, salt)
         has_likeness = any("image_likeness" in stage.writes for stage in stages)
         key_text = f'{self._end},"{last}",{_json(shot.crop_width)},{_json(shot.crop_height)}'

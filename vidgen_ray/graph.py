@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.profile import Profile
+from vidgen_ray.remote.stages import RemoteImageStage, RemoteVideoStage
 from vidgen_ray.safety import safety_of
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, Stage, frames_after
@@ -32,6 +33,7 @@ BUILT_IN: tuple[type[Stage[Any]], ...] = (
     InstantIDSDXLStage,
     FluxStage,
     Flux2KleinStage,
+    RemoteImageStage,
     FluxRefineStage,
     FluxLoRAStage,
     HunyuanDiTStage,
@@ -40,6 +42,7 @@ BUILT_IN: tuple[type[Stage[Any]], ...] = (
     SVDStage,
     WanStage,
     LTXStage,
+    RemoteVideoStage,
     ClipLikenessStage,
     RifeStage,
     RealESRGANStage,

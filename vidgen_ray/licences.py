@@ -76,7 +76,7 @@ class ShotLicences:
             yield from stage.packaged_weights(actor.options)
 
     def _licence(self, reference: str) -> UsedWeights:
-        is_file = not reference.startswith(("hub:", "builtin:", "package:"))
+        is_file = not reference.startswith(("hub:", "builtin:", "package:", "remote:"))
         # A path may reveal how a machine is set up.
         name = reference.rpartition("/")[2] if is_file else reference
         return UsedWeights.of(name, licence_of(reference, self._profile.licences))

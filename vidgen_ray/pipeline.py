@@ -170,7 +170,7 @@ class ShotFields(TypedDict, total=False):
     negative_prompt: str | None
     mode: Literal["quality", "fast"]
     seed: int
-    image_model: Literal["flux", "klein"]
+    image_model: Literal["flux", "klein", "remote"]
     width: int
     height: int
     continue_from: str | None
@@ -489,6 +489,7 @@ class VideoGenerationPipeline:
         for stage_class in classes:
             if stage_class.name not in self._loaded:
                 stage = stage_class(self.profile.params(stage_class))
+                stage.jobs = self.outputs.remote_jobs
                 self._check_weights.before_load([stage])
                 self._swapper.ensure_on_gpu(stage.name)
                 stage.load()

@@ -50,7 +50,10 @@ class SmallerDefaults(_Section):
 class ActorProfile(_Section):
     """Weights and resources of an actor. An actor runs one stage, or several stages that share weights."""
 
-    weights: str = Field(description="A path (relative to the profile), hub:OWNER/NAME[@REVISION][:SUBFOLDER] or builtin:NAME.")
+    weights: str = Field(
+        description="A path (relative to the profile), hub:OWNER/NAME[@REVISION][:SUBFOLDER], builtin:NAME, or remote:NAME for "
+        "a model that servers have."
+    )
     extra_weights: dict[str, str] = Field(
         default_factory=dict,
         description="Extra weights: name -> reference, in the same format. Only shots that need them fail without them.",
@@ -157,7 +160,8 @@ class Profile(_Section):
         actor = self.actor_of(stage)
         folder = self.source.parent if self.source else None
         extra_weights, missing = _resolve_all(actor.extra_weights, folder)
-        return self._params(stage, resolve(actor.weights, folder), extra_weights, missing)
+        params = self._params(stage, resolve(actor.weights, folder), extra_weights, missing)
+        return params.model_copy(update=params.pins())
 
     def options_of(self, stage: type[Stage[P]]) -> P:
         """Return the stage's parameters for estimates. The weights need not be on this machine.
@@ -180,6 +184,8 @@ class Profile(_Section):
         }
         if actor.dtype is not None:
             values["dtype"] = actor.dtype
+        if "timeout_s" in stage.Params.model_fields:
+            values["timeout_s"] = actor.timeout_s
         try:
             params: P = stage.Params.model_validate(values)  # type: ignore[assignment]  # Params is the stage's P
         except ValidationError as error:
@@ -229,14 +235,15 @@ class Profile(_Section):
         return self.model_copy(update={"actors": actors})
 
     def pinned(self, stages: Iterable[type[Stage[Any]]]) -> "Profile":
-        """Return the profile with commits and with the resolved precision of these stages.
+        """Return the profile with commits, and with the resolved precision and pins of these stages.
 
         With it, all machines use the revisions and the precision of this one.
         """
-        profile = self.with_commits()
-        resolved = {
-            stage.actor: profile.actor_of(stage).model_copy(update={"dtype": profile.params(stage).dtype}) for stage in stages
-        }
+        profile, resolved = self.with_commits(), {}
+        for stage in stages:
+            params, actor = profile.params(stage), profile.actor_of(stage)
+            options = {**actor.options, **params.pins()}
+            resolved[stage.actor] = actor.model_copy(update={"dtype": params.dtype, "options": options})
         return profile.model_copy(update={"actors": {**profile.actors, **resolved}})
 
     def actor_of(self, stage: type[Stage[Any]]) -> ActorProfile:

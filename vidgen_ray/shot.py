@@ -67,7 +67,7 @@ DERIVED_FIELDS = {
     "flux_identity": ("face_image", "identity", "identity_strength"),
 }
 """Property that stages read in place of fields -> the fields it is computed from."""
-STAGES_WITH_STEPS = ("flux", "klein", "refine", "lora", "hunyuan", "qwen_edit", *VIDEO_MODELS)
+STAGES_WITH_STEPS = ("flux", "klein", "remote_image", "refine", "lora", "hunyuan", "qwen_edit", *VIDEO_MODELS)
 """Stages that have denoising steps and a guidance scale in `steps` and `guidance` of a shot."""
 GUIDANCE_SCALES = (*STAGES_WITH_STEPS, "wan_2")
 """Settings of `guidance`: one per stage, and one for the low-noise expert of Wan, `guidance_scale_2` in diffusers."""
@@ -224,10 +224,10 @@ class Shot(_Frozen):
         description="Shots with a higher priority start first. No effect on files.",
     )
 
-    image_model: Literal["flux", "klein"] = Field(
+    image_model: Literal["flux", "klein", "remote"] = Field(
         "flux",
-        description="Model of the base image and of `lora`: flux (FLUX.1) or klein (FLUX.2 klein). klein has no LoRA stage: "
-        "its LoRAs are active while it draws.",
+        description="Model of the base image and of `lora`: flux (FLUX.1), klein (FLUX.2 klein) or remote (that of a server). "
+        "klein has no LoRA stage: its LoRAs are active while it draws. remote has no LoRAs and no identity.",
     )
     width: int = Field(
         1024,
@@ -469,6 +469,11 @@ class Shot(_Frozen):
     def _check_field_combinations(self) -> Self:
         if self.image_model == "klein" and self.identity not in (REFERENCE, NO_IDENTITY):
             raise ValueError(f"identity is {self.identity}, must be {REFERENCE} or {NO_IDENTITY} with image_model klein")
+        if self.image_model == "remote" and not self.has_start_image:
+            if self.face_image and self.identity != NO_IDENTITY:
+                raise ValueError(f"identity is {self.identity}, must be {NO_IDENTITY} with image_model remote")
+            if self.lora:
+                raise ValueError("lora is set, must not be with image_model remote, which has no LoRAs")
         if self.generate_video:
             multiple = VIDEO_MODELS[self.video_model].size_multiple_px
             for name in ("width", "height"):

@@ -59,6 +59,7 @@ VIDEO_MODELS: Mapping[str, VideoModel] = {
     "svd": VideoModel(fps=5, frame_step=1, most_auto_frames=25, size_multiple_px=64, reads_prompt=False, min_guidance=1),
     "wan": VideoModel(fps=16, frame_step=4, most_auto_frames=121, size_multiple_px=16),
     "ltx": VideoModel(fps=25, frame_step=8, most_auto_frames=161, size_multiple_px=32),
+    "remote": VideoModel(fps=24, frame_step=1, most_auto_frames=121, size_multiple_px=16),
     **{entry.name: entry.load() for entry in entry_points(group=ENTRY_POINTS)},
 }
 """Value of `video_model`, which is the name of a stage -> its clips. Shots have steps and guidance for each."""

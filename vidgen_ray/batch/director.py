@@ -95,6 +95,7 @@ class Director:
         self.plan: Plan | None = None
         self.left = 0
         self.cost: float | None = None
+        self._gpu_cost = 0.0
         """Cost so far of the GPUs that the run holds. `None` without GPUs."""
         self._metered_at = 0.0
         """Time of the event loop until which `cost` is computed."""
@@ -435,8 +436,8 @@ class Director:
         # Later plans are for the shots that are left, and the demand of a data set is unknown: the running cost limits them.
         if self._plans == 1 and (complete or self._demand is not None):
             self.plan.check_cost(self._options.max_cost)
-        if self._options.max_cost is not None and not self.plan.gpu_hours:
-            self._listener.on_message("--max-cost has no effect: a run without GPUs has no price")
+        if self._options.max_cost is not None and self.plan.cost is None:
+            self._listener.on_message("--max-cost has no effect: a run without GPUs and priced servers has no price")
 
     def _more_slots(self, present: Sequence[Slot], free: Cluster) -> list[PlacedSlot]:
         """Return the slots to add for GPUs that have become free. None if all shots have been started."""
@@ -458,9 +459,12 @@ class Director:
         """Add the cost since the last call, and stop the run if it will exceed `max_cost` when the shots in progress end."""
         now = asyncio.get_running_loop().time()
         seconds, self._metered_at = now - self._metered_at, now
-        if self.plan is None or (per_second := self._cost_per_second()) is None:
+        per_second = self._cost_per_second()
+        if self.plan is None or (per_second is None and not self._results.prices):
             return
-        self.cost = (self.cost or 0.0) + per_second * seconds
+        per_second = per_second or 0.0
+        self._gpu_cost += per_second * seconds
+        self.cost = self._gpu_cost + self._results.prices
         if self._options.max_cost is None or self._stop.is_set():
             return
         done = self._results.counts["done"]
@@ -468,8 +472,12 @@ class Director:
             self._measured_from = done, self.cost
         first_done, first_cost = self._measured_from or (done, 0.0)
         measured = (self.cost - first_cost) / (done - first_done) if done > first_done else None
-        per_shot = per_second * 3600 / self.plan.shots_per_hour if measured is None else measured
+        planned = self.plan.server_cost / self.plan.shots + per_second * 3600 / self.plan.shots_per_hour
+        per_shot = planned if measured is None else measured
         finishing = min(per_shot * len(self._rendering), per_second * self._options.grace_s)
+        if self.plan.server_cost:
+            # Servers charge all jobs that they have accepted.
+            finishing = per_shot * len(self._rendering)
         waiting = self.queue or self._continued or self._reading
         if self.cost + (finishing if waiting else 0.0) > self._options.max_cost:
             self._over_cost = True
@@ -486,7 +494,7 @@ class Director:
             return None
         unread = " and the rest of the script" if self._reading else ""
         return TooExpensive(
-            f"stopped by --max-cost {amount_text(limit)}: the GPUs have cost {money(self.cost or 0.0, self.plan.currency)}. "
+            f"stopped by --max-cost {amount_text(limit)}: the run has cost {money(self.cost or 0.0, self.plan.currency)}. "
             f"{count(self.left, 'line')}{unread} left. Run the same command to resume; the limit is for each run"
         )
 

@@ -80,6 +80,8 @@ class RunResults:
         """Lines that failed before rendering. They are part of the failed ones."""
         self.to_render = 0
         self.gpu_seconds = 0.0
+        self.prices = 0.0
+        """What servers have charged for the stages of finished shots."""
         self.price: float | None = None
         """Price of a GPU-hour. `None` if it is unknown, or without GPUs."""
         self.currency: str | None = None
@@ -152,6 +154,7 @@ class RunResults:
     def finished(self, line: Line, record: ShotRecord) -> None:
         """The shot was rendered."""
         self.gpu_seconds += sum(step.gpu_seconds for step in record.stages)
+        self.prices += sum(step.price or 0.0 for step in record.stages)
         self.lora_loads += sum(step.adapter_loads for step in record.stages)
         costs = relative_costs(record.shot)
         for step in record.stages:
@@ -169,9 +172,11 @@ class RunResults:
 
     def _with_cost(self, done: DoneShot) -> DoneShot:
         """Return the shot with its cost. One that was found by its manifest row has that already."""
-        if self.price is None or done.full_record is None or done.cost is not None:
+        if done.full_record is None or done.cost is not None:
             return done
-        return done._replace(cost=round(done.gpu_seconds * self.price / 3600, 6), currency=self.currency)
+        costs = [step.price for step in done.full_record.stages if step.price is not None]
+        costs += [] if self.price is None else [done.gpu_seconds * self.price / 3600]
+        return done._replace(cost=round(sum(costs), 6), currency=self.currency) if costs else done
 
     def _failed(self, line: Line, failure: Failure) -> ManifestRow:
         row = ManifestRow.of_shot(self._labels.run, line.script, line.shot, line.script_line, failure, "failed")

@@ -207,7 +207,7 @@ class Engine:
 
     def worker_started(self, name: str, spec: WorkerSpec, actor: Any) -> None:
         """Use a worker or an encoder. Calls of an earlier engine are stopped."""
-        client = ActorClient(actor, name, self._parallel_commits if spec == ENCODER else 1)
+        client = ActorClient(actor, name, self._parallel_commits if spec == ENCODER else spec.parallel)
         client.send("attach", self._workers.first_call)
         self._workers.add(spec, client)
         self._resize_window()

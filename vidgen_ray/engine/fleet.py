@@ -396,7 +396,9 @@ class Fleet:
         number = next(self._slot_numbers)
         for k, spec in enumerate(reservation.slot.workers):
             name = self._config.worker_name(number, k)
-            worker = worker_class().options(name=name, num_cpus=spec.cpus, num_gpus=spec.gpus, scheduling_strategy=place)
+            worker = worker_class(spec.parallel).options(
+                name=name, num_cpus=spec.cpus, num_gpus=spec.gpus, scheduling_strategy=place
+            )
             reservation.actors[name] = worker.remote(self._config, spec, self._parallel_loads)
 
     def _create_encoder(self, name: str, place: Any) -> Any:

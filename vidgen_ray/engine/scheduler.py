@@ -172,7 +172,9 @@ class Scheduler:
             del self._open[before][worker]
             if not self._open[before]:
                 del self._open[before]
-        if worker.live and worker.load < MAX_PREFETCH_LOAD and not worker.alone:
+        # Work that waits at a server could go to another one.
+        full = len(worker.assigned) >= worker.spec.parallel if worker.spec.server else worker.load >= MAX_PREFETCH_LOAD
+        if worker.live and not full and not worker.alone:
             alike = self._opened[worker] = worker.load, worker.spec.stages
             self._open.setdefault(alike, {})[worker] = None
 

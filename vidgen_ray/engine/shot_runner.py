@@ -256,7 +256,8 @@ class ShotRunner:
     ) -> StepResults:
         names = tuple(step.stage for step in steps)
         adapters = frozenset(lora.path for name in names for lora in STAGE_BY_NAME[name].active_loras(plan.shot))
-        work = Work(names[0], order, adapters, near=artefacts.by, shot=plan.shot.id or "")
+        load = self._workers.load_of(names[0])
+        work = Work(names[0], order, adapters, load, near=artefacts.by, shot=plan.shot.id or "")
         timeout_s = self._config.timeout_s(plan.shot, *names)
         chunked = tuple(name for name in names if is_chunked(name))
         if chunked:

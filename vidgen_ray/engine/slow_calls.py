@@ -44,8 +44,8 @@ class SlowCalls:
                 return
             timer.cancel()
             del self._watched[worker]
-        # The sessions of an encoder run side by side, and wait for chunks of their clips.
-        if running is not None and worker.spec != ENCODER:
+        # The sessions of an encoder run side by side, and wait for chunks of their clips. A job of a server is not repeated.
+        if running is not None and worker.spec != ENCODER and not worker.spec.server:
             self._check_later(worker, running, asyncio.get_running_loop().time())
 
     def close(self) -> None:

@@ -340,7 +340,7 @@ class StepRunner:
                 ready = with_images(item, stage.needs(item.shot), plan.inputs)
                 if self._safety is not None and "image" in ready.artefacts and "image" not in item.artefacts:
                     self._safety.check_image(ready.artefacts["image"])
-                local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts)
+                local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts, step.key)
                 result, recovered = self._fallback.run(stage, plan.shot, lambda: stage(local))
                 if wrong := _wrong_size(stage, plan.shot, result) or _wrong_colour(result, ready.artefacts.get("image")):
                     raise WrongResult(f"the model made {wrong}; it may be the model of another stage, or the GPU is faulty")
@@ -363,6 +363,8 @@ class StepRunner:
             recovered=recovered,
             adapter_loads=stage.adapter_loads - loads,
             notes=stage.take_notes(),
+            origin=stage.origin,
+            price=stage.price(stage.params, stage.billed(plan.shot)) if cached is None else None,
         )
         # Photos are not needed after the face features.
         kept = {name: value for name, value in item.artefacts.items() if name != "photos"}
@@ -387,6 +389,8 @@ class StepRunner:
         recovered: str | None = None,
         adapter_loads: int = 0,
         notes: tuple[str, ...] = (),
+        origin: str | None = None,
+        price: float | None = None,
     ) -> StepRecord:
         return StepRecord(
             stage=step.stage,
@@ -398,6 +402,8 @@ class StepRunner:
             recovered=recovered,
             adapter_loads=adapter_loads,
             notes=notes,
+            origin=origin,
+            price=price,
         )
 
 

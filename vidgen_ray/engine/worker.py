@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,7 +93,9 @@ class Worker:
 
     def __init__(self, config: EngineConfig, spec: WorkerSpec, parallel_loads: int = 1) -> None:
         """`parallel_loads`: maximum number of processes of this machine that load weights at once."""
-        self._call_lock = threading.Lock()
+        self._load_lock = threading.Lock()
+        # A server works on several calls at once.
+        self._call_lock: AbstractContextManager[Any] = nullcontext() if spec.server else threading.Lock()
         self._config = config
         self._spec = spec
         self._parallel_loads = parallel_loads
@@ -149,8 +151,7 @@ class Worker:
 
         Not part of `__init__`: Ray rejects calls during a restart, so a crash while loading would look like a slow start.
         """
-        with self._call_lock:
-            ready = self._ready()
+        ready = self._ready()
         return ready if isinstance(ready, Failure) else None
 
     def run(self, call: int, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts) -> tuple[CallResult, Artefacts]:
@@ -237,36 +238,53 @@ class Worker:
 
         A call meant for the previous process can arrive before `load`.
         """
-        if self._loaded is None:
-            config, spec = self._config, self._spec
-            try:
-                if spec.gpus:
-                    prepare_gpu(spec.gpus)
-                stages = [self._stage(config.stages[name]) for name in spec.stages]
-                cache = config.cache.open(config.outputs.stage_cache)
-                runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups, safety=safety_of(self._config.profile.safety))
-                # On a machine without GPUs, the weights stay where they are loaded.
-                self._waits = bool(spec.gpus)
-                with load_lock(self._parallel_loads) if spec.gpus else nullcontext():
-                    self._waits = False
-                    runner.load()
-                self._loaded = runner
-            except Exception as error:
-                # If raised, the user would see Ray's wrapper of the error.
-                self._loaded = StepFailed(LOADING, error).failure()
+        with self._load_lock:
+            if self._loaded is None:
+                self._load()
+        assert self._loaded is not None
         return self._loaded
+
+    def _load(self) -> None:
+        config, spec = self._config, self._spec
+        try:
+            if spec.gpus:
+                prepare_gpu(spec.gpus)
+            stages = [self._stage(config.stages[name]) for name in spec.stages]
+            cache = config.cache.open(config.outputs.stage_cache)
+            runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups, safety=safety_of(self._config.profile.safety))
+            # On a machine without GPUs, the weights stay where they are loaded.
+            self._waits = bool(spec.gpus)
+            with load_lock(self._parallel_loads) if spec.gpus else nullcontext():
+                self._waits = False
+                runner.load()
+            self._loaded = runner
+        except Exception as error:
+            # If raised, the user would see Ray's wrapper of the error.
+            self._loaded = StepFailed(LOADING, error).failure()
 
     def _stage(self, stage: type[Stage[Any]]) -> Stage[Any]:
         """Return the stage, divided among the GPUs of the worker if it has several and the stage can use them."""
         params = self._config.profile.params(stage)
+        if self._spec.server:
+            params = params.model_copy(update={"server": self._spec.server})
         divided = None if self._group is None else stage.divided(params)
-        return stage(params) if self._group is None or divided is None else self._group.divided(stage, divided)
+        if self._group is not None and divided is not None:
+            return self._group.divided(stage, divided)
+        made = stage(params)
+        made.jobs = self._config.outputs.remote_jobs
+        return made
 
 
-def worker_class() -> Any:
-    """Return the Ray actor class of workers. Ray restarts a crashed process; its caller decides about retries."""
+def worker_class(parallel: int = 1) -> Any:
+    """Return the Ray actor class of workers with this many calls at once.
+
+    Ray restarts a crashed process; its caller decides about retries.
+    """
     return ray.remote(
-        max_restarts=-1, max_task_retries=0, max_concurrency=MAX_CONCURRENT_CALLS, concurrency_groups={CONTROL: 1}
+        max_restarts=-1,
+        max_task_retries=0,
+        max_concurrency=MAX_CONCURRENT_CALLS - 1 + parallel,
+        concurrency_groups={CONTROL: 1},
     )(Worker)
 
 

@@ -93,6 +93,8 @@ class WorkerPool:
         self._observer = observer
         self._storage = storage
         self._adapters_kept = max_loras(config.profile)
+        self._places = layout.server_places
+        """Stage that servers compute -> calls that a worker runs at once."""
         self._scheduler = Scheduler({name: n for n, name in enumerate((*(stage.name for stage in STAGES), OUTPUT))})
         self._supervisor = Supervisor(
             observer,
@@ -185,6 +187,10 @@ class WorkerPool:
 
     # Calls
 
+    def load_of(self, stage: str) -> float:
+        """Return the load that a call of this stage adds to a worker; see `Work.load`."""
+        return 1 / self._places.get(stage, 1)
+
     async def call(
         self,
         requested: Work,
@@ -212,7 +218,8 @@ class WorkerPool:
                 plan,
                 *args,
                 stage=requested.stage,
-                timeout_s=call_timeout_s(timeout_s, expected_s()),
+                # How long a job waits at its server is not known.
+                timeout_s=timeout_s if requested.stage in self._places else call_timeout_s(timeout_s, expected_s()),
                 num_returns=num_returns,
             )
             keys = [step.key for step in plan.steps if step.stage in stages]

@@ -33,7 +33,7 @@ from vidgen_ray.outputs.manifest import (
 from vidgen_ray.outputs.manifest_writer import drop_rows
 from vidgen_ray.outputs.records import KEYS, RECORD, SCORES, SHARD, SHOTS
 from vidgen_ray.outputs.reviews import drop_reviews
-from vidgen_ray.outputs.stage_cache import CONTENT_KEY, entry_path
+from vidgen_ray.outputs.stage_cache import CONTENT_KEY, REMOTE_JOBS, entry_path
 from vidgen_ray.outputs.storage import Storage, StoredFile
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.system.cache_dir import cache_dir
@@ -42,7 +42,7 @@ from vidgen_ray.system.files import remove
 GRACE_S = 600.0
 """Minimum age of garbage, in seconds. Younger files may be in use by a `VideoGenerationPipeline`, which takes no lease."""
 SHOT_FILE_NAMES = {*SHOT_FILES.values(), *(stage.debug_file for stage in STAGES if stage.debug_file)}
-Kind = Literal["cache entries", "partial shots", "stale keys", "temporaries"]
+Kind = Literal["cache entries", "remote jobs", "partial shots", "stale keys", "temporaries"]
 FEATURES = InstantIDStage.debug_file
 """File of a shot with the features of its face, which `--keep stages` writes."""
 INPUTS = "inputs"
@@ -55,7 +55,7 @@ class GarbageReport:
     """Counts of what was removed, or would be removed in a dry run."""
 
     counts: dict[Kind, int] = field(
-        default_factory=lambda: {"cache entries": 0, "partial shots": 0, "stale keys": 0, "temporaries": 0}
+        default_factory=lambda: {"cache entries": 0, "remote jobs": 0, "partial shots": 0, "stale keys": 0, "temporaries": 0}
     )
     bytes: int = 0
     """Size of all removed files."""
@@ -70,8 +70,8 @@ class GarbageReport:
 def collect_garbage(outputs: OutputFolder, *, dry_run: bool = False, grace_s: float = GRACE_S) -> GarbageReport:
     """Remove garbage from an output folder.
 
-    Garbage is: cache entries that no shot.json names, shots without shot.json, key files without a finished shot, and
-    temporary files of killed processes.
+    Garbage is: cache entries that no shot.json names, shots without shot.json, key files without a finished shot,
+    jobs of servers whose clip a shot.json names, and temporary files of killed processes.
 
     Raises SetupError if the folder does not exist, a run is working in it, or a run takes the folder over after this process
     was suspended.
@@ -114,6 +114,11 @@ class _Collector:
         for key in self._cache.stored_keys():
             if key not in self._used_keys:
                 self._drop_folder("cache entries", entry_path(key))
+        for folder in (f"{REMOTE_JOBS}/{name}" for name in self._storage.folders(REMOTE_JOBS)):
+            records = self._storage.files(folder)
+            for name, record in read_each(self._storage, list(records), [f"{folder}/{name}" for name in records]):
+                if json.loads(record or b"{}").get("key", "").partition("-")[0] in self._used_keys:
+                    self._drop("remote jobs", f"{folder}/{name}", [records[name]], self._storage.delete)
         for path in self._outputs.abandoned():
             files = path.rglob("*") if path.is_dir() else [path]
             self._report.add("temporaries", sum(file.stat().st_size for file in files if file.is_file()))

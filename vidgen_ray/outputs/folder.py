@@ -38,7 +38,7 @@ from vidgen_ray.outputs.records import (
     key_path,
     shot_path,
 )
-from vidgen_ray.outputs.stage_cache import StageCache
+from vidgen_ray.outputs.stage_cache import RemoteJobs, StageCache
 from vidgen_ray.outputs.storage import Storage, absolute, storage_at
 from vidgen_ray.shot import ID_PATTERN
 from vidgen_ray.system.cache_dir import cache_dir, sha256_of
@@ -162,6 +162,10 @@ class OutputFolder:
         if self.storage.local is None:
             raise SetupError(f"output folder {self.url}: is in an object store, this command needs a local folder")
         return self.storage.local
+
+    @property
+    def remote_jobs(self) -> RemoteJobs:
+        return RemoteJobs(self.storage)
 
     @property
     def stage_cache(self) -> StageCache:

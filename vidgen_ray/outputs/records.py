@@ -54,6 +54,10 @@ class StepRecord(_Record):
     """LoRAs that were loaded onto the weights for this step."""
     notes: tuple[str, ...] = ()
     """Notes for the user about the inputs, such as layers of a LoRA that are ignored."""
+    origin: str | None = None
+    """Where the result comes from, if a server computed it."""
+    price: float | None = None
+    """Price of the step beside that of GPU-hours, in the currency of the profile."""
 
 
 class FileRecord(_Record):
@@ -170,7 +174,7 @@ class DoneShot(NamedTuple):
     cut_tokens: int = 0
     """Tokens of the prompt that the stage did not read that cuts most of it."""
     cost: float | None = None
-    """Cost of `gpu_seconds`. Not part of the record: only the manifest has it. `None` if it is unknown, or without GPUs."""
+    """Cost of `gpu_seconds` and prices of the stages. Not part of the record: only the manifest has it. `None` if unknown."""
     currency: str | None = None
     """Currency of the cost. `None` if the price is the user's."""
     full_record: ShotRecord | None = None

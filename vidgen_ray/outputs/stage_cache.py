@@ -15,6 +15,7 @@ from vidgen_ray.stages.base import Artefacts, FaceFeatures, Likeness
 from vidgen_ray.system.cache_dir import sha256_of
 
 CONTENT_KEY = re.compile(r"[0-9a-f]{64}")
+REMOTE_JOBS = "remote"
 IDENTITY = "entry.json"
 """File with the key of an entry and the sha256 of its other files."""
 
@@ -77,6 +78,24 @@ class StageCache:
         """Delete the entries of these keys."""
         for key in keys:
             self._storage.delete_folder(entry_path(key))
+
+
+class RemoteJobs:
+    """Records of the jobs of servers, by the content key of their step or by a digest of server and job."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def get(self, name: str) -> bytes | None:
+        return self._storage.read(job_path(name))
+
+    def __setitem__(self, name: str, content: bytes) -> None:
+        self._storage.write(job_path(name), content)
+
+
+def job_path(name: str) -> str:
+    """Return the file of a job of a server, relative to the output folder."""
+    return f"{REMOTE_JOBS}/{name[:2]}/{name}.json"
 
 
 def entry_path(key: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import JsonValue
 
@@ -28,7 +28,7 @@ from vidgen_ray.planner.demand import (
     total_seconds,
 )
 from vidgen_ray.planner.gpu_memory import actors_of, memory_limits, reference_shots
-from vidgen_ray.planner.layout import SHOTS_PER_SWAP, Actor, Assignment, Candidates, Kind, Layout, Slot
+from vidgen_ray.planner.layout import SHOTS_PER_SWAP, Actor, Assignment, Candidates, Kind, Layout, Slot, WorkerSpec
 from vidgen_ray.planner.solver import (
     DIRECTOR_CPUS,
     ENCODER_CPUS,
@@ -97,7 +97,7 @@ class Plan:
     cache_bytes: Mapping[str, float]
     """Value of `--cache` -> size of the stage cache."""
     cost: float | None
-    """Cost in the currency of the price. `None` without GPUs."""
+    """Cost in the currency of the price. `None` without GPUs and priced servers."""
     currency: str | None
     """Currency of a default price. `None` if the price is the user's, which has no currency."""
     bottleneck: str | None
@@ -109,6 +109,8 @@ class Plan:
     considered: tuple[ConsideredLayout, ...]
     notes: tuple[str, ...]
     """Assumptions and hints, to be shown with the plan."""
+    server_cost: float = 0.0
+    """Part of the cost that servers charge for stages that they compute."""
     reference_s: Mapping[str, float] = field(default_factory=dict)
     """Stage -> planned seconds of the reference shot, on the slowest GPUs."""
     peak_share: Mapping[str, float] = field(default_factory=dict)
@@ -126,20 +128,21 @@ class Plan:
     @property
     def price_per_gpu_hour(self) -> float | None:
         """Mean price of a GPU-hour. `None` without GPUs."""
-        return self.cost / self.gpu_hours if self.cost is not None and self.gpu_hours else None
+        return (self.cost - self.server_cost) / self.gpu_hours if self.cost is not None and self.gpu_hours else None
 
     def check_cost(self, max_cost: float | None) -> None:
         """Raise TooExpensive if the cost exceeds `max_cost`, UsageError if the cost of the GPUs is unknown.
 
-        `None` disables the check. A run without GPUs has no price, and is never too expensive.
+        `None` disables the check. A run without GPUs and priced servers has no price, and is never too expensive.
         """
-        if max_cost is None or not self.gpu_hours:
+        if max_cost is None or not (self.gpu_hours or self.server_cost):
             return
         if self.cost is None:
             raise UsageError("--max-cost: the cost of this plan is unknown: pass --price PER_GPU_HOUR")
         if self.cost > max_cost:
             raise TooExpensive(
-                f"the plan costs {money(self.cost, self.currency)} for {amount_text(self.gpu_hours)} GPU-hours, "
+                f"the plan costs {money(self.cost, self.currency)} for {amount_text(self.gpu_hours)} GPU-hours"
+                f"{' and servers' if self.server_cost else ''}, "
                 f"--max-cost allows {amount_text(max_cost)}; render fewer shots, use fewer steps, or raise --max-cost"
             )
 
@@ -180,9 +183,17 @@ def estimate(
     considered: tuple[ConsideredLayout, ...],
     price: float | None,
     notes: tuple[str, ...] = (),
+    servers: Sequence[ServerSlot] = (),
 ) -> Plan:
-    """Return the plan of a packing for the shots of the demand. `notes`: further notes."""
+    """Return the plan of a packing for the shots of the demand. `notes`: further notes. `servers`: see `_server_slots`."""
     assignments = [filled.assignment for filled in packing.slots]
+    places = Counter[str]()
+    for server in servers:
+        places[server.stage] += server.slot.workers[0].parallel
+    rates = {stage: count / timing.seconds[stage] for stage, count in places.items()}
+    limit = min((stage for stage, rate in rates.items() if rate < packing.rate), key=rates.__getitem__, default=None)
+    if limit is not None:
+        packing = replace(packing, rate=rates[limit])
     slots = tuple(filled.assignment.slot(max(cluster.nodes[filled.node].gpus, default=0.0)) for filled in packing.slots)
     used_gpus = sum(slot.gpus for slot in slots)
     on_gpu = used_gpus > 0
@@ -198,11 +209,19 @@ def estimate(
     gpu_hours = len(cluster.gpus) * expected / 3600 if on_gpu else 0.0
     per_hour, is_default = _price(cluster, price) if on_gpu else (None, False)
     units = len(cluster.gpus) if on_gpu else max(1, len(slots))
+    gpu_cost = (per_hour or 0.0) * expected / 3600
+    server_cost = sum(server.price for server in servers)
     unit_seconds = sum(a.gpus * a.seconds for a in actors if a.on_gpu) if on_gpu else timing.shot_seconds
     return Plan(
-        layout=Layout(kind, slots, packing.encoders, _window(slots, demand.shots), parallel_loads(packing, cluster)),
-        nodes=tuple(filled.node for filled in packing.slots),
-        shares=tuple(_stage_shares(filled, timing) for filled in packing.slots),
+        layout=Layout(
+            kind,
+            (*slots, *(server.slot for server in servers)),
+            packing.encoders,
+            _window(slots, demand.shots, max(places.values(), default=0)),
+            parallel_loads(packing, cluster),
+        ),
+        nodes=(*(filled.node for filled in packing.slots), *(server.node for server in servers)),
+        shares=(*(_stage_shares(filled, timing) for filled in packing.slots), *({server.stage: 1.0} for server in servers)),
         shots=demand.shots,
         shots_per_hour=packing.rate * 3600,
         efficiency=min(1.0, packing.rate * unit_seconds / units),
@@ -218,9 +237,10 @@ def estimate(
             "images": demand.image_cache_bytes,
             "all": demand.image_cache_bytes + demand.clip_cache_bytes,
         },
-        cost=None if per_hour is None else per_hour * expected / 3600,
+        cost=gpu_cost + server_cost if per_hour is not None or server_cost else None,
+        server_cost=server_cost,
         currency=CURRENCY if is_default else None,
-        bottleneck=_bottleneck(packing, timing, cluster),
+        bottleneck=limit or _bottleneck(packing, timing, cluster),
         stage_seconds=timing.seconds,
         encode_s=timing.encode_s,
         considered=considered,
@@ -255,12 +275,12 @@ def _stage_shares(filled: FilledSlot, timing: Timing) -> dict[str, float]:
     return shares
 
 
-def _window(slots: Sequence[Slot], shots: int) -> int:
-    """Return how many shots must be in progress so that no slot waits, and each turn of swapped stages is full."""
+def _window(slots: Sequence[Slot], shots: int, server_places: int) -> int:
+    """Return how many shots must be in progress so that no slot or server waits, and each turn of swapped stages is full."""
     shots_needed = sum(
         2 * SHOTS_PER_SWAP if any(worker.swap_groups for worker in slot.workers) else SHOTS_PER_SLOT for slot in slots
     )
-    return max(1, min(shots_needed, shots))
+    return max(1, min(shots_needed + server_places, shots))
 
 
 def _price(cluster: Cluster, price: float | None) -> tuple[float, bool]:
@@ -373,6 +393,9 @@ def _plan(
     peak_share = peak_shares(profile, timing.reference_s, cards[0])
     reference_s = {stage.name: max(timings[card].reference_s[stage.name] for card in cards) for stage in demand.stages}
     shots = demand.sizes or reference_shots(profile)
+    servers = _server_slots(profile, demand, cluster)
+    stages = [stage for stage in demand.stages if stage.name not in {server.stage for server in servers}]
+    remaining = _without_cpus_of(cluster, servers)
 
     def speed(actor: Actor, card: GpuCard | None) -> float:
         on_card = timings.get(card, timing).seconds
@@ -380,12 +403,12 @@ def _plan(
 
     def plan_within(limit_gb: float, usable: Cluster) -> Plan:
         """Return the plan whose calls take at most `limit_gb` of GPU memory each, on GPUs with the memory of `usable`."""
-        actors, memories = actors_of(profile, demand.stages, shots, limit_gb, timing.seconds)
+        actors, memories = actors_of(profile, stages, shots, limit_gb, timing.seconds)
         actors = tuple(replace(actor, gpus=gpus) if actor.name in divided else actor for actor in actors)
         if not actors:
             # No stage to run: every shot has a start image and no clip, so that only files are written.
             rate = ENCODER_CPUS / max(timing.encode_s, 1.0)
-            return estimate("fused", Packing(rate, (), 1), demand, cluster, timing, (), price)
+            return estimate("fused", Packing(rate, (), 1), demand, cluster, timing, (), price, servers=servers)
         on_gpu = any(actor.on_gpu for actor in actors)
         cpus_per_slot = max(1.0, *(actor.cpus for actor in actors))
 
@@ -402,20 +425,53 @@ def _plan(
         if divided:
             because = f"since there are fewer shots than GPUs; its steps are assumed to be {_gain(gpus):.2g} times as fast"
             notes.append(f"{gpus} GPUs divide the work of each shot in {' and '.join(sorted(divided))}, {because}")
-        planned = estimate(kind, packing, demand, cluster, timing, considered, price, tuple(notes))
+        planned = estimate(kind, packing, demand, cluster, timing, considered, price, tuple(notes), servers)
         options = {actor.name: memory.options for actor, memory in zip(actors, memories, strict=True) if memory.options}
         return replace(planned, options=options, reference_s=reference_s, peak_share=peak_share)
 
     def best_plan(usable: Cluster) -> Plan:
         gpu_gb = max(usable.gpus, default=math.inf)
-        limits = memory_limits(profile, demand.stages, shots, gpu_gb)
+        limits = memory_limits(profile, stages, shots, gpu_gb)
         return _fastest(partial(plan_within, usable=usable), limits)
 
     sections = [profile.actor_of(stage) for stage in demand.stages]
     if any(section.device == "cuda" and not section.memory_gb for section in sections):
         with suppress(SetupError, ProfileError):
-            return best_plan(cluster.with_room(ROOM_GB))
-    return best_plan(cluster)
+            return best_plan(remaining.with_room(ROOM_GB))
+    return best_plan(remaining)
+
+
+class ServerSlot(NamedTuple):
+    """The worker of a server."""
+
+    stage: str
+    slot: Slot
+    node: int
+    """Index of the planned node."""
+    price: float
+    """What the server charges for its share of the demand."""
+
+
+def _server_slots(profile: Profile, demand: Demand, cluster: Cluster) -> list[ServerSlot]:
+    """Return the workers of the servers that compute stages of the demand, on the node with the most CPUs."""
+    node = max(range(len(cluster.nodes)), key=lambda number: cluster.nodes[number].cpus)
+    slots = []
+    for stage in demand.stages:
+        params = profile.options_of(stage)
+        places = stage.places(params)
+        price = stage.price(params, demand.billed.get(stage.name, 0.0)) or 0.0
+        for server, parallel in places.items():
+            worker = WorkerSpec((stage.name,), profile.actor_of(stage).cpus, 0.0, server=server, parallel=parallel)
+            slots.append(ServerSlot(stage.name, Slot((worker,), 0.0), node, price / len(places)))
+    return slots
+
+
+def _without_cpus_of(cluster: Cluster, servers: Sequence[ServerSlot]) -> Cluster:
+    """Return the cluster without the CPUs of these workers."""
+    nodes = list(cluster.nodes)
+    for server in servers:
+        nodes[server.node] = replace(nodes[server.node], cpus=max(0.0, nodes[server.node].cpus - server.slot.cpus))
+    return replace(cluster, nodes=tuple(nodes))
 
 
 def _fastest(plan_within: Callable[[float], Plan], limits_gb: Sequence[float]) -> Plan:

@@ -275,6 +275,8 @@ class Demand:
     """Mean number of pixels of a frame."""
     frames: float = REFERENCE_FRAMES
     """Mean number of frames of a pass of the video model."""
+    billed: Mapping[str, float] = field(default_factory=dict)
+    """Stage that servers compute -> units that they charge; see `Stage.billed`."""
 
     @property
     def stages(self) -> tuple[type[Stage[Any]], ...]:
@@ -296,6 +298,7 @@ class Demand:
             self.sizes,
             self.pixels,
             self.frames,
+            {name: units * factor for name, units in self.billed.items()},
         )
 
 
@@ -311,6 +314,7 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
     """Sum up the shots in one pass. Memory does not grow with their number."""
     relative_cost: dict[str, RelativeCost] = {}
     variant_cost: defaultdict[str, dict[str, RelativeCost]] = defaultdict(dict)
+    billed: dict[str, float] = {}
     loras: set[str] = set()
     sizes = ShotSizes()
     count = upscaled = all_pixels = all_frames = 0
@@ -321,6 +325,8 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
         for name, cost in relative_costs(shot).items():
             # A shot without cost, such as a refinement of strength 0, still passes the stage.
             relative_cost[name] = relative_cost.get(name, NO_COST).plus(cost)
+            if units := STAGE_BY_NAME[name].billed(shot):
+                billed[name] = billed.get(name, 0.0) + units
             if variant := STAGE_BY_NAME[name].variant(shot):
                 variant_cost[name][variant] = variant_cost[name].get(variant, NO_COST).plus(cost)
             images += PNG_BYTES_PER_PIXEL * shot.width * shot.height * ("image" in STAGE_BY_NAME[name].writes)
@@ -349,6 +355,7 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
         sizes.shots,
         mean_pixels,
         mean_frames,
+        billed,
     )
 
 

@@ -28,6 +28,10 @@ class WorkerSpec:
     no group stay in GPU memory."""
     gpu_gb: float = 0.0
     """GPU memory that the process may use, in GB. 0 if unknown, or without a GPU."""
+    server: str = ""
+    """Server that computes the stages. Empty: the process does."""
+    parallel: int = 1
+    """Calls that it runs at once."""
 
     def can_run(self, *stages: str) -> bool:
         """Return whether the worker can run these stages in sequence without swapping weights in between.
@@ -89,6 +93,11 @@ class Layout:
     def can_fuse(self, first: str, *others: str) -> bool:
         """Return whether every worker with the first stage can run all these stages in sequence; see `WorkerSpec.can_run`."""
         return all(worker.can_run(first, *others) for worker in self.workers if first in worker.stages)
+
+    @property
+    def server_places(self) -> dict[str, int]:
+        """Stage that servers compute -> calls that a worker runs at once."""
+        return {stage: worker.parallel for worker in self.workers if worker.server for stage in worker.stages}
 
     def only_together(self, *stages: str) -> bool:
         """Return whether every worker with one of these stages can run all of them in sequence; see `WorkerSpec.can_run`."""

@@ -491,6 +491,9 @@ def more_slots(slots: Sequence[Slot], seconds: Mapping[str, float], free: Cluste
     kind of one GPU that it has the memory and CPUs for and that raises the rate most; the time for swapping weights is
     neglected.
     """
+    slots = [slot for slot in slots if not any(worker.server for worker in slot.workers)]
+    held = frozenset().union(*(slot.stages for slot in slots))
+    seconds = {stage: each for stage, each in seconds.items() if stage in held}
     counts = Counter(slots)
     cpus = [node.cpus for node in free.nodes]
     added = []

@@ -16,11 +16,12 @@ from fractions import Fraction
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypedDict, TypeVar
+from threading import get_ident
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from vidgen_ray.errors import MissingWeights, StageError
 from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
@@ -128,6 +129,8 @@ class Item:
 
     shot: Shot
     artefacts: Artefacts = field(default_factory=lambda: Artefacts())
+    key: str = ""
+    """Content key of the step that is run. Empty if it is not known."""
 
 
 class ReadText(NamedTuple):
@@ -138,6 +141,14 @@ class ReadText(NamedTuple):
     """Folder of the tokenizer."""
     tokens: int
     """Tokens that the text encoder reads. Further ones are cut."""
+
+
+class JobStore(Protocol):
+    """Small records by name, such as a `dict`."""
+
+    def get(self, name: str, /) -> bytes | None: ...
+
+    def __setitem__(self, name: str, content: bytes, /) -> None: ...
 
 
 NOT_IN_KEY = "not in key"
@@ -178,6 +189,10 @@ class StageParams(BaseModel):
             why = self.missing.get(name, f"not in the profile; add `extra_weights: {{{name}: ...}}` to their actor")
             raise MissingWeights(f"{name}: {why}")
         return self.extra_weights[name]
+
+    def pins(self) -> dict[str, JsonValue]:
+        """Return options that name what is not on this machine, such as the model of a server. Raises SetupError."""
+        return {}
 
     def resolved(self) -> Self:
         """Return a copy with machine-dependent values made concrete, for content keys and for other machines."""
@@ -248,7 +263,10 @@ class Stage(ABC, Generic[P]):
 
     def __init__(self, params: P) -> None:
         self.params = params
-        self._notes: tuple[str, ...] = ()
+        self.jobs: JobStore = {}
+        """Records of the jobs of servers. Executors store them in the output folder."""
+        self._notes: dict[int, tuple[str, ...]] = {}
+        """Thread -> notes of its current call."""
 
     @staticmethod
     @abstractmethod
@@ -296,6 +314,30 @@ class Stage(ABC, Generic[P]):
         """Raise SetupError for weights of another kind, as far as their index tells, so that no process starts for them."""
         if cls.pipelines:
             check_pipeline_folder(params.weights, cls.pipelines)
+
+    @classmethod
+    def check_shot(cls, params: P, shot: Shot) -> None:
+        """Raise StageError for a shot that cannot be rendered with these parameters."""
+
+    @classmethod
+    def places(cls, params: P) -> Mapping[str, int]:
+        """Return server -> shots that it has at once, for a stage that servers compute. Each server gets a worker."""
+        return {}
+
+    @classmethod
+    def billed(cls, shot: Shot) -> float:
+        """Return the units for which a server charges a shot: seconds of a clip, or images."""
+        return 0.0
+
+    @classmethod
+    def price(cls, params: P, billed: float) -> float | None:
+        """Return the price of units that a server has charged. `None` if it is unknown."""
+        return None
+
+    @property
+    def origin(self) -> str | None:
+        """Where the results come from, if not from this process."""
+        return None
 
     @classmethod
     def texts(cls, params: P, shot: Shot) -> Iterator[ReadText]:
@@ -390,12 +432,11 @@ class Stage(ABC, Generic[P]):
 
     def note(self, *notes: str) -> None:
         """Add notes for the user about the inputs of the current call."""
-        self._notes = (*self._notes, *notes)
+        self._notes[get_ident()] = (*self._notes.get(get_ident(), ()), *notes)
 
     def take_notes(self) -> tuple[str, ...]:
-        """Return the notes since the last call."""
-        notes, self._notes = self._notes, ()
-        return notes
+        """Return the notes of this thread since the last call."""
+        return self._notes.pop(get_ident(), ())
 
     def close(self) -> None:
         """Release the weights. Safe to call twice, and before `load`."""

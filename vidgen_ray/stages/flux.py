@@ -286,7 +286,8 @@ class FluxStage(FluxFamilyStage):
 
     @staticmethod
     def applies(shot: Shot) -> bool:
-        return not shot.has_start_image and not shot.uses_sdxl_base and not shot.uses_klein_base
+        by_another = shot.uses_sdxl_base or shot.uses_klein_base or shot.image_model == "remote"
+        return not shot.has_start_image and not by_another
 
     @staticmethod
     def active_loras(shot: Shot) -> tuple[LoraRef, ...]:

@@ -116,7 +116,7 @@ class VideoStage(Stage[P]):
         parts = []
         for number, shot in enumerate(shots):
             with part_of_progress(number, len(shots)):
-                frames = self.generate(Item(shot, artefacts))
+                frames = self.generate(Item(shot, artefacts, item.key and f"{item.key}-{number}"))
             artefacts["image"] = frames[-1]
             parts.append(frames[1:] if number else frames)
         return {"frames": np.concatenate(parts)}

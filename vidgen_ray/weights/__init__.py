@@ -1,7 +1,7 @@
 """Resolve weight references to local paths. Nothing is downloaded.
 
-A reference is a path, `hub:OWNER/NAME[@REVISION][:SUBFOLDER]` for a Hugging Face snapshot that is already on disk, or
-`builtin:NAME` for weights that are shipped with the package or built on first use.
+A reference is a path, `hub:OWNER/NAME[@REVISION][:SUBFOLDER]` for a Hugging Face snapshot that is already on disk,
+`builtin:NAME` for weights that are shipped with the package or built on first use, or `remote:NAME` for a model of a server.
 """
 
 import os
@@ -20,6 +20,8 @@ from vidgen_ray.system.model_files import missing_files
 from vidgen_ray.weights import builtin
 
 DEFAULT_REVISION = "main"
+REMOTE = "remote:"
+"""Begin of the reference of a model that a server has. It has no files."""
 
 
 BUILDER_VERSION = "1"
@@ -55,6 +57,8 @@ def resolve(reference: str, relative_to: Path | None = None) -> Path:
         return _resolve_builtin(reference.removeprefix("builtin:"))
     if reference.startswith("hub:"):
         return _resolve_hub(reference.removeprefix("hub:"))
+    if reference.startswith(REMOTE):
+        return Path(reference)
     # Path.expanduser raises for the home of an unknown user. os.path leaves it unchanged.
     path = (relative_to or Path()) / os.path.expanduser(reference)
     try:

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.weight_files import silence_libraries
 from vidgen_ray.system.model_files import PIPELINE_INDEX, loaded_files, missing_files
-from vidgen_ray.weights import resolve
+from vidgen_ray.weights import REMOTE, resolve
 
-State = Literal["present", "missing", "built in"]
+State = Literal["present", "missing", "built in", "on a server"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ def local_weights(reference: str, relative_to: Path | None = None) -> LocalWeigh
     """Return the state of a reference as profiles write it. Nothing is downloaded or built."""
     if reference.startswith("builtin:"):
         return LocalWeights(reference, "built in", None, None, None)
+    if reference.startswith(REMOTE):
+        return LocalWeights(reference, "on a server", None, None, None)
     try:
         path = resolve(reference, relative_to)
     except SetupError as error:

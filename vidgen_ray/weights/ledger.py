@@ -30,8 +30,8 @@ class WeightLicence(BaseModel):
     name: str = Field(description="Name of the weights.")
     weights: tuple[str, ...] = Field(
         min_length=1,
-        description="References: hub:OWNER/NAME[:SUBFOLDER] without revision, builtin:NAME, package:NAME/FILE or path:NAME for "
-        "a file or folder of that name. `*` stands for any text.",
+        description="References: hub:OWNER/NAME[:SUBFOLDER] without revision, builtin:NAME, remote:NAME, package:NAME/FILE or "
+        "path:NAME for a file or folder of that name. `*` stands for any text.",
     )
     licence: str = Field(description="SPDX identifier, or the licence's own name.")
     url: str = Field(description="Text of the licence.")
@@ -90,7 +90,7 @@ def _match_names(reference: str) -> tuple[str, ...]:
         repo = f"hub:{repo.partition('@')[0]}"
         folders = (PurePosixPath(subfolder), *PurePosixPath(subfolder).parents) if subfolder else ()
         return (*(f"{repo}:{folder}" for folder in folders if folder.name), repo)
-    if reference.startswith(("builtin:", "package:")):
+    if reference.startswith(("builtin:", "package:", "remote:")):
         return (reference,)
     return (f"path:{PurePosixPath(reference).name}",)
 

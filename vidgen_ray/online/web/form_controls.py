@@ -29,7 +29,7 @@ PLACED = frozenset(
 RULES = {"image_likeness": ("min_identity", "retries"), "qwen_edit": ("style_model",)}
 """Stage -> fields that decide about its result without changing it."""
 MODEL_STAGES = {
-    "image_model": {"flux": "flux", "klein": "klein"},
+    "image_model": {"flux": "flux", "klein": "klein", "remote": "remote_image"},
     "style_model": {"hunyuan": "hunyuan", "qwen-edit": "qwen_edit"},
     "video_model": {name: name for name in VIDEO_MODELS},
 }

@@ -1,0 +1,205 @@
+"""Remote stages against servers with the shapes of vLLM-Omni and SGLang."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.remote.fake_server import FakeServer, colour_of
+from vidgen_ray.content_keys import ShotPlanner, params_of
+from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.errors import Cancelled, SetupError, VidgenError
+from vidgen_ray.graph import stages_of
+from vidgen_ray.media import open_video
+from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.profile import Profile
+from vidgen_ray.remote import video_server
+from vidgen_ray.remote.stages import RemoteVideoStage
+
+MODEL = "Lightricks/LTX-2"
+WIDTH, HEIGHT, FRAMES, FPS = 128, 64, 5, 8
+
+
+def profile_of(*urls, **options):
+    weights = f"remote:{MODEL}"
+    actor = {
+        "weights": weights,
+        "cpus": 0.1,
+        "timeout_s": options.pop("timeout_s", 60),
+        "options": {"servers": list(urls), **options},
+    }
+    return Profile(
+        name="remote",
+        about="Clips by servers.",
+        defaults={
+            "width": WIDTH,
+            "height": HEIGHT,
+            "num_frames": FRAMES,
+            "fps": FPS,
+            "video_model": "remote",
+            "upscale_video": False,
+        },
+        actors={"remote": actor, "remote_image": actor},
+    )
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(video_server, "RETRY_S", (0.01, 0.05))
+    monkeypatch.setattr(video_server, "POLL_S", (0.02, 0.05))
+    video_server.reported_model.cache_clear()
+
+
+@pytest.fixture(scope="module", params=["vllm-omni", "sglang"])
+def server(request, tmp_path_factory):
+    with FakeServer(tmp_path_factory.mktemp(request.param), request.param) as server:
+        yield server
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A start image that differs from those of the other tests."""
+    seed = abs(hash(tmp_path.name)) % 2**32
+    path = tmp_path / "start.png"
+    small = Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 16, 3), dtype=np.uint8))
+    small.resize((WIDTH, HEIGHT)).save(path)
+    return path
+
+
+def shows(result, prompt):
+    """Return whether the clip begins with its start image, and then shows what its prompt and seed decide."""
+    with open_video(result.video) as video:
+        frames = video.frames(0, video.frame_count).astype(int)
+    image = np.asarray(result.image).astype(int)
+    end = np.array(colour_of(prompt, result.record.shot.seed))
+    first = abs(frames[0] - image).mean()
+    last = abs(frames[-1, HEIGHT * 3 // 4 :] - end).mean()
+    return frames.shape == (FRAMES, HEIGHT, WIDTH, 3) and first < 8 and last < 8
+
+
+@pytest.mark.parametrize(
+    ("fault", "accepted"),
+    [
+        ("none", 1), ("busy", 1), ("busy-without-time", 1), ("truncated", 1), ("damaged", 1), ("foreign", 1), ("slow", 1),
+        ("failed", 2),
+    ],
+)  # fmt: skip
+def test_clip_is_that_of_its_prompt_and_seed_whatever_happens(server, tmp_path, start, fault, accepted):
+    prompt = f"a boat fault:{fault}"
+    with VideoGenerationPipeline(profile_of(server.url), tmp_path / "out") as pipeline:
+        if fault == "failed":
+            with pytest.raises(StepFailed, match="failed: out of memory"):
+                pipeline.generate_video(prompt, image=start)
+        result = pipeline.generate_video(prompt, image=start)
+    assert shows(result, prompt)
+    assert len([each for each in server.events("accepted") if each["prompt"] == prompt]) == accepted
+
+
+@pytest.mark.parametrize("kind", ["vllm-omni", "sglang"])
+def test_job_whose_submission_had_no_response_is_found(tmp_path, start, kind):
+    prompt = "a boat fault:500-after-success"
+    with (
+        FakeServer(tmp_path / kind, kind) as server,
+        VideoGenerationPipeline(profile_of(server.url), tmp_path / "out") as pipeline,
+    ):
+        # The same prompt and size, with another seed.
+        pipeline.generate_video("a boat fault:500-after", image=start, seed=1)
+        assert shows(pipeline.generate_video(prompt, image=start, seed=2), prompt)
+        assert len(server.events("accepted")) == 2
+    # Of a later run with another seed, the job of the earlier one is not taken.
+    with FakeServer(tmp_path / "again", kind) as server:
+        for seed in (1, 2):
+            with VideoGenerationPipeline(profile_of(server.url), tmp_path / str(seed)) as pipeline:
+                result = pipeline.generate_video(prompt if seed == 2 else "a boat", image=start, seed=seed)
+        assert shows(result, prompt)
+
+
+def test_job_that_does_not_end_is_deleted_at_the_deadline(server, tmp_path, start):
+    prompt = "a boat fault:never"
+    with (
+        VideoGenerationPipeline(profile_of(server.url, timeout_s=1), tmp_path / "out") as pipeline,
+        pytest.raises(StepFailed, match="took longer than 1 s"),
+    ):
+        pipeline.generate_video(prompt, image=start)
+    assert [each["prompt"] for each in server.events("deleted")].count(prompt) == 1
+
+
+def test_stop_deletes_the_job(server, tmp_path, start):
+    def stop(stage, step, steps):
+        if server.events("accepted") and server.events("accepted")[-1]["prompt"] == prompt:
+            raise Cancelled
+
+    prompt = "a boat that is stopped fault:slow"
+    with VideoGenerationPipeline(profile_of(server.url), tmp_path / "out") as pipeline, pytest.raises(Cancelled):
+        pipeline.generate_video(prompt, image=start, on_progress=stop)
+    assert [each["prompt"] for each in server.events("deleted")].count(prompt) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "message"),
+    [
+        ({"prompt": "a boat fault:refused"}, {}, "400: the size is not supported"),
+        ({"num_frames": 6}, {"frame_step": 4}, "num_frames: got 6, must be 4k \\+ 1"),
+        ({"num_frames": 9}, {"max_frames": 8}, "num_frames: got 9, must be at most 8"),
+        ({}, {"size_multiple_px": 48}, "width: got 128, must be a multiple of 48"),
+    ],
+)
+def test_shot_that_the_server_does_not_take_fails_with_the_reason(server, tmp_path, start, fields, options, message):
+    fields = {"prompt": "a boat", **fields}
+    with (
+        VideoGenerationPipeline(profile_of(server.url, **options), tmp_path / "out") as pipeline,
+        pytest.raises(VidgenError, match=message),
+    ):
+        pipeline.generate_video(**fields, image=start)
+
+
+def test_missing_server_key_and_model_are_named(server, tmp_path, start, monkeypatch):
+    monkeypatch.delenv("VIDEO_KEY", raising=False)
+    closed = "http://127.0.0.1:9"
+    other_model = profile_of(server.url)
+    weights = {"weights": "remote:Wan-AI/Wan2.2"}
+    other_model = other_model.model_copy(update={"actors": {"remote": other_model.actors["remote"].model_copy(update=weights)}})
+    for profile, message in (
+        (profile_of(closed), "no server responds"),
+        (profile_of(server.url, key_env="VIDEO_KEY"), "VIDEO_KEY is not set"),
+        (other_model, "has no model 'Wan-AI/Wan2.2', must be one of Lightricks/LTX-2"),
+    ):
+        with VideoGenerationPipeline(profile, tmp_path / "out") as pipeline, pytest.raises(SetupError, match=message):
+            pipeline.generate_video("a boat", image=start)
+    # The first server that responds says what the model is.
+    with VideoGenerationPipeline(profile_of(closed, server.url), tmp_path / "out") as pipeline:
+        assert pipeline.profile.params(RemoteVideoStage).reported
+
+
+def test_key_has_the_model_that_the_server_reports_and_all_fields_that_are_sent(server, make_shot):
+    def key(*urls, reported=True, **options):
+        video_server.reported_model.cache_clear()
+        shot = make_shot(
+            image=None, generate_video=True, video_model="remote", upscale_video=False, num_frames=5, image_model="remote"
+        )
+        profile = profile_of(*urls, **options)
+        return ShotPlanner(params_of(profile, stages_of(shot)), profile.encode)(shot).key
+
+    first = key(server.url)
+    assert first == key(server.url, "http://127.0.0.1:9", parallel=9, price_per_second=0.1)
+    assert first != key(server.url, fields={"flow_shift": 3})
+    models = server.folder / "models.json"
+    before = models.read_text()
+    models.write_text(json.dumps({MODEL: "LTX-2@def"}))
+    assert first != key(server.url)
+    models.write_text(before)
+
+
+def test_image_passes_and_price_of_a_shot_by_servers_alone(server, tmp_path):
+    prompt = "an image of a boat fault:500-after-success"
+    with VideoGenerationPipeline(profile_of(server.url, price_per_second=0.5), tmp_path / "out") as pipeline:
+        result = pipeline.generate_video(prompt, image_model="remote", extend=1)
+    with open_video(result.video) as video:
+        assert video.frame_count == 2 * FRAMES - 1
+    image, clip = result.record.stages
+    assert (image.price, clip.price) == (0.5, 0.5 * (2 * FRAMES - 1) / FPS)
+    assert "not verified by this project" in clip.origin
+    assert [(used.weights, used.commercial_use) for used in result.record.licences] == [(f"remote:{MODEL}", "unknown")]
+    accepted = [each["seed"] for each in server.events("accepted") if each["prompt"] == prompt]
+    assert len(accepted) == len(set(accepted)) == 2

@@ -1,0 +1,387 @@
+"""Client of servers that make clips and images with OpenAI's API, as vLLM-Omni, SGLang Diffusion and `vidgen serve` have it.
+
+A job has the content key of its step and is stored before it is polled. Who renders the step again, after a crash or in a later
+run, asks for the same job. Sources: docs/serving/videos_api.md of vLLM-Omni, entrypoints/openai/video_api.py of SGLang.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import httpx2
+from pydantic import BaseModel
+
+from vidgen_ray.errors import Cancelled, OtherWeights, SetupError, StageError
+from vidgen_ray.stages.base import JobStore
+
+T = TypeVar("T")
+
+CONNECT_S, RESPONSE_S = 10.0, 120.0
+"""Timeouts of a connection and of a response. A job takes longer, but its requests do not."""
+RETRY_S, MAX_RETRY_AFTER_S = (0.25, 15.0), 120.0
+"""First and longest pause between two attempts of a request, and the longest that a server can ask for."""
+PATIENCE_S = 30.0
+"""Seconds without a response after which a call goes to another server, if one responds. Otherwise the network may be down."""
+POLL_S, POLL_SHARE = (0.1, 10.0), 0.05
+"""Shortest and longest pause between two polls, and its share of the seconds that the job has taken."""
+SUBMITS, ANSWERS = 3, 3
+"""Most submissions of a job in one call, and most downloads of its result."""
+LISTED = 100
+"""Jobs in which one is searched whose submission had no response."""
+UNFINISHED = ("queued", "in_progress")
+VOLATILE = ("created", "permission")
+"""What `/v1/models` says of a model that changes with each start of a server."""
+
+
+class ServerFailed(Exception):
+    """A server did not do what it was asked for. Another one may."""
+
+
+class WrongAnswer(ServerFailed):
+    """A server answered something else than the result of the job."""
+
+
+class _JobEnded(Exception):
+    """The job has failed, or the server does not know it, such as after a restart; then `error` is `None`."""
+
+    def __init__(self, error: ServerFailed | None = None) -> None:
+        self.error = error
+        super().__init__(error)
+
+
+class _Unanswered(Exception):
+    """A job was submitted, or not: the response is missing."""
+
+
+class RemoteJob(BaseModel):
+    """Stored state of a job."""
+
+    key: str
+    server: str
+    id: str | None = None
+    """`None` until the server has accepted it."""
+    since: float = 0.0
+    """Before the submission, in seconds since 1970 by the clock of the server. 0 if it is unknown."""
+    submits: int = 1
+    """Number of this submission, counted from 1."""
+    found: bool = False
+    """It was found in the list of jobs, because its submission had no response."""
+    ended: bool = False
+    """It has failed, was cancelled or is lost. The next one is another submission."""
+
+
+def auth_headers(key_env: str | None) -> dict[str, str]:
+    """Return the headers with the key in this environment variable. Raises SetupError if it is not set."""
+    if key_env is None:
+        return {}
+    if not (key := os.environ.get(key_env)):
+        raise SetupError(f"key_env: the environment variable {key_env} is not set; set it on every node before Ray starts")
+    return {"Authorization": f"Bearer {key}"}
+
+
+@lru_cache(maxsize=64)
+def reported_model(model: str, servers: tuple[str, ...], key_env: str | None) -> str:
+    """Return what the first server that responds says of the model, see `model_digest`. Raises SetupError."""
+    problems, headers = [], auth_headers(key_env)
+    for server in servers:
+        try:
+            response = httpx2.get(f"{server}/v1/models", headers=headers, timeout=httpx2.Timeout(RESPONSE_S, connect=CONNECT_S))
+        except httpx2.HTTPError as error:
+            problems.append(f"{server}: {error or type(error).__name__}")
+        else:
+            return model_digest(model, server, response)
+    raise SetupError(f"remote:{model}: no server responds; start one, or correct `servers`: {'; '.join(problems)}")
+
+
+def model_digest(model: str, server: str, response: httpx2.Response) -> str:
+    """Return a digest of what `/v1/models` says of the model, such as its name and revision. Raises SetupError without it."""
+    if response.status_code in (401, 403):
+        raise SetupError(f"{server}: refuses the key: {_error_text(response)}; set `key_env`, and the variable that it names")
+    try:
+        entries = {str(entry["id"]): entry for entry in response.json()["data"]}
+    except (ValueError, KeyError, TypeError):
+        raise SetupError(f"{server}/v1/models: got no list of models; is this a server with OpenAI's API?") from None
+    if model not in entries:
+        raise SetupError(f"{server}: has no model {model!r}, must be one of {', '.join(sorted(entries)) or 'none'}")
+    stable = {name: value for name, value in entries[model].items() if name not in VOLATILE}
+    return hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class VideoServers:
+    """Requests to one server of several with the same model. Thread-safe. Stored jobs of the others are polled there."""
+
+    def __init__(
+        self,
+        model: str,
+        reported: str,
+        servers: Sequence[str],
+        headers: Mapping[str, str],
+        timeout_s: float,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        """`reported`: see `model_digest`. `servers`: its own first. `timeout_s`: of a call. `on_progress` gets percents, and
+        may raise Cancelled."""
+        self._model, self._reported = model, reported
+        self._server, *self._others = servers
+        self._timeout_s = timeout_s
+        self._on_progress = on_progress
+        # Each caller has a connection of its own.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        timeout = httpx2.Timeout(RESPONSE_S, connect=CONNECT_S)
+        self._http = httpx2.Client(headers=dict(headers), timeout=timeout, limits=limits, follow_redirects=True)
+        self._finding = threading.Lock()
+        self._is_verified = False
+        """The server has the model, and has responded to all requests since."""
+        self._time: dict[str, float] = {}
+        """Server -> its last time in seconds since 1970, by its own clock."""
+
+    def close(self) -> None:
+        self._http.close()
+
+    def clip(
+        self, key: str, fields: Mapping[str, str], image: bytes | None, store: JobStore, check: Callable[[bytes, bool], T]
+    ) -> tuple[T, int]:
+        """Return `check(content of the clip, job.found)` of the job with this key, and the number of its submission.
+
+        A job that is stored is asked for, others are submitted first. `image`: PNG. `check` raises WrongAnswer for a clip that
+        cannot be that of the job. Raises StageError if the server refuses the request, OtherWeights for another model, and
+        ServerFailed.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        for _ in range(SUBMITS):
+            job: RemoteJob | None = None
+            try:
+                self._verify(deadline)
+                job = self._accepted(key, fields, image, store, deadline)
+                return self._result(job, fields, check, deadline), job.submits
+            except (_JobEnded, Cancelled, TimeoutError) as error:
+                if job is not None:
+                    self._end(job, store, delete=not isinstance(error, _JobEnded))
+                if isinstance(error, TimeoutError):
+                    raise ServerFailed(f"{self._server}: took longer than {self._timeout_s:.0f} s") from None
+                if isinstance(error, Cancelled):
+                    raise
+                if error.error is not None:
+                    raise error.error from None
+        raise ServerFailed(f"{self._server}: lost the job after each of {SUBMITS} submissions")
+
+    def image(self, key: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the response to a request of an image. A request without a response is repeated. Raises as `clip`."""
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            self._verify(deadline)
+            for number in range(SUBMITS):
+                with suppress(_Unanswered):
+                    headers = {"Idempotency-Key": key}
+                    return _json_of(self._post("/v1/images/generations", deadline, json=dict(body), headers=headers))
+                self._sleep(RETRY_S[0] * 2**number, deadline)
+        except TimeoutError:
+            raise ServerFailed(f"{self._server}: took longer than {self._timeout_s:.0f} s") from None
+        raise ServerFailed(f"{self._server}: no response to {SUBMITS} requests of an image")
+
+    def _verify(self, deadline: float) -> None:
+        """Raise OtherWeights if the server has another model than at planning, such as after a restart."""
+        if not self._is_verified:
+            response = self._request("GET", self._server, "/v1/models", deadline)
+            self._is_verified = True
+            if (found := model_digest(self._model, self._server, response)) != self._reported:
+                self._is_verified = False
+                raise OtherWeights(f"{self._server}: describes {self._model} as {found}, must be as planned: {self._reported}")
+
+    # Submission
+
+    def _accepted(
+        self, key: str, fields: Mapping[str, str], image: bytes | None, store: JobStore, deadline: float
+    ) -> RemoteJob:
+        """Return a job that a server has accepted, with its id: the stored one, or a new one."""
+        content = store.get(key)
+        job = RemoteJob.model_validate_json(content) if content else RemoteJob(key=key, server="", submits=0, ended=True)
+        if job.ended or job.server not in (self._server, *self._others):
+            since = self._time.get(self._server, 0.0)
+            job = self._put(RemoteJob(key=key, server=self._server, since=since, submits=job.submits + 1), store)
+        elif job.id is None:
+            job = self._find(job, fields, store, deadline)
+        files = {"input_reference": ("image.png", image, "image/png")} if image is not None else None
+        headers = {"Idempotency-Key": f"{key}-{job.submits}"}
+        for attempt in range(SUBMITS):
+            if job.id is not None:
+                return job
+            if job.server != self._server:
+                job = self._put(job.model_copy(update={"server": self._server, "since": 0.0}), store)
+            try:
+                accepted = _json_of(self._post("/v1/videos", deadline, data=dict(fields), files=files, headers=headers))
+                job = self._put(job.model_copy(update={"id": str(accepted["id"])}), store)
+            except (_Unanswered, KeyError) as error:
+                problem = error
+                self._sleep(RETRY_S[0] * 2**attempt, deadline)
+                job = self._find(job, fields, store, deadline)
+        if job.id is None:
+            raise ServerFailed(f"{self._server}: no response to {SUBMITS} submissions: {problem}")
+        return job
+
+    def _post(self, path: str, deadline: float, **arguments: Any) -> httpx2.Response:
+        response = self._request("POST", self._server, path, deadline, **arguments)
+        if response.status_code == 404:
+            raise StageError(f"{self._server}{path}: {_error_text(response)}")
+        return response
+
+    def _find(self, job: RemoteJob, fields: Mapping[str, str], store: JobStore, deadline: float) -> RemoteJob:
+        """Return the job, with its id if the list of jobs has exactly one that can be it."""
+        if not job.since:
+            return job
+        with self._finding:
+            query = {"limit": LISTED, "order": "desc"}
+            listed = self._request("GET", job.server, "/v1/videos", deadline, params=query)
+            ids = [
+                entry["id"]
+                for entry in (_json_of(listed).get("data", []) if listed.status_code != 404 else [])
+                if entry.get("created_at", 0) >= int(job.since)
+                and entry.get("status") in (*UNFINISHED, "completed")
+                and all(entry.get(name, fields[name]) == fields[name] for name in ("prompt", "size"))
+                and store.get(_claim(job.server, entry["id"])) is None
+            ]
+            return self._put(job.model_copy(update={"id": ids[0], "found": True}), store) if len(ids) == 1 else job
+
+    def _put(self, job: RemoteJob, store: JobStore) -> RemoteJob:
+        store[job.key] = job.model_dump_json().encode()
+        if job.id is not None:
+            store[_claim(job.server, job.id)] = job.model_dump_json().encode()
+        return job
+
+    def _end(self, job: RemoteJob, store: JobStore, *, delete: bool) -> None:
+        if delete:
+            with suppress(httpx2.HTTPError):
+                self._http.delete(f"{job.server}/v1/videos/{job.id}", timeout=CONNECT_S)
+        self._put(job.model_copy(update={"ended": True}), store)
+
+    # Result
+
+    def _result(self, job: RemoteJob, fields: Mapping[str, str], check: Callable[[bytes, bool], T], deadline: float) -> T:
+        """Wait for a job and return its checked clip. Raises _JobEnded, TimeoutError and ServerFailed."""
+        for attempt in range(ANSWERS):
+            try:
+                self._wait_for(job, fields, deadline)
+                content = self._request("GET", job.server, f"/v1/videos/{job.id}/content", deadline)
+                if content.status_code == 404:
+                    raise WrongAnswer(f"{job.server}: the job {job.id} is completed, but has no content")
+                return check(content.content, job.found)
+            except WrongAnswer as error:
+                problem = error
+                self._sleep(RETRY_S[0] * 2**attempt, deadline)
+        raise _JobEnded(problem)
+
+    def _wait_for(self, job: RemoteJob, fields: Mapping[str, str], deadline: float) -> None:
+        started = time.monotonic()
+        while True:
+            response = self._request("GET", job.server, f"/v1/videos/{job.id}", deadline)
+            if response.status_code == 404:
+                raise _JobEnded
+            state = _json_of(response)
+            if state.get("id", job.id) != job.id or state.get("prompt", fields["prompt"]) != fields["prompt"]:
+                raise WrongAnswer(f"{job.server}: answered with another job than {job.id}")
+            if state.get("status") == "completed":
+                return
+            if state.get("status") not in UNFINISHED:
+                why = (state.get("error") or {}).get("message") or f"its status is {state.get('status')}"
+                raise _JobEnded(ServerFailed(f"{job.server}: the job {job.id} failed: {why}"))
+            pause_s = POLL_SHARE * (time.monotonic() - started)
+            self._sleep(min(POLL_S[1], max(POLL_S[0], pause_s)), deadline, int(state.get("progress") or 0))
+
+    # Requests
+
+    def _request(self, method: str, server: str, path: str, deadline: float, **arguments: Any) -> httpx2.Response:
+        """Return a response of success, or of 404. Failures of the network and of the server are retried.
+
+        Raises _Unanswered instead for a POST that the server may have carried out, StageError if the server refuses it,
+        ServerFailed if the server does not respond while another one does, and TimeoutError at the deadline.
+        """
+        failing_since: float | None = None
+        for pause_s in _pauses():
+            try:
+                response = self._http.request(method, f"{server}{path}", **arguments)
+            except httpx2.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+                self._is_verified = False
+                if method == "POST" and not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
+                    raise _Unanswered(problem) from None
+            else:
+                status, problem = response.status_code, _error_text(response)
+                with suppress(KeyError, ValueError):
+                    self._time[server] = parsedate_to_datetime(response.headers["date"]).timestamp()
+                if response.is_success or status == 404:
+                    return response
+                if status == 429 or "retry-after" in response.headers:
+                    failing_since = None
+                    self._sleep(_retry_after_s(response, pause_s), deadline)
+                    continue
+                if status < 500 and status != 408:
+                    raise StageError(f"{server}{path}: {status}: {problem}")
+                if method == "POST" and status != 503:
+                    raise _Unanswered(f"{status}: {problem}")
+            failing_since = failing_since or time.monotonic()
+            others = [other for other in (self._server, *self._others) if other != server]
+            if time.monotonic() - failing_since > PATIENCE_S and any(map(self._responds, others)):
+                # A job of another server is submitted to the own one.
+                raise ServerFailed(f"{server}{path}: {problem}") if server == self._server else _JobEnded
+            self._sleep(pause_s, deadline)
+        raise AssertionError("pauses do not end")
+
+    def _responds(self, server: str) -> bool:
+        try:
+            return self._http.get(f"{server}/v1/models", timeout=CONNECT_S).status_code < 500
+        except httpx2.TransportError:
+            return False
+
+    def _sleep(self, seconds: float, deadline: float, percent: int = 0) -> None:
+        """Sleep in short pieces, so that a cancelled call ends soon. Raises Cancelled, and TimeoutError at the deadline."""
+        until = time.monotonic() + seconds
+        while (now := time.monotonic()) < until:
+            if now > deadline:
+                raise TimeoutError
+            self._on_progress(percent)
+            time.sleep(min(until - now, 1.0))
+
+
+def _claim(server: str, job_id: str) -> str:
+    """Return the name of the record that tells to which step a job belongs."""
+    return hashlib.sha256(f"{server} {job_id}".encode()).hexdigest()
+
+
+def _pauses() -> Iterator[float]:
+    pause_s = RETRY_S[0]
+    while True:
+        yield pause_s
+        pause_s = min(RETRY_S[1], 2 * pause_s)
+
+
+def _retry_after_s(response: httpx2.Response, default: float) -> float:
+    with suppress(KeyError, ValueError):
+        return min(MAX_RETRY_AFTER_S, max(RETRY_S[0], float(response.headers["retry-after"])))
+    return default
+
+
+def _json_of(response: httpx2.Response) -> dict[str, Any]:
+    with suppress(ValueError):
+        if isinstance(content := response.json(), dict):
+            return content
+    raise WrongAnswer(f"{response.url}: got no JSON object")
+
+
+def _error_text(response: httpx2.Response) -> str:
+    """Return the message of an error as OpenAI's API has it, or the beginning of another body."""
+    if response.is_success:
+        return ""
+    with suppress(ValueError, AttributeError):
+        content = response.json()
+        error = content.get("error") or content.get("detail") or content
+        return str(error.get("message", error) if isinstance(error, dict) else error)[:300]
+    return response.text[:300]
