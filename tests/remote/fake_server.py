@@ -28,6 +28,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from vidgen_ray.media import Mp4Settings, Mp4Writer, encode_png, read_image
 
+LOG = "log.jsonl"
 SECONDS = 0.05
 """Seconds that a job takes."""
 
@@ -58,11 +59,10 @@ class Jobs:
         self.jobs: dict[str, dict[str, Any]] = {}
 
     def log(self, event: str, job: dict[str, Any]) -> None:
-        with (self.folder / "log.jsonl").open("a") as file:
-            fields = job["fields"]
-            file.write(
-                json.dumps({"event": event, "id": job["id"], "prompt": fields["prompt"], "seed": fields.get("seed")}) + "\n"
-            )
+        fields = job["fields"]
+        entry = {"event": event, "id": job["id"], "prompt": fields["prompt"], "seed": fields.get("seed")}
+        with (self.folder / LOG).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def meets(self, prompt: str, fault: str) -> bool:
         """Return whether the prompt asks for the fault, which it meets once, also after a restart."""
@@ -108,21 +108,15 @@ def app_of(folder: Path, kind: str) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def error(request: Request, error: HTTPException) -> Response:
-        body = (
-            {"error": {"message": error.detail, "code": error.status_code}} if kind == "vllm-omni" else {"detail": error.detail}
-        )
-        return JSONResponse(body, error.status_code, error.headers)
+        of_omni = {"error": {"message": error.detail, "code": error.status_code}}
+        return JSONResponse(of_omni if kind == "vllm-omni" else {"detail": error.detail}, error.status_code, error.headers)
 
     @app.get("/v1/models")
     async def models() -> Any:
         names = json.loads((folder / "models.json").read_text())
-        owner = "vllm" if kind == "vllm-omni" else "sglang"
-        return {
-            "object": "list",
-            "data": [
-                {"id": name, "root": root, "created": int(time.time()), "owned_by": owner} for name, root in names.items()
-            ],
-        }
+        stable = {"object": "model", "owned_by": "vllm" if kind == "vllm-omni" else "sglang"}
+        data = [{"id": name, "root": root, "created": int(time.time()), **stable} for name, root in names.items()]
+        return {"object": "list", "data": data}
 
     @app.post("/v1/videos")
     async def create(request: Request) -> Any:
@@ -175,6 +169,7 @@ def app_of(folder: Path, kind: str) -> FastAPI:
         others = [other["content"] for other in jobs.jobs.values() if "content" in other and other is not job]
         if others and jobs.meets(prompt, "foreign"):
             clip = others[-1]
+        jobs.log("delivered", job)
         if jobs.meets(prompt, "damaged"):
             clip = clip[: len(clip) // 2]
         if jobs.meets(prompt, "truncated"):
@@ -200,7 +195,7 @@ def app_of(folder: Path, kind: str) -> FastAPI:
 
 
 class FakeServer:
-    """The server in a process of its own, which is started again when it exits, if `restarts`."""
+    """The server in a process of its own."""
 
     def __init__(self, folder: Path, kind: str = "vllm-omni", models: dict[str, str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -213,8 +208,10 @@ class FakeServer:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        with (self.folder / LOG).open("a") as file:
+            file.write(json.dumps({"event": "started"}) + "\n")
         command = [sys.executable, "-m", "tests.remote.fake_server", str(self.port), str(self.folder), self.kind]
-        self.process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+        self.process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
         while True:
             with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=5):
                 return
@@ -226,10 +223,23 @@ class FakeServer:
             self.process.kill()
             self.process.wait()
 
-    def events(self, event: str) -> list[dict[str, Any]]:
-        path = self.folder / "log.jsonl"
+    def events(self, *events: str) -> list[dict[str, Any]]:
+        path = self.folder / LOG
         lines = path.read_text().splitlines() if path.exists() else []
-        return [entry for entry in map(json.loads, lines) if entry["event"] == event]
+        return [entry for entry in map(json.loads, lines) if entry["event"] in events]
+
+    def paid(self) -> dict[str, str]:
+        """Return job -> prompt of the clips that were computed and, if the server has restarted since, were delivered."""
+        paid: dict[str, str] = {}
+        kept: set[str] = set()
+        for entry in self.events("started", "computed", "delivered"):
+            if entry["event"] == "started":
+                paid = {job: prompt for job, prompt in paid.items() if job in kept}
+            elif entry["event"] == "computed":
+                paid[entry["id"]] = entry["prompt"]
+            else:
+                kept.add(entry["id"])
+        return paid
 
     def __enter__(self) -> FakeServer:
         self.start()

@@ -19,12 +19,12 @@ from vidgen_ray.remote.stages import RemoteVideoStage
 
 MODEL = "Lightricks/LTX-2"
 WIDTH, HEIGHT, FRAMES, FPS = 128, 64, 5, 8
+SIZE = {"width": WIDTH, "height": HEIGHT, "num_frames": FRAMES, "fps": FPS}
 
 
 def profile_of(*urls, **options):
-    weights = f"remote:{MODEL}"
     actor = {
-        "weights": weights,
+        "weights": f"remote:{MODEL}",
         "cpus": 0.1,
         "timeout_s": options.pop("timeout_s", 60),
         "options": {"servers": list(urls), **options},
@@ -32,14 +32,7 @@ def profile_of(*urls, **options):
     return Profile(
         name="remote",
         about="Clips by servers.",
-        defaults={
-            "width": WIDTH,
-            "height": HEIGHT,
-            "num_frames": FRAMES,
-            "fps": FPS,
-            "video_model": "remote",
-            "upscale_video": False,
-        },
+        defaults={**SIZE, "video_model": "remote", "upscale_video": False},
         actors={"remote": actor, "remote_image": actor},
     )
 
@@ -175,9 +168,7 @@ def test_missing_server_key_and_model_are_named(server, tmp_path, start, monkeyp
 def test_key_has_the_model_that_the_server_reports_and_all_fields_that_are_sent(server, make_shot):
     def key(*urls, reported=True, **options):
         video_server.reported_model.cache_clear()
-        shot = make_shot(
-            image=None, generate_video=True, video_model="remote", upscale_video=False, num_frames=5, image_model="remote"
-        )
+        shot = make_shot(image_model="remote", video_model="remote", upscale_video=False)
         profile = profile_of(*urls, **options)
         return ShotPlanner(params_of(profile, stages_of(shot)), profile.encode)(shot).key
 
