@@ -23,7 +23,7 @@ from PIL import Image
 
 from tests import ray_workers
 from tests.small_disk import mounted_disk
-from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import FaceFeatures
 
@@ -134,7 +134,11 @@ def local_ray():
 
 @pytest.fixture(scope="session")
 def tiny() -> Profile:
-    return load_profile("tiny")
+    """The profile tiny, with actors of servers that do not respond."""
+    profile = load_profile("tiny")
+    options = {"servers": ["http://127.0.0.1:9"], "reported": "unknown"}
+    remote = ActorProfile(weights="remote:tiny", cpus=0.25, options=options)
+    return profile.model_copy(update={"actors": {**profile.actors, "remote": remote, "remote_image": remote}})
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.media import Mp4Settings
+from vidgen_ray.remote.stages import RemoteParams
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.flux import FluxRefineStage
 from vidgen_ray.stages.flux_model import FEW_STEP_LORA
@@ -227,6 +228,7 @@ def fixed_params(folder):
             extra_weights={name: folder / name for name in stage.extra_weights() if name != FEW_STEP_LORA},
         )
         for stage in STAGES
+        if not issubclass(stage.Params, RemoteParams)
     }
 
 

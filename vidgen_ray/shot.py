@@ -72,6 +72,7 @@ STAGES_WITH_STEPS = ("flux", "klein", "remote_image", "refine", "lora", "hunyuan
 GUIDANCE_SCALES = (*STAGES_WITH_STEPS, "wan_2")
 """Settings of `guidance`: one per stage, and one for the low-noise expert of Wan, `guidance_scale_2` in diffusers."""
 PROMPTED_MODELS = tuple(name for name, model in VIDEO_MODELS.items() if model.reads_prompt)
+MODELS_WITH_LORAS = tuple(name for name, model in VIDEO_MODELS.items() if model.has_loras)
 STEPPED_MODELS = {name: model for name, model in VIDEO_MODELS.items() if model.frame_step > 1}
 """Video models that do not generate every number of frames."""
 INSTANTID_SDXL, REFERENCE, NO_IDENTITY = "instantid-sdxl", "reference", "none"
@@ -310,7 +311,7 @@ class Shot(_Frozen):
     )
     video_lora: tuple[VideoLora, ...] = Field(
         (),
-        description=f"LoRAs of the video model {' or '.join(PROMPTED_MODELS)}: a path, or a list of paths or of {{path, "
+        description=f"LoRAs of the video model {' or '.join(MODELS_WITH_LORAS)}: a path, or a list of paths or of {{path, "
         "weight, expert}.",
     )
     num_frames: Annotated[int, WithJsonSchema(FRAMES_SCHEMA)] = Field(

@@ -32,6 +32,7 @@ class VideoModel:
     size_multiple_px: int
     """Width and height are multiples of this. Some weights need larger multiples, see the stage."""
     reads_prompt: bool = True
+    has_loras: bool = True
     min_guidance: float = 0
     """Lowest guidance scale."""
 
@@ -56,10 +57,12 @@ class VideoModel:
 
 
 VIDEO_MODELS: Mapping[str, VideoModel] = {
-    "svd": VideoModel(fps=5, frame_step=1, most_auto_frames=25, size_multiple_px=64, reads_prompt=False, min_guidance=1),
+    "svd": VideoModel(
+        fps=5, frame_step=1, most_auto_frames=25, size_multiple_px=64, reads_prompt=False, has_loras=False, min_guidance=1
+    ),
     "wan": VideoModel(fps=16, frame_step=4, most_auto_frames=121, size_multiple_px=16),
     "ltx": VideoModel(fps=25, frame_step=8, most_auto_frames=161, size_multiple_px=32),
-    "remote": VideoModel(fps=24, frame_step=1, most_auto_frames=121, size_multiple_px=16),
+    "remote": VideoModel(fps=24, frame_step=1, most_auto_frames=121, size_multiple_px=16, has_loras=False),
     **{entry.name: entry.load() for entry in entry_points(group=ENTRY_POINTS)},
 }
 """Value of `video_model`, which is the name of a stage -> its clips. Shots have steps and guidance for each."""

@@ -27,7 +27,11 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from vidgen_ray.media import Mp4Settings, Mp4Writer, encode_png, read_image
+from vidgen_ray.profile import Profile
 
+MODEL = "Lightricks/LTX-2"
+WIDTH, HEIGHT, FRAMES, FPS = 128, 64, 5, 8
+SIZE = {"width": WIDTH, "height": HEIGHT, "num_frames": FRAMES, "fps": FPS}
 LOG = "log.jsonl"
 SECONDS = 0.05
 """Seconds that a job takes."""
@@ -200,7 +204,7 @@ class FakeServer:
     def __init__(self, folder: Path, kind: str = "vllm-omni", models: dict[str, str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.kind = folder, kind
-        (folder / "models.json").write_text(json.dumps(models or {"Lightricks/LTX-2": "LTX-2@abc"}))
+        (folder / "models.json").write_text(json.dumps(models or {MODEL: "LTX-2@abc"}))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -247,6 +251,22 @@ class FakeServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def profile_of(*urls: str, **options: Any) -> Profile:
+    """Return a profile whose images and clips these servers make."""
+    actor = {
+        "weights": f"remote:{MODEL}",
+        "cpus": 0.1,
+        "timeout_s": options.pop("timeout_s", 60),
+        "options": {"servers": list(urls), **options},
+    }
+    return Profile(
+        name="remote",
+        about="Clips by servers.",
+        defaults={**SIZE, "video_model": "remote", "upscale_video": False},
+        actors={"remote": actor, "remote_image": actor},
+    )
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.remote.fake_server import FakeServer, colour_of
-from tests.remote.test_remote import HEIGHT, SIZE, WIDTH, profile_of
+from tests.remote.fake_server import HEIGHT, SIZE, WIDTH, FakeServer, colour_of, profile_of
 from vidgen_ray.media import open_video, write_png
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.pipeline import VideoGenerationPipeline

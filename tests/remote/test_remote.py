@@ -6,35 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.remote.fake_server import FakeServer, colour_of
+from tests.remote.fake_server import FPS, FRAMES, HEIGHT, MODEL, WIDTH, FakeServer, colour_of, profile_of
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import Cancelled, SetupError, VidgenError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.media import open_video
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.profile import Profile
 from vidgen_ray.remote import video_server
 from vidgen_ray.remote.stages import RemoteVideoStage
-
-MODEL = "Lightricks/LTX-2"
-WIDTH, HEIGHT, FRAMES, FPS = 128, 64, 5, 8
-SIZE = {"width": WIDTH, "height": HEIGHT, "num_frames": FRAMES, "fps": FPS}
-
-
-def profile_of(*urls, **options):
-    actor = {
-        "weights": f"remote:{MODEL}",
-        "cpus": 0.1,
-        "timeout_s": options.pop("timeout_s", 60),
-        "options": {"servers": list(urls), **options},
-    }
-    return Profile(
-        name="remote",
-        about="Clips by servers.",
-        defaults={**SIZE, "video_model": "remote", "upscale_video": False},
-        actors={"remote": actor, "remote_image": actor},
-    )
 
 
 @pytest.fixture(autouse=True)

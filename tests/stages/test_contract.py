@@ -1,10 +1,12 @@
 """Contract tests of all stages in the graph. A new stage needs no test code here."""
 
 import pickle
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 
+from tests.remote.fake_server import FakeServer, profile_of
 from vidgen_ray.graph import STAGES
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, Item, frame_chunks, frames_after
@@ -65,9 +67,13 @@ def with_fields(item, **fields):
 
 
 @pytest.fixture(scope="module", params=STAGES, ids=lambda stage: stage.name)
-def loaded(request, tiny):
-    with request.param(tiny.params(request.param)) as stage:
-        yield stage
+def loaded(request, tiny, tmp_path_factory):
+    with ExitStack() as stack:
+        profile = tiny
+        if request.param.places(tiny.options_of(request.param)):
+            server = stack.enter_context(FakeServer(tmp_path_factory.mktemp("server")))
+            profile = profile_of(server.url)
+        yield stack.enter_context(request.param(profile.params(request.param)))
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,8 @@ class _Collector:
                 self._drop_folder("cache entries", entry_path(key))
         for folder in (f"{REMOTE_JOBS}/{name}" for name in self._storage.folders(REMOTE_JOBS)):
             records = self._storage.files(folder)
-            for name, record in read_each(self._storage, list(records), [f"{folder}/{name}" for name in records]):
+            contents = self._storage.read_each(f"{folder}/{name}" for name in records)
+            for name, record in zip(records, contents, strict=True):
                 if json.loads(record or b"{}").get("key", "").partition("-")[0] in self._used_keys:
                     self._drop("remote jobs", f"{folder}/{name}", [records[name]], self._storage.delete)
         for path in self._outputs.abandoned():
