@@ -26,12 +26,15 @@ from pathlib import Path
 from vidgen_ray.graph import STAGES
 from vidgen_ray.content_keys import ShotPlanner
 from vidgen_ray.media import Mp4Settings
+from vidgen_ray.remote.stages import RemoteParams
 from vidgen_ray.script.read import iter_script
 from vidgen_ray.script.lines import ScriptSettings
 
 weights = Path(sys.argv[1])
 params = {
-    stage.name: stage.Params(weights=weights, extra_weights=dict.fromkeys(stage.extra_weights(), weights)) for stage in STAGES
+    stage.name: stage.Params(weights=weights, extra_weights=dict.fromkeys(stage.extra_weights(), weights))
+    for stage in STAGES
+    if not issubclass(stage.Params, RemoteParams)
 }
 
 def peak_mb():

@@ -79,7 +79,9 @@ def test_settings_that_need_more_memory_for_the_size_are_not_tried():
 
 
 @pytest.mark.parametrize(
-    "stage_class", [stage for stage in STAGES if PROFILE.actor_of(stage).device == "cuda"], ids=lambda stage: stage.name
+    "stage_class",
+    [stage for stage in STAGES if (actor := PROFILE.actors.get(stage.actor)) and actor.device == "cuda"],
+    ids=lambda stage: stage.name,
 )
 def test_every_gpu_stage_has_settings_that_need_less_memory_and_remembers_them(stage_class):
     params = lowest = PROFILE.options_of(stage_class)

@@ -283,7 +283,7 @@ def test_as_many_workers_load_at_once_as_host_memory_allows():
 
 def test_gpu_profiles_fit_on_their_gpus():
     # Other models of a slot, which no shot passes together with the default ones.
-    others = {"klein", "qwen_edit", "wan", "ltx"}
+    others = {"klein", "qwen_edit", "wan", "ltx", "remote", "remote_image"}
     stages = [stage.name for stage in STAGES if stage.actor not in others]
     for name in ("gpu-80gb", "gpu-48gb", "gpu-24gb"):
         planned = plan(load_profile(name), make_demand(100, stages), parse_gpus(f"4x{name[4:6]}GB"))
