@@ -218,6 +218,10 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
             raise StageError(f"num_frames: got {shot.num_frames}, must be at most {params.max_frames} for this server")
 
     @classmethod
+    def relative_cost(cls, shot: Shot) -> float:
+        return cls.relative_fixed_cost(shot)
+
+    @classmethod
     def billed(cls, shot: Shot) -> float:
         return shot.clip_frames / shot.fps
 
