@@ -41,7 +41,7 @@ def colour_of(prompt: str, seed: int) -> tuple[int, int, int]:
     return tuple(hashlib.sha256(f"{prompt} {seed}".encode()).digest()[:3])  # type: ignore[return-value]
 
 
-def clip_of(fields: dict[str, str], image: bytes | None) -> bytes:
+def clip_of(fields: dict[str, str], image: bytes | None, is_grey: bool) -> bytes:
     width, height = map(int, fields["size"].split("x"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
@@ -52,6 +52,8 @@ def clip_of(fields: dict[str, str], image: bytes | None) -> bytes:
             (Path(folder) / "image.png").write_bytes(image)
             frames[:] = read_image(Path(folder) / "image.png")
         frames[1:, height // 2 :] = colour_of(fields["prompt"], int(fields.get("seed", 0)))
+        if is_grey:
+            frames[:] = 128
         with Mp4Writer(path, width, height, int(fields["fps"]), Mp4Settings(preset="ultrafast", threads=1)) as writer:
             writer.write(frames)
         return path.read_bytes()
@@ -87,7 +89,8 @@ class Jobs:
         if self.meets(prompt, "failed"):
             job |= {"status": "failed", "error": {"code": "internal", "message": "out of memory"}}
             return
-        job["content"] = await asyncio.to_thread(clip_of, job["fields"], image)
+        is_grey = self.meets(prompt, "grey")
+        job["content"] = await asyncio.to_thread(clip_of, job["fields"], image, is_grey)
         job |= {"status": "completed", "progress": 100}
         self.log("computed", job)
 

@@ -249,6 +249,8 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
         A model may not keep the start image: then the clip is downloaded twice, and must be the same.
         """
         frames = _decoded(content, shot)
+        if (frames == frames[0, 0, 0]).all():
+            raise WrongAnswer("the clip has a single colour")
         digest, start = _digest(content), _thumbnail(frames[0])
         with self._lock:
             own = self._starts.get(key)

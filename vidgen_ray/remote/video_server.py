@@ -158,14 +158,13 @@ class VideoServers:
         """
         deadline = time.monotonic() + self._timeout_s
         for _ in range(SUBMITS):
-            job: RemoteJob | None = None
+            job = self._stored(key, store)
             try:
                 self._verify(deadline)
-                job = self._accepted(key, fields, image, store, deadline)
+                job = self._accepted(job, fields, image, store, deadline)
                 return self._result(job, fields, check, deadline), job.submits
             except (_JobEnded, Cancelled, TimeoutError) as error:
-                if job is not None:
-                    self._end(job, store, delete=not isinstance(error, _JobEnded))
+                self._end(job, store, is_known=isinstance(error, _JobEnded))
                 if isinstance(error, TimeoutError):
                     raise ServerFailed(f"{self._server}: took longer than {self._timeout_s:.0f} s") from None
                 if isinstance(error, Cancelled):
@@ -199,19 +198,21 @@ class VideoServers:
 
     # Submission
 
+    def _stored(self, key: str, store: JobStore) -> RemoteJob:
+        content = store.get(key)
+        return RemoteJob.model_validate_json(content) if content else RemoteJob(key=key, server="", submits=0, ended=True)
+
     def _accepted(
-        self, key: str, fields: Mapping[str, str], image: bytes | None, store: JobStore, deadline: float
+        self, job: RemoteJob, fields: Mapping[str, str], image: bytes | None, store: JobStore, deadline: float
     ) -> RemoteJob:
         """Return a job that a server has accepted, with its id: the stored one, or a new one."""
-        content = store.get(key)
-        job = RemoteJob.model_validate_json(content) if content else RemoteJob(key=key, server="", submits=0, ended=True)
         if job.ended or job.server not in (self._server, *self._others):
             since = self._time.get(self._server, 0.0)
-            job = self._put(RemoteJob(key=key, server=self._server, since=since, submits=job.submits + 1), store)
+            job = self._put(RemoteJob(key=job.key, server=self._server, since=since, submits=job.submits + 1), store)
         elif job.id is None:
             job = self._find(job, fields, store, deadline)
         files = {"input_reference": ("image.png", image, "image/png")} if image is not None else None
-        headers = {"Idempotency-Key": f"{key}-{job.submits}"}
+        headers = {"Idempotency-Key": f"{job.key}-{job.submits}"}
         for attempt in range(SUBMITS):
             if job.id is not None:
                 return job
@@ -257,11 +258,13 @@ class VideoServers:
             store[_claim(job.server, job.id)] = job.model_dump_json().encode()
         return job
 
-    def _end(self, job: RemoteJob, store: JobStore, *, delete: bool) -> None:
-        if delete:
+    def _end(self, job: RemoteJob, store: JobStore, *, is_known: bool) -> None:
+        """Record that a job has ended. If the server does not know that yet, it is deleted there."""
+        if not job.ended and not is_known and job.id is not None:
             with suppress(httpx2.HTTPError):
                 self._http.delete(f"{job.server}/v1/videos/{job.id}", timeout=CONNECT_S)
-        self._put(job.model_copy(update={"ended": True}), store)
+        if not job.ended and (is_known or job.id is not None):
+            self._put(job.model_copy(update={"ended": True}), store)
 
     # Result
 
@@ -319,7 +322,7 @@ class VideoServers:
                     self._time[server] = parsedate_to_datetime(response.headers["date"]).timestamp()
                 if response.is_success or status == 404:
                     return response
-                if status == 429 or "retry-after" in response.headers:
+                if status == 429 or (status == 503 and "retry-after" in response.headers):
                     failing_since = None
                     self._sleep(_retry_after_s(response, pause_s), deadline)
                     continue
