@@ -371,7 +371,7 @@ def test_run_stops_at_its_maximum_cost_and_the_next_run_resumes(run_prompts, tmp
         assert least <= written["cost"] <= most
         assert 0 < written["done"] < 20 - written["skipped"]
         assert written["done"] + written["skipped"] + written["left"] == 20
-        stated = f"stopped by --max-cost 90.00: the GPUs have cost {written['cost']:.2f} (in the currency of the price). "
+        stated = f"stopped by --max-cost 90.00: the run has cost {written['cost']:.2f} (in the currency of the price). "
         assert str(error).startswith(f"{stated}{written['left']} line")
         assert written["error"] == f"TooExpensive: {error}"
     assert run(3600)[0].left == 0
