@@ -275,7 +275,7 @@ def test_weights_are_chosen_by_mode_identity_loras_and_upscaler(tmp_path, fixed,
     other = Shot(**{**EVERYTHING, "image": "picture.png", "generate_video": False, "lora": "one.safetensors"})
     assert plain.flux_identity == other.flux_identity == "infusenet"
     all_params = fixed_params(tmp_path)
-    for stage in STAGES:
+    for stage in (stage for stage in STAGES if stage.name in all_params):
         params = all_params[stage.name]
         assert stage.weight_files(params, plain) == stage.weight_files(params, other), stage.name
 

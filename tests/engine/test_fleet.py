@@ -126,7 +126,7 @@ def fast(monkeypatch):
     """Short intervals, and actors that start quickly."""
     for name in ("POLL_S", "FIRST_MESSAGE_S", "MESSAGE_INTERVAL_S", "LOST_AFTER_S", "LAST_LOST_AFTER_S", "WITHDRAW_AFTER_S"):
         monkeypatch.setattr(fleet_module, name, 0.4)
-    monkeypatch.setattr(fleet_module, "worker_class", lambda: TinyActor)
+    monkeypatch.setattr(fleet_module, "worker_class", lambda parallel: TinyActor)
     monkeypatch.setattr(fleet_module, "encoder_class", lambda parallel: TinyActor)
 
 

@@ -23,6 +23,7 @@ from vidgen_ray.outputs.manifest import REJECTED, SCHEMA, ManifestRow, manifest_
 from vidgen_ray.outputs.manifest_writer import FailedLine, ManifestWriter
 from vidgen_ray.outputs.object_storage import without_credentials
 from vidgen_ray.outputs.records import Failure, StepRecord, key_path, shot_path
+from vidgen_ray.outputs.stage_cache import job_path
 from vidgen_ray.outputs.storage import LocalStorage
 from vidgen_ray.report.gallery_page import gallery_rows, write_gallery
 from vidgen_ray.system.files import temporary_folder, temporary_prefix, this_process, write_atomically
@@ -464,22 +465,27 @@ class TestGarbage:
         temporary_folder(outputs.root / "shots")
         for folder in ("manifest", "scores/faces@1", "reviews"):
             write_atomically(outputs.root / folder / f"{prefix}y", b"1")
+        # The job of a finished step is not needed, that of another one is.
+        for key in (f"{record.stages[0].key}-1", "ab" * 32):
+            outputs.remote_jobs[key] = json.dumps({"key": key}).encode()
         return record
 
     def test_collect_garbage_removes_only_unreferenced_files(self, outputs, plan_of):
         record = self._fill(outputs, plan_of)
+        job = outputs.remote_jobs.get(f"{record.stages[0].key}-1")
         before = {path for path in outputs.root.rglob("*") if path.is_file()}
         dry_run = collect_garbage(outputs, dry_run=True, grace_s=-1)
         (outputs.root / ".lease-000001").unlink()
         assert {path for path in outputs.root.rglob("*") if path.is_file()} == before
         report = collect_garbage(outputs, grace_s=-1)
         assert report == dry_run
-        assert report.counts == {"cache entries": 1, "partial shots": 1, "stale keys": 1, "temporaries": 4}
-        assert report.bytes == 3 + 5 + 1 + 7 + 3
+        assert report.counts == {"cache entries": 1, "partial shots": 1, "stale keys": 1, "temporaries": 5}
+        assert report.bytes == 3 + 5 + 1 + 7 + 3 + len(job)
+        assert outputs.remote_jobs.get("ab" * 32)
         removed = {str(path.relative_to(outputs.root)) for path in before - {p for p in outputs.root.rglob("*") if p.is_file()}}
         assert {name for name in removed if ".tmp-" not in name} == {
             f"cache/ab/{'ab' * 32}/image.png", f"{shot_path('partial')}/image.png",
-            key_path(plan_of("y", prompt="before").key),
+            key_path(plan_of("y", prompt="before").key), job_path(f"{record.stages[0].key}-1"),
         }  # fmt: skip
         assert outputs.find_by_key(plan_of("z", prompt="other").key).record().shot.id == "y"
         assert outputs.find_finished(plan_of("x")).record() == record
@@ -489,8 +495,8 @@ class TestGarbage:
         self._fill(outputs, plan_of)
         gc(str(outputs.root), dry_run=True, as_json=True)
         report = json.loads(capsys.readouterr().out)
-        assert (report["dry_run"], report["left_young"]) == (True, 3)
+        assert (report["dry_run"], report["left_young"]) == (True, 4)
         assert report["counts"] == {"cache entries": 0, "partial shots": 0, "stale keys": 0, "temporaries": 4}
         gc(str(outputs.root), dry_run=False, as_json=False)
-        removed = "removed 0 cache entries, 0 partial shots, 0 stale keys, 4 temporaries: 10 bytes\n3 younger"
+        removed = "removed 0 cache entries, 0 partial shots, 0 stale keys, 4 temporaries: 10 bytes\n4 younger"
         assert capsys.readouterr().out.startswith(removed)

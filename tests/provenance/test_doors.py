@@ -55,6 +55,7 @@ NOT_MARKED = {
     "online/previews.py": "previews while a shot is rendered",
     "report/gallery_page.py": "thumbnails of the gallery",
     "cli/inspect.py": "photos with the detected face, drawn for their owner",
+    "remote/stages.py": "the start image in a request to a server",
     "bench/tiny_faces.py": "weights",
     "bench/tiny_weights.py": "weights",
 }

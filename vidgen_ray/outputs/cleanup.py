@@ -42,7 +42,7 @@ from vidgen_ray.system.files import remove
 GRACE_S = 600.0
 """Minimum age of garbage, in seconds. Younger files may be in use by a `VideoGenerationPipeline`, which takes no lease."""
 SHOT_FILE_NAMES = {*SHOT_FILES.values(), *(stage.debug_file for stage in STAGES if stage.debug_file)}
-Kind = Literal["cache entries", "remote jobs", "partial shots", "stale keys", "temporaries"]
+Kind = Literal["cache entries", "partial shots", "stale keys", "temporaries"]
 FEATURES = InstantIDStage.debug_file
 """File of a shot with the features of its face, which `--keep stages` writes."""
 INPUTS = "inputs"
@@ -55,7 +55,7 @@ class GarbageReport:
     """Counts of what was removed, or would be removed in a dry run."""
 
     counts: dict[Kind, int] = field(
-        default_factory=lambda: {"cache entries": 0, "remote jobs": 0, "partial shots": 0, "stale keys": 0, "temporaries": 0}
+        default_factory=lambda: {"cache entries": 0, "partial shots": 0, "stale keys": 0, "temporaries": 0}
     )
     bytes: int = 0
     """Size of all removed files."""
@@ -119,7 +119,7 @@ class _Collector:
             contents = self._storage.read_each(f"{folder}/{name}" for name in records)
             for name, record in zip(records, contents, strict=True):
                 if json.loads(record or b"{}").get("key", "").partition("-")[0] in self._used_keys:
-                    self._drop("remote jobs", f"{folder}/{name}", [records[name]], self._storage.delete)
+                    self._drop("temporaries", f"{folder}/{name}", [records[name]], self._storage.delete)
         for path in self._outputs.abandoned():
             files = path.rglob("*") if path.is_dir() else [path]
             self._report.add("temporaries", sum(file.stat().st_size for file in files if file.is_file()))
