@@ -226,6 +226,8 @@ async def until(condition):
 def test_long_queue_adds_a_copy_of_the_layout_and_an_unneeded_copy_is_drained(cluster, add_node, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(director_module, "SCALE_INTERVAL_S", 0.2)
     monkeypatch.setattr(director_module, "UNNEEDED_S", math.inf)
+    rounds, table = [], fleet_module.placement_group_table
+    monkeypatch.setattr(fleet_module, "placement_group_table", lambda: rounds.append(None) or table())
     server = RunningServer(tiny, tmp_path / "data", gpus="1x80GB", max_queue_s=1e-3)
     pipes = [tmp_path / name for name in ("first", "second")]
     for pipe in pipes:
@@ -256,8 +258,10 @@ def test_long_queue_adds_a_copy_of_the_layout_and_an_unneeded_copy_is_drained(cl
         monkeypatch.setattr(director_module, "UNNEEDED_S", 0.4)
         with pipes_open(pipes[0]):
             ended += [await server.end(job) for job in (first, *others)]
-        # Drained while the second one still runs there.
+        # The copy stays while the second one runs there. The fleet would have stopped it in its next round.
         await until(lambda: engine.window.shots == window)
+        drained_at = len(rounds)
+        await until(lambda: len(rounds) > drained_at + 2)
         copy = await server.workers.newest_copy()
         assert len(copy) == len(server.layout.workers) + server.layout.encoders
         with pipes_open(pipes[1]):
