@@ -157,9 +157,11 @@ def _facts(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, co
     yield "first clip", f"after {duration(planned.first_clip_s)}, {duration(planned.load_s)} of it to load weights"
     if on_gpus:
         yield "GPU-hours", f"{planned.gpu_hours:,.2f}"
-        yield "cost", "unknown; pass --price" if planned.cost is None else money(planned.cost, planned.currency)
+    if planned.cost is not None:
+        by_servers = f", {money(planned.server_cost, planned.currency)} of it for servers" if planned.server_cost else ""
+        yield "cost", f"{money(planned.cost, planned.currency)}{by_servers}"
     else:
-        yield "cost", "none: a run without GPUs has no price"
+        yield "cost", "unknown; pass --price" if on_gpus else "none: a run without GPUs has no price"
     yield "disk", f"about {size(planned.output_bytes)} of outputs"
     sizes = ", ".join(f"{size(n_bytes)} ({mode})" for mode, n_bytes in planned.cache_bytes.items() if n_bytes)
     yield "cache", f"about {sizes}; --cache {DEFAULT_CACHE} is the default" if sizes else "nothing to keep"
@@ -198,6 +200,8 @@ def _stage_shares(worker: WorkerSpec, shares: Mapping[str, float]) -> str:
 
     `flux 80%, realesrgan 20%`; with weight swapping `realesrgan 10%; swapping flux 20% | svd 70%`.
     """
+    if worker.server:
+        return f"{', '.join(worker.stages)}: {worker.parallel} at once by {worker.server}"
 
     def named(stages: Iterable[str]) -> str:
         return ", ".join(f"{stage} {shares[stage]:.0%}" for stage in stages)
