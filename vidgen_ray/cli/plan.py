@@ -158,8 +158,8 @@ def _facts(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, co
     if on_gpus:
         yield "GPU-hours", f"{planned.gpu_hours:,.2f}"
     if planned.cost is not None:
-        by_servers = f", {money(planned.server_cost, planned.currency)} of it for servers" if planned.server_cost else ""
-        yield "cost", f"{money(planned.cost, planned.currency)}{by_servers}"
+        of_servers = f", {money(planned.server_cost, planned.currency)} of it for servers"
+        yield "cost", money(planned.cost, planned.currency) + (of_servers if planned.server_cost and on_gpus else "")
     else:
         yield "cost", "unknown; pass --price" if on_gpus else "none: a run without GPUs has no price"
     yield "disk", f"about {size(planned.output_bytes)} of outputs"
