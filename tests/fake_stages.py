@@ -122,6 +122,14 @@ FAKES = {
     )
 }
 
+
+def use_fakes(pipeline, *names):
+    """Let a pipeline of the library run the fakes of these stages, by default of all, instead of models."""
+    for name in names or FAKES:
+        pipeline._loaded[name] = FAKES[name](pipeline.profile.params(FAKES[name]))
+    return pipeline
+
+
 FINDS_FACES = {**FAKES, InstantIDStage.name: InstantIDStage}
 """Fakes with the real detector of faces."""
 

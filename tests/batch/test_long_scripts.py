@@ -17,7 +17,7 @@ from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script
 from vidgen_ray.shot import Shot
 
-SHORT = 1_000
+SHORT = 500
 GROWTH_MB = 24
 """Allowed growth of peak memory from a script of this many lines to one with ten times as many or more."""
 READ_AND_PLAN = """

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ASTRONAUT
+from tests.fake_stages import FakeSVD, use_fakes
 from tests.nets.test_faces import GROUP, WALL, head, on_a_wall
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import LikenessTooLow, StepFailed, best_try, check_likeness
@@ -25,7 +26,6 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, Likeness
 from vidgen_ray.stages.instantid import FaceModels, InstantIDParams, InstantIDStage
 from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage, measure_likeness, sampled_frames
-from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.weights import resolve
 
 PARAMS = InstantIDParams(weights=resolve("builtin:tiny/antelopev2"), detector="centerface", threads=1)
@@ -181,21 +181,22 @@ class TestPlan:
 
 @pytest.fixture
 def pipeline(tiny, tmp_path):
-    pipeline = VideoGenerationPipeline(tiny, tmp_path)
+    pipeline = use_fakes(VideoGenerationPipeline(tiny, tmp_path), "flux", "svd")
     yield pipeline
     pipeline.close()
 
 
 @pytest.fixture
 def clips(monkeypatch):
-    """Seeds of the clips that SVD has generated."""
-    seeds, run = [], SVDStage.run
+    """Seeds of the clips that SVD has generated, from noise."""
+    seeds = []
 
-    def record_seeds(self, item):
-        seeds.append(item.shot.seed)
-        return run(self, item)
+    def one(self, shot, artefacts):
+        seeds.append(shot.seed)
+        noise = np.random.default_rng(shot.seed)
+        return {"frames": noise.integers(0, 256, (shot.clip_frames, shot.height, shot.width, 3), np.uint8)}
 
-    monkeypatch.setattr(SVDStage, "run", record_seeds)
+    monkeypatch.setattr(FakeSVD, "one", one)
     return seeds
 
 
@@ -230,7 +231,6 @@ class TestRetries:
         """With measured likeness: the start image is the photo itself."""
         whole = {**SMALL, "image": str(ASTRONAUT), "width": 256, "height": 256}
         with pytest.raises(StepFailed, match=r"got no face in the clip \(1 try\)"):
-            # The tiny SVD generates noise.
             pipeline.generate_video("a", **whole, min_identity=0.5)
         assert clips == [7]
         record = pipeline.generate_video("a", **whole)["record"]

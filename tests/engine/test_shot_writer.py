@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.fake_stages import FAKES
+from tests.fake_stages import use_fakes
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.shot_writer import ShotFiles, write_clip
 from vidgen_ray.engine.step_runner import ForeignArtefacts
@@ -25,9 +25,7 @@ FRAMES = 4
 @pytest.fixture
 def fake_pipeline(tiny, tmp_path):
     """In-process pipeline with fake stages."""
-    pipeline = VideoGenerationPipeline(tiny, tmp_path / "out")
-    pipeline._stage = lambda stage: FAKES[stage.name](tiny.params(stage))
-    return pipeline
+    return use_fakes(VideoGenerationPipeline(tiny, tmp_path / "out"))
 
 
 def shot_files(tiny, shot, folder: Path) -> tuple[dict[str, np.ndarray], Path]:

@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ASTRONAUT
-from tests.fake_stages import FAKES
+from tests.fake_stages import FAKES, use_fakes
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.calls import CallResult
@@ -155,7 +155,7 @@ def test_upscaler_of_huge_numbers_fails_the_step(tiny, tmp_path):
 def test_unwritable_cache_does_not_fail_the_shot(pipeline):
     # A file in place of the folder: permissions do not stop root.
     (pipeline.outputs.root / "cache").write_bytes(b"")
-    record = pipeline.generate_video("a", **SMALL)["record"]
+    record = use_fakes(pipeline).generate_video("a", **SMALL)["record"]
     assert set(record.files) == {"image.png", "video.mp4", "hd.mp4"}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from moto.s3.responses import S3Response
 
+from tests.fake_stages import use_fakes
 from tests.film.conftest import Shots, tone
 from tests.outputs.test_outputs import commit
 from vidgen_ray.cli import main
@@ -43,9 +44,9 @@ def workspaces():
 
 def test_shot_has_the_same_bytes_as_on_disk_and_is_not_rendered_twice(tiny, make_shot, url, outputs, tmp_path, monkeypatch):
     shot = make_shot(id="ball", num_frames=2)
-    with closing(VideoGenerationPipeline(tiny, tmp_path)) as pipeline:
+    with closing(use_fakes(VideoGenerationPipeline(tiny, tmp_path))) as pipeline:
         local = pipeline.render(shot)
-    with closing(VideoGenerationPipeline(tiny, url)) as pipeline:
+    with closing(use_fakes(VideoGenerationPipeline(tiny, url))) as pipeline:
         remote = pipeline.render(shot)
         assert remote.files == local.files
         assert set(remote.files) == {"image.png", "video.mp4", "hd.mp4"}

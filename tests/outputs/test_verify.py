@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.fake_stages import use_fakes
 from tests.outputs.test_outputs import write
 from vidgen_ray.cli import folder_commands, main
 from vidgen_ray.errors import SetupError
@@ -107,7 +108,7 @@ def test_command_renders_damaged_shots_again(tmp_path, tiny, make_shot, capsys, 
             pipeline.render(line.shot)
 
     monkeypatch.setattr(folder_commands, "render_again", render_again)
-    with closing(VideoGenerationPipeline(tiny, out)) as pipeline:
+    with closing(use_fakes(VideoGenerationPipeline(tiny, out))) as pipeline:
         for shot_id in "ab":
             pipeline.render(make_shot(id=shot_id, generate_video=False))
         assert main(["verify", str(out)]) == 0

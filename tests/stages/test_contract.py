@@ -2,6 +2,7 @@
 
 import pickle
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -62,10 +63,6 @@ def item(make_shot, photo, face, loaded):
     return Item(shot, {"photos": (photo,), "face": face, "image": picture, "frames": frames})
 
 
-def with_fields(item, **fields):
-    return Item(item.shot.model_copy(update=fields), item.artefacts)
-
-
 @pytest.fixture(scope="module", params=STAGES, ids=lambda stage: stage.name)
 def loaded(request, tiny, tmp_path_factory):
     with ExitStack() as stack:
@@ -76,14 +73,31 @@ def loaded(request, tiny, tmp_path_factory):
         yield stack.enter_context(request.param(profile.params(request.param)))
 
 
+OTHER_CALL = {"mode": "fast", "prompt": "another", "seed": 99}
+NO_IDENTITY = ({"face_image": ()}, {"identity": "none", "pose": "none"}, {"identity_strength": 0.0})
+"""Fields of shots that do not use the face."""
+
+
+@dataclass
+class Rendered:
+    shot: Shot
+    seen: set
+    """Fields of the shot that the stage has read."""
+    result: Artefacts
+
+
 @pytest.fixture(scope="module")
-def rendered(loaded, item):
-    """Artefacts of the item, made from those that the stage declares, which must not change."""
-    needed = {name: item.artefacts[name] for name in loaded.needs(item.shot)}
-    before = pickle.dumps(needed)
-    result = loaded(Item(item.shot, needed))
-    assert pickle.dumps(needed) == before, "an input was modified"
-    return result
+def renders(loaded, item):
+    """The item and variants of it, made from the artefacts that the stage declares, which must not change."""
+    for_faces = (*NO_IDENTITY[1:], {"identity": "none"}, {"pose": "none"}) if loaded.identity_inputs else ()
+    renders = []
+    for fields in ({}, OTHER_CALL, NO_IDENTITY[0], *for_faces):
+        shot, seen = item.shot.model_copy(update=fields), set()
+        needed = {name: item.artefacts[name] for name in loaded.needs(shot)}
+        before = pickle.dumps(needed)
+        renders.append(Rendered(shot, seen, loaded(Item(Spy(shot, seen), needed))))
+        assert pickle.dumps(needed) == before, "an input was modified"
+    return renders
 
 
 def test_declared_fields_and_artefacts_exist(loaded):
@@ -123,7 +137,7 @@ def test_fields_of_clip_stages_are_declared_clip_only(loaded):
 def test_chunks_give_the_bytes_of_the_whole_clip(loaded, item):
     if not isinstance(loaded, ChunkedStage):
         return
-    shot, (source,), (result,) = with_fields(item, **loaded.examples[0]).shot, loaded.takes, loaded.writes
+    shot, (source,), (result,) = item.shot.model_copy(update=loaded.examples[0]), loaded.takes, loaded.writes
     frames = np.concatenate([item.artefacts[source]] * 4)[:11]
     frames += np.arange(11, dtype=np.uint8)[:, None, None, None]
     whole = loaded(Item(shot, {source: frames}))[result]
@@ -135,14 +149,9 @@ def test_chunks_give_the_bytes_of_the_whole_clip(loaded, item):
         assert np.array_equal(part, whole[chunk])
 
 
-def test_stage_needs_only_declared_artefacts_and_returns_the_declared_ones(loaded, item, rendered):
-    shots = [item.shot, *([with_fields(item, identity="none").shot] if loaded.identity_inputs else [])]
-    for shot in shots:
-        needed = loaded.needs(shot)
-        assert needed == (*loaded.takes, *(loaded.identity_inputs if loaded.uses_identity(shot) else ()))
-        result = rendered
-        if shot is not item.shot:
-            result = loaded(Item(shot, {name: item.artefacts[name] for name in needed}))
+def test_stage_needs_only_declared_artefacts_and_returns_the_declared_ones(loaded, item, renders):
+    for shot, result in ((render.shot, render.result) for render in renders):
+        assert loaded.needs(shot) == (*loaded.takes, *(loaded.identity_inputs if loaded.uses_identity(shot) else ()))
         assert set(result) == set(loaded.writes)
         for name in {"image", "frames", "hd_frames"} & set(result):
             assert result[name].dtype == np.uint8
@@ -153,63 +162,44 @@ def test_stage_needs_only_declared_artefacts_and_returns_the_declared_ones(loade
             assert "frames" not in result or result["frames"].shape == frames
 
 
-def decides_about_identity(stage, shot):
-    """Return the fields from which the stage tells whether it uses the face."""
-    seen = set()
-    stage.uses_identity(Spy(shot, seen))
-    return seen
-
-
-WITHOUT_FACE = ({"identity": "none"}, {"identity_strength": 0.0}, {"pose": "none"})
-"""Further shots for stages that are conditioned on a face."""
-
-
-def test_stage_reads_only_declared_fields(loaded, item):
+def test_stage_reads_only_declared_fields(loaded, renders):
     """An undeclared field would change the bytes without changing the content key."""
-    for fields in ({}, {"mode": "fast"}, {"face_image": ()}, *(WITHOUT_FACE if loaded.identity_inputs else ())):
-        seen, shot = set(), with_fields(item, **fields).shot
-        loaded(Item(Spy(shot, seen), item.artefacts))
-        # The set of fields in the key already tells whether the face is used.
-        declared = {*loaded.reads, *decides_about_identity(loaded, shot)}
-        if loaded.uses_identity(shot):
+    for render in renders:
+        # The set of fields in the key already tells whether the face is used, by the fields that decide about it.
+        declared = set(loaded.reads)
+        loaded.uses_identity(Spy(render.shot, declared))
+        if loaded.uses_identity(render.shot):
             declared |= set(loaded.identity_fields)
-        assert seen <= declared, fields
-        assert seen or not loaded.reads, fields
+        assert render.seen <= declared, render.shot
+        assert render.seen or not loaded.reads, render.shot
 
 
 def test_weights_are_chosen_by_declared_fields(loaded, item):
     """Digests of weights are cached by these fields."""
     for fields in ({}, {"mode": "fast"}, {"identity": "none"}, {"mode": "fast", "identity": "none"}):
         seen = set()
-        loaded.weight_files(loaded.params, Spy(with_fields(item, **fields).shot, seen))
+        loaded.weight_files(loaded.params, Spy(item.shot.model_copy(update=fields), seen))
         assert seen <= set(loaded.weight_fields), fields
 
 
-def test_identity_changes_the_result_only_when_it_is_used(loaded, item, rendered):
+def test_identity_changes_the_result_only_when_it_is_used(loaded, item, renders):
     """Keys of shots that do not use identity contain no identity fields."""
+    assert loaded.uses_identity(item.shot) == bool(loaded.identity_inputs)
     if not loaded.identity_inputs:
-        assert not loaded.uses_identity(item.shot)
         return
-    assert loaded.uses_identity(item.shot)
-    without = [
-        with_fields(item, face_image=()),
-        with_fields(item, identity="none", pose="none"),
-        with_fields(item, identity_strength=0.0),
-    ]
-    first, *others = [loaded(one) for one in without]
+    with_face, _, first, *others = renders
     for name in loaded.writes:
-        assert all(np.array_equal(first[name], other[name]) for other in others)
-        assert not np.array_equal(first[name], rendered[name]), "the identity has no effect"
+        assert all(np.array_equal(first.result[name], other.result[name]) for other in others[: len(NO_IDENTITY) - 1])
+        assert not np.array_equal(first.result[name], with_face.result[name]), "the identity has no effect"
 
 
-def test_results_do_not_depend_on_earlier_calls(loaded, item, rendered):
-    loaded(Item(item.shot.model_copy(update={"seed": 99, "prompt": "another"}), item.artefacts))
+def test_results_do_not_depend_on_earlier_calls(loaded, item, renders):
     again = loaded(item)
     for name in loaded.writes:
+        first, second = renders[0].result[name], again[name]
         if name == "face":
-            assert np.array_equal(rendered[name].embedding("antelopev2"), again[name].embedding("antelopev2"))
-        else:
-            assert np.array_equal(rendered[name], again[name])
+            first, second = first.embedding("antelopev2"), second.embedding("antelopev2")
+        assert np.array_equal(first, second)
 
 
 @pytest.mark.parametrize("stage_class", STAGES, ids=lambda stage: stage.name)
