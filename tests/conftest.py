@@ -26,6 +26,7 @@ from tests.small_disk import mounted_disk
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import FaceFeatures
+from vidgen_ray.system.cache_dir import cache_dir
 
 atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
@@ -97,13 +98,7 @@ class LocalRay:
         from vidgen_ray.engine.ray_cluster import init_local_ray
 
         ray_workers.start()
-        programs = Path(tempfile.mkdtemp(prefix="vidgen-test-"))
-        atexit.register(shutil.rmtree, programs, ignore_errors=True)
-        nvidia_smi = programs / "nvidia-smi"
-        nvidia_smi.write_text("#!/bin/sh\nfor n in 1 2; do echo NVIDIA H100 80GB HBM3, 81559; done\n")
-        nvidia_smi.chmod(0o755)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        with ray_workers.gpus_of_80_gb(2):
             init_local_ray(num_cpus=16, num_gpus=2, log_to_driver=False, object_store_memory=512 << 20)
         cls.running = True
 
@@ -165,6 +160,17 @@ def face():
     embeddings = {"antelopev2": rng.standard_normal(512).astype("f"), "ir_se50": unit / np.linalg.norm(unit)}
     points = np.array([[40, 30], [60, 30], [50, 40], [42, 50], [58, 50]], "f")
     return FaceFeatures(embeddings, points, (30, 20, 70, 60), 0.9, 1, (100, 80), "d")
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Cache folder of one test, with the weights that all tests build."""
+    built, folder = cache_dir() / "builtin", tmp_path / "own-cache"
+    built.mkdir(parents=True, exist_ok=True)
+    folder.mkdir()
+    (folder / "builtin").symlink_to(built)
+    monkeypatch.setenv("VIDGEN_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture

@@ -175,6 +175,48 @@ def small_cluster(**head):
     return SmallCluster(initialize_head=True, head_node_args=head)
 
 
+@contextmanager
+def gpus_of_80_gb(count):
+    """Let the nodes that are started report that each of their GPUs, `count` at most, has 80 GB."""
+    path = os.environ["PATH"]
+    with tempfile.TemporaryDirectory(prefix="vidgen-test-") as folder:
+        program = Path(folder, "nvidia-smi")
+        program.write_text("#!/bin/sh\n" + count * "echo NVIDIA H100 80GB HBM3, 81559\n")
+        program.chmod(0o755)
+        os.environ["PATH"] = f"{folder}:{path}"
+        try:
+            yield
+        finally:
+            os.environ["PATH"] = path
+
+
+@contextmanager
+def connected_cluster(**head):
+    """Connect this process to a small cluster until the end of the block."""
+    import ray
+
+    cluster = small_cluster(**head)
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@contextmanager
+def removed_nodes(cluster, **common):
+    """Return a function that adds a node with the given and the common resources, until the end of the block."""
+    nodes = []
+
+    def add(**resources):
+        nodes.append(cluster.add_node(**common, **resources))
+        return nodes[-1]
+
+    yield add
+    for node in nodes:
+        if node in cluster.worker_nodes:
+            cluster.remove_node(node)
+
+
 # In the process that is forked
 
 

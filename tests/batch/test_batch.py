@@ -139,7 +139,7 @@ def test_changed_scale_reuses_cached_images_and_clips(in_process, tiny, tmp_path
         )
 
 
-def test_speed_options_are_settled_before_the_keys_and_a_folder_keeps_them(in_process, tiny, tmp_path, monkeypatch):
+def test_speed_options_are_settled_before_the_keys_and_a_folder_keeps_them(in_process, tiny, tmp_path, own_cache, monkeypatch):
     """Trials in a long run use what helps. Later runs in the folder have the same keys, also with other results of trials."""
     actor = tiny.actors["svd"].model_copy(update={"trial_options": {"channels_last": True, "decode_chunk_frames": 1}})
     profile = tiny.model_copy(update={"actors": {**tiny.actors, "svd": actor}})
@@ -155,7 +155,8 @@ def test_speed_options_are_settled_before_the_keys_and_a_folder_keeps_them(in_pr
     script = ScriptSettings(tmp_path / "s.jsonl", run_seed=1, profile_defaults=tiny.defaults)
     counts = []
     for out, trial_from_s in (("fast", 0.0), ("short", 1e9), ("fast", 0.0), ("short", 0.0)):
-        monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path / f"cache-{len(counts)}"))
+        for measured in own_cache.glob("*.json"):
+            measured.unlink()
         monkeypatch.setattr(render_script, "TRIAL_FROM_S", trial_from_s)
         report = render_lines(script, profile, tmp_path / out, stages=FAKES)
         counts.append((report.done, report.skipped))

@@ -153,10 +153,8 @@ def check_trace(tmp_path, rows):
 
 
 @pytest.mark.slow
-def test_shot_of_several_gpus_is_finished_on_one_after_a_crash(tmp_path, profile, monkeypatch):
-    """Two GPUs divide the work of the only shot."""
-    # Without the seconds that other tests have measured.
-    monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path / "cache"))
+def test_shot_of_several_gpus_is_finished_on_one_after_a_crash(tmp_path, profile, own_cache):
+    """Two GPUs divide the work of the only shot. Seconds that other tests have measured are not used."""
     line = {"id": "s", "prompt": f"crash once {tmp_path / 'crashed'}", "generate_video": False, "steps": {"flux": 200}}
     report, rows = render_lines(tmp_path, profile, [line])
     assert report.done == 1, rows

@@ -14,29 +14,14 @@ from vidgen_ray.profile import load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_model import FluxModel
-from vidgen_ray.weights import resolve
 
 SMALL = ("--size", "64x64", "--frames", "2")
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty folder for calibrations, with the weights that other tests have built."""
-    for name in (
-        "tiny/flux",
-        "tiny/hunyuandit",
-        "tiny/svd",
-        "tiny/antelopev2",
-        "tiny/infusenet",
-        "tiny/ir_se50.pth",
-        "realesrgan",
-    ):
-        resolve(f"builtin:{name}")
-    built = resolve("builtin:tiny/svd").parent
-    monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path))
-    (tmp_path / "builtin").symlink_to(built)
+def cache(own_cache, monkeypatch):
     monkeypatch.setattr(bench_command, "QUICK", BenchOptions(steps=(2, 3), repeats=1))
-    return tmp_path
+    return own_cache
 
 
 def test_quick_bench_measures_every_stage_of_the_chain_and_a_plan_uses_the_results(cache, capsys):

@@ -19,8 +19,6 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 
-MAX_MESSAGE_LINES = 60
-
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):

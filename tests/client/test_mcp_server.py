@@ -170,7 +170,7 @@ def test_unreachable_server_is_reported_to_the_assistant(tmp_path):
     assert "http://127.0.0.1:9/v1/models: " in text_of(result)
 
 
-def test_streamable_http_on_loopback(url, tmp_path):
+def test_streamable_http_on_loopback(url):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     arguments = [sys.executable, "-m", "vidgen_client", "--url", url, "--http", str(port)]

@@ -9,7 +9,7 @@ import time
 import pytest
 import ray
 
-from tests.ray_workers import FAST_DETECTION, small_cluster
+from tests.ray_workers import FAST_DETECTION, connected_cluster
 from vidgen_ray.engine import actor_client
 from vidgen_ray.engine.actor_client import NOT_SENT, ActorCallFailed, ActorClient, Ping
 from vidgen_ray.engine.retries import Kind
@@ -22,12 +22,9 @@ TIMEOUT_S = 120
 @pytest.fixture(scope="module")
 def cluster():
     """Head without CPUs and one worker node."""
-    cluster = small_cluster(num_cpus=0, _system_config=FAST_DETECTION, **MEMORY)
-    cluster.add_node(num_cpus=1, **MEMORY)
-    ray.init(address=cluster.address, log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with connected_cluster(num_cpus=0, _system_config=FAST_DETECTION, **MEMORY) as cluster:
+        cluster.add_node(num_cpus=1, **MEMORY)
+        yield cluster
 
 
 @ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0, max_concurrency=2)

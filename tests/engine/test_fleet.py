@@ -12,7 +12,7 @@ from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tests.ray_workers import FAST_DETECTION, small_cluster
+from tests.ray_workers import FAST_DETECTION, connected_cluster, gpus_of_80_gb, removed_nodes
 from vidgen_ray.engine import fleet as fleet_module
 from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.calls import ENCODER
@@ -91,34 +91,17 @@ class Listener:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory):
+def head():
     """Cluster without work nodes. Every GPU node reports GPUs of 80 GB."""
-    programs = tmp_path_factory.mktemp("programs")
-    nvidia_smi = programs / "nvidia-smi"
-    nvidia_smi.write_text("#!/bin/sh\nfor n in 1 2 3 4; do echo NVIDIA H100 80GB HBM3, 81559; done\n")
-    nvidia_smi.chmod(0o755)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-        cluster = small_cluster(num_cpus=0, _system_config=FAST_DETECTION, **MEMORY)
-        ray.init(address=cluster.address, log_to_driver=False)
+    with gpus_of_80_gb(4), connected_cluster(num_cpus=0, _system_config=FAST_DETECTION, **MEMORY) as cluster:
         yield cluster
-        ray.shutdown()
-        cluster.shutdown()
 
 
 @pytest.fixture
 def add_node(head):
     """Function that adds a node with these GPUs and 4 CPUs."""
-    nodes = []
-
-    def add(gpus):
-        nodes.append(head.add_node(num_cpus=4, num_gpus=gpus, **MEMORY))
-        return nodes[-1]
-
-    yield add
-    for node in nodes:
-        if node in head.worker_nodes:
-            head.remove_node(node)
+    with removed_nodes(head, num_cpus=4, **MEMORY) as add:
+        yield lambda gpus: add(num_gpus=gpus)
 
 
 @pytest.fixture(autouse=True)

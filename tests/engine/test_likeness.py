@@ -227,7 +227,7 @@ class TestRetries:
         assert (failure.stage, failure.error) == ("likeness", "LikenessTooLow")
         assert not list(pipeline.outputs.root.glob(f"{shot_path('p')}/*"))
 
-    def test_start_image_of_the_person_passes(self, pipeline, clips, tmp_path):
+    def test_start_image_of_the_person_passes(self, pipeline, clips):
         """With measured likeness: the start image is the photo itself."""
         whole = {**SMALL, "image": str(ASTRONAUT), "width": 256, "height": 256}
         with pytest.raises(StepFailed, match=r"got no face in the clip \(1 try\)"):

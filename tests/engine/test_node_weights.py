@@ -3,9 +3,8 @@
 import shutil
 
 import pytest
-import ray
 
-from tests.ray_workers import own_workers, small_cluster
+from tests.ray_workers import connected_cluster, own_workers
 from tests.weights.hub_server import running_hub
 from vidgen_ray.engine.ray_cluster import pull_on_all_nodes
 from vidgen_ray.system.cache_dir import digest
@@ -19,12 +18,9 @@ NODE = {"object_store_memory": 100 << 20, **own_workers()}
 def cluster(monkeypatch):
     """Two nodes whose processes may use the network."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    cluster = small_cluster(num_cpus=0, **NODE)
-    cluster.add_node(num_cpus=1, **NODE)
-    ray.init(address=cluster.address, log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with connected_cluster(num_cpus=0, **NODE) as cluster:
+        cluster.add_node(num_cpus=1, **NODE)
+        yield cluster
 
 
 def test_every_node_downloads_and_reports_its_own_failures(cluster, tmp_path):

@@ -13,9 +13,7 @@ FAST = TrialResult(speedup=1.3, levels=0.5)
 MACHINE = Cluster((Node((), 2, None),))
 
 
-@pytest.fixture(autouse=True)
-def own_results(tmp_path, monkeypatch):
-    monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def trying(profile, **options):

@@ -12,7 +12,7 @@ from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
 from tests.online.on_serve.applications import IMAGE_ONLY, scripted_profile
 from tests.online.scripted_stages import SCRIPTED, pipes_open, steps_run
-from tests.ray_workers import FAST_DETECTION, small_cluster
+from tests.ray_workers import FAST_DETECTION, connected_cluster, gpus_of_80_gb, removed_nodes
 from vidgen_ray.engine import fleet as fleet_module
 from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.config import EngineConfig
@@ -48,34 +48,19 @@ POLL_S = 0.05
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster():
     """Cluster without work nodes. Every GPU node reports one GPU of 80 GB."""
-    nvidia_smi = tmp_path_factory.mktemp("programs") / "nvidia-smi"
-    nvidia_smi.write_text("#!/bin/sh\necho NVIDIA H100 80GB HBM3, 81559\n")
-    nvidia_smi.chmod(0o755)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{nvidia_smi.parent}:{os.environ['PATH']}")
+    with pytest.MonkeyPatch.context() as patch, gpus_of_80_gb(1):
         patch.setenv("PYTHONPATH", os.getcwd())
-        cluster = small_cluster(num_cpus=0, _system_config=FAST_DETECTION, **MEMORY)
-        ray.init(address=cluster.address, log_to_driver=False)
-        yield cluster
-        ray.shutdown()
-        cluster.shutdown()
+        with connected_cluster(num_cpus=0, _system_config=FAST_DETECTION, **MEMORY) as cluster:
+            yield cluster
 
 
 @pytest.fixture
 def add_node(cluster):
     """Function that adds a node with one GPU."""
-    nodes = []
-
-    def add():
-        nodes.append(cluster.add_node(num_cpus=8, num_gpus=1, memory=200 << 30, **MEMORY))
-        return nodes[-1]
-
-    yield add
-    for node in nodes:
-        if node in cluster.worker_nodes:
-            cluster.remove_node(node)
+    with removed_nodes(cluster, num_cpus=8, num_gpus=1, memory=200 << 30, **MEMORY) as add:
+        yield add
 
 
 @pytest.fixture(autouse=True)

@@ -61,7 +61,7 @@ def files(tiny, make_shot, tmp_path):
         ("hd.mp4", ("flux", "svd", "realesrgan")),
     ],
 )
-def test_files_say_that_they_are_generated_by_what_and_from_what(files, tiny, make_shot, name, stages):
+def test_files_say_that_they_are_generated_by_what_and_from_what(files, name, stages):
     found = read_provenance(files / name)
     assert found.source_type == "trainedAlgorithmicMedia"
     assert found.record.stages == stages

@@ -102,7 +102,7 @@ def test_text_of_a_consent_may_contain_commas():
     }  # fmt: skip
 
 
-def test_consent_changes_neither_id_nor_seed_nor_key(read, tiny, tmp_path):
+def test_consent_changes_neither_id_nor_seed_nor_key(read, tiny):
     line = {"prompt": "a", "face_image": str(ASTRONAUT)}
     plain, declared = (read({**line, **more}, profile_defaults=tiny.defaults).shots[0] for more in ({}, {"consent": ANNA}))
     assert (plain.id, plain.seed) == (declared.id, declared.seed)

@@ -149,11 +149,14 @@ def test_offloaded_parts_take_turns_and_are_copied_in_one_direction(tiny, make_s
     gpu.watch(stage.pipe)
     tensors = {name: len([*part.parameters(), *part.buffers()]) for name, part in gpu.networks.items()}
     assert not gpu.on_gpu
+    expected = {}
     for loras in ({}, LORAS[stage.name], {}):
         item = Item(make_shot(width=64, **fields, **loras), {"image": image, "photos": (image,)})
+        if str(loras) not in expected:
+            (expected[str(loras)],) = reference(item).values()
         gpu.forget()
-        (result,), (expected,) = (each(item).values() for each in (stage, reference))
-        assert np.array_equal(result, expected)
+        (result,) = stage(item).values()
+        assert np.array_equal(result, expected[str(loras)])
         assert gpu.together == {frozenset({name}) for name in runs}
         assert not gpu.on_gpu
         adapters = {name: sum("lora_" in key for key, _ in part.named_parameters()) for name, part in gpu.networks.items()}

@@ -55,7 +55,7 @@ def two_people(tmp_path_factory, photo):
     return file
 
 
-def test_messages_and_logs_contain_no_features(pipeline, photo, monkeypatch):
+def test_messages_and_logs_contain_no_features(pipeline, monkeypatch):
     """A stage that fails with all that it was given in the message is the worst case."""
     lines = io.StringIO()
     handler, root = logging.StreamHandler(lines), logging.getLogger()
@@ -227,7 +227,7 @@ def with_toy(monkeypatch, tiny, tmp_path):
     pipeline.close()
 
 
-def test_custom_injector_needs_one_class_and_one_registry_entry(with_toy, tmp_path):
+def test_custom_injector_needs_one_class_and_one_registry_entry(with_toy):
     check_profile(with_toy.profile)
 
     def image(**fields):

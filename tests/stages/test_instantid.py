@@ -63,7 +63,7 @@ def test_only_embeddings_that_the_shot_needs_are_computed(stage, make_shot, phot
         assert recognisers(**fields) == {"antelopev2"}
 
 
-def test_photos_of_different_people_are_noted(photo):
+def test_photos_of_different_people_are_noted():
     ada, bo = (read_image(EXAMPLES / "faces" / f"{name}.png") for name in ("ada", "bo"))
     with InstantIDStage(load_profile("demo").params(InstantIDStage)) as stage:
         for photos, noted in (((ada,), []), ((ada, ada[:, ::-1]), []), ((ada, ada[:, ::-1], bo), ["face_image 3 of 3"])):
