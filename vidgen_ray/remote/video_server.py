@@ -21,7 +21,7 @@ import httpx2
 from pydantic import BaseModel
 
 from vidgen_ray.errors import Cancelled, OtherWeights, SetupError, StageError
-from vidgen_ray.stages.base import JobStore
+from vidgen_ray.stages.base import JobRecords
 
 T = TypeVar("T")
 
@@ -148,7 +148,7 @@ class VideoServers:
         self._http.close()
 
     def clip(
-        self, key: str, fields: Mapping[str, str], image: bytes | None, store: JobStore, check: Callable[[bytes, bool], T]
+        self, key: str, fields: Mapping[str, str], image: bytes | None, store: JobRecords, check: Callable[[bytes, bool], T]
     ) -> tuple[T, int]:
         """Return `check(content of the clip, job.found)` of the job with this key, and the number of its submission.
 
@@ -198,12 +198,12 @@ class VideoServers:
 
     # Submission
 
-    def _stored(self, key: str, store: JobStore) -> RemoteJob:
+    def _stored(self, key: str, store: JobRecords) -> RemoteJob:
         content = store.get(key)
         return RemoteJob.model_validate_json(content) if content else RemoteJob(key=key, server="", submits=0, ended=True)
 
     def _accepted(
-        self, job: RemoteJob, fields: Mapping[str, str], image: bytes | None, store: JobStore, deadline: float
+        self, job: RemoteJob, fields: Mapping[str, str], image: bytes | None, store: JobRecords, deadline: float
     ) -> RemoteJob:
         """Return a job that a server has accepted, with its id: the stored one, or a new one."""
         if job.ended or job.server not in (self._server, *self._others):
@@ -235,7 +235,7 @@ class VideoServers:
             raise StageError(f"{self._server}{path}: {_error_text(response)}")
         return response
 
-    def _find(self, job: RemoteJob, fields: Mapping[str, str], store: JobStore, deadline: float) -> RemoteJob:
+    def _find(self, job: RemoteJob, fields: Mapping[str, str], store: JobRecords, deadline: float) -> RemoteJob:
         """Return the job, with its id if the list of jobs has exactly one that can be it."""
         if not job.since:
             return job
@@ -252,13 +252,13 @@ class VideoServers:
             ]
             return self._put(job.model_copy(update={"id": ids[0], "found": True}), store) if len(ids) == 1 else job
 
-    def _put(self, job: RemoteJob, store: JobStore) -> RemoteJob:
+    def _put(self, job: RemoteJob, store: JobRecords) -> RemoteJob:
         store[job.key] = job.model_dump_json().encode()
         if job.id is not None:
             store[_claim(job.server, job.id)] = job.model_dump_json().encode()
         return job
 
-    def _end(self, job: RemoteJob, store: JobStore, *, is_known: bool) -> None:
+    def _end(self, job: RemoteJob, store: JobRecords, *, is_known: bool) -> None:
         """Record that a job has ended. If the server does not know that yet, it is deleted there."""
         if not job.ended and not is_known and job.id is not None:
             with suppress(httpx2.HTTPError):

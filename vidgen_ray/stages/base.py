@@ -143,7 +143,7 @@ class ReadText(NamedTuple):
     """Tokens that the text encoder reads. Further ones are cut."""
 
 
-class JobStore(Protocol):
+class JobRecords(Protocol):
     """Small records by name, such as a `dict`."""
 
     def get(self, name: str, /) -> bytes | None: ...
@@ -263,7 +263,7 @@ class Stage(ABC, Generic[P]):
 
     def __init__(self, params: P) -> None:
         self.params = params
-        self.jobs: JobStore = {}
+        self.jobs: JobRecords = {}
         """Records of the jobs of servers. Executors store them in the output folder."""
         self._notes: dict[int, tuple[str, ...]] = {}
         """Thread -> notes of its current call."""
