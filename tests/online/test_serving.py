@@ -98,7 +98,8 @@ def test_stages_with_other_licences_than_required_are_not_served(tiny):
         for name in ("svd", "infusenet")
     )
     served = serving_profile(tiny.model_copy(update={"licences": (svd, infusenet)}), "commercial")
-    assert set(served.unavailable) == {"svd"}
+    # The licence of the models of servers is unknown.
+    assert set(served.unavailable) == {"svd", "remote", "remote_image"}
     assert "builtin:tiny/svd (NC: no commercial use)" in served.unavailable["svd"]
     still = Shot(id="s", prompt="p", seed=1, generate_video=False)
     assert served.plan(still).steps
@@ -158,3 +159,15 @@ def test_label_values_are_limited_and_every_metric_is_documented():
     text = (DOCS / "online.md").read_text()
     for name, spec in JOB_METRICS.items():
         assert f"{name}_total`" in text if spec.kind == "counter" else f"`{name}`" in text
+
+
+def test_revision_names_what_decides_the_bytes_of_clips(tiny):
+    def revision(**fields):
+        return serving_profile(tiny.model_copy(update=fields)).revision
+
+    def with_svd(**fields):
+        return {"actors": {**tiny.actors, "svd": tiny.actors["svd"].model_copy(update=fields)}}
+
+    assert revision() == revision() == revision(**with_svd(timeout_s=9))
+    changed = (with_svd(options={"decode_chunk_frames": 1}), {"encode": tiny.encode.model_copy(update={"crf": 30})})
+    assert len({revision(), *(revision(**fields) for fields in changed)}) == 3

@@ -149,14 +149,18 @@ router = APIRouter(tags=["models"])
 @router.get("/models", response_model=ModelPage, responses=error_responses())
 async def list_models(server: ServerDep, tenant: TenantDep) -> ModelPage:
     """List the models. The first is the default."""
-    return ModelPage(data=[Model(id=name, created=server.started_at) for name in server.models])
+    return ModelPage(data=[_described(server, name) for name in server.models])
 
 
 @router.get("/v1/models/{model_id:path}", response_model=Model, responses=error_responses(404))
 async def get_model(server: ServerDep, tenant: TenantDep, model_id: str) -> Model:
     """Return a model."""
     name, _ = server.model(model_id)
-    return Model(id=name, created=server.started_at)
+    return _described(server, name)
+
+
+def _described(server: ServerContext, name: str) -> Model:
+    return Model(id=name, created=server.started_at, revision=server.serving_profile.revision)
 
 
 @router.get("/v1/loras", response_model=LoraPage, responses=error_responses())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +52,16 @@ class ServingProfile:
     @property
     def stages(self) -> tuple[type[Stage[Any]], ...]:
         return tuple(stage for stage in STAGES if stage.name in self.params)
+
+    @cached_property
+    def revision(self) -> str:
+        """Digest of what decides the bytes of clips beside a request: weights, options, defaults and compression."""
+        stages = [
+            (stage.name, stage.version, self.profile.actor_of(stage).weights, self.params[stage.name].for_key())
+            for stage in self.stages
+        ]
+        parts = stages, self.profile.defaults, self.profile.encode.model_dump()
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def check(self, shot: Shot, source_licences: Sequence[UsedWeights] = ()) -> None:
         """Raises ProfileError if the shot passes a stage that is not served, or weights without the required licence.

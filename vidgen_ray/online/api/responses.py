@@ -199,6 +199,7 @@ class Model(BaseModel):
     object: Literal["model"] = Field("model", description="Type of this object.")
     created: int = Field(description="Start of the server in seconds since 1970.")
     owned_by: str = Field("vidgen-ray", description="Always vidgen-ray.")
+    revision: str = Field(description="Digest of weights, options, defaults and compression. Another one may give other bytes.")
 
 
 class _List(BaseModel):
