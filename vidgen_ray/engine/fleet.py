@@ -160,7 +160,9 @@ class Fleet:
         `labels`: for each slot the label that its node must have; see `labels_of`. After `stop`, the fleet can start again with
         another layout.
         """
-        self._slots = slots = list(zip(layout.slots, labels, strict=True))
+        slots = list(zip(layout.slots, labels, strict=True))
+        # A server that computes stages has its worker already.
+        self._copied_slots = [(slot, label) for slot, label in slots if not any(worker.server for worker in slot.workers)]
         first = complete_set(layout.slots)
         self._offered = None
         self._parallel_loads = layout.parallel_loads
@@ -242,7 +244,7 @@ class Fleet:
                     self._further = []
                     continue
                 if self._copy_requested and is_placed:
-                    await self._do(self._reserve, [*self._slots, *[(None, None)] * layout.encoders], True)
+                    await self._do(self._reserve, [*self._copied_slots, *[(None, None)] * layout.encoders], True)
                 self._copy_requested = False
                 if complete and now - last_offer >= POLL_S and self._more_slots is not None and not self._others_wait(groups):
                     last_offer = now
