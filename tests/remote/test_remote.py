@@ -1,20 +1,24 @@
 """Remote stages against servers with the shapes of vLLM-Omni and SGLang."""
 
 import json
+import time
 
+import httpx2
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.remote.fake_server import FPS, FRAMES, HEIGHT, MODEL, WIDTH, FakeServer, colour_of, profile_of
+from vidgen_ray.cli.doctor import check_servers
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.errors import Cancelled, SetupError, VidgenError
+from vidgen_ray.errors import Cancelled, ProfileError, SetupError, StageError, VidgenError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.media import open_video
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.remote import video_server
 from vidgen_ray.remote.stages import RemoteVideoStage
+from vidgen_ray.remote.video_server import RemoteJob, ServerFailed, VideoServers
 
 
 @pytest.fixture(autouse=True)
@@ -98,13 +102,14 @@ def test_job_that_does_not_end_is_deleted_at_the_deadline(server, tmp_path, star
     assert [each["prompt"] for each in server.events("deleted")].count(prompt) == 1
 
 
-def test_stop_deletes_the_job(server, tmp_path, start):
+@pytest.mark.parametrize("error", [Cancelled, KeyboardInterrupt])
+def test_stop_deletes_the_job(server, tmp_path, start, error):
     def stop(stage, step, steps):
         if server.events("accepted") and server.events("accepted")[-1]["prompt"] == prompt:
-            raise Cancelled
+            raise error
 
-    prompt = "a boat that is stopped fault:slow"
-    with VideoGenerationPipeline(profile_of(server.url), tmp_path / "out") as pipeline, pytest.raises(Cancelled):
+    prompt = f"a boat that is stopped by {error.__name__} fault:slow"
+    with VideoGenerationPipeline(profile_of(server.url), tmp_path / "out") as pipeline, pytest.raises(error):
         pipeline.generate_video(prompt, image=start, on_progress=stop)
     assert [each["prompt"] for each in server.events("deleted")].count(prompt) == 1
 
@@ -129,6 +134,7 @@ def test_shot_that_the_server_does_not_take_fails_with_the_reason(server, tmp_pa
 
 def test_missing_server_key_and_model_are_named(server, tmp_path, start, monkeypatch):
     monkeypatch.delenv("VIDEO_KEY", raising=False)
+    monkeypatch.setenv("WRONG_KEY", "secret\n")
     closed = "http://127.0.0.1:9"
     other_model = profile_of(server.url)
     weights = {"weights": "remote:Wan-AI/Wan2.2"}
@@ -136,10 +142,14 @@ def test_missing_server_key_and_model_are_named(server, tmp_path, start, monkeyp
     for profile, message in (
         (profile_of(closed), "no server responds"),
         (profile_of(server.url, key_env="VIDEO_KEY"), "VIDEO_KEY is not set"),
+        (profile_of(server.url, key_env="WRONG_KEY"), "WRONG_KEY has a line break"),
         (other_model, "has no model 'Wan-AI/Wan2.2', must be one of Lightricks/LTX-2"),
     ):
         with VideoGenerationPipeline(profile, tmp_path / "out") as pipeline, pytest.raises(SetupError, match=message):
             pipeline.generate_video("a boat", image=start)
+        findings = list(check_servers(profile))
+        assert findings
+        assert all(finding.status == "fail" and message in finding.text for finding in findings)
     # The first server that responds says what the model is.
     with VideoGenerationPipeline(profile_of(closed, server.url), tmp_path / "out") as pipeline:
         assert pipeline.profile.params(RemoteVideoStage).reported
@@ -174,3 +184,118 @@ def test_image_passes_and_price_of_a_shot_by_servers_alone(server, tmp_path):
     assert [(used.weights, used.commercial_use) for used in result.record.licences] == [(f"remote:{MODEL}", "unknown")]
     accepted = [each["seed"] for each in server.events("accepted") if each["prompt"] == prompt]
     assert len(accepted) == len(set(accepted)) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"servers": []}, "must be a list of URLs"),
+        ({"servers": "http://video"}, "must be a list of URLs"),
+        ({"servers": ["video:8000"]}, "must be a list of URLs"),
+        ({"servers": ["http://video:port"]}, "must be a list of URLs"),
+        ({"servers": ["http://user:secret@video"]}, "must be a list of URLs"),
+        ({"fields": {"seed": 7}}, "seed is that of the shot"),
+        ({"price_per_second": float("inf")}, "must be a finite number"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ProfileError, match=message):
+        profile_of("http://video", **options).options_of(RemoteVideoStage)
+
+
+@pytest.mark.parametrize("weights", ["remote:", "builtin:demo/svd"])
+def test_weights_must_name_a_model_of_the_servers(weights):
+    profile = profile_of("http://video")
+    actor = profile.actors["remote"].model_copy(update={"weights": weights})
+    with pytest.raises(ProfileError, match="must be remote:NAME"):
+        profile.model_copy(update={"actors": {"remote": actor}}).options_of(RemoteVideoStage)
+
+
+MODELS = {"data": [{"id": MODEL}]}
+FIELDS = {"prompt": "a boat", "size": "64x64"}
+SUBMIT, POLL, LIST = ("POST", "/v1/videos"), ("GET", "/v1/videos/a"), ("GET", "/v1/videos")
+
+
+def servers_with(answers, timeout_s=5.0):
+    """Return the client of a server that gives these answers: (method, path) -> content, status, or a function of neither."""
+    requests = []
+
+    def answer(request):
+        requests.append((request.method, request.url.path))
+        content = {("GET", "/v1/models"): MODELS, LIST: {"data": []}, **answers}.get(requests[-1], b"")
+        content = content() if callable(content) else content
+        if isinstance(content, int):
+            return httpx2.Response(content, headers={"Location": "/"}, json={})
+        body = {"content": content} if isinstance(content, bytes) else {"json": content}
+        return httpx2.Response(200, headers={"Date": "Mon, 30 Nov 2026 00:00:00 GMT"}, **body)
+
+    reported = video_server.model_digest(MODEL, "", httpx2.Response(200, json=MODELS))
+    servers = VideoServers(MODEL, reported, ("http://video",), {}, timeout_s, lambda percent: None)
+    servers._http = httpx2.Client(transport=httpx2.MockTransport(answer))
+    return servers, requests
+
+
+def job(**fields):
+    return {"id": "a", "status": "completed", **fields}
+
+
+@pytest.mark.parametrize(
+    ("answers", "error", "message"),
+    [
+        ({SUBMIT: []}, ServerFailed, "no response to 3 submissions: .*got '.*', must be JSON"),
+        ({SUBMIT: {"status": "queued"}}, ServerFailed, "no response to 3 submissions: .*got '.*', must be JSON"),
+        ({SUBMIT: 301}, StageError, "/v1/videos: 301"),
+        ({SUBMIT: 500, LIST: {"data": None}}, ServerFailed, "/v1/videos.*, must be JSON"),
+        ({SUBMIT: 500, LIST: {"data": [job(created_at="today")]}}, ServerFailed, "/v1/videos.*, must be JSON"),
+        ({POLL: job(status="failed", error="no memory")}, ServerFailed, "the job a failed: no memory"),
+        ({POLL: job(status="failed", error=["no memory"])}, ServerFailed, "the job a failed: .*no memory"),
+        ({POLL: job(status="in_progress", progress="half")}, ServerFailed, "took longer than 0 s$"),
+        ({POLL: 503}, ServerFailed, "took longer than 0 s: 503"),
+    ],
+)
+def test_answers_of_another_form_are_errors_of_the_server(answers, error, message):
+    servers, _ = servers_with({SUBMIT: job(), **answers}, timeout_s=0.3)
+    with pytest.raises(error, match=message):
+        servers.clip("key", FIELDS, None, {}, lambda content, found: content)
+
+
+def test_nothing_is_submitted_to_a_server_without_the_model():
+    servers, requests = servers_with({("GET", "/v1/models"): {"data": [{"id": "other"}]}})
+    for _ in range(2):
+        with pytest.raises(SetupError, match="has no model"):
+            servers.clip("key", FIELDS, None, {}, lambda content, found: content)
+    assert SUBMIT not in requests
+
+
+def test_search_of_a_job_begins_at_its_submission(monkeypatch):
+    servers, _ = servers_with({SUBMIT: job(), POLL: job()})
+    store, now = {}, time.monotonic
+    servers.clip("first", FIELDS, None, store, lambda content, found: content)
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 1000)
+    servers.clip("second", FIELDS, None, store, lambda content, found: content)
+    first, second = (RemoteJob.model_validate_json(store[key]).since for key in ("first", "second"))
+    assert second - first == pytest.approx(1000, abs=60)
+
+
+def test_found_job_is_left_to_the_step_whose_response_comes_later():
+    """Two steps with the same prompt: one submission has no response, the response of the other is under way."""
+    store = {}
+
+    def other_response():
+        servers._put(RemoteJob(key="other", server="http://video", id="a"), store)
+        return job()
+
+    submissions = iter([500, job(id="b")])
+    servers, requests = servers_with(
+        {
+            SUBMIT: lambda: next(submissions),
+            LIST: {"data": [job(created_at=9e9)]},
+            POLL: other_response,
+            ("GET", "/v1/videos/a/content"): b"clip of other",
+            ("GET", "/v1/videos/b"): job(id="b"),
+            ("GET", "/v1/videos/b/content"): b"clip of own",
+        }
+    )
+    assert servers.clip("own", FIELDS, None, store, lambda content, found: content) == (b"clip of own", 2)
+    assert RemoteJob.model_validate_json(store["other"]).id == "a"
+    assert not any(method == "DELETE" for method, _ in requests)

@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vidgen_ray.cli.command_help import MACHINE, in_group
-from vidgen_ray.cli.models import default_references, default_shot
+from vidgen_ray.cli.models import FACES, default_references, default_shot
 from vidgen_ray.cli.options import JsonOption, ProfileOption
 from vidgen_ray.errors import SetupError, VidgenError
 from vidgen_ray.graph import STAGES, clip_length, file_sizes
@@ -37,6 +37,7 @@ from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.stages.speed import missing_compiler
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.quantities import stdout_console
+from vidgen_ray.weights import REMOTE
 from vidgen_ray.weights.inventory import LocalWeights, local_weights
 from vidgen_ray.weights.ledger import WeightLicence, accepted_licences
 
@@ -392,6 +393,18 @@ def check_weights(profile: str, weights: Iterable[LocalWeights], needed: Collect
     return findings
 
 
+def check_servers(profile: Profile) -> Iterator[Finding]:
+    """A server of each stage that servers compute must respond, and have the model."""
+    for stage in STAGES:
+        if stage.actor not in profile.actors or not profile.actors[stage.actor].weights.startswith(REMOTE):
+            continue
+        try:
+            profile.params(stage)
+            yield Finding("servers", "pass", f"{stage.name}: a server responds and has the model")
+        except VidgenError as error:
+            yield Finding("servers", "fail", str(error), f"start the servers, or correct actors.{stage.actor} of the profile")
+
+
 def check_licences(profile: str, licences: Iterable[WeightLicence | None], accepted: set[str]) -> Finding:
     """Licences that restrict the use of the weights must have been accepted."""
     restricted = {licence.id: licence for licence in licences if licence is not None and licence.needs_acceptance}
@@ -403,8 +416,6 @@ def check_licences(profile: str, licences: Iterable[WeightLicence | None], accep
 
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
-FACES = "instantid"
-"""Actor of the face stage, which uses onnxruntime."""
 
 
 @in_group(MACHINE)
@@ -458,6 +469,7 @@ def _findings(profile: Profile, name: str) -> Iterator[Finding | None]:
     yield check_ray_token()
     needed = default_references(profile)
     yield from check_weights(name, weights, needed)
+    yield from check_servers(profile)
     yield check_licences(name, (licences[reference] for reference in needed), accepted_licences())
     yield check_plan(profile, this_machine(), memory_limit_gb())
 

@@ -26,6 +26,7 @@ from vidgen_ray.script.read import iter_script
 from vidgen_ray.shot import Shot
 from vidgen_ray.system.files import load_yaml
 from vidgen_ray.system.quantities import count, size, stdout_console, table_of
+from vidgen_ray.weights import REMOTE
 from vidgen_ray.weights.inventory import local_weights
 from vidgen_ray.weights.ledger import WeightLicence, accept_licences, accepted_licences, licence_of
 
@@ -119,7 +120,8 @@ def check(
         typer.echo(json.dumps(results))
     else:
         for result in results:
-            typer.echo(f"{'FAIL' if result['problems'] else 'ok':<5}{result['reference']}")
+            unchecked = " (on a server: `vidgen doctor` asks it)" if result["state"] == "on a server" else ""
+            typer.echo(f"{'FAIL' if result['problems'] else 'ok':<5}{result['reference']}{unchecked}")
             for problem in result["problems"]:
                 typer.echo(f"     {problem}", err=True)
         typer.echo(f"{len(results) - failed} of {len(results)} weights are usable")
@@ -214,7 +216,7 @@ def _print_planned(nodes: Sequence[PullResult], licences: Mapping[str, WeightLic
             gb = (
                 [f"{n_bytes / 1e9:.2f}" for n_bytes in (one.size_bytes, one.downloaded_bytes)]
                 if one.files
-                else ["built in", ""]
+                else ["on a server" if one.reference.startswith(REMOTE) else "built in", ""]
             )
             table.add_row(escape(one.reference), str(one.files or ""), *gb, escape(licence.licence if licence else "unknown"))
         if node.node is not None:
@@ -305,9 +307,14 @@ def _wanted(names: Sequence[str], profile: str, actors: Sequence[str] | None, *,
     return list(found.values())
 
 
+FACES = "instantid"
+"""Actor of the face stage, which uses onnxruntime."""
+
+
 def default_shot(profile: Profile) -> Shot:
-    """Return a shot with a prompt and a face, and nothing else but the defaults of the profile."""
-    fields = {"prompt": "a portrait", "face_image": str(example("faces/astronaut.jpg"))}
+    """Return a shot with a prompt, a face if the profile has its stage, and nothing else but the defaults of the profile."""
+    face = {"face_image": str(example("faces/astronaut.jpg"))} if FACES in profile.actors else {}
+    fields = {"prompt": "a portrait", **face}
     return check_shot(fields, "the default chain", profile.defaults)
 
 

@@ -161,7 +161,7 @@ def _facts(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, co
         of_servers = f", {money(planned.server_cost, planned.currency)} of it for servers"
         yield "cost", money(planned.cost, planned.currency) + (of_servers if planned.server_cost and on_gpus else "")
     else:
-        yield "cost", "unknown; pass --price" if on_gpus else "none: a run without GPUs has no price"
+        yield "cost", "unknown; pass --price" if on_gpus else "none: a run without GPUs and priced servers has no price"
     yield "disk", f"about {size(planned.output_bytes)} of outputs"
     sizes = ", ".join(f"{size(n_bytes)} ({mode})" for mode, n_bytes in planned.cache_bytes.items() if n_bytes)
     yield "cache", f"about {sizes}; --cache {DEFAULT_CACHE} is the default" if sizes else "nothing to keep"

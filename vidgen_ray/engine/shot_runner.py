@@ -99,7 +99,7 @@ class StepResults(NamedTuple):
 
     def shared(self) -> StepResults:
         """Return the results for another shot that reuses them. Its records count as cached."""
-        free = {"cached": True, "gpu_seconds": 0.0, "seconds": 0.0, "adapter_loads": 0}
+        free = {"cached": True, "gpu_seconds": 0.0, "seconds": 0.0, "adapter_loads": 0, "price": None}
         return self._replace(records=tuple(record.model_copy(update=free) for record in self.records))
 
 

@@ -266,7 +266,8 @@ class Worker:
         """Return the stage, divided among the GPUs of the worker if it has several and the stage can use them."""
         params = self._config.profile.params(stage)
         if self._spec.server:
-            params = params.model_copy(update={"server": self._spec.server})
+            others = (server for server in stage.places(params) if server != self._spec.server)
+            params = params.model_copy(update={"servers": (self._spec.server, *others)})
         divided = None if self._group is None else stage.divided(params)
         if self._group is not None and divided is not None:
             return self._group.divided(stage, divided)

@@ -140,9 +140,10 @@ class Plan:
         if self.cost is None:
             raise UsageError("--max-cost: the cost of this plan is unknown: pass --price PER_GPU_HOUR")
         if self.cost > max_cost:
+            gpus = f"{amount_text(self.gpu_hours)} GPU-hours" if self.gpu_hours else ""
+            what = " and ".join(filter(None, (gpus, "servers" if self.server_cost else "")))
             raise TooExpensive(
-                f"the plan costs {money(self.cost, self.currency)} for {amount_text(self.gpu_hours)} GPU-hours"
-                f"{' and servers' if self.server_cost else ''}, "
+                f"the plan costs {money(self.cost, self.currency)} for {what}, "
                 f"--max-cost allows {amount_text(max_cost)}; render fewer shots, use fewer steps, or raise --max-cost"
             )
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
+from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,20 +38,23 @@ MARGIN = 0.1
 """A clip is that of another job if it begins with the image of that one, and this much less with its own."""
 REMEMBERED = 1024
 """Start images and digests of clips that are kept."""
+OWN_FIELDS = {
+    *("model", "prompt", "negative_prompt", "size", "seed", "num_inference_steps", "guidance_scale"),
+    *("num_frames", "fps", "input_reference", "n", "response_format"),
+}
+"""Fields of requests that the shot decides."""
 
 
 class RemoteParams(StageParams):
-    servers: Annotated[tuple[str, ...], NOT_IN_KEY] = Field(min_length=1)
-    """URLs of servers with this model, such as `http://video:8000`. Each gets a worker."""
-    server: Annotated[str, NOT_IN_KEY] = ""
-    """The server of this worker. Empty: the first one."""
+    servers: Annotated[tuple[str, ...], NOT_IN_KEY]
+    """URLs of servers with this model, such as `http://video:8000`. Each gets a worker, which has its own first."""
     key_env: Annotated[str | None, NOT_IN_KEY] = None
     """Environment variable with the key of the servers, on every node."""
     parallel: Annotated[int, NOT_IN_KEY] = Field(4, ge=1, le=1024)
     """Shots that a server has at once."""
     timeout_s: Annotated[float, NOT_IN_KEY] = Field(1800, gt=0)
-    """That of the actor."""
-    price_per_second: Annotated[float | None, NOT_IN_KEY] = Field(None, ge=0)
+    """`timeout_s` of the actor."""
+    price_per_second: Annotated[float | None, NOT_IN_KEY] = Field(None, ge=0, allow_inf_nan=False)
     """Price of a second of a clip, or of an image."""
     size_multiple_px: Annotated[int, NOT_IN_KEY] = Field(16, ge=1)
     """Width and height must be multiples of this."""
@@ -64,12 +68,26 @@ class RemoteParams(StageParams):
     reported: str = ""
     """Digest of what the servers say of the model."""
 
-    @field_validator("servers")
+    @field_validator("weights")
     @classmethod
-    def _check_servers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := [url for url in value if not url.startswith(("http://", "https://"))]:
-            raise ValueError(f"{wrong[0]} must be a URL with http:// or https://")
-        return tuple(url.rstrip("/").removesuffix("/v1") for url in value)
+    def _check_weights(cls, value: Path) -> Path:
+        if not str(value).startswith(REMOTE) or str(value) == REMOTE:
+            raise ValueError(f"must be {REMOTE}NAME, with the name of a model in `/v1/models` of the servers")
+        return value
+
+    @field_validator("servers", mode="before")
+    @classmethod
+    def _check_servers(cls, value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list | tuple) or not value or not all(map(_is_url, value)):
+            raise ValueError("must be a list of URLs such as http://video:8000, without user and query")
+        return tuple(dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in value))
+
+    @field_validator("fields")
+    @classmethod
+    def _check_fields(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if own := sorted(value.keys() & OWN_FIELDS):
+            raise ValueError(f"{own[0]} is that of the shot; leave it out, and use the fields of shots")
+        return value
 
     @property
     def model(self) -> str:
@@ -110,11 +128,10 @@ class _RemoteStage(Stage[RemoteParams]):
 
     def load(self) -> None:
         params = self.params
-        first = params.server or params.servers[0]
         self.servers = VideoServers(
             params.model,
             params.reported,
-            (first, *(each for each in params.servers if each != first)),
+            params.servers,
             auth_headers(params.key_env),
             params.timeout_s * DEADLINE_SHARE,
             lambda percent: report_progress(self.name, percent, 100 if percent else 0),
@@ -170,15 +187,14 @@ class RemoteImageStage(_RemoteStage):
 
     def run(self, item: Item) -> Artefacts:
         body = {**self.request_fields(item.shot), "prompt": item.shot.prompt, "n": 1, "response_format": "b64_json"}
-        response = self.servers.image(item.key or _digest(json.dumps(body, sort_keys=True).encode()), body)
+        content = self.servers.image(item.key or _digest(json.dumps(body, sort_keys=True).encode()), body)
         try:
-            content = base64.b64decode(response["data"][0]["b64_json"], validate=True)
             with tempfile.NamedTemporaryFile(prefix="vidgen-", suffix=".png") as file:
-                file.write(content)
+                file.write(base64.b64decode(content, validate=True))
                 file.flush()
                 return {"image": read_image(Path(file.name))}
-        except (KeyError, IndexError, TypeError, ValueError, MediaError) as error:
-            raise ServerFailed(f"the server answered with no image in b64_json: {error}") from None
+        except (ValueError, MediaError):
+            raise ServerFailed("the server answered with no image in `b64_json`") from None
 
 
 class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
@@ -273,6 +289,14 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
             among[name] = value
             if len(among) > REMEMBERED:
                 among.popitem(last=False)
+
+
+def _is_url(value: object) -> bool:
+    try:
+        url = urlsplit(value if isinstance(value, str) else "")
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and not (url.username or url.query)
+    except ValueError:
+        return False
 
 
 def _check_size(params: RemoteParams, shot: Shot) -> None:

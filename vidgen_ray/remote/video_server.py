@@ -18,12 +18,13 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import httpx2
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vidgen_ray.errors import Cancelled, OtherWeights, SetupError, StageError
+from vidgen_ray.errors import Cancelled, OtherWeights, SetupError, StageError, shortened
 from vidgen_ray.stages.base import JobRecords
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
 CONNECT_S, RESPONSE_S = 10.0, 120.0
 """Timeouts of a connection and of a response. A job takes longer, but its requests do not."""
@@ -79,12 +80,39 @@ class RemoteJob(BaseModel):
     """It has failed, was cancelled or is lost. The next one is another submission."""
 
 
+class _Job(BaseModel):
+    """State of a job at its server."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+    id: str
+    status: str = ""
+    created_at: float = 0
+    prompt: str | None = None
+    size: str | None = None
+    progress: Any = None
+    error: Any = None
+
+
+class _Jobs(BaseModel):
+    data: list[_Job]
+
+
+class _Image(BaseModel):
+    b64_json: str
+
+
+class _Images(BaseModel):
+    data: list[_Image] = Field(min_length=1)
+
+
 def auth_headers(key_env: str | None) -> dict[str, str]:
     """Return the headers with the key in this environment variable. Raises SetupError if it is not set."""
     if key_env is None:
         return {}
     if not (key := os.environ.get(key_env)):
         raise SetupError(f"key_env: the environment variable {key_env} is not set; set it on every node before Ray starts")
+    if not (key.isascii() and key.isprintable()):
+        raise SetupError(f"key_env: {key_env} has a line break or another character that no key has; set it without")
     return {"Authorization": f"Bearer {key}"}
 
 
@@ -106,6 +134,8 @@ def model_digest(model: str, server: str, response: httpx2.Response) -> str:
     """Return a digest of what `/v1/models` says of the model, such as its name and revision. Raises SetupError without it."""
     if response.status_code in (401, 403):
         raise SetupError(f"{server}: refuses the key: {_error_text(response)}; set `key_env`, and the variable that it names")
+    if response.is_redirect:
+        raise SetupError(f"{server}: redirects to {response.headers.get('location')}; write the server's own URL in `servers`")
     try:
         entries = {str(entry["id"]): entry for entry in response.json()["data"]}
     except (ValueError, KeyError, TypeError):
@@ -136,13 +166,12 @@ class VideoServers:
         self._on_progress = on_progress
         # Each caller has a connection of its own.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-        timeout = httpx2.Timeout(RESPONSE_S, connect=CONNECT_S)
-        self._http = httpx2.Client(headers=dict(headers), timeout=timeout, limits=limits, follow_redirects=True)
+        self._http = httpx2.Client(headers=dict(headers), limits=limits)
         self._finding = threading.Lock()
         self._is_verified = False
         """The server has the model, and has responded to all requests since."""
-        self._time: dict[str, float] = {}
-        """Server -> its last time in seconds since 1970, by its own clock."""
+        self._clocks: dict[str, float] = {}
+        """Server -> its time in seconds since 1970, by its own clock, when the monotonic clock of this process is 0."""
 
     def close(self) -> None:
         self._http.close()
@@ -162,39 +191,45 @@ class VideoServers:
             try:
                 self._verify(deadline)
                 job = self._accepted(job, fields, image, store, deadline)
-                return self._result(job, fields, check, deadline), job.submits
-            except (_JobEnded, Cancelled, TimeoutError) as error:
-                self._end(job, store, is_known=isinstance(error, _JobEnded))
-                if isinstance(error, TimeoutError):
-                    raise ServerFailed(f"{self._server}: took longer than {self._timeout_s:.0f} s") from None
-                if isinstance(error, Cancelled):
-                    raise
-                if error.error is not None:
-                    raise error.error from None
+                return self._result(job, fields, store, check, deadline), job.submits
+            except _JobEnded as ended:
+                self._end(job, store, is_known=True)
+                if ended.error is not None:
+                    raise ended.error from None
+            except TimeoutError as error:
+                self._end(job, store, is_known=False)
+                raise self._too_late(error) from None
+            except (Cancelled, KeyboardInterrupt):
+                self._end(job, store, is_known=False)
+                raise
         raise ServerFailed(f"{self._server}: lost the job after each of {SUBMITS} submissions")
 
-    def image(self, key: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the response to a request of an image. A request without a response is repeated. Raises as `clip`."""
+    def image(self, key: str, body: Mapping[str, Any]) -> str:
+        """Return an image in base64. A request without a response is repeated. Raises as `clip`."""
         deadline = time.monotonic() + self._timeout_s
         try:
             self._verify(deadline)
             for number in range(SUBMITS):
                 with suppress(_Unanswered):
                     headers = {"Idempotency-Key": key}
-                    return _json_of(self._post("/v1/images/generations", deadline, json=dict(body), headers=headers))
+                    response = self._post("/v1/images/generations", deadline, json=dict(body), headers=headers)
+                    return _parsed(_Images, response).data[0].b64_json
                 self._sleep(RETRY_S[0] * 2**number, deadline)
-        except TimeoutError:
-            raise ServerFailed(f"{self._server}: took longer than {self._timeout_s:.0f} s") from None
+        except TimeoutError as error:
+            raise self._too_late(error) from None
         raise ServerFailed(f"{self._server}: no response to {SUBMITS} requests of an image")
+
+    def _too_late(self, error: TimeoutError) -> ServerFailed:
+        reason = f": {error}" if str(error) else ""
+        return ServerFailed(f"{self._server}: took longer than {self._timeout_s:.0f} s{reason}")
 
     def _verify(self, deadline: float) -> None:
         """Raise OtherWeights if the server has another model than at planning, such as after a restart."""
         if not self._is_verified:
             response = self._request("GET", self._server, "/v1/models", deadline)
-            self._is_verified = True
             if (found := model_digest(self._model, self._server, response)) != self._reported:
-                self._is_verified = False
                 raise OtherWeights(f"{self._server}: describes {self._model} as {found}, must be as planned: {self._reported}")
+            self._is_verified = True
 
     # Submission
 
@@ -207,7 +242,8 @@ class VideoServers:
     ) -> RemoteJob:
         """Return a job that a server has accepted, with its id: the stored one, or a new one."""
         if job.ended or job.server not in (self._server, *self._others):
-            since = self._time.get(self._server, 0.0)
+            clock = self._clocks.get(self._server)
+            since = 0.0 if clock is None else clock + time.monotonic()
             job = self._put(RemoteJob(key=job.key, server=self._server, since=since, submits=job.submits + 1), store)
         elif job.id is None:
             job = self._find(job, fields, store, deadline)
@@ -219,9 +255,9 @@ class VideoServers:
             if job.server != self._server:
                 job = self._put(job.model_copy(update={"server": self._server, "since": 0.0}), store)
             try:
-                accepted = _json_of(self._post("/v1/videos", deadline, data=dict(fields), files=files, headers=headers))
-                job = self._put(job.model_copy(update={"id": str(accepted["id"])}), store)
-            except (_Unanswered, KeyError) as error:
+                accepted = _parsed(_Job, self._post("/v1/videos", deadline, data=dict(fields), files=files, headers=headers))
+                job = self._put(job.model_copy(update={"id": accepted.id}), store)
+            except (_Unanswered, WrongAnswer) as error:
                 problem = error
                 self._sleep(RETRY_S[0] * 2**attempt, deadline)
                 job = self._find(job, fields, store, deadline)
@@ -243,32 +279,35 @@ class VideoServers:
             query = {"limit": LISTED, "order": "desc"}
             listed = self._request("GET", job.server, "/v1/videos", deadline, params=query)
             ids = [
-                entry["id"]
-                for entry in (_json_of(listed).get("data", []) if listed.status_code != 404 else [])
-                if entry.get("created_at", 0) >= int(job.since)
-                and entry.get("status") in (*UNFINISHED, "completed")
-                and all(entry.get(name, fields[name]) == fields[name] for name in ("prompt", "size"))
-                and store.get(_claim(job.server, entry["id"])) is None
+                entry.id
+                for entry in (_parsed(_Jobs, listed).data if listed.status_code != 404 else [])
+                if entry.created_at >= int(job.since)
+                and entry.status in (*UNFINISHED, "completed")
+                and all(getattr(entry, name) in (None, fields[name]) for name in ("prompt", "size"))
+                and _owner(job.server, entry.id, store) in (None, job.key)
             ]
             return self._put(job.model_copy(update={"id": ids[0], "found": True}), store) if len(ids) == 1 else job
 
     def _put(self, job: RemoteJob, store: JobRecords) -> RemoteJob:
-        store[job.key] = job.model_dump_json().encode()
+        record = job.model_dump_json().encode()
         if job.id is not None:
-            store[_claim(job.server, job.id)] = job.model_dump_json().encode()
+            store[_claim(job.server, job.id)] = record
+        store[job.key] = record
         return job
 
     def _end(self, job: RemoteJob, store: JobRecords, *, is_known: bool) -> None:
         """Record that a job has ended. If the server does not know that yet, it is deleted there."""
-        if not job.ended and not is_known and job.id is not None:
+        if not job.ended and not is_known and job.id is not None and _owner(job.server, job.id, store) == job.key:
             with suppress(httpx2.HTTPError):
                 self._http.delete(f"{job.server}/v1/videos/{job.id}", timeout=CONNECT_S)
         if not job.ended and (is_known or job.id is not None):
-            self._put(job.model_copy(update={"ended": True}), store)
+            store[job.key] = job.model_copy(update={"ended": True}).model_dump_json().encode()
 
     # Result
 
-    def _result(self, job: RemoteJob, fields: Mapping[str, str], check: Callable[[bytes, bool], T], deadline: float) -> T:
+    def _result(
+        self, job: RemoteJob, fields: Mapping[str, str], store: JobRecords, check: Callable[[bytes, bool], T], deadline: float
+    ) -> T:
         """Wait for a job and return its checked clip. Raises _JobEnded, TimeoutError and ServerFailed."""
         for attempt in range(ANSWERS):
             try:
@@ -276,6 +315,9 @@ class VideoServers:
                 content = self._request("GET", job.server, f"/v1/videos/{job.id}/content", deadline)
                 if content.status_code == 404:
                     raise WrongAnswer(f"{job.server}: the job {job.id} is completed, but has no content")
+                if job.found and _owner(job.server, str(job.id), store) != job.key:
+                    # It was submitted by a step whose response came later than the list of jobs.
+                    raise _JobEnded
                 return check(content.content, job.found)
             except WrongAnswer as error:
                 problem = error
@@ -288,16 +330,17 @@ class VideoServers:
             response = self._request("GET", job.server, f"/v1/videos/{job.id}", deadline)
             if response.status_code == 404:
                 raise _JobEnded
-            state = _json_of(response)
-            if state.get("id", job.id) != job.id or state.get("prompt", fields["prompt"]) != fields["prompt"]:
+            state = _parsed(_Job, response)
+            if state.id != job.id or state.prompt not in (None, fields["prompt"]):
                 raise WrongAnswer(f"{job.server}: answered with another job than {job.id}")
-            if state.get("status") == "completed":
+            if state.status == "completed":
                 return
-            if state.get("status") not in UNFINISHED:
-                why = (state.get("error") or {}).get("message") or f"its status is {state.get('status')}"
+            if state.status not in UNFINISHED:
+                why = _message_of(state.error) or f"its status is {state.status!r}"
                 raise _JobEnded(ServerFailed(f"{job.server}: the job {job.id} failed: {why}"))
             pause_s = POLL_SHARE * (time.monotonic() - started)
-            self._sleep(min(POLL_S[1], max(POLL_S[0], pause_s)), deadline, int(state.get("progress") or 0))
+            percent = int(state.progress) if isinstance(state.progress, int | float) and 0 <= state.progress <= 100 else 0
+            self._sleep(min(POLL_S[1], max(POLL_S[0], pause_s)), deadline, percent)
 
     # Requests
 
@@ -308,48 +351,57 @@ class VideoServers:
         ServerFailed if the server does not respond while another one does, and TimeoutError at the deadline.
         """
         failing_since: float | None = None
+        # A redirected POST would become a GET.
+        arguments["follow_redirects"] = method == "GET"
         for pause_s in _pauses():
             try:
-                response = self._http.request(method, f"{server}{path}", **arguments)
-            except httpx2.TransportError as error:
+                left_s = max(1.0, min(RESPONSE_S, deadline - time.monotonic()))
+                timeout = httpx2.Timeout(left_s, connect=min(CONNECT_S, left_s))
+                response = self._http.request(method, f"{server}{path}", timeout=timeout, **arguments)
+            except httpx2.RequestError as error:
                 problem = f"{type(error).__name__}: {error}"
                 self._is_verified = False
                 if method == "POST" and not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
                     raise _Unanswered(problem) from None
             else:
-                status, problem = response.status_code, _error_text(response)
+                status = response.status_code
+                problem = f"{status}: {_error_text(response)}"
                 with suppress(KeyError, ValueError):
-                    self._time[server] = parsedate_to_datetime(response.headers["date"]).timestamp()
+                    date = parsedate_to_datetime(response.headers["date"])
+                    self._clocks[server] = date.timestamp() - time.monotonic()
                 if response.is_success or status == 404:
                     return response
                 if status == 429 or (status == 503 and "retry-after" in response.headers):
                     failing_since = None
-                    self._sleep(_retry_after_s(response, pause_s), deadline)
+                    self._sleep(_retry_after_s(response, pause_s), deadline, problem=problem)
                     continue
                 if status < 500 and status != 408:
-                    raise StageError(f"{server}{path}: {status}: {problem}")
+                    raise StageError(f"{server}{path}: {problem}")
                 if method == "POST" and status != 503:
-                    raise _Unanswered(f"{status}: {problem}")
+                    raise _Unanswered(problem)
             failing_since = failing_since or time.monotonic()
             others = [other for other in (self._server, *self._others) if other != server]
             if time.monotonic() - failing_since > PATIENCE_S and any(map(self._responds, others)):
                 # A job of another server is submitted to the own one.
                 raise ServerFailed(f"{server}{path}: {problem}") if server == self._server else _JobEnded
-            self._sleep(pause_s, deadline)
+            self._sleep(pause_s, deadline, problem=problem)
         raise AssertionError("pauses do not end")
 
     def _responds(self, server: str) -> bool:
         try:
             return self._http.get(f"{server}/v1/models", timeout=CONNECT_S).status_code < 500
-        except httpx2.TransportError:
+        except httpx2.RequestError:
             return False
 
-    def _sleep(self, seconds: float, deadline: float, percent: int = 0) -> None:
-        """Sleep in short pieces, so that a cancelled call ends soon. Raises Cancelled, and TimeoutError at the deadline."""
+    def _sleep(self, seconds: float, deadline: float, percent: int = 0, problem: str = "") -> None:
+        """Sleep in short pieces, so that a cancelled call ends soon. Raises Cancelled, and TimeoutError at the deadline.
+
+        `problem`: why it waits.
+        """
         until = time.monotonic() + seconds
         while (now := time.monotonic()) < until:
             if now > deadline:
-                raise TimeoutError
+                raise TimeoutError(problem)
             self._on_progress(percent)
             time.sleep(min(until - now, 1.0))
 
@@ -357,6 +409,12 @@ class VideoServers:
 def _claim(server: str, job_id: str) -> str:
     """Return the name of the record that tells to which step a job belongs."""
     return hashlib.sha256(f"{server} {job_id}".encode()).hexdigest()
+
+
+def _owner(server: str, job_id: str, store: JobRecords) -> str | None:
+    """Return the key of the step to which a job belongs. `None` if no step has it."""
+    content = store.get(_claim(server, job_id))
+    return RemoteJob.model_validate_json(content).key if content else None
 
 
 def _pauses() -> Iterator[float]:
@@ -372,11 +430,11 @@ def _retry_after_s(response: httpx2.Response, default: float) -> float:
     return default
 
 
-def _json_of(response: httpx2.Response) -> dict[str, Any]:
-    with suppress(ValueError):
-        if isinstance(content := response.json(), dict):
-            return content
-    raise WrongAnswer(f"{response.url}: got no JSON object")
+def _parsed(model: type[M], response: httpx2.Response) -> M:
+    try:
+        return model.model_validate_json(response.content)
+    except ValidationError:
+        raise WrongAnswer(f"{response.url}: got {shortened(response.text)}, must be JSON as of OpenAI's API") from None
 
 
 def _error_text(response: httpx2.Response) -> str:
@@ -385,6 +443,10 @@ def _error_text(response: httpx2.Response) -> str:
         return ""
     with suppress(ValueError, AttributeError):
         content = response.json()
-        error = content.get("error") or content.get("detail") or content
-        return str(error.get("message", error) if isinstance(error, dict) else error)[:300]
+        return _message_of(content.get("error") or content.get("detail") or content)
     return response.text[:300]
+
+
+def _message_of(error: Any) -> str:
+    message = error.get("message") if isinstance(error, dict) else None
+    return str(message or error or "")[:300]
