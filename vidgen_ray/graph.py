@@ -1,4 +1,4 @@
-"""The graph: which stages there are, and which of them a shot passes, in order."""
+"""The graph: the stages, and those that a shot passes, in order."""
 
 from __future__ import annotations
 

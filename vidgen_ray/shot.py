@@ -202,7 +202,7 @@ class Shot(_Frozen):
     """
 
     id: str | None = Field(
-        None, description="Name of the shot, unique in the script. Default: derived from the content of the line."
+        None, description="Name of the shot, unique in the script. Default: derived from the line's content."
     )
     prompt: str = Field(min_length=1, max_length=MAX_TEXT, description="Text to render.")
     negative_prompt: str | None = Field(
@@ -227,7 +227,7 @@ class Shot(_Frozen):
 
     image_model: Literal["flux", "klein", "remote"] = Field(
         "flux",
-        description="Model of the base image and of `lora`: flux (FLUX.1), klein (FLUX.2 klein) or remote (that of a server). "
+        description="Model of the base image and of `lora`: FLUX.1, FLUX.2 klein or (remote) that of a server. "
         "klein has no LoRA stage: its LoRAs are active while it draws. remote has no LoRAs and no identity.",
     )
     width: int = Field(
@@ -235,9 +235,9 @@ class Shot(_Frozen):
         description=f"Width in pixels, a multiple of {MIN_MULTIPLE_PX} from {MIN_SIDE_PX} to {MAX_SIDE_PX}; for video of "
         f"{_by_model('{size_multiple_px} with {name}')}.",
     )
-    height: int = Field(576, description="Height in pixels. Same rules as for the width.")
+    height: int = Field(576, description="Height in pixels. Same rules as for width.")
     image: str | None = Field(
-        None, description="Start image, used in place of the generated base image. Scaled and cropped to the shot's size."
+        None, description="Start image in place of the base image. Scaled and cropped to the shot's size."
     )
     last_image: str | None = Field(
         None, description="Image that the clip ends with, for video_model wan with I2V-A14B. Scaled and cropped as `image`."
@@ -251,7 +251,7 @@ class Shot(_Frozen):
     )
 
     face_image: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        (), description="One or more photos of the same face. The keypoints are taken from the first photo."
+        (), description="Photos of the same face. The keypoints are those of the first photo."
     )
     face_index: int | None = Field(
         None,
@@ -303,8 +303,7 @@ class Shot(_Frozen):
     generate_video: bool = Field(True, description="Generate a clip from the image. false: render the image only.")
     video_model: VideoModelName = Field(
         DEFAULT_MODEL,
-        description=f"Video model: {', '.join(VIDEO_MODELS)}. The profile must have it. The prompt is read by "
-        f"{', '.join(PROMPTED_MODELS)}.",
+        description=f"Video model. The profile must have it. The prompt is read by {', '.join(PROMPTED_MODELS)}.",
     )
     motion_prompt: str | None = Field(
         None, max_length=MAX_TEXT, description="Text appended to the prompt for the video model: what moves, and how."
@@ -318,14 +317,14 @@ class Shot(_Frozen):
         25,
         ge=MIN_FRAMES,
         le=MAX_FRAMES,
-        description=f"Number of frames in the clip: {_by_model('{frame_step}k + 1 for {name}', STEPPED_MODELS)}. auto, which "
-        f"is the default of all models but {DEFAULT_MODEL}: the allowed number that is closest to 5 seconds.",
+        description=f"Number of frames in the clip: {_by_model('{frame_step}k + 1 for {name}', STEPPED_MODELS)}. auto, the "
+        f"default of all models but {DEFAULT_MODEL}: the allowed number closest to 5 seconds.",
     )
     extend: int = Field(
         0,
         ge=0,
         le=15,
-        description="Further passes of the video model, each from the last frame of the one before, joined into one clip of "
+        description="Further passes of the video model, each from the last frame of the one before: in total "
         "num_frames + extend x (num_frames - 1) frames.",
     )
     fps: int = Field(
@@ -335,7 +334,7 @@ class Shot(_Frozen):
         description=f"Frames per second. Default: {_by_model('{fps} for {name}')}.",
     )
     interpolation: Literal[1, 2, 4, 8] = Field(
-        1, description="Factor by which frame interpolation raises the frame rate; the clip lasts as long as before. 1: off."
+        1, description="Factor of the frame rate by frame interpolation; the clip lasts as long as before. 1: off."
     )
     fps_out: int | None = Field(
         None,
@@ -364,8 +363,8 @@ class Shot(_Frozen):
         None,
         ge=MIN_CROP_PX,
         multiple_of=2,
-        description="Width in pixels of the middle of the finished clip that is kept, after upscaling. The clip before "
-        "upscaling and the image are cut to the same share. Default: the whole width.",
+        description="Width in pixels of the middle of the finished clip that is kept. Clip before upscaling and image are "
+        "cut to the same share. Default: the whole width.",
     )
     crop_height: int | None = Field(
         None, ge=MIN_CROP_PX, multiple_of=2, description="Same as crop_width, for the height. Default: the whole height."

@@ -1,4 +1,4 @@
-"""Render a script: plan its lines, skip finished shots, render the rest and record the result of every line.
+"""Render a script: plan its lines, skip finished shots, render the rest, record every result.
 
 Or only estimate what is left.
 """

@@ -1,1 +1,1 @@
-"""Benchmarks of stages and chains: measurements, published configurations and random weights. The core never imports it."""
+"""Benchmarks of stages and chains, also with random weights. The core never imports it."""

@@ -1,4 +1,4 @@
-"""Run one shot after another through workers and encoders, with one plan in and one record or failure out.
+"""Run shots one by one through workers and encoders: a plan in, a record or failure out.
 
 Checks the likeness of its result.
 """

@@ -1,1 +1,1 @@
-"""Commands as Ray jobs, which use the cluster that they run on."""
+"""Commands as Ray jobs on the cluster that runs them."""

@@ -1,4 +1,4 @@
-"""The graph on Ray Serve: jobs that are stored before they are accepted, led through the stages, answered over HTTP.
+"""The server, on Ray Serve: HTTP API, stored jobs, and the director that leads them through the stages.
 
 Ray Serve's HTTP proxy imports this file at its start, so it imports little.
 """

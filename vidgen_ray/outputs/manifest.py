@@ -75,7 +75,7 @@ def _now() -> datetime:
 
 
 class _Columns(BaseModel):
-    """Result of one script line: the clip, its files, and all settings that made it.
+    """Result of one script line: the clip, its files and its settings.
 
     Columns that do not apply are null. Paths are relative to the output folder.
     """

@@ -33,7 +33,7 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 @dataclass(slots=True)
 class Line:
-    """A line of a script: first the fields that were read, and after `LineChecker.check` its shots or its errors."""
+    """A line of a script: its fields, and after `LineChecker.check` its shots or errors."""
 
     number: int
     """Line number in the file, from 1. For Parquet: row number, from 1. 0 for a shot that is not from a file."""

@@ -1,4 +1,4 @@
-"""The FLUX stages: the base image, the same image with the shot's LoRAs, and the refinement of an image by SDXL."""
+"""The FLUX stages: the base image, the image with the shot's LoRAs, and the refinement of SDXL's image."""
 
 from __future__ import annotations
 

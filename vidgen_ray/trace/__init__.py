@@ -1,1 +1,1 @@
-"""Traces of runs: what each worker did when, as a file for Perfetto or as OpenTelemetry spans."""
+"""Traces of runs, as a file for Perfetto or as OpenTelemetry spans."""
