@@ -267,13 +267,11 @@ class Worker:
         params = self._config.profile.params(stage)
         if self._spec.server:
             others = (server for server in stage.places(params) if server != self._spec.server)
-            params = params.model_copy(update={"servers": (self._spec.server, *others)})
+            made = stage(params.model_copy(update={"servers": (self._spec.server, *others)}))
+            made.jobs = self._config.outputs.remote_jobs
+            return made
         divided = None if self._group is None else stage.divided(params)
-        if self._group is not None and divided is not None:
-            return self._group.divided(stage, divided)
-        made = stage(params)
-        made.jobs = self._config.outputs.remote_jobs
-        return made
+        return stage(params) if self._group is None or divided is None else self._group.divided(stage, divided)
 
 
 def worker_class(parallel: int = 1) -> Any:
