@@ -179,15 +179,17 @@ def small_cluster(**head):
 def gpus_of_80_gb(count):
     """Let the nodes that are started report that each of their GPUs, `count` at most, has 80 GB."""
     path = os.environ["PATH"]
-    with tempfile.TemporaryDirectory(prefix="vidgen-test-") as folder:
-        program = Path(folder, "nvidia-smi")
-        program.write_text("#!/bin/sh\n" + count * "echo NVIDIA H100 80GB HBM3, 81559\n")
-        program.chmod(0o755)
-        os.environ["PATH"] = f"{folder}:{path}"
-        try:
-            yield
-        finally:
-            os.environ["PATH"] = path
+    # Processes of the nodes ask later, too.
+    folder = tempfile.mkdtemp(prefix="vidgen-test-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    program = Path(folder, "nvidia-smi")
+    program.write_text("#!/bin/sh\n" + count * "echo NVIDIA H100 80GB HBM3, 81559\n")
+    program.chmod(0o755)
+    os.environ["PATH"] = f"{folder}:{path}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = path
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from vidgen_ray.cli.plan import _facts
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
 from vidgen_ray.engine.shot_runner import StepResults
 from vidgen_ray.engine.worker_pool import RemoteArtefacts
-from vidgen_ray.errors import TooExpensive
+from vidgen_ray.errors import SetupError, TooExpensive
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.records import StepRecord
 from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan
@@ -74,6 +74,8 @@ def test_servers_leave_their_cpus_to_no_other_worker():
     assert (alone.gpu_hours, alone.cost) == (0, pytest.approx(3 * one.clip_frames / one.fps))
     with pytest.raises(TooExpensive, match="for servers, --max-cost"):
         alone.check_cost(1)
+    with pytest.raises(SetupError, match="no node for the workers of remote"):
+        plan(profile, demand_of([one]), Cluster(()))
     facts = dict(_facts(alone, profile, demand_of([one] * 3), Cluster((Node((), 4, 8),)), Counts(3, 0, 0, 0)))
     assert facts["cost"] == money(alone.cost, None)
 

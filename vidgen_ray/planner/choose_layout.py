@@ -455,12 +455,14 @@ class ServerSlot(NamedTuple):
 
 def _server_slots(profile: Profile, demand: Demand, cluster: Cluster) -> list[ServerSlot]:
     """Return the workers of the servers that compute stages of the demand, on the node with the most CPUs."""
-    node = max(range(len(cluster.nodes)), key=lambda number: cluster.nodes[number].cpus)
+    node = max(range(len(cluster.nodes)), key=lambda number: cluster.nodes[number].cpus, default=0)
     slots = []
     for stage in demand.stages:
         params = profile.options_of(stage)
         places = stage.places(params)
         price = stage.price(params, demand.billed.get(stage.name, 0.0)) or 0.0
+        if places and not cluster.nodes:
+            raise SetupError(f"{cluster}: no node for the workers of {stage.name}")
         for server, parallel in places.items():
             worker = WorkerSpec((stage.name,), profile.actor_of(stage).cpus, 0.0, server=server, parallel=parallel)
             slots.append(ServerSlot(stage.name, Slot((worker,), 0.0), node, price / len(places)))
