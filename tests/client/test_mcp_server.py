@@ -188,7 +188,8 @@ def test_streamable_http_on_loopback(url):
                 async with Client(f"http://127.0.0.1:{port}/mcp") as client:
                     return (await client.call_tool("list_models")).structured_content
 
-            assert [model["id"] for model in asyncio.run(scenario())["result"]] == ["tiny", "tiny-fast", "tiny-wan", "tiny-ltx"]
+            models = [model["id"] for model in asyncio.run(scenario())["result"]]
+            assert models == ["tiny", "tiny-fast", "tiny-wan", "tiny-ltx", "tiny-remote"]
             mcp_url = f"http://127.0.0.1:{port}/mcp"
             # As a web page would send them, also after DNS rebinding.
             for foreign in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
