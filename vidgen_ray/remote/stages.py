@@ -106,7 +106,7 @@ class _RemoteStage(Stage[RemoteParams]):
 
     version: ClassVar[int] = 1
     uses_shot_seed: ClassVar[bool] = True
-    common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
+    common_settings: ClassVar[tuple[str, ...]] = ("steps",)
     weight_attributes: ClassVar[tuple[str, ...]] = ("servers",)
     Params: ClassVar[type[StageParams]] = RemoteParams
 
@@ -166,6 +166,7 @@ class RemoteImageStage(_RemoteStage):
     activity: ClassVar[str] = "Waiting for the image of a server"
     actor: ClassVar[str] = "remote_image"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"image_model": "remote"},)
+    common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
     reads: ClassVar[tuple[str, ...]] = (
         "prompt", "negative_prompt", "width", "height", "steps.remote_image", "guidance.remote_image", "seed",
     )  # fmt: skip
