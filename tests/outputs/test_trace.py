@@ -18,13 +18,12 @@ from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.trace.trace_command import spans_of
 
 WORKER, ENCODER = f"{RUN}/1/worker/0/0", f"{RUN}/1/encoder/0"
-NOW = datetime.now(UTC).timestamp() + 60
-"""Time of the first step, after the start of the run."""
 
 
 def attempt(shot, stage, outcome, start, seconds, worker=WORKER, number=1, waited=0.0, node="node-a", error=None):
     message = error and "out of luck"
-    return Attempt(shot, stage, number, outcome, NOW + start, seconds, waited, worker, node, error, message)
+    """Return an attempt that starts these seconds after the first step."""
+    return Attempt(shot, stage, number, outcome, start, seconds, waited, worker, node, error, message)
 
 
 ATTEMPTS = [
@@ -41,11 +40,14 @@ ATTEMPTS = [
 ]
 
 
-def record(storage):
-    with recorder(storage) as running:
-        for each in ATTEMPTS:
-            running.on_attempt(each)
+def record(storage, attempts=ATTEMPTS, **options):
+    """Record a run. Return the time of its first step, which is after its start."""
+    with recorder(storage, **options) as running:
+        first = datetime.now(UTC).timestamp() + 60
+        for each in attempts:
+            running.on_attempt(each._replace(started_at=first + each.started_at))
         running.on_message("waiting for 2 GPUs")
+    return first
 
 
 def read_trace(path, ended=True):
@@ -77,10 +79,10 @@ def read_trace(path, ended=True):
 def test_trace_has_a_row_per_worker_and_a_slice_per_attempt(tmp_path, url):
     for out in (str(tmp_path / "out"), url):
         storage = storage_at(out)
-        record(storage)
+        first = record(storage)
         assert main(["trace", out, "-o", str(tmp_path / "trace.json")]) == 0
         rows = read_trace(tmp_path / "trace.json", ended=False)
-        (start,) = [datetime.fromisoformat(line["at"]).timestamp() - NOW for line in read_run(storage, RUN) if "team" in line]
+        (start,) = [datetime.fromisoformat(line["at"]).timestamp() - first for line in read_run(storage, RUN) if "team" in line]
         shown = {
             row: [(each["name"], round(each["ts"] / 1e6 + start, 2), round(each["dur"] / 1e6, 2)) for each in slices]
             for row, slices in rows.items()
@@ -114,9 +116,8 @@ def test_trace_is_of_the_last_run_with_a_step_unless_another_is_named(tmp_path, 
     record(storage_at(out))
     for number, stage in (2, "flux"), (3, None):
         labels = LABELS.model_copy(update={"run": f"00000{number}"})
-        with recorder(storage_at(out), labels=labels) as running:
-            if stage:
-                running.on_attempt(attempt("a", stage, "done", 0, 1.0, f"00000{number}/1/worker/0/0"))
+        steps = [attempt("a", stage, "done", 0, 1.0, f"00000{number}/1/worker/0/0")] if stage else []
+        record(storage_at(out), steps, labels=labels)
     for options, slices in ([], 1), (["--run", RUN], len(ATTEMPTS)):
         assert main([*command, *options]) == 0
         assert sum(map(len, read_trace(path, ended=False).values())) == slices
@@ -154,7 +155,7 @@ def collector(monkeypatch):
 
 def test_spans_are_sent_with_the_same_ids_each_time(tmp_path, collector, monkeypatch, capsys):
     storage = storage_at(tmp_path)
-    record(storage)
+    first = record(storage)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=secret")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "films")
     command = ["trace", str(tmp_path), "--otlp"]
@@ -173,7 +174,7 @@ def test_spans_are_sent_with_the_same_ids_each_time(tmp_path, collector, monkeyp
     for span in spans:
         root = roots[span.trace_id]
         (shot,) = [each.value.string_value for each in span.attributes if each.key == "vidgen.shot"]
-        start, end = ((at / 1e9 - NOW) for at in (span.start_time_unix_nano, span.end_time_unix_nano))
+        start, end = ((at / 1e9 - first) for at in (span.start_time_unix_nano, span.end_time_unix_nano))
         times.append((shot, span.name, round(start, 2), round(end, 2)))
         if span is not root:
             assert span.parent_span_id == root.span_id
@@ -187,7 +188,7 @@ def test_spans_are_sent_with_the_same_ids_each_time(tmp_path, collector, monkeyp
         ("c", "shot", 11, 11),
     ]
     assert sorted(each for each in times if each[1] != "shot") == sorted(
-        (each.shot, each.stage, round(each.started_at - NOW, 2), round(each.started_at - NOW + each.seconds, 2))
+        (each.shot, each.stage, round(each.started_at, 2), round(each.started_at + each.seconds, 2))
         for each in ATTEMPTS
         if each.shot
     )
