@@ -155,7 +155,7 @@ def collector(monkeypatch):
 
 def test_spans_are_sent_with_the_same_ids_each_time(tmp_path, collector, monkeypatch, capsys):
     storage = storage_at(tmp_path)
-    first = record(storage)
+    start_s = record(storage)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=secret")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "films")
     command = ["trace", str(tmp_path), "--otlp"]
@@ -174,7 +174,7 @@ def test_spans_are_sent_with_the_same_ids_each_time(tmp_path, collector, monkeyp
     for span in spans:
         root = roots[span.trace_id]
         (shot,) = [each.value.string_value for each in span.attributes if each.key == "vidgen.shot"]
-        start, end = ((at / 1e9 - first) for at in (span.start_time_unix_nano, span.end_time_unix_nano))
+        start, end = ((at / 1e9 - start_s) for at in (span.start_time_unix_nano, span.end_time_unix_nano))
         times.append((shot, span.name, round(start, 2), round(end, 2)))
         if span is not root:
             assert span.parent_span_id == root.span_id
