@@ -28,6 +28,8 @@ def attempt(shot, stage, outcome, start, seconds, worker=WORKER, number=1, waite
 
 ATTEMPTS = [
     attempt("", "loading", "done", 0, 1.5),
+    attempt("c", "remote", "done", 3, 9.0, f"{RUN}/1/worker/2/0", node="node-b"),
+    attempt("b", "remote", "error", 4, 8.5, f"{RUN}/1/worker/2/0", node="node-b", error="ServerFailed"),
     attempt("a", "flux", "done", 2, 2.0, waited=0.5),
     attempt("a", "svd", "done", 4, 3.0),
     attempt("b", "flux", "cached", 7.001, 0.002),
@@ -100,6 +102,9 @@ def test_trace_has_a_row_per_worker_and_a_slice_per_attempt(tmp_path, url):
                 ("svd: error", 7, 2),
             ],
             ("node-b", "1/worker/1/0"): [("svd", 10, 1)],
+            # A server works on two shots at once.
+            ("node-b", "1/worker/2/0"): [("remote", 3, 9)],
+            ("node-b", "1/worker/2/0 (2)"): [("remote: error", 4, 8.5)],
         }
         slices = [each for row in rows.values() for each in row]
         assert sum(each["args"]["seconds"] for each in slices) == pytest.approx(sum(each.seconds for each in ATTEMPTS))
@@ -180,12 +185,13 @@ def test_spans_are_sent_with_the_same_ids_each_time(tmp_path, collector, monkeyp
             assert span.parent_span_id == root.span_id
         if span.status.code:
             failed.append((shot, span.name, span.status.message))
-    assert failed == [("b", "svd", "out of luck"), ("c", "shot", "out of luck"), ("c", "likeness", "out of luck")]
+    failures = [("b", "remote"), ("b", "svd"), ("c", "likeness"), ("c", "shot")]
+    assert sorted(failed) == [(*each, "out of luck") for each in failures]
     # The shot has waited for half a second.
-    assert [each for each in times if each[1] == "shot"] == [
+    assert sorted(each for each in times if each[1] == "shot") == [
         ("a", "shot", 1.5, 12),
-        ("b", "shot", 5, 11.5),
-        ("c", "shot", 11, 11),
+        ("b", "shot", 4, 12.5),
+        ("c", "shot", 3, 12),
     ]
     assert sorted(each for each in times if each[1] != "shot") == sorted(
         (each.shot, each.stage, round(each.started_at, 2), round(each.started_at + each.seconds, 2))

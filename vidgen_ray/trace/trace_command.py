@@ -18,14 +18,18 @@ from vidgen_ray.cli.command_help import LOOK, in_group
 from vidgen_ray.cli.options import OutArgument, local_path
 from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.errors import SetupError, UsageError
+from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.run_log import ATTEMPT_FIELDS, logged_runs, read_run
 from vidgen_ray.outputs.storage import Storage, storage_at
+from vidgen_ray.remote.stages import RemoteParams
 from vidgen_ray.system.files import new_file
 from vidgen_ray.version import __version__
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
+PARALLEL = {OUTPUT, *(stage.name for stage in STAGES if issubclass(stage.Params, RemoteParams))}
+"""Stages of processes that run several calls at once."""
 ROUNDING_US = 2000
 """Largest overlap of two steps that ran one after the other: the log has milliseconds."""
 BATCH = 512
@@ -57,7 +61,7 @@ def logged_steps(lines: Sequence[dict[str, Any]]) -> Iterator[LoggedStep]:
 
 
 def rows_of(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[LoggedStep]]:
-    """Return node and worker -> its steps, without overlaps. An encoder has a row for each shot that it writes at once."""
+    """Return node and worker -> its steps, without overlaps. Encoders and workers of servers have a row per call at once."""
     rows = defaultdict[tuple[str, str], list[LoggedStep]](list)
     for step in sorted(logged_steps(lines), key=lambda step: step.end):
         worker = step.line["worker"] or step.line["stage"]
@@ -65,7 +69,7 @@ def rows_of(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[Logge
             row = rows[step.node, worker if lane == 1 else f"{worker} ({lane})"]
             free_at = row[-1].end if row else step.start
             # A worker runs one call after another: before that, a failed call has waited for an earlier one.
-            if step.line["stage"] != OUTPUT or free_at - ROUNDING_US <= step.start:
+            if step.line["stage"] not in PARALLEL or free_at - ROUNDING_US <= step.start:
                 start = max(step.start, free_at)
                 row.append(step._replace(start=start, end=max(step.end, start + 1)))
                 break
