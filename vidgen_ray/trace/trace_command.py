@@ -79,8 +79,10 @@ def rows_of(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[Logge
 def trace_events(lines: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the events of a log in the Trace Event Format: nodes are processes, workers are threads, arrows connect a shot."""
     zero = microseconds(lines[0]["at"])
+    # The log has milliseconds: a step may end after its line.
+    end = max(microseconds(lines[-1]["at"]), *(step.end for step in logged_steps(lines)))
     yield {"ph": "M", "name": "process_name", "pid": 1, "tid": 2, "args": {"name": "run"}}
-    whole = {"pid": 1, "tid": 2, "ts": 0, "dur": microseconds(lines[-1]["at"]) - zero}
+    whole = {"pid": 1, "tid": 2, "ts": 0, "dur": end - zero}
     yield {"ph": "X", "name": lines[0]["run"], **whole, "args": lines[0]}
     pids = defaultdict[str, int](count(2).__next__)
     shots = defaultdict[str, list[dict[str, int]]](list)
