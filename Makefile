@@ -10,7 +10,7 @@ CLIENT := ./clients/python
 # Let each module be compiled once, also where the environment turns bytecode files off: the tests start hundreds of processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo dataset-demo test test-slow test-all chaos fuzz lock audit sbom docs docs-site check clean
+.PHONY: setup demo dataset-demo test test-slow chaos fuzz lock audit sbom docs docs-site check clean
 
 setup: $(VENV)/.installed
 
@@ -43,10 +43,6 @@ test: setup
 # Tests that take minutes: chaos, the demo models, long scripts, the worked example of CONTRIBUTING.md, the notebook.
 test-slow: setup
 	$(PYTEST) -n 2 -m "slow and not very_slow" -p nbmake --nbmake --nbmake-timeout 600 tests examples/library.ipynb
-
-# All tests of `test` and `test-slow`. In one run, processes import once, and tests that wait run beside those that compute.
-test-all: setup
-	$(PYTEST) -n 3 -m "not very_slow" -p nbmake --nbmake --nbmake-timeout 600 tests examples/library.ipynb
 
 # About an hour. Places of the engine that are broken on purpose; faults of GPUs, nodes, encoders, disks and inputs, two runs on one
 # cluster, leases of other containers; then kills processes, nodes and drivers of a three-node cluster at 35 random moments; then 10,000
