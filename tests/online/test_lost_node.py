@@ -208,6 +208,7 @@ async def until(condition):
             await asyncio.sleep(POLL_S)
 
 
+@pytest.mark.very_slow
 def test_long_queue_adds_a_copy_of_the_layout_and_an_unneeded_copy_is_drained(cluster, add_node, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(director_module, "SCALE_INTERVAL_S", 0.2)
     monkeypatch.setattr(director_module, "UNNEEDED_S", math.inf)

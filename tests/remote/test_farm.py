@@ -130,6 +130,7 @@ def own_servers(folder, *ports):
             server.wait()
 
 
+@pytest.mark.very_slow
 @pytest.mark.timeout(600)
 def test_two_of_our_servers_give_the_bytes_of_a_local_run(tmp_path):
     fields = {"video_model": "svd", "upscale_video": False}
