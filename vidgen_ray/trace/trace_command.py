@@ -78,16 +78,16 @@ def rows_of(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[Logge
 
 def trace_events(lines: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the events of a log in the Trace Event Format: nodes are processes, workers are threads, arrows connect a shot."""
-    zero = microseconds(lines[0]["at"])
-    # The log has milliseconds: a step may end after its line.
-    end = max(microseconds(lines[-1]["at"]), *(step.end for step in logged_steps(lines)))
+    zero, rows = microseconds(lines[0]["at"]), rows_of(lines)
+    # The log has milliseconds: a step may end after its line. The last one of a row ends last.
+    end = max([microseconds(lines[-1]["at"]), *(row[-1].end for row in rows.values())])
     yield {"ph": "M", "name": "process_name", "pid": 1, "tid": 2, "args": {"name": "run"}}
     whole = {"pid": 1, "tid": 2, "ts": 0, "dur": end - zero}
     yield {"ph": "X", "name": lines[0]["run"], **whole, "args": lines[0]}
     pids = defaultdict[str, int](count(2).__next__)
     shots = defaultdict[str, list[dict[str, int]]](list)
     # Perfetto takes a thread with the id of its process for the main thread.
-    for tid, ((node, worker), row) in enumerate(sorted(rows_of(lines).items()), start=3):
+    for tid, ((node, worker), row) in enumerate(sorted(rows.items()), start=3):
         place = {"pid": pids[node], "tid": tid}
         yield {"ph": "M", "name": "process_name", **place, "args": {"name": node}}
         yield {"ph": "M", "name": "thread_name", **place, "args": {"name": worker}}
