@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image as PILImage
 from pydantic import Field, JsonValue, field_validator
 
 from vidgen_ray.errors import MediaError, StageError
@@ -24,7 +25,7 @@ from vidgen_ray.media import encode_png, open_video, read_image
 from vidgen_ray.remote.video_server import ServerFailed, VideoServers, WrongAnswer, auth_headers, reported_model
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import NOT_IN_KEY, Artefacts, Frames, Image, Item, Stage, StageParams, report_progress
-from vidgen_ray.stages.video import VideoStage
+from vidgen_ray.stages.video import VideoStage, prompt_of
 from vidgen_ray.video_models import VideoModel
 from vidgen_ray.weights import REMOTE
 
@@ -246,7 +247,7 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
         shot, image = item.shot, item.artefacts["image"]
         fields = {
             **self.request_fields(shot),
-            "prompt": f"{shot.prompt}, {shot.motion_prompt}" if shot.motion_prompt else shot.prompt,
+            "prompt": prompt_of(shot),
             "num_frames": shot.num_frames,
             "fps": shot.fps,
         }
@@ -326,10 +327,8 @@ def _decoded(content: bytes, shot: Shot) -> Frames:
 
 def _thumbnail(image: Image) -> NDArray[np.float32]:
     """Return the grey levels (SIDE_PX * SIDE_PX) of a small image, with mean 0 and length 1."""
-    rows, columns = (np.linspace(0, side, SIDE_PX, endpoint=False).astype(int) for side in image.shape[:2])
-    means = np.add.reduceat(np.add.reduceat(image.mean(axis=2), rows, axis=0), columns, axis=1)
-    areas = np.diff(rows, append=image.shape[0])[:, None] * np.diff(columns, append=image.shape[1])
-    levels = (means / areas).ravel()
+    small = PILImage.fromarray(image).resize((SIDE_PX, SIDE_PX), PILImage.Resampling.BOX)
+    levels = np.asarray(small, np.float32).mean(axis=2).ravel()
     levels -= levels.mean()
     return np.asarray(levels / (np.linalg.norm(levels) or 1.0), np.float32)
 

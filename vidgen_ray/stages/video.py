@@ -162,7 +162,7 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
 
     @classmethod
     def texts(cls, params: VP, shot: Shot) -> Iterator[ReadText]:
-        yield ReadText(_prompt_of(shot), params.weights / "tokenizer", params.text_tokens)
+        yield ReadText(prompt_of(shot), params.weights / "tokenizer", params.text_tokens)
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
@@ -227,7 +227,7 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
             self.note(*self.adapters.take_notes())
             (latents,) = self.pipe(
                 image=PILImage.fromarray(image),
-                prompt=_prompt_of(shot),
+                prompt=prompt_of(shot),
                 **negative,
                 height=height,
                 width=width,
@@ -245,5 +245,6 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
         return pixels_to_uint8(self.pipe.video_processor.postprocess_video(pixels, output_type="pt")[0])
 
 
-def _prompt_of(shot: Shot) -> str:
+def prompt_of(shot: Shot) -> str:
+    """Return the text that video models read: the prompt, with `motion_prompt` appended."""
     return f"{shot.prompt}, {shot.motion_prompt}" if shot.motion_prompt else shot.prompt
