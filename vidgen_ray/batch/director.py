@@ -474,10 +474,10 @@ class Director:
         measured = (self.cost - first_cost) / (done - first_done) if done > first_done else None
         planned = self.plan.server_cost / self.plan.shots + per_second * 3600 / self.plan.shots_per_hour
         per_shot = planned if measured is None else measured
-        finishing = min(per_shot * len(self._rendering), per_second * self._options.grace_s)
-        if self.plan.server_cost:
-            # Servers charge all jobs that they have accepted.
-            finishing = per_shot * len(self._rendering)
+        finishing = per_shot * len(self._rendering)
+        if not self.plan.server_cost:
+            # Servers charge all jobs that they have accepted, GPUs are released after the grace period.
+            finishing = min(finishing, per_second * self._options.grace_s)
         waiting = self.queue or self._continued or self._reading
         if self.cost + (finishing if waiting else 0.0) > self._options.max_cost:
             self._over_cost = True
