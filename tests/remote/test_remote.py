@@ -259,7 +259,7 @@ def test_answers_of_another_form_are_errors_of_the_server(answers, error, messag
         servers.clip("key", FIELDS, None, {}, lambda content, found: content)
 
 
-def test_nothing_is_submitted_to_a_server_without_the_model():
+def test_server_without_the_model_gets_no_job():
     servers, requests = servers_with({("GET", "/v1/models"): {"data": [{"id": "other"}]}})
     for _ in range(2):
         with pytest.raises(SetupError, match="has no model"):

@@ -81,7 +81,7 @@ class RunResults:
         self.to_render = 0
         self.gpu_seconds = 0.0
         self.prices = 0.0
-        """What servers have charged for the stages of finished shots."""
+        """Charges of servers for the stages of finished shots."""
         self.price: float | None = None
         """Price of a GPU-hour. `None` if it is unknown, or without GPUs."""
         self.currency: str | None = None

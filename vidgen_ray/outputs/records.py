@@ -55,7 +55,7 @@ class StepRecord(_Record):
     notes: tuple[str, ...] = ()
     """Notes for the user about the inputs, such as layers of a LoRA that are ignored."""
     origin: str | None = None
-    """Where the result comes from, if a server computed it."""
+    """Source of the result, if a server computed it."""
     price: float | None = None
     """Price of the step beside that of GPU-hours, in the currency of the profile."""
 

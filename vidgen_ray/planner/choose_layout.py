@@ -450,7 +450,7 @@ class ServerSlot(NamedTuple):
     node: int
     """Index of the planned node."""
     price: float
-    """What the server charges for its share of the demand."""
+    """Charge of the server for its share of the demand."""
 
 
 def _server_slots(profile: Profile, demand: Demand, cluster: Cluster) -> list[ServerSlot]:

@@ -40,7 +40,7 @@ LISTED = 100
 """Jobs in which one is searched whose submission had no response."""
 UNFINISHED = ("queued", "in_progress")
 VOLATILE = ("created", "permission")
-"""What `/v1/models` says of a model that changes with each start of a server."""
+"""Fields of a model in `/v1/models` that change with each start of a server."""
 
 
 class ServerFailed(Exception):

@@ -336,7 +336,7 @@ class Stage(ABC, Generic[P]):
 
     @property
     def origin(self) -> str | None:
-        """Where the results come from, if not from this process."""
+        """Source of the results, if not this process."""
         return None
 
     @classmethod
