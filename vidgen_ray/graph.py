@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from importlib.metadata import entry_points
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from vidgen_ray.errors import ProfileError
@@ -187,23 +188,29 @@ class RelativeCost(NamedTuple):
         return RelativeCost(self.steps * factor, self.fixed * factor, self.copies * factor)
 
 
-def relative_costs(shot: Shot) -> dict[str, RelativeCost]:
-    """Return stage name -> duration of the shot relative to the reference shot.
+def relative_costs(shot: Shot, stages: Iterable[str] | None = None) -> dict[str, RelativeCost]:
+    """Return stage name -> duration of the shot relative to the reference shot. `stages`: some of its stages. Default: all.
 
     Chunked stages also process the frames and pixels that earlier chunked stages add.
     """
-    costs, growth = {}, 1.0
-    for stage in stages_of(shot):
+    costs = {}
+    for stage in stages_of(shot) if stages is None else [STAGE_BY_NAME[name] for name in stages]:
         cost = RelativeCost(stage.relative_cost(shot), stage.relative_fixed_cost(shot), stage.weight_copies(shot))
-        costs[stage.name] = cost.times(growth)
-        if issubclass(stage, ChunkedStage):
-            growth *= float(stage.frame_factor(shot)) * stage.scale_factor(shot) ** 2
+        costs[stage.name] = cost.times(_growth_before(stage, shot)) if issubclass(stage, ChunkedStage) else cost
     return costs
 
 
-def durations(shot: Shot) -> dict[str, float]:
+def _growth_before(stage: type[ChunkedStage[Any]], shot: Shot) -> float:
+    """Return the factor by which earlier chunked stages multiply the pixels of the clip."""
+    growth = 1.0
+    for earlier in takewhile(lambda each: each is not stage, chunked_stages_of(shot)):
+        growth *= float(earlier.frame_factor(shot)) * earlier.scale_factor(shot) ** 2
+    return growth
+
+
+def durations(shot: Shot, stages: Iterable[str]) -> dict[str, float]:
     """Return stage name -> duration of the shot relative to the reference shot, with the fixed part that is assumed."""
-    return {name: cost.mixed(STAGE_BY_NAME[name].fixed_share) for name, cost in relative_costs(shot).items()}
+    return {name: cost.mixed(STAGE_BY_NAME[name].fixed_share) for name, cost in relative_costs(shot, stages).items()}
 
 
 def is_chunked(stage_name: str) -> bool:

@@ -191,15 +191,15 @@ class Durations:
 
     def add(self, shot: Shot, records: Sequence[StepRecord], share: float = 1.0) -> None:
         """Add the seconds of a call. `share`: of the clip that it worked on."""
-        costs = durations(shot)
+        costs = durations(shot, (record.stage for record in records))
         for record in records:
             if costs[record.stage] and not record.cached:
                 self._seconds[record.stage].append(record.seconds / (costs[record.stage] * share))
 
     def expected_s(self, shot: Shot, stages: Collection[str], share: float = 1.0) -> float:
         """Return the expected seconds of a call. Infinite if a stage was not measured yet."""
-        costs = durations(shot)
-        return sum(self._usual_s(stage) * costs[stage] * share for stage in stages if costs[stage])
+        costs = durations(shot, stages)
+        return sum(self._usual_s(stage) * cost * share for stage, cost in costs.items() if cost)
 
     def _usual_s(self, stage: str) -> float:
         seconds = sorted(self._seconds[stage])

@@ -57,14 +57,12 @@ class EngineConfig:
 
     def timeout_s(self, shot: Shot, *stages: str) -> float:
         """Return the timeout of a call of these stages for a shot in seconds. It starts when execution starts."""
-        planned = durations(shot)
-        classes = [STAGE_BY_NAME[name] for name in stages]
         return sum(
             max(
-                self.profile.actor_of(stage).timeout_s * stage.passes(shot),
-                TIMEOUT_FACTOR * self.planned_s.get(stage.name, 0.0) * planned[stage.name],
+                self.profile.actor_of(STAGE_BY_NAME[name]).timeout_s * STAGE_BY_NAME[name].passes(shot),
+                TIMEOUT_FACTOR * self.planned_s.get(name, 0.0) * duration,
             )
-            for stage in classes
+            for name, duration in durations(shot, stages).items()
         )
 
     def commit_timeout_s(self, shot: Shot) -> float:

@@ -95,8 +95,8 @@ class WorkerState:
 
 Entry = tuple[int, int, Work]
 """Order, a number that makes the key unique since the chunks of a shot have the same order, and the work."""
-Alike = tuple[float, tuple[str, ...]]
-"""Load and stages of workers."""
+Alike = tuple[float, tuple[str, ...], bool]
+"""Load, stages and probation of workers."""
 Pair = tuple[WorkerState, Work]
 
 
@@ -108,6 +108,11 @@ class Scheduler:
         self._positions = positions
         self._queues: dict[str, list[Entry]] = {stage: [] for stage in positions}
         """Stage -> waiting work, oldest first."""
+        self._upcoming = {
+            stage: [queue for other, queue in self._queues.items() if positions[other] <= last]
+            for stage, last in positions.items()
+        }
+        """Stage -> queues of work that waits for this stage, or for earlier ones, from which it comes to this stage later."""
         self._loads: dict[str, Counter[float]] = {}
         """Stage -> load -> waiting work with this load."""
         self._entries: dict[Work, Entry] = {}
@@ -175,7 +180,7 @@ class Scheduler:
         # Work that waits at a server could go to another one.
         full = len(worker.assigned) >= worker.spec.parallel if worker.spec.server else worker.load >= MAX_PREFETCH_LOAD
         if worker.live and not full and not worker.alone:
-            alike = self._opened[worker] = worker.load, worker.spec.stages
+            alike = self._opened[worker] = worker.load, worker.spec.stages, worker.probation
             self._open.setdefault(alike, {})[worker] = None
 
     # Work
@@ -257,12 +262,12 @@ class Scheduler:
 
         Only if there is none with MAX_RUNNING_LOAD, work may be prefetched: then no worker could start it now.
         """
-        for load, stages in sorted(alike for alike in self._open if alike[0] < max_load):
+        below = 0.0 if probation else max_load
+        for alike in sorted(each for each in self._open if each[2] == probation and (not each[0] or each[0] < below)):
+            load, stages, _ = alike
             fitting = self._fitting(load, max_load)
-            for worker in self._open[load, stages] if not fitting.keys().isdisjoint(stages) else ():
-                if worker.probation != probation or worker in reserved or (probation and load):
-                    continue
-                if (work := self._choice(worker, fitting)) is not None:
+            for worker in self._open[alike] if not fitting.keys().isdisjoint(stages) else ():
+                if worker not in reserved and (work := self._choice(worker, fitting)) is not None:
                     return self._best_worker(worker, work, reserved), work
         return None
 
@@ -270,12 +275,12 @@ class Scheduler:
         """Return the worker that suits the work best, among those that could take it instead of the first one."""
         best, mismatch = first, work.mismatch(first)
         loads = first.load, first.load + work.near_load
-        for alike in sorted(alike for alike in self._open if loads[0] <= alike[0] <= loads[1] and work.stage in alike[1]):
+        for alike in sorted(each for each in self._open if loads[0] <= each[0] <= loads[1] and work.stage in each[1]):
             if mismatch <= work.best_mismatch:
                 break
-            for worker in self._open[alike]:
+            for worker in self._open[alike] if alike[2] == first.probation else ():
                 in_turn = not worker.spec.swap_groups or (worker.group == first.group and worker.turn < SHOTS_PER_SWAP)
-                if in_turn and worker.probation == first.probation:
+                if in_turn:
                     other = work.mismatch(worker)
                     if other < mismatch and worker not in reserved and self._may_run(worker, work):
                         best, mismatch = worker, other
@@ -285,11 +290,12 @@ class Scheduler:
         """Return stage -> largest load of its waiting work that a worker with this load may take now."""
         fitting = {}
         for stage, loads in self._loads.items():
+            largest = max((each for each in loads if load + each <= max_load), default=0.0)
             # Prefetch whole shots only if enough is left for the workers that finish sooner.
-            spare = max_load <= MAX_RUNNING_LOAD or self._upcoming(stage) >= self._live[stage]
-            fits = [each for each in loads if load + each <= max_load and (spare or each < MAX_RUNNING_LOAD)]
-            if fits:
-                fitting[stage] = max(fits)
+            if max_load > MAX_RUNNING_LOAD <= largest and sum(map(len, self._upcoming[stage])) < self._live[stage]:
+                largest = max((each for each in loads if each < MAX_RUNNING_LOAD), default=0.0)
+            if largest:
+                fitting[stage] = largest
         return fitting
 
     def _choice(self, worker: WorkerState, fitting: Mapping[str, float]) -> Work | None:
@@ -316,11 +322,6 @@ class Scheduler:
             if not worker.adapters or queue[-1][0] - oldest.order > MAX_LORA_SKIPS:
                 break
         return oldest
-
-    def _upcoming(self, stage: str) -> int:
-        """Return how much work waits for this stage, or for earlier ones, from which it comes to this stage later."""
-        last = self._positions[stage]
-        return sum(len(queue) for other, queue in self._queues.items() if self._positions[other] <= last)
 
     def _may_run(self, worker: WorkerState, work: Work) -> bool:
         """Return whether the work has not failed on the worker, or on all live workers."""

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -92,6 +92,7 @@ INJECTORS = {
 }
 """Name -> module and class. A new injector is one new file and one line here."""
 
+_resolved = cache(resolve_name)
 _instances: WeakValueDictionary[tuple[str, FluxModel, Path], FluxInjector] = WeakValueDictionary()
 
 
@@ -104,7 +105,7 @@ def injector_class(name: str) -> type[FluxInjector]:
     """Return the class of an injector. Raises StageError for unknown names."""
     if name not in INJECTORS:
         raise StageError(f"identity: got {name!r}, must be one of {', '.join(INJECTORS)}")
-    injector: type[FluxInjector] = resolve_name(INJECTORS[name])
+    injector: type[FluxInjector] = _resolved(INJECTORS[name])
     return injector
 
 
