@@ -113,7 +113,7 @@ class Scheduler:
             for stage, last in positions.items()
         }
         """Stage -> queues of work that waits for this stage, or for earlier ones, from which it comes to this stage later."""
-        self._loads: dict[str, Counter[float]] = {}
+        self._loads: dict[str, Counter[float]] = {stage: Counter() for stage in positions}
         """Stage -> load -> waiting work with this load."""
         self._entries: dict[Work, Entry] = {}
         self._suspects: list[Entry] = []
@@ -188,7 +188,7 @@ class Scheduler:
     def add(self, work: Work) -> None:
         entry = self._entries[work] = work.order, next(self._numbers), work
         insort(self._queues[work.stage], entry)
-        self._loads.setdefault(work.stage, Counter())[work.load] += 1
+        self._loads[work.stage][work.load] += 1
         if work.alone:
             insort(self._suspects, entry)
 
@@ -263,10 +263,10 @@ class Scheduler:
         Only if there is none with MAX_RUNNING_LOAD, work may be prefetched: then no worker could start it now.
         """
         below = 0.0 if probation else max_load
-        for alike in sorted(each for each in self._open if each[2] == probation and (not each[0] or each[0] < below)):
-            load, stages, _ = alike
-            fitting = self._fitting(load, max_load)
-            for worker in self._open[alike] if not fitting.keys().isdisjoint(stages) else ():
+        groups = [each for each in self._open if each[2] == probation and (not each[0] or each[0] < below)]
+        for alike in sorted(groups):
+            fitting = self._fitting(alike, max_load)
+            for worker in self._open[alike] if fitting else ():
                 if worker not in reserved and (work := self._choice(worker, fitting)) is not None:
                     return self._best_worker(worker, work, reserved), work
         return None
@@ -286,16 +286,16 @@ class Scheduler:
                         best, mismatch = worker, other
         return best
 
-    def _fitting(self, load: float, max_load: float) -> dict[str, float]:
-        """Return stage -> largest load of its waiting work that a worker with this load may take now."""
+    def _fitting(self, alike: Alike, max_load: float) -> dict[str, float]:
+        """Return stage -> largest load of its waiting work that these workers may take now."""
         fitting = {}
-        for stage, loads in self._loads.items():
-            largest = max((each for each in loads if load + each <= max_load), default=0.0)
+        for stage in alike[1]:
+            fits = [each for each in self._loads[stage] if alike[0] + each <= max_load]
             # Prefetch whole shots only if enough is left for the workers that finish sooner.
-            if max_load > MAX_RUNNING_LOAD <= largest and sum(map(len, self._upcoming[stage])) < self._live[stage]:
-                largest = max((each for each in loads if each < MAX_RUNNING_LOAD), default=0.0)
-            if largest:
-                fitting[stage] = largest
+            if fits and max_load > MAX_RUNNING_LOAD and sum(map(len, self._upcoming[stage])) < self._live[stage]:
+                fits = [each for each in fits if each < MAX_RUNNING_LOAD]
+            if fits:
+                fitting[stage] = max(fits)
         return fitting
 
     def _choice(self, worker: WorkerState, fitting: Mapping[str, float]) -> Work | None:

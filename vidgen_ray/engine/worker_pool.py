@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -103,6 +103,9 @@ class WorkerPool:
             on_down=self._worker_down,
             on_given_up=self._worker_given_up,
         )
+        # Every shot asks, and the layout looks at all its workers.
+        self.can_fuse = cache(layout.can_fuse)
+        self.only_together = cache(layout.only_together)
         self._clients: dict[WorkerState, ActorClient] = {}
         self._workers: dict[ActorClient, WorkerState] = {}
         self._assigned: dict[Work, asyncio.Future[WorkerState]] = {}
@@ -176,14 +179,6 @@ class WorkerPool:
     def quarantined(self) -> list[str]:
         """Workers in quarantine or given up, with their nodes."""
         return self._supervisor.quarantined
-
-    def can_fuse(self, first: str, *others: str) -> bool:
-        """Return whether every worker with the first stage, started or not, can run all these stages in one call."""
-        return self._layout.can_fuse(first, *others)
-
-    def only_together(self, *stages: str) -> bool:
-        """Return whether every worker with one of these stages, started or not, can run all of them in one call."""
-        return self._layout.only_together(*stages)
 
     # Calls
 
