@@ -9,6 +9,7 @@ import gc
 import hashlib
 import inspect
 import json
+import math
 import random
 import sys
 import threading
@@ -601,9 +602,12 @@ class World:
         while not done():
             first, when = None, limit
             for loop in loops:
-                if (at := loop.next_time()) <= when and (first is None or at < when):
+                at = clock.now if loop.ready else loop.scheduled[0].when if loop.scheduled else math.inf
+                at = at if at > loop.frozen_until else loop.frozen_until
+                if at < when or (first is None and at == when):
                     first, when = loop, at
-            clock.now = max(clock.now, when)
+            if when > clock.now:
+                clock.now = when
             if first is None:
                 return False
             first.step()

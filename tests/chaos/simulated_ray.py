@@ -4,9 +4,9 @@ An actor holds a real `Worker` or `Encoder`. A driver has an event loop of its o
 """
 
 import asyncio
-import math
+from collections import deque
 from contextlib import suppress
-from heapq import heappop
+from heapq import heappop, heappush
 from itertools import count
 from types import SimpleNamespace
 
@@ -32,42 +32,78 @@ class Clock:
     now = 1000.0
 
 
-class Loop(asyncio.BaseEventLoop):
+class Handle:
+    """Callback of a loop."""
+
+    __slots__ = ("args", "callback", "context", "when")
+
+    def __init__(self, callback, args, context, when=0.0):
+        self.callback, self.args, self.context, self.when = callback, args, context, when
+
+    def __lt__(self, other):
+        return self.when < other.when
+
+    def cancel(self):
+        self.callback = None
+
+    def run(self):
+        try:
+            if self.context is None:
+                self.callback(*self.args)
+            else:
+                self.context.run(self.callback, *self.args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException:  # asyncio only reports it
+            pass
+
+
+class Loop(asyncio.AbstractEventLoop):
     """Event loop of one simulated process. Several share a clock."""
+
+    get_debug = staticmethod(bool)
 
     def __init__(self, clock):
         self.clock = clock
-        super().__init__()
         self.frozen_until = 0.0
-        self.set_exception_handler(lambda *_: None)
+        self.ready, self.scheduled = deque(), []
 
     def time(self):
         return self.clock.now
 
-    def _timer_handle_cancelled(self, handle):
-        pass
+    def call_soon(self, callback, *args, context=None):
+        self.ready.append(handle := Handle(callback, args, context))
+        return handle
 
-    def _write_to_self(self):
-        pass
+    def call_at(self, when, callback, *args, context=None):
+        heappush(self.scheduled, handle := Handle(callback, args, context, when))
+        return handle
 
-    def next_time(self):
-        """Return the time of the next callback."""
-        at = self.clock.now if self._ready else self._scheduled[0]._when if self._scheduled else math.inf
-        return at if at > self.frozen_until else self.frozen_until
+    def call_later(self, delay_s, callback, *args, context=None):
+        heappush(self.scheduled, handle := Handle(callback, args, context, self.clock.now + delay_s))
+        return handle
+
+    def create_future(self):
+        return asyncio.Future(loop=self)
+
+    def create_task(self, coroutine):
+        return asyncio.Task(coroutine, loop=self)
+
+    def call_exception_handler(self, context):
+        pass
 
     def step(self):
-        """Run the callbacks that are due: `_run_once` without I/O."""
+        """Run the callbacks that are due."""
         asyncio._set_running_loop(self)
-        scheduled, ready = self._scheduled, self._ready
+        scheduled, ready, now = self.scheduled, self.ready, self.clock.now
         try:
-            while scheduled and scheduled[0]._cancelled:
+            while scheduled and scheduled[0].callback is None:
                 heappop(scheduled)
-            while scheduled and scheduled[0]._when <= self.clock.now:
+            while scheduled and scheduled[0].when <= now:
                 ready.append(heappop(scheduled))
             for _ in range(len(ready)):
-                handle = ready.popleft()
-                if not handle._cancelled:
-                    handle._run()
+                if (handle := ready.popleft()).callback is not None:
+                    handle.run()
         except KeyboardInterrupt:
             # Also the exception of the task that raised it.
             pass
@@ -84,9 +120,8 @@ class Loop(asyncio.BaseEventLoop):
                     task.get_coro().close()
                 asyncio._unregister_task(task)
         asyncio._set_running_loop(None)
-        self._ready.clear()
-        self._scheduled.clear()
-        self.close()
+        self.ready.clear()
+        self.scheduled.clear()
 
 
 class Ref:
@@ -428,6 +463,8 @@ class Fleet:
             SimpleNamespace(slot=slot, label=label, gpu=None, node=None, actors={}, since=self.world.now)
             for slot, label in zip(layout.slots, labels, strict=True)
         ]
+        # As in the fleet, slots that hold every stage are placed together, and the others are asked for after them.
+        self._first = [self._slots[index] for index in complete_set(layout.slots)]
         self._could_hold_at = self.world.now
         self._place()
         self._keeper = asyncio.ensure_future(self._keep())
@@ -466,8 +503,7 @@ class Fleet:
         slot.gpu, slot.since = None, self.world.now
 
     def _place(self):
-        # As in the fleet, slots that hold every stage are placed together, and the others are asked for after them.
-        first = [self._slots[index] for index in complete_set([slot.slot for slot in self._slots])]
+        first = self._first
         if not all(slot.actors for slot in first):
             if not all(map(self._take_gpu, first)):
                 for slot in first:
@@ -529,12 +565,11 @@ class Fleet:
             self._could_hold_at = self.world.now
         elif self.world.now - self._could_hold_at > fleet.LAST_LOST_AFTER_S:
             self.listener.not_placeable("the nodes are gone")
-        placed = [slot.slot.stages for slot in self._slots if slot.gpu is not None]
         for slot in self._slots:
-            if slot.gpu is None and slot.actors:
+            if slot.gpu is None and slot.actors and self.world.now - slot.since > fleet.LOST_AFTER_S:
+                placed = [each.slot.stages for each in self._slots if each.gpu is not None]
                 is_last = slot.slot.stages - frozenset().union(*placed)
-                limit_s = fleet.LAST_LOST_AFTER_S if is_last else fleet.LOST_AFTER_S
-                if self.world.now - slot.since > limit_s:
+                if not is_last or self.world.now - slot.since > fleet.LAST_LOST_AFTER_S:
                     lost, slot.actors = slot.actors, {}
                     for name, actor in lost.items():
                         actor.kill(no_restart=True)
