@@ -51,7 +51,7 @@ def render_lines(tmp_path, profile, lines, listener=None, gpus=GPUS, stop=None, 
         ScriptSettings(script, profile_defaults=profile.defaults),
         profile,
         folder(out),
-        RenderOptions(cluster=parse_gpus(gpus), stages=fakes, **options),
+        RenderOptions(cluster=parse_gpus(gpus) if isinstance(gpus, str) else gpus, stages=fakes, **options),
         listener=listener or Events(),
         stop=stop,
     )

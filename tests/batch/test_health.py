@@ -9,8 +9,10 @@ import pytest
 from tests.batch.faulty_stages import actor_name, append, gpu, stages
 from tests.batch.test_batch import Events
 from tests.batch.test_faults import GPUS, ONE_GPU, render_lines
-from tests.fake_stages import FAKES, profile_of_fakes
+from tests.fake_stages import FAKES, FakeFlux, profile_of_fakes
+from vidgen_ray.engine import canary
 from vidgen_ray.errors import SetupError
+from vidgen_ray.planner.cluster import Cluster, Node
 
 pytestmark = pytest.mark.usefixtures("local_ray", "short_waits")
 WORK_S = 0.1
@@ -70,6 +72,31 @@ def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(profile, tmp
     assert json.loads((tmp_path / "out" / "run.json").read_text())["quarantined"] == list(report.quarantined)
     assert listener.quarantined
     assert all(entry.startswith(f"{sick} (") for entry in listener.quarantined)
+
+
+def test_worker_that_makes_other_images_than_two_others_is_quarantined(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(canary, "FIRST_CALLS", 2)
+    loads = tmp_path / "loads"
+
+    class Sick(FakeFlux):
+        """The first process is sick. Waits until all three have loaded."""
+
+        def load(self):
+            super().load()
+            self.is_sick = append(loads, str(os.getpid())) == 1
+
+        def one(self, shot, artefacts):
+            while len(loads.read_text().splitlines()) < 3:
+                time.sleep(0.01)  # polls: files do not send events
+            made = super().one(shot, artefacts)
+            return {"image": 255 - made["image"]} if self.is_sick else made
+
+    three = tiny.model_copy(update={"cpu_workers": 3})
+    machine = Cluster((Node((), 8, None),))
+    report, _ = run(tmp_path, three, images(60), {**FAKES, FakeFlux.name: Sick}, gpus=machine)
+    assert (report.done, report.failed) == (60, 0)
+    assert len(report.quarantined) == 1
+    assert "makes other images than two workers" in report.quarantined[0]
 
 
 # Loading

@@ -57,6 +57,10 @@ class CallResult:
     """Time in seconds since 1970, by the clock of the worker. `None` for encoders."""
     seconds: float = 0.0
     """Seconds since then, of a failed call."""
+    device: str = ""
+    """GPU and driver of the worker. Empty on a CPU."""
+    differences: tuple[float, ...] = ()
+    """Of a repeated call: see `canary.difference`."""
 
     @classmethod
     def of_failure(cls, failed: StepFailed) -> CallResult:

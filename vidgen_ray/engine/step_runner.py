@@ -257,12 +257,14 @@ class StepRunner:
         if self._cache is not None:
             self._cache.close()
 
-    def run(self, plan: ShotPlan, item: Item, steps: Collection[str]) -> tuple[Item, list[StepRecord]]:
+    def run(
+        self, plan: ShotPlan, item: Item, steps: Collection[str], *, use_cache: bool = True
+    ) -> tuple[Item, list[StepRecord]]:
         """Take the item through these steps of its plan. Raises StepFailed."""
         records = []
         for step in plan.steps:
             if step.stage in steps:
-                item, record = self._step(plan, step, item)
+                item, record = self._step(plan, step, item, self._cache if use_cache else None)
                 records.append(record)
         return item, records
 
@@ -318,14 +320,14 @@ class StepRunner:
             raise StepFailed(step.stage, error) from error
         return result, self._record(step, time.monotonic() - begun, recovered=recovered)
 
-    def _step(self, plan: ShotPlan, step: Step, item: Item) -> tuple[Item, StepRecord]:
+    def _step(self, plan: ShotPlan, step: Step, item: Item, cache: CacheWriter | None) -> tuple[Item, StepRecord]:
         begun = time.monotonic()
         stage = self.stages[step.stage]
         loads, recovered = stage.adapter_loads, None
         stage.take_notes()  # those of a failed call
         # A result of lower-memory settings, and what depends on it, may have other bytes than the key stands for.
         lower_memory = item.artefacts.get("lower_memory", False)
-        cache = None if lower_memory else self._cache
+        cache = None if lower_memory else cache
         try:
             # 0 of 0: the stage reports the number of steps with the first one.
             report_progress(step.stage, 0, 0)

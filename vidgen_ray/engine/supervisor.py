@@ -198,6 +198,15 @@ class Supervisor:
         if due and (self._health.quarantines(client) < MAX_QUARANTINES or self._may_give_up(client)):
             self._quarantine(client, reason)
 
+    def found_sick(self, client: ActorClient, reason: str, again: bool) -> None:
+        """Quarantine a process that makes wrong results without failing. `again`: also after its last quarantine."""
+        if again and self._may_give_up(client):
+            self._observer.quarantined(client.location, reason)
+            self._give_up(client, client.permanent_failure(reason))
+            client.restart()
+        else:
+            self._quarantine(client, reason)
+
     def crashed(self, client: ActorClient) -> None:
         """Wait until the next process has loaded its weights. No effect if the process is down already."""
         if client in self._up:

@@ -17,6 +17,7 @@ import ray
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.calls import LOADING, CallResult
+from vidgen_ray.engine.canary import difference
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.gpu_group import GpuGroup
 from vidgen_ray.engine.oom_fallback import prepare_gpu
@@ -100,6 +101,7 @@ class Worker:
         self._spec = spec
         self._parallel_loads = parallel_loads
         self._loaded: Failure | StepRunner | None = None
+        self._device = ""
         self._group = GpuGroup(int(spec.gpus)) if spec.gpus > 1 else None
         self._waits = False
         """Waits until other processes of the machine have loaded their weights."""
@@ -191,6 +193,18 @@ class Worker:
 
         return self._execute(call, plan.shot, steps, process, Artefacts())
 
+    def compare(
+        self, call: int, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts, *others: Artefacts
+    ) -> tuple[CallResult, Artefacts]:
+        """Run these steps of a shot without the stage cache, and compare the artefacts with those of other workers."""
+
+        def run_steps(runner: StepRunner) -> tuple[CallResult, Artefacts]:
+            item, records = runner.run(plan, Item(plan.shot, artefacts), steps, use_cache=False)
+            differences = tuple(difference(item.artefacts, other) for other in others)
+            return CallResult(tuple(records), differences=differences), item.artefacts
+
+        return self._execute(call, plan.shot, steps, run_steps, Artefacts())
+
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def close(self) -> None:
         """Write the cache entries that are queued. Call it before the process is stopped."""
@@ -222,7 +236,7 @@ class Worker:
                 with progress_callback(on_progress):
                     on_progress(stages[0], 0, 0)
                     result, output = function(ready)
-                    return replace(result, started_at=started_at), output
+                    return replace(result, started_at=started_at, device=self._device), output
             except Cancelled:
                 return CallResult(), default
             except StepFailed as failed:
@@ -257,6 +271,7 @@ class Worker:
             with load_lock(self._parallel_loads) if spec.gpus else nullcontext():
                 self._waits = False
                 runner.load()
+            self._device = gpu_of_process() if spec.gpus else ""
             self._loaded = runner
         except Exception as error:
             # If raised, the user would see Ray's wrapper of the error.
@@ -301,6 +316,16 @@ def activity_of_process(others: Iterable[int] = ()) -> float:
             fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
             activity += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return activity
+
+
+def gpu_of_process() -> str:
+    """Return the name of the GPU and the version of its driver. Empty without CUDA."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    driver = Path("/proc/driver/nvidia/version")
+    return f"{torch.cuda.get_device_name()} {driver.read_text().partition(chr(10))[0] if driver.exists() else ''}"
 
 
 def place_of_process() -> ActorPlace:

@@ -21,6 +21,7 @@ import ray
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
 from vidgen_ray.engine.calls import ENCODER, OUTPUT, CallResult, Durations, call_timeout_s
+from vidgen_ray.engine.canary import CANARY, MAX_DIFFERENCE, Canary, MadeCall, Repeated
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import (
     AttemptFailed,
@@ -37,7 +38,7 @@ from vidgen_ray.engine.slow_calls import SlowCalls
 from vidgen_ray.engine.status import Attempt, EngineObserver, Progress, StageStatus
 from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.supervisor import Supervisor
-from vidgen_ray.graph import STAGES, max_loras
+from vidgen_ray.graph import STAGE_BY_NAME, STAGES, max_loras
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import Layout, WorkerSpec
 
@@ -47,6 +48,8 @@ NODE_LOST = "node"
 """Failure stage of an engine that has lost the last worker with a stage. Another layout may fit on the nodes that are left."""
 EVIDENCE_S = 600.0
 """Seconds after which a shot that has failed on several workers does not wait any longer for what shows that they are well."""
+WHOLE_SHOT = ("run", "run_clip")
+"""Methods of a worker that take the names of steps first, and their input last, and return their output second."""
 PROGRESS_POLL_S = 0.25
 """Seconds between two progress requests for a call whose caller wants to know."""
 
@@ -88,6 +91,7 @@ class WorkerPool:
 
     def __init__(self, config: EngineConfig, layout: Layout, observer: EngineObserver, storage: StoragePause) -> None:
         self._attempts = config.attempts
+        self._timeout_s = config.timeout_s
         self._circuit_breaker = config.circuit_breaker
         self._layout = layout
         self._observer = observer
@@ -114,6 +118,7 @@ class WorkerPool:
         self._fatal_failure: Failure | None = None
         self._durations = Durations()
         self._slow_calls = SlowCalls(self._expected_s, self._copy, self._recall)
+        self._canary = Canary(self._scheduler.holders, self._repeat, self._found_sick)
         self._sessions: dict[Work, _Running] = {}
         self._changed = asyncio.Event()
         """Set, and replaced, when a worker has started, is quarantined or is given up."""
@@ -158,6 +163,7 @@ class WorkerPool:
         """Cancel the background tasks."""
         self._supervisor.close()
         self._slow_calls.close()
+        self._canary.close()
 
     @property
     def fatal_failure(self) -> Failure | None:
@@ -229,6 +235,8 @@ class WorkerPool:
             return result, *output
 
         (result, artefacts, *clip), worker = await self.run(requested, call, on_progress, expected_s)
+        if method in WHOLE_SHOT and _can_repeat(worker, result):
+            self._canary.finished(MadeCall(requested, plan, args[0], args[-1], artefacts, worker, result.device))
         return result, RemoteArtefacts(artefacts, worker, *clip)
 
     async def run(
@@ -471,6 +479,50 @@ class WorkerPool:
         running.copies.append(asyncio.ensure_future(copy()))
         running.copies[0].add_done_callback(ended)
 
+    # Canary checks
+
+    async def _repeat(self, worker: WorkerState, call: MadeCall, others: Sequence[Any]) -> Repeated | None:
+        """Repeat a call on this worker, and compare the output with others. `None` if that fails."""
+        stages = call.steps
+        expected_s = partial(self._durations.expected_s, call.plan.shot, stages)
+
+        async def session(client: ActorClient, number: int) -> tuple[Any, ...]:
+            args = call.plan, stages, call.inputs, *others
+            timeout_s = call_timeout_s(self._timeout_s(call.plan.shot, *stages), expected_s())
+            returned: tuple[Any, ...] = await client.call(
+                "compare", number, *args, stage=stages[0], timeout_s=timeout_s, num_returns=2
+            )
+            return returned
+
+        work = replace(call.work, near=None, avoid=frozenset(self._scheduler.holders(call.work.stage)) - {worker})
+        begun = time.monotonic()
+        try:
+            chosen = await self._worker_for(work)
+            if chosen is not worker:
+                self._finished(chosen, work)
+                return None
+            sent = time.monotonic()
+            (result, output), _ = await self._attempt(worker, work, session, expected_s, None, None)
+        except (AttemptFailed, InputsLost, ShotFailed):
+            return None
+        if not _can_repeat(worker, result):
+            return None
+        same = max(result.differences) <= MAX_DIFFERENCE
+        times = result.started_at or time.time(), round(time.monotonic() - sent, 3), round(sent - begun, 3)
+        client = self._clients[worker]
+        host = client.place.host if client.place else None
+        self._observer.attempt_ended(
+            Attempt(work.shot, CANARY, len(others), "done" if same else "differs", *times, client.name, host)
+        )
+        return Repeated(result.differences, output)
+
+    def _found_sick(self, worker: WorkerState, call: MadeCall, again: bool) -> None:
+        reason = (
+            f"makes other images than two workers with the same GPUs from shot {call.work.shot}; "
+            "its images since its last check may be wrong"
+        )
+        self._supervisor.found_sick(self._clients[worker], reason, again)
+
     def _is_starting(self, worker: WorkerState) -> bool:
         return self._supervisor.is_starting(self._clients[worker])
 
@@ -526,6 +578,7 @@ class WorkerPool:
         worker.node = client.node
         self._scheduler.set_probation(worker, self._supervisor.is_on_probation(client))
         self._scheduler.started(worker)
+        self._canary.started(worker)
         self._assign_waiting()
         self._notify()
 
@@ -569,6 +622,13 @@ class WorkerPool:
         running = [sample[stage] for sample in self._running]
         busy = sum(running) / len(running) / workers if workers else 0.0
         return StageStatus(self._scheduler.queued(stage), running[-1], workers, min(1.0, busy))
+
+
+def _can_repeat(worker: WorkerState, result: CallResult) -> bool:
+    """Return whether another worker must make the same images: computed, with the settings of the profile."""
+    makes_pixels = any({"image", "frames"} & set(STAGE_BY_NAME[record.stage].writes) for record in result.records)
+    computed = not any(record.cached or record.recovered for record in result.records)
+    return makes_pixels and computed and not worker.spec.server
 
 
 def _set(event: asyncio.Future[None]) -> None:

@@ -1,0 +1,140 @@
+"""Canary checks: a worker repeats a call of another one. They find a GPU that computes other images than others of its kind.
+
+Two that differ may both be well. A third one decides which of them is sick; without it, the difference is only logged. Does not
+use Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.scheduler import Work, WorkerState
+from vidgen_ray.stages.base import Artefacts, Frames
+
+CANARY = "canary"
+"""Stage of a check in the log."""
+FIRST_CALLS = 20
+"""Calls of a worker before its first check. So short runs have none."""
+CHECK_CALLS = 200
+"""Calls of a worker between two checks."""
+BLOCK_PX = 32
+MAX_DIFFERENCE = 48.0
+"""Largest mean difference of a block of pixels, of 255, between two healthy workers: other kernels change details, a sick GPU
+or damaged weights the image. Not measured on GPUs."""
+
+
+def difference(result: Artefacts, other: Artefacts) -> float:
+    """Return the largest mean difference of a block of BLOCK_PX x BLOCK_PX pixels, 0 to 255, between images and clips."""
+    pairs = ((result[name], other[name]) for name in ("image", "frames") if name in result)
+    return max((_largest(made, expected) for made, expected in pairs), default=0.0)
+
+
+def _largest(made: Frames, expected: Frames) -> float:
+    if made.ndim == 4:
+        return max(map(_largest, made, expected))
+    apart = np.abs(made.astype(np.int16) - expected).mean(axis=2)
+    rows, columns = (np.arange(0, size, BLOCK_PX) for size in apart.shape)
+    sums = np.add.reduceat(np.add.reduceat(apart, rows, axis=0), columns, axis=1)
+    heights, widths = (np.diff(starts, append=size) for starts, size in zip((rows, columns), apart.shape, strict=True))
+    return float((sums / np.outer(heights, widths)).max())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MadeCall:
+    """A call that a worker has finished, with references to its input and output."""
+
+    work: Work
+    plan: ShotPlan
+    steps: tuple[str, ...]
+    inputs: Any
+    output: Any
+    by: WorkerState
+    device: str
+    """Kind of GPU on which it ran, with its driver."""
+
+
+class Repeated(NamedTuple):
+    """A call that was repeated for a check."""
+
+    differences: tuple[float, ...]
+    """For each output that it was compared with; see `difference`."""
+    output: Any
+
+
+class Canary:
+    """Decides when workers are checked, and which one is sick. Use it inside an event loop."""
+
+    def __init__(
+        self,
+        holders: Callable[[str], Collection[WorkerState]],
+        repeat: Callable[[WorkerState, MadeCall, Sequence[Any]], Awaitable[Repeated | None]],
+        on_sick: Callable[[WorkerState, MadeCall, bool], None],
+    ) -> None:
+        """`holders` returns the workers with a stage. `repeat` runs a call on a worker and compares its output with others; it
+        returns `None` if that fails. `on_sick` gets a worker, the call that shows it, and whether the worker was found sick
+        before, without a good result since.
+        """
+        self._holders = holders
+        self._repeat = repeat
+        self._on_sick = on_sick
+        self._left: dict[WorkerState, int] = {}
+        """Worker -> calls until its next check."""
+        self._devices: dict[WorkerState, str] = {}
+        self._found: set[WorkerState] = set()
+        """Workers that the last check has found sick."""
+        self._checks: set[asyncio.Task[None]] = set()
+
+    def started(self, worker: WorkerState) -> None:
+        """The process of a worker has started."""
+        self._left[worker] = 1 if worker in self._found else FIRST_CALLS
+
+    def finished(self, call: MadeCall) -> None:
+        """Count a call, and let the worker repeat it whose check is due, if there is one."""
+        if not call.by.live:
+            # Its process is gone: it crashed since, or was found sick.
+            return
+        self._devices[call.by] = call.device
+        self._left[call.by] -= 1
+        peers = self._peers(call)
+        due = min(peers, key=self._left.__getitem__, default=None)
+        # A check keeps the output of a call in Ray's object store.
+        if due is not None and self._left[due] <= 0 and len(self._checks) <= len(self._left) // CHECK_CALLS:
+            self._left[due] = CHECK_CALLS
+            check = asyncio.ensure_future(self._check(due, call))
+            self._checks.add(check)
+            check.add_done_callback(self._checks.discard)
+
+    def close(self) -> None:
+        for check in self._checks:
+            check.cancel()
+
+    def _peers(self, call: MadeCall) -> list[WorkerState]:
+        """Return the other live workers of the kind that has made the call."""
+        others = (worker for worker in self._holders(call.work.stage) if worker.live and worker is not call.by)
+        return [worker for worker in others if (worker.spec, self._devices.get(worker)) == (call.by.spec, call.device)]
+
+    async def _check(self, due: WorkerState, call: MadeCall) -> None:
+        first = await self._repeat(due, call, [call.output])
+        if first is None:
+            self._left[due] = 0
+            return
+        if first.differences[0] <= MAX_DIFFERENCE:
+            self._found -= {due, call.by}
+            self._left[call.by] = CHECK_CALLS
+            return
+        third = next((worker for worker in self._peers(call) if worker is not due), None)
+        decided = None if third is None else await self._repeat(third, call, [call.output, first.output])
+        if decided is None:
+            return
+        maker_is_well, due_is_well = (each <= MAX_DIFFERENCE for each in decided.differences)
+        sick = due if maker_is_well else call.by
+        if maker_is_well != due_is_well and sick.live:
+            again = sick in self._found
+            self._found.add(sick)
+            self._on_sick(sick, call, again)
