@@ -58,9 +58,10 @@ def test_unknown_profile_name_lists_the_builtin_profiles():
 
 
 def test_unknown_option_error_names_the_actor(tiny):
-    actor = tiny.actors["svd"].model_copy(update={"options": {"decode_chunk": 3}})
-    with pytest.raises(ProfileError, match=r"profile tiny, actors.svd: decode_chunk: got 3"):
-        tiny.model_copy(update={"actors": {"svd": actor}}).params(SVDStage)
+    for options, message in (({"decode_chunk": 3}, "decode_chunk: got 3"), ({"timeout_s": 9}, "timeout_s is not an option")):
+        actor = tiny.actors["svd"].model_copy(update={"options": options})
+        with pytest.raises(ProfileError, match=f"profile tiny, actors.svd: {message}"):
+            tiny.model_copy(update={"actors": {"svd": actor}}).params(SVDStage)
     with pytest.raises(ProfileError, match=r"stage realesrgan needs an entry actors\.realesrgan"):
         tiny.model_copy(update={"actors": {}}).params(RealESRGANStage)
 

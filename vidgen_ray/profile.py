@@ -174,26 +174,26 @@ class Profile(_Section):
 
     def _params(self, stage: type[Stage[P]], weights: Path, extra_weights: dict[str, Path], missing: dict[str, str]) -> P:
         actor = self.actor_of(stage)
+        place = f"profile {self.source or self.name}, actors.{stage.actor}"
         values: dict[str, Any] = {
             "weights": weights,
             "extra_weights": extra_weights,
             "missing": missing,
             "device": actor.device,
             "threads": max(1, int(actor.cpus)),
-            **actor.options,
+            "timeout_s": actor.timeout_s,
         }
         if actor.dtype is not None:
             values["dtype"] = actor.dtype
-        if "timeout_s" in stage.Params.model_fields:
-            values["timeout_s"] = actor.timeout_s
+        if own := sorted(actor.options.keys() & StageParams.model_fields.keys()):
+            raise ProfileError(f"{place}: {own[0]} is not an option; it follows from the fields of the actor")
+        values.update(actor.options)
         try:
             params: P = stage.Params.model_validate(values)  # type: ignore[assignment]  # Params is the stage's P
         except ValidationError as error:
             options = set(stage.Params.model_fields) - set(StageParams.model_fields)
             allowed = f". Options: {', '.join(sorted(options)) or 'none'}"
-            raise ProfileError(
-                f"profile {self.source or self.name}, actors.{stage.actor}: {_first_error(error)}{allowed}"
-            ) from None
+            raise ProfileError(f"{place}: {_first_error(error)}{allowed}") from None
         return params.resolved()
 
     def with_provenance(self, settings: ProvenanceSettings | None) -> "Profile":

@@ -407,7 +407,7 @@ class Shot(_Frozen):
     def _check_num_frames(cls, value: int, info: ValidationInfo) -> int:
         model = VIDEO_MODELS.get(info.data.get("video_model", ""))
         if model is not None and not model.allows(value):
-            raise ValueError(model.allowed_instead_of(value))
+            raise ValueError(f"{model.allowed_instead_of(value)}, or {AUTO}")
         return value
 
     @field_validator("prompt", "negative_prompt", "style_prompt", "motion_prompt")

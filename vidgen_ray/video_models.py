@@ -53,7 +53,7 @@ class VideoModel:
         """Return what is allowed instead of a number of frames, with the nearest values."""
         below = self.nearest_frames(num_frames - self.frame_step / 2)
         values = sorted({below, self.nearest_frames(below + self.frame_step)})
-        return f"must be {self.frame_step}k + 1 for this video model (nearest: {', '.join(map(str, values))}), or {AUTO}"
+        return f"must be {self.frame_step}k + 1 for this video model (nearest: {', '.join(map(str, values))})"
 
 
 VIDEO_MODELS: Mapping[str, VideoModel] = {

@@ -53,8 +53,6 @@ class RemoteParams(StageParams):
     """Environment variable with the key of the servers, on every node."""
     parallel: Annotated[int, NOT_IN_KEY] = Field(4, ge=1, le=1024)
     """Shots that a server has at once."""
-    timeout_s: Annotated[float, NOT_IN_KEY] = Field(1800, gt=0)
-    """`timeout_s` of the actor."""
     price_per_second: Annotated[float | None, NOT_IN_KEY] = Field(None, ge=0, allow_inf_nan=False)
     """Price of a second of a clip, or of an image."""
     size_multiple_px: Annotated[int, NOT_IN_KEY] = Field(16, ge=1)

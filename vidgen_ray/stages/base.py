@@ -173,6 +173,8 @@ class StageParams(BaseModel):
     device: str = "cpu"
     threads: int | None = Field(None, ge=1)
     """CPU threads of torch. `None` keeps the current number. It changes the last bits of a result."""
+    timeout_s: Annotated[float, NOT_IN_KEY] = 1800.0
+    """Timeout of one attempt."""
 
     def for_key(self) -> dict[str, Any]:
         """Return the options that change bytes. Weights are part of a content key by their digest instead."""
