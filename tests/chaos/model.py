@@ -38,7 +38,18 @@ from vidgen_ray.batch.line_planner import PlannedLine
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine import actor_client, encoder, engine, renderer, shot_runner, shot_writer, step_runner, supervisor, worker
+from vidgen_ray.engine import (
+    actor_client,
+    canary,
+    encoder,
+    engine,
+    renderer,
+    shot_runner,
+    shot_writer,
+    step_runner,
+    supervisor,
+    worker,
+)
 from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.engine.encoder import Encoder
 from vidgen_ray.engine.engine import OBJECT_STORE_SHARE
@@ -993,6 +1004,9 @@ def patched(world):
         patch.setattr(shot_writer, "shot_records", lambda plan, artefacts, *_: dict.fromkeys(artefacts))
         patch.setattr(encoder, "ENCODER_NICENESS", 0)
         patch.setattr(worker, "prepare_gpu", lambda share: None)
+        patch.setattr(worker, "gpu_of_process", lambda: "a GPU")
+        patch.setattr(canary, "FIRST_CALLS", 2)
+        patch.setattr(canary, "CHECK_CALLS", 4)
         patch.setattr(worker, "load_lock", lambda *_: nullcontext())
         for module in (worker, encoder):
             patch.setattr(module, "place_of_process", lambda: place_of(world.process), raising=False)
