@@ -2,11 +2,11 @@
 
 import json
 import threading
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from starlette.testclient import TestClient
 
 from vidgen_ray.batch.progress import RunRecorder
@@ -93,55 +93,34 @@ def test_damaged_status_and_logs_are_left_out(tmp_path, capsys):
     assert main(["status", str(tmp_path)]) == 4
 
 
-def test_status_says_how_many_lines_a_stopped_run_has_left(tmp_path, capsys):
-    with recorder(LocalStorage(tmp_path)) as stopped:
-        record(stopped)
-    (tmp_path / "manifest").mkdir()
-    rows = [{"id": "a", "status": "done", "script": "s.jsonl", "line": 1, "seconds": 2.0}]
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
-    assert main(["status", str(tmp_path)]) == 0
-    assert "2/10 shots" in capsys.readouterr().out
-
-
 def test_status_has_the_cost_of_clips_accepted_clips_scripts_and_characters(tmp_path, capsys):
-    storage = LocalStorage(tmp_path)
-
-    def clip(number, script, cost, currency="USD", character=None, **columns):
-        metadata = json.dumps({"character": character} if character else {})
-        digest = {"image_sha256": "0" * 64, "video_sha256": f"{number:064}"}
-        fields = {"id": f"s-{number}", "status": "done", "script": script, "cost": cost, "currency": currency}
-        return {**fields, "metadata": metadata, **digest, **columns}
-
-    rows = [
-        clip(1, "a.jsonl", 0.5, character="ann"),
-        clip(2, "a.jsonl", 1.5, character="ann"),
-        clip(3, "b.jsonl", 3.0, character="bo"),
-        clip(4, "b.jsonl", 0.25, currency=None),
-        clip(5, "b.jsonl", None),
-        clip(6, "b.jsonl", 9.0, status="replaced"),
-    ]
+    rows = []
+    session = ReviewSession(LocalStorage(tmp_path), "ann")
+    for number, (script, character, cost, status, verdict) in enumerate(
+        [
+            ("a.jsonl", "ann", 0.5, "done", "accept"),
+            ("a.jsonl", "ann", 1.5, "done", "reject"),
+            ("b.jsonl", None, 3.0, "done", "accept"),
+            ("b.jsonl", None, None, "done", None),
+            ("b.jsonl", None, 9.0, "replaced", "accept"),
+        ]
+    ):
+        fields = {"id": f"s-{number}", "status": status, "script": script, "cost": cost, "currency": "USD"}
+        rows.append({**fields, "metadata": json.dumps({"character": character}), "video_sha256": f"{number:064}"})
+        session.add(Opinion(clip_sha256=f"{number:064}", verdict=verdict), f"s-{number}")
     (tmp_path / "manifest").mkdir()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
-    session = ReviewSession(storage, "ann")
-    for number, verdict in ((1, "accept"), (2, "reject"), (3, "accept"), (6, "accept")):
-        session.add(Opinion(clip_sha256=f"{number:064}", verdict=verdict), f"s-{number}")
     assert main(["status", str(tmp_path), "--json"]) == 0
     names = ("of", "name", "currency", "cost", "clips", "accepted", "cost_per_clip", "cost_per_accepted")
     assert [tuple(each[name] for name in names) for each in json.loads(capsys.readouterr().out)["costs"]] == [
         ("all", None, "USD", 5.0, 3, 2, 1.666667, 2.5),
-        ("all", None, None, 0.25, 1, 0, 0.25, None),
         ("script", "b.jsonl", "USD", 3.0, 1, 1, 3.0, 3.0),
         ("script", "a.jsonl", "USD", 2.0, 2, 1, 1.0, 2.0),
-        ("script", "b.jsonl", None, 0.25, 1, 0, 0.25, None),
-        ("character", "bo", "USD", 3.0, 1, 1, 3.0, 3.0),
         ("character", "ann", "USD", 2.0, 2, 1, 1.0, 2.0),
     ]
     assert main(["status", str(tmp_path)]) == 0
     (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if "character ann" in line]
     assert line == ["character", "ann", "2", "1", "2.00", "USD", "1.00", "USD", "2.00", "USD"]
-    pq.write_table(pa.Table.from_pylist(rows[4:], schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
-    assert main(["status", str(tmp_path)]) == 0
-    assert "Cost" not in capsys.readouterr().out
 
 
 def test_watch_serves_the_shots_and_the_run_of_an_object_store(url):
@@ -153,16 +132,10 @@ def test_watch_serves_the_shots_and_the_run_of_an_object_store(url):
     storage.write("shots/ab/a/video.mp4", bytes(100))
     storage.write("jobs.db", "secret")
     client = TestClient(gallery_app(url))
-    assert 'name="generator"' in client.get("/").text
     assert client.get("/rows.json").json()["run"]["waiting_for"] == BUSY.waiting_for
-    clip = client.get("/shots/ab/a/video.mp4", headers={"Range": "bytes=0-9"})
-    assert (clip.status_code, len(clip.content), clip.headers["content-type"]) == (206, 10, "video/mp4")
+    assert len(client.get("/shots/ab/a/video.mp4", headers={"Range": "bytes=0-9"}).content) == 10
     for path in ("/jobs.db", "/shots/%2e%2e/jobs.db", "/shots/ab/a/hd.mp4", "/status.json"):
         assert client.get(path).status_code == 404, path
-    storage.write("status.json", going.model_copy(update={"ended": True}).model_dump_json())
-    assert client.get("/rows.json").json()["run"] is None
-    with pytest.raises(OSError, match="bucket does not exist"):
-        gallery_app(url.replace("clips", "gone"))
 
 
 def test_run_without_its_lease_does_not_replace_the_status_of_another(tmp_path):
@@ -173,7 +146,7 @@ def test_run_without_its_lease_does_not_replace_the_status_of_another(tmp_path):
     assert len(list(read_log(storage, "a"))) == 2
 
 
-def test_storage_that_hangs_or_fails_neither_stops_the_run_nor_loses_the_log(tmp_path, monkeypatch):
+def test_storage_that_hangs_does_not_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(run_log, "CLOSE_S", 0.01)
     answers = threading.Event()
 
@@ -189,27 +162,6 @@ def test_storage_that_hangs_or_fails_neither_stops_the_run_nor_loses_the_log(tmp
     running._log._thread.join()
     assert len(list(read_log(storage_at(tmp_path), "a"))) == 2
 
-    written = threading.Event()
-
-    class Full(LocalStorage):
-        failures = 2
-
-        def write(self, path, content):
-            if self.failures:
-                self.failures -= 1
-                raise OSError("no space left")
-            super().write(path, content)
-            written.set()
-
-    monkeypatch.setattr(run_log, "CLOSE_S", 10.0)
-    monkeypatch.setattr(run_log, "INTERVAL_S", 0.001)
-    storage = Full(tmp_path / "full")
-    with recorder(storage) as running:
-        record(running)
-        written.wait()
-    assert read_status(storage).ended
-    assert len(list(read_log(storage, "a"))) == 2
-
 
 def test_log_continues_in_further_files_and_drops_lines_when_it_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(run_log, "PART_BYTES", 1)
@@ -218,6 +170,10 @@ def test_log_continues_in_further_files_and_drops_lines_when_it_cannot_be_writte
         running._log.close()
         for number in range(3):
             running.on_attempt(attempt("a", number))
+            # A full disk is tried again.
+            with monkeypatch.context() as patched, suppress(OSError):
+                patched.setattr(LocalStorage, "write", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+                running._log._write()
             running._log._write()
     assert len(storage.files("logs")) >= 3
     assert [line["attempt"] for line in read_log(storage, "a")] == [0, 1, 2]

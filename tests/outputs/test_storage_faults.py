@@ -1,12 +1,13 @@
-"""Output folder on storage with faults: an object store that fails requests, sick disks, power loss, flipped bits."""
+"""Output folder on storage with faults (failing requests, sick disks, power loss, flipped bits), and `vidgen verify`."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,10 @@ import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
-from tests.batch.test_batch import Events
-from tests.fake_stages import FAKES, profile_of_fakes
+from tests.fake_stages import use_fakes
 from tests.outputs.test_outputs import commit, failed, row
 from tests.small_disk import mounted_disk
-from vidgen_ray.batch.render_script import render
-from vidgen_ray.batch.run_options import RenderOptions
-from vidgen_ray.engine import storage_pause
+from vidgen_ray.cli import folder_commands, main
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs import lease, object_storage
 from vidgen_ray.outputs.folder import OutputFolder
@@ -30,8 +28,9 @@ from vidgen_ray.outputs.manifest import FinishedShots, ManifestRow, read_manifes
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.records import key_path, shot_path
 from vidgen_ray.outputs.verify import verify
-from vidgen_ray.planner import parse_gpus
+from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.read import read_script
 from vidgen_ray.system.files import this_process
 
 FILES = ("image.png", "video.mp4")
@@ -159,9 +158,10 @@ def test_expired_credentials_are_named_and_renewed_ones_are_used(store, plan_of,
         monkeypatch.delenv(name)
     monkeypatch.setattr(object_storage, "CREDENTIALS_TTL", timedelta(0))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "films")
 
     def log_in(key):
-        (tmp_path / "credentials").write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = SECRET\n")
+        (tmp_path / "credentials").write_text(f"[films]\naws_access_key_id = {key}\naws_secret_access_key = SECRET\n")
 
     object_storage._aws_files.cache_clear()
     log_in("OLD")
@@ -176,38 +176,6 @@ def test_expired_credentials_are_named_and_renewed_ones_are_used(store, plan_of,
         commit(fenced, plan, FILES)
     assert outputs.find_finished(plan)
     object_storage._aws_files.cache_clear()
-
-
-@pytest.mark.slow
-def test_run_waits_for_an_object_store_and_loses_no_line(local_ray, store, tiny, tmp_path, monkeypatch):
-    """The store is slow for a moment, loses answers, and refuses the credentials of the run until the user renews them."""
-    monkeypatch.setattr(storage_pause, "PROBE_INTERVAL_S", 0.2)
-    events, profile = Events(), profile_of_fakes(tiny)
-
-    def on_finished(row):
-        events.rows.append(row)
-        if len(events.rows) == 4:
-            store.expired_key = "KEY"
-        if len(events.rows) == 12:
-            store.begin("error after success", lambda method, path: path.endswith(("shot.json", ".parquet", ".running")))
-
-    def on_message(message):
-        events.messages.append(message)
-        if "The provided token has expired" in message:
-            store.expired_key = None
-
-    events.on_finished, events.on_message = on_finished, on_message
-    store.begin("slow down", lambda method, path: path.endswith("image.png"))
-    script = tmp_path / "s.jsonl"
-    script.write_text("".join(f'{{"id": "s{n:02}", "prompt": "shot {n}"}}\n' for n in range(20)))
-    url = f"s3://KEY:SECRET@clips/run?endpoint={store.endpoint}"
-    options = RenderOptions(cluster=parse_gpus("2x80GB"), stages=FAKES, cache="none")
-    settings = ScriptSettings(script, profile_defaults=profile.defaults)
-    report = render(settings, profile, OutputFolder(url), options, listener=events)
-    assert (report.done, report.failed, report.quarantined) == (20, 0, ()), [r.failure_message for r in events.rows]
-    assert any("The provided token has expired" in message for message in events.messages)
-    assert {row.id: row.failure_attempts for row in read_manifest(url)} == {f"s{n:02}": None for n in range(20)}
-    assert verify(OutputFolder(url)).damaged == []
 
 
 # Power loss
@@ -316,20 +284,25 @@ def remounted(folder, mode):
     subprocess.run(["mount", "-o", f"remount,{mode}", folder], check=True)
 
 
+def fail_to_flush(folder, patch):
+    def fail(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    patch.setattr(os, "fsync", fail)
+
+
 DISK_FAULTS = {
-    "no inodes": (
-        full_of_files,
-        without_ballast,
-        "No space left on device",
-    ),
-    "read-only": (partial(remounted, mode="ro"), partial(remounted, mode="rw"), "Read-only file system"),
+    "no inodes": (lambda folder, _: full_of_files(folder), lambda folder, _: without_ballast(folder), errno.ENOSPC),
+    "read-only": (lambda folder, _: remounted(folder, "ro"), lambda folder, _: remounted(folder, "rw"), errno.EROFS),
+    "sick": (fail_to_flush, lambda _, patch: patch.undo(), errno.EIO),
 }
+"""Fault -> functions that begin and end it, and the error of a write."""
 
 
 @pytest.mark.parametrize("fault", DISK_FAULTS)
-def test_disk_without_inodes_or_read_only_keeps_finished_shots(plan_of, tmp_path, fault):
-    begin, end, reason = DISK_FAULTS[fault]
-    a, b = plan_of("a"), plan_of("b")
+def test_disk_with_a_fault_keeps_finished_shots_and_is_used_after_the_repair(plan_of, tmp_path, monkeypatch, fault):
+    begin, end, code = DISK_FAULTS[fault]
+    a, b, reason = plan_of("a"), plan_of("b"), os.strerror(code)
     with mounted_disk(tmp_path / "disk", "nr_inodes=100") as disk:
         outputs = OutputFolder(disk.folder / "out")
         write_run(outputs, "r1", [a])
@@ -337,7 +310,7 @@ def test_disk_without_inodes_or_read_only_keeps_finished_shots(plan_of, tmp_path
             fenced = outputs.fenced(held)
             writer = ManifestWriter(fenced, held.run, "s.jsonl")
             writer.add(row(held.run, "a"))
-            begin(disk.folder)
+            begin(disk.folder, monkeypatch)
             for write in (partial(commit, fenced, b, FILES), partial(fenced.write_run, {}), writer.flush):
                 with pytest.raises(OSError, match=reason):
                     write()
@@ -345,7 +318,7 @@ def test_disk_without_inodes_or_read_only_keeps_finished_shots(plan_of, tmp_path
             assert found(outputs, a, b) == [True, False]
             with pytest.raises(SetupError, match=reason):
                 outputs.prepare()
-            end(disk.folder)
+            end(disk.folder, monkeypatch)
             assert fenced.write_problem() is None
             record = commit(fenced, b, FILES)
             writer.add(ManifestRow.of_shot(held.run, "s.jsonl", b.shot, 1, record, "rendered"))
@@ -353,29 +326,6 @@ def test_disk_without_inodes_or_read_only_keeps_finished_shots(plan_of, tmp_path
         assert found(outputs, a, b) == [True, True]
         assert verify(outputs).damaged == []
         assert not list(outputs.root.rglob(".tmp-*"))
-
-
-def test_error_of_a_flush_or_read_is_raised_and_leaves_no_half_shot(plan_of, tmp_path, monkeypatch):
-    outputs, plan = OutputFolder(tmp_path / "out"), plan_of("a")
-    write_run(outputs, "r1", [])
-
-    def fail(*_):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fail)
-        with pytest.raises(OSError, match="Input/output error"):
-            commit(outputs, plan, FILES)
-        assert outputs.write_problem() == "Input/output error"
-    assert outputs.find_finished(plan) is None
-    commit(outputs, plan, FILES)
-    with monkeypatch.context() as patch:
-        patch.setattr(type(outputs.storage), "read", fail)
-        # An unreadable disk is an error of the run, not a reason to render everything again.
-        with pytest.raises(OSError, match="Input/output error"):
-            outputs.find_finished(plan)
-    check_whole(outputs, plan)
-    assert not list(outputs.root.rglob(".tmp-*"))
 
 
 # Flipped bits
@@ -420,3 +370,86 @@ def test_flipped_bit_in_any_file_is_found_or_has_no_effect(plan_of, tmp_path, wa
         write_run(folder, "r2", plans)
         assert found(folder, *plans) == [True, True], path
         shutil.rmtree(folder.root)
+
+
+# vidgen verify
+
+
+@pytest.fixture
+def stored(url, plan_of):
+    """An object store with a finished shot, its row, a cache entry and a stored photo, and the plan of the shot."""
+    outputs, plan = OutputFolder(url), plan_of("a", generate_video=False)
+    write_run(outputs, "r1", [plan])
+    outputs.storage.write(f"inputs/{hashlib.sha256(b'photo').hexdigest()[:16]}.png", b"photo")
+    return outputs, plan
+
+
+def test_damage_in_an_object_store_is_named_and_can_be_repaired(stored):
+    outputs, plan = stored
+    storage, folder, key = outputs.storage, shot_path("a"), plan.steps[0].key
+    entry, record = f"cache/{key[:2]}/{key}", storage.read(f"{folder}/shot.json")
+    report = verify(outputs)
+    assert (report.shots, report.cache_entries, report.damaged) == (1, 1, [])
+    with outputs.lease("r1"), pytest.raises(SetupError, match=r"run r1 .* is working in it"):
+        verify(outputs)
+    (manifest,), (photo,) = storage.files("manifest"), storage.files("inputs")
+    expected = {
+        f"{folder}/image.png": "has another content than shot.json states (sha256)",
+        entry: "cannot be decoded",
+        f"manifest/{manifest}": "is not a complete Parquet file; rendering its script again restores its rows",
+        f"inputs/{photo}": "has another content than its name states (sha256)",
+    }
+    for path in (f"{folder}/image.png", f"{entry}/image.png", f"manifest/{manifest}", f"inputs/{photo}"):
+        content = storage.read(path)
+        storage.write(path, content[:-1] if path.endswith(".parquet") else bytes([content[0] ^ 1]) + content[1:])
+    report = verify(outputs)
+    assert dict(report.damaged) == expected
+    ((line,), scripts) = report.lines, report.scripts
+    assert (line.id, line.fields["prompt"], scripts) == ("a", plan.shot.prompt, set())
+    assert outputs.find_by_id("a"), "nothing is changed without --repair"
+    storage.write(f"{folder}/image.png", b"imag")
+    assert "has 4 bytes instead of 9" in [each.problem for each in verify(outputs).damaged]
+    storage.delete(f"{folder}/image.png")
+    verify(outputs, repair=True)
+    assert outputs.find_by_id("a") is None
+    assert not outputs.stage_cache.has(key)
+    # The lines of a damaged record are known to the script only.
+    storage.write(f"{folder}/shot.json", record[:-9])
+    problems = [each.problem for each in verify(outputs).damaged if "shot.json" in each.path]
+    assert problems == ["is not the record of a shot"]
+
+
+def test_missing_shots_and_key_files_are_found(stored):
+    outputs, plan = stored
+    outputs.storage.delete(key_path(plan.key))
+    assert verify(outputs, repair=True).damaged == [(key_path(plan.key), "is missing; a server finds the shot a by it")]
+    assert outputs.find_by_key(plan.key)
+    outputs.delete_shot("a")
+    report = verify(outputs)
+    assert report.damaged == [(shot_path("a"), "is missing, but the manifest has it as finished")]
+    assert report.scripts == {"s.jsonl"}
+
+
+def test_command_renders_damaged_shots_again(tmp_path, tiny, make_shot, capsys, monkeypatch):
+    """The pipeline stands for a run, which `vidgen retry` starts in the same way."""
+    out = tmp_path / "out"
+
+    def render_again(out, script, profile, *options, as_json):
+        for line in read_script(ScriptSettings(script, profile_defaults=profile.defaults)).lines:
+            pipeline.render(line.shot)
+
+    monkeypatch.setattr(folder_commands, "render_again", render_again)
+    with closing(use_fakes(VideoGenerationPipeline(tiny, out))) as pipeline:
+        for shot_id in "ab":
+            pipeline.render(make_shot(id=shot_id, generate_video=False))
+        image = Path(out / shot_path("b") / "image.png")
+        original = image.read_bytes()
+        image.write_bytes(original[:-20] + bytes(20))
+        capsys.readouterr()
+        assert main(["verify", str(out), "--json"]) == 1
+        assert json.loads(capsys.readouterr().out)["damaged"] == [
+            {"path": f"{shot_path('b')}/image.png", "problem": "has another content than shot.json states (sha256)"}
+        ]
+        assert main(["verify", str(out), "--repair", "-p", "tiny"]) == 0
+    assert image.read_bytes() == original
+    assert main(["verify", str(out)]) == 0

@@ -21,9 +21,8 @@ WORKER, ENCODER = f"{RUN}/1/worker/0/0", f"{RUN}/1/encoder/0"
 
 
 def attempt(shot, stage, outcome, start, seconds, worker=WORKER, number=1, waited=0.0, node="node-a", error=None):
-    message = error and "out of luck"
     """Return an attempt that starts these seconds after the first step."""
-    return Attempt(shot, stage, number, outcome, start, seconds, waited, worker, node, error, message)
+    return Attempt(shot, stage, number, outcome, start, seconds, waited, worker, node, error, error and "out of luck")
 
 
 ATTEMPTS = [
@@ -67,68 +66,46 @@ def read_trace(path, ended=True):
         elif event["ph"] in "stf":
             arrows[event["id"]].append(event)
         assert event.get("ts", 0) >= 0
-    starts = {(event["pid"], event["tid"], event["ts"]): event["args"]["shot"] for row in rows.values() for event in row}
     for row in rows.values():
         for before, after in pairwise(row):
             assert before["ts"] + before["dur"] <= after["ts"], (before, after)
     for events in arrows.values():
         assert [event["ph"] for event in events] == ["s", *"t" * (len(events) - 2), "f"]
-        (shot,) = {starts[event["pid"], event["tid"], event["ts"]] for event in events}
-        assert len(events) == sum(each == shot for each in starts.values()), shot
     return rows
 
 
-def test_trace_has_a_row_per_worker_and_a_slice_per_attempt(tmp_path, url):
-    for out in (str(tmp_path / "out"), url):
-        storage = storage_at(out)
-        first = record(storage)
-        assert main(["trace", out, "-o", str(tmp_path / "trace.json")]) == 0
-        rows = read_trace(tmp_path / "trace.json", ended=False)
-        (start,) = [datetime.fromisoformat(line["at"]).timestamp() - first for line in read_run(storage, RUN) if "team" in line]
-        shown = {
-            row: [(each["name"], round(each["ts"] / 1e6 + start, 2), round(each["dur"] / 1e6, 2)) for each in slices]
-            for row, slices in rows.items()
-        }
-        assert shown == {
-            ("driver", "likeness"): [("likeness: too low", 11, 0)],
-            ("node-a", "1/encoder/0"): [("output", 11, 0.5)],
-            # The encoder writes two shots at once.
-            ("node-a", "1/encoder/0 (2)"): [("output", 7, 5)],
-            ("node-a", "1/worker/0/0"): [
-                ("loading", 0, 1.5),
-                ("flux", 2, 2),
-                ("svd", 4, 3),
-                ("flux", 7, 0),
-                ("svd: error", 7, 2),
-            ],
-            ("node-b", "1/worker/1/0"): [("svd", 10, 1)],
-            # A server works on two shots at once.
-            ("node-b", "1/worker/2/0"): [("remote", 3, 9)],
-            ("node-b", "1/worker/2/0 (2)"): [("remote: error", 4, 8.5)],
-        }
-        slices = [each for row in rows.values() for each in row]
-        assert sum(each["args"]["seconds"] for each in slices) == pytest.approx(sum(each.seconds for each in ATTEMPTS))
-        assert {"name": "waiting for 2 GPUs", "ph": "i"}.items() <= json.loads((tmp_path / "trace.json").read_text())[
-            "traceEvents"
-        ][-1].items()
-
-
-def test_trace_is_of_the_last_run_with_a_step_unless_another_is_named(tmp_path, capsys):
+def test_trace_has_a_row_per_worker_and_a_slice_per_attempt(tmp_path, capsys):
     out, path = str(tmp_path / "out"), tmp_path / "trace.json"
-    command = ["trace", out, "-o", str(path)]
+    storage, command = storage_at(out), ["trace", out, "-o", str(path)]
     assert main(command) == 4
     assert "has no step of a run in its logs; runs with a log: none" in capsys.readouterr().err
-    record(storage_at(out))
-    for number, stage in (2, "flux"), (3, None):
-        labels = LABELS.model_copy(update={"run": f"00000{number}"})
-        steps = [attempt("a", stage, "done", 0, 1.0, f"00000{number}/1/worker/0/0")] if stage else []
-        record(storage_at(out), steps, labels=labels)
-    for options, slices in ([], 1), (["--run", RUN], len(ATTEMPTS)):
-        assert main([*command, *options]) == 0
-        assert sum(map(len, read_trace(path, ended=False).values())) == slices
-    assert main([*command, "--run", "000003"]) == 4
-    assert f"has no step of the run '000003' in its logs; runs with a log: {RUN}, 000002, 000003" in capsys.readouterr().err
-    assert main(["trace", out]) == 2
+    first = record(storage)
+    # Without a step, the last run is not the one that is shown.
+    record(storage, [], labels=LABELS.model_copy(update={"run": "000002"}))
+    assert main([*command, "--run", "000002"]) == 4
+    assert f"has no step of the run '000002' in its logs; runs with a log: {RUN}, 000002" in capsys.readouterr().err
+    assert main(command) == 0
+    rows = read_trace(path, ended=False)
+    (start,) = [datetime.fromisoformat(line["at"]).timestamp() - first for line in read_run(storage, RUN) if "team" in line]
+    shown = {
+        row: [(each["name"], round(each["ts"] / 1e6 + start, 2), round(each["dur"] / 1e6, 2)) for each in slices]
+        for row, slices in rows.items()
+    }
+    assert shown == {
+        ("driver", "likeness"): [("likeness: too low", 11, 0)],
+        ("node-a", "1/encoder/0"): [("output", 11, 0.5)],
+        # The encoder writes two shots at once.
+        ("node-a", "1/encoder/0 (2)"): [("output", 7, 5)],
+        ("node-a", "1/worker/0/0"): [("loading", 0, 1.5), ("flux", 2, 2), ("svd", 4, 3), ("flux", 7, 0), ("svd: error", 7, 2)],
+        ("node-b", "1/worker/1/0"): [("svd", 10, 1)],
+        # A server works on two shots at once.
+        ("node-b", "1/worker/2/0"): [("remote", 3, 9)],
+        ("node-b", "1/worker/2/0 (2)"): [("remote: error", 4, 8.5)],
+    }
+    slices = [each for row in rows.values() for each in row]
+    assert sum(each["args"]["seconds"] for each in slices) == pytest.approx(sum(each.seconds for each in ATTEMPTS))
+    last = json.loads(path.read_text())["traceEvents"][-1]
+    assert (last["name"], last["ph"]) == ("waiting for 2 GPUs", "i")
 
 
 @pytest.fixture
@@ -172,32 +149,26 @@ def test_spans_are_sent_with_the_same_ids_each_time(tmp_path, collector, monkeyp
     resource = {each.key: each.value.string_value for each in received.resource.attributes}
     assert resource.items() >= {"service.name": "films", "vidgen.run": RUN, "vidgen.team": "blue"}.items()
     spans = [span for scope in received.scope_spans for span in scope.spans]
-    assert len({span.span_id for span in spans}) == len(spans) == len(ATTEMPTS) - 1 + 3
+    assert len({span.span_id for span in spans}) == len(spans)
     roots = {span.trace_id: span for span in spans if not span.parent_span_id}
-    assert len(roots) == 3
     times, failed = [], []
     for span in spans:
-        root = roots[span.trace_id]
+        assert span.parent_span_id in (b"", roots[span.trace_id].span_id)
         (shot,) = [each.value.string_value for each in span.attributes if each.key == "vidgen.shot"]
-        start, end = ((at / 1e9 - start_s) for at in (span.start_time_unix_nano, span.end_time_unix_nano))
-        times.append((shot, span.name, round(start, 2), round(end, 2)))
-        if span is not root:
-            assert span.parent_span_id == root.span_id
+        start, end = (round(at / 1e9 - start_s, 2) for at in (span.start_time_unix_nano, span.end_time_unix_nano))
+        times.append((shot, span.name, start, end))
         if span.status.code:
             failed.append((shot, span.name, span.status.message))
-    failures = [("b", "remote"), ("b", "svd"), ("c", "likeness"), ("c", "shot")]
-    assert sorted(failed) == [(*each, "out of luck") for each in failures]
-    # The shot has waited for half a second.
-    assert sorted(each for each in times if each[1] == "shot") == [
-        ("a", "shot", 1.5, 12),
-        ("b", "shot", 4, 12.5),
-        ("c", "shot", 3, 12),
-    ]
-    assert sorted(each for each in times if each[1] != "shot") == sorted(
+    # The first shot has waited for half a second.
+    shots = [("a", "shot", 1.5, 12), ("b", "shot", 4, 12.5), ("c", "shot", 3, 12)]
+    steps = [
         (each.shot, each.stage, round(each.started_at, 2), round(each.started_at + each.seconds, 2))
         for each in ATTEMPTS
         if each.shot
-    )
+    ]
+    assert sorted(times) == sorted([*shots, *steps])
+    failures = [("b", "remote"), ("b", "svd"), ("c", "likeness"), ("c", "shot")]
+    assert sorted(failed) == [(*each, "out of luck") for each in failures]
     other = [{**line, "run": "000007-film"} for line in read_run(storage, RUN)]
     assert not {span.context.trace_id.to_bytes(16) for span in spans_of(other)} & roots.keys()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=refused")
