@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import atheris
 
 with atheris.instrument_imports(include=["vidgen_ray", "yaml", "PIL"]):
-    from tests.hostile.readers import READERS
+    from tests.hostile.test_fuzz import READERS
 
 
 def main(door: str, options: list[str]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.hostile.case import Case, content, refused, used
+from tests.hostile.files import Case, content, refused, used
 
 
 def line(**fields: Any):
@@ -24,31 +24,21 @@ def nested(levels: int) -> str:
 
 
 LINES: list[Case] = [
-    refused("empty prompt", "at least 1 character", line(prompt=""), field="prompt"),
     refused("blank prompt", "must not be blank", line(prompt=" \t "), field="prompt"),
     refused("prompt of 100 kB", "at most 10000 characters", line(prompt="x" * 100_000), field="prompt"),
     refused("NUL in the prompt", "must not contain NUL", line(prompt="a\0b"), field="prompt"),
     refused("lone surrogate in the prompt", "unicode string", raw('{"prompt": "\\ud800"}'), field="prompt"),
     refused("lone surrogate in metadata", "plain JSON", raw('{"prompt": "a", "metadata": {"x": "\\ud800"}}'), field="metadata"),
-    refused("lone surrogate in a path", "image", raw('{"prompt": "a", "image": "\\ud800.png"}'), field="image"),
     refused("id that leaves the folder", "must be 1 to 128 characters", line(id="../../etc/cron.d/x"), field="id"),
-    refused("absolute id", "must be 1 to 128 characters", line(id="/etc/passwd"), field="id"),
-    refused("id with a backslash", "must be 1 to 128 characters", line(id="a\\b"), field="id"),
     refused("id of 300 characters", "must be 1 to 128 characters", line(id="x" * 300), field="id"),
-    refused("id with a dot at its end", "without a dot at the start or end", line(id="a."), field="id"),
     refused("hidden id", "without a dot at the start or end", line(id=".tmp-a"), field="id"),
     refused("id with escape sequences", "must be 1 to 128 characters", line(id="\x1b[2Ja"), field="id"),
     refused("id twice", "has the same id", line(id="good-0"), field="id"),
-    refused("seed -1", "greater than or equal to 0", line(seed=-1), field="seed"),
     refused("seed 2^64", "must be less than", line(seed=2**64), field="seed"),
-    refused("seed as text", "valid integer", line(seed="7"), field="seed"),
     refused("seed true", "valid integer", line(seed=True), field="seed"),
     refused("seed with 5,000 digits", "must be a JSON object", raw('{"prompt": "a", "seed": ' + "1" * 5000 + "}")),
     refused("width 7", "multiple of 16", line(width=7), field="width"),
-    refused("width 0", "multiple of 16", line(width=0), field="width"),
-    refused("width 1,000,000", "multiple of 16", line(width=1_000_000), field="width"),
     refused("width NaN", "valid integer", raw('{"prompt": "a", "width": NaN}'), field="width"),
-    refused("width 1e999", "valid integer", raw('{"prompt": "a", "width": 1e999}'), field="width"),
     refused("1,000,000 frames", "less than or equal to 256", line(num_frames=1_000_000), field="num_frames"),
     refused("1,000,000 variants", "less than or equal to 1000", line(variants=1_000_000), field="variants"),
     refused("choices for 10^9 shots", "must be at most 1000", line(prompt="{a|b|c}" * 19), field="prompt"),
@@ -61,17 +51,9 @@ LINES: list[Case] = [
     refused(
         "LoRA weight 1e9", "less than or equal to 2", line(lora=[{"path": "a.safetensors", "weight": 1e9}]), field="lora.weight"
     ),
-    refused(
-        "LoRA weight NaN",
-        "finite number",
-        raw('{"prompt": "a", "lora": [{"path": "a.safetensors", "weight": NaN}]}'),
-        field="lora.weight",
-    ),
     refused("photo as URL", "URLs are not read", line(face_image="http://169.254.169.254/x.png"), field="face_image"),
     refused("photo as device", "must be an existing file", line(face_image="/dev/zero"), field="face_image"),
-    refused("photo as folder", "must be an existing file", line(image="/"), field="image"),
     refused("path of 5,000 characters", "must be an existing file", line(image="x" * 5000), field="image"),
-    refused("NUL in the name of a user", "must be an existing file", line(image="~\0/x.png"), field="image"),
     refused("NUL in a path", "must be an existing file", line(image="a\0.png"), field="image"),
     refused("LoRA with another ending", "must be an existing .safetensors file", line(lora="/etc/passwd"), field="lora"),
     refused("unknown field", "did you mean prompt", line(promt="b"), field="promt"),
@@ -83,30 +65,19 @@ LINES: list[Case] = [
         field="99999",
     ),
     refused("no prompt", "this field is required", lambda _: {"seed": 1}, field="prompt"),
-    refused("list instead of fields", "must be a JSON object", raw("[1, 2]")),
-    refused("half of a line", "must be a JSON object", raw('{"prompt": "half')),
     refused("100,000 brackets", "must be a JSON object", raw("[" * 100_000)),
     refused("metadata nested 300 times", "at most 200 levels", raw(nested(300)), field="metadata"),
-    refused("metadata nested 900 times", "at most 200 levels", raw(nested(900)), field="metadata"),
     refused(
         "matrix nested 900 times",
         "at most 200 levels",
         raw('{"prompt": "a", "matrix": {"seed": ' + "[" * 900 + "1" + "]" * 900 + "}}"),
         field="matrix",
     ),
-    refused(
-        "prompt nested 900 times", "at most 200 levels", raw('{"prompt": ' + "[" * 900 + "1" + "]" * 900 + "}"), field="prompt"
-    ),
     refused("metadata NaN", "plain JSON", raw('{"prompt": "a", "metadata": {"x": NaN}}'), field="metadata"),
     used("escape sequences in the prompt", line(prompt="a\x1b[2J\x1b]0;owned\x07b")),
-    used("line ends in the prompt", line(prompt="a\r\nb\nc")),
     used("right-to-left override and ZWJ emoji", line(prompt="a \u202egpj.exe \U0001f469\u200d\U0001f680")),
-    used("NFC spelling", line(prompt="caf\u00e9")),
-    used("NFD spelling of the same prompt", line(prompt="cafe\u0301")),
     used("HTML and script", line(prompt="</script><script>alert(1)</script><img src=x onerror=alert(1)>")),
-    used("formula", line(prompt='=cmd|"/c calc"!A1')),
     used("template", line(prompt="{{7*7}} ${7*7} %s %(x)s {0.__class__}")),
-    used("path in the prompt", line(prompt="../../../../etc/passwd")),
     used("device name as id", line(id="CON")),
 ]
 
@@ -165,39 +136,30 @@ SCRIPTS: list[Case] = [
         ending=".yaml",
     ),
     refused("YAML of 17 MB", "must be at most 16,777,216 bytes", content(lambda: b"#" * 17_000_000), ending=".yaml"),
-    refused("YAML nested 10,000 times", "invalid YAML", content(b"shots: " + b"[" * 10_000), ending=".yaml"),
+    refused("YAML nested 2,000 times", "invalid YAML", content(b"shots: " + b"[" * 2000), ending=".yaml"),
     refused(
-        "YAML number of base 60 with 200,000 digits",
+        "YAML number of base 60 with 20,000 digits",
         "more than 100 characters",
-        content(b"shots: [{prompt: a, seed: 1" + b":1" * 200_000 + b"}]"),
+        content(b"shots: [{prompt: a, seed: 1" + b":1" * 20_000 + b"}]"),
         ending=".yaml",
     ),
     refused(
-        "YAML with 10,000 fields",
+        "YAML with 1,000 fields",
         "an unknown header field",
-        content(lambda: b"shots: [a]\n" + b"".join(b"f%d: 1\n" % n for n in range(10_000))),
-        ending=".yaml",
-    ),
-    refused(
-        "YAML with a number as field",
-        "must be a prompt or a mapping of fields",
-        content(b"shots: [{1: a, prompt: b}]"),
+        content(lambda: b"shots: [a]\n" + b"".join(b"f%d: 1\n" % n for n in range(1000))),
         ending=".yaml",
     ),
     refused("YAML in UTF-16", "not UTF-8", content("shots: [a]".encode("utf-16")), ending=".yaml"),
     refused("bytes that are not UTF-8", "line 2: got bytes that are not UTF-8", content(b"prompt\n\xff\xfe\n"), ending=".csv"),
     refused("line of 17 MB", "more than 16,777,216 characters", content(lambda: b"x" * 17_000_000), ending=".txt"),
     refused(
-        "CSV with 50,000 columns",
+        "CSV with 5,000 columns",
         "unknown columns",
-        content(lambda: b",".join(b"c%d" % n for n in range(50_000))),
+        content(lambda: b",".join(b"c%d" % n for n in range(5000))),
         ending=".csv",
     ),
-    refused("CSV with a column twice", "must appear only once", content(b"prompt,prompt\na,b\n"), ending=".csv"),
     refused("CSV with a cell of 1 MB", "must be CSV", content(b"prompt\n" + b"x" * 1_000_000 + b"\n"), ending=".csv"),
     refused("CSV with an open quote", "must be CSV", content(b'prompt\n"a\nb\n'), ending=".csv"),
-    refused("no lines", "must have at least one shot", content(b"\n\n"), ending=".jsonl"),
-    refused("text named .parquet", "invalid Parquet", content(b"PAR1 text PAR1"), ending=".parquet"),
     refused(
         "truncated Parquet",
         "invalid Parquet",
@@ -208,30 +170,22 @@ SCRIPTS: list[Case] = [
     refused("Parquet with Ray's tensor type", "got an extension type", ray_extension_type, ending=".parquet"),
     refused("Parquet with Ray's tensor type in a struct in a list", "extension type", inner_extension_type, ending=".parquet"),
     refused("Parquet with a column name in Latin-1", "invalid Parquet", column_name_in_latin_1, ending=".parquet"),
-    refused("Parquet with numbers as prompt", "prompt: got 7", parquet(prompt=[7]), ending=".parquet"),
-    refused("Parquet with lists as prompt", "prompt: got", parquet(prompt=[["a"]]), ending=".parquet"),
     refused(
         "Parquet with text that is not UTF-8",
         "a row that cannot be read",
         lambda path: pq.write_table(pa.table({"prompt": pa.array([b"\xff"]).view(pa.string())}), path),
         ending=".parquet",
     ),
-    refused("another type of file", "must be one of .csv", content(b"a"), ending=".exe"),
     used(
         "JSONL with a byte order mark and CRLF", content(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n'), ending=".jsonl"
     ),
     refused("Parquet with a column nested 150 times", "too deeply nested", nested_column(150), ending=".parquet"),
-    used("Parquet with a column nested 50 times", nested_column(50), ending=".parquet"),
 ]
 
 PROFILES: list[Case] = [
     refused("pickle named .yaml", "is not UTF-8", content(b"\x80\x04cposix\nsystem\n(S'true'\ntR.")),
     refused("Python object", "invalid YAML", content(b"!!python/object/apply:os.system ['true']")),
     refused("billion laughs", "aliases are not allowed", content(billion_laughs())),
-    refused("17 MB", "must be at most 16,777,216", content(lambda: b"#" * 17_000_000)),
-    refused("nested 10,000 times", "invalid YAML", content(b"[" * 10_000)),
-    refused("UTF-16", "is not UTF-8", content("name: x".encode("utf-16"))),
-    refused("list", "must be a mapping", content(b"- a\n")),
     refused("memory NaN", "memory_gb", content(b"{name: x, about: y, actors: {flux: {weights: a, memory_gb: .nan}}}")),
     refused("preset for the shell", "encode.preset", content(b"{name: x, about: y, encode: {preset: $(id)}, actors: {}}")),
 ]

@@ -7,9 +7,8 @@ import pytest
 
 from tests.batch.test_batch import Events
 from tests.fake_stages import FAKES, profile_of_fakes
-from tests.hostile.images import IMAGES
+from tests.hostile.files import IMAGES, LORAS
 from tests.hostile.scripts import LINES
-from tests.hostile.weights import LORAS
 from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.outputs.folder import OutputFolder
@@ -62,6 +61,7 @@ def test_hostile_lines_fail_alone(tmp_path, profile):
         assert row.status == "failed", case
         assert row.failure_attempts <= 2, (case, row.failure_attempts)
         assert "Traceback" not in row.failure_message
+        assert row.failure_message.isprintable()
         if case in LINES:
             assert f"s.jsonl line {number}" in row.failure_message, row.failure_message
             assert f", {case.field}:" in row.failure_message or case.field is None

@@ -1,17 +1,83 @@
 """Hostile requests and uploads: a 4xx with one sentence, or an accepted job; the server and other clients go on."""
 
+import base64
+from typing import Any
+
 import pytest
 import yaml
 from starlette.testclient import TestClient
 
-from tests.hostile.images import IMAGES
-from tests.hostile.requests import REQUESTS, SMALL
-from tests.hostile.videos import VIDEOS
+from tests.hostile.files import IMAGES, NOISE, RED, VIDEOS, Case, RunsCode, encoded, refused, used
+from tests.hostile.test_no_code import KINDS
 from tests.online.directors import local_server
 from tests.online.test_api_videos import ended
 from vidgen_ray.online.auth import hash_key
 from vidgen_ray.online.server_settings import OnlineSettings
 
+PATH = "/v1/videos"
+SMALL = {"prompt": "a", "size": "64x64", "num_frames": 2, "upscale": False}
+
+
+def post(path: str = PATH, **arguments: Any):
+    """Return a builder of a POST request: its path and the arguments of httpx."""
+    return lambda _: (path, arguments)
+
+
+def body(**fields: Any):
+    return post(json={**SMALL, **fields})
+
+
+def raw(content: bytes, kind: str = "application/json"):
+    return post(content=content, headers={"Content-Type": kind})
+
+
+def upload(content: bytes):
+    return post("/v1/files", files={"file": ("a.png", content)})
+
+
+def data_url(content: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def reference(url: str):
+    return body(image_reference={"image_url": url})
+
+
+LOCALHOST = ("http://127.0.0.1/x.png", "http://[::ffff:7f00:1]/x.png", "file:///etc/passwd")
+"""More spellings are in tests/online/test_http_fetch.py."""
+
+REQUESTS: list[Case] = [
+    refused("JSON nested 10,000 times", "nested too deeply", raw(b'{"metadata": ' + b"[" * 40 + b"]" * 40 + b"}"), status=400),
+    refused("JSON with 200,000 values", "too many values", raw(b'{"a": [' + b"0," * 200_000 + b"0]}"), status=400),
+    refused("JSON of 3 MB", "larger than", raw(b'{"prompt": "' + b"x" * 3_000_000 + b'"}'), status=413),
+    refused("JSON with NaN", "NaN is not JSON", raw(b'{"prompt": "a", "fps": NaN}'), status=400),
+    refused(
+        "JSON with a number of 5,000 digits",
+        "not valid JSON",
+        raw(b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}"),
+        status=400,
+    ),
+    refused("JSON with a field twice", "same name twice", raw(b'{"prompt": "a", "prompt": "b"}'), status=400),
+    refused("lone surrogate", "lone surrogate", raw(b'{"prompt": "\\ud800"}'), status=400),
+    refused("another content type", "must be application/json", raw(b"<a/>", "application/xml"), status=415),
+    refused("prompt of 100 kB", "at most 10000 characters", body(prompt="x" * 100_000), status=400, field="prompt"),
+    refused("NUL in the prompt", "NUL", body(prompt="a\0b"), status=400, field="prompt"),
+    refused("job above the limit of the key", "must be at most", body(size="1024x1024", num_frames=256), status=400),
+    refused("start image as HTML", "data: URL", reference(data_url(b"<script>", "text")), status=400, field="image_reference"),
+    refused("10,000 form fields", "ields", post(data={f"f{n}": "x" for n in range(10_000)}), status=400),
+    refused("20 files", "iles", post(data=SMALL, files=[("face_image", ("a", b""))] * 20), status=400),
+    refused(
+        "multipart without an end",
+        "",
+        raw(b"--x\r\nContent-Disposition: form-data; na", "multipart/form-data; boundary=x"),
+        status=400,
+    ),
+    refused("upload above the limit", "larger than", upload(encoded(NOISE, "PNG") + bytes(700_000)), status=413),
+    *(refused(f"image at {url}", "", reference(url), status=400, field="image_reference") for url in LOCALHOST),
+    used("file name that leaves the folder", post("/v1/files", files={"file": ("../../../etc/passwd", encoded(RED, "PNG"))})),
+    used("HTML in the prompt", body(prompt="</script><script>alert(1)</script>")),
+    used("escape sequences in the prompt", body(prompt="a\x1b[2J\x1b]0;owned\x07b")),
+]
 CAPS = {"image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 2_500_000}
 
 
@@ -80,6 +146,23 @@ def test_uploads_reach_the_checks_of_files(tmp_path, client, server):
         response = client.post("/v1/videos/characters", data={"name": "x"}, files=files)
         assert_refused(response, 400, case.message, "video")
         assert str(tmp_path) not in response.text
+
+
+def test_pickle_in_a_request_is_refused_and_does_not_run(client, tmp_path):
+    for write in KINDS:
+        write(tmp_path / "a", RunsCode(tmp_path / "RAN"))
+        content = (tmp_path / "a").read_bytes()
+        responses = [
+            client.post("/v1/files", files={"file": ("a.png", content)}),
+            client.post("/v1/videos", data={"prompt": "a"}, files={"input_reference": ("a.png", content)}),
+            client.post("/v1/videos/characters", data={"name": "x"}, files={"video": ("a.mp4", content)}),
+            *(
+                client.post("/v1/videos", content=content, headers={"Content-Type": kind})
+                for kind in ("application/json", "application/x-www-form-urlencoded", "application/octet-stream")
+            ),
+        ]
+        assert all(400 <= response.status_code < 500 for response in responses), (write, responses)
+    assert not (tmp_path / "RAN").exists()
 
 
 def test_other_clients_are_served_afterwards(server):
