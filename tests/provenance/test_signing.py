@@ -2,6 +2,7 @@
 
 import json
 import stat
+import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -47,29 +48,16 @@ def make_larger(signed, key):
     sign_file(signed / "large.mp4", record, key, [Ingredient(signed / "clip.mp4", "clip.mp4")])
 
 
-@pytest.mark.parametrize("name", ["image.png", "clip.mp4"])
-def test_signed_file_verifies_and_keeps_its_metadata_and_pixels(signed, key, name):
-    signature = read_signature(signed / name)
-    assert (signature.state, signature.problems, signature.signer) == ("Valid", (), "Test Studio")
-    assert signature.actions == ("c2pa.created",)
-    assert read_signature(signed / name, read_certificates(key)).state == "Trusted"
-    assert read_provenance(signed / name).record == GENERATED
-    if name.endswith(".png"):
-        assert read_image(signed / name).shape == (48, 64, 3)
-    else:
-        with open_video(signed / name) as clip:
-            assert clip.frames(0, FRAMES).shape == (FRAMES, 48, 64, 3)
-
-
-def test_one_changed_byte_invalidates_the_signature(signed):
+def test_signed_files_verify_and_keep_their_metadata_and_pixels(signed, key):
     for name in ("image.png", "clip.mp4"):
-        intact = (signed / name).read_bytes()
-        for place in (0.55, 0.75, 0.95):
-            content = bytearray(intact)
-            content[int(len(content) * place)] ^= 1
-            (signed / name).write_bytes(content)
-            signature = read_signature(signed / name)
-            assert (signature.state, bool(signature.problems)) == ("Invalid", True), (name, place)
+        signature = read_signature(signed / name)
+        assert (signature.state, signature.problems, signature.signer) == ("Valid", (), "Test Studio")
+        assert signature.actions == ("c2pa.created",)
+        assert read_signature(signed / name, read_certificates(key)).state == "Trusted"
+        assert read_provenance(signed / name).record == GENERATED
+    assert read_image(signed / "image.png").shape == (48, 64, 3)
+    with open_video(signed / "clip.mp4") as clip:
+        assert clip.frames(0, FRAMES).shape == (FRAMES, 48, 64, 3)
 
 
 def test_files_are_valid_for_a_second_library(signed, key, tmp_path, monkeypatch):
@@ -165,13 +153,10 @@ def test_key_that_cannot_be_used_is_found_before_rendering(tmp_path, key, capsys
     assert not list(tmp_path.rglob("shot.json"))
 
 
-def test_formats_without_signatures_are_named(tmp_path, key):
-    (tmp_path / "clip.mkv").write_bytes(b"\x1aE\xdf\xa3" + bytes(20))
+def test_formats_without_signatures_and_a_missing_package_are_named(signed, key, monkeypatch):
+    (signed / "clip.mkv").write_bytes(b"\x1aE\xdf\xa3" + bytes(20))
     with pytest.raises(MediaError, match="must be PNG, JPEG, WebP, MP4 or MOV"):
-        sign_file(tmp_path / "clip.mkv", GENERATED, key)
-
-
-def test_error_of_a_missing_package_says_what_to_install(signed, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "c2pa", None)
+        sign_file(signed / "clip.mkv", GENERATED, key)
+    monkeypatch.setitem(sys.modules, "c2pa", None)
     with pytest.raises(SetupError, match=r"pip install 'vidgen-ray\[c2pa\]'"):
         read_signature(signed / "image.png")
