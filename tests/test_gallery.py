@@ -1,49 +1,68 @@
-"""The gallery: what it shows of a run, in a browser, from disk and live."""
+"""The gallery: what it shows of a run, in a browser, from disk and live, and reviews in it."""
 
 import json
+import socket
+import threading
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
-from tests.browser import browser_page
-from tests.film.conftest import Shots
+from tests.browser import page_in, running_browser
+from tests.dataset.conftest import make_folder, texture
 from vidgen_ray.cli.app import main
 from vidgen_ray.dataset.tables import open_tables, run_query
 from vidgen_ray.errors import SetupError
 from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
 from vidgen_ray.outputs.manifest import SCHEMA
-from vidgen_ray.outputs.storage import LocalStorage
+from vidgen_ray.outputs.reviews import read_reviews, reviewable_clips
+from vidgen_ray.outputs.storage import LocalStorage, storage_at
+from vidgen_ray.report import gallery_page
 from vidgen_ray.report.gallery_page import gallery_app, gallery_rows, page_of, write_gallery
 
 MANY = 10_000
 
 
+@pytest.fixture(scope="module")
+def browser():
+    with running_browser() as browser:
+        yield browser
+
+
+def problems(page, part="html"):
+    """Return the violations of accessibility rules, none without the tool."""
+    if not find_spec("axe_playwright_python"):
+        return []
+    from tests.online.web.test_accessibility import problems
+
+    return problems(page, part)
+
+
 def row(shot_id, line, **columns):
-    return {
-        "run": "r",
-        "script": "s.yaml",
-        "id": shot_id,
-        "line": line,
-        "status": "done",
-        "metadata": "{}",
-        **columns,
-    }
+    return {"run": "r", "script": "s.yaml", "id": shot_id, "line": line, "status": "done", "metadata": "{}", **columns}
+
+
+def write_rows(out, rows, name="r"):
+    (out / "manifest").mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), out / "manifest" / f"{name}-00001.parquet")
 
 
 @pytest.fixture
 def out(tmp_path):
-    """An output folder with two finished shots and a failed one."""
+    """An output folder with two finished shots, a failed one and two films."""
     rows = [
         row("bad", 3, status="failed", prompt="a </script> man", failure_stage="instantid", failure_message="no face found")
     ]
+    size = {"width": 128, "height": 64, "fps": 5}
     for number, shot_id in enumerate(("ada", "bo"), start=1):
         folder = tmp_path / "shots" / "ab" / shot_id
         folder.mkdir(parents=True)
-        image = np.full((72, 128, 3), 40 * number, np.uint8)
+        image = np.random.default_rng(number).integers(0, 256, (72, 128, 3), np.uint8)
         for name in ("image.png", "base.png"):
             write_png(folder / name, image)
         with Mp4Writer(folder / "video.mp4", 128, 72, 5, Mp4Settings()) as clip:
@@ -53,27 +72,29 @@ def out(tmp_path):
             "prompt": f"a portrait of {shot_id}",
             "lora": [{"path": f"/x/{shot_id}.safetensors", "weight": 1.0}],
             "steps": {"flux": 4, "lora": 6, "hunyuan": 8, "klein": None},
-            "width": 128,
-            "height": 64,
             "scale": 2,
-            "fps": 5,
+            **size,
         }
         (folder / "shot.json").write_text(json.dumps({"shot": shot, "files": {"image.png": {}, "base.png": {}}}))
-        files = {"image": f"shots/ab/{shot_id}/image.png", "video": f"shots/ab/{shot_id}/video.mp4"}
-        likeness = {
+        columns = {
+            "image": f"shots/ab/{shot_id}/image.png",
+            "video": f"shots/ab/{shot_id}/video.mp4",
             "image_likeness": 0.5,
             "clip_likeness_mean": 0.4,
             "clip_likeness_worst": 0.1 * number,
             "frames_without_face": 0,
+            "num_frames": 3,
+            "duration_s": 0.6,
+            "seconds": 1.0 * number,
+            "metadata": json.dumps({"character": shot_id, "style": "noir"}),
+            **({"cost": 0.004, "currency": "USD"} if shot_id == "ada" else {}),
         }
-        size = {"width": 128, "height": 64, "num_frames": 3, "fps": 5, "duration_s": 0.6, "seconds": 1.0 * number}
-        size |= {"cost": 0.004, "currency": "USD"} if shot_id == "ada" else {}
-        metadata = json.dumps({"character": shot_id, "style": "noir"})
-        rows.append(row(shot_id, number, prompt=shot["prompt"], metadata=metadata, **files, **likeness, **size))
-    (tmp_path / "manifest").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
+        rows.append(row(shot_id, number, prompt=shot["prompt"], **size, **columns))
+    write_rows(tmp_path, rows)
     failed = {"id": "bad", "prompt": "a </script> man", "failure": {"id": "bad", "script": "s.yaml", "stage": "instantid"}}
     (tmp_path / "failures.jsonl").write_text(json.dumps(failed) + "\n")
+    for name in ("film.mp4", "a 2nd cut.mp4"):
+        (tmp_path / name).write_bytes(b"film")
     return tmp_path
 
 
@@ -81,13 +102,15 @@ def cards(page):
     return page.locator("#cards h2").all_inner_texts()
 
 
-def test_gallery_opens_from_disk_and_filters(out):
+def test_gallery_opens_from_disk_filters_and_shows_details(browser, out):
     page_file = write_gallery(out)
     assert sorted(path.name for path in (out / "thumbnails").rglob("*.webp")) == ["ada.webp", "bo.webp"]
-    with browser_page(1366, 768) as page:
+    with page_in(browser, 1366, 768) as page:
         page.goto(page_file.as_uri())
         assert cards(page) == ["bad", "ada", "bo"]
         assert page.locator("#counts").inner_text() == "2 done, 1 failed"
+        assert page.locator("#films a").all_inner_texts() == ["a 2nd cut.mp4", "film.mp4"]
+        assert page.locator("#films a").first.get_attribute("href") == "a%202nd%20cut.mp4"
         page.select_option("select[name=lora]", "bo")
         assert cards(page) == ["bo"]
         page.select_option("select[name=lora]", "")
@@ -99,11 +122,7 @@ def test_gallery_opens_from_disk_and_filters(out):
         page.fill("input[name=text]", "portrait ada")
         assert (cards(page), page.locator("#shown").inner_text()) == (["ada"], "1 of 3")
 
-
-def test_detail_shows_clip_images_settings_and_reason(out):
-    page_file = write_gallery(out)
-    with browser_page(1366, 768) as page:
-        page.goto(page_file.as_uri())
+        page.reload()
         page.hover("article >> nth=1")
         page.wait_for_function("document.querySelector('article video')?.readyState >= 2")
         page.click("article >> nth=0")
@@ -133,15 +152,14 @@ def swept(number, seed, lora, scale, **columns):
     return row(shot_id, 1, prompt="a boat", metadata=metadata, seconds=float(number), image_sha256=digest, **columns)
 
 
-def test_matrix_is_shown_in_order_and_as_a_grid(tmp_path):
+def test_matrix_is_shown_in_order_and_as_a_grid(browser, tmp_path):
     shots = [(seed, lora, scale) for seed in (10, 2) for lora in ("wide", "base") for scale in (2, 4)]
     rows = [swept(number, *shot) for number, shot in enumerate(shots, start=1)]
     rows[0] |= {"frames_without_face": 0, "image_likeness": 0.5}
     rows[1] |= {"frames_without_face": 0, "image_likeness": 0.25}
-    (tmp_path / "manifest").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows[::-1], schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
+    write_rows(tmp_path, rows[::-1])
     page_file = write_gallery(tmp_path)
-    with browser_page(1366, 768) as page:
+    with page_in(browser, 1366, 768) as page:
         page.goto(page_file.as_uri())
         assert cards(page) == ["…2", "…4"] * 4
         assert page.locator("#cards .facts").nth(0).inner_text().split("\n") == ["seed 10", "LoRA wide/lora", "scale 2"]
@@ -157,25 +175,19 @@ def test_matrix_is_shown_in_order_and_as_a_grid(tmp_path):
         page.select_option("select[name='axis:scale']", "")
         assert "likeness 0.38" in page.locator("#grid th").nth(1).inner_text()
         page.select_option("select[name='axis:scale']", "4")
-        if find_spec("axe_playwright_python"):
-            from tests.online.web.test_accessibility import problems
-
-            for key, number in (("a", 0), ("r", 1), ("4", 2)):
-                page.locator("#grid .open").nth(number).focus()
-                page.keyboard.press(key)
-            # Names of files may be broken.
-            assert [each for each in problems(page) if "inside a word" not in each] == []
+        for key, number in (("a", 0), ("r", 1), ("4", 2)):
+            page.locator("#grid .open").nth(number).focus()
+            page.keyboard.press(key)
+        # Names of files may be broken.
+        assert [each for each in problems(page) if "inside a word" not in each] == []
         page.locator("#grid article").nth(3).click()
         assert page.locator("dialog h2").inner_text() == rows[3]["id"]
 
 
-def test_only_files_of_a_matrix_have_short_names(tmp_path):
-    axes = [{"prompt": f"a {size} ball, f/{size}.jpg", "face_image": f"faces/{size}.png"} for size in "12"]
-    rows = [row(f"a-{n}", 1, metadata=json.dumps({"matrix": each})) for n, each in enumerate(axes)]
-    (tmp_path / "manifest").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
-    shown = [each["axes"] for each in gallery_rows(LocalStorage(tmp_path)).rows]
-    assert shown == [{"prompt": f"a {size} ball, f/{size}.jpg", "face_image": size} for size in "12"]
+def test_failures_are_kept_if_there_are_too_many_shots(out):
+    rows, counts = gallery_rows(LocalStorage(out), limit=2)
+    assert ([each["id"] for each in rows], counts) == (["bad", "ada"], {"done": 2, "failed": 1})
+    assert "3 shots" in write_gallery(out).read_text()
 
 
 def test_shots_of_a_line_that_differ_only_in_their_seed_are_siblings(tmp_path):
@@ -186,42 +198,21 @@ def test_shots_of_a_line_that_differ_only_in_their_seed_are_siblings(tmp_path):
         files = {"image": "a/image.png", "image_sha256": f"{number:064x}"}
         line = None if lora == "free" else 1
         rows.append(row(f"{prompt}-{lora}-{seed}", line, prompt=prompt, metadata=metadata, **files))
-    (tmp_path / "manifest").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
+    write_rows(tmp_path, rows)
     storage = LocalStorage(tmp_path)
     siblings = {each["id"]: each.get("siblings") for each in gallery_rows(storage).rows}
     alone = dict.fromkeys(["kite-wide-1", "kite-free-1", "kite-free-2"])
     assert siblings == {"boat-base-1": 0, "boat-base-2": 0, "boat-wide-1": 1, "boat-wide-2": 1, **alone}
     with open_tables(storage) as database:
-        groups = (
-            run_query(database, "SELECT list(id ORDER BY id) AS ids FROM clips GROUP BY siblings").read_all()["ids"].to_pylist()
-        )
-    assert sorted(groups) == sorted(
-        [["boat-base-1", "boat-base-2"], ["boat-wide-1", "boat-wide-2"], *([each] for each in alone)]
-    )
+        groups = run_query(database, "SELECT list(id ORDER BY id) AS ids FROM clips GROUP BY siblings").read_all()
+    expected = [["boat-base-1", "boat-base-2"], ["boat-wide-1", "boat-wide-2"], *([each] for each in alone)]
+    assert sorted(groups["ids"].to_pylist()) == sorted(expected)
 
 
-def test_gallery_links_the_films_of_the_folder(tmp_path):
-    shots = Shots(tmp_path / "out")
-    shots.add("a")
-    page_file = write_gallery(shots.root)
-    with browser_page(1366, 768) as page:
-        page.goto(page_file.as_uri())
-        assert page.locator("#films a").count() == 0
-        for name in ("film.mp4", "a 2nd cut.mp4"):
-            assert main(["film", str(shots.root), "-o", str(shots.root / name)]) == 0
-        page.reload()
-        assert page.locator("#films a").all_inner_texts() == ["a 2nd cut.mp4", "film.mp4"]
-        assert page.locator("#films a").first.get_attribute("href") == "a%202nd%20cut.mp4"
-    client = TestClient(gallery_app(shots.root))
-    assert client.get("/a%202nd%20cut.mp4").content == (shots.root / "a 2nd cut.mp4").read_bytes()
-    assert client.get("/run.json").status_code == 404
-
-
-def test_ten_thousand_shots_keep_the_page_small(tmp_path):
+def test_ten_thousand_shots_keep_the_page_small(browser, tmp_path):
     rows = [{"id": f"shot-{n}", "status": "done", "prompt": f"a ball {n}", "script": "s", "line": n} for n in range(MANY)]
     (tmp_path / "index.html").write_text(page_of({"rows": rows, "counts": {"done": MANY}, "total": MANY, "films": []}))
-    with browser_page(1366, 768) as page:
+    with page_in(browser, 1366, 768) as page:
         page.goto((tmp_path / "index.html").as_uri())
         page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
         page.wait_for_selector(f"text=shot-{MANY - 1}")
@@ -238,11 +229,19 @@ def test_watch_serves_new_rows_and_nothing_beside_the_shots(out):
     assert len(shown) == 3
     assert ["Cost", "0.004 USD"] in shown["ada"]["settings"]
     assert [shown[name]["facts"][3:] for name in ("ada", "bo")] == [["cost 0.004 USD"], []]
-    pq.write_table(pa.Table.from_pylist([row("new", 4)], schema=SCHEMA), out / "manifest" / "s-00001.parquet")
+    write_rows(out, [row("new", 4)], name="s")
     assert {each["id"] for each in client.get("/rows.json").json()["rows"]} == {"ada", "bo", "bad", "new"}
     clip = client.get("/shots/ab/ada/video.mp4", headers={"Range": "bytes=0-9"})
     assert (clip.status_code, len(clip.content)) == (206, 10)
-    for path in ("/jobs.db", "/shots/../jobs.db", "/shots/%2e%2e/jobs.db", "/manifest/r-00001.parquet", "/shots/ab"):
+    assert client.get("/a%202nd%20cut.mp4").content == b"film"
+    for path in (
+        "/jobs.db",
+        "/shots/../jobs.db",
+        "/shots/%2e%2e/jobs.db",
+        "/manifest/r-00001.parquet",
+        "/shots/ab",
+        "/run.json",
+    ):
         assert client.get(path).status_code == 404, path
     with pytest.raises(SetupError, match="no such folder"):
         gallery_app(out / "gone")
@@ -261,3 +260,168 @@ def test_status_lists_what_stands_out(out, capsys):
     assert "3 s of work; 0 bytes of images and clips" in text
     assert "s.yaml line 3" in text
     assert main(["status", str(out / "gone")]) == 4
+
+
+# Reviews: with the keyboard, by requests to `vidgen watch`, and in a page that was opened from a disk
+
+NOTE = "« \"quoted\" 'twice' <b>שלום</b> 🎬"
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture
+def reviewed(tmp_path):
+    """A failed shot, two seeds of one prompt, and two shots of other prompts."""
+    prompts = {"boat-1": "a boat", "boat-2": "a boat", "kite": "a kite", "ball": "a ball"}
+    shots = [({"id": "bad"}, None)]
+    for number, (id_, prompt) in enumerate(prompts.items()):
+        shots.append(({"id": id_, "prompt": prompt, "seed": number}, texture(64, 64, seed=number)))
+    make_folder(tmp_path, shots)
+    return tmp_path
+
+
+def reviews(reviewed):
+    """Return id -> verdict, stars and note."""
+    stored = read_reviews(storage_at(reviewed)).values()
+    return {each.id: (each.verdict, each.stars, each.note) for each in stored}
+
+
+@contextmanager
+def watched(reviewed, reviewer):
+    """Serve the gallery of a folder. Yields its URL."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(gallery_app(reviewed, reviewer), log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    server.should_exit = True
+    thread.join()
+
+
+def test_only_the_own_page_can_review_clips_of_this_folder(reviewed):
+    clips = {shot_id: digest for digest, shot_id in reviewable_clips(storage_at(reviewed)).items()}
+    host = "http://127.0.0.1:8001"
+    client = TestClient(gallery_app(reviewed, "ada"), base_url=host)
+    review = {"clip_sha256": clips["kite"], "verdict": "reject", "stars": None, "note": None}
+
+    def post(content=review, **headers):
+        return client.post("/reviews", content=json.dumps(content), headers={**JSON, **headers}).status_code
+
+    for headers in (
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:9000"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Host": "evil.example:8001"},
+        {"Host": "localhost.evil.example"},
+        {"Content-Type": "text/plain"},
+        {"Content-Type": "application/x-www-form-urlencoded"},
+    ):
+        assert post(**headers) == 403, headers
+    assert post({**review, "clip_sha256": "f" * 64}) == 404
+    for wrong in ({"stars": 0}, {"stars": True}, {"verdict": "maybe"}, {"note": "x" * 2001}, {"who": "eve"}, {"where": "true"}):
+        assert post({**review, **wrong}) == 422, wrong
+    assert post({**review, "note": "x" * 70_000}) == 413
+    assert post("no object") == 422
+    assert client.get("/reviews").status_code == 404
+    assert not (reviewed / "reviews").exists()
+
+    assert post(Origin=host, **{"Sec-Fetch-Site": "same-origin"}) == 204
+    # Another session has the last word, and both pages show it.
+    other = TestClient(gallery_app(reviewed, "bo"), base_url="http://localhost:8002")
+    assert other.post("/reviews", json={**review, "verdict": "accept", "note": NOTE}).status_code == 204
+    for each in (client, other):
+        (kite,) = (row for row in each.get("/rows.json").json()["rows"] if row["id"] == "kite")
+        shown = {name: kite["review"][name] for name in ("verdict", "stars", "note", "who")}
+        assert shown == {"verdict": "accept", "stars": None, "note": NOTE, "who": "bo"}
+    assert "<b>" not in client.get("/").text
+    (reviewed / "manifest").rename(reviewed / "gone")
+    assert post({**review, "clip_sha256": clips["ball"]}) == 204, "known since the page was loaded"
+
+
+def test_review_with_the_keyboard_and_in_a_file(browser, reviewed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gallery_page, "REFRESH_S", 0.3)
+    with watched(reviewed, "ada") as url, page_in(browser, 1366, 768) as page:
+        page.goto(url)
+        keys = page.keyboard
+        for key in ("ArrowRight", "ArrowRight", "4", "a", "r"):  # the first card is that of the failed shot
+            keys.press(key)
+        page.wait_for_selector("#reviews:text-is('1 accepted, 1 rejected')")
+        page.locator("[title=kite] .review").get_by_label("2 stars").click()
+        page.select_option("select[name=verdict]", "accept")
+        assert page.locator("#cards h2").all_inner_texts() == ["boat-1"]
+        page.select_option("select[name=verdict]", "")
+        page.locator("[title=boat-1] .open").focus()
+        keys.press("n")
+        with page.expect_response("**/rows.json"):
+            keys.type("aru1" + NOTE)  # letters that are keys elsewhere
+        assert page.locator("#note").input_value() == "aru1" + NOTE
+        keys.press("Enter")
+        assert page.locator("dialog h2").inner_text() == "boat-1"
+        keys.press("c")
+        assert page.locator("dialog .mark").all_inner_texts() == ["accepted ★★★★", "rejected"]
+        assert problems(page, "dialog[open]") == []
+        keys.press("r")
+        keys.press("ArrowRight")
+        assert page.locator("figure[aria-current=true]").inner_text() == "boat-2\nrejected"
+        keys.press("u")  # the verdict
+        keys.press("u")  # the note
+        assert page.locator("#note").input_value() == ""
+        keys.press("c")
+        for _ in range(3):
+            keys.press("ArrowRight")
+        keys.press("a")
+        assert "ball is accepted. It is the last clip." in page.locator("dialog .message").inner_text()
+        keys.press("Escape")
+        page.wait_for_selector("#reviews[aria-busy=false]")
+        for _ in range(2):  # the second one was asked for after the reviews were stored
+            page.wait_for_event("response", lambda response: response.url.endswith("rows.json"))
+        assert page.evaluate("document.activeElement.closest('article').title") == "ball"
+        assert reviews(reviewed) == {
+            "boat-1": ("accept", 4, None),
+            "boat-2": ("reject", None, None),
+            "kite": (None, 2, None),
+            "ball": ("accept", None, None),
+        }
+    with page_in(browser, 390, 844) as page:
+        page.goto(write_gallery(reviewed).as_uri())
+        page.locator("[title=kite] .note").click()
+        page.locator("#note").fill(NOTE)
+        page.locator("#review").get_by_label("Reject").click()
+        page.reload()
+        assert page.locator("#reviews").inner_text() == "2 accepted, 2 rejected"
+        assert page.locator("[title=kite] .note").get_attribute("title") == NOTE
+        with page.expect_download() as saved:
+            page.get_by_role("button", name="Save reviews").click()
+        saved.value.save_as(tmp_path / "saved.json")
+    given = json.loads((tmp_path / "saved.json").read_text())
+    by_id = [{"id": "ball", "verdict": "reject"}, {"id": "unknown", "stars": 1}]
+    (tmp_path / "saved.json").write_text(json.dumps([given[0], {**given[0], "clip_sha256": "f" * 64}, *by_id]))
+    for numbers in ((2, 0, 2), (0, 2, 2)):
+        assert main(["review", str(reviewed), str(tmp_path / "saved.json"), "--reviewer", "bo", "--json"]) == 1
+        assert tuple(json.loads(capsys.readouterr().out).values()) == numbers
+    assert reviews(reviewed)["kite"] == ("reject", 2, NOTE)
+    assert reviews(reviewed)["ball"] == ("reject", None, None)
+    assert {each.id: each.who for each in read_reviews(storage_at(reviewed)).values()}["kite"] == "bo"
+    wrong = json.dumps([{**given[0], "stars": 6}])
+    for content, message in (
+        ("not JSON", "saved.json: is not JSON"),
+        (wrong, "0.stars: must be less than or equal to 5; must be a file that the gallery has saved"),
+    ):
+        (tmp_path / "saved.json").write_text(content)
+        assert main(["review", str(reviewed), str(tmp_path / "saved.json")]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_reviews_are_kept_while_the_server_does_not_answer(browser, reviewed):
+    with page_in(browser, 800, 600) as page, watched(reviewed, "ada") as url:
+        page.goto(url)
+        page.route("**/reviews", lambda route: route.abort())
+        page.locator("[title=boat-1] .open").focus()
+        page.keyboard.press("a")
+        page.wait_for_function("document.querySelector('.message').textContent.startsWith('Not stored yet')")
+        page.unroute("**/reviews")
+        page.keyboard.press("a")
+        page.wait_for_selector("#reviews[aria-busy=false]")
+        assert page.locator("#reviews").inner_text() == "2 accepted, 0 rejected"
+    assert {id_: verdict for id_, (verdict, *_) in reviews(reviewed).items()} == {"boat-1": "accept", "boat-2": "accept"}
