@@ -1,9 +1,11 @@
-"""Container and Kubernetes manifests: safe settings, and commands and versions of this project."""
+"""Container, Kubernetes manifests, cluster.yaml and lock file: safe settings, and commands and versions of this project."""
 
+import copy
 import json
 import re
 import shlex
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import typer
@@ -11,6 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 
 from tests.online.test_serve_configs import checked_config
@@ -21,228 +24,40 @@ from vidgen_ray.profile import builtin_profiles
 from vidgen_ray.version import __version__
 
 ROOT = Path(__file__).parent.parent
-KUBERAY = ROOT / "deploy" / "kuberay"
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
-SAFE_POD = {"allowPrivilegeEscalation": False, "runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+CLIENT = tomllib.loads((ROOT / "clients" / "python" / "pyproject.toml").read_text())["project"]
+LOCK = (ROOT / "packaging" / "requirements.lock").read_text()
+CLUSTER_TEXT = (ROOT / "cluster.yaml").read_text()
 UNPRIVILEGED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-SAFE_CLUSTER = {**SAFE_POD, "serviceType": "ClusterIP", "enableIngress": False, "authOptions": {"mode": "token"}}
-KINDS = {"cluster": "RayCluster", "job": "RayJob", "service": "RayService"}
-"""Manifest -> its kind."""
 
 
 def documents(name):
-    return list(yaml.safe_load_all((KUBERAY / f"{name}.yaml").read_text()))
+    return list(yaml.safe_load_all((ROOT / "deploy" / "kuberay" / f"{name}.yaml").read_text()))
 
 
-def fields_of(manifest):
-    """Yield each field of a manifest, and its value."""
-    for each in manifest if isinstance(manifest, list) else [manifest]:
-        for name, value in each.items() if isinstance(each, dict) else ():
-            yield name, value
-            yield from fields_of(value)
+SPECS = {name: documents(name)[0]["spec"] for name in ("cluster", "job", "service")}
+CLUSTERS = {name: spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec for name, spec in SPECS.items()}
+"""Manifest -> its Ray cluster."""
+WORKERS = {name: cluster["workerGroupSpecs"][0] for name, cluster in CLUSTERS.items()}
+PODS = {
+    name: [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    for name, cluster in CLUSTERS.items()
+}
+"""Manifest -> pods of its head and its workers."""
+RAY_PODS = list(chain(*PODS.values()))
+SUBMITTER = SPECS["job"]["submitterPodTemplate"]["spec"]
+DOWNLOADER = documents("weights")[-1]["spec"]["template"]["spec"]
 
 
-def unsafe(manifest, safe):
-    """Return the safe fields that a manifest lacks, or has with another value."""
-    found = list(fields_of(manifest))
-    return [*(safe.keys() - dict(found).keys()), *(name for name, value in found if value != safe.get(name, value))]
-
-
-def spec_of(name):
-    return documents(name)[0]["spec"]
-
-
-def cluster_of(name):
-    spec = spec_of(name)
-    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
-
-
-def worker_group(name):
-    (group,) = cluster_of(name)["workerGroupSpecs"]
-    return group
-
-
-def pods(name):
-    return [group["template"]["spec"] for group in (cluster_of(name)["headGroupSpec"], *cluster_of(name)["workerGroupSpecs"])]
-
-
-def submitter_pod():
-    return spec_of("job")["submitterPodTemplate"]["spec"]
-
-
-def weights_pod():
-    return documents("weights")[-1]["spec"]["template"]["spec"]
-
-
-def all_pods():
-    return [*(pod for name in KINDS for pod in pods(name)), weights_pod()]
-
-
-def test_manifests_have_safe_values():
-    for name, kind in KINDS.items():
-        document = documents(name)[0]
+def test_clusters_need_a_token_are_not_exposed_and_their_heads_run_no_work():
+    for name, kind in {"cluster": "RayCluster", "job": "RayJob", "service": "RayService"}.items():
+        document, cluster = documents(name)[0], CLUSTERS[name]
         assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", kind)
-        assert unsafe(document, SAFE_CLUSTER) == []
-    assert unsafe(weights_pod(), SAFE_POD) == []
-
-
-def test_no_pod_runs_as_root_and_no_container_has_privileges():
-    for pod in [*all_pods(), submitter_pod()]:
-        assert pod["securityContext"]["runAsNonRoot"]
-        assert pod["securityContext"]["runAsUser"] == 1000
-        assert [container["securityContext"] for container in pod["containers"]] == [UNPRIVILEGED] * len(pod["containers"])
-    for name in ("cluster", "service"):
-        assert cluster_of(name)["autoscalerOptions"]["securityContext"] == UNPRIVILEGED
-
-
-def test_pods_mount_declared_volumes_and_reserve_what_they_may_use():
-    claims = {document["metadata"]["name"] for document in documents("weights") if document["kind"] == "PersistentVolumeClaim"}
-    for pod in all_pods():
-        for container in pod["containers"]:
-            assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-            assert container["image"] == f"REGISTRY/vidgen-ray:{__version__}"
-            requests, limits = container["resources"]["requests"], container["resources"]["limits"]
-            assert requests.get("nvidia.com/gpu") == limits.get("nvidia.com/gpu"), container["name"]
-        volume_claims = [volume["persistentVolumeClaim"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
-        assert {claim["claimName"] for claim in volume_claims} <= claims
-
-
-def test_head_runs_no_work_and_pods_read_weights_only():
-    for name in KINDS:
-        assert cluster_of(name)["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0", "num-gpus": "0"}
-        for pod in pods(name):
-            mounts = {mount["mountPath"]: mount for mount in pod["containers"][0]["volumeMounts"]}
-            assert mounts["/weights"]["readOnly"]
-            assert mounts["/home/vidgen/.insightface"]["readOnly"]
-            assert "/dev/shm" in mounts
-            env = {variable["name"]: variable.get("value") for variable in pod["containers"][0]["env"]}
-            assert float(env["RAY_JOB_STOP_WAIT_TIME_S"]) > GRACE_S
-            assert pod["terminationGracePeriodSeconds"] > float(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]) >= GRACE_S
-            assert (env["HF_HOME"], env["HF_HUB_OFFLINE"]) == ("/weights/huggingface", "1")
-
-
-def test_ray_version_of_the_manifests_is_that_of_the_image():
-    pinned = dict(line.split("==") for line in constraints() if "==" in line)
-    assert {cluster_of(name)["rayVersion"] for name in KINDS} == {pinned["ray"]}
-
-
-def constraints():
-    lines = (ROOT / "deploy" / "constraints.txt").read_text().splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-def test_pinned_versions_are_allowed_by_the_project():
-    allowed = {requirement.name: requirement.specifier for requirement in map(Requirement, PROJECT["dependencies"])}
-    for pinned in map(Requirement, constraints()):
-        versions = [specifier.version for specifier in pinned.specifier if specifier.operator in ("==", ">=")]
-        assert all(version in allowed[pinned.name] for version in versions), pinned
-
-
-def test_gpus_of_the_job_fit_into_its_worker_group():
-    words = shlex.split(spec_of("job")["entrypoint"])
-    nodes = parse_gpus(words[words.index("--gpus") + 1]).nodes
-    group = worker_group("job")
-    (container,) = group["template"]["spec"]["containers"]
-    assert len(nodes) <= group["maxReplicas"]
-    assert {len(node.gpus) for node in nodes} == {int(container["resources"]["limits"]["nvidia.com/gpu"])}
-
-
-def total(pods_of_flavor):
-    """Return resource -> amount that these pods request."""
-    requests = [container["resources"]["requests"] for pod in pods_of_flavor for container in pod["containers"]]
-    return {name: sum(amount(each.get(name, 0)) for each in requests) for name in set().union(*requests)}
-
-
-def amount(text):
-    """Return a Kubernetes quantity as a number."""
-    units = {"m": 1e-3, "Mi": 2**20, "Gi": 2**30}
-    number, unit = re.fullmatch(r"([\d.]+)(m|Mi|Gi)?", str(text)).groups()
-    return float(number) * units.get(unit, 1)
-
-
-def test_kueue_admits_the_job_on_spot_nodes_with_its_head_on_demand():
-    """Check what the webhook and the scheduler of Kueue require. No Python package has its schemas."""
-    found = {(document["kind"], document["metadata"]["name"]): document for document in documents("kueue")}
-    labels = documents("job")[0]["metadata"]["labels"]
-    local_queue = found["LocalQueue", labels["kueue.x-k8s.io/queue-name"]]
-    assert ("WorkloadPriorityClass", labels["kueue.x-k8s.io/priority-class"]) in found
-    (resources,) = found["ClusterQueue", local_queue["spec"]["clusterQueue"]]["spec"]["resourceGroups"]
-    assert spec_of("job")["shutdownAfterJobFinishes"]
-    assert "enableInTreeAutoscaling" not in cluster_of("job"), "Kueue refuses it without its annotation for elastic jobs"
-    group = worker_group("job")
-    assert group["minReplicas"] == group["replicas"] == group["maxReplicas"], "Kueue counts `replicas`"
-    head, worker = pods("job")
-    pods_of_flavors = {"on-demand": [head, submitter_pod()], "spot": [worker] * group["replicas"]}
-    assert list(pods_of_flavors) == [flavor["name"] for flavor in resources["flavors"]], "Kueue tries them in this order"
-    for flavor in resources["flavors"]:
-        assert [each["name"] for each in flavor["resources"]] == resources["coveredResources"]
-        quota = {each["name"]: amount(each["nominalQuota"]) for each in flavor["resources"]}
-        needed = total(pods_of_flavors[flavor["name"]])
-        assert all(needed[name] <= quota[name] for name in needed)
-        if flavor["name"] == "on-demand":
-            assert not quota["nvidia.com/gpu"], "a worker that requires spot nodes would wait for one forever"
-    (spot_label,) = found["ResourceFlavor", "spot"]["spec"]["nodeLabels"].items()
-    required = worker["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
-    allowed = {(each["key"], value) for term in required for each in term["matchExpressions"] for value in each["values"]}
-    assert spot_label in allowed
-
-
-def test_probes_of_the_server_need_no_token_and_wait_for_no_weights():
-    for pod in pods("service"):
-        (container,) = pod["containers"]
-        for probe in ("startupProbe", "livenessProbe"):
-            request = container[probe]["httpGet"]
-            assert request["path"] in PUBLIC_EXACT_PATHS
-            assert request["port"] == DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
-    head, worker = (pod["containers"][0]["readinessProbe"]["httpGet"] for pod in pods("service"))
-    assert head == pods("service")[0]["containers"][0]["startupProbe"]["httpGet"], "no replica runs on the head"
-    assert worker == {"path": "/-/healthz", "port": 8000}
-
-
-def test_disruption_budgets_of_the_server_select_its_head_and_its_fewest_workers():
-    groups = {"head": cluster_of("service")["headGroupSpec"], "worker": worker_group("service")}
-    for node_type, budget in zip(groups, documents("service")[1:], strict=True):
-        labels = {**groups[node_type]["template"]["metadata"]["labels"], "ray.io/node-type": node_type}
-        least = groups[node_type].get("minReplicas", 1)
-        assert budget["spec"] == {"minAvailable": least, "selector": {"matchLabels": labels}}
-
-
-def check_command(words):
-    """Assert that the words after `vidgen` are a command with existing options, and that the profile exists."""
-    command = typer.main.get_command(app)
-    while hasattr(command, "commands"):
-        command, words = command.get_command(None, words[0]), words[1:]
-    accepted = {option for parameter in command.params for option in parameter.opts}
-    assert {word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word)} <= accepted
-    profiles = [word for word in words if word.startswith("gpu-")]
-    assert set(profiles) <= set(builtin_profiles())
-
-
-def test_commands_of_image_and_manifests_exist():
-    program, *words = shlex.split(spec_of("job")["entrypoint"])
-    assert program == "vidgen"
-    check_command(words)
-    check_command(weights_pod()["containers"][0]["args"])
-    *_, entrypoint = json.loads(re.search(r"^ENTRYPOINT (.+)$", DOCKERFILE, re.MULTILINE)[1])
-    assert entrypoint in PROJECT["scripts"]
-    check_command(json.loads(re.search(r"^CMD (\[.+\])$", DOCKERFILE, re.MULTILINE)[1]))
-
-
-def test_serve_config_is_valid_and_listens_where_the_service_connects():
-    config, settings = checked_config(spec_of("service")["serveConfigV2"])
-    assert config.http_options.host == "0.0.0.0"
-    assert settings.keys_file is not None, "a server that listens on all addresses requires API keys"
-    mounted = {mount["mountPath"] for pod in pods("service") for mount in pod["containers"][0]["volumeMounts"]}
-    assert str(Path(settings.keys_file).parent) in mounted
-    nodes = len(parse_gpus(settings.gpus).nodes)
-    assert settings.max_queue_s
-    assert (nodes, 2 * nodes) == (worker_group("service")["minReplicas"], worker_group("service")["maxReplicas"])
-
-
-def test_network_policy_opens_the_dashboard_to_the_operator_only():
+        assert cluster["authOptions"] == {"mode": "token"}
+        head = cluster["headGroupSpec"]
+        assert (head["serviceType"], head["enableIngress"]) == ("ClusterIP", False)
+        assert head["rayStartParams"] == {"num-cpus": "0", "num-gpus": "0"}
     (policy,) = documents("network-policy")
     open_ports = {
         namespace: {port["port"] for port in rule["ports"]}
@@ -255,13 +70,230 @@ def test_network_policy_opens_the_dashboard_to_the_operator_only():
     assert policy["spec"]["policyTypes"] == ["Ingress"]
 
 
-def test_image_has_a_python_that_the_project_allows_and_copies_existing_files():
+def test_no_pod_runs_as_root_or_has_privileges():
+    for pod in [*RAY_PODS, SUBMITTER, DOWNLOADER]:
+        security = pod["securityContext"]
+        assert (security["runAsNonRoot"], security["runAsUser"]) == (True, 1000)
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert [container["securityContext"] for container in pod["containers"]] == [UNPRIVILEGED] * len(pod["containers"])
+    for name in ("cluster", "service"):
+        assert CLUSTERS[name]["autoscalerOptions"]["securityContext"] == UNPRIVILEGED
+
+
+def test_pods_read_mounted_weights_reserve_what_they_may_use_and_end_after_the_grace_period():
+    claims = {document["metadata"]["name"] for document in documents("weights") if document["kind"] == "PersistentVolumeClaim"}
+    for pod in [*RAY_PODS, DOWNLOADER]:
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+            assert container["image"] == f"REGISTRY/vidgen-ray:{__version__}"
+            requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+            assert requests.get("nvidia.com/gpu") == limits.get("nvidia.com/gpu"), container["name"]
+        used = {volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["volumes"]}
+        assert used - {None} <= claims
+    for pod in RAY_PODS:
+        mounts = {mount["mountPath"]: mount for mount in pod["containers"][0]["volumeMounts"]}
+        assert mounts["/weights"]["readOnly"]
+        assert mounts["/home/vidgen/.insightface"]["readOnly"]
+        assert "/dev/shm" in mounts
+        env = {variable["name"]: variable.get("value") for variable in pod["containers"][0]["env"]}
+        assert float(env["RAY_JOB_STOP_WAIT_TIME_S"]) > GRACE_S
+        assert pod["terminationGracePeriodSeconds"] > float(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]) >= GRACE_S
+        assert (env["HF_HOME"], env["HF_HUB_OFFLINE"]) == ("/weights/huggingface", "1")
+
+
+def test_pinned_versions_are_allowed_by_the_project_and_those_of_the_manifests():
+    lines = (ROOT / "deploy" / "constraints.txt").read_text().splitlines()
+    constraints = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    allowed = {requirement.name: requirement.specifier for requirement in map(Requirement, PROJECT["dependencies"])}
+    for pinned in constraints:
+        versions = [specifier.version for specifier in pinned.specifier if specifier.operator in ("==", ">=")]
+        assert all(version in allowed[pinned.name] for version in versions), pinned
+    (ray,) = [pinned.specifier for pinned in constraints if pinned.name == "ray"]
+    assert {f"=={cluster['rayVersion']}" for cluster in CLUSTERS.values()} == {str(ray)}
     version = re.search(r"^FROM python:([\d.]+)-", DOCKERFILE, re.MULTILINE)[1]
     assert version in SpecifierSet(PROJECT["requires-python"])
+
+
+def amount(text):
+    """Return a Kubernetes quantity as a number."""
+    number, unit = re.fullmatch(r"([\d.]+)(m|Mi|Gi)?", str(text)).groups()
+    return float(number) * {"m": 1e-3, "Mi": 2**20, "Gi": 2**30}.get(unit, 1)
+
+
+def test_kueue_admits_the_job_on_spot_nodes_with_its_head_on_demand():
+    """Check what the webhook and the scheduler of Kueue require. No Python package has its schemas."""
+    found = {(document["kind"], document["metadata"]["name"]): document for document in documents("kueue")}
+    labels = documents("job")[0]["metadata"]["labels"]
+    local_queue = found["LocalQueue", labels["kueue.x-k8s.io/queue-name"]]
+    assert ("WorkloadPriorityClass", labels["kueue.x-k8s.io/priority-class"]) in found
+    (resources,) = found["ClusterQueue", local_queue["spec"]["clusterQueue"]]["spec"]["resourceGroups"]
+    assert SPECS["job"]["shutdownAfterJobFinishes"]
+    assert "enableInTreeAutoscaling" not in CLUSTERS["job"], "Kueue refuses it without its annotation for elastic jobs"
+    group, (head, worker) = WORKERS["job"], PODS["job"]
+    assert group["minReplicas"] == group["replicas"] == group["maxReplicas"], "Kueue counts `replicas`"
+    needed = {"on-demand": [head, SUBMITTER], "spot": [worker] * group["replicas"]}
+    assert list(needed) == [flavor["name"] for flavor in resources["flavors"]], "Kueue tries them in this order"
+    for flavor in resources["flavors"]:
+        quota = {each["name"]: amount(each["nominalQuota"]) for each in flavor["resources"]}
+        assert list(quota) == resources["coveredResources"]
+        requests = [container["resources"]["requests"] for pod in needed[flavor["name"]] for container in pod["containers"]]
+        for name in set().union(*requests):
+            assert sum(amount(each.get(name, 0)) for each in requests) <= quota[name], (flavor["name"], name)
+        # A worker that requires spot nodes would wait for a GPU on demand forever.
+        assert flavor["name"] == "spot" or not quota["nvidia.com/gpu"]
+    (spot_label,) = found["ResourceFlavor", "spot"]["spec"]["nodeLabels"].items()
+    required = worker["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    allowed = {(each["key"], value) for term in required for each in term["matchExpressions"] for value in each["values"]}
+    assert spot_label in allowed
+
+
+def test_probes_of_the_server_need_no_token_and_wait_for_no_weights():
+    for pod in PODS["service"]:
+        (container,) = pod["containers"]
+        for probe in ("startupProbe", "livenessProbe"):
+            request = container[probe]["httpGet"]
+            assert request["path"] in PUBLIC_EXACT_PATHS
+            assert request["port"] == DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+    head, worker = (pod["containers"][0]["readinessProbe"]["httpGet"] for pod in PODS["service"])
+    assert head == PODS["service"][0]["containers"][0]["startupProbe"]["httpGet"], "no replica runs on the head"
+    assert worker == {"path": "/-/healthz", "port": 8000}
+
+
+def check_command(words):
+    """Assert that the words after `vidgen` are a command with existing options, and that the profile exists."""
+    command = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        command, words = command.get_command(None, words[0]), words[1:]
+    accepted = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word)} <= accepted
+    assert {word for word in words if word.startswith("gpu-")} <= set(builtin_profiles())
+
+
+def test_commands_of_image_and_manifests_exist_and_use_the_gpus_of_the_workers():
+    program, *words = shlex.split(SPECS["job"]["entrypoint"])
+    assert program == "vidgen"
+    check_command(words)
+    nodes, group = parse_gpus(words[words.index("--gpus") + 1]).nodes, WORKERS["job"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert len(nodes) <= group["maxReplicas"]
+    assert {len(node.gpus) for node in nodes} == {int(container["resources"]["limits"]["nvidia.com/gpu"])}
+    check_command(DOWNLOADER["containers"][0]["args"])
+    *_, entrypoint = json.loads(re.search(r"^ENTRYPOINT (.+)$", DOCKERFILE, re.MULTILINE)[1])
+    assert entrypoint in PROJECT["scripts"]
+    check_command(json.loads(re.search(r"^CMD (\[.+\])$", DOCKERFILE, re.MULTILINE)[1]))
+
+
+def test_serve_config_is_valid_and_listens_where_the_service_connects():
+    config, settings = checked_config(SPECS["service"]["serveConfigV2"])
+    assert config.http_options.host == "0.0.0.0"
+    assert settings.keys_file is not None, "a server that listens on all addresses requires API keys"
+    mounted = {mount["mountPath"] for pod in PODS["service"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert str(Path(settings.keys_file).parent) in mounted
+    nodes = len(parse_gpus(settings.gpus).nodes)
+    assert settings.max_queue_s
+    assert (nodes, 2 * nodes) == (WORKERS["service"]["minReplicas"], WORKERS["service"]["maxReplicas"])
+
+
+def test_image_copies_existing_files():
     sources = [word for line in re.findall(r"^COPY (.+)$", DOCKERFILE, re.MULTILINE) for word in line.split()[:-1]]
     assert [source for source in sources if not (ROOT / source).exists()] == []
     ignored = (ROOT / ".dockerignore").read_text()
     assert [source for source in sources if f"!{source}" not in ignored] == []
-    assert "HEALTHCHECK" in DOCKERFILE
     extras = set(re.search(r'"\.\[([\w,]+)\]"', DOCKERFILE)[1].split(","))
     assert extras <= PROJECT["optional-dependencies"].keys()
+
+
+# cluster.yaml
+
+CLUSTER_YAML = yaml.safe_load(CLUSTER_TEXT)
+OPTIONS = " ".join(CLUSTER_YAML["docker"]["run_options"])
+
+
+def test_ray_accepts_cluster_yaml():
+    prepared = prepare_config(copy.deepcopy(CLUSTER_YAML))
+    validate_config(prepared)
+    assert set(prepared["available_node_types"]) == {"head", "gpu"}, "Ray merged in defaults of its own"
+
+
+def test_every_start_of_ray_needs_a_token_and_the_dashboard_listens_on_localhost_only():
+    assert "-e RAY_AUTH_MODE=token" in OPTIONS
+    commands = CLUSTER_YAML["head_start_ray_commands"] + CLUSTER_YAML["worker_start_ray_commands"]
+    head, worker = [command for command in commands if "ray start" in command]
+    for command in (head, worker):
+        assert command.index("export RAY_AUTH_MODE=token;") < command.index("ray start")
+    assert CLUSTER_YAML["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "RAY_AUTH_TOKEN" not in CLUSTER_TEXT, "the file must not contain the token"
+    assert "--dashboard-host=127.0.0.1" in head
+    assert "0.0.0.0" not in CLUSTER_TEXT
+
+
+def test_cluster_yaml_contains_no_secrets_or_account_ids():
+    """Only two placeholders are left to fill in. `ray up` fails immediately if they are not replaced."""
+    for name, pattern in {
+        "access key": r"A(KI|SI)A[0-9A-Z]{16}",
+        "account, or resource of one": r"\b\d{12}\b|arn:aws|\b(ami|fs|sg|subnet|vpc|i)-[0-9a-f]{8,}",
+        "private key": r"PRIVATE KEY|\.pem\b",
+        "address": r"(?!127\.0\.0\.1)\b\d{1,3}(\.\d{1,3}){3}\b",
+        "token": r"\b[0-9a-f]{32,}\b",
+    }.items():
+        assert not re.search(pattern, CLUSTER_TEXT), name
+    assert set(re.findall(r"\b(?:AMI|FILE_SYSTEM)_ID\b", re.sub(r"(?m)#.*$", "", CLUSTER_TEXT))) == {"AMI_ID", "FILE_SYSTEM_ID"}
+
+
+def test_docs_use_existing_options_of_jobs_and_the_grace_period():
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    render = typer.main.get_command(app).commands["render"]
+    accepted = {option for parameter in render.params for option in parameter.opts}
+    jobs = re.findall(r"python -m vidgen_ray.jobs.render([^#`\n]*)", page)
+    assert jobs
+    for options in jobs:
+        assert set(re.findall(r"(?<=\s)--?[a-z-]+", options)) <= accepted, options
+    for gpus in re.findall(r"--gpus (\d\S*?)[`\s]", page):
+        parse_gpus(gpus)
+    assert f"at most {GRACE_S:g} s (`--grace`)" in " ".join(page.split())
+    [seconds] = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", OPTIONS)
+    assert int(seconds) > GRACE_S, "shots in progress need the whole grace period"
+
+
+def test_ray_version_is_pinned_consistently_and_allowed_by_the_project():
+    allowed = next(r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "ray")
+    [(extras, version)] = re.findall(r'"ray\[([a-z,]+)\]==([0-9.]+)"', " ".join(CLUSTER_YAML["setup_commands"]))
+    assert set(extras.split(",")) == allowed.extras
+    assert version in allowed.specifier
+    for image in (CLUSTER_YAML["docker"]["head_image"], CLUSTER_YAML["docker"]["worker_image"]):
+        ray, minor = re.fullmatch(r"rayproject/ray:(\d+\.\d+\.\d+)-py3(\d+)-(?:cpu|gpu)", image).groups()
+        assert ray == version
+        assert f"3.{minor}" in SpecifierSet(PROJECT["requires-python"])
+
+
+# The lock file installs what both distributions ask for, from any index.
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def locked() -> dict[str, list[Requirement]]:
+    """Return name -> its entries, one for each version or marker."""
+    found: dict[str, list[Requirement]] = {}
+    for entry in re.split(r"\n(?=\S)", LOCK.strip()):
+        requirement = Requirement(entry.split("\\")[0].strip())
+        assert re.findall(r"--hash=sha256:[0-9a-f]{64}", entry), requirement
+        found.setdefault(canonical(requirement.name), []).append(requirement)
+    return found
+
+
+def test_requirements_are_locked_to_versions_that_they_allow():
+    extras = PROJECT["optional-dependencies"]["postgres"] + CLIENT["optional-dependencies"]["mcp"]
+    names = locked()
+    for requirement in map(Requirement, [*PROJECT["dependencies"], *CLIENT["dependencies"], *extras]):
+        for entry in names[canonical(requirement.name)]:
+            (pin,) = entry.specifier
+            assert pin.operator == "==", entry
+            assert requirement.specifier.contains(pin.version), f"{entry} is not {requirement}; run `make lock`"
+    assert "onnxruntime-gpu" in names
+    assert "onnxruntime" not in names, "both own the folder onnxruntime/"
+
+
+def test_lock_names_no_index_and_no_local_version():
+    assert not re.search(r"://|--index|--find-links|^[^ ]+==[^ ;]*\+", LOCK, re.MULTILINE)
