@@ -1,13 +1,17 @@
 """The worked examples of CONTRIBUTING.md, executed."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.scratch import ROOT, STEP, ScratchProject
 from vidgen_ray.outputs.records import shot_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -18,39 +22,57 @@ LINES = (
     {"id": "plain", "prompt": "a red ball"},
     {"id": "guided", "prompt": "a red ball", "start_guidance": 3},
 )
+ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "CONTRIBUTING.md").read_text()
+STEP = re.compile(r'<!-- (create|insert) (\S+)(?: after "([^\n]*?)")? -->\n```\w+\n(.*?)```', re.DOTALL)
 
 
 def section(title: str) -> str:
     return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", DOCUMENT, re.DOTALL | re.MULTILINE)[1]
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A project with the video model and the shot field of the worked examples."""
-    project = ScratchProject(tmp_path_factory.mktemp("examples") / "project")
-    changed = project.apply_steps(section("Worked example: add a video model"))
-    assert changed == [
-        "vidgen_ray/video_models.py",
-        "vidgen_ray/stages/ltx95.py",
-        "vidgen_ray/graph.py",
-        "vidgen_ray/profiles/tiny.yaml",
-        "vidgen_ray/profiles/gpu.yaml",
-    ]
-    changed = project.apply_steps(section("Worked example: add a shot field"))
-    assert changed == ["vidgen_ray/shot.py", "vidgen_ray/stages/svd.py"]
-    return project
+def copied_project(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("vidgen_ray", "tests", "examples", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
 
 
-@pytest.fixture(scope="module")
-def other_package(tmp_path_factory):
-    """An unchanged project, and a package on its path that adds the stage of the worked example by entry points."""
-    project = ScratchProject(tmp_path_factory.mktemp("package") / "project")
+def apply_steps(project: Path, document: str) -> list[str]:
+    """Apply the marked code blocks of a document. Return the changed paths, each once."""
+    steps = STEP.findall(document)
+    for action, path, after, text in steps:
+        file = project / path
+        if action == "create":
+            assert not file.exists(), f"{path} exists already"
+            file.write_text(text)
+            continue
+        lines = file.read_text().splitlines(keepends=True)
+        (number,) = [number for number, line in enumerate(lines) if line.startswith(after)]
+        # Below a line that ends in ":", text is indented by two.
+        indent = "  " if after.endswith(":") else after[: len(after) - len(after.lstrip())]
+        lines.insert(number + 1, textwrap.indent(textwrap.dedent(text), indent))
+        file.write_text("".join(lines))
+    return list(dict.fromkeys(path for _, path, _, _ in steps))
+
+
+def run_python(project: Path, *arguments: str) -> None:
+    """Run Python with the copy of the project. Fails with its output."""
+    environment = {**os.environ, "PYTHONPATH": str(project)}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def other_package(folder: Path) -> Path:
+    """Return an unchanged project, with a package on its path that adds the stage of the worked example by entry points."""
+    project = copied_project(folder)
     steps = STEP.findall(DOCUMENT)
     (stage,) = [text for action, path, _, text in steps if (action, path) == ("create", "vidgen_ray/stages/ltx95.py")]
     (model,) = [text for _, path, _, text in steps if path == "vidgen_ray/video_models.py"]
     (entry_points,) = re.findall(r"```toml\n(.*?)```", section("Stages of other packages"), re.DOTALL)
-    package, metadata = project.folder / "vidgen_ltx95", project.folder / "vidgen_ltx95-1.0.dist-info"
+    package, metadata = project / "vidgen_ltx95", project / "vidgen_ltx95-1.0.dist-info"
     package.mkdir()
     metadata.mkdir()
     (package / "__init__.py").touch()
@@ -61,7 +83,7 @@ def other_package(tmp_path_factory):
     (metadata / "entry_points.txt").write_text(re.sub(r'project\.entry-points\."(.*?)"', r"\1", entry_points).replace('"', ""))
     profile = yaml.safe_load((ROOT / "vidgen_ray" / "profiles" / "tiny.yaml").read_text())
     profile["actors"]["ltx95"] = {"weights": "builtin:tiny/ltx", "memory_gb": 0.3, "cpus": 0.25}
-    (project.folder / "own.yaml").write_text(yaml.safe_dump(profile))
+    (project / "own.yaml").write_text(yaml.safe_dump(profile))
     return project
 
 
@@ -107,8 +129,18 @@ with local_server(profile, OnlineSettings(profile="tiny", data=data)) as server:
 """
 
 
-def test_worked_examples_pass_the_contract_tests_and_are_planned_rendered_and_served(project, tmp_path):
-    project.run("-c", CHECKS, script(tmp_path, *LINES), str(tmp_path / "out"), str(tmp_path / "data"))
+def test_worked_examples_pass_the_contract_tests_and_are_planned_rendered_and_served(tmp_path):
+    project = copied_project(tmp_path / "project")
+    assert apply_steps(project, section("Worked example: add a video model")) == [
+        "vidgen_ray/video_models.py",
+        "vidgen_ray/stages/ltx95.py",
+        "vidgen_ray/graph.py",
+        "vidgen_ray/profiles/tiny.yaml",
+        "vidgen_ray/profiles/gpu.yaml",
+    ]
+    changed = apply_steps(project, section("Worked example: add a shot field"))
+    assert changed == ["vidgen_ray/shot.py", "vidgen_ray/stages/svd.py"]
+    run_python(project, "-c", CHECKS, script(tmp_path, *LINES), str(tmp_path / "out"), str(tmp_path / "data"))
     new, plain, guided = records(tmp_path / "out", "new", "plain", "guided")
     assert [step["stage"] for step in new["stages"]] == ["flux", "ltx95", "realesrgan"]
     assert [step["stage"] for step in plain["stages"]] == ["flux", "svd", "realesrgan"]
@@ -117,9 +149,9 @@ def test_worked_examples_pass_the_contract_tests_and_are_planned_rendered_and_se
     assert {shot["stages"][1]["stage"] for shot in served} == {"ltx95", "svd"}
 
 
-def test_stage_of_another_package_is_rendered_on_ray(other_package, tmp_path):
+def test_stage_of_another_package_is_rendered_on_ray(tmp_path):
+    project = other_package(tmp_path / "project")
     lines = script(tmp_path, {"id": "a", "prompt": "a red ball", "video_model": "ltx95", "steps": {"ltx95": 2}})
-    profile = str(other_package.folder / "own.yaml")
-    other_package.run("-m", "vidgen_ray", "render", lines, "-o", str(tmp_path / "out"), "-p", profile)
+    run_python(project, "-m", "vidgen_ray", "render", lines, "-o", str(tmp_path / "out"), "-p", str(project / "own.yaml"))
     (record,) = records(tmp_path / "out", "a")
     assert [step["stage"] for step in record["stages"]] == ["flux", "ltx95", "realesrgan"]

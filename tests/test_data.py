@@ -22,26 +22,33 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 def test_rows_become_result_rows_between_other_steps(tiny, tmp_path):
-    rows = [{"id": f"s{n}", "caption": f"shot {n}", "extra": n} for n in range(5)]
+    rows = [{"id": f"s{n}", "caption": f"shot {n}", "extra": n, "fps": 6} for n in range(7)]
     rows[3]["caption"] = "raise"
+    rows[5]["fps"] = 0
+    rows[6]["caption"] = " "
     prompts = ray.data.from_items(rows).map(lambda row: {**row, "caption": row["caption"].strip()})
     processor = build_processor(
         tiny,
         tmp_path / "out",
         name="captions",
         defaults={"scale": 2},
-        to_fields=lambda row: {"id": row["id"], "prompt": row["caption"], "metadata": {"extra": row["extra"]}},
+        to_fields=lambda row: {
+            "id": row["id"],
+            "prompt": row["caption"],
+            "fps": row["fps"],
+            "metadata": {"extra": row["extra"]},
+        },
         options=RenderOptions(stages=FAKES),
     )
     results = processor(prompts).map(
         lambda row: {**row, "bytes": Path(row["hd_video"]).stat().st_size if row["hd_video"] else 0}
     )
     by_id = {row["id"]: row for row in results.iter_rows()}
-    assert sorted(by_id) == ["s0", "s1", "s2", "s3", "s4"]
-    assert {name: row["status"] for name, row in by_id.items()} == {
-        "s0": "done", "s1": "done", "s2": "done", "s3": "failed", "s4": "done",
-    }  # fmt: skip
-    assert (by_id["s3"]["failure_stage"], by_id["s3"]["failure_error"]) == ("flux", "RuntimeError")
+    failures = {"s3": ("flux", "RuntimeError"), "s5": ("script", "ScriptError"), "s6": ("script", "ScriptError")}
+    failed = {name: (row["failure_stage"], row["failure_error"]) for name, row in by_id.items() if row["status"] != "done"}
+    assert (len(by_id), failed) == (7, failures)
+    assert by_id["s5"]["failure_message"].startswith("captions, fps: got 0")
+    assert by_id["s6"]["failure_message"].startswith("captions, prompt: got ")
     assert by_id["s0"]["bytes"] > 0
     assert by_id["s0"]["seconds"] > 0
     assert json.loads(by_id["s2"]["metadata"]) == {"extra": 2}
@@ -52,17 +59,12 @@ def test_rows_become_result_rows_between_other_steps(tiny, tmp_path):
     assert again["s0"] == ("done", "reused")
 
 
-@pytest.mark.parametrize("way", ["iterator is deleted", "exception in the loop"])
-def test_leaving_the_results_returns_the_gpus(tiny, tmp_path, way):
+def test_leaving_the_results_returns_the_gpus(tiny, tmp_path):
     def wait_for(free_gpus):
         deadline = time.monotonic() + 240
         while ray.available_resources().get("GPU", 0) != free_gpus:
             assert time.monotonic() < deadline
             time.sleep(0.1)  # no notification is available
-
-    def leave(row):
-        wait_for(total - 1)
-        raise RuntimeError("left")
 
     total = ray.cluster_resources()["GPU"]
     # The first result is there at once, the second never.
@@ -71,23 +73,10 @@ def test_leaving_the_results_returns_the_gpus(tiny, tmp_path, way):
     results = build_processor(profile_of_fakes(tiny), tmp_path / "out", options=options)(dataset)
     # By default, Ray passes a block on when it has the next one.
     rows = results.iter_batches(batch_size=None, prefetch_batches=0)
-    if way == "exception in the loop":
-        with pytest.raises(RuntimeError, match="left"):
-            list(map(leave, rows))
-    else:
-        next(iter(rows))
-        wait_for(total - 1)
+    next(iter(rows))
+    wait_for(total - 1)
     del rows
     wait_for(total)
-
-
-def test_wrong_rows_are_failed_results(tiny, tmp_path):
-    dataset = ray.data.from_items([{"id": "a", "prompt": "x", "fps": 0}, {"id": "b", "prompt": None, "fps": None}])
-    results = build_processor(tiny, tmp_path / "out", options=RenderOptions(stages=FAKES))(dataset)
-    rows = {row["id"]: row for row in results.iter_rows()}
-    assert rows["a"]["status"] == "failed"
-    assert rows["a"]["failure_message"].startswith("dataset, fps: got 0")
-    assert rows["b"]["failure_message"].startswith("dataset, prompt: got nothing")
 
 
 def test_lost_task_is_refused_a_second_attempt(tiny, tmp_path):
@@ -117,7 +106,7 @@ def test_results_have_blocks_of_several_rows_and_no_deprecated_arguments_of_ray(
     # All shots are skipped, so the results of a block are there at once.
     samples = processor(dataset).map(lambda row: {"__key__": row["id"], "bin": Path(row["image"]).read_bytes()})
     samples.write_webdataset(tmp_path / "tars")
-    assert 1 <= len(list((tmp_path / "tars").glob("*.tar"))) < 8
+    assert 1 <= len(list((tmp_path / "tars").glob("*.tar"))) < 15
 
 
 def test_preserve_order_is_refused(tiny, tmp_path):

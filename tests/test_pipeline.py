@@ -17,12 +17,9 @@ from rich.console import Console
 import vidgen_ray
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from vidgen_ray import VideoGenerationPipeline
-from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import FieldError, ScriptError, UsageError
-from vidgen_ray.graph import stages_of
-from vidgen_ray.media import open_video
-from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.media import open_video, read_image
 from vidgen_ray.pipeline import ShotFields, progress_bar
 from vidgen_ray.provenance.record import read_provenance
 from vidgen_ray.shot import Shot
@@ -69,27 +66,25 @@ def test_readme_call(pipeline):
 
 
 def test_interpolated_shot_has_clips_of_the_higher_rate(pipeline):
-    fields = {"num_frames": 3, "fps": 6, "scale": 2, "seed": 7, "width": 64}
-    plain = pipeline.generate_video("a red ball", **fields)
-    smooth = pipeline.generate_video("a red ball", **fields, fps_out=12)
+    smooth = pipeline.generate_video("a red ball", num_frames=3, fps=6, scale=2, seed=7, width=64, fps_out=12)
     assert [step.stage for step in smooth.record.stages] == ["flux", "svd", "rife", "realesrgan"]
-    assert [step.key for step in smooth.record.stages[:2]] == [step.key for step in plain.record.stages[:2]]
     for name, size in (("video", (64, 64)), ("hd_video", (128, 128))):
-        with open_video(plain[name]) as before, open_video(smooth[name]) as after:
-            assert (after.width, after.height, after.frame_count, float(after.fps)) == (*size, 6, 12)
-            assert after.frame_count / after.fps - before.frame_count / before.fps < 1 / after.fps
+        with open_video(smooth[name]) as clip:
+            assert (clip.width, clip.height, clip.frame_count, float(clip.fps)) == (*size, 6, 12)
 
 
-def test_image_shot_has_no_clips(pipeline):
-    result = pipeline.generate_video("a red ball", generate_video=False, width=64, height=80)
-    assert (result["image"].size, result["video"], result["hd_video"]) == ((64, 80), None, None)
-
-
-def test_repeated_call_renders_nothing(pipeline):
-    fields = {"num_frames": 2, "upscale_video": False}
+def test_repeated_call_renders_nothing_and_a_folder_that_keeps_stages_only_adds_files(pipeline):
+    fields = {"id": "twice", "generate_video": False, "width": 64, "height": 80}
     first = pipeline.generate_video("a red ball", seed=1, **fields)
-    before = first["video"].stat().st_mtime_ns
-    assert pipeline.generate_video("a red ball", seed=1, **fields)["video"].stat().st_mtime_ns == before
+    assert (first["image"].size, first["video"], first["hd_video"]) == ((64, 80), None, None)
+    file = pipeline.outputs.shot_folder("twice") / "image.png"
+    before = file.stat().st_mtime_ns
+    pipeline.generate_video("a red ball", seed=1, **fields)
+    assert file.stat().st_mtime_ns == before
+    keeping = VideoGenerationPipeline(pipeline.profile, pipeline.outputs.root, keep_stages=True)
+    again = keeping.generate_video("a red ball", seed=1, **fields)
+    assert set(again["record"].files) - set(first["record"].files) == {"base.png"}
+    assert again["record"].stages[0].cached
     assert pipeline.generate_video("a red ball", seed=2, **fields)["record"].key != first["record"].key
 
 
@@ -100,31 +95,21 @@ def test_invalid_field_fails_before_loading(pipeline):
         pipeline.generate_video("a", lora_path="gone.safetensors")
 
 
-def test_images_in_memory_are_stored_by_size_and_pixels(pipeline):
-    wide, tall = (Image.fromarray(np.zeros(shape, np.uint8)) for shape in ((64, 128, 3), (128, 64, 3)))
-    assert pipeline._as_file("image", wide) != pipeline._as_file("image", tall)
-
-
 def test_photos_may_be_paths_images_pixels_or_bytes(pipeline):
     pixels = np.asarray(Image.open(ASTRONAUT).convert("RGB"))
     kinds = [ASTRONAUT, Image.open(ASTRONAUT), pixels, ASTRONAUT.read_bytes()]
-    fields = {"seed": 3, "generate_video": False, "consent": "subject=Eileen Collins,basis=public-domain"}
-    shown = [np.asarray(pipeline.generate_video("a portrait", face_image=photo, **fields).image) for photo in kinds]
-    assert all(np.array_equal(image, shown[0]) for image in shown)
-
-
-@pytest.mark.parametrize(
-    ("photo", "message"),
-    [
+    read = [read_image(Path(pipeline._as_file("face_image", photo))) for photo in kinds]
+    assert all(np.array_equal(image, pixels) for image in read)
+    wide, tall = (Image.fromarray(np.zeros(shape, np.uint8)) for shape in ((64, 128, 3), (128, 64, 3)))
+    assert pipeline._as_file("image", wide) != pipeline._as_file("image", tall)
+    for photo, message in (
         (5, "face_image: got 5, must be a path, a PIL image"),
         (np.zeros((4, 4), np.uint8), r"got an array of uint8 \(4, 4\), must be"),
         (np.zeros((0, 4, 3), np.uint8), r"got an array of uint8 \(0, 4, 3\)"),
         ([np.zeros((4, 4, 3), np.float32)], "got an array of float32"),
-    ],
-)
-def test_other_photos_are_errors(pipeline, photo, message):
-    with pytest.raises(ScriptError, match=message):
-        pipeline.generate_video("a", face_image=photo, consent=SYNTHETIC)
+    ):
+        with pytest.raises(ScriptError, match=message):
+            pipeline.generate_video("a", face_image=photo, consent=SYNTHETIC)
 
 
 def test_progress_reaches_the_callback_and_a_bar(pipeline):
@@ -164,26 +149,6 @@ def test_single_stages_and_what_a_notebook_shows(pipeline, tmp_path):
         pipeline.upscale(result.video, out=tmp_path / "x.png")
 
 
-def test_keep_stages_after_a_render_without_it(pipeline):
-    first = pipeline.generate_video("a red ball", id="late", generate_video=False)
-    keeping = VideoGenerationPipeline(pipeline.profile, pipeline.outputs.root, keep_stages=True)
-    again = keeping.generate_video("a red ball", id="late", generate_video=False)
-    assert set(again["record"].files) - set(first["record"].files) == {"base.png"}
-    assert again["record"].stages[0].cached
-
-
-def test_damaged_cache_entry_is_recomputed(pipeline):
-    fields = {"id": "hurt", "upscale_video": False, "num_frames": 2}
-    first = pipeline.generate_video("a green ball", **fields)["record"]
-    svd = next(stage for stage in first.stages if stage.stage == "svd")
-    (frames,) = (pipeline.outputs.root / "cache").glob(f"*/{svd.key}/frames.mkv")
-    frames.write_bytes(frames.read_bytes()[:100])
-    (pipeline.outputs.shot_folder("hurt") / "video.mp4").write_bytes(b"short")
-    again = pipeline.generate_video("a green ball", **fields)["record"]
-    assert [stage.cached for stage in again.stages] == [True, False]
-    assert again.files == first.files
-
-
 def test_failed_stage_is_named_and_leaves_no_files(pipeline):
     wall = Image.fromarray(np.full((200, 200, 3), 128, np.uint8))
     with pytest.raises(StepFailed, match=r"instantid: face_image \(.*\.png\): no face found"):
@@ -195,26 +160,6 @@ def test_errors_can_be_pickled():
     failed = StepFailed("svd", ScriptError([FieldError("s", 1, "f", "got", "allowed")]))
     copy = pickle.loads(pickle.dumps(failed))
     assert (str(copy), copy.stage) == (str(failed), "svd") == ("svd: s line 1, f: got got, allowed", "svd")
-
-
-@pytest.fixture
-def plan(tiny, make_shot):
-    shot = make_shot(id="x", generate_video=False)
-    return ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
-
-
-def test_new_render_replaces_all_files_of_the_id(tmp_path, plan):
-    outputs = OutputFolder(tmp_path)
-    for names in (("image.png", "video.mp4"), ("image.png",)):
-        with outputs.draft(plan) as draft:
-            for name in names:
-                draft.path(name).write_bytes(name.encode())
-            draft.commit([])
-        assert sorted(p.name for p in outputs.shot_folder("x").iterdir()) == sorted([*names, "shot.json"])
-    assert outputs.find_finished(plan)
-    assert not outputs.find_finished(plan.model_copy(update={"key": "0" * 64}))
-    (outputs.shot_folder("x") / "shot.json").write_text("{")
-    assert not outputs.find_finished(plan), "a damaged record is no record"
 
 
 def test_close_frees_the_weights_at_once(tiny, tmp_path):
@@ -238,8 +183,6 @@ def test_editors_know_the_api_and_all_fields_of_a_shot():
     of_scripts = {"variants", "character", "priority"}
     assert set(ShotFields.__annotations__) == Shot.model_fields.keys() - arguments - of_scripts
     hints = get_type_hints(ShotFields)
-    literals = {name: field.annotation for name, field in Shot.model_fields.items() if get_origin(field.annotation) is Literal}
-    choices = {name: choice for name, choice in literals.items() if name not in of_scripts}
-    assert {name: hints[name] for name in choices if name != "video_model"} == {
-        name: choice for name, choice in choices.items() if name != "video_model"
-    }
+    for name in hints.keys() & Shot.model_fields.keys() - {"video_model"}:
+        choices = Shot.model_fields[name].annotation
+        assert get_origin(choices) is not Literal or hints[name] == choices, name

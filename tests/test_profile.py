@@ -25,39 +25,28 @@ def test_builtin_profiles_have_valid_defaults_known_actors_and_memory():
             assert "has not been run on a GPU" in profile.about, profile.name
 
 
-@pytest.mark.parametrize("name", ["tiny", "demo"])
-def test_tiny_and_demo_profiles_need_no_downloads(name):
-    profile = load_profile(name)
-    params = params_of(profile, [stage for stage in STAGES if stage.actor in profile.actors])
-    assert all(p.weights.exists() and p.threads == 1 for p in params.values())
-    assert params["realesrgan"].dtype in ("float32", "bfloat16"), "auto must be resolved before content keys are computed"
+def test_tiny_and_demo_profiles_need_no_downloads():
+    for profile in map(load_profile, ("tiny", "demo")):
+        params = params_of(profile, [stage for stage in STAGES if stage.actor in profile.actors])
+        assert all(p.weights.exists() and p.threads == 1 for p in params.values())
+        assert params["realesrgan"].dtype in ("float32", "bfloat16"), "auto must be resolved before content keys are computed"
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("name: x", "about: got"),
-        ("[", "invalid YAML"),
-        ("- a", "got"),
-        ("{name: x, about: y, actors: {svd: {weights: a, gpu: 1}}}", "actors.svd.gpu: got 1, extra inputs"),
-        ("{name: x, about: y, actors: {sdv: {weights: a}}}", "actors.sdv: must be one of instantid"),
-        ("{name: x, name: z, about: y, actors: {}}", "duplicate key 'name'"),
-        ("{name: x, about: y, actors: {svd: {weights: a}, svd: {weights: b}}}", "duplicate key 'svd'"),
-    ],
-)
-def test_invalid_profile_error_names_the_field(tmp_path, text, message):
+def test_invalid_profile_error_names_the_field(tmp_path, tiny):
     path = tmp_path / "p.yaml"
-    path.write_text(text)
-    with pytest.raises(ProfileError, match=message):
-        check_profile(load_profile(str(path)))
-
-
-def test_unknown_profile_name_lists_the_builtin_profiles():
+    for text, message in {
+        "name: x": "about: got",
+        "[": "invalid YAML",
+        "- a": "got",
+        "{name: x, about: y, actors: {svd: {weights: a, gpu: 1}}}": "actors.svd.gpu: got 1, extra inputs",
+        "{name: x, about: y, actors: {sdv: {weights: a}}}": "actors.sdv: must be one of instantid",
+        "{name: x, about: y, actors: {svd: {weights: a}, svd: {weights: b}}}": "duplicate key 'svd'",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ProfileError, match=message):
+            check_profile(load_profile(str(path)))
     with pytest.raises(ProfileError, match="must be one of auto, demo"):
         load_profile("nope")
-
-
-def test_unknown_option_error_names_the_actor(tiny):
     for options, message in (({"decode_chunk": 3}, "decode_chunk: got 3"), ({"timeout_s": 9}, "timeout_s is not an option")):
         actor = tiny.actors["svd"].model_copy(update={"options": options})
         with pytest.raises(ProfileError, match=f"profile tiny, actors.svd: {message}"):
@@ -66,18 +55,15 @@ def test_unknown_option_error_names_the_actor(tiny):
         tiny.model_copy(update={"actors": {}}).params(RealESRGANStage)
 
 
-@pytest.mark.parametrize(
-    ("reference", "message"),
-    [
-        ("builtin:nope", "must be one of .*tiny/flux"),
-        ("nowhere/at/all", "nothing at /"),
-        ("hub:owner/name", "run `vidgen models pull hub:owner/name` first"),
-        ("hub:owner/name@0000000000000000000000000000000000000000", "nothing is downloaded while rendering"),
-    ],
-)
-def test_missing_weights_error_says_what_to_do(reference, message):
-    with pytest.raises(SetupError, match=message):
-        resolve(reference)
+def test_missing_weights_error_says_what_to_do():
+    for reference, message in {
+        "builtin:nope": "must be one of .*tiny/flux",
+        "nowhere/at/all": "nothing at /",
+        "hub:owner/name": "run `vidgen models pull hub:owner/name` first",
+        f"hub:owner/name@{'0' * 40}": "nothing is downloaded while rendering",
+    }.items():
+        with pytest.raises(SetupError, match=message):
+            resolve(reference)
 
 
 def test_weights_path_is_relative_to_the_profile(tmp_path):
@@ -87,30 +73,23 @@ def test_weights_path_is_relative_to_the_profile(tmp_path):
     assert load_profile(str(path)).params(SVDStage).weights == tmp_path / "w"
 
 
-def test_folder_digest_depends_on_content_and_file_names(tmp_path):
+def test_digest_depends_on_content_and_names_of_files(tmp_path):
     folder = tmp_path / "w"
     folder.mkdir()
-    (folder / "a").write_bytes(b"1")
-    first = digest(folder)
-    (folder / "a").write_bytes(b"22")
-    assert digest(folder) != first
-    (folder / "a").write_bytes(b"1")
-    assert digest(folder) == first
-    (folder / "a").rename(folder / "b")
-    assert digest(folder) != first
 
+    def digest_of(name, content):
+        """Return the digest of the folder with this file only, which is old enough for its digest to be cached."""
+        for file in folder.iterdir():
+            file.unlink()
+        (tmp_path / name).write_bytes(content)
+        os.utime(tmp_path / name, (1, 1))
+        (tmp_path / name).rename(folder / name)
+        return digest(folder)
 
-def test_replaced_file_with_the_same_size_and_time_has_another_digest(tmp_path):
-    file = tmp_path / "a"
-    file.write_bytes(b"1")
-    # Old enough for its digest to be cached.
-    os.utime(file, (1, 1))
-    first = digest(file)
-    other = tmp_path / "b"
-    other.write_bytes(b"2")
-    os.utime(other, (1, 1))
-    other.rename(file)
-    assert digest(file) != first
+    first = digest_of("a", b"1")
+    assert digest_of("a", b"1") == first
+    assert first not in (digest_of("a", b"22"), digest_of("b", b"1"))
+    assert digest_of("a", b"2") != first, "another file with the same size and time"
 
 
 @pytest.fixture
@@ -130,9 +109,10 @@ def hub(tmp_path, monkeypatch):
 COMMITS = ("1" * 40, "2" * 40)
 
 
-@pytest.mark.parametrize("reference", ["hub:org/svd@main", "hub:org/svd"])
-def test_branch_is_replaced_by_its_commit(tiny, hub, reference):
-    actor = tiny.actors["svd"].model_copy(update={"weights": reference, "extra_weights": {"other": "hub:org/absent@main:sub"}})
+def test_branch_is_replaced_by_its_commit(tiny, hub):
+    actor = tiny.actors["svd"].model_copy(
+        update={"weights": "hub:org/svd", "extra_weights": {"other": "hub:org/absent@main:sub"}}
+    )
     profile = tiny.model_copy(update={"actors": {**tiny.actors, "svd": actor}})
     hub(COMMITS[0])
     pinned = profile.pinned([SVDStage])
