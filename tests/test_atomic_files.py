@@ -64,7 +64,6 @@ def test_running_and_ended_processes_are_distinguished():
 
 
 def test_id_differs_in_another_pid_namespace():
-    """As in another container."""
     output = [
         subprocess.run([*UNSHARE, *options, *PRINT_ID], capture_output=True, text=True) for options in (["--mount-proc"], [])
     ]

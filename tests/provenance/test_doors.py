@@ -98,7 +98,7 @@ def has_label(labelled, plain):
 
 
 def test_result_of_a_stage_is_marked_labelled_and_signed(sources, key, capsys):
-    """What is generated stays so."""
+    """A generated image stays AI-generated."""
     out = sources / "large.png"
     command = ["stage", "realesrgan", str(sources / "generated.png"), "-s", "scale=2", "-o", str(out), "-p", "tiny", "--json"]
     assert main([*command, "--private", "--label", "AI", "--c2pa-key", str(key)]) == 0
