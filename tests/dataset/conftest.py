@@ -9,6 +9,8 @@ from unittest import mock
 
 import cv2
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
@@ -16,7 +18,8 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import last_number
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
-from vidgen_ray.outputs.records import RECORD, Failure, FileRecord, ShotRecord, StepRecord, key_path, shot_path
+from vidgen_ray.outputs.records import RECORD, DoneShot, Failure, FileRecord, ShotRecord, StepRecord, key_path, shot_path
+from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Frames, Image
 from vidgen_ray.system.cache_dir import sha256_of
@@ -93,6 +96,23 @@ def _result(root: Path, fields: dict[str, Any], frames: Frames | Image | None) -
     key.parent.mkdir(parents=True, exist_ok=True)
     key.write_text(shot.id)
     return shot, result.model_copy(update={"committed_at": (folder / RECORD).stat().st_mtime})
+
+
+def digest_of(shot_id: str) -> str:
+    """Return the digest that `done_shot` gives to a clip."""
+    return shot_id.encode().hex().ljust(64, "0")
+
+
+def done_shot(shot: Shot, seconds: float = 1.0) -> DoneShot:
+    """Return the result of a shot with a clip, without its files."""
+    files = {"video.mp4": 1000}
+    digests = {"video.mp4": digest_of(shot.id)}
+    return DoneShot(shot.id, f"shots/00/{shot.id}", 1.0, shot.seed, None, digests, files, seconds, 1.0, 0)
+
+
+def write_scores(storage: Storage, folder: str, columns: Mapping[str, Any], name: str = "1") -> None:
+    with storage.new_file(f"scores/{folder}/{name}.parquet") as path:
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
 def texture(height: int, width: int, seed: int = 0, coarseness: int = 8) -> Image:

@@ -28,9 +28,10 @@ def run_inline(blocks, target):
         yield write_block(block, target)
 
 
-def work_inline(patch):
-    """Do the tasks in this process, without a card. The round trip has them done by Ray Data."""
-    patch.setattr(export, "write_card", lambda *_: None)
+def work_inline(patch, *, with_card=False):
+    """Do the tasks in this process. One round trip has them done by Ray Data."""
+    if not with_card:
+        patch.setattr(export, "write_card", lambda *_: None)
     patch.setattr(export, "_run_tasks", run_inline)
     patch.setattr(export, "connected", lambda *_, **__: nullcontext())
     patch.setattr(export, "own_context", nullcontext)
@@ -54,14 +55,12 @@ def valid_rows(dest):
 def in_fork(call, *arguments):
     """Return the exit code of a fork that makes a call, or minus the signal that ended it."""
     if (pid := os.fork()) == 0:
-        code = 1
         try:
             call(*arguments)
-            code = 0
+            os._exit(0)
         except BaseException:
             traceback.print_exc()
-        finally:
-            os._exit(code)
+            os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 

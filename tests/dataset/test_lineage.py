@@ -10,27 +10,17 @@ from typing import Any
 import pytest
 
 from vidgen_ray.cli import main
-from vidgen_ray.dataset.lineage import differences, summary
+from vidgen_ray.dataset.lineage import differences
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import RECORD, FileRecord, ShotRecord, StepRecord, shot_path
 from vidgen_ray.shot import Shot
 
 
-def _digest(*parts: object) -> str:
+def _digest(*parts):
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _write(
-    out: Path,
-    shot: dict[str, Any],
-    changed: str | None = None,
-    *,
-    version: int = 1,
-    bytes_of: str = "",
-    weights: dict[str, str] | None = None,
-    torch: str = "2.9",
-    photo: str | None = None,
-) -> None:
+def _write(out, shot, changed=None, *, version=1, bytes_of="", weights=None, torch="2.9", photo=None):
     """Write a record whose keys and bytes are those of the first version, from the stage `changed` on those of `version`."""
     number, steps = 1, []
     for stage in ("flux", "lora", "svd"):
@@ -38,9 +28,7 @@ def _write(
         loaded = ((weights or {}).get(stage, f"weights of {stage}"),)
         key = _digest(shot["id"], stage, number)
         steps.append(StepRecord(stage=stage, key=key, weights=loaded, seconds=1, gpu_seconds=1, cached=False))
-    names = {"image.png": "lora", "video.mp4": "svd"}
-    made = {name: _digest(next(step.key for step in steps if step.stage == stage)) for name, stage in names.items()}
-    made["video.mp4"] += bytes_of
+    made = {"image.png": _digest(steps[1].key), "video.mp4": _digest(steps[2].key) + bytes_of}
     folder = out / shot_path(shot["id"])
     folder.mkdir(parents=True)
     record = ShotRecord(
@@ -83,6 +71,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
         "torch": ({}, {}, {"bytes_of": "other", "torch": "2.10"}),
         "photo": ({}, {}, {"changed": "flux", "photo": "b" * 64}),
     }
+    both |= {f"seed-{n}": ({"seed": n}, {"seed": n + 100}, {"changed": "flux"}) for n in range(6)}
     for name, (before, after, how) in both.items():
         _write(old, {"id": name, **before}, photo="a" * 64 if name == "photo" else None)
         _write(new, {"id": name, **after}, version=2, **how)
@@ -102,7 +91,7 @@ def _found(old: Path, new: Path) -> dict[str, tuple[str | None, str | None, list
 def test_first_step_that_differs_and_its_reasons_are_named(folders: tuple[Path, Path]) -> None:
     found = _found(*folders)
     names = {"lora-1", "lora-2", "trained", "motion", "option", "device", "torch", "photo", "gone", "added"}
-    assert found.keys() == names
+    assert found.keys() == {*names, *(f"seed-{n}" for n in range(6))}
     assert found["lora-1"] == ("image", "lora", ["lora.weight 0.6 -> 0.8"])
     assert found["trained"] == ("image", "lora", ["lora weights weights of l -> trained"])
     assert found["motion"] == ("video", "svd", ["motion_bucket_id 127 -> 60"])
@@ -114,41 +103,7 @@ def test_first_step_that_differs_and_its_reasons_are_named(folders: tuple[Path, 
     assert found["gone"] == found["added"] == (None, None, [])
 
 
-def test_options_of_the_last_runs_are_reasons_if_they_change_bytes(folders: tuple[Path, Path]) -> None:
-    _profile(folders[1], decode_chunk_frames=3, cpu_offload=True)
-    found = _found(*folders)
-    assert found["option"][2] == ["svd.decode_chunk_frames 5 -> 3"]
-    assert found["photo"][2] == ["face_image aaaaaaaaaaaa -> bbbbbbbbbbbb", "svd.decode_chunk_frames 5 -> 3"]
-    assert found["device"][2] == ["another GPU, driver or encoder"]
-
-
-def test_diff_groups_equal_reasons_and_exits_with_1(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    old, new = map(str, folders)
-    assert main(["diff", old, new]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["1 shot equal", "2 shots different from lora: lora.weight 0.6 -> 0.8 (lora-2, lora-1)"]
-    assert "1 shot only in OUT1 (gone)" in lines
-    assert "1 shot different, same key: another GPU, driver or encoder (device)" in lines
-    assert main(["diff", old, new, "--json"]) == 1
-    shots = {shot["id"]: shot for shot in json.loads(capsys.readouterr().out)}
-    assert len(shots) == 10
-    assert shots["motion"]["reasons"] == [{"kind": "field", "name": "motion_bucket_id", "old": 127, "new": 60}]
-    assert main(["diff", old, old]) == 0
-    assert capsys.readouterr().out == "10 shots equal\n"
-    assert main(["diff", old, old, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == []
-    assert main(["diff", old, str(folders[0] / "none")]) == 4
-
-
-def test_many_values_of_one_reason_are_one_line(tmp_path: Path) -> None:
-    for number in range(30):
-        for name, seed in (("old", number), ("new", number + 100)):
-            _write(tmp_path / name, {"id": f"s{number:02}", "seed": seed}, "flux", version=seed)
-    (_, line) = summary(differences(OutputFolder(tmp_path / "old"), OutputFolder(tmp_path / "new")))
-    assert line.startswith("30 shots different from flux: seed, such as seed ")
-
-
-def test_damaged_records_and_new_stages_are_reasons(folders: tuple[Path, Path]) -> None:
+def test_options_that_change_bytes_damaged_records_and_new_stages_are_reasons(folders: tuple[Path, Path]) -> None:
     old, new = folders
     (old / shot_path("torch") / RECORD).write_text("{")
     record = json.loads((new / shot_path("option") / RECORD).read_text())
@@ -157,3 +112,25 @@ def test_damaged_records_and_new_stages_are_reasons(folders: tuple[Path, Path]) 
     found = _found(old, new)
     assert found["torch"] == (None, None, ["a damaged shot.json; see `vidgen verify`"])
     assert found["option"] == ("video", "svd", ["stage of-another-package only in OUT2"])
+    _profile(new, decode_chunk_frames=3, cpu_offload=True)
+    found = _found(old, new)
+    assert found["photo"][2] == ["face_image aaaaaaaaaaaa -> bbbbbbbbbbbb", "svd.decode_chunk_frames 5 -> 3"]
+    assert found["device"][2] == ["another GPU, driver or encoder"]
+
+
+def test_diff_groups_equal_reasons_and_exits_with_1(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = map(str, folders)
+    assert main(["diff", old, new]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1 shot equal"
+    assert lines[1].startswith("6 shots different from flux: seed, such as seed ")
+    assert lines[2] == "2 shots different from lora: lora.weight 0.6 -> 0.8 (lora-2, lora-1)"
+    assert "1 shot only in OUT1 (gone)" in lines
+    assert "1 shot different, same key: another GPU, driver or encoder (device)" in lines
+    assert main(["diff", old, new, "--json"]) == 1
+    shots = {shot["id"]: shot for shot in json.loads(capsys.readouterr().out)}
+    assert len(shots) == 16
+    assert shots["motion"]["reasons"] == [{"kind": "field", "name": "motion_bucket_id", "old": 127, "new": 60}]
+    assert main(["diff", old, old]) == 0
+    assert capsys.readouterr().out == "16 shots equal\n"
+    assert main(["diff", old, str(folders[0] / "none")]) == 4

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ASTRONAUT
 from tests.dataset.conftest import make_folder, moving, texture
-from vidgen_ray.dataset.measurements import FaceScorer, HashScorer, MotionScorer, PixelScorer, flicker
+from vidgen_ray.dataset.measurements import FaceScorer, HashScorer, MotionScorer, PixelScorer
 from vidgen_ray.dataset.scorers import MAX_SIDE_PX, Clip, Networks, face_params
 from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video, read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
@@ -48,12 +48,15 @@ def pixels(clip):
     return PixelScorer(None).score(clip)
 
 
-def test_black_and_blank_frames_are_counted(clip_of):
-    frames = moving(9)
+def test_black_and_blank_frames_duration_and_bitrate(clip_of):
+    frames = moving(12)
     frames[2:5] = 0
     frames[6] = (40, 90, 200)
-    values = pixels(clip_of(frames))
+    clip = clip_of(frames)
+    values = pixels(clip)
     assert (values["black_frames"], values["blank_frames"]) == (3, 4)
+    assert values["file_duration_s"] == 12 / FPS
+    assert values["file_kbps"] == pytest.approx(clip.path.stat().st_size * 8 / 1000 / 1.5, abs=0.1)
     dim = pixels(clip_of(moving(4) // 5))
     assert (dim["black_frames"], dim["blank_frames"]) == (0, 0)
 
@@ -74,50 +77,41 @@ def test_frozen_frames_are_counted_and_slow_motion_is_not_frozen(clip_of):
     assert pixels(clip_of(alive))["frozen_frames"] == 0
 
 
-@pytest.mark.parametrize("amplitude", [1, 4, 10])
-def test_flicker_is_the_amplitude_within_a_tenth_of_a_level(clip_of, amplitude):
-    signs = (-1) ** np.arange(9)
-    frames = np.stack([(texture(128, 192) // 2 + 60 + amplitude * sign).astype(np.uint8) for sign in signs])
-    assert pixels(clip_of(frames))["flicker"] == pytest.approx(amplitude, abs=0.1)
-
-
-def test_trends_and_cuts_are_no_flicker(clip_of):
+def test_flicker_is_the_amplitude_within_a_tenth_of_a_level_and_no_trend_or_cut(clip_of):
+    for amplitude in (1, 10):
+        signs = (-1) ** np.arange(9)
+        frames = np.stack([(texture(128, 192) // 2 + 60 + amplitude * sign).astype(np.uint8) for sign in signs])
+        assert pixels(clip_of(frames))["flicker"] == pytest.approx(amplitude, abs=0.1)
     fade = np.stack([(texture(128, 192) * share).astype(np.uint8) for share in np.linspace(0.3, 1, 9)])
     assert pixels(clip_of(fade))["flicker"] == 0
     cut = np.concatenate([moving(5) // 3, moving(5, seed=1)])
     assert pixels(clip_of(cut))["flicker"] < 0.2
-    assert flicker(np.array([10.0, 20.0])) is None
 
 
-@pytest.mark.parametrize("px", [0, 1, 3, 12, 45])
-def test_motion_is_exact_to_a_tenth_of_a_pixel(clip_of, px):
+def test_motion_is_exact_to_a_tenth_of_a_pixel(clip_of):
     """45 pixels of 256 are beyond inverse search alone, one pixel is below what RIFE alone measures."""
     width = 256
-    clip = clip_of(moving(3, px, (144, width)))
-    values = MotionScorer(None).score(clip)
-    inside = clip.flow.motion[:, :, px:] - np.array([-px, 0])
-    assert np.hypot(inside[..., 0], inside[..., 1]).mean() < 0.1
-    # At the border, where pixels come in, motion is a guess.
-    assert values["motion"] == pytest.approx(px, abs=0.1 + 0.2 * px * px / width)
-    assert values["motion_share"] == pytest.approx(values["motion"] / width, abs=1e-5)
-    assert values["motion_worst"] >= values["motion"]
-    assert values["cuts"] == 0
+    for px in (0, 1, 12, 45):
+        clip = clip_of(moving(3, px, (144, width)))
+        values = MotionScorer(None).score(clip)
+        inside = clip.flow.motion[:, :, px:] - np.array([-px, 0])
+        assert np.hypot(inside[..., 0], inside[..., 1]).mean() < 0.1
+        # At the border, where pixels come in, motion is a guess.
+        assert values["motion"] == pytest.approx(px, abs=0.1 + 0.2 * px * px / width)
+        assert values["motion_share"] == pytest.approx(values["motion"] / width, abs=1e-5)
+        assert values["motion_worst"] >= values["motion"]
+        assert values["cuts"] == 0
+        assert values["similarity_worst"] > 0.7
+    large = clip_of(moving(2, 6, (288, 1280)))
+    assert max(large.frames.shape[1:3]) == MAX_SIDE_PX
+    assert MotionScorer(None).score(large)["motion"] == pytest.approx(6, abs=0.3)
 
 
-def test_motion_of_a_large_clip_is_that_of_its_file(clip_of):
-    frames = moving(2, 6, (288, 1280))
-    clip = clip_of(frames)
-    assert max(clip.frames.shape[1:3]) == MAX_SIDE_PX
-    assert MotionScorer(None).score(clip)["motion"] == pytest.approx(6, abs=0.3)
-
-
-def test_cuts_are_counted_and_fast_motion_is_not_a_cut(clip_of):
+def test_cuts_are_counted_and_have_no_motion(clip_of):
     values = MotionScorer(None).score(clip_of(np.concatenate([moving(3), moving(3, seed=1), moving(3, seed=2)])))
     assert values["cuts"] == 2
     assert values["similarity_worst"] < 0.5
     assert values["motion"] == pytest.approx(3, abs=0.2)
-    fast = MotionScorer(None).score(clip_of(moving(4, 24, (144, 256))))
-    assert (fast["cuts"], fast["similarity_worst"] > 0.7) == (0, True)
 
 
 def test_sharpness_falls_with_blur_and_not_with_size(clip_of):
@@ -142,28 +136,13 @@ def test_exposure_is_exact_to_a_level_and_a_hundredth(clip_of):
     assert (values["dark_share"], values["bright_share"]) == (pytest.approx(0.25, abs=0.01), pytest.approx(0.125, abs=0.01))
 
 
-def test_file_has_its_duration_and_bitrate(clip_of):
-    clip = clip_of(moving(12))
+def test_image_has_no_values_of_a_clip(clip_of):
+    clip = clip_of(texture(128, 192))
     values = pixels(clip)
-    assert values["file_duration_s"] == 12 / FPS
-    assert values["file_kbps"] == pytest.approx(clip.path.stat().st_size * 8 / 1000 / 1.5, abs=0.1)
-
-
-def bits_between(first, second):
-    hashes = [np.array(HashScorer(None).score(clip)["phash"], np.int64).view(np.uint64) for clip in (first, second)]
-    return int(np.bitwise_count(hashes[0] ^ hashes[1]).sum())
-
-
-def test_hashes_of_duplicates_differ_in_few_of_192_bits(clip_of):
-    frames = moving(9)
-    noise = np.random.default_rng(0).normal(0, 6, frames.shape)
-    noisy = (frames + noise).clip(0, 255).astype(np.uint8)
-    small = np.stack([cv2.resize(frame, (96, 64), interpolation=cv2.INTER_AREA) for frame in frames])
-    original = clip_of(frames)
-    assert bits_between(original, clip_of(noisy)) <= 6
-    assert bits_between(original, clip_of(small)) <= 6
-    others = [bits_between(original, clip_of(moving(9, seed=seed))) for seed in range(1, 6)]
-    assert min(others) > 60
+    assert (values["black_frames"], values["flicker"]) == (0, None)
+    assert not values.keys() & {"file_duration_s", "file_kbps", "frozen_frames"}
+    assert MotionScorer(None).score(clip) == {}
+    assert len(set(HashScorer(None).score(clip)["phash"])) == 1
 
 
 def test_likeness_is_that_of_a_run(tmp_path, clip_of):
@@ -192,13 +171,3 @@ def test_likeness_is_that_of_a_run(tmp_path, clip_of):
     assert values["likeness_worst"] == pytest.approx(expected.worst, abs=1e-4)
     changed = Clip({**row, "face_image": [str(tmp_path / "gone.jpg")]}, Path(clip_path), networks, outputs)
     assert FaceScorer(None).score(changed).keys() == {"faces_mean", "faces_max"}
-
-
-def test_image_has_no_values_of_a_clip(clip_of):
-    clip = clip_of(texture(128, 192))
-    values = pixels(clip)
-    assert values["black_frames"] == 0
-    assert values["flicker"] is None
-    assert not values.keys() & {"file_duration_s", "file_kbps", "frozen_frames"}
-    assert MotionScorer(None).score(clip) == {}
-    assert len(set(HashScorer(None).score(clip)["phash"])) == 1

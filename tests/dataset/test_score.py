@@ -209,32 +209,38 @@ def test_near_duplicates_are_neighbours(tmp_path):
     assert not file.exists()
 
 
+WRONG_SCORERS = """
+from vidgen_ray.dataset.measurements import FLOAT
+from vidgen_ray.dataset.scorers import Column, Scorer
+
+class Base(Scorer):
+    name, version, cpu_s_per_frame, columns = 'mine', 1, 0.1, {'flicker': Column(FLOAT, 'x')}
+
+class Taken(Base):
+    def score(self, clip): return {}
+
+class Needy(Taken):
+    needs = ('sound',)
+"""
+
+
 def test_wrong_scorers_are_named_before_any_work(clips_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "wrong_scorers.py").write_text(
-        "from vidgen_ray.dataset.measurements import FLOAT\n"
-        "from vidgen_ray.dataset.scorers import Column, Scorer\n"
-        "class Plain: pass\n"
-        "class Base(Scorer):\n"
-        "    name, version, cpu_s_per_frame, columns = 'mine', 1, 0.1, {'flicker': Column(FLOAT, 'x')}\n"
-        "class Taken(Base):\n"
-        "    def score(self, clip): return {}\n"
-        "class Needy(Taken):\n"
-        "    needs = ('sound',)\n"
-    )
+    (tmp_path / "wrong_scorers.py").write_text(WRONG_SCORERS)
     out = str(clips_folder.root)
-    for options, message in [
-        (["--scorer", "wrong_scorers"], "must be module:Class"),
-        (["--scorer", "no_such:X"], "no_such cannot be imported"),
-        (["--scorer", "wrong_scorers:Gone"], "has no Gone"),
-        (["--scorer", "wrong_scorers:Plain"], "must be a subclass of vidgen_ray.dataset.scorers.Scorer"),
-        (["--scorer", "wrong_scorers:Base"], "must define score"),
-        (["--scorer", "wrong_scorers:Taken"], "flicker is already that of PixelScorer"),
-        (["--scorer", "wrong_scorers:Needy"], "needs sound, allowed are frames, flow, faces"),
-        (["--weights", "motion=x"], "must be NAME=PATH with a scorer that takes weights: none"),
-    ]:
-        assert main(["score", out, *options]) == 2, options
+    for name, message in (
+        ("wrong_scorers", "must be module:Class"),
+        ("no_such:X", "no_such cannot be imported"),
+        ("wrong_scorers:Gone", "has no Gone"),
+        ("wrong_scorers:FLOAT", "must be a subclass of vidgen_ray.dataset.scorers.Scorer"),
+        ("wrong_scorers:Base", "must define score"),
+        ("wrong_scorers:Taken", "flicker is already that of PixelScorer"),
+        ("wrong_scorers:Needy", "needs sound, allowed are frames, flow, faces"),
+    ):
+        assert main(["score", out, "--scorer", name]) == 2, name
         assert message in capsys.readouterr().err
+    assert main(["score", out, "--weights", "motion=x"]) == 2
+    assert "must be NAME=PATH with a scorer that takes weights: none" in capsys.readouterr().err
     assert main(["score", str(tmp_path)]) == 4
     assert "has no results" in capsys.readouterr().err
     assert not (clips_folder.root / "scores").exists()
@@ -254,10 +260,8 @@ def test_clip_scorer_of_the_examples_compares_prompt_and_frames(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     name = ["clip_scorer:ClipTextScorer"]
     without = ClipScorer(choose_scorers((), name, (), None), outputs, None).score(finished_clips(outputs.storage)[0])
-    assert (without.is_fatal, without.errors) == (
-        True,
-        ["a scorer cannot be loaded: pass --weights clip_text=PATH, the folder of a CLIP model"],
-    )
+    assert without.is_fatal
+    assert without.errors == ["a scorer cannot be loaded: pass --weights clip_text=PATH, the folder of a CLIP model"]
     score_here(outputs, choose_scorers((), name, [f"clip_text={weights}"], None))
     rows = query(outputs, "SELECT clip_text_worst, clip_text_mean FROM scores")
     assert len(rows) == 2
