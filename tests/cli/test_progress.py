@@ -1,15 +1,16 @@
 """Progress of a run: tracker, line view and terminal view, with a fake clock."""
 
 import io
-import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Barrier, BrokenBarrierError
 
 import pytest
 from rich.console import Console, Group
 
 from vidgen_ray.batch.progress import CONNECTING, FIRST_SHOTS, LOADING, PLANNING, ProgressTracker, Throughput, eta_range
 from vidgen_ray.cli import progress_display
-from vidgen_ray.cli.progress_display import LineDisplay, RunView, TerminalDisplay, run_view
+from vidgen_ray.cli.progress_display import LineDisplay, RunView, TerminalDisplay
 from vidgen_ray.engine.status import Snapshot, StageStatus
 from vidgen_ray.outputs.manifest import ManifestRow
 
@@ -28,11 +29,6 @@ class Clock:
 @pytest.fixture
 def clock():
     return Clock()
-
-
-@pytest.fixture
-def tracker(clock):
-    return ProgressTracker(clock)
 
 
 def row(shot_id, status="done", **fields):
@@ -62,9 +58,6 @@ def terminal_view(clock):
     return RunView(tracker, display), frame, console.file.getvalue
 
 
-# Estimate
-
-
 def test_eta_range():
     assert eta_range(100, Throughput(0, 50.0), Throughput(0, 50.0)) is None, "unknown before the first shot"
     for remaining, whole, recent, expected in (
@@ -79,14 +72,15 @@ def test_eta_range():
     assert highest[-1] > 10 * 240
 
 
-def test_eta_excludes_weight_loading_and_skipped_lines(tracker, clock):
+def test_eta_excludes_weight_loading_and_skipped_lines(clock):
+    tracker = ProgressTracker(clock)
     tracker.on_lines(1100, 1000, 0, complete=True)
     clock.now = 100
     tracker.on_status(IDLE)
     clock.now = 600
     tracker.on_status(BUSY)
     for n in range(50):
-        clock.now = 600 + 2 * (n + 1)
+        clock.now += 2
         tracker.on_finished(row(f"new{n}"))
     low, high = tracker.eta_s
     assert tracker.remaining == 50
@@ -94,19 +88,23 @@ def test_eta_excludes_weight_loading_and_skipped_lines(tracker, clock):
     assert tracker.shots_per_minute == pytest.approx(30, rel=0.05)
 
 
-# Line view
-
-
-def test_line_view_prints_a_line_per_shot_of_a_small_run(clock):
+def test_line_view_prints_lines_phases_messages_and_shots_of_a_small_run(clock):
     view, printed = line_view(clock)
     with view:
-        view.on_lines(3, 1, 0, complete=True)
+        view.on_lines(500, 0, 1, complete=False)
+        view.on_message("run/1/worker/0/0 is quarantined")
+        view.on_lines(3, 1, 1, complete=True)
+        for clock.now in range(150):
+            view.on_status(IDLE if clock.now < 70 else BUSY)
         view.on_finished(row("ball"))
-        clock.now = 1
         view.on_finished(row("cube", "failed"))
     assert [line.split("s  ", 1)[1] for line in printed()] == [
-        "3 shots, 1 already done, 0 lines rejected",
+        "500 shots so far, 0 already done, 1 line rejected",
         CONNECTING,
+        "run/1/worker/0/0 is quarantined",
+        "3 shots, 1 already done, 1 line rejected",
+        *(LOADING, LOADING),
+        *(FIRST_SHOTS, FIRST_SHOTS),
         "2/3 done ball",
         "3/3 failed s.jsonl line 1 cube in svd: it broke",
     ]
@@ -133,35 +131,6 @@ def test_line_view_prints_summaries_and_failures_of_a_large_run(clock):
     assert "1,000/10,000 shots: 998 done, 2 failed, 0 already done" in summaries[-1]
 
 
-def test_line_view_prints_each_phase_of_a_small_run_at_its_start_and_every_minute(clock):
-    view, printed = line_view(clock)
-    with view:
-        view.on_lines(2, 0, 0, complete=True)
-        for second in range(150):
-            clock.now = second
-            view.on_status(IDLE if second < 70 else BUSY)
-    assert [line.split("s  ", 1)[1] for line in printed()[1:]] == [
-        CONNECTING,
-        *(LOADING, LOADING),
-        *(FIRST_SHOTS, FIRST_SHOTS),
-    ]
-
-
-def test_line_view_prints_messages_and_the_lines_read_so_far(clock):
-    view, printed = line_view(clock)
-    with view:
-        view.on_lines(500, 0, 1, complete=False)
-        view.on_message("run/1/worker/0/0 is quarantined: failed for flux on different shots in a row")
-        view.on_lines(700, 0, 1, complete=False)
-        view.on_lines(900, 2, 1, complete=True)
-    assert [line.split("s  ", 1)[1] for line in printed()[:-1]] == [
-        "500 shots so far, 0 already done, 1 line rejected",
-        CONNECTING,
-        "run/1/worker/0/0 is quarantined: failed for flux on different shots in a row",
-        "900 shots, 2 already done, 1 line rejected",
-    ]
-
-
 def test_failures_are_printed_as_limited_lines_without_control_characters(clock):
     view, printed = line_view(clock)
     with view:
@@ -175,79 +144,47 @@ def test_failures_are_printed_as_limited_lines_without_control_characters(clock)
     assert "all of them are in failures.jsonl" in printed()[-3]
 
 
-# Terminal view
-
-
-def test_terminal_view_shows_the_phases_of_a_run(clock):
-    view, frame, _ = terminal_view(clock)
-    assert PLANNING in frame()
-    view.on_lines(40, 4, 0, complete=True)
-    assert CONNECTING in frame()
-    view.on_status(IDLE)
-    assert LOADING in frame()
-    view.on_status(BUSY)
-    assert FIRST_SHOTS in frame()
-    clock.now = 60
-    for n in range(5):
-        view.on_finished(row(f"new{n}"))
-    view.on_finished(row("poison", "failed"))
-    text = frame()
-    assert "shots ━━━━" in text
-    assert "10/40 6.0 shots/min, 3 min 33 s to 7 min 2 s left 1 min elapsed" in text
-    assert "5 done   1 failed   4 already done   21 in progress   GPUs 93% busy" in text
-    assert text.splitlines()[-1].split() == ["svd", "14", "2", "2", "98%"]
-
-
-def test_terminal_view_updates_the_estimate_and_ends_without_one(clock):
+def test_terminal_view_shows_phases_and_estimates_and_ends_without_one(clock):
     view, frame, printed = terminal_view(clock)
+    assert PLANNING in frame()
     with view:
-        view.on_lines(3, 0, 0, complete=True)
+        view.on_lines(40, 4, 0, complete=True)
+        assert CONNECTING in frame()
+        view.on_status(IDLE)
+        assert LOADING in frame()
         view.on_status(BUSY)
-        clock.now = 10
-        view.on_finished(row("a"))
-        assert "10 s to 40 s left" in frame()
-        clock.now = 20
+        assert FIRST_SHOTS in frame()
+        clock.now = 60
+        for n in range(5):
+            view.on_finished(row(f"new{n}"))
+        view.on_finished(row("poison", "failed"))
+        text = frame()
+        assert "shots ━━━━" in text
+        assert "10/40 6.0 shots/min, 3 min 33 s to 7 min 2 s left 1 min elapsed" in text
+        assert "5 done   1 failed   4 already done   21 in progress   GPUs 93% busy" in text
+        assert text.splitlines()[-1].split() == ["svd", "14", "2", "2", "98%"]
+        clock.now = 120
         view.on_status(BUSY)
-        assert "20 s to 1 min 20 s left" in frame()
-        view.on_finished(row("b", "failed"))
-    assert "failed s.jsonl line 1 b in svd: it broke" in printed()
-    assert "2/3" in frame()
-    assert "1 done   1 failed" in frame()
-    for text in ("left", "in progress", "svd"):
-        assert text not in frame()
-
-
-# All views
-
-
-def test_run_view_prints_to_stderr(capsys):
-    with run_view() as view:
-        view.on_lines(1, 0, 0, complete=True)
-        view.on_status(BUSY)
-        view.on_finished(row("ball"))
-    printed = capsys.readouterr()
-    assert "1/1 done ball" in printed.err
-    assert printed.out == ""
+        assert "7 min 6 s to 42 min 15 s left 2 min elapsed" in frame()
+    assert "failed s.jsonl line 1 poison in svd: it broke" in printed()
+    assert "10/40" in frame()
+    assert not any(text in frame() for text in ("left", "in progress", "svd"))
 
 
 def test_events_are_handled_one_at_a_time(clock):
-    class SlowDisplay:
-        """Records how many events are handled at the same time."""
+    """Two threads meet if they can: each waits for the other while it handles an event."""
+    both = Barrier(2)
 
-        events = active = max_active = 0
-
-        def show_finished(self, row, failure):
-            self.active += 1
-            self.max_active = max(self.max_active, self.active)
-            time.sleep(0.001)
-            self.active -= 1
-            self.events += 1
+    class Display:
+        overlaps = 0
 
         def show_status(self):
-            self.show_finished(None, None)
+            with suppress(BrokenBarrierError):
+                both.wait(0.05)
+                self.overlaps += 1
 
-    slow = SlowDisplay()
-    view = RunView(ProgressTracker(clock), slow)
+    display = Display()
+    view = RunView(ProgressTracker(clock), display)
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda n: view.on_finished(row("a")) if n % 2 else view.on_status(BUSY), range(50)))
-    assert (slow.events, slow.max_active) == (50, 1)
+        list(threads.map(lambda _: view.on_status(BUSY), range(2)))
+    assert display.overlaps == 0
