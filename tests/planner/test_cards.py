@@ -6,7 +6,7 @@ import pytest
 
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.errors import UsageError
-from vidgen_ray.graph import STAGE_BY_NAME, STAGES, durations, relative_costs
+from vidgen_ray.graph import STAGE_BY_NAME, durations, relative_costs
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan, profile_for
 from vidgen_ray.planner.cards import CARDS, TYPICAL, card_named, card_reported_as, typical_card
@@ -20,7 +20,6 @@ from vidgen_ray.stages.memory_table import weight_bytes
 FACE = {"face_image": "face.png", "lora": "l.safetensors"}
 CHAINS = {
     "face": FACE,
-    "restyle": {**FACE, "use_hunyuan_style": True},
     "ltx": {"video_model": "ltx", "num_frames": 121, "width": 1216, "height": 704},
 }
 
@@ -33,37 +32,26 @@ def card(name):
     return next(card for card in CARDS if card.name == name)
 
 
-@pytest.mark.parametrize(
-    ("reported", "name"),
-    [
+def test_cards_are_recognised_by_the_name_that_the_driver_reports_or_a_user_writes():
+    for reported, name in (
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("NVIDIA L4", "L4"),
         ("NVIDIA L40S", "L40S"),
         ("NVIDIA A10G", "A10G"),
         ("NVIDIA A100-SXM4-40GB", "A100 40 GB"),
-        ("NVIDIA A100-SXM4-80GB", "A100 80 GB"),
         ("NVIDIA A100 80GB PCIe", "A100 80 GB"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA H100 NVL", "H100 NVL"),
-        ("NVIDIA H200", "H200"),
         ("NVIDIA GH200 480GB", "GH200"),
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000"),
         ("Tesla P100-PCIE-16GB", None),
-    ],
-)
-def test_card_is_recognised_by_the_name_that_the_driver_reports(reported, name):
-    found = card_reported_as(reported)
-    assert (found.name if found else None) == name
-
-
-def test_cards_can_be_named():
-    assert {card_named(name).name for name in ("l40s", "RTX4090", "rtx-4090", "4090", "A100-80GB")} == {
-        "L40S",
-        "RTX 4090",
-        "A100 80 GB",
-    }
+    ):
+        found = card_reported_as(reported)
+        assert (found.name if found else None) == name
+    assert {card_named(name).name for name in ("RTX4090", "rtx-4090", "4090")} == {"RTX 4090"}
+    assert card_named("A100-80GB").name == "A100 80 GB"
     cluster = parse_gpus("8xL40S + 2x4xA100-40GB")
     assert [(node.card.name, len(node.gpus)) for node in cluster.nodes] == [("L40S", 8), ("A100 40 GB", 4), ("A100 40 GB", 4)]
     assert (cluster.card, str(cluster).partition(",")[0]) == ("L40S + A100 40 GB", "8 x L40S + 8 x A100 40 GB")
@@ -71,53 +59,50 @@ def test_cards_can_be_named():
         parse_gpus("8xL41")
     sizes = (16, 20, 24, 32, 40, 48, 80, 96, 141, 180)
     assert tuple(typical_card(gb).name for gb in sizes) == tuple(TYPICAL)
+    # Memory as torch and the driver report it.
+    for reported_gb, name in ((79.1, "80 GB"), (45.0, "48 GB"), (23.7, "24 GB"), (140.4, "141 GB"), (21.4, "21.4 GB")):
+        assert Cluster((Node((reported_gb,), 8, None),)).card == name
 
 
-@pytest.mark.parametrize(
-    ("stage", "name", "fields", "published_s"),
-    [
+def test_computed_seconds_are_near_published_ones():
+    square = {"width": 1024, "height": 1024}
+    for stage, name, fields, published_s in (
         # TensorRT's SVD-XT 1.1 by Stability AI, which is 1024x576 with 25 frames and 25 steps.
         ("svd", "A100 80 GB", {}, 32.2),
         ("svd", "H100 PCIe", {}, 22.6),
         # FLUX.1-dev by flux-fast before its changes: 1024x1024, 28 steps.
-        ("flux", "H100", {"width": 1024, "height": 1024}, 6.7),
+        ("flux", "H100", square, 6.7),
         # The same by TheStage AI, model `original` of Elastic-FLUX.1-dev.
-        ("flux", "H100", {"width": 1024, "height": 1024}, 6.46),
-        ("flux", "L40S", {"width": 1024, "height": 1024}, 16.0),
-        ("flux", "B200", {"width": 1024, "height": 1024}, 4.4),
+        ("flux", "H100", square, 6.46),
+        ("flux", "L40S", square, 16.0),
+        ("flux", "B200", square, 4.4),
         # 28 steps at the rate of Black Forest Labs' code, by FLUX.1-dev-fp8-flumina; on the RTX 4090 with weights in fp8.
-        ("flux", "RTX 6000 Ada", {"width": 1024, "height": 1024}, 28 / 1.74),
-        ("flux", "RTX 4090", {"width": 1024, "height": 1024}, 28 / 1.7),
-    ],
-)
-def test_computed_seconds_are_near_published_ones(stage, name, fields, published_s):
-    expected = seconds_of(load_profile("gpu"), STAGE_BY_NAME[stage], {}, card(name))
-    assert expected.reference_s * durations(Shot(prompt="a", **fields), [stage])[stage] == pytest.approx(published_s, rel=0.2)
+        ("flux", "RTX 6000 Ada", square, 28 / 1.74),
+        ("flux", "RTX 4090", square, 28 / 1.7),
+    ):
+        expected = seconds_of(load_profile("gpu"), STAGE_BY_NAME[stage], {}, card(name)).reference_s
+        assert expected * durations(Shot(prompt="a", **fields), [stage])[stage] == pytest.approx(published_s, rel=0.2), name
 
 
-@pytest.mark.parametrize(
-    ("stage", "option", "fields", "copies"),
-    [
-        ("wan", {"cpu_offload": True}, {"video_model": "wan"}, 1),
+def test_seconds_include_the_copies_of_weights_whatever_the_size_and_the_steps():
+    profile = load_profile("gpu")
+    for stage, option, fields, copies in (
         ("wan", {"cpu_offload": True}, {"video_model": "wan", "extend": 2}, 3),
         ("wan", {"cpu_offload": True}, {"video_model": "wan", "steps": {"wan": 4}, "width": 1280, "height": 704}, 1),
         ("flux", {"text_encoder": "swapped"}, {"steps": {"flux": 4}}, 1),
         ("lora", {"text_encoder": "swapped"}, FACE, 0),
         ("lora", {"text_encoder": "swapped"}, {**FACE, "image": "start.png"}, 1),
-        ("refine", {"text_encoder": "swapped"}, {"face_image": "face.png", "identity": "instantid-sdxl"}, 1),
-    ],
-)
-def test_seconds_include_the_copies_of_weights_whatever_the_size_and_the_steps(stage, option, fields, copies):
-    profile, stage_class = load_profile("gpu"), STAGE_BY_NAME[stage]
-    actors = {**profile.actors, stage_class.actor: profile.actor_of(stage_class).model_copy(update={"options": option})}
-    cost = relative_costs(Shot.model_validate({"prompt": "a", **fields}))[stage]
-    with_copies, without = (
-        seconds_of(each, stage_class, {}, card("L40S")).of(cost)
-        for each in (profile.model_copy(update={"actors": actors}), profile)
-    )
-    linked = stage_class.work(stage_class.Params(weights="w", dtype="bfloat16", **option)).linked_bytes
-    assert with_copies - without == pytest.approx(copies * linked / 25e9)
-    assert linked > 30e9
+    ):
+        stage_class = STAGE_BY_NAME[stage]
+        actors = {**profile.actors, stage_class.actor: profile.actor_of(stage_class).model_copy(update={"options": option})}
+        cost = relative_costs(Shot.model_validate({"prompt": "a", **fields}))[stage]
+        with_copies, without = (
+            seconds_of(each, stage_class, {}, card("L40S")).of(cost)
+            for each in (profile.model_copy(update={"actors": actors}), profile)
+        )
+        linked = stage_class.work(stage_class.Params(weights="w", dtype="bfloat16", **option)).linked_bytes
+        assert with_copies - without == pytest.approx(copies * linked / 25e9), (stage, fields)
+        assert linked > 30e9
 
 
 @pytest.mark.parametrize(("gpus", "shots", "turns"), [("1xH100", 100, 0), ("1xRTX-4090", 100, 7), ("1xRTX-4090", 1, 0)])
@@ -137,21 +122,13 @@ def test_first_clip_waits_for_weights_and_for_the_turn_before(gpus, shots, turns
     assert planned.first_clip_s < planned.seconds_high
 
 
-def test_every_traced_stage_is_faster_on_a_faster_card():
-    profile = load_profile("gpu")
-    for stage in (stage for stage in STAGES if stage.actor in profile.actors and profile.actor_of(stage).device == "cuda"):
-        seconds = [seconds_of(profile, stage, {}, card(name)).reference_s for name in ("L4", "RTX 4090", "H100", "B200")]
-        assert seconds == sorted(seconds, reverse=True), stage.name
-        assert 0.01 < card("H100").share_of_peak(stage.work(profile.options_of(stage)), seconds[2]) < 0.6, stage.name
-
-
 def test_more_memory_is_never_slower_and_leaves_room():
     """The largest plan that does not fit with room may fit without: only the smallest GPU that can run the chain has less."""
     rng = random.Random(7)
     for name, fields in CHAINS.items():
         best, tight = 0.0, 0
         shot = Shot.model_validate({"prompt": "a", "upscaler": "x4plus", **fields})
-        for gb in sorted({round(14 + 0.2 * rng.randrange(330), 1) for _ in range(12)} | {80, 141, 180}):
+        for gb in sorted({round(14 + 0.2 * rng.randrange(330), 1) for _ in range(6)} | {80, 180}):
             cluster = machine(gb, card("H100"))
             try:
                 planned = plan(profile_for("auto", lambda found=cluster: found), demand_of([shot] * 100), cluster)
@@ -176,18 +153,14 @@ def test_options_follow_from_the_memory():
     assert chosen(23.6) == ({"quantize": "fp8_storage", "text_encoder": "swapped"}, True, {"cpu_offload": True})
     assert chosen(44.4) == ({"text_encoder": "swapped"}, False, {"cpu_offload": True})
     assert chosen(79.2) == ({}, False, {})
+    planned = plan(load_profile("gpu"), demand_of([Shot(prompt="a", upscaler="x4plus", **FACE)] * 9), machine(39.4))
+    assert planned.options == {"flux": {"text_encoder": "swapped"}}
+    assert load_profile("gpu").with_options(planned.options).actors["flux"].options["text_encoder"] == "swapped"
     assert profile_for("auto", lambda: machine(23.6)) == load_profile("gpu-24gb")
     assert profile_for("auto", lambda: machine(15.7)).defaults["image_model"] == "klein"
     assert profile_for("auto", lambda: Cluster((Node((), 4, 16),))).name == "demo"
     mixed = Cluster((*machine(79.2, card("H100"), 4).nodes, *machine(23.6, card("RTX 4090"), 8).nodes))
     assert profile_for("auto", lambda: mixed).name == "gpu-80gb"
-
-
-def test_text_encoder_is_loaded_as_planned():
-    shot = Shot(prompt="a", upscaler="x4plus", **FACE)
-    planned = plan(load_profile("gpu"), demand_of([shot] * 9), machine(39.4))
-    assert planned.options == {"flux": {"text_encoder": "swapped"}}
-    assert load_profile("gpu").with_options(planned.options).actors["flux"].options["text_encoder"] == "swapped"
 
 
 def test_slow_cards_get_less_work():

@@ -21,7 +21,6 @@ from vidgen_ray.stages.flux_model import FluxModel
 
 FACE = {"face_image": str(ASTRONAUT), "lora": "builtin:tiny/lora.safetensors"}
 PHOTO = {"face_image": str(ASTRONAUT), "identity": "reference"}
-QWEN = {"use_hunyuan_style": True, "style_model": "qwen-edit", "style_prompt": "ink"}
 WAN, LTX = ({"video_model": name, "num_frames": 9} for name in ("wan", "ltx"))
 CHAIN = ("flux", "lora", "svd")
 ONE_LORA = {"adapters_kept": 1}
@@ -63,15 +62,9 @@ def use_sizes_of(networks, monkeypatch):
     ("names", "fields", "options", "groups"),
     [
         (CHAIN, FACE, {**ONE_LORA, "text_encoder": "gpu"}, ()),
-        (CHAIN, FACE, {**ONE_LORA, "text_encoder": "gpu"}, (("flux", "lora"), ("svd",))),
-        (CHAIN, FACE, {**ONE_LORA, "text_encoder": "swapped"}, ()),
-        (CHAIN, FACE, {**ONE_LORA, "text_encoder": "swapped"}, (("flux", "lora"), ("svd",))),
         (CHAIN, FACE, {**ONE_LORA, "text_encoder": "swapped", "quantize": "fp8_storage"}, (("flux", "lora"), ("svd",))),
         (CHAIN, FACE, {**ONE_LORA, "text_encoder": "cpu"}, (("flux", "lora"), ("svd",))),
-        (("klein",), PHOTO, {"cpu_offload": True}, ()),
-        (("qwen_edit",), QWEN, {"cpu_offload": True}, ()),
         (("wan",), WAN, {"cpu_offload": True}, ()),
-        (("ltx",), LTX, {"cpu_offload": True}, ()),
         (("klein", "svd"), PHOTO, {"cpu_offload": True}, ()),
         (("ltx",), LTX, {}, ()),
     ],
