@@ -45,11 +45,8 @@ def short_segments(monkeypatch):
 def upscale(tiny_model):
     """Return a function that upscales a video by 2 with the tiny network."""
 
-    def run(
-        video: Path, out: Path, *, runner=None, force=False, encode=FAST, scale=2, fit=None, fps=None, on_progress=None
-    ) -> UpscaleReport:
-        options = UpscaleOptions(tiny_model, encode, scale=None if fit else scale, fit=fit, fps=fps, force=force)
-        callbacks = {} if on_progress is None else {"on_progress": on_progress}
-        return upscale_file(video, out, options, SETTINGS, runner or Threads(1), **callbacks)
+    def run(video: Path, out: Path, *, encode=FAST, scale=2, fit=None, **options) -> UpscaleReport:
+        options = UpscaleOptions(tiny_model, encode, scale=None if fit else scale, fit=fit, **options)
+        return upscale_file(video, out, options, SETTINGS, Threads(1))
 
     return run

@@ -1,4 +1,4 @@
-"""`upscale_file`: what is kept, which frames come out, resume, and bad inputs."""
+"""`upscale_file`: what is kept, which frames come out, frames that are drawn between, resume, and bad inputs."""
 
 import os
 from fractions import Fraction
@@ -13,10 +13,10 @@ from tests.upscale.conftest import FAST, TAGGED
 from tests.upscale.videos import SIZE, decoded, packets, picture, write_video
 from vidgen_ray.errors import MediaError
 from vidgen_ray.upscale import job as job_module
-from vidgen_ray.upscale.frames import FrameReader, write_segment
+from vidgen_ray.upscale.frames import FrameInterpolator, FrameReader, interpolated, write_segment
 from vidgen_ray.upscale.job import SegmentFailed, SegmentWorker
 from vidgen_ray.upscale.network import UpscaleNetwork
-from vidgen_ray.upscale.source import read_source
+from vidgen_ray.upscale.source import Place, places, read_source, timeline_of
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -24,25 +24,17 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_upscaling_keeps_all_but_the_size(tmp_path, upscale, short_segments, suffix):
     chapters = [(0, 0.5, "One"), (0.5, 1, "Two")]
-    subtitles = [(0.1, "Hello"), (0.6, "Bye")] if suffix != ".mov" else []
-    video = write_video(
-        tmp_path / f"in{suffix}",
-        12,
-        sound_s=1.0,
-        subtitles=subtitles,
-        chapters=chapters,
-        aspect=Fraction(4, 3),
-        colour=TAGGED,
-        metadata={"title": "A film"},
-    )
+    streams = {"sound_s": 1.0, "subtitles": [(0.1, "Hello"), (0.6, "Bye")], "metadata": {"title": "A film"}}
+    video = tmp_path / f"in{suffix}"
+    write_video(video, 12, **streams, chapters=chapters, aspect=Fraction(4, 3), colour=TAGGED)
     out = tmp_path / f"out{suffix}"
     report = upscale(video, out)
     assert (report.frames, report.size, report.notes) == (12, "128x96", ())
     assert decoded(out)[1] == decoded(video)[1]
-    for kind in ("audio", *(["subtitle"] if subtitles else [])):
+    for kind in ("audio", "subtitle"):
         assert packets(out, kind) == packets(video, kind)
     with av.open(str(out)) as container:
         assert container.metadata["title"] == "A film"
@@ -51,8 +43,7 @@ def test_upscaling_keeps_all_but_the_size(tmp_path, upscale, short_segments, suf
         frame = next(container.decode(stream))
         assert stream.sample_aspect_ratio == Fraction(4, 3)
         assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == TAGGED
-        if subtitles:
-            assert container.streams.subtitles[0].language == "eng"
+        assert container.streams.subtitles[0].language == "eng"
 
 
 def test_frames_are_those_of_the_network_in_order(tmp_path, upscale, short_segments, tiny_model):
@@ -69,19 +60,18 @@ def test_frames_are_those_of_the_network_in_order(tmp_path, upscale, short_segme
         assert scores[number] > 28
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_variable_frame_times_are_kept(tmp_path, upscale, short_segments, suffix):
+def test_variable_frame_times_are_kept(tmp_path, upscale, short_segments):
     times = [0, 40, 50, 120, 121, 180, 260, 300, 333, 420, 470, 480]
-    video = write_video(tmp_path / f"in{suffix}", 12, times=times, time_base=Fraction(1, 1000))
-    upscale(video, tmp_path / f"out{suffix}")
-    got = decoded(tmp_path / f"out{suffix}")[1]
-    assert got == decoded(video)[1]
-    assert [round(time * 1000) for time in got] == times
+    for suffix in (".mp4", ".mkv"):
+        video = write_video(tmp_path / f"in{suffix}", 12, times=times, time_base=Fraction(1, 1000))
+        upscale(video, tmp_path / f"out{suffix}")
+        got = decoded(tmp_path / f"out{suffix}")[1]
+        assert got == decoded(video)[1]
+        assert [round(time * 1000) for time in got] == times
 
 
-@pytest.mark.parametrize("turns", [180, 270])
-def test_rotated_videos_become_upright(tmp_path, upscale, turns):
-    video = write_video(tmp_path / "in.mp4", 3, rotation=turns, aspect=Fraction(2), colour=TAGGED)
+def test_rotated_videos_become_upright(tmp_path, upscale):
+    video = write_video(tmp_path / "in.mp4", 3, rotation=270, aspect=Fraction(2), colour=TAGGED)
     upscale(video, tmp_path / "out.mp4")
     with av.open(str(tmp_path / "out.mp4")) as container:
         frame = next(container.decode(video=0))
@@ -89,36 +79,33 @@ def test_rotated_videos_become_upright(tmp_path, upscale, turns):
     with av.open(str(video)) as container:
         turned = next(container.decode(video=0))
         upright = np.rot90(turned.to_ndarray(format="rgb24"), round(turned.rotation / 90) % 4)
-    assert frame.rotation == 0
-    assert (frame.width, frame.height, aspect) == ((96, 128, Fraction(1, 2)) if turns != 180 else (128, 96, Fraction(2)))
-    small = frame.reformat(width=frame.width // 2, height=frame.height // 2).to_ndarray(format="rgb24")
+    assert (frame.rotation, frame.width, frame.height, aspect) == (0, 96, 128, Fraction(1, 2))
+    small = frame.reformat(width=48, height=64).to_ndarray(format="rgb24")
     assert psnr(small, upright) > psnr(small, upright[::-1]) + 3
 
 
 @pytest.mark.parametrize("codec", ["hevc", "h264", "av1"])
-def test_ten_bit_hdr_is_kept(tmp_path, upscale, codec):
+def test_ten_bit_hdr_is_kept_in_segments_that_join_without_a_gap(tmp_path, upscale, short_segments, codec):
     mastering = "G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,1)"
     options = {"x265-params": f"log-level=none:master-display={mastering}:max-cll=1000,400"}
-    video = write_video(
-        tmp_path / "in.mkv",
-        4,
-        size=(160, 96),
-        codec="libx265",
-        pixel_format="yuv420p10le",
-        colour=(9, 9, 16, 1),
-        options=options,
-    )
-    upscale(video, tmp_path / "out.mkv", encode=FAST.model_copy(update={"codec": codec, "preset": "superfast"}))
-    with av.open(str(tmp_path / "out.mkv")) as container:
+    video, out = tmp_path / "in.mkv", tmp_path / "out.mkv"
+    deep = {"codec": "libx265", "pixel_format": "yuv420p10le", "colour": (9, 9, 16, 1)}
+    write_video(video, 13, size=(160, 96), **deep, options=options)
+    upscale(video, out, encode=FAST.model_copy(update={"codec": codec, "preset": "superfast"}))
+    with av.open(str(out)) as container:
         frame = next(container.decode(video=0))
     assert frame.format.name == "yuv420p10le"
     assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == (9, 9, 16, 1)
     assert {SideData.MASTERING_DISPLAY_METADATA, SideData.CONTENT_LIGHT_LEVEL} <= {data.type for data in frame.side_data}
-    got, expected = read_source(tmp_path / "out.mkv").hdr, read_source(video).hdr
+    got, expected = read_source(out).hdr, read_source(video).hdr
     assert got.light == expected.light == (1000, 400)
     # AV1 stores 16 binary digits.
     assert [float(x) for x in got.mastering] == pytest.approx([float(x) for x in expected.mastering], abs=1e-4)
     assert float(expected.mastering[-1]) == 1000
+    with av.open(str(out)) as container:
+        flags = [packet.is_keyframe for packet in container.demux(video=0) if packet.size]
+    assert [number for number, is_key in enumerate(flags) if is_key] == [0, 5, 10]
+    assert len(decoded(out)[0]) == 13
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="SVT-AV1 gets a real-time priority as root only")
@@ -130,35 +117,23 @@ def test_av1_leaves_no_thread_with_a_real_time_priority(tmp_path):
     assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_OTHER}
 
 
-def test_untagged_colours_are_tagged_as_players_read_them(tmp_path, upscale):
-    video = write_video(tmp_path / "in.mp4", 2)
-    report = upscale(video, tmp_path / "out.mp4")
-    assert "BT.601 is assumed" in report.notes[0]
-    assert read_source(tmp_path / "out.mp4").colour.matrix in (5, 6)
-
-
-@pytest.mark.parametrize(
-    ("codec", "pixel_format", "suffix", "size"),
-    [
+def test_other_codecs_formats_and_odd_sizes(tmp_path, upscale):
+    for codec, pixel_format, suffix, size in (
         ("libsvtav1", "yuv420p", ".mp4", SIZE),
         ("libx264", "yuv444p", ".mp4", (51, 37)),
-        ("libx265", "yuv420p", ".mkv", SIZE),
-        ("mpeg4", "yuv420p", ".avi", SIZE),
         ("libvpx-vp9", "yuv420p", ".webm", (50, 38)),
-    ],
-)
-def test_other_codecs_formats_and_odd_sizes(tmp_path, upscale, codec, pixel_format, suffix, size):
-    video = write_video(tmp_path / f"in{suffix}", 7, codec=codec, pixel_format=pixel_format, size=size)
-    report = upscale(video, tmp_path / "out.mkv")
-    got, times = decoded(tmp_path / "out.mkv")
-    assert (len(got), got[0].shape) == (7, (size[1] * 2, size[0] * 2, 3))
-    assert [round(time * 12) for time in times] == list(range(7))
-    assert any("4:2:0" in note for note in report.notes) == (pixel_format == "yuv444p")
-
-
-def test_odd_results_are_rounded_to_even_sizes(tmp_path, upscale):
-    video = write_video(tmp_path / "in.mkv", 2, size=(51, 37), pixel_format="yuv444p")
-    assert upscale(video, tmp_path / "out.mp4", scale=1.5).size == "76x56"
+    ):
+        video, out = tmp_path / f"{codec}{suffix}", tmp_path / f"{codec}.mkv"
+        write_video(video, 7, codec=codec, pixel_format=pixel_format, size=size)
+        report = upscale(video, out)
+        got, times = decoded(out)
+        assert (len(got), got[0].shape) == (7, (size[1] * 2, size[0] * 2, 3))
+        assert [round(time * 12) for time in times] == list(range(7))
+        assert any("4:2:0" in note for note in report.notes) == (pixel_format == "yuv444p")
+        assert any("BT.601 is assumed" in note for note in report.notes)
+        assert read_source(out).colour.matrix in (5, 6)
+    # Rounded to even sizes.
+    assert upscale(tmp_path / "libx264.mp4", tmp_path / "even.mp4", scale=1.5).size == "76x56"
 
 
 def test_fit_keeps_the_shape_and_makes_pixels_square(tmp_path, upscale):
@@ -169,28 +144,14 @@ def test_fit_keeps_the_shape_and_makes_pixels_square(tmp_path, upscale):
         upscale(video, tmp_path / "small.mp4", fit=(60, 60))
 
 
-@pytest.mark.parametrize("codec", ["h264", "hevc", "av1"])
-def test_segments_are_closed_and_join_without_a_gap(tmp_path, upscale, short_segments, codec):
-    video = write_video(tmp_path / "in.mp4", 23, size=(96, 64), colour=TAGGED)
-    encode = FAST.model_copy(update={"codec": codec, "preset": "superfast"})
-    upscale(video, tmp_path / "out.mp4", encode=encode)
-    with av.open(str(tmp_path / "out.mp4")) as container:
-        flags = [packet.is_keyframe for packet in container.demux(video=0) if packet.size]
-    assert [number for number, is_key in enumerate(flags) if is_key] == [0, 5, 10, 15, 20]
-    assert len(decoded(tmp_path / "out.mp4")[0]) == 23
-
-
 def test_streams_that_the_output_cannot_hold_are_named(tmp_path, upscale):
     video = write_video(tmp_path / "in.mkv", 3, subtitles=[(0.1, "Hello")])
     (note,) = [note for note in upscale(video, tmp_path / "out.mp4").notes if "stream" in note]
     assert note == "stream 1 (subtitle, srt) is not copied, .mp4 cannot hold it; choose an output that ends in .mkv"
-
-
-def test_uncompressed_sound_stays_in_mov(tmp_path, upscale):
     video = write_video(tmp_path / "in.mov", 3, sound_s=0.2, sound_codec="pcm_s16le", colour=TAGGED)
     assert upscale(video, tmp_path / "out.mov").notes == ()
     assert packets(tmp_path / "out.mov", "audio") == packets(video, "audio")
-    (note,) = upscale(video, tmp_path / "out.mp4").notes
+    (note,) = upscale(video, tmp_path / "sound.mp4").notes
     assert "(audio, pcm_s16le) is not copied, .mp4 cannot hold it" in note
 
 
@@ -211,32 +172,7 @@ def test_reading_after_a_seek_gives_the_frames_of_reading_from_the_start(tmp_pat
             np.testing.assert_array_equal(pixels, straight[number])
 
 
-def failing_at(frame):
-    def on_progress(done, total, made):
-        if made == frame:
-            raise RuntimeError("disk lost")
-
-    return on_progress
-
-
-def test_other_settings_do_not_resume(tmp_path, upscale, short_segments):
-    video = write_video(tmp_path / "in.mp4", 12)
-    with pytest.raises(SegmentFailed):
-        upscale(video, tmp_path / "out.mp4", on_progress=failing_at(9))
-    report = upscale(video, tmp_path / "out.mp4", encode=FAST.model_copy(update={"crf": 30}))
-    assert report.resumed_frames == 0
-
-
-def test_existing_files_are_kept_without_force(tmp_path, upscale):
-    video = write_video(tmp_path / "in.mp4", 2)
-    (tmp_path / "out.mp4").write_text("mine")
-    with pytest.raises(MediaError, match="exists and is not the result of this command"):
-        upscale(video, tmp_path / "out.mp4")
-    assert (tmp_path / "out.mp4").read_text() == "mine"
-    assert upscale(video, tmp_path / "out.mp4", force=True).frames == 2
-
-
-def test_failed_segment_names_its_frames(tmp_path, upscale, short_segments, monkeypatch):
+def test_failed_segment_is_named_and_other_settings_do_not_resume(tmp_path, upscale, short_segments, monkeypatch):
     video = write_video(tmp_path / "in.mp4", 12)
     write = SegmentWorker.write
 
@@ -250,3 +186,47 @@ def test_failed_segment_names_its_frames(tmp_path, upscale, short_segments, monk
         upscale(video, tmp_path / "out.mp4")
     assert str(failed.value.segment) == "frames 5 to 9"
     assert not (tmp_path / "out.mp4").exists()
+    # The first segment is that of other settings.
+    monkeypatch.setattr(SegmentWorker, "write", write)
+    assert upscale(video, tmp_path / "out.mp4", encode=FAST.model_copy(update={"crf": 30})).resumed_frames == 0
+
+
+def test_frames_of_the_source_stay_at_their_times_and_the_others_lie_between(tmp_path, upscale, short_segments):
+    video = write_video(tmp_path / "in.mp4", 8, colour=TAGGED, sound_s=0.6)
+    lossless = FAST.model_copy(update={"crf": 0})
+    report = upscale(video, tmp_path / "out.mp4", fps=Fraction(24), encode=lossless)
+    frames, times = decoded(tmp_path / "out.mp4")
+    assert report.frames == len(frames) == 16
+    assert times == [Fraction(n, 24) for n in range(16)]
+    assert packets(tmp_path / "out.mp4", "audio") == packets(video, "audio")
+    upscale(video, tmp_path / "plain.mp4", encode=lossless)
+    plain, _ = decoded(tmp_path / "plain.mp4")
+    for number in range(8):
+        np.testing.assert_array_equal(frames[2 * number], plain[number])
+    repeated = [number for number in range(8) if np.array_equal(frames[2 * number + 1], plain[number])]
+    # The chessboard flips after frames 2 and 5, which may be taken for cuts. The last frame is held. All others are drawn.
+    assert {7} <= set(repeated) <= {2, 5, 7}
+
+
+def test_places_in_a_video_with_variable_times(tmp_path):
+    video = write_video(tmp_path / "in.mkv", 4, times=[100, 200, 250, 400], time_base=Fraction(1, 1000))
+    source = read_source(video)
+    timeline = timeline_of(source, Fraction(20))
+    first = Fraction(source.times[0], 1000)
+    assert [time * timeline.time_base - first for time in timeline.times[:4]] == [Fraction(n, 20) for n in range(4)]
+    shares = [(0, "0"), (0, "1/2"), (1, "0"), (2, "0"), (2, "1/3"), (2, "2/3")]
+    assert places(source, timeline, 0, 6) == [Place(frame, Fraction(share)) for frame, share in shares]
+
+
+def test_cuts_repeat_the_frame_before_and_sixteen_bits_stay():
+    network = FrameInterpolator("cpu", threads=1)
+    rng = np.random.default_rng(0)
+    cut = [picture(0), rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)]
+    wanted = [Place(0, Fraction(0)), Place(0, Fraction(1, 2)), Place(1, Fraction(0))]
+    frames = list(interpolated(iter(cut), wanted, network))
+    np.testing.assert_array_equal(frames[1], cut[0])
+    deep = [picture(n, levels=65535) for n in (0, 1)]
+    drawn = list(interpolated(iter(deep), wanted, network))[1]
+    assert drawn.dtype == np.uint16
+    shallow = list(interpolated(iter([picture(0), picture(1)]), wanted, network))[1]
+    assert np.abs(drawn / 257 - shallow).mean() < 0.6

@@ -24,33 +24,44 @@ def options(tiny_model):
     return UpscaleOptions(tiny_model, FAST)
 
 
+@pytest.fixture
+def recorded(tmp_path):
+    return write_video(tmp_path / "recorded.mp4", 2, metadata={"comment": "my holiday"})
+
+
+@pytest.fixture
+def generated(tmp_path):
+    video = write_video(tmp_path / "generated.mp4", 2)
+    append_xmp(video, SHOT.metadata().xmp)
+    return video
+
+
 def run(video, out, options):
     return upscale_file(video, out, options, SETTINGS, Threads(1))
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
-def test_recorded_video_is_enhanced_and_generated_video_stays_generated(tmp_path, options, suffix):
-    recorded = write_video(tmp_path / "recorded.mp4", 2, metadata={"comment": "my holiday"})
-    generated = write_video(tmp_path / "generated.mp4", 2)
-    append_xmp(generated, SHOT.metadata().xmp)
-    for video in (recorded, generated):
-        run(video, tmp_path / f"{video.stem}-large{suffix}", options)
-    found = read_provenance(tmp_path / f"recorded-large{suffix}")
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_recorded_video_is_enhanced_and_generated_video_stays_generated(tmp_path, options, recorded, generated, suffix):
+    out = tmp_path / f"large{suffix}"
+    run(recorded, out, options)
+    found = read_provenance(out)
     assert (found.source_type, found.record.key, found.record.stages) == ("algorithmicallyEnhanced", None, ("tiny",))
     assert not found.record.is_generated
     assert [source.sha256 for source in found.record.sources] == [sha256_of(recorded)]
-    with av.open(str(tmp_path / f"recorded-large{suffix}")) as opened:
+    with av.open(str(out)) as opened:
         assert {key.lower(): value for key, value in opened.metadata.items()}["comment"] == "my holiday"
-    found = read_provenance(tmp_path / f"generated-large{suffix}")
+    assert run(recorded, out, options).was_finished
+    # Another marking is another result. The present one is kept unless it is forced.
+    with pytest.raises(MediaError, match="exists and is not the result of this command"):
+        run(recorded, out, replace(options, provenance=ProvenanceSettings(metadata="off")))
+    run(generated, out, replace(options, force=True))
+    found = read_provenance(out)
     assert (found.source_type, found.record.key, found.record.stages) == ("trainedAlgorithmicMedia", "a" * 64, ("svd", "tiny"))
     assert found.record.shot == SHOT.shot
     assert found.record.sources[0].key == "a" * 64
 
 
-def test_drawn_frames_make_a_composite_and_private_drops_the_shot(tmp_path, options):
-    recorded = write_video(tmp_path / "recorded.mp4", 2)
-    generated = write_video(tmp_path / "generated.mp4", 2)
-    append_xmp(generated, SHOT.metadata().xmp)
+def test_drawn_frames_make_a_composite_and_private_drops_the_shot(options, recorded, generated):
     smooth = replace(options, fps=Fraction(24), provenance=ProvenanceSettings(metadata="private"))
     assert smooth.record(recorded).source_type == "compositeWithTrainedAlgorithmicMedia"
     assert smooth.record(generated).source_type == "trainedAlgorithmicMedia"
@@ -58,25 +69,15 @@ def test_drawn_frames_make_a_composite_and_private_drops_the_shot(tmp_path, opti
     assert replace(options, provenance=ProvenanceSettings(metadata="off")).record(generated) is None
 
 
-def test_finished_video_is_made_again_only_for_another_marking(tmp_path, options):
-    video, out = write_video(tmp_path / "in.mp4", 2), tmp_path / "out.mp4"
-    run(video, out, options)
-    assert run(video, out, options).was_finished
-    private = replace(options, provenance=ProvenanceSettings(metadata="off"))
-    with pytest.raises(MediaError, match="not the result of this command"):
-        run(video, out, private)
-
-
-def test_signed_result_has_the_signed_source_as_its_parent(tmp_path, options):
+def test_signed_result_has_the_signed_source_as_its_parent(tmp_path, options, recorded):
     key = tmp_path / "key.pem"
     create_signing_key(key, "Studio")
-    video = write_video(tmp_path / "in.mp4", 2)
-    sign_file(video, SHOT, key)
+    sign_file(recorded, SHOT, key)
     signing = replace(options, provenance=ProvenanceSettings(c2pa_key=key))
-    run(video, tmp_path / "out.mp4", signing)
+    run(recorded, tmp_path / "out.mp4", signing)
     signature = read_signature(tmp_path / "out.mp4")
     assert (signature.state, signature.problems) == ("Valid", ())
-    assert (signature.actions, signature.ingredients) == (("c2pa.opened", "c2pa.edited"), ("in.mp4",))
-    assert run(video, tmp_path / "out.mp4", signing).was_finished
+    assert (signature.actions, signature.ingredients) == (("c2pa.opened", "c2pa.edited"), ("recorded.mp4",))
+    assert run(recorded, tmp_path / "out.mp4", signing).was_finished
     with pytest.raises(MediaError, match="Matroska files cannot be signed"):
-        run(video, tmp_path / "out.mkv", signing)
+        run(recorded, tmp_path / "out.mkv", signing)

@@ -64,16 +64,10 @@ def write_video(
             text.metadata["language"] = "eng"
             text.codec_context.subtitle_header = b"[Script Info]\nScriptType: v4.00+\n"
         if chapters:
-            entries = [
-                {
-                    "id": n,
-                    "start": round(begin * 1000),
-                    "end": round(end * 1000),
-                    "time_base": Fraction(1, 1000),
-                    "metadata": {"title": title},
-                }
-                for n, (begin, end, title) in enumerate(chapters)
-            ]
+            entries = []
+            for number, (begin, end, title) in enumerate(chapters):
+                place = {"start": round(begin * 1000), "end": round(end * 1000), "time_base": Fraction(1, 1000)}
+                entries.append({"id": number, "metadata": {"title": title}, **place})
             container.set_chapters(entries)
         deep = "10" in pixel_format
         for number in range(frames):
