@@ -1,12 +1,16 @@
 """`vidgen film`: options, film files, screenplays, messages and exit codes."""
 
 import json
+import re
+from fractions import Fraction
 from importlib.metadata import EntryPoints
 
 import pytest
 
 from tests.film.conftest import BLUE, GREEN, Shots, read_frames
 from vidgen_ray.cli import main, options
+from vidgen_ray.errors import ScriptError
+from vidgen_ray.film.film_settings import PixelSize, film_settings, read_film_file, shot_settings
 
 
 @pytest.fixture
@@ -60,32 +64,61 @@ def test_film_of_the_shots_that_match_and_are_best(shots, tmp_path, capsys, monk
     assert "pip install 'vidgen-ray[dataset]'" in capsys.readouterr().err
 
 
-def test_film_without_captions_to_burn_in_says_so(shots, capsys):
-    assert main(["film", "out", "--captions", "burn"]) == 0
-    assert "no shot has a caption" not in capsys.readouterr().err
+def test_missing_shots_exit_with_1_and_the_list(shots, capsys):
+    words = ["film", "out", "--ids", "a,x", "--ids", "b"]
+    assert main(words) == 1
+    message = capsys.readouterr().err
+    assert "1 of 3 shots are not finished:\n  x: not finished in " in message
+    assert "--skip-missing" in message
+    assert main([*words, "--skip-missing"]) == 0
     assert main(["film", "out", "--captions", "burn", "--ids", "b"]) == 0
     assert "vidgen: no shot has a caption; set `caption` in the metadata" in capsys.readouterr().err
 
 
-def test_missing_shots_exit_with_1_and_the_list(shots, capsys):
-    assert main(["film", "out", "--ids", "a,x", "--ids", "b"]) == 1
-    message = capsys.readouterr().err
-    assert "1 of 3 shots are not finished:\n  x: not finished in " in message
-    assert "--skip-missing" in message
-    assert main(["film", "out", "--ids", "a,x", "--ids", "b", "--skip-missing"]) == 0
+def test_wrong_arguments_are_explained(shots, capsys):
+    for arguments, code, message in (
+        ("out --size 10", 3, "film, size: got '10', must be WIDTHxHEIGHT, such as 1280x720"),
+        ("out --transition wipe", 3, "film, transition: got 'wipe', must be 'cut' or 'fade'"),
+        ("out -o film.avi", 2, "film: got 'film.avi', must end in .mp4"),
+        ("nowhere", 4, "nowhere: does not exist"),
+        ("out --film none.yaml", 3, "none.yaml: got the file, must be readable (No such file or directory)"),
+        ("out --ids ,", 2, "--ids: got no ids"),
+    ):
+        assert main(["film", *arguments.split()]) == code
+        assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["out", "--size", "10"], 3, "film, size: got '10', must be WIDTHxHEIGHT, such as 1280x720"),
-        (["out", "--transition", "wipe"], 3, "film, transition: got 'wipe', must be 'cut' or 'fade'"),
-        (["out", "-o", "film.avi"], 2, "film: got 'film.avi', must end in .mp4"),
-        (["nowhere"], 4, "nowhere: does not exist"),
-        (["out", "--film", "none.yaml"], 3, "none.yaml: got the file, must be readable (No such file or directory)"),
-        (["out", "--ids", ","], 2, "--ids: got no ids"),
-    ],
-)
-def test_wrong_arguments_are_explained(shots, capsys, arguments, code, message):
-    assert main(["film", *arguments]) == code
-    assert message in capsys.readouterr().err
+def test_film_file_is_read_with_paths_relative_to_it(tmp_path):
+    (tmp_path / "sea.wav").write_bytes(b"")
+    (tmp_path / "film.yaml").write_text(
+        "title: Sea\nsize: 1280x720\nfps: 30000/1001\nmusic: sea.wav\nshots: [{title: One}, {id: a}]\n"
+    )
+    settings = film_settings(read_film_file(tmp_path / "film.yaml"), "x")
+    assert (settings.title, settings.size, settings.fps) == ("Sea", PixelSize(1280, 720), Fraction(30000, 1001))
+    assert settings.music == tmp_path / "sea.wav"
+    assert [(entry.title, entry.id) for entry in settings.shots] == [("One", None), (None, "a")]
+
+
+def test_film_file_errors_name_file_field_and_what_is_allowed(tmp_path):
+    file = tmp_path / "film.yaml"
+    for text, message in (
+        ("size: 1281x720", "film.yaml, size: got '1281x720', must be even numbers"),
+        ("fps: 0", "film.yaml, fps: got 0, must be frames per second from 1 to 240"),
+        ("music: no.mp3", "must be an existing file (looked for "),
+        ("music: s3://clips/sea.mp3", "must be a file on this machine; URLs are not read, download it first"),
+        ("shots: [{id: a, title: b}]", "film.yaml, shots[0]: got the fields, must have either id"),
+        ("shots: [{id: a, colour: b}]", "film.yaml, shots[0].colour: got an unknown field, must be one of caption"),
+        ("musik: a.mp3", "film.yaml, musik: got an unknown field, did you mean music?"),
+        ("- a", "film.yaml: got list, must be fields"),
+        ("title: a\ntitle: b", "duplicate key 'title'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ScriptError, match=re.escape(message)):
+            read_film_file(file)
+
+
+def test_metadata_of_a_shot_may_have_other_keys(tmp_path):
+    assert shot_settings({"caption": "Hi", "scene": 3}, "shot a").caption == "Hi"
+    (tmp_path / "n.wav").write_bytes(b"")
+    with pytest.raises(ScriptError, match="got both narration and voice"):
+        film_settings({"narration": tmp_path / "n.wav", "voice": "espeak-ng:en"}, "vidgen film")

@@ -45,9 +45,7 @@ def test_film_has_the_digests_and_keys_of_its_clips(shots, film):
     with av.open(str(film)) as opened:
         assert opened.metadata["comment"].startswith("AI-generated with vidgen-ray ")
         assert opened.metadata["title"] == "Two"
-
-
-def test_film_follows_the_provenance_of_the_last_run(shots, film):
+    # Without other settings, those of the last run.
     shots.outputs.write_run({"profile": {"provenance": {"metadata": "off"}}})
     assert make_film(shots.outputs, FilmSettings(), film).metadata == "off"
     assert read_provenance(film) == (None, None)
