@@ -1,10 +1,9 @@
 """Stage cache of a process: what is kept, writing in the background, limits, and storage that cannot be written."""
 
-import logging
 import subprocess
 import sys
 import threading
-from collections import namedtuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,26 +24,6 @@ def cache(tmp_path):
     return OutputFolder(tmp_path).stage_cache
 
 
-class BlockedCache(StageCache):
-    """A cache whose storage does not answer until `released` is set."""
-
-    def __init__(self, storage):
-        super().__init__(storage)
-        self.begun, self.released = threading.Event(), threading.Event()
-
-    def put(self, key, artefacts):
-        self.begun.set()
-        assert self.released.wait(60)
-        return super().put(key, artefacts)
-
-
-@pytest.fixture
-def blocked(tmp_path):
-    cache = BlockedCache(OutputFolder(tmp_path).storage)
-    yield cache
-    cache.released.set()
-
-
 @pytest.mark.parametrize(("mode", "kept"), [("images", [True, True, False]), ("all", [True, True, True])])
 def test_mode_decides_what_is_kept(cache, mode, kept):
     writer = CacheSettings(mode).open(cache)
@@ -54,51 +33,34 @@ def test_mode_decides_what_is_kept(cache, mode, kept):
     writer.close()
     assert [cache.has(key) for key in KEYS[:3]] == kept
     np.testing.assert_array_equal(writer.get(KEYS[0], ["image"])["image"], IMAGE)
-
-
-def test_mode_none_has_no_cache(cache):
     assert CacheSettings("none").open(cache) is None
 
 
-def test_put_does_not_wait_for_the_storage(blocked):
-    writer = CacheSettings().open(blocked)
-    image = IMAGE.copy()
-    writer.put(KEYS[0], {"image": image})
-    assert blocked.begun.wait(60)
-    assert not blocked.has(KEYS[0])
+def test_put_does_not_wait_for_the_storage_and_drops_results_while_too_much_is_queued(cache, monkeypatch):
+    monkeypatch.setattr(cache_writer, "MAX_QUEUED_BYTES", 2 * IMAGE.nbytes)
+    begun, released, put = threading.Event(), threading.Event(), StageCache.put
+
+    def slow_put(self, key, artefacts):
+        begun.set()
+        assert released.wait(60)
+        return put(self, key, artefacts)
+
+    monkeypatch.setattr(StageCache, "put", slow_put)
+    writer, image = CacheSettings().open(cache), IMAGE.copy()
+    for key in KEYS[:4]:
+        writer.put(key, {"image": image})
+    assert begun.wait(60)
+    assert not cache.has(KEYS[0])
     with pytest.raises(ValueError, match="read-only"):
         image[:] = 0
-    blocked.released.set()
+    released.set()
     writer.close()
-    np.testing.assert_array_equal(blocked.get(KEYS[0], ["image"])["image"], IMAGE)
-
-
-def test_results_are_dropped_while_too_much_is_queued(blocked, monkeypatch):
-    monkeypatch.setattr(cache_writer, "MAX_QUEUED_BYTES", 2 * IMAGE.nbytes)
-    writer = CacheSettings().open(blocked)
-    for key in KEYS[:4]:
-        writer.put(key, {"image": IMAGE.copy()})
-    blocked.released.set()
-    writer.close()
-    assert [blocked.has(key) for key in KEYS[:4]] == [True, True, False, False]
+    assert [cache.has(key) for key in KEYS[:4]] == [True, True, False, False]
     writer.put(KEYS[4], {"image": IMAGE})
-    assert not blocked.has(KEYS[4]), "it is closed"
+    assert not cache.has(KEYS[4]), "it is closed"
 
 
-def test_orderly_end_of_the_process_writes_what_is_queued(cache, tmp_path):
-    code = f"""
-import numpy as np
-from vidgen_ray.engine.cache_writer import CacheSettings
-from vidgen_ray.outputs.folder import OutputFolder
-writer = CacheSettings("all").open(OutputFolder({str(tmp_path)!r}).stage_cache)
-for number in range(4):
-    writer.put(f"{{number:02x}}" * 32, {{"frames": np.zeros((8, 256, 256, 3), np.uint8)}})
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert all(cache.has(key) for key in KEYS[:4])
-
-
-def test_storage_that_cannot_be_written_is_reported_once(tmp_path):
+def test_queued_results_are_written_at_the_end_of_the_process_and_failures_are_reported_once(cache, tmp_path):
     """The kernel refuses to let a file grow, as on a full disk."""
     code = f"""
 import logging, resource
@@ -112,49 +74,27 @@ noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
 writer.put("00" * 32, {{"image": noise[0]}})
 writer.put("01" * 32, {{"frames": noise}})
 writer.put("02" * 32, {{"image": np.zeros((8, 8, 3), np.uint8)}})
-writer.close()
 """
     ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    cache = OutputFolder(tmp_path).stage_cache
     assert [cache.has(key) for key in KEYS[:3]] == [False, False, True], "an entry that fits is still written"
     assert ended.stderr.count("is not cached") == 1
     assert "File too large" in ended.stderr
     assert not list((tmp_path / "cache").glob(".tmp-*"))
 
 
-@pytest.fixture
-def warnings():
-    """Messages that are logged as warnings."""
-    messages = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())
-    cache_writer.log.addHandler(handler)
-    yield messages
-    cache_writer.log.removeHandler(handler)
-
-
-def test_caching_stops_at_the_limit(cache, warnings):
-    writer = CacheWriter(cache, CacheSettings(max_bytes=1, wait=True))
-    for key in KEYS[:4]:
-        writer.put(key, {"image": IMAGE})
-    assert [cache.has(key) for key in KEYS[:4]] == [True, False, False, False]
-    assert warnings == ["stage cache: it has reached its limit of 1e-09 GB in this process; further results are not cached"]
-
-
 @pytest.mark.parametrize(("total_gb", "free_gb", "kept"), [(99, 9, False), (99, 11, True), (990, 49, False), (990, 51, True)])
-def test_caching_stops_when_the_disk_is_almost_full(cache, warnings, monkeypatch, total_gb, free_gb, kept):
-    usage = namedtuple("usage", "total used free")
-    free = usage(total_gb * 10**9, (total_gb - free_gb) * 10**9, free_gb * 10**9)
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: free)
-    writer = CacheWriter(cache, CacheSettings(wait=True))
-    writer.put(KEYS[0], {"image": IMAGE})
+def test_caching_stops_when_the_disk_is_almost_full(cache, monkeypatch, total_gb, free_gb, kept):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: Mock(total=total_gb * 10**9, free=free_gb * 10**9))
+    CacheWriter(cache, CacheSettings(wait=True)).put(KEYS[0], {"image": IMAGE})
     assert cache.has(KEYS[0]) is kept
-    assert [message.split(" at ")[0] for message in warnings] == (
-        [] if kept else [f"stage cache: only {free_gb} of {total_gb} GB are free"]
-    )
 
 
-def test_limit_of_a_run_is_divided_among_the_workers_that_write():
+def test_limit_of_a_run_is_divided_among_the_workers_that_write(cache):
+    writer = CacheWriter(cache, CacheSettings(max_bytes=1, wait=True))
+    for key in KEYS[:3]:
+        writer.put(key, {"image": IMAGE})
+    assert [cache.has(key) for key in KEYS[:3]] == [True, False, False]
+
     def slot(*stages):
         return Slot((WorkerSpec(stages, cpus=1, gpus=1),), memory_gb=1)
 

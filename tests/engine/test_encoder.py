@@ -25,10 +25,6 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 TIMEOUT_S = 60
 
 
-class ImpatientEncoder(Encoder):
-    stale_call_s = 0.5
-
-
 class HangingDisk(OutputFolder):
     """Folder on which shots whose id starts with `hang` hang, until the file `released` exists."""
 
@@ -84,15 +80,14 @@ def test_records_have_the_cpu_seconds_of_the_process(config, make_shot, monkeypa
     assert "encode_s" not in written[0][1].model_dump()
 
 
-class PatientEncoder(Encoder):
-    stale_call_s = TIMEOUT_S
+@pytest.mark.parametrize("ends", [False, True], ids=["hangs", "ends soon"])
+def test_call_of_a_crashed_director_does_not_block_the_next_one(config, make_shot, ends):
+    class StaleEncoder(Encoder):
+        stale_call_s = TIMEOUT_S if ends else 0.5
 
+    actor = ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={CONTROL: 1})(StaleEncoder).remote(config)
 
-def run_with_hanging_call(config, make_shot, scenario, encoder):
-    """Run the scenario with an encoder in which a call of a crashed director hangs."""
-    actor = ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={CONTROL: 1})(encoder).remote(config)
-
-    async def run():
+    async def scenario():
         crashed = asyncio.create_task(write(ActorClient(actor, "e"), config, plan_of(make_shot, "hangs")))
         async with asyncio.timeout(TIMEOUT_S):
             while not config.outputs.root.joinpath("hangs").exists():
@@ -101,27 +96,14 @@ def run_with_hanging_call(config, make_shot, scenario, encoder):
         with suppress(asyncio.CancelledError):
             await crashed
         pid = (await actor.place.remote()).pid
-        await scenario(actor, pid)
-
-    asyncio.run(run())
-    ray.kill(actor)
-
-
-def test_hanging_call_of_a_crashed_director_does_not_block_the_next_one(config, make_shot):
-    async def scenario(actor, pid):
+        if ends:
+            config.outputs.root.joinpath("released").touch()
         record = await write(ActorClient(actor, "e"), config, plan_of(make_shot, "later"))
         assert record.shot.id == "later"
-        assert (await actor.place.remote()).pid != pid
+        assert ((await actor.place.remote()).pid == pid) == ends, "a process with a call that hangs is replaced"
+        if ends:
+            # The crashed director's shot was closed, and it can begin no other.
+            assert (await actor.begin.remote(1, plan_of(make_shot, "late"), ARTEFACTS)).session_lost
 
-    run_with_hanging_call(config, make_shot, scenario, ImpatientEncoder)
-
-
-def test_call_of_a_crashed_director_that_ends_soon_keeps_the_process(config, make_shot):
-    async def scenario(actor, pid):
-        config.outputs.root.joinpath("released").touch()
-        await write(ActorClient(actor, "e"), config, plan_of(make_shot, "later"))
-        assert (await actor.place.remote()).pid == pid
-        # The crashed director's shot was closed, and it can begin no other.
-        assert (await actor.begin.remote(1, plan_of(make_shot, "late"), ARTEFACTS)).session_lost
-
-    run_with_hanging_call(config, make_shot, scenario, PatientEncoder)
+    asyncio.run(scenario())
+    ray.kill(actor)

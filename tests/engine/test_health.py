@@ -31,16 +31,25 @@ def quarantine(health, process):
     return health.quarantine(process), attempts
 
 
-def test_failures_of_different_shots_quarantine_a_process(health):
+def test_failures_of_different_shots_quarantine_a_process_and_count_against_no_shot(health):
     due, attempts = fail(health, "a")
     assert due == [False] * (FAILURES - 1) + [True]
     assert {each.verdict for each in attempts} == {Verdict.OPEN}
     health.quarantine("a")
-    assert {each.verdict for each in attempts} == {Verdict.SICK}, "they do not count against their shots"
+    assert {each.verdict for each in attempts} == {Verdict.SICK}
+    health.started("a", "node")
+    assert not health.failed("a", "shot", attempts[0]), "reported late, when another process has rendered the shot"
+    _, (lost,) = fail(health, "b", 1)
+    health.lost("b")
+    assert lost.verdict is Verdict.SICK
 
 
-def test_failures_of_one_shot_count_once(health):
+def test_failures_of_one_shot_and_forgiven_ones_do_not_quarantine(health):
     assert [health.failed("a", "shot", attempt()) for _ in range(2 * FAILURES)] == [False] * (2 * FAILURES)
+    _, (first, _) = fail(health, "b", FAILURES - 1)
+    first.forgiven = True
+    assert not health.failed("b", "other", attempt())
+    assert health.failed("b", "a third", attempt())
 
 
 def test_finished_call_of_another_shot_counts_failures_against_their_shots(health):
@@ -52,48 +61,23 @@ def test_finished_call_of_another_shot_counts_failures_against_their_shots(healt
     assert not any(fail(health, "a", FAILURES - 1)[0])
 
 
-def test_failures_of_a_lost_process_do_not_count_against_their_shots(health):
-    _, attempts = fail(health, "a", 1)
-    health.lost("a")
-    assert attempts[0].verdict is Verdict.SICK
-
-
-def test_failure_of_a_process_that_was_quarantined_since_does_not_count_against_its_successor(health):
+def test_single_failure_on_probation_quarantines_again_unless_the_first_quarantine_was_for_wrong_shots(health):
     _, attempts = quarantine(health, "a")
-    health.started("a", "node")
-    assert not health.failed("a", "shot", attempts[0]), "reported late, when another process has rendered the shot"
-
-
-def test_forgiven_failures_do_not_quarantine(health):
-    _, (first, _) = fail(health, "a", FAILURES - 1)
-    first.forgiven = True
-    assert not health.failed("a", "other", attempt())
-    assert health.failed("a", "a third", attempt())
-
-
-def test_quarantine_for_wrong_shots_does_not_count(health):
-    _, attempts = quarantine(health, "a")
-    health.started("a", "node")
-    assert health.is_on_probation("a")
-    for each in attempts:
-        each.forgiven = True
-    assert not health.is_on_probation("a")
-    assert not health.failed("a", "other", attempt())
-
-
-def test_single_failure_on_probation_quarantines_again(health):
-    quarantine(health, "a")
     late = attempt()
     assert not health.failed("a", "shot", late), "it is in quarantine already"
     assert late.verdict is Verdict.SICK
     health.started("a", "node")
     assert health.is_on_probation("a")
     assert health.failed("a", "shot", attempt())
-    health.quarantine("a")
-    health.started("a", "node")
-    health.succeeded("a", "shot")
+    health.lost("a")
+    for each in attempts:
+        each.forgiven = True
     assert not health.is_on_probation("a")
-    assert not health.failed("a", "shot", attempt())
+    assert not health.failed("a", "other", attempt())
+    quarantine(health, "b")
+    health.started("b", "node")
+    health.succeeded("b", "shot")
+    assert not health.is_on_probation("b")
 
 
 def test_back_off_doubles(health):
@@ -103,27 +87,13 @@ def test_back_off_doubles(health):
     assert max(delays) == MAX_BACK_OFF_S
 
 
-def test_node_is_sick_if_half_of_its_processes_are(health):
+def test_node_is_sick_if_half_of_its_processes_and_more_than_one_are(health):
     for process in "abc":
         quarantine(health, process)
         assert health.node_to_quarantine(process) is None
     quarantine(health, "d")
     assert health.node_to_quarantine("d") == "node"
-    health.started("a", "node")
-    assert health.node_to_quarantine("d") is None
-
-
-def test_node_with_one_process_is_not_sick(health):
-    health.started("alone", "other node")
-    quarantine(health, "alone")
-    assert health.node_to_quarantine("alone") is None
-
-
-def test_restart_on_another_node_moves_the_process(health):
-    for process in "abcd":
-        health.started(process, "small node")
+    health.started("a", "other node")
+    assert health.node_to_quarantine("d") is None, "it has moved"
     quarantine(health, "a")
-    quarantine(health, "b")
-    assert health.node_to_quarantine("b") == "small node"
-    health.started("a", "node")
-    assert health.node_to_quarantine("b") is None
+    assert health.node_to_quarantine("a") is None, "it is the only one"

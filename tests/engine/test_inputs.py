@@ -102,23 +102,18 @@ def test_lora_replaced_after_planning_is_not_loaded(tiny, tmp_path, monkeypatch)
     assert [step.key for step in first.stages] == [step.key for step in plan.steps]
 
 
-@pytest.fixture
-def svd_folder(tiny, tmp_path):
-    """Return a profile whose SVD weights are in a folder of their own, and that folder."""
+def test_weights_that_are_not_those_of_the_plan_are_noticed(tiny, tmp_path):
     folder = shutil.copytree(resolve("builtin:tiny/svd"), tmp_path / "svd")
     actor = tiny.actors["svd"].model_copy(update={"weights": str(folder)})
-    return tiny.model_copy(update={"actors": {**tiny.actors, "svd": actor}}), folder
-
-
-def change(file):
-    with file.open("ab") as opened:
-        opened.write(b" ")
-
-
-def test_node_with_other_weights_fails_before_a_result_is_made(svd_folder):
-    profile, folder = svd_folder
+    profile = tiny.model_copy(update={"actors": {**tiny.actors, "svd": actor}})
     plan = plan_of(profile)
-    change(folder / "unet" / "config.json")
+    (folder / "README.md").write_text("changes nothing")
+    run(profile, plan)
+    assert plan_of(profile).key == plan.key
+
+    with (folder / "unet" / "config.json").open("a") as config:
+        config.write(" ")
+    # On a node with other weights, before a result is made.
     with pytest.raises(
         StepFailed, match=r"svd: node \S+ has other weights of svd than the driver: \S+svd has the digest"
     ) as raised:
@@ -127,23 +122,13 @@ def test_node_with_other_weights_fails_before_a_result_is_made(svd_folder):
     result = CallResult.of_failure(raised.value)
     assert (result.kind, result.context_broken) == (Kind.ERROR, True), "not the line's fault; a new process loads again"
 
-
-def test_weights_replaced_after_loading_are_noticed(svd_folder):
-    profile, folder = svd_folder
-    stages = [FAKES[name](profile.params(FAKES[name])) for name in ("flux", "svd")]
-    runner = StepRunner(stages, 0, None)
+    # Replaced after loading.
+    runner = StepRunner([FAKES[name](profile.params(FAKES[name])) for name in ("flux", "svd")], 0, None)
     runner.load()
-    change(folder / "model_index.json")
+    with (folder / "model_index.json").open("a") as index:
+        index.write(" ")
     plan = plan_of(profile)
     with pytest.raises(StepFailed, match=r"model_index\.json changed after svd loaded it; load the weights again"):
         runner.run(plan, Item(plan.shot), ["flux", "svd"])
     runner.load()
     runner.run(plan, Item(plan.shot), ["flux", "svd"])
-
-
-def test_readme_in_a_snapshot_changes_nothing(svd_folder):
-    profile, folder = svd_folder
-    plan = plan_of(profile)
-    (folder / "README.md").write_text("more")
-    run(profile, plan)
-    assert plan_of(profile).key == plan.key

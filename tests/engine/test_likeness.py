@@ -1,15 +1,14 @@
 """Likeness: measurement, the check against min_identity, retries with other seeds, and the recorded values."""
 
 import pickle
-from functools import partial
 
-import cv2
 import numpy as np
 import pytest
 
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FakeSVD, use_fakes
 from tests.nets.test_faces import GROUP, WALL, head, on_a_wall
+from vidgen_ray.cli import main
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import LikenessTooLow, StepFailed, best_try, check_likeness
 from vidgen_ray.errors import StageError, UsageError
@@ -47,100 +46,67 @@ def wall():
     return np.full((256, 256, 3), WALL, np.uint8)
 
 
-class TestMeasure:
-    def test_similarity_is_the_cosine_of_the_embeddings(self, models, face, photo):
-        changed = cv2.GaussianBlur(photo[20:400, 60:500], None, 3)
-        (detected,) = models.detect(changed)
-        crop = norm_crop(changed, detected.keypoints)[:, :, ::-1]
-        a, b = models.embedders["antelopev2"].embed(crop[None])[0].tolist(), face.embedding("antelopev2").tolist()
-        dot = sum(x * y for x, y in zip(a, b, strict=True))
-        expected = dot / (sum(x * x for x in a) ** 0.5 * sum(y * y for y in b) ** 0.5)
-        assert -1 < expected < 0.9999
-        assert measure_likeness([changed], face, models).similarities[0] == pytest.approx(expected, abs=1e-4)
-
-    def test_image_without_a_large_face_has_no_similarity(self, models, face, photo):
-        # Detected, but smaller than min_face_px.
-        small = on_a_wall((head(photo, 16), (200, 200)))
-        likeness = measure_likeness([wall(), photo, small], face, models)
-        assert likeness == Likeness((None, 1.0, None))
-        assert (likeness.mean, likeness.worst, likeness.without_face) == (1.0, 1.0, 2)
-
-    def test_most_similar_of_several_faces_counts(self, models, face, photo):
-        group = read_image(GROUP)
-        (strangers,) = measure_likeness([group], face, models).similarities
-        crowd = np.concatenate([group, on_a_wall((head(photo, 91), (300, 300)), size=(1280, 600))])
-        faces = models.detect(crowd)
-        assert len(faces) == 7
-        embeddings = models.embed([norm_crop(crowd, one.keypoints)[:, :, ::-1] for one in faces])
-        cosines = embeddings @ face.embedding("antelopev2") / np.linalg.norm(embeddings, axis=1)
-        cosines /= np.linalg.norm(face.embedding("antelopev2"))
-        assert faces[cosines.argmax()].box[1] > len(group), "the face of the photo"
-        assert measure_likeness([crowd], face, models).similarities == (pytest.approx(cosines.max(), abs=1e-4),)
-        assert cosines.max() > strangers + 0.02
-
-    def test_mean_and_worst_ignore_images_without_a_face(self):
-        likeness = Likeness((0.5, None, -0.25, 0.2))
-        assert (likeness.mean, likeness.worst, likeness.without_face) == (pytest.approx(0.15), -0.25, 1)
-        faceless = Likeness((None, None))
-        assert (faceless.mean, faceless.worst, faceless.without_face) == (None, None, 2)
-        assert likeness_from_json(likeness_to_json(likeness)) == likeness
-
-    def test_sampled_frames_are_evenly_spread_with_first_and_last(self):
-        for count, seen in ((1, [0]), (2, [0, 1]), (6, [0, 1, 2, 4, 5]), (25, [0, 6, 12, 18, 24]), (14, [0, 3, 6, 10, 13])):
-            assert sampled_frames(count) == seen
-
-    def test_clip_likeness_samples_five_frames(self, face, photo, make_shot):
-        shot = make_shot(face_image="x.jpg")
-        frames = np.stack([np.full_like(photo, 90)] * 25)
-        frames[[0, 12, 1]] = photo
-        with ClipLikenessStage(PARAMS) as clip, ImageLikenessStage(PARAMS) as image:
-            sampled = Likeness((1.0, None, 1.0, None, None))
-            assert clip(Item(shot, {"face": face, "frames": frames})) == {"clip_likeness": sampled}
-            assert image(Item(shot, {"face": face, "image": photo})) == {"image_likeness": Likeness((1.0,))}
-            assert clip._models is image._models, "stages share the weights"
+def test_image_without_a_large_face_has_no_similarity(models, face, photo):
+    # Detected, but smaller than min_face_px.
+    small = on_a_wall((head(photo, 16), (200, 200)))
+    likeness = measure_likeness([wall(), photo, small], face, models)
+    assert likeness == Likeness((None, 1.0, None))
+    assert (likeness.mean, likeness.worst, likeness.without_face) == (1.0, 1.0, 2)
+    assert likeness_from_json(likeness_to_json(likeness)) == likeness
 
 
-def record(image, clip=None):
-    artefacts = {"image_likeness": Likeness(image)} | ({"clip_likeness": Likeness(clip)} if clip else {})
-    return LikenessRecord.of(artefacts)
+def test_similarity_is_the_cosine_with_the_most_similar_of_several_faces(models, face, photo):
+    group = read_image(GROUP)
+    (strangers,) = measure_likeness([group], face, models).similarities
+    crowd = np.concatenate([group, on_a_wall((head(photo, 91), (300, 300)), size=(1280, 600))])
+    faces = models.detect(crowd)
+    assert len(faces) == 7
+    embeddings = models.embed([norm_crop(crowd, one.keypoints)[:, :, ::-1] for one in faces])
+    cosines = embeddings @ face.embedding("antelopev2") / np.linalg.norm(embeddings, axis=1)
+    cosines /= np.linalg.norm(face.embedding("antelopev2"))
+    assert faces[cosines.argmax()].box[1] > len(group), "the face of the photo"
+    assert measure_likeness([crowd], face, models).similarities == (pytest.approx(cosines.max(), abs=1e-4),)
+    assert cosines.max() > strangers + 0.02
 
 
-class TestCheck:
-    @pytest.mark.parametrize(
-        ("image", "clip", "message"),
-        [
-            ((0.5,), None, None),
-            ((0.5,), (0.9, 0.1), None),
-            ((0.49,), (0.9,), r"got a likeness of 0\.49 in the image \(1 try\), must be at least 0\.5"),
-            ((0.9,), (0.6, 0.2, None), r"got a likeness of 0\.4 in the clip"),
-            ((None,), None, "got no face in the image"),
-            ((0.9,), (None, None), "got no face in the clip"),
-            ((float("nan"),), None, "in the image"),
-        ],
-    )
-    def test_likeness_below_minimum_or_without_face_fails(self, make_shot, image, clip, message):
-        artefacts = {"image_likeness": Likeness(image)} | ({"clip_likeness": Likeness(clip)} if clip else {})
-        check_likeness(make_shot(), artefacts)
-        shot = make_shot(min_identity=0.5)
-        if message is None:
-            check_likeness(shot, artefacts)
-        else:
-            with pytest.raises(LikenessTooLow, match=message):
-                check_likeness(shot, artefacts)
+def test_clip_likeness_samples_five_frames_evenly_with_first_and_last(face, photo, make_shot):
+    for count, seen in ((1, [0]), (2, [0, 1]), (6, [0, 1, 2, 4, 5]), (14, [0, 3, 6, 10, 13])):
+        assert sampled_frames(count) == seen
+    shot = make_shot(face_image="x.jpg")
+    frames = np.stack([np.full_like(photo, 90)] * 25)
+    frames[[0, 12, 1]] = photo
+    with ClipLikenessStage(PARAMS) as clip, ImageLikenessStage(PARAMS) as image:
+        sampled = Likeness((1.0, None, 1.0, None, None))
+        assert clip(Item(shot, {"face": face, "frames": frames})) == {"clip_likeness": sampled}
+        assert image(Item(shot, {"face": face, "image": photo})) == {"image_likeness": Likeness((1.0,))}
+        assert clip._models is image._models, "stages share the weights"
 
-    def test_missing_likeness_passes(self, make_shot):
-        check_likeness(make_shot(min_identity=1), {})
 
-    def test_error_of_several_tries_names_the_best(self):
-        failures = [
-            LikenessTooLow(None, 0.5, "image"),
-            LikenessTooLow(0.3125, 0.5, "clip"),
-            LikenessTooLow(-0.2, 0.5, "image"),
-        ]
-        failure = pickle.loads(pickle.dumps(best_try(failures)))
-        assert str(failure).startswith("min_identity: got a likeness of 0.3125 in the clip (best of 3 tries), must be")
-        assert isinstance(failure, StageError)
-        assert "got no face in the image (best of 2 tries)" in str(best_try(failures[:1] * 2))
+def measured(image, clip=None):
+    return {"image_likeness": Likeness(image)} | ({"clip_likeness": Likeness(clip)} if clip else {})
+
+
+def test_likeness_below_minimum_or_without_face_fails(make_shot):
+    shot = make_shot(min_identity=0.5)
+    for passes in ({}, measured((0.5,)), measured((0.5,), (0.9, 0.1))):
+        check_likeness(shot, passes)
+    for fails, message in (
+        (measured((0.49,), (0.9,)), r"got a likeness of 0\.49 in the image \(1 try\), must be at least 0\.5"),
+        (measured((0.9,), (0.6, 0.2, None)), r"got a likeness of 0\.4 in the clip"),
+        (measured((None,)), "got no face in the image"),
+        (measured((0.9,), (None, None)), "got no face in the clip"),
+        (measured((float("nan"),)), "in the image"),
+    ):
+        check_likeness(make_shot(), fails)
+        with pytest.raises(LikenessTooLow, match=message):
+            check_likeness(shot, fails)
+
+
+def test_error_of_several_tries_names_the_best():
+    failures = [LikenessTooLow(None, 0.5, "image"), LikenessTooLow(0.3125, 0.5, "clip"), LikenessTooLow(-0.2, 0.5, "image")]
+    failure = pickle.loads(pickle.dumps(best_try(failures)))
+    assert str(failure).startswith("min_identity: got a likeness of 0.3125 in the clip (best of 3 tries), must be")
+    assert isinstance(failure, StageError)
 
 
 @pytest.fixture
@@ -152,31 +118,28 @@ def plan_of(tiny, make_shot):
     return make
 
 
-class TestPlan:
-    def test_min_identity_changes_the_shot_key_but_no_stage_key(self, plan_of):
-        plans = [plan_of(), plan_of(min_identity=0.3), plan_of(min_identity=0.4), plan_of(min_identity=0.3, retries=2)]
-        assert len({plan.key for plan in plans}) == 4
-        assert all(plan.steps == plans[0].steps for plan in plans)
+def test_min_identity_changes_the_shot_key_but_no_stage_key(plan_of):
+    plans = [plan_of(), plan_of(min_identity=0.3), plan_of(min_identity=0.4), plan_of(min_identity=0.3, retries=2)]
+    assert len({plan.key for plan in plans}) == 4
+    assert all(plan.steps == plans[0].steps for plan in plans)
+    # Without a minimum or a face, they have no effect.
+    assert plan_of(retries=3) == plan_of().model_copy(update={"shot": plan_of(retries=3).shot})
+    assert plan_of(face_image=None, min_identity=0.3, retries=3).key == plan_of(face_image=None).key
 
-    def test_settings_without_effect_do_not_change_keys(self, plan_of):
-        assert plan_of(retries=3) == plan_of().model_copy(update={"shot": plan_of(retries=3).shot})
-        assert plan_of(face_image=None, min_identity=0.3, retries=3).key == plan_of(face_image=None).key
 
-    def test_tries_have_other_seeds_and_the_same_key(self, plan_of):
-        plan = plan_of(min_identity=0.3, retries=3)
-        tries = [plan, *plan.again]
-        assert [one.number for one in tries] == [1, 2, 3, 4]
-        assert {one.key for one in tries} == {plan.key}
-        assert plan.shot.seed == 7
-        assert len({one.shot.seed for one in tries}) == 4
-        assert len({one.steps[1].key for one in tries}) == 4, "other images"
-        assert len({one.steps[0].key for one in tries}) == 1, "the same face"
-        assert all(one.shot == plan.shot.model_copy(update={"seed": one.shot.seed}) for one in tries)
-        assert plan.again[1] == plan_of(min_identity=0.3, retries=2).again[1].model_copy(
-            update={"key": plan.key, "shot": plan.again[1].shot}
-        ), "try n does not depend on the number of retries"
-        assert ShotPlan.model_validate_json(plan.model_dump_json()) == plan
-        assert plan_of(min_identity=0.3).again == plan_of(retries=3).again == plan_of(face_image=None, retries=3).again == ()
+def test_tries_have_other_seeds_and_the_same_key(plan_of):
+    plan = plan_of(min_identity=0.3, retries=3)
+    tries = [plan, *plan.again]
+    assert [one.number for one in tries] == [1, 2, 3, 4]
+    assert {one.key for one in tries} == {plan.key}
+    assert len({one.shot.seed for one in tries}) == 4
+    assert len({one.steps[1].key for one in tries}) == 4, "other images"
+    assert len({one.steps[0].key for one in tries}) == 1, "the same face"
+    assert all(one.shot == plan.shot.model_copy(update={"seed": one.shot.seed}) for one in tries)
+    fewer = plan_of(min_identity=0.3, retries=2).again[1]
+    assert fewer.steps == plan.again[1].steps, "try n does not depend on the number of retries"
+    assert ShotPlan.model_validate_json(plan.model_dump_json()) == plan
+    assert plan_of(min_identity=0.3).again == plan_of(retries=3).again == plan_of(face_image=None, retries=3).again == ()
 
 
 @pytest.fixture
@@ -217,135 +180,87 @@ def set_likeness(monkeypatch):
 SMALL = {"face_image": ASTRONAUT, "id": "p", "seed": 7, "num_frames": 2, "upscale_video": False}
 
 
-class TestRetries:
-    def test_no_clip_is_generated_for_an_image_that_fails(self, pipeline, clips):
-        """The likeness is measured, not set: in noise there is no face."""
-        with pytest.raises(StepFailed, match=r"likeness: min_identity: got no face in the image \(best of 2 tries\)") as raised:
-            pipeline.generate_video("a", **SMALL, min_identity=-1, retries=1)
-        assert clips == []
-        failure = raised.value.failure()
-        assert (failure.stage, failure.error) == ("likeness", "LikenessTooLow")
-        assert not list(pipeline.outputs.root.glob(f"{shot_path('p')}/*"))
+def test_measured_likeness_decides_before_the_clip_and_after_it(pipeline, clips):
+    """In noise there is no face. The start image is the photo itself."""
+    with pytest.raises(StepFailed, match=r"likeness: min_identity: got no face in the image \(best of 2 tries\)") as raised:
+        pipeline.generate_video("a", **SMALL, min_identity=-1, retries=1)
+    assert clips == []
+    failure = raised.value.failure()
+    assert (failure.stage, failure.error) == ("likeness", "LikenessTooLow")
+    assert not list(pipeline.outputs.root.glob(f"{shot_path('p')}/*"))
 
-    def test_start_image_of_the_person_passes(self, pipeline, clips):
-        """With measured likeness: the start image is the photo itself."""
-        whole = {**SMALL, "image": str(ASTRONAUT), "width": 256, "height": 256}
-        with pytest.raises(StepFailed, match=r"got no face in the clip \(1 try\)"):
-            pipeline.generate_video("a", **whole, min_identity=0.5)
-        assert clips == [7]
-        record = pipeline.generate_video("a", **whole)["record"]
-        assert record.likeness.image > 0.5
-        assert (record.likeness.clip_mean, record.likeness.clip_worst, record.likeness.frames_without_face) == (None, None, 2)
-        assert [(step.stage, step.cached) for step in record.stages] == [
-            ("instantid", True), ("image_likeness", True), ("svd", True), ("clip_likeness", True)
-        ]  # fmt: skip
+    whole = {**SMALL, "image": str(ASTRONAUT), "width": 256, "height": 256}
+    with pytest.raises(StepFailed, match=r"got no face in the clip \(1 try\)"):
+        pipeline.generate_video("a", **whole, min_identity=0.5)
+    assert clips == [7]
+    record = pipeline.generate_video("a", **whole)["record"]
+    assert record.likeness.image > 0.5
+    assert (record.likeness.clip_mean, record.likeness.clip_worst, record.likeness.frames_without_face) == (None, None, 2)
+    assert [(step.stage, step.cached) for step in record.stages] == [
+        ("instantid", True), ("image_likeness", True), ("svd", True), ("clip_likeness", True)
+    ]  # fmt: skip
 
-    def test_retries_end_with_the_first_success(self, pipeline, clips, set_likeness):
-        set_likeness([(0.2,), (0.6,), (0.7,), (0.9,)], [(0.4, None), (0.5, 0.7)])
-        record = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=5)["record"]
-        assert (record.tries, record.shot.seed) == (3, Shot(prompt="a", seed=7).with_retry_seed(2).seed)
-        assert clips == [Shot(prompt="a", seed=7).with_retry_seed(number).seed for number in (1, 2)]
-        assert record.seeds["flux"] == record.shot.seed
-        assert record.likeness == LikenessRecord(image=0.7, clip_mean=0.6, clip_worst=0.5, frames_without_face=0)
-        again = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=5)["record"]
-        assert again == record, "a finished shot stays finished, whichever try it was"
 
-    def test_lower_min_identity_reuses_a_failed_try(self, pipeline, clips, set_likeness):
-        set_likeness([(0.2,), (0.45,), (0.3,)], [(0.5, 0.5)])
-        with pytest.raises(StepFailed, match=r"got a likeness of 0\.45 in the image \(best of 3 tries\)"):
-            pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=2)
-        record = pipeline.generate_video("a", **SMALL, min_identity=0.4, retries=1)["record"]
-        assert (record.tries, len(clips)) == (2, 1)
-        assert {step.stage: step.cached for step in record.stages} == {
-            "instantid": True, "flux": True, "image_likeness": True, "svd": False, "clip_likeness": False
-        }  # fmt: skip
+def test_retries_end_with_the_first_success(pipeline, clips, set_likeness):
+    set_likeness([(0.2,), (0.6,), (0.7,), (0.9,)], [(0.4, None), (0.5, 0.7)])
+    record = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=5)["record"]
+    assert (record.tries, record.shot.seed) == (3, Shot(prompt="a", seed=7).with_retry_seed(2).seed)
+    assert clips == [Shot(prompt="a", seed=7).with_retry_seed(number).seed for number in (1, 2)]
+    assert record.seeds["flux"] == record.shot.seed
+    assert record.likeness == LikenessRecord(image=0.7, clip_mean=0.6, clip_worst=0.5, frames_without_face=0)
+    again = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=5)["record"]
+    assert again == record, "a finished shot stays finished, whichever try it was"
+    planned = record.shot.model_copy(update={"seed": 7})
+    rows = (ManifestRow.of_shot("r", "s", planned, 1, done, "rendered") for done in (record, record.done))
+    assert {row.seed for row in rows} == {record.shot.seed}
 
-    def test_changed_rule_keeps_the_finished_shots_that_it_would_make_again(self, pipeline, clips, set_likeness):
-        set_likeness([(0.2,), (0.7,), (0.25,)], [(0.6, 0.6), (0.3, 0.3)])
-        first = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=1)["record"]
-        assert (first.tries, len(clips)) == (2, 1)
-        for rule in (
-            {"min_identity": 0.5, "retries": 3},
-            {"min_identity": 0.55, "retries": 1},
-            {"min_identity": 0.6, "retries": 2},
-        ):
-            assert pipeline.generate_video("a", **SMALL, **rule)["record"] == first
-        for rule in ({"min_identity": 0.65, "retries": 1}, {"min_identity": 0.5, "retries": 0}):
-            with pytest.raises(StepFailed, match="likeness"):
-                pipeline.generate_video("a", **SMALL, **rule)
-        lower = pipeline.generate_video("a", **SMALL, min_identity=0.2, retries=1)["record"]
-        assert (lower.tries, len(clips)) == (1, 2), "the first try reaches the lower minimum"
-        assert pipeline.generate_video("a", **SMALL)["record"] == lower, "no rule keeps the first try"
 
-    def test_changed_rule_does_not_keep_another_result(self, pipeline, clips, set_likeness):
-        set_likeness([(0.7,)], [(0.7,), (0.7,)])
-        pipeline.generate_video("a", **SMALL)
-        pipeline.generate_video("a", **{**SMALL, "num_frames": 3}, min_identity=0.5)
-        assert len(clips) == 2
-
-    def test_likeness_is_recorded_without_min_identity_if_there_is_a_face(self, pipeline, set_likeness):
-        set_likeness([(-0.1,)], [(None, None)])
-        record = pipeline.generate_video("a", **SMALL, retries=3)["record"]
-        assert (record.tries, record.shot.seed) == (1, 7)
-        assert record.likeness == LikenessRecord(image=-0.1, clip_mean=None, clip_worst=None, frames_without_face=2)
-        record = pipeline.generate_video("a", seed=7, generate_video=False, min_identity=0.9, retries=3)["record"]
-        assert (record.likeness, record.tries) == (None, 1)
+def test_changed_rule_keeps_the_finished_shots_that_it_would_make_again(pipeline, clips, set_likeness):
+    set_likeness([(0.2,), (0.7,), (0.25,)], [(0.6, 0.6), (0.3, 0.3), (0.7, 0.7)])
+    first = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=1)["record"]
+    assert (first.tries, len(clips)) == (2, 1)
+    for minimum, retries in ((0.5, 3), (0.55, 1), (0.6, 2)):
+        assert pipeline.generate_video("a", **SMALL, min_identity=minimum, retries=retries)["record"] == first
+    for minimum, retries in ((0.65, 1), (0.5, 0)):
+        with pytest.raises(StepFailed, match="likeness"):
+            pipeline.generate_video("a", **SMALL, min_identity=minimum, retries=retries)
+    lower = pipeline.generate_video("a", **SMALL, min_identity=0.2, retries=1)["record"]
+    assert (lower.tries, len(clips)) == (1, 2), "the first try reaches the lower minimum"
+    assert pipeline.generate_video("a", **SMALL)["record"] == lower, "no rule keeps the first try"
+    pipeline.generate_video("a", **{**SMALL, "num_frames": 3}, min_identity=0.2)
+    assert len(clips) == 3, "it is another result"
 
 
 COLUMNS = ("image_likeness", "clip_likeness_mean", "clip_likeness_worst", "frames_without_face")
 
 
-class TestRecords:
-    @pytest.mark.parametrize(
-        ("likeness", "num_frames", "columns", "text"),
-        [
-            (None, 25, (None, None, None, None), None),
-            (record((0.6249,), (0.7, 0.51, 0.54, 0.57, None)), 25, (0.6249, 0.58, 0.51, 1),
-             "face 0.62, clip 0.58, worst 0.51; 1 of 5 frames without a face"),
-            (record((None,), (0.5, None)), 2, (None, 0.5, 0.5, 1),
-             "no face found in the image, clip 0.50, worst 0.50; 1 of 2 frames without a face"),
-            (record((0.6,), (None, None)), 2, (0.6, None, None, 2), "face 0.60, no face found in the clip"),
-            (record((None,)), None, (None, None, None, 1), "no face found in the image"),
-            (record((-0.02,)), None, (-0.02, None, None, 0), "face -0.02"),
-        ],
-    )  # fmt: skip
-    def test_manifest_and_gallery_show_likeness(self, pipeline, plan_of, likeness, num_frames, columns, text):
-        outputs, plan = pipeline.outputs, plan_of(generate_video=num_frames is not None, num_frames=num_frames or 8)
-        with outputs.draft(plan) as draft:
-            write_png(draft.path("image.png"), wall())
-            committed = draft.commit([], likeness)
-        assert outputs.find_finished(plan) == committed.done
-        row = ManifestRow.of_shot("r", "s", plan.shot, 1, outputs.find_finished(plan), "rendered")
-        assert [getattr(row, name) for name in COLUMNS] == [
-            value if value is None else pytest.approx(value) for value in columns
-        ]
-        assert likeness_text(vars(row)) == text
-        writer = ManifestWriter(outputs, "r", "s")
-        writer.add(row)
-        writer.close()
-        page = write_gallery(outputs.root).read_text()
-        assert (text in page) if text else ("likeness_text" not in page.replace("row.likeness_text", ""))
-
-    def test_manifest_has_the_seed_of_the_successful_try(self, pipeline, plan_of):
-        plan = plan_of(min_identity=0.3, retries=1)
-        with pipeline.outputs.draft(plan.again[0]) as draft:
-            draft.commit([])
-        row = partial(ManifestRow.of_shot, "r", "s", plan.shot, 1, last_run="rendered")
-        assert (
-            row(pipeline.outputs.find_finished(plan)).seed
-            == row(pipeline.outputs.find_finished(plan).record()).seed
-            == plan.again[0].shot.seed
-        )
-        assert pipeline.outputs.find_finished(plan).record().tries == 2
+@pytest.mark.parametrize(
+    ("likeness", "num_frames", "columns", "text"),
+    [
+        (measured((0.6249,), (0.7, 0.51, 0.54, 0.57, None)), 25, (0.6249, 0.58, 0.51, 1),
+         "face 0.62, clip 0.58, worst 0.51; 1 of 5 frames without a face"),
+        (measured((None,)), None, (None, None, None, 1), "no face found in the image"),
+    ],
+)  # fmt: skip
+def test_manifest_and_gallery_show_likeness(pipeline, plan_of, likeness, num_frames, columns, text):
+    outputs, plan = pipeline.outputs, plan_of(generate_video=num_frames is not None, num_frames=num_frames or 8)
+    with outputs.draft(plan) as draft:
+        write_png(draft.path("image.png"), wall())
+        committed = draft.commit([], LikenessRecord.of(likeness))
+    assert outputs.find_finished(plan) == committed.done
+    row = ManifestRow.of_shot("r", "s", plan.shot, 1, outputs.find_finished(plan), "rendered")
+    assert [getattr(row, name) for name in COLUMNS] == [value if value is None else pytest.approx(value) for value in columns]
+    assert likeness_text(vars(row)) == text
+    writer = ManifestWriter(outputs, "r", "s")
+    writer.add(row)
+    writer.close()
+    page = write_gallery(outputs.root).read_text()
+    assert text in page
 
 
 def test_likeness_stages_run_alone_on_a_file(tmp_path, capsys):
-    from vidgen_ray.cli import main
-
     arguments = ["stage", "image_likeness", str(ASTRONAUT), "-o", str(tmp_path / "l.json"), "-p", "demo", "-s", "width=512"]
     assert main([*arguments, "-s", "height=512", "-s", f"face_image={ASTRONAUT}"]) == 0
     assert likeness_from_json((tmp_path / "l.json").read_text()) == Likeness((1.0,))
     assert main(arguments) == UsageError.exit_code
     assert "face_image: got nothing, the stage needs a face" in capsys.readouterr().err
-    assert main([*arguments[:4], str(tmp_path / "l.png")]) == UsageError.exit_code
-    assert "must end in .json for image_likeness" in capsys.readouterr().err

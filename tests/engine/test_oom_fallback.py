@@ -4,6 +4,7 @@ import ctypes
 import math
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -20,10 +21,11 @@ from vidgen_ray.stages.svd import SVDParams, SVDStage
 
 SHOT = Shot(prompt="a")
 OOM = "CUDA out of memory. Tried to allocate 9.00 GiB"
+PROFILE = load_profile("gpu-80gb")
 
 
 class Decoder:
-    """Work of a stage that runs out of memory with more than `limit` frames at once. Counts its calls."""
+    """Work of a stage that runs out of memory with more than `limit` frames at once. Records its calls."""
 
     def __init__(self, stage, limit, message=OOM):
         self.stage, self.limit, self.message = stage, limit, message
@@ -36,34 +38,27 @@ class Decoder:
         return "frames"
 
 
-def svd(**options):
-    return SVDStage(SVDParams(weights="w", dtype="float16", device="cuda", **{"decode_chunk_frames": 8, **options}))
+def svd():
+    return SVDStage(SVDParams(weights="w", dtype="float16", device="cuda", decode_chunk_frames=8))
 
 
 def without_gpu():
     return OomFallback(lambda: math.inf)
 
 
-def test_oom_falls_back_to_smaller_chunks():
-    stage = svd()
-    work = Decoder(stage, 2)
-    assert without_gpu().run(stage, SHOT, work) == ("frames", "decode_chunk_frames=2")
-    assert work.calls == [8, 8, 4, 2]
-    assert stage.params.decode_chunk_frames == 8
-
-
-def test_settings_are_remembered_for_the_size():
+def test_oom_falls_back_to_smaller_chunks_which_are_remembered_for_the_size():
     stage, fallback = svd(), without_gpu()
-    fallback.run(stage, SHOT, Decoder(stage, 2))
-    again = Decoder(stage, 2)
-    assert fallback.run(stage, SHOT, again) == ("frames", "decode_chunk_frames=2")
-    assert again.calls == [2]
-    other = Decoder(stage, 8)
-    assert fallback.run(stage, Shot(prompt="a", num_frames=14), other) == ("frames", None)
-    assert other.calls == [8]
-
-
-PROFILE = load_profile("gpu-80gb")
+    for shot, limit, changes, calls in (
+        (SHOT, 2, "decode_chunk_frames=2", [8, 8, 4, 2]),
+        (SHOT, 2, "decode_chunk_frames=2", [2]),
+        (Shot(prompt="a", num_frames=14), 8, None, [8]),
+    ):
+        work = Decoder(stage, limit)
+        assert fallback.run(stage, shot, work) == ("frames", changes)
+        assert work.calls == calls
+        assert stage.params.decode_chunk_frames == 8
+    results = iter([RuntimeError(OOM), "frames"])
+    assert fallback.run(svd(), Shot(prompt="a", width=512), Mock(side_effect=results)) == ("frames", MEMORY_FREED)
 
 
 def test_settings_that_need_more_memory_for_the_size_are_not_tried():
@@ -83,45 +78,25 @@ def test_settings_that_need_more_memory_for_the_size_are_not_tried():
     [stage for stage in STAGES if (actor := PROFILE.actors.get(stage.actor)) and actor.device == "cuda"],
     ids=lambda stage: stage.name,
 )
-def test_every_gpu_stage_has_settings_that_need_less_memory_and_remembers_them(stage_class):
+def test_every_gpu_stage_has_settings_that_need_less_memory(stage_class):
     params = lowest = PROFILE.options_of(stage_class)
     while (lower := stage_class.lower_memory(lowest)) is not None:
         lowest = lower
     # Multiples of 512 pixels, which RIFE pads at no resolution of motion.
     shot = Shot(prompt="a", **{**stage_class.examples[0], "width": 2048, "height": 1024})
     assert stage_class.memory(lowest, shot).total < stage_class.memory(params, shot).total
-    stage, fallback, tried = stage_class(params), without_gpu(), []
+    stage = stage_class(params)
 
     def work():
-        tried.append(stage.params)
         if stage.params != lowest:
             raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
         return "result"
 
-    result, changes = fallback.run(stage, shot, work)
+    result, changes = without_gpu().run(stage, shot, work)
     assert result == "result"
-    assert all(f"{name}={getattr(lowest, name)}" in changes for name in set_differently(params, lowest))
-    tried.clear()
-    assert fallback.run(stage, shot, work) == ("result", changes)
-    assert tried == [lowest]
+    changed = [name for name in type(params).model_fields if getattr(params, name) != getattr(lowest, name)]
+    assert all(f"{name}={getattr(lowest, name)}" in changes for name in changed)
     assert stage.params == params
-
-
-def set_differently(params, other):
-    return [name for name in type(params).model_fields if getattr(params, name) != getattr(other, name)]
-
-
-def test_memory_is_freed_before_settings_change():
-    stage = svd()
-    calls = iter([RuntimeError(OOM), "frames"])
-
-    def work():
-        result = next(calls)
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    assert without_gpu().run(stage, SHOT, work) == ("frames", MEMORY_FREED)
 
 
 def test_planned_settings_are_used_without_an_error_first():
@@ -133,17 +108,12 @@ def test_planned_settings_are_used_without_an_error_first():
         assert work.calls == calls
 
 
-def test_oom_with_the_lowest_settings_is_an_error_of_its_own():
+def test_oom_with_the_lowest_settings_is_an_error_of_its_own_and_others_are_unchanged():
     stage = svd()
     with pytest.raises(OutOfMemory, match=r"lowest-memory settings of svd: CUDA out of memory") as raised:
         without_gpu().run(stage, SHOT, Decoder(stage, 0))
     result = CallResult.of_failure(StepFailed("svd", raised.value))
-    assert result.failure.error == "OutOfMemory"
-    assert not result.context_broken
-
-
-def test_other_errors_are_raised_unchanged():
-    stage = svd()
+    assert (result.failure.error, result.context_broken) == ("OutOfMemory", False)
     with pytest.raises(RuntimeError, match="other"):
         without_gpu().run(stage, SHOT, Decoder(stage, 0, "other"))
 
@@ -164,27 +134,12 @@ def test_failed_allocations_do_not_count_as_a_broken_context(message, out_of_mem
     assert CallResult.of_failure(StepFailed("svd", error)).context_broken is context_broken
 
 
-@pytest.fixture
-def torch_settings(monkeypatch):
-    """Replace torch by one with a GPU, and return the settings of its allocator."""
+def test_process_that_shares_a_gpu_is_limited_to_its_share(monkeypatch):
     settings = []
     memory = SimpleNamespace(_set_allocator_settings=settings.append)
     cuda = SimpleNamespace(is_available=lambda: True, memory=memory, set_per_process_memory_fraction=settings.append)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    return settings
-
-
-def test_process_that_shares_a_gpu_is_limited_to_its_share(monkeypatch, torch_settings):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
     prepare_gpu(1)
     prepare_gpu(0.4)
-    assert torch_settings == [ALLOCATOR, ALLOCATOR, 0.4]
-
-
-def test_torch_is_not_imported_without_a_gpu_driver(monkeypatch):
-    def no_driver(name):
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(ctypes, "CDLL", no_driver)
-    monkeypatch.setitem(sys.modules, "torch", None)  # importing it would raise
-    prepare_gpu(0.4)
+    assert settings == [ALLOCATOR, ALLOCATOR, 0.4]

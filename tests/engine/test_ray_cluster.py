@@ -3,7 +3,7 @@
 import inspect
 import socket
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,10 @@ from ray._private import node, parameter
 
 from vidgen_ray.engine.ray_cluster import START_ATTEMPTS, START_TIMEOUT, RayStartTimeout, _unused_ports, init_local_ray, within
 from vidgen_ray.errors import SetupError
+
+
+def start_timeout():
+    return Exception(f"The current node {START_TIMEOUT}. This could happen because the GCS is overloaded.")
 
 
 @pytest.fixture
@@ -28,28 +32,19 @@ def failing_starts(monkeypatch):
     return errors
 
 
-def start_timeout():
-    return Exception(f"The current node {START_TIMEOUT}. This could happen because the GCS is overloaded.")
-
-
-def test_start_timeout_is_retried(failing_starts):
-    failing_starts += [start_timeout(), start_timeout()]
-    init_local_ray(num_cpus=1)
-    assert failing_starts == []
-
-
-def test_start_fails_after_the_last_attempt(failing_starts):
-    failing_starts += [start_timeout() for _ in range(START_ATTEMPTS + 1)]
-    with pytest.raises(RayStartTimeout, match="3 attempts of 30 s each timed out"):
+@pytest.mark.parametrize(
+    ("errors", "raised", "left"),
+    [
+        ([start_timeout()] * 2, None, 0),
+        ([start_timeout()] * (START_ATTEMPTS + 1), RayStartTimeout, 1),
+        ([ValueError("num_cpus: wrong"), start_timeout()], ValueError, 1),
+    ],
+)
+def test_start_is_repeated_after_a_timeout_only(failing_starts, errors, raised, left):
+    failing_starts += errors
+    with nullcontext() if raised is None else pytest.raises(raised, match=r"num_cpus|3 attempts of 30 s each timed out"):
         init_local_ray(num_cpus=1)
-    assert len(failing_starts) == 1
-
-
-def test_other_start_errors_are_not_retried(failing_starts):
-    failing_starts += [ValueError("num_cpus: wrong"), start_timeout()]
-    with pytest.raises(ValueError, match="num_cpus"):
-        init_local_ray(num_cpus=-1)
-    assert len(failing_starts) == 1
+    assert len(failing_starts) == left
 
 
 def test_installed_ray_words_the_start_timeout_this_way():

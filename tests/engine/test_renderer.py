@@ -38,13 +38,16 @@ class FakeEngine:
         self.stopped = True
 
 
-def run(scenario, make_engine=None):
+def run(scenario):
+    """Run a coroutine function with a renderer and its engines. The one for the shot `large` does not start."""
+
     async def to_the_end():
         engines = []
 
         async def make(plan):
-            if make_engine is not None:
-                await make_engine(plan)
+            await asyncio.sleep(0)
+            if plan == "large":
+                raise failed("fits on no GPU")
             engines.append(FakeEngine())
             return engines[-1]
 
@@ -81,41 +84,17 @@ def test_shots_of_a_lost_layout_are_rendered_by_the_next_engine():
 
 
 def test_engine_that_cannot_start_for_a_shot_fails_that_shot_only():
-    async def make_engine(plan):
-        await asyncio.sleep(0)
-        if plan == "large":
-            raise failed("fits on no GPU")
-
     async def scenario(renderer, engines):
-        large, small = (asyncio.ensure_future(renderer.render(shot)) for shot in ("large", "small"))
+        large, cancelled, small = (asyncio.ensure_future(renderer.render(shot)) for shot in ("large", "cancelled", "small"))
         with pytest.raises(ShotFailed, match="fits on no GPU"):
             await large
+        await asyncio.sleep(0)
+        cancelled.cancel()
         await until(lambda: engines)
         engines[0].end.set()
         assert await small == "SMALL"
 
-    run(scenario, make_engine)
-
-
-def test_stop_ends_the_start_of_an_engine():
-    waiting = []
-
-    async def make_engine(plan):
-        try:
-            await asyncio.Event().wait()
-        finally:
-            waiting.append("ended")
-
-    async def scenario(renderer, engines):
-        rendering = asyncio.ensure_future(renderer.render("a"))
-        await asyncio.sleep(0)
-        rendering.cancel()
-        await asyncio.wait([rendering])
-        assert waiting == [], "other shots may wait for the same start"
-        await renderer.stop()
-        assert waiting == ["ended"]
-
-    run(scenario, make_engine)
+    run(scenario)
 
 
 def test_shots_run_again_in_an_engine_that_replaces_theirs_and_end_if_they_are_cancelled():
@@ -133,3 +112,25 @@ def test_shots_run_again_in_an_engine_that_replaces_theirs_and_end_if_they_are_c
         assert cancelled.cancelled()
 
     run(scenario)
+
+
+def test_stop_ends_the_start_of_an_engine():
+    ended = []
+
+    async def never(plan):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(plan)
+
+    async def scenario():
+        renderer = Renderer(lambda _: None, never)
+        rendering = asyncio.ensure_future(renderer.render("a"))
+        await asyncio.sleep(0)
+        rendering.cancel()
+        await asyncio.wait([rendering])
+        assert ended == [], "other shots may wait for the same start"
+        await renderer.stop()
+        assert ended == ["a"]
+
+    asyncio.run(scenario())

@@ -1,204 +1,145 @@
 """Retries: where the next attempt runs, and when a failure is final."""
 
 import asyncio
+from dataclasses import dataclass, field
+from unittest.mock import Mock
 
 import pytest
 
 from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind, ShotFailed, Verdict, run_with_retries
 from vidgen_ray.outputs.records import Failure
 
-
-class Observer:
-    """Counts failed attempts and retries."""
-
-    def __init__(self):
-        self.failed = self.retries = 0
-
-    def step_failed(self, stage, error_class):
-        self.failed += 1
-
-    def retried(self, stage):
-        self.retries += 1
+ERROR, INPUT, MEMORY = Kind.ERROR, Kind.INPUT, Kind.MEMORY
+ONE_NODE = {"a": "n1", "b": "n1", "c": "n1"}
+TWO_NODES = {"a": "n1", "b": "n1", "c": "n2"}
+ALONE = {"a": "n1"}
 
 
-class Workers:
-    """Processes on nodes. `outcomes` are those of the attempts: `None` is a success. `gpus`: GB of GPU memory by process."""
+@dataclass
+class Run:
+    """Attempts on processes of nodes."""
 
-    def __init__(self, nodes, *outcomes, gpus=None):
-        self.nodes = nodes
-        self.gpus = gpus or {}
-        self.outcomes = list(outcomes)
-        self.tried = []
-        self.alone = []
-        self.failed = []
-        self.sick = []
-        """Processes that are found to be sick, one for each wait for evidence."""
-        self.waits = 0
-        self.storage_fails = False
-        self.observer = Observer()
+    nodes: dict[str, str]
+    outcomes: list[Kind | None]
+    """Outcome of each attempt. `None` is a success."""
+    gpus: dict[str, int] = field(default_factory=dict)
+    """Process -> GB of GPU memory."""
+    sick: list[str] = field(default_factory=list)
+    """Processes that are found to be sick, one for each wait for evidence."""
+    storage_fails: bool = False
+    tried: list[str] = field(default_factory=list)
+    alone: list[bool] = field(default_factory=list)
+    failed: list[AttemptFailed] = field(default_factory=list)
+    waits: int = 0
+    observer: Mock = field(default_factory=Mock)
+    error: ShotFailed | None = None
+    """Error of the shot. `None` if it is done."""
+
+    def process(self, name):
+        return Candidate(name, self.nodes[name], self.gpus.get(name, 0))
+
+    def candidates(self):
+        return [self.process(name) for name in self.nodes]
 
     async def attempt(self, avoid, alone):
         worker = next((name for name in self.nodes if name not in avoid), min(self.nodes))
         self.tried.append(worker)
         self.alone.append(alone)
-        kind = self.outcomes.pop(0)
-        if kind is None:
-            return "done"
-        failure = Failure(stage="flux", error="RuntimeError", message="it broke", attempts=1, worker=worker)
-        raise AttemptFailed(kind, failure, self.process(worker))
+        kind = self.outcomes[len(self.tried) - 1]
+        if kind is not None:
+            failure = Failure(stage="flux", error="RuntimeError", message="it broke", attempts=1, worker=worker)
+            raise AttemptFailed(kind, failure, self.process(worker))
 
-    def process(self, name):
-        return Candidate(name, self.nodes[name], self.gpus.get(name, 0))
+    async def evidence(self, failed):
+        self.waits += 1
+        sick = self.sick.pop(0) if self.sick else None
+        for each in failed:
+            each.verdict = Verdict.SICK if each.process.key == sick else Verdict.WELL
 
-    def run(self, limit=3):
-        def candidates():
-            return [self.process(name) for name in self.nodes]
-
-        async def evidence(failed):
-            self.waits += 1
-            sick = self.sick.pop(0) if self.sick else None
-            for each in failed:
-                each.verdict = Verdict.SICK if each.process.key == sick else Verdict.WELL
-
-        async def storage_is_cause(_):
-            return self.storage_fails
-
-        return asyncio.run(
-            run_with_retries(
-                self.attempt, candidates, self.failed.append, evidence, storage_is_cause, limit=limit, observer=self.observer
-            )
-        )
+    async def storage_is_cause(self, _):
+        return self.storage_fails
 
     @property
     def blamed(self):
         """Processes against which failures count."""
         return [each.process.key for each in dict.fromkeys(self.failed) if not each.forgiven]
 
-    def failure(self, limit=3):
-        with pytest.raises(ShotFailed) as raised:
-            self.run(limit)
-        return raised.value
+
+def run(nodes, *outcomes, limit=3, **options):
+    """Run a shot whose attempts have these outcomes. All of them must be made."""
+    made = Run(nodes, list(outcomes), **options)
+    retries = run_with_retries(
+        made.attempt,
+        made.candidates,
+        made.failed.append,
+        made.evidence,
+        made.storage_is_cause,
+        limit=limit,
+        observer=made.observer,
+    )
+    try:
+        asyncio.run(retries)
+    except ShotFailed as error:
+        made.error = error
+    assert len(made.tried) == len(outcomes)
+    return made
 
 
-ONE_NODE = {"a": "n1", "b": "n1", "c": "n1"}
-TWO_NODES = {"a": "n1", "b": "n1", "c": "n2"}
-ERROR, INPUT, SHARED, NOT_RUN, MEMORY = Kind.ERROR, Kind.INPUT, Kind.SHARED_CRASH, Kind.NOT_RUN, Kind.MEMORY
+@pytest.mark.parametrize(
+    ("nodes", "outcomes", "tried", "blamed"),
+    [
+        pytest.param(ONE_NODE, [ERROR, None], "ab", "a", id="an error is retried on another worker"),
+        pytest.param(ONE_NODE, [ERROR, ERROR, ERROR], "abc", "", id="an error of three workers is that of the shot"),
+        pytest.param(ONE_NODE, [ERROR, ERROR, None], "abc", "abab", id="unless a third worker renders the shot"),
+        pytest.param(ALONE, [ERROR, ERROR, ERROR], "aaa", "aaa", id="an error that one worker repeats is its own"),
+        pytest.param(TWO_NODES, [ERROR, ERROR, ERROR], "abc", "", id="errors on one node are confirmed on another"),
+        pytest.param(TWO_NODES, [INPUT, INPUT], "ac", "", id="a refusal is confirmed on another node"),
+        pytest.param(TWO_NODES, [INPUT, None], "ac", "a", id="a refusal that another node does not have counts"),
+        pytest.param(ONE_NODE, [INPUT, INPUT], "ab", "", id="without another node, a refusal is confirmed by another worker"),
+        pytest.param(ALONE, [INPUT], "a", "", id="without another worker, a refusal is final"),
+        pytest.param(ONE_NODE, [Kind.WRITE, None], "ab", "a", id="a failed write is an error if the storage is not the cause"),
+    ],
+)
+def test_next_attempt_and_cause(nodes, outcomes, tried, blamed):
+    made = run(nodes, *outcomes)
+    if outcomes[-1] is None:
+        assert made.error is None
+    else:
+        assert (made.error.failure.attempts, made.error.kind) == (len(outcomes), outcomes[-1])
+    assert ("".join(made.tried), set(made.blamed)) == (tried, set(blamed))
 
 
-@pytest.mark.parametrize("kind", [Kind.WRITE, Kind.DISK_FULL])
-def test_failed_write_costs_no_attempt_if_the_storage_is_the_cause(kind):
-    workers = Workers(ONE_NODE, *[kind] * 5, None)
-    workers.storage_fails = True
-    assert workers.run() == "done"
-    assert (workers.failed, workers.observer.failed) == ([], 0)
-
-
-def test_failed_write_is_the_fault_of_its_process_if_the_storage_is_not_the_cause():
-    workers = Workers(ONE_NODE, Kind.WRITE, None)
-    assert workers.run() == "done"
-    assert (workers.tried, workers.blamed) == (["a", "b"], ["a"])
-
-
-def test_error_is_retried_on_another_worker():
-    workers = Workers(ONE_NODE, ERROR, None)
-    assert workers.run() == "done"
-    assert workers.tried == ["a", "b"]
-    assert workers.blamed == ["a"]
-    assert (workers.observer.failed, workers.observer.retries, workers.waits) == (1, 1, 0)
-
-
-def test_error_that_follows_the_shot_through_all_workers_is_final():
-    workers = Workers(ONE_NODE, ERROR, ERROR, ERROR)
-    failed = workers.failure()
-    assert (failed.failure.attempts, failed.kind) == (3, ERROR)
-    assert workers.tried == ["a", "b", "c"]
-    assert workers.blamed == []
-    assert workers.waits == 1
+def test_one_node_cannot_make_an_error_final():
+    assert run(TWO_NODES, ERROR, ERROR, ERROR, limit=2).tried == ["a", "b", "c"]
 
 
 def test_errors_of_sick_workers_do_not_count_against_the_shot():
     """Two of them fail with one error before their quarantine. A third attempt fails as well, by chance."""
-    workers = Workers(dict.fromkeys("abcd", "n1"), ERROR, ERROR, ERROR, ERROR, None)
-    workers.sick = ["a", "b"]
-    assert workers.run() == "done"
-    assert workers.waits == 2
-    assert workers.observer.failed == 4
+    made = run(dict.fromkeys("abcd", "n1"), ERROR, ERROR, ERROR, ERROR, None, sick=["a", "b"])
+    assert (made.error, made.waits) == (None, 2)
+    for limit in (1, 3):
+        assert run(TWO_NODES, *[ERROR] * 5, None, sick=["a"] * 5, limit=limit).error is None, "lost with a node"
 
 
-def test_error_that_two_workers_have_is_theirs_if_a_third_renders_the_shot():
-    workers = Workers(ONE_NODE, ERROR, ERROR, None)
-    assert workers.run() == "done"
-    assert set(workers.blamed) == {"a", "b"}
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Kind.NOT_RUN, {"limit": 1}),
+        (Kind.SHARED_CRASH, {}),
+        (Kind.WRITE, {"storage_fails": True}),
+        (Kind.DISK_FULL, {"storage_fails": True}),
+    ],
+)
+def test_attempts_that_the_shot_has_not_caused_do_not_count(kind, options):
+    made = run(ONE_NODE, *[kind] * 5, None, **options)
+    assert (made.error, made.failed) == (None, [])
+    made.observer.step_failed.assert_not_called()
+    assert made.alone[1:] == [kind is Kind.SHARED_CRASH] * 5
 
 
-def test_error_that_one_worker_repeats_is_its_own():
-    workers = Workers({"a": "n1"}, ERROR, ERROR, ERROR)
-    workers.failure()
-    assert workers.blamed == ["a"] * 3
-
-
-def test_errors_on_one_node_are_confirmed_on_another():
-    workers = Workers(TWO_NODES, ERROR, ERROR, ERROR)
-    assert workers.failure().failure.attempts == 3
-    assert workers.tried == ["a", "b", "c"]
-    workers = Workers(TWO_NODES, ERROR, ERROR, ERROR)
-    assert workers.failure(limit=2).failure.attempts == 3, "one node cannot make an error final"
-
-
-def test_refused_input_is_confirmed_on_another_node():
-    workers = Workers(TWO_NODES, INPUT, INPUT)
-    assert workers.failure().kind is INPUT
-    assert workers.tried == ["a", "c"]
-    assert workers.blamed == []
-
-
-def test_refused_input_is_confirmed_by_another_worker_if_there_is_one_node():
-    workers = Workers(ONE_NODE, INPUT, INPUT)
-    assert workers.failure().failure.attempts == 2
-    assert workers.tried == ["a", "b"]
-
-
-def test_refused_input_is_final_if_there_is_one_worker():
-    workers = Workers({"a": "n1"}, INPUT)
-    assert workers.failure().failure.attempts == 1
-
-
-def test_refused_input_that_another_node_accepts_is_a_failure_of_the_first():
-    workers = Workers(TWO_NODES, INPUT, None)
-    assert workers.run() == "done"
-    assert workers.blamed == ["a"]
-
-
-def test_shared_crash_is_repeated_alone_and_costs_no_attempt():
-    workers = Workers(ONE_NODE, SHARED, None)
-    assert workers.run() == "done"
-    assert workers.alone == [False, True]
-    assert workers.observer.failed == 0
-
-
-def test_call_that_was_not_run_costs_no_attempt():
-    workers = Workers(ONE_NODE, *[NOT_RUN] * 10, None)
-    assert workers.run(limit=1) == "done"
-    assert workers.observer.failed == 0
-
-
-@pytest.mark.parametrize("limit", [1, 3])
-def test_attempts_lost_with_a_node_do_not_count(limit):
-    workers = Workers(TWO_NODES, *[ERROR] * 5, None)
-    workers.sick = ["a"] * 5
-    assert workers.run(limit) == "done"
-
-
-def test_shot_that_runs_out_of_memory_is_retried_on_larger_gpus_only():
-    workers = Workers(ONE_NODE, MEMORY, None, gpus={"a": 24, "b": 24, "c": 80})
-    assert workers.run() == "done"
-    assert workers.tried == ["a", "c"]
-    assert workers.blamed == []
-
-
-def test_out_of_memory_on_the_largest_gpu_is_confirmed_once():
-    workers = Workers(ONE_NODE, MEMORY, MEMORY, gpus=dict.fromkeys(ONE_NODE, 24))
-    assert workers.failure().kind is MEMORY
-    assert workers.tried == ["a", "b"]
-    alone = Workers({"a": "n1"}, MEMORY, gpus={"a": 24})
-    assert alone.failure().failure.attempts == 1
+def test_shot_that_runs_out_of_memory_is_retried_on_larger_gpus_or_confirmed_once():
+    made = run(ONE_NODE, MEMORY, None, gpus={"a": 24, "b": 24, "c": 80})
+    assert (made.tried, made.failed) == (["a", "c"], [])
+    made = run(ONE_NODE, MEMORY, MEMORY, gpus=dict.fromkeys(ONE_NODE, 24))
+    assert (made.tried, made.error.failure.attempts) == (["a", "b"], 2)
+    assert run(ALONE, MEMORY, gpus={"a": 24}).error.failure.attempts == 1

@@ -13,7 +13,7 @@ from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import ScriptError, SetupError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.safety import CHECKED_FRAMES, Safety, SafetySettings, UnsafeContent, WordList
+from vidgen_ray.safety import CHECKED_FRAMES, Safety, SafetySettings, UnsafeContent
 from vidgen_ray.script.check import check_shot
 
 
@@ -89,6 +89,10 @@ def test_passed_shot_records_the_checker(render):
     record = render(settings("nothing"), num_frames=9)
     assert record.safety == f"{__name__}:Checker 7"
     assert Checker.shapes == [(1,), (CHECKED_FRAMES,)], "the base image, and some frames of the clip"
+    safety, seen = Safety(settings("nothing")), []
+    safety.checker.check_images = lambda images: seen.extend(images[:, 0, 0, 0].tolist())
+    safety.check_clip(np.arange(13, dtype=np.uint8)[:, None, None, None].repeat(3, 3))
+    assert seen == [0, 4, 8, 12], "with the last frame"
     assert render(settings("error", "allow"), id="allowed").safety == f"{__name__}:Checker 7"
     assert render(None, id="unchecked").safety is None
 
@@ -101,16 +105,6 @@ def test_start_image_is_checked(render, tmp_path, fields):
     assert not list((tmp_path / "out").glob("cache/*/*"))
 
 
-def test_last_frame_is_among_the_checked_ones():
-    frames = np.arange(13, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
-    safety = Safety(settings("nothing"))
-    seen = []
-    safety.checker.check_images = lambda images: seen.extend(images[:, 0, 0, 0].tolist())
-    safety.check_clip(frames)
-    safety.check_clip(frames[:2])
-    assert seen == [0, 4, 8, 12, 0, 1]
-
-
 def test_refused_prompts_are_rejected_lines(tmp_path, tiny, capsys):
     profile = tmp_path / "p.yaml"
     words = {"checker": "vidgen_ray.safety:WordList", "options": {"words": ["gore", "blood*"]}}
@@ -118,6 +112,7 @@ def test_refused_prompts_are_rejected_lines(tmp_path, tiny, capsys):
     lines = [
         {"id": "ok", "prompt": "a red ball", "negative_prompt": "gore"},
         {"id": "bad", "prompt": "Bloody hands"},
+        {"id": "part", "prompt": "a category of infrared gorefree photos"},
         {"id": "style", "prompt": "a ball", "use_hunyuan_style": True, "style_prompt": "GORE"},
     ]
     (tmp_path / "s.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -125,20 +120,11 @@ def test_refused_prompts_are_rejected_lines(tmp_path, tiny, capsys):
     errors = json.loads(capsys.readouterr().out)["errors"]
     assert [(error["line"], error["field"], error["allowed"]) for error in errors] == [
         (2, "prompt", "refused by the safety checker: the text has 'Bloody'"),
-        (3, "style_prompt", "refused by the safety checker: the text has 'GORE'"),
+        (4, "style_prompt", "refused by the safety checker: the text has 'GORE'"),
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "refused"), [("a Red  fox", True), ("red foxes", False), ("scared fox", False), ("infrared", False)]
-)
-def test_word_list_matches_whole_words(text, refused):
-    assert (WordList(["red fox"]).check_prompt(text) is not None) == refused
-
-
-@pytest.mark.parametrize(
-    "checker", ["no_such_module:make", "vidgen_ray.safety:nothing", "vidgen_ray.safety:WordList", "builtins:dict"]
-)
+@pytest.mark.parametrize("checker", ["no_such_module:make", "vidgen_ray.safety:WordList", "builtins:dict"])
 def test_checker_that_cannot_be_loaded_ends_the_run_before_it_starts(tiny, checker):
     broken = tiny.model_copy(update={"safety": SafetySettings(checker=checker)})
     with pytest.raises(SetupError, match=f"safety checker {checker}: cannot be loaded"):

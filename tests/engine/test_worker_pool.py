@@ -1,23 +1,18 @@
 """Worker pool with fake workers in simulated time: slow calls are copied, and sick workers fail no shot."""
 
 import asyncio
-from concurrent.futures import Future
 from pathlib import Path
 from unittest.mock import AsyncMock, Mock
 
 import pytest
-import ray
 
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from benchmarks.simulated_director import plan_of
-from vidgen_ray.engine import actor_client
-from vidgen_ray.engine.actor_client import CANCEL_S, ActorClient
 from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import ShotFailed
 from vidgen_ray.engine.scheduler import Work
 from vidgen_ray.engine.slow_calls import MIN_SLOW_S
-from vidgen_ray.engine.worker import ActorPlace
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
@@ -103,9 +98,8 @@ def test_sick_workers_fail_no_shot_while_a_sound_one_works():
 
 
 def test_retry_does_not_wait_for_a_worker_that_starts():
-    results, seconds = run(
-        [Client("bad", slow=0.1, error="it broke"), Client("sound"), Client("late", load_s=10_000)], range(4)
-    )
+    clients = [Client("bad", slow=0.1, error="it broke"), Client("sound"), Client("late", load_s=10_000)]
+    results, seconds = run(clients, range(4))
     assert set(results.values()) == {"sound"}
     assert seconds < 8 * CALL_S
 
@@ -115,77 +109,11 @@ def test_result_of_another_shot_is_a_failure_of_its_worker():
     assert set(results.values()) == {"sound"}
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
-def test_wrong_shot_fails_after_three_attempts(workers):
-    poison = plan_of(3).shot.id
-    clients = [Client(f"w{n}", poison=[poison]) for n in range(workers)]
-    results, _ = run(clients, range(60))
-    assert [order for order, result in results.items() if isinstance(result, Failure)] == [3]
-    assert results[3].attempts == 3
-    assert sum(client.orders.count(poison) for client in clients) == 3
-
-
-def test_wrong_shot_that_is_alone_fails_without_other_calls():
-    results, seconds = run([Client("a", poison=[plan_of(1).shot.id])], [1])
-    assert results[1].attempts == 3
-    assert seconds < 4 * CALL_S
-
-
-class Hanging:
-    """Ray actor whose first process never ends a call and ignores that it is cancelled."""
-
-    def __init__(self):
-        self.pid, self.pending = 1, []
-
-    def __getattr__(self, method):
-        return Mock(remote=lambda *args: self.respond(method, args), options=lambda **_: getattr(self, method))
-
-    def respond(self, method, args):
-        if method != "run":
-            return Response(ActorPlace("node", self.pid, (), "host") if method == "place" else None)
-        step = args[1].steps[0]
-        record = StepRecord(stage="flux", key=step.key, weights=(), seconds=1, gpu_seconds=1, cached=False)
-        response = Response(CallResult((record,)), ends=self.pid > 1)
-        self.pending.append(response.result)
-        return response, f"of process {self.pid}"
-
-    def kill(self, *_, **__):
-        self.pid += 1
-        for result in self.pending:
-            if not result.done():
-                result.set_exception(ray.exceptions.RayActorError())
-
-
-class Response:
-    """Reference to the result of a call."""
-
-    def __init__(self, value, ends=True):
-        self.result = Future()
-        if ends:
-            self.result.set_result(value)
-
-    def future(self):
-        return self.result
-
-    def __await__(self):
-        return asyncio.wrap_future(self.result).__await__()
-
-
-def test_worker_is_restarted_if_its_cancelled_call_takes_no_further_step(monkeypatch):
-    actor = Hanging()
-    monkeypatch.setattr(actor_client.ray, "kill", actor.kill)
-
-    async def main():
-        pool = pool_of([ActorClient(actor, "worker")])
-        first, second = (
-            asyncio.ensure_future(pool.call(Work("flux", order), 1800, "run", plan_of(order), ["flux"], ("flux",), None))
-            for order in range(2)
-        )
-        while not actor.pending:
-            await asyncio.sleep(0.01)
-        first.cancel()
-        assert (await second)[1].reference == "of process 2"
-        pool.close()
-
-    _, seconds = run_in_simulated_time(main())
-    assert CANCEL_S <= seconds < CANCEL_S + 2
+@pytest.mark.parametrize(("workers", "shots"), [(1, 1), (1, 60), (5, 60)])
+def test_wrong_shot_fails_after_three_attempts(workers, shots):
+    poison = shots // 2
+    clients = [Client(f"w{n}", poison=[plan_of(poison).shot.id]) for n in range(workers)]
+    results, _ = run(clients, range(shots))
+    assert [order for order, result in results.items() if isinstance(result, Failure)] == [poison]
+    assert results[poison].attempts == 3
+    assert sum(client.orders.count(plan_of(poison).shot.id) for client in clients) == 3
