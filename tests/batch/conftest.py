@@ -1,11 +1,14 @@
 """An engine in this process, for tests of what is around it: lines, finished shots, order, manifest and commands."""
 
 import asyncio
+import json
 from contextlib import nullcontext
 
 import pytest
 
+from tests.fake_stages import FINDS_FACES
 from vidgen_ray.batch import director
+from vidgen_ray.cli import main
 from vidgen_ray.engine import fleet, supervisor
 from vidgen_ray.engine.engine import Engine
 from vidgen_ray.engine.retries import Kind, ShotFailed
@@ -76,3 +79,16 @@ def without_ray(monkeypatch):
 @pytest.fixture
 def in_process(without_ray, monkeypatch):
     monkeypatch.setattr(director, "Engine", InProcessEngine)
+
+
+@pytest.fixture
+def command(in_process, monkeypatch, capsys):
+    """Return a function that runs a command with fakes, and returns its exit code and its report, if it prints one."""
+    monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", FINDS_FACES)
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr().out
+        return code, json.loads(printed) if "--json" in arguments else printed
+
+    return run

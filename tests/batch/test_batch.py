@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ASTRONAUT, SYNTHETIC
-from tests.fake_stages import FAKES, FINDS_FACES
+from tests.fake_stages import FAKES
 from tests.ray_workers import use_small_images
 from vidgen_ray.batch import render_script
 from vidgen_ray.batch.render_script import _encoding_note, render
@@ -126,19 +126,6 @@ def test_batch_output_equals_the_pipeline_and_a_second_run_skips_everything(
             assert row[kind] is None or row[f"{kind}_sha256"] == reference[row[kind]]
 
 
-def test_changed_scale_reuses_cached_images_and_clips(in_process, tiny, tmp_path):
-    path = tmp_path / "s.jsonl"
-    path.write_text('{"id": "a", "prompt": "a red ball"}\n')
-    out = tmp_path / "out"
-    for scale, cached in ((2, [False, False, False]), (3, [True, True, False])):
-        script = ScriptSettings(path, defaults={"scale": scale}, profile_defaults=tiny.defaults)
-        assert render_lines(script, tiny, out, cache="all", stages=FAKES).done == 1
-        record = json.loads((out / shot_path("a") / "shot.json").read_text())
-        assert [(s["stage"], s["cached"]) for s in record["stages"]] == list(
-            zip(("flux", "svd", "realesrgan"), cached, strict=True)
-        )
-
-
 def test_speed_options_are_settled_before_the_keys_and_a_folder_keeps_them(in_process, tiny, tmp_path, own_cache, monkeypatch):
     """Trials in a long run use what helps. Later runs in the folder have the same keys, also with other results of trials."""
     actor = tiny.actors["svd"].model_copy(update={"trial_options": {"channels_last": True, "decode_chunk_frames": 1}})
@@ -165,8 +152,17 @@ def test_speed_options_are_settled_before_the_keys_and_a_folder_keeps_them(in_pr
     assert counts == [(1, 0), (1, 0), (0, 1), (0, 1)]
 
 
-def test_failed_lines_do_not_affect_others_and_can_be_rerun(in_process, tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", FINDS_FACES)
+def rows_of(out):
+    return {row["id"]: row for row in pq.read_table(out / "manifest").to_pylist()}
+
+
+def write_lines(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def test_failed_lines_do_not_affect_others_and_can_be_rerun(command, tiny, tmp_path):
     Image.fromarray(np.full((200, 200, 3), 128, np.uint8)).save(tmp_path / "wall.png")
     (tmp_path / "junk.safetensors").write_bytes(b"\xff" * 64)
     (tmp_path / "cut.jpg").write_bytes(ASTRONAUT.read_bytes()[:2000])
@@ -180,14 +176,10 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(in_process, tiny, tm
         "{not json",
         {"id": "good-too", "prompt": "a blue ball", "generate_video": False},
     ]
-    path = tmp_path / "s.jsonl"
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    out = tmp_path / "out"
-
-    assert main(["render", str(path), "-o", str(out), "-p", "tiny", "--json"]) == 1
-    report = json.loads(capsys.readouterr().out)
-    assert (report["done"], report["failed"], report["skipped"]) == (2, 6, 0)
-    rows = {row["id"]: row for row in pq.read_table(out / "manifest").to_pylist()}
+    path, out = write_lines(tmp_path / "s.jsonl", lines), tmp_path / "out"
+    code, report = command("render", path, "-o", out, "-p", "tiny", "--json")
+    assert (code, report["done"], report["failed"], report["skipped"]) == (1, 2, 6, 0)
+    rows = rows_of(out)
     assert {i: (r["status"], r["line"], r["failure_stage"], r["failure_error"]) for i, r in rows.items()} == {
         "good": ("done", 1, None, None),
         "tall": ("failed", 2, "script", "ScriptError"),
@@ -202,37 +194,28 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(in_process, tiny, tm
     no_face = f"face_image ({tmp_path / 'wall.png'}): no face found"
     assert no_face in rows["no-face"]["failure_message"]
     assert no_face in (out / "failures.jsonl").read_text()
-    assert not (out / shot_path("no-face") / "shot.json").exists()
 
-    failed = [
-        shot
-        for shot in read_script(ScriptSettings(path, profile_defaults=tiny.defaults)).shots
-        if rows[shot.id]["status"] == "failed"
-    ]
+    # failures.jsonl contains all fields, independent of later defaults.
+    valid = read_script(ScriptSettings(path, profile_defaults=tiny.defaults)).shots
     reread = read_script(ScriptSettings(out / "failures.jsonl", profile_defaults={"num_frames": 99, "scale": 4}))
-    assert {s.id: s for s in reread.shots} == {s.id: s for s in failed}, (
-        "failures.jsonl contains all fields, independent of later defaults"
-    )
+    assert {s.id: s for s in reread.shots} == {s.id: s for s in valid if rows[s.id]["status"] == "failed"}
     assert {(line.id, line.errors[0].field) for line in reread.rejected} == {("tall", "height"), ("s-line-7", "prompt")}
 
     Image.open(ASTRONAUT).save(tmp_path / "wall.png")
-    assert main(["retry", str(out)]) == 1
-    after = {row["id"]: row["status"] for row in pq.read_table(out / "manifest").to_pylist()}
-    assert (after["no-face"], after["junk"], after["good"], after["tall"]) == ("done", "failed", "done", "failed")
-    assert set(after) == set(rows)
-    assert {i: r["line"] for i, r in rows.items()} == {r["id"]: r["line"] for r in pq.read_table(out / "manifest").to_pylist()}
+    assert command("retry", out)[0] == 1
+    after = rows_of(out)
+    assert [after[id_]["status"] for id_ in ("no-face", "junk", "good", "tall")] == ["done", "failed", "done", "failed"]
+    assert {id_: row["line"] for id_, row in after.items()} == {id_: row["line"] for id_, row in rows.items()}
 
-    # The script is fixed: the old failures are removed.
-    path.write_text(json.dumps(lines[0]) + "\n" + json.dumps({**lines[1], "height": 64}) + "\n")
-    assert main(["render", str(path), "-o", str(out), "-p", "tiny", "--until", "image"]) == 0
-    after = {row["id"]: row["status"] for row in pq.read_table(out / "manifest").to_pylist()}
-    assert after["tall"] == "done"
-    # Lines that the script no longer has: failures are gone, finished shots are marked and can be removed.
-    assert after == {"good": "done", "tall": "done", "no-face": "replaced", "good-too": "replaced"}
+    # The script is fixed: the old failures are removed. Finished shots that it no longer has are marked and can be removed.
+    write_lines(path, [lines[0], {**lines[1], "height": 64}])
+    assert command("render", path, "-o", out, "-p", "tiny", "--until", "image")[0] == 0
+    statuses = {id_: row["status"] for id_, row in rows_of(out).items()}
+    assert statuses == {"good": "done", "tall": "done", "no-face": "replaced", "good-too": "replaced"}
     assert not (out / "failures.jsonl").exists()
-    assert main(["prune", str(out)]) == 0
-    assert {row["id"] for row in pq.read_table(out / "manifest").to_pylist()} == {"good", "tall"}
-    assert [(out / shot_path(id_) / "shot.json").exists() for id_ in ("good", "tall", "no-face", "good-too")] == [1, 1, 0, 0]
+    assert command("prune", out)[0] == 0
+    assert set(rows_of(out)) == {"good", "tall"}
+    assert [(out / shot_path(id_) / "shot.json").exists() for id_ in statuses] == [s == "done" for s in statuses.values()]
 
 
 def test_sigterm_ends_the_command_after_the_shots_in_progress_and_it_can_be_resumed(in_process, tmp_path, capsys, monkeypatch):
@@ -263,51 +246,45 @@ def test_sigterm_ends_the_command_after_the_shots_in_progress_and_it_can_be_resu
 
 
 def test_clock_that_is_set_changes_neither_the_current_rows_nor_what_is_skipped(in_process, tiny, tmp_path, monkeypatch):
-    def clock(**step):
+    for number, days in enumerate((0, -400, 400, -800)):
+
         class Clock(datetime):
+            step = timedelta(days=days)
+
             @classmethod
             def now(cls, tz=None):
-                return datetime.now(tz) + timedelta(**step)
+                return datetime.now(tz) + cls.step
 
-        return Clock
-
-    for number, days in enumerate((0, -400, 400, -800)):
-        lines = [{"id": "same", "prompt": "x"}, {"id": "new", "prompt": f"{number}"}, {"id": f"only-{number}", "prompt": "y"}]
-        (tmp_path / "s.jsonl").write_text("".join(json.dumps({**line, "generate_video": False}) + "\n" for line in lines))
         for module in ("manifest", "lease"):
-            monkeypatch.setattr(f"vidgen_ray.outputs.{module}.datetime", clock(days=days))
-        settings = ScriptSettings(tmp_path / "s.jsonl", 1, profile_defaults=tiny.defaults)
+            monkeypatch.setattr(f"vidgen_ray.outputs.{module}.datetime", Clock)
+        ids = {"same": "x", "new": f"{number}", f"only-{number}": "y"}
+        lines = [{"id": id_, "prompt": prompt, "generate_video": False} for id_, prompt in ids.items()]
+        settings = ScriptSettings(write_lines(tmp_path / "s.jsonl", lines), 1, profile_defaults=tiny.defaults)
         report = render_lines(settings, tiny, tmp_path / "out", stages=FAKES)
         assert (report.done, report.skipped) == ((3, 0) if number == 0 else (2, 1))
-        rows = {row["id"]: row for row in pq.read_table(tmp_path / "out/manifest").to_pylist()}
-        assert {id_ for id_, row in rows.items() if row["status"] != "replaced"} == {"same", "new", f"only-{number}"}
-        assert {rows[id_]["run"] for id_ in ("same", "new", f"only-{number}")} == {report.run}
+        rows = rows_of(tmp_path / "out")
+        assert {id_ for id_, row in rows.items() if row["status"] != "replaced"} == set(ids)
+        assert {rows[id_]["run"] for id_ in ids} == {report.run}
         assert (rows["new"]["prompt"], report.run[:7]) == (str(number), f"00000{number + 1}-")
 
 
-def test_scripts_of_one_name_are_told_apart_by_path_and_content(in_process, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", FAKES)
+def test_scripts_of_one_name_are_told_apart_by_path_and_content(command, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
     def run(folder, *ids):
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        script = tmp_path / folder / "s.jsonl"
         if ids:
             lines = ({"id": id_, "prompt": f"{id_} of {folder[:2]}", "generate_video": False} for id_ in ids)
-            script.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        monkeypatch.chdir(script.parent)
-        code = main(["render", "s.jsonl", "-o", str(out), "-p", "tiny", "--seed", "1"])
-        rows = pq.read_table(out / "manifest").to_pylist()
-        is_reused = {row["id"]: (row["status"], row["last_run"]) == ("done", "reused") for row in rows}
-        rows = {row["id"]: (row["script"], "reused" if is_reused[row["id"]] else row["status"]) for row in rows}
-        capsys.readouterr()
-        return code, rows
+            write_lines(tmp_path / folder / "s.jsonl", lines)
+        monkeypatch.chdir(tmp_path / folder)
+        code, _ = command("render", "s.jsonl", "-o", out, "-p", "tiny", "--seed", "1")
+        return code, {
+            id_: (row["script"], "reused" if (row["status"], row["last_run"]) == ("done", "reused") else row["status"])
+            for id_, row in rows_of(out).items()
+        }
 
     a, b = ("s.jsonl", "done"), ("b1/s.jsonl", "done")
     run("a1", "x", "y", "z")
     assert run("b1", "v", "w") == (0, dict.fromkeys("xyz", a) | dict.fromkeys("vw", b)), "two scripts of one name"
-    assert main(["prune", str(out)]) == 0
-    assert all((out / shot_path(id_) / "shot.json").exists() for id_ in "xyzvw")
     code, rows = run("b1", "v", "x")
     assert (code, rows["x"], rows["w"]) == (1, a, ("b1/s.jsonl", "replaced")), "the id belongs to the other script"
     assert rows["b1-s-line-2"] == ("b1/s.jsonl", "failed")
@@ -327,50 +304,40 @@ def test_scripts_of_one_name_are_told_apart_by_path_and_content(in_process, tmp_
     out = moved / "out"
     assert run("moved/a2", "x")[1]["y"] == ("s.jsonl", "replaced")
     (out / "scripts.json").write_text("{")
-    assert run("moved/a2")[0] == 4
+    assert command("render", "s.jsonl", "-o", out, "-p", "tiny")[0] == 4
 
 
-def test_id_of_another_script_is_rejected_unless_it_is_replaced(in_process, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", FAKES)
+def test_id_of_another_script_is_rejected_unless_it_is_replaced(command, tmp_path):
     out = tmp_path / "out"
+    line = {"id": "shot-001", "prompt": "a pet", "generate_video": False}
     # The images of the fake stages depend on the seed only.
-    for seed, name in enumerate(("episode1.jsonl", "episode2.jsonl")):
-        line = {"id": "shot-001", "prompt": "a pet", "seed": seed, "generate_video": False}
-        (tmp_path / name).write_text(json.dumps(line) + "\n")
+    first, second = (write_lines(tmp_path / f"episode{n}.jsonl", [{**line, "seed": n}]) for n in (1, 2))
 
     def run(script, *options):
-        code = main(["render", str(script), "-o", str(out), "-p", "tiny", "--json", *options])
-        report = json.loads(capsys.readouterr().out)
+        code, report = command("render", script, "-o", out, "-p", "tiny", "--json", *options)
         image = sha256_of(out / shot_path("shot-001") / "image.png")
-        rows = {row["id"]: row for row in pq.read_table(out / "manifest").to_pylist()}
-        return code, (report["done"], report["skipped"], report["failed"]), image, rows
+        return code, (report["done"], report["skipped"], report["failed"]), image
 
-    _, counts, cat, _ = run(tmp_path / "episode1.jsonl")
+    def statuses():
+        return {id_: (row["script"], row["status"]) for id_, row in rows_of(out).items()}
+
+    _, counts, cat = run(first)
     assert counts == (1, 0, 0)
     # Rendering failures.jsonl changes neither the owner nor the script of the line.
-    for script in (tmp_path / "episode2.jsonl", out / "failures.jsonl"):
-        code, counts, image, rows = run(script)
-        assert (code, counts, image) == (3, (0, 0, 1), cat)
-        assert {id_: (row["script"], row["status"]) for id_, row in rows.items()} == {
-            "shot-001": ("episode1.jsonl", "done"),
-            "episode2-line-1": ("episode2.jsonl", "failed"),
-        }
-        assert rows["episode2-line-1"]["failure_message"] == (
+    for script in (second, out / "failures.jsonl"):
+        assert run(script) == (3, (0, 0, 1), cat)
+        assert statuses() == {"shot-001": ("episode1.jsonl", "done"), "episode2-line-1": ("episode2.jsonl", "failed")}
+        assert rows_of(out)["episode2-line-1"]["failure_message"] == (
             f"{script.name} line 1, id: got 'shot-001', which is a finished shot of episode1.jsonl in this output folder; "
             "rename the id, use another output folder, or replace the shot of episode1.jsonl with --replace"
         )
-    code, counts, dog, rows = run(out / "failures.jsonl", "--replace")
-    assert (code, counts) == (0, (1, 0, 0))
-    assert dog != cat
-    assert {id_: (row["script"], row["status"]) for id_, row in rows.items()} == {"shot-001": ("episode2.jsonl", "done")}
-    assert run(tmp_path / "episode1.jsonl")[0] == 3, "now the id belongs to the other script"
+    code, counts, dog = run(out / "failures.jsonl", "--replace")
+    assert (code, counts, dog != cat) == (0, (1, 0, 0), True)
+    assert statuses() == {"shot-001": ("episode2.jsonl", "done")}
+    assert run(first)[0] == 3, "now the id belongs to the other script"
     # A script may replace its own shots.
-    (tmp_path / "episode2.jsonl").write_text(
-        json.dumps({"id": "shot-001", "prompt": "a pet", "seed": 2, "generate_video": False})
-    )
-    code, counts, fox, _ = run(tmp_path / "episode2.jsonl")
-    assert (code, counts) == (0, (1, 0, 0))
-    assert fox != dog
+    code, counts, fox = run(write_lines(second, [{**line, "seed": 3}]))
+    assert (code, counts, fox != dog) == (0, (1, 0, 0), True)
 
 
 @pytest.mark.parametrize(("encode_s", "needed"), [(1.9, None), (4.1, "5 encoders")])

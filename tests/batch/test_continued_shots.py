@@ -1,24 +1,20 @@
-"""Shots that continue another one: order, failures and resume, on a real Ray."""
+"""Shots that continue another one: order, failures and resume."""
 
-import json
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.batch.test_batch import Events, digests, render_lines
+from tests.batch.test_batch import Events, digests, render_lines, rows_of, write_lines
 from tests.conftest import ASTRONAUT, SYNTHETIC
-from tests.fake_stages import FAKES, FINDS_FACES
+from tests.fake_stages import FAKES, use_fakes
 from vidgen_ray.batch import render_script
 from vidgen_ray.batch.line_planner import LinePlanner, first_lines
 from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.batch.shot_queue import ContinuedShots
-from vidgen_ray.cli import main
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.media import read_image
@@ -29,88 +25,71 @@ from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script, unique_lines
 from vidgen_ray.shot import Shot
 
-ROOT = Path(__file__).parents[2]
 SMALL = {"width": 64, "height": 64, "num_frames": 4, "upscale_video": False, "seed": 5}
 CHAIN = [
     {**SMALL, "id": "a", "prompt": "a red ball"},
-    {**SMALL, "id": "b", "prompt": "it rolls", "continue_from": "a", "interpolation": 2},
+    {**SMALL, "id": "b", "prompt": "it rolls", "continue_from": "a"},
     {**SMALL, "id": "c", "prompt": "it stops", "continue_from": "b"},
 ]
-FAKE_CHAIN = [{name: value for name, value in line.items() if name != "interpolation"} for line in CHAIN]
-"""For fake stages: there is none for frame interpolation."""
 
 
 def script(folder, lines, profile):
-    folder.mkdir(exist_ok=True)
-    path = folder / "s.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return ScriptSettings(path, profile_defaults=profile.defaults)
-
-
-def rows_of(out):
-    return {row["id"]: row for row in pq.read_table(out / "manifest").to_pylist()}
+    return ScriptSettings(write_lines(folder / "s.jsonl", lines), profile_defaults=profile.defaults)
 
 
 def test_chain_equals_that_of_the_library(in_process, tiny, tmp_path):
     settings = script(tmp_path, CHAIN, tiny)
-    with VideoGenerationPipeline(tiny, tmp_path / "library") as pipeline:
+    with use_fakes(VideoGenerationPipeline(tiny, tmp_path / "library")) as pipeline:
         for line in iter_script(settings):
             pipeline.render(line.shot)
-    assert render_lines(settings, tiny, tmp_path / "batch").done == 3
-    for out in (tmp_path / "library", tmp_path / "batch"):
-        for first, second in ("ab", "bc"):
-            last, start = (out / shot_path(first) / "last_frame.png"), (out / shot_path(second) / "image.png")
-            np.testing.assert_array_equal(read_image(last), read_image(start))
+        with pytest.raises(ScriptError, match="continue_from: got 'gone', must be the id of a finished shot"):
+            pipeline.generate_video("a", continue_from="gone")
+    assert render_lines(settings, tiny, tmp_path / "batch", stages=FAKES).done == 3
+    for first, second in ("ab", "bc"):
+        out = tmp_path / "batch"
+        last, start = (out / shot_path(first) / "last_frame.png"), (out / shot_path(second) / "image.png")
+        np.testing.assert_array_equal(read_image(last), read_image(start))
     assert digests(tmp_path / "batch") == digests(tmp_path / "library")
 
 
 def test_chain_is_resumed_after_a_stop(in_process, tiny, tmp_path):
     """A driver that is killed is in tests/chaos."""
-    settings, out, stop = script(tmp_path, FAKE_CHAIN, tiny), tmp_path / "out", threading.Event()
+    settings, out, stop = script(tmp_path, CHAIN, tiny), tmp_path / "out", threading.Event()
     stopped = render(settings, tiny, OutputFolder(out), RenderOptions(stages=FAKES), listener=Events(stop.set), stop=stop)
     assert (stopped.failed, stopped.done + stopped.left) == (0, 3)
     assert stopped.left > 0
     report = render_lines(settings, tiny, out, stages=FAKES)
     assert (report.done, report.skipped, report.failed) == (stopped.left, stopped.done, 0)
-    render_lines(settings, tiny, tmp_path / "undisturbed", stages=FAKES)
-    assert digests(out) == digests(tmp_path / "undisturbed")
 
 
-def test_line_added_later_continues_a_finished_shot(in_process, tiny, tmp_path):
+def test_line_added_later_continues_a_finished_shot_and_only_another_last_frame_renders_it_again(in_process, tiny, tmp_path):
     out = tmp_path / "out"
-    assert render_lines(script(tmp_path, FAKE_CHAIN[:1], tiny), tiny, out, stages=FAKES).done == 1
+
+    def counts(*lines):
+        report = render_lines(script(tmp_path, lines, tiny), tiny, out, stages=FAKES)
+        return report.done, report.skipped, report.failed
+
+    a, b, _ = CHAIN
+    assert counts(a) == (1, 0, 0)
     assert not list(out.rglob("last_frame.png"))
-    report = render_lines(script(tmp_path, FAKE_CHAIN[:2], tiny), tiny, out, stages=FAKES)
-    assert (report.done, report.skipped, report.failed) == (1, 1, 0)
+    assert counts(a, b) == (1, 1, 0)
     last, start = (out / shot_path(id_) / name for id_, name in (("a", "last_frame.png"), ("b", "image.png")))
     np.testing.assert_array_equal(read_image(last), read_image(start))
     assert not (out / shot_path("b") / "last_frame.png").exists()
     # The second one passes no FLUX, but it starts from an image that FLUX has made.
     record = OutputFolder(out).find_by_id("b").record()
     assert [each.weights for each in record.licences] == ["builtin:tiny/flux", "builtin:tiny/svd"]
-    rows = rows_of(out)
-    assert rows.keys() == {"a", "b"}
-    assert all(row["status"] == "done" for row in rows.values())
+    assert {id_: row["status"] for id_, row in rows_of(out).items()} == {"a": "done", "b": "done"}
+    assert counts({**a, "upscale_video": True}, b) == (1, 1, 0)
+    assert counts({**a, "upscale_video": True, "num_frames": 3}, b) == (2, 0, 0)
 
 
-def test_only_another_last_frame_renders_the_shot_again(in_process, tiny, tmp_path):
-    def counts(**changes):
-        lines = [{**FAKE_CHAIN[0], **changes}, FAKE_CHAIN[1]]
-        report = render_lines(script(tmp_path, lines, tiny), tiny, tmp_path / "out", stages=FAKES)
-        return report.done, report.skipped, report.failed
-
-    assert counts() == (2, 0, 0)
-    assert counts(upscale_video=True) == (1, 1, 0)
-    assert counts(upscale_video=True, num_frames=3) == (2, 0, 0)
-
-
-def test_failed_shot_fails_those_that_continue_it(in_process, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", FINDS_FACES)
+def test_failed_shot_fails_those_that_continue_it(command, tiny, tmp_path):
     wall, out = tmp_path / "wall.png", tmp_path / "out"
     Image.fromarray(np.full((200, 200, 3), 128, np.uint8)).save(wall)
     lines = [
-        {**FAKE_CHAIN[0], "face_image": str(wall), "consent": SYNTHETIC},
-        *FAKE_CHAIN[1:],
+        {**CHAIN[0], "face_image": str(wall), "consent": SYNTHETIC},
+        *CHAIN[1:],
         {**SMALL, "id": "other", "prompt": "a boat"},
     ]
     report = render_lines(script(tmp_path, lines, tiny), tiny, out)
@@ -121,15 +100,14 @@ def test_failed_shot_fails_those_that_continue_it(in_process, tiny, tmp_path, mo
         assert rows[id_]["failure_message"].startswith("shot a failed: ")
         assert "no face found" in rows[id_]["failure_message"]
     Image.open(ASTRONAUT).save(wall)
-    assert main(["retry", str(out)]) == 0
+    assert command("retry", out)[0] == 0
     assert {row["status"] for row in rows_of(out).values()} == {"done"}
 
 
 @pytest.mark.parametrize(
     ("lines", "number", "message"),
     [
-        ([CHAIN[1]], 1, "continue_from: got 'a', must be the id of an earlier line"),
-        ([CHAIN[1], CHAIN[0]], 1, "must be the id of an earlier line"),
+        ([CHAIN[1], CHAIN[0]], 1, "continue_from: got 'a', must be the id of an earlier line"),
         ([{**CHAIN[0], "continue_from": "c"}, *CHAIN[1:]], 1, "must be the id of an earlier line"),
         ([{**CHAIN[0], "continue_from": "a"}], 1, "must name another shot"),
         ([CHAIN[0], {**CHAIN[1], "image": str(ASTRONAUT)}], 2, "must not be set together with image"),
@@ -168,17 +146,13 @@ def test_rows_of_a_data_set_are_refused(tiny, tmp_path):
     assert "continue_from: got 'a', must not be set in a data set" in str(second.errors[0])
 
 
-def continued(outputs):
-    return ContinuedShots(outputs, pytest.fail, pytest.fail)
-
-
 def line_of(number, **fields):
     shot = Shot(id=f"s{number}", prompt="a", seed=1, continue_from=f"s{number - 1}", **fields)
     return Line(number, {}, script="s.jsonl", script_line=number, shots=(shot,))
 
 
-def test_long_chain_fails_with_its_first_shot(tmp_path):
-    shots = continued(OutputFolder(tmp_path))
+def test_long_chain_fails_with_its_first_shot_and_an_object_store_is_refused(tmp_path):
+    shots = ContinuedShots(OutputFolder(tmp_path), pytest.fail, pytest.fail)
     shots.opened("s0")
     assert not [decided for number in range(1, 3000) for decided in shots.accept(line_of(number))]
     failed = shots.failed("s0", "no face")
@@ -186,36 +160,18 @@ def test_long_chain_fails_with_its_first_shot(tmp_path):
     (late,) = shots.accept(line_of(3000))
     assert {decided.result.message for decided in (*failed, late)} == {"shot s0 failed: no face"}
     assert len(shots) == 0
-
-
-def test_object_store_is_refused_before_rendering():
-    shots = continued(SimpleNamespace(storage=SimpleNamespace(local=None), url="s3://clips"))
-    shots.opened("s0")
-    (decided,) = shots.accept(line_of(1))
+    store = SimpleNamespace(storage=SimpleNamespace(local=None), url="s3://clips")
+    (decided,) = ContinuedShots(store, pytest.fail, pytest.fail).accept(line_of(1))
     assert "output folder s3://clips: must be a local folder" in decided.result.message
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
+def test_no_stage_changes_the_start_frame():
+    for fields in (
         {"mode": "fast", "lora": "builtin:tiny/lora.safetensors"},
-        {"lora": "builtin:tiny/lora.safetensors"},
         {"image_model": "klein"},
-        {"use_hunyuan_style": True},
         {"use_hunyuan_style": True, "style_model": "qwen-edit"},
         {"identity": "instantid-sdxl", "face_image": str(ASTRONAUT)},
-    ],
-)
-def test_no_stage_changes_the_start_frame(fields):
-    stages = stages_of(line_of(1, **fields).shot)
-    assert not [stage.name for stage in stages if "image" in stage.writes]
-    assert "svd" in [stage.name for stage in stages]
-
-
-def test_library_names_the_missing_shot(tiny, tmp_path):
-    with (
-        VideoGenerationPipeline(tiny, tmp_path) as pipeline,
-        pytest.raises(ScriptError, match="continue_from: got 'gone', must be the id of a finished shot"),
     ):
-        pipeline.generate_video("a", continue_from="gone")
+        stages = stages_of(line_of(1, **fields).shot)
+        assert not [stage.name for stage in stages if "image" in stage.writes]
+        assert "svd" in [stage.name for stage in stages]

@@ -23,7 +23,6 @@ from vidgen_ray.batch import line_planner, render_script
 from vidgen_ray.batch.director import BREAKER_FAILURES
 from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
-from vidgen_ray.engine import shot_runner
 from vidgen_ray.engine.actor_client import ActorCallFailed
 from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.engine import Engine, Window
@@ -51,17 +50,21 @@ class FaultyClient(FakeActorClient):
 
     outage_s = 0.0
     """Nothing can be written before this simulated time."""
+    unloadable = None
+    """Error of each load of weights."""
 
     def __init__(self, name, node, faults, outputs, committed):
         super().__init__(name, self.seconds, self.respond, node=node, load_s=1)
         self.faults, self.outputs, self.committed = faults, outputs, committed
-        self.open = {}
+
+    async def ready(self):
+        await super().ready()
+        if self.unloadable is None or "encoder" in self.name:
+            return None
+        return Failure(stage="loading", error="RuntimeError", message=self.unloadable, attempts=1, worker=self.name)
 
     def seconds(self, method, *args):
         return float(self.faults.exponential(20 if method == "write" else 2))
-
-    def send(self, method, *args):
-        """Ignore the call, since a fake actor has no state."""
 
     def permanent_failure(self, reason):
         return Failure(stage="health", error="Quarantined", message=reason, attempts=1, worker=self.name)
@@ -69,7 +72,7 @@ class FaultyClient(FakeActorClient):
     def failure(self, kind, **more):
         message = f"{kind.value}, at random"
         failure = Failure(stage="flux", error="RuntimeError", message=message, attempts=1, worker=self.name)
-        return CallResult(failure=failure, kind=kind, **more)
+        return CallResult(failure=failure, kind=kind, **more), None
 
     def fault(self, is_encoder):
         """Return a failed result, or raise what a crash, a timeout, a lost input or a bug raises."""
@@ -89,34 +92,20 @@ class FaultyClient(FakeActorClient):
                 kind = {"crash": Kind.ERROR, "shared crash": Kind.SHARED_CRASH, "not run": Kind.NOT_RUN}[crash]
                 raise ActorCallFailed("WorkerDied", "crashed", kind, self.location)
 
-    def respond(self, method, *args):
-        is_encoder = method in ("write", "begin", "add", "commit")
+    def respond(self, method, number, plan, *args):
+        is_encoder = method == "write"
         if is_encoder and asyncio.get_running_loop().time() < self.outage_s:
-            failed = self.failure(Kind.WRITE)
-            return failed if method in ("begin", "add") else (failed, None)
-        plan = None if is_encoder else args[1]
-        prompt = plan and plan.shot.prompt
-        if prompt in ("poison", "refused"):
-            failed = self.failure(Kind.ERROR if prompt == "poison" else Kind.INPUT)
-        else:
-            failed = self.fault(is_encoder) if self.faults.random() < FAULT else None
-        if failed is not None:
-            return failed if method in ("begin", "add") else (failed, None, None) if method == "run_clip" else (failed, None)
-        if method == "run_clip":
-            records = tuple(self.record(step) for step in plan.steps if step.stage in (*args[2], *args[3]))
-            return CallResult(records), None, "clip"
+            return self.failure(Kind.WRITE)
+        if not is_encoder and plan.shot.prompt in ("poison", "refused"):
+            return self.failure(Kind.ERROR if plan.shot.prompt == "poison" else Kind.INPUT)
+        if self.faults.random() < FAULT:
+            return self.fault(is_encoder)
         if not is_encoder:
-            return CallResult(tuple(self.record(step) for step in plan.steps if step.stage in args[2])), None
-        if method == "begin":
-            self.open[args[0]] = args[1]
-        if method in ("begin", "add"):
-            return CallResult()
-        plan, records = (args[1], args[3]) if method == "write" else (self.open.pop(args[0]), args[1])
+            return CallResult(tuple(self.record(step) for step in plan.steps if step.stage in args[0])), None
         with self.outputs.draft(plan) as draft:
-            names = ["image.png", *(["video.mp4"] if plan.shot.generate_video else [])]
-            for name in [*names, *(["hd.mp4"] if plan.shot.generate_video and plan.shot.upscale_video else [])]:
+            for name in ["image.png", *(["video.mp4"] if plan.shot.generate_video else [])]:
                 draft.path(name).write_bytes(name.encode())
-            record = draft.commit(records)
+            record = draft.commit(args[1])
         self.committed[plan.shot.id] += 1
         return CallResult(), record
 
@@ -132,7 +121,7 @@ def engine_class(faults, committed):
         def __init__(self, config, layout, observer, storage, more_slots, on_waiting):
             self._layout = layout
             self._workers = WorkerPool(config, layout, observer, storage)
-            self._runner = ShotRunner(config, self._workers, {"realesrgan": 4}, observer)
+            self._runner = ShotRunner(config, self._workers, {}, observer)
             self.window = Window(layout.window, float("inf"))
             self._outputs = config.outputs
 
@@ -156,7 +145,7 @@ def engine_class(faults, committed):
     return FaultyEngine
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def simulated(without_ray, monkeypatch):
     """Run in simulated time. No line is read by Ray Data."""
     monkeypatch.setattr(line_planner, "FIRST_LOOK_LINES", 100_000)
@@ -169,67 +158,47 @@ def simulated(without_ray, monkeypatch):
     monkeypatch.setattr(StoragePause, "problem", problem)
 
 
-@pytest.fixture(scope="module")
-def profile(tiny):
-    return profile_of_fakes(tiny, ("flux", "svd", "realesrgan"))
+@pytest.fixture
+def run_once(tiny, tmp_path, monkeypatch):
+    """Return a function that runs lines, and stops after some results. It returns the report or the error that stopped it."""
+    profile = profile_of_fakes(tiny, ("flux", "svd"))
+
+    def run(lines, faults, committed, stop_after, gpus="2x2x80GB", **options):
+        script = tmp_path / "s.jsonl"
+        script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        stop, events = threading.Event(), Events()
+
+        def count(row):
+            events.rows.append(row)
+            if len(events.rows) >= stop_after:
+                stop.set()
+
+        events.on_finished = count
+        monkeypatch.setattr(director_module, "Engine", engine_class(faults, committed))
+        options = RenderOptions(**{"cluster": parse_gpus(gpus), "cache": "none", "grace_s": 1e9, **options})
+        settings = ScriptSettings(script, profile_defaults={**profile.defaults, "upscale_video": False})
+        try:
+            return render(settings, profile, OutputFolder(tmp_path / gpus), options, listener=events, stop=stop)
+        except (SetupError, TooExpensive) as error:
+            # Too many failures in a row, or the maximum cost: the same command resumes.
+            return error
+
+    return run
 
 
-def random_script(faults, count):
-    """Return lines of all kinds: images, clips with and without upscaling, rejected lines, lines that always fail.
-
-    Of the last ones there are fewer than stop a run (`director.BREAKER_FAILURES`): a run that resumes begins with them.
-    """
-    kinds = [{}, {"upscale_video": False}, {"generate_video": False}, {"fps": 0}, {"id": "s-0"}, {"prompt": "poison"}]
-    for number in range(count):
-        kind = kinds[faults.choice(len(kinds), p=[0.22, 0.2, 0.5, 0.05, 0.022, 0.008])]
-        yield {"id": f"s-{number}", "prompt": "a ball", **kind}
-
-
-def run_once(script, profile, out, faults, committed, monkeypatch, gpus="2x2x80GB", **options):
-    """Run the script, and stop it after a random number of results. Return the report, or the error that stopped it."""
-    stop = threading.Event()
-    events = Events()
-    stop_after = int(faults.integers(1, 2000))
-
-    def count(row):
-        events.rows.append(row)
-        if len(events.rows) >= stop_after:
-            stop.set()
-
-    events.on_finished = count
-    monkeypatch.setattr(director_module, "Engine", engine_class(faults, committed))
-    # Clips in several chunks, or in one.
-    monkeypatch.setattr(shot_runner, "CHUNK_BYTES", int(faults.choice([1, 128 << 20])))
-    options = RenderOptions(**{"cluster": parse_gpus(gpus), "cache": "none", "grace_s": 1e9, **options})
-    try:
-        return render(
-            ScriptSettings(script, profile_defaults=profile.defaults),
-            profile,
-            OutputFolder(out),
-            options,
-            listener=events,
-            stop=stop,
-        )
-    except (SetupError, TooExpensive) as error:
-        # Too many failures in a row, or the maximum cost: the same command resumes.
-        return error
-
-
-def check(tmp_path, profile, monkeypatch, seed, count):
-    faults, committed = np.random.default_rng(seed), Counter()
-    lines = list(random_script(faults, count))
-    script, out = tmp_path / f"{seed}.jsonl", tmp_path / f"out-{seed}"
-    script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    runs = 0
-    while True:
-        runs += 1
-        assert runs < MAX_RUNS
-        report = run_once(script, profile, out, faults, committed, monkeypatch)
+def test_every_line_ends_once(run_once, tmp_path):
+    """Of the lines that always fail, there are fewer than stop a run: one that resumes begins with them."""
+    faults, committed, out, count = np.random.default_rng(0), Counter(), tmp_path / "2x2x80GB", 150
+    kinds = [{}, {"generate_video": False}, {"fps": 0}, {"id": "s-0"}, {"prompt": "poison"}]
+    chosen = (kinds[faults.choice(len(kinds), p=[0.42, 0.5, 0.05, 0.022, 0.008])] for _ in range(count))
+    lines = [{"id": f"s-{number}", "prompt": "a ball", **kind} for number, kind in enumerate(chosen)]
+    for _ in range(MAX_RUNS):
+        report = run_once(lines, faults, committed, stop_after=int(faults.integers(1, 200)))
         if not isinstance(report, SetupError):
             assert report.done + report.failed + report.skipped + report.left == count
             if not report.left:
                 break
-    rows = [row for row in read_manifest(out) if row.script == script.name]
+    rows = read_manifest(out)
     assert Counter(row.line for row in rows) == dict.fromkeys(range(1, count + 1), 1)
     by_line = {row.line: row for row in rows}
     assert {row.status for row in rows} <= {"done", "failed"}
@@ -239,46 +208,22 @@ def check(tmp_path, profile, monkeypatch, seed, count):
         if line["prompt"] == "poison" or line.get("fps") == 0 or (line["id"] == "s-0" and number > 1):
             assert by_line[number].status == "failed", line
     failures = [json.loads(text) for text in (out / "failures.jsonl").read_text().splitlines()]
-    assert sorted(failure["failure"]["line"] for failure in failures) == sorted(
-        row.line for row in rows if row.status == "failed"
-    )
+    failed = sorted(row.line for row in rows if row.status == "failed")
+    assert sorted(failure["failure"]["line"] for failure in failures) == failed
     assert not list(out.rglob(".tmp-*"))
-    return runs
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_every_line_ends_once(tmp_path, profile, monkeypatch, simulated, seed):
-    check(tmp_path, profile, monkeypatch, seed, 120)
-
-
-class Sound:
-    """Random faults of a run in which no call fails at random."""
-
-    def exponential(self, scale):
-        return scale
-
-    def integers(self, *limits):
-        return limits[-1]
-
-    def random(self):
-        return 1.0
-
-    def choice(self, values):
-        return values[-1]
 
 
 @pytest.fixture
-def run_prompts(tmp_path, profile, monkeypatch, simulated):
-    """Return a function that runs lines with these prompts.
+def run_prompts(run_once, tmp_path):
+    """Return a function that runs lines with these prompts, and no faults at random. `call_s`: seconds of every call.
 
     It returns the report or the error that stopped the run, and line -> status in the manifest.
     """
 
-    def run(prompts, gpus="1x80GB", **options):
-        script = tmp_path / "s.jsonl"
-        lines = ({"id": f"s-{n}", "prompt": prompt} for n, prompt in enumerate(prompts, start=1))
-        script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-        report = run_once(script, profile, tmp_path / gpus, Sound(), Counter(), monkeypatch, gpus=gpus, **options)
+    def run(prompts, gpus="1x80GB", call_s=None, **options):
+        lines = [{"id": f"s-{n}", "prompt": prompt} for n, prompt in enumerate(prompts, start=1)]
+        none = Mock(exponential=lambda scale: call_s or scale, random=lambda: 1.0)
+        report = run_once(lines, none, Counter(), float("inf"), gpus, **options)
         return report, {row.line: row.status for row in read_manifest(tmp_path / gpus)}
 
     return run
@@ -295,90 +240,82 @@ def test_run_stops_if_the_only_worker_is_sick_and_the_next_run_renders_its_lines
     assert statuses == dict.fromkeys(range(1, 22), "done")
 
 
-@pytest.mark.parametrize("gpus", ["1x80GB", "2x80GB"])
-def test_run_stops_if_nearly_all_shots_fail_on_every_gpu(run_prompts, gpus):
+def test_run_stops_if_no_worker_can_load_its_weights(run_prompts, monkeypatch):
+    monkeypatch.setattr(FaultyClient, "unloadable", "the weights are damaged")
+    error, statuses = run_prompts(["a ball"] * 3, "2x80GB")
+    assert isinstance(error, SetupError)
+    assert (str(error), statuses) == ("the weights are damaged", {})
+
+
+def test_run_stops_if_nearly_all_shots_fail_on_every_gpu(run_prompts):
     """The next run renders the lines that are left, also if those that have failed fail again."""
-    error, first = run_prompts(["poison"] * 60, gpus)
+    error, first = run_prompts(["poison"] * 60, "2x80GB")
     stopped = rf"stopped, because {BREAKER_FAILURES} of the last \d+ shots failed on every worker that was tried"
     assert re.match(rf"{stopped}, the last one in flux: error, at random", str(error))
     failed = dict.fromkeys(first, "failed")
     # Of the others, only one GPU was tried, or none.
     assert 0 < len(failed) < 60
     assert first == failed
-    report, second = run_prompts(["poison" if n in failed else "a ball" for n in range(1, 61)], gpus)
+    report, second = run_prompts(["poison" if n in failed else "a ball" for n in range(1, 61)], "2x80GB")
     assert (report.done, report.failed) == (60 - len(failed), len(failed))
     assert second == {**dict.fromkeys(range(1, 61), "done"), **failed}
 
 
-def test_line_that_fails_on_the_only_worker_is_final_when_another_one_succeeds(run_prompts):
-    report, statuses = run_prompts(["poison", *["a ball"] * 6, "poison"])
-    assert (report.done, report.failed) == (6, 2)
-    assert statuses == {1: "failed", 8: "failed", **dict.fromkeys(range(2, 8), "done")}
+@pytest.mark.parametrize(
+    ("prompts", "gpus", "counts", "quarantines"),
+    [
+        pytest.param(["poison", *["a ball"] * 6, "poison"], "1x80GB", (6, 2), None, id="another line succeeds"),
+        # No other worker can confirm their failures. The worker is reloaded three times, then continues with later lines.
+        pytest.param([*["poison"] * 10, *["a ball"] * 5], "1x80GB", (5, 10), MAX_QUARANTINES, id="wrong lines first"),
+        pytest.param(["poison" if n % 3 else "a ball" for n in range(25)], "2x80GB", (9, 16), None, id="most lines wrong"),
+        pytest.param(["refused"] * 30, "2x80GB", (0, 30), 0, id="wrong photos only"),
+    ],
+)
+def test_wrong_lines_keep_no_worker_from_the_rest(run_prompts, prompts, gpus, counts, quarantines):
+    report, _ = run_prompts(prompts, gpus)
+    assert (report.done, report.failed, report.left) == (*counts, 0)
+    assert quarantines in (None, len(report.quarantined))
 
 
-def test_wrong_lines_at_the_head_do_not_keep_a_single_gpu_from_the_rest(run_prompts):
-    """No other worker can confirm their failures. The worker is reloaded three times, then continues with later lines."""
-    report, _ = run_prompts([*["poison"] * 10, *["a ball"] * 5])
-    assert (report.done, report.failed, report.left) == (5, 10, 0)
-    assert len(report.quarantined) == MAX_QUARANTINES
-
-
-def test_workers_are_not_given_up_for_wrong_lines(run_prompts):
-    """Most lines are wrong, but too few for the circuit breaker. Both workers fail for each."""
-    report, _ = run_prompts(["poison" if n % 3 else "a ball" for n in range(25)], "2x80GB")
-    assert (report.done, report.failed, report.left) == (9, 16, 0)
-
-
-def test_run_waits_while_nothing_can_be_written(run_prompts, monkeypatch):
+def test_run_waits_while_nothing_can_be_written_and_stops_if_that_takes_too_long(run_prompts, monkeypatch):
+    monkeypatch.setattr(FaultyClient, "outage_s", 2000)
+    # Neither can the manifest.
+    with monkeypatch.context() as patch:
+        patch.setattr(ManifestWriter, "close", Mock(side_effect=OSError("gone")))
+        error, statuses = run_prompts(["a ball"] * 30)
+    assert re.match(r"stopped, because no file could be written to the output folder for 180\d s \(gone\)", str(error))
+    assert statuses == {}
     monkeypatch.setattr(FaultyClient, "outage_s", 1000)
     report, statuses = run_prompts(["a ball"] * 30)
     assert (report.done, report.failed, report.left, report.quarantined) == (30, 0, 0, ())
     assert set(statuses.values()) == {"done"}
 
 
-def test_run_stops_if_nothing_can_be_written_for_too_long(run_prompts, monkeypatch):
-    monkeypatch.setattr(FaultyClient, "outage_s", 2000)
-    # Neither can the manifest.
-    with monkeypatch.context() as patch:
-        patch.setattr(ManifestWriter, "close", Mock(side_effect=OSError("gone")))
-        error, statuses = run_prompts(["a ball"] * 3)
-    assert re.match(r"stopped, because no file could be written to the output folder for 180\d s \(gone\)", str(error))
-    assert statuses == {}
-    monkeypatch.setattr(FaultyClient, "outage_s", 0)
-    report, _ = run_prompts(["a ball"] * 3)
-    assert report.done == 3
-
-
-def test_script_of_wrong_photos_does_not_stop_the_run(run_prompts):
-    report, _ = run_prompts(["refused"] * 30, "2x80GB")
-    assert (report.failed, report.left, report.quarantined) == (30, 0, ())
-
-
 def test_run_stops_at_its_maximum_cost_and_the_next_run_resumes(run_prompts, tmp_path, monkeypatch):
-    """A second of the GPU costs 1. Each of 20 clips has 3 of them, and the encoder ends one every 10 seconds."""
+    """A second of the GPU costs 1. Each of 20 clips takes 5 of them, and has 2 in its record."""
     # Without the seconds that other tests have measured.
     monkeypatch.setattr(director_module, "load_calibration", lambda *_: {})
     out = tmp_path / "1x80GB"
 
-    def run(price, grace_s=40, max_cost=90):
-        result, _ = run_prompts(["a ball"] * 20, price=price, grace_s=grace_s, max_cost=max_cost)
+    def run(price, grace_s=40, max_cost=60):
+        result, _ = run_prompts(["a ball"] * 20, call_s=5, price=price, grace_s=grace_s, max_cost=max_cost)
         return result, json.loads((out / "run.json").read_text())
 
     # Without a grace period, the run uses all of the limit; the calls in progress are cancelled.
-    for grace_s, least, most in ((0, 90, 91), (40, 80, 90)):
+    for grace_s, least, most in ((0, 60, 61), (40, 25, 60)):
         error, written = run(3600, grace_s)
         assert isinstance(error, TooExpensive)
         assert least <= written["cost"] <= most
         assert 0 < written["done"] < 20 - written["skipped"]
         assert written["done"] + written["skipped"] + written["left"] == 20
-        stated = f"stopped by --max-cost 90.00: the run has cost {written['cost']:.2f} (in the currency of the price). "
+        stated = f"stopped by --max-cost 60.00: the run has cost {written['cost']:.2f} (in the currency of the price). "
         assert str(error).startswith(f"{stated}{written['left']} line")
         assert written["error"] == f"TooExpensive: {error}"
     assert run(3600)[0].left == 0
-    assert {(row.cost, row.currency) for row in read_manifest(out)} == {(3.0, None)}
+    assert {(row.cost, row.currency) for row in read_manifest(out)} == {(2.0, None)}
     run(7200)
-    assert {(row.last_run, row.cost) for row in read_manifest(out)} == {("reused", 3.0)}
+    assert {(row.last_run, row.cost) for row in read_manifest(out)} == {("reused", 2.0)}
     # The cost of a shot without a row is that at the price of the run that finds it.
     shutil.rmtree(out / "manifest")
     run(7200)
-    assert {(row.last_run, row.cost) for row in read_manifest(out)} == {("reused", 6.0)}
+    assert {(row.last_run, row.cost) for row in read_manifest(out)} == {("reused", 4.0)}

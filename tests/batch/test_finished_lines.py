@@ -3,6 +3,7 @@
 import pickle
 import random
 from collections import Counter
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,26 +16,18 @@ from vidgen_ray.script.lines import Line, ScriptIndex
 BLOCK = 20
 
 
-class FinishedIf:
-    """Stands for `FinishedShots`: a shot is finished if its prompt contains `finished`."""
-
-    def other_owner(self, shot_id, key, script):
-        return None
-
-    def find(self, plans, with_stages):
-        return [_done(plan) if "finished" in plan.shot.prompt else None for plan in plans]
-
-
-def _done(plan):
+def finished(plan):
+    """Return a finished shot if the prompt contains `finished`."""
     times = {"committed_at": None, "seconds": 1.0, "gpu_seconds": 1.0, "lora_loads": 0}
-    return DoneShot(plan.key, f"shots/{plan.shot.id}", seed=1, likeness=None, sha256={}, bytes={}, **times)
+    done = DoneShot(plan.key, f"shots/{plan.shot.id}", seed=1, likeness=None, sha256={}, bytes={}, **times)
+    return done if "finished" in plan.shot.prompt else None
 
 
 @pytest.fixture
 def planner(tiny, tmp_path):
     checker = LineChecker("s.jsonl", tmp_path, {**tiny.defaults, "upscale_video": False})
     planner = LinePlanner(checker, tiny, OutputFolder(tmp_path / "out"))
-    planner.finished = FinishedIf()
+    planner.finished = Mock(other_owner=lambda *_: None, find=lambda plans, _: map(finished, plans))
     return planner
 
 
@@ -71,20 +64,19 @@ def test_blocks_have_the_same_result_as_lines_one_by_one(planner):
         fields.append(line)
     expected = list(unique_shots(planner.plan(numbered(fields)), ScriptIndex()))
     shots = in_blocks(planner, numbered(fields))
+    names = [shot.line.id if shot.line.errors else shot.line.shot.id for shot in shots]
+    assert len(set(names)) == len(names)
     assert Counter("has the same id" in str(shot.line.errors) for shot in expected)[True] > 20
     assert Counter(isinstance(result, DoneShot) for shot in expected for result in shot.results)[True] > 100
     assert shots == expected
 
 
-@pytest.mark.parametrize("size", [1, BLOCK])
-def test_first_line_owns_its_id_even_if_it_is_not_finished(planner, size):
-    lines = numbered([{"id": "a", "prompt": "new"}, {"id": "a", "prompt": "finished"}])
-    shots = in_blocks(planner, lines, size=size)
-    assert [shot.line.shot.id for shot in shots[:1]] == ["a"]
-    assert str(shots[1].line.errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has the same id")
-
-
-def test_rejected_line_does_not_take_the_generated_name_from_a_later_line_that_has_it(planner):
+def test_first_line_with_an_id_owns_it(planner):
+    """Even if the second one is finished, or a rejected line would get it as a generated name."""
+    for size in (1, BLOCK):
+        lines = numbered([{"id": "a", "prompt": "new"}, {"id": "a", "prompt": "finished"}])
+        shots = in_blocks(planner, lines, size=size)
+        assert [shot.line.shot.id for shot in shots[:1]] == ["a"]
+        assert str(shots[1].line.errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has the same id")
     lines = numbered([{"prompt": "x", "fps": 0, "id": "?"}, {"id": "s-line-1", "prompt": "finished"}])
-    shots = in_blocks(planner, lines)
-    assert [shot.line.id for shot in shots] == ["s-line-1", "s-line-2"]
+    assert [shot.line.id for shot in in_blocks(planner, lines)] == ["s-line-1", "s-line-2"]

@@ -22,17 +22,11 @@ DASHBOARD = json.loads((Path(__file__).parents[2] / "docs" / "grafana" / "vidgen
 MONITORING = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
 EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
 SERIES = re.compile(r"\bray_vidgen_\w+")
-FUNCTIONS = {"sum", "avg", "rate", "increase", "round", "histogram_quantile"}
-KEYWORDS = {"by"}
 RUN_LABELS = {"profile": "tiny", "run": "film", "script": "s.jsonl", "team": "team", "submission_id": "job"}
-LABELS = {*RUN_LABELS, "le", *(label for spec in METRICS.values() for label in spec.labels)}
 
 
 def every_exported_name():
     return {series for name in METRICS for series in exported_names(name, METRICS[name])}
-
-
-# Dashboard and docs
 
 
 def test_every_metric_is_on_the_dashboard_and_in_the_docs():
@@ -43,19 +37,9 @@ def test_every_metric_is_on_the_dashboard_and_in_the_docs():
         assert spec.description in MONITORING
 
 
-def test_dashboard_queries_are_well_formed():
+def test_dashboard_queries_have_the_labels_and_rates_of_their_series():
     specs = {series: spec for name, spec in METRICS.items() for series in exported_names(name, spec)}
-    pairs = {")": "(", "]": "[", "}": "{"}
     for expression in EXPRESSIONS:
-        open_brackets = []
-        for sign in re.sub(r'"[^"]*"', '""', expression):
-            if sign in pairs.values():
-                open_brackets.append(sign)
-            elif sign in pairs:
-                assert open_brackets.pop() == pairs[sign], expression
-        assert not open_brackets, expression
-        bare = re.sub(r'"[^"]*"|\[\$__(rate_interval|range)\]', "", expression)
-        assert set(re.findall(r"[a-z_]+", SERIES.sub("", bare))) <= FUNCTIONS | KEYWORDS | LABELS, expression
         [series] = set(SERIES.findall(expression))
         # Grafana would plot the rate of a gauge or a raw counter without an error. Neither has a meaning.
         is_rate = bool(re.search(rf"(rate|increase)\({series}\b", expression))
@@ -64,9 +48,6 @@ def test_dashboard_queries_are_well_formed():
         used = [label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")]
         used += re.findall(r"(\w+)=~?\"", expression)
         assert set(used) <= labels, expression
-
-
-# Export by Ray
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +121,10 @@ def by_label(samples, label):
 
 
 def is_complete(exported):
-    """Return whether all metrics are exported with the values that the run has recorded. Reports come one after another."""
+    """Return whether all metrics are exported with the labels and values of the run. Reports come one after another."""
     return (
         every_exported_name() <= exported.keys()
+        and all({*spec.labels} <= {*exported[exported_names(name, spec)[0]][0].labels} for name, spec in METRICS.items())
         and {name: exported[name][0].value for name in FIGURES} == FIGURES
         and by_label(exported["ray_vidgen_shots_total"], "status") == {"done": 1, "failed": 1}
         and by_label(exported["ray_vidgen_step_failures_total"], "error") == ERRORS
@@ -157,6 +139,3 @@ def test_ray_exports_every_metric_under_its_documented_name(metrics_address):
         assert time.monotonic() < deadline, {name: exported[name] for name in exported if "vidgen" in name}
         time.sleep(0.2)  # polls: the metrics agent does not send events
     assert {name for name in exported if "vidgen" in name} == every_exported_name()
-    for name, spec in METRICS.items():
-        for sample in exported[exported_names(name, METRICS[name])[0]]:
-            assert set(spec.labels) <= set(sample.labels), name

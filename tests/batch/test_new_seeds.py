@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 
-from tests.batch.test_continued_shots import SMALL, rows_of
+from tests.batch.test_batch import rows_of, write_lines
+from tests.batch.test_continued_shots import SMALL
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES
 from vidgen_ray.batch import run_options
@@ -37,7 +38,7 @@ def run(in_process, tmp_path, monkeypatch, capsys):
     script, out = tmp_path / "s.jsonl", tmp_path / "out"
 
     def call(*arguments, lines=LINES):
-        script.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(script, lines)
         of_script = [str(script), "-o", str(out), "-p", "tiny"] if arguments == ("render",) else [str(out)]
         code = main([arguments[0], *of_script, *arguments[1:]])
         printed = capsys.readouterr()

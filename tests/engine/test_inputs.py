@@ -24,20 +24,11 @@ from vidgen_ray.stages.base import Artefacts, Item
 from vidgen_ray.stages.flux_model import FluxModel
 from vidgen_ray.weights import resolve
 
-SMALL = {
-    "consent": SYNTHETIC,
-    "id": "s",
-    "prompt": "a",
-    "seed": 7,
-    "width": 64,
-    "height": 64,
-    "num_frames": 2,
-    "upscale_video": False,
-}
+SMALL = {"id": "s", "prompt": "a", "seed": 7, "width": 64, "height": 64, "num_frames": 2, "upscale_video": False}
 
 
 def plan_of(profile, **fields):
-    shot = check_shot({**SMALL, **fields}, "test", profile.defaults)
+    shot = check_shot({**SMALL, "consent": SYNTHETIC, **fields}, "test", profile.defaults)
     return ShotPlanner(params_of(profile, stages_of(shot)), profile.encode)(shot)
 
 
