@@ -54,6 +54,9 @@ class Sleeper:
     def crash(self):
         os._exit(1)
 
+    def cancel(self, number):
+        """Take no notice."""
+
 
 def error_of(call):
     with pytest.raises(ray.exceptions.RayActorError) as raised:
@@ -143,92 +146,33 @@ def test_load_that_hangs_ends_its_process(cluster, tmp_path, monkeypatch, growth
     ray.kill(actor)
 
 
-def test_crash_on_a_live_node_is_a_crash(cluster):
+def test_cause_of_a_crash(cluster, tmp_path):
     async def scenario(client):
         failed = await failure_of(client.call("crash", stage="flux", timeout_s=60))
         assert (failed.error, failed.kind) == ("WorkerDied", Kind.ERROR)
         assert await asyncio.wait_for(client.ready(), TIMEOUT_S) is None
         assert not client.has_moved
-
-    run(scenario)
-
-
-def test_crash_with_several_calls_makes_each_a_suspect(cluster, tmp_path):
-    async def scenario(client):
+        # Of several calls, each may be the cause.
         sleeping = asyncio.ensure_future(client.call("sleep", tmp_path / "started", stage="flux", timeout_s=60))
         await asyncio.to_thread(wait_for, tmp_path / "started")
         crashing = client.call("crash", stage="flux", timeout_s=60)
         failures = await asyncio.gather(failure_of(sleeping), failure_of(crashing))
         assert [failed.kind for failed in failures] == [Kind.SHARED_CRASH, Kind.SHARED_CRASH]
-
-    run(scenario)
-
-
-def test_call_sent_to_a_process_that_is_being_killed_does_not_count(cluster, tmp_path):
-    async def scenario(client):
+        assert await asyncio.wait_for(client.ready(), TIMEOUT_S) is None
+        # A call to a process that is being killed does not count.
         client.restart()
         failed = await failure_of(client.call("sleep", tmp_path / "started", stage="flux", timeout_s=60))
         assert failed.kind is Kind.NOT_RUN
         assert await asyncio.wait_for(client.ready(), TIMEOUT_S) is None
         assert not client.has_moved
-        failed = await failure_of(client.call("crash", stage="flux", timeout_s=60))
-        assert failed.kind is Kind.ERROR
-
-    run(scenario)
-
-
-def test_timeout_restarts_the_process(cluster, tmp_path):
-    async def scenario(client):
-        before = client.place
-        sleeping = asyncio.ensure_future(client.call("sleep", tmp_path / "started", stage="flux", timeout_s=0.5))
-        failed = await failure_of(sleeping)
-        assert (failed.error, failed.kind) == ("TimedOut", Kind.ERROR)
-        assert await client.ready() is None
-        assert client.place.pid != before.pid
-
-    run(scenario)
-
-
-def test_frozen_process_is_silent_and_its_running_call_is_the_cause(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(actor_client, "SILENT_S", 2.0)
-
-    async def scenario(client):
-        sleeping = asyncio.ensure_future(client.call("sleep", tmp_path / "started", stage="flux", timeout_s=600))
-        await asyncio.to_thread(wait_for, tmp_path / "started")
-        assert await client.ping() is Ping.UP
-        os.kill(client.place.pid, signal.SIGSTOP)
-        assert await client.ping() is Ping.SILENT
-        client.restart(blame_running=True)
-        assert (await failure_of(sleeping)).kind is Kind.ERROR
-        assert await client.ready() is None
-        assert await client.ping() is Ping.UP
-
-    run(scenario)
-
-
-def test_process_that_is_frozen_while_it_starts_is_killed(cluster, monkeypatch):
-    monkeypatch.setattr(actor_client, "LOAD_CHECK_S", 0.5)
-    monkeypatch.setattr(actor_client, "LOAD_SILENCE_S", 1.0)
-
-    async def scenario(client):
-        os.kill(client.place.pid, signal.SIGSTOP)
-        starting = ActorClient(client._actor, "starting")
-        assert await starting.ready() is None
-        assert starting.place.pid != client.place.pid
-
-    run(scenario)
-
-
-def test_ping_finds_an_idle_process_that_has_crashed(cluster):
-    async def scenario(client):
         os.kill(client.place.pid, signal.SIGKILL)
-        assert await client.ping() is Ping.DOWN
+        assert await client.ping() is Ping.DOWN, "an idle process"
 
     run(scenario)
 
 
-def test_late_response_counts_if_the_driver_was_stopped(cluster, monkeypatch):
-    """Its timeouts end before it can read the responses that came meanwhile."""
+def test_timeout_and_an_ignored_cancellation_restart_the_process_unless_the_driver_was_stopped(cluster, tmp_path, monkeypatch):
+    """A timeout then ends before the driver can read the responses that came meanwhile."""
 
     async def scenario(client):
         with monkeypatch.context() as patch:
@@ -237,6 +181,40 @@ def test_late_response_counts_if_the_driver_was_stopped(cluster, monkeypatch):
             await asyncio.sleep(0)
             time.sleep(2)  # the driver is stopped while the call ends
             assert await call == "rested"
+        before = client.place
+        sleeping = asyncio.ensure_future(client.call("sleep", tmp_path / "started", stage="flux", timeout_s=0.5))
+        failed = await failure_of(sleeping)
+        assert (failed.error, failed.kind) == ("TimedOut", Kind.ERROR)
+        assert await client.ready() is None
+        assert client.place.pid != before.pid
+        monkeypatch.setattr(actor_client, "CANCEL_S", 0.5)
+        cancelled = asyncio.ensure_future(client.call("sleep", tmp_path / "number", stage="flux", timeout_s=600))
+        await asyncio.to_thread(wait_for, tmp_path / "number")
+        client.cancel(tmp_path / "number")
+        assert (await failure_of(cancelled)).error == "TimedOut"
+
+    run(scenario)
+
+
+def test_frozen_process_is_silent_or_killed_while_it_starts(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(actor_client, "SILENT_S", 2.0)
+    monkeypatch.setattr(actor_client, "LOAD_CHECK_S", 0.5)
+    monkeypatch.setattr(actor_client, "LOAD_SILENCE_S", 1.0)
+
+    async def scenario(client):
+        sleeping = asyncio.ensure_future(client.call("sleep", tmp_path / "started", stage="flux", timeout_s=600))
+        await asyncio.to_thread(wait_for, tmp_path / "started")
+        assert await client.ping() is Ping.UP
+        os.kill(client.place.pid, signal.SIGSTOP)
+        assert await client.ping() is Ping.SILENT
+        client.restart(blame_running=True)
+        assert (await failure_of(sleeping)).kind is Kind.ERROR, "its running call is the cause"
+        assert await client.ready() is None
+        assert await client.ping() is Ping.UP
+        os.kill(client.place.pid, signal.SIGSTOP)
+        starting = ActorClient(client._actor, "starting")
+        assert await starting.ready() is None
+        assert starting.place.pid != client.place.pid
 
     run(scenario)
 
