@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from resource import RLIM_INFINITY
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,7 @@ CASES = [
     (checks.check_driver(False, "13.0", lambda: H100, [HERE]), "warn", "driver 580 or newer", "update it"),
     (checks.check_driver(True, "13.0", lambda: H100, [NOWHERE]), "fail", "no GPU: none of /nowhere", "driver 580 or newer;"),
     (checks.check_driver(False, None, lambda: None, [NOWHERE]), "pass", "this profile needs none", None),
+    (checks.check_driver(True, "13.0", lambda: None, [HERE]), "fail", "nvidia-smi shows no GPU", "nvidia-smi"),
     (checks.check_torch(True, torch()), "pass", "CUDA 12.8, 1 GPUs", None),
     (checks.check_torch(True, torch(cuda=None)), "fail", "built for the CPU", "pip install"),
     (checks.check_torch(True, torch(gpus=0)), "fail", "finds no GPU", "driver 525 or newer"),
@@ -59,23 +61,28 @@ CASES = [
     (checks.check_torch(True, torch(archs=["sm_90"], capability=(8, 9))), "fail", "only sm_90", "torch release"),
     (checks.check_onnxruntime({"onnxruntime": "99.0", "onnxruntime-gpu": "1.31.1"}), "pass", "onnxruntime-gpu 1.31.1", None),
     (checks.check_onnxruntime({"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}), "fail", "are both installed", "pip"),
+    (checks.check_onnxruntime({"onnxruntime": "1.32.0"}), "fail", "not installed", "pip uninstall -y onnxruntime"),
     (checks.check_provider("cuda", failing_session), "fail", "asks for CUDAExecutionProvider", "pip uninstall"),
     (checks.check_cuda_pair("cuda", "13.0", "12.8"), "fail", "torch for CUDA 12.8", "device: cpu"),
     (checks.check_cuda_pair("cuda", None, "12.8"), "warn", "CUDA unknown", "by hand"),
     (checks.check_video(True, ["libx264"]), "pass", "libx264, decord", None),
+    (checks.check_video(False, ["libx264"]), "pass", "without decord PyAV decodes", None),
     (checks.check_video(True, ["mpeg4"]), "fail", "no libx264", "pip install"),
     (checks.check_disk(HERE, usage=disk(1000, 200)), "pass", "200 GB free of 1000 GB", None),
     (checks.check_disk(HERE, usage=disk(1000, 19)), "warn", "19 GB free", "free 20 GB"),
+    (checks.check_disk(HERE, usage=disk(10_000, 400)), "warn", "400 GB free", "free 20 GB"),
     (checks.check_disk(NOWHERE / "a", usage=disk(1000, 0.5)), "fail", "/nowhere/a", "free some space on the disk of /"),
     (checks.check_shared_memory(HERE.parent, disk(64, 64)), "pass", "59.6 GB", None),
     (checks.check_shared_memory(HERE.parent, disk(0.064, 0.064)), "warn", "0.1 GB", "--shm-size=8g"),
     (checks.check_shared_memory(NOWHERE), "warn", "no /nowhere", "tmpfs"),
     (checks.check_open_files((65_536, 65_536)), "pass", "65,536 open files", None),
+    (checks.check_open_files((RLIM_INFINITY, RLIM_INFINITY)), "pass", "unlimited open files", None),
     (checks.check_open_files((1024, 4096)), "warn", "1,024 open files, at most 4,096", "ulimit -n 65536"),
     (checks.check_plan(GPU_24GB, machine(23.6), None), "pass", "can render clips of 25 frames and 4096x2304 pixels", None),
     (checks.check_plan(GPU_80GB, machine(23.6), None), "fail", "the largest GPU has 23.6", "use a profile for this GPU"),
     (checks.check_plan(GPU_24GB, machine(23.6), 30), "fail", "the nodes have 30 GB", "docker run --memory"),
     (checks.check_ray_version("2.9.3"), "fail", "Ray 2.9.3", "pip install"),
+    (checks.check_ray_version("3.0.0.dev0"), "pass", "Ray 3.0.0.dev0", None),
     (checks.check_ray_token({"RAY_AUTH_MODE": "disabled"}), "warn", "anyone who reaches", "RAY_AUTH_MODE=token"),
     (checks.check_ray_token({}, NOWHERE), "pass", "no token", None),
     (checks.check_ray_token({"RAY_AUTH_MODE": "token"}, NOWHERE), "fail", "but no /nowhere", "ray get-auth-token --generate"),
@@ -166,9 +173,11 @@ def test_doctor_prints_findings_and_exits_with_4_if_weights_are_missing(capsys):
     missing = [finding for finding in report["findings"] if finding["check"] == "weights" and finding["status"] == "fail"]
     assert [finding["fix"] for finding in missing] == ["vidgen models pull gpu-80gb"] * 5
     assert report["failed"] >= len(missing)
+    assert any("not here, and not needed by the default chain" in finding["text"] for finding in report["findings"])
     assert main(["doctor", "-p", "tiny"]) in (0, 4)
     out = capsys.readouterr().out
     assert "builtin:tiny/flux: built in" in out
+    assert "sessions run on CPUExecutionProvider" in out
     counts, summary = out.strip().splitlines()[-2:]
     assert counts.endswith("passed")
     assert summary.startswith("This machine can render clips of 8 frames and 256x128 pixels with tiny, at ")

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +53,26 @@ def lines(*fields, name="s.jsonl"):
     return text(name, "".join(json.dumps(each) + "\n" for each in fields))
 
 
+def zstd(content):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
 LINE = b'{"prompt": "a ball", "seed": 7}\n'
 MOMENT = datetime(2024, 5, 1, 12, tzinfo=UTC)
+MAP = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))
 # Name, file, expected fields of the first shot.
 USED = [
     ("integer ids", table(prompt=["a", "b"], id=[1, 2]), {"id": "1"}),
     ("ids of pandas with gaps", table(prompt=["a", "b"], id=[1.0, None]), {"id": "1"}),
     ("timestamp", table(prompt=["a"], **{"metadata.t": [MOMENT]}), {"metadata": {"t": "2024-05-01T12:00:00+00:00"}}),
+    ("decimal", table(prompt=["a"], **{"metadata.d": [Decimal("1.50")]}), {"metadata": {"d": "1.50"}}),
+    ("metadata as map", table(prompt=["a"], metadata=MAP), {"metadata": {"a": 1}}),
+    ("index of pandas", table(prompt=["a", "b"], seed=[1.0, float("nan")], __index_level_0__=[0, 1]), {"seed": 1}),
+    ("Zstandard", text("s.csv.zst", zstd(b"prompt,seed\na,7\n")), {"seed": 7}),
+    ("whole floats", text("s.jsonl", '{"prompt": "a", "fps": 24.0, "seed": 1e3}\n'), {"fps": 24, "seed": 1000}),
     ("bytes in metadata", table(prompt=["a"], metadata=[{"b": b"ab"}]), {"metadata": {"b": "YWI="}}),
     ("NaN in a struct", table(prompt=["a"], metadata=[{"a": float("nan"), "b": 1}]), {"metadata": {"b": 1}}),
     ("metadata as JSON text", table(prompt=["a"], metadata=['{"a": 1}']), {"metadata": {"a": 1}}),

@@ -10,7 +10,7 @@ from rich.console import Console, Group
 
 from vidgen_ray.batch.progress import CONNECTING, FIRST_SHOTS, LOADING, PLANNING, ProgressTracker, Throughput, eta_range
 from vidgen_ray.cli import progress_display
-from vidgen_ray.cli.progress_display import LineDisplay, RunView, TerminalDisplay
+from vidgen_ray.cli.progress_display import LineDisplay, RunView, TerminalDisplay, run_view
 from vidgen_ray.engine.status import Snapshot, StageStatus
 from vidgen_ray.outputs.manifest import ManifestRow
 
@@ -169,6 +169,14 @@ def test_terminal_view_shows_phases_and_estimates_and_ends_without_one(clock):
     assert "failed s.jsonl line 1 poison in svd: it broke" in printed()
     assert "10/40" in frame()
     assert not any(text in frame() for text in ("left", "in progress", "svd"))
+
+
+def test_run_view_prints_lines_to_stderr(capsys):
+    with run_view() as view:
+        view.on_lines(1, 0, 0, complete=True)
+        view.on_finished(row("ball"))
+    printed = capsys.readouterr()
+    assert ("1/1 done ball" in printed.err, printed.out) == (True, "")
 
 
 def test_events_are_handled_one_at_a_time(clock):

@@ -17,7 +17,7 @@ from scipy import stats
 from tests.browser import browser_page
 from tests.dataset.conftest import digest_of, done_shot, make_folder, moving, write_scores
 from vidgen_ray.cli import main
-from vidgen_ray.dataset.compare import compare, interval
+from vidgen_ray.dataset.compare import MAX_GROUPS, compare, interval
 from vidgen_ray.errors import UsageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow, read_manifest
@@ -85,6 +85,10 @@ def test_interval_is_that_of_scipy_at_the_widened_level() -> None:
     assert interval(values, np.ones(12)) == pytest.approx(tuple(reference), abs=0.05 * (reference.high - reference.low))
     # The values of a prompt are drawn together.
     assert interval(4 * values, np.full(12, 4.0)) == pytest.approx(interval(values, np.ones(12)))
+    # Many prompts are drawn in blocks, of which 500 may err by 10%.
+    values = np.random.default_rng(2).normal(size=20 * MAX_GROUPS)
+    low, high = interval(values, np.ones(len(values)))
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(len(values)), rel=0.1)
 
 
 def test_choices_are_factors_and_prompts_of_a_line_belong_together(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 from contextlib import suppress
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import psutil
 import pytest
@@ -192,7 +193,8 @@ def score_here(outputs, chosen):
 def test_near_duplicates_are_neighbours(tmp_path):
     frames = moving(4, seed=1, size=SIZE)
     noisy = (frames + np.random.default_rng(0).normal(0, 6, frames.shape)).clip(0, 255).astype(np.uint8)
-    folder = [*clips(3), ({"id": "noisy"}, noisy), ({"id": "same"}, moving(4, seed=2, size=SIZE))]
+    large = np.stack([cv2.resize(frame, (256, 128), interpolation=cv2.INTER_CUBIC) for frame in moving(4, size=SIZE)])
+    folder = [*clips(4), ({"id": "noisy"}, noisy), ({"id": "same"}, moving(4, seed=2, size=SIZE)), ({"id": "large"}, large)]
     outputs = make_folder(tmp_path / "out", folder)
     found = score_here(outputs, choose_scorers((HashScorer,), (), (), None))
     module.write_neighbours(outputs.storage, found)
@@ -200,7 +202,8 @@ def test_near_duplicates_are_neighbours(tmp_path):
     assert (neighbours["clip-1"][0], neighbours["noisy"][0]) == ("noisy", "clip-1")
     assert neighbours["noisy"][1] <= 6
     assert neighbours["clip-2"] == ("same", 0)
-    assert neighbours["clip-0"][1] > 60
+    assert (neighbours["clip-0"][0], neighbours["clip-0"][1] <= 6) == ("large", True)
+    assert neighbours["clip-3"][1] > 60
     file = outputs.root / module.NEIGHBOURS_FILE
     written = file.stat().st_mtime_ns
     module.write_neighbours(outputs.storage, found)

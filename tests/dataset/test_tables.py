@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from tests.dataset.conftest import digest_of, done_shot, write_scores
 from vidgen_ray.cli import main
 from vidgen_ray.dataset.tables import open_tables, run_query, select_ids
-from vidgen_ray.errors import UsageError
+from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
@@ -88,6 +89,14 @@ def test_sql_errors_name_the_columns(folder: Path, capsys: pytest.CaptureFixture
         assert "Traceback" not in message
     assert main(["query", str(folder), " "]) == UsageError.exit_code
     assert "must be a query" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    for name in ("tables", "dataset_commands"):
+        monkeypatch.delitem(sys.modules, f"vidgen_ray.dataset.{name}", raising=False)
+    assert main(["query", str(folder), "SELECT 1"]) == SetupError.exit_code
+    assert "pip install 'vidgen-ray[dataset]'" in capsys.readouterr().err
 
 
 def test_query_prints_csv_and_json_and_writes_parquet(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

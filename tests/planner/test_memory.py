@@ -148,6 +148,25 @@ def with_flux_options(**options):
     return actor_memory(Profile(name="own", about="x", actors=actors), [STAGE_BY_NAME["flux"]], [draft], 80)
 
 
+def test_what_a_shot_uses_is_planned():
+    profile, table = load_profile("gpu-80gb"), load_table().weights
+    flux, klein, rife = (STAGE_BY_NAME[name] for name in ("flux", "klein", "rife"))
+    with_face, without = (actor_memory(profile, [flux], [Shot(**fields)], 80) for fields in (FACE, {"prompt": "a"}))
+    infusenet_gb = (table["infusenet/net"] + table["infusenet/resampler"]) / GB
+    assert with_face.weights_gb - without.weights_gb == pytest.approx(infusenet_gb)
+    # Photos are tokens.
+    params = load_profile("open").options_of(klein)
+    peaks = [
+        klein.memory(params, Shot(prompt="a", identity="reference", face_image=("a.png",) * n, width=1536, height=1536)).peak
+        for n in (1, 30)
+    ]
+    assert peaks[0] < peaks[1]
+    # RIFE pads frames to larger multiples when it estimates motion at a lower resolution. Such steps are left out.
+    for width, height, scales in ((2048, 1024, [1, 0.5, 0.25]), (1024, 576, [1, 0.5]), (640, 384, [1])):
+        shot = Shot(prompt="a", interpolation=2, width=width, height=height)
+        assert [lower.flow_scale for lower in rife.lower_memory_steps(profile.options_of(rife), shot)] == scales
+
+
 def test_options_of_flux_are_planned():
     plain, cache = with_flux_options(), with_flux_options(step_cache_threshold=0.06)
     assert plain.peak_gb < cache.peak_gb < plain.peak_gb + 0.1

@@ -81,6 +81,15 @@ def test_fused_layout_if_all_stages_fit_on_one_gpu_otherwise_an_efficient_hybrid
             assert all(slot.workers[0].gpus == 1 and len(slot.workers) == 1 for slot in planned.layout.slots), gpus
 
 
+def test_one_cluster_runs_three_video_models():
+    models = {"svd": {}, "wan": {"num_frames": "auto"}, "ltx": {"num_frames": "auto"}}
+    shots = [Shot(prompt="a", image="start.png", video_model=name, **fields) for name, fields in models.items()] * 200
+    planned = plan(load_profile("gpu-48gb"), demand_of(shots), parse_gpus("8x48GB"))
+    assert {stage for worker in planned.layout.workers for stage in worker.stages} == {"svd", "wan", "ltx", "realesrgan"}
+    # 81 frames with 40 steps of a model of 14 billion parameters take most of the time.
+    assert max(planned.stage_seconds, key=planned.stage_seconds.get) == "wan"
+
+
 WAN_CLIP = Shot(prompt="a", image="start.png", video_model="wan", num_frames=81, upscale_video=False)
 
 
@@ -570,6 +579,18 @@ def test_scheduler_reaches_the_planned_rate():
         assert bool(simulated.swaps) == any(worker.swap_groups for worker in planned.layout.workers), gpus
         rate = 3600 * WITHOUT_STYLE.shots / simulated.makespan_s
         assert 0.95 * planned.shots_per_hour < rate < 1.01 * planned.shots_per_hour, gpus
+
+
+def test_gpu_is_busy_while_a_cpu_actor_works(monkeypatch):
+    """A GPU that waited for the CPU actor would be busy 90% of the time."""
+    monkeypatch.setitem(SECONDS, "instantid", 3.0)
+    face = ActorProfile(weights="w", memory_gb=0.7, seconds={"instantid": 3.0})
+    profile = simulated_profile()
+    profile = profile.model_copy(update={"actors": {**profile.actors, "instantid": face}})
+    planned = plan(profile, WITHOUT_STYLE, parse_gpus("2x80GB"))
+    simulated = Simulation(planned.layout.workers, WITHOUT_STYLE.shots, loras=1).run()
+    busy_s = WITHOUT_STYLE.shots * (sum(SECONDS.values()) - 3.0)
+    assert busy_s / (2 * simulated.makespan_s) > 0.97
 
 
 def slot(*stages, memory_gb):

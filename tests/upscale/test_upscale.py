@@ -199,6 +199,8 @@ def test_frames_of_the_source_stay_at_their_times_and_the_others_lie_between(tmp
     assert report.frames == len(frames) == 16
     assert times == [Fraction(n, 24) for n in range(16)]
     assert packets(tmp_path / "out.mp4", "audio") == packets(video, "audio")
+    with pytest.raises(MediaError, match="has 12 frames per second, more than 10; frames would be dropped"):
+        upscale(video, tmp_path / "fewer.mp4", fps=Fraction(10))
     upscale(video, tmp_path / "plain.mp4", encode=lossless)
     plain, _ = decoded(tmp_path / "plain.mp4")
     for number in range(8):
