@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from vidgen_ray.engine.oom_fallback import is_out_of_memory
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.step_runner import ForeignArtefacts, StepFailed, WrongResult
 from vidgen_ray.errors import OtherWeights, OutOfMemory, VidgenError, WriteError
-from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length, durations, is_chunked
+from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length, is_chunked
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.outputs.storage import is_disk_full
 from vidgen_ray.planner.layout import WorkerSpec
@@ -187,22 +187,20 @@ FLOOR_S, FACTOR = 600.0, 10.0
 
 
 class Durations:
-    """Seconds of the last calls of each stage, relative to the cost of their shots."""
+    """Seconds of the last calls of each stage, relative to the costs of their shots: stage -> cost, see `graph.durations`."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT_CALLS))
         """Stage -> seconds of the reference shot."""
 
-    def add(self, shot: Shot, records: Sequence[StepRecord], share: float = 1.0) -> None:
+    def add(self, costs: Mapping[str, float], records: Sequence[StepRecord], share: float = 1.0) -> None:
         """Add the seconds of a call. `share`: of the clip that it worked on."""
-        costs = durations(shot, (record.stage for record in records))
         for record in records:
             if costs[record.stage] and not record.cached:
                 self._seconds[record.stage].append(record.seconds / (costs[record.stage] * share))
 
-    def expected_s(self, shot: Shot, stages: Collection[str], share: float = 1.0) -> float:
-        """Return the expected seconds of a call. Infinite if a stage was not measured yet."""
-        costs = durations(shot, stages)
+    def expected_s(self, costs: Mapping[str, float], share: float = 1.0) -> float:
+        """Return the expected seconds of a call of these stages. Infinite if a stage was not measured yet."""
         return sum(self._usual_s(stage) * cost * share for stage, cost in costs.items() if cost)
 
     def _usual_s(self, stage: str) -> float:

@@ -38,7 +38,7 @@ from vidgen_ray.engine.slow_calls import SlowCalls
 from vidgen_ray.engine.status import Attempt, EngineObserver, Progress, StageStatus
 from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.supervisor import Supervisor
-from vidgen_ray.graph import STAGE_BY_NAME, STAGES, max_loras
+from vidgen_ray.graph import STAGE_BY_NAME, STAGES, durations, max_loras
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import Layout, WorkerSpec
 
@@ -210,7 +210,8 @@ class WorkerPool:
 
         Otherwise as `run`.
         """
-        expected_s = partial(self._durations.expected_s, plan.shot, stages, share)
+        costs = durations(plan.shot, stages)
+        expected_s = partial(self._durations.expected_s, costs, share)
 
         async def call(client: ActorClient, number: int) -> tuple[Any, ...]:
             result, *output = await client.call(
@@ -231,7 +232,7 @@ class WorkerPool:
                     stage=requested.stage, error="WrongResult", message=message, attempts=1, worker=client.location
                 )
                 result = CallResult(failure=failure)
-            self._durations.add(plan.shot, result.records, share)
+            self._durations.add(costs, result.records, share)
             return result, *output
 
         (result, artefacts, *clip), worker = await self.run(requested, call, on_progress, expected_s)
@@ -484,7 +485,7 @@ class WorkerPool:
     async def _repeat(self, worker: WorkerState, call: MadeCall, others: Sequence[Any]) -> Repeated | None:
         """Repeat a call on this worker, and compare the output with others. `None` if that fails."""
         stages = call.steps
-        expected_s = partial(self._durations.expected_s, call.plan.shot, stages)
+        expected_s = partial(self._durations.expected_s, durations(call.plan.shot, stages))
 
         async def session(client: ActorClient, number: int) -> tuple[Any, ...]:
             args = call.plan, stages, call.inputs, *others
@@ -618,7 +619,7 @@ class WorkerPool:
         return {stage: self._status(stage) for stage in stages}, gpus_busy
 
     def _status(self, stage: str) -> StageStatus:
-        workers = sum(worker.live and stage in worker.spec.stages for worker in self._clients)
+        workers = sum(worker.live for worker in self._scheduler.holders(stage))
         running = [sample[stage] for sample in self._running]
         busy = sum(running) / len(running) / workers if workers else 0.0
         return StageStatus(self._scheduler.queued(stage), running[-1], workers, min(1.0, busy))
