@@ -89,7 +89,7 @@ def test_assistant_creates_waits_and_downloads(server, command, tmp_path):
     assert any("in_progress" in message and "flux" in message for _, _, message in progress)
 
 
-def test_assistant_creates_an_image_of_a_character(server, mcp_server):
+def test_assistant_creates_an_image_of_a_character_and_cancels_a_video(server, mcp_server):
     async def scenario():
         async with Client(mcp_server) as client:
             made = await client.call_tool("create_character", {"name": "Eileen", "photos": [str(ASTRONAUT)]})
@@ -106,14 +106,7 @@ def test_assistant_creates_an_image_of_a_character(server, mcp_server):
             await client.call_tool("delete_character", {"character_id": character["id"]})
             assert (await client.call_tool("list_characters")).structured_content["result"] == []
 
-    asyncio.run(scenario())
-
-
-def test_assistant_cancels_a_queued_video(server, mcp_server):
-    server.director.held.set()
-
-    async def scenario():
-        async with Client(mcp_server) as client:
+            server.director.held.set()
             arguments = {"prompt": "a man", "priority": "low", "fields": SMALL}
             video = (await client.call_tool("create_video", arguments)).structured_content
             assert video["priority"] == "low"
@@ -130,44 +123,34 @@ def test_assistant_cancels_a_queued_video(server, mcp_server):
         server.director.held.clear()
 
 
-def test_errors_are_reported_to_the_assistant(server, mcp_server):
+def test_errors_are_reported_to_the_assistant(server, mcp_server, tmp_path, capsys):
+    calls = [
+        ("create_video", {"prompt": "a man", "fields": {"num_frames": 1}}, "num_frames: got 1"),
+        ("create_video", {"prompt": "a man", "input_reference": "gone.png"}, "gone.png"),
+        ("status", {"video_id": "video_0"}, "video_not_found"),
+        ("plan", {"prompt": "a man", "size": "large"}, "size"),
+        ("create_video", {"prompt": "a man", "num_frames": 2}, "unknown argument num_frames"),
+        ("create_video", {"prompt": "a man", "priority": "urgent"}, "'low', 'normal' or 'high'"),
+    ]
+
     async def scenario():
         async with Client(mcp_server) as client:
-            calls = [
-                ("create_video", {"prompt": "a man", "fields": {"num_frames": 1}}),
-                ("create_video", {"prompt": "a man", "input_reference": "gone.png"}),
-                ("status", {"video_id": "video_0"}),
-                ("plan", {"prompt": "a man", "size": "large"}),
-                ("create_video", {"prompt": "a man", "num_frames": 2}),
-                ("create_video", {"prompt": "a man", "priority": "urgent"}),
-            ]
-            results = [await client.call_tool(name, arguments) for name, arguments in calls]
+            for name, arguments, message in calls:
+                result = await client.call_tool(name, arguments)
+                assert result.is_error
+                assert message in text_of(result)
             failing = (await client.call_tool("create_video", {"prompt": "fail", "fields": SMALL})).structured_content
-            results.append(await client.call_tool("wait", {"video_id": failing["id"]}))
-            return results
-
-    results = asyncio.run(scenario())
-    assert [result.is_error for result in results] == [True] * 7
-    parts = (
-        "num_frames: got 1",
-        "gone.png",
-        "video_not_found",
-        "size",
-        "unknown argument num_frames",
-        "'low', 'normal' or 'high'",
-        "the prompt asked for it",
-    )
-    assert [part for part, result in zip(parts, results, strict=True) if part not in text_of(result)] == []
-
-
-def test_unreachable_server_is_reported_to_the_assistant(tmp_path):
-    async def scenario():
+            result = await client.call_tool("wait", {"video_id": failing["id"]})
+            assert result.is_error
+            assert "the prompt asked for it" in text_of(result)
         async with Client(make_server(AsyncClient("http://127.0.0.1:9", retries=0), tmp_path)) as client:
-            return await client.call_tool("list_models")
+            result = await client.call_tool("list_models")
+            assert result.is_error
+            assert "http://127.0.0.1:9/v1/models: " in text_of(result)
 
-    result = asyncio.run(scenario())
-    assert result.is_error
-    assert "http://127.0.0.1:9/v1/models: " in text_of(result)
+    asyncio.run(scenario())
+    assert main(["mcp", "--url", "localhost"]) == 2
+    assert "must be the URL of a server" in capsys.readouterr().err
 
 
 def test_streamable_http_on_loopback(url):
@@ -196,8 +179,3 @@ def test_streamable_http_on_loopback(url):
                 assert httpx2.post(mcp_url, json={}, headers=foreign).status_code in (403, 421)
         finally:
             process.terminate()
-
-
-def test_invalid_url_is_a_usage_message(capsys):
-    assert main(["mcp", "--url", "localhost"]) == 2
-    assert "must be the URL of a server" in capsys.readouterr().err

@@ -7,14 +7,17 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import uvicorn
+import yaml
 from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.shot_writer import ShotFiles
@@ -23,7 +26,7 @@ from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import chunked_stages_of, clip_length
 from vidgen_ray.online.asgi_app import make_app
-from vidgen_ray.online.auth import load_keys
+from vidgen_ray.online.auth import hash_key, load_keys
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.queue_estimate import ProgressEstimator
 from vidgen_ray.online.server_settings import OnlineSettings
@@ -32,11 +35,14 @@ from vidgen_ray.online.store.jobs import Job, JobError, JobProgress, JobState
 from vidgen_ray.online.store.store import JobStore, open_store
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import StepRecord
+from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.profile import Profile
-from vidgen_ray.stages.base import Item
+from vidgen_ray.stages.base import Item, progress_callback
 
 LOCAL: dict[str, Any] = {"base_url": "http://127.0.0.1", "client": ("127.0.0.1", 50_000)}
 """Arguments of a TestClient that connects from this machine."""
+SMALL = {"prompt": "a man", "size": "64x64", "num_frames": 2, "upscale": False}
+"""Fields of a video that takes no time."""
 ProgressCallback = Callable[[str, int, int], None]
 RenderShot = Callable[[ShotPlan, ProgressCallback], None]
 """Function that renders a shot and reports its progress. Raises StepFailed or Cancelled."""
@@ -79,7 +85,8 @@ class LocalDirector:
     def _run(self) -> None:
         while not self._closing.is_set():
             self._woken.clear()
-            jobs = [] if self.held.is_set() else self._store.queue.claim("director", 60, 1)
+            is_idle = self.held.is_set() or not self._store.queue.has_queued()
+            jobs = [] if is_idle else self._store.queue.claim("director", 60, 1)
             for job in jobs:
                 self._run_job(job)
             if not jobs:
@@ -94,7 +101,7 @@ class LocalDirector:
                 percent = estimator.percent(Progress(stage, step, steps))
                 self._store.queue.progress("director", [JobProgress(job.id, stage, step, steps, percent)])
                 while not self._is_cancelled(job) and (self.paused.is_set() or stage == self.pause_at):
-                    time.sleep(0.01)
+                    time.sleep(0.03)
                 if self._is_cancelled(job):
                     raise Cancelled
 
@@ -147,6 +154,16 @@ def noise_renderer(profile: Profile, outputs: OutputFolder, step_s: float = 0.0,
     return render
 
 
+def renderer(pipeline: VideoGenerationPipeline) -> RenderShot:
+    """Return a function that renders a shot with the stages of a pipeline."""
+
+    def render(plan: ShotPlan, on_progress: ProgressCallback) -> None:
+        with progress_callback(on_progress):
+            pipeline.render(plan.shot)
+
+    return render
+
+
 @dataclass(frozen=True)
 class LocalServer:
     """Server and its parts, for assertions."""
@@ -157,6 +174,19 @@ class LocalServer:
     outputs: OutputFolder
     director: LocalDirector
     serving_profile: ServingProfile
+
+
+def settings_with_keys(folder: Path, tenants: Mapping[str, Mapping[str, Any]], **settings: Any) -> OnlineSettings:
+    """Return the settings of a server with the key `vg-TENANT` for each tenant. `tenants`: name -> fields of its key."""
+    keys = [{"tenant": name, "sha256": hash_key(f"vg-{name}"), **fields} for name, fields in tenants.items()]
+    (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
+    return OnlineSettings(profile="tiny", data=str(folder / "out"), keys_file=folder / "keys.yaml", **settings)
+
+
+def client_of(server: LocalServer, tenant: str | None = "ada") -> TestClient:
+    """Return a client with the key of a tenant."""
+    headers = {"Authorization": f"Bearer vg-{tenant}"} if tenant else {}
+    return TestClient(server.app, base_url="http://videos.example", headers=headers, raise_server_exceptions=False)
 
 
 @contextmanager

@@ -1,28 +1,18 @@
 """Fake stages for the online tests. The prompt scripts their behaviour.
 
 In addition to the failures of `tests/fake_stages.py`, the prompt `steps N pause at K PIPE` reports N steps, waits in step K
-until the named pipe PIPE is opened for writing, and appends every step to `PIPE.steps`. `hang` hangs in the face stage if the
-shot has a face.
+until the named pipe PIPE is opened for writing, and appends every step to `PIPE.steps`.
 """
 
 import os
 import re
 from contextlib import contextmanager
 
-import numpy as np
-
-from tests.fake_stages import FAKES, FakeFlux, FakeInstantID, FakeStage, run_scripted_failure
+from tests.fake_stages import FAKES, FakeFlux, FakeStage
 from vidgen_ray.stages.base import report_progress
 from vidgen_ray.stages.flux import FluxRefineStage
 
 STEPS = re.compile(r"steps (\d+) pause at (\d+) (\S+)")
-
-
-class ScriptedInstantID(FakeInstantID):
-    def one(self, shot, artefacts):
-        if shot.prompt.startswith("hang"):
-            run_scripted_failure(shot.prompt)
-        return super().one(shot, artefacts)
 
 
 class FakeRefine(FakeStage, FluxRefineStage):
@@ -41,7 +31,7 @@ class ScriptedFlux(FakeFlux):
             if step == pause:
                 open(pipe).close()
             report_progress(self.name, step, steps)
-        return {"image": np.eye(shot.height, shot.width, dtype=np.uint8)[..., None].repeat(3, 2)}
+        return super().one(shot, artefacts)
 
 
 def append_line(path, text):
@@ -51,7 +41,7 @@ def append_line(path, text):
     os.close(file)
 
 
-SCRIPTED = {**FAKES, "instantid": ScriptedInstantID, "refine": FakeRefine, "flux": ScriptedFlux}
+SCRIPTED = {**FAKES, "refine": FakeRefine, "flux": ScriptedFlux}
 
 
 @contextmanager

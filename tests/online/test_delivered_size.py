@@ -31,55 +31,46 @@ def shot_with(fields: dict) -> Shot:
     return Shot(prompt="a", num_frames=2, **fields)
 
 
-@pytest.mark.parametrize("profile", ["gpu-80gb", "demo", "tiny"])
-@pytest.mark.parametrize(("width", "height"), PEER_SIZES)
-def test_every_clip_has_exactly_the_requested_size(profile, width, height):
-    rules = rules_of(profile)
-    shot = shot_with(clip_fields(width, height, rules))
-    assert file_sizes(shot)[delivered_artefact(shot, hd_beside=False)] == (width, height)
-    # Drawn at about the default area, unless even the largest factor needs more.
-    area = rules.default_width * rules.default_height
-    assert shot.width * shot.height <= 1.1 * area or (shot.upscale_video and shot.scale == 4)
+def test_every_clip_has_exactly_the_requested_size():
+    for profile in ("gpu-80gb", "demo", "tiny"):
+        rules = rules_of(profile)
+        for size in PEER_SIZES:
+            shot = shot_with(clip_fields(*size, rules))
+            assert file_sizes(shot)[delivered_artefact(shot, hd_beside=False)] == size
+            # Drawn at about the default area, unless even the largest factor needs more.
+            area = rules.default_width * rules.default_height
+            assert shot.width * shot.height <= 1.1 * area or (shot.upscale_video and shot.scale == 4)
 
 
-@pytest.mark.parametrize("rules", [rules_of("gpu-80gb", can_upscale=False), rules_of("gpu-80gb")])
-def test_full_size_is_drawn_without_upscaling(rules):
-    shot = shot_with(clip_fields(1280, 720, rules, may_upscale=False))
-    assert (shot.width, shot.height, shot.upscale_video, shot.crop_height) == (1280, 768, False, 720)
-    assert file_sizes(shot)["frames"] == (1280, 720)
+def test_full_size_is_drawn_without_upscaling_and_images_at_the_next_multiple_of_16():
+    for rules in (rules_of("gpu-80gb", can_upscale=False), rules_of("gpu-80gb")):
+        shot = shot_with(clip_fields(1280, 720, rules, may_upscale=False))
+        assert (shot.width, shot.height, shot.upscale_video, shot.crop_height) == (1280, 768, False, 720)
+        assert file_sizes(shot)["frames"] == (1280, 720)
+    for size in ((1024, 1024), (1000, 562), (500, 700), (64, 64)):
+        shot = shot_with({**image_fields(*size), "generate_video": False})
+        assert file_sizes(shot)["image"] == size
+        assert max(shot.width - size[0], shot.height - size[1]) < 16
 
 
-@pytest.mark.parametrize("scale", [2, 3, 4])
-@pytest.mark.parametrize(("width", "height"), [(854, 480), (128, 64), (1280, 720)])
-def test_explicit_scale_gives_a_larger_clip_beside(width, height, scale):
-    shot = shot_with(clip_fields_with_hd(width, height, scale))
-    sizes = file_sizes(shot)
-    assert sizes[delivered_artefact(shot, hd_beside=True)] == (width, height)
-    assert sizes["hd_frames"] == (scale * width, scale * height)
+def test_explicit_scale_gives_a_larger_clip_beside():
+    for scale in (2, 3, 4):
+        for width, height in ((854, 480), (128, 64), (1280, 720)):
+            shot = shot_with(clip_fields_with_hd(width, height, scale))
+            sizes = file_sizes(shot)
+            assert sizes[delivered_artefact(shot, hd_beside=True)] == (width, height)
+            assert sizes["hd_frames"] == (scale * width, scale * height)
+    with pytest.raises(ApiError, match="from 64 to 2048"):
+        clip_fields_with_hd(2560, 1440, 2)
 
 
-@pytest.mark.parametrize(("width", "height"), [(1024, 1024), (1000, 562), (500, 700), (64, 64)])
-def test_images_are_drawn_at_the_next_multiple_of_16(width, height):
-    shot = shot_with({**image_fields(width, height), "generate_video": False})
-    assert file_sizes(shot)["image"] == (width, height)
-    assert max(shot.width - width, shot.height - height) < 16
-
-
-@pytest.mark.parametrize(
-    ("size", "can_upscale", "message"),
-    [
+def test_unreachable_size_is_refused_with_the_nearest():
+    for size, can_upscale, message in (
         ((853, 480), True, r"got 853x480, width and height must be even numbers from 64 to 8192 \(nearest: 852x480\)"),
         ((9000, 64), True, r"nearest: 8192x64"),
         ((2560, 1440), False, r"from 64 to 2048 \(nearest: 2048x1440\)"),
         ((32, 64), True, r"nearest: 64x64"),
-    ],
-)
-def test_unreachable_size_is_refused_with_the_nearest(size, can_upscale, message):
-    with pytest.raises(ApiError, match=message) as raised:
-        clip_fields(*size, rules_of("gpu-80gb", can_upscale))
-    assert (raised.value.param, raised.value.code) == ("size", "invalid_size")
-
-
-def test_models_limit_the_size_with_an_explicit_scale():
-    with pytest.raises(ApiError, match="from 64 to 2048"):
-        clip_fields_with_hd(2560, 1440, 2)
+    ):
+        with pytest.raises(ApiError, match=message) as raised:
+            clip_fields(*size, rules_of("gpu-80gb", can_upscale))
+        assert (raised.value.param, raised.value.code) == ("size", "invalid_size")

@@ -55,20 +55,14 @@ def test_examples_run_in_order(server, tmp_path, monkeypatch):
     assert Path("ball.mp4").stat().st_size > 1000
 
 
-def test_new_shot_fields_are_in_all_request_models():
+def test_new_shot_fields_are_in_all_request_models_and_every_field_and_setting_is_described():
     assert set(PLAIN_FIELDS) <= CreateShot.model_fields.keys()
     # The server crops videos to the requested size.
     assert set(PLAIN_FIELDS) - set(CROPS) <= CreateVideo.model_fields.keys()
     assert set(CreateVideo.model_fields) - set(CreateImages.model_fields) > {"num_frames", "fps", "seconds", "upscale"}
-
-
-def test_every_request_field_has_a_description():
     for name in ("CreateVideo", "RemixVideo", "EditImages", "CreateShot", "CreateCharacter", "CreateFile"):
         schema = getattr(requests, name).model_json_schema(schema_generator=FormBody)
         assert [field for field, properties in schema["properties"].items() if not properties.get("description")] == []
-
-
-def test_every_setting_is_in_the_docs():
     text = (ROOT / "docs" / "online.md").read_text()
     assert [name for name in OnlineSettings.model_fields if f"`{name}`" not in text] == []
 

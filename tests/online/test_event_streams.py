@@ -1,49 +1,166 @@
-"""Limits of event streams, over HTTP."""
+"""Event streams: shared polling of job changes, tenants, the page's stream, and limits over HTTP."""
 
 import asyncio
-import threading
-from contextlib import ExitStack
+import json
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, ExitStack, aclosing
+from types import SimpleNamespace
 
 import httpx
 import pytest
-import yaml
-from ray.exceptions import TaskCancelledError
+from sqlalchemy.exc import OperationalError
 
-from tests.online.directors import listening_on_a_port, local_server
-from tests.online.test_api_videos import SMALL
+from tests.online.directors import SMALL, listening_on_a_port, local_server, settings_with_keys
+from tests.online.test_store import new_job
 from vidgen_ray.online.api_error import ApiError
-from vidgen_ray.online.application import DisconnectedClients
-from vidgen_ray.online.auth import Tenant, hash_key
-from vidgen_ray.online.event_streams import EventStreams
-from vidgen_ray.online.server_settings import Limits, OnlineSettings
+from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.event_streams import EventStreams, JobFeed
+from vidgen_ray.online.server_settings import Limits
+from vidgen_ray.online.store.jobs import Job, JobState
+from vidgen_ray.online.store.store import Changes, JobStore
+from vidgen_ray.online.web import pages
 
+POLL_S = 0.01
 STREAMS = 3
+TIMEOUT_S = 120
+
+
+class CountingStore(JobStore):
+    polls = 0
+    """Queries for the changes of all tenants."""
+    fails = False
+
+    def changed_since(self, cursor: int, *, tenant: str | None = None, **options) -> Changes:
+        if tenant is None:
+            self.polls += 1
+            if self.fails:
+                raise OperationalError("SELECT", {}, Exception("down"))
+        return super().changed_since(cursor, tenant=tenant, **options)
+
+
+@pytest.fixture
+def store(tmp_path) -> Iterator[CountingStore]:
+    store = CountingStore(f"sqlite:///{tmp_path}/jobs.db")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def feed(store) -> JobFeed:
+    return JobFeed(store)
+
+
+def stored_job(store, tenant="ada") -> Job:
+    return store.create(new_job(tenant))[0]
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, TIMEOUT_S))
+
+
+def test_follow_yields_each_state_until_the_job_has_ended_or_is_deleted(store, feed):
+    async def states() -> list[str | None]:
+        seen = []
+        for is_deleted in (False, True):
+            async for job in feed.follow(stored_job(store)):
+                seen.append(job and job.state.value)
+                if job is not None and job.state == "queued":
+                    store.queue.claim("d", 30, 1)
+                elif job is not None and is_deleted:
+                    store.delete(job.id, "ada")
+                elif job is not None and job.state == "in_progress":
+                    store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={})
+        return seen
+
+    assert run(states()) == ["queued", "in_progress", "completed", "queued", "in_progress", None]
+
+
+def test_streams_share_one_poll_which_continues_after_a_database_error(store, feed):
+    async def follow() -> None:
+        async with AsyncExitStack() as stack:
+            streams = [await stack.enter_async_context(aclosing(feed.follow_tenant("ada", 0, 60))) for _ in range(20)]
+            job = stored_job(store)
+            for stream in streams:
+                assert [changed.id for changed in (await anext(stream)).jobs] == [job.id]
+            store.fails = True
+            polls, began = store.polls, time.monotonic()
+            while store.polls < polls + 2:
+                await asyncio.sleep(POLL_S)
+            store.fails = False
+            store.request_cancel(job.id, "ada")
+            for stream in streams:
+                assert [changed.state for changed in (await anext(stream)).jobs] == ["cancelled"]
+            # One more may have begun before the first of these.
+            assert store.polls - polls <= (time.monotonic() - began) / POLL_S + 2
+
+    run(follow())
+
+
+def test_tenant_stream_starts_at_its_cursor_and_sees_no_other_tenant(store, feed):
+    stored_job(store)
+    cursor = store.latest_version()
+    missed, other = stored_job(store), stored_job(store, "bob")
+
+    async def seen() -> tuple[list[str], list[str]]:
+        jobs, deleted = [], []
+        async with aclosing(feed.follow_tenant("ada", cursor, 60)) as stream:
+            jobs += [job.id for job in (await anext(stream)).jobs]
+            store.delete(other.id, "bob")
+            store.delete(missed.id, "ada")
+            while not deleted:
+                changes = await anext(stream)
+                jobs += [job.id for job in changes.jobs]
+                deleted += [job.id for job in changes.deleted]
+        return jobs, deleted
+
+    assert run(seen()) == ([missed.id], [missed.id])
+
+
+def test_page_stream_ends_when_the_session_ends(store, feed, monkeypatch):
+    monkeypatch.setattr(pages, "SESSION_CHECK_S", 2 * POLL_S)
+    tenant = Tenant(name="ada", key_id="k", limits=Limits())
+    sessions = [tenant, None]
+    auth = SimpleNamespace(session_tenant=lambda request: sessions.pop(0))
+    site = SimpleNamespace(
+        server=SimpleNamespace(job_feed=feed, auth=auth), job_update=lambda job, base, with_card: [job.id, with_card]
+    )
+    request = SimpleNamespace(scope={})
+
+    async def events() -> list:
+        job = stored_job(store)
+        first = store.latest_version()
+        seen = []
+        async for event in pages._events(site, request, tenant, 0):
+            seen.append((event.event, event.id, event.data and json.loads(event.data)))
+            if len(seen) == 2:
+                store.queue.claim("d", 30, 1)
+        assert seen[1] == ("changes", str(first), {"jobs": [[job.id, True]], "deleted": []})
+        return [name for name, _, _ in seen]
+
+    assert run(events()) in ([None, "changes", "signed-out"], [None, "changes", "changes", "signed-out"])
 
 
 @pytest.fixture
 def server(tiny, tmp_path):
-    keys = [{"tenant": name, "sha256": hash_key(f"vg-{name}")} for name in ("ada", "bob")]
-    (tmp_path / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
-    settings = OnlineSettings(
-        profile="tiny", data=str(tmp_path / "out"), keys_file=tmp_path / "keys.yaml", limits={"streams": STREAMS}
-    )
+    settings = settings_with_keys(tmp_path, {"ada": {}, "bob": {}}, limits={"streams": STREAMS})
     with local_server(tiny, settings) as running:
         running.director.held.set()
         yield running
 
 
-def client_of(url, tenant):
-    return httpx.Client(base_url=url, headers={"Authorization": f"Bearer vg-{tenant}"}, timeout=60)
-
-
 def test_streams_are_capped_per_key(server):
-    with listening_on_a_port(server.app) as url, client_of(url, "ada") as ada, client_of(url, "bob") as bob:
+    with listening_on_a_port(server.app) as url, ExitStack() as stack:
+        ada, bob = (
+            stack.enter_context(httpx.Client(base_url=url, headers={"Authorization": f"Bearer vg-{name}"}, timeout=60))
+            for name in ("ada", "bob")
+        )
         video, other = (client.post("/v1/videos", json=SMALL).json()["id"] for client in (ada, bob))
         # httpx closes a stream whose iterator is garbage.
         iterators = []
-        with ExitStack() as stack:
+        with ExitStack() as streams:
             for _ in range(STREAMS):
-                stream = stack.enter_context(ada.stream("GET", f"/v1/videos/{video}/events"))
+                stream = streams.enter_context(ada.stream("GET", f"/v1/videos/{video}/events"))
                 assert stream.status_code == 200
                 # The first event has been sent.
                 iterators.append(stream.iter_lines())
@@ -61,17 +178,14 @@ def test_streams_are_capped_per_key(server):
             with bob.stream("GET", f"/v1/videos/{other}/events") as stream:
                 assert stream.status_code == 200
             assert ada.get(f"/v1/videos/{video}").status_code == 200
-        assert _opens_again(ada, video)
-
-
-def _opens_again(client, video):
-    """Return whether a stream opens once the server has noticed that the others are closed."""
-    for _ in range(600):
-        with client.stream("GET", f"/v1/videos/{video}/events") as stream:
-            if stream.status_code == 200:
-                return True
-        threading.Event().wait(0.05)
-    return False
+        # The server notices soon that these are closed.
+        for _ in range(600):
+            with ada.stream("GET", f"/v1/videos/{video}/events") as stream:
+                if stream.status_code == 200:
+                    break
+            time.sleep(0.05)
+        else:
+            pytest.fail("no stream opens again")
 
 
 def test_requests_that_wait_for_one_job_are_capped_per_key():
@@ -85,16 +199,3 @@ def test_requests_that_wait_for_one_job_are_capped_per_key():
             pass
     with streams.waiting(ada), streams.waiting(ada):
         pass
-
-
-def test_cancelled_receive_of_ray_serve_is_a_disconnect():
-    messages = []
-
-    async def app(scope, receive, send):
-        messages.append(await receive())
-
-    async def receive():
-        raise TaskCancelledError
-
-    asyncio.run(DisconnectedClients(app)({"type": "http"}, receive, None))
-    assert messages == [{"type": "http.disconnect"}]

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from tests.online.directors import LOCAL, local_server
-from tests.online.test_api_videos import SMALL, ended
+from tests.online.directors import LOCAL, SMALL, local_server
+from tests.online.test_api_videos import ended
 from vidgen_ray.online import asgi_app
 from vidgen_ray.online.job_service import storage_problem
 from vidgen_ray.online.server_settings import Limits, OnlineSettings
@@ -36,23 +36,24 @@ def test_requests_get_a_sentence_while_the_disk_is_full(tiny, small_disk):
         assert ready.status_code == 503
         assert ready.json()["error"]["message"].startswith("The disk of the output folder is almost full: 0.0")
         assert str(small_disk.folder) not in ready.text
-        refused = client.post("/v1/videos", json={"prompt": "a", **SMALL})
+        refused = client.post("/v1/videos", json=SMALL)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
         assert refused.json()["error"]["message"] == "The disk of the server is full. Try again later."
         small_disk.make_room()
         assert client.get("/readyz").status_code == 200
-        accepted = client.post("/v1/videos", json={"prompt": "a", **SMALL})
+        accepted = client.post("/v1/videos", json=SMALL)
         assert accepted.status_code == 200
         server.director.held.clear()
         assert ended(client, accepted.json()["id"])["status"] == "completed"
 
 
-def test_check_writes_to_the_database(tmp_path, small_disk):
-    """The disk of the database is full, that of the outputs is not."""
+def test_check_writes_to_database_and_output_folder(tmp_path, small_disk):
     outputs = OutputFolder(tmp_path / "out")
     outputs.prepare()
     store = JobStore(f"sqlite:///{small_disk.folder}/jobs.db")
+    before = sorted(outputs.root.iterdir())
     assert check(store, outputs) is None
+    assert sorted(outputs.root.iterdir()) == before
     small_disk.fill()
     assert check(store, outputs).startswith("The disk of the database is almost full: ")
     small_disk.make_room()
@@ -60,18 +61,8 @@ def test_check_writes_to_the_database(tmp_path, small_disk):
     with store.engine.begin() as connection:
         connection.exec_driver_sql("DROP TABLE vidgen_meta")
     assert check(store, outputs) == "The database does not respond."
-    store.close()
-
-
-def test_check_writes_to_the_output_folder(tmp_path):
-    (tmp_path / "out").mkdir()
-    store = JobStore(f"sqlite:///{tmp_path}/jobs.db")
-    outputs = OutputFolder(tmp_path / "out")
-    assert check(store, outputs) is None
-    assert [*(tmp_path / "out").iterdir()] == []
-    (tmp_path / "out").rmdir()
-    (tmp_path / "out").touch()
-    assert check(store, outputs) == "The output folder cannot be written: File exists."
+    (tmp_path / "file").touch()
+    assert check(store, OutputFolder(tmp_path / "file")) == "The output folder cannot be written: File exists."
     store.close()
 
 
@@ -85,7 +76,7 @@ def test_reads_respond_while_the_store_is_locked(tiny, tmp_path, monkeypatch):
         client = httpx.AsyncClient(transport=transport, base_url=LOCAL["base_url"], timeout=60)
         async with app.router.lifespan_context(app), client:
             lock.execute("BEGIN IMMEDIATE")
-            posts = [client.post("/v1/videos", json={"prompt": "a", "seed": n, **SMALL}) for n in range(creates)]
+            posts = [client.post("/v1/videos", json={**SMALL, "seed": n}) for n in range(creates)]
             created = asyncio.gather(*posts)
             # Each of these needs a thread and a connection, as the requests that wait do.
             reads = [await client.get("/v1/videos") for _ in range(3)]

@@ -13,14 +13,6 @@ SLOWNESS = 3.0
 """Duration of the jobs of these tests, as a multiple of what the profile expects."""
 
 
-class CountingStore(JobStore):
-    reads = 0
-
-    def queue_order(self):
-        self.reads += 1
-        return super().queue_order()
-
-
 @pytest.fixture
 def clock():
     return Clock()
@@ -28,7 +20,7 @@ def clock():
 
 @pytest.fixture
 def store(tmp_path, clock):
-    store = CountingStore(f"sqlite:///{tmp_path}/jobs.db", now=clock)
+    store = JobStore(f"sqlite:///{tmp_path}/jobs.db", now=clock)
     yield store
     store.close()
 
@@ -51,56 +43,42 @@ def complete_jobs(store, clock, seconds, count=5):
         store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={})
 
 
-def test_queue_position_is_the_order_in_which_jobs_start(store, estimator):
+def test_queue_position_follows_from_turns_and_priority(store, estimator):
     ada = [store.create(new_job("ada"))[0] for _ in range(3)]
-    bob = store.create(new_job("bob"))[0]
+    bob, low = store.create(new_job("bob"))[0], store.create(new_job("bob", priority="low"))[0]
 
     async def positions():
-        return [(await estimator.estimate(job)).queue_position for job in (*ada, bob)]
+        known = [(await estimator.estimate(job)).queue_position for job in (*ada, bob, low)]
+        new = [new_job("bob", priority=each) for each in ("high", "normal", "low")]
+        return known, [(await estimator.estimate_new(job)).queue_position for job in new]
 
-    assert asyncio.run(positions()) == [0, 2, 3, 1]
-    assert [job.id for job in store.queue.claim("d", 30, 4)] == [ada[0].id, bob.id, ada[1].id, ada[2].id]
-
-
-def test_queue_position_of_a_new_job_follows_from_its_priority(store, estimator):
-    for priority in ("normal", "low"):
-        store.create(new_job(priority=priority))
-
-    async def positions():
-        new = [(await estimator.estimate_new(new_job(priority=each))).queue_position for each in ("high", "normal", "low")]
-        later, _ = store.create(new_job(priority="normal"))
-        return [*new, (await estimator.estimate(later)).queue_position]
-
-    assert asyncio.run(positions()) == [0, 1, 2, 1]
+    assert asyncio.run(positions()) == ([0, 2, 4, 1, 3], [1, 3, 5])
+    assert [job.id for job in store.queue.claim("d", 30, 4)] == [ada[0].id, bob.id, ada[1].id, low.id]
 
 
 def test_eta_follows_progress_and_the_speed_of_recent_jobs(store, estimator, clock, expected_s):
-    complete_jobs(store, clock, SLOWNESS * expected_s)
-    store.create(new_job())
-    (job,) = store.queue.claim("d", 10**6, 1)
+    duration_s = SLOWNESS * expected_s
+    complete_jobs(store, clock, duration_s)
+    for _ in range(2):
+        store.create(new_job())
+    job, _ = store.queue.claim("d", 10**6, 2)
 
     def eta(percent):
         store.queue.progress("d", [JobProgress(job.id, "flux", 1, 4, percent)])
         return asyncio.run(estimator.estimate(store.get(job.id, "ada"))).eta_s
 
-    assert [eta(percent) for percent in (0, 50, 90)] == pytest.approx(
-        [SLOWNESS * expected_s * left for left in (1, 0.5, 0.1)], abs=0.1
-    )
-
-
-def test_eta_of_a_queued_job_counts_the_jobs_before_it(store, estimator, clock, expected_s):
-    duration_s = SLOWNESS * expected_s
-    complete_jobs(store, clock, duration_s)
-    for _ in range(2):
-        store.create(new_job())
-    store.queue.claim("d", 10**6, 2)
-    queued = [store.create(new_job())[0] for _ in range(3)]
+    assert [eta(percent) for percent in (0, 50, 90)] == pytest.approx([duration_s * left for left in (1, 0.5, 0.1)], abs=0.1)
+    assert asyncio.run(estimator.queue_s()) == 0
+    queued = [store.create(new_job())[0] for _ in range(4)]
+    clock.seconds += SNAPSHOT_VALID_S
     estimates = [asyncio.run(estimator.estimate(job)) for job in queued]
     # Two jobs run at once, so one ends every half duration.
-    assert [estimate.eta_s for estimate in estimates] == pytest.approx([duration_s * n for n in (1.5, 2, 2.5)], abs=0.1)
+    assert [estimate.eta_s for estimate in estimates] == pytest.approx([duration_s * n for n in (1.5, 2, 2.5, 3)], abs=0.1)
+    # The last of four queued jobs starts after four others, those in progress counted as one.
+    assert asyncio.run(estimator.queue_s()) == pytest.approx(4 * duration_s / 2)
 
 
-def test_poll_interval_grows_with_the_remaining_time(store, estimator, clock, expected_s):
+def test_poll_interval_grows_with_the_remaining_time(store, estimator, clock):
     complete_jobs(store, clock, 40)
     first, *_, last = [store.create(new_job())[0] for _ in range(30)]
     poll_after = [asyncio.run(estimator.estimate(job)).poll_after_s for job in (first, last)]
@@ -108,17 +86,3 @@ def test_poll_interval_grows_with_the_remaining_time(store, estimator, clock, ex
     store.request_cancel(first.id, "ada")
     ended = asyncio.run(estimator.estimate(store.get(first.id, "ada")))
     assert ended == (None, None, 1.0)
-
-
-def test_length_of_the_queue_is_the_wait_of_its_last_job(store, estimator, clock):
-    def queue_s():
-        clock.seconds += SNAPSHOT_VALID_S
-        return asyncio.run(estimator.queue_s())
-
-    complete_jobs(store, clock, 10.0)
-    assert queue_s() == 0
-    for _ in range(6):
-        store.create(new_job())
-    assert len(store.queue.claim("d", 10**6, 2)) == 2
-    # Two at a time: the last of four queued jobs starts after four others, those in progress counted as one.
-    assert queue_s() == pytest.approx(4 * 10.0 / 2)

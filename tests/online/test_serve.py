@@ -26,9 +26,11 @@ from vidgen_ray.online.store.jobs import JobState
 from vidgen_ray.online.store.store import open_store
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
+def test_invalid_settings_fail_before_start(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    for arguments, code, message in (
         (["--profile", "nope"], 3, "must be one of auto, demo"),
         (["--host", "0.0.0.0"], 4, "requires API keys. Create one with `vidgen keys new`"),
         (
@@ -41,20 +43,11 @@ from vidgen_ray.online.store.store import open_store
         (["--keys", "gone.yaml"], 4, "keys file gone.yaml: cannot be read"),
         (["--settings", "gone.yaml"], 2, "settings gone.yaml: cannot be read"),
         (["--port", "0"], 2, "should be greater than or equal to 1"),
-    ],
-)
-def test_invalid_settings_fail_before_start(capsys, monkeypatch, tmp_path, arguments, code, message):
-    monkeypatch.chdir(tmp_path)
-    assert main(["serve", "--profile", "tiny", *arguments]) == code
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
-
-
-def test_port_in_use_is_an_error(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert main(["serve", "--profile", "tiny", "--port", str(port)]) == 4
-    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in capsys.readouterr().err
+        (["--port", str(port)], 4, f"cannot listen on 127.0.0.1 port {port}: Address already in use"),
+    ):
+        assert main(["serve", "--profile", "tiny", *arguments]) == code
+        assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    taken.close()
 
 
 def test_options_override_the_settings_file(tmp_path):

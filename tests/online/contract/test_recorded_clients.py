@@ -79,33 +79,43 @@ def test_comfyui_text_to_video(client, tmp_path):
     assert client.delete(f"/v1/videos/{video['id']}").json()["deleted"]
 
 
-def test_comfyui_image_to_video_with_a_lora(client, held):
+def test_litellm_create_retrieve_and_content(client, tmp_path):
+    """From litellm/llms/openai/videos/transformation.py, OpenAIVideoConfig, and litellm/types/videos/main.py, VideoObject."""
+    body = {"model": "sora-2", "prompt": "a cat", "seconds": "0.4", "size": "360x640", "user": "me"}
+    created = client.post("/v1/videos", json=body).json()
+    video = ended(client, created["id"])
+    # Types of VideoObject.
+    assert (video["object"], video["status"], video["model"]) == ("video", "completed", "sora-2")
+    for name, type_ in {"seconds": str, "size": str, "created_at": int, "completed_at": int, "progress": int}.items():
+        assert isinstance(video[name], type_)
+    # It appends the path to its base URL, which ends in /videos.
+    assert size_of(client.get(f"/v1/videos/{video['id']}/content").content, tmp_path) == (360, 640)
+
+
+def test_comfyui_image_to_video_with_a_lora_and_photos(client, held):
     lora = json.dumps({"name": "ink", "path": "/weights/ink", "scale": 0.7, "int_id": 3})
     files = {**form(**comfyui_video(lora=lora, seed="42")), "input_reference": ("image.png", PHOTO, "image/png")}
     video = client.post("/v1/videos", files=files).json()
     shot = shot_of(client, video["id"])
     assert (shot["lora"], shot["seed"], shot["steps"]["flux"]) == ([{"name": "ink", "scale": 0.7}], 42, 50)
     assert shot["image"].startswith("file-")
+    references = [("input_references", (f"image_{number}.png", PHOTO, "image/png")) for number in (1, 2)]
+    fields = [(name, (None, value)) for name, value in {"prompt": "she smiles", "size": "64x64"}.items()]
+    video = client.post("/v1/videos", files=[*fields, *references]).json()
+    assert len(shot_of(client, video["id"])["face_image"]) == 2, "photos of the person"
+    grey = io.BytesIO()
+    Image.linear_gradient("L").save(grey, "PNG")
+    without_face = client.post("/v1/videos", files=[*fields, ("input_references", ("a.png", grey.getvalue(), "image/png"))])
+    assert error_of(without_face, 400)["code"] == "no_face"
 
 
-def test_comfyui_text_to_image(client):
+def test_comfyui_images(client):
     sampling = {"n": 2, "num_inference_steps": 50, "guidance_scale": 7.5, "true_cfg_scale": 1.0}
-    body = {
-        "model": "tiny",
-        "prompt": "a cat",
-        "size": "100x72",
-        "response_format": "b64_json",
-        "negative_prompt": "blur",
-        **sampling,
-        "vae_use_slicing": False,
-        "vae_use_tiling": False,
-    }
+    fields = {"model": "tiny", "prompt": "a cat", "size": "100x72", "response_format": "b64_json", "negative_prompt": "blur"}
+    body = {**fields, **sampling, "vae_use_slicing": False, "vae_use_tiling": False}
     answer = client.post("/v1/images/generations", json=body)
     assert answer.status_code == 200, answer.text
     assert (len(answer.json()["data"]), answer.json()["size"]) == (2, "100x72")
-
-
-def test_comfyui_image_to_image(client):
     fields = {"model": "tiny", "prompt": "an oil painting", "size": "64x64", **COMFYUI_SAMPLING}
     answer = client.post("/v1/images/edits", files={**form(**fields), "image": ("image.png", PHOTO, "image/png")})
     assert answer.status_code == 200, answer.text
@@ -115,133 +125,72 @@ def test_comfyui_image_to_image(client):
 
 
 def test_vllm_omni_synchronous_video(client, tmp_path):
-    fields = {"prompt": "a small robot", "width": "854", "height": "480", "num_frames": "4", "fps": "16"}
+    fields = {"prompt": "a small robot", "width": "854", "height": "480", "num_frames": "2", "fps": "16"}
     answer = client.post("/v1/videos/sync", files=form(**fields))
     assert (answer.status_code, answer.headers["content-type"]) == (200, "video/mp4")
     assert size_of(answer.content, tmp_path) == (854, 480)
     assert answer.headers["x-model"] == "tiny"
     assert float(answer.headers["x-inference-time-s"]) > 0
     assert client.get(f"/v1/videos/{answer.headers['x-request-id']}").json()["status"] == "completed"
+    failed = client.post("/v1/videos/sync", json={"prompt": "fail", "size": "64x64", "num_frames": 2})
+    assert error_of(failed, 500)["code"] == "stage_failed"
+    several = error_of(client.post("/v1/videos/sync", json={"prompt": "a", "n": 2}), 400)
+    assert (several["param"], "one file" in several["message"]) == ("n", True)
 
 
 def test_vllm_omni_request_with_all_defaults(client, held):
     body = {
-        "prompt": "a lake",
-        "seconds": "2",
-        "size": "832x480",
-        "user": "me",
-        "video_params": {"fps": 8, "num_frames": 16},
-        "guidance_scale": 4.0,
-        "guidance_scale_2": 4.0,
-        "true_cfg_scale": 1.0,
-        "boundary_ratio": 1.0,
-        "seed": 7,
-        "generate_sound": False,
-        "enable_frame_interpolation": False,
-        "frame_interpolation_exp": 1,
-        "frame_interpolation_scale": 1.0,
-        "num_outputs_per_prompt": 1,
-        "return_stage_metrics": True,
-        "quality": "default",
-        "image_reference": None,
-    }
+        "prompt": "a lake", "seconds": "2", "size": "832x480", "user": "me", "video_params": {"fps": 8, "num_frames": 16},
+        "guidance_scale": 4.0, "guidance_scale_2": 4.0, "true_cfg_scale": 1.0, "boundary_ratio": 1.0, "seed": 7,
+        "generate_sound": False, "enable_frame_interpolation": False, "frame_interpolation_exp": 1,
+        "frame_interpolation_scale": 1.0, "num_outputs_per_prompt": 1, "return_stage_metrics": True,
+        "quality": "default", "image_reference": None,
+    }  # fmt: skip
     answer = client.post("/v1/videos", json=body)
     assert answer.status_code == 200, answer.text
-    assert {name: answer.json()[name] for name in ("size", "fps", "num_frames", "seconds", "user")} == {
-        "size": "832x480",
-        "fps": 8,
-        "num_frames": 16,
-        "seconds": "2",
-        "user": "me",
-    }
+    expected = {"size": "832x480", "fps": 8, "num_frames": 16, "seconds": "2", "user": "me"}
+    assert answer.json().items() >= expected.items()
 
 
-@pytest.mark.parametrize(("exponent", "factor"), [({}, 2), ({"frame_interpolation_exp": 2}, 4)])
-def test_vllm_omni_frame_interpolation(client, held, exponent, factor):
-    body = {"prompt": "a lake", "size": "64x64", "num_frames": 4, "fps": 6, "enable_frame_interpolation": True, **exponent}
-    video = client.post("/v1/videos", json={**body, "frame_interpolation_scale": 1.0})
-    assert video.status_code == 200, video.text
-    assert {name: video.json()[name] for name in ("fps", "num_frames", "seconds")} == {
-        "fps": 6 * factor,
-        "num_frames": 4 * factor,
-        "seconds": "0.666667",
-    }
-    assert shot_of(client, video.json()["id"])["interpolation"] == factor
+def test_vllm_omni_frame_interpolation(client, held):
+    body = {"prompt": "a lake", "size": "64x64", "num_frames": 4, "fps": 6, "enable_frame_interpolation": True}
+    for exponent, factor in (({}, 2), ({"frame_interpolation_exp": 2}, 4)):
+        video = client.post("/v1/videos", json={**body, **exponent, "frame_interpolation_scale": 1.0})
+        assert video.status_code == 200, video.text
+        assert video.json().items() >= {"fps": 6 * factor, "num_frames": 4 * factor, "seconds": "0.666667"}.items()
+        assert shot_of(client, video.json()["id"])["interpolation"] == factor
     for wrong in ({"interpolation": 8}, {"frame_interpolation_exp": 4}, {"frame_interpolation_model_path": "/x"}):
         error_of(client.post("/v1/videos", json={**body, **wrong}), 400)
 
 
-@pytest.mark.parametrize(
-    "lora",
-    [
+def test_lora_objects_of_vllm_omni_and_sglang(client, server, held):
+    oil = server.settings.loras["oil"]
+    for lora in (
         {"name": "oil", "path": "/models/oil", "scale": 0.5},
         {"lora_name": "oil", "local_path": "/models/oil", "lora_scale": 0.5, "int_id": 1},
         {"adapter": "oil", "lora_path": "oil", "scale": 0.5, "lora_int_id": 1},
         {"lora_nickname": "oil", "lora_path": "oil", "strength": 0.5},
-        {"lora_name": "mine", "local_path": "REGISTERED", "scale": 0.5},
-    ],
-)
-def test_lora_objects_of_vllm_omni_and_sglang(client, server, held, lora):
-    registered = {name: server.settings.loras["oil"] if value == "REGISTERED" else value for name, value in lora.items()}
-    video = client.post("/v1/videos", json={"prompt": "a", "size": "64x64", "lora": registered})
-    assert video.status_code == 200, video.text
-    assert shot_of(client, video.json()["id"])["lora"] == [{"name": "oil", "scale": 0.5}]
-
-
-def test_lora_object_that_means_two_loras_is_refused(client, server):
-    lora = {"name": "ink", "path": server.settings.loras["oil"]}
-    error = error_of(client.post("/v1/videos", json={"prompt": "a", "lora": lora}), 400)
-    assert "different LoRAs" in error["message"]
-
-
-def test_references_of_vllm_omni_are_photos_of_the_person(client, held):
-    files = [("input_references", (f"image_{number}.png", PHOTO, "image/png")) for number in (1, 2)]
-    fields = [(name, (None, value)) for name, value in {"prompt": "she smiles", "size": "64x64"}.items()]
-    video = client.post("/v1/videos", files=[*fields, *files])
-    assert video.status_code == 200, video.text
-    assert len(shot_of(client, video.json()["id"])["face_image"]) == 2
-    grey = io.BytesIO()
-    Image.new("RGB", (200, 200), "grey").save(grey, "PNG")
-    without_face = client.post("/v1/videos", files=[*fields, ("input_references", ("a.png", grey.getvalue(), "image/png"))])
-    assert error_of(without_face, 400)["code"] == "no_face"
+        {"lora_name": "mine", "local_path": oil, "scale": 0.5},
+    ):
+        video = client.post("/v1/videos", json={"prompt": "a", "size": "64x64", "lora": lora})
+        assert video.status_code == 200, video.text
+        assert shot_of(client, video.json()["id"])["lora"] == [{"name": "oil", "scale": 0.5}], lora
+    two = error_of(client.post("/v1/videos", json={"prompt": "a", "lora": {"name": "ink", "path": oil}}), 400)
+    assert "different LoRAs" in two["message"]
 
 
 # SGLang: python/sglang/multimodal_gen/runtime/entrypoints/openai/protocol.py, VideoGenerationsRequest and its defaults;
 # docs/diffusion/api/openai_api.md. Clients are curl and the openai package.
 
 SGLANG_DEFAULTS = {
-    "n": 1,
-    "num_outputs_per_prompt": None,
-    "seconds": 1,
-    "size": "",
-    "fps": None,
-    "num_frames": None,
-    "seed": None,
-    "generator_device": "cuda",
-    "width": None,
-    "height": None,
-    "enable_teacache": False,
-    "negative_prompt": None,
-    "enable_frame_interpolation": False,
-    "frame_interpolation_exp": 1,
-    "frame_interpolation_scale": 1.0,
-    "frame_interpolation_model_path": None,
-    "enable_upscaling": False,
-    "upscaling_model_path": None,
-    "upscaling_scale": 4,
-    "output_quality": "default",
-    "output_compression": None,
-    "output_path": None,
-    "diffusers_kwargs": None,
-    "perf_dump_path": None,
-    "guidance_scale": None,
-    "guidance_scale_2": None,
-    "true_cfg_scale": None,
-    "input_reference": None,
-    "reference_url": None,
-    "model": None,
-    "num_inference_steps": None,
-}
+    **dict.fromkeys(("num_outputs_per_prompt", "fps", "num_frames", "seed", "width", "height", "negative_prompt", "model")),
+    **dict.fromkeys(("frame_interpolation_model_path", "upscaling_model_path", "output_compression", "output_path")),
+    **dict.fromkeys(("diffusers_kwargs", "perf_dump_path", "guidance_scale", "guidance_scale_2", "true_cfg_scale")),
+    **dict.fromkeys(("input_reference", "reference_url", "num_inference_steps")),
+    **dict.fromkeys(("enable_teacache", "enable_frame_interpolation", "enable_upscaling"), False),
+    "n": 1, "seconds": 1, "size": "", "generator_device": "cuda", "output_quality": "default", "upscaling_scale": 4,
+    "frame_interpolation_exp": 1, "frame_interpolation_scale": 1.0,
+}  # fmt: skip
 
 
 def test_sglang_request_with_all_defaults(client, held):
@@ -249,11 +198,8 @@ def test_sglang_request_with_all_defaults(client, held):
     assert answer.status_code == 200, answer.text
     # `enable_upscaling` is false.
     assert (answer.json()["size"], answer.json()["scale"], answer.json()["num_frames"]) == ("128x64", 1, 5)
-
-
-def test_sglang_size_and_extra_body(client, held):
-    body = {"prompt": "a calico cat", "size": "1280x720", "extra_body": {"fps": 4, "num_frames": 8, "negative_prompt": "blur"}}
-    video = client.post("/v1/videos", json=body).json()
+    extra = {"fps": 4, "num_frames": 8, "negative_prompt": "blur"}
+    video = client.post("/v1/videos", json={"prompt": "a calico cat", "size": "1280x720", "extra_body": extra}).json()
     assert (video["size"], video["fps"], video["num_frames"]) == ("1280x720", 4, 8)
     assert shot_of(client, video["id"])["negative_prompt"] == "blur"
     in_a_form = client.post("/v1/videos", files=form(prompt="a", extra_body=json.dumps({"fps": 4, "num_frames": 8})))
@@ -263,12 +209,7 @@ def test_sglang_size_and_extra_body(client, held):
 def test_sglang_upscaling_makes_a_larger_clip_beside(client, tmp_path):
     body = {"prompt": "a", "size": "100x64", "num_frames": 2, "enable_upscaling": True, "upscaling_scale": 3}
     video = ended(client, client.post("/v1/videos", json=body).json()["id"])
-    assert {name: video[name] for name in ("size", "model_size", "scale", "hd_size")} == {
-        "size": "100x64",
-        "model_size": "128x64",
-        "scale": 3,
-        "hd_size": "300x192",
-    }
+    assert video.items() >= {"size": "100x64", "model_size": "128x64", "scale": 3, "hd_size": "300x192"}.items()
     for variant, size in (("video", (100, 64)), ("hd", (300, 192)), ("sd", (100, 64))):
         content = client.get(f"/v1/videos/{video['id']}/content", params={"variant": variant}).content
         assert size_of(content, tmp_path) == size
@@ -297,90 +238,40 @@ def test_sglang_lists_models_and_loras(client):
     assert [lora["id"] for lora in client.get("/v1/loras").json()["data"]] == ["ink", "oil"]
 
 
-# LiteLLM: litellm/llms/openai/videos/transformation.py, OpenAIVideoConfig, and litellm/types/videos/main.py, VideoObject.
-
-
-def test_litellm_create_retrieve_and_content(client, tmp_path):
-    body = {"model": "sora-2", "prompt": "a cat", "seconds": "1", "size": "720x1280", "user": "me"}
-    created = client.post("/v1/videos", json=body).json()
-    video = ended(client, created["id"])
-    # Types of VideoObject.
-    assert (video["object"], video["status"], video["model"]) == ("video", "completed", "sora-2")
-    for name, type_ in {"seconds": str, "size": str, "created_at": int, "completed_at": int, "progress": int}.items():
-        assert isinstance(video[name], type_)
-    # It appends the path to its base URL, which ends in /videos.
-    assert size_of(client.get(f"/v1/videos/{video['id']}/content").content, tmp_path) == (720, 1280)
-
-
 # Values that cannot be honoured.
 
 OTHER_VALUES = {bool: True, str: "x", int: 3, float: 3.5, object: {"video_url": "https://example.com/a.mp4"}}
 
 
-@pytest.mark.parametrize("peer", PEER_FIELDS, ids=lambda peer: peer.name)
-def test_peer_field_accepts_neutral_values_and_refuses_others_with_a_sentence(peer):
-    def parse(value):
-        CreateVideo.parse({"prompt": "a", peer.name: value})
-
-    other = OTHER_VALUES.get(peer.type, {"flow_shift": 5})
-    if peer.neutral is None:
-        parse(other)
-    else:
+def test_peer_fields_accept_neutral_values_and_refuse_others_with_a_sentence():
+    for peer in PEER_FIELDS:
+        for neutral in (None, "", *(peer.neutral or ())):
+            CreateVideo.parse({"prompt": "a", peer.name: neutral})
+        other = {"prompt": "a", peer.name: OTHER_VALUES.get(peer.type, {"flow_shift": 5})}
+        if peer.neutral is None:
+            CreateVideo.parse(other)
+            continue
         with pytest.raises(ApiError) as raised:
-            parse(other)
+            CreateVideo.parse(other)
         assert raised.value.param == peer.name
         assert peer.why in raised.value.message
-    for neutral in (None, "", *(peer.neutral or ())):
-        parse(neutral)
-
-
-def test_reference_url_is_a_start_image(client):
-    body = {"prompt": "a", "reference_url": "https://example.com/a.png"}
-    error = error_of(client.post("/v1/videos", json=body), 400)
-    assert (error["param"], error["code"]) == ("reference_url", "url_inputs_disabled")
-    both = {"prompt": "a", "reference_url": "https://example.com/a.png", "image_reference": {"file_id": "file-1"}}
-    assert "one image" in error_of(client.post("/v1/videos", json=both), 400)["message"]
-
-
-# POST /v1/videos/sync.
-
-
-def test_synchronous_video_with_several_results_is_refused(client):
-    error = error_of(client.post("/v1/videos/sync", json={"prompt": "a", "n": 2}), 400)
-    assert (error["param"], "one file" in error["message"]) == ("n", True)
-
-
-def test_synchronous_video_that_fails(client):
-    error = error_of(client.post("/v1/videos/sync", json={"prompt": "fail", "size": "64x64", "num_frames": 2}), 500)
-    assert error["code"] == "stage_failed"
-
-
-JSON_BODY = {"Content-Type": "application/json"}
-
-
-def body_with(prompt: str) -> str:
-    return json.dumps({"prompt": prompt, "size": "64x64", "num_frames": 2})
-
-
-def send_and_disconnect(server, url: str, prompt: str, **headers: str) -> None:
-    """Send a request, and close the connection when its job is stored."""
-    with closing(HTTPConnection(url.removeprefix("http://"))) as connection:
-        connection.request("POST", "/v1/videos/sync", body_with(prompt), {**JSON_BODY, **headers})
-        while job_with_prompt(server, prompt) is None:
-            time.sleep(0.02)
 
 
 def job_with_prompt(server, prompt: str):
     return next((job for job in server.store.list("local", limit=100).jobs if job.shot.prompt == prompt), None)
 
 
-def test_request_with_an_idempotency_key_waits_again_after_a_disconnect(server):
+def test_synchronous_request_with_an_idempotency_key_waits_again_after_a_disconnect(server):
+    body = json.dumps({"prompt": "with a key", "size": "64x64", "num_frames": 2})
+    headers = {"Content-Type": "application/json", "Idempotency-Key": "k"}
     server.director.held.set()
     with listening_on_a_port(server.app) as url:
-        send_and_disconnect(server, url, "with a key", **{"Idempotency-Key": "k"})
+        with closing(HTTPConnection(url.removeprefix("http://"))) as connection:
+            connection.request("POST", "/v1/videos/sync", body, headers)
+            while job_with_prompt(server, "with a key") is None:
+                time.sleep(0.02)
         server.director.held.clear()
         server.director.wake()
-        headers = {**JSON_BODY, "Idempotency-Key": "k"}
-        answer = httpx.post(f"{url}/v1/videos/sync", content=body_with("with a key"), headers=headers, timeout=60)
+        answer = httpx.post(f"{url}/v1/videos/sync", content=body, headers=headers, timeout=60)
     assert answer.status_code == 200
     assert answer.headers["x-request-id"] == job_with_prompt(server, "with a key").id

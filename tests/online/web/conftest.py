@@ -3,7 +3,7 @@
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +13,20 @@ import pytest
 
 from tests.browser import running_browser
 from tests.fake_stages import FakeRealESRGAN, FakeStage
-from tests.online.directors import LocalDirector, ProgressCallback, RenderShot, listening_on_a_port, local_server
+from tests.online.directors import LocalDirector, listening_on_a_port, local_server, renderer, settings_with_keys
 from tests.online.scripted_stages import SCRIPTED
-from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.online.asgi_app import make_app
-from vidgen_ray.online.auth import hash_key, load_keys, new_key
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.check import check_shot
-from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import progress_callback, report_progress
+from vidgen_ray.stages.base import report_progress
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.weights import resolve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install playwright)")
-playwright.expect.set_options(timeout=20_000)
+playwright.expect.set_options(timeout=60_000)
 CHECK_PAGE = (Path(__file__).parent / "check_page.js").read_text()
 
 
@@ -48,27 +44,11 @@ class FakeUpscaler(FakeRealESRGAN):
 FAKES = {**SCRIPTED, "hunyuan": FakeHunyuanDiT, "realesrgan": FakeUpscaler}
 
 
-class QuickPipeline(VideoGenerationPipeline):
-    """Pipeline that draws noise instead of loading models, for tests of the page."""
-
-    def _stages(self, classes: Sequence[type[Any]], shot: Shot) -> list[Any]:
-        for stage_class in classes:
-            if stage_class.name not in self._loaded:
-                self._loaded[stage_class.name] = FAKES[stage_class.name](self.profile.params(stage_class))
-        return [self._loaded[stage_class.name] for stage_class in classes]
-
-
-assert hasattr(VideoGenerationPipeline, "_stages"), "QuickPipeline replaces this method"
-
-
-def renderer(pipeline: VideoGenerationPipeline) -> RenderShot:
-    """Return a function that renders a shot with the stages of a pipeline."""
-
-    def render(plan: ShotPlan, on_progress: ProgressCallback) -> None:
-        with progress_callback(on_progress):
-            pipeline.render(plan.shot)
-
-    return render
+def with_fakes(profile: str, folder: Path) -> VideoGenerationPipeline:
+    """Return a pipeline that draws noise instead of loading models, for tests of the page."""
+    pipeline = VideoGenerationPipeline.from_profile(profile, folder)
+    pipeline._loaded.update({name: fake(pipeline.profile.params(fake)) for name, fake in FAKES.items()})
+    return pipeline
 
 
 @dataclass
@@ -119,7 +99,7 @@ class Site:
 
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory) -> VideoGenerationPipeline:
-    return QuickPipeline.from_profile("tiny", tmp_path_factory.mktemp("out"))
+    return with_fakes("tiny", tmp_path_factory.mktemp("out"))
 
 
 @pytest.fixture
@@ -144,20 +124,10 @@ def new_site(quick, tmp_path) -> Iterator[Callable[..., Site]]:
             server = sites.enter_context(local_server(pipeline.profile, server_settings, renderer(pipeline), served=served))
             with socket.create_server(("127.0.0.1", 0)) as free:
                 port = free.getsockname()[1]
-            running = ExitStack()
-            sites.callback(running.close)
+            running = sites.enter_context(ExitStack())
 
             def start() -> None:
-                keys = load_keys(server_settings.keys_file, server_settings.limits)
-                app = make_app(
-                    server_settings,
-                    server.store,
-                    server.outputs,
-                    server.serving_profile,
-                    keys,
-                    jobs_changed=server.director.wake,
-                )
-                running.enter_context(listening_on_a_port(app, port))
+                running.enter_context(listening_on_a_port(server.app, port))
 
             start()
             return Site(f"http://127.0.0.1:{port}", server.store, server.director, pipeline, start, running.close, key)
@@ -173,10 +143,7 @@ def site(new_site) -> Site:
 @pytest.fixture
 def site_with_keys(new_site, tmp_path) -> Site:
     """Server with the keys of two tenants, ann and ben."""
-    keys = {"ann": new_key(), "ben": new_key()}
-    lines = [f"  - {{tenant: {tenant}, sha256: {hash_key(key)}}}\n" for tenant, key in keys.items()]
-    (tmp_path / "keys.yaml").write_text("keys:\n" + "".join(lines))
-    return new_site(key=keys["ann"], keys_file=tmp_path / "keys.yaml")
+    return new_site(key="vg-ann", keys_file=settings_with_keys(tmp_path, {"ann": {}, "ben": {}}).keys_file)
 
 
 # Not for the whole session: Playwright keeps an event loop running in this thread, and tests of other folders call asyncio.run.
@@ -193,7 +160,7 @@ def open_page(browser) -> Iterator[Callable[..., Any]]:
 
     def open_(url: str, **options: Any) -> Any:
         context = browser.new_context(**options)
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(60_000)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: messages.append(f"{message.text} ({message.location['url']})"))

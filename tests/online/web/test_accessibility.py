@@ -56,9 +56,18 @@ def test_states_are_accessible(site, open_page):
         page.get_by_role("checkbox", name=f"Select {name}").check()
     assert problems(page) == []
     page.get_by_role("button", name="Compare").click()
-    expect(page.get_by_role("dialog", name="Compare")).to_be_visible()
+    compare = page.get_by_role("dialog", name="Compare")
+    for name, is_paused in (("Play", False), ("Pause", True)):
+        compare.get_by_role("button", name=name).click()
+        for video in compare.locator("video").all():
+            expect(video).to_have_js_property("paused", is_paused)
+    rows = [row.split("\t")[0] for row in compare.locator("tbody tr").all_inner_texts()]
+    assert rows == ["Prompt"], "what differs"
+    boxes = [video.bounding_box() for video in compare.locator("video").all()]
+    assert boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"], "side by side"
     assert problems(page, "dialog[open]") == []
     page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Compare")).to_be_focused()
     page.get_by_role("link", name="Open another clip").click()
     expect(page.get_by_role("dialog")).to_be_visible()
     assert problems(page, "dialog[open]") == []
@@ -78,7 +87,7 @@ def test_empty_page_and_sign_in_are_accessible(site, site_with_keys, open_page):
     open_page.messages[:] = [text for text in open_page.messages if "404" not in text]
 
 
-def test_generate_button_and_running_clip_are_visible_without_scrolling(site, open_page):
+def test_generate_button_running_clip_and_errors_are_visible_without_scrolling(site, open_page):
     site.add("a finished clip")
     page = open_page(site.url)
     for size in (PHONE, LAPTOP, DESKTOP):
@@ -99,10 +108,7 @@ def test_generate_button_and_running_clip_are_visible_without_scrolling(site, op
             expect(card.locator(part)).to_be_in_viewport(ratio=1)
         expect(page.get_by_role("button", name="Generate")).to_be_in_viewport(ratio=1)
         expect(page.get_by_label("Prompt", exact=True)).to_be_in_viewport(ratio=1)
-
-
-def test_invalid_field_is_shown_above_the_submit_bar(site, open_page):
-    page = open_page(site.url, viewport=PHONE)
+    page.set_viewport_size(PHONE)
     page.locator(".settings-fold").evaluate("fold => { fold.open = true; }")
     page.get_by_label("Prompt", exact=True).fill("a boat")
     page.locator("#create").evaluate("form => { form.noValidate = true; }")
