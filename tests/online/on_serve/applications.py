@@ -24,8 +24,6 @@ from vidgen_ray.shot import Shot
 POLL_S = 0.02
 ACTORS_GB = {"instantid": 1, "flux": 34, "svd": 20, "realesrgan": 6}
 """Actors with scripted stages, and their GPU memory."""
-FACE_TIMEOUT_S = 10
-"""Timeout of the face stage in seconds. All other stages keep their long timeouts, for slow machines."""
 
 
 @dataclass
@@ -95,7 +93,7 @@ def pid_of(actor):
             return ray.get(actor.place.remote()).pid
 
 
-def run(name, profile, cluster, out, stages, wait=True, grows=False, database=None) -> Running:
+def run(name, profile, cluster, out, stages, wait=True, database=None) -> Running:
     served = serving_profile(profile)
     chosen = plan(served.profile, served.demand(), cluster)
     outputs = OutputFolder(out / "out")
@@ -105,7 +103,7 @@ def run(name, profile, cluster, out, stages, wait=True, grows=False, database=No
     config = EngineConfig(name, served.profile, outputs, stages_served, CacheSettings("all", wait=True))
     labels = labels_of(chosen, cluster)
     keys = ApiKeys([], settings.limits)
-    app = director_application(config, settings, chosen.layout, keys, labels, chosen.stage_seconds if grows else None)
+    app = director_application(config, settings, chosen.layout, keys, labels, None)
     target = serve.RunTarget(app, name=name, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=wait)
     return Running(name, served, outputs, open_store(settings))
@@ -116,7 +114,6 @@ def scripted_profile(tiny):
         name: tiny.actors[name].model_copy(update={"device": "cuda", "memory_gb": gb, "cpus": 0.1})
         for name, gb in ACTORS_GB.items()
     }
-    actors["instantid"] = actors["instantid"].model_copy(update={"timeout_s": FACE_TIMEOUT_S})
     return tiny.model_copy(update={"name": "scripted", "actors": actors, "cpu_workers": None, "layout": "fused"})
 
 

@@ -18,10 +18,9 @@ from vidgen_ray.online.store.store import open_store
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import this_machine
 
-KEYS = {name: f"vg-{name}-key" for name in ("ada", "amy", "eve")}
+KEYS = {name: f"vg-{name}-key" for name in ("ada", "amy")}
 ACTORS = ("instantid", "flux", "hunyuan", "svd", "realesrgan")
 """Actors of the server. Each loads models for seconds."""
-LIMITS = {"eve": {"open_jobs": 1}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +33,7 @@ def server(tiny, tmp_path_factory) -> Iterator[tuple[Server, Running]]:
     """Start Ray Serve with a server of the tiny models in one process. Other applications may run at the same time."""
     LocalRay.start()
     folder = tmp_path_factory.mktemp("server")
-    keys = [{"tenant": name, "sha256": hash_key(key), "limits": LIMITS.get(name, {})} for name, key in KEYS.items()]
+    keys = [{"tenant": name, "sha256": hash_key(key)} for name, key in KEYS.items()]
     (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -51,26 +51,15 @@ class TestRealStages:
         assert online == digests(pipeline.outputs, job.shot.id)
         assert record.key == job.key
         assert set(job.stage_seconds) == {step.stage for step in record.stages}
+        pipeline.generate_video("stops", continue_from=job.shot.id, seed=1, upscale_video=False, num_frames=2)
+        last_frames = [outputs.shot_folder(job.shot_id) / LAST_FRAME for outputs in (real.outputs, pipeline.outputs)]
+        assert len({sha256_of(frame) for frame in last_frames}) == 1
         # A second job for the same shot reuses the files.
         before = sorted(real.outputs.shot_folder(job.shot_id).iterdir())
         written = [file.stat().st_mtime_ns for file in before]
         again = real.wait_for_end(real.accept(**fields))
         assert (again.state, again.shot_id, again.stage_seconds) == (JobState.COMPLETED, job.shot_id, {})
         assert [file.stat().st_mtime_ns for file in before] == written
-
-    def test_last_frame_equals_that_of_the_library(self, real, tiny, tmp_path):
-        job = real.wait_for_end(real.accept(prompt="walks", upscale_video=False, num_frames=3))
-        pipeline = VideoGenerationPipeline(tiny, tmp_path)
-        pipeline.render(job.shot.model_copy(update={"id": "walk"}))
-        pipeline.generate_video("stops", continue_from="walk", seed=1, upscale_video=False, num_frames=3)
-        online, library = real.outputs.shot_folder(job.shot_id), pipeline.outputs.shot_folder("walk")
-        assert sha256_of(online / LAST_FRAME) == sha256_of(library / LAST_FRAME)
-
-    def test_shot_of_a_batch_run_is_reused_under_its_own_id(self, real, tiny):
-        pipeline = VideoGenerationPipeline(tiny, real.outputs.root)
-        pipeline.render(real.shot(prompt="batch shot", generate_video=False).model_copy(update={"id": "line-7"}))
-        job = real.wait_for_end(real.accept(prompt="batch shot", generate_video=False))
-        assert (job.state, job.shot_id) == (JobState.COMPLETED, "line-7")
 
     def test_cancel_stops_denoising_and_keeps_the_weights_usable(self, real):
         job_id = real.accept(prompt="long", generate_video=False, steps={"flux": 200})
@@ -96,11 +85,6 @@ class TestScriptedStages:
             assert {scripted.wait_for_end(job).state for job in jobs} == {JobState.COMPLETED}
         assert steps_run(pipe) == [1, 2, 3, 4]
 
-    def test_crash_is_retried(self, scripted, tmp_path):
-        job = scripted.wait_for_end(scripted.accept(prompt=f"crash once {tmp_path / 'marker'}"))
-        assert (job.state, job.error, job.attempts) == (JobState.COMPLETED, None, 1)
-        assert (tmp_path / "marker").exists()
-
     def test_two_jobs_for_the_same_shot_render_it_once(self, scripted, pipe):
         fields = {"prompt": f"steps 2 pause at 1 {pipe}", **IMAGE_ONLY}
         first, second = scripted.accept(**fields), scripted.accept(**fields)
@@ -111,8 +95,12 @@ class TestScriptedStages:
         assert [job.state for job in ended] == [JobState.COMPLETED] * 2
         assert steps_run(pipe) == [1, 2]
 
-    def test_failed_job_names_the_stage(self, scripted):
-        bad, good = (scripted.accept(prompt=prompt, **IMAGE_ONLY) for prompt in ("raise", "good"))
+    def test_crash_is_retried_and_a_failed_job_names_the_stage(self, scripted, tmp_path):
+        prompts = (f"crash once {tmp_path / 'marker'}", "raise", "good")
+        crashed, bad, good = (scripted.accept(prompt=prompt, **IMAGE_ONLY) for prompt in prompts)
+        job = scripted.wait_for_end(crashed)
+        assert (job.state, job.error, job.attempts) == (JobState.COMPLETED, None, 1)
+        assert (tmp_path / "marker").exists()
         job = scripted.wait_for_end(bad)
         assert (job.state, job.error.code, job.error.stage) == (JobState.FAILED, "stage_failed", "flux")
         assert "a transient fault" in job.error.message
@@ -198,29 +186,3 @@ def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, 
         time.sleep(POLL_S)
     groups = placement_group_table().values()
     assert {group["state"] for group in groups if any("GPU" in bundle for bundle in group["bundles"].values())} == {"REMOVED"}
-
-
-@pytest.mark.slow
-def test_gpu_that_is_free_gets_a_worker_that_the_director_uses(tiny, tmp_path, scripted):
-    serve.delete("scripted")
-    app = run("grows", scripted_profile(tiny), parse_gpus("1x80GB"), tmp_path, SCRIPTED, grows=True)
-    while len(app.pids("worker")) < 2:
-        time.sleep(POLL_S)
-    # The director learns of the second worker up to two seconds later. Before, both jobs wait for the same one.
-    while not two_jobs_run_at_once(app, tmp_path):
-        pass
-    serve.delete("grows")
-
-
-def two_jobs_run_at_once(app, tmp_path):
-    """Start two jobs and return whether both were in their first step at once. Lets both finish."""
-    pipes = [tmp_path / new_id("shot") for _ in range(2)]
-    for path in pipes:
-        os.mkfifo(path)
-    jobs = [app.accept(prompt=f"steps 2 pause at 2 {path}", **IMAGE_ONLY) for path in pipes]
-    started = time.monotonic()
-    while not (at_once := all(app.job(job).step == 1 for job in jobs)) and time.monotonic() < started + 3:
-        time.sleep(POLL_S)
-    with pipes_open(*pipes):
-        assert {app.wait_for_end(job).state for job in jobs} == {JobState.COMPLETED}
-    return at_once
