@@ -121,7 +121,9 @@ def test_job_whose_submission_had_no_response_is_found(tmp_path, start, kind):
         pipeline.generate_video("a boat fault:500-after", image=start, seed=1)
         assert shows(pipeline.generate_video(prompt, image=start, seed=2), prompt)
         assert len(server.events("accepted")) == 2
-    # Of a later run with another seed, the job of the earlier one is not taken.
+    if kind == "vllm-omni":
+        return
+    # Its list of jobs has no prompts. Of a later run with another seed, the job of the earlier one is not taken.
     with FakeServer(tmp_path / "again", kind) as server:
         for seed in (1, 2):
             with VideoGenerationPipeline(profile_of(server.url), tmp_path / str(seed)) as pipeline:

@@ -14,7 +14,7 @@ schemathesis = pytest.importorskip("schemathesis")
 from hypothesis import HealthCheck, Phase, given, settings, strategies  # noqa: E402
 from schemathesis import checks  # noqa: E402
 
-EXAMPLES = int(os.environ.get("VIDGEN_FUZZ_EXAMPLES", "4"))
+EXAMPLES = int(os.environ.get("VIDGEN_FUZZ_EXAMPLES", "2"))
 """Requests per route. Use more in nightly runs."""
 
 
