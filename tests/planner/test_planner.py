@@ -573,7 +573,7 @@ def simulated_profile():
 def test_scheduler_reaches_the_planned_rate():
     """With the engine's scheduler in simulated time. Workers swap weights in some of these layouts."""
     profile = simulated_profile()
-    for gpus in ("8x80GB", "8x48GB", "1x48GB", "5x40GB", "4x48GB+4x80GB"):
+    for gpus in ("8x80GB", "1x48GB", "4x48GB+4x80GB"):
         planned = plan(profile, WITHOUT_STYLE, parse_gpus(gpus))
         simulated = Simulation(planned.layout.workers, WITHOUT_STYLE.shots, loras=1).run()
         assert bool(simulated.swaps) == any(worker.swap_groups for worker in planned.layout.workers), gpus
