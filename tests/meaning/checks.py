@@ -1,12 +1,12 @@
 """Checks of the images and clips of the profile `demo`, each with the input that it depends on.
 
-Every check is a function `measure(chain, cases, cut)` that returns the share of cases that pass. With `cut`, the input is
-disconnected from its stage and the share must fall below the goal. `benchmarks/meaning.py` prints both shares.
+Every check is a function `holds(chain, n, cut)` of the n-th case. With `cut`, the input is disconnected from its stage and the
+share of cases in which it holds must fall below the goal. `benchmarks/meaning.py` prints both shares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,13 @@ PERSON_LORA, STYLE_LORA = "builtin:demo/ada.safetensors", "builtin:demo/sketch.s
 LORA_PERSON, LORA_STYLE = "ada", "sketch"
 PENCIL_PROMPTS = ("a pencil sketch", "sketch on paper")
 STYLES = {"sketch": "a pencil sketch", "night": "dark night colours", "pastel": "soft pastel colours"}
-SVD_SLOW, SVD_FAST = {"motion_bucket_id": 20}, {"motion_bucket_id": 240}
+SVD_SLOW, SVD_FAST = {"motion_bucket_id": 20}, {"motion_bucket_id": 255}
 WAN_SLOW = {"video_model": "wan", "motion_prompt": "moving slowly"}
 WAN_FAST = {"video_model": "wan", "motion_prompt": "moving fast"}
 ASIDE = 0.36
 """Largest distance of a whole face from the centre of the image, in half image widths."""
 Cut = Mapping[str, Mapping[str, Any]]
-Measure = Callable[[Chain, int, Cut], float]
+Holds = Callable[[Chain, int, Cut], bool]
 UNCUT: Cut = {}
 
 
@@ -44,11 +44,15 @@ UNCUT: Cut = {}
 class Check:
     """A check of one input."""
 
-    measure: Measure
+    holds: Holds
     goal: float
     """Minimum share of cases that pass, between the shares with and without the input."""
     cut: Cut
     """The input to disconnect, with its replacement."""
+
+    def measure(self, chain: Chain, cases: int, cut: Cut) -> float:
+        """Return the share of cases that pass."""
+        return float(np.mean([self.holds(chain, n, cut) for n in range(cases)]))
 
 
 def scene_case(n: int) -> dict[str, str]:
@@ -69,8 +73,8 @@ def person_prompt(n: int) -> str:
     return f"a person in a {clothes} shirt {PLACE_WORDS[place][0]} {WEATHER_WORDS[weather][0]}"
 
 
-def _classify(images: Sequence[NDArray[np.uint8]]) -> list[dict[str, str]]:
-    return reading.classified(CLASSIFIER, np.stack(images))
+def _labels(image: NDArray[np.uint8]) -> dict[str, str]:
+    return reading.classified(CLASSIFIER, image[None])[0]
 
 
 def _subject_fields(chain: Chain, n: int) -> dict[str, Any]:
@@ -84,7 +88,7 @@ def _shows_subject(chain: Chain, n: int, image: NDArray[np.uint8]) -> bool:
     """Return if the image shows the subject of `_subject_fields`: the classifier reads the thing, or a face is detected."""
     if n % 2:
         return _keypoints(chain, image) is not None
-    return _classify([image])[0]["subject"] == scene_case(n // 2)["subject"]
+    return _labels(image)["subject"] == scene_case(n // 2)["subject"]
 
 
 def _keypoints(chain: Chain, image: NDArray[np.uint8]) -> NDArray[np.float32] | None:
@@ -94,24 +98,19 @@ def _keypoints(chain: Chain, image: NDArray[np.uint8]) -> NDArray[np.float32] | 
         return None
 
 
-def _label_check(label: str) -> Measure:
-    def share(chain: Chain, cases: int, cut: Cut) -> float:
-        expected = [scene_case(n) for n in range(cases)]
-        images = [chain.make(prompt=case["prompt"], seed=n, disconnected=cut)["image"] for n, case in enumerate(expected)]
-        return float(np.mean([labels[label] == case[label] for labels, case in zip(_classify(images), expected, strict=True)]))
+def _label_check(label: str) -> Holds:
+    def holds(chain: Chain, n: int, cut: Cut) -> bool:
+        case = scene_case(n)
+        return _labels(chain.make(prompt=case["prompt"], seed=n, disconnected=cut)["image"])[label] == case[label]
 
-    return share
+    return holds
 
 
-def seeds_differ(chain: Chain, cases: int, cut: Cut) -> float:
-    """Return the share of prompts whose images for two seeds differ by more than encoding noise."""
-    differ = []
-    for n in range(cases):
-        one, other = (
-            chain.make(prompt=scene_case(n)["prompt"], seed=seed, disconnected=cut)["image"] for seed in (n, n + 1000)
-        )
-        differ.append(np.abs(one.astype(int) - other.astype(int)).mean() > 2.0)
-    return float(np.mean(differ))
+def seeds_differ(chain: Chain, n: int, cut: Cut) -> bool:
+    """The images of a prompt for two seeds differ by more than encoding noise."""
+    prompt = scene_case(n)["prompt"]
+    one, other = (chain.make(prompt=prompt, seed=seed, disconnected=cut)["image"].astype(int) for seed in (n, n + 1000))
+    return bool(np.abs(one - other).mean() > 2.0)
 
 
 def _likeness(chain: Chain, image: NDArray[np.uint8]) -> dict[str, float] | None:
@@ -126,108 +125,51 @@ def _likeness(chain: Chain, image: NDArray[np.uint8]) -> dict[str, float] | None
     }
 
 
-def person_recognised(chain: Chain, cases: int, cut: Cut) -> float:
-    """Return the share of images whose face is closer to the person of the photo than to the other nine of the cast."""
-    hits = []
-    for n in range(cases):
-        name = list(CAST)[n % len(CAST)]
-        image = chain.make(prompt=person_prompt(n), face_image=chain.photo(name), seed=n, disconnected=cut)["image"]
-        likeness = _likeness(chain, image)
-        hits.append(likeness is not None and max(likeness, key=likeness.__getitem__) == name)
-    return float(np.mean(hits))
+def person_recognised(chain: Chain, n: int, cut: Cut) -> bool:
+    """The face is closer to the person of the photo than to the other nine of the cast."""
+    name = list(CAST)[n % len(CAST)]
+    image = chain.make(prompt=person_prompt(n), face_image=chain.photo(name), seed=n, disconnected=cut)["image"]
+    likeness = _likeness(chain, image)
+    return likeness is not None and max(likeness, key=likeness.__getitem__) == name
 
 
-def photo_increases_likeness(chain: Chain, cases: int, cut: Cut) -> float:
-    """Return the share of images whose face is closer to the person with the photo than without it."""
-    hits = []
-    for n in range(cases):
-        name = list(CAST)[n % len(CAST)]
-        fields = {"prompt": person_prompt(n), "seed": n}
-        without = _likeness(chain, chain.make(**fields)["image"])
-        with_photo = _likeness(chain, chain.make(**fields, face_image=chain.photo(name), disconnected=cut)["image"])
-        hits.append(with_photo is not None and with_photo[name] > (without or {name: -1.0})[name] + 0.02)
-    return float(np.mean(hits))
+def face_position_follows_photo(chain: Chain, n: int, cut: Cut) -> bool:
+    """The face is on the same side as in the photo. The prompt does not mention the side."""
+    x = ASIDE if n % 2 else -ASIDE
+    photo = chain.photo(list(CAST)[n % len(CAST)], x)
+    image = chain.make(prompt=person_prompt(n), face_image=photo, seed=n, disconnected=cut)["image"]
+    keypoints = _keypoints(chain, image)
+    if keypoints is None:
+        return False
+    position = float(keypoints[:, 0].mean()) / image.shape[1] * 2 - 1
+    return bool(position * np.sign(x) > ASIDE / 2)
 
 
-def face_position_follows_photo(chain: Chain, cases: int, cut: Cut) -> float:
-    """Return the share of images whose face is on the same side as in the photo. The prompt does not mention the side."""
-    hits = []
-    for n in range(cases):
-        x = ASIDE if n % 2 else -ASIDE
-        photo = chain.photo(list(CAST)[n % len(CAST)], x)
-        image = chain.make(prompt=person_prompt(n), face_image=photo, seed=n, disconnected=cut)["image"]
-        keypoints = _keypoints(chain, image)
-        if keypoints is None:
-            hits.append(False)
-            continue
-        position = float(keypoints[:, 0].mean()) / image.shape[1] * 2 - 1
-        hits.append(bool(position * np.sign(x) > ASIDE / 2))
-    return float(np.mean(hits))
+def lora_increases_likeness(chain: Chain, n: int, cut: Cut) -> bool:
+    """The LoRA stage brings the image closer to the person of the LoRA."""
+    fields = {"prompt": person_prompt(n), "seed": n}
+    before = _likeness(chain, chain.make(**fields)["image"])
+    after = _likeness(chain, chain.make(**fields, lora=PERSON_LORA, lora_strength=0.8, disconnected=cut)["image"])
+    return after is not None and after[LORA_PERSON] > (before or {LORA_PERSON: -1.0})[LORA_PERSON] + 0.02
 
 
-def lora_increases_likeness(chain: Chain, cases: int, cut: Cut) -> float:
-    """Return the share of images that the LoRA stage brings closer to the person of the LoRA."""
-    hits = []
-    for n in range(cases):
-        fields = {"prompt": person_prompt(n), "seed": n}
-        before = _likeness(chain, chain.make(**fields)["image"])
-        after = _likeness(chain, chain.make(**fields, lora=PERSON_LORA, lora_strength=0.8, disconnected=cut)["image"])
-        hits.append(after is not None and after[LORA_PERSON] > (before or {LORA_PERSON: -1.0})[LORA_PERSON] + 0.02)
-    return float(np.mean(hits))
+def lora_applies_style(chain: Chain, n: int, cut: Cut) -> bool:
+    """The image has the style of the LoRA after the LoRA stage."""
+    fields = {"prompt": scene_case(n)["prompt"], "seed": n, "lora": STYLE_LORA, "lora_strength": 0.8}
+    return _labels(chain.make(**fields, disconnected=cut)["image"])["style"] == LORA_STYLE
 
 
-def lora_applies_style(chain: Chain, cases: int, cut: Cut) -> float:
-    """Return the share of images that have the style of the LoRA after the LoRA stage."""
-    images = [
-        chain.make(prompt=scene_case(n)["prompt"], seed=n, lora=STYLE_LORA, lora_strength=0.8, disconnected=cut)["image"]
-        for n in range(cases)
-    ]
-    return float(np.mean([labels["style"] == LORA_STYLE for labels in _classify(images)]))
+def restyle_follows_prompt(chain: Chain, n: int, cut: Cut) -> bool:
+    """The image has the style of the style prompt."""
+    style = list(STYLES)[n % len(STYLES)]
+    fields = {"use_hunyuan_style": True, "style_prompt": STYLES[style], "style_strength": 0.6}
+    return _labels(chain.make(prompt=scene_case(n)["prompt"], seed=n, **fields, disconnected=cut)["image"])["style"] == style
 
 
-def restyle_follows_prompt(chain: Chain, cases: int, cut: Cut) -> float:
-    """Return the share of images with the style of the style prompt."""
-    styles = [list(STYLES)[n % len(STYLES)] for n in range(cases)]
-    images = [_restyled(chain, n, style, cut) for n, style in enumerate(styles)]
-    return float(np.mean([labels["style"] == style for labels, style in zip(_classify(images), styles, strict=True)]))
-
-
-def restyle_keeps_layout(chain: Chain, cases: int, cut: Cut) -> float:
-    """Return the share of restyled images whose edges match the original better than another image."""
-    hits = []
-    for n in range(cases):
-        style = list(STYLES)[n % len(STYLES)]
-        before, other = (chain.make(prompt=scene_case(k)["prompt"], seed=k)["image"] for k in (n, n + 1))
-        after = _restyled(chain, n, style, cut)
-        hits.append(_edge_correlation(before, after) > _edge_correlation(other, after) + 0.1)
-    return float(np.mean(hits))
-
-
-def pencil_keeps_subject(chain: Chain, cases: int, cut: Cut) -> float:
-    """Return the share of images that still show their subject after a restyle as a pencil drawing."""
-    hits = []
-    for n in range(cases):
-        style = {"use_hunyuan_style": True, "style_prompt": PENCIL_PROMPTS[n // 2 % 2], "style_strength": 0.6}
-        image = chain.make(**_subject_fields(chain, n), **style, disconnected=cut)["image"]
-        hits.append(_shows_subject(chain, n, image))
-    return float(np.mean(hits))
-
-
-def _restyled(chain: Chain, n: int, style: str, cut: Cut) -> NDArray[np.uint8]:
-    case = scene_case(n)
-    return chain.make(
-        prompt=case["prompt"], seed=n, use_hunyuan_style=True, style_prompt=STYLES[style], style_strength=0.6, disconnected=cut
-    )["image"]
-
-
-def _edge_correlation(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-    """Return the correlation of the edge strengths, slightly blurred."""
-    maps = []
-    for image in (one, other):
-        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
-        strength = np.hypot(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
-        maps.append(cv2.GaussianBlur(strength, (0, 0), 2).ravel())
-    return float(np.corrcoef(*maps)[0, 1])
+def pencil_keeps_subject(chain: Chain, n: int, cut: Cut) -> bool:
+    """The image still shows its subject after a restyle as a pencil drawing."""
+    style = {"use_hunyuan_style": True, "style_prompt": PENCIL_PROMPTS[n // 2 % 2], "style_strength": 0.6}
+    return _shows_subject(chain, n, chain.make(**_subject_fields(chain, n), **style, disconnected=cut)["image"])
 
 
 def _clip(chain: Chain, n: int, cut: Cut, motion: Mapping[str, Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -235,37 +177,28 @@ def _clip(chain: Chain, n: int, cut: Cut, motion: Mapping[str, Any]) -> tuple[ND
     return artefacts["image"], artefacts["frames"]
 
 
-def _starts_with_image(motion: Mapping[str, Any]) -> Measure:
-    def share(chain: Chain, cases: int, cut: Cut) -> float:
-        """Return the share of clips whose first frame differs from the image by less than 12 of 255 levels on average."""
-        pairs = [_clip(chain, n, cut, motion) for n in range(cases)]
-        return float(np.mean([np.abs(frames[0].astype(int) - image.astype(int)).mean() < 12 for image, frames in pairs]))
-
-    return share
+def starts_with_image(chain: Chain, n: int, cut: Cut) -> bool:
+    """The first frame differs from the image by less than 12 of 255 levels on average."""
+    image, frames = _clip(chain, n, cut, SVD_FAST)
+    return bool(np.abs(frames[0].astype(int) - image.astype(int)).mean() < 12)
 
 
-def _faster(slow: Mapping[str, Any], fast: Mapping[str, Any]) -> Measure:
-    def share(chain: Chain, cases: int, cut: Cut) -> float:
-        """Return the share of images whose fast clip has more motion than the slow one."""
-        hits = []
-        for n in range(cases):
-            slow_px, fast_px = (_motion_px(_clip(chain, n, cut, motion)[1]) for motion in (slow, fast))
-            hits.append(fast_px > 1.3 * slow_px)
-        return float(np.mean(hits))
+def _faster(slow: Mapping[str, Any], fast: Mapping[str, Any]) -> Holds:
+    def holds(chain: Chain, n: int, cut: Cut) -> bool:
+        """The fast clip has more motion than the slow one."""
+        slow_px, fast_px = (_motion_px(_clip(chain, n, cut, motion)[1]) for motion in (slow, fast))
+        return fast_px > 1.3 * slow_px
 
-    return share
+    return holds
 
 
-def _whole_at_the_end(motion: Mapping[str, Any]) -> Measure:
-    def share(chain: Chain, cases: int, cut: Cut) -> float:
-        """Return the share of clips whose last frame still shows the subject."""
-        hits = []
-        for n in range(cases):
-            frames = chain.make(**_subject_fields(chain, n), generate_video=True, disconnected=cut, **motion)["frames"]
-            hits.append(_shows_subject(chain, n, frames[-1]))
-        return float(np.mean(hits))
+def _whole_at_the_end(motion: Mapping[str, Any]) -> Holds:
+    def holds(chain: Chain, n: int, cut: Cut) -> bool:
+        """The last frame still shows the subject."""
+        frames = chain.make(**_subject_fields(chain, n), generate_video=True, disconnected=cut, **motion)["frames"]
+        return _shows_subject(chain, n, frames[-1])
 
-    return share
+    return holds
 
 
 def _motion_px(frames: NDArray[np.uint8]) -> float:
@@ -275,14 +208,11 @@ def _motion_px(frames: NDArray[np.uint8]) -> float:
     return float(np.linalg.norm(flow, axis=2).mean())
 
 
-def modes_agree(chain: Chain, cases: int, cut: Cut) -> float:
-    """Return the share of prompts with a person LoRA for which both modes show the same place, weather and subject."""
-    same = []
-    for n in range(cases):
-        fields = {"prompt": person_prompt(n), "seed": n, "lora": PERSON_LORA}
-        one, other = _classify([chain.make(**fields, mode=mode, disconnected=cut)["image"] for mode in ("quality", "fast")])
-        same.append(all(one[label] == other[label] for label in ("place", "weather", "subject")))
-    return float(np.mean(same))
+def modes_agree(chain: Chain, n: int, cut: Cut) -> bool:
+    """Both modes show the same place, weather and subject for a prompt with a person LoRA."""
+    fields = {"prompt": person_prompt(n), "seed": n, "lora": PERSON_LORA}
+    one, other = (_labels(chain.make(**fields, mode=mode, disconnected=cut)["image"]) for mode in ("quality", "fast"))
+    return all(one[label] == other[label] for label in ("place", "weather", "subject"))
 
 
 def _without_prompt(*stages: str) -> Cut:
@@ -297,29 +227,20 @@ CHECKS: dict[str, Check] = {
     "it is the time of day of the prompt": Check(_label_check("weather"), 0.8, _without_prompt("flux")),
     "another seed gives another image": Check(seeds_differ, 0.85, {"flux": {"seed": 7}}),
     "the person of the photo is recognised among ten": Check(person_recognised, 0.7, {"flux": {"identity_strength": 0.0}}),
-    "a photo increases the likeness to its person": Check(photo_increases_likeness, 0.8, {"flux": {"identity_strength": 0.0}}),
     "a face is where it is in the photo": Check(face_position_follows_photo, 0.7, {"flux": {"pose": "none"}}),
     "a person's LoRA increases the likeness to the person": Check(
         lora_increases_likeness, 0.5, {"lora": {"lora_strength": 0.0}}
     ),
     "a style's LoRA increases the likeness to the style": Check(lora_applies_style, 0.7, {"lora": {"lora_strength": 0.0}}),
     "the restyle follows its prompt": Check(restyle_follows_prompt, 0.7, {"hunyuan": {"style_prompt": None}}),
-    "the restyle keeps the layout": Check(restyle_keeps_layout, 0.8, {"hunyuan": {"style_strength": 1.0}}),
     "a pencil restyle keeps its subject recognisable": Check(
         pencil_keeps_subject, 0.6, {"hunyuan": {"image": GREY, "prompt": NEUTRAL_PROMPT}}
     ),
-    "a clip starts with its image": Check(_starts_with_image(SVD_SLOW), 0.9, {"svd": {"image": GREY}}),
+    "a clip starts with its image": Check(starts_with_image, 0.9, {"svd": {"image": GREY}}),
     "a larger motion bucket gives more motion": Check(_faster(SVD_SLOW, SVD_FAST), 0.8, {"svd": {"motion_bucket_id": 127}}),
-    **{
-        f"the last frame shows the subject, motion bucket {bucket}": Check(
-            _whole_at_the_end({"motion_bucket_id": bucket}), 0.75, {"svd": {"image": GREY}}
-        )
-        for bucket in (32, 255)
-    },
-    "a clip of Wan starts with its image": Check(_starts_with_image(WAN_SLOW), 0.9, {"wan": {"image": GREY}}),
+    "the last frame shows the subject": Check(_whole_at_the_end(SVD_FAST), 0.75, {"svd": {"image": GREY}}),
     "a prompt for fast motion gives more motion": Check(_faster(WAN_SLOW, WAN_FAST), 0.8, {"wan": {"motion_prompt": None}}),
-    "the last frame shows the subject, Wan, slow": Check(_whole_at_the_end(WAN_SLOW), 0.75, {"wan": {"image": GREY}}),
-    "the last frame shows the subject, Wan, fast": Check(_whole_at_the_end(WAN_FAST), 0.75, {"wan": {"image": GREY}}),
+    "the last frame shows the subject, Wan": Check(_whole_at_the_end(WAN_FAST), 0.75, {"wan": {"image": GREY}}),
     "fast and quality show the same": Check(
         modes_agree, 0.8, {"flux": {"prompt": NEUTRAL_PROMPT}, "lora": {"prompt": "a red boat by the sea at night"}}
     ),

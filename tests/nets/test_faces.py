@@ -2,7 +2,6 @@
 
 import json
 import socket
-import warnings
 from pathlib import Path
 
 import cv2
@@ -14,14 +13,13 @@ import skimage.data
 from insightface.app import FaceAnalysis
 from insightface.app.common import Face
 from insightface.model_zoo import get_model
-from insightface.utils import face_align
 
 from tests.conftest import ASTRONAUT
 from vidgen_ray import weights
-from vidgen_ray.errors import MissingWeights, SetupError, StageError
+from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.media import read_image
 from vidgen_ray.nets import faces
-from vidgen_ray.nets.faces import CenterFace, PackDetector, PackRecogniser, norm_crop, open_pack, similarity
+from vidgen_ray.nets.faces import CenterFace, PackDetector, PackRecogniser, norm_crop, open_pack
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json
 from vidgen_ray.stages.instantid import InstantIDParams, InstantIDStage
 from vidgen_ray.weights import resolve
@@ -58,12 +56,6 @@ def group():
     return read_image(GROUP)
 
 
-@pytest.fixture(scope="module")
-def other():
-    """Another person's portrait, (112, 112, 3)."""
-    return read_image(PORTRAIT)
-
-
 def head(photo, side_px):
     """Return the astronaut's head, with a face that is `side_px` wide."""
     scale = side_px / (BOX[2] - BOX[0])
@@ -78,14 +70,9 @@ def on_a_wall(*placed_images, size=(512, 512)):
     return wall
 
 
-def grey(photo):
-    return np.repeat(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)[:, :, None], 3, axis=2)
-
-
 def test_detects_the_astronauts_face(stage, photo):
     face = stage.features([photo])
     assert face.faces_found == 1
-    assert face.score > 0.85
     assert np.abs(np.subtract(face.box, BOX)).max() < 2
     assert np.abs(face.keypoints - POINTS).max() < 2
     # Another detector, trained on other images, agrees within a fifteenth of the face.
@@ -93,39 +80,19 @@ def test_detects_the_astronauts_face(stage, photo):
     assert np.abs(face.keypoints - MTCNN_POINTS).max() < 6
 
 
-def test_keypoints_of_a_changed_photo_stay_the_same(stage, photo):
-    """Tolerance: a twentieth of the face, which is 91 px wide."""
-    for change, image, back in (
-        ("mirrored", photo[:, ::-1], lambda points: ((511, 0) + points * (-1, 1))[[1, 0, 2, 4, 3]]),
-        ("4000px", cv2.resize(photo, (4000, 4000), interpolation=cv2.INTER_CUBIC), lambda points: points * 512 / 4000),
-        ("256px", cv2.resize(photo, (256, 256), interpolation=cv2.INTER_AREA), lambda points: points * 2),
-        ("grey", grey(photo), lambda points: points),
-        ("cropped", photo[20:300, 100:400], lambda points: np.add(points, (100, 20))),
+def test_photos_without_a_usable_face_are_rejected(stage, photo):
+    for photos, message in (
+        ([skimage.data.coffee()], "face_image: no face found; use a photo"),
+        ([on_a_wall()], "face_image: no face found; use a photo"),
+        ([on_a_wall((head(photo, 16), (200, 200)))], r"largest face is 1\d px, must be at least 24 px; use a closer photo"),
+        ([photo[:60]], "face_image: got 512x60, must have an aspect ratio of at most 8:1"),
+        ([photo, on_a_wall()], "face_image 2 of 2: no face found"),
+        ([], "got no photo"),
     ):
-        face = stage.features([image])
-        assert face.faces_found == 1, change
-        assert np.abs(back(face.keypoints) - POINTS).max() < 4.5, change
-
-
-def test_no_face_is_found_in_images_without_a_face(stage):
-    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3)).astype(np.uint8)
-    for image in (skimage.data.coffee(), skimage.data.moon()[:, :, None].repeat(3, axis=2), noise, on_a_wall()):
-        with pytest.raises(StageError, match="face_image: no face found; use a photo"):
-            stage.features([image])
-
-
-def test_face_index_counts_twenty_faces_from_the_left(stage, photo):
-    places = [(180 * column + 45 * row, 180 * row) for column in range(5) for row in range(4)]
-    wall = on_a_wall(*((head(photo, 91), place) for place in places), size=(1100, 720))
-    for index in (0, 7, 19):
-        face = stage.features([wall], index)
-        assert face.faces_found == 20
-        left, top = places[index]
-        assert np.abs(face.keypoints - POINTS - (left - 150, top - 30)).max() < 5
-    with pytest.raises(StageError, match="face_index: got 20, must be from 0 to 19: 20 faces of at least 24 px were found"):
-        stage.features([wall], 20)
-    with pytest.raises(StageError, match="got -1, must be from 0"):
-        stage.features([wall], -1)
+        with pytest.raises(StageError, match=message):
+            stage.features(photos)
+    # A face below the minimum does not count beside a large one.
+    assert stage.features([on_a_wall((head(photo, 16), (400, 400)), (head(photo, 91), (20, 20)))]).faces_found == 1
 
 
 def test_group_photo_uses_the_largest_face_or_face_index(stage, group):
@@ -136,31 +103,18 @@ def test_group_photo_uses_the_largest_face_or_face_index(stage, group):
     largest = stage.features([group])
     assert largest.box in [face.box for face in faces]
     assert min(largest.box[2] - largest.box[0], largest.box[3] - largest.box[1]) > 105
+    for index in (6, -1):
+        with pytest.raises(StageError, match=f"got {index}, must be from 0 to 5: 6 faces of at least 24 px were found"):
+            stage.features([group], index)
     for name in ("antelopev2", "ir_se50"):
         embeddings = np.stack([face.embedding(name) for face in faces])
         embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
         assert (embeddings @ embeddings.T)[np.triu_indices(6, 1)].max() < 0.9, "six people, six embeddings"
 
 
-def test_faces_below_min_face_px_are_rejected(stage, photo):
-    with pytest.raises(StageError, match="no face found"):
-        stage.features([on_a_wall((head(photo, 8), (200, 200)))])
-    with pytest.raises(StageError, match=r"the largest face is 1\d px, must be at least 24 px; use a closer photo"):
-        stage.features([on_a_wall((head(photo, 16), (200, 200)))])
-    # A face below the minimum does not count beside a large one.
-    assert stage.features([on_a_wall((head(photo, 16), (400, 400)), (head(photo, 91), (20, 20)))]).faces_found == 1
-
-
-def test_extreme_aspect_ratio_and_missing_photo_are_rejected(stage, photo):
-    with pytest.raises(StageError, match="face_image: got 512x60, must have an aspect ratio of at most 8:1"):
-        stage.features([photo[:60]])
-    with pytest.raises(StageError, match="got no photo"):
-        stage.features([])
-
-
 def test_several_photos_give_the_mean_embedding(stage, photo):
     """The mean of normalised embeddings is normalised again. Everything else comes from the first photo."""
-    photos = [photo, photo[20:300, 100:400], grey(photo)]
+    photos = [photo, photo[20:300, 100:400], photo[:, ::-1]]
     singles = [stage.features([single]) for single in photos]
     combined = stage.features(photos)
     raw = np.mean([face.embedding("antelopev2") for face in singles], axis=0)
@@ -170,42 +124,20 @@ def test_several_photos_give_the_mean_embedding(stage, photo):
     assert np.array_equal(combined.keypoints, singles[0].keypoints)
     assert (combined.box, combined.score, combined.photo_size) == (singles[0].box, singles[0].score, (512, 512))
     assert len({face.digest for face in (combined, *singles)}) == 4
-    assert combined.digest == stage.features(photos, 0).digest, "depends on the pixels only"
+    again = face_from_json(face_to_json(combined))
+    for name, values in combined.embeddings.items():
+        assert np.array_equal(again.embedding(name), values)
+    assert json.loads(face_to_json(again)) == json.loads(face_to_json(combined))
 
 
-def test_further_photos_use_the_most_similar_face(stage, photo, other):
-    stranger = cv2.resize(other, (300, 300))
+def test_further_photos_use_the_most_similar_face(stage, photo):
+    stranger = cv2.resize(read_image(PORTRAIT), (300, 300))
     crowd = on_a_wall((stranger, (10, 10)), (head(photo, 91), (340, 330)))
     assert stage.features([crowd]).box[0] < 300, "the stranger is larger"
     astronaut = stage.features([on_a_wall((head(photo, 91), (340, 330)))]).embedding("ir_se50")
     both = stage.features([photo, crowd]).embedding("ir_se50")
     mean = stage.features([photo]).embedding("ir_se50") + astronaut
     assert both @ mean / np.linalg.norm(mean) > 0.99
-    with pytest.raises(StageError, match="face_image 2 of 2: no face found"):
-        stage.features([photo, on_a_wall()])
-
-
-def test_features_survive_json(stage, photo):
-    face = stage.features([photo])
-    again = face_from_json(face_to_json(face))
-    assert {name: values.tolist() for name, values in again.embeddings.items()} == {
-        name: values.tolist() for name, values in face.embeddings.items()
-    }
-    assert np.array_equal(again.keypoints, face.keypoints)
-    assert (again.box, again.photo_size, again.digest) == (face.box, face.photo_size, face.digest)
-    assert json.loads(face_to_json(again)) == json.loads(face_to_json(face))
-
-
-def test_norm_crop_matches_insightface(photo):
-    """The transform is equal to 1e-5 and pixels to one level, for detected and for random keypoints."""
-    random = np.random.default_rng(0)
-    for points in [POINTS.astype(np.float32), *(random.uniform(0, 512, (20, 5, 2)).astype(np.float32))]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            reference = face_align.norm_crop(photo, points)
-            matrix = face_align.estimate_norm(points)
-        assert np.allclose(similarity(points, face_align.arcface_dst), matrix, rtol=0, atol=1e-5)
-        assert np.abs(norm_crop(photo, points).astype(int) - reference).max() <= 1
 
 
 def test_pack_embedding_matches_insightface(photo):
@@ -220,7 +152,7 @@ def test_pack_embedding_matches_insightface(photo):
     assert np.allclose(embedding, reference.get(bgr, Face(kps=POINTS.astype(np.float32))), rtol=0, atol=1e-4)
 
 
-def test_pack_detector_matches_insightface(photo, group):
+def test_pack_detector_matches_insightface(group):
     """Equal bit for bit, also where faces overlap and where none is found."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # sums depend on the number of threads
@@ -228,13 +160,7 @@ def test_pack_detector_matches_insightface(photo, group):
     reference = get_model(file, providers=["CPUExecutionProvider"], sess_options=options)
     detector = PackDetector(open_pack(DEMO_PACK, ["detection"], "cpu", 1)["detection"], min_score=0.05)
     drawn = read_image(ASTRONAUT.with_name("ada.png"))
-    for image, size_px in (
-        (drawn, 320),
-        (np.hstack([drawn, drawn[::-1], drawn]), 640),
-        (photo, 160),
-        (group, 640),
-        (on_a_wall(), 64),
-    ):
+    for image, size_px in ((np.hstack([drawn, drawn[::-1], drawn]), 640), (group, 640), (on_a_wall(), 64)):
         boxes, points = reference.detect(image[:, :, ::-1], input_size=(size_px, size_px), det_thresh=0.05)
         faces = detector.detect(image, size_px)
         assert [(*face.box, face.score) for face in faces] == [tuple(box) for box in boxes.tolist()]
@@ -259,25 +185,22 @@ def test_face_models_make_no_network_access(monkeypatch, photo):
 
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, refuse)
-    for name in ("getaddrinfo", "gethostbyname", "create_connection"):
-        monkeypatch.setattr(socket, name, refuse)
-    for detector in ("centerface", "pack"):
-        params = InstantIDParams(weights=resolve("builtin:tiny/antelopev2"), detector=detector, threads=1)
-        with InstantIDStage(params) as stage:
-            stage.features([photo])
-        with pytest.raises(SetupError, match=r"no \.onnx files"):
-            InstantIDStage(params.model_copy(update={"weights": Path("antelopev2")})).load()
+    params = InstantIDParams(weights=resolve("builtin:tiny/antelopev2"), detector=("pack", "centerface"), threads=1)
+    with InstantIDStage(params) as stage:
+        stage.features([photo])
+    with pytest.raises(SetupError, match=r"no \.onnx files"):
+        InstantIDStage(params.model_copy(update={"weights": Path("antelopev2")})).load()
 
 
-@pytest.mark.parametrize("name", ["ada", "bo", "cleo", "dan", "eve"])
-def test_demo_profile_detects_drawn_and_real_faces(photo, name):
+def test_demo_profile_detects_drawn_and_real_faces(photo):
     """The pack detects drawn faces, CenterFace detects photos. Tolerance: a twentieth of the face (110 px and 91 px wide)."""
     options = {"detector": ("pack", "centerface"), "detection_sizes_px": (320, 160), "min_score": 0.57}
     params = InstantIDParams(weights=DEMO_PACK, threads=1, **options)
     with InstantIDStage(params) as stage:
-        drawn = stage.features([read_image(ASTRONAUT.with_name(f"{name}.png"))])
-        assert drawn.faces_found == 1
-        assert np.abs(drawn.keypoints - DRAWN_POINTS).max() < 5.5
+        for name in ("ada", "bo", "cleo", "dan", "eve"):
+            drawn = stage.features([read_image(ASTRONAUT.with_name(f"{name}.png"))])
+            assert drawn.faces_found == 1, name
+            assert np.abs(drawn.keypoints - DRAWN_POINTS).max() < 5.5, name
         assert np.abs(stage.features([photo]).keypoints - POINTS).max() < 4.5
 
 
@@ -288,19 +211,3 @@ def test_missing_or_damaged_centerface_raises_setup_error(monkeypatch, tmp_path)
     (tmp_path / "centerface.onnx").write_bytes(b"x" * 99)
     with pytest.raises(SetupError, match="is damaged; run `pip"):
         CenterFace(min_score=0.5)
-
-
-def test_content_key_depends_on_weight_content_not_on_paths(make_shot, tmp_path):
-    shot, unsteered = make_shot(face_image=str(ASTRONAUT)), make_shot(face_image=str(ASTRONAUT), identity="none")
-    plain = InstantIDParams(weights=tmp_path, threads=1)
-    full = plain.model_copy(update={"detector": "centerface", "extra_weights": {"ir_se50": tmp_path / "a.pth"}})
-    moved = full.model_copy(update={"extra_weights": {"ir_se50": tmp_path / "b.pth"}})
-    assert full.for_key() == moved.for_key() != plain.for_key()
-    assert InstantIDStage.weight_files(plain, unsteered) == (tmp_path,)
-    assert InstantIDStage.weight_files(full, unsteered) == (tmp_path, faces.centerface_file())
-    assert InstantIDStage.weight_files(full, shot) == (tmp_path, faces.centerface_file(), tmp_path / "a.pth")
-    both = full.model_copy(update={"detector": ("pack", "centerface")})
-    assert InstantIDStage.weight_files(both, unsteered) == (tmp_path, faces.centerface_file())
-    assert len({str(params.for_key()) for params in (plain, full, both)}) == 3
-    with pytest.raises(MissingWeights, match=r"ir_se50: not in the profile; add `extra_weights: \{ir_se50: "):
-        InstantIDStage.weight_files(plain, shot)

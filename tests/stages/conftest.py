@@ -4,6 +4,21 @@ import pytest
 
 from tests.ray_workers import use_small_images
 
+PASSING = {
+    "flux": {},
+    "lora": {"lora": "builtin:tiny/lora.safetensors"},
+    "instantid_sdxl": {"identity": "instantid-sdxl"},
+    "klein": {"image_model": "klein", "identity": "reference"},
+    "hunyuan": {"use_hunyuan_style": True, "style_prompt": "ink"},
+    "qwen_edit": {"use_hunyuan_style": True, "style_model": "qwen-edit", "style_prompt": "ink"},
+    "svd": {"num_frames": 4},
+    "wan": {"video_model": "wan", "num_frames": 5},
+    "ltx": {"video_model": "ltx", "num_frames": 9},
+    "rife": {"interpolation": 2},
+    "realesrgan": {"scale": 4},
+}
+"""Stage -> fields of a shot that passes it."""
+
 
 @pytest.fixture(autouse=True, scope="session")
 def small_images_for_qwen():

@@ -2,15 +2,17 @@
 
 import pickle
 from contextlib import ExitStack
-from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from tests.remote.fake_server import FakeServer, profile_of
+from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import STAGES
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, ChunkedStage, Item, frame_chunks, frames_after
+from vidgen_ray.stages.base import Artefacts, ChunkedStage, Item, frame_chunks, frames_after, progress_callback
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.weights import resolve
 
@@ -70,7 +72,14 @@ def loaded(request, tiny, tmp_path_factory):
         if request.param.places(tiny.options_of(request.param)):
             server = stack.enter_context(FakeServer(tmp_path_factory.mktemp("server")))
             profile = profile_of(server.url)
-        yield stack.enter_context(request.param(profile.params(request.param)))
+        stage = request.param(profile.params(request.param))
+        before = set(vars(stage))
+        stage.close()
+        stage.load()
+        yield stage
+        stage.close()
+        stage.close()
+        assert set(vars(stage)) == before, "weight_attributes names all attributes that load sets"
 
 
 OTHER_CALL = {"mode": "fast", "prompt": "another", "seed": 99}
@@ -78,24 +87,27 @@ NO_IDENTITY = ({"face_image": ()}, {"identity": "none", "pose": "none"}, {"ident
 """Fields of shots that do not use the face."""
 
 
-@dataclass
-class Rendered:
+class Rendered(NamedTuple):
     shot: Shot
     seen: set
     """Fields of the shot that the stage has read."""
     result: Artefacts
+    reports: list
+    """Progress: name, finished steps and steps."""
 
 
 @pytest.fixture(scope="module")
 def renders(loaded, item):
     """The item and variants of it, made from the artefacts that the stage declares, which must not change."""
-    for_faces = (*NO_IDENTITY[1:], {"identity": "none"}, {"pose": "none"}) if loaded.identity_inputs else ()
+    for_faces = NO_IDENTITY[1:] if loaded.identity_inputs else ()
     renders = []
     for fields in ({}, OTHER_CALL, NO_IDENTITY[0], *for_faces):
-        shot, seen = item.shot.model_copy(update=fields), set()
+        shot, seen, reports = item.shot.model_copy(update=fields), set(), []
         needed = {name: item.artefacts[name] for name in loaded.needs(shot)}
         before = pickle.dumps(needed)
-        renders.append(Rendered(shot, seen, loaded(Item(Spy(shot, seen), needed))))
+        with progress_callback(lambda *report, reports=reports: reports.append(report)):
+            result = loaded(Item(Spy(shot, seen), needed))
+        renders.append(Rendered(shot, seen, result, reports))
         assert pickle.dumps(needed) == before, "an input was modified"
     return renders
 
@@ -112,8 +124,6 @@ def test_declared_fields_and_artefacts_exist(loaded):
 
 
 def test_declarations_for_people_and_planner_are_complete(loaded):
-    assert loaded.label
-    assert loaded.activity
     assert loaded.reference_s > 0
     assert set(loaded.clip_only_fields) <= set(Shot.model_fields)
     assert set(loaded.common_settings) <= {"steps", "guidance"}
@@ -122,13 +132,10 @@ def test_declarations_for_people_and_planner_are_complete(loaded):
     assert shots
     assert all(loaded.applies(shot) for shot in shots)
     assert loaded.relative_cost(shots[0]) > 0
-
-
-def test_fields_of_clip_stages_are_declared_clip_only(loaded):
-    """A field read by clip stages alone has no meaning for an image."""
-    if not {"frames", "hd_frames"} & {*loaded.takes, *loaded.writes}:
+    if {"frames", "hd_frames"}.isdisjoint({*loaded.takes, *loaded.writes}):
         assert not loaded.clip_only_fields
         return
+    # A field read by clip stages alone has no meaning for an image.
     read_for_images = {field for stage in STAGES if "image" in stage.writes for field in stage.reads}
     own = {field for field in loaded.reads if "." not in field and field not in read_for_images}
     assert own <= set(loaded.clip_only_fields)
@@ -189,25 +196,33 @@ def test_identity_changes_the_result_only_when_it_is_used(loaded, item, renders)
         return
     with_face, _, first, *others = renders
     for name in loaded.writes:
-        assert all(np.array_equal(first.result[name], other.result[name]) for other in others[: len(NO_IDENTITY) - 1])
+        assert all(np.array_equal(first.result[name], other.result[name]) for other in others)
         assert not np.array_equal(first.result[name], with_face.result[name]), "the identity has no effect"
 
 
+def test_progress_is_reported_up_to_the_last_step(loaded, renders):
+    if loaded.places(loaded.params):
+        return
+    has_steps = bool({"image", "frames", "hd_frames"} & {*loaded.writes})
+    for reports in (render.reports for render in renders):
+        assert bool(reports) == has_steps
+        assert {name for name, _, _ in reports} <= {loaded.name}
+        assert all(before < after for (_, before, _), (_, after, _) in pairwise(reports))
+        assert all(done == steps for _, done, steps in reports[-1:])
+
+
 def test_results_do_not_depend_on_earlier_calls(loaded, item, renders):
+    """The call before was cancelled after its first step."""
+
+    def cancel(stage, done, steps):
+        raise Cancelled
+
+    if renders[0].reports and not loaded.places(loaded.params):
+        with pytest.raises(Cancelled), progress_callback(cancel):
+            loaded(Item(item.shot.model_copy(update=OTHER_CALL), item.artefacts))
     again = loaded(item)
     for name in loaded.writes:
         first, second = renders[0].result[name], again[name]
         if name == "face":
             first, second = first.embedding("antelopev2"), second.embedding("antelopev2")
         assert np.array_equal(first, second)
-
-
-@pytest.mark.parametrize("stage_class", STAGES, ids=lambda stage: stage.name)
-def test_close_is_safe_twice_and_before_load(stage_class, tiny):
-    stage = stage_class(tiny.params(stage_class))
-    before = set(vars(stage))
-    stage.close()
-    stage.load()
-    stage.close()
-    stage.close()
-    assert set(vars(stage)) == before, "weight_attributes names all attributes that load sets"

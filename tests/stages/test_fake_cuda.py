@@ -9,21 +9,16 @@ import torch
 
 from tests.conftest import ASTRONAUT
 from tests.stages import fake_cuda
+from tests.stages.conftest import PASSING
 from tests.stages.fake_cuda import CUDA, FakeCuda, patch_host_code, register_guard
 from vidgen_ray.content_keys import with_local_loras
+from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.nets.rife_network import FramePair, load_rife
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.stages.base import Item
-from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
-from vidgen_ray.stages.flux2_klein import Flux2KleinStage
-from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
-from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
-from vidgen_ray.stages.ltx import LTXStage
-from vidgen_ray.stages.qwen_edit import QwenEditStage
+from vidgen_ray.stages.flux import FluxFamilyStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.rife import RifeStage
-from vidgen_ray.stages.svd import SVDStage
-from vidgen_ray.stages.wan import WanStage
 from vidgen_ray.weights import resolve
 
 pytestmark = [
@@ -31,9 +26,9 @@ pytestmark = [
     pytest.mark.skipif(fake_cuda.COMPILER is None, reason="needs g++"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has a device guard of its own"),
 ]
-HALF, BRAIN = torch.float16, torch.bfloat16
-IMAGE = np.zeros((64, 128, 3), np.uint8)
-LORA = "builtin:tiny/lora.safetensors"
+HALF, BRAIN, FLOAT8 = torch.float16, torch.bfloat16, torch.float8_e4m3fn
+IMAGE = np.zeros((64, 64, 3), np.uint8)
+FACE = {"face_image": str(ASTRONAUT)}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,11 +43,12 @@ def cuda(monkeypatch):
     return device
 
 
-def shot(tiny, **fields):
-    return with_local_loras(check_shot({"prompt": "a red ball", "seed": 3, **fields}, "test", tiny.defaults))
-
-
-def move_flux(stage, cuda):
+def move_flux(stage, line, cuda):
+    if line.flux_identity:
+        stage._injector("infusenet")
+    if line.lora:
+        with torch.inference_mode(False), torch.no_grad():
+            stage.model.adapters._loaded(line.lora[0], 0)
     for network in stage.model.text_to_image.components.values():
         cuda.move(network)
     stage.model.device = "cuda:0"
@@ -61,127 +57,72 @@ def move_flux(stage, cuda):
         cuda.move(injector.infusenet.resampler)
 
 
-def in_precision(profile, stage_class, dtype, **changes):
-    """Return a stage that loads its weights in this precision, as on a GPU."""
-    return stage_class(profile.params(stage_class).model_copy(update={"dtype": dtype, **changes}))
-
-
-def run(stage, item, cuda, move):
-    stage.load()
-    try:
-        move(stage)
+def run(name, tiny, cuda, face, fields, moved=lambda stage: None, left_on_the_host=(), **changes):
+    """Run a stage whose networks are on the device. `moved`: called before it runs."""
+    own = {"prompt": "a red ball", "seed": 3, "width": 64, **PASSING[name], **fields}
+    line = with_local_loras(check_shot(own, "test", tiny.defaults))
+    stage_class = STAGE_BY_NAME[name]
+    artefacts = {"image": IMAGE, "last_image": IMAGE, "face": face, "photos": (IMAGE,)}
+    # The weights are loaded in this precision, as on a GPU.
+    with stage_class(tiny.params(stage_class).model_copy(update={"dtype": "bfloat16", **changes})) as stage:
+        if isinstance(stage, FluxFamilyStage):
+            move_flux(stage, line, cuda)
+        else:
+            for part, network in {**stage.pipe.components, "resampler": getattr(stage, "resampler", None)}.items():
+                if part not in left_on_the_host:
+                    cuda.move(network)
+        moved(stage)
         with cuda.running():
-            stage.run(item)
-    finally:
-        stage.close()
+            stage.run(Item(line, artefacts))
     _, _, device = cuda.outputs[-1]
     assert device == str(CUDA)
 
 
 @pytest.mark.parametrize(
-    ("stage_class", "fields", "with_face", "quantize"),
+    ("name", "fields", "changes"),
     [
-        (FluxStage, {}, False, "none"),
-        (FluxStage, {"negative_prompt": "blurry"}, False, "none"),
-        (FluxStage, {"face_image": str(ASTRONAUT)}, True, "none"),
-        (FluxLoRAStage, {"lora": LORA, "face_image": str(ASTRONAUT)}, True, "none"),
-        (FluxLoRAStage, {"lora": LORA, "face_image": str(ASTRONAUT)}, True, "fp8_storage"),
+        ("flux", {"negative_prompt": "blurry"}, {}),
+        ("flux", FACE, {}),
+        ("lora", FACE, {}),
+        ("lora", FACE, {"quantize": "fp8_storage"}),
+        ("instantid_sdxl", FACE, {"dtype": "float16"}),
+        ("klein", FACE, {}),
+        ("hunyuan", {}, {"dtype": "float16"}),
+        ("qwen_edit", {}, {}),
+        ("svd", {}, {"dtype": "float16"}),
+        ("svd", {}, {}),
+        ("wan", {}, {"weights": resolve("builtin:tiny/wan-ti2v")}),
+        ("ltx", {}, {}),
     ],
 )
-def test_flux_stages_stay_on_the_gpu(tiny, cuda, face, stage_class, fields, with_face, quantize):
-    line = shot(tiny, **fields)
-
-    def move(stage):
-        if with_face:
-            stage._injector("infusenet")
-        if line.lora:
-            with torch.inference_mode(False), torch.no_grad():
-                stage.model.adapters._loaded(line.lora[0], 0)
-        move_flux(stage, cuda)
-
-    artefacts = {"image": IMAGE, "face": face} if with_face else {"image": IMAGE}
-    run(in_precision(tiny, stage_class, "bfloat16", quantize=quantize), Item(line, artefacts), cuda, move)
+def test_stage_stays_on_the_gpu(tiny, cuda, face, name, fields, changes):
+    run(name, tiny, cuda, face, fields, **changes)
 
 
-@pytest.mark.parametrize(
-    ("stage_class", "fields", "dtype"),
-    [
-        (HunyuanDiTStage, {"use_hunyuan_style": True, "style_prompt": "oil"}, "float16"),
-        (SVDStage, {}, "float16"),
-        (SVDStage, {}, "bfloat16"),
-    ],
-)
-def test_later_stages_stay_on_the_gpu(tiny, cuda, stage_class, fields, dtype):
-    def move(stage):
-        for network in stage.pipe.components.values():
-            cuda.move(network)
-
-    run(in_precision(tiny, stage_class, dtype), Item(shot(tiny, **fields), {"image": IMAGE}), cuda, move)
-
-
-@pytest.mark.parametrize(
-    ("stage_class", "fields"),
-    [
-        (Flux2KleinStage, {"identity": "reference", "face_image": str(ASTRONAUT)}),
-        (QwenEditStage, {"use_hunyuan_style": True, "style_model": "qwen-edit", "style_prompt": "oil"}),
-        (WanStage, {"video_model": "wan", "num_frames": 5}),
-        (LTXStage, {"video_model": "ltx", "num_frames": 9}),
-    ],
-)
-def test_other_models_stay_on_the_gpu(tiny, cuda, stage_class, fields):
-
-    def move(stage):
-        for network in stage.pipe.components.values():
-            cuda.move(network)
-
-    changes = {"weights": resolve("builtin:tiny/wan-ti2v")} if stage_class is WanStage else {}
-    run(
-        in_precision(tiny, stage_class, "bfloat16", **changes),
-        Item(shot(tiny, **fields), {"image": IMAGE, "photos": (IMAGE,)}),
-        cuda,
-        move,
-    )
-
-
-def wan_a14b(cuda, left_on_the_host=()):
-    """Return what moves the two transformers of Wan I2V-A14B and the rest of the pipeline, and the names of those that ran."""
+def test_both_transformers_of_wan_stay_on_the_gpu(tiny, cuda, face):
     ran = []
 
-    def move(stage):
-        for name, network in stage.pipe.components.items():
-            if name not in left_on_the_host:
-                cuda.move(network)
+    def watch(stage):
         for name in ("transformer", "transformer_2"):
             getattr(stage.pipe, name).register_forward_hook(lambda *_, name=name: ran.append(name))
         # The first of two steps has a timestep above the boundary.
         cuda.branches.extend([True, False])
 
-    return move, ran
-
-
-def test_both_transformers_of_wan_stay_on_the_gpu(tiny, cuda):
-    line = shot(tiny, video_model="wan", num_frames=5, last_image=str(ASTRONAUT))
-    move, ran = wan_a14b(cuda)
-    run(in_precision(tiny, WanStage, "bfloat16"), Item(line, {"image": IMAGE, "last_image": IMAGE}), cuda, move)
+    run("wan", tiny, cuda, face, {"last_image": str(ASTRONAUT)}, watch)
     assert (list(dict.fromkeys(ran)), len(cuda.branches)) == (["transformer", "transformer_2"], 0)
-
-
-@pytest.mark.parametrize("network", ["transformer_2", "vae"])
-def test_network_on_the_host_is_found(tiny, cuda, network):
-    """Positive control: a network of Wan I2V-A14B that was left in host memory raises an error."""
-    line = shot(tiny, video_model="wan", num_frames=5)
-    move, _ = wan_a14b(cuda, left_on_the_host=(network,))
+    # Positive control: a network that was left in host memory raises an error.
     with pytest.raises(RuntimeError, match="device"):
-        run(in_precision(tiny, WanStage, "bfloat16"), Item(line, {"image": IMAGE}), cuda, move)
+        run("wan", tiny, cuda, face, {}, watch, left_on_the_host=("transformer_2",))
 
 
-def test_sdxl_stays_on_the_gpu(tiny, cuda, face):
-    def move(stage):
-        for network in (*stage.pipe.components.values(), stage.resampler):
-            cuda.move(network)
+def test_network_in_another_precision_is_found(tiny, cuda, face):
+    """Positive control: a resampler of face embeddings that was left in float32 raises an error."""
 
-    line = shot(tiny, identity="instantid-sdxl", face_image=str(ASTRONAUT))
-    run(in_precision(tiny, InstantIDSDXLStage, "float16"), Item(line, {"face": face}), cuda, move)
+    def keep_precision(stage):
+        cuda.move(stage.injectors["infusenet"].infusenet.resampler, torch.float32)
+
+    with pytest.raises(RuntimeError, match="dtype"):
+        run("flux", tiny, cuda, face, FACE, keep_precision)
 
 
 @pytest.mark.parametrize("tile_px", [None, 48])
@@ -192,78 +133,38 @@ def test_upscaler_stays_on_the_gpu(tiny, cuda, tile_px):
     stage.params = stage.params.model_copy(update={"device": "cuda:0"})
     with cuda.running():
         pixels = stage._upscale(np.stack([IMAGE, IMAGE]), 2, "animevideov3")
-    assert (pixels.shape, pixels.dtype, pixels.device) == ((2, 3, 128, 256), torch.float32, CUDA)
+    assert (pixels.shape, pixels.dtype, pixels.device) == ((2, 3, 128, 128), torch.float32, CUDA)
 
 
 def test_interpolation_stays_on_the_gpu(tiny, cuda):
     network = load_rife(tiny.params(RifeStage).weights, torch.float32)
     cuda.move(network, HALF)
-    first, second = (cuda.tensor(1, 3, *IMAGE.shape[:2], dtype=torch.float32) for _ in range(2))
+    first, second = (cuda.tensor(1, 3, 64, 64, dtype=torch.float32) for _ in range(2))
     with cuda.running():
         between = FramePair(network, first, second, 1.0).at(Fraction(1, 2))
-    assert (between.shape, between.device) == ((1, 3, 64, 128), CUDA)
+    assert (between.shape, between.device) == ((1, 3, 64, 64), CUDA)
 
 
-def _linear_in_bfloat16(cuda):
+def test_mistakes_of_precision_and_device_are_found(cuda):
+    """Positive controls: each raises an error on a GPU, and the right operations do not."""
     layer = torch.nn.Linear(16, 16)
     cuda.move(layer, BRAIN)
-    return layer
-
-
-FLOAT8 = torch.float8_e4m3fn
-_attention = torch.nn.functional.scaled_dot_product_attention
-
-
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        lambda cuda: _linear_in_bfloat16(cuda)(cuda.tensor(2, 16, dtype=torch.float32)),
-        lambda cuda: _linear_in_bfloat16(cuda)(cuda.tensor(2, 3, 16, dtype=torch.float32)),
-        lambda cuda: cuda.tensor(16, 16, dtype=FLOAT8) @ cuda.tensor(16, 16, dtype=FLOAT8),
-        lambda cuda: cuda.tensor(4, dtype=FLOAT8) + cuda.tensor(4, dtype=FLOAT8),
-        lambda cuda: torch.ones(4)[cuda.tensor(2, dtype=torch.int64)],
-        lambda cuda: torch.ones(4).index_put_((cuda.tensor(2, dtype=torch.int64),), torch.tensor(0.0)),
-        lambda cuda: torch.nn.functional.conv1d(cuda.tensor(1, 4, 8, dtype=HALF), cuda.tensor(4, 4, 3, dtype=BRAIN)),
-        lambda cuda: torch.nn.functional.conv2d(
-            cuda.tensor(1, 4, 8, 8, dtype=torch.float32), cuda.tensor(4, 4, 3, 3, dtype=HALF)
-        ),
-        lambda cuda: _attention(cuda.tensor(1, 1, 4, 8, dtype=HALF), *(cuda.tensor(1, 1, 4, 8, dtype=BRAIN),) * 2),
-        lambda cuda: cuda.tensor(4, dtype=BRAIN) * torch.ones(4),
-    ],
-    ids=(
-        *("linear", "linear of tokens", "fp8 matmul", "fp8 sum", "index", "index_put", "convolution of mixed 16 bits"),
-        *("convolution of float32", "attention", "product with the host"),
-    ),
-)
-def test_mistakes_of_precision_and_device_are_found(cuda, mistake):
-    """Positive controls: each raises an error on a GPU."""
-    with cuda.running(), pytest.raises(RuntimeError):
-        mistake(cuda)
-
-
-@pytest.mark.parametrize(
-    "operation",
-    [
-        lambda cuda: _linear_in_bfloat16(cuda)(cuda.tensor(2, 16, dtype=BRAIN)),
-        lambda cuda: cuda.tensor(4, dtype=BRAIN) * torch.tensor(2.0),
-        lambda cuda: cuda.tensor(4, dtype=BRAIN)[torch.tensor([0, 1])],
-        lambda cuda: cuda.tensor(4, dtype=FLOAT8).to(BRAIN),
-    ],
-    ids=["linear", "number on the host", "index on the host", "fp8 cast"],
-)
-def test_operations_that_a_gpu_runs_raise_no_error(cuda, operation):
+    attention, conv2d = torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.conv2d
+    floats, numbers = cuda.tensor(2, 16, dtype=torch.float32), cuda.tensor(2, dtype=torch.int64)
+    half, brain, float8 = (cuda.tensor(1, 1, 16, 16, dtype=dtype) for dtype in (HALF, BRAIN, FLOAT8))
+    for name, mistake in {
+        "linear": lambda: layer(floats),
+        "linear of tokens": lambda: layer(floats[None]),
+        "fp8 matmul": lambda: float8[0, 0] @ float8[0, 0],
+        "fp8 sum": lambda: float8 + float8,
+        "index": lambda: torch.ones(4)[numbers],
+        "index_put": lambda: torch.ones(4).index_put_((numbers,), torch.tensor(0.0)),
+        "convolution": lambda: conv2d(half, brain),
+        "attention": lambda: attention(half, brain, brain),
+        "product with the host": lambda: brain * torch.ones(16),
+    }.items():
+        with cuda.running(), pytest.raises(RuntimeError):
+            pytest.fail(f"{name}: {mistake()}")
     with cuda.running():
-        assert operation(cuda).dtype == BRAIN
-
-
-def test_network_in_another_precision_is_found(tiny, cuda, face):
-    """Positive control: a resampler of face embeddings that was left in float32 raises an error."""
-    line = shot(tiny, face_image=str(ASTRONAUT))
-
-    def move(stage):
-        stage._injector("infusenet")
-        move_flux(stage, cuda)
-        cuda.move(stage.injectors["infusenet"].infusenet.resampler, torch.float32)
-
-    with pytest.raises(RuntimeError, match="dtype"):
-        run(in_precision(tiny, FluxStage, "bfloat16"), Item(line, {"image": IMAGE, "face": face}), cuda, move)
+        for right in (layer(brain), brain * torch.tensor(2.0), brain[..., torch.tensor([0, 1])], float8.to(BRAIN)):
+            assert right.dtype == BRAIN

@@ -1,18 +1,26 @@
-"""Weights in host memory: swapped stages, and parts of pipelines that take turns on the GPU. The GPU is simulated."""
+"""Weights in host memory: while they are loaded, of swapped stages, and of parts of pipelines that take turns on the GPU.
+
+The GPU is simulated, or a meta device stands for it.
+"""
+
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines import pipeline_utils
 from peft import LoraConfig, inject_adapter_in_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from tests.stages.fake_gpu import GPU, FakeGpu, is_on_gpu
+from tests.stages.conftest import PASSING
+from tests.stages.fake_gpu import GPU, FakeGpu
 from tests.stages.test_parity import gradient_image, loaded
+from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.nets import weight_files
 from vidgen_ray.stages import loading
 from vidgen_ray.stages.base import Item
-from vidgen_ray.stages.flux2_klein import Flux2KleinStage
 from vidgen_ray.stages.loading import move_networks
-from vidgen_ray.stages.ltx import LTXStage
-from vidgen_ray.stages.qwen_edit import QwenEditStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.wan import WanStage
 from vidgen_ray.weights import resolve
@@ -23,55 +31,30 @@ def gpu(monkeypatch):
     return FakeGpu(monkeypatch)
 
 
-@pytest.fixture
-def copies(gpu):
-    """The copies that were made: `to gpu` and `to host`."""
-    return gpu.copies
-
-
 def network():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)).eval().requires_grad_(False)
 
 
-def test_weights_are_copied_to_the_host_once(copies):
-    net = network()
-    x = torch.ones(2, 3)
-    before = net(x)
-    move_networks([net], GPU)
-    copies.clear()
-    for _ in range(3):
-        move_networks([net], "cpu")
-        assert torch.equal(net(x), before)
-        move_networks([net], GPU)
-        assert torch.equal(net(x), before)
-    assert "to host" not in copies
-    assert all(map(is_on_gpu, net.parameters()))
-
-
-def test_network_that_was_loaded_in_pageable_memory_is_pinned_once(copies, monkeypatch):
-    """T5 starts in host memory."""
+def test_weights_that_have_no_pinned_copy_get_one(gpu, monkeypatch):
+    """T5 starts in pageable host memory, and other networks are loaded on the GPU."""
     monkeypatch.setattr(loading, "_is_pinned", lambda tensor: False)
     net = network()
     tensors = [*net.parameters(), *net.buffers()]
     move_networks([net], GPU)
-    assert copies.count("to host") == len(tensors)
+    assert gpu.copies.count("to host") == len(tensors)
     host = [getattr(tensor, loading._COPY) for tensor in tensors]
     move_networks([net], "cpu")
-    assert all(tensor.data is copy or tensor.data_ptr() == copy.data_ptr() for tensor, copy in zip(tensors, host, strict=True))
-
-
-def test_network_that_was_loaded_on_the_gpu_gets_a_host_copy(copies):
-    net = network()
+    assert all(tensor.data_ptr() == copy.data_ptr() for tensor, copy in zip(tensors, host, strict=True))
     move_networks([net], GPU)
-    for tensor in (*net.parameters(), *net.buffers()):
+    for tensor in tensors:
         setattr(tensor, loading._COPY, None)
-    copies.clear()
+    gpu.copies.clear()
     move_networks([net], "cpu")
-    assert set(copies) == {"to host"}
+    assert set(gpu.copies) == {"to host"}
 
 
-def test_adapters_that_are_loaded_and_changed_later_stay_correct(copies):
+def test_adapters_that_are_loaded_and_changed_later_stay_correct(gpu):
     net = network()
     move_networks([net], GPU)
     adapted = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), net)
@@ -95,19 +78,12 @@ def test_adapters_that_are_loaded_and_changed_later_stay_correct(copies):
         move_networks([adapted], GPU)
 
 
-def test_shared_weights_stay_shared(copies):
+def test_shared_weights_stay_shared(gpu):
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     net[1].weight = net[0].weight
     move_networks([net], GPU)
     move_networks([net], "cpu")
     assert net[1].weight is net[0].weight
-
-
-def test_moving_without_a_gpu_changes_nothing():
-    net = network()
-    pointers = [tensor.data_ptr() for tensor in net.parameters()]
-    move_networks([net, None, "a tokenizer"], "cpu")
-    assert [tensor.data_ptr() for tensor in net.parameters()] == pointers
 
 
 def test_network_that_is_loaded_in_a_call_can_be_swapped(tiny, make_shot, gpu):
@@ -120,43 +96,29 @@ def test_network_that_is_loaded_in_a_call_can_be_swapped(tiny, make_shot, gpu):
     assert np.array_equal(stage(item)["hd_frames"], before)
 
 
-QWEN = {"use_hunyuan_style": True, "style_model": "qwen-edit", "style_prompt": "ink"}
 LORAS = {
-    "wan": {"video_lora": [{"path": str(resolve("builtin:tiny/wan-lora.safetensors")), "weight": 0.8}]},
-    "ltx": {"video_lora": [{"path": str(resolve("builtin:tiny/ltx-lora.safetensors")), "weight": 0.8}]},
-    "klein": {"lora": [{"path": str(resolve("builtin:tiny/klein-lora.safetensors")), "weight": 0.8}]},
-    "qwen_edit": {},
+    name: {field: [{"path": str(resolve(f"builtin:tiny/{name}-lora.safetensors")), "weight": 0.8}]}
+    for name, field in (("wan", "video_lora"), ("ltx", "video_lora"), ("klein", "lora"))
 }
 
 
-@pytest.mark.parametrize(
-    ("stage_class", "fields", "runs"),
-    [
-        (WanStage, {"video_model": "wan", "num_frames": 5}, ("text_encoder", "vae", "transformer", "transformer_2", "vae")),
-        (LTXStage, {"video_model": "ltx", "num_frames": 9}, ("text_encoder", "vae", "transformer", "vae")),
-        (
-            Flux2KleinStage,
-            {"face_image": "x.jpg", "identity": "reference"},
-            ("text_encoder", "vae", "transformer", "vae"),
-        ),
-        (QwenEditStage, QWEN, ("text_encoder", "vae", "transformer", "vae")),
-    ],
-)
-def test_offloaded_parts_take_turns_and_are_copied_in_one_direction(tiny, make_shot, gpu, stage_class, fields, runs):
+@pytest.mark.parametrize("name", ["wan", "ltx", "klein", "qwen_edit"])
+def test_offloaded_parts_take_turns_and_are_copied_in_one_direction(tiny, make_shot, gpu, name):
+    runs = ["text_encoder", "vae", "transformer", *(["transformer_2"] if name == "wan" else []), "vae"]
     image = gradient_image(64, 64)
-    reference = loaded(stage_class, tiny)
-    stage = loaded(stage_class, tiny, device=GPU, cpu_offload=True)
+    reference = loaded(STAGE_BY_NAME[name], tiny)
+    stage = loaded(STAGE_BY_NAME[name], tiny, device=GPU, cpu_offload=True)
     gpu.watch(stage.pipe)
     tensors = {name: len([*part.parameters(), *part.buffers()]) for name, part in gpu.networks.items()}
     assert not gpu.on_gpu
-    expected = {}
-    for loras in ({}, LORAS[stage.name], {}):
-        item = Item(make_shot(width=64, **fields, **loras), {"image": image, "photos": (image,)})
-        if str(loras) not in expected:
-            (expected[str(loras)],) = reference(item).values()
+    for loras in ({}, LORAS[name]) if name in LORAS else ({},):
+        shot = make_shot(width=64, face_image="x.jpg", **PASSING[name], **loras)
+        item = Item(shot, {"image": image, "photos": (image,)})
+        (expected,) = reference(item).values()
         gpu.forget()
         (result,) = stage(item).values()
-        assert np.array_equal(result, expected[str(loras)])
+        # A LoRA may change the rounding.
+        assert np.abs(result.astype(int) - expected).max() <= bool(loras)
         assert gpu.together == {frozenset({name}) for name in runs}
         assert not gpu.on_gpu
         adapters = {name: sum("lora_" in key for key, _ in part.named_parameters()) for name, part in gpu.networks.items()}
@@ -167,3 +129,58 @@ def test_offloaded_parts_take_turns_and_are_copied_in_one_direction(tiny, make_s
         weights, expected = (each.state_dict() for each in (network, reference.pipe.components[name]))
         assert weights.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[key]) for key, tensor in weights.items())
+
+
+OTHER_DEVICE = "meta"
+
+
+class HostBytes(TorchDispatchMode):
+    """Counts the bytes of live tensors that operations make in host memory. Those of mapped files are not made."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        inputs = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)}
+        for tensor in (each for each in tree_leaves(output) if isinstance(each, torch.Tensor)):
+            storage = tensor.untyped_storage()
+            if tensor.device.type == "cpu" and storage._cdata not in inputs and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return output
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Devices of the tensors that were checked for NaN."""
+    devices = []
+    is_finite = weight_files.is_finite
+
+    def check(tensor):
+        devices.append(tensor.device.type)
+        return tensor.device.type == OTHER_DEVICE or is_finite(tensor)
+
+    monkeypatch.setattr(weight_files, "is_finite", check)
+    monkeypatch.setattr(pipeline_utils, "SUPPORTED_DEVICE_MAP", [OTHER_DEVICE])
+    return devices
+
+
+def test_converted_weights_pass_host_memory_one_tensor_at_a_time(tiny, checked):
+    peaks = {}
+    for device in ("cpu", OTHER_DEVICE):
+        checked.clear()
+        with HostBytes() as host:
+            stage = loaded(WanStage, tiny, device=device, dtype="bfloat16")
+        peaks[device] = host.peak
+        networks = [part for part in stage.pipe.components.values() if isinstance(part, torch.nn.Module)]
+        tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+        assert {tensor.device.type for tensor in tensors} == {device}
+        assert checked.count(device) > 0.9 * sum(1 for network in networks for _ in network.parameters())
+    weights = sum(tensor.nbytes for tensor in tensors)
+    assert peaks["cpu"] > 0.5 * weights
+    # Small networks have few tensors.
+    assert peaks[OTHER_DEVICE] < 0.3 * weights

@@ -6,15 +6,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.decoded import frames_of
+from tests.nets.test_faces import GROUP
 from vidgen_ray import VideoGenerationPipeline
-from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, SetupError, StageError
-from vidgen_ray.graph import check_profile, stages_of
+from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, StageError
+from vidgen_ray.graph import check_profile
 from vidgen_ray.profile import builtin_profiles, load_profile
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux import FluxRefineStage, FluxStage
@@ -42,17 +41,6 @@ def render(pipeline):
         return frames_of(image).tobytes(), [stage.stage for stage in result["record"].stages]
 
     return render_image
-
-
-@pytest.fixture(scope="module")
-def two_people(tmp_path_factory, photo):
-    """A photo with two faces: the astronaut, small, on the left, and mirrored, large, on the right."""
-    wall = np.full((560, 900, 3), (90, 110, 140), np.uint8)
-    wall[50:306, 20:276] = photo[::2, ::2]
-    wall[20:532, 360:872] = photo[:, ::-1]
-    file = tmp_path_factory.mktemp("photos") / "two.png"
-    Image.fromarray(wall).save(file)
-    return file
 
 
 def test_messages_and_logs_contain_no_features(pipeline, monkeypatch):
@@ -83,29 +71,15 @@ def test_messages_and_logs_contain_no_features(pipeline, monkeypatch):
 # InfuseNet.
 
 
-def test_photos_face_index_and_strength_change_the_image(render, two_people):
+def test_photos_face_index_and_strength_change_the_image(render):
     images = {
         "no face": render()[0],
         "face": render(face_image=ASTRONAUT)[0],
-        "left face": render(face_image=two_people, face_index=0)[0],
-        "two photos": render(face_image=[ASTRONAUT, two_people])[0],
+        "left face": render(face_image=GROUP, face_index=0)[0],
+        "two photos": render(face_image=[ASTRONAUT, GROUP])[0],
     }
     assert len(set(images.values())) == len(images)
     assert render(face_image=ASTRONAUT, identity_strength=0.0)[0] == images["no face"]
-
-
-def test_invalid_face_index_fails_the_shot(pipeline, two_people):
-    with pytest.raises(StepFailed, match="face_index: got 2, must be from 0 to 1: 2 faces"):
-        pipeline.generate_video("a", face_image=two_people, face_index=2, consent=SYNTHETIC, generate_video=False)
-
-
-def test_shots_of_one_character_share_cached_face_features(pipeline):
-    shots = [{"width": 64}, {"seed": 11, "pose": "none", "identity_strength": 0.3}]
-    records = [
-        pipeline.generate_video("a", face_image=[ASTRONAUT, ASTRONAUT], generate_video=False, **{"seed": 7, **fields})["record"]
-        for fields in shots
-    ]
-    assert [record.stages[0].cached for record in records] == [False, True]
 
 
 # SDXL.
@@ -130,7 +104,7 @@ def test_refine_strength_0_returns_the_image_and_less_than_a_step_is_rejected(ti
 
 @pytest.fixture
 def without(tiny):
-    """A function that returns the tiny profile with missing extra weights of one actor."""
+    """A function that returns the tiny profile with other extra weights of one actor."""
 
     def profile_without(actor, name, reference="/nowhere/weights"):
         section = tiny.actors[actor].model_copy(update={"extra_weights": {name: reference}})
@@ -139,49 +113,33 @@ def without(tiny):
     return profile_without
 
 
-MISSING = [
-    ("flux", "infusenet", {}, r"infusenet: weights '/nowhere/weights': nothing at /nowhere/weights"),
-    ("instantid", "ir_se50", {}, r"ir_se50: weights '/nowhere/weights'"),
-    ("instantid_sdxl", "instantid", {"identity": "instantid-sdxl"}, r"instantid: weights '/nowhere/weights'"),
-]
+def test_missing_extra_weights_fail_only_shots_that_need_them(without, make_shot, tmp_path):
+    for actor, name, fields, other in (
+        ("flux", "infusenet", {}, {"identity": "instantid-sdxl"}),
+        ("instantid_sdxl", "instantid", {"identity": "instantid-sdxl"}, {"identity": "none"}),
+    ):
+        pipeline = VideoGenerationPipeline(without(actor, name), tmp_path / name)
+        pipeline.plan(make_shot(face_image=str(ASTRONAUT), **other))
+        message = f"{name}: weights '/nowhere/weights': nothing at /nowhere/weights"
+        with pytest.raises(MissingWeights, match=message):
+            pipeline.render(make_shot(face_image=str(ASTRONAUT), **fields))
 
 
-@pytest.mark.parametrize(("actor", "name", "fields", "message"), MISSING, ids=["infusenet", "ir_se50", "instantid"])
-def test_missing_extra_weights_fail_only_shots_that_need_them(without, make_shot, tmp_path, actor, name, fields, message):
-    pipeline = VideoGenerationPipeline(without(actor, name), tmp_path)
-    other = {"identity": "none"} if fields else {"identity": "instantid-sdxl"}
-    pipeline.plan(make_shot())
-    pipeline.plan(make_shot(face_image=str(ASTRONAUT), **other))
-    with pytest.raises(MissingWeights, match=message) as raised:
-        pipeline.render(make_shot(face_image=str(ASTRONAUT), **fields))
-    assert isinstance(raised.value, SetupError)
-
-
-def test_profile_with_an_injector_but_without_its_recogniser_is_rejected(tiny):
+def test_extra_weights_must_be_known_and_have_their_recogniser(tiny):
     def profile_with(**extra_weights):
         actors = {name: tiny.actors[name].model_copy(update={"extra_weights": names}) for name, names in extra_weights.items()}
         return tiny.model_copy(update={"actors": {**tiny.actors, **actors}})
 
     check_profile(profile_with(flux={}, instantid={}))
-    with pytest.raises(
-        ProfileError,
-        match=r"actors\.flux\.extra_weights: infusenet needs face embeddings by ir_se50; add `extra_weights: ",
+    for name in builtin_profiles():
+        check_profile(load_profile(name))
+    for profile, message in (
+        (profile_with(instantid={}), r"flux\.extra_weights: infusenet needs face embeddings by ir_se50; add `extra_weights: "),
+        (profile_with(flux={"infusnet": "x"}), r"actors\.flux\.extra_weights: got 'infusnet', must be one of infusenet"),
+        (profile_with(svd={"x": "x"}), r"actors\.svd\.extra_weights: got 'x', this actor has no extra weights"),
     ):
-        check_profile(profile_with(instantid={}))
-    with pytest.raises(ProfileError, match=r"actors\.flux\.extra_weights: got 'infusnet', must be one of infusenet"):
-        check_profile(profile_with(flux={"infusnet": "x"}))
-    with pytest.raises(ProfileError, match=r"actors\.svd\.extra_weights: got 'x', this actor has no extra weights"):
-        check_profile(profile_with(svd={"x": "x"}))
-
-
-# InfuseNet is for FLUX.1-dev, which these profiles do not have.
-@pytest.mark.parametrize("name", sorted({*builtin_profiles()} - {"open", "gpu-24gb-schnell"}))
-def test_built_in_profiles_have_the_extra_weights_of_every_identity(name):
-    profile = load_profile(name)
-    check_profile(profile)
-    extra_weights = {actor: set(section.extra_weights) for actor, section in profile.actors.items() if section.extra_weights}
-    extra_weights.pop("wan", None)
-    assert extra_weights == {"flux": {"infusenet"}, "instantid": {"ir_se50"}, "instantid_sdxl": {"instantid"}}
+        with pytest.raises(ProfileError, match=message):
+            check_profile(profile)
 
 
 # Custom injectors.
@@ -214,43 +172,21 @@ class Brighter(FluxInjector):
         yield FluxPipelines(brightened(self.model.text_to_image), brightened(self.model.image_to_image))
 
 
-@pytest.fixture
-def with_toy(monkeypatch, tiny, tmp_path):
+def test_custom_injector_needs_one_class_and_one_registry_entry(without, monkeypatch, tmp_path):
     monkeypatch.setitem(INJECTORS, "toy", f"{__name__}:Brighter")
     weights = tmp_path / "toy.txt"
     weights.write_text("0.2")
-    flux = tiny.actors["flux"].model_copy(update={"extra_weights": {"toy": str(weights)}})
-    pipeline = VideoGenerationPipeline(
-        tiny.model_copy(update={"actors": {**tiny.actors, "flux": flux}}), tmp_path / "out", cache="none"
-    )
-    yield pipeline
-    pipeline.close()
+    profile = without("flux", "toy", str(weights))
+    check_profile(profile)
+    with VideoGenerationPipeline(profile, tmp_path / "out", cache="none") as pipeline:
 
+        def image(**fields):
+            result = pipeline.generate_video("a", face_image=ASTRONAUT, generate_video=False, seed=7, **fields)
+            return np.asarray(result["image"], int)
 
-def test_custom_injector_needs_one_class_and_one_registry_entry(with_toy):
-    check_profile(with_toy.profile)
-
-    def image(**fields):
-        result = with_toy.generate_video("a", face_image=ASTRONAUT, generate_video=False, seed=7, **fields)
-        return np.asarray(result["image"], int)
-
-    plain = image(identity="none")
-    assert np.abs(image(identity="toy") - np.clip(plain + 51, 0, 255)).max() <= 1
-    assert np.abs(image(identity="toy", identity_strength=0.5) - np.clip(plain + 25.5, 0, 255)).max() <= 1
-    with pytest.raises(ScriptError, match="must be one of infusenet, toy, instantid-sdxl, reference, none"):
-        image(identity="toi")
-    with pytest.raises(MissingWeights, match=r"infusenet: not in the profile; add `extra_weights: \{infusenet"):
-        image(identity="infusenet")
-
-
-def test_injector_weights_change_only_the_content_keys_of_its_shots(with_toy, make_shot, tmp_path):
-    def keys(identity):
-        shot = make_shot(face_image=str(ASTRONAUT), identity=identity, generate_video=False)
-        planned = ShotPlanner(params_of(with_toy.profile, stages_of(shot)), with_toy.profile.encode)(shot)
-        return [step.key for step in planned.steps]
-
-    toy, plain = keys("toy"), keys("none")
-    (tmp_path / "toy.txt").write_text("0.25")
-    assert keys("none") == plain
-    assert keys("toy")[0] == toy[0], "the features are the same"
-    assert keys("toy")[1] != toy[1]
+        plain = image(identity="none")
+        assert np.abs(image(identity="toy", identity_strength=0.5) - np.clip(plain + 25.5, 0, 255)).max() <= 1
+        with pytest.raises(ScriptError, match="must be one of infusenet, toy, instantid-sdxl, reference, none"):
+            image(identity="toi")
+        with pytest.raises(MissingWeights, match=r"infusenet: not in the profile; add `extra_weights: \{infusenet"):
+            image(identity="infusenet")

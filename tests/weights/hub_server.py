@@ -53,16 +53,10 @@ def running_hub() -> Iterator[HubServer]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_HEAD(self) -> None:
-            self._answer()
-
-        def do_GET(self) -> None:
-            self._answer()
-
         def log_message(self, *_: object) -> None:
             pass
 
-        def _answer(self) -> None:
+        def do_GET(self) -> None:
             path = self.path.split("?")[0]
             state.requests.append((self.command, path, self.headers.get("Range")))
             if match := API.fullmatch(path):
@@ -73,6 +67,8 @@ def running_hub() -> Iterator[HubServer]:
                 self._content(path, state.files[path], {})
             else:
                 self._send(404, b"", {})
+
+        do_HEAD = do_GET
 
         def _api(self, match: re.Match[str]) -> None:
             folder = state.repositories.get(match["repo"])

@@ -1,10 +1,7 @@
 """The trained models shipped with the package: file sizes, precision, formats and the shared autoencoder."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,45 +13,35 @@ from training.ship import compact
 from vidgen_ray.weights import resolve
 from vidgen_ray.weights.builtin import COMPACT_WEIGHTS, SHARED_WITH_FLUX, SHIPPED, WHOLE_WEIGHTS, whole
 
-MAX_BYTES = 32_000_000
 
-
-def test_shipped_weights_are_at_most_32_mb() -> None:
+def test_shipped_weights_are_at_most_32_mb():
     sizes = {path.relative_to(SHIPPED): path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()}
-    assert sum(sizes.values()) <= MAX_BYTES, sizes
+    assert sum(sizes.values()) <= 32_000_000, sizes
 
 
-@pytest.mark.parametrize("file", sorted(SHIPPED.rglob("*.safetensors")), ids=lambda file: str(file.relative_to(SHIPPED)))
-def test_shipped_tensors_are_float16_or_compact(file: Path) -> None:
-    with safe_open(file, "pt") as tensors:
-        kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118  # not a dict
-    assert kinds == ({"F16", "I8"} if file.name == COMPACT_WEIGHTS else {"F16"})
+def test_shipped_tensors_are_float16_or_compact():
+    for file in SHIPPED.rglob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118  # not a dict
+        assert kinds == ({"F16", "I8"} if file.name == COMPACT_WEIGHTS else {"F16"}), file
+    pickles = {path.name for path in SHIPPED.rglob("*") if path.suffix in (".pth", ".bin", ".pt")}
+    assert pickles == {"ir_se50.pth", "image_proj_model.bin"}
 
 
-@pytest.mark.parametrize("name", [name for name, parts in SHARED_WITH_FLUX.items() if "vae" in parts])
-def test_shared_autoencoder_is_added_to_the_model(name: str) -> None:
-    folder = resolve(f"builtin:demo/{name}")
-    shipped = SHIPPED / "flux" / "vae" / "diffusion_pytorch_model.safetensors"
-    assert (folder / "vae" / shipped.name).read_bytes() == shipped.read_bytes()
-    assert not (SHIPPED / name / "vae").exists()
-    for file in (path for path in (SHIPPED / name).rglob("*") if path.is_file()):
-        assert (folder / file.relative_to(SHIPPED / name)).read_bytes() == file.read_bytes()
-
-
-def test_wan_gets_the_text_encoder_of_flux_and_whole_weights() -> None:
+def test_shared_parts_are_added_to_the_models():
+    for model, parts in SHARED_WITH_FLUX.items():
+        folder = resolve(f"builtin:demo/{model}")
+        for part, of_flux in parts.items():
+            assert not (SHIPPED / model / part).exists()
+            for file in (SHIPPED / "flux" / of_flux).iterdir():
+                assert (folder / part / file.name).read_bytes() == file.read_bytes()
     folder = resolve("builtin:demo/wan")
-    for part, of_flux in SHARED_WITH_FLUX["wan"].items():
-        shared = [path.relative_to(SHIPPED / "flux" / of_flux) for path in (SHIPPED / "flux" / of_flux).iterdir()]
-        assert shared
-        assert not (SHIPPED / "wan" / part).exists()
-        for name in shared:
-            assert (folder / part / name).read_bytes() == (SHIPPED / "flux" / of_flux / name).read_bytes()
     for part, kind in (("transformer", WanTransformer3DModel), ("vae", AutoencoderKLWan)):
         shapes = {name: tensor.shape for name, tensor in kind.from_config(kind.load_config(folder / part)).state_dict().items()}
         assert {name: tensor.shape for name, tensor in load_file(folder / part / WHOLE_WEIGHTS).items()} == shapes
 
 
-def test_compact_weights_are_within_half_a_step_of_the_originals() -> None:
+def test_compact_weights_are_within_half_a_step_of_the_originals():
     generator = torch.Generator().manual_seed(0)
     shapes = {"matrix": (5, 7), "patches": (4, 3, 1, 2, 2), "frames": (4, 3, 3, 1, 1), "pixels": (4, 3, 3, 3, 3), "bias": (6,)}
     weights = {name: torch.randn(shape, generator=generator) * 3 for name, shape in shapes.items()}
@@ -68,11 +55,6 @@ def test_compact_weights_are_within_half_a_step_of_the_originals() -> None:
         off = (restored[name].float() - tensor).abs()
         assert (off.flatten(1).amax(dim=1) if tensor.dim() > 1 else off).le(largest * (0.5 / 127 + 2e-3)).all()
     assert not restored["pixels"][:, :, :-1].any()
-
-
-def test_only_weights_published_as_pickles_are_pickles() -> None:
-    pickles = {path.name for path in SHIPPED.rglob("*") if path.suffix in (".pth", ".bin", ".pt")}
-    assert pickles == {"ir_se50.pth", "image_proj_model.bin"}
 
 
 def test_cached_weights_are_found_without_importing_torch():
