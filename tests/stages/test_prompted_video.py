@@ -147,7 +147,7 @@ def test_lora_for_another_model_or_expert_is_rejected(ltx, make_shot):
     assert np.array_equal(clip_of(ltx, item(make_shot, ltx)), before)
 
 
-def test_what_the_weights_cannot_make_is_rejected(wan, small_wan, make_shot):
+def test_sizes_and_settings_that_weights_cannot_make_are_rejected(wan, small_wan, make_shot):
     for stage, fields, size, message in (
         (small_wan, {}, (80, 64), "image: got 80x64, width and height must be multiples of 32"),
         (small_wan, {"last_image": "last.png"}, (64, 64), "last_image: these weights take none"),
