@@ -107,7 +107,7 @@ def test_compiled_flux_swaps_loras_of_the_same_layers_without_compiling_again(ti
             assert largest_difference(image_of(stage, shot), image_of(plain, shot)) <= ROUNDING_LEVELS, file
             return counter.frame_count
 
-        for n, rank in enumerate((16, 4, 8, 16, 4, 8)):
+        for n, rank in enumerate((16, 4, 8, 16)):
             files.append(tmp_path / f"{n}.safetensors")
             write_random_lora(plain.model.text_to_image.transformer, files[-1], n, rank=rank)
         compiled = [compare(file, weight=1 - 0.1 * n, size=SIZES[n % 3]) for n, file in enumerate(files)]
