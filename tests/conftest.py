@@ -60,7 +60,7 @@ def pytest_collection_finish(session):
 
 LONGEST = (
     *("local_ray", "model-0", "model-1", "local_serve"),
-    *("meaning/test_meaning.py", "chaos/test_real_faults.py", "chaos/test_chaos.py", "engine/test_fleet.py"),
+    *("meaning/test_meaning.py", "chaos/test_chaos.py", "engine/test_fleet.py"),
     *("online/test_serve.py", "online/test_lost_node.py", "test_contributing.py", "test_job.py", "planner/test_memory.py"),
     *("test_benchmarks.py", "stages/test_fake_cuda.py", "film/test_memory.py"),
     "../examples/library.ipynb",
