@@ -115,11 +115,7 @@ class Runner:
         return together[name], alone[name], self.divided[kind].take_notes(), stage.take_notes()
 
 
-TWO, FOUR = (2, "wan-ti2v"), (4, "wan")
-"""Processes, and weights of Wan."""
-
-
-@pytest.fixture(scope="module", params=[TWO, FOUR], ids=["two processes", "four processes"])
+@pytest.fixture(scope="module", params=[(2, "wan-ti2v"), (4, "wan")], ids=["two processes", "four processes"])
 def runner(weights, request):
     runner = Runner(weights, *request.param)
     yield runner
@@ -148,14 +144,12 @@ def picture(**fields):
 FACE = {"face_image": "photo.png"}
 
 
-@pytest.mark.parametrize("kind", ["clip", "guided clip", "image", "odd image", "face with LoRA", "face with two passes"])
+@pytest.mark.parametrize("kind", ["guided clip", "odd image", "face with LoRA", "face with two passes"])
 def test_group_makes_the_result_of_one_process_with_its_part_of_the_tokens(runner, weights, kind):
     processes = len(list(runner.group.pids))
     lora = {"lora": [{"path": str(weights / "lora.safetensors")}], "mode": "fast"}
     stage, item, halves = {
-        "clip": (CountingWan, clip(), False),
         "guided clip": (CountingWan, clip(guidance=5.0), True),
-        "image": (CountingFlux, picture(), False),
         "odd image": (CountingFlux, picture(width=112, generate_video=False, height=80), False),
         "face with LoRA": (CountingFlux, picture(**FACE, **lora), False),
         "face with two passes": (CountingFlux, picture(**FACE, negative_prompt="blurred"), True),
@@ -169,7 +163,7 @@ def test_group_makes_the_result_of_one_process_with_its_part_of_the_tokens(runne
     assert tokens == ceil(all_tokens / (processes // 2 if halves else processes))
 
 
-def test_error_of_all_processes_and_a_cancelled_call_leave_the_group_usable(runner):
+def test_errors_and_cancelled_calls_leave_the_group_usable_and_a_crash_its_worker(runner, monkeypatch):
     stage, before = runner.divided[CountingWan], list(runner.group.pids)
     with pytest.raises(StageError, match="wrong in all processes"):
         stage(clip("wrong"))
@@ -182,23 +176,17 @@ def test_error_of_all_processes_and_a_cancelled_call_leave_the_group_usable(runn
     with pytest.raises(Cancelled), progress_callback(cancel):
         stage(clip())
     assert reported == [("wan", 1, 3)]
-    assert stage(clip())["frames"].shape == (9, 64, 128, 3)
+    together, alone, _, _ = runner.both(CountingWan, clip())
+    assert np.abs(together.astype(int) - alone).max() <= TOLERANCE
     assert list(runner.group.pids) == before
-
-
-@pytest.mark.parametrize("runner", [TWO], indirect=True, ids=["two processes"])
-def test_error_of_one_process_ends_the_call_and_the_group_starts_again(runner, monkeypatch):
+    # An error of one process ends the call, and the group starts again.
     monkeypatch.setattr(gpu_group, "SAME_ERROR_S", 0.5)
-    stage, before = runner.divided[CountingWan], list(runner.group.pids)
     with pytest.raises(RuntimeError) as error:
         stage(clip("oom in one"))
     assert is_out_of_memory(error.value)
     assert stage(clip())["frames"].shape == (9, 64, 128, 3)
     assert not set(before) & set(runner.group.pids)
-
-
-@pytest.mark.parametrize("runner", [TWO], indirect=True, ids=["two processes"])
-def test_worker_computes_alone_if_its_processes_cannot_work_together(runner):
+    # The worker computes alone if its processes cannot work together.
     together, alone, notes, _ = runner.both(CountingWan, clip("crash"))
     assert np.array_equal(together, alone)
     assert notes[-1].endswith("because several could not work together: RuntimeError: the process of a GPU has crashed")
