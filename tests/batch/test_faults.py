@@ -19,17 +19,14 @@ from vidgen_ray.batch.line_planner import remaining_lines
 from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli.app import main
-from vidgen_ray.engine import storage_pause
 from vidgen_ray.engine.ray_cluster import expect_gpus
 from vidgen_ray.engine.retries import IN_DOUBT_FACTOR
 from vidgen_ray.errors import ScriptError, SetupError, UsageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
-from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.stages.flux import FluxStage
-from vidgen_ray.trace.trace_command import ROUNDING_US
 
 pytestmark = pytest.mark.usefixtures("local_ray", "short_waits")
 
@@ -56,6 +53,11 @@ def render_lines(tmp_path, profile, lines, listener=None, gpus=GPUS, stop=None, 
         stop=stop,
     )
     return report, {row.id: row for row in read_manifest(out)}
+
+
+def records(tmp_path):
+    """Return id -> record of all finished shots."""
+    return {file.parent.name: json.loads(file.read_text()) for file in (tmp_path / "out").glob("shots/*/*/shot.json")}
 
 
 def shots(count):
@@ -128,24 +130,17 @@ def check_trace(tmp_path, rows):
     """Check that the trace of the run has the steps of all records and the failed attempts."""
     assert main(["trace", str(tmp_path / "out"), "-o", str(tmp_path / "trace.json")]) == 0
     traced = read_trace(tmp_path / "trace.json")
-    slices = [each for row in traced.values() for each in row]
     seconds, failures = Counter(), Counter()
-    for each in slices:
-        shot, stage, outcome = (each["args"][name] for name in ("shot", "stage", "outcome"))
-        if outcome in ("done", "cached"):
-            seconds[shot, stage] += each["args"]["seconds"]
-            assert each["dur"] == pytest.approx(1e6 * each["args"]["seconds"], abs=ROUNDING_US), each
+    for each in (each["args"] for row in traced.values() for each in row):
+        if each["outcome"] in ("done", "cached"):
+            seconds[each["shot"], each["stage"]] += each["seconds"]
         else:
-            failures[shot] += 1
-    records = {
-        name: json.loads((tmp_path / "out" / shot_path(name) / "shot.json").read_text())
-        for name in rows
-        if rows[name].status == "done"
-    }
-    recorded = {(name, step["stage"]): step["seconds"] for name, record in records.items() for step in record["stages"]}
-    loads_and_writes = {(shot, stage) for shot, stage in seconds if stage in ("loading", "output")}
-    assert {key: seconds[key] for key in seconds.keys() - loads_and_writes} == pytest.approx(recorded, abs=2e-3)
-    assert {shot for shot, stage in loads_and_writes} == {"", *records}
+            failures[each["shot"]] += 1
+    done = records(tmp_path)
+    recorded = {(name, step["stage"]): step["seconds"] for name, record in done.items() for step in record["stages"]}
+    steps = {key: seconds[key] for key in seconds if key[1] not in ("loading", "output")}
+    assert steps == pytest.approx(recorded, abs=2e-3)
+    assert {shot for shot, stage in seconds if stage in ("loading", "output")} == {"", *done}
     # The worker of `oom-once` has freed memory.
     assert failures.keys() >= {name for name in rows if not name.startswith("s") and name != "oom-once"}
     assert all(failures[name] >= rows[name].failure_attempts for name in rows if rows[name].status == "failed")
@@ -159,26 +154,33 @@ def test_shot_of_several_gpus_is_finished_on_one_after_a_crash(tmp_path, profile
     report, rows = render_lines(tmp_path, profile, [line])
     assert report.done == 1, rows
     assert (tmp_path / "crashed").exists()
-    (step,) = json.loads((tmp_path / "out" / shot_path("s") / "shot.json").read_text())["stages"]
+    (step,) = records(tmp_path)["s"]["stages"]
     assert step["gpu_seconds"] == pytest.approx(2 * step["seconds"], abs=1e-3)
 
 
-def test_image_that_crashes_encoders_does_not_affect_other_shots(tmp_path, profile):
-    lines = [{**line, "generate_video": False} for line in [*shots(5), {"id": "bad", "prompt": "crash-encoder"}]]
-    report, rows = render_lines(tmp_path, profile, lines, gpus=ONE_GPU, cache="none")
-    assert (report.done, report.failed) == (5, 1), {row.id: row.failure_message for row in rows.values()}
-    row = rows["bad"]
-    assert (row.failure_stage, row.failure_error, row.failure_attempts) == ("output", "WorkerDied", 3)
-
-
-def test_lines_after_the_first_ones_stream_through_ray_data(in_process, tmp_path, profile, monkeypatch):
+def test_lines_after_the_first_ones_stream_through_ray_data_and_a_lost_planning_task_is_repeated(
+    in_process, tmp_path, profile, monkeypatch
+):
     monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
     monkeypatch.setattr("vidgen_ray.batch.line_planner.BLOCK_LINES", 2)
+    crashed = tmp_path / "crashed"
+
+    def crash_once(block, planner, finished):
+        from vidgen_ray.batch.line_planner import _plan_block
+
+        if not crashed.exists():
+            crashed.touch()
+            os._exit(1)
+        return _plan_block(block, planner, finished)
+
     lines = shots(9)
     # A wrong line and a repeated id among the streamed lines.
     lines[5] = {"id": "wrong", "prompt": "a", "fps": 0}
     lines[7] = {"id": "s01", "prompt": "a"}
-    report, rows = render_lines(tmp_path, profile, lines, gpus=ONE_GPU)
+    with monkeypatch.context() as patched:
+        patched.setattr("vidgen_ray.batch.line_planner._plan_block", crash_once)
+        report, rows = render_lines(tmp_path, profile, lines, gpus=ONE_GPU)
+    assert crashed.exists()
     assert (report.done, report.failed, report.rejected, report.left, len(rows)) == (7, 2, 2, 0, 9)
     assert rows["s01"].status == "done"
     assert "line 2 has the same id" in rows["s-line-8"].failure_message
@@ -232,7 +234,7 @@ def test_run_stopped_while_reading_the_script_renders_nothing(in_process, tmp_pa
     assert (report.done, report.complete) == (9, True)
 
 
-def test_idle_run_reports_that_no_line_has_come_and_what_it_holds(tmp_path, profile, monkeypatch):
+def test_idle_run_says_what_it_holds_and_shots_with_the_same_photo_share_its_features(tmp_path, profile, monkeypatch):
     monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
     monkeypatch.setattr("vidgen_ray.batch.director.FIRST_MESSAGE_S", 0.0)
     reported = threading.Event()
@@ -248,18 +250,13 @@ def test_idle_run_reports_that_no_line_has_come_and_what_it_holds(tmp_path, prof
                 reported.set()
 
     monkeypatch.setattr("vidgen_ray.batch.render_script.remaining_lines", slow_lines)
-    events = Reported()
-    report, _ = render_lines(tmp_path, profile, shots(4), events, gpus=ONE_GPU)
+    events, lines = Reported(), [{**line, "face_image": str(ASTRONAUT)} for line in shots(4)]
+    report, _ = render_lines(tmp_path, profile, lines, events, gpus=ONE_GPU, cache="none")
     assert report.done == 4
     message = next(message for message in events.messages if "no line has come" in message)
     assert message.startswith("all shots so far are rendered")
     assert "Rendering holds 1 GPU and" in message, message
-
-
-def test_missing_gpus_raise_instead_of_waiting():
-    expect_gpus(2)
-    with pytest.raises(SetupError, match="the plan needs 3 GPUs, this machine has 2"):
-        expect_gpus(3)
+    assert Counter(record["stages"][0]["cached"] for record in records(tmp_path).values()) == {True: 3, False: 1}
 
 
 def test_shot_that_fits_on_no_gpu_fails_before_its_first_stage(in_process, tmp_path, profile):
@@ -275,92 +272,22 @@ def test_shot_that_fits_on_no_gpu_fails_before_its_first_stage(in_process, tmp_p
     assert "the largest GPU has 80; at most 1024x1024 with" in failed.failure_message
     with pytest.raises(SetupError, match="the largest GPU has 80; at most 1024x1024 with"):
         render_lines(tmp_path, profile, lines[:1])
-
-
-def test_run_that_loses_its_lease_stops_and_its_encoders_commit_nothing(tmp_path, profile):
-    out = tmp_path / "out"
-
-    def take_over():
-        (lease,) = out.glob(".running-*")
-        lease.write_text("{}")
-
-    with pytest.raises(SetupError, match="this run lost its lease and stopped, because its lease file was deleted or replaced"):
-        render_lines(tmp_path, profile, shots(200), Events(take_over))
-    assert len(list(out.glob("shots/*/*/shot.json"))) < 100
-    assert not (out / "run.json").exists()
+    with pytest.raises(SetupError, match="the plan needs 3 GPUs, this machine has 2"):
+        expect_gpus(3)
 
 
 def test_run_resumed_by_another_version_mixes_no_results(in_process, tmp_path, profile, monkeypatch):
-    def records():
-        return {file.parent.name: json.loads(file.read_text()) for file in (tmp_path / "out").glob("shots/*/*/shot.json")}
-
     stop = threading.Event()
     first, _ = render_lines(tmp_path, profile, shots(6), Events(stop.set), gpus=ONE_GPU, stop=stop)
-    before = records()
+    before = records(tmp_path)
     # A version that computes the same keeps what is finished. Each record names its version.
     monkeypatch.setattr("vidgen_ray.outputs.folder.software_versions", lambda: {"vidgen-ray": "next"})
     second, _ = render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU)
     assert (second.skipped, second.done) == (first.done, 6 - first.done)
-    assert sum(record["software"] == {"vidgen-ray": "next"} for record in records().values()) == second.done
-    assert {name: records()[name] for name in before} == before
+    assert sum(record["software"] == {"vidgen-ray": "next"} for record in records(tmp_path).values()) == second.done
+    assert {name: records(tmp_path)[name] for name in before} == before
     # A version with another FLUX stage renders all shots again.
     monkeypatch.setattr(FluxStage, "version", FluxStage.version + 1)
     third, rows = render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU)
     assert (third.skipped, third.done, len(rows)) == (0, 6, 6)
-    assert {record["key"] for record in records().values()}.isdisjoint(record["key"] for record in before.values())
-
-
-def test_face_features_are_shared_between_shots_with_the_same_photo(tmp_path, profile):
-    lines = [{**line, "face_image": str(ASTRONAUT)} for line in shots(6)]
-    render_lines(tmp_path, profile, lines, cache="none")
-    records = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("shots/*/*/shot.json")]
-    assert Counter(record["stages"][0]["cached"] for record in records) == {True: 5, False: 1}
-
-
-def test_lost_planning_task_is_repeated(in_process, tmp_path, profile, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
-    monkeypatch.setattr("vidgen_ray.batch.line_planner.BLOCK_LINES", 2)
-    crashed = tmp_path / "crashed"
-
-    def crash_once(block, planner, finished):
-        from vidgen_ray.batch.line_planner import _plan_block
-
-        if not crashed.exists():
-            crashed.touch()
-            os._exit(1)
-        return _plan_block(block, planner, finished)
-
-    monkeypatch.setattr("vidgen_ray.batch.line_planner._plan_block", crash_once)
-    report, rows = render_lines(tmp_path, profile, shots(9), gpus=ONE_GPU)
-    assert crashed.exists()
-    assert (report.done, report.failed, len(rows)) == (9, 0, 9)
-
-
-def test_run_waits_while_the_disk_is_full_and_no_line_fails(tmp_path, profile, small_disk, monkeypatch):
-    monkeypatch.setattr(storage_pause, "PROBE_INTERVAL_S", 0.2)
-    lines, events = shots(30), Events()
-
-    def on_message(message):
-        events.messages.append(message)
-        if "no file can be written" in message:
-            small_disk.make_room()
-
-    events.on_message = on_message
-
-    class FillsTheDisk(FAKES["flux"]):
-        """Fills the disk when the run has started. The files of the shots that follow do not fit."""
-
-        def one(self, shot, artefacts):
-            if shot.id == "s05":
-                small_disk.fill()
-            return super().one(shot, artefacts)
-
-    script = tmp_path / "s.jsonl"
-    script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-
-    options = RenderOptions(cluster=parse_gpus(GPUS), stages={**FAKES, "flux": FillsTheDisk}, cache="none")
-    settings = ScriptSettings(script, profile_defaults=profile.defaults)
-    report = render(settings, profile, OutputFolder(small_disk.folder / "out"), options, listener=events)
-    assert (report.done, report.failed, report.left, report.quarantined) == (30, 0, 0, ())
-    assert any("No space left on device" in message for message in events.messages)
-    assert {row.failure_attempts for row in read_manifest(small_disk.folder / "out")} == {None}
+    assert {record["key"] for record in records(tmp_path).values()}.isdisjoint(record["key"] for record in before.values())
