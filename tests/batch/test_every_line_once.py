@@ -155,7 +155,11 @@ def simulated(without_ray, monkeypatch):
         # Simulated time does not wait for a thread.
         return "gone" if asyncio.get_running_loop().time() < FaultyClient.outage_s else None
 
+    async def visible(*_):
+        """Do not look in a thread whether the folder is shared."""
+
     monkeypatch.setattr(StoragePause, "problem", problem)
+    monkeypatch.setattr(director_module.Director, "_check_folder", visible)
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import pytest
 
 from tests.batch.faulty_stages import actor_name, append, gpu, stages
 from tests.batch.test_batch import Events
-from tests.batch.test_faults import GPUS, render_lines
+from tests.batch.test_faults import GPUS, ONE_GPU, render_lines
 from tests.fake_stages import FAKES, FakeFlux, profile_of_fakes
 from vidgen_ray.engine import canary
+from vidgen_ray.errors import SetupError
 from vidgen_ray.planner.cluster import Cluster, Node
 
 pytestmark = pytest.mark.usefixtures("local_ray", "short_waits")
@@ -49,29 +50,24 @@ def worker_on(place, log):
     return next(line.split()[1] for line in log.read_text().splitlines() if line.split()[0] == place)
 
 
-def test_gpu_whose_load_fails_twice_and_then_every_call_costs_no_line_and_is_quarantined(profile, tmp_path):
-    log, loads, loaded = tmp_path / "log", tmp_path / "loads", tmp_path / "loaded"
+# A GPU
 
-    def load():
-        if gpu() == "0" and append(loads, f"{os.getpid()}") <= 2:
-            raise RuntimeError("CUDA error: cannot load")
+
+def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(profile, tmp_path):
+    log = tmp_path / "log"
 
     def fail_on_gpu_0(shot):
         append(log, f"{gpu()} {actor_name()}")
         if gpu() == "0":
-            loaded.touch()
             raise RuntimeError("it is broken")
         time.sleep(WORK_S)  # the work
 
     listener = Statuses()
-    lines = [{"id": "late", "prompt": f"until {loaded}", **IMAGE}, *images(20)]
-    report, rows = run(tmp_path, profile, lines, stages(fail_on_gpu_0, load), listener=listener)
-    assert (report.done, report.failed) == (21, 0), {row.id: row.failure_message for row in rows.values()}
-    assert len(set(loads.read_text().split()[:3])) == 3, "each attempt has a process of its own"
-    assert any("cannot load its weights: CUDA error: cannot load" in message for message in listener.messages)
+    report, rows = run(tmp_path, profile, images(40), stages(fail_on_gpu_0), listener=listener)
+    assert (report.done, report.failed) == (40, 0), {row.id: row.failure_message for row in rows.values()}
     sick = worker_on("0", log)
-    assert all(entry.startswith(f"{sick} (") for entry in report.quarantined)
-    assert any("failed for flux on different shots" in entry for entry in report.quarantined)
+    assert report.quarantined
+    assert all(entry.startswith(f"{sick} (") and "failed for flux on different shots" in entry for entry in report.quarantined)
     assert listener.messages == list(report.quarantined)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["quarantined"] == list(report.quarantined)
     assert listener.quarantined
@@ -103,6 +99,41 @@ def test_worker_that_makes_other_images_than_two_others_is_quarantined(tiny, tmp
     assert "makes other images than two workers" in report.quarantined[0]
 
 
+# Loading
+
+
+def test_load_that_fails_twice_on_one_gpu_costs_no_line(profile, tmp_path):
+    """The load is retried in new processes."""
+    loads, tried = tmp_path / "loads", tmp_path / "tried"
+
+    def load():
+        if gpu() != "0":
+            return
+        number = append(loads, f"{os.getpid()}")
+        if number > 2:
+            tried.touch()
+        if number <= 2:
+            raise RuntimeError("CUDA error: cannot load")
+
+    listener = Events()
+    lines = [{"id": "late", "prompt": f"until {tried}", **IMAGE}, *images(6)]
+    report, _ = run(tmp_path, profile, lines, stages(on_load=load), listener=listener)
+    assert (report.done, report.failed) == (7, 0)
+    assert len(set(loads.read_text().split())) == 3, "each attempt has a process of its own"
+    assert any("cannot load its weights: CUDA error: cannot load" in message for message in listener.messages)
+
+
+def test_load_that_fails_on_every_gpu_stops_the_run(profile, tmp_path):
+    def load():
+        raise RuntimeError("the weights are damaged")
+
+    with pytest.raises(SetupError, match="the weights are damaged"):
+        run(tmp_path, profile, images(2), stages(on_load=load), gpus=ONE_GPU)
+
+
+# Layout
+
+
 def test_layout_is_extended_for_a_stage_that_later_lines_need(profile, tmp_path, monkeypatch):
     monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
     monkeypatch.setattr("vidgen_ray.batch.line_planner.BLOCK_LINES", 2)
@@ -117,3 +148,6 @@ def test_layout_is_extended_for_a_stage_that_later_lines_need(profile, tmp_path,
     assert rows["clip"].hd_video
     engine_of = {shot: name.split("/")[1] for shot, name in (line.split() for line in log.read_text().splitlines())}
     assert (engine_of["s00"], engine_of["clip"]) == ("1", "2")
+
+
+# Nodes
