@@ -170,7 +170,7 @@ def check_content(world, history):
 
 
 def check_lease(world, history):
-    """A director commits nothing, and keeps no row, after it has lost its lease."""
+    """A director commits nothing after it has lost its lease, and keeps no row unless it is killed before it notices."""
     for driver in world.drivers:
         lost = history.lease_ends(driver.number)
         for shot, commits in history.commits.items():
@@ -178,7 +178,7 @@ def check_lease(world, history):
             if late:
                 yield f"run {driver.number} committed {shot} {late[0] - lost:.1f} s after it lost its lease"
         rows = [event for event in history.rows[driver.number] if event.at > lost + LEASE_POLL_S]
-        if rows and driver.number not in history.discarded:
+        if rows and driver.number not in history.discarded and not driver.killed:
             yield f"run {driver.number} kept {len(rows)} rows after it lost its lease"
 
 

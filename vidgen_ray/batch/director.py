@@ -318,9 +318,6 @@ class Director:
         if isinstance(result, ShotRecord) and not self._folder_checked:
             self._folder_checked = True
             await self._check_folder(task.plan)
-        if isinstance(result, Failure):
-            # During a pause the lease may be lost: another run may have the shot by now.
-            await self._storage.over()
         self._record(task, result)
         shot_id = task.plan.shot.id or ""
         # One after another: reading the earlier failures takes time, in which others would change the number in the message.
