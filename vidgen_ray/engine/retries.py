@@ -150,7 +150,7 @@ async def run_with_retries(
                 blame(failure)
             last = failure.failure
             next_avoid = following(limit)
-            if next_avoid is None and failure.kind is Kind.ERROR:
+            if next_avoid is None and any(each.kind is Kind.ERROR for each in failed):
                 await evidence(failed)
                 failed = _counting(failed)
                 next_avoid = following(limit)
