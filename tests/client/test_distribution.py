@@ -1,11 +1,17 @@
 """`clients/python` is a distribution of its own: what it shares with vidgen-ray, and what it installs."""
 
+import asyncio
+import json
+import os
 import subprocess
 import sys
 import tomllib
+import venv
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
+import pytest
+from mcp import Client, StdioServerParameters
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -41,3 +47,34 @@ def test_mcp_server_without_its_extra_says_what_to_install():
     program = "import sys; sys.modules['typer'] = None; from vidgen_client.__main__ import main; main()"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (run.returncode, "pip install 'vidgen-client[mcp]'" in run.stderr) == (1, True)
+
+
+@pytest.mark.slow
+def test_client_and_mcp_server_in_an_empty_environment(tmp_path):
+    """Install with pip. Needs a package index."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    bin = tmp_path / "venv" / "bin"
+
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command, check=True):
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=check)
+
+    try:
+        run(bin / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{CLIENT}[mcp]")
+    except subprocess.CalledProcessError as error:
+        if "No matching distribution found for hatchling" in error.stderr:
+            pytest.skip("needs a package index")
+        raise
+    program = "from vidgen_client import Client; Client('http://127.0.0.1:9', retries=0).list_models()"
+    answered = run(bin / "python", "-c", program, check=False)
+    assert "vidgen_client.errors.ConnectionFailed: http://127.0.0.1:9/v1/models" in answered.stderr
+
+    async def tools():
+        async with Client(StdioServerParameters(command=str(bin / "vidgen-mcp"))) as client:
+            return {tool.name for tool in (await client.list_tools()).tools}
+
+    assert {"create_video", "wait", "download"} <= asyncio.run(tools())
+    installed = {each["name"] for each in json.loads(run(bin / "python", "-m", "pip", "list", "--format", "json").stdout)}
+    assert "vidgen-client" in installed
+    assert {"vidgen-ray", "torch", "ray", "numpy"} & installed == set()

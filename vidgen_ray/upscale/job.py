@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, partial
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -34,6 +34,8 @@ from vidgen_ray.upscale.source import FrameTimes, VideoSource, places, timeline_
 T = TypeVar("T")
 
 MAX_SEGMENT_FRAMES, MIN_SEGMENT_FRAMES = 120, 24
+MIN_LAST_FRAMES = 3
+"""Fewest frames of a segment after others: FFmpeg writes no HDR clip in HEVC that is shorter."""
 SEGMENT_PIXELS = MAX_SEGMENT_FRAMES * 640 * 360
 """Pixels of the source in a segment. Larger frames take longer, so their segments have fewer, down to the minimum."""
 FRAMES_AHEAD = 4
@@ -92,8 +94,8 @@ class UpscaleJob:
     def segments(self) -> list[Segment]:
         length = max(MIN_SEGMENT_FRAMES, min(MAX_SEGMENT_FRAMES, SEGMENT_PIXELS // (self.source.width * self.source.height)))
         total = len(self.timeline.times)
-        starts = range(0, total, length)
-        return [Segment(n, start, min(start + length, total)) for n, start in enumerate(starts)]
+        starts = [start for start in range(0, total, length) if start == 0 or total - start >= MIN_LAST_FRAMES]
+        return [Segment(n, start, stop) for n, (start, stop) in enumerate(pairwise([*starts, total]))]
 
 
 def scaled(source: VideoSource, scale: float) -> Size:

@@ -89,7 +89,8 @@ def find_model(name: str, denoise: float | None = None) -> UpscaleModel:
     if name in BUILTIN_MODELS:
         file = next(path for ending in ENDINGS if (path := resolve("builtin:realesrgan") / f"{name}{ending}").is_file())
     else:
-        file = Path(name).expanduser()
+        # Tasks of a cluster have other working directories.
+        file = Path(name).expanduser().absolute()
         if not file.is_file():
             allowed = f"must be one of {', '.join(BUILTIN_MODELS)}, or the path of a {' or '.join(ENDINGS)} file"
             raise UsageError(f"--model: got {name!r}, {allowed}")

@@ -157,7 +157,7 @@ def upscale_file(
     check_signing(options.provenance)
     if options.provenance.signing_key is not None and FORMATS[out.suffix.lower()] == "matroska":
         raise MediaError(f"{out}: Matroska files cannot be signed (C2PA); choose .mp4 or .mov, or do not pass a key")
-    source, size = planned_size(read_source(video), options)
+    source, size = planned_size(read_source(video.absolute()), options)
     kept, not_copied = plan_copies(source, out.suffix.lower())
     timeline = timeline_of(source, options.fps)
     request = _request(source, size, options)
