@@ -248,7 +248,11 @@ def check_rework(world, history):
         if OUTPUT not in unit[1] and history.flaw(event.fields["call"].shot) not in FATAL:
             seconds += event.fields["seconds"] if unit in done else 0.0
             done.add(unit)
-    allowed = sum(len(event.fields["shots"]) for event in history.faults) * 2 * sum(SECONDS.values())
+    hit = [(event.at, shot) for event in history.faults for shot in event.fields["shots"]]
+    # A run that has lost its lease does not know it while the storage is down: another one renders the same shots.
+    calls = ((event.at, event.fields["call"]) for event in work)
+    hit += {(call.driver.number, call.shot) for at, call in calls if at > history.lease_ends(call.driver.number)}
+    allowed = len(hit) * 2 * sum(SECONDS.values())
     # At the end of each run, the slowest calls run a second time.
     allowed += len(world.drivers) * sum(len(node.gpus) for node in world.nodes) * SECONDS["svd"]
     if seconds > allowed:
