@@ -273,21 +273,13 @@ def test_late_node_gets_added_slots_unless_another_user_waits_and_loses_them_wit
     fleets.run(scenario)
 
 
-def test_slot_of_a_preempted_node_is_reported_and_starts_again_on_a_new_one(head, add_node, fleets):
-    """The node is drained for preemption, as by an autoscaler, and then lost. An actor that may run anywhere restarts."""
-
+def test_lost_slot_is_reported_and_starts_again_on_a_new_node(head, add_node, fleets):
     async def scenario(make_fleet):
         fleet, listener = make_fleet("moves")
         await fleet.start(STAGED, [None, None])
-        on_node = NodeAffinitySchedulingStrategy(nodes[0].node_id, soft=True)
-        client = ActorClient(TinyActor.options(num_cpus=0, scheduling_strategy=on_node).remote(), "worker/0")
         await listener.until(lambda: len(listener.workers) == 2)
-        assert await client.ready() is None
-        assert (fleet.held_gpus, client.node) == (2, nodes[0].node_id)
+        assert fleet.held_gpus == 2
         places = await places_of(listener)
-        deadline_ms = int(1000 * (time.time() + 60))
-        gcs = GcsClient(address=head.address)
-        assert gcs.drain_node(client.node, DRAIN_NODE_REASON_PREEMPTION, "preempted", deadline_ms) == (True, "")
         head.remove_node(nodes[0], allow_graceful=False)
         await listener.until(lambda: listener.lost and listener.reasons)
         assert fleet.held_gpus == 1
@@ -295,9 +287,6 @@ def test_slot_of_a_preempted_node_is_reported_and_starts_again_on_a_new_one(head
         (kept,) = listener.workers
         assert places[lost][0] == nodes[0].node_id
         assert "(1 slot of " in listener.reasons[0]
-        async with asyncio.timeout(TIMEOUT_S):
-            while client.node == nodes[0].node_id:
-                assert await client.ready() is None
         add_node(1)
         await listener.until(lambda: len(listener.workers) == 2)
         after = await places_of(listener)
@@ -307,3 +296,24 @@ def test_slot_of_a_preempted_node_is_reported_and_starts_again_on_a_new_one(head
 
     nodes = [add_node(1), add_node(1)]
     fleets.run(scenario)
+
+
+def test_actor_of_a_preempted_node_restarts_on_another_node(head, add_node):
+    """The node is drained for preemption, as by an autoscaler, and then lost."""
+
+    async def scenario():
+        on_node = NodeAffinitySchedulingStrategy(lost.node_id, soft=True)
+        actor = TinyActor.options(num_gpus=1, max_restarts=-1, scheduling_strategy=on_node).remote()
+        client = ActorClient(actor, "worker/0")
+        async with asyncio.timeout(TIMEOUT_S):
+            assert await client.ready() is None
+            assert client.node == lost.node_id
+            gcs = GcsClient(address=head.address)
+            deadline_ms = int(1000 * (time.time() + 20))
+            assert gcs.drain_node(lost.node_id, DRAIN_NODE_REASON_PREEMPTION, "preempted", deadline_ms) == (True, "")
+            head.remove_node(lost, allow_graceful=False)
+            while client.node != other.node_id:
+                assert await client.ready() is None
+
+    lost, other = add_node(1), add_node(1)
+    asyncio.run(scenario())
