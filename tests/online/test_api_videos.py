@@ -350,7 +350,8 @@ def test_estimate_of_size_seconds_and_cost_creates_nothing(server, client):
     assert (answer["num_frames"], answer["results"], answer["is_rendered"]) == (4, 1, False)
     extended = estimate(client, **SHOT, extend=2)
     assert extended["num_frames"] == 10
-    assert extended["stage_durations"]["svd"] == pytest.approx(3 * answer["stage_durations"]["svd"], rel=0.01)
+    # Rounded to milliseconds.
+    assert extended["stage_durations"]["svd"] == pytest.approx(3 * answer["stage_durations"]["svd"], abs=0.003)
     assert next(iter(answer["stage_durations"])) == "flux"
     assert answer["render_s"] > 0
     assert answer["render_s"] == pytest.approx(sum(answer["stage_durations"].values()), abs=0.01)
@@ -361,7 +362,7 @@ def test_estimate_of_size_seconds_and_cost_creates_nothing(server, client):
     body = {"prompt": "a man", "size": "250x130", "num_frames": 4}
     one, three = estimate(client, "videos", **body), estimate(client, "videos", **body, n=3)
     assert (one["size"], three["results"]) == ("250x130", 3)
-    assert three["render_s"] == pytest.approx(3 * one["render_s"], rel=0.01)
+    assert three["render_s"] == pytest.approx(3 * one["render_s"], abs=0.05)
     assert "a shot" not in [job.shot.prompt for job in server.store.list("local", limit=100).jobs]
 
 
