@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -235,15 +236,22 @@ class FakeServer:
         lines = path.read_text().splitlines() if path.exists() else []
         return [entry for entry in map(json.loads, lines) if entry["event"] in events]
 
+    def client_was_killed(self, done: Collection[str]) -> None:
+        """Note that the client was killed, and has lost the clips that were delivered to it, except for these prompts."""
+        with (self.folder / LOG).open("a") as file:
+            file.write(json.dumps({"event": "killed", "done": [*done]}) + "\n")
+
     def paid(self) -> dict[str, str]:
-        """Return job -> prompt of the clips that were computed and, if the server has restarted since, were delivered."""
+        """Return job -> prompt of the clips that were computed and, if the server has restarted since, are at the client."""
         paid: dict[str, str] = {}
         kept: set[str] = set()
-        for entry in self.events("started", "computed", "delivered"):
+        for entry in self.events("started", "computed", "delivered", "killed"):
             if entry["event"] == "started":
                 paid = {job: prompt for job, prompt in paid.items() if job in kept}
             elif entry["event"] == "computed":
                 paid[entry["id"]] = entry["prompt"]
+            elif entry["event"] == "killed":
+                kept = {job for job in kept if paid.get(job) in entry["done"]}
             else:
                 kept.add(entry["id"])
         return paid

@@ -89,6 +89,9 @@ def test_faulty_servers_and_a_killed_driver_lose_double_and_repay_nothing(tmp_pa
         with process(*arguments, log=log) as driver:
             while driver.poll() is None and log.read_text().count(" done s") < LINES // 4:
                 time.sleep(0.05)
+        done = [line["prompt"] for line in lines if any(out.glob(f"shots/*/{line['id']}/shot.json"))]
+        for server in servers:
+            server.client_was_killed(done)
         with process(*arguments, log=log) as driver:
             assert driver.wait(300) == 0, log.read_text()
     assert sorted((row.id, row.status) for row in read_manifest(out)) == [(line["id"], "done") for line in lines]

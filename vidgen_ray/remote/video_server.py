@@ -242,9 +242,7 @@ class VideoServers:
     ) -> RemoteJob:
         """Return a job that a server has accepted, with its id: the stored one, or a new one."""
         if job.ended or job.server not in (self._server, *self._others):
-            clock = self._clocks.get(self._server)
-            since = 0.0 if clock is None else clock + time.monotonic()
-            job = self._put(RemoteJob(key=job.key, server=self._server, since=since, submits=job.submits + 1), store)
+            job = self._put(RemoteJob(key=job.key, server=self._server, since=self._now(), submits=job.submits + 1), store)
         elif job.id is None:
             job = self._find(job, fields, store, deadline)
         files = {"input_reference": ("image.png", image, "image/png")} if image is not None else None
@@ -253,7 +251,7 @@ class VideoServers:
             if job.id is not None:
                 return job
             if job.server != self._server:
-                job = self._put(job.model_copy(update={"server": self._server, "since": 0.0}), store)
+                job = self._put(job.model_copy(update={"server": self._server, "since": self._now()}), store)
             try:
                 accepted = _parsed(_Job, self._post("/v1/videos", deadline, data=dict(fields), files=files, headers=headers))
                 job = self._put(job.model_copy(update={"id": accepted.id}), store)
@@ -264,6 +262,11 @@ class VideoServers:
         if job.id is None:
             raise ServerFailed(f"{self._server}: no response to {SUBMITS} submissions: {problem}")
         return job
+
+    def _now(self) -> float:
+        """Return the time of the own server, see `RemoteJob.since`."""
+        clock = self._clocks.get(self._server)
+        return 0.0 if clock is None else clock + time.monotonic()
 
     def _post(self, path: str, deadline: float, **arguments: Any) -> httpx2.Response:
         response = self._request("POST", self._server, path, deadline, **arguments)
