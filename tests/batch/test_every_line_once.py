@@ -191,7 +191,7 @@ def run_once(tiny, tmp_path, monkeypatch):
 
 
 def test_every_line_ends_once(run_once, tmp_path):
-    """Of the lines that always fail, there are fewer than stop a run: one that resumes begins with them."""
+    """Fewer lines always fail than stop a run: a run that resumes begins with them."""
     faults, committed, out, count = np.random.default_rng(0), Counter(), tmp_path / "2x2x80GB", 150
     kinds = [{}, {"generate_video": False}, {"fps": 0}, {"id": "s-0"}, {"prompt": "poison"}]
     chosen = (kinds[faults.choice(len(kinds), p=[0.42, 0.5, 0.05, 0.022, 0.008])] for _ in range(count))
