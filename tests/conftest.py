@@ -62,7 +62,7 @@ LONGEST = (
     *("local_ray", "model-0", "model-1", "local_serve"),
     *("meaning/test_meaning.py", "chaos/test_chaos.py", "engine/test_fleet.py"),
     *("online/test_serve.py", "online/test_lost_node.py", "test_contributing.py", "test_job.py", "planner/test_memory.py"),
-    *("test_benchmarks.py", "stages/test_fake_cuda.py", "film/test_memory.py"),
+    *("test_benchmarks.py", "stages/test_fake_cuda.py", "film/test_memory.py", "client/test_distribution.py"),
     "../examples/library.ipynb",
 )
 """Groups of tests that start first, so that no process works alone at the end."""

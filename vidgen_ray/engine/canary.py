@@ -7,7 +7,7 @@ use Ray.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,7 +84,9 @@ class Canary:
         self._repeat = repeat
         self._on_sick = on_sick
         self._left: dict[WorkerState, int] = {}
-        """Worker -> calls until its next check."""
+        """Worker -> calls until its next check is due."""
+        self._due: dict[WorkerState, None] = {}
+        """Workers whose check is due, the first one first. Few: each finished call looks through them."""
         self._devices: dict[WorkerState, str] = {}
         self._found: set[WorkerState] = set()
         """Workers that the last check has found sick."""
@@ -92,7 +94,7 @@ class Canary:
 
     def started(self, worker: WorkerState) -> None:
         """The process of a worker has started."""
-        self._left[worker] = 1 if worker in self._found else FIRST_CALLS
+        self._check_after(worker, 1 if worker in self._found else FIRST_CALLS)
 
     def finished(self, call: MadeCall) -> None:
         """Count a call, and let the worker repeat it whose check is due, if there is one."""
@@ -101,11 +103,12 @@ class Canary:
             return
         self._devices[call.by] = call.device
         self._left[call.by] -= 1
-        peers = self._peers(call)
-        due = min(peers, key=self._left.__getitem__, default=None)
+        if self._left[call.by] <= 0:
+            self._due[call.by] = None
+        due = next(self._peers(call, self._due), None)
         # A check keeps the output of a call in Ray's object store.
-        if due is not None and self._left[due] <= 0 and len(self._checks) <= len(self._left) // CHECK_CALLS:
-            self._left[due] = CHECK_CALLS
+        if due is not None and len(self._checks) <= len(self._left) // CHECK_CALLS:
+            self._check_after(due, CHECK_CALLS)
             check = asyncio.ensure_future(self._check(due, call))
             self._checks.add(check)
             check.add_done_callback(self._checks.discard)
@@ -114,21 +117,25 @@ class Canary:
         for check in self._checks:
             check.cancel()
 
-    def _peers(self, call: MadeCall) -> list[WorkerState]:
-        """Return the other live workers of the kind that has made the call."""
-        others = (worker for worker in self._holders(call.work.stage) if worker.live and worker is not call.by)
-        return [worker for worker in others if (worker.spec, self._devices.get(worker)) == (call.by.spec, call.device)]
+    def _check_after(self, worker: WorkerState, calls: int) -> None:
+        self._due.pop(worker, None)
+        self._left[worker] = calls
+
+    def _peers(self, call: MadeCall, workers: Iterable[WorkerState]) -> Iterator[WorkerState]:
+        """Yield the live ones of these workers that are of the kind that has made the call, without its own."""
+        others = (worker for worker in workers if worker.live and worker is not call.by)
+        return (worker for worker in others if (worker.spec, self._devices.get(worker)) == (call.by.spec, call.device))
 
     async def _check(self, due: WorkerState, call: MadeCall) -> None:
         first = await self._repeat(due, call, [call.output])
         if first is None:
-            self._left[due] = 0
+            self._due[due] = None
             return
         if first.differences[0] <= MAX_DIFFERENCE:
             self._found -= {due, call.by}
-            self._left[call.by] = CHECK_CALLS
+            self._check_after(call.by, CHECK_CALLS)
             return
-        third = next((worker for worker in self._peers(call) if worker is not due), None)
+        third = next((worker for worker in self._peers(call, self._holders(call.work.stage)) if worker is not due), None)
         decided = None if third is None else await self._repeat(third, call, [call.output, first.output])
         if decided is None:
             return
