@@ -108,6 +108,16 @@ def test_ten_bit_hdr_is_kept_in_segments_that_join_without_a_gap(tmp_path, upsca
     assert len(decoded(out)[0]) == 12
 
 
+@pytest.mark.parametrize("frames", [1, 2])
+def test_hevc_of_fewer_than_three_frames_has_no_b_frames(tmp_path, upscale, frames):
+    """With B-frames, x265 gives random decoding times to so few frames, and most of these cannot be written."""
+    video, out = write_video(tmp_path / "in.mp4", frames), tmp_path / "out.mp4"
+    upscale(video, out, encode=FAST.model_copy(update={"codec": "hevc", "preset": "medium"}))
+    assert len(decoded(out)[0]) == frames
+    with av.open(str(out)) as container:
+        assert not container.streams.video[0].codec_context.has_b_frames
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="SVT-AV1 gets a real-time priority as root only")
 def test_av1_leaves_no_thread_with_a_real_time_priority(tmp_path):
     source = read_source(write_video(tmp_path / "in.mp4", 1))

@@ -160,6 +160,8 @@ SVT_PRESETS = {
 }
 """x264's name of a preset -> preset of SVT-AV1."""
 SEGMENT_SUFFIX = ".mp4"
+MIN_FRAMES_HEVC = 3
+"""Fewest frames with B-frames. x265 takes the decoding times of fewer frames from memory that it has not initialised."""
 
 
 class EncodeSettings(Mp4Settings):
@@ -193,7 +195,7 @@ def write_segment(
         fps,
         container="mp4",
         codec=ENCODERS[settings.codec],
-        codec_options=_options(source, settings),
+        codec_options=_options(source, settings, count),
         conversion={
             "format": "yuv420p" if source.bits == 8 else "yuv420p10le",
             "dst_colorspace": colour.matrix,
@@ -218,7 +220,7 @@ def write_segment(
             raise MediaError(f"{source.path}: got {video.frames_written} upscaled frames of a segment, must be {count}")
 
 
-def _options(source: VideoSource, settings: EncodeSettings) -> dict[str, str]:
+def _options(source: VideoSource, settings: EncodeSettings, count: int) -> dict[str, str]:
     hdr = _hdr_options(source, settings.codec)
     if settings.codec == "h264":
         # Without cpu-independent, the result depends on whether the CPU has AVX.
@@ -233,6 +235,8 @@ def _options(source: VideoSource, settings: EncodeSettings) -> dict[str, str]:
         parameters = ["open-gop=0", "log-level=none", f"pools={settings.threads}", "frame-threads=1", *hdr]
         if source.colour.transfer in (PQ, HLG):
             parameters += ["hdr10-opt=1", "repeat-headers=0"]
+        if count < MIN_FRAMES_HEVC:
+            parameters.append("bframes=0")
         return {"crf": str(settings.crf), "preset": settings.preset, "x265-params": ":".join(parameters)}
     parameters = [f"lp={settings.threads}", *hdr]
     return {"crf": str(settings.crf), "preset": str(SVT_PRESETS[settings.preset]), "svtav1-params": ":".join(parameters)}

@@ -20,6 +20,7 @@ from vidgen_ray.errors import Cancelled, MediaError
 from vidgen_ray.provenance.record import labelled
 from vidgen_ray.system.files import new_file
 from vidgen_ray.upscale.frames import (
+    MIN_FRAMES_HEVC,
     SEGMENT_SUFFIX,
     EncodeSettings,
     FrameInterpolator,
@@ -34,8 +35,6 @@ from vidgen_ray.upscale.source import FrameTimes, VideoSource, places, timeline_
 T = TypeVar("T")
 
 MAX_SEGMENT_FRAMES, MIN_SEGMENT_FRAMES = 120, 24
-MIN_LAST_FRAMES = 3
-"""Fewest frames of a segment after others: FFmpeg writes no HDR clip in HEVC that is shorter."""
 SEGMENT_PIXELS = MAX_SEGMENT_FRAMES * 640 * 360
 """Pixels of the source in a segment. Larger frames take longer, so their segments have fewer, down to the minimum."""
 FRAMES_AHEAD = 4
@@ -94,7 +93,7 @@ class UpscaleJob:
     def segments(self) -> list[Segment]:
         length = max(MIN_SEGMENT_FRAMES, min(MAX_SEGMENT_FRAMES, SEGMENT_PIXELS // (self.source.width * self.source.height)))
         total = len(self.timeline.times)
-        starts = [start for start in range(0, total, length) if start == 0 or total - start >= MIN_LAST_FRAMES]
+        starts = [start for start in range(0, total, length) if start == 0 or total - start >= MIN_FRAMES_HEVC]
         return [Segment(n, start, stop) for n, (start, stop) in enumerate(pairwise([*starts, total]))]
 
 
