@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vidgen_ray.dataset.scorers import Clip, Column, Need, Scorer
 from vidgen_ray.stages.likeness import DECIMALS
-from vidgen_ray.stages.rife import RifeParams
+from vidgen_ray.stages.rife import MIN_SIMILARITY
 
 INT, FLOAT = pyarrow.int64(), pyarrow.float64()
 DARK_LEVEL, DARK_SHARE = 25, 0.98
@@ -26,8 +26,6 @@ CLIPPED_LEVELS = (2, 253)
 """Luma up to which a pixel is clipped to black, and from which it is clipped to white."""
 SHARPNESS_SIDE_PX = 512
 HASHED_FRAMES, HASH_PX, HASH_SIDE = 3, 32, 8
-MIN_SIMILARITY: float = RifeParams.model_fields["min_similarity"].default
-"""Similarity below which the interpolation stage takes two frames for a scene cut."""
 
 
 class PixelScorer(Scorer):

@@ -9,8 +9,11 @@ from math import ceil, floor
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
+from vidgen_ray.errors import StageError
+from vidgen_ray.nets.weight_files import NOT_FINITE
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
     REFERENCE_FRAMES,
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 CUT_PX, CUT_WINDOW_PX = 64, 11
 """Side to which frames are reduced before they are compared, and that of the window of the comparison."""
+MIN_SIMILARITY = 0.5
+"""Default of `RifeParams.min_similarity`."""
 
 FLOW_SCALES = (1.0, 0.5, 0.25)
 LAYOUTS = ("rife/hdv3", "rife/4.25")
@@ -45,7 +50,7 @@ class RifeParams(StageParams):
 
     flow_scale: float = 1.0
     """Share of the resolution at which motion is estimated: 1, 0.5 or 0.25. 0.5 suits clips larger than 1080p."""
-    min_similarity: float = Field(0.5, ge=-1, le=1)
+    min_similarity: float = Field(MIN_SIMILARITY, ge=-1, le=1)
     """Structural similarity of two frames after their motion is undone, -1 to 1. Below it there is a scene cut between them."""
 
     @field_validator("flow_scale")
@@ -54,6 +59,9 @@ class RifeParams(StageParams):
         if value not in FLOW_SCALES:
             raise ValueError(f"must be one of {', '.join(map(str, FLOW_SCALES))}")
         return value
+
+
+Pixels = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,25 +170,47 @@ class RifeStage(ChunkedStage[RifeParams]):
         if pair is None or not (np.array_equal(pair.first, first) and np.array_equal(pair.second, second)):
             # Copies, since frames of other processes are views of their memory.
             first, second = first.copy(), second.copy()
-            pair = self._pair = _Pair(first, second, self._frames_between(first, second))
+            params = self.params
+            between = frames_between(
+                self._network, first, second, flow_scale=params.flow_scale, min_similarity=params.min_similarity
+            )
+            pair = self._pair = _Pair(first, second, between)
         return pair.between
 
-    def _frames_between(self, first: Image, second: Image) -> Callable[[Fraction], Image]:
-        import torch
 
-        from vidgen_ray.nets.rife_network import FramePair
+def frames_between(
+    network: Rife, first: Pixels, second: Pixels, *, flow_scale: float = 1.0, min_similarity: float = MIN_SIMILARITY
+) -> Callable[[Fraction], Pixels]:
+    """Return a function that draws the frame at a time between 0 (the first frame) and 1. At a cut, it is the first frame.
 
-        def tensor(frame: Image) -> torch.Tensor:
-            pixels = torch.from_numpy(frame).to(self.params.device).permute(2, 0, 1)[None]
-            return pixels.float() / 255
+    Frames are RGB (H, W, 3): uint8, or uint16 with the full range. Raises StageError for NaN and infinity, like the function.
+    """
+    import torch
 
-        def image(pixels: torch.Tensor) -> Image:
-            return pixels_to_uint8(pixels[0])
+    from vidgen_ray.nets.rife_network import FramePair
 
-        pair = FramePair(self._network, tensor(first), tensor(second), self.params.flow_scale)
-        if similarity(*map(image, pair.aligned())) < self.params.min_similarity:
-            return lambda time: first
-        return lambda time: image(pair.at(time))
+    device = next(network.parameters()).device
+    levels = np.iinfo(first.dtype).max
+
+    def tensor(frame: Pixels) -> torch.Tensor:
+        # torch has few operations for uint16.
+        pixels = torch.from_numpy(frame if levels == 255 else frame.astype(np.int32)).to(device)
+        return pixels.permute(2, 0, 1)[None].float() / levels
+
+    pair = FramePair(network, tensor(first), tensor(second), flow_scale)
+    if similarity(*(pixels_to_uint8(pixels[0]) for pixels in pair.aligned())) < min_similarity:
+        return lambda time: first
+
+    def drawn(time: Fraction) -> Pixels:
+        pixels = pair.at(time)[0]
+        if levels == 255:
+            return pixels_to_uint8(pixels)
+        if not pixels.isfinite().all():
+            raise StageError(NOT_FINITE)
+        deep: Pixels = (pixels.movedim(0, -1).float() * levels).round().cpu().numpy().astype(first.dtype)
+        return deep
+
+    return drawn
 
 
 def similarity(first: Image, second: Image) -> float:

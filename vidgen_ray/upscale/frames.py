@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
@@ -19,13 +19,9 @@ from vidgen_ray.media.decode import open_video_stream
 from vidgen_ray.media.encode import Mp4Settings, VideoWriter
 from vidgen_ray.media.media_file import wrap_errors
 from vidgen_ray.stages.base import torch_threads
-from vidgen_ray.stages.rife import RifeParams, similarity
+from vidgen_ray.stages.rife import frames_between
 from vidgen_ray.upscale.source import HLG, PQ, Place, VideoSource
 from vidgen_ray.weights import resolve
-
-if TYPE_CHECKING:
-    import torch
-
 
 THREADS = Path("/proc/self/task")
 
@@ -277,37 +273,20 @@ class FrameInterpolator:
         """Load the weights. Raises SetupError if they are not on this machine."""
         from vidgen_ray.nets.rife_network import load_rife
 
-        weights = resolve(INTERPOLATOR)
-        self._network = load_rife(weights).to(device)
-        self._device, self._threads = device, threads
-        self._min_similarity = RifeParams(weights=weights).min_similarity
+        self._network = load_rife(resolve(INTERPOLATOR)).to(device)
+        self._threads = threads
 
     def between(self, first: Pixels, second: Pixels) -> Callable[[Fraction], Pixels]:
-        """Return a function that draws the frame at a time between 0 (the first one) and 1. At a cut, it is the first one."""
+        """Return `frames_between` of two frames."""
         import torch
 
-        from vidgen_ray.nets.rife_network import FramePair
-
-        kind = first.dtype
-        levels = np.iinfo(kind).max
-
-        def tensor(frame: Pixels) -> torch.Tensor:
-            pixels = torch.from_numpy(frame.astype(np.float32) / np.float32(levels)).to(self._device)
-            return pixels.permute(2, 0, 1)[None]
-
-        def image(pixels: torch.Tensor, maximum: int, dtype: np.dtype[np.generic]) -> Pixels:
-            rounded: Pixels = (pixels[0].permute(1, 2, 0).clamp(0, 1) * maximum).round().cpu().numpy().astype(dtype)
-            return rounded
+        with torch.inference_mode(), torch_threads(self._threads):
+            draw = frames_between(self._network, first, second)
 
         def drawn(time: Fraction) -> Pixels:
             with torch.inference_mode(), torch_threads(self._threads):
-                return image(pair.at(time), levels, kind)
+                return draw(time)
 
-        with torch.inference_mode(), torch_threads(self._threads):
-            pair = FramePair(self._network, tensor(first), tensor(second))
-            aligned = [image(pixels, 255, np.dtype(np.uint8)) for pixels in pair.aligned()]
-        if similarity(*aligned) < self._min_similarity:
-            return lambda time: first
         return drawn
 
 
