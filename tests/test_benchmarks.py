@@ -17,5 +17,5 @@ def test_vidgen_renders_the_simulated_shots():
 
 def test_benchmark_stages_have_the_declarations_of_the_real_stages():
     for stage in (*simulated_stages.STAGES.values(), *noop_stages.STAGES.values()):
-        for declared in ("name", "actor", "reads", "takes", "writes", "Params", "applies"):
+        for declared in ("name", "actor", "reads", "takes", "writes", "Params", "chosen_by"):
             assert getattr_static(stage, declared) is getattr_static(STAGE_BY_NAME[stage.name], declared), (stage, declared)

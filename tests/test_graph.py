@@ -195,7 +195,7 @@ def fixed_params(folder):
     return {
         stage.name: stage.Params(
             weights=folder / stage.name,
-            extra_weights={name: folder / name for name in stage.extra_weights() if name != FEW_STEP_LORA},
+            extra_weights={name: folder / name for name in stage.extra_weights if name != FEW_STEP_LORA},
         )
         for stage in STAGES
         if not issubclass(stage.Params, RemoteParams)

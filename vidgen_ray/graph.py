@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.profile import Profile
 from vidgen_ray.remote.stages import RemoteImageStage, RemoteVideoStage
-from vidgen_ray.safety import safety_of
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, Stage, frames_after
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxRefineStage, FluxStage
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage
 from vidgen_ray.stages.flux_model import FluxParams
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
-from vidgen_ray.stages.identity import INJECTORS, injector_class
+from vidgen_ray.stages.identity import INJECTORS
 from vidgen_ray.stages.instantid import RECOGNISER, InstantIDStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
 from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage
@@ -232,14 +231,14 @@ def check_profile(profile: Profile) -> None:
     for name, actor in profile.actors.items():
         if name not in known:
             raise ProfileError(f"profile {profile.name}, actors.{name}: must be one of {', '.join(known)}")
-        allowed = list(dict.fromkeys(extra for stage in STAGES if stage.actor == name for extra in stage.extra_weights()))
+        allowed = list(dict.fromkeys(extra for stage in STAGES if stage.actor == name for extra in stage.extra_weights))
         for extra in actor.extra_weights:
             if extra not in allowed:
                 must = f"must be one of {', '.join(allowed)}" if allowed else "this actor has no extra weights"
                 raise ProfileError(f"profile {profile.name}, actors.{name}.extra_weights: got {extra!r}, {must}")
     _check_recognisers(profile)
-    if (safety := safety_of(profile.safety)) is not None:
-        safety.load()
+    if profile.checker is not None:
+        profile.checker.load()
 
 
 def _check_recognisers(profile: Profile) -> None:
@@ -248,7 +247,7 @@ def _check_recognisers(profile: Profile) -> None:
     if flux is None or faces is None:
         return
     for name in [name for name in flux.extra_weights if name in INJECTORS]:
-        needed = injector_class(name).embedding
+        needed = INJECTORS[name].embedding
         if needed not in (RECOGNISER, *faces.extra_weights):
             raise ProfileError(
                 f"profile {profile.name}, actors.{FluxStage.actor}.extra_weights: {name} needs face embeddings by {needed}; "

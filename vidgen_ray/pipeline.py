@@ -43,7 +43,7 @@ from vidgen_ray.planner import ShotSizes, profile_for, swap_groups, this_machine
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.record import InputFile, ProvenanceSettings, altered_record, mark_of, metadata_of, with_label
 from vidgen_ray.provenance.signing import check_signing, sign_result
-from vidgen_ray.safety import Consent, safety_of
+from vidgen_ray.safety import Consent
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import LoraRef, Shot, VideoLora
 from vidgen_ray.stages.base import ChunkedStage, Frames, Item, ProgressCallback, Stage, progress_callback
@@ -419,7 +419,7 @@ class VideoGenerationPipeline:
             check_weights=self._check_weights,
             swapper=self._swapper,
             fallback=self._oom_fallback,
-            safety=safety_of(self.profile.safety),
+            safety=self.profile.checker,
         )
         failures = []
         with shot_without_row(self.outputs.storage):
@@ -439,9 +439,7 @@ class VideoGenerationPipeline:
                 records += new_records
                 check_likeness(plan.shot, item.artefacts)
         profile = self.profile
-        files = ShotFiles(
-            plan, item, self.outputs, profile.encode, self._keep_stages, profile.provenance, safety_of(profile.safety)
-        )
+        files = ShotFiles(plan, item, self.outputs, profile.encode, self._keep_stages, profile.provenance, profile.checker)
         with closing(files):
             if chunked := [stage.name for stage in chunked_stages_of(plan.shot)]:
                 records += self._chunked(runner, plan, chunked, item, files)

@@ -13,7 +13,7 @@ from pydantic.json_schema import SkipJsonSchema
 from vidgen_ray.errors import ProfileError, SetupError, allowed_of, shortened
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.provenance.record import ProvenanceSettings
-from vidgen_ray.safety import ContentPolicy, SafetySettings
+from vidgen_ray.safety import ContentPolicy, Safety, SafetySettings, safety_of
 from vidgen_ray.shot import wrong_defaults
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.system.files import load_yaml, parse_yaml
@@ -146,6 +146,11 @@ class Profile(_Section):
         for field, got, allowed in wrong_defaults(value):
             raise ValueError(f"{field} is {got}: {allowed}")
         return value
+
+    @property
+    def checker(self) -> Safety | None:
+        """Safety checker of the profile."""
+        return None if self.safety is None else safety_of(self.safety)
 
     @property
     def policy(self) -> ContentPolicy:

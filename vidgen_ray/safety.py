@@ -198,9 +198,9 @@ def _safety_of(settings: str) -> Safety:
     return Safety(SafetySettings.model_validate_json(settings))
 
 
-def safety_of(settings: SafetySettings | None) -> Safety | None:
-    """Return the safety checker of these settings, the same object for the same settings. `None` without settings."""
-    return None if settings is None else _safety_of(json.dumps(settings.model_dump(), sort_keys=True))
+def safety_of(settings: SafetySettings) -> Safety:
+    """Return the safety checker of these settings, the same object for the same settings."""
+    return _safety_of(json.dumps(settings.model_dump(), sort_keys=True))
 
 
 class WordList:

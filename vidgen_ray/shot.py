@@ -497,7 +497,7 @@ class Shot(_Frozen):
                 )
         for name, used in (
             ("lora", bool(self.lora) and self.image_model == "flux"),
-            ("refine", self.uses_sdxl_base and not self.lora),
+            ("refine", self.redrawn_by == "refine"),
         ):
             strength, steps = getattr(self, f"{name}_strength"), getattr(self.steps, name)
             if used and steps and strength and steps * strength < 1:
@@ -519,19 +519,50 @@ class Shot(_Frozen):
         return self.identity if by_flux and self.face_image and self.identity_strength > 0 else None
 
     @property
-    def uses_sdxl_base(self) -> bool:
-        """True if SDXL with InstantID renders the base image instead of FLUX."""
-        return self.identity == INSTANTID_SDXL and bool(self.face_image) and not self.has_start_image
+    def has_face(self) -> bool:
+        """True if the shot has photos of a face."""
+        return bool(self.face_image)
+
+    @property
+    def image_by(self) -> str | None:
+        """Name of the stage that renders the base image. `None` with a start image."""
+        if self.has_start_image:
+            return None
+        if self.image_model == "klein" or self.uses_reference_photos:
+            return "klein"
+        if self.identity == INSTANTID_SDXL and self.has_face:
+            return "instantid_sdxl"
+        return "remote_image" if self.image_model == "remote" else "flux"
+
+    @property
+    def redrawn_by(self) -> str | None:
+        """Name of the stage in which FLUX redraws the image: with LoRAs, or after SDXL. `None` without."""
+        if not self.lora:
+            return "refine" if self.image_by == "instantid_sdxl" else None
+        # In mode fast the LoRAs are active in the FLUX stage, if the shot has it.
+        in_flux_stage = self.mode == "fast" and self.image_by == "flux"
+        return "lora" if self.image_model == "flux" and self.continue_from is None and not in_flux_stage else None
+
+    @property
+    def restyled_by(self) -> str | None:
+        """Name of the stage that restyles the image. `None` in mode fast, and for the last frame of another shot."""
+        restyles = self.use_hunyuan_style and self.mode == "quality" and self.continue_from is None
+        return self.style_model.replace("-", "_") if restyles else None
+
+    @property
+    def clip_by(self) -> str | None:
+        """Name of the stage that generates the clip. `None` for an image."""
+        return self.video_model if self.generate_video else None
+
+    @property
+    def interpolates(self) -> bool:
+        """True if frames are drawn between those of the clip."""
+        return self.interpolation > 1 or (self.fps_out or 0) > self.fps
 
     @property
     def uses_reference_photos(self) -> bool:
         """True if models that take reference images see the photos of the face."""
         return self.identity == REFERENCE and bool(self.face_image) and self.identity_strength > 0
-
-    @property
-    def uses_klein_base(self) -> bool:
-        """True if FLUX.2 klein renders the base image instead of FLUX."""
-        return not self.has_start_image and (self.image_model == "klein" or self.uses_reference_photos)
 
     @property
     def klein_lora(self) -> tuple[LoraRef, ...]:
@@ -552,11 +583,6 @@ class Shot(_Frozen):
     def has_start_image(self) -> bool:
         """True if no model generates the base image: it is a file, or the last frame of another shot."""
         return self.image is not None or self.continue_from is not None
-
-    @property
-    def uses_restyle(self) -> bool:
-        """True if the image is restyled: not in mode fast, and not the last frame of another shot."""
-        return self.use_hunyuan_style and self.mode == "quality" and self.continue_from is None
 
     def continued(self, last_frame: str) -> "Shot":
         """Return the shot with the file of its start frame, the last frame of the shot that it continues."""

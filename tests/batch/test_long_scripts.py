@@ -31,7 +31,7 @@ from vidgen_ray.script.lines import ScriptSettings
 
 weights = Path(sys.argv[1])
 params = {
-    stage.name: stage.Params(weights=weights, extra_weights=dict.fromkeys(stage.extra_weights(), weights))
+    stage.name: stage.Params(weights=weights, extra_weights=dict.fromkeys(stage.extra_weights, weights))
     for stage in STAGES
     if not issubclass(stage.Params, RemoteParams)
 }

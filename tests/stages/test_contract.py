@@ -114,7 +114,12 @@ def renders(loaded, item):
 
 def test_declared_fields_and_artefacts_exist(loaded):
     shot = Shot(prompt="a", seed=1)
-    for field in (*loaded.reads, *loaded.identity_fields):
+    for field in (
+        loaded.chosen_by,
+        *filter(None, (loaded.identity_field, loaded.lora_field)),
+        *loaded.reads,
+        *loaded.identity_fields,
+    ):
         head, _, tail = field.partition(".")
         assert hasattr(getattr(shot, head), tail) if tail else hasattr(shot, head)
     assert {*loaded.takes, *loaded.identity_inputs, *loaded.writes} <= set(Artefacts.__annotations__)

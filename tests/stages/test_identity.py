@@ -16,7 +16,7 @@ from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, StageEr
 from vidgen_ray.graph import check_profile
 from vidgen_ray.profile import builtin_profiles, load_profile
 from vidgen_ray.stages.base import Item
-from vidgen_ray.stages.flux import FluxRefineStage, FluxStage
+from vidgen_ray.stages.flux import FluxFamilyStage, FluxRefineStage, FluxStage
 from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines
 
 
@@ -173,7 +173,8 @@ class Brighter(FluxInjector):
 
 
 def test_custom_injector_needs_one_class_and_one_registry_entry(without, monkeypatch, tmp_path):
-    monkeypatch.setitem(INJECTORS, "toy", f"{__name__}:Brighter")
+    monkeypatch.setitem(INJECTORS, "toy", Brighter)
+    monkeypatch.setattr(FluxFamilyStage, "extra_weights", tuple(INJECTORS))
     weights = tmp_path / "toy.txt"
     weights.write_text("0.2")
     profile = without("flux", "toy", str(weights))

@@ -19,7 +19,6 @@ from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.worker import CONTROL, ActorPlace, activity_of_process, place_of_process
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
-from vidgen_ray.safety import safety_of
 from vidgen_ray.stages.base import Artefacts, Item
 
 CANCELLED_SESSIONS = 64
@@ -111,7 +110,7 @@ class Encoder:
                     config.profile.encode,
                     config.keep_stages,
                     config.profile.provenance,
-                    safety_of(config.profile.safety),
+                    config.profile.checker,
                 )
             # Any error, such as a full disk or an unreadable start image, fails this shot only.
             except Exception as error:

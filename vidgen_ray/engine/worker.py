@@ -27,7 +27,6 @@ from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import clip_length
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import WorkerSpec
-from vidgen_ray.safety import safety_of
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item, Stage, progress_callback
 
@@ -265,7 +264,7 @@ class Worker:
                 prepare_gpu(spec.gpus)
             stages = [self._stage(config.stages[name]) for name in spec.stages]
             cache = config.cache.open(config.outputs.stage_cache)
-            runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups, safety=safety_of(self._config.profile.safety))
+            runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups, safety=self._config.profile.checker)
             # On a machine without GPUs, the weights stay where they are loaded.
             self._waits = bool(spec.gpus)
             with load_lock(self._parallel_loads) if spec.gpus else nullcontext():

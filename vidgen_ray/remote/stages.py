@@ -164,6 +164,7 @@ class RemoteImageStage(_RemoteStage):
     label: ClassVar[str] = "Remote image"
     activity: ClassVar[str] = "Waiting for the image of a server"
     actor: ClassVar[str] = "remote_image"
+    chosen_by: ClassVar[str] = "image_by"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"image_model": "remote"},)
     common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
     reads: ClassVar[tuple[str, ...]] = (
@@ -172,10 +173,6 @@ class RemoteImageStage(_RemoteStage):
     takes: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "base.png"
-
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        return shot.image_model == "remote" and not shot.has_start_image
 
     @classmethod
     def check_shot(cls, params: RemoteParams, shot: Shot) -> None:

@@ -260,8 +260,9 @@ class LineChecker:
 
     def _check_texts(self, line: Line, shot: Shot) -> None:
         """Texts that the safety checker refuses are errors of the line. What an image must not show may be named."""
-        if (safety := safety_of(self.policy.safety)) is None:
+        if self.policy.safety is None:
             return
+        safety = safety_of(self.policy.safety)
         for name in ("prompt", "style_prompt", "motion_prompt"):
             if (text := getattr(shot, name)) is not None:
                 try:

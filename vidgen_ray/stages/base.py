@@ -232,8 +232,13 @@ class Stage(ABC, Generic[P]):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     """Fields of shots that pass this stage, beside the prompt. A server is laid out for these."""
 
+    chosen_by: ClassVar[str]
+    """Shot field or property that decides whether a shot passes this stage: it is true, or the name of the stage. An image
+    never passes a stage that takes `frames`."""
     reads: ClassVar[tuple[str, ...]]
     """Shot fields that change the result. `steps.svd` names a setting of one stage."""
+    identity_field: ClassVar[str] = ""
+    """Shot field or property that is set when this stage is conditioned on the shot's face. Empty if it never is."""
     identity_fields: ClassVar[tuple[str, ...]] = ()
     """Further shot fields that change the result when `uses_identity(shot)`."""
     clip_only_fields: ClassVar[tuple[str, ...]] = ()
@@ -242,6 +247,8 @@ class Stage(ABC, Generic[P]):
     """Shot fields with which no shot passes this stage. Empty if there are none."""
     common_settings: ClassVar[tuple[str, ...]] = ()
     """Settings of this stage that the API's `num_inference_steps` ("steps") and `guidance_scale` ("guidance") set."""
+    lora_field: ClassVar[str] = ""
+    """Shot field or property with the LoRAs that are active in this stage. Empty if there are none."""
     weight_fields: ClassVar[tuple[str, ...]] = ()
     """Shot fields by which `weight_files` chooses."""
     takes: ClassVar[tuple[str, ...]]
@@ -261,6 +268,8 @@ class Stage(ABC, Generic[P]):
     """Attributes that `load` sets and `close` deletes."""
     pipelines: ClassVar[tuple[str, ...]] = ()
     """Classes of diffusers pipelines that its weights may be the folder of. Empty for weights in other formats."""
+    extra_weights: ClassVar[tuple[str, ...]] = ()
+    """Names of extra weights that a profile may give to this stage's actor."""
     Params: ClassVar[type[StageParams]]
 
     def __init__(self, params: P) -> None:
@@ -270,20 +279,21 @@ class Stage(ABC, Generic[P]):
         self._notes: dict[int, tuple[str, ...]] = {}
         """Thread -> notes of its current call."""
 
-    @staticmethod
-    @abstractmethod
-    def applies(shot: Shot) -> bool:
+    @classmethod
+    def applies(cls, shot: Shot) -> bool:
         """Return whether the shot passes this stage."""
+        is_chosen = getattr(shot, cls.chosen_by) in (True, cls.name)
+        return is_chosen and (shot.generate_video or "frames" not in cls.takes)
 
-    @staticmethod
-    def uses_identity(shot: Shot) -> bool:
+    @classmethod
+    def uses_identity(cls, shot: Shot) -> bool:
         """Return whether this stage is conditioned on the shot's face."""
-        return False
+        return bool(cls.identity_field and getattr(shot, cls.identity_field))
 
-    @staticmethod
-    def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
+    @classmethod
+    def active_loras(cls, shot: Shot) -> tuple[LoraRef, ...]:
         """Return the LoRAs that are active in this stage."""
-        return ()
+        return getattr(shot, cls.lora_field) if cls.lora_field else ()
 
     @classmethod
     def needs(cls, shot: Shot) -> tuple[str, ...]:
@@ -291,14 +301,9 @@ class Stage(ABC, Generic[P]):
         return (*cls.takes, *cls.identity_inputs) if cls.uses_identity(shot) else cls.takes
 
     @classmethod
-    def extra_weights(cls) -> Collection[str]:
-        """Return the names of extra weights that a profile may give to this stage's actor."""
-        return ()
-
-    @classmethod
     def used_extra_weights(cls, shot: Shot) -> Collection[str]:
         """Return the names of the extra weights that this shot uses, if the profile has them."""
-        return ()
+        return cls.extra_weights
 
     @classmethod
     def packaged_weights(cls, options: Mapping[str, Any]) -> Collection[str]:
@@ -309,7 +314,7 @@ class Stage(ABC, Generic[P]):
     @classmethod
     def weight_files(cls, params: P, shot: Shot) -> tuple[Path, ...]:
         """Return the files or folders whose content decides the result. The shot's LoRAs are local files and come last."""
-        return (params.weights,)
+        return (params.weights, *(Path(lora.path) for lora in cls.active_loras(shot)))
 
     @classmethod
     def check_weights(cls, params: P) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from PIL import Image as PILImage
 
 from vidgen_ray.errors import StageError
-from vidgen_ray.shot import INSTANTID_SDXL, LoraRef, Shot
+from vidgen_ray.shot import INSTANTID_SDXL, Shot
 from vidgen_ray.stages.base import (
     REFERENCE_PIXELS,
     Artefacts,
@@ -61,6 +61,8 @@ class FluxFamilyStage(Stage[FluxParams]):
     """A stage that generates images with FLUX. An injector is loaded with the first shot that uses it, and stays loaded."""
 
     actor: ClassVar[str] = "flux"
+    extra_weights: ClassVar[tuple[str, ...]] = (*INJECTORS, FEW_STEP_LORA)
+    identity_field: ClassVar[str] = "flux_identity"
     identity_fields: ClassVar[tuple[str, ...]] = (
         "flux_identity",
         "identity_strength",
@@ -74,18 +76,10 @@ class FluxFamilyStage(Stage[FluxParams]):
     card_factors: ClassVar[Mapping[str, float]] = CARD_FACTORS
     Params: ClassVar[type[StageParams]] = FluxParams
 
-    @staticmethod
-    def uses_identity(shot: Shot) -> bool:
-        return shot.flux_identity is not None
-
     @classmethod
     def texts(cls, params: FluxParams, shot: Shot) -> Iterator[ReadText]:
         # CLIP reads 77 tokens, only for the pooled embedding.
         yield ReadText(shot.prompt, params.weights / "tokenizer_2", params.text_tokens)
-
-    @classmethod
-    def extra_weights(cls) -> Collection[str]:
-        return (*INJECTORS, FEW_STEP_LORA)
 
     @classmethod
     def used_extra_weights(cls, shot: Shot) -> Collection[str]:
@@ -269,6 +263,7 @@ class FluxStage(FluxFamilyStage):
     common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
     version: ClassVar[int] = 1
     uses_shot_seed: ClassVar[bool] = True
+    chosen_by: ClassVar[str] = "image_by"
     reads: ClassVar[tuple[str, ...]] = (
         "prompt",
         "negative_prompt",
@@ -279,19 +274,11 @@ class FluxStage(FluxFamilyStage):
         "fast_lora",
         "seed",
     )
+    lora_field: ClassVar[str] = "fast_lora"
     weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity", "fast_lora")
     takes: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "base.png"
-
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        by_another = shot.uses_sdxl_base or shot.uses_klein_base or shot.image_model == "remote"
-        return not shot.has_start_image and not by_another
-
-    @staticmethod
-    def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
-        return shot.fast_lora
 
     @classmethod
     def work(cls, params: FluxParams) -> Workload:
@@ -336,6 +323,7 @@ class FluxLoRAStage(FluxFamilyStage):
         {"lora": "style.safetensors", "face_image": ("photo.jpg",)},
     )
     version: ClassVar[int] = 1
+    chosen_by: ClassVar[str] = "redrawn_by"
     reads: ClassVar[tuple[str, ...]] = (
         "prompt",
         "negative_prompt",
@@ -347,20 +335,11 @@ class FluxLoRAStage(FluxFamilyStage):
         "guidance.lora",
         "seed",
     )
+    lora_field: ClassVar[str] = "lora"
     weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity", "lora")
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "lora.png"
-
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        # In mode fast the LoRAs are active in the FLUX stage, if the shot has it.
-        own_image = shot.image_model == "flux" and shot.continue_from is None
-        return bool(shot.lora) and own_image and (shot.mode == "quality" or not FluxStage.applies(shot))
-
-    @staticmethod
-    def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
-        return shot.lora
 
     @classmethod
     def work(cls, params: FluxParams) -> Workload:
@@ -373,7 +352,7 @@ class FluxLoRAStage(FluxFamilyStage):
     @classmethod
     def weight_copies(cls, shot: Shot) -> int:
         # The prompt of a shot whose image is FLUX's is still in the cache.
-        return 0 if FluxStage.applies(shot) or not shot.lora_strength else 1
+        return 0 if shot.image_by == "flux" or not shot.lora_strength else 1
 
     def run(self, item: Item) -> Artefacts:
         shot = item.shot
@@ -398,6 +377,7 @@ class FluxRefineStage(FluxFamilyStage):
     activity: ClassVar[str] = "Refining the image"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",), "identity": INSTANTID_SDXL},)
     version: ClassVar[int] = 1
+    chosen_by: ClassVar[str] = "redrawn_by"
     reads: ClassVar[tuple[str, ...]] = (
         "prompt",
         "negative_prompt",
@@ -412,10 +392,6 @@ class FluxRefineStage(FluxFamilyStage):
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "refine.png"
-
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        return shot.uses_sdxl_base and not shot.lora
 
     @classmethod
     def work(cls, params: FluxParams) -> Workload:

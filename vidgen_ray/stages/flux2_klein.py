@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from PIL import Image as PILImage
 from pydantic import Field
 
-from vidgen_ray.shot import REFERENCE, LoraRef, Shot
+from vidgen_ray.shot import REFERENCE, Shot
 from vidgen_ray.stages.base import (
     NOT_IN_KEY,
     REFERENCE_PIXELS,
@@ -78,6 +77,7 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
     common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "klein"
+    chosen_by: ClassVar[str] = "image_by"
     pipelines: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
     uses_shot_seed: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = (
@@ -90,8 +90,10 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
         "klein_lora",
         "seed",
     )
+    identity_field: ClassVar[str] = "uses_reference_photos"
     identity_fields: ClassVar[tuple[str, ...]] = ("face_image",)
     identity_inputs: ClassVar[tuple[str, ...]] = ("photos",)
+    lora_field: ClassVar[str] = "klein_lora"
     weight_fields: ClassVar[tuple[str, ...]] = ("klein_lora",)
     takes: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ("image",)
@@ -99,25 +101,9 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters")
     Params: ClassVar[type[StageParams]] = Flux2KleinParams
 
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        return shot.uses_klein_base
-
-    @staticmethod
-    def uses_identity(shot: Shot) -> bool:
-        return shot.uses_reference_photos
-
-    @staticmethod
-    def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
-        return shot.klein_lora
-
     @classmethod
     def texts(cls, params: Flux2KleinParams, shot: Shot) -> Iterator[ReadText]:
         yield ReadText(CHAT.format(shot.prompt), params.weights / "tokenizer", params.text_tokens)
-
-    @classmethod
-    def weight_files(cls, params: Flux2KleinParams, shot: Shot) -> tuple[Path, ...]:
-        return (params.weights, *(Path(lora.path) for lora in shot.klein_lora))
 
     @classmethod
     def work(cls, params: Flux2KleinParams) -> Workload:

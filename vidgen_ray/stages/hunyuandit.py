@@ -60,6 +60,7 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"use_hunyuan_style": True, "style_prompt": "watercolour"},)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "hunyuan"
+    chosen_by: ClassVar[str] = "restyled_by"
     reads: ClassVar[tuple[str, ...]] = (
         "prompt",
         "negative_prompt",
@@ -75,10 +76,6 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
     pipelines: ClassVar[tuple[str, ...]] = ("HunyuanDiTPipeline",)
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
     Params: ClassVar[type[StageParams]] = HunyuanDiTParams
-
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        return shot.uses_restyle and shot.style_model == "hunyuan"
 
     @classmethod
     def texts(cls, params: HunyuanDiTParams, shot: Shot) -> Iterator[ReadText]:

@@ -9,9 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -87,26 +86,7 @@ class FluxInjector(ABC):
         """
 
 
-INJECTORS = {
-    "infusenet": "vidgen_ray.stages.identity:InfuseNetInjector",
-}
-"""Name -> module and class. A new injector is one new file and one line here."""
-
-_resolved = cache(resolve_name)
 _instances: WeakValueDictionary[tuple[str, FluxModel, Path], FluxInjector] = WeakValueDictionary()
-
-
-def identities() -> tuple[str, ...]:
-    """Return all values of a shot's `identity`."""
-    return (*INJECTORS, INSTANTID_SDXL, REFERENCE, NO_IDENTITY)
-
-
-def injector_class(name: str) -> type[FluxInjector]:
-    """Return the class of an injector. Raises StageError for unknown names."""
-    if name not in INJECTORS:
-        raise StageError(f"identity: got {name!r}, must be one of {', '.join(INJECTORS)}")
-    injector: type[FluxInjector] = _resolved(INJECTORS[name])
-    return injector
 
 
 def shared_injector(name: str, model: FluxModel, weights: Path) -> FluxInjector:
@@ -256,3 +236,19 @@ def _step_index(scheduler: Any) -> int:
     first: int = scheduler.begin_index or 0
     # The index is None before the first step.
     return 0 if scheduler.step_index is None else scheduler.step_index - first
+
+
+INJECTORS: dict[str, type[FluxInjector]] = {"infusenet": InfuseNetInjector}
+"""Name -> class. A new injector is one new class and one entry here."""
+
+
+def identities() -> tuple[str, ...]:
+    """Return all values of a shot's `identity`."""
+    return (*INJECTORS, INSTANTID_SDXL, REFERENCE, NO_IDENTITY)
+
+
+def injector_class(name: str) -> type[FluxInjector]:
+    """Return the class of an injector. Raises StageError for unknown names."""
+    if name not in INJECTORS:
+        raise StageError(f"identity: got {name!r}, must be one of {', '.join(INJECTORS)}")
+    return INJECTORS[name]

@@ -124,12 +124,9 @@ class FaceStage(Stage[InstantIDParams]):
 
     actor: ClassVar[str] = "instantid"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",)},)
+    chosen_by: ClassVar[str] = "has_face"
     weight_attributes: ClassVar[tuple[str, ...]] = ("_models",)
     Params: ClassVar[type[StageParams]] = InstantIDParams
-
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        return bool(shot.face_image)
 
     @classmethod
     def packaged_weights(cls, options: Mapping[str, Any]) -> Collection[str]:
@@ -178,15 +175,12 @@ class InstantIDStage(FaceStage):
     reference_s: ClassVar[float] = 0.1
     shared: ClassVar[bool] = True
     version: ClassVar[int] = 2
+    extra_weights: ClassVar[tuple[str, ...]] = tuple(RECOGNISERS)
     reads: ClassVar[tuple[str, ...]] = ("face_image", "face_index", "flux_identity")
     weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity",)
     takes: ClassVar[tuple[str, ...]] = ("photos",)
     writes: ClassVar[tuple[str, ...]] = ("face",)
     debug_file: ClassVar[str | None] = "face.json"
-
-    @classmethod
-    def extra_weights(cls) -> Collection[str]:
-        return RECOGNISERS
 
     @classmethod
     def used_extra_weights(cls, shot: Shot) -> Collection[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -75,6 +75,8 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
     )
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "instantid_sdxl"
+    chosen_by: ClassVar[str] = "image_by"
+    extra_weights: ClassVar[tuple[str, ...]] = (INSTANTID,)
     reads: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt", "width", "height", "identity_strength", "pose", "seed")
     takes: ClassVar[tuple[str, ...]] = ("face",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
@@ -82,18 +84,6 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "resampler")
     Params: ClassVar[type[StageParams]] = InstantIDSDXLParams
-
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        return shot.uses_sdxl_base
-
-    @classmethod
-    def extra_weights(cls) -> Collection[str]:
-        return (INSTANTID,)
-
-    @classmethod
-    def used_extra_weights(cls, shot: Shot) -> Collection[str]:
-        return (INSTANTID,)
 
     @classmethod
     def weight_files(cls, params: InstantIDSDXLParams, shot: Shot) -> tuple[Path, ...]:

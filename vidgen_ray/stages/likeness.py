@@ -46,10 +46,6 @@ class ClipLikenessStage(FaceStage):
     takes: ClassVar[tuple[str, ...]] = ("face", "frames")
     writes: ClassVar[tuple[str, ...]] = ("clip_likeness",)
 
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        return shot.generate_video and bool(shot.face_image)
-
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
         return min(shot.clip_frames, MAX_SAMPLED_FRAMES) / MAX_SAMPLED_FRAMES

@@ -69,6 +69,7 @@ class QwenEditStage(ImageStage[ImageParams]):
     )
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "qwen_edit"
+    chosen_by: ClassVar[str] = "restyled_by"
     pipelines: ClassVar[tuple[str, ...]] = ("QwenImageEditPlusPipeline",)
     reads: ClassVar[tuple[str, ...]] = (
         "prompt",
@@ -78,6 +79,7 @@ class QwenEditStage(ImageStage[ImageParams]):
         "guidance.qwen_edit",
         "seed",
     )
+    identity_field: ClassVar[str] = "uses_reference_photos"
     identity_fields: ClassVar[tuple[str, ...]] = ("face_image",)
     identity_inputs: ClassVar[tuple[str, ...]] = ("photos",)
     takes: ClassVar[tuple[str, ...]] = ("image",)
@@ -85,14 +87,6 @@ class QwenEditStage(ImageStage[ImageParams]):
     debug_file: ClassVar[str | None] = "style.png"
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
     Params: ClassVar[type[StageParams]] = ImageParams
-
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        return shot.uses_restyle and shot.style_model == "qwen-edit"
-
-    @staticmethod
-    def uses_identity(shot: Shot) -> bool:
-        return shot.uses_reference_photos
 
     @classmethod
     def work(cls, params: ImageParams) -> Workload:

@@ -85,6 +85,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     activity: ClassVar[str] = "Upscaling"
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "realesrgan"
+    chosen_by: ClassVar[str] = "upscale_video"
     # Convolutions with few channels.
     compute_share: ClassVar[float] = 0.2
     reads: ClassVar[tuple[str, ...]] = ("scale", "upscaler")
@@ -95,10 +96,6 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     writes: ClassVar[tuple[str, ...]] = ("hd_frames",)
     weight_attributes: ClassVar[tuple[str, ...]] = ("_dtype", "_networks")
     Params: ClassVar[type[StageParams]] = RealESRGANParams
-
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        return shot.generate_video and shot.upscale_video
 
     @classmethod
     def weight_files(cls, params: RealESRGANParams, shot: Shot) -> tuple[Path, ...]:

@@ -89,6 +89,7 @@ class RifeStage(ChunkedStage[RifeParams]):
     activity: ClassVar[str] = "Interpolating frames"
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "rife"
+    chosen_by: ClassVar[str] = "interpolates"
     compute_share: ClassVar[float] = 0.2
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"interpolation": 2},)
     reads: ClassVar[tuple[str, ...]] = ("fps", "interpolation", "fps_out")
@@ -98,10 +99,6 @@ class RifeStage(ChunkedStage[RifeParams]):
     writes: ClassVar[tuple[str, ...]] = ("frames",)
     weight_attributes: ClassVar[tuple[str, ...]] = ("_network", "_pair")
     Params: ClassVar[type[StageParams]] = RifeParams
-
-    @staticmethod
-    def applies(shot: Shot) -> bool:
-        return shot.generate_video and (shot.interpolation > 1 or (shot.fps_out or 0) > shot.fps)
 
     @staticmethod
     def frame_factor(shot: Shot) -> Fraction:

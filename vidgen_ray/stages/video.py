@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image as PILImage
 from pydantic import Field
 
 from vidgen_ray.errors import StageError
-from vidgen_ray.shot import LoraRef, Shot
+from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
     NOT_IN_KEY,
     REFERENCE_FRAMES,
@@ -68,14 +67,11 @@ def shots_of_passes(shot: Shot) -> list[Shot]:
 class VideoStage(Stage[P]):
     """`image` (H, W, 3) -> `frames` (clip_frames, H, W, 3), in one or several passes."""
 
+    chosen_by: ClassVar[str] = "clip_by"
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("frames",)
     step_curve: ClassVar[str] = ""
     """Curve of the table for a denoising step. Empty for a network that was not traced."""
-
-    @classmethod
-    def applies(cls, shot: Shot) -> bool:
-        return shot.generate_video and shot.video_model == cls.name
 
     @classmethod
     def relative_fixed_cost(cls, shot: Shot) -> float:
@@ -147,18 +143,11 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
     activity: ClassVar[str] = "Generating the clip"
     clip_only_fields: ClassVar[tuple[str, ...]] = ("video_model", "num_frames", "extend", "fps", "motion_prompt", "video_lora")
     common_settings: ClassVar[tuple[str, ...]] = ("steps",)
+    lora_field: ClassVar[str] = "video_lora"
     weight_fields: ClassVar[tuple[str, ...]] = ("video_lora",)
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters")
 
     default_steps: ClassVar[int]
-
-    @staticmethod
-    def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
-        return shot.video_lora
-
-    @classmethod
-    def weight_files(cls, params: VP, shot: Shot) -> tuple[Path, ...]:
-        return (params.weights, *(Path(lora.path) for lora in shot.video_lora))
 
     @classmethod
     def texts(cls, params: VP, shot: Shot) -> Iterator[ReadText]:

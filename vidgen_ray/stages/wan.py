@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -63,6 +63,7 @@ class WanStage(PromptedVideoStage[WanParams]):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "wan", "num_frames": 25, "fps": 16},)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "wan"
+    extra_weights: ClassVar[tuple[str, ...]] = (FEW_STEP_LORA,)
     # The folder of TI2V-5B names the pipeline of text to video, with the same components.
     pipelines: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline", "WanPipeline")
     # The model has no condition for fps, but the clip is encoded with it.
@@ -145,14 +146,6 @@ class WanStage(PromptedVideoStage[WanParams]):
         for transformer in filter(None, (pipe.transformer, pipe.transformer_2)):
             divide(transformer)
         return pipe
-
-    @classmethod
-    def extra_weights(cls) -> Collection[str]:
-        return (FEW_STEP_LORA,)
-
-    @classmethod
-    def used_extra_weights(cls, shot: Shot) -> Collection[str]:
-        return (FEW_STEP_LORA,)
 
     @classmethod
     def weight_files(cls, params: WanParams, shot: Shot) -> tuple[Path, ...]:
