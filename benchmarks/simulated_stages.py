@@ -28,8 +28,7 @@ from vidgen_ray.media import write_png
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Frames, Item, Likeness, Stage
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
-from vidgen_ray.stages.instantid import InstantIDStage
-from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage
+from vidgen_ray.stages.instantid import ClipLikenessStage, ImageLikenessStage, InstantIDStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 

@@ -44,9 +44,8 @@ from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage, StageParams
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
-from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.stages.instantid import ClipLikenessStage, InstantIDStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
-from vidgen_ray.stages.likeness import ClipLikenessStage
 from vidgen_ray.stages.ltx import LTXStage
 from vidgen_ray.stages.qwen_edit import QwenEditStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage

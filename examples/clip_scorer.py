@@ -20,7 +20,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from vidgen_ray.dataset.scorers import Clip, Column, Scorer
 from vidgen_ray.errors import SetupError
-from vidgen_ray.stages.likeness import sampled_frames
+from vidgen_ray.stages.instantid import sampled_frames
 
 
 class ClipTextScorer(Scorer):

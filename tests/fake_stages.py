@@ -11,8 +11,7 @@ import numpy as np
 
 from vidgen_ray.stages.base import FaceFeatures, Likeness
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
-from vidgen_ray.stages.instantid import InstantIDStage
-from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage
+from vidgen_ray.stages.instantid import ClipLikenessStage, ImageLikenessStage, InstantIDStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 

@@ -18,9 +18,8 @@ from vidgen_ray.stages.flux2_klein import Flux2KleinStage
 from vidgen_ray.stages.flux_model import FluxParams
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.identity import INJECTORS
-from vidgen_ray.stages.instantid import RECOGNISER, InstantIDStage
+from vidgen_ray.stages.instantid import RECOGNISER, ClipLikenessStage, ImageLikenessStage, InstantIDStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
-from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage
 from vidgen_ray.stages.ltx import LTXStage
 from vidgen_ray.stages.qwen_edit import QwenEditStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage

@@ -15,8 +15,7 @@ from vidgen_ray.dataset.scorers import MAX_SIDE_PX, Clip, Networks, face_params
 from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video, read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.profile import load_profile
-from vidgen_ray.stages.instantid import InstantIDStage
-from vidgen_ray.stages.likeness import measure_likeness, sampled_frames
+from vidgen_ray.stages.instantid import InstantIDStage, measure_likeness, sampled_frames
 
 FPS = 8
 

@@ -23,8 +23,15 @@ from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.report.gallery_page import likeness_text, write_gallery
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, Likeness
-from vidgen_ray.stages.instantid import FaceModels, InstantIDParams, InstantIDStage
-from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage, measure_likeness, sampled_frames
+from vidgen_ray.stages.instantid import (
+    ClipLikenessStage,
+    FaceModels,
+    ImageLikenessStage,
+    InstantIDParams,
+    InstantIDStage,
+    measure_likeness,
+    sampled_frames,
+)
 from vidgen_ray.weights import resolve
 
 PARAMS = InstantIDParams(weights=resolve("builtin:tiny/antelopev2"), detector="centerface", threads=1)

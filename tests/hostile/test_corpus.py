@@ -8,7 +8,7 @@ from vidgen_ray.cli import main
 from vidgen_ray.errors import MediaError, ProfileError, StageError
 from vidgen_ray.media import open_video, read_image, verify_image
 from vidgen_ray.media.decode import sample_frames
-from vidgen_ray.nets.lora_header import check_lora_file
+from vidgen_ray.nets.weight_files import check_lora_file
 from vidgen_ray.profile import load_profile
 from vidgen_ray.stages.realesrgan import load_network
 from vidgen_ray.upscale.source import read_source

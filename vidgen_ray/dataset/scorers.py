@@ -31,8 +31,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import RECORD
 from vidgen_ray.profile import Profile
 from vidgen_ray.stages.base import Frames
-from vidgen_ray.stages.instantid import RECOGNISER, FaceModels, InstantIDParams, InstantIDStage, align_face
-from vidgen_ray.stages.likeness import sampled_frames
+from vidgen_ray.stages.instantid import RECOGNISER, FaceModels, InstantIDParams, InstantIDStage, align_face, sampled_frames
 from vidgen_ray.stages.rife import similarity
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import resolve

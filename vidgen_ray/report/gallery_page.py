@@ -57,7 +57,7 @@ from vidgen_ray.report.shot_text import (
 )
 from vidgen_ray.script.expansion import CHOSEN, MATRIX
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, NESTED_FIELDS, Shot
-from vidgen_ray.stages.likeness import sampled_frames
+from vidgen_ray.stages.instantid import sampled_frames
 from vidgen_ray.system.quantities import amount_text, duration, money
 
 MAX_SHOTS = 10_000

@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 from tests.conftest import ASTRONAUT
 from tests.online.web.conftest import cards, generate, open_menu, playwright, with_fakes
 from vidgen_ray.online.store.jobs import JobKind
-from vidgen_ray.online.web.job_cards import card_of
+from vidgen_ray.online.web.pages import card_of
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.safety import Consent
 

@@ -6,8 +6,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from vidgen_ray.online.server_context import ServerContext
-from vidgen_ray.online.web.page_context import LOOK, STATIC, PageContext
-from vidgen_ray.online.web.pages import api_page_routes, auth_routes, clip_routes, page_routes
+from vidgen_ray.online.web.pages import LOOK, STATIC, PageContext, api_page_routes, auth_routes, clip_routes, page_routes
 
 
 def add_page(app: FastAPI, server: ServerContext) -> None:

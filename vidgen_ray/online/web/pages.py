@@ -1,36 +1,144 @@
-"""Routes of the page: the page itself, its gallery, queue and event stream, sign-in, and the page about the API."""
+"""Page of the server: routes (page, gallery, queue, event stream, sign-in, API), templates, security headers, job cards."""
 
 import asyncio
+import hashlib
 import json
+import re
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from sse_starlette import ServerSentEvent
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from zipstream import ZipStream
 
-from vidgen_ray.engine.calls import CLIP_FILES
+from vidgen_ray.engine.calls import CLIP_FILES, OUTPUT
+from vidgen_ray.graph import STAGE_BY_NAME, file_sizes, stages_of
 from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.media import image_size
 from vidgen_ray.online.api_error import ApiError, not_found
 from vidgen_ray.online.auth import SESSION_COOKIE, SESSION_S, Tenant, is_same_origin
 from vidgen_ray.online.delivered_size import SCALES, delivered_artefact_of
 from vidgen_ray.online.job_service import allowed_priorities
-from vidgen_ray.online.previews import encode_thumbnail
+from vidgen_ray.online.previews import encode_thumbnail, previewed_stage
+from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.server_context import ServerContext
-from vidgen_ray.online.store.jobs import FINAL, OPEN_STATES, Job, JobState
+from vidgen_ray.online.store.jobs import FINAL, OPEN_STATES, Job, JobError, JobKind, JobState
 from vidgen_ray.online.store.store import UnknownJob
 from vidgen_ray.online.uploads import small_form
-from vidgen_ray.online.web.form_controls import BASES, IDEAS, STYLES, size_choices
-from vidgen_ray.online.web.job_cards import estimate_text, file_name
-from vidgen_ray.online.web.page_context import HEADERS, PageContext, base_path
+from vidgen_ray.online.web.form_controls import BASES, IDEAS, STYLES, clip_defaults, control_groups, size_choices
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.report.shot_text import length_text, settings_text, size_text
+from vidgen_ray.system.quantities import duration
+
+STATIC = Path(__file__).parent / "static"
+LOOK = "vidgen_ray.report", "look"
+"""Package and folder of the stylesheet and the script that the page shares with the gallery of a run."""
+HEADERS = {
+    # No inline scripts or styles, no other origins, no framing. blob: allows previews of chosen photos.
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; media-src 'self'; "
+        "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    # Not no-referrer: browsers would then send `Origin: null` with forms, and is_same_origin would reject them.
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+    "Cache-Control": "no-store",
+}
+TenantHandler = Callable[[Request, Tenant], Awaitable[Response]]
+
+
+class PageContext:
+    """Renders the templates. Holds no state of a request."""
+
+    def __init__(self, server: ServerContext) -> None:
+        self.server = server
+        self.lora_names = {path: name for name, path in server.settings.loras.items()}
+        self.control_groups = control_groups(server.serving_profile)
+        self.clip_defaults = clip_defaults(server.serving_profile)
+        self._templates = Environment(
+            loader=PackageLoader("vidgen_ray.online.web"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        look = Path(str(resources.files(LOOK[0]))) / LOOK[1]
+        self._assets = hashlib.sha256(
+            b"".join(file.read_bytes() for folder in (STATIC, look) for file in sorted(folder.iterdir()))
+        ).hexdigest()[:12]
+
+    def for_tenant(self, handler: TenantHandler) -> Callable[[Request], Awaitable[Response]]:
+        """Return a route that calls the handler for signed-in browsers only."""
+
+        async def route(request: Request) -> Response:
+            tenant = await asyncio.to_thread(self.server.auth.page_tenant, request)
+            if tenant is None:
+                return _signed_out_response(request)
+            return await handler(request, tenant)
+
+        return route
+
+    def render(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+        return HTMLResponse(self.html(request, template, **values), status, HEADERS)
+
+    def html(self, request: Request, template: str, **values: Any) -> str:
+        return self._templates.get_template(template).render(
+            base=base_path(request),
+            assets=self._assets,
+            signed_in=self.server.auth.keys.are_required,
+            **values,
+        )
+
+    def card(self, job: Job, base: str) -> "Card":
+        return card_of(job, base, self.lora_names)
+
+    def job_update(self, job: Job, base: str, with_card: bool = True) -> dict[str, Any]:
+        """Return a job as page.js expects it: its progress and, with `with_card`, the HTML of its card."""
+        card = self.card(job, base)
+        macros: Any = self._templates.get_template("card.html").make_module({"base": base})
+        return {
+            "id": job.id,
+            "version": job.version,
+            "state": job.state.value,
+            "percent": job.progress,
+            "preview": card.preview,
+            "live": str(macros.live(card)) if card.active else None,
+            "card": str(macros.card_item(card)) if with_card else None,
+        }
+
+    def message(self, request: Request, status: int, heading: str, message: str) -> Response:
+        """Respond with a page that shows a message."""
+        return self.render(request, "message.html", status, heading=heading, message=message)
+
+    def cross_origin_response(self, request: Request) -> Response:
+        """Refuse a request sent by a page of another site."""
+        return self.message(request, 403, "Request refused", "The request came from another website and was ignored.")
+
+
+def base_path(request: Request) -> str:
+    """Return the path at which the app is mounted, without a trailing slash."""
+    return str(request.scope.get("root_path", "")).rstrip("/")
+
+
+def _signed_out_response(request: Request) -> Response:
+    # The script of the page, and its event stream, cannot follow a redirection to a page.
+    if request.headers.get("accept") == "application/json" or request.url.path.endswith("/events"):
+        return JSONResponse({"message": "Signed out."}, 401, HEADERS)
+    return RedirectResponse(f"{base_path(request)}/sign-in", 303)
+
 
 PAGE_LENGTH = 12
 MAX_IDS = 100
@@ -311,3 +419,126 @@ def _form_values(context: PageContext, tenant: Tenant) -> dict[str, Any]:
 
 def _queue_of(server: ServerContext, tenant: Tenant) -> list[Job]:
     return server.store.list(tenant.name, states=OPEN_STATES, limit=QUEUE_LENGTH, order="asc").jobs
+
+
+SAVING = "Save", "Saving"
+"""Label and activity of the step after all stages."""
+NAME_LENGTH, ID_LENGTH = 40, 6
+"""Characters of the prompt and of the id in a file name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """Values of the card template, beside those of the job itself."""
+
+    job: Job
+    title: str
+    active: bool
+    status: str
+    stages: tuple[tuple[str, str], ...]
+    """Label of each stage, and `done`, `current` or `ahead`."""
+    preview: str | None
+    """Newest finished stage whose result the preview shows."""
+    is_clip: bool
+    media: str
+    width: int
+    height: int
+    """Pixels of the delivered file, like `width`."""
+    hd_size: str | None
+    """Size of the larger file, `None` without one."""
+    facts: tuple[str, ...]
+    """Length, size, seed and rendering time."""
+    error: str | None
+    settings: tuple[tuple[str, str], ...]
+    created: datetime
+
+
+def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
+    """Return the card of a job.
+
+    `base` is the path at which the app is mounted. `lora_names` maps the paths of the server's LoRAs to their names.
+    """
+    sizes, delivered = file_sizes(job.shot), delivered_artefact_of(job)
+    width, height = sizes[delivered]
+    finished = list(sizes)[-1]
+    character = name if isinstance(name := job.request.get("character"), str) else None
+    return Card(
+        job=job,
+        title=" ".join(job.shot.prompt.split()),
+        active=not job.state.is_final,
+        status=_status(job),
+        stages=tuple(_card_stages(job)),
+        preview=previewed_stage(job),
+        is_clip=job.kind is not JobKind.IMAGE and job.shot.generate_video,
+        media=f"{base}/v1/videos/{job.id}/content",
+        width=width,
+        height=height,
+        hd_size=None if finished == delivered else size_text(*sizes[finished]),
+        facts=tuple(_facts(job, width, height)),
+        error=error_text(job.error) if job.error and job.state is JobState.FAILED else None,
+        settings=tuple(settings_text(job.shot, (width, height), lora_names, character)),
+        created=datetime.fromtimestamp(job.created_at, UTC),
+    )
+
+
+def file_name(job: Job) -> str:
+    """Return the name of the file in a ZIP: the start of the prompt and the end of the id."""
+    words = re.sub(r"[^a-z0-9]+", "-", job.shot.prompt.lower()).strip("-")[:NAME_LENGTH].strip("-")
+    return f"{words or 'clip'}-{job.id[-ID_LENGTH:]}{'.mp4' if job.shot.generate_video else '.png'}"
+
+
+def error_text(error: JobError) -> str:
+    """Return an error in the words of the page: the label of the stage, and the photo in place of the field `face_image`."""
+    stage = STAGE_BY_NAME.get(error.stage or "")
+    text = error.message.removeprefix(f"{error.stage}: ")
+    # The page shows the photos, not the names of their files on the server.
+    text = re.sub(r"face_image( \d+ of \d+)? \([^)]*\): ", r"face_image\1: ", text)
+    text = text.replace("face_image: ", "").replace("face_image ", "photo ")
+    text = text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+    return f"{stage.label}: {text}" if stage else text
+
+
+def estimate_text(estimate: JobEstimate) -> str:
+    """Return the place in the queue and the time left, in words. Empty for a job that has ended."""
+    if estimate.eta_s is None:
+        return ""
+    left = f"about {duration(max(1, round(estimate.eta_s)))} left"
+    if estimate.queue_position is None:
+        return left
+    return f"Position {estimate.queue_position + 1}, {left}" if estimate.queue_position else f"Next in the queue, {left}"
+
+
+def _status(job: Job) -> str:
+    if job.cancel_requested:
+        return "Cancelling after this step"
+    if job.state is JobState.QUEUED:
+        queued = "Queued" if job.attempts == 0 else "Queued again after an interruption"
+        return queued if job.priority == "normal" else f"{queued}, {job.priority} priority"
+    if job.stage is None:
+        return "Starting"
+    stage = STAGE_BY_NAME.get(job.stage)
+    activity = stage.activity if stage else SAVING[1]
+    if not job.steps:
+        return f"{activity} ({job.progress} %)"
+    unit = stage.progress_unit if stage else "steps"
+    return f"{activity}, {job.step} of {job.steps} {unit} ({job.progress} %)"
+
+
+def _card_stages(job: Job) -> Iterator[tuple[str, str]]:
+    stages = stages_of(job.shot)
+    names = [*(stage.name for stage in stages), OUTPUT]
+    labels = [*(stage.label for stage in stages), SAVING[0]]
+    reached = names.index(job.stage) if job.stage in names else -1
+    for number, label in enumerate(labels):
+        yield label, "done" if number < reached else "current" if number == reached else "ahead"
+
+
+def _facts(job: Job, width: int, height: int) -> Iterator[str]:
+    shot = job.shot
+    if shot.generate_video:
+        yield length_text(shot.clip_frames / shot.fps)
+    yield size_text(width, height)
+    yield f"seed {shot.seed}"
+    if job.started_at is not None and job.completed_at is not None:
+        duration_s = job.completed_at - job.started_at
+        yield f"rendered in {duration(duration_s)}" if duration_s else "already rendered"
