@@ -144,8 +144,7 @@ class Server:
 
 @contextmanager
 def _server(profile: str, data: Path, stages: Mapping[str, Any]) -> Iterator[Server]:
-    from vidgen_ray.online.application import server_plan
-    from vidgen_ray.online.server import serving
+    from vidgen_ray.online.application import server_plan, serving
     from vidgen_ray.online.server_settings import Limits, OnlineSettings
     from vidgen_ray.online.store.store import open_store
     from vidgen_ray.planner import this_machine

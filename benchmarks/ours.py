@@ -22,7 +22,7 @@ from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.planner import Cluster, Node
-from vidgen_ray.planner.cards import H100
+from vidgen_ray.planner.cluster import H100
 from vidgen_ray.profile import ActorProfile, Profile
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot

@@ -19,7 +19,7 @@ from vidgen_ray.dataset.score_folder import NEIGHBOURS
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.records import ShotRecord
-from vidgen_ray.planner.cards import H100
+from vidgen_ray.planner.cluster import H100
 from vidgen_ray.planner.demand import seconds_of
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.lines import Line

@@ -1,5 +1,7 @@
-"""`python jobs/render.py` of a checkout is `python -m vidgen_ray.jobs.render`."""
+"""`python jobs/render.py` of a checkout is `python -m vidgen_ray.jobs render`."""
 
 import runpy
+import sys
 
-runpy.run_module("vidgen_ray.jobs.render", run_name="__main__")
+sys.argv.insert(1, "render")
+runpy.run_module("vidgen_ray.jobs", run_name="__main__")

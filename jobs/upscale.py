@@ -1,5 +1,7 @@
-"""`python jobs/upscale.py` of a checkout is `python -m vidgen_ray.jobs.upscale`."""
+"""`python jobs/upscale.py` of a checkout is `python -m vidgen_ray.jobs upscale`."""
 
 import runpy
+import sys
 
-runpy.run_module("vidgen_ray.jobs.upscale", run_name="__main__")
+sys.argv.insert(1, "upscale")
+runpy.run_module("vidgen_ray.jobs", run_name="__main__")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vidgen_ray.planner import Measurement, save_measurements
-from vidgen_ray.planner.cards import CARDS
+from vidgen_ray.planner.cluster import CARDS
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks-gpu.md"
 Row = Mapping[str, Any]

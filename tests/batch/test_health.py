@@ -10,7 +10,7 @@ from tests.batch.faulty_stages import actor_name, append, gpu, stages
 from tests.batch.test_batch import Events
 from tests.batch.test_faults import GPUS, ONE_GPU, render_lines
 from tests.fake_stages import FAKES, FakeFlux, profile_of_fakes
-from vidgen_ray.engine import canary
+from vidgen_ray.engine import worker_checks
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner.cluster import Cluster, Node
 
@@ -75,7 +75,7 @@ def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(profile, tmp
 
 
 def test_worker_that_makes_other_images_than_two_others_is_quarantined(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(canary, "FIRST_CALLS", 2)
+    monkeypatch.setattr(worker_checks, "FIRST_CALLS", 2)
     loads = tmp_path / "loads"
 
     class Sick(FakeFlux):

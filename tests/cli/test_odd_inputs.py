@@ -21,7 +21,7 @@ from vidgen_ray.batch.line_planner import LinePlanner
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
 from vidgen_ray.cli.options import LineOptions, check_out, parse_fields
-from vidgen_ray.content_keys import ShotPlanner, params_of
+from vidgen_ray.content_keys import ShotPlanner, cut_texts, params_of
 from vidgen_ray.errors import ScriptError, UsageError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.media import encode_png
@@ -36,7 +36,6 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.svd import SVDStage
-from vidgen_ray.stages.text_length import cut_texts
 
 PNG = encode_png(np.zeros((64, 64, 3), np.uint8), None)
 

@@ -9,10 +9,10 @@ import pytest
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from benchmarks.simulated_director import plan_of
 from tests.engine.test_worker_pool import pool_of
-from vidgen_ray.engine import canary
+from vidgen_ray.engine import worker_checks
 from vidgen_ray.engine.calls import CallResult
-from vidgen_ray.engine.canary import CANARY, MAX_DIFFERENCE, difference
 from vidgen_ray.engine.scheduler import Work
+from vidgen_ray.engine.worker_checks import CANARY, MAX_DIFFERENCE, difference
 from vidgen_ray.outputs.records import Failure, StepRecord
 
 FIRST_CALLS, CHECK_CALLS = 8, 50
@@ -20,8 +20,8 @@ FIRST_CALLS, CHECK_CALLS = 8, 50
 
 @pytest.fixture(autouse=True)
 def frequent_checks(monkeypatch):
-    monkeypatch.setattr(canary, "FIRST_CALLS", FIRST_CALLS)
-    monkeypatch.setattr(canary, "CHECK_CALLS", CHECK_CALLS)
+    monkeypatch.setattr(worker_checks, "FIRST_CALLS", FIRST_CALLS)
+    monkeypatch.setattr(worker_checks, "CHECK_CALLS", CHECK_CALLS)
 
 
 class Painter(FakeActorClient):

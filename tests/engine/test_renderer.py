@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from vidgen_ray.engine.renderer import Renderer
+from vidgen_ray.engine.engine import Renderer
 from vidgen_ray.engine.retries import ShotFailed
 from vidgen_ray.outputs.records import Failure
 

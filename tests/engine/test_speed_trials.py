@@ -2,8 +2,7 @@
 
 import pytest
 
-from vidgen_ray.engine.run_trials import run_trials
-from vidgen_ray.engine.try_option import try_option
+from vidgen_ray.engine.trials import run_trials, try_option
 from vidgen_ray.planner import Cluster, Node, parse_gpus, profile_for, speed_trials
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, as_recorded, keep, settled
 from vidgen_ray.profile import load_profile

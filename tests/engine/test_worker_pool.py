@@ -12,7 +12,7 @@ from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import ShotFailed
 from vidgen_ray.engine.scheduler import Work
-from vidgen_ray.engine.slow_calls import MIN_SLOW_S
+from vidgen_ray.engine.worker_checks import MIN_SLOW_S
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder

@@ -9,9 +9,8 @@ from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import STAGE_BY_NAME, durations, relative_costs
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan, profile_for
-from vidgen_ray.planner.cards import CARDS, TYPICAL, card_named, card_reported_as, typical_card
 from vidgen_ray.planner.choose_layout import DISK_GB_PER_S, FIRST_CALL_S, ROOM_GB, START_SECONDS
-from vidgen_ray.planner.cluster import GB
+from vidgen_ray.planner.cluster import CARDS, GB, TYPICAL, card_named, card_reported_as, typical_card
 from vidgen_ray.planner.demand import seconds_of
 from vidgen_ray.profile import load_profile
 from vidgen_ray.shot import Shot

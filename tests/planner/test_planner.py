@@ -29,7 +29,7 @@ from vidgen_ray.planner import (
     save_measurements,
     this_machine,
 )
-from vidgen_ray.planner.cards import H100
+from vidgen_ray.planner.cluster import H100
 from vidgen_ray.planner.demand import ENCODE_SECONDS, ENCODING
 from vidgen_ray.planner.layout import CONTEXT_GB, GPU_PROCESS_HOST_GB, PROCESS_HOST_GB, Slot, WorkerSpec
 from vidgen_ray.planner.solver import more_slots

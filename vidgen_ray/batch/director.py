@@ -22,10 +22,9 @@ from vidgen_ray.batch.shot_queue import MAX_SHOTS, ContinuedShots, ShotQueue, Ta
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.cache_writer import bytes_per_worker, cache_settings
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.engine import Engine
+from vidgen_ray.engine.engine import Engine, Renderer
 from vidgen_ray.engine.fleet import FIRST_MESSAGE_S, MESSAGE_INTERVAL_S, PlacedSlot, labels_of, placed_more_slots
 from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, live_cluster
-from vidgen_ray.engine.renderer import Renderer
 from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.engine.step_runner import StepFailed

@@ -26,7 +26,7 @@ from vidgen_ray.batch.progress import RunListener, RunRecorder
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RecordedOptions, RenderOptions
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
-from vidgen_ray.engine.run_trials import run_trials
+from vidgen_ray.engine.trials import run_trials
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run, software_versions

@@ -33,17 +33,15 @@ from vidgen_ray.bench.published_models import (
     random_model,
     random_pipeline,
 )
-from vidgen_ray.cli.command_help import MACHINE, in_group
-from vidgen_ray.cli.options import JsonOption, ProfileOption, example
+from vidgen_ray.cli.options import MACHINE, JsonOption, ProfileOption, example, in_group
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.engine.oom_fallback import free_gpu_memory
-from vidgen_ray.engine.try_option import try_option, try_options
+from vidgen_ray.engine.trials import try_option, try_options
 from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, relative_costs, stages_of
 from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.planner import Measurement, peak_shares, profile_for, save_measurements, this_machine
-from vidgen_ray.planner.cards import GpuCard
-from vidgen_ray.planner.cluster import GB
+from vidgen_ray.planner.cluster import GB, GpuCard
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, settled
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.script.check import check_shot

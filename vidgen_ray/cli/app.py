@@ -19,12 +19,25 @@ from typer.main import get_command
 
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import folder_commands
-from vidgen_ray.cli.command_help import GROUPS, RENDER, START, CommandWithShortHelp, group_of, in_group, is_first, note
 from vidgen_ray.cli.doctor import doctor
 from vidgen_ray.cli.inspect import identity, show
 from vidgen_ray.cli.models import models
 from vidgen_ray.cli.one_stage import shot, stage
-from vidgen_ray.cli.options import JsonOption, ProfileOption, check_out, example, with_options
+from vidgen_ray.cli.options import (
+    GROUPS,
+    RENDER,
+    START,
+    CommandWithShortHelp,
+    JsonOption,
+    ProfileOption,
+    check_out,
+    example,
+    group_of,
+    in_group,
+    is_first,
+    note,
+    with_options,
+)
 from vidgen_ray.cli.plan import plan
 from vidgen_ray.cli.run_script import RESUME, render, retry, run_script, validate
 from vidgen_ray.errors import SetupError, UsageError, VidgenError

@@ -24,9 +24,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vidgen_ray.cli.command_help import MACHINE, in_group
 from vidgen_ray.cli.models import FACES, default_references, default_shot
-from vidgen_ray.cli.options import JsonOption, ProfileOption
+from vidgen_ray.cli.options import MACHINE, JsonOption, ProfileOption, in_group
 from vidgen_ray.errors import SetupError, VidgenError
 from vidgen_ray.graph import STAGES, clip_length, file_sizes
 from vidgen_ray.nets.faces import import_onnxruntime, open_session

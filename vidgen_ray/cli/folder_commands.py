@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vidgen_ray.cli.command_help import LOOK, in_group
 from vidgen_ray.cli.options import (
+    LOOK,
     AddressOption,
     DryRunOption,
     GpusOption,
@@ -29,6 +29,7 @@ from vidgen_ray.cli.options import (
     OutArgument,
     WhereOption,
     ids_where,
+    in_group,
     local_path,
 )
 from vidgen_ray.cli.progress_display import counts_line, speed_texts, stage_table

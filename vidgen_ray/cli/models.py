@@ -13,8 +13,7 @@ import typer
 from rich.markup import escape
 from yaml import YAMLError
 
-from vidgen_ray.cli.command_help import MACHINE
-from vidgen_ray.cli.options import STDIN, JsonOption, LineOptions, ProfileOption, example, local_path
+from vidgen_ray.cli.options import MACHINE, STDIN, JsonOption, LineOptions, ProfileOption, example, local_path
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.licences import ShotLicences
 from vidgen_ray.planner import profile_for

@@ -12,8 +12,9 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from vidgen_ray.cli.command_help import RENDER, START, in_group, note
 from vidgen_ray.cli.options import (
+    RENDER,
+    START,
     ConsentOption,
     JsonOption,
     KeepOption,
@@ -25,7 +26,9 @@ from vidgen_ray.cli.options import (
     SetOption,
     UntilOption,
     changes_until,
+    in_group,
     local_path,
+    note,
     parse_fields,
     with_consent,
 )

@@ -1,30 +1,28 @@
-"""Options shared by several commands, and commands whose options are the fields of a class."""
+"""Options and messages shared by commands, their help, and commands whose options are the fields of a class.
+
+An option with a `rich_help_panel` is left out by `--help`. `--help-all` shows it in that panel.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial, wraps
 from glob import glob, has_magic
 from importlib import resources
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_origin, get_type_hints
 
 import typer
 from pydantic import BaseModel, ValidationError
+from typer.core import TyperCommand
 
-from vidgen_ray.cli.command_help import (
-    HELP_ALL,
-    HelpAllOption,
-    cost_option,
-    is_common,
-    marks_option,
-    reuse_option,
-    script_option,
-)
 from vidgen_ray.errors import SetupError, UsageError, known_fields, shortened
 from vidgen_ray.graph import WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
 from vidgen_ray.licences import Requirement
@@ -40,6 +38,81 @@ from vidgen_ray.script.lines import Columns, ScriptSettings, absolute_path, pars
 from vidgen_ray.shot import wrong_defaults
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import write_atomically
+
+START, RENDER, LOOK, EXPORT = "Start", "Render scripts", "Look at results", "Export"
+SERVE, MACHINE, OTHER = "Serve", "Machine", "Other commands"
+GROUPS = (START, RENDER, LOOK, EXPORT, SERVE, MACHINE, OTHER)
+"""Groups of commands in the order of `vidgen --help`. In a group, the commands of this package come first."""
+
+DETAILS_PANEL = "Details"
+"""Panel of less common options."""
+script_option = partial(typer.Option, rich_help_panel="Reading the script")
+cost_option = partial(typer.Option, rich_help_panel="Costs and licences")
+reuse_option = partial(typer.Option, rich_help_panel="Keeping and reusing results")
+run_option = partial(typer.Option, rich_help_panel="Names of the run")
+stop_option = partial(typer.Option, rich_help_panel="Failures and stops")
+marks_option = partial(typer.Option, rich_help_panel="Marks on files")
+details_option = partial(typer.Option, rich_help_panel=DETAILS_PANEL)
+"""Like `typer.Option`, for less common options of the panel that is named."""
+
+
+def note(message: object) -> None:
+    """Print a message on standard error."""
+    typer.echo(f"vidgen: {message}", err=True)
+
+
+CommandFunction = TypeVar("CommandFunction", bound=Callable[..., None])
+
+
+def in_group(group: str, *, first: bool = False) -> Callable[[CommandFunction], CommandFunction]:
+    """Return a decorator that puts a command into a group of `vidgen --help`. A `typer.Typer` takes it as `rich_help_panel`."""
+
+    def decorated(command: CommandFunction) -> CommandFunction:
+        vars(command).update(rich_help_panel=group, is_first=first)
+        return command
+
+    return decorated
+
+
+def group_of(command: Any) -> str:
+    """Return the group of a command, of its function, or of a `typer.Typer`."""
+    return str(getattr(command, "rich_help_panel", None) or OTHER)
+
+
+def is_first(command: Any) -> bool:
+    """Return whether a command comes first in its group."""
+    return bool(getattr(command, "is_first", False))
+
+
+def _print_all(ctx: typer.Context, value: bool) -> None:
+    if value:
+        ctx.meta[__name__] = True
+        typer.echo(ctx.get_help(), nl=False)
+        raise typer.Exit()
+
+
+HELP_ALL = "help_all"
+HelpAllOption = Annotated[
+    bool,
+    typer.Option("--help-all", callback=_print_all, is_eager=True, help="Show all options and exit."),
+]
+
+
+def is_common(option: Any) -> bool:
+    """Return whether `--help` shows an option of a command, or one that is annotated as such."""
+    return getattr(option, "rich_help_panel", None) is None
+
+
+class CommandWithShortHelp(TyperCommand):
+    """Command whose `--help` shows the common options only."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, with all options after `--help-all`."""
+        shown = copy(self)
+        if not ctx.meta.get(__name__):
+            shown.params = [each for each in self.params if is_common(each)]
+        super(CommandWithShortHelp, shown).format_help(ctx, formatter)
+
 
 Until = Literal["image", "video"]
 Kept = Literal["stages"]

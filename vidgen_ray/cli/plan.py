@@ -12,8 +12,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vidgen_ray.cli.command_help import RENDER, in_group
 from vidgen_ray.cli.options import (
+    RENDER,
     AddressOption,
     GpusOption,
     JsonOption,
@@ -26,6 +26,7 @@ from vidgen_ray.cli.options import (
     ScriptsArgument,
     SeedOption,
     UntilOption,
+    in_group,
 )
 from vidgen_ray.cli.run_script import detected, interruptible, script_licences
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE

@@ -17,11 +17,10 @@ from typing import Annotated
 
 import typer
 
-from vidgen_ray.batch.new_seeds import give_new_seeds
 from vidgen_ray.batch.run_options import GRACE_S, RecordedOptions, RenderOptions
-from vidgen_ray.cli.command_help import RENDER, in_group, note, reuse_option, run_option, script_option, stop_option
 from vidgen_ray.cli.options import (
     PROFILE_HELP,
+    RENDER,
     AddressOption,
     ConsentOption,
     GpusOption,
@@ -40,11 +39,17 @@ from vidgen_ray.cli.options import (
     UntilOption,
     WhereOption,
     ids_where,
+    in_group,
     load_of_extra,
+    note,
+    reuse_option,
+    run_option,
+    script_option,
+    stop_option,
     with_consent,
 )
 from vidgen_ray.cli.progress_display import run_view
-from vidgen_ray.content_keys import params_of
+from vidgen_ray.content_keys import cut_texts, params_of
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, CacheMode
 from vidgen_ray.engine.retries import ATTEMPTS
 from vidgen_ray.engine.storage_pause import MAX_WAIT_S
@@ -61,7 +66,6 @@ from vidgen_ray.script.check import with_cut_prompts
 from vidgen_ray.script.lines import Line, ScriptSettings
 from vidgen_ray.script.read import Script, check_lora_sizes, iter_script, read_script
 from vidgen_ray.stages.base import StageParams
-from vidgen_ray.stages.text_length import cut_texts
 from vidgen_ray.system.quantities import count, duration, money
 
 
@@ -323,6 +327,8 @@ def _chosen_lines(outputs: OutputFolder, ids: frozenset[str] | None, *, rejected
 
     `ids`: of the shots. Default: all.
     """
+    from vidgen_ray.batch.line_planner import give_new_seeds
+
     repeated = give_new_seeds(outputs, ids, rejected=rejected)
     if repeated.continued:
         note(f"these shots continue one of them and change, too: {', '.join(repeated.continued)}")

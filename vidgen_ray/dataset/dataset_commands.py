@@ -16,15 +16,19 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from vidgen_ray.cli.command_help import DETAILS_PANEL, EXPORT, LOOK, in_group, note
 from vidgen_ray.cli.options import (
+    DETAILS_PANEL,
+    EXPORT,
+    LOOK,
     AddressOption,
     JsonOption,
     ModelOptions,
     OutArgument,
     WhereOption,
     check_out,
+    in_group,
     local_path,
+    note,
     with_options,
 )
 from vidgen_ray.cli.run_script import ProfileOfLastRunOption, interruptible, profile_of_run

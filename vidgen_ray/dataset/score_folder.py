@@ -32,7 +32,7 @@ from rich.progress import track
 
 from vidgen_ray.batch.line_planner import own_context
 from vidgen_ray.batch.progress import RunListener
-from vidgen_ray.cli.command_help import note
+from vidgen_ray.cli.options import note
 from vidgen_ray.dataset.measurements import SCORERS, HashScorer
 from vidgen_ray.dataset.scorers import NEED_CPU_S, ChosenScorer, Clip, Column, Networks, choose_scorers, face_params
 from vidgen_ray.dataset.tables import DIGEST

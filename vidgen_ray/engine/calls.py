@@ -60,7 +60,7 @@ class CallResult:
     device: str = ""
     """GPU and driver of the worker. Empty on a CPU."""
     differences: tuple[float, ...] = ()
-    """Differences of the result of a repeated call from others; see `canary.difference`."""
+    """Differences of the result of a repeated call from others; see `worker_checks.difference`."""
 
     @classmethod
     def of_failure(cls, failed: StepFailed) -> CallResult:

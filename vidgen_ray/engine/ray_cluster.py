@@ -35,8 +35,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.planner import Cluster, Node, Plan
-from vidgen_ray.planner.cards import card_reported_as
-from vidgen_ray.planner.cluster import GB, Label
+from vidgen_ray.planner.cluster import GB, Label, card_reported_as
 from vidgen_ray.weights.download import Hub, PullResult, pull_all
 
 GPU_TYPE_LABEL, NODE_ID_LABEL = "ray.io/accelerator-type", "ray.io/node-id"

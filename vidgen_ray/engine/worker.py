@@ -17,12 +17,12 @@ import ray
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.calls import LOADING, CallResult
-from vidgen_ray.engine.canary import difference
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.gpu_group import GpuGroup
 from vidgen_ray.engine.oom_fallback import prepare_gpu
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner, likeness_of
+from vidgen_ray.engine.worker_checks import difference
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import clip_length
 from vidgen_ray.outputs.records import Failure

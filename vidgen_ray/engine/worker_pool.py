@@ -21,7 +21,6 @@ import ray
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
 from vidgen_ray.engine.calls import ENCODER, OUTPUT, CallResult, Durations, call_timeout_s
-from vidgen_ray.engine.canary import CANARY, MAX_DIFFERENCE, Canary, MadeCall, Repeated
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import (
     AttemptFailed,
@@ -34,10 +33,10 @@ from vidgen_ray.engine.retries import (
     run_with_retries,
 )
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
-from vidgen_ray.engine.slow_calls import SlowCalls
 from vidgen_ray.engine.status import Attempt, EngineObserver, Progress, StageStatus
 from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.supervisor import Supervisor
+from vidgen_ray.engine.worker_checks import CANARY, MAX_DIFFERENCE, Canary, MadeCall, Repeated, SlowCalls
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, durations, max_loras
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import Layout, WorkerSpec

@@ -12,8 +12,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from vidgen_ray.cli.command_help import DETAILS_PANEL, EXPORT, in_group, note
 from vidgen_ray.cli.options import (
+    DETAILS_PANEL,
+    EXPORT,
     CharactersOption,
     JsonOption,
     MarkOptions,
@@ -21,6 +22,8 @@ from vidgen_ray.cli.options import (
     OutArgument,
     WhereOption,
     ids_where,
+    in_group,
+    note,
     with_options,
 )
 from vidgen_ray.errors import SetupError, UsageError

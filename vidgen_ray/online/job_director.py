@@ -21,9 +21,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.engine import Engine
+from vidgen_ray.engine.engine import Engine, Renderer
 from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, MetricSpec
-from vidgen_ray.engine.renderer import Renderer
 from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed

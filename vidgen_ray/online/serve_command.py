@@ -13,9 +13,17 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from vidgen_ray.cli.command_help import SERVE, in_group
 from vidgen_ray.cli.folder_commands import check_port
-from vidgen_ray.cli.options import AddressOption, C2paKeyOption, JsonOption, MarkOptions, ModelOptions, with_options
+from vidgen_ray.cli.options import (
+    SERVE,
+    AddressOption,
+    C2paKeyOption,
+    JsonOption,
+    MarkOptions,
+    ModelOptions,
+    in_group,
+    with_options,
+)
 from vidgen_ray.cli.run_script import interruptible, stoppable
 from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -92,9 +100,8 @@ def serve_command(
     """
     from vidgen_ray.engine.ray_cluster import connected, live_cluster
     from vidgen_ray.online import ENVIRONMENT
-    from vidgen_ray.online.application import check_exposure, server_plan
+    from vidgen_ray.online.application import check_exposure, server_plan, serving, wait_for
     from vidgen_ray.online.auth import check_bind_host, is_loopback, load_keys
-    from vidgen_ray.online.server import serving, wait_for
     from vidgen_ray.online.store.store import open_store
 
     keys = load_keys(settings.keys_file, settings.limits)

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vidgen_ray.content_keys import CutText
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.provenance.record import Detail
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts
-from vidgen_ray.stages.text_length import CutText
 
 RECORD = "shot.json"
 SHOTS = "shots"

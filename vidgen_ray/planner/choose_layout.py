@@ -16,8 +16,7 @@ from pydantic import JsonValue
 
 from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError, VidgenError
 from vidgen_ray.planner import layout
-from vidgen_ray.planner.cards import GpuCard, typical_card
-from vidgen_ray.planner.cluster import GB, Cluster, Node
+from vidgen_ray.planner.cluster import GB, Cluster, GpuCard, Node, typical_card
 from vidgen_ray.planner.demand import (
     ENCODING,
     Calibration,

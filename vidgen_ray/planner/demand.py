@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, clip_growth, relative_costs
-from vidgen_ray.planner.cards import H100, GpuCard
+from vidgen_ray.planner.cluster import H100, GpuCard
 from vidgen_ray.planner.gpu_memory import ShotSizes
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot

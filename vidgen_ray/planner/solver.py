@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vidgen_ray.planner.cards import H100, GpuCard
-from vidgen_ray.planner.cluster import GB, Cluster, Node
+from vidgen_ray.planner.cluster import GB, H100, Cluster, GpuCard, Node
 from vidgen_ray.planner.layout import (
     CONTEXT_GB,
     EPSILON,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
+from vidgen_ray.content_keys import CutText
 from vidgen_ray.errors import NOT_A_URL, URL, FieldError, ScriptError, SetupError, explain, shortened
 from vidgen_ray.graph import STAGES, stages_of, uncropped_size
 from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_LORA_BYTES, MAX_NESTING
@@ -53,7 +54,6 @@ from vidgen_ray.shot import (
 )
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.identity import identities
-from vidgen_ray.stages.text_length import CutText
 from vidgen_ray.system.cache_dir import cache_dir, digest
 from vidgen_ray.video_models import MODEL_DEFAULTS, VIDEO_MODELS, is_per_model, per_model, without_other_models_defaults
 from vidgen_ray.weights import resolve

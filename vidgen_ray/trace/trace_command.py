@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from more_itertools import chunked
 
-from vidgen_ray.cli.command_help import LOOK, in_group
-from vidgen_ray.cli.options import OutArgument, local_path
+from vidgen_ray.cli.options import LOOK, OutArgument, in_group, local_path
 from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGES

@@ -18,8 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from vidgen_ray.cli.command_help import EXPORT, details_option, in_group, note
-from vidgen_ray.cli.options import JsonOption, MarkOptions, check_out, with_options
+from vidgen_ray.cli.options import EXPORT, JsonOption, MarkOptions, check_out, details_option, in_group, note, with_options
 from vidgen_ray.cli.run_script import interruptible, remembered_interrupt
 from vidgen_ray.errors import NOT_A_URL, StageError, UsageError, VidgenError
 from vidgen_ray.media import CLIP_SUFFIXES

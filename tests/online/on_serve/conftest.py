@@ -10,9 +10,8 @@ import yaml
 
 from tests.conftest import LocalRay
 from tests.online.on_serve.applications import Running
-from vidgen_ray.online.application import APP, server_plan
+from vidgen_ray.online.application import APP, Server, server_plan, serving
 from vidgen_ray.online.auth import hash_key
-from vidgen_ray.online.server import Server, serving
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.outputs.folder import OutputFolder

@@ -1,9 +1,14 @@
-"""Try a speed option on this machine: run shots through the stages of an actor with and without it. Does not use Ray."""
+"""Trials of speed options: run shots through the stages of an actor with and without an option.
+
+`try_option` runs a trial on this machine, `run_trials` on a Ray cluster, as tasks that take one GPU each.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,8 +18,9 @@ from PIL import Image as PILImage
 
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.engine.oom_fallback import free_gpu_memory
-from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, open_trials
+from vidgen_ray.graph import STAGE_BY_NAME, stages_of
+from vidgen_ray.planner.cluster import Cluster
+from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, open_trials, settled
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Item, Stage
@@ -54,9 +60,9 @@ def try_option(trial: Trial, shots: Iterable[tuple[str, Shot]]) -> TrialResult:
     Raises what the stages raise without the option.
     """
     calls = [(STAGE_BY_NAME[name], shot) for name, shot in shots]
-    plain_s, plain = _run(trial.profile, calls)
+    plain_s, plain = _timed(trial.profile, calls)
     try:
-        tried_s, tried = _run(trial.with_option, calls)
+        tried_s, tried = _timed(trial.with_option, calls)
     # Compilers, kernels and packages raise errors of any class.
     except Exception as error:
         return TrialResult(error=f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON])
@@ -64,7 +70,7 @@ def try_option(trial: Trial, shots: Iterable[tuple[str, Shot]]) -> TrialResult:
     return TrialResult(speedup=plain_s / tried_s, levels=levels)
 
 
-def _run(profile: Profile, calls: Iterable[tuple[type[Stage[Any]], Shot]]) -> tuple[float, list[NDArray[np.uint8]]]:
+def _timed(profile: Profile, calls: Iterable[tuple[type[Stage[Any]], Shot]]) -> tuple[float, list[NDArray[np.uint8]]]:
     """Return the seconds of the calls, without the first one of each, and their results."""
     seconds, results = 0.0, []
     for stage_class, shot in calls:
@@ -115,3 +121,55 @@ def _item_for(stage_class: type[Stage[Any]], shot: Shot) -> Item:
     }
     needs = {name: available[name] for name in stage_class.needs(shot)}
     return Item(with_local_loras(shot), Artefacts(**needs))  # type: ignore[typeddict-item]
+
+
+TIMEOUT_S = 1800.0
+"""Longest trial: a model is loaded twice, and compiled."""
+
+
+def run_trials(
+    profile: Profile, shots: Sequence[Shot], address: str | None, cluster: Cluster, on_message: Callable[[str], None]
+) -> Profile:
+    """Return the profile with settled speed options. Those of the actors that the shots pass are tried if it is not known
+    whether they help on the GPUs of the cluster, the one at `address` or this machine.
+
+    Without a free GPU, or if the stages fail without the option, an option stays untried and is left out. Raises OSError if a
+    result cannot be stored.
+    """
+    from vidgen_ray.engine.ray_cluster import connected
+
+    examples: dict[str, dict[str, Shot]] = {}
+    for shot in shots:
+        for stage in (stage for stage in stages_of(shot) if stage.actor in profile.actors):
+            examples.setdefault(stage.actor, {}).setdefault(stage.name, shot)
+    actors = [actor for actor in examples if any(True for _ in open_trials(profile, actor, cluster.kinds))]
+    with connected(address, 0) if actors else nullcontext():
+        for actor in actors:
+            try_options(profile, actor, cluster.kinds, partial(_run, list(examples[actor].items())), on_message)
+    return settled(profile, cluster.kinds)
+
+
+def _run(shots: list[tuple[str, Shot]], trial: Trial, card: str) -> TrialResult | None:
+    """Return the result of a trial. `None` if no GPU of this kind is free, or if the stages fail without the option."""
+    import ray
+
+    from vidgen_ray.engine.ray_cluster import live_cluster
+
+    resources: dict[str, Any] = {"num_cpus": 1, "max_retries": 0, "max_calls": 1}
+    if trial.profile.actors[trial.actor].device == "cuda":
+        free = next((node for node in live_cluster().free.nodes if card in Cluster((node,)).kinds), None)
+        if free is None:
+            return None
+        resources |= {"num_gpus": 1, "label_selector": dict([free.label]) if free.label else {}}
+    call = ray.remote(**resources)(try_option).remote(trial, shots)
+    try:
+        result: TrialResult = ray.get(call, timeout=TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(call, force=True)
+        return TrialResult(error=f"timeout: it did not end within {TIMEOUT_S:g} s")
+    except ray.exceptions.RayTaskError:
+        return None
+    # A crash of its process: of a compiled kernel, or for lack of memory.
+    except ray.exceptions.RayError as error:
+        return TrialResult(error=f"crash: {type(error).__name__}")
+    return result

@@ -1,1 +1,0 @@
-"""Commands as Ray jobs on the cluster that runs them."""
