@@ -25,7 +25,7 @@ IDLE_S, IDLE_CALLS, WAITED_S = 300.0, 5, 1.0
 CHUNK_BYTES = 1 << 20
 SECONDS_AFTER_BREAKER = 120.0
 """Seconds in which a run stops because nearly all shots fail."""
-LEASE_POLL_S = 6.0
+LEASE_POLL_S = 11.0
 """Seconds in which a director notices that its lease was deleted."""
 REASONS = {
     "lost its lease": {"lease_lost", "driver_stop", "storage", "storage_hang", "storage_long", "disk_full"},
@@ -43,47 +43,42 @@ def check(world):
     return [(rule.__name__.removeprefix("check_"), text) for rule in RULES for text in rule(world, history)]
 
 
+def number_of(event):
+    """Return the number of the run of an event."""
+    return int(event.fields["run"].removeprefix("run-"))
+
+
 class History:
     """Events of a world, by what the rules ask."""
 
     def __init__(self, world):
-        self.runs, self.rows, self.faults, self.commits = {}, defaultdict(list), [], defaultdict(list)
-        self.sent, self.answers, self.work = {}, {}, []
-        frozen = set()
-        self.hit, self.sick = set(), set()
-        """Calls that a fault has hit, and calls on a sick GPU."""
-        self.discarded, self.ended = set(), {}
+        events = defaultdict(list)
         for event in world.history:
-            fields = event.fields
-            match event.kind:
-                case "run":
-                    self.runs[fields["number"]] = event.at
-                case "row":
-                    self.rows[int(fields["run"].removeprefix("run-"))].append(event)
-                case "discard":
-                    self.discarded.add(int(fields["run"].removeprefix("run-")))
-                case "fault":
-                    self.faults.append(event)
-                    if fields["fault"] == "freeze":
-                        frozen.add(fields["process"])
-                    if fields["own"]:
-                        self.hit.update(fields["calls"])
-                    elif fields["fault"] == "sick":
-                        self.sick.update(fields["calls"])
-                case "ended":
-                    self.ended[fields["number"]] = event.at
-                case "commit":
-                    self.commits[fields["shot"]].append(event)
-                case "send":
-                    self.sent[fields["call"].number] = event
-                    # Nothing shows yet that the process is frozen.
-                    if (process := fields["call"].process) in frozen and event.at < process.frozen_until:
-                        self.hit.add(fields["call"].number)
-                case "answer":
-                    self.answers[fields["call"].number] = event
-                case "work":
-                    self.work.append(event)
-        self.final = max(self.runs)
+            events[event.kind].append(event)
+        self.faults, self.work, self.starts, self.raised, self.disorder = (
+            events[kind] for kind in ("fault", "work", "start", "raised", "disorder")
+        )
+        self.messages = [event.fields["text"] for event in events["message"]]
+        self.runs, self.ended = ({event.fields["number"]: event.at for event in events[kind]} for kind in ("run", "ended"))
+        self.sent, self.answers = (
+            {event.fields["call"].number: event for event in events[kind]} for kind in ("send", "answer")
+        )
+        self.rows, self.commits = defaultdict(list), defaultdict(list)
+        for event in events["row"]:
+            self.rows[number_of(event)].append(event)
+        for event in events["commit"]:
+            self.commits[event.fields["shot"]].append(event)
+        self.discarded = {number_of(event) for event in events["discard"]}
+        self.hit = {number for event in self.faults if event.fields["own"] for number in event.fields["calls"]}
+        """Calls that a fault has hit."""
+        self.sick = {number for event in self.faults if event.fields["fault"] == "sick" for number in event.fields["calls"]}
+        """Calls on a sick GPU."""
+        for event in self.faults:
+            if event.fields["fault"] == "freeze":
+                # Nothing shows yet that the process is frozen.
+                process = event.fields["process"]
+                calls = {n for n, send in self.sent.items() if send.fields["call"].process is process and send.at >= event.at}
+                self.hit |= {n for n in calls if self.sent[n].at < process.frozen_until}
         self.shots = {plan.shot.id: plan for _, plan in world.script}
 
     def lease_ends(self, driver):
@@ -184,9 +179,8 @@ def check_lease(world, history):
 
 def check_order(world, history):
     """Chunks arrive in order."""
-    for event in world.history:
-        if event.kind == "disorder":
-            yield f"{event.fields['shot']}: frames {event.fields['frames']} instead of {event.fields['expected']}"
+    for event in history.disorder:
+        yield f"{event.fields['shot']}: frames {event.fields['frames']} instead of {event.fields['expected']}"
 
 
 def check_window(world, history):
@@ -291,10 +285,9 @@ def check_idle(world, history):
             calls[event.fields["call"].driver].append((event.at, {*event.fields["call"].stages}))
     hangs = {number for event in history.faults if event.fields["fault"] == "hang" for number in event.fields["calls"]}
     failed = {history.sent[n].fields["call"].process for n in history.hit | history.sick | hangs if n in history.sent}
-    texts = [event.fields["text"] for event in world.history if event.kind == "message"]
-    pids = {int(match[1]) for text in texts if (match := re.search(r":(\d+)\) is quarantined", text))}
+    pids = {int(match[1]) for text in history.messages if (match := re.search(r":(\d+)\) is quarantined", text))}
     quarantined = {process.actor for process in world.processes if process.pid in pids}
-    sick_nodes = {match[1] for text in texts if (match := re.search(r"\((\S+):\d+\) is quarantined: several", text))}
+    sick_nodes = {match[1] for text in history.messages if (match := re.search(r"\((\S+):\d+\) is quarantined: several", text))}
     for process, times in busy.items():
         driver, stages = process.actor.driver, {*process.actor.spec.stages}
         on_probation = process.life in sick_nodes or process.actor in quarantined
@@ -335,30 +328,11 @@ def check_stop(world, history):
 
 def check_errors(world, history):
     """Methods of actors raise nothing."""
-    for event in world.history:
-        if event.kind == "raised":
-            yield f"{event.fields['call'].method}: {event.fields['error']}"
+    for event in history.raised:
+        yield f"{event.fields['call'].method}: {event.fields['error']}"
 
 
-RULES = [
-    check_ends,
-    check_stopped,
-    check_one_row,
-    check_committed,
-    check_commit_once,
-    check_content,
-    check_lease,
-    check_order,
-    check_window,
-    check_fine,
-    check_wrong_lines_fail,
-    check_rework,
-    check_stall,
-    check_idle,
-    check_breaker,
-    check_stop,
-    check_errors,
-]
+RULES = [rule for name, rule in [*globals().items()] if name.startswith("check_")]
 
 
 def printed(world):

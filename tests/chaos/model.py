@@ -14,20 +14,20 @@ import random
 import sys
 import threading
 import time
+from collections import namedtuple
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import ray
 
 from tests.chaos import simulated_ray
-from tests.chaos.simulated_ray import Clock, Loop, Node, place_of
+from tests.chaos.simulated_ray import Clock, Loop, Node, Sleep, place_of
 from tests.conftest import SYNTHETIC
 from tests.fake_stages import profile_of_fakes
 from vidgen_ray import profile as profile_module
@@ -64,7 +64,7 @@ from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import FaceFeatures, Likeness
 
-SECONDS = {"instantid": 1, "flux": 5, "flux_lora": 3, "image_likeness": 0.5, "svd": 20, "clip_likeness": 1, "realesrgan": 4}
+SECONDS = {"instantid": 1, "flux": 5, "image_likeness": 0.5, "svd": 20, "clip_likeness": 1, "realesrgan": 4}
 """Stage -> seconds of a shot."""
 CHUNK_S = 1.5
 LARGE_GB = 40.0
@@ -79,19 +79,9 @@ STORAGE_FAULTS = ("storage", "storage_hang", "storage_long", "disk_full")
 RUN_FAULTS = ("stop", "driver_kill", "driver_stop", "lease_lost")
 SICK = ("sick_worker", "sick_node")
 SHOT_FAULTS = ("poison", "refused", "too_large", "unlike")
-SCRIPT_FAULTS = ("all_poison",)
-"""Nearly every shot fails on every worker: the circuit breaker must stop the run."""
-FAULTS = (
-    *CALL_FAULTS,
-    *WRONG_DATA,
-    *LOAD_FAULTS,
-    *TIMED_FAULTS,
-    *STORAGE_FAULTS,
-    *RUN_FAULTS,
-    *SICK,
-    *SHOT_FAULTS,
-    *SCRIPT_FAULTS,
-)
+CALLS, RUNS = (*CALL_FAULTS, *WRONG_DATA, *LOAD_FAULTS), (*TIMED_FAULTS, *STORAGE_FAULTS, *RUN_FAULTS, *SICK)
+FAULTS = (*CALLS, *RUNS, *SHOT_FAULTS, "all_poison")
+"""With `all_poison`, nearly every shot fails on every worker: the circuit breaker must stop the run."""
 SURVIVED = tuple(kind for kind in FAULTS if kind != "wrong_content")
 """Faults that cost no promise. Nothing finds wrong pixels of the right size under the right key."""
 FAULTY_S = 400.0
@@ -103,14 +93,11 @@ MAX_RUN_S = 4 * 3600.0
 """Longest run, with pauses of the storage of half an hour and lost nodes of ten minutes."""
 TAKEOVER_S = 130.0
 """Seconds after which another driver takes the lease of one that is stopped."""
-CLUSTERS = ((2, 80), (1, 80), (2, 48), (1, 24))
+CLUSTERS = ((2, 80), (1, 80), (2, 48))
 """GPUs of a node, and their GB."""
 
 
-class Event(NamedTuple):
-    at: float
-    kind: str
-    fields: dict[str, Any]
+Event = namedtuple("Event", "at kind fields")
 
 
 def tag_of(*parts):
@@ -162,16 +149,8 @@ class SimulatedStage:
     """Mixin of all simulated models."""
 
     adapter_loads = 0
-
-    def load(self):
-        pass
-
-    def move(self, device):
-        pass
-
-    @classmethod
-    def chunk_frames(cls, params):
-        return CHUNK_FRAMES
+    load = move = lambda *_: None
+    chunk_frames = classmethod(lambda cls, params: CHUNK_FRAMES)
 
     def __call__(self, item):
         return WORLD.compute(self, item.shot, item.artefacts)
@@ -180,14 +159,10 @@ class SimulatedStage:
         fault = WORLD.fail(self, shot)
         tag = tag_of(self.name, shot.prompt, shot.seed, [tag_in(frames)])
         clip = clip_of(tag, frames_in(frames), frames.shape[1] * shot.scale, frames.shape[2] * shot.scale)
-        return WORLD.spoilt(clip, fault, chunk=True)
+        return WORLD.spoilt(clip, fault)
 
 
-STAGES = {
-    name: type(f"Simulated{stage.__name__}", (SimulatedStage, stage), {})
-    for name, stage in STAGE_BY_NAME.items()
-    if name in SECONDS
-}
+STAGES = {name: type(f"Simulated{STAGE_BY_NAME[name].__name__}", (SimulatedStage, STAGE_BY_NAME[name]), {}) for name in SECONDS}
 WORLD = None
 """The world of the running simulation. Stages and files are created by the engine, so they cannot have it as an argument."""
 
@@ -240,9 +215,8 @@ class Storage:
     def last_frame(self, done):
         return frame_of(done.record().shot.id) if LAST_FRAME in done.sha256 else None
 
-    @contextmanager
     def draft(self, plan):
-        yield Draft(self._world, self, plan)
+        return nullcontext(Draft(self._world, self, plan))
 
 
 class Draft:
@@ -255,10 +229,10 @@ class Draft:
         self._hd_frames = 0
 
     def path(self, name):
-        return self, name
+        """Return a function that writes an image, or frames of a clip."""
+        return partial(self._written, name)
 
-    def written(self, name, array, scale=1):
-        """Check an image or some frames of a clip."""
+    def _written(self, name, array):
         self._outputs.write()
         artefact = {"image.png": "image", "video.mp4": "frames", "hd.mp4": "hd_frames", LAST_FRAME: "frames"}[name]
         scale = self._plan.shot.scale if artefact == "hd_frames" else 1
@@ -299,22 +273,6 @@ def record_of(plan, records=()):
 def frame_of(shot_id):
     """Return the file with the last frame of a shot."""
     return Path(f"/simulated/{shot_id}/{LAST_FRAME}")
-
-
-class Mp4:
-    """Clip that is encoded. Replaces `Mp4Writer`."""
-
-    def __init__(self, path, *_):
-        self._draft, self._name = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def write(self, frames):
-        self._draft.written(self._name, frames)
 
 
 class LeaseFile:
@@ -361,17 +319,16 @@ class Manifest:
 
 
 class Listener:
-    """Ignores what a run reports, except for quarantines."""
+    """Ignores what a run reports, except for messages. Also replaces `RunMetrics`."""
+
+    def __init__(self, labels, on_quarantined=None, on_attempt=None):
+        self.labels, self.quarantined = labels, on_quarantined
 
     def on_message(self, message):
         WORLD.log("message", text=message)
 
     def __getattr__(self, name):
         return lambda *_: None
-
-
-def labels_of(run):
-    return RunLabels(run=run, name=None, profile="fake", script="s.jsonl", team=None, submission_id=None)
 
 
 class Driver:
@@ -390,14 +347,14 @@ class Driver:
         self.error = self.left = None
 
     async def _run(self):
-        world, run, outputs = self.world, f"run-{self.number}", Storage(self.world, self.number)
+        world, outputs = self.world, Storage(self.world, self.number)
         self.lease = Lease(outputs.url, LeaseFile(world, self.number), world.now)
         keeper = asyncio.ensure_future(self._refresh())
         planner = SimpleNamespace(outputs=outputs, plan_shot=plan_of, find=outputs.find_finished)
-        results = RunResults(outputs, labels_of(run), self.lease, Listener(), None, is_script=True)
+        run = f"run-{self.number}"
+        listener = Listener(RunLabels(run=run, name=None, profile="fake", script="s", team=None, submission_id=None))
+        results = RunResults(outputs, listener.labels, self.lease, listener, None, is_script=True)
         options = RenderOptions(address="simulated", cache="none", stages=STAGES, wait_storage_s=world.wait_storage_s)
-        listener = Listener()
-        listener.labels = labels_of(run)
         director = Director(world.profile, outputs, options, results, listener, self.stop, planner, None, self.lease)
         try:
             with results:
@@ -464,10 +421,8 @@ class World:
         rng = self.rng
         chosen = [kind for kind in FAULTS if rng.random() < 0.25]
         self.kinds = [kind for kind in chosen if kind in faults]
-        self.rates = {
-            kind: rng.choice((0.01, 0.05)) for kind in (*CALL_FAULTS, *WRONG_DATA, *LOAD_FAULTS) if kind in self.kinds
-        }
-        shape, gb = rng.choice(CLUSTERS[:3])
+        self.rates = {kind: rng.choice((0.01, 0.05)) for kind in CALLS if kind in self.kinds}
+        shape, gb = rng.choice(CLUSTERS)
         self.nodes = [Node(f"n{n}", [gb] * shape) for n in range(rng.randint(1 if shape > 1 and gb > 48 else 2, 3))]
         if "too_large" in self.kinds:
             self.nodes[0] = Node("n0", [80] * shape)
@@ -508,18 +463,8 @@ class World:
                 fields |= {"face_image": photo, "consent": SYNTHETIC, "min_identity": 0.5, "retries": 2}
             elif rng.random() < 0.3:
                 fields |= {"face_image": f"/photos/{rng.randint(0, 3)}.png", "consent": SYNTHETIC}
-            shot = Shot(
-                **{
-                    **self.profile.defaults,
-                    "id": f"s{number}",
-                    "prompt": prompt,
-                    "seed": number,
-                    "width": SIDE_PX,
-                    "height": SIDE_PX,
-                    "num_frames": FRAMES,
-                    **fields,
-                }
-            )
+            fields |= {"width": SIDE_PX, "height": SIDE_PX, "num_frames": FRAMES}
+            shot = Shot(**{**self.profile.defaults, "id": f"s{number}", "prompt": prompt, "seed": number, **fields})
             line = Line(number, {}, script="s.jsonl", script_line=number, id=shot.id, shots=(shot,))
             lines.append((line, plan_of(shot)))
             if source is not None and source.continue_from is None and source.min_identity is None and rng.random() < 0.2:
@@ -582,7 +527,10 @@ class World:
                 self.log("run", number=number)
                 self.spawn(self._adversary(driver))
                 started = self.now
-                frozen = self._step_until(lambda driver=driver: driver.ended or self._is_stopped(driver), started + MAX_RUN_S)
+                frozen = self._step_until(
+                    lambda driver=driver: driver.task.done() or driver.killed or (driver.frozen and self._is_stopped(driver)),
+                    started + MAX_RUN_S,
+                )
                 self.log("ended", number=number, error=driver.error, left=driver.left, timeout=not driver.ended and not frozen)
                 if driver.completed:
                     break
@@ -603,9 +551,7 @@ class World:
 
     def _is_stopped(self, driver):
         """Return whether another driver may take over."""
-        return (
-            driver.loop.frozen_until - driver.frozen_at > TAKEOVER_S < self.now - driver.frozen_at if driver.frozen else False
-        )
+        return driver.frozen and driver.loop.frozen_until - driver.frozen_at > TAKEOVER_S < self.now - driver.frozen_at
 
     def _step_until(self, done, limit):
         """Run callbacks until `done()`. Return False if that takes until `limit`."""
@@ -613,7 +559,7 @@ class World:
         while not done():
             first, when = None, limit
             for loop in loops:
-                at = clock.now if loop.ready else loop.scheduled[0].when if loop.scheduled else math.inf
+                at = clock.now if loop.ready else loop.scheduled[0][0] if loop.scheduled else math.inf
                 at = at if at > loop.frozen_until else loop.frozen_until
                 if at < when or (first is None and at == when):
                     first, when = loop, at
@@ -642,7 +588,7 @@ class World:
 
     def any_node(self):
         """Return a node for an encoder."""
-        usable = [node for node in self.nodes if node.usable and not node.known_lost]
+        usable = [node for node in self.nodes if node.usable]
         return self.rng.choice(usable) if usable else None
 
     async def network(self, node):
@@ -669,7 +615,7 @@ class World:
                     gc.collect()
                 driver.peak_bytes = max(driver.peak_bytes, driver.stored_bytes)
             # A copy: the tracebacks of the first one keep the arguments of the call alive.
-            driver.loop.call_soon(ref.resolve, each, copy(error))
+            driver.loop.call_soon(ref.resolve, each, error and copy(error))
         if call.is_work:
             self.log("answer", call=call, error=error and repr(error), failed=getattr(values[0], "failure", None))
 
@@ -782,9 +728,8 @@ class World:
                 made[name] = self.spoilt(clip_of(tag, list(range(shot.clip_frames))), fault)
         return made
 
-    def spoilt(self, array, fault, *, chunk=False):
+    def spoilt(self, array, fault):
         match fault:
-            # A chunk of one colour can be right.
             case "constant":
                 return np.broadcast_to(np.uint8(0), array.shape)
             case "wrong_size":
@@ -809,7 +754,7 @@ class World:
                 gpu.sick = None
 
     async def _adversary(self, driver):
-        for kind in (*TIMED_FAULTS, *STORAGE_FAULTS, *RUN_FAULTS, *SICK):
+        for kind in RUNS:
             if kind in self.kinds and not self._calm and (kind not in RUN_FAULTS or self.rng.random() < 0.4):
                 for _ in range(self.rng.choice((1, 1, 2, 4)) if kind in TIMED_FAULTS else 1):
                     self.spawn(self._strike(kind, driver, self.rng.uniform(5, FAULTY_S)))
@@ -982,25 +927,26 @@ def patched(world):
             ):
                 patch.setattr(module, "time", _Time)
         patch.setattr(asyncio, "to_thread", _to_thread)
+        patch.setattr(asyncio, "sleep", Sleep)
         patch.setattr(ray, "kill", lambda actor, *, no_restart=True: actor.kill(no_restart=no_restart))
         patch.setattr(ray, "nodes", world.ray_nodes)
         patch.setattr(actor_client, "process_of", lambda actor: actor.process)
         patch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": world.store_bytes})
         patch.setattr(engine, "Fleet", world.fleet)
         patch.setattr(director_module, "live_cluster", lambda: simulated_ray.live_cluster(world))
-        patch.setattr(director_module, "RunMetrics", Metrics)
+        patch.setattr(director_module, "RunMetrics", Listener)
         patch.setattr(director_module, "ids_that_failed_before", world.failed_before)
         # Polls take most of the time of a simulation.
-        patch.setattr(director_module, "STOP_POLL_S", 5.0)
-        patch.setattr(supervisor, "PING_S", 30.0)
-        patch.setattr(actor_client, "RETRY_S", 10.0, raising=False)
-        patch.setattr(renderer, "STATUS_INTERVAL_S", 60.0)
+        patch.setattr(director_module, "STOP_POLL_S", 10.0)
+        patch.setattr(supervisor, "PING_S", 60.0)
+        patch.setattr(actor_client, "RETRY_S", 20.0)
+        patch.setattr(renderer, "STATUS_INTERVAL_S", 600.0)
         patch.setattr(director_module, "load_calibration", lambda *_: None)
         patch.setattr(profile_module, "resolve", cache(profile_module.resolve))
         patch.setattr(results_module, "ManifestWriter", Manifest)
         patch.setattr(shot_runner, "CHUNK_BYTES", 1)
-        patch.setattr(shot_writer, "write_png", lambda path, image, metadata=None: path[0].written(path[1], image))
-        patch.setattr(shot_writer, "Mp4Writer", Mp4)
+        patch.setattr(shot_writer, "write_png", lambda write, image, metadata=None: write(image))
+        patch.setattr(shot_writer, "Mp4Writer", lambda write, *_: nullcontext(SimpleNamespace(write=write)))
         patch.setattr(shot_writer, "shot_records", lambda plan, artefacts, *_: dict.fromkeys(artefacts))
         patch.setattr(encoder, "ENCODER_NICENESS", 0)
         patch.setattr(worker, "prepare_gpu", lambda share: None)
@@ -1020,23 +966,27 @@ def patched(world):
             WORLD = None
 
 
-class Metrics:
-    """Replaces `RunMetrics`."""
-
-    def __init__(self, labels, on_quarantined, on_attempt):
-        self.quarantined = on_quarantined
-
-    def __getattr__(self, name):
-        return lambda *_: None
-
-
 @cache
 def profile():
     return profile_of_fakes(load_profile("tiny"), ("instantid", "flux", "svd", "realesrgan"))
 
 
-def simulate(seed, faults=FAULTS):
+def simulate(seed, faults):
     """Return the world of a seed after all runs. `faults`: kinds that may happen."""
     world = World(seed, faults)
     with patched(world):
         return world.run()
+
+
+def worlds(seeds, faults):
+    """Yield the world of each seed."""
+    # The garbage collector need not look at all modules again and again.
+    gc.freeze()
+    often = gc.get_threshold()
+    gc.set_threshold(20_000)
+    try:
+        for seed in seeds:
+            yield simulate(seed, faults)
+    finally:
+        gc.set_threshold(*often)
+        gc.unfreeze()

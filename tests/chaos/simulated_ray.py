@@ -6,6 +6,8 @@ An actor holds a real `Worker` or `Encoder`. A driver has an event loop of its o
 import asyncio
 from collections import deque
 from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
 from heapq import heappop, heappush
 from itertools import count
 from types import SimpleNamespace
@@ -35,27 +37,13 @@ class Clock:
 class Handle:
     """Callback of a loop."""
 
-    __slots__ = ("args", "callback", "context", "when")
+    __slots__ = ("args", "callback", "context")
 
-    def __init__(self, callback, args, context, when=0.0):
-        self.callback, self.args, self.context, self.when = callback, args, context, when
-
-    def __lt__(self, other):
-        return self.when < other.when
+    def __init__(self, callback, args, context):
+        self.callback, self.args, self.context = callback, args, context
 
     def cancel(self):
         self.callback = None
-
-    def run(self):
-        try:
-            if self.context is None:
-                self.callback(*self.args)
-            else:
-                self.context.run(self.callback, *self.args)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException:  # asyncio only reports it
-            pass
 
 
 class Loop(asyncio.AbstractEventLoop):
@@ -67,21 +55,22 @@ class Loop(asyncio.AbstractEventLoop):
         self.clock = clock
         self.frozen_until = 0.0
         self.ready, self.scheduled = deque(), []
+        self._numbers = count()
 
     def time(self):
         return self.clock.now
 
     def call_soon(self, callback, *args, context=None):
-        self.ready.append(handle := Handle(callback, args, context))
+        self.ready.append(handle := Handle(callback, args, context or copy_context()))
         return handle
 
     def call_at(self, when, callback, *args, context=None):
-        heappush(self.scheduled, handle := Handle(callback, args, context, when))
+        handle = Handle(callback, args, context or copy_context())
+        heappush(self.scheduled, (when, next(self._numbers), handle))
         return handle
 
     def call_later(self, delay_s, callback, *args, context=None):
-        heappush(self.scheduled, handle := Handle(callback, args, context, self.clock.now + delay_s))
-        return handle
+        return self.call_at(self.clock.now + delay_s, callback, *args, context=context)
 
     def create_future(self):
         return asyncio.Future(loop=self)
@@ -96,16 +85,15 @@ class Loop(asyncio.AbstractEventLoop):
         """Run the callbacks that are due."""
         asyncio._set_running_loop(self)
         scheduled, ready, now = self.scheduled, self.ready, self.clock.now
+        while scheduled and (scheduled[0][0] <= now or scheduled[0][2].callback is None):
+            ready.append(heappop(scheduled)[2])
         try:
-            while scheduled and scheduled[0].callback is None:
-                heappop(scheduled)
-            while scheduled and scheduled[0].when <= now:
-                ready.append(heappop(scheduled))
             for _ in range(len(ready)):
-                if (handle := ready.popleft()).callback is not None:
-                    handle.run()
+                handle = ready.popleft()
+                if handle.callback is not None:
+                    handle.context.run(handle.callback, *handle.args)
         except KeyboardInterrupt:
-            # Also the exception of the task that raised it.
+            # Only this exception of a task is raised here, too.
             pass
         finally:
             asyncio._set_running_loop(None)
@@ -122,6 +110,36 @@ class Loop(asyncio.AbstractEventLoop):
         asyncio._set_running_loop(None)
         self.ready.clear()
         self.scheduled.clear()
+
+
+class Sleep:
+    """Future of `asyncio.sleep`. Continues its task when the time has come, instead of one round of the loop later."""
+
+    def __init__(self, delay_s):
+        self._delay_s, self._loop = delay_s, asyncio.get_running_loop()
+        self._asyncio_future_blocking, self._cancelled = False, False
+
+    def __await__(self):
+        self._asyncio_future_blocking = True
+        yield self
+
+    def get_loop(self):
+        return self._loop
+
+    def add_done_callback(self, callback, context):
+        self._handle = self._loop.call_later(self._delay_s, callback, self, context=context)
+
+    def cancel(self, msg=None):
+        if self._cancelled:
+            return False
+        self._cancelled = True
+        self._loop.call_soon(self._handle.callback, self, context=self._handle.context)
+        self._handle.cancel()
+        return True
+
+    def result(self):
+        if self._cancelled:
+            raise asyncio.CancelledError
 
 
 class Ref:
@@ -201,7 +219,7 @@ class Node:
 
     @property
     def usable(self):
-        return self.up and not self.draining
+        return self.up and not self.draining and not self.known_lost
 
 
 class Gpu:
@@ -333,16 +351,21 @@ class Process:
         self._log_gone()
         calls, self.calls = self.calls, {}
         for call in calls:
-            error = ActorDiedError() if preempted else unavailable("the process has crashed" if not self.alive else "timed out")
-            error._preempted = preempted
+            error = died(preempted) if preempted else unavailable("timed out" if self.alive else "the process has crashed")
             self.world.answer(call, None, error)
         if self.actor.process is self:
             self.actor.process = None
             self.actor.restart(preempted)
 
 
-def unavailable(text):
+def unavailable(text="The actor is restarting"):
     return ActorUnavailableError(text, None)
+
+
+def died(preempted):
+    error = ActorDiedError()
+    error._preempted = preempted
+    return error
 
 
 def lost_object(rng):
@@ -370,7 +393,7 @@ class Actor:
     async def _start(self, delay_s):
         await asyncio.sleep(delay_s)
         while not self.dead and (node := self.home()) is None:
-            await asyncio.sleep(5.0)
+            await asyncio.sleep(10.0)
         if not self.dead:
             self.process, self.preempted, self.was_up = Process(self, node), False, True
 
@@ -386,50 +409,40 @@ class Actor:
     def __getattr__(self, method):
         if method.startswith("_") or not hasattr(self.kind, method):
             raise AttributeError(method)
-        return Method(self, method, 1)
+        return SimpleNamespace(
+            remote=partial(self._send, method, 1),
+            options=lambda num_returns: SimpleNamespace(remote=partial(self._send, method, num_returns)),
+        )
 
-
-class Method:
-    def __init__(self, actor, name, num_returns):
-        self._actor, self._name, self._num_returns = actor, name, num_returns
-
-    def options(self, num_returns):
-        return Method(self._actor, self._name, num_returns)
-
-    def remote(self, *args):
-        actor, world = self._actor, self._actor.world
-        driver = world.driver_of(asyncio.get_running_loop())
-        refs = [Ref(driver) for _ in range(self._num_returns)]
-        call = Call(next(world.numbers), actor, driver, self._name, args, refs)
+    def _send(self, method, num_returns, *args):
+        driver = self.world.driver_of(asyncio.get_running_loop())
+        refs = [Ref(driver) for _ in range(num_returns)]
+        call = Call(next(self.world.numbers), self, driver, method, args, refs)
         if call.is_work:
-            world.log("send", call=call)
-        world.spawn(self._deliver(call, actor.process))
-        return refs[0] if len(refs) == 1 else refs
+            self.world.log("send", call=call)
+        self.world.spawn(self._deliver(call, self.process))
+        return refs[0] if num_returns == 1 else refs
 
     async def _deliver(self, call, process):
-        actor, world = self._actor, self._actor.world
-        while process is None and not actor.dead and not actor._starting.done() and not actor.preempted and not actor.was_up:
+        world = self.world
+        while process is None and not (self.dead or self._starting.done() or self.preempted or self.was_up):
             # The first process of the actor starts.
             await asyncio.sleep(5.0)
-            process = actor.process
+            process = self.process
         if process is None:
             await asyncio.sleep(0.01)
-            error = unavailable("The actor is restarting")
-            if actor.dead or actor.preempted:
-                error = ActorDiedError()
-                error._preempted = actor.preempted and not actor.dead
-            world.answer(call, None, error)
+            world.answer(call, None, died(self.preempted) if self.dead or self.preempted else unavailable())
             return
         call.process = process
         process.calls[call] = asyncio.current_task()
         if process.lost:
             process.calls.pop(call)
-            world.answer(call, None, unavailable("The actor is restarting"))
+            world.answer(call, None, unavailable())
             return
         if not call.is_control:
             # Requests to one process arrive in order.
-            actor.arrival = max(actor.arrival + 1e-6, world.now + world.rng.uniform(0.001, 0.03))
-            await asyncio.sleep(actor.arrival - world.now)
+            self.arrival = max(self.arrival + 1e-6, world.now + world.rng.uniform(0.001, 0.03))
+            await asyncio.sleep(self.arrival - world.now)
         await world.network(process.node)
         if not process.alive:
             await asyncio.Event().wait()
@@ -490,7 +503,7 @@ class Fleet:
 
     async def _keep(self):
         while True:
-            await asyncio.sleep(5.0)
+            await asyncio.sleep(10.0)
             for slot in self._slots:
                 if slot.gpu is not None and (slot.gpu.node.known_lost or (slot.gpu.node.up and slot.node != slot.gpu.node.id)):
                     self._free(slot)
@@ -526,27 +539,16 @@ class Fleet:
 
     def _take_gpu(self, slot):
         """Give the slot a GPU, if it has none. Return whether it has one."""
-        if slot.gpu is None and (gpu := self._free_gpu(slot)) is not None:
+        gpu = slot.gpu or next((gpu for gpu in self._gpus_for(slot) if gpu.holder is None), None)
+        if gpu is not None and slot.gpu is None:
             slot.gpu, gpu.holder, slot.node = gpu, slot, gpu.node.id
-        return slot.gpu is not None
+        return gpu is not None
 
-    def _free_gpu(self, slot):
+    def _gpus_for(self, slot):
+        """Yield the GPUs that the slot could have, free or not."""
         for node in self.world.nodes:
-            if node.usable and not node.known_lost and slot.label in (None, ("node", node.name)):
-                for gpu in node.gpus:
-                    if gpu.holder is None and gpu.gb >= slot.slot.memory_gb - 0.01:
-                        return gpu
-        return None
-
-    def _could_hold(self):
-        """Return whether the nodes have a GPU for some slot, free or not."""
-        nodes = [node for node in self.world.nodes if node.usable and not node.known_lost]
-        return any(
-            slot.label in (None, ("node", node.name)) and gpu.gb >= slot.slot.memory_gb - 0.01
-            for slot in self._slots
-            for node in nodes
-            for gpu in node.gpus
-        )
+            if node.usable and slot.label in (None, ("node", node.name)):
+                yield from (gpu for gpu in node.gpus if gpu.gb >= slot.slot.memory_gb - 0.01)
 
     def _create(self, slot):
         number = next(self._numbers)
@@ -561,7 +563,7 @@ class Fleet:
             self.listener.worker_started(name, spec, actor)
 
     def _give_up(self):
-        if any(slot.actors for slot in self._slots) or self._could_hold():
+        if any(slot.actors or any(self._gpus_for(slot)) for slot in self._slots):
             self._could_hold_at = self.world.now
         elif self.world.now - self._could_hold_at > fleet.LAST_LOST_AFTER_S:
             self.listener.not_placeable("the nodes are gone")
@@ -585,7 +587,7 @@ def live_cluster(world):
                 tuple(gpu.gb for gpu in node.gpus if not (free and gpu.holder is not None)), 32.0, 512.0, ("node", node.name)
             )
             for node in world.nodes
-            if node.usable and not node.known_lost
+            if node.usable
         )
 
     return LiveCluster(Cluster(nodes(False)), Cluster(nodes(True)))
