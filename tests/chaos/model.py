@@ -811,7 +811,8 @@ class World:
                 driver.lease.lost.set()
                 self.holder = -driver.number
             case "sick_worker" | "sick_node":
-                gpus = node.gpus if kind == "sick_node" else [rng.choice(node.gpus)]
+                gpus = [gpu for each in self.nodes for gpu in each.gpus]
+                gpus = node.gpus if kind == "sick_node" else rng.sample(gpus, min(len(gpus) - 1, rng.choice((1, 1, 3))))
                 mode = rng.choice(("error", "input", "crash"))
                 for gpu in gpus:
                     gpu.sick = mode
