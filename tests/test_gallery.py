@@ -425,3 +425,23 @@ def test_reviews_are_kept_while_the_server_does_not_answer(browser, reviewed):
         page.wait_for_selector("#reviews[aria-busy=false]")
         assert page.locator("#reviews").inner_text() == "2 accepted, 0 rejected"
     assert {id_: verdict for id_, (verdict, *_) in reviews(reviewed).items()} == {"boat-1": "accept", "boat-2": "accept"}
+
+
+def test_rows_that_are_older_than_a_stored_review_do_not_hide_it(browser, reviewed, monkeypatch):
+    monkeypatch.setattr(gallery_page, "REFRESH_S", 0.1)
+    with page_in(browser, 800, 600) as page, watched(reviewed, "ada") as url:
+        older, posts, held = page.request.get(f"{url}rows.json"), [], []
+        page.route("**/reviews", lambda route: posts.append(route))
+        page.route("**/rows.json", lambda route: held.append(route))
+        page.goto(url)
+        page.locator("[title=boat-1] .open").focus()
+        page.keyboard.press("a")
+        asked = len(held) + 1  # the next one may have been sent before the key was pressed
+        while len(held) <= asked:
+            page.wait_for_timeout(10)
+        posts[0].continue_()
+        page.wait_for_selector("#reviews[aria-busy=false]")
+        with page.expect_event("requestfinished"):
+            held[asked].fulfill(response=older)
+        page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        assert page.locator("#reviews").inner_text() == "1 accepted, 0 rejected"

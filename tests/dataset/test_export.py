@@ -12,8 +12,9 @@ import sys
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import boto3
 import duckdb
@@ -27,6 +28,7 @@ from tests.dataset.conftest import make_folder, moving, texture, write_scores
 from tests.dataset.killed_exports import HALVES, export_to, valid_rows, work_inline
 from tests.outputs.conftest import endpoint  # noqa: F401  # a fixture
 from vidgen_ray.cli import main
+from vidgen_ray.dataset.export import _Export
 from vidgen_ray.dataset.export_formats import encode_again
 from vidgen_ray.dataset.export_rows import Transcode, assign_splits, parse_splits
 from vidgen_ray.dataset.tables import open_tables
@@ -224,6 +226,31 @@ def test_killed_export_is_valid_and_completed_by_the_next_call(six_clips, tmp_pa
     make_folder(out, [({"id": "D", "prompt": PROMPTS[3]}, clip), ({"id": "new", "prompt": PROMPTS[0]}, clip)])
     export_to(tmp_path / "complete", out, splits=HALVES, split_by=("prompt",))
     subprocess.run([sys.executable, "-m", "tests.dataset.killed_exports", tmp_path], check=True)
+
+
+@pytest.mark.usefixtures("inline")
+@pytest.mark.parametrize("form", [form for form in READERS if form != "parquet"])
+def test_next_call_takes_back_what_an_interrupted_export_wrote(form, six_clips, tmp_path):
+    """The clips are the first ones again by then, as the stored rows of the data set have them."""
+    out, dest = copytree(six_clips, tmp_path / "out"), tmp_path / "dest"
+
+    def content(name):
+        found = READERS[form](dest, tmp_path / name).items()
+        rows = {row["id"]: (split, row["caption"], row["content"]) for split, rows in found for row in rows}
+        return rows, {path.name for path in dest.rglob("*") if path.suffix in (".mp4", ".txt", ".tar")}
+
+    export_to(dest, out, format=form)
+    first = content("first")
+    kept = copytree(out, tmp_path / "kept")
+    reject(out, "a_b")
+    clip = moving(3, seed=50, size=(64, 128))
+    make_folder(out, [({"id": "D", "prompt": "other"}, clip), ({"id": "new"}, clip)])
+    with patch.object(_Export, "_save", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        export_to(dest, out, format=form)
+    rmtree(out)
+    kept.rename(out)
+    export_to(dest, out, format=form)
+    assert content("last") == first
 
 
 @pytest.mark.usefixtures("inline")
