@@ -17,7 +17,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine import fleet
-from vidgen_ray.engine.calls import ENCODER, OUTPUT
+from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.engine.encoder import Encoder
 from vidgen_ray.engine.ray_cluster import LiveCluster
 from vidgen_ray.engine.worker import ActorPlace, Worker
@@ -237,7 +237,7 @@ class Process:
         self.started = asyncio.Event()
         self.calls = {}
         """Pending call -> its task."""
-        self.turn = asyncio.Semaphore(actor.args[0].parallel_commits if actor.kind is Encoder else 1)
+        self.turn = asyncio.Semaphore(actor.spec.parallel if actor.kind is Encoder else 1)
         self.loaded = False
         self.world.processes.append(self)
         self.task = self.world.spawn(self._start())
@@ -533,9 +533,9 @@ class Fleet:
         missing = self._layout.encoders - len(self._encoders)
         for _ in range(missing if any(slot.actors for slot in self._slots) else 0):
             name = self.config.encoder_name(next(self._numbers))
-            encoder = Actor(self.world, Encoder, (self.config,), ENCODER, self.world.any_node, self.driver)
+            encoder = Actor(self.world, Encoder, (self.config,), self.config.encoder, self.world.any_node, self.driver)
             self._encoders.append(encoder)
-            self.listener.worker_started(name, ENCODER, encoder)
+            self.listener.worker_started(name, self.config.encoder, encoder)
 
     def _take_gpu(self, slot):
         """Give the slot a GPU, if it has none. Return whether it has one."""

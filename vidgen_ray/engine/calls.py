@@ -32,9 +32,13 @@ LOADING = "loading"
 OUTPUT = "output"
 """Stage of encoders: write and commit the files of a shot."""
 ENCODER = WorkerSpec((OUTPUT,), ENCODER_CPUS, gpus=0.0)
-"""An encoder as a worker of the engine."""
+"""An encoder that writes to a disk, as a worker of the engine. See `EngineConfig.encoder`."""
 BROKEN_CONTEXT = ("CUDA error", "CUDNN_STATUS", "device-side assert")
 """Texts in the message of an error after which every call on this process's GPU fails."""
+
+
+def is_encoder(spec: WorkerSpec) -> bool:
+    return spec.stages == ENCODER.stages
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vidgen_ray.engine.cache_writer import CacheSettings
+from vidgen_ray.engine.calls import ENCODER
 from vidgen_ray.engine.retries import ATTEMPTS
 from vidgen_ray.graph import STAGE_BY_NAME, durations
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner.demand import encode_seconds_per_mpx, encoded_mpx
+from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
@@ -51,9 +53,9 @@ class EngineConfig:
         return f"{self.name}/encoder/{number}"
 
     @property
-    def parallel_commits(self) -> int:
-        """Calls that an encoder runs at once: on a disk it waits for its CPU, in an object store for responses."""
-        return 1 if self.outputs.storage.local is not None else STORE_COMMITS
+    def encoder(self) -> WorkerSpec:
+        """An encoder of this engine. On a disk it waits for its CPU, in an object store for responses."""
+        return ENCODER if self.outputs.storage.local is not None else replace(ENCODER, parallel=STORE_COMMITS)
 
     def timeout_s(self, shot: Shot, *stages: str) -> float:
         """Return the timeout of a call of these stages for a shot in seconds. It starts when execution starts."""

@@ -16,7 +16,7 @@ import ray
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorClient
-from vidgen_ray.engine.calls import ENCODER, MAX_CHUNKS_AHEAD, chunk_frames_of, chunk_result_bytes
+from vidgen_ray.engine.calls import MAX_CHUNKS_AHEAD, chunk_frames_of, chunk_result_bytes
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import Fleet, MoreSlots
 from vidgen_ray.engine.retries import ShotFailed
@@ -130,7 +130,6 @@ class Engine:
         """`more_slots`: see `Fleet`. `on_waiting` gets what the fleet waits for, such as GPUs that another run uses."""
         chunk_frames = chunk_frames_of(config.profile, [config.stages[stage] for stage in layout.stages])
         self._layout = layout
-        self._parallel_commits = config.parallel_commits
         self._workers = WorkerPool(config, layout, observer, storage)
         self._runner = ShotRunner(config, self._workers, chunk_frames, observer)
         self._fleet = Fleet(config, self, more_slots)
@@ -209,7 +208,7 @@ class Engine:
 
     def worker_started(self, name: str, spec: WorkerSpec, actor: Any) -> None:
         """Use a worker or an encoder. Calls of an earlier engine are stopped."""
-        client = ActorClient(actor, name, self._parallel_commits if spec == ENCODER else spec.parallel)
+        client = ActorClient(actor, name, spec.parallel)
         client.send("attach", self._workers.first_call)
         self._workers.add(spec, client)
         self._resize_window()

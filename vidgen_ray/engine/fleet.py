@@ -36,7 +36,6 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray.util.state import list_actors, list_jobs, list_placement_groups
 
-from vidgen_ray.engine.calls import ENCODER
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder import encoder_class
 from vidgen_ray.engine.ray_cluster import NODE_ID_LABEL, live_cluster, within
@@ -285,7 +284,7 @@ class Fleet:
             if reservation.actors or reservation.unplaced_since is not None:
                 continue
             await self._do(self._create_actors, reservation)
-            specs = (ENCODER,) if reservation.slot is None else reservation.slot.workers
+            specs = (self._config.encoder,) if reservation.slot is None else reservation.slot.workers
             for (name, actor), spec in zip(reservation.actors.items(), specs, strict=True):
                 self._listener.worker_started(name, spec, actor)
         copies = self._copies
@@ -293,7 +292,7 @@ class Fleet:
         share = started / len(layout.slots) if layout.slots else 1.0
         for _ in range(math.ceil(layout.encoders * share) - len(self._encoders) - 1):
             name = self._config.encoder_name(next(self._encoder_numbers))
-            self._listener.worker_started(name, ENCODER, await self._do(self._create_encoder, name, "SPREAD"))
+            self._listener.worker_started(name, self._config.encoder, await self._do(self._create_encoder, name, "SPREAD"))
 
     async def _give_up(self, now: float) -> None:
         """Kill the workers of slots that have had no node for too long. Withdraw requests that cannot be met.
@@ -327,7 +326,7 @@ class Fleet:
         lost, reservation.actors = reservation.actors, {}
         if lost:
             name = self._config.encoder_name(next(self._encoder_numbers))
-            self._listener.worker_started(name, ENCODER, await self._do(self._create_encoder, name, "SPREAD"))
+            self._listener.worker_started(name, self._config.encoder, await self._do(self._create_encoder, name, "SPREAD"))
             await self._do(_kill, list(lost.values()))
             for name in lost:
                 self._listener.worker_lost(name)
@@ -404,7 +403,7 @@ class Fleet:
             reservation.actors[name] = worker.remote(self._config, spec, self._parallel_loads)
 
     def _create_encoder(self, name: str, place: Any) -> Any:
-        actor = encoder_class(self._config.parallel_commits)
+        actor = encoder_class(self._config.encoder.parallel)
         encoder = actor.options(name=name, num_cpus=ENCODER_CPUS, scheduling_strategy=place).remote(self._config)
         if place == "SPREAD":
             self._encoders.append(encoder)

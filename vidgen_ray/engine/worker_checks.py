@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.calls import ENCODER
+from vidgen_ray.engine.calls import is_encoder
 from vidgen_ray.engine.scheduler import Work, WorkerState
 from vidgen_ray.stages.base import Artefacts, Frames
 
@@ -186,7 +186,7 @@ class SlowCalls:
             timer.cancel()
             del self._watched[worker]
         # The sessions of an encoder run side by side, and wait for chunks of their clips. A job of a server is not repeated.
-        if running is not None and worker.spec != ENCODER and not worker.spec.server:
+        if running is not None and not is_encoder(worker.spec) and not worker.spec.server:
             self._check_later(worker, running, asyncio.get_running_loop().time())
 
     def close(self) -> None:

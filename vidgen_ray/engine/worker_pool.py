@@ -20,7 +20,7 @@ import ray
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
-from vidgen_ray.engine.calls import ENCODER, OUTPUT, CallResult, Durations, call_timeout_s
+from vidgen_ray.engine.calls import OUTPUT, CallResult, Durations, call_timeout_s, is_encoder
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import (
     AttemptFailed,
@@ -173,7 +173,7 @@ class WorkerPool:
     def count(self) -> int:
         """Number of workers that are not given up, without encoders."""
         given_up = self._supervisor.given_up
-        return sum(worker.spec != ENCODER and client not in given_up for client, worker in self._workers.items())
+        return sum(not is_encoder(worker.spec) and client not in given_up for client, worker in self._workers.items())
 
     @property
     def missing_stages(self) -> list[str]:
@@ -398,7 +398,7 @@ class WorkerPool:
             return returned, worker
         except asyncio.CancelledError:
             client.cancel(number)
-            if worker.spec == ENCODER:
+            if is_encoder(worker.spec):
                 # Between the calls of its session, an encoder is free.
                 running.cancel()
             running.add_done_callback(partial(self._abandoned, worker, work))
