@@ -40,15 +40,14 @@ from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine import (
     actor_client,
-    canary,
     encoder,
     engine,
-    renderer,
     shot_runner,
     shot_writer,
     step_runner,
     supervisor,
     worker,
+    worker_checks,
 )
 from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.engine.encoder import Encoder
@@ -941,7 +940,7 @@ def patched(world):
         patch.setattr(director_module, "STOP_POLL_S", 10.0)
         patch.setattr(supervisor, "PING_S", 60.0)
         patch.setattr(actor_client, "RETRY_S", 20.0)
-        patch.setattr(renderer, "STATUS_INTERVAL_S", 600.0)
+        patch.setattr(engine, "STATUS_INTERVAL_S", 600.0)
         patch.setattr(director_module, "load_calibration", lambda *_: None)
         patch.setattr(profile_module, "resolve", cache(profile_module.resolve))
         patch.setattr(results_module, "ManifestWriter", Manifest)
@@ -952,8 +951,8 @@ def patched(world):
         patch.setattr(encoder, "ENCODER_NICENESS", 0)
         patch.setattr(worker, "prepare_gpu", lambda share: None)
         patch.setattr(worker, "gpu_of_process", lambda: "a GPU")
-        patch.setattr(canary, "FIRST_CALLS", 2)
-        patch.setattr(canary, "CHECK_CALLS", 4)
+        patch.setattr(worker_checks, "FIRST_CALLS", 2)
+        patch.setattr(worker_checks, "CHECK_CALLS", 4)
         patch.setattr(worker, "load_lock", lambda *_: nullcontext())
         for module in (worker, encoder):
             patch.setattr(module, "place_of_process", lambda: place_of(world.process), raising=False)

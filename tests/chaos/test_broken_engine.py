@@ -10,7 +10,7 @@ from vidgen_ray.batch import director
 from vidgen_ray.batch.director import Director
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.shot_queue import ContinuedShots
-from vidgen_ray.engine import actor_client, calls, retries, shot_runner, shot_writer, slow_calls, step_runner, worker_pool
+from vidgen_ray.engine import actor_client, calls, retries, shot_runner, shot_writer, step_runner, worker_checks, worker_pool
 from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.engine import Window
 from vidgen_ray.engine.retries import AttemptFailed, Kind
@@ -128,7 +128,7 @@ BROKEN = {
     "every result": ("one_row", (RunResults, "failed", drop_failures)),
     "failed or done": ("committed", (RunResults, "_enter", done_instead)),
     "one commit": ("commit_once", (ShotRunner, "_write", write_twice)),
-    "copies at the end only": ("rework", (slow_calls, "COPY_FACTOR", 0.0), (slow_calls, "MIN_SLOW_S", 0.01)),
+    "copies at the end only": ("rework", (worker_checks, "COPY_FACTOR", 0.0), (worker_checks, "MIN_SLOW_S", 0.01)),
     "sick workers": ("fine", (retries, "_counting", list)),
     "circuit breaker": ("breaker", (director, "BREAKER_FAILURES", 10**6)),
     "chain of shots": ("one_row", (ContinuedShots, "failed", lambda *_: [])),
