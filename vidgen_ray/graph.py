@@ -95,7 +95,7 @@ BASE_IMAGE_STAGES = tuple(stage.name for stage in STAGES if "image" in stage.wri
 """Names of the stages that generate an image from a prompt."""
 CLIP_ONLY_FIELDS = tuple(dict.fromkeys(field for stage in STAGES for field in stage.clip_only_fields))
 """Shot fields that have no meaning for a still image."""
-WITHOUT_CLIP = SVDStage.switch_off
+WITHOUT_CLIP: Mapping[str, Any] = {"generate_video": False}
 """Fields of a shot that is an image only."""
 WITHOUT_UPSCALING = RealESRGANStage.switch_off
 """Fields of a shot whose clip is not upscaled."""

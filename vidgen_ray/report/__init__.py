@@ -1,1 +1,1 @@
-"""Reports: the gallery of a run, and the identity sheet of photos."""
+"""Report of a run: its gallery."""

@@ -243,8 +243,6 @@ class Stage(ABC, Generic[P]):
     """Further shot fields that change the result when `uses_identity(shot)`."""
     clip_only_fields: ClassVar[tuple[str, ...]] = ()
     """Shot fields of this stage that have no meaning for a still image, switches included."""
-    switch_off: ClassVar[Mapping[str, Any]] = {}
-    """Shot fields with which no shot passes this stage. Empty if there are none."""
     common_settings: ClassVar[tuple[str, ...]] = ()
     """Settings of this stage that the API's `num_inference_steps` ("steps") and `guidance_scale` ("guidance") set."""
     lora_field: ClassVar[str] = ""
@@ -488,6 +486,8 @@ class ChunkedStage(Stage[P]):
     """
 
     progress_unit: ClassVar[str] = "frames"
+    switch_off: ClassVar[Mapping[str, Any]]
+    """Shot fields with which no shot passes this stage."""
 
     @classmethod
     @abstractmethod

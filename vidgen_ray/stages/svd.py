@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -65,7 +64,6 @@ class SVDStage(VideoStage[SVDParams]):
         "motion_bucket_id",
         "noise_aug_strength",
     )
-    switch_off: ClassVar[Mapping[str, Any]] = {"generate_video": False}
     common_settings: ClassVar[tuple[str, ...]] = ("steps",)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "svd"
