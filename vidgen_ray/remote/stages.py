@@ -103,9 +103,7 @@ class RemoteParams(StageParams):
 class _RemoteStage(Stage[RemoteParams]):
     """Common parts. Nothing is loaded: requests go to a server."""
 
-    version: ClassVar[int] = 1
     uses_shot_seed: ClassVar[bool] = True
-    common_settings: ClassVar[tuple[str, ...]] = ("steps",)
     weight_attributes: ClassVar[tuple[str, ...]] = ("servers",)
     Params: ClassVar[type[StageParams]] = RemoteParams
 
@@ -163,7 +161,6 @@ class RemoteImageStage(_RemoteStage):
     name: ClassVar[str] = "remote_image"
     label: ClassVar[str] = "Remote image"
     activity: ClassVar[str] = "Waiting for the image of a server"
-    actor: ClassVar[str] = "remote_image"
     chosen_by: ClassVar[str] = "image_by"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"image_model": "remote"},)
     common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
@@ -203,9 +200,8 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
     name: ClassVar[str] = "remote"
     label: ClassVar[str] = "Remote video"
     activity: ClassVar[str] = "Waiting for the clip of a server"
-    actor: ClassVar[str] = "remote"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "remote", "num_frames": 25},)
-    clip_only_fields: ClassVar[tuple[str, ...]] = ("video_model", "num_frames", "extend", "fps", "motion_prompt")
+    clip_only_fields: ClassVar[tuple[str, ...]] = (*VideoStage.clip_only_fields, "motion_prompt")
     reads: ClassVar[tuple[str, ...]] = (
         "prompt", "negative_prompt", "motion_prompt", "width", "height", "num_frames", "extend", "fps",
         "steps.remote", "guidance.remote", "seed",

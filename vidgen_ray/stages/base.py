@@ -214,10 +214,10 @@ class Stage(ABC, Generic[P]):
     """Activity shown to people while the stage runs, e.g. "Upscaling"."""
     progress_unit: ClassVar[str] = "steps"
     """Plural noun of one unit of reported progress."""
-    version: ClassVar[int]
+    version: ClassVar[int] = 1
     """Raised when the same inputs give other bytes than before."""
-    actor: ClassVar[str]
-    """Stages with the same actor share weights and live in one process."""
+    actor: ClassVar[str] = ""
+    """Stages with the same actor share weights and live in one process. Default: the name of the stage."""
     reference_s: ClassVar[float] = 1.0
     """Seconds for the reference shot, for profiles that state none and stages without `work`."""
     compute_share: ClassVar[float] = 0.5
@@ -269,6 +269,11 @@ class Stage(ABC, Generic[P]):
     extra_weights: ClassVar[tuple[str, ...]] = ()
     """Names of extra weights that a profile may give to this stage's actor."""
     Params: ClassVar[type[StageParams]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" in vars(cls) and not cls.actor:
+            cls.actor = cls.name
 
     def __init__(self, params: P) -> None:
         self.params = params

@@ -151,11 +151,6 @@ class FluxFamilyStage(Stage[FluxParams]):
         return work
 
     @classmethod
-    def work_of_redrawing(cls, params: FluxParams, strength: float) -> Workload:
-        """Return the work of redrawing an image of the reference size with this strength."""
-        return network_work("flux/encode", REFERENCE_PIXELS) + cls.work_of_steps(params, DEFAULT_STEPS * strength)
-
-    @classmethod
     def lower_memory(cls, params: FluxParams) -> FluxParams | None:
         """Return smaller tiles of the autoencoder, then T5 taking turns with the transformer."""
         if (smaller := with_smaller_tiles(params)) is not None:
@@ -200,35 +195,6 @@ class FluxFamilyStage(Stage[FluxParams]):
             with injector.inject(face.embedding(injector.embedding), pose_image(face, shot), shot, self.name) as pipelines:
                 yield pipelines
 
-    def image_to_image(self, item: Item, *, strength: float, steps: int | None, guidance: float | None) -> Artefacts:
-        """Redraw the item's `image` with the last int(steps * strength) steps of the schedule. 0 returns it unchanged.
-
-        Raises StageError for less than one step.
-        Source: Meng et al. 2021, SDEdit, arXiv:2108.01073; diffusers `FluxImg2ImgPipeline`.
-        """
-        shot, image = item.shot, item.artefacts["image"]
-        if strength == 0:
-            return {"image": image}
-        steps = steps or self.model.default_steps
-        steps_run = int(steps * strength)
-        if steps_run < 1:
-            raise StageError(
-                f"{self.name}_strength: got {strength} of {steps} steps, which is less than one step; "
-                f"must be at least {1 / steps:.3f}"
-            )
-        with self.conditioned_pipelines(item) as pipelines:
-            arguments = self.model.call_arguments(shot, self.params, guidance)
-            with self.model.step_cache_running(shot, arguments):
-                (redrawn,) = pipelines.image_to_image(
-                    **arguments,
-                    image=PILImage.fromarray(image),
-                    strength=strength,
-                    num_inference_steps=steps,
-                    generator=noise_generator(self.generator_seed(shot)),
-                    **diffusers_step_callback(self.name),
-                ).images
-        return {"image": pixels_to_uint8(redrawn)}
-
 
 FP8_CAST_BYTES = 6
 """Bytes per weight that a step moves to convert it from 8 bits to 16 and back."""
@@ -261,7 +227,6 @@ class FluxStage(FluxFamilyStage):
     label: ClassVar[str] = "Base image"
     activity: ClassVar[str] = "Generating the base image"
     common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
-    version: ClassVar[int] = 1
     uses_shot_seed: ClassVar[bool] = True
     chosen_by: ClassVar[str] = "image_by"
     reads: ClassVar[tuple[str, ...]] = (
@@ -303,15 +268,69 @@ class FluxStage(FluxFamilyStage):
         return {"image": pixels_to_uint8(image)}
 
 
-LORA_REFERENCE_STRENGTH = 0.6
-"""Default `lora_strength` of a shot."""
+class FluxRedrawStage(FluxFamilyStage):
+    """`image` (H, W, 3) -> `image` of the same size, redrawn with the last int(steps * strength) steps of the schedule.
+
+    The strength is that of the shot's field `NAME_strength`. 0 returns the image unchanged.
+    Source: Meng et al. 2021, SDEdit, arXiv:2108.01073; diffusers `FluxImg2ImgPipeline`.
+    """
+
+    chosen_by: ClassVar[str] = "redrawn_by"
+    takes: ClassVar[tuple[str, ...]] = ("image",)
+    writes: ClassVar[tuple[str, ...]] = ("image",)
+    reference_strength: ClassVar[float]
+    """Default strength of a shot."""
+
+    @classmethod
+    def strength(cls, shot: Shot) -> float:
+        """Return the fraction of the schedule that is run."""
+        strength: float = getattr(shot, f"{cls.name}_strength")
+        return strength
+
+    @classmethod
+    def work(cls, params: FluxParams) -> Workload:
+        encode = network_work("flux/encode", REFERENCE_PIXELS)
+        return encode + cls.work_of_steps(params, DEFAULT_STEPS * cls.reference_strength)
+
+    @classmethod
+    def relative_cost(cls, shot: Shot) -> float:
+        return relative_flux_cost(shot, getattr(shot.steps, cls.name)) * cls.strength(shot) / cls.reference_strength
+
+    @classmethod
+    def weight_copies(cls, shot: Shot) -> int:
+        # The prompt of a shot whose image is FLUX's is still in the cache.
+        return 0 if shot.image_by == "flux" or not cls.strength(shot) else 1
+
+    def run(self, item: Item) -> Artefacts:
+        """Redraw the item's `image`. Raises StageError for less than one step."""
+        shot, image = item.shot, item.artefacts["image"]
+        strength = self.strength(shot)
+        if strength == 0:
+            return {"image": image}
+        steps = getattr(shot.steps, self.name) or self.model.default_steps
+        if int(steps * strength) < 1:
+            raise StageError(
+                f"{self.name}_strength: got {strength} of {steps} steps, which is less than one step; "
+                f"must be at least {1 / steps:.3f}"
+            )
+        with self.conditioned_pipelines(item) as pipelines:
+            arguments = self.model.call_arguments(shot, self.params, getattr(shot.guidance, self.name))
+            with self.model.step_cache_running(shot, arguments):
+                (redrawn,) = pipelines.image_to_image(
+                    **arguments,
+                    image=PILImage.fromarray(image),
+                    strength=strength,
+                    num_inference_steps=steps,
+                    generator=noise_generator(self.generator_seed(shot)),
+                    **diffusers_step_callback(self.name),
+                ).images
+        return {"image": pixels_to_uint8(redrawn)}
 
 
-class FluxLoRAStage(FluxFamilyStage):
+class FluxLoRAStage(FluxRedrawStage):
     """`image` (H, W, 3) -> `image` of the same size, redrawn with the shot's LoRAs and conditioned on its `face`, if any.
 
-    `lora_strength` is the fraction of the schedule that is run: int(steps * lora_strength) steps, at least one. 0 returns the
-    image unchanged. The stage shares its actor and weights with FLUX. Its LoRAs are active in this stage only.
+    The stage shares its actor and weights with FLUX. Its LoRAs are active in this stage only.
     Source: Hu et al. 2021, LoRA, arXiv:2106.09685.
     """
 
@@ -322,8 +341,6 @@ class FluxLoRAStage(FluxFamilyStage):
         {"lora": "style.safetensors"},
         {"lora": "style.safetensors", "face_image": ("photo.jpg",)},
     )
-    version: ClassVar[int] = 1
-    chosen_by: ClassVar[str] = "redrawn_by"
     reads: ClassVar[tuple[str, ...]] = (
         "prompt",
         "negative_prompt",
@@ -337,47 +354,25 @@ class FluxLoRAStage(FluxFamilyStage):
     )
     lora_field: ClassVar[str] = "lora"
     weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity", "lora")
-    takes: ClassVar[tuple[str, ...]] = ("image",)
-    writes: ClassVar[tuple[str, ...]] = ("image",)
+    reference_strength: ClassVar[float] = 0.6
     debug_file: ClassVar[str | None] = "lora.png"
 
-    @classmethod
-    def work(cls, params: FluxParams) -> Workload:
-        return cls.work_of_redrawing(params, LORA_REFERENCE_STRENGTH)
-
-    @classmethod
-    def relative_cost(cls, shot: Shot) -> float:
-        return relative_flux_cost(shot, shot.steps.lora) * shot.lora_strength / LORA_REFERENCE_STRENGTH
-
-    @classmethod
-    def weight_copies(cls, shot: Shot) -> int:
-        # The prompt of a shot whose image is FLUX's is still in the cache.
-        return 0 if shot.image_by == "flux" or not shot.lora_strength else 1
-
     def run(self, item: Item) -> Artefacts:
-        shot = item.shot
-        if not shot.lora:
+        if not item.shot.lora:
             raise StageError("lora: got none, must be at least one")
-        return self.image_to_image(item, strength=shot.lora_strength, steps=shot.steps.lora, guidance=shot.guidance.lora)
+        return super().run(item)
 
 
-REFINE_REFERENCE_STRENGTH = 0.35
-"""Default `refine_strength` of a shot."""
-
-
-class FluxRefineStage(FluxFamilyStage):
+class FluxRefineStage(FluxRedrawStage):
     """`image` (H, W, 3) by SDXL -> `image` of the same size, with FLUX's light and detail and a similar face.
 
-    `refine_strength` is the fraction of the schedule that is run: int(steps * refine_strength) steps, at least one. 0 returns
-    the image unchanged. In shots with LoRAs, FluxLoRAStage replaces this stage.
+    In shots with LoRAs, FluxLoRAStage replaces this stage.
     """
 
     name: ClassVar[str] = "refine"
     label: ClassVar[str] = "Refinement"
     activity: ClassVar[str] = "Refining the image"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",), "identity": INSTANTID_SDXL},)
-    version: ClassVar[int] = 1
-    chosen_by: ClassVar[str] = "redrawn_by"
     reads: ClassVar[tuple[str, ...]] = (
         "prompt",
         "negative_prompt",
@@ -389,22 +384,5 @@ class FluxRefineStage(FluxFamilyStage):
         "seed",
     )
     weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity",)
-    takes: ClassVar[tuple[str, ...]] = ("image",)
-    writes: ClassVar[tuple[str, ...]] = ("image",)
+    reference_strength: ClassVar[float] = 0.35
     debug_file: ClassVar[str | None] = "refine.png"
-
-    @classmethod
-    def work(cls, params: FluxParams) -> Workload:
-        return cls.work_of_redrawing(params, REFINE_REFERENCE_STRENGTH)
-
-    @classmethod
-    def relative_cost(cls, shot: Shot) -> float:
-        return relative_flux_cost(shot, shot.steps.refine) * shot.refine_strength / REFINE_REFERENCE_STRENGTH
-
-    @classmethod
-    def weight_copies(cls, shot: Shot) -> int:
-        return 1 if shot.refine_strength else 0
-
-    def run(self, item: Item) -> Artefacts:
-        shot = item.shot
-        return self.image_to_image(item, strength=shot.refine_strength, steps=shot.steps.refine, guidance=shot.guidance.refine)

@@ -75,8 +75,6 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
         {"image_model": "klein", "face_image": ("photo.jpg",), "identity": REFERENCE},
     )
     common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
-    version: ClassVar[int] = 1
-    actor: ClassVar[str] = "klein"
     chosen_by: ClassVar[str] = "image_by"
     pipelines: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
     uses_shot_seed: ClassVar[bool] = True

@@ -58,8 +58,6 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
     label: ClassVar[str] = "Style"
     activity: ClassVar[str] = "Restyling the image"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"use_hunyuan_style": True, "style_prompt": "watercolour"},)
-    version: ClassVar[int] = 1
-    actor: ClassVar[str] = "hunyuan"
     chosen_by: ClassVar[str] = "restyled_by"
     reads: ClassVar[tuple[str, ...]] = (
         "prompt",

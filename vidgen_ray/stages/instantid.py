@@ -345,7 +345,6 @@ class ImageLikenessStage(FaceStage):
     name: ClassVar[str] = "image_likeness"
     label: ClassVar[str] = "Likeness"
     activity: ClassVar[str] = "Comparing the face"
-    version: ClassVar[int] = 1
     reference_s: ClassVar[float] = 0.1
     reads: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar[tuple[str, ...]] = ("face", "image")
@@ -361,7 +360,6 @@ class ClipLikenessStage(FaceStage):
     name: ClassVar[str] = "clip_likeness"
     label: ClassVar[str] = "Clip likeness"
     activity: ClassVar[str] = "Comparing faces in the clip"
-    version: ClassVar[int] = 1
     reference_s: ClassVar[float] = 0.5
     reads: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar[tuple[str, ...]] = ("face", "frames")

@@ -73,8 +73,6 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"face_image": ("photo.jpg",), "identity": INSTANTID_SDXL, "image_model": "flux"},
     )
-    version: ClassVar[int] = 1
-    actor: ClassVar[str] = "instantid_sdxl"
     chosen_by: ClassVar[str] = "image_by"
     extra_weights: ClassVar[tuple[str, ...]] = (INSTANTID,)
     reads: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt", "width", "height", "identity_strength", "pose", "seed")

@@ -52,8 +52,6 @@ class LTXStage(PromptedVideoStage[LTXParams]):
     label: ClassVar[str] = "LTX"
     fixed_share: ClassVar[float] = 0.3
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "ltx", "num_frames": 25, "fps": 25},)
-    version: ClassVar[int] = 1
-    actor: ClassVar[str] = "ltx"
     # The published folders name the pipeline of text to video, with the same components.
     pipelines: ClassVar[tuple[str, ...]] = ("LTXImageToVideoPipeline", "LTXPipeline")
     reads: ClassVar[tuple[str, ...]] = (*PROMPTED_FIELDS, "steps.ltx", "guidance.ltx", "seed")

@@ -67,8 +67,6 @@ class QwenEditStage(ImageStage[ImageParams]):
         },
         {"use_hunyuan_style": True, "style_model": "qwen-edit", "style_prompt": "watercolour"},
     )
-    version: ClassVar[int] = 1
-    actor: ClassVar[str] = "qwen_edit"
     chosen_by: ClassVar[str] = "restyled_by"
     pipelines: ClassVar[tuple[str, ...]] = ("QwenImageEditPlusPipeline",)
     reads: ClassVar[tuple[str, ...]] = (

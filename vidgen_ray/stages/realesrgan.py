@@ -83,8 +83,6 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     name: ClassVar[str] = "realesrgan"
     label: ClassVar[str] = "Upscale"
     activity: ClassVar[str] = "Upscaling"
-    version: ClassVar[int] = 1
-    actor: ClassVar[str] = "realesrgan"
     chosen_by: ClassVar[str] = "upscale_video"
     # Convolutions with few channels.
     compute_share: ClassVar[float] = 0.2

@@ -87,8 +87,6 @@ class RifeStage(ChunkedStage[RifeParams]):
     name: ClassVar[str] = "rife"
     label: ClassVar[str] = "Interpolation"
     activity: ClassVar[str] = "Interpolating frames"
-    version: ClassVar[int] = 1
-    actor: ClassVar[str] = "rife"
     chosen_by: ClassVar[str] = "interpolates"
     compute_share: ClassVar[float] = 0.2
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"interpolation": 2},)

@@ -54,19 +54,12 @@ class SVDStage(VideoStage[SVDParams]):
 
     name: ClassVar[str] = "svd"
     label: ClassVar[str] = "Video"
-    activity: ClassVar[str] = "Generating the clip"
     clip_only_fields: ClassVar[tuple[str, ...]] = (
         "generate_video",
-        "video_model",
-        "num_frames",
-        "extend",
-        "fps",
+        *VideoStage.clip_only_fields,
         "motion_bucket_id",
         "noise_aug_strength",
     )
-    common_settings: ClassVar[tuple[str, ...]] = ("steps",)
-    version: ClassVar[int] = 1
-    actor: ClassVar[str] = "svd"
     step_curve: ClassVar[str] = "svd/step"
     reads: ClassVar[tuple[str, ...]] = (
         "width",

@@ -67,7 +67,10 @@ def shots_of_passes(shot: Shot) -> list[Shot]:
 class VideoStage(Stage[P]):
     """`image` (H, W, 3) -> `frames` (clip_frames, H, W, 3), in one or several passes."""
 
+    activity: ClassVar[str] = "Generating the clip"
     chosen_by: ClassVar[str] = "clip_by"
+    clip_only_fields: ClassVar[tuple[str, ...]] = ("video_model", "num_frames", "extend", "fps")
+    common_settings: ClassVar[tuple[str, ...]] = ("steps",)
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("frames",)
     step_curve: ClassVar[str] = ""
@@ -140,9 +143,7 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
     The text is the shot's prompt with `motion_prompt` appended: "prompt, motion prompt".
     """
 
-    activity: ClassVar[str] = "Generating the clip"
-    clip_only_fields: ClassVar[tuple[str, ...]] = ("video_model", "num_frames", "extend", "fps", "motion_prompt", "video_lora")
-    common_settings: ClassVar[tuple[str, ...]] = ("steps",)
+    clip_only_fields: ClassVar[tuple[str, ...]] = (*VideoStage.clip_only_fields, "motion_prompt", "video_lora")
     lora_field: ClassVar[str] = "video_lora"
     weight_fields: ClassVar[tuple[str, ...]] = ("video_lora",)
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters")

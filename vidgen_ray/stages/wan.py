@@ -61,8 +61,6 @@ class WanStage(PromptedVideoStage[WanParams]):
     fixed_share: ClassVar[float] = 0.012
     clip_only_fields: ClassVar[tuple[str, ...]] = (*PromptedVideoStage.clip_only_fields, "last_image")
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "wan", "num_frames": 25, "fps": 16},)
-    version: ClassVar[int] = 1
-    actor: ClassVar[str] = "wan"
     extra_weights: ClassVar[tuple[str, ...]] = (FEW_STEP_LORA,)
     # The folder of TI2V-5B names the pipeline of text to video, with the same components.
     pipelines: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline", "WanPipeline")
