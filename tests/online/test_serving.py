@@ -52,7 +52,7 @@ def test_stages_without_weights_are_unavailable_with_a_reason(tiny):
     }
     plain = Shot(**tiny.defaults, id="s", prompt="p", seed=1)
     assert [step.stage for step in served.plan(plain).steps] == ["flux", "svd", "realesrgan"]
-    with pytest.raises(ProfileError, match=r"hunyuan is not served here: .*gone"):
+    with pytest.raises(ProfileError, match=r"hunyuan is not served here, as checked at the start: .*gone"):
         served.plan(plain.model_copy(update={"use_hunyuan_style": True}))
     without_flux = {name: tiny.actors[name] for name in ("svd", "realesrgan")}
     with pytest.raises(SetupError, match=r"nothing to serve.*flux: profile tiny has no entry actors\.flux"):

@@ -119,7 +119,7 @@ def serve_command(
         check_exposure(settings)
         plan = plan or server_plan(settings, lambda: live_cluster().total)
         for stage, reason in plan.serving_profile.unavailable.items():
-            typer.echo(f"Stage {stage} is unavailable: {reason}", err=True)
+            typer.echo(f"Stage {stage} is unavailable until the next start of this server: {reason}", err=True)
         with serving(plan, stages) as server:
             server.wait_until_accepting(stop)
             if not stop.is_set():

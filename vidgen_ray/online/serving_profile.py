@@ -70,7 +70,7 @@ class ServingProfile:
         """
         for stage in stages_of(shot):
             if stage.name in self.unavailable:
-                raise ProfileError(f"{stage.name} is not served here: {self.unavailable[stage.name]}")
+                raise ProfileError(f"{stage.name} is not served here, as checked at the start: {self.unavailable[stage.name]}")
         require_licence(self.required_licence, [*source_licences, *self.licences(shot)])
 
     def plan(self, shot: Shot, salt: str = "", source_licences: Sequence[UsedWeights] = ()) -> ShotPlan:
