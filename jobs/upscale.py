@@ -1,7 +1,5 @@
-"""`python jobs/upscale.py` of a checkout is `python -m vidgen_ray.ray_job upscale`."""
+"""`python jobs/upscale.py` of a checkout is `python -m vidgen_ray.jobs.upscale`."""
 
 import runpy
-import sys
 
-sys.argv.insert(1, "upscale")
-runpy.run_module("vidgen_ray.ray_job", run_name="__main__")
+runpy.run_module("vidgen_ray.jobs.upscale", run_name="__main__")

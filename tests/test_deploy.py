@@ -244,7 +244,7 @@ def test_docs_use_existing_options_of_jobs_and_the_grace_period():
     page = (ROOT / "docs" / "cluster.md").read_text()
     render = typer.main.get_command(app).commands["render"]
     accepted = {option for parameter in render.params for option in parameter.opts}
-    jobs = re.findall(r"python -m vidgen_ray.ray_job render([^#`\n]*)", page)
+    jobs = re.findall(r"python -m vidgen_ray.jobs.render([^#`\n]*)", page)
     assert jobs
     for options in jobs:
         assert set(re.findall(r"(?<=\s)--?[a-z-]+", options)) <= accepted, options

@@ -1,4 +1,4 @@
-"""`jobs/render.py`, which runs `vidgen_ray.ray_job render`, on a real head node: submission, output and exit code."""
+"""`jobs/render.py`, which runs `vidgen_ray.jobs.render`, on a real head node: submission, output and exit code."""
 
 import json
 import os

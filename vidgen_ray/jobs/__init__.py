@@ -1,0 +1,1 @@
+"""Commands as Ray jobs on the cluster that runs them."""
