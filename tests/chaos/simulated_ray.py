@@ -249,10 +249,12 @@ class Process:
 
     async def run(self, call):
         """Run a call that has arrived, and return its result."""
+        # Not those of other calls: they keep results in the object store.
+        control_args = call.args if call.is_control else ()
         await self.started.wait()
         if call.is_control:
             await self._thaw()
-            return self._invoke(call, call.args)
+            return self._invoke(call, control_args)
         async with self.turn:
             await self._thaw()
             return await self._execute(call)
