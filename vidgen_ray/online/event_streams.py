@@ -20,7 +20,7 @@ from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.online.store.store import Changes, DeletedJob, JobStore
 
-MIN_POLL_S, MAX_POLL_S, POLL_GROWTH = 0.01, 0.25, 1.25
+MIN_POLL_S, MAX_POLL_S, POLL_GROWTH = 0.01, 0.25, 1.1
 """Seconds between two polls of the store: at first, at most, and their growth while nothing changes."""
 log = logging.getLogger(__name__)
 

@@ -51,7 +51,7 @@ POLL_S = 1.0
 their progress."""
 AWAKE_S = 2.0
 """Seconds after a wake call in which the director looks for new jobs every `QUEUE_POLL_S`: a call costs more than that."""
-QUEUE_POLL_S = 0.02
+QUEUE_POLL_S = 0.01
 ATTACH_INTERVAL_S = 2.0
 """Seconds between two requests for changes of the workers."""
 STORAGE_CHECK_INTERVAL_S = 5.0
