@@ -20,6 +20,7 @@ from vidgen_ray.planner import (
     Measurement,
     Node,
     calibrations,
+    choose_layout,
     cpus_needed,
     demand_of,
     load_calibration,
@@ -271,6 +272,14 @@ def test_number_of_encoders_follows_the_encoded_pixels_and_limits_the_rate(cache
     # One CPU for the worker and one for the director leave four encoders of half a CPU.
     assert (planned.layout.encoders, planned.shots_per_hour) == (4, pytest.approx(4 * 0.5 / 6 * 3600, rel=1e-3))
     assert planned.bottleneck == ENCODING
+
+
+def test_director_limits_the_rate_of_tiny_shots():
+    images = gpu_profile({"flux": (20, {"flux": 0.2})})
+    few, many = (plan(images, make_demand(100_000, ["flux"]), parse_gpus(f"{nodes}x8x80GB")) for nodes in (2, 32))
+    assert (few.bottleneck, few.shots_per_hour) == ("flux", pytest.approx(16 * 5 * 3600, rel=1e-3))
+    assert (many.bottleneck, many.shots_per_hour) == ("director", pytest.approx(3600 / choose_layout.DIRECTOR_S))
+    assert [any("split the script" in note for note in each.notes) for each in (few, many)] == [False, True]
 
 
 def test_window_depends_on_slots_and_swaps_and_is_limited_by_shots():
@@ -541,8 +550,10 @@ def brute_force_rate(profile, seconds, gpus):
     )
 
 
-def test_plan_is_as_fast_as_the_best_brute_force_assignment():
+def test_plan_is_as_fast_as_the_best_brute_force_assignment(monkeypatch):
     """A plan is refused only if brute force finds none."""
+    # Brute force knows the GPUs only.
+    monkeypatch.setattr(choose_layout, "DIRECTOR_S", 1e-6)
     rng, compared, refused = random.Random(6), Counter(), 0
     while compared.total() < 30:
         profile, demand, cluster = random_case(rng, max_gpus=4, max_actors=4)

@@ -52,6 +52,13 @@ START_SECONDS = 15.0
 """Seconds to start the processes."""
 DISK_GB_PER_S = 1.5
 """Assumed rate at which a node reads weight files from its disk, in GB per second. Its workers share one read."""
+DIRECTOR = "director"
+DIRECTOR_S = 0.006
+"""CPU seconds of the director per shot, which it spends one after another; see benchmarks/overhead.py."""
+SPLIT_NOTE = (
+    f"a run starts at most {1 / DIRECTOR_S:.0f} shots per second, fewer than these GPUs render: split the script, and render "
+    "each part into a folder of its own on some of the GPUs"
+)
 FIRST_CALL_S = 2.0
 """Assumed seconds by which the first call of a stage on a GPU is slower, if `vidgen bench` has not measured it."""
 
@@ -100,7 +107,7 @@ class Plan:
     currency: str | None
     """Currency of a default price. `None` if the price is the user's, which has no currency."""
     bottleneck: str | None
-    """Stage that limits the rate, or ENCODING."""
+    """Stage that limits the rate, or ENCODING or DIRECTOR."""
     stage_seconds: Mapping[str, float]
     """Stage -> mean seconds per shot."""
     encode_s: float
@@ -190,7 +197,7 @@ def estimate(
     places = Counter[str]()
     for server in servers:
         places[server.stage] += server.slot.workers[0].parallel
-    rates = {stage: count / timing.seconds[stage] for stage, count in places.items()}
+    rates = {DIRECTOR: 1 / DIRECTOR_S, **{stage: count / timing.seconds[stage] for stage, count in places.items()}}
     limit = min((stage for stage, rate in rates.items() if rate < packing.rate), key=rates.__getitem__, default=None)
     if limit is not None:
         packing = replace(packing, rate=rates[limit])
@@ -244,7 +251,7 @@ def estimate(
         stage_seconds=timing.seconds,
         encode_s=timing.encode_s,
         considered=considered,
-        notes=(*_notes(packing, cluster, timing, used_gpus, is_default), *notes),
+        notes=(*_notes(packing, cluster, timing, used_gpus, is_default), *notes, *([SPLIT_NOTE] if limit == DIRECTOR else ())),
     )
 
 
