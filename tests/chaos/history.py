@@ -11,6 +11,7 @@ from tests.chaos.model import SECONDS
 from vidgen_ray.batch.director import BREAKER_FAILURES, BREAKER_SHOTS
 from vidgen_ray.batch.run_options import GRACE_S
 from vidgen_ray.engine.calls import OUTPUT
+from vidgen_ray.engine.encoder import Encoder
 from vidgen_ray.engine.engine import OBJECT_STORE_SHARE, object_store_bytes
 from vidgen_ray.engine.retries import ATTEMPTS, IN_DOUBT_FACTOR
 from vidgen_ray.errors import SetupError
@@ -195,7 +196,7 @@ def check_window(world, history):
 def check_fine(world, history):
     """A fine shot fails only after ATTEMPTS faults, of which one is neither a sick worker nor a lost process or node.
 
-    Or if two sick workers refuse it, or if no healthy worker is left.
+    Or if two sick workers refuse it, if no healthy worker is left, or if the disk of the only encoder is sick in all attempts.
     """
     for driver in world.drivers:
         rows = history.rows[driver.number]
@@ -216,8 +217,11 @@ def check_fine(world, history):
             if plan.shot.min_identity is not None and not any(world.likeness(each.shot) >= 0.5 for each in (plan, *plan.again)):
                 continue
             hit, sick = (history.calls(shot, driver.number, calls) for calls in (history.hit, history.sick))
-            by_two_sick_workers = len({call.actor for call in sick}) > 1
-            if not by_two_sick_workers and not (hit and len(hit) + len(sick) >= ATTEMPTS):
+            by_two_sick_workers = len({call.actor for call in sick if OUTPUT not in call.stages}) > 1
+            encoders = {call.actor for call in sick if OUTPUT in call.stages}
+            engines = [actor.args[0].name for actor in world.actors if actor.kind is Encoder]
+            by_only_encoder = len(sick) >= ATTEMPTS and [engines.count(each.args[0].name) for each in encoders] == [1]
+            if not by_two_sick_workers and not by_only_encoder and not (hit and len(hit) + len(sick) >= ATTEMPTS):
                 counts = f"{len(hit)} faults, {len(sick)} attempts on a sick worker"
                 yield f"run {driver.number}: {shot} failed after {counts}: {event.fields['error']}"
 

@@ -196,6 +196,7 @@ class Storage:
             raise OSError(errno.ENOSPC if self._world.outage == "full" else errno.EIO, f"storage: {self._world.outage}")
         call = self._world.current
         if call is not None and call.process.node.name == self._world.sick_encoder_node:
+            self._world.fault("sick", [call], own=False)
             raise OSError(errno.EIO, "the local disk is sick")
 
     def write_problem(self):
@@ -302,10 +303,6 @@ class Manifest:
         if failed is not None:
             live = WORLD.live_workers(row.failure_stage)
             healthy = row.failure_stage not in STAGES or any(actor.gpu.sick is None for actor in live)
-            if row.failure_stage == OUTPUT:
-                encoders = [each for each in WORLD.processes if each.alive and each.actor.kind is Encoder]
-                # Also after its disk has become well: what was written before may have been the last attempt.
-                healthy = any(each.node.name not in WORLD.nodes_with_sick_disks for each in encoders)
             large = any(actor.spec.gpu_gb >= LARGE_GB and actor.gpu.sick is None for actor in live)
             fields |= {"error": f"{row.failure_stage}: {row.failure_message}", "healthy": healthy, "large": large}
         WORLD.log("row", **fields)
@@ -415,7 +412,6 @@ class World:
         """Ids of shots that were finished before the first run, without their last frames."""
         self.down_until, self.outage = 0.0, "error"
         self.sick_encoder_node = None
-        self.nodes_with_sick_disks = set()
         self.wait_storage_s = 1800.0
         rng = self.rng
         chosen = [kind for kind in FAULTS if rng.random() < 0.25]
@@ -817,7 +813,6 @@ class World:
                     gpu.sick = mode
                 if kind == "sick_node" and len(self.nodes) > 1:
                     self.sick_encoder_node = node.name
-                    self.nodes_with_sick_disks.add(node.name)
 
     def _interrupt(self, kind, driver):
         """Log a fault that can cost the work of all shots in progress."""
