@@ -10,8 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, CacheMode
-from vidgen_ray.engine.retries import ATTEMPTS
-from vidgen_ray.engine.storage_pause import MAX_WAIT_S
+from vidgen_ray.engine.retries import ATTEMPTS, MAX_WAIT_S
 from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner import Cluster

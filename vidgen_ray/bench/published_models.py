@@ -27,12 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen_ray.engine.oom_fallback import free_bytes
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.stages.base import StageParams, torch_dtype
 from vidgen_ray.stages.flux_model import T5, FluxParams
 from vidgen_ray.stages.loading import OffloadParams
+from vidgen_ray.system.free_memory import free_bytes
 from vidgen_ray.system.model_files import PIPELINE_INDEX
 from vidgen_ray.weights import resolve
 

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import cv2
 import numpy as np
 import typer
 from PIL import Image as PILImage
@@ -341,6 +340,8 @@ def _draw_faces(photo: Image, detected: DetectedPhoto) -> PILImage.Image:
 
 
 def _crop(detected: DetectedPhoto) -> PILImage.Image:
+    import cv2
+
     return PILImage.fromarray(cv2.resize(detected.crop[:, :, ::-1], (CROP_PX, CROP_PX), interpolation=cv2.INTER_CUBIC))
 
 

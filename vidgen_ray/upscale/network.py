@@ -20,13 +20,13 @@ from weakref import finalize
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from vidgen_ray.engine.oom_fallback import free_bytes
 from vidgen_ray.errors import SetupError, StageError, UsageError
 from vidgen_ray.nets.weight_files import NOT_FINITE, require_finite_weights
 from vidgen_ray.stages.base import torch_dtype, torch_threads
 from vidgen_ray.stages.loading import require_device
 from vidgen_ray.stages.realesrgan import ENDINGS, UNCLAMPED, forward, in_tiles, load_network
 from vidgen_ray.system.cache_dir import digest
+from vidgen_ray.system.free_memory import free_bytes
 from vidgen_ray.upscale.frames import Pixels
 from vidgen_ray.upscale.source import VideoSource
 from vidgen_ray.weights import resolve

@@ -1,0 +1,41 @@
+"""Memory that is free now, on a GPU and on the host."""
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: str) -> float:
+    """Return the bytes that this process can still take on a GPU, or on the host for `cpu`. Infinite if unknown."""
+    if not device.startswith("cuda"):
+        return free_host_bytes()
+    import torch  # noqa: F401  # `free_gpu_bytes` does not import it
+
+    return free_gpu_bytes(device)
+
+
+def free_gpu_bytes(device: str = "cuda") -> float:
+    """Return the bytes of GPU memory that this process can still take: free memory and its own unused reserve.
+
+    Infinite without a GPU, or before torch is imported.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return float("inf")
+    free, _ = torch.cuda.mem_get_info(device)
+    return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def free_host_bytes() -> float:
+    """Return the bytes of host memory that can still be taken, within the limit of the control group. Infinite if unknown."""
+    limits = [float("inf")]
+    with suppress(OSError, ValueError, StopIteration):
+        line = next(line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
+        limits.append(int(line.split()[1]) * 1024)
+    with suppress(OSError, ValueError):
+        limit = int((CGROUP / "memory.max").read_text())
+        limits.append(limit - int((CGROUP / "memory.current").read_text()))
+    return min(limits)
