@@ -183,8 +183,8 @@ def explain(detail: Any, fields: Iterable[str], reference: str = SCHEMA_COMMAND)
         return field, "an unknown field", known_fields(field or "", fields, reference)
     if detail["type"] == "missing":
         return field, "nothing", "this field is required"
-    got = "the line" if field is None else shortened(detail["input"])
-    return field, got, allowed_of(detail)
+    is_of_all = field is None and detail["type"] == "value_error"
+    return field, "fields that do not fit together" if is_of_all else shortened(detail["input"]), allowed_of(detail)
 
 
 def allowed_of(detail: Any) -> str:

@@ -4,13 +4,14 @@ import json
 import math
 import re
 from importlib.metadata import EntryPoint, EntryPoints
+from unittest.mock import Mock
 
 import numpy as np
 from PIL import Image
 
 from tests.conftest import ASTRONAUT, EXAMPLES
 from tests.nets.test_faces import BOX, GROUP, POINTS
-from vidgen_ray.cli import main
+from vidgen_ray.cli import main, one_stage
 from vidgen_ray.cli.app import COMMANDS
 from vidgen_ray.cli.options import changes_until
 from vidgen_ray.media import open_video
@@ -99,6 +100,12 @@ def test_shot_prints_the_written_files(tmp_path, capsys):
         assert float(video.fps) == 9
     assert main(["shot", "a red ball", "-o", str(tmp_path), "-p", "tiny", "--until", "image", "-s", "id=image", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["shot"]["id"] == "image"
+
+
+def test_interrupted_stage_does_not_promise_to_resume(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(one_stage, "run_one_stage", Mock(side_effect=KeyboardInterrupt))
+    assert main(["stage", "flux", "-o", str(tmp_path / "a.png"), "-p", "tiny", "-s", "prompt=a"]) == 130
+    assert "interrupted. Run the same command again." in capsys.readouterr().err
 
 
 def test_stage_command_chains_stages_through_files(tmp_path, capsys):

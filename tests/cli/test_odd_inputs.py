@@ -164,6 +164,7 @@ def test_several_files_and_patterns_are_one_script(settings, tmp_path):
         assert [(line.number, line.shot.prompt) for line in script.lines] == [(1, "a"), (2, "b"), (3, "c")]
         assert [shot.image for shot in script.shots][:2] == [str(tmp_path / each / "x.png") for each in "ab"]
     assert settings("a/*.jsonl").path == Path("a/s.jsonl")
+    assert [settings(each).path for each in (".", "a/..")] == [tmp_path, tmp_path], "their names are those of the folders"
     Path("y.yaml").write_text("defaults: {fps: 6}\nshots: [a]\n")
     with pytest.raises(ScriptError, match="one of several scripts with a header, must be rendered alone"):
         read_script(settings("c.csv", "y.yaml"))

@@ -379,6 +379,8 @@ def test_contradicting_settings_are_refused(check):
     ):
         (error,) = check({"prompt": "a", **line}).errors
         assert (error.field, message in error.allowed) == (field, True)
+    (error,) = check({"prompt": "a", "fps": 5, "fps_out": 12, "interpolation": 2}).errors
+    assert "got fields that do not fit together, fps_out 12 contradicts interpolation 2" in str(error)
 
 
 def test_same_prompt_twice_names_what_can_be_done(tmp_path):

@@ -71,7 +71,9 @@ def stage(
 ) -> None:
     """Run a single stage on an image or a clip."""
     chosen = marks.applied(profile_for(profile))
-    with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
+    # Results of a single stage are not cached.
+    again = interruptible("Run the same command again.")
+    with again, progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
         is_media = run_one_stage(chosen, name, source, out, with_consent(parse_fields(fields), consent), seed)
     marking = chosen.provenance
     note = {"metadata": marking.metadata, "label": marking.label, "signed": marking.signing_key is not None}

@@ -199,7 +199,8 @@ def script_settings(scripts: Sequence[Path]) -> ScriptSettings:
             raise UsageError(f"SCRIPT: no file matches {str(script)!r}")
         files += [each for each in found if each not in files]
     if len(files) == 1:
-        return ScriptSettings(files[0])
+        # The folders `.` and `..` have names of their own.
+        return ScriptSettings(files[0].resolve() if files[0].name in ("", "..") else files[0])
     name = scripts[0].name if len(scripts) == 1 else f"{files[0].name}+{len(files) - 1}"
     return ScriptSettings(files[0].with_name(name), files=tuple(files))
 

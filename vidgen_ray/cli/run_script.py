@@ -167,12 +167,12 @@ ProfileOfLastRunOption = Annotated[
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Exit with code 130 and a hint to resume when the block is interrupted."""
+def interruptible(hint: str = RESUME) -> Iterator[None]:
+    """Exit with code 130 and a hint what to do when the block is interrupted."""
     try:
         yield
     except KeyboardInterrupt:
-        note(f"interrupted. {RESUME}")
+        note(f"interrupted. {hint}")
         raise typer.Exit(130) from None
 
 
