@@ -23,14 +23,21 @@ from pathlib import Path
 ADDRESS = "VIDGEN_TEST_RAY_WORKERS"
 """Environment variable with the socket of the process that is forked."""
 PRELOADED = (
-    "diffusers",
+    "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus",
     "spandrel",
     "vidgen_ray.pipeline",
     "vidgen_ray.online.asgi_app",
-    "pyarrow.parquet",
-    "google.protobuf.message",
+    "google.protobuf.json_format",
+    "google.protobuf.timestamp_pb2",
     "jsonschema",
+    "msgpack",
+    "pandas",
+    "pdb",
+    "pyarrow.json",
+    "pyarrow.parquet",
     "requests",
+    "uvloop",
+    "wcwidth",
 )
 """Modules that workers import. Not `ray`, which reads the environment of its process when it is imported."""
 FAST_DETECTION = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}

@@ -1,9 +1,11 @@
 """Stages divided among several processes on the CPU: the result of one process, and errors, cancelled calls and crashes."""
 
 import json
+import multiprocessing
 import os
 import shutil
 from math import ceil
+from unittest.mock import Mock
 
 import diffusers
 import numpy as np
@@ -64,6 +66,16 @@ class CountingWan(WanStage):
         if prompt in ("crash", "oom in one"):
             dist.barrier()
         return count_tokens(self, self.pipe.transformer.blocks[1], item, super().run)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_processes():
+    """Fork the processes of groups from one that has imported torch. Those of a run are in tests/batch/test_faults.py."""
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload([__name__, "diffusers.pipelines.flux.pipeline_flux", "diffusers.pipelines.wan.pipeline_wan"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_group, "multiprocessing", Mock(get_context=lambda _: forking))
+        yield
 
 
 @pytest.fixture(scope="module")
