@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -102,15 +103,14 @@ def forget_the_tests(kept):
     sys.meta_path[:] = [finder for finder in sys.meta_path if "pytest" not in type(finder).__module__]
 
 
+@cache
 def start():
-    """Start the process, once, unless `prepare` has, and let all Rays that this process starts use it."""
+    """Start the process, unless `prepare` or a parent process has, and let all Rays that this process starts use it."""
     from ray._private import parameter
 
-    if ADDRESS in os.environ:
-        return
     if _prepared:
         os.environ[ADDRESS] = _prepared[0]
-    else:
+    elif ADDRESS not in os.environ:
         listening, os.environ[ADDRESS] = listen()
         with listening:
             number = listening.fileno()

@@ -61,6 +61,8 @@ class ServerProcess:
 @contextmanager
 def scripted_server(folder: Path, port: int) -> Iterator[ServerProcess]:
     """Start a server and wait until it is up. Kill it when the block ends."""
+    # Its workers are forks of the process that this one has.
+    ray_workers.start()
     server = ServerProcess(folder, port)
     try:
         yield server
