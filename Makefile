@@ -10,7 +10,7 @@ CLIENT := ./clients/python
 # Let each module be compiled once, also where the environment turns bytecode files off: the tests start hundreds of processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo dataset-demo test test-slow chaos fuzz lock audit sbom docs docs-site check clean
+.PHONY: setup demo dataset-demo compiled test test-slow chaos fuzz lock audit sbom docs docs-site check clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,11 @@ dataset-demo: setup
 
 # Processes have one torch thread each. -rs lists skipped tests with the reason (no GPU, browser or database).
 PYTEST := $(BIN)/python -m pytest --dist loadgroup --no-loadscope-reorder -rs --durations 15
+
+# Compiles the tests and what they import. Otherwise each process of `make test` does so when it is the first to run.
+compiled: setup
+	@mkdir -p out
+	$(BIN)/python -m pytest --collect-only -qq > out/tests.txt || (cat out/tests.txt; exit 1)
 
 # Three processes also on two cores: these tests often wait for other processes.
 test: setup
