@@ -140,6 +140,8 @@ class Canary:
         third = next((worker for worker in self._peers(call, self._holders(call.work.stage)) if worker is not due), None)
         decided = None if third is None else await self._repeat(third, call, [call.output, first.output])
         if decided is None:
+            # A third worker may have finished a call by then.
+            self._check_after(due, FIRST_CALLS)
             return
         maker_is_well, due_is_well = (each <= MAX_DIFFERENCE for each in decided.differences)
         sick = due if maker_is_well else call.by
