@@ -59,14 +59,16 @@ def test_help_lists_groups_of_commands_and_the_common_options(capsys):
     assert common | {"--wait-storage", "--cache-gb"} < every
 
 
-def test_missing_weights_and_unreachable_clusters_exit_with_code_4(tmp_path, capsys):
+def test_missing_weights_and_unreachable_clusters_exit_with_code_4(tmp_path, capsys, monkeypatch):
     profile, script = tmp_path / "p.yaml", tmp_path / "s.txt"
     profile.write_text("{name: x, about: y, actors: {flux: {weights: nowhere}}}")
     script.write_text("a red ball\n")
     assert main(["shot", "a", "-p", str(profile), "--until", "image", "-o", str(tmp_path)]) == 4
     assert f"nothing at {tmp_path / 'nowhere'}" in capsys.readouterr().err
-    assert main(["render", str(script), "-o", str(tmp_path), "-p", "tiny", "--address", "127.0.0.1:1"]) == 4
-    assert "no Ray cluster at '127.0.0.1:1'" in capsys.readouterr().err
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
+    for address, used in (("127.0.0.1:1", "127.0.0.1:1"), ("auto", "127.0.0.1:2")):
+        assert main(["render", str(script), "-o", str(tmp_path), "-p", "tiny", "--address", address]) == 4
+        assert f"no Ray cluster at '{used}'" in capsys.readouterr().err
 
 
 def test_retry_renders_as_the_last_run_did(tmp_path, monkeypatch):

@@ -299,8 +299,13 @@ def test_responses_do_not_leak_server_paths(client, held, server):
     assert (shot["shot"]["face_image"], shot["shot"]["image"]) == ([upload["id"]], upload["id"])
     message = error_of(client.post("/v1/videos", json={**SMALL, "upscale": True, "upscaler": "nope"}), 400)["message"]
     assert ("nope" in message, "/" in message) == (True, False)
-    failure = Failure(stage="flux", error="RuntimeError", message="/srv/data/cache/x.png: broken", attempts=1, worker="a")
-    assert job_director.error_of(failure, Kind.ERROR).message == "flux: x.png: broken"
+    for internal, shown in (
+        ("/srv/data/cache/x.png: broken", "flux: x.png: broken"),
+        ("http://10.0.0.5:8000: no response", "flux: a server: no response"),
+        ("nothing at https://[::1]:80/v1/models (refused)", "flux: nothing at a server (refused)"),
+    ):
+        failure = Failure(stage="flux", error="RuntimeError", message=internal, attempts=1, worker="a")
+        assert job_director.error_of(failure, Kind.ERROR).message == shown
 
 
 def test_create_shot_accepts_script_fields(client, held):

@@ -241,6 +241,8 @@ def _start_ray(address: str | None, cpus: float) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if address:
         try:
+            # Ray takes `auto` from this variable, if it is set.
+            address = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
             _check_reachable(address)
             with _keep_sigterm_handler():
                 ray.init(address=address, **quiet)

@@ -29,6 +29,7 @@ MESSAGE_LENGTH = 4_000
 """Characters of a message. Some repeat what the client sent."""
 FILE_FIELDS = (*IMAGE_FIELDS, "face_image", *LORA_FIELDS)
 FOLDERS = re.compile(r"(?<![\w./:])/(?:[^\s/:'\",;]+/)+")
+URLS = re.compile(r"https?://(?:\[[^\]\s]*\]|[\w.-]+)(?::\d+)?(?:/[^\s:'\",;]*)?")
 
 
 class ApiError(VidgenError):
@@ -87,8 +88,8 @@ def too_many_requests(message: str, code: str, seconds: float) -> ApiError:
 
 
 def without_paths(text: str) -> str:
-    """Remove the folders from file paths in a message, so that clients do not see paths of the server."""
-    return FOLDERS.sub("", text)
+    """Remove the folders from file paths in a message, and URLs of other servers, which clients must not see."""
+    return FOLDERS.sub("", URLS.sub("a server", text))
 
 
 def shortened(text: str, length: int) -> str:
