@@ -310,9 +310,9 @@ def check_breaker(world, history):
     # What a sick worker refuses does not count, nor a shot that fails with the one that it continues.
     for driver in world.drivers if not {"sick_worker", "sick_node"} & {*world.kinds} else ():
         rows = [row for row in history.rows[driver.number] if not row.fields.get("error", "").startswith("continue_from")]
-        poisoned = [row for row in rows if row.fields["status"] != "failed" or history.flaw(row.fields["shot"]) == "poison"]
-        new = [row for row in poisoned if row.fields["status"] in ("done", "failed") and row.fields["shot"] not in before]
-        fails = [row.fields["status"] == "failed" for row in new]
+        new = [row for row in rows if row.fields["status"] in ("done", "failed") and row.fields["shot"] not in before]
+        # A shot that is refused, or whose likeness is too low, has not failed on every worker.
+        fails = [row.fields["status"] == "failed" and history.flaw(row.fields["shot"]) == "poison" for row in new]
         for n in range(BREAKER_FAILURES, len(fails)):
             late = new[-1].at - new[n - 1].at > SECONDS_AFTER_BREAKER
             if late and sum(fails[max(0, n - BREAKER_SHOTS) : n]) >= BREAKER_FAILURES:
