@@ -3,7 +3,7 @@
 Serve configs use `vidgen_ray.online.application:build` as their import path.
 """
 
-from __future__ import annotations
+# Not `from __future__ import annotations`: Serve reads the annotation of `build` to convert the args of a config to settings.
 
 import asyncio
 import logging
