@@ -76,7 +76,7 @@ def other_package(folder: Path) -> Path:
     package.mkdir()
     metadata.mkdir()
     (package / "__init__.py").touch()
-    (package / "stage.py").write_text(stage.replace("    actor: ", '    follows: ClassVar[str] = "ltx"\n    actor: '))
+    (package / "stage.py").write_text(stage.replace("    label: ", '    follows: ClassVar[str] = "ltx"\n    label: '))
     value = model.partition(":")[2].strip().rstrip(",")
     (package / "clips.py").write_text(f"from vidgen_ray.video_models import VideoModel\n\nLTX95 = {value}\n")
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vidgen-ltx95\nVersion: 1.0\n")
