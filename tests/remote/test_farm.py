@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -60,6 +61,15 @@ def kept_running(*servers):
             server.stop()
 
 
+def wait_until_up(server):
+    """Wait until the server responds: it may be starting again. Without a client, it does not exit."""
+    while True:
+        with suppress(OSError):
+            urlopen(f"{server.url}/v1/models", timeout=5).close()
+            return
+        time.sleep(0.05)  # polls: a server that starts sends no event
+
+
 @contextmanager
 def process(*arguments, log):
     """Run a command of vidgen in a session of its own, and kill it at the end of the block."""
@@ -86,12 +96,15 @@ def test_faulty_servers_and_a_killed_driver_lose_double_and_repay_nothing(tmp_pa
     profile.write_text(yaml.safe_dump(farm))
     arguments = ("render", script, "-o", out, "--profile", profile)
     with kept_running(*servers):
+        for server in servers:
+            wait_until_up(server)
         with process(*arguments, log=log) as driver:
             while driver.poll() is None and log.read_text().count(" done s") < LINES // 4:
                 time.sleep(0.05)
         done = [line["prompt"] for line in lines if any(out.glob(f"shots/*/{line['id']}/shot.json"))]
         for server in servers:
             server.client_was_killed(done)
+            wait_until_up(server)
         with process(*arguments, log=log) as driver:
             assert driver.wait(300) == 0, log.read_text()
     assert sorted((row.id, row.status) for row in read_manifest(out)) == [(line["id"], "done") for line in lines]
