@@ -236,8 +236,8 @@ def check_profile(profile: Profile) -> None:
                 must = f"must be one of {', '.join(allowed)}" if allowed else "this actor has no extra weights"
                 raise ProfileError(f"profile {profile.name}, actors.{name}.extra_weights: got {extra!r}, {must}")
     _check_recognisers(profile)
-    if profile.checker is not None:
-        profile.checker.load()
+    if (checker := profile.checker) is not None:
+        checker.load()
 
 
 def _check_recognisers(profile: Profile) -> None:

@@ -87,7 +87,7 @@ def too_many_requests(message: str, code: str, seconds: float) -> ApiError:
     return ApiError(429, message, code=code, type="rate_limit_error", headers=headers)
 
 
-def without_paths(text: str) -> str:
+def without_internals(text: str) -> str:
     """Remove the folders from file paths in a message, and URLs of other servers, which clients must not see."""
     return FOLDERS.sub("", URLS.sub("a server", text))
 

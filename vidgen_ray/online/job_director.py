@@ -26,7 +26,7 @@ from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, Metr
 from vidgen_ray.engine.retries import Kind, ShotFailed, StoragePause
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.online.api_error import without_paths
+from vidgen_ray.online.api_error import without_internals
 from vidgen_ray.online.auth import ApiKeys
 from vidgen_ray.online.job_service import plan_job, storage_problem
 from vidgen_ray.online.queue_estimate import ProgressEstimator, QueueEstimator
@@ -422,7 +422,7 @@ def error_of(failure: Failure, kind: Kind) -> JobError:
     code = CODES.get(failure.error) or ("invalid_shot" if kind is Kind.INPUT else "stage_failed")
     return JobError(
         code=code,
-        message=without_paths(f"{stage}: {failure.message}" if stage else failure.message),
+        message=without_internals(f"{stage}: {failure.message}" if stage else failure.message),
         stage=stage,
         type="invalid_request_error" if code in CLIENT_ERRORS else "server_error",
     )

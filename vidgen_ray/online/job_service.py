@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import FieldError, MissingWeights, ProfileError, ScriptError, SetupError, StageError, VidgenError
 from vidgen_ray.licences import UsedWeights
-from vidgen_ray.online.api_error import ApiError, invalid, invalid_fields, not_found, too_many_requests, without_paths
+from vidgen_ray.online.api_error import ApiError, invalid, invalid_fields, not_found, too_many_requests, without_internals
 from vidgen_ray.online.auth import LOCAL_TENANT, Tenant
 from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
@@ -257,9 +257,9 @@ class JobService:
         try:
             plan = self.serving_profile.plan(shot, key_salt(tenant.name, self._settings), source_licences)
         except (ProfileError, MissingWeights) as error:
-            raise ApiError(400, without_paths(str(error)), code="not_served") from None
+            raise ApiError(400, without_internals(str(error)), code="not_served") from None
         except (StageError, SetupError) as error:
-            raise ApiError(400, without_paths(str(error)), code="invalid_value") from None
+            raise ApiError(400, without_internals(str(error)), code="invalid_value") from None
         if (reason := self.serving_profile.too_large(shot)) is not None:
             raise ApiError(400, reason, code="too_large", param="num_frames" if shot.generate_video else "size")
         return plan
@@ -468,7 +468,7 @@ def storage_problem(store: JobStore, outputs: OutputFolder) -> str | None:
         if outputs.storage.local is not None and (free := low_space(outputs.storage.local)):
             return f"The disk of the output folder is almost full: {free}. Delete files, or set retention_s."
     if (problem := outputs.write_problem()) is not None:
-        return f"The output folder cannot be written: {without_paths(problem)}."
+        return f"The output folder cannot be written: {without_internals(problem)}."
     try:
         if store.folder is not None and (free := low_space(store.folder)):
             return f"The disk of the database is almost full: {free}."

@@ -12,7 +12,7 @@ from typing import TypeVar
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.graph import file_sizes
 from vidgen_ray.media import read_image
-from vidgen_ray.online.api_error import ApiError, invalid, without_paths
+from vidgen_ray.online.api_error import ApiError, invalid, without_internals
 from vidgen_ray.online.auth import Authenticator, Tenant
 from vidgen_ray.online.delivered_size import SizeRules, delivered_artefact
 from vidgen_ray.online.event_streams import EventStreams, JobFeed
@@ -66,7 +66,7 @@ class FaceCheck:
 
 
 def _not_served(reason: str) -> ApiError:
-    return ApiError(400, f"Faces are not served here: {without_paths(reason)}", code="not_served")
+    return ApiError(400, f"Faces are not served here: {without_internals(reason)}", code="not_served")
 
 
 OPENAI_MODELS = ("sora-2", "sora-2-pro")

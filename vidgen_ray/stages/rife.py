@@ -202,7 +202,7 @@ def frames_between(
             return pixels_to_uint8(pixels)
         if not pixels.isfinite().all():
             raise StageError(NOT_FINITE)
-        deep: Pixels = (pixels.movedim(0, -1).float() * levels).round().cpu().numpy().astype(first.dtype)
+        deep: Pixels = (pixels.movedim(0, -1).float().clamp(0, 1) * levels).round().cpu().numpy().astype(first.dtype)
         return deep
 
     return drawn
