@@ -26,6 +26,7 @@ import numpy as np
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.background import BackgroundTask
 
 from vidgen_ray.media import Mp4Settings, Mp4Writer, encode_png, read_image
 from vidgen_ray.profile import Profile
@@ -177,7 +178,6 @@ def app_of(folder: Path, kind: str) -> FastAPI:
         others = [other["content"] for other in jobs.jobs.values() if "content" in other and other is not job]
         if others and jobs.meets(prompt, "foreign"):
             clip = others[-1]
-        jobs.log("delivered", job)
         if jobs.meets(prompt, "damaged"):
             clip = clip[: len(clip) // 2]
         if jobs.meets(prompt, "truncated"):
@@ -186,7 +186,8 @@ def app_of(folder: Path, kind: str) -> FastAPI:
                 yield clip[: len(clip) // 2]
 
             return StreamingResponse(part(), headers={"Content-Length": str(len(clip))}, media_type="video/mp4")
-        return Response(clip, media_type="video/mp4")
+        delivered = BackgroundTask(jobs.log, "delivered", job) if clip == job["content"] else None
+        return Response(clip, media_type="video/mp4", background=delivered)
 
     @app.post("/v1/images/generations")
     async def image(request: Request) -> Any:
@@ -241,20 +242,20 @@ class FakeServer:
         with (self.folder / LOG).open("a") as file:
             file.write(json.dumps({"event": "killed", "done": [*done]}) + "\n")
 
-    def paid(self) -> dict[str, str]:
-        """Return job -> prompt of the clips that were computed and, if the server has restarted since, are at the client."""
-        paid: dict[str, str] = {}
-        kept: set[str] = set()
+    def paid(self) -> list[str]:
+        """Return the prompts of the computed clips, without those that were lost by a restart or with the client."""
+        at_server: dict[str, str] = {}
+        at_client: dict[str, str] = {}
         for entry in self.events("started", "computed", "delivered", "killed"):
             if entry["event"] == "started":
-                paid = {job: prompt for job, prompt in paid.items() if job in kept}
+                at_server = {}
             elif entry["event"] == "computed":
-                paid[entry["id"]] = entry["prompt"]
-            elif entry["event"] == "killed":
-                kept = {job for job in kept if paid.get(job) in entry["done"]}
+                at_server[entry["id"]] = entry["prompt"]
+            elif entry["event"] == "delivered":
+                at_client[entry["id"]] = entry["prompt"]
             else:
-                kept.add(entry["id"])
-        return paid
+                at_client = {job: prompt for job, prompt in at_client.items() if prompt in entry["done"]}
+        return list((at_server | at_client).values())
 
     def __enter__(self) -> FakeServer:
         self.start()

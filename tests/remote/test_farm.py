@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from PIL import Image
@@ -72,16 +73,21 @@ def wait_until_up(server):
 
 @contextmanager
 def process(*arguments, log):
-    """Run a command of vidgen in a session of its own, and kill it at the end of the block."""
+    """Run a command of vidgen in a session of its own. At the end, kill it, and wait until its cluster has ended."""
     with log.open("ab") as file:
         command = [sys.executable, "-m", "vidgen_ray", *map(str, arguments)]
         running = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         yield running
     finally:
+        cluster: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            cluster = psutil.Process(running.pid).children(recursive=True)
         with suppress(ProcessLookupError):
             os.killpg(running.pid, signal.SIGKILL)
         running.wait()
+        # Its workers get clips from the servers until they notice.
+        assert not psutil.wait_procs(cluster, timeout=60)[1]
 
 
 def test_faulty_servers_and_a_killed_driver_lose_double_and_repay_nothing(tmp_path):
@@ -103,8 +109,8 @@ def test_faulty_servers_and_a_killed_driver_lose_double_and_repay_nothing(tmp_pa
                 time.sleep(0.05)
         done = [line["prompt"] for line in lines if any(out.glob(f"shots/*/{line['id']}/shot.json"))]
         for server in servers:
-            server.client_was_killed(done)
             wait_until_up(server)
+            server.client_was_killed(done)
         with process(*arguments, log=log) as driver:
             assert driver.wait(300) == 0, log.read_text()
     assert sorted((row.id, row.status) for row in read_manifest(out)) == [(line["id"], "done") for line in lines]
@@ -115,6 +121,6 @@ def test_faulty_servers_and_a_killed_driver_lose_double_and_repay_nothing(tmp_pa
         image = np.asarray(Image.open(line["image"])).astype(int)
         assert abs(frames[0] - image).mean() < 8
         assert abs(frames[-1, HEIGHT * 3 // 4 :] - np.array(colour_of(line["prompt"], line["seed"]))).mean() < 8
-    paid = [prompt for server in servers for prompt in server.paid().values()]
+    paid = [prompt for server in servers for prompt in server.paid()]
     assert sorted(paid) == sorted(line["prompt"] for line in lines)
     assert all(server.paid() for server in servers)
