@@ -39,9 +39,12 @@ def test_failures_of_different_shots_quarantine_a_process_and_count_against_no_s
     assert {each.verdict for each in attempts} == {Verdict.SICK}
     health.started("a", "node")
     assert not health.failed("a", "shot", attempts[0]), "reported late, when another process has rendered the shot"
+    copy = attempt()
     _, (lost,) = fail(health, "b", 1)
     health.lost("b")
     assert lost.verdict is Verdict.SICK
+    assert [health.failed("b", shot, copy) for shot in range(FAILURES)] == [False] * FAILURES, "of the process that is gone"
+    assert copy.verdict is Verdict.SICK
 
 
 def test_failures_of_one_shot_and_forgiven_ones_do_not_quarantine(health):

@@ -6,7 +6,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind, ShotFailed, Verdict, run_with_retries
+from vidgen_ray.engine import retries
+from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind, ShotFailed, StoragePause, Verdict, run_with_retries
 from vidgen_ray.outputs.records import Failure
 
 ERROR, INPUT, MEMORY = Kind.ERROR, Kind.INPUT, Kind.MEMORY
@@ -135,6 +136,18 @@ def test_attempts_that_the_shot_has_not_caused_do_not_count(kind, options):
     assert (made.error, made.failed) == (None, [])
     made.observer.step_failed.assert_not_called()
     assert made.alone[1:] == [kind is Kind.SHARED_CRASH] * 5
+
+
+def test_write_that_times_out_during_a_pause_is_not_the_fault_of_its_encoder(monkeypatch):
+    """The storage responds again when the write has been given up."""
+
+    async def causes():
+        pause = StoragePause(lambda: None, 60, lambda reason: None)
+        pause.begin("no response")
+        return [await pause.is_cause(Mock(kind=Kind.WRITE)) for _ in range(2)]
+
+    monkeypatch.setattr(retries, "PROBE_INTERVAL_S", 0)
+    assert asyncio.run(causes()) == [True, False]
 
 
 def test_shot_that_runs_out_of_memory_is_retried_on_larger_gpus_or_confirmed_once():

@@ -10,6 +10,7 @@ against the shot once its worker has finished a call of another shot later, and 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from enum import Enum
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -79,6 +80,7 @@ class AttemptFailed(Exception):
         self.started_at, self.seconds = started_at, seconds
         self.failure = failure
         self.process = process
+        self.failed_at = time.monotonic()
         self.verdict = Verdict.OPEN
         self.forgiven = False
         """The shot seems to be the cause: the failure is not counted against the process."""
@@ -257,7 +259,7 @@ class StoragePause:
 
         Raises SetupError if it could not be written for too long.
         """
-        if failed.kind is not Kind.DISK_FULL:
+        if failed.kind is not Kind.DISK_FULL and not self.active:
             return await self.writable_again()
         await self.wait(str(failed))
         return True

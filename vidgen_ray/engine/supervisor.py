@@ -5,6 +5,7 @@ giving up.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Hashable, Mapping
@@ -40,6 +41,8 @@ class _History:
     quarantines: list[tuple[AttemptFailed, ...]] = field(default_factory=list)
     """Quarantines in a row: for each, the failures before it. Empty if its node was quarantined."""
     quarantined: bool = False
+    lost_at: float = -math.inf
+    """`time.monotonic()` when the last process was quarantined or found to be lost."""
 
 
 class ProcessHealth:
@@ -68,8 +71,8 @@ class ProcessHealth:
         On probation, a single failure is enough. Failures that are forgiven, also later, do not count.
         """
         record = self._records[process]
-        if record.quarantined or attempt.verdict is Verdict.SICK:
-            # Another process has replaced it since, or will.
+        if record.quarantined or attempt.verdict is Verdict.SICK or attempt.failed_at <= record.lost_at:
+            # Another process has replaced it since, or will. The second call of a slow one fails before it is waited for.
             attempt.verdict = Verdict.SICK
             return False
         record.failures[attempt] = shot
@@ -90,6 +93,7 @@ class ProcessHealth:
         for attempt in record.failures:
             attempt.verdict = Verdict.SICK
         record.failures.clear()
+        record.lost_at = time.monotonic()
 
     def quarantines(self, process: Hashable) -> int:
         """Return the number of quarantines since the process has finished a call, without those for wrong shots."""

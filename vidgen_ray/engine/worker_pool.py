@@ -47,6 +47,8 @@ NODE_LOST = "node"
 """Failure stage of an engine that has lost the last worker with a stage. Another layout may fit on the nodes that are left."""
 EVIDENCE_S = 600.0
 """Seconds after which a shot that has failed on several workers does not wait any longer for what shows that they are well."""
+BETWEEN_CALLS_S = 0.1
+"""Seconds in which a shot queues its next call, or another shot begins."""
 WHOLE_SHOT = ("run", "run_clip")
 """Methods of a worker that take the names of steps first, and their input last, and return their output second."""
 PROGRESS_POLL_S = 0.25
@@ -348,8 +350,12 @@ class WorkerPool:
         await self._storage.over()
         with suppress(TimeoutError):
             async with asyncio.timeout(EVIDENCE_S):
-                while is_open():
-                    await self._changed.wait()
+                while True:
+                    while is_open():
+                        await self._changed.wait()
+                    await asyncio.sleep(BETWEEN_CALLS_S)
+                    if not is_open():
+                        return
 
     async def _attempt(
         self,
