@@ -122,6 +122,7 @@ def test_choices_without_an_id_derive_ids_from_the_chosen_text(script):
 def test_line_that_cannot_be_expanded_is_rejected_as_a_whole(script):
     for line, field, message in (
         ({"prompt": "a {b|{c|d}}"}, "prompt", "must not contain other choices"),
+        ({"prompt": "a {b|c} {d|e, f"}, "prompt", "must end with }"),
         ({"prompt": "a {b|b}"}, "prompt", "must differ"),
         ({"matrix": [1]}, "matrix", "must map fields to lists"),
         ({"matrix": {"fps": 3}}, "matrix.fps", "must be a list"),

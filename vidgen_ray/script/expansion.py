@@ -196,6 +196,7 @@ STYLE = "style"
 """Field of a line: name of a style in the header. Not a field of a shot."""
 TEXTS = ("prompt", "negative_prompt", "style_prompt", "motion_prompt")
 CHOICES = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
+UNCLOSED_CHOICES = re.compile(r"\{[^{}]*\|[^{}]*(?:\{|$)")
 NO_MATRIX_FIELDS = ("id", "variants", "metadata", "consent", "priority")
 SUFFIX_LETTERS = 24
 CHOICE_LETTERS = 60
@@ -224,7 +225,7 @@ def is_expandable(fields: Mapping[str, Any]) -> bool:
 def expand(fields: Mapping[str, Any]) -> list[Expanded]:
     """Return the shots that a line stands for, in the order of its values and choices.
 
-    Raises WrongField for an invalid matrix, for nested choices, and above MAX_SHOTS_PER_LINE.
+    Raises WrongField for an invalid matrix, for nested or unclosed choices, and above MAX_SHOTS_PER_LINE.
     """
     plain = {name: value for name, value in fields.items() if name != MATRIX}
     axes = list(_matrix_axes(fields.get(MATRIX) or {}))
@@ -294,6 +295,8 @@ def _choose(fields: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Sequence[t
         for name, text in parts.items():
             if CHOICES.search(joined := "".join(text)):
                 raise WrongField(name, shortened(joined), "choices such as {a|b} must not contain other choices")
+            if unclosed := UNCLOSED_CHOICES.search(joined):
+                raise WrongField(name, shortened(unclosed[0]), "choices such as {a|b} must end with }")
         # A choice may be empty: "a {red |}ball".
         joined_texts = {name: " ".join("".join(text).split()) for name, text in parts.items()} if choices else {}
         yield (
