@@ -1,6 +1,5 @@
 """Shots that continue another one: order, failures and resume."""
 
-import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +11,6 @@ from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, use_fakes
 from vidgen_ray.batch import render_script
 from vidgen_ray.batch.line_planner import LinePlanner, first_lines
-from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.batch.shot_queue import ContinuedShots
 from vidgen_ray.errors import ScriptError
@@ -50,16 +48,6 @@ def test_chain_equals_that_of_the_library(in_process, tiny, tmp_path):
         last, start = (out / shot_path(first) / "last_frame.png"), (out / shot_path(second) / "image.png")
         np.testing.assert_array_equal(read_image(last), read_image(start))
     assert digests(tmp_path / "batch") == digests(tmp_path / "library")
-
-
-def test_chain_is_resumed_after_a_stop(in_process, tiny, tmp_path):
-    """A driver that is killed is in tests/chaos."""
-    settings, out, stop = script(tmp_path, CHAIN, tiny), tmp_path / "out", threading.Event()
-    stopped = render(settings, tiny, OutputFolder(out), RenderOptions(stages=FAKES), listener=Events(stop.set), stop=stop)
-    assert (stopped.failed, stopped.done + stopped.left) == (0, 3)
-    assert stopped.left > 0
-    report = render_lines(settings, tiny, out, stages=FAKES)
-    assert (report.done, report.skipped, report.failed) == (stopped.left, stopped.done, 0)
 
 
 def test_line_added_later_continues_a_finished_shot_and_only_another_last_frame_renders_it_again(in_process, tiny, tmp_path):

@@ -8,10 +8,9 @@ import pytest
 
 from tests.batch.faulty_stages import actor_name, append, gpu, stages
 from tests.batch.test_batch import Events
-from tests.batch.test_faults import GPUS, ONE_GPU, render_lines
+from tests.batch.test_faults import GPUS, render_lines
 from tests.fake_stages import FAKES, FakeFlux, profile_of_fakes
 from vidgen_ray.engine import worker_checks
-from vidgen_ray.errors import SetupError
 from vidgen_ray.planner.cluster import Cluster, Node
 
 pytestmark = pytest.mark.usefixtures("local_ray", "short_waits")
@@ -121,14 +120,6 @@ def test_load_that_fails_twice_on_one_gpu_costs_no_line(profile, tmp_path):
     assert (report.done, report.failed) == (7, 0)
     assert len(set(loads.read_text().split())) == 3, "each attempt has a process of its own"
     assert any("cannot load its weights: CUDA error: cannot load" in message for message in listener.messages)
-
-
-def test_load_that_fails_on_every_gpu_stops_the_run(profile, tmp_path):
-    def load():
-        raise RuntimeError("the weights are damaged")
-
-    with pytest.raises(SetupError, match="the weights are damaged"):
-        run(tmp_path, profile, images(2), stages(on_load=load), gpus=ONE_GPU)
 
 
 # Layout

@@ -4,8 +4,6 @@ import asyncio
 from pathlib import Path
 from unittest.mock import AsyncMock, Mock
 
-import pytest
-
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from benchmarks.simulated_director import plan_of
 from vidgen_ray.engine.calls import CallResult
@@ -107,13 +105,3 @@ def test_retry_does_not_wait_for_a_worker_that_starts():
 def test_result_of_another_shot_is_a_failure_of_its_worker():
     results, _ = run([Client("confused", confused=True), Client("sound")], range(12))
     assert set(results.values()) == {"sound"}
-
-
-@pytest.mark.parametrize(("workers", "shots"), [(1, 1), (1, 60), (5, 60)])
-def test_wrong_shot_fails_after_three_attempts(workers, shots):
-    poison = shots // 2
-    clients = [Client(f"w{n}", poison=[plan_of(poison).shot.id]) for n in range(workers)]
-    results, _ = run(clients, range(shots))
-    assert [order for order, result in results.items() if isinstance(result, Failure)] == [poison]
-    assert results[poison].attempts == 3
-    assert sum(client.orders.count(plan_of(poison).shot.id) for client in clients) == 3

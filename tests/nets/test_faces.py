@@ -21,6 +21,7 @@ from vidgen_ray.media import read_image
 from vidgen_ray.nets import faces
 from vidgen_ray.nets.faces import CenterFace, PackDetector, PackRecogniser, norm_crop, open_pack
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json
+from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.instantid import InstantIDParams, InstantIDStage
 from vidgen_ray.weights import resolve
 
@@ -95,8 +96,9 @@ def test_photos_without_a_usable_face_are_rejected(stage, photo):
     assert stage.features([on_a_wall((head(photo, 16), (400, 400)), (head(photo, 91), (20, 20)))]).faces_found == 1
 
 
-def test_group_photo_uses_the_largest_face_or_face_index(stage, group):
-    faces = [stage.features([group], index) for index in range(6)]
+def test_group_photo_uses_the_largest_face_or_face_index(stage, group, make_shot):
+    shots = [make_shot(face_image="x.jpg", face_index=index) for index in range(6)]
+    faces = [stage(Item(shot, {"photos": (group,)}))["face"] for shot in shots]
     lefts = [face.box[0] for face in faces]
     assert lefts == sorted(lefts)
     assert np.abs(np.subtract(lefts, [60, 274, 464, 746, 903, 1135])).max() < 5

@@ -7,9 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from tests.conftest import ASTRONAUT, SYNTHETIC
-from tests.decoded import frames_of
-from tests.nets.test_faces import GROUP
+from tests.conftest import ASTRONAUT
 from vidgen_ray import VideoGenerationPipeline
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, StageError
@@ -20,27 +18,10 @@ from vidgen_ray.stages.flux import FluxFamilyStage, FluxRefineStage, FluxStage
 from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    """A pipeline with the tiny profile and a trained detector, which can tell two faces apart."""
-    tiny = load_profile("tiny")
-    faces = tiny.actors["instantid"].model_copy(update={"options": {"detector": "centerface"}})
-    profile = tiny.model_copy(update={"actors": {**tiny.actors, "instantid": faces}})
-    pipeline = VideoGenerationPipeline(profile, tmp_path_factory.mktemp("out"))
-    yield pipeline
-    pipeline.close()
-
-
 @pytest.fixture
-def render(pipeline):
-    """A function that renders an image and returns its pixels as bytes and the names of the stages."""
-
-    def render_image(prompt="a man in the rain", **fields):
-        result = pipeline.generate_video(prompt, **{"generate_video": False, "seed": 7, "consent": SYNTHETIC, **fields})
-        image = pipeline.outputs.read(result["record"].shot.id, "image.png")
-        return frames_of(image).tobytes(), [stage.stage for stage in result["record"].stages]
-
-    return render_image
+def pipeline(tiny, tmp_path):
+    with VideoGenerationPipeline(tiny, tmp_path / "out") as pipeline:
+        yield pipeline
 
 
 def test_messages_and_logs_contain_no_features(pipeline, monkeypatch):
@@ -66,29 +47,6 @@ def test_messages_and_logs_contain_no_features(pipeline, monkeypatch):
     assert len(digits) > 20
     assert all(each in str(values.tolist()) for each in digits), "as they would be shown"
     assert not any(each in text for each in digits)
-
-
-# InfuseNet.
-
-
-def test_photos_face_index_and_strength_change_the_image(render):
-    images = {
-        "no face": render()[0],
-        "face": render(face_image=ASTRONAUT)[0],
-        "left face": render(face_image=GROUP, face_index=0)[0],
-        "two photos": render(face_image=[ASTRONAUT, GROUP])[0],
-    }
-    assert len(set(images.values())) == len(images)
-    assert render(face_image=ASTRONAUT, identity_strength=0.0)[0] == images["no face"]
-
-
-# SDXL.
-
-
-def test_instantid_sdxl_image_is_refined_by_flux(render):
-    image, stages = render(face_image=ASTRONAUT, identity="instantid-sdxl")
-    assert stages == ["instantid", "instantid_sdxl", "refine", "image_likeness"]
-    assert image != render(face_image=ASTRONAUT, identity="instantid-sdxl", refine_strength=0.0)[0]
 
 
 def test_refine_strength_0_returns_the_image_and_less_than_a_step_is_rejected(tiny, make_shot, photo):

@@ -1,32 +1,28 @@
-"""Every line ends in exactly one of done, failed and reused, for any failures and for a run that stops at any time.
+"""What stops a run, and what the next run does then.
 
 Scripts, planning, scheduling, retries, quarantine and the manifest are the real ones. Workers and encoders are fakes in this
-process whose calls fail at random, in simulated time. tests/chaos does the same to real processes, with far fewer lines.
+process, in simulated time. tests/chaos/test_model.py has random faults.
 """
 
 import asyncio
 import json
 import re
 import shutil
-import threading
-from collections import Counter
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
-from tests.batch.test_batch import Events
+from tests.batch.test_batch import Events, write_lines
 from tests.fake_stages import profile_of_fakes
 from vidgen_ray.batch import director as director_module
-from vidgen_ray.batch import line_planner, render_script
+from vidgen_ray.batch import render_script
 from vidgen_ray.batch.director import BREAKER_FAILURES
 from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
-from vidgen_ray.engine.actor_client import ActorCallFailed
 from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.engine import Engine, Window
-from vidgen_ray.engine.retries import InputsLost, Kind, StoragePause
+from vidgen_ray.engine.retries import Kind, StoragePause
 from vidgen_ray.engine.shot_runner import ShotRunner
 from vidgen_ray.engine.supervisor import MAX_QUARANTINES
 from vidgen_ray.engine.worker_pool import WorkerPool
@@ -38,23 +34,18 @@ from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.script.lines import ScriptSettings
 
-MAX_RUNS = 30
-FAULT = 0.15
-"""Probability that a call fails."""
-GPUS_PER_NODE = 2
 
-
-class FaultyClient(FakeActorClient):
-    """Client of a fake worker or encoder. The prompts `poison` and `refused` always fail; other calls fail at random."""
+class FakeClient(FakeActorClient):
+    """Client of a fake worker or encoder. The prompts `poison` and `refused` fail. `call_s`: seconds of each call."""
 
     outage_s = 0.0
     """Nothing can be written before this simulated time."""
     unloadable = None
     """Error of each load of weights."""
 
-    def __init__(self, name, node, faults, outputs, committed):
-        super().__init__(name, self.seconds, self.respond, node=node, load_s=1)
-        self.faults, self.outputs, self.committed = faults, outputs, committed
+    def __init__(self, name, outputs, call_s):
+        super().__init__(name, lambda method, *_: call_s or (20 if method == "write" else 2), self.respond, load_s=1)
+        self.outputs = outputs
 
     async def ready(self):
         await super().ready()
@@ -62,34 +53,12 @@ class FaultyClient(FakeActorClient):
             return None
         return Failure(stage="loading", error="RuntimeError", message=self.unloadable, attempts=1, worker=self.name)
 
-    def seconds(self, method, *args):
-        return float(self.faults.exponential(20 if method == "write" else 2))
-
     def permanent_failure(self, reason):
         return Failure(stage="health", error="Quarantined", message=reason, attempts=1, worker=self.name)
 
-    def failure(self, kind, **more):
-        message = f"{kind.value}, at random"
-        failure = Failure(stage="flux", error="RuntimeError", message=message, attempts=1, worker=self.name)
-        return CallResult(failure=failure, kind=kind, **more), None
-
-    def fault(self, is_encoder):
-        """Return a failed result, or raise what a crash, a timeout, a lost input or a bug raises."""
-        kinds = ["error", "input", "memory", "context", "crash", "shared crash", "not run", "timeout", "inputs lost", "bug"]
-        match self.faults.choice(["disk full", "write", *kinds] if is_encoder else kinds):
-            case "error" | "input" | "memory" | "disk full" | "write" as kind:
-                return self.failure(Kind(kind))
-            case "context":
-                return self.failure(Kind.ERROR, context_broken=True)
-            case "timeout":
-                raise ActorCallFailed("TimedOut", "took too long", Kind.ERROR, self.location)
-            case "inputs lost":
-                raise InputsLost("an object was lost with its node")
-            case "bug":
-                raise ZeroDivisionError("a bug")
-            case crash:
-                kind = {"crash": Kind.ERROR, "shared crash": Kind.SHARED_CRASH, "not run": Kind.NOT_RUN}[crash]
-                raise ActorCallFailed("WorkerDied", "crashed", kind, self.location)
+    def failure(self, kind):
+        failure = Failure(stage="flux", error="RuntimeError", message=f"{kind.value}, as always", attempts=1, worker=self.name)
+        return CallResult(failure=failure, kind=kind), None
 
     def respond(self, method, number, plan, *args):
         is_encoder = method == "write"
@@ -97,24 +66,20 @@ class FaultyClient(FakeActorClient):
             return self.failure(Kind.WRITE)
         if not is_encoder and plan.shot.prompt in ("poison", "refused"):
             return self.failure(Kind.ERROR if plan.shot.prompt == "poison" else Kind.INPUT)
-        if self.faults.random() < FAULT:
-            return self.fault(is_encoder)
         if not is_encoder:
             return CallResult(tuple(self.record(step) for step in plan.steps if step.stage in args[0])), None
         with self.outputs.draft(plan) as draft:
             for name in ["image.png", *(["video.mp4"] if plan.shot.generate_video else [])]:
                 draft.path(name).write_bytes(name.encode())
-            record = draft.commit(args[1])
-        self.committed[plan.shot.id] += 1
-        return CallResult(), record
+            return CallResult(), draft.commit(args[1])
 
     @staticmethod
     def record(step):
         return StepRecord(stage=step.stage, key=step.key, weights=step.weights, seconds=1, gpu_seconds=1, cached=False)
 
 
-def engine_class(faults, committed):
-    class FaultyEngine(Engine):
+def engine_class(call_s):
+    class FakeEngine(Engine):
         """Engine whose actors are fakes in this process."""
 
         def __init__(self, config, layout, observer, storage, more_slots, on_waiting):
@@ -125,14 +90,10 @@ def engine_class(faults, committed):
             self._outputs = config.outputs
 
         async def start(self, labels):
-            for number, slot in enumerate(self._layout.slots):
-                for spec in slot.workers:
-                    self._workers.add(spec, self._client(f"worker-{number}", number))
+            for number, spec in enumerate(self._layout.workers):
+                self._workers.add(spec, FakeClient(f"worker-{number}", self._outputs, call_s))
             for number in range(4):
-                self._workers.add(ENCODER, self._client(f"encoder-{number}", number))
-
-        def _client(self, name, number):
-            return FaultyClient(name, f"node-{number // GPUS_PER_NODE}", faults, self._outputs, committed)
+                self._workers.add(ENCODER, FakeClient(f"encoder-{number}", self._outputs, call_s))
 
         async def stop(self):
             self._workers.close()
@@ -141,18 +102,17 @@ def engine_class(faults, committed):
         def held_gpus(self):
             return sum(slot.gpus for slot in self._layout.slots)
 
-    return FaultyEngine
+    return FakeEngine
 
 
 @pytest.fixture(autouse=True)
 def simulated(without_ray, monkeypatch):
-    """Run in simulated time. No line is read by Ray Data."""
-    monkeypatch.setattr(line_planner, "FIRST_LOOK_LINES", 100_000)
+    """Run in simulated time."""
     monkeypatch.setattr(render_script.asyncio, "run", lambda main: run_in_simulated_time(main)[0])
 
     async def problem(_):
         # Simulated time does not wait for a thread.
-        return "gone" if asyncio.get_running_loop().time() < FaultyClient.outage_s else None
+        return "gone" if asyncio.get_running_loop().time() < FakeClient.outage_s else None
 
     async def visible(*_):
         """Do not look in a thread whether the folder is shared."""
@@ -162,72 +122,24 @@ def simulated(without_ray, monkeypatch):
 
 
 @pytest.fixture
-def run_once(tiny, tmp_path, monkeypatch):
-    """Return a function that runs lines, and stops after some results. It returns the report or the error that stopped it."""
-    profile = profile_of_fakes(tiny, ("flux", "svd"))
-
-    def run(lines, faults, committed, stop_after, gpus="2x2x80GB", **options):
-        script = tmp_path / "s.jsonl"
-        script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-        stop, events = threading.Event(), Events()
-
-        def count(row):
-            events.rows.append(row)
-            if len(events.rows) >= stop_after:
-                stop.set()
-
-        events.on_finished = count
-        monkeypatch.setattr(director_module, "Engine", engine_class(faults, committed))
-        options = RenderOptions(**{"cluster": parse_gpus(gpus), "cache": "none", "grace_s": 1e9, **options})
-        settings = ScriptSettings(script, profile_defaults={**profile.defaults, "upscale_video": False})
-        try:
-            return render(settings, profile, OutputFolder(tmp_path / gpus), options, listener=events, stop=stop)
-        except (SetupError, TooExpensive) as error:
-            # Too many failures in a row, or the maximum cost: the same command resumes.
-            return error
-
-    return run
-
-
-def test_every_line_ends_once(run_once, tmp_path):
-    """Fewer lines always fail than stop a run: a run that resumes begins with them."""
-    faults, committed, out, count = np.random.default_rng(0), Counter(), tmp_path / "2x2x80GB", 150
-    kinds = [{}, {"generate_video": False}, {"fps": 0}, {"id": "s-0"}, {"prompt": "poison"}]
-    chosen = (kinds[faults.choice(len(kinds), p=[0.42, 0.5, 0.05, 0.022, 0.008])] for _ in range(count))
-    lines = [{"id": f"s-{number}", "prompt": "a ball", **kind} for number, kind in enumerate(chosen)]
-    for _ in range(MAX_RUNS):
-        report = run_once(lines, faults, committed, stop_after=int(faults.integers(1, 200)))
-        if not isinstance(report, SetupError):
-            assert report.done + report.failed + report.skipped + report.left == count
-            if not report.left:
-                break
-    rows = read_manifest(out)
-    assert Counter(row.line for row in rows) == dict.fromkeys(range(1, count + 1), 1)
-    by_line = {row.line: row for row in rows}
-    assert {row.status for row in rows} <= {"done", "failed"}
-    assert {row.id for row in rows if row.status != "failed"} == set(committed)
-    assert set(committed.values()) == {1}, "a finished shot was rendered again"
-    for number, line in enumerate(lines, start=1):
-        if line["prompt"] == "poison" or line.get("fps") == 0 or (line["id"] == "s-0" and number > 1):
-            assert by_line[number].status == "failed", line
-    failures = [json.loads(text) for text in (out / "failures.jsonl").read_text().splitlines()]
-    failed = sorted(row.line for row in rows if row.status == "failed")
-    assert sorted(failure["failure"]["line"] for failure in failures) == failed
-    assert not list(out.rglob(".tmp-*"))
-
-
-@pytest.fixture
-def run_prompts(run_once, tmp_path):
-    """Return a function that runs lines with these prompts, and no faults at random. `call_s`: seconds of every call.
+def run_prompts(tiny, tmp_path, monkeypatch):
+    """Return a function that runs lines with these prompts. `call_s`: seconds of every call.
 
     It returns the report or the error that stopped the run, and line -> status in the manifest.
     """
+    profile = profile_of_fakes(tiny, ("flux", "svd"))
 
     def run(prompts, gpus="1x80GB", call_s=None, **options):
         lines = [{"id": f"s-{n}", "prompt": prompt} for n, prompt in enumerate(prompts, start=1)]
-        none = Mock(exponential=lambda scale: call_s or scale, random=lambda: 1.0)
-        report = run_once(lines, none, Counter(), float("inf"), gpus, **options)
-        return report, {row.line: row.status for row in read_manifest(tmp_path / gpus)}
+        script, out = write_lines(tmp_path / "s.jsonl", lines), tmp_path / gpus
+        monkeypatch.setattr(director_module, "Engine", engine_class(call_s))
+        options = RenderOptions(**{"cluster": parse_gpus(gpus), "cache": "none", "grace_s": 1e9, **options})
+        settings = ScriptSettings(script, profile_defaults={**profile.defaults, "upscale_video": False})
+        try:
+            result = render(settings, profile, OutputFolder(out), options, listener=Events())
+        except (SetupError, TooExpensive) as error:
+            result = error
+        return result, {row.line: row.status for row in read_manifest(out)}
 
     return run
 
@@ -244,7 +156,7 @@ def test_run_stops_if_the_only_worker_is_sick_and_the_next_run_renders_its_lines
 
 
 def test_run_stops_if_no_worker_can_load_its_weights(run_prompts, monkeypatch):
-    monkeypatch.setattr(FaultyClient, "unloadable", "the weights are damaged")
+    monkeypatch.setattr(FakeClient, "unloadable", "the weights are damaged")
     error, statuses = run_prompts(["a ball"] * 3, "2x80GB")
     assert isinstance(error, SetupError)
     assert (str(error), statuses) == ("the weights are damaged", {})
@@ -254,7 +166,7 @@ def test_run_stops_if_nearly_all_shots_fail_on_every_gpu(run_prompts):
     """The next run renders the lines that are left, also if those that have failed fail again."""
     error, first = run_prompts(["poison"] * 60, "2x80GB")
     stopped = rf"stopped, because {BREAKER_FAILURES} of the last \d+ shots failed on every worker that was tried"
-    assert re.match(rf"{stopped}, the last one in flux: error, at random", str(error))
+    assert re.match(rf"{stopped}, the last one in flux: error, as always", str(error))
     failed = dict.fromkeys(first, "failed")
     # Of the others, only one GPU was tried, or none.
     assert 0 < len(failed) < 60
@@ -281,14 +193,14 @@ def test_wrong_lines_keep_no_worker_from_the_rest(run_prompts, prompts, gpus, co
 
 
 def test_run_waits_while_nothing_can_be_written_and_stops_if_that_takes_too_long(run_prompts, monkeypatch):
-    monkeypatch.setattr(FaultyClient, "outage_s", 2000)
+    monkeypatch.setattr(FakeClient, "outage_s", 2000)
     # Neither can the manifest.
     with monkeypatch.context() as patch:
         patch.setattr(ManifestWriter, "close", Mock(side_effect=OSError("gone")))
         error, statuses = run_prompts(["a ball"] * 30)
     assert re.match(r"stopped, because no file could be written to the output folder for 180\d s \(gone\)", str(error))
     assert statuses == {}
-    monkeypatch.setattr(FaultyClient, "outage_s", 1000)
+    monkeypatch.setattr(FakeClient, "outage_s", 1000)
     report, statuses = run_prompts(["a ball"] * 30)
     assert (report.done, report.failed, report.left, report.quarantined) == (30, 0, 0, ())
     assert set(statuses.values()) == {"done"}
