@@ -43,6 +43,7 @@ class Events:
     def __init__(self, at_first=lambda: None):
         self.rows = []
         self.messages = []
+        self.quarantined = set()
         self._at_first = at_first
 
     def on_lines(self, total, skipped, rejected, complete):
@@ -55,7 +56,7 @@ class Events:
         self.rows.append(row)
 
     def on_status(self, snapshot):
-        self.snapshot = snapshot
+        self.quarantined.update(snapshot.quarantined)
 
     def on_finished(self, row):
         if row.status == "done" and not any(r.status == "done" for r in self.rows):

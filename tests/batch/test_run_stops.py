@@ -87,7 +87,7 @@ def engine_class(call_s):
             self._workers = WorkerPool(config, layout, observer, storage)
             self._runner = ShotRunner(config, self._workers, {}, observer)
             self.window = Window(layout.window, float("inf"))
-            self._outputs = config.outputs
+            self._outputs, self._waiting_for = config.outputs, None
 
         async def start(self, labels):
             for number, spec in enumerate(self._layout.workers):
@@ -122,7 +122,12 @@ def simulated(without_ray, monkeypatch):
 
 
 @pytest.fixture
-def run_prompts(tiny, tmp_path, monkeypatch):
+def events():
+    return Events()
+
+
+@pytest.fixture
+def run_prompts(tiny, tmp_path, monkeypatch, events):
     """Return a function that runs lines with these prompts. `call_s`: seconds of every call.
 
     It returns the report or the error that stopped the run, and line -> status in the manifest.
@@ -136,7 +141,7 @@ def run_prompts(tiny, tmp_path, monkeypatch):
         options = RenderOptions(**{"cluster": parse_gpus(gpus), "cache": "none", "grace_s": 1e9, **options})
         settings = ScriptSettings(script, profile_defaults={**profile.defaults, "upscale_video": False})
         try:
-            result = render(settings, profile, OutputFolder(out), options, listener=Events())
+            result = render(settings, profile, OutputFolder(out), options, listener=events)
         except (SetupError, TooExpensive) as error:
             result = error
         return result, {row.line: row.status for row in read_manifest(out)}
@@ -186,10 +191,14 @@ def test_run_stops_if_nearly_all_shots_fail_on_every_gpu(run_prompts):
         pytest.param(["refused"] * 30, "2x80GB", (0, 30), 0, id="wrong photos only"),
     ],
 )
-def test_wrong_lines_keep_no_worker_from_the_rest(run_prompts, prompts, gpus, counts, quarantines):
+def test_wrong_lines_keep_no_worker_from_the_rest(run_prompts, events, tmp_path, prompts, gpus, counts, quarantines):
     report, _ = run_prompts(prompts, gpus)
     assert (report.done, report.failed, report.left) == (*counts, 0)
     assert quarantines in (None, len(report.quarantined))
+    assert list(report.quarantined) == events.messages
+    assert list(report.quarantined) == json.loads((tmp_path / gpus / "run.json").read_text())["quarantined"]
+    assert all(re.match(r"worker-\d .* failed for flux on different shots", message) for message in events.messages)
+    assert bool(events.quarantined) == bool(report.quarantined)
 
 
 def test_run_waits_while_nothing_can_be_written_and_stops_if_that_takes_too_long(run_prompts, monkeypatch):
