@@ -106,6 +106,9 @@ class FakeActorClient:
     def restart(self, *, blame_running: bool = False) -> None:
         """Do nothing: a fake actor does not crash."""
 
+    def permanent_failure(self, reason: str) -> Failure:
+        return Failure(stage="health", error="Quarantined", message=reason, attempts=1, worker=self.name)
+
     @property
     def running(self) -> str | None:
         return self._calls[0] if self._calls else None

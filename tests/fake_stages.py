@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vidgen_ray.content_keys import ShotPlanner, params_of
+from vidgen_ray.graph import stages_of
 from vidgen_ray.stages.base import FaceFeatures, Likeness
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
 from vidgen_ray.stages.instantid import ClipLikenessStage, ImageLikenessStage, InstantIDStage
@@ -106,6 +108,17 @@ def use_fakes(pipeline, *names):
     for name in names or FAKES:
         pipeline._loaded[name] = FAKES[name](pipeline.profile.params(FAKES[name]))
     return pipeline
+
+
+def plan_of(profile, shot):
+    """Return the plan of a shot."""
+    return ShotPlanner(params_of(profile, stages_of(shot)), profile.encode)(shot)
+
+
+def with_actor(profile, name, **update):
+    """Return the profile with changes to an actor."""
+    actor = profile.actors[name].model_copy(update=update)
+    return profile.model_copy(update={"actors": {**profile.actors, name: actor}})
 
 
 FINDS_FACES = {**FAKES, InstantIDStage.name: InstantIDStage}

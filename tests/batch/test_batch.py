@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ASTRONAUT, SYNTHETIC
-from tests.fake_stages import FAKES
+from tests.fake_stages import FAKES, with_actor
 from tests.ray_workers import use_small_images
 from vidgen_ray.batch import render_script
 from vidgen_ray.batch.render_script import _encoding_note, render
@@ -129,12 +129,12 @@ def test_batch_output_equals_the_pipeline_and_a_second_run_skips_everything(
 
 def test_speed_options_are_settled_before_the_keys_and_a_folder_keeps_them(in_process, tiny, tmp_path, own_cache, monkeypatch):
     """Trials in a long run use what helps. Later runs in the folder have the same keys, also with other results of trials."""
-    actor = tiny.actors["svd"].model_copy(update={"trial_options": {"channels_last": True, "decode_chunk_frames": 1}})
-    profile = tiny.model_copy(update={"actors": {**tiny.actors, "svd": actor}})
+    options = {"channels_last": True, "decode_chunk_frames": 1}
+    profile = with_actor(tiny, "svd", trial_options=options)
     known = {"channels_last": TrialResult(speedup=2.0), "decode_chunk_frames": TrialResult(error="RuntimeError: no kernel")}
 
     def trials(profile, shots, address, cluster, on_message):
-        for option, value in actor.trial_options.items():
+        for option, value in options.items():
             keep(Trial(profile, "svd", option, value), "cpu", known[option])
         return settled(profile, cluster.kinds)
 

@@ -13,7 +13,7 @@ import ray
 
 from tests.batch.test_batch import Events
 from tests.conftest import ASTRONAUT
-from tests.fake_stages import FAKES, profile_of_fakes
+from tests.fake_stages import FAKES, profile_of_fakes, with_actor
 from tests.outputs.test_trace import read_trace
 from vidgen_ray.batch.line_planner import remaining_lines
 from vidgen_ray.batch.render_script import render
@@ -268,8 +268,7 @@ def test_idle_run_says_what_it_holds_and_shots_with_the_same_photo_share_its_fea
 
 
 def test_shot_that_fits_on_no_gpu_fails_before_its_first_stage(in_process, tmp_path, profile):
-    computed = profile.actors["svd"].model_copy(update={"memory_gb": 0})
-    profile = profile.model_copy(update={"actors": {**profile.actors, "svd": computed}})
+    profile = with_actor(profile, "svd", memory_gb=0)
     large = {"width": 1024, "height": 1024, "num_frames": 256}
     # Its image would fail on every worker. The other shot has no clip, so no shot that fits needs SVD.
     lines = [{"id": "large", "prompt": "raise", **large}, {"id": "image", "prompt": "a", "generate_video": False}]

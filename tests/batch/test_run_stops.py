@@ -53,9 +53,6 @@ class FakeClient(FakeActorClient):
             return None
         return Failure(stage="loading", error="RuntimeError", message=self.unloadable, attempts=1, worker=self.name)
 
-    def permanent_failure(self, reason):
-        return Failure(stage="health", error="Quarantined", message=reason, attempts=1, worker=self.name)
-
     def failure(self, kind):
         failure = Failure(stage="flux", error="RuntimeError", message=f"{kind.value}, as always", attempts=1, worker=self.name)
         return CallResult(failure=failure, kind=kind), None

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.fake_stages import with_actor
 from vidgen_ray.bench import bench_command, published_models
 from vidgen_ray.bench.bench_command import BenchOptions, bench_stages
 from vidgen_ray.bench.published_models import random_model, random_pipeline
@@ -108,7 +109,7 @@ def test_bench_with_random_weights_needs_no_files_and_marks_the_results(cache, c
     """The reference is one to weights that are not on this machine. The published networks are replaced by tiny ones."""
     built, networks = [], random_model("builtin:tiny/svd", None).networks
     monkeypatch.setattr(published_models, "NETWORKS", {f"svd/{name}": network for name, network in networks.items()})
-    monkeypatch.setattr(bench_command, "profile_for", lambda name: with_published_weights(load_profile(name)))
+    monkeypatch.setattr(bench_command, "profile_for", with_published_weights)
     monkeypatch.setattr(bench_command, "random_pipeline", lambda *args: built.append(random_pipeline(*args)) or built[-1])
     arguments = ["--weights", "random", "--quick", "--json", "--stage", "svd", "--stage", "realesrgan", *SMALL]
     assert main(["bench", "-p", "tiny", *arguments]) == 0
@@ -122,11 +123,10 @@ def test_bench_with_random_weights_needs_no_files_and_marks_the_results(cache, c
 def test_full_size_that_does_not_fit_is_refused_before_it_is_built(cache, capsys, monkeypatch):
     monkeypatch.setattr(published_models, "free_bytes", lambda device: 2**30)
     monkeypatch.setattr(published_models, "_draw_weights", lambda *args: pytest.fail("allocated"))
-    monkeypatch.setattr(bench_command, "profile_for", lambda name: with_published_weights(load_profile(name)))
+    monkeypatch.setattr(bench_command, "profile_for", with_published_weights)
     assert main(["bench", "-p", "tiny", "--weights", "random", "--quick", "--stage", "svd", "--no-save"]) == 4
     assert "svd: not measured: the weights need 8.4 GB of host memory, 1 GB are free" in capsys.readouterr().err
 
 
-def with_published_weights(profile):
-    svd = profile.actors["svd"].model_copy(update={"weights": "hub:stabilityai/stable-video-diffusion-img2vid-xt@main"})
-    return profile.model_copy(update={"actors": {**profile.actors, "svd": svd}})
+def with_published_weights(name):
+    return with_actor(load_profile(name), "svd", weights="hub:stabilityai/stable-video-diffusion-img2vid-xt@main")

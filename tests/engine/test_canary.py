@@ -13,7 +13,7 @@ from vidgen_ray.engine import worker_checks
 from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.scheduler import Work
 from vidgen_ray.engine.worker_checks import CANARY, MAX_DIFFERENCE, difference
-from vidgen_ray.outputs.records import Failure, StepRecord
+from vidgen_ray.outputs.records import StepRecord
 
 FIRST_CALLS, CHECK_CALLS = 8, 50
 
@@ -39,9 +39,6 @@ class Painter(FakeActorClient):
 
     def restart(self, *, blame_running=False):
         self.colours.append(self.colours.pop(0))
-
-    def permanent_failure(self, reason):
-        return Failure(stage="health", error="Quarantined", message=reason, attempts=1, worker=self.name)
 
 
 def render(painters, shots):

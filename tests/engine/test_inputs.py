@@ -8,14 +8,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ASTRONAUT, SYNTHETIC
-from tests.fake_stages import FAKES
-from vidgen_ray.content_keys import ShotPlanner, params_of
+from tests.fake_stages import FAKES, plan_of, with_actor
 from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
 from vidgen_ray.errors import InputChanged, OtherWeights
-from vidgen_ray.graph import stages_of
 from vidgen_ray.media import read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
@@ -27,9 +25,8 @@ from vidgen_ray.weights import resolve
 SMALL = {"id": "s", "prompt": "a", "seed": 7, "width": 64, "height": 64, "num_frames": 2, "upscale_video": False}
 
 
-def plan_of(profile, **fields):
-    shot = check_shot({**SMALL, "consent": SYNTHETIC, **fields}, "test", profile.defaults)
-    return ShotPlanner(params_of(profile, stages_of(shot)), profile.encode)(shot)
+def planned(profile, **fields):
+    return plan_of(profile, check_shot({**SMALL, "consent": SYNTHETIC, **fields}, "test", profile.defaults))
 
 
 def run(profile, plan, stages=FAKES):
@@ -41,19 +38,19 @@ def run(profile, plan, stages=FAKES):
 def test_photo_replaced_after_planning_fails_the_shot(tiny, tmp_path):
     photo = tmp_path / "photo.jpg"
     shutil.copy(ASTRONAUT, photo)
-    plan = plan_of(tiny, face_image=str(photo))
+    plan = planned(tiny, face_image=str(photo))
     write_png(photo, read_image(photo)[:, ::-1])
     with pytest.raises(StepFailed, match=r"instantid: \S+photo\.jpg: changed since the run planned this shot") as raised:
         run(tiny, plan)
     assert isinstance(raised.value.cause, InputChanged)
     assert CallResult.of_failure(raised.value).kind is Kind.INPUT
-    run(tiny, plan_of(tiny, face_image=str(photo)))
+    run(tiny, planned(tiny, face_image=str(photo)))
 
 
 def test_start_image_replaced_after_planning_is_not_committed(tiny, tmp_path):
     image = tmp_path / "red.png"
     write_png(image, np.full((64, 64, 3), (255, 0, 0), np.uint8))
-    plan = plan_of(tiny, image=str(image))
+    plan = planned(tiny, image=str(image))
     red = image.read_bytes()
     write_png(image, np.full((64, 64, 3), (0, 0, 255), np.uint8))
     with pytest.raises(StepFailed, match=r"svd: \S+red\.png: changed since"):
@@ -73,7 +70,7 @@ def test_lora_replaced_after_planning_is_not_loaded(tiny, tmp_path, monkeypatch)
     pipeline = VideoGenerationPipeline(tiny, tmp_path / "out")
     fields = {**SMALL, "generate_video": False, "lora": str(lora)}
     first = pipeline.render(check_shot(fields, "test", tiny.defaults))
-    plan = plan_of(tiny, generate_video=False, lora=str(lora))
+    plan = planned(tiny, generate_video=False, lora=str(lora))
     content = lora.read_bytes()
     save_file({name: -tensor for name, tensor in load_file(lora).items()}, lora)
     runner = StepRunner(list(pipeline._loaded.values()), 0, None)
@@ -95,12 +92,11 @@ def test_lora_replaced_after_planning_is_not_loaded(tiny, tmp_path, monkeypatch)
 
 def test_weights_that_are_not_those_of_the_plan_are_noticed(tiny, tmp_path):
     folder = shutil.copytree(resolve("builtin:tiny/svd"), tmp_path / "svd")
-    actor = tiny.actors["svd"].model_copy(update={"weights": str(folder)})
-    profile = tiny.model_copy(update={"actors": {**tiny.actors, "svd": actor}})
-    plan = plan_of(profile)
+    profile = with_actor(tiny, "svd", weights=str(folder))
+    plan = planned(profile)
     (folder / "README.md").write_text("changes nothing")
     run(profile, plan)
-    assert plan_of(profile).key == plan.key
+    assert planned(profile).key == plan.key
 
     with (folder / "unet" / "config.json").open("a") as config:
         config.write(" ")
@@ -118,7 +114,7 @@ def test_weights_that_are_not_those_of_the_plan_are_noticed(tiny, tmp_path):
     runner.load()
     with (folder / "model_index.json").open("a") as index:
         index.write(" ")
-    plan = plan_of(profile)
+    plan = planned(profile)
     with pytest.raises(StepFailed, match=r"model_index\.json changed after svd loaded it; load the weights again"):
         runner.run(plan, Item(plan.shot), ["flux", "svd"])
     runner.load()

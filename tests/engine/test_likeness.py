@@ -5,14 +5,14 @@ import pickle
 import numpy as np
 import pytest
 
+from tests import fake_stages
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FakeSVD, use_fakes
 from tests.nets.test_faces import GROUP, WALL, head, on_a_wall
 from vidgen_ray.cli import main
-from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
+from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.step_runner import LikenessTooLow, StepFailed, best_try, check_likeness
 from vidgen_ray.errors import StageError, UsageError
-from vidgen_ray.graph import stages_of
 from vidgen_ray.media import read_image, write_png
 from vidgen_ray.nets.faces import norm_crop
 from vidgen_ray.outputs.manifest import ManifestRow
@@ -119,8 +119,7 @@ def test_error_of_several_tries_names_the_best():
 @pytest.fixture
 def plan_of(tiny, make_shot):
     def make(**fields) -> ShotPlan:
-        shot = make_shot(**{"face_image": str(ASTRONAUT), **fields})
-        return ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
+        return fake_stages.plan_of(tiny, make_shot(**{"face_image": str(ASTRONAUT), **fields}))
 
     return make
 

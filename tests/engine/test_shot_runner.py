@@ -1,22 +1,19 @@
 """Shot runner with fake actors in simulated time: the calls that a shot takes."""
 
-from pathlib import Path
 from unittest.mock import AsyncMock, Mock
 
 import pytest
 
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
+from tests.engine.test_worker_pool import config
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine import shot_runner
 from vidgen_ray.engine.calls import ENCODER, CallResult
-from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.shot_runner import ShotRunner
 from vidgen_ray.engine.worker_pool import WorkerPool
-from vidgen_ray.graph import STAGE_BY_NAME, stages_of
-from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.graph import stages_of
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec
-from vidgen_ray.profile import ActorProfile, Profile
 from vidgen_ray.shot import Shot
 
 ALL = ("flux", "svd", "realesrgan")
@@ -24,14 +21,11 @@ FRAMES = 8
 CHUNK_FRAMES = 4
 
 
-def calls_of_a_clip(workers, **svd_options):
+def calls_of_a_clip(workers):
     """Return the methods that are called to render a clip on workers with these stages, and the stages of its record."""
     shot = Shot(id="a", prompt="a ball", seed=1, num_frames=FRAMES, scale=2)
     steps = tuple(Step(stage=stage.name, key=stage.name, weights=()) for stage in stages_of(shot))
     plan = ShotPlan(shot=shot, steps=steps, key="shot")
-    actors = {stage.actor: ActorProfile(weights="tiny") for stage in STAGE_BY_NAME.values()}
-    actors["svd"] = ActorProfile(weights="tiny", options=svd_options)
-    config = EngineConfig("run", Profile(name="p", about="", actors=actors), OutputFolder(Path("unused")), STAGE_BY_NAME)
     slots = tuple(Slot((WorkerSpec(stages, cpus=1, gpus=1),), 0.0) for stages in workers)
     layout = Layout("fused", slots, encoders=1, window=1)
     called = []
@@ -49,11 +43,11 @@ def calls_of_a_clip(workers, **svd_options):
 
     async def render():
         observer = Mock()
-        pool = WorkerPool(config, layout, observer, Mock(over=AsyncMock()))
+        pool = WorkerPool(config(), layout, observer, Mock(over=AsyncMock()))
         for number, slot in enumerate(slots):
             pool.add(slot.workers[0], FakeActorClient(f"worker-{number}", lambda *_: 1.0, respond))
         pool.add(ENCODER, FakeActorClient("encoder", lambda *_: 1.0, respond))
-        return await ShotRunner(config, pool, {"realesrgan": CHUNK_FRAMES}, observer).run(plan)
+        return await ShotRunner(config(), pool, {"realesrgan": CHUNK_FRAMES}, observer).run(plan)
 
     record, _ = run_in_simulated_time(render())
     return called, [step.stage for step in record.stages]

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vidgen_ray.content_keys import ShotPlanner, params_of
+from tests.fake_stages import plan_of
 from vidgen_ray.engine.shot_writer import ShotFiles, write_clip
 from vidgen_ray.engine.step_runner import ForeignArtefacts
 from vidgen_ray.errors import MediaError, ScriptError
-from vidgen_ray.graph import stages_of
 from vidgen_ray.media import open_video, read_image
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.provenance.record import ProvenanceSettings
@@ -25,7 +24,7 @@ def shot_files(tiny, shot, folder: Path) -> tuple[dict[str, np.ndarray], Path]:
     random = np.random.default_rng(0)
     outputs = OutputFolder(folder)
     outputs.prepare()
-    plan = ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
+    plan = plan_of(tiny, shot)
     image = random.integers(0, 256, (shot.height, shot.width, 3), np.uint8)
     frames = random.integers(0, 256, (FRAMES, shot.height, shot.width, 3), np.uint8)
     pixels = {"image.png": image, "video.mp4": frames}
@@ -71,7 +70,7 @@ def test_error_of_a_chunk_is_not_replaced_by_that_of_the_unfinished_clip(tiny, m
     shot = make_shot(width=128, height=64, num_frames=FRAMES, scale=2)
     outputs = OutputFolder(tmp_path)
     outputs.prepare()
-    plan = ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
+    plan = plan_of(tiny, shot)
     frames = np.zeros((FRAMES, shot.height, shot.width, 3), np.uint8)
     files = ShotFiles(plan, Item(shot, Artefacts(image=frames[0], frames=frames)), outputs, tiny.encode)
     with pytest.raises(MediaError, match="must be uint8"), closing(files):
@@ -80,8 +79,8 @@ def test_error_of_a_chunk_is_not_replaced_by_that_of_the_unfinished_clip(tiny, m
 
 
 def test_crop_changes_the_key_of_the_files_only(tiny, make_shot):
-    plan = ShotPlanner(params_of(tiny, stages_of(make_shot())), tiny.encode)
-    whole, cropped, other = plan(make_shot()), plan(make_shot(crop_width=64)), plan(make_shot(crop_height=64))
+    crops = ({}, {"crop_width": 64}, {"crop_height": 64})
+    whole, cropped, other = (plan_of(tiny, make_shot(**crop)) for crop in crops)
     assert len({whole.key, cropped.key, other.key}) == 3
     assert whole.steps == cropped.steps == other.steps
 

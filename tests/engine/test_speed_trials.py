@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.fake_stages import with_actor
 from vidgen_ray.engine.trials import run_trials, try_option
 from vidgen_ray.planner import Cluster, Node, parse_gpus, profile_for, speed_trials
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, as_recorded, keep, settled
@@ -16,8 +17,9 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 def trying(profile, **options):
     """Return the profile with options to try. `options`: actor -> options."""
-    changed = {name: profile.actors[name].model_copy(update={"trial_options": tried}) for name, tried in options.items()}
-    return profile.model_copy(update={"actors": {**profile.actors, **changed}})
+    for name, tried in options.items():
+        profile = with_actor(profile, name, trial_options=tried)
+    return profile
 
 
 def keep_all(profile, card, results):
@@ -54,8 +56,7 @@ def test_option_is_used_on_the_kinds_of_gpus_that_have_accepted_it_with_the_same
     assert profile_for("gpu-24gb", lambda: parse_gpus("1xRTX4090")).actors["flux"].options["quantize"] == "fp8"
     for cards in (["RTX 3090"], ["RTX 4090", "RTX 3090"], []):
         assert settled(profile, cards) == profile
-    other = profile.actors["flux"].model_copy(update={"weights": "hub:other/weights"})
-    own = profile.model_copy(update={"actors": {**profile.actors, "flux": other}})
+    own = with_actor(profile, "flux", weights="hub:other/weights")
     assert settled(own, ["RTX 4090"]).actors["flux"].options["quantize"] == "fp8_storage"
 
 

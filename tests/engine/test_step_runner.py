@@ -11,15 +11,13 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ASTRONAUT
-from tests.fake_stages import FAKES, use_fakes
-from vidgen_ray.content_keys import ShotPlanner, params_of
+from tests.fake_stages import FAKES, plan_of, use_fakes, with_actor
 from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_runner import ForeignArtefacts, StepFailed, StepRunner
 from vidgen_ray.errors import SetupError
-from vidgen_ray.graph import stages_of
 from vidgen_ray.nets.faces import PackRecogniser
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
@@ -80,8 +78,7 @@ def test_nan_weights_are_refused_when_loaded(tiny, tmp_path, stage_class, part):
     folder = shutil.copytree(resolve(tiny.actors[name].weights), tmp_path / name)
     file = folder / part / "diffusion_pytorch_model.safetensors"
     filled(file, file, float("nan"), only_first=True)
-    actor = tiny.actors[name].model_copy(update={"weights": str(folder)})
-    stage = stage_class(tiny.model_copy(update={"actors": {name: actor}}).params(stage_class))
+    stage = stage_class(with_actor(tiny, name, weights=str(folder)).params(stage_class))
     with pytest.raises(SetupError, match=rf"{name}: {part}: \S+ has NaN or infinite values; copy the weights again"):
         stage.load()
 
@@ -129,8 +126,7 @@ def test_upscaler_of_nan_or_huge_numbers_fails_the_step(tiny, tmp_path):
     weights = resolve("builtin:realesrgan") / "animevideov3.safetensors"
     filled(weights, tmp_path / "nan.safetensors", float("nan"), only_first=True)
     save_file({name: tensor * 1e30 for name, tensor in load_file(weights).items()}, tmp_path / "huge.safetensors")
-    actor = tiny.actors["realesrgan"].model_copy(update={"weights": str(tmp_path)})
-    profile = tiny.model_copy(update={"actors": {**tiny.actors, "realesrgan": actor}})
+    profile = with_actor(tiny, "realesrgan", weights=str(tmp_path))
     pipeline = use_fakes(VideoGenerationPipeline(profile, tmp_path / "out"), "flux", "svd")
     for name, message in (("nan", r"upscaler nan: body\.0\.bias has NaN or infinite values"), ("huge", NOT_FINITE)):
         with pytest.raises(StepFailed, match=rf"realesrgan: .*{message}"):
@@ -143,7 +139,7 @@ def test_upscaler_of_nan_or_huge_numbers_fails_the_step(tiny, tmp_path):
 
 def planned(profile, shot, cache=None):
     """Return the plan of a shot, its fake stages by name, and a runner with them."""
-    plan = ShotPlanner(params_of(profile, stages_of(shot)), profile.encode)(shot)
+    plan = plan_of(profile, shot)
     stages = {step.stage: FAKES[step.stage](profile.params(FAKES[step.stage])) for step in plan.steps}
     opened = None if cache is None else CacheSettings("all", wait=True).open(cache)
     return plan, stages, StepRunner(list(stages.values()), 0, opened)
@@ -157,8 +153,7 @@ def test_unwritable_cache_does_not_fail_the_shot(pipeline):
 
 
 def test_result_that_depends_on_lower_memory_settings_is_not_cached(tiny, tmp_path):
-    actor = tiny.actors["svd"].model_copy(update={"options": {"decode_chunk_frames": 4}})
-    profile = tiny.model_copy(update={"actors": {**tiny.actors, "svd": actor}})
+    profile = with_actor(tiny, "svd", options={"decode_chunk_frames": 4})
     fields = {**SMALL, "prompt": "decoder-oom", "face_image": str(ASTRONAUT), "identity": "none", "upscale_video": False}
     shot = check_shot(fields, "test", profile.defaults)
     cache = OutputFolder(tmp_path).stage_cache

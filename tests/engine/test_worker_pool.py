@@ -44,17 +44,18 @@ class Client(FakeActorClient):
         record = StepRecord(stage="flux", key=key, weights=(), seconds=self.slow, gpu_seconds=1, cached=False)
         return CallResult((record,)), self.name
 
-    def permanent_failure(self, reason):
-        return Failure(stage="health", error="Quarantined", message=reason, attempts=1, worker=self.name)
+
+def config():
+    """Return the settings of an engine with all stages."""
+    actors = {stage.actor: ActorProfile(weights="tiny") for stage in STAGE_BY_NAME.values()}
+    return EngineConfig("run", Profile(name="p", about="", actors=actors), OutputFolder(Path("unused")), STAGE_BY_NAME)
 
 
 def pool_of(clients, window=1):
     """Return a pool of these workers for FLUX."""
-    actors = {stage.actor: ActorProfile(weights="tiny") for stage in STAGE_BY_NAME.values()}
-    config = EngineConfig("run", Profile(name="p", about="", actors=actors), OutputFolder(Path("unused")), STAGE_BY_NAME)
     spec = WorkerSpec(("flux",), cpus=1, gpus=1)
     layout = Layout("fused", tuple(Slot((spec,), 0.0) for _ in clients), encoders=1, window=window)
-    pool = WorkerPool(config, layout, Mock(), Mock(over=AsyncMock()))
+    pool = WorkerPool(config(), layout, Mock(), Mock(over=AsyncMock()))
     for client in clients:
         pool.add(spec, client)
     return pool

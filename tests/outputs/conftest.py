@@ -6,8 +6,8 @@ from urllib.request import Request, urlopen
 import pytest
 from moto.server import ThreadedMotoServer
 
-from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
-from vidgen_ray.graph import stages_of
+from tests import fake_stages
+from vidgen_ray.content_keys import ShotPlan
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,6 @@ def url(endpoint, request):
 @pytest.fixture
 def plan_of(tiny, make_shot):
     def make(shot_id: str, **fields) -> ShotPlan:
-        shot = make_shot(id=shot_id, **{"upscale_video": False, **fields})
-        return ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
+        return fake_stages.plan_of(tiny, make_shot(id=shot_id, **{"upscale_video": False, **fields}))
 
     return make

@@ -7,9 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import ASTRONAUT, EXAMPLES
+from tests.fake_stages import plan_of
 from vidgen_ray.cli import main
-from vidgen_ray.content_keys import ShotPlanner, params_of
-from vidgen_ray.graph import stages_of
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
@@ -30,7 +29,7 @@ def folder(tmp_path, tiny, make_shot):
         shot = make_shot(
             id=shot_id, face_image=[str(photo)] if photo else [], generate_video=False, seed=len(shot_id), **fields
         )
-        plan = ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
+        plan = plan_of(tiny, shot)
         for step in plan.steps:
             outputs.storage.write(f"cache/{step.key[:2]}/{step.key}/face.json", "{}")
         with outputs.draft(plan) as draft:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ASTRONAUT
+from tests.fake_stages import with_actor
 from vidgen_ray import VideoGenerationPipeline
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, StageError
@@ -60,23 +61,13 @@ def test_refine_strength_0_returns_the_image_and_less_than_a_step_is_rejected(ti
 # Errors.
 
 
-@pytest.fixture
-def without(tiny):
-    """A function that returns the tiny profile with other extra weights of one actor."""
-
-    def profile_without(actor, name, reference="/nowhere/weights"):
-        section = tiny.actors[actor].model_copy(update={"extra_weights": {name: reference}})
-        return tiny.model_copy(update={"actors": {**tiny.actors, actor: section}})
-
-    return profile_without
-
-
-def test_missing_extra_weights_fail_only_shots_that_need_them(without, make_shot, tmp_path):
+def test_missing_extra_weights_fail_only_shots_that_need_them(tiny, make_shot, tmp_path):
     for actor, name, fields, other in (
         ("flux", "infusenet", {}, {"identity": "instantid-sdxl"}),
         ("instantid_sdxl", "instantid", {"identity": "instantid-sdxl"}, {"identity": "none"}),
     ):
-        pipeline = VideoGenerationPipeline(without(actor, name), tmp_path / name)
+        profile = with_actor(tiny, actor, extra_weights={name: "/nowhere/weights"})
+        pipeline = VideoGenerationPipeline(profile, tmp_path / name)
         pipeline.plan(make_shot(face_image=str(ASTRONAUT), **other))
         message = f"{name}: weights '/nowhere/weights': nothing at /nowhere/weights"
         with pytest.raises(MissingWeights, match=message):
@@ -84,20 +75,16 @@ def test_missing_extra_weights_fail_only_shots_that_need_them(without, make_shot
 
 
 def test_extra_weights_must_be_known_and_have_their_recogniser(tiny):
-    def profile_with(**extra_weights):
-        actors = {name: tiny.actors[name].model_copy(update={"extra_weights": names}) for name, names in extra_weights.items()}
-        return tiny.model_copy(update={"actors": {**tiny.actors, **actors}})
-
-    check_profile(profile_with(flux={}, instantid={}))
+    check_profile(with_actor(with_actor(tiny, "flux", extra_weights={}), "instantid", extra_weights={}))
     for name in builtin_profiles():
         check_profile(load_profile(name))
-    for profile, message in (
-        (profile_with(instantid={}), r"flux\.extra_weights: infusenet needs face embeddings by ir_se50; add `extra_weights: "),
-        (profile_with(flux={"infusnet": "x"}), r"actors\.flux\.extra_weights: got 'infusnet', must be one of infusenet"),
-        (profile_with(svd={"x": "x"}), r"actors\.svd\.extra_weights: got 'x', this actor has no extra weights"),
+    for actor, extra_weights, message in (
+        ("instantid", {}, r"flux\.extra_weights: infusenet needs face embeddings by ir_se50; add `extra_weights: "),
+        ("flux", {"infusnet": "x"}, r"actors\.flux\.extra_weights: got 'infusnet', must be one of infusenet"),
+        ("svd", {"x": "x"}, r"actors\.svd\.extra_weights: got 'x', this actor has no extra weights"),
     ):
         with pytest.raises(ProfileError, match=message):
-            check_profile(profile)
+            check_profile(with_actor(tiny, actor, extra_weights=extra_weights))
 
 
 # Custom injectors.
@@ -130,12 +117,12 @@ class Brighter(FluxInjector):
         yield FluxPipelines(brightened(self.model.text_to_image), brightened(self.model.image_to_image))
 
 
-def test_custom_injector_needs_one_class_and_one_registry_entry(without, monkeypatch, tmp_path):
+def test_custom_injector_needs_one_class_and_one_registry_entry(tiny, monkeypatch, tmp_path):
     monkeypatch.setitem(INJECTORS, "toy", Brighter)
     monkeypatch.setattr(FluxFamilyStage, "extra_weights", tuple(INJECTORS))
     weights = tmp_path / "toy.txt"
     weights.write_text("0.2")
-    profile = without("flux", "toy", str(weights))
+    profile = with_actor(tiny, "flux", extra_weights={"toy": str(weights)})
     check_profile(profile)
     with VideoGenerationPipeline(profile, tmp_path / "out", cache="none") as pipeline:
 
