@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 import ray
 
-from tests.batch.test_batch import Events
+from tests.batch.test_batch import Events, write_lines
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES, profile_of_fakes, with_actor
 from tests.outputs.test_trace import read_trace
@@ -42,11 +42,9 @@ def profile(tiny):
 
 
 def render_lines(tmp_path, profile, lines, listener=None, gpus=GPUS, stop=None, fakes=FAKES, folder=OutputFolder, **options):
-    script = tmp_path / "s.jsonl"
-    script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     out = tmp_path / "out"
     report = render(
-        ScriptSettings(script, profile_defaults=profile.defaults),
+        ScriptSettings(write_lines(tmp_path / "s.jsonl", lines), profile_defaults=profile.defaults),
         profile,
         folder(out),
         RenderOptions(cluster=parse_gpus(gpus) if isinstance(gpus, str) else gpus, stages=fakes, **options),
@@ -88,9 +86,10 @@ def place_of(worker):
         time.sleep(POLL_S)
 
 
-def test_workers_keep_their_gpus_after_all_processes_were_killed(tmp_path, profile):
-    places, colocated = [], profile.model_copy(update={"layout": "colocated"})
-    report, rows = render_lines(tmp_path, colocated, shots(12), Events(lambda: places.extend(kill_workers())))
+def test_workers_keep_their_gpus_after_all_processes_were_killed(tmp_path, tiny):
+    places, colocated = [], profile_of_fakes(tiny, ("flux", "svd"), layout="colocated")
+    lines = [{**line, "upscale_video": False} for line in shots(12)]
+    report, rows = render_lines(tmp_path, colocated, lines, Events(lambda: places.extend(kill_workers())))
     assert (report.done, report.failed, report.layout) == (12, 0, "colocated"), [r.failure_message for r in rows.values()]
     before, after = places
     assert {name: place.gpus for name, place in before.items()} == {name: place.gpus for name, place in after.items()}
@@ -200,8 +199,7 @@ def test_script_that_changes_during_the_run_is_an_error_and_replaces_no_shot(in_
     assert render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU)[0].done == 6
 
     def change_before(*args):
-        (tmp_path / "new.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in shots(6)[2:]))
-        (tmp_path / "new.jsonl").rename(tmp_path / "s.jsonl")
+        write_lines(tmp_path / "new.jsonl", shots(6)[2:]).rename(tmp_path / "s.jsonl")
         return remaining_lines(*args)
 
     with monkeypatch.context() as changing:

@@ -6,6 +6,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from tests.batch.test_batch import write_lines
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES
 from vidgen_ray.cli import main
@@ -115,8 +116,7 @@ def test_refused_prompts_are_rejected_lines(tmp_path, tiny, capsys):
         {"id": "part", "prompt": "a category of infrared gorefree photos"},
         {"id": "style", "prompt": "a ball", "use_hunyuan_style": True, "style_prompt": "GORE"},
     ]
-    (tmp_path / "s.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert main(["validate", str(tmp_path / "s.jsonl"), "-p", str(profile), "--json"]) == 3
+    assert main(["validate", str(write_lines(tmp_path / "s.jsonl", lines)), "-p", str(profile), "--json"]) == 3
     errors = json.loads(capsys.readouterr().out)["errors"]
     assert [(error["line"], error["field"], error["allowed"]) for error in errors] == [
         (2, "prompt", "refused by the safety checker: the text has 'Bloody'"),

@@ -7,12 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import ASTRONAUT, EXAMPLES
-from tests.fake_stages import plan_of
+from tests.outputs.test_outputs import commit
 from vidgen_ray.cli import main
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
-from vidgen_ray.outputs.records import StepRecord
 from vidgen_ray.outputs.reviews import Opinion, ReviewSession, read_reviews
 from vidgen_ray.system.cache_dir import sha256_of
 
@@ -20,32 +19,22 @@ ADA = EXAMPLES / "faces" / "ada.png"
 
 
 @pytest.fixture
-def folder(tmp_path, tiny, make_shot):
+def folder(tmp_path, plan_of):
     """Output folder with cached steps, features and stored photos of two people, without rendering anything."""
     outputs = OutputFolder(tmp_path / "out")
     outputs.prepare()
 
-    def commit(shot_id, photo, **fields):
-        shot = make_shot(
-            id=shot_id, face_image=[str(photo)] if photo else [], generate_video=False, seed=len(shot_id), **fields
-        )
-        plan = plan_of(tiny, shot)
+    def committed(shot_id, *photos, **fields):
+        plan = plan_of(shot_id, face_image=photos, generate_video=False, seed=len(shot_id), **fields)
         for step in plan.steps:
             outputs.storage.write(f"cache/{step.key[:2]}/{step.key}/face.json", "{}")
-        with outputs.draft(plan) as draft:
-            draft.path("image.png").write_bytes(b"image")
-            draft.path("face.json").write_text("{}")
-            steps = [
-                StepRecord(stage=s.stage, key=s.key, weights=(), seconds=0, gpu_seconds=0, cached=False) for s in plan.steps
-            ]
-            record = draft.commit(steps)
-        return plan, record
+        return plan, commit(outputs, plan, ("image.png", "face.json"))
 
     shots = {
-        "one": commit("one", ASTRONAUT),
-        "named": commit("named", ASTRONAUT, metadata={"character": "eileen"}),
-        "other": commit("other", ADA, metadata={"character": "ada"}),
-        "ball": commit("ball", None),
+        "one": committed("one", str(ASTRONAUT)),
+        "named": committed("named", str(ASTRONAUT), metadata={"character": "eileen"}),
+        "other": committed("other", str(ADA), metadata={"character": "ada"}),
+        "ball": committed("ball"),
     }
     for photo in (ASTRONAUT, ADA):
         outputs.storage.write(f"inputs/{sha256_of(photo)}", photo.read_bytes())
