@@ -4,19 +4,16 @@ measured (calibration).
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, clip_growth, relative_costs
@@ -26,8 +23,7 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, Stage
 from vidgen_ray.stages.memory_table import Workload
-from vidgen_ray.system.cache_dir import cache_dir
-from vidgen_ray.system.files import write_atomically
+from vidgen_ray.system.cache_dir import CacheFile
 
 MIN_SHOTS = 3
 """Minimum shots of a run that replaces an existing calibration. The first shot is slower because of warm-up."""
@@ -103,13 +99,13 @@ class Calibration(BaseModel):
         return self.model_copy(update=changes)
 
 
-_CalibrationFile = TypeAdapter(dict[str, dict[str, dict[str, Calibration]]])
+_calibrations = CacheFile("measured.json", TypeAdapter(dict[str, dict[str, dict[str, Calibration]]]))
 """Profile -> card -> stage -> calibration."""
 
 
 def load_calibration(profile: str, card: str) -> dict[str, Calibration]:
     """Return stage -> calibration for a profile and a card (see `Cluster.card`). Empty if nothing was measured."""
-    return _read().get(profile, {}).get(card, {})
+    return _calibrations.read().get(profile, {}).get(card, {})
 
 
 def save_calibration(profile: str, card: str, seconds: Mapping[str, Sequence[tuple[float, RelativeCost]]]) -> None:
@@ -119,18 +115,14 @@ def save_calibration(profile: str, card: str, seconds: Mapping[str, Sequence[tup
     """
     new = calibrations(seconds)
     # If the file cannot be written, the stages are measured again in the next run.
-    with suppress(OSError):
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{_file()}.lock"):
-            stored = _read()
-            stages = stored.setdefault(profile, {}).setdefault(card, {})
-            for stage, calibration in new.items():
-                if (known := stages.get(stage)) is None:
-                    stages[stage] = calibration
-                elif calibration.shots >= MIN_SHOTS:
-                    kept = {"variants": known.variants, "measurements": known.measurements}
-                    stages[stage] = calibration.model_copy(update=kept)
-            _write(stored)
+    with suppress(OSError), _calibrations.update() as stored:
+        stages = stored.setdefault(profile, {}).setdefault(card, {})
+        for stage, calibration in new.items():
+            if (known := stages.get(stage)) is None:
+                stages[stage] = calibration
+            elif calibration.shots >= MIN_SHOTS:
+                kept = {"variants": known.variants, "measurements": known.measurements}
+                stages[stage] = calibration.model_copy(update=kept)
 
 
 def calibrations(seconds: Mapping[str, Sequence[tuple[float, RelativeCost]]]) -> dict[str, Calibration]:
@@ -146,14 +138,11 @@ def save_measurements(profile: str, card: str, measured: Mapping[str, Sequence[M
     Plans use the one of the nearest size, until a run with enough shots has measured the stage, and those of each variant.
     Raises OSError if the file cannot be written.
     """
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{_file()}.lock"):
-        stored = _read()
+    with _calibrations.update() as stored:
         stages = stored.setdefault(profile, {}).setdefault(card, {})
         for stage, measurements in measured.items():
             if measurements:
                 stages[stage] = _with_measurements(stages.get(stage), measurements)
-        _write(stored)
 
 
 def _with_measurements(known: Calibration | None, new: Sequence[Measurement]) -> Calibration:
@@ -193,22 +182,6 @@ def _fixed_share(samples: Sequence[tuple[float, RelativeCost]]) -> float | None:
     rows = np.array([(cost.fixed / seconds, cost.steps / seconds) for seconds, cost in samples])
     (fixed_s, step_s), _ = nnls(rows, np.ones(len(rows)))
     return float(fixed_s / (fixed_s + step_s))
-
-
-def _write(stored: dict[str, dict[str, dict[str, Calibration]]]) -> None:
-    content = _CalibrationFile.dump_python(stored, mode="json")
-    write_atomically(_file(), json.dumps(content, indent=1, sort_keys=True) + "\n")
-
-
-def _file() -> Path:
-    return cache_dir() / "measured.json"
-
-
-def _read() -> dict[str, dict[str, dict[str, Calibration]]]:
-    try:
-        return _CalibrationFile.validate_json(_file().read_bytes())
-    except (OSError, ValidationError):
-        return {}
 
 
 ENCODE_SECONDS: Mapping[str, tuple[float, float]] = {

@@ -11,15 +11,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
 
 from vidgen_ray.profile import Profile
-from vidgen_ray.system.cache_dir import cache_dir
-from vidgen_ray.system.files import write_atomically
+from vidgen_ray.system.cache_dir import CacheFile
 
 MAX_LEVELS = 3.0
 """Mean difference of a result, in levels of 255, up to which an option is used. bfloat16 in place of float32 differs by 1."""
@@ -86,13 +83,13 @@ class TrialResult(BaseModel):
         return f"left out: {self.rejected}" if self.rejected else f"used, {self.speedup:.2f} times as fast"
 
 
-_Results = TypeAdapter(dict[str, dict[str, TrialResult]])
+_results = CacheFile("trials.json", TypeAdapter(dict[str, dict[str, TrialResult]]))
 """Kind of GPU -> key of the trial -> result."""
 
 
 def settled(profile: Profile, cards: Sequence[str]) -> Profile:
     """Return the profile with the options that trials on all these kinds of GPUs have accepted."""
-    stored = _read()
+    stored = _results.read()
     for actor, section in profile.actors.items():
         for option, value in section.trial_options.items():
             trial = Trial(profile, actor, option, value)
@@ -108,7 +105,7 @@ def open_trials(profile: Profile, actor: str, cards: Sequence[str]) -> Iterator[
     for option, value in profile.actors[actor].trial_options.items():
         for card in _cards(profile, actor, cards):
             trial = Trial(settled(profile, cards), actor, option, value)
-            if trial.key not in _read().get(card, {}):
+            if trial.key not in _results.read().get(card, {}):
                 yield trial, card
 
 
@@ -118,23 +115,8 @@ def _cards(profile: Profile, actor: str, cards: Sequence[str]) -> Sequence[str]:
 
 def keep(trial: Trial, card: str, result: TrialResult) -> None:
     """Store the result of a trial for a kind of GPU. Raises OSError if the file cannot be written."""
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{_file()}.lock"):
-        stored = _read()
+    with _results.update() as stored:
         stored.setdefault(card, {})[trial.key] = result
-        content = _Results.dump_python(stored, mode="json")
-        write_atomically(_file(), json.dumps(content, indent=1, sort_keys=True) + "\n")
-
-
-def _file() -> Path:
-    return cache_dir() / "trials.json"
-
-
-def _read() -> dict[str, dict[str, TrialResult]]:
-    try:
-        return _Results.validate_json(_file().read_bytes())
-    except (OSError, ValidationError):
-        return {}
 
 
 def as_recorded(profile: Profile, recorded: Mapping[str, Any]) -> Profile:

@@ -1,11 +1,17 @@
-"""Cache folder of this machine, and file digests that are cached in it."""
+"""Cache folder of this machine, and file digests and results that are stored in it."""
 
 import hashlib
+import json
 import os
 import re
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Generic, TypeVar
+
+from filelock import FileLock
+from pydantic import TypeAdapter
 
 from vidgen_ray.system.files import write_atomically
 from vidgen_ray.system.model_files import loaded_files
@@ -13,6 +19,7 @@ from vidgen_ray.system.model_files import loaded_files
 HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 CLOCK_RESOLUTION_NS = 2_000_000_000
 """Coarsest resolution of file times, that of FAT."""
+T = TypeVar("T")
 
 
 def cache_dir() -> Path:
@@ -20,6 +27,35 @@ def cache_dir() -> Path:
     if configured := os.environ.get("VIDGEN_CACHE"):
         return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vidgen-ray"
+
+
+class CacheFile(Generic[T]):
+    """JSON file in the cache folder, which processes update one at a time."""
+
+    def __init__(self, name: str, content: TypeAdapter[dict[str, T]]) -> None:
+        self.name = name
+        self._content = content
+
+    @property
+    def path(self) -> Path:
+        return cache_dir() / self.name
+
+    def read(self) -> dict[str, T]:
+        """Return the content. Empty if there is no valid file."""
+        try:
+            return self._content.validate_json(self.path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+
+    @contextmanager
+    def update(self) -> Iterator[dict[str, T]]:
+        """Yield the content and store it with its changes at the end of the block. Raises OSError if that is not possible."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock"):
+            content = self.read()
+            yield content
+            stored = self._content.dump_python(content, mode="json")
+            write_atomically(self.path, json.dumps(stored, indent=1, sort_keys=True) + "\n")
 
 
 def sha256_of(path: Path) -> str:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Literal
 
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.system.cache_dir import cache_dir
-from vidgen_ray.system.files import parse_yaml, write_atomically
+from vidgen_ray.system.cache_dir import CacheFile
+from vidgen_ray.system.files import parse_yaml
 
 
 class WeightLicence(BaseModel):
@@ -50,7 +48,7 @@ class WeightLicence(BaseModel):
 
 
 _Ledger = TypeAdapter(tuple[WeightLicence, ...])
-_Accepted = TypeAdapter(dict[str, str])
+_accepted = CacheFile("accepted-licences.json", TypeAdapter(dict[str, str]))
 """Id of a licence -> time of its acceptance."""
 
 
@@ -97,27 +95,14 @@ def _match_names(reference: str) -> tuple[str, ...]:
 
 def accepted_licences() -> set[str]:
     """Return the ids of the licences that were accepted on this machine, with `accept_licences`."""
-    return set(_accepted_at())
+    return set(_accepted.read())
 
 
 def accept_licences(ids: Iterable[str]) -> None:
     """Remember on this machine that the licences with these ids were accepted. Raises SetupError if that cannot be stored."""
-    file = _accepted_file()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            write_atomically(file, json.dumps({**_accepted_at(), **dict.fromkeys(ids, now)}, indent=1, sort_keys=True) + "\n")
+        with _accepted.update() as accepted:
+            accepted |= dict.fromkeys(ids, datetime.now(UTC).isoformat(timespec="seconds"))
     except OSError as error:
-        raise SetupError(f"cannot write {file} ({error.strerror}); set VIDGEN_CACHE to a writable folder") from None
-
-
-def _accepted_at() -> dict[str, str]:
-    try:
-        return _Accepted.validate_json(_accepted_file().read_bytes())
-    except (OSError, ValueError):
-        return {}
-
-
-def _accepted_file() -> Path:
-    return cache_dir() / "accepted-licences.json"
+        text = f"cannot write {_accepted.path} ({error.strerror}); set VIDGEN_CACHE to a writable folder"
+        raise SetupError(text) from None
