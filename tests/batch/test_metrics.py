@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from vidgen_ray.batch.results import METRICS, RunMetrics
 from vidgen_ray.engine.engine_metrics import MAX_ERROR_LABELS, exported_names
 from vidgen_ray.engine.ray_cluster import init_local_ray
-from vidgen_ray.engine.status import Snapshot, StageStatus
-from vidgen_ray.outputs.run_log import RunLabels
+from vidgen_ray.engine.status import Snapshot
+from vidgen_ray.outputs.run_log import RunLabels, StageStatus
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "docs" / "grafana" / "vidgen.json").read_text())
 MONITORING = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()

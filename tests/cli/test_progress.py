@@ -11,8 +11,9 @@ from rich.console import Console, Group
 from vidgen_ray.batch.progress import CONNECTING, FIRST_SHOTS, LOADING, PLANNING, ProgressTracker, Throughput, eta_range
 from vidgen_ray.cli import progress_display
 from vidgen_ray.cli.progress_display import LineDisplay, RunView, TerminalDisplay, run_view
-from vidgen_ray.engine.status import Snapshot, StageStatus
+from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.outputs.manifest import ManifestRow
+from vidgen_ray.outputs.run_log import StageStatus
 
 IDLE = Snapshot({"flux": StageStatus(3, 0, 2, 0.0), "svd": StageStatus(0, 0, 2, 0.0)}, gpus_busy=0.0, in_progress=0)
 BUSY = Snapshot({"flux": StageStatus(3, 2, 2, 0.5), "svd": StageStatus(14, 2, 2, 0.98)}, gpus_busy=0.93, in_progress=21)

@@ -11,11 +11,11 @@ from starlette.testclient import TestClient
 
 from vidgen_ray.batch.progress import RunRecorder
 from vidgen_ray.cli.app import main
-from vidgen_ray.engine.status import Attempt, Snapshot, StageStatus
+from vidgen_ray.engine.status import Attempt, Snapshot
 from vidgen_ray.outputs import run_log
 from vidgen_ray.outputs.manifest import SCHEMA, ManifestRow
 from vidgen_ray.outputs.reviews import Opinion, ReviewSession
-from vidgen_ray.outputs.run_log import RunLabels, read_log, read_status
+from vidgen_ray.outputs.run_log import RunLabels, StageStatus, read_log, read_status
 from vidgen_ray.outputs.storage import LocalStorage, storage_at
 from vidgen_ray.report.gallery_page import gallery_app
 

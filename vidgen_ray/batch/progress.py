@@ -230,7 +230,7 @@ class RunRecorder(RunListener, AbstractContextManager["RunRecorder"]):
             waiting_for=snapshot.waiting_for if snapshot else None,
             in_progress=snapshot.in_progress if snapshot else 0,
             gpus_busy=snapshot.gpus_busy if snapshot else None,
-            stages={name: stage._asdict() for name, stage in snapshot.stages.items()} if snapshot else {},
+            stages=snapshot.stages if snapshot else {},
             quarantined=last.quarantined if last else (),
             messages=messages,
         )

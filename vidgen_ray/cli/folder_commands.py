@@ -37,7 +37,7 @@ from vidgen_ray.cli.options import (
 )
 from vidgen_ray.cli.progress_display import counts_line, speed_texts, stage_table
 from vidgen_ray.cli.run_script import ProfileOfLastRunOption, profile_of_run, render_again, temporary_script
-from vidgen_ray.engine.status import Snapshot, StageStatus
+from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import SetupError, UsageError, shortened
 from vidgen_ray.outputs.cleanup import GRACE_S, collect_garbage
 from vidgen_ray.outputs.cleanup import prune as remove_replaced
@@ -102,8 +102,7 @@ def _print_run(console: Console, run: RunStatus) -> None:
         age += ". The run was killed, or cannot reach the folder"
     state = f"ended{f' with {run.error}' if run.error else ''}" if run.ended else run.phase or "rendering"
     console.print(f"{state}, started {run.started_at:%Y-%m-%d %H:%M:%S} UTC; {age}", markup=False)
-    stages = {name: StageStatus(**stage.model_dump()) for name, stage in run.stages.items()}
-    snapshot = Snapshot(stages, run.gpus_busy, run.in_progress)
+    snapshot = Snapshot(run.stages, run.gpus_busy, run.in_progress)
     shots = f"{run.total - run.remaining:,}/{run.total:,} shots{'' if run.complete else ' so far'}"
     console.print(
         Text("   ").join([Text(", ".join([shots, *([] if run.ended else speed_texts(run))])), counts_line(run, snapshot)])

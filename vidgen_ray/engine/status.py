@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+from vidgen_ray.outputs.run_log import StageStatus
+
 
 class Progress(NamedTuple):
     """Progress of a call. The first one of a call means that its execution has started."""
@@ -13,19 +15,6 @@ class Progress(NamedTuple):
     """Completed denoising steps or frames."""
     steps: int
     """Total number of steps. 0 if not known yet."""
-
-
-class StageStatus(NamedTuple):
-    """Status of one stage at one moment."""
-
-    queued: int
-    """Calls that wait for a worker of this stage."""
-    running: int
-    """Calls that a worker is running."""
-    workers: int
-    """Live workers that hold the stage."""
-    busy: float
-    """Utilization of these workers over the last 30 seconds, 0 to 1."""
 
 
 class Snapshot(NamedTuple):

@@ -34,11 +34,12 @@ from vidgen_ray.engine.retries import (
     run_with_retries,
 )
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
-from vidgen_ray.engine.status import Attempt, EngineObserver, Progress, StageStatus
+from vidgen_ray.engine.status import Attempt, EngineObserver, Progress
 from vidgen_ray.engine.supervisor import Supervisor
 from vidgen_ray.engine.worker_checks import CANARY, MAX_DIFFERENCE, Canary, MadeCall, Repeated, SlowCalls
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, durations, max_loras
 from vidgen_ray.outputs.records import Failure
+from vidgen_ray.outputs.run_log import StageStatus
 from vidgen_ray.planner.layout import Layout, WorkerSpec
 
 BUSY_WINDOW = 30

@@ -9,6 +9,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -53,13 +54,18 @@ class RunLabels(BaseModel):
         return {name: value for name, value in labels.items() if value}
 
 
-class StageLoad(BaseModel):
-    """Calls and workers of a stage."""
+@dataclass(frozen=True, slots=True)
+class StageStatus:
+    """Status of one stage at one moment."""
 
     queued: int
+    """Calls that wait for a worker of this stage."""
     running: int
+    """Calls that a worker is running."""
     workers: int
+    """Live workers that hold the stage."""
     busy: float
+    """Utilization of these workers over the last 30 seconds, 0 to 1."""
 
 
 class RunStatus(RunLabels):
@@ -90,7 +96,7 @@ class RunStatus(RunLabels):
     """Resources that the run waits for, such as GPUs, and who holds them."""
     in_progress: int
     gpus_busy: float | None
-    stages: dict[str, StageLoad]
+    stages: dict[str, StageStatus]
     """Empty when the run has ended."""
     quarantined: tuple[str, ...]
     messages: tuple[str, ...]
