@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -23,13 +23,15 @@ from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS
 INVALID = "invalid_request_error"
 MAX_FIELD_ERRORS = 10
 """Wrong fields that one error describes."""
-FIELD_NAME_LENGTH = 100
-"""Characters of a field's name that an error repeats."""
+NAME_LENGTH = 100
+"""Characters of the name of a field or object that an error repeats."""
 MESSAGE_LENGTH = 4_000
 """Characters of a message. Some repeat what the client sent."""
 FILE_FIELDS = (*IMAGE_FIELDS, "face_image", *LORA_FIELDS)
 FOLDERS = re.compile(r"(?<![\w./:])/(?:[^\s/:'\",;]+/)+")
 URLS = re.compile(r"https?://(?:\[[^\]\s]*\]|[\w.-]+)(?::\d+)?(?:/[^\s:'\",;]*)?")
+
+T = TypeVar("T")
 
 
 class ApiError(VidgenError):
@@ -48,7 +50,7 @@ class ApiError(VidgenError):
         self.status = status
         self.message = message = shortened(message, MESSAGE_LENGTH)
         self.type = type
-        self.param = param and param[:FIELD_NAME_LENGTH]
+        self.param = param and param[:NAME_LENGTH]
         """Request field that caused the error."""
         self.code = code
         self.headers = dict(headers or {})
@@ -62,7 +64,14 @@ def invalid(param: str | None, message: str, code: str = "invalid_value") -> Api
 
 def not_found(kind: str, name: str, param: str | None = None) -> ApiError:
     """Return a 404 error. It is the same for an object that does not exist and for one of another tenant."""
-    return ApiError(404, f"No such {kind}: {name!r}", code=f"{kind}_not_found", param=param)
+    return ApiError(404, f"No such {kind}: {name[:NAME_LENGTH]!r}", code=f"{kind}_not_found", param=param)
+
+
+def found(value: T | None, kind: str, name: str) -> T:
+    """Return a value that is not `None`. Raises the error of `not_found`."""
+    if value is None:
+        raise not_found(kind, name)
+    return value
 
 
 def invalid_fields(error: ScriptError) -> ApiError:
@@ -77,7 +86,7 @@ def validation_failed(details: Sequence[Any], fields: Iterable[str] = ()) -> Api
     # Unknown fields first: a misspelt name is also a missing one.
     for detail in sorted(details, key=lambda detail: detail["type"] != "extra_forbidden")[:MAX_FIELD_ERRORS]:
         field, got, allowed = explain(detail, fields, "/openapi.json")
-        errors.append(FieldError("request", None, field and field[:FIELD_NAME_LENGTH], got, allowed))
+        errors.append(FieldError("request", None, field and field[:NAME_LENGTH], got, allowed))
     return invalid_fields(ScriptError(errors))
 
 

@@ -346,7 +346,7 @@ class JobService:
         is_valid = isinstance(name, str) and name.isprintable()
         character = self._store.characters.get(str(name), tenant.name) if is_valid else None
         if character is None:
-            raise not_found("character", str(name)[:100], "character")
+            raise not_found("character", str(name), "character")
         return character
 
     def _loras(self, param: str, value: object) -> list[dict[str, Any]]:

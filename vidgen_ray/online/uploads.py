@@ -80,23 +80,12 @@ class UploadFolder:
         tmp = temporary_file(private_folder(self._folder), 0o600)
         try:
             with tmp.open("wb") as target:
-                name, size = await asyncio.to_thread(self._copy, source, target, param)
+                name, size = await asyncio.to_thread(copy_capped, source, target, self.caps.image_bytes, param)
             # Not skipped for a file that another tenant has uploaded: the time taken would reveal it.
             await self._check_image(tmp, param)
             return await asyncio.to_thread(self._commit, tenant, tmp, name, size)
         finally:
             tmp.unlink(missing_ok=True)
-
-    def _copy(self, source: BinaryIO, target: BinaryIO, param: str) -> tuple[str, int]:
-        """Copy a file. Return its sha256 and size in bytes."""
-        digest, size = hashlib.sha256(), 0
-        while block := source.read(BLOCK_BYTES):
-            size += len(block)
-            if size > self.caps.image_bytes:
-                raise too_large(param, self.caps.image_bytes)
-            digest.update(block)
-            target.write(block)
-        return digest.hexdigest(), size
 
     async def _check_image(self, path: Path, param: str) -> None:
         try:
@@ -169,6 +158,18 @@ def too_large(param: str | None, cap_bytes: int) -> ApiError:
     return ApiError(413, f"{subject} larger than {cap_bytes} bytes", code="too_large", param=param)
 
 
+def copy_capped(source: BinaryIO, target: BinaryIO, cap_bytes: int, param: str) -> tuple[str, int]:
+    """Copy a file. Return its sha256 and size in bytes. Raises ApiError 413 for more than `cap_bytes`."""
+    digest, size = hashlib.sha256(), 0
+    while block := source.read(BLOCK_BYTES):
+        size += len(block)
+        if size > cap_bytes:
+            raise too_large(param, cap_bytes)
+        digest.update(block)
+        target.write(block)
+    return digest.hexdigest(), size
+
+
 def from_data_url(url: str, cap_bytes: int, param: str) -> bytes:
     """Decode a `data:` URL. Raises ApiError 400 or 413."""
     header = DATA_URL.match(url)
@@ -220,11 +221,6 @@ class ReceivedRequest:
     fingerprint: str
     """Digest of everything that the client sent."""
     is_form: bool
-
-    def files(self, name: str) -> list[UploadFile]:
-        """Return the files of a field, in order."""
-        value = self.fields.get(name)
-        return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, UploadFile)]
 
 
 @asynccontextmanager

@@ -6,7 +6,6 @@ import asyncio
 import io
 from collections.abc import Iterable
 from contextlib import closing
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -27,10 +26,10 @@ from vidgen_ray.online.api.responses import (
     UploadedFile,
     file_response,
 )
-from vidgen_ray.online.api_error import ApiError, invalid, not_found
+from vidgen_ray.online.api_error import ApiError, found, invalid, not_found
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.inputs import NameTaken
-from vidgen_ray.online.uploads import BLOCK_BYTES, receive, too_large
+from vidgen_ray.online.uploads import copy_capped, receive
 from vidgen_ray.stages.base import Image
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import private_folder, temporary_file
@@ -56,9 +55,7 @@ async def create_file(request: Request, server: ServerDep, tenant: TenantDep) ->
 async def get_file(server: ServerDep, tenant: TenantDep, file_id: str) -> UploadedFile:
     """Return size and time of an upload. Its content cannot be downloaded."""
     upload = await asyncio.to_thread(server.store.uploads.get, file_id, tenant.name)
-    if upload is None:
-        raise not_found("file", file_id[:100])
-    return file_response(upload)
+    return file_response(found(upload, "file", file_id))
 
 
 @file_router.delete("/v1/files/{file_id}", response_model=FileDeleted, responses=error_responses(404, 409))
@@ -69,7 +66,7 @@ async def delete_file(server: ServerDep, tenant: TenantDep, file_id: str) -> Fil
             message = f"{file_id} is a photo of the character {character.name!r}. Delete the character first."
             raise ApiError(409, message, code="file_in_use", headers={"x-should-retry": "false"})
     if not await asyncio.to_thread(server.job_service.uploads.delete, tenant.name, file_id):
-        raise not_found("file", file_id[:100])
+        raise not_found("file", file_id)
     return FileDeleted(id=file_id)
 
 
@@ -123,9 +120,7 @@ async def list_characters(server: ServerDep, tenant: TenantDep) -> CharacterPage
 async def get_character(server: ServerDep, tenant: TenantDep, character_id: str) -> CharacterResponse:
     """Return a character by id or name."""
     character = await asyncio.to_thread(server.store.characters.get, character_id, tenant.name)
-    if character is None:
-        raise not_found("character", character_id[:100])
-    return CharacterResponse.model_validate(character)
+    return CharacterResponse.model_validate(found(character, "character", character_id))
 
 
 @character_router.delete(
@@ -134,7 +129,7 @@ async def get_character(server: ServerDep, tenant: TenantDep, character_id: str)
 async def delete_character(server: ServerDep, tenant: TenantDep, character_id: str) -> CharacterDeleted:
     """Delete a character by id. Its photos remain uploads: delete them with `DELETE /v1/files/{file_id}`."""
     if not await asyncio.to_thread(server.store.characters.delete, character_id, tenant.name):
-        raise not_found("character", character_id[:100])
+        raise not_found("character", character_id)
     return CharacterDeleted(id=character_id)
 
 
@@ -146,9 +141,8 @@ async def erase_character(
     videos: Annotated[bool, Query(description="Also delete the videos and images that were made with the character.")] = False,
 ) -> CharacterErased:
     """Erase a character by id or name: delete its photos, face features and cached results, and list its videos."""
-    character = await asyncio.to_thread(server.store.characters.get, character_id, tenant.name)
-    if character is None:
-        raise not_found("character", character_id[:100])
+    known = await asyncio.to_thread(server.store.characters.get, character_id, tenant.name)
+    character = found(known, "character", character_id)
     erased = await server.job_service.erase_character(tenant, character, with_videos=videos)
     return CharacterErased(id=character.id, videos_deleted=videos, **erased._asdict())
 
@@ -157,7 +151,8 @@ def _photo_from_video(server: ServerContext, video: UploadFile) -> bytes:
     """Return the first frame that shows a face as PNG. Raises ApiError 400 or 413."""
     tmp = temporary_file(private_folder(cache_dir() / "videos"), 0o600)
     try:
-        _copy(video, tmp, server.settings.uploads.video_bytes)
+        with tmp.open("wb") as target:
+            copy_capped(video.file, target, server.settings.uploads.video_bytes, "video")
         try:
             with closing(sample_frames(tmp, SEARCHED_FRAMES, START_FRAMES)) as frames:
                 return encode_png(_first_frame_with_face(server, frames))
@@ -178,13 +173,3 @@ def _first_frame_with_face(server: ServerContext, frames: Iterable[Image]) -> Im
             return frame
     message = f"no frame among its first {START_FRAMES} shows a usable face. Last frame searched: {reason}"
     raise invalid("video", message, "no_face")
-
-
-def _copy(video: UploadFile, target: Path, cap_bytes: int) -> None:
-    size = 0
-    with target.open("wb") as file:
-        while block := video.file.read(BLOCK_BYTES):
-            size += len(block)
-            if size > cap_bytes:
-                raise too_large("video", cap_bytes)
-            file.write(block)

@@ -16,7 +16,7 @@ from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.online.api.openapi import EVENT_STREAM, JSON, ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateImages, CreateShot, CreateVideo, RemixVideo
 from vidgen_ray.online.api.responses import Estimate, ShotJob, Video, VideoDeleted, VideoPage, shot_response, video_response
-from vidgen_ray.online.api_error import INVALID, ApiError, invalid, not_found
+from vidgen_ray.online.api_error import INVALID, ApiError, found, invalid, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.job_service import check_size, client_fields
@@ -70,7 +70,7 @@ async def list_videos(
             server.store.list, tenant.name, kinds=LISTED_KINDS, after=after, limit=limit, order=order
         )
     except UnknownJob:
-        raise not_found("video", str(after)[:100], "after") from None
+        raise not_found("video", str(after), "after") from None
     data = [_video(server, job, await server.queue_estimator.estimate(job)) for job in page.jobs]
     ids = [video.id for video in data]
     return VideoPage(data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=page.has_more)
@@ -87,7 +87,7 @@ async def get_video(response: Response, server: ServerDep, tenant: TenantDep, vi
 async def delete_video(server: ServerDep, tenant: TenantDep, video_id: str) -> VideoDeleted:
     """Delete a video. A queued or running job is cancelled."""
     if not await server.job_service.delete(tenant, video_id):
-        raise not_found("video", video_id[:100])
+        raise not_found("video", video_id)
     return VideoDeleted(id=video_id)
 
 
@@ -97,9 +97,7 @@ async def cancel_video(server: ServerDep, tenant: TenantDep, video_id: str) -> V
 
     Has no effect on a job that has ended.
     """
-    job = await server.job_service.cancel(tenant, video_id)
-    if job is None:
-        raise not_found("video", video_id[:100])
+    job = found(await server.job_service.cancel(tenant, video_id), "video", video_id)
     return _video(server, job, await server.queue_estimator.estimate(job))
 
 
@@ -151,10 +149,7 @@ async def created_videos(
 
 async def job_of(server: ServerContext, tenant: Tenant, job_id: str) -> Job:
     """Return a job of the tenant. Raises ApiError 404."""
-    job = await asyncio.to_thread(server.store.get, job_id, tenant.name)
-    if job is None:
-        raise not_found("video", job_id[:100])
-    return job
+    return found(await asyncio.to_thread(server.store.get, job_id, tenant.name), "video", job_id)
 
 
 async def video_fields(

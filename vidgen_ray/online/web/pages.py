@@ -25,7 +25,7 @@ from vidgen_ray.engine.calls import CLIP_FILES, OUTPUT
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes, stages_of
 from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.media import image_size
-from vidgen_ray.online.api_error import ApiError, not_found
+from vidgen_ray.online.api_error import ApiError, found
 from vidgen_ray.online.auth import SESSION_COOKIE, SESSION_S, Tenant, is_same_origin
 from vidgen_ray.online.delivered_size import SCALES, delivered_artefact_of
 from vidgen_ray.online.job_service import allowed_priorities
@@ -329,9 +329,7 @@ def page_routes(router: APIRouter, context: PageContext) -> None:
     async def form_image(request: Request, tenant: Tenant) -> Response:
         """Return the HTML of an uploaded image in the form, with the faces of a photo. Raises ApiError."""
         control, upload_id = request.path_params["control"], request.path_params["upload_id"]
-        path = await asyncio.to_thread(server.job_service.uploads.find, tenant.name, upload_id)
-        if path is None:
-            raise not_found("file", upload_id[:100])
+        path = found(await asyncio.to_thread(server.job_service.uploads.find, tenant.name, upload_id), "file", upload_id)
         faces = []
         if control == "photo":
             (photo,) = await server.faces_of(tenant, [upload_id], control)
