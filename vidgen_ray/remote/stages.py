@@ -104,7 +104,6 @@ class _RemoteStage(Stage[RemoteParams]):
     """Common parts. Nothing is loaded: requests go to a server."""
 
     uses_shot_seed: ClassVar[bool] = True
-    weight_attributes: ClassVar[tuple[str, ...]] = ("servers",)
     Params: ClassVar[type[StageParams]] = RemoteParams
 
     @classmethod

@@ -202,6 +202,8 @@ class StageParams(BaseModel):
 
 
 P = TypeVar("P", bound=StageParams)
+PROMPT_FIELDS = ("prompt", "negative_prompt", "width", "height", "seed")
+"""Shot fields that every stage reads that makes an image of its size from a prompt."""
 
 
 class Stage(ABC, Generic[P]):
@@ -262,8 +264,6 @@ class Stage(ABC, Generic[P]):
     uses_shot_seed: ClassVar[bool] = False
     """True if the noise comes from the shot's seed itself, not from a seed derived for the stage. Only for a stage that makes
     the first image: a refinement with the noise that produced its input would amplify it."""
-    weight_attributes: ClassVar[tuple[str, ...]] = ()
-    """Attributes that `load` sets and `close` deletes."""
     pipelines: ClassVar[tuple[str, ...]] = ()
     """Classes of diffusers pipelines that its weights may be the folder of. Empty for weights in other formats."""
     extra_weights: ClassVar[tuple[str, ...]] = ()
@@ -449,10 +449,9 @@ class Stage(ABC, Generic[P]):
         return self._notes.pop(get_ident(), ())
 
     def close(self) -> None:
-        """Release the weights. Safe to call twice, and before `load`."""
-        for name in self.weight_attributes:
-            if name in vars(self):
-                delattr(self, name)
+        """Delete what a new stage does not have, such as weights. Safe to call twice, and before `load`."""
+        for name in vars(self).keys() - vars(type(self)(self.params)).keys():
+            delattr(self, name)
 
     def __call__(self, item: Item) -> Artefacts:
         import torch

@@ -12,8 +12,10 @@ from PIL import Image as PILImage
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import INSTANTID_SDXL, Shot
 from vidgen_ray.stages.base import (
+    PROMPT_FIELDS,
     REFERENCE_PIXELS,
     Artefacts,
+    Image,
     Item,
     ReadText,
     Stage,
@@ -72,7 +74,6 @@ class FluxFamilyStage(Stage[FluxParams]):
     )
     identity_inputs: ClassVar[tuple[str, ...]] = ("face",)
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
-    weight_attributes: ClassVar[tuple[str, ...]] = ("model", "injectors")
     card_factors: ClassVar[Mapping[str, float]] = CARD_FACTORS
     Params: ClassVar[type[StageParams]] = FluxParams
 
@@ -195,6 +196,24 @@ class FluxFamilyStage(Stage[FluxParams]):
             with injector.inject(face.embedding(injector.embedding), pose_image(face, shot), shot, self.name) as pipelines:
                 yield pipelines
 
+    def steps(self, shot: Shot) -> int:
+        """Return the number of steps of the whole schedule."""
+        return getattr(shot.steps, self.name) or self.model.default_steps
+
+    def generate(self, item: Item, pipeline: str, **arguments: Any) -> Image:
+        """Call one of the `FluxPipelines`, with these arguments beside those that both have in common."""
+        shot = item.shot
+        with self.conditioned_pipelines(item) as pipelines:
+            arguments |= self.model.call_arguments(shot, self.params, getattr(shot.guidance, self.name))
+            with self.model.step_cache_running(shot, arguments):
+                (image,) = getattr(pipelines, pipeline)(
+                    **arguments,
+                    num_inference_steps=self.steps(shot),
+                    generator=noise_generator(self.generator_seed(shot)),
+                    **diffusers_step_callback(self.name),
+                ).images
+        return pixels_to_uint8(image)
+
 
 FP8_CAST_BYTES = 6
 """Bytes per weight that a step moves to convert it from 8 bits to 16 and back."""
@@ -229,16 +248,7 @@ class FluxStage(FluxFamilyStage):
     common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
     uses_shot_seed: ClassVar[bool] = True
     chosen_by: ClassVar[str] = "image_by"
-    reads: ClassVar[tuple[str, ...]] = (
-        "prompt",
-        "negative_prompt",
-        "width",
-        "height",
-        "steps.flux",
-        "guidance.flux",
-        "fast_lora",
-        "seed",
-    )
+    reads: ClassVar[tuple[str, ...]] = (*PROMPT_FIELDS, "steps.flux", "guidance.flux", "fast_lora")
     lora_field: ClassVar[str] = "fast_lora"
     weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity", "fast_lora")
     takes: ClassVar[tuple[str, ...]] = ()
@@ -254,18 +264,7 @@ class FluxStage(FluxFamilyStage):
         return relative_flux_cost(shot, shot.steps.flux)
 
     def run(self, item: Item) -> Artefacts:
-        shot = item.shot
-        steps = shot.steps.flux or self.model.default_steps
-        with self.conditioned_pipelines(item) as pipelines:
-            arguments = self.model.call_arguments(shot, self.params, shot.guidance.flux)
-            with self.model.step_cache_running(shot, arguments):
-                (image,) = pipelines.text_to_image(
-                    **arguments,
-                    num_inference_steps=steps,
-                    generator=noise_generator(self.generator_seed(shot)),
-                    **diffusers_step_callback(self.name),
-                ).images
-        return {"image": pixels_to_uint8(image)}
+        return {"image": self.generate(item, "text_to_image")}
 
 
 class FluxRedrawStage(FluxFamilyStage):
@@ -307,24 +306,13 @@ class FluxRedrawStage(FluxFamilyStage):
         strength = self.strength(shot)
         if strength == 0:
             return {"image": image}
-        steps = getattr(shot.steps, self.name) or self.model.default_steps
+        steps = self.steps(shot)
         if int(steps * strength) < 1:
             raise StageError(
                 f"{self.name}_strength: got {strength} of {steps} steps, which is less than one step; "
                 f"must be at least {1 / steps:.3f}"
             )
-        with self.conditioned_pipelines(item) as pipelines:
-            arguments = self.model.call_arguments(shot, self.params, getattr(shot.guidance, self.name))
-            with self.model.step_cache_running(shot, arguments):
-                (redrawn,) = pipelines.image_to_image(
-                    **arguments,
-                    image=PILImage.fromarray(image),
-                    strength=strength,
-                    num_inference_steps=steps,
-                    generator=noise_generator(self.generator_seed(shot)),
-                    **diffusers_step_callback(self.name),
-                ).images
-        return {"image": pixels_to_uint8(redrawn)}
+        return {"image": self.generate(item, "image_to_image", image=PILImage.fromarray(image), strength=strength)}
 
 
 class FluxLoRAStage(FluxRedrawStage):
@@ -341,17 +329,7 @@ class FluxLoRAStage(FluxRedrawStage):
         {"lora": "style.safetensors"},
         {"lora": "style.safetensors", "face_image": ("photo.jpg",)},
     )
-    reads: ClassVar[tuple[str, ...]] = (
-        "prompt",
-        "negative_prompt",
-        "width",
-        "height",
-        "lora",
-        "lora_strength",
-        "steps.lora",
-        "guidance.lora",
-        "seed",
-    )
+    reads: ClassVar[tuple[str, ...]] = (*PROMPT_FIELDS, "lora", "lora_strength", "steps.lora", "guidance.lora")
     lora_field: ClassVar[str] = "lora"
     weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity", "lora")
     reference_strength: ClassVar[float] = 0.6
@@ -373,16 +351,7 @@ class FluxRefineStage(FluxRedrawStage):
     label: ClassVar[str] = "Refinement"
     activity: ClassVar[str] = "Refining the image"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",), "identity": INSTANTID_SDXL},)
-    reads: ClassVar[tuple[str, ...]] = (
-        "prompt",
-        "negative_prompt",
-        "width",
-        "height",
-        "refine_strength",
-        "steps.refine",
-        "guidance.refine",
-        "seed",
-    )
+    reads: ClassVar[tuple[str, ...]] = (*PROMPT_FIELDS, "refine_strength", "steps.refine", "guidance.refine")
     weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity",)
     reference_strength: ClassVar[float] = 0.35
     debug_file: ClassVar[str | None] = "refine.png"

@@ -12,6 +12,7 @@ from pydantic import Field
 from vidgen_ray.shot import REFERENCE, Shot
 from vidgen_ray.stages.base import (
     NOT_IN_KEY,
+    PROMPT_FIELDS,
     REFERENCE_PIXELS,
     Artefacts,
     Item,
@@ -78,16 +79,7 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
     chosen_by: ClassVar[str] = "image_by"
     pipelines: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
     uses_shot_seed: ClassVar[bool] = True
-    reads: ClassVar[tuple[str, ...]] = (
-        "prompt",
-        "negative_prompt",
-        "width",
-        "height",
-        "steps.klein",
-        "guidance.klein",
-        "klein_lora",
-        "seed",
-    )
+    reads: ClassVar[tuple[str, ...]] = (*PROMPT_FIELDS, "steps.klein", "guidance.klein", "klein_lora")
     identity_field: ClassVar[str] = "uses_reference_photos"
     identity_fields: ClassVar[tuple[str, ...]] = ("face_image",)
     identity_inputs: ClassVar[tuple[str, ...]] = ("photos",)
@@ -96,7 +88,6 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
     takes: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "base.png"
-    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters")
     Params: ClassVar[type[StageParams]] = Flux2KleinParams
 
     @classmethod

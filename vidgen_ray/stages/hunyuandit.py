@@ -72,7 +72,6 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "style.png"
     pipelines: ClassVar[tuple[str, ...]] = ("HunyuanDiTPipeline",)
-    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
     Params: ClassVar[type[StageParams]] = HunyuanDiTParams
 
     @classmethod

@@ -125,7 +125,6 @@ class FaceStage(Stage[InstantIDParams]):
     actor: ClassVar[str] = "instantid"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",)},)
     chosen_by: ClassVar[str] = "has_face"
-    weight_attributes: ClassVar[tuple[str, ...]] = ("_models",)
     Params: ClassVar[type[StageParams]] = InstantIDParams
 
     @classmethod

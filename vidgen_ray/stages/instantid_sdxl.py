@@ -12,6 +12,7 @@ from pydantic import Field
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.shot import INSTANTID_SDXL, Shot
 from vidgen_ray.stages.base import (
+    PROMPT_FIELDS,
     REFERENCE_PIXELS,
     Artefacts,
     FaceFeatures,
@@ -75,12 +76,11 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
     )
     chosen_by: ClassVar[str] = "image_by"
     extra_weights: ClassVar[tuple[str, ...]] = (INSTANTID,)
-    reads: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt", "width", "height", "identity_strength", "pose", "seed")
+    reads: ClassVar[tuple[str, ...]] = (*PROMPT_FIELDS, "identity_strength", "pose")
     takes: ClassVar[tuple[str, ...]] = ("face",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "base.png"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
-    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "resampler")
     Params: ClassVar[type[StageParams]] = InstantIDSDXLParams
 
     @classmethod

@@ -83,7 +83,6 @@ class QwenEditStage(ImageStage[ImageParams]):
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "style.png"
-    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
     Params: ClassVar[type[StageParams]] = ImageParams
 
     @classmethod

@@ -92,7 +92,6 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     weight_fields: ClassVar[tuple[str, ...]] = ("upscaler",)
     takes: ClassVar[tuple[str, ...]] = ("frames",)
     writes: ClassVar[tuple[str, ...]] = ("hd_frames",)
-    weight_attributes: ClassVar[tuple[str, ...]] = ("_dtype", "_networks")
     Params: ClassVar[type[StageParams]] = RealESRGANParams
 
     @classmethod

@@ -95,7 +95,6 @@ class RifeStage(ChunkedStage[RifeParams]):
     switch_off: ClassVar[Mapping[str, Any]] = {"interpolation": 1, "fps_out": None}
     takes: ClassVar[tuple[str, ...]] = ("frames",)
     writes: ClassVar[tuple[str, ...]] = ("frames",)
-    weight_attributes: ClassVar[tuple[str, ...]] = ("_network", "_pair")
     Params: ClassVar[type[StageParams]] = RifeParams
 
     @staticmethod

@@ -74,7 +74,6 @@ class SVDStage(VideoStage[SVDParams]):
         "seed",
     )
     pipelines: ClassVar[tuple[str, ...]] = ("StableVideoDiffusionPipeline",)
-    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
     Params: ClassVar[type[StageParams]] = SVDParams
 
     @classmethod

@@ -146,7 +146,6 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
     clip_only_fields: ClassVar[tuple[str, ...]] = (*VideoStage.clip_only_fields, "motion_prompt", "video_lora")
     lora_field: ClassVar[str] = "video_lora"
     weight_fields: ClassVar[tuple[str, ...]] = ("video_lora",)
-    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters")
 
     default_steps: ClassVar[int]
 
