@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from tests.stages.test_parity import gradient_image
 from vidgen_ray.bench.tiny_networks import write_random_lora
 from vidgen_ray.engine import gpu_group
 from vidgen_ray.engine.gpu_group import GpuGroup
@@ -139,10 +140,8 @@ def shot(prompt="a dog", width=128, height=64, **fields):
 
 
 def clip(prompt="a dog", guidance=1.0):
-    y, x = np.mgrid[0:64, 0:128]
-    image = np.stack([x * 2, y * 4, x + y], -1).astype(np.uint8)
     fields = {"video_model": "wan", "num_frames": 9, "steps": {"wan": 3}, "guidance": {"wan": guidance}}
-    return Item(shot(prompt, negative_prompt="blurred", **fields), {"image": image})
+    return Item(shot(prompt, negative_prompt="blurred", **fields), {"image": gradient_image()})
 
 
 def picture(**fields):

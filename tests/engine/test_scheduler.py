@@ -2,14 +2,13 @@
 
 import itertools
 import statistics
-from collections import Counter
 
 import pytest
 
 from benchmarks.simulated_scheduling import LAYOUTS, Simulation
 from vidgen_ray.engine.scheduler import CHUNK_LOAD, MAX_LORA_SKIPS, Scheduler, Work, WorkerState
 from vidgen_ray.graph import STAGES
-from vidgen_ray.planner.layout import SHOTS_PER_SWAP, WorkerSpec
+from vidgen_ray.planner.layout import WorkerSpec
 
 POSITIONS = {stage.name: n for n, stage in enumerate(STAGES)}
 ALL = tuple(POSITIONS)
@@ -101,15 +100,6 @@ def test_lora_preference_does_not_starve_a_shot():
     drain(scheduler, worker)
     scheduler.add(Work("flux", MAX_LORA_SKIPS + 1, frozenset("a")))
     assert orders(scheduler.assign())[0] == 0
-
-
-def test_swapped_groups_run_in_batches():
-    scheduler, _ = scheduler_with(("flux", "svd"), swap_groups=(("flux",), ("svd",)))
-    for order in range(4 * SHOTS_PER_SWAP):
-        add(scheduler, Work("flux", order), Work("svd", order))
-    stages = [stage for stage, _ in finish_all(scheduler)]
-    assert Counter(stages) == {"flux": 4 * SHOTS_PER_SWAP, "svd": 4 * SHOTS_PER_SWAP}
-    assert sum(a != b for a, b in itertools.pairwise(stages)) <= 2 * 4
 
 
 def test_worker_swaps_groups_before_other_workers_run_out_of_work():

@@ -1,5 +1,7 @@
 """Trials of speed options: what is used, what is left out and why, and that content keys stay."""
 
+import re
+
 import pytest
 
 from tests.fake_stages import with_actor
@@ -41,7 +43,7 @@ def keep_all(profile, card, results):
 def test_option_that_raises_differs_or_is_slow_is_left_out(result, reason):
     profile = load_profile("gpu-80gb")
     keep_all(profile, "H100", [("svd", "channels_last", FAST), ("svd", "attention_backend", result), ("svd", "compile", FAST)])
-    assert (result.rejected == reason) if not reason else result.rejected
+    assert re.match(reason or "$", result.rejected)
     options = settled(profile, ["H100"]).actors["svd"].options
     assert options["channels_last"] is options["compile"] is True
     assert options.get("attention_backend") == (None if reason else "_native_cudnn")

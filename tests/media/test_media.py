@@ -17,10 +17,8 @@ from vidgen_ray.media import (
     cover_crop,
     decode_lossless,
     encode_lossless,
-    encode_png,
     open_video,
     read_image,
-    write_png,
 )
 from vidgen_ray.upscale.frames import end_real_time_priority
 
@@ -108,14 +106,6 @@ def test_saturated_colours_are_preserved(tmp_path):
         assert error.max() <= 4
         assert error.mean() < 1
         assert np.abs(read_all(untagged, backend)[0].astype(int) - chart)[8:24, 8:24].max() <= 4
-
-
-def test_chunks_give_the_same_bytes_as_one_write(tmp_path, clip):
-    frames = moving_frames()
-    with Mp4Writer(tmp_path / "chunks.mp4", 96, 64, 24, FAST) as chunks:
-        for start in range(0, 30, 7):
-            chunks.write(frames[start : start + 7])
-    assert (tmp_path / "chunks.mp4").read_bytes() == clip.read_bytes()
 
 
 def test_file_is_deleted_when_the_block_raises(tmp_path):
@@ -230,13 +220,6 @@ def test_missing_cut_and_remote_videos_raise_a_media_error_with_the_file_name(tm
 
 
 # Images
-
-
-def test_png_round_trip_is_exact_and_deterministic(tmp_path):
-    image = noise(1, 33, 21)[0]
-    write_png(tmp_path / "a.png", image)
-    assert np.array_equal(read_image(tmp_path / "a.png"), image)
-    assert (tmp_path / "a.png").read_bytes() == encode_png(image)
 
 
 def test_cover_crop_keeps_circles_round():

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
 from tests.stages.conftest import PASSING
+from tests.stages.test_parity import gradient_image
 from vidgen_ray.bench.tiny_networks import write_random_lora
 from vidgen_ray.errors import Cancelled, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -37,12 +38,6 @@ def largest_difference(a, b):
 
 
 @pytest.fixture(scope="module")
-def picture():
-    y, x = np.mgrid[0:64, 0:128]
-    return np.stack([x * 2, y * 4, x + y], -1).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
 def plain(tiny):
     with FluxStage(tiny.params(FluxStage)) as stage:
         yield stage
@@ -59,8 +54,8 @@ def counter(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_exact_options_change_only_the_rounding(tiny, make_shot, picture):
-    item = Item(make_shot(width=64, num_frames=4, steps={"svd": 2}), {"image": picture[:, :64]})
+def test_exact_options_change_only_the_rounding(tiny, make_shot):
+    item = Item(make_shot(width=64, num_frames=4, steps={"svd": 2}), {"image": gradient_image(64, 64)})
     with SVDStage(tiny.params(SVDStage)) as stage:
         clip = stage(item)["frames"]
     for options in ({"channels_last": True}, {"attention_backend": "_native_math"}):
@@ -86,9 +81,9 @@ def test_compiled_flux_recompiles_once_for_other_sizes_with_and_without_faces(ti
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["klein", "hunyuan", "wan", "ltx"])
-def test_compiled_blocks_and_attention_backends_change_only_the_rounding(tiny, make_shot, picture, counter, name):
+def test_compiled_blocks_and_attention_backends_change_only_the_rounding(tiny, make_shot, counter, name):
     stage_class, shot = STAGE_BY_NAME[name], make_shot(**PASSING[name], steps={name: 2})
-    item = Item(shot, {"image": picture})
+    item = Item(shot, {"image": gradient_image()})
     with with_options(stage_class, tiny) as plain:
         expected = plain(item)[plain.writes[0]]
     with with_options(stage_class, tiny, compile=True, attention_backend="_native_math") as fast:
