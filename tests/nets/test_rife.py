@@ -10,7 +10,7 @@ import pytest
 import torch
 from skimage import data
 
-from tests.stages.published_resampler import layout
+from tests.nets.test_ir_se50 import layout
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.rife_network import FramePair, Rife425, RifeHDv3, Warped, load_rife
 from vidgen_ray.weights import resolve

@@ -1,14 +1,16 @@
 """InfuseNet on FLUX with random weights in the published layout: identity tokens, parity, determinism and load errors."""
 
 import shutil
+from functools import partial
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.loaders import unet
 from PIL import Image as PILImage
 
-from tests.stages.published_resampler import layout, published_tokens
+from tests.nets.test_ir_se50 import layout
 from tests.stages.test_parity import gradient_image
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.identity_networks import FaceResampler, IdentityControlNet, ResamplerSizes, load_infusenet
@@ -76,12 +78,17 @@ def generate(injector, shot, task):
 # The networks.
 
 
-def test_tokens_match_the_published_formula(infusenet):
+def test_tokens_match_those_of_diffusers(infusenet, monkeypatch):
     weights = torch.load(FOLDER / "image_proj_model.bin", weights_only=True)["image_proj"]
+    # diffusers takes the number of layers from the class. The published weights have 4.
+    monkeypatch.setattr(unet, "IPAdapterPlusImageProjection", partial(unet.IPAdapterPlusImageProjection, depth=2))
+    projection = diffusers.UNet2DConditionModel.from_pretrained(
+        resolve("builtin:tiny/sdxl"), subfolder="unet"
+    )._convert_ip_adapter_image_proj_to_diffusers(weights)
     faces = torch.from_numpy(np.stack([face(1), face(2)]))
     tokens = infusenet.tokens(faces)
     assert tokens.shape == (2, 8, 32)
-    torch.testing.assert_close(tokens, published_tokens(weights, faces), atol=2e-6, rtol=0)
+    torch.testing.assert_close(tokens, projection(faces[:, None]), atol=2e-6, rtol=0)
     assert (tokens[0] - tokens[1]).abs().max() > 0.1, "every face gives the same tokens"
 
 
