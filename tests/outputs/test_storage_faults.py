@@ -18,6 +18,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 from tests.fake_stages import use_fakes
+from tests.outputs.test_finished import found
 from tests.outputs.test_outputs import commit, failed, row
 from tests.small_disk import mounted_disk
 from vidgen_ray.cli import folder_commands, main
@@ -108,10 +109,6 @@ def write_run(outputs, run, plans, failing=()):
         damaged = writer.close()
         fenced.write_run({"run": held.run})
         return damaged
-
-
-def found(outputs, *plans):
-    return [done is not None for done in FinishedShots.load(outputs).find(plans)]
 
 
 def check_whole(outputs, plan):

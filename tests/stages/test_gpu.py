@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.stages.conftest import PASSING
+from tests.stages.test_parity import levels_apart
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.stages.base import Item
@@ -29,10 +30,6 @@ def full_precision():
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def difference(a, b):
-    return np.abs(a.astype(int) - b).max()
-
-
 def result(stage, shot, **artefacts):
     return stage(Item(shot, artefacts))[stage.writes[0]]
 
@@ -49,7 +46,7 @@ def test_stage_on_gpu_is_close_to_cpu_also_offloaded_and_after_weight_swapping(t
     artefacts = {"image": PICTURE, "frames": frames, "face": face, "photos": (photo,)}
     with stage(tiny.params(stage)) as cpu, on_gpu(stage, tiny) as gpu:
         expected = result(gpu, shot, **artefacts)
-        assert difference(result(cpu, shot, **artefacts), expected) <= 8
+        assert levels_apart(result(cpu, shot, **artefacts), expected) <= 8
         gpu.move("cpu")
         used = torch.cuda.memory_allocated()
         gpu.move("cuda")
@@ -89,7 +86,7 @@ def test_option_on_gpu_changes_only_the_rounding(tiny, make_shot, name, options,
     with on_gpu(stage, tiny) as plain, on_gpu(stage, tiny, **options) as other:
         expected, changed = (result(each, shot, **artefacts) for each in (plain, other))
         assert np.array_equal(result(other, shot, **artefacts), changed)
-    assert difference(expected, changed) <= levels
+    assert levels_apart(expected, changed) <= levels
 
 
 @pytest.mark.parametrize(
@@ -113,9 +110,9 @@ def test_flux_option_on_gpu(tiny, make_shot, options, levels):
     shot = make_shot(lora=LORAS, steps={"flux": 4, "lora": 4})
     with on_gpu(FluxStage, tiny, dtype="bfloat16") as plain, on_gpu(FluxStage, tiny, **changes) as other:
         image = result(plain, shot)
-        assert difference(image, result(other, shot)) <= levels
+        assert levels_apart(image, result(other, shot)) <= levels
         with on_gpu(FluxLoRAStage, tiny, dtype="bfloat16") as lora, on_gpu(FluxLoRAStage, tiny, **changes) as other_lora:
-            assert difference(*(result(stage, shot, image=image) for stage in (lora, other_lora))) <= levels
+            assert levels_apart(*(result(stage, shot, image=image) for stage in (lora, other_lora))) <= levels
 
 
 def test_compiled_flux_stays_compiled_when_its_weights_are_swapped(tiny, make_shot):

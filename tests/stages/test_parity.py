@@ -39,6 +39,11 @@ def as_uint8(pixels):
     return (pixels * 255).round().astype(np.uint8)
 
 
+def levels_apart(a, b):
+    """Return the largest difference of two images, in levels of 255."""
+    return np.abs(a.astype(int) - b).max()
+
+
 def gradient_image(width=128, height=64):
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], -1).astype(np.uint8)

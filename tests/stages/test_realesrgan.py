@@ -17,6 +17,7 @@ from spandrel.architectures.SPAN import SPAN
 from spandrel.architectures.SwinIR import SwinIR
 from torchvision.transforms import functional
 
+from tests.stages.test_parity import levels_apart
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage
@@ -48,10 +49,6 @@ def upscaled_floats(stage, frames, scale, upscaler):
     """Return (T, scale * H, scale * W, 3), about 0 to 1, before clamping and rounding."""
     with torch.inference_mode():
         return rearrange(stage._upscale(frames, scale, upscaler), "t c h w -> t h w c").numpy()
-
-
-def levels_apart(a, b):
-    return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
 def random_compact(scale, channels=3):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from skimage import data
 
+from tests.stages.test_profile_dtypes import psnr
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, frame_chunks
 from vidgen_ray.stages.rife import KEPT_FRAMES, LARGEST_MULTIPLE_PX, RifeStage, similarity
@@ -27,10 +28,6 @@ def rife(tiny):
 
 def interpolated(rife, shot, clip):
     return rife(Item(shot, {"frames": clip}))["frames"]
-
-
-def psnr(a, b):
-    return 10 * np.log10(255**2 / ((a.astype(float) - b) ** 2).mean())
 
 
 def test_frame_count_grows_by_the_factor_and_generated_frames_stay(rife, make_shot):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
 from tests.stages.conftest import PASSING
-from tests.stages.test_parity import gradient_image
+from tests.stages.test_parity import gradient_image, levels_apart
 from vidgen_ray.bench.tiny_networks import write_random_lora
 from vidgen_ray.errors import Cancelled, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -31,10 +31,6 @@ def with_options(stage_class, profile, **options):
 
 def image_of(stage, shot, **artefacts):
     return stage(Item(shot, artefacts))["image"]
-
-
-def largest_difference(a, b):
-    return np.abs(a.astype(int) - b).max()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +56,7 @@ def test_exact_options_change_only_the_rounding(tiny, make_shot):
         clip = stage(item)["frames"]
     for options in ({"channels_last": True}, {"attention_backend": "_native_math"}):
         with with_options(SVDStage, tiny, **options) as stage:
-            assert largest_difference(stage(item)["frames"], clip) <= ROUNDING_LEVELS, options
+            assert levels_apart(stage(item)["frames"], clip) <= ROUNDING_LEVELS, options
 
 
 # Compilation
@@ -87,7 +83,7 @@ def test_compiled_blocks_and_attention_backends_change_only_the_rounding(tiny, m
     with with_options(stage_class, tiny) as plain:
         expected = plain(item)[plain.writes[0]]
     with with_options(stage_class, tiny, compile=True, attention_backend="_native_math") as fast:
-        assert largest_difference(fast(item)[fast.writes[0]], expected) <= ROUNDING_LEVELS
+        assert levels_apart(fast(item)[fast.writes[0]], expected) <= ROUNDING_LEVELS
     assert counter.frame_count > 0
 
 
@@ -99,7 +95,7 @@ def test_compiled_flux_swaps_loras_of_the_same_layers_without_compiling_again(ti
         def compare(file, *, weight=1.0, size=SIZES[0]):
             lora = [{"path": str(file), "weight": weight}] if file else []
             shot = make_shot(mode="fast", lora=lora, width=size[0], height=size[1], steps={"flux": 1})
-            assert largest_difference(image_of(stage, shot), image_of(plain, shot)) <= ROUNDING_LEVELS, file
+            assert levels_apart(image_of(stage, shot), image_of(plain, shot)) <= ROUNDING_LEVELS, file
             return counter.frame_count
 
         for n, rank in enumerate((16, 4, 8, 16)):
