@@ -123,7 +123,7 @@ class GeneratedVideo(Mapping[str, Any]):
     record: ShotRecord
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self:
+        if name not in [*self]:
             raise KeyError(name)
         return getattr(self, name)
 
@@ -132,9 +132,6 @@ class GeneratedVideo(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(fields(self))
-
-    def __contains__(self, name: object) -> bool:
-        return name in [*self]
 
     def _repr_html_(self) -> str:
         """Show the image and the largest clip in a notebook."""

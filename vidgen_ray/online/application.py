@@ -279,6 +279,7 @@ class DirectorClient:
 
 
 POLL_S = 0.2
+CHECK_S = 5.0
 HEALTH_TIMEOUT_S = 2.0
 RESPONSE_S = 60.0
 """Seconds without a response of Ray after which the server ends."""
@@ -333,14 +334,15 @@ class Server:
         except (TimeoutError, RayServeException, ray.exceptions.RayError):
             return 0
 
-    def check_running(self) -> None:
-        """Raise SetupError if Serve or its Ray is gone."""
-        try:
-            _status()
-        except SetupError:
-            raise
-        except Exception as error:
-            raise SetupError(f"lost connection to Ray: {str(error).strip().splitlines()[0]}") from None
+    def wait(self, stop: threading.Event) -> None:
+        """Wait until `stop` is set. Raises SetupError if Serve or its Ray is gone before."""
+        while not stop.wait(CHECK_S):
+            try:
+                _status()
+            except SetupError:
+                raise
+            except Exception as error:
+                raise SetupError(f"lost connection to Ray: {str(error).strip().splitlines()[0]}") from None
 
     @property
     def _local_url(self) -> str:
@@ -385,12 +387,6 @@ def _start_serve(http: HTTPOptions, logs: LoggingConfig) -> None:
             serve.start(http_options=http, logging_config=logs)
             return
     raise SetupError("The HTTP proxy of Ray Serve does not start. The machine may be overloaded.")
-
-
-def wait_for(stop: threading.Event, server: Server, poll_s: float = 5.0) -> None:
-    """Wait until `stop` is set. Raises SetupError if the server is gone before."""
-    while not stop.wait(poll_s):
-        server.check_running()
 
 
 def _reason(messages: str) -> str:

@@ -100,7 +100,7 @@ def serve_command(
     """
     from vidgen_ray.engine.ray_cluster import connected, live_cluster
     from vidgen_ray.online import ENVIRONMENT
-    from vidgen_ray.online.application import check_exposure, server_plan, serving, wait_for
+    from vidgen_ray.online.application import check_exposure, server_plan, serving
     from vidgen_ray.online.auth import check_bind_host, is_loopback, load_keys
     from vidgen_ray.online.store.store import open_store
 
@@ -133,7 +133,7 @@ def serve_command(
             server.wait_until_ready(stop, lambda message: typer.echo(f"vidgen: {message}", err=True))
             if not stop.is_set():
                 typer.echo("Models loaded.")
-            wait_for(stop, server)
+            server.wait(stop)
             if left := server.drain(grace_s):
                 typer.echo(
                     f"Returned {left} job{'s' if left > 1 else ''} to the queue. Start the server again to resume.", err=True

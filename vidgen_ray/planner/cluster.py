@@ -225,14 +225,11 @@ def parse_gpus(text: str) -> Cluster:
             raise UsageError(f"--gpus: got {text!r}, must be like 8xL40S, 8x80GB, 2x8x80GB (nodes of 8) or 4x48GB+4x80GB")
         card = card_named(pool[4]) if pool[4] else None
         if pool[4] and card is None:
-            raise UsageError(f"--gpus: got {pool[4]!r}, must be a memory size such as 80GB or one of {', '.join(_names())}")
+            names = ", ".join(card.name.replace(" GB", "GB").replace(" ", "-") for card in CARDS)
+            raise UsageError(f"--gpus: got {pool[4]!r}, must be a memory size such as 80GB or one of {names}")
         gpus, memory_gb = int(pool[2]), card.memory_gb if card else float(pool[3])
         nodes += [Node((memory_gb,) * gpus, gpus * ASSUMED_CPUS_PER_GPU, None, card=card)] * int(pool[1] or 1)
     return Cluster(tuple(nodes), (f"--gpus does not specify CPUs: assuming {ASSUMED_CPUS_PER_GPU} per GPU",))
-
-
-def _names() -> list[str]:
-    return [card.name.replace(" GB", "GB").replace(" ", "-") for card in CARDS]
 
 
 def this_machine() -> Cluster:

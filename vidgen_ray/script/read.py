@@ -186,7 +186,7 @@ def _wrong_id(line: Line, line_of: Mapping[str, int]) -> tuple[str, str, str] | 
     if taken is not None:
         allowed = f"line {line_of[taken]} has the same {'id' if line.has_own_id else 'content'}; {UNIQUE}"
         return "id", repr(taken), allowed
-    for id_ in _continued_ids(line):
+    for id_ in (shot.continue_from for shot in line.shots if shot.continue_from):
         if line.number == 0:
             allowed = "must not be set in a data set, since Ray Data does not keep the order of rows; use a script"
             return "continue_from", repr(id_), allowed
@@ -194,11 +194,6 @@ def _wrong_id(line: Line, line_of: Mapping[str, int]) -> tuple[str, str, str] | 
         if line_of.get(id_, line.number) >= line.number and line.failed_as is None:
             return "continue_from", repr(id_), "must be the id of an earlier line"
     return None
-
-
-def _continued_ids(line: Line) -> list[str]:
-    """Return the ids of the shots that the shots of the line continue."""
-    return [shot.continue_from for shot in line.shots if shot.continue_from]
 
 
 def default_id(line: Line) -> str:

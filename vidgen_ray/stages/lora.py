@@ -298,8 +298,7 @@ def merge_lora(pipe: Any, file: Path, model: str, part: str = "transformer") -> 
     """Add a LoRA to the weights of a part of the pipeline. Raises SetupError. `model`: its name in messages."""
     if file.suffix != ".safetensors":
         raise SetupError(f"{FEW_STEP_LORA}: got {str(file)!r}, must be a .safetensors file (other formats may run code)")
-    second = {"load_into_transformer_2": True} if part == "transformer_2" else {}
     with library_errors(f"{FEW_STEP_LORA} {file.name}: cannot be merged into these {model} weights"):
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True, **second)
+        load_adapter(pipe, file, FEW_STEP_LORA, (part,))
         pipe.fuse_lora(components=[part])
         pipe.unload_lora_weights()

@@ -210,7 +210,9 @@ class JobStore:
         UnknownJob if `after` is not a job of the tenant.
         """
         matching = [JOBS.c.tenant == tenant, JOBS.c.deleted_at.is_(None), JOBS.c.kind.in_(kinds), JOBS.c.state.in_(states)]
-        matching += [JOBS.c.search_text.contains(_searched(word.casefold()), autoescape=True) for word in words]
+        # Digits and hex digits must begin a word: each id contains many of them.
+        searched = (f" {word}" if HEX.fullmatch(word) else word for word in map(str.casefold, words))
+        matching += [JOBS.c.search_text.contains(text, autoescape=True) for text in searched]
         sorted_by = JOBS.c.seq.asc() if order == "asc" else JOBS.c.seq.desc()
         with self._database.read_connection() as connection:
             if after is not None:
@@ -373,11 +375,6 @@ def _jobs_of_key(connection: Connection, tenant: str, key: str, fingerprint: str
 
 
 HEX = re.compile("[0-9a-f]+")
-
-
-def _searched(word: str) -> str:
-    """Return the text to look for. Digits and hex digits must begin a word: each id contains many of them."""
-    return f" {word}" if HEX.fullmatch(word) else word
 
 
 def _visible(job_id: str, tenant: str | None) -> list[ColumnElement[bool]]:
