@@ -255,9 +255,9 @@ def clip_text_encoder(tokenizer: Any, network_class: Any = CLIPTextModel) -> Any
     ).eval()
 
 
-def t5_encoder(tokenizer: Any) -> Any:
-    return T5EncoderModel(
-        T5Config(
+def t5_encoder(tokenizer: Any, network_class: Any = T5EncoderModel, config_class: Any = T5Config, *, tied: bool = False) -> Any:
+    return network_class(
+        config_class(
             vocab_size=len(tokenizer),
             d_model=32,
             d_kv=16,
@@ -267,7 +267,7 @@ def t5_encoder(tokenizer: Any) -> Any:
             feed_forward_proj="gated-gelu",
             is_encoder_decoder=False,
             use_cache=False,
-            tie_word_embeddings=False,
+            tie_word_embeddings=tied,
         )
     ).eval()
 
@@ -466,22 +466,11 @@ def build_wan_ti2v(folder: Path) -> None:
 
 def _wan(vae: Any, **parts: Any) -> Any:
     tokenizer = t5_tokenizer(512)
-    text_encoder = UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=len(tokenizer),
-            d_model=VIDEO_TEXT_CHANNELS,
-            d_kv=16,
-            d_ff=64,
-            num_layers=2,
-            num_heads=2,
-            is_encoder_decoder=False,
-            use_cache=False,
-        )
-    )
+    text_encoder = t5_encoder(tokenizer, UMT5EncoderModel, UMT5Config, tied=True)
     return WanImageToVideoPipeline(
         vae=vae.eval(),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        text_encoder=text_encoder.eval(),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
         image_encoder=None,
         image_processor=None,

@@ -73,6 +73,7 @@ class FluxFamilyStage(Stage[FluxParams]):
         "pose",
     )
     identity_inputs: ClassVar[tuple[str, ...]] = ("face",)
+    writes: ClassVar[tuple[str, ...]] = ("image",)
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
     card_factors: ClassVar[Mapping[str, float]] = CARD_FACTORS
     Params: ClassVar[type[StageParams]] = FluxParams
@@ -252,7 +253,6 @@ class FluxStage(FluxFamilyStage):
     lora_field: ClassVar[str] = "fast_lora"
     weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity", "fast_lora")
     takes: ClassVar[tuple[str, ...]] = ()
-    writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "base.png"
 
     @classmethod
@@ -276,7 +276,6 @@ class FluxRedrawStage(FluxFamilyStage):
 
     chosen_by: ClassVar[str] = "redrawn_by"
     takes: ClassVar[tuple[str, ...]] = ("image",)
-    writes: ClassVar[tuple[str, ...]] = ("image",)
     reference_strength: ClassVar[float]
     """Default strength of a shot."""
 

@@ -80,13 +80,9 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
     pipelines: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
     uses_shot_seed: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = (*PROMPT_FIELDS, "steps.klein", "guidance.klein", "klein_lora")
-    identity_field: ClassVar[str] = "uses_reference_photos"
-    identity_fields: ClassVar[tuple[str, ...]] = ("face_image",)
-    identity_inputs: ClassVar[tuple[str, ...]] = ("photos",)
     lora_field: ClassVar[str] = "klein_lora"
     weight_fields: ClassVar[tuple[str, ...]] = ("klein_lora",)
     takes: ClassVar[tuple[str, ...]] = ()
-    writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "base.png"
     Params: ClassVar[type[StageParams]] = Flux2KleinParams
 

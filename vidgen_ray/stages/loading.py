@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.weight_files import library_errors, require_finite_weights, silence_libraries
@@ -268,7 +268,12 @@ class OffloadedStage(Stage[OP]):
 
 
 class ImageStage(OffloadedStage[IP], TiledStage[IP]):
-    """An offloaded stage that makes an image."""
+    """An offloaded stage that makes an image, for which the photos of the shot's face may be reference images."""
+
+    identity_field: ClassVar[str] = "uses_reference_photos"
+    identity_fields: ClassVar[tuple[str, ...]] = ("face_image",)
+    identity_inputs: ClassVar[tuple[str, ...]] = ("photos",)
+    writes: ClassVar[tuple[str, ...]] = ("image",)
 
 
 def autoencoder_peaks(model: str, params: ImageParams, pixels: int, seen_pixels: int) -> tuple[int, int]:

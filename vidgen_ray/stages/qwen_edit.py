@@ -77,11 +77,7 @@ class QwenEditStage(ImageStage[ImageParams]):
         "guidance.qwen_edit",
         "seed",
     )
-    identity_field: ClassVar[str] = "uses_reference_photos"
-    identity_fields: ClassVar[tuple[str, ...]] = ("face_image",)
-    identity_inputs: ClassVar[tuple[str, ...]] = ("photos",)
     takes: ClassVar[tuple[str, ...]] = ("image",)
-    writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "style.png"
     Params: ClassVar[type[StageParams]] = ImageParams
 
