@@ -1,4 +1,4 @@
-"""Container, Kubernetes manifests, cluster.yaml and lock file: safe settings, and commands and versions of this project."""
+"""Container, Kubernetes, cluster.yaml, lock file, configs of Serve: safe settings, commands and versions of this project."""
 
 import copy
 import json
@@ -8,17 +8,24 @@ import tomllib
 from itertools import chain
 from pathlib import Path
 
+import pytest
 import typer
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from pydantic import ValidationError
 from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import ServeDeploySchema
 
-from tests.online.test_serve_configs import checked_config
 from vidgen_ray.batch.run_options import GRACE_S
 from vidgen_ray.cli.app import app
+from vidgen_ray.errors import ProfileError
+from vidgen_ray.online.application import API, build
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.planner.cluster import parse_gpus
 from vidgen_ray.profile import builtin_profiles
 from vidgen_ray.version import __version__
@@ -297,3 +304,43 @@ def test_requirements_are_locked_to_versions_that_they_allow():
 
 def test_lock_names_no_index_and_no_local_version():
     assert not re.search(r"://|--index|--find-links|^[^ ]+==[^ ;]*\+", LOCK, re.MULTILINE)
+
+
+# The configs for `serve deploy`: all keys are known and all deployments exist.
+
+CONFIGS = ROOT / "serve_configs"
+GPUS = {"laptop": None, "gpu-80gb": None, "cluster": "8x80GB"}
+"""Config -> GPUs that it names."""
+
+
+def checked_config(text):
+    """Return a config and the settings of its application. Fails for unknown keys, which Serve accepts."""
+    config = ServeDeploySchema.model_validate(yaml.safe_load(text), extra="forbid")
+    (app,) = config.applications
+    assert app.import_path == "vidgen_ray.online.application:build"
+    for deployment in app.deployments:
+        assert deployment.name == API, "the others always have one replica"
+        if isinstance(deployment.autoscaling_config, dict):
+            AutoscalingConfig.model_validate(deployment.autoscaling_config, extra="forbid")
+    settings = OnlineSettings.model_validate(app.args)
+    assert (settings.host, settings.port) == (config.http_options.host, config.http_options.port)
+    return config, settings
+
+
+def test_shipped_configs_are_valid():
+    assert {file.stem for file in CONFIGS.iterdir()} == set(GPUS)
+    for name, gpus in GPUS.items():
+        _, settings = checked_config((CONFIGS / f"{name}.yaml").read_text())
+        assert (settings.host, settings.gpus) == ("127.0.0.1", gpus)
+        if settings.gpus:
+            assert parse_gpus(settings.gpus)
+
+
+def test_serve_validates_the_args():
+    with pytest.raises(ValueError, match="max_queue_s: needs gpus"):
+        OnlineSettings(max_queue_s=60)
+    call = call_user_app_builder_with_args_if_necessary
+    with pytest.raises(ValidationError, match="max_queue"):
+        call(build, {"profile": "tiny", "max_queue": 7})
+    with pytest.raises(ProfileError, match="must be one of auto, demo"):
+        call(build, {"profile": "nope", "gpus": "1x80GB"})

@@ -18,15 +18,8 @@ from vidgen_ray.profile import load_profile
 from vidgen_ray.weights import resolve
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(
-    [
-        *ROOT.glob("*.md"),
-        *(ROOT / "docs").glob("*.md"),
-        *(ROOT / name / "README.md" for name in ("benchmarks", "clients/python")),
-    ]
-)
-
-TEXTS = {page: page.read_text() for page in PAGES}
+PAGES = ("*.md", "docs/*.md", "benchmarks/README.md", "clients/python/README.md")
+TEXTS = {page: page.read_text() for pattern in PAGES for page in sorted(ROOT.glob(pattern))}
 
 
 def test_generated_tables_are_current():

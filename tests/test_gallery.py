@@ -1,20 +1,17 @@
 """The gallery: what it shows of a run, in a browser, from disk and live, and reviews in it."""
 
 import json
-import socket
-import threading
-from contextlib import contextmanager
 from importlib.util import find_spec
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import uvicorn
 from starlette.testclient import TestClient
 
 from tests.browser import page_in, running_browser
 from tests.dataset.conftest import make_folder, texture
+from tests.online.directors import listening_on_a_port
 from vidgen_ray.cli.app import main
 from vidgen_ray.dataset.tables import open_tables, run_query
 from vidgen_ray.errors import SetupError
@@ -234,15 +231,8 @@ def test_watch_serves_new_rows_and_nothing_beside_the_shots(out):
     clip = client.get("/shots/ab/ada/video.mp4", headers={"Range": "bytes=0-9"})
     assert (clip.status_code, len(clip.content)) == (206, 10)
     assert client.get("/a%202nd%20cut.mp4").content == b"film"
-    for path in (
-        "/jobs.db",
-        "/shots/../jobs.db",
-        "/shots/%2e%2e/jobs.db",
-        "/manifest/r-00001.parquet",
-        "/shots/ab",
-        "/run.json",
-    ):
-        assert client.get(path).status_code == 404, path
+    for path in ("jobs.db", "shots/../jobs.db", "shots/%2e%2e/jobs.db", "manifest/r-00001.parquet", "shots/ab", "run.json"):
+        assert client.get(f"/{path}").status_code == 404, path
     with pytest.raises(SetupError, match="no such folder"):
         gallery_app(out / "gone")
 
@@ -283,18 +273,6 @@ def reviews(reviewed):
     """Return id -> verdict, stars and note."""
     stored = read_reviews(storage_at(reviewed)).values()
     return {each.id: (each.verdict, each.stars, each.note) for each in stored}
-
-
-@contextmanager
-def watched(reviewed, reviewer):
-    """Serve the gallery of a folder. Yields its URL."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(gallery_app(reviewed, reviewer), log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-    server.should_exit = True
-    thread.join()
 
 
 def test_only_the_own_page_can_review_clips_of_this_folder(reviewed):
@@ -341,7 +319,7 @@ def test_only_the_own_page_can_review_clips_of_this_folder(reviewed):
 
 def test_review_with_the_keyboard_and_in_a_file(browser, reviewed, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gallery_page, "REFRESH_S", 0.3)
-    with watched(reviewed, "ada") as url, page_in(browser, 1366, 768) as page:
+    with listening_on_a_port(gallery_app(reviewed, "ada")) as url, page_in(browser, 1366, 768) as page:
         page.goto(url)
         keys = page.keyboard
         for key in ("ArrowRight", "ArrowRight", "4", "a", "r"):  # the first card is that of the failed shot
@@ -414,7 +392,7 @@ def test_review_with_the_keyboard_and_in_a_file(browser, reviewed, tmp_path, cap
 
 
 def test_reviews_are_kept_while_the_server_does_not_answer(browser, reviewed):
-    with page_in(browser, 800, 600) as page, watched(reviewed, "ada") as url:
+    with page_in(browser, 800, 600) as page, listening_on_a_port(gallery_app(reviewed, "ada")) as url:
         page.goto(url)
         page.route("**/reviews", lambda route: route.abort())
         page.locator("[title=boat-1] .open").focus()
@@ -429,8 +407,8 @@ def test_reviews_are_kept_while_the_server_does_not_answer(browser, reviewed):
 
 def test_rows_that_are_older_than_a_stored_review_do_not_hide_it(browser, reviewed, monkeypatch):
     monkeypatch.setattr(gallery_page, "REFRESH_S", 0.1)
-    with page_in(browser, 800, 600) as page, watched(reviewed, "ada") as url:
-        older, posts, held = page.request.get(f"{url}rows.json"), [], []
+    with page_in(browser, 800, 600) as page, listening_on_a_port(gallery_app(reviewed, "ada")) as url:
+        older, posts, held = page.request.get(f"{url}/rows.json"), [], []
         page.route("**/reviews", lambda route: posts.append(route))
         page.route("**/rows.json", lambda route: held.append(route))
         page.goto(url)

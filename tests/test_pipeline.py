@@ -129,12 +129,8 @@ def test_progress_reaches_the_callback_and_a_bar(pipeline):
 def test_single_stages_and_what_a_notebook_shows(pipeline, tmp_path):
     image = pipeline.image("a red ball", seed=1)
     result = pipeline.animate(image, num_frames=3, seed=1)
-    assert (image.size, result["hd_video"], len(result), set(result)) == (
-        (128, 64),
-        None,
-        4,
-        {"image", "video", "hd_video", "record"},
-    )
+    assert (image.size, result["hd_video"]) == ((128, 64), None)
+    assert sorted(result) == ["hd_video", "image", "record", "video"]
     html = result._repr_html_()
     assert '<img src="data:image/png;base64,' in html
     assert '<video src="data:video/mp4;base64,' in html

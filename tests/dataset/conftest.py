@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,16 +31,17 @@ with mock.patch.object(sys, "stderr", sys.__stderr__):
 
 FAST = Mp4Settings(crf=10, preset="ultrafast", threads=1)
 LICENCES = ({"weights": "builtin:test", "licence": "MIT", "commercial_use": "yes"},)
+Result = Frames | Image | Callable[[Path], None] | None
 
 
 def make_folder(
-    path: Path, clips: Iterable[tuple[Mapping[str, Any], Frames | Image | None]], script: str = "script.jsonl"
+    path: Path, clips: Iterable[tuple[Mapping[str, Any], Result]], script: str = "script.jsonl", first_line: int = 1
 ) -> OutputFolder:
     """Add one run to the output folder `path`: shots with their files, records and manifest rows. Return the folder.
 
-    `clips`: pairs of fields and frames (T, H, W, 3) of a clip; an image (H, W, 3) is a shot without a clip, `None` a failed
-    shot. Fields: those of a shot, with `id`; `hd` (frames of the upscaled clip); `seconds`, `likeness` and `licences` of its
-    record. Size, number of frames and the seed have defaults. The rows of a later call replace those with the same id.
+    `clips`: pairs of fields and frames (T, H, W, 3) of a clip, or a function that writes its file; an image (H, W, 3) is a shot
+    without a clip, `None` a failed shot. Fields: those of a shot, with `id`; `hd` (frames of the upscaled clip); `seconds`,
+    `likeness` and `licences` of its record. Most have defaults. The rows of a later call replace those with the same id.
     """
     outputs = OutputFolder(path)
     # Runs are named after their lease, so that later rows are newer.
@@ -48,7 +49,7 @@ def make_folder(
     number = f"{int(last_number(outputs.storage)) + 1:06d}"
     (path / f".lease-{number}").touch()
     writer = ManifestWriter(outputs, f"{number}-test", script)
-    for line, (fields, frames) in enumerate(clips, start=1):
+    for line, (fields, frames) in enumerate(clips, start=first_line):
         shot, result = _result(path, dict(fields), frames)
         last_run = "failed" if frames is None else "rendered"
         writer.add(ManifestRow.of_shot(f"{number}-test", script, shot, line, result, last_run))
@@ -56,25 +57,28 @@ def make_folder(
     return outputs
 
 
-def _result(root: Path, fields: dict[str, Any], frames: Frames | Image | None) -> tuple[Shot, ShotRecord | Failure]:
+def _result(root: Path, fields: dict[str, Any], frames: Result) -> tuple[Shot, ShotRecord | Failure]:
     record = {name: fields.pop(name, None) for name in ("seconds", "likeness", "licences")}
     hd = fields.pop("hd", None)
-    fields = {"prompt": f"a test of {fields['id']}", "seed": 1, "generate_video": np.ndim(frames) == 4, **fields}
+    is_clip = callable(frames) or np.ndim(frames) == 4
+    fields = {"prompt": f"a test of {fields['id']}", "seed": 1, "generate_video": is_clip, **fields}
     if frames is None:
         shot = Shot(**{**fields, "generate_video": True})
         return shot, Failure(stage="svd", error="RuntimeError", message="out of memory", attempts=2, worker="w")
-    height, width = frames.shape[-3:-1]
+    image = np.zeros((64, 64, 3), np.uint8) if callable(frames) else frames if frames.ndim == 3 else frames[0]
+    height, width, _ = image.shape
     fields = {"upscale_video": hd is not None, "width": width, "height": height, **fields}
-    if frames.ndim == 4:
+    if not callable(frames) and frames.ndim == 4:
         fields = {"num_frames": len(frames), "fps": 8, **fields}
     shot = Shot(**fields)
     folder = root / shot_path(shot.id)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"image.png": frames if frames.ndim == 3 else frames[0], "video.mp4": frames, "hd.mp4": hd}
-    write_png(folder / "image.png", files.pop("image.png"))
-    for name, content in files.items():
+    write_png(folder / "image.png", image)
+    for name, content in {"video.mp4": frames, "hd.mp4": hd}.items():
         (folder / name).unlink(missing_ok=True)
-        if content is not None and content.ndim == 4:
+        if callable(content):
+            content(folder / name)
+        elif content is not None and content.ndim == 4:
             with Mp4Writer(folder / name, content.shape[2], content.shape[1], shot.fps, FAST) as clip:
                 clip.write(content)
     seconds = record["seconds"] or 2.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from scipy import stats
 
 from tests.browser import browser_page
 from tests.dataset.conftest import digest_of, done_shot, make_folder, moving, write_scores
+from tests.test_gallery import problems
 from vidgen_ray.cli import main
 from vidgen_ray.dataset.compare import MAX_GROUPS, compare, interval
 from vidgen_ray.errors import UsageError
@@ -214,9 +214,6 @@ def test_page_shows_plots_and_clips_that_play(tmp_path: Path, capsys: pytest.Cap
         assert page.locator("svg[role=img]").count() >= 4
         assert page.evaluate("performance.getEntriesByType('resource').every(each => each.name.startsWith('file:'))")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        if find_spec("axe_playwright_python"):
-            from tests.online.web.test_accessibility import problems
-
-            for details in page.locator("details").all():
-                details.evaluate("details => { details.open = true; }")
-            assert [each for each in problems(page) if "inside a word" not in each] == []
+        for details in page.locator("details").all():
+            details.evaluate("details => { details.open = true; }")
+        assert [each for each in problems(page) if "inside a word" not in each] == []

@@ -1,21 +1,16 @@
 """Fixtures of the film's tests: an output folder with clips that are made on the spot."""
 
-import json
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 
-from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
+from tests.dataset.conftest import make_folder
+from vidgen_ray.media import Mp4Settings, Mp4Writer
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.manifest import SCHEMA, ManifestRow
-from vidgen_ray.outputs.records import FileRecord, ShotRecord, shot_path
-from vidgen_ray.shot import Shot
-from vidgen_ray.system.cache_dir import sha256_of
+from vidgen_ray.outputs.records import shot_path
 
 FAST = Mp4Settings(crf=18, preset="ultrafast", threads=1)
 RED, GREEN, BLUE = (200, 30, 30), (30, 200, 30), (30, 30, 200)
@@ -57,43 +52,23 @@ class Shots:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.outputs = OutputFolder(root)
-        self._rows: list[ManifestRow] = []
+        self._ids: dict[str, None] = {}
 
-    def add(self, shot_id: str, *, script="script.jsonl", line=None, metadata=None, image_only=False, **clip) -> Path:
+    def add(self, shot_id: str, *, line=None, metadata=None, image_only=False, **clip) -> Path:
         """Add a finished shot and return its file."""
-        folder = self.root / shot_path(shot_id)
-        folder.mkdir(parents=True, exist_ok=True)
         width, height = clip.get("size", (64, 48))
-        write_png(folder / "image.png", np.full((height, width, 3), GREEN, np.uint8))
-        files = {"image.png"}
-        if not image_only:
-            write_clip(folder / "video.mp4", **clip)
-            files.add("video.mp4")
-        shot = Shot(id=shot_id, prompt=shot_id, seed=1, metadata=metadata or {})
-        record = ShotRecord(
-            key="0" * 64,
-            shot=shot,
-            tries=1,
-            likeness=None,
-            seeds={},
-            stages=(),
-            files={name: FileRecord(sha256=sha256_of(folder / name), bytes=(folder / name).stat().st_size) for name in files},
-            software={},
-        )
-        (folder / "shot.json").write_text(record.model_dump_json(exclude={"committed_at"}))
-        self._row(shot_id, script, line, status="done", metadata=json.dumps(metadata or {}))
-        return folder / ("image.png" if image_only else "video.mp4")
+        image = np.full((height, width, 3), GREEN, np.uint8)
+        fields = {"id": shot_id, "metadata": metadata or {}, "width": 128, "height": 64}
+        self._add(fields, image if image_only else lambda path: write_clip(path, **clip), line)
+        return self.root / shot_path(shot_id) / ("image.png" if image_only else "video.mp4")
 
-    def add_failed(self, shot_id: str, *, script="script.jsonl", line=None) -> None:
-        self._row(shot_id, script, line, status="failed", failure_stage="svd", failure_message="out of memory")
+    def add_failed(self, shot_id: str) -> None:
+        self._add({"id": shot_id}, None)
 
-    def _row(self, shot_id: str, script: str, line: int | None, **columns) -> None:
-        self._rows = [row for row in self._rows if row.id != shot_id]
-        number = line or len(self._rows) + 1
-        self._rows.append(ManifestRow(run="r", script=script, id=shot_id, line=number, **columns))
-        (self.root / "manifest").mkdir(parents=True, exist_ok=True)
-        table = pyarrow.Table.from_pylist([row.model_dump() for row in self._rows], schema=SCHEMA)
-        pyarrow.parquet.write_table(table, self.root / "manifest" / "r-0.parquet")
+    def _add(self, fields, result, line=None) -> None:
+        self._ids.pop(fields["id"], None)
+        self._ids[fields["id"]] = None
+        make_folder(self.root, [(fields, result)], first_line=line or len(self._ids))
 
 
 @pytest.fixture

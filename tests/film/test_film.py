@@ -1,5 +1,6 @@
-"""make_film: choice and order of shots, copied and rendered pieces, transitions, titles and captions, in decoded frames."""
+"""make_film: choice and order of shots, pieces, transitions, titles, captions in decoded frames, and provenance."""
 
+import json
 from fractions import Fraction
 
 import av
@@ -7,10 +8,15 @@ import numpy as np
 import pytest
 
 from tests.film.conftest import BLUE, FAST, GREEN, RED, read_frames
+from vidgen_ray.cli import main
 from vidgen_ray.errors import MediaError, MissingShots, ScriptError, UsageError
 from vidgen_ray.film.film_settings import ChosenShot, ClipFormat, FilmSettings, PixelSize, ShotSettings, film_settings
 from vidgen_ray.film.make_film import make_film
 from vidgen_ray.film.timeline import build_timeline
+from vidgen_ray.media.media_file import append_xmp
+from vidgen_ray.provenance.record import ProvenanceRecord, ProvenanceSettings, read_provenance
+from vidgen_ray.provenance.signing import create_signing_key, read_signature
+from vidgen_ray.system.cache_dir import sha256_of
 
 ENCODE = FAST.model_dump()
 
@@ -207,3 +213,57 @@ def test_pieces_cover_every_frame_once_with_cross_fades():
     found = [(piece.first, piece.frames, piece.fade_to is not None) for piece in pieces]
     assert found == [(0, 9, False), (9, 1, True), (1, 2, False), (0, 5, False), (5, 5, True), (5, 5, False)]
     assert sum(piece.frames for piece in pieces) == timeline.frames == 27
+
+
+# Provenance
+
+SHOT = ProvenanceRecord(
+    source_type="trainedAlgorithmicMedia", key="a" * 64, stages=("flux", "svd"), shot={"prompt": "a secret"}
+)
+
+
+@pytest.fixture
+def marked(shots, tmp_path):
+    """An output folder with a marked clip and one without metadata."""
+    clip = shots.add("new")
+    append_xmp(clip, SHOT.metadata().xmp)
+    record = json.loads((clip.parent / "shot.json").read_text())
+    record["files"]["video.mp4"] |= {"sha256": sha256_of(clip), "bytes": clip.stat().st_size}
+    (clip.parent / "shot.json").write_text(json.dumps(record))
+    shots.add("old", colour=BLUE)
+    return tmp_path / "film.mp4"
+
+
+def test_film_has_the_digests_and_keys_of_its_clips(shots, marked):
+    make_film(shots.outputs, FilmSettings(title="Two"), marked)
+    found = read_provenance(marked)
+    assert found.source_type == "trainedAlgorithmicMedia"
+    assert (found.record.operation, found.record.stages) == ("film", ("flux", "svd"))
+    recorded = [json.loads(path.read_text())["files"]["video.mp4"]["sha256"] for path in shots.root.rglob("shot.json")]
+    assert sorted(source.sha256 for source in found.record.sources) == sorted(recorded)
+    assert [(source.source_type, source.key) for source in found.record.sources] == [
+        ("trainedAlgorithmicMedia", "a" * 64),
+        ("trainedAlgorithmicMedia", None),
+    ]
+    assert b"secret" not in marked.read_bytes()
+    with av.open(str(marked)) as opened:
+        assert opened.metadata["comment"].startswith("AI-generated with vidgen-ray ")
+        assert opened.metadata["title"] == "Two"
+    # Without other settings, those of the last run.
+    shots.outputs.write_run({"profile": {"provenance": {"metadata": "off"}}})
+    assert make_film(shots.outputs, FilmSettings(), marked).metadata == "off"
+    assert read_provenance(marked) == (None, None)
+    assert main(["film", str(shots.root), "-o", str(marked), "--private"]) == 0
+    assert read_provenance(marked).source_type == "trainedAlgorithmicMedia"
+
+
+def test_signed_film_has_its_clips_as_ingredients(shots, marked, tmp_path):
+    create_signing_key(tmp_path / "key.pem", "Studio")
+    make_film(shots.outputs, FilmSettings(), tmp_path / "plain.mp4")
+    make_film(shots.outputs, FilmSettings(), marked, provenance=ProvenanceSettings(c2pa_key=tmp_path / "key.pem"))
+    signature = read_signature(marked)
+    assert (signature.state, signature.problems, signature.signer) == ("Valid", (), "Studio")
+    assert signature.actions == ("c2pa.created", "c2pa.placed", "c2pa.placed")
+    assert sorted(signature.ingredients) == ["new", "old"]
+    assert sha256_of(marked) != sha256_of(tmp_path / "plain.mp4")
+    assert read_provenance(marked) == read_provenance(tmp_path / "plain.mp4")

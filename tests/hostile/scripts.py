@@ -122,6 +122,10 @@ def nested_column(levels: int):
     return build
 
 
+def fields_of_yaml(count: int) -> bytes:
+    return b"shots: [a]\n" + b"".join(b"f%d: 1\n" % n for n in range(count))
+
+
 def billion_laughs() -> bytes:
     levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'lol'}]" for n in range(10)]
     return "\n".join([*levels, "shots: [*a9]"]).encode()
@@ -129,12 +133,7 @@ def billion_laughs() -> bytes:
 
 SCRIPTS: list[Case] = [
     refused("YAML with a billion laughs", "aliases are not allowed", content(billion_laughs()), ending=".yaml"),
-    refused(
-        "YAML with a Python object",
-        "invalid YAML",
-        content(b"!!python/object/apply:os.system ['touch /tmp/owned']\n"),
-        ending=".yaml",
-    ),
+    refused("YAML with a Python object", "invalid YAML", content(b"!!python/object/apply:os.system ['true']"), ending=".yaml"),
     refused("YAML of 17 MB", "must be at most 16,777,216 bytes", content(lambda: b"#" * 17_000_000), ending=".yaml"),
     refused("YAML nested 2,000 times", "invalid YAML", content(b"shots: " + b"[" * 2000), ending=".yaml"),
     refused(
@@ -143,21 +142,11 @@ SCRIPTS: list[Case] = [
         content(b"shots: [{prompt: a, seed: 1" + b":1" * 20_000 + b"}]"),
         ending=".yaml",
     ),
-    refused(
-        "YAML with 1,000 fields",
-        "an unknown header field",
-        content(lambda: b"shots: [a]\n" + b"".join(b"f%d: 1\n" % n for n in range(1000))),
-        ending=".yaml",
-    ),
+    refused("YAML with 1,000 fields", "an unknown header field", content(fields_of_yaml(1000)), ending=".yaml"),
     refused("YAML in UTF-16", "not UTF-8", content("shots: [a]".encode("utf-16")), ending=".yaml"),
     refused("bytes that are not UTF-8", "line 2: got bytes that are not UTF-8", content(b"prompt\n\xff\xfe\n"), ending=".csv"),
     refused("line of 17 MB", "more than 16,777,216 characters", content(lambda: b"x" * 17_000_000), ending=".txt"),
-    refused(
-        "CSV with 5,000 columns",
-        "unknown columns",
-        content(lambda: b",".join(b"c%d" % n for n in range(5000))),
-        ending=".csv",
-    ),
+    refused("CSV of 5,000 columns", "unknown columns", content(b",".join(b"c%d" % n for n in range(5000))), ending=".csv"),
     refused("CSV with a cell of 1 MB", "must be CSV", content(b"prompt\n" + b"x" * 1_000_000 + b"\n"), ending=".csv"),
     refused("CSV with an open quote", "must be CSV", content(b'prompt\n"a\nb\n'), ending=".csv"),
     refused(
@@ -184,8 +173,6 @@ SCRIPTS: list[Case] = [
 
 PROFILES: list[Case] = [
     refused("pickle named .yaml", "is not UTF-8", content(b"\x80\x04cposix\nsystem\n(S'true'\ntR.")),
-    refused("Python object", "invalid YAML", content(b"!!python/object/apply:os.system ['true']")),
-    refused("billion laughs", "aliases are not allowed", content(billion_laughs())),
     refused("memory NaN", "memory_gb", content(b"{name: x, about: y, actors: {flux: {weights: a, memory_gb: .nan}}}")),
     refused("preset for the shell", "encode.preset", content(b"{name: x, about: y, encode: {preset: $(id)}, actors: {}}")),
 ]

@@ -144,12 +144,8 @@ def noise_renderer(profile: Profile, outputs: OutputFolder, step_s: float = 0.0,
                 frames = artefacts["frames"][np.arange(n_frames) * shot.clip_frames // n_frames]
                 clips = {"frames": frames, "hd_frames": frames.repeat(shot.scale, 1).repeat(shot.scale, 2)}
                 files.add({**{name: clips[name] for name in chunked}, "chunk": (0, n_frames)})
-            files.commit(
-                [
-                    StepRecord(stage=s.stage, key=s.key, weights=s.weights, seconds=0.5, gpu_seconds=0, cached=False)
-                    for s in plan.steps
-                ]
-            )
+            spent = {"seconds": 0.5, "gpu_seconds": 0, "cached": False}
+            files.commit([StepRecord(stage=s.stage, key=s.key, weights=s.weights, **spent) for s in plan.steps])
 
     return render
 
@@ -204,14 +200,8 @@ def local_server(
     outputs.prepare()
     director = LocalDirector(settings, store, served, outputs, render or noise_renderer(served.profile, outputs, step_s))
     try:
-        app = make_app(
-            settings,
-            store,
-            outputs,
-            served,
-            load_keys(settings.keys_file, settings.limits),
-            jobs_changed=director.wake,
-        )
+        keys = load_keys(settings.keys_file, settings.limits)
+        app = make_app(settings, store, outputs, served, keys, jobs_changed=director.wake)
         yield LocalServer(app, settings, store, outputs, director, served)
     finally:
         director.close()

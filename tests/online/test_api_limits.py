@@ -1,26 +1,31 @@
-"""API keys, limits, uploads, characters and retention."""
+"""API keys, limits of requests, tenants and memory, uploads, characters and retention."""
 
 import base64
 import dataclasses
 import hashlib
 import io
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPConnection
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
 from tests.conftest import ASTRONAUT, CONSENT_FIELD, SYNTHETIC
+from tests.decoded import frames_of
 from tests.online.directors import LOCAL, SMALL, client_of, listening_on_a_port, local_server, settings_with_keys
 from tests.online.test_api_videos import ended, error_of, made
 from vidgen_ray.cli import main
 from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.errors import SetupError
-from vidgen_ray.media import Mp4Settings
+from vidgen_ray.media import Mp4Settings, image_size, read_image, verify_image
+from vidgen_ray.online import uploads
 from vidgen_ray.online.auth import KeyRecord, add_key, check_bind_host, hash_key, load_keys, new_key
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_settings import Limits, OnlineSettings
@@ -29,12 +34,14 @@ from vidgen_ray.online.store.store import PURGE_DELAY_S
 from vidgen_ray.online.webhooks import purge_jobs
 from vidgen_ray.outputs.records import shot_path
 
+DAY_S = 24 * 3600
 CAPS = {"image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 900_000, "files": 3}
 TENANTS = {
     **{name: {} for name in ("ada", "bob")},
     "small": {"limits": {"pixel_frames": 64 * 64 * 2}},
     "slow": {"limits": {"requests_per_minute": 2}},
     "one": {"limits": {"open_jobs": 1}},
+    "full": {"limits": {"stored_bytes": 10_000}},
     "late": {"expires_at": (datetime.now(UTC) - timedelta(seconds=1)).isoformat()},
 }
 
@@ -207,6 +214,33 @@ def test_full_queue_rejects_all_tenants_but_repeats_the_response_to_an_idempoten
     assert other.headers["x-should-retry"] == "false"
 
 
+def test_request_has_a_deadline_and_a_priority_that_its_key_allows(tiny, tmp_path):
+    tenants = {"guest": {"limits": {"max_priority": "low"}}, "ada": {"limits": {"open_jobs": 9}}}
+    with local_server(tiny, settings_with_keys(tmp_path, tenants)) as server:
+        server.director.held.set()
+        ada, guest = client_of(server, "ada"), client_of(server, "guest")
+        _, second = (made(ada, priority=each) for each in ("normal", "high"))
+        assert (second["priority"], second["queue_position"]) == ("high", 0)
+        assert ada.post(f"/v1/videos/{second['id']}/remix", json={"prompt": "x"}).json()["priority"] == "normal"
+        assert "'high'" in error_of(ada.post("/v1/videos", json={**SMALL, "priority": 9}), 400)["message"]
+
+        assert made(guest)["priority"] == "low"
+        error = error_of(guest.post("/v1/videos", json={**SMALL, "priority": "high"}), 400)
+        assert (error["param"], error["message"]) == ("priority", "priority: got high, must be low with this key")
+        small = {"prompt": "x", "width": 64, "height": 64, "num_frames": 2}
+        shot = guest.post("/v1/shots", json={**small, "priority": "low"}).json()
+        assert shot["priority"] == "low"
+        assert "priority" not in shot["shot"]
+
+        late, patient = made(ada, deadline_s=1e-6), made(ada, deadline_s=600)
+        server.store.queue.fail_late()
+        failed = ada.get(f"/v1/videos/{late['id']}").json()
+        assert failed["status"] == "failed"
+        assert (failed["error"]["code"], failed["error"]["param"]) == ("deadline_exceeded", "deadline_s")
+        assert ada.get(f"/v1/videos/{patient['id']}").json()["status"] == "queued"
+        assert error_of(ada.post("/v1/videos", json={**SMALL, "deadline_s": 0}), 400)["param"] == "deadline_s"
+
+
 def test_image_as_a_data_url(client, held):
     url = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
     assert client.post("/v1/videos", json={**SMALL, "image_reference": {"image_url": url}}).status_code == 200
@@ -366,10 +400,8 @@ def test_erased_character_leaves_no_photo_and_no_features(server, client, held):
     service, cache = server.app.state.server.job_service, server.outputs.stage_cache
     (photo,) = character["photos"]
     path = service.uploads.find("ada", photo)
-    keys = {
-        job: plan_job(server.store.get(job, None), service.serving_profile, server.settings).steps
-        for job in (*made_with_it, unrelated)
-    }
+    jobs = [server.store.get(job, None) for job in (*made_with_it, unrelated)]
+    keys = {job.id: plan_job(job, service.serving_profile, server.settings).steps for job in jobs}
     for step in (step for steps in keys.values() for step in steps):
         server.outputs.storage.write(f"cache/{step.key[:2]}/{step.key}/face.json", "{}")
     erased = client.delete(f"/v1/characters/{character['id']}").json()
@@ -414,14 +446,123 @@ def test_api_on_sqlite_and_postgresql(tiny, tmp_path, database_url):
         for path in (f"videos/characters/{character['id']}", f"files/{character['photos'][0]}"):
             assert client.delete(f"/v1/{path}").status_code == 200
         # PostgreSQL rejects NUL characters in queries.
-        for path in (
-            "/v1/videos/a%00",
-            "/v1/videos?after=a%00",
-            "/v1/files/%00",
-            "/v1/videos/characters/%00",
-            "/v1/shots/x%00",
-        ):
-            assert error_of(client.get(path), 400)["code"] == "invalid_url"
+        for path in ("videos/a%00", "videos?after=a%00", "files/%00", "videos/characters/%00", "shots/x%00"):
+            assert error_of(client.get(f"/v1/{path}"), 400)["code"] == "invalid_url"
         for field in ("character", "face_image", "user", "model"):
             assert client.post("/v1/videos", json={**SMALL, field: "a\0b"}).status_code in (400, 404)
         assert client.get("/v1/videos/characters/%F0%9F%8C%A7").status_code == 404
+
+
+def test_json_structure_inside_strings_does_not_count_as_depth(client):
+    prompt = '\\"' * 20 + "[{" * 60 + '\\\\" ]'
+    assert client.post("/v1/videos", json={**SMALL, "prompt": prompt}).json()["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "requests", "status"),
+    [
+        ("verify_image", "/v1/files", [{"files": {"file": ("a.png", png() + bytes([number]))}} for number in range(4)], 200),
+        ("_from_urlencoded", "/v1/videos", [{"data": {**SMALL, "size": "1x1", "prompt": "é" * 9_000}}] * 4, 400),
+    ],
+)
+def test_images_and_large_forms_are_decoded_one_at_a_time(server, monkeypatch, name, path, requests, status):
+    decode, lock, second, busy, most = getattr(uploads, name), threading.Lock(), threading.Event(), 0, 0
+
+    def counted(*args):
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+            if busy == 2:
+                second.set()
+        second.wait(0.2)
+        try:
+            return decode(*args)
+        finally:
+            with lock:
+                busy -= 1
+
+    monkeypatch.setattr(uploads, name, counted)
+    with listening_on_a_port(server.app) as url, ThreadPoolExecutor(4) as pool:
+        headers = {"Authorization": "Bearer vg-ada"}
+        answers = pool.map(lambda body: httpx.post(url + path, **body, headers=headers, timeout=60), requests)
+        assert [answer.status_code for answer in answers] == [status] * 4
+    assert most == 1
+
+
+def test_stored_bytes_of_a_tenant_are_limited(server):
+    full = client_of(server, "full")
+    ids = [full.post("/v1/files", files={"file": ("a", png(side, side))}).json()["id"] for side in (64, 65)]
+    # Small files count as 4096 bytes.
+    again = full.post("/v1/files", files={"file": ("a", png(64, 64))})
+    assert again.json()["id"] == ids[0]
+    refused = full.post("/v1/videos", data=SMALL, files={"input_reference": ("a", png(66, 66))})
+    error = error_of(refused, 413)
+    assert error["code"] == "storage_full"
+    assert "may use 10000" in error["message"]
+    assert full.delete(f"/v1/files/{ids[0]}").status_code == 200
+    assert full.post("/v1/files", files={"file": ("a", png(66, 66))}).status_code == 200
+    assert client_of(server, "bob").post("/v1/files", files={"file": ("a", png(67, 67))}).status_code == 200
+
+
+def test_unused_uploads_expire(tiny, tmp_path, database_url):
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path), database=database_url, uploads={"unused_s": 5 * DAY_S})
+    with local_server(tiny, settings) as server:
+        client = TestClient(server.app, **LOCAL)
+        folder, records = server.app.state.server.job_service.uploads, server.store.uploads
+        sides = {"unused": 64, "used": 65, "queued": 66}
+        ids = {
+            name: client.post("/v1/files", files={"file": ("a", png(side, side))}).json()["id"] for name, side in sides.items()
+        }
+        ids["character"] = client.post(
+            "/v1/videos/characters", data={"name": "Me"}, files={"image": ("a", ASTRONAUT.read_bytes())}
+        ).json()["photos"][0]
+        server.director.held.set()
+        made(client, input_reference={"file_id": ids["queued"]})
+        now = records._now
+        records._now = lambda: now() + 4 * DAY_S
+        folder.expire()
+        assert {name for name, each in ids.items() if records.get(each, "local")} == set(ids)
+        job = made(client, input_reference={"file_id": ids["used"]})
+        client.post(f"/v1/videos/{job['id']}/cancel")
+        records._now = lambda: now() + 6 * DAY_S
+        folder.expire(retention_s=60 * DAY_S)
+        left = {name for name, each in ids.items() if records.get(each, "local")}
+        assert left == {"used", "queued", "character"}
+        assert {path.name for path in (tmp_path / "inputs").iterdir()} == {ids[name].removeprefix("file-") for name in left}
+        records._now = lambda: now() + 8.5 * DAY_S
+        folder.expire(retention_s=2 * DAY_S)
+        assert {name for name, each in ids.items() if records.get(each, "local")} == {"queued", "character"}
+
+
+def test_image_size_and_verification_agree_with_decoding(tmp_path):
+    path = tmp_path / "a.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(path, exif=exif)
+    assert image_size(path) == read_image(path).shape[:2] == (30, 20)
+    verify_image(path)
+
+
+def test_another_tenants_result_is_reused_only_if_allowed(tiny, tmp_path):
+    with local_server(tiny, settings_with_keys(tmp_path, TENANTS, share_results_between_tenants=True)) as server:
+        ada, bob = client_of(server, "ada"), client_of(server, "bob")
+        ended(ada, made(ada, seed=1)["id"])
+        server.director.held.set()
+        assert made(bob, seed=1)["status"] == "completed"
+        queued = made(ada, seed=2)
+    with local_server(tiny, settings_with_keys(tmp_path, TENANTS)) as server:
+        ada, bob = client_of(server, "ada"), client_of(server, "bob")
+        assert ended(ada, queued["id"])["status"] == "completed", "it keeps its key when the setting changes"
+        assert ada.get(f"/v1/videos/{queued['id']}/content").status_code == 200
+        first = ended(ada, made(ada, seed=3)["id"])
+        server.director.held.set()
+        assert made(ada, seed=3)["status"] == "completed"
+        own = made(bob, seed=3)
+        assert own["status"] == "queued"
+        server.director.held.clear()
+        server.director.wake()
+        assert ended(bob, own["id"])["status"] == "completed"
+        assert len(server.director.rendered) == 3
+        contents = [client.get(f"/v1/videos/{video['id']}/content") for client, video in ((ada, first), (bob, own))]
+        np.testing.assert_array_equal(*(frames_of(content.content) for content in contents))

@@ -167,12 +167,7 @@ def test_video_lora_names_an_expert_and_licences_are_returned(client, held):
         ({"crop_width": 64}, "crop_width", "unknown_parameter", "did you mean width"),
         ({"image": "/etc/passwd"}, "image", "unknown_parameter", "an unknown field"),
         ({"input_reference": "/etc/passwd"}, "input_reference", "file_not_found", "uploaded"),
-        (
-            {"input_reference": {"image_url": "http://localhost/x"}},
-            "input_reference",
-            "url_inputs_disabled",
-            "does not fetch URLs",
-        ),
+        ({"input_reference": {"image_url": "http://localhost/x"}}, "input_reference", "url_inputs_disabled", "not fetch URLs"),
         ({"face_image": "../../x"}, "face_image", "file_not_found", "uploaded"),
         ({"character": "unknown"}, "character", "character_not_found", "unknown"),
         ({"lora": "/etc/passwd"}, "lora", "lora_not_found", "must be one of ink"),

@@ -106,7 +106,5 @@ def test_openapi_document_is_complete(server, client):
     assert set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document))) <= schemas.keys()
     for name, schema in schemas.items():
         for field, properties in schema.get("properties", {}).items():
-            assert properties.get("description") or "$ref" in properties or name in ("StageSteps", "StageGuidance"), (
-                name,
-                field,
-            )
+            is_described = properties.get("description") or "$ref" in properties
+            assert is_described or name in ("StageSteps", "StageGuidance"), (name, field)

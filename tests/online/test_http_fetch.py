@@ -124,11 +124,8 @@ def image_fetcher(hosts=("127.0.0.1",)) -> ImageFetcher:
 
 
 def test_redirects_are_followed_and_checked(site):
-    site.responses = {
-        "/a": (302, {"Location": "/b"}, b""),
-        "/b": (200, {}, b"content"),
-        "/loop": (302, {"Location": "/loop"}, b""),
-    }
+    site.responses = {"/b": (200, {}, b"content")}
+    site.responses |= {path: (302, {"Location": to}, b"") for path, to in (("/a", "/b"), ("/loop", "/loop"))}
     assert image_fetcher().fetch(f"{site.url}/a") == b"content"
     for target in ("file:///etc/passwd", "http://169.254.169.254/", "http://elsewhere.example/", "//[::1]/x"):
         site.responses["/a"] = (302, {"Location": target}, b"")
@@ -212,10 +209,8 @@ def test_failed_webhook_is_retried_until_tries_are_used_up_or_its_receiver_is_go
 
 
 def test_failing_webhook_does_not_delay_others(site, tmp_path):
-    webhooks = Webhooks(
-        targets=[{"name": name, "url": f"{site.url}/{name}", "secret": SECRET} for name in ("down", "up")],
-        allow_private=True,
-    )
+    targets = [{"name": name, "url": f"{site.url}/{name}", "secret": SECRET} for name in ("down", "up")]
+    webhooks = Webhooks(targets=targets, allow_private=True)
     store = store_with(tmp_path, Clock(), webhooks)
     for _ in range(3):
         finish_job(store)

@@ -1,17 +1,23 @@
-"""The job store, on SQLite and PostgreSQL."""
+"""The job store, its queue and its query plans, on SQLite and PostgreSQL."""
 
 import multiprocessing
 import os
+import random
+import re
 import signal
+import time
+from bisect import bisect, insort
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
-from sqlalchemy import create_engine, inspect, make_url, text, update
+from sqlalchemy import create_engine, event, inspect, make_url, text, update
 
+from benchmarks.stored_jobs import MAIN_TENANT, fill
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online.store.database import META
-from vidgen_ray.online.store.jobs import FINAL, Job, JobKind, JobProgress, JobState, new_id
+from vidgen_ray.online.store.jobs import FINAL, PRIORITY_STEP, Job, JobKind, JobProgress, JobState, new_id
 from vidgen_ray.online.store.store import (
     PURGE_DELAY_S,
     IdempotencyConflict,
@@ -20,7 +26,7 @@ from vidgen_ray.online.store.store import (
     QueueFull,
     UnknownJob,
 )
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import PRIORITIES, Shot
 
 
 class Clock:
@@ -371,3 +377,160 @@ def test_processes_that_open_a_store_at_once_create_the_tables_once(database_url
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
+
+
+# Priorities and deadlines: order of the queue, bounded wait.
+
+
+def claimed(store, limit=99):
+    return [job.id for job in store.queue.claim("d", None, limit)]
+
+
+def test_higher_priority_starts_first_and_only_within_its_tenant(store):
+    low, normal, other = (store.create(new_job(priority=each))[0].id for each in ("low", "normal", "normal"))
+    bob = [store.create(new_job("bob", priority="low"))[0].id for _ in range(2)]
+    assert store.first_overtaken("ada", "high") == normal
+    assert [store.first_overtaken("ada", "normal"), store.first_overtaken("ada", "low")] == [low, None]
+    high, second_high = (store.create(new_job(priority="high"))[0].id for _ in range(2))
+    assert store.queue_order() == [high, bob[0], second_high, bob[1], normal, other, low]
+    assert claimed(store, 3) == [high, bob[0], second_high]
+    store.queue.release("d", [high])
+    last, _ = store.create(new_job(priority="high"))
+    assert claimed(store) == [high, bob[1], last.id, normal, other, low], "a released job keeps its place"
+
+
+TENANTS = ("eve", "bob", "ada")
+WAITING, RUNNING, CLAIMS = 6, 8, 360
+
+
+def simulate(store, priority_of):
+    """Claim many jobs of tenants that always have queued ones. Return the tenant, the number and the priority of each."""
+    draw, created, queued = random.Random(7), Counter(), Counter()
+    names, running, claims = {}, [], []
+    while len(claims) < CLAIMS:
+        for tenant in TENANTS:
+            numbers = range(created[tenant], created[tenant] + WAITING - queued[tenant])
+            jobs = [new_job(tenant, priority=priority_of(tenant, number)) for number in numbers]
+            names |= {job.id: (tenant, number, job.priority) for job, number in zip(jobs, numbers, strict=True)}
+            if jobs:
+                store.create_all(jobs)
+            created[tenant] += len(jobs)
+            queued[tenant] = WAITING
+        ended = [running.pop(draw.randrange(len(running))) for _ in range(len(running) // 2)]
+        with store.queue.together():
+            for job_id in ended:
+                store.queue.end(job_id, "d", JobState.COMPLETED)
+            started = claimed(store, RUNNING - len(running))
+        running += started
+        claims += [names[job_id] for job_id in started]
+        queued.subtract(names[job_id][0] for job_id in started)
+    return claims
+
+
+def of_adversary(tenant, number):
+    """Return the priority of a job. Eve sends a low and a normal one, and then only high ones. Ada sends all priorities."""
+    if tenant == "eve":
+        return PRIORITIES[min(number, 2)]
+    return "normal" if tenant == "bob" else random.Random(number).choice(PRIORITIES)
+
+
+def test_wait_is_bounded_and_other_tenants_are_not_delayed(tmp_path):
+    stores = [JobStore(f"sqlite:///{tmp_path}/{name}.db", durable=False) for name in ("priorities", "without")]
+    claims = simulate(stores[0], of_adversary)
+    without = simulate(stores[1], lambda tenant, number: "normal")
+    for store in stores:
+        store.close()
+    assert [tenant for tenant, *_ in claims] == [tenant for tenant, *_ in without]
+
+    overtaken = Counter()
+    started = {tenant: [] for tenant in TENANTS}
+    for tenant, number, priority in claims:
+        later = len(started[tenant]) - bisect(started[tenant], number)
+        overtaken[tenant, priority] = max(overtaken[tenant, priority], later)
+        insort(started[tenant], number)
+    # The bounds, which the adversary reaches: no job starts after more jobs of its tenant that were created later.
+    assert (overtaken["eve", "low"], overtaken["eve", "normal"]) == (2 * PRIORITY_STEP, PRIORITY_STEP)
+    assert (overtaken["eve", "high"], overtaken["bob", "normal"], overtaken["ada", "high"]) == (0, 0, 0)
+    assert 0 < overtaken["ada", "normal"] <= PRIORITY_STEP
+    assert 0 < overtaken["ada", "low"] <= 2 * PRIORITY_STEP
+    # Nothing waits forever: all but the queued jobs have started.
+    assert all(len(numbers) + WAITING > max(numbers) for numbers in started.values())
+
+
+def test_late_jobs_fail_unless_they_have_started(store, clock):
+    late, in_time, started = (store.create(new_job(start_by=clock.seconds + seconds))[0].id for seconds in (5, 20, 5))
+    store.create(new_job("bob"))
+    assert claimed(store, 2)[0] == late
+    store.queue.release("d", [late])
+    clock.seconds += 10
+    store.queue.fail_late()
+    assert [store.get(each, "ada").state for each in (late, in_time)] == [JobState.QUEUED] * 2
+    failed = store.get(started, "ada")
+    assert (failed.state, failed.error.code) == (JobState.FAILED, "deadline_exceeded")
+
+
+# Query plans: no call scans a table.
+
+STORED, QUEUED = 2_000, 40
+
+CALLS = {
+    "create": lambda store, job: store.create_all([new_job(MAIN_TENANT)], max_queued=1_000, max_open=1_000),
+    "create with an old idempotency key": lambda store, job: store.create_all(
+        [new_job(MAIN_TENANT)], idempotency_key="old-5", fingerprint="f"
+    ),
+    "get": lambda store, job: store.get(job.id, MAIN_TENANT),
+    "first page": lambda store, job: store.list(MAIN_TENANT, limit=20),
+    "page of a kind and a state": lambda store, job: store.list(
+        MAIN_TENANT, kinds=[JobKind.IMAGE], states=[JobState.CANCELLED], limit=20
+    ),
+    "next page": lambda store, job: store.list(MAIN_TENANT, limit=20, after=job.id),
+    "search": lambda store, job: store.list(MAIN_TENANT, states=FINAL, words=["lighthouse", "seed:7"], limit=20),
+    "changed_since": lambda store, job: store.changed_since(store.latest_version() - 5),
+    "changed_since from the start": lambda store, job: store.changed_since(0),
+    "changed_since of a tenant": lambda store, job: store.changed_since(store.latest_version() - 5, tenant=MAIN_TENANT),
+    "request_cancel": lambda store, job: store.request_cancel(job.id, MAIN_TENANT),
+    "delete": lambda store, job: store.delete(store.create(new_job())[0].id, "ada"),
+    "purge": lambda store, job: store.purge(lambda key: None, 8),
+    "open_counts": lambda store, job: store.open_counts(),
+    "queue_order": lambda store, job: store.queue_order(),
+    "claim": lambda store, job: store.queue.claim("d", 30, 2),
+    "heartbeat": lambda store, job: store.queue.heartbeat("d", [job.id]),
+    "progress": lambda store, job: store.queue.progress("d", [JobProgress(job.id, "flux", 1, 2, 50)]),
+    "completed": lambda store, job: store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={}),
+    "release": lambda store, job: store.queue.release("d", [job.id]),
+    "webhooks": lambda store, job: store.outbox.claim_due(60),
+}
+
+
+def scans(store, statement, parameters):
+    """Return the lines of the query plan that read a whole table, or a whole index other than that of open jobs."""
+    with store.engine.begin() as connection:
+        if store.engine.dialect.name == "sqlite":
+            plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)]
+            return [line for line in plan if re.match(r"SCAN (?!.*by_open)\S+ ?(?!.*CONSTANT)", line) and "vidgen_" in line]
+        # Scans of small tables can be cheaper than indexes: without them the plan scans only what no index serves.
+        connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+        plan = [row[0] for row in connection.exec_driver_sql(f"EXPLAIN {statement}", parameters)]
+        return [line for line in plan if "Seq Scan on vidgen_jobs" in line or "Seq Scan on vidgen_idempotency" in line]
+
+
+def test_no_call_scans_a_table(database_url):
+    """The store has many ended jobs, some queued ones, some in progress, and old and new idempotency keys."""
+    store, statements = JobStore(database_url, retention_s=10 * time.time(), targets=lambda tenant: ["hook"]), []
+    fill(store, STORED, QUEUED)
+    store.queue.claim("d", 3600, 5)
+
+    def record(connection, cursor, statement, parameters, context, executemany):
+        statements.append((statement, parameters))
+
+    event.listen(store.engine, "before_cursor_execute", record)
+    for name, call in CALLS.items():
+        (job,) = store.list(MAIN_TENANT, states=[JobState.QUEUED], limit=1).jobs
+        statements.clear()
+        call(store, job)
+        explained = [(s, p) for s, p in statements if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)", s)]
+        assert explained, name
+        for statement, parameters in explained:
+            assert scans(store, statement, parameters) == [], f"{name}: {statement}"
+    assert scans(store, "SELECT count(*) FROM vidgen_jobs WHERE stage = 'flux'", ()), "a scan is recognised"
+    store.close()

@@ -47,10 +47,7 @@ def test_mentioned_character_gives_its_photo_and_description(script):
     photos = [[photo.rpartition("/")[2] for photo in shot.face_image] for shot in read.shots]
     assert photos == [["anna.jpg"], ["ben.jpg"], ["ben.jpg"], []]
     assert [shot.metadata.get("character") for shot in read.shots] == ["anna", "ben", "ben", None]
-    for prompt, message in (
-        ("{anna} and {ben}", "must be set: the prompt names anna and ben"),
-        ("{ana}", "is no character"),
-    ):
+    for prompt, message in (("{anna} and {ben}", "must be set: the prompt names anna and ben"), ("{ana}", "is no character")):
         (error,) = script(HEADER + f"shots: ['{prompt}']").errors
         assert message in error.allowed
 

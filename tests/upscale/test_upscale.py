@@ -1,4 +1,4 @@
-"""`upscale_file`: what is kept, which frames come out, frames that are drawn between, resume, and bad inputs."""
+"""`upscale_file`: what is kept, which frames come out, frames that are drawn between, resume, bad inputs, and provenance."""
 
 import os
 from fractions import Fraction
@@ -12,10 +12,15 @@ from av.sidedata.sidedata import Type as SideData
 from tests.upscale.conftest import FAST, TAGGED
 from tests.upscale.videos import SIZE, decoded, packets, picture, write_video
 from vidgen_ray.errors import MediaError
+from vidgen_ray.media.media_file import append_xmp
+from vidgen_ray.provenance.record import ProvenanceRecord, ProvenanceSettings, read_provenance
+from vidgen_ray.provenance.signing import create_signing_key, read_signature, sign_file
+from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.upscale import job as job_module
 from vidgen_ray.upscale.frames import FrameInterpolator, FrameReader, interpolated, write_segment
 from vidgen_ray.upscale.job import SegmentFailed, SegmentWorker
 from vidgen_ray.upscale.network import UpscaleNetwork
+from vidgen_ray.upscale.run import UpscaleOptions
 from vidgen_ray.upscale.source import Place, places, read_source, timeline_of
 
 
@@ -242,3 +247,64 @@ def test_cuts_repeat_the_frame_before_and_sixteen_bits_stay():
     assert drawn.dtype == np.uint16
     shallow = list(interpolated(iter([picture(0), picture(1)]), wanted, network))[1]
     assert np.abs(drawn / 257 - shallow).mean() < 0.6
+
+
+# Provenance: recorded media is not called generated, generated media keeps its record and manifest.
+
+SHOT = ProvenanceRecord(source_type="trainedAlgorithmicMedia", key="a" * 64, stages=("svd",), shot={"prompt": "a dog"})
+WITHOUT_METADATA, PRIVATE = (ProvenanceSettings(metadata=kind) for kind in ("off", "private"))
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    return write_video(tmp_path / "recorded.mp4", 2, metadata={"comment": "my holiday"})
+
+
+@pytest.fixture
+def generated(tmp_path):
+    video = write_video(tmp_path / "generated.mp4", 2)
+    append_xmp(video, SHOT.metadata().xmp)
+    return video
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_recorded_video_is_enhanced_and_generated_video_stays_generated(tmp_path, upscale, recorded, generated, suffix):
+    out = tmp_path / f"large{suffix}"
+    upscale(recorded, out)
+    found = read_provenance(out)
+    assert (found.source_type, found.record.key, found.record.stages) == ("algorithmicallyEnhanced", None, ("tiny",))
+    assert not found.record.is_generated
+    assert [source.sha256 for source in found.record.sources] == [sha256_of(recorded)]
+    with av.open(str(out)) as opened:
+        assert {key.lower(): value for key, value in opened.metadata.items()}["comment"] == "my holiday"
+    assert upscale(recorded, out).was_finished
+    # Another marking is another result. The present one is kept unless it is forced.
+    with pytest.raises(MediaError, match="exists and is not the result of this command"):
+        upscale(recorded, out, provenance=WITHOUT_METADATA)
+    upscale(generated, out, force=True)
+    found = read_provenance(out)
+    assert (found.source_type, found.record.key, found.record.stages) == ("trainedAlgorithmicMedia", "a" * 64, ("svd", "tiny"))
+    assert found.record.shot == SHOT.shot
+    assert found.record.sources[0].key == "a" * 64
+
+
+def test_drawn_frames_make_a_composite_and_private_drops_the_shot(tiny_model, recorded, generated):
+    smooth = UpscaleOptions(tiny_model, FAST, fps=Fraction(24), provenance=PRIVATE)
+    assert smooth.record(recorded).source_type == "compositeWithTrainedAlgorithmicMedia"
+    assert smooth.record(generated).source_type == "trainedAlgorithmicMedia"
+    assert (smooth.record(generated).key, smooth.record(generated).shot) == ("a" * 64, None)
+    assert UpscaleOptions(tiny_model, FAST, provenance=WITHOUT_METADATA).record(generated) is None
+
+
+def test_signed_result_has_the_signed_source_as_its_parent(tmp_path, upscale, recorded):
+    key = tmp_path / "key.pem"
+    create_signing_key(key, "Studio")
+    sign_file(recorded, SHOT, key)
+    signing = ProvenanceSettings(c2pa_key=key)
+    upscale(recorded, tmp_path / "out.mp4", provenance=signing)
+    signature = read_signature(tmp_path / "out.mp4")
+    assert (signature.state, signature.problems) == ("Valid", ())
+    assert (signature.actions, signature.ingredients) == (("c2pa.opened", "c2pa.edited"), ("recorded.mp4",))
+    assert upscale(recorded, tmp_path / "out.mp4", provenance=signing).was_finished
+    with pytest.raises(MediaError, match="Matroska files cannot be signed"):
+        upscale(recorded, tmp_path / "out.mkv", provenance=signing)

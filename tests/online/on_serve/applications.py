@@ -110,10 +110,8 @@ def run(name, profile, cluster, out, stages, wait=True, database=None) -> Runnin
 
 
 def scripted_profile(tiny):
-    actors = {
-        name: tiny.actors[name].model_copy(update={"device": "cuda", "memory_gb": gb, "cpus": 0.1})
-        for name, gb in ACTORS_GB.items()
-    }
+    on_gpu = {"device": "cuda", "cpus": 0.1}
+    actors = {name: tiny.actors[name].model_copy(update={**on_gpu, "memory_gb": gb}) for name, gb in ACTORS_GB.items()}
     return tiny.model_copy(update={"name": "scripted", "actors": actors, "cpu_workers": None, "layout": "fused"})
 
 
