@@ -5,10 +5,14 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
@@ -16,7 +20,6 @@ from starlette.applications import Starlette
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
 
-from tests.client.tcp_proxy import cutting_proxy
 from tests.conftest import ASTRONAUT, EXAMPLES, SYNTHETIC
 from tests.online.directors import listening_on_a_port, local_server
 from vidgen_client import (
@@ -257,6 +260,53 @@ def test_unreachable_and_other_servers_are_errors():
         pytest.raises(ConnectionFailed, match=r"http://127\.0\.0\.1:9/v1/models"),
     ):
         client.list_models()
+
+
+# Through a TCP proxy that loses connections.
+
+
+@contextmanager
+def cutting_proxy(url: str, cuts: Sequence[int]) -> Iterator[str]:
+    """Forward connections to `url` and yield the URL of the proxy.
+
+    The n-th connection is reset after `cuts[n]` bytes of answers. 0 loses a whole answer, when the server has sent it. Further
+    connections are not cut.
+    """
+    upstream = (urlsplit(url).hostname, urlsplit(url).port)
+    remaining = list(cuts)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            while True:
+                try:
+                    client, _ = listener.accept()
+                except OSError:
+                    return
+                server = socket.create_connection(upstream)
+                limit = remaining.pop(0) if remaining else None
+                threading.Thread(target=forward, args=(client, server, None), daemon=True).start()
+                threading.Thread(target=forward, args=(server, client, limit), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            # Wakes up accept(), which close() does not.
+            listener.shutdown(socket.SHUT_RDWR)
+
+
+def forward(source: socket.socket, target: socket.socket, limit: int | None) -> None:
+    """Copy bytes until either side closes its connection, or until `limit` bytes are copied."""
+    with suppress(OSError):
+        while data := source.recv(65536):
+            if limit is not None and len(data) > limit:
+                target.sendall(data[:limit])
+                break
+            target.sendall(data)
+            limit = None if limit is None else limit - len(data)
+    for each in (source, target):
+        with suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
 
 
 def test_lost_answer_creates_one_video(url, client, held):

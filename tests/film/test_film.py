@@ -9,7 +9,7 @@ import pytest
 
 from tests.film.conftest import BLUE, FAST, GREEN, RED, read_frames
 from vidgen_ray.cli import main
-from vidgen_ray.errors import MediaError, MissingShots, ScriptError, UsageError
+from vidgen_ray.errors import MediaError, ScriptError, UsageError
 from vidgen_ray.film.film_settings import ChosenShot, ClipFormat, FilmSettings, PixelSize, ShotSettings, film_settings
 from vidgen_ray.film.make_film import make_film
 from vidgen_ray.film.timeline import build_timeline
@@ -25,10 +25,10 @@ ENCODE = FAST.model_dump()
 def film(shots, tmp_path):
     """Return a function that makes tmp_path/film.mp4 and returns the report and its frames."""
 
-    def make(ids=None, skip_missing=False, **settings):
+    def make(ids=None, **settings):
         path = tmp_path / "film.mp4"
         chosen = film_settings({"encode": ENCODE, **settings}, "test")
-        report = make_film(shots.outputs, chosen, path, ids=ids, skip_missing=skip_missing)
+        report = make_film(shots.outputs, chosen, path, ids=ids)
         return report, read_frames(path)
 
     return make
@@ -52,17 +52,6 @@ def test_shots_are_in_script_order_or_in_that_of_ids(shots, film):
     assert colours(frames) == ["R", "G", "B"]
     assert (report.shots, report.seconds, report.size) == (3, 0.5, "64x48")
     assert colours(film(ids=["a-v10", "z", "a-v10"])[1]) == ["B", "R", "B"]
-
-
-def test_failed_shots_are_missing(shots, film):
-    for name in ("a", "b"):
-        shots.add(name, frames=1)
-    # Its older clip is still in the folder.
-    shots.add_failed("b")
-    with pytest.raises(MissingShots, match="b: failed in svd: out of memory"):
-        film(ids=["a", "b"])
-    report, frames = film(ids=["a", "b"], skip_missing=True)
-    assert (report.shots, len(frames)) == (1, 1)
 
 
 def test_equal_clips_are_joined_by_copying_their_packets(shots, film, tmp_path):

@@ -65,12 +65,17 @@ def test_film_of_the_shots_that_match_and_are_best(shots, tmp_path, capsys, monk
 
 
 def test_missing_shots_exit_with_1_and_the_list(shots, capsys):
-    words = ["film", "out", "--ids", "a,x", "--ids", "b"]
+    # Its older clip is still in the folder.
+    shots.add("c")
+    shots.add_failed("c")
+    words = ["film", "out", "--ids", "a,x", "--ids", "b,c"]
     assert main(words) == 1
     message = capsys.readouterr().err
-    assert "1 of 3 shots are not finished:\n  x: not finished in " in message
+    assert "2 of 4 shots are not finished:\n  x: not finished in " in message
+    assert "\n  c: failed in svd: out of memory\n" in message
     assert "--skip-missing" in message
-    assert main([*words, "--skip-missing"]) == 0
+    assert main([*words, "--skip-missing", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["shots"] == 2
     assert main(["film", "out", "--captions", "burn", "--ids", "b"]) == 0
     assert "vidgen: no shot has a caption; set `caption` in the metadata" in capsys.readouterr().err
 
@@ -80,7 +85,6 @@ def test_wrong_arguments_are_explained(shots, capsys):
         ("out --size 10", 3, "film, size: got '10', must be WIDTHxHEIGHT, such as 1280x720"),
         ("out --transition wipe", 3, "film, transition: got 'wipe', must be 'cut' or 'fade'"),
         ("out -o film.avi", 2, "film: got 'film.avi', must end in .mp4"),
-        ("nowhere", 4, "nowhere: does not exist"),
         ("out --film none.yaml", 3, "none.yaml: got the file, must be readable (No such file or directory)"),
         ("out --ids ,", 2, "--ids: got no ids"),
     ):
