@@ -11,7 +11,6 @@ from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
-from mcp import Client, StdioServerParameters
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -52,6 +51,8 @@ def test_mcp_server_without_its_extra_says_what_to_install():
 @pytest.mark.slow
 def test_client_and_mcp_server_in_an_empty_environment(tmp_path):
     """Install with pip. Needs a package index."""
+    from mcp import Client, StdioServerParameters
+
     venv.create(tmp_path / "venv")
     bin = tmp_path / "venv" / "bin"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", tmp_path / "venv"]

@@ -9,37 +9,44 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from mcp import Client, StdioServerParameters
-from mcp.types import ImageContent, TextContent
 
 from tests.conftest import ASTRONAUT
 from vidgen_client import AsyncClient
-from vidgen_client.mcp_server import make_server
 from vidgen_ray.cli import main
 
 SMALL = {"num_frames": 2, "upscale": False}
 
 
+@pytest.fixture(scope="module")
+def mcp():
+    """The SDK, which takes a second to import."""
+    import mcp
+
+    return mcp
+
+
 @pytest.fixture
-def command(url, tmp_path):
+def command(mcp, url, tmp_path):
     """Command of an MCP server whose downloads go to tmp_path."""
     # As in an assistant's configuration: a command, arguments and environment variables.
     environment = {"VIDGEN_URL": url, "HOME": str(tmp_path)}
     arguments = ["-m", "vidgen_client", "--folder", str(tmp_path / "clips")]
-    return StdioServerParameters(command=sys.executable, args=arguments, env=environment)
+    return mcp.StdioServerParameters(command=sys.executable, args=arguments, env=environment)
 
 
 @pytest.fixture
 def mcp_server(url, tmp_path):
     """The same server in this process."""
+    from vidgen_client.mcp_server import make_server
+
     return make_server(AsyncClient(url), tmp_path / "clips")
 
 
 def text_of(result) -> str:
-    return "\n".join(block.text for block in result.content if isinstance(block, TextContent))
+    return "\n".join(block.text for block in result.content if block.type == "text")
 
 
-def test_assistant_creates_waits_and_downloads(server, command, tmp_path):
+def test_assistant_creates_waits_and_downloads(mcp, server, command, tmp_path):
     progress = []
 
     async def on_progress(done, total, message):
@@ -48,7 +55,7 @@ def test_assistant_creates_waits_and_downloads(server, command, tmp_path):
             server.director.paused.clear()
 
     async def scenario():
-        async with Client(command) as client:
+        async with mcp.Client(command) as client:
             tools = (await client.list_tools()).tools
             undescribed = [
                 (tool.name, name)
@@ -71,7 +78,7 @@ def test_assistant_creates_waits_and_downloads(server, command, tmp_path):
             assert (video["status"], video["seed"]) == ("queued", 1)
             waited = await client.call_tool("wait", {"video_id": video["id"]}, progress_callback=on_progress)
             assert text_of(waited).startswith(f"{video['id']}: completed, 64x64")
-            (preview,) = [block for block in waited.content if isinstance(block, ImageContent)]
+            (preview,) = [block for block in waited.content if block.type == "image"]
             assert preview.mime_type == "image/jpeg"
 
             saved = text_of(await client.call_tool("download", {"video_id": video["id"]}))
@@ -89,9 +96,9 @@ def test_assistant_creates_waits_and_downloads(server, command, tmp_path):
     assert any("in_progress" in message and "flux" in message for _, _, message in progress)
 
 
-def test_assistant_creates_an_image_of_a_character_and_cancels_a_video(server, mcp_server):
+def test_assistant_creates_an_image_of_a_character_and_cancels_a_video(mcp, server, mcp_server):
     async def scenario():
-        async with Client(mcp_server) as client:
+        async with mcp.Client(mcp_server) as client:
             made = await client.call_tool("create_character", {"name": "Eileen", "photos": [str(ASTRONAUT)]})
             character = made.structured_content
             assert [each["name"] for each in (await client.call_tool("list_characters")).structured_content["result"]] == [
@@ -100,7 +107,7 @@ def test_assistant_creates_an_image_of_a_character_and_cancels_a_video(server, m
             arguments = {"prompt": "a woman", "size": "64x64", "character": "Eileen", "input_reference": str(ASTRONAUT)}
             image = (await client.call_tool("create_image", arguments)).structured_content
             waited = await client.call_tool("wait", {"video_id": image["id"]})
-            assert [block.mime_type for block in waited.content if isinstance(block, ImageContent)] == ["image/webp"]
+            assert [block.mime_type for block in waited.content if block.type == "image"] == ["image/webp"]
             saved = text_of(await client.call_tool("download", {"video_id": image["id"]}))
             assert saved.endswith(f"{image['id']}.png")
             await client.call_tool("delete_character", {"character_id": character["id"]})
@@ -123,7 +130,9 @@ def test_assistant_creates_an_image_of_a_character_and_cancels_a_video(server, m
         server.director.held.clear()
 
 
-def test_errors_are_reported_to_the_assistant(server, mcp_server, tmp_path, capsys):
+def test_errors_are_reported_to_the_assistant(mcp, server, mcp_server, tmp_path, capsys):
+    from vidgen_client.mcp_server import make_server
+
     calls = [
         ("create_video", {"prompt": "a man", "fields": {"num_frames": 1}}, "num_frames: got 1"),
         ("create_video", {"prompt": "a man", "input_reference": "gone.png"}, "gone.png"),
@@ -134,7 +143,7 @@ def test_errors_are_reported_to_the_assistant(server, mcp_server, tmp_path, caps
     ]
 
     async def scenario():
-        async with Client(mcp_server) as client:
+        async with mcp.Client(mcp_server) as client:
             for name, arguments, message in calls:
                 result = await client.call_tool(name, arguments)
                 assert result.is_error
@@ -143,7 +152,7 @@ def test_errors_are_reported_to_the_assistant(server, mcp_server, tmp_path, caps
             result = await client.call_tool("wait", {"video_id": failing["id"]})
             assert result.is_error
             assert "the prompt asked for it" in text_of(result)
-        async with Client(make_server(AsyncClient("http://127.0.0.1:9", retries=0), tmp_path)) as client:
+        async with mcp.Client(make_server(AsyncClient("http://127.0.0.1:9", retries=0), tmp_path)) as client:
             result = await client.call_tool("list_models")
             assert result.is_error
             assert "http://127.0.0.1:9/v1/models: " in text_of(result)
@@ -153,7 +162,7 @@ def test_errors_are_reported_to_the_assistant(server, mcp_server, tmp_path, caps
     assert "must be the URL of a server" in capsys.readouterr().err
 
 
-def test_streamable_http_on_loopback(url):
+def test_streamable_http_on_loopback(mcp, url):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     arguments = [sys.executable, "-m", "vidgen_client", "--url", url, "--http", str(port)]
@@ -168,7 +177,7 @@ def test_streamable_http_on_loopback(url):
                     time.sleep(0.05)
 
             async def scenario():
-                async with Client(f"http://127.0.0.1:{port}/mcp") as client:
+                async with mcp.Client(f"http://127.0.0.1:{port}/mcp") as client:
                     return (await client.call_tool("list_models")).structured_content
 
             models = [model["id"] for model in asyncio.run(scenario())["result"]]

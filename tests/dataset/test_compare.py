@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from tests.browser import browser_page
 from tests.dataset.conftest import digest_of, done_shot, make_folder, moving, write_scores
@@ -76,6 +75,8 @@ def test_means_and_paired_differences_are_those_by_hand(tmp_path: Path) -> None:
 
 
 def test_interval_is_that_of_scipy_at_the_widened_level() -> None:
+    from scipy import stats
+
     values = np.random.default_rng(5).exponential(size=12)
     tail = stats.norm.cdf(-np.sqrt(12 / 11) * stats.t.ppf(0.975, 11))
     reference = stats.bootstrap(

@@ -6,7 +6,6 @@ from itertools import pairwise, product
 from xml.etree import ElementTree
 
 import duckdb
-import mlcroissant
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -106,6 +105,12 @@ def front_matter(root):
     return yaml.safe_load((root / "README.md").read_text().split("---\n")[1])
 
 
+def croissant(root):
+    import mlcroissant
+
+    return mlcroissant.Dataset(jsonld=str(root / "croissant.json")).metadata
+
+
 def tables(root):
     """Return the tables of the page as a Markdown renderer reads them: lists of rows, rows are lists of texts."""
     content = (root / "README.md").read_text().split("---\n", 2)[2]
@@ -152,7 +157,7 @@ def test_card_states_counts_persons_factors_and_changes(card):
     assert (about["license"], about["license_name"]) == ("other", "flux.1-dev-non-commercial-license-and-mit")
     assert (about["task_categories"], about["size_categories"]) == (["text-to-video"], ["n<1K"])
     assert about["tags"] == ["ai-generated", "synthetic", "vidgen-ray"]
-    metadata = mlcroissant.Dataset(jsonld=str(card / "croissant.json")).metadata
+    metadata = croissant(card)
     assert metadata.personal_sensitive_information[0].startswith("Shows 2 persons")
     files = [{"split": name, "path": [f"{name}/metadata.parquet", f"{name}/*.mp4"]} for name in ("train", "val")]
     assert about["configs"][0]["data_files"] == files
@@ -221,7 +226,7 @@ def test_card_of_images_in_each_format(tmp_path):
         about = front_matter(tmp_path / "dest")
         assert about["configs"][0]["data_files"] == [{"split": "train", "path": patterns}]
         assert (about["license"], about["task_categories"]) == ("mit", ["text-to-image"])
-        metadata = mlcroissant.Dataset(jsonld=str(tmp_path / "dest/croissant.json")).metadata
+        metadata = croissant(tmp_path / "dest")
         assert not metadata.ctx.issues.errors
         assert patterns[-1:] in [each.includes for each in metadata.file_sets]
         names = [field.name for field in metadata.record_sets[0].fields]

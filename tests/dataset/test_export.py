@@ -7,8 +7,8 @@ import io
 import json
 import math
 import os
-import subprocess
 import sys
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -18,19 +18,18 @@ from unittest.mock import patch
 
 import boto3
 import duckdb
-import mlcroissant
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from tests.dataset.conftest import make_folder, moving, texture, write_scores
-from tests.dataset.killed_exports import HALVES, export_to, valid_rows, work_inline
 from tests.outputs.conftest import endpoint  # noqa: F401  # a fixture
 from vidgen_ray.cli import main
-from vidgen_ray.dataset.export import _Export
-from vidgen_ray.dataset.export_formats import encode_again
-from vidgen_ray.dataset.export_rows import Transcode, assign_splits, parse_splits
+from vidgen_ray.dataset import export
+from vidgen_ray.dataset.export import _Export, export_folder
+from vidgen_ray.dataset.export_formats import encode_again, write_block
+from vidgen_ray.dataset.export_rows import ExportSettings, Transcode, assign_splits, parse_splits
 from vidgen_ray.dataset.tables import open_tables
 from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video
@@ -41,11 +40,44 @@ from vidgen_ray.outputs.reviews import Review
 from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.provenance.record import ProvenanceRecord, read_provenance
 from vidgen_ray.system.cache_dir import sha256_of
+from vidgen_ray.system.files import this_process
 
 SCORES = ("score_caption", "score_split", "hashes", "motion")
 CAPTION = "{metadata.scene}{character}: {prompt}"
 PROMPTS = ("a\tb\nc", 'He said "go", it\'s 🚤', "שלום \u202eעולם", "{braces}, 'quotes'", "plain", "last")
 IDS = ("a.b", "a_b", "-c", "D", "d", "e.mp4")
+
+
+HALVES = {"train": 0.5, "test": 0.5}
+
+
+def run_inline(blocks, target):
+    for block in blocks:
+        yield write_block(block, target)
+
+
+def work_inline(patch, *, with_card=False):
+    """Do the tasks in this process. One round trip has them done by Ray Data."""
+    if not with_card:
+        patch.setattr(export, "write_card", lambda *_: None)
+    patch.setattr(export, "_run_tasks", run_inline)
+    patch.setattr(export, "connected", lambda *_, **__: nullcontext())
+    patch.setattr(export, "own_context", nullcontext)
+
+
+def export_to(dest, out, **settings):
+    return export_folder(str(out), str(dest), ExportSettings(**settings))
+
+
+def valid_rows(dest):
+    """Return id -> digest of the clips that the metadata names. Each of them must be in its place."""
+    rows = {}
+    for metadata in Path(dest).glob("*/metadata.parquet"):
+        for row in pyarrow.parquet.read_table(metadata, use_threads=False).to_pylist():
+            clip = (metadata.parent / row["file_name"]).read_bytes()
+            assert hashlib.sha256(clip).hexdigest() == row["sha256"], f"{row['id']} has another clip than its row says"
+            rows[row["id"]] = row["sha256"]
+    return rows
 
 
 @pytest.fixture
@@ -156,6 +188,7 @@ def test_clips_and_texts_survive_and_later_calls_update_them(form, six_clips, tm
 
 def export_and_update(form, six_clips, tmp_path):
     import decord
+    import mlcroissant
 
     out, dest = tmp_path / "out", tmp_path / "dest"
     copytree(six_clips, out)
@@ -217,15 +250,41 @@ def export_and_update(form, six_clips, tmp_path):
 
 
 @pytest.mark.usefixtures("inline")
-def test_killed_export_is_valid_and_completed_by_the_next_call(six_clips, tmp_path):
-    out = copytree(six_clips, tmp_path / "out")
-    for name in ("first", "complete"):
-        export_to(tmp_path / name, out, splits=HALVES, split_by=("prompt",))
+def test_killed_export_is_valid_and_completed_by_the_next_call(six_clips, tmp_path, monkeypatch):
+    """A killed export leaves what the data set is before a change of a file, with the lease of a process that has ended."""
+    out, dest, complete = copytree(six_clips, tmp_path / "out"), tmp_path / "dest", tmp_path / "complete"
+    settings = {"splits": HALVES, "split_by": ("prompt",)}
+    for each in (dest, complete):
+        export_to(each, out, **settings)
+    before, copies = valid_rows(dest), []
     reject(out, "a_b")
     clip = moving(3, seed=50, size=(64, 128))
     make_folder(out, [({"id": "D", "prompt": PROMPTS[3]}, clip), ({"id": "new", "prompt": PROMPTS[0]}, clip)])
-    export_to(tmp_path / "complete", out, splits=HALVES, split_by=("prompt",))
-    subprocess.run([sys.executable, "-m", "tests.dataset.killed_exports", tmp_path], check=True)
+    export_to(complete, out, **settings)
+    after = valid_rows(complete)
+
+    def copying(change):
+        def copy_and_change(*arguments, **options):
+            if str(dest) in str(arguments) and ".running" not in str(arguments):
+                copies.append(copytree(dest, tmp_path / f"killed-{len(copies)}"))
+            return change(*arguments, **options)
+
+        return copy_and_change
+
+    ended = this_process()._replace(started=1)
+    with monkeypatch.context() as patched:
+        for module in ("system.files", "outputs.lease"):
+            patched.setattr(f"vidgen_ray.{module}.this_process", lambda: ended)
+        for name in ("rename", "replace", "link", "remove", "unlink"):
+            patched.setattr(os, name, copying(getattr(os, name)))
+        export_to(dest, out, **settings)
+    assert len(copies) > 8
+    for number, copy in enumerate(copies):
+        assert all(digest in (before.get(id_), after.get(id_)) for id_, digest in valid_rows(copy).items())
+        if number % 8 == 0:
+            export_to(copy, out, **settings)
+            assert valid_rows(copy) == after
+            assert {path.name for path in copy.rglob("*.mp4")} == {path.name for path in complete.rglob("*.mp4")}
 
 
 @pytest.mark.usefixtures("inline")

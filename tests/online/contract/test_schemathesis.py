@@ -5,14 +5,11 @@ import time
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings, strategies
 
 from tests.conftest import ASTRONAUT
 from tests.online.directors import listening_on_a_port, local_server
 from vidgen_ray.online.server_settings import OnlineSettings
-
-schemathesis = pytest.importorskip("schemathesis")
-from hypothesis import HealthCheck, Phase, given, settings, strategies  # noqa: E402
-from schemathesis import checks  # noqa: E402
 
 EXAMPLES = int(os.environ.get("VIDGEN_FUZZ_EXAMPLES", "2"))
 """Requests per route. Use more in nightly runs."""
@@ -20,6 +17,8 @@ EXAMPLES = int(os.environ.get("VIDGEN_FUZZ_EXAMPLES", "2"))
 
 @pytest.fixture(scope="module")
 def document(tiny, tmp_path_factory):
+    # Takes a second to import.
+    schemathesis = pytest.importorskip("schemathesis")
     limits = {"pixel_frames": 64 * 64 * 16, "requests_per_minute": 1_000_000, "open_jobs": 1000}
     server_settings = OnlineSettings(
         profile="tiny", data=str(tmp_path_factory.mktemp("out")), limits=limits, max_queued=1000, wait_s=10
@@ -59,6 +58,8 @@ def test_responses_match_the_openapi_document(document):
 
 
 def _fuzz(operation, ids: dict[str, str]) -> None:
+    from schemathesis import checks
+
     @given(case=operation.as_strategy(), use_existing_ids=strategies.booleans())
     @settings(
         max_examples=EXAMPLES,

@@ -13,23 +13,22 @@ from http.client import HTTPConnection
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.online.on_serve.conftest import KEYS
 from vidgen_ray.media import open_video
 
-openai = pytest.importorskip("openai")
-from openai import OpenAI  # noqa: E402
-from PIL import Image  # noqa: E402
-
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.timeout(600)]
 
 
-def client_of(address: str, tenant: str) -> OpenAI:
-    return OpenAI(api_key=KEYS[tenant], base_url=f"{address}/v1")
+def client_of(address: str, tenant: str):
+    # Takes a second to import.
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(api_key=KEYS[tenant], base_url=f"{address}/v1")
 
 
 @pytest.fixture(scope="module")
-def client(address) -> OpenAI:
+def client(address):
     return client_of(address, "ada")
 
 
