@@ -16,7 +16,6 @@ from packaging.specifiers import SpecifierSet
 from pydantic import ValidationError
 from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 from ray.autoscaler._private.util import prepare_config, validate_config
-from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
@@ -155,6 +154,8 @@ def test_kueue_admits_the_job_on_spot_nodes_with_its_head_on_demand():
 
 
 def test_probes_of_the_server_need_no_token_and_wait_for_no_weights():
+    from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
+
     for pod in PODS["service"]:
         (container,) = pod["containers"]
         for probe in ("startupProbe", "livenessProbe"):

@@ -1,7 +1,5 @@
 """Comparison of clips: factors, pairs, intervals, and the page."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """Exported data sets: read by the libraries that people use, updated, killed, refused."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Differences of two output folders and their reasons."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Built-in measurements on clips that are made for them, each with its tolerance. The clips are real H.264 files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cv2

@@ -1,7 +1,5 @@
 """`vidgen score`: what is computed again, what fails, near-duplicates, scorers of users, and scores during a run."""
 
-from __future__ import annotations
-
 import shutil
 from contextlib import suppress
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Tables of an output folder, queries and selections."""
 
-from __future__ import annotations
-
 import json
 import sys
 from datetime import UTC, datetime
