@@ -115,16 +115,6 @@ def test_both_transformers_of_wan_stay_on_the_gpu(tiny, cuda, face):
         run("wan", tiny, cuda, face, {}, watch, left_on_the_host=("transformer_2",))
 
 
-def test_network_in_another_precision_is_found(tiny, cuda, face):
-    """Positive control: a resampler of face embeddings that was left in float32 raises an error."""
-
-    def keep_precision(stage):
-        cuda.move(stage.injectors["infusenet"].infusenet.resampler, torch.float32)
-
-    with pytest.raises(RuntimeError, match="dtype"):
-        run("flux", tiny, cuda, face, FACE, keep_precision)
-
-
 @pytest.mark.parametrize("tile_px", [None, 48])
 def test_upscaler_stays_on_the_gpu(tiny, cuda, tile_px):
     stage = RealESRGANStage(tiny.params(RealESRGANStage).model_copy(update={"tile_px": tile_px}))
