@@ -16,9 +16,9 @@ from threading import Lock
 from typing import Any
 
 from cachetools import LRUCache, cached
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
-from vidgen_ray.errors import StageError
+from vidgen_ray.errors import FrozenModel, StageError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.profile import Profile
@@ -33,10 +33,8 @@ TOKENIZER = "tokenizer.json"
 CACHED_TEXTS = 4096
 
 
-class CutText(BaseModel):
+class CutText(FrozenModel):
     """A text of a shot that is longer than a stage reads."""
-
-    model_config = ConfigDict(frozen=True)
 
     stage: str
     label: str
@@ -110,10 +108,8 @@ OUTPUT_VERSION = 3
 """Raised when encoding, the set of files of a shot or its record changes."""
 
 
-class Step(BaseModel):
+class Step(FrozenModel):
     """One stage of one shot."""
-
-    model_config = ConfigDict(frozen=True)
 
     stage: str
     key: str
@@ -121,10 +117,8 @@ class Step(BaseModel):
     """sha256 of each file or folder of weights."""
 
 
-class ShotPlan(BaseModel):
+class ShotPlan(FrozenModel):
     """A shot and its steps. `key` identifies the bytes of all files of the shot."""
-
-    model_config = ConfigDict(frozen=True)
 
     shot: Shot
     steps: tuple[Step, ...]

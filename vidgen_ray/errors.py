@@ -1,7 +1,8 @@
 """Errors that a user can fix.
 
 Each message says what was wrong, what is allowed and what to do. The command line prints it without a traceback and exits
-with `exit_code`. The functions at the end describe invalid fields: which field, which value, and what is allowed.
+with `exit_code`. The functions at the end describe invalid fields: which field, which value, and what is allowed. `StrictModel`
+is the base of models that have such fields.
 """
 
 import re
@@ -9,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 MAX_MESSAGE_LENGTH = 300
 """Maximum number of characters of a message about a line."""
@@ -150,6 +153,18 @@ class StageError(VidgenError):
 
 class OutOfMemory(StageError):
     """The shot does not fit into GPU memory, also with the lowest-memory settings. A larger GPU may have room."""
+
+
+class FrozenModel(BaseModel):
+    """A record whose fields do not change."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class StrictModel(FrozenModel):
+    """A record in which unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 SCHEMA_COMMAND = "`vidgen schema shot`"

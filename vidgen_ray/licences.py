@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from vidgen_ray.errors import LicenceError
+from vidgen_ray.errors import LicenceError, StrictModel
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
@@ -22,10 +22,8 @@ ALLOWED: dict[Requirement, tuple[CommercialUse, ...]] = {"commercial": ("yes", "
 WORST_FIRST: tuple[CommercialUse, ...] = ("no", "unknown", "conditional", "yes")
 
 
-class UsedWeights(BaseModel):
+class UsedWeights(StrictModel):
     """Weights that a shot was made with, and their licence. A summary for people, not the licence itself."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights: str = Field(description="Reference of the weights in the profile, or file name of a LoRA.")
     licence: str | None = Field(description="SPDX identifier, or the licence's own name. Null if it is unknown.")

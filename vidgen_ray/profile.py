@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import Field, JsonValue, ValidationError, field_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from vidgen_ray.errors import ProfileError, SetupError, allowed_of, shortened
+from vidgen_ray.errors import ProfileError, SetupError, StrictModel, allowed_of, shortened
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.safety import ContentPolicy, Safety, SafetySettings, safety_of
@@ -24,11 +24,7 @@ P = TypeVar("P", bound=StageParams)
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SmallerGpu(_Section):
+class SmallerGpu(StrictModel):
     """Changes of an actor on GPUs with less memory."""
 
     below_gb: float = Field(gt=0, allow_inf_nan=False, description="GPUs with less memory in GB (2^30 bytes) than this.")
@@ -40,14 +36,14 @@ class SmallerGpu(_Section):
     )
 
 
-class SmallerDefaults(_Section):
+class SmallerDefaults(StrictModel):
     """Other defaults on GPUs with less memory."""
 
     below_gb: float = Field(gt=0, allow_inf_nan=False, description="GPUs with less memory in GB (2^30 bytes) than this.")
     defaults: dict[str, JsonValue] = Field(description="Default values of shot fields that replace the profile's.")
 
 
-class ActorProfile(_Section):
+class ActorProfile(StrictModel):
     """Weights and resources of an actor. An actor runs one stage, or several stages that share weights."""
 
     weights: str = Field(
@@ -110,7 +106,7 @@ def _for_memory(changes: Iterable[S], memory_gb: float) -> S | None:
     return min((change for change in changes if memory_gb < change.below_gb), key=lambda change: change.below_gb, default=None)
 
 
-class Profile(_Section):
+class Profile(StrictModel):
     """Built-in profile, or the user's own profile file."""
 
     name: str = Field(description="Name of the profile.")

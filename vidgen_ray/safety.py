@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
-from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.errors import SetupError, StageError, StrictModel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,10 +29,8 @@ TEXT_EXAMPLE = "subject=NAME,basis=written,reference=FILE"
 """The same as text, for the command line, tables and forms."""
 
 
-class Consent(BaseModel):
+class Consent(StrictModel):
     """Why a person's face may be used. May also be written as text: `subject=NAME,basis=written,reference=FILE`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     subject: str = Field(min_length=1, max_length=200, description="Name of the person in the photos.")
     basis: Basis = Field(
@@ -101,10 +99,8 @@ class UnsafeContent(StageError):
     """The safety checker refuses a prompt or an image, or it failed."""
 
 
-class SafetySettings(BaseModel):
+class SafetySettings(StrictModel):
     """Safety checker of a profile."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     checker: str = Field(
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
@@ -116,10 +112,8 @@ class SafetySettings(BaseModel):
     )
 
 
-class ContentPolicy(BaseModel):
+class ContentPolicy(StrictModel):
     """Rules of a profile for the content of lines and results."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     require_consent: bool = True
     safety: SafetySettings | None = None

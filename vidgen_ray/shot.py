@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
     ValidationError,
@@ -21,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from vidgen_ray.errors import explain, shortened
+from vidgen_ray.errors import StrictModel, explain, shortened
 from vidgen_ray.limits import (
     MAX_EXTENDED_FRAMES,
     MAX_FRAMES,
@@ -115,9 +114,7 @@ def types_in(annotation: Any) -> Iterator[Any]:
         yield from types_in(part)
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _Frozen(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_booleans(cls, data: Any) -> Any:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import Field, JsonValue
 
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, CacheMode
 from vidgen_ray.engine.retries import ATTEMPTS, MAX_WAIT_S
-from vidgen_ray.errors import UsageError
+from vidgen_ray.errors import FrozenModel, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner import Cluster
 from vidgen_ray.stages.base import Stage
@@ -65,10 +65,8 @@ class RenderOptions:
                 raise UsageError(f"--{option}: got {value!r}, must be at most 63 letters, digits, and after the first . _ -")
 
 
-class RecordedOptions(BaseModel):
+class RecordedOptions(FrozenModel):
     """Options that decide what a run writes. `run.json` records them, and `vidgen retry` renders with them again."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str | None = None
     team: str | None = None
@@ -80,7 +78,7 @@ class RecordedOptions(BaseModel):
     attempts: int = ATTEMPTS
     run_seed: int = 0
     """Seed of the run, for lines without a seed that were rejected. Other failed lines are stored with theirs."""
-    changes: dict[str, JsonValue] = {}
+    changes: dict[str, JsonValue] = Field(default_factory=dict)
     """Fields set on every shot, such as those of `--until`."""
 
     @classmethod

@@ -16,10 +16,10 @@ from typing import Literal, NamedTuple
 import duckdb
 import numpy as np
 import pyarrow
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from vidgen_ray.dataset.tables import IN_SCRIPT_ORDER, columns_of, quoted, run_query, selection
-from vidgen_ray.errors import UsageError, shortened
+from vidgen_ray.errors import FrozenModel, StrictModel, UsageError, shortened
 from vidgen_ray.licences import ALLOWED, Requirement
 from vidgen_ray.outputs.manifest import SCHEMA
 from vidgen_ray.safety import DECLARED_BASES
@@ -52,10 +52,8 @@ CHAINS = """SELECT id, 'shot ' || id AS key FROM clips
     UNION ALL SELECT id, 'shot ' || continue_from AS key FROM clips WHERE continue_from IS NOT NULL"""
 
 
-class Transcode(BaseModel):
+class Transcode(StrictModel):
     """Settings of clips that are encoded again. Without any, their bytes are copied."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     resize: str | None = Field(None, description="Encode again, cropped around the centre, or with this shorter side.")
     fps: float | None = Field(None, ge=1, le=240, description="Encode again at this frame rate: repeat or leave out frames.")
@@ -72,10 +70,8 @@ class Transcode(BaseModel):
         return any(value is not None for _, value in self)
 
 
-class ExportSettings(BaseModel):
+class ExportSettings(FrozenModel):
     """Settings of a data set."""
-
-    model_config = ConfigDict(frozen=True)
 
     format: Format = Field(
         "videofolder",
@@ -84,7 +80,7 @@ class ExportSettings(BaseModel):
     )
     files: Kind | None = None
     """`clip`: the upscaled clip of a shot, otherwise its clip. `None`: `clip`, or `image` if no shot has a clip."""
-    splits: dict[str, float] = {"train": 1.0}
+    splits: dict[str, float] = Field(default_factory=lambda: {"train": 1.0})
     """Name -> share of the clips, in order."""
     split_by: tuple[SplitKey, ...] = ("prompt", "character")
     transcode: Transcode = Transcode()

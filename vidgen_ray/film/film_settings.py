@@ -9,16 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError, field_validator, model_validator
 
 from vidgen_ray.errors import (
     NOT_A_URL,
@@ -26,6 +17,7 @@ from vidgen_ray.errors import (
     FieldError,
     MissingShots,
     ScriptError,
+    StrictModel,
     UsageError,
     allowed_of,
     known_fields,
@@ -88,11 +80,7 @@ Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1, max_length=2000)]
 
 
-class _FilmModel(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ShotSettings(_FilmModel):
+class ShotSettings(StrictModel):
     """Settings of one shot in a film. Also read from the fields of this name in the `metadata` of the shot."""
 
     caption: Text | None = Field(None, description="Text shown while the shot is on screen.")
@@ -121,7 +109,7 @@ class FilmEntry(ShotSettings):
         return self
 
 
-class FilmSettings(_FilmModel):
+class FilmSettings(StrictModel):
     """Description of a film. Relative paths in a file are relative to its folder."""
 
     title: Text | None = Field(None, description="Text of a title card at the start. Also the title in the file's metadata.")

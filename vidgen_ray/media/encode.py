@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from vidgen_ray.errors import MediaError
+from vidgen_ray.errors import MediaError, StrictModel
 from vidgen_ray.media.media_file import COMMENT_TAG, FileMetadata, append_xmp, wrap_write_errors
 from vidgen_ray.stages.base import Frames
 
@@ -27,10 +27,8 @@ Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium
 COLOUR_TAGS = {"color_primaries": "bt709", "color_trc": "bt709", "colorspace": "bt709", "color_range": "tv"}
 
 
-class Mp4Settings(BaseModel):
+class Mp4Settings(StrictModel):
     """Compression settings of clips. Every field changes the bytes of the file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     crf: int = Field(18, ge=1, le=51, description="x264 quality; lower is better and larger, 18 is visually lossless")
     preset: Preset = Field("medium", description="x264 preset; slower presets give smaller files")

@@ -21,11 +21,11 @@ from threading import Lock
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from sqlalchemy import Engine, delete, insert, select
 from starlette.requests import Request
 
-from vidgen_ray.errors import SetupError
+from vidgen_ray.errors import FrozenModel, SetupError, StrictModel
 from vidgen_ray.online.api_error import ApiError, too_many_requests
 from vidgen_ray.online.server_settings import Limits
 from vidgen_ray.online.store.database import READS, SESSIONS
@@ -44,10 +44,8 @@ SESSION_S = 7 * 24 * 3600
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
-class KeyRecord(BaseModel):
+class KeyRecord(StrictModel):
     """One entry of the keys file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tenant: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the key, in hexadecimal")
@@ -55,18 +53,14 @@ class KeyRecord(BaseModel):
     expires_at: datetime | None = Field(None, description="with a time zone; None: never")
 
 
-class KeyFile(BaseModel):
+class KeyFile(StrictModel):
     """Content of the keys file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     keys: tuple[KeyRecord, ...] = Field(min_length=1)
 
 
-class Tenant(BaseModel):
+class Tenant(FrozenModel):
     """Tenant of a request. A tenant may have several keys, all of which see the same jobs."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     key_id: str

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
-from vidgen_ray.errors import SetupError, UsageError
+from vidgen_ray.errors import SetupError, StrictModel, UsageError
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import AUTO
@@ -31,11 +31,7 @@ def read_yaml(file: Path, name: str) -> Any:
         raise UsageError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Limits(_Settings):
+class Limits(StrictModel):
     """Limits of one API key. The keys file may override them for a key."""
 
     open_jobs: int = Field(32, ge=1, description="Most jobs that may be queued or in progress at once.")
@@ -56,7 +52,7 @@ class Limits(_Settings):
     streams: int = Field(32, ge=1, description="Most event streams that may be open at once. An open page has one.")
 
 
-class UploadCaps(_Settings):
+class UploadCaps(StrictModel):
     """Size limits of requests, enforced while the body arrives."""
 
     image_bytes: int = Field(25 * MB, ge=1, description="Bytes of an image.")
@@ -77,7 +73,7 @@ class UploadCaps(_Settings):
         return max(self.video_bytes, self.image_bytes * self.files, self.json_bytes) + MB
 
 
-class UrlInputs(_Settings):
+class UrlInputs(StrictModel):
     """Images that clients reference by URL and the server fetches."""
 
     allow_hosts: tuple[str, ...] = Field(
@@ -86,7 +82,7 @@ class UrlInputs(_Settings):
     )
 
 
-class Webhook(_Settings):
+class Webhook(StrictModel):
     """Receiver of a message when a job has ended."""
 
     name: Name = Field(description="Unique name of this webhook.")
@@ -106,7 +102,7 @@ class Webhook(_Settings):
         return value
 
 
-class Webhooks(_Settings):
+class Webhooks(StrictModel):
     """Webhooks and how their messages are delivered."""
 
     targets: tuple[Webhook, ...] = Field((), description="Receivers. Default: none.")
@@ -121,7 +117,7 @@ class Webhooks(_Settings):
         return next((target for target in self.targets if target.name == name), None)
 
 
-class OnlineSettings(_Settings):
+class OnlineSettings(StrictModel):
     """Settings of a server. Times are in seconds."""
 
     profile: str = Field(AUTO, description="Name or file of the profile: models, devices and defaults. `auto`: by the GPUs.")

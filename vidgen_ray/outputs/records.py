@@ -4,9 +4,10 @@ import hashlib
 import re
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from vidgen_ray.content_keys import CutText
+from vidgen_ray.errors import StrictModel
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.provenance.record import Detail
 from vidgen_ray.shot import Shot
@@ -31,11 +32,7 @@ def key_path(key: str) -> str:
     return f"{KEYS}/{key[:2]}/{key}"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class StepRecord(_Record):
+class StepRecord(StrictModel):
     """One stage run of one shot."""
 
     stage: str
@@ -60,7 +57,7 @@ class StepRecord(_Record):
     """Price of the step beside that of GPU-hours, in the currency of the profile."""
 
 
-class FileRecord(_Record):
+class FileRecord(StrictModel):
     sha256: str
     """Digest before the file was signed: signatures differ each time, all other bytes do not."""
     bytes: int
@@ -69,7 +66,7 @@ class FileRecord(_Record):
     """Digest of the signed file. `None` if it is not signed."""
 
 
-class ProvenanceNote(_Record):
+class ProvenanceNote(StrictModel):
     """Marking of the files of a shot."""
 
     metadata: Detail
@@ -77,7 +74,7 @@ class ProvenanceNote(_Record):
     """Text drawn into the pixels."""
 
 
-class LikenessRecord(_Record):
+class LikenessRecord(StrictModel):
     """Likeness of a shot to its face photo, -1 to 1. `None` if no face was found, or there is no clip."""
 
     image: float | None
@@ -100,7 +97,7 @@ class LikenessRecord(_Record):
         )
 
 
-class ShotRecord(_Record):
+class ShotRecord(StrictModel):
     """The content of shot.json."""
 
     key: str
@@ -187,7 +184,7 @@ class DoneShot(NamedTuple):
         return self.full_record
 
 
-class Failure(_Record):
+class Failure(StrictModel):
     """Reason why a line failed."""
 
     stage: str

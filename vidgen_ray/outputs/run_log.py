@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, ValidationError
 
+from vidgen_ray.errors import FrozenModel
 from vidgen_ray.outputs.storage import Storage
 
 STATUS = "status.json"
@@ -33,10 +34,8 @@ SILENT_S = 60.0
 """Age of the status of a run that is still going above which it was killed, or is cut off from the folder."""
 
 
-class RunLabels(BaseModel):
+class RunLabels(FrozenModel):
     """Names of a run, in metrics, status, log and manifest."""
-
-    model_config = ConfigDict(frozen=True)
 
     run: str
     """Name of the run in the manifest: numbered, and unique in the folder."""

@@ -13,9 +13,9 @@ from statistics import median
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
-from vidgen_ray.errors import ProfileError
+from vidgen_ray.errors import FrozenModel, ProfileError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, clip_growth, relative_costs
 from vidgen_ray.planner.cluster import H100, GpuCard
 from vidgen_ray.planner.gpu_memory import ShotSizes
@@ -39,10 +39,8 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Measurement(BaseModel):
+class Measurement(FrozenModel):
     """One result of `vidgen bench`: a stage at one size, with one upscaler."""
-
-    model_config = ConfigDict(frozen=True)
 
     size: Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*x[1-9]\d*$")]
     """Width, height and frames: `1024x576x25`."""
@@ -69,10 +67,8 @@ class Measurement(BaseModel):
         return abs(math.log(width * height / pixels)) + abs(math.log(own_frames / frames))
 
 
-class Calibration(BaseModel):
+class Calibration(FrozenModel):
     """Measured seconds of one stage with one profile on one GPU type."""
-
-    model_config = ConfigDict(frozen=True)
 
     seconds_of_reference: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Median seconds for the reference shot."""

@@ -13,8 +13,9 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
+from pydantic import JsonValue, TypeAdapter
 
+from vidgen_ray.errors import FrozenModel
 from vidgen_ray.profile import Profile
 from vidgen_ray.system.cache_dir import CacheFile
 
@@ -58,10 +59,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-class TrialResult(BaseModel):
+class TrialResult(FrozenModel):
     """Result of a trial on one kind of GPU."""
-
-    model_config = ConfigDict(frozen=True)
 
     speedup: float = 0.0
     """Plain seconds divided by those with the option. 0 if it raised."""

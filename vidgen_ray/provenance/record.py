@@ -17,9 +17,9 @@ from xml.sax.saxutils import escape
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
-from vidgen_ray.errors import MediaError
+from vidgen_ray.errors import FrozenModel, MediaError, StrictModel
 from vidgen_ray.media import FileMetadata
 from vidgen_ray.media.media_file import load_font, missing_letter, read_xmp
 from vidgen_ray.stages.base import Frames
@@ -30,10 +30,8 @@ MAX_LABEL_LETTERS = 60
 Detail = Literal["full", "private", "off"]
 
 
-class ProvenanceSettings(BaseModel):
+class ProvenanceSettings(StrictModel):
     """Metadata, label and signature of images and clips. Every field but `c2pa_key` changes the bytes of files."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     metadata: Detail = Field(
         "full",
@@ -132,11 +130,7 @@ Operation = Literal["render", "film", "upscale", "stage"]
 GENERATED: tuple[SourceType, ...] = ("trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class SourceFile(_Part):
+class SourceFile(FrozenModel):
     """A file that another file was made from."""
 
     sha256: str
@@ -147,7 +141,7 @@ class SourceFile(_Part):
     """Files that this one was made from, as far as it says so."""
 
 
-class ProvenanceRecord(_Part):
+class ProvenanceRecord(FrozenModel):
     """Provenance of one file. The same shot gives the same record: it has no dates, paths, ids or host names."""
 
     tool: str = TOOL

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Na
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import Field, JsonValue
 
-from vidgen_ray.errors import MissingWeights, StageError
+from vidgen_ray.errors import MissingWeights, StageError, StrictModel
 from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.memory_table import StageMemory, Workload
@@ -156,11 +156,9 @@ NOT_IN_KEY = "not in key"
 keys."""
 
 
-class StageParams(BaseModel):
+class StageParams(StrictModel):
     """Parameters that a profile gives to a stage. Subclasses add options of their own, and mark those that do not
     change bytes as `NOT_IN_KEY`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights: Annotated[Path, NOT_IN_KEY]
     """Local folder or file. A stage never downloads anything. Its digest is part of the key."""

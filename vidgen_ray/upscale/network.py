@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import finalize
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from vidgen_ray.errors import SetupError, StageError, UsageError
+from vidgen_ray.errors import SetupError, StageError, StrictModel, UsageError
 from vidgen_ray.nets.weight_files import NOT_FINITE, require_finite_weights
 from vidgen_ray.stages.base import torch_dtype, torch_threads
 from vidgen_ray.stages.loading import require_device
@@ -112,10 +112,8 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 
-class EngineSettings(BaseModel):
+class EngineSettings(StrictModel):
     """Settings with which a network runs. Every field can change the last bits of a result."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: Literal["torch", "openvino"] = "torch"
     device: str = "cpu"

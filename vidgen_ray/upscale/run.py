@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import av
 import numpy as np
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.errors import MediaError, SetupError, UsageError
+from vidgen_ray.errors import FrozenModel, MediaError, SetupError, UsageError
 from vidgen_ray.media.media_file import append_xmp
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.record import (
@@ -120,10 +120,8 @@ class UpscaleReport:
     """Properties of the source that are not kept."""
 
 
-class _Plan(BaseModel):
+class _Plan(FrozenModel):
     """Record of a started or finished video, beside its segments."""
-
-    model_config = ConfigDict(frozen=True)
 
     request: str
     """Hash of everything that decides the file, apart from `settings`."""

@@ -10,17 +10,15 @@ from importlib import resources
 from pathlib import PurePosixPath
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
-from vidgen_ray.errors import SetupError
+from vidgen_ray.errors import SetupError, StrictModel
 from vidgen_ray.system.cache_dir import CacheFile
 from vidgen_ray.system.files import parse_yaml
 
 
-class WeightLicence(BaseModel):
+class WeightLicence(StrictModel):
     """Licence of one set of weights. A summary for people, not the licence itself."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = Field(
         pattern=r"[a-z0-9]+(-[a-z0-9]+)*", description="Short name, used to remember that the licence was accepted."

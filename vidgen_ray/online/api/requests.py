@@ -15,7 +15,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar, 
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -33,6 +32,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from starlette.datastructures import UploadFile
 
+from vidgen_ray.errors import StrictModel
 from vidgen_ray.graph import (
     BASE_IMAGE_STAGES,
     CLIP_ONLY_FIELDS,
@@ -192,19 +192,15 @@ ANNOTATIONS: dict[str, Any] = {"num_frames": Frames, "priority": Priority}
 M = TypeVar("M", bound="RequestBody")
 
 
-class ImageReference(BaseModel):
+class ImageReference(StrictModel):
     """Image, by one of these."""
-
-    model_config = ConfigDict(extra="forbid")
 
     file_id: str | None = Field(None, description="Id of an uploaded file.")
     image_url: str | None = Field(None, description="A `data:` URL, or an http(s) URL if the server allows its host.")
 
 
-class LoraReference(BaseModel):
+class LoraReference(StrictModel):
     """LoRA of the server."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str = Field(description="Name of the LoRA.")
     scale: float = Field(1.0, ge=-2, le=2, description="Scale of the adapter.")
@@ -257,10 +253,8 @@ Side = Annotated[int, Field(ge=1, le=16_384)]
 ShortText = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 
 
-class VideoParams(BaseModel):
+class VideoParams(StrictModel):
     """vLLM-Omni's block of video settings. Fields of the same name outside of it take precedence."""
-
-    model_config = ConfigDict(extra="forbid")
 
     width: Side | None = Field(None, description="Same as `width`.")
     height: Side | None = Field(None, description="Same as `height`.")
@@ -268,10 +262,10 @@ class VideoParams(BaseModel):
     fps: int | None = Field(None, description="Same as `fps`.")
 
 
-class RequestBody(BaseModel):
+class RequestBody(StrictModel):
     """Base of all request bodies. Unknown fields are rejected. `null` and empty text count as omitted."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     @model_validator(mode="before")
     @classmethod

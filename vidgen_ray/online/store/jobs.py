@@ -11,10 +11,11 @@ from enum import StrEnum
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import Field, JsonValue
 from sqlalchemy import ColumnElement, Connection, Row, Select, bindparam, case, delete, func, insert, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
+from vidgen_ray.errors import FrozenModel, StrictModel
 from vidgen_ray.online.store.database import JOBS, OUTBOX, Database, Transaction
 from vidgen_ray.shot import PRIORITIES, Priority, Shot
 
@@ -48,11 +49,7 @@ class JobKind(StrEnum):
     SHOT = "shot"
 
 
-class _JobModel(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class JobError(_JobModel):
+class JobError(StrictModel):
     """Reason why a job failed, shown to the client. Contains no internals of the server."""
 
     code: str
@@ -62,7 +59,7 @@ class JobError(_JobModel):
     param: str | None = None
 
 
-class Job(_JobModel):
+class Job(StrictModel):
     """One shot of one tenant. Times are seconds since 1970."""
 
     id: str
@@ -403,10 +400,8 @@ class JobLeases:
             return bool(self._rows.end_by(transaction, END_OWN, {"ended": job_id, "held_by": owner, **values}, state))
 
 
-class Message(BaseModel):
+class Message(FrozenModel):
     """Message to one webhook that a job has ended."""
-
-    model_config = ConfigDict(frozen=True)
 
     id: str
     """The same in every attempt, so that receivers can recognise a message they already have."""
