@@ -185,6 +185,11 @@ def shortened(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def encodable(text: str) -> str:
+    """Escape lone surrogates. Malformed lines and requests may have them; UTF-8 cannot encode them."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def explain(detail: Any, fields: Iterable[str], reference: str = SCHEMA_COMMAND) -> tuple[str | None, str, str]:
     """Return the field, the value and what is allowed, from a pydantic error of a model with these fields.
 

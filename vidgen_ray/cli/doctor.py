@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from vidgen_ray.cli.models import FACES, default_references, default_shot
 from vidgen_ray.cli.options import MACHINE, JsonOption, ProfileOption, in_group
@@ -35,7 +34,7 @@ from vidgen_ray.planner.cluster import GB, GPU_DEVICES
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.stages.speed import missing_compiler
 from vidgen_ray.system.cache_dir import cache_dir
-from vidgen_ray.system.quantities import stdout_console
+from vidgen_ray.system.quantities import stdout_console, table_of
 from vidgen_ray.weights import REMOTE
 from vidgen_ray.weights.inventory import LocalWeights, local_weights
 from vidgen_ray.weights.ledger import WeightLicence, accepted_licences
@@ -474,9 +473,8 @@ def _findings(profile: Profile, name: str) -> Iterator[Finding | None]:
 
 
 def _print(findings: list[Finding]) -> None:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for _ in range(3):
-        table.add_column(overflow="fold")
+    table = table_of("", "", "")
+    table.show_header = False
     for finding in findings:
         status = f"[{COLOURS[finding.status]}]{finding.status}[/]"
         table.add_row(status, escape(finding.check), escape(finding.text))

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from vidgen_ray.errors import FieldError, ScriptError, VidgenError, explain
+from vidgen_ray.errors import FieldError, ScriptError, VidgenError, encodable, explain
 from vidgen_ray.outputs.storage import is_disk_full
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS
 
@@ -185,10 +185,5 @@ async def _internal_error(_: Request, error: Exception) -> Response:
 def _response(
     status: int, message: str, kind: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    content = {"error": {"message": _printable(message), "type": kind, "param": param and _printable(param), "code": code}}
+    content = {"error": {"message": encodable(message), "type": kind, "param": param and encodable(param), "code": code}}
     return JSONResponse(content, status, headers=dict(headers or {}))
-
-
-def _printable(text: str) -> str:
-    """Escape lone surrogates, which cannot be encoded."""
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -30,7 +30,7 @@ from pyarrow import compute
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.errors import FieldError, SetupError
+from vidgen_ray.errors import FieldError, SetupError, encodable
 from vidgen_ray.graph import clip_length, file_sizes
 from vidgen_ray.licences import worst_use
 from vidgen_ray.outputs.folder import OutputFolder
@@ -207,7 +207,7 @@ class _Columns(BaseModel):
             line=line,
             status="failed",
             last_run="failed",
-            prompt=_storable(prompt) if isinstance(prompt, str) else None,
+            prompt=encodable(prompt) if isinstance(prompt, str) else None,
             **_failure_columns(failure),
         )
 
@@ -283,14 +283,9 @@ else:
     )
 
 
-def _storable(text: str) -> str:
-    """Replace lone surrogates by backslash escapes. Malformed lines may contain them; Parquet cannot store them."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _failure_columns(failure: Failure) -> dict[str, Any]:
     columns = {f"failure_{name}": value for name, value in failure.model_dump().items()}
-    return {**columns, "failure_message": _storable(failure.message)}
+    return {**columns, "failure_message": encodable(failure.message)}
 
 
 def _result_columns(result: DoneShot) -> dict[str, Any]:
