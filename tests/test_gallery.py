@@ -1,6 +1,7 @@
 """The gallery: what it shows of a run, in a browser, from disk and live, and reviews in it."""
 
 import json
+import shutil
 from importlib.util import find_spec
 
 import numpy as np
@@ -15,12 +16,13 @@ from tests.online.directors import listening_on_a_port
 from vidgen_ray.cli.app import main
 from vidgen_ray.dataset.tables import open_tables, run_query
 from vidgen_ray.errors import SetupError
-from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
 from vidgen_ray.outputs.manifest import SCHEMA
+from vidgen_ray.outputs.records import LikenessRecord, shot_path
 from vidgen_ray.outputs.reviews import read_reviews, reviewable_clips
 from vidgen_ray.outputs.storage import LocalStorage, storage_at
 from vidgen_ray.report import gallery_page
 from vidgen_ray.report.gallery_page import gallery_app, gallery_rows, page_of, write_gallery
+from vidgen_ray.system.quantities import size
 
 MANY = 10_000
 
@@ -44,52 +46,34 @@ def row(shot_id, line, **columns):
     return {"run": "r", "script": "s.yaml", "id": shot_id, "line": line, "status": "done", "metadata": "{}", **columns}
 
 
-def write_rows(out, rows, name="r"):
+def write_rows(out, rows):
     (out / "manifest").mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), out / "manifest" / f"{name}-00001.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), out / "manifest" / "r-00001.parquet")
 
 
 @pytest.fixture
 def out(tmp_path):
     """An output folder with two finished shots, a failed one and two films."""
-    rows = [
-        row("bad", 3, status="failed", prompt="a </script> man", failure_stage="instantid", failure_message="no face found")
-    ]
-    size = {"width": 128, "height": 64, "fps": 5}
+    shots = []
     for number, shot_id in enumerate(("ada", "bo"), start=1):
-        folder = tmp_path / "shots" / "ab" / shot_id
-        folder.mkdir(parents=True)
-        image = np.random.default_rng(number).integers(0, 256, (72, 128, 3), np.uint8)
-        for name in ("image.png", "base.png"):
-            write_png(folder / name, image)
-        with Mp4Writer(folder / "video.mp4", 128, 72, 5, Mp4Settings()) as clip:
-            clip.write(np.stack([image] * 3))
-        shot = {
+        fields = {
             "id": shot_id,
             "prompt": f"a portrait of {shot_id}",
-            "lora": [{"path": f"/x/{shot_id}.safetensors", "weight": 1.0}],
-            "steps": {"flux": 4, "lora": 6, "hunyuan": 8, "klein": None},
+            "lora": [{"path": f"/x/{shot_id}.safetensors"}],
+            "steps": {"flux": 4, "lora": 6, "hunyuan": 8},
+            "upscale_video": True,
             "scale": 2,
-            **size,
-        }
-        (folder / "shot.json").write_text(json.dumps({"shot": shot, "files": {"image.png": {}, "base.png": {}}}))
-        columns = {
-            "image": f"shots/ab/{shot_id}/image.png",
-            "video": f"shots/ab/{shot_id}/video.mp4",
-            "image_likeness": 0.5,
-            "clip_likeness_mean": 0.4,
-            "clip_likeness_worst": 0.1 * number,
-            "frames_without_face": 0,
-            "num_frames": 3,
-            "duration_s": 0.6,
+            "fps": 5,
             "seconds": 1.0 * number,
-            "metadata": json.dumps({"character": shot_id, "style": "noir"}),
-            **({"cost": 0.004, "currency": "USD"} if shot_id == "ada" else {}),
+            "likeness": LikenessRecord(image=0.5, clip_mean=0.4, clip_worst=0.1 * number, frames_without_face=0),
+            "metadata": {"character": shot_id, "style": "noir"},
         }
-        rows.append(row(shot_id, number, prompt=shot["prompt"], **size, **columns))
-    write_rows(tmp_path, rows)
-    failed = {"id": "bad", "prompt": "a </script> man", "failure": {"id": "bad", "script": "s.yaml", "stage": "instantid"}}
-    (tmp_path / "failures.jsonl").write_text(json.dumps(failed) + "\n")
+        shots.append((fields, np.random.default_rng(number).integers(0, 256, (3, 64, 128, 3), np.uint8)))
+    make_folder(tmp_path, [*shots, ({"id": "bad", "prompt": "a </script> man"}, None)], "s.yaml")
+    for record in tmp_path.glob("shots/*/*/shot.json"):
+        shutil.copy(record.with_name("image.png"), record.with_name("base.png"))
+        content = json.loads(record.read_text())
+        record.write_text(json.dumps(content | {"files": content["files"] | {"base.png": {}}}))
     for name in ("film.mp4", "a 2nd cut.mp4"):
         (tmp_path / name).write_bytes(b"film")
     return tmp_path
@@ -123,7 +107,7 @@ def test_gallery_opens_from_disk_filters_and_shows_details(browser, out):
         page.hover("article >> nth=1")
         page.wait_for_function("document.querySelector('article video')?.readyState >= 2")
         page.click("article >> nth=0")
-        assert page.locator("dialog dd.reason").inner_text() == "instantid: no face found"
+        assert page.locator("dialog dd.reason").inner_text() == "svd: out of memory"
         page.keyboard.press("ArrowRight")
         assert page.locator("dialog h2").inner_text() == "ada"
         assert page.locator("dialog figcaption").all_inner_texts() == ["base", "image"]
@@ -224,14 +208,17 @@ def test_watch_serves_new_rows_and_nothing_beside_the_shots(out):
     assert 'name="generator"' in client.get("/").text
     shown = {each["id"]: each for each in client.get("/rows.json").json()["rows"]}
     assert len(shown) == 3
-    assert ["Cost", "0.004 USD"] in shown["ada"]["settings"]
-    assert [shown[name]["facts"][3:] for name in ("ada", "bo")] == [["cost 0.004 USD"], []]
-    write_rows(out, [row("new", 4)], name="s")
-    assert {each["id"] for each in client.get("/rows.json").json()["rows"]} == {"ada", "bo", "bad", "new"}
-    clip = client.get("/shots/ab/ada/video.mp4", headers={"Range": "bytes=0-9"})
+    assert shown["ada"]["facts"][3:] == []
+    write_rows(out, [row("new", 4, cost=0.004, currency="USD")])
+    shown = {each["id"]: each for each in client.get("/rows.json").json()["rows"]}
+    assert shown.keys() == {"ada", "bo", "bad", "new"}
+    assert ["Cost", "0.004 USD"] in shown["new"]["settings"]
+    assert shown["new"]["facts"][-1] == "cost 0.004 USD"
+    clip = client.get(f"/{shot_path('ada')}/video.mp4", headers={"Range": "bytes=0-9"})
     assert (clip.status_code, len(clip.content)) == (206, 10)
     assert client.get("/a%202nd%20cut.mp4").content == b"film"
-    for path in ("jobs.db", "shots/../jobs.db", "shots/%2e%2e/jobs.db", "manifest/r-00001.parquet", "shots/ab", "run.json"):
+    folder = shot_path("ada").rpartition("/")[0]
+    for path in ("jobs.db", "shots/../jobs.db", "shots/%2e%2e/jobs.db", "manifest/r-00001.parquet", folder, "run.json"):
         assert client.get(f"/{path}").status_code == 404, path
     with pytest.raises(SetupError, match="no such folder"):
         gallery_app(out / "gone")
@@ -241,13 +228,14 @@ def test_status_lists_what_stands_out(out, capsys):
     assert main(["status", str(out), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert status["counts"] == {"done": 2, "failed": 1}
-    assert [(each["stage"], each["count"], each["line"]) for each in status["failures"]] == [("instantid", 1, 3)]
+    assert [(each["stage"], each["count"], each["line"]) for each in status["failures"]] == [("svd", 1, 3)]
     assert [shot["id"] for shot in status["slowest"]] == ["bo", "ada"]
     assert [(shot["id"], shot["value"]) for shot in status["least_alike"]] == [("ada", 0.1), ("bo", 0.2)]
     assert main(["status", str(out)]) == 0
     text = capsys.readouterr().out
     assert "2 done, 1 failed" in text
-    assert "3 s of work; 0 bytes of images and clips" in text
+    stored = sum(file.stat().st_size for name in ("image.png", "video.mp4") for file in out.glob(f"shots/*/*/{name}"))
+    assert f"3 s of work, 3 s of it on GPUs; {size(stored)} of images and clips" in text
     assert "s.yaml line 3" in text
     assert main(["status", str(out / "gone")]) == 4
 

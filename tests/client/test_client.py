@@ -45,13 +45,6 @@ def client(url):
         yield client
 
 
-@pytest.fixture(scope="module")
-def finished(url):
-    """Finished clip of noise, some hundred kB."""
-    with Client(url) as client:
-        return client.wait_for_video(client.create_video("noise", size="256x256", num_frames=8, upscale=False, seed=1))
-
-
 def stored_shot(server, video):
     return server.store.get(video.id, LOCAL_TENANT).shot
 
@@ -336,9 +329,9 @@ def test_wait_polls_when_events_fail(url, client, server, held):
     assert set(requests[1:]) == {""}
 
 
-def test_download_continues_after_a_lost_connection_and_of_a_stopped_program(url, client, finished, tmp_path):
-    content = client.read_video(finished)
-    answers = []
+def test_download_continues_after_a_lost_connection_and_of_a_stopped_program(url, client, tmp_path):
+    finished = client.wait_for_video(client.create_video("noise", size="256x256", num_frames=8, upscale=False, seed=1))
+    content, answers = client.read_video(finished), []
 
     async def on_response(response):
         answers.append((response.status_code, response.headers.get("content-range")))

@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import pytest
 
 from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
 from vidgen_ray.outputs.folder import OutputFolder
@@ -131,10 +130,3 @@ def moving(frames: int = 9, px: int = 3, size: tuple[int, int] = (128, 192), see
     height, width = size
     wide = texture(height, width + abs(px) * frames, seed)
     return np.stack([wide[:, abs(px) * number :][:, :width] for number in range(frames)])
-
-
-@pytest.fixture(scope="module")
-def clips_folder(tmp_path_factory) -> OutputFolder:
-    """Three clips, an image and a failed shot."""
-    clips = [({"id": f"clip-{seed}", "seed": seed}, moving(seed=seed)) for seed in range(3)]
-    return make_folder(tmp_path_factory.mktemp("clips"), [*clips, ({"id": "image"}, texture(128, 192)), ({"id": "bad"}, None)])

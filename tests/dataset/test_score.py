@@ -225,10 +225,10 @@ class Needy(Taken):
 """
 
 
-def test_wrong_scorers_are_named_before_any_work(clips_folder, tmp_path, monkeypatch, capsys):
+def test_wrong_scorers_are_named_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wrong_scorers.py").write_text(WRONG_SCORERS)
-    out = str(clips_folder.root)
+    out = str(make_folder(tmp_path / "out", clips(1)).root)
     for name, message in (
         ("wrong_scorers", "must be module:Class"),
         ("no_such:X", "no_such cannot be imported"),
@@ -244,7 +244,7 @@ def test_wrong_scorers_are_named_before_any_work(clips_folder, tmp_path, monkeyp
     assert "must be NAME=PATH with a scorer that takes weights: none" in capsys.readouterr().err
     assert main(["score", str(tmp_path)]) == 4
     assert "has no results" in capsys.readouterr().err
-    assert not (clips_folder.root / "scores").exists()
+    assert not (tmp_path / "out" / "scores").exists()
 
 
 def test_clip_scorer_of_the_examples_compares_prompt_and_frames(tmp_path, monkeypatch):

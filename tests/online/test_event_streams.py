@@ -141,16 +141,10 @@ def test_page_stream_ends_when_the_session_ends(store, feed, monkeypatch):
     assert run(events()) in ([None, "changes", "signed-out"], [None, "changes", "changes", "signed-out"])
 
 
-@pytest.fixture
-def server(tiny, tmp_path):
+def test_streams_are_capped_per_key(tiny, tmp_path):
     settings = settings_with_keys(tmp_path, {"ada": {}, "bob": {}}, limits={"streams": STREAMS})
-    with local_server(tiny, settings) as running:
-        running.director.held.set()
-        yield running
-
-
-def test_streams_are_capped_per_key(server):
-    with listening_on_a_port(server.app) as url, ExitStack() as stack:
+    with local_server(tiny, settings) as server, listening_on_a_port(server.app) as url, ExitStack() as stack:
+        server.director.held.set()
         ada, bob = (
             stack.enter_context(httpx.Client(base_url=url, headers={"Authorization": f"Bearer vg-{name}"}, timeout=60))
             for name in ("ada", "bob")

@@ -169,11 +169,6 @@ def estimator(store, tiny, clock):
     return QueueEstimator(store, tiny, clock)
 
 
-@pytest.fixture
-def expected_s(tiny):
-    return sum(expected_seconds(new_job().shot, tiny).values())
-
-
 def complete_jobs(store, clock, seconds, count=5):
     for _ in range(count):
         store.create(new_job())
@@ -195,8 +190,8 @@ def test_queue_position_follows_from_turns_and_priority(store, estimator):
     assert [job.id for job in store.queue.claim("d", 30, 4)] == [ada[0].id, bob.id, ada[1].id, low.id]
 
 
-def test_eta_follows_progress_and_the_speed_of_recent_jobs(store, estimator, clock, expected_s):
-    duration_s = SLOWNESS * expected_s
+def test_eta_follows_progress_and_the_speed_of_recent_jobs(store, estimator, clock, tiny):
+    duration_s = SLOWNESS * sum(expected_seconds(new_job().shot, tiny).values())
     complete_jobs(store, clock, duration_s)
     for _ in range(2):
         store.create(new_job())

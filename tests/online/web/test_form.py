@@ -1,18 +1,28 @@
 """The form in Chromium: values, images, variations, seed, more like this, keyboard."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image as PILImage
+from pydantic import Field
 
 from tests.conftest import ASTRONAUT
 from tests.online.web.conftest import cards, generate, open_menu, playwright, with_fakes
+from vidgen_ray.online import server_context
+from vidgen_ray.online import serving_profile as serving
 from vidgen_ray.online.store.jobs import JobKind
+from vidgen_ray.online.web import form_controls
+from vidgen_ray.online.web.form_controls import PLACED, control_groups
 from vidgen_ray.online.web.pages import card_of
-from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.profile import load_profile
 from vidgen_ray.safety import Consent
+from vidgen_ray.shot import DERIVED_FIELDS, Shot
+from vidgen_ray.stages.svd import SVDStage
 
 expect = playwright.expect
 DROP = """([selector, name, bytes, type = "image/png"]) => {
@@ -30,12 +40,6 @@ PASTE = """([name, bytes, text]) => {
   return document.activeElement.dispatchEvent(paste);
 }"""
 """Returns whether the browser pastes text itself."""
-
-
-@pytest.fixture(scope="module")
-def with_real_faces(tmp_path_factory) -> VideoGenerationPipeline:
-    """Fakes, on a server that checks photos with the trained face detector of the profile demo."""
-    return with_fakes("demo", tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture
@@ -105,8 +109,9 @@ def test_form_values_reach_the_job_its_card_and_the_form_of_another_job(site, op
     assert again.shot.model_copy(update=unlike) == shot.model_copy(update=unlike)
 
 
-def test_found_face_is_drawn_on_the_photo_and_frames_follow_the_video_model(new_site, with_real_faces, open_page, grey):
-    site = new_site(pipeline=with_real_faces)
+def test_found_face_is_drawn_on_the_photo_and_frames_follow_the_video_model(new_site, tmp_path, open_page, grey):
+    # The server checks photos with the trained face detector of this profile.
+    site = new_site(pipeline=with_fakes("demo", tmp_path / "demo"))
     page = open_page(site.url)
     page.get_by_label("Photos").set_input_files(ASTRONAUT)
     expect(page.get_by_text("Face found", exact=True)).to_be_visible()
@@ -332,3 +337,51 @@ def test_clip_is_created_by_keyboard(site, open_page):
     expect(page.locator("#clips video")).to_be_visible()
     job = site.jobs()[0]
     assert (job.shot.prompt, job.shot.mode) == ("by keyboard", "fast")
+
+
+# The controls derived from stages: a new stage or field appears in the form without a change of the page.
+
+
+class NewShot(Shot):
+    """Shot with the fields of a stage that does not exist yet."""
+
+    interpolate_factor: Literal[1, 2, 4] = Field(2, description="Frames made from one frame.")
+    smoothness: float = Field(0.5, ge=0, le=1, description="Smoothness of the motion.")
+    keep_edges: bool = Field(True, description="Keep sharp edges.")
+
+
+class NewStage(SVDStage):
+    name = "interpolate"
+    label = "Smoothing"
+    reads = ("interpolate_factor", "smoothness", "seed", "steps.svd")
+    clip_only_fields = ("keep_edges",)
+
+
+def test_new_stage_and_its_fields_appear_in_the_form(monkeypatch, new_site):
+    monkeypatch.setattr(serving, "STAGES", (*serving.STAGES, NewStage))
+    monkeypatch.setattr(form_controls, "Shot", NewShot)
+    monkeypatch.setattr(server_context, "Shot", NewShot)
+    served = serving.serving_profile(load_profile("tiny"))
+    assert NewStage in served.stages
+    html = httpx.get(new_site(served=served).url, timeout=60).text
+    group = html.partition("<legend>Smoothing</legend>")[2].partition("</fieldset>")[0]
+    assert 'name="interpolate_factor"' in group
+    assert '<option value="4">4</option>' in group
+    assert 'name="smoothness" type="number" inputmode="decimal" min="0" max="1" step="any" placeholder="0.5"' in group
+    assert "Smoothness of the motion." in group
+    assert '<option value="no">no</option>' in group
+    assert "steps.svd" not in group, "a field of an earlier stage"
+
+
+def test_every_field_that_a_served_stage_reads_has_a_control():
+    served = serving.serving_profile(load_profile("tiny"))
+    every = [control for _, controls in control_groups(served) for control in controls]
+    names = {control.name for control in every}
+    read = {field for stage in served.stages for field in (*stage.reads, *stage.identity_fields, *stage.clip_only_fields)}
+    assert read - names - PLACED == set(DERIVED_FIELDS) - PLACED
+    video = next(control for control in every if control.name == "video_model")
+    assert video.choices == ("svd", "wan", "ltx")
+    assert {"identity", "identity_strength", "min_identity", "retries", "upscaler"} <= names
+    params = {name: each for name, each in served.params.items() if name == "flux"}
+    ((label, controls),) = control_groups(replace(served, params=params))
+    assert (label, [control.name for control in controls]) == ("Base image", ["steps.flux", "guidance.flux"])
