@@ -34,17 +34,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ids_that_failed_before
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
-from vidgen_ray.planner import (
-    Cluster,
-    Demand,
-    Plan,
-    SizeCheck,
-    cpus_needed,
-    demand_of,
-    load_calibration,
-    plan,
-    this_machine,
-)
+from vidgen_ray.planner import Cluster, Demand, Plan, SizeCheck, cpus_needed, demand_of, load_calibration, plan, this_machine
 from vidgen_ray.planner.layout import Slot
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.lines import Line, ScriptIndex

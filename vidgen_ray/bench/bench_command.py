@@ -26,13 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vidgen_ray.bench.published_models import (
-    RandomModel,
-    empty_network,
-    networks_in,
-    random_model,
-    random_pipeline,
-)
+from vidgen_ray.bench.published_models import RandomModel, empty_network, networks_in, random_model, random_pipeline
 from vidgen_ray.cli.options import MACHINE, JsonOption, ProfileOption, example, in_group
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.engine.oom_fallback import free_gpu_memory

@@ -19,12 +19,7 @@ from vidgen_ray.stages.context_parallel import begin_call, divide
 from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks, set_vae_tiles
 from vidgen_ray.stages.lora import FEW_STEP_LORA, LoraAdapters, merge_lora
 from vidgen_ray.stages.memory_table import FP8
-from vidgen_ray.stages.speed import (
-    CompileParams,
-    FirstBlockCache,
-    speed_up,
-    store_in_fp8,
-)
+from vidgen_ray.stages.speed import CompileParams, FirstBlockCache, speed_up, store_in_fp8
 
 T5 = "text_encoder_2"
 """Name of T5 among the components of diffusers' pipelines."""
