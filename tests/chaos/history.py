@@ -285,6 +285,9 @@ def check_idle(world, history):
         process = event.fields.get("process")
         if event.kind in ("loaded", "gone") or (event.kind == "start" and OUTPUT not in event.fields["call"].stages):
             busy[process].append(event.at)
+        if event.kind == "answer" and event.fields["call"].process in busy:
+            # A call whose inputs do not arrive never starts.
+            busy[event.fields["call"].process].append(event.at)
         if event.kind == "start" and event.at > history.sent[event.fields["call"].number].at + WAITED_S:
             calls[event.fields["call"].driver].append((event.at, {*event.fields["call"].stages}))
     hangs = {number for event in history.faults if event.fields["fault"] == "hang" for number in event.fields["calls"]}
