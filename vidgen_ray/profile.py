@@ -6,7 +6,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import Field, JsonValue, ValidationError, field_validator
 from pydantic.json_schema import SkipJsonSchema
 
@@ -315,8 +314,8 @@ def load_profile(name_or_path: str) -> Profile:
         raise ProfileError(f"profile {name_or_path!r}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ProfileError(f"profile {name_or_path!r}: is not UTF-8 text; save it as UTF-8") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ProfileError(f"profile {name_or_path!r}: invalid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ProfileError(f"profile {name_or_path!r}: invalid YAML: {error}") from None
     if not isinstance(content, dict):
         got = "an empty file" if content is None else shortened(content)
         raise ProfileError(f"profile {name_or_path!r}: got {got}, must be a mapping with name, about and actors")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from yaml import YAMLError
 
 from vidgen_ray.cli.options import MACHINE, STDIN, JsonOption, LineOptions, ProfileOption, example, local_path
 from vidgen_ray.errors import SetupError, UsageError
@@ -332,7 +331,7 @@ def _is_script(name: str) -> bool:
         return name in STDIN or path.suffix.lower() in (*READERS, *COMPRESSED)
     try:
         content = load_yaml(path)
-    except (OSError, ValueError, YAMLError):
+    except (OSError, ValueError):
         return False
     return isinstance(content, dict) and not {"shots", "scenes"}.isdisjoint(content)
 

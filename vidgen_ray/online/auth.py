@@ -320,7 +320,7 @@ def _read_key_file(file: Path) -> Sequence[KeyRecord]:
         content = load_yaml(file)
     except OSError as error:
         raise SetupError(f"keys file {file}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
         # The message of the YAML error quotes the line, which may contain a plain key.
         place = re.search(r"line \d+", str(error))
         raise SetupError(f"keys file {file}: not YAML{f' ({place[0]})' if place else ''}") from None

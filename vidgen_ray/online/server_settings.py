@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from vidgen_ray.errors import SetupError, StrictModel, UsageError
@@ -27,8 +26,8 @@ def read_yaml(file: Path, name: str) -> Any:
         return load_yaml(file)
     except OSError as error:
         raise UsageError(f"{name}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UsageError(f"{name}: not YAML: {error}") from None
 
 
 class Limits(StrictModel):

@@ -11,8 +11,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-
 from vidgen_ray.errors import URL, FieldError, ScriptError
 from vidgen_ray.limits import MAX_LINE
 from vidgen_ray.safety import DEFAULT_POLICY, ContentPolicy
@@ -214,8 +212,8 @@ def read_yaml_file(path: Path) -> Any:
         return load_yaml(path)
     except OSError as error:
         raise file_error(path, "the file", f"must be readable ({error.strerror})") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise file_error(path, "invalid YAML", " ".join(str(error).split())) from None
+    except ValueError as error:
+        raise file_error(path, "invalid YAML", str(error)) from None
 
 
 SIGNATURES = {

@@ -221,12 +221,15 @@ for kind in ("int", "float"):
 
 
 def load_yaml(path: Path) -> Any:
-    """Return the content of a YAML file in UTF-8. Raises OSError, yaml.YAMLError, RecursionError and ValueError."""
+    """Return the content of a YAML file in UTF-8. Raises OSError and ValueError."""
     if (size := path.stat().st_size) > MAX_YAML_BYTES:
-        raise yaml.YAMLError(f"got {size:,} bytes, must be at most {MAX_YAML_BYTES:,}")
+        raise ValueError(f"got {size:,} bytes, must be at most {MAX_YAML_BYTES:,}")
     return parse_yaml(path.read_text(encoding="utf-8-sig"))
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the content of a YAML document. Raises yaml.YAMLError, RecursionError and ValueError."""
-    return yaml.load(text, StrictLoader)  # noqa: S506  # a subclass of SafeLoader
+    """Return the content of a YAML document. Raises ValueError, with a message on one line."""
+    try:
+        return yaml.load(text, StrictLoader)  # noqa: S506  # a subclass of SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
