@@ -26,17 +26,8 @@ def mcp():
 
 
 @pytest.fixture
-def command(mcp, url, tmp_path):
-    """Command of an MCP server whose downloads go to tmp_path."""
-    # As in an assistant's configuration: a command, arguments and environment variables.
-    environment = {"VIDGEN_URL": url, "HOME": str(tmp_path)}
-    arguments = ["-m", "vidgen_client", "--folder", str(tmp_path / "clips")]
-    return mcp.StdioServerParameters(command=sys.executable, args=arguments, env=environment)
-
-
-@pytest.fixture
 def mcp_server(url, tmp_path):
-    """The same server in this process."""
+    """MCP server in this process whose downloads go to tmp_path."""
     from vidgen_client.mcp_server import make_server
 
     return make_server(AsyncClient(url), tmp_path / "clips")
@@ -46,7 +37,11 @@ def text_of(result) -> str:
     return "\n".join(block.text for block in result.content if block.type == "text")
 
 
-def test_assistant_creates_waits_and_downloads(mcp, server, command, tmp_path):
+def test_assistant_creates_waits_and_downloads(mcp, server, url, tmp_path):
+    # As in an assistant's configuration: a command, arguments and environment variables.
+    environment = {"VIDGEN_URL": url, "HOME": str(tmp_path)}
+    arguments = ["-m", "vidgen_client", "--folder", str(tmp_path / "clips")]
+    command = mcp.StdioServerParameters(command=sys.executable, args=arguments, env=environment)
     progress = []
 
     async def on_progress(done, total, message):

@@ -18,8 +18,6 @@ from vidgen_ray.provenance.record import ProvenanceRecord, ProvenanceSettings, r
 from vidgen_ray.provenance.signing import create_signing_key, read_signature
 from vidgen_ray.system.cache_dir import sha256_of
 
-ENCODE = FAST.model_dump()
-
 
 @pytest.fixture
 def film(shots, tmp_path):
@@ -27,7 +25,7 @@ def film(shots, tmp_path):
 
     def make(ids=None, **settings):
         path = tmp_path / "film.mp4"
-        chosen = film_settings({"encode": ENCODE, **settings}, "test")
+        chosen = film_settings({"encode": FAST.model_dump(), **settings}, "test")
         report = make_film(shots.outputs, chosen, path, ids=ids)
         return report, read_frames(path)
 

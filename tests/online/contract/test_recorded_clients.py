@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ASTRONAUT
+from tests.decoded import frames_of
 from tests.online.directors import listening_on_a_port, local_server
 from tests.online.test_api_videos import ended, error_of, shot_of
-from vidgen_ray.media import open_video
 from vidgen_ray.online.api.requests import PEER_FIELDS, CreateVideo
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.server_settings import OnlineSettings
@@ -42,11 +42,9 @@ def form(**fields: str) -> dict:
     return {name: (None, value) for name, value in fields.items()}
 
 
-def size_of(content: bytes, tmp_path) -> tuple[int, int]:
-    path = tmp_path / "clip.mp4"
-    path.write_bytes(content)
-    with open_video(path) as clip:
-        return clip.width, clip.height
+def size_of(content: bytes) -> tuple[int, int]:
+    _, height, width, _ = frames_of(content).shape
+    return width, height
 
 
 # ComfyUI-vLLM-Omni: apps/ComfyUI-vLLM-Omni/comfyui_vllm_omni of vllm-project/vllm-omni.
@@ -67,7 +65,7 @@ def comfyui_video(**changes: str) -> dict:
     return {**fields, "negative_prompt": "blur", **COMFYUI_SAMPLING, **changes}
 
 
-def test_comfyui_text_to_video(client, tmp_path):
+def test_comfyui_text_to_video(client):
     """The node checks the model list, creates, polls until completed or failed, downloads and deletes."""
     assert "tiny" in [model["id"] for model in client.get("/v1/models").json()["data"]]
     created = client.post("/v1/videos", files=form(**comfyui_video()))
@@ -75,11 +73,11 @@ def test_comfyui_text_to_video(client, tmp_path):
     video = ended(client, created.json()["id"])
     assert (video["status"], video["size"], video["fps"], video["num_frames"]) == ("completed", "854x480", 16, 3)
     content = client.get(f"/v1/videos/{video['id']}/content")
-    assert size_of(content.content, tmp_path) == (854, 480)
+    assert size_of(content.content) == (854, 480)
     assert client.delete(f"/v1/videos/{video['id']}").json()["deleted"]
 
 
-def test_litellm_create_retrieve_and_content(client, tmp_path):
+def test_litellm_create_retrieve_and_content(client):
     """From litellm/llms/openai/videos/transformation.py, OpenAIVideoConfig, and litellm/types/videos/main.py, VideoObject."""
     body = {"model": "sora-2", "prompt": "a cat", "seconds": "0.4", "size": "360x640", "user": "me"}
     created = client.post("/v1/videos", json=body).json()
@@ -89,7 +87,7 @@ def test_litellm_create_retrieve_and_content(client, tmp_path):
     for name, type_ in {"seconds": str, "size": str, "created_at": int, "completed_at": int, "progress": int}.items():
         assert isinstance(video[name], type_)
     # It appends the path to its base URL, which ends in /videos.
-    assert size_of(client.get(f"/v1/videos/{video['id']}/content").content, tmp_path) == (360, 640)
+    assert size_of(client.get(f"/v1/videos/{video['id']}/content").content) == (360, 640)
 
 
 def test_comfyui_image_to_video_with_a_lora_and_photos(client, held):
@@ -124,11 +122,11 @@ def test_comfyui_images(client):
 # vLLM-Omni: docs/serving/videos_api.md, and entrypoints/openai/protocol/videos.py with its defaults.
 
 
-def test_vllm_omni_synchronous_video(client, tmp_path):
+def test_vllm_omni_synchronous_video(client):
     fields = {"prompt": "a small robot", "width": "854", "height": "480", "num_frames": "2", "fps": "16"}
     answer = client.post("/v1/videos/sync", files=form(**fields))
     assert (answer.status_code, answer.headers["content-type"]) == (200, "video/mp4")
-    assert size_of(answer.content, tmp_path) == (854, 480)
+    assert size_of(answer.content) == (854, 480)
     assert answer.headers["x-model"] == "tiny"
     assert float(answer.headers["x-inference-time-s"]) > 0
     assert client.get(f"/v1/videos/{answer.headers['x-request-id']}").json()["status"] == "completed"
@@ -206,13 +204,13 @@ def test_sglang_request_with_all_defaults(client, held):
     assert (in_a_form.json()["fps"], in_a_form.json()["num_frames"]) == (4, 8)
 
 
-def test_sglang_upscaling_makes_a_larger_clip_beside(client, tmp_path):
+def test_sglang_upscaling_makes_a_larger_clip_beside(client):
     body = {"prompt": "a", "size": "100x64", "num_frames": 2, "enable_upscaling": True, "upscaling_scale": 3}
     video = ended(client, client.post("/v1/videos", json=body).json()["id"])
     assert video.items() >= {"size": "100x64", "model_size": "128x64", "scale": 3, "hd_size": "300x192"}.items()
     for variant, size in (("video", (100, 64)), ("hd", (300, 192)), ("sd", (100, 64))):
         content = client.get(f"/v1/videos/{video['id']}/content", params={"variant": variant}).content
-        assert size_of(content, tmp_path) == size
+        assert size_of(content) == size
 
 
 def test_sglang_several_outputs_and_seeds(client):
