@@ -6,10 +6,14 @@ process, in simulated time. tests/chaos/test_model.py has random faults.
 
 import asyncio
 import json
+import math
 import re
 import shutil
+import threading
+from collections import Counter
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
@@ -42,6 +46,8 @@ class FakeClient(FakeActorClient):
     """Nothing can be written before this simulated time."""
     unloadable = None
     """Error of each load of weights."""
+    committed = None
+    """Shot -> commits, counted by each test."""
 
     def __init__(self, name, outputs, call_s):
         super().__init__(name, lambda method, *_: call_s or (20 if method == "write" else 2), self.respond, load_s=1)
@@ -68,6 +74,7 @@ class FakeClient(FakeActorClient):
         with self.outputs.draft(plan) as draft:
             for name in ["image.png", *(["video.mp4"] if plan.shot.generate_video else [])]:
                 draft.path(name).write_bytes(name.encode())
+            self.committed[plan.shot.id] += 1
             return CallResult(), draft.commit(args[1])
 
     @staticmethod
@@ -114,6 +121,7 @@ def simulated(without_ray, monkeypatch):
     async def visible(*_):
         """Do not look in a thread whether the folder is shared."""
 
+    monkeypatch.setattr(FakeClient, "committed", Counter())
     monkeypatch.setattr(StoragePause, "problem", problem)
     monkeypatch.setattr(director_module.Director, "_check_folder", visible)
 
@@ -125,25 +133,55 @@ def events():
 
 @pytest.fixture
 def run_prompts(tiny, tmp_path, monkeypatch, events):
-    """Return a function that runs lines with these prompts. `call_s`: seconds of every call.
+    """Return a function that runs lines with these prompts or fields. `call_s`: seconds of every call.
 
-    It returns the report or the error that stopped the run, and line -> status in the manifest.
+    The run is stopped after `stop_after` results. The function returns the report, or the error that stopped the run, and
+    line -> status in the manifest.
     """
     profile = profile_of_fakes(tiny, ("flux", "svd"))
 
-    def run(prompts, gpus="1x80GB", call_s=None, **options):
-        lines = [{"id": f"s-{n}", "prompt": prompt} for n, prompt in enumerate(prompts, start=1)]
+    def run(prompts, gpus="1x80GB", call_s=None, stop_after=math.inf, **options):
+        fields = (prompt if isinstance(prompt, dict) else {"prompt": prompt} for prompt in prompts)
+        lines = [{"id": f"s-{n}", **each} for n, each in enumerate(fields, start=1)]
         script, out = write_lines(tmp_path / "s.jsonl", lines), tmp_path / gpus
         monkeypatch.setattr(director_module, "Engine", engine_class(call_s))
         options = RenderOptions(**{"cluster": parse_gpus(gpus), "cache": "none", "grace_s": 1e9, **options})
         settings = ScriptSettings(script, profile_defaults={**profile.defaults, "upscale_video": False})
+        stop, results = threading.Event(), []
+
+        def finished(row):
+            results.append(row)
+            if len(results) >= stop_after:
+                stop.set()
+
+        monkeypatch.setattr(events, "on_finished", finished)
         try:
-            result = render(settings, profile, OutputFolder(out), options, listener=events)
+            result = render(settings, profile, OutputFolder(out), options, listener=events, stop=stop)
         except (SetupError, TooExpensive) as error:
             result = error
         return result, {row.line: row.status for row in read_manifest(out)}
 
     return run
+
+
+def test_every_line_ends_once_if_the_run_is_stopped_many_times(run_prompts, tmp_path):
+    """Some lines are rejected, and some fail, but fewer than stop a run."""
+    rng, out = np.random.default_rng(0), tmp_path / "2x2x80GB"
+    kinds = [{}] * 40 + [{"generate_video": False}] * 30 + [{"fps": 0}, {"id": "s-1"}, {"prompt": "poison"}] * 4
+    lines = [{"prompt": "a ball", **kind} for kind in rng.permutation(kinds)]
+    for stop_after in (*rng.integers(1, 40, 4), math.inf):
+        report, _ = run_prompts(lines, out.name, stop_after=stop_after)
+        assert report.done + report.failed + report.skipped + report.left == len(lines)
+    assert report.left == 0
+    rows = read_manifest(out)
+    assert Counter(row.line for row in rows) == dict.fromkeys(range(1, len(lines) + 1), 1)
+    is_wrong = {n: line["prompt"] == "poison" or "fps" in line or ("id" in line and n > 1) for n, line in enumerate(lines, 1)}
+    wrong = [n for n in is_wrong if is_wrong[n]]
+    assert sorted(row.line for row in rows if row.status == "failed") == wrong
+    assert FakeClient.committed == {row.id: 1 for row in rows if row.status == "done"}
+    failures = [json.loads(text) for text in (out / "failures.jsonl").read_text().splitlines()]
+    assert sorted(failure["failure"]["line"] for failure in failures) == wrong
+    assert not list(out.rglob(".tmp-*"))
 
 
 def test_run_stops_if_the_only_worker_is_sick_and_the_next_run_renders_its_lines(run_prompts):
