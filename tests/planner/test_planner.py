@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import product
 
 import pytest
@@ -32,7 +32,7 @@ from vidgen_ray.planner import (
 )
 from vidgen_ray.planner.cluster import H100
 from vidgen_ray.planner.demand import ENCODE_SECONDS, ENCODING
-from vidgen_ray.planner.layout import CONTEXT_GB, Slot, WorkerSpec
+from vidgen_ray.planner.layout import CONTEXT_GB, GPU_PROCESS_HOST_GB, PROCESS_HOST_GB, Slot, WorkerSpec
 from vidgen_ray.planner.solver import more_slots
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
@@ -421,20 +421,114 @@ def test_print_plan(capsys):
     assert "nothing to render: 7 of 7 already done" in capsys.readouterr().out
 
 
-def random_case(rng):
-    """Return a random profile, demand and cluster. Only GPUs limit the rate."""
-    actors = {
-        name: (
-            round(rng.choice([rng.uniform(0.5, 8), rng.uniform(4, 40), rng.uniform(20, 60)]), 1),
-            {stage: round(10 ** rng.uniform(-2, 2), 3) for stage in STAGES_OF[name]},
+def random_case(rng, *, max_gpus=4, max_actors=5):
+    """Return a random profile, demand and cluster. Some of them are short of a resource."""
+    names = sorted(rng.sample(list(B6), rng.randint(1, max_actors)))
+    on_cpu = rng.random() < 0.1
+    actors = {}
+    for name in names:
+        cpu = on_cpu or (name == "instantid" and rng.random() < 0.5)
+        actors[name] = ActorProfile(
+            weights="w",
+            device="cpu" if cpu else "cuda",
+            cpus=rng.choice([0.25, 0.5, 1, 1, 1, 2, 4]),
+            memory_gb=round(rng.choice([rng.uniform(0.5, 8), rng.uniform(4, 40), rng.uniform(20, 60)]) / (10 if cpu else 1), 1),
+            seconds={stage: round(10 ** rng.uniform(-2, 2), 3) for stage in STAGES_OF[name]},
         )
-        for name in sorted(rng.sample(list(B6), rng.randint(1, 4)))
-    }
-    shots = rng.choice([50, 1000])
-    costs = {stage: shots * rng.choice([1.0, 1.0, rng.uniform(0.05, 3)]) for name in actors for stage in STAGES_OF[name]}
-    demand = Demand(shots, {stage: RelativeCost(cost, cost) for stage, cost in costs.items()}, shots, 0.0, 1e6, 1e6, 1e6, 0)
-    gpus = tuple(rng.choice([16.0, 24.0, 48.0, 80.0]) for _ in range(rng.randint(1, 4)))
-    return gpu_profile(actors), demand, Cluster((Node(gpus, 640_000, None),))
+    layout = rng.choice(["auto"] * 4 + ["fused", "colocated", "staged"])
+    profile = Profile(name="r", about="r", actors=actors, layout=layout, cpu_workers=rng.choice([None, None, 1, 3]))
+    shots = rng.choice([1, 2, 5, 50, 1000])
+    relative_cost = {stage: shots * rng.choice([1.0, 1.0, rng.uniform(0.05, 3)]) for name in names for stage in STAGES_OF[name]}
+    costs = {stage: RelativeCost(cost, cost) for stage, cost in relative_cost.items()}
+    demand = Demand(shots, costs, shots, shots * rng.choice([0.0, 10.0, 300.0]), 1e6, 1e6, 1e6, 0)
+    nodes, gpus_left = [], max_gpus
+    for _ in range(rng.randint(1, 3)):
+        gpus = tuple(rng.choice([16.0, 24.0, 48.0, 80.0]) for _ in range(rng.randint(0, min(gpus_left, 4))))
+        gpus_left -= len(gpus)
+        cpus = rng.choice([rng.randint(1, 6), 4 + 8 * len(gpus), 64])
+        nodes.append(Node(gpus, cpus, rng.choice([None, None, 512.0, rng.uniform(4, 100)])))
+    return profile, demand, Cluster(tuple(nodes))
+
+
+def process_needs(profile, stages, swap_groups):
+    """Return GPU memory, CPUs, host memory and more host memory while loading of a process, independently of the planner."""
+    actors = {STAGE_BY_NAME[stage].actor for stage in stages}
+    groups = [{STAGE_BY_NAME[stage].actor for stage in group} for group in swap_groups]
+    gpu = {name: profile.actors[name].memory_gb for name in actors if profile.actors[name].device == "cuda"}
+    host = sum(profile.actors[name].memory_gb for name in actors if name not in gpu)
+    waiting = sum(gpu[name] for group in groups for name in group)
+    largest = max((sum(gpu[name] for name in group) for group in groups), default=0)
+    gpu_gb = CONTEXT_GB + sum(gpu.values()) - waiting + largest if gpu else 0
+    cpus = max(profile.actors[name].cpus for name in actors)
+    load = max((gb for name, gb in gpu.items() if not any(name in group for group in groups)), default=0)
+    return gpu_gb, cpus, host + waiting + (GPU_PROCESS_HOST_GB if gpu else PROCESS_HOST_GB), load
+
+
+def other_processes_fit(free_cpus, encoders):
+    """Return whether encoders, director and Ray's own tasks fit on nodes with these free CPUs."""
+    if min(free_cpus) < -TOLERANCE:
+        return False
+
+    def encoder_places(free):
+        return sum(int((cpus + TOLERANCE) / 0.5) for cpus in free)
+
+    options = (
+        [cpus - (1.0 if n == director else 0) for n, cpus in enumerate(free_cpus)]
+        for director, free in enumerate(free_cpus)
+        if free >= 1 - TOLERANCE
+    )
+    return any(encoder_places(free) >= encoders for free in options)
+
+
+def assert_respects_limits(planned, profile, demand, cluster):
+    layout = planned.layout
+    cpus = [node.cpus for node in cluster.nodes]
+    host = [node.memory_gb if node.memory_gb is not None else float("inf") for node in cluster.nodes]
+    load = [0 for _ in cluster.nodes]
+    sizes = defaultdict(list)
+    for slot, node in zip(layout.slots, planned.nodes, strict=True):
+        needs = [process_needs(profile, worker.stages, worker.swap_groups) for worker in slot.workers]
+        assert [worker.cpus for worker in slot.workers] == [needed for _, needed, _, _ in needs]
+        assert sum(gb for gb, _, _, _ in needs) == pytest.approx(slot.memory_gb, abs=2e-3)
+        assert sum(worker.gpus for worker in slot.workers) <= 1
+        assert all((worker.gpus > 0) == (gb > 0) for worker, (gb, _, _, _) in zip(slot.workers, needs, strict=True))
+        assert all(set().union(*worker.swap_groups) <= set(worker.stages) for worker in slot.workers)
+        cpus[node] -= slot.cpus
+        host[node] -= sum(gb for _, _, gb, _ in needs)
+        load[node] = max(load[node], *(gb for _, _, _, gb in needs))
+        if slot.has_gpu:
+            sizes[node].append(slot.memory_gb)
+    for node, slot_sizes in sizes.items():
+        gpus = sorted(cluster.nodes[node].gpus, reverse=True)
+        assert len(slot_sizes) <= len(gpus)
+        assert all(gb <= memory + 2e-3 for gb, memory in zip(sorted(slot_sizes, reverse=True), gpus, strict=False))
+    assert other_processes_fit(cpus, layout.encoders)
+    assert all(gb >= loading - TOLERANCE for gb, loading in zip(host, load, strict=True))
+    assert {stage for worker in layout.workers for stage in worker.stages} == set(demand.relative_cost)
+    assert 1 <= layout.window <= demand.shots
+    assert 0 < planned.efficiency <= 1 + TOLERANCE
+    for slot, shares in zip(layout.slots, planned.shares, strict=True):
+        assert set(shares) == {stage for worker in slot.workers for stage in worker.stages}
+        beside = {stage for worker in slot.workers if slot.has_gpu and not worker.gpus for stage in worker.stages}
+        assert sum(share for stage, share in shares.items() if stage not in beside) <= 1 + 1e-4
+        assert all(sum(shares[stage] for stage in worker.stages) <= 1 + 1e-4 for worker in slot.workers)
+
+
+def test_random_plans_respect_all_limits():
+    rng = random.Random(3)
+    accepted = Counter()
+    for _ in range(60):
+        profile, demand, cluster = random_case(rng, max_gpus=7)
+        try:
+            planned = plan(profile, demand, cluster)
+        except (SetupError, ProfileError):
+            accepted["infeasible"] += 1
+            continue
+        assert_respects_limits(planned, profile, demand, cluster)
+        accepted[planned.layout.kind] += 1
+        accepted["turns"] += any(worker.swap_groups for worker in planned.layout.workers)
+    kinds = ("infeasible", "fused", "colocated", "staged", "hybrid", "turns")
+    assert min(accepted[kind] for kind in kinds) >= 1, accepted
 
 
 def brute_force_rate(profile, seconds, gpus):
@@ -460,9 +554,12 @@ def test_plan_is_as_fast_as_the_best_brute_force_assignment(monkeypatch):
     """A plan is refused only if brute force finds none."""
     # Brute force knows the GPUs only.
     monkeypatch.setattr(choose_layout, "DIRECTOR_S", 1e-6)
-    rng, compared, refused = random.Random(1), Counter(), 0
+    rng, compared, refused = random.Random(6), Counter(), 0
     while compared.total() < 30:
-        profile, demand, cluster = random_case(rng)
+        profile, demand, cluster = random_case(rng, max_gpus=4, max_actors=4)
+        if profile.layout != "auto" or any(actor.device == "cpu" for actor in profile.actors.values()) or demand.shots < 9:
+            continue
+        cluster = Cluster((Node(cluster.gpus, 640_000, None),))
         try:
             planned = plan(profile, demand, cluster)
         except SetupError:
