@@ -19,8 +19,8 @@ from vidgen_ray.stages import flux, memory_table
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux_model import FluxModel
 
-FACE = {"face_image": str(ASTRONAUT), "lora": "builtin:tiny/lora.safetensors"}
-PHOTO = {"face_image": str(ASTRONAUT), "identity": "reference"}
+FACE = {"face_image": str(ASTRONAUT), "lora": "builtin:tiny/lora.safetensors", "num_frames": 2}
+PHOTO = {"face_image": str(ASTRONAUT), "identity": "reference", "num_frames": 2}
 WAN, LTX = ({"video_model": name, "num_frames": 9} for name in ("wan", "ltx"))
 CHAIN = ("flux", "lora", "svd")
 ONE_LORA = {"adapters_kept": 1}
