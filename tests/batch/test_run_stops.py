@@ -1,4 +1,4 @@
-"""What stops a run, and what the next run does then.
+"""Stopped runs: their causes, and what the next run does.
 
 Scripts, planning, scheduling, retries, quarantine and the manifest are the real ones. Workers and encoders are fakes in this
 process, in simulated time. tests/chaos/test_model.py has random faults.
