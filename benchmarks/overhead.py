@@ -90,9 +90,10 @@ def main() -> int:
             write_json(args.json, {"machine": machine(("vidgen-ray",)), "rows": rows})
         return 0
     lines = args.lines or (QUICK_LINES if args.quick else LINES)
-    # Ray reads its variables before it starts. PYTHONPATH lets its workers find this package.
-    os.environ.update(ENVIRONMENT, PYTHONPATH=str(ROOT))
     folder = Path(tempfile.mkdtemp(prefix="vidgen-overhead-"))
+    # Ray reads its variables before it starts. PYTHONPATH lets its workers find this package. With the seconds that an earlier
+    # run has measured, the plan would use all of Ray's CPUs for encoders, and this machine has fewer.
+    os.environ.update(ENVIRONMENT, PYTHONPATH=str(ROOT), XDG_CACHE_HOME=str(folder / "cache"))
     try:
         rows = measure(lines, folder)
     finally:
