@@ -93,7 +93,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="vidgen-overhead-"))
     # Ray reads its variables before it starts. PYTHONPATH lets its workers find this package. With the seconds that an earlier
     # run has measured, the plan would use all of Ray's CPUs for encoders, and this machine has fewer.
-    os.environ.update(ENVIRONMENT, PYTHONPATH=str(ROOT), XDG_CACHE_HOME=str(folder / "cache"))
+    os.environ.update(ENVIRONMENT, PYTHONPATH=str(ROOT), VIDGEN_CACHE=str(folder / "cache"))
     try:
         rows = measure(lines, folder)
     finally:
