@@ -24,8 +24,18 @@ from vidgen_ray.limits import MAX_FRAMES
 from vidgen_ray.media import encode_png, open_video, read_image
 from vidgen_ray.remote.video_server import ServerFailed, VideoServers, WrongAnswer, auth_headers, reported_model
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import NOT_IN_KEY, Artefacts, Frames, Image, Item, Stage, StageParams, report_progress
-from vidgen_ray.stages.video import VideoStage, prompt_of
+from vidgen_ray.stages.base import (
+    NOT_IN_KEY,
+    PROMPT_FIELDS,
+    Artefacts,
+    Frames,
+    Image,
+    Item,
+    Stage,
+    StageParams,
+    report_progress,
+)
+from vidgen_ray.stages.video import CLIP_PROMPT_FIELDS, VideoStage, prompt_of
 from vidgen_ray.video_models import VideoModel
 from vidgen_ray.weights import REMOTE
 
@@ -163,9 +173,7 @@ class RemoteImageStage(_RemoteStage):
     chosen_by: ClassVar[str] = "image_by"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"image_model": "remote"},)
     common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
-    reads: ClassVar[tuple[str, ...]] = (
-        "prompt", "negative_prompt", "width", "height", "steps.remote_image", "guidance.remote_image", "seed",
-    )  # fmt: skip
+    reads: ClassVar[tuple[str, ...]] = (*PROMPT_FIELDS, "steps.remote_image", "guidance.remote_image")
     takes: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "base.png"
@@ -201,10 +209,7 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
     activity: ClassVar[str] = "Waiting for the clip of a server"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "remote", "num_frames": 25},)
     clip_only_fields: ClassVar[tuple[str, ...]] = (*VideoStage.clip_only_fields, "motion_prompt")
-    reads: ClassVar[tuple[str, ...]] = (
-        "prompt", "negative_prompt", "motion_prompt", "width", "height", "num_frames", "extend", "fps",
-        "steps.remote", "guidance.remote", "seed",
-    )  # fmt: skip
+    reads: ClassVar[tuple[str, ...]] = (*CLIP_PROMPT_FIELDS, "steps.remote", "guidance.remote")
 
     def __init__(self, params: RemoteParams) -> None:
         super().__init__(params)

@@ -201,7 +201,7 @@ class StageParams(StrictModel):
 
 P = TypeVar("P", bound=StageParams)
 PROMPT_FIELDS = ("prompt", "negative_prompt", "width", "height", "seed")
-"""Shot fields that every stage reads that makes an image of its size from a prompt."""
+"""Shot fields that a stage reads if it makes an image or a clip of the shot's size from a prompt."""
 
 
 class Stage(ABC, Generic[P]):

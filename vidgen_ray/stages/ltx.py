@@ -20,7 +20,7 @@ from vidgen_ray.stages.memory_table import (
     offload_work,
     weight_bytes,
 )
-from vidgen_ray.stages.video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage, clip_host_bytes
+from vidgen_ray.stages.video import CLIP_PROMPT_FIELDS, PromptedVideoParams, PromptedVideoStage, clip_host_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "ltx", "num_frames": 25, "fps": 25},)
     # The published folders name the pipeline of text to video, with the same components.
     pipelines: ClassVar[tuple[str, ...]] = ("LTXImageToVideoPipeline", "LTXPipeline")
-    reads: ClassVar[tuple[str, ...]] = (*PROMPTED_FIELDS, "steps.ltx", "guidance.ltx", "seed")
+    reads: ClassVar[tuple[str, ...]] = (*CLIP_PROMPT_FIELDS, "video_lora", "steps.ltx", "guidance.ltx")
     Params: ClassVar[type[StageParams]] = LTXParams
     default_steps: ClassVar[int] = 50
     step_curve: ClassVar[str] = "ltx/step"

@@ -14,6 +14,7 @@ from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
     NOT_IN_KEY,
+    PROMPT_FIELDS,
     REFERENCE_FRAMES,
     REFERENCE_PIXELS,
     Artefacts,
@@ -130,10 +131,8 @@ class PromptedVideoParams(OffloadParams, CompileParams):
     """Encode and decode in overlapping tiles, which needs less memory and may show seams."""
 
 
-PROMPTED_FIELDS = (
-    "prompt", "negative_prompt", "motion_prompt", "width", "height", "num_frames", "extend", "fps", "video_lora",
-)  # fmt: skip
-"""Shot fields that every such model reads, beside its steps, its guidance and the seed."""
+CLIP_PROMPT_FIELDS = (*PROMPT_FIELDS, "motion_prompt", "num_frames", "extend", "fps")
+"""Shot fields that a model reads if it makes a clip from a prompt, beside its steps and its guidance."""
 VP = TypeVar("VP", bound=PromptedVideoParams)
 
 

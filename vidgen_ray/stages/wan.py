@@ -25,7 +25,7 @@ from vidgen_ray.stages.memory_table import (
     offload_work,
     weight_bytes,
 )
-from vidgen_ray.stages.video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage, clip_host_bytes
+from vidgen_ray.stages.video import CLIP_PROMPT_FIELDS, PromptedVideoParams, PromptedVideoStage, clip_host_bytes
 from vidgen_ray.system.model_files import PIPELINE_INDEX
 
 if TYPE_CHECKING:
@@ -65,7 +65,14 @@ class WanStage(PromptedVideoStage[WanParams]):
     # The folder of TI2V-5B names the pipeline of text to video, with the same components.
     pipelines: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline", "WanPipeline")
     # The model has no condition for fps, but the clip is encoded with it.
-    reads: ClassVar[tuple[str, ...]] = (*PROMPTED_FIELDS, "last_image", "steps.wan", "guidance.wan", "guidance.wan_2", "seed")
+    reads: ClassVar[tuple[str, ...]] = (
+        *CLIP_PROMPT_FIELDS,
+        "video_lora",
+        "last_image",
+        "steps.wan",
+        "guidance.wan",
+        "guidance.wan_2",
+    )
     Params: ClassVar[type[StageParams]] = WanParams
     default_steps: ClassVar[int] = 40
     step_curve: ClassVar[str] = "wan/step"
