@@ -167,6 +167,49 @@ def test_image_inputs(client, server, held):
         client.create_video("a man", input_reference="gone.png")
 
 
+PRIVATE = {
+    "key.pem": b"-----BEGIN PRIVATE KEY-----",
+    "notes.png": b"BM and other words",
+    "large.png": b"\x89PNG\r\n\x1a\n" * 3_200_000,
+}
+
+
+@pytest.mark.parametrize("given", ["/dev/zero", "/proc/self/environ", "pipe", ".", *PRIVATE])
+def test_only_regular_files_of_images_are_sent(given, tmp_path):
+    (tmp_path / given).write_bytes(PRIVATE[given]) if given in PRIVATE else None
+    os.mkfifo(tmp_path / "pipe")
+    with Client("http://127.0.0.1:9", retries=0) as offline:
+        for send in (
+            lambda path: offline.create_video("a man", face_image=[path]),
+            lambda path: offline.create_character("Me", path),
+            lambda path: offline.create_character("Me", video=path),
+        ):
+            with pytest.raises(ClientError, match=r": not sent, must be (a regular file|an image|a video|at most 25 MB)"):
+                send(tmp_path / given)
+
+
+def test_ids_cannot_leave_the_folder_of_downloads_or_change_the_url(tmp_path):
+    video = {"id": "../.profile", "status": "completed", "created_at": 1}
+    requests = []
+
+    async def on_request(request):
+        requests.append(request.url.path)
+
+    with (
+        listening_on_a_port(scripted(JSONResponse(video))) as url,
+        Client(url, event_hooks={"request": [on_request]}) as client,
+    ):
+        for method in (client.get_video, client.cancel_video, client.delete_character):
+            with pytest.raises(ClientError, match=r"id: got '\.\./x', must be 1 to 64 letters"):
+                method("../x")
+        assert requests == []
+        with pytest.raises(ClientError, match=r"The answer is not a Video, id: "):
+            client.get_video("video_1")
+        # A type of content that the client does not know.
+        (tmp_path / "clips").mkdir()
+        assert client.download_video("video_1", tmp_path / "clips").name == "video_1.bin"
+
+
 def test_wait_timeout_list_remix_cancel_delete(client, server, held):
     video = client.create_video("a man", seed=5, priority="high", **SMALL)
     assert video.priority == "high"

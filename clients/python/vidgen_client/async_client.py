@@ -8,13 +8,14 @@ import json
 import math
 import os
 import random
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import httpx2
@@ -23,6 +24,7 @@ from pydantic import ValidationError
 from vidgen_client.errors import ApiError, ClientError, ConnectionFailed, JobCancelled, JobFailed, WaitTimeout
 from vidgen_client.image_inputs import ImageInput, file_of, reference_of
 from vidgen_client.models import (
+    ID,
     A,
     Character,
     ErasedCharacter,
@@ -259,7 +261,7 @@ class AsyncClient:
 
     async def upload_image(self, image: ImageInput) -> UploadedFile:
         """Upload an image, to use it in several requests. The same image always has the same id."""
-        purpose, files = {"purpose": "vision"}, [("file", file_of(image))]
+        purpose, files = {"purpose": "vision"}, [("file", await asyncio.to_thread(file_of, image))]
         return await self._request(UploadedFile, "POST", "/v1/files", data=purpose, files=files)
 
     async def create_character(
@@ -271,9 +273,10 @@ class AsyncClient:
         consent: ConsentInput | None = None,
     ) -> Character:
         """Create a character from photos of one face, or from a video that shows it. `consent`: as in `create_video`."""
-        files = [("image", file_of(photo)) for photo in (photos if isinstance(photos, list | tuple) else [photos])]
+        given = photos if isinstance(photos, list | tuple) else [photos]
+        files = [("image", await asyncio.to_thread(file_of, photo)) for photo in given]
         if video is not None:
-            files.append(("video", file_of(video)))
+            files.append(("video", await asyncio.to_thread(file_of, video, "video")))
         fields = {"name": name}
         if consent is not None:
             fields["consent"] = consent if isinstance(consent, str) else json.dumps(dict(consent))
@@ -285,13 +288,12 @@ class AsyncClient:
 
     async def delete_character(self, character: Character | str) -> None:
         """Delete a character by its id. Its photos remain uploads."""
-        await self._send("DELETE", f"/v1/videos/characters/{quote(_id(character), safe='')}")
+        await self._send("DELETE", f"/v1/videos/characters/{_id(character)}")
 
     async def erase_character(self, character: Character | str, *, videos: bool = False) -> ErasedCharacter:
         """Delete a character with its photos, face features and cached results. `videos`: also what was made with it."""
         params = {"videos": str(videos).lower()}
-        path = f"/v1/characters/{quote(_id(character), safe='')}"
-        return await self._request(ErasedCharacter, "DELETE", path, params=params)
+        return await self._request(ErasedCharacter, "DELETE", f"/v1/characters/{_id(character)}", params=params)
 
     async def list_models(self) -> list[Model]:
         """Return the models of the server. The first is the default."""
@@ -386,7 +388,7 @@ class AsyncClient:
         # A compressed body would not have the offsets of the file.
         headers = {"Accept-Encoding": "identity"}
         async with self._stream(url, params={"variant": variant}, headers=headers, timeout_s=TIMEOUT_S) as response:
-            suffix = SUFFIXES.get(response.headers.get("content-type", ""), "")
+            suffix = SUFFIXES.get(response.headers.get("content-type", ""), ".bin")
             target = path / f"{_id(video)}{suffix}" if path.is_dir() else path
             # A proxy may leave out both headers. Then the file is written in one piece.
             etag, length = response.headers.get("etag", ""), int(response.headers.get("content-length", 0))
@@ -432,11 +434,15 @@ def _parse(model: type[A], content: bytes | str) -> A:
 
 
 def _id(named: Video | Character | str) -> str:
-    return named if isinstance(named, str) else named.id
+    """Return an id, which is part of URLs and of file names. Raises ClientError for other text."""
+    name = named if isinstance(named, str) else named.id
+    if not re.fullmatch(ID, name):
+        raise ClientError(f"id: got {name[:100]!r}, must be 1 to 64 letters, digits, - and _")
+    return name
 
 
 def _path(video: Video | str) -> str:
-    return f"/v1/videos/{quote(_id(video), safe='')}"
+    return f"/v1/videos/{_id(video)}"
 
 
 def _timeout(timeout_s: float) -> httpx2.Timeout:

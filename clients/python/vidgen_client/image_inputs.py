@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import stat
 from collections.abc import Mapping
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
+from vidgen_client.errors import ClientError
 from vidgen_client.models import UploadedFile
 
 if TYPE_CHECKING:
@@ -18,6 +21,16 @@ if TYPE_CHECKING:
 ImageInput: TypeAlias = Union[str, PathLike[str], bytes, "Image", UploadedFile, Mapping[str, str]]
 """Path, content of an image file, PIL image, `data:` or http(s) URL, upload, or `{"file_id": ...}`."""
 URL_PREFIXES = ("data:", "http://", "https://")
+MB = 1_000_000
+Kind = Literal["image", "video"]
+MAX_BYTES: Mapping[Kind, int] = {"image": 25 * MB, "video": 100 * MB}
+"""Largest file that is read, in bytes: the limits of a server."""
+STARTS: Mapping[Kind, re.Pattern[bytes]] = {
+    "image": re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM....\0\0\0\0|II[*+]\0|MM\0[*+]", re.DOTALL),
+    "video": re.compile(rb"....(ftyp|moov|mdat|free|skip|wide)|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL),
+}
+"""First bytes of the files that are read: those of the formats that a server accepts."""
+START_BYTES = 12
 
 
 def reference_of(image: ImageInput) -> dict[str, str] | None:
@@ -31,18 +44,35 @@ def reference_of(image: ImageInput) -> dict[str, str] | None:
     return None
 
 
-def file_of(image: Any) -> tuple[str, bytes]:
-    """Return the name and content of an image file. PIL images become PNG. Raises OSError and TypeError."""
+def file_of(image: Any, kind: Kind = "image") -> tuple[str, bytes]:
+    """Return the name and content of an image file, or of a video. PIL images become PNG.
+
+    An assistant may pass any path: only regular files that start as such a file does are read. Raises ClientError, OSError and
+    TypeError.
+    """
     if isinstance(image, bytes):
-        return "image", image
+        return kind, image
     if isinstance(image, str | PathLike):
-        path = Path(image)
-        return path.name, path.read_bytes()
+        return Path(image).name, _read(Path(image), kind)
     if callable(getattr(image, "save", None)):
         buffer = BytesIO()
         image.save(buffer, "PNG", pnginfo=_mark_of(image))
         return "image.png", buffer.getvalue()
     raise TypeError(f"image: got {type(image).__name__}, must be a path, bytes, a PIL image, a URL or an UploadedFile")
+
+
+def _read(path: Path, kind: Kind) -> bytes:
+    limit = MAX_BYTES[kind]
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ClientError(f"{path}: not sent, must be a regular file")
+    with path.open("rb") as file:
+        content = file.read(START_BYTES)
+        if not STARTS[kind].match(content):
+            raise ClientError(f"{path}: not sent, must be {'an image' if kind == 'image' else 'a video'}")
+        content += file.read(limit)
+    if len(content) > limit:
+        raise ClientError(f"{path}: not sent, must be at most {limit // MB} MB")
+    return content
 
 
 def _mark_of(image: Image) -> PngInfo | None:

@@ -6,7 +6,7 @@ from base64 import b64decode
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,6 +14,9 @@ Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 Priority = Literal["low", "normal", "high"]
 Variant = Literal["video", "hd", "sd", "image", "thumbnail", "spritesheet", "preview"]
 """File of a video: the clip, a larger clip, the clip before upscaling, the first image, or a preview."""
+ID = r"[A-Za-z0-9_-]{1,64}"
+Id = Annotated[str, Field(pattern=f"^{ID}$")]
+"""Id of a job or a character. It becomes part of URLs and of file names."""
 
 
 class Answer(BaseModel):
@@ -38,7 +41,7 @@ class JobProblem(Answer):
 class Video(Answer):
     """Job of a video, or of an image. Times are in seconds since 1970."""
 
-    id: str
+    id: Id
     status: Status
     priority: Priority = "normal"
     progress: int = 0
@@ -188,7 +191,7 @@ class Consent(BaseModel):
 class Character(Answer):
     """Named face. Requests refer to it by its name or id."""
 
-    id: str
+    id: Id
     name: str
     created_at: int
     photos: list[str]
