@@ -39,7 +39,7 @@ def run(in_process, tmp_path, monkeypatch, capsys):
 
     def call(*arguments, lines=LINES):
         write_lines(script, lines)
-        of_script = [str(script), "-o", str(out), "-p", "tiny"] if arguments == ("render",) else [str(out)]
+        of_script = [str(script), "-o", str(out), "-p", "tiny"] if arguments[0] == "render" else [str(out)]
         code = main([arguments[0], *of_script, *arguments[1:]])
         printed = capsys.readouterr()
         return code, printed.out + printed.err
@@ -96,6 +96,31 @@ def test_rejected_shots_get_new_seeds_that_the_script_keeps(run, tiny):
     edited = [{**line, "seed": 6} if line["id"] == "a" else line for line in LINES]
     assert run("render", lines=edited)[0] == 1
     assert rows_of(run.out)["a"]["seed"] == 6
+
+
+def test_retry_scores_if_the_run_did(run, monkeypatch):
+    scored = []
+
+    class Listener:
+        def __init__(self, view, outputs, profile, address):
+            self._view = view
+
+        def __getattr__(self, name):
+            return getattr(self._view, name)
+
+        def finish(self):
+            scored.append(set(rows_of(run.out)))
+
+    monkeypatch.setattr("vidgen_ray.cli.run_script.load_of_extra", lambda *_: Listener)
+    run("render", "--score", lines=LINES[:1])
+    for _ in range(2):
+        reject(run.out, "a")
+        assert run("retry", "--rejected", lines=LINES[:1])[0] == 0
+    assert scored == [{"a"}] * 3
+    run("render", "--fresh", lines=LINES[:1])
+    reject(run.out, "a")
+    run("retry", "--rejected", lines=LINES[:1])
+    assert len(scored) == 3
 
 
 def test_retry_and_prune_of_the_shots_that_match(run):

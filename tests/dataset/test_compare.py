@@ -152,6 +152,24 @@ def test_clips_with_seeds_of_their_own_are_paired_by_prompt(tmp_path: Path) -> N
     assert (score["pairs"], score["mean"]) == (5, 6.0)
 
 
+def test_pairs_of_several_persons_with_one_prompt_and_seed_are_counted_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [_swept(line, strength, score=strength * line) for line in range(6) for strength in (0.0, 1.0)]
+    rows = [(line, {**fields, "prompt": f"prompt {line % 3}"}, scores) for line, fields, scores in rows]
+    rows[-1][1]["metadata"]["matrix"]["seed"] = 9
+    folder = _folder(tmp_path, rows)
+    write_scores(folder.storage, "other@1", {"clip_sha256": [digest_of("0-0.0-1")], "flicker": [1.0]})
+    factor = _compare(folder)["identity_strength"]
+    level = factor["levels"]["1"]
+    assert (factor["paired_by"], level["unpaired"], level["differences"]["score"]["mean"]) == ("line and seed", 2, 2.0)
+    assert main(["compare", str(folder.root)]) == 0
+    printed, page = capsys.readouterr(), (tmp_path / "compare.html").read_text()
+    assert "no interval (5 pairs of 3 prompts; an interval needs 5 prompts). Pairs by line and seed." in printed.out
+    assert "5 pairs of 3 prompts by line and seed, equal in all other factors" in page
+    assert all("11 of 12 clips have no scores of other; run: vidgen score" in text for text in (printed.err, page))
+
+
 def test_few_prompts_have_no_interval(tmp_path: Path) -> None:
     rows = [_swept(line, strength, seed, score=strength) for line in (0, 1) for seed in (0, 1) for strength in (0.0, 1.0)]
     (_, level) = _compare(_folder(tmp_path, rows))["identity_strength"]["levels"].values()

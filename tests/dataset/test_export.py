@@ -341,7 +341,7 @@ def test_settings_that_do_not_fit_are_refused(six_clips, tmp_path, capsys):
         ("no clip to export: of 6 finished shots, 6 are not selected", tmp_path / "new", {"where": "seed > 100"}),
         ("6 have no hd", tmp_path / "new", {"files": "hd"}),
         (r"unknown name \{place\}, must be one of metadata.character, ", tmp_path / "new", {"caption": "{place}"}),
-        ("manifest has the columns", tmp_path / "new", {"where": "sharpness > 1"}),
+        ("no clip has sharpness yet; run: vidgen score ", tmp_path / "new", {"where": "sharpness > 1"}),
     ):
         with pytest.raises(UsageError, match=match):
             export_to(place, six_clips, **settings)

@@ -1,6 +1,7 @@
 """Tables of an output folder, queries and selections."""
 
 import json
+import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,6 +65,39 @@ def test_best_of_siblings_is_selected_and_a_shot_without_a_value_loses(folder: P
     assert select_ids(storage, best="seed") == ["boat-1"]
     assert select_ids(storage, best="stars -- a comment") == ["boat-0"]
     assert select_ids(storage, "motion > 0.5 or status = 'failed'") == ["boat-0", "lost"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "query . 'SELECT id FROM clips WHERE motion > 0.5'",
+            "1 of 2 clips has no motion; run: vidgen score {folder}, with its --scorer",
+        ),
+        (
+            "query . 'SELECT script FROM clips GROUP BY ALL HAVING max(motion + sharpness) > 1'",
+            "has no motion, sharpness; run:",
+        ),
+        ("query . 'SELECT motion FROM clips WHERE seconds > 0'", None),
+        (
+            "query . 'SELECT id FROM clips WHERE neighbour_distance < 4'",
+            "no clip has neighbour_distance yet; run: vidgen score {folder}\n",
+        ),
+        ("query . 'SELECT * FROM clips c WHERE c.likeness > 0'", "no clip has likeness yet; run: vidgen score {folder}\n"),
+        ("prune . --where 'sharpness < 1' --dry-run", "1 of 2 clips has no sharpness; run:"),
+        ("retry . --where 'sharpness < 1' --profile tiny", "1 of 2 clips has no sharpness; run:"),
+        ("film . --where 'sharpness < 1'", "1 of 2 clips has no sharpness; run:"),
+        ("film . --best motion", "1 of 2 clips has no motion; run:"),
+        ("export . ../data --where 'motion > 1'", "1 of 2 clips has no motion; run:"),
+    ],
+)
+def test_clips_without_the_score_of_a_condition_are_counted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str, message: str | None
+) -> None:
+    monkeypatch.chdir(folder)
+    main(shlex.split(arguments))
+    printed = capsys.readouterr().err
+    assert message.format(folder=folder) in printed if message else not printed
 
 
 def test_query_reads_no_other_file(folder: Path) -> None:

@@ -54,6 +54,8 @@ class RenderOptions:
     """Attempts per call before the shot has failed. The first one counts."""
     grace_s: float = GRACE_S
     """Seconds that shots in progress may take to finish after a stop request."""
+    listener: str | None = None
+    """Name of an entry point of `vidgen.run_listeners`, such as `score`, that the command adds to the run."""
     wait_storage_s: float = MAX_WAIT_S
     """Seconds that the run waits while no file can be written to the output folder."""
     stages: Mapping[str, type[Stage[Any]]] = field(default_factory=lambda: STAGE_BY_NAME)
@@ -76,6 +78,7 @@ class RecordedOptions(FrozenModel):
     keep_stages: bool = False
     strict_prompts: bool = False
     attempts: int = ATTEMPTS
+    listener: str | None = None
     run_seed: int = 0
     """Seed of the run, for lines without a seed that were rejected. Other failed lines are stored with theirs."""
     changes: dict[str, JsonValue] = Field(default_factory=dict)

@@ -271,15 +271,8 @@ def render(
         raise ScriptError(errors)
     if require is not None:
         require_licence(require, script_licences(iter_script(settings), chosen, OutputFolder(out)))
-    run_script(
-        settings,
-        chosen,
-        out,
-        replace(run, keep_stages=bool(keep)),
-        as_json=as_json,
-        then_prune=prune,
-        listener="score" if score else None,
-    )
+    options = replace(run, keep_stages=bool(keep), listener="score" if score else None)
+    run_script(settings, chosen, out, options, as_json=as_json, then_prune=prune)
 
 
 @in_group(RENDER)
@@ -298,8 +291,8 @@ def retry(
     """Render the failed lines of an output folder again.
 
     With the options of its last run that change files: profile, provenance, --keep, --cache, --cache-gb, --replace,
-    --strict-prompts, --attempts, --seed and --until. --where also renders the finished shots that match, with new seeds, which
-    their script then keeps.
+    --strict-prompts, --attempts, --seed, --until and --score. --where also renders the finished shots that match, with new
+    seeds, which their script then keeps.
     """
     outputs = OutputFolder(out)
     chosen = profile_of_run(outputs, profile)
@@ -421,12 +414,11 @@ def run_script(
     *,
     as_json: bool,
     then_prune: bool = False,
-    listener: str | None = None,
 ) -> None:
     """Render a script, write the gallery and print the result. Raises typer.Exit unless all shots are done.
 
-    `listener`: name of an entry point of `LISTENERS`. Its class gets the view, the output folder, the profile and Ray's
-    address; `finish` is called after the run.
+    The class of a listener in `options` gets the view, the output folder, the profile and Ray's address; `finish` is called
+    after the run.
     """
     from vidgen_ray.batch.render_script import render as render_on_ray
     from vidgen_ray.outputs.cleanup import prune as prune_folder
@@ -444,7 +436,7 @@ def run_script(
             stoppable(options.grace_s) as stop,
         ):
             added = None
-            if listener is not None:
+            if (listener := options.listener) is not None:
                 added = load_of_extra(LISTENERS, listener, f"--{listener}")(view, outputs, profile, options.address)
             report = render_on_ray(script, profile, outputs, options, listener=added or view, stop=stop)
         if added is not None and report.complete and not report.left:

@@ -1,7 +1,8 @@
 """Compare the clips of an output folder by what differs between them: the values of a `matrix`, choices, or settings.
 
-Differences between two levels of a factor are taken within pairs: clips of one prompt and seed that are equal in all other
-factors. Intervals are 95 % percentile bootstrap intervals over prompts, since the clips of one prompt are not independent.
+Differences between two levels of a factor are taken within pairs: clips of one prompt or line, and of one seed, that are equal
+in all other factors. Intervals are 95 % percentile bootstrap intervals over prompts, since the clips of one prompt are not
+independent.
 `compare.html` has plots (SVG), tables and the clips that differ most, and needs no network. `compare.json` has its data.
 """
 
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from vidgen_ray.dataset.lineage import changes, flat_settings
-from vidgen_ray.dataset.tables import IN_SCRIPT_ORDER, NUMBERS, columns_of, open_tables, quoted
+from vidgen_ray.dataset.tables import IN_SCRIPT_ORDER, NUMBERS, columns_of, open_tables, quoted, unscored
 from vidgen_ray.errors import UsageError
 from vidgen_ray.outputs.manifest import SETTINGS
 from vidgen_ray.outputs.storage import Storage
@@ -72,12 +73,14 @@ class Clips(NamedTuple):
     """Finished clips of one or two folders in the order of their scripts."""
 
     rows: list[dict[str, Any]]
-    """`id`, `folder` (number), `file` (clip, or image of a shot without video), `image`, `prompt`, `seed`, `factors` (name ->
-    value as JSON), `settings` (name -> value), and `unit`: the prompt. If the prompts of a line differ by a factor, the unit is
-    the line, or the prompt of its matrix."""
+    """`id`, `folder` (number), `line` (script and number), `file` (clip, or image of a shot without video), `image`, `prompt`,
+    `seed`, `factors` (name -> value as JSON), `settings` (name -> value), and `unit`: the prompt. If the prompts of a line
+    differ by a factor, the unit is the line, or the prompt of its matrix."""
     measures: list[str]
     values: Array
     """(clips, measures), NaN for null."""
+    unscored: list[str]
+    """Texts about clips that were not measured."""
 
 
 def compare(storages: Sequence[Storage], names: Sequence[str] = (), reference: str | None = None) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def compare(storages: Sequence[Storage], names: Sequence[str] = (), reference: s
     `names`: factors. Default: all. `reference`: level that the others are compared with. Default: the first of the script.
     Raises UsageError for an unknown factor or level, and if the clips differ in no setting.
     """
-    rows, measures, values = _load(storages)
+    rows, measures, values, texts_of_unscored = _load(storages)
     also_differ: dict[str, list[str]] = defaultdict(list)
     if len(storages) == 2:
         texts = short_names([storage.url for storage in storages])
@@ -110,10 +113,11 @@ def compare(storages: Sequence[Storage], names: Sequence[str] = (), reference: s
         raise UsageError(f"--reference {reference}: must be a level ({known})")
     is_same = (values == values[:1]).all(0)
     same = {measures[column]: _number(values[0, column]) for column in np.flatnonzero(is_same)}
-    clips = Clips(rows, [name for name in measures if name not in same], values[:, ~is_same])
+    clips = Clips(rows, [name for name in measures if name not in same], values[:, ~is_same], texts_of_unscored)
     return {
         "folders": [storage.url for storage in storages],
         "clips": len(rows),
+        "unscored": clips.unscored,
         "interval": INTERVAL,
         "same": same,
         "left_out": {name: len(each) for name, each in levels.items() if len(each) > MAX_LEVELS},
@@ -137,27 +141,29 @@ def _load(storages: Sequence[Storage]) -> Clips:
         differ = "own <> '{}' AND min(prompt) OVER of_line <> max(prompt) OVER of_line"
         of_line = f"CASE WHEN {differ} THEN script || ', line ' || line END"
         unit = f"coalesce(metadata->>'$.{MATRIX}.prompt', {of_line}, prompt, '')"
-    tables = []
+    tables, texts = [], list[str]()
     for number, storage in enumerate(storages):
         with open_tables(storage) as database:
             scores = [name for name, kind in columns_of(database, "scores").items() if NUMBERS.fullmatch(kind)]
             measures = {**{name: name for name in LIKENESS}, **{name: quoted(name) for name in scores}, **RESULTS}
             columns = ", ".join(f"({sql})::DOUBLE AS {quoted(name)}" for name, sql in measures.items())
             table = database.sql(f"""
-                SELECT {{'id': id, 'folder': {number}, 'file': clip, 'image': image, 'prompt': coalesce(prompt, ''),
+                SELECT {{'id': id, 'folder': {number}, 'line': concat_ws(':', script, coalesce(line::VARCHAR, id)),
+                    'file': clip, 'image': image, 'prompt': coalesce(prompt, ''),
                     'seed': coalesce(try_cast(metadata->>'$.{MATRIX}.seed' AS BIGINT), seed), 'unit': {unit}, 'factors': own,
                     'settings': CASE WHEN own = '{{}}' OR {not one} THEN json_object({settings})::VARCHAR ELSE '{{}}' END
                 }} AS clip, {columns}
                 FROM (SELECT *, json_merge_patch(factors, '{{"prompt": null}}')::VARCHAR AS own FROM clips)
                 WHERE status = 'done' WINDOW of_line AS (PARTITION BY script, line) {IN_SCRIPT_ORDER}""")
             tables.append(table.to_arrow_table())
+            texts += unscored(database)
     table = pyarrow.concat_tables(tables, promote_options="default")
     rows = table.column("clip").to_pylist()
     for row in rows:
         row["factors"] = {name: json.dumps(value) for name, value in json.loads(row["factors"]).items()}
         row["settings"] = flat_settings(json.loads(row["settings"]))
     found = [name for name in table.column_names if name != "clip"]
-    return Clips(rows, found, np.stack([table.column(name).to_numpy() for name in found], axis=1))
+    return Clips(rows, found, np.stack([table.column(name).to_numpy() for name in found], axis=1), texts)
 
 
 def _add_setting_factors(rows: Sequence[dict[str, Any]], also_differ: dict[str, list[str]]) -> None:
@@ -255,7 +261,7 @@ def _factor(clips: Clips, name: str, text_of: Mapping[str, str], reference_text:
             shown = []
             for side in (reference, level):
                 row = np.flatnonzero((level_of == side) & (cells == cell))[0]
-                about = {key: each for key, each in rows[row].items() if key not in ("unit", "factors", "settings")}
+                about = {key: each for key, each in rows[row].items() if key not in ("line", "unit", "factors", "settings")}
                 shown.append({**about, "value": _number(values[row, column])})
             change = _number(differences[level, cell, column])
             extremes[measure].append({"level": texts[level], "difference": change, "clips": shown})
@@ -287,6 +293,8 @@ def _pairing(rows: Sequence[Mapping[str, Any]], name: str, level_of: Codes, refe
     """
     keys = [(row["unit"], *sorted({**row["factors"], name: ""}.items())) for row in rows]
     ways = {"prompt and seed": _codes((key, row["seed"]) for key, row in zip(keys, rows, strict=True))}
+    # Several lines can have the same prompt and seed, such as those of several persons.
+    ways["line and seed"] = _codes((key, row["line"], row["seed"]) for key, row in zip(keys, rows, strict=True))
     if name == FOLDER:
         ways["id"] = _codes(row["id"] for row in rows)
     ways["prompt, as means over seeds"] = _codes(keys)

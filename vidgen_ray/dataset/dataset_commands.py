@@ -143,6 +143,8 @@ def compare(
     storages = [storage_at(each) for each in (out, out2) if each is not None]
     result = compare_clips(storages, factor or (), reference)
     page = write_page(result, storages, storage_at(target or out))
+    for text in result["unscored"]:
+        note(text)
     if as_json:
         typer.echo(json.dumps(result))
         return

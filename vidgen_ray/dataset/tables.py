@@ -6,22 +6,26 @@ database reads and writes no other file.
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 
+from vidgen_ray.cli.options import note
 from vidgen_ray.errors import UsageError
 from vidgen_ray.outputs.manifest import CLIP_FILES, SCHEMA, check_has_manifest, manifest_batches, opened, parquet_files
 from vidgen_ray.outputs.records import SCORES
 from vidgen_ray.outputs.reviews import read_reviews
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.script.expansion import CHOSEN, MATRIX, MATRIX_NUMBER
+from vidgen_ray.system.quantities import count
 
 try:
     import duckdb
@@ -87,6 +91,7 @@ def open_tables(storage: Storage) -> Iterator[duckdb.DuckDBPyConnection]:
         with database:
             # Dates are printed alike on all machines.
             database.execute("SET TimeZone = 'UTC'")
+            database.execute("SET VARIABLE folder = ?", [storage.url])
             _load(database, "manifest", SCHEMA, manifest_batches(storage), "* REPLACE (metadata::JSON AS metadata)")
             reviews = [
                 {**review.model_dump(exclude={"id", "at"}), "reviewed_at": review.at}
@@ -120,6 +125,7 @@ def _load_scores(database: duckdb.DuckDBPyConnection, storage: Storage) -> None:
             versions[found[1]].append(int(found[2]))
     taken = {*SCHEMA.names, *REVIEWS.names, *OWN_COLUMNS}
     joined = f"(SELECT NULL::VARCHAR AS {DIGEST} WHERE false)"
+    database.execute("CREATE TABLE scorers (scorer VARCHAR, name VARCHAR)")
     for scorer, numbers in sorted(versions.items()):
         if not (names := parquet_files(storage, f"{SCORES}/{scorer}@{max(numbers)}")):
             continue
@@ -132,7 +138,9 @@ def _load_scores(database: duckdb.DuckDBPyConnection, storage: Storage) -> None:
             database.unregister("source")
         columns = [name for name in table.schema.names if name != DIGEST]
         renamed = ", ".join(f"{quoted(name)} AS {quoted(f'{scorer}_{name}')}" for name in columns if name in taken)
-        taken |= {f"{scorer}_{name}" if name in taken else name for name in columns}
+        own = {f"{scorer}_{name}" if name in taken else name for name in columns}
+        database.executemany("INSERT INTO scorers VALUES (?, ?)", [(scorer, name) for name in sorted(own)])
+        taken |= own
         rows = (
             f"(SELECT * EXCLUDE (part){f' RENAME ({renamed})' if renamed else ''} FROM {quoted(f'of_{scorer}')} "
             f"QUALIFY row_number() OVER (PARTITION BY {DIGEST} ORDER BY part DESC) = 1)"
@@ -152,7 +160,10 @@ def quoted(name: str) -> str:
 
 
 def run_query(database: duckdb.DuckDBPyConnection, sql: str) -> pyarrow.RecordBatchReader:
-    """Return the result of a user's SQL. Raises UsageError, which names the columns that there are, also while it is read."""
+    """Return the result of a user's SQL. Raises UsageError, which names the columns that there are, also while it is read.
+
+    Prints how many clips have no score in a column by which the query selects.
+    """
 
     def batches() -> Iterator[pyarrow.RecordBatch]:
         with _sql_errors(database):
@@ -161,6 +172,8 @@ def run_query(database: duckdb.DuckDBPyConnection, sql: str) -> pyarrow.RecordBa
     with _sql_errors(database):
         if (query := database.sql(sql)) is None:
             raise UsageError("SQL: must be a query, such as SELECT id, seconds FROM clips")
+        for text in unscored(database, _selecting(database, sql)):
+            note(text)
         result = query.to_arrow_reader()
     return pyarrow.RecordBatchReader.from_batches(result.schema, batches())
 
@@ -177,7 +190,72 @@ def _sql_errors(database: duckdb.DuckDBPyConnection) -> Iterator[None]:
     try:
         yield
     except duckdb.Error as error:
-        raise UsageError(f"SQL: {str(error).partition(chr(10))[0]}\n{_columns_text(database)}") from None
+        message, *_ = str(error).splitlines()
+        unknown = re.search('column (?:named )?"([^"]+)"', message)
+        if unknown and unknown[1].lower() in _builtin_scores() - columns_of(database, "scores").keys():
+            raise UsageError(f"SQL: no clip has {unknown[1]} yet; run: {_score_command(database)}") from None
+        raise UsageError(f"SQL: {message}\n{_columns_text(database)}") from None
+
+
+def _builtin_scores() -> set[str]:
+    from vidgen_ray.dataset.measurements import SCORERS
+    from vidgen_ray.dataset.score_folder import NEIGHBOURS
+
+    return {name for each in SCORERS for name in each.columns} | NEIGHBOURS.keys()
+
+
+def _score_command(database: duckdb.DuckDBPyConnection, *scorers: str) -> str:
+    """Return the command that gives scores to all clips, those of `scorers` among them."""
+    from vidgen_ray.dataset.measurements import SCORERS
+
+    ((folder,),) = database.execute("SELECT getvariable('folder')").fetchall()
+    builtin = {each.name for each in SCORERS} | {"neighbours"}
+    own = "" if builtin.issuperset(scorers) else ", with its --scorer if it is not of an installed package"
+    return f"vidgen score {shlex.quote(folder)}{own}"
+
+
+def _selecting(database: duckdb.DuckDBPyConnection, sql: str) -> set[str]:
+    """Return the names of the columns in the conditions of a query, in small letters."""
+
+    def names(node: object, inside: bool) -> Iterator[str]:
+        if isinstance(node, dict):
+            if inside and node.get("class") == "COLUMN_REF":
+                yield node["column_names"][-1].lower()
+            for key, value in node.items():
+                yield from names(value, inside or key in ("where_clause", "having", "qualify"))
+        elif isinstance(node, list):
+            for value in node:
+                yield from names(value, inside)
+
+    ((parsed,),) = database.execute("SELECT json_serialize_sql(?)", [sql]).fetchall()
+    return set(names(json.loads(parsed), False))
+
+
+def unscored(database: duckdb.DuckDBPyConnection, columns: Set[str] | None = None) -> list[str]:
+    """Return texts about finished clips that were not measured, with the command that measures them.
+
+    `columns`: names in small letters; only their scorers count. A score that a clip cannot have is none that is missing.
+    """
+    of = defaultdict[str, list[str]](list)
+    for scorer, name in database.execute("SELECT scorer, name FROM scorers").fetchall():
+        if columns is None or name.lower() in columns:
+            of[scorer].append(name)
+    if columns is None and not of:
+        return [f"no clip has scores; run: {_score_command(database)}"]
+    missing = defaultdict[int, list[str]](list)
+    finished, total = "clips WHERE status = 'done' AND clip IS NOT NULL", 0
+    for scorer in of:
+        without = f"{DIGEST} NOT IN (SELECT {DIGEST} FROM {quoted(f'of_{scorer}')})"
+        found = database.execute(f"SELECT count(*), count(*) FILTER ({without}) FROM {finished}").fetchall()
+        ((total, number),) = found
+        missing[number].append(scorer)
+    return [
+        f"{number:,} of {count(total, 'clip')} {'has' if number == 1 else 'have'} no "
+        + (f"scores of {', '.join(scorers)}" if columns is None else ", ".join(name for each in scorers for name in of[each]))
+        + f"; run: {_score_command(database, *scorers)}"
+        for number, scorers in sorted(missing.items())
+        if number
+    ]
 
 
 def select_ids(storage: Storage, where: str | None = None, best: str | None = None) -> list[str]:
