@@ -83,12 +83,15 @@ def in_process(without_ray, monkeypatch):
 
 @pytest.fixture
 def command(in_process, monkeypatch, capsys):
-    """Return a function that runs a command with fakes, and returns its exit code and its report, if it prints one."""
+    """Return a function that runs a command with fakes, and returns its exit code and its report, if it prints one.
+
+    It keeps what the last one has written to standard error as `messages`.
+    """
     monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", FINDS_FACES)
 
     def run(*arguments):
         code = main([str(argument) for argument in arguments])
-        printed = capsys.readouterr().out
+        printed, run.messages = capsys.readouterr()
         return code, json.loads(printed) if "--json" in arguments else printed
 
     return run

@@ -219,6 +219,36 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(command, tiny, tmp_p
     assert [(out / shot_path(id_) / "shot.json").exists() for id_ in statuses] == [s == "done" for s in statuses.values()]
 
 
+@pytest.mark.parametrize(
+    "typo",
+    [("s2,", 's2,"'), ("s4,a ball,64", "s4,a ball,64,1"), ("s5,a ball,64", "s5,a ball,65"), ("s5,", "s4,")],
+    ids=["quote", "unreadable", "invalid", "id of another line"],
+)
+def test_line_that_cannot_be_read_replaces_and_prunes_no_shot(command, tmp_path, typo):
+    path, out = tmp_path / "s.csv", tmp_path / "out"
+    rows = [f"s{n},a ball,64\n" for n in range(6)]
+    whole, typed = ("id,prompt,height\n" + text for text in ("".join(rows), "".join(rows).replace(*typo)))
+
+    def run(text, *options):
+        path.write_text(text)
+        code, report = command("render", path, "-o", out, "-p", "tiny", "--set", "generate_video=false", "--json", *options)
+        return code, (report["done"], report["skipped"])
+
+    assert run(whole) == (0, (6, 0))
+    assert run(typed, "--prune")[0] == 1
+    assert command("prune", out)[1] == "removed 0 shots: 0 bytes\n"
+    assert "replaced" not in {row["status"] for row in rows_of(out).values()}
+    assert run(whole) == (0, (0, 6))
+    # Removed by a run, and there again with the typo.
+    assert run(whole.replace(rows[5], "")) == (0, (0, 5))
+    assert rows_of(out)["s5"]["status"] == "replaced"
+    assert run(typed, "--prune")[0] == 1
+    assert "s.csv: nothing pruned, since 1 line of it is rejected" in command.messages
+    assert run(whole) == (0, (0, 6))
+    assert run(whole.replace(rows[5], ""), "--prune") == (0, (0, 5))
+    assert rows_of(out).keys() == {f"s{n}" for n in range(5)}
+
+
 def test_sigterm_ends_the_command_after_the_shots_in_progress_and_it_can_be_resumed(in_process, tmp_path, capsys, monkeypatch):
     class Stopped(FAKES["flux"]):
         """Receives SIGTERM in its second call."""
@@ -287,7 +317,7 @@ def test_scripts_of_one_name_are_told_apart_by_path_and_content(command, tmp_pat
     run("a1", "x", "y", "z")
     assert run("b1", "v", "w") == (0, dict.fromkeys("xyz", a) | dict.fromkeys("vw", b)), "two scripts of one name"
     code, rows = run("b1", "v", "x")
-    assert (code, rows["x"], rows["w"]) == (1, a, ("b1/s.jsonl", "replaced")), "the id belongs to the other script"
+    assert (code, rows["x"], rows["w"]) == (1, a, b), "the id belongs to the other script"
     assert rows["b1-s-line-2"] == ("b1/s.jsonl", "failed")
     # Moved, and edited after its first run there.
     (tmp_path / "a1").rename(tmp_path / "a2")

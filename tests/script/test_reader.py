@@ -219,6 +219,24 @@ def test_invalid_csv_row_does_not_affect_other_rows(tmp_path):
     assert [(e.line, e.field) for e in script.errors] == [(3, None), (5, "fps"), (6, None)]
 
 
+@pytest.mark.parametrize(
+    ("cell", "later", "end"),
+    [('"a ball', "c", 9), ('"a ball', 'a "red" ball', 6), ('"a ball', '6" nails', 6), ('"a ball\nof wool"', "c", None)],
+    ids=["to the end", "to the next quote", "closed by another quote", "closed"],
+)
+def test_quote_that_is_never_closed_is_named_with_its_line(tmp_path, cell, later, end):
+    rows = [f"s{n},{cell if n == 2 else later if n == 5 else 'a ball'},{n}\n" for n in range(1, 9)]
+    script = read_script(write(tmp_path, "s.csv", "id,prompt,seed\n" + "".join(rows)))
+    if end is None:
+        assert (len(script.shots), script.errors) == (8, [])
+        return
+    (error,) = script.errors
+    assert str(error).startswith(
+        f"s.csv line 3: got a quote that opens here and takes in lines 3 to {end}, must be closed in its"
+    )
+    assert [shot.seed for shot in script.shots] == [1, *range(end, 9)]
+
+
 def test_rejected_lines_have_unique_ids(tmp_path):
     lines = [
         {"id": "x", "prompt": "good"},

@@ -78,6 +78,8 @@ class RunResults:
         self.counts: Counter[str] = Counter(done=0, failed=0, skipped=0)
         self.rejected_lines = 0
         """Lines that failed before rendering. They are part of the failed ones."""
+        self._unread_lines = 0
+        """Rejected lines without a shot. Each may stand for shots of an earlier run, with any ids."""
         self.to_render = 0
         self.gpu_seconds = 0.0
         self.prices = 0.0
@@ -104,7 +106,10 @@ class RunResults:
             with nullcontext() if kind is None else suppress(OSError):
                 damaged = self._manifest.close(
                     whole_script=self._whole_script,
-                    every_line_has_a_row=self._is_script and self._whole_script and results == self.to_render,
+                    every_line_has_a_row=self._is_script
+                    and self._whole_script
+                    and not self._unread_lines
+                    and results == self.to_render,
                     every_shot_has_a_row=kind is None,
                 )
                 for path in damaged:
@@ -115,6 +120,7 @@ class RunResults:
 
     def rejected(self, line: Line) -> None:
         self.rejected_lines += 1
+        self._unread_lines += 1
         failure = StepFailed(REJECTED, ScriptError(line.errors)).failure()
         row = ManifestRow.of_rejected_line(
             self._labels.run, line.script, line.id, line.script_line, line.fields.get("prompt"), failure

@@ -36,7 +36,13 @@ from vidgen_ray.cli.options import (
     local_path,
 )
 from vidgen_ray.cli.progress_display import counts_line, speed_texts, stage_table
-from vidgen_ray.cli.run_script import ProfileOfLastRunOption, profile_of_run, render_again, temporary_script
+from vidgen_ray.cli.run_script import (
+    ProfileOfLastRunOption,
+    note_not_pruned,
+    profile_of_run,
+    render_again,
+    temporary_script,
+)
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import SetupError, UsageError, shortened
 from vidgen_ray.outputs.cleanup import GRACE_S, collect_garbage
@@ -269,6 +275,7 @@ def prune(out: OutArgument, where: WhereOption = None, dry_run: DryRunOption = F
     if as_json:
         typer.echo(json.dumps({"dry_run": dry_run, **asdict(report)}))
         return
+    note_not_pruned(report)
     verb = "would remove" if dry_run else "removed"
     typer.echo(f"{verb} {count(len(report.shots), 'shot')}: {size(report.bytes)}")
     for shot_id in report.shots if dry_run else ():

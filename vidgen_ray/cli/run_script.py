@@ -55,6 +55,8 @@ from vidgen_ray.engine.retries import ATTEMPTS, MAX_WAIT_S
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.licences import ShotLicences, UsedWeights, require_licence
+from vidgen_ray.outputs.cleanup import PruneReport
+from vidgen_ray.outputs.cleanup import prune as prune_folder
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run, setting_of_last_run
 from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.outputs.manifest_writer import FILE, failed_lines, to_utf8
@@ -421,7 +423,6 @@ def run_script(
     after the run.
     """
     from vidgen_ray.batch.render_script import render as render_on_ray
-    from vidgen_ray.outputs.cleanup import prune as prune_folder
     from vidgen_ray.report.gallery_page import check_no_other_page, write_gallery
 
     outputs = OutputFolder(out)
@@ -443,7 +444,7 @@ def run_script(
             with interruptible(), redirect_stdout(sys.stderr):
                 added.finish()
         if then_prune:
-            prune_folder(outputs)
+            note_not_pruned(prune_folder(outputs))
     finally:
         # A script that cannot be read has no results to show.
         gallery = write_gallery(out) if manifest_files(outputs.storage) else None
@@ -462,6 +463,13 @@ def run_script(
     if report.failed:
         nothing_to_render = report.failed == report.rejected and not report.done + report.skipped
         raise typer.Exit(ScriptError.exit_code if nothing_to_render else 1)
+
+
+def note_not_pruned(report: PruneReport) -> None:
+    """Say which scripts kept their replaced shots, and why."""
+    for script, lines in report.rejected.items():
+        rejected = f"{count(lines, 'line')} of it {'is' if lines == 1 else 'are'} rejected"
+        note(f"{script}: nothing pruned, since {rejected}. Correct the script and render it again.")
 
 
 def profile_of_run(outputs: OutputFolder, name: str | None) -> Profile:

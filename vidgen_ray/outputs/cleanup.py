@@ -6,6 +6,7 @@ import json
 import posixpath
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import (
+    REJECTED,
     REPLACED,
     SHOT_FILES,
     check_has_manifest,
@@ -293,19 +295,29 @@ class PruneReport:
     """Their ids."""
     bytes: int
     """Bytes of their images and clips."""
+    rejected: dict[str, int]
+    """Script -> its rejected lines, if it has any: its replaced shots are kept."""
 
 
 def prune(outputs: OutputFolder, ids: Set[str] = frozenset(), *, dry_run: bool = False) -> PruneReport:
     """Delete the files and rows of replaced shots, and of finished shots with these `ids`.
 
-    A killed call is completed by the next one. Raises SetupError if a run is using the folder, or if it has no manifest.
+    The replaced shots of a script with rejected lines are kept: these lines may be theirs. A killed call is completed by the
+    next one. Raises SetupError if a run is using the folder, or if it has no manifest.
     """
     check_has_manifest(outputs.storage)
     with outputs.lease(new_name()) as lease:
+        rejected = Counter(
+            row["script"]
+            for batch in manifest_batches(outputs.storage, ("script", "failure_stage"))
+            for row in batch.to_pylist()
+            if row["failure_stage"] == REJECTED
+        )
         shots, size = list[str](), 0
         for batch in manifest_batches(outputs.storage):
             for row in batch.to_pylist():
-                if row["status"] != REPLACED and not (row["status"] == "done" and row["id"] in ids):
+                is_gone = row["status"] == REPLACED and row["script"] not in rejected
+                if not is_gone and not (row["status"] == "done" and row["id"] in ids):
                     continue
                 shots.append(row["id"])
                 size += sum(row[f"{name}_bytes"] or 0 for name in SHOT_FILES)
@@ -314,7 +326,7 @@ def prune(outputs: OutputFolder, ids: Set[str] = frozenset(), *, dry_run: bool =
                     outputs.delete_shot(row["id"])
         if shots and not dry_run:
             drop_rows(outputs.storage, lease.run, set(shots))
-    return PruneReport(tuple(sorted(shots)), size)
+    return PruneReport(tuple(sorted(shots)), size, dict(rejected))
 
 
 def shot_records(storage: Storage) -> Iterator[tuple[str, bytes | None]]:

@@ -39,7 +39,7 @@ from vidgen_ray.script.lines import (
     with_absolute_paths,
 )
 from vidgen_ray.script.screenplay import read_yaml
-from vidgen_ray.shot import GUIDANCE_SCALES, IMAGE_FIELDS, NESTED_FIELDS, Shot, number_fields
+from vidgen_ray.shot import GUIDANCE_SCALES, ID_PATTERN, IMAGE_FIELDS, NESTED_FIELDS, Shot, number_fields
 
 METADATA_PREFIX = "metadata."
 """A column `metadata.NAME` becomes an entry of `metadata`."""
@@ -166,6 +166,8 @@ def is_table(row: str) -> bool:
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 """Separator -> its name in messages."""
+NUMBERS = number_fields(Shot)
+NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 BOOLEAN_FIELDS = frozenset(name for name, field in Shot.model_fields.items() if field.annotation is bool)
 MISSING = frozenset(("nan", "NaN", "None", "null", "NULL", "NA", "N/A"))
 """Cells that tools write for missing numbers."""
@@ -173,7 +175,7 @@ MISSING = frozenset(("nan", "NaN", "None", "null", "NULL", "NA", "N/A"))
 
 def read_csv(path: Path, columns: Columns) -> tuple[Header, Lines]:
     """Return the rows. The separator is the one that splits the first row into the most known columns."""
-    texts = text_lines(path)
+    texts, opened = _quote_lines(text_lines(path))
     first = next(texts, "")
     separator = max(SEPARATORS, key=lambda each: sum(is_known(normal_name(cell, columns)) for cell in _cells(first, each)))
     rows = csv.DictReader(chain([first] if first else [], texts), strict=True, delimiter=separator, skipinitialspace=True)
@@ -186,16 +188,29 @@ def read_csv(path: Path, columns: Columns) -> tuple[Header, Lines]:
         names.pop()
     check_columns(path, names)
     rows.fieldnames = names
-    may_be_missing = number_fields(Shot) | BOOLEAN_FIELDS
+    may_be_missing = NUMBERS | BOOLEAN_FIELDS
 
     def lines() -> Lines:
+        end = 0
         while True:
+            begin = end + 1
             try:
                 row = next(rows)
+                end = rows.line_num
             except StopIteration:
                 return
             except csv.Error as error:
-                yield unreadable_line(path.name, rows.reader.line_num, "an invalid row", f"must be CSV ({error})")
+                end = rows.reader.line_num
+                quote = next((number for number in reversed(opened) if begin <= number < end), None)
+                if quote is None:
+                    yield unreadable_line(path.name, end, "an invalid row", f"must be CSV ({error})")
+                else:
+                    yield _open_quote(path, quote, end, error)
+                continue
+            finally:
+                opened.clear()
+            if end - begin > 1 and any(_hides_row(cell, separator, names) for cell in row.values() if isinstance(cell, str)):
+                yield _open_quote(path, begin, end, "rows of the table are inside of a cell")
                 continue
             if any(cell.strip() for cell in row.pop(None, ())):
                 text = separator.join(map(str, row.values()))
@@ -208,6 +223,40 @@ def read_csv(path: Path, columns: Columns) -> tuple[Header, Lines]:
                 yield Line(rows.line_num, nest_metadata(parse_text_fields(fields)), strict=False)
 
     return NO_HEADER, lines()
+
+
+def _open_quote(path: Path, begin: int, end: int, reason: object) -> Line:
+    return unreadable_line(
+        path.name,
+        begin,
+        f"a quote that opens here and takes in lines {begin} to {end}",
+        f"must be closed in its cell ({reason})",
+    )
+
+
+def _hides_row(cell: str, separator: str, names: Sequence[str]) -> bool:
+    """Return whether a line inside of a cell is a row of the table: its id and its numbers are in their columns."""
+
+    def is_row(text: str) -> bool:
+        cells = dict(zip(names, map(str.strip, _cells(text, separator)), strict=False))
+        typed = {name: each for name, each in cells.items() if each and (name == "id" or name in NUMBERS)}
+        are_valid = ((ID_PATTERN if name == "id" else NUMBER).fullmatch(each) for name, each in typed.items())
+        return len(cells) == len(names) > 1 and bool(typed) and all(are_valid)
+
+    return any(map(is_row, cell.splitlines()[1:-1]))
+
+
+def _quote_lines(texts: Iterator[str]) -> tuple[Iterator[str], list[int]]:
+    """Return the lines, and a list that gets the number of each one which opens or closes a quoted cell of several lines."""
+    numbers = list[int]()
+
+    def lines() -> Iterator[str]:
+        for number, text in enumerate(texts, start=1):
+            if text.count('"') % 2:
+                numbers.append(number)
+            yield text
+
+    return lines(), numbers
 
 
 def _cells(row: str, separator: str) -> list[str]:
