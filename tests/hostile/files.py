@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -175,6 +176,14 @@ def without_its_end(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3000])
 
 
+PAL = {"time_base": Fraction(1, 25)}
+"""MPEG-2 has few frame rates."""
+
+
+def write_as(path: Path, suffix: str, **settings: Any) -> None:
+    write_video(path.with_suffix(f".{suffix}"), 6, **settings).rename(path)
+
+
 def patched(box: bytes, offset: int, value: int) -> bytes:
     """Return the clip with a 32-bit number of a box replaced."""
     clip = bytearray(good_mp4())
@@ -194,6 +203,13 @@ VIDEOS: list[Case] = [
     refused("MP4 with its index first and without its end", "", without_its_end),
     used("header with 65,535 x 65,535 pixels", lambda path: path.write_bytes(patched(b"avc1", 28, 0xFFFFFFFF))),
     used("header with 1,000,000,000 frames", lambda path: path.write_bytes(patched(b"stts", 12, 10**9))),
+    refused(
+        "AVI in MagicYUV", "video in magicyuv, must be in one of h264, ", lambda path: write_as(path, "avi", codec="magicyuv")
+    ),
+    used("MPEG-2 program stream", lambda path: write_as(path, "mpg", codec="mpeg2video", **PAL)),
+    used("MPEG-2 transport stream", lambda path: write_as(path, "ts", codec="mpeg2video", **PAL)),
+    used("transport stream of a camera", lambda path: write_as(path, "m2ts", options={"mpegts_m2ts_mode": "1"})),
+    used("GIF", lambda path: write_as(path, "gif", codec="gif", pixel_format="rgb8")),
     used("odd size", lambda path: write_video(path, 3, size=(61, 41), pixel_format="yuv444p")),
     used("10-bit HDR", lambda path: write_video(path, 3, pixel_format="yuv420p10le", colour=(9, 9, 16, 1))),
 ]

@@ -3,6 +3,7 @@
 import io
 import itertools
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -10,17 +11,22 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
+from tests.upscale.videos import write_video
 from vidgen_ray.errors import MediaError
+from vidgen_ray.film.timeline import probe_clip, sound_seconds
 from vidgen_ray.media import (
     Mp4Settings,
     Mp4Writer,
     cover_crop,
     decode_lossless,
     encode_lossless,
+    open_foreign_video,
     open_video,
     read_image,
 )
+from vidgen_ray.media.media_file import open_media
 from vidgen_ray.upscale.frames import end_real_time_priority
+from vidgen_ray.upscale.source import read_source
 
 FAST = Mp4Settings(preset="veryfast", threads=2)
 SQUARE = 32
@@ -67,7 +73,7 @@ def write_foreign(path, frames, *, codec="libx264", container="mp4", options=Non
     return path
 
 
-def read_all(path, backend="auto"):
+def read_all(path, backend="pyav"):
     with open_video(path, backend=backend) as video:
         return video.frames(0, video.frame_count)
 
@@ -101,7 +107,7 @@ def test_saturated_colours_are_preserved(tmp_path):
     path = write_mp4(tmp_path / "chart.mp4", np.stack([chart] * 4), settings=Mp4Settings())
     # Files of other programs have no tags, and are read as BT.601.
     untagged = write_foreign(tmp_path / "untagged.mp4", np.stack([chart] * 3), options={"crf": "10"})
-    for backend in ("auto", "pyav"):
+    for backend in ("decord", "pyav"):
         error = np.abs(read_all(path, backend).astype(int) - chart)
         assert error.max() <= 4
         assert error.mean() < 1
@@ -161,16 +167,17 @@ def test_decord_random_access_equals_pyav_sequential_reading(tmp_path):
     path = write_foreign(tmp_path / "a.mp4", moving_frames(), options={"x264-params": "keyint=8:bframes=3"})
     expected = read_all(path, "pyav")
     indices = np.random.default_rng(1).integers(0, 30, 40).tolist()
-    for backend, opened in (("decord", open_video(path)), ("pyav", open_video(path, backend="pyav"))):
+    readers = {"decord": open_video(path, backend="decord"), "pyav": open_video(path), "child": open_foreign_video(path)}
+    for name, opened in readers.items():
         with opened as video:
-            assert video.backend == backend
+            assert (video.backend == "decord") == (name == "decord")
             assert np.array_equal(video.frames_at(indices), expected[indices])
             assert np.array_equal(video.frames(11, 19), expected[11:19])
 
 
-@pytest.mark.parametrize("backend", ["auto", "pyav"])
-def test_reader_properties_and_index_errors(clip, backend):
-    with open_video(clip, backend=backend) as video:
+@pytest.mark.parametrize("opened_by", [open_video, open_foreign_video, partial(open_video, backend="decord")])
+def test_reader_properties_and_index_errors(clip, opened_by):
+    with opened_by(clip) as video:
         assert (video.frame_count, video.width, video.height, video.fps) == (30, 96, 64, Fraction(24))
         assert video.frames(4, 4).shape == (0, 64, 96, 3)
         for read in (lambda: video.frames(0, 31), lambda: video.frames(-1, 2), lambda: video.frames_at([3, 30])):
@@ -182,7 +189,7 @@ def test_reader_properties_and_index_errors(clip, backend):
 def test_pyav_reads_streams_that_decord_reads_wrongly(tmp_path, keyframes):
     """Open GOPs, intra refresh and interlaced frames."""
     path = write_foreign(tmp_path / "a.mp4", moving_frames(), options={"x264-params": f"keyint=8:{keyframes}"})
-    with open_video(path) as video:
+    with open_video(path, backend="decord") as video:
         assert video.backend == "pyav"
         assert np.array_equal(video.frames_at([13, 5]), read_all(path)[[13, 5]])
 
@@ -195,7 +202,7 @@ def test_other_codecs_fall_back_to_pyav(tmp_path):
         ("libx264", "avi", {}),
     ):
         path = write_foreign(tmp_path / f"{codec}.video", frames, codec=codec, container=container, options=options)
-        with open_video(path) as video:
+        with open_video(path, backend="decord") as video:
             assert (video.backend, video.frame_count) == ("pyav", 6), codec
             assert np.abs(video.frames(0, 6).astype(int) - frames).mean() < 12, codec
 
@@ -208,6 +215,39 @@ def test_display_rotation_is_applied(tmp_path):
             upright = video.frames(0, 4)
             assert upright.shape[1:3] == (video.height, video.width) == ((64, 96) if rotation == 180 else (96, 64))
         assert np.array_equal(upright, np.rot90(unrotated, rotation // 90, (1, 2))), rotation
+
+
+def test_no_packet_of_a_codec_outside_of_the_list_is_decoded(tmp_path, monkeypatch):
+    """FFmpeg finds the pixel format of MagicYUV by decoding, when it opens the file."""
+    write_video(path := tmp_path / "a.avi", 3, codec="magicyuv")
+    with open_media(path) as opened:
+        assert opened.streams.video[0].codec_context.pix_fmt is None
+    for read in (open_video, open_foreign_video, probe_clip, read_source):
+        with pytest.raises(MediaError, match=r"a\.avi: got video in magicyuv, must be in one of h264, .*ffmpeg -i a\.avi"):
+            read(path)
+    write_video(sound := tmp_path / "a.mkv", 3, sound_s=0.1, sound_codec="tta")
+    with pytest.raises(MediaError, match=r"a\.mkv: got sound in tta, must be in one of aac, "):
+        sound_seconds(sound)
+    monkeypatch.setattr("vidgen_ray.media.media_file.VIDEO_CODECS", ("magicyuv",))
+    with open_media(path) as opened:
+        assert opened.streams.video[0].codec_context.pix_fmt == "yuv420p"
+    assert len(read_all(path)) == 3
+
+
+def test_foreign_video_whose_decoder_crashes_or_hangs_is_refused(tmp_path, clip, monkeypatch):
+    with open_foreign_video(clip) as video:
+        child = video._child
+        assert video.frames(3, 5).shape == (2, 64, 96, 3)
+    with open_foreign_video(clip) as video:
+        assert video._child is child  # started once for all files without an error
+        child.kill()
+        with pytest.raises(MediaError, match=r"clip\.mp4: the decoder crashed"):
+            video.frames(0, 1)
+    with open_foreign_video(clip, own_process=True) as video:
+        assert video._child is not child
+    monkeypatch.setattr("vidgen_ray.media.decode.VIDEO_DECODE_S", 1e-5)
+    with pytest.raises(MediaError, match=r"clip\.mp4: could not be decoded within 1e-05 s"):
+        open_foreign_video(clip, own_process=True)
 
 
 def test_missing_cut_and_remote_videos_raise_a_media_error_with_the_file_name(tmp_path, clip):

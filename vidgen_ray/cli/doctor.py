@@ -247,10 +247,8 @@ def check_cuda_pair(device: str, runtime_cuda: str | None, torch_cuda: str | Non
     return Finding("cuda pair", "fail", text, advice)
 
 
-def check_video(has_decord: bool | None = None, encoders: Iterable[str] | None = None) -> Finding:
-    """PyAV must be able to encode H.264. decord is optional."""
-    if has_decord is None:
-        has_decord = bool(installed_versions(["decord"]))
+def check_video(encoders: Iterable[str] | None = None) -> Finding:
+    """PyAV must be able to encode H.264."""
     if encoders is None:
         try:
             from av.codec import codecs_available
@@ -259,8 +257,7 @@ def check_video(has_decord: bool | None = None, encoders: Iterable[str] | None =
         encoders = codecs_available
     if "libx264" not in set(encoders):
         return Finding("video", "fail", "PyAV has no libx264", "pip install --force-reinstall --only-binary :all: av")
-    decord = ", decord" if has_decord else "; without decord PyAV decodes"
-    return Finding("video", "pass", f"PyAV with libx264{decord}")
+    return Finding("video", "pass", "PyAV with libx264")
 
 
 def check_disk(folder: Path, usage: Callable[[Path], Any] = shutil.disk_usage) -> Finding:

@@ -31,7 +31,7 @@ from PIL import Image as PILImage
 from vidgen_ray.dataset.tables import DIGEST, MEMORY_LIMIT, NUMBERS, OWN_COLUMNS, REVIEWS, columns_of, quoted
 from vidgen_ray.errors import MediaError
 from vidgen_ray.licences import UsedWeights
-from vidgen_ray.media import cover_crop, open_video, read_image
+from vidgen_ray.media import cover_crop, open_foreign_video, read_image
 from vidgen_ray.outputs.manifest import LIKENESS, SCHEMA, ManifestRow, opened, parquet_files
 from vidgen_ray.outputs.manifest_writer import SCRIPTS
 from vidgen_ray.outputs.records import RECORD, SCORES
@@ -262,7 +262,7 @@ def _samples(
 def _middle_frame(path: Path) -> Image:
     if path.suffix == ".png":
         return read_image(path)
-    with open_video(path) as video:
+    with open_foreign_video(path) as video:
         frame: Image = video.frames_at([video.frame_count // 2])[0]
         return frame
 

@@ -28,7 +28,7 @@ from more_itertools import batched, constrained_batches
 
 from vidgen_ray.dataset.export_rows import ExportSettings, Format, Transcode
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, open_video, read_image, write_png
+from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, open_foreign_video, read_image, write_png
 from vidgen_ray.media.images import image_size
 from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, is_disk_full
 from vidgen_ray.provenance.record import metadata_of, read_provenance
@@ -240,7 +240,7 @@ def encode_again(path: Path, to: Path, transcode: Transcode) -> dict[str, Any]:
         write_png(to, cover_crop(read_image(path), width, height), marks)
         timing = {}
     else:
-        with open_video(path) as video:
+        with open_foreign_video(path) as video:
             fps = video.fps if transcode.fps is None else Fraction(str(transcode.fps))
             count = max(1, round(video.frame_count * fps / video.fps))
             if transcode.frames is not None and count < transcode.frames:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from vidgen_ray.dataset.tables import DIGEST
 from vidgen_ray.errors import MediaError, SetupError, StageError, UsageError
-from vidgen_ray.media import CLIP_SUFFIXES, open_video, read_image
+from vidgen_ray.media import CLIP_SUFFIXES, open_foreign_video, read_image
 from vidgen_ray.nets.rife_network import FramePair, Rife, load_rife
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import RECORD
@@ -152,7 +152,7 @@ class Clip:
             self.size = image.shape[1], image.shape[0]
             self.frames: Frames = _reduced(image[None], MAX_SIDE_PX)
             return
-        with open_video(path) as video:
+        with open_foreign_video(path) as video:
             count = video.frame_count
             self.fps, self.size = float(video.fps), (video.width, video.height)
             """Width and height of the file in pixels."""

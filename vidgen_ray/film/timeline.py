@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from vidgen_ray.errors import MediaError
 from vidgen_ray.film.film_settings import ChosenShot, ClipFormat, FilmSettings, PixelSize
 from vidgen_ray.media.decode import open_video_stream
-from vidgen_ray.media.media_file import check_is_file, open_media, wrap_errors
+from vidgen_ray.media.media_file import check_is_file, decodable_stream, open_media, wrap_errors
 
 REORDER_FRAMES = 2
 """Frames by which the decoding order may be ahead of the display order: that of x264 with its default B-frames."""
@@ -60,10 +60,7 @@ def _has_constant_rate(times: list[int | None], fps: Fraction, time_base: Fracti
 def open_sound(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open PyAV's container and its best sound stream. Raises MediaError if there is none."""
     with open_media(path) as opened:
-        stream = opened.streams.best("audio")
-        if stream is None or stream.codec_context is None:
-            raise MediaError(f"{path}: has no sound, or none with a supported codec")
-        yield opened, stream
+        yield opened, decodable_stream(path, opened, "audio")
 
 
 def sound_seconds(path: Path) -> float:

@@ -1,19 +1,18 @@
-"""Decode video files with decord where it is known to be exact, else with PyAV.
-
-Frames of untrusted videos are decoded in a child process.
-"""
+"""Decode video files with PyAV. Videos of others are decoded in a child process."""
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
 import resource
+import signal
 import struct
 import subprocess
 import sys
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -24,12 +23,20 @@ import numpy as np
 from vidgen_ray.errors import MediaError
 from vidgen_ray.limits import MAX_CLIP_BYTES, MAX_PIXELS, VIDEO_DECODE_BYTES, VIDEO_DECODE_S
 from vidgen_ray.media.encode import CHECKSUM_TAG, checksum
-from vidgen_ray.media.media_file import check_is_file, check_pixels, open_media, wrap_errors
+from vidgen_ray.media.media_file import check_is_file, check_pixels, decodable_stream, open_media, wrap_errors
 from vidgen_ray.stages.base import Frames, Image
 
 Backend = Literal["decord", "pyav"]
 
-_CONTAINERS = {"mov": "MP4 or MOV", "matroska": "Matroska or WebM", "avi": "AVI"}
+_CONTAINERS = {
+    "mov": "MP4 or MOV",
+    "matroska": "Matroska or WebM",
+    "avi": "AVI",
+    "mpeg": "MPEG-2 (.mpg)",
+    "mpegts": "MPEG-2 (.ts, .mts)",
+    "gif": "GIF",
+}
+_TS_PACKET_BYTES = 188
 _DECODE_THREADS = 4
 _H264_IDR = 5
 
@@ -54,6 +61,11 @@ class _Header:
     """H.264 only: no frame after a keyframe depends on a frame before it (closed GOPs)."""
     metadata: dict[str, str]
 
+    def shown(self) -> tuple[Path, int, int, Fraction, int]:
+        """Return path, width and height of an upright frame, frames per second and number of frames."""
+        width, height = (self.height, self.width) if self.quarter_turns % 2 else (self.width, self.height)
+        return self.path, width, height, self.fps, self.frame_count
+
 
 class VideoReader(ABC):
     """Random access to the frames of a video. Returned by `open_video`, and a context manager.
@@ -65,15 +77,13 @@ class VideoReader(ABC):
 
     backend: ClassVar[Backend]
 
-    def __init__(self, header: _Header) -> None:
-        self._header = header
-        self.path = header.path
-        sideways = header.quarter_turns % 2
-        self.width = header.height if sideways else header.width
-        self.height = header.width if sideways else header.height
-        self.fps = header.fps
+    def __init__(self, path: Path, width: int, height: int, fps: Fraction, frame_count: int) -> None:
+        self.path = path
+        self.width = width
+        self.height = height
+        self.fps = fps
         """Frames per second. The average if the frame rate varies."""
-        self.frame_count = header.frame_count
+        self.frame_count = frame_count
 
     def frames(self, start: int, stop: int) -> Frames:
         """Return frames `start` (inclusive) to `stop` (exclusive), (stop - start, H, W, 3). Raises MediaError."""
@@ -108,16 +118,19 @@ class VideoReader(ABC):
         self.close()
 
 
-def open_video(path: Path, *, backend: Literal["auto", "pyav"] = "auto") -> VideoReader:
-    """Open an MP4, MOV, Matroska, WebM or AVI file, with decord if it is installed and exact for this file, else with PyAV.
+def open_video(path: Path, *, backend: Backend = "pyav") -> VideoReader:
+    """Open a video of this project or of the user, in this process. For videos of others, see `open_foreign_video`.
 
-    decord seeks to a frame. PyAV decodes all frames before it. The pixels are the same.
-    No other file is read: playlists are rejected and URLs are not opened. Matroska and AVI do not store their length, so a
-    truncated file has fewer frames.
-    Raises MediaError if the file is missing, of another format or truncated, or has no video or frames above MAX_PIXELS.
+    No other file is read: playlists are rejected and URLs are not opened. Only MP4 and MOV store their length, so other
+    truncated files have fewer frames.
+    `backend`: decord seeks to a frame, PyAV decodes all frames before it, so decord is faster for single frames in random
+    order, and slower for all others. The pixels are the same. decord has the FFmpeg of 2018: use it for clips of this project
+    only. It is used if it is installed and exact for the file, else PyAV.
+    Raises MediaError if the file is missing, of another format or truncated, has no video, frames above MAX_PIXELS or a codec
+    that is not in VIDEO_CODECS.
     """
     header = _read_header(path)
-    decord_reader = _open_decord(header) if backend == "auto" else None
+    decord_reader = _open_decord(header) if backend == "decord" else None
     return decord_reader or _PyavReader(header)
 
 
@@ -163,29 +176,34 @@ def _read_header(path: Path) -> _Header:
 
 
 def video_container(path: Path) -> str:
-    """Return FFmpeg's name of the container, detected from the first 12 bytes.
+    """Return FFmpeg's name of the container, detected from its first bytes.
 
     FFmpeg's own detection would also accept playlists and scripts that refer to other files.
     """
     check_is_file(path)
     with wrap_errors(f"{path}: cannot be read"), path.open("rb") as file:
-        head = file.read(12)
+        head = file.read(_TS_PACKET_BYTES + 9)
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
         return "mov"
     if head[:4] == b"\x1aE\xdf\xa3":
         return "matroska"
-    if head[:4] == b"RIFF" and head[8:] == b"AVI ":
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         return "avi"
+    if head[:4] == b"\0\0\1\xba":
+        return "mpeg"
+    # Cameras put the time in four bytes before each packet.
+    if any(head[start : start + 1] == head[start + _TS_PACKET_BYTES + start :][:1] == b"G" for start in (0, 4)):
+        return "mpegts"
+    if head[:6] in (b"GIF87a", b"GIF89a"):
+        return "gif"
     raise MediaError(f"{path}: not a supported video format ({', '.join(_CONTAINERS.values())})")
 
 
 @contextmanager
 def open_video_stream(path: Path, container: str | None = None) -> Iterator[tuple[Any, Any]]:
     """Open PyAV's container and its best video stream, checked and ready to decode. See `open_media`."""
-    with open_media(path, container) as opened:
-        stream = opened.streams.best("video")
-        if stream is None or stream.codec_context is None:
-            raise MediaError(f"{path}: has no video, or none with a supported codec")
+    with open_media(path, container or video_container(path)) as opened:
+        stream = decodable_stream(path, opened, "video")
         check_pixels(path, stream.width, stream.height)
         # Frames may be larger than declared in the header.
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
@@ -231,7 +249,8 @@ class _PyavReader(VideoReader):
     backend = "pyav"
 
     def __init__(self, header: _Header) -> None:
-        super().__init__(header)
+        super().__init__(*header.shown())
+        self._header = header
         self._decoded: Generator[Any, None, None] | None = None
         self._next = 0
         self._last: tuple[int, Image] | None = None
@@ -308,7 +327,7 @@ class _DecordReader(VideoReader):
     backend = "decord"
 
     def __init__(self, header: _Header, video: Any) -> None:
-        super().__init__(header)
+        super().__init__(*header.shown())
         self._video = video
 
     def _decode(self, indices: list[int]) -> Frames:
@@ -322,70 +341,163 @@ class _DecordReader(VideoReader):
         self._video = None
 
 
-HEADER = struct.Struct("<II")
-"""Before each frame: its width and height in pixels. Before an error message: 0 and the number of its bytes."""
-MAX_MESSAGE_BYTES = 10_000
+_REPLY = struct.Struct("<I")
+"""Before each reply of a child process: bytes of its error message, or 0."""
+_PROPERTIES = struct.Struct("<IIqqI")
+"""Reply to a path: width and height in pixels, frames per second as numerator and denominator, number of frames."""
+_MAX_MESSAGE_BYTES = 10_000
+_idle: list[subprocess.Popen[bytes]] = []
+"""Child processes without a file."""
 
 
-def sample_frames(path: Path, count: int, start_frames: int, timeout_s: float = VIDEO_DECODE_S) -> Generator[Image, None, None]:
-    """Yield up to `count` frames (H, W, 3), spread evenly over the first `start_frames` frames of the video.
+def open_foreign_video(path: Path, *, own_process: bool = False) -> ForeignVideoReader:
+    """Open a video of others as `open_video` does, in a child process that may crash, hang, or need too much memory.
 
-    Raises MediaError if the video cannot be decoded, or not within `timeout_s` seconds. Closing the generator ends the child.
+    `own_process`: a new process that reads this file only. Default: one that may have read other files without an error.
+    Raises MediaError as `open_video` does, also for a read that crashes or takes longer than VIDEO_DECODE_S.
     """
-    arguments = [sys.executable, "-m", __name__, str(path), str(count), str(start_frames)]
-    # Each thread of BLAS would take address space, which is limited.
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    expired = threading.Event()
-    with subprocess.Popen(arguments, env=environment, **pipes) as child:
-
-        def kill() -> None:
-            expired.set()
-            child.kill()
-
-        timer = threading.Timer(timeout_s, kill)
-        timer.start()
-        try:
-            assert child.stdout is not None
-            while len(header := child.stdout.read(HEADER.size)) == HEADER.size:
-                width, height = HEADER.unpack(header)
-                if not width:
-                    raise MediaError(child.stdout.read(min(height, MAX_MESSAGE_BYTES)).decode("utf-8", "replace"))
-                check_pixels(path, width, height)
-                pixels = child.stdout.read(width * height * 3)
-                if len(pixels) < width * height * 3:
-                    break
-                yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
-            # Its output has ended, so it has ended or is about to.
-            returncode = child.wait()
-            if expired.is_set():
-                raise MediaError(f"{path}: could not be decoded within {timeout_s:g} s")
-            if returncode != 0:
-                raise MediaError(f"{path}: the decoder crashed; the file is damaged, or needs too much memory")
-        finally:
-            timer.cancel()
-            child.kill()
+    child = None
+    if not own_process:
+        with suppress(IndexError):
+            child = _idle.pop()
+    if child is None or child.poll() is not None:
+        # Each thread of BLAS would take address space, which is limited.
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        arguments = [sys.executable, "-m", __name__, str(VIDEO_DECODE_S)]
+        pipe = subprocess.PIPE
+        child = subprocess.Popen(arguments, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+    try:
+        return ForeignVideoReader(path, child, keep=not own_process)
+    except BaseException:
+        _end(child)
+        raise
 
 
-def write_frames(path: Path, count: int, start_frames: int) -> None:
-    """Write the frames, or the reason why the video cannot be decoded, to the standard output."""
+def sample_frames(path: Path, count: int, start_frames: int) -> Generator[Image, None, None]:
+    """Yield up to `count` frames (H, W, 3), spread evenly over the first `start_frames` frames of a video of others.
+
+    Raises MediaError as `open_foreign_video`, which gets a process of its own.
+    """
+    with open_foreign_video(path, own_process=True) as video:
+        frame_count = min(video.frame_count, start_frames)
+        yield from video.each_frame(sorted({number * frame_count // count for number in range(count)}))
+
+
+class ForeignVideoReader(VideoReader):
+    """Reader whose frames are decoded by a child process."""
+
+    backend = "pyav"
+
+    def __init__(self, path: Path, child: subprocess.Popen[bytes], *, keep: bool) -> None:
+        """`keep`: use the process again when the file is closed."""
+        self.path = path
+        self._child: subprocess.Popen[bytes] | None = child
+        self._keep = keep
+        _ask(child, str(path.absolute()))
+        width, height, rate, scale, frame_count = _PROPERTIES.unpack(self._reply(_PROPERTIES.size))
+        check_pixels(path, width, height)
+        super().__init__(path, width, height, Fraction(rate, scale), frame_count)
+
+    def each_frame(self, indices: Sequence[int]) -> Generator[Image, None, None]:
+        """Yield frames (H, W, 3) in the order of `indices`, without keeping them. Raises MediaError."""
+        assert self._child is not None
+        # A process with replies that are not read is not used again.
+        keep, self._keep = self._keep, False
+        _ask(self._child, indices)
+        for _ in indices:
+            pixels = self._reply(self.height * self.width * 3)
+            yield np.frombuffer(pixels, np.uint8).reshape(self.height, self.width, 3)
+        self._keep = keep
+
+    def _decode(self, indices: list[int]) -> Frames:
+        frames = np.empty((len(indices), self.height, self.width, 3), np.uint8)
+        in_order = sorted(range(len(indices)), key=indices.__getitem__)
+        for slot, image in zip(in_order, self.each_frame([indices[slot] for slot in in_order]), strict=True):
+            frames[slot] = image
+        return frames
+
+    def _reply(self, size: int) -> bytes:
+        """Return a reply of this size in bytes. Raises MediaError with the message of an error."""
+        assert self._child is not None
+        assert self._child.stdout is not None
+        pipe = self._child.stdout
+        status = pipe.read(_REPLY.size)
+        if len(status) == _REPLY.size:
+            (message_bytes,) = _REPLY.unpack(status)
+            if message_bytes:
+                message = pipe.read(min(message_bytes, _MAX_MESSAGE_BYTES)).decode("utf-8", "replace")
+                raise MediaError(f"{self.path}{message.removeprefix(str(self.path.absolute()))}")
+            if len(reply := pipe.read(size)) == size:
+                return reply
+        # Its output has ended, so it has ended or is about to.
+        if self._child.wait() == -signal.SIGALRM:
+            raise MediaError(f"{self.path}: could not be decoded within {VIDEO_DECODE_S:g} s")
+        raise MediaError(f"{self.path}: the decoder crashed; the file is damaged, or needs too much memory")
+
+    def close(self) -> None:
+        child, self._child = self._child, None
+        if child is not None and self._keep:
+            _ask(child, None)
+            _idle.append(child)
+        elif child is not None:
+            _end(child)
+
+
+def _ask(child: subprocess.Popen[bytes], request: str | Sequence[int] | None) -> None:
+    assert child.stdin is not None
+    # Its output ends, too.
+    with suppress(BrokenPipeError):
+        child.stdin.write(json.dumps(request).encode() + b"\n")
+        child.stdin.flush()
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.kill()
+    with suppress(BrokenPipeError), child:
+        pass
+
+
+def _end_all() -> None:
+    while _idle:
+        _end(_idle.pop())
+
+
+atexit.register(_end_all)
+# A forked process must not use the processes of its parent.
+os.register_at_fork(after_in_child=_idle.clear)
+
+
+def _serve_frames(timeout_s: float) -> None:
+    """Reply to the requests of the standard input, until it ends: a path, numbers of frames of that video, or null to close it.
+
+    The process ends if a request takes longer than `timeout_s`.
+    """
     resource.setrlimit(resource.RLIMIT_AS, (VIDEO_DECODE_BYTES, VIDEO_DECODE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-    output = sys.stdout.buffer
-    try:
-        with open_video(path, backend="pyav") as video:
-            frame_count = min(video.frame_count, start_frames)
-            for index in sorted({number * frame_count // count for number in range(count)}):
-                (frame,) = video.frames(index, index + 1)
-                output.write(HEADER.pack(video.width, video.height))
-                output.write(frame.tobytes())
-    except MediaError as error:
-        message = str(error).encode("utf-8", "replace")[:MAX_MESSAGE_BYTES]
-        output.write(HEADER.pack(0, len(message)))
-        output.write(message)
-    output.flush()
+    output, video = sys.stdout.buffer, None
+    for line in sys.stdin.buffer:
+        # Without a handler, the signal ends the process, also while FFmpeg decodes.
+        signal.setitimer(signal.ITIMER_REAL, timeout_s)
+        request = json.loads(line)
+        try:
+            if isinstance(request, str):
+                video = open_video(Path(request))
+                rate, scale = video.fps.as_integer_ratio()
+                output.write(_REPLY.pack(0))
+                output.write(_PROPERTIES.pack(video.width, video.height, rate, scale, video.frame_count))
+            elif video is not None and request is None:
+                video.close()
+            elif video is not None:
+                for index in request:
+                    (frame,) = video.frames(index, index + 1)
+                    output.write(_REPLY.pack(0))
+                    output.write(frame.tobytes())
+        except MediaError as error:
+            message = str(error).encode("utf-8", "replace")[:_MAX_MESSAGE_BYTES]
+            output.write(_REPLY.pack(len(message)) + message)
+        output.flush()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":
-    write_frames(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    _serve_frames(float(sys.argv[1]))

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from uuid import UUID
 
 from PIL import Image as PILImage
@@ -26,6 +26,17 @@ if TYPE_CHECKING:
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """Formats that are read, by Pillow's names."""
+VIDEO_CODECS = (
+    *("h264", "hevc", "av1", "libdav1d", "vp8", "vp9", "mpeg1video", "mpeg2video", "mpeg4", "mjpeg", "dvvideo", "gif"),
+    *("prores", "dnxhd", "ffv1", "png", "rawvideo"),
+)
+"""FFmpeg's decoders that may read a video. FFmpeg has hundreds more, many for formats that hardly any file has."""
+SOUND_CODECS = (
+    *("aac", "ac3", "alac", "eac3", "flac", "mp2", "mp2float", "mp3", "mp3float", "opus", "libopus", "vorbis"),
+    *("pcm_alaw", "pcm_mulaw", "pcm_u8", "pcm_s16be", "pcm_s16le", "pcm_s24be", "pcm_s24le", "pcm_s32be", "pcm_s32le"),
+    *("pcm_f32be", "pcm_f32le"),
+)
+"""FFmpeg's decoders that may read the sound of a file."""
 CLIP_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".flv", ".mpg", ".mpeg")
 
 
@@ -69,16 +80,29 @@ def check_pixels(path: Path, width: int, height: int) -> None:
 def open_media(path: Path, container: str | None = None) -> AbstractContextManager[Any]:
     """Return PyAV's container of a local file, as a context manager. `container`: name of its format. Default: detect it.
 
-    Playlists and other files cannot make it read from the network. Raises FFmpeg's errors, which are OSError or ValueError.
+    Playlists and other files cannot make it read from the network. Decoders outside of the lists above are not started, also
+    not to detect the properties of a stream. Raises FFmpeg's errors, which are OSError or ValueError.
     """
     import av
 
     return av.open(  # type: ignore[no-any-return]  # PyAV has no types
         str(path.absolute()),  # absolute, so that FFmpeg never treats it as a URL
         format=container,
-        options={"protocol_whitelist": "file"},
+        options={"protocol_whitelist": "file", "codec_whitelist": ",".join((*VIDEO_CODECS, *SOUND_CODECS))},
         metadata_errors="ignore",
     )
+
+
+def decodable_stream(path: Path, opened: Any, kind: Literal["video", "audio"]) -> Any:
+    """Return the best stream of this kind. Raises MediaError if there is none, or if its codec is not permitted."""
+    stream, name = opened.streams.best(kind), {"video": "video", "audio": "sound"}[kind]
+    if stream is None or stream.codec_context is None:
+        raise MediaError(f"{path}: has no {name}, or none with a supported codec")
+    permitted = VIDEO_CODECS if kind == "video" else SOUND_CODECS
+    if (codec := stream.codec_context.name) not in permitted:
+        convert = f"convert the file, such as with `ffmpeg -i {path.name} {'-c:v ffv1 ' * (kind == 'video')}-c:a flac out.mkv`"
+        raise MediaError(f"{path}: got {name} in {codec}, must be in one of {', '.join(permitted)}; {convert}")
+    return stream
 
 
 COMMENT_TAG, MATROSKA_XMP_TAG = "comment", "XMP"

@@ -111,8 +111,7 @@ def encode_thumbnail(image: Image) -> bytes:
 
 def _sampled_frames(clip: Path, most: int, shrunk: Callable[[Image], PILImage.Image]) -> list[PILImage.Image]:
     """Return at most this many frames, evenly spaced over a clip. Each one is shrunk before the next one is decoded."""
-    # decord would keep more frames in memory.
-    with open_video(clip, backend="pyav") as video:
+    with open_video(clip) as video:
         count = min(most, video.frame_count)
         indices = [round(i * (video.frame_count - 1) / max(1, count - 1)) for i in range(count)]
         return [shrunk(video.frames_at([index])[0]) for index in indices]

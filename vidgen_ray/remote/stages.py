@@ -21,7 +21,7 @@ from pydantic import Field, JsonValue, field_validator
 
 from vidgen_ray.errors import MediaError, StageError
 from vidgen_ray.limits import MAX_FRAMES
-from vidgen_ray.media import encode_png, open_video, read_image
+from vidgen_ray.media import encode_png, open_foreign_video, read_image
 from vidgen_ray.remote.video_server import ServerFailed, VideoServers, WrongAnswer, auth_headers, reported_model
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
@@ -309,7 +309,7 @@ def _decoded(content: bytes, shot: Shot) -> Frames:
         file.write(content)
         file.flush()
         try:
-            with open_video(Path(file.name)) as video:
+            with open_foreign_video(Path(file.name), own_process=True) as video:
                 got = (video.frame_count, video.width, video.height, round(float(video.fps), 2))
                 if got == (shot.num_frames, shot.width, shot.height, shot.fps):
                     return video.frames(0, video.frame_count)
