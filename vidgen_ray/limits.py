@@ -3,6 +3,8 @@
 What an operator may change, such as the size of uploads, is a setting of the server instead (`online/server_settings.py`).
 """
 
+import re
+
 # Images and videos
 
 MAX_PIXELS = 40_000_000
@@ -27,6 +29,9 @@ MAX_LORA_HEADER_BYTES = 2**24
 """Maximum size of a LoRA's header: names and shapes of its tensors."""
 
 # Scripts and shots
+
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]|\r(?!\n)")
+"""Characters that prompts must not contain: C0 without tab and line breaks."""
 
 MAX_LINE = 2**24
 """Maximum number of characters in a line of a text file."""

@@ -14,7 +14,6 @@ from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from PIL import Image as PILImage
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
@@ -49,7 +48,7 @@ from vidgen_ray.shot import LoraRef, Shot, VideoLora
 from vidgen_ray.stages.base import ChunkedStage, Frames, Item, ProgressCallback, Stage, progress_callback
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.system.cache_dir import digest
-from vidgen_ray.system.quantities import ElapsedColumn
+from vidgen_ray.system.quantities import Console, ElapsedColumn
 
 
 def process_clip(profile: Profile, stage: type[ChunkedStage[Any]], shot: Shot, source: Path, out: Path) -> Path:

@@ -22,6 +22,7 @@ from pydantic import (
 
 from vidgen_ray.errors import StrictModel, explain, shortened
 from vidgen_ray.limits import (
+    CONTROL_CHARACTERS,
     MAX_EXTENDED_FRAMES,
     MAX_FRAMES,
     MAX_SHOTS_PER_LINE,
@@ -415,8 +416,8 @@ class Shot(_Frozen):
         # Zero-width spaces are neither printable nor whitespace.
         if not any(char.isprintable() and not char.isspace() for char in value):
             raise ValueError("must not be blank")
-        if "\0" in value:
-            raise ValueError("must not contain NUL characters")
+        if CONTROL_CHARACTERS.search(value):
+            raise ValueError("must not contain control characters other than tab and newline")
         return value
 
     @field_validator("face_image", mode="before")

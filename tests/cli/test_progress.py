@@ -1,11 +1,14 @@
 """Progress of a run: tracker, line view and terminal view, with a fake clock."""
 
 import io
+import logging
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from threading import Barrier, BrokenBarrierError
 
 import pytest
+import typer
 from rich.console import Console, Group
 
 from vidgen_ray.batch.progress import CONNECTING, FIRST_SHOTS, LOADING, PLANNING, ProgressTracker, Throughput, eta_range
@@ -14,6 +17,8 @@ from vidgen_ray.cli.progress_display import LineDisplay, RunView, TerminalDispla
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.run_log import StageStatus
+from vidgen_ray.system import quantities
+from vidgen_ray.system.quantities import escaped_output, table_of
 
 IDLE = Snapshot({"flux": StageStatus(3, 0, 2, 0.0), "svd": StageStatus(0, 0, 2, 0.0)}, gpus_busy=0.0, in_progress=0)
 BUSY = Snapshot({"flux": StageStatus(3, 2, 2, 0.5), "svd": StageStatus(14, 2, 2, 0.98)}, gpus_busy=0.93, in_progress=21)
@@ -170,6 +175,25 @@ def test_terminal_view_shows_phases_and_estimates_and_ends_without_one(clock):
     assert "failed s.jsonl line 1 poison in svd: it broke" in printed()
     assert "10/40" in frame()
     assert not any(text in frame() for text in ("left", "in progress", "svd"))
+
+
+def test_text_of_others_is_escaped_in_messages_and_tables_but_not_the_colours_of_rich(capsys):
+    hostile = "\x1b[2J\x9b1A\u202e"
+    with escaped_output():
+        table = table_of("prompt")
+        table.add_row(hostile)
+        screen = quantities.Console(force_terminal=True, color_system="standard", width=80)
+        screen.print(table)
+        screen.print("all done", style="red")
+        quantities.Console(stderr=True).print(hostile, markup=False)
+        typer.echo(hostile, err=True, color=True)
+        sys.stdout.write(f"{hostile}\n")
+        logging.getLogger("vidgen_ray").warning(hostile)
+    printed = capsys.readouterr()
+    escaped = "\\u001b[2J\\u009b1A\\u202e"
+    assert [line.strip() for line in printed.out.splitlines()] == ["prompt", escaped, "\x1b[31mall done\x1b[0m", escaped]
+    assert printed.err.splitlines()[:2] == [escaped, escaped]
+    assert "\x1b" not in printed.err
 
 
 def test_run_view_prints_lines_to_stderr(capsys):

@@ -49,7 +49,9 @@ REQUESTS: list[Case] = [
     refused("lone surrogate", "lone surrogate", raw(b'{"prompt": "\\ud800"}'), status=400),
     refused("another content type", "must be application/json", raw(b"<a/>", "application/xml"), status=415),
     refused("prompt of 100 kB", "at most 10000 characters", body(prompt="x" * 100_000), status=400, field="prompt"),
-    refused("NUL in the prompt", "NUL", body(prompt="a\0b"), status=400, field="prompt"),
+    refused("NUL in the prompt", "control characters", body(prompt="a\0b"), status=400, field="prompt"),
+    refused("escape in a prompt", "control characters", body(style_prompt="\x1b[2J"), status=400, field="style_prompt"),
+    used("lines and tabs in the prompt", body(prompt="a\r\nb\n\tc")),
     refused("job above the limit of the key", "must be at most", body(size="1024x1024", num_frames=256), status=400),
     refused("start image as HTML", "data: URL", reference(data_url(b"<script>", "text")), status=400, field="image_reference"),
     refused("10,000 form fields", "ields", post(data={f"f{n}": "x" for n in range(10_000)}), status=400),
@@ -59,7 +61,6 @@ REQUESTS: list[Case] = [
     *(refused(f"image at {url}", "", reference(url), status=400, field="image_reference") for url in LOCALHOST),
     used("file name that leaves the folder", post("/v1/files", files={"file": ("../../../etc/passwd", encoded(RED, "PNG"))})),
     used("HTML in the prompt", body(prompt="</script><script>alert(1)</script>")),
-    used("escape sequences in the prompt", body(prompt="a\x1b[2J\x1b]0;owned\x07b")),
 ]
 CAPS = {"image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 2_500_000}
 

@@ -96,6 +96,20 @@ def test_files_say_that_they_are_generated_by_what_and_from_what(files, capsys):
     assert line["steps"].keys() == {"flux", "svd"}
 
 
+def test_show_escapes_control_characters_and_line_breaks_of_a_file(tmp_path, capsys):
+    hostile = "a\x1b]0;b\x07\x9b2J\x7f\u202e\u2066\rb\nsignature    Trusted"
+    record = ProvenanceRecord(key=hostile, shot={"prompt": hostile, hostile: "é \u05d0", "metadata": {hostile: 1}})
+    write_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), record.metadata())
+    assert main(["show", str(tmp_path / "a.png"), "--verify"]) == 1
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if line.startswith("signature")] == ["signature    none"]
+    assert "prompt       a\\u001b]0;b\\u0007\\u009b2J\\u007f\\u202e\\u2066\\u000db\\nsignature" in shown
+    assert "é \u05d0" in shown
+    assert re.findall(r"[^\n\x20-\x7e\xa0-\u05ff]", shown) == []
+    assert main(["show", str(tmp_path / "a.png"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["record"]["shot"]["prompt"] == hostile
+
+
 def test_metadata_does_not_change_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), np.uint8)
     metadata = ProvenanceRecord(source_type="trainedAlgorithmicMedia").metadata()

@@ -23,7 +23,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from vidgen_ray.bench.published_models import RandomModel, empty_network, networks_in, random_model, random_pipeline
@@ -47,7 +46,7 @@ from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.loading import networks_from
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
-from vidgen_ray.system.quantities import table_of
+from vidgen_ray.system.quantities import Console, table_of
 from vidgen_ray.weights import resolve
 
 MIN_SECONDS = 1e-6

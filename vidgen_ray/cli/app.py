@@ -48,6 +48,7 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.screenplay import script_schema
 from vidgen_ray.shot import Shot
+from vidgen_ray.system.quantities import escaped_output
 from vidgen_ray.version import __version__
 
 COMMANDS = "vidgen.commands"
@@ -119,6 +120,11 @@ app = typer.Typer(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. Errors that a user can fix are printed without a traceback."""
+    with escaped_output():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         app(args=None if argv is None else list(argv), prog_name="vidgen")
     except VidgenError as error:

@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal, get_args
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -55,7 +54,7 @@ from vidgen_ray.outputs.run_log import LOGS, RunStatus, read_log, read_status
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.outputs.verify import VerifyReport
 from vidgen_ray.outputs.verify import verify as verify_folder
-from vidgen_ray.system.quantities import amount_text, count, duration, money, size, table_of
+from vidgen_ray.system.quantities import Console, amount_text, count, duration, money, size, table_of
 
 HOST = "127.0.0.1"
 SHOWN_MESSAGES = 5

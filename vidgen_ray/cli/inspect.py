@@ -90,7 +90,8 @@ def show(
         typer.echo(json.dumps(shown | ({"signature": signature and signature._asdict()} if verify else {})))
     else:
         for text in (*_summary(file, found), *(_described(signature) if verify else ())):
-            typer.echo(text)
+            # A line break in a prompt could forge the line of the signature.
+            typer.echo(text.replace("\n", "\\n"))
     if verify and (signature is None or signature.state == "Invalid"):
         raise typer.Exit(1)
 

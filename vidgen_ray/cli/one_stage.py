@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from PIL import Image
-from rich.console import Console
 
 from vidgen_ray.cli.options import (
     RENDER,
@@ -53,6 +52,7 @@ from vidgen_ray.stages.identity import pose_image
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import write_atomically
+from vidgen_ray.system.quantities import Console
 
 
 @in_group(RENDER)

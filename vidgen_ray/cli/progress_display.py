@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +19,7 @@ from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import MAX_MESSAGE_LENGTH, MAX_MESSAGES
 from vidgen_ray.outputs.manifest import REJECTED, ManifestRow
 from vidgen_ray.outputs.run_log import RunStatus
-from vidgen_ray.system.quantities import ElapsedColumn, count, duration, table_of
+from vidgen_ray.system.quantities import Console, ElapsedColumn, count, duration, table_of
 
 RENDERING = "shots"
 SMALL_RUN = 50

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 
 from vidgen_ray.cli.options import (
@@ -41,7 +40,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.report.shot_text import value_text
 from vidgen_ray.system.files import new_file
-from vidgen_ray.system.quantities import duration
+from vidgen_ray.system.quantities import Console, duration
 
 if TYPE_CHECKING:
     from vidgen_ray.dataset.export import ExportReport

@@ -27,7 +27,6 @@ import pyarrow.parquet
 import ray
 from more_itertools import batched
 from pyarrow import compute
-from rich.console import Console
 from rich.progress import Progress
 
 from vidgen_ray.batch.line_planner import MAX_TASKS, on_this_node, own_context
@@ -48,6 +47,7 @@ from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.outputs.lease import Lease, lease
 from vidgen_ray.outputs.manifest import opened
 from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, is_disk_full, storage_at
+from vidgen_ray.system.quantities import Console
 
 PENDING = ".vidgen/pending.json"
 CHECKPOINT_S = 60.0

@@ -27,7 +27,6 @@ import pyarrow.compute
 import pyarrow.parquet
 import ray
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import track
 
 from vidgen_ray.batch.line_planner import own_context
@@ -52,7 +51,7 @@ from vidgen_ray.outputs.manifest import (
 from vidgen_ray.outputs.records import SCORES as FOLDER
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.profile import Profile
-from vidgen_ray.system.quantities import count, duration
+from vidgen_ray.system.quantities import Console, count, duration
 
 COLUMNS = (
     *("id", "prompt", "negative_prompt", "seed", "metadata", "face_image", "face_index"),

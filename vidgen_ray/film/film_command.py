@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vidgen_ray.cli.options import (
@@ -34,6 +33,7 @@ from vidgen_ray.script.expansion import read_characters
 from vidgen_ray.script.formats import open_script
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script
+from vidgen_ray.system.quantities import Console
 
 if TYPE_CHECKING:
     from vidgen_ray.film.film_settings import ShotCandidate

@@ -1,13 +1,21 @@
-"""Durations, sizes, amounts of money and tables as people read them."""
+"""Durations, sizes, amounts of money and tables as people read them. Text of files on a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO, cast
 
-from rich.console import Console
+from rich import console as rich_console
+from rich.console import ConsoleOptions, RenderableType
 from rich.progress import ProgressColumn, Task
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from vidgen_ray.limits import CONTROL_CHARACTERS
 
 UNITS_S = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
 """Seconds of a unit, and of the next smaller one."""
@@ -47,6 +55,66 @@ def amount_text(amount: float) -> str:
 def money(amount: float, currency: str | None) -> str:
     """Return an amount with its currency. Without one, it is in that of `--price` or of the profile."""
     return f"{amount_text(amount)} {currency or '(in the currency of the price)'}"
+
+
+NOT_FOR_TERMINALS = re.compile(rf"{CONTROL_CHARACTERS.pattern}|[\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters with which the text of a file could hide or forge lines: C0, C1, and overrides of the direction of text."""
+
+
+def escaped(text: str) -> str:
+    """Return text for a terminal, with `\\u001b` instead of an escape character. JSON keeps its meaning."""
+    return NOT_FOR_TERMINALS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class Console(rich_console.Console):
+    """Console of rich that escapes the text of all it prints. Its own colours and cursor movements are control segments."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return escaped text, so that its width is known before a table is drawn."""
+        return super().render_str(escaped(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield the segments of a renderable, each with escaped text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=escaped(segment.text))
+
+
+class _EscapedStream:
+    """Text stream that escapes what is written to it. rich writes to the stream behind it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.rich_proxied_file = stream
+        self.escape: Callable[[str], str] = escaped
+
+    def write(self, text: str) -> int:
+        return self.rich_proxied_file.write(self.escape(text))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.rich_proxied_file.writelines(map(self.escape, lines))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "buffer":
+            # click would write to it if the encoding is ASCII.
+            raise AttributeError(name)
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextmanager
+def escaped_output() -> Iterator[None]:
+    """Escape what the block writes to the standard output and the standard error: prompts, names and messages of others."""
+    streams = _EscapedStream(sys.stdout), _EscapedStream(sys.stderr)
+    try:
+        with redirect_stdout(cast("TextIO", streams[0])), redirect_stderr(cast("TextIO", streams[1])):
+            yield
+    finally:
+        # Libraries that were imported in the block keep the streams, and reset colours at exit.
+        for stream in streams:
+            stream.escape = str
+
+
+def cursor_movable() -> AbstractContextManager[Any]:
+    """Return a context in which progress bars of other libraries can move the cursor on standard error."""
+    return redirect_stderr(getattr(sys.stderr, "rich_proxied_file", sys.stderr))
 
 
 PLAIN_WIDTH = 10_000

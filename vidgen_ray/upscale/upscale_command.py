@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from vidgen_ray.cli.options import EXPORT, JsonOption, MarkOptions, check_out, details_option, in_group, note, with_options
@@ -25,7 +24,7 @@ from vidgen_ray.media import CLIP_SUFFIXES
 from vidgen_ray.media.encode import Preset
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.provenance.record import DEFAULT
-from vidgen_ray.system.quantities import duration
+from vidgen_ray.system.quantities import Console, duration
 from vidgen_ray.upscale.frames import DEFAULT_CRF, Codec, EncodeSettings
 from vidgen_ray.upscale.job import SegmentFailed, Threads
 from vidgen_ray.upscale.join import FORMATS

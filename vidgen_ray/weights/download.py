@@ -24,6 +24,7 @@ from filelock import FileLock
 from vidgen_ray.errors import SetupError
 from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.system.model_files import PIPELINE_INDEX, pipeline_components, select_loaded
+from vidgen_ray.system.quantities import cursor_movable
 from vidgen_ray.weights import parse_hub, resolve
 
 _INSIGHTFACE = "https://github.com/deepinsight/insightface/releases/download/v0.7"
@@ -251,7 +252,7 @@ def _pull_repository(reference: str, hub: Hub, *, dry_run: bool, verify: bool) -
     from huggingface_hub.hf_api import RepoFile
 
     repo, revision, subfolder = parse_hub(reference.removeprefix("hub:"))
-    with _explained(reference, repo):
+    with _explained(reference, repo), cursor_movable():
         api = HfApi(endpoint=hub.url)
         commit = api.model_info(repo, revision=revision).sha
         tree = api.list_repo_tree(repo, recursive=True, revision=commit)
