@@ -6,9 +6,11 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
+from itertools import product
 from pathlib import Path
 from shutil import copytree, rmtree
 from types import SimpleNamespace
@@ -438,8 +440,8 @@ def test_shards_have_deterministic_bytes_and_only_those_with_changes_are_written
     assert {name: after[name] for name in (names[0], names[2])} == {name: first[name] for name in (names[0], names[2])}
 
 
-def split_of(rows, splits=HALVES, by=("prompt", "character"), done=None, chain=()):
-    """Return id -> split of rows (id, prompt, character)."""
+def split_of(rows, splits=HALVES, by=("prompt", "character"), done=None, chain=(), places=None):
+    """Return id -> split of rows (id, prompt, character). `places`: those of earlier calls, which this call updates."""
     with duckdb.connect() as database:
         columns = "id VARCHAR, prompt VARCHAR, character VARCHAR, face_image VARCHAR[], script VARCHAR DEFAULT 's'"
         database.execute(f"CREATE TABLE clips ({columns}, continue_from VARCHAR)")
@@ -450,7 +452,8 @@ def split_of(rows, splits=HALVES, by=("prompt", "character"), done=None, chain=(
         for item in (done or {}).items():
             database.execute("INSERT INTO done VALUES (?, ?)", item)
         database.execute("CREATE TABLE chosen AS SELECT id FROM clips WHERE prompt <> 'not chosen'")
-        assign_splits(database, splits, by)
+        known = {} if places is None else places
+        known |= assign_splits(database, splits, by, known)
         return dict(database.execute("SELECT id, split FROM splits").fetchall())
 
 
@@ -470,12 +473,59 @@ def test_groups_are_never_divided_and_keep_their_split():
         chained[0] = ("a", other, None)
 
 
-def test_splits_that_cannot_hold_are_refused():
+def rows_of_groups(sizes):
+    return [(f"{group}-{number}", f"prompt {group}", None) for group, size in enumerate(sizes) for number in range(size)]
+
+
+def off_by(sizes, places, splits):
+    """Return how far a division of groups is from the shares: empty splits, and the sum of differences in clips."""
+    loads = [sum(size for size, each in zip(sizes, places, strict=True) if each == name) for name in splits]
+    differences = (abs(load - share * sum(sizes)) for load, share in zip(loads, splits.values(), strict=True))
+    return loads.count(0), round(sum(differences), 6)
+
+
+@pytest.mark.parametrize("splits", [{"train": 0.8, "val": 0.2}, {"train": 0.9, "val": 0.1}, {"a": 0.5, "b": 0.3, "c": 0.2}])
+def test_small_sets_get_the_nearest_division_and_clips_never_move(splits):
+    random = np.random.default_rng(len(splits))
+    for n_groups in (2, 3, 4, 6, 7):
+        sizes = random.integers(1, 6, max(n_groups, len(splits))).tolist()
+        rows, places = rows_of_groups(sizes), {}
+        found = split_of(rows, splits, places=places)
+        division = [found[f"{group}-0"] for group in range(len(sizes))]
+        assert found == {id_: division[int(id_.split("-")[0])] for id_ in found}
+        nearest = min(off_by(sizes, other, splits) for other in product(splits, repeat=len(sizes)))
+        assert off_by(sizes, division, splits) == nearest
+        # Clips are added to old and to new groups, some are removed, and come back.
+        for step in range(3):
+            kept = {id_: split for id_, split in found.items() if random.random() < 0.5}
+            left = [row for row in rows if row[0] in kept]
+            if left:
+                split_of(left, splits, done=kept, places=places)
+            rows += [(f"{group}-{step}+", f"prompt {group}", None) for group in range(len(sizes))][:: step + 1]
+            rows += [(f"{step}+{number}", f"other {step} {number}", None) for number in range(20 * step)]
+            later = split_of(rows[:: random.choice([-1, 1])], splits, done=kept, places=places)
+            assert later.items() >= found.items()
+            found = later
+
+
+def test_division_of_many_groups_is_near_if_their_hashes_miss_it():
+    """Half of all clips are those of one person."""
+    sizes = [200, *[1] * 200]
+    for number in range(3):
+        rows = [(id_, f"{prompt} of {number}", None) for id_, prompt, _ in rows_of_groups(sizes)]
+        assert Counter(split_of(rows, {"train": 0.8, "val": 0.2}).values()) == pytest.approx({"train": 320, "val": 80}, abs=40)
+
+
+def test_splits_that_cannot_hold_are_refused(capsys):
     rows = [(f"a{number}", f"p{number}", "Ada") for number in range(9)] + [("b", "p", "Bo")]
-    match = "would have .* of 10 clips.*with 'character Ada', has 9 clips. Try --split-by prompt, --split-by character"
-    with pytest.raises(UsageError, match=match):
-        split_of(rows)
-    assert set(split_of(rows, by=("prompt",)).values()) == {"train", "test"}
+    assert sorted(Counter(split_of(rows).values()).values()) == [1, 9]
+    printed = capsys.readouterr().err
+    assert "1 of 10 clips. Clips of the same prompt or character, or of a continued chain, are never divided" in printed
+    assert "with 'character Ada', has 9 clips. Try --split-by prompt, --split-by character, or other shares" in printed
+    with pytest.raises(UsageError, match=r"would have 0 of 9 clips.*with 'character Ada', has 9 clips. Try --split-by prompt"):
+        split_of(rows[:-1])
+    assert Counter(split_of(rows, by=("prompt",)).values()) == {"train": 5, "test": 5}
+    assert not capsys.readouterr().err
     joined = [("a", "one", "Ada"), ("b", "two", "Bo"), ("new", "one", "Bo")]
     with pytest.raises(UsageError, match="new connects b of test and a of train, through 'character Ada' or other keys"):
         split_of(joined, done={"a": "train", "b": "test"})

@@ -152,13 +152,14 @@ class _Export:
         self._key = "id" if settings.format == "lance" else "file"
         self._check_settings()
         load_rows(self._db, kind, settings.caption, in_shards=self._ending is not None)
-        assign_splits(self._db, settings.splits, settings.split_by)
+        places = assign_splits(self._db, settings.splits, settings.split_by, stored.get("places"))
         was_killed = self._clean_up()
         self._plan_shards() if self._ending else self._plan_files()
         described = settings.model_dump(mode="json") | {
             "source": self._source.url,
             "columns": {field.name: str(field.type) for field in self._db.sql(self._rows()).to_arrow_reader(1).schema},
             "refused": self._reasons("SELECT * FROM refused"),
+            "places": places,
         }
         is_same = all(stored.get(name) == value for name, value in described.items())
         if not is_same:

@@ -5,6 +5,7 @@ A group is everything that is connected by an equal prompt, person or script, or
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect
 from collections import Counter
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow
 from pydantic import Field, field_validator
 
+from vidgen_ray.cli.options import note
 from vidgen_ray.dataset.tables import IN_SCRIPT_ORDER, columns_of, quoted, run_query, selection
 from vidgen_ray.errors import FrozenModel, StrictModel, UsageError, shortened
 from vidgen_ray.licences import ALLOWED, Requirement
@@ -50,6 +52,8 @@ KEYS: dict[SplitKey, str] = {
 """Key -> SQL of the ids and keys of clips. A person is a character, and each face photo."""
 CHAINS = """SELECT id, 'shot ' || id AS key FROM clips
     UNION ALL SELECT id, 'shot ' || continue_from AS key FROM clips WHERE continue_from IS NOT NULL"""
+FEW_GROUPS, MAX_DIVISIONS = 30, 100_000
+"""Groups below which a set is divided as near to the shares as possible, and divisions of groups that are compared for it."""
 
 
 class Transcode(StrictModel):
@@ -249,34 +253,78 @@ class Group(NamedTuple):
     """Splits of its clips that are exported already."""
 
 
-def assign_splits(database: duckdb.DuckDBPyConnection, splits: Mapping[str, float], by: Sequence[SplitKey]) -> None:
+def assign_splits(
+    database: duckdb.DuckDBPyConnection,
+    splits: Mapping[str, float],
+    by: Sequence[SplitKey],
+    known: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """Create the table `splits` with the split of each id in `chosen`.
 
-    A group with exported clips (table `done`) keeps their split. That of another group follows from the hash of its smallest
-    key. Raises UsageError if clips connect groups of several splits, or groups are too large for the shares.
+    Return place -> split of groups whose split need not follow from their hash, for the next call.
+
+    A group keeps its split: that of its exported clips (table `done`), or the one in `known`, which an earlier call returned.
+    That of another group follows from the hash of its smallest key, so that it does not depend on the other clips. Few groups
+    are divided as near to the shares as whole groups allow, as are many if their hashes miss the shares.
+    Raises UsageError if clips connect groups of several splits, or there are fewer groups than splits.
     """
     if len(splits) == 1:
         database.execute(f"CREATE TABLE splits AS SELECT id, '{next(iter(splits))}' AS split FROM chosen")
-        return
+        return {}
     groups = _groups(database, by)
     if connected := next((group for group in groups if len(group.splits) > 1), None):
         raise _connected(database, connected, by)
     ends, names = [*accumulate(splits.values())], [*splits]
-    chosen = {
-        group.number: group.splits[0] if group.splits else names[min(bisect(ends, group.place), len(names) - 1)]
-        for group in groups
-    }
-    if not any(group.splits for group in groups):
-        for name, end in zip(names, ends, strict=True):
-            counts = Counter(chosen.values())
-            spare = [group for group in groups if counts[chosen[group.number]] > 1]
-            # Few groups can miss a small split by chance. It gets the nearest one.
-            if spare and not counts[name]:
-                chosen[min(spare, key=lambda group: abs(group.place - (end - splits[name] / 2))).number] = name
+    known, are_few = dict(known or {}), len(groups) < FEW_GROUPS
+    found = {group.number: group.splits[0] if group.splits else known.get(str(group.place)) for group in groups}
+    kept = {number: split for number, split in found.items() if split is not None}
+    hashed = {group.number: names[min(bisect(ends, group.place), len(names) - 1)] for group in groups}
+    is_first, chosen = not kept, hashed | kept
+    if are_few or (is_first and _missed(groups, chosen, splits)):
+        chosen = _nearest(groups, hashed, kept, splits)
+    if is_first:
         _check_shares(groups, chosen, splits, by)
     table = pyarrow.table({"number": [*chosen], "split": pyarrow.array(chosen.values(), pyarrow.string())})
     database.register("chosen_splits", table)
     database.execute("CREATE TABLE splits AS SELECT id, split FROM members JOIN chosen_splits USING (number)")
+    by_number = {group.number: str(group.place) for group in groups}
+    return known | {by_number[each]: split for each, split in chosen.items() if are_few or split != hashed[each]}
+
+
+def _nearest(
+    groups: Sequence[Group], hashed: Mapping[int, str], kept: Mapping[int, str], splits: Mapping[str, float]
+) -> dict[int, str]:
+    """Return number -> split of all groups, with the smallest sum of differences to the shares, and no empty split if possible.
+
+    Of equal divisions, the one with the most clips in the split of their hash is returned. Exact for few groups.
+    """
+    names = [*splits]
+    targets = [share * sum(group.clips for group in groups) for share in splits.values()]
+    # The largest first.
+    free = sorted((group for group in groups if group.number not in kept), key=lambda group: (-group.clips, group.place))
+    loads = tuple(sum(group.clips for group in groups if kept.get(group.number) == name) for name in names)
+    found: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {loads: (0, ())}
+    """Clips per split -> clips that are in the split of their hash, and the split of each group so far."""
+    width = max(1, MAX_DIVISIONS // max(1, len(free)))
+    for group in free:
+        further: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {}
+        for loads, (alike, places) in found.items():
+            for place, name in enumerate(names):
+                added = (*loads[:place], loads[place] + group.clips, *loads[place + 1 :])
+                division = (alike + group.clips * (hashed[group.number] == name), (*places, place))
+                if added not in further or further[added] < division:
+                    further[added] = division
+        if len(further) > width:
+            nearest = sorted(further, key=lambda loads: math.dist(loads, targets))
+            further = {loads: further[loads] for loads in nearest[:width]}
+        found = further
+
+    def distance(loads: tuple[int, ...]) -> tuple[float, ...]:
+        deviation = sum(abs(load - target) for load, target in zip(loads, targets, strict=True))
+        return loads.count(0), round(deviation, 6), -found[loads][0], *loads
+
+    _, places = found[min(found, key=distance)]
+    return {**kept, **{group.number: names[place] for group, place in zip(free, places, strict=True)}}
 
 
 def _groups(database: duckdb.DuckDBPyConnection, by: Sequence[SplitKey]) -> list[Group]:
@@ -304,24 +352,33 @@ def _groups(database: duckdb.DuckDBPyConnection, by: Sequence[SplitKey]) -> list
     return [Group(*row) for row in found.fetchall()]
 
 
-def _check_shares(
-    groups: Sequence[Group], chosen: Mapping[int, str], splits: Mapping[str, float], by: Sequence[SplitKey]
-) -> None:
+def _missed(groups: Sequence[Group], chosen: Mapping[int, str], splits: Mapping[str, float]) -> dict[str, int]:
+    """Return split -> clips of the splits that are empty, or far from their share."""
     sizes = Counter[str]()
     for group in groups:
         sizes[chosen[group.number]] += group.clips
-    largest = max(groups, key=lambda group: group.clips)
-    for name, share in splits.items():
-        expected = share * sizes.total()
-        is_off = not sizes[name] or abs(sizes[name] - expected) > max(expected / 2, 1)
-        if is_off and largest.clips > expected / 2:
-            others = [key for key in KEYS if key not in by] if len(by) == 1 else by
-            raise UsageError(
-                f"--split {name}={share:g}: would have {sizes[name]:,} of {sizes.total():,} clips. Clips of the same "
-                f"{' or '.join(by)}, or of a continued chain, are never divided; the largest such group, with "
-                f"{shortened(largest.key)}, has {largest.clips:,} clips. Try "
-                f"{', '.join(f'--split-by {key}' for key in others)}, or other shares"
-            )
+    expected = {name: share * sizes.total() for name, share in splits.items()}
+    return {
+        name: sizes[name] for name, clips in expected.items() if not sizes[name] or abs(sizes[name] - clips) > max(clips / 2, 1)
+    }
+
+
+def _check_shares(
+    groups: Sequence[Group], chosen: Mapping[int, str], splits: Mapping[str, float], by: Sequence[SplitKey]
+) -> None:
+    """Print which splits are far from their share, or raise UsageError if one is empty."""
+    largest, total = max(groups, key=lambda group: group.clips), sum(group.clips for group in groups)
+    others = [key for key in KEYS if key not in by] if len(by) == 1 else by
+    for name, size in sorted(_missed(groups, chosen, splits).items(), key=lambda item: item[1]):
+        text = (
+            f"--split {name}={splits[name]:g}: {{}} {size:,} of {total:,} clips. Clips of the same "
+            f"{' or '.join(by)}, or of a continued chain, are never divided; the largest such group, with "
+            f"{shortened(largest.key)}, has {largest.clips:,} clips. Try "
+            f"{', '.join(f'--split-by {key}' for key in others)}, or other shares"
+        )
+        if not size:
+            raise UsageError(text.format("would have"))
+        note(text.format("has"))
 
 
 def _connected(database: duckdb.DuckDBPyConnection, group: Group, by: Sequence[SplitKey]) -> UsageError:
