@@ -1,5 +1,6 @@
 """API keys, limits of requests, tenants and memory, uploads, characters and retention."""
 
+import asyncio
 import base64
 import dataclasses
 import hashlib
@@ -488,6 +489,17 @@ def test_images_and_large_forms_are_decoded_one_at_a_time(server, monkeypatch, n
         answers = pool.map(lambda body: httpx.post(url + path, **body, headers=headers, timeout=60), requests)
         assert [answer.status_code for answer in answers] == [status] * 4
     assert most == 1
+
+
+@pytest.mark.parametrize("thread_of", [lambda of: of.job_service.uploads.decoding, lambda of: of.face_check.thread])
+def test_tenants_take_turns_when_images_are_decoded_and_faces_checked(server, thread_of):
+    thread, order = thread_of(server.app.state.server), []
+
+    async def calls():
+        await asyncio.gather(*(thread.run(tenant, order.append, tenant) for tenant in ["ada"] * 9 + ["bob"] * 2))
+
+    asyncio.run(calls())
+    assert order[:5] == ["ada", "bob", "ada", "bob", "ada"]
 
 
 def test_stored_bytes_of_a_tenant_are_limited(server):

@@ -4,9 +4,10 @@ import json
 import time
 
 import pytest
+from starlette.testclient import TestClient
 
 from tests.conftest import ASTRONAUT
-from tests.online.directors import SMALL, local_server, noise_renderer
+from tests.online.directors import LOCAL, SMALL, local_server, noise_renderer
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.online import job_director
 from vidgen_ray.online.job_service import plan_job
@@ -223,6 +224,18 @@ def test_shot_rendered_by_a_batch_run_is_completed_at_once(client, server, tiny)
     video = made(client, prompt="rendered before", seed=5)
     assert (video["status"], video["progress"]) == ("completed", 100)
     assert client.get(f"/v1/videos/{video['id']}/content").status_code == 200
+
+
+def test_videos_of_another_profile_are_served_and_remixed(tiny, tmp_path):
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path / "out"))
+    with local_server(tiny, settings) as server, TestClient(server.app, **LOCAL) as client:
+        video = ended(client, made(client, model="tiny-fast")["id"])
+    with local_server(tiny.model_copy(update={"name": "other"}), settings) as server, TestClient(server.app, **LOCAL) as client:
+        assert client.get(f"/v1/videos/{video['id']}/content").status_code == 200
+        remix = client.post(f"/v1/videos/{video['id']}/remix", json={"prompt": "a dog"})
+        assert remix.status_code == 200, remix.text
+        assert remix.json()["model"] == "other"
+        assert shot_of(client, remix.json()["id"]).get("mode") == shot_of(client, made(client)["id"]).get("mode")
 
 
 def test_video_continues_a_completed_one_only(client, server):

@@ -22,7 +22,7 @@ from vidgen_ray.online import ENVIRONMENT
 from vidgen_ray.online.auth import LOCAL_TENANT
 from vidgen_ray.online.serve_command import settings_of
 from vidgen_ray.online.server_settings import OnlineSettings
-from vidgen_ray.online.store.jobs import JobState
+from vidgen_ray.online.store.jobs import LEASE_S, JobState, new_owner
 from vidgen_ray.online.store.store import open_store
 
 
@@ -30,6 +30,8 @@ def test_invalid_settings_fail_before_start(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
+    store = open_store(OnlineSettings(data="used"))
+    store.queue.hold(new_owner(), LEASE_S)
     for arguments, code, message in (
         (["--profile", "nope"], 3, "must be one of auto, demo"),
         (["--host", "0.0.0.0"], 4, "requires API keys. Create one with `vidgen keys new`"),
@@ -43,11 +45,17 @@ def test_invalid_settings_fail_before_start(capsys, monkeypatch, tmp_path):
         (["--keys", "gone.yaml"], 4, "keys file gone.yaml: cannot be read"),
         (["--settings", "gone.yaml"], 2, "settings gone.yaml: cannot be read"),
         (["--port", "0"], 2, "should be greater than or equal to 1"),
+        (
+            ["--data", "used", "--wait", "0"],
+            4,
+            f"another server works with it: process {os.getpid()} on {os.uname().nodename}. Stop it",
+        ),
         (["--port", str(port)], 4, f"cannot listen on 127.0.0.1 port {port}: Address already in use"),
     ):
         assert main(["serve", "--profile", "tiny", *arguments]) == code
         assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
     taken.close()
+    store.close()
 
 
 def test_options_override_the_settings_file(tmp_path):

@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
-from sqlalchemy import create_engine, event, inspect, make_url, text, update
+from sqlalchemy import Column, Integer, MetaData, create_engine, event, inspect, make_url, text
 
 from benchmarks.stored_jobs import MAIN_TENANT, fill
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.store.database import META
-from vidgen_ray.online.store.jobs import FINAL, PRIORITY_STEP, Job, JobKind, JobProgress, JobState, new_id
+from vidgen_ray.online.store import database
+from vidgen_ray.online.store.database import TABLES
+from vidgen_ray.online.store.jobs import FINAL, PRIORITY_STEP, Job, JobKind, JobProgress, JobState, new_id, new_owner
 from vidgen_ray.online.store.store import (
     PURGE_DELAY_S,
     IdempotencyConflict,
@@ -203,6 +204,36 @@ def test_expired_lease_can_be_claimed_by_another_director(store, clock, steady):
     assert store.get(job.id, "ada") == again
 
 
+def test_one_director_claims_jobs_until_it_ends_or_is_silent(store, steady):
+    fork, (names, sent) = multiprocessing.get_context("fork"), multiprocessing.Pipe()
+
+    def other_director():
+        sent.send(new_owner())
+        signal.pause()
+
+    process = fork.Process(target=other_director)
+    process.start()
+    own, ended, remote = new_owner(), names.recv(), f"elsewhere:{'0' * 16}-7-7:x"
+    store.create(new_job())
+    assert store.queue.hold(remote, 10) is None
+    for _ in range(3):
+        steady.seconds += 9
+        assert store.queue.hold(own, 10) == store.queue.director(10) == remote
+        assert store.queue.claim(own, 10, 1) == store.queue.claim(own, None, 1) == []
+        assert store.queue.hold(remote, 10) is None
+    store.queue.step_down(own)
+    assert store.queue.director(10) == remote
+    steady.seconds += 11
+    assert store.queue.hold(ended, 10) is None
+    assert store.queue.hold(own, 10) == ended
+    process.kill()
+    process.join()
+    assert store.queue.hold(own, 10) is None
+    assert len(store.queue.claim(own, None, 1)) == 1
+    store.queue.step_down(own)
+    assert store.queue.director(10) is None
+
+
 def test_progress_never_decreases_and_a_completed_job_does_not_change(store, clock):
     store.create(new_job())
     (job,) = store.queue.claim("d", 30, 5)
@@ -344,13 +375,16 @@ def test_errors_name_the_database_but_not_its_password(tmp_path):
     assert "secret" not in str(error.value)
 
 
-def test_store_of_another_version_is_refused(database_url):
-    store = JobStore(database_url)
-    with store.engine.begin() as connection:
-        connection.execute(update(META).where(META.c.name == "tables").values(value=99))
-    with pytest.raises(SetupError, match="its tables have version 99, this version of vidgen-ray has 1"):
+def test_store_with_other_tables_is_refused(database_url, monkeypatch):
+    other = MetaData()
+    for table in TABLES.sorted_tables:
+        table.to_metadata(other)
+    other.tables["vidgen_outbox"].append_column(Column("added", Integer))
+    with monkeypatch.context() as patched:
+        patched.setattr(database, "TABLES", other)
+        JobStore(database_url).close()
+    with pytest.raises(SetupError, match="its tables are those of another version of vidgen-ray"):
         JobStore(database_url)
-    store.close()
 
 
 def test_failed_creation_of_tables_changes_nothing(database_url):
@@ -458,11 +492,15 @@ def test_wait_is_bounded_and_other_tenants_are_not_delayed(tmp_path):
 
 
 def test_late_jobs_fail_unless_they_have_started(store, clock):
-    late, in_time, started = (store.create(new_job(start_by=clock.seconds + seconds))[0].id for seconds in (5, 20, 5))
+    at_once, late, in_time, started = (
+        store.create(new_job(start_by=clock.seconds + seconds))[0].id for seconds in (0.001, 5, 20, 5)
+    )
     store.create(new_job("bob"))
-    assert claimed(store, 2)[0] == late
+    clock.seconds += 1
+    assert claimed(store, 2)[0] == late, "a job that is late is not claimed"
     store.queue.release("d", [late])
-    clock.seconds += 10
+    assert store.get(at_once, "ada").state == JobState.FAILED
+    clock.seconds += 9
     store.queue.fail_late()
     assert [store.get(each, "ada").state for each in (late, in_time)] == [JobState.QUEUED] * 2
     failed = store.get(started, "ada")
@@ -503,11 +541,15 @@ CALLS = {
 
 
 def scans(store, statement, parameters):
-    """Return the lines of the query plan that read a whole table, or a whole index other than that of open jobs."""
+    """Return the lines of the query plan that read a whole large table, or a whole index other than that of open jobs."""
     with store.engine.begin() as connection:
         if store.engine.dialect.name == "sqlite":
             plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)]
-            return [line for line in plan if re.match(r"SCAN (?!.*by_open)\S+ ?(?!.*CONSTANT)", line) and "vidgen_" in line]
+            return [
+                line
+                for line in plan
+                if re.match(r"SCAN (?!.*by_open|vidgen_director)\S+ ?(?!.*CONSTANT)", line) and "vidgen_" in line
+            ]
         # Scans of small tables can be cheaper than indexes: without them the plan scans only what no index serves.
         connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
         plan = [row[0] for row in connection.exec_driver_sql(f"EXPLAIN {statement}", parameters)]

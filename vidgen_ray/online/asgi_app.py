@@ -22,12 +22,12 @@ from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.auth import ApiKeys, Authenticator
 from vidgen_ray.online.event_streams import EventStreams, JobFeed
 from vidgen_ray.online.http_fetch import ImageFetcher
-from vidgen_ray.online.job_service import JobService, NotifyDirector, storage_problem
+from vidgen_ray.online.job_service import JobService, NotifyDirector, StorageCheck
 from vidgen_ray.online.queue_estimate import QueueEstimator
 from vidgen_ray.online.server_context import FaceCheck, ServerContext
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
-from vidgen_ray.online.store.database import POOL_SIZE
+from vidgen_ray.online.store.database import READERS
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.uploads import LARGE_JSON_BODIES, BodyCap, ImageReferences
 from vidgen_ray.online.web import add_page
@@ -45,7 +45,7 @@ Create requests accept JSON or a form. Every error is `{"error": {"message", "ty
 
 READY_S = 5.0
 """Seconds within which `/readyz` responds."""
-THREADS = POOL_SIZE
+THREADS = READERS
 """Threads of `asyncio.to_thread` for blocking calls, each with a connection to the database.
 
 Starlette's `run_in_threadpool` is not used: in Ray Serve's event loop, each call looks through all tasks, of which 1,000 event
@@ -85,6 +85,7 @@ def make_app(
         job_feed=JobFeed(store),
         event_streams=EventStreams(),
         queue_estimator=QueueEstimator(store, serving_profile.profile),
+        storage_check=StorageCheck(store, outputs),
         image_references=ImageReferences(job_service.uploads, fetcher),
         face_check=FaceCheck(serving_profile),
         started_at=int(time.time()),
@@ -201,7 +202,7 @@ async def readyz(server: ServerDep) -> Readiness:
     """
     try:
         async with asyncio.timeout(READY_S):
-            problem = await asyncio.to_thread(storage_problem, server.store, server.outputs)
+            problem = await server.storage_check.problem()
     except TimeoutError:
         problem = f"The job store or the output folder has not responded for {READY_S:g} s."
     if problem is not None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
-import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +30,7 @@ from vidgen_ray.online.job_service import plan_job, storage_problem
 from vidgen_ray.online.queue_estimate import ProgressEstimator, QueueEstimator
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import serving_profile
-from vidgen_ray.online.store.jobs import Job, JobError, JobProgress, JobState
+from vidgen_ray.online.store.jobs import LEASE_S, Job, JobError, JobProgress, JobState, described, new_owner
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.online.webhooks import run_maintenance
 from vidgen_ray.online.workers import Actors
@@ -41,8 +39,6 @@ from vidgen_ray.planner.layout import Layout
 
 log = logging.getLogger("ray.serve")
 
-LEASE_S = 10.0
-"""Seconds without a heartbeat after which another director may claim a job."""
 THREADS = 16
 """Threads for calls that block. Ray would allow as many as the replica has CPUs."""
 POLL_S = 1.0
@@ -106,7 +102,9 @@ class JobDirector:
         self._renderer = Renderer(self._metrics.snapshot)
         self._actors = Actors("", 0, {}, layout)
         self._workers = workers
-        self.owner = f"{os.uname().nodename}:{os.getpid()}:{secrets.token_hex(8)}"
+        self.owner = new_owner()
+        self._other: str | None = None
+        """Another director, which claims the jobs of the store."""
         self._running: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
         self._updates: dict[str, JobProgress] = {}
@@ -149,12 +147,16 @@ class JobDirector:
         if jobs:
             await asyncio.wait(list(jobs.values()))
             await asyncio.to_thread(self._store.queue.release, self.owner, list(jobs))
+        # Another director need not wait for the end of this process.
+        await asyncio.to_thread(self._store.queue.step_down, self.owner)
         return len(jobs)
 
     async def missing(self) -> str | None:
         """Return the stages that no worker can run now, and what the server waits for. `None` if nothing is missing."""
         engine, layout = self._renderer.engine, self._actors.layout
         assert layout is not None
+        if self._other:
+            return "another server works with the same database; the log of this one names it"
         if not (stages := list(layout.stages) if engine is None else engine.missing_stages):
             return None
         return f"no worker for {', '.join(stages)}: {self._actors.waiting or 'the weights are loading'}"
@@ -299,6 +301,8 @@ class JobDirector:
         queue = self._store.queue
         with queue.together():
             results = [store() for store, _ in ends.values()]
+            if is_full and not self._draining:
+                self._hold()
             if is_full:
                 queue.fail_late()
             stopped = queue.heartbeat(self.owner, held) if held else set()
@@ -306,6 +310,12 @@ class JobDirector:
                 queue.progress(self.owner, updates)
             jobs = queue.claim(self.owner, LEASE_S if is_full else None, limit) if limit else ()
         return results, stopped, jobs
+
+    def _hold(self) -> None:
+        """Become the director of the store, or renew that, unless there is another one. Blocks."""
+        before, self._other = self._other, self._store.queue.hold(self.owner, LEASE_S)
+        if self._other and self._other != before:
+            log.warning("another server works with the same database, so this one starts no jobs: %s", described(self._other))
 
     def _free_slots(self, running: int) -> int:
         """Return how many jobs can be started now."""

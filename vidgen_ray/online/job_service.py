@@ -12,10 +12,9 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from threading import Lock
+from functools import partial
 from typing import Any, NamedTuple
 
-from cachetools import TTLCache, cached
 from pydantic import JsonValue, TypeAdapter
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -26,7 +25,7 @@ from vidgen_ray.online.api_error import ApiError, invalid, invalid_fields, not_f
 from vidgen_ray.online.auth import LOCAL_TENANT, Tenant
 from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
-from vidgen_ray.online.store.database import POOL_SIZE
+from vidgen_ray.online.store.database import in_write_thread
 from vidgen_ray.online.store.inputs import Character
 from vidgen_ray.online.store.jobs import JOB_ID, Job, JobKind, JobState, new_id, shot_id_of
 from vidgen_ray.online.store.store import IdempotencyConflict, JobStore, LimitReached, QueueFull
@@ -57,9 +56,6 @@ LICENCE_LIST = TypeAdapter(tuple[UsedWeights, ...])
 QUEUE_FULL_RETRY_S = 5
 OPEN_JOBS_RETRY_S = 2
 ERASE_RETRY_S = 2
-
-MAX_WRITERS = POOL_SIZE // 2
-"""Requests that create jobs at the same time. If the store is locked, reads still have threads and connections."""
 
 NotifyDirector = Callable[[], None]
 """Wakes the director. Without this call it finds the change at its next poll."""
@@ -96,7 +92,6 @@ class JobService:
         self._jobs_changed = jobs_changed
         self.serving_profile = serving_profile
         self.uploads = upload_folder(outputs, store.uploads, settings.uploads)
-        self._writers = asyncio.Semaphore(MAX_WRITERS)
 
     async def accept(
         self,
@@ -126,8 +121,7 @@ class JobService:
                 return earlier
         options = {"idempotency_key": idempotency_key, "fingerprint": fingerprint}
         try:
-            async with self._writers:
-                stored, created = await asyncio.to_thread(self._store_new, tenant, kind, shots, request, options)
+            stored, created = await in_write_thread(self._store_new, tenant, kind, shots, request, options)
         except IdempotencyConflict:
             raise _key_reused() from None
         except QueueFull as error:
@@ -161,13 +155,13 @@ class JobService:
 
     async def cancel(self, tenant: Tenant, job_id: str) -> Job | None:
         """Cancel a queued job or request the cancellation of one in progress. Return `None` if the tenant has no such job."""
-        job = await asyncio.to_thread(self._store.request_cancel, job_id, tenant.name)
+        job = await in_write_thread(self._store.request_cancel, job_id, tenant.name)
         self._jobs_changed()
         return job
 
     async def delete(self, tenant: Tenant, job_id: str) -> bool:
         """Hide a job and cancel it. Return False if the tenant has no such job."""
-        deleted = await asyncio.to_thread(self._store.delete, job_id, tenant.name)
+        deleted = await in_write_thread(self._store.delete, job_id, tenant.name)
         self._jobs_changed()
         return deleted
 
@@ -195,8 +189,8 @@ class JobService:
             raise ApiError(409, message, code="jobs_running", headers=headers)
         cached_steps = await asyncio.to_thread(self._drop_cached, jobs)
         for each in characters:
-            await asyncio.to_thread(self._store.characters.delete, each.id, tenant.name)
-        deleted = [photo for photo in photos if await asyncio.to_thread(self.uploads.delete, tenant.name, photo)]
+            await in_write_thread(self._store.characters.delete, each.id, tenant.name)
+        deleted = [photo for photo in photos if await in_write_thread(self.uploads.delete, tenant.name, photo)]
         if with_videos:
             for job in jobs:
                 await self.delete(tenant, job.id)
@@ -328,7 +322,7 @@ class JobService:
 
     def _upload(self, tenant: Tenant, param: str, upload_id: object) -> str:
         path = (
-            self.uploads.find(tenant.name, upload_id) if isinstance(upload_id, str) and UPLOAD_ID.fullmatch(upload_id) else None
+            self.uploads.use(tenant.name, upload_id) if isinstance(upload_id, str) and UPLOAD_ID.fullmatch(upload_id) else None
         )
         if path is None:
             raise invalid(param, "must be a file or the id of a file that you have uploaded", "file_not_found")
@@ -415,17 +409,18 @@ def key_salt(tenant: str, settings: OnlineSettings) -> str:
 
 
 def plan_job(job: Job, serving_profile: ServingProfile, settings: OnlineSettings) -> ShotPlan:
-    """Return the plan of a stored job with the key of the job, if its files and weights are still the same.
+    """Return the plan of a stored job. The last frames of videos are kept, since any of them may be continued later.
 
-    The last frames of videos are kept, since any of them may be continued later. The setting may have changed since the job was
-    stored. Raises what `ServingProfile.plan` raises.
+    The setting of shared results may have changed since the job was stored. Raises what `ServingProfile.plan` raises, and
+    ProfileError if the key of the job has changed: the client was promised other bytes, and its files are found by that key.
     """
     salt = key_salt(job.tenant, settings)
     licences = stored_licences(job)
     plan = serving_profile.plan(job.shot, salt, licences)
     if plan.key != job.key:
-        other = serving_profile.plan(job.shot, "" if salt else job.tenant, licences)
-        plan = other if other.key == job.key else plan
+        plan = serving_profile.plan(job.shot, "" if salt else job.tenant, licences)
+    if plan.key != job.key:
+        raise ProfileError("the server has other weights or another profile than when the job was created; create it again")
     return plan.with_last_frame() if plan.shot.generate_video else plan
 
 
@@ -458,10 +453,29 @@ def _client_lora(lora: LoraRef, names: Mapping[str, str]) -> dict[str, JsonValue
 
 
 RESULT_VALID_S = 2.0
-"""Seconds for which a result is reused, because anyone may ask for it."""
+"""Seconds for which a result of `StorageCheck` is reused."""
 
 
-@cached(TTLCache(1, RESULT_VALID_S), key=lambda store, outputs: store, lock=Lock())
+class StorageCheck:
+    """Checks of the storage, for requests without a key: at most one at a time. Use it inside an event loop."""
+
+    def __init__(self, store: JobStore, outputs: OutputFolder) -> None:
+        self._check = partial(storage_problem, store, outputs)
+        self._last: asyncio.Future[str | None] | None = None
+        self._valid_until = 0.0
+
+    async def problem(self) -> str | None:
+        """Return what `storage_problem` does: of the running check, or of one that ended less than `RESULT_VALID_S` ago."""
+        if self._last is None or (self._last.done() and time.monotonic() >= self._valid_until):
+            self._last = asyncio.ensure_future(in_write_thread(self._check))
+            self._last.add_done_callback(self._ended)
+        # A request that does not wait any longer must not end it.
+        return await asyncio.shield(self._last)
+
+    def _ended(self, _: object) -> None:
+        self._valid_until = time.monotonic() + RESULT_VALID_S
+
+
 def storage_problem(store: JobStore, outputs: OutputFolder) -> str | None:
     """Return a sentence that tells why jobs cannot be stored or finished, without paths. `None` if they can be. Blocks."""
     with suppress(OSError):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -25,12 +26,16 @@ from vidgen_ray.cli.options import (
     with_options,
 )
 from vidgen_ray.cli.run_script import interruptible, stoppable
-from vidgen_ray.errors import UsageError
+from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.server_settings import OnlineSettings, read_yaml
 from vidgen_ray.planner import profile_for, this_machine
 from vidgen_ray.stages.base import Stage
 
+if TYPE_CHECKING:
+    from vidgen_ray.online.store.store import JobStore
+
+OTHER_SERVER_POLL_S = 0.5
 SERVE_OPTIONS = ModelOptions.of(
     OnlineSettings,
     profile={"flag": "--profile/-p"},
@@ -56,6 +61,12 @@ def serve(
         float,
         typer.Option("--grace", metavar="SECONDS", min=0, help="How long jobs in progress may finish after SIGTERM or Ctrl-C."),
     ] = 60,
+    wait_s: Annotated[
+        float,
+        typer.Option(
+            "--wait", metavar="SECONDS", min=0, help="How long to wait until another server with the same database has stopped."
+        ),
+    ] = 15,
 ) -> None:
     """Start a server with an OpenAI-compatible API and a web page.
 
@@ -66,7 +77,7 @@ def serve(
         if c2pa_key is not None:
             base = chosen.provenance or profile_for(chosen.profile).provenance
             chosen = chosen.model_copy(update={"provenance": MarkOptions(c2pa_key=c2pa_key).settings(base)})
-        serve_command(chosen, address=address, grace_s=grace_s)
+        serve_command(chosen, address=address, grace_s=grace_s, wait_s=wait_s)
 
 
 def settings_of(file: Path | None, options: dict[str, Any]) -> OnlineSettings:
@@ -92,6 +103,7 @@ def serve_command(
     *,
     address: str | None,
     grace_s: float,
+    wait_s: float = 15,
     stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME,
 ) -> None:
     """Run the server until it is stopped. `stages`: stage name -> class that implements it.
@@ -106,10 +118,11 @@ def serve_command(
 
     keys = load_keys(settings.keys_file, settings.limits)
     check_bind_host(settings.host, keys)
+    # Report database errors before anything is started.
+    with closing(open_store(settings)) as store:
+        _wait_for_other_server(store, wait_s)
     if address is None:
         check_port(settings.host, settings.port)
-    # Report database errors before anything is started.
-    open_store(settings).close()
     plan = server_plan(settings, this_machine) if address is None else None
     # On a busy machine, the proxy of Ray Serve needs more than the default of 5 s. Read by its controller.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
@@ -138,6 +151,25 @@ def serve_command(
                 typer.echo(
                     f"Returned {left} job{'s' if left > 1 else ''} to the queue. Start the server again to resume.", err=True
                 )
+
+
+def _wait_for_other_server(store: JobStore, wait_s: float) -> None:
+    """Wait until no other server works with the store. Raises SetupError after `wait_s` seconds.
+
+    One that has crashed on another machine is only known by its missing heartbeats.
+    """
+    from vidgen_ray.online.store.jobs import LEASE_S, described
+
+    started = time.monotonic()
+    while (other := store.queue.director(LEASE_S)) is not None:
+        waited_s, server = time.monotonic() - started, f"another server works with it: {described(other)}"
+        if waited_s >= wait_s:
+            raise SetupError(
+                f"database {store.url}: {server}. Stop it, wait longer with --wait SECONDS, or use another folder with --data."
+            )
+        if waited_s < OTHER_SERVER_POLL_S:
+            typer.echo(f"database {store.url}: {server}. Waiting up to {wait_s:g} s until it has stopped.", err=True)
+        time.sleep(OTHER_SERVER_POLL_S)
 
 
 def _storage(settings: OnlineSettings) -> str:

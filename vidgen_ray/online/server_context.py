@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.graph import file_sizes
@@ -16,19 +13,17 @@ from vidgen_ray.online.api_error import ApiError, invalid, without_internals
 from vidgen_ray.online.auth import Authenticator, Tenant
 from vidgen_ray.online.delivered_size import SizeRules, delivered_artefact
 from vidgen_ray.online.event_streams import EventStreams, JobFeed
-from vidgen_ray.online.job_service import JobService
+from vidgen_ray.online.job_service import JobService, StorageCheck
 from vidgen_ray.online.queue_estimate import QueueEstimator
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.store.store import JobStore
-from vidgen_ray.online.uploads import ImageReferences
+from vidgen_ray.online.uploads import FairThread, ImageReferences
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Image
 from vidgen_ray.stages.instantid import DetectedPhoto, InstantIDParams, InstantIDStage
 from vidgen_ray.video_models import DEFAULT_MODEL, VIDEO_MODELS
-
-T = TypeVar("T")
 
 
 class FaceCheck:
@@ -37,14 +32,11 @@ class FaceCheck:
     def __init__(self, serving_profile: ServingProfile) -> None:
         self._serving_profile = serving_profile
         self._stage: InstantIDStage | None = None
-        self._thread = ThreadPoolExecutor(1, "faces")
-
-    async def run_exclusively(self, check: Callable[[], T]) -> T:
-        """Run `check` in the thread of all checks and return its result."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, check)
+        self.thread = FairThread("faces")
+        """Thread of all checks."""
 
     def check(self, photos: Iterable[Image], count: int = 1) -> list[DetectedPhoto]:
-        """Return the faces of each of `count` photos. Call it inside `run_exclusively`.
+        """Return the faces of each of `count` photos. Call it in `thread`.
 
         Raises StageError if the photos are unsuitable, ApiError 400 without face models.
         """
@@ -86,6 +78,7 @@ class ServerContext:
     job_feed: JobFeed
     event_streams: EventStreams
     queue_estimator: QueueEstimator
+    storage_check: StorageCheck
     image_references: ImageReferences
     face_check: FaceCheck
     started_at: int
@@ -143,6 +136,6 @@ class ServerContext:
             return self.face_check.check(map(read_image, paths), len(paths))
 
         try:
-            return await self.face_check.run_exclusively(check)
+            return await self.face_check.thread.run(tenant.name, check)
         except StageError as error:
             raise invalid(param, str(error).removeprefix("face_image: "), "no_face") from None

@@ -20,8 +20,9 @@ from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, TypeVarTuple
 from urllib.parse import parse_qsl
+from weakref import WeakValueDictionary
 
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -35,6 +36,7 @@ from vidgen_ray.online.api_error import ApiError, invalid
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.http_fetch import BlockedUrl, ImageFetcher, UnreachableUrl
 from vidgen_ray.online.server_settings import UploadCaps
+from vidgen_ray.online.store.database import in_write_thread
 from vidgen_ray.online.store.inputs import StorageFull, Upload, UploadRecords
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.stages.base import Image
@@ -58,6 +60,20 @@ DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
 
 T = TypeVar("T")
 B = TypeVar("B")
+Args = TypeVarTuple("Args")
+
+
+class FairThread:
+    """Thread in which tenants take turns: at most one call of each is in its queue, the others wait for that."""
+
+    def __init__(self, name: str) -> None:
+        self._thread = ThreadPoolExecutor(1, name)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def run(self, tenant: str, call: Callable[[*Args], T], *args: *Args) -> T:
+        """Run a call of a tenant in the thread and return its result."""
+        async with self._turns.setdefault(tenant, asyncio.Lock()):
+            return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
 
 
 class UploadFolder:
@@ -68,7 +84,7 @@ class UploadFolder:
         self._records = records
         self.caps = caps
         # One image at a time: a large one needs up to 960 MB.
-        self._decoding = ThreadPoolExecutor(1, "decode")
+        self.decoding = FairThread("decode")
 
     async def store(self, tenant: Tenant, source: BinaryIO, param: str) -> Upload:
         """Store an image unchanged.
@@ -82,24 +98,21 @@ class UploadFolder:
             with tmp.open("wb") as target:
                 name, size = await asyncio.to_thread(copy_capped, source, target, self.caps.image_bytes, param)
             # Not skipped for a file that another tenant has uploaded: the time taken would reveal it.
-            await self._check_image(tmp, param)
-            return await asyncio.to_thread(self._commit, tenant, tmp, name, size)
+            await self._check_image(tenant, tmp, param)
+            return await in_write_thread(self._commit, tenant, tmp, name, size)
         finally:
             tmp.unlink(missing_ok=True)
 
-    async def _check_image(self, path: Path, param: str) -> None:
+    async def _check_image(self, tenant: Tenant, path: Path, param: str) -> None:
         try:
-            await self._decode(verify_image, path)
+            await self.decoding.run(tenant.name, verify_image, path)
         except MediaError as error:
             # Without the path on the server.
             raise invalid(param, str(error).removeprefix(f"{path}: "), "invalid_image") from None
 
-    async def read(self, path: Path) -> Image:
+    async def read(self, tenant: Tenant, path: Path) -> Image:
         """Return the pixels of an upload, (H, W, 3)."""
-        return await self._decode(read_image, path)
-
-    async def _decode(self, decode: Callable[[Path], T], path: Path) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._decoding, decode, path)
+        return await self.decoding.run(tenant.name, read_image, path)
 
     def _commit(self, tenant: Tenant, tmp: Path, name: str, size: int) -> Upload:
         try:
@@ -113,11 +126,16 @@ class UploadFolder:
         return upload
 
     def find(self, tenant: str, upload_id: str) -> Path | None:
-        """Return the path of a tenant's upload and record its use, or return `None`."""
-        upload = self._records.use(upload_id, tenant)
-        if upload is None or not (self._folder / upload.file).is_file():
-            return None
-        return self._folder / upload.file
+        """Return the path of a tenant's upload, or `None`."""
+        return self._path(self._records.get(upload_id, tenant))
+
+    def use(self, tenant: str, upload_id: str) -> Path | None:
+        """Return the path of a tenant's upload and record its use, or return `None`. May write to the store."""
+        return self._path(self._records.use(upload_id, tenant))
+
+    def _path(self, upload: Upload | None) -> Path | None:
+        path = None if upload is None else self._folder / upload.file
+        return path if path is not None and path.is_file() else None
 
     def delete(self, tenant: str, upload_id: str) -> bool:
         """Delete a tenant's upload, and its file if nothing else needs it. Return False if the tenant has no such upload."""
@@ -461,7 +479,7 @@ class ImageReferences:
         if not isinstance(value, str):
             raise invalid(param, f"{kind} must be a string")
         if kind == "file_id":
-            if not UPLOAD_ID.fullmatch(value) or await asyncio.to_thread(self._uploads.find, tenant.name, value) is None:
+            if not UPLOAD_ID.fullmatch(value) or await in_write_thread(self._uploads.use, tenant.name, value) is None:
                 raise invalid(param, "must be a file or the id of a file that you have uploaded", "file_not_found")
             return value
         content = await self._content(value, param)

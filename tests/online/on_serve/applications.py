@@ -40,9 +40,9 @@ class Running:
         key = self.serving_profile.plan(shot.model_copy(update={"id": "x"})).key
         return shot.model_copy(update={"id": f"online-{key[:32]}"})
 
-    def accept(self, **fields) -> str:
+    def accept(self, key=None, **fields) -> str:
         shot = self.shot(**fields)
-        key = self.serving_profile.plan(shot).key
+        key = key or self.serving_profile.plan(shot).key
         job = Job(id=new_id("shot"), tenant="me", kind=JobKind.SHOT, shot=shot, key=key, created_at=time.time())
         self.store.create(job)
         self.director.wake.remote()

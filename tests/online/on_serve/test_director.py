@@ -84,6 +84,11 @@ class TestScriptedStages:
             assert {scripted.wait_for_end(job).state for job in jobs} == {JobState.COMPLETED}
         assert steps_run(pipe) == [1, 2, 3, 4]
 
+    def test_job_of_another_profile_fails(self, scripted):
+        job = scripted.wait_for_end(scripted.accept(key="0" * 64, **IMAGE_ONLY))
+        assert (job.state, job.error.code, job.error.stage) == (JobState.FAILED, "not_served", None)
+        assert job.error.message.endswith("another profile than when the job was created; create it again")
+
     def test_two_jobs_for_the_same_shot_render_it_once(self, scripted, pipe):
         fields = {"prompt": f"steps 2 pause at 1 {pipe}", **IMAGE_ONLY}
         first, second = scripted.accept(**fields), scripted.accept(**fields)

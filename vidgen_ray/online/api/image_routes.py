@@ -7,7 +7,7 @@ import base64
 import io
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from math import sqrt
 from typing import Any
 
@@ -19,9 +19,10 @@ from starlette.responses import JSONResponse, Response
 
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.shot_writer import shot_record
+from vidgen_ray.errors import VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
 from vidgen_ray.limits import MAX_RESULTS
-from vidgen_ray.media import encode_png
+from vidgen_ray.media import encode_png, image_size
 from vidgen_ray.online.api.openapi import EVENT_STREAM, ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateImages, EditImages
 from vidgen_ray.online.api.responses import JSON_OBJECT, ErrorBody, ImageResult, ImagesResponse, ImageUsage, size_text
@@ -115,7 +116,7 @@ async def _size_like(server: ServerContext, tenant: Tenant, image: str, fields: 
     path = await asyncio.to_thread(server.job_service.uploads.find, tenant.name, image)
     if path is None or "width" in fields or "height" in fields:
         return {}
-    height, width = (await server.job_service.uploads.read(path)).shape[:2]
+    height, width = await asyncio.to_thread(image_size, path)
     rules = server.size_rules
     scale = sqrt(rules.default_width * rules.default_height / (width * height))
     return {"width": nearest_image_side(width * scale), "height": nearest_image_side(height * scale)}
@@ -172,7 +173,11 @@ async def _events(server: ServerContext, jobs: Sequence[Job], options: CreateIma
 
 async def _events_of(server: ServerContext, job: Job, options: CreateImages) -> AsyncIterator[ServerSentEvent]:
     """Yield an event for each intermediate image, as soon as its stage is done, and one for the result."""
-    plan = await asyncio.to_thread(plan_job, job, server.serving_profile, server.settings) if options.partial_images else None
+    plan = None
+    # An earlier job of the same Idempotency-Key may be of another profile.
+    with suppress(VidgenError):
+        if options.partial_images:
+            plan = await asyncio.to_thread(plan_job, job, server.serving_profile, server.settings)
     # Those of all images of the shot but the last.
     steps = [step for step in plan.steps if "image" in STAGE_BY_NAME[step.stage].writes][:-1] if plan else []
     index, last = 0, job

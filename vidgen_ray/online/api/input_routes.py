@@ -28,6 +28,7 @@ from vidgen_ray.online.api.responses import (
 )
 from vidgen_ray.online.api_error import ApiError, found, invalid, not_found
 from vidgen_ray.online.server_context import ServerContext
+from vidgen_ray.online.store.database import in_write_thread
 from vidgen_ray.online.store.inputs import NameTaken
 from vidgen_ray.online.uploads import copy_capped, receive
 from vidgen_ray.stages.base import Image
@@ -65,7 +66,7 @@ async def delete_file(server: ServerDep, tenant: TenantDep, file_id: str) -> Fil
         if file_id in character.photos:
             message = f"{file_id} is a photo of the character {character.name!r}. Delete the character first."
             raise ApiError(409, message, code="file_in_use", headers={"x-should-retry": "false"})
-    if not await asyncio.to_thread(server.job_service.uploads.delete, tenant.name, file_id):
+    if not await in_write_thread(server.job_service.uploads.delete, tenant.name, file_id):
         raise not_found("file", file_id)
     return FileDeleted(id=file_id)
 
@@ -91,15 +92,15 @@ async def create_character(request: Request, server: ServerDep, tenant: TenantDe
         if bool(form.image) == (form.video is not None):
             raise invalid("video", "send either photos as image, or one video", "missing_required_parameter")
         if (video := form.video) is not None:
-            photo = await server.face_check.run_exclusively(lambda: _photo_from_video(server, video))
+            photo = await server.face_check.thread.run(tenant.name, _photo_from_video, server, video)
             photos = [(await server.job_service.uploads.store(tenant, io.BytesIO(photo), "video")).id]
         else:
             photos = await server.image_references.resolve_all(tenant, form.image, "image")
-        consent = await asyncio.to_thread(server.job_service.consent_of_character, tenant, photos, form.consent)
+        consent = await in_write_thread(server.job_service.consent_of_character, tenant, photos, form.consent)
         if form.video is None:
             await server.faces_of(tenant, photos, "image")
     try:
-        character = await asyncio.to_thread(server.store.characters.create, tenant.name, form.name, photos, consent)
+        character = await in_write_thread(server.store.characters.create, tenant.name, form.name, photos, consent)
     except NameTaken:
         message = f"name: the character {form.name!r} exists with other photos. Delete it first."
         headers = {"x-should-retry": "false"}
@@ -128,7 +129,7 @@ async def get_character(server: ServerDep, tenant: TenantDep, character_id: str)
 )
 async def delete_character(server: ServerDep, tenant: TenantDep, character_id: str) -> CharacterDeleted:
     """Delete a character by id. Its photos remain uploads: delete them with `DELETE /v1/files/{file_id}`."""
-    if not await asyncio.to_thread(server.store.characters.delete, character_id, tenant.name):
+    if not await in_write_thread(server.store.characters.delete, character_id, tenant.name):
         raise not_found("character", character_id)
     return CharacterDeleted(id=character_id)
 

@@ -22,6 +22,7 @@ from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.job_service import check_size, client_fields
 from vidgen_ray.online.queue_estimate import JobEstimate, NewJobEstimate
 from vidgen_ray.online.server_context import ServerContext
+from vidgen_ray.online.store.database import in_write_thread
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.online.store.store import UnknownJob
 from vidgen_ray.online.uploads import receive
@@ -156,11 +157,13 @@ async def video_fields(
     server: ServerContext, tenant: Tenant, request: CreateVideo, original: Job | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the fields of the shot, and the values that are returned with the job. Raises ApiError."""
-    model, model_fields = server.model(request.model or (original and original.request.get("model")))
+    earlier = original.request.get("model") if original is not None else None
+    # The profile may have changed since: then the default.
+    model, model_fields = server.model(request.model or (earlier if earlier in server.models else None))
     base: dict[str, Any] = dict(model_fields)
     if original is not None:
         # The model replaces the mode and the video model of the original, a face replaces its face.
-        replaced = {"mode", "video_model"} if request.model else set()
+        replaced = {"mode", "video_model"} if request.model or model != earlier else set()
         own = {**model_fields, **request.model_dump(include={"video_model"}, exclude_unset=True)}
         if own.get("video_model", original.shot.video_model) != original.shot.video_model:
             replaced |= set(MODEL_DEFAULTS)
@@ -342,7 +345,7 @@ async def estimate_video(request: Request, server: ServerDep, tenant: TenantDep)
 async def _estimate(
     server: ServerContext, tenant: Tenant, kind: JobKind, shots: Sequence[Mapping[str, Any]], returned: Mapping[str, Any]
 ) -> Estimate:
-    job = await asyncio.to_thread(server.job_service.new_job, tenant, kind, shots[0], returned)
+    job = await in_write_thread(server.job_service.new_job, tenant, kind, shots[0], returned)
     check_size(tenant.limits, job.shot, len(shots))
     if job.state.is_final:
         new = NewJobEstimate(0, 0.0, {})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 from sqlalchemy import (
     JSON,
@@ -37,22 +40,26 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
+from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement
 
 from vidgen_ray.errors import SetupError
 
 BUSY_TIMEOUT_S = 30
 """Seconds that a transaction waits for a lock or for a pooled connection."""
 WAL_RETRY_S = 0.05
-POOL_SIZE = 48
+READERS, WRITERS = 36, 12
+"""Threads of an API process for calls that only read, and for calls that write: only one of these writes at a time."""
+POOL_SIZE = READERS + WRITERS
 """Connections of a process: one for each thread that uses the database, or requests wait for each other."""
 READS = {"vidgen_reads": True}
 """Execution option of connections that only read. On SQLite they open no transaction: each statement sees the last commit."""
-TABLES_VERSION = 1
-"""Version of the tables, stored in `vidgen_meta`. Increase it with each change of a table after a release."""
 POSTGRESQL_LOCK = 0x7669646765
 """Key of the advisory lock held while tables are created."""
 
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
 TABLES = MetaData()
 
 
@@ -67,7 +74,7 @@ META = Table(
     Column("name", String(64), primary_key=True),
     Column("value", BigInteger, nullable=False),
 )
-"""Row `tables`: `TABLES_VERSION`. Row `changes`: number of the last write; every transaction increments it first, which
+"""Row `tables`: `tables_version()`. Row `changes`: number of the last write; every transaction increments it first, which
 serializes all writers."""
 NEXT_NUMBER = update(META).where(META.c.name == "changes").values(value=META.c.value + 1).returning(META.c.value)
 LAST_NUMBER = select(META.c.value).where(META.c.name == "changes")
@@ -117,6 +124,14 @@ JOBS = Table(
 `heartbeat` is the number of the last claim or heartbeat of a job in progress. `completed_at` is set when a job ends, in any
 final state. A deleted job keeps its row for some minutes, so that lists can continue after it and clients see the deletion.
 `search_text` is case-folded."""
+
+DIRECTOR = Table(
+    "vidgen_director",
+    TABLES,
+    Column("owner", String(128), primary_key=True),
+    Column("heartbeat", BigInteger, nullable=False),
+)
+"""At most one row: the director that claims jobs, with the number of its last heartbeat."""
 
 IDEMPOTENCY = Table(
     "vidgen_idempotency",
@@ -183,6 +198,26 @@ SESSIONS = Table(
 """Sessions of the web page. `digest` is the sha256 of the token in the cookie."""
 
 
+def tables_version() -> int:
+    """Return a digest of the definition of all tables, less than 2**63."""
+    statements = [str(statement.compile(dialect=sqlite.dialect())) for statement in _definitions()]
+    return int.from_bytes(hashlib.sha256("".join(statements).encode()).digest()[:7])
+
+
+def _definitions() -> Iterator[DDLElement]:
+    for table in TABLES.sorted_tables:
+        yield CreateTable(table)
+        yield from map(CreateIndex, sorted(table.indexes, key=lambda index: str(index.name)))
+
+
+_writers = ThreadPoolExecutor(WRITERS, "write")
+
+
+async def in_write_thread(call: Callable[[*Args], T], *args: *Args) -> T:
+    """Run a call that writes to the store. If the store is locked, such calls wait here, and reads still have their threads."""
+    return await asyncio.get_running_loop().run_in_executor(_writers, call, *args)
+
+
 class Database:
     """Open database with its tables.
 
@@ -205,12 +240,12 @@ class Database:
         try:
             create_tables(self.engine)
         except OperationalError as error:
-            raise SetupError(f"database {self._url_without_password}: cannot be opened ({_first_line(error)})") from None
+            raise SetupError(f"database {self.url_without_password}: cannot be opened ({_first_line(error)})") from None
         except SQLAlchemyError as error:
-            raise SetupError(f"database {self._url_without_password}: {_first_line(error)}") from None
+            raise SetupError(f"database {self.url_without_password}: {_first_line(error)}") from None
 
     @property
-    def _url_without_password(self) -> str:
+    def url_without_password(self) -> str:
         return self.engine.url.render_as_string(hide_password=True)
 
     @contextmanager
@@ -268,13 +303,13 @@ def create_tables(engine: Engine) -> None:
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": POSTGRESQL_LOCK})
         if not inspect(connection).has_table(META.name):
             TABLES.create_all(connection, checkfirst=False)
-            rows = {"changes": 0, "tables": TABLES_VERSION}
+            rows = {"changes": 0, "tables": tables_version()}
             connection.execute(insert(META), [{"name": name, "value": value} for name, value in rows.items()])
         found = connection.scalar(select(META.c.value).where(META.c.name == "tables"))
-    if found != TABLES_VERSION:
+    if found != tables_version():
         raise SetupError(
-            f"database {engine.url.render_as_string(hide_password=True)}: its tables have version {found}, this version of "
-            f"vidgen-ray has {TABLES_VERSION}. Use the version that created them, or another database."
+            f"database {engine.url.render_as_string(hide_password=True)}: its tables are those of another version of "
+            "vidgen-ray. Use the version that created them, or another database: --database sqlite:///FILE."
         )
 
 

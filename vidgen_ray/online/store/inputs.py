@@ -84,6 +84,9 @@ MIN_COUNTED_BYTES = 4096
 """Bytes that an upload counts at least: a block of the disk."""
 
 
+USE_INTERVAL_S = 3600.0
+
+
 class StorageFull(VidgenError):
     """The tenant's uploads reach the limit."""
 
@@ -132,7 +135,12 @@ class UploadRecords:
         return Upload.model_validate(found[0]) if found else None
 
     def use(self, upload_id: str, tenant: str) -> Upload | None:
-        """Return the tenant's upload and record that it is used, or return `None`."""
+        """Return the tenant's upload and record that it is used, or return `None`.
+
+        Times less than `USE_INTERVAL_S` after the last recorded one are not recorded: most requests do not write.
+        """
+        if (upload := self.get(upload_id, tenant)) is None or self._now() - upload.used_at < USE_INTERVAL_S:
+            return upload
         own = [UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id]
         used = update(UPLOADS).where(*own).values(used_at=self._now()).returning(UPLOADS)
         with self._database.transaction() as transaction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -16,8 +17,9 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, bindparam, case, 
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from vidgen_ray.errors import FrozenModel, StrictModel
-from vidgen_ray.online.store.database import JOBS, OUTBOX, Database, Transaction
+from vidgen_ray.online.store.database import DIRECTOR, JOBS, OUTBOX, Database, Transaction
 from vidgen_ray.shot import PRIORITIES, Priority, Shot
+from vidgen_ray.system.files import ProcessId, this_process
 
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """Form of ids of jobs. PostgreSQL refuses texts with a NUL."""
@@ -314,6 +316,27 @@ class JobProgress(NamedTuple):
     percent: int
 
 
+LEASE_S = 10.0
+"""Seconds without a heartbeat after which another director may claim a job, or the jobs of the store."""
+
+
+def new_owner() -> str:
+    """Return the name of a new director: its machine, its process, and random digits."""
+    return f"{os.uname().nodename}:{this_process()}:{secrets.token_hex(8)}"
+
+
+def described(owner: str) -> str:
+    """Return the process and the machine of a director, for messages."""
+    host, process, _ = owner.split(":")
+    return f"process {process.split('-')[1]} on {host}"
+
+
+def _has_ended(owner: str) -> bool:
+    """Return whether the process of a director is known to have ended."""
+    process = ProcessId.parse(owner.split(":")[1])
+    return process is not None and process.is_running() is False
+
+
 class JobLeases:
     """Job queue as seen by directors. Calls block; in an event loop use `asyncio.to_thread`. Calls inside a block of
     `together` are one transaction.
@@ -329,6 +352,43 @@ class JobLeases:
         self._steady = steady
         self._seen: dict[str, tuple[int, float]] = {}
         """Id of each job in progress -> its last heartbeat, and when this process has first seen that."""
+        self._seen_director: tuple[str, int, float] | None = None
+        """The director, its last heartbeat, and when this process has first seen that."""
+
+    def hold(self, owner: str, lease_s: float) -> str | None:
+        """Make `owner` the director of the store, or renew that. Return `None`, or the other director if there is one.
+
+        See `director`.
+        """
+        with self._database.transaction() as transaction:
+            other = self._director(transaction.connection, lease_s)
+            if other not in (None, owner):
+                return other
+            transaction.connection.execute(delete(DIRECTOR))
+            transaction.connection.execute(insert(DIRECTOR), {"owner": owner, "heartbeat": transaction.version})
+        return None
+
+    def step_down(self, owner: str) -> None:
+        """Let another director claim jobs at once."""
+        with self._database.transaction() as transaction:
+            transaction.connection.execute(delete(DIRECTOR).where(DIRECTOR.c.owner == owner))
+
+    def director(self, lease_s: float) -> str | None:
+        """Return the director of the store, `None` if there is none.
+
+        It is replaced when its process has ended, or `lease_s` seconds after this process has first seen its last heartbeat.
+        """
+        with self._database.read_connection() as connection:
+            return self._director(connection, lease_s)
+
+    def _director(self, connection: Connection, lease_s: float) -> str | None:
+        row, now = connection.execute(select(DIRECTOR)).one_or_none(), self._steady()
+        if row is None or _has_ended(row.owner):
+            return None
+        owner, heartbeat = row
+        if self._seen_director is None or self._seen_director[:2] != (owner, heartbeat):
+            self._seen_director = owner, heartbeat, now
+        return None if now - self._seen_director[2] > lease_s else str(owner)
 
     def has_queued(self) -> bool:
         """Return whether any job is queued."""
@@ -342,9 +402,13 @@ class JobLeases:
         """Claim up to `limit` jobs: first those with an expired lease, then queued ones, by place and tenants in turn.
 
         A lease expires `lease_s` seconds after this process has first seen its last heartbeat. `None`: claim only queued jobs.
-        `attempts` of the returned jobs includes this attempt.
+        `attempts` of the returned jobs includes this attempt. Claims none while the store has another director, and none whose
+        deadline has passed.
         """
         with self._database.transaction() as transaction:
+            if self._director(transaction.connection, lease_s or LEASE_S) not in (None, owner):
+                return []
+            self.fail_late()
             ids: list[str] = []
             if lease_s is not None and (ids := self._expired(transaction, lease_s)):
                 cancelled = self._rows.end(transaction, [JOBS.c.id.in_(ids), JOBS.c.cancel_requested], JobState.CANCELLED)

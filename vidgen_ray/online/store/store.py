@@ -1,6 +1,6 @@
 """Job store of a server. Every change is one transaction, which is on the disk before the call returns unless `durable=False`.
 
-Calls block; in an event loop use `asyncio.to_thread`.
+Calls block; in an event loop use `asyncio.to_thread`, and `in_write_thread` for those that write.
 """
 
 from __future__ import annotations
@@ -120,6 +120,11 @@ class JobStore:
     @property
     def engine(self) -> Engine:
         return self._database.engine
+
+    @property
+    def url(self) -> str:
+        """URL of the database, without its password."""
+        return self._database.url_without_password
 
     @property
     def folder(self) -> Path | None:

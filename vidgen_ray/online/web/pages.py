@@ -32,6 +32,7 @@ from vidgen_ray.online.job_service import allowed_priorities
 from vidgen_ray.online.previews import encode_thumbnail, previewed_stage
 from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.server_context import ServerContext
+from vidgen_ray.online.store.database import in_write_thread
 from vidgen_ray.online.store.jobs import FINAL, OPEN_STATES, Job, JobError, JobKind, JobState
 from vidgen_ray.online.store.store import UnknownJob
 from vidgen_ray.online.uploads import small_form
@@ -239,7 +240,7 @@ def auth_routes(router: APIRouter, context: PageContext) -> None:
             key = (await small_form(request, context.server.settings.uploads)).get("key", "").strip()
         except ApiError as error:
             return context.render(request, "message.html", error.status, heading="Not signed in", message=error.message)
-        token = await asyncio.to_thread(context.server.auth.sign_in, key)
+        token = await in_write_thread(context.server.auth.sign_in, key)
         if token is None:
             return context.render(request, "sign_in.html", 403, error="Invalid API key.")
         response = RedirectResponse(f"{base_path(request)}/", 303)
@@ -259,7 +260,7 @@ def auth_routes(router: APIRouter, context: PageContext) -> None:
     async def sign_out(request: Request) -> Response:
         if not is_same_origin(request):
             return context.cross_origin_response(request)
-        await asyncio.to_thread(context.server.auth.sign_out, request)
+        await in_write_thread(context.server.auth.sign_out, request)
         response = RedirectResponse(f"{base_path(request)}/sign-in", 303)
         response.delete_cookie(SESSION_COOKIE, path=f"{base_path(request)}/", httponly=True, samesite="strict")
         return response
@@ -343,7 +344,7 @@ def page_routes(router: APIRouter, context: PageContext) -> None:
         path = await asyncio.to_thread(uploads.find, tenant.name, request.path_params["upload_id"])
         if path is None:
             return Response(status_code=404, headers=HEADERS)
-        webp = await asyncio.to_thread(encode_thumbnail, await uploads.read(path))
+        webp = await asyncio.to_thread(encode_thumbnail, await uploads.read(tenant, path))
         caching = {"Cache-Control": f"private, max-age={THUMBNAIL_AGE_S}"}
         return Response(webp, media_type="image/webp", headers=HEADERS | caching)
 
