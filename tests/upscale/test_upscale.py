@@ -51,6 +51,19 @@ def test_upscaling_keeps_all_but_the_size(tmp_path, upscale, short_segments, suf
         assert container.streams.subtitles[0].language == "eng"
 
 
+def test_metadata_of_phones_is_kept(tmp_path, upscale):
+    """Make, place and date of a MOV, in the keys that Apple's cameras write."""
+    tags = {"make": "Apple", "location.ISO6709": "+48.1+011.5/", "creationdate": "2026-05-06T07:08:09+0200"}
+    metadata = {"title": "A film", **{f"com.apple.quicktime.{name}": value for name, value in tags.items()}}
+    video = write_video(
+        tmp_path / "in.mov", 2, metadata=metadata, container_options={"movflags": "use_metadata_tags"}, colour=TAGGED
+    )
+    for out in (tmp_path / "out.mov", tmp_path / "out.mp4"):
+        upscale(video, out)
+        with av.open(str(out)) as container:
+            assert metadata.items() <= dict(container.metadata).items()
+
+
 def test_frames_are_those_of_the_network_in_order(tmp_path, upscale, short_segments, tiny_model):
     video = write_video(tmp_path / "in.mp4", 12, colour=TAGGED)
     upscale(video, tmp_path / "out.mp4")
@@ -137,16 +150,19 @@ def test_other_codecs_formats_and_odd_sizes(tmp_path, upscale):
         ("libsvtav1", "yuv420p", ".mp4", SIZE),
         ("libx264", "yuv444p", ".mp4", (51, 37)),
         ("libvpx-vp9", "yuv420p", ".webm", (50, 38)),
+        ("mpeg2video", "yuv420p", ".mpg", SIZE),
+        ("gif", "rgb8", ".gif", SIZE),
     ):
-        video, out = tmp_path / f"{codec}{suffix}", tmp_path / f"{codec}.mkv"
-        write_video(video, 7, codec=codec, pixel_format=pixel_format, size=size)
+        video, out, fps = tmp_path / f"{codec}{suffix}", tmp_path / f"{codec}.mkv", 25 if codec == "mpeg2video" else 12
+        write_video(video, 7, codec=codec, pixel_format=pixel_format, size=size, time_base=Fraction(1, fps))
         report = upscale(video, out)
         got, times = decoded(out)
         assert (len(got), got[0].shape) == (7, (size[1] * 2, size[0] * 2, 3))
-        assert [round(time * 12) for time in times] == list(range(7))
+        assert [round((time - times[0]) * fps) for time in times] == list(range(7))
         assert any("4:2:0" in note for note in report.notes) == (pixel_format == "yuv444p")
-        assert any("BT.601 is assumed" in note for note in report.notes)
-        assert read_source(out).colour.matrix in (5, 6)
+        if codec != "gif":
+            assert any("BT.601 is assumed" in note for note in report.notes)
+            assert read_source(out).colour.matrix in (5, 6)
     # Rounded to even sizes.
     assert upscale(tmp_path / "libx264.mp4", tmp_path / "even.mp4", scale=1.5).size == "76x56"
 
@@ -177,9 +193,13 @@ def test_matroska_file_that_ends_early_is_noted(tmp_path, upscale):
     assert note.startswith("the file declares 5.0 s, its frames end after ")
 
 
-def test_reading_after_a_seek_gives_the_frames_of_reading_from_the_start(tmp_path):
-    options = {"x264-params": "keyint=8:min-keyint=8:open-gop=1:bframes=3:scenecut=0"}
-    source = read_source(write_video(tmp_path / "in.mkv", 60, options=options))
+@pytest.mark.parametrize("suffix", [".mkv", ".ts", ".mpg"])
+def test_reading_after_a_seek_gives_the_frames_of_reading_from_the_start(tmp_path, suffix):
+    video = {"options": {"x264-params": "keyint=8:min-keyint=8:open-gop=1:bframes=3:scenecut=0"}}
+    if suffix != ".mkv":
+        options = {"g": "8", "bf": "3", "flags": "-cgop"}
+        video = {"options": options, "codec": "mpeg2video", "time_base": Fraction(1, 25), "sound_s": 3.0, "sound_codec": "mp2"}
+    source = read_source(write_video(tmp_path / f"in{suffix}", 60, **video))
     straight = list(FrameReader(source).read(0, 60))
     assert source.seek_time(40) is not None
     for start in (1, 17, 31, 40, 55):

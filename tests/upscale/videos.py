@@ -32,6 +32,7 @@ def write_video(
     times: Sequence[int] | None = None,
     time_base: Fraction = Fraction(1, 12),
     options: dict[str, str] | None = None,
+    container_options: dict[str, str] | None = None,
     sound_s: float = 0.0,
     sound_codec: str = "aac",
     subtitles: Sequence[tuple[float, str]] = (),
@@ -42,7 +43,7 @@ def write_video(
     metadata: dict[str, str] | None = None,
 ) -> Path:
     """Write a video of `frames` frames. `times` are in units of `time_base`. `colour`: matrix, primaries, transfer, range."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=container_options or {}) as container:
         container.metadata.update(metadata or {})
         video = container.add_stream(codec, rate=round(1 / time_base) if times is None else 12, options=options or {})
         video.width, video.height = size

@@ -37,7 +37,7 @@ SOUND_CODECS = (
     *("pcm_f32be", "pcm_f32le"),
 )
 """FFmpeg's decoders that may read the sound of a file."""
-CLIP_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".flv", ".mpg", ".mpeg")
+CLIP_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".flv", ".mpg", ".mpeg", ".vob")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 from operator import itemgetter
 from pathlib import Path
@@ -80,12 +81,14 @@ def join_segments(
     """
     source, timeline, codec = job.source, job.timeline, job.encode.codec
     file_format = FORMATS[path.suffix.lower()]
-    options = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if file_format in ("mp4", "mov") else {})
+    options = {"fflags": "+bitexact"}
     with wrap_write_errors(path), new_file(path) as tmp:
-        with (
-            open_media(source.path, source.container) as original,
-            av.open(str(tmp.absolute()), "w", file_format, options=options) as film,
-        ):
+        with open_media(source.path, source.container) as original, ExitStack() as written:
+            if file_format in ("mp4", "mov"):
+                # Only this kind of tags holds keys such as com.apple.quicktime.make. Players find the others in both kinds.
+                own_keys = any("." in key for key in original.metadata)
+                options["movflags"] = "+faststart+use_metadata_tags" if own_keys else "+faststart"
+            film = written.enter_context(av.open(str(tmp.absolute()), "w", file_format, options=options))
             film.metadata.update({key: value for key, value in original.metadata.items() if key.lower() not in NOT_COPIED_TAGS})
             if metadata is not None:
                 # A comment of the source stays.
