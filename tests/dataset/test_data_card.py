@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 from itertools import pairwise, product
 from xml.etree import ElementTree
 
@@ -15,12 +17,16 @@ from markdown_it import MarkdownIt
 from obstore.store import MemoryStore
 from PIL import Image as PILImage
 
+from tests.batch.conftest import command, in_process, without_ray  # noqa: F401  # fixtures
+from tests.conftest import ASTRONAUT
 from tests.dataset.conftest import make_folder, moving, texture
 from vidgen_ray.dataset import data_card
 from vidgen_ray.dataset.data_card import ROWS, STATE, write_card
 from vidgen_ray.dataset.measurements import PixelScorer
 from vidgen_ray.dataset.tables import open_tables
+from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.object_storage import ObjectStorage
+from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.provenance.record import read_provenance
 
@@ -152,7 +158,7 @@ def test_card_states_counts_persons_factors_and_changes(card):
     assert "GPU hours of these clips: 0.00333." in text
     assert "/home/me" not in text
     assert "vidgen export OUT DEST --where 'seed < 9'\n" in text
-    assert "vidgen render script.jsonl -o OUT\n" in text
+    assert "vidgen render script.jsonl --out OUT\n" in text
     about = front_matter(card)
     assert (about["license"], about["license_name"]) == ("other", "flux.1-dev-non-commercial-license-and-mit")
     assert (about["task_categories"], about["size_categories"]) == (["text-to-video"], ["n<1K"])
@@ -161,6 +167,35 @@ def test_card_states_counts_persons_factors_and_changes(card):
     assert metadata.personal_sensitive_information[0].startswith("Shows 2 persons")
     files = [{"split": name, "path": [f"{name}/metadata.parquet", f"{name}/*.mp4"]} for name in ("train", "val")]
     assert about["configs"][0]["data_files"] == files
+
+
+def test_printed_command_reproduces_the_shots_of_a_script(command, tmp_path, monkeypatch):  # noqa: F811
+    folder = tmp_path / "my files"
+    folder.mkdir()
+    for name in ("ada.jpg", "start.jpg"):
+        shutil.copy(ASTRONAUT, folder / name)
+    (folder / "people.yaml").write_text("ada: {face_image: ada.jpg, consent: {subject: Ada, basis: written}}\n")
+    (folder / "prompts.csv").write_text("Bild-Nr.,text,source\nB1,a boat's sail,web\nB2,a kite,book\n")
+    given = ["--map", "Bild-Nr.=id", "--map", "text=prompt", "--keep-columns", "--set", "character=ada", "--set", "width=64"]
+    given += ["--set", "generate_video=false", "--set", f"image={folder / 'start.jpg'}", "--characters", folder / "people.yaml"]
+    given += ["--seed", "7", "--private", "--label", "A I"]
+    outs = tmp_path / "out", tmp_path / "again"
+    code, _ = command("render", folder / "prompts.csv", "-o", outs[0], "-p", "tiny", *given)
+    assert code == 0, command.messages
+    storage = storage_at(outs[0])
+    printed = data_card._reproduction({"scripts": ["prompts.csv"]}, STATE_OF_EXPORT, storage)["commands"].splitlines()[0]
+    assert "/" not in printed
+    assert "--map Bild-Nr.=id" in printed
+    words = shlex.split(printed)
+    monkeypatch.chdir(folder)
+    assert words[-2:] == ["--out", "OUT"]
+    assert command(*words[1:-1], outs[1])[0] == 0, command.messages
+    first, second = ({row.id: (row.key, row.metadata) for row in read_manifest(out)} for out in outs)
+    assert first == second
+    assert first.keys() == {"B1", "B2"}
+    # With the same content key, the marks of the files are those of the command.
+    records = [(out / shot_path("B1") / "image.png").read_bytes() for out in outs]
+    assert records[0] == records[1]
 
 
 def test_text_of_rows_cannot_change_the_page(card):

@@ -261,7 +261,7 @@ def render_lines(
         outputs = outputs.fenced(lease)
         outputs.sweep()
         if script is not None:
-            source = planner.checker.script = script_name(outputs.storage, script, record=True)
+            source = planner.checker.script = script_name(outputs.storage, script, record=options.command)
         planned = planner.plan_first(first)
         labels = RunLabels(
             run=lease.run,

@@ -56,6 +56,8 @@ class RenderOptions:
     """Seconds that shots in progress may take to finish after a stop request."""
     listener: str | None = None
     """Name of an entry point of `vidgen.run_listeners`, such as `score`, that the command adds to the run."""
+    command: tuple[str, ...] = ()
+    """Words of the command that renders the script, without its output folder. They are recorded with the script."""
     wait_storage_s: float = MAX_WAIT_S
     """Seconds that the run waits while no file can be written to the output folder."""
     stages: Mapping[str, type[Stage[Any]]] = field(default_factory=lambda: STAGE_BY_NAME)

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial, wraps
@@ -504,6 +504,21 @@ def load_of_extra(group: str, name: str, option: str) -> Any:
         raise SetupError(f"{option}: needs packages that are not installed; pip install 'vidgen-ray[dataset]'") from None
     except ImportError as error:  # its text names the extra
         raise SetupError(f"{option}: needs packages that are not installed: {error}") from None
+
+
+def given_words(ctx: typer.Context, names: Set[str]) -> tuple[str, ...]:
+    """Return the options with these names that were given, as words of a command."""
+    words = list[str]()
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT"):
+            value, option = ctx.params[parameter.name], max(parameter.opts, key=len)
+            if isinstance(value, bool):
+                words += [option] if value else []
+                continue
+            for each in value if isinstance(value, list | tuple) else [value]:
+                words += [option, str(each)]
+    return tuple(words)
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,6 +38,7 @@ from vidgen_ray.cli.options import (
     SeedOption,
     UntilOption,
     WhereOption,
+    given_words,
     ids_where,
     in_group,
     load_of_extra,
@@ -233,8 +234,13 @@ class RunOptions(RenderOptions):
     ] = MAX_WAIT_S
 
 
+RECORDED = frozenset(field.name for each in (LineOptions, LabelledMarkOptions) for field in fields(each)) | {"seed", "until"}
+"""Parameters of `vidgen render` that decide what its files are, and can be published."""
+
+
 @in_group(RENDER)
 def render(
+    ctx: typer.Context,
     scripts: ScriptsArgument,
     lines: LineOptions,
     run: RunOptions,
@@ -273,7 +279,9 @@ def render(
         raise ScriptError(errors)
     if require is not None:
         require_licence(require, script_licences(iter_script(settings), chosen, OutputFolder(out)))
-    options = replace(run, keep_stages=bool(keep), listener="score" if score else None)
+    named = chosen.name if profile == AUTO else profile
+    words = ("vidgen", "render", *map(str, scripts), "--profile", named, *given_words(ctx, RECORDED - {"c2pa_key"}))
+    options = replace(run, keep_stages=bool(keep), listener="score" if score else None, command=words)
     run_script(settings, chosen, out, options, as_json=as_json, then_prune=prune)
 
 

@@ -17,6 +17,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -39,6 +40,7 @@ from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.provenance.record import ProvenanceRecord
 from vidgen_ray.report.shot_text import short_names
 from vidgen_ray.safety import Consent
+from vidgen_ray.script.lines import PATH_FIELDS, parse_field
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Image
 from vidgen_ray.system.quantities import duration, size
@@ -229,9 +231,37 @@ def _reproduction(totals: Mapping[str, Any], state: Mapping[str, Any], source: S
         "Versions": ", ".join(f"{name} {number}" for name, number in versions),
     }
     words = shlex.split(state["command"])
-    renders = [["vidgen", "render", name, "-o", "OUT", *(["-p", profile] if profile else [])] for name in digests]
+    of_script = ["--profile", profile] if profile else []
+    renders = [
+        [*_without_folders(scripts.get(name, {}).get("command") or ["vidgen", "render", name, *of_script]), "--out", "OUT"]
+        for name in digests
+    ]
     commands = "\n".join(map(shlex.join, [*renders, [*words[:2], "OUT", "DEST", *words[4:]]]))
     return {"settings": [{"Setting": name, "Value": value} for name, value in settings.items() if value], "commands": commands}
+
+
+def _without_folders(words: Sequence[str]) -> list[str]:
+    """Return the words of a recorded command with file names instead of paths on a machine. URLs stay."""
+
+    def name_of(value: Any) -> Any:
+        if isinstance(value, list):
+            return [*map(name_of, value)]
+        if isinstance(value, dict):
+            return {key: name_of(each) for key, each in value.items()}
+        return posixpath.basename(value) if isinstance(value, str) and not re.match("[a-z0-9]+:", value) else value
+
+    shown = [*words[:2]]
+    for option, word in pairwise(words[1:]):
+        field, _, text = word.partition("=")
+        if option == "--set" and field in PATH_FIELDS:
+            value = name_of(parse_field(field, text))
+            shown.append(f"{field}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+        elif option == "--consent":
+            shown.append(re.sub("(reference=)[^,]*/", r"\1", word))
+        else:
+            is_file = option in ("--characters", "--profile") or not option.startswith("--")
+            shown.append(word if word.startswith("--") or not is_file else name_of(word))
+    return shown
 
 
 # Pictures.

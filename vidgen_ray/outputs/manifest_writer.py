@@ -61,11 +61,12 @@ SMALL_FILE_ROWS = 5_000
 """Files with fewer rows are merged with others."""
 
 
-def script_name(storage: Storage, path: Path, *, record: bool = False) -> str:
+def script_name(storage: Storage, path: Path, *, record: Sequence[str] | None = None) -> str:
     """Return the name that a script has in the rows of an output folder: its file name, with folders if that is taken.
 
-    `scripts.json` has the names with paths and digests. A script has the name of an earlier one with its path, or with its file
-    name and content. `record`: write it there. Raises SetupError if `scripts.json` is damaged.
+    `scripts.json` has the names with paths, digests and the commands that render them. A script has the name of an earlier one
+    with its path, or with its file name and content. `record`: write it there, with this command. Raises SetupError if
+    `scripts.json` is damaged.
     """
     if path.name == FILE:
         return FILE
@@ -86,8 +87,8 @@ def script_name(storage: Storage, path: Path, *, record: bool = False) -> str:
     if name is None:
         longer = ("/".join(path.parts[-number:]) for number in range(1, len(path.parts) + 1))
         name = next(name for name in longer if name not in known)
-    entry = {"path": place, "sha256": sha256}
-    if record and known.get(name) != entry:
+    entry = {"path": place, "sha256": sha256, "command": list(record or ())}
+    if record is not None and known.get(name) != entry:
         storage.write(SCRIPTS, json.dumps({**known, name: entry}, indent=1))
     return name
 
