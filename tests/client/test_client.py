@@ -237,6 +237,7 @@ def test_images_and_characters(client):
     assert (first.format, first.size) == ("webp", "64x64")
     assert Image.open(io.BytesIO(first.content)).format == "WEBP"
     assert first.content != second.content
+    assert client.get_video(first.id).num_frames == 1
     (edited,) = client.edit_images(first.content, "an oil painting", size="64x64")
     assert Image.open(io.BytesIO(edited.content)).size == (64, 64)
     character = client.create_character("Me", [ASTRONAUT])

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, local_server
 from tests.online.test_api_limits import png
 from tests.online.test_api_videos import ended, error_of, made
@@ -68,9 +69,11 @@ def test_headers_of_content(client, clip, whole):
 
 def test_if_none_match_and_if_range_compare_the_etag(client, clip, whole):
     etag = content(client, clip).headers["etag"]
-    for cached in (etag, f'"other", W/{etag}'):
+    for cached in (etag, f'"other", W/{etag}', "*"):
         answer = content(client, clip, **{"If-None-Match": cached})
         assert (answer.status_code, answer.content) == (304, b"")
+    for wanted, status in ((etag, 200), (f'"other", {etag}', 200), ("*", 200), ('"other"', 412), (f"W/{etag}", 412)):
+        assert content(client, clip, method="HEAD", **{"If-Match": wanted}).status_code == status
     assert content(client, clip, **{"If-Range": etag, "Range": "bytes=0-4"}).content == whole[:5]
     assert content(client, clip, **{"If-Range": '"other"', "Range": "bytes=0-4"}).content == whole
 
@@ -122,6 +125,23 @@ def test_images_have_different_seeds_and_come_as_data_or_url(client):
     answer = client.post("/v1/images/generations", files={name: (None, value) for name, value in by_url.items()}).json()
     assert answer["output_format"] == "png"
     assert client.get(answer["data"][0]["url"]).headers["content-type"] == "image/png"
+
+
+def test_images_of_peers_and_of_openai_are_accepted_and_have_an_id(client):
+    uploaded = client.post("/v1/files", files={"file": ("a.jpg", ASTRONAUT.read_bytes())}).json()["id"]
+    for path, fields in (
+        ("generations", {"model": "gpt-image-1"}),
+        ("generations", {"model": "dall-e-3", "num_frames": 1, "response_format": "url"}),
+        ("edits", {"model": "gpt-image-2.5-flare", "url": [uploaded]}),
+    ):
+        answer = client.post(f"/v1/images/{path}", json={"prompt": "x", "size": "64x64", **fields})
+        assert answer.status_code == 200, answer.text
+        (image,) = answer.json()["data"]
+        video = client.get(f"/v1/videos/{image['id']}").json()
+        assert (video["status"], video["model"]) == ("completed", fields["model"])
+        assert client.delete(f"/v1/videos/{image['id']}").status_code == 200
+    for path, fields in (("images/generations", {"model": "gpt-4"}), ("videos", {"model": "gpt-image-1"})):
+        assert client.post(f"/v1/{path}", json={"prompt": "x", **fields}).json()["error"]["code"] == "model_not_found"
 
 
 def test_invalid_image_field_is_named(client):

@@ -75,6 +75,10 @@ def test_missing_or_invalid_key_is_rejected_except_by_health_checks(server):
             assert error_of(response, 401)["code"] == "invalid_api_key", header
             assert response.headers["www-authenticate"] == "Bearer"
     assert error_of(client_of(server, "late").get("/v1/models"), 401)["code"] == "invalid_api_key", "an expired key"
+    assert [client.head(path).status_code for path in ("/healthz", "/health", "/readyz")] == [200] * 3
+    for path, methods in (("/v1/videos", "GET, POST"), ("/v1/videos/x", "GET, DELETE"), ("/readyz", "GET, HEAD")):
+        refused = client.patch(path)
+        assert (error_of(refused, 405)["code"], refused.headers["allow"]) == ("method_not_allowed", methods)
 
 
 def test_other_tenants_objects_are_not_found(server, client, held):
@@ -134,7 +138,8 @@ def test_key_file_errors_do_not_contain_the_key(tmp_path):
         ("keys: [{tenant: ada, sha256: vg-the-key-itself}]", r"keys\.0\.sha256"),
         ("keys: [{tenant: ../x, sha256: '%s'}]" % ("0" * 64), r"keys\.0\.tenant"),
         ("keys: [{tenant: a, sha256: '%s', limit: {}}]" % ("0" * 64), r"keys\.0\.limit"),
-        ("{ vg-the-key-itself", "not YAML"),
+        ("{ vg-the-key-itself", r"not YAML \(line 1\)"),
+        ("a: &a 'vg-the-key-itself'\nkeys: [*a]", r"YAML aliases are not allowed; write the values out \(line 2\)"),
     ):
         file.write_text(text)
         with pytest.raises(SetupError, match=message) as raised:

@@ -59,7 +59,7 @@ def test_new_shot_fields_are_in_all_request_models_and_every_field_and_setting_i
     assert set(PLAIN_FIELDS) <= CreateShot.model_fields.keys()
     # The server crops videos to the requested size.
     assert set(PLAIN_FIELDS) - set(CROPS) <= CreateVideo.model_fields.keys()
-    assert set(CreateVideo.model_fields) - set(CreateImages.model_fields) > {"num_frames", "fps", "seconds", "upscale"}
+    assert set(CreateVideo.model_fields) - set(CreateImages.model_fields) > {"fps", "seconds", "upscale"}
     for name in ("CreateVideo", "RemixVideo", "EditImages", "CreateShot", "CreateCharacter", "CreateFile"):
         schema = getattr(requests, name).model_json_schema(schema_generator=FormBody)
         assert [field for field, properties in schema["properties"].items() if not properties.get("description")] == []

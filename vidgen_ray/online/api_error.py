@@ -15,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as ConnectionTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from vidgen_ray.errors import FieldError, ScriptError, VidgenError, encodable, explain
 from vidgen_ray.outputs.storage import is_disk_full
@@ -130,6 +131,7 @@ CODES: Mapping[int, tuple[str, str]] = {
     415: (INVALID, "unsupported_media_type"),
 }
 """Status -> type and code of errors that the framework raises."""
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def install(app: FastAPI) -> None:
@@ -154,10 +156,18 @@ async def _validation_error(_: Request, error: Exception) -> Response:
     return await _api_error(_, validation_failed([{**detail, "loc": detail["loc"][1:]} for detail in error.errors()]))
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind, code = CODES.get(error.status_code, (INVALID if error.status_code < 500 else "server_error", "error"))
-    return _response(error.status_code, str(error.detail), kind, code, headers=error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        # Starlette names the methods of the first route only.
+        routes = request.app.routes
+        allowed = [
+            name for name in METHODS if any(r.matches({**request.scope, "method": name})[0] is Match.FULL for r in routes)
+        ]
+        headers["Allow"] = ", ".join(allowed)
+    return _response(error.status_code, str(error.detail), kind, code, headers=headers)
 
 
 async def _database_error(_: Request, error: Exception) -> Response:

@@ -189,12 +189,15 @@ health = APIRouter(tags=["health"])
 
 @health.get("/healthz", response_model=Health)
 @health.get("/health", response_model=Health)
+@health.head("/healthz", include_in_schema=False)
+@health.head("/health", include_in_schema=False)
 async def healthz() -> Health:
     """Respond with 200 while the process is alive."""
     return Health()
 
 
 @health.get("/readyz", response_model_exclude_none=True, responses={503: error_responses()[503]})
+@health.head("/readyz", include_in_schema=False)
 async def readyz(server: ServerDep) -> Readiness:
     """Respond with 200 if jobs and files can be stored, after writing to the database and the output folder.
 

@@ -323,7 +323,8 @@ def _read_key_file(file: Path) -> Sequence[KeyRecord]:
     except ValueError as error:
         # The message of the YAML error quotes the line, which may contain a plain key.
         place = re.search(r"line \d+", str(error))
-        raise SetupError(f"keys file {file}: not YAML{f' ({place[0]})' if place else ''}") from None
+        why = "YAML aliases are not allowed; write the values out" if "aliases" in str(error) else "not YAML"
+        raise SetupError(f"keys file {file}: {why}{f' ({place[0]})' if place else ''}") from None
     try:
         return KeyFile.model_validate(content).keys
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,6 +64,8 @@ def _not_served(reason: str) -> ApiError:
 
 OPENAI_MODELS = ("sora-2", "sora-2-pro")
 """Names that clients of OpenAI's API send. They mean the default model, unless the setting `models` says otherwise."""
+OPENAI_IMAGE_MODELS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[\w.-]{1,64}")
+"""Such names of models of images."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,13 @@ class ServerContext:
         finished = file_sizes(default)[delivered_artefact(default, hd_beside=False)] if makes_clips else drawn
         return SizeRules(*drawn, can_upscale, finished)
 
-    def model(self, name: object) -> tuple[str, dict[str, str]]:
+    def model(self, name: object, *, for_images: bool = False) -> tuple[str, dict[str, str]]:
         """Return a model's name and the shot fields that it sets; the default model for `None`. Raises ApiError 404."""
         models = self.models
         default = next(iter(models))
         models = {**dict.fromkeys(OPENAI_MODELS, models[default]), **models}
+        if for_images and isinstance(name, str) and OPENAI_IMAGE_MODELS.fullmatch(name):
+            models.setdefault(name, models[default])
         if name is None:
             name = default
         if not isinstance(name, str) or name not in models:

@@ -136,6 +136,8 @@ class VideoPage(Answer):
 class GeneratedImage(Answer):
     """Image of `create_images` or `edit_images`."""
 
+    id: Id | None = None
+    """Id of its job, for `get_video` and `delete_video`."""
     content: bytes = Field(repr=False)
     """Encoded file."""
     format: str
@@ -161,7 +163,8 @@ class ImagesAnswer(Answer):
     def images(self) -> list[GeneratedImage]:
         """The decoded images."""
         return [
-            GeneratedImage(content=b64decode(each["b64_json"]), format=self.output_format, size=self.size) for each in self.data
+            GeneratedImage(id=each.get("id"), content=b64decode(each["b64_json"]), format=self.output_format, size=self.size)
+            for each in self.data
         ]
 
 

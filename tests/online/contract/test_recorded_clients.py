@@ -196,7 +196,7 @@ def test_sglang_request_with_all_defaults(client, held):
     assert answer.status_code == 200, answer.text
     # `enable_upscaling` is false.
     assert (answer.json()["size"], answer.json()["scale"], answer.json()["num_frames"]) == ("128x64", 1, 5)
-    extra = {"fps": 4, "num_frames": 8, "negative_prompt": "blur"}
+    extra = {"fps": 4, "num_frames": 8, "seconds": 4, "negative_prompt": "blur"}
     video = client.post("/v1/videos", json={"prompt": "a calico cat", "size": "1280x720", "extra_body": extra}).json()
     assert (video["size"], video["fps"], video["num_frames"]) == ("1280x720", 4, 8)
     assert shot_of(client, video["id"])["negative_prompt"] == "blur"

@@ -55,7 +55,8 @@ CONDITIONS = {
         for name, description in (
             ("Range", "`bytes=FIRST-LAST`, or several ranges separated by commas. An invalid header is ignored."),
             ("If-Range", "ETag of the file that the range belongs to. The whole file is sent if it has changed."),
-            ("If-None-Match", "ETags that the client has cached"),
+            ("If-None-Match", "ETags that the client has cached, or `*`"),
+            ("If-Match", "ETags of the file that the client accepts, or `*`"),
         )
     ]
 }
@@ -70,7 +71,7 @@ router = APIRouter()
     tags=["videos"],
     openapi_extra=CONDITIONS,
     responses={
-        **error_responses(404, 409, 416),
+        **error_responses(404, 409, 412, 416),
         200: {"description": "The file", "content": {kind: {} for kind in MEDIA_TYPES.values()}},
         206: {
             "description": "Part of the file",
@@ -113,7 +114,7 @@ async def video_content(
     response_class=Response,
     tags=["videos"],
     openapi_extra=CONDITIONS,
-    responses={**error_responses(404, 409, 416), 200: {"description": "As GET"}, 206: {"description": "As GET"}},
+    responses={**error_responses(404, 409, 412, 416), 200: {"description": "As GET"}, 206: {"description": "As GET"}},
 )
 async def video_content_head(
     request: Request,
@@ -139,7 +140,7 @@ async def file_response(server: ServerContext, job: Job, variant: str, request: 
         "X-Content-Type-Options": "nosniff",
         "Content-Security-Policy": "default-src 'none'; sandbox",
     }
-    if etag in [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]:
+    if _has_current(request, etag):
         return Response(status_code=304, headers=headers)
     media_type, path = MEDIA_TYPES[suffix], f"{folder}/{name}"
     try:
@@ -159,9 +160,19 @@ async def _intermediate(server: ServerContext, job: Job, request: Request) -> Re
     etag = f'"{preview.key}"'
     # It changes with every stage, so a browser must ask again.
     headers = {"ETag": etag, "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"}
-    if etag in request.headers.get("if-none-match", ""):
+    if _has_current(request, etag):
         return Response(status_code=304, headers=headers)
     return Response(preview.webp, media_type=MEDIA_TYPES[".webp"], headers=headers)
+
+
+def _has_current(request: Request, etag: str) -> bool:
+    """Return whether the client has the file with this ETag. Raises ApiError 412 if it accepts only another one."""
+    wanted, cached = (
+        [tag.strip() for tag in request.headers.get(name, "").split(",")] for name in ("if-match", "if-none-match")
+    )
+    if wanted != [""] and not {"*", etag} & {*wanted}:
+        raise ApiError(412, f"If-Match: the ETag of the file is {etag}", code="precondition_failed", param="If-Match")
+    return not {"*", etag}.isdisjoint(tag.removeprefix("W/") for tag in cached)
 
 
 class _StoredFile(FileResponse):

@@ -97,7 +97,7 @@ async def edit_images(
 
 async def _image_fields(server: ServerContext, tenant: Tenant, request: CreateImages) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the fields of the shot, and the values that are returned with the job."""
-    model, base = server.model(request.model)
+    model, base = server.model(request.model, for_images=True)
     fields = {**base, **request.shot_fields({**server.serving_profile.profile.defaults, **base}), **request.size_fields()}
     fields |= await face_fields(server, tenant, request)
     return fields, {"model": model, "user": request.safety_identifier or request.user, "deadline_s": request.deadline_s}
@@ -148,9 +148,9 @@ async def _respond(
             return server.event_streams.respond(tenant, _events(server, jobs, options))
         ended = await completed_jobs(server, jobs)
     data = [
-        ImageResult(url=f"{str(request.base_url).rstrip('/')}/v1/videos/{job.id}/content?variant=image")
+        ImageResult(id=job.id, url=f"{str(request.base_url).rstrip('/')}/v1/videos/{job.id}/content?variant=image")
         if options.response_format == "url"
-        else ImageResult(b64_json=await asyncio.to_thread(_encode_result, server, job, options))
+        else ImageResult(id=job.id, b64_json=await asyncio.to_thread(_encode_result, server, job, options))
         for job in ended
     ]
     output_format = "png" if options.response_format == "url" else options.output_format

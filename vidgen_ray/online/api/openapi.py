@@ -25,6 +25,7 @@ ERRORS: Mapping[int, str] = {
     404: "Not found, or owned by another tenant.",
     408: "The request body did not arrive in time.",
     409: "Conflict: the video has no file, the name or idempotency key is in use, or the file is in use.",
+    412: "The file has another ETag than `If-Match`.",
     413: "The request is too large.",
     415: "The request is neither JSON nor a form.",
     416: "The range starts after the end of the file.",

@@ -455,7 +455,7 @@ class CreateVideo(_Generation):
         le=MAX_FRAMES,
         allow_inf_nan=False,
         description="Length of the clip: sets `num_frames` to seconds x `fps`, or the nearest number that the video model "
-        "makes. With `extend`, all passes together have this length.",
+        "makes. Without effect if `num_frames` is sent. With `extend`, all passes together have this length.",
     )
     video_lora: Loras = Field(None, description="LoRA of the video model, as in `lora`, with an `expert` for wan.")
     last_image: Image = Field(None, description="Image that the clip ends with, for wan: a file, or a reference to an image.")
@@ -508,7 +508,7 @@ class CreateVideo(_Generation):
                 raise invalid("interpolation", f"got {got}, but enable_frame_interpolation and its exponent say {factor}")
             # The profile's own rate would contradict the factor.
             fields.setdefault("fps_out", None)
-        if self.seconds is None:
+        if self.seconds is None or fields.get("num_frames", AUTO) != AUTO:
             return fields
         values = of_model({**without_other_models_defaults(defaults, fields), **fields})
         model = model_of(values)
@@ -521,11 +521,7 @@ class CreateVideo(_Generation):
             passes = f" in {extend + 1} passes" if extend else ""
             allowed = f"must be from {shortest:g} to {longest:g} at {fps} frames per second{passes}"
             raise invalid("seconds", f"got {self.seconds:g}, {allowed}")
-        frames = model.nearest_frames(wanted) if model.frame_step > 1 else frames
-        if fields.setdefault("num_frames", frames) != frames:
-            got = fields["num_frames"]
-            raise invalid("num_frames", f"got {got}, but seconds says {frames} at {fps} frames per second")
-        return fields
+        return {**fields, "num_frames": model.nearest_frames(wanted) if model.frame_step > 1 else frames}
 
     def size_fields(
         self, fields: Mapping[str, Any], rules: SizeRules, original: tuple[int, int] | None = None
@@ -581,12 +577,15 @@ class CreateImages(_Generation):
     background: Literal["auto", "opaque"] = Field("auto", description="Accepted, without effect: images are opaque.")
     stream: bool = Field(False, description="Respond with server-sent events.")
     partial_images: int = Field(0, ge=0, le=3, description="Number of intermediate images to stream.")
+    num_frames: Literal[1] | None = Field(None, description="Of SGLang. Must be 1: an image has one frame.")
     quality: ShortText | None = Field(None, description="Accepted, without effect.")
     moderation: ShortText | None = Field(None, description="Accepted, without effect.")
     safety_identifier: ShortText | None = Field(None, description="Same as `user`.")
 
     def shot_fields(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        return {**super().shot_fields(defaults), **WITHOUT_CLIP, **WITHOUT_CHUNKED_STAGES}
+        fields = super().shot_fields(defaults)
+        fields.pop("num_frames", None)
+        return {**fields, **WITHOUT_CLIP, **WITHOUT_CHUNKED_STAGES}
 
     def size_fields(self) -> dict[str, Any]:
         """Return the fields of the shot that give the size. Empty without a size. Raises ApiError 400."""
@@ -600,10 +599,16 @@ class EditImages(CreateImages):
     event: ClassVar[str] = "image_edit"
 
     image: Images = Field(description="Images to edit: files, or references to images.")
+    url: Images = Field(None, description="Of SGLang. Same as `image`.")
     input_fidelity: Literal["high", "low"] = Field("low", description="high: strength 0.35. low: strength 0.6.")
     strength: Strength | None = Field(
         None, description="Image-to-image strength, instead of `input_fidelity`. 0 keeps the image."
     )
+
+    @classmethod
+    def normalise(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        normalised = super().normalise(fields)
+        return {"image": normalised["url"], **normalised} if "url" in normalised else normalised
 
 
 @with_shot_fields()

@@ -150,6 +150,7 @@ class ImageUsage(BaseModel):
 class ImageResult(BaseModel):
     """One image."""
 
+    id: str = Field(description="Id of its job, for the routes of `/v1/videos/{id}`: status, content, deletion.")
     b64_json: str | None = Field(None, description="File in base64, with response_format b64_json.")
     url: str | None = Field(None, description="URL of the file, with response_format url. Requires the API key.")
     revised_prompt: None = Field(None, description="Always null: prompts are not revised.")
