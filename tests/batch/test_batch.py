@@ -19,10 +19,13 @@ from vidgen_ray.batch import render_script
 from vidgen_ray.batch.render_script import _encoding_note, render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
+from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import RelativeCost
 from vidgen_ray.media import open_video
+from vidgen_ray.outputs import lease as leases
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
+from vidgen_ray.outputs.storage import LocalStorage
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import Cluster, Node, demand_of, plan, this_machine
 from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS
@@ -247,6 +250,83 @@ def test_line_that_cannot_be_read_replaces_and_prunes_no_shot(command, tmp_path,
     assert run(whole) == (0, (0, 6))
     assert run(whole.replace(rows[5], ""), "--prune") == (0, (0, 5))
     assert rows_of(out).keys() == {f"s{n}" for n in range(5)}
+
+
+def test_retry_renders_each_line_as_the_run_in_which_it_failed(command, tmp_path, monkeypatch):
+    """Another script was rendered with other options in between."""
+    out = tmp_path / "out"
+    first = write_lines(tmp_path / "a.jsonl", [{"id": "fails", "prompt": "raise"}, {"id": "wrong", "prompt": "a", "fps": 0}])
+    second = write_lines(tmp_path / "b.jsonl", [{"id": "image", "prompt": "a"}, {"id": "tall", "prompt": "a", "height": 7}])
+    assert command("render", first, "-o", out, "-p", "tiny", "--seed", "7", "--no-provenance")[0] == 1
+    assert command("render", second, "-o", out, "-p", "demo", "--until", "image", "--keep", "stages")[0] == 1
+    text = (out / "failures.jsonl").read_text()
+    for wrong, right in (
+        ('"prompt": "raise"', '"prompt": "a ball"'),
+        ('"fps": 0', '"fps": 5'),
+        ('"height": 7', '"height": 64'),
+    ):
+        assert wrong in text
+        text = text.replace(wrong, right)
+    (out / "failures.jsonl").write_text(text)
+    code, report = command("retry", out, "--json")
+    assert (code, report["done"], report["failed"]) == (0, 3, 0)
+    rows = rows_of(out)
+    assert {id_: row["video"] is not None for id_, row in rows.items()} == {
+        "fails": True, "wrong": True, "image": False, "tall": False
+    }  # fmt: skip
+    records = {id_: json.loads((out / shot_path(id_) / "shot.json").read_text()) for id_ in rows}
+    details = {id_: record["provenance"]["metadata"] for id_, record in records.items()}
+    assert details == {"fails": "off", "wrong": "off", "image": "full", "tall": "full"}
+    assert {id_: "base.png" in record["files"] for id_, record in records.items()} == {
+        "fails": False, "wrong": False, "image": True, "tall": True
+    }  # fmt: skip
+    write_lines(first, [{"id": "wrong", "prompt": "a", "fps": 5}])
+    assert records["wrong"]["shot"]["seed"] == read_script(ScriptSettings(first, 7)).shots[0].seed
+
+
+def test_retry_reads_the_failed_lines_while_it_holds_the_lease(command, tmp_path, monkeypatch):
+    """Another run, for which it has waited, has rendered one of them."""
+    path, out = tmp_path / "s.jsonl", tmp_path / "out"
+    lines = [{"id": id_, "prompt": "raise", "generate_video": False} for id_ in ("a", "b")]
+    render = ("render", write_lines(path, lines), "-o", out, "-p", "tiny")
+    assert command(*render)[0] == 1
+    take = leases._take
+
+    def wait_for_another_run(storage, run):
+        monkeypatch.setattr(leases, "_take", take)
+        write_lines(path, [{**lines[0], "prompt": "a ball"}, lines[1]])
+        assert command(*render)[0] == 1
+        return take(storage, run)
+
+    monkeypatch.setattr(leases, "_take", wait_for_another_run)
+    assert command("retry", out)[0] == 1
+    assert {id_: row["status"] for id_, row in rows_of(out).items()} == {"a": "done", "b": "failed"}
+
+
+def test_refused_run_writes_nothing_and_tries_no_options(command, tiny, tmp_path, own_cache, monkeypatch):
+    out, written = tmp_path / "out", []
+    path = write_lines(tmp_path / "s.jsonl", [{"id": "a", "prompt": "a ball"}, {"id": "b", "prompt": "raise"}])
+    render = ("render", path, "-o", out, "-p", "tiny", "--until", "image")
+    assert command(*render)[0] == 1
+
+    def write(storage, name, content):
+        written.append(name)
+        return write_file(storage, name, content)
+
+    write_file = LocalStorage.write
+    profile = with_actor(tiny, "svd", trial_options={"channels_last": True})
+    monkeypatch.setattr(render_script, "TRIAL_FROM_S", 0.0)
+    monkeypatch.setattr(render_script, "run_trials", lambda *_: pytest.fail("the GPUs were used"))
+    with OutputFolder(out).lease("first"), OutputFolder(tmp_path / "new").lease("first"):
+        monkeypatch.setattr(LocalStorage, "write", write)
+        (out / "index.html").write_text(page := 'name="generator" content="vidgen"')
+        for refused in (render, ("retry", out), ("prune", out)):
+            assert command(*refused)[0] == 4
+            assert "is working in it" in command.messages
+        with pytest.raises(SetupError, match="is working in it"):
+            render_lines(ScriptSettings(path, profile_defaults=tiny.defaults), profile, tmp_path / "new", stages=FAKES)
+    assert {name.partition("-")[0] for name in written} == {".running"}
+    assert (out / "index.html").read_text() == page
 
 
 def test_sigterm_ends_the_command_after_the_shots_in_progress_and_it_can_be_resumed(in_process, tmp_path, capsys, monkeypatch):

@@ -431,8 +431,9 @@ def test_command_renders_damaged_shots_again(tmp_path, tiny, make_shot, capsys, 
     """The pipeline stands for a run, which `vidgen retry` starts in the same way."""
     out = tmp_path / "out"
 
-    def render_again(out, script, profile, *options, as_json):
-        for line in read_script(ScriptSettings(script, profile_defaults=profile.defaults)).lines:
+    def render_again(out, read, *options, as_json):
+        (tmp_path / "again.jsonl").write_text("\n".join(read()))
+        for line in read_script(ScriptSettings(tmp_path / "again.jsonl", profile_defaults=tiny.defaults)).lines:
             pipeline.render(line.shot)
 
     monkeypatch.setattr(folder_commands, "render_again", render_again)

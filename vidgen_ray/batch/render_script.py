@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -30,6 +30,7 @@ from vidgen_ray.engine.trials import run_trials
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run, software_versions
+from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ManifestRow, new_name
 from vidgen_ray.outputs.manifest_writer import script_name
 from vidgen_ray.outputs.records import DoneShot, Failure
@@ -40,6 +41,8 @@ from vidgen_ray.planner.solver import encoders_needed
 from vidgen_ray.planner.speed_trials import as_recorded, open_trials, settled
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.signing import check_signing
+from vidgen_ray.script.check import LineChecker
+from vidgen_ray.script.formats import ScriptVersion
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
 from vidgen_ray.script.read import iter_script, no_lines, open_lines
 from vidgen_ray.shot import Shot
@@ -165,36 +168,52 @@ def render(
     *,
     listener: RunListener,
     stop: threading.Event | None = None,
+    lease: Lease | None = None,
 ) -> RunReport:
     """Render all shots of a script into `outputs`. A shot that is finished with the same content key is skipped.
+
+    `lease`: that of the folder, if the caller holds it.
 
     When `stop` is set, no more shots start, and those in progress have `options.grace_s` seconds to finish; then raises
     KeyboardInterrupt. A run also stops before its cost exceeds `options.max_cost`, and raises TooExpensive if lines are left.
     A failed line does not raise. Raises ScriptError if the script cannot be read, SetupError or ProfileError if weights are
-    missing, no layout fits the cluster or nothing healthy is left.
+    missing, no layout fits the cluster, nothing healthy is left or another run is using the folder.
     """
+    checker, first, version = checked_start(script, profile)
+    profile = profile.with_commits()
+    # Trials use the GPUs, and their results are kept: only after another run in the folder was found.
+    with held_lease(outputs, options, lease) as held:
+        profile = _with_settled_options(profile, outputs, options, script, listener, is_long=version is not None)
+        planner = LinePlanner(checker, profile, outputs, options)
+        remaining = None if version is None else partial(remaining_lines, script, version, planner)
+        demand: Demand | None = None
+        if options.max_cost is not None and version is not None:
+            demand, _ = _count_pending(script, profile, outputs)
+        return render_lines(
+            planner,
+            first,
+            remaining,
+            script.path.name,
+            profile,
+            options,
+            listener=listener,
+            stop=stop,
+            demand=demand,
+            script=script.path,
+            lease=held,
+        )
+
+
+def checked_start(script: ScriptSettings, profile: Profile) -> tuple[LineChecker, list[Line], ScriptVersion | None]:
+    """Return what `first_lines` returns. Raises ScriptError, SetupError or ProfileError if nothing can be rendered."""
     check_profile(profile)
     check_signing(profile.provenance)
-    profile = profile.with_commits()
-    checker, first, version = first_lines(script)
-    profile = _with_settled_options(profile, outputs, options, script, listener, is_long=version is not None)
-    planner = LinePlanner(checker, profile, outputs, options)
-    remaining = None if version is None else partial(remaining_lines, script, version, planner)
-    demand: Demand | None = None
-    if options.max_cost is not None and version is not None:
-        demand, _ = _count_pending(script, profile, outputs)
-    return render_lines(
-        planner,
-        first,
-        remaining,
-        script.path.name,
-        profile,
-        options,
-        listener=listener,
-        stop=stop,
-        demand=demand,
-        script=script.path,
-    )
+    return first_lines(script)
+
+
+def held_lease(outputs: OutputFolder, options: RenderOptions, lease: Lease | None = None) -> AbstractContextManager[Lease]:
+    """Hold the lease of the folder for a run. `lease`: if it is held already. Raises SetupError if another run holds it."""
+    return outputs.lease(new_name(options.name)) if lease is None else nullcontext(lease)
 
 
 def recorded_options(profile: Profile, outputs: OutputFolder) -> Profile:
@@ -248,6 +267,7 @@ def render_lines(
     demand: Demand | None = None,
     on_row: Callable[[ManifestRow], None] | None = None,
     script: Path | None = None,
+    lease: Lease | None = None,
 ) -> RunReport:
     """Render lines. `first`: the first ones. `remaining` starts to read and plan the rest, if there is any.
 
@@ -256,8 +276,7 @@ def render_lines(
     Otherwise as `render`.
     """
     started, outputs = time.monotonic(), planner.outputs
-    outputs.prepare()
-    with outputs.lease(new_name(options.name)) as lease, ExitStack() as stack:
+    with held_lease(outputs, options, lease) as lease, ExitStack() as stack:
         outputs = outputs.fenced(lease)
         outputs.sweep()
         if script is not None:
@@ -272,7 +291,8 @@ def render_lines(
             submission_id=_submission_id(),
         )
         recorder = stack.enter_context(RunRecorder(outputs.storage, lease, labels, listener))
-        results = RunResults(outputs, labels, lease, recorder, on_row, is_script=script is not None)
+        recorded = RecordedOptions.of(profile, options, planner.checker.run_seed, planner.checker.changes)
+        results = RunResults(outputs, labels, lease, recorder, on_row, recorded, is_script=script is not None)
         # Of shots that are found before there is a plan.
         results.price = profile.price_per_gpu_hour if options.price is None else options.price
         director = Director(
@@ -286,7 +306,7 @@ def render_lines(
             demand,
             lease,
         )
-        write_run = partial(_write_run, outputs, labels, profile, options, planner, director, results)
+        write_run = partial(_write_run, outputs, labels, profile, recorded, director, results)
         try:
             with results:
                 director.accept(planned)
@@ -373,15 +393,13 @@ def _write_run(
     outputs: OutputFolder,
     labels: RunLabels,
     profile: Profile,
-    options: RenderOptions,
-    planner: LinePlanner,
+    recorded: RecordedOptions,
     director: Director,
     results: RunResults,
     report: RunReport,
     error: BaseException | None,
 ) -> None:
     """Write `run.json`, which describes the last run in this folder. `error`: what ended it."""
-    repeated = RecordedOptions.of(options, planner.checker.run_seed, planner.checker.changes)
     outputs.write_run(
         {
             **asdict(report),
@@ -391,8 +409,7 @@ def _write_run(
             "team": labels.team,
             "submission_id": labels.submission_id,
             "profile": profile.model_dump(mode="json"),
-            "profile_source": str(profile.source) if profile.source else None,
-            "options": repeated.model_dump(mode="json"),
+            "options": recorded.model_dump(mode="json"),
             "layout": asdict(director.plan.layout) if director.plan else None,
             "weights": {stage: sorted(digests) for stage, digests in sorted(results.weights.items())},
             "software": software_versions(),

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from vidgen_ray.batch.progress import RunListener
+from vidgen_ray.batch.run_options import RecordedOptions
 from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, MetricSpec
 from vidgen_ray.engine.status import Attempt
 from vidgen_ray.engine.step_runner import StepFailed
@@ -64,6 +65,7 @@ class RunResults:
         lease: Lease,
         listener: RunListener,
         on_row: Callable[[ManifestRow], None] | None,
+        recorded: RecordedOptions,
         *,
         is_script: bool,
     ) -> None:
@@ -73,7 +75,9 @@ class RunResults:
         self._labels = labels
         self._listener = listener
         self._on_row = on_row
-        self._manifest = ManifestWriter(outputs, labels.run, labels.script)
+        self._manifest = ManifestWriter(
+            outputs, labels.run, labels.script, recorded.model_dump(mode="json", exclude_defaults=True)
+        )
         self._whole_script = False
         self.counts: Counter[str] = Counter(done=0, failed=0, skipped=0)
         self.rejected_lines = 0

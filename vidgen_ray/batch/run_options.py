@@ -14,6 +14,8 @@ from vidgen_ray.engine.retries import ATTEMPTS, MAX_WAIT_S
 from vidgen_ray.errors import FrozenModel, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner import Cluster
+from vidgen_ray.profile import Profile
+from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.stages.base import Stage
 
 GRACE_S = 60.0
@@ -70,8 +72,14 @@ class RenderOptions:
 
 
 class RecordedOptions(FrozenModel):
-    """Options that decide what a run writes. `run.json` records them, and `vidgen retry` renders with them again."""
+    """Options that decide what a run writes.
 
+    `run.json` and the failed lines record them, and `vidgen retry` renders with them again.
+    """
+
+    profile: str = ""
+    """Name or file of the profile."""
+    provenance: ProvenanceSettings = ProvenanceSettings()
     name: str | None = None
     team: str | None = None
     cache: CacheMode = DEFAULT_CACHE
@@ -86,6 +94,12 @@ class RecordedOptions(FrozenModel):
     changes: dict[str, JsonValue] = Field(default_factory=dict)
     """Fields set on every shot, such as those of `--until`."""
 
+    @property
+    def without_changes(self) -> RecordedOptions:
+        return self.model_copy(update={"changes": {}})
+
     @classmethod
-    def of(cls, options: RenderOptions, run_seed: int, changes: Mapping[str, Any] | None) -> RecordedOptions:
-        return cls.model_validate({**vars(options), "run_seed": run_seed, "changes": dict(changes or {})})
+    def of(cls, profile: Profile, options: RenderOptions, run_seed: int, changes: Mapping[str, Any]) -> RecordedOptions:
+        """Return the options of a run with these settings."""
+        of_run = {"profile": str(profile.source or profile.name), "run_seed": run_seed, "changes": dict(changes)}
+        return cls.model_validate({**vars(options), **of_run, "provenance": profile.provenance})

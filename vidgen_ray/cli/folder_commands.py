@@ -38,9 +38,8 @@ from vidgen_ray.cli.progress_display import counts_line, speed_texts, stage_tabl
 from vidgen_ray.cli.run_script import (
     ProfileOfLastRunOption,
     note_not_pruned,
-    profile_of_run,
+    options_of_last_run,
     render_again,
-    temporary_script,
 )
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import SetupError, UsageError, shortened
@@ -48,12 +47,12 @@ from vidgen_ray.outputs.cleanup import GRACE_S, collect_garbage
 from vidgen_ray.outputs.cleanup import prune as remove_replaced
 from vidgen_ray.outputs.folder import OutputFolder, setting_of_last_run
 from vidgen_ray.outputs.manifest import REPLACED, SHOT_FILES, manifest_batches
-from vidgen_ray.outputs.manifest_writer import to_utf8
 from vidgen_ray.outputs.reviews import MAX_NAME, clip_digest, read_reviews
 from vidgen_ray.outputs.run_log import LOGS, RunStatus, read_log, read_status
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.outputs.verify import VerifyReport
 from vidgen_ray.outputs.verify import verify as verify_folder
+from vidgen_ray.planner import profile_for
 from vidgen_ray.system.quantities import Console, amount_text, count, duration, money, size, table_of
 
 HOST = "127.0.0.1"
@@ -229,7 +228,9 @@ def verify(
     Reads every file. Exits with code 1 if there are any.
     """
     outputs = OutputFolder(out)
-    chosen = profile_of_run(outputs, profile) if repair else None
+    last = options_of_last_run(outputs, profile) if repair else None
+    if last is not None:
+        profile_for(last.profile)
     with Console(stderr=True).status(f"Reading {outputs.url}"):
         report = verify_folder(outputs, repair=repair)
     if as_json:
@@ -238,11 +239,11 @@ def verify(
         typer.echo(json.dumps({**found, "damaged": damaged, "render_again": sorted(report.scripts)}))
     else:
         _print_damage(report, repaired=repair)
-    if chosen is not None and report.lines:
-        lines = "".join(f"{line.as_json('verify')}\n" for line in report.lines)
+    if last is not None and report.lines:
+        lines = [line.as_json("verify") for line in report.lines]
         # With --json, standard output has the report above only.
-        with temporary_script(to_utf8(lines)) as script, redirect_stdout(sys.stderr) if as_json else nullcontext():
-            render_again(out, script, chosen, address, gpus, as_json=as_json)
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            render_again(out, lambda: lines, last, profile, address, gpus, as_json=as_json)
     if report.damaged and (not repair or report.scripts):
         raise typer.Exit(1)
 

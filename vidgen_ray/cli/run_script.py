@@ -6,14 +6,14 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -58,17 +58,24 @@ from vidgen_ray.graph import stages_of
 from vidgen_ray.licences import ShotLicences, UsedWeights, require_licence
 from vidgen_ray.outputs.cleanup import PruneReport
 from vidgen_ray.outputs.cleanup import prune as prune_folder
-from vidgen_ray.outputs.folder import OutputFolder, read_last_run, setting_of_last_run
+from vidgen_ray.outputs.folder import OutputFolder, read_last_run
+from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.outputs.manifest_writer import FILE, failed_lines, to_utf8
+from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.planner import Cluster, profile_for
 from vidgen_ray.profile import AUTO, Profile
-from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.script.check import with_cut_prompts
 from vidgen_ray.script.lines import Line, ScriptSettings
 from vidgen_ray.script.read import Script, check_lora_sizes, iter_script, read_script
 from vidgen_ray.stages.base import StageParams
 from vidgen_ray.system.quantities import count, duration, money
+
+if TYPE_CHECKING:
+    from vidgen_ray.batch.render_script import RunReport
+
+SUMMED = ("done", "failed", "skipped", "rejected", "left", "seconds", "gpu_seconds", "lora_loads")
+"""Fields of a report that are added if lines were rendered by several runs."""
 
 
 @contextmanager
@@ -300,32 +307,30 @@ def retry(
 ) -> None:
     """Render the failed lines of an output folder again.
 
-    With the options of its last run that change files: profile, provenance, --keep, --cache, --cache-gb, --replace,
+    With the options of the run in which each has failed: profile, provenance, --keep, --cache, --cache-gb, --replace,
     --strict-prompts, --attempts, --seed, --until and --score. --where also renders the finished shots that match, with new
     seeds, which their script then keeps.
     """
     outputs = OutputFolder(out)
-    chosen = profile_of_run(outputs, profile)
-    local = outputs.storage.local
+    last = options_of_last_run(outputs, profile)
     if rejected or where is not None:
+        profile_for(last.profile)
         ids = None if where is None else frozenset(ids_where(outputs.storage, where))
-        lines = _chosen_lines(outputs, ids, rejected=rejected)
-        if not lines:
+        read = _chosen_lines(outputs, ids, rejected=rejected)
+        if not read():
             typer.echo("No finished shot is rejected." if where is None else "No shot matches.", err=True)
             if as_json:
                 typer.echo(json.dumps({"done": 0, "skipped": 0, "failed": 0}))
             return
-        script: AbstractContextManager[Path] = temporary_script(lines)
-    elif (failed := outputs.storage.read(FILE)) is None:
-        raise SetupError(f"{outputs.url}: no line has failed, there is no {FILE}")
     else:
-        script = temporary_script(failed) if local is None else nullcontext(local / FILE)
-    with script as path:
-        render_again(out, path, chosen, address, gpus, consent, as_json=as_json)
+        read = partial(failed_lines, outputs.storage)
+        if not read():
+            raise SetupError(f"{outputs.url}: no line has failed, there is no {FILE}")
+    render_again(out, read, last, profile, address, gpus, consent, as_json=as_json)
 
 
-def _chosen_lines(outputs: OutputFolder, ids: frozenset[str] | None, *, rejected: bool) -> bytes:
-    """Return the lines of finished shots with new seeds and, unless only `rejected` ones are wanted, of failed ones.
+def _chosen_lines(outputs: OutputFolder, ids: frozenset[str] | None, *, rejected: bool) -> Callable[[], list[str]]:
+    """Give finished shots new seeds, and return a function that returns their lines and, unless `rejected`, those that failed.
 
     `ids`: of the shots. Default: all.
     """
@@ -337,37 +342,59 @@ def _chosen_lines(outputs: OutputFolder, ids: frozenset[str] | None, *, rejected
     if repeated.unreadable:
         names = ", ".join(repeated.unreadable)
         note(f"files are missing or damaged, see vidgen verify. Left out: {names}")
-    failed = () if rejected else failed_lines(outputs.storage, ids or frozenset())
-    return to_utf8("".join(f"{line}\n" for line in (*failed, *(line.as_json("retry") for line in repeated.lines))))
-
-
-@contextmanager
-def temporary_script(lines: bytes) -> Iterator[Path]:
-    """Yield a script with these lines, in the format of `failures.jsonl`."""
-    with TemporaryDirectory(prefix="vidgen-retry-") as folder:
-        script = Path(folder) / FILE
-        script.write_bytes(lines)
-        yield script
+    lines = [line.as_json("retry") for line in repeated.lines]
+    return lambda: [*([] if rejected else failed_lines(outputs.storage, ids or frozenset())), *lines]
 
 
 def render_again(
     out: str,
-    script: Path,
-    profile: Profile,
+    read: Callable[[], list[str]],
+    last: RecordedOptions,
+    profile: str | None,
     address: str | None,
     gpus: Cluster | None,
     consent: str | None = None,
     *,
     as_json: bool,
 ) -> None:
-    """Render a script in the format of `failures.jsonl` with the options of the last run."""
-    outputs = OutputFolder(out)
-    chosen = profile.with_provenance(setting_of_last_run(outputs, ProvenanceSettings, "profile", "provenance"))
-    last = setting_of_last_run(outputs, RecordedOptions, "options") or RecordedOptions()
-    options = RenderOptions(address=address, cluster=gpus, **last.model_dump(exclude={"run_seed", "changes"}))
-    fields = with_consent({}, consent)
-    settings = ScriptSettings(script, last.run_seed, fields, chosen.defaults, last.changes, policy=chosen.policy)
-    run_script(settings, chosen, out, options, as_json=as_json)
+    """Render lines in the format of `failures.jsonl`, each with the options with which it failed.
+
+    `read` returns the lines. It is called while no other run can change them. `last`: options of the last run, for lines that
+    did not fail. `profile`: instead of theirs. Prints one result. Raises typer.Exit as `run_script`.
+    """
+    ended = list[RenderedRun]()
+    for wanted in dict.fromkeys(options_of(line, last).model_dump_json() for line in read()):
+        recorded = RecordedOptions.model_validate_json(wanted)
+        chosen = profile_for(profile or recorded.profile).with_provenance(recorded.provenance)
+        run_fields = recorded.model_dump(exclude={"profile", "provenance", "run_seed", "changes"})
+        options = RenderOptions(address=address, cluster=gpus, **run_fields)
+        with interruptible(), held_run(out, options) as lease:
+            lines = [line for line in read() if options_of(line, last) == recorded]
+            if not lines:
+                continue
+            with TemporaryDirectory(prefix="vidgen-retry-") as folder:
+                script = Path(folder) / FILE
+                script.write_bytes(to_utf8("".join(f"{line}\n" for line in lines)))
+                consented, changes = with_consent({}, consent), recorded.changes
+                settings = ScriptSettings(script, recorded.run_seed, consented, chosen.defaults, changes, policy=chosen.policy)
+                ended.append(_run(settings, chosen, out, options, lease))
+        if ended[-1].is_stopped:
+            break
+    if not ended:
+        raise SetupError(f"{out}: no line has failed any more")
+    _print_ended(out, ended, as_json=as_json)
+
+
+def options_of(line: str, last: RecordedOptions) -> RecordedOptions:
+    """Return the options with which a line is rendered again: those with which it failed, or those of the last run.
+
+    The changes of a run are part of the shot in a line that was written from a shot.
+    """
+    try:
+        failure = json.loads(line)["failure"]
+        return RecordedOptions.model_validate(failure["options"]) if "options" in failure else last.without_changes
+    except (ValueError, KeyError, TypeError):
+        return last
 
 
 @in_group(RENDER)
@@ -416,6 +443,17 @@ def detected(address: str | None, gpus: Cluster | None) -> Callable[[], Cluster]
     return cluster
 
 
+class RenderedRun(NamedTuple):
+    """Report of a run, and its gallery."""
+
+    report: RunReport
+    gallery: Path | str | None
+
+    @property
+    def is_stopped(self) -> bool:
+        return bool(self.report.left) or not self.report.complete
+
+
 def run_script(
     script: ScriptSettings,
     profile: Profile,
@@ -430,40 +468,71 @@ def run_script(
     The class of a listener in `options` gets the view, the output folder, the profile and Ray's address; `finish` is called
     after the run.
     """
-    from vidgen_ray.batch.render_script import render as render_on_ray
-    from vidgen_ray.report.gallery_page import check_no_other_page, write_gallery
+    from vidgen_ray.batch.render_script import checked_start
 
-    outputs = OutputFolder(out)
-    outputs.prepare()
+    checked_start(script, profile)
+    with interruptible(), held_run(out, options) as lease:
+        ended = _run(script, profile, out, options, lease, then_prune=then_prune)
+    _print_ended(out, [ended], as_json=as_json)
+
+
+@contextmanager
+def held_run(out: str, options: RenderOptions) -> Iterator[Lease]:
+    """Hold the lease of a folder for a run, of which nothing is written before. Raises SetupError or UsageError."""
+    from vidgen_ray.batch.render_script import held_lease
+    from vidgen_ray.report.gallery_page import check_no_other_page
+
     check_no_other_page(out)
+    # Ray prints messages on standard output, which is reserved for the result.
+    with redirect_stdout(sys.stderr), held_lease(OutputFolder(out), options) as lease:
+        yield lease
+
+
+def _run(
+    script: ScriptSettings,
+    profile: Profile,
+    out: str,
+    options: RenderOptions,
+    lease: Lease,
+    *,
+    then_prune: bool = False,
+) -> RenderedRun:
+    from vidgen_ray.batch.render_script import render as render_on_ray
+    from vidgen_ray.report.gallery_page import write_gallery
+
+    outputs, gallery = OutputFolder(out), None
     try:
-        # Ray prints messages on standard output, which is reserved for the result.
-        with (
-            interruptible(),
-            redirect_stdout(sys.stderr),
-            run_view() as view,
-            stoppable(options.grace_s) as stop,
-        ):
+        with run_view() as view, stoppable(options.grace_s) as stop:
             added = None
             if (listener := options.listener) is not None:
                 added = load_of_extra(LISTENERS, listener, f"--{listener}")(view, outputs, profile, options.address)
-            report = render_on_ray(script, profile, outputs, options, listener=added or view, stop=stop)
+            report = render_on_ray(script, profile, outputs, options, listener=added or view, stop=stop, lease=lease)
         if added is not None and report.complete and not report.left:
-            with interruptible(), redirect_stdout(sys.stderr):
-                added.finish()
+            added.finish()
         if then_prune:
-            note_not_pruned(prune_folder(outputs))
+            note_not_pruned(prune_folder(outputs, lease=lease))
     finally:
         # A script that cannot be read has no results to show.
-        gallery = write_gallery(out) if manifest_files(outputs.storage) else None
+        if lease.is_sure and manifest_files(outputs.storage):
+            gallery = write_gallery(out)
+    return RenderedRun(report, gallery)
+
+
+def _print_ended(out: str, ended: Sequence[RenderedRun], *, as_json: bool) -> None:
+    """Print the results of one or more runs as one. Raises typer.Exit unless all shots are done."""
+    reports = [each.report for each in ended]
+    sums = {name: sum(getattr(each, name) for each in reports) for name in SUMMED}
+    costs = [each.cost for each in reports if each.cost is not None]
+    report = replace(reports[-1], **sums, cost=sum(costs) if costs else None)
     if as_json:
         typer.echo(json.dumps(asdict(report)))
     else:
         counts = f"{report.done} done, {report.skipped} already done, {report.failed} failed"
         cost = "" if report.cost is None else f", {money(report.cost, report.currency)}"
+        gallery = ended[-1].gallery
         typer.echo(f"{counts} in {duration(report.seconds)}{cost}." + (f" Gallery: {gallery}" if gallery else ""))
         if report.failed:
-            typer.echo(f"Failed lines with their errors: {outputs.storage.place('failures.jsonl')}")
+            typer.echo(f"Failed lines with their errors: {storage_at(out).place(FILE)}")
     if report.left or not report.complete:
         unread = "" if report.complete else " and the rest of the script"
         note(f"stopped. {count(report.left, 'line')}{unread} not started. {RESUME}")
@@ -480,17 +549,23 @@ def note_not_pruned(report: PruneReport) -> None:
         note(f"{script}: nothing pruned, since {rejected}. Correct the script and render it again.")
 
 
-def profile_of_run(outputs: OutputFolder, name: str | None) -> Profile:
-    """Return the profile with this name, or that of the last run, which `run.json` names.
+def options_of_last_run(outputs: OutputFolder, profile: str | None = None) -> RecordedOptions:
+    """Return the options of the last run in a folder. `profile`: instead of that of the run.
 
-    Raises SetupError if it names none, and ProfileError if its profile does not exist any more.
+    Raises SetupError without a profile if there was no run, or if `run.json` is damaged.
     """
-    if name is not None:
-        return profile_for(name)
     try:
-        if not (run := read_last_run(outputs)):
-            raise SetupError(f"{outputs.url}: has no results; pass the output folder of `vidgen render`")
-        name = run["profile_source"] or run["profile"]["name"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise SetupError(f"{outputs.url}: run.json does not name the profile of the last run; pass --profile") from None
-    return profile_for(name)
+        if run := read_last_run(outputs):
+            last = RecordedOptions.model_validate(run["options"])
+            return last if profile is None else last.model_copy(update={"profile": profile})
+        why = "has no results; pass the output folder of `vidgen render`"
+    except (ValueError, KeyError, TypeError):
+        why = "run.json does not name the profile of the last run; pass --profile"
+    if profile is None:
+        raise SetupError(f"{outputs.url}: {why}")
+    return RecordedOptions(profile=profile)
+
+
+def profile_of_run(outputs: OutputFolder, name: str | None) -> Profile:
+    """Return the profile with this name, or that of the last run. Raises SetupError or ProfileError if there is none."""
+    return profile_for(options_of_last_run(outputs, name).profile)

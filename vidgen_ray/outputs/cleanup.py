@@ -8,7 +8,7 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -299,14 +299,16 @@ class PruneReport:
     """Script -> its rejected lines, if it has any: its replaced shots are kept."""
 
 
-def prune(outputs: OutputFolder, ids: Set[str] = frozenset(), *, dry_run: bool = False) -> PruneReport:
-    """Delete the files and rows of replaced shots, and of finished shots with these `ids`.
+def prune(
+    outputs: OutputFolder, ids: Set[str] = frozenset(), *, dry_run: bool = False, lease: Lease | None = None
+) -> PruneReport:
+    """Delete the files and rows of replaced shots, and of finished shots with these `ids`. `lease`: if it is held already.
 
     The replaced shots of a script with rejected lines are kept: these lines may be theirs. A killed call is completed by the
     next one. Raises SetupError if a run is using the folder, or if it has no manifest.
     """
     check_has_manifest(outputs.storage)
-    with outputs.lease(new_name()) as lease:
+    with outputs.lease(new_name()) if lease is None else nullcontext(lease) as lease:
         rejected = Counter(
             row["script"]
             for batch in manifest_batches(outputs.storage, ("script", "failure_stage"))
@@ -325,7 +327,8 @@ def prune(outputs: OutputFolder, ids: Set[str] = frozenset(), *, dry_run: bool =
                     lease.check()
                     outputs.delete_shot(row["id"])
         if shots and not dry_run:
-            drop_rows(outputs.storage, lease.run, set(shots))
+            # After the files of a run that holds this lease.
+            drop_rows(outputs.storage, f"{lease.run}-prune", set(shots))
     return PruneReport(tuple(sorted(shots)), size, dict(rejected))
 
 

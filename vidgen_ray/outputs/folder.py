@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, cached_property, reduce
 from importlib.metadata import version
 from operator import getitem
@@ -281,9 +281,15 @@ class OutputFolder:
         self.check_lease()
         self.storage.write("run.json", json.dumps(content, indent=1))
 
-    def lease(self, run: str) -> AbstractContextManager[Lease]:
-        """Hold the lease of the folder for a run. Raises SetupError if another run holds it."""
-        return lease(self.storage, run)
+    @contextmanager
+    def lease(self, run: str) -> Iterator[Lease]:
+        """Hold the lease of the folder for a run. Raises SetupError if another run holds it, or if nothing can be written."""
+        with ExitStack() as stack:
+            try:
+                held = stack.enter_context(lease(self.storage, run))
+            except OSError as error:
+                raise self._unusable(error) from None
+            yield held
 
     def fenced(self, lease: Lease) -> OutputFolder:
         """Return the folder for a run that writes only while it has this lease."""
@@ -312,9 +318,12 @@ class OutputFolder:
             self.storage.write(".writable", "")
             self.storage.delete(".writable")
         except OSError as error:
-            is_file = self.storage.local is not None and os.path.isfile(self.storage.local)
-            reason = "is a file, must be a folder" if is_file else f"cannot be written ({error.strerror or error})"
-            raise SetupError(f"output folder {self.url}: {reason}") from None
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: OSError) -> SetupError:
+        is_file = self.storage.local is not None and os.path.isfile(self.storage.local)
+        reason = "is a file, must be a folder" if is_file else f"cannot be written ({error.strerror or error})"
+        return SetupError(f"output folder {self.url}: {reason}")
 
     def sweep(self) -> None:
         """Remove the temporary files of killed processes. Call it only while holding the lease of the folder."""

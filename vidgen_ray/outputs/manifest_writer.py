@@ -14,7 +14,7 @@ import os
 import posixpath
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,11 +96,13 @@ def script_name(storage: Storage, path: Path, *, record: Sequence[str] | None = 
 class ManifestWriter:
     """Writes the manifest rows and failures of one run, in the order in which lines finish. `script`: see `script_name`.
 
+    `options`: with which its failed lines are to be rendered again.
     Create it while the run holds the lease of the folder. Raises OSError if the storage fails.
     """
 
-    def __init__(self, outputs: OutputFolder, run: str, script: str) -> None:
+    def __init__(self, outputs: OutputFolder, run: str, script: str, options: Mapping[str, Any] | None = None) -> None:
         self._outputs = outputs
+        self._options = options
         self._storage = outputs.storage
         self._run = run
         self._script = script
@@ -123,7 +125,7 @@ class ManifestWriter:
             self._rows.append(row)
             self._unwritten = True
             if failed is not None:
-                self._failed.append(failed.as_json(self._run))
+                self._failed.append(failed.as_json(self._run, self._options))
             if replaces is not None:
                 self._replaced_ids.append(replaces)
             if len(self._rows) >= PART_ROWS or len(self._failed) >= PART_ROWS:
@@ -324,9 +326,11 @@ class FailedLine:
         fields = shot.model_dump(mode="json") | ({} if shot.continue_from is None else {"image": None})
         return cls(shot.id or "", script, line, fields, failure)
 
-    def as_json(self, run: str) -> str:
-        """Return the line of `failures.jsonl`, without the newline."""
+    def as_json(self, run: str, options: Mapping[str, Any] | None = None) -> str:
+        """Return the line of `failures.jsonl`, without the newline. `options`: of the run."""
         reason = {"id": self.id, "script": self.script, "line": self.line, "run": run, **self.failure.model_dump()}
+        if options is not None:
+            reason["options"] = options
         try:
             # Values from Parquet and YAML scripts that JSON does not support, such as dates, are written as text.
             return json.dumps({**self.fields, "failure": reason}, ensure_ascii=False, default=str)
@@ -368,9 +372,13 @@ def _lines(storage: Storage, sources: Sequence[str]) -> Iterator[str]:
             yield from (line.rstrip("\n") for line in file if line.strip())
 
 
-def failed_lines(storage: Storage, ids: Set[str]) -> list[str]:
-    """Return the lines of `failures.jsonl` with these ids."""
-    return [line for line in _lines(storage, [FILE]) if (reason := _reason(line)) is not None and reason.id in ids]
+def failed_lines(storage: Storage, ids: Set[str] | None = None) -> list[str]:
+    """Return the lines of `failures.jsonl` with these ids. Default: all lines."""
+
+    def is_wanted(line: str) -> bool:
+        return ids is None or ((reason := _reason(line)) is not None and reason.id in ids)
+
+    return list(filter(is_wanted, _lines(storage, [FILE])))
 
 
 def _unresolved(lines: Iterable[str], is_resolved: Callable[[_Reason], bool]) -> Iterator[str]:
