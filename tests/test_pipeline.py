@@ -126,7 +126,7 @@ def test_progress_reaches_the_callback_and_a_bar(pipeline):
     assert "1/1" in next(line for line in reversed(shown) if "Face" in line), "a stage without steps looks finished"
 
 
-def test_single_stages_and_what_a_notebook_shows(pipeline, tmp_path):
+def test_single_stages_and_what_a_notebook_shows(pipeline, tmp_path, monkeypatch):
     image = pipeline.image("a red ball", seed=1)
     result = pipeline.animate(image, num_frames=3, seed=1)
     assert (image.size, result["hd_video"]) == ((128, 64), None)
@@ -141,6 +141,9 @@ def test_single_stages_and_what_a_notebook_shows(pipeline, tmp_path):
     with open_video(clip) as video:
         assert (video.width, video.height, video.frame_count) == (256, 128, 3)
     assert pipeline.upscale(image, scale=3).size == (384, 192)
+    monkeypatch.setattr("vidgen_ray.pipeline.adds_by_address", lambda: True)
+    with pytest.warns(UserWarning, match="import vidgen_ray first"):
+        VideoGenerationPipeline(pipeline.profile, tmp_path).upscale(image, scale=2)
     with pytest.raises(UsageError, match=r"must end in \.mp4"):
         pipeline.upscale(result.video, out=tmp_path / "x.png")
 

@@ -1,5 +1,6 @@
 """Batch and online video generation on Ray, with one recognisable person across every clip."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from vidgen_ray.shot import Shot
 
 __all__ = ["GeneratedVideo", "Shot", "VideoGenerationPipeline", "__version__", "build_processor", "read_manifest"]
+
+# MKL, with which torch multiplies matrices on a CPU, otherwise sums in an order that depends on the addresses of the operands.
+# It reads this once, at its first use in a process.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 # Imported lazily: `vidgen validate` needs no torch.
 _MODULES = {

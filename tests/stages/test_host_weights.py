@@ -3,6 +3,9 @@
 The GPU is simulated, or a meta device stands for it.
 """
 
+import os
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -129,6 +132,52 @@ def test_offloaded_parts_take_turns_and_are_copied_in_one_direction(tiny, make_s
         weights, expected = (each.state_dict() for each in (network, reference.pipe.components[name]))
         assert weights.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[key]) for key, tensor in weights.items())
+
+
+PRODUCTS = """
+import sys
+import torch
+
+if used_before := "used before" in sys.argv:
+    torch.ones(64, 64) @ torch.ones(64, 64)
+from vidgen_ray.stages.base import adds_by_address
+
+def moved(tensor, start):
+    return torch.empty(start + tensor.numel())[start:].view(tensor.shape).copy_(tensor)
+
+def products(x, y, w):
+    return x @ w.T, x @ y.mT, torch.nn.functional.scaled_dot_product_attention(x, y, y)
+
+torch.manual_seed(0)
+different = []
+for rows in (1, 10, 64):
+    operands = [torch.randn(2, rows, 48), torch.randn(2, rows, 48), torch.randn(100, 48)]
+    expected = products(*operands)
+    for start in range(16):
+        results = products(*(moved(each, start) for each in operands))
+        different += [(rows, start) for result, right in zip(results, expected) if not torch.equal(result, right)]
+assert adds_by_address() >= bool(different)
+assert used_before or not different, different
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "when"),
+    [
+        ({}, ""),
+        ({}, "used before"),
+        ({"ATEN_CPU_CAPABILITY": "avx2"}, ""),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, ""),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, ""),
+    ],
+)
+def test_products_do_not_depend_on_where_operands_lie(variables, when):
+    """Weights are mapped from files, or copied. The variables limit what torch uses of the CPU.
+
+    A process that has used torch before it imports this package knows that products may differ.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"} | variables
+    subprocess.run([sys.executable, "-c", PRODUCTS, when], env=environment, check=True)
 
 
 OTHER_DEVICE = "meta"

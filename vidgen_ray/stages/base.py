@@ -633,6 +633,17 @@ def torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def adds_by_address() -> bool:
+    """Return whether the product of two matrices on the CPU depends on their addresses, as with MKL without MKL_CBWR."""
+    import torch
+
+    side = 64
+    numbers, memory = torch.arange(side * side).sin(), torch.empty(side * side + side)
+    matrices = (memory[start:][: side * side].copy_(numbers).view(side, side) for start in range(side))
+    first, *others = (matrix @ numbers[:side] for matrix in matrices)
+    return not all(torch.equal(first, other) for other in others)
+
+
 def torch_dtype(name: str) -> torch.dtype:
     import torch
 
