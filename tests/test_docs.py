@@ -68,6 +68,21 @@ def test_named_commands_and_options_exist():
             assert options <= accepted, (page, line)
 
 
+def test_commands_in_blocks_of_code_can_be_parsed():
+    vidgen = typer.main.get_command(app)
+    for page, text in TEXTS.items():
+        for line in re.findall(r"^(vidgen \w[^`\n]*)", text, re.MULTILINE):
+            words = shlex.split(line, comments=True)[1:]
+            words = words[: words.index(">")] if ">" in words else words
+            command = vidgen.get_command(None, words.pop(0))
+            if hasattr(command, "commands"):
+                command = command.commands[words.pop(0)]
+            try:
+                command.make_context(line, words)
+            except Exception as error:
+                pytest.fail(f"{page.name}: {line}: {error}")
+
+
 def test_memory_in_planning_is_that_of_the_plan():
     lines = (ROOT / "docs" / "planning.md").read_text().splitlines()
     assert [row for row in memory_report.rows() if row not in lines] == []

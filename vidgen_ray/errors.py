@@ -6,9 +6,12 @@ is the base of models that have such fields.
 """
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, requires
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -43,6 +46,16 @@ class FieldError:
         # Values from a script may contain terminal control characters.
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{where}{field}: got {self.got}, {self.allowed}")
         return text if len(text) <= MAX_MESSAGE_LENGTH else text[: MAX_MESSAGE_LENGTH - 1] + "…"
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs the packages of an extra, which need not be taken from an index of this project."""
+    with suppress(PackageNotFoundError):
+        found = [re.split(r"\s*;\s*", each, maxsplit=1) for each in requires("vidgen-ray") or ()]
+        wanted = re.compile(rf"extra == ['\"]{extra}['\"]")
+        if packages := [name for name, *marker in found if marker and wanted.search(marker[0])]:
+            return shlex.join(["pip", "install", *packages])
+    return f"pip install '.[{extra}]' in the folder of the project"
 
 
 class UsageError(VidgenError):
@@ -162,9 +175,9 @@ class FrozenModel(BaseModel):
 
 
 class StrictModel(FrozenModel):
-    """A record in which unknown fields are errors."""
+    """A record in which unknown fields, and numbers that are not finite, are errors."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 SCHEMA_COMMAND = "`vidgen schema shot`"

@@ -84,6 +84,16 @@ USER_ERRORS = [
     ("render s.txt -p tiny --set fps=0", 2, "--set fps: got 0, must be greater than or equal to 1"),
     ("render s.txt -p tiny --set id=a", 2, "--set id: must be set by each line of the script"),
     ("render s.txt -p tiny --set face_image=gone.jpg", 2, "--set face_image: got"),
+    *(
+        (f"{command} {value}", 2, "must be a finite number")
+        for command in (
+            "plan s.txt --price",
+            "render s.txt -p tiny --max-cost",
+            "render s.txt -p tiny --grace",
+        )
+        for value in ("inf", "1e999")
+    ),
+    ("film nowhere --fade-s inf", 3, "finite number"),
     ("render s.txt -p tiny --mode slow", 2, "'--mode': Value error, 'slow' is not one of 'quality', 'fast'"),
     ("render s.txt -p tiny --cache most", 2, "'most' is not one of 'none', 'images', 'all'"),
     ("render s.txt -p tiny -o page", 2, "exists and is not from vidgen; move it, or choose another output folder"),
@@ -114,8 +124,8 @@ USER_ERRORS = [
     # Clips that would be upscaled.
     ("stage realesrgan clip.mp4 -o x.png -p tiny", 2, "must end in .mp4, .m4v, .mov, .mkv for a clip"),
     ("stage realesrgan clip.bin -o x.mp4 -p tiny", 1, "name it .mp4, .mkv, .mov, .webm or .avi; convert others"),
-    ("stage realesrgan text.ts -o x.mp4 -p tiny", 1, "not a supported video format (MP4 or MOV, Matroska or WebM, AVI)"),
-    ("stage realesrgan text.mp4 -o x.mp4 -p tiny", 1, "not a supported video format (MP4 or MOV, Matroska or WebM, AVI)"),
+    ("stage realesrgan text.ts -o x.mp4 -p tiny", 1, "not a supported video format (MP4 or MOV, Matroska or WebM, AVI"),
+    ("stage realesrgan text.mp4 -o x.mp4 -p tiny", 1, "not a supported video format (MP4 or MOV, Matroska or WebM, AVI"),
     ("stage realesrgan gone.mp4 -o x.mp4 -p tiny", 1, "no such file"),
 ]
 

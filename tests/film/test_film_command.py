@@ -61,7 +61,7 @@ def test_film_of_the_shots_that_match_and_are_best(shots, tmp_path, capsys, monk
     assert "no finished shot matches" in capsys.readouterr().err
     monkeypatch.setattr(options, "entry_points", lambda group: EntryPoints(()))
     assert main(["film", "out", "--where", "stars > 3"]) == 4
-    assert "pip install 'vidgen-ray[dataset]'" in capsys.readouterr().err
+    assert "pip install 'duckdb>=" in capsys.readouterr().err
 
 
 def test_missing_shots_exit_with_1_and_the_list(shots, capsys):

@@ -40,7 +40,7 @@ from vidgen_ray.cli.options import (
 )
 from vidgen_ray.cli.plan import plan
 from vidgen_ray.cli.run_script import RESUME, render, retry, run_script, validate
-from vidgen_ray.errors import SetupError, UsageError, VidgenError
+from vidgen_ray.errors import SetupError, UsageError, VidgenError, install_command
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.planner import profile_for
@@ -95,12 +95,13 @@ def _command(name: str, loaded: Any) -> Any:
 
 def _unavailable(name: str, error: Exception) -> Any:
     """Return a command in place of one that cannot be imported, so that the others can be listed."""
-    reason = f"vidgen {name} cannot be imported: {error}"
+    fix = f"; {install_command('dataset')}" if isinstance(error, ModuleNotFoundError) and error.name == "duckdb" else ""
+    reason = f"vidgen {name} cannot be imported: {error}{fix}"
 
     def fail() -> None:
         raise SetupError(reason)
 
-    fail.__doc__ = f"Not available: {error}."
+    fail.__doc__ = f"Not available: {error}{fix}."
     found = _command(name, fail)
     found.context_settings = {"ignore_unknown_options": True, "allow_extra_args": True}
     return found

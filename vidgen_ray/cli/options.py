@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence, Set
@@ -23,7 +24,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 from typer.core import TyperCommand
 
-from vidgen_ray.errors import SetupError, UsageError, known_fields, shortened
+from vidgen_ray.errors import SetupError, UsageError, install_command, known_fields, shortened
 from vidgen_ray.graph import WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL, Storage
@@ -104,7 +105,17 @@ def is_common(option: Any) -> bool:
 
 
 class CommandWithShortHelp(TyperCommand):
-    """Command whose `--help` shows the common options only."""
+    """Command whose `--help` shows the common options only, and whose numbers are finite."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the options. Raises BadParameter for an infinite number and for one that is none."""
+        rest = super().parse_args(ctx, args)
+        parameters: list[Any] = self.params
+        for parameter in parameters:
+            value = ctx.params.get(parameter.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise typer.BadParameter(f"got {value}, must be a finite number", ctx=ctx, param=parameter)
+        return rest
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help, with all options after `--help-all`."""
@@ -500,10 +511,8 @@ def load_of_extra(group: str, name: str, option: str) -> Any:
     """Return the object of an entry point of the extra `dataset`. Raises SetupError if its packages are not installed."""
     try:
         return entry_points(group=group)[name].load()
-    except KeyError:
-        raise SetupError(f"{option}: needs packages that are not installed; pip install 'vidgen-ray[dataset]'") from None
-    except ImportError as error:  # its text names the extra
-        raise SetupError(f"{option}: needs packages that are not installed: {error}") from None
+    except (KeyError, ImportError) as error:
+        raise SetupError(f"{option}: needs packages that are not installed ({error}); {install_command('dataset')}") from None
 
 
 def given_words(ctx: typer.Context, names: Set[str]) -> tuple[str, ...]:

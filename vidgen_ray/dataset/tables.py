@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 
+import duckdb
 import pyarrow
 import pyarrow.parquet
 
@@ -26,11 +27,6 @@ from vidgen_ray.outputs.reviews import read_reviews
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.script.expansion import CHOSEN, MATRIX, MATRIX_NUMBER
 from vidgen_ray.system.quantities import count
-
-try:
-    import duckdb
-except ImportError as error:
-    raise ImportError(f"{error}; pip install 'vidgen-ray[dataset]'") from None
 
 SCORER = re.compile(r"(\w+)@(\d+)")
 """Name of a folder in `scores/`."""

@@ -16,7 +16,7 @@ import numpy as np
 from av.codec.context import Flags
 from av.filter import Graph
 
-from vidgen_ray.errors import SetupError, UsageError
+from vidgen_ray.errors import SetupError, UsageError, install_command
 from vidgen_ray.film.film_settings import FilmSettings
 from vidgen_ray.film.picture import OpenFile, add_chain, filtered
 from vidgen_ray.film.pieces import content_key
@@ -63,7 +63,7 @@ def _piper(model: Path) -> Speak:
     try:
         from piper import PiperVoice
     except ImportError:
-        raise SetupError("voice: piper is not installed; pip install 'vidgen-ray[narration]'") from None
+        raise SetupError(f"voice: piper is not installed; {install_command('narration')}") from None
     try:
         voice = PiperVoice.load(model)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

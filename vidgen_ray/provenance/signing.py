@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vidgen_ray.errors import MediaError, SetupError
+from vidgen_ray.errors import MediaError, SetupError, install_command
 from vidgen_ray.media.media_file import wrap_errors
 from vidgen_ray.provenance.record import SOURCE_TYPE_URI, TOOL, Operation, ProvenanceRecord, ProvenanceSettings
 from vidgen_ray.system.files import write_atomically
@@ -93,7 +93,7 @@ def create_signing_key(path: Path, organisation: str, now: datetime | None = Non
         from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
         from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
     except ImportError:
-        raise SetupError("C2PA keys need the package cryptography: pip install 'vidgen-ray[c2pa]'") from None
+        raise SetupError(f"C2PA keys need the package cryptography: {install_command('c2pa')}") from None
 
     if path.exists():
         raise SetupError(
@@ -158,7 +158,6 @@ def create_signing_key(path: Path, organisation: str, now: datetime | None = Non
     return public_file
 
 
-INSTALL = "pip install 'vidgen-ray[c2pa]'"
 RECORD_ASSERTION = "vidgen-ray.provenance"
 UNTRUSTED = "signingCredential.untrusted"
 """Status of a signature whose certificate no trust anchor has issued: of every key that a user has made."""
@@ -310,7 +309,7 @@ def _c2pa() -> Any:
     try:
         import c2pa
     except ImportError:
-        raise SetupError(f"C2PA signatures need the package c2pa-python: {INSTALL}") from None
+        raise SetupError(f"C2PA signatures need the package c2pa-python: {install_command('c2pa')}") from None
     return c2pa
 
 

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 from cachetools import LRUCache
 from pydantic import Field, model_validator
 
-from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.errors import SetupError, StageError, install_command
 from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite, library_errors
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import NOT_IN_KEY, torch_dtype
@@ -245,7 +245,7 @@ def _fp8_transformer(params: FluxParams) -> dict[str, Any]:
     if params.quantize != "fp8":
         return {}
     if find_spec("torchao") is None:
-        raise SetupError("quantize: fp8 needs the package torchao; pip install 'vidgen-ray[quantization]'")
+        raise SetupError(f"quantize: fp8 needs the package torchao; {install_command('quantization')}")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         raise SetupError("quantize: fp8 needs an NVIDIA GPU of compute capability 8.9 (Ada, Hopper) or later; use fp8_storage")
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig

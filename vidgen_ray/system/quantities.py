@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -66,6 +68,21 @@ def escaped(text: str) -> str:
     return NOT_FOR_TERMINALS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+PLAIN = {"−": "-", "–": "-", "…": "...", "×": "x", "→": "->"}
+"""Characters of messages -> what a terminal shows that cannot show them."""
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Return what is written in place of characters that an encoding does not have, such as `\\u05e9`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    unknown = error.object[error.start : error.end]
+    return "".join(PLAIN.get(each) or ascii(each)[1:-1] for each in unknown), error.end
+
+
+codecs.register_error("vidgen", _plain)
+
+
 class Console(rich_console.Console):
     """Console of rich that escapes the text of all it prints. Its own colours and cursor movements are control segments."""
 
@@ -101,7 +118,13 @@ class _EscapedStream:
 
 @contextmanager
 def escaped_output() -> Iterator[None]:
-    """Escape what the block writes to the standard output and the standard error: prompts, names and messages of others."""
+    """Escape what the block writes to the standard output and the standard error: prompts, names and messages of others.
+
+    Characters that their encoding does not have are written as plain ones.
+    """
+    for each in (sys.stdout, sys.stderr):
+        if isinstance(each, io.TextIOWrapper):
+            each.reconfigure(errors="vidgen")
     streams = _EscapedStream(sys.stdout), _EscapedStream(sys.stderr)
     try:
         with redirect_stdout(cast("TextIO", streams[0])), redirect_stderr(cast("TextIO", streams[1])):

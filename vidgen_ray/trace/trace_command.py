@@ -16,7 +16,7 @@ from more_itertools import chunked
 
 from vidgen_ray.cli.options import LOOK, OutArgument, in_group, local_path
 from vidgen_ray.engine.calls import OUTPUT
-from vidgen_ray.errors import SetupError, UsageError
+from vidgen_ray.errors import SetupError, UsageError, install_command
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.run_log import ATTEMPT_FIELDS, logged_runs, read_run
 from vidgen_ray.outputs.storage import Storage, storage_at
@@ -194,4 +194,4 @@ def trace(
         try:
             send(spans_of(lines))
         except ImportError as error:
-            raise SetupError(f"--otlp: {error}; pip install 'vidgen-ray[trace]'") from None
+            raise SetupError(f"--otlp: {error}; {install_command('trace')}") from None

@@ -20,7 +20,7 @@ from weakref import finalize
 import numpy as np
 from pydantic import Field
 
-from vidgen_ray.errors import SetupError, StageError, StrictModel, UsageError
+from vidgen_ray.errors import SetupError, StageError, StrictModel, UsageError, install_command
 from vidgen_ray.nets.weight_files import NOT_FINITE, require_finite_weights
 from vidgen_ray.stages.base import torch_dtype, torch_threads
 from vidgen_ray.stages.loading import require_device
@@ -213,7 +213,7 @@ def openvino_forward(network: ImageModelDescriptor[Any], settings: EngineSetting
     import torch
 
     if not has_openvino():
-        raise SetupError("engine openvino: the package is not installed; run `pip install vidgen-ray[openvino]`")
+        raise SetupError(f"engine openvino: the package is not installed; {install_command('openvino')}")
     import openvino
 
     core = openvino.Core()

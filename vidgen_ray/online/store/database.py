@@ -44,7 +44,7 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement
 
-from vidgen_ray.errors import SetupError
+from vidgen_ray.errors import SetupError, install_command
 
 BUSY_TIMEOUT_S = 30
 """Seconds that a transaction waits for a lock or for a pooled connection."""
@@ -330,7 +330,7 @@ def _engine(url: str, durable: bool) -> Engine:
                 pool_timeout=BUSY_TIMEOUT_S,
             )
         except ModuleNotFoundError:
-            raise SetupError("database: PostgreSQL needs `pip install vidgen-ray[postgres]`") from None
+            raise SetupError(f"database: PostgreSQL needs {install_command('postgres')}") from None
     if backend != "sqlite" or parsed.database in (None, "", ":memory:"):
         raise SetupError(
             "database: must be an SQLite file, sqlite:///FILE, or PostgreSQL, postgresql://USER:PASSWORD@HOST/NAME"
