@@ -191,7 +191,7 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(command, tiny, tmp_p
         "junk": ("failed", 4, "plan", "ScriptError"),
         "cut": ("failed", 5, "svd", "MediaError"),
         "unknown": ("failed", 6, "plan", "StageError"),
-        "s-line-7": ("failed", 7, "script", "ScriptError"),
+        "s.jsonl:7": ("failed", 7, "script", "ScriptError"),
         "good-too": ("done", 8, None, None),
     }
     assert rows["tall"]["failure_message"].startswith("s.jsonl line 2, height: got 7, must be a multiple of 16")
@@ -203,7 +203,7 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(command, tiny, tmp_p
     valid = read_script(ScriptSettings(path, profile_defaults=tiny.defaults)).shots
     reread = read_script(ScriptSettings(out / "failures.jsonl", profile_defaults={"num_frames": 99, "scale": 4}))
     assert {s.id: s for s in reread.shots} == {s.id: s for s in valid if rows[s.id]["status"] == "failed"}
-    assert {(line.id, line.errors[0].field) for line in reread.rejected} == {("tall", "height"), ("s-line-7", "prompt")}
+    assert {(line.id, line.errors[0].field) for line in reread.rejected} == {("tall", "height"), ("s.jsonl:7", "prompt")}
 
     Image.open(ASTRONAUT).save(tmp_path / "wall.png")
     assert command("retry", out)[0] == 1
@@ -398,7 +398,7 @@ def test_scripts_of_one_name_are_told_apart_by_path_and_content(command, tmp_pat
     assert run("b1", "v", "w") == (0, dict.fromkeys("xyz", a) | dict.fromkeys("vw", b)), "two scripts of one name"
     code, rows = run("b1", "v", "x")
     assert (code, rows["x"], rows["w"]) == (1, a, b), "the id belongs to the other script"
-    assert rows["b1-s-line-2"] == ("b1/s.jsonl", "failed")
+    assert rows["b1-s.jsonl:2"] == ("b1/s.jsonl", "failed")
     # Moved, and edited after its first run there.
     (tmp_path / "a1").rename(tmp_path / "a2")
     assert run("a2")[1]["x"] == ("s.jsonl", "reused")
@@ -437,8 +437,8 @@ def test_id_of_another_script_is_rejected_unless_it_is_replaced(command, tmp_pat
     # Rendering failures.jsonl changes neither the owner nor the script of the line.
     for script in (second, out / "failures.jsonl"):
         assert run(script) == (3, (0, 0, 1), cat)
-        assert statuses() == {"shot-001": ("episode1.jsonl", "done"), "episode2-line-1": ("episode2.jsonl", "failed")}
-        assert rows_of(out)["episode2-line-1"]["failure_message"] == (
+        assert statuses() == {"shot-001": ("episode1.jsonl", "done"), "episode2.jsonl:1": ("episode2.jsonl", "failed")}
+        assert rows_of(out)["episode2.jsonl:1"]["failure_message"] == (
             f"{script.name} line 1, id: got 'shot-001', which is a finished shot of episode1.jsonl in this output folder; "
             "rename the id, use another output folder, or replace the shot of episode1.jsonl with --replace"
         )

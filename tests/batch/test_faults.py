@@ -190,7 +190,7 @@ def test_lines_after_the_first_ones_stream_through_ray_data_and_a_lost_planning_
     assert crashed.exists()
     assert (report.done, report.failed, report.rejected, report.left, len(rows)) == (7, 2, 2, 0, 9)
     assert rows["s01"].status == "done"
-    assert "line 2 has the same id" in rows["s-line-8"].failure_message
+    assert "line 2 has the same id" in rows["s.jsonl:8"].failure_message
     assert render_lines(tmp_path, profile, lines, gpus=ONE_GPU)[0].skipped == 7
 
 

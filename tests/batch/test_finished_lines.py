@@ -57,15 +57,13 @@ def test_results_belong_to_their_lines_also_between_rejected_lines_and_variants(
     names = [shot.line.id if shot.line.errors else shot.line.shot.id for shot in shots]
     is_done = {name: [isinstance(each, DoneShot) for each in shot.results] for name, shot in zip(names, shots, strict=True)}
     new = {"two-v0": [False], "two-v1": [False], "c": [False]}
-    assert is_done == {"a": [True], "b": [True], "d": [True], "wrong": [], "s-line-6": [], **new}
+    assert is_done == {"a": [True], "b": [True], "d": [True], "wrong": [], "s.jsonl:6": [], **new}
 
 
 def test_first_line_with_an_id_owns_it(planner):
-    """Even if the second one is finished, or a rejected line would get it as a generated name."""
+    """Even if the second one is finished."""
     for size in (1, BLOCK):
         lines = numbered([{"id": "a", "prompt": "new"}, {"id": "a", "prompt": "finished"}])
         shots = in_blocks(planner, lines, size=size)
         assert [shot.line.shot.id for shot in shots[:1]] == ["a"]
         assert str(shots[1].line.errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has the same id")
-    lines = numbered([{"prompt": "x", "fps": 0, "id": "?"}, {"id": "s-line-1", "prompt": "finished"}])
-    assert [shot.line.id for shot in in_blocks(planner, lines)] == ["s-line-1", "s-line-2"]

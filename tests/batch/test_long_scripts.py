@@ -115,7 +115,7 @@ def test_many_lines_with_the_same_generated_id_are_numbered_quickly(tmp_path):
     script = tmp_path / "s.yaml"
     script.write_text(f"shots: [{'7, ' * 2000}]")
     ids = [line.id for line in iter_script(ScriptSettings(script))]
-    assert (ids[:2], ids[-1], len(set(ids))) == (["s-line-1", "s-line-1-2"], "s-line-1-2000", 2000)
+    assert (ids[:2], ids[-1], len(set(ids))) == (["s.yaml:1", "s.yaml:1-2"], "s.yaml:1-2000", 2000)
 
 
 def plan(number, prompt, *loras, priority="normal"):

@@ -3,6 +3,7 @@
 import base64
 import csv
 import json
+import os
 from functools import reduce
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_formats_produce_the_same_shots(tmp_path):
     assert (first.steps.flux, first.lora[0].path) == (3, str(tmp_path / "a.safetensors"))
 
 
-@pytest.mark.parametrize("change", ["appended", "overwritten", "renamed", "deleted", "table"])
+@pytest.mark.parametrize("change", ["appended", "overwritten", "same time", "renamed", "deleted", "table"])
 def test_script_that_changes_while_it_is_read_is_an_error(tmp_path, change):
     if change == "table":
         path = tmp_path / "tables"
@@ -79,6 +80,10 @@ def test_script_that_changes_while_it_is_read_is_an_error(tmp_path, change):
             file.write("d\n")
     elif change == "overwritten":
         changed.write_text("b\nc\n")
+    elif change == "same time":
+        before = changed.stat()
+        changed.write_text("a\nb\nd\n")
+        os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
     elif change == "deleted":
         changed.unlink()
     else:
@@ -243,15 +248,15 @@ def test_rejected_lines_have_unique_ids(tmp_path):
         {"id": "x", "prompt": "bad", "fps": 0},
         {"id": "y", "prompt": "bad", "fps": 0},
         {"id": "y", "prompt": "bad", "width": 1},
-        {"id": "s-line-6", "prompt": "good"},
+        {"id": "s-line-4", "prompt": "good"},
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines) + "{broken\n{broken\n"
     text += json.dumps({"id": "z-v1", "prompt": "a"}) + "\n" + json.dumps({"id": "z", "prompt": "a", "variants": 3}) + "\n"
     script = read_script(write(tmp_path, "s.jsonl", text))
-    # The first line with an id owns it, also if that line is rejected or the id was made for it.
-    assert [s.id for s in script.shots] == ["x", "s-line-6", "z-v1"]
+    # The first line with an id owns it, also if that line is rejected. No id equals the name of a rejected line without one.
+    assert [s.id for s in script.shots] == ["x", "s-line-4", "z-v1"]
     # An id of one variant rejects the whole line.
-    assert [line.id for line in script.rejected] == ["s-line-2", "y", "s-line-4", "s-line-6-2", "s-line-7", "z"]
+    assert [line.id for line in script.rejected] == ["s.jsonl:2", "y", "s.jsonl:4", "s.jsonl:6", "s.jsonl:7", "z"]
 
 
 def test_yaml_errors_have_line_numbers(tmp_path):
@@ -259,11 +264,11 @@ def test_yaml_errors_have_line_numbers(tmp_path):
     script = read_script(write(tmp_path, "s.yaml", text))
     assert [line.number for line in script.lines if line.shots] == [3, 5]
     assert [error.line for error in script.errors] == [7, 9]
-    assert script.rejected[0].id == "s-line-7"
+    assert script.rejected[0].id == "s.yaml:7"
 
 
 def test_csv_rows_do_not_end_at_unicode_line_separators(tmp_path):
-    prompt = "a\u2028b\u0085c\x0bd\x0ce"
+    prompt = "a\u2028b\u0085c"
     (tmp_path / "s.csv").write_text(f"prompt,fps\n{prompt},5\nnext,6\n", encoding="utf-8", newline="")
     assert [s.prompt for s in read_script(tmp_path / "s.csv").shots] == [prompt, "next"]
 

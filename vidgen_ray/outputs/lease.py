@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 PREFIX = ".running"
 NUMBER_PREFIX = ".lease-"
-NUMBERED = re.compile(r"(?:\.lease-|\.open-)?(\d{6,})(?:-|$)")
-"""Names of files that begin with the number of a lease: also those of the manifest, in case hidden files were not copied."""
+NUMBERED = re.compile(r"(?:\.open-)?(\d{6,})-")
+"""Name of a run, or of its files in the manifest: begins with the number of its lease."""
 REFRESH_S = 10.0
 """Seconds between refreshes of a lease."""
 UNSURE_AFTER_S = 100.0
@@ -164,8 +164,21 @@ def lease(storage: Storage, run: str) -> Iterator[Lease]:
 
 def last_number(storage: Storage) -> str:
     """Return the largest number of a lease of the folder, with leading zeros."""
-    names = [*storage.files(""), *storage.files("manifest")]
-    return max((found[1] for name in names if (found := NUMBERED.match(name))), key=int, default="000000")
+    of_leases = (name.removeprefix(NUMBER_PREFIX) for name in storage.files("") if name.startswith(NUMBER_PREFIX))
+    # Those of the manifest, in case hidden files were not copied.
+    last = max(filter(str.isdecimal, of_leases), key=int, default="000000")
+    return max((last, *(f"{number_of(name):06d}" for name in storage.files("manifest"))), key=int)
+
+
+def number_of(run: str) -> int:
+    """Return the number of the lease of a run, from its name or that of its file in the manifest. 0 without one."""
+    found = NUMBERED.match(run)
+    return int(found[1]) if found else 0
+
+
+def in_order(run: str) -> tuple[int, str]:
+    """Key by which names of runs, or of their files, sort from the oldest to the newest."""
+    return number_of(run), run
 
 
 def _next_number(storage: Storage) -> str:

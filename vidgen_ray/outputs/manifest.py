@@ -34,7 +34,7 @@ from vidgen_ray.errors import FieldError, SetupError, encodable
 from vidgen_ray.graph import clip_length, file_sizes
 from vidgen_ray.licences import worst_use
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.lease import last_number
+from vidgen_ray.outputs.lease import in_order, last_number, number_of
 from vidgen_ray.outputs.records import RECORD, SHOTS, DoneShot, Failure, ShotRecord, shot_path
 from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, storage_at
 from vidgen_ray.safety import Consent
@@ -373,7 +373,8 @@ def is_damaged(storage: Storage, name: str) -> bool:
 
 def manifest_files(storage: Storage) -> list[str]:
     """Return the paths of all manifest files, newest first: names start with the run, and that with the number of its lease."""
-    return parquet_files(storage, "manifest")[::-1]
+    paths = parquet_files(storage, "manifest")
+    return sorted(paths, key=lambda path: in_order(path.removeprefix("manifest/")), reverse=True)
 
 
 def parquet_files(storage: Storage, folder: str) -> list[str]:
@@ -458,7 +459,7 @@ def delete_markers(storage: Storage, run: str, oldest_run: str | None) -> None:
     """Delete the marker of a run, and those of writers that began before `oldest_run`, the oldest run with a finished shot."""
     if storage.local is None:
         for writer in open_writers(storage):
-            if writer == run or oldest_run is None or _began(writer) < _began(oldest_run):
+            if writer == run or oldest_run is None or number_of(writer) < number_of(oldest_run):
                 storage.delete(_path(writer))
 
 
@@ -471,7 +472,7 @@ def open_writers(storage: Storage) -> Sequence[str]:
 
 def is_trusted(run: str, open_writers: Sequence[str]) -> bool:
     """Return whether the rows of a run hold, although the given writers have changed shots."""
-    return all(run == writer or _began(run) > _began(writer) for writer in open_writers)
+    return all(run == writer or number_of(run) > number_of(writer) for writer in open_writers)
 
 
 @contextmanager
@@ -495,11 +496,6 @@ def new_name(prefix: str | None = None) -> str:
 
 def _path(writer: str) -> str:
     return f"manifest/{MARKER_PREFIX}{writer}"
-
-
-def _began(writer: str) -> str:
-    """Return the number of the lease of a run, or of the last one before a writer without a lease."""
-    return writer.partition("-")[0]
 
 
 COLUMNS = (

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.lease import PeriodicTask
+from vidgen_ray.outputs.lease import PeriodicTask, number_of
 from vidgen_ray.outputs.manifest import (
     REJECTED,
     REPLACED,
@@ -191,7 +191,7 @@ class ManifestWriter:
         damaged = [_hide(self._storage, name) for name in (*damaged, *unreadable)]
         _merge_rows(self._storage, self._run, sources[::-1])
         if every_shot_has_a_row:
-            delete_markers(self._storage, self._run, min(finished_runs, default=None))
+            delete_markers(self._storage, self._run, min(finished_runs, key=number_of, default=None))
         return damaged
 
     def _write_parts(self) -> None:

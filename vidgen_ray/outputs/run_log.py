@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import AwareDatetime, ValidationError
 
 from vidgen_ray.errors import FrozenModel
+from vidgen_ray.outputs.lease import in_order
 from vidgen_ray.outputs.storage import Storage
 
 STATUS = "status.json"
@@ -181,7 +182,7 @@ class RunLog:
 
 def logged_runs(storage: Storage) -> list[str]:
     """Return the runs that have a log, oldest first. Raises OSError."""
-    return sorted({name.rpartition("-")[0] for name in storage.files(LOGS)})
+    return sorted({name.rpartition("-")[0] for name in storage.files(LOGS)}, key=in_order)
 
 
 def read_run(storage: Storage, run: str | None, having: bytes = b"") -> Iterator[dict[str, Any]]:
@@ -189,7 +190,7 @@ def read_run(storage: Storage, run: str | None, having: bytes = b"") -> Iterator
 
     `having`: part of the lines that are read.
     """
-    names = sorted(name for name in storage.files(LOGS) if run in (None, name.rpartition("-")[0]))
+    names = sorted((name for name in storage.files(LOGS) if run in (None, name.rpartition("-")[0])), key=in_order)
     for name, content in zip(names, storage.read_each(f"{LOGS}/{name}" for name in names), strict=True):
         for text in (content or b"").splitlines():
             if having in text:

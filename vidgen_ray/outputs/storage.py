@@ -15,7 +15,7 @@ import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -202,9 +202,11 @@ class LocalStorage(Storage):
     def files(self, folder: str) -> dict[str, StoredFile]:
         files = {}
         for entry in self._entries(folder):
-            if entry.is_file(follow_symlinks=False):
-                stat = entry.stat(follow_symlinks=False)
-                files[entry.name] = StoredFile(stat.st_size, stat.st_mtime)
+            # A temporary file of another process may disappear meanwhile.
+            with suppress(FileNotFoundError):
+                if entry.is_file(follow_symlinks=False):
+                    stat = entry.stat(follow_symlinks=False)
+                    files[entry.name] = StoredFile(stat.st_size, stat.st_mtime)
         return files
 
     def folders(self, folder: str) -> list[str]:

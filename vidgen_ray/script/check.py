@@ -60,6 +60,8 @@ from vidgen_ray.weights import resolve
 
 INTEGER_FIELDS = {name for name, field in Shot.model_fields.items() if field.annotation in (int, int | None)}
 INTEGER_FIELDS |= {"scale", "interpolation"}
+NAME = re.compile(rf"{ID_PATTERN.pattern}|[A-Za-z0-9._-]{{0,64}}:[A-Za-z0-9-]{{1,64}}")
+"""Id of a shot, or name of a rejected line."""
 HUB_REPOSITORY = re.compile(r"(hub:.*|hf:.*|[\w-][\w.-]*/[\w.-]+(?<!\.safetensors))")
 """Name of a repository of a model hub. Others are files."""
 OUTER_LEVELS = 4
@@ -381,7 +383,7 @@ def _set_origin(line: Line, failure: Any) -> None:
         number = failure.get("line")
         line.script_line = number if isinstance(number, int) else line.number
     failed_id = failure.get("id")
-    if isinstance(failed_id, str) and ID_PATTERN.fullmatch(failed_id):
+    if isinstance(failed_id, str) and NAME.fullmatch(failed_id):
         line.failed_as = failed_id
 
 

@@ -49,8 +49,8 @@ FIELDS = (*Shot.model_fields, STYLE, MATRIX, FAILURE_FIELD)
 FLAT_SETTINGS = tuple(
     name for field in NESTED_FIELDS for key in GUIDANCE_SCALES for name in (f"{field}.{key}", f"{key}.{field}")
 )
-ScriptVersion = tuple[tuple[int, int, int], ...]
-"""Inode, size in bytes and modification time in ns of each file that is read."""
+ScriptVersion = tuple[tuple[int, int, int, int], ...]
+"""Inode, size in bytes and times in ns of each file that is read: of its last modification, and of its last change."""
 DEFAULT_NAMES = Columns()
 MAX_NAMED = 5
 """Unknown columns that an error names."""
@@ -536,7 +536,7 @@ def script_version(script: ScriptSettings) -> ScriptVersion:
     """Return what identifies the content of a script. Of a folder: itself, its tables and its list of captions."""
     files = [file for path in script.files or (script.path,) for file in _files_of(path)]
     stats = [file.stat() for file in files if file.exists()]
-    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
 
 
 def _files_of(path: Path) -> list[Path]:

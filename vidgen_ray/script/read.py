@@ -3,7 +3,6 @@
 Fills in defaults and characters and checks that files exist. Only ids are kept in memory. Lines can be checked in any process
 and in any order; `unique_lines` then makes their ids unique, in the order of the script."""
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -171,7 +170,7 @@ def unique_lines(lines: Iterable[Line], index: ScriptIndex) -> Lines:
             named = index.unused_name(default_id(line))
         if isinstance(own_id, str) and own_id in line_of:
             # With the id of another line, rendering failures.jsonl would overwrite that line's clip.
-            rejected.fields = {**line.fields, "id": named}
+            rejected.fields = {name: value for name, value in line.fields.items() if name != "id"}
         rejected.id = named
         line_of[named] = line.number
         yield rejected
@@ -197,8 +196,6 @@ def _wrong_id(line: Line, line_of: Mapping[str, int]) -> tuple[str, str, str] | 
 
 
 def default_id(line: Line) -> str:
-    """Return the id of a line without one: `SCRIPT-line-NUMBER`, or `NAME-HASH` for a row without a number."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.splitext(line.script)[0])[:60] or "script"
-    if not line.number:
-        return f"{stem}-{derive_id({**line.fields, 'prompt': ''})}"
-    return f"{stem}-line-{line.number}"
+    """Return the name of a rejected line, `SCRIPT:NUMBER`, or `NAME:HASH` for a row without a number. No id has a colon."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", line.script)[-64:]
+    return f"{name}:{line.number or derive_id({**line.fields, 'prompt': ''})}"
