@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.profile import Profile
 from vidgen_ray.remote.stages import RemoteImageStage, RemoteVideoStage
+from vidgen_ray.remote.video_server import unusable_servers
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, Stage, frames_after
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxRefineStage, FluxStage
@@ -238,6 +239,14 @@ def check_profile(profile: Profile) -> None:
     _check_recognisers(profile)
     if (checker := profile.checker) is not None:
         checker.load()
+
+
+def server_problems(profile: Profile) -> list[str]:
+    """Return what is wrong with each server of the profile that cannot be used now. The others may still render everything."""
+    stages = [stage for stage in (RemoteImageStage, RemoteVideoStage) if stage.actor in profile.actors]
+    options = [profile.options_of(stage) for stage in stages]
+    problems = [text for each in options for text in unusable_servers(each.model, each.servers, each.key_env)]
+    return list(dict.fromkeys(problems))
 
 
 def _check_recognisers(profile: Profile) -> None:

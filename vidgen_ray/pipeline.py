@@ -172,7 +172,7 @@ class ShotFields(TypedDict, total=False):
     negative_prompt: str | None
     mode: Literal["quality", "fast"]
     seed: int
-    image_model: Literal["flux", "klein", "remote"]
+    image_model: Literal["flux", "klein", "remote", "none"]
     width: int
     height: int
     continue_from: str | None

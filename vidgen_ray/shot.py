@@ -223,10 +223,11 @@ class Shot(_Frozen):
         description="Shots with a higher priority start first. No effect on files.",
     )
 
-    image_model: Literal["flux", "klein", "remote"] = Field(
+    image_model: Literal["flux", "klein", "remote", "none"] = Field(
         "flux",
         description="Model of the base image and of `lora`: FLUX.1, FLUX.2 klein or (remote) that of a server. "
-        "klein has no LoRA stage: its LoRAs are active while it draws. remote has no LoRAs and no identity.",
+        "klein has no LoRA stage: its LoRAs are active while it draws. remote has no LoRAs and no identity. "
+        "none: a server's video model makes the clip from the prompt alone, and its first frame is the image.",
     )
     width: int = Field(
         1024,
@@ -472,6 +473,12 @@ class Shot(_Frozen):
                 raise ValueError(f"identity is {self.identity}, must be {NO_IDENTITY} with image_model remote")
             if self.lora:
                 raise ValueError("lora is set, must not be with image_model remote, which has no LoRAs")
+        if self.image_model == "none" and not self.has_start_image:
+            for name in ("face_image", "lora", "use_hunyuan_style", "extend"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is set, must not be with image_model none, which has no image before the clip")
+            if self.clip_by != "remote":
+                raise ValueError("image_model is none, which needs a clip by video_model remote")
         if self.generate_video:
             multiple = VIDEO_MODELS[self.video_model].size_multiple_px
             for name in ("width", "height"):
@@ -523,8 +530,8 @@ class Shot(_Frozen):
 
     @property
     def image_by(self) -> str | None:
-        """Name of the stage that renders the base image. `None` with a start image."""
-        if self.has_start_image:
+        """Name of the stage that renders the base image. `None` with a start image, and for a clip from the prompt alone."""
+        if self.has_start_image or self.image_model == "none":
             return None
         if self.image_model == "klein" or self.uses_reference_photos:
             return "klein"

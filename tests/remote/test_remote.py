@@ -2,7 +2,10 @@
 
 import json
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -12,6 +15,7 @@ from PIL import Image
 from tests.fake_stages import use_fakes
 from tests.online.directors import listening_on_a_port, local_server, renderer
 from tests.remote.fake_server import FPS, FRAMES, HEIGHT, MODEL, SIZE, WIDTH, FakeServer, colour_of, profile_of
+from vidgen_ray.cli import main
 from vidgen_ray.cli.doctor import check_servers
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
@@ -20,9 +24,10 @@ from vidgen_ray.graph import stages_of
 from vidgen_ray.media import open_video, write_png
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.profile import load_profile
 from vidgen_ray.remote import video_server
 from vidgen_ray.remote.stages import RemoteVideoStage
-from vidgen_ray.remote.video_server import RemoteJob, ServerFailed, VideoServers
+from vidgen_ray.remote.video_server import RemoteJob, ServerFailed, VideoServers, WrongAnswer
 
 
 @pytest.fixture(autouse=True)
@@ -215,14 +220,51 @@ def test_image_passes_and_price_of_a_shot_by_servers_alone(server, tmp_path):
     assert len(accepted) == len(set(accepted)) == 2
 
 
+def test_first_profile_of_the_docs_makes_clips_from_prompts_alone(server, tmp_path, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "remote.md").read_text().split("```yaml\n")[1].split("```")[0]
+    for documented, tested in (
+        ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", MODEL),
+        ("http://127.0.0.1:8091", server.url),
+        ("width: 832, height: 480, num_frames: 81, fps: 16", f"width: {WIDTH}, height: {HEIGHT}, num_frames: 5, fps: 8"),
+    ):
+        assert documented in text
+        text = text.replace(documented, tested)
+    (tmp_path / "my-server.yaml").write_text(text)
+    profile = load_profile(str(tmp_path / "my-server.yaml"))
+    with VideoGenerationPipeline(profile, tmp_path / "out") as pipeline:
+        result = pipeline.generate_video("a boat")
+        with pytest.raises(VidgenError, match="lora is set, must not be with image_model none"):
+            pipeline.generate_video("a boat", lora="a.safetensors")
+    with open_video(result.video) as video:
+        first = video.frames(0, 1)[0].astype(int)
+    assert abs(first - np.asarray(result.image)).mean() < 8
+    assert [stage.stage for stage in result.record.stages] == ["remote"]
+    # Servers that cannot be used are named by the plan and by doctor.
+    (tmp_path / "prompts.txt").write_text("a boat\n")
+    down = text.replace(f'"{server.url}"', f'"{server.url}", "http://127.0.0.1:9"')
+    (tmp_path / "my-server.yaml").write_text(down)
+    assert (
+        main(["plan", str(tmp_path / "prompts.txt"), "-p", str(tmp_path / "my-server.yaml"), "-o", str(tmp_path / "new")]) == 0
+    )
+    assert "note: http://127.0.0.1:9: does not respond: " in capsys.readouterr().out
+    profile = load_profile(str(tmp_path / "my-server.yaml"))
+    assert [finding.status for finding in check_servers(profile)] == ["pass", "warn"]
+    with_image = profile.with_options({"remote": {"send_image": True}})
+    with (
+        VideoGenerationPipeline(with_image, tmp_path / "out") as pipeline,
+        pytest.raises(VidgenError, match="send_image: false"),
+    ):
+        pipeline.generate_video("a boat")
+
+
 def test_wrong_options_are_named():
-    urls = "must be a list of URLs"
+    urls, url = "must be a list of URLs", "must be a URL such as"
     for options, message in (
         ({"servers": []}, urls),
         ({"servers": "http://video"}, urls),
-        ({"servers": ["video:8000"]}, urls),
-        ({"servers": ["http://video:port"]}, urls),
-        ({"servers": ["http://user:secret@video"]}, urls),
+        ({"servers": ["http://video", "video:8000"]}, f"'video:8000' {url} .*; write http://video:8000"),
+        ({"servers": ["http://video:port"]}, f"'http://video:port' {url}"),
+        ({"servers": ["http://user:secret@video"]}, url),
         ({"fields": {"seed": 7}}, "seed is that of the shot"),
         ({"price_per_second": float("inf")}, "must be a finite number"),
     ):
@@ -238,10 +280,14 @@ def test_wrong_options_are_named():
 MODELS = {"data": [{"id": MODEL}]}
 FIELDS = {"prompt": "a boat", "size": "64x64"}
 SUBMIT, POLL, LIST = ("POST", "/v1/videos"), ("GET", "/v1/videos/a"), ("GET", "/v1/videos")
+CONTENT = ("GET", "/v1/videos/a/content")
 
 
-def servers_with(answers, timeout_s=5.0):
-    """Return the client of a server that gives these answers: (method, path) -> content, status, or a function of neither."""
+def servers_with(answers, timeout_s=5.0, others=()):
+    """Return the client of a server that gives these answers: (method, path) -> content, status, or a function of neither.
+
+    An iterator of bytes is a body in parts.
+    """
     requests = []
 
     def answer(request):
@@ -250,11 +296,11 @@ def servers_with(answers, timeout_s=5.0):
         content = content() if callable(content) else content
         if isinstance(content, int):
             return httpx2.Response(content, headers={"Location": "/"}, json={})
-        body = {"content": content} if isinstance(content, bytes) else {"json": content}
+        body = {"content": content} if isinstance(content, bytes | Iterator) else {"json": content}
         return httpx2.Response(200, headers={"Date": "Mon, 30 Nov 2026 00:00:00 GMT"}, **body)
 
     reported = video_server.model_digest(MODEL, "", httpx2.Response(200, json=MODELS))
-    servers = VideoServers(MODEL, reported, ("http://video",), {}, timeout_s, lambda percent: None)
+    servers = VideoServers(MODEL, reported, ("http://video", *others), {}, timeout_s, lambda percent: None)
     servers._http = httpx2.Client(transport=httpx2.MockTransport(answer))
     return servers, requests
 
@@ -283,6 +329,45 @@ def test_answers_of_another_form_are_errors_of_the_server():
         with pytest.raises(SetupError, match="has no model"):
             servers.clip("key", FIELDS, None, {}, lambda content, found: content)
     assert SUBMIT not in requests
+
+
+def test_bodies_are_limited_in_bytes_and_time(monkeypatch):
+    now, passed = time.monotonic, []
+
+    def slowly():
+        while len(passed) < 100:
+            passed.append(0.5)
+            yield b"x"
+
+    monkeypatch.setattr(time, "monotonic", lambda: now() + sum(passed))
+    large = partial(map, bytes, [10_000] * 100)
+    for answers, message in (
+        ({CONTENT: slowly}, "http://video: took longer than 6 s: ReadTimeout: sent 1[0-3] bytes, and not yet the whole"),
+        ({CONTENT: large}, "^http://video/v1/videos/a/content: answers with more than 500,000 bytes"),
+        ({POLL: large}, "^http://video/v1/videos/a: answers with more than 500,000 bytes"),
+    ):
+        monkeypatch.setattr(video_server, "MAX_JSON_BYTES", 500_000)
+        servers, _ = servers_with({SUBMIT: job(), POLL: job(), **answers}, timeout_s=6)
+        with pytest.raises(ServerFailed, match=message):
+            servers.clip("key", FIELDS, None, {}, lambda content, found: content, 500_000)
+    assert len(passed) < 20
+
+
+def test_wrong_answers_of_another_server_do_not_fail_the_own_one():
+    """A worker takes over the job of a server that lies, and then submits it to its own."""
+
+    def check(content, found):
+        if content != b"clip":
+            raise WrongAnswer("the clip has another size")
+        return content
+
+    liar, content = "http://liar", {CONTENT: b"clip", ("GET", "/v1/videos/lie/content"): b"lie"}
+    store = {"key": RemoteJob(key="key", server=liar, id="lie").model_dump_json().encode()}
+    servers, _ = servers_with({SUBMIT: job(), POLL: job(), ("GET", "/v1/videos/lie"): job(id="lie"), **content}, others=[liar])
+    assert servers.clip("key", FIELDS, None, store, check) == (b"clip", 2)
+    store = {"key": RemoteJob(key="key", server="http://video", id="lie").model_dump_json().encode()}
+    with pytest.raises(WrongAnswer, match=r"^http://video: the clip has another size"):
+        servers.clip("key", FIELDS, None, store, check)
 
 
 def test_search_of_a_job_begins_at_its_submission(monkeypatch):

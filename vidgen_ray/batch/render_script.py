@@ -28,7 +28,7 @@ from vidgen_ray.batch.run_options import RecordedOptions, RenderOptions
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
 from vidgen_ray.engine.trials import run_trials
 from vidgen_ray.errors import SetupError
-from vidgen_ray.graph import check_profile
+from vidgen_ray.graph import check_profile, server_problems
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run, software_versions
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ManifestRow, new_name
@@ -181,6 +181,8 @@ def render(
     """
     checker, first, version = checked_start(script, profile)
     profile = profile.with_commits()
+    for problem in server_problems(profile):
+        listener.on_message(problem)
     # Trials use the GPUs, and their results are kept: only after another run in the folder was found.
     with held_lease(outputs, options, lease) as held:
         profile = _with_settled_options(profile, outputs, options, script, listener, is_long=version is not None)

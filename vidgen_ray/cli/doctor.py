@@ -26,7 +26,7 @@ from rich.markup import escape
 from vidgen_ray.cli.models import FACES, default_references, default_shot
 from vidgen_ray.cli.options import MACHINE, JsonOption, ProfileOption, in_group
 from vidgen_ray.errors import SetupError, VidgenError
-from vidgen_ray.graph import STAGES, clip_length, file_sizes
+from vidgen_ray.graph import STAGES, clip_length, file_sizes, server_problems
 from vidgen_ray.nets.faces import import_onnxruntime, open_session
 from vidgen_ray.planner import Cluster, demand_of, load_calibration, profile_for, this_machine
 from vidgen_ray.planner import plan as make_plan
@@ -396,6 +396,8 @@ def check_servers(profile: Profile) -> Iterator[Finding]:
         try:
             profile.params(stage)
             yield Finding("servers", "pass", f"{stage.name}: a server responds and has the model")
+            for problem in server_problems(profile):
+                yield Finding("servers", "warn", problem, "start it, or take it out of `servers` in the profile")
         except VidgenError as error:
             yield Finding("servers", "fail", str(error), f"start the servers, or correct actors.{stage.actor} of the profile")
 

@@ -30,7 +30,7 @@ from vidgen_ray.cli.options import (
 )
 from vidgen_ray.cli.run_script import detected, interruptible, script_licences
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE
-from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.graph import STAGE_BY_NAME, server_problems
 from vidgen_ray.licences import UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, load_calibration, profile_for
@@ -102,6 +102,7 @@ def print_plan(
     planned = make_plan(profile, demand, cluster, calibration=measured, price=price)
     if as_json:
         about = {"profile": profile.name, "cluster": str(cluster), "cpus_needed": cpus_needed(planned.layout)}
+        about["unusable_servers"] = server_problems(profile)
         used = [each.model_dump() for each in licences]
         typer.echo(json.dumps({**about, **asdict(planned), "counts": asdict(counts), "licences": used}))
     else:
@@ -121,7 +122,8 @@ def _print(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, co
     actors = dict.fromkeys(STAGE_BY_NAME[stage].actor for stage in planned.stage_seconds)
     trials = {actor: dict.fromkeys(trial.option for trial, _ in open_trials(profile, actor, cluster.kinds)) for actor in actors}
     untried = "; ".join(f"{actor} {', '.join(options)}" for actor, options in trials.items() if options)
-    for note in (*planned.notes, *([f"speed options that were not tried on these GPUs: {untried}"] if untried else [])):
+    notes = [*planned.notes, *server_problems(profile)]
+    for note in (*notes, *([f"speed options that were not tried on these GPUs: {untried}"] if untried else [])):
         console.print(f"note: {escape(note)}", soft_wrap=True)
 
 

@@ -211,6 +211,9 @@ class ShotFiles:
         self._likeness = LikenessRecord.of(item.artefacts)
         self._checker = None if safety is None else safety.version
         artefacts = with_images(item, ("image",), plan.inputs).artefacts
+        # Of a clip from the prompt alone.
+        if "image" not in artefacts:
+            artefacts["image"] = artefacts["frames"][0]
         if safety is not None and "image" not in item.artefacts:
             safety.check_image(artefacts["image"])
         with ExitStack() as stack:

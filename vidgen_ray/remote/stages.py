@@ -19,10 +19,16 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from pydantic import Field, JsonValue, field_validator
 
-from vidgen_ray.errors import MediaError, StageError
+from vidgen_ray.errors import MediaError, StageError, shortened
 from vidgen_ray.limits import MAX_FRAMES
 from vidgen_ray.media import encode_png, open_foreign_video, read_image
-from vidgen_ray.remote.video_server import ServerFailed, VideoServers, WrongAnswer, auth_headers, reported_model
+from vidgen_ray.remote.video_server import (
+    ServerFailed,
+    VideoServers,
+    WrongAnswer,
+    auth_headers,
+    reported_model,
+)
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
     NOT_IN_KEY,
@@ -39,6 +45,8 @@ from vidgen_ray.stages.video import CLIP_PROMPT_FIELDS, VideoStage, prompt_of
 from vidgen_ray.video_models import VideoModel
 from vidgen_ray.weights import REMOTE
 
+SPARE_BYTES = 2**20
+"""Bytes of a clip or an image beside its pixels, which a server may send without compression."""
 DEADLINE_SHARE = 0.9
 """A stage gives up after this share of `timeout_s`. Later the engine would kill the worker, with its other jobs."""
 SIDE_PX = 16
@@ -87,8 +95,12 @@ class RemoteParams(StageParams):
     @field_validator("servers", mode="before")
     @classmethod
     def _check_servers(cls, value: Any) -> tuple[str, ...]:
-        if not isinstance(value, list | tuple) or not value or not all(map(_is_url, value)):
-            raise ValueError("must be a list of URLs such as http://video:8000, without user and query")
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError("must be a list of URLs such as http://video:8000")
+        if wrong := [url for url in value if not _is_url(url)]:
+            meant = f"http://{wrong[0]}"
+            advice = f"; write {meant}" if isinstance(wrong[0], str) and "://" not in wrong[0] and _is_url(meant) else ""
+            raise ValueError(f"{shortened(wrong[0])} must be a URL such as http://video:8000, without user and query{advice}")
         return tuple(dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in value))
 
     @field_validator("fields")
@@ -188,14 +200,16 @@ class RemoteImageStage(_RemoteStage):
 
     def run(self, item: Item) -> Artefacts:
         body = {**self.request_fields(item.shot), "prompt": item.shot.prompt, "n": 1, "response_format": "b64_json"}
-        content = self.servers.image(item.key or _digest(json.dumps(body, sort_keys=True).encode()), body)
+        key = item.key or _digest(json.dumps(body, sort_keys=True).encode())
+        # RGB with alpha, in base64.
+        content = self.servers.image(key, body, item.shot.width * item.shot.height * 6 + SPARE_BYTES)
         try:
             with tempfile.NamedTemporaryFile(prefix="vidgen-", suffix=".png") as file:
                 file.write(base64.b64decode(content, validate=True))
                 file.flush()
                 return {"image": read_image(Path(file.name))}
         except (ValueError, MediaError):
-            raise ServerFailed("the server answered with no image in `b64_json`") from None
+            raise ServerFailed(f"{self.params.servers[0]}: answered with no image in `b64_json`") from None
 
 
 class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
@@ -224,6 +238,8 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
     @classmethod
     def check_shot(cls, params: RemoteParams, shot: Shot) -> None:
         _check_size(params, shot)
+        if params.send_image and shot.image_model == "none" and not shot.has_start_image:
+            raise StageError("image_model: got none, which needs `send_image: false` in the options of actors.remote")
         model = VideoModel(shot.fps, params.frame_step, shot.num_frames, params.size_multiple_px)
         if not model.allows(shot.num_frames):
             raise StageError(f"num_frames: got {shot.num_frames}, {model.allowed_instead_of(shot.num_frames)}")
@@ -239,7 +255,7 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
         return shot.clip_frames / shot.fps
 
     def generate(self, item: Item) -> Frames:
-        shot, image = item.shot, item.artefacts["image"]
+        shot = item.shot
         fields = {
             **self.request_fields(shot),
             "prompt": prompt_of(shot),
@@ -247,11 +263,13 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
             "fps": shot.fps,
         }
         form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
-        png = encode_png(image) if self.params.send_image else None
+        image = item.artefacts["image"] if self.params.send_image else None
+        png = None if image is None else encode_png(image)
         key = item.key or _digest(json.dumps(form, sort_keys=True).encode() + (png or b""))
-        if png is not None:
+        if image is not None:
             self._remember(self._starts, key, _thumbnail(image))
-        frames, submits = self.servers.clip(key, form, png, self.jobs, partial(self._checked, key, shot))
+        max_bytes = shot.num_frames * shot.width * shot.height * 3 + SPARE_BYTES
+        frames, submits = self.servers.clip(key, form, png, self.jobs, partial(self._checked, key, shot), max_bytes)
         if submits > 1:
             self.note(f"remote: the job was submitted {submits} times")
         return frames
@@ -268,12 +286,12 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
         with self._lock:
             own = self._starts.get(key)
             if self._clips.get(digest, key) != key:
-                raise WrongAnswer("the server answered with the clip of another job")
+                raise WrongAnswer("answered with the clip of another job")
             if own is not None:
                 like_own = _correlation(start, own)
                 others = max((_correlation(start, other) for name, other in self._starts.items() if name != key), default=-1)
                 if others > SAME_IMAGE and like_own < others - MARGIN:
-                    raise WrongAnswer("the server answered with a clip that begins with the image of another job")
+                    raise WrongAnswer("answered with a clip that begins with the image of another job")
                 doubtful = like_own < SAME_IMAGE and (found or self._doubtful.pop(key, None) != digest)
                 if doubtful:
                     self._doubtful[key] = digest

@@ -12,9 +12,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import httpx2
@@ -38,6 +39,8 @@ SUBMITS, ANSWERS = 3, 3
 """Most submissions of a job in one call, and most downloads of its result."""
 LISTED = 100
 """Jobs in which one is searched whose submission had no response."""
+MAX_JSON_BYTES = 32 * 2**20
+"""Largest response without a clip or an image."""
 UNFINISHED = ("queued", "in_progress")
 VOLATILE = ("created", "permission")
 """Fields of a model in `/v1/models` that change with each start of a server."""
@@ -45,6 +48,10 @@ VOLATILE = ("created", "permission")
 
 class ServerFailed(Exception):
     """A server did not do what it was asked for. Another one may."""
+
+
+class ServerDown(Exception):
+    """A server does not respond."""
 
 
 class WrongAnswer(ServerFailed):
@@ -122,12 +129,66 @@ def reported_model(model: str, servers: tuple[str, ...], key_env: str | None) ->
     problems, headers = [], auth_headers(key_env)
     for server in servers:
         try:
-            response = httpx2.get(f"{server}/v1/models", headers=headers, timeout=httpx2.Timeout(RESPONSE_S, connect=CONNECT_S))
-        except httpx2.HTTPError as error:
-            problems.append(f"{server}: {error or type(error).__name__}")
-        else:
-            return model_digest(model, server, response)
+            return model_digest(model, server, _models_of(server, headers))
+        except ServerDown as error:
+            problems.append(str(error))
     raise SetupError(f"remote:{model}: no server responds; start one, or correct `servers`: {'; '.join(problems)}")
+
+
+def unusable_servers(model: str, servers: Sequence[str], key_env: str | None) -> list[str]:
+    """Return what is wrong with each server that does not respond, refuses the key, or does not have the model."""
+
+    def problem_of(server: str) -> str:
+        try:
+            model_digest(model, server, _models_of(server, auth_headers(key_env)))
+        except (ServerDown, SetupError) as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(servers)) as pool:
+        return [problem for problem in pool.map(problem_of, servers) if problem]
+
+
+def _models_of(server: str, headers: Mapping[str, str]) -> httpx2.Response:
+    """Return the response of `/v1/models`. Raises ServerDown if there is none."""
+    try:
+        with httpx2.Client(headers=dict(headers)) as http:
+            return _fetch(http, "GET", f"{server}/v1/models", time.monotonic() + RESPONSE_S, MAX_JSON_BYTES)
+    except (httpx2.HTTPError, WrongAnswer) as error:
+        reason = str(error).removeprefix(f"{server}/v1/models: ") or type(error).__name__
+        raise ServerDown(f"{server}: does not respond: {reason}") from None
+
+
+def _fetch(
+    http: httpx2.Client,
+    method: str,
+    url: str,
+    deadline: float,
+    max_bytes: int,
+    on_wait: Callable[[], None] = lambda: None,
+    **arguments: Any,
+) -> httpx2.Response:
+    """Return a response with its body. `deadline`: by the monotonic clock. `on_wait` is called each second of the body.
+
+    Raises httpx2's errors, also at the deadline, and WrongAnswer for a larger body.
+    """
+    now = time.monotonic()
+    left_s = max(1.0, min(RESPONSE_S, deadline - now))
+    timeout = httpx2.Timeout(left_s, connect=min(CONNECT_S, left_s))
+    body = bytearray()
+    with http.stream(method, url, timeout=timeout, **arguments) as response:
+        for part in response.iter_bytes():
+            if body and time.monotonic() > deadline:
+                raise httpx2.ReadTimeout(f"sent {len(body):,} bytes, and not yet the whole response", request=response.request)
+            body += part
+            if len(body) > max_bytes:
+                raise WrongAnswer(f"{url}: answers with more than {max_bytes:,} bytes")
+            if time.monotonic() > now + 1:
+                now = time.monotonic()
+                on_wait()
+    # Its body is decoded.
+    headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() != "content-encoding"]
+    return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=response.request)
 
 
 def model_digest(model: str, server: str, response: httpx2.Response) -> str:
@@ -177,13 +238,19 @@ class VideoServers:
         self._http.close()
 
     def clip(
-        self, key: str, fields: Mapping[str, str], image: bytes | None, store: JobRecords, check: Callable[[bytes, bool], T]
+        self,
+        key: str,
+        fields: Mapping[str, str],
+        image: bytes | None,
+        store: JobRecords,
+        check: Callable[[bytes, bool], T],
+        max_bytes: int = MAX_JSON_BYTES,
     ) -> tuple[T, int]:
         """Return `check(content of the clip, job.found)` of the job with this key, and the number of its submission.
 
         A job that is stored is asked for, others are submitted first. `image`: PNG. `check` raises WrongAnswer for a clip that
-        cannot be that of the job. Raises StageError if the server refuses the request, OtherWeights for another model, and
-        ServerFailed.
+        cannot be that of the job, as one of more than `max_bytes` is. Raises StageError if the server refuses the request,
+        OtherWeights for another model, and ServerFailed.
         """
         deadline = time.monotonic() + self._timeout_s
         for _ in range(SUBMITS):
@@ -191,10 +258,11 @@ class VideoServers:
             try:
                 self._verify(deadline)
                 job = self._accepted(job, fields, image, store, deadline)
-                return self._result(job, fields, store, check, deadline), job.submits
+                return self._result(job, fields, store, check, max_bytes, deadline), job.submits
             except _JobEnded as ended:
                 self._end(job, store, is_known=True)
-                if ended.error is not None:
+                # A job of another server says nothing about the own one, to which it is submitted next.
+                if ended.error is not None and job.server == self._server:
                     raise ended.error from None
             except TimeoutError as error:
                 self._end(job, store, is_known=False)
@@ -204,15 +272,19 @@ class VideoServers:
                 raise
         raise ServerFailed(f"{self._server}: lost the job after each of {SUBMITS} submissions")
 
-    def image(self, key: str, body: Mapping[str, Any]) -> str:
-        """Return an image in base64. A request without a response is repeated. Raises as `clip`."""
+    def image(self, key: str, body: Mapping[str, Any], max_bytes: int) -> str:
+        """Return an image in base64, in a response of at most `max_bytes`. A request without a response is repeated.
+
+        Raises as `clip`.
+        """
         deadline = time.monotonic() + self._timeout_s
         try:
             self._verify(deadline)
             for number in range(SUBMITS):
                 with suppress(_Unanswered):
                     headers = {"Idempotency-Key": key}
-                    response = self._post("/v1/images/generations", deadline, json=dict(body), headers=headers)
+                    arguments = {"json": dict(body), "headers": headers}
+                    response = self._post("/v1/images/generations", deadline, max_bytes=max_bytes, **arguments)
                     return _parsed(_Images, response).data[0].b64_json
                 self._sleep(RETRY_S[0] * 2**number, deadline)
         except TimeoutError as error:
@@ -244,7 +316,11 @@ class VideoServers:
         if job.ended or job.server not in (self._server, *self._others):
             job = self._put(RemoteJob(key=job.key, server=self._server, since=self._now(), submits=job.submits + 1), store)
         elif job.id is None:
-            job = self._find(job, fields, store, deadline)
+            try:
+                job = self._find(job, fields, store, deadline)
+            except WrongAnswer:
+                if job.server == self._server:
+                    raise
         files = {"input_reference": ("image.png", image, "image/png")} if image is not None else None
         headers = {"Idempotency-Key": f"{job.key}-{job.submits}"}
         for attempt in range(SUBMITS):
@@ -309,13 +385,20 @@ class VideoServers:
     # Result
 
     def _result(
-        self, job: RemoteJob, fields: Mapping[str, str], store: JobRecords, check: Callable[[bytes, bool], T], deadline: float
+        self,
+        job: RemoteJob,
+        fields: Mapping[str, str],
+        store: JobRecords,
+        check: Callable[[bytes, bool], T],
+        max_bytes: int,
+        deadline: float,
     ) -> T:
         """Wait for a job and return its checked clip. Raises _JobEnded, TimeoutError and ServerFailed."""
         for attempt in range(ANSWERS):
             try:
                 self._wait_for(job, fields, deadline)
-                content = self._request("GET", job.server, f"/v1/videos/{job.id}/content", deadline)
+                path = f"/v1/videos/{job.id}/content"
+                content = self._request("GET", job.server, path, deadline, max_bytes=max_bytes)
                 if content.status_code == 404:
                     raise WrongAnswer(f"{job.server}: the job {job.id} is completed, but has no content")
                 if job.found and _owner(job.server, str(job.id), store) != job.key:
@@ -323,7 +406,7 @@ class VideoServers:
                     raise _JobEnded
                 return check(content.content, job.found)
             except WrongAnswer as error:
-                problem = error
+                problem = error if str(error).startswith(job.server) else WrongAnswer(f"{job.server}: {error}")
                 self._sleep(RETRY_S[0] * 2**attempt, deadline)
         raise _JobEnded(problem)
 
@@ -347,20 +430,24 @@ class VideoServers:
 
     # Requests
 
-    def _request(self, method: str, server: str, path: str, deadline: float, **arguments: Any) -> httpx2.Response:
+    def _request(
+        self, method: str, server: str, path: str, deadline: float, max_bytes: int | None = None, **arguments: Any
+    ) -> httpx2.Response:
         """Return a response of success, or of 404. Failures of the network and of the server are retried.
 
         Raises _Unanswered instead for a POST that the server may have carried out, StageError if the server refuses it,
-        ServerFailed if the server does not respond while another one does, and TimeoutError at the deadline.
+        ServerFailed if the server does not respond while another one does, or with more than `max_bytes` (default:
+        MAX_JSON_BYTES), and TimeoutError at the deadline.
         """
         failing_since: float | None = None
         # A redirected POST would become a GET.
         arguments["follow_redirects"] = method == "GET"
         for pause_s in _pauses():
             try:
-                left_s = max(1.0, min(RESPONSE_S, deadline - time.monotonic()))
-                timeout = httpx2.Timeout(left_s, connect=min(CONNECT_S, left_s))
-                response = self._http.request(method, f"{server}{path}", timeout=timeout, **arguments)
+                # A clip may take as long as the call. All other responses are small.
+                until = deadline if path.endswith("/content") else min(deadline, time.monotonic() + RESPONSE_S)
+                url, on_wait = f"{server}{path}", partial(self._on_progress, 0)
+                response = _fetch(self._http, method, url, until, max_bytes or MAX_JSON_BYTES, on_wait, **arguments)
             except httpx2.RequestError as error:
                 problem = f"{type(error).__name__}: {error}"
                 self._is_verified = False
@@ -392,9 +479,10 @@ class VideoServers:
 
     def _responds(self, server: str) -> bool:
         try:
-            return self._http.get(f"{server}/v1/models", timeout=CONNECT_S).status_code < 500
-        except httpx2.RequestError:
+            response = _fetch(self._http, "GET", f"{server}/v1/models", time.monotonic() + CONNECT_S, MAX_JSON_BYTES)
+        except (httpx2.RequestError, WrongAnswer):
             return False
+        return response.status_code < 500
 
     def _sleep(self, seconds: float, deadline: float, percent: int = 0, problem: str = "") -> None:
         """Sleep in short pieces, so that a cancelled call ends soon. Raises Cancelled, and TimeoutError at the deadline.
