@@ -170,13 +170,15 @@ def small_cluster(**head):
     """
     from ray.cluster_utils import Cluster
 
-    from vidgen_ray.engine.ray_cluster import _only_needed_services, _unused_ports
+    from vidgen_ray.engine.ray_cluster import _unused_ports
+    from vidgen_ray.engine.ray_internals import AGENT_PORTS, only_needed_services
 
     class SmallCluster(Cluster):
         def add_node(self, **options):
-            (port,) = _unused_ports(1)
-            with _only_needed_services({"log_to_driver": False}), without_agents(), repeated_question_for_nodes():
-                return super().add_node(include_dashboard=False, dashboard_agent_listen_port=port, **options)
+            ports = dict(zip(AGENT_PORTS, _unused_ports(len(AGENT_PORTS)), strict=True))
+            listening = {"dashboard_agent_listen_port": ports["dashboard_agent_listen_port"]}
+            with only_needed_services(log_to_driver=False, ports=ports), without_agents(), repeated_question_for_nodes():
+                return super().add_node(include_dashboard=False, **listening, **options)
 
     start()
     return SmallCluster(initialize_head=True, head_node_args=head)

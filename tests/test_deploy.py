@@ -13,6 +13,7 @@ import typer
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from pydantic import ValidationError
 from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -34,6 +35,9 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CLIENT = tomllib.loads((ROOT / "clients" / "python" / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "packaging" / "requirements.lock").read_text()
+CONSTRAINTS = [
+    Requirement(line) for line in (ROOT / "deploy" / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
+]
 CLUSTER_TEXT = (ROOT / "cluster.yaml").read_text()
 UNPRIVILEGED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
@@ -108,13 +112,11 @@ def test_pods_read_mounted_weights_reserve_what_they_may_use_and_end_after_the_g
 
 
 def test_pinned_versions_are_allowed_by_the_project_and_those_of_the_manifests():
-    lines = (ROOT / "deploy" / "constraints.txt").read_text().splitlines()
-    constraints = [Requirement(line) for line in lines if line and not line.startswith("#")]
     allowed = {requirement.name: requirement.specifier for requirement in map(Requirement, PROJECT["dependencies"])}
-    for pinned in constraints:
+    for pinned in CONSTRAINTS:
         versions = [specifier.version for specifier in pinned.specifier if specifier.operator in ("==", ">=")]
         assert all(version in allowed[pinned.name] for version in versions), pinned
-    (ray,) = [pinned.specifier for pinned in constraints if pinned.name == "ray"]
+    (ray,) = [pinned.specifier for pinned in CONSTRAINTS if pinned.name == "ray"]
     assert {f"=={cluster['rayVersion']}" for cluster in CLUSTERS.values()} == {str(ray)}
     version = re.search(r"^FROM python:([\d.]+)-", DOCKERFILE, re.MULTILINE)[1]
     assert version in SpecifierSet(PROJECT["requires-python"])
@@ -301,6 +303,20 @@ def test_requirements_are_locked_to_versions_that_they_allow():
             assert requirement.specifier.contains(pin.version), f"{entry} is not {requirement}; run `make lock`"
     assert "onnxruntime-gpu" in names
     assert "onnxruntime" not in names, "both own the folder onnxruntime/"
+
+
+def test_no_version_with_a_known_vulnerability_is_allowed_locked_or_pinned():
+    page = (ROOT / "docs" / "supply-chain.md").read_text()
+    table = re.findall(r"^\| ([a-z-]+) \| (?:CVE|PYSEC)-[^|]+ \| ([\d.]+) \|", page, re.MULTILINE)
+    assert len(table) >= 10
+    declared = list(map(Requirement, chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())))
+    for package, fixed in table:
+        found = [requirement for requirement in declared if requirement.name == package]
+        assert found, f"{package} is not declared, so its lowest version depends on other packages"
+        pinned = [requirement for requirement in CONSTRAINTS if requirement.name == package]
+        for requirement in [*found, *pinned, *locked().get(package, [])]:
+            [lowest] = [each.version for each in requirement.specifier if each.operator in (">=", "==")]
+            assert Version(lowest) >= Version(fixed), requirement
 
 
 def test_lock_names_no_index_and_no_local_version():

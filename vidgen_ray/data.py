@@ -37,6 +37,7 @@ from vidgen_ray.batch.render_script import recorded_options, render_lines
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.fleet import remove_leaked_groups
 from vidgen_ray.engine.ray_cluster import live_cluster
+from vidgen_ray.engine.ray_internals import task_attempt
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import check_profile
@@ -179,7 +180,7 @@ def _render_rows(
 ) -> Iterator[pyarrow.Table]:
     """Render the lines in a thread, and yield the results as they arrive."""
     # Ray would skip as many results of a retry as it has of the first attempt, but their order differs.
-    if ray._private.worker.global_worker.core_worker.get_current_task_attempt_number() > 0:
+    if task_attempt() > 0:
         raise SetupError("the task that rendered the data set was lost with its process. Execute the data set again to resume")
     rows: SimpleQueue[ManifestRow | BaseException | None] = SimpleQueue()
     stop = threading.Event()

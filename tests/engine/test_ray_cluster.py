@@ -1,6 +1,9 @@
-"""Start of Ray on a busy machine."""
+"""Start of Ray on a busy machine, and the private names of Ray."""
 
+import ast
 import inspect
+import json
+import re
 import socket
 import threading
 from contextlib import ExitStack, nullcontext
@@ -10,7 +13,9 @@ import pytest
 import ray
 from ray._private import node, parameter
 
-from vidgen_ray.engine.ray_cluster import START_ATTEMPTS, START_TIMEOUT, RayStartTimeout, _unused_ports, init_local_ray, within
+from vidgen_ray.engine import ray_internals
+from vidgen_ray.engine.ray_cluster import START_ATTEMPTS, RayStartTimeout, _unused_ports, init_local_ray, within
+from vidgen_ray.engine.ray_internals import AGENT_PORTS, START_TIMEOUT
 from vidgen_ray.errors import SetupError
 
 
@@ -48,7 +53,12 @@ def test_start_is_repeated_after_a_timeout_only(failing_starts, errors, raised, 
 
 
 def test_installed_ray_words_the_start_timeout_this_way():
-    assert START_TIMEOUT in inspect.getsource(node), f"Ray {ray.__version__}: update START_TIMEOUT in ray_cluster.py"
+    assert START_TIMEOUT in inspect.getsource(node), f"Ray {ray.__version__}: update START_TIMEOUT in ray_internals.py"
+
+
+def test_installed_ray_takes_ports_of_its_agents():
+    original = parameter.RayParams.__mro__[-2]  # tests/ray_workers.py derives from it
+    assert set(AGENT_PORTS) < set(inspect.signature(original).parameters)
 
 
 def test_local_ray_starts_only_services_that_are_used(local_ray):
@@ -78,3 +88,92 @@ def test_call_that_never_returns_is_a_lost_connection():
     assert within(60, lambda: 7) == 7
     with pytest.raises(KeyError):
         within(60, lambda: {}["missing"])
+
+
+@pytest.fixture(scope="module")
+def idle(local_ray):
+    class Idle:
+        def node(self):
+            return ray.get_runtime_context().get_node_id()
+
+    actor = ray.remote(num_cpus=0)(Idle).remote()
+    yield actor, ray.get(actor.node.remote())
+    ray.kill(actor)
+
+
+def attempt_that_succeeds():
+    if (attempt := ray_internals.task_attempt()) == 0:
+        raise ValueError
+    return attempt
+
+
+def check_actor_entry(actor, node):
+    entry = ray_internals.actor_entry(actor)
+    assert (entry["State"], entry["Address"]["NodeID"]) == ("ALIVE", node)
+    assert entry["Address"]["Port"] > 0
+
+
+def check_actor_table(actor, node):
+    assert any(
+        row["ActorClassName"].endswith("Idle") and row["State"] == "ALIVE" for row in ray_internals.actor_table().values()
+    )
+
+
+def check_free_resources(actor, node):
+    assert 0 <= ray_internals.free_resources()[node]["CPU"] <= ray.cluster_resources()["CPU"]
+
+
+def check_call_without_token(actor, node):
+    assert ray_internals.call_without_token(10).name in ("OK", "UNAUTHENTICATED")
+
+
+def check_dashboard_url(actor, node):
+    from ray.dashboard import head
+
+    assert ray_internals.dashboard_url() is None
+    written = inspect.getsource(head)
+    assert "ray_constants.DASHBOARD_ADDRESS" in written
+    assert "ray_constants.KV_NAMESPACE_DASHBOARD" in written
+
+
+def check_task_attempt(actor, node):
+    retried = ray.remote(num_cpus=0, max_retries=1, retry_exceptions=True)(attempt_that_succeeds)
+    assert ray.get(retried.remote()) == 1
+
+
+def check_serve_http_config(actor, node):
+    from ray.serve.config import HTTPOptions
+
+    assert ray_internals.serve_http_config() is None
+    assert HTTPOptions(host="127.0.0.1").host == "127.0.0.1"
+
+
+CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_private_names_of_ray_do_what_they_are_used_for(idle, name):
+    CHECKS[name](*idle)
+
+
+def test_submission_id_is_that_of_the_job_config(monkeypatch):
+    assert ray_internals.submission_id() is None
+    config = json.dumps({"metadata": {"job_submission_id": "film-1"}})
+    monkeypatch.setenv(ray_internals.RAY_JOB_CONFIG_JSON_ENV_VAR, config)
+    assert ray_internals.submission_id() == "film-1"
+
+
+def test_private_names_of_ray_are_used_in_one_module_only():
+    """Imports from private or generated modules, private names of public ones, and `ray._private...` as an expression."""
+    product = Path(ray_internals.__file__).parents[1]
+    found = set()
+    for file in product.rglob("*.py"):
+        for each in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in each.names] if isinstance(each, ast.Import | ast.ImportFrom) else []
+            if isinstance(each, ast.ImportFrom):
+                names = [f"{each.module}.{name}" for name in names]
+            elif isinstance(each, ast.Attribute):
+                names = [ast.unparse(each)]
+            if any(re.match(r"ray\.(.*\.)?(_|core\.|experimental\.)", name) for name in names):
+                found.add(file.relative_to(product).as_posix())
+    assert found == {"engine/ray_internals.py"}

@@ -114,7 +114,8 @@ def test_ten_bit_hdr_is_kept_in_segments_that_join_without_a_gap(tmp_path, upsca
         frame = next(container.decode(video=0))
     assert frame.format.name == "yuv420p10le"
     assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == (9, 9, 16, 1)
-    assert {SideData.MASTERING_DISPLAY_METADATA, SideData.CONTENT_LIGHT_LEVEL} <= {data.type for data in frame.side_data}
+    assert SideData.MASTERING_DISPLAY_METADATA in frame.side_data
+    assert SideData.CONTENT_LIGHT_LEVEL in frame.side_data
     got, expected = read_source(out).hdr, read_source(video).hdr
     assert got.light == expected.light == (1000, 400)
     # AV1 stores 16 binary digits.

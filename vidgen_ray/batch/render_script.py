@@ -6,8 +6,6 @@ Or only estimate what is left.
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 
 from more_itertools import batched
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from vidgen_ray.batch.director import Director, Remaining
 from vidgen_ray.batch.line_planner import FIRST_LOOK_LINES, LinePlanner, PlannedLine, first_lines, remaining_lines, unique_shots
@@ -26,6 +23,7 @@ from vidgen_ray.batch.progress import RunListener, RunRecorder
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RecordedOptions, RenderOptions
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
+from vidgen_ray.engine.ray_internals import submission_id
 from vidgen_ray.engine.trials import run_trials
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile, server_problems
@@ -290,7 +288,7 @@ def render_lines(
             profile=profile.name,
             script=source,
             team=options.team,
-            submission_id=_submission_id(),
+            submission_id=submission_id(),
         )
         recorder = stack.enter_context(RunRecorder(outputs.storage, lease, labels, listener))
         recorded = RecordedOptions.of(profile, options, planner.checker.run_seed, planner.checker.changes)
@@ -351,13 +349,6 @@ def _encoding_note(plan: Plan, results: RunResults) -> str | None:
         f"{plan.encode_s:.3g} were planned; {plan.layout.encoders} encoders ran, the planned rate needs {needed}. The next run "
         "uses the measured seconds"
     )
-
-
-def _submission_id() -> str | None:
-    """Return the submission id if this process is the driver of a Ray job."""
-    with suppress(KeyError, ValueError, TypeError):
-        return str(json.loads(os.environ[RAY_JOB_CONFIG_JSON_ENV_VAR])["metadata"]["job_submission_id"])
-    return None
 
 
 def _report(run: str, profile: Profile, started: float, director: Director, results: RunResults) -> RunReport:

@@ -42,7 +42,7 @@ from vidgen_ray.weights.ledger import WeightLicence, accepted_licences
 Status = Literal["pass", "warn", "fail"]
 PYTHON_VERSIONS = ((3, 11), (3, 13))
 RAY_VERSION = (2, 60)
-"""Lowest version of Ray that this project works with."""
+"""Minor version of Ray whose private names this project uses."""
 EMPTY_ONNXRUNTIME = "99.0"
 """Version of packaging/onnxruntime, the empty distribution that stands for onnxruntime-gpu."""
 REINSTALL_ONNXRUNTIME = "pip uninstall -y onnxruntime && pip install --no-deps --force-reinstall onnxruntime-gpu"
@@ -348,12 +348,16 @@ def memory_limit_gb(root: Path = Path("/sys/fs/cgroup")) -> float | None:
 
 
 def check_ray_version(found: str | None = None) -> Finding:
-    """Ray must be recent enough. Versions before 2.55 also have known security flaws."""
+    """Ray must be of the minor version that this project is tested with. Those before 2.55 also have known vulnerabilities."""
     found = found or installed_versions(["ray"]).get("ray", "")
-    lowest = ".".join(map(str, RAY_VERSION))
-    if not found or tuple(int(part) for part in found.split(".")[:2]) < RAY_VERSION:
-        return Finding("ray", "fail", f"Ray {found or 'is not installed'}", f'pip install "ray[serve,data]>={lowest},<3"')
-    return Finding("ray", "pass", f"Ray {found}")
+    major, minor = RAY_VERSION
+    fix = f'pip install "ray[serve,data]>={major}.{minor},<{major}.{minor + 1}"'
+    if not found:
+        return Finding("ray", "fail", "Ray is not installed", fix)
+    installed = tuple(int(part) for part in found.split(".")[:2])
+    if installed > RAY_VERSION:
+        return Finding("ray", "warn", f"Ray {found} is newer than what vidgen is tested with", fix)
+    return Finding("ray", "pass", f"Ray {found}") if installed == RAY_VERSION else Finding("ray", "fail", f"Ray {found}", fix)
 
 
 def check_ray_token(environment: Mapping[str, str] = os.environ, home: Path | None = None) -> Finding:

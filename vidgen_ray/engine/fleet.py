@@ -23,9 +23,6 @@ from itertools import count
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import ray
-from ray._private import ray_constants
-from ray._private.state import actors
-from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -39,6 +36,7 @@ from ray.util.state import list_actors, list_jobs, list_placement_groups
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder import encoder_class
 from vidgen_ray.engine.ray_cluster import NODE_ID_LABEL, live_cluster, within
+from vidgen_ray.engine.ray_internals import actor_table, dashboard_url
 from vidgen_ray.engine.worker import worker_class
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner import Cluster, Plan
@@ -524,10 +522,9 @@ def _job_holdings() -> _JobHoldings:
     """Ask Ray's dashboard. Without one, nothing is known."""
     # Without its address, each call looks for it with a client of its own for 40 s, and Ray ends this process if the cluster is
     # gone by then.
-    found = _internal_kv_get(ray_constants.DASHBOARD_ADDRESS, namespace=ray_constants.KV_NAMESPACE_DASHBOARD)
-    if not found:
+    url, timeout_s = dashboard_url(), int(STATE_TIMEOUT_S)
+    if url is None:
         return _JobHoldings({}, {}, [])
-    url, timeout_s = f"http://{found.decode()}", int(STATE_TIMEOUT_S)
     alive = list_actors(url, [("state", "=", "ALIVE")], MAX_ACTORS, timeout_s, detail=True, raise_on_missing_output=False)
     groups = list_placement_groups(url, limit=MAX_ACTORS, timeout=timeout_s, raise_on_missing_output=False)
     jobs = {job.job_id: job.submission_id for job in list_jobs(url, timeout=timeout_s, raise_on_missing_output=False)}
@@ -575,7 +572,7 @@ def _group_holder(group: str, job: str) -> str:
 
 def _data_steps() -> str:
     """Return which steps of Ray Data pipelines have actors. They hold their resources while rows flow."""
-    alive = (actor["ActorClassName"] for actor in actors().values() if actor["State"] == "ALIVE")
+    alive = (actor["ActorClassName"] for actor in actor_table().values() if actor["State"] == "ALIVE")
     steps = Counter(name.removeprefix(DATA_ACTOR).removesuffix(")") for name in alive if name.startswith(DATA_ACTOR))
     listed = ", ".join(f"{step} with {count} actor{'' if count == 1 else 's'}" for step, count in steps.items())
     return f", among them the steps of data sets: {listed}" if listed else ""

@@ -26,13 +26,17 @@ from urllib.parse import urlsplit
 
 import grpc
 import ray
-from ray._private import node as node_module
-from ray._private import parameter, services
-from ray._private.state import actors, available_resources_per_node
-from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
-from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from vidgen_ray.engine.ray_internals import (
+    AGENT_PORTS,
+    START_TIMEOUT,
+    actor_entry,
+    call_without_token,
+    free_resources,
+    keep_loopback_address,
+    only_needed_services,
+)
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.planner import Cluster, Node, Plan
 from vidgen_ray.planner.cluster import GB, Label, card_reported_as
@@ -41,12 +45,8 @@ from vidgen_ray.weights.download import Hub, PullResult, pull_all
 GPU_TYPE_LABEL, NODE_ID_LABEL = "ray.io/accelerator-type", "ray.io/node-id"
 """Labels that Ray sets on its nodes."""
 START_ATTEMPTS = 3
-START_TIMEOUT = "timed out during startup"
-"""Text in Ray's error when its processes do not start within 30 s."""
 CONNECT_TIMEOUT_S = 10
 LOOPBACK = "127.0.0.1"
-AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-"""Parameters of Ray for the ports of its agents."""
 AGENT_PORT_RANGE = (20_000, 32_768)
 """Above the default ports of Ray's workers, below the ports that Linux gives to outgoing connections."""
 GPU_QUERY_TIMEOUT_S = 120
@@ -148,7 +148,7 @@ def live_cluster() -> LiveCluster:
     """
     alive = [node for node in ray.nodes() if node["Alive"]]
     _query_gpus([node["NodeID"] for node in alive if node["Resources"].get("GPU", 0) >= 1])
-    available = available_resources_per_node()
+    available = free_resources()
     total = [_node(node, node["Resources"]) for node in alive]
     # A node that is missing has just joined or died.
     free = [_node(node, available.get(node["NodeID"], {})) for node in alive]
@@ -158,7 +158,7 @@ def live_cluster() -> LiveCluster:
 
 def process_of(actor: Any) -> tuple[str, int] | None:
     """Return the node id and the port of the actor's process, which may still start. `None` if it has none. Blocks."""
-    entry = actors(actor._actor_id.hex())
+    entry = actor_entry(actor)
     has_process = bool(entry) and entry["State"] != "DEAD" and entry["Address"]["Port"]
     return (entry["Address"]["NodeID"], entry["Address"]["Port"]) if has_process else None
 
@@ -278,8 +278,9 @@ def init_local_ray(**options: Any) -> None:
     if "RAY_TMPDIR" not in os.environ:
         options = {"_temp_dir": _private_folder(), **options}
     for attempt in range(1, START_ATTEMPTS + 1):
+        ports = dict(zip(AGENT_PORTS, _unused_ports(len(AGENT_PORTS)), strict=True))
         try:
-            with _keep_loopback_address(), _only_needed_services(options):
+            with keep_loopback_address(), only_needed_services(log_to_driver=options.get("log_to_driver", True), ports=ports):
                 ray.init(address="local", include_dashboard=False, _node_ip_address=LOOPBACK, **options)
             with suppress(OSError):  # there is none without token authentication
                 token.chmod(0o600)
@@ -312,43 +313,6 @@ def _private_folder() -> str:
     return str(parent / "ray")
 
 
-@contextmanager
-def _keep_loopback_address() -> Iterator[None]:
-    """Let `ray.init` use the loopback address as the address of the node, as it does on macOS and Windows.
-
-    On Linux it replaces that address by the one of a network interface, and most of its ports then listen on all interfaces.
-    """
-    replace_loopback = services.resolve_ip_for_localhost
-    services.resolve_ip_for_localhost = lambda host: host
-    try:
-        yield
-    finally:
-        services.resolve_ip_for_localhost = replace_loopback
-
-
-@contextmanager
-def _only_needed_services(options: Mapping[str, Any]) -> Iterator[None]:
-    """Let `ray.init` start neither a server for the dashboard nor an autoscaler, and not wait for its agents.
-
-    Ray starts both even without a dashboard and for one machine, waits for the server, then waits until its agents have chosen
-    their ports. The monitor of log files is started only if `options` ask for the output of workers.
-    """
-    make_params, start_server = parameter.RayParams, node_module.Node.start_api_server
-    fixed: dict[str, Any] = {"no_monitor": True, "include_log_monitor": options.get("log_to_driver", True)}
-    fixed |= zip(AGENT_PORTS, _unused_ports(len(AGENT_PORTS)), strict=True)
-
-    def make_params_without_services(**params: Any) -> parameter.RayParams:
-        given = {name: value for name, value in params.items() if value is not None}
-        return make_params(**{**params, **fixed, **given})
-
-    parameter.RayParams = make_params_without_services
-    node_module.Node.start_api_server = lambda self, **_: None
-    try:
-        yield
-    finally:
-        parameter.RayParams, node_module.Node.start_api_server = make_params, start_server
-
-
 def _unused_ports(count: int) -> list[int]:
     """Return ports of the loopback address that no process listens on.
 
@@ -372,14 +336,10 @@ def requires_token() -> bool:
     """
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         return True
-    with grpc.insecure_channel(ray.get_runtime_context().gcs_address) as channel:
-        try:
-            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=CONNECT_TIMEOUT_S)
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                return True
-            raise SetupError(f"Ray's control service does not answer ({error.code().name})") from None
-    return False
+    status = call_without_token(CONNECT_TIMEOUT_S)
+    if status not in (grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED):
+        raise SetupError(f"Ray's control service does not answer ({status.name})")
+    return status is grpc.StatusCode.UNAUTHENTICATED
 
 
 @contextmanager

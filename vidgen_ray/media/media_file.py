@@ -85,11 +85,13 @@ def open_media(path: Path, container: str | None = None) -> AbstractContextManag
     """
     import av
 
+    # PyAV 19 has no such argument: it reads bytes that are not UTF-8 as surrogates, and writes them again.
+    decoding = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
     return av.open(  # type: ignore[no-any-return]  # PyAV has no types
         str(path.absolute()),  # absolute, so that FFmpeg never treats it as a URL
         format=container,
         options={"protocol_whitelist": "file", "codec_whitelist": ",".join((*VIDEO_CODECS, *SOUND_CODECS))},
-        metadata_errors="ignore",
+        **decoding,
     )
 
 
@@ -151,8 +153,7 @@ def read_xmp(path: Path) -> str | None:
         return _xmp_of_mp4(path)
     if start[:4] == b"\x1aE\xdf\xa3":  # EBML: Matroska or WebM
         with wrap_errors(f"{path}: cannot be read"), open_media(path, "matroska") as opened:
-            packet: str | None = opened.metadata.get(MATROSKA_XMP_TAG)
-            return packet
+            return str(opened.metadata.get(MATROSKA_XMP_TAG, "")).encode(errors="ignore").decode() or None
     with wrap_errors(f"{path}: cannot be read"):
         try:
             with PILImage.open(path, formats=IMAGE_FORMATS) as image:

@@ -22,7 +22,6 @@ import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import HTTPOptions
-from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig, ServeStatus
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,6 +30,7 @@ from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.engine.ray_cluster import LOOPBACK, SHUTDOWN_S, live_cluster, muted_stderr, requires_token, within
+from vidgen_ray.engine.ray_internals import serve_http_config
 from vidgen_ray.engine.trials import run_trials
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -136,8 +136,8 @@ def check_exposure(settings: OnlineSettings) -> None:
     token_is_required = requires_token()
     if not token_is_required:
         log.warning("Ray requires no token: anyone who reaches one of its ports can run code. Set RAY_AUTH_MODE=token.")
-    running = _get_global_client(raise_if_no_controller_running=False)
-    for host in {settings.host, *([] if running is None else [running.http_config.host or LOOPBACK])}:
+    running = serve_http_config()
+    for host in {settings.host, *([] if running is None else [running.host or LOOPBACK])}:
         check_bind_host(host, keys)
         check_token_required(host, token_is_required)
 

@@ -132,8 +132,8 @@ def read_source(path: Path) -> VideoSource:
     with wrap_errors(f"{path}: cannot be read"):
         with open_video_stream(path, container) as (opened, stream):
             first = next(opened.decode(stream), None)
-            fps, time_base = stream.average_rate or stream.guessed_rate, stream.time_base
-            aspect = stream.sample_aspect_ratio or Fraction(1)
+            fps, time_base = stream.average_rate or stream.guessed_rate, Fraction(stream.time_base)
+            aspect = Fraction(stream.sample_aspect_ratio or 1)
             declared_s = (opened.duration or 0) / AV_TIME_BASE
         packets = [
             (packet.pts, packet.duration or 0, bool(packet.is_keyframe))
@@ -212,21 +212,20 @@ def _lost(frame: Any) -> list[str]:
         notes.append("alpha is dropped")
     if max(component.bits for component in components) > 10:
         notes.append("more than 10 bits per channel are stored as 10")
-    notes += sorted({LOST_SIDE_DATA[data.type] for data in frame.side_data if data.type in LOST_SIDE_DATA})
+    notes += sorted({text for kind, text in LOST_SIDE_DATA.items() if kind in frame.side_data})
     return notes
 
 
 def _hdr_of(frame: Any) -> HdrMetadata:
-    data = {item.type: bytes(item) for item in frame.side_data}
     mastering: tuple[Fraction, ...] | None = None
     light: tuple[int, int] | None = None
-    if (raw := data.get(SideData.MASTERING_DISPLAY_METADATA)) is not None:
+    if (raw := frame.side_data.get(SideData.MASTERING_DISPLAY_METADATA)) is not None:
         # AVMasteringDisplayMetadata: 10 rationals of two 32-bit integers, then the flags has_primaries and has_luminance.
-        *numbers, has_primaries, has_luminance = struct.unpack_from("=22i", raw)
+        *numbers, has_primaries, has_luminance = struct.unpack_from("=22i", bytes(raw))
         if has_primaries and has_luminance:
             mastering = tuple(Fraction(*pair) for pair in zip(numbers[::2], numbers[1::2], strict=True))
-    if (raw := data.get(SideData.CONTENT_LIGHT_LEVEL)) is not None:
-        light = struct.unpack_from("=2I", raw)
+    if (raw := frame.side_data.get(SideData.CONTENT_LIGHT_LEVEL)) is not None:
+        light = struct.unpack_from("=2I", bytes(raw))
     return HdrMetadata(mastering, light)
 
 

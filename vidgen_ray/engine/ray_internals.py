@@ -1,0 +1,114 @@
+"""Private names of Ray. The project uses no others.
+
+They may change with every minor version of Ray, so `pyproject.toml` allows only the one whose names are tested.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, cast
+
+import grpc
+import ray
+from ray._private import node as node_module
+from ray._private import parameter, ray_constants, services, state
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+from ray.experimental import internal_kv
+
+START_TIMEOUT = "timed out during startup"
+"""Text in Ray's error when its processes do not start within 30 s."""
+AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+"""Parameters of Ray for the ports of its agents."""
+
+
+@contextmanager
+def keep_loopback_address() -> Iterator[None]:
+    """Let `ray.init` use the loopback address as the address of the node, as it does on macOS and Windows.
+
+    On Linux it replaces that address by the one of a network interface, and most of its ports then listen on all interfaces.
+    """
+    replace_loopback = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = replace_loopback
+
+
+@contextmanager
+def only_needed_services(*, log_to_driver: bool, ports: Mapping[str, int]) -> Iterator[None]:
+    """Let `ray.init` start neither a server for the dashboard nor an autoscaler, and not wait for its agents.
+
+    Ray starts both even without a dashboard and for one machine, waits for the server, then waits until its agents have chosen
+    their ports. `ports`: that of each of `AGENT_PORTS`. `log_to_driver`: start the monitor of log files, which only the output
+    of workers needs.
+    """
+    make_params, start_server = parameter.RayParams, node_module.Node.start_api_server
+    fixed: dict[str, Any] = {"no_monitor": True, "include_log_monitor": log_to_driver, **ports}
+
+    def make_params_without_services(**params: Any) -> parameter.RayParams:
+        given = {name: value for name, value in params.items() if value is not None}
+        return make_params(**{**params, **fixed, **given})
+
+    parameter.RayParams = make_params_without_services
+    node_module.Node.start_api_server = lambda self, **_: None
+    try:
+        yield
+    finally:
+        parameter.RayParams, node_module.Node.start_api_server = make_params, start_server
+
+
+def actor_table() -> dict[str, dict[str, Any]]:
+    """Return actor id -> its entry, of all actors of the connected Ray."""
+    return cast(dict[str, dict[str, Any]], state.actors())
+
+
+def actor_entry(actor: Any) -> dict[str, Any]:
+    """Return the entry of one actor, by its handle. Empty if Ray does not know it."""
+    return cast(dict[str, Any], state.actors(actor._actor_id.hex()))
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """Return node id -> resources that nothing has reserved, by their names."""
+    return cast(dict[str, dict[str, float]], state.available_resources_per_node())
+
+
+def call_without_token(timeout_s: float) -> grpc.StatusCode:
+    """Call the control service of the connected Ray without its token, and return the status of the answer."""
+    with grpc.insecure_channel(ray.get_runtime_context().gcs_address) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            return error.code()
+    return grpc.StatusCode.OK
+
+
+def dashboard_url() -> str | None:
+    """Return the URL of the dashboard of the connected Ray. `None` if it has none."""
+    found = internal_kv._internal_kv_get(ray_constants.DASHBOARD_ADDRESS, namespace=ray_constants.KV_NAMESPACE_DASHBOARD)
+    return f"http://{found.decode()}" if found else None
+
+
+def task_attempt() -> int:
+    """Return how often the task that this process executes was started before."""
+    return int(ray._private.worker.global_worker.core_worker.get_current_task_attempt_number())
+
+
+def submission_id() -> str | None:
+    """Return the submission id if this process is the driver of a Ray job."""
+    with suppress(KeyError, ValueError, TypeError):
+        return str(json.loads(os.environ[RAY_JOB_CONFIG_JSON_ENV_VAR])["metadata"]["job_submission_id"])
+    return None
+
+
+def serve_http_config() -> Any:
+    """Return the HTTP options of the running Ray Serve. `None` if none runs."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else client.http_config
