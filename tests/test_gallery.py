@@ -11,7 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.browser import page_in, running_browser
-from tests.dataset.conftest import make_folder, texture
+from tests.dataset.conftest import make_folder, texture, write_scores
 from tests.online.directors import listening_on_a_port
 from vidgen_ray.cli.app import main
 from vidgen_ray.dataset.tables import open_tables, run_query
@@ -113,7 +113,7 @@ def test_gallery_opens_from_disk_filters_and_shows_details(browser, out):
         assert page.locator("dialog figcaption").all_inner_texts() == ["base", "image"]
         page.wait_for_function("[...document.querySelectorAll('dialog .chain img')].every(image => image.naturalWidth === 128)")
         settings = dict(row.split("\n") for row in page.locator("dialog dl > div").all_inner_texts())
-        assert settings["Likeness"] == "face 0.50, clip 0.40, worst 0.10"
+        assert settings["Likeness at rendering"] == "face 0.50, clip 0.40, worst 0.10"
         assert (settings["Length"], settings["Rendered in"], settings["Size"]) == ("0.6 s", "1 s", "256 × 128")
         assert (settings["LoRA"], settings["Steps"]) == ("ada, weight 1", "Base image 4, LoRA 6")
         page.click("text=Copy as script line")
@@ -122,6 +122,38 @@ def test_gallery_opens_from_disk_filters_and_shows_details(browser, out):
         assert line["steps"] == {"flux": 4, "lora": 6, "hunyuan": 8}
         page.keyboard.press("Escape")
         assert page.locator("dialog[open]").count() == 0
+
+
+def test_any_score_can_be_sorted_by_and_is_shown(browser, out):
+    storage = storage_at(out)
+    clips = {shot_id: digest for digest, shot_id in reviewable_clips(storage).items()}
+    digests = [clips["ada"], clips["bo"]]
+    write_scores(storage, "old@1", {"clip_sha256": digests, "motion": [0.5, 0.1], "phash": [[1], [2]]})
+    write_scores(storage, "old@2", {"clip_sha256": digests, "motion": [0.123412, 12.5], "cuts": [0, 0], "is_cut": [True, None]})
+    write_scores(
+        storage, "other@1", {"clip_sha256": [clips["bo"], "f" * 64], "likeness": [0.25, 0.75], "likeness_worst": [0.2, 0.3]}
+    )
+    write_scores(storage, "other@1", {"clip_sha256": [clips["ada"]], "likeness_worst": [0.5]}, "2")
+    (out / "scores/other@1/3.parquet").write_bytes(b"damaged")
+    data = gallery_page.gallery_data(storage)
+    assert (data["scores"], [row.get("scores") for row in data["rows"]]) == (
+        ["likeness_worst", "motion"],
+        [None, [0.5, 0.1234], [0.2, 12.5]],
+    )
+    page_file = write_gallery(out)
+    with page_in(browser, 1366, 768) as page:
+        page.goto(page_file.as_uri())
+        page.select_option("select[name=sort]", label="motion")
+        # The failed shot has none.
+        assert cards(page) == ["ada", "bo", "bad"]
+        assert page.locator("article strong").all_inner_texts() == ["motion 0.123", "motion 12.5"]
+        page.check("input[name=reversed]")
+        assert cards(page) == ["bo", "ada", "bad"]
+        page.select_option("select[name=sort]", "script")
+        assert cards(page) == ["bo", "ada", "bad"]
+        page.click("article >> nth=1")
+        settings = dict(row.split("\n") for row in page.locator("dialog dl > div").all_inner_texts())
+        assert settings["Scores"] == "likeness worst 0.5, motion 0.123"
 
 
 def swept(number, seed, lora, scale, **columns):
@@ -166,7 +198,7 @@ def test_matrix_is_shown_in_order_and_as_a_grid(browser, tmp_path):
 
 
 def test_failures_are_kept_if_there_are_too_many_shots(out):
-    rows, counts = gallery_rows(LocalStorage(out), limit=2)
+    rows, counts, _ = gallery_rows(LocalStorage(out), limit=2)
     assert ([each["id"] for each in rows], counts) == (["bad", "ada"], {"done": 2, "failed": 1})
     assert "3 shots" in write_gallery(out).read_text()
 
@@ -192,7 +224,9 @@ def test_shots_of_a_line_that_differ_only_in_their_seed_are_siblings(tmp_path):
 
 def test_ten_thousand_shots_keep_the_page_small(browser, tmp_path):
     rows = [{"id": f"shot-{n}", "status": "done", "prompt": f"a ball {n}", "script": "s", "line": n} for n in range(MANY)]
-    (tmp_path / "index.html").write_text(page_of({"rows": rows, "counts": {"done": MANY}, "total": MANY, "films": []}))
+    (tmp_path / "index.html").write_text(
+        page_of({"rows": rows, "counts": {"done": MANY}, "total": MANY, "scores": [], "films": []})
+    )
     with page_in(browser, 1366, 768) as page:
         page.goto((tmp_path / "index.html").as_uri())
         page.evaluate("window.scrollTo(0, document.body.scrollHeight)")

@@ -21,15 +21,12 @@ import pyarrow.parquet
 
 from vidgen_ray.cli.options import note
 from vidgen_ray.errors import UsageError
-from vidgen_ray.outputs.manifest import CLIP_FILES, SCHEMA, check_has_manifest, manifest_batches, opened, parquet_files
-from vidgen_ray.outputs.records import SCORES
+from vidgen_ray.outputs.manifest import CLIP_FILES, SCHEMA, check_has_manifest, manifest_batches, opened, score_files
 from vidgen_ray.outputs.reviews import read_reviews
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.script.expansion import CHOSEN, MATRIX, MATRIX_NUMBER
 from vidgen_ray.system.quantities import count
 
-SCORER = re.compile(r"(\w+)@(\d+)")
-"""Name of a folder in `scores/`."""
 DIGEST = "clip_sha256"
 """Column that joins the tables: sha256 of the clip before upscaling, or of the image of a shot without a clip."""
 MEMORY_LIMIT = "1GB"
@@ -115,16 +112,10 @@ def _load(
 
 def _load_scores(database: duckdb.DuckDBPyConnection, storage: Storage) -> None:
     """Create the table `scores`: a row per clip, with the columns of the newest version of every scorer."""
-    versions = defaultdict[str, list[int]](list)
-    for folder in storage.folders(SCORES):
-        if found := SCORER.fullmatch(folder):
-            versions[found[1]].append(int(found[2]))
     taken = {*SCHEMA.names, *REVIEWS.names, *OWN_COLUMNS}
     joined = f"(SELECT NULL::VARCHAR AS {DIGEST} WHERE false)"
     database.execute("CREATE TABLE scorers (scorer VARCHAR, name VARCHAR)")
-    for scorer, numbers in sorted(versions.items()):
-        if not (names := parquet_files(storage, f"{SCORES}/{scorer}@{max(numbers)}")):
-            continue
+    for scorer, names in score_files(storage).items():
         for number, name in enumerate(names):
             with opened(storage, name) as file:
                 table = pyarrow.parquet.read_table(file)

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,7 +37,7 @@ from vidgen_ray.graph import clip_length, file_sizes
 from vidgen_ray.licences import worst_use
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import in_order, last_number, number_of
-from vidgen_ray.outputs.records import RECORD, SHOTS, DoneShot, Failure, ShotRecord, shot_path
+from vidgen_ray.outputs.records import RECORD, SCORES, SHOTS, DoneShot, Failure, ShotRecord, shot_path
 from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, storage_at
 from vidgen_ray.safety import Consent
 from vidgen_ray.shot import GUIDANCE_SCALES, LORA_FIELDS, NESTED_FIELDS, STAGES_WITH_STEPS, Shot, types_in
@@ -51,6 +53,8 @@ LIKENESS = {
     "frames_without_face": "frames_without_face",
 }
 """Manifest column -> field of `LikenessRecord`."""
+SCORER = re.compile(r"(\w+)@(\d+)")
+"""Name of a folder in `scores/`: scorer and version."""
 RESULT = ("key", "committed_at", "seconds", "gpu_seconds", "cost", "currency", "lora_loads", "cut_tokens")
 """Columns of a finished shot that are fields of `DoneShot`."""
 Status = Literal["done", "failed", "replaced"]
@@ -381,6 +385,16 @@ def parquet_files(storage: Storage, folder: str) -> list[str]:
     """Return the paths of the Parquet files of a folder, sorted. Leaves out temporary and damaged ones."""
     names = sorted(storage.files(folder))
     return [f"{folder}/{name}" for name in names if name.endswith(".parquet") and not name.startswith(".")]
+
+
+def score_files(storage: Storage) -> dict[str, list[str]]:
+    """Return scorer -> paths of the Parquet files of its newest version, the oldest first."""
+    versions = defaultdict[str, list[int]](list)
+    for folder in storage.folders(SCORES):
+        if found := SCORER.fullmatch(folder):
+            versions[found[1]].append(int(found[2]))
+    files = {name: parquet_files(storage, f"{SCORES}/{name}@{max(each)}") for name, each in sorted(versions.items())}
+    return {name: paths for name, paths in files.items() if paths}
 
 
 def check_has_manifest(storage: Storage) -> None:

@@ -3,12 +3,14 @@
 const CARD_AREA = 300 * 170, LEAST_WIDTH = 238, LINE_HEIGHT = 20, BAR_HEIGHT = 38, GAP = 14, MAX_IN_GRID = 500, MAX_NAME = 40, MAX_COMPARED = 12;
 const $ = (id) => document.getElementById(id);
 const list = $("cards"), grid = $("grid"), filters = $("filters"), detail = $("detail");
-let rows = [], shown = [], cards = new Map(), axes = [], opened = null, compared = null, selected = 0, longName = 0, layout = { columns: 1, step: 1 };
+let rows = [], shown = [], cards = new Map(), axes = [], opened = null, compared = null, selected = 0, longName = 0, scores = [], sortedBy = -1, layout = { columns: 1, step: 1 };
 
 const path = (file) => file.split("/").map(encodeURIComponent).join("/");
 const worst = (row) => row.likeness ?? 2;
 const inOrder = (values) => [...new Set(values)].filter(Boolean).sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
 const nameOfAxis = (axis) => axis === "lora" ? "LoRA" : axis.replaceAll("_", " ");
+const scoreOf = (row, number) => row.scores?.[number] ?? null;
+const scoreText = (row, number) => scoreOf(row, number) === null ? null : `${nameOfAxis(scores[number])} ${+scoreOf(row, number).toPrecision(3)}`;
 const facts = (parts) => parts.flatMap((part) => [element("span", {}, part), " "]);
 
 function setData(data) {
@@ -32,6 +34,15 @@ function setData(data) {
     if (!filters.elements[name]) $("axes").append(element("label", {}, nameOfAxis(axis), element("select", { name })));
     fill(filters.elements[name], "all", valuesOf(axis, rows));
   }
+  const { sort } = filters.elements;
+  if (scores.join() !== data.scores.join()) {
+    const before = sort.value;
+    scores = data.scores;
+    sort.querySelector("optgroup")?.remove();
+    if (scores.length) sort.append(element("optgroup", { label: "Scores, lowest first" }, ...scores.map((name) => element("option", { value: `score:${name}` }, nameOfAxis(name)))));
+    sort.value = before;
+    if (sort.selectedIndex < 0) sort.value = "script";
+  }
   for (const name of ["rows", "columns"]) fill(filters.elements[name], "–", inOrder(axes), 1, nameOfAxis);
   filter();
 }
@@ -51,7 +62,7 @@ function fill(select, none, options, least = 2, text = (value) => value) {
 }
 
 function filter() {
-  const { text, status, verdict, stars, character, style, lora, likeness, sort, ...others } = Object.fromEntries(new FormData(filters));
+  const { text, status, verdict, stars, character, style, lora, likeness, sort, reversed, ...others } = Object.fromEntries(new FormData(filters));
   const words = text.toLowerCase().split(/\s+/).filter(Boolean);
   shown = rows.filter((row) => {
     const content = `${row.id} ${row.prompt ?? ""} ${row.scene ?? ""}`.toLowerCase();
@@ -60,8 +71,16 @@ function filter() {
       && (!style || row.style === style) && (!lora || row.loras?.includes(lora)) && (!likeness || worst(row) < Number(likeness))
       && axes.every((axis) => !others[`axis:${axis}`] || row.axes?.[axis] === others[`axis:${axis}`]);
   });
-  if (sort === "likeness") shown.sort((a, b) => worst(a) - worst(b));
-  if (sort === "slow") shown.sort((a, b) => (b.seconds ?? 0) - (a.seconds ?? 0));
+  sortedBy = scores.indexOf(sort.replace("score:", ""));
+  const keyOf = sort === "likeness" ? (row) => row.likeness ?? null : sort === "slow" ? (row) => row.seconds === undefined ? null : -row.seconds
+    : (row) => scoreOf(row, sortedBy);
+  if (sort === "script" && reversed) shown.reverse();
+  if (sort !== "script") {
+    const keys = new Map(shown.map((row) => [row, keyOf(row)])), known = shown.filter((row) => keys.get(row) !== null);
+    known.sort((a, b) => (keys.get(a) - keys.get(b)) * (reversed ? -1 : 1));
+    // Without a value: last.
+    shown = [...known, ...shown.filter((row) => keys.get(row) === null)];
+  }
   $("shown").textContent = shown.length === rows.length ? "" : `${shown.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")}`;
   longName = Math.max(0, ...shown.map((row, number) => nameOf(number).length));
   for (const card of cards.values()) card.remove();
@@ -117,11 +136,12 @@ function makeCard(number, hidden = null) {
   if (media?.matches("video")) media.muted = true;
   const values = Object.entries(row.axes ?? {}).filter(([axis]) => !hidden?.includes(axis)).map(([axis, value]) => `${nameOfAxis(axis)} ${value}`);
   const measures = hidden ? [...(row.facts ?? []).filter((part) => part.includes("likeness")), ...row.seconds ? [`rendered in ${+row.seconds.toFixed(1)} s`] : []] : row.facts;
+  const score = sortedBy < 0 ? null : scoreText(row, sortedBy);
   const card = element("article", { class: `card ${row.status}`, title: row.id, "data-number": number },
     element("div", { class: "screen" }, element("button", { class: "open", type: "button", "aria-label": `Open ${row.id}` }, media ?? element("p", { class: "reason" }, row.failure ?? ""))),
     element("div", { class: "body" }, hidden ? null : element("h2", {}, nameOf(number)),
       values.length ? element("p", { class: "facts" }, ...facts(values)) : hidden ? null : element("p", { class: "prompt faint" }, row.prompt ?? ""),
-      measures ? element("p", { class: "facts faint" }, ...facts(measures)) : null),
+      measures || score ? element("p", { class: "facts faint" }, score && element("strong", {}, score), " ", ...facts(measures ?? [])) : null),
     row.clip ? reviewBar(row, () => { open(number); $("note").focus(); }) : null);
   card.onclick = () => open(number);
   return card;
@@ -191,7 +211,8 @@ function show() {
     const name = file.split("/").pop().replace(".png", "");
     return element("figure", {}, element("a", { href: path(file) }, element("img", { src: path(file), alt: `${name} of ${row.id}`, loading: "lazy" })), element("figcaption", {}, name));
   }));
-  const settings = [...row.failure ? [["Failed", row.failure]] : [], ...row.settings ?? []];
+  const measured = scores.map((_, number) => scoreText(row, number)).filter(Boolean).join(", ");
+  const settings = [...row.failure ? [["Failed", row.failure]] : [], ...row.settings ?? [], ...measured ? [["Scores", measured]] : []];
   detail.querySelector("dl").replaceChildren(...settings.map(([name, value]) =>
     element("div", {}, element("dt", {}, name), element("dd", { class: name === "Failed" ? "reason" : "" }, value))));
   for (const button of detail.querySelectorAll("[data-step]")) button.setAttribute("aria-disabled", !neighbour(Number(button.dataset.step)));

@@ -20,6 +20,8 @@ from mimetypes import guess_type
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import pyarrow
+import pyarrow.parquet
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image as PILImage
@@ -32,7 +34,7 @@ from starlette.routing import Route
 
 from vidgen_ray.errors import SetupError, UsageError, allowed_of, explain
 from vidgen_ray.graph import STAGES, file_sizes
-from vidgen_ray.outputs.manifest import REPLACED, check_has_manifest, manifest_batches
+from vidgen_ray.outputs.manifest import REPLACED, check_has_manifest, manifest_batches, opened, score_files
 from vidgen_ray.outputs.manifest_writer import failed_lines
 from vidgen_ray.outputs.records import RECORD, SHOTS
 from vidgen_ray.outputs.reviews import (
@@ -67,6 +69,8 @@ CHAIN = (*dict.fromkeys(_KEPT), "image.png")
 """Images of a shot, in the order in which the stages make them. The first ones exist with `--keep stages`."""
 FILE_AXES = frozenset((*IMAGE_FIELDS, "face_image", *LORA_FIELDS))
 """Fields of a `matrix` whose values are files."""
+NUMBERS = (pyarrow.types.is_floating, pyarrow.types.is_integer, pyarrow.types.is_boolean)
+"""Types of scores that the gallery shows."""
 LABELS = ("character", "style", "scene")
 """Names in the metadata of a line that the gallery shows."""
 
@@ -78,6 +82,8 @@ class GalleryRows(NamedTuple):
     """Failures first, then in the order of the script. `order`: place in the script of a shot with a `matrix`."""
     counts: dict[str, int]
     """Status -> number of shots, including those that are not shown."""
+    scores: list[str]
+    """Names of the values in `scores` of a row: of `vidgen score`, those that differ between clips."""
 
 
 def gallery_rows(storage: Storage, limit: int = MAX_SHOTS) -> GalleryRows:
@@ -98,7 +104,7 @@ def gallery_rows(storage: Storage, limit: int = MAX_SHOTS) -> GalleryRows:
             shown[number]["order"] = order
     _shorten_names(shown)
     _add_reviews(storage, chosen, shown)
-    return GalleryRows(shown, dict(counts))
+    return GalleryRows(shown, dict(counts), _add_scores(storage, shown))
 
 
 def _axes(row: Mapping[str, Any]) -> dict[str, str]:
@@ -126,7 +132,7 @@ def _row(storage: Storage, row: Mapping[str, Any], failed_fields: Mapping[str, d
         likeness = None if worst is None else "no face found" if worst < -0.99 else f"likeness {worst:.2f}"
         cost = f"cost {amount_text(row['cost'])} {row['currency'] or ''}".rstrip() if row["cost"] else None
         shown["facts"] = [part for part in (length, size_text(*size) if size[0] else None, likeness, cost) if part]
-        about |= {"Length": length, "Likeness": likeness_text(row)}
+        about |= {"Length": length, "Likeness at rendering": likeness_text(row)}
         about["Rendered in"] = duration(row["seconds"]) if row["seconds"] is not None else None
         about["Cost"] = money(row["cost"], row["currency"]) if row["cost"] else None
     about = {name: text for name, text in about.items() if text}
@@ -167,6 +173,27 @@ def _add_reviews(storage: Storage, rows: Sequence[Mapping[str, Any]], shown: Seq
     for number, group in enumerate(group for group in groups.values() if len(group) > 1):
         for each in group:
             each["siblings"] = number
+
+
+def _add_scores(storage: Storage, shown: Sequence[dict[str, Any]]) -> list[str]:
+    """Add `scores` to the rows of measured clips. Return the names of the values. A damaged file has none."""
+    scores: dict[str, dict[str, float]] = {row["clip"]: {} for row in shown if "clip" in row}
+    values = defaultdict[str, set[float]](set)
+    for path in (path for paths in score_files(storage).values() for path in paths):
+        with suppress(OSError, pyarrow.ArrowException), opened(storage, path) as file:
+            table = pyarrow.parquet.read_table(file)
+            numbers = [field.name for field in table.schema if any(is_number(field.type) for is_number in NUMBERS)]
+            for row in table.select(["clip_sha256", *numbers]).to_pylist():
+                if (known := scores.get(row.pop("clip_sha256"))) is not None:
+                    known |= {name: float(f"{value:.4g}") for name, value in row.items() if value is not None}
+    for each in scores.values():
+        for name, value in each.items():
+            values[name].add(value)
+    names = sorted(name for name, each in values.items() if len(each) > 1)
+    for row in shown:
+        if found := scores.get(row.get("clip", "")):
+            row["scores"] = [found.get(name) for name in names]
+    return names
 
 
 def _likeness(row: Mapping[str, Any]) -> float | None:
@@ -313,11 +340,11 @@ def update_gallery(out: str | Path) -> None:
 
 def gallery_data(storage: Storage) -> dict[str, Any]:
     """Return what the page shows, as JSON data. Makes the missing thumbnails. Raises OSError."""
-    rows, counts = gallery_rows(storage)
+    rows, counts, scores = gallery_rows(storage)
     if storage.local is not None:
         add_thumbnails(storage.local, rows)
     total = sum(counts.values()) - counts.get(REPLACED, 0)
-    return {"rows": rows, "counts": counts, "total": total, "films": film_names(storage)}
+    return {"rows": rows, "counts": counts, "total": total, "scores": scores, "films": film_names(storage)}
 
 
 def film_names(storage: Storage) -> list[str]:
