@@ -129,6 +129,11 @@ def test_captions_are_written_beside_the_film_and_pause_during_a_fade(shots, fil
         "1\n00:00:00,000 --> 00:00:00,667\nOne\n<two>\n\n2\n00:00:01,000 --> 00:00:01,667\nThree\n"
     )
     assert (tmp_path / "film.vtt").read_text().startswith("WEBVTT\n\n00:00:00.000 --> 00:00:00.667\nOne\n&lt;two&gt;\n")
+    # "Three" has 5 letters in 0.667 s. The other one has 8.
+    assert [note for note in report.notes if "too short to read" in note] == []
+    shots.add("b", metadata={"caption": "Thirty-three letters and a bit"})
+    (note,) = film(transition="fade", fade_s=0.34)[0].notes
+    assert note.startswith("captions too short to read (more than 20 letters per second): b; b is shown for 0.7 s, 39 letters")
     # A film without captions does not keep those of the film before.
     film(captions="none")
     assert not (tmp_path / "film.srt").exists()

@@ -5,6 +5,7 @@ import re
 from fractions import Fraction
 from importlib.metadata import EntryPoints
 
+import av
 import pytest
 
 from tests.film.conftest import BLUE, GREEN, Shots, read_frames
@@ -33,7 +34,8 @@ def test_film_prints_what_was_made(shots, capsys):
 
 def test_film_takes_order_metadata_and_settings_from_a_screenplay_and_options_override(shots, tmp_path, capsys):
     (tmp_path / "story.yaml").write_text(
-        "film: {size: 96x96, fps: 3}\n"
+        "title: A walk\n"
+        "film: {size: 96x96, fps: 3, title_s: 1}\n"
         "shots:\n"
         "  - {id: b, prompt: b}\n"
         # The photo was removed after the shot was rendered.
@@ -42,7 +44,11 @@ def test_film_takes_order_metadata_and_settings_from_a_screenplay_and_options_ov
     assert main(["film", "out", "-o", "film.mp4", "--script", "story.yaml", "--fps", "12", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["size"], report["fps"], report["shots"]) == ("96x96", 12, 2)
-    assert read_frames(tmp_path / "film.mp4")[0][48, 48].argmax() == 1  # green: b comes first
+    with av.open(str(tmp_path / "film.mp4")) as opened:
+        assert opened.metadata["title"] == "A walk"
+    frames = read_frames(tmp_path / "film.mp4")
+    assert frames[0].min() < 30  # the title card
+    assert frames[12][48, 48].argmax() == 1  # green: b comes first
     assert "New" in (tmp_path / "film.srt").read_text()
 
 

@@ -379,6 +379,7 @@ def check(tmp_path):
 
 def test_settings_without_effect_are_noted(check):
     for line, note in (
+        ({"metadata": {"caption": "The end? 🌧"}}, "s.jsonl line 1, caption: the font of films has no letter '🌧'"),
         ({"style_prompt": "ink"}, "s.jsonl line 1, style_prompt: has no effect; set use_hunyuan_style to true"),
         ({"style_prompt": "ink", "use_hunyuan_style": True}, None),
         ({"style_prompt": "ink", "use_hunyuan_style": True, "mode": "fast"}, "use_hunyuan_style to true, in mode quality"),

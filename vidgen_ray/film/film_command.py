@@ -110,6 +110,7 @@ def film(
     described: dict[str, Any] = {}
     if script is not None:
         header, _ = open_script(ScriptSettings(script))
+        described |= {"title": header.title} if header.title else {}
         described |= checked_fields(header.film or {}, ScriptSettings(script).folder, f"{script.name}, film")
     if film_file is not None:
         described |= read_film_file(film_file)

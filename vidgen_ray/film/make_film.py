@@ -37,6 +37,12 @@ class Cue(NamedTuple):
     start_ms: int
     stop_ms: int
     text: str
+    shot: str
+    """Name of its shot."""
+
+    @property
+    def letters_per_s(self) -> float:
+        return 1000 * len("".join(self.text.split())) / max(1, self.stop_ms - self.start_ms)
 
 
 def cues(timeline: FilmTimeline) -> list[Cue]:
@@ -47,7 +53,8 @@ def cues(timeline: FilmTimeline) -> list[Cue]:
         lines = [line.strip() for line in (item.source.settings.caption or "").splitlines()]
         if text := "\n".join(line for line in lines if line):
             start, stop = item.start + item.fade_in, item.stop - item.fade_out
-            found.append(Cue(round(start * 1000 / timeline.fps), round(stop * 1000 / timeline.fps), text))
+            start_ms, stop_ms = (round(frame * 1000 / timeline.fps) for frame in (start, stop))
+            found.append(Cue(start_ms, stop_ms, text, item.source.name))
     return found
 
 
@@ -74,6 +81,10 @@ def _time(time_ms: int, separator: str) -> str:
     return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}{separator}{milliseconds:03}"
 
 
+MAX_LETTERS_PER_S = 20
+"""Letters per second that viewers can read, as subtitle editors have it."""
+MAX_NAMES = 5
+"""Shots that a note names."""
 SUFFIX = ".mp4"
 Progress = Callable[[str, int, int], None]
 """Called with the activity, and how many of how many steps of it are done."""
@@ -244,9 +255,19 @@ def _write_captions(path: Path, timeline: FilmTimeline, settings: FilmSettings) 
 
 def _notes(timeline: FilmTimeline, settings: FilmSettings, narration_s: float | None) -> list[str]:
     notes = []
+    shown = [] if settings.captions == "none" else cues(timeline)
+    if fast := [cue for cue in shown if cue.letters_per_s > MAX_LETTERS_PER_S]:
+        worst = max(fast, key=lambda cue: cue.letters_per_s)
+        seconds, rate = (worst.stop_ms - worst.start_ms) / 1000, f"{worst.letters_per_s:.0f} letters per second"
+        limit = f"more than {MAX_LETTERS_PER_S} letters per second"
+        names = ", ".join(cue.shot for cue in fast[:MAX_NAMES]) + (", ..." if len(fast) > MAX_NAMES else "")
+        advice = "shorten them, or set duration_s, or transition: cut"
+        notes.append(
+            f"captions too short to read ({limit}): {names}; {worst.shot} is shown for {seconds:.1f} s, {rate}; {advice}"
+        )
     if narration_s is not None and narration_s > timeline.seconds + 0.1:
         notes.append(f"{settings.narration}: is {narration_s:.1f} s long, the film {timeline.seconds:.1f} s; the rest is cut")
-    if settings.captions == "burn" and not cues(timeline):
+    if settings.captions == "burn" and not shown:
         notes.append("no shot has a caption; set `caption` in the metadata of the shots, or in a film file")
     silent = sum(item.source.settings.narration is not None for item in timeline.items)
     if silent and settings.voice is None:

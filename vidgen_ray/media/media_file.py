@@ -193,9 +193,11 @@ def load_font(path: Path | None, letter_px: int) -> ImageFont.FreeTypeFont:
 
 def missing_letter(text: str, font: ImageFont.FreeTypeFont) -> str | None:
     """Return a letter of the text that the font does not have, or `None`."""
+    return next((letter for letter in sorted(set(text)) if _is_missing(letter, font)), None)
+
+
+@lru_cache(maxsize=10_000)
+def _is_missing(letter: str, font: ImageFont.FreeTypeFont) -> bool:
     # Pillow does not tell which letters a font has. It draws the same box for all that are missing.
-    missing = bytes(font.getmask("\U0010ffff"))
-    for letter in sorted(set(text)):
-        if letter.isprintable() and not letter.isspace() and bytes(font.getmask(letter)) == missing:
-            return letter
-    return None
+    drawn = letter.isprintable() and not letter.isspace()
+    return drawn and bytes(font.getmask(letter)) == bytes(font.getmask("\U0010ffff"))
