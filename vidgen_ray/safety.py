@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic.config import JsonDict
 
 from vidgen_ray.errors import SetupError, StageError, StrictModel
 
@@ -29,17 +30,26 @@ TEXT_EXAMPLE = "subject=NAME,basis=written,reference=FILE"
 """The same as text, for the command line, tables and forms."""
 
 
+PRINTABLE: JsonDict = {"pattern": r"^[^\x00-\x1f\x7f-\x9f]*[^\s\x00-\x1f\x7f-\x9f][^\x00-\x1f\x7f-\x9f]*$"}
+
+
 class Consent(StrictModel):
     """Why a person's face may be used. May also be written as text: `subject=NAME,basis=written,reference=FILE`."""
 
-    subject: str = Field(min_length=1, max_length=200, description="Name of the person in the photos.")
+    subject: str = Field(
+        min_length=1, max_length=200, description="Name of the person in the photos.", json_schema_extra=PRINTABLE
+    )
     basis: Basis = Field(
         description="self: my own face. written: written consent of the person, or of a guardian. contract: a contract or "
         "licence covers this use. public-domain: a portrait that anyone may use this way. synthetic: nobody, the face is drawn "
         "or generated. demo: a photo that comes with vidgen, set automatically."
     )
     reference: str | None = Field(
-        None, min_length=1, max_length=1000, description="Where it is documented, such as a file name or a URL."
+        None,
+        min_length=1,
+        max_length=1000,
+        description="Where it is documented, such as a file name or a URL.",
+        json_schema_extra=PRINTABLE,
     )
 
     @model_validator(mode="before")

@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 from vidgen_ray.errors import StrictModel, explain, shortened
 from vidgen_ray.limits import (
@@ -192,6 +193,10 @@ def _by_model(text: str, models: Mapping[str, VideoModel] = VIDEO_MODELS) -> str
     return ", ".join(text.format(name=name, **asdict(model)) for name, model in models.items())
 
 
+TEXT: JsonDict = {"pattern": r"^([^\x00-\x08\x0b-\x1f]|\r\n)*$"}
+"""JSON schema of prompts: without control characters."""
+
+
 class Shot(_Frozen):
     """Settings of one shot: a script line with all defaults filled in.
 
@@ -202,9 +207,12 @@ class Shot(_Frozen):
     id: str | None = Field(
         None, description="Name of the shot, unique in the script. Default: derived from the line's content."
     )
-    prompt: str = Field(min_length=1, max_length=MAX_TEXT, description="Text to render.")
+    prompt: str = Field(min_length=1, max_length=MAX_TEXT, description="Text to render.", json_schema_extra=TEXT)
     negative_prompt: str | None = Field(
-        None, max_length=MAX_TEXT, description="Text to avoid. FLUX then needs two passes per denoising step."
+        None,
+        max_length=MAX_TEXT,
+        description="Text to avoid. FLUX then needs two passes per denoising step.",
+        json_schema_extra=TEXT,
     )
     mode: Literal["quality", "fast"] = Field(
         "quality",
@@ -296,7 +304,9 @@ class Shot(_Frozen):
         "hunyuan",
         description="Style model: hunyuan (HunyuanDiT, image to image) or qwen-edit (Qwen-Image-Edit, by instruction).",
     )
-    style_prompt: str | None = Field(None, max_length=MAX_TEXT, description="Text appended to the prompt for the restyle.")
+    style_prompt: str | None = Field(
+        None, max_length=MAX_TEXT, description="Text appended to the prompt for the restyle.", json_schema_extra=TEXT
+    )
     style_strength: Strength = Field(0.5, description="Image-to-image strength of the restyle. 0 keeps the image.")
 
     generate_video: bool = Field(True, description="Generate a clip from the image. false: render the image only.")
@@ -305,7 +315,10 @@ class Shot(_Frozen):
         description=f"Video model. The profile must have it. The prompt is read by {', '.join(PROMPTED_MODELS)}.",
     )
     motion_prompt: str | None = Field(
-        None, max_length=MAX_TEXT, description="Text appended to the prompt for the video model: what moves, and how."
+        None,
+        max_length=MAX_TEXT,
+        description="Text appended to the prompt for the video model: what moves, and how.",
+        json_schema_extra=TEXT,
     )
     video_lora: tuple[VideoLora, ...] = Field(
         (),

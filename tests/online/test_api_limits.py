@@ -131,6 +131,23 @@ def test_server_without_keys_rejects_other_hosts_and_binds_to_loopback_only(tiny
     check_bind_host("0.0.0.0", load_keys(None, Limits(), {"VIDGEN_API_KEYS": f"ada={hash_key(new_key())}"}))
 
 
+def test_root_path_is_part_of_links_and_urls_with_a_proxy_that_removes_it_or_not(tiny, tmp_path):
+    settings = settings_with_keys(tmp_path, {"ada": {}}, root_path="/vidgen")
+    with local_server(tiny, settings) as server:
+        client = client_of(server)
+        for prefix in ("", "/vidgen"):
+            page = TestClient(server.app, base_url="http://videos.example", follow_redirects=False)
+            assert page.get(f"{prefix}/").headers["location"] == "/vidgen/sign-in"
+            assert 'href="/vidgen/static/' in page.get(f"{prefix}/sign-in").text
+            assert "/vidgen/" in page.post(f"{prefix}/sign-in", data={"key": "vg-ada"}).headers["set-cookie"]
+            assert client.get(f"{prefix}/static/page.css").status_code == 200
+            body = {"prompt": "x", "size": "64x64", "response_format": "url"}
+            (image,) = client.post(f"{prefix}/v1/images/generations", json=body).json()["data"]
+            assert image["url"].startswith("http://videos.example/vidgen/v1/videos/")
+            assert client.get(image["url"]).headers["content-type"] == "image/png"
+        assert client.get("/openapi.json").json()["servers"] == [{"url": "/vidgen"}]
+
+
 def test_key_file_errors_do_not_contain_the_key(tmp_path):
     file = tmp_path / "keys.yaml"
     for text, message in (

@@ -63,6 +63,8 @@ def error_of(response, status: int) -> dict:
 def test_form_and_json_create_the_same_shot(client, held):
     fields = {"prompt": "a man", "size": "128x64", "seconds": "2", "seed": 3, "guidance_scale": 2.5, "mode": "fast"}
     by_json = client.post("/v1/videos", json={**fields, "lora": {"name": "ink", "scale": 0.25}}).json()
+    by_json_in_form = client.post("/v1/videos", data={**SMALL, "metadata": '{"shop": 7}'}).json()
+    assert shot_of(client, by_json_in_form["id"])["metadata"] == {"shop": 7}
     form = {name: str(value) for name, value in fields.items()}
     by_form = client.post("/v1/videos", data={**form, "lora[name]": "ink", "lora[scale]": "0.25"}).json()
     shots = [shot_of(client, video["id"]) for video in (by_json, by_form)]

@@ -89,6 +89,19 @@ def outline(document: dict) -> dict:
     }
 
 
+def test_openapi_document_is_valid_and_accepted_values_are_those_of_the_routes(server):
+    document = server.app.openapi()
+    pytest.importorskip("schemathesis").openapi.from_dict(document).validate()
+    used = {tag for operations in document["paths"].values() for operation in operations.values() for tag in operation["tags"]}
+    assert {tag["name"] for tag in document["tags"]} == used
+    assert document["servers"] == [{"url": "/"}]
+    videos = {kind: document["components"]["schemas"][f"CreateVideo{kind}"]["properties"] for kind in ("Json", "Form")}
+    assert videos["Json"]["flow_shift"]["type"] == "null"
+    assert videos["Json"]["true_cfg_scale"]["anyOf"] == [{"enum": [0, 1]}, {"type": "null"}]
+    assert videos["Json"]["seed"]["anyOf"][0] == {"type": "integer", "minimum": -1, "maximum": 2**32 - 1}
+    assert "null" not in json.dumps(videos["Form"])
+
+
 def test_openapi_document_is_complete(server, client):
     document = server.app.openapi()
     error = {"$ref": "#/components/schemas/ErrorBody"}

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from fastapi import APIRouter, FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online import api_error
@@ -96,10 +97,27 @@ def make_app(
     app.state.large_json = asyncio.Semaphore(LARGE_JSON_BODIES)
     app.state.body_parser = ThreadPoolExecutor(1, "parse")
     app.add_middleware(BodyCap, cap_bytes=settings.uploads.body_bytes)
+    if settings.root_path:
+        app.add_middleware(RootPath, root_path=settings.root_path)
     api_error.install(app)
     _add_api(app)
     add_page(app, server)
     return app
+
+
+class RootPath:
+    """Middleware that serves an app under a path. The proxy may pass this path on or remove it."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            is_inside = f"{scope['path']}/".startswith(f"{self._root_path}/")
+            path = scope["path"] if is_inside else self._root_path + scope["path"]
+            scope = {**scope, "path": path, "root_path": self._root_path}
+        await self._app(scope, receive, send)
 
 
 def _empty_app(settings: OnlineSettings, store: JobStore) -> FastAPI:
@@ -140,7 +158,8 @@ def _add_api(app: FastAPI) -> None:
     ):
         app.include_router(each)
     # Replacing the method is FastAPI's documented way to extend the document.
-    app.openapi = lambda: openapi_document(app)  # type: ignore[method-assign]
+    root_path = app.state.server.settings.root_path
+    app.openapi = lambda: openapi_document(app, root_path)  # type: ignore[method-assign]
 
 
 router = APIRouter(tags=["models"])

@@ -41,6 +41,7 @@ SERVE_OPTIONS = ModelOptions.of(
     profile={"flag": "--profile/-p"},
     host={},
     port={"metavar": "PORT", "kind": int, "min": 1, "max": 65535},
+    root_path={"metavar": "PATH"},
     data={},
     database={},
     keys_file={"flag": "--keys", "metavar": "FILE"},

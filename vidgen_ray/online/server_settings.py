@@ -148,6 +148,9 @@ class OnlineSettings(StrictModel):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
+    root_path: str = Field(
+        "", pattern=r"^(/[\w.~-]+)*$", description="Path of the server behind a proxy, for example /vidgen. Default: none."
+    )
     limits: Limits = Field(Limits(), description="Limits of API keys that set none of their own.")
     uploads: UploadCaps = Field(UploadCaps(), description="Size limits of requests.")
     max_queued: int = Field(256, ge=1, description="Most queued jobs of all tenants. Further requests get status 429.")

@@ -44,14 +44,23 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 EVENT_STREAM = {
     "text/event-stream": {
-        "itemSchema": {
+        "schema": {
             "type": "object",
             "properties": {name: {"type": "string"} for name in ("event", "data", "id")},
             "required": ["event", "data"],
         }
     }
 }
-"""`content` of a response with server-sent events. `data` is JSON."""
+"""`content` of a response with server-sent events, whose `data` is JSON. The schema is that of one event."""
+TAGS: Mapping[str, str] = {
+    "videos": "Create, follow, download and delete videos.",
+    "images": "Generate and edit images.",
+    "characters": "Named faces from photos or a video.",
+    "shots": "Jobs with all fields of a script line.",
+    "files": "Uploaded images.",
+    "models": "Models and LoRAs of the server.",
+    "health": "State of the server. Needs no key.",
+}
 
 
 class JsonBody(GenerateJsonSchema):
@@ -66,6 +75,16 @@ class FormBody(GenerateJsonSchema):
 
     def is_instance_schema(self, schema: core_schema.IsInstanceSchema) -> JsonSchemaValue:
         return {"type": "string", "contentMediaType": "application/octet-stream", "contentEncoding": "binary"}
+
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
+        # A form cannot send null.
+        return self.generate_inner(schema["schema"])
+
+    def none_schema(self, schema: core_schema.NoneSchema) -> JsonSchemaValue:
+        return {"const": ""}
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        return {name: value for name, value in super().default_schema(schema).items() if (name, value) != ("default", None)}
 
     def union_schema(self, schema: core_schema.UnionSchema) -> JsonSchemaValue:
         choices = [choice[0] if isinstance(choice, tuple) else choice for choice in schema["choices"]]
@@ -93,12 +112,17 @@ def _shared_schema(model: type[RequestBody], media_type: str) -> dict[str, Any]:
     return {"$ref": template.format(model=name), "$defs": {**schema.pop("$defs", {}), name: schema}}
 
 
-def openapi_document(app: FastAPI) -> dict[str, Any]:
-    """Return FastAPI's document without its validation errors: this server responds with 400, not 422."""
+def openapi_document(app: FastAPI, root_path: str) -> dict[str, Any]:
+    """Return FastAPI's document without its validation errors: this server responds with 400, not 422.
+
+    `root_path`: path of the server behind a proxy.
+    """
     if app.openapi_schema:
         return app.openapi_schema
     # A copy: FastAPI's document shares the request bodies with the routes, which other apps of this process have, too.
-    document = deepcopy(get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes))
+    about: dict[str, Any] = {"title": app.title, "version": app.version, "description": app.description}
+    about["tags"] = [{"name": name, "description": description} for name, description in TAGS.items()]
+    document = deepcopy(get_openapi(**about, servers=[{"url": root_path or "/"}], routes=app.routes))
     schemas = document["components"]["schemas"]
     for path in document["paths"].values():
         for operation in path.values():

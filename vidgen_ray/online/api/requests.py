@@ -11,7 +11,8 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -152,9 +153,9 @@ def with_peer_fields(*, images: bool) -> Callable[[type[B]], type[B]]:
 def _annotation(peer: PeerField) -> Any:
     if peer.neutral == ():
         # Values of all types are refused with the same sentence.
-        documented = Any if peer.type is object else peer.type
-        return Annotated[Any, PlainValidator(peer.check, json_schema_input_type=documented)]
-    return Annotated[peer.type, AfterValidator(peer.check)] | None
+        return Annotated[Any, PlainValidator(peer.check, json_schema_input_type=None)]
+    documented = [] if peer.neutral is ANY else [WithJsonSchema({"enum": list(peer.neutral)})]
+    return Annotated[(peer.type, AfterValidator(peer.check), *documented)] | None
 
 
 def _one_of(values: tuple[object, ...]) -> str:
@@ -232,7 +233,7 @@ Images = Annotated[Any, _any(list[UploadFile | str | ImageReference] | UploadFil
 Loras = Annotated[Any, _any(list[str | LoraReference] | str | LoraReference)]
 FileIds = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)]
 File = Annotated[UploadFile, BeforeValidator(_require_file)]
-Seed = Annotated[int, BeforeValidator(_reject_bool), Field(ge=RANDOM_SEED, le=MAX_SEED)]
+Seed = Annotated[int, Field(ge=RANDOM_SEED, le=MAX_SEED), BeforeValidator(_reject_bool)]
 SEED = TypeAdapter(Seed)
 
 
@@ -296,7 +297,8 @@ class RequestBody(StrictModel):
 
 def _from_text(name: str, text: str, field: FieldInfo) -> Any:
     """Decode JSON in a field that is not text, and find the number that a field with a choice of numbers means."""
-    types = (field.annotation, *get_args(field.annotation))
+    is_union = get_origin(field.annotation) in (Union, UnionType)
+    types = (field.annotation, *(get_args(field.annotation) if is_union else ()))
     if str in [getattr(each, "__origin__", each) for each in types]:
         return text
     if not text.lstrip().startswith(("{", "[")):
