@@ -275,6 +275,9 @@ def test_image_as_a_data_url(client, held):
     for names in (("input_reference", "input_reference"), ("input_reference", "image_reference")):
         response = client.post("/v1/videos", data=SMALL, files=[(name, ("a", png())) for name in names])
         assert error_of(response, 400)["param"] == names[1], "two start images"
+    texts = {"prompt": "a" * 1_100_000, "negative_prompt": "b" * 1_100_000}
+    message = error_of(client.post("/v1/videos", data=SMALL | texts, files={"input_reference": ("a", png())}), 400)["message"]
+    assert message.startswith("The text fields have more than 2097152 characters.")
 
 
 def announce(url, content_type, length, sent):

@@ -146,8 +146,7 @@ def test_more_memory_is_never_slower_and_leaves_room():
 def test_options_follow_from_the_memory():
     def chosen(gb):
         actors = profile_for("auto", lambda: machine(gb)).actors
-        flux = {name: value for name, value in actors["flux"].options.items() if name != "step_cache_threshold"}
-        return flux, "TI2V" in actors["wan"].weights, actors["wan"].options
+        return actors["flux"].options, "TI2V" in actors["wan"].weights, actors["wan"].options
 
     assert chosen(23.6) == ({"quantize": "fp8_storage", "text_encoder": "swapped"}, True, {"cpu_offload": True})
     assert chosen(44.4) == ({"text_encoder": "swapped"}, False, {"cpu_offload": True})

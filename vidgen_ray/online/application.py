@@ -7,6 +7,7 @@ Serve configs use `vidgen_ray.online.application:build` as their import path.
 
 import asyncio
 import logging
+import os
 import re
 import threading
 import time
@@ -56,6 +57,7 @@ log = logging.getLogger(__name__)
 APP = "vidgen"
 API = "Api"
 API_CPUS = 0.25
+HA_PROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 DIRECTOR_TIMEOUT_S = 2.0
 """Seconds that the director may take to say what is missing."""
 API_REQUESTS = 1_000
@@ -132,6 +134,11 @@ def check_exposure(settings: OnlineSettings) -> None:
 
     Call it when connected to Ray. Also checks the host of a running Ray Serve, which a config sets apart from the settings.
     """
+    if os.environ.get(HA_PROXY) == "1":
+        raise SetupError(
+            f"{HA_PROXY}=1: HAProxy's metrics and statistics listen on all interfaces, without a key. "
+            f"Run `unset {HA_PROXY}`, and start Ray again."
+        )
     keys = load_keys(settings.keys_file, settings.limits)
     token_is_required = requires_token()
     if not token_is_required:

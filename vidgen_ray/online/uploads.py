@@ -320,14 +320,14 @@ async def _parse(request: Request, parse: Callable[[B], T], body: B) -> T:
 class _FormParser(MultiPartParser):
     """Multipart parser that limits all text fields together."""
 
-    _text_bytes = 0
+    _text_length = 0
 
-    def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._current_part.file is None:
-            self._text_bytes += end - start
-            if self._text_bytes > FORM_TEXT_BYTES:
-                raise MultiPartException(f"The text fields have more than {FORM_TEXT_BYTES} bytes. Send images as files.")
-        super().on_part_data(data, start, end)
+    def on_part_end(self) -> None:
+        super().on_part_end()
+        _, value = self.items[-1]
+        self._text_length += len(value) if isinstance(value, str) else 0
+        if self._text_length > FORM_TEXT_BYTES:
+            raise MultiPartException(f"The text fields have more than {FORM_TEXT_BYTES} characters. Send images as files.")
 
 
 async def _read_form(request: Request, kind: str, caps: UploadCaps) -> FormData:
