@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -10,18 +11,22 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.data
+from PIL import Image
 from ray.util.annotations import RayDeprecationWarning
 
 from tests.fake_stages import FAKES, profile_of_fakes
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.data import build_processor
 from vidgen_ray.errors import UsageError
+from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.planner import parse_gpus
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 def test_rows_become_result_rows_between_other_steps(tiny, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (64, 64)).save(photo)
     rows = [{"id": f"s{n}", "caption": f"shot {n}", "extra": n, "fps": 6} for n in range(7)]
     rows[3]["caption"] = "raise"
     rows[5]["fps"] = 0
@@ -36,6 +41,7 @@ def test_rows_become_result_rows_between_other_steps(tiny, tmp_path):
             "id": row["id"],
             "prompt": row["caption"],
             "fps": row["fps"],
+            "image": None if row["extra"] else str(photo),
             "metadata": {"extra": row["extra"]},
         },
         options=RenderOptions(stages=FAKES),
@@ -55,8 +61,17 @@ def test_rows_become_result_rows_between_other_steps(tiny, tmp_path):
     manifest = {row["id"]: row for row in pq.read_table(tmp_path / "out" / "manifest").to_pylist()}
     assert manifest["s0"]["script"] == "captions"
     assert by_id["s0"]["hd_video"] == str(tmp_path / "out" / manifest["s0"]["hd_video"])
+    # The next execution in this process sees changed files, and shots that were removed.
+    Image.new("RGB", (64, 64), "blue").save(photo)
+    shutil.rmtree(tmp_path / "out" / shot_path("s1"))
     again = {row["id"]: (row["status"], row["last_run"]) for row in processor(prompts).iter_rows()}
-    assert again["s0"] == ("done", "reused")
+    assert [again[f"s{n}"] for n in range(3)] == [("done", "rendered"), ("done", "rendered"), ("done", "reused")]
+    # Another data set replaces none of them.
+    other = build_processor(tiny, tmp_path / "out", name="other", options=RenderOptions(stages=FAKES))
+    (row,) = other(ray.data.from_items([{"id": "s2", "prompt": "another"}])).iter_rows()
+    assert "which is a finished shot of captions" in row["failure_message"]
+    with pytest.raises(TypeError, match="'name'"):
+        build_processor(tiny, tmp_path / "out")
 
 
 def test_leaving_the_results_returns_the_gpus(tiny, tmp_path):
@@ -70,7 +85,7 @@ def test_leaving_the_results_returns_the_gpus(tiny, tmp_path):
     # The first result is there at once, the second never.
     dataset = ray.data.from_items([{"id": "wrong", "prompt": "a", "fps": 0}, {"id": "hangs", "prompt": "hang", "fps": 6}])
     options = RenderOptions(cluster=parse_gpus("1x80GB"), stages=FAKES)
-    results = build_processor(profile_of_fakes(tiny), tmp_path / "out", options=options)(dataset)
+    results = build_processor(profile_of_fakes(tiny), tmp_path / "out", name="prompts", options=options)(dataset)
     # By default, Ray passes a block on when it has the next one.
     rows = results.iter_batches(batch_size=None, prefetch_batches=0)
     next(iter(rows))
@@ -89,7 +104,9 @@ def test_lost_task_is_refused_a_second_attempt(tiny, tmp_path):
 
     # A setting without effect is a message, which this task receives.
     dataset = ray.data.from_items([{"id": f"s{n}", "prompt": "a", "generate_video": False, "fps": 6} for n in range(3)])
-    processor = build_processor(tiny, tmp_path / "out", options=RenderOptions(stages=FAKES), on_message=lose_task)
+    processor = build_processor(
+        tiny, tmp_path / "out", name="prompts", options=RenderOptions(stages=FAKES), on_message=lose_task
+    )
     with pytest.raises(ray.exceptions.RayError, match="was lost with its process"):
         processor(dataset).take_all()
     assert lost.exists()
@@ -100,7 +117,7 @@ def test_results_have_blocks_of_several_rows_and_no_deprecated_arguments_of_ray(
     with warnings.catch_warnings():
         warnings.simplefilter("error", RayDeprecationWarning)
         options = RenderOptions(cluster=parse_gpus("1x80GB"), stages=FAKES)
-        processor = build_processor(profile_of_fakes(tiny), tmp_path / "out", options=options)
+        processor = build_processor(profile_of_fakes(tiny), tmp_path / "out", name="prompts", options=options)
         ids = [row["id"] for row in processor(dataset).map(lambda row: {"id": row["id"]}).iter_rows()]
     assert sorted(ids) == sorted(f"s{n}" for n in range(30))
     # All shots are skipped, so the results of a block are there at once.
@@ -113,4 +130,4 @@ def test_preserve_order_is_refused(tiny, tmp_path):
     dataset = ray.data.from_items([{"prompt": "a"}])
     dataset.context.execution_options.preserve_order = True
     with pytest.raises(UsageError, match="preserve_order: got True, must be False"):
-        build_processor(tiny, tmp_path / "out")(dataset)
+        build_processor(tiny, tmp_path / "out", name="prompts")(dataset)

@@ -1,6 +1,6 @@
 """Ray Data processor: maps a data set of script rows to a data set of result rows.
 
-    processor = build_processor("gpu-80gb", "s3://bucket/clips")
+    processor = build_processor("gpu-80gb", "s3://bucket/clips", name="prompts")
     results = processor(ray.data.read_parquet("prompts.parquet"))
 
 So rendering is one step of a Ray Data pipeline: a model may write the prompts before it, and a filter may follow it.
@@ -76,7 +76,7 @@ def build_processor(
     profile: str | Profile,
     out: str | Path,
     *,
-    name: str = "dataset",
+    name: str,
     seed: int = 0,
     defaults: Mapping[str, Any] | None = None,
     to_fields: Callable[[Fields], Fields] | None = None,
@@ -92,7 +92,8 @@ def build_processor(
     failed), `last_run` (rendered, reused or failed), `image`, `video`, `hd_video` (absolute paths or URLs), `seconds`,
     `failure_stage`, `failure_error`, `failure_message`, `metadata` (JSON), the settings of the shot and others. A wrong row is
     a result whose status is failed. Finished shots are reused, so the same pipeline resumes. `out` gets the files, the manifest
-    and failures.jsonl, as `vidgen render` writes them. `name` stands for the script there.
+    and failures.jsonl, as `vidgen render` writes them. `name` stands for the script there: rows of a
+    data set with the same name and the same ids replace finished shots, those of another name are refused.
 
     Rows come in blocks of up to 100. A row waits for others of its block for at most a fifth of the time since rendering
     started, and at most ten minutes.

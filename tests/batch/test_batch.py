@@ -2,6 +2,7 @@
 
 import json
 import signal
+from contextlib import closing
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ASTRONAUT, SYNTHETIC
-from tests.fake_stages import FAKES, with_actor
+from tests.fake_stages import FAKES, use_fakes, with_actor
 from tests.ray_workers import use_small_images
 from vidgen_ray.batch import render_script
 from vidgen_ray.batch.render_script import _encoding_note, render
@@ -250,6 +251,30 @@ def test_line_that_cannot_be_read_replaces_and_prunes_no_shot(command, tmp_path,
     assert run(whole) == (0, (0, 6))
     assert run(whole.replace(rows[5], ""), "--prune") == (0, (0, 5))
     assert rows_of(out).keys() == {f"s{n}" for n in range(5)}
+
+
+def test_prune_removes_the_files_of_failed_lines_and_keeps_those_that_the_library_has_made(command, tiny, make_shot, tmp_path):
+    path, out = tmp_path / "s.jsonl", tmp_path / "out"
+    lines = [{"id": id_, "prompt": "a ball", "generate_video": False} for id_ in "abcde"]
+    render = ("render", path, "-o", out, "-p", "tiny")
+
+    def has_files():
+        return {id_ for id_ in "abcde" if (out / shot_path(id_) / "shot.json").exists()}
+
+    write_lines(path, lines)
+    assert command(*render)[0] == 0
+    # Changed so that they fail, then removed.
+    write_lines(path, [{**lines[0], "prompt": "raise"}, {**lines[1], "fps": 0}, {**lines[2], "prompt": "raise"}, *lines[3:]])
+    assert command(*render)[0] == 1
+    write_lines(path, lines[4:])
+    assert command(*render)[0] == 0
+    assert {id_: row["status"] for id_, row in rows_of(out).items()} == dict.fromkeys("abcd", "replaced") | {"e": "done"}
+    with closing(use_fakes(VideoGenerationPipeline(tiny, out))) as pipeline:
+        for id_ in "cd":
+            pipeline.render(make_shot(id=id_, prompt="of the library", generate_video=False))
+    assert command("prune", out, "--dry-run")[1].splitlines()[1:] == ["a", "b"]
+    assert command("prune", out)[0] == 0
+    assert (has_files(), rows_of(out).keys()) == (set("cde"), {"e"})
 
 
 def test_retry_renders_each_line_as_the_run_in_which_it_failed(command, tmp_path, monkeypatch):

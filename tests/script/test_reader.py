@@ -4,6 +4,7 @@ import base64
 import csv
 import json
 import os
+import shutil
 from functools import reduce
 
 import numpy as np
@@ -429,5 +430,9 @@ def test_files_that_cannot_be_used_are_found_before_rendering(check, tmp_path):
         (error,) = check(line, decode_files=True).errors
         assert (error.field, error.got) == (field, "an unusable file")
         assert message in error.allowed
+    # A notebook may repair a file and read the script again.
+    (tmp_path / "x.png").write_bytes((tmp_path / "face.png").read_bytes())
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "z.safetensors")
+    assert not check({"prompt": "a", "image": "x.png", "lora": "z.safetensors"}, decode_files=True).errors
     line = {"prompt": "a", "image": "face.png", "face_image": "face.png", "lora": "a.safetensors"}
     assert not check(line, decode_files=True).errors

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import secrets
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -288,7 +289,7 @@ def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[Planne
         batch_size=None,
         batch_format="pyarrow",
         # Loaded by a task and in a list: then the driver has no copy, and the tasks of a node share one.
-        fn_kwargs={"planner": pickle.dumps(planner), "finished": [finished]},
+        fn_kwargs={"execution": secrets.token_hex(8), "planner": pickle.dumps(planner), "finished": [finished]},
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(size=tasks),
         label_selector=on_this_node()["label_selector"],
@@ -305,33 +306,33 @@ def _load_finished(outputs: OutputFolder, changed_by: Sequence[str] | None) -> F
     return FinishedShots.load(outputs, changed_by)
 
 
-def _plan_block(block: pyarrow.Table, planner: bytes, finished: list[ray.ObjectRef]) -> pyarrow.Table:
+def _plan_block(block: pyarrow.Table, execution: str, planner: bytes, finished: list[ray.ObjectRef]) -> pyarrow.Table:
     """Task of Ray Data: plan the lines of each row. An error that ends the run is returned in place of the planned lines."""
 
     def planned(text: bytes) -> list[PlannedLine] | VidgenError:
         lines: Sequence[Line] | VidgenError = pickle.loads(text)
         try:
-            return lines if isinstance(lines, VidgenError) else _planner(planner, finished[0]).plan(lines)
+            return lines if isinstance(lines, VidgenError) else _planner(execution, planner, finished[0]).plan(lines)
         except VidgenError as error:
             return error
 
     return pyarrow.table({"planned": [pickle.dumps(planned(text)) for text in block["lines"].to_pylist()]})
 
 
-_planners: dict[bytes, LinePlanner] = {}
-"""Planner of the last run in this process. It keeps the digests of files, and tasks of a run share processes."""
+_planners: dict[str, LinePlanner] = {}
+"""Execution -> its planner, of the last one in this process. It keeps finished shots and the digests of files."""
 
 
-def _planner(pickled: bytes, finished: ray.ObjectRef) -> LinePlanner:
-    if pickled not in _planners:
+def _planner(execution: str, pickled: bytes, finished: ray.ObjectRef) -> LinePlanner:
+    if execution not in _planners:
         _planners.clear()
         planner: LinePlanner = pickle.loads(pickled)
         planner.finished = ray.get(finished)
-        _planners[pickled] = planner
+        _planners[execution] = planner
         # Otherwise the collector checks all objects of the imported modules after every few blocks: a seventh of the CPU time.
         gc.collect()
         gc.freeze()
-    return _planners[pickled]
+    return _planners[execution]
 
 
 def one_task_source(blocks: Callable[[], Iterator[pyarrow.Table]]) -> Any:

@@ -33,7 +33,7 @@ from vidgen_ray.outputs.manifest import (
     parquet_files,
 )
 from vidgen_ray.outputs.manifest_writer import drop_rows
-from vidgen_ray.outputs.records import KEYS, RECORD, SCORES, SHARD, SHOTS
+from vidgen_ray.outputs.records import KEYS, RECORD, SCORES, SHARD, SHOTS, shot_path
 from vidgen_ray.outputs.reviews import drop_reviews
 from vidgen_ray.outputs.stage_cache import CONTENT_KEY, REMOTE_JOBS, entry_path
 from vidgen_ray.outputs.storage import Storage, StoredFile
@@ -304,32 +304,52 @@ def prune(
 ) -> PruneReport:
     """Delete the files and rows of replaced shots, and of finished shots with these `ids`. `lease`: if it is held already.
 
-    The replaced shots of a script with rejected lines are kept: these lines may be theirs. A killed call is completed by the
+    The replaced shots of a script with rejected lines are kept: these lines may be theirs. So are files that the library or a
+    server has made since under the same id. A killed call is completed by the
     next one. Raises SetupError if a run is using the folder, or if it has no manifest.
     """
     check_has_manifest(outputs.storage)
     with outputs.lease(new_name()) if lease is None else nullcontext(lease) as lease:
         rejected = Counter(
             row["script"]
-            for batch in manifest_batches(outputs.storage, ("script", "failure_stage"))
+            for batch in manifest_batches(outputs.storage, ("script", "status", "failure_stage"))
             for row in batch.to_pylist()
-            if row["failure_stage"] == REJECTED
+            if row["status"] == "failed" and row["failure_stage"] == REJECTED
         )
-        shots, size = list[str](), 0
+        shots, others, size = list[str](), set[str](), 0
         for batch in manifest_batches(outputs.storage):
             for row in batch.to_pylist():
                 is_gone = row["status"] == REPLACED and row["script"] not in rejected
                 if not is_gone and not (row["status"] == "done" and row["id"] in ids):
+                    continue
+                if not _has_files_of(outputs.storage, row):
+                    others.add(row["id"])
                     continue
                 shots.append(row["id"])
                 size += sum(row[f"{name}_bytes"] or 0 for name in SHOT_FILES)
                 if not dry_run:
                     lease.check()
                     outputs.delete_shot(row["id"])
-        if shots and not dry_run:
+        if (shots or others) and not dry_run:
             # After the files of a run that holds this lease.
-            drop_rows(outputs.storage, f"{lease.run}-prune", set(shots))
+            drop_rows(outputs.storage, f"{lease.run}-prune", {*shots, *others})
     return PruneReport(tuple(sorted(shots)), size, dict(rejected))
+
+
+def _has_files_of(storage: Storage, row: dict[str, Any]) -> bool:
+    """Return whether the files of a shot are those of its manifest row, not of a later render by a writer without rows."""
+    folder = shot_path(row["id"])
+    try:
+        files = json.loads(storage.read(f"{folder}/{RECORD}") or b"{}").get("files", {})
+        digests = {file: row[f"{name}_sha256"] for name, file in SHOT_FILES.items() if row[f"{name}_sha256"] is not None}
+        if digests:
+            return not files or all(files.get(file, {}).get("sha256") == digest for file, digest in digests.items())
+        # The row of a failure has no digests.
+        record = storage.files(folder).get(RECORD)
+        return record is None or record.modified <= row["ended_at"].timestamp()
+    # A damaged record is of no other render that could be used.
+    except (ValueError, TypeError, AttributeError):
+        return True
 
 
 def shot_records(storage: Storage) -> Iterator[tuple[str, bytes | None]]:

@@ -43,7 +43,7 @@ from vidgen_ray.outputs.manifest import (
     rows_as_columns,
     write_marker,
 )
-from vidgen_ray.outputs.records import Failure
+from vidgen_ray.outputs.records import Failure, shot_path
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.shot import Shot
 from vidgen_ray.system.cache_dir import sha256_of
@@ -156,12 +156,12 @@ class ManifestWriter:
         """
         self._flushing.stop()
         self.flush()
-        rechecked_script = self._script if whole_script else None
 
         def is_resolved(reason: _Reason) -> bool:
             if reason.key in failures:
                 return False
-            was_rechecked = reason.script == rechecked_script and (reason.stage == REJECTED or every_line_has_a_row)
+            was_read = whole_script and reason.script == self._script
+            was_rechecked = was_read and (reason.stage == REJECTED or every_line_has_a_row)
             return was_rechecked or reason.id in seen or reason.id in replaced_ids
 
         names = manifest_files(self._storage)
@@ -176,9 +176,9 @@ class ManifestWriter:
                 continue
             file, index = indexed
             if not is_own:
-                file = _without_replaced(file, index, replaced_ids, rechecked_script)
-                if every_line_has_a_row:
-                    file = _with_replaced_rows(file, index, self._script)
+                file = _without_replaced(file, index, replaced_ids)
+                if whole_script:
+                    file = _without_removed_lines(self._storage, file, index, self._script, every_line_has_a_row)
             failed = index.filter(pyarrow.array(file.current & _is(index, "status", "failed")))
             failures.update(zip(failed.column("run").to_pylist(), failed.column("id").to_pylist(), strict=True))
             finished_runs |= _finished_runs(file, index)
@@ -230,27 +230,36 @@ def _is(index: pyarrow.Table, name: str, *values: str) -> NDArray[np.bool_]:
     return is_equal
 
 
-def _without_replaced(
-    file: ManifestFile, index: pyarrow.Table, replaced_ids: set[str], rechecked_script: str | None
+def _without_replaced(file: ManifestFile, index: pyarrow.Table, replaced_ids: set[str]) -> ManifestFile:
+    """Return the file without rows of replaced ids."""
+    return file._replace(current=file.current & ~_is(index, "id", *replaced_ids)) if replaced_ids else file
+
+
+def _without_removed_lines(
+    storage: Storage, file: ManifestFile, index: pyarrow.Table, script: str, every_line_has_a_row: bool
 ) -> ManifestFile:
-    """Return the file without rows of replaced ids and earlier rejections of the rechecked script."""
-    current = file.current
-    if replaced_ids:
-        current = current & ~_is(index, "id", *replaced_ids)
-    if rechecked_script is not None:
-        current = current & ~(_is(index, "script", rechecked_script) & _is(index, "failure_stage", REJECTED))
-    return file._replace(current=current)
+    """Return the file without rows of failed lines that the script does not have any more, or has corrected.
 
-
-def _with_replaced_rows(file: ManifestFile, index: pyarrow.Table, script: str) -> ManifestFile:
-    """Return the file with its current rows of the script marked as replaced, and without those that failed."""
+    With `every_line_has_a_row`, its other rows, and those of failed lines with files of an earlier render, become replaced.
+    Otherwise only rejections are known to be outdated, and those with such files are kept.
+    """
     gone = file.current & _is(index, "script", script)
+    if not every_line_has_a_row:
+        gone &= _is(index, "failure_stage", REJECTED)
     if not gone.any():
         return file
+    failed = gone & _is(index, "status", "failed")
+    failed[failed] = ~_have_files(storage, index.column("id").filter(pyarrow.array(failed)).to_pylist())
     # Rows that are replaced already need no rewriting.
-    return file._replace(
-        current=file.current & ~(gone & _is(index, "status", "failed")), replaced=gone & ~_is(index, "status", REPLACED)
-    )
+    replaced = gone & ~_is(index, "status", REPLACED) if every_line_has_a_row else None
+    return file._replace(current=file.current & ~failed, replaced=replaced)
+
+
+def _have_files(storage: Storage, ids: Sequence[str]) -> NDArray[np.bool_]:
+    """Return for each id, (ids,), whether there is a folder of a shot with this id."""
+    paths = [shot_path(id_) for id_ in ids]
+    present = {f"{shard}/{name}" for shard in {posixpath.dirname(path) for path in paths} for name in storage.folders(shard)}
+    return np.array([path in present for path in paths], bool)
 
 
 def drop_rows(storage: Storage, run: str, ids: Set[str]) -> None:

@@ -19,6 +19,7 @@ from vidgen_ray.script.formats import ScriptVersion, open_script
 from vidgen_ray.script.lines import Line, Lines, ScriptIndex, ScriptSettings
 from vidgen_ray.shot import IMAGE_FIELDS, Shot, derive_id
 from vidgen_ray.stages.flux import FluxLoRAStage
+from vidgen_ray.system.cache_dir import file_version
 from vidgen_ray.weights import resolve
 
 CACHED_FILES = 4096
@@ -31,9 +32,9 @@ def check_files(shot: Shot, *, decode: bool = False) -> list[tuple[str, VidgenEr
     """
     images = [(field, path) for field in IMAGE_FIELDS if (path := getattr(shot, field))]
     images += [("face_image", photo) for photo in shot.face_image]
-    checked = [(field, _image_error(path, decode)) for field, path in images]
-    checked += [("lora", _lora_error(lora.path, FLUX)) for lora in shot.lora]
-    checked += [("video_lora", _lora_error(lora.path, shot.video_model)) for lora in shot.video_lora]
+    checked = [(field, _image_error(path, _version(path), decode)) for field, path in images]
+    checked += [("lora", _lora_error(lora.path, _version(lora.path), FLUX)) for lora in shot.lora]
+    checked += [("video_lora", _lora_error(lora.path, _version(lora.path), shot.video_model)) for lora in shot.video_lora]
     return [(field, error) for field, error in checked if error is not None]
 
 
@@ -47,12 +48,24 @@ def check_lora_sizes(shot: Shot, profile: Profile) -> list[tuple[str, VidgenErro
     # Damaged files are found by `check_files`, damaged weights when they are loaded.
     with suppress(Exception):
         weights = str(profile.params(FluxLoRAStage).weights)
-        return [("lora", error) for lora in shot.lora if (error := _size_error(lora.path, weights)) is not None]
+        return [
+            ("lora", error) for lora in shot.lora if (error := _size_error(lora.path, _version(lora.path), weights)) is not None
+        ]
     return []
 
 
+FileVersion = tuple[int, int, int, int]
+
+
+def _version(path: str) -> FileVersion | None:
+    """Return what differs after any change of the file. `None` for a built-in one, which is not a path and does not change."""
+    with suppress(OSError, ValueError):
+        return file_version(Path(path))
+    return None
+
+
 @lru_cache(CACHED_FILES)
-def _size_error(path: str, weights: str) -> VidgenError | None:
+def _size_error(path: str, version: FileVersion | None, weights: str) -> VidgenError | None:
     try:
         check_lora_width(resolve(path), path, Path(weights) / "transformer")
     except StageError as error:
@@ -61,7 +74,7 @@ def _size_error(path: str, weights: str) -> VidgenError | None:
 
 
 @lru_cache(CACHED_FILES)
-def _image_error(path: str, decode: bool) -> VidgenError | None:
+def _image_error(path: str, version: FileVersion | None, decode: bool) -> VidgenError | None:
     try:
         if decode:
             read_image(Path(path))
@@ -73,7 +86,7 @@ def _image_error(path: str, decode: bool) -> VidgenError | None:
 
 
 @lru_cache(CACHED_FILES)
-def _lora_error(path: str, base_model: str) -> VidgenError | None:
+def _lora_error(path: str, version: FileVersion | None, base_model: str) -> VidgenError | None:
     try:
         check_lora_file(resolve(path), base_model)
     except StageError as error:
