@@ -1,11 +1,13 @@
-"""Generate the tables of fields, stages and packages. `make docs` writes them; `--check` fails if one is stale."""
+"""Generate the tables in docs/ and the keywords of the library. `make docs` writes them; `--check` fails if one is stale."""
 
 import ast
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -52,6 +54,18 @@ KINDS = {
     "array": "list",
     "object": "object",
 }
+NOT_KEYWORDS = ("prompt", "image", "last_image", "face_image", "consent", "variants", "character", "priority")
+"""Fields of a shot that are arguments of the library's methods by other types, and those of scripts only."""
+KEYWORD_TYPES = {
+    "lora": "Lora | Sequence[Lora]",
+    "video_model": "str",  # also those of other packages
+    "video_lora": "Lora | VideoLora | Sequence[Lora | VideoLora]",
+    "num_frames": 'int | Literal["auto"]',
+    "steps": "Mapping[str, int]",
+    "guidance": "Mapping[str, float]",
+    "metadata": "Mapping[str, Any]",
+}
+"""Fields of a shot that take more types than they have."""
 
 
 def shot_fields() -> Iterator[str]:
@@ -59,6 +73,22 @@ def shot_fields() -> Iterator[str]:
     for name, schema in Shot.model_json_schema()["properties"].items():
         allowed = "per stage" if name in NESTED_FIELDS else values(schema) + default(Shot.model_fields[name])
         yield f"- `{name}` ({allowed}): {schema['description']}"
+
+
+def keywords() -> Iterator[str]:
+    """Yield a line for each field of a shot that is a keyword of the library's methods, with its type for type checkers."""
+    for name, field in Shot.model_fields.items():
+        if name not in NOT_KEYWORDS:
+            yield f"    {name}: {KEYWORD_TYPES.get(name) or type_text(field.annotation)}"
+
+
+def type_text(annotation: Any) -> str:
+    """Return a type as it is written in code."""
+    if get_origin(annotation) is Literal:
+        return f"Literal[{', '.join(map(json.dumps, get_args(annotation)))}]"
+    if get_args(annotation):
+        return " | ".join(map(type_text, get_args(annotation)))
+    return "None" if annotation is NoneType else str(annotation.__name__)
 
 
 def values(schema: Mapping[str, Any]) -> str:
@@ -158,6 +188,7 @@ TABLES: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
         "modules": modules,
         "stages": stages,
     },
+    "../vidgen_ray/pipeline.py": {"keywords": keywords},
 }
 
 
@@ -169,6 +200,8 @@ def main(*, check: bool) -> int:
         text = new = path.read_text(encoding="utf-8")
         for name, rows in tables.items():
             begin, end = f"<!-- generated: {name} -->\n", "<!-- end -->\n"
+            if path.suffix == ".py":
+                begin, end = f"    # generated: {name}\n", "    # end\n"
             before, rest = new.split(begin)
             new = before + begin + "\n".join(rows()) + "\n" + end + rest.split(end, 1)[1]
         if new != text:

@@ -140,6 +140,8 @@ def test_worked_examples_pass_the_contract_tests_and_are_planned_rendered_and_se
     ]
     changed = apply_steps(project, section("Worked example: add a shot field"))
     assert changed == ["vidgen_ray/shot.py", "vidgen_ray/stages/svd.py"]
+    run_python(project, "docs/field_tables.py")  # a part of `make docs`
+    assert "    start_guidance: float\n" in (project / "vidgen_ray" / "pipeline.py").read_text()
     run_python(project, "-c", CHECKS, script(tmp_path, *LINES), str(tmp_path / "out"), str(tmp_path / "data"))
     new, plain, guided = records(tmp_path / "out", "new", "plain", "guided")
     assert [step["stage"] for step in new["stages"]] == ["flux", "ltx95", "realesrgan"]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 from PIL import Image as PILImage
@@ -45,6 +45,7 @@ from vidgen_ray.provenance.record import InputFile, ProvenanceSettings, altered_
 from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.safety import Consent
 from vidgen_ray.script.check import check_shot
+from vidgen_ray.script.read import file_problem
 from vidgen_ray.shot import LoraRef, Shot, VideoLora
 from vidgen_ray.stages.base import ChunkedStage, Frames, Item, ProgressCallback, Stage, adds_by_address, progress_callback
 from vidgen_ray.stages.realesrgan import RealESRGANStage
@@ -168,10 +169,11 @@ Lora = str | LoraRef | Mapping[str, str | float]
 class ShotFields(TypedDict, total=False):
     """Fields of a shot for editors and type checkers. `Shot` has their descriptions, ranges and defaults."""
 
-    id: str
+    # generated: keywords
+    id: str | None
     negative_prompt: str | None
     mode: Literal["quality", "fast"]
-    seed: int
+    seed: int | None
     image_model: Literal["flux", "klein", "remote", "none"]
     width: int
     height: int
@@ -210,6 +212,7 @@ class ShotFields(TypedDict, total=False):
     steps: Mapping[str, int]
     guidance: Mapping[str, float]
     metadata: Mapping[str, Any]
+    # end
 
 
 class GenerateFields(ShotFields, total=False):
@@ -328,6 +331,26 @@ class VideoGenerationPipeline:
         fields.setdefault("upscale_video", False)
         return self.generate_video(prompt, image=image, **fields)
 
+    @overload
+    def upscale(
+        self,
+        source: PILImage.Image | np.ndarray[Any, Any] | bytes,
+        *,
+        out: str | Path | None = None,
+        on_progress: ProgressCallback | None = None,
+        **fields: Unpack[ShotFields],
+    ) -> PILImage.Image: ...
+
+    @overload
+    def upscale(
+        self,
+        source: str | Path,
+        *,
+        out: str | Path | None = None,
+        on_progress: ProgressCallback | None = None,
+        **fields: Unpack[ShotFields],
+    ) -> Path | PILImage.Image: ...
+
     def upscale(
         self,
         source: Photo,
@@ -385,7 +408,7 @@ class VideoGenerationPipeline:
     def render(self, shot: Shot) -> ShotRecord:
         """Render a checked shot unless it is finished already.
 
-        Raises StepFailed, ScriptError for `continue_from`, and LicenceError.
+        Raises StepFailed, ScriptError for `continue_from` and files that are no images or LoRAs, and LicenceError.
         """
         source_licences: tuple[UsedWeights, ...] = ()
         if shot.continue_from is not None and shot.image is None:
@@ -413,6 +436,8 @@ class VideoGenerationPipeline:
         require_licence(self._required_licence, plan.licences)
         if (done := self.outputs.find_finished(plan, self._keep_stages)) is not None:
             return done.record()
+        if (wrong := file_problem(plan.shot, self.profile, "shot")) is not None:
+            raise wrong
         stages = self._stages(stages_of(plan.shot), plan.shot)
         runner = StepRunner(
             stages,

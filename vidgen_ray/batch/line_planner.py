@@ -28,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.errors import FieldError, MissingWeights, ScriptError, SetupError, VidgenError
+from vidgen_ray.errors import MissingWeights, ScriptError, SetupError, VidgenError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.licences import ShotLicences
 from vidgen_ray.outputs.folder import OutputFolder
@@ -42,7 +42,7 @@ from vidgen_ray.script.check import LineChecker, with_cut_prompts
 from vidgen_ray.script.expansion import MATRIX
 from vidgen_ray.script.formats import ScriptVersion, script_version
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
-from vidgen_ray.script.read import check_files, check_lora_sizes, no_lines, open_lines, unique_lines
+from vidgen_ray.script.read import file_problem, no_lines, open_lines, unique_lines
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
 
@@ -183,11 +183,10 @@ class LinePlanner:
         """Return the line with a failure in place of each plan with an unusable file. Finished shots are not checked."""
 
         def checked(shot: Shot, result: ShotPlan | DoneShot | Failure | None) -> ShotPlan | DoneShot | Failure | None:
-            if isinstance(result, ShotPlan | None) and (wrong := check_files(shot) or check_lora_sizes(shot, self._profile)):
-                source, number = line.line.source, line.line.number
-                errors = [FieldError(source, number, field, "an unusable file", str(error)) for field, error in wrong]
-                return StepFailed("plan", ScriptError(errors)).failure()
-            return result
+            if not isinstance(result, ShotPlan | None):
+                return result
+            wrong = file_problem(shot, self._profile, line.line.source, line.line.number)
+            return StepFailed("plan", wrong).failure() if wrong is not None else result
 
         return line._replace(results=tuple(map(checked, line.line.shots, line.results)))
 

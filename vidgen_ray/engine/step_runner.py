@@ -341,7 +341,7 @@ class StepRunner:
                 self.swapper.ensure_on_gpu(step.stage)
                 ready = with_images(item, stage.needs(item.shot), plan.inputs)
                 if self._safety is not None and "image" in ready.artefacts and "image" not in item.artefacts:
-                    self._safety.check_image(ready.artefacts["image"])
+                    self._safety.check_image(ready.image)
                 local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts, step.key)
                 result, recovered = self._fallback.run(stage, plan.shot, lambda: stage(local))
                 if wrong := _wrong_size(stage, plan.shot, result) or _wrong_colour(result, ready.artefacts.get("image")):

@@ -38,6 +38,13 @@ def check_files(shot: Shot, *, decode: bool = False) -> list[tuple[str, VidgenEr
     return [(field, error) for field, error in checked if error is not None]
 
 
+def file_problem(shot: Shot, profile: Profile, source: str, line: int | None = None) -> ScriptError | None:
+    """Return the error of a shot with a file that cannot be used, by its header. `None` if there is none."""
+    wrong = check_files(shot) or check_lora_sizes(shot, profile)
+    errors = [FieldError(source, line, field, "an unusable file", str(error)) for field, error in wrong]
+    return ScriptError(errors) if errors else None
+
+
 def check_lora_sizes(shot: Shot, profile: Profile) -> list[tuple[str, VidgenError]]:
     """Return field and error of each LoRA for a FLUX of another size than the profile's. Its other files must be usable.
 

@@ -125,12 +125,32 @@ class Artefacts(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One shot on its way through the stages."""
+    """One shot on its way through the stages. A stage reads the artefacts that it declares as `image`, `frames` and so on."""
 
     shot: Shot
     artefacts: Artefacts = field(default_factory=lambda: Artefacts())
     key: str = ""
     """Content key of the step that is run. Empty if it is not known."""
+
+    @property
+    def photos(self) -> tuple[Image, ...]:
+        return self.artefacts["photos"]
+
+    @property
+    def face(self) -> FaceFeatures:
+        return self.artefacts["face"]
+
+    @property
+    def image(self) -> Image:
+        return self.artefacts["image"]
+
+    @property
+    def last_image(self) -> Image:
+        return self.artefacts["last_image"]
+
+    @property
+    def frames(self) -> Frames:
+        return self.artefacts["frames"]
 
 
 class ReadText(NamedTuple):

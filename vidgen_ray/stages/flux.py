@@ -192,7 +192,7 @@ class FluxFamilyStage(Stage[FluxParams]):
                     "face: got none, must be the face features of the shot's photos; use `vidgen shot`, which computes them, "
                     "or set `identity: none`"
                 )
-            face = item.artefacts["face"]
+            face = item.face
             injector = self._injector(shot.flux_identity)
             with injector.inject(face.embedding(injector.embedding), pose_image(face, shot), shot, self.name) as pipelines:
                 yield pipelines
@@ -301,7 +301,7 @@ class FluxRedrawStage(FluxFamilyStage):
 
     def run(self, item: Item) -> Artefacts:
         """Redraw the item's `image`. Raises StageError for less than one step."""
-        shot, image = item.shot, item.artefacts["image"]
+        shot, image = item.shot, item.image
         strength = self.strength(shot)
         if strength == 0:
             return {"image": image}

@@ -135,7 +135,7 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
 
     def run(self, item: Item) -> Artefacts:
         shot = item.shot
-        photos = item.artefacts["photos"] if self.uses_identity(shot) else ()
+        photos = item.photos if self.uses_identity(shot) else ()
         steps = DISTILLED_STEPS if self.pipe.config.is_distilled else BASE_STEPS
         set_vae_tiles(self.pipe.vae, self.params.vae_tile_px)
         with self.adapters.active(shot.klein_lora):

@@ -117,7 +117,7 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
         move_networks(self.pipe.components.values(), device)
 
     def run(self, item: Item) -> Artefacts:
-        shot, image = item.shot, item.artefacts["image"]
+        shot, image = item.shot, item.image
         if shot.style_strength == 0:
             return {"image": image}
         height, width = image.shape[:2]

@@ -197,7 +197,7 @@ class InstantIDStage(FaceStage):
 
     def run(self, item: Item) -> Artefacts:
         shot = item.shot
-        return {"face": self.features(item.artefacts["photos"], shot.face_index, _recognisers(shot), shot.face_image)}
+        return {"face": self.features(item.photos, shot.face_index, _recognisers(shot), shot.face_image)}
 
     def features(
         self,
@@ -350,7 +350,7 @@ class ImageLikenessStage(FaceStage):
     writes: ClassVar[tuple[str, ...]] = ("image_likeness",)
 
     def run(self, item: Item) -> Artefacts:
-        return {"image_likeness": measure_likeness([item.artefacts["image"]], item.artefacts["face"], self._models)}
+        return {"image_likeness": measure_likeness([item.image], item.face, self._models)}
 
 
 class ClipLikenessStage(FaceStage):
@@ -369,9 +369,9 @@ class ClipLikenessStage(FaceStage):
         return min(shot.clip_frames, MAX_SAMPLED_FRAMES) / MAX_SAMPLED_FRAMES
 
     def run(self, item: Item) -> Artefacts:
-        frames = item.artefacts["frames"]
+        frames = item.frames
         sampled = (frames[index] for index in sampled_frames(len(frames)))
-        return {"clip_likeness": measure_likeness(sampled, item.artefacts["face"], self._models)}
+        return {"clip_likeness": measure_likeness(sampled, item.face, self._models)}
 
 
 def sampled_frames(count: int) -> list[int]:

@@ -149,7 +149,7 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
         move_networks((*self.pipe.components.values(), self.resampler), device)
 
     def run(self, item: Item) -> Artefacts:
-        shot, face = item.shot, item.artefacts["face"]
+        shot, face = item.shot, item.face
         embeddings = self._embeddings(face)
         set_vae_tiles(self.pipe.vae, self.params.vae_tile_px)
         self.pipe.set_ip_adapter_scale(self.params.adapter_scale * shot.identity_strength)

@@ -117,7 +117,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
         """
         import torch
 
-        pipe, vae, (height, width, _) = self.pipe, self.pipe.vae, item.artefacts["image"].shape
+        pipe, vae, (height, width, _) = self.pipe, self.pipe.vae, item.image.shape
         latents = pipe._unpack_latents(
             latents,
             (item.shot.num_frames - 1) // pipe.vae_temporal_compression_ratio + 1,

@@ -118,9 +118,9 @@ class QwenEditStage(ImageStage[ImageParams]):
         speed_up(self.pipe.transformer, self.params)
 
     def run(self, item: Item) -> Artefacts:
-        shot, image = item.shot, item.artefacts["image"]
+        shot, image = item.shot, item.image
         height, width = image.shape[:2]
-        photos = item.artefacts["photos"][:MAX_PHOTOS] if self.uses_identity(shot) else ()
+        photos = item.photos[:MAX_PHOTOS] if self.uses_identity(shot) else ()
         set_vae_tiles(self.pipe.vae, self.params.vae_tile_px)
         (restyled,) = self.pipe(
             image=[PILImage.fromarray(each) for each in (image, *photos)],

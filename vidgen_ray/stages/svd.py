@@ -134,7 +134,7 @@ class SVDStage(VideoStage[SVDParams]):
     def generate(self, item: Item) -> Frames:
         from PIL import Image as PILImage
 
-        shot, image = item.shot, item.artefacts["image"]
+        shot, image = item.shot, item.image
         height, width = image.shape[:2]
         if height % 64 or width % 64:
             raise StageError(f"image: got {width}x{height}, width and height must be multiples of 64")

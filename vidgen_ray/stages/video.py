@@ -199,7 +199,7 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
         return self.adapters.loads
 
     def generate(self, item: Item) -> Frames:
-        shot, image = item.shot, item.artefacts["image"]
+        shot, image = item.shot, item.image
         height, width = image.shape[:2]
         if height % self.size_multiple_px or width % self.size_multiple_px:
             multiples = f"width and height must be multiples of {self.size_multiple_px}"

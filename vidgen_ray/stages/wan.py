@@ -169,7 +169,7 @@ class WanStage(PromptedVideoStage[WanParams]):
                 # The pipeline would ignore an image.
                 raise StageError(f"{field}: these weights take none; use Wan 2.2 I2V-A14B")
         if item.shot.last_image is not None:
-            arguments["last_image"] = PILImage.fromarray(item.artefacts["last_image"])
+            arguments["last_image"] = PILImage.fromarray(item.last_image)
         if (second := item.shot.guidance.wan_2) is not None:
             if second > 1 >= self.guidance(item.shot):
                 # The pipeline would ignore it.
