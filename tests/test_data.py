@@ -42,8 +42,9 @@ def test_rows_become_result_rows_between_other_steps(tiny, tmp_path):
             "prompt": row["caption"],
             "fps": row["fps"],
             "image": None if row["extra"] else str(photo),
-            "metadata": {"extra": row["extra"]},
+            "extra": row["extra"],
         },
+        keep_columns=True,
         options=RenderOptions(stages=FAKES),
     )
     results = processor(prompts).map(

@@ -48,6 +48,7 @@ from vidgen_ray.planner import Cluster, profile_for, this_machine
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.check import LineChecker, merged
 from vidgen_ray.script.formats import table_lines
+from vidgen_ray.script.lines import Columns
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -80,13 +81,15 @@ def build_processor(
     seed: int = 0,
     defaults: Mapping[str, Any] | None = None,
     to_fields: Callable[[Fields], Fields] | None = None,
+    keep_columns: bool = False,
     options: RenderOptions | None = None,
     on_message: Callable[[str], None] | None = None,
 ) -> Processor:
     """Return a function that maps a data set of shots to a data set of their results.
 
-    The columns of the input are the fields of a script line; `to_fields` maps a row with other columns to them. Nulls are
-    missing fields, which come from `defaults`, then from the profile. `seed` is the run seed of shots without a seed.
+    The columns of the input are the fields of a script line; `to_fields` maps a row with other columns to them, and
+    `keep_columns` copies columns that are no fields to `metadata`, instead of rejecting the row. Nulls are missing fields,
+    which come from `defaults`, then from the profile. `seed` is the run seed of shots without a seed.
 
     The output has one row per shot, in the order in which they end, with the columns of the manifest: `id`, `status` (done or
     failed), `last_run` (rendered, reused or failed), `image`, `video`, `hd_video` (absolute paths or URLs), `seconds`,
@@ -129,7 +132,7 @@ def build_processor(
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=0,
-            fn_kwargs={"name": name, "to_fields": to_fields},
+            fn_kwargs={"name": name, "to_fields": to_fields, "columns": Columns(keep_unknown=keep_columns)},
         )
         with own_context(ordered=False):
             listener = _MessageListener(on_message or _log.warning)
@@ -165,8 +168,10 @@ def _remove_leaked_groups() -> None:
         _log.debug("cannot look for placement groups, trying again", exc_info=True)
 
 
-def _pickled_lines(block: pyarrow.Table, name: str, to_fields: Callable[[Fields], Fields] | None) -> pyarrow.Table:
-    batches = batched(table_lines(name, block, to_fields), BLOCK_LINES)
+def _pickled_lines(
+    block: pyarrow.Table, name: str, to_fields: Callable[[Fields], Fields] | None, columns: Columns
+) -> pyarrow.Table:
+    batches = batched(table_lines(name, block, to_fields, columns), BLOCK_LINES)
     return pyarrow.table({"lines": pyarrow.array([pickle.dumps(batch) for batch in batches], pyarrow.binary())})
 
 

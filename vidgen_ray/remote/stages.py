@@ -263,7 +263,7 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
             "fps": shot.fps,
         }
         form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
-        image = item.artefacts["image"] if self.params.send_image else None
+        image = item.image if self.params.send_image else None
         png = None if image is None else encode_png(image)
         key = item.key or _digest(json.dumps(form, sort_keys=True).encode() + (png or b""))
         if image is not None:

@@ -116,13 +116,18 @@ def read_jsonl(path: Path, columns: Columns) -> tuple[Header, Lines]:
             if text.strip():
                 line = _json_line(path.name, number, text.removesuffix("\n"))
                 if is_renamed and not line.errors:
-                    fields = {normal_name(name, columns): value for name, value in line.fields.items()}
-                    if len(fields) < len(line.fields):
-                        line.reject(None, "two names for one field", "must be one of them, see --map")
-                    line.fields = nest_metadata(fields)
+                    _rename(line, columns)
                 yield line
 
     return NO_HEADER, lines()
+
+
+def _rename(line: Line, columns: Columns) -> None:
+    """Give the fields of a line the names that their columns mean."""
+    fields = {normal_name(name, columns): value for name, value in line.fields.items()}
+    if len(fields) < len(line.fields):
+        line.reject(None, "two names for one field", "must be one of them")
+    line.fields = nest_metadata(fields)
 
 
 def _json_line(source: str, number: int, text: str) -> Line:
@@ -399,7 +404,12 @@ def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, timedelta | Decimal) else value
 
 
-def table_lines(name: str, table: Any, to_fields: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Lines:
+def table_lines(
+    name: str,
+    table: Any,
+    to_fields: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    columns: Columns = DEFAULT_NAMES,
+) -> Lines:
     """Yield the rows of a pyarrow table as lines without numbers. `to_fields` maps a row to the fields of a line.
 
     A row that cannot be read, or for which `to_fields` raises, is an unreadable line. `name`: of the data set, for messages.
@@ -411,7 +421,9 @@ def table_lines(name: str, table: Any, to_fields: Callable[[dict[str, Any]], dic
                 continue
             fields = {name: value for name, value in row.items() if not _is_missing(value)}
             try:
-                yield Line(0, plain_fields(to_fields(fields) if to_fields else fields))
+                line = Line(0, plain_fields(to_fields(fields) if to_fields else fields))
+                _rename(line, columns)
+                yield line
             # An error of the caller's function concerns this row only.
             except Exception as error:
                 allowed = f"to_fields raised {type(error).__name__}: {error}"
