@@ -187,6 +187,30 @@ def test_defaults_can_give_a_value_per_model():
 def test_sizes_depend_on_the_video_model():
     for model, width in (("ltx", 96), ("wan", 80)):
         assert Shot(prompt="a", video_model=model, width=width).width == width
-    for model, width in (("svd", 96), ("ltx", 80)):
-        with pytest.raises(ValidationError, match=f"width {width} is not a multiple of"):
+    for model, width, nearest in (("svd", 96, "64, 128"), ("ltx", 80, "64, 96")):
+        with pytest.raises(ValidationError, match=rf"width {width} is not a multiple of .*\(nearest: {nearest}\)"):
             Shot(prompt="a", video_model=model, width=width)
+
+
+def test_aspect_chooses_sizes_that_the_models_draw_and_crops():
+    square = {"width": 128, "height": 128, "upscale_video": False}
+    for aspect, fields, expected in (
+        ("9:16", {}, (576, 1024, None, None)),
+        ("9:16", square, (128, 192, 108, None)),
+        (9 * 60 + 16, square | {"upscale_video": True, "scale": 4}, (128, 192, 432, None)),
+        ("16:9", square, (192, 128, None, 108)),
+        ("4:5", square | {"generate_video": False}, (112, 144, None, 140)),
+        ("4:5", {"video_model": "ltx"}, (704, 864, 2764, None)),
+        ("1:1", {}, (768, 768, None, None)),
+    ):
+        shot = Shot.model_validate({"prompt": "a", "aspect": aspect, **fields})
+        assert (shot.width, shot.height, shot.crop_width, shot.crop_height) == expected, (aspect, fields)
+        # A record has the sizes only.
+        assert Shot.model_validate(shot.model_dump()) == shot.model_copy(update={"aspect": None})
+    upscaled = Shot.model_validate({"prompt": "a", "aspect": "9:16", **square, "upscale_video": True})
+    assert upscaled.model_copy(update={"upscale_video": False}).cropped_to_aspect().crop_width == 108
+    for wrong in ("9x16", "1:9", "0:1", "9:16 ", True):
+        with pytest.raises(ValidationError, match=r"must be WIDTH:HEIGHT, such as 9:16, from 1:4 to 4:1"):
+            Shot(prompt="a", aspect=wrong)
+    with pytest.raises(ValidationError, match="must not be together with crop_width"):
+        Shot(prompt="a", aspect="9:16", crop_width=64)

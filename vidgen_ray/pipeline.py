@@ -207,6 +207,7 @@ class ShotFields(TypedDict, total=False):
     upscale_video: bool
     scale: Literal[2, 3, 4]
     upscaler: str
+    aspect: str | None
     crop_width: int | None
     crop_height: int | None
     steps: Mapping[str, int]

@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     Field,
     JsonValue,
     ValidationError,
@@ -186,6 +188,50 @@ else:
             Field(None, description="Guidance scale of Wan's low-noise expert, if `wan` is above 1. Default: that of `wan`."),
         ),
     )
+
+
+RATIO = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
+MAX_RATIO = 4
+"""Longest shape of `aspect`."""
+ASPECT_MULTIPLE_PX = 32
+"""Sizes that `aspect` chooses for clips are multiples of this: some weights need it."""
+
+
+def _checked_aspect(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        # YAML reads 9:16 without quotes as a number of minutes and seconds.
+        value = f"{value // 60}:{value % 60}"
+    match = RATIO.fullmatch(value) if isinstance(value, str) else None
+    if match is None or not 1 / MAX_RATIO <= _ratio(value) <= MAX_RATIO:
+        raise ValueError(f"must be WIDTH:HEIGHT, such as 9:16, from 1:{MAX_RATIO} to {MAX_RATIO}:1")
+    return value
+
+
+Aspect = Annotated[str, BeforeValidator(_checked_aspect)]
+
+
+def _ratio(aspect: str) -> float:
+    width, _, height = aspect.partition(":")
+    return int(width) / int(height)
+
+
+def _drawn_size(area: int, ratio: float, multiple: int) -> tuple[int, int]:
+    """Return width and height in pixels, multiples of `multiple`, that after a crop to `ratio` have about this area.
+
+    Sizes close to the ratio are preferred, since the crop loses less of them.
+    """
+    width = math.sqrt(area * ratio)
+    smallest, largest = -(-MIN_SIDE_PX // multiple), MAX_SIDE_PX // multiple
+
+    def nearest(side: float) -> set[int]:
+        return {min(max(count, smallest), largest) * multiple for count in (int(side / multiple), int(side / multiple) + 1)}
+
+    def cost(size: tuple[int, int]) -> float:
+        drawn = size[0] / size[1]
+        kept = min(drawn, ratio) / max(drawn, ratio)
+        return abs(math.log(size[0] * size[1] * kept / area)) - math.log(kept)
+
+    return min(product(sorted(nearest(width)), sorted(nearest(width / ratio))), key=cost)
 
 
 def _by_model(text: str, models: Mapping[str, VideoModel] = VIDEO_MODELS) -> str:
@@ -382,6 +428,13 @@ class Shot(_Frozen):
         None, ge=MIN_CROP_PX, multiple_of=2, description="Same as crop_width, for the height. Default: the whole height."
     )
 
+    aspect: Aspect | None = Field(
+        None,
+        exclude=True,  # width, height and crop are what is rendered
+        description="Shape of the finished clip as WIDTH:HEIGHT, such as 9:16. Replaces width and height by sizes of about the "
+        "same area that the models draw, and crops. Default: the shape of width and height.",
+    )
+
     steps: StageSteps = Field(StageSteps(), description="Denoising steps of each stage. Default: those of the model.")
     guidance: StageGuidance = Field(StageGuidance(), description="Guidance scale of each stage. Default: that of the model.")
     metadata: dict[str, JsonValue] = Field(default_factory=dict, description="JSON copied to the manifest unchanged.")
@@ -478,6 +531,31 @@ class Shot(_Frozen):
         return value
 
     @model_validator(mode="after")
+    def _apply_aspect(self) -> Self:
+        if self.aspect is not None:
+            if self.crop_width is not None or self.crop_height is not None:
+                raise ValueError("aspect is set, must not be together with crop_width or crop_height")
+            model = VIDEO_MODELS[self.video_model] if self.generate_video else None
+            multiple = MIN_MULTIPLE_PX if model is None else max(ASPECT_MULTIPLE_PX, model.size_multiple_px)
+            width, height = _drawn_size(self.width * self.height, _ratio(self.aspect), multiple)
+            sized = self.model_copy(update={"width": width, "height": height}).cropped_to_aspect()
+            vars(self).update({name: getattr(sized, name) for name in ("width", "height", "crop_width", "crop_height")})
+        return self
+
+    def cropped_to_aspect(self) -> Self:
+        """Return the shot with the crop to its `aspect`, in pixels of the finished clip. Without an aspect, the shot itself."""
+        if self.aspect is None:
+            return self
+        ratio, scale = _ratio(self.aspect), self.scale if self.generate_video and self.upscale_video else 1
+        width, height = self.width * scale, self.height * scale
+        crop_width, crop_height = round(height * ratio / 2) * 2, round(width / ratio / 2) * 2
+        crop = {
+            "crop_width": crop_width if crop_width < width else None,
+            "crop_height": crop_height if crop_height < height else None,
+        }
+        return self.model_copy(update=crop)
+
+    @model_validator(mode="after")
     def _check_field_combinations(self) -> Self:
         if self.image_model == "klein" and self.identity not in (REFERENCE, NO_IDENTITY):
             raise ValueError(f"identity is {self.identity}, must be {REFERENCE} or {NO_IDENTITY} with image_model klein")
@@ -496,8 +574,11 @@ class Shot(_Frozen):
             multiple = VIDEO_MODELS[self.video_model].size_multiple_px
             for name in ("width", "height"):
                 if getattr(self, name) % multiple:
-                    side = f"{name} {getattr(self, name)}"
-                    raise ValueError(f"{side} is not a multiple of {multiple}, which video generation requires")
+                    got = getattr(self, name)
+                    below = got // multiple * multiple
+                    nearest = ", ".join(str(side) for side in (below, below + multiple) if MIN_SIDE_PX <= side <= MAX_SIDE_PX)
+                    must = f"is not a multiple of {multiple}, which video generation requires (nearest: {nearest})"
+                    raise ValueError(f"{name} {got} {must}")
             if self.extend and self.clip_frames > MAX_EXTENDED_FRAMES:
                 most = (MAX_EXTENDED_FRAMES - 1) // (self.num_frames - 1) - 1
                 raise ValueError(

@@ -14,6 +14,7 @@ from PIL import Image
 from vidgen_ray.cli.options import (
     RENDER,
     START,
+    AspectOption,
     ConsentOption,
     JsonOption,
     KeepOption,
@@ -93,6 +94,7 @@ def shot(
     lora: Annotated[str | None, typer.Option("--lora", help="LoRA weights, a .safetensors file.")] = None,
     seed: SeedOption = 0,
     mode: ModeOption = None,
+    aspect: AspectOption = None,
     until: UntilOption = None,
     fields: SetOption = None,
     keep: KeepOption = None,
@@ -106,9 +108,10 @@ def shot(
     if "prompt" in values:
         raise typer.BadParameter("got prompt, which is the argument PROMPT of this command", param_hint="--set")
     options = {"prompt": prompt, "face_image": [str(photo) for photo in face] if face else None, "lora": lora, "mode": mode}
+    options["aspect"] = aspect
     values |= {name: value for name, value in options.items() if value is not None}
     checked = check_shot(values, "shot", chosen.defaults, run_seed=seed, policy=chosen.policy)
-    checked = checked.model_copy(update=changes_until(until))
+    checked = checked.model_copy(update=changes_until(until)).cropped_to_aspect()
     pipeline = VideoGenerationPipeline(chosen, out, keep_stages=bool(keep))
     with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
         record = pipeline.render(checked)

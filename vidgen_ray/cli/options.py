@@ -290,6 +290,12 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the run.
 ModeOption = Annotated[
     Mode | None, typer.Option("--mode", help="Mode of shots without one. Default: that of the profile, otherwise quality.")
 ]
+AspectOption = Annotated[
+    str | None,
+    typer.Option(
+        "--aspect", metavar="W:H", help="Shape of clips without one, such as 9:16. Default: that of their width and height."
+    ),
+]
 UntilOption = Annotated[
     Until | None,
     typer.Option("--until", help="Stop after the image, or after the clip without upscaling. Default: all stages."),
@@ -360,6 +366,7 @@ class LineOptions:
     """Options for all lines of a script."""
 
     mode: ModeOption = None
+    aspect: AspectOption = None
     fields: SetOption = None
     characters: CharactersOption = None
     consent: ConsentOption = None
@@ -368,7 +375,10 @@ class LineOptions:
 
     def settings(self, scripts: Sequence[Path], profile: Profile, seed: int = 0, until: Until | None = None) -> ScriptSettings:
         """Return the settings for reading a script. Raises UsageError and ScriptError."""
-        defaults = with_consent(parse_fields(self.fields), self.consent) | ({"mode": self.mode} if self.mode else {})
+        options = {"mode": self.mode, "aspect": self.aspect}
+        defaults = with_consent(parse_fields(self.fields), self.consent) | {
+            name: value for name, value in options.items() if value
+        }
         if "id" in defaults:
             raise UsageError("--set id: must be set by each line of the script, not for all of them")
         people = read_characters(self.characters) if self.characters else {}

@@ -219,7 +219,7 @@ class _Columns(BaseModel):
 SETTINGS = {
     "start_image" if name == "image" else name: name
     for name in Shot.model_fields
-    if name == "image" or (name not in _Columns.model_fields and name not in ("variants", "character", "priority"))
+    if name == "image" or (name not in _Columns.model_fields and name not in ("variants", "character", "priority", "aspect"))
 }
 """Column -> field of the shot. The other fields are columns of their own, part of `metadata`, or say nothing about files."""
 STRUCTS = {

@@ -68,6 +68,8 @@ HUB_REPOSITORY = re.compile(r"(hub:.*|hf:.*|[\w-][\w.-]*/[\w.-]+(?<!\.safetensor
 OUTER_LEVELS = 4
 """Nesting levels that a plan adds around a shot's metadata. JSON parsers limit the total depth."""
 METADATA = TypeAdapter(JsonValue)
+SMALL_CROP = 0.25
+"""A crop that keeps less than this share of the finished picture is noted: it may be meant in pixels before upscaling."""
 CAPTION_PX = 24
 """Height of the letters for the check whether the font has them."""
 
@@ -165,7 +167,7 @@ class LineChecker:
         if failure:
             line.notes = ()
         if self.changes:
-            line.shots = tuple(shot.model_copy(update=self.changes) for shot in line.shots)
+            line.shots = tuple(shot.model_copy(update=self.changes).cropped_to_aspect() for shot in line.shots)
         return line
 
     def _stored_images(self, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,6 +234,9 @@ class LineChecker:
         line.shots += tuple(shots)
         where = f"{self.source} line {line.number}" if line.number else self.source
         notes = [f"{where}, {name}: has no effect; {advice}" for name, advice in ignored_settings(own, shot)]
+        if (kept := _cropped_share(shot)) < SMALL_CROP:
+            whole = "x".join(map(str, uncropped_size(shot)))
+            notes.append(f"{where}, crop_width, crop_height: keep {kept:.1%} of the finished {whole} pixels")
         if (letter := self._undrawable_letter(shot)) is not None:
             notes.append(
                 f"{where}, caption: the font of films has no letter {letter!r}; burnt-in captions need a font that has it"
@@ -436,6 +441,11 @@ def is_deep(value: Any) -> bool:
         if not level:
             return False
     return any(isinstance(each, dict | list) for each in level)
+
+
+def _cropped_share(shot: Shot) -> float:
+    width, height = uncropped_size(shot)
+    return (shot.crop_width or width) / width * (shot.crop_height or height) / height
 
 
 def _is_plain_json(metadata: JsonValue) -> bool:
