@@ -397,9 +397,11 @@ def test_review_with_the_keyboard_and_in_a_file(browser, reviewed, tmp_path, cap
     given = json.loads((tmp_path / "saved.json").read_text())
     by_id = [{"id": "ball", "verdict": "reject"}, {"id": "unknown", "stars": 1}]
     (tmp_path / "saved.json").write_text(json.dumps([given[0], {**given[0], "clip_sha256": "f" * 64}, *by_id]))
-    for numbers in ((2, 0, 2), (0, 2, 2)):
+    for result in ((2, 0, ["kite", "unknown"]), (0, 2, ["kite", "unknown"])):
         assert main(["review", str(reviewed), str(tmp_path / "saved.json"), "--reviewer", "bo", "--json"]) == 1
-        assert tuple(json.loads(capsys.readouterr().out).values()) == numbers
+        assert tuple(json.loads(capsys.readouterr().out).values()) == result
+    assert main(["review", str(reviewed), str(tmp_path / "saved.json")]) == 1
+    assert "2 reviews left out, of clips that the folder does not have (any more): kite, unknown" in capsys.readouterr().err
     assert reviews(reviewed)["kite"] == ("reject", 2, NOTE)
     assert reviews(reviewed)["ball"] == ("reject", None, None)
     assert {each.id: each.who for each in read_reviews(storage_at(reviewed)).values()}["kite"] == "bo"

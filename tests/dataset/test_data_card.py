@@ -165,8 +165,11 @@ def test_card_states_counts_persons_factors_and_changes(card):
     assert about["tags"] == ["ai-generated", "synthetic", "vidgen-ray"]
     metadata = croissant(card)
     assert metadata.personal_sensitive_information[0].startswith("Shows 2 persons")
-    files = [{"split": name, "path": [f"{name}/metadata.parquet", f"{name}/*.mp4"]} for name in ("train", "val")]
+    loaded = {"train": "train", "val": "validation"}
+    files = [{"split": loaded[name], "path": [f"{name}/metadata.parquet", f"{name}/*.mp4"]} for name in loaded]
     assert about["configs"][0]["data_files"] == files
+    keywords = pytest.importorskip("datasets.data_files").SPLIT_KEYWORDS
+    assert {name: str(split) for split, names in keywords.items() for name in names} == data_card.HUB_SPLITS
 
 
 def test_printed_command_reproduces_the_shots_of_a_script(command, tmp_path, monkeypatch):  # noqa: F811

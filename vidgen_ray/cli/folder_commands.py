@@ -33,6 +33,7 @@ from vidgen_ray.cli.options import (
     ids_where,
     in_group,
     local_path,
+    note,
 )
 from vidgen_ray.cli.progress_display import counts_line, speed_texts, stage_table
 from vidgen_ray.cli.run_script import (
@@ -139,7 +140,13 @@ def _print(console: Console, found: Overview, url: str) -> None:
         console.print(table)
         console.print(f"Render them again: vidgen retry {url}", markup=False)
     _print_shots(console, "Slowest shots", "time", found.slowest, duration)
-    _print_shots(console, "Least alike shots", "worst likeness", found.least_alike, "{:.2f}".format)
+    _print_shots(
+        console,
+        "Least alike shots (clip_likeness_worst, of images image_likeness)",
+        "likeness",
+        found.least_alike,
+        "{:.2f}".format,
+    )
 
 
 def _print_costs(console: Console, costs: list[Cost]) -> None:
@@ -322,7 +329,7 @@ def review(
 ) -> None:
     """Import the reviews that were made in the gallery of an output folder.
 
-    Exits with code 1 if some are of clips that the folder does not have.
+    Exits with code 1, naming them, if some are of clips that the folder does not have, such as those that were rendered again.
     """
     from vidgen_ray.report.gallery_page import import_reviews
 
@@ -332,7 +339,8 @@ def review(
     else:
         typer.echo(f"{count(report.imported, 'review')} imported, {report.known:,} known or older")
         if report.refused:
-            typer.echo(f"{count(report.refused, 'review')} of clips that the folder does not have left out", err=True)
+            ids = ", ".join(report.refused[:LISTED]) + (", ..." if len(report.refused) > LISTED else "")
+            note(f"{count(len(report.refused), 'review')} left out, of clips that the folder does not have (any more): {ids}")
     if report.refused:
         raise typer.Exit(1)
 

@@ -265,6 +265,11 @@ def _factor(clips: Clips, name: str, text_of: Mapping[str, str], reference_text:
                 shown.append({**about, "value": _number(values[row, column])})
             change = _number(differences[level, cell, column])
             extremes[measure].append({"level": texts[level], "difference": change, "clips": shown})
+    ranks = {measure: _rank(measure, described) for measure in measures}
+    main = {name for names in (FACES, MOTION) for name in names}
+    equal = [name for name, (is_equal, _) in ranks.items() if is_equal and name not in main]
+    # A page without any measure would say nothing.
+    equal = equal if len(equal) < len(measures) else []
     most = max(pairs, key=operator.itemgetter("pairs"), default={"pairs": 0})
     return {
         "numeric": _is_numeric(levels),
@@ -274,7 +279,8 @@ def _factor(clips: Clips, name: str, text_of: Mapping[str, str], reference_text:
         "reason": most.get("reason"),
         "clips": len(rows),
         "clips_without": len(clips.rows) - len(rows),
-        "measures": measures,
+        "measures": sorted(measures, key=lambda name: (name in equal, ranks[name][1])),
+        "equal": equal,
         "left_out": {
             measure: f"has values for {n_levels} of {len(levels)} levels"
             for measure, n_levels in zip(clips.measures, present, strict=True)
@@ -284,6 +290,22 @@ def _factor(clips: Clips, name: str, text_of: Mapping[str, str], reference_text:
         "pareto": _pareto(described, measures),
         "extremes": extremes,
     }
+
+
+def _rank(measure: str, levels: Sequence[Mapping[str, Any]]) -> tuple[bool, float]:
+    """Return whether no level differs from the reference, and the rank of the largest difference relative to its interval.
+
+    A level differs if the interval excludes 0, and without an interval if the mean does. Those without rank last.
+    """
+    is_equal, rank = True, math.inf
+    for found in (level["differences"][measure] for level in levels if "differences" in level):
+        low, high, mean = (found[name] for name in ("low", "high", "mean"))
+        if low is None:
+            is_equal = is_equal and not mean
+        else:
+            is_equal = is_equal and low <= 0 <= high
+            rank = min(rank, -abs(mean) / max((high - low) / 2, 1e-9))
+    return is_equal, rank
 
 
 def _pairing(rows: Sequence[Mapping[str, Any]], name: str, level_of: Codes, reference: int) -> tuple[str, Codes]:

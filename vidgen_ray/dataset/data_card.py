@@ -54,6 +54,12 @@ TABLE_ROWS, LISTED, TEXT_LENGTH = 50, 20, 300
 TAGS = ("ai-generated", "synthetic", "vidgen-ray")
 HUB_LICENCES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0")
 """Identifiers of the hub that are the SPDX identifier in small letters."""
+HUB_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Folder of a split -> the name under which `datasets` loads it without a card. The card gives it the same one."""
 HUB_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 EXPORT_COLUMNS = re.compile("split|file|sample|caption|signature|content|exported_.*")
 """Columns of the rows that `clips` does not have."""
@@ -366,9 +372,11 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
     tasks = [task for task, count in (("text-to-video", text), ("image-to-video", images)) if count]
     # The captions of trainers are no format of `datasets`, which reads their clips only.
     skipped = ("captions",) if state["format"] == "captions" else ()
+    names = [HUB_SPLITS.get(split, split) for split in facts["split_names"]]
+    names = names if len({*names}) == len(names) else facts["split_names"]
     data_files = [
-        {"split": split, "path": [pattern for name, pattern in _patterns(state, split).items() if name not in skipped]}
-        for split in facts["split_names"]
+        {"split": name, "path": [pattern for name, pattern in _patterns(state, split).items() if name not in skipped]}
+        for name, split in zip(names, facts["split_names"], strict=True)
     ]
     content = {
         "pretty_name": facts["title"],

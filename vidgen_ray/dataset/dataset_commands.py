@@ -37,6 +37,7 @@ from vidgen_ray.errors import UsageError, allowed_of
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.cleanup import check_not_empty
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest import check_has_manifest
 from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.report.shot_text import value_text
 from vidgen_ray.system.files import new_file
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 MAIN_MEASURES = ("accepted", "seconds", "cost")
 """Measures that `compare` prints besides likeness and motion."""
+SHOWN_MEASURES = 5
+"""Other measures that it names."""
 SHOWN_ROWS = 100
 """Rows of a query that are printed as a table."""
 SHOWN_REASONS = 10
@@ -161,6 +164,8 @@ def compare(
                 cells.append(text)
             table.add_row(level["level"], f"{level['clips']:,}", *cells)
         console.print(table)
+        if others := [label(name) for name in each["measures"] if name not in (*shown, *each["equal"])][:SHOWN_MEASURES]:
+            typer.echo(f"Other measures that differ most: {', '.join(others)}.")
         intervals = f"no interval ({each['reason']})" if each["reason"] else "95% interval"
         typer.echo(f"Below the means: difference to {each['reference']}, {intervals}. Pairs by {each['paired_by']}.\n")
     typer.echo(page)
@@ -225,6 +230,7 @@ def score(
     from vidgen_ray.dataset.scorers import choose_scorers
 
     outputs = OutputFolder(out)
+    check_has_manifest(outputs.storage)
     found = faces_of(lambda: profile_of_run(outputs, profile), required=profile is not None)
     chosen = choose_scorers(SCORERS, scorer or (), weights or (), found)
     with interruptible(), redirect_stdout(sys.stderr):
@@ -279,6 +285,7 @@ def export(
     """Make a data set of the finished shots that are not rejected.
 
     The same call later adds new clips and removes those that are gone or rejected. On the same disk, files are linked.
+    Rows have each person's consent as recorded: name, basis, and reference, such as the path of a form.
     Exits with code 1 if files of clips cannot be read.
     """
     from vidgen_ray.dataset.export import export_folder

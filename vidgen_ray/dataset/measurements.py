@@ -151,7 +151,9 @@ class FaceScorer(Scorer):
             pyarrow.list_(FLOAT), "Likeness to the face photos in each of these frames, -1 to 1; null without a face or photo."
         ),
         "likeness": Column(FLOAT, "Mean of `likeness_frames`, -1 to 1."),
-        "likeness_worst": Column(FLOAT, "Minimum of `likeness_frames`, -1 to 1."),
+        "likeness_worst": Column(
+            FLOAT, "Minimum of `likeness_frames`, -1 to 1. That of frames before encoding is `clip_likeness_worst`."
+        ),
     }
 
     def score(self, clip: Clip) -> Mapping[str, Any]:

@@ -136,7 +136,8 @@ class ReviewSession:
             ]
             if new:
                 self._write(new)
-        return Imported(len(new), len(of_clips) - len(new), len(given) - len(of_clips))
+        refused = sorted(review.id for digest, review in given.items() if digest not in clips)
+        return Imported(len(new), len(of_clips) - len(new), tuple(refused))
 
     def _write(self, reviews: Iterable[Review]) -> None:
         # Not kept in memory, since `drop_reviews` may remove some meanwhile.
@@ -145,13 +146,13 @@ class ReviewSession:
 
 
 class Imported(NamedTuple):
-    """Numbers of clips whose review was to be stored."""
+    """Clips whose review was to be stored."""
 
     imported: int
     known: int
     """The folder has the same or a newer review."""
-    refused: int
-    """The folder has no such clip."""
+    refused: tuple[str, ...]
+    """Ids in the reviews of clips that the folder does not have."""
 
 
 def drop_reviews(storage: Storage, clips: Set[str]) -> None:

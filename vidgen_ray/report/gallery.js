@@ -141,7 +141,7 @@ function makeCard(number, hidden = null) {
     element("div", { class: "screen" }, element("button", { class: "open", type: "button", "aria-label": `Open ${row.id}` }, media ?? element("p", { class: "reason" }, row.failure ?? ""))),
     element("div", { class: "body" }, hidden ? null : element("h2", {}, nameOf(number)),
       values.length ? element("p", { class: "facts" }, ...facts(values)) : hidden ? null : element("p", { class: "prompt faint" }, row.prompt ?? ""),
-      measures || score ? element("p", { class: "facts faint" }, score && element("strong", {}, score), " ", ...facts(measures ?? [])) : null),
+      measures || score ? element("p", { class: "facts faint" }, ...facts([...score ? [element("strong", {}, score)] : [], ...measures ?? []])) : null),
     row.clip ? reviewBar(row, () => { open(number); $("note").focus(); }) : null);
   card.onclick = () => open(number);
   return card;
