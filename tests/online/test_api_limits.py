@@ -7,8 +7,9 @@ import hashlib
 import io
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPConnection
 
@@ -36,6 +37,7 @@ from vidgen_ray.online.webhooks import purge_jobs
 from vidgen_ray.outputs.records import shot_path
 
 DAY_S = 24 * 3600
+FORM = "multipart/form-data"
 CAPS = {"image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 900_000, "files": 3}
 TENANTS = {
     **{name: {} for name in ("ada", "bob")},
@@ -280,10 +282,10 @@ def test_image_as_a_data_url(client, held):
     assert message.startswith("The text fields have more than 2097152 characters.")
 
 
-def announce(url, content_type, length, sent):
+def announce(url, content_type, length, sent, request=("POST", "/v1/videos")):
     """Announce a body of this length, send its start, and return the status and the error code of the response."""
     with closing(HTTPConnection(url.removeprefix("http://"), timeout=60)) as connection:
-        connection.putrequest("POST", "/v1/videos")
+        connection.putrequest(*request)
         connection.putheader("Content-Type", content_type)
         connection.putheader("Content-Length", str(length))
         connection.endheaders(sent)
@@ -298,6 +300,12 @@ def test_too_large_and_too_slow_bodies_are_refused_before_they_have_arrived(tiny
         # Less than the largest body of any request, more than that of a form without files.
         assert announce(url, "application/x-www-form-urlencoded", 600_000, b"") == (413, "too_large")
         assert announce(url, "application/json", 1000, b"{") == (408, "timeout")
+        # Without a key, before anything is done.
+        for request in (("GET", "/readyz"), ("DELETE", "/v1/videos/x"), ("POST", "/v1/videos/x/cancel")):
+            assert announce(url, FORM, 4_000_000, b"", request) == (413, "too_large")
+        assert announce(url, FORM, 9_000, b"", ("GET", "/readyz")) == (413, "too_large")
+        # Smaller than the largest form.
+        assert announce(url, FORM, 3_000_000, b"", ("POST", "/v1/files")) == (413, "too_large")
         with closing(HTTPConnection(url.removeprefix("http://"), timeout=60)) as connection:
             # A chunked body announces no length.
             endless, headers = (bytes(100_000) for _ in range(100)), {"Content-Type": "application/json"}
@@ -305,6 +313,50 @@ def test_too_large_and_too_slow_bodies_are_refused_before_they_have_arrived(tiny
             with suppress(OSError):
                 connection.request("POST", "/v1/videos", endless, headers, encode_chunked=True)
                 assert connection.getresponse().status == 413
+
+
+def test_bodies_that_arrive_at_once_are_limited(tiny, tmp_path):
+    tenants = {"ada": {}, "bob": {}, "eve": {}}
+    settings = settings_with_keys(
+        tmp_path, tenants, uploads={**CAPS, "receiving_bytes": 5_000_000}, limits={"receiving_bytes": 2_000_000}
+    )
+    with local_server(tiny, settings) as server, listening_on_a_port(server.app) as url, ExitStack() as stack:
+
+        def send(tenant, body, length=None):
+            """Send a body, or the start of one with this length, 0 for a chunked one. Return the connection."""
+            connection = stack.enter_context(closing(HTTPConnection(url.removeprefix("http://"), timeout=60)))
+            connection.putrequest("POST", "/v1/videos")
+            connection.putheader("Authorization", f"Bearer vg-{tenant}")
+            connection.putheader("Content-Type", "application/json" if length is None else f"{FORM}; boundary=x")
+            announced = ("Transfer-Encoding", "chunked") if length == 0 else ("Content-Length", length or len(body))
+            connection.putheader(*announced)
+            connection.endheaders(body)
+            return connection
+
+        def code_of(connection):
+            response = connection.getresponse()
+            error = json.loads(response.read()).get("error") or {}
+            return response.status, error.get("code"), response.getheader("Retry-After")
+
+        def until(condition):
+            while not condition():
+                time.sleep(0.01)
+
+        budget = server.app.state.server.body_budget
+        refused = (429, "too_many_bytes", "2")
+        # One body is always accepted.
+        arriving = [send("ada", b"--x", 3_400_000)]
+        until(lambda: budget.arriving.total() == 3_400_000)
+        for length in (100_000, 0):
+            assert code_of(send("ada", b"", length)) == refused
+        assert code_of(send("ada", json.dumps(SMALL).encode())) == (200, None, None), "small ones are not counted"
+        arriving.append(send("bob", b"--x", 1_500_000))
+        until(lambda: budget.arriving.total() == 4_900_000)
+        assert code_of(send("eve", b"", 200_000)) == refused
+        for connection in arriving:
+            connection.close()
+        until(lambda: not budget.arriving.total())
+        assert code_of(send("ada", b'{"' + b"x" * 100_000 + b'": 1}')) == (400, "unknown_parameter", None)
 
 
 def test_upload_stays_on_disk_until_it_is_unused(server, client, held):

@@ -24,7 +24,7 @@ CONFIG = (Path(__file__).parents[2] / "deploy" / "nginx.conf").read_text()
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 OPENSSL = shutil.which("openssl")
 CONNECTIONS = 64
-BODY_BYTES = 401_000_000
+BODY_BYTES = 101_000_000
 
 pytestmark = pytest.mark.skipif(
     not (NGINX and OPENSSL), reason="nginx or openssl is not installed (Debian: apt-get install nginx openssl)"

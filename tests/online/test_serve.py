@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+from types import SimpleNamespace
 from urllib.request import Request, urlopen
 
 import pytest
@@ -18,7 +19,7 @@ from tests.online.scripted_server import ROOT, scripted_server
 from tests.online.scripted_stages import pipes_open
 from vidgen_ray.cli import main
 from vidgen_ray.errors import UsageError
-from vidgen_ray.online import ENVIRONMENT
+from vidgen_ray.online import ENVIRONMENT, HeapTrim
 from vidgen_ray.online.auth import LOCAL_TENANT
 from vidgen_ray.online.serve_command import settings_of
 from vidgen_ray.online.server_settings import OnlineSettings
@@ -89,6 +90,26 @@ def test_response_has_one_request_id():
     app = _apply_middlewares(sync_video, call_function_from_import_path(path))
     asyncio.run(app({"type": "http", "path": "/v1/videos/sync", "headers": []}, None, keep))
     assert [value for name, value in sent[0]["headers"] if name.lower() == b"x-request-id"] == [b"video_1"]
+
+
+def test_memory_of_large_bodies_is_returned_after_the_request(monkeypatch):
+    calls = []
+    monkeypatch.setattr("vidgen_ray.online.TRIM_DELAY_S", 0.0)
+    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(malloc_trim=calls.append))
+
+    async def app(scope, receive, send):
+        assert not calls
+
+    async def request(*headers):
+        calls.clear()
+        await HeapTrim(app)({"type": "http", "headers": headers}, None, None)
+        await asyncio.sleep(0.01)  # for the timer of 0 s
+        await asyncio.get_running_loop().shutdown_default_executor()
+        return len(calls)
+
+    assert asyncio.run(request((b"content-length", b"999999"))) == 0
+    assert asyncio.run(request((b"content-length", b"1000000"))) == 1
+    assert asyncio.run(request((b"transfer-encoding", b"chunked"))) == 1
 
 
 class Jobs:

@@ -3,7 +3,11 @@
 Ray Serve's HTTP proxy imports this file at its start, so it imports little.
 """
 
-from starlette.datastructures import MutableHeaders
+import asyncio
+import ctypes
+from contextlib import suppress
+
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -13,7 +17,42 @@ ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "vidgen_ray.online:m
 
 def middlewares() -> list[Middleware]:
     """Return the middlewares of the HTTP proxy. Ray Serve calls this in the proxy's process."""
-    return [Middleware(OneRequestId)]
+    return [Middleware(OneRequestId), Middleware(HeapTrim)]
+
+
+LARGE_BODY_BYTES = 1_000_000
+TRIM_DELAY_S = 2.0
+
+
+class HeapTrim:
+    """Returns the memory of large request bodies to the system after the requests. The C library would keep it.
+
+    For the proxy and the API replicas: Ray Serve holds each body in the memory of both.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if self._timer is None and scope["type"] == "http" and announced_bytes(scope) >= LARGE_BODY_BYTES:
+                self._timer = asyncio.get_running_loop().call_later(TRIM_DELAY_S, self._trim)
+
+    def _trim(self) -> None:
+        self._timer = None
+        # Only glibc has it.
+        with suppress(AttributeError):
+            asyncio.get_running_loop().run_in_executor(None, ctypes.CDLL(None).malloc_trim, 0)
+
+
+def announced_bytes(scope: Scope) -> float:
+    """Return the length of the body that a request announces, infinite for a chunked one."""
+    headers = Headers(scope=scope)
+    length = headers.get("content-length", "")
+    return float("inf") if "transfer-encoding" in headers else int(length) if length.isdigit() else 0
 
 
 class OneRequestId:

@@ -147,7 +147,7 @@ def install(app: FastAPI) -> None:
 
 async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _response(error.status, error.message, error.type, error.code, error.param, error.headers)
+    return error_response(error)
 
 
 async def _validation_error(_: Request, error: Exception) -> Response:
@@ -190,6 +190,11 @@ def _unavailable(reason: str) -> Response:
 async def _internal_error(_: Request, error: Exception) -> Response:
     # Starlette raises the error again after this response, so it is logged.
     return _response(500, "Internal server error. See the log of the server.", "server_error", "internal_error")
+
+
+def error_response(error: ApiError) -> Response:
+    """Return the response to an error that no handler catches, such as one of a middleware."""
+    return _response(error.status, error.message, error.type, error.code, error.param, error.headers)
 
 
 def _response(

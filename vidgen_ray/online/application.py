@@ -35,6 +35,7 @@ from vidgen_ray.engine.ray_internals import serve_http_config
 from vidgen_ray.engine.trials import run_trials
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.online import HeapTrim
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import ApiKeys, check_bind_host, check_token_required, load_keys
 from vidgen_ray.online.event_streams import MAX_STREAMS
@@ -231,6 +232,7 @@ class Api:
             missing=director.missing,
         )
         app.add_middleware(DisconnectedClients)
+        app.add_middleware(HeapTrim)
         return app
 
 

@@ -30,7 +30,7 @@ from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.store.database import READERS
 from vidgen_ray.online.store.store import JobStore
-from vidgen_ray.online.uploads import LARGE_JSON_BODIES, BodyCap, ImageReferences
+from vidgen_ray.online.uploads import LARGE_JSON_BODIES, BodyBudget, BodyCap, ImageReferences
 from vidgen_ray.online.web import add_page
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.version import __version__
@@ -89,6 +89,7 @@ def make_app(
         storage_check=StorageCheck(store, outputs),
         image_references=ImageReferences(job_service.uploads, fetcher),
         face_check=FaceCheck(serving_profile),
+        body_budget=BodyBudget(settings.uploads),
         started_at=int(time.time()),
         missing=missing,
     )

@@ -19,7 +19,7 @@ from vidgen_ray.online.queue_estimate import QueueEstimator
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.store.store import JobStore
-from vidgen_ray.online.uploads import FairThread, ImageReferences
+from vidgen_ray.online.uploads import BodyBudget, FairThread, ImageReferences
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Image
@@ -84,6 +84,7 @@ class ServerContext:
     storage_check: StorageCheck
     image_references: ImageReferences
     face_check: FaceCheck
+    body_budget: BodyBudget
     started_at: int
     """Seconds since 1970."""
     missing: Callable[[], Awaitable[str | None]]

@@ -48,7 +48,16 @@ class Limits(StrictModel):
     max_priority: Priority = Field(
         "high", description="Highest priority that requests may have. Those without one get at most this."
     )
+    receiving_bytes: int = Field(
+        200 * MB,
+        ge=1,
+        description="Most bytes of request bodies that may arrive at once, counted by each replica of the API.",
+    )
     streams: int = Field(32, ge=1, description="Most event streams that may be open at once. An open page has one.")
+
+
+LARGE_IMAGES = 4
+"""Images of the largest size in one request. Ray Serve holds its body in memory."""
 
 
 class UploadCaps(StrictModel):
@@ -64,12 +73,17 @@ class UploadCaps(StrictModel):
         "an unfinished job needs it. null: never.",
     )
     files: int = Field(16, ge=1, description="Files in one request.")
+    receiving_bytes: int = Field(
+        800 * MB,
+        ge=1,
+        description="Most bytes of request bodies of all keys that may arrive at once at each replica of the API.",
+    )
     seconds: float = Field(120, gt=0, description="Seconds within which the body must arrive.")
 
     @property
     def body_bytes(self) -> int:
-        """Largest body of any request in bytes: its files, and 1 MB for its fields."""
-        return max(self.video_bytes, self.image_bytes * self.files, self.json_bytes) + MB
+        """Largest body of any request in bytes: a video, or four images of the largest size, and 1 MB for its fields."""
+        return max(self.video_bytes, self.image_bytes * LARGE_IMAGES, self.json_bytes) + MB
 
 
 class UrlInputs(StrictModel):

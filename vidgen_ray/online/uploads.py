@@ -11,12 +11,14 @@ import binascii
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
@@ -32,7 +34,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vidgen_ray.errors import MediaError
 from vidgen_ray.limits import FORM_TEXT_BYTES, JSON_DEPTH, MAX_FORM_FIELDS, SMALL_FORM_BYTES, URLENCODED_BYTES
 from vidgen_ray.media import read_image, verify_image
-from vidgen_ray.online.api_error import ApiError, invalid
+from vidgen_ray.online import announced_bytes
+from vidgen_ray.online.api_error import ApiError, error_response, invalid, too_many_requests
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.http_fetch import BlockedUrl, ImageFetcher, UnreachableUrl
 from vidgen_ray.online.server_settings import UploadCaps
@@ -74,6 +77,12 @@ class FairThread:
         """Run a call of a tenant in the thread and return its result."""
         async with self._turns.setdefault(tenant, asyncio.Lock()):
             return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+
+
+SMALL_BODY_BYTES = 64 << 10
+"""Bodies up to this size are not counted: requests of others must not fail while large ones arrive."""
+RECEIVING_RETRY_S = 2
+METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
 
 
 class UploadFolder:
@@ -203,31 +212,67 @@ def from_data_url(url: str, cap_bytes: int, param: str) -> bytes:
 
 def check_announced(scope: Scope, cap_bytes: int) -> None:
     """Raise ApiError 413 if a request announces a body of more than `cap_bytes`, before it arrives."""
-    announced = dict(scope.get("headers", ())).get(b"content-length", b"")
-    if announced.isdigit() and int(announced) > cap_bytes:
+    if cap_bytes < announced_bytes(scope) < math.inf:
         raise too_large(None, cap_bytes)
 
 
 class BodyCap:
-    """Middleware that rejects a request that announces more than `cap_bytes`, or of which more have arrived."""
+    """Middleware that rejects a request that announces more than `cap_bytes`, before anything is done, or of which more have
+    arrived. Requests of methods without a body may have a small one."""
 
     def __init__(self, app: ASGIApp, cap_bytes: int) -> None:
         self._app = app
         self._cap_bytes = cap_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        seen = 0
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        seen, announced, has_body = 0, announced_bytes(scope), scope["method"] in METHODS_WITH_BODY
+        cap_bytes = self._cap_bytes if has_body else SMALL_FORM_BYTES
+        # Ray Serve keeps what arrives in memory until the response has ended.
+        if announced > cap_bytes and not (has_body and announced == math.inf):
+            await error_response(too_large(None, cap_bytes))(scope, receive, send)
+            return
 
         async def counted() -> Message:
             nonlocal seen
-            check_announced(scope, self._cap_bytes)
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._cap_bytes:
                 raise too_large(None, self._cap_bytes)
             return message
 
-        await self._app(scope, counted if scope["type"] == "http" else receive, send)
+        await self._app(scope, counted, send)
+
+
+class BodyBudget:
+    """Bytes of request bodies that may arrive at once in this process, of each key and of all.
+
+    They are in memory: Ray Serve fetches bodies as fast as clients send them.
+    """
+
+    def __init__(self, caps: UploadCaps) -> None:
+        self._caps = caps
+        self.arriving: Counter[str] = Counter()
+
+    def reserve(self, tenant: Tenant, scope: Scope) -> ExitStack:
+        """Count the announced bytes of a body until the stack is closed. A chunked body counts as the largest one.
+
+        Raises ApiError 429 if it would exceed a limit.
+        """
+        size, key_id, reserved = min(announced_bytes(scope), self._caps.body_bytes), tenant.key_id, ExitStack()
+        if size > SMALL_BODY_BYTES:
+            for arriving, allowed, where in (
+                (self.arriving[key_id], tenant.limits.receiving_bytes, "with this key"),
+                (self.arriving.total(), self._caps.receiving_bytes, "at this server"),
+            ):
+                if arriving and arriving + size > allowed:
+                    message = f"At most {allowed} bytes of request bodies may arrive at once {where}"
+                    raise too_many_requests(message, "too_many_bytes", RECEIVING_RETRY_S)
+            self.arriving[key_id] += int(size)
+            reserved.callback(self.arriving.subtract, {key_id: int(size)})
+        return reserved
 
 
 @dataclass(frozen=True)
@@ -242,9 +287,13 @@ class ReceivedRequest:
 
 
 @asynccontextmanager
-async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[ReceivedRequest]:
-    """Read a request. Its files stay open inside the block. Raises ApiError 400, 408, 413 or 415."""
+async def receive(request: Request, caps: UploadCaps, cap_bytes: int | None = None) -> AsyncIterator[ReceivedRequest]:
+    """Read a request. Its files stay open inside the block. Raises ApiError 400, 408, 413 or 415.
+
+    `cap_bytes`: limit of the announced length, if it is less than that of other forms.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    check_announced(request.scope, cap_bytes or caps.body_bytes)
     async with _body_timeout(caps):
         if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
             form = await _read_form(request, kind, caps)
@@ -257,6 +306,8 @@ async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[ReceivedR
                 f"Content-Type: got {kind or 'nothing'}, must be application/json or multipart/form-data",
                 code="unsupported_media_type",
             )
+    # It is on the disk, or small.
+    request.state.body.close()
     if form is None:
         with body:
             if body.tell() <= SMALL_FORM_BYTES:

@@ -13,6 +13,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from vidgen_ray.errors import MediaError, StageError
+from vidgen_ray.limits import FORM_TEXT_BYTES
 from vidgen_ray.media import encode_png
 from vidgen_ray.media.decode import sample_frames
 from vidgen_ray.online.api.openapi import FORM, ServerDep, TenantDep, error_responses, request_body
@@ -46,7 +47,8 @@ file_router = APIRouter(tags=["files"])
 )
 async def create_file(request: Request, server: ServerDep, tenant: TenantDep) -> UploadedFile:
     """Upload an image. Identical images have the same id."""
-    async with receive(request, server.settings.uploads) as received:
+    caps = server.settings.uploads
+    async with receive(request, caps, caps.image_bytes + FORM_TEXT_BYTES) as received:
         file = CreateFile.parse(received.fields).file
         upload = await server.job_service.uploads.store(tenant, file.file, "file")
     return file_response(upload)
