@@ -1,12 +1,16 @@
 """`vidgen doctor`: each check with a good and a bad machine."""
 
 import json
+import shlex
 import sys
+import tomllib
 from pathlib import Path
 from resource import RLIM_INFINITY
 from types import SimpleNamespace
 
+import av
 import pytest
+from packaging.requirements import Requirement
 
 from vidgen_ray.cli import doctor as checks
 from vidgen_ray.cli import main
@@ -65,8 +69,6 @@ CASES = [
     (checks.check_provider("cuda", failing_session), "fail", "asks for CUDAExecutionProvider", "pip uninstall"),
     (checks.check_cuda_pair("cuda", "13.0", "12.8"), "fail", "torch for CUDA 12.8", "device: cpu"),
     (checks.check_cuda_pair("cuda", None, "12.8"), "warn", "CUDA unknown", "by hand"),
-    (checks.check_video(["libx264"]), "pass", "libx264", None),
-    (checks.check_video(["mpeg4"]), "fail", "no libx264", "pip install"),
     (checks.check_disk(HERE, usage=disk(1000, 200)), "pass", "200 GB free of 1000 GB", None),
     (checks.check_disk(HERE, usage=disk(1000, 19)), "warn", "19 GB free", "free 20 GB"),
     (checks.check_disk(HERE, usage=disk(10_000, 400)), "warn", "400 GB free", "free 20 GB"),
@@ -105,6 +107,31 @@ def test_missing_package_is_a_finding(monkeypatch, check, package):
     finding = check()
     assert (finding.status, finding.text) == ("fail", f"the package {package} is not installed")
     assert finding.fix == f"pip install {package}"
+
+
+def test_advised_versions_are_those_of_the_project():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    declared = {requirement.name: requirement for requirement in map(Requirement, project["dependencies"])}
+    for command in (checks.REINSTALL_AV, checks.check_ray_version("2.9.3").fix):
+        advised = Requirement(shlex.split(command)[-1])
+        assert advised == declared[advised.name]
+
+
+def test_a_clip_is_encoded_and_decoded(monkeypatch):
+    assert checks.check_video().status == "pass"
+    changed = TypeError("open() got an unexpected keyword argument 'metadata_errors'")
+    open_av = av.open
+
+    def open_of_another_version(*files, **options):
+        if "w" in files:
+            return open_av(*files, **options)
+        raise changed
+
+    monkeypatch.setattr(av, "open", open_of_another_version)
+    finding = checks.check_video()
+    assert (finding.status, finding.fix) == ("fail", checks.REINSTALL_AV)
+    assert "cannot encode and decode a clip" in finding.text
+    assert "metadata_errors" in finding.text
 
 
 def test_container_limit_is_read_from_both_versions_of_control_groups(tmp_path):

@@ -18,8 +18,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
 import typer
 from rich.markup import escape
 
@@ -27,6 +29,7 @@ from vidgen_ray.cli.models import FACES, default_references, default_shot
 from vidgen_ray.cli.options import MACHINE, JsonOption, ProfileOption, in_group
 from vidgen_ray.errors import SetupError, VidgenError
 from vidgen_ray.graph import STAGES, clip_length, file_sizes, server_problems
+from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video
 from vidgen_ray.nets.faces import import_onnxruntime, open_session
 from vidgen_ray.planner import Cluster, demand_of, load_calibration, profile_for, this_machine
 from vidgen_ray.planner import plan as make_plan
@@ -46,6 +49,7 @@ RAY_VERSION = (2, 60)
 EMPTY_ONNXRUNTIME = "99.0"
 """Version of packaging/onnxruntime, the empty distribution that stands for onnxruntime-gpu."""
 REINSTALL_ONNXRUNTIME = "pip uninstall -y onnxruntime && pip install --no-deps --force-reinstall onnxruntime-gpu"
+REINSTALL_AV = "pip install --force-reinstall --only-binary :all: 'av>=18.1,<20'"
 WSL_TOOLS = "/usr/lib/wsl/lib"
 """Folder of nvidia-smi on WSL2, which may not be on the path."""
 LOWEST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -247,17 +251,26 @@ def check_cuda_pair(device: str, runtime_cuda: str | None, torch_cuda: str | Non
     return Finding("cuda pair", "fail", text, advice)
 
 
-def check_video(encoders: Iterable[str] | None = None) -> Finding:
-    """PyAV must be able to encode H.264."""
-    if encoders is None:
-        try:
-            from av.codec import codecs_available
-        except ImportError as error:
-            return _not_installed("video", error)
-        encoders = codecs_available
-    if "libx264" not in set(encoders):
-        return Finding("video", "fail", "PyAV has no libx264", "pip install --force-reinstall --only-binary :all: av")
-    return Finding("video", "pass", "PyAV with libx264")
+def check_video() -> Finding:
+    """PyAV must encode and decode a clip, with the functions of a run."""
+    try:
+        import av
+    except ImportError as error:
+        return _not_installed("video", error)
+    text, frames = f"PyAV {av.__version__}", np.full((2, 64, 64, 3), 128, np.uint8)
+    try:
+        with TemporaryDirectory(prefix="vidgen-") as folder:
+            clip = Path(folder, "clip.mp4")
+            with Mp4Writer(clip, 64, 64, 8, Mp4Settings()) as writer:
+                writer.write(frames)
+            with open_video(clip) as video:
+                error_of_pixels = np.abs(video.frames(0, 2).astype(int) - frames).max()
+    # PyAV may have changed in any way.
+    except Exception as error:
+        return Finding("video", "fail", f"{text} cannot encode and decode a clip: {error}", REINSTALL_AV)
+    if error_of_pixels > 4:
+        return Finding("video", "fail", f"{text} decodes other pixels than it encoded", REINSTALL_AV)
+    return Finding("video", "pass", f"{text} encodes and decodes H.264")
 
 
 def check_disk(folder: Path, usage: Callable[[Path], Any] = shutil.disk_usage) -> Finding:
