@@ -9,7 +9,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev libgl1 libglib2.0-0 tini wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 --shell /bin/bash vidgen \
-    && install -d -o vidgen -g vidgen /data /weights
+    && install -d -o vidgen -g vidgen /data /weights /home/vidgen/.insightface
 
 WORKDIR /opt/vidgen-ray
 COPY pyproject.toml README.md LICENSE ./

@@ -57,7 +57,8 @@ PODS = {
 """Manifest -> pods of its head and its workers."""
 RAY_PODS = list(chain(*PODS.values()))
 SUBMITTER = SPECS["job"]["submitterPodTemplate"]["spec"]
-DOWNLOADER = documents("weights")[-1]["spec"]["template"]["spec"]
+FILES, DOWNLOAD = documents("weights")[-2:]
+DOWNLOADER = DOWNLOAD["spec"]["template"]["spec"]
 
 
 def test_clusters_need_a_token_are_not_exposed_and_their_heads_run_no_work():
@@ -78,10 +79,19 @@ def test_clusters_need_a_token_are_not_exposed_and_their_heads_run_no_work():
     }
     assert open_ports == {"kuberay-system": {8265, 52365, 8000}, "ingress-nginx": {8000}}
     assert policy["spec"]["policyTypes"] == ["Ingress"]
+    # Every pod that the manifests or the operator create and that connects to Ray's, by labels that all versions set.
+    admitted = [
+        source["podSelector"]["matchLabels"]
+        for rule in policy["spec"]["ingress"]
+        for source in rule["from"][:2]
+        if "podSelector" in source
+    ]
+    submitter = SPECS["job"]["submitterPodTemplate"]["metadata"]["labels"]
+    assert admitted == [{"app.kubernetes.io/name": "kuberay"}, submitter]
 
 
 def test_no_pod_runs_as_root_or_has_privileges():
-    for pod in [*RAY_PODS, SUBMITTER, DOWNLOADER]:
+    for pod in [*RAY_PODS, SUBMITTER, FILES["spec"], DOWNLOADER]:
         security = pod["securityContext"]
         assert (security["runAsNonRoot"], security["runAsUser"]) == (True, 1000)
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -92,7 +102,7 @@ def test_no_pod_runs_as_root_or_has_privileges():
 
 def test_pods_read_mounted_weights_reserve_what_they_may_use_and_end_after_the_grace_period():
     claims = {document["metadata"]["name"] for document in documents("weights") if document["kind"] == "PersistentVolumeClaim"}
-    for pod in [*RAY_PODS, DOWNLOADER]:
+    for pod in [*RAY_PODS, FILES["spec"], DOWNLOADER]:
         for container in pod["containers"]:
             assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
             assert container["image"] == f"REGISTRY/vidgen-ray:{__version__}"
@@ -202,6 +212,21 @@ def test_serve_config_is_valid_and_listens_where_the_service_connects():
     nodes = len(parse_gpus(settings.gpus).nodes)
     assert settings.max_queue_s
     assert (nodes, 2 * nodes) == (WORKERS["service"]["minReplicas"], WORKERS["service"]["maxReplicas"])
+
+
+def test_targets_of_copies_and_mounts_exist_before_they_are_used():
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    copied = re.findall(r"^kubectl cp \S+ ([\w-]+):(/\w+)/", page, re.MULTILINE)
+    mounts = [mount["mountPath"] for mount in FILES["spec"]["containers"][0]["volumeMounts"]]
+    assert copied == [(FILES["metadata"]["name"], folder) for folder in mounts]
+    for folder in re.findall(r"-v \$PWD/(\w+):", page):
+        assert re.search(rf"^mkdir {folder}\b", page[: page.index(f"$PWD/{folder}:")], re.MULTILINE), (
+            f"docker makes {folder} root's"
+        )
+    for volume in re.findall(r"-v vidgen-weights:(\S+)", page):
+        assert f" {volume}" in re.search(r"install -d -o vidgen .*", DOCKERFILE)[0], (
+            "a new volume takes its owner from the image"
+        )
 
 
 def test_image_copies_existing_files():
