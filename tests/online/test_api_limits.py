@@ -383,6 +383,33 @@ def test_upload_stays_on_disk_until_it_is_unused(server, client, held):
     assert not path.exists()
 
 
+def test_uploads_and_images_are_listed_downloaded_and_deleted_by_the_openai_package(server, client):
+    openai = pytest.importorskip("openai")
+    contents = [png(width=width) for width in (65, 66, 67)]
+    with listening_on_a_port(server.app) as url:
+        ada, bob = (openai.OpenAI(base_url=f"{url}/v1", api_key=f"vg-{name}", max_retries=0) for name in ("ada", "bob"))
+        ids = [ada.files.create(file=content, purpose="vision").id for content in contents]
+        assert [file.id for file in ada.files.list(limit=2)][:3] == ids[::-1], "pages are followed"
+        assert [file.id for file in ada.files.list(limit=1, order="asc")][-3:] == ids
+        assert not list(ada.files.list(purpose="batch"))
+        assert ada.files.content(ids[0]).read() == contents[0]
+        assert ada.files.content(ids[0], extra_headers={"Range": "bytes=1-3"}).read() == b"PNG"
+        assert not {file.id for file in bob.files.list()} & {*ids}
+        with pytest.raises(openai.NotFoundError):
+            bob.files.content(ids[0])
+        for file in ada.files.list(limit=1):
+            if file.id in ids:
+                ada.files.delete(file.id)
+        assert not {file.id for file in ada.files.list()} & {*ids}
+        image = ada.images.generate(prompt="listed", size="64x64", model="gpt-image-1").data[0]
+    listed = client.get("/v1/images", params={"limit": 1}).json()["data"]
+    assert [(each["id"], each["prompt"]) for each in listed] == [(image.id, "listed")]
+    assert image.id not in client.get("/v1/videos").text
+    client.delete(f"/v1/videos/{image.id}")
+    assert image.id not in client.get("/v1/images").text
+    assert error_of(client.get("/v1/images", params={"after": "image_x"}), 404)["param"] == "after"
+
+
 def test_create_list_and_delete_characters(client, held):
     photo = {"image": ("me.jpg", ASTRONAUT.read_bytes())}
     character = client.post("/v1/videos/characters", data={"name": "Éileen"}, files=photo).json()

@@ -536,6 +536,7 @@ CALLS = {
     "progress": lambda store, job: store.queue.progress("d", [JobProgress(job.id, "flux", 1, 2, 50)]),
     "completed": lambda store, job: store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={}),
     "release": lambda store, job: store.queue.release("d", [job.id]),
+    "uploads": lambda store, job: store.uploads.list(MAIN_TENANT, None, 20, "desc"),
     "webhooks": lambda store, job: store.outbox.claim_due(60),
 }
 

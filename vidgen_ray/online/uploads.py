@@ -127,7 +127,8 @@ class UploadFolder:
         try:
             upload = self._records.add(tenant.name, f"file-{name}", name, size, tenant.limits.stored_bytes)
         except StorageFull as error:
-            raise ApiError(413, f"{error}. Delete files with DELETE /v1/files/{{id}}.", code="storage_full") from None
+            how = "GET /v1/files lists them, DELETE /v1/files/{id} deletes one."
+            raise ApiError(413, f"{error}. {how}", code="storage_full") from None
         # The record protects the file. Before it was added, deleting the only other upload may have removed the file.
         if not (self._folder / name).exists():
             flush_to_disk(tmp)

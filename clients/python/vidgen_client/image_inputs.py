@@ -27,10 +27,12 @@ MAX_BYTES: Mapping[Kind, int] = {"image": 25 * MB, "video": 100 * MB}
 """Largest file that is read, in bytes: the limits of a server."""
 STARTS: Mapping[Kind, re.Pattern[bytes]] = {
     "image": re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM....\0\0\0\0|II[*+]\0|MM\0[*+]", re.DOTALL),
-    "video": re.compile(rb"....(ftyp|moov|mdat|free|skip|wide)|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL),
+    "video": re.compile(
+        rb"....(ftyp|moov|mdat|free|skip|wide)|\x1aE\xdf\xa3|RIFF....AVI |\0\0\1\xba|G.{187}G|.{4}G.{191}G|GIF8[79]a", re.DOTALL
+    ),
 }
 """First bytes of the files that are read: those of the formats that a server accepts."""
-START_BYTES = 12
+START_BYTES = 201
 
 
 def reference_of(image: ImageInput) -> dict[str, str] | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -147,7 +148,9 @@ async def file_response(server: ServerContext, job: Job, variant: str, request: 
         if variant in PREVIEWS:
             content = await asyncio.to_thread(encode_preview, server.outputs, path, variant, digests[name])
             return Response(content, media_type=media_type, headers=headers)
-        return await asyncio.to_thread(_StoredFile, server.outputs, path, media_type=media_type, headers=headers)
+        return await asyncio.to_thread(
+            StoredFile, server.outputs.storage.local_copy(path), media_type=media_type, headers=headers
+        )
     except FileNotFoundError:
         raise _expired(job) from None
 
@@ -175,16 +178,16 @@ def _has_current(request: Request, etag: str) -> bool:
     return not {"*", etag}.isdisjoint(tag.removeprefix("W/") for tag in cached)
 
 
-class _StoredFile(FileResponse):
-    """File of the output folder, with range requests. Keeps a local copy of it until it is sent.
+class StoredFile(FileResponse):
+    """Response with a file and range requests. Keeps a local copy of the file until it is sent.
 
     Starlette answers range errors as plain text. Here 416 is an `ApiError`, and an invalid header is ignored (RFC 9110, 14.2).
     """
 
-    def __init__(self, outputs: OutputFolder, path: str, **options: Any) -> None:
+    def __init__(self, local_copy: AbstractContextManager[Path], **options: Any) -> None:
         """Raises FileNotFoundError."""
         with ExitStack() as stack:
-            local = stack.enter_context(outputs.storage.local_copy(path))
+            local = stack.enter_context(local_copy)
             super().__init__(local, stat_result=local.stat(), **options)
             self._local_copy = stack.pop_all()
 

@@ -22,11 +22,29 @@ from vidgen_ray.engine.shot_writer import shot_record
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
 from vidgen_ray.limits import MAX_RESULTS
-from vidgen_ray.media import encode_png, image_size
+from vidgen_ray.media import encode_png
 from vidgen_ray.online.api.openapi import EVENT_STREAM, ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateImages, EditImages
-from vidgen_ray.online.api.responses import JSON_OBJECT, ErrorBody, ImageResult, ImagesResponse, ImageUsage, size_text
-from vidgen_ray.online.api.video_routes import IdempotencyKey, completed_jobs, face_fields, require_completed, require_existing
+from vidgen_ray.online.api.responses import (
+    JSON_OBJECT,
+    ErrorBody,
+    ImageResult,
+    ImagesResponse,
+    ImageUsage,
+    VideoPage,
+    size_text,
+)
+from vidgen_ray.online.api.video_routes import (
+    After,
+    IdempotencyKey,
+    Limit,
+    OrderQuery,
+    completed_jobs,
+    face_fields,
+    require_completed,
+    require_existing,
+    video_page,
+)
 from vidgen_ray.online.api_error import ApiError, invalid
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import nearest_image_side
@@ -46,6 +64,14 @@ IMAGES: dict[str, Any] = {
 }
 
 router = APIRouter(tags=["images"])
+
+
+@router.get("/v1/images", response_model=VideoPage, responses=error_responses(404))
+async def list_images(
+    server: ServerDep, tenant: TenantDep, after: After = None, limit: Limit = 20, order: OrderQuery = "desc"
+) -> VideoPage:
+    """List the jobs of images of the tenant, page by page, in the form of videos. `DELETE /v1/videos/{id}` deletes one."""
+    return await video_page(server, tenant, (JobKind.IMAGE,), after, limit, order)
 
 
 @router.post(
@@ -116,7 +142,7 @@ async def _size_like(server: ServerContext, tenant: Tenant, image: str, fields: 
     path = await asyncio.to_thread(server.job_service.uploads.find, tenant.name, image)
     if path is None or "width" in fields or "height" in fields:
         return {}
-    height, width = await asyncio.to_thread(image_size, path)
+    height, width = (await server.job_service.uploads.read(tenant, path)).shape[:2]
     rules = server.size_rules
     scale = sqrt(rules.default_width * rules.default_height / (width * height))
     return {"width": nearest_image_side(width * scale), "height": nearest_image_side(height * scale)}

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Iterable
-from contextlib import closing
-from typing import Annotated
+from contextlib import closing, nullcontext
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
+from starlette.responses import Response
 
 from vidgen_ray.errors import MediaError, StageError
 from vidgen_ray.limits import FORM_TEXT_BYTES
 from vidgen_ray.media import encode_png
 from vidgen_ray.media.decode import sample_frames
+from vidgen_ray.online.api.content_routes import StoredFile
 from vidgen_ray.online.api.openapi import FORM, ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateCharacter, CreateFile
 from vidgen_ray.online.api.responses import (
@@ -24,6 +26,7 @@ from vidgen_ray.online.api.responses import (
     CharacterPage,
     CharacterResponse,
     FileDeleted,
+    FilePage,
     UploadedFile,
     file_response,
 )
@@ -35,6 +38,8 @@ from vidgen_ray.online.uploads import copy_capped, receive
 from vidgen_ray.stages.base import Image
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import private_folder, temporary_file
+
+FILES_PER_PAGE = 1000
 
 file_router = APIRouter(tags=["files"])
 
@@ -54,11 +59,48 @@ async def create_file(request: Request, server: ServerDep, tenant: TenantDep) ->
     return file_response(upload)
 
 
+@file_router.get("/v1/files", response_model=FilePage, responses=error_responses())
+async def list_files(
+    server: ServerDep,
+    tenant: TenantDep,
+    purpose: Annotated[str, Query(description="Only uploads with this purpose. All have the purpose vision.")] = "vision",
+    after: Annotated[str | None, Query(description="Id of the last upload of the previous page.")] = None,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="Maximum number of uploads, of which a page has 1,000.")] = 1000,
+    order: Annotated[Literal["asc", "desc"], Query(description="asc: oldest first. desc: newest first.")] = "desc",
+) -> FilePage:
+    """List the uploads of the tenant, page by page."""
+    length = min(limit, FILES_PER_PAGE) if purpose == "vision" else 0
+    found = await asyncio.to_thread(server.store.uploads.list, tenant.name, after, length + 1, order)
+    data = [file_response(upload) for upload in found[:length]]
+    has_more = bool(length) and len(found) > length
+    return FilePage(data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None, has_more=has_more)
+
+
 @file_router.get("/v1/files/{file_id}", response_model=UploadedFile, responses=error_responses(404))
 async def get_file(server: ServerDep, tenant: TenantDep, file_id: str) -> UploadedFile:
-    """Return size and time of an upload. Its content cannot be downloaded."""
+    """Return size and time of an upload."""
     upload = await asyncio.to_thread(server.store.uploads.get, file_id, tenant.name)
     return file_response(found(upload, "file", file_id))
+
+
+@file_router.get(
+    "/v1/files/{file_id}/content",
+    response_class=Response,
+    responses={
+        **error_responses(404, 416),
+        200: {"description": "The file", "content": {"application/octet-stream": {}}},
+        206: {"description": "Part of the file", "content": {"application/octet-stream": {}, "multipart/byteranges": {}}},
+    },
+)
+async def file_content(server: ServerDep, tenant: TenantDep, file_id: str) -> Response:
+    """Download an upload, as it was sent."""
+    path = found(await asyncio.to_thread(server.job_service.uploads.find, tenant.name, file_id), "file", file_id)
+    # Never shown by a browser: it is a file of a client.
+    headers = {"Content-Disposition": "attachment", "X-Content-Type-Options": "nosniff", "Cache-Control": "private"}
+    try:
+        return StoredFile(nullcontext(path), media_type="application/octet-stream", headers=headers)
+    except FileNotFoundError:
+        raise not_found("file", file_id) from None
 
 
 @file_router.delete("/v1/files/{file_id}", response_model=FileDeleted, responses=error_responses(404, 409))

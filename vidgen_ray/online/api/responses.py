@@ -229,6 +229,12 @@ class CharacterPage(_Page):
     data: list[CharacterResponse] = Field(description="The characters.")
 
 
+class FilePage(_Page):
+    """One page of uploads."""
+
+    data: list[UploadedFile] = Field(description="The uploads.")
+
+
 class ModelPage(_List):
     """All models of the server."""
 

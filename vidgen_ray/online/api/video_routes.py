@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query
@@ -31,6 +31,10 @@ from vidgen_ray.video_models import MODEL_DEFAULTS, without_other_models_default
 POLL_AFTER = "openai-poll-after-ms"
 START_IMAGES = ("input_reference", "image_reference", "reference_url")
 """Fields that name the image that a clip starts from."""
+Order = Literal["asc", "desc"]
+After = Annotated[str | None, Query(description="Id of the last object of the previous page.")]
+Limit = Annotated[int, Query(ge=1, le=100, description="Maximum number of objects.")]
+OrderQuery = Annotated[Order, Query(description="asc: oldest first. desc: newest first.")]
 LISTED_KINDS = (JobKind.VIDEO, JobKind.SHOT)
 IdempotencyKey = Annotated[
     str | None,
@@ -61,15 +65,20 @@ async def create_video(
 async def list_videos(
     server: ServerDep,
     tenant: TenantDep,
-    after: Annotated[str | None, Query(description="Id of the last video of the previous page.")] = None,
-    limit: Annotated[int, Query(ge=1, le=100, description="Maximum number of videos.")] = 20,
-    order: Annotated[Literal["asc", "desc"], Query(description="asc: oldest first. desc: newest first.")] = "desc",
+    after: After = None,
+    limit: Limit = 20,
+    order: OrderQuery = "desc",
 ) -> VideoPage:
     """List the videos of the tenant, page by page."""
+    return await video_page(server, tenant, LISTED_KINDS, after, limit, order)
+
+
+async def video_page(
+    server: ServerContext, tenant: Tenant, kinds: Collection[JobKind], after: str | None, limit: int, order: Order
+) -> VideoPage:
+    """Return a page of the tenant's jobs. Raises ApiError 404 if `after` is not one of them."""
     try:
-        page = await asyncio.to_thread(
-            server.store.list, tenant.name, kinds=LISTED_KINDS, after=after, limit=limit, order=order
-        )
+        page = await asyncio.to_thread(server.store.list, tenant.name, kinds=kinds, after=after, limit=limit, order=order)
     except UnknownJob:
         raise not_found("video", str(after), "after") from None
     data = [_video(server, job, await server.queue_estimator.estimate(job)) for job in page.jobs]

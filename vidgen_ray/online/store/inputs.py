@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Connection, Text, cast, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Text, cast, delete, func, insert, literal, or_, select, tuple_, update
 
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.store.database import CHARACTERS, JOBS, UPLOADS, Database
@@ -133,6 +134,18 @@ class UploadRecords:
         """Return the tenant's upload, or `None`."""
         found = self._database.rows(select(UPLOADS).where(UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id))
         return Upload.model_validate(found[0]) if found else None
+
+    def list(self, tenant: str, after: str | None, limit: int, order: Literal["asc", "desc"]) -> list[Upload]:
+        """Return a page of the tenant's uploads, `desc`: newest first.
+
+        It starts after the upload with id `after`. If that was deleted, as all of its page may be by now, it is the first page.
+        """
+        query, place = select(UPLOADS).where(UPLOADS.c.tenant == tenant), (UPLOADS.c.created_at, UPLOADS.c.id)
+        if after is not None and (last := self.get(after, tenant)) is not None:
+            known = tuple_(literal(last.created_at), literal(last.id))
+            query = query.where(tuple_(*place) < known if order == "desc" else tuple_(*place) > known)
+        query = query.order_by(*(column.desc() if order == "desc" else column for column in place)).limit(limit)
+        return [Upload.model_validate(row) for row in self._database.rows(query)]
 
     def use(self, upload_id: str, tenant: str) -> Upload | None:
         """Return the tenant's upload and record that it is used, or return `None`.
