@@ -4,11 +4,13 @@ import json
 import shlex
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from resource import RLIM_INFINITY
 from types import SimpleNamespace
 
 import av
+import grpc
 import pytest
 from packaging.requirements import Requirement
 
@@ -132,6 +134,26 @@ def test_a_clip_is_encoded_and_decoded(monkeypatch):
     assert (finding.status, finding.fix) == ("fail", checks.REINSTALL_AV)
     assert "cannot encode and decode a clip" in finding.text
     assert "metadata_errors" in finding.text
+
+
+@pytest.mark.parametrize(("answer", "status"), [("UNAUTHENTICATED", "pass"), ("OK", "fail"), ("UNAVAILABLE", "warn")])
+def test_running_ray_must_refuse_a_call_without_the_token(answer, status):
+    def check_alive(request, context):
+        if answer != "OK":
+            context.abort(grpc.StatusCode[answer], "")
+        return b""
+
+    service = {"CheckAlive": grpc.unary_unary_rpc_method_handler(check_alive)}
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", service)])
+    environment = {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"}
+    server.start()
+    try:
+        assert checks.check_ray_refuses(environment).status == status
+    finally:
+        server.stop(None)
+    assert checks.check_ray_refuses({**environment, "RAY_AUTH_MODE": ""}) is None
+    assert checks.check_ray_refuses({**environment, "RAY_ADDRESS": "ray://head:10001"}) is None
 
 
 def test_container_limit_is_read_from_both_versions_of_control_groups(tmp_path):

@@ -124,7 +124,8 @@ def check_free_resources(actor, node):
 
 
 def check_call_without_token(actor, node):
-    assert ray_internals.call_without_token(10).name in ("OK", "UNAUTHENTICATED")
+    status = ray_internals.call_without_token(ray.get_runtime_context().gcs_address, 10)
+    assert status.name in ("OK", "UNAUTHENTICATED")
 
 
 def check_dashboard_url(actor, node):
@@ -154,6 +155,13 @@ CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().i
 @pytest.mark.parametrize("name", CHECKS)
 def test_private_names_of_ray_do_what_they_are_used_for(idle, name):
     CHECKS[name](*idle)
+
+
+def test_started_address_is_the_one_that_ray_start_writes(monkeypatch, tmp_path):
+    monkeypatch.setattr(ray._private.utils, "get_ray_address_file", lambda folder: str(tmp_path / "ray_current_cluster"))
+    assert ray_internals.started_address() is None
+    ray._private.utils.write_ray_address("127.0.0.1:7")
+    assert ray_internals.started_address() == "127.0.0.1:7"
 
 
 def test_submission_id_is_that_of_the_job_config(monkeypatch):

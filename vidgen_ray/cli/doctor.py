@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -54,6 +55,7 @@ WSL_TOOLS = "/usr/lib/wsl/lib"
 """Folder of nvidia-smi on WSL2, which may not be on the path."""
 LOWEST_DRIVER = {11: 450, 12: 525, 13: 580}
 """Major version of CUDA -> lowest driver on Linux. Source: CUDA's release notes, minor version compatibility."""
+RAY_ANSWER_S = 10
 MIN_FREE_GB = 20
 MIN_SHM_GB = 2
 """Ray's object store is in shared memory. With less, it uses the disk, which is slow."""
@@ -391,6 +393,24 @@ def check_ray_token(environment: Mapping[str, str] = os.environ, home: Path | No
     return Finding("ray token", "pass", f"token authentication with {token}")
 
 
+def check_ray_refuses(environment: Mapping[str, str] = os.environ) -> Finding | None:
+    """A running Ray with token authentication must refuse a call without the token. `None` if there is no such Ray."""
+    if environment.get("RAY_AUTH_MODE") != "token" or environment.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return None
+    from vidgen_ray.engine.ray_internals import call_without_token, started_address
+
+    address = environment.get("RAY_ADDRESS") or started_address()
+    if address is None or not re.fullmatch(r"[^/]+:\d+", address):
+        return None
+    answer = call_without_token(address, RAY_ANSWER_S).name
+    if answer == "OK":
+        text = f"Ray at {address} answers a call without the token: anyone who reaches it can run code"
+        return Finding("ray token", "fail", text, "ray stop, then ray start with RAY_AUTH_MODE=token on every node")
+    if answer != "UNAUTHENTICATED":
+        return Finding("ray token", "warn", f"Ray at {address} does not answer ({answer})", "ray status")
+    return Finding("ray token", "pass", f"Ray at {address} refuses a call without the token")
+
+
 def check_weights(profile: str, weights: Iterable[LocalWeights], needed: Collection[str]) -> list[Finding]:
     """The weights of the default chain must be on this machine. Other lines need the others. `needed`: those of the chain."""
     findings = []
@@ -481,6 +501,7 @@ def _findings(profile: Profile, name: str) -> Iterator[Finding | None]:
     yield check_compiler(profile)
     yield check_ray_version()
     yield check_ray_token()
+    yield check_ray_refuses()
     needed = default_references(profile)
     yield from check_weights(name, weights, needed)
     yield from check_servers(profile)

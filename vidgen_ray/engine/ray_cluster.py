@@ -336,7 +336,7 @@ def requires_token() -> bool:
     """
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         return True
-    status = call_without_token(CONNECT_TIMEOUT_S)
+    status = call_without_token(ray.get_runtime_context().gcs_address, CONNECT_TIMEOUT_S)
     if status not in (grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED):
         raise SetupError(f"Ray's control service does not answer ({status.name})")
     return status is grpc.StatusCode.UNAUTHENTICATED

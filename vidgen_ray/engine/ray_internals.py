@@ -78,9 +78,14 @@ def free_resources() -> dict[str, dict[str, float]]:
     return cast(dict[str, dict[str, float]], state.available_resources_per_node())
 
 
-def call_without_token(timeout_s: float) -> grpc.StatusCode:
-    """Call the control service of the connected Ray without its token, and return the status of the answer."""
-    with grpc.insecure_channel(ray.get_runtime_context().gcs_address) as channel:
+def started_address() -> str | None:
+    """Return the address of the Ray that `ray start` has started on this machine, HOST:PORT. `None` without one."""
+    return cast(str | None, services.find_bootstrap_address(None))
+
+
+def call_without_token(address: str, timeout_s: float) -> grpc.StatusCode:
+    """Call the control service of the Ray at `address` (HOST:PORT) without its token, and return the status of the answer."""
+    with grpc.insecure_channel(address) as channel:
         try:
             NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
