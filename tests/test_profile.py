@@ -1,7 +1,9 @@
 """Profiles: built-in profiles, validation errors, weight references, and defaults of the video models."""
 
+import hashlib
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -9,13 +11,14 @@ from pydantic import ValidationError
 from vidgen_ray.content_keys import params_of
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.graph import STAGES, check_profile
-from vidgen_ray.profile import builtin_profiles, load_profile
+from vidgen_ray.licences import ShotLicences
+from vidgen_ray.profile import ActorProfile, builtin_profiles, load_profile
 from vidgen_ray.script.check import merged
 from vidgen_ray.shot import Shot, wrong_defaults
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.system.cache_dir import digest
-from vidgen_ray.weights import resolve, with_commit
+from vidgen_ray.weights import NO_WEIGHTS, resolve, with_commit
 
 
 def test_builtin_profiles_have_valid_defaults_known_actors_and_memory():
@@ -41,6 +44,7 @@ def test_invalid_profile_error_names_the_field(tmp_path, tiny):
         "[": "invalid YAML",
         "- a": "got",
         "{name: x, about: y, actors: {svd: {weights: a, gpu: 1}}}": "actors.svd.gpu: got 1, extra inputs",
+        "{name: x, about: y, actors: {svd: {memory_gb: 1}}}": "actors.svd: weights: field required",
         "{name: x, about: y, actors: {sdv: {weights: a}}}": "actors.sdv: must be one of instantid",
         "{name: x, about: y, actors: {svd: {weights: a}, svd: {weights: b}}}": "duplicate key 'svd'",
     }.items():
@@ -55,6 +59,19 @@ def test_invalid_profile_error_names_the_field(tmp_path, tiny):
             tiny.model_copy(update={"actors": {"svd": actor}}).params(SVDStage)
     with pytest.raises(ProfileError, match=r"stage realesrgan needs an entry actors\.realesrgan"):
         tiny.model_copy(update={"actors": {}}).params(RealESRGANStage)
+
+
+def test_stage_without_weights_needs_none(tiny, monkeypatch):
+    class Sepia(SVDStage):
+        actor = "sepia"
+        has_weights = False
+
+    monkeypatch.setattr("vidgen_ray.graph.STAGES", (*STAGES, Sepia))
+    profile = tiny.model_copy(update={"actors": {**tiny.actors, "sepia": ActorProfile()}})
+    check_profile(profile)
+    assert Sepia.weight_files(profile.params(Sepia), Shot(prompt="a")) == (Path(NO_WEIGHTS),)
+    assert digest(Path(NO_WEIGHTS)) == hashlib.sha256().hexdigest()
+    assert (ShotLicences(profile).of_stage(Sepia), profile.weight_licences(["sepia"])) == ((), {})
 
 
 def test_missing_weights_error_says_what_to_do():

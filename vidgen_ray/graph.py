@@ -27,6 +27,7 @@ from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
+from vidgen_ray.weights import NO_WEIGHTS
 
 BUILT_IN: tuple[type[Stage[Any]], ...] = (
     InstantIDStage,
@@ -223,7 +224,7 @@ def stages_with_setting(setting: str) -> tuple[str, ...]:
 
 
 def check_profile(profile: Profile) -> None:
-    """Raises ProfileError for an unknown actor, and for extra weights that no stage of the actor uses.
+    """Raises ProfileError for an unknown actor, missing weights, and extra weights that no stage of the actor uses.
 
     Raises SetupError if the safety checker cannot be loaded, unless it may fail.
     """
@@ -231,6 +232,8 @@ def check_profile(profile: Profile) -> None:
     for name, actor in profile.actors.items():
         if name not in known:
             raise ProfileError(f"profile {profile.name}, actors.{name}: must be one of {', '.join(known)}")
+        if actor.weights == NO_WEIGHTS and any(stage.has_weights for stage in STAGES if stage.actor == name):
+            raise ProfileError(f"profile {profile.name}, actors.{name}: weights: field required")
         allowed = list(dict.fromkeys(extra for stage in STAGES if stage.actor == name for extra in stage.extra_weights))
         for extra in actor.extra_weights:
             if extra not in allowed:

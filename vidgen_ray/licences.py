@@ -70,7 +70,8 @@ class ShotLicences:
 
     def _own_references(self, stage: type[Stage[Any]]) -> Iterator[str]:
         if (actor := self._profile.actors.get(stage.actor)) is not None:
-            yield actor.weights
+            if stage.has_weights:
+                yield actor.weights
             yield from stage.packaged_weights(actor.options)
 
     def _licence(self, reference: str) -> UsedWeights:

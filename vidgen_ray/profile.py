@@ -16,7 +16,7 @@ from vidgen_ray.safety import ContentPolicy, Safety, SafetySettings, safety_of
 from vidgen_ray.shot import wrong_defaults
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.system.files import load_yaml, parse_yaml
-from vidgen_ray.weights import resolve, with_commit
+from vidgen_ray.weights import NO_WEIGHTS, resolve, with_commit
 from vidgen_ray.weights.ledger import WeightLicence, licence_of
 
 P = TypeVar("P", bound=StageParams)
@@ -46,8 +46,9 @@ class ActorProfile(StrictModel):
     """Weights and resources of an actor. An actor runs one stage, or several stages that share weights."""
 
     weights: str = Field(
+        NO_WEIGHTS,
         description="A path (relative to the profile), hub:OWNER/NAME[@REVISION][:SUBFOLDER], builtin:NAME, or remote:NAME for "
-        "a model that servers have."
+        "a model that servers have. Required unless the stage has no weights.",
     )
     extra_weights: dict[str, str] = Field(
         default_factory=dict,
@@ -257,7 +258,7 @@ class Profile(StrictModel):
         references = [
             reference for name in actors for reference in (self.actors[name].weights, *self.actors[name].extra_weights.values())
         ]
-        return {reference: licence_of(reference, self.licences) for reference in references}
+        return {each: licence_of(each, self.licences) for each in references if each != NO_WEIGHTS}
 
 
 def _resolve_all(references: Mapping[str, str], folder: Path | None) -> tuple[dict[str, Path], dict[str, str]]:

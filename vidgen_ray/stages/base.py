@@ -282,6 +282,8 @@ class Stage(ABC, Generic[P]):
     uses_shot_seed: ClassVar[bool] = False
     """True if the noise comes from the shot's seed itself, not from a seed derived for the stage. Only for a stage that makes
     the first image: a refinement with the noise that produced its input would amplify it."""
+    has_weights: ClassVar[bool] = True
+    """False for a stage whose entry in a profile needs no `weights`."""
     pipelines: ClassVar[tuple[str, ...]] = ()
     """Classes of diffusers pipelines that its weights may be the folder of. Empty for weights in other formats."""
     extra_weights: ClassVar[tuple[str, ...]] = ()

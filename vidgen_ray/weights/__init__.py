@@ -22,6 +22,8 @@ from vidgen_ray.weights import builtin
 DEFAULT_REVISION = "main"
 REMOTE = "remote:"
 """Begin of the reference of a model that a server has. It has no files."""
+NO_WEIGHTS = "none:"
+"""Reference of a stage without weights. It has no files."""
 
 
 BUILDER_VERSION = "1"
@@ -57,7 +59,7 @@ def resolve(reference: str, relative_to: Path | None = None) -> Path:
         return _resolve_builtin(reference.removeprefix("builtin:"))
     if reference.startswith("hub:"):
         return _resolve_hub(reference.removeprefix("hub:"))
-    if reference.startswith(REMOTE):
+    if reference.startswith((REMOTE, NO_WEIGHTS)):
         return Path(reference)
     # Path.expanduser raises for the home of an unknown user. os.path leaves it unchanged.
     path = (relative_to or Path()) / os.path.expanduser(reference)
