@@ -1,4 +1,7 @@
-"""RIFE's networks against the published code, with the published weights."""
+"""RIFE's networks against the published code, with the published weights.
+
+Equal to the bit for the code that has the same operations in the same order.
+"""
 
 import importlib.util
 import sys

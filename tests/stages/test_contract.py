@@ -1,4 +1,7 @@
-"""Contract tests of all stages in the graph. A new stage needs no test code here."""
+"""Contract tests of all stages in the graph. A new stage needs no test code here.
+
+Results of the same call are equal to the bit: the same kernels run in the same order, and sums do not depend on addresses.
+"""
 
 import gc
 import pickle
@@ -149,6 +152,7 @@ def test_declarations_for_people_and_planner_are_complete(loaded):
 
 
 def test_chunks_give_the_bytes_of_the_whole_clip(loaded, item):
+    """Chunks end where calls of the network end, so every call has the frames that it has for the whole clip."""
     if not isinstance(loaded, ChunkedStage):
         return
     shot, (source,), (result,) = item.shot.model_copy(update=loaded.examples[0]), loaded.takes, loaded.writes

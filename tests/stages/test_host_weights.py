@@ -1,6 +1,7 @@
 """Weights in host memory: while they are loaded, of swapped stages, and of parts of pipelines that take turns on the GPU.
 
-The GPU is simulated, or a meta device stands for it.
+The GPU is simulated, or a meta device stands for it. Results with moved weights are equal to the bit, since torch computes them
+on the CPU with the same kernels, whose sums do not depend on addresses.
 """
 
 import os

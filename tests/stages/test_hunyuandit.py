@@ -1,4 +1,7 @@
-"""The HunyuanDiT stage on random weights in the real architecture: parity with text to image, geometry."""
+"""The HunyuanDiT stage on random weights in the real architecture: parity with text to image, geometry.
+
+Parity is bitwise in fp32: the same kernels run in the same order, on tensors of the same shapes.
+"""
 
 from types import SimpleNamespace
 

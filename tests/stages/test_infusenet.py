@@ -1,4 +1,7 @@
-"""InfuseNet on FLUX with random weights in the published layout: identity tokens, parity, determinism and load errors."""
+"""InfuseNet on FLUX with random weights in the published layout: identity tokens, parity, determinism and load errors.
+
+Parity is bitwise in fp32: the same kernels run in the same order, on tensors of the same shapes.
+"""
 
 import shutil
 from functools import partial

@@ -1,4 +1,7 @@
-"""InstantID on SDXL with random weights in the published layout: projection, parity and load errors."""
+"""InstantID on SDXL with random weights in the published layout: projection, parity and load errors.
+
+Parity is bitwise in fp32: the same kernels run in the same order, on tensors of the same shapes.
+"""
 
 import shutil
 from dataclasses import replace

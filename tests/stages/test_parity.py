@@ -1,4 +1,7 @@
-"""Parity of the diffusion stages with plain diffusers calls with the same weights and seed, bitwise in fp32."""
+"""Parity of the diffusion stages with plain diffusers calls with the same weights and seed.
+
+Bitwise in fp32: the same kernels run in the same order, on tensors of the same shapes.
+"""
 
 import diffusers
 import numpy as np

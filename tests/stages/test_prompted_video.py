@@ -1,4 +1,7 @@
-"""Video models: parity with plain diffusers calls with the same weights and seed, bitwise in fp32; passes; LoRAs; limits."""
+"""Video models: parity with plain diffusers calls with the same weights and seed; passes; LoRAs; limits.
+
+Parity is bitwise in fp32: the same kernels run in the same order, on tensors of the same shapes.
+"""
 
 import json
 

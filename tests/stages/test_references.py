@@ -1,4 +1,7 @@
-"""FLUX.2 klein and Qwen-Image-Edit: photos, LoRAs, and parity with plain diffusers calls, bitwise in fp32."""
+"""FLUX.2 klein and Qwen-Image-Edit: photos, LoRAs, and parity with plain diffusers calls.
+
+Parity is bitwise in fp32: the same kernels run in the same order, on tensors of the same shapes.
+"""
 
 import diffusers
 import numpy as np

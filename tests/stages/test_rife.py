@@ -1,4 +1,7 @@
-"""Interpolation: number, times and content of the frames; scene cuts; any cut of the clip."""
+"""Interpolation: number, times and content of the frames; scene cuts; any cut of the clip.
+
+Frames that are drawn twice are equal to the bit: each is a call of the network of its own, with tensors of one shape.
+"""
 
 from fractions import Fraction
 

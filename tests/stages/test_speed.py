@@ -1,4 +1,7 @@
-"""Options that make diffusion models faster or smaller, each compared with the plain stage."""
+"""Options that make diffusion models faster or smaller, each compared with the plain stage.
+
+Results are equal to the bit where the option is off: the same kernels run in the same order.
+"""
 
 import numpy as np
 import pytest
