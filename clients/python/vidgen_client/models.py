@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 Priority = Literal["low", "normal", "high"]
@@ -175,19 +176,28 @@ class UploadedFile(Answer):
     bytes: int
 
 
+PRINTABLE: JsonDict = {"pattern": r"^[^\x00-\x1f\x7f-\x9f]*[^\s\x00-\x1f\x7f-\x9f][^\x00-\x1f\x7f-\x9f]*$"}
+
+
 class Consent(BaseModel):
     """Why a person's face may be used."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    subject: str = Field(min_length=1, max_length=200, description="Name of the person in the photos.")
+    subject: str = Field(
+        min_length=1, max_length=200, description="Name of the person in the photos.", json_schema_extra=PRINTABLE
+    )
     basis: Literal["self", "written", "contract", "public-domain", "synthetic", "demo"] = Field(
         description="self: my own face. written: written consent of the person, or of a guardian. contract: a contract or "
         "licence covers this use. public-domain: a portrait that anyone may use this way. synthetic: nobody, the face is drawn "
         "or generated. demo: a photo that comes with vidgen, set automatically."
     )
     reference: str | None = Field(
-        None, min_length=1, max_length=1000, description="Where it is documented, such as a file name or a URL."
+        None,
+        min_length=1,
+        max_length=1000,
+        description="Where it is documented, such as a file name or a URL.",
+        json_schema_extra=PRINTABLE,
     )
 
 

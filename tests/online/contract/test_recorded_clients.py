@@ -259,6 +259,29 @@ def job_with_prompt(server, prompt: str):
     return next((job for job in server.store.list("local", limit=100).jobs if job.shot.prompt == prompt), None)
 
 
+def states_of(server, prompt: str):
+    return {job.state for job in server.store.list("local", limit=100).jobs if job.shot.prompt == prompt}
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"key": "kept"}])
+def test_aborted_image_request_is_cancelled_unless_it_has_an_idempotency_key(server, held, fields):
+    key = fields.get("key")
+    prompt = f"aborted {fields}"
+    body = json.dumps({"prompt": prompt, "size": "64x64", "n": 2, "stream": "stream" in fields})
+    headers = {"Content-Type": "application/json", **({"Idempotency-Key": key} if key else {})}
+    with listening_on_a_port(server.app) as url:
+        with closing(HTTPConnection(url.removeprefix("http://"))) as connection:
+            connection.request("POST", "/v1/images/generations", body, headers)
+            while job_with_prompt(server, prompt) is None:
+                time.sleep(0.02)
+            if "stream" in fields:
+                connection.getresponse()
+        while not key and states_of(server, prompt) != {"cancelled"}:
+            time.sleep(0.02)
+    # The server has ended all its requests.
+    assert states_of(server, prompt) == {"queued" if key else "cancelled"}
+
+
 def test_synchronous_request_with_an_idempotency_key_waits_again_after_a_disconnect(server):
     body = json.dumps({"prompt": "with a key", "size": "64x64", "num_frames": 2})
     headers = {"Content-Type": "application/json", "Idempotency-Key": "k"}

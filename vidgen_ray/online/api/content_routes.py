@@ -19,6 +19,7 @@ from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses,
 from vidgen_ray.online.api.requests import CreateVideo
 from vidgen_ray.online.api.responses import outputs_of
 from vidgen_ray.online.api.video_routes import (
+    CLIENT_CLOSED_REQUEST,
     ClientDisconnected,
     IdempotencyKey,
     completed_while_connected,
@@ -256,9 +257,6 @@ def _expired(job: Job) -> ApiError:
     return ApiError(404, f"The files of {job.id} were deleted.", code="expired")
 
 
-CLIENT_CLOSED_REQUEST = 499
-"""Status of a response that no client receives."""
-
 sync_router = APIRouter(tags=["videos"])
 
 
@@ -280,15 +278,10 @@ async def create_video_sync(
     `Idempotency-Key`: then the same request waits for the same video again.
     """
     with server.event_streams.waiting(tenant):
-        (job,) = await created_videos(request, server, tenant, idempotency_key, max_results=1)
+        jobs = await created_videos(request, server, tenant, idempotency_key, max_results=1)
         try:
-            done = await completed_while_connected(server, request, job)
-        except (ClientDisconnected, asyncio.CancelledError) as gone:
-            # Ray Serve cancels the handler when its proxy loses the connection, perhaps while it cancels the video.
-            if idempotency_key is None:
-                await asyncio.shield(server.job_service.cancel(tenant, job.id))
-            if isinstance(gone, asyncio.CancelledError):
-                raise
+            (done,) = await completed_while_connected(server, tenant, request, jobs, idempotency_key)
+        except ClientDisconnected:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
     response = await file_response(server, done, "video", request)
     response.headers["X-Request-Id"] = done.id

@@ -35,11 +35,14 @@ from vidgen_ray.online.api.responses import (
     size_text,
 )
 from vidgen_ray.online.api.video_routes import (
+    CLIENT_CLOSED_REQUEST,
     After,
+    ClientDisconnected,
     IdempotencyKey,
     Limit,
     OrderQuery,
-    completed_jobs,
+    cancelled_if_abandoned,
+    completed_while_connected,
     face_fields,
     require_completed,
     require_existing,
@@ -83,7 +86,7 @@ async def list_images(
 async def create_images(
     request: Request, server: ServerDep, tenant: TenantDep, idempotency_key: IdempotencyKey = None
 ) -> Response:
-    """Generate images and wait for them."""
+    """Generate images and wait for them. Closing the connection cancels them, unless the request has an `Idempotency-Key`."""
     async with receive(request, server.settings.uploads) as received:
         options = CreateImages.parse(received.fields)
         fields, returned = await _image_fields(server, tenant, options)
@@ -171,8 +174,11 @@ async def _respond(
             fingerprint=f"{options.event} {received.fingerprint}"[:64],
         )
         if options.stream:
-            return server.event_streams.respond(tenant, _events(server, jobs, options))
-        ended = await completed_jobs(server, jobs)
+            return server.event_streams.respond(tenant, _events(server, tenant, jobs, options, idempotency_key))
+        try:
+            ended = await completed_while_connected(server, tenant, request, jobs, idempotency_key)
+        except ClientDisconnected:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
     data = [
         ImageResult(id=job.id, url=f"{str(request.base_url).rstrip('/')}/v1/videos/{job.id}/content?variant=image")
         if options.response_format == "url"
@@ -184,9 +190,11 @@ async def _respond(
     return JSONResponse(body.model_dump(mode="json", exclude_none=True))
 
 
-async def _events(server: ServerContext, jobs: Sequence[Job], options: CreateImages) -> AsyncIterator[ServerSentEvent]:
+async def _events(
+    server: ServerContext, tenant: Tenant, jobs: Sequence[Job], options: CreateImages, idempotency_key: str | None
+) -> AsyncIterator[ServerSentEvent]:
     try:
-        async with asyncio.timeout(server.settings.wait_s):
+        async with cancelled_if_abandoned(server, tenant, jobs, idempotency_key), asyncio.timeout(server.settings.wait_s):
             for job in jobs:
                 async for event in _events_of(server, job, options):
                     yield event

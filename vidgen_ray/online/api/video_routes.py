@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query
@@ -378,6 +379,10 @@ async def _estimate(
     )
 
 
+CLIENT_CLOSED_REQUEST = 499
+"""Status of a response that no client receives."""
+
+
 class ClientDisconnected(Exception):
     """The client closed the connection before the results were ready."""
 
@@ -397,18 +402,36 @@ async def completed_jobs(server: ServerContext, jobs: Sequence[Job]) -> list[Job
         ) from None
 
 
-async def completed_while_connected(server: ServerContext, request: Request, job: Job) -> Job:
-    """Wait as `completed_jobs` for one job. Raises ClientDisconnected if the client closes the connection."""
-    waiting = asyncio.create_task(completed_jobs(server, [job]))
+async def completed_while_connected(
+    server: ServerContext, tenant: Tenant, request: Request, jobs: Sequence[Job], idempotency_key: str | None
+) -> list[Job]:
+    """Wait as `completed_jobs`. If the client closes the connection, cancel the jobs of a request without a key, and raise
+    ClientDisconnected."""
+    waiting = asyncio.create_task(completed_jobs(server, jobs))
     connection = asyncio.create_task(_disconnected(request))
+    async with cancelled_if_abandoned(server, tenant, jobs, idempotency_key):
+        try:
+            await asyncio.wait((waiting, connection), return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise ClientDisconnected
+            return waiting.result()
+        finally:
+            waiting.cancel()
+            connection.cancel()
+
+
+@asynccontextmanager
+async def cancelled_if_abandoned(
+    server: ServerContext, tenant: Tenant, jobs: Sequence[Job], idempotency_key: str | None
+) -> AsyncIterator[None]:
+    """Cancel the jobs if the client goes away during the block. With a key the same request may wait for them again."""
     try:
-        await asyncio.wait((waiting, connection), return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            raise ClientDisconnected
-        return waiting.result()[0]
-    finally:
-        waiting.cancel()
-        connection.cancel()
+        yield
+    except (ClientDisconnected, asyncio.CancelledError, GeneratorExit):
+        # Ray Serve cancels the handler when its proxy loses the connection, perhaps while it cancels the jobs.
+        if idempotency_key is None:
+            await asyncio.shield(asyncio.gather(*(server.job_service.cancel(tenant, job.id) for job in jobs)))
+        raise
 
 
 async def _disconnected(request: Request) -> None:
