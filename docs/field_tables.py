@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -86,6 +86,8 @@ def type_text(annotation: Any) -> str:
     """Return a type as it is written in code."""
     if get_origin(annotation) is Literal:
         return f"Literal[{', '.join(map(json.dumps, get_args(annotation)))}]"
+    if get_origin(annotation) is Annotated:
+        return type_text(get_args(annotation)[0])
     if get_args(annotation):
         return " | ".join(map(type_text, get_args(annotation)))
     return "None" if annotation is NoneType else str(annotation.__name__)

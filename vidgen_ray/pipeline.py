@@ -207,9 +207,9 @@ class ShotFields(TypedDict, total=False):
     upscale_video: bool
     scale: Literal[2, 3, 4]
     upscaler: str
-    aspect: str | None
     crop_width: int | None
     crop_height: int | None
+    aspect: str | None
     steps: Mapping[str, int]
     guidance: Mapping[str, float]
     metadata: Mapping[str, Any]
