@@ -2,8 +2,12 @@
 
 import copy
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import tarfile
 import tomllib
 from itertools import chain
 from pathlib import Path
@@ -346,6 +350,30 @@ def test_no_version_with_a_known_vulnerability_is_allowed_locked_or_pinned():
 
 def test_lock_names_no_index_and_no_local_version():
     assert not re.search(r"://|--index|--find-links|^[^ ]+==[^ ;]*\+", LOCK, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_tests_run_from_the_source_distribution(tmp_path):
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", tmp_path]
+    subprocess.run(build, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    (archive,) = tmp_path.iterdir()
+    with tarfile.open(archive) as files:
+        files.extractall(tmp_path, filter="data")
+    folder = tmp_path / archive.name.removesuffix(".tar.gz")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\n")
+    assert [file for file in tracked if not (folder / file).exists()] == []
+    sample = ["tests/test_deploy.py", "tests/test_docs.py", "tests/test_benchmarks.py", "tests/script"]
+    program = "import vidgen_ray, sys, pytest; print(vidgen_ray.__file__); sys.exit(pytest.main(sys.argv[1:]))"
+    run = subprocess.run(
+        [sys.executable, "-c", program, "-n", "0", *sample],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout
+    assert run.stdout.startswith(str(folder / "vidgen_ray"))
 
 
 # The configs for `serve deploy`: all keys are known and all deployments exist.
