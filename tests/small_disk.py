@@ -26,10 +26,13 @@ class SmallDisk:
 
 
 @contextmanager
-def mounted_disk(folder: Path, options: str = "size=16m") -> Iterator[SmallDisk]:
-    """Mount a disk of 16 MB, or with other options. Skips the test if this process may not mount file systems."""
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+def mounted_disk(
+    folder: Path, options: str = "size=16m", source: str | Path = "tmpfs", kind: str | None = "tmpfs"
+) -> Iterator[SmallDisk]:
+    """Mount a disk of 16 MB, or another one. Skips the test if this process may not mount file systems."""
+    folder.mkdir(exist_ok=True)
+    kinds = [] if kind is None else ["-t", kind]
+    mounted = subprocess.run(["mount", *kinds, "-o", options, source, folder], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"cannot mount a disk: {mounted.stderr.strip()}")
     try:
@@ -37,3 +40,24 @@ def mounted_disk(folder: Path, options: str = "size=16m") -> Iterator[SmallDisk]
     finally:
         # Lazily: the processes of a failed test may still have files open.
         subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@contextmanager
+def ext4_disk(folder: Path) -> Iterator[SmallDisk]:
+    """Mount a disk that can be frozen."""
+    image = folder.with_suffix(".img")
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+    with mounted_disk(folder, "loop", image, "ext4") as disk:
+        yield disk
+
+
+@contextmanager
+def frozen(folder: Path) -> Iterator[None]:
+    """Let every write to a disk hang in the kernel during the block."""
+    subprocess.run(["fsfreeze", "--freeze", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", folder], check=True)

@@ -113,6 +113,10 @@ class OtherWeights(SetupError):
     """This machine has other weights than those that the shot was planned with. Another machine may have the right ones."""
 
 
+class StorageHangs(SetupError):
+    """The storage of the output folder has not responded for too long. Another call to it may never return."""
+
+
 class TooExpensive(VidgenError):
     """The cost exceeds `--max-cost`: the estimate, before anything was started, or that of a run, which stopped."""
 

@@ -32,6 +32,7 @@ from vidgen_ray.engine.supervisor import MAX_QUARANTINES
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.errors import SetupError, TooExpensive
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.records import Failure, StepRecord
@@ -248,6 +249,15 @@ def test_run_waits_while_nothing_can_be_written_and_stops_if_that_takes_too_long
     report, statuses = run_prompts(["a ball"] * 30)
     assert (report.done, report.failed, report.left, report.quarantined) == (30, 0, 0, ())
     assert set(statuses.values()) == {"done"}
+
+
+def test_run_whose_lease_is_not_refreshed_stops_after_the_same_time_if_no_shot_is_written(run_prompts, monkeypatch):
+    monkeypatch.setattr(FakeClient, "outage_s", 600)
+    loops = asyncio.events._get_running_loop
+    monkeypatch.setattr(Lease, "is_sure", property(lambda _: (loop := loops()) is None or not 5 < loop.time() < 600))
+    error, statuses = run_prompts(["a ball"], call_s=500, wait_storage_s=60)
+    assert re.match(r"stopped, because no file could be written to the output folder for 6\d s \(gone\)", str(error))
+    assert statuses == {}
 
 
 def test_run_stops_at_its_maximum_cost_and_the_next_run_resumes(run_prompts, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import ray
+import yaml
 from ray._private import ray_constants
 
 from tests.batch.faulty_stages import append, stages
@@ -29,12 +30,17 @@ from tests.batch.test_health import images, profile, run  # noqa: F401  # a fixt
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES, profile_of_fakes
 from tests.ray_workers import small_cluster
+from tests.small_disk import ext4_disk, frozen, mounted_disk
+from vidgen_ray.batch import run_options
 from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
-from vidgen_ray.engine import actor_client
+from vidgen_ray.cli import main
+from vidgen_ray.engine import actor_client, retries
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
+from vidgen_ray.outputs import lease as leases
+from vidgen_ray.outputs import run_log
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.pipeline import VideoGenerationPipeline
@@ -404,6 +410,81 @@ def wait_for_shots(driver, out, count):
         assert driver.poll() is None, "the driver ended before its first shot"
         assert time.monotonic() < deadline
         time.sleep(0.02)  # polls: files do not send events
+
+
+def render_with_fakes(folder, out, address):
+    """Run the command with stages that do nothing and short deadlines.
+
+    While the file `hang` of the folder exists, calls of this process to `out` hang as those to a network file system whose
+    server is gone. The kernel can end those, but no process that writes to a frozen disk.
+    """
+    run_options.STAGE_BY_NAME = FAKES
+    retries.PROBE_INTERVAL_S, retries.PROBE_TIMEOUT_S = 0.5, 2.0
+    leases.REFRESH_S, leases.UNSURE_AFTER_S, leases.STOP_S, run_log.CLOSE_S = 0.5, 3.0, 1.0, 1.0
+
+    def block(_, arguments):
+        while any(str(each).startswith(out) for each in arguments) and os.path.exists(f"{folder}/hang"):
+            time.sleep(POLL_S)  # polls: the end of a hang sends no event
+
+    sys.addaudithook(block)
+    options = ["--address", address, "--gpus", GPUS, "--profile", f"{folder}/p.yaml", "--wait-storage", "10"]
+    sys.exit(main(["render", f"{folder}/s.jsonl", "--out", out, *options]))
+
+
+@pytest.fixture
+def command(nodes, tiny, tmp_path):
+    """Return a function that starts `render_with_fakes`. Half of the lines wait until the file `gate` exists."""
+    gate = [f"until {tmp_path / 'gate'}"]
+    lines = [{"id": f"s{n:02}", "prompt": prompt, "num_frames": 2} for n, prompt in enumerate(["a ball"] * 4 + gate * 4)]
+    write_script(tmp_path, lines)
+    fakes = profile_of_fakes(tiny).model_dump(mode="json", exclude={"encode", "provenance"})
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(fakes))
+
+    def run(out):
+        with (tmp_path / "log").open("wb") as log:
+            return start(render_with_fakes, tmp_path, out, nodes.address, stdout=log, stderr=subprocess.STDOUT)
+
+    return run
+
+
+@pytest.mark.timeout(600)
+def test_run_whose_storage_hangs_ends_and_gives_its_gpus_back(connected, command, tmp_path):
+    log, hang = tmp_path / "log", tmp_path / "hang"
+    with ext4_disk(tmp_path / "disk") as disk:
+        out = disk.folder / "out"
+        driver = command(out)
+        wait_for_shots(driver, out, 4)
+        with frozen(disk.folder):
+            hang.touch()
+            (tmp_path / "gate").touch()
+            # Workers and encoders hang in the kernel, which cannot end them.
+            assert driver.wait(120) == 4, log.read_text()
+            while ray.available_resources().get("GPU") != 4:
+                time.sleep(POLL_S)  # polls: the cluster sends no event
+        said = log.read_text()
+        assert "stopped, because no file could be written to the output folder for 1" in said
+        assert "Traceback" not in said
+        hang.unlink()
+        assert command(out).wait(300) == 0, log.read_text()
+        assert {(row.id, row.status) for row in read_manifest(out)} == {(f"s{n:02}", "done") for n in range(8)}
+
+
+@pytest.mark.timeout(600)
+def test_run_continues_when_its_output_folder_is_mounted_again(nodes, command, tmp_path):
+    out, stored, log = tmp_path / "out", tmp_path / "stored", tmp_path / "log"
+    stored.mkdir()
+    with mounted_disk(out, "bind", stored, None):
+        driver = command(out)
+        wait_for_shots(driver, out, 4)
+    (tmp_path / "gate").touch()
+    while "no file can be written to" not in log.read_text():
+        assert driver.poll() is None, log.read_text()
+        time.sleep(POLL_S)  # polls: files do not send events
+    assert not list(out.iterdir()), "nothing is written to the disk below"
+    with mounted_disk(out, "bind", stored, None):
+        assert driver.wait(300) == 0, log.read_text()
+        assert "quarantined" not in log.read_text()
+        assert {(row.id, row.status) for row in read_manifest(out)} == {(f"s{n:02}", "done") for n in range(8)}
 
 
 def test_lost_head_ends_the_run_and_the_next_one_resumes(nodes, tmp_path):

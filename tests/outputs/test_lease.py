@@ -6,7 +6,9 @@ import pickle
 import time
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 from moto.s3.responses import S3Response
 
@@ -21,9 +23,10 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.object_storage import ObjectStorage
 from vidgen_ray.outputs.records import shot_path
+from vidgen_ray.outputs.run_log import RunLog
 from vidgen_ray.outputs.storage import LocalStorage
 from vidgen_ray.script.check import LineChecker
-from vidgen_ray.system.files import temporary_prefix, this_process, write_atomically
+from vidgen_ray.system.files import remove, temporary_prefix, this_process, write_atomically
 
 WAIT_S = 60.0
 ELSEWHERE = this_process()._replace(namespace="0" * 16)
@@ -211,20 +214,42 @@ def test_lease_is_lost_if_its_file_is_deleted_or_replaced(outputs, fast_refresh,
     assert outputs.storage.read(lease.name) == content
 
 
-def test_lease_is_not_sure_while_it_cannot_be_refreshed(disk, monkeypatch):
-    elsewhere = disk.root.with_name("elsewhere")
+@pytest.mark.parametrize("below", [None, Path.mkdir, Path.touch], ids=["missing", "mount point", "file"])
+def test_folder_that_is_gone_gets_no_file_and_its_lease_is_not_lost(disk, plan_of, below):
+    """Its file system is unmounted, and mounted again."""
+    elsewhere, image = disk.root.with_name("elsewhere"), {"image": np.zeros((2, 2, 3), np.uint8)}
     with disk.lease("r1") as lease:
+        fenced = disk.fenced(lease)
+        log = RunLog(fenced.storage, lease.run, lambda: None, lambda: False)
         lease._refreshed -= 2 * leases.UNSURE_AFTER_S
         assert not lease.is_sure
         disk.root.rename(elsewhere)
-        with pytest.raises(FileNotFoundError):
+        if below is not None:
+            below(disk.root)
+        with pytest.raises(OSError, match=r"not mounted, was deleted or replaced|No such file"):
             lease.refresh()
         with pytest.raises(SetupError, match="suspended or could not reach the folder"):
             lease.check()
+        for write in (
+            fenced.draft(plan_of("a")).__enter__,
+            partial(fenced.stage_cache.put, "0" * 64, image),
+            partial(fenced.remote_jobs.__setitem__, "0" * 64, b""),
+            partial(fenced.write_run, {}),
+        ):
+            with pytest.raises(OSError, match=r"not mounted, was deleted or replaced|does not hold its lease any more"):
+                write()
+        log.add(message="written later")
+        log.close()
+        assert fenced.write_problem()
+        assert not disk.root.is_dir() or not any(disk.root.iterdir())
+        assert disk.root.exists() == (below is not None)
+        if below is not None:
+            remove(disk.root)
         elsewhere.rename(disk.root)
         lease.check()
         assert lease.is_sure
         assert not lease.lost.is_set()
+        assert fenced.write_problem() is None
 
 
 @pytest.mark.parametrize("request_name", ["create", "replace"])

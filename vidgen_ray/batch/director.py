@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 
 import ray
 
@@ -28,7 +29,7 @@ from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, l
 from vidgen_ray.engine.retries import Kind, ShotFailed, StoragePause
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.errors import MAX_MESSAGES, OutOfMemory, ProfileError, ScriptError, SetupError, TooExpensive
+from vidgen_ray.errors import MAX_MESSAGES, OutOfMemory, ProfileError, ScriptError, SetupError, StorageHangs, TooExpensive
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
@@ -40,6 +41,7 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.script.lines import Line, ScriptIndex
 from vidgen_ray.shot import Shot
 from vidgen_ray.system.quantities import amount_text, count, money
+from vidgen_ray.system.threads import in_daemon_thread
 
 Remaining = Callable[[], Iterator[Sequence[PlannedLine]]]
 """Starts to read the lines after the first ones. Needs a connection to Ray. Blocks while it waits for lines."""
@@ -217,6 +219,9 @@ class Director:
             await self._feed(self._renderer)
             if self._error is not None:
                 raise self._error
+        except StorageHangs:
+            self._lease.hangs = True
+            raise
         finally:
             for task in (self._stop_watch, *self._rendering):
                 task.cancel()
@@ -316,7 +321,7 @@ class Director:
         """Raise SetupError if the driver does not see a finished shot."""
         while True:
             try:
-                return await asyncio.to_thread(_check_shared_folder, plan, self._outputs)
+                return await asyncio.wrap_future(in_daemon_thread(partial(_check_shared_folder, plan, self._outputs)))
             except OSError as error:
                 await self._storage.wait(str(error))
 
@@ -345,7 +350,8 @@ class Director:
         self._outcomes.append((shot_id, failure))
         if len(self._failures()) >= BREAKER_FAILURES and self._failed_before is None:
             try:
-                known = await asyncio.to_thread(ids_that_failed_before, self._outputs.storage, self._run)
+                read = partial(ids_that_failed_before, self._outputs.storage, self._run)
+                known = await asyncio.wrap_future(in_daemon_thread(read))
             except OSError:
                 # Asked again after the next shot, when the storage may respond.
                 return

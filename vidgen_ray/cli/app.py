@@ -7,6 +7,10 @@ expensive, 130 interrupted.
 from __future__ import annotations
 
 import json
+import os
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -40,7 +44,8 @@ from vidgen_ray.cli.options import (
 )
 from vidgen_ray.cli.plan import plan
 from vidgen_ray.cli.run_script import RESUME, render, retry, run_script, validate
-from vidgen_ray.errors import SetupError, UsageError, VidgenError, install_command
+from vidgen_ray.engine.retries import first_line
+from vidgen_ray.errors import SetupError, StorageHangs, UsageError, VidgenError, install_command
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.planner import profile_for
@@ -55,6 +60,8 @@ COMMANDS = "vidgen.commands"
 """Group of entry points, name of a command -> function whose parameters typer reads, or `typer.Typer` with several commands."""
 SCHEMAS = "vidgen.schemas"
 """Group of entry points, name of a schema and of a section of .yaml scripts -> pydantic model."""
+JOIN_S = 10.0
+"""Seconds that a command whose storage hangs waits for its threads."""
 CORE_SCHEMAS: dict[str, type[BaseModel]] = {"shot": Shot, "profile": Profile, "manifest": ManifestRow}
 
 
@@ -130,6 +137,8 @@ def _main(argv: Sequence[str] | None) -> int:
         app(args=None if argv is None else list(argv), prog_name="vidgen")
     except VidgenError as error:
         note(error)
+        if isinstance(error, StorageHangs):
+            _exit_if_threads_hang(error.exit_code)
         return error.exit_code
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 0
@@ -141,7 +150,25 @@ def _main(argv: Sequence[str] | None) -> int:
         path = f"{error.filename}: " if error.filename else ""
         note(f"{path}{str(error.strerror or error).rstrip('.')}. Run the same command again when this is solved.")
         return SetupError.exit_code
+    except Exception as error:
+        # Only commands that use Ray import it.
+        if (ray := sys.modules.get("ray")) is None or not isinstance(error, ray.exceptions.RayError):
+            raise
+        note(f"Ray failed: {type(error).__name__}: {first_line(error)}. {RESUME}")
+        return SetupError.exit_code
     return 0
+
+
+def _exit_if_threads_hang(exit_code: int) -> None:
+    """End this process if threads still wait for the storage after `JOIN_S`: the interpreter would wait for them, too."""
+    deadline = time.monotonic() + JOIN_S
+    threads = [each for each in threading.enumerate() if each is not threading.current_thread() and not each.daemon]
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in threads):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 @app.callback(invoke_without_command=True)

@@ -40,6 +40,7 @@ from vidgen_ray.engine.ray_internals import (
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.planner import Cluster, Node, Plan
 from vidgen_ray.planner.cluster import GB, Label, card_reported_as
+from vidgen_ray.system.threads import in_daemon_thread
 from vidgen_ray.weights.download import Hub, PullResult, pull_all
 
 GPU_TYPE_LABEL, NODE_ID_LABEL = "ray.io/accelerator-type", "ray.io/node-id"
@@ -97,18 +98,8 @@ def _exit_without_head(ended: threading.Event) -> None:
 
 def within(seconds: float, call: Callable[[], T]) -> T:
     """Return the result of a call of Ray that waits forever if Ray is gone. Raises SetupError after `seconds`."""
-    outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(call())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    # A thread of a pool would keep the process from ending.
-    threading.Thread(target=run, daemon=True).start()
     try:
-        return outcome.result(seconds)
+        return in_daemon_thread(call).result(seconds)
     except concurrent.futures.TimeoutError:
         raise SetupError(f"lost connection to Ray: no response for {seconds:g} s") from None
 

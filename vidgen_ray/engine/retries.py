@@ -16,8 +16,9 @@ from enum import Enum
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from vidgen_ray.engine.status import EngineObserver
-from vidgen_ray.errors import SetupError
+from vidgen_ray.errors import SetupError, StorageHangs
 from vidgen_ray.outputs.records import Failure
+from vidgen_ray.system.threads import in_daemon_thread
 
 ATTEMPTS = 3
 """Default number of attempts per step before the shot has failed. The first one counts."""
@@ -236,6 +237,8 @@ class StoragePause:
         self._since: float | None = None
         """Time of the first failure since a file was written."""
         self._probing: asyncio.Future[None] | None = None
+        self._running_probe: asyncio.Future[str | None] | None = None
+        """The probe that has not returned yet. There is one at a time: each may hang for as long as the storage does."""
 
     @property
     def active(self) -> bool:
@@ -246,7 +249,8 @@ class StoragePause:
         if self._since is None:
             self._since = asyncio.get_running_loop().time()
             self._on_change(reason)
-        if not self.active:
+        # A pause that has taken too long ends the run.
+        if self._probing is None or (self._probing.done() and self._probing.exception() is None):
             self._probing = asyncio.ensure_future(self._wait_until_writable(self._since, reason))
 
     async def over(self) -> None:
@@ -289,18 +293,20 @@ class StoragePause:
 
     async def problem(self) -> str | None:
         """Return why the folder cannot be written, or `None`."""
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
-                return await asyncio.to_thread(self._probe)
-        except TimeoutError:
+        probe = self._running_probe = self._running_probe or asyncio.wrap_future(in_daemon_thread(self._probe))
+        await asyncio.wait([probe], timeout=PROBE_TIMEOUT_S)
+        if not probe.done():
             return f"no response for {PROBE_TIMEOUT_S:g} s"
+        if self._running_probe is probe:
+            self._running_probe = None
+        return probe.result()
 
     async def _wait_until_writable(self, since: float, reason: str | None) -> None:
         loop = asyncio.get_running_loop()
         while reason is not None:
             waited_s = loop.time() - since
             if waited_s > self._max_wait_s:
-                raise SetupError(
+                raise (SetupError if self._running_probe is None else StorageHangs)(
                     f"stopped, because no file could be written to the output folder for {waited_s:.0f} s ({reason}). "
                     "Finished shots are kept; run the same command again to resume"
                 )

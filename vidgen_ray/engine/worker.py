@@ -19,7 +19,7 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.calls import LOADING, CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.gpu_group import GpuGroup
-from vidgen_ray.engine.oom_fallback import prepare_gpu
+from vidgen_ray.engine.oom_fallback import free_gpu_memory, prepare_gpu
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner, likeness_of
 from vidgen_ray.engine.worker_checks import difference
@@ -206,8 +206,16 @@ class Worker:
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def close(self) -> None:
-        """Write the cache entries that are queued. Call it before the process is stopped."""
+        """Free the GPUs, then write the cache entries that are queued. Call it before the process is stopped.
+
+        While a write hangs, the kernel cannot end the process, and would keep its GPU memory as long.
+        """
         if isinstance(self._loaded, StepRunner):
+            for stage in self._loaded.stages.values():
+                stage.close()
+            if self._group is not None:
+                self._group.stop()
+            free_gpu_memory()
             self._loaded.close()
 
     def _execute(

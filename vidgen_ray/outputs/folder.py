@@ -149,7 +149,7 @@ class OutputFolder:
 
     @cached_property
     def storage(self) -> Storage:
-        return storage_at(self._root)
+        return storage_at(self._root, None if self._fence is None else self._fence.name)
 
     @property
     def url(self) -> str:
@@ -303,7 +303,7 @@ class OutputFolder:
     def write_problem(self) -> str | None:
         """Return why no file can be written now, or `None` if a test file can. Blocks."""
         try:
-            # A test file in the mount point of a file system that is gone would be written to another disk.
+            # Without a lease, the write would create a missing folder, on another disk if its file system is gone.
             if self.storage.local is not None:
                 os.stat(self.storage.local)
             self.storage.write(TEST_FILE, bytes(TEST_BYTES))
@@ -313,7 +313,7 @@ class OutputFolder:
         return None
 
     def prepare(self) -> None:
-        """Check that the folder is writable. Raises SetupError if it is not."""
+        """Check that the folder is writable, and create it if needed. Raises SetupError if it is not."""
         try:
             self.storage.write(".writable", "")
             self.storage.delete(".writable")

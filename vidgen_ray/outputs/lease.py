@@ -12,6 +12,7 @@ Nothing here depends on the time of a clock.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.outputs.storage import LocalStorage, Storage
+from vidgen_ray.outputs.storage import GONE, LocalStorage, Storage
 from vidgen_ray.system.files import ProcessId, this_process
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ UNSURE_AFTER_S = 100.0
 STALE_AFTER_S = 120.0
 """Seconds without a refresh after which another run, which has watched the lease meanwhile, may take it."""
 WATCH_INTERVAL_S = 1.0
+STOP_S = 10.0
+"""Seconds that the end of a run waits for a refresh, or another periodic call, in progress."""
 ATTEMPTS = 5
 """Attempts to take a lease while other runs change it at the same moment."""
 log = logging.getLogger(__name__)
@@ -105,6 +108,8 @@ class Lease:
         self.fence = Fence(file.name, file.holder.token)
         self.run = file.holder.run
         """Name of the run. Starts with the number of the lease, so that names sort by it."""
+        self.hangs = False
+        """Set when the storage has not responded for too long. The process must not call it any more."""
         self._url = url
         self._file = file
         self._refreshed = taken
@@ -112,7 +117,7 @@ class Lease:
     @property
     def is_sure(self) -> bool:
         """True if no other run can have taken the lease."""
-        return not self.lost.is_set() and time.monotonic() - self._refreshed <= UNSURE_AFTER_S
+        return not (self.lost.is_set() or self.hangs) and time.monotonic() - self._refreshed <= UNSURE_AFTER_S
 
     def check(self) -> None:
         """Raise SetupError if the lease was lost, or if it is not sure and cannot be refreshed now."""
@@ -159,7 +164,8 @@ def lease(storage: Storage, run: str) -> Iterator[Lease]:
         refreshing.stop()
         # If the file cannot be deleted, the lease expires.
         with suppress(OSError):
-            file.release()
+            if not held.hangs:
+                file.release()
 
 
 def last_number(storage: Storage) -> str:
@@ -219,6 +225,7 @@ class _LeaseOnDisk:
         self.holder = holder
         self._storage = storage
         storage.write(self.name, holder.to_json())
+        self._folder = self._place()
 
     def refresh(self) -> bool:
         """Refresh the lease. Return False, and write nothing, if it is no longer the lease of this run. Raises OSError."""
@@ -237,10 +244,20 @@ class _LeaseOnDisk:
             self._storage.delete(self.name)
 
     def _is_ours(self) -> bool:
-        # Raises OSError if the whole folder is gone: it may come back.
-        os.stat(self._storage.local)
+        """Return whether the lease is still that of this run. Raises OSError if the whole folder is gone: it may come back."""
         stored = _parse(self._storage.read(self.name))
-        return stored is not None and stored.token == self.holder.token
+        place = self._place()
+        if stored is not None and stored.token == self.holder.token:
+            self._folder = place
+            return True
+        if place != self._folder:
+            raise FileNotFoundError(errno.ENOENT, GONE, self._storage.url)
+        return False
+
+    def _place(self) -> tuple[int, int]:
+        """Return the device and the inode of the folder. Those of a mount point, and of a replaced folder, are others."""
+        found = os.stat(self._storage.local)
+        return found.st_dev, found.st_ino
 
     def wait_for_others(self) -> None:
         """Delete the leases of other runs when all have expired. Raises SetupError, and deletes nothing, if one does not."""
@@ -351,9 +368,9 @@ class PeriodicTask:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the calls. Waits for a call in progress; no further call starts."""
+        """Stop the calls. Waits up to `STOP_S` for a call in progress, which may hang; no further call starts."""
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(STOP_S)
 
     def _run(self) -> None:
         while not self._stopped.wait(self._interval_s):

@@ -107,6 +107,8 @@ class ManifestWriter:
         self._run = run
         self._script = script
         self._lock = threading.Lock()
+        """Held for a moment. While a file is written, which may hang, rows can be added."""
+        self._writing = threading.Lock()
         self._rows: list[ManifestRow] = []
         self._failed: list[str] = []
         self._row_parts = self._failed_parts = 1
@@ -128,13 +130,17 @@ class ManifestWriter:
                 self._failed.append(failed.as_json(self._run, self._options))
             if replaces is not None:
                 self._replaced_ids.append(replaces)
-            if len(self._rows) >= PART_ROWS or len(self._failed) >= PART_ROWS:
+            is_full = len(self._rows) >= PART_ROWS or len(self._failed) >= PART_ROWS
+        if is_full and self._writing.acquire(blocking=False):
+            try:
                 with suppress(OSError):
                     self._write_parts()
+            finally:
+                self._writing.release()
 
     def flush(self) -> None:
         """Write the rows added so far. Runs automatically every `FLUSH_S` seconds."""
-        with self._lock:
+        with self._writing:
             if self._unwritten:
                 self._write_parts()
 
@@ -197,21 +203,33 @@ class ManifestWriter:
     def _write_parts(self) -> None:
         """Write the current part files. They are rewritten until they are full."""
         self._outputs.check_lease()
-        if self._rows:
-            table = pyarrow.Table.from_batches([rows_as_columns(self._rows)])
+        with self._lock:
+            rows, failed, self._unwritten = [*self._rows], [*self._failed], False
+        try:
+            self._write_part(rows, failed)
+        except BaseException:
+            self._unwritten = True
+            raise
+
+    def _write_part(self, rows: Sequence[ManifestRow], failed: Sequence[str]) -> None:
+        if rows:
+            table = pyarrow.Table.from_batches([rows_as_columns(rows)])
             content = io.BytesIO()
             pyarrow.parquet.write_table(table, content)
             self._storage.write(f"manifest/{self._run}-{self._row_parts:05d}.parquet", content.getvalue())
-            if len(self._rows) >= PART_ROWS:
-                self._rows, self._row_parts = [], self._row_parts + 1
+            if len(rows) >= PART_ROWS:
+                with self._lock:
+                    del self._rows[: len(rows)]
+                self._row_parts += 1
                 del table, content
                 _release_memory()
-        if self._failed:
-            lines = to_utf8("".join(line + "\n" for line in self._failed))
+        if failed:
+            lines = to_utf8("".join(line + "\n" for line in failed))
             self._storage.write(f"{PARTS}/{self._run}-{self._failed_parts:05d}.jsonl", lines)
-            if len(self._failed) >= PART_ROWS:
-                self._failed, self._failed_parts = [], self._failed_parts + 1
-        self._unwritten = False
+            if len(failed) >= PART_ROWS:
+                with self._lock:
+                    del self._failed[: len(failed)]
+                self._failed_parts += 1
 
 
 def _hide(storage: Storage, name: str) -> str:

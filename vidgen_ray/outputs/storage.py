@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from more_itertools import batched
@@ -29,6 +29,8 @@ REQUESTS_AT_ONCE = 32
 FILES_AT_ONCE = 1_000
 """Small files that are read together."""
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+GONE = "it is not mounted, was deleted or replaced, or the run does not hold its lease any more"
+"""Error of an output folder in which nothing is created."""
 MIN_FREE_BYTES, MIN_FREE_SHARE = 10**9, 0.05
 """A disk is almost full when less than both of these is free."""
 FULL_DISK = {"errno": (errno.ENOSPC, errno.EDQUOT), "sqlite_errorcode": (sqlite3.SQLITE_FULL,), "sqlstate": ("53100",)}
@@ -138,11 +140,11 @@ def absolute(root: str | Path) -> str | Path:
     return Path(root).absolute()
 
 
-def storage_at(root: str | Path) -> Storage:
-    """Return the storage of an output folder, by its path or URL."""
+def storage_at(root: str | Path, lease_file: str | None = None) -> Storage:
+    """Return the storage of an output folder, by its path or URL. `lease_file`: see `LocalStorage`."""
     location = absolute(root)
     if isinstance(location, Path):
-        return LocalStorage(location)
+        return LocalStorage(location, lease_file)
     from vidgen_ray.outputs.object_storage import ObjectStorage
 
     return ObjectStorage(location)
@@ -153,10 +155,34 @@ class LocalStorage(Storage):
 
     local: Path
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, lease_file: str | None = None) -> None:
+        """`lease_file`: lease of the run that writes. In a folder without it, such as the mount point of a file system that is
+        gone, no file is created.
+        """
         self.local = root
         self.url = str(root)
         self._root = str(root)
+        self._lease_file = lease_file
+
+    def _made(self, folder: str) -> Path:
+        """Create a folder in the output folder, and return it. Raises OSError if the output folder is gone.
+
+        Only a writer without a lease creates the output folder itself.
+        """
+        if self._lease_file is None:
+            self.local.mkdir(parents=True, exist_ok=True)
+        elif not os.path.exists(f"{self._root}/{self._lease_file}"):
+            raise FileNotFoundError(errno.ENOENT, GONE, self._root)
+        made = self.local
+        for name in PurePosixPath(folder).parts:
+            made /= name
+            made.mkdir(exist_ok=True)
+        return made
+
+    def _made_for(self, path: str) -> Path:
+        """Create the folder of a file, and return the path of the file."""
+        folder, _, name = path.rpartition("/")
+        return self._made(folder) / name
 
     # `read` and `has` are called for every shot of a script. Strings instead of Path objects make them three times as fast.
 
@@ -174,7 +200,7 @@ class LocalStorage(Storage):
             return False
 
     def write(self, path: str, content: str | bytes) -> None:
-        files.write_atomically(self.local / path, content)
+        files.write_atomically(self._made_for(path), content)
 
     def create(self, path: str, content: bytes) -> bool | None:
         try:
@@ -190,7 +216,7 @@ class LocalStorage(Storage):
 
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
-        with files.new_file(self.local / path) as tmp:
+        with files.new_file(self._made_for(path)) as tmp:
             yield tmp
 
     @contextmanager
@@ -227,7 +253,7 @@ class LocalStorage(Storage):
 
     @contextmanager
     def workspace(self, parent: str) -> Iterator[Path]:
-        workspace = files.temporary_folder(self.local / parent)
+        workspace = files.temporary_folder(self._made(parent))
         try:
             yield workspace
         finally:
@@ -235,14 +261,12 @@ class LocalStorage(Storage):
 
     def publish(self, workspace: Path, paths: Mapping[str, str]) -> None:
         for name, path in paths.items():
-            target = self.local / path
-            target.parent.mkdir(parents=True, exist_ok=True)
+            target = self._made_for(path)
             files.flush_to_disk(workspace / name)
             os.replace(workspace / name, target)
 
     def publish_folder(self, workspace: Path, folder: str) -> None:
-        target = self.local / folder
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = self._made_for(folder)
         try:
             workspace.rename(target)
         except OSError:

@@ -1,0 +1,25 @@
+"""Threads for calls that may never return, such as those to a network file system whose server is gone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def in_daemon_thread(call: Callable[[], T]) -> Future[T]:
+    """Run a call in a thread of its own and return its future. A thread of a pool would keep the process from ending."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        if outcome.set_running_or_notify_cancel():
+            try:
+                outcome.set_result(call())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome
