@@ -42,6 +42,7 @@ from vidgen_ray.engine import (
     actor_client,
     encoder,
     engine,
+    retries,
     shot_runner,
     shot_writer,
     step_runner,
@@ -922,6 +923,8 @@ def patched(world):
             ):
                 patch.setattr(module, "time", _Time)
         patch.setattr(asyncio, "to_thread", _to_thread)
+        for module in (retries, director_module):
+            patch.setattr(module, "to_daemon_thread", lambda *call: asyncio.ensure_future(_to_thread(*call)))
         patch.setattr(asyncio, "sleep", Sleep)
         patch.setattr(ray, "kill", lambda actor, *, no_restart=True: actor.kill(no_restart=no_restart))
         patch.setattr(ray, "nodes", world.ray_nodes)

@@ -322,7 +322,8 @@ class Process:
         """Run the real method, in no time."""
         self.world.begin(call, self)
         try:
-            return getattr(self.instance, call.method)(*args)
+            value = getattr(self.instance, call.method)(*args)
+            return value[::-1] if len(call.refs) > 1 else value
         finally:
             self.world.end()
 
@@ -423,7 +424,8 @@ class Actor:
         if call.is_work:
             self.world.log("send", call=call)
         self.world.spawn(self._deliver(call, self.process))
-        return refs[0] if num_returns == 1 else refs
+        # The result of the call comes last, and behind it in the model.
+        return refs[0] if num_returns == 1 else refs[::-1]
 
     async def _deliver(self, call, process):
         world = self.world

@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint, EntryPoints
 from unittest.mock import Mock
 
 import numpy as np
+import ray
 from PIL import Image
 
 from tests.conftest import ASTRONAUT, EXAMPLES
@@ -108,6 +109,12 @@ def test_interrupted_stage_does_not_promise_to_resume(tmp_path, capsys, monkeypa
     monkeypatch.setattr(one_stage, "run_one_stage", Mock(side_effect=KeyboardInterrupt))
     assert main(["stage", "flux", "-o", str(tmp_path / "a.png"), "-p", "tiny", "-s", "prompt=a"]) == 130
     assert "interrupted. Run the same command again." in capsys.readouterr().err
+
+
+def test_error_of_ray_is_a_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(one_stage, "run_one_stage", Mock(side_effect=ray.exceptions.RaySystemError("out of ports")))
+    assert main(["stage", "flux", "-o", str(tmp_path / "a.png"), "-p", "tiny", "-s", "prompt=a"]) == 4
+    assert "vidgen: Ray failed: RaySystemError: System error: out of ports. Run the same command" in capsys.readouterr().err
 
 
 def test_stage_command_chains_stages_through_files(tmp_path, capsys):

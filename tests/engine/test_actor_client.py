@@ -58,6 +58,9 @@ class Sleeper:
     def crash(self):
         os._exit(1)
 
+    def large(self):
+        return bytes(60 << 20), None
+
     def cancel(self, number):
         """Take no notice."""
 
@@ -87,11 +90,11 @@ async def failure_of(call):
     return raised.value
 
 
-def run(scenario):
-    """Run a coroutine function with the client of an actor that is ready."""
+def run(scenario, **options):
+    """Run a coroutine function with the client of an actor that is ready. `options`: of the actor."""
 
     async def with_client():
-        actor = Sleeper.remote()
+        actor = Sleeper.options(**options).remote()
         client = ActorClient(actor, "sleeper")
         assert await client.ready() is None
         await scenario(client)
@@ -173,6 +176,20 @@ def test_cause_of_a_crash(cluster, tmp_path):
         assert await client.ping() is Ping.DOWN, "an idle process"
 
     run(scenario)
+
+
+def test_result_that_the_node_cannot_store_is_an_error_of_the_node(cluster):
+    """Its disk counts as full, and its object store has room for one result."""
+    cluster.add_node(num_cpus=1, resources={"full": 1}, env_vars={"RAY_local_fs_capacity_threshold": "0.001"}, **MEMORY)
+
+    async def scenario(client):
+        first = await client.call("large", stage="flux", timeout_s=60, num_returns=2)
+        failed = await failure_of(client.call("large", stage="flux", timeout_s=60, num_returns=2))
+        assert (failed.error, failed.kind) == ("OutOfDiskError", Kind.NODE)
+        assert "Ray could not store its result: OutOfDiskError: " in str(failed)
+        del first
+
+    run(scenario, resources={"full": 1})
 
 
 def test_timeout_and_an_ignored_cancellation_restart_the_process_unless_the_driver_was_stopped(cluster, tmp_path, monkeypatch):

@@ -6,9 +6,10 @@ from unittest.mock import AsyncMock, Mock
 
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from benchmarks.simulated_director import plan_of
+from vidgen_ray.engine.actor_client import ActorCallFailed
 from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.retries import ShotFailed
+from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.scheduler import Work
 from vidgen_ray.engine.worker_checks import MIN_SLOW_S
 from vidgen_ray.engine.worker_pool import WorkerPool
@@ -24,17 +25,19 @@ CALL_S = 8.0
 class Client(FakeActorClient):
     """Client of a worker for FLUX. `slow`: seconds of each of its calls. `error`: of each of its calls.
 
-    Shots in `poison` fail. With `confused`, each call returns the result of the previous one.
+    Shots in `poison` fail. With `confused`, each call returns the result of the previous one. With `full`, none can be stored.
     """
 
-    def __init__(self, name, *, slow=CALL_S, error=None, poison=(), confused=False, load_s=1):
+    def __init__(self, name, *, slow=CALL_S, error=None, poison=(), confused=False, full=False, load_s=1):
         super().__init__(name, lambda *_: slow, self.respond, load_s=load_s)
-        self.slow, self.error, self.poison, self.confused = slow, error, poison, confused
+        self.slow, self.error, self.poison, self.confused, self.full = slow, error, poison, confused, full
         self.key = "of an earlier shot"
         self.orders = []
 
     def respond(self, method, number, plan, names, reference):
         self.orders.append(plan.shot.id)
+        if self.full:
+            raise ActorCallFailed("OutOfDiskError", "the disk is full", Kind.NODE, self.name)
         if self.error or plan.shot.id in self.poison:
             message = self.error or "it broke"
             return CallResult(
@@ -94,6 +97,15 @@ def test_sick_workers_fail_no_shot_while_a_sound_one_works():
     sick = [Client(name, slow=0.1, error="CUDA error") for name in "abc"]
     results, _ = run([*sick, Client("sound")], range(6))
     assert set(results.values()) == {"sound"}
+
+
+def test_nodes_that_cannot_store_results_fail_no_shot_while_another_can():
+    """More of them than a shot has attempts."""
+    full = [Client(name, slow=0.1, full=True) for name in "abcdef"]
+    results, _ = run([*full, Client("sound")], range(6))
+    assert set(results.values()) == {"sound"}
+    results, _ = run([Client(name, slow=0.1, full=True) for name in "ab"], range(6))
+    assert all("the disk is full" in failure.message for failure in results.values())
 
 
 def test_retry_does_not_wait_for_a_worker_that_starts():

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
-from functools import partial
 
 import ray
 
@@ -41,7 +40,7 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.script.lines import Line, ScriptIndex
 from vidgen_ray.shot import Shot
 from vidgen_ray.system.quantities import amount_text, count, money
-from vidgen_ray.system.threads import in_daemon_thread
+from vidgen_ray.system.threads import to_daemon_thread
 
 Remaining = Callable[[], Iterator[Sequence[PlannedLine]]]
 """Starts to read the lines after the first ones. Needs a connection to Ray. Blocks while it waits for lines."""
@@ -315,13 +314,15 @@ class Director:
         shot_id = task.plan.shot.id or ""
         # One after another: reading the earlier failures takes time, in which others would change the number in the message.
         async with self._breaker_lock:
-            await self._check_breaker(shot_id, result if isinstance(result, Failure) and kind is Kind.ERROR else None)
+            await self._check_breaker(
+                shot_id, result if isinstance(result, Failure) and kind in (Kind.ERROR, Kind.NODE) else None
+            )
 
     async def _check_folder(self, plan: ShotPlan) -> None:
         """Raise SetupError if the driver does not see a finished shot."""
         while True:
             try:
-                return await asyncio.wrap_future(in_daemon_thread(partial(_check_shared_folder, plan, self._outputs)))
+                return await to_daemon_thread(_check_shared_folder, plan, self._outputs)
             except OSError as error:
                 await self._storage.wait(str(error))
 
@@ -350,8 +351,7 @@ class Director:
         self._outcomes.append((shot_id, failure))
         if len(self._failures()) >= BREAKER_FAILURES and self._failed_before is None:
             try:
-                read = partial(ids_that_failed_before, self._outputs.storage, self._run)
-                known = await asyncio.wrap_future(in_daemon_thread(read))
+                known = await to_daemon_thread(ids_that_failed_before, self._outputs.storage, self._run)
             except OSError:
                 # Asked again after the next shot, when the storage may respond.
                 return

@@ -192,7 +192,7 @@ class ActorClient:
         return Failure(stage=LOADING, error="WorkerDied", message=message, attempts=crashes, worker=self.name)
 
     async def call(self, method: str, *args: Any, stage: str, timeout_s: float, num_returns: int = 1) -> Any:
-        """Return the method's result. With several results, return the first one and references to the others.
+        """Return the method's result. With several results, return the last one, and then references to the others.
 
         `stage` is what `running` reports during the call. The timeout starts when all earlier calls have returned. On
         timeout the process is killed and restarted.
@@ -201,10 +201,10 @@ class ActorClient:
         generation, was_up = self._generation, self._up
         call = _Call(stage, timeout_s, args[0] if args else None)
         returned = getattr(self._actor, method).options(num_returns=num_returns).remote(*args)
-        first, *rest = [returned] if num_returns == 1 else returned
+        *rest, last = [returned] if num_returns == 1 else returned
         self._calls.append(call)
         try:
-            result = await self._response(call, asyncio.wrap_future(first.future()))
+            result = await self._response(call, asyncio.wrap_future(last.future()))
         except ray.exceptions.RayActorError as error:
             if was_up:
                 self._record_crash(generation, list(self._calls))
@@ -220,8 +220,12 @@ class ActorClient:
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ray.exceptions.ObjectLostError):
                 raise InputsLost(first_line(error.cause)) from None
+            if isinstance(error.cause, ray.exceptions.RayError):
+                raise self._node_failed(error.cause) from None
             # Raise the original error instead of Ray's wrapper.
             raise error.cause or error from None
+        except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError) as error:
+            raise self._node_failed(error) from None
         except ray.exceptions.RayError as error:
             raise ActorCallFailed("WorkerDied", first_line(error), Kind.ERROR, self.location) from None
         except TimeoutError:
@@ -232,6 +236,11 @@ class ActorClient:
             self._calls.remove(call)
             self._start_timeouts()
         return (result, *rest) if rest else result
+
+    def _node_failed(self, error: ray.exceptions.RayError) -> ActorCallFailed:
+        name = type(error).__name__
+        message = f"Ray could not store its result: {name}: {first_line(error)}. Free disk space and memory of its node"
+        return ActorCallFailed(name, message, Kind.NODE, self.location)
 
     def _start_timeouts(self) -> None:
         for call in islice(self._calls, self._parallel):

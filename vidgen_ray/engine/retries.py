@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from vidgen_ray.engine.status import EngineObserver
 from vidgen_ray.errors import SetupError, StorageHangs
 from vidgen_ray.outputs.records import Failure
-from vidgen_ray.system.threads import in_daemon_thread
+from vidgen_ray.system.threads import to_daemon_thread
 
 ATTEMPTS = 3
 """Default number of attempts per step before the shot has failed. The first one counts."""
@@ -43,6 +43,9 @@ class Kind(Enum):
     """A file could not be written, because the disk or a quota is full."""
     ERROR = "error"
     """Any other error, a timeout, or a crash that no other call can have caused."""
+    NODE = "node error"
+    """Ray could not store the result on the node, such as on a full disk. The process is quarantined, and with others of its
+    node the whole node, so the attempt does not count against the shot."""
     SHARED_CRASH = "shared crash"
     """The process crashed with several calls in progress. Each is repeated alone, so that one line costs no other line."""
     FOREIGN = "foreign"
@@ -293,7 +296,7 @@ class StoragePause:
 
     async def problem(self) -> str | None:
         """Return why the folder cannot be written, or `None`."""
-        probe = self._running_probe = self._running_probe or asyncio.wrap_future(in_daemon_thread(self._probe))
+        probe = self._running_probe = self._running_probe or to_daemon_thread(self._probe)
         await asyncio.wait([probe], timeout=PROBE_TIMEOUT_S)
         if not probe.done():
             return f"no response for {PROBE_TIMEOUT_S:g} s"

@@ -15,7 +15,7 @@ from typing import Any
 
 from vidgen_ray.engine.actor_client import SILENT_S, ActorClient, Ping
 from vidgen_ray.engine.calls import LOADING
-from vidgen_ray.engine.retries import AttemptFailed, Verdict
+from vidgen_ray.engine.retries import AttemptFailed, Kind, Verdict
 from vidgen_ray.engine.status import Attempt, EngineObserver
 from vidgen_ray.outputs.records import Failure
 
@@ -68,7 +68,8 @@ class ProcessHealth:
     def failed(self, process: Hashable, shot: Hashable, attempt: AttemptFailed) -> bool:
         """Record a failed call for a shot. Return whether the process must be quarantined now.
 
-        On probation, a single failure is enough. Failures that are forgiven, also later, do not count.
+        On probation, a single failure is enough, and one of the node always is. Failures that are forgiven, also later, do
+        not count.
         """
         record = self._records[process]
         if record.quarantined or attempt.verdict is Verdict.SICK or attempt.failed_at <= record.lost_at:
@@ -77,7 +78,7 @@ class ProcessHealth:
             return False
         record.failures[attempt] = shot
         shots = {shot for attempt, shot in record.failures.items() if not attempt.forgiven}
-        return len(shots) >= (1 if self.is_on_probation(process) else FAILURES)
+        return len(shots) >= (1 if attempt.kind is Kind.NODE or self.is_on_probation(process) else FAILURES)
 
     def quarantine(self, process: Hashable) -> float:
         """Quarantine a process. Return the seconds before its restart."""

@@ -89,7 +89,10 @@ class ActorPlace:
 
 
 class Worker:
-    """Actor that holds stages in memory and runs one call at a time."""
+    """Actor that holds stages in memory and runs one call at a time.
+
+    The call result is returned last: if Ray cannot store the artefacts, all returned values are the error.
+    """
 
     def __init__(self, config: EngineConfig, spec: WorkerSpec, parallel_loads: int = 1) -> None:
         """`parallel_loads`: maximum number of processes of this machine that load weights at once."""
@@ -155,8 +158,8 @@ class Worker:
         ready = self._ready()
         return ready if isinstance(ready, Failure) else None
 
-    def run(self, call: int, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts) -> tuple[CallResult, Artefacts]:
-        """Run these steps of a shot. Return the call result and the artefacts."""
+    def run(self, call: int, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts) -> tuple[Artefacts, CallResult]:
+        """Run these steps of a shot. Return the artefacts and the call result."""
 
         def run_steps(runner: StepRunner) -> tuple[CallResult, Artefacts]:
             item, records = runner.run(plan, Item(plan.shot, artefacts), steps)
@@ -166,10 +169,10 @@ class Worker:
 
     def run_clip(
         self, call: int, plan: ShotPlan, steps: tuple[str, ...], chunked: tuple[str, ...], artefacts: Artefacts
-    ) -> tuple[CallResult, Artefacts, Artefacts]:
+    ) -> tuple[Artefacts, Artefacts, CallResult]:
         """Run these steps of a shot, and then these chunked steps on the whole clip.
 
-        Return the call result, the artefacts of the steps, and those of the chunked steps.
+        Return the artefacts of the steps, those of the chunked steps, and the call result.
         """
 
         def run_all(runner: StepRunner) -> tuple[CallResult, tuple[Artefacts, Artefacts]]:
@@ -178,12 +181,12 @@ class Worker:
             clip, chunked_records = runner.run_chunk(plan, chunked, slice(0, n_frames), item.artefacts)
             return CallResult((*records, *chunked_records), likeness_of(item.artefacts)), (item.artefacts, clip)
 
-        result, output = self._execute(call, plan.shot, (*steps, *chunked), run_all, (Artefacts(), Artefacts()))
-        return result, *output
+        output, result = self._execute(call, plan.shot, (*steps, *chunked), run_all, (Artefacts(), Artefacts()))
+        return *output, result
 
     def run_chunk(
         self, call: int, plan: ShotPlan, steps: tuple[str, ...], chunk: slice | None, artefacts: Artefacts
-    ) -> tuple[CallResult, Artefacts]:
+    ) -> tuple[Artefacts, CallResult]:
         """Run these chunked steps on a chunk of the clip. See `StepRunner.run_chunk`."""
 
         def process(runner: StepRunner) -> tuple[CallResult, Artefacts]:
@@ -194,7 +197,7 @@ class Worker:
 
     def compare(
         self, call: int, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts, *others: Artefacts
-    ) -> tuple[CallResult, Artefacts]:
+    ) -> tuple[Artefacts, CallResult]:
         """Run these steps of a shot without the stage cache, and compare the artefacts with those of other workers."""
 
         def run_steps(runner: StepRunner) -> tuple[CallResult, Artefacts]:
@@ -225,8 +228,8 @@ class Worker:
         stages: tuple[str, ...],
         function: Callable[[StepRunner], tuple[CallResult, T]],
         default: T,
-    ) -> tuple[CallResult, T]:
-        """Return the result of the function, or its failure and `default`."""
+    ) -> tuple[T, CallResult]:
+        """Return what the function returns, in reverse, or `default` and its failure."""
 
         def on_progress(stage: str, step: int, steps: int) -> None:
             if call in self._cancelled or call < self._first_call:
@@ -236,19 +239,19 @@ class Worker:
         with self._call_lock:
             ready = self._ready()
             if isinstance(ready, Failure):
-                return CallResult(failure=ready, load_failed=True), default
+                return default, CallResult(failure=ready, load_failed=True)
             started_at = time.time()
             self._deadlines[call] = time.monotonic() + self._config.timeout_s(shot, *stages)
             try:
                 with progress_callback(on_progress):
                     on_progress(stages[0], 0, 0)
                     result, output = function(ready)
-                    return replace(result, started_at=started_at, device=self._device), output
+                    return output, replace(result, started_at=started_at, device=self._device)
             except Cancelled:
-                return CallResult(), default
+                return default, CallResult()
             except StepFailed as failed:
                 result = CallResult.of_failure(failed)
-                return replace(result, started_at=started_at, seconds=time.time() - started_at), default
+                return default, replace(result, started_at=started_at, seconds=time.time() - started_at)
             finally:
                 self._progress.pop(call, None)
                 del self._deadlines[call]

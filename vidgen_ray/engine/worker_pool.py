@@ -290,7 +290,8 @@ class WorkerPool:
 
         def blame(failed: AttemptFailed) -> None:
             client = self._clients[failed.process.key]
-            reason = f"failed for {requested.stage} on different shots in a row, the last time with: {failed}"
+            in_a_row = f"failed for {requested.stage} on different shots in a row, the last time with: {failed}"
+            reason = str(failed) if failed.kind is Kind.NODE else in_a_row
             self._supervisor.failed(client, requested.order, failed, reason)
 
         def candidates() -> Sequence[Candidate[WorkerState]]:
@@ -412,7 +413,8 @@ class WorkerPool:
             busy = False
             raise
         except ActorCallFailed as lost:
-            self._supervisor.crashed(client)
+            if lost.kind is not Kind.NODE:
+                self._supervisor.crashed(client)
             # Its traceback has this frame, and this frame has the task that keeps it.
             drop_frames(lost)
             raise AttemptFailed(lost.kind, lost.failure(work.stage), _process(worker)) from None

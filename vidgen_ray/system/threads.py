@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+def to_daemon_thread(function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    """Call a function as `asyncio.to_thread` does, but see `in_daemon_thread`."""
+    return asyncio.wrap_future(in_daemon_thread(partial(function, *args)))
 
 
 def in_daemon_thread(call: Callable[[], T]) -> Future[T]:
