@@ -36,7 +36,7 @@ from vidgen_ray.batch import results as results_module
 from vidgen_ray.batch.director import Director
 from vidgen_ray.batch.line_planner import PlannedLine
 from vidgen_ray.batch.results import RunResults
-from vidgen_ray.batch.run_options import RenderOptions
+from vidgen_ray.batch.run_options import RecordedOptions, RenderOptions
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine import (
     actor_client,
@@ -296,7 +296,7 @@ class LeaseFile:
 class Manifest:
     """Rows of one run. Replaces `ManifestWriter`."""
 
-    def __init__(self, outputs, run, script):
+    def __init__(self, outputs, run, *_):
         self._run = run
 
     def add(self, row, *, failed=None, replaces=None):
@@ -350,7 +350,8 @@ class Driver:
         planner = SimpleNamespace(outputs=outputs, plan_shot=plan_of, find=outputs.find_finished)
         run = f"run-{self.number}"
         listener = Listener(RunLabels(run=run, name=None, profile="fake", script="s", team=None, submission_id=None))
-        results = RunResults(outputs, listener.labels, self.lease, listener, None, is_script=True)
+        recorded = RecordedOptions()
+        results = RunResults(outputs, listener.labels, self.lease, listener, None, recorded, is_script=True)
         options = RenderOptions(address="simulated", cache="none", stages=STAGES, wait_storage_s=world.wait_storage_s)
         director = Director(world.profile, outputs, options, results, listener, self.stop, planner, None, self.lease)
         try:
