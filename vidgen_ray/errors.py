@@ -184,6 +184,7 @@ class StrictModel(FrozenModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
 SCHEMA_COMMAND = "`vidgen schema shot`"
 MAX_LISTED = 200
 """Longest list of field names in an error message, in characters."""
@@ -200,6 +201,11 @@ def shortened(value: object) -> str:
     except RecursionError:
         text = "a value that is nested too deeply"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def in_json(value: object) -> str:
+    """Return a value of a JSON or YAML file as an error message shows it."""
+    return "null" if value is None else shortened(value)
 
 
 def encodable(text: str) -> str:
@@ -220,6 +226,8 @@ def explain(detail: Any, fields: Iterable[str], reference: str = SCHEMA_COMMAND)
         return field, "an unknown field", known_fields(field or "", fields, reference)
     if detail["type"] == "missing":
         return field, "nothing", "this field is required"
+    if detail["type"] in ("float_parsing", "int_parsing") and DECIMAL_COMMA.fullmatch(str(detail["input"]).strip()):
+        return field, shortened(detail["input"]), f"must have a decimal point: {detail['input'].replace(',', '.')}"
     is_of_all = field is None and detail["type"] == "value_error"
     return field, "fields that do not fit together" if is_of_all else shortened(detail["input"]), allowed_of(detail)
 

@@ -193,7 +193,7 @@ def test_options_that_contradict_themselves_are_refused(settings):
             settings("s.txt", columns=columns)
     with pytest.raises(ScriptError, match="the column 'id' twice"):
         read(settings, text("s.csv", "sample_id,id,prompt\na,b,c\n"), columns=["sample_id=id"])
-    with pytest.raises(ScriptError, match="--map sample_id=FIELD reads a column as a field, --keep-columns"):
+    with pytest.raises(ScriptError, match="add --map sample_id=FIELD --keep-columns"):
         read(settings, text("s.csv", "sample_id,prompt\na,c\n"))
 
 

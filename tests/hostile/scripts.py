@@ -150,7 +150,7 @@ SCRIPTS: list[Case] = [
     refused("line of 17 MB", "more than 16,777,216 characters", content(lambda: b"x" * 17_000_000), ending=".txt"),
     refused("CSV of 5,000 columns", "unknown columns", content(b",".join(b"c%d" % n for n in range(5000))), ending=".csv"),
     refused("CSV with a cell of 1 MB", "must be CSV", content(b"prompt\n" + b"x" * 1_000_000 + b"\n"), ending=".csv"),
-    refused("CSV with an open quote", "must be CSV", content(b'prompt\n"a\nb\n'), ending=".csv"),
+    refused("CSV with an open quote", "a quote that opens here", content(b'prompt\n"a\nb\n'), ending=".csv"),
     refused(
         "truncated Parquet",
         "invalid Parquet",

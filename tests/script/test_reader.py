@@ -18,7 +18,7 @@ from vidgen_ray.errors import ScriptError
 from vidgen_ray.media import write_png
 from vidgen_ray.script import read
 from vidgen_ray.script.formats import EXTENSION_NAME, check_no_extension_types, open_script
-from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.lines import Columns, ScriptSettings
 from vidgen_ray.shot import Shot
 
 LINES = [
@@ -183,6 +183,7 @@ INVALID_LINES = [
     ({"width": 80}, None, "width 80 is not a multiple of 64"),
     ({"lora": "missing.safetensors"}, "lora", "must be an existing .safetensors file"),
     ({"face_image": ["face.jpg", "missing.jpg"]}, "face_image", "got 'missing.jpg', must be an existing file"),
+    ({"fps": None}, "fps", "got null, must be a valid integer"),
     ({"face_image": [7]}, "face_image", "got 7, must be a valid string"),
     ({"identity": "pulid"}, "identity", "got 'pulid', must be one of infusenet, instantid-sdxl, reference, none"),
     ({"identity_start": 0.5, "identity_end": 0.5}, "identity_end", "got 0.5, must be greater than identity_start"),
@@ -280,6 +281,7 @@ INVALID_FILES = [
     ("s.xlsx", "x", r"must be one of .*; save the sheet as \.csv"),
     ("s.json", "[]", r"must be one of .*; write one object per line to \.jsonl"),
     ("s.yaml", "shots: [a]\ndefalts: {}", "an unknown header field 'defalts'"),
+    ("s.yaml", "", "got an empty file, must be a mapping"),
     ("s.yaml", "shots: [a]\ndefaults: [b]", r"defaults: \['b'\], must be a mapping of names to values"),
     ("s.yaml", "shots: [a]\ncharacters: [ada]", r"characters: got \['ada'\], must be a mapping"),
     ("s.yaml", "shots: [a]\ncharacters: {ada: {photo: x}}", "photo: got an unknown field, must be one of face_image, .*descri"),
@@ -304,6 +306,7 @@ def test_separators_and_spelling_of_the_columns_are_recognised(tmp_path):
     for text in (
         "prompt,seed,metadata.shot\na ball,7,4\n",
         "Prompt;Seed;metadata.shot\r\na ball;7;4\r\n",
+        "prompt|seed|metadata.shot\na ball|7|4\n",
         "\ufeffprompt\tSEED\tmetadata.shot\na ball\t7\t4\n",
         " Prompt , Seed , metadata.shot , \n a ball , 7 , 4 , \n,,,\n",
     ):
@@ -313,21 +316,38 @@ def test_separators_and_spelling_of_the_columns_are_recognised(tmp_path):
         assert [(shot.prompt, shot.seed, shot.metadata) for shot in script.shots] == [("a ball", 7, {"shot": 4})]
 
 
-def test_unknown_columns_are_one_error_for_the_file(tmp_path):
+def test_unknown_columns_are_one_error_that_says_what_to_add(tmp_path):
     (tmp_path / "s.csv").write_text("prompt,promt,notes\n" + "a,b,c\n" * 1000)
     with pytest.raises(ScriptError) as raised:
         read_script(tmp_path / "s.csv")
     assert str(raised.value) == (
-        "s.csv: got unknown columns 'promt', 'notes', did you mean prompt?; --map promt=FIELD reads a column as a field, "
-        "--keep-columns copies all to metadata"
+        "s.csv: got unknown columns 'promt', 'notes', did you mean prompt?; add --map promt=FIELD --keep-columns, "
+        "which copies the other unknown ones to metadata"
     )
+    # The longest text of the first row is probably the prompt. Without known columns, what gives most columns separates them.
+    (tmp_path / "s.csv").write_text("Bild-Nr.;Kurze Beschreibung\n1;a red ball\n")
+    with pytest.raises(ScriptError, match="add --map 'Kurze Beschreibung=prompt' --keep-columns") as raised:
+        read_script(tmp_path / "s.csv")
+    columns = Columns({"Kurze Beschreibung": "prompt"}, keep_unknown=True)
+    assert read_script(tmp_path / "s.csv", columns=columns).shots[0].metadata == {"Bild-Nr.": 1}
 
 
 def test_table_without_a_prompt_says_what_the_first_row_must_have(tmp_path):
-    for text in ("a red ball\na blue ball\n", "prompt|seed\na|1\n", "text,seed\na,1\n"):
+    for text in ("a red ball\na blue ball\n", "text,seed\na,1\n"):
         (tmp_path / "s.csv").write_text(text)
         with pytest.raises(ScriptError, match=r"must be named after fields, in the first row of a \.csv, one of them prompt"):
             read_script(tmp_path / "s.csv")
+
+
+def test_tables_of_spreadsheets_say_what_to_save(tmp_path):
+    (tmp_path / "s.csv").write_text("sep=;\nprompt;lora_strength\na;0.8\nb;0,8\n")
+    script = read_script(tmp_path / "s.csv")
+    assert (script.shots[0].lora_strength, [str(error) for error in script.errors]) == (
+        0.8, ["s.csv line 4, lora_strength: got '0,8', must have a decimal point: 0.8"]
+    )  # fmt: skip
+    (tmp_path / "s.csv").write_bytes("prompt\nein Bär\n".encode("cp1252"))
+    with pytest.raises(ScriptError, match=r"line 2: got bytes that are not UTF-8, save .* in Excel as CSV UTF-8"):
+        read_script(tmp_path / "s.csv")
 
 
 def test_folder_of_captioned_images_has_a_shot_for_each(tmp_path):

@@ -137,9 +137,12 @@ def test_characters_of_a_file_serve_every_format(script, tmp_path):
     people = tmp_path / "people" / "people.yaml"
     people.parent.mkdir()
     (people.parent / "cleo.jpg").write_bytes(b"x")
-    people.write_text("cleo: {face_image: cleo.jpg, description: a queen}")
-    read = script("Prompt;Character\na throne;cleo\n", "s.csv", characters=read_characters(people))
+    people.write_text("cleo: {face_image: cleo.jpg, description: a queen}\nJörg: {description: a king}")
+    # Spreadsheets on a Mac write the accent as a character of its own.
+    rows = "Prompt;Character\na throne;cleo\n{Jo\u0308rg} sits;Jo\u0308rg\n"
+    read = script(rows, "s.csv", characters=read_characters(people))
     assert read.shots[0].face_image == (str(people.parent / "cleo.jpg"),)
+    assert (read.shots[1].prompt, read.shots[1].metadata["character"]) == ("a king sits", "Jörg")
     with pytest.raises(ScriptError, match="must not be in the file of --characters, too"):
         script("characters: {cleo: {}}\nshots: [a]", characters=read_characters(people))
 
@@ -170,6 +173,8 @@ def test_wrong_header_is_one_error_that_names_its_place(script):
         ("characters: {a: {trigger: 1}}", "s.yaml, characters.a.trigger: got 1, must be text"),
         ("styles: {a: {fps: 3}}", "s.yaml, styles.a.fps: got an unknown field"),
         ("scenes: []", "got both shots and scenes"),
+        ("title: a\ntitle: b", "got invalid YAML, line 2: duplicate key 'title'"),
+        ("characters: {a b: {}}", "got 'a b', a name must be 1 to 64 letters, digits, _ or -"),
     ):
         with pytest.raises(ScriptError, match=message) as raised:
             script(f"{text}\nshots: [a, b]")

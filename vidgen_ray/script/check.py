@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from vidgen_ray.content_keys import CutText
-from vidgen_ray.errors import NOT_A_URL, URL, FieldError, ScriptError, SetupError, explain, shortened
+from vidgen_ray.errors import NOT_A_URL, URL, FieldError, ScriptError, SetupError, explain, in_json, shortened
 from vidgen_ray.graph import STAGES, stages_of, uncropped_size
 from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_LORA_BYTES, MAX_NESTING
 from vidgen_ray.media.media_file import load_font, missing_letter
@@ -29,7 +29,17 @@ from vidgen_ray.safety import (
     UnsafeContent,
     safety_of,
 )
-from vidgen_ray.script.expansion import CHOSEN, MATRIX, MATRIX_NUMBER, STYLE, expand, is_expandable, with_character, with_style
+from vidgen_ray.script.expansion import (
+    CHOSEN,
+    MATRIX,
+    MATRIX_NUMBER,
+    STYLE,
+    expand,
+    is_expandable,
+    normal_form,
+    with_character,
+    with_style,
+)
 from vidgen_ray.script.lines import (
     FAILURE_FIELD,
     NO_HEADER,
@@ -119,7 +129,7 @@ class LineChecker:
         own = {name: value for name, value in header.defaults.items() if name not in ("character", STYLE)}
         wrong = [(f"defaults.{name}", got, allowed) for name, got, allowed in wrong_defaults(own, strict=True)]
         for name, named in (("character", header.characters), (STYLE, header.styles)):
-            if (default := header.defaults.get(name)) is not None and default not in named:
+            if (default := header.defaults.get(name)) is not None and normal_form(str(default)) not in named:
                 wrong.append((f"defaults.{name}", shortened(default), f"must be one of {', '.join(named) or 'none'}"))
         sections = {"defaults": {"": header.defaults}, "characters": header.characters, "styles": header.styles}
         for section, named in sections.items():
@@ -262,6 +272,8 @@ class LineChecker:
         except ValidationError as error:
             for detail in error.errors(include_url=False):
                 field, got, allowed = explain(detail, Shot.model_fields)
+                if detail["input"] is None and detail["type"] != "missing":
+                    got = in_json(None)
                 if detail["type"] == "string_type" and isinstance(detail["input"], bool):
                     allowed = "must be text; put it into quotes, since YAML reads on, off, yes and no as true and false"
                 line.reject(field, got, allowed)

@@ -6,6 +6,7 @@ choices only, so that adding a choice changes no other shot."""
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -50,8 +51,9 @@ CHARACTER_TEXTS = ("trigger", "description")
 """`trigger` is put before the prompt. `description` replaces `{NAME}` in prompts."""
 STYLE_TEXTS = ("prompt",)
 """`prompt` is appended to the prompt of the shot."""
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
-MENTION = re.compile(r"\{([A-Za-z][A-Za-z0-9_-]{0,63})\}")
+NAME = re.compile(r"[^\W\d_][\w\u0300-\u036f-]{0,63}")
+"""Name of a character or a style, in any language. Accents may be characters of their own, see `normal_form`."""
+MENTION = re.compile(rf"\{{({NAME.pattern})\}}")
 """Name of a character in a prompt."""
 
 NamedFields = Mapping[str, Mapping[str, Any]]
@@ -91,7 +93,7 @@ def _checked(source: str, kind: str, value: Any, fields: Sequence[str], texts: S
     for name, named in value.items():
         where = f"{kind}.{str(name)[:64]}"
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            allowed = "a name must be 1 to 64 of A-Z a-z 0-9 _ -, starting with a letter"
+            allowed = "a name must be 1 to 64 letters, digits, _ or -, starting with a letter"
             raise _wrong(source, kind, shortened(name), allowed)
         if not isinstance(named, dict):
             raise _wrong(source, where, shortened(named), f"must be a mapping with {', '.join((*fields, *texts))}")
@@ -105,7 +107,12 @@ def _checked(source: str, kind: str, value: Any, fields: Sequence[str], texts: S
         shot_fields = {field: content for field, content in named.items() if field in fields}
         for wrong, got, allowed in wrong_defaults(shot_fields, strict=True)[:1]:
             raise _wrong(source, f"{where}.{wrong}", got, allowed)
-    return value
+    return {normal_form(name): named for name, named in value.items()}
+
+
+def normal_form(name: str) -> str:
+    """Return a name in the form in which names are compared."""
+    return unicodedata.normalize("NFC", name)
 
 
 def with_style(fields: dict[str, Any], own: Mapping[str, Any], styles: NamedFields, name: Any) -> dict[str, Any]:
@@ -139,6 +146,7 @@ def with_character(
     character: Mapping[str, Any] = {}
     if name is not None:
         character = _named("character", name, characters, "characters")
+        name = normal_form(name)
         fields = {
             **fields,
             **{field: value for field, value in character.items() if field in CHARACTER_FIELDS and field not in own},
@@ -157,25 +165,25 @@ def with_character(
 def _mentions(prompt: Any, characters: NamedFields) -> Iterator[str]:
     if not characters or not isinstance(prompt, str):
         return
-    for name in MENTION.findall(prompt):
+    for name in map(normal_form, MENTION.findall(prompt)):
         if name not in characters:
             raise WrongField("prompt", f"{{{name}}}", f"is no character of the script; these are {', '.join(characters)}")
         yield name
 
 
 def _description(name: str, characters: NamedFields) -> str:
-    character = characters.get(name, {})
+    character = characters.get(normal_form(name), {})
     return str(character.get("description") or character.get("trigger") or name)
 
 
 def _named(field: str, name: Any, named: NamedFields, section: str) -> Mapping[str, Any]:
-    if not isinstance(name, str) or name not in named:
+    if not isinstance(name, str) or normal_form(name) not in named:
         names = ", ".join(named) or "none"
         more = (
             " (define characters in the header of a .yaml script, or with --characters FILE)" if section == "characters" else ""
         )
         raise WrongField(field, shortened(name), f"must be one of the script's {section}: {names}{'' if named else more}")
-    return named[name]
+    return named[normal_form(name)]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -7,8 +7,10 @@ import csv
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -18,7 +20,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from vidgen_ray.errors import SCHEMA_COMMAND, ScriptError, known_fields, shortened
+from vidgen_ray.errors import SCHEMA_COMMAND, ScriptError, in_json, known_fields, shortened
 from vidgen_ray.script.expansion import MATRIX, STYLE
 from vidgen_ray.script.lines import (
     COMPRESSED,
@@ -70,20 +72,26 @@ def normal_name(column: str, columns: Columns = DEFAULT_NAMES) -> str:
     return METADATA_PREFIX + column if columns.keep_unknown and not is_known(found) else found
 
 
-def check_columns(path: Path, columns: Sequence[str], *, with_prompt: bool = True) -> None:
+def check_columns(
+    path: Path, columns: Sequence[str], *, with_prompt: bool = True, row: Mapping[str, str | None] | None = None
+) -> None:
     """Raise ScriptError, once for the whole file, if columns are unknown or occur twice.
 
     `with_prompt`: one of the columns must be the prompt. Then the error says so if it is missing, as in a table without names.
+    `row`: the first one, whose longest text is taken for the prompt in the advice.
     """
     if duplicates := [name for name, count in Counter(columns).items() if count > 1]:
         raise file_error(path, f"the column {duplicates[0][:40]!r} twice", "must appear only once")
     if unknown := [name for name in columns if not is_known(name)]:
         named = ", ".join(repr(name[:40]) for name in unknown[:MAX_NAMED]) + (", ..." if len(unknown) > MAX_NAMED else "")
-        more = f"; --map {unknown[0][:40] or 'NAME'}=FIELD reads a column as a field, --keep-columns copies all to metadata"
-        allowed = known_fields(unknown[0], FIELDS) + more
+        keep = f"--map {shlex.quote(f'{unknown[0]}=FIELD')} --keep-columns"
+        allowed = f"{known_fields(unknown[0], FIELDS)}; add {keep}, which copies the other unknown ones to metadata"
         if with_prompt and "prompt" not in columns:
+            longest = max(unknown, key=lambda name: len((row or {}).get(name) or ""))
             allowed = (
-                f"columns must be named after fields, in the first row of a .csv, one of them prompt; see {SCHEMA_COMMAND}"
+                "columns must be named after fields, in the first row of a .csv, one of them prompt: add "
+                f"--map {shlex.quote(f'{longest}=prompt')} --keep-columns, which copies other unknown ones to metadata; "
+                f"see {SCHEMA_COMMAND}"
             )
         raise file_error(path, f"unknown column{'s' if len(unknown) > 1 else ''} {named}", allowed)
 
@@ -139,7 +147,7 @@ def _json_line(source: str, number: int, text: str) -> Line:
         allowed = f"must be a JSON object on one line ({error})"
         return unreadable_line(source, number, shortened(text), allowed, text=text)
     if not isinstance(value, dict):
-        return unreadable_line(source, number, shortened(value), "must be a JSON object with at least a prompt", text=text)
+        return unreadable_line(source, number, in_json(value), "must be a JSON object with at least a prompt", text=text)
     return Line(number, value)
 
 
@@ -169,8 +177,10 @@ def is_table(row: str) -> bool:
     return any("prompt" in each and len(each) > 1 and all(map(is_known, each)) for each in names)
 
 
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 """Separator -> its name in messages."""
+SEPARATOR_LINE = re.compile(r"sep=([,;\t|])", re.IGNORECASE)
+"""First line that spreadsheets write to state the separator."""
 NUMBERS = number_fields(Shot)
 NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 BOOLEAN_FIELDS = frozenset(name for name, field in Shot.model_fields.items() if field.annotation is bool)
@@ -182,7 +192,16 @@ def read_csv(path: Path, columns: Columns) -> tuple[Header, Lines]:
     """Return the rows. The separator is the one that splits the first row into the most known columns."""
     texts, opened = _quote_lines(text_lines(path))
     first = next(texts, "")
-    separator = max(SEPARATORS, key=lambda each: sum(is_known(normal_name(cell, columns)) for cell in _cells(first, each)))
+    stated = SEPARATOR_LINE.fullmatch(first.rstrip())
+    if stated is not None:
+        first = next(texts, "")
+
+    def known_and_all(separator: str) -> tuple[int, int]:
+        cells = _cells(first, separator)
+        return sum(is_known(normal_name(cell, columns)) for cell in cells), len(cells)
+
+    separator = max(SEPARATORS, key=known_and_all) if stated is None else stated[1]
+    before = 0 if stated is None else 1
     rows = csv.DictReader(chain([first] if first else [], texts), strict=True, delimiter=separator, skipinitialspace=True)
     try:
         names = [normal_name(name, columns) for name in rows.fieldnames or []]
@@ -191,21 +210,24 @@ def read_csv(path: Path, columns: Columns) -> tuple[Header, Lines]:
     # Spreadsheets write separators for empty columns at the end of every row.
     while names and names[-1] in ("", METADATA_PREFIX):
         names.pop()
-    check_columns(path, names)
     rows.fieldnames = names
+    if not all(map(is_known, names)):
+        with suppress(csv.Error, StopIteration):
+            check_columns(path, names, row=next(rows))
+    check_columns(path, names)
     may_be_missing = NUMBERS | BOOLEAN_FIELDS
 
     def lines() -> Lines:
-        end = 0
+        end = before
         while True:
             begin = end + 1
             try:
                 row = next(rows)
-                end = rows.line_num
+                end = rows.line_num + before
             except StopIteration:
                 return
             except csv.Error as error:
-                end = rows.reader.line_num
+                end = rows.reader.line_num + before
                 quote = next((number for number in reversed(opened) if begin <= number < end), None)
                 if quote is None:
                     yield unreadable_line(path.name, end, "an invalid row", f"must be CSV ({error})")
@@ -220,12 +242,12 @@ def read_csv(path: Path, columns: Columns) -> tuple[Header, Lines]:
             if any(cell.strip() for cell in row.pop(None, ())):
                 text = separator.join(map(str, row.values()))
                 allowed = f"must quote cells that contain {SEPARATORS[separator]}"
-                yield unreadable_line(path.name, rows.line_num, "more cells than columns", allowed, text=text)
+                yield unreadable_line(path.name, end, "more cells than columns", allowed, text=text)
                 continue
             cells = {name: cell.strip() for name, cell in row.items() if cell is not None}
             fields = {name: cell for name, cell in cells.items() if cell and not (cell in MISSING and name in may_be_missing)}
             if fields:
-                yield Line(rows.line_num, nest_metadata(parse_text_fields(fields)), strict=False)
+                yield Line(end, nest_metadata(parse_text_fields(fields)), strict=False)
 
     return NO_HEADER, lines()
 

@@ -233,7 +233,8 @@ def encoding_error(path: Path, line: int | None) -> ScriptError:
     with path.open("rb") as file:
         start = file.read(4)
     found = (each for mark, each in SIGNATURES.items() if start.startswith(mark))
-    kind, advice = next(found, ("", "save the script as UTF-8"))
+    sheet = ", in Excel as CSV UTF-8 (comma delimited)" if path.suffix.lower() == ".csv" else ""
+    kind, advice = next(found, ("", f"save the script as UTF-8{sheet}"))
     got = "bytes that are not UTF-8" + (f": the file is {kind}" if kind else "")
     return ScriptError([FieldError(path.name, line, None, got, advice)])
 

@@ -21,7 +21,7 @@ from vidgen_ray.script.expansion import (
 )
 from vidgen_ray.script.lines import Columns, Header, Line, Lines, encoding_error, file_error, unreadable_line
 from vidgen_ray.shot import LORA_FIELDS, NESTED_FIELDS, Shot
-from vidgen_ray.system.files import StrictLoader
+from vidgen_ray.system.files import StrictLoader, yaml_problem
 
 HEADER_FIELDS = ("title", "defaults", "characters", "styles", "film", "shots", "scenes")
 SCENE_FIELDS = ("title", "defaults", "shots")
@@ -31,7 +31,8 @@ def read_yaml(path: Path, _columns: Columns) -> tuple[Header, Lines]:
     """Return the header and the shots of a script, with the shots of its scenes in order."""
     content, shot_lines = _parse(path)
     if not isinstance(content, dict):
-        raise file_error(path, shortened(content), "must be a mapping with a list `shots` or `scenes`")
+        got = "an empty file" if content is None else shortened(content)
+        raise file_error(path, got, "must be a mapping with a list `shots` or `scenes`")
     _check_names(path, content, HEADER_FIELDS, "header field")
     if ("shots" in content) == ("scenes" in content):
         got = "both shots and scenes" if "shots" in content else "neither shots nor scenes"
@@ -116,7 +117,7 @@ def _parse(path: Path) -> tuple[Any, list[int]]:
     except UnicodeDecodeError as error:
         raise encoding_error(path, error.object.count(b"\n", 0, error.start) + 1) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise file_error(path, "invalid YAML", " ".join(str(error).split())) from None
+        raise file_error(path, "invalid YAML", yaml_problem(error)) from None
     return content, list(_shot_line_numbers(node))
 
 

@@ -11,7 +11,6 @@ import shutil
 import stat
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -199,9 +198,12 @@ class StrictLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if duplicates := [key for key, count in keys.items() if count > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {duplicates[0]!r}", node.start_mark)
+        keys = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
+                keys.add(key.value)
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: Any) -> Any:
@@ -232,4 +234,13 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, StrictLoader)  # noqa: S506  # a subclass of SafeLoader
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(yaml_problem(error)) from None
+
+
+def yaml_problem(error: Exception) -> str:
+    """Return the place and the reason of an error of PyYAML, on one line."""
+    text = str(error)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        context = f" {error.context}" if error.context else ""
+        text = f"line {error.problem_mark.line + 1}: {error.problem}{context}"
+    return " ".join(text.split())
