@@ -5,10 +5,13 @@ import inspect
 import json
 import re
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from ray._private import node, parameter
@@ -50,6 +53,29 @@ def test_start_is_repeated_after_a_timeout_only(failing_starts, errors, raised, 
     with nullcontext() if raised is None else pytest.raises(raised, match=r"num_cpus|3 attempts of 30 s each timed out"):
         init_local_ray(num_cpus=1)
     assert len(failing_starts) == left
+
+
+CONNECTED = """
+import threading
+from vidgen_ray.engine.ray_cluster import connected
+with connected(None, 1):
+    print("connected", flush=True)
+    threading.Event().wait()
+"""
+
+
+def test_process_ends_soon_after_the_raylet_of_its_machine():
+    with subprocess.Popen(
+        [sys.executable, "-c", CONNECTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as driver:
+        assert driver.stdout.readline() == "connected\n"
+        (raylet,) = (child for child in psutil.Process(driver.pid).children() if child.name() == "raylet")
+        raylet.kill()
+        _, errors = driver.communicate(timeout=120)
+    assert driver.returncode == SetupError.exit_code
+    assert errors.endswith(
+        "vidgen: lost connection to Ray: its process of this machine (raylet) has ended. Run the same command again\n"
+    )
 
 
 def test_installed_ray_words_the_start_timeout_this_way():

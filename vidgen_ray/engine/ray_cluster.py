@@ -71,7 +71,7 @@ def connected(address: str | None, cpus: float) -> Iterator[None]:
         return
     _start_ray(address, cpus)
     ended = threading.Event()
-    threading.Thread(target=_exit_without_head, args=(ended,), daemon=True).start()
+    threading.Thread(target=_exit_without_ray, args=(ended,), daemon=True).start()
     try:
         yield
     finally:
@@ -81,17 +81,31 @@ def connected(address: str | None, cpus: float) -> Iterator[None]:
             within(SHUTDOWN_S, ray.shutdown)
 
 
-def _exit_without_head(ended: threading.Event) -> None:
-    """End this process if Ray's head process is not reached for too long. Ray would do so itself, with another exit code."""
-    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+def _exit_without_ray(ended: threading.Event) -> None:
+    """End this process if Ray's head process is not reached for too long, or Ray's process of this machine has ended.
+
+    Ray would do the first itself, with another exit code. After the second, its calls wait forever, `ray.shutdown` too.
+    """
+    context = ray.get_runtime_context()
+    host, _, port = context.gcs_address.rpartition(":")
+    this_node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
     limit_s = HEAD_SHARE * float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", HEAD_TIMEOUT_S))  # noqa: SIM112  # Ray's name
     reached = time.monotonic()
     while not ended.wait(limit_s / 10):
+        lost = None
         with suppress(OSError):
             socket.create_connection((host.strip("[]"), int(port)), limit_s / 10).close()
             reached = time.monotonic()
-        if time.monotonic() - reached > limit_s and not ended.is_set():
-            sys.stderr.write(f"vidgen: lost connection to Ray: no response of its head node for {limit_s:g} s\n")
+        if time.monotonic() - reached > limit_s:
+            lost = f"no response of its head node for {limit_s:g} s"
+        try:
+            socket.create_connection((this_node["NodeManagerAddress"], this_node["NodeManagerPort"]), limit_s / 10).close()
+        except ConnectionRefusedError:
+            lost = "its process of this machine (raylet) has ended"
+        except OSError:
+            pass  # it may be suspended
+        if lost and not ended.is_set():
+            sys.stderr.write(f"vidgen: lost connection to Ray: {lost}. Run the same command again\n")
             sys.stderr.flush()
             os._exit(SetupError.exit_code)
 
