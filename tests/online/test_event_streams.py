@@ -13,6 +13,7 @@ from sqlalchemy.exc import OperationalError
 
 from tests.online.directors import SMALL, listening_on_a_port, local_server, settings_with_keys
 from tests.online.test_store import new_job
+from vidgen_ray.online import event_streams
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.event_streams import EventStreams, JobFeed
@@ -141,7 +142,7 @@ def test_page_stream_ends_when_the_session_ends(store, feed, monkeypatch):
     assert run(events()) in ([None, "changes", "signed-out"], [None, "changes", "changes", "signed-out"])
 
 
-def test_streams_are_capped_per_key(tiny, tmp_path):
+def test_streams_are_capped_per_key_and_process(tiny, tmp_path, monkeypatch):
     settings = settings_with_keys(tmp_path, {"ada": {}, "bob": {}}, limits={"streams": STREAMS})
     with local_server(tiny, settings) as server, listening_on_a_port(server.app) as url, ExitStack() as stack:
         server.director.held.set()
@@ -168,6 +169,11 @@ def test_streams_are_capped_per_key(tiny, tmp_path):
             assert image.status_code == 429
             # The refused request has stored no job.
             assert len(server.store.list("ada").jobs) == jobs
+            with monkeypatch.context() as limit:
+                limit.setattr(event_streams, "MAX_STREAMS", STREAMS)
+                refused = bob.get(f"/v1/videos/{other}/events")
+                assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_streams")
+                assert refused.json()["error"]["message"].startswith("The server has too many open event streams")
             # Other keys and other requests are not affected.
             with bob.stream("GET", f"/v1/videos/{other}/events") as stream:
                 assert stream.status_code == 200

@@ -9,6 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.online.directors import LOCAL, SMALL, local_server
+from tests.online.test_api_limits import png
 from tests.online.test_api_videos import ended
 from vidgen_ray.online import asgi_app, job_service
 from vidgen_ray.online.job_service import storage_problem
@@ -28,6 +29,8 @@ def test_requests_get_a_sentence_while_the_disk_is_full(tiny, small_disk):
     with local_server(tiny, settings) as server:
         client = TestClient(server.app, raise_server_exceptions=False, **LOCAL)
         assert client.get("/readyz").status_code == 200
+        upload = client.post("/v1/files", files={"file": ("a.png", png())}).json()["id"]
+        videos = [ended(client, client.post("/v1/videos", json={**SMALL, "seed": n}).json()["id"])["id"] for n in range(2)]
         server.director.held.set()
         small_disk.fill()
         ready = client.get("/readyz")
@@ -37,6 +40,8 @@ def test_requests_get_a_sentence_while_the_disk_is_full(tiny, small_disk):
         refused = client.post("/v1/videos", json=SMALL)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
         assert refused.json()["error"]["message"] == "The disk of the server is full. Try again later."
+        paths = [f"/v1/files/{upload}", *(f"/v1/videos/{each}" for each in videos)]
+        assert [client.delete(path).status_code for path in paths] == [200] * 3
         small_disk.make_room()
         assert client.get("/readyz").status_code == 200
         accepted = client.post("/v1/videos", json=SMALL)

@@ -49,7 +49,7 @@ def test_invalid_settings_fail_before_start(capsys, monkeypatch, tmp_path):
         (
             ["--data", "used", "--wait", "0"],
             4,
-            f"another server works with it: process {os.getpid()} on {os.uname().nodename}. Stop it",
+            f"another server works with it, whose director is process {os.getpid()} on {os.uname().nodename}. Stop it",
         ),
         (["--port", str(port)], 4, f"cannot listen on 127.0.0.1 port {port}: Address already in use"),
     ):

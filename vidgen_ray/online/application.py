@@ -62,7 +62,7 @@ HA_PROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 DIRECTOR_TIMEOUT_S = 2.0
 """Seconds that the director may take to say what is missing."""
 API_REQUESTS = 1_000
-"""Concurrent requests per replica, without event streams."""
+"""Concurrent requests per replica, without event streams, and those that wait for it in each proxy. Others get 503."""
 DIRECTOR, WORKERS = "Director", "Workers"
 WORKERS_CPUS = 0.1
 MAX_DIRECTOR_CALLS = 1_000
@@ -177,6 +177,7 @@ def application(server: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STA
         num_replicas=1,
         ray_actor_options={"num_cpus": API_CPUS},
         max_ongoing_requests=API_REQUESTS + MAX_STREAMS,
+        max_queued_requests=API_REQUESTS,
         **HEALTH,
     ).bind(settings, server.serving_profile, outputs, keys, director)
 

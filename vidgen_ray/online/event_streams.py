@@ -146,8 +146,8 @@ class JobFeed:
                     mailbox.put(job, changes.cursor)
 
 
-MAX_STREAMS = 4_000
-"""Open streams of a process. Its replica accepts as many requests in addition to all others."""
+MAX_STREAMS = 2_000
+"""Open streams of a process, with which it still responds at once. Its replica accepts as many requests besides others."""
 PING_S = 15
 """Seconds between pings, which keep proxies from closing an idle stream."""
 RETRY_S = 5

@@ -315,7 +315,10 @@ class JobDirector:
         """Become the director of the store, or renew that, unless there is another one. Blocks."""
         before, self._other = self._other, self._store.queue.hold(self.owner, LEASE_S)
         if self._other and self._other != before:
-            log.warning("another server works with the same database, so this one starts no jobs: %s", described(self._other))
+            log.warning(
+                "another server works with the same database, so this one starts no jobs. Its director is %s",
+                described(self._other),
+            )
 
     def _free_slots(self, running: int) -> int:
         """Return how many jobs can be started now."""

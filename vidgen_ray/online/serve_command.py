@@ -163,7 +163,7 @@ def _wait_for_other_server(store: JobStore, wait_s: float) -> None:
 
     started = time.monotonic()
     while (other := store.queue.director(LEASE_S)) is not None:
-        waited_s, server = time.monotonic() - started, f"another server works with it: {described(other)}"
+        waited_s, server = time.monotonic() - started, f"another server works with it, whose director is {described(other)}"
         if waited_s >= wait_s:
             raise SetupError(
                 f"database {store.url}: {server}. Stop it, wait longer with --wait SECONDS, or use another folder with --data."

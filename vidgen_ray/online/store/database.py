@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
@@ -45,6 +46,7 @@ from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement
 
 from vidgen_ray.errors import SetupError, install_command
+from vidgen_ray.outputs.storage import is_disk_full
 
 BUSY_TIMEOUT_S = 30
 """Seconds that a transaction waits for a lock or for a pooled connection."""
@@ -53,6 +55,8 @@ READERS, WRITERS = 36, 12
 """Threads of an API process for calls that only read, and for calls that write: only one of these writes at a time."""
 POOL_SIZE = READERS + WRITERS
 """Connections of a process: one for each thread that uses the database, or requests wait for each other."""
+RESERVE_BYTES = 8 << 20
+"""Size of the file `DATABASE-reserve` beside an SQLite database: twice that of its write-ahead log, which is used again."""
 READS = {"vidgen_reads": True}
 """Execution option of connections that only read. On SQLite they open no transaction: each statement sees the last commit."""
 POSTGRESQL_LOCK = 0x7669646765
@@ -237,12 +241,14 @@ class Database:
         # Threads of this process wait here in turn. In SQLite's own lock they would poll with pauses of up to 100 ms.
         self._writing = threading.Lock()
         self._thread = threading.local()
+        self._reserve = Path(f"{self.engine.url.database}-reserve") if self.engine.dialect.name == "sqlite" else None
         try:
             create_tables(self.engine)
         except OperationalError as error:
             raise SetupError(f"database {self.url_without_password}: cannot be opened ({_first_line(error)})") from None
         except SQLAlchemyError as error:
             raise SetupError(f"database {self.url_without_password}: {_first_line(error)}") from None
+        self.keep_reserve()
 
     @property
     def url_without_password(self) -> str:
@@ -274,6 +280,26 @@ class Database:
                 yield self._thread.transaction
             finally:
                 self._thread.transaction = None
+
+    def keep_reserve(self) -> None:
+        """Reserve space on the disk of an SQLite database, if there is room."""
+        if self._reserve is None or self._reserve.exists():
+            return
+        with suppress(OSError), ExitStack() as undo:
+            undo.callback(self._reserve.unlink, missing_ok=True)
+            with self._reserve.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+            undo.pop_all()
+
+    def with_reserve(self, delete: Callable[[], T]) -> T:
+        """Run a call that deletes records. On a full disk, it uses the reserved space: otherwise nothing could be deleted."""
+        try:
+            return delete()
+        except OperationalError as error:
+            if self._reserve is None or not is_disk_full(error):
+                raise
+            self._reserve.unlink(missing_ok=True)
+            return delete()
 
     def close(self) -> None:
         self.engine.dispose()

@@ -77,8 +77,12 @@ class Characters:
     def delete(self, character_id: str, tenant: str) -> bool:
         """Delete a character. Jobs created with it keep their photos. Return False if the tenant has no such character."""
         own = [CHARACTERS.c.id == character_id, CHARACTERS.c.tenant == tenant]
-        with self._database.transaction() as transaction:
-            return transaction.connection.execute(delete(CHARACTERS).where(*own)).rowcount > 0
+
+        def delete_row() -> bool:
+            with self._database.transaction() as transaction:
+                return transaction.connection.execute(delete(CHARACTERS).where(*own)).rowcount > 0
+
+        return self._database.with_reserve(delete_row)
 
 
 MIN_COUNTED_BYTES = 4096
@@ -182,10 +186,14 @@ class UploadRecords:
         Return False if the tenant has no such upload.
         """
         own = [UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id]
-        with self._database.transaction() as transaction:
-            files = transaction.connection.scalars(delete(UPLOADS).where(*own).returning(UPLOADS.c.file)).all()
-            _remove_unreferenced(transaction.connection, files, remove)
-        return bool(files)
+
+        def delete_row() -> bool:
+            with self._database.transaction() as transaction:
+                files = transaction.connection.scalars(delete(UPLOADS).where(*own).returning(UPLOADS.c.file)).all()
+                _remove_unreferenced(transaction.connection, files, remove)
+            return bool(files)
+
+        return self._database.with_reserve(delete_row)
 
     def remove_unreferenced(self, files: Iterable[str], remove: Callable[[str], None]) -> None:
         """Call `remove` for those of `files` that are no longer referenced. No upload can be recorded meanwhile."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -273,6 +273,9 @@ class JobStore:
 
     def delete(self, job_id: str, tenant: str | None) -> bool:
         """Hide a job and cancel it if it has not ended. Return False if it does not exist."""
+        return self._database.with_reserve(partial(self._delete, job_id, tenant))
+
+    def _delete(self, job_id: str, tenant: str | None) -> bool:
         with self._database.transaction() as transaction:
             cancel = {"cancel_requested": or_(JOBS.c.cancel_requested, JOBS.c.state == JobState.IN_PROGRESS)}
             deleted = bool(self._rows.update(transaction, _visible(job_id, tenant), deleted_at=self._now(), **cancel))
@@ -287,6 +290,10 @@ class JobStore:
         `delete_files` deletes the files under a content key that no job has any more. It runs inside the transaction, so that
         no job can be completed from files that are being deleted. If it raises OSError, no job is removed.
         """
+        self._database.keep_reserve()
+        return self._database.with_reserve(partial(self._purge, delete_files, limit))
+
+    def _purge(self, delete_files: Callable[[str], None], limit: int) -> int:
         with self._database.transaction() as transaction:
             now = self._now()
             expired = [JOBS.c.deleted_at.is_(None), JOBS.c.expires_at.is_not(None), JOBS.c.expires_at < now]
