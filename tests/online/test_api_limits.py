@@ -150,6 +150,43 @@ def test_root_path_is_part_of_links_and_urls_with_a_proxy_that_removes_it_or_not
         assert client.get("/openapi.json").json()["servers"] == [{"url": "/vidgen"}]
 
 
+def test_signed_url_needs_no_key_until_it_expires_and_names_one_file(tiny, tmp_path, monkeypatch):
+    settings = settings_with_keys(tmp_path, {"ada": {}, "bob": {}, "cat": {"limits": {"requests_per_minute": 3}}})
+    body = {"prompt": "x", "size": "64x64", "response_format": "url"}
+    with local_server(tiny, settings) as server:
+        ada, bob, cat, browser = (client_of(server, name) for name in ("ada", "bob", "cat", None))
+        url, of_bob, of_cat = (
+            each.post("/v1/images/generations", json=body).json()["data"][0]["url"] for each in (ada, bob, cat)
+        )
+        assert Image.open(io.BytesIO(browser.get(url).content)).size == (64, 64)
+        assert browser.head(url).status_code == 200
+        key, of_other_key = (httpx.URL(each).params["key"] for each in (url, of_bob))
+        signature = httpx.URL(of_bob).params["signature"]
+        for forged in (
+            url.replace("variant=image", "variant=thumbnail"),
+            url.replace("expires=1", "expires=2"),
+            url.replace(httpx.URL(url).path, httpx.URL(of_bob).path),
+            url.replace(key, of_other_key),
+            f"{url[:-64]}{signature}",
+            f"{url}0",
+            url[:-64],
+        ):
+            assert error_of(browser.get(forged), 403)["code"] == "invalid_signature", forged
+        assert error_of(browser.get(url.partition("&")[0]), 401)["code"] == "invalid_api_key"
+        # Not counted as requests with the key, but limited, too.
+        assert [browser.get(of_cat).status_code for _ in range(4)] == [200, 200, 200, 429]
+        assert cat.get("/v1/models").status_code == 200
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() + 3601)
+        assert error_of(browser.get(url), 403)["code"] == "invalid_signature"
+    monkeypatch.undo()
+    # The secret survives a restart. The key of ada is gone.
+    with local_server(tiny, settings_with_keys(tmp_path, {"bob": {}})) as server:
+        browser = client_of(server, None)
+        assert browser.get(of_bob).status_code == 200
+        assert error_of(browser.get(url), 403)["code"] == "invalid_signature"
+
+
 def test_key_file_errors_do_not_contain_the_key(tmp_path):
     file = tmp_path / "keys.yaml"
     for text, message in (

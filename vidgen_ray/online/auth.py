@@ -16,9 +16,10 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import yaml
 from pydantic import Field, ValidationError
@@ -28,7 +29,7 @@ from starlette.requests import Request
 from vidgen_ray.errors import FrozenModel, SetupError, StrictModel
 from vidgen_ray.online.api_error import ApiError, too_many_requests
 from vidgen_ray.online.server_settings import Limits
-from vidgen_ray.online.store.database import READS, SESSIONS
+from vidgen_ray.online.store.database import READS, SECRET, SESSIONS
 from vidgen_ray.system.files import load_yaml, new_file
 
 ENVIRONMENT = "VIDGEN_API_KEYS"
@@ -41,6 +42,10 @@ MINUTE_S = 60.0
 SESSION_COOKIE = "vidgen_session"
 SESSION_S = 7 * 24 * 3600
 """Seconds until a browser session expires."""
+SIGNED_S = 3600
+"""Seconds for which a signed URL is valid."""
+SIGNED = ("key", "expires", "signature")
+"""Parameters of the query of a signed URL, besides its variant."""
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -160,6 +165,38 @@ class Authenticator:
         if tenant is not None:
             self._count_request(tenant)
         return tenant
+
+    def signed_query(self, tenant: Tenant, job_id: str, variant: str) -> str:
+        """Return the query of a URL that needs no key for `SIGNED_S` seconds. Blocks at the first call."""
+        expires = str(int(time.time()) + SIGNED_S)
+        signature = self._signature(tenant.key_id, job_id, variant, expires)
+        return urlencode({"variant": variant, "key": tenant.key_id, "expires": expires, "signature": signature})
+
+    def signed_tenant(self, request: Request, job_id: str, variant: str) -> Tenant:
+        """Return the tenant whose key has signed the URL of a request, and count the request apart from those with the key.
+
+        Raises ApiError: 400 for an invalid URL, 403 for a signature that has expired, is that of another URL, or whose key is
+        gone, 429 over the rate limit. Blocks.
+        """
+        self._check_request(request)
+        key_id, expires, signature = (request.query_params.get(name, "") for name in SIGNED)
+        expected = self._signature(key_id, job_id, variant, expires)
+        is_valid = hmac.compare_digest(expected.encode(), signature.encode("utf-8", "surrogatepass"))
+        tenant = self.keys.by_id(key_id) if is_valid and int(expires) > time.time() else None
+        if tenant is None:
+            message = "The signed URL has expired or is invalid. Send the API key, or request a new URL with it."
+            raise ApiError(403, message, code="invalid_signature")
+        self._count_request(tenant.model_copy(update={"key_id": f"{key_id} signed"}))
+        return tenant
+
+    def _signature(self, *signed: str) -> str:
+        return hmac.new(self._secret, "\n".join(signed).encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+
+    @cached_property
+    def _secret(self) -> bytes:
+        with self._engine.connect() as connection:
+            connection.execution_options(**READS)
+            return b"".join(part.to_bytes(8, "big") for part in connection.scalars(SECRET))
 
     def session_tenant(self, request: Request) -> Tenant | None:
         """Return the tenant of the session cookie, or `None` without a valid session. Checks nothing else.

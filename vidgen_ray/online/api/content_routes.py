@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query, Security
+from fastapi.security import HTTPAuthorizationCredentials
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from vidgen_ray.engine.calls import CLIP_FILES
 from vidgen_ray.graph import file_sizes
-from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, request_body
+from vidgen_ray.online.api.openapi import ServerDep, TenantDep, bearer, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateVideo
 from vidgen_ray.online.api.responses import outputs_of
 from vidgen_ray.online.api.video_routes import (
@@ -27,6 +28,7 @@ from vidgen_ray.online.api.video_routes import (
     job_of,
 )
 from vidgen_ray.online.api_error import ApiError
+from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.previews import encode_preview, newest_preview
 from vidgen_ray.online.server_context import ServerContext
@@ -38,6 +40,28 @@ Variant = Literal[
 ]  # fmt: skip
 """A number is that video of a request with `n`, as in SGLang."""
 VariantQuery = Annotated[Variant, Query()]
+
+
+async def content_tenant(
+    request: Request,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
+    server: ServerDep,
+    video_id: str,
+    variant: VariantQuery = "video",
+    signature: Annotated[str | None, Query(description="Of a signed URL, which needs no API key.")] = None,
+    key: Annotated[str | None, Query(description="Of a signed URL: public id of the key that signed it.")] = None,
+    expires: Annotated[str | None, Query(description="Of a signed URL: when it expires, in seconds since 1970.")] = None,
+) -> AsyncIterator[Tenant]:
+    """Authenticate a request as `tenant_of`, or by the signature of its URL."""
+    if signature is None:
+        tenant = await server.auth.api_tenant(request, credentials.credentials if credentials else None)
+    else:
+        tenant = await asyncio.to_thread(server.auth.signed_tenant, request, video_id, variant)
+    with server.body_budget.reserve(tenant, request.scope) as request.state.body:
+        yield tenant
+
+
+ContentTenantDep = Annotated[Tenant, Depends(content_tenant)]
 IMAGE_FILE, ORIGINAL_CLIP_FILE = "image.png", CLIP_FILES["frames"]
 FILES: dict[str, tuple[str, ...]] = {
     "sd": (ORIGINAL_CLIP_FILE,),
@@ -86,7 +110,7 @@ router = APIRouter()
 async def video_content(
     request: Request,
     server: ServerDep,
-    tenant: TenantDep,
+    tenant: ContentTenantDep,
     video_id: str,
     variant: VariantQuery = "video",
 ) -> Response:
@@ -121,7 +145,7 @@ async def video_content(
 async def video_content_head(
     request: Request,
     server: ServerDep,
-    tenant: TenantDep,
+    tenant: ContentTenantDep,
     video_id: str,
     variant: VariantQuery = "video",
 ) -> Response:

@@ -179,12 +179,14 @@ async def _respond(
             ended = await completed_while_connected(server, tenant, request, jobs, idempotency_key)
         except ClientDisconnected:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-    data = [
-        ImageResult(id=job.id, url=f"{str(request.base_url).rstrip('/')}/v1/videos/{job.id}/content?variant=image")
-        if options.response_format == "url"
-        else ImageResult(id=job.id, b64_json=await asyncio.to_thread(_encode_result, server, job, options))
-        for job in ended
-    ]
+    base_url = str(request.base_url).rstrip("/")
+    data: list[ImageResult] = []
+    for job in ended:
+        if options.response_format == "url":
+            query = await asyncio.to_thread(server.auth.signed_query, tenant, job.id, "image")
+            data.append(ImageResult(id=job.id, url=f"{base_url}/v1/videos/{job.id}/content?{query}"))
+        else:
+            data.append(ImageResult(id=job.id, b64_json=await asyncio.to_thread(_encode_result, server, job, options)))
     output_format = "png" if options.response_format == "url" else options.output_format
     body = ImagesResponse(created=int(time.time()), data=data, output_format=output_format, size=_size(ended[0]))
     return JSONResponse(body.model_dump(mode="json", exclude_none=True))

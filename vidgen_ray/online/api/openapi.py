@@ -21,7 +21,7 @@ from vidgen_ray.online.server_context import ServerContext
 ERRORS: Mapping[int, str] = {
     400: "Invalid request. `param` names the field.",
     401: "Missing or invalid API key.",
-    403: "Cross-origin request from a browser, or unknown host name.",
+    403: "Cross-origin request from a browser, unknown host name, or expired signed URL.",
     404: "Not found, or owned by another tenant.",
     408: "The request body did not arrive in time.",
     409: "Conflict: the video has no file, the name or idempotency key is in use, or the file is in use.",

@@ -152,7 +152,7 @@ class ImageResult(BaseModel):
 
     id: str = Field(description="Id of its job, for the routes of `/v1/videos/{id}`: status, content, deletion.")
     b64_json: str | None = Field(None, description="File in base64, with response_format b64_json.")
-    url: str | None = Field(None, description="URL of the file, with response_format url. Requires the API key.")
+    url: str | None = Field(None, description="URL of the file, with response_format url. Needs no API key for an hour.")
     revised_prompt: None = Field(None, description="Always null: prompts are not revised.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import secrets
 import sqlite3
 import threading
 import time
@@ -72,6 +73,8 @@ def _partial_index(name: str, where: str, *columns: str) -> Index:
     return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
 
 
+SECRET_PARTS, SECRET_BITS = 4, 62
+"""Rows of the secret, and bits of each."""
 META = Table(
     "vidgen_meta",
     TABLES,
@@ -79,8 +82,9 @@ META = Table(
     Column("value", BigInteger, nullable=False),
 )
 """Row `tables`: `tables_version()`. Row `changes`: number of the last write; every transaction increments it first, which
-serializes all writers."""
+serializes all writers. Rows `secret_N`: random bits of the secret that signs URLs."""
 NEXT_NUMBER = update(META).where(META.c.name == "changes").values(value=META.c.value + 1).returning(META.c.value)
+SECRET = select(META.c.value).where(META.c.name.like("secret_%")).order_by(META.c.name)
 LAST_NUMBER = select(META.c.value).where(META.c.name == "changes")
 
 JOBS = Table(
@@ -329,10 +333,12 @@ def create_tables(engine: Engine) -> None:
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": POSTGRESQL_LOCK})
         if not inspect(connection).has_table(META.name):
             TABLES.create_all(connection, checkfirst=False)
-            rows = {"changes": 0, "tables": tables_version()}
+            secret = {f"secret_{number}": secrets.randbits(SECRET_BITS) for number in range(SECRET_PARTS)}
+            rows = {"changes": 0, "tables": tables_version(), **secret}
             connection.execute(insert(META), [{"name": name, "value": value} for name, value in rows.items()])
         found = connection.scalar(select(META.c.value).where(META.c.name == "tables"))
-    if found != tables_version():
+        has_secret = len(connection.scalars(SECRET).all()) == SECRET_PARTS
+    if found != tables_version() or not has_secret:
         raise SetupError(
             f"database {engine.url.render_as_string(hide_password=True)}: its tables are those of another version of "
             "vidgen-ray. Use the version that created them, or another database: --database sqlite:///FILE."
