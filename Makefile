@@ -10,13 +10,13 @@ CLIENT := ./clients/python
 # Let each module be compiled once, also where the environment turns bytecode files off: the tests start hundreds of processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo dataset-demo compiled test test-slow chaos fuzz lock audit sbom docs docs-site check clean
+.PHONY: setup demo dataset-demo compiled test test-slow chaos fuzz lock resolutions audit sbom docs docs-site check clean
 
 setup: $(VENV)/.installed
 
 # --no-compile: Python compiles the modules that are imported, which saves a minute and a half of CPU time.
 $(VENV)/.installed: pyproject.toml packaging/onnxruntime/pyproject.toml $(CLIENT)/pyproject.toml
-	@echo "Installing packages into $(VENV): takes minutes, downloads at least 3 GB"
+	@echo "Installing packages into $(VENV): takes minutes, downloads 3 GB, takes 7 GB of disk (4 GB with a CPU build of torch)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25"  # resolves in half the time of older versions
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check $(ONNXRUNTIME) --editable "$(CLIENT)[mcp]" --editable ".[dev]"
@@ -81,6 +81,11 @@ lock: setup
 	$(BIN)/uv pip compile pyproject.toml $(CLIENT)/pyproject.toml --extra postgres --extra mcp --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header \
 		--constraint out/tested-versions.txt --quiet --output-file $(LOCK)
+
+# The lowest allowed versions on Python 3.11 and the newest of everything on 3.13. TESTS: files to run instead of the default.
+resolutions: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[audit]"
+	.ci/resolutions $(TESTS)
 
 # Known vulnerabilities of the locked packages. Needs the network: --strict makes a package that cannot be looked up an error.
 audit: setup

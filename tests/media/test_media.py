@@ -114,6 +114,16 @@ def test_saturated_colours_are_preserved(tmp_path):
         assert np.abs(read_all(untagged, backend)[0].astype(int) - chart)[8:24, 8:24].max() <= 4
 
 
+def test_logs_that_another_package_turned_on_are_off_while_a_file_is_open(tmp_path, clip):
+    """With them, a decoder's thread and the thread that closes the decoder may wait for each other forever."""
+    av.logging.set_level(av.logging.ERROR)
+    with open_video(clip):
+        assert av.logging.get_level() is None
+    av.logging.set_level(av.logging.ERROR)
+    write_mp4(tmp_path / "a.mp4", moving_frames(2))
+    assert av.logging.get_level() is None
+
+
 def test_file_is_deleted_when_the_block_raises(tmp_path):
     wrong = r"a\.mp4: got .*must be uint8 \(64, 96, 3\)"
     for frames, error, message in (

@@ -150,7 +150,7 @@ def _read_header(path: Path) -> _Header:
     with wrap_errors(f"{path}: cannot be read as {_CONTAINERS[container]}"):
         with open_video_stream(path, container) as (opened, stream):
             first = next(opened.decode(stream), None)
-            codec, fps, metadata = stream.codec_context.name, stream.average_rate, dict(opened.metadata)
+            codec, fps, metadata = stream.codec_context.name, Fraction(stream.average_rate or 0), dict(opened.metadata)
         if first is None or not fps:
             raise MediaError(f"{path}: has no frames")
         _to_rgb(first)  # raises for unsupported colour spaces, which decord would convert wrongly

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from vidgen_ray.errors import MediaError, StrictModel
-from vidgen_ray.media.media_file import COMMENT_TAG, FileMetadata, append_xmp, wrap_write_errors
+from vidgen_ray.media.media_file import COMMENT_TAG, FileMetadata, append_xmp, silence_ffmpeg, wrap_write_errors
 from vidgen_ray.stages.base import Frames
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class VideoWriter:
         from av.video.reformatter import VideoReformatter
 
         self._reformatter = VideoReformatter()
+        silence_ffmpeg()
         with wrap_write_errors(self.path):
             # bitexact omits FFmpeg's version, dates and random ids. FFmpeg never treats an absolute path as a URL.
             options = {"fflags": "+bitexact", **self._container_options}

@@ -77,6 +77,17 @@ def check_pixels(path: Path, width: int, height: int) -> None:
         raise MediaError(f"{path}: got {width}×{height} pixels, must be at most {MAX_PIXELS / 1e6:g} megapixels")
 
 
+def silence_ffmpeg() -> None:
+    """Turn PyAV's log off again. Call it before a file is opened.
+
+    Other packages turn it on, such as torchvision before 0.26. A thread of a decoder then waits for Python's global lock, while
+    the thread that has it closes the decoder and waits for its threads.
+    """
+    import av
+
+    av.logging.set_level(None)
+
+
 def open_media(path: Path, container: str | None = None) -> AbstractContextManager[Any]:
     """Return PyAV's container of a local file, as a context manager. `container`: name of its format. Default: detect it.
 
@@ -85,6 +96,7 @@ def open_media(path: Path, container: str | None = None) -> AbstractContextManag
     """
     import av
 
+    silence_ffmpeg()
     # PyAV 19 has no such argument: it reads bytes that are not UTF-8 as surrogates, and writes them again.
     decoding = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
     return av.open(  # type: ignore[no-any-return]  # PyAV has no types
