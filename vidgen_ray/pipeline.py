@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields
@@ -47,7 +46,7 @@ from vidgen_ray.safety import Consent
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.script.read import file_problem
 from vidgen_ray.shot import LoraRef, Shot, VideoLora
-from vidgen_ray.stages.base import ChunkedStage, Frames, Item, ProgressCallback, Stage, adds_by_address, progress_callback
+from vidgen_ray.stages.base import ChunkedStage, Frames, Item, ProgressCallback, Stage, progress_callback
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.quantities import Console, ElapsedColumn
@@ -151,11 +150,6 @@ class GeneratedVideo(Mapping[str, Any]):
 def _data_url(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
-
-LATE_IMPORT = (
-    "torch has multiplied matrices in this process before vidgen_ray was imported: results on the CPU may differ from those of "
-    "batch runs and the server in the last bits; import vidgen_ray first, or set MKL_CBWR=AUTO"
-)
 
 S = TypeVar("S", bound=Stage[Any])
 
@@ -515,8 +509,6 @@ class VideoGenerationPipeline:
         for stage_class in classes:
             if stage_class.name not in self._loaded:
                 stage = stage_class(self.profile.params(stage_class))
-                if stage.params.device == "cpu" and adds_by_address():
-                    warnings.warn(LATE_IMPORT, stacklevel=2)
                 stage.jobs = self.outputs.remote_jobs
                 self._check_weights.before_load([stage])
                 self._swapper.ensure_on_gpu(stage.name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,14 @@ from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.safety import Safety
 from vidgen_ray.shot import LORA_FIELDS, Shot
-from vidgen_ray.stages.base import Artefacts, ChunkedStage, Frames, Image, Item, Stage, report_progress
+from vidgen_ray.stages.base import Artefacts, ChunkedStage, Frames, Image, Item, Stage, adds_by_address, report_progress
 from vidgen_ray.system.cache_dir import digest, file_version
 from vidgen_ray.system.model_files import loaded_files
+
+LATE_IMPORT = (
+    "torch has multiplied matrices in this process before vidgen_ray was imported: results on the CPU may differ from those of "
+    "other processes in the last bits; import vidgen_ray first, or set MKL_CBWR=AUTO"
+)
 
 
 class WeightsCheck:
@@ -36,7 +42,13 @@ class WeightsCheck:
         self._checked: set[tuple[str, tuple[str, ...]]] = set()
 
     def before_load(self, stages: Iterable[Stage[Any]]) -> None:
-        """Note the state of the stages' files: those that change before the first check count as other weights."""
+        """Note the state of the stages' files: those that change before the first check count as other weights.
+
+        Warns if this process may make other bytes on a CPU than others.
+        """
+        stages = list(stages)
+        if any(stage.params.device == "cpu" for stage in stages) and adds_by_address():
+            warnings.warn(LATE_IMPORT, stacklevel=2)
         paths = {path for stage in stages for path in (stage.params.weights, *stage.params.extra_weights.values())}
         self._at_load |= {file: file_version(file) for path in paths for file in _files(path)}
 

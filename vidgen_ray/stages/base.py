@@ -7,6 +7,7 @@ cheap.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -656,7 +657,12 @@ def torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def adds_by_address() -> bool:
-    """Return whether the product of two matrices on the CPU depends on their addresses, as with MKL without MKL_CBWR."""
+    """Return whether the product of two matrices on the CPU depends on their addresses, as with MKL without MKL_CBWR.
+
+    False before torch is imported: then MKL has not read the variable yet.
+    """
+    if "torch" not in sys.modules:
+        return False
     import torch
 
     side = 64
