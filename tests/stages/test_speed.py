@@ -164,7 +164,7 @@ def test_step_cache_is_off_for_faces_and_finished_work(plain, tiny, make_shot, f
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_options_name_what_is_missing(tiny, monkeypatch):
     for found, message in (
-        (None, r"package torchao; pip install 'vidgen-ray\[quant"),
+        (None, r"package torchao; pip install 'torchao"),
         ("found", "NVIDIA GPU .* use fp8_storage"),
     ):
         monkeypatch.setattr(flux_model, "find_spec", lambda _, found=found: found)
