@@ -9,7 +9,8 @@ from starlette.applications import Starlette
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-from tests.online.directors import listening_on_a_port
+from tests.online.directors import SMALL, client_of, listening_on_a_port, local_server, settings_with_keys
+from tests.online.test_api_videos import ended, error_of
 from tests.online.test_store import Clock, new_job
 from vidgen_ray.online import http_fetch
 from vidgen_ray.online import webhooks as webhooks_module
@@ -169,14 +170,14 @@ def test_openai_client_verifies_a_webhook_message(site, tmp_path):
     store = store_with(tmp_path, Clock(), webhooks)
     job_id = finish_job(store)
     site.responses = {"/hook": (204, {}, b"")}
-    assert WebhookSender(webhooks, store.outbox).deliver_due() == 1
+    assert WebhookSender(webhooks, store).deliver_due() == 1
     ((_, headers, body),) = site.requests
     client = openai.OpenAI(api_key="x", webhook_secret=SECRET)
     event = client.webhooks.unwrap(body, headers)
     assert (event.type, event.data.id) == ("video.completed", job_id)
     with pytest.raises(openai.InvalidWebhookSignatureError):
         client.webhooks.unwrap(body + b" ", headers)
-    assert WebhookSender(webhooks, store.outbox).deliver_due() == 0
+    assert WebhookSender(webhooks, store).deliver_due() == 0
     assert len(site.requests) == 1
 
 
@@ -185,7 +186,7 @@ def test_failed_webhook_is_retried_until_tries_are_used_up_or_its_receiver_is_go
     clock, webhooks = Clock(), webhooks_to(f"{site.url}/hook")
     store = store_with(tmp_path, clock, webhooks)
     finish_job(store)
-    sender = WebhookSender(webhooks, store.outbox)
+    sender = WebhookSender(webhooks, store)
     site.responses = {"/hook": (500, {}, b"")}
     for attempts in (1, 2, 3):
         assert sender.deliver_due() == 0
@@ -204,7 +205,7 @@ def test_failed_webhook_is_retried_until_tries_are_used_up_or_its_receiver_is_go
         assert len(site.requests) == 4
         clock.seconds += 10_000
     finish_job(store)
-    assert WebhookSender(webhooks.model_copy(update={"allow_private": False}), store.outbox).deliver_due() == 0
+    assert WebhookSender(webhooks.model_copy(update={"allow_private": False}), store).deliver_due() == 0
     assert len(site.requests) == 4, "an address that is not public"
 
 
@@ -215,8 +216,46 @@ def test_failing_webhook_does_not_delay_others(site, tmp_path):
     for _ in range(3):
         finish_job(store)
     site.responses = {"/down": (500, {}, b""), "/up": (204, {}, b"")}
-    assert WebhookSender(webhooks, store.outbox).deliver_due() == 3
+    assert WebhookSender(webhooks, store).deliver_due() == 3
     assert sorted(path for path, _, _ in site.requests) == ["/down"] + ["/up"] * 3
+
+
+def test_webhook_of_a_request_gets_signed_messages_if_its_host_is_allowed(site, tiny, tmp_path):
+    openai = pytest.importorskip("openai")
+    webhooks = {"allow_hosts": ["127.0.0.1", "*.example.com"], "allow_private": True}
+    settings = settings_with_keys(tmp_path, {"ada": {}, "bob": {}}, webhooks=webhooks)
+    site.responses = {"/hook": (204, {}, b"")}
+    with local_server(tiny, settings) as server:
+        ada, bob = (client_of(server, name) for name in ("ada", "bob"))
+        sender = WebhookSender(settings.webhooks, server.store)
+        shot = {"width": 64, "height": 64, "num_frames": 2}
+        for path, fields in (("videos", SMALL), ("images/generations", {"size": "64x64"}), ("shots", shot)):
+            created = ada.post(f"/v1/{path}", json={**fields, "prompt": path, "webhook": f"{site.url}/hook"})
+            assert created.status_code == 200, created.text
+            job_id = created.json().get("id") or created.json()["data"][0]["id"]
+            ended(ada, job_id)
+            assert sender.deliver_due() == 1
+            _, headers, content = site.requests[-1]
+            keys = [each.get("/v1/webhooks/default/secret").json()["key"] for each in (ada, bob)]
+            event = openai.OpenAI(api_key="x", webhook_secret=keys[0]).webhooks.unwrap(content, headers)
+            assert (event.data.id, event.type.partition(".")[2]) == (job_id, "completed")
+            with pytest.raises(openai.InvalidWebhookSignatureError):
+                openai.OpenAI(api_key="x", webhook_secret=keys[1]).webhooks.unwrap(content, headers)
+        for url in (
+            "https://example.com/",
+            "https://a.example.org/",
+            "ftp://a.example.com/",
+            "https://u:p@a.example.com/",
+            "x",
+        ):
+            error = error_of(ada.post("/v1/videos", json={**SMALL, "webhook": url}), 400)
+            assert (error["param"], error["code"]) == ("webhook", "webhook_not_allowed"), url
+        # The host is no longer allowed when the job ends.
+        ended(ada, ada.post("/v1/videos", json={**SMALL, "webhook": f"{site.url}/hook"}).json()["id"])
+        others = settings.webhooks.model_copy(update={"allow_hosts": ("a.example.com",)})
+        for sent in (others, settings.webhooks):
+            assert WebhookSender(sent, server.store).deliver_due() == 0
+    assert len(site.requests) == 3
 
 
 def test_webhook_with_a_tenant_receives_only_its_jobs():

@@ -18,7 +18,17 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.online import api_error
 from vidgen_ray.online.api import content_routes, image_routes, input_routes, video_routes
 from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, openapi_document, without_keys
-from vidgen_ray.online.api.responses import Health, LoadedLora, LoadedLoras, Lora, LoraPage, Model, ModelPage, Readiness
+from vidgen_ray.online.api.responses import (
+    Health,
+    LoadedLora,
+    LoadedLoras,
+    Lora,
+    LoraPage,
+    Model,
+    ModelPage,
+    Readiness,
+    WebhookSecret,
+)
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.auth import ApiKeys, Authenticator
 from vidgen_ray.online.event_streams import EventStreams, JobFeed
@@ -155,6 +165,7 @@ def _add_api(app: FastAPI) -> None:
         video_routes.shot_router,
         router,
         input_routes.file_router,
+        webhook_router,
         health,
     ):
         app.include_router(each)
@@ -202,6 +213,15 @@ async def openapi_json(request: Request, server: ServerDep, _: TenantDep) -> JSO
     """Return the OpenAPI document. It names the stages and models of the server."""
     document = request.app.openapi()
     return JSONResponse(document if server.auth.keys.are_required else without_keys(document))
+
+
+webhook_router = APIRouter(tags=["webhooks"])
+
+
+@webhook_router.get("/v1/webhooks/default/secret", response_model=WebhookSecret, responses=error_responses())
+async def get_webhook_secret(server: ServerDep, tenant: TenantDep) -> WebhookSecret:
+    """Return the secret that signs messages to the receivers that requests of the tenant name."""
+    return WebhookSecret(key=await asyncio.to_thread(server.auth.webhook_secret, tenant))
 
 
 health = APIRouter(tags=["health"])

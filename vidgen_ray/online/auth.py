@@ -29,7 +29,7 @@ from starlette.requests import Request
 from vidgen_ray.errors import FrozenModel, SetupError, StrictModel
 from vidgen_ray.online.api_error import ApiError, too_many_requests
 from vidgen_ray.online.server_settings import Limits
-from vidgen_ray.online.store.database import READS, SECRET, SESSIONS
+from vidgen_ray.online.store.database import READS, SESSIONS, read_secret, webhook_secret
 from vidgen_ray.system.files import load_yaml, new_file
 
 ENVIRONMENT = "VIDGEN_API_KEYS"
@@ -194,9 +194,11 @@ class Authenticator:
 
     @cached_property
     def _secret(self) -> bytes:
-        with self._engine.connect() as connection:
-            connection.execution_options(**READS)
-            return b"".join(part.to_bytes(8, "big") for part in connection.scalars(SECRET))
+        return read_secret(self._engine)
+
+    def webhook_secret(self, tenant: Tenant) -> str:
+        """Return the secret that signs messages to the receivers that requests of a tenant name. Blocks at the first call."""
+        return webhook_secret(self._secret, tenant.name)
 
     def session_tenant(self, request: Request) -> Tenant | None:
         """Return the tenant of the session cookie, or `None` without a valid session. Checks nothing else.

@@ -188,7 +188,7 @@ class ImageFetcher:
     """Fetches images from the allowed hosts."""
 
     def __init__(self, allow_hosts: Sequence[str], max_bytes: int, *, allow_private: bool = False) -> None:
-        self._allow_hosts = [host.lower() for host in allow_hosts]
+        self._allow_hosts = allow_hosts
         self._max_bytes = max_bytes
         self._client = PublicHttpClient(FETCH_TIMEOUT_S, allow_private=allow_private)
 
@@ -206,11 +206,16 @@ class ImageFetcher:
         raise BlockedUrl(f"more than {MAX_REDIRECTS} redirects")
 
     def _check_host(self, parts: SplitResult) -> None:
-        host = (parts.hostname or "").rstrip(".")
-        for allowed in self._allow_hosts:
-            if host == allowed or (allowed.startswith("*.") and host.endswith(allowed[1:])):
-                return
-        raise BlockedUrl(f"host {host[:100]!r} is not in url_inputs.allow_hosts")
+        check_host(parts, self._allow_hosts, "url_inputs")
+
+
+def check_host(parts: SplitResult, allow_hosts: Iterable[str], setting: str) -> None:
+    """Raise BlockedUrl if a host is not in `allow_hosts` of a setting. `*.example.com` allows all subdomains."""
+    host = (parts.hostname or "").rstrip(".")
+    for allowed in map(str.lower, allow_hosts):
+        if host == allowed or (allowed.startswith("*.") and host.endswith(allowed[1:])):
+            return
+    raise BlockedUrl(f"host {host[:100]!r} is not in {setting}.allow_hosts")
 
 
 def parse_url(url: str) -> SplitResult:

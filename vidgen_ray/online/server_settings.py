@@ -120,6 +120,11 @@ class Webhooks(StrictModel):
 
     targets: tuple[Webhook, ...] = Field((), description="Receivers. Default: none.")
     allow_private: bool = Field(False, description="Allow receivers on this machine and in private networks.")
+    allow_hosts: tuple[str, ...] = Field(
+        (),
+        description="Host names of the receivers that requests may name as `webhook`. `*.example.com` allows all its "
+        "subdomains. An empty list allows none.",
+    )
 
     def names_for(self, tenant: str) -> list[str]:
         """Return the names of the webhooks that receive messages about a tenant's jobs."""

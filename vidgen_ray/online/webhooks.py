@@ -10,12 +10,14 @@ from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from typing import Any
 
+from pydantic import SecretStr
 from sqlalchemy.exc import SQLAlchemyError
 from standardwebhooks import Webhook as Signer
 
-from vidgen_ray.online.http_fetch import BlockedUrl, PublicHttpClient, UnreachableUrl
+from vidgen_ray.online.http_fetch import BlockedUrl, PublicHttpClient, UnreachableUrl, check_host, parse_url
 from vidgen_ray.online.server_settings import OnlineSettings, Webhook, Webhooks
-from vidgen_ray.online.store.jobs import Message, Outbox, shot_id_of
+from vidgen_ray.online.store.database import read_secret, webhook_secret
+from vidgen_ray.online.store.jobs import Message, shot_id_of
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.uploads import upload_folder
 from vidgen_ray.outputs.folder import OutputFolder
@@ -37,9 +39,10 @@ BACKOFF_JITTER_S = 5.0
 class WebhookSender:
     """Delivers the messages in the outbox. Calls block until the receivers have answered."""
 
-    def __init__(self, webhooks: Webhooks, outbox: Outbox) -> None:
+    def __init__(self, webhooks: Webhooks, store: JobStore) -> None:
         self._webhooks = webhooks
-        self._outbox = outbox
+        self._outbox = store.outbox
+        self._engine = store.engine
         self._client = PublicHttpClient(DELIVERY_TIMEOUT_S, allow_private=webhooks.allow_private)
 
     def deliver_due(self, exclude: Collection[str] = ()) -> int:
@@ -47,7 +50,7 @@ class WebhookSender:
 
         A message whose sender crashes is sent again later, so a receiver may get it twice, with the same id.
         """
-        if not self._webhooks.targets:
+        if not self._webhooks.targets and not self._webhooks.allow_hosts:
             return 0
         delivered, failed = 0, set(exclude)
         while (message := self._outbox.claim_due(2 * DELIVERY_TIMEOUT_S, exclude=failed)) is not None:
@@ -59,13 +62,24 @@ class WebhookSender:
         return delivered
 
     def _deliver(self, message: Message) -> bool:
-        target = self._webhooks.target(message.target)
+        target = self._target(message)
         status = GONE if target is None else self._post(target, message)
         if 200 <= status < 300 or status == GONE or message.tries + 1 >= MAX_TRIES:
             self._outbox.delete(message.id)
         else:
             self._outbox.postpone(message.id, backoff_s(message.tries + 1))
         return 200 <= status < 300
+
+    def _target(self, message: Message) -> Webhook | None:
+        """Return the receiver of a message, or `None` if the settings do not name it any more."""
+        if "://" not in message.target:
+            return self._webhooks.target(message.target)
+        try:
+            check_webhook(message.target, self._webhooks)
+        except BlockedUrl:
+            return None
+        secret = webhook_secret(read_secret(self._engine), message.tenant)
+        return Webhook(name="request", url=message.target, secret=SecretStr(secret))
 
     def _post(self, target: Webhook, message: Message) -> int:
         """Return the status of the response; 0 if there was none or the URL is blocked."""
@@ -84,6 +98,11 @@ class WebhookSender:
         except (BlockedUrl, UnreachableUrl):
             return 0
         return response.status
+
+
+def check_webhook(url: str, webhooks: Webhooks) -> None:
+    """Raise BlockedUrl for a receiver that requests may not name."""
+    check_host(parse_url(url), webhooks.allow_hosts, "webhooks")
 
 
 def event_json(message: Message) -> str:
@@ -117,13 +136,14 @@ log = logging.getLogger(__name__)
 
 async def run_maintenance(store: JobStore, settings: OnlineSettings, outputs: OutputFolder) -> None:
     """Deliver webhooks, purge jobs and delete uploads until cancelled, in one process of a server."""
-    sender = WebhookSender(settings.webhooks, store.outbox)
+    sender = WebhookSender(settings.webhooks, store)
     uploads = upload_folder(outputs, store.uploads, settings.uploads)
     targets = [target.name for target in settings.webhooks.targets]
     await asyncio.gather(
         # A slow target delays no other one.
         *(_repeat(LOOP_INTERVAL_S, sender.deliver_due, {*targets} - {target}) for target in targets),
-        _repeat(PURGE_INTERVAL_S, sender.deliver_due, targets),
+        # Receivers that requests name.
+        _repeat(LOOP_INTERVAL_S, sender.deliver_due, targets),
         _repeat(PURGE_INTERVAL_S, purge_jobs, store, outputs),
         _repeat(UPLOAD_CLEANUP_INTERVAL_S, uploads.expire, settings.retention_s),
         _repeat(UPLOAD_CLEANUP_INTERVAL_S, uploads.remove_unreferenced, UPLOAD_CLEANUP_INTERVAL_S),

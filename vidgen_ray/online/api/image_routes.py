@@ -47,6 +47,7 @@ from vidgen_ray.online.api.video_routes import (
     require_completed,
     require_existing,
     video_page,
+    webhook_of,
 )
 from vidgen_ray.online.api_error import ApiError, invalid
 from vidgen_ray.online.auth import Tenant
@@ -129,7 +130,8 @@ async def _image_fields(server: ServerContext, tenant: Tenant, request: CreateIm
     model, base = server.model(request.model, for_images=True)
     fields = {**base, **request.shot_fields({**server.serving_profile.profile.defaults, **base}), **request.size_fields()}
     fields |= await face_fields(server, tenant, request)
-    return fields, {"model": model, "user": request.safety_identifier or request.user, "deadline_s": request.deadline_s}
+    user = request.safety_identifier or request.user
+    return fields, {"model": model, "user": user, "deadline_s": request.deadline_s, **webhook_of(server, request.webhook)}
 
 
 def _edit_fields(request: EditImages, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,6 +59,7 @@ TAGS: Mapping[str, str] = {
     "shots": "Jobs with all fields of a script line.",
     "files": "Uploaded images.",
     "models": "Models and LoRAs of the server.",
+    "webhooks": "Messages about jobs that have ended.",
     "health": "State of the server. Needs no key.",
 }
 

@@ -45,6 +45,7 @@ from vidgen_ray.graph import (
 from vidgen_ray.limits import MAX_FRAMES, MAX_RESULTS, MIN_FRAMES
 from vidgen_ray.online.api_error import ApiError, invalid, validation_failed
 from vidgen_ray.online.delivered_size import SizeRules, clip_fields, clip_fields_with_hd, image_fields
+from vidgen_ray.online.store.database import MAX_URL
 from vidgen_ray.safety import Consent
 from vidgen_ray.shot import (
     FRAMES_SCHEMA,
@@ -332,6 +333,14 @@ DEADLINE = Field(
 )
 
 
+WEBHOOK = Field(
+    None,
+    max_length=MAX_URL,
+    description="URL that gets a message when the job has ended, of a host that the server allows. Its signature: "
+    "`GET /v1/webhooks/default/secret`.",
+)
+
+
 class _Generation(RequestBody):
     """Fields of videos and images besides those of a `Shot`."""
 
@@ -364,6 +373,7 @@ class _Generation(RequestBody):
     )
     extra_json: dict[str, Any] | None = Field(None, description="Same as `extra_body`.")
     deadline_s: float | None = DEADLINE
+    webhook: str | None = WEBHOOK
     user: ShortText | None = Field(None, description="Id of the end user. Returned with the video.")
 
     @field_validator("size")
@@ -624,6 +634,7 @@ class CreateShot(RequestBody):
     lora: Loras = Field(None, description="LoRA by name, or a list of LoRAs.")
     video_lora: Loras = Field(None, description="LoRA of the video model, as in `lora`, with an `expert` for wan.")
     deadline_s: float | None = DEADLINE
+    webhook: str | None = WEBHOOK
 
     @classmethod
     def normalise(cls, fields: Mapping[str, Any]) -> dict[str, Any]:

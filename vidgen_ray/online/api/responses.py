@@ -304,6 +304,12 @@ class FileDeleted(_Deleted):
     object: Literal["file"] = Field("file", description="Type of this object.")
 
 
+class WebhookSecret(BaseModel):
+    """Secret of the messages to receivers that requests name."""
+
+    key: str = Field(description="`whsec_` and base64, as in Standard Webhooks.")
+
+
 class Health(BaseModel):
     """The server responds."""
 

@@ -20,6 +20,7 @@ from vidgen_ray.online.api.responses import Estimate, ShotJob, Video, VideoDelet
 from vidgen_ray.online.api_error import INVALID, ApiError, found, invalid, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import delivered_artefact_of
+from vidgen_ray.online.http_fetch import BlockedUrl
 from vidgen_ray.online.job_service import check_size, client_fields
 from vidgen_ray.online.queue_estimate import JobEstimate, NewJobEstimate
 from vidgen_ray.online.server_context import ServerContext
@@ -27,6 +28,7 @@ from vidgen_ray.online.store.database import in_write_thread
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.online.store.store import UnknownJob
 from vidgen_ray.online.uploads import receive
+from vidgen_ray.online.webhooks import check_webhook
 from vidgen_ray.video_models import MODEL_DEFAULTS, without_other_models_defaults
 
 POLL_AFTER = "openai-poll-after-ms"
@@ -195,12 +197,23 @@ async def video_fields(
         fields["image"] = await server.image_references.resolve(tenant, getattr(request, name), name)
     if request.last_image is not None:
         fields["last_image"] = await server.image_references.resolve(tenant, request.last_image, "last_image")
-    returned: dict[str, Any] = {"model": model, "user": request.user, "deadline_s": request.deadline_s}
+    returned = {"model": model, "user": request.user, "deadline_s": request.deadline_s, **webhook_of(server, request.webhook)}
     if hd_beside:
         returned["hd"] = True
     if original is not None:
         returned["remixed_from"] = original.id
     return {**fields, **await face_fields(server, tenant, request)}, returned
+
+
+def webhook_of(server: ServerContext, url: str | None) -> dict[str, Any]:
+    """Return the webhook of a request as a value to store with the job. Raises ApiError 400."""
+    if url is None:
+        return {}
+    try:
+        check_webhook(url, server.settings.webhooks)
+    except BlockedUrl as error:
+        raise invalid("webhook", str(error), "webhook_not_allowed") from None
+    return {"webhook": url}
 
 
 async def face_fields(server: ServerContext, tenant: Tenant, request: CreateVideo | CreateImages) -> dict[str, Any]:
@@ -306,7 +319,12 @@ async def shot_fields(request: Request, server: ServerContext) -> tuple[dict[str
         if received.is_form:
             raise ApiError(415, "Content-Type: must be application/json", code="unsupported_media_type")
     fields = CreateShot.parse(received.fields).model_dump(exclude_unset=True)
-    return fields, {"model": server.model(None)[0], "deadline_s": fields.pop("deadline_s", None)}, received.fingerprint
+    returned = {
+        "model": server.model(None)[0],
+        "deadline_s": fields.pop("deadline_s", None),
+        **webhook_of(server, fields.pop("webhook", None)),
+    }
+    return fields, returned, received.fingerprint
 
 
 @shot_router.get("/v1/shots/{shot_id}", response_model=ShotJob, responses=error_responses(404))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import os
 import secrets
 import sqlite3
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -75,6 +77,8 @@ def _partial_index(name: str, where: str, *columns: str) -> Index:
 
 SECRET_PARTS, SECRET_BITS = 4, 62
 """Rows of the secret, and bits of each."""
+MAX_URL = 1000
+"""Characters of the URL of a webhook that a request names."""
 META = Table(
     "vidgen_meta",
     TABLES,
@@ -186,7 +190,7 @@ OUTBOX = Table(
     Column("id", String(64), primary_key=True),
     Column("seq", BigInteger, nullable=False),
     Column("tenant", String(128), nullable=False),
-    Column("target", String(128), nullable=False),
+    Column("target", String(MAX_URL), nullable=False),
     Column("event", String(64), nullable=False),
     Column("job", String(64), nullable=False),
     Column("created_at", Float(53), nullable=False),
@@ -320,6 +324,18 @@ class Transaction:
     def next_number(self) -> int:
         """Return a unique number, larger than all numbers of earlier transactions."""
         return int(self.connection.execute(NEXT_NUMBER).scalar_one())
+
+
+def read_secret(engine: Engine) -> bytes:
+    """Return the secret of the server, which signs URLs and the messages to receivers that requests name."""
+    with engine.connect() as connection:
+        connection.execution_options(**READS)
+        return b"".join(part.to_bytes(8, "big") for part in connection.scalars(SECRET))
+
+
+def webhook_secret(secret: bytes, tenant: str) -> str:
+    """Return the secret of the messages to the receivers that requests of a tenant name, as in Standard Webhooks."""
+    return f"whsec_{b64encode(hmac.digest(secret, f'webhook {tenant}'.encode(), 'sha256')).decode()}"
 
 
 def create_tables(engine: Engine) -> None:

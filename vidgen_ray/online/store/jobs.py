@@ -149,7 +149,7 @@ PROGRESS = (
 END_OWN = (
     update(JOBS)
     .where(JOBS.c.id == bindparam("ended"), *HELD)
-    .returning(*(ENDED := JOBS.c["id", "tenant", "kind", "deleted_at"]))
+    .returning(*(ENDED := JOBS.c["id", "tenant", "kind", "deleted_at", "request"]))
 )
 END_LATE = (
     update(JOBS)
@@ -221,7 +221,8 @@ class JobRows:
 
     def _add_messages(self, transaction: Transaction, job: Job | Row[Any], state: JobState) -> None:
         """Add messages in the transaction that ends the job, so that both are stored or neither."""
-        for target in self._targets(job.tenant):
+        own = job.request.get("webhook")
+        for target in (*self._targets(job.tenant), *([own] if own else [])):
             message = Message(
                 id=new_id("evt"),
                 tenant=job.tenant,
@@ -471,6 +472,7 @@ class Message(FrozenModel):
     """The same in every attempt, so that receivers can recognise a message they already have."""
     tenant: str
     target: str
+    """Name of a webhook of the settings, or the URL that the request names."""
     event: str
     """For example `video.completed` or `shot.failed`."""
     job: str
