@@ -84,7 +84,6 @@ lock: setup
 
 # The lowest allowed versions on Python 3.11 and the newest of everything on 3.13. TESTS: files to run instead of the default.
 resolutions: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[audit]"
 	.ci/resolutions $(TESTS)
 
 # Known vulnerabilities of the locked packages. Needs the network: --strict makes a package that cannot be looked up an error.
