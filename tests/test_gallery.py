@@ -254,7 +254,7 @@ def test_watch_serves_new_rows_and_nothing_beside_the_shots(out):
     folder = shot_path("ada").rpartition("/")[0]
     for path in ("jobs.db", "shots/../jobs.db", "shots/%2e%2e/jobs.db", "manifest/r-00001.parquet", folder, "run.json"):
         assert client.get(f"/{path}").status_code == 404, path
-    with pytest.raises(SetupError, match="no such folder"):
+    with pytest.raises(SetupError, match="has no results"):
         gallery_app(out / "gone")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from vidgen_ray.cli import main
 from vidgen_ray.content_keys import params_of
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.graph import STAGES, check_profile
@@ -109,6 +110,22 @@ def test_digest_depends_on_content_and_names_of_files(tmp_path):
     assert digest_of("a", b"1") == first
     assert first not in (digest_of("a", b"22"), digest_of("b", b"1"))
     assert digest_of("a", b"2") != first, "another file with the same size and time"
+
+
+def test_cache_of_another_user_is_not_needed(tmp_path, own_cache, monkeypatch, capsys):
+    (tmp_path / "w").write_bytes(b"1")
+    monkeypatch.setattr("vidgen_ray.system.cache_dir.CLOCK_RESOLUTION_NS", -1)
+    first = digest(tmp_path / "w")
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert digest(tmp_path / "w") == first
+    # What needs the cache says what to set.
+    monkeypatch.setattr("vidgen_ray.cli.app.app", lambda **_: refuse(own_cache / "builtin"))
+    assert main(["doctor"]) == 4
+    assert f"{own_cache / 'builtin'}: Permission denied. Or set VIDGEN_CACHE to another folder." in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, settled
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script
 from vidgen_ray.system.cache_dir import sha256_of
+from vidgen_ray.system.files import this_process
 
 SCRIPT = Path(__file__).with_name("tiny.jsonl")
 """Script with one line of every kind, for the profile `tiny`."""
@@ -352,6 +353,21 @@ def test_refused_run_writes_nothing_and_tries_no_options(command, tiny, tmp_path
             render_lines(ScriptSettings(path, profile_defaults=tiny.defaults), profile, tmp_path / "new", stages=FAKES)
     assert {name.partition("-")[0] for name in written} == {".running"}
     assert (out / "index.html").read_text() == page
+
+
+def test_status_says_that_the_process_of_a_killed_run_is_gone(command, tmp_path):
+    out = tmp_path / "out"
+    assert command("render", write_lines(tmp_path / "s.txt", ["a"]), "-o", out, "-p", "tiny", "--until", "image")[0] == 0
+    status = json.loads((out / "status.json").read_text())
+    (out / "status.json").write_text(json.dumps({**status, "ended": False}))
+    with OutputFolder(out).lease("first"):
+        assert "its process has ended" not in command("status", out)[1]
+        # As a killed process leaves it.
+        (lease,) = out.glob(".running-*")
+        ended = str(this_process()._replace(started=1))
+        lease.write_text(json.dumps({**json.loads(lease.read_text()), "process": ended}))
+        assert "killed, started" in (printed := command("status", out)[1])
+        assert "its process has ended. Run the same command to resume." in printed
 
 
 def test_sigterm_ends_the_command_after_the_shots_in_progress_and_it_can_be_resumed(in_process, tmp_path, capsys, monkeypatch):

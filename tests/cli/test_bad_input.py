@@ -117,9 +117,13 @@ USER_ERRORS = [
             *("gc", "prune", "status", "retry", "watch", "models pull tiny --to"),
         )
     ),
-    *((f"{command} nowhere", 4, "has no results") for command in ("status", "retry", "prune")),
-    ("gc nowhere", 4, "nowhere"),
-    ("film nowhere", 4, "nowhere: does not exist"),
+    *(
+        (f"{command} nowhere", 4, "has no results; pass the output folder of `vidgen render`")
+        for command in ("status", "retry", "prune", "gc", "verify", "watch", "film")
+    ),
+    ("logs nowhere a", 4, "has no results; pass the output folder of `vidgen render`"),
+    ("plan s.txt -p tiny --gpus h100", 2, "did you mean 1xh100?"),
+    ("plan s.txt -p tiny --price 2,50", 2, "got '2,50', must have a decimal point: 2.50"),
     ("show zero.mp4", 1, "zero.mp4: is empty"),
     # Clips that would be upscaled.
     ("stage realesrgan clip.mp4 -o x.png -p tiny", 2, "must end in .mp4, .m4v, .mov, .mkv for a clip"),

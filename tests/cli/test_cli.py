@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+from contextlib import redirect_stdout, suppress
 from importlib.metadata import EntryPoint, EntryPoints
 from unittest.mock import Mock
 
@@ -42,6 +44,19 @@ def test_command_of_a_missing_package_does_not_break_the_others(monkeypatch, cap
     assert "vidgen blur cannot be imported: No module named 'no_such_package'" in capsys.readouterr().err
 
 
+def test_closed_pipe_is_no_failed_shot(capfd):
+    with capfd.disabled():
+        read, write = os.pipe()
+        os.close(read)
+        for command in (["schema", "manifest"], ["plan", str(EXAMPLES / "demo.jsonl"), "-p", "demo"]):
+            pipe = os.fdopen(os.dup(write), "w", buffering=1)
+            with redirect_stdout(pipe):
+                assert main(command) == 141
+            with suppress(BrokenPipeError):
+                pipe.close()
+        os.close(write)
+
+
 def test_help_lists_groups_of_commands_and_the_common_options(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
@@ -53,7 +68,9 @@ def test_help_lists_groups_of_commands_and_the_common_options(capsys):
     shown = []
     for option in ("--help", "--help-all"):
         assert main(["render", option]) == 0
-        shown.append({*re.findall(r"--[a-z-]+", capsys.readouterr().out)})
+        text = capsys.readouterr().out
+        assert "bool" not in text
+        shown.append({*re.findall(r"--[a-z-]+", text)})
     common, every = shown
     assert {"--out", "--set", "--gpus", "--help-all"} < common
     assert len(common) < 15

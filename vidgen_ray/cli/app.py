@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ from vidgen_ray.cli.options import (
     RENDER,
     START,
     CommandWithShortHelp,
+    HelpWithoutFlagTypes,
     JsonOption,
     ProfileOption,
     check_out,
@@ -53,6 +55,7 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.screenplay import script_schema
 from vidgen_ray.shot import Shot
+from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.quantities import escaped_output
 from vidgen_ray.version import __version__
 
@@ -60,12 +63,14 @@ COMMANDS = "vidgen.commands"
 """Group of entry points, name of a command -> function whose parameters typer reads, or `typer.Typer` with several commands."""
 SCHEMAS = "vidgen.schemas"
 """Group of entry points, name of a schema and of a section of .yaml scripts -> pydantic model."""
+PIPE_CLOSED = 128 + signal.SIGPIPE
+"""Exit code of a command that writes to a closed pipe, as shells report it."""
 JOIN_S = 10.0
 """Seconds that a command whose storage hangs waits for its threads."""
 CORE_SCHEMAS: dict[str, type[BaseModel]] = {"shot": Shot, "profile": Profile, "manifest": ManifestRow}
 
 
-class FoundCommands(TyperGroup):
+class FoundCommands(HelpWithoutFlagTypes, TyperGroup):
     """The commands of this module, and those that entry points name. They are imported when called, or listed by --help."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -141,6 +146,9 @@ def _main(argv: Sequence[str] | None) -> int:
             _exit_if_threads_hang(error.exit_code)
         return error.exit_code
     except SystemExit as exit_:
+        # The exit code of typer and rich is 1, which would mean that shots have failed.
+        if isinstance(exit_.__context__, BrokenPipeError):
+            return PIPE_CLOSED
         return exit_.code if isinstance(exit_.code, int) else 0
     except KeyboardInterrupt:
         note(f"interrupted. {RESUME}")
@@ -148,7 +156,9 @@ def _main(argv: Sequence[str] | None) -> int:
     except OSError as error:
         # A disk, a network share or an object store failed. A run can be resumed when it works again.
         path = f"{error.filename}: " if error.filename else ""
-        note(f"{path}{str(error.strerror or error).rstrip('.')}. Run the same command again when this is solved.")
+        is_cache = error.filename is not None and Path(str(error.filename)).is_relative_to(cache_dir())
+        solved = "Or set VIDGEN_CACHE to another folder" if is_cache else "Run the same command again when this is solved"
+        note(f"{path}{str(error.strerror or error).rstrip('.')}. {solved}.")
         return SetupError.exit_code
     except Exception as error:
         # Only commands that use Ray import it.

@@ -37,6 +37,7 @@ from vidgen_ray.cli.options import (
 )
 from vidgen_ray.cli.progress_display import counts_line, speed_texts, stage_table
 from vidgen_ray.cli.run_script import (
+    RESUME,
     ProfileOfLastRunOption,
     note_not_pruned,
     options_of_last_run,
@@ -47,10 +48,11 @@ from vidgen_ray.errors import SetupError, UsageError, shortened
 from vidgen_ray.outputs.cleanup import GRACE_S, collect_garbage
 from vidgen_ray.outputs.cleanup import prune as remove_replaced
 from vidgen_ray.outputs.folder import OutputFolder, setting_of_last_run
+from vidgen_ray.outputs.lease import is_held
 from vidgen_ray.outputs.manifest import REPLACED, SHOT_FILES, manifest_batches
 from vidgen_ray.outputs.reviews import MAX_NAME, clip_digest, read_reviews
 from vidgen_ray.outputs.run_log import LOGS, RunStatus, read_log, read_status
-from vidgen_ray.outputs.storage import Storage, storage_at
+from vidgen_ray.outputs.storage import Storage, no_results, storage_at
 from vidgen_ray.outputs.verify import VerifyReport
 from vidgen_ray.outputs.verify import verify as verify_folder
 from vidgen_ray.planner import profile_for
@@ -73,7 +75,7 @@ def status(out: OutArgument = "out", as_json: JsonOption = False) -> None:
         last = setting_of_last_run(OutputFolder(out), EndedRun)
     has_results = bool(sum(found.counts.values()))
     if not has_results and run is None:
-        raise SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
+        raise no_results(storage)
     if as_json:
         typer.echo(
             json.dumps({"run": run and run.model_dump(mode="json"), "last_run": last and last.model_dump(), **asdict(found)})
@@ -81,7 +83,7 @@ def status(out: OutArgument = "out", as_json: JsonOption = False) -> None:
         return
     console = Console(highlight=False, soft_wrap=True)
     if run is not None and (not run.ended or run.error or run.remaining or not has_results):
-        _print_run(console, run)
+        _print_run(console, run, is_over=run.ended or is_held(storage) is False)
     if has_results:
         _print(console, found, storage.url)
     if last is not None:
@@ -99,18 +101,20 @@ class EndedRun(BaseModel):
     currency: str | None
 
 
-def _print_run(console: Console, run: RunStatus) -> None:
+def _print_run(console: Console, run: RunStatus, *, is_over: bool) -> None:
     labels = {"script": run.script, "profile": run.profile, "team": run.team, "job": run.submission_id}
     console.print(f"run {run.run}: {', '.join(f'{name} {value}' for name, value in labels.items() if value)}", markup=False)
     age = f"written {duration(max(0, run.age_s))} ago"
-    if run.is_silent:
-        age += ". The run was killed, or cannot reach the folder"
     state = f"ended{f' with {run.error}' if run.error else ''}" if run.ended else run.phase or "rendering"
+    if is_over and not run.ended:
+        state, age = "killed", f"no news for {duration(max(0, run.age_s))}: its process has ended. {RESUME}"
+    elif run.is_silent:
+        age += ". The run was killed, or cannot reach the folder"
     console.print(f"{state}, started {run.started_at:%Y-%m-%d %H:%M:%S} UTC; {age}", markup=False)
     snapshot = Snapshot(run.stages, run.gpus_busy, run.in_progress)
     shots = f"{run.total - run.remaining:,}/{run.total:,} shots{'' if run.complete else ' so far'}"
     console.print(
-        Text("   ").join([Text(", ".join([shots, *([] if run.ended else speed_texts(run))])), counts_line(run, snapshot)])
+        Text("   ").join([Text(", ".join([shots, *([] if is_over else speed_texts(run))])), counts_line(run, snapshot)])
     )
     if run.waiting_for:
         console.print(run.waiting_for, markup=False)
@@ -173,7 +177,7 @@ def logs(
     storage = storage_at(out)
     lines = list(read_log(storage, shot))
     if not lines and not storage.files(LOGS):
-        raise SetupError(f"{storage.url}: has no log of a run; pass the output folder of a run")
+        raise no_results(storage)
     if not lines:
         raise SetupError(f"{storage.url}: no run has a step of the shot {shot!r} in its log; failures.jsonl has rejected lines")
     if as_json:

@@ -17,6 +17,7 @@ from functools import partial, wraps
 from glob import glob, has_magic
 from importlib import resources
 from importlib.metadata import entry_points
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_origin, get_type_hints
 
@@ -24,7 +25,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 from typer.core import TyperCommand
 
-from vidgen_ray.errors import SetupError, UsageError, install_command, known_fields, shortened
+from vidgen_ray.errors import DECIMAL_COMMA, SetupError, UsageError, install_command, known_fields, shortened
 from vidgen_ray.graph import WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL, Storage
@@ -104,12 +105,31 @@ def is_common(option: Any) -> bool:
     return getattr(option, "rich_help_panel", None) is None
 
 
-class CommandWithShortHelp(TyperCommand):
+class HelpWithoutFlagTypes:
+    """Mixin of commands whose help shows no type of a flag, which takes no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for each in params:
+            if getattr(each, "is_flag", False):
+                each.display_type_rich = lambda ctx: None
+        return params
+
+
+class CommandWithShortHelp(HelpWithoutFlagTypes, TyperCommand):
     """Command whose `--help` shows the common options only, and whose numbers are finite."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the options. Raises BadParameter for an infinite number and for one that is none."""
-        rest = super().parse_args(ctx, args)
+        given = list(args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            for text, after in pairwise([*given, ""]):
+                name, _, value = text.partition("=")
+                if name in getattr(error.param, "opts", ()) and DECIMAL_COMMA.fullmatch(value := value or after):
+                    error.message = f"got {value!r}, must have a decimal point: {value.replace(',', '.')}"
+            raise
         parameters: list[Any] = self.params
         for parameter in parameters:
             value = ctx.params.get(parameter.name)

@@ -40,7 +40,7 @@ from vidgen_ray.planner.solver import ENCODER_CPUS
 from vidgen_ray.planner.speed_trials import open_trials
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.script.read import iter_script
-from vidgen_ray.system.quantities import count, duration, money, size, stdout_console, table_of
+from vidgen_ray.system.quantities import Console, count, duration, money, size, stdout_console, table_of
 
 if TYPE_CHECKING:
     from vidgen_ray.batch.render_script import Counts
@@ -68,13 +68,14 @@ def plan(
     from vidgen_ray.batch.render_script import estimate_run, recorded_options
 
     cluster_of_run = detected(address, gpus)
-    with interruptible():
+    # A long script takes a minute.
+    with interruptible(), Console(stderr=True).status(f"Planning {', '.join(map(str, scripts))}"):
         chosen = recorded_options(profile_for(profile, cluster_of_run), OutputFolder(out))
         settings = lines.settings(scripts, chosen, seed, until)
         demand, counts = estimate_run(settings, chosen, OutputFolder(out))
         cluster = cluster_of_run()
-    measured = load_calibration(chosen.name, cluster.card)
-    licences = script_licences(iter_script(settings), chosen, OutputFolder(out))
+        measured = load_calibration(chosen.name, cluster.card)
+        licences = script_licences(iter_script(settings), chosen, OutputFolder(out))
     print_plan(chosen, demand, cluster, counts, measured, price=price, max_cost=max_cost, licences=licences, as_json=as_json)
     require_licence(require, licences)
 
@@ -128,11 +129,14 @@ def _print(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, co
 
 
 def _print_licences(licences: Sequence[UsedWeights]) -> None:
-    console, table = stdout_console(), table_of("weights", "licence", "commercial use", "condition")
+    console, table = stdout_console(), table_of("weights", "licence", "commercial use")
     for used in licences:
-        table.add_row(*map(escape, (used.weights, used.licence or "unknown", used.commercial_use, used.condition or "")))
+        table.add_row(*map(escape, (used.weights, used.licence or "unknown", used.commercial_use)))
     console.print()
     console.print(table)
+    for used in licences:
+        if used.condition:
+            console.print(f"{escape(used.weights)}: {escape(used.condition)}", soft_wrap=True)
 
 
 def _facts(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, counts: Counts) -> Iterator[tuple[str, str]]:
@@ -148,7 +152,10 @@ def _facts(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, co
     layout = planned.layout
     workers = f"{count(len(layout.workers), 'worker')} on "
     workers += count(sum(slot.gpus for slot in layout.slots), "GPU") if on_gpus else count(len(layout.slots), "slot")
-    yield "layout", f"{layout.kind}: {workers}, {count(layout.encoders, 'encoder')}, at most {layout.window} shots at once"
+    yield (
+        "layout",
+        f"{layout.kind}: {workers}, {count(layout.encoders, 'encoder')}, at most {count(layout.window, 'shot')} at once",
+    )
     if planned.encode_s:
         yield "encoding", f"{_short(planned.encode_s)} CPU s a shot, on {layout.encoders * ENCODER_CPUS:g} CPUs"
     yield (

@@ -62,7 +62,7 @@ from vidgen_ray.outputs.folder import OutputFolder, read_last_run
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.outputs.manifest_writer import FILE, failed_lines, to_utf8
-from vidgen_ray.outputs.storage import storage_at
+from vidgen_ray.outputs.storage import no_results, storage_at
 from vidgen_ray.planner import Cluster, profile_for
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.script.check import with_cut_prompts
@@ -558,11 +558,11 @@ def options_of_last_run(outputs: OutputFolder, profile: str | None = None) -> Re
         if run := read_last_run(outputs):
             last = RecordedOptions.model_validate(run["options"])
             return last if profile is None else last.model_copy(update={"profile": profile})
-        why = "has no results; pass the output folder of `vidgen render`"
+        wrong = no_results(outputs.storage)
     except (ValueError, KeyError, TypeError):
-        why = "run.json does not name the profile of the last run; pass --profile"
+        wrong = SetupError(f"{outputs.url}: run.json does not name the profile of the last run; pass --profile")
     if profile is None:
-        raise SetupError(f"{outputs.url}: {why}")
+        raise wrong
     return RecordedOptions(profile=profile)
 
 

@@ -25,9 +25,9 @@ from vidgen_ray.cli.options import (
     note,
     with_options,
 )
-from vidgen_ray.errors import SetupError, UsageError
+from vidgen_ray.errors import UsageError
 from vidgen_ray.film.film_settings import FilmSettings, checked_fields, film_settings, read_film_file
-from vidgen_ray.outputs.storage import URL
+from vidgen_ray.outputs.storage import URL, no_results
 from vidgen_ray.safety import NO_POLICY
 from vidgen_ray.script.expansion import read_characters
 from vidgen_ray.script.formats import open_script
@@ -117,7 +117,7 @@ def film(
     settings = film_settings({**described, **options}, "film")
     outputs = OutputFolder(out)
     if outputs.storage.local is not None and not outputs.storage.local.is_dir():
-        raise SetupError(f"output folder {outputs.url}: does not exist")
+        raise no_results(outputs.storage)
     candidates = manifest_candidates(outputs.storage)
     if script is not None:
         candidates = with_reasons(_script_candidates(script, characters), candidates)

@@ -17,7 +17,6 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
@@ -36,7 +35,7 @@ from vidgen_ray.outputs.manifest_writer import drop_rows
 from vidgen_ray.outputs.records import KEYS, RECORD, SCORES, SHARD, SHOTS, shot_path
 from vidgen_ray.outputs.reviews import drop_reviews
 from vidgen_ray.outputs.stage_cache import CONTENT_KEY, REMOTE_JOBS, entry_path
-from vidgen_ray.outputs.storage import Storage, StoredFile
+from vidgen_ray.outputs.storage import Storage, StoredFile, no_results
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import remove
@@ -89,7 +88,7 @@ def collect_garbage(outputs: OutputFolder, *, dry_run: bool = False, grace_s: fl
 def check_not_empty(outputs: OutputFolder) -> None:
     """Raise SetupError for a folder without content, which is probably the wrong one."""
     if not (outputs.storage.folders("") or outputs.storage.files("")):
-        raise SetupError(f"output folder {outputs.url}: does not exist or is empty")
+        raise no_results(outputs.storage)
 
 
 class _Collector:

@@ -168,6 +168,13 @@ def lease(storage: Storage, run: str) -> Iterator[Lease]:
                 file.release()
 
 
+def is_held(storage: Storage) -> bool | None:
+    """Return whether a process holds the lease of a folder. `None` if its process is not in the namespace of this one."""
+    names = [name for name in storage.files("") if name == PREFIX or name.startswith(f"{PREFIX}-")]
+    running = [holder.is_running() if (holder := _parse(storage.read(name))) else None for name in names]
+    return True if True in running else None if None in running else False
+
+
 def last_number(storage: Storage) -> str:
     """Return the largest number of a lease of the folder, with leading zeros."""
     of_leases = (name.removeprefix(NUMBER_PREFIX) for name in storage.files("") if name.startswith(NUMBER_PREFIX))

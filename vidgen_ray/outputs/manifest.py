@@ -32,13 +32,13 @@ from pyarrow import compute
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.errors import FieldError, SetupError, encodable
+from vidgen_ray.errors import FieldError, encodable
 from vidgen_ray.graph import clip_length, file_sizes
 from vidgen_ray.licences import worst_use
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import in_order, last_number, number_of
 from vidgen_ray.outputs.records import RECORD, SCORES, SHOTS, DoneShot, Failure, ShotRecord, shot_path
-from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, storage_at
+from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, no_results, storage_at
 from vidgen_ray.safety import Consent
 from vidgen_ray.shot import GUIDANCE_SCALES, LORA_FIELDS, NESTED_FIELDS, STAGES_WITH_STEPS, Shot, types_in
 
@@ -400,7 +400,7 @@ def score_files(storage: Storage) -> dict[str, list[str]]:
 def check_has_manifest(storage: Storage) -> None:
     """Raise SetupError for a folder without a manifest."""
     if not manifest_files(storage):
-        raise SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
+        raise no_results(storage)
 
 
 def ids_that_failed_before(storage: Storage, run: str) -> frozenset[str]:

@@ -131,6 +131,11 @@ class Storage(ABC):
         """Return the location of a file, for messages: a path, or a URL without credentials."""
 
 
+def no_results(storage: Storage) -> SetupError:
+    """Return the error of a command about a folder that is empty or does not exist, which is probably the wrong one."""
+    return SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
+
+
 def absolute(root: str | Path) -> str | Path:
     """Return a URL unchanged, and a local path as an absolute path. Raises SetupError for a URL in a Path."""
     if isinstance(root, str) and URL.match(root):

@@ -313,7 +313,8 @@ def _bottleneck(packing: Packing, timing: Timing, cluster: Cluster) -> str | Non
 def _notes(packing: Packing, cluster: Cluster, timing: Timing, used_gpus: int, default_price: bool) -> Iterator[str]:
     yield from cluster.notes
     if timing.assumed:
-        yield f"the profile has no seconds of {', '.join(timing.assumed)}: assuming those of an H100 until a run measures them"
+        stages = ", ".join(timing.assumed)
+        yield f"the profile has no seconds of {stages}: assuming those that the stages state until a run measures them"
     if unknown := [gb for node, gb in host_gb_of_nodes(packing).items() if cluster.nodes[node].memory_gb is None]:
         yield f"the workers need up to {max(unknown):.4g} GB of host memory per node, which is assumed to be available"
     if used_gpus and (idle := len(cluster.gpus) - used_gpus):

@@ -117,6 +117,8 @@ ASSUMED_CPUS_PER_GPU = 16
 GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 """Device files of NVIDIA's driver on Linux and on WSL2."""
 POOL = re.compile(r"(?:(\d+)x)?(\d+)x(?:(\d+(?:\.\d+)?)GB|([A-Z][A-Z0-9-]*))", re.IGNORECASE)
+WITHOUT_X = re.compile(r"(\d+)?([A-Z][A-Z0-9-]*)", re.IGNORECASE)
+"""GPUs by name, without the `x` between number and name."""
 MAX_GPUS = 100_000
 NOMINAL_GB = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 180)
 """Nominal memory sizes of GPUs. torch and the driver report different values, up to 1/12 less."""
@@ -222,7 +224,10 @@ def parse_gpus(text: str) -> Cluster:
     for part in text.replace(" ", "").split("+"):
         pool = POOL.fullmatch(part)
         if pool is None or not 0 < int(pool[2]) * int(pool[1] or 1) <= MAX_GPUS or float(pool[3] or 1) <= 0:
-            raise UsageError(f"--gpus: got {text!r}, must be like 8xL40S, 8x80GB, 2x8x80GB (nodes of 8) or 4x48GB+4x80GB")
+            named = WITHOUT_X.fullmatch(part)
+            meant = f"; did you mean {named[1] or 1}x{named[2]}?" if named and card_named(named[2]) else ""
+            allowed = f"must be like 8xL40S, 8x80GB, 2x8x80GB (nodes of 8) or 4x48GB+4x80GB{meant}"
+            raise UsageError(f"--gpus: got {text!r}, {allowed}")
         card = card_named(pool[4]) if pool[4] else None
         if pool[4] and card is None:
             names = ", ".join(card.name.replace(" GB", "GB").replace(" ", "-") for card in CARDS)

@@ -32,7 +32,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from vidgen_ray.errors import SetupError, UsageError, allowed_of, explain
+from vidgen_ray.errors import UsageError, allowed_of, explain
 from vidgen_ray.graph import STAGES, file_sizes
 from vidgen_ray.outputs.manifest import REPLACED, check_has_manifest, manifest_batches, opened, score_files
 from vidgen_ray.outputs.manifest_writer import failed_lines
@@ -47,7 +47,7 @@ from vidgen_ray.outputs.reviews import (
     reviewable_clips,
 )
 from vidgen_ray.outputs.run_log import read_status
-from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, storage_at
+from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, no_results, storage_at
 from vidgen_ray.report.shot_text import (
     DEFAULTS,
     length_text,
@@ -387,7 +387,7 @@ def gallery_app(out: str | Path, reviewer: str | None = None) -> Starlette:
     """
     storage = storage_at(out)
     if storage.local is not None and not storage.local.is_dir():
-        raise SetupError(f"{out}: no such folder; pass the output folder of a run")
+        raise no_results(storage)
     root = storage.local and storage.local.resolve()
     refresh_s = REFRESH_S if root else STORE_REFRESH_S
     session, clips = ReviewSession(storage, reviewer), dict[str, str]()

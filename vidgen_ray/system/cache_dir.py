@@ -94,13 +94,13 @@ def _file_digest(path: Path) -> str:
     version = file_version(path)
     cache_key = hashlib.sha256("\0".join(map(str, (path, *version))).encode()).hexdigest()
     memo = cache_dir() / "digests" / cache_key[:2] / cache_key
-    if memo.exists():
+    # The cache is optional: it may also belong to another user.
+    with suppress(OSError):
         return memo.read_text()
     sha256 = sha256_of(path)
     # A later change within the resolution of the file system's clock would have the same times.
     settled = time.time_ns() - version[-1] > CLOCK_RESOLUTION_NS
     if settled and file_version(path) == version:
-        # The cache is optional.
         with suppress(OSError):
             write_atomically(memo, sha256)
     return sha256
