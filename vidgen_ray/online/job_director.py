@@ -24,6 +24,7 @@ from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, Metr
 from vidgen_ray.engine.retries import Kind, ShotFailed, StoragePause
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.api_error import without_internals
 from vidgen_ray.online.auth import ApiKeys
 from vidgen_ray.online.job_service import plan_job, storage_problem
@@ -353,7 +354,7 @@ class JobDirector:
             await self._failed(job, failed.failure, failed.kind)
         # An invalid shot or a bug in vidgen fails the job, not the server.
         except Exception as error:
-            log.exception("job %s failed outside its stages", job.id)
+            log.error("job %s failed outside its stages: %s", job.id, error, exc_info=not isinstance(error, VidgenError))
             result = CallResult.of_failure(StepFailed(DIRECTOR_STAGE, error))
             assert result.failure is not None
             await self._failed(job, result.failure, result.kind)

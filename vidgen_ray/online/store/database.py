@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import json
 import os
 import secrets
 import sqlite3
@@ -44,9 +45,7 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
-from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement
 
 from vidgen_ray.errors import SetupError, install_command
 from vidgen_ray.outputs.storage import is_disk_full
@@ -211,15 +210,20 @@ SESSIONS = Table(
 
 
 def tables_version() -> int:
-    """Return a digest of the definition of all tables, less than 2**63."""
-    statements = [str(statement.compile(dialect=sqlite.dialect())) for statement in _definitions()]
-    return int.from_bytes(hashlib.sha256("".join(statements).encode()).digest()[:7])
-
-
-def _definitions() -> Iterator[DDLElement]:
-    for table in TABLES.sorted_tables:
-        yield CreateTable(table)
-        yield from map(CreateIndex, sorted(table.indexes, key=lambda index: str(index.name)))
+    """Return a digest of the definition of all tables, less than 2**63. Not of SQL: SQLAlchemy may write that another way."""
+    parts = [
+        (
+            table.name,
+            [(column.name, str(column.type), column.nullable, column.primary_key) for column in table.columns],
+            sorted(
+                (str(index.name), str(index.dialect_options["sqlite"]["where"]), index.columns.keys())
+                for index in table.indexes
+            ),
+            sorted(each.columns.keys() for each in table.constraints if isinstance(each, UniqueConstraint)),
+        )
+        for table in TABLES.sorted_tables
+    ]
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:7])
 
 
 _writers = ThreadPoolExecutor(WRITERS, "write")
