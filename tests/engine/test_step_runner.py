@@ -173,7 +173,7 @@ def test_result_that_depends_on_lower_memory_settings_is_not_cached(tiny, tmp_pa
 
 
 @pytest.mark.parametrize("stage", ["flux", "svd"])
-def test_result_of_another_size_or_of_a_single_colour_fails_its_step_and_is_never_taken_from_the_cache(
+def test_result_of_another_size_or_type_or_of_a_single_colour_fails_its_step_and_is_never_taken_from_the_cache(
     tiny, make_shot, tmp_path, stage
 ):
     shot, cache = make_shot(prompt="a", upscale_video=False), OutputFolder(tmp_path).stage_cache
@@ -193,6 +193,7 @@ def test_result_of_another_size_or_of_a_single_colour_fails_its_step_and_is_neve
     for wrong, text in (
         (small, r"of shape \(.*\) instead of"),
         ({name: np.full_like(item.artefacts[name], 7)}, "of a single colour"),
+        ({name: item.artefacts[name] / 255}, "of float64 instead of uint8"),
     ):
         stages[stage].one = lambda *_, wrong=wrong: wrong
         with pytest.raises(StepFailed, match=rf"{stage}: the model made an? \w+ {text}"):

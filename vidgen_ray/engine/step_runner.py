@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vidgen_ray.content_keys import ShotPlan, Step, with_local_loras
 from vidgen_ray.engine.cache_writer import CacheWriter
 from vidgen_ray.engine.oom_fallback import MEMORY_FREED, OomFallback, free_gpu_memory
@@ -322,8 +324,8 @@ class StepRunner:
             result, recovered = self._fallback.run(stage, shot, lambda: stage.run_chunk(shot, frames, chunk))
             scale = stage.scale_factor(shot)
             expected = (n_frames, frames.shape[1] * scale, frames.shape[2] * scale, 3)
-            if result.shape != expected:
-                raise WrongResult(f"the model made a clip of shape {result.shape} instead of {expected}; the GPU may be faulty")
+            if wrong := _wrong_array("a clip", result, expected):
+                raise WrongResult(f"the model made {wrong}; the GPU may be faulty")
             if _is_single_colour(result) and not _is_single_colour(frames):
                 raise WrongResult("the model made frames of a single colour from others; the GPU may be faulty")
         except Cancelled:
@@ -345,7 +347,7 @@ class StepRunner:
             report_progress(step.stage, 0, 0)
             check_made_by(plan.steps[: plan.steps.index(step)], item.artefacts)
             cached = cache.get(step.key, stage.writes) if cache else None
-            if cache and cached is not None and _wrong_size(stage, plan.shot, cached):
+            if cache and cached is not None and _wrong_pixels(stage, plan.shot, cached):
                 cache.drop(step.key)
                 cached = None
             if cached is None:
@@ -356,7 +358,7 @@ class StepRunner:
                     self._safety.check_image(ready.image)
                 local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts, step.key)
                 result, recovered = self._fallback.run(stage, plan.shot, lambda: stage(local))
-                if wrong := _wrong_size(stage, plan.shot, result) or _wrong_colour(result, ready.artefacts.get("image")):
+                if wrong := _wrong_pixels(stage, plan.shot, result) or _wrong_colour(result, ready.artefacts.get("image")):
                     raise WrongResult(f"the model made {wrong}; it may be the model of another stage, or the GPU is faulty")
                 self._check_safety(result)
                 lower_memory = lower_memory or recovered not in (None, MEMORY_FREED)
@@ -421,15 +423,21 @@ class StepRunner:
         )
 
 
-def _wrong_size(stage: Stage[Any], shot: Shot, result: Artefacts) -> str | None:
-    """Return what is wrong with the size of an image or a clip that the stage has made, or `None`."""
+def _wrong_pixels(stage: Stage[Any], shot: Shot, result: Artefacts) -> str | None:
+    """Return what is wrong with the size or type of an image or a clip that the stage has made, or `None`."""
     expected = (shot.height, shot.width, 3)
-    if "image" in result and result["image"].shape != expected:
-        return f"an image of shape {result['image'].shape} instead of {expected}"
+    if "image" in result and (wrong := _wrong_array("an image", result["image"], expected)):
+        return wrong
     # A chunked stage changes the number and the size of the frames that it gets.
-    if isinstance(stage, ChunkedStage) or "frames" not in result or result["frames"].shape == (shot.clip_frames, *expected):
+    if isinstance(stage, ChunkedStage) or "frames" not in result:
         return None
-    return f"a clip of shape {result['frames'].shape} instead of {(shot.clip_frames, *expected)}"
+    return _wrong_array("a clip", result["frames"], (shot.clip_frames, *expected))
+
+
+def _wrong_array(kind: str, pixels: Frames, shape: tuple[int, ...]) -> str | None:
+    if pixels.shape != shape:
+        return f"{kind} of shape {pixels.shape} instead of {shape}"
+    return None if pixels.dtype == np.uint8 else f"{kind} of {pixels.dtype} instead of uint8"
 
 
 def _wrong_colour(result: Artefacts, source: Image | None) -> str | None:
