@@ -17,7 +17,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine import fleet
-from vidgen_ray.engine.calls import OUTPUT
+from vidgen_ray.engine.calls import OUTPUT, CallResult
 from vidgen_ray.engine.encoder import Encoder
 from vidgen_ray.engine.ray_cluster import LiveCluster
 from vidgen_ray.engine.worker import ActorPlace, Worker
@@ -323,7 +323,7 @@ class Process:
         self.world.begin(call, self)
         try:
             value = getattr(self.instance, call.method)(*args)
-            return value[::-1] if len(call.refs) > 1 else value
+            return value[::-1] if isinstance(value, tuple) and isinstance(value[-1], CallResult) else value
         finally:
             self.world.end()
 

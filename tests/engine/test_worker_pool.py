@@ -7,10 +7,11 @@ from unittest.mock import AsyncMock, Mock
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from benchmarks.simulated_director import plan_of
 from vidgen_ray.engine.actor_client import ActorCallFailed
-from vidgen_ray.engine.calls import CallResult
+from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.scheduler import Work
+from vidgen_ray.engine.supervisor import MAX_QUARANTINES, RELEASED
 from vidgen_ray.engine.worker_checks import MIN_SLOW_S
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -32,7 +33,10 @@ class Client(FakeActorClient):
         super().__init__(name, lambda *_: slow, self.respond, load_s=load_s)
         self.slow, self.error, self.poison, self.confused, self.full = slow, error, poison, confused, full
         self.key = "of an earlier shot"
-        self.orders = []
+        self.orders, self.restarts = [], 0
+
+    def restart(self, *, blame_running=False):
+        self.restarts += 1
 
     def respond(self, method, number, plan, names, reference):
         self.orders.append(plan.shot.id)
@@ -54,21 +58,26 @@ def config():
     return EngineConfig("run", Profile(name="p", about="", actors=actors), OutputFolder(Path("unused")), STAGE_BY_NAME)
 
 
-def pool_of(clients, window=1):
-    """Return a pool of these workers for FLUX."""
-    spec = WorkerSpec(("flux",), cpus=1, gpus=1)
-    layout = Layout("fused", tuple(Slot((spec,), 0.0) for _ in clients), encoders=1, window=window)
+def pool_of(clients, window=1, servers=False):
+    """Return a pool of these workers for FLUX. `servers`: each stands for one."""
+    specs = [WorkerSpec(("flux",), cpus=1, gpus=1, server=client.name if servers else "") for client in clients]
+    layout = Layout("fused", tuple(Slot((spec,), 0.0) for spec in specs), encoders=1, window=window)
     pool = WorkerPool(config(), layout, Mock(), Mock(over=AsyncMock()))
-    for client in clients:
+    for spec, client in zip(specs, clients, strict=True):
         pool.add(spec, client)
     return pool
 
 
-def run(clients, shots):
-    """Run one call for each shot, all at once. Return shot -> name of its worker or error, and the simulated seconds."""
+def run(clients, shots, encoder=None):
+    """Run one call for each shot, all at once. Return shot -> name of its worker or error, and the simulated seconds.
+
+    With an encoder, the clients stand for servers.
+    """
 
     async def main():
-        pool = pool_of(clients, len(shots))
+        pool = pool_of(clients, len(shots), servers=encoder is not None)
+        if encoder is not None:
+            pool.add(ENCODER, encoder)
 
         async def call(order):
             try:
@@ -99,12 +108,46 @@ def test_sick_workers_fail_no_shot_while_a_sound_one_works():
     assert set(results.values()) == {"sound"}
 
 
+def test_servers_that_fail_quarantine_neither_others_nor_the_node():
+    good, encoder = Client("good"), Client("encoder")
+    bad = [Client(name, slow=0.1, error="connection refused") for name in ("liar", "down")]
+    results, _ = run([good, *bad], range(30), encoder)
+    assert set(results.values()) == {"good"}
+    assert [bool(client.restarts) for client in (good, encoder, *bad)] == [False, False, True, True]
+
+
+def test_workers_that_are_gone_leave_no_rows_when_their_calls_have_ended():
+    clients = [Client("lost"), Client("stays")]
+
+    async def main():
+        pool = pool_of(clients, 2)
+        calls = [pool.call(Work("flux", n), 1800, "run", plan_of(n), ["flux"], ("flux",), None) for n in range(2)]
+        running = asyncio.gather(*calls)
+        await asyncio.sleep(CALL_S / 2)
+        pool.remove("lost", RELEASED)
+        await asyncio.sleep(0.1)
+        assert len(pool._clients) == 2
+        await pool.until_unused(["lost"])
+        await running
+        await asyncio.sleep(0.1)
+        (stays,) = pool._clients
+        assert [*pool._workers, *pool._supervisor._clients] == [clients[1], clients[1]]
+        assert set(pool._canary._left) == {stays}
+        assert (pool._supervisor.given_up, pool.quarantined) == ({}, [])
+        assert pool._supervisor._health._records.keys() == {clients[1]}
+        pool.close()
+
+    run_in_simulated_time(main())
+
+
 def test_nodes_that_cannot_store_results_fail_no_shot_while_another_can():
-    """More of them than a shot has attempts."""
+    """More of them than a shot has attempts. A worker that is given up restarts, too: its process then holds no GPU memory."""
     full = [Client(name, slow=0.1, full=True) for name in "abcdef"]
     results, _ = run([*full, Client("sound")], range(6))
     assert set(results.values()) == {"sound"}
-    results, _ = run([Client(name, slow=0.1, full=True) for name in "ab"], range(6))
+    full = [Client(name, slow=0.1, full=True) for name in "ab"]
+    results, _ = run(full, range(6))
+    assert {client.restarts for client in full} == {MAX_QUARANTINES}
     assert all("the disk is full" in failure.message for failure in results.values())
 
 

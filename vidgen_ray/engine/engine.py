@@ -228,7 +228,8 @@ class Engine:
 
     def _resize_window(self) -> None:
         """Adapt the window to the present workers: slots can start late, be added and be lost."""
-        share = self._workers.count / len(self._layout.workers)
+        # A layout of encoders only writes start images.
+        share = self._workers.count / len(self._layout.workers) if self._layout.workers else 1.0
         self.window.resize(max(1, round(self._layout.window * share)))
 
     def waiting(self, reason: str | None) -> None:

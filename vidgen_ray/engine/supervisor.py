@@ -51,8 +51,8 @@ class ProcessHealth:
     def __init__(self) -> None:
         self._records: defaultdict[Hashable, _History] = defaultdict(_History)
 
-    def started(self, process: Hashable, node: str) -> None:
-        """The process is up on this node. Its quarantine, if any, becomes a probation."""
+    def started(self, process: Hashable, node: str | None) -> None:
+        """The process is up. Its quarantine, if any, becomes a probation. `node`: the one that its failures may show sick."""
         record = self._records[process]
         record.node, record.quarantined = node, False
 
@@ -101,6 +101,10 @@ class ProcessHealth:
         quarantines = self._records[process].quarantines
         return sum(not failures or any(not each.forgiven for each in failures) for failures in quarantines)
 
+    def forget(self, process: Hashable) -> None:
+        """The process is gone for good."""
+        self._records.pop(process, None)
+
     def is_on_probation(self, process: Hashable) -> bool:
         return self.quarantines(process) > 0
 
@@ -148,22 +152,28 @@ class Supervisor:
         self._on_down = on_down
         self._on_given_up = on_given_up
         self._health = ProcessHealth()
-        self._clients: dict[ActorClient, None] = {}
+        self._clients: dict[ActorClient, bool] = {}
+        """Processes, and whether their work is that of another machine."""
         self._up: dict[ActorClient, asyncio.Task[None]] = {}
         """Processes that have loaded their weights, and the tasks that ping them."""
         self._starting: dict[ActorClient, asyncio.Task[None]] = {}
         self._quarantined: dict[ActorClient, None] = {}
         self._given_up: dict[ActorClient, Failure] = {}
 
-    def add(self, client: ActorClient) -> None:
-        """Add a process that starts."""
-        self._clients[client] = None
+    def add(self, client: ActorClient, *, is_remote: bool) -> None:
+        """Add a process that starts. `is_remote`: its failures are those of a server, not of its node."""
+        self._clients[client] = is_remote
         self._start(client)
 
     def remove(self, name: str, failure: Failure) -> None:
         """Give up a process that is gone for good. No effect if there is none with this name."""
         for client in [client for client in self._clients if client.name == name and client not in self._given_up]:
             self._give_up(client, failure)
+
+    def forget(self, client: ActorClient) -> None:
+        """Drop what is known of a process that was removed and has no calls."""
+        self._health.forget(client)
+        del self._clients[client], self._given_up[client]
 
     def close(self) -> None:
         """Cancel the background tasks."""
@@ -207,8 +217,7 @@ class Supervisor:
         """Quarantine a process that makes wrong results without failing. `again`: also after its last quarantine."""
         if again and self._may_give_up(client):
             self._observer.quarantined(client.location, reason)
-            self._give_up(client, client.permanent_failure(reason))
-            client.restart()
+            self._give_up_sick(client, reason)
         else:
             self._quarantine(client, reason)
 
@@ -243,7 +252,7 @@ class Supervisor:
         delay_s = self._health.quarantine(client)
         self._observer.quarantined(client.location, reason)
         if self._health.quarantines(client) >= MAX_QUARANTINES and self._may_give_up(client):
-            self._give_up(client, client.permanent_failure(reason))
+            self._give_up_sick(client, reason)
             return
         if (starting := self._starting.pop(client, None)) is not None:
             starting.cancel()
@@ -251,8 +260,14 @@ class Supervisor:
         client.restart()
         self._start(client, delay_s)
         if (node := self._health.node_to_quarantine(client)) is not None:
-            for other in [other for other in self._clients if other.node == node and other is not client]:
+            on_node = [other for other, is_remote in self._clients.items() if other.node == node and not is_remote]
+            for other in on_node:
                 self._quarantine(other, "several processes of its node are quarantined")
+
+    def _give_up_sick(self, client: ActorClient, reason: str) -> None:
+        """Give up a process after quarantines. Its next process loads nothing, so that its GPU has free memory."""
+        self._give_up(client, client.permanent_failure(reason))
+        client.restart()
 
     def _give_up(self, client: ActorClient, failure: Failure) -> None:
         if (starting := self._starting.pop(client, None)) is not None:
@@ -291,7 +306,7 @@ class Supervisor:
                 self._quarantined.pop(client, None)
                 if client.has_moved:
                     self._health.lost(client)
-                self._health.started(client, client.place.node)
+                self._health.started(client, None if self._clients[client] else client.place.node)
                 self._up[client] = self._watched(client, self._ping(client))
                 times = time.time() - client.load_s, round(client.load_s, 3), 0.0
                 self._observer.attempt_ended(Attempt("", LOADING, number, "done", *times, client.name, client.place.host))

@@ -115,6 +115,12 @@ class Canary:
             self._checks.add(check)
             check.add_done_callback(self._checks.discard)
 
+    def forget(self, worker: WorkerState) -> None:
+        """The worker is gone for good."""
+        for table in (self._left, self._due, self._devices):
+            table.pop(worker, None)
+        self._found.discard(worker)
+
     def close(self) -> None:
         for check in self._checks:
             check.cancel()

@@ -35,7 +35,7 @@ from vidgen_ray.engine.retries import (
 )
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
 from vidgen_ray.engine.status import Attempt, EngineObserver, Progress
-from vidgen_ray.engine.supervisor import Supervisor
+from vidgen_ray.engine.supervisor import RELEASED, Supervisor
 from vidgen_ray.engine.worker_checks import CANARY, MAX_DIFFERENCE, Canary, MadeCall, Repeated, SlowCalls
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, durations, max_loras
 from vidgen_ray.outputs.records import Failure
@@ -114,6 +114,8 @@ class WorkerPool:
         self.only_together = cache(layout.only_together)
         self._clients: dict[WorkerState, ActorClient] = {}
         self._workers: dict[ActorClient, WorkerState] = {}
+        self._gone: list[WorkerState] = []
+        """Removed workers with calls."""
         self._assigned: dict[Work, asyncio.Future[WorkerState]] = {}
         self._paused: set[Work] = set()
         """Commits that wait until the output folder can be written again."""
@@ -137,7 +139,7 @@ class WorkerPool:
         worker = WorkerState(spec, self._adapters_kept)
         self._clients[worker], self._workers[client] = client, worker
         self._scheduler.add_worker(worker)
-        self._supervisor.add(client)
+        self._supervisor.add(client, is_remote=bool(spec.server))
         lost = self._fatal_failure is not None and self._fatal_failure.stage == NODE_LOST
         if lost and all(map(self._scheduler.holders, (*self._layout.stages, OUTPUT))):
             # Another node has come.
@@ -145,9 +147,26 @@ class WorkerPool:
 
     def remove(self, name: str, error: str = "NodeLost") -> None:
         """Remove a worker that is gone for good, or, with the error RELEASED, will be stopped after its calls."""
-        message = f"{name}: its node is lost, and no other node has room"
+        message = f"{name}: {'not needed any more' if error == RELEASED else 'its node is lost, and no other node has room'}"
         failure = Failure(stage=NODE_LOST, error=error, message=message, attempts=1, worker=name)
         self._supervisor.remove(name, failure)
+        self._gone += [worker for worker, client in self._clients.items() if client.name == name and worker not in self._gone]
+        self._forget_gone_soon()
+
+    def _forget_gone_soon(self) -> None:
+        if self._gone:
+            # Calls that have just been assigned start first, and those that have just ended are reported.
+            asyncio.get_running_loop().call_soon(self._forget_gone)
+
+    def _forget_gone(self) -> None:
+        """Drop what is known of removed workers whose calls have ended."""
+        busy = {running.worker for running in self._sessions.values()}
+        for worker in [worker for worker in self._gone if worker not in busy]:
+            self._gone.remove(worker)
+            client = self._clients.pop(worker)
+            del self._workers[client]
+            self._supervisor.forget(client)
+            self._canary.forget(worker)
 
     async def until_unused(self, names: Collection[str]) -> None:
         """Wait until these workers, which were removed, have no calls."""
@@ -289,7 +308,8 @@ class WorkerPool:
             return await self._attempt(worker, work, session, expected_s, on_progress, None if alone else copies)
 
         def blame(failed: AttemptFailed) -> None:
-            client = self._clients[failed.process.key]
+            if (client := self._clients.get(failed.process.key)) is None:
+                return
             in_a_row = f"failed for {requested.stage} on different shots in a row, the last time with: {failed}"
             reason = str(failed) if failed.kind is Kind.NODE else in_a_row
             self._supervisor.failed(client, requested.order, failed, reason)
@@ -316,7 +336,8 @@ class WorkerPool:
         self, work: Work, number: int, begun: float, sent: float, worker: WorkerState, outcome: CallResult | AttemptFailed
     ) -> None:
         """Report an attempt, with each of its steps if it has succeeded. It waited from `begun` to `sent` for its worker."""
-        client = self._clients[worker]
+        if (client := self._clients.get(worker)) is None:
+            return
         seconds, waited = time.monotonic() - sent, sent - begun
         started_at = time.time() - seconds
         if outcome.started_at is not None:
@@ -425,7 +446,7 @@ class WorkerPool:
 
     def _abandoned(self, worker: WorkerState, work: Work, running: asyncio.Future[Any]) -> None:
         """A session has stopped whose result is not needed. Until then, its worker was busy."""
-        if not running.cancelled() and isinstance(running.exception(), ActorCallFailed):
+        if worker in self._clients and not running.cancelled() and isinstance(running.exception(), ActorCallFailed):
             self._supervisor.crashed(self._clients[worker])
         self._finished(worker, work)
 
@@ -450,6 +471,7 @@ class WorkerPool:
         self._slow_calls.watch(worker)
         self._assign_waiting()
         self._notify()
+        self._forget_gone_soon()
 
     # Slow calls
 
@@ -533,7 +555,7 @@ class WorkerPool:
         self._supervisor.found_sick(self._clients[worker], reason, again)
 
     def _is_starting(self, worker: WorkerState) -> bool:
-        return self._supervisor.is_starting(self._clients[worker])
+        return worker in self._clients and self._supervisor.is_starting(self._clients[worker])
 
     def _may_give_up(self, client: ActorClient) -> bool:
         """Return whether others can do the work of this worker, or no circuit breaker stops the run if it is sick."""
