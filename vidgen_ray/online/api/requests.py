@@ -164,7 +164,7 @@ def _one_of(values: tuple[object, ...]) -> str:
 
 
 SIDES = ("width", "height")
-CROPS = ("crop_width", "crop_height")
+CROPS = ("crop_width", "crop_height", "aspect")
 MAX_SEED = 2**32 - 1
 RANDOM_SEED = -1
 """Seed with which peers ask for a random one."""
