@@ -7,7 +7,8 @@ import torch
 from tests.upscale.conftest import compact
 from tests.upscale.videos import picture, write_video
 from vidgen_ray.errors import SetupError, StageError, UsageError
-from vidgen_ray.stages.realesrgan import forward
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, forward
 from vidgen_ray.upscale import network as network_module
 from vidgen_ray.upscale.job import upscale_frames
 from vidgen_ray.upscale.network import (
@@ -147,3 +148,20 @@ def test_wrong_models_are_named(tmp_path, monkeypatch):
     ):
         with pytest.raises(UsageError, match=message):
             find_model(name, denoise)
+
+
+def test_frames_go_through_the_stage(tiny_model, monkeypatch):
+    """So that a field that the stage reads has an effect in `vidgen upscale` and `vidgen stage`, too."""
+    frame = picture(0)
+    expected = UpscaleNetwork(tiny_model, BASE, (128, 96))(frame)
+    stage = RealESRGANStage(RealESRGANParams(weights=tiny_model.file.parent, threads=1))
+    stage.load()
+    shot = Shot(prompt="a", upscaler=tiny_model.file.stem, scale=2)
+    np.testing.assert_array_equal(stage.run_chunk(shot, frame[None])[0], expected)
+
+    process = RealESRGANStage.process_chunk
+    monkeypatch.setattr(
+        RealESRGANStage, "process_chunk", lambda stage, shot, *chunk: process(stage, shot, *chunk) // (1 + shot.retries)
+    )
+    changed = UpscaleNetwork(tiny_model, BASE, (128, 96), shot.model_copy(update={"retries": 1}))(frame)
+    np.testing.assert_array_equal(changed, expected // 2)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+import numpy as np
 from einops import rearrange
+from numpy.typing import NDArray
 from pydantic import Field
 
 from vidgen_ray.errors import SetupError, StageError
@@ -93,6 +95,8 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     takes: ClassVar[tuple[str, ...]] = ("frames",)
     writes: ClassVar[tuple[str, ...]] = ("hd_frames",)
     Params: ClassVar[type[StageParams]] = RealESRGANParams
+    antialias: ClassVar[bool] = False
+    """Average pixels where the network's output is made smaller. Real-ESRGAN's ncnn models do not."""
 
     @classmethod
     def weight_files(cls, params: RealESRGANParams, shot: Shot) -> tuple[Path, ...]:
@@ -161,29 +165,42 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
         move_networks((network.model for network in self._networks.values()), device)
 
     def process_chunk(self, shot: Shot, frames: Frames, chunk: slice) -> Frames:
-        return _to_frames(self._upscale(frames, shot.scale, shot.upscaler))
+        return _to_frames(self._upscale(frames, shot.scale, shot.upscaler), frames.dtype)
 
-    def _upscale(self, frames: Frames, scale: int, upscaler: str) -> torch.Tensor:
-        """Upscale uint8 (T, H, W, 3) to fp32 (T, 3, scale * H, scale * W) in the memory format channels_last."""
+    def _upscale(self, frames: NDArray[Any], scale: int, upscaler: str) -> torch.Tensor:
+        """Upscale (T, H, W, 3), uint8 or uint16, to fp32 (T, 3, height, width) of `_out_size`, about 0 to 1.
+
+        The memory format is channels_last.
+        """
         import torch
 
         network = self._network(upscaler)
-        height, width = frames.shape[1:3]
-        # A copy: frames shared between processes are read-only.
-        pixels = rearrange(torch.tensor(frames, device=self.params.device), "t h w c -> t c h w")
-        pixels = (pixels.float() / 255).to(network.dtype, memory_format=torch.channels_last)
+        size = self._out_size(frames.shape[2], frames.shape[1], scale)
+        levels = np.iinfo(frames.dtype).max
+        # A copy: frames shared between processes are read-only. torch has few operations for uint16.
+        owned = torch.tensor(frames if levels == 255 else frames.astype(np.int32), device=self.params.device)
+        pixels = rearrange(owned, "t h w c -> t c h w")
+        pixels = (pixels.float() / levels).to(network.dtype, memory_format=torch.channels_last)
+        run = self._forward(network)
         with cudnn_benchmark(self.params.cudnn_benchmark):
             if self.params.tile_px is None:
-                pixels = forward(network, pixels).float()
+                pixels = run(pixels).float()
             else:
-                pixels = in_tiles(
-                    lambda tile: forward(network, tile), network.scale, pixels, self.params.tile_px, self.params.tile_overlap_px
-                )
-        if network.scale == scale:
+                pixels = in_tiles(run, network.scale, pixels, self.params.tile_px, self.params.tile_overlap_px)
+        if size == (pixels.shape[3], pixels.shape[2]):
             return pixels
         return torch.nn.functional.interpolate(
-            pixels, size=(height * scale, width * scale), mode="bicubic", align_corners=False
+            pixels, size=size[::-1], mode="bicubic", align_corners=False, antialias=self.antialias
         )
+
+    def _out_size(self, width: int, height: int, scale: int) -> tuple[int, int]:
+        """Return width and height in pixels of the result for frames of this size."""
+        return width * scale, height * scale
+
+    def _forward(self, network: ImageModelDescriptor[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the function that runs the network: (T, 3, H, W) -> (T, 3, own scale * H, own scale * W)."""
+        run: Callable[[torch.Tensor], torch.Tensor] = partial(forward, network)
+        return run
 
     def _network(self, upscaler: str) -> ImageModelDescriptor[Any]:
         """Return the network, loaded on first use. It stays in float32 if it does not support the stage's dtype."""
@@ -299,8 +316,8 @@ def in_tiles(
     return joined
 
 
-def _to_frames(pixels: torch.Tensor) -> Frames:
-    """Convert (T, 3, H, W), about 0 to 1, in place to uint8 (T, H, W, 3), clamped and rounded as RealESRGANer does.
+def _to_frames(pixels: torch.Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Convert (T, 3, H, W), about 0 to 1, in place to uint8 or uint16 (T, H, W, 3), clamped and rounded as RealESRGANer does.
 
     Raises StageError for NaN and infinity.
     """
@@ -309,6 +326,7 @@ def _to_frames(pixels: torch.Tensor) -> Frames:
     # The sum is finite only if all pixels are. It needs no tensor of its own.
     if not pixels.sum(dtype=torch.float64).isfinite():
         raise StageError(NOT_FINITE)
-    levels = pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-    frames: Frames = rearrange(levels, "t c h w -> t h w c").cpu().numpy()
-    return frames
+    largest = np.iinfo(dtype).max
+    levels = pixels.clamp_(0, 1).mul_(largest).round_().to(torch.uint8 if largest == 255 else torch.int32)
+    frames: NDArray[Any] = rearrange(levels, "t c h w -> t h w c").cpu().numpy()
+    return frames.astype(dtype, copy=False)

@@ -18,6 +18,7 @@ import numpy as np
 
 from vidgen_ray.errors import Cancelled, MediaError
 from vidgen_ray.provenance.record import labelled
+from vidgen_ray.shot import Shot
 from vidgen_ray.system.files import new_file
 from vidgen_ray.upscale.frames import (
     MIN_FRAMES_HEVC,
@@ -29,7 +30,7 @@ from vidgen_ray.upscale.frames import (
     interpolated,
     write_segment,
 )
-from vidgen_ray.upscale.network import EngineSettings, Size, UpscaleModel, UpscaleNetwork
+from vidgen_ray.upscale.network import DEFAULT_SHOT, EngineSettings, Size, UpscaleModel, UpscaleNetwork
 from vidgen_ray.upscale.source import FrameTimes, VideoSource, places, timeline_of
 
 T = TypeVar("T")
@@ -84,6 +85,8 @@ class UpscaleJob:
     """Frames per second of the result. `None` keeps the times of the source."""
     label: str | None = None
     """Text drawn into the lower right corner of every frame."""
+    shot: Shot = DEFAULT_SHOT
+    """Fields of the upscaling stage."""
 
     @cached_property
     def timeline(self) -> FrameTimes:
@@ -127,7 +130,7 @@ class SegmentWorker:
     def __init__(self, job: UpscaleJob) -> None:
         """Load the network. Raises StageError or SetupError."""
         self._job = job
-        self._network = None if job.model is None else UpscaleNetwork(job.model, job.settings, job.size)
+        self._network = None if job.model is None else UpscaleNetwork(job.model, job.settings, job.size, job.shot)
         self._reader = FrameReader(job.source)
         # As many threads as a call of the network: further ones would wait for the CPUs of the calls at the same time.
         threads = job.settings.threads_per_call

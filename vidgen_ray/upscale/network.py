@@ -11,20 +11,21 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import finalize
 
 import numpy as np
 from pydantic import Field
 
 from vidgen_ray.errors import SetupError, StageError, StrictModel, UsageError, install_command
-from vidgen_ray.nets.weight_files import NOT_FINITE, require_finite_weights
+from vidgen_ray.nets.weight_files import require_finite_weights
+from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import torch_dtype, torch_threads
 from vidgen_ray.stages.loading import require_device
-from vidgen_ray.stages.realesrgan import ENDINGS, UNCLAMPED, forward, in_tiles, load_network
+from vidgen_ray.stages.realesrgan import ENDINGS, UNCLAMPED, RealESRGANParams, RealESRGANStage, forward, load_network
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.free_memory import free_bytes
 from vidgen_ray.upscale.frames import Pixels
@@ -137,69 +138,69 @@ class EngineSettings(StrictModel):
         return max(1, self.threads // self.parallel_calls)
 
 
-class UpscaleNetwork:
-    """A loaded network for one output size. `settings.parallel_calls` threads may call it at the same time."""
+DEFAULT_SHOT = Shot(prompt="-")
+"""Fields of the stage for a video that is not part of a shot."""
 
-    def __init__(self, model: UpscaleModel, settings: EngineSettings, out_size: Size | None = None) -> None:
-        """Load the weights. `out_size`: size of the results in pixels. `None`: that of the network.
+
+class UpscaleNetwork(RealESRGANStage):
+    """The stage with one network, for frames of one video: also of 16 bits and for any output size.
+
+    `settings.parallel_calls` threads may call it at the same time.
+    """
+
+    antialias: ClassVar[bool] = True
+
+    def __init__(
+        self, model: UpscaleModel, settings: EngineSettings, out_size: Size | None = None, shot: Shot = DEFAULT_SHOT
+    ) -> None:
+        """Load the weights. `out_size`: size of the results in pixels. `None`: that of the network. `shot`: see `DEFAULT_SHOT`.
 
         Raises StageError for weights that cannot be loaded, SetupError if the device or OpenVINO is missing.
         """
         import torch
 
+        super().__init__(
+            RealESRGANParams(
+                weights=model.file.parent,
+                device=settings.device,
+                dtype=settings.dtype,
+                threads=settings.threads_per_call,
+                frames_per_call=1,
+                tile_px=settings.tile_px,
+                tile_overlap_px=settings.overlap_px,
+            )
+        )
         require_device(settings.device)
         self.settings = settings
         self.out_size = out_size
+        self._shot = shot
         self.network = model.load()
         dtype = torch_dtype(settings.dtype)
         supported = {torch.float16: self.network.supports_half, torch.bfloat16: self.network.supports_bfloat16}
         if not supported.get(dtype, True):
             raise StageError(f"{model.name}: {self.network.architecture.name} does not support {settings.dtype}")
-        self._dtype = dtype
         if settings.engine == "openvino":
-            self._forward = openvino_forward(self.network, settings)
+            self._run = openvino_forward(self.network, settings)
         else:
             self.network.model.to(settings.device, dtype, memory_format=torch.channels_last)
-            self._forward = partial(forward, self.network)
+            self._run = super()._forward(self.network)
 
-    @property
-    def scale(self) -> int:
-        """Return the network's own factor."""
-        return int(self.network.scale)
-
-    def __call__(self, frame: Pixels) -> Pixels:
+    def __call__(self, frame: Pixels) -> Pixels:  # type: ignore[override]  # a frame, not an item
         """Upscale a frame (H, W, 3). Raises StageError for NaN and infinity."""
         import torch
 
-        # A copy owns its pixels; torch has few operations for uint16.
-        owned = frame.astype(np.uint8 if frame.dtype == np.uint8 else np.int32, order="C")
-        pixels = torch.from_numpy(owned[None]).to(self.settings.device)
-        with torch.inference_mode(), torch_threads(self.settings.threads_per_call):
-            levels, total = self._upscaled(pixels)
-            if not total.isfinite():
-                raise StageError(NOT_FINITE)
-            return levels[0].cpu().numpy().astype(frame.dtype, copy=False)
+        with torch.inference_mode(), torch_threads(self.params.threads):
+            frames = self.process_chunk(self._shot, np.ascontiguousarray(frame)[None], slice(0, 1))
+        return np.ascontiguousarray(frames[0])
 
-    def _upscaled(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return levels (T, H, W, 3) of the type of `frames`, and the sum of the pixels, which is finite only if all are."""
-        import torch
+    def _network(self, upscaler: str) -> ImageModelDescriptor[Any]:
+        return self.network
 
-        levels = 255 if frames.dtype == torch.uint8 else 65535
-        # The permuted view is in the memory format channels_last.
-        pixels = (frames.permute(0, 3, 1, 2).float() / levels).to(self._dtype)
-        if self.settings.tile_px is None:
-            pixels = self._forward(pixels)
-        else:
-            pixels = in_tiles(self._forward, self.scale, pixels, self.settings.tile_px, self.settings.overlap_px)
-        pixels = pixels.float()
-        if self.out_size is not None and self.out_size != (pixels.shape[3], pixels.shape[2]):
-            width, height = self.out_size
-            pixels = torch.nn.functional.interpolate(
-                pixels, size=(height, width), mode="bicubic", align_corners=False, antialias=True
-            )
-        total = pixels.sum()
-        rounded = pixels.clamp_(0, 1).mul_(levels).round_().to(frames.dtype)
-        return rounded.permute(0, 2, 3, 1).contiguous(), total
+    def _forward(self, network: ImageModelDescriptor[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+        return self._run
+
+    def _out_size(self, width: int, height: int, scale: int) -> Size:
+        return self.out_size or (width * self.network.scale, height * self.network.scale)
 
 
 EXAMPLE_SHAPE = (1, 3, 8, 8)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version
 from itertools import tee
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,7 +47,15 @@ from vidgen_ray.system.files import abandoned, new_file, remove, write_atomicall
 from vidgen_ray.upscale.frames import INTERPOLATOR, EncodeSettings, FrameReader, Pixels, write_segment
 from vidgen_ray.upscale.job import Segment, SegmentFailed, Threads, UpscaleJob, fitted, scaled, upscale_frames
 from vidgen_ray.upscale.join import FORMATS, join_segments, plan_copies
-from vidgen_ray.upscale.network import EngineSettings, Size, UpscaleModel, UpscaleNetwork, choose_settings, settings_for
+from vidgen_ray.upscale.network import (
+    DEFAULT_SHOT,
+    EngineSettings,
+    Size,
+    UpscaleModel,
+    UpscaleNetwork,
+    choose_settings,
+    settings_for,
+)
 from vidgen_ray.upscale.source import VideoSource, read_source, timeline_of
 from vidgen_ray.weights import resolve
 
@@ -88,6 +97,8 @@ class UpscaleOptions:
     """Settings of the marking as altered by an algorithm, or as AI-generated if its source is."""
     operation: Operation = "upscale"
     """Name of the command in the provenance record."""
+    shot: Shot = DEFAULT_SHOT
+    """Fields of the upscaling stage, beside the network and the scale."""
 
     def record(self, video: Path) -> ProvenanceRecord | None:
         """Return the provenance record of the result for a source, or `None` if nothing is written."""
@@ -195,7 +206,8 @@ def upscale_file(
             write_atomically(record, plan.model_dump_json())
         for path in abandoned(work):
             remove(path)
-        job = UpscaleJob(source, options.model, size, options.encode, plan.settings, options.fps, options.provenance.label)
+        label, shot = options.provenance.label, options.shot
+        job = UpscaleJob(source, options.model, size, options.encode, plan.settings, options.fps, label, shot)
         segments = job.segments
         missing = [segment for segment in segments if not (work / segment.file_name).exists()]
         total = len(timeline.times)
@@ -245,6 +257,7 @@ def _request(source: VideoSource, size: Size, options: UpscaleOptions) -> str:
         "format": FORMAT,
         "source": digest(source.path),
         "model": None if options.model is None else options.model.key,
+        "fields": [repr(attrgetter(name)(options.shot)) for name in RealESRGANStage.reads],
         "size": size,
         "pixel_aspect": str(source.pixel_aspect),
         "encode": options.encode.model_dump(),
@@ -289,6 +302,7 @@ def process_clip(profile: Profile, stage: type[ChunkedStage[Any]], shot: Shot, s
         force=True,
         provenance=profile.provenance,
         operation="stage",
+        shot=shot,
     )
     settings = choose_settings(options.model, params.device, 1)
 
@@ -329,7 +343,7 @@ def write_preview(
     start = (source.frame_count - count) // 2
     on_progress(0, count, 0)
     settings = settings_for(source, options.model, settings, 1)
-    network = None if options.model is None else UpscaleNetwork(options.model, settings, size)
+    network = None if options.model is None else UpscaleNetwork(options.model, settings, size, options.shot)
     reader = FrameReader(source)
 
     def pairs() -> Iterator[Pixels]:
