@@ -7,9 +7,11 @@ import torch
 from tests.upscale.conftest import compact
 from tests.upscale.videos import picture, write_video
 from vidgen_ray.errors import SetupError, StageError, UsageError
+from vidgen_ray.profile import load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, forward
 from vidgen_ray.upscale import network as network_module
+from vidgen_ray.upscale import run
 from vidgen_ray.upscale.job import upscale_frames
 from vidgen_ray.upscale.network import (
     EngineSettings,
@@ -150,7 +152,7 @@ def test_wrong_models_are_named(tmp_path, monkeypatch):
             find_model(name, denoise)
 
 
-def test_frames_go_through_the_stage(tiny_model, monkeypatch):
+def test_frames_go_through_the_stage(tiny_model, monkeypatch, tmp_path):
     """So that a field that the stage reads has an effect in `vidgen upscale` and `vidgen stage`, too."""
     frame = picture(0)
     expected = UpscaleNetwork(tiny_model, BASE, (128, 96))(frame)
@@ -165,3 +167,9 @@ def test_frames_go_through_the_stage(tiny_model, monkeypatch):
     )
     changed = UpscaleNetwork(tiny_model, BASE, (128, 96), shot.model_copy(update={"retries": 1}))(frame)
     np.testing.assert_array_equal(changed, expected // 2)
+
+    jobs = []
+    monkeypatch.setattr(run, "upscale_file", lambda source, out, options, *_, **__: jobs.append(options.shot))
+    own = Shot(prompt="a", retries=1)
+    run.process_clip(load_profile("tiny"), RealESRGANStage, own, write_video(tmp_path / "in.mp4", 1), tmp_path / "out.mp4")
+    assert jobs == [own]

@@ -129,7 +129,7 @@ def reported_model(model: str, servers: tuple[str, ...], key_env: str | None) ->
     problems, headers = [], auth_headers(key_env)
     for server in servers:
         try:
-            return model_digest(model, server, _models_of(server, headers))
+            return model_digest(model, server, _models_of(server, headers, RESPONSE_S))
         except ServerDown as error:
             problems.append(str(error))
     raise SetupError(f"remote:{model}: no server responds; start one, or correct `servers`: {'; '.join(problems)}")
@@ -140,7 +140,7 @@ def unusable_servers(model: str, servers: Sequence[str], key_env: str | None) ->
 
     def problem_of(server: str) -> str:
         try:
-            model_digest(model, server, _models_of(server, auth_headers(key_env)))
+            model_digest(model, server, _models_of(server, auth_headers(key_env), CONNECT_S))
         except (ServerDown, SetupError) as error:
             return str(error)
         return ""
@@ -149,11 +149,11 @@ def unusable_servers(model: str, servers: Sequence[str], key_env: str | None) ->
         return [problem for problem in pool.map(problem_of, servers) if problem]
 
 
-def _models_of(server: str, headers: Mapping[str, str]) -> httpx2.Response:
-    """Return the response of `/v1/models`. Raises ServerDown if there is none."""
+def _models_of(server: str, headers: Mapping[str, str], timeout_s: float) -> httpx2.Response:
+    """Return the response of `/v1/models`. Raises ServerDown if there is none within `timeout_s`."""
     try:
         with httpx2.Client(headers=dict(headers)) as http:
-            return _fetch(http, "GET", f"{server}/v1/models", time.monotonic() + RESPONSE_S, MAX_JSON_BYTES)
+            return _fetch(http, "GET", f"{server}/v1/models", time.monotonic() + timeout_s, MAX_JSON_BYTES)
     except (httpx2.HTTPError, WrongAnswer) as error:
         reason = str(error).removeprefix(f"{server}/v1/models: ") or type(error).__name__
         raise ServerDown(f"{server}: does not respond: {reason}") from None
