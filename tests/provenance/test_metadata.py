@@ -216,7 +216,8 @@ def test_every_field_is_a_switch_or_read_by_a_stage_or_does_not_decide_the_files
     read = {name.partition(".")[0] for stage in STAGES for name in (*stage.reads, *stage.identity_fields)}
     of_line = {"id", "metadata", "variants", "character", "continue_from", "consent", "priority"}
     expected = {*SWITCHES, *of_line, "min_identity", "retries"} - {"lora", "video_lora"}
-    assert Shot.model_fields.keys() - read - {*SIZES, "image"} == expected
+    # `aspect` decides the sizes.
+    assert Shot.model_fields.keys() - read - {*SIZES, "image", "aspect"} == expected
 
 
 def test_script_line_of_a_continued_shot_gives_the_same_key(tiny, make_shot, tmp_path):
@@ -350,6 +351,7 @@ NOT_MARKED = {
     "online/previews.py": "previews while a shot is rendered",
     "report/gallery_page.py": "thumbnails of the gallery",
     "cli/inspect.py": "photos with the detected face, drawn for their owner",
+    "cli/doctor.py": "the clip with which a codec is tried",
     "remote/stages.py": "the start image in a request to a server",
     "bench/tiny_faces.py": "weights",
     "bench/tiny_weights.py": "weights",

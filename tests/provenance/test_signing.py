@@ -158,5 +158,5 @@ def test_formats_without_signatures_and_a_missing_package_are_named(signed, key,
     with pytest.raises(MediaError, match="must be PNG, JPEG, WebP, MP4 or MOV"):
         sign_file(signed / "clip.mkv", GENERATED, key)
     monkeypatch.setitem(sys.modules, "c2pa", None)
-    with pytest.raises(SetupError, match=r"pip install 'vidgen-ray\[c2pa\]'"):
+    with pytest.raises(SetupError, match=r"pip install 'c2pa-python"):
         read_signature(signed / "image.png")
