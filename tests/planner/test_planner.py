@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections import Counter, defaultdict
+from contextlib import suppress
 from itertools import product
 
 import pytest
@@ -156,6 +157,18 @@ def test_cpu_workers_are_limited_by_cores_shots_profile_and_host_memory(tiny, ma
     # Shots without stages.
     planned = plan(tiny, demand_of([make_shot(image="a.png", generate_video=False)]), Cluster((Node((), 1, 4),)))
     assert (planned.layout.slots, planned.layout.encoders, planned.layout.window) == ((), 1, 1)
+
+
+def test_automatic_layout_is_never_colocated_or_staged():
+    """One process with the same stages needs no more memory, and has the same rate."""
+    kinds = Counter()
+    for seed in range(24):
+        rng = random.Random(seed)
+        actors = {name: (rng.uniform(1, 40), {stage: rng.uniform(0.1, 30) for stage in each}) for name, (_, each) in B6.items()}
+        gpus = [f"{rng.choice([1, 2, 4])}x{rng.choice([24, 48, 80])}GB" for _ in range(rng.choice([1, 2]))]
+        with suppress(SetupError):
+            kinds[plan(gpu_profile(actors), make_demand(rng.choice([1, 9, 400])), parse_gpus("+".join(gpus))).layout.kind] += 1
+    assert kinds.keys() == {"fused", "hybrid"}
 
 
 def test_colocated_and_staged_layouts():
