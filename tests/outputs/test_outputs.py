@@ -424,7 +424,7 @@ def test_documented_line_reads_the_finished_shots_of_several_runs(out, library):
 
 def test_every_setting_of_a_shot_is_a_typed_column(out):
     not_settings = {"id", "prompt", "mode", "seed", "width", "height", "num_frames", "fps", "consent", "metadata"}
-    assert set(SETTINGS.values()) == Shot.model_fields.keys() - not_settings - {"variants", "character", "priority"}
+    assert set(SETTINGS.values()) == Shot.model_fields.keys() - not_settings - {"variants", "character", "priority", "aspect"}
     columns = {name: SCHEMA.field(column).type for column, name in SETTINGS.items()}
     for name, kind in {
         "lora": pa.list_(pa.struct([("path", pa.string()), ("weight", pa.float64())])),

@@ -157,7 +157,7 @@ def with_profile_checks(script: Script, profile: Profile, *, strict: bool) -> Sc
         stages = stages_of(line.shot)
         if stages not in params:
             params[stages] = None
-            with suppress(SetupError):
+            with suppress(SetupError, OSError):
                 params[stages] = params_of(profile, stages)
         found = params[stages]
         return line if found is None else with_cut_prompts(line, cut_texts(stages, found, line.shot), strict=strict)

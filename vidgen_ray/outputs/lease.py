@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 PREFIX = ".running"
 NUMBER_PREFIX = ".lease-"
-NUMBERED = re.compile(r"(?:\.open-)?(\d{6,})-")
+NUMBERED = re.compile(r"(?:\.open-)?(\d{6,})(?:-|$)")
 """Name of a run, or of its files in the manifest: begins with the number of its lease."""
 REFRESH_S = 10.0
 """Seconds between refreshes of a lease."""
