@@ -182,6 +182,7 @@ SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bar
 SEPARATOR_LINE = re.compile(r"sep=([,;\t|])", re.IGNORECASE)
 """First line that spreadsheets write to state the separator."""
 NUMBERS = number_fields(Shot)
+DIGITS = re.compile(r"\d+")
 NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 BOOLEAN_FIELDS = frozenset(name for name, field in Shot.model_fields.items() if field.annotation is bool)
 MISSING = frozenset(("nan", "NaN", "None", "null", "NULL", "NA", "N/A"))
@@ -236,7 +237,7 @@ def read_csv(path: Path, columns: Columns) -> tuple[Header, Lines]:
                 continue
             finally:
                 opened.clear()
-            if end - begin > 1 and any(_hides_row(cell, separator, names) for cell in row.values() if isinstance(cell, str)):
+            if end - begin > 1 and _hides_row(row, separator, names):
                 yield _open_quote(path, begin, end, "rows of the table are inside of a cell")
                 continue
             if any(cell.strip() for cell in row.pop(None, ())):
@@ -261,16 +262,17 @@ def _open_quote(path: Path, begin: int, end: int, reason: object) -> Line:
     )
 
 
-def _hides_row(cell: str, separator: str, names: Sequence[str]) -> bool:
-    """Return whether a line inside of a cell is a row of the table: its id and its numbers are in their columns."""
+def _hides_row(row: Mapping[Any, Any], separator: str, names: Sequence[str]) -> bool:
+    """Return whether a line inside of a cell is a row of the table: with numbers in their columns, or an id like `row` has."""
 
     def is_row(text: str) -> bool:
         cells = dict(zip(names, map(str.strip, _cells(text, separator)), strict=False))
-        typed = {name: each for name, each in cells.items() if each and (name == "id" or name in NUMBERS)}
-        are_valid = ((ID_PATTERN if name == "id" else NUMBER).fullmatch(each) for name, each in typed.items())
-        return len(cells) == len(names) > 1 and bool(typed) and all(are_valid)
+        numbers = [each for name, each in cells.items() if each and name in NUMBERS]
+        id_, own_id = (DIGITS.sub("0", str(each.get("id") or "").strip()) for each in (cells, row))
+        is_like = bool(ID_PATTERN.fullmatch(id_)) and (bool(numbers) or id_ == own_id) if "id" in names else bool(numbers)
+        return len(cells) == len(names) > 1 and is_like and all(map(NUMBER.fullmatch, numbers))
 
-    return any(map(is_row, cell.splitlines()[1:-1]))
+    return any(is_row(text) for cell in row.values() if isinstance(cell, str) for text in cell.split("\n")[1:-1])
 
 
 def _quote_lines(texts: Iterator[str]) -> tuple[Iterator[str], list[int]]:
