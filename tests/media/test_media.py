@@ -12,6 +12,10 @@ import pytest
 from PIL import Image as PILImage
 
 from tests.upscale.videos import write_video
+from vidgen_ray.dataset.data_card import _middle_frame
+from vidgen_ray.dataset.export_formats import encode_again
+from vidgen_ray.dataset.export_rows import Transcode
+from vidgen_ray.dataset.scorers import Clip
 from vidgen_ray.errors import MediaError
 from vidgen_ray.film.timeline import probe_clip, sound_seconds
 from vidgen_ray.media import (
@@ -24,7 +28,9 @@ from vidgen_ray.media import (
     open_video,
     read_image,
 )
+from vidgen_ray.media.decode import sample_frames
 from vidgen_ray.media.media_file import open_media
+from vidgen_ray.remote.stages import _decoded
 from vidgen_ray.upscale.frames import end_real_time_priority
 from vidgen_ray.upscale.source import read_source
 
@@ -258,6 +264,26 @@ def test_foreign_video_whose_decoder_crashes_or_hangs_is_refused(tmp_path, clip,
     monkeypatch.setattr("vidgen_ray.media.decode.VIDEO_DECODE_S", 1e-5)
     with pytest.raises(MediaError, match=r"clip\.mp4: could not be decoded within 1e-05 s"):
         open_foreign_video(clip, own_process=True)
+
+
+def test_videos_of_others_are_not_decoded_in_this_process(tmp_path, monkeypatch, make_shot):
+    """Answers of servers, sources of data cards, exports and scores, and uploads."""
+    path = write_mp4(tmp_path / "a.mp4", moving_frames(5))
+    for name in ("open_video", "open_video_stream"):
+        monkeypatch.setattr(f"vidgen_ray.media.decode.{name}", None)
+    assert (
+        len(
+            _decoded(
+                path.read_bytes(),
+                make_shot(num_frames=5, width=96, height=64, fps=24, video_model="remote", upscale_video=False),
+            )
+        )
+        == 5
+    )
+    assert _middle_frame(path).shape == (64, 96, 3)
+    assert encode_again(path, tmp_path / "b.mp4", Transcode(frames=3))["num_frames"] == 3
+    assert len(Clip({"clip": "a.mp4"}, path, None, None).frames) == 5
+    assert len(list(sample_frames(path, 2, 900))) == 2
 
 
 def test_missing_cut_and_remote_videos_raise_a_media_error_with_the_file_name(tmp_path, clip):
