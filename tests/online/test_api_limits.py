@@ -78,7 +78,12 @@ def test_missing_or_invalid_key_is_rejected_except_by_health_checks(server):
             assert response.headers["www-authenticate"] == "Bearer"
     assert error_of(client_of(server, "late").get("/v1/models"), 401)["code"] == "invalid_api_key", "an expired key"
     assert [client.head(path).status_code for path in ("/healthz", "/health", "/readyz")] == [200] * 3
-    for path, methods in (("/v1/videos", "GET, POST"), ("/v1/videos/x", "GET, DELETE"), ("/readyz", "GET, HEAD")):
+    for path, methods in (
+        ("/v1/videos", "GET, POST"),
+        ("/v1/videos/x", "GET, DELETE"),
+        ("/v1/videos/sync", "POST"),
+        ("/readyz", "GET, HEAD"),
+    ):
         refused = client.patch(path)
         assert (error_of(refused, 405)["code"], refused.headers["allow"]) == ("method_not_allowed", methods)
 

@@ -146,7 +146,7 @@ def test_files_of_a_server_are_closed_to_other_users(tiny, tmp_path):
             assert data.stat().st_mode & 0o777 == mode
             assert (data / "inputs").stat().st_mode & 0o777 == 0o700
             private = [*data.glob("jobs.db*"), *(data / "inputs").iterdir()]
-            assert len(private) == 4
+            assert len(private) == 5
             assert {path.stat().st_mode & 0o777 for path in private} == {0o600}
 
 

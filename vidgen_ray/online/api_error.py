@@ -161,13 +161,21 @@ async def _http_error(request: Request, error: Exception) -> Response:
     kind, code = CODES.get(error.status_code, (INVALID if error.status_code < 500 else "server_error", "error"))
     headers = dict(error.headers or {})
     if error.status_code == 405:
-        # Starlette names the methods of the first route only.
-        routes = request.app.routes
-        allowed = [
-            name for name in METHODS if any(r.matches({**request.scope, "method": name})[0] is Match.FULL for r in routes)
-        ]
-        headers["Allow"] = ", ".join(allowed)
+        headers["Allow"] = ", ".join(_allowed_methods(request))
     return _response(error.status_code, str(error.detail), kind, code, headers=headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Return the methods of all routes of a path. Starlette names those of the first route only."""
+    scope = request.scope
+    # /v1/videos/sync is not a video, although it matches /v1/videos/{video_id}.
+    own = request.app.openapi()["paths"].get(scope["path"].removeprefix(scope.get("root_path", "")))
+    return [
+        name
+        for name in METHODS
+        if any(route.matches({**scope, "method": name})[0] is Match.FULL for route in request.app.routes)
+        and (own is None or name == "HEAD" or name.lower() in own)
+    ]
 
 
 async def _database_error(_: Request, error: Exception) -> Response:

@@ -51,6 +51,7 @@ from vidgen_ray.shot import (
     FRAMES_SCHEMA,
     IMAGE_FIELDS,
     LORA_FIELDS,
+    TEXT,
     Guidance,
     Priority,
     Shot,
@@ -251,7 +252,9 @@ def _parse_seeds(value: Any) -> int | list[int]:
 
 Seeds = Annotated[int | list[int], PlainValidator(_parse_seeds, json_schema_input_type=Seed | list[Seed])]
 Scale: TypeAlias = Literal[2, 3, 4]
-Side = Annotated[int, Field(ge=1, le=16_384)]
+Side = Annotated[
+    int, Field(ge=1, le=16_384), WithJsonSchema({"type": "integer", "minimum": 64, "maximum": 8192, "multipleOf": 2})
+]
 ShortText = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 
 
@@ -353,7 +356,9 @@ class _Generation(RequestBody):
         None, description="Seed, or a list with the seed of each result. Default, and for -1: drawn by the server."
     )
     size: str | None = Field(
-        None, description="`WIDTHxHEIGHT` of the delivered file in pixels, even numbers from 64, or `auto`."
+        None,
+        description="`WIDTHxHEIGHT` of the delivered file in pixels, even numbers from 64, or `auto`.",
+        json_schema_extra={"pattern": f"^({SIZE.pattern})$"},
     )
     width: Side | None = Field(None, description="Width of the delivered file in pixels. Needs `height`. Same as `size`.")
     height: Side | None = Field(None, description="Height of the delivered file in pixels. Needs `width`.")
@@ -569,7 +574,7 @@ class CreateVideo(_Generation):
 class RemixVideo(CreateVideo):
     """Body of `POST /v1/videos/{video_id}/remix`. Omitted fields keep the values of the video."""
 
-    prompt: str | None = Field(None, description="Text to render.")
+    prompt: str | None = Field(None, description="Text to render.", json_schema_extra=TEXT)
 
 
 @with_peer_fields(images=True)
