@@ -13,6 +13,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from tests.conftest import EXAMPLES
 from tests.dataset.conftest import make_folder, moving, texture
+from vidgen_ray.batch.render_script import RunReport
 from vidgen_ray.bench.tiny_networks import clip_tokenizer
 from vidgen_ray.cli import main
 from vidgen_ray.dataset import score_folder as module
@@ -30,6 +31,7 @@ from vidgen_ray.dataset.tables import open_tables
 from vidgen_ray.outputs.manifest import read_manifest
 
 SIZE = (64, 128)
+REPORT = RunReport("r", 2, 0, 1, 0, 0, True, 1.0, 0.0, None, None, 0, {}, None, ())
 LOGGING_SCORER = """
 import os
 from pathlib import Path
@@ -145,7 +147,7 @@ def test_clips_are_scored_during_and_after_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "SCORERS", (HashScorer,))
     listeners, before = [], low_priority()
 
-    def render(script, profile, outputs, options, *, listener, stop):
+    def render(script, profile, outputs, options, *, listener, stop, lease):
         assert isinstance(listener, ScoringListener)
         for row in rows[:2]:
             listener.on_finished(row)
@@ -154,7 +156,7 @@ def test_clips_are_scored_during_and_after_a_run(tmp_path, monkeypatch, capsys):
         ray.wait(listener._running, num_returns=2)
         listener.on_status(SimpleNamespace(stages={}, gpus_busy=None, in_progress=0))
         listeners.append(listener)
-        return SimpleNamespace(done=2, skipped=1, failed=0, seconds=1, cost=None, currency=None, left=0, complete=True)
+        return REPORT
 
     monkeypatch.setattr("vidgen_ray.batch.render_script.render", render)
     script = tmp_path / "script.jsonl"
