@@ -299,6 +299,7 @@ class Database:
             return
         with suppress(OSError), ExitStack() as undo:
             undo.callback(self._reserve.unlink, missing_ok=True)
+            self._reserve.touch(0o600)
             with self._reserve.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
             undo.pop_all()
