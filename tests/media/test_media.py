@@ -28,7 +28,7 @@ from vidgen_ray.media import (
     open_video,
     read_image,
 )
-from vidgen_ray.media.decode import sample_frames
+from vidgen_ray.media.decode import _end_all, sample_frames
 from vidgen_ray.media.media_file import open_media
 from vidgen_ray.remote.stages import _decoded
 from vidgen_ray.upscale.frames import end_real_time_priority
@@ -251,6 +251,10 @@ def test_no_packet_of_a_codec_outside_of_the_list_is_decoded(tmp_path, monkeypat
 
 
 def test_foreign_video_whose_decoder_crashes_or_hangs_is_refused(tmp_path, clip, monkeypatch):
+    # Modules of the working directory are not those of this process.
+    (tmp_path / "numpy.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    _end_all()
     with open_foreign_video(clip) as video:
         child = video._child
         assert video.frames(3, 5).shape == (2, 64, 96, 3)

@@ -361,9 +361,10 @@ def open_foreign_video(path: Path, *, own_process: bool = False) -> ForeignVideo
         with suppress(IndexError):
             child = _idle.pop()
     if child is None or child.poll() is not None:
-        # Each thread of BLAS would take address space, which is limited.
+        # Each thread of BLAS would take address space, which is limited. Modules are those of this process, not of its folder.
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        arguments = [sys.executable, "-m", __name__, str(VIDEO_DECODE_S)]
+        environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        arguments = [sys.executable, "-P", "-m", __name__, str(VIDEO_DECODE_S)]
         pipe = subprocess.PIPE
         child = subprocess.Popen(arguments, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
     try:
