@@ -3,9 +3,13 @@
 import pickle
 from unittest.mock import Mock
 
+import pyarrow
 import pytest
+from PIL import Image
 
+from vidgen_ray.batch import line_planner
 from vidgen_ray.batch.line_planner import LinePlanner, unique_shots
+from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import DoneShot
 from vidgen_ray.script.check import LineChecker
@@ -67,3 +71,36 @@ def test_first_line_with_an_id_owns_it(planner):
         shots = in_blocks(planner, lines, size=size)
         assert [shot.line.shot.id for shot in shots[:1]] == ["a"]
         assert str(shots[1].line.errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has the same id")
+
+
+class InProcess:
+    """Data set whose tasks run at once in this process, as those of two executions may in one process of Ray."""
+
+    def __init__(self, lines):
+        self.block = pyarrow.table({"lines": [pickle.dumps(lines)]})
+
+    def map_batches(self, task, *, fn_kwargs, **_):
+        self.block = task(self.block, **fn_kwargs)
+        return self
+
+    def iter_batches(self, **_):
+        yield self.block
+
+
+def test_next_execution_in_a_process_sees_changed_files_and_other_finished_shots(planner, tmp_path, monkeypatch):
+    found = planner.finished
+    monkeypatch.setattr(line_planner, "ray", Mock(get=lambda _: found))
+    monkeypatch.setattr(line_planner, "on_this_node", lambda: {"label_selector": {}})
+    image = tmp_path / "photo.png"
+
+    def result(prompt, colour):
+        Image.new("RGB", (64, 64), colour).save(image)
+        ((line,),) = line_planner.planned_rows(
+            InProcess(numbered([{"id": "a", "prompt": prompt, "image": str(image)}])), planner
+        )
+        return line.result
+
+    assert result("new", "red").key == result("new", "red").key != result("new", "blue").key
+    assert isinstance(result("finished", "blue"), DoneShot)
+    found = Mock(other_owner=lambda *_: None, find=lambda plans, _: [None for _ in plans])
+    assert isinstance(result("finished", "blue"), ShotPlan)
