@@ -170,7 +170,7 @@ SCRIPTS: list[Case] = [
     used(
         "JSONL with a byte order mark and CRLF", content(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n'), ending=".jsonl"
     ),
-    refused("Parquet with a column nested 150 times", "too deeply nested", nested_column(150), ending=".parquet"),
+    refused("Parquet with a column nested 150 times", "must be a readable Parquet file", nested_column(150), ending=".parquet"),
 ]
 
 PROFILES: list[Case] = [
