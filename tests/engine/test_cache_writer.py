@@ -8,8 +8,11 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from tests.fake_stages import FAKES
 from vidgen_ray.engine import cache_writer
 from vidgen_ray.engine.cache_writer import CacheSettings, CacheWriter, bytes_per_worker
+from vidgen_ray.engine.config import EngineConfig
+from vidgen_ray.engine.worker import Worker
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.stage_cache import StageCache
 from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec
@@ -104,3 +107,14 @@ def test_limit_of_a_run_is_divided_among_the_workers_that_write(cache):
     assert bytes_per_worker(3, layout(slot("flux", "svd"), slot("realesrgan"))) == 3_000_000_000
     assert bytes_per_worker(3, layout(slot("flux"), slot("svd", "realesrgan"))) == 1_500_000_000
     assert bytes_per_worker(None, layout(slot("flux"))) is None
+
+
+def test_worker_that_stops_frees_its_gpu_before_it_writes_its_cache(tiny, tmp_path):
+    """The write may hang."""
+    worker = Worker(EngineConfig("run", tiny, OutputFolder(tmp_path), FAKES), WorkerSpec(("flux",), cpus=1, gpus=0))
+    assert worker.load() is None
+    runner, loaded = worker._loaded, []
+    runner.close = lambda: loaded.append("loaded" in vars(runner.stages["flux"]))
+    assert runner.stages["flux"].loaded
+    worker.close()
+    assert loaded == [False]

@@ -68,7 +68,7 @@ class CallResult:
 
     @classmethod
     def of_failure(cls, failed: StepFailed) -> CallResult:
-        if failed.stage == OUTPUT and isinstance(failed.cause, OSError | WriteError):
+        if isinstance(failed.cause, WriteError) or (failed.stage == OUTPUT and isinstance(failed.cause, OSError)):
             return cls(failure=failed.failure(), kind=Kind.DISK_FULL if is_disk_full(failed.cause) else Kind.WRITE)
         if isinstance(failed.cause, ForeignArtefacts):
             return cls(failure=failed.failure(), kind=Kind.FOREIGN)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vidgen_ray.errors import MediaError
+from vidgen_ray.errors import MediaError, WriteError
 from vidgen_ray.media import decode_lossless, encode_lossless, read_image, write_png
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Likeness
@@ -81,16 +81,25 @@ class StageCache:
 
 
 class RemoteJobs:
-    """Records of the jobs of servers, by the content key of their step or by a digest of server and job."""
+    """Records of the jobs of servers, by the content key of their step or by a digest of server and job.
+
+    Methods raise WriteError if the storage fails: neither the server nor the worker is the cause.
+    """
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
     def get(self, name: str) -> bytes | None:
-        return self._storage.read(job_path(name))
+        try:
+            return self._storage.read(job_path(name))
+        except OSError as error:
+            raise WriteError(f"the job of a server cannot be read: {error}") from error
 
     def __setitem__(self, name: str, content: bytes) -> None:
-        self._storage.write(job_path(name), content)
+        try:
+            self._storage.write(job_path(name), content)
+        except OSError as error:
+            raise WriteError(f"the job of a server cannot be stored: {error}") from error
 
 
 def job_path(name: str) -> str:
