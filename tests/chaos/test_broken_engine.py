@@ -118,7 +118,7 @@ BROKEN = {
         (shot_writer, "check_made_by", nothing),
         (WorkerPool, "call", call_unchecked),
     ),
-    "size": ("content", (step_runner, "_wrong_size", nothing)),
+    "size": ("content", (step_runner, "_wrong_pixels", nothing)),
     "single colour": ("content", (step_runner, "_is_single_colour", nothing)),
     "likeness": ("content", (shot_runner, "check_likeness", nothing)),
     "order of chunks": ("order", (shot_runner, "ordered_window", swapped), (shot_writer.ShotFiles, "add", add_any)),
