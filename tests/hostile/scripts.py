@@ -75,7 +75,7 @@ LINES: list[Case] = [
         raw('{"prompt": "a", "matrix": {"seed": ' + "[" * 900 + "1" + "]" * 900 + "}}"),
         field="matrix",
     ),
-    refused("metadata NaN", "plain JSON", raw('{"prompt": "a", "metadata": {"x": NaN}}'), field="metadata"),
+    refused("metadata NaN", "must be a finite number", raw('{"prompt": "a", "metadata": {"x": NaN}}'), field="metadata.x"),
     used("escape sequences in metadata", line(metadata={"x": "a\x1b[2J\x1b]0;owned\x07b"})),
     used("right-to-left override and ZWJ emoji", line(prompt="a \u202egpj.exe \U0001f469\u200d\U0001f680")),
     used("HTML and script", line(prompt="</script><script>alert(1)</script><img src=x onerror=alert(1)>")),
