@@ -549,6 +549,8 @@ def _advice(field: str, shot: Shot) -> str:
     stages = READERS[field]
     if shot.generate_video and all(stage.name in VIDEO_MODELS for stage in stages):
         return f"set video_model to {' or '.join(stage.name for stage in stages)}"
+    if not shot.face_image and any(stage in stages for stage in stages_of(shot)):
+        return "set face_image"
     labels = ", ".join(dict.fromkeys(stage.label for stage in stages))
     return f"only these stages read it, and the shot passes none of them: {labels}"
 
