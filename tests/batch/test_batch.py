@@ -31,8 +31,10 @@ from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import Cluster, Node, demand_of, plan, this_machine
 from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, settled
+from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script
+from vidgen_ray.shot import Shot
 from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.system.files import this_process
 
@@ -257,7 +259,8 @@ def test_line_that_cannot_be_read_replaces_and_prunes_no_shot(command, tmp_path,
 def test_prune_removes_the_files_of_failed_lines_and_keeps_those_that_the_library_has_made(command, tiny, make_shot, tmp_path):
     path, out = tmp_path / "s.jsonl", tmp_path / "out"
     lines = [{"id": id_, "prompt": "a ball", "generate_video": False} for id_ in "abcde"]
-    render = ("render", path, "-o", out, "-p", "tiny")
+    # Then the image of a clip has the bytes of the image alone.
+    render = ("render", path, "-o", out, "-p", "tiny", "--no-provenance")
 
     def has_files():
         return {id_ for id_ in "abcde" if (out / shot_path(id_) / "shot.json").exists()}
@@ -270,9 +273,10 @@ def test_prune_removes_the_files_of_failed_lines_and_keeps_those_that_the_librar
     write_lines(path, lines[4:])
     assert command(*render)[0] == 0
     assert {id_: row["status"] for id_, row in rows_of(out).items()} == dict.fromkeys("abcd", "replaced") | {"e": "done"}
-    with closing(use_fakes(VideoGenerationPipeline(tiny, out))) as pipeline:
-        for id_ in "cd":
-            pipeline.render(make_shot(id=id_, prompt="of the library", generate_video=False))
+    of_script = json.loads((out / shot_path("d") / "shot.json").read_text())["shot"]
+    with closing(use_fakes(VideoGenerationPipeline(tiny.with_provenance(ProvenanceSettings(metadata="off")), out))) as pipeline:
+        pipeline.render(make_shot(id="c", prompt="of the library", generate_video=False))
+        pipeline.render(Shot.model_validate({**of_script, "generate_video": True}))
     assert command("prune", out, "--dry-run")[1].splitlines()[1:] == ["a", "b"]
     assert command("prune", out)[0] == 0
     assert (has_files(), rows_of(out).keys()) == (set("cde"), {"e"})

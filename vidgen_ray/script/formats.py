@@ -237,7 +237,7 @@ def read_csv(path: Path, columns: Columns) -> tuple[Header, Lines]:
                 continue
             finally:
                 opened.clear()
-            if end - begin > 1 and _hides_row(row, separator, names):
+            if end > begin and _hides_row(row, separator, names):
                 yield _open_quote(path, begin, end, "rows of the table are inside of a cell")
                 continue
             if any(cell.strip() for cell in row.pop(None, ())):
@@ -272,7 +272,7 @@ def _hides_row(row: Mapping[Any, Any], separator: str, names: Sequence[str]) -> 
         is_like = bool(ID_PATTERN.fullmatch(id_)) and (bool(numbers) or id_ == own_id) if "id" in names else bool(numbers)
         return len(cells) == len(names) > 1 and is_like and all(map(NUMBER.fullmatch, numbers))
 
-    return any(is_row(text) for cell in row.values() if isinstance(cell, str) for text in cell.split("\n")[1:-1])
+    return any(is_row(text) for cell in row.values() if isinstance(cell, str) for text in cell.split("\n")[1:])
 
 
 def _quote_lines(texts: Iterator[str]) -> tuple[Iterator[str], list[int]]:
