@@ -22,7 +22,7 @@ DASHBOARD = json.loads((Path(__file__).parents[2] / "docs" / "grafana" / "vidgen
 MONITORING = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
 EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
 SERIES = re.compile(r"\bray_vidgen_\w+")
-RUN_LABELS = {"profile": "tiny", "run": "film", "script": "s.jsonl", "team": "team", "submission_id": "job"}
+RUN_LABELS = {"profile": "tiny", "run": "film", "script": r"M\xe4rz.jsonl", "team": "team", "submission_id": "job"}
 
 
 def every_exported_name():
@@ -72,7 +72,7 @@ class Run:
     """Worker process that records metrics, like the director of a run."""
 
     def record(self):
-        labels = RunLabels(run="000001-x", name="film", profile="tiny", script="s.jsonl", team="team", submission_id="job")
+        labels = RunLabels(run="000001-x", name="film", profile="tiny", script="März.jsonl", team="team", submission_id="job")
         run = RunMetrics(labels, lambda *_: None, print)
         run.shot_ended("done")
         run.shot_ended("failed")

@@ -131,13 +131,17 @@ class EngineMetrics:
 
     def _count(self, name: str, amount: float, **labels: str) -> None:
         if amount > 0:  # Ray's counters reject an increment of 0
-            self._counters[name].inc(amount, tags={**self._tags, **labels})
+            self._counters[name].inc(amount, tags=self._labelled(labels))
 
     def _set(self, name: str, value: float, **labels: str) -> None:
-        self._gauges[name].set(value, tags={**self._tags, **labels})
+        self._gauges[name].set(value, tags=self._labelled(labels))
 
     def _observe(self, name: str, seconds: float, **labels: str) -> None:
-        self._histograms[name].observe(max(0.0, seconds), tags={**self._tags, **labels})
+        self._histograms[name].observe(max(0.0, seconds), tags=self._labelled(labels))
+
+    def _labelled(self, labels: Mapping[str, str]) -> dict[str, str]:
+        """Return all labels. Ray takes ASCII only: other letters, such as those of a script's name, are escaped."""
+        return {name: value.encode("ascii", "backslashreplace").decode() for name, value in {**self._tags, **labels}.items()}
 
 
 def exported_names(name: str, spec: MetricSpec) -> tuple[str, ...]:
