@@ -2,6 +2,9 @@
 
 import io
 import itertools
+import os
+import subprocess
+import sys
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -268,6 +271,33 @@ def test_foreign_video_whose_decoder_crashes_or_hangs_is_refused(tmp_path, clip,
     monkeypatch.setattr("vidgen_ray.media.decode.VIDEO_DECODE_S", 1e-5)
     with pytest.raises(MediaError, match=r"clip\.mp4: could not be decoded within 1e-05 s"):
         open_foreign_video(clip, own_process=True)
+
+
+def test_process_for_videos_starts_with_any_module_path_and_names_any_file(tmp_path, monkeypatch):
+    """Without a working directory, with an entry that is no text, for a name that is not UTF-8."""
+    (folder := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    monkeypatch.setattr(sys, "path", ["", tmp_path, *sys.path])
+    path = write_mp4(tmp_path / "a.mp4", moving_frames(3)).rename(tmp_path / os.fsdecode(b"\xff.mp4"))
+    with open_foreign_video(path, own_process=True) as video:
+        assert video.frame_count == 3
+    path.write_bytes(b"-")
+    with pytest.raises(MediaError) as caught:
+        open_foreign_video(path, own_process=True)
+    assert str(caught.value).startswith(f"{path}: not a supported video format")
+
+
+def test_time_in_which_frames_wait_for_their_reader_is_not_that_of_the_decoder(tmp_path, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.media.decode.VIDEO_DECODE_S", 2.0)
+    # A frame is larger than a pipe holds.
+    path = write_mp4(tmp_path / "a.mp4", np.zeros((3, 256, 384, 3), np.uint8))
+    with open_foreign_video(path, own_process=True) as video:
+        frames = video.each_frame([0, 1, 2])
+        next(frames)
+        with pytest.raises(subprocess.TimeoutExpired):
+            video._child.wait(2.2)
+        assert len(list(frames)) == 2
 
 
 def test_videos_of_others_are_not_decoded_in_this_process(tmp_path, monkeypatch, make_shot):

@@ -363,7 +363,7 @@ def open_foreign_video(path: Path, *, own_process: bool = False) -> ForeignVideo
     if child is None or child.poll() is not None:
         # Each thread of BLAS would take address space, which is limited. Modules are those of this process, not of its folder.
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        environment["PYTHONPATH"] = os.pathsep.join(_module_folders())
         arguments = [sys.executable, "-P", "-m", __name__, str(VIDEO_DECODE_S)]
         pipe = subprocess.PIPE
         child = subprocess.Popen(arguments, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
@@ -372,6 +372,14 @@ def open_foreign_video(path: Path, *, own_process: bool = False) -> ForeignVideo
     except BaseException:
         _end(child)
         raise
+
+
+def _module_folders() -> list[str]:
+    """Return `sys.path` without entries in which Python itself finds no module: paths that are no text, a deleted folder."""
+    folders = [entry for entry in sys.path if isinstance(entry, str)]
+    with suppress(FileNotFoundError):
+        return [entry or os.getcwd() for entry in folders]
+    return [entry for entry in folders if entry]
 
 
 def sample_frames(path: Path, count: int, start_frames: int) -> Generator[Image, None, None]:
@@ -426,7 +434,7 @@ class ForeignVideoReader(VideoReader):
         if len(status) == _REPLY.size:
             (message_bytes,) = _REPLY.unpack(status)
             if message_bytes:
-                message = pipe.read(min(message_bytes, _MAX_MESSAGE_BYTES)).decode("utf-8", "replace")
+                message = pipe.read(min(message_bytes, _MAX_MESSAGE_BYTES)).decode("utf-8", "surrogateescape")
                 raise MediaError(f"{self.path}{message.removeprefix(str(self.path.absolute()))}")
             if len(reply := pipe.read(size)) == size:
                 return reply
@@ -491,10 +499,14 @@ def _serve_frames(timeout_s: float) -> None:
             elif video is not None:
                 for index in request:
                     (frame,) = video.frames(index, index + 1)
+                    # A reader that is slow to take a frame is no slow video.
+                    left_s, _ = signal.setitimer(signal.ITIMER_REAL, 0)
                     output.write(_REPLY.pack(0))
                     output.write(frame.tobytes())
+                    output.flush()
+                    signal.setitimer(signal.ITIMER_REAL, left_s)
         except MediaError as error:
-            message = str(error).encode("utf-8", "replace")[:_MAX_MESSAGE_BYTES]
+            message = str(error).encode("utf-8", "surrogateescape")[:_MAX_MESSAGE_BYTES]
             output.write(_REPLY.pack(len(message)) + message)
         output.flush()
         signal.setitimer(signal.ITIMER_REAL, 0)
