@@ -2,6 +2,8 @@
 
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,7 @@ from vidgen_ray.online import http_fetch
 from vidgen_ray.online import webhooks as webhooks_module
 from vidgen_ray.online.http_fetch import BlockedUrl, ImageFetcher, PublicHttpClient, UnreachableUrl, check_address, parse_url
 from vidgen_ray.online.server_settings import OnlineSettings, Webhooks
-from vidgen_ray.online.store.jobs import JobState
+from vidgen_ray.online.store.jobs import JobState, new_id
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.webhooks import WebhookSender
 
@@ -218,6 +220,36 @@ def test_failing_webhook_does_not_delay_others(site, tmp_path):
     site.responses = {"/down": (500, {}, b""), "/up": (204, {}, b"")}
     assert WebhookSender(webhooks, store).deliver_due() == 3
     assert sorted(path for path, _, _ in site.requests) == ["/down"] + ["/up"] * 3
+
+
+def test_slow_receivers_of_a_tenant_delay_neither_other_tenants_nor_targets(site, tmp_path, monkeypatch):
+    webhooks = webhooks_to(f"{site.url}/hook").model_copy(update={"allow_hosts": ("127.0.0.1",)})
+    store, reached, released = store_with(tmp_path, Clock(), webhooks), Event(), Event()
+    for tenant in ("ada", "ada", "bob"):
+        store.create(new_job(tenant, state=JobState.COMPLETED, request={"webhook": f"{site.url}/{new_id(tenant)}"}))
+    sender = WebhookSender(webhooks, store)
+    posted, post = [], sender._post
+
+    def slow_for_ada(target, message):
+        posted.append((target.name, message.tenant))
+        if posted[-1] == ("request", "ada") and not reached.is_set():
+            reached.set()
+            assert released.wait(60)
+        return post(target, message)
+
+    monkeypatch.setattr(sender, "_post", slow_for_ada)
+    site.responses = {"/hook": (204, {}, b"")}
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(sender.deliver_due, None, ["a"])
+        try:
+            assert reached.wait(60)
+            assert sender.deliver_due("a") == 3
+            assert sender.deliver_due(None, ["a"]) == 0, "the receivers do not exist"
+            assert posted[1:] == [("a", "ada"), ("a", "ada"), ("a", "bob"), ("request", "bob")]
+        finally:
+            released.set()
+        assert slow.result() == 0
+    assert posted[5:] == [("request", "ada")]
 
 
 def test_webhook_of_a_request_gets_signed_messages_if_its_host_is_allowed(site, tiny, tmp_path):

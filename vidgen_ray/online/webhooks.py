@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import random
+import threading
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from typing import Any
@@ -44,22 +45,37 @@ class WebhookSender:
         self._outbox = store.outbox
         self._engine = store.engine
         self._client = PublicHttpClient(DELIVERY_TIMEOUT_S, allow_private=webhooks.allow_private)
+        self._lock = threading.Lock()
+        self._busy: set[str] = set()
+        """Tenants of the messages that are being sent to receivers of requests."""
 
-    def deliver_due(self, exclude: Collection[str] = ()) -> int:
-        """Attempt each due message once, except those to targets in `exclude`. Return how many were delivered.
+    def deliver_due(self, only: str | None = None, exclude: Collection[str] = ()) -> int:
+        """Attempt each due message once, only those to the target `only`, if given, and none to targets in `exclude`.
 
-        A message whose sender crashes is sent again later, so a receiver may get it twice, with the same id.
+        Return how many were delivered. May be called in several threads: one at a time sends to receivers that requests of a
+        tenant name. A message whose sender crashes is sent again later, so a receiver may get it twice, with the same id.
         """
         if not self._webhooks.targets and not self._webhooks.allow_hosts:
             return 0
         delivered, failed = 0, set(exclude)
-        while (message := self._outbox.claim_due(2 * DELIVERY_TIMEOUT_S, exclude=failed)) is not None:
-            if self._deliver(message):
-                delivered += 1
-            else:
-                # Leave the other messages of this target for the next call, so that its timeout delays others only once.
-                failed.add(message.target)
+        while (message := self._claim(only, failed)) is not None:
+            try:
+                if self._deliver(message):
+                    delivered += 1
+                else:
+                    # Leave the other messages of this target for the next call, so that its timeout delays others only once.
+                    failed.add(message.target)
+            finally:
+                if message.is_of_request:
+                    self._busy.discard(message.tenant)
         return delivered
+
+    def _claim(self, only: str | None, exclude: Collection[str]) -> Message | None:
+        with self._lock:
+            message = self._outbox.claim_due(2 * DELIVERY_TIMEOUT_S, only, exclude, self._busy)
+            if message is not None and message.is_of_request:
+                self._busy.add(message.tenant)
+            return message
 
     def _deliver(self, message: Message) -> bool:
         target = self._target(message)
@@ -72,7 +88,7 @@ class WebhookSender:
 
     def _target(self, message: Message) -> Webhook | None:
         """Return the receiver of a message, or `None` if the settings do not name it any more."""
-        if "://" not in message.target:
+        if not message.is_of_request:
             return self._webhooks.target(message.target)
         try:
             check_webhook(message.target, self._webhooks)
@@ -126,6 +142,8 @@ def backoff_s(attempts: int) -> float:
 
 
 LOOP_INTERVAL_S = 1.0
+REQUEST_SENDERS = 4
+"""Threads that send to the receivers that requests name."""
 PURGE_INTERVAL_S = 60.0
 UPLOAD_CLEANUP_INTERVAL_S = 3600.0
 PURGE_BATCH = 8
@@ -140,10 +158,9 @@ async def run_maintenance(store: JobStore, settings: OnlineSettings, outputs: Ou
     uploads = upload_folder(outputs, store.uploads, settings.uploads)
     targets = [target.name for target in settings.webhooks.targets]
     await asyncio.gather(
-        # A slow target delays no other one.
-        *(_repeat(LOOP_INTERVAL_S, sender.deliver_due, {*targets} - {target}) for target in targets),
-        # Receivers that requests name.
-        _repeat(LOOP_INTERVAL_S, sender.deliver_due, targets),
+        # A slow target delays no other one, and slow receivers of a tenant no other tenant.
+        *(_repeat(LOOP_INTERVAL_S, sender.deliver_due, target) for target in targets),
+        *(_repeat(LOOP_INTERVAL_S, sender.deliver_due, None, targets) for _ in range(REQUEST_SENDERS)),
         _repeat(PURGE_INTERVAL_S, purge_jobs, store, outputs),
         _repeat(UPLOAD_CLEANUP_INTERVAL_S, uploads.expire, settings.retention_s),
         _repeat(UPLOAD_CLEANUP_INTERVAL_S, uploads.remove_unreferenced, UPLOAD_CLEANUP_INTERVAL_S),

@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from pydantic import Field, JsonValue
-from sqlalchemy import ColumnElement, Connection, Row, Select, bindparam, case, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, bindparam, case, delete, func, insert, or_, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from vidgen_ray.errors import FrozenModel, StrictModel
@@ -480,6 +480,11 @@ class Message(FrozenModel):
     tries: int
     """Failed attempts to deliver it."""
 
+    @property
+    def is_of_request(self) -> bool:
+        """Whether the target is the URL that the request names."""
+        return "://" in self.target
+
 
 class Outbox:
     """Webhook messages that wait for delivery. `JobRows` adds them."""
@@ -488,10 +493,18 @@ class Outbox:
         self._database = database
         self._steady = steady
 
-    def claim_due(self, lease_s: float, exclude: Collection[str] = ()) -> Message | None:
-        """Return the oldest due message to a target that is not in `exclude`. It is not due again for `lease_s` seconds."""
+    def claim_due(
+        self, lease_s: float, only: str | None = None, exclude: Collection[str] = (), busy: Collection[str] = ()
+    ) -> Message | None:
+        """Return the oldest due message to the target `only`, or to any, that is not in `exclude`.
+
+        It is not due again for `lease_s` seconds. `busy`: tenants of which messages to receivers of requests are left out.
+        """
         now = self._steady()
         due = [OUTBOX.c.next_try_at <= now, OUTBOX.c.target.not_in(exclude)]
+        due.append(or_(OUTBOX.c.target.not_like("%://%"), OUTBOX.c.tenant.not_in(busy)))
+        if only is not None:
+            due.append(OUTBOX.c.target == only)
         first = self._database.rows(select(OUTBOX.c.id).where(*due).order_by(OUTBOX.c.seq).limit(1))
         if not first:
             return None
