@@ -1,6 +1,7 @@
 """The gallery: what it shows of a run, in a browser, from disk and live, and reviews in it."""
 
 import json
+import math
 import shutil
 from importlib.util import find_spec
 
@@ -135,6 +136,8 @@ def test_any_score_can_be_sorted_by_and_is_shown(browser, out):
     )
     write_scores(storage, "other@1", {"clip_sha256": [clips["ada"]], "likeness_worst": [0.5]}, "2")
     (out / "scores/other@1/3.parquet").write_bytes(b"damaged")
+    write_scores(storage, "foreign@1", {"clip_sha256": digests, "loss": [math.nan, math.inf]})
+    write_scores(storage, "foreign@1", {"clip": digests, "loss": [1.0, 2.0]}, "2")
     data = gallery_page.gallery_data(storage)
     assert (data["scores"], [row.get("scores") for row in data["rows"]]) == (
         ["likeness_worst", "motion"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import json
+import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -180,19 +181,21 @@ def _add_scores(storage: Storage, shown: Sequence[dict[str, Any]]) -> list[str]:
     scores: dict[str, dict[str, float]] = {row["clip"]: {} for row in shown if "clip" in row}
     values = defaultdict[str, set[float]](set)
     for path in (path for paths in score_files(storage).values() for path in paths):
-        with suppress(OSError, pyarrow.ArrowException), opened(storage, path) as file:
+        with suppress(OSError, pyarrow.ArrowException, KeyError), opened(storage, path) as file:
             table = pyarrow.parquet.read_table(file)
             numbers = [field.name for field in table.schema if any(is_number(field.type) for is_number in NUMBERS)]
             for row in table.select(["clip_sha256", *numbers]).to_pylist():
                 if (known := scores.get(row.pop("clip_sha256"))) is not None:
-                    known |= {name: float(f"{value:.4g}") for name, value in row.items() if value is not None}
+                    # JSON has no infinite numbers.
+                    found = {name: value for name, value in row.items() if value is not None and math.isfinite(value)}
+                    known |= {name: float(f"{value:.4g}") for name, value in found.items()}
     for each in scores.values():
         for name, value in each.items():
             values[name].add(value)
     names = sorted(name for name, each in values.items() if len(each) > 1)
     for row in shown:
-        if found := scores.get(row.get("clip", "")):
-            row["scores"] = [found.get(name) for name in names]
+        if own := scores.get(row.get("clip", "")):
+            row["scores"] = [own.get(name) for name in names]
     return names
 
 
