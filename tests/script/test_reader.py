@@ -245,10 +245,11 @@ def test_quote_that_is_never_closed_is_named_with_its_line(tmp_path, cell, later
 
 
 def test_lines_of_a_prompt_are_no_rows(tmp_path):
-    text = 'id,prompt\ns1,"a cat\n1girl, sleepy\nin the sun"\ns2,"a dog\ns3,a cow\nb"\ns4,"a dog\ns5,a cow"\n'
+    text = 'id,prompt\n\ns0,"a dog\ns2,a cow\nb"\ns1,"a cat\n1girl, sleepy\nin the sun"\ns4,"a dog\ns5,a cow"\n'
     script = read_script(write(tmp_path, "s.csv", text))
     assert [shot.id for shot in script.shots] == ["s1"]
-    assert [error.line for error in script.errors] == [5, 8]
+    assert [error.line for error in script.errors] == [3, 9]
+    assert "for a prompt with such lines, write a .jsonl or .yaml script" in str(script.errors[0])
 
 
 def test_rejected_lines_have_unique_ids(tmp_path):

@@ -225,6 +225,7 @@ def read_csv(path: Path, columns: Columns) -> tuple[Header, Lines]:
             try:
                 row = next(rows)
                 end = rows.line_num + before
+                begin = next((number for number in opened if number >= begin), end)
             except StopIteration:
                 return
             except csv.Error as error:
@@ -238,7 +239,8 @@ def read_csv(path: Path, columns: Columns) -> tuple[Header, Lines]:
             finally:
                 opened.clear()
             if end > begin and _hides_row(row, separator, names):
-                yield _open_quote(path, begin, end, "rows of the table are inside of a cell")
+                inside = "rows of the table are inside of it; for a prompt with such lines, write a .jsonl or .yaml script"
+                yield _open_quote(path, begin, end, inside)
                 continue
             if any(cell.strip() for cell in row.pop(None, ())):
                 text = separator.join(map(str, row.values()))
