@@ -258,26 +258,29 @@ def test_line_that_cannot_be_read_replaces_and_prunes_no_shot(command, tmp_path,
 
 def test_prune_removes_the_files_of_failed_lines_and_keeps_those_that_the_library_has_made(command, tiny, make_shot, tmp_path):
     path, out = tmp_path / "s.jsonl", tmp_path / "out"
-    lines = [{"id": id_, "prompt": "a ball", "generate_video": False} for id_ in "abcde"]
+    lines = [{"id": id_, "prompt": "a ball", "generate_video": False} for id_ in "abcdef"]
     # Then the image of a clip has the bytes of the image alone.
     render = ("render", path, "-o", out, "-p", "tiny", "--no-provenance")
 
     def has_files():
-        return {id_ for id_ in "abcde" if (out / shot_path(id_) / "shot.json").exists()}
+        return {id_ for id_ in "abcdef" if (out / shot_path(id_) / "shot.json").exists()}
 
     write_lines(path, lines)
     assert command(*render)[0] == 0
     # Changed so that they fail, then removed.
     write_lines(path, [{**lines[0], "prompt": "raise"}, {**lines[1], "fps": 0}, {**lines[2], "prompt": "raise"}, *lines[3:]])
     assert command(*render)[0] == 1
-    write_lines(path, lines[4:])
+    write_lines(path, lines[4:5])
     assert command(*render)[0] == 0
-    assert {id_: row["status"] for id_, row in rows_of(out).items()} == dict.fromkeys("abcd", "replaced") | {"e": "done"}
+    assert {id_: row["status"] for id_, row in rows_of(out).items()} == dict.fromkeys("abcdf", "replaced") | {"e": "done"}
+    # Made with another key, which counts as the same result.
+    record = out / shot_path("f") / "shot.json"
+    record.write_text(record.read_text().replace(json.loads(record.read_text())["key"], "0" * 64))
     of_script = json.loads((out / shot_path("d") / "shot.json").read_text())["shot"]
     with closing(use_fakes(VideoGenerationPipeline(tiny.with_provenance(ProvenanceSettings(metadata="off")), out))) as pipeline:
         pipeline.render(make_shot(id="c", prompt="of the library", generate_video=False))
         pipeline.render(Shot.model_validate({**of_script, "generate_video": True}))
-    assert command("prune", out, "--dry-run")[1].splitlines()[1:] == ["a", "b"]
+    assert command("prune", out, "--dry-run")[1].splitlines()[1:] == ["a", "b", "f"]
     assert command("prune", out)[0] == 0
     assert (has_files(), rows_of(out).keys()) == (set("cde"), {"e"})
 

@@ -339,10 +339,12 @@ def _has_files_of(storage: Storage, row: dict[str, Any]) -> bool:
     """Return whether the files of a shot are those of its manifest row, not of a later render by a writer without rows."""
     folder = shot_path(row["id"])
     try:
-        key = json.loads(storage.read(f"{folder}/{RECORD}") or b"{}").get("key")
-        if row["key"] is not None:
-            return key is None or key == row["key"]
-        # The row of a failure has no key.
+        files = json.loads(storage.read(f"{folder}/{RECORD}") or b"{}").get("files", {})
+        # Not the key: a shot that was made with another key may count as the result of the row's.
+        digests = {file: row[f"{name}_sha256"] for name, file in SHOT_FILES.items() if row[f"{name}_sha256"] is not None}
+        if digests:
+            return not files or {file: files[file].get("sha256") for file in files.keys() & SHOT_FILES.values()} == digests
+        # The row of a failure has no digests.
         record = storage.files(folder).get(RECORD)
         return record is None or record.modified <= row["ended_at"].timestamp()
     # A damaged record is of no other render that could be used.
