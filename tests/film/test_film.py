@@ -181,7 +181,7 @@ def test_wrong_metadata_and_damaged_clips_are_named(shots, film):
         film()
     shots.add("a")
     path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(MediaError, match=r"video\.mp4: cannot be read as a video"):
+    with pytest.raises(MediaError, match=r"video\.mp4: not a supported video format"):
         film()
 
 
