@@ -16,10 +16,12 @@ from safetensors.numpy import save_file
 from tests.conftest import SYNTHETIC
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.media import write_png
+from vidgen_ray.script import check as checks
 from vidgen_ray.script import read
 from vidgen_ray.script.formats import EXTENSION_NAME, check_no_extension_types, open_script
 from vidgen_ray.script.lines import Columns, ScriptSettings
 from vidgen_ray.shot import Shot
+from vidgen_ray.stages.svd import SVDStage
 
 LINES = [
     {"id": "one", "prompt": "a red ball", "width": 128, "steps.flux": 3, "lora": ["a.safetensors"]},
@@ -404,6 +406,12 @@ def check(tmp_path):
         return read.read_script(settings, decode_files=decode_files)
 
     return check
+
+
+def test_metadata_that_only_a_stage_of_a_package_reads_are_not_noted(check, monkeypatch):
+    monkeypatch.setitem(checks.READERS, "metadata", [SVDStage])
+    monkeypatch.setattr(checks, "CHECKED", checks.CHECKED | {"metadata"})
+    assert check({"prompt": "a", "metadata": {"source": "web"}}).notes == ()
 
 
 def test_settings_without_effect_are_noted(check):

@@ -512,8 +512,8 @@ ADVICE = {
 """Field -> what to do."""
 OF_THE_IMAGE = frozenset(("style_prompt", "style_strength", "lora_strength"))
 """Fields that a continued shot does not read."""
-WITHOUT_NOTE = frozenset(("prompt", "negative_prompt", "seed", "width", "height"))
-"""Fields that stages read in nearly every shot, or that concern what the chain starts from."""
+WITHOUT_NOTE = frozenset(("prompt", "negative_prompt", "seed", "width", "height", "metadata"))
+"""Fields that stages read in nearly every shot, that concern what the chain starts from, or that have a use without a stage."""
 READERS: dict[str, list[type[Stage[Any]]]] = {}
 for _stage in STAGES:
     for _field in (*_stage.reads, *_stage.identity_fields):
