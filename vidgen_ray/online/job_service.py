@@ -102,12 +102,14 @@ class JobService:
         *,
         idempotency_key: str | None = None,
         fingerprint: str = "",
+        is_awaited: bool = False,
     ) -> list[Job]:
         """Store a job for each shot, all or none. Jobs whose shot is already rendered are completed immediately.
 
         `shots` have the fields of `Shot`, except that `image`, `last_image` and `face_image` are upload ids, `character` is the
         id or name of a character of the tenant, and LoRAs are names from the settings. `request` is returned to the client,
-        and with several shots the ids of all jobs as `outputs`.
+        and with several shots the ids of all jobs as `outputs`. `is_awaited`: the client waits for the results, so without a
+        key the jobs are cancelled if this call is, because the client is gone.
 
         Raises ApiError: 400 for an invalid field, 409 for an idempotency key of a different request, 429 for a full queue.
         """
@@ -120,8 +122,15 @@ class JobService:
             if earlier:
                 return earlier
         options = {"idempotency_key": idempotency_key, "fingerprint": fingerprint}
+        storing = asyncio.ensure_future(in_write_thread(self._store_new, tenant, kind, shots, request, options))
         try:
-            stored, created = await in_write_thread(self._store_new, tenant, kind, shots, request, options)
+            stored, created = await asyncio.shield(storing)
+        except asyncio.CancelledError:
+            # The thread stores them all the same.
+            if is_awaited and idempotency_key is None:
+                for job in (await storing)[0]:
+                    await self.cancel(tenant, job.id)
+            raise
         except IdempotencyConflict:
             raise _key_reused() from None
         except QueueFull as error:

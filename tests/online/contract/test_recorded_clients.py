@@ -3,8 +3,10 @@
 The bodies have every field that the client sends, with its defaults, in the encoding that it uses.
 """
 
+import asyncio
 import io
 import json
+import threading
 import time
 from contextlib import closing
 from http.client import HTTPConnection
@@ -280,6 +282,32 @@ def test_aborted_image_request_is_cancelled_unless_it_has_an_idempotency_key(ser
             time.sleep(0.02)
     # The server has ended all its requests.
     assert states_of(server, prompt) == {"queued" if key else "cancelled"}
+
+
+@pytest.mark.parametrize("path", ["images/generations", "videos/sync"])
+def test_request_that_is_aborted_while_its_job_is_stored_is_cancelled(server, held, monkeypatch, path):
+    service, reached, released = server.app.state.server.job_service, threading.Event(), threading.Event()
+    store, prompt = service._store_new, f"aborted while stored {path}"
+
+    def store_late(*args):
+        reached.set()
+        assert released.wait(60)
+        return store(*args)
+
+    async def abort():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(server.app), base_url="http://127.0.0.1") as client:
+            fields = {"prompt": prompt, "size": "64x64"}
+            request = asyncio.ensure_future(client.post(f"/v1/{path}", json=fields, timeout=60))
+            assert await asyncio.to_thread(reached.wait, 60)
+            request.cancel()
+            await asyncio.sleep(0)
+            released.set()
+            with pytest.raises(asyncio.CancelledError):
+                await request
+
+    monkeypatch.setattr(service, "_store_new", store_late)
+    asyncio.run(abort())
+    assert states_of(server, prompt) == {"cancelled"}
 
 
 def test_synchronous_request_with_an_idempotency_key_waits_again_after_a_disconnect(server):

@@ -302,7 +302,7 @@ async def create_video_sync(
     `Idempotency-Key`: then the same request waits for the same video again.
     """
     with server.event_streams.waiting(tenant):
-        jobs = await created_videos(request, server, tenant, idempotency_key, max_results=1)
+        jobs = await created_videos(request, server, tenant, idempotency_key, is_awaited=True)
         try:
             (done,) = await completed_while_connected(server, tenant, request, jobs, idempotency_key)
         except ClientDisconnected:

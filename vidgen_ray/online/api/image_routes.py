@@ -174,6 +174,7 @@ async def _respond(
             returned,
             idempotency_key=idempotency_key,
             fingerprint=f"{options.event} {received.fingerprint}"[:64],
+            is_awaited=True,
         )
         if options.stream:
             return server.event_streams.respond(tenant, _events(server, tenant, jobs, options, idempotency_key))

@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
-from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.online.api.openapi import EVENT_STREAM, JSON, ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateImages, CreateShot, CreateVideo, RemixVideo
 from vidgen_ray.online.api.responses import Estimate, ShotJob, Video, VideoDeleted, VideoPage, shot_response, video_response
@@ -140,15 +139,16 @@ async def created_videos(
     tenant: Tenant,
     idempotency_key: str | None,
     original: Job | None = None,
-    max_results: int = MAX_RESULTS,
+    *,
+    is_awaited: bool = False,
 ) -> list[Job]:
-    """Create the jobs of a request, or of a remix of `original`. Raises ApiError."""
+    """Create the jobs of a request, or of a remix of `original`. `is_awaited`: the response is its video. Raises ApiError."""
     async with receive(request, server.settings.uploads) as received:
         body = (CreateVideo if original is None else RemixVideo).parse(received.fields)
         fields, returned = await video_fields(server, tenant, body, original)
     shots = body.repeated(fields)
-    if len(shots) > max_results:
-        raise invalid("n", f"got {len(shots)}, must be {max_results}: the response is one file")
+    if is_awaited and len(shots) > 1:
+        raise invalid("n", f"got {len(shots)}, must be 1: the response is one file")
     of_original = "video" if original is None else original.id[6:26]
     return await server.job_service.accept(
         tenant,
@@ -157,6 +157,7 @@ async def created_videos(
         returned,
         idempotency_key=idempotency_key,
         fingerprint=f"{of_original} {received.fingerprint}"[:64],
+        is_awaited=is_awaited,
     )
 
 
