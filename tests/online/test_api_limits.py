@@ -144,7 +144,8 @@ def test_root_path_is_part_of_links_and_urls_with_a_proxy_that_removes_it_or_not
         client = client_of(server)
         for prefix in ("", "/vidgen"):
             page = TestClient(server.app, base_url="http://videos.example", follow_redirects=False)
-            assert page.get(f"{prefix}/").headers["location"] == "/vidgen/sign-in"
+            for path in (f"{prefix}/", prefix):
+                assert page.get(path).headers["location"] == "/vidgen/sign-in"
             assert 'href="/vidgen/static/' in page.get(f"{prefix}/sign-in").text
             assert "/vidgen/" in page.post(f"{prefix}/sign-in", data={"key": "vg-ada"}).headers["set-cookie"]
             assert client.get(f"{prefix}/static/page.css").status_code == 200

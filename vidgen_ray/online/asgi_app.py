@@ -127,6 +127,8 @@ class RootPath:
         if scope["type"] == "http":
             is_inside = f"{scope['path']}/".startswith(f"{self._root_path}/")
             path = scope["path"] if is_inside else self._root_path + scope["path"]
+            # Without a slash at the end it is the page, too.
+            path += "/" * (path == self._root_path)
             scope = {**scope, "path": path, "root_path": self._root_path}
         await self._app(scope, receive, send)
 
