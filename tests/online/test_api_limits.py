@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from sqlalchemy import update
 from starlette.testclient import TestClient
 
 from tests.conftest import ASTRONAUT, CONSENT_FIELD, SYNTHETIC
@@ -32,6 +33,7 @@ from vidgen_ray.online.auth import KeyRecord, add_key, check_bind_host, hash_key
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
+from vidgen_ray.online.store.database import JOBS
 from vidgen_ray.online.store.store import PURGE_DELAY_S
 from vidgen_ray.online.webhooks import purge_jobs
 from vidgen_ray.outputs.records import shot_path
@@ -538,9 +540,11 @@ def test_request_and_character_with_a_face_need_a_consent_and_record_it(server, 
     assert (job.shot.consent, job.request["require_consent"]) == (None, False)
 
 
-def test_erased_character_leaves_no_photo_and_no_features(server, client, held):
-    """`held`: the jobs stay queued, so what their stages would store is put in place by hand."""
-    content, other = resized(200), {"input_reference": ("a.png", png(65, 65))}
+@pytest.mark.parametrize("has_other_keys", [False, True])
+def test_erased_character_leaves_no_photo_and_no_features(server, client, held, has_other_keys):
+    """`held`: the jobs stay queued, so what their stages would store is put in place by hand. `has_other_keys`: as if another
+    profile had changed the keys of the jobs, but not those of all steps."""
+    content, other = resized(200 + has_other_keys), {"input_reference": ("a.png", png(65, 65))}
     files, fields = {"image": ("me.png", content)}, {"name": "Gone", **CONSENT_FIELD}
     character = client.post("/v1/videos/characters", data=fields, files=files).json()
     made_with_it = [made(client, character="Gone", prompt=prompt)["id"] for prompt in ("one", "two")]
@@ -552,6 +556,12 @@ def test_erased_character_leaves_no_photo_and_no_features(server, client, held):
     keys = {job.id: plan_job(job, service.serving_profile, server.settings).steps for job in jobs}
     for step in (step for steps in keys.values() for step in steps):
         server.outputs.storage.write(f"cache/{step.key[:2]}/{step.key}/face.json", "{}")
+    if has_other_keys:
+        with server.store.engine.begin() as connection:
+            connection.execute(update(JOBS).where(JOBS.c.id.in_(made_with_it)).values(key="k" * 64))
+    if has_other_keys:
+        with server.store.engine.begin() as connection:
+            connection.execute(update(JOBS).where(JOBS.c.id.in_(made_with_it)).values(key="k" * 64))
     erased = client.delete(f"/v1/characters/{character['id']}").json()
     steps = {step.key for job in made_with_it for step in keys[job]}
     assert (erased["characters"], erased["photos"], erased["cached_steps"]) == ([character["id"]], [photo], len(steps))

@@ -10,7 +10,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -217,11 +217,12 @@ class JobService:
         if (finished := self._outputs.find_by_id(job.shot_id or "")) is not None:
             keys |= {step.key for step in finished.record().stages}
         try:
-            plan = plan_job(job, self.serving_profile, self._settings)
+            plans = list(plans_of(job, self.serving_profile, self._settings))
         except (VidgenError, OSError):
             # The weights or a file of the job are gone, and with them the key.
             return keys
-        return keys | {step.key for attempt in (plan, *plan.again) for step in attempt.steps}
+        # With another profile, some steps still have the keys under which the job stored results.
+        return keys | {step.key for plan in plans for attempt in (plan, *plan.again) for step in attempt.steps}
 
     def plan(self, tenant: Tenant, fields: Mapping[str, Any]) -> ShotPlan:
         """Check the fields of a shot and return its steps and content key. Raises ApiError 400."""
@@ -420,17 +421,20 @@ def key_salt(tenant: str, settings: OnlineSettings) -> str:
 def plan_job(job: Job, serving_profile: ServingProfile, settings: OnlineSettings) -> ShotPlan:
     """Return the plan of a stored job. The last frames of videos are kept, since any of them may be continued later.
 
-    The setting of shared results may have changed since the job was stored. Raises what `ServingProfile.plan` raises, and
-    ProfileError if the key of the job has changed: the client was promised other bytes, and its files are found by that key.
+    Raises what `ServingProfile.plan` raises, and ProfileError if the key of the job has changed: the client was promised other
+    bytes, and its files are found by that key.
     """
-    salt = key_salt(job.tenant, settings)
-    licences = stored_licences(job)
-    plan = serving_profile.plan(job.shot, salt, licences)
-    if plan.key != job.key:
-        plan = serving_profile.plan(job.shot, "" if salt else job.tenant, licences)
-    if plan.key != job.key:
+    plan = next((plan for plan in plans_of(job, serving_profile, settings) if plan.key == job.key), None)
+    if plan is None:
         raise ProfileError("the server has other weights or another profile than when the job was created; create it again")
     return plan.with_last_frame() if plan.shot.generate_video else plan
+
+
+def plans_of(job: Job, serving_profile: ServingProfile, settings: OnlineSettings) -> Iterator[ShotPlan]:
+    """Yield the plans that a stored job has now, perhaps with other keys: the setting of shared results may have changed."""
+    licences, salt = stored_licences(job), key_salt(job.tenant, settings)
+    for each in (salt, "" if salt else job.tenant):
+        yield serving_profile.plan(job.shot, each, licences)
 
 
 def stored_licences(job: Job) -> tuple[UsedWeights, ...]:
