@@ -126,10 +126,11 @@ class JobService:
         try:
             stored, created = await asyncio.shield(storing)
         except asyncio.CancelledError:
-            # The thread stores them all the same.
+            # A thread that has begun to store them goes on.
             if is_awaited and idempotency_key is None:
                 for job in (await storing)[0]:
                     await self.cancel(tenant, job.id)
+            storing.cancel()
             raise
         except IdempotencyConflict:
             raise _key_reused() from None
