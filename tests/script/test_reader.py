@@ -411,7 +411,7 @@ def check(tmp_path):
 def test_metadata_that_only_a_stage_of_a_package_reads_are_not_noted(check, monkeypatch):
     monkeypatch.setitem(checks.READERS, "metadata", [SVDStage])
     monkeypatch.setattr(checks, "CHECKED", checks.CHECKED | {"metadata"})
-    assert check({"prompt": "a", "metadata": {"source": "web"}}).notes == ()
+    assert check({"prompt": "a", "metadata": {"source": "web"}}).notes == []
 
 
 def test_settings_without_effect_are_noted(check):
