@@ -300,18 +300,20 @@ def test_retry_renders_each_line_as_the_run_in_which_it_failed(command, tmp_path
     ):
         assert wrong in text
         text = text.replace(wrong, right)
-    (out / "failures.jsonl").write_text(text)
+    # Added by hand: with the options of the last run, which are not those of the last lines.
+    (out / "failures.jsonl").write_text('{"id": "hand", "prompt": "a"}\n' + text)
     code, report = command("retry", out, "--json")
-    assert (code, report["done"], report["failed"]) == (0, 3, 0)
+    assert (code, report["done"], report["failed"]) == (0, 4, 0)
     rows = rows_of(out)
+    assert {row["status"] for row in rows.values()} == {"done"}
     assert {id_: row["video"] is not None for id_, row in rows.items()} == {
-        "fails": True, "wrong": True, "image": False, "tall": False
+        "fails": True, "wrong": True, "image": False, "tall": False, "hand": False
     }  # fmt: skip
     records = {id_: json.loads((out / shot_path(id_) / "shot.json").read_text()) for id_ in rows}
     details = {id_: record["provenance"]["metadata"] for id_, record in records.items()}
-    assert details == {"fails": "off", "wrong": "off", "image": "full", "tall": "full"}
+    assert details == {"fails": "off", "wrong": "off", "image": "full", "tall": "full", "hand": "full"}
     assert {id_: "base.png" in record["files"] for id_, record in records.items()} == {
-        "fails": False, "wrong": False, "image": True, "tall": True
+        "fails": False, "wrong": False, "image": True, "tall": True, "hand": True
     }  # fmt: skip
     write_lines(first, [{"id": "wrong", "prompt": "a", "fps": 5}])
     assert records["wrong"]["shot"]["seed"] == read_script(ScriptSettings(first, 7)).shots[0].seed

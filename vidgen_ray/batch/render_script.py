@@ -30,7 +30,7 @@ from vidgen_ray.graph import check_profile, server_problems
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run, software_versions
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ManifestRow, new_name
-from vidgen_ray.outputs.manifest_writer import script_name
+from vidgen_ray.outputs.manifest_writer import FILE, script_name
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.outputs.run_log import RunLabels
 from vidgen_ray.planner import Cluster, Demand, Plan, calibrations, demand_of, peak_shares, save_calibration, this_machine
@@ -292,7 +292,9 @@ def render_lines(
         )
         recorder = stack.enter_context(RunRecorder(outputs.storage, lease, labels, listener))
         recorded = RecordedOptions.of(profile, options, planner.checker.run_seed, planner.checker.changes)
-        results = RunResults(outputs, labels, lease, recorder, on_row, recorded, is_script=script is not None)
+        # `vidgen retry` renders a part of the failed lines at a time.
+        is_script = script is not None and source != FILE
+        results = RunResults(outputs, labels, lease, recorder, on_row, recorded, is_script=is_script)
         # Of shots that are found before there is a plan.
         results.price = profile.price_per_gpu_hour if options.price is None else options.price
         director = Director(

@@ -69,7 +69,7 @@ class RunResults:
         *,
         is_script: bool,
     ) -> None:
-        """`is_script`: the run has a script, not one of several data sets with this name."""
+        """`is_script`: the run has a script, not one of several data sets with this name, or a part of the failed lines."""
         self._is_script = is_script
         self._lease = lease
         self._labels = labels
