@@ -264,7 +264,7 @@ def test_wrong_options_are_named():
         ({"servers": "http://video"}, urls),
         ({"servers": ["http://video", "video:8000"]}, f"'video:8000' {url} .*; write http://video:8000"),
         ({"servers": ["http://video:port"]}, f"'http://video:port' {url}"),
-        ({"servers": ["http://user:secret@video"]}, url),
+        *(({"servers": [f"http://{wrong}"]}, url) for wrong in ("user:secret@video", "video..local", "vi\tdeo", "video#1")),
         ({"fields": {"seed": 7}}, "seed is that of the shot"),
         ({"price_per_second": -1}, "price_per_second: got -1"),
     ):
@@ -275,6 +275,11 @@ def test_wrong_options_are_named():
         actor = profile.actors["remote"].model_copy(update={"weights": weights})
         with pytest.raises(ProfileError, match="must be remote:NAME"):
             profile.model_copy(update={"actors": {"remote": actor}}).options_of(RemoteVideoStage)
+
+
+def test_deeply_nested_list_of_models_is_refused():
+    with pytest.raises(SetupError, match="got no list of models"):
+        video_server.model_digest(MODEL, "http://video", httpx2.Response(200, content=b"[" * 100_000))
 
 
 MODELS = {"data": [{"id": MODEL}]}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
+import httpx2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
@@ -308,9 +309,13 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
 
 def _is_url(value: object) -> bool:
     try:
-        url = urlsplit(value if isinstance(value, str) else "")
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and not (url.username or url.query)
-    except ValueError:
+        url = urlsplit(text := value if isinstance(value, str) else "")
+        # The resolver refuses names with empty or too long parts, such as a..b.
+        host = httpx2.URL(text).raw_host.decode().encode("idna")
+        return (
+            url.scheme in ("http", "https") and bool(host) and url.port != 0 and not (url.username or url.query or url.fragment)
+        )
+    except (ValueError, httpx2.InvalidURL):
         return False
 
 

@@ -199,7 +199,7 @@ def model_digest(model: str, server: str, response: httpx2.Response) -> str:
         raise SetupError(f"{server}: redirects to {response.headers.get('location')}; write the server's own URL in `servers`")
     try:
         entries = {str(entry["id"]): entry for entry in response.json()["data"]}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise SetupError(f"{server}/v1/models: got no list of models; is this a server with OpenAI's API?") from None
     if model not in entries:
         raise SetupError(f"{server}: has no model {model!r}, must be one of {', '.join(sorted(entries)) or 'none'}")
