@@ -238,11 +238,13 @@ def test_display_rotation_is_applied(tmp_path):
 
 def test_no_packet_of_a_codec_outside_of_the_list_is_decoded(tmp_path, monkeypatch):
     """FFmpeg finds the pixel format of MagicYUV by decoding, when it opens the file."""
-    write_video(path := tmp_path / "a.avi", 3, codec="magicyuv")
+    write_video(path := tmp_path / "a b.avi", 3, codec="magicyuv")
     with open_media(path) as opened:
         assert opened.streams.video[0].codec_context.pix_fmt is None
     for read in (open_video, open_foreign_video, probe_clip, read_source):
-        with pytest.raises(MediaError, match=r"a\.avi: got video in magicyuv, must be in one of h264, .*ffmpeg -i a\.avi"):
+        with pytest.raises(
+            MediaError, match=r"a b\.avi: got video in magicyuv, must be in one of h264, .*ffmpeg -i 'a b\.avi' -c"
+        ):
             read(path)
     write_video(sound := tmp_path / "a.mkv", 3, sound_s=0.1, sound_codec="tta")
     with pytest.raises(MediaError, match=r"a\.mkv: got sound in tta, must be in one of aac, "):

@@ -4,6 +4,7 @@ labels.
 
 from __future__ import annotations
 
+import shlex
 import struct
 import zlib
 from collections.abc import Iterator
@@ -114,7 +115,8 @@ def decodable_stream(path: Path, opened: Any, kind: Literal["video", "audio"]) -
         raise MediaError(f"{path}: has no {name}, or none with a supported codec")
     permitted = VIDEO_CODECS if kind == "video" else SOUND_CODECS
     if (codec := stream.codec_context.name) not in permitted:
-        convert = f"convert the file, such as with `ffmpeg -i {path.name} {'-c:v ffv1 ' * (kind == 'video')}-c:a flac out.mkv`"
+        codecs = f"{'-c:v ffv1 ' * (kind == 'video')}-c:a flac"
+        convert = f"convert the file, such as with `ffmpeg -i {shlex.quote(path.name)} {codecs} out.mkv`"
         raise MediaError(f"{path}: got {name} in {codec}, must be in one of {', '.join(permitted)}; {convert}")
     return stream
 
