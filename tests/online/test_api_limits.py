@@ -155,6 +155,8 @@ def test_root_path_is_part_of_links_and_urls_with_a_proxy_that_removes_it_or_not
             (image,) = client.post(f"{prefix}/v1/images/generations", json=body).json()["data"]
             assert image["url"].startswith("http://videos.example/vidgen/v1/videos/")
             assert client.get(image["url"]).headers["content-type"] == "image/png"
+        through_tls = client.post("/v1/images/generations", json=body, headers={"X-Forwarded-Proto": "https, http"})
+        assert through_tls.json()["data"][0]["url"].startswith("https://videos.example/vidgen/v1/videos/")
         assert client.get("/openapi.json").json()["servers"] == [{"url": "/vidgen"}]
 
 

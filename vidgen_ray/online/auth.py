@@ -320,6 +320,14 @@ def is_loopback(host: str) -> bool:
         return host.lower().rstrip(".") == "localhost"
 
 
+def is_https(request: Request) -> bool:
+    """Return whether the client uses TLS. A proxy that terminates it sets X-Forwarded-Proto.
+
+    A client that forges this deceives only itself.
+    """
+    return "https" in (request.url.scheme, *map(str.strip, request.headers.get("x-forwarded-proto", "").split(",")))
+
+
 def is_same_origin(request: Request) -> bool:
     """Return whether a request comes from a page of this server or from a client that is not a browser.
 

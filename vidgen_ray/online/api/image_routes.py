@@ -50,7 +50,7 @@ from vidgen_ray.online.api.video_routes import (
     webhook_of,
 )
 from vidgen_ray.online.api_error import ApiError, invalid
-from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.auth import Tenant, is_https
 from vidgen_ray.online.delivered_size import nearest_image_side
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_context import ServerContext
@@ -182,7 +182,8 @@ async def _respond(
             ended = await completed_while_connected(server, tenant, request, jobs, idempotency_key)
         except ClientDisconnected:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-    base_url = str(request.base_url).rstrip("/")
+    scheme = "https" if is_https(request) else request.url.scheme
+    base_url = str(request.base_url.replace(scheme=scheme)).rstrip("/")
     data: list[ImageResult] = []
     for job in ended:
         if options.response_format == "url":

@@ -26,7 +26,7 @@ from vidgen_ray.graph import STAGE_BY_NAME, file_sizes, stages_of
 from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.media import image_size
 from vidgen_ray.online.api_error import ApiError, found
-from vidgen_ray.online.auth import SESSION_COOKIE, SESSION_S, Tenant, is_same_origin
+from vidgen_ray.online.auth import SESSION_COOKIE, SESSION_S, Tenant, is_https, is_same_origin
 from vidgen_ray.online.delivered_size import SCALES, delivered_artefact_of
 from vidgen_ray.online.job_service import allowed_priorities
 from vidgen_ray.online.previews import encode_thumbnail, previewed_stage
@@ -249,8 +249,7 @@ def auth_routes(router: APIRouter, context: PageContext) -> None:
             token,
             max_age=SESSION_S,
             path=f"{base_path(request)}/",
-            # A proxy that terminates TLS sets X-Forwarded-Proto. A client that forges it only loses its own session.
-            secure="https" in (request.url.scheme, *map(str.strip, request.headers.get("x-forwarded-proto", "").split(","))),
+            secure=is_https(request),
             httponly=True,
             samesite="strict",
         )
