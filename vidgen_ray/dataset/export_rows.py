@@ -54,6 +54,8 @@ CHAINS = """SELECT id, 'shot ' || id AS key FROM clips
     UNION ALL SELECT id, 'shot ' || continue_from AS key FROM clips WHERE continue_from IS NOT NULL"""
 FEW_GROUPS, MAX_DIVISIONS = 30, 100_000
 """Groups below which a set is divided as near to the shares as possible, and divisions of groups that are compared for it."""
+RECORDED_GROUPS = 10_000
+"""Groups below which all splits are recorded, since the set may become one of few groups."""
 
 
 class Transcode(StrictModel):
@@ -261,7 +263,7 @@ def assign_splits(
 ) -> dict[str, str]:
     """Create the table `splits` with the split of each id in `chosen`.
 
-    Return place -> split of groups whose split need not follow from their hash, for the next call.
+    Return place -> split for the next call: of all groups below RECORDED_GROUPS, otherwise where the hash gives another one.
 
     A group keeps its split: that of its exported clips (table `done`), or the one in `known`, which an earlier call returned.
     That of another group follows from the hash of its smallest key, so that it does not depend on the other clips. Few groups
@@ -288,7 +290,8 @@ def assign_splits(
     database.register("chosen_splits", table)
     database.execute("CREATE TABLE splits AS SELECT id, split FROM members JOIN chosen_splits USING (number)")
     by_number = {group.number: str(group.place) for group in groups}
-    return known | {by_number[each]: split for each, split in chosen.items() if are_few or split != hashed[each]}
+    are_recorded = len(groups) < RECORDED_GROUPS
+    return known | {by_number[each]: split for each, split in chosen.items() if are_recorded or split != hashed[each]}
 
 
 def _nearest(
