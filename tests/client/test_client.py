@@ -174,7 +174,7 @@ PRIVATE = {
 }
 
 
-@pytest.mark.parametrize("given", ["/dev/zero", "/proc/self/environ", "pipe", ".", *PRIVATE])
+@pytest.mark.parametrize("given", ["/dev/zero", "/proc/self/environ", "pipe", ".", "a\0", *PRIVATE])
 def test_only_regular_files_of_images_are_sent(given, tmp_path):
     (tmp_path / given).write_bytes(PRIVATE[given]) if given in PRIVATE else None
     os.mkfifo(tmp_path / "pipe")

@@ -65,7 +65,8 @@ def file_of(image: Any, kind: Kind = "image") -> tuple[str, bytes]:
 
 def _read(path: Path, kind: Kind) -> bytes:
     limit = MAX_BYTES[kind]
-    if not stat.S_ISREG(path.stat().st_mode):
+    # No file has a NUL in its name.
+    if "\0" in str(path) or not stat.S_ISREG(path.stat().st_mode):
         raise ClientError(f"{path}: not sent, must be a regular file")
     with path.open("rb") as file:
         content = file.read(START_BYTES)
