@@ -126,7 +126,7 @@ class JobService:
         try:
             stored, created = await asyncio.shield(storing)
         except asyncio.CancelledError:
-            # A thread that has begun to store them goes on.
+            # A thread that has begun still stores them.
             if is_awaited and idempotency_key is None:
                 for job in (await storing)[0]:
                     await self.cancel(tenant, job.id)

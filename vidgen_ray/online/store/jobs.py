@@ -482,7 +482,7 @@ class Message(FrozenModel):
 
     @property
     def is_of_request(self) -> bool:
-        """Whether the target is the URL that the request names."""
+        """Return whether the target is the URL that the request names."""
         return "://" in self.target
 
 
