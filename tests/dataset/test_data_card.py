@@ -186,7 +186,10 @@ def test_printed_command_reproduces_the_shots_of_a_script(command, tmp_path, mon
     code, _ = command("render", folder / "prompts.csv", "-o", outs[0], "-p", "tiny", *given)
     assert code == 0, command.messages
     storage = storage_at(outs[0])
-    printed = data_card._reproduction({"scripts": ["prompts.csv"]}, STATE_OF_EXPORT, storage)["commands"].splitlines()[0]
+    storage.write("seeds.json", '{"B2": [1, 2]}')
+    reproduction = data_card._reproduction({"scripts": ["prompts.csv"]}, STATE_OF_EXPORT, storage)
+    assert reproduction["settings"][-1]["Value"].startswith("1 shot. Copy seeds.json of the rendered folder to OUT")
+    printed = reproduction["commands"].splitlines()[0]
     assert "/" not in printed
     assert "--map Bild-Nr.=id" in printed
     words = shlex.split(printed)

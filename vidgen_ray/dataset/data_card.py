@@ -29,6 +29,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image as PILImage
 
+from vidgen_ray.batch.line_planner import SEEDS_FILE, read_seeds
 from vidgen_ray.dataset.tables import DIGEST, MEMORY_LIMIT, NUMBERS, OWN_COLUMNS, REVIEWS, columns_of, quoted
 from vidgen_ray.errors import MediaError
 from vidgen_ray.licences import UsedWeights
@@ -43,7 +44,7 @@ from vidgen_ray.safety import Consent
 from vidgen_ray.script.lines import PATH_FIELDS, parse_field
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Image
-from vidgen_ray.system.quantities import duration, size
+from vidgen_ray.system.quantities import count, duration, size
 
 ROWS, STATE = ".vidgen/rows.parquet", ".vidgen/export.json"
 FOLDER, GRID = "card", "card/samples.webp"
@@ -236,6 +237,11 @@ def _reproduction(totals: Mapping[str, Any], state: Mapping[str, Any], source: S
         "Profile of the last run": profile,
         "Versions": ", ".join(f"{name} {number}" for name, number in versions),
     }
+    if seeds := read_seeds(source):
+        settings["Seeds chosen by vidgen retry"] = (
+            f"{count(len(seeds), 'shot')}. Copy {SEEDS_FILE} of the rendered folder to OUT before the commands below, or set "
+            f"the seeds in {ROWS} in the script."
+        )
     words = shlex.split(state["command"])
     of_script = ["--profile", profile] if profile else []
     renders = [

@@ -35,7 +35,7 @@ VIDEO_CODECS = (
 SOUND_CODECS = (
     *("aac", "ac3", "alac", "eac3", "flac", "mp2", "mp2float", "mp3", "mp3float", "opus", "libopus", "vorbis"),
     *("pcm_alaw", "pcm_mulaw", "pcm_u8", "pcm_s16be", "pcm_s16le", "pcm_s24be", "pcm_s24le", "pcm_s32be", "pcm_s32le"),
-    *("pcm_f32be", "pcm_f32le"),
+    *("pcm_f32be", "pcm_f32le", "pcm_bluray", "pcm_dvd"),
 )
 """FFmpeg's decoders that may read the sound of a file."""
 CLIP_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".flv", ".mpg", ".mpeg", ".vob")
