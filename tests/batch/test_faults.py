@@ -174,13 +174,13 @@ def test_lines_after_the_first_ones_stream_through_ray_data_and_a_lost_planning_
     monkeypatch.setattr("vidgen_ray.batch.line_planner.BLOCK_LINES", 2)
     crashed = tmp_path / "crashed"
 
-    def crash_once(block, planner, finished):
+    def crash_once(block, **arguments):
         from vidgen_ray.batch.line_planner import _plan_block
 
         if not crashed.exists():
             crashed.touch()
             os._exit(1)
-        return _plan_block(block, planner, finished)
+        return _plan_block(block, **arguments)
 
     lines = shots(9)
     # A wrong line and a repeated id among the streamed lines.
