@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 CPUS = 32
 """CPUs that Ray assumes, as on a machine with that many GPUs. Stages sleep, so fewer real ones suffice."""
-OBJECT_STORE_BYTES = 4 * 2**30
+OBJECT_STORE_BYTES = int(os.environ.get("VIDGEN_BENCHMARK_STORE_BYTES", 4 * 2**30))
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "RAY_AUTH_MODE": "disabled",

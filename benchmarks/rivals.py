@@ -1,13 +1,14 @@
 """What people would use instead, under faults: a script with a video server, a script with a fused Ray Data actor, and vidgen.
 
 All render the same lines on the same simulated GPUs (`simulated.py`), and are configured for production: retries, timeouts,
-atomic writes, skipping of finished clips, a server that is restarted when it exits. A command that does not exit with 0 within
-its limit is stopped and run once more. README.md says what is counted.
+atomic writes, a lock, skipping of clips that were made from the same line, a server that is restarted when it exits. A command
+that does not exit with 0 within its limit is stopped and run once more. README.md says what is counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ from rich.table import Table
 
 from benchmarks.local_ray import ENVIRONMENT
 from benchmarks.machine import machine, write_json
+from benchmarks.peers.lines import content_of
 from benchmarks.peers.video_server import clip_of
 from benchmarks.simulated import SECONDS_PER_SHOT, events, inject, prepare, shot_ids
 
@@ -41,12 +43,14 @@ ROOT = Path(__file__).parent.parent
 GPUS, GPU_GB = 2, 160.0
 """Two runs at once fit on a GPU."""
 SHOTS, QUICK_SHOTS = 12, 4
-TIMEOUT_S = 20.0
-"""Timeout of a job of the video server: more than ten times its usual seconds, with waiting."""
-NO_PROGRESS_S = 40.0
+TIMEOUT_S = 10.0
+"""Timeout of a job of the video server: several times its usual seconds, with waiting."""
+NO_PROGRESS_S = 20.0
 LIMIT_S = 90.0
 """Seconds after which a command is stopped."""
 OUTAGE_S = 8.0
+STORE_BYTES = 80 * 2**20
+"""Object store of Ray whose disk is full: eight generated clips."""
 POLL_S = 0.05
 BAD = 2
 """Index of the line that is changed, broken or poisonous, or whose call fails."""
@@ -74,6 +78,11 @@ FAULTS = {
     "changed prompt": Fault("a prompt is changed after the run, and the command repeated", happens="change"),
     "broken line": Fault("a line is not JSON", happens="break"),
     "two runs": Fault("the command runs twice at once", happens="twice"),
+    "storage hangs": Fault(f"no file operation of the output folder ends for {OUTAGE_S:g} s", happens="freeze"),
+    "storage unmounted": Fault(f"the output folder's file system is unmounted for {OUTAGE_S:g} s", happens="unmount"),
+    "Ray's disk full": Fault("Ray cannot spill objects, its store holds eight clips", happens="no spilling"),
+    "typo": Fault("after the run, a line is broken, and the command repeated (vidgen: with --prune)", happens="typo"),
+    "notebook": Fault("one process executes twice; in between, a start image is replaced", happens="notebook"),
 }
 QUICK_FAULTS, QUICK_SYSTEMS = ("changed prompt",), ("video server", "vidgen")
 
@@ -96,6 +105,8 @@ class Result:
     """GPU-seconds of finished calls beyond one call of each stage and clip."""
     stopped: int
     """Commands that did not end."""
+    codes: tuple[int, ...]
+    """Exit codes of the others."""
 
 
 class Run:
@@ -104,6 +115,7 @@ class Run:
     def __init__(self, system: str, fault: str, folder: Path, shots: int) -> None:
         self.system, self.fault, self.folder, self.out = system, FAULTS[fault], folder, folder / "disk" / "out"
         self.name, self.stopped = fault, 0
+        self.codes: list[int] = []
         prepare(folder, GPUS, GPU_GB)
         self.script = folder / "script.jsonl"
         if system == "vidgen":
@@ -112,21 +124,36 @@ class Run:
             self.lines = write_inputs(folder, shots)
         else:
             self.lines = [{"id": shot, "prompt": f"simulated shot {number}"} for number, shot in enumerate(shot_ids(shots))]
-        self._write_script()
+        if self.fault.happens == "notebook":
+            self._write_images()
+        self._write_script(broken=self.fault.happens == "break")
         if self.fault.gpu is not None:
             inject(folder, **self.fault.gpu)
 
-    def _write_script(self) -> None:
+    def _write_script(self, *, broken: bool = False) -> None:
         texts = [json.dumps(line) for line in self.lines]
-        if self.fault.happens == "break":
+        if broken:
             texts[BAD] = texts[BAD][:-1]
         self.script.write_text("".join(text + "\n" for text in texts))
+
+    def _write_images(self) -> None:
+        """Let each line start from an image. After the first execution, the images in `next` replace those of their name."""
+        from benchmarks.peers.vidgen_script import image_of
+        from vidgen_ray.media import write_png
+
+        for name in ("inputs", "next"):
+            (self.folder / name).mkdir(exist_ok=True)
+        for line in self.lines:
+            file = self.folder / "inputs" / f"start-{line['id']}.png"
+            write_png(file, image_of(line["id"].encode()))
+            line["image"] = str(file)
+        write_png(self.folder / "next" / Path(self.lines[BAD]["image"]).name, image_of(b"another image"))
 
     def measure(self) -> Result:
         with ExitStack() as stack:
             self.out.parent.mkdir()
-            if self.fault.happens == "full":
-                stack.enter_context(_small_disk(self.out.parent))
+            if self.fault.happens in DISKS:
+                stack.enter_context(_disk(self.folder, self.out.parent, self.fault.happens))
             servers = stack.enter_context(_video_servers(self.folder)) if self.system == "video server" else []
             started = time.monotonic()
             self._run(servers)
@@ -139,7 +166,7 @@ class Run:
             with self._command(servers) as process:
                 while process.poll() is None and len(list(self._clips())) < len(self.lines) // 4:
                     time.sleep(POLL_S)
-        outage = threading.Thread(target=self._fill_disk) if happens == "full" else None
+        outage = threading.Thread(target=self._outage) if happens in DISKS else None
         if outage:
             outage.start()
         if happens == "twice":
@@ -153,6 +180,10 @@ class Run:
             self.lines[BAD]["prompt"] = "another prompt"
             self._write_script()
             self._until_done(servers)
+        if happens == "typo":
+            self._write_script(broken=True)
+            with self._command(servers, "--prune") as process:
+                self._wait(process)
 
     def _until_done(self, servers: list[str]) -> None:
         for _ in range(2):
@@ -162,36 +193,34 @@ class Run:
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         try:
-            return process.wait(LIMIT_S)
+            code = process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
             self.stopped += 1
             return -1
+        self.codes.append(code)
+        return code
 
     @contextmanager
-    def _command(self, servers: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-        """Run the command in a session of its own, and kill it at the end of the block."""
+    def _command(self, servers: list[str], *flags: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Run the command in a session of its own, and kill it at the end of the block. `flags` are of vidgen."""
         paths = [str(self.folder), str(self.script), str(self.out)]
         arguments = {
             "video server": ["benchmarks.peers.video_script", *paths[1:], *servers, "--timeout", str(TIMEOUT_S)],
             "fused Ray Data": ["benchmarks.peers.fused_script", *paths, str(GPUS), str(NO_PROGRESS_S)],
-            "vidgen": ["benchmarks.peers.vidgen_script", *paths, str(GPUS), str(GPU_GB)],
+            "vidgen": ["benchmarks.peers.vidgen_script", *paths, str(GPUS), str(GPU_GB), *flags],
         }[self.system]
         with (self.folder / "log.txt").open("ab") as log:
-            process = _start(arguments, log)
+            process = _start(arguments, log, FULL_RAY if self.fault.happens == "no spilling" else {})
         try:
             yield process
         finally:
             _kill(process)
 
-    def _fill_disk(self) -> None:
+    def _outage(self) -> None:
         while not any(self._clips()):
             time.sleep(POLL_S)
-        ballast = self.out.parent / "ballast"
-        with ballast.open("wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(bytes(4096))
-        time.sleep(OUTAGE_S)
-        ballast.unlink()
+        with DISKS[self.fault.happens](self.out.parent):
+            time.sleep(OUTAGE_S)
 
     def _clips(self) -> Iterator[Path]:
         return self.out.glob("shots/*/*/shot.json" if self.system == "vidgen" else "*.mp4")
@@ -209,8 +238,8 @@ class Run:
             wrong += row is None or (row["status"] != "failed") != is_done or (is_done and row["prompt"] != line["prompt"])
         times = Counter(row["id"] for row in rows if row["status"] == "done")
         states = Counter(done.values())
-        # The first clip of a changed prompt was useful, too.
-        useful = len(done) + (self.fault.happens == "change" and not states["stale"])
+        # The first clip of a changed line was useful, too.
+        useful = len(done) + (self.fault.happens in ("change", "notebook") and not states["stale"])
         busy_s = sum(event.t1 - event.t0 for event in events(self.folder))
         return Result(
             self.system,
@@ -223,45 +252,47 @@ class Run:
             seconds=round(seconds, 1),
             wasted_gpu_s=round(max(0.0, busy_s - useful * SECONDS_PER_SHOT), 1),
             stopped=self.stopped,
+            codes=tuple(self.codes),
         )
 
     def _clip_states(self) -> dict[str, str]:
         """Return for each line with a clip whether it is good, stale or truncated."""
         states = {}
-        for line in self.lines:
+        for number, line in enumerate(self.lines):
             if self.system == "vidgen":
+                shows = line["prompt"].encode()
+                if self.fault.happens == "notebook":
+                    shows = b"another image" if number == BAD else line["id"].encode()
                 for row in self._rows():
                     if row["id"] == line["id"] and row["hd_video"] is not None:
-                        states[line["id"]] = _state_of_video(self.out / row["hd_video"], line["prompt"])
+                        states[line["id"]] = _state_of_video(self.out / row["hd_video"], shows)
             elif (file := self.out / f"{line['id']}.mp4").exists():
-                content, wanted = file.read_bytes(), clip_of(line["prompt"])
+                content, wanted = file.read_bytes(), clip_of(content_of({"image": "", **line}))
                 is_whole = len(content) == len(wanted)
                 states[line["id"]] = "good" if content == wanted else "stale" if is_whole else "truncated"
         return states
 
     def _rows(self) -> list[dict[str, Any]]:
+        """Return the rows as users of each system read them."""
         if self.system == "video server":
             file = self.out / "manifest.jsonl"
             return [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
         if self.system == "fused Ray Data":
-            import pyarrow.parquet
+            from benchmarks.peers.fused_script import rows_of
 
-            files = sorted(self.out.glob("manifest/*.parquet"), key=lambda file: file.stat().st_mtime)
-            rows: list[dict[str, Any]] = []
-            for file in files:
-                # A full disk leaves files without content.
-                with suppress(pyarrow.ArrowInvalid):
-                    rows += pyarrow.parquet.read_table(file).to_pylist()
-            return rows
-        from vidgen_ray.outputs.manifest import read_manifest
+            return rows_of(self.out)
+        import pyarrow.parquet
 
-        return [vars(row) for row in read_manifest(self.out)]
+        if not (self.out / "manifest").exists():
+            return []
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(self.out / "manifest").to_pylist()
+        return rows
 
 
-def _state_of_video(file: Path, prompt: str) -> str:
+def _state_of_video(file: Path, shows: bytes) -> str:
     import av
 
-    from benchmarks.peers.vidgen_script import colour_of
+    from benchmarks.peers.vidgen_script import digests_shown
     from benchmarks.simulated import FRAMES
 
     try:
@@ -271,11 +302,11 @@ def _state_of_video(file: Path, prompt: str) -> str:
         return "truncated"
     if len(frames) != FRAMES:
         return "truncated"
-    return "good" if abs(float(np.mean(frames[0])) - colour_of(prompt)) < 2 else "stale"
+    return "good" if digests_shown(np.stack(frames)) == {hashlib.sha256(shows).digest()} else "stale"
 
 
-def _start(arguments: list[str], log: Any) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+def _start(arguments: list[str], log: Any, variables: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), **(variables or {})}
     command = [sys.executable, "-m", *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -288,13 +319,52 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _small_disk(folder: Path) -> Iterator[None]:
-    """Mount a disk that can be full."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=True)  # noqa: S607
+def _disk(folder: Path, mount_point: Path, happens: str) -> Iterator[None]:
+    """Mount a small disk: of memory if it is to be full, else an ext4 file system, which can be frozen and mounted again."""
+    if happens == "full":
+        _root("mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", mount_point)
+    else:
+        with (folder / "disk.img").open("wb") as file:
+            file.truncate(512 << 20)
+        _root("mkfs.ext4", "-q", folder / "disk.img")
+        _root("mount", "-o", "loop", folder / "disk.img", mount_point)
     try:
         yield
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # noqa: S607
+        _root("umount", "--lazy", mount_point)
+
+
+def _root(*command: Any) -> None:
+    subprocess.run([str(part) for part in command], check=True)
+
+
+@contextmanager
+def _full(disk: Path) -> Iterator[None]:
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    yield
+    ballast.unlink()
+
+
+@contextmanager
+def _frozen(disk: Path) -> Iterator[None]:
+    _root("fsfreeze", "--freeze", disk)
+    yield
+    _root("fsfreeze", "--unfreeze", disk)
+
+
+@contextmanager
+def _unmounted(disk: Path) -> Iterator[None]:
+    _root("umount", "--lazy", disk)
+    yield
+    _root("mount", "-o", "loop", disk.parent / "disk.img", disk)
+
+
+DISKS = {"full": _full, "freeze": _frozen, "unmount": _unmounted}
+"""Kind of outage of the disk with the output folder -> context manager in which it happens."""
+FULL_RAY = {"RAY_local_fs_capacity_threshold": "0.0001", "VIDGEN_BENCHMARK_STORE_BYTES": str(STORE_BYTES)}
 
 
 @contextmanager
@@ -344,6 +414,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="A few shots, one fault, two systems.")
     parser.add_argument("--systems", type=_some_of(SYSTEMS), default=SYSTEMS, help="Default: all.")
     parser.add_argument("--faults", type=_some_of(tuple(FAULTS)), default=tuple(FAULTS), help="Default: all.")
+    parser.add_argument("--runs", type=int, default=1, help="Runs of each fault and system, in turns. Default: 1.")
     parser.add_argument("--shots", type=int, help=f"Default: {SHOTS}.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="Copy logs and events there.")
@@ -352,7 +423,7 @@ def main() -> int:
     shots = args.shots or (QUICK_SHOTS if args.quick else SHOTS)
     console, results = Console(width=None if sys.stdout.isatty() else 160), []
     for fault in faults:
-        for system in systems:
+        for system in [*systems] * args.runs:
             folder = Path(tempfile.mkdtemp(prefix="vidgen-rivals-"))
             try:
                 results.append(Run(system, fault, folder, shots).measure())
@@ -393,11 +464,17 @@ def _table(results: list[Result]) -> Table:
         "seconds",
         "wasted GPU-s",
         "stopped",
+        "exit codes",
     ):
         table.add_column(column, justify="left" if column in ("fault", "system") else "right")
     for result in results:
         numbers = (result.lost, result.stale, result.truncated, result.doubled, result.wrong_rows, result.seconds)
-        table.add_row(result.fault, result.system, *map(str, (*numbers, result.wasted_gpu_s, result.stopped)))
+        table.add_row(
+            result.fault,
+            result.system,
+            *map(str, (*numbers, result.wasted_gpu_s, result.stopped)),
+            " ".join(map(str, result.codes)),
+        )
     return table
 
 

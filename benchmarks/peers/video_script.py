@@ -1,15 +1,14 @@
 """The script that people write for a video server: lines of a JSONL file -> POST /v1/videos -> poll -> clip and manifest row.
 
-It skips clips that exist, retries with back-off on another server, gives up a job after a timeout, writes clips atomically and
-takes `--shard 0/4`. Exits with 1 if lines failed, so that it can be run again.
+It skips clips that were made from the same line, retries with back-off on another server, gives up a job after a timeout,
+writes clips atomically, holds a lock and has a row for each line. Exits with 1 if lines failed, so that it can be run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import base64
 import json
-import sys
 import threading
 import time
 from collections import Counter
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from benchmarks.peers.lines import content_of, digests_of, is_finished, parsed, run_as_command
 
 ATTEMPTS = 5
 BACK_OFF_S = 0.5
@@ -53,7 +54,10 @@ class Servers:
 
 def render(client: httpx.Client, url: str, line: dict[str, Any], timeout_s: float) -> bytes:
     """Return the clip. Raises RuntimeError, TimeoutError or httpx.HTTPError."""
-    answer = client.post(f"{url}/v1/videos", json={"prompt": line["prompt"], "user": line["id"]}).raise_for_status()
+    request = {"prompt": line["prompt"], "user": line["id"]}
+    if line["image"]:
+        request["input_reference"] = base64.b64encode(content_of(line)).decode()
+    answer = client.post(f"{url}/v1/videos", json=request).raise_for_status()
     job = f"{url}/v1/videos/{answer.json()['id']}"
     deadline = time.monotonic() + timeout_s
     while (status := client.get(job).raise_for_status().json())["status"] != "completed":
@@ -65,36 +69,24 @@ def render(client: httpx.Client, url: str, line: dict[str, Any], timeout_s: floa
     return client.get(f"{job}/content").raise_for_status().content
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("script", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("servers", nargs="+")
-    parser.add_argument("--timeout", type=float, required=True)
-    parser.add_argument("--shard", default="0/1")
-    args = parser.parse_args()
-    args.out.mkdir(exist_ok=True)
-    index, shards = map(int, args.shard.split("/"))
-    servers, client, lock = Servers(args.servers), httpx.Client(timeout=10), threading.Lock()
+def render_script(script: Path, out: Path, urls: list[str], timeout_s: float) -> int:
+    manifest = out / "manifest.jsonl"
+    rows = [json.loads(text) for text in manifest.read_text().splitlines()] if manifest.exists() else []
+    servers, client, lock, digests = Servers(urls), httpx.Client(timeout=10), threading.Lock(), digests_of(rows)
 
     def one(text: str) -> bool:
-        try:
-            line = json.loads(text)
-            name = line["id"]
-        except (ValueError, KeyError) as error:
-            sys.stderr.write(f"skipped {text!r}: {error}\n")
-            return False
-        clip = args.out / f"{name}.mp4"
-        if clip.exists():
+        line = parsed(text)
+        if is_finished(line, out, digests):
             return True
-        row = {"id": name, "prompt": line["prompt"], "status": "failed", "error": None}
-        for attempt in range(ATTEMPTS):
+        row = {**line, "status": "failed"}
+        for attempt in range(0 if line["error"] else ATTEMPTS):
             url = servers.take()
             try:
+                clip = out / f"{line['id']}.mp4"
                 partial = clip.with_suffix(".part")
-                partial.write_bytes(render(client, url, line, args.timeout))
+                partial.write_bytes(render(client, url, line, timeout_s))
                 partial.rename(clip)
-                row |= {"status": "done", "error": None}
+                row |= {"status": "done", "error": ""}
             except (httpx.HTTPError, OSError, RuntimeError) as error:
                 row["error"] = str(error)
                 servers.give_back(url, failed=not isinstance(error, OSError) or isinstance(error, TimeoutError))
@@ -102,13 +94,22 @@ def main() -> int:
                 continue
             servers.give_back(url, failed=False)
             break
-        with lock, (args.out / "manifest.jsonl").open("a") as manifest:
-            manifest.write(json.dumps(row) + "\n")
+        with lock, manifest.open("a") as file:
+            file.write(json.dumps(row) + "\n")
         return row["status"] == "done"
 
-    with ThreadPoolExecutor(JOBS_PER_SERVER * len(args.servers)) as pool:
-        lines = itertools.islice(args.script.read_text().splitlines(), index, None, shards)
-        return 0 if all(list(pool.map(one, lines))) else 1
+    with ThreadPoolExecutor(JOBS_PER_SERVER * len(urls)) as pool:
+        return 0 if all(list(pool.map(one, script.read_text().splitlines()))) else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("script", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("servers", nargs="+")
+    parser.add_argument("--timeout", type=float, required=True)
+    args = parser.parse_args()
+    return run_as_command(lambda: render_script(args.script, args.out, args.servers, args.timeout), args.script, args.out)
 
 
 if __name__ == "__main__":

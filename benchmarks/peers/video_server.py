@@ -5,6 +5,7 @@ POST /v1/videos -> {"id", "status"}; GET /v1/videos/ID -> {"status"}; GET /v1/vi
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import sys
@@ -20,10 +21,14 @@ from benchmarks.simulated import CHAIN, CLIP_BYTES, Models, Payload
 Job = dict[str, Any]
 
 
-def clip_of(prompt: str) -> bytes:
-    """Return a clip that shows its prompt, so that wrong and short clips can be found."""
-    digest = hashlib.sha256(prompt.encode()).digest()
+def clip_of(content: bytes) -> bytes:
+    """Return a clip that shows a prompt or a start image, so that wrong and short clips can be found."""
+    digest = hashlib.sha256(content).digest()
     return digest * (CLIP_BYTES // len(digest))
+
+
+def _text_of(job: Job) -> bytes:
+    return json.dumps({name: value for name, value in job.items() if name != "clip"}).encode()
 
 
 class Server(ThreadingHTTPServer):
@@ -54,19 +59,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        job = {"id": uuid.uuid4().hex, "status": "queued", "shot": request["user"], "prompt": request["prompt"]}
+        content = base64.b64decode(request["input_reference"]) if "input_reference" in request else request["prompt"].encode()
+        job = {"id": uuid.uuid4().hex, "status": "queued", "shot": request["user"], "clip": clip_of(content)}
         self.server.jobs[job["id"]] = job
         self.server.queue.put(job)
-        self._answer(200, json.dumps(job).encode())
+        self._answer(200, _text_of(job))
 
     def do_GET(self) -> None:
         job = self.server.jobs.get(self.path.split("/")[3])
         if job is None:
             self._answer(404, b"{}")
         elif self.path.endswith("/content"):
-            self._answer(200, clip_of(job["prompt"]))
+            self._answer(200, job["clip"])
         else:
-            self._answer(200, json.dumps(job).encode())
+            self._answer(200, _text_of(job))
 
     def _answer(self, status: int, body: bytes) -> None:
         self.send_response(status)
