@@ -97,7 +97,7 @@ class Result:
     """Clips of another prompt."""
     truncated: int
     doubled: int
-    """Lines with several rows that say done."""
+    """Lines with several rows that say done, for the same prompt and image."""
     wrong_rows: int
     """Lines without a row, or whose last row is not true: done without a clip of its prompt, or failed with one."""
     seconds: float
@@ -236,7 +236,8 @@ class Run:
                 row = next((row for row in rows if row["status"] == "failed"), None)
             is_done = done.get(line["id"]) == "good"
             wrong += row is None or (row["status"] != "failed") != is_done or (is_done and row["prompt"] != line["prompt"])
-        times = Counter(row["id"] for row in rows if row["status"] == "done")
+        # Scripts append a row for a line that has changed.
+        times = Counter((row["id"], row.get("digest")) for row in rows if row["status"] == "done")
         states = Counter(done.values())
         # The first clip of a changed line was useful, too.
         useful = len(done) + (self.fault.happens in ("change", "notebook") and not states["stale"])
