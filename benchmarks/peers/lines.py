@@ -1,4 +1,4 @@
-"""What careful scripts do around rendering: read lines, hold a lock, know which finished clips still fit their line."""
+"""Parts of a careful script around rendering: reading lines, a lock, and which finished clips still fit their line."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_advised_versions_are_those_of_the_project():
         assert advised == declared[advised.name]
 
 
-def test_a_clip_is_encoded_and_decoded(monkeypatch):
+def test_doctor_encodes_and_decodes_a_clip(monkeypatch):
     assert checks.check_video().status == "pass"
     changed = TypeError("open() got an unexpected keyword argument 'metadata_errors'")
     open_av = av.open

@@ -276,7 +276,7 @@ def test_foreign_video_whose_decoder_crashes_or_hangs_is_refused(tmp_path, clip,
 
 
 def test_process_for_videos_starts_with_any_module_path_and_names_any_file(tmp_path, monkeypatch):
-    """Without a working directory, with an entry that is no text, for a name that is not UTF-8."""
+    """The working directory is gone, an entry of the path is no text, and the name of the file is not UTF-8."""
     (folder := tmp_path / "gone").mkdir()
     monkeypatch.chdir(folder)
     folder.rmdir()

@@ -153,7 +153,7 @@ def test_wrong_models_are_named(tmp_path, monkeypatch):
 
 
 def test_frames_go_through_the_stage(tiny_model, monkeypatch, tmp_path):
-    """So that a field that the stage reads has an effect in `vidgen upscale` and `vidgen stage`, too."""
+    """A field that the stage reads then has an effect in `vidgen upscale` and `vidgen stage`, too."""
     frame = picture(0)
     expected = UpscaleNetwork(tiny_model, BASE, (128, 96))(frame)
     stage = RealESRGANStage(RealESRGANParams(weights=tiny_model.file.parent, threads=1))

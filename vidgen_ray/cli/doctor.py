@@ -394,7 +394,7 @@ def check_ray_token(environment: Mapping[str, str] = os.environ, home: Path | No
 
 
 def check_ray_refuses(environment: Mapping[str, str] = os.environ) -> Finding | None:
-    """A running Ray with token authentication must refuse a call without the token. `None` if there is no such Ray."""
+    """A running Ray with token authentication must refuse a call without the token. `None` if none runs."""
     if environment.get("RAY_AUTH_MODE") != "token" or environment.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         return None
     from vidgen_ray.engine.ray_internals import call_without_token, started_address

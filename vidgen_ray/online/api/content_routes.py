@@ -174,7 +174,7 @@ async def file_response(server: ServerContext, job: Job, variant: str, request: 
             content = await asyncio.to_thread(encode_preview, server.outputs, path, variant, digests[name])
             return Response(content, media_type=media_type, headers=headers)
         return await asyncio.to_thread(
-            StoredFile, server.outputs.storage.local_copy(path), media_type=media_type, headers=headers
+            StoredFileResponse, server.outputs.storage.local_copy(path), media_type=media_type, headers=headers
         )
     except FileNotFoundError:
         raise _expired(job) from None
@@ -203,7 +203,7 @@ def _has_current(request: Request, etag: str) -> bool:
     return not {"*", etag}.isdisjoint(tag.removeprefix("W/") for tag in cached)
 
 
-class StoredFile(FileResponse):
+class StoredFileResponse(FileResponse):
     """Response with a file and range requests. Keeps a local copy of the file until it is sent.
 
     Starlette answers range errors as plain text. Here 416 is an `ApiError`, and an invalid header is ignored (RFC 9110, 14.2).

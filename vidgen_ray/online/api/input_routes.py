@@ -17,7 +17,7 @@ from vidgen_ray.errors import MediaError, StageError
 from vidgen_ray.limits import FORM_TEXT_BYTES
 from vidgen_ray.media import encode_png
 from vidgen_ray.media.decode import sample_frames
-from vidgen_ray.online.api.content_routes import StoredFile
+from vidgen_ray.online.api.content_routes import StoredFileResponse
 from vidgen_ray.online.api.openapi import FORM, ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateCharacter, CreateFile
 from vidgen_ray.online.api.responses import (
@@ -98,7 +98,7 @@ async def file_content(server: ServerDep, tenant: TenantDep, file_id: str) -> Re
     # Never shown by a browser: it is a file of a client.
     headers = {"Content-Disposition": "attachment", "X-Content-Type-Options": "nosniff", "Cache-Control": "private"}
     try:
-        return StoredFile(nullcontext(path), media_type="application/octet-stream", headers=headers)
+        return StoredFileResponse(nullcontext(path), media_type="application/octet-stream", headers=headers)
     except FileNotFoundError:
         raise not_found("file", file_id) from None
 
