@@ -54,7 +54,7 @@ test-slow: setup
 # cluster, leases of other containers; then kills processes, nodes and drivers of a three-node cluster at 35 random moments; then 10,000
 # seeds of a run in simulated time.
 FAULTS := tests/batch/test_health.py tests/batch/test_faults.py tests/engine/test_inputs.py \
-	tests/engine/test_cache_writer.py tests/engine/test_fleet.py tests/outputs/test_lease.py tests/outputs/test_storage_faults.py \
+	tests/render/test_cache_writer.py tests/engine/test_fleet.py tests/outputs/test_lease.py tests/outputs/test_storage_faults.py \
 	tests/online/test_lost_node.py tests/remote/test_farm.py
 chaos: setup
 	$(BIN)/python -m pytest $(FAULTS) tests/chaos -m "" --ignore tests/chaos/test_model.py

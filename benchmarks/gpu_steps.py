@@ -39,10 +39,10 @@ from vidgen_ray.bench.bench_command import (
 from vidgen_ray.bench.published_models import RandomModel
 from vidgen_ray.cli.doctor import check_driver, check_python, check_shared_memory, check_torch, memory_limit_gb
 from vidgen_ray.cli.options import example
-from vidgen_ray.engine.oom_fallback import free_gpu_memory, prepare_gpu
 from vidgen_ray.planner import peak_shares, profile_for, this_machine
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.profile import Profile
+from vidgen_ray.render.oom_fallback import free_gpu_memory, prepare_gpu
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages import speed

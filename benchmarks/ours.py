@@ -15,7 +15,6 @@ from benchmarks.simulated import COMMIT, FRAMES, FRAMES_SHAPE, DoesNotFit, Event
 from benchmarks.simulated_stages import STAGES, WEIGHTS, write_inputs
 from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
-from vidgen_ray.engine.cache_writer import DEFAULT_CACHE
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.media import Mp4Settings
@@ -24,6 +23,7 @@ from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.planner import Cluster, Node
 from vidgen_ray.planner.cluster import H100
 from vidgen_ray.profile import ActorProfile, Profile
+from vidgen_ray.render.cache_writer import DEFAULT_CACHE
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot
 

@@ -17,11 +17,21 @@ from PIL import Image as PILImage
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
-from vidgen_ray.engine.cache_writer import CacheMode, cache_settings
-from vidgen_ray.engine.calls import chunk_frames_of, chunk_unit, clip_chunks, join_records
-from vidgen_ray.engine.oom_fallback import OomFallback, free_gpu_memory, prepare_gpu
-from vidgen_ray.engine.shot_writer import ShotFiles
-from vidgen_ray.engine.step_runner import (
+from vidgen_ray.errors import FieldError, ScriptError, UsageError, shortened
+from vidgen_ray.graph import STAGE_BY_NAME, STAGES, check_profile, chunked_stages_of, is_chunked, stages_of
+from vidgen_ray.licences import Requirement, ShotLicences, UsedWeights, require_licence
+from vidgen_ray.media import CLIP_SUFFIXES, encode_png, read_image, write_png
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest import shot_without_row
+from vidgen_ray.outputs.records import HD_FILE, IMAGE_FILE, VIDEO_FILE, ShotRecord, StepRecord
+from vidgen_ray.planner import ShotSizes, profile_for, swap_groups, this_machine
+from vidgen_ray.profile import Profile
+from vidgen_ray.provenance.record import InputFile, ProvenanceSettings, altered_record, mark_of, metadata_of, with_label
+from vidgen_ray.provenance.signing import check_signing, sign_result
+from vidgen_ray.render.cache_writer import CacheMode, cache_settings
+from vidgen_ray.render.oom_fallback import OomFallback, free_gpu_memory, prepare_gpu
+from vidgen_ray.render.shot_files import ShotFiles
+from vidgen_ray.render.step_runner import (
     LIKENESS,
     LikenessTooLow,
     StepFailed,
@@ -30,18 +40,11 @@ from vidgen_ray.engine.step_runner import (
     WeightSwapper,
     best_try,
     check_likeness,
+    chunk_frames_of,
+    chunk_unit,
+    clip_chunks,
+    join_records,
 )
-from vidgen_ray.errors import FieldError, ScriptError, UsageError, shortened
-from vidgen_ray.graph import STAGE_BY_NAME, STAGES, check_profile, chunked_stages_of, is_chunked, stages_of
-from vidgen_ray.licences import Requirement, ShotLicences, UsedWeights, require_licence
-from vidgen_ray.media import CLIP_SUFFIXES, encode_png, read_image, write_png
-from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.manifest import shot_without_row
-from vidgen_ray.outputs.records import ShotRecord, StepRecord
-from vidgen_ray.planner import ShotSizes, profile_for, swap_groups, this_machine
-from vidgen_ray.profile import Profile
-from vidgen_ray.provenance.record import InputFile, ProvenanceSettings, altered_record, mark_of, metadata_of, with_label
-from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.safety import Consent
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.script.read import file_problem
@@ -307,9 +310,9 @@ class VideoGenerationPipeline:
             record = self.render(shot)
         shot_id = shot.id or ""
         return GeneratedVideo(
-            image=PILImage.open(io.BytesIO(self.outputs.read(shot_id, "image.png"))),
-            video=self.outputs.place(shot_id, "video.mp4") if "video.mp4" in record.files else None,
-            hd_video=self.outputs.place(shot_id, "hd.mp4") if "hd.mp4" in record.files else None,
+            image=PILImage.open(io.BytesIO(self.outputs.read(shot_id, IMAGE_FILE))),
+            video=self.outputs.place(shot_id, VIDEO_FILE) if VIDEO_FILE in record.files else None,
+            hd_video=self.outputs.place(shot_id, HD_FILE) if HD_FILE in record.files else None,
             record=record,
         )
 

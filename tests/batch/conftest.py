@@ -13,8 +13,8 @@ from vidgen_ray.engine import fleet, supervisor
 from vidgen_ray.engine.engine import Engine
 from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.status import Snapshot
-from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.render.step_runner import StepFailed
 
 
 class InProcessEngine(Engine):

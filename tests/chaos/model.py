@@ -44,8 +44,6 @@ from vidgen_ray.engine import (
     engine,
     retries,
     shot_runner,
-    shot_writer,
-    step_runner,
     supervisor,
     worker,
     worker_checks,
@@ -60,6 +58,7 @@ from vidgen_ray.outputs.lease import REFRESH_S, Fence, Holder, Lease
 from vidgen_ray.outputs.records import FileRecord, ShotRecord
 from vidgen_ray.outputs.run_log import RunLabels
 from vidgen_ray.profile import load_profile
+from vidgen_ray.render import shot_files, step_runner
 from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import FaceFeatures, Likeness
@@ -944,9 +943,9 @@ def patched(world):
         patch.setattr(profile_module, "resolve", cache(profile_module.resolve))
         patch.setattr(results_module, "ManifestWriter", Manifest)
         patch.setattr(shot_runner, "CHUNK_BYTES", 1)
-        patch.setattr(shot_writer, "write_png", lambda write, image, metadata=None: write(image))
-        patch.setattr(shot_writer, "Mp4Writer", lambda write, *_: nullcontext(SimpleNamespace(write=write)))
-        patch.setattr(shot_writer, "shot_records", lambda plan, artefacts, *_: dict.fromkeys(artefacts))
+        patch.setattr(shot_files, "write_png", lambda write, image, metadata=None: write(image))
+        patch.setattr(shot_files, "Mp4Writer", lambda write, *_: nullcontext(SimpleNamespace(write=write)))
+        patch.setattr(shot_files, "shot_records", lambda plan, artefacts, *_: dict.fromkeys(artefacts))
         patch.setattr(encoder, "ENCODER_NICENESS", 0)
         patch.setattr(worker, "prepare_gpu", lambda share: None)
         patch.setattr(worker, "gpu_of_process", lambda: "a GPU")

@@ -10,7 +10,7 @@ from vidgen_ray.batch import director
 from vidgen_ray.batch.director import Director
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.shot_queue import ContinuedShots
-from vidgen_ray.engine import actor_client, calls, retries, shot_runner, shot_writer, step_runner, worker_checks, worker_pool
+from vidgen_ray.engine import actor_client, calls, retries, shot_runner, worker_checks, worker_pool
 from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.engine import Window
 from vidgen_ray.engine.retries import AttemptFailed, Kind, StoragePause
@@ -18,6 +18,8 @@ from vidgen_ray.engine.shot_runner import ShotRunner
 from vidgen_ray.engine.supervisor import Supervisor
 from vidgen_ray.engine.worker_pool import RemoteArtefacts, WorkerPool
 from vidgen_ray.outputs.lease import Fence, Lease
+from vidgen_ray.outputs.records import CLIP_FILES
+from vidgen_ray.render import shot_files, step_runner
 
 SEEDS = 200
 
@@ -34,7 +36,7 @@ async def swapped(chunks, process, ordered=calls.ordered_window):
 
 
 def add_any(self, chunk):
-    for name, file in shot_writer.CLIP_FILES.items():
+    for name, file in CLIP_FILES.items():
         if name in chunk:
             self._draft.path(file)(chunk[name])
 
@@ -115,13 +117,13 @@ BROKEN = {
     "identity": (
         "content",
         (step_runner, "check_made_by", nothing),
-        (shot_writer, "check_made_by", nothing),
+        (shot_files, "check_made_by", nothing),
         (WorkerPool, "call", call_unchecked),
     ),
     "size": ("content", (step_runner, "_wrong_pixels", nothing)),
     "single colour": ("content", (step_runner, "_is_single_colour", nothing)),
     "likeness": ("content", (shot_runner, "check_likeness", nothing)),
-    "order of chunks": ("order", (shot_runner, "ordered_window", swapped), (shot_writer.ShotFiles, "add", add_any)),
+    "order of chunks": ("order", (shot_runner, "ordered_window", swapped), (shot_files.ShotFiles, "add", add_any)),
     "window": ("window", (Window, "_has_room", lambda *_: True)),
     "one result": ("one_row", (Director, "_record", record_twice)),
     "every result": ("one_row", (RunResults, "failed", drop_failures)),

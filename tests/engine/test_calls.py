@@ -6,18 +6,9 @@ from fractions import Fraction
 import pytest
 
 from vidgen_ray import graph
-from vidgen_ray.engine.calls import (
-    FACTOR,
-    FLOOR_S,
-    RECENT_CALLS,
-    Durations,
-    call_timeout_s,
-    chunk_result_bytes,
-    chunk_unit,
-    clip_chunks,
-    join_records,
-)
+from vidgen_ray.engine.calls import FACTOR, FLOOR_S, RECENT_CALLS, Durations, call_timeout_s
 from vidgen_ray.outputs.records import StepRecord
+from vidgen_ray.render.step_runner import chunk_result_bytes, chunk_unit, clip_chunks, join_records
 from vidgen_ray.stages.base import ChunkedStage, StageParams
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 

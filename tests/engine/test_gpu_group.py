@@ -18,8 +18,8 @@ from tests.stages.test_parity import gradient_image
 from vidgen_ray.bench.tiny_networks import write_random_lora
 from vidgen_ray.engine import gpu_group
 from vidgen_ray.engine.gpu_group import GpuGroup
-from vidgen_ray.engine.oom_fallback import is_out_of_memory
 from vidgen_ray.errors import Cancelled, StageError
+from vidgen_ray.render.oom_fallback import is_out_of_memory
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import FaceFeatures, Item, progress_callback
 from vidgen_ray.stages.flux import FluxParams, FluxStage

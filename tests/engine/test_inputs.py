@@ -11,12 +11,12 @@ from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, plan_of, with_actor
 from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.retries import Kind
-from vidgen_ray.engine.shot_writer import ShotFiles
-from vidgen_ray.engine.step_runner import StepFailed, StepRunner
 from vidgen_ray.errors import InputChanged, OtherWeights
 from vidgen_ray.media import read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.render.shot_files import ShotFiles
+from vidgen_ray.render.step_runner import StepFailed, StepRunner
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.stages.base import Artefacts, Item
 from vidgen_ray.stages.flux_model import FluxModel

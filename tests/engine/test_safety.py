@@ -10,10 +10,10 @@ from tests.batch.test_batch import write_lines
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES
 from vidgen_ray.cli import main
-from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import ScriptError, SetupError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.safety import CHECKED_FRAMES, Safety, SafetySettings, UnsafeContent
 from vidgen_ray.script.check import check_shot
 

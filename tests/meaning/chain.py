@@ -18,9 +18,9 @@ from PIL import Image as PILImage
 from tests.conftest import SYNTHETIC
 from training.cast import CAST, portrait
 from vidgen_ray.content_keys import ShotPlanner, params_of, with_local_loras
-from vidgen_ray.engine.step_runner import with_images
 from vidgen_ray.graph import stages_of
 from vidgen_ray.profile import load_profile
+from vidgen_ray.render.step_runner import with_images
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item, Stage

@@ -20,9 +20,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.status import Progress
-from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import chunked_stages_of, clip_length
 from vidgen_ray.online.asgi_app import make_app
@@ -37,6 +35,8 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import StepRecord
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.profile import Profile
+from vidgen_ray.render.shot_files import ShotFiles
+from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.stages.base import Item, progress_callback
 
 LOCAL: dict[str, Any] = {"base_url": "http://127.0.0.1", "client": ("127.0.0.1", 50_000)}

@@ -25,7 +25,6 @@ from tests.decoded import frames_of
 from tests.online.directors import LOCAL, SMALL, client_of, listening_on_a_port, local_server, settings_with_keys
 from tests.online.test_api_videos import ended, error_of, made
 from vidgen_ray.cli import main
-from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.errors import SetupError
 from vidgen_ray.media import Mp4Settings, image_size, read_image, verify_image
 from vidgen_ray.online import uploads
@@ -37,6 +36,7 @@ from vidgen_ray.online.store.database import JOBS
 from vidgen_ray.online.store.store import PURGE_DELAY_S
 from vidgen_ray.online.webhooks import purge_jobs
 from vidgen_ray.outputs.records import shot_path
+from vidgen_ray.render.shot_files import write_clip
 
 DAY_S = 24 * 3600
 FORM = "multipart/form-data"

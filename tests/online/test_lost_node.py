@@ -14,7 +14,6 @@ from tests.online.on_serve.applications import IMAGE_ONLY, scripted_profile
 from tests.online.scripted_stages import SCRIPTED, pipes_open, steps_run
 from tests.ray_workers import FAST_DETECTION, connected_cluster, gpus_of_80_gb, removed_nodes
 from vidgen_ray.engine import fleet as fleet_module
-from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.online import job_director as director_module
 from vidgen_ray.online import workers as workers_module
@@ -29,6 +28,7 @@ from vidgen_ray.online.workers import Workers
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec
+from vidgen_ray.render.cache_writer import CacheSettings
 from vidgen_ray.shot import Shot
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

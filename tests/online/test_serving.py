@@ -11,7 +11,6 @@ from vidgen_ray.engine.calls import OUTPUT, CallResult
 from vidgen_ray.engine.engine_metrics import OTHER, LabelLimit
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.status import Progress
-from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MissingWeights, OutOfMemory, ProfileError, SetupError, StageError
 from vidgen_ray.graph import STAGES
 from vidgen_ray.licences import UsedWeights
@@ -31,6 +30,7 @@ from vidgen_ray.online.store.jobs import JobProgress, JobState
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.outputs.records import StepRecord
 from vidgen_ray.planner import this_machine
+from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.shot import Shot
 from vidgen_ray.weights.ledger import WeightLicence
 

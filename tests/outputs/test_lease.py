@@ -18,7 +18,6 @@ from vidgen_ray.batch.render_script import render_lines
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.retries import Kind
-from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import SetupError, WriteError
 from vidgen_ray.outputs import lease as leases
 from vidgen_ray.outputs.cleanup import collect_garbage, prune
@@ -28,6 +27,7 @@ from vidgen_ray.outputs.object_storage import ObjectStorage
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.outputs.run_log import RunLog
 from vidgen_ray.outputs.storage import LocalStorage
+from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.script.check import LineChecker
 from vidgen_ray.system.files import remove, temporary_prefix, this_process, write_atomically
 

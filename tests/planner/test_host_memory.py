@@ -10,11 +10,11 @@ from tests.conftest import ASTRONAUT
 from tests.stages.fake_gpu import GPU, FakeGpu, host_bytes
 from tests.stages.test_parity import gradient_image
 from vidgen_ray.content_keys import with_local_loras
-from vidgen_ray.engine.step_runner import WeightSwapper
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.planner.gpu_memory import actors_of
 from vidgen_ray.planner.layout import GPU_PROCESS_HOST_GB, WorkerProcess
+from vidgen_ray.render.step_runner import WeightSwapper
 from vidgen_ray.stages import flux, memory_table
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux_model import FluxModel

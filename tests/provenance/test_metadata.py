@@ -16,7 +16,6 @@ from tests.upscale.videos import write_video
 from vidgen_ray import VideoGenerationPipeline
 from vidgen_ray.cli import main
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
-from vidgen_ray.engine.shot_writer import DIGEST_PREFIX, SIZES, SWITCHES, ShotFiles, line_with_files, script_line, shot_record
 from vidgen_ray.errors import MediaError, UsageError
 from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.media import Mp4Settings, Mp4Writer, encode_png, open_video, read_image, write_png
@@ -31,6 +30,7 @@ from vidgen_ray.provenance.record import (
     xmp_property,
 )
 from vidgen_ray.provenance.signing import read_signature
+from vidgen_ray.render.shot_files import DIGEST_PREFIX, SIZES, SWITCHES, ShotFiles, line_with_files, script_line, shot_record
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item
 
@@ -329,7 +329,7 @@ ENCODERS = {
 }
 MAY_WRITE = re.compile("|".join([*ENCODERS, r"\.save\(", r"av\.open"]))
 MARKED = {
-    "engine/shot_writer.py": "files of a shot; its last frame, an input of another shot, is not",
+    "render/shot_files.py": "files of a shot; its last frame, an input of another shot, is not",
     "cli/one_stage.py": "results of `vidgen stage`; drawn keypoints of a face are not, which no model has generated",
     "pipeline.py": "an upscaled image, the image in a notebook; images stored as inputs keep the mark they have",
     "film/make_film.py": "films",

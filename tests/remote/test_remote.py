@@ -18,7 +18,6 @@ from tests.remote.fake_server import FPS, FRAMES, HEIGHT, MODEL, SIZE, WIDTH, Fa
 from vidgen_ray.cli import main
 from vidgen_ray.cli.doctor import check_servers
 from vidgen_ray.content_keys import ShotPlanner, params_of
-from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import Cancelled, ProfileError, SetupError, StageError, VidgenError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.media import open_video, write_png
@@ -28,6 +27,7 @@ from vidgen_ray.profile import load_profile
 from vidgen_ray.remote import video_server
 from vidgen_ray.remote.stages import RemoteVideoStage
 from vidgen_ray.remote.video_server import RemoteJob, ServerFailed, VideoServers, WrongAnswer
+from vidgen_ray.render.step_runner import StepFailed
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ import pytest
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import with_actor
 from vidgen_ray import VideoGenerationPipeline
-from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, StageError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.profile import builtin_profiles, load_profile
+from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux import FluxFamilyStage, FluxRefineStage, FluxStage
 from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines

@@ -20,14 +20,12 @@ from vidgen_ray.batch.results import RunMetrics, RunResults
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.batch.shot_queue import MAX_SHOTS, ContinuedShots, ShotQueue, Task
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.cache_writer import bytes_per_worker, cache_settings
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Engine, Renderer
 from vidgen_ray.engine.fleet import FIRST_MESSAGE_S, MESSAGE_INTERVAL_S, PlacedSlot, labels_of, placed_more_slots
 from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, live_cluster
 from vidgen_ray.engine.retries import Kind, ShotFailed, StoragePause
 from vidgen_ray.engine.status import Snapshot
-from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MAX_MESSAGES, OutOfMemory, ProfileError, ScriptError, SetupError, StorageHangs, TooExpensive
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
@@ -37,6 +35,8 @@ from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
 from vidgen_ray.planner import Cluster, Demand, Plan, SizeCheck, cpus_needed, demand_of, load_calibration, plan, this_machine
 from vidgen_ray.planner.layout import Slot
 from vidgen_ray.profile import Profile
+from vidgen_ray.render.cache_writer import bytes_per_worker, cache_settings
+from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.script.lines import Line, ScriptIndex
 from vidgen_ray.shot import Shot
 from vidgen_ray.system.quantities import amount_text, count, money

@@ -27,7 +27,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
-from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MissingWeights, ScriptError, SetupError, VidgenError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.licences import ShotLicences
@@ -38,6 +37,7 @@ from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.outputs.reviews import CLIP_COLUMNS, clip_digest, read_reviews
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.profile import Profile
+from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.script.check import LineChecker, with_cut_prompts
 from vidgen_ray.script.expansion import MATRIX
 from vidgen_ray.script.formats import ScriptVersion, script_version

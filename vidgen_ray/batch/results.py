@@ -12,7 +12,6 @@ from vidgen_ray.batch.progress import RunListener
 from vidgen_ray.batch.run_options import RecordedOptions
 from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, MetricSpec
 from vidgen_ray.engine.status import Attempt
-from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import RelativeCost, relative_costs
 from vidgen_ray.outputs.folder import OutputFolder
@@ -22,6 +21,7 @@ from vidgen_ray.outputs.manifest_writer import FailedLine, ManifestWriter
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
 from vidgen_ray.outputs.run_log import RunLabels
 from vidgen_ray.planner.demand import ENCODING, encoded_mpx
+from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.script.lines import Line
 
 METRICS = {"vidgen_shots": MetricSpec("counter", ("status",), "Finished shots: done or failed."), **ENGINE_METRICS}

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from vidgen_ray.batch.line_planner import PlannedLine
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import StageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import DoneShot, Failure
+from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import PRIORITIES, Priority, Shot
 

@@ -28,7 +28,6 @@ from rich.table import Table
 from vidgen_ray.bench.published_models import RandomModel, empty_network, networks_in, random_model, random_pipeline
 from vidgen_ray.cli.options import MACHINE, JsonOption, ProfileOption, example, in_group
 from vidgen_ray.content_keys import with_local_loras
-from vidgen_ray.engine.oom_fallback import free_gpu_memory
 from vidgen_ray.engine.trials import try_option, try_options
 from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, relative_costs, stages_of
@@ -37,6 +36,7 @@ from vidgen_ray.planner import Measurement, peak_shares, profile_for, save_measu
 from vidgen_ray.planner.cluster import GB, GpuCard
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, settled
 from vidgen_ray.profile import AUTO, Profile
+from vidgen_ray.render.oom_fallback import free_gpu_memory
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, Item, Stage, StageParams, frames_after

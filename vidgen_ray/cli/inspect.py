@@ -19,7 +19,6 @@ from PIL import ImageDraw, ImageFont
 from rich.markup import escape
 
 from vidgen_ray.cli.options import LOOK, JsonOption, ProfileOption, check_out, in_group, note
-from vidgen_ray.engine.shot_writer import line_with_files
 from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.media import read_image
 from vidgen_ray.nets.faces import COLOURS
@@ -30,6 +29,7 @@ from vidgen_ray.planner import profile_for
 from vidgen_ray.profile import AUTO
 from vidgen_ray.provenance.record import FoundProvenance, read_provenance
 from vidgen_ray.provenance.signing import Signature, read_certificates, read_signature
+from vidgen_ray.render.shot_files import line_with_files
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Image
 from vidgen_ray.stages.identity import pose_image

@@ -34,9 +34,6 @@ from vidgen_ray.cli.options import (
 )
 from vidgen_ray.cli.run_script import interruptible
 from vidgen_ray.content_keys import with_local_loras
-from vidgen_ray.engine.oom_fallback import OomFallback, prepare_gpu
-from vidgen_ray.engine.shot_writer import write_clip
-from vidgen_ray.engine.step_runner import StepFailed, with_images
 from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import CLIP_SUFFIXES, FileMetadata, cover_crop, open_video, read_image, write_png
@@ -46,6 +43,9 @@ from vidgen_ray.planner import profile_for, swap_groups, this_machine
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.provenance.record import InputFile, ProvenanceRecord, SourceType, altered_record, metadata_of, with_label
 from vidgen_ray.provenance.signing import check_signing, sign_result
+from vidgen_ray.render.oom_fallback import OomFallback, prepare_gpu
+from vidgen_ray.render.shot_files import write_clip
+from vidgen_ray.render.step_runner import StepFailed, with_images
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import MODEL_FIELDS, Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage, progress_callback

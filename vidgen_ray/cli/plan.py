@@ -29,7 +29,6 @@ from vidgen_ray.cli.options import (
     in_group,
 )
 from vidgen_ray.cli.run_script import detected, interruptible, script_licences
-from vidgen_ray.engine.cache_writer import DEFAULT_CACHE
 from vidgen_ray.graph import STAGE_BY_NAME, server_problems
 from vidgen_ray.licences import UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder
@@ -39,6 +38,7 @@ from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.planner.solver import ENCODER_CPUS
 from vidgen_ray.planner.speed_trials import open_trials
 from vidgen_ray.profile import AUTO, Profile
+from vidgen_ray.render.cache_writer import DEFAULT_CACHE
 from vidgen_ray.script.read import iter_script
 from vidgen_ray.system.quantities import Console, count, duration, money, size, stdout_console, table_of
 

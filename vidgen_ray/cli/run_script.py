@@ -51,7 +51,6 @@ from vidgen_ray.cli.options import (
 )
 from vidgen_ray.cli.progress_display import run_view
 from vidgen_ray.content_keys import cut_texts, params_of
-from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, CacheMode
 from vidgen_ray.engine.retries import ATTEMPTS, MAX_WAIT_S
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError
 from vidgen_ray.graph import stages_of
@@ -65,6 +64,7 @@ from vidgen_ray.outputs.manifest_writer import FILE, failed_lines, to_utf8
 from vidgen_ray.outputs.storage import no_results, storage_at
 from vidgen_ray.planner import Cluster, profile_for
 from vidgen_ray.profile import AUTO, Profile
+from vidgen_ray.render.cache_writer import DEFAULT_CACHE, CacheMode
 from vidgen_ray.script.check import with_cut_prompts
 from vidgen_ray.script.lines import Line, ScriptSettings
 from vidgen_ray.script.read import Script, check_lora_sizes, iter_script, read_script

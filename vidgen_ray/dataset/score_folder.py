@@ -40,7 +40,7 @@ from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import MAX_MESSAGES, SetupError, VidgenError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import (
-    CLIP_FILES,
+    FILE_COLUMNS,
     ManifestRow,
     check_has_manifest,
     manifest_batches,
@@ -207,7 +207,7 @@ class ScoreWriter:
 def finished_clips(storage: Storage) -> list[dict[str, Any]]:
     """Return the clips of the finished shots, each digest once. Raises SetupError if the folder has no results."""
     check_has_manifest(storage)
-    files = [f"{name}{end}" for name in CLIP_FILES for end in ("", "_sha256", "_bytes")]
+    files = [f"{name}{end}" for name in FILE_COLUMNS for end in ("", "_sha256", "_bytes")]
     clips: dict[str, dict[str, Any]] = {}
     for batch in manifest_batches(storage, ["status", *COLUMNS, *files]):
         for row in batch.filter(pyarrow.compute.equal(batch.column("status"), "done")).to_pylist():
@@ -219,7 +219,7 @@ def finished_clips(storage: Storage) -> list[dict[str, Any]]:
 
 def clip_of(row: dict[str, Any]) -> dict[str, Any] | None:
     """Return what a scorer gets of a manifest row. `None` if the shot has no file."""
-    name = next((name for name in CLIP_FILES if row[name] is not None), None)
+    name = next((name for name in FILE_COLUMNS if row[name] is not None), None)
     if name is None:
         return None
     file = {"clip": row[name], DIGEST: row[f"{name}_sha256"], "clip_bytes": row[f"{name}_bytes"]}

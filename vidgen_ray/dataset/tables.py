@@ -21,7 +21,7 @@ import pyarrow.parquet
 
 from vidgen_ray.cli.options import note
 from vidgen_ray.errors import UsageError
-from vidgen_ray.outputs.manifest import CLIP_FILES, SCHEMA, check_has_manifest, manifest_batches, opened, score_files
+from vidgen_ray.outputs.manifest import FILE_COLUMNS, SCHEMA, check_has_manifest, manifest_batches, opened, score_files
 from vidgen_ray.outputs.reviews import read_reviews
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.script.expansion import CHOSEN, MATRIX, MATRIX_NUMBER
@@ -46,12 +46,12 @@ REVIEWS = pyarrow.schema(
         ("reviewed_at", pyarrow.timestamp("ms", "UTC")),
     ]
 )
-DIGEST_OF_ROW = f"coalesce({', '.join(f'm.{name}_sha256' for name in CLIP_FILES)})"
+DIGEST_OF_ROW = f"coalesce({', '.join(f'm.{name}_sha256' for name in FILE_COLUMNS)})"
 CLIPS = f"""
 CREATE VIEW clips AS
 SELECT
     m.*,
-    coalesce({", ".join(f"m.{name}" for name in CLIP_FILES)}) AS clip,
+    coalesce({", ".join(f"m.{name}" for name in FILE_COLUMNS)}) AS clip,
     {DIGEST_OF_ROW} AS {DIGEST},
     m.metadata->>'character' AS character,
     coalesce(m.metadata->>'character', nullif(array_to_string(m.face_image, '+'), '')) AS person,

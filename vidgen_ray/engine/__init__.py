@@ -1,1 +1,1 @@
-"""One shot through many processes: steps, weights on GPUs, files, Ray clusters."""
+"""One shot through many processes: workers with models, encoders, retries, Ray clusters."""

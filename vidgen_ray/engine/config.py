@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.calls import ENCODER
 from vidgen_ray.engine.retries import ATTEMPTS
 from vidgen_ray.graph import STAGE_BY_NAME, durations
@@ -14,6 +13,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner.demand import encode_seconds_per_mpx, encoded_mpx
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.profile import Profile
+from vidgen_ray.render.cache_writer import CacheSettings
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
 

@@ -15,10 +15,10 @@ import ray
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.calls import OUTPUT, CallResult
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.shot_writer import ShotFiles
-from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.worker import CONTROL, ActorPlace, activity_of_process, place_of_process
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
+from vidgen_ray.render.shot_files import ShotFiles
+from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.stages.base import Artefacts, Item
 
 CANCELLED_SESSIONS = 64

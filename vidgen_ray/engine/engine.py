@@ -16,7 +16,7 @@ import ray
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorClient
-from vidgen_ray.engine.calls import MAX_CHUNKS_AHEAD, chunk_frames_of, chunk_result_bytes
+from vidgen_ray.engine.calls import MAX_CHUNKS_AHEAD
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import Fleet, MoreSlots
 from vidgen_ray.engine.retries import ShotFailed, StoragePause
@@ -28,6 +28,7 @@ from vidgen_ray.graph import chunked_stages_of, clip_length
 from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout, WorkerSpec
+from vidgen_ray.render.step_runner import chunk_frames_of, chunk_result_bytes
 from vidgen_ray.shot import Shot
 
 OBJECT_STORE_SHARE = 0.4

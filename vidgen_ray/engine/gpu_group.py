@@ -19,8 +19,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from vidgen_ray.engine.oom_fallback import free_gpu_memory, is_out_of_memory, prepare_gpu
 from vidgen_ray.errors import Cancelled, VidgenError
+from vidgen_ray.render.oom_fallback import free_gpu_memory, is_out_of_memory, prepare_gpu
 from vidgen_ray.stages.base import Artefacts, Item, Stage, StageParams, progress_callback, report_progress
 from vidgen_ray.stages.context_parallel import join_group
 

@@ -18,21 +18,27 @@ from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
 from vidgen_ray.engine.calls import (
     OUTPUT,
     CallResult,
-    chunk_unit,
-    clip_chunks,
     group_chunked_steps,
     group_steps,
-    join_records,
     ordered_window,
 )
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import InputsLost, Kind, ShotFailed, drop_frames
 from vidgen_ray.engine.scheduler import CHUNK_LOAD, COMMIT_LOAD, Work
 from vidgen_ray.engine.status import Attempt, EngineObserver, Progress
-from vidgen_ray.engine.step_runner import LIKENESS, LikenessTooLow, StepFailed, best_try, check_likeness
 from vidgen_ray.engine.worker_pool import ProgressCallback, RemoteArtefacts, WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length, is_chunked
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
+from vidgen_ray.render.step_runner import (
+    LIKENESS,
+    LikenessTooLow,
+    StepFailed,
+    best_try,
+    check_likeness,
+    chunk_unit,
+    clip_chunks,
+    join_records,
+)
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts
 

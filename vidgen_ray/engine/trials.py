@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from vidgen_ray.content_keys import with_local_loras
-from vidgen_ray.engine.oom_fallback import free_gpu_memory
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.planner.cluster import Cluster
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, open_trials, settled
 from vidgen_ray.profile import Profile
+from vidgen_ray.render.oom_fallback import free_gpu_memory
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Item, Stage
 

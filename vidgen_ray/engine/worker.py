@@ -19,14 +19,14 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.calls import LOADING, CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.gpu_group import GpuGroup
-from vidgen_ray.engine.oom_fallback import free_gpu_memory, prepare_gpu
 from vidgen_ray.engine.status import Progress
-from vidgen_ray.engine.step_runner import StepFailed, StepRunner, likeness_of
 from vidgen_ray.engine.worker_checks import difference
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import clip_length
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import WorkerSpec
+from vidgen_ray.render.oom_fallback import free_gpu_memory, prepare_gpu
+from vidgen_ray.render.step_runner import StepFailed, StepRunner, likeness_of
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item, Stage, progress_callback
 

@@ -27,6 +27,7 @@ from vidgen_ray.limits import MAX_PIXELS
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import REPLACED, manifest_batches
+from vidgen_ray.outputs.records import HD_FILE, IMAGE_FILE, VIDEO_FILE
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.report.shot_text import place_in_script
 from vidgen_ray.script.lines import file_error, read_yaml_file
@@ -205,9 +206,8 @@ def _field_error(detail: Any, source: str) -> FieldError:
 
 
 COLUMNS = ("script", "line", "id", "status", "metadata", "failure_stage", "failure_message")
-CLIP_FILES = {"hd": ("hd.mp4", "video.mp4"), "video": ("video.mp4", "hd.mp4")}
+VARIANT_FILES = {"hd": (HD_FILE, VIDEO_FILE), "video": (VIDEO_FILE, HD_FILE)}
 """Variant -> files of a shot, the first that exists is used."""
-IMAGE_FILE = "image.png"
 
 
 class ShotCandidate(NamedTuple):
@@ -338,7 +338,7 @@ def _finished(outputs: OutputFolder, settings: FilmSettings, candidate: ShotCand
     of_shot = shot_settings(metadata, f"shot {candidate.id}, metadata")
     merged = of_shot.model_copy(update={name: getattr(entry, name) for name in entry.model_fields_set & set(SHOT_FIELDS)})
     files = done.sha256
-    clip = next((name for name in CLIP_FILES[settings.variant] if name in files), None)
+    clip = next((name for name in VARIANT_FILES[settings.variant] if name in files), None)
     name = clip or IMAGE_FILE
     scene = metadata.get("scene")
     return ChosenShot(

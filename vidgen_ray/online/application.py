@@ -27,7 +27,6 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig, ServeStatus
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.engine.ray_cluster import LOOPBACK, SHUTDOWN_S, live_cluster, muted_stderr, requires_token, within
@@ -50,6 +49,7 @@ from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout
 from vidgen_ray.planner.solver import DIRECTOR_CPUS
 from vidgen_ray.provenance.signing import check_signing
+from vidgen_ray.render.cache_writer import CacheSettings
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.system.files import private_folder
 

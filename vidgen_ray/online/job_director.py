@@ -23,7 +23,6 @@ from vidgen_ray.engine.engine import Engine, Renderer
 from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, MetricSpec
 from vidgen_ray.engine.retries import Kind, ShotFailed, StoragePause
 from vidgen_ray.engine.status import Progress
-from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.api_error import without_internals
 from vidgen_ray.online.auth import ApiKeys
@@ -37,6 +36,7 @@ from vidgen_ray.online.webhooks import run_maintenance
 from vidgen_ray.online.workers import Actors
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, StepRecord
 from vidgen_ray.planner.layout import Layout
+from vidgen_ray.render.step_runner import StepFailed
 
 log = logging.getLogger("ray.serve")
 

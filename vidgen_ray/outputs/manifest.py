@@ -37,14 +37,25 @@ from vidgen_ray.graph import clip_length, file_sizes
 from vidgen_ray.licences import worst_use
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import in_order, last_number, number_of
-from vidgen_ray.outputs.records import RECORD, SCORES, SHOTS, DoneShot, Failure, ShotRecord, shot_path
+from vidgen_ray.outputs.records import (
+    HD_FILE,
+    IMAGE_FILE,
+    RECORD,
+    SCORES,
+    SHOTS,
+    VIDEO_FILE,
+    DoneShot,
+    Failure,
+    ShotRecord,
+    shot_path,
+)
 from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, no_results, storage_at
 from vidgen_ray.safety import Consent
 from vidgen_ray.shot import GUIDANCE_SCALES, LORA_FIELDS, NESTED_FIELDS, STAGES_WITH_STEPS, Shot, types_in
 
-SHOT_FILES = {"image": "image.png", "video": "video.mp4", "hd_video": "hd.mp4"}
+SHOT_FILES = {"image": IMAGE_FILE, "video": VIDEO_FILE, "hd_video": HD_FILE}
 """Manifest column -> file in the folder of the shot."""
-CLIP_FILES = ("video", "hd_video", "image")
+FILE_COLUMNS = ("video", "hd_video", "image")
 """Manifest columns with a file. The first that a shot has is its clip, which is scored and reviewed."""
 LIKENESS = {
     "image_likeness": "image",

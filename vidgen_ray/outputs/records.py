@@ -18,6 +18,10 @@ SHOTS = "shots"
 KEYS = "keys"
 SCORES = "scores"
 """Folder with one folder per scorer and version, `NAME@VERSION`, whose Parquet files have a row per scored clip."""
+IMAGE_FILE, VIDEO_FILE, HD_FILE = "image.png", "video.mp4", "hd.mp4"
+"""Files of a shot: its image, its clip, and its upscaled clip."""
+CLIP_FILES = {"frames": VIDEO_FILE, "hd_frames": HD_FILE}
+"""Artefact -> file name of the clip made from it."""
 SHARD = re.compile(r"[0-9a-f]{2}")
 """Name of a shard."""
 

@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
-from vidgen_ray.outputs.manifest import CLIP_FILES, manifest_batches, new_name
+from vidgen_ray.outputs.manifest import FILE_COLUMNS, manifest_batches, new_name
 from vidgen_ray.outputs.storage import Storage
 
 REVIEWS = "reviews"
-CLIP_COLUMNS = ("id", "status", *(f"{name}_sha256" for name in CLIP_FILES))
+CLIP_COLUMNS = ("id", "status", *(f"{name}_sha256" for name in FILE_COLUMNS))
 """Columns of the manifest that `clip_digest` and `reviewable_clips` need."""
 MAX_NOTE, MAX_NAME = 2000, 200
 
@@ -47,7 +47,7 @@ class Review(Opinion):
 
 def clip_digest(row: Mapping[str, Any]) -> str | None:
     """Return the digest by which the clip of a manifest row is reviewed: before upscaling, or of the image without a clip."""
-    return next((row[f"{name}_sha256"] for name in CLIP_FILES if row[f"{name}_sha256"]), None)
+    return next((row[f"{name}_sha256"] for name in FILE_COLUMNS if row[f"{name}_sha256"]), None)
 
 
 def digests_by_id(storage: Storage) -> dict[str, str]:

@@ -37,7 +37,7 @@ from vidgen_ray.errors import UsageError, allowed_of, explain
 from vidgen_ray.graph import STAGES, file_sizes
 from vidgen_ray.outputs.manifest import REPLACED, check_has_manifest, manifest_batches, opened, score_files
 from vidgen_ray.outputs.manifest_writer import failed_lines
-from vidgen_ray.outputs.records import RECORD, SHOTS
+from vidgen_ray.outputs.records import IMAGE_FILE, RECORD, SHOTS
 from vidgen_ray.outputs.reviews import (
     Imported,
     Opinion,
@@ -66,7 +66,7 @@ from vidgen_ray.system.quantities import amount_text, duration, money
 MAX_SHOTS = 10_000
 """Maximum number of shots in the gallery."""
 _KEPT = (stage.debug_file for stage in STAGES if stage.debug_file and stage.debug_file.endswith(".png"))
-CHAIN = (*dict.fromkeys(_KEPT), "image.png")
+CHAIN = (*dict.fromkeys(_KEPT), IMAGE_FILE)
 """Images of a shot, in the order in which the stages make them. The first ones exist with `--keep stages`."""
 FILE_AXES = frozenset((*IMAGE_FIELDS, "face_image", *LORA_FIELDS))
 """Fields of a `matrix` whose values are files."""

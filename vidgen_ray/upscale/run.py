@@ -22,7 +22,6 @@ import numpy as np
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import FrozenModel, MediaError, SetupError, UsageError
 from vidgen_ray.media.media_file import append_xmp
 from vidgen_ray.profile import Profile
@@ -38,6 +37,7 @@ from vidgen_ray.provenance.record import (
     metadata_of,
 )
 from vidgen_ray.provenance.signing import check_signing, sign_result
+from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, StageParams, report_progress
 from vidgen_ray.stages.realesrgan import RealESRGANStage, weights_file

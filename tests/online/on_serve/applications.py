@@ -8,7 +8,6 @@ import psutil
 import ray
 from ray import serve
 
-from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.online.application import DIRECTOR, director_application
@@ -19,6 +18,7 @@ from vidgen_ray.online.store.jobs import Job, JobKind, new_id
 from vidgen_ray.online.store.store import JobStore, open_store
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import plan
+from vidgen_ray.render.cache_writer import CacheSettings
 from vidgen_ray.shot import Shot
 
 POLL_S = 0.02

@@ -14,7 +14,6 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from vidgen_ray.engine.calls import CLIP_FILES
 from vidgen_ray.graph import file_sizes
 from vidgen_ray.online.api.openapi import ServerDep, TenantDep, bearer, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateVideo
@@ -34,6 +33,7 @@ from vidgen_ray.online.previews import encode_preview, newest_preview
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobState
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.records import CLIP_FILES, IMAGE_FILE, VIDEO_FILE
 
 Variant = Literal[
     "video", "hd", "thumbnail", "spritesheet", "sd", "image", "preview", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9"
@@ -62,13 +62,12 @@ async def content_tenant(
 
 
 ContentTenantDep = Annotated[Tenant, Depends(content_tenant)]
-IMAGE_FILE, ORIGINAL_CLIP_FILE = "image.png", CLIP_FILES["frames"]
 FILES: dict[str, tuple[str, ...]] = {
-    "sd": (ORIGINAL_CLIP_FILE,),
+    "sd": (VIDEO_FILE,),
     "image": (IMAGE_FILE,),
     "thumbnail": (IMAGE_FILE,),
     "preview": (IMAGE_FILE,),
-    "spritesheet": (ORIGINAL_CLIP_FILE, IMAGE_FILE),
+    "spritesheet": (VIDEO_FILE, IMAGE_FILE),
 }
 """Variant -> the files that it is served from, in order of preference."""
 PREVIEWS = {"thumbnail": ".webp", "preview": ".webp", "spritesheet": ".jpg"}

@@ -18,7 +18,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine.shot_writer import shot_record
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
 from vidgen_ray.limits import MAX_RESULTS
@@ -56,7 +55,9 @@ from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.online.uploads import ReceivedRequest, receive
+from vidgen_ray.outputs.records import IMAGE_FILE
 from vidgen_ray.provenance.record import metadata_of, with_label
+from vidgen_ray.render.shot_files import shot_record
 
 EDIT_STRENGTH = {"high": 0.35, "low": 0.6}
 """`input_fidelity` -> image-to-image strength."""
@@ -269,7 +270,7 @@ def _encode_result(server: ServerContext, job: Job, options: CreateImages) -> st
     finished = server.outputs.find_by_key(job.key)
     if finished is None:
         raise ApiError(404, f"The files of {job.id} no longer exist.", code="expired")
-    content = server.outputs.read(str(finished.record().shot.id), "image.png")
+    content = server.outputs.read(str(finished.record().shot.id), IMAGE_FILE)
     if options.output_format == "png":
         return base64.b64encode(content).decode()
     image = PILImage.open(io.BytesIO(content))

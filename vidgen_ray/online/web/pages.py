@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from zipstream import ZipStream
 
-from vidgen_ray.engine.calls import CLIP_FILES, OUTPUT
+from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes, stages_of
 from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.media import image_size
@@ -38,6 +38,7 @@ from vidgen_ray.online.store.store import UnknownJob
 from vidgen_ray.online.uploads import small_form
 from vidgen_ray.online.web.form_controls import BASES, IDEAS, STYLES, clip_defaults, control_groups, size_choices
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.records import CLIP_FILES, IMAGE_FILE
 from vidgen_ray.report.shot_text import length_text, settings_text, size_text
 from vidgen_ray.system.quantities import duration
 
@@ -213,7 +214,7 @@ def _archive(outputs: OutputFolder, jobs: list[Job]) -> ZipStream:
         done = outputs.find_by_key(job.key) if job.state is JobState.COMPLETED else None
         if done is None:
             continue
-        name = CLIP_FILES.get(delivered_artefact_of(job), "image.png")
+        name = CLIP_FILES.get(delivered_artefact_of(job), IMAGE_FILE)
         size = done.bytes[name]
         archive.add(_blocks(outputs, f"{done.folder}/{name}"), file_name(job), size=size)
     return archive

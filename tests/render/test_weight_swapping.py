@@ -3,11 +3,11 @@
 from types import SimpleNamespace
 
 from vidgen_ray import pipeline as pipeline_module
-from vidgen_ray.engine.step_runner import WeightSwapper
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import Cluster, Node
 from vidgen_ray.profile import load_profile
+from vidgen_ray.render.step_runner import WeightSwapper
 from vidgen_ray.shot import Shot
 
 

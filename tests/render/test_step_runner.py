@@ -12,17 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES, plan_of, use_fakes, with_actor
-from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.retries import Kind
-from vidgen_ray.engine.shot_writer import ShotFiles
-from vidgen_ray.engine.step_runner import ForeignArtefacts, StepFailed, StepRunner
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.faces import PackRecogniser
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.outputs.stage_cache import entry_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.render.cache_writer import CacheSettings
+from vidgen_ray.render.shot_files import ShotFiles
+from vidgen_ray.render.step_runner import ForeignArtefacts, StepFailed, StepRunner
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.stages.base import Artefacts, Item, pixels_to_uint8
 from vidgen_ray.stages.flux import FluxStage

@@ -5,6 +5,7 @@ Checks that the planned weights are loaded, and swaps groups of stages between G
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -15,15 +16,26 @@ from typing import Any
 import numpy as np
 
 from vidgen_ray.content_keys import ShotPlan, Step, with_local_loras
-from vidgen_ray.engine.cache_writer import CacheWriter
-from vidgen_ray.engine.oom_fallback import MEMORY_FREED, OomFallback, free_gpu_memory
 from vidgen_ray.errors import Cancelled, OtherWeights, StageError, VidgenError
-from vidgen_ray.graph import STAGE_BY_NAME, is_chunked
+from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length, is_chunked
 from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.outputs.records import Failure, StepRecord
+from vidgen_ray.profile import Profile
+from vidgen_ray.render.cache_writer import CacheWriter
+from vidgen_ray.render.oom_fallback import MEMORY_FREED, OomFallback, free_gpu_memory
 from vidgen_ray.safety import Safety
 from vidgen_ray.shot import LORA_FIELDS, Shot
-from vidgen_ray.stages.base import Artefacts, ChunkedStage, Frames, Image, Item, Stage, adds_by_address, report_progress
+from vidgen_ray.stages.base import (
+    Artefacts,
+    ChunkedStage,
+    Frames,
+    Image,
+    Item,
+    Stage,
+    adds_by_address,
+    frame_chunks,
+    report_progress,
+)
 from vidgen_ray.system.cache_dir import digest, file_version
 from vidgen_ray.system.model_files import loaded_files
 
@@ -473,3 +485,49 @@ def with_images(item: Item, takes: Iterable[str], inputs: Mapping[str, str] | No
     if "last_image" in takes and "last_image" not in artefacts and shot.last_image is not None:
         artefacts["last_image"] = cover_crop(read(shot.last_image), shot.width, shot.height)
     return Item(shot, artefacts)
+
+
+def chunk_frames_of(profile: Profile, stages: Iterable[type[Stage[Any]]]) -> dict[str, int]:
+    """Return stage name -> frames per call, for the chunked stages among these. Needs their weights on this machine."""
+    return {stage.name: stage.chunk_frames(profile.params(stage)) for stage in stages if issubclass(stage, ChunkedStage)}
+
+
+def chunk_unit(shot: Shot, chunk_frames: Mapping[str, int]) -> int:
+    """Return the number of frames by which the finished clip may be cut. Cuts at its multiples do not change any byte.
+
+    Each chunked stage then starts every chunk at a multiple of its own frames per call, which `chunk_frames` holds.
+    """
+    return math.lcm(*(chunk_frames[stage.name] for stage in chunked_stages_of(shot)))
+
+
+def clip_chunks(shot: Shot, unit: int, max_bytes: int = 0) -> list[slice]:
+    """Cut the finished clip of a shot with chunked stages into ranges of frames, in order.
+
+    A chunk is the largest multiple of `unit` frames whose result is at most `max_bytes` of raw frames, but at least one unit.
+    """
+    units = max(1, max_bytes // (chunk_result_bytes(shot) * unit))
+    n_frames, _ = clip_length(shot)
+    return frame_chunks(n_frames, units * unit)
+
+
+def chunk_result_bytes(shot: Shot) -> int:
+    """Return the bytes of raw RGB frames that the chunked stages make for one frame of the finished clip."""
+    chunked = {stage.writes[0] for stage in chunked_stages_of(shot)}
+    pixels = sum(scale**2 for name, (scale, _) in clip_growth(shot).items() if name in chunked)
+    return 3 * shot.width * shot.height * pixels
+
+
+def join_records(chunks: Sequence[Sequence[StepRecord]]) -> tuple[StepRecord, ...]:
+    """Merge the records of a clip's chunks into one record per stage."""
+    return tuple(_joined(records) for records in zip(*chunks, strict=True))
+
+
+def _joined(records: Sequence[StepRecord]) -> StepRecord:
+    recovered = [record.recovered for record in records if record.recovered]
+    return records[0].model_copy(
+        update={
+            "seconds": round(sum(record.seconds for record in records), 4),
+            "gpu_seconds": round(sum(record.gpu_seconds for record in records), 4),
+            "recovered": recovered[-1] if recovered else None,
+        }
+    )

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from tests.fake_stages import FAKES
-from vidgen_ray.engine import cache_writer
-from vidgen_ray.engine.cache_writer import CacheSettings, CacheWriter, bytes_per_worker
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.worker import Worker
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.stage_cache import StageCache
 from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec
+from vidgen_ray.render import cache_writer
+from vidgen_ray.render.cache_writer import CacheSettings, CacheWriter, bytes_per_worker
 from vidgen_ray.stages.base import Likeness
 
 KEYS = [f"{number:02x}" * 32 for number in range(8)]
@@ -68,7 +68,7 @@ def test_queued_results_are_written_at_the_end_of_the_process_and_failures_are_r
     code = f"""
 import logging, resource
 import numpy as np
-from vidgen_ray.engine.cache_writer import CacheSettings
+from vidgen_ray.render.cache_writer import CacheSettings
 from vidgen_ray.outputs.folder import OutputFolder
 logging.basicConfig()
 writer = CacheSettings("all").open(OutputFolder({str(tmp_path)!r}).stage_cache)

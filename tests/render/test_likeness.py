@@ -11,7 +11,6 @@ from tests.fake_stages import FakeSVD, use_fakes
 from tests.nets.test_faces import GROUP, WALL, head, on_a_wall
 from vidgen_ray.cli import main
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.step_runner import LikenessTooLow, StepFailed, best_try, check_likeness
 from vidgen_ray.errors import StageError, UsageError
 from vidgen_ray.media import read_image, write_png
 from vidgen_ray.nets.faces import norm_crop
@@ -20,6 +19,7 @@ from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.records import LikenessRecord, shot_path
 from vidgen_ray.outputs.stage_cache import likeness_from_json, likeness_to_json
 from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.render.step_runner import LikenessTooLow, StepFailed, best_try, check_likeness
 from vidgen_ray.report.gallery_page import likeness_text, write_gallery
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, Likeness

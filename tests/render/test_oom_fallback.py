@@ -9,12 +9,12 @@ from unittest.mock import Mock
 import pytest
 
 from vidgen_ray.engine.calls import CallResult
-from vidgen_ray.engine.oom_fallback import ALLOCATOR, MEMORY_FREED, OomFallback, is_out_of_memory, prepare_gpu
-from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import OutOfMemory
 from vidgen_ray.graph import STAGES
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.profile import load_profile
+from vidgen_ray.render.oom_fallback import ALLOCATOR, MEMORY_FREED, OomFallback, is_out_of_memory, prepare_gpu
+from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.stages.svd import SVDParams, SVDStage

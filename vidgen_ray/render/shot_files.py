@@ -14,13 +14,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from vidgen_ray.content_keys import FILE_FIELDS, FILES_FIELDS, ShotPlan
-from vidgen_ray.engine.calls import CLIP_FILES
-from vidgen_ray.engine.step_runner import ForeignArtefacts, before_chunks, check_made_by, with_images
 from vidgen_ray.errors import MediaError
 from vidgen_ray.graph import chunked_stages_of, clip_length, file_sizes, stages_of
 from vidgen_ray.media import FileMetadata, Mp4Settings, Mp4Writer, centre_crop, write_png
 from vidgen_ray.outputs.folder import LAST_FRAME, OutputFolder, ShotDraft
-from vidgen_ray.outputs.records import LikenessRecord, ProvenanceNote, ShotRecord, StepRecord
+from vidgen_ray.outputs.records import CLIP_FILES, IMAGE_FILE, LikenessRecord, ProvenanceNote, ShotRecord, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache, face_to_json
 from vidgen_ray.provenance.record import (
     DEFAULT,
@@ -33,6 +31,7 @@ from vidgen_ray.provenance.record import (
     with_label,
 )
 from vidgen_ray.provenance.signing import sign_file
+from vidgen_ray.render.step_runner import ForeignArtefacts, before_chunks, check_made_by, with_images
 from vidgen_ray.safety import Safety
 from vidgen_ray.shot import LORA_FIELDS, NESTED_FIELDS, Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
@@ -171,7 +170,7 @@ def line_with_files(line: Mapping[str, Any], files: Mapping[str, str]) -> tuple[
     return replaced, list(unknown)
 
 
-IMAGE, IMAGE_FILE = "image", "image.png"
+IMAGE = "image"
 FILES = {IMAGE: IMAGE_FILE, **CLIP_FILES}
 """Artefact -> file name of a shot's results."""
 
