@@ -139,7 +139,7 @@ def test_single_stages_and_what_a_notebook_shows(pipeline, tmp_path, monkeypatch
     with open_video(clip) as video:
         assert (video.width, video.height, video.frame_count) == (256, 128, 3)
     assert pipeline.upscale(image, scale=3).size == (384, 192)
-    monkeypatch.setattr("vidgen_ray.render.step_runner.adds_by_address", lambda: True)
+    monkeypatch.setattr("vidgen_ray.render.weights_on_gpu.adds_by_address", lambda: True)
     with pytest.warns(UserWarning, match="import vidgen_ray first"):
         VideoGenerationPipeline(pipeline.profile, tmp_path).upscale(image, scale=2)
     with pytest.raises(UsageError, match=r"must end in \.mp4"):

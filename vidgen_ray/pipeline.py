@@ -36,8 +36,6 @@ from vidgen_ray.render.step_runner import (
     LikenessTooLow,
     StepFailed,
     StepRunner,
-    WeightsCheck,
-    WeightSwapper,
     best_try,
     check_likeness,
     chunk_frames_of,
@@ -45,6 +43,7 @@ from vidgen_ray.render.step_runner import (
     clip_chunks,
     join_records,
 )
+from vidgen_ray.render.weights_on_gpu import WeightsCheck, WeightSwapper
 from vidgen_ray.safety import Consent
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.script.read import file_problem

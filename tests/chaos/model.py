@@ -58,7 +58,7 @@ from vidgen_ray.outputs.lease import REFRESH_S, Fence, Holder, Lease
 from vidgen_ray.outputs.records import FileRecord, ShotRecord
 from vidgen_ray.outputs.run_log import RunLabels
 from vidgen_ray.profile import load_profile
-from vidgen_ray.render import shot_files, step_runner
+from vidgen_ray.render import shot_files, step_runner, weights_on_gpu
 from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import FaceFeatures, Likeness
@@ -955,7 +955,7 @@ def patched(world):
         for module in (worker, encoder):
             patch.setattr(module, "place_of_process", lambda: place_of(world.process), raising=False)
             patch.setattr(module, "activity_of_process", lambda *_: 0.0, raising=False)
-        patch.setattr(step_runner.WeightsCheck, "before_load", lambda self, stages: None)
+        patch.setattr(weights_on_gpu.WeightsCheck, "before_load", lambda self, stages: None)
         patch.setattr(step_runner, "read_image", world.read_image)
         patch.setattr(step_runner, "with_local_loras", lambda shot, inputs: shot)
         try:

@@ -14,7 +14,7 @@ from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.planner.gpu_memory import actors_of
 from vidgen_ray.planner.layout import GPU_PROCESS_HOST_GB, WorkerProcess
-from vidgen_ray.render.step_runner import WeightSwapper
+from vidgen_ray.render.weights_on_gpu import WeightSwapper
 from vidgen_ray.stages import flux, memory_table
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux_model import FluxModel

@@ -7,7 +7,7 @@ from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import Cluster, Node
 from vidgen_ray.profile import load_profile
-from vidgen_ray.render.step_runner import WeightSwapper
+from vidgen_ray.render.weights_on_gpu import WeightSwapper
 from vidgen_ray.shot import Shot
 
 
