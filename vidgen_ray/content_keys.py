@@ -21,8 +21,7 @@ from pydantic import BaseModel
 from vidgen_ray.errors import FrozenModel, StageError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.licences import UsedWeights
-from vidgen_ray.profile import Profile
-from vidgen_ray.provenance.record import DEFAULT, ProvenanceSettings
+from vidgen_ray.profile import DEFAULT_PROVENANCE, Profile, ProvenanceSettings
 from vidgen_ray.shot import DERIVED_FIELDS, IMAGE_FIELDS, LocalLora, LocalVideoLora, LoraRef, Shot, VideoLora
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
 from vidgen_ray.stages.base import Stage, StageParams
@@ -183,7 +182,7 @@ class ShotPlanner:
         params: Mapping[str, StageParams],
         encode: BaseModel,
         licences: Callable[[Shot, Sequence[type[Stage[Any]]]], tuple[UsedWeights, ...]] | None = None,
-        provenance: ProvenanceSettings = DEFAULT,
+        provenance: ProvenanceSettings = DEFAULT_PROVENANCE,
     ) -> None:
         """`licences`: finds the weights behind a shot with these stages, for its record. `provenance`: how files are marked."""
         self._params = params

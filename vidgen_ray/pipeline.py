@@ -25,8 +25,8 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import shot_without_row
 from vidgen_ray.outputs.records import HD_FILE, IMAGE_FILE, VIDEO_FILE, ShotRecord, StepRecord
 from vidgen_ray.planner import ShotSizes, profile_for, swap_groups, this_machine
-from vidgen_ray.profile import Profile
-from vidgen_ray.provenance.record import InputFile, ProvenanceSettings, altered_record, mark_of, metadata_of, with_label
+from vidgen_ray.profile import Profile, ProvenanceSettings
+from vidgen_ray.provenance.record import InputFile, altered_record, mark_of, metadata_of, with_label
 from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.render.cache_writer import CacheMode, cache_settings
 from vidgen_ray.render.oom_fallback import OomFallback, free_gpu_memory, prepare_gpu

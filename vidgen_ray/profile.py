@@ -11,7 +11,6 @@ from pydantic.json_schema import SkipJsonSchema
 
 from vidgen_ray.errors import ProfileError, SetupError, StrictModel, allowed_of, shortened
 from vidgen_ray.media import Mp4Settings
-from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.safety import ContentPolicy, Safety, SafetySettings, safety_of
 from vidgen_ray.shot import wrong_defaults
 from vidgen_ray.stages.base import Stage, StageParams
@@ -106,6 +105,51 @@ def _for_memory(changes: Iterable[S], memory_gb: float) -> S | None:
     return min((change for change in changes if memory_gb < change.below_gb), key=lambda change: change.below_gb, default=None)
 
 
+MAX_LABEL_LETTERS = 60
+
+Detail = Literal["full", "private", "off"]
+
+
+class ProvenanceSettings(StrictModel):
+    """Metadata, label and signature of images and clips. Every field but `c2pa_key` changes the bytes of files."""
+
+    metadata: Detail = Field(
+        "full",
+        description="full: mark files as AI-generated, with the tool, the content key and the settings of the shot. private: "
+        "without the settings of the shot and the digests of its photos. off: write nothing and do not sign.",
+    )
+    label: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_LABEL_LETTERS,
+        description="Text that is drawn into the lower right corner of images and clips. Default: none.",
+    )
+    c2pa_key: Path | None = Field(
+        None,
+        description="File with a private key and its certificates, see `vidgen keys c2pa`, with which files are signed (C2PA). "
+        "An absolute path that every machine of the run has. Default: files are not signed.",
+    )
+
+    @field_validator("label")
+    @classmethod
+    def _check_label(cls, value: str | None) -> str | None:
+        if value is not None and (not value.strip() or not value.isprintable()):
+            raise ValueError("must be one line of printable letters")
+        return value
+
+    def for_key(self) -> dict[str, Any]:
+        """Return the fields that change the bytes of files before they are signed."""
+        return self.model_dump(exclude={"c2pa_key"})
+
+    @property
+    def signing_key(self) -> Path | None:
+        """File with which to sign, or `None` if files are not signed."""
+        return None if self.metadata == "off" else self.c2pa_key
+
+
+DEFAULT_PROVENANCE = ProvenanceSettings()
+
+
 class Profile(StrictModel):
     """Built-in profile, or the user's own profile file."""
 
@@ -113,7 +157,7 @@ class Profile(StrictModel):
     about: str = Field(description="One sentence that describes the profile.")
     defaults: dict[str, JsonValue] = Field(default_factory=dict, description="Default values of shot fields.")
     encode: Mp4Settings = Mp4Settings()
-    provenance: ProvenanceSettings = ProvenanceSettings()
+    provenance: ProvenanceSettings = DEFAULT_PROVENANCE
     layout: Literal["auto", "fused", "colocated", "staged"] = Field(
         "auto",
         description="auto: the fastest layout that fits. fused: one worker per GPU holds all models. colocated: one worker per "

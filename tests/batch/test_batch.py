@@ -31,7 +31,7 @@ from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import Cluster, Node, demand_of, plan, this_machine
 from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, settled
-from vidgen_ray.provenance.record import ProvenanceSettings
+from vidgen_ray.profile import ProvenanceSettings
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script
 from vidgen_ray.shot import Shot

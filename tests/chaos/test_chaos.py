@@ -46,8 +46,7 @@ from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import Cluster as Machines
 from vidgen_ray.planner import Node, demand_of, parse_gpus, plan
-from vidgen_ray.profile import load_profile
-from vidgen_ray.provenance.record import ProvenanceSettings
+from vidgen_ray.profile import ProvenanceSettings, load_profile
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script
 

@@ -14,7 +14,8 @@ from vidgen_ray.film.film_settings import ChosenShot, ClipFormat, FilmSettings, 
 from vidgen_ray.film.make_film import make_film
 from vidgen_ray.film.timeline import build_timeline
 from vidgen_ray.media.media_file import append_xmp
-from vidgen_ray.provenance.record import ProvenanceRecord, ProvenanceSettings, read_provenance
+from vidgen_ray.profile import ProvenanceSettings
+from vidgen_ray.provenance.record import ProvenanceRecord, read_provenance
 from vidgen_ray.provenance.signing import create_signing_key, read_signature
 from vidgen_ray.system.cache_dir import sha256_of
 

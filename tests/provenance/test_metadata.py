@@ -21,16 +21,11 @@ from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.media import Mp4Settings, Mp4Writer, encode_png, open_video, read_image, write_png
 from vidgen_ray.media.media_file import read_xmp
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.provenance.record import (
-    ProvenanceRecord,
-    ProvenanceSettings,
-    labelled,
-    read_provenance,
-    xmp_packet,
-    xmp_property,
-)
+from vidgen_ray.profile import ProvenanceSettings
+from vidgen_ray.provenance.record import ProvenanceRecord, labelled, read_provenance, xmp_packet, xmp_property
+from vidgen_ray.provenance.shot_provenance import DIGEST_PREFIX, SIZES, SWITCHES, line_with_files, script_line, shot_record
 from vidgen_ray.provenance.signing import read_signature
-from vidgen_ray.render.shot_files import DIGEST_PREFIX, SIZES, SWITCHES, ShotFiles, line_with_files, script_line, shot_record
+from vidgen_ray.render.shot_files import ShotFiles
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item
 

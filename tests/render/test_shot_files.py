@@ -10,7 +10,7 @@ from tests.fake_stages import plan_of
 from vidgen_ray.errors import MediaError, ScriptError
 from vidgen_ray.media import open_video, read_image
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.provenance.record import ProvenanceSettings
+from vidgen_ray.profile import ProvenanceSettings
 from vidgen_ray.render.shot_files import ShotFiles, write_clip
 from vidgen_ray.render.step_runner import ForeignArtefacts
 from vidgen_ray.script.check import check_shot

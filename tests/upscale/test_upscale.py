@@ -13,7 +13,8 @@ from tests.upscale.conftest import FAST, TAGGED
 from tests.upscale.videos import SIZE, decoded, packets, picture, write_video
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.media_file import append_xmp
-from vidgen_ray.provenance.record import ProvenanceRecord, ProvenanceSettings, read_provenance
+from vidgen_ray.profile import ProvenanceSettings
+from vidgen_ray.provenance.record import ProvenanceRecord, read_provenance
 from vidgen_ray.provenance.signing import create_signing_key, read_signature, sign_file
 from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.upscale import job as job_module

@@ -28,8 +28,8 @@ from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.planner import profile_for
 from vidgen_ray.profile import AUTO
 from vidgen_ray.provenance.record import FoundProvenance, read_provenance
+from vidgen_ray.provenance.shot_provenance import line_with_files
 from vidgen_ray.provenance.signing import Signature, read_certificates, read_signature
-from vidgen_ray.render.shot_files import line_with_files
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Image
 from vidgen_ray.stages.identity import pose_image

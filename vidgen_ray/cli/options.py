@@ -30,8 +30,7 @@ from vidgen_ray.graph import WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL, Storage
 from vidgen_ray.planner import Cluster, parse_gpus
-from vidgen_ray.profile import Profile, builtin_profiles
-from vidgen_ray.provenance.record import MAX_LABEL_LETTERS, ProvenanceSettings
+from vidgen_ray.profile import MAX_LABEL_LETTERS, Profile, ProvenanceSettings, builtin_profiles
 from vidgen_ray.safety import DECLARED_BASES, parse_consent
 from vidgen_ray.script.check import file_errors
 from vidgen_ray.script.expansion import read_characters

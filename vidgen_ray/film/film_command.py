@@ -102,7 +102,7 @@ def film(
     from vidgen_ray.film.film_settings import manifest_candidates, with_reasons
     from vidgen_ray.film.make_film import make_film
     from vidgen_ray.outputs.folder import OutputFolder, setting_of_last_run
-    from vidgen_ray.provenance.record import DEFAULT, ProvenanceSettings
+    from vidgen_ray.profile import DEFAULT_PROVENANCE, ProvenanceSettings
     from vidgen_ray.report.gallery_page import update_gallery
 
     if URL.match(path):
@@ -129,7 +129,7 @@ def film(
         if not chosen:
             raise UsageError("--where, --best: no finished shot matches")
     target = Path(path)
-    last = setting_of_last_run(outputs, ProvenanceSettings, "profile", "provenance") or DEFAULT
+    last = setting_of_last_run(outputs, ProvenanceSettings, "profile", "provenance") or DEFAULT_PROVENANCE
     marking = marks.settings(last)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     console = Console(stderr=True)

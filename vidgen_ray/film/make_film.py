@@ -17,15 +17,8 @@ from vidgen_ray.film.sound import plan_tracks, sound_key, speaker, write_sound
 from vidgen_ray.film.timeline import FilmTimeline, build_timeline, probe_clip, sound_seconds
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder, setting_of_last_run
-from vidgen_ray.provenance.record import (
-    DEFAULT,
-    Detail,
-    FoundProvenance,
-    InputFile,
-    ProvenanceSettings,
-    joined_record,
-    metadata_of,
-)
+from vidgen_ray.profile import DEFAULT_PROVENANCE, Detail, ProvenanceSettings
+from vidgen_ray.provenance.record import FoundProvenance, InputFile, joined_record, metadata_of
 from vidgen_ray.provenance.signing import Ingredient, check_signing, sign_file
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import new_file, write_atomically
@@ -136,7 +129,7 @@ def make_film(
     """
     if path.suffix.lower() != SUFFIX:
         raise UsageError(f"film: got {str(path)!r}, must end in {SUFFIX}")
-    marking = provenance or setting_of_last_run(outputs, ProvenanceSettings, "profile", "provenance") or DEFAULT
+    marking = provenance or setting_of_last_run(outputs, ProvenanceSettings, "profile", "provenance") or DEFAULT_PROVENANCE
     check_signing(marking)
     if candidates is None:
         candidates = manifest_candidates(outputs.storage)

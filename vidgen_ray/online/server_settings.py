@@ -11,8 +11,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from vidgen_ray.errors import SetupError, StrictModel, UsageError
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL
-from vidgen_ray.profile import AUTO
-from vidgen_ray.provenance.record import ProvenanceSettings
+from vidgen_ray.profile import AUTO, ProvenanceSettings
 from vidgen_ray.shot import Priority
 from vidgen_ray.system.files import load_yaml, private_folder
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from vidgen_ray.content_keys import CutText
 from vidgen_ray.errors import StrictModel
 from vidgen_ray.licences import UsedWeights
-from vidgen_ray.provenance.record import Detail
+from vidgen_ray.profile import Detail
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts
 

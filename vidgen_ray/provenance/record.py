@@ -17,58 +17,14 @@ from xml.sax.saxutils import escape
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
-from pydantic import Field, ValidationError, field_validator
+from pydantic import ValidationError
 
-from vidgen_ray.errors import FrozenModel, MediaError, StrictModel
+from vidgen_ray.errors import FrozenModel, MediaError
 from vidgen_ray.media import FileMetadata
 from vidgen_ray.media.media_file import load_font, missing_letter, read_xmp
+from vidgen_ray.profile import ProvenanceSettings
 from vidgen_ray.stages.base import Frames
 from vidgen_ray.version import __version__
-
-MAX_LABEL_LETTERS = 60
-
-Detail = Literal["full", "private", "off"]
-
-
-class ProvenanceSettings(StrictModel):
-    """Metadata, label and signature of images and clips. Every field but `c2pa_key` changes the bytes of files."""
-
-    metadata: Detail = Field(
-        "full",
-        description="full: mark files as AI-generated, with the tool, the content key and the settings of the shot. private: "
-        "without the settings of the shot and the digests of its photos. off: write nothing and do not sign.",
-    )
-    label: str | None = Field(
-        None,
-        min_length=1,
-        max_length=MAX_LABEL_LETTERS,
-        description="Text that is drawn into the lower right corner of images and clips. Default: none.",
-    )
-    c2pa_key: Path | None = Field(
-        None,
-        description="File with a private key and its certificates, see `vidgen keys c2pa`, with which files are signed (C2PA). "
-        "An absolute path that every machine of the run has. Default: files are not signed.",
-    )
-
-    @field_validator("label")
-    @classmethod
-    def _check_label(cls, value: str | None) -> str | None:
-        if value is not None and (not value.strip() or not value.isprintable()):
-            raise ValueError("must be one line of printable letters")
-        return value
-
-    def for_key(self) -> dict[str, Any]:
-        """Return the fields that change the bytes of files before they are signed."""
-        return self.model_dump(exclude={"c2pa_key"})
-
-    @property
-    def signing_key(self) -> Path | None:
-        """File with which to sign, or `None` if files are not signed."""
-        return None if self.metadata == "off" else self.c2pa_key
-
-
-DEFAULT = ProvenanceSettings()
-
 
 NAMESPACES = {
     "xmp": "http://ns.adobe.com/xap/1.0/",

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from vidgen_ray.errors import MediaError, SetupError, install_command
 from vidgen_ray.media.media_file import wrap_errors
-from vidgen_ray.provenance.record import SOURCE_TYPE_URI, TOOL, Operation, ProvenanceRecord, ProvenanceSettings
+from vidgen_ray.profile import ProvenanceSettings
+from vidgen_ray.provenance.record import SOURCE_TYPE_URI, TOOL, Operation, ProvenanceRecord
 from vidgen_ray.system.files import write_atomically
 
 DAYS = 3650

@@ -24,18 +24,8 @@ from pydantic import ValidationError
 
 from vidgen_ray.errors import FrozenModel, MediaError, SetupError, UsageError
 from vidgen_ray.media.media_file import append_xmp
-from vidgen_ray.profile import Profile
-from vidgen_ray.provenance.record import (
-    DEFAULT,
-    Detail,
-    InputFile,
-    Operation,
-    ProvenanceRecord,
-    ProvenanceSettings,
-    SourceType,
-    altered_record,
-    metadata_of,
-)
+from vidgen_ray.profile import DEFAULT_PROVENANCE, Detail, Profile, ProvenanceSettings
+from vidgen_ray.provenance.record import InputFile, Operation, ProvenanceRecord, SourceType, altered_record, metadata_of
 from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.shot import Shot
@@ -93,7 +83,7 @@ class UpscaleOptions:
     """Frames per second of the result, drawn by RIFE. `None` keeps the times of the source."""
     force: bool = False
     """Replace existing files."""
-    provenance: ProvenanceSettings = DEFAULT
+    provenance: ProvenanceSettings = DEFAULT_PROVENANCE
     """Settings of the marking as altered by an algorithm, or as AI-generated if its source is."""
     operation: Operation = "upscale"
     """Name of the command in the provenance record."""

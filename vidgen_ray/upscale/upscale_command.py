@@ -23,7 +23,7 @@ from vidgen_ray.errors import NOT_A_URL, StageError, UsageError, VidgenError
 from vidgen_ray.media import CLIP_SUFFIXES
 from vidgen_ray.media.encode import Preset
 from vidgen_ray.outputs.storage import URL
-from vidgen_ray.provenance.record import DEFAULT
+from vidgen_ray.profile import DEFAULT_PROVENANCE
 from vidgen_ray.system.quantities import Console, duration
 from vidgen_ray.upscale.frames import DEFAULT_CRF, Codec, EncodeSettings
 from vidgen_ray.upscale.job import SegmentFailed, Threads
@@ -165,7 +165,7 @@ def upscale(
         fit=_parse_size(to) if to else None,
         fps=_parse_fps(fps) if fps else None,
         force=force,
-        provenance=marks.settings(DEFAULT),
+        provenance=marks.settings(DEFAULT_PROVENANCE),
     )
     seconds = _parse_seconds(preview) if preview else None
     results, usable = _checked(targets, options)

@@ -57,7 +57,7 @@ from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.online.uploads import ReceivedRequest, receive
 from vidgen_ray.outputs.records import IMAGE_FILE
 from vidgen_ray.provenance.record import metadata_of, with_label
-from vidgen_ray.render.shot_files import shot_record
+from vidgen_ray.provenance.shot_provenance import shot_record
 
 EDIT_STRENGTH = {"high": 0.35, "low": 0.6}
 """`input_fidelity` -> image-to-image strength."""
