@@ -56,6 +56,8 @@ MIN_MULTIPLE_PX = 16
 """Width and height are multiples of this, with some video models of more."""
 MIN_CROP_PX = 16
 """Smallest width and height in pixels that a clip may be cut to."""
+MATRIX = "matrix"
+"""Field of a line: field -> list of values. Not a field of a shot, whose metadata has its values under this name."""
 NESTED_FIELDS = ("steps", "guidance")
 """Fields with one setting per stage. They may be written flat: `"flux.steps": 4`."""
 MODEL_FIELDS = ("image_model", "style_model", "video_model")

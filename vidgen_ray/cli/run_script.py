@@ -334,7 +334,7 @@ def _chosen_lines(outputs: OutputFolder, ids: frozenset[str] | None, *, rejected
 
     `ids`: of the shots. Default: all.
     """
-    from vidgen_ray.batch.line_planner import give_new_seeds
+    from vidgen_ray.outputs.new_seeds import give_new_seeds
 
     repeated = give_new_seeds(outputs, ids, rejected=rejected)
     if repeated.continued:

@@ -35,7 +35,7 @@ from vidgen_ray.outputs.manifest import SETTINGS
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.report.gallery_page import FILE_AXES, LOOK, add_thumbnails
 from vidgen_ray.report.shot_text import short_names, value_text
-from vidgen_ray.script.expansion import MATRIX
+from vidgen_ray.shot import MATRIX
 from vidgen_ray.system.quantities import count, size
 
 Array = NDArray[np.float64]

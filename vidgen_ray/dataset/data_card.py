@@ -29,13 +29,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image as PILImage
 
-from vidgen_ray.batch.line_planner import SEEDS_FILE, read_seeds
 from vidgen_ray.dataset.tables import DIGEST, MEMORY_LIMIT, NUMBERS, OWN_COLUMNS, REVIEWS, columns_of, quoted
 from vidgen_ray.errors import MediaError
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.media import cover_crop, open_foreign_video, read_image
 from vidgen_ray.outputs.manifest import LIKENESS, SCHEMA, ManifestRow, opened, parquet_files
 from vidgen_ray.outputs.manifest_writer import SCRIPTS
+from vidgen_ray.outputs.new_seeds import SEEDS_FILE, read_seeds
 from vidgen_ray.outputs.records import RECORD, SCORES
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.provenance.record import ProvenanceRecord

@@ -24,7 +24,8 @@ from vidgen_ray.errors import UsageError
 from vidgen_ray.outputs.manifest import FILE_COLUMNS, SCHEMA, check_has_manifest, manifest_batches, opened, score_files
 from vidgen_ray.outputs.reviews import read_reviews
 from vidgen_ray.outputs.storage import Storage
-from vidgen_ray.script.expansion import CHOSEN, MATRIX, MATRIX_NUMBER
+from vidgen_ray.script.expansion import CHOSEN, MATRIX_NUMBER
+from vidgen_ray.shot import MATRIX
 from vidgen_ray.system.quantities import count
 
 DIGEST = "clip_sha256"

@@ -58,8 +58,8 @@ from vidgen_ray.report.shot_text import (
     size_text,
     value_text,
 )
-from vidgen_ray.script.expansion import CHOSEN, MATRIX
-from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, NESTED_FIELDS, Shot
+from vidgen_ray.script.expansion import CHOSEN
+from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, MATRIX, NESTED_FIELDS, Shot
 from vidgen_ray.stages.instantid import sampled_frames
 from vidgen_ray.system.quantities import amount_text, duration, money
 

@@ -31,7 +31,6 @@ from vidgen_ray.safety import (
 )
 from vidgen_ray.script.expansion import (
     CHOSEN,
-    MATRIX,
     MATRIX_NUMBER,
     STYLE,
     expand,
@@ -56,6 +55,7 @@ from vidgen_ray.shot import (
     ID_PATTERN,
     IMAGE_FIELDS,
     LORA_FIELDS,
+    MATRIX,
     NESTED_FIELDS,
     LoraRef,
     Shot,

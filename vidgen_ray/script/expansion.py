@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from vidgen_ray.errors import FieldError, ScriptError, known_fields, shortened
 from vidgen_ray.limits import MAX_SHOTS_PER_LINE
 from vidgen_ray.script.lines import WrongField, absolute_path, read_yaml_file, with_absolute_paths
-from vidgen_ray.shot import Shot, wrong_defaults
+from vidgen_ray.shot import MATRIX, Shot, wrong_defaults
 
 CHARACTER_FIELDS = (
     "face_image",
@@ -194,8 +194,6 @@ def _wrong(source: str, field: str | None, got: str, allowed: str) -> ScriptErro
     return ScriptError([FieldError(source, None, field, got, allowed)])
 
 
-MATRIX = "matrix"
-"""Field of a line: field -> list of values. Not a field of a shot, whose metadata has its values under this name."""
 MATRIX_NUMBER = "matrix_number"
 """Key in the metadata of a shot of a `matrix`, or with choices: its number among those of its line, from 0."""
 CHOSEN = "choices"

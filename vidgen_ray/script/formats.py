@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vidgen_ray.errors import SCHEMA_COMMAND, ScriptError, in_json, known_fields, shortened
-from vidgen_ray.script.expansion import MATRIX, STYLE
+from vidgen_ray.script.expansion import STYLE
 from vidgen_ray.script.lines import (
     COMPRESSED,
     FAILURE_FIELD,
@@ -41,7 +41,7 @@ from vidgen_ray.script.lines import (
     with_absolute_paths,
 )
 from vidgen_ray.script.screenplay import read_yaml
-from vidgen_ray.shot import GUIDANCE_SCALES, ID_PATTERN, IMAGE_FIELDS, NESTED_FIELDS, Shot, number_fields
+from vidgen_ray.shot import GUIDANCE_SCALES, ID_PATTERN, IMAGE_FIELDS, MATRIX, NESTED_FIELDS, Shot, number_fields
 
 METADATA_PREFIX = "metadata."
 """A column `metadata.NAME` becomes an entry of `metadata`."""

@@ -11,7 +11,6 @@ from vidgen_ray.limits import MAX_YAML_BYTES
 from vidgen_ray.script.expansion import (
     CHARACTER_FIELDS,
     CHARACTER_TEXTS,
-    MATRIX,
     NO_MATRIX_FIELDS,
     STYLE,
     STYLE_FIELDS,
@@ -20,7 +19,7 @@ from vidgen_ray.script.expansion import (
     checked_styles,
 )
 from vidgen_ray.script.lines import Columns, Header, Line, Lines, encoding_error, file_error, unreadable_line
-from vidgen_ray.shot import LORA_FIELDS, NESTED_FIELDS, Shot
+from vidgen_ray.shot import LORA_FIELDS, MATRIX, NESTED_FIELDS, Shot
 from vidgen_ray.system.files import StrictLoader, yaml_problem
 
 HEADER_FIELDS = ("title", "defaults", "characters", "styles", "film", "shots", "scenes")
