@@ -19,9 +19,9 @@ from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Window
-from vidgen_ray.engine.retries import StoragePause
 from vidgen_ray.engine.shot_runner import ShotRunner
 from vidgen_ray.engine.status import Attempt
+from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.outputs.folder import OutputFolder

@@ -26,8 +26,9 @@ from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.engine import Engine, Window
-from vidgen_ray.engine.retries import Kind, StoragePause
+from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.shot_runner import ShotRunner
+from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.supervisor import MAX_QUARANTINES
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.errors import SetupError, TooExpensive

@@ -42,8 +42,8 @@ from vidgen_ray.engine import (
     actor_client,
     encoder,
     engine,
-    retries,
     shot_runner,
+    storage_pause,
     supervisor,
     worker,
     worker_checks,
@@ -918,12 +918,12 @@ def patched(world):
     with pytest.MonkeyPatch.context() as patch:
         for name, module in [*sys.modules.items()]:
             if (
-                name.startswith(("vidgen_ray.engine", "vidgen_ray.batch", "vidgen_ray.outputs.lease"))
+                name.startswith(("vidgen_ray.engine", "vidgen_ray.render", "vidgen_ray.batch", "vidgen_ray.outputs.lease"))
                 and getattr(module, "time", None) is time
             ):
                 patch.setattr(module, "time", _Time)
         patch.setattr(asyncio, "to_thread", _to_thread)
-        for module in (retries, director_module):
+        for module in (storage_pause, director_module):
             patch.setattr(module, "to_daemon_thread", lambda *call: asyncio.ensure_future(_to_thread(*call)))
         patch.setattr(asyncio, "sleep", Sleep)
         patch.setattr(ray, "kill", lambda actor, *, no_restart=True: actor.kill(no_restart=no_restart))

@@ -13,8 +13,9 @@ from vidgen_ray.batch.shot_queue import ContinuedShots
 from vidgen_ray.engine import actor_client, calls, retries, shot_runner, worker_checks, worker_pool
 from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.engine import Window
-from vidgen_ray.engine.retries import AttemptFailed, Kind, StoragePause
+from vidgen_ray.engine.retries import AttemptFailed, Kind
 from vidgen_ray.engine.shot_runner import ShotRunner
+from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.supervisor import Supervisor
 from vidgen_ray.engine.worker_pool import RemoteArtefacts, WorkerPool
 from vidgen_ray.outputs.lease import Fence, Lease

@@ -35,7 +35,7 @@ from vidgen_ray.batch import run_options
 from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
-from vidgen_ray.engine import actor_client, retries
+from vidgen_ray.engine import actor_client, storage_pause
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
@@ -418,7 +418,7 @@ def render_with_fakes(folder, out, address):
     server is gone. The kernel can end those, but no process that writes to a frozen disk.
     """
     run_options.STAGE_BY_NAME = FAKES
-    retries.PROBE_INTERVAL_S, retries.PROBE_TIMEOUT_S = 0.5, 2.0
+    storage_pause.PROBE_INTERVAL_S, storage_pause.PROBE_TIMEOUT_S = 0.5, 2.0
     leases.REFRESH_S, leases.UNSURE_AFTER_S, leases.STOP_S, run_log.CLOSE_S = 0.5, 3.0, 1.0, 1.0
 
     def block(_, arguments):

@@ -6,8 +6,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from vidgen_ray.engine import retries
-from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind, ShotFailed, StoragePause, Verdict, run_with_retries
+from vidgen_ray.engine import storage_pause
+from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind, ShotFailed, Verdict, run_with_retries
+from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.outputs.records import Failure
 
 ERROR, INPUT, MEMORY = Kind.ERROR, Kind.INPUT, Kind.MEMORY
@@ -146,7 +147,7 @@ def test_write_that_times_out_during_a_pause_is_not_the_fault_of_its_encoder(mon
         pause.begin("no response")
         return [await pause.is_cause(Mock(kind=Kind.WRITE)) for _ in range(2)]
 
-    monkeypatch.setattr(retries, "PROBE_INTERVAL_S", 0)
+    monkeypatch.setattr(storage_pause, "PROBE_INTERVAL_S", 0)
     assert asyncio.run(causes()) == [True, False]
 
 

@@ -24,8 +24,9 @@ from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Engine, Renderer
 from vidgen_ray.engine.fleet import FIRST_MESSAGE_S, MESSAGE_INTERVAL_S, PlacedSlot, labels_of, placed_more_slots
 from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, live_cluster
-from vidgen_ray.engine.retries import Kind, ShotFailed, StoragePause
+from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.status import Snapshot
+from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.errors import MAX_MESSAGES, OutOfMemory, ProfileError, ScriptError, SetupError, StorageHangs, TooExpensive
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder

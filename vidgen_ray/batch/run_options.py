@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import Field, JsonValue
 
-from vidgen_ray.engine.retries import ATTEMPTS, MAX_WAIT_S
+from vidgen_ray.engine.retries import ATTEMPTS
+from vidgen_ray.engine.storage_pause import MAX_WAIT_S
 from vidgen_ray.errors import FrozenModel, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner import Cluster

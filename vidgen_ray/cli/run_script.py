@@ -51,7 +51,8 @@ from vidgen_ray.cli.options import (
 )
 from vidgen_ray.cli.progress_display import run_view
 from vidgen_ray.content_keys import cut_texts, params_of
-from vidgen_ray.engine.retries import ATTEMPTS, MAX_WAIT_S
+from vidgen_ray.engine.retries import ATTEMPTS
+from vidgen_ray.engine.storage_pause import MAX_WAIT_S
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.licences import ShotLicences, UsedWeights, require_licence

@@ -19,9 +19,10 @@ from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.calls import MAX_CHUNKS_AHEAD
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import Fleet, MoreSlots
-from vidgen_ray.engine.retries import ShotFailed, StoragePause
+from vidgen_ray.engine.retries import ShotFailed
 from vidgen_ray.engine.shot_runner import CHUNK_BYTES, ShotRunner
 from vidgen_ray.engine.status import EngineObserver, Snapshot
+from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.supervisor import RELEASED
 from vidgen_ray.engine.worker_pool import NODE_LOST, ProgressCallback, WorkerPool
 from vidgen_ray.graph import chunked_stages_of, clip_length

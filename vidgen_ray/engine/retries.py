@@ -1,7 +1,5 @@
 """Retries of calls: what a failure means, and where the next attempt runs. Shared by workers and encoders. Does not use Ray.
 
-While the output folder cannot be written, commits wait, and no shot and no process is blamed.
-
 An attempt is repeated on another worker, then on another node, before the shot fails. An error that names a problem of the shot
 counts as the shot's own only if a second node confirms it, or a second worker if there is one node. Any other error counts
 against the shot once its worker has finished a call of another shot later, and never if the worker is quarantined instead.
@@ -9,16 +7,13 @@ against the shot once its worker has finished a call of another shot later, and 
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from enum import Enum
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from vidgen_ray.engine.status import EngineObserver
-from vidgen_ray.errors import SetupError, StorageHangs
 from vidgen_ray.outputs.records import Failure
-from vidgen_ray.system.threads import to_daemon_thread
 
 ATTEMPTS = 3
 """Default number of attempts per step before the shot has failed. The first one counts."""
@@ -216,102 +211,3 @@ def _is_confirmed(failed: Sequence[AttemptFailed]) -> bool:
 
 def first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-MAX_WAIT_S = 1800.0
-"""Default number of seconds that a run waits for its output folder."""
-PROBE_INTERVAL_S = 5.0
-PROBE_TIMEOUT_S = 30.0
-"""Seconds after which a probe counts as failed. A network file system whose server is gone does not respond at all."""
-
-
-class StoragePause:
-    """Knows whether the output folder can be written, and lets commits wait until then. Create it inside the event loop."""
-
-    def __init__(self, probe: Callable[[], str | None], max_wait_s: float, on_change: Callable[[str | None], None]) -> None:
-        """`probe` returns why the folder cannot be written, or `None`; it may block.
-
-        `on_change` gets the reason when a pause begins, and `None` when a file was written after it. `max_wait_s`: seconds
-        without a written file until `over` raises.
-        """
-        self._probe = probe
-        self._max_wait_s = max_wait_s
-        self._on_change = on_change
-        self._since: float | None = None
-        """Time of the first failure since a file was written."""
-        self._probing: asyncio.Future[None] | None = None
-        self._running_probe: asyncio.Future[str | None] | None = None
-        """The probe that has not returned yet. There is one at a time: each may hang for as long as the storage does."""
-
-    @property
-    def active(self) -> bool:
-        return self._probing is not None and not self._probing.done()
-
-    def begin(self, reason: str) -> None:
-        """Begin a pause. It ends when a probe succeeds."""
-        if self._since is None:
-            self._since = asyncio.get_running_loop().time()
-            self._on_change(reason)
-        # A pause that has taken too long ends the run.
-        if self._probing is None or (self._probing.done() and self._probing.exception() is None):
-            self._probing = asyncio.ensure_future(self._wait_until_writable(self._since, reason))
-
-    async def over(self) -> None:
-        """Wait until there is no pause. Raises SetupError if the folder could not be written for too long."""
-        if self._probing is not None:
-            await asyncio.shield(self._probing)
-
-    async def is_cause(self, failed: AttemptFailed) -> bool:
-        """Return whether the storage is the cause of a failed write, as soon as it can be written again.
-
-        Raises SetupError if it could not be written for too long.
-        """
-        if failed.kind is not Kind.DISK_FULL and not self.active:
-            return await self.writable_again()
-        await self.wait(str(failed))
-        return True
-
-    async def writable_again(self) -> bool:
-        """Return whether nothing could be written, as soon as it can be. Raises SetupError if that takes too long."""
-        if (reason := await self.problem()) is None:
-            return False
-        await self.wait(reason)
-        return True
-
-    async def wait(self, reason: str) -> None:
-        """Begin a pause, and wait until it is over. Raises SetupError if the folder could not be written for too long."""
-        self.begin(reason)
-        await self.over()
-
-    def check(self) -> None:
-        """Raise SetupError if the folder could not be written for too long."""
-        if self._probing is not None and self._probing.done():
-            self._probing.result()
-
-    def written(self) -> None:
-        """A shot was committed."""
-        if self._since is not None and not self.active:
-            self._since = None
-            self._on_change(None)
-
-    async def problem(self) -> str | None:
-        """Return why the folder cannot be written, or `None`."""
-        probe = self._running_probe = self._running_probe or to_daemon_thread(self._probe)
-        await asyncio.wait([probe], timeout=PROBE_TIMEOUT_S)
-        if not probe.done():
-            return f"no response for {PROBE_TIMEOUT_S:g} s"
-        if self._running_probe is probe:
-            self._running_probe = None
-        return probe.result()
-
-    async def _wait_until_writable(self, since: float, reason: str | None) -> None:
-        loop = asyncio.get_running_loop()
-        while reason is not None:
-            waited_s = loop.time() - since
-            if waited_s > self._max_wait_s:
-                raise (SetupError if self._running_probe is None else StorageHangs)(
-                    f"stopped, because no file could be written to the output folder for {waited_s:.0f} s ({reason}). "
-                    "Finished shots are kept; run the same command again to resume"
-                )
-            await asyncio.sleep(PROBE_INTERVAL_S)
-            reason = await self.problem()

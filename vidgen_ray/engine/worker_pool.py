@@ -28,13 +28,13 @@ from vidgen_ray.engine.retries import (
     InputsLost,
     Kind,
     ShotFailed,
-    StoragePause,
     Verdict,
     drop_frames,
     run_with_retries,
 )
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
 from vidgen_ray.engine.status import Attempt, EngineObserver, Progress
+from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.supervisor import RELEASED, Supervisor
 from vidgen_ray.engine.worker_checks import CANARY, MAX_DIFFERENCE, Canary, MadeCall, Repeated, SlowCalls
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, durations, max_loras

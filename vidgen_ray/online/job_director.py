@@ -21,8 +21,9 @@ from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Engine, Renderer
 from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, MetricSpec
-from vidgen_ray.engine.retries import Kind, ShotFailed, StoragePause
+from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.status import Progress
+from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.api_error import without_internals
 from vidgen_ray.online.auth import ApiKeys
