@@ -42,7 +42,7 @@ from vidgen_ray.cli.options import example
 from vidgen_ray.planner import peak_shares, profile_for, this_machine
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.profile import Profile
-from vidgen_ray.render.oom_fallback import free_gpu_memory, prepare_gpu
+from vidgen_ray.render.oom_fallback import prepare_gpu
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages import speed
@@ -53,6 +53,7 @@ from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
 from vidgen_ray.system.files import write_atomically
+from vidgen_ray.system.free_memory import free_gpu_memory
 from vidgen_ray.weights import built_path
 
 ROOT = Path(__file__).parent.parent

@@ -29,7 +29,7 @@ from vidgen_ray.profile import Profile, ProvenanceSettings
 from vidgen_ray.provenance.record import InputFile, altered_record, mark_of, metadata_of, with_label
 from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.render.cache_writer import CacheMode, cache_settings
-from vidgen_ray.render.oom_fallback import OomFallback, free_gpu_memory, prepare_gpu
+from vidgen_ray.render.oom_fallback import OomFallback, prepare_gpu
 from vidgen_ray.render.shot_files import ShotFiles
 from vidgen_ray.render.step_runner import (
     LIKENESS,
@@ -51,6 +51,7 @@ from vidgen_ray.shot import LoraRef, Shot, VideoLora
 from vidgen_ray.stages.base import ChunkedStage, Frames, Item, ProgressCallback, Stage, progress_callback
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.system.cache_dir import digest
+from vidgen_ray.system.free_memory import free_gpu_memory
 from vidgen_ray.system.quantities import Console, ElapsedColumn
 
 

@@ -28,15 +28,13 @@ from rich.table import Table
 from vidgen_ray.bench.published_models import RandomModel, empty_network, networks_in, random_model, random_pipeline
 from vidgen_ray.cli.options import MACHINE, JsonOption, ProfileOption, example, in_group
 from vidgen_ray.content_keys import with_local_loras
-from vidgen_ray.engine.trials import try_option, try_options
 from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, relative_costs, stages_of
 from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.planner import Measurement, peak_shares, profile_for, save_measurements, this_machine
 from vidgen_ray.planner.cluster import GB, GpuCard
-from vidgen_ray.planner.speed_trials import Trial, TrialResult, settled
+from vidgen_ray.planner.speed_trials import Trial, TrialResult, settled, try_option, try_options
 from vidgen_ray.profile import AUTO, Profile
-from vidgen_ray.render.oom_fallback import free_gpu_memory
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, Item, Stage, StageParams, frames_after
@@ -46,6 +44,7 @@ from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.loading import networks_from
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
+from vidgen_ray.system.free_memory import free_gpu_memory
 from vidgen_ray.system.quantities import Console, table_of
 from vidgen_ray.weights import resolve
 

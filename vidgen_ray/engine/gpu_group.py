@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from vidgen_ray.errors import Cancelled, VidgenError
-from vidgen_ray.render.oom_fallback import free_gpu_memory, is_out_of_memory, prepare_gpu
+from vidgen_ray.render.oom_fallback import is_out_of_memory, prepare_gpu
 from vidgen_ray.stages.base import Artefacts, Item, Stage, StageParams, progress_callback, report_progress
 from vidgen_ray.stages.context_parallel import join_group
+from vidgen_ray.system.free_memory import free_gpu_memory
 
 SAME_ERROR_S = 20.0
 """Seconds after an error in one process in which the others have to end the call, too. An error that all processes meet, such

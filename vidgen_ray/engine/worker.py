@@ -25,10 +25,11 @@ from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import clip_length
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import WorkerSpec
-from vidgen_ray.render.oom_fallback import free_gpu_memory, prepare_gpu
+from vidgen_ray.render.oom_fallback import prepare_gpu
 from vidgen_ray.render.step_runner import StepFailed, StepRunner, likeness_of
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item, Stage, progress_callback
+from vidgen_ray.system.free_memory import free_gpu_memory
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from vidgen_ray.planner.cluster import GB
 from vidgen_ray.planner.gpu_memory import changed_options, too_large
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
-from vidgen_ray.system.free_memory import free_gpu_bytes
+from vidgen_ray.system.free_memory import free_gpu_bytes, free_gpu_memory
 
 R = TypeVar("R")
 
@@ -131,14 +130,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     )
-
-
-def free_gpu_memory() -> None:
-    """Give unused GPU memory back to the driver."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def total_gpu_gb() -> float | None:

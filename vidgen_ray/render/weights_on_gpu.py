@@ -10,10 +10,10 @@ from typing import Any
 
 from vidgen_ray.content_keys import Step
 from vidgen_ray.errors import OtherWeights
-from vidgen_ray.render.oom_fallback import free_gpu_memory
 from vidgen_ray.shot import LORA_FIELDS, Shot
 from vidgen_ray.stages.base import Stage, adds_by_address
 from vidgen_ray.system.cache_dir import digest, file_version
+from vidgen_ray.system.free_memory import free_gpu_memory
 from vidgen_ray.system.model_files import loaded_files
 
 LATE_IMPORT = (

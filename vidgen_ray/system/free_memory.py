@@ -1,5 +1,6 @@
-"""Memory that is free now, on a GPU and on the host."""
+"""Memory that is free now, on a GPU and on the host; and unused GPU memory given back to the driver."""
 
+import gc
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -39,3 +40,11 @@ def free_host_bytes() -> float:
         limit = int((CGROUP / "memory.max").read_text())
         limits.append(limit - int((CGROUP / "memory.current").read_text()))
     return min(limits)
+
+
+def free_gpu_memory() -> None:
+    """Give unused GPU memory back to the driver."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

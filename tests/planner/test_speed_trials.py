@@ -5,9 +5,9 @@ import re
 import pytest
 
 from tests.fake_stages import with_actor
-from vidgen_ray.engine.trials import run_trials, try_option
+from vidgen_ray.engine.trials import run_trials
 from vidgen_ray.planner import Cluster, Node, parse_gpus, profile_for, speed_trials
-from vidgen_ray.planner.speed_trials import Trial, TrialResult, as_recorded, keep, settled
+from vidgen_ray.planner.speed_trials import Trial, TrialResult, as_recorded, keep, settled, try_option
 from vidgen_ray.profile import load_profile
 
 FAST = TrialResult(speedup=1.3, levels=0.5)
