@@ -55,7 +55,7 @@ from vidgen_ray.system.free_memory import free_gpu_memory
 from vidgen_ray.system.quantities import Console, ElapsedColumn
 
 
-def process_clip(profile: Profile, stage: type[ChunkedStage[Any]], shot: Shot, source: Path, out: Path) -> Path:
+def process_video_file(profile: Profile, stage: type[ChunkedStage[Any]], shot: Shot, source: Path, out: Path) -> Path:
     """Upscale a clip, or draw frames between its frames, as `vidgen upscale` does. See `upscale.run.process_clip`."""
     # The only import of a room by the core: clips are upscaled in one way, by the command and by the library.
     from vidgen_ray.upscale import run
@@ -368,7 +368,7 @@ class VideoGenerationPipeline:
         with _reporting(on_progress):
             if isinstance(source, str | Path) and Path(source).suffix.lower() in CLIP_SUFFIXES:
                 target = Path(out or Path(source).with_name(f"{Path(source).stem}-x{shot.scale}.mp4"))
-                return process_clip(self.profile, RealESRGANStage, shot, Path(source), target)
+                return process_video_file(self.profile, RealESRGANStage, shot, Path(source), target)
             (stage,) = self._stages([RealESRGANStage], shot)
             self._swapper.ensure_on_gpu(stage.name)
             if out is not None and Path(out).suffix.lower() != ".png":

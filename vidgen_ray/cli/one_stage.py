@@ -38,7 +38,7 @@ from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import CLIP_SUFFIXES, FileMetadata, cover_crop, open_video, read_image, write_png
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likeness_to_json
-from vidgen_ray.pipeline import VideoGenerationPipeline, process_clip, progress_bar
+from vidgen_ray.pipeline import VideoGenerationPipeline, process_video_file, progress_bar
 from vidgen_ray.planner import profile_for, swap_groups, this_machine
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.provenance.record import InputFile, ProvenanceRecord, SourceType, altered_record, metadata_of, with_label
@@ -152,7 +152,7 @@ def run_one_stage(
         prepare_gpu(1.0)
     is_clip = source is not None and source.suffix.lower() in CLIP_SUFFIXES
     if issubclass(stage_class, ChunkedStage) and is_clip and source is not None:
-        process_clip(profile, stage_class, shot, source, out)
+        process_video_file(profile, stage_class, shot, source, out)
         return True
     artefacts, fps = _read(stage_class, source, shot)
     try:

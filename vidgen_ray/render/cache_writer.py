@@ -35,7 +35,7 @@ KEPT: dict[CacheMode, frozenset[str]] = {
 """Artefacts that each mode keeps."""
 MAX_QUEUED_BYTES = 256 * 2**20
 """Results that wait to be written, as arrays: five clips of 25 frames at 1024x576."""
-MIN_FREE_BYTES, MIN_FREE_SHARE = 50 * 10**9, 0.1
+KEPT_FREE_BYTES, KEPT_FREE_SHARE = 50 * 10**9, 0.1
 """Caching stops when less of the disk is free than both of these, to leave room for outputs."""
 WRITER_NICENESS = 10
 """Added to the niceness of the thread, so that the thread that feeds the GPU gets its CPU core first."""
@@ -49,7 +49,7 @@ class CacheSettings:
 
     mode: CacheMode = DEFAULT_CACHE
     max_bytes: int | None = None
-    """Bytes that one process may add to the cache. `None`: until the disk is almost full, see `MIN_FREE_BYTES`."""
+    """Bytes that one process may add to the cache. `None`: until the disk is almost full, see `KEPT_FREE_BYTES`."""
     wait: bool = False
     """Write each result before the next step starts, for readers that expect it at once, such as `--keep stages`."""
 
@@ -166,7 +166,7 @@ class CacheWriter:
         if folder is None:
             return None
         disk = shutil.disk_usage(folder)
-        if disk.free < min(MIN_FREE_BYTES, MIN_FREE_SHARE * disk.total):
+        if disk.free < min(KEPT_FREE_BYTES, KEPT_FREE_SHARE * disk.total):
             return f"only {disk.free / 1e9:.3g} of {disk.total / 1e9:.3g} GB are free at {folder}"
         return None
 
