@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from vidgen_ray.outputs.stage_cache import entry_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.render.cache_writer import CacheSettings
 from vidgen_ray.render.shot_files import ShotFiles
-from vidgen_ray.render.step_runner import ForeignArtefacts, StepFailed, StepRunner
+from vidgen_ray.render.step_runner import ForeignArtefacts, StepFailed, StepRunner, _is_single_colour
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.stages.base import Artefacts, Item, pixels_to_uint8
 from vidgen_ray.stages.flux import FluxStage
@@ -199,6 +200,18 @@ def test_result_of_another_size_or_type_or_of_a_single_colour_fails_its_step_and
         with pytest.raises(StepFailed, match=rf"{stage}: the model made an? \w+ {text}"):
             runner.run(plan, Item(shot), keys)
         assert not cache.has(keys[stage])
+
+
+def test_look_for_a_single_colour_ends_at_the_first_part_with_another():
+    clip = np.full((25, 64, 64, 3), 7, np.uint8)
+    assert [*map(_is_single_colour, (clip, clip[0]))] == [True, True]
+    clip[:, -1, -1] = 0
+    tracemalloc.start()
+    try:
+        assert [*map(_is_single_colour, (clip, clip[0]))] == [False, False]
+        assert tracemalloc.get_traced_memory()[1] < clip.nbytes / 10
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("receiver", ["svd", "realesrgan", "the encoder"])
