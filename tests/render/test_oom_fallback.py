@@ -9,6 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 from vidgen_ray.engine.calls import CallResult
+from vidgen_ray.engine.worker import gpu_of_process
 from vidgen_ray.errors import OutOfMemory
 from vidgen_ray.graph import STAGES
 from vidgen_ray.planner.cluster import GB
@@ -143,3 +144,10 @@ def test_process_that_shares_a_gpu_is_limited_to_its_share(monkeypatch):
     prepare_gpu(1)
     prepare_gpu(0.4)
     assert settings == [ALLOCATOR, ALLOCATOR, 0.4]
+
+
+def test_worker_without_a_gpu_driver_does_not_import_torch(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", Mock(side_effect=OSError))
+    monkeypatch.setitem(sys.modules, "torch", None)  # its import would raise
+    prepare_gpu(1)
+    assert gpu_of_process() == ""

@@ -25,7 +25,7 @@ from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import clip_length
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import WorkerSpec
-from vidgen_ray.render.oom_fallback import prepare_gpu
+from vidgen_ray.render.oom_fallback import has_cuda_driver, prepare_gpu
 from vidgen_ray.render.step_runner import StepFailed, StepRunner, likeness_of
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item, Stage, progress_callback
@@ -331,6 +331,8 @@ def activity_of_process(others: Iterable[int] = ()) -> float:
 
 def gpu_of_process() -> str:
     """Return the name of the GPU and the version of its driver. Empty without CUDA."""
+    if not has_cuda_driver():
+        return ""
     import torch
 
     if not torch.cuda.is_available():

@@ -147,7 +147,7 @@ def prepare_gpu(share: float) -> None:
     power of two, which would take half as much again for the weights of FLUX. A process that shares a GPU is limited to its
     share, so that it runs out of memory before it takes that of the others.
     """
-    if not _has_cuda_driver():
+    if not has_cuda_driver():
         return
     import torch
 
@@ -158,7 +158,7 @@ def prepare_gpu(share: float) -> None:
         torch.cuda.set_per_process_memory_fraction(share)
 
 
-def _has_cuda_driver() -> bool:
+def has_cuda_driver() -> bool:
     """Return whether NVIDIA's driver is installed. Without it torch finds no GPU, and importing torch takes seconds."""
     try:
         ctypes.CDLL("libcuda.so.1")
