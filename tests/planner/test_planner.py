@@ -268,6 +268,9 @@ def test_demand_of_sums_over_shots():
     clip = 1024 * 576 * 25 / 1e6
     assert demand.encoded_mpx == pytest.approx(clip * (225 + 16 * 150))
 
+    cropped = Shot(prompt="a", upscale_video=False, crop_width=512, crop_height=288)
+    assert demand_of([cropped]).encoded_mpx == pytest.approx(clip / 4)
+
 
 def test_number_of_encoders_follows_the_encoded_pixels_and_limits_the_rate(cache_folder):
     fast = gpu_profile({"svd": (20, {"svd": 1.0})})

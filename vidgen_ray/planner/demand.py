@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 
 from vidgen_ray.errors import FrozenModel, ProfileError
-from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, clip_growth, relative_costs
+from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, clip_growth, file_sizes, relative_costs
 from vidgen_ray.planner.cluster import H100, GpuCard
 from vidgen_ray.planner.gpu_memory import ShotSizes
 from vidgen_ray.profile import Profile
@@ -275,8 +275,9 @@ def encoded_mpx(shot: Shot) -> float:
     """Return the megapixels of all frames that are encoded for a shot."""
     if not shot.generate_video:
         return 0.0
-    growth = sum(scale**2 * float(factor) for scale, factor in clip_growth(shot).values())
-    return shot.width * shot.height * shot.clip_frames * growth / 1e6
+    sizes = file_sizes(shot)
+    pixels = sum(math.prod(sizes[name]) * float(factor) for name, (_, factor) in clip_growth(shot).items())
+    return pixels * shot.clip_frames / 1e6
 
 
 def demand_of(shots: Iterable[Shot]) -> Demand:
@@ -303,7 +304,7 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
         pixels = shot.width * shot.height
         all_pixels += pixels
         all_frames += shot.num_frames
-        output += SHOT_BYTES + PNG_BYTES_PER_PIXEL * pixels
+        output += SHOT_BYTES + PNG_BYTES_PER_PIXEL * math.prod(file_sizes(shot)["image"])
         if shot.generate_video:
             mpx = encoded_mpx(shot)
             upscaled += any(scale > 1 for scale, _ in clip_growth(shot).values())
