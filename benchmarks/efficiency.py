@@ -169,6 +169,7 @@ def simulation() -> dict[str, Any]:
         "swap_gb_per_second": simulated.SWAP_GB_PER_SECOND,
         "image_bytes": _byte_count(simulated.IMAGE_SHAPE),
         "frames_bytes": _byte_count(simulated.FRAMES_SHAPE),
+        "upscaled_bytes": _byte_count(simulated.UPSCALED_SHAPE),
     }
 
 

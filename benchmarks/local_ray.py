@@ -16,6 +16,8 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # The first run compiles the packages, as an installation does.
+    "PYTHONDONTWRITEBYTECODE": "",
     # By default, Ray lowers the priority of its workers.
     "RAY_worker_niceness": "0",
     # By default, Ray starts one process per CPU.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fake_weights import write_fake_weights
-from benchmarks.simulated import two_coloured
+from benchmarks.simulated import gradient
 from vidgen_ray.profile import ActorProfile, Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
@@ -35,12 +35,12 @@ class NoOp(Stage[Any]):
 
 class NoOpFlux(NoOp, FluxStage):
     def run(self, item: Item) -> Artefacts:
-        return {"image": two_coloured((SIDE_PX, SIDE_PX, 3), 1)}
+        return {"image": gradient((SIDE_PX, SIDE_PX, 3), 1)}
 
 
 class NoOpSVD(NoOp, SVDStage):
     def run(self, item: Item) -> Artefacts:
-        return {"frames": two_coloured((FRAMES, SIDE_PX, SIDE_PX, 3), 1)}
+        return {"frames": gradient((FRAMES, SIDE_PX, SIDE_PX, 3), 1)}
 
 
 class NoOpRealESRGAN(NoOp, RealESRGANStage):
@@ -48,7 +48,7 @@ class NoOpRealESRGAN(NoOp, RealESRGANStage):
         return {"hd_frames": self.run_chunk(item.shot, item.artefacts["frames"])}
 
     def run_chunk(self, shot: Shot, frames: Frames, chunk: slice | None = None) -> Frames:
-        return two_coloured((len(frames), shot.scale * SIDE_PX, shot.scale * SIDE_PX, 3), 1)
+        return gradient((len(frames), shot.scale * SIDE_PX, shot.scale * SIDE_PX, 3), 1)
 
 
 STAGES: dict[str, type[Stage[Any]]] = {stage.name: stage for stage in (NoOpFlux, NoOpSVD, NoOpRealESRGAN)}

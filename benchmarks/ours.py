@@ -37,7 +37,7 @@ NO_SECONDS = 1e-6
 """Seconds of stages without GPU work."""
 ENCODE = Mp4Settings(preset="ultrafast", threads=1)
 """Cheapest settings: the other systems do not encode, and encoding is not compared."""
-SHOT = Shot(prompt="simulated", num_frames=FRAMES, width=FRAMES_SHAPE[2], height=FRAMES_SHAPE[1], scale=2)
+SHOT = Shot(prompt="simulated", num_frames=FRAMES, width=FRAMES_SHAPE[2], height=FRAMES_SHAPE[1], scale=simulated.SCALE)
 RELATIVE_COST = {name: stage.relative_cost(SHOT) for name, stage in STAGES.items()}
 """Stage -> cost relative to the reference shot, which is larger than `SHOT`. Seconds in profiles are for the reference shot."""
 

@@ -87,6 +87,8 @@ def _run_process(case: Case, folder: Path, limit_s: float, stall_s: float) -> Ru
     command += ["--gpus", str(case.gpus), "--memory", str(case.gpu_memory_gb), "--shots", str(case.shots)]
     command += ["--folder", str(folder)]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), RUN_ID_VARIABLE: run_id}
+    # With the seconds that an earlier run has measured, the plan would be another one.
+    environment["VIDGEN_CACHE"] = str(folder / "cache")
     started = time.time()
     with open(folder / "log.txt", "wb") as log:
         process = subprocess.Popen(

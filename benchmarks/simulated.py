@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import signal
 import time
@@ -32,10 +33,13 @@ LOAD_SECONDS_PER_GB = 0.25 / TIME_SCALE
 """Loading weights from disk: 4 GB/s, scaled."""
 SWAP_GB_PER_SECOND = 25 * TIME_SCALE
 """Transfer rate between host and GPU memory: PCIe 4 x16, scaled."""
-IMAGE_SHAPE = (256, 576, 3)
-"""0.4 MB of uint8."""
+IMAGE_SHAPE = (128, 320, 3)
+"""0.1 MB of uint8."""
 FRAMES_SHAPE = (FRAMES, *IMAGE_SHAPE)
-"""11 MB of uint8."""
+"""3 MB of uint8."""
+SCALE = 2
+UPSCALED_SHAPE = (FRAMES, *(SCALE * side for side in IMAGE_SHAPE[:2]), 3)
+"""12 MB of uint8."""
 CLIP_BYTES = 100_000
 """Size of the output file of a shot."""
 
@@ -319,21 +323,21 @@ class Models:
         if stage == "instantid":
             return {"face": np.full(512, 0.5, np.float32)}
         if stage == "flux":
-            return {"image": np.full(IMAGE_SHAPE, 100, np.uint8)}
+            return {"image": gradient(IMAGE_SHAPE, 100)}
         if stage == "lora":
             return {"image": payload["image"] + np.uint8(1)}
         if stage == "svd":
-            return {"frames": np.full(FRAMES_SHAPE, payload["image"].flat[0], np.uint8)}
+            return {"frames": gradient(FRAMES_SHAPE, payload["image"].flat[0])}
         assert payload["frames"].shape == FRAMES_SHAPE
+        gradient(UPSCALED_SHAPE, 0)
         commit(self._run_folder, shot)
         return {}
 
 
-def two_coloured(shape: tuple[int, ...], value: int) -> NDArray[np.uint8]:
-    """Return pixels of a single value, except for the last one: a single colour counts as the mark of a sick GPU."""
-    pixels = np.full(shape, value, np.uint8)
-    pixels[..., -1, -1, :] = 0
-    return pixels
+def gradient(shape: tuple[int, ...], value: int) -> NDArray[np.uint8]:
+    """Return pixels (..., H, W, 3) whose columns have different values, from `value` on, as those of an image."""
+    row = (np.arange(shape[-2]) + value).astype(np.uint8).repeat(shape[-1])
+    return np.broadcast_to(row, (math.prod(shape[:-2]), row.size)).copy().reshape(shape)
 
 
 def shot_ids(shots: int) -> list[str]:

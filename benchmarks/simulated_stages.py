@@ -21,8 +21,8 @@ from benchmarks.simulated import (
     SimulatedGPU,
     SimulatedModel,
     assigned_gpu,
+    gradient,
     shot_ids,
-    two_coloured,
 )
 from vidgen_ray.media import write_png
 from vidgen_ray.shot import Shot
@@ -104,7 +104,7 @@ class SimulatedInstantID(SimulatedStage, InstantIDStage):
 
 class SimulatedFlux(SimulatedStage, FluxStage):
     def _result(self, artefacts: Artefacts) -> Artefacts:
-        return {"image": two_coloured(IMAGE_SHAPE, 100)}
+        return {"image": gradient(IMAGE_SHAPE, 100)}
 
 
 class SimulatedLoRA(SimulatedStage, FluxLoRAStage):
@@ -125,7 +125,7 @@ class SimulatedClipLikeness(SimulatedStage, ClipLikenessStage):
 
 class SimulatedSVD(SimulatedStage, SVDStage):
     def _result(self, artefacts: Artefacts) -> Artefacts:
-        return {"frames": two_coloured(FRAMES_SHAPE, artefacts["image"].flat[0])}
+        return {"frames": gradient(FRAMES_SHAPE, artefacts["image"].flat[0])}
 
 
 class SimulatedRealESRGAN(SimulatedStage, RealESRGANStage):
@@ -134,7 +134,7 @@ class SimulatedRealESRGAN(SimulatedStage, RealESRGANStage):
 
     def run_chunk(self, shot: Shot, frames: Frames, chunk: slice | None = None) -> Frames:
         self._model.work(self.name, "", len(frames) * simulated.SECONDS_PER_FRAME)
-        return two_coloured((len(frames), frames.shape[1] * shot.scale, frames.shape[2] * shot.scale, 3), frames.flat[0])
+        return gradient((len(frames), frames.shape[1] * shot.scale, frames.shape[2] * shot.scale, 3), frames.flat[0])
 
 
 STAGES: dict[str, type[Stage[Any]]] = {
@@ -178,7 +178,7 @@ def write_inputs(run_folder: Path, shots: int) -> list[dict[str, Any]]:
                 "num_frames": FRAMES,
                 "width": FRAMES_SHAPE[2],
                 "height": FRAMES_SHAPE[1],
-                "scale": 2,
+                "scale": simulated.SCALE,
                 "crop_width": ENCODED_PX,
                 "crop_height": ENCODED_PX,
             }

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from benchmarks.local_ray import CPUS, local_ray
 from benchmarks.ours import HOST_GB, StatusCounter, profile
 from benchmarks.peers.lines import run_as_command
-from benchmarks.simulated import FRAMES, IMAGE_SHAPE
+from benchmarks.simulated import FRAMES, IMAGE_SHAPE, SCALE
 from benchmarks.simulated_stages import ENCODED_PX, STAGES, SimulatedFlux, SimulatedRealESRGAN, SimulatedSVD
 from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
@@ -31,7 +31,6 @@ from vidgen_ray.stages.base import Artefacts, Frames, Item
 SIDE = 16
 """A clip shows the 256 bits of a sha256 as 16 x 16 squares."""
 LEVELS = (40, 200)
-SCALE = 2
 
 
 def image_of(content: bytes) -> NDArray[np.uint8]:
