@@ -203,13 +203,12 @@ def load_finished_shots(folder: Path, script: Path, out: str) -> Measured:
 
 def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
     """Plan the lines as the tasks of `render` do, then compare their ids and record them as its driver does."""
-    from vidgen_ray.batch.line_planner import BLOCK_LINES, LinePlanner, unique_shots
+    from vidgen_ray.batch.line_planner import BLOCK_LINES, LinePlanner
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.outputs.manifest import ManifestRow
     from vidgen_ray.outputs.manifest_writer import ManifestWriter
-    from vidgen_ray.outputs.records import DoneShot
     from vidgen_ray.script.lines import ScriptIndex, ScriptSettings
-    from vidgen_ray.script.read import open_lines
+    from vidgen_ray.script.read import open_lines, unique_lines
 
     outputs, profile = OutputFolder(out), noop_profile(folder, CPU_WORKERS)
     checker, lines = open_lines(ScriptSettings(script, profile_defaults=profile.defaults))
@@ -224,10 +223,9 @@ def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
         block = pickle.dumps(planner.plan(pickle.loads(text)))
         plan_s += time.perf_counter() - started
         started = time.perf_counter()
-        for planned in unique_shots(pickle.loads(block), index):
-            done, shot = planned.result, planned.line.shot
-            _require(isinstance(done, DoneShot), f"{shot.id} was not found")
-            writer.add(ManifestRow.of_shot(run, script.name, shot, planned.line.number, done, "reused"))
+        for each in unique_lines(pickle.loads(block), index):
+            _require(isinstance(each.result, ManifestRow), f"{each.shot.id} was not found")
+            writer.add(ManifestRow.of_shot(run, script.name, each.shot, each.number, each.result, "reused"))
         accept_s += time.perf_counter() - started
     started = time.perf_counter()
     writer.close()

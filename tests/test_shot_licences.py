@@ -68,7 +68,7 @@ def test_continued_shot_has_the_licences_of_its_chain(tiny, tmp_path):
         pipeline.generate_video("b", id="b", continue_from="a", video_model="wan", num_frames=5, **fields)
         third = pipeline.generate_video("c", id="c", continue_from="b", num_frames=2, **fields).record
     assert [each.weights for each in third.licences] == ["builtin:tiny/flux", "builtin:tiny/wan", "builtin:tiny/svd"]
-    written = json.loads((tmp_path / third.done.folder / "shot.json").read_text())
+    written = json.loads((tmp_path / third.folder / "shot.json").read_text())
     assert [each["commercial_use"] for each in written["licences"]] == ["no", "yes", "yes"]
     # The shot itself passes no FLUX.
     with (

@@ -423,17 +423,16 @@ class VideoGenerationPipeline:
         if finished is None:
             allowed = f"must be the id of a finished shot in {self.outputs.url}"
             raise ScriptError([FieldError("generate_video", None, "continue_from", repr(shot_id), allowed)])
-        record = finished.record()
         if (frame := self.outputs.last_frame(finished)) is not None:
-            return frame, record.licences
+            return frame, finished.licences
         # It may itself continue another shot, whose licences are in its record only.
-        self._render_planned(self.plan(record.shot).with_source_licences(record.licences).with_last_frame())
+        self._render_planned(self.plan(finished.shot).with_source_licences(finished.licences).with_last_frame())
         return self._last_frame(shot_id)
 
     def _render_planned(self, plan: ShotPlan) -> ShotRecord:
         require_licence(self._required_licence, plan.licences)
         if (done := self.outputs.find_finished(plan, self._keep_stages)) is not None:
-            return done.record()
+            return done
         if (wrong := file_problem(plan.shot, self.profile, "shot")) is not None:
             raise wrong
         stages = self._stages(stages_of(plan.shot), plan.shot)

@@ -8,21 +8,21 @@ import pytest
 from PIL import Image
 
 from vidgen_ray.batch import line_planner
-from vidgen_ray.batch.line_planner import LinePlanner, unique_shots
+from vidgen_ray.batch.line_planner import LinePlanner
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.records import DoneShot
+from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.script.check import LineChecker
 from vidgen_ray.script.lines import Line, ScriptIndex
+from vidgen_ray.script.read import unique_lines
 
 BLOCK = 20
 
 
 def finished(plan):
     """Return a finished shot if the prompt contains `finished`."""
-    times = {"committed_at": None, "seconds": 1.0, "gpu_seconds": 1.0, "lora_loads": 0}
-    done = DoneShot(plan.key, f"shots/{plan.shot.id}", seed=1, likeness=None, sha256={}, bytes={}, **times)
-    return done if "finished" in plan.shot.prompt else None
+    row = ManifestRow(run="1", script="s.jsonl", id=plan.shot.id, line=1, status="done")
+    return row if "finished" in plan.shot.prompt else None
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def in_blocks(planner, lines, *, size=BLOCK):
     index, shots = ScriptIndex(), []
     for first in range(0, len(lines), size):
         block = pickle.loads(pickle.dumps(planner.plan(lines[first : first + size])))
-        shots += unique_shots(block, index)
+        shots += unique_lines(block, index)
     return shots
 
 
@@ -58,8 +58,8 @@ def test_results_belong_to_their_lines_also_between_rejected_lines_and_variants(
         {"id": "d", "prompt": "finished"},
     ]
     shots = in_blocks(planner, numbered(fields), size=size)
-    names = [shot.line.id if shot.line.errors else shot.line.shot.id for shot in shots]
-    is_done = {name: [isinstance(each, DoneShot) for each in shot.results] for name, shot in zip(names, shots, strict=True)}
+    names = [line.id if line.errors else line.shot.id for line in shots]
+    is_done = {name: [isinstance(each, ManifestRow) for each in line.results] for name, line in zip(names, shots, strict=True)}
     new = {"two-v0": [False], "two-v1": [False], "c": [False]}
     assert is_done == {"a": [True], "b": [True], "d": [True], "wrong": [], "s.jsonl:6": [], **new}
 
@@ -69,8 +69,8 @@ def test_first_line_with_an_id_owns_it(planner):
     for size in (1, BLOCK):
         lines = numbered([{"id": "a", "prompt": "new"}, {"id": "a", "prompt": "finished"}])
         shots = in_blocks(planner, lines, size=size)
-        assert [shot.line.shot.id for shot in shots[:1]] == ["a"]
-        assert str(shots[1].line.errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has the same id")
+        assert [line.shot.id for line in shots[:1]] == ["a"]
+        assert str(shots[1].errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has the same id")
 
 
 class InProcess:
@@ -101,6 +101,6 @@ def test_next_execution_in_a_process_sees_changed_files_and_other_finished_shots
         return line.result
 
     assert result("new", "red").key == result("new", "red").key != result("new", "blue").key
-    assert isinstance(result("finished", "blue"), DoneShot)
+    assert isinstance(result("finished", "blue"), ManifestRow)
     found = Mock(other_owner=lambda *_: None, find=lambda plans, _: [None for _ in plans])
     assert isinstance(result("finished", "blue"), ShotPlan)

@@ -13,7 +13,7 @@ from vidgen_ray.batch import run_options
 from vidgen_ray.batch.line_planner import LinePlanner, first_lines
 from vidgen_ray.cli import main
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.records import DoneShot
+from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.reviews import Opinion, ReviewSession, clip_digest
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot
@@ -91,8 +91,8 @@ def test_rejected_shots_get_new_seeds_that_the_script_keeps(run, tiny):
     planner.load_finished()
     in_task = pickle.loads(pickle.dumps(planner))
     in_task.finished = planner.finished
-    planned = {each.line.fields["id"]: each.results for each in in_task.plan(first_lines(settings)[1])}
-    assert all(isinstance(result, DoneShot) for id_ in ("a", "m", "v", "face") for result in planned[id_])
+    planned = {each.fields["id"]: each.results for each in in_task.plan(first_lines(settings)[1])}
+    assert all(isinstance(result, ManifestRow) for id_ in ("a", "m", "v", "face") for result in planned[id_])
     edited = [{**line, "seed": 6} if line["id"] == "a" else line for line in LINES]
     assert run("render", lines=edited)[0] == 1
     assert rows_of(run.out)["a"]["seed"] == 6

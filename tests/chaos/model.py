@@ -17,6 +17,7 @@ import time
 from collections import namedtuple
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
+from dataclasses import replace
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
@@ -34,7 +35,6 @@ from vidgen_ray import profile as profile_module
 from vidgen_ray.batch import director as director_module
 from vidgen_ray.batch import results as results_module
 from vidgen_ray.batch.director import Director
-from vidgen_ray.batch.line_planner import PlannedLine
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RecordedOptions, RenderOptions
 from vidgen_ray.content_keys import ShotPlan, Step
@@ -206,14 +206,14 @@ class Storage:
 
     def find_finished(self, plan, with_stages=False):
         done = self.find_by_id(plan.shot.id)
-        lacks = plan.keep_last_frame and done is not None and LAST_FRAME not in done.sha256
+        lacks = plan.keep_last_frame and done is not None and LAST_FRAME not in done.files
         return done if done is not None and done.key == plan.key and not lacks else None
 
     def find_by_id(self, shot_id):
         return self._world.committed.get(shot_id)
 
     def last_frame(self, done):
-        return frame_of(done.record().shot.id) if LAST_FRAME in done.sha256 else None
+        return frame_of(done.shot.id) if LAST_FRAME in done.files else None
 
     def draft(self, plan):
         return nullcontext(Draft(self._world, self, plan))
@@ -298,14 +298,14 @@ class Manifest:
     def __init__(self, outputs, run, *_):
         self._run = run
 
-    def add(self, row, *, failed=None, replaces=None):
-        fields = {"run": self._run, "line": row.line, "shot": row.id, "status": row.status}
-        if failed is not None:
+    def add(self, row, *, fields=None, replaces=None):
+        logged = {"run": self._run, "line": row.line, "shot": row.id, "status": row.status}
+        if fields is not None:
             live = WORLD.live_workers(row.failure_stage)
             healthy = row.failure_stage not in STAGES or any(actor.gpu.sick is None for actor in live)
             large = any(actor.spec.gpu_gb >= LARGE_GB and actor.gpu.sick is None for actor in live)
-            fields |= {"error": f"{row.failure_stage}: {row.failure_message}", "healthy": healthy, "large": large}
-        WORLD.log("row", **fields)
+            logged |= {"error": f"{row.failure_stage}: {row.failure_message}", "healthy": healthy, "large": large}
+        WORLD.log("row", **logged)
 
     def discard(self):
         WORLD.log("discard", run=self._run)
@@ -476,15 +476,15 @@ class World:
 
     def commit(self, plan, record):
         """Make a shot finished."""
-        self.committed[plan.shot.id] = record.done
+        self.committed[plan.shot.id] = record
         if plan.shot.generate_video:
             self.last_frames[plan.shot.id] = expected_tags(plan)["frames"]
 
     def planned(self, line):
         line, plan = line
         if plan.shot.continue_from is not None:
-            return PlannedLine(line, (None,))
-        return PlannedLine(line, (self.storage.find_finished(plan) or plan,))
+            return replace(line, results=(None,))
+        return replace(line, results=(self.storage.find_finished(plan) or plan,))
 
     def read_image(self, path, digest=None):
         """Return an input: a photo, or the last frame of a finished shot."""

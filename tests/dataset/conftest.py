@@ -17,7 +17,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import last_number
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
-from vidgen_ray.outputs.records import RECORD, DoneShot, Failure, FileRecord, ShotRecord, StepRecord, key_path, shot_path
+from vidgen_ray.outputs.records import RECORD, Failure, FileRecord, ShotRecord, StepRecord, key_path, shot_path
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Frames, Image
@@ -106,11 +106,12 @@ def digest_of(shot_id: str) -> str:
     return shot_id.encode().hex().ljust(64, "0")
 
 
-def done_shot(shot: Shot, seconds: float = 1.0) -> DoneShot:
+def done_shot(shot: Shot, seconds: float = 1.0) -> ShotRecord:
     """Return the result of a shot with a clip, without its files."""
-    files = {"video.mp4": 1000}
-    digests = {"video.mp4": digest_of(shot.id)}
-    return DoneShot(shot.id, f"shots/00/{shot.id}", 1.0, shot.seed, None, digests, files, seconds, 1.0, 0)
+    steps = (StepRecord(stage="svd", key="", weights=(), seconds=seconds, gpu_seconds=1.0, cached=False),)
+    files = {"video.mp4": FileRecord(sha256=digest_of(shot.id), bytes=1000)}
+    fields = {"tries": 1, "likeness": None, "seeds": {}, "software": {}, "committed_at": 1.0}
+    return ShotRecord(key=shot.id, shot=shot, stages=steps, files=files, **fields)
 
 
 def write_scores(storage: Storage, folder: str, columns: Mapping[str, Any], name: str = "1") -> None:

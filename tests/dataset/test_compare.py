@@ -137,7 +137,7 @@ def test_two_folders_are_paired_by_prompt_and_seed_or_by_id(tmp_path: Path) -> N
     assert factor["also_differ"] == ["lora_strength 0.6 -> 0.8"]
     assert factor["levels"]["new"]["differences"]["score"]["mean"] == 2.0
     assert main(["compare", str(old.root), str(new.root)]) == 0
-    assert re.search(r' src="\.\./new/shots/00/s\d/video\.mp4"', (old.root / "compare.html").read_text())
+    assert re.search(r' src="\.\./new/shots/\w\w/s\d/video\.mp4"', (old.root / "compare.html").read_text())
     factor = _compare(old, other_seed)["folder"]
     assert (factor["paired_by"], factor["levels"]["seed"]["differences"]["score"]["mean"]) == ("id", 1.0)
 

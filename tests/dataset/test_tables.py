@@ -17,7 +17,7 @@ from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
-from vidgen_ray.outputs.records import Failure
+from vidgen_ray.outputs.records import Failure, shot_path
 from vidgen_ray.outputs.reviews import Review
 from vidgen_ray.shot import Shot
 
@@ -52,8 +52,8 @@ def test_clips_joins_manifest_scores_and_newest_review(folder: Path) -> None:
         rows = run_query(database, sql).read_all().to_pylist()
         siblings = run_query(database, "SELECT DISTINCT siblings, factors FROM clips WHERE status = 'done'").read_all()
     assert [tuple(row.values()) for row in rows] == [
-        ("boat-0", 0.9, 0.9, None, "accept", 4, "Ada", "Ada", "shots/00/boat-0/video.mp4"),
-        ("boat-1", None, None, 3.0, None, None, "Ada", "Ada", "shots/00/boat-1/video.mp4"),
+        ("boat-0", 0.9, 0.9, None, "accept", 4, "Ada", "Ada", f"{shot_path('boat-0')}/video.mp4"),
+        ("boat-1", None, None, 3.0, None, None, "Ada", "Ada", f"{shot_path('boat-1')}/video.mp4"),
         ("lost", None, None, None, None, None, None, None, None),
     ]
     assert siblings.column("factors").to_pylist() == ['{"a|b":"a"}']

@@ -110,10 +110,8 @@ class LocalDirector:
                 self.rendered.append(plan.key)
             done = self._outputs.find_by_key(plan.key)
             assert done is not None
-            seconds = {step.stage: step.seconds for step in done.record().stages}
-            self._store.queue.end(
-                job.id, "director", JobState.COMPLETED, shot_id=done.record().shot.id or "", stage_seconds=seconds
-            )
+            seconds = {step.stage: step.seconds for step in done.stages}
+            self._store.queue.end(job.id, "director", JobState.COMPLETED, shot_id=done.shot.id or "", stage_seconds=seconds)
         except Cancelled:
             self._store.queue.end(job.id, "director", JobState.CANCELLED)
         except StepFailed as failed:

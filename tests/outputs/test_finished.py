@@ -48,13 +48,12 @@ def test_finished_shots_are_found_without_reading_records(outputs, plan_of, monk
     # On a disk, a missing record is found by reading it.
     new_plans = plans[6:] if outputs.storage.local is None else []
     results = finished.find([*plans[:6], *new_plans])
-    assert results[:6] == [done._replace(full_record=None) for done in expected]
     assert results[6:] == [None] * len(new_plans)
-    rows = [
-        vars(ManifestRow.of_shot("r", "s", plans[0].shot, 1, done, "reused")) | {"ended_at": ""}
-        for done in (results[0], expected[0])
-    ]
-    assert rows[0] == rows[1]
+    by_row, by_record = (
+        [vars(ManifestRow.of_shot("r", "s", plan.shot, 1, each, "reused")) | {"ended_at": ""} for plan, each in pairs]
+        for pairs in (zip(plans[:6], results[:6], strict=True), zip(plans[:6], expected, strict=True))
+    )
+    assert by_row == by_record
 
 
 def test_columns_of_the_row_are_kept_also_if_the_record_is_read(on_disk, plan_of):
@@ -69,15 +68,12 @@ def test_columns_of_the_row_are_kept_also_if_the_record_is_read(on_disk, plan_of
     write(on_disk, RUNS[0], row.model_copy(update={"seed": 7, "cost": 0.25, "currency": "USD", **likeness}))
     finished = FinishedShots.load(on_disk)
     (by_row,) = finished.find([plan])
-    os.utime(on_disk.root / by_row.folder / "shot.json", (0, 0))
+    os.utime(on_disk.shot_folder("x") / "shot.json", (0, 0))
     (by_record,) = finished.find([plan])
-    assert (by_row.full_record is None, by_record.full_record is None) == (True, False)
     assert (by_row.cost, by_row.currency) == (by_record.cost, by_record.currency) == (0.25, "USD")
-    assert (by_row.seed, by_row.likeness["image"], by_row.likeness["frames_without_face"]) == (7, 0.5, 3)
-    again = ManifestRow.of_shot(RUNS[1], "s", plan.shot, 1, by_row, "reused")
-    assert (again.licences, again.commercial_use) == (["MIT", None], "unknown")
-    with pytest.raises(ValueError, match="record was not read"):
-        by_row.record()
+    assert (by_row.seed, by_row.image_likeness, by_row.frames_without_face) == (7, 0.5, 3)
+    assert (by_record.seed, by_record.committed_at) == (5, 0.0), "from the record"
+    assert (by_row.licences, by_row.commercial_use) == (["MIT", None], "unknown")
 
 
 def test_last_row_of_an_id_counts_and_shots_without_a_row_are_found_by_their_record(outputs, plan_of):

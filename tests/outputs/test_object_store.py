@@ -84,7 +84,7 @@ def test_commit_killed_between_uploads_leaves_the_shot_unfinished(outputs, plan_
                 commit(outputs, plan, files)
         assert outputs.find_finished(plan) is None, uploads
     record = commit(outputs, plan, files)
-    assert outputs.find_finished(plan).record() == record
+    assert outputs.find_finished(plan) == record
     assert set(outputs.storage.files(shot_path("x"))) == {*files, "shot.json"}
 
 

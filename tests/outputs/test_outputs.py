@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from vidgen_ray.outputs import manifest_writer
 from vidgen_ray.outputs.cleanup import collect_garbage
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import REJECTED, SCHEMA, SETTINGS, VERSION, ManifestRow, manifest_batches, read_manifest
-from vidgen_ray.outputs.manifest_writer import FailedLine, ManifestWriter
+from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.object_storage import without_credentials
 from vidgen_ray.outputs.records import Failure, StepRecord, key_path, shot_path
 from vidgen_ray.outputs.stage_cache import job_path
@@ -53,9 +54,8 @@ class TestFinishedShots:
         assert outputs.find_finished(plan, with_stages=True)
         record = commit(outputs, plan)
         assert sorted(os.listdir(outputs.shot_folder("x"))) == ["image.png", "shot.json", "video.mp4"]
-        done = outputs.find_finished(plan)
-        assert done.record() == record
-        assert done == record.done
+        assert outputs.find_finished(plan) == record
+        done = ManifestRow.of_shot("r", "s", plan.shot, 1, record, "rendered")
         assert (done.seconds, done.gpu_seconds, done.lora_loads) == (4, 2, 2)
         assert outputs.find_finished(plan, with_stages=True) is None
         assert outputs.find_finished(plan.model_copy(update={"key": "0" * 64})) is None
@@ -76,6 +76,8 @@ class TestFinishedShots:
         for text in ("", "[]", "{}", '{"key": 1}', '{"key": "%s"}', '{"key": "%s", "files": {"image.png": 9}, "stages": []}'):
             record.write_text(text.replace("%s", plan.key))
             assert outputs.find_finished(plan) is None, text
+        shutil.copytree(outputs.shot_folder(commit(outputs, plan).shot.id), outputs.shot_folder("y"))
+        assert outputs.find_by_id("y") is None, "the record of another shot"
         record.unlink()
         record.mkdir()
         with pytest.raises(IsADirectoryError):
@@ -85,12 +87,12 @@ class TestFinishedShots:
     def test_shot_is_found_by_key_under_another_id(self, outputs, plan_of):
         mine, other = plan_of("mine"), plan_of("other", prompt="another")
         record = commit(outputs, mine)
-        assert outputs.find_by_key(plan_of("theirs").key).record() == record
+        assert outputs.find_by_key(plan_of("theirs").key) == record
         assert outputs.find_by_key(other.key) is None
         # Another shot replaces the first one under the same id.
         commit(outputs, plan_of("mine", prompt="another"))
         assert outputs.find_by_key(mine.key) is None
-        assert outputs.find_by_key(other.key).record().shot.id == "mine"
+        assert outputs.find_by_key(other.key).shot.id == "mine"
 
     def test_delete_shot_deletes_its_files_key_and_cache_entries(self, outputs, plan_of):
         mine, other = plan_of("mine"), plan_of("other", prompt="another")
@@ -146,8 +148,7 @@ def failure(stage="svd"):
 
 
 def failed(run, shot_id, stage="svd", script="s.jsonl"):
-    line = FailedLine(shot_id, script, 1, {"prompt": shot_id}, failure(stage))
-    return {"row": row(run, shot_id, "failed", script, failure_stage=stage), "failed": line}
+    return {"row": row(run, shot_id, "failed", script, failure_stage=stage), "fields": {"prompt": shot_id}}
 
 
 def write(outputs, run, *entries, script="s.jsonl", close=True, **close_options):
@@ -322,11 +323,8 @@ class TestManifest:
 
     def test_lone_surrogates_and_unserializable_fields_are_written_escaped(self, outputs):
         rejected = ManifestRow.of_rejected_line("r1", "s", "x", 3, "a\udc80b", failure(REJECTED))
-        lines = [
-            FailedLine("x", "s", 1, {"prompt": "a\udc80b"}, failure()),
-            FailedLine("y", "s", 2, {("no", "key"): 1}, failure()),
-        ]
-        write(outputs, "r1", {"row": rejected, "failed": lines[0]}, {"row": row("r1", "y", "failed"), "failed": lines[1]})
+        lines = [{"prompt": "a\udc80b"}, {("no", "key"): 1}]
+        write(outputs, "r1", {"row": rejected, "fields": lines[0]}, {"row": row("r1", "y", "failed"), "fields": lines[1]})
         assert {r.id: r.prompt for r in read_manifest(outputs.root)}["x"] == "a\\udc80b"
         first, second = (outputs.root / "failures.jsonl").read_bytes().decode("utf-8").splitlines()
         assert json.loads(first)["prompt"] == "a\udc80b"
@@ -379,8 +377,8 @@ def test_collect_garbage_removes_only_old_files_that_nothing_refers_to(outputs, 
         key_path(plan_of("y", prompt="before").key),
         job_path(f"{used}-1"),
     }
-    assert outputs.find_by_key(plan_of("z", prompt="other").key).record().shot.id == "y"
-    assert outputs.find_finished(plan_of("x")).record() == record
+    assert outputs.find_by_key(plan_of("z", prompt="other").key).shot.id == "y"
+    assert outputs.find_finished(plan_of("x")) == record
     assert sum(collect_garbage(outputs, grace_s=-1).counts.values()) == 0
 
 

@@ -401,8 +401,8 @@ def test_damage_in_an_object_store_is_named_and_can_be_repaired(stored):
         storage.write(path, content[:-1] if path.endswith(".parquet") else bytes([content[0] ^ 1]) + content[1:])
     report = verify(outputs)
     assert dict(report.damaged) == expected
-    ((line,), scripts) = report.lines, report.scripts
-    assert (line.id, line.fields["prompt"], scripts) == ("a", plan.shot.prompt, set())
+    (line,) = map(json.loads, report.lines)
+    assert (line["failure"]["id"], line["prompt"], report.scripts) == ("a", plan.shot.prompt, set())
     assert outputs.find_by_id("a"), "nothing is changed without --repair"
     storage.write(f"{folder}/image.png", b"imag")
     assert "has 4 bytes instead of 9" in [each.problem for each in verify(outputs).damaged]

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, suppress
 
 import ray
 
-from vidgen_ray.batch.line_planner import LinePlanner, PlannedLine, unique_shots
+from vidgen_ray.batch.line_planner import LinePlanner
 from vidgen_ray.batch.progress import RunRecorder
 from vidgen_ray.batch.results import RunMetrics, RunResults
 from vidgen_ray.batch.run_options import RenderOptions
@@ -31,19 +31,20 @@ from vidgen_ray.errors import MAX_MESSAGES, OutOfMemory, ProfileError, ScriptErr
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
-from vidgen_ray.outputs.manifest import ids_that_failed_before
-from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
+from vidgen_ray.outputs.manifest import ManifestRow, ids_that_failed_before
+from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.planner import Cluster, Demand, Plan, SizeCheck, cpus_needed, demand_of, load_calibration, plan, this_machine
 from vidgen_ray.planner.layout import Slot
 from vidgen_ray.profile import Profile
 from vidgen_ray.render.cache_writer import bytes_per_worker, cache_settings
 from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.script.lines import Line, ScriptIndex
+from vidgen_ray.script.read import unique_lines
 from vidgen_ray.shot import Shot
 from vidgen_ray.system.quantities import amount_text, count, money
 from vidgen_ray.system.threads import to_daemon_thread
 
-Remaining = Callable[[], Iterator[Sequence[PlannedLine]]]
+Remaining = Callable[[], Iterator[Sequence[Line]]]
 """Starts to read the lines after the first ones. Needs a connection to Ray. Blocks while it waits for lines."""
 STOP_POLL_S = 0.1
 """Seconds between two checks of the stop request."""
@@ -129,25 +130,21 @@ class Director:
 
     # Lines
 
-    def accept(self, lines: Sequence[PlannedLine]) -> None:
+    def accept(self, lines: Sequence[Line]) -> None:
         """Queue the pending shots of lines, and record the other ones."""
-        for planned in unique_shots(lines, self._index):
-            line = planned.line
+        for line in unique_lines(lines, self._index):
             self._report_notes(line.notes)
             if line.errors:
                 self._results.rejected(line)
                 self._settle(self._continued.failed(line.id, "its line was rejected"))
-            elif isinstance(planned.result, Failure):
-                self._results.unplannable(line, planned.result)
-                self._settle(self._continued.failed(line.shot.id or "", planned.result.message))
-            elif isinstance(planned.result, DoneShot):
-                self._results.skipped(line, planned.result)
-            elif planned.result is None:
-                self._results.pending()
-                self._settle(self._continued.accept(line))
+            elif isinstance(result := line.result, Failure):
+                self._results.unplannable(line, result)
+                self._settle(self._continued.failed(line.shot.id or "", result.message))
+            elif isinstance(result, ShotRecord | ManifestRow):
+                self._results.skipped(line, result)
             else:
                 self._results.pending()
-                self._enqueue(Task(planned.result, line))
+                self._settle(self._continued.accept(line)) if result is None else self._enqueue(Task(result, line))
         self._changed.set()
 
     def _enqueue(self, task: Task) -> None:
@@ -156,12 +153,12 @@ class Director:
         if self._renderer is not None:
             self._renderer.announce(task.plan)
 
-    def _settle(self, decided: Sequence[PlannedLine]) -> None:
+    def _settle(self, decided: Sequence[Line]) -> None:
         """Queue the shots that no longer wait for another one, or record their results."""
-        for line, (result,) in decided:
-            if isinstance(result, ShotPlan):
+        for line in decided:
+            if isinstance(result := line.result, ShotPlan):
                 self._enqueue(Task(result, line))
-            elif isinstance(result, DoneShot):
+            elif isinstance(result, ShotRecord):
                 self._results.found(line, result)
             elif isinstance(result, Failure):
                 self._results.failed(line, result)
@@ -253,7 +250,7 @@ class Director:
     def _size_failure(self, shot: Shot) -> Failure | None:
         """Return the failure of a shot that fits on no GPU. `None` if it fits, or while the GPUs are unknown."""
         refused = self._sizes.refused_by(shot) if self._sizes is not None else None
-        return None if refused is None else StepFailed(refused[0], OutOfMemory(refused[1])).failure()
+        return None if refused is None else Failure.of(refused[0], OutOfMemory(refused[1]))
 
     async def _next_change(self) -> None:
         self._changed.clear()
@@ -516,7 +513,7 @@ class Director:
                 await self._next_change()
             room.release()
 
-        def accept(lines: Sequence[PlannedLine]) -> None:
+        def accept(lines: Sequence[Line]) -> None:
             self.accept(lines)
             self._results.lines_read(complete=False)
             task = asyncio.ensure_future(release())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
 import ray
@@ -28,13 +28,12 @@ from vidgen_ray.licences import ShotLicences
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import FinishedShots, id_is_taken
 from vidgen_ray.outputs.new_seeds import Seeds, read_seeds, with_new_seed
-from vidgen_ray.outputs.records import DoneShot, Failure
+from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.profile import Profile
-from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.script.check import LineChecker, with_cut_prompts
 from vidgen_ray.script.formats import ScriptVersion, script_version
-from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
-from vidgen_ray.script.read import file_problem, no_lines, open_lines, unique_lines
+from vidgen_ray.script.lines import Line, ScriptSettings
+from vidgen_ray.script.read import file_problem, no_lines, open_lines
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
 
@@ -51,21 +50,6 @@ BLOCK_BYTES = 1 << 20
 MAX_TASKS = 16
 """Maximum number of parallel tasks. One task plans some thousand lines per second."""
 NODE_LABEL = "ray.io/node-id"
-
-
-class PlannedLine(NamedTuple):
-    """A checked line and, for each of its shots, what is to be done."""
-
-    line: Line
-    results: tuple[ShotPlan | DoneShot | Failure | None, ...] = ()
-    """For each shot: its plan; the finished shot of an earlier run; the failure if it names a file that does not exist or
-    cannot be read; `None` if it starts from the last frame of another shot, and is planned when that one is finished."""
-
-    @property
-    def result(self) -> ShotPlan | DoneShot | Failure | None:
-        """Result of planning the only shot. `unique_shots` yields a line for each shot."""
-        (result,) = self.results
-        return result
 
 
 DEFAULT_OPTIONS = RenderOptions()
@@ -106,25 +90,25 @@ class LinePlanner:
         self.finished = FinishedShots.load(self.outputs, self.changed_by)
         self.changed_by = self.finished.changed_by
 
-    def plan_first(self, lines: Sequence[Line]) -> list[PlannedLine]:
+    def plan_first(self, lines: Sequence[Line]) -> list[Line]:
         """Return these lines as `plan` does. Keeps no finished shots: the tasks that plan further lines read them again."""
         self.load_finished()
         planned = self.plan(lines)
         self.finished = None
         return planned
 
-    def plan(self, lines: Iterable[Line]) -> list[PlannedLine]:
+    def plan(self, lines: Iterable[Line]) -> list[Line]:
         """Return the planned lines, in order, compared with the finished shots of the folder.
 
         Raises MissingWeights if this machine has not the weights that a shot needs.
         """
         checked = map(self._checked, lines)
-        planned = [PlannedLine(line, tuple(map(self._plan_of_line, line.shots))) for line in checked]
+        planned = [replace(line, results=tuple(map(self._plan_of_line, line.shots))) for line in checked]
         if not self._replace:
             planned = [self._with_own_ids(line) for line in planned]
         if self._strict_prompts:
             planned = [_with_cut_prompts(line, strict=True) for line in planned]
-        planned = self._without_cached(planned) if self._fresh else self._with_done(planned)
+        planned = self._without_cached(planned) if self._fresh else self._with_finished(planned)
         return [_with_cut_prompts(self._with_checked_files(line), strict=False) for line in planned]
 
     def _checked(self, line: Line) -> Line:
@@ -142,12 +126,13 @@ class LinePlanner:
         self._planner_of(stages_of(shot))  # Missing weights must end the run before the other shot is rendered.
         return None
 
-    def find(self, plan: ShotPlan) -> DoneShot | None:
+    def find(self, plan: ShotPlan) -> ShotRecord | None:
         """Return the finished shot of a plan, or `None`. With `fresh`, drop its cached results instead."""
-        if not self._fresh:
-            return self.outputs.find_finished(plan, self._keep_stages)
-        self._drop_cached(plan)
-        return None
+        if self._fresh:
+            self._drop_cached(plan)
+            return None
+        found = self.outputs.find_finished(plan, self._keep_stages)
+        return found and found.model_copy(update={"key": plan.key})
 
     def plan_shot(self, shot: Shot) -> ShotPlan | Failure:
         """Plan a shot with all of its files. Raises MissingWeights."""
@@ -159,7 +144,7 @@ class LinePlanner:
         except MissingWeights:
             raise
         except (VidgenError, OSError) as error:
-            return StepFailed("plan", error).failure()
+            return Failure.of("plan", error)
 
     def _planner_of(self, stages: tuple[type[Stage[Any]], ...]) -> ShotPlanner:
         """Return the planner for shots with these stages. Raises MissingWeights."""
@@ -171,39 +156,35 @@ class LinePlanner:
             self._planners[stages] = ShotPlanner(params, profile.encode, ShotLicences(profile), profile.provenance)
         return self._planners[stages]
 
-    def _with_checked_files(self, line: PlannedLine) -> PlannedLine:
+    def _with_checked_files(self, line: Line) -> Line:
         """Return the line with a failure in place of each plan with an unusable file. Finished shots are not checked."""
+        results = []
+        for shot, result in zip(line.shots, line.results, strict=True):
+            is_new = isinstance(result, ShotPlan | None)
+            wrong = file_problem(shot, self._profile, line.source, line.number) if is_new else None
+            results.append(result if wrong is None else Failure.of("plan", wrong))
+        return replace(line, results=tuple(results))
 
-        def checked(shot: Shot, result: ShotPlan | DoneShot | Failure | None) -> ShotPlan | DoneShot | Failure | None:
-            if not isinstance(result, ShotPlan | None):
-                return result
-            wrong = file_problem(shot, self._profile, line.line.source, line.line.number)
-            return StepFailed("plan", wrong).failure() if wrong is not None else result
-
-        return line._replace(results=tuple(map(checked, line.line.shots, line.results)))
-
-    def _with_own_ids(self, planned: PlannedLine) -> PlannedLine:
+    def _with_own_ids(self, line: Line) -> Line:
         """Reject the line if its id belongs to a finished shot of another script."""
         assert self.finished is not None
-        line = planned.line
-        for shot, plan in zip(line.shots, planned.results, strict=True):
+        for shot, plan in zip(line.shots, line.results, strict=True):
             if isinstance(plan, ShotPlan | None):
                 key = None if plan is None else plan.key
                 owner = self.finished.other_owner(shot.id or "", key, line.script)
                 if owner is not None:
-                    return PlannedLine(_reject_taken_id(line, shot.id, owner))
-        return planned
+                    return _reject_taken_id(line, shot.id, owner)
+        return line
 
-    def _with_done(self, planned: Sequence[PlannedLine]) -> list[PlannedLine]:
+    def _with_finished(self, planned: Sequence[Line]) -> list[Line]:
         assert self.finished is not None
         found = iter(self.finished.find(_plans(planned), self._keep_stages))
-        looked_up = []
-        for line in planned:
-            results = tuple((next(found) or plan) if isinstance(plan, ShotPlan) else plan for plan in line.results)
-            looked_up.append(line._replace(results=results))
-        return looked_up
+        return [
+            replace(line, results=tuple((next(found) or each) if isinstance(each, ShotPlan) else each for each in line.results))
+            for line in planned
+        ]
 
-    def _without_cached(self, planned: list[PlannedLine]) -> list[PlannedLine]:
+    def _without_cached(self, planned: list[Line]) -> list[Line]:
         for plan in _plans(planned):
             self._drop_cached(plan)
         return planned
@@ -213,30 +194,20 @@ class LinePlanner:
             self.outputs.stage_cache.drop(step.key for step in attempt.steps)
 
 
-def _plans(planned: Sequence[PlannedLine]) -> list[ShotPlan]:
+def _plans(planned: Sequence[Line]) -> list[ShotPlan]:
     return [plan for line in planned for plan in line.results if isinstance(plan, ShotPlan)]
 
 
-def _with_cut_prompts(planned: PlannedLine, *, strict: bool) -> PlannedLine:
+def _with_cut_prompts(line: Line, *, strict: bool) -> Line:
     """Add notes about the prompts that text encoders cut. `strict`: reject the line instead."""
-    cut = [cut for plan in _plans([planned]) for cut in plan.cut_texts]
-    line = with_cut_prompts(planned.line, cut, strict=strict)
-    return PlannedLine(line) if line.errors else planned._replace(line=line)
+    return with_cut_prompts(line, [cut for plan in _plans([line]) for cut in plan.cut_texts], strict=strict)
 
 
 def _reject_taken_id(line: Line, shot_id: str | None, owner: str) -> Line:
     error = id_is_taken(line.source, line.number, str(shot_id), owner)
     # Under the id of the shot, the row of the rejected line would replace the row of its owner.
     own_ids = {shot.id for shot in line.shots} | {line.fields.get("id")}
-    return replace(line, id="" if line.id in own_ids else line.id, errors=(error,), shots=(), notes=())
-
-
-def unique_shots(planned: Iterable[PlannedLine], index: ScriptIndex) -> Iterator[PlannedLine]:
-    """Yield a line for each shot, and the rejected lines, each with an id that no earlier line has. See `unique_lines`."""
-    for each in planned:
-        result_of = {shot.id: result for shot, result in zip(each.line.shots, each.results, strict=True)}
-        for line in unique_lines([each.line], index):
-            yield PlannedLine(line) if line.errors else PlannedLine(line, (result_of[line.shot.id],))
+    return replace(line, id="" if line.id in own_ids else line.id, errors=(error,), shots=(), results=(), notes=())
 
 
 def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[Line], ScriptVersion | None]:
@@ -252,7 +223,7 @@ def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[Line], Scri
     return checker, first[:FIRST_LOOK_LINES], version if len(first) > FIRST_LOOK_LINES else None
 
 
-def remaining_lines(settings: ScriptSettings, version: ScriptVersion, planner: LinePlanner) -> Iterator[list[PlannedLine]]:
+def remaining_lines(settings: ScriptSettings, version: ScriptVersion, planner: LinePlanner) -> Iterator[list[Line]]:
     """Yield the lines after the first ones, planned by parallel tasks on the node of this process, in order.
 
     That node can read the script and its files. Needs a connection to Ray. Raises what reading and planning raise.
@@ -271,7 +242,7 @@ def remaining_lines(settings: ScriptSettings, version: ScriptVersion, planner: L
         yield from planned_rows(dataset, planner)
 
 
-def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[PlannedLine]]:
+def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[Line]]:
     """Plan the lines of a data set, in order. Each row has a pickled sequence of lines in its column `lines`."""
     finished = ray.remote(_load_finished).options(**on_this_node()).remote(planner.outputs, planner.changed_by)
     tasks = max(1, min(MAX_TASKS, os.cpu_count() or 1))
@@ -287,7 +258,7 @@ def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[Planne
     )
     for block in planned.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         for text in block["planned"].to_pylist():
-            result: list[PlannedLine] | VidgenError = pickle.loads(text)
+            result: list[Line] | VidgenError = pickle.loads(text)
             if isinstance(result, VidgenError):
                 raise result
             yield result
@@ -300,7 +271,7 @@ def _load_finished(outputs: OutputFolder, changed_by: Sequence[str] | None) -> F
 def _plan_block(block: pyarrow.Table, execution: str, planner: bytes, finished: list[ray.ObjectRef]) -> pyarrow.Table:
     """Task of Ray Data: plan the lines of each row. An error that ends the run is returned in place of the planned lines."""
 
-    def planned(text: bytes) -> list[PlannedLine] | VidgenError:
+    def planned(text: bytes) -> list[Line] | VidgenError:
         lines: Sequence[Line] | VidgenError = pickle.loads(text)
         try:
             return lines if isinstance(lines, VidgenError) else _planner(execution, planner, finished[0]).plan(lines)

@@ -18,10 +18,11 @@ from pathlib import Path
 from more_itertools import batched
 
 from vidgen_ray.batch.director import Director, Remaining
-from vidgen_ray.batch.line_planner import FIRST_LOOK_LINES, LinePlanner, PlannedLine, first_lines, remaining_lines, unique_shots
+from vidgen_ray.batch.line_planner import FIRST_LOOK_LINES, LinePlanner, first_lines, remaining_lines
 from vidgen_ray.batch.progress import RunListener, RunRecorder
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RecordedOptions, RenderOptions
+from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
 from vidgen_ray.engine.ray_internals import submission_id
 from vidgen_ray.engine.trials import run_trials
@@ -31,7 +32,7 @@ from vidgen_ray.outputs.folder import OutputFolder, read_last_run, software_vers
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ManifestRow, new_name
 from vidgen_ray.outputs.manifest_writer import FILE, script_name
-from vidgen_ray.outputs.records import DoneShot, Failure
+from vidgen_ray.outputs.records import Failure
 from vidgen_ray.outputs.run_log import RunLabels
 from vidgen_ray.planner import Cluster, Demand, Plan, calibrations, demand_of, peak_shares, save_calibration, this_machine
 from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS, seconds_of, total_seconds
@@ -42,7 +43,7 @@ from vidgen_ray.provenance.signing import check_signing
 from vidgen_ray.script.check import LineChecker
 from vidgen_ray.script.formats import ScriptVersion
 from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
-from vidgen_ray.script.read import iter_script, no_lines, open_lines
+from vidgen_ray.script.read import iter_script, no_lines, open_lines, unique_lines
 from vidgen_ray.shot import Shot
 
 TRIAL_FROM_S = 3600.0
@@ -87,21 +88,21 @@ def _count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFold
 
     def pending() -> Iterator[Shot]:
         nonlocal done, failed, cached
-        for planned in _planned(script, profile, outputs):
-            if planned.line.errors or isinstance(planned.result, Failure):
+        for line in _planned(script, profile, outputs):
+            if line.errors or isinstance(line.result, Failure):
                 failed += 1
-            elif isinstance(planned.result, DoneShot):
-                done += 1
+            elif isinstance(line.result, ShotPlan | None):
+                if line.result is not None:
+                    cached += sum(outputs.stage_cache.has(step.key) for step in line.result.steps)
+                yield line.shot
             else:
-                if planned.result is not None:
-                    cached += sum(outputs.stage_cache.has(step.key) for step in planned.result.steps)
-                yield planned.line.shot
+                done += 1
 
     demand = demand_of(pending())
     return demand, Counts(demand.shots + done + failed, done, failed, cached)
 
 
-def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Iterator[PlannedLine]:
+def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Iterator[Line]:
     checker, lines = open_lines(script)
     checker.script = script_name(outputs.storage, script.path)
     planner = LinePlanner(checker, profile, outputs)
@@ -109,7 +110,7 @@ def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) ->
     empty, index = True, ScriptIndex()
     for batch in batched(lines, LINES_AT_ONCE):
         empty = False
-        yield from unique_shots(planner.plan(batch), index)
+        yield from unique_lines(planner.plan(batch), index)
     if empty:
         raise no_lines(script.path)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from vidgen_ray.batch.progress import RunListener
 from vidgen_ray.batch.run_options import RecordedOptions
@@ -16,12 +16,11 @@ from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import RelativeCost, relative_costs
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
-from vidgen_ray.outputs.manifest import REJECTED, ManifestRow, Status
-from vidgen_ray.outputs.manifest_writer import FailedLine, ManifestWriter
-from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
+from vidgen_ray.outputs.manifest import REJECTED, Finished, LastRun, ManifestRow, Status
+from vidgen_ray.outputs.manifest_writer import ManifestWriter, fields_of
+from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.outputs.run_log import RunLabels
 from vidgen_ray.planner.demand import ENCODING, encoded_mpx
-from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.script.lines import Line
 
 METRICS = {"vidgen_shots": MetricSpec("counter", ("status",), "Finished shots: done or failed."), **ENGINE_METRICS}
@@ -125,20 +124,19 @@ class RunResults:
     def rejected(self, line: Line) -> None:
         self.rejected_lines += 1
         self._unread_lines += 1
-        failure = StepFailed(REJECTED, ScriptError(line.errors)).failure()
+        failure = Failure.of(REJECTED, ScriptError(line.errors))
         row = ManifestRow.of_rejected_line(
             self._labels.run, line.script, line.id, line.script_line, line.fields.get("prompt"), failure
         )
-        self._enter(row, FailedLine(line.id, line.script, line.script_line, line.fields, failure), None)
+        self._enter(row, line.fields)
         self._listener.on_rejected(row)
 
     def unplannable(self, line: Line, failure: Failure) -> None:
         self.rejected_lines += 1
         self._listener.on_rejected(self._failed(line, failure))
 
-    def skipped(self, line: Line, done: DoneShot) -> None:
-        row = ManifestRow.of_shot(self._labels.run, line.script, line.shot, line.script_line, self._with_cost(done), "reused")
-        self._enter(row, None, line.replaces)
+    def skipped(self, line: Line, finished: Finished) -> None:
+        self._enter(self._row(line, finished, "reused"), None, line.replaces)
 
     def pending(self) -> None:
         """A shot is to be rendered."""
@@ -155,10 +153,10 @@ class RunResults:
         """A pending shot has failed."""
         self._listener.on_finished(self._failed(line, failure))
 
-    def found(self, line: Line, done: DoneShot) -> None:
+    def found(self, line: Line, finished: Finished) -> None:
         """A pending shot turned out to be finished."""
         self.to_render -= 1
-        self.skipped(line, done)
+        self.skipped(line, finished)
         self.lines_read(complete=self._whole_script)
 
     def finished(self, line: Line, record: ShotRecord) -> None:
@@ -175,27 +173,28 @@ class RunResults:
         if record.encode_s is not None:
             mpx = encoded_mpx(record.shot)
             self.durations[ENCODING].append((record.encode_s, RelativeCost(mpx, mpx)))
-        done = self._with_cost(record.done)
-        row = ManifestRow.of_shot(self._labels.run, line.script, line.shot, line.script_line, done, "rendered")
+        row = self._row(line, record, "rendered")
         self._enter(row, None, line.replaces)
         self._listener.on_finished(row)
 
-    def _with_cost(self, done: DoneShot) -> DoneShot:
-        """Return the shot with its cost. One that was found by its manifest row has that already."""
-        if done.full_record is None or done.cost is not None:
-            return done
-        costs = [step.price for step in done.full_record.stages if step.price is not None]
-        costs += [] if self.price is None else [done.gpu_seconds * self.price / 3600]
-        return done._replace(cost=round(sum(costs), 6), currency=self.currency) if costs else done
+    def _row(self, line: Line, result: Finished | Failure, last_run: LastRun) -> ManifestRow:
+        """Return the row of a shot, with its cost. One that was found by its row in an earlier run has that already."""
+        row = ManifestRow.of_shot(self._labels.run, line.script, line.shot, line.script_line, result, last_run)
+        if not isinstance(result, ShotRecord):
+            return row
+        costs = [step.price for step in result.stages if step.price is not None]
+        costs += [] if self.price is None else [sum(step.gpu_seconds for step in result.stages) * self.price / 3600]
+        return row.model_copy(update={"cost": round(sum(costs), 6), "currency": self.currency}) if costs else row
 
     def _failed(self, line: Line, failure: Failure) -> ManifestRow:
-        row = ManifestRow.of_shot(self._labels.run, line.script, line.shot, line.script_line, failure, "failed")
-        self._enter(row, FailedLine.of_shot(line.shot, line.script, line.script_line, failure), line.replaces)
+        row = self._row(line, failure, "failed")
+        self._enter(row, fields_of(line.shot), line.replaces)
         return row
 
-    def _enter(self, row: ManifestRow, failed: FailedLine | None, replaces: str | None) -> None:
+    def _enter(self, row: ManifestRow, fields: Mapping[str, Any] | None, replaces: str | None = None) -> None:
+        """Record the row of a line. `fields`: of a failed line."""
         self.counts["skipped" if row.last_run == "reused" else row.status] += 1
         row = row.model_copy(update={"team": self._labels.team, "submission_id": self._labels.submission_id})
-        self._manifest.add(row, failed=failed, replaces=replaces)
+        self._manifest.add(row, fields=fields, replaces=replaces)
         if self._on_row is not None:
             self._on_row(row)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
-from vidgen_ray.batch.line_planner import PlannedLine
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import StageError
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.records import DoneShot, Failure
-from vidgen_ray.render.step_runner import StepFailed
+from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import PRIORITIES, Priority, Shot
 
@@ -101,7 +100,7 @@ class ContinuedShots:
         self,
         outputs: OutputFolder,
         plan: Callable[[Shot], ShotPlan | Failure],
-        find: Callable[[ShotPlan], DoneShot | None],
+        find: Callable[[ShotPlan], ShotRecord | None],
     ) -> None:
         """`find` returns the finished shot of a plan, if there is one."""
         self._outputs = outputs
@@ -132,7 +131,7 @@ class ContinuedShots:
         """Return the task, with a plan that keeps the last frame if a shot waits for it."""
         return task._replace(plan=task.plan.with_last_frame()) if task.plan.shot.id in self._waiting else task
 
-    def accept(self, line: Line) -> list[PlannedLine]:
+    def accept(self, line: Line) -> list[Line]:
         """Take a shot that continues another one. Empty if it has to wait."""
         source = line.shot.continue_from or ""
         if self._outputs.storage.local is None:
@@ -145,61 +144,60 @@ class ContinuedShots:
         self._open.add(line.shot.id or "")
         return [] if source in self._open else self.done(source)
 
-    def done(self, shot_id: str) -> list[PlannedLine]:
-        """A shot is finished. Return what that decides about the shots that wait for it, at any distance."""
-        decided, finished = list[PlannedLine](), deque([shot_id])
+    def done(self, shot_id: str) -> list[Line]:
+        """A shot is finished. Return the shots that wait for it, at any distance, with the results that this decides."""
+        decided, finished = list[Line](), deque([shot_id])
         while finished:
             done_id = finished.popleft()
             self._open.discard(done_id)
             for line in self._waiting.pop(done_id, ()):
                 made = self._decide(line)
                 decided += made
-                if made and isinstance(made[0].result, DoneShot):
+                if made and isinstance(made[0].result, ShotRecord):
                     finished.append(line.shot.id or "")
         return decided
 
-    def failed(self, shot_id: str, reason: str) -> list[PlannedLine]:
+    def failed(self, shot_id: str, reason: str) -> list[Line]:
         """A shot has failed. Return the shots that fail with it, at any distance."""
         return self._fail_waiting(shot_id, f"shot {shot_id} failed: {reason}")
 
-    def _fail_waiting(self, shot_id: str, message: str) -> list[PlannedLine]:
-        decided, failed = list[PlannedLine](), deque([shot_id])
+    def _fail_waiting(self, shot_id: str, message: str) -> list[Line]:
+        decided, failed = list[Line](), deque([shot_id])
         while failed:
             failed_id = failed.popleft()
             self._open.discard(failed_id)
             self._failed[failed_id] = message
             for line in self._waiting.pop(failed_id, ()):
-                decided.append(PlannedLine(line, (_failure(message),)))
+                decided.append(replace(line, results=(_failure(message),)))
                 failed.append(line.shot.id or "")
         return decided
 
-    def _fail(self, line: Line, failure: Failure) -> list[PlannedLine]:
-        return [PlannedLine(line, (failure,)), *self.failed(line.shot.id or "", failure.message)]
+    def _fail(self, line: Line, failure: Failure) -> list[Line]:
+        return [replace(line, results=(failure,)), *self.failed(line.shot.id or "", failure.message)]
 
-    def _decide(self, line: Line) -> list[PlannedLine]:
+    def _decide(self, line: Line) -> list[Line]:
         """Plan a shot whose source is finished. Empty if the source must be rendered again."""
         source = line.shot.continue_from or ""
         finished = self._outputs.find_by_id(source)
         if finished is None:
             return self._fail(line, _failure(f"shot {source} is neither an earlier line nor finished in {self._outputs.url}"))
-        licences = finished.record().licences
         if (frame := self._outputs.last_frame(finished)) is None:
             if source not in self._open:
-                again = self._plan(finished.record().shot)
+                again = self._plan(finished.shot)
                 if isinstance(again, Failure):
                     lost = f"the last frame of shot {source} was not kept, and it cannot be rendered again: {again.message}"
                     return self._fail(line, _failure(lost))
                 self._open.add(source)
                 # It may itself continue another shot, whose licences are in its record only.
-                self.repeated.append(Task(again.with_source_licences(licences), None))
+                self.repeated.append(Task(again.with_source_licences(finished.licences), None))
             self._waiting[source].append(line)
             return []
         plan = self._plan(line.shot.continued(str(frame)))
         if isinstance(plan, Failure):
             return self._fail(line, plan)
-        plan = plan.with_source_licences(licences)
-        return [PlannedLine(line, (self._find(plan) or plan,))]
+        plan = plan.with_source_licences(finished.licences)
+        return [replace(line, results=(self._find(plan) or plan,))]
 
 
 def _failure(message: str) -> Failure:
-    return StepFailed(CONTINUE, StageError(message)).failure()
+    return Failure.of(CONTINUE, StageError(message))

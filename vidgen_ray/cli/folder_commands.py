@@ -251,10 +251,9 @@ def verify(
     else:
         _print_damage(report, repaired=repair)
     if last is not None and report.lines:
-        lines = [line.as_json("verify") for line in report.lines]
         # With --json, standard output has the report above only.
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
-            render_again(out, lambda: lines, last, profile, address, gpus, as_json=as_json)
+            render_again(out, lambda: report.lines, last, profile, address, gpus, as_json=as_json)
     if report.damaged and (not repair or report.scripts):
         raise typer.Exit(1)
 

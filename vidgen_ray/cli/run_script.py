@@ -133,7 +133,7 @@ def script_licences(lines: Iterable[Line], profile: Profile, outputs: OutputFold
         if line.errors:
             continue
         if (source := line.shot.continue_from) is not None and (finished := outputs.find_by_id(source)) is not None:
-            found |= dict.fromkeys(finished.record().licences)
+            found |= dict.fromkeys(finished.licences)
         found |= dict.fromkeys(licences(line.shot))
     return tuple(found)
 
@@ -343,8 +343,7 @@ def _chosen_lines(outputs: OutputFolder, ids: frozenset[str] | None, *, rejected
     if repeated.unreadable:
         names = ", ".join(repeated.unreadable)
         note(f"files are missing or damaged, see vidgen verify. Left out: {names}")
-    lines = [line.as_json("retry") for line in repeated.lines]
-    return lambda: [*([] if rejected else failed_lines(outputs.storage, ids or frozenset())), *lines]
+    return lambda: [*([] if rejected else failed_lines(outputs.storage, ids or frozenset())), *repeated.lines]
 
 
 def render_again(

@@ -334,10 +334,10 @@ def _finished(outputs: OutputFolder, settings: FilmSettings, candidate: ShotCand
     done = outputs.find_by_id(candidate.id) if candidate.reason is None else None
     if done is None:
         return None
-    metadata = done.record().shot.metadata if candidate.metadata is None else candidate.metadata
+    metadata = done.shot.metadata if candidate.metadata is None else candidate.metadata
     of_shot = shot_settings(metadata, f"shot {candidate.id}, metadata")
     merged = of_shot.model_copy(update={name: getattr(entry, name) for name in entry.model_fields_set & set(SHOT_FIELDS)})
-    files = done.sha256
+    files = done.files
     clip = next((name for name in VARIANT_FILES[settings.variant] if name in files), None)
     name = clip or IMAGE_FILE
     scene = metadata.get("scene")
@@ -345,7 +345,7 @@ def _finished(outputs: OutputFolder, settings: FilmSettings, candidate: ShotCand
         candidate.id,
         merged,
         path=f"{done.folder}/{name}",
-        sha256=files[name],
+        sha256=files[name].sha256,
         is_clip=clip is not None,
         scene=scene if isinstance(scene, str) and scene.strip() else None,
     )

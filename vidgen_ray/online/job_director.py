@@ -35,7 +35,7 @@ from vidgen_ray.online.store.jobs import LEASE_S, Job, JobError, JobProgress, Jo
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.online.webhooks import run_maintenance
 from vidgen_ray.online.workers import Actors
-from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, StepRecord
+from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.planner.layout import Layout
 from vidgen_ray.render.step_runner import StepFailed
 
@@ -402,14 +402,14 @@ class JobDirector:
         try:
             plan, done = await asyncio.to_thread(self._planned, job)
             if done is not None:
-                return done.record().shot.id or "", {}
+                return done.shot.id or "", {}
             record = await self._render(job, plan)
             return record.shot.id or "", {step.stage: 0.0 if step.cached else step.seconds for step in record.stages}
         finally:
             del self._rendering[job.key]
             rendering.set_result(None)
 
-    def _planned(self, job: Job) -> tuple[ShotPlan, DoneShot | None]:
+    def _planned(self, job: Job) -> tuple[ShotPlan, ShotRecord | None]:
         """Return the plan of a job, and its shot if that is finished. Blocks."""
         plan = plan_job(job, self._serving_profile, self._settings)
         return plan, self._outputs.find_by_key(plan.key)

@@ -216,7 +216,7 @@ class JobService:
     def _step_keys(self, job: Job) -> set[str]:
         keys = set[str]()
         if (finished := self._outputs.find_by_id(job.shot_id or "")) is not None:
-            keys |= {step.key for step in finished.record().stages}
+            keys |= {step.key for step in finished.stages}
         try:
             plans = list(plans_of(job, self.serving_profile, self._settings))
         except (VidgenError, OSError):
@@ -296,7 +296,7 @@ class JobService:
         rendered = self._outputs.find_by_key(plan.key)
         if rendered is None:
             return job
-        shot_id = rendered.record().shot.id
+        shot_id = rendered.shot.id
         completed = {"state": JobState.COMPLETED, "progress": 100, "started_at": now, "completed_at": now, "shot_id": shot_id}
         return job.model_copy(update=completed)
 
@@ -329,7 +329,7 @@ class JobService:
             raise invalid(
                 "continue_from", f"the last frame of {video_id} was not kept: it was rendered by a batch run or before"
             )
-        return str(frame), finished.record().licences
+        return str(frame), finished.licences
 
     def _upload(self, tenant: Tenant, param: str, upload_id: object) -> str:
         path = (

@@ -29,7 +29,6 @@ from vidgen_ray.outputs.records import (
     RECORD,
     SCORES,
     SHOTS,
-    DoneShot,
     FileRecord,
     LikenessRecord,
     ProvenanceNote,
@@ -187,7 +186,7 @@ class OutputFolder:
             raise FileNotFoundError(f"{self.url}/{path}")
         return content
 
-    def find_finished(self, plan: ShotPlan, with_stages: bool = False) -> DoneShot | None:
+    def find_finished(self, plan: ShotPlan, with_stages: bool = False) -> ShotRecord | None:
         """Return the shot if it is finished with the key of the plan, or another key for the same result, else `None`.
 
         `with_stages` also requires the files of `--keep stages`. Only the sizes of files are checked: reading them would be
@@ -195,17 +194,16 @@ class OutputFolder:
         """
         debug_files = {STAGE_BY_NAME[step.stage].debug_file for step in plan.steps} - {None} if with_stages else set()
         needed = debug_files | {LAST_FRAME} if plan.keep_last_frame else debug_files
-        found = self._find(_id_of(plan), lambda record: is_result_of(plan, record), needed)
-        return None if found is None else found._replace(key=plan.key)
+        return self._find(_id_of(plan), lambda record: is_result_of(plan, record), needed)
 
-    def last_frame(self, shot: DoneShot) -> Path | None:
+    def last_frame(self, shot: ShotRecord) -> Path | None:
         """Return the file with the last frame of a finished shot, or `None` if it was not kept.
 
         Raises SetupError if the folder is in an object store.
         """
-        return self.root / shot.folder / LAST_FRAME if LAST_FRAME in shot.sha256 else None
+        return self.shot_folder(shot.shot.id or "") / LAST_FRAME if LAST_FRAME in shot.files else None
 
-    def find_by_key(self, key: str) -> DoneShot | None:
+    def find_by_key(self, key: str) -> ShotRecord | None:
         """Return the shot that is finished with this key under any id, else `None`.
 
         Also returns `None` if the storage fails: the caller can render the shot again.
@@ -219,13 +217,13 @@ class OutputFolder:
         except (OSError, ValueError):
             return None
 
-    def find_by_id(self, shot_id: str) -> DoneShot | None:
+    def find_by_id(self, shot_id: str) -> ShotRecord | None:
         """Return the finished shot with this id and any key, else `None`."""
         if not ID_PATTERN.fullmatch(shot_id):
             return None
         return self._find(shot_id, lambda record: True)
 
-    def _find(self, shot_id: str, is_result: IsResult, needed: Set[str | None] = frozenset()) -> DoneShot | None:
+    def _find(self, shot_id: str, is_result: IsResult, needed: Set[str | None] = frozenset()) -> ShotRecord | None:
         """Return the shot if its record is a result with the `needed` files, and all of its files are right, else `None`."""
         folder = shot_path(shot_id)
         # The time before the content: if the record is replaced in between, its time does not match in the next run.
@@ -240,8 +238,10 @@ class OutputFolder:
             if not is_result(pydantic_core.from_json(text)):
                 return None
             record = ShotRecord.model_validate_json(text)
-            done = record.model_copy(update={"committed_at": committed_at}).done._replace(folder=folder)
-            return done if needed <= done.bytes.keys() and self.storage.has(folder, done.bytes) else None
+            sizes = {name: file.bytes for name, file in record.files.items()}
+            if record.shot.id != shot_id or not needed <= sizes.keys() or not self.storage.has(folder, sizes):
+                return None
+            return record.model_copy(update={"committed_at": committed_at})
         # A damaged record counts as missing. An OSError of the storage does not.
         except (ValueError, KeyError, TypeError, AttributeError):
             return None

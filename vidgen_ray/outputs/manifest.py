@@ -44,7 +44,6 @@ from vidgen_ray.outputs.records import (
     SCORES,
     SHOTS,
     VIDEO_FILE,
-    DoneShot,
     Failure,
     ShotRecord,
     shot_path,
@@ -66,8 +65,6 @@ LIKENESS = {
 """Manifest column -> field of `LikenessRecord`."""
 SCORER = re.compile(r"(\w+)@(\d+)")
 """Name of a folder in `scores/`: scorer and version."""
-RESULT = ("key", "committed_at", "seconds", "gpu_seconds", "cost", "currency", "lora_loads", "cut_tokens")
-"""Columns of a finished shot that are fields of `DoneShot`."""
 Status = Literal["done", "failed", "replaced"]
 """State of a shot."""
 LastRun = Literal["rendered", "reused", "failed"]
@@ -182,45 +179,24 @@ class _Columns(BaseModel):
 
     @staticmethod
     def of_shot(
-        run: str, script: str, shot: Shot, line: int | None, result: ShotRecord | DoneShot | Failure, last_run: LastRun
+        run: str, script: str, shot: Shot, line: int | None, result: Finished | Failure, last_run: LastRun
     ) -> ManifestRow:
         """Return the row of a rendered, reused or failed shot. Values are not validated again, for speed."""
-        assert shot.id is not None
-        done = result.done if isinstance(result, ShotRecord) else result
-        n_frames, fps = clip_length(shot) if shot.generate_video else (None, None)
-        hd_width, hd_height = file_sizes(shot).get("hd_frames", (None, None))
-        return ManifestRow.model_construct(
-            run=run,
-            script=script,
-            id=shot.id,
-            line=line,
-            status="failed" if isinstance(done, Failure) else "done",
-            last_run=last_run,
-            prompt=shot.prompt,
-            mode=shot.mode,
-            seed=shot.seed if isinstance(done, Failure) else done.seed,
-            width=shot.width,
-            height=shot.height,
-            hd_width=hd_width,
-            hd_height=hd_height,
-            num_frames=n_frames,
-            fps=fps,
-            duration_s=n_frames / fps if n_frames and fps else None,
-            consent=shot.consent.model_dump() if shot.consent else None,
-            metadata=json.dumps(shot.metadata) if shot.metadata else "{}",
-            **_settings_of(shot),
-            **(_failure_columns(done) if isinstance(done, Failure) else _result_columns(done)),
-        )
+        place = {"run": run, "script": script, "line": line, "last_run": last_run}
+        if isinstance(result, ManifestRow):
+            return result.model_copy(update={**place, "status": "done", "ended_at": _now()})
+        if isinstance(result, Failure):
+            return _row(**place, **_shot_columns(shot), **_failure_columns(result))
+        return _row(**place, **{**_shot_columns(shot), **_result_columns(result)})
 
     @staticmethod
     def of_rejected_line(run: str, script: str, line_id: str, line: int, prompt: object, failure: Failure) -> ManifestRow:
         """Return the row of a line that was rejected when the script was read."""
-        return ManifestRow.model_construct(
+        return _row(
             run=run,
             script=script,
             id=line_id,
             line=line,
-            status="failed",
             last_run="failed",
             prompt=encodable(prompt) if isinstance(prompt, str) else None,
             **_failure_columns(failure),
@@ -247,9 +223,24 @@ SCALARS = {column: name for column, name in SETTINGS.items() if name not in (*ST
 _scalars_of = attrgetter(*SCALARS.values())
 
 
-def _settings_of(shot: Shot) -> dict[str, Any]:
-    """Return the columns of `SETTINGS`."""
+def _shot_columns(shot: Shot) -> dict[str, Any]:
+    """Return the columns of a shot before it has a result."""
+    n_frames, fps = clip_length(shot) if shot.generate_video else (None, None)
+    hd_width, hd_height = file_sizes(shot).get("hd_frames", (None, None))
     return {
+        "id": shot.id,
+        "prompt": shot.prompt,
+        "mode": shot.mode,
+        "seed": shot.seed,
+        "width": shot.width,
+        "height": shot.height,
+        "hd_width": hd_width,
+        "hd_height": hd_height,
+        "num_frames": n_frames,
+        "fps": fps,
+        "duration_s": n_frames / fps if n_frames and fps else None,
+        "consent": shot.consent.model_dump() if shot.consent else None,
+        "metadata": json.dumps(shot.metadata) if shot.metadata else "{}",
         **dict(zip(SCALARS, _scalars_of(shot), strict=True)),
         "face_image": list(shot.face_image),
         **{name: [lora.model_dump() for lora in getattr(shot, name)] for name in LORA_FIELDS},
@@ -298,23 +289,41 @@ else:
     )
 
 
+_EMPTY = ManifestRow.model_construct(**dict[str, Any]())
+
+
+def _row(**columns: Any) -> ManifestRow:
+    """Return a row with these columns. Copying an empty one takes a fraction of the time of `model_construct`."""
+    return _EMPTY.model_copy(update={"ended_at": _now(), **columns})
+
+
 def _failure_columns(failure: Failure) -> dict[str, Any]:
     columns = {f"failure_{name}": value for name, value in failure.model_dump().items()}
-    return {**columns, "failure_message": encodable(failure.message)}
+    return {"status": "failed", **columns, "failure_message": encodable(failure.message)}
 
 
-def _result_columns(result: DoneShot) -> dict[str, Any]:
-    columns: dict[str, Any] = {name: getattr(result, name) for name in RESULT}
+def _result_columns(result: ShotRecord) -> dict[str, Any]:
+    """Return the columns of a finished shot, without its cost."""
+    columns: dict[str, Any] = {
+        "status": "done",
+        "key": result.key,
+        "committed_at": result.committed_at,
+        "seed": result.shot.seed,
+        "seconds": sum(step.seconds for step in result.stages),
+        "gpu_seconds": sum(step.gpu_seconds for step in result.stages),
+        "lora_loads": sum(step.adapter_loads for step in result.stages),
+        "cut_tokens": max((cut.tokens - cut.read for cut in result.cut_texts), default=0),
+    }
     if result.licences:
-        columns["licences"] = sorted({licence for licence, _ in result.licences}, key=str)
-        columns["commercial_use"] = worst_use(use for _, use in result.licences)
+        columns["licences"] = sorted({used.licence for used in result.licences}, key=str)
+        columns["commercial_use"] = worst_use(used.commercial_use for used in result.licences)
     if result.likeness is not None:
-        columns |= {column: result.likeness[field] for column, field in LIKENESS.items()}
+        columns |= {column: getattr(result.likeness, field) for column, field in LIKENESS.items()}
     for name, file in SHOT_FILES.items():
-        if file in result.sha256:
+        if file in result.files:
             columns[name] = f"{result.folder}/{file}"
-            columns[f"{name}_sha256"] = result.sha256[file]
-            columns[f"{name}_bytes"] = result.bytes[file]
+            columns[f"{name}_sha256"] = result.files[file].sha256
+            columns[f"{name}_bytes"] = result.files[file].bytes
     return columns
 
 
@@ -524,10 +533,13 @@ def _path(writer: str) -> str:
 
 
 COLUMNS = (
-    *("run", "script", "id", "status", "seed", *RESULT, "licences", "commercial_use", *LIKENESS),
-    *(f"{name}_{end}" for name in SHOT_FILES for end in ("sha256", "bytes")),
+    *("run", "script", "id", "status", "key", "committed_at", "seed", "seconds", "gpu_seconds", "cost", "currency"),
+    *("lora_loads", "cut_tokens", "licences", "commercial_use", *LIKENESS),
+    *(f"{name}{end}" for name in SHOT_FILES for end in ("", "_sha256", "_bytes")),
 )
 """Columns of the manifest that a look-up and the row of a reused shot need."""
+Finished = ShotRecord | ManifestRow
+"""A finished shot: its record, or its row in the manifest if that holds."""
 
 
 class FinishedShots:
@@ -577,13 +589,13 @@ class FinishedShots:
         rows = iter(self._rows.take(known).to_pylist())
         return [None if position is None else next(rows) for position in positions]
 
-    def find(self, plans: Sequence[ShotPlan], with_stages: bool = False) -> list[DoneShot | None]:
+    def find(self, plans: Sequence[ShotPlan], with_stages: bool = False) -> list[Finished | None]:
         """Return for each plan its finished shot, or `None`.
 
         `with_stages` also requires the files of `--keep stages`, and reads every record. Sends concurrent requests to an object
         store. Raises OSError if the storage fails.
         """
-        found: list[DoneShot | None] = [None] * len(plans)
+        found: list[Finished | None] = [None] * len(plans)
         in_object_store = self._outputs.storage.local is None
         unsure, absent, rows = list[int](), list[int](), self._rows_of(plans)
         for number, (plan, row) in enumerate(zip(plans, rows, strict=True)):
@@ -594,9 +606,9 @@ class FinishedShots:
             # With a minimal likeness, the result of another rule may count, too. Its record tells.
             if in_object_store and trusted and not has_key and plan.shot.min_identity is None:
                 continue
-            done = self._done_shot(plan, row) if has_key and not with_stages else None
-            if done is not None and (trusted if in_object_store else self._holds_on_disk(done)):
-                found[number] = done
+            has_files = any(row[name] is not None for name in SHOT_FILES)
+            if has_key and has_files and not with_stages and (trusted if in_object_store else self._holds_on_disk(row)):
+                found[number] = _row(**{**_shot_columns(plan.shot), **row, "line": None})
             else:
                 unsure.append(number)
         if in_object_store:
@@ -604,11 +616,12 @@ class FinishedShots:
                 existing = self._existing([plans[number] for number in absent], pool)
                 unsure += [number for number in absent if plans[number].shot.id in existing]
                 read = pool.map(lambda number: self._outputs.find_finished(plans[number], with_stages), unsure)
-                for number, done in zip(unsure, read, strict=True):
-                    found[number] = _with_cost(done, rows[number])
+                for number, record in zip(unsure, read, strict=True):
+                    found[number] = _found(plans[number], record, rows[number])
         else:
             for number in unsure:
-                found[number] = _with_cost(self._outputs.find_finished(plans[number], with_stages), rows[number])
+                record = self._outputs.find_finished(plans[number], with_stages)
+                found[number] = _found(plans[number], record, rows[number])
         return found
 
     def other_owner(self, shot_id: str, key: str | None, script: str) -> str | None:
@@ -619,29 +632,12 @@ class FinishedShots:
         owner, finished_key = (self._rows.column(name)[position].as_py() for name in ("script", "key"))
         return owner if owner != script and finished_key != key else None
 
-    def _done_shot(self, plan: ShotPlan, row: Mapping[str, Any]) -> DoneShot | None:
-        """Return the finished shot of a row with the key of the plan. `None` if the row has no files."""
-        names = [name for name in SHOT_FILES if row[f"{name}_bytes"] is not None]
-        if not names or plan.shot.id is None:
-            return None
-        has_likeness = row["frames_without_face"] is not None
-        return DoneShot(
-            folder=shot_path(plan.shot.id),
-            seed=row["seed"],
-            likeness={field: row[column] for column, field in LIKENESS.items()} if has_likeness else None,
-            sha256={SHOT_FILES[name]: row[f"{name}_sha256"] for name in names},
-            bytes={SHOT_FILES[name]: row[f"{name}_bytes"] for name in names},
-            # The manifest has the commercial use of all licences together only.
-            licences=tuple((licence, row["commercial_use"]) for licence in row["licences"] or ()),
-            **{name: row[name] for name in RESULT},
-        )
-
-    def _holds_on_disk(self, done: DoneShot) -> bool:
+    def _holds_on_disk(self, row: Mapping[str, Any]) -> bool:
         """Return whether the shot was not written again since its manifest row, and its files have their sizes."""
-        folder = f"{self._outputs.storage.local}/{done.folder}"
+        root = self._outputs.storage.local
         try:
-            return os.stat(f"{folder}/{RECORD}").st_mtime == done.committed_at and all(
-                os.stat(f"{folder}/{name}").st_size == size for name, size in done.bytes.items()
+            return os.stat(f"{root}/{shot_path(row['id'])}/{RECORD}").st_mtime == row["committed_at"] and all(
+                os.stat(f"{root}/{row[name]}").st_size == row[f"{name}_bytes"] for name in SHOT_FILES if row[name] is not None
             )
         # Reading the record will raise the error again, unless a file is missing.
         except OSError:
@@ -667,11 +663,15 @@ class FinishedShots:
         }
 
 
-def _with_cost(done: DoneShot | None, row: Mapping[str, Any] | None) -> DoneShot | None:
-    """Return a shot that was found by its record, with the cost that its row states."""
-    if done is None or row is None or row["key"] != done.key:
-        return done
-    return done._replace(cost=row["cost"], currency=row["currency"])
+def _found(plan: ShotPlan, record: ShotRecord | None, row: Mapping[str, Any] | None) -> Finished | None:
+    """Return a shot that was found by its record, with the key of the plan; if its row has that, too, with the row's cost."""
+    if record is None:
+        return None
+    record = record.model_copy(update={"key": plan.key})
+    if row is None or row["key"] != plan.key:
+        return record
+    known = {name: row[name] for name in ("run", "script", "cost", "currency")}
+    return _row(**{**_shot_columns(plan.shot), "line": None, **_result_columns(record), **known})
 
 
 def id_is_taken(script: str, line: int, shot_id: str, owner: str) -> FieldError:

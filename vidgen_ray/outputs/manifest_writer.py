@@ -16,7 +16,6 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,8 +116,8 @@ class ManifestWriter:
         write_marker(self._storage, run)
         self._flushing = PeriodicTask(FLUSH_S, self.flush)
 
-    def add(self, row: ManifestRow, *, failed: FailedLine | None = None, replaces: str | None = None) -> None:
-        """Add the row of a finished line. Call once per line; pass `failed` for lines that failed.
+    def add(self, row: ManifestRow, *, fields: Mapping[str, Any] | None = None, replaces: str | None = None) -> None:
+        """Add the row of a finished line. Call once per line. `fields`: of a failed line, to render it again.
 
         `replaces` is the id of the line in an earlier run, if it differs. Rows that cannot be written now are kept and
         written later; `close` raises OSError if that fails.
@@ -126,8 +125,8 @@ class ManifestWriter:
         with self._lock:
             self._rows.append(row)
             self._unwritten = True
-            if failed is not None:
-                self._failed.append(failed.as_json(self._run, self._options))
+            if fields is not None:
+                self._failed.append(failed_line(row, fields, self._options))
             if replaces is not None:
                 self._replaced_ids.append(replaces)
             is_full = len(self._rows) >= PART_ROWS or len(self._failed) >= PART_ROWS
@@ -335,34 +334,23 @@ def _merge_rows(storage: Storage, run: str, sources: list[ManifestFile]) -> None
         storage.delete(source.name)
 
 
-@dataclass(frozen=True, slots=True)
-class FailedLine:
-    """A failed script line: its id in the manifest, the script, the fields needed to render it again, and the reason."""
+def fields_of(shot: Shot) -> dict[str, Any]:
+    """Return the fields of a line that renders a shot again."""
+    # The start frame of a continued shot is found again.
+    return shot.model_dump(mode="json") | ({} if shot.continue_from is None else {"image": None})
 
-    id: str
-    script: str
-    line: int | None
-    """Line number in that script, from 1."""
-    fields: dict[str, Any]
-    failure: Failure
 
-    @classmethod
-    def of_shot(cls, shot: Shot, script: str, line: int | None, failure: Failure) -> FailedLine:
-        """Return the line that renders a shot again."""
-        # The start frame of a continued shot is found again.
-        fields = shot.model_dump(mode="json") | ({} if shot.continue_from is None else {"image": None})
-        return cls(shot.id or "", script, line, fields, failure)
-
-    def as_json(self, run: str, options: Mapping[str, Any] | None = None) -> str:
-        """Return the line of `failures.jsonl`, without the newline. `options`: of the run."""
-        reason = {"id": self.id, "script": self.script, "line": self.line, "run": run, **self.failure.model_dump()}
-        if options is not None:
-            reason["options"] = options
-        try:
-            # Values from Parquet and YAML scripts that JSON does not support, such as dates, are written as text.
-            return json.dumps({**self.fields, "failure": reason}, ensure_ascii=False, default=str)
-        except (TypeError, ValueError, RecursionError):
-            return json.dumps({"unreadable": repr(self.fields)[:10_000], "failure": reason}, ensure_ascii=False)
+def failed_line(row: ManifestRow, fields: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> str:
+    """Return the line of `failures.jsonl`, without the newline, of a row with a failure. `options`: of the run."""
+    reason: dict[str, Any] = {name: getattr(row, name) for name in ("id", "script", "line", "run")}
+    reason |= {name: getattr(row, f"failure_{name}") for name in Failure.model_fields}
+    if options is not None:
+        reason["options"] = options
+    try:
+        # Values from Parquet and YAML scripts that JSON does not support, such as dates, are written as text.
+        return json.dumps({**fields, "failure": reason}, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):
+        return json.dumps({"unreadable": repr(fields)[:10_000], "failure": reason}, ensure_ascii=False)
 
 
 def to_utf8(text: str) -> bytes:

@@ -15,8 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.manifest import manifest_batches, new_name
-from vidgen_ray.outputs.manifest_writer import FailedLine
+from vidgen_ray.outputs.manifest import ManifestRow, manifest_batches, new_name
+from vidgen_ray.outputs.manifest_writer import failed_line, fields_of
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.outputs.reviews import CLIP_COLUMNS, clip_digest, read_reviews
 from vidgen_ray.outputs.storage import Storage
@@ -61,8 +61,8 @@ def _with_seed(shot: Shot, seed: int) -> Shot:
 class RepeatedShots:
     """Finished shots that are to be rendered again."""
 
-    lines: tuple[FailedLine, ...] = ()
-    """In the order of their scripts."""
+    lines: tuple[str, ...] = ()
+    """Lines in the format of `failures.jsonl`, in the order of their scripts."""
     continued: tuple[str, ...] = ()
     """Ids of the shots among them that keep their seeds, but continue one that gets a new one."""
     unreadable: tuple[str, ...] = ()
@@ -94,12 +94,13 @@ def give_new_seeds(outputs: OutputFolder, ids: Set[str] | None, *, rejected: boo
         seeds, lines = dict(read_seeds(outputs.storage)), []
         # A shot continues one of an earlier line.
         for row in sorted((rows[id_] for id_ in finished), key=lambda row: (row["script"], row["line"] or 0)):
-            shot_id, record, clip = row["id"], finished[row["id"]].record(), clip_digest(row)
+            shot_id, record, clip = row["id"], finished[row["id"]], clip_digest(row)
             # A killed run may have rendered it again already, without a row.
-            is_kept = shot_id in continued or clip not in finished[shot_id].sha256.values()
+            is_kept = shot_id in continued or all(file.sha256 != clip for file in record.files.values())
             shot = record.shot if is_kept else _with_seed(record.shot, record.shot.seed_instead_of(str(clip)))
             _remember(seeds, record.shot, shot.required_seed(), record.tries)
-            lines.append(FailedLine.of_shot(shot, row["script"], row["line"], REASON))
+            failed = ManifestRow.of_shot("retry", row["script"], shot, row["line"], REASON, "failed")
+            lines.append(failed_line(failed, fields_of(shot)))
         lease.check()
         if lines:
             outputs.storage.write(SEEDS_FILE, json.dumps(seeds, indent=1))

@@ -1,8 +1,9 @@
 """Record types of shots, failures and their files, and the paths of shots and keys in an output folder."""
 
 import hashlib
+import os
 import re
-from typing import NamedTuple
+from typing import Self
 
 from pydantic import Field
 
@@ -132,60 +133,9 @@ class ShotRecord(StrictModel):
     """CPU seconds of the encoder. Not part of the file. `None` if another process has rendered the shot, or no encoder."""
 
     @property
-    def done(self) -> "DoneShot":
-        """The record as a finished shot."""
-        return DoneShot(
-            key=self.key,
-            folder=shot_path(self.shot.id or ""),
-            committed_at=self.committed_at,
-            seed=self.shot.seed,
-            likeness=self.likeness.model_dump() if self.likeness else None,
-            sha256={name: file.sha256 for name, file in self.files.items()},
-            bytes={name: file.bytes for name, file in self.files.items()},
-            seconds=sum(step.seconds for step in self.stages),
-            gpu_seconds=sum(step.gpu_seconds for step in self.stages),
-            lora_loads=sum(step.adapter_loads for step in self.stages),
-            licences=tuple((used.licence, used.commercial_use) for used in self.licences),
-            cut_tokens=max((cut.tokens - cut.read for cut in self.cut_texts), default=0),
-            full_record=self,
-        )
-
-
-class DoneShot(NamedTuple):
-    """A finished shot: the parts of its record that the manifest contains."""
-
-    key: str
-    folder: str
-    """Folder of the shot, relative to the output folder."""
-    committed_at: float | None
-    """Modification time of shot.json, in seconds since 1970. `None` in an object store."""
-    seed: int | None
-    likeness: dict[str, float | None] | None
-    """Fields of `LikenessRecord`."""
-    sha256: dict[str, str]
-    """File name -> sha256."""
-    bytes: dict[str, int]
-    """File name -> size."""
-    seconds: float
-    """Seconds of all stages together."""
-    gpu_seconds: float
-    lora_loads: int
-    licences: tuple[tuple[str | None, str], ...] = ()
-    """Licence and `commercial_use` of each of the weights behind the shot."""
-    cut_tokens: int = 0
-    """Tokens of the prompt that the stage did not read that cuts most of it."""
-    cost: float | None = None
-    """Cost of `gpu_seconds` and prices of the stages. Not part of the record: only the manifest has it. `None` if unknown."""
-    currency: str | None = None
-    """Currency of the cost. `None` if the price is the user's."""
-    full_record: ShotRecord | None = None
-    """`None` if the shot was found in the manifest, without reading its record."""
-
-    def record(self) -> ShotRecord:
-        """Return the record. Raises ValueError if it was not read."""
-        if self.full_record is None:
-            raise ValueError(f"{self.folder}: the record was not read")
-        return self.full_record
+    def folder(self) -> str:
+        """Folder of the shot, relative to the output folder."""
+        return shot_path(self.shot.id or "")
 
 
 class Failure(StrictModel):
@@ -198,3 +148,9 @@ class Failure(StrictModel):
     message: str
     attempts: int
     worker: str
+
+    @classmethod
+    def of(cls, stage: str, error: Exception) -> Self:
+        """Return the failure of a first attempt in this process."""
+        worker = f"{os.uname().nodename}:{os.getpid()}"
+        return cls(stage=stage, error=type(error).__name__, message=str(error), attempts=1, worker=worker)

@@ -25,7 +25,7 @@ from vidgen_ray.outputs.manifest import (
     manifest_files,
     open_writers,
 )
-from vidgen_ray.outputs.manifest_writer import FailedLine
+from vidgen_ray.outputs.manifest_writer import failed_line, fields_of
 from vidgen_ray.outputs.records import RECORD, Failure, FileRecord, ShotRecord, key_path, shot_path
 from vidgen_ray.outputs.stage_cache import entry_path
 from vidgen_ray.outputs.storage import FILES_AT_ONCE
@@ -74,8 +74,8 @@ class VerifyReport:
     """Size of the files of these shots."""
     cache_entries: int = 0
     damaged: list[Damage] = field(default_factory=list)
-    lines: list[FailedLine] = field(default_factory=list)
-    """Script lines of damaged shots, from their records."""
+    lines: list[str] = field(default_factory=list)
+    """Lines of damaged shots, from their records, in the format of `failures.jsonl`."""
     scripts: set[str] = field(default_factory=set)
     """Scripts with a line whose shot is damaged or missing together with its record."""
 
@@ -181,7 +181,8 @@ def _add(report: VerifyReport, shot: _CheckedShot, row: _Row | None) -> None:
     message = "; ".join(f"{damage.path} {damage.problem}" for damage in shot.damaged)
     failure = Failure(stage="verify", error="Damaged", message=message, attempts=0, worker="")
     script, line = (row.script, row.line) if row else (REPAIRED, None)
-    report.lines.append(FailedLine.of_shot(shot.record.shot, script, line, failure))
+    failed = ManifestRow.of_shot("verify", script, shot.record.shot, line, failure, "failed")
+    report.lines.append(failed_line(failed, fields_of(shot.record.shot)))
 
 
 def _verify_key_file(outputs: OutputFolder, record: ShotRecord, report: VerifyReport, repair: bool) -> None:

@@ -6,7 +6,6 @@ Also cuts clips into chunks, and decides which images and clips are like their p
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -103,13 +102,7 @@ class StepFailed(VidgenError):
         return f"{self.stage}: {kind}{self.cause}"
 
     def failure(self) -> Failure:
-        return Failure(
-            stage=self.stage,
-            error=type(self.cause).__name__,
-            message=str(self.cause),
-            attempts=1,
-            worker=f"{os.uname().nodename}:{os.getpid()}",
-        )
+        return Failure.of(self.stage, self.cause)
 
 
 class WrongResult(VidgenError):

@@ -1,5 +1,7 @@
 """Lines of a script, read and checked, and what all formats share."""
 
+from __future__ import annotations
+
 import io
 import json
 import os
@@ -9,13 +11,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from vidgen_ray.errors import URL, FieldError, ScriptError
 from vidgen_ray.limits import MAX_LINE
 from vidgen_ray.safety import DEFAULT_POLICY, ContentPolicy
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, Shot
 from vidgen_ray.system.files import load_yaml
+
+if TYPE_CHECKING:
+    from vidgen_ray.content_keys import ShotPlan
+    from vidgen_ray.outputs.manifest import Finished
+    from vidgen_ray.outputs.records import Failure
 
 TEXT_FIELDS = frozenset(name for name, field in Shot.model_fields.items() if field.annotation in (str, str | None))
 """Fields in which `7` is text."""
@@ -31,7 +38,7 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 @dataclass(slots=True)
 class Line:
-    """A line of a script: its fields, and after `LineChecker.check` its shots or errors."""
+    """A line of a script: its fields, after `LineChecker.check` its shots or errors, and after planning a result per shot."""
 
     number: int
     """Line number in the file, from 1. For Parquet: row number, from 1. 0 for a shot that is not from a file."""
@@ -60,6 +67,9 @@ class Line:
     errors: tuple[FieldError, ...] = ()
     notes: tuple[str, ...] = ()
     """Settings of the line that have no effect, as messages."""
+    results: tuple[ShotPlan | Finished | Failure | None, ...] = ()
+    """For each shot of a planned line: its plan; the finished shot of an earlier run; the failure if it names a file that does
+    not exist or cannot be read; `None` if it starts from the last frame of another shot, and is planned after that one."""
 
     @property
     def shot(self) -> Shot:
@@ -68,17 +78,23 @@ class Line:
         return shot
 
     @property
+    def result(self) -> ShotPlan | Finished | Failure | None:
+        """Result of planning the only shot."""
+        (result,) = self.results
+        return result
+
+    @property
     def replaces(self) -> str | None:
         """Id under which the only shot failed in an earlier run, if it differs."""
         return self.failed_as if self.failed_as != self.shot.id else None
 
     def reject(self, field: str | None, got: str, allowed: str) -> None:
-        """Add an error, and drop the shots and notes."""
+        """Add an error, and drop the shots, their results and the notes."""
         error = FieldError(self.source, self.number or None, field, got, allowed)
         # The shots of a line often have the same error.
         if error not in self.errors:
             self.errors += (error,)
-        self.shots = self.notes = ()
+        self.shots = self.results = self.notes = ()
 
 
 Lines = Iterator[Line]

@@ -180,7 +180,8 @@ def unique_lines(lines: Iterable[Line], index: ScriptIndex) -> Lines:
             for number, shot in enumerate(line.shots):
                 assert shot.id is not None
                 line_of[shot.id] = line.number
-                yield replace(line, shots=(shot,), notes=() if number else line.notes)
+                results = line.results[number : number + 1]
+                yield replace(line, shots=(shot,), results=results, notes=() if number else line.notes)
             continue
         rejected = replace(line)
         if wrong is not None:

@@ -255,8 +255,7 @@ def _files(outputs: OutputFolder, job: Job) -> tuple[str, dict[str, str]]:
     done = outputs.find_by_key(job.key)
     if done is None:
         raise _expired(job)
-    files = done.record().files
-    return done.folder, {name: file.signed_sha256 or file.sha256 for name, file in files.items()}
+    return done.folder, {name: file.signed_sha256 or file.sha256 for name, file in done.files.items()}
 
 
 def _file_name(job: Job, digests: Mapping[str, str], variant: str) -> str:

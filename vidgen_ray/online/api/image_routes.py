@@ -270,7 +270,7 @@ def _encode_result(server: ServerContext, job: Job, options: CreateImages) -> st
     finished = server.outputs.find_by_key(job.key)
     if finished is None:
         raise ApiError(404, f"The files of {job.id} no longer exist.", code="expired")
-    content = server.outputs.read(str(finished.record().shot.id), IMAGE_FILE)
+    content = server.outputs.read(str(finished.shot.id), IMAGE_FILE)
     if options.output_format == "png":
         return base64.b64encode(content).decode()
     image = PILImage.open(io.BytesIO(content))

@@ -215,8 +215,7 @@ def _archive(outputs: OutputFolder, jobs: list[Job]) -> ZipStream:
         if done is None:
             continue
         name = CLIP_FILES.get(delivered_artefact_of(job), IMAGE_FILE)
-        size = done.bytes[name]
-        archive.add(_blocks(outputs, f"{done.folder}/{name}"), file_name(job), size=size)
+        archive.add(_blocks(outputs, f"{done.folder}/{name}"), file_name(job), size=done.files[name].bytes)
     return archive
 
 
