@@ -6,22 +6,24 @@
 import re
 from collections import Counter, defaultdict
 from itertools import pairwise
+from statistics import mean
 
-from tests.chaos.model import SECONDS
+from tests.chaos.model import SECONDS, STORAGE_FAULTS
 from vidgen_ray.batch.director import BREAKER_FAILURES, BREAKER_SHOTS
 from vidgen_ray.batch.run_options import GRACE_S
 from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.engine.encoder import Encoder
 from vidgen_ray.engine.engine import OBJECT_STORE_SHARE, object_store_bytes
-from vidgen_ray.engine.retries import ATTEMPTS, IN_DOUBT_FACTOR
 from vidgen_ray.errors import SetupError
 
 FATAL = ("poison", "refused", "unlike")
 """First words of the prompts of shots that must fail."""
 STALL_S = 2400.0
 """Longest time without a call while lines are left, outages of the storage and stopped drivers not counted."""
-MOST_ATTEMPTS = IN_DOUBT_FACTOR * ATTEMPTS
-"""Most attempts of a call that are not explained by faults."""
+ATTEMPTS, MOST_ATTEMPTS = 3, 6
+"""Attempts of a call, and the most that are not explained by faults."""
+WHOLE = ("run", "run_clip")
+"""Methods of a worker that render a whole image or clip."""
 IDLE_S, IDLE_CALLS, WAITED_S = 300.0, 5, 1.0
 CHUNK_BYTES = 1 << 20
 SECONDS_AFTER_BREAKER = 120.0
@@ -29,13 +31,28 @@ SECONDS_AFTER_BREAKER = 120.0
 LEASE_POLL_S = 11.0
 """Seconds in which a director notices that its lease was deleted."""
 REASONS = {
-    "lost its lease": {"lease_lost", "driver_stop", "storage", "storage_hang", "storage_long", "disk_full"},
-    "no file could be written": {"storage_long"},
-    "does not fit|no GPU": {"node", "drain", "partition"},
+    "lost its lease": {"lease_lost", "driver_stop", *STORAGE_FAULTS},
+    "no file could be written": {*STORAGE_FAULTS},
     "of the last .* failed": {"sick", "poison", "crash", "hang", "error"},
-    "": {"node", "drain", "partition", "crash_load", "hang_load", "sick", "kill", "freeze"},
+    "loads? its weights|did not start": {"crash_load", "hang_load", "freeze", "kill"},
 }
-"""Text of the error that ends a run -> faults of which one must have happened. The first that matches counts."""
+"""Text of the error that ends a run -> faults of which one must have happened. Otherwise no node can hold the models."""
+PROBE_S = 260.0
+"""Seconds after which a director knows that the storage does not respond, or that it does again."""
+FROZEN_S, FROZEN_LOAD_S = 150.0, 420.0
+"""Seconds after which a process that does not respond is replaced. With pings each minute instead of each 10 s."""
+SLOW_S, SLOW_FACTOR = 30.0, 3.0
+"""A call is slow after SLOW_S seconds and SLOW_FACTOR times its usual seconds."""
+LEFT_S = 200.0
+"""Seconds in which the unfinished files of a shot are deleted that has ended or is written elsewhere."""
+WRONG_CALLS = 22
+"""Most calls of a GPU with wrong pixels, while two sound ones of its kind work."""
+SICK_CALLS = 20
+"""Most calls that a GPU fails, while a sound one works."""
+MAX_GAP_S = 2.0
+"""Longest time between two calls of a worker that has work: messages and inputs are on their way."""
+OVERTAKEN = 8
+"""Most calls of younger shots, or of earlier stages, that overtake a call."""
 
 
 def check(world):
@@ -64,6 +81,7 @@ class History:
         self.sent, self.answers = (
             {event.fields["call"].number: event for event in events[kind]} for kind in ("send", "answer")
         )
+        self.work_ends = {event.fields["call"].number: event.at for event in self.work}
         self.rows, self.commits = defaultdict(list), defaultdict(list)
         for event in events["row"]:
             self.rows[number_of(event)].append(event)
@@ -73,7 +91,11 @@ class History:
         self.hit = {number for event in self.faults if event.fields["own"] for number in event.fields["calls"]}
         """Calls that a fault has hit."""
         self.sick = {number for event in self.faults if event.fields["fault"] == "sick" for number in event.fields["calls"]}
-        """Calls on a sick GPU."""
+        """Calls that a sick or slow GPU has failed."""
+        for number, event in self.sent.items():
+            gpu, answer = event.fields["call"].actor.gpu, self.answers.get(number)
+            if gpu is not None and gpu.slowness > 1.0 and answer is not None and answer.fields["error"]:
+                self.sick.add(number)
         for event in self.faults:
             if event.fields["fault"] == "freeze":
                 # Nothing shows yet that the process is frozen.
@@ -81,6 +103,9 @@ class History:
                 calls = {n for n, send in self.sent.items() if send.fields["call"].process is process and send.at >= event.at}
                 self.hit |= {n for n in calls if self.sent[n].at < process.frozen_until}
         self.shots = {plan.shot.id: plan for _, plan in world.script}
+        self.drafts = events["draft"]
+        self.pixels = [event for event in self.faults if event.fields["fault"] == "pixels"]
+        self.can_hold = {event.fields["number"]: event.fields["can_hold"] for event in events["ended"]}
 
     def lease_ends(self, driver):
         """Return when a director lost its lease."""
@@ -91,6 +116,54 @@ class History:
         """Return the calls of a shot in a run that are among these."""
         calls = (event.fields["call"] for number, event in self.sent.items() if number in numbers)
         return [call for call in calls if call.shot == shot and call.driver.number == run]
+
+    def known_commits(self, driver):
+        """Return when a director learned that a shot was committed."""
+        calls = (event.fields["call"] for commits in self.commits.values() for event in commits)
+        answers = (self.answers[call.number] for call in calls if call.driver is driver and call.number in self.answers)
+        return sorted(event.at for event in answers if event.fields["error"] is None)
+
+    def outages(self):
+        """Yield the beginning and end of each outage of the storage."""
+        begin = None
+        for event in self.faults:
+            if event.fields["fault"] in STORAGE_FAULTS:
+                begin = event.at if begin is None else begin
+            elif event.fields["fault"] == "storage over" and begin is not None:
+                yield begin, event.at
+                begin = None
+
+    def busy(self):
+        """Return process -> beginning and end of each of its calls."""
+        times = defaultdict(list)
+        for number, event in self.sent.items():
+            answer = self.answers.get(number)
+            times[event.fields["call"].process].append((event.at, answer.at if answer is not None else float("inf")))
+        return times
+
+    def end_of(self, call):
+        """Return when a call has ended, or its process."""
+        return min(self.work_ends.get(call.number, float("inf")), call.process.gone_at)
+
+    def is_measured(self, call, at):
+        """Return whether the seconds of the stages of a call were known, mainly from GPUs that are not slow."""
+        counts = Counter()
+        for event in self.answers.values():
+            other, fails = event.fields["call"], event.fields["error"] or event.fields["failed"]
+            if other.driver is call.driver and event.at < at and not fails:
+                is_slow = other.actor.gpu is not None and other.actor.gpu.slowness > 1.0
+                counts.update(dict.fromkeys(other.stages, -3 if is_slow else 1))
+        return all(counts[stage] > 2 for stage in call.stages)
+
+    def quarantined(self, world):
+        """Return the actors of which a message says that they were quarantined."""
+        pids = {int(match[1]) for text in self.messages if (match := re.search(r":(\d+)\) is quarantined", text))}
+        return {process.actor for process in world.processes if process.pid in pids}
+
+    def failed_processes(self):
+        """Return the processes whose calls a fault has hit."""
+        hangs = {number for event in self.faults if event.fields["fault"] == "hang" for number in event.fields["calls"]}
+        return {self.sent[n].fields["call"].process for n in self.hit | self.sick | hangs if n in self.sent}
 
     def chain(self, shot):
         """Yield the shots that a shot continues, directly or not."""
@@ -118,9 +191,13 @@ def check_stopped(world, history):
             yield f"run {driver.number}: {driver.error!r}"
             continue
         faults = {event.fields["fault"] for event in history.faults} | {history.flaw(shot) for shot in history.shots}
-        causes = next(causes for text, causes in REASONS.items() if re.search(text, str(driver.error)))
-        if not causes & faults:
+        causes = next((causes for text, causes in REASONS.items() if re.search(text, str(driver.error))), None)
+        end = history.ended[driver.number]
+        is_waiting = "no file could be written" in str(driver.error) and not driver.frozen
+        if history.can_hold[driver.number] if causes is None else not causes & faults:
             yield f"run {driver.number} stopped without a cause: {driver.error}"
+        if is_waiting and (known := history.known_commits(driver)) and known[-1] > end - world.wait_storage_s + PROBE_S:
+            yield f"run {driver.number} stopped {end - known[-1]:.0f} s after it had written a shot: {driver.error}"
 
 
 def check_one_row(world, history):
@@ -160,8 +237,9 @@ def check_content(world, history):
         tries = [history.shots[shot], *history.shots[shot].again]
         minimum = tries[0].shot.min_identity
         good = next((each.number for each in tries if minimum is None or world.likeness(each.shot) >= minimum), None)
+        by_sick_gpu = {event.at for event in history.pixels if shot in event.fields["shots"]}
         for event in commits:
-            if event.fields["wrong"] or event.fields["number"] != good:
+            if (event.fields["wrong"] and not by_sick_gpu) or event.fields["number"] != good:
                 yield f"{shot}: wrong {event.fields['wrong']}, try {event.fields['number']} instead of {good}"
 
 
@@ -290,10 +368,7 @@ def check_idle(world, history):
             busy[event.fields["call"].process].append(event.at)
         if event.kind == "start" and event.at > history.sent[event.fields["call"].number].at + WAITED_S:
             calls[event.fields["call"].driver].append((event.at, {*event.fields["call"].stages}))
-    hangs = {number for event in history.faults if event.fields["fault"] == "hang" for number in event.fields["calls"]}
-    failed = {history.sent[n].fields["call"].process for n in history.hit | history.sick | hangs if n in history.sent}
-    pids = {int(match[1]) for text in history.messages if (match := re.search(r":(\d+)\) is quarantined", text))}
-    quarantined = {process.actor for process in world.processes if process.pid in pids}
+    failed, quarantined = history.failed_processes(), history.quarantined(world)
     sick_nodes = {match[1] for text in history.messages if (match := re.search(r"\((\S+):\d+\) is quarantined: several", text))}
     for process, times in busy.items():
         driver, stages = process.actor.driver, {*process.actor.spec.stages}
@@ -322,6 +397,127 @@ def check_breaker(world, history):
                 yield f"run {driver.number} went on after {sum(fails[:n])} of {n} shots had failed"
                 break
         before |= {row.fields["shot"] for row in rows if row.fields["status"] == "failed"}
+
+
+def check_given_up(world, history):
+    """A run stops when nothing could be written for too long."""
+    for begin, end in history.outages():
+        for driver in world.drivers:
+            started, ended = history.runs[driver.number], history.ended.get(driver.number, float("inf"))
+            limit = max(begin, started) + world.wait_storage_s + PROBE_S + 2 * STALL_S * bool(driver.frozen)
+            if limit < min(end, ended):
+                yield f"run {driver.number} waited from {max(begin, started):.0f} to {min(end, ended):.0f} s for the storage"
+
+
+def check_frozen(world, history):
+    """A process that does not respond is replaced in time."""
+    if {"driver_stop", "partition", "driver_kill"} & {*world.kinds}:
+        return
+    for event in history.faults:
+        process = event.fields.get("process")
+        if event.fields["fault"] != "freeze" or process.actor in history.quarantined(world):
+            continue
+        limit = event.at + (FROZEN_S if process.loaded_at <= event.at else FROZEN_LOAD_S)
+        ended = history.ended.get(process.actor.driver.number, float("inf"))
+        if limit < min(process.frozen_until, process.gone_at, ended):
+            yield f"process {process.pid} froze at {event.at:.0f} s and was there at {limit:.0f} s"
+
+
+def check_leftovers(world, history):
+    """An encoder deletes the unfinished files of a shot that has ended, or that another one writes."""
+    opened = defaultdict(list)
+    for event in history.drafts:
+        opened[event.fields["call"].shot].append(event)
+    for shot, drafts in opened.items():
+        for n, event in enumerate(drafts):
+            call, draft = event.fields["call"], event.fields["draft"]
+            driver, process = call.driver, call.process
+            ends = [row.at for row in history.rows[driver.number] if row.fields["shot"] == shot and row.at >= event.at]
+            ends += [later.at for later in drafts[n + 1 :] if later.fields["call"].driver is driver]
+            limit = min(ends, default=float("inf")) + LEFT_S + sum(end - begin for begin, end in history.outages())
+            limit += process.frozen_until if process.frozen_until else 0.0
+            is_hit = {"driver_stop", "partition"} & {*world.kinds} or call.number in history.hit
+            if not is_hit and limit < min(draft.closed_at, process.gone_at, history.ended.get(driver.number, float("inf"))):
+                yield f"unfinished files of {shot} from {event.at:.0f} s were there at {limit:.0f} s"
+
+
+def check_tail(world, history):
+    """A slow call is repeated if a worker has nothing to do."""
+    if {"driver_stop", "partition"} & {*world.kinds}:
+        return
+    times, sends = history.busy(), defaultdict(list)
+    for event in history.sent.values():
+        sends[event.fields["call"].driver, event.fields["call"].unit].append(event.at)
+    failed, quarantined = history.failed_processes(), history.quarantined(world)
+    for event in history.starts:
+        call, stages = event.fields["call"], {*event.fields["call"].stages}
+        others = sends[call.driver, call.unit]
+        if call.method not in WHOLE or min(others) < history.sent[call.number].at or not history.is_measured(call, event.at):
+            continue
+        late = event.at + max(SLOW_S, SLOW_FACTOR * 1.25 * sum(SECONDS[stage] for stage in stages))
+        end = min(history.end_of(call), history.ended.get(call.driver.number, float("inf")))
+        if late > end or any(history.sent[call.number].at < at <= late + 1 for at in others):
+            continue
+        for process in world.processes:
+            could_run = process.actor.driver is call.driver and stages <= {*process.actor.spec.stages}
+            is_up = process.loaded_at < event.at and process.gone_at > late and process.node.usable and not process.frozen_until
+            is_sound = process not in failed and process.actor not in quarantined
+            is_idle = not any(begin < late and over > event.at for begin, over in times[process])
+            if could_run and is_up and is_sound and is_idle:
+                span = f"{event.at:.0f} to {end:.0f} s"
+                yield f"call {call.number} of {call.shot} ran from {span}, with process {process.pid} idle"
+                break
+
+
+def check_wrong_pixels(world, history):
+    """A GPU that makes wrong images is found while two sound ones of its kind work."""
+    calls = Counter()
+    for event in history.pixels:
+        call = history.sent[event.fields["calls"][0]].fields["call"] if event.fields["calls"][0] in history.sent else None
+        if call is not None and event.fields["others"] > 1 and call.method in WHOLE:
+            calls[call.driver.number, call.process] += 1
+    for (run, _), number in calls.items():
+        if number > WRONG_CALLS:
+            yield f"run {run}: a process made wrong images in {number} calls"
+
+
+def check_sick(world, history):
+    """A sick GPU gets few calls while a sound one works."""
+    calls = Counter()
+    for event in history.faults:
+        if event.fields["fault"] == "sick" and event.fields.get("others"):
+            call = history.sent[event.fields["calls"][0]].fields["call"]
+            if OUTPUT not in call.stages:
+                calls[call.driver.number, call.actor.gpu] += 1
+    for (run, _), number in calls.items():
+        if number > SICK_CALLS:
+            yield f"run {run}: a sick GPU got {number} calls"
+
+
+def check_overtaken(world, history):
+    """A call is overtaken by few calls of younger shots and of earlier stages."""
+    position = {stage: n for n, stage in enumerate(SECONDS)}
+    touched = {shot for event in history.faults for shot in event.fields["shots"]}
+    lines = {plan.shot.id: line.number for line, plan in world.script}
+    last_answers = {}
+    whole = [event for event in history.sent.values() if event.fields["call"].method in WHOLE]
+    for event in whole:
+        call, answer = event.fields["call"], history.answers.get(event.fields["call"].number)
+        ready_at = last_answers.get((call.driver, call.shot))
+        if answer is not None:
+            last_answers[call.driver, call.shot] = answer.at
+        if ready_at is None or call.shot in touched or history.flaw(call.shot) != "shot":
+            continue
+
+        def overtakes(other, call=call):
+            is_earlier = position[other.stages[0]] < position[call.stages[0]]
+            is_younger = other.stages == call.stages and lines[other.shot] > lines[call.shot]
+            could_run = other.driver is call.driver and {*call.stages} <= {*other.actor.spec.stages}
+            return could_run and (is_earlier or is_younger)
+
+        by = sum(ready_at + 1 < other.at < event.at and overtakes(other.fields["call"]) for other in whole)
+        if by > OVERTAKEN:
+            yield f"call {call.number} of {call.shot} was overtaken {by} times from {ready_at:.0f} to {event.at:.0f} s"
 
 
 def check_stop(world, history):
@@ -354,3 +550,26 @@ def printed(world):
         where += "" if call is None or call.process is None else f"by {call.process.pid} on {call.process.life} "
         lines.append(f"{event.at:9.2f} {event.kind} {where}{fields or ''}"[:400])
     return "\n".join(lines)
+
+
+def figures(world):
+    """Return figures of a run without faults, each the smaller the better: LoRA loads per shot with LoRAs, face features per
+    photo, seconds between two calls of a worker if they are few, transfers between nodes per shot, and the mean end of a shot.
+    """
+    history = History(world)
+    calls = [event for event in history.work if event.fields["call"].method in (*WHOLE, "run_chunk")]
+    shots = [plan.shot for plan in history.shots.values()]
+    gaps, free = [], {}
+    for event in calls:
+        process = event.fields["process"]
+        gaps.append(event.at - event.fields["seconds"] - free.get(process, 0.0))
+        free[process] = event.at
+    ends = [event.at for event in history.rows[1]]
+    return {
+        "loads": world.adapter_loads / max(1, sum(bool(shot.all_loras) for shot in shots)),
+        "features": sum("instantid" in event.fields["call"].stages for event in calls)
+        / len({shot.face_image for shot in shots if shot.face_image}),
+        "gap_s": mean(gap for gap in gaps if gap < MAX_GAP_S),
+        "transfers": world.transfers / len(shots),
+        "end_s": mean(ends) - history.runs[1],
+    }

@@ -68,21 +68,30 @@ SECONDS = {"instantid": 1, "flux": 5, "image_likeness": 0.5, "svd": 20, "clip_li
 CHUNK_S = 1.5
 LARGE_GB = 40.0
 """GPU memory of a worker that a `too_large` shot needs."""
+SMALL_SHARE = 0.36
+"""GPU memory of the models on small GPUs, as a share of the usual one: all fit together on 24 GB."""
+LORA_S = 3.0
+"""Seconds in which a worker loads a LoRA. It keeps one."""
+SLOW_FACTOR = 12.0
+"""Factor of the seconds of all calls on a slow GPU."""
 OUTPUT_S = {"begin": 0.5, "add": 0.5, "commit": 1, "write": 2}
+FLUX_GB, PART_GB, FUSED_GB = 34, 42, 62
+"""GPU memory of FLUX, of the larger of two workers that share all models, and of a worker with all models."""
 FRAMES, CHUNK_FRAMES, SIDE_PX = 8, 4, 64
 CALL_FAULTS = ("crash", "hang", "slow", "error", "duplicate", "inputs")
 WRONG_DATA = ("foreign", "wrong_size", "constant", "wrong_content")
 LOAD_FAULTS = ("crash_load", "hang_load")
 TIMED_FAULTS = ("kill", "freeze", "partition", "node_lost", "node_gone", "drain")
-STORAGE_FAULTS = ("storage", "storage_hang", "storage_long", "disk_full")
+STORAGE_FAULTS = ("storage", "storage_hang", "storage_long", "storage_often", "storage_end", "disk_full")
 RUN_FAULTS = ("stop", "driver_kill", "driver_stop", "lease_lost")
-SICK = ("sick_worker", "sick_node")
+SICK = ("sick_worker", "sick_node", "sick_pixels", "slow_gpu")
 SHOT_FAULTS = ("poison", "refused", "too_large", "unlike")
 CALLS, RUNS = (*CALL_FAULTS, *WRONG_DATA, *LOAD_FAULTS), (*TIMED_FAULTS, *STORAGE_FAULTS, *RUN_FAULTS, *SICK)
 FAULTS = (*CALLS, *RUNS, *SHOT_FAULTS, "all_poison")
 """With `all_poison`, nearly every shot fails on every worker: the circuit breaker must stop the run."""
 SURVIVED = tuple(kind for kind in FAULTS if kind != "wrong_content")
-"""Faults that cost no promise. Nothing finds wrong pixels of the right size under the right key."""
+"""Faults that cost no promise. Nothing finds a single result with wrong pixels of the right size under the right key. A GPU
+that makes them again and again (`sick_pixels`) is found by comparison."""
 FAULTY_S = 400.0
 """Seconds of a run within which timed faults happen."""
 CALM_AFTER = 3
@@ -92,7 +101,7 @@ MAX_RUN_S = 4 * 3600.0
 """Longest run, with pauses of the storage of half an hour and lost nodes of ten minutes."""
 TAKEOVER_S = 130.0
 """Seconds after which another driver takes the lease of one that is stopped."""
-CLUSTERS = ((2, 80), (1, 80), (2, 48))
+CLUSTERS = ((2, 80), (1, 80), (2, 48), (2, 24))
 """GPUs of a node, and their GB."""
 
 
@@ -216,15 +225,23 @@ class Storage:
         return frame_of(done.shot.id) if LAST_FRAME in done.files else None
 
     def draft(self, plan):
-        return nullcontext(Draft(self._world, self, plan))
+        return Draft(self._world, self, plan)
 
 
 class Draft:
     """Files of a shot. Compares what is written with what the plan must give."""
 
+    def __enter__(self):
+        self._world.log("draft", call=self._call, draft=self)
+        return self
+
+    def __exit__(self, *_):
+        self.closed_at = self._world.now
+
     def __init__(self, world, outputs, plan):
         outputs.write()
-        self._world, self._outputs, self._plan = world, outputs, plan
+        self._world, self._outputs, self._plan, self._call = world, outputs, plan, world.current
+        self.closed_at = math.inf
         self._expected, self._wrong = expected_tags(plan), []
         self._hd_frames = 0
 
@@ -302,8 +319,8 @@ class Manifest:
         logged = {"run": self._run, "line": row.line, "shot": row.id, "status": row.status}
         if fields is not None:
             live = WORLD.live_workers(row.failure_stage)
-            healthy = row.failure_stage not in STAGES or any(actor.gpu.sick is None for actor in live)
-            large = any(actor.spec.gpu_gb >= LARGE_GB and actor.gpu.sick is None for actor in live)
+            healthy = row.failure_stage not in STAGES or any(actor.gpu.sound for actor in live)
+            large = any(actor.spec.gpu_gb >= LARGE_GB and actor.gpu.sound for actor in live)
             logged |= {"error": f"{row.failure_stage}: {row.failure_message}", "healthy": healthy, "large": large}
         WORLD.log("row", **logged)
 
@@ -387,7 +404,9 @@ class Driver:
 class World:
     """Cluster, storage, script and faults of one seed."""
 
-    def __init__(self, seed, faults):
+    def __init__(self, seed, faults, lines=None):
+        """`lines`: of the script. Default: 10 to 28."""
+        self._lines = lines
         self.seed, self.rng, self.clock = seed, random.Random(seed), Clock()
         self.loop = Loop(self.clock)
         self.history = []
@@ -396,6 +415,8 @@ class World:
         """Call that runs now, and its process."""
         self.spent = 0.0
         """Simulated seconds that the present call has taken so far."""
+        self.transfers = self.adapter_loads = 0
+        """Inputs that came from another node, and LoRAs that were loaded."""
         self._tasks, self._last = set(), {}
         self.processes, self.homes = [], {}
         """All processes. Id of a shot in progress -> names of the nodes with its results."""
@@ -413,7 +434,6 @@ class World:
         """Ids of shots that were finished before the first run, without their last frames."""
         self.down_until, self.outage = 0.0, "error"
         self.sick_encoder_node = None
-        self.wait_storage_s = 1800.0
         rng = self.rng
         chosen = [kind for kind in FAULTS if rng.random() < 0.25]
         self.kinds = [kind for kind in chosen if kind in faults]
@@ -422,7 +442,8 @@ class World:
         self.nodes = [Node(f"n{n}", [gb] * shape) for n in range(rng.randint(1 if shape > 1 and gb > 48 else 2, 3))]
         if "too_large" in self.kinds:
             self.nodes[0] = Node("n0", [80] * shape)
-        self.profile = profile()
+        self.profile = profile(SMALL_SHARE if gb < LARGE_GB else 1.0)
+        self.wait_storage_s = 200.0 if "storage_often" in self.kinds else 1800.0
         self.script = self._script()
         self.store_bytes = rng.choice((3e6, 8e6, 1e9))
 
@@ -443,7 +464,9 @@ class World:
 
     def _script(self):
         rng, lines = self.rng, []
-        for number in range(1, rng.randint(10, 28) + 1):
+        with_loras = rng.random() < 0.3
+        is_long = "sick_pixels" in self.kinds and "all_poison" not in self.kinds
+        for number in range(1, (self._lines or rng.randint(10, 28) * (1 + is_long)) + 1):
             fields = {"generate_video": rng.random() < 0.7, "upscale_video": rng.random() < 0.7}
             flaw = next((flaw for flaw in SHOT_FAULTS if flaw in self.kinds and rng.random() < 0.06), "")
             source = rng.choice(lines)[1].shot if lines and self.local and not flaw and rng.random() < 0.15 else None
@@ -459,6 +482,8 @@ class World:
                 fields |= {"face_image": photo, "consent": SYNTHETIC, "min_identity": 0.5, "retries": 2}
             elif rng.random() < 0.3:
                 fields |= {"face_image": f"/photos/{rng.randint(0, 3)}.png", "consent": SYNTHETIC}
+            if with_loras and rng.random() < 0.7:
+                fields |= {"mode": "fast", "lora": f"/loras/{rng.randint(0, 3)}.safetensors"}
             fields |= {"width": SIDE_PX, "height": SIDE_PX, "num_frames": FRAMES}
             shot = Shot(**{**self.profile.defaults, "id": f"s{number}", "prompt": prompt, "seed": number, **fields})
             line = Line(number, {}, script="s.jsonl", script_line=number, id=shot.id, shots=(shot,))
@@ -523,11 +548,11 @@ class World:
                 self.log("run", number=number)
                 self.spawn(self._adversary(driver))
                 started = self.now
-                frozen = self._step_until(
+                self._step_until(
                     lambda driver=driver: driver.task.done() or driver.killed or (driver.frozen and self._is_stopped(driver)),
                     started + MAX_RUN_S,
                 )
-                self.log("ended", number=number, error=driver.error, left=driver.left, timeout=not driver.ended and not frozen)
+                self.log("ended", number=number, error=driver.error, can_hold=self.can_hold())
                 if driver.completed:
                     break
                 self._interrupt("end of the run", driver)
@@ -572,6 +597,12 @@ class World:
         """Return the workers with a stage that have loaded their weights."""
         actors = [process.actor for process in self.processes if process.alive and process.loaded]
         return [actor for actor in actors if actor.gpu is not None and stage in actor.spec.stages]
+
+    def can_hold(self):
+        """Return whether the usable nodes can hold all models now."""
+        free = sorted(gpu.gb for node in self.nodes if node.usable for gpu in node.gpus)
+        share = self.profile.actors["flux"].memory_gb / FLUX_GB
+        return bool(free) and (free[-1] >= FUSED_GB * share or (len(free) > 1 and free[-1] >= PART_GB * share <= free[-2]))
 
     # What simulated Ray asks
 
@@ -621,9 +652,21 @@ class World:
             return self.rng.uniform(5, 20) if call.actor.kind is not Encoder else 0.1
         if call.stages == (OUTPUT,):
             return OUTPUT_S[call.method]
+        slowness = call.actor.gpu.slowness if call.actor.gpu is not None else 1.0
         if call.unit[2] is not None:
-            return CHUNK_S if len(call.stages) == 1 and not call.method.endswith("clip") else SECONDS["realesrgan"]
-        return sum(SECONDS[stage] for stage in call.stages) * self.rng.uniform(0.8, 1.2) or 0.01
+            usual_s = CHUNK_S if len(call.stages) == 1 and not call.method.endswith("clip") else SECONDS["realesrgan"]
+            return slowness * usual_s
+        seconds = sum(SECONDS[stage] for stage in call.stages) * self.rng.uniform(0.8, 1.2) or 0.01
+        return slowness * (seconds + self._lora_s(call))
+
+    def _lora_s(self, call):
+        """Let the process of a call activate its LoRAs. Return the seconds that this takes."""
+        paths = [lora.path for lora in call.plan.shot.all_loras] if call.plan and "flux" in call.stages else []
+        if not set(paths) - {*call.process.adapters}:
+            return 0.0
+        call.process.adapters = paths
+        self.adapter_loads += 1
+        return LORA_S
 
     def draw_fault(self, call):
         """Return the fault of a call, or `None`."""
@@ -635,7 +678,7 @@ class World:
             return words[1]
         gpu = call.actor.gpu
         if gpu is not None and gpu.sick == "crash" and call.is_work:
-            self.fault("sick", self._beside(call), own=False)
+            self.fault("sick", self._beside(call), own=False, others=self.alike(call.actor))
             return "crash"
         kinds = LOAD_FAULTS if call.method == "load" else CALL_FAULTS if OUTPUT in call.stages else (*CALL_FAULTS, *WRONG_DATA)
         kind = next((kind for kind in kinds if kind in self.rates and self.rng.random() < self.rates[kind]), None)
@@ -653,12 +696,21 @@ class World:
     def _beside(call):
         return list(call.process.calls)
 
-    def fault(self, kind, calls, *, own=True, node=None, process=None):
-        """Log a fault and the shots whose work it can cost. `own`: it hits these calls themselves."""
+    def alike(self, actor):
+        """Return the number of other workers of this kind on sound GPUs that have loaded their weights."""
+        others = (other for other in self.live_workers(actor.spec.stages[0]) if other is not actor and other.gpu.sound)
+        return sum(other.spec == actor.spec and other.driver is actor.driver for other in others)
+
+    def fault(self, kind, calls, *, own=True, node=None, process=None, others=0):
+        """Log a fault and the shots whose work it can cost. `own`: it hits these calls themselves.
+
+        `others`: sound workers that could have run them.
+        """
         shots = {call.shot for call in calls if call.shot}
         if node is not None:
             shots |= {shot for shot, names in self.homes.items() if node.name in names}
-        self.log("fault", fault=kind, calls=[call.number for call in calls], shots=shots, own=own, process=process)
+        numbers = [call.number for call in calls]
+        self.log("fault", fault=kind, calls=numbers, shots=shots, own=own, process=process, others=others)
 
     def worked(self, call, process, seconds, value):
         """A call has ended."""
@@ -686,10 +738,10 @@ class World:
 
     def fail(self, stage, shot):
         """Let a stage take its time, and raise what it raises. Return what is wrong with its result, if anything."""
-        self.spent += SECONDS[stage.name]
         call, gpu = self.current, self.current.actor.gpu
-        if gpu is not None and gpu.sick is not None:
-            self.fault("sick", [call], own=False)
+        self.spent += SECONDS[stage.name] * (gpu.slowness if gpu is not None else 1.0)
+        if gpu is not None and gpu.sick not in (None, "pixels"):
+            self.fault("sick", [call], own=False, others=self.alike(call.actor))
             raise RuntimeError("sick") if gpu.sick == "error" else StageError("sick")
         flaw = shot.prompt.split()
         if flaw[0] == "refused" and stage.name == "flux":
@@ -703,6 +755,9 @@ class World:
             self.fault(kind, [call])
         if kind == "error":
             raise RuntimeError("a transient fault")
+        if kind is None and gpu is not None and gpu.sick == "pixels":
+            kind = "wrong_content"
+            self.fault("pixels", [call], own=False, others=self.alike(call.actor))
         return kind
 
     def compute(self, stage, shot, artefacts):
@@ -747,13 +802,14 @@ class World:
             node.life += not node.up
             node.up, node.known_lost, node.draining, node.partition_until = True, False, False, 0.0
             for gpu in node.gpus:
-                gpu.sick = None
+                gpu.sick, gpu.slowness = None, 1.0
 
     async def _adversary(self, driver):
         for kind in RUNS:
             if kind in self.kinds and not self._calm and (kind not in RUN_FAULTS or self.rng.random() < 0.4):
                 for _ in range(self.rng.choice((1, 1, 2, 4)) if kind in TIMED_FAULTS else 1):
-                    self.spawn(self._strike(kind, driver, self.rng.uniform(5, FAULTY_S)))
+                    from_start = kind in ("sick_pixels", "slow_gpu") and self.rng.random() < 0.7
+                    self.spawn(self._strike(kind, driver, 0.0 if from_start else self.rng.uniform(5, FAULTY_S)))
 
     async def _strike(self, kind, driver, delay_s):
         await asyncio.sleep(delay_s)
@@ -766,7 +822,7 @@ class World:
             case "kill" if process:
                 self.fault(kind, process.calls)
                 process.die()
-            case "freeze" if process:
+            case "freeze" if process and not process.frozen_until:
                 self.fault(kind, process.calls, process=process)
                 process.frozen_until = self.now + rng.choice((20, 300, 1e9))
             case "partition" if node.up:
@@ -783,11 +839,15 @@ class World:
                     await self._lose(node, rng.uniform(60, 900), preempted=True)
             case "storage" | "storage_hang" | "storage_long" | "disk_full":
                 self.outage = {"storage_hang": "hang", "disk_full": "full"}.get(kind, "error")
-                seconds = rng.uniform(2000, 2600) if kind == "storage_long" else rng.uniform(20, 400)
-                self.down_until = self.now + seconds
-                self.log("fault", fault=kind, calls=[], shots=set(), own=False)
-                await asyncio.sleep(seconds)
-                self.log("fault", fault="storage over", calls=[], shots=set(), own=False)
+                await self._outage(kind, rng.uniform(2000, 2600) if kind == "storage_long" else rng.uniform(20, 400))
+            case "storage_often":
+                for _ in range(5):
+                    self.outage = rng.choice(("error", "full"))
+                    await self._outage(kind, rng.uniform(30, 100))
+                    await asyncio.sleep(rng.uniform(60, 120))
+            case "storage_end":
+                self.outage = rng.choice(("error", "full", "hang"))
+                await self._outage(kind, self.wait_storage_s + 600)
             case "stop":
                 self._interrupt(kind, driver)
                 driver.stop.set()
@@ -806,6 +866,10 @@ class World:
                 self._interrupt(kind, driver)
                 driver.lease.lost.set()
                 self.holder = -driver.number
+            case "sick_pixels":
+                rng.choice(rng.choice(self.nodes).gpus).sick = "pixels"
+            case "slow_gpu":
+                rng.choice(node.gpus).slowness = SLOW_FACTOR
             case "sick_worker" | "sick_node":
                 gpus = [gpu for each in self.nodes for gpu in each.gpus]
                 gpus = node.gpus if kind == "sick_node" else rng.sample(gpus, min(len(gpus) - 1, rng.choice((1, 1, 3))))
@@ -814,6 +878,12 @@ class World:
                     gpu.sick = mode
                 if kind == "sick_node" and len(self.nodes) > 1:
                     self.sick_encoder_node = node.name
+
+    async def _outage(self, kind, seconds):
+        self.down_until = max(self.down_until, self.now + seconds)
+        self.log("fault", fault=kind, calls=[], shots=set(), own=False)
+        await asyncio.sleep(seconds)
+        self.log("fault", fault="storage over", calls=[], shots=set(), own=False)
 
     def _interrupt(self, kind, driver):
         """Log a fault that can cost the work of all shots in progress."""
@@ -965,18 +1035,26 @@ def patched(world):
 
 
 @cache
-def profile():
-    return profile_of_fakes(load_profile("tiny"), ("instantid", "flux", "svd", "realesrgan"))
+def profile(share):
+    """Return the profile of the simulated models. `share`: of their usual GPU memory."""
+    usual = profile_of_fakes(load_profile("tiny"), ("instantid", "flux", "svd", "realesrgan"))
+    actors = {
+        name: actor.model_copy(update={"memory_gb": actor.memory_gb * share, "options": {**actor.options, "adapters_kept": 1}})
+        if name == "flux"
+        else actor.model_copy(update={"memory_gb": actor.memory_gb * share})
+        for name, actor in usual.actors.items()
+    }
+    return usual.model_copy(update={"actors": actors})
 
 
-def simulate(seed, faults):
-    """Return the world of a seed after all runs. `faults`: kinds that may happen."""
-    world = World(seed, faults)
+def simulate(seed, faults=(), lines=None):
+    """Return the world of a seed after all runs. `faults`: kinds that may happen. `lines`: see `World`."""
+    world = World(seed, faults, lines)
     with patched(world):
         return world.run()
 
 
-def worlds(seeds, faults):
+def worlds(seeds, faults=(), lines=None):
     """Yield the world of each seed."""
     # The garbage collector need not look at all modules again and again.
     gc.freeze()
@@ -984,7 +1062,7 @@ def worlds(seeds, faults):
     gc.set_threshold(20_000)
     try:
         for seed in seeds:
-            yield simulate(seed, faults)
+            yield simulate(seed, faults, lines)
     finally:
         gc.set_threshold(*often)
         gc.unfreeze()

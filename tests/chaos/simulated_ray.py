@@ -4,6 +4,7 @@ An actor holds a real `Worker` or `Encoder`. A driver has an event loop of its o
 """
 
 import asyncio
+import math
 from collections import deque
 from contextlib import suppress
 from contextvars import copy_context
@@ -28,6 +29,8 @@ from vidgen_ray.planner.layout import complete_set
 
 NODE_TIMEOUT_S = 30.0
 """Seconds of silence after which Ray declares a node dead."""
+TRANSFER_S = 0.3
+"""Seconds in which the input of a call comes from another node."""
 
 
 class Clock:
@@ -224,7 +227,11 @@ class Node:
 
 class Gpu:
     def __init__(self, node, gb):
-        self.node, self.gb, self.holder, self.sick = node, gb, None, None
+        self.node, self.gb, self.holder, self.sick, self.slowness = node, gb, None, None, 1.0
+
+    @property
+    def sound(self):
+        return self.sick is None and self.slowness == 1.0
 
 
 class Process:
@@ -235,10 +242,10 @@ class Process:
         self.pid = next(self.world.pids)
         self.alive, self.lost, self.instance, self.frozen_until = True, False, None, 0.0
         self.started = asyncio.Event()
-        self.calls = {}
-        """Pending call -> its task."""
+        self.calls, self.cancelled = {}, set()
+        """Pending call -> its task, and numbers of calls that stop at once."""
         self.turn = asyncio.Semaphore(actor.spec.parallel if actor.kind is Encoder else 1)
-        self.loaded = False
+        self.loaded, self.loaded_at, self.gone_at, self.adapters = False, math.inf, math.inf, []
         self.world.processes.append(self)
         self.task = self.world.spawn(self._start())
 
@@ -254,22 +261,38 @@ class Process:
         await self.started.wait()
         if call.is_control:
             await self._thaw()
+            if call.method == "cancel":
+                self.cancelled.add(call.args[0])
             return self._invoke(call, control_args)
-        async with self.turn:
-            await self._thaw()
-            return await self._execute(call)
+        # Ray fetches the inputs of a call while it waits behind others.
+        inputs = self.world.spawn(self._inputs(call))
+        try:
+            async with self.turn:
+                await self._thaw()
+                return await self._execute(call, inputs)
+        finally:
+            inputs.cancel()
+
+    async def _inputs(self, call):
+        """Return the arguments of a call, or the error of the first one that is lost."""
+        try:
+            return [await self._fetch(arg, call) if isinstance(arg, Ref) else arg for arg in call.args], None
+        except ray.exceptions.RayError as error:
+            return None, error
 
     async def _thaw(self):
         while self.frozen_until > self.world.now:
             await asyncio.sleep(self.frozen_until - self.world.now)
 
-    async def _execute(self, call):
+    async def _execute(self, call, inputs):
         world = self.world
         if not call.refs:
             # Its node was declared dead meanwhile.
             await asyncio.Event().wait()
-        seconds = world.seconds(call)
-        args = [await self._fetch(arg, call) if isinstance(arg, Ref) else arg for arg in call.args]
+        seconds = 0.01 if call.is_work and call.args[0] in self.cancelled else world.seconds(call)
+        args, lost = await inputs
+        if lost is not None:
+            raise lost
         kind = world.draw_fault(call)
         if call.is_work:
             world.log("start", call=call, process=self)
@@ -282,13 +305,13 @@ class Process:
             await asyncio.sleep(seconds / 2)
             self.die()
             await asyncio.Event().wait()
-        if self.actor.kind is Encoder:
+        if OUTPUT in call.stages:
             await world.storage.respond()
         await asyncio.sleep(seconds)
         await self._thaw()
         value = self._invoke(call, args)
         if call.method == "load" and self.actor.kind is Worker:
-            self.loaded = True
+            self.loaded, self.loaded_at = True, world.now
             world.log("loaded", process=self)
         returned = world.exchanged(call, value) if kind == "foreign" else value
         if call.is_work:
@@ -312,6 +335,9 @@ class Process:
             await self.world.network(node)
         while node.id == life and not node.up:
             await asyncio.sleep(1.0)
+        if node is not self.node and node.id == life:
+            self.world.transfers += 1
+            await asyncio.sleep(TRANSFER_S)
         if node.id != life or ref.value is None:
             await asyncio.sleep(self.world.rng.uniform(0, 2))
             self.world.fault("inputs", [call], own=False)
@@ -339,6 +365,7 @@ class Process:
         self.world.spawn(self._notice(self.world.rng.uniform(0.05, 2) if notice_s is None else notice_s, preempted))
 
     def _log_gone(self):
+        self.gone_at = min(self.gone_at, self.world.now)
         if self.loaded:
             self.world.log("gone", process=self)
 

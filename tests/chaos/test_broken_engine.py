@@ -1,6 +1,11 @@
-"""Break the engine on purpose: the rule that is meant for it finds each broken place within 200 seeds."""
+"""Break the engine on purpose: the rule that is meant for it finds each broken place within 200 seeds.
+
+OFF switches mechanisms off, one by one."""
 
 import asyncio
+import math
+from bisect import insort
+from dataclasses import replace
 
 import pytest
 
@@ -10,13 +15,25 @@ from vidgen_ray.batch import director
 from vidgen_ray.batch.director import Director
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.shot_queue import ContinuedShots
-from vidgen_ray.engine import actor_client, calls, retries, shot_runner, worker_checks, worker_pool
+from vidgen_ray.engine import (
+    actor_client,
+    calls,
+    retries,
+    scheduler,
+    shot_runner,
+    supervisor,
+    worker_checks,
+    worker_pool,
+)
 from vidgen_ray.engine.actor_client import ActorClient
-from vidgen_ray.engine.engine import Window
-from vidgen_ray.engine.retries import AttemptFailed, Kind
+from vidgen_ray.engine.encoder import Encoder
+from vidgen_ray.engine.engine import Engine, Window
+from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind
+from vidgen_ray.engine.scheduler import Scheduler, Work
 from vidgen_ray.engine.shot_runner import ShotRunner
 from vidgen_ray.engine.storage_pause import StoragePause
-from vidgen_ray.engine.supervisor import Supervisor
+from vidgen_ray.engine.supervisor import ProcessHealth, Supervisor
+from vidgen_ray.engine.worker_checks import Canary
 from vidgen_ray.engine.worker_pool import RemoteArtefacts, WorkerPool
 from vidgen_ray.outputs.lease import Fence, Lease
 from vidgen_ray.outputs.records import CLIP_FILES
@@ -101,6 +118,115 @@ def use_one(self, client, up=WorkerPool._worker_up):
 async def ignore_stop(self):
     await asyncio.Event().wait()
 
+
+class Unforgiven(AttemptFailed):
+    """Failure that always counts against its process."""
+
+    forgiven = property(lambda self: False, nothing)
+
+
+class Forgiven(AttemptFailed):
+    """Failure that, once forgiven, never counts against its process."""
+
+    _forgiven = False
+
+    @property
+    def forgiven(self):
+        return self._forgiven
+
+    @forgiven.setter
+    def forgiven(self, value):
+        self._forgiven |= value
+
+
+def keep_open(self, process, shot, succeeded=ProcessHealth.succeeded):
+    """Forget the failures of other shots before a success, without a verdict."""
+    self._records[process].failures.clear()
+    succeeded(self, process, shot)
+
+
+def together(work, alone=False, **changes):
+    return replace(work, **changes)
+
+
+def confirm_nothing(failed, candidates, limit, where=retries._next):
+    return None if failed and all(each.kind is Kind.INPUT for each in failed) else where(failed, candidates, limit)
+
+
+def on_any_node(failed, candidates, limit, where=retries._next):
+    return where(failed, [each._replace(node=failed[0].process.node) for each in candidates], limit)
+
+
+def anywhere(failed, candidates, limit, where=retries._next):
+    return None if where(failed, candidates, limit) is None else frozenset()
+
+
+def youngest_first(self, work, add=Scheduler.add):
+    add(self, work)
+    queue = self._queues[work.stage]
+    order, number, _ = entry = self._entries[work]
+    queue.remove(entry)
+    self._entries[work] = younger = -order, number, work
+    insort(queue, younger)
+
+
+def earliest_stage_first(self, worker, add=Scheduler.add_worker):
+    add(self, worker)
+    self._stages[worker].reverse()
+
+
+def prefetch_always(self, alike, max_load):
+    fitting = {stage: [each for each in self._loads[stage] if alike[0] + each <= max_load] for stage in alike[1]}
+    return {stage: max(loads) for stage, loads in fitting.items() if loads}
+
+
+async def run_each(self, plan, order, steps, artefacts, on_progress):
+    return await self._run_call(plan, order, steps, artefacts, on_progress)
+
+
+async def never_ping(self, client):
+    await asyncio.Event().wait()
+
+
+OFF = {
+    "quarantine": (supervisor, "FAILURES", 10**9),
+    "quarantine of nodes": (supervisor, "NODE_SHARE", math.inf),
+    "back-off before a restart": (supervisor, "BACK_OFF_S", 0.0),
+    "probation: one call at a time": (Scheduler, "set_probation", nothing),
+    "probation: one failure is enough": (ProcessHealth, "is_on_probation", nothing),
+    "giving up": (supervisor, "MAX_QUARANTINES", 10**9),
+    "pings": (Supervisor, "_ping", never_ping),
+    "deadline of cancelled calls": (actor_client, "CANCEL_S", 1e9),
+    "grace after a stopped driver": (actor_client, "LATE_S", 1e9),
+    "replanning": (Engine, "needs_other_layout", False),
+    "attempts in doubt": (retries, "IN_DOUBT_FACTOR", 1),
+    "waiting for evidence": (WorkerPool, "_evidence", always(None)),
+    "verdict: sick": (retries, "_counting", list),
+    "verdict: well": (ProcessHealth, "succeeded", keep_open),
+    "forgiving confirmed errors": (retries, "_is_confirmed", nothing),
+    "forgiving refusals": (worker_pool, "AttemptFailed", Unforgiven),
+    "counting forgiven errors later": (worker_pool, "AttemptFailed", Forgiven),
+    "confirming a refusal": (retries, "_next", confirm_nothing),
+    "next attempt on another worker": (retries, "_next", anywhere),
+    "next attempt on another node": (retries, "_next", on_any_node),
+    "next attempt on a larger GPU": (worker_pool, "_process", lambda worker: Candidate(worker, worker.node)),
+    "shared crash: runs alone": (worker_pool, "replace", together),
+    "reserved worker for calls alone": (Scheduler, "_assign_suspects", lambda *_: set()),
+    "outages add up": (StoragePause, "written", nothing),
+    "unfinished files of cancelled shots": (Encoder, "cancel", nothing),
+    "canary": (Canary, "finished", nothing),
+    "copy of a slow call": (worker_checks, "COPY_FACTOR", math.inf),
+    "recall behind a slow call": (WorkerPool, "_recall", nothing),
+    "oldest shot first": (Scheduler, "add", youngest_first),
+    "latest stage first": (Scheduler, "add_worker", earliest_stage_first),
+    "prefetch": (scheduler, "MAX_PREFETCH_LOAD", 1.0),
+    "prefetch only if enough waits": (Scheduler, "_fitting", prefetch_always),
+    "LoRA affinity": (Work, "loras_active", lambda *_: True),
+    "near data": (Work, "mismatch", lambda self, worker: (not self.loras_active(worker), 2)),
+    "announced sharing": (ShotRunner, "_shares_features", lambda *_: False),
+    "sharing of equal steps": (ShotRunner, "_shared_steps", run_each),
+}
+"""Mechanism -> what switches it off."""
 
 BROKEN = {
     "fence": ("lease", (Fence, "check", nothing)),

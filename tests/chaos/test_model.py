@@ -5,10 +5,11 @@ VIDGEN_FAULTS=crash,hang leaves out all other faults.
 """
 
 import os
+from statistics import mean
 
 import pytest
 
-from tests.chaos.history import check, printed
+from tests.chaos.history import check, figures, printed
 from tests.chaos.model import FAULTS, SURVIVED, worlds
 
 SEEDS = int(os.environ.get("VIDGEN_SEEDS", "200"))
@@ -30,3 +31,14 @@ def test_rules_hold_for_every_seed(group):
             print(printed(world))  # noqa: T201  # what the option is for
         found += [f"VIDGEN_SEED={world.seed} {rule}: {text}" for rule, text in check(world)]
     assert not found, "\n".join(["broken rules:", *found])
+
+
+CALM_SEEDS = (11, 15, 19, 22, 25, 34, 35, 39)
+"""Seeds of runs without faults whose figures are compared with LIMITS."""
+LIMITS = {"loads": 0.48, "features": 1.01, "gap_s": 0.06, "transfers": 2.2, "end_s": 240.0}
+
+
+def test_throughput_without_faults():
+    made = [figures(world) for world in worlds(CALM_SEEDS, lines=60)]
+    means = {name: round(mean(figure[name] for figure in made), 3) for name in LIMITS}
+    assert all(means[name] <= limit for name, limit in LIMITS.items()), means
