@@ -29,7 +29,7 @@ from benchmarks.peers import PEERS
 from benchmarks.runs import Case, Run, compile_sources, run_once
 
 PACKAGES = ("vidgen-ray", "ray", "cosmos-xenna", "rayorch", "numpy")
-VIDGEN_LAYOUTS = ("auto", f"auto{ours.WITH_CACHE}", "fused", "colocated", "staged")
+VIDGEN_LAYOUTS = ("auto", f"auto{ours.WITH_CACHE}", "fused", "staged")
 """`auto` lets the planner choose. The other layouts are used if they fit. The other systems have no stage cache."""
 LAYOUTS: tuple[tuple[str, str], ...] = (*(("vidgen", layout) for layout in VIDGEN_LAYOUTS), *PEERS)
 SYSTEMS = tuple(dict.fromkeys(system for system, _ in LAYOUTS))

@@ -158,10 +158,10 @@ class Profile(StrictModel):
     defaults: dict[str, JsonValue] = Field(default_factory=dict, description="Default values of shot fields.")
     encode: Mp4Settings = Mp4Settings()
     provenance: ProvenanceSettings = DEFAULT_PROVENANCE
-    layout: Literal["auto", "fused", "colocated", "staged"] = Field(
+    layout: Literal["auto", "fused", "staged"] = Field(
         "auto",
-        description="auto: the fastest layout that fits. fused: one worker per GPU holds all models. colocated: one worker per "
-        "GPU and entry of `actors`. staged: each worker holds one entry, as many of each as needed.",
+        description="auto: the fastest layout that fits. fused: one worker per GPU holds all models. staged: each worker holds "
+        "one entry of `actors`, as many of each as needed, and small ones share a GPU.",
     )
     cpu_workers: int | None = Field(
         None, ge=1, description="Maximum number of workers of a profile without GPUs. Default: as many as the CPUs allow."

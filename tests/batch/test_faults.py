@@ -89,10 +89,10 @@ def place_of(worker):
 
 
 def test_workers_keep_their_gpus_after_all_processes_were_killed(tmp_path, tiny):
-    places, colocated = [], profile_of_fakes(tiny, ("flux", "svd"), layout="colocated")
+    places, staged = [], profile_of_fakes(tiny, ("flux", "svd"), layout="staged")
     lines = [{**line, "upscale_video": False} for line in shots(12)]
-    report, rows = render_lines(tmp_path, colocated, lines, Events(lambda: places.extend(kill_workers())))
-    assert (report.done, report.failed, report.layout) == (12, 0, "colocated"), [r.failure_message for r in rows.values()]
+    report, rows = render_lines(tmp_path, staged, lines, Events(lambda: places.extend(kill_workers())))
+    assert (report.done, report.failed, report.layout) == (12, 0, "staged"), [r.failure_message for r in rows.values()]
     before, after = places
     assert {name: place.gpus for name, place in before.items()} == {name: place.gpus for name, place in after.items()}
     by_slot = {}

@@ -554,19 +554,15 @@ Choice = tuple[Kind, Packing, tuple[ConsideredLayout, ...]]
 LAYOUTS: tuple[tuple[str, Kind, Callable[[Sequence[Actor]], Candidates]], ...] = (
     ("fused", "fused", layout.fused),
     ("hybrid", "hybrid", layout.hybrid),
-    ("staged", "staged", layout.staged),
-    ("colocated", "colocated", layout.colocated),
     ("hybrid with swapping", "hybrid", layout.hybrid_with_swapping),
 )
-"""Name, kind and candidate assignments of each layout, simplest first."""
-ONE_PROCESS = ("fused", "hybrid")
-"""Kinds with one worker per slot. Only these can have several GPUs in a slot."""
+"""Name, kind and candidate assignments of the layouts of `auto`, simplest first."""
+STAGED: tuple[str, Kind, Callable[[Sequence[Actor]], Candidates]] = ("staged", "staged", layout.staged)
+"""Used if a profile requests it. One process with the same stages needs no more memory, and has the same rate."""
 
 
 def _pack_gpus(profile: Profile, problem: PackingProblem, cluster: Cluster) -> Choice:
-    layouts = [layout for layout in LAYOUTS if profile.layout in ("auto", layout[0])]
-    if any(actor.gpus > 1 for actor in problem.actors):
-        layouts = [layout for layout in layouts if layout[1] in ONE_PROCESS]
+    layouts = LAYOUTS if profile.layout == "auto" else [each for each in (*LAYOUTS, STAGED) if each[0] == profile.layout]
     packings: dict[str, Packing] = {}
     considered = []
     # Layouts that distribute the stages may need more slots than shots: a single shot moves from GPU to GPU.
@@ -578,7 +574,7 @@ def _pack_gpus(profile: Profile, problem: PackingProblem, cluster: Cluster) -> C
             continue
         # The packing asks for the candidates of the same GPUs several times.
         candidates = cache(candidates_of(problem.actors))
-        packing = _pack_beside(problem if name in ("fused", "colocated") else distributed, candidates, cluster)
+        packing = _pack_beside(problem if name == "fused" else distributed, candidates, cluster)
         if packing is None:
             considered.append(ConsideredLayout(name, None, explain_infeasible(distributed, candidates, cluster)))
             continue
@@ -609,7 +605,7 @@ def _pack_cpus(profile: Profile, problem: PackingProblem, cluster: Cluster) -> C
     # With one process per actor, a single slot renders the whole run.
     max_slots = min(profile.cpu_workers or problem.max_slots, problem.max_slots) if kind == "fused" else 1
     problem = replace(problem, max_slots=max_slots)
-    candidates = layout.fused(problem.actors) if kind == "fused" else layout.colocated(problem.actors)
+    candidates = (layout.fused if kind == "fused" else layout.staged)(problem.actors)
     packing = pack(problem, candidates, cluster)
     if packing is None:
         raise _layout_error(profile, explain_infeasible(problem, candidates, cluster))

@@ -11,7 +11,7 @@ from itertools import chain, combinations
 from math import ceil
 from typing import Literal, TypeVar
 
-Kind = Literal["fused", "colocated", "staged", "hybrid"]
+Kind = Literal["fused", "staged", "hybrid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,12 +289,6 @@ Candidates = Callable[[float], list[Assignment]]
 def fused(actors: Sequence[Actor]) -> Candidates:
     """Return candidates with one process that holds all actors."""
     return lambda memory_gb: _fitting([Assignment((WorkerProcess(tuple(actors)),))], memory_gb)
-
-
-def colocated(actors: Sequence[Actor]) -> Candidates:
-    """Return candidates with one process per actor, all actors on the same slot."""
-    processes = _one_process_per_actor(actors)
-    return lambda memory_gb: _fitting([Assignment(processes)], memory_gb)
 
 
 def staged(actors: Sequence[Actor]) -> Candidates:
