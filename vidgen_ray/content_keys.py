@@ -22,8 +22,7 @@ from vidgen_ray.errors import FrozenModel, StageError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.profile import DEFAULT_PROVENANCE, Profile, ProvenanceSettings
-from vidgen_ray.shot import DERIVED_FIELDS, IMAGE_FIELDS, LocalLora, LocalVideoLora, LoraRef, Shot, VideoLora
-from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
+from vidgen_ray.shot import DERIVED_FIELDS, IMAGE_FIELDS, LORA_FIELDS, LocalLora, LocalVideoLora, LoraRef, Shot, VideoLora
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import resolve
@@ -93,11 +92,11 @@ def _counter(folder: Path) -> Callable[[str], int]:
 
 FILE_FIELDS = IMAGE_FIELDS
 FILES_FIELDS = ("face_image",)
-LORA_FIELDS = (*SHOT_LORA_FIELDS, *(name for name, fields in DERIVED_FIELDS.items() if "lora" in fields))
+READ_LORA_FIELDS = (*LORA_FIELDS, *(name for name, fields in DERIVED_FIELDS.items() if "lora" in fields))
 """Fields with LoRAs, and the properties that stages read in their place."""
 START_FIELDS = ("height", "image", "width")
 """Fields that the chain starts from if the shot brings its own image."""
-NOT_PLAIN_FIELDS = frozenset((*FILE_FIELDS, *FILES_FIELDS, *LORA_FIELDS))
+NOT_PLAIN_FIELDS = frozenset((*FILE_FIELDS, *FILES_FIELDS, *READ_LORA_FIELDS))
 """Fields that are part of a key by the content of their files. Other fields are by their value."""
 _json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 """The shortest JSON with sorted names: equal values give equal text."""
@@ -167,7 +166,7 @@ def with_local_loras(shot: Shot, inputs: Mapping[str, str] | None = None) -> Sho
         with_digest = LocalVideoLora if isinstance(lora, VideoLora) else LocalLora
         return with_digest(**{**fields, "sha256": inputs[lora.path]})
 
-    return shot.model_copy(update={name: tuple(map(local, getattr(shot, name))) for name in SHOT_LORA_FIELDS})
+    return shot.model_copy(update={name: tuple(map(local, getattr(shot, name))) for name in LORA_FIELDS})
 
 
 class ShotPlanner:
@@ -276,7 +275,7 @@ class ShotPlanner:
         for name in FILES_FIELDS:
             digests = [f'"{self._digest(path)}"' for path in getattr(shot, name)]
             values[name] = f"[{','.join(digests)}]"
-        for name in LORA_FIELDS:
+        for name in READ_LORA_FIELDS:
             values[name] = f"[{','.join(map(self._lora_json, getattr(shot, name)))}]"
         return values
 

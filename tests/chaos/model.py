@@ -1015,7 +1015,7 @@ def patched(world):
         patch.setattr(shot_runner, "CHUNK_BYTES", 1)
         patch.setattr(shot_files, "write_png", lambda write, image, metadata=None: write(image))
         patch.setattr(shot_files, "Mp4Writer", lambda write, *_: nullcontext(SimpleNamespace(write=write)))
-        patch.setattr(shot_files, "shot_records", lambda plan, artefacts, *_: dict.fromkeys(artefacts))
+        patch.setattr(shot_files, "provenance_records", lambda plan, artefacts, *_: dict.fromkeys(artefacts))
         patch.setattr(encoder, "ENCODER_NICENESS", 0)
         patch.setattr(worker, "prepare_gpu", lambda share: None)
         patch.setattr(worker, "gpu_of_process", lambda: "a GPU")

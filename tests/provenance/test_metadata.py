@@ -23,7 +23,14 @@ from vidgen_ray.media.media_file import read_xmp
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.profile import ProvenanceSettings
 from vidgen_ray.provenance.record import ProvenanceRecord, labelled, read_provenance, xmp_packet, xmp_property
-from vidgen_ray.provenance.shot_provenance import DIGEST_PREFIX, SIZES, SWITCHES, line_with_files, script_line, shot_record
+from vidgen_ray.provenance.shot_provenance import (
+    DIGEST_PREFIX,
+    SIZES,
+    SWITCHES,
+    line_with_files,
+    provenance_record,
+    script_line,
+)
 from vidgen_ray.provenance.signing import read_signature
 from vidgen_ray.render.shot_files import ShotFiles
 from vidgen_ray.shot import Shot
@@ -171,7 +178,7 @@ def test_source_type_of_an_image_that_the_user_brings(make_shot, tmp_path):
 
     def type_of(artefact, **fields):
         plan = ShotPlan(shot=make_shot(**fields), steps=(), key="0" * 64, inputs={fields["image"]: "0" * 64})
-        return shot_record(plan, artefact, FULL).source_type
+        return provenance_record(plan, artefact, FULL).source_type
 
     assert type_of("image", image=str(photo)) is None
     assert type_of("frames", image=str(photo)) == "trainedAlgorithmicMedia"
@@ -204,7 +211,7 @@ def test_fields_that_no_stage_reads_are_not_in_the_record(tiny, make_shot, tmp_p
     other = {"prompt": "a secret", "mode": "fast", "style_prompt": "ink", "steps": {**tiny.defaults["steps"], "flux": 9}}
     one, two = (plan_of(tiny, make_shot(image=start, **fields)) for fields in ({}, other))
     assert one.key == two.key
-    assert shot_record(one, "frames", FULL) == shot_record(two, "frames", FULL)
+    assert provenance_record(one, "frames", FULL) == provenance_record(two, "frames", FULL)
 
 
 def test_every_field_is_a_switch_or_read_by_a_stage_or_does_not_decide_the_files():

@@ -37,7 +37,6 @@ from vidgen_ray.planner import Cluster, Demand, Plan, SizeCheck, cpus_needed, de
 from vidgen_ray.planner.layout import Slot
 from vidgen_ray.profile import Profile
 from vidgen_ray.render.cache_writer import bytes_per_worker, cache_settings
-from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.script.lines import Line, ScriptIndex
 from vidgen_ray.script.read import unique_lines
 from vidgen_ray.shot import Shot
@@ -304,7 +303,7 @@ class Director:
             raise
         # A bug in vidgen fails the shot, not the run.
         except Exception as error:
-            result, kind = StepFailed("director", error).failure(), Kind.ERROR
+            result, kind = Failure.of("director", error), Kind.ERROR
         if isinstance(result, ShotRecord) and not self._folder_checked:
             self._folder_checked = True
             await self._check_folder(task.plan)

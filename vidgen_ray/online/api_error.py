@@ -19,7 +19,7 @@ from starlette.routing import Match
 
 from vidgen_ray.errors import FieldError, ScriptError, VidgenError, encodable, explain
 from vidgen_ray.outputs.storage import is_disk_full
-from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS
+from vidgen_ray.script.lines import PATH_FIELDS
 
 INVALID = "invalid_request_error"
 MAX_FIELD_ERRORS = 10
@@ -28,7 +28,6 @@ NAME_LENGTH = 100
 """Characters of the name of a field or object that an error repeats."""
 MESSAGE_LENGTH = 4_000
 """Characters of a message. Some repeat what the client sent."""
-FILE_FIELDS = (*IMAGE_FIELDS, "face_image", *LORA_FIELDS)
 FOLDERS = re.compile(r"(?<![\w./:])/(?:[^\s/:'\",;]+/)+")
 URLS = re.compile(r"https?://(?:\[[^\]\s]*\]|[\w.-]+)(?::\d+)?(?:/[^\s:'\",;]*)?")
 
@@ -109,7 +108,7 @@ def shortened(text: str, length: int) -> str:
 
 def _sentence(error: FieldError) -> str:
     field = f"{error.field}: " if error.field else ""
-    if error.field in FILE_FIELDS and "looked for" in error.allowed:
+    if error.field in PATH_FIELDS and "looked for" in error.allowed:
         # The original message lists the searched paths.
         return f"{field}the file is no longer on the server"
     return f"{field}got {error.got}, {error.allowed}"

@@ -35,8 +35,7 @@ from vidgen_ray.outputs.storage import is_disk_full, low_space
 from vidgen_ray.safety import Consent
 from vidgen_ray.script.check import check_shot, consent_for_photos
 from vidgen_ray.script.lines import WrongField
-from vidgen_ray.shot import IMAGE_FIELDS, PRIORITIES, LoraRef, Priority, Shot, VideoLora
-from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
+from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, PRIORITIES, LoraRef, Priority, Shot, VideoLora
 
 METADATA_BYTES = 64 << 10
 """Largest metadata of a job as JSON, in bytes. A page of a list contains a hundred of them."""
@@ -46,7 +45,7 @@ LORA_NAME_FIELDS = ("name", "lora_name", "adapter", "nickname", "lora_nickname")
 LORA_PATH_FIELDS = ("path", "local_path", "lora_path", "lora_local_path")
 """Paths are only compared to those in the settings. No other file is opened."""
 LORA_SCALE_FIELDS = ("scale", "weight", "lora_scale", "strength")
-LORA_FIELDS = frozenset({*LORA_NAME_FIELDS, *LORA_PATH_FIELDS, *LORA_SCALE_FIELDS, "int_id", "lora_int_id"})
+KNOWN_LORA_FIELDS = frozenset({*LORA_NAME_FIELDS, *LORA_PATH_FIELDS, *LORA_SCALE_FIELDS, "int_id", "lora_int_id"})
 """Fields of a LoRA in a request, by their names here, in vLLM-Omni and in SGLang. Ids are ignored: names identify LoRAs."""
 EXPERT = "expert"
 """Further field of a LoRA of a video model."""
@@ -309,7 +308,7 @@ class JobService:
         if (photos := fields.get("face_image")) is not None:
             each = photos if isinstance(photos, list | tuple) else [photos]
             paths["face_image"] = [self._upload(tenant, "face_image", photo) for photo in each]
-        for field in SHOT_LORA_FIELDS:
+        for field in LORA_FIELDS:
             if field in fields:
                 paths[field] = self._loras(field, fields[field])
         return paths
@@ -369,7 +368,7 @@ class JobService:
         if not isinstance(fields, dict):
             raise invalid(param, 'must be a name, {"name": ..., "scale": ...}, or a list of these')
         own = {EXPERT} if param == "video_lora" else set()
-        if unknown := fields.keys() - LORA_FIELDS - own:
+        if unknown := fields.keys() - KNOWN_LORA_FIELDS - own:
             names = "name, scale and expert" if own else "name and scale"
             allowed = f"allowed are {names}, and vLLM-Omni's and SGLang's names for them"
             raise invalid(param, f"got {sorted(map(str, unknown))[0][:50]!r}; {allowed}", "unknown_parameter")
@@ -445,7 +444,7 @@ def stored_licences(job: Job) -> tuple[UsedWeights, ...]:
 
 def client_fields(shot: Shot, settings: OnlineSettings, uploads: UploadFolder) -> dict[str, JsonValue]:
     """Return the fields of a shot as a client would send them: upload ids and LoRA names instead of paths of the server."""
-    exclude = {"id", "variants", "character", *IMAGE_FIELDS, "face_image", *SHOT_LORA_FIELDS}
+    exclude = {"id", "variants", "character", *IMAGE_FIELDS, "face_image", *LORA_FIELDS}
     fields = shot.model_dump(mode="json", exclude=exclude, exclude_none=True)
     for name in ("steps", "guidance"):
         fields[name] = {stage: value for stage, value in fields[name].items() if value is not None}
@@ -455,7 +454,7 @@ def client_fields(shot: Shot, settings: OnlineSettings, uploads: UploadFolder) -
     if photos := [upload for photo in shot.face_image if (upload := uploads.id_of(photo))]:
         fields["face_image"] = photos
     names = {path: name for name, path in settings.loras.items()}
-    for field in SHOT_LORA_FIELDS:
+    for field in LORA_FIELDS:
         if loras := [_client_lora(lora, names) for lora in getattr(shot, field) if lora.path in names]:
             fields[field] = loras
     return fields

@@ -36,7 +36,7 @@ DIGEST_PREFIX = "sha256:"
 BUILTIN_PREFIX = "builtin:"
 
 
-def shot_record(
+def provenance_record(
     plan: ShotPlan, artefact: str, settings: ProvenanceSettings, until: type[Stage[Any]] | None = None
 ) -> ProvenanceRecord | None:
     """Return the record of the file that is written from an artefact of a shot. `None` if nothing is written.
@@ -44,13 +44,13 @@ def shot_record(
     `until`: the last stage behind the file, for an intermediate result. Default: the last one that makes the artefact.
     Equal keys give equal records: neither the id of the shot nor the paths of its files are part of them.
     """
-    return shot_records(plan, [artefact], settings, until)[artefact]
+    return provenance_records(plan, [artefact], settings, until)[artefact]
 
 
-def shot_records(
+def provenance_records(
     plan: ShotPlan, artefacts: Iterable[str], settings: ProvenanceSettings, until: type[Stage[Any]] | None = None
 ) -> dict[str, ProvenanceRecord | None]:
-    """Return artefact -> the record of the file that is written from it. See `shot_record`."""
+    """Return artefact -> the record of the file that is written from it. See `provenance_record`."""
     if settings.metadata == "off":
         return dict.fromkeys(artefacts)
     line = script_line(plan) if settings.metadata == "full" else None

@@ -19,7 +19,7 @@ from vidgen_ray.outputs.records import CLIP_FILES, IMAGE_FILE, LikenessRecord, P
 from vidgen_ray.outputs.stage_cache import StageCache, face_to_json
 from vidgen_ray.profile import DEFAULT_PROVENANCE, ProvenanceSettings
 from vidgen_ray.provenance.record import metadata_of, with_label
-from vidgen_ray.provenance.shot_provenance import shot_record, shot_records
+from vidgen_ray.provenance.shot_provenance import provenance_record, provenance_records
 from vidgen_ray.provenance.signing import sign_file
 from vidgen_ray.render.step_runner import ForeignArtefacts, before_chunks, check_made_by, with_images
 from vidgen_ray.safety import Safety
@@ -54,7 +54,7 @@ class ShotFiles:
         self._plan, self._shot = plan, plan.shot
         self._encode = encode
         self._provenance = provenance
-        self._records = shot_records(plan, FILES, provenance)
+        self._records = provenance_records(plan, FILES, provenance)
         self._stages = outputs.stage_cache if keep_stages else None
         self._sizes = file_sizes(plan.shot)
         self._chunked = {stage.writes[0] for stage in chunked_stages_of(plan.shot)}
@@ -160,5 +160,5 @@ def _write_stages(draft: ShotDraft, cache: StageCache, provenance: ProvenanceSet
         if "face" in artefacts:
             draft.path(stage.debug_file).write_text(face_to_json(artefacts["face"]))
         else:
-            record = shot_record(draft.plan, IMAGE, provenance, until=stage)
+            record = provenance_record(draft.plan, IMAGE, provenance, until=stage)
             write_png(draft.path(stage.debug_file), artefacts["image"], metadata_of(record))

@@ -57,7 +57,7 @@ from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.online.uploads import ReceivedRequest, receive
 from vidgen_ray.outputs.records import IMAGE_FILE
 from vidgen_ray.provenance.record import metadata_of, with_label
-from vidgen_ray.provenance.shot_provenance import shot_record
+from vidgen_ray.provenance.shot_provenance import provenance_record
 
 EDIT_STRENGTH = {"high": 0.35, "low": 0.6}
 """`input_fidelity` -> image-to-image strength."""
@@ -259,7 +259,7 @@ def _encode_intermediate(server: ServerContext, plan: ShotPlan, step: Step, opti
         return None
     settings = server.serving_profile.profile.provenance
     (pixels,) = with_label(artefacts["image"][None], settings)
-    record = shot_record(plan, "image", settings, until=STAGE_BY_NAME[step.stage])
+    record = provenance_record(plan, "image", settings, until=STAGE_BY_NAME[step.stage])
     metadata = metadata_of(record)
     if options.output_format == "png":
         return base64.b64encode(encode_png(pixels, metadata)).decode()
