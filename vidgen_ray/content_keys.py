@@ -264,24 +264,22 @@ class ShotPlanner:
             steps.append(Step(stage=stage.name, key=key, weights=weights))
         return tuple(steps), key
 
-    def _field_values(self, shot: Shot, fields_of_stages: tuple[tuple[str, ...], ...]) -> dict[str, str]:
-        """Return field -> its value as JSON, for the fields of these stages. Files are represented by their digest."""
-        names = {*START_FIELDS, *chain.from_iterable(fields_of_stages)} - NOT_PLAIN_FIELDS
-        # `steps.flux` names a nested field.
-        values = {name: _json(attrgetter(name)(shot)) for name in names}
+    def _field_values(self, shot: Shot, fields_of_stages: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
+        """Return field -> its value, for the fields of these stages. Files are represented by their digest."""
+        names, values_of = _plain_fields(fields_of_stages)
+        values: dict[str, Any] = dict(zip(names, values_of(shot), strict=True))
         for name in FILE_FIELDS:
             path = getattr(shot, name)
-            values[name] = "null" if path is None else f'"{self._digest(path)}"'
+            values[name] = None if path is None else self._digest(path)
         for name in FILES_FIELDS:
-            digests = [f'"{self._digest(path)}"' for path in getattr(shot, name)]
-            values[name] = f"[{','.join(digests)}]"
+            values[name] = [*map(self._digest, getattr(shot, name))]
         for name in READ_LORA_FIELDS:
-            values[name] = f"[{','.join(map(self._lora_json, getattr(shot, name)))}]"
+            values[name] = [*map(self._lora_values, getattr(shot, name))]
         return values
 
-    def _lora_json(self, lora: LoraRef) -> str:
-        expert = f',"{lora.expert}"' if isinstance(lora, VideoLora) else ""
-        return f'["{self._lora_digest(lora.path)}",{_json(lora.weight)}{expert}]'
+    def _lora_values(self, lora: LoraRef) -> tuple[Any, ...]:
+        expert = (lora.expert,) if isinstance(lora, VideoLora) else ()
+        return self._lora_digest(lora.path), lora.weight, *expert
 
     def _hash_weights(self, stage: type[Stage[Any]], shot: Shot) -> tuple[tuple[str, ...], str]:
         """Return the digests of the stage's weights for the shot, and the same as JSON."""
@@ -323,8 +321,16 @@ def _fields_of(stage: type[Stage[Any]], uses_identity: bool) -> tuple[str, ...]:
     return tuple(sorted((*stage.reads, *stage.identity_fields) if uses_identity else stage.reads))
 
 
-def _object(fields: Iterable[str], values: Mapping[str, str]) -> str:
-    return "{" + ",".join([f'"{field}":{values[field]}' for field in fields]) + "}"
+@cache
+def _plain_fields(fields_of_stages: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], Callable[[Shot], tuple[Any, ...]]]:
+    """Return the plain fields among these and those of a start image, and what gets their values from a shot."""
+    names = tuple({*START_FIELDS, *chain.from_iterable(fields_of_stages)} - NOT_PLAIN_FIELDS)
+    # `steps.flux` names a nested field.
+    return names, attrgetter(*names)
+
+
+def _object(fields: Iterable[str], values: Mapping[str, Any]) -> str:
+    return _json({field: values[field] for field in fields})
 
 
 def _sha256(text: str) -> str:

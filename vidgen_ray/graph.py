@@ -116,12 +116,12 @@ def max_loras(profile: Profile) -> int:
 
 def stages_of(shot: Shot) -> tuple[type[Stage[Any]], ...]:
     """Return the stages that the shot passes, in order."""
-    return tuple(stage for stage in STAGES if stage.applies(shot))
+    return tuple([stage for stage in STAGES if stage.applies(shot)])
 
 
 def chunked_stages_of(shot: Shot) -> tuple[type[ChunkedStage[Any]], ...]:
     """Return the chunked stages at the end of the shot's chain, in order."""
-    return tuple(stage for stage in CHUNKED_STAGES if stage.applies(shot))
+    return tuple([stage for stage in CHUNKED_STAGES if stage.applies(shot)])
 
 
 def clip_growth(shot: Shot) -> dict[str, tuple[int, Fraction]]:

@@ -44,6 +44,7 @@ class ShotLicences:
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
         self._of = cache(self._licence)
+        self._own = cache(lambda stage: tuple(self._own_references(stage)))
 
     def __call__(self, shot: Shot, stages: Iterable[type[Stage[Any]]] | None = None) -> tuple[UsedWeights, ...]:
         """Return the weights that the shot passes, in order, each once. Stages without an actor have none.
@@ -62,7 +63,7 @@ class ShotLicences:
         return tuple(map(self._of, self._own_references(stage)))
 
     def _references(self, stage: type[Stage[Any]], shot: Shot) -> Iterator[str]:
-        yield from self._own_references(stage)
+        yield from self._own(stage)
         actor = self._profile.actors.get(stage.actor)
         extra = {} if actor is None else actor.extra_weights
         yield from (extra[name] for name in stage.used_extra_weights(shot) if name in extra)

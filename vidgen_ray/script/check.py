@@ -456,6 +456,8 @@ def is_deep(value: Any) -> bool:
 
 
 def _cropped_share(shot: Shot) -> float:
+    if shot.crop_width is None and shot.crop_height is None:
+        return 1.0
     width, height = uncropped_size(shot)
     return (shot.crop_width or width) / width * (shot.crop_height or height) / height
 
@@ -519,21 +521,17 @@ for _stage in STAGES:
     for _field in (*_stage.reads, *_stage.identity_fields):
         READERS.setdefault(_field, []).append(_stage)
 DEFAULTS = {name: field.default for name, field in Shot.model_fields.items()}
-CHECKED = frozenset(READERS) - WITHOUT_NOTE | {"min_identity", "retries", *NESTED_FIELDS}
+NOTED = frozenset(READERS) - WITHOUT_NOTE
+CHECKED = NOTED | {"min_identity", "retries", *NESTED_FIELDS}
 
 
 def ignored_settings(own: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, str]]:
     """Yield field and advice for each field that the line sets to another value than the default, but its shot does not use."""
-    if not any(name in CHECKED or "." in name for name in own):
+    if CHECKED.isdisjoint(own) and not any("." in name for name in own):
         return
     passed = stages_of(shot)
-    read = frozenset[str]().union(*(stage.reads for stage in passed))
     for name in _set_fields(own):
-        if (
-            name in READERS.keys() - WITHOUT_NOTE
-            and name not in read
-            and not any(_reads(stage, name, shot) for stage in passed)
-        ):
+        if name in NOTED and not any(_reads(stage, name, shot) for stage in passed):
             if shot.continue_from is not None and name in OF_THE_IMAGE:
                 yield name, "the shot starts from the last frame of another one, which is not changed"
                 continue
@@ -564,10 +562,10 @@ def _set_fields(own: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _reads(stage: type[Stage[Any]], field: str, shot: Shot) -> bool:
-    derived = [name for name, fields in DERIVED_FIELDS.items() if field in fields and name in stage.reads]
-    if field == "lora" and any(getattr(shot, name) for name in derived):
+    if field in stage.reads or (field in stage.identity_fields and stage.uses_identity(shot)):
         return True
-    return field in stage.reads or (field in stage.identity_fields and stage.uses_identity(shot))
+    derived = [name for name, fields in DERIVED_FIELDS.items() if field in fields and name in stage.reads]
+    return field == "lora" and any(getattr(shot, name) for name in derived)
 
 
 class ShippedPhoto(NamedTuple):
