@@ -43,7 +43,7 @@ from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import PeriodicTask
-from vidgen_ray.outputs.manifest import SCHEMA, SHOT_FILES, ManifestRow, open_writers
+from vidgen_ray.outputs.manifest import SCHEMA, SHOT_FILES, ManifestRow
 from vidgen_ray.planner import Cluster, profile_for, this_machine
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.check import LineChecker, merged
@@ -193,7 +193,6 @@ def _render_rows(
 
     def run() -> None:
         try:
-            planner.changed_by = open_writers(outputs.storage)
             render_lines(
                 planner,
                 [],

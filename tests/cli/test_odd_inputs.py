@@ -257,7 +257,8 @@ def test_cut_prompt_is_noted_or_rejected_on_request(tmp_path, tiny, capsys):
     for strict in (False, True):
         checker, lines = open_lines(ScriptSettings(script, profile_defaults=tiny.defaults))
         planner = LinePlanner(checker, tiny, OutputFolder(tmp_path / "out"), RenderOptions(strict_prompts=strict))
-        first, second = (planned.line for planned in planner.plan_first(list(lines)))
+        planner.load_finished()
+        first, second = planner.plan(list(lines))
         assert not first.errors
         assert not first.notes
         (told,) = second.errors if strict else second.notes

@@ -69,8 +69,6 @@ class LinePlanner:
         self.outputs = outputs
         self.finished: FinishedShots | None = None
         """Must be set to plan lines. Not part of the pickled planner, since it may take hundreds of megabytes."""
-        self.changed_by: Sequence[str] | None = None
-        """See `FinishedShots.load`. Set it before the run writes its own marker."""
         checker.inputs = outputs.inputs
         self.checker = checker
         self._profile = profile
@@ -85,25 +83,26 @@ class LinePlanner:
         return {**vars(self), "_planners": {}, "finished": None}
 
     def load_finished(self) -> None:
-        """Read the finished shots, and the new seeds of shots. Raises OSError if the storage fails."""
-        self._seeds = read_seeds(self.outputs.storage)
-        self.finished = FinishedShots.load(self.outputs, self.changed_by)
-        self.changed_by = self.finished.changed_by
+        """Read the finished shots, and the new seeds of shots. Raises OSError if the storage fails.
 
-    def plan_first(self, lines: Sequence[Line]) -> list[Line]:
-        """Return these lines as `plan` does. Keeps no finished shots: the tasks that plan further lines read them again."""
-        self.load_finished()
-        planned = self.plan(lines)
-        self.finished = None
-        return planned
+        Call it before the run writes its own marker, see `FinishedShots.load`.
+        """
+        self._seeds = read_seeds(self.outputs.storage)
+        self.finished = FinishedShots.load(self.outputs)
+
+    def take_finished(self) -> FinishedShots | None:
+        """Return the finished shots, and keep none."""
+        finished, self.finished = self.finished, None
+        return finished
 
     def plan(self, lines: Iterable[Line]) -> list[Line]:
         """Return the planned lines, in order, compared with the finished shots of the folder.
 
         Raises MissingWeights if this machine has not the weights that a shot needs.
         """
-        checked = map(self._checked, lines)
-        planned = [replace(line, results=tuple(map(self._plan_of_line, line.shots))) for line in checked]
+        planned = [*map(self._checked, lines)]
+        for line in planned:
+            line.results = tuple(map(self._plan_of_line, line.shots))
         if not self._replace:
             planned = [self._with_own_ids(line) for line in planned]
         if self._strict_prompts:
@@ -158,12 +157,10 @@ class LinePlanner:
 
     def _with_checked_files(self, line: Line) -> Line:
         """Return the line with a failure in place of each plan with an unusable file. Finished shots are not checked."""
-        results = []
-        for shot, result in zip(line.shots, line.results, strict=True):
-            is_new = isinstance(result, ShotPlan | None)
-            wrong = file_problem(shot, self._profile, line.source, line.number) if is_new else None
-            results.append(result if wrong is None else Failure.of("plan", wrong))
-        return replace(line, results=tuple(results))
+        for number, (shot, result) in enumerate(zip(line.shots, line.results, strict=True)):
+            if isinstance(result, ShotPlan | None) and (wrong := file_problem(shot, self._profile, line.source, line.number)):
+                line.results = (*line.results[:number], Failure.of("plan", wrong), *line.results[number + 1 :])
+        return line
 
     def _with_own_ids(self, line: Line) -> Line:
         """Reject the line if its id belongs to a finished shot of another script."""
@@ -179,10 +176,9 @@ class LinePlanner:
     def _with_finished(self, planned: Sequence[Line]) -> list[Line]:
         assert self.finished is not None
         found = iter(self.finished.find(_plans(planned), self._keep_stages))
-        return [
-            replace(line, results=tuple((next(found) or each) if isinstance(each, ShotPlan) else each for each in line.results))
-            for line in planned
-        ]
+        for line in planned:
+            line.results = tuple([(next(found) or each) if isinstance(each, ShotPlan) else each for each in line.results])
+        return [*planned]
 
     def _without_cached(self, planned: list[Line]) -> list[Line]:
         for plan in _plans(planned):
@@ -244,13 +240,13 @@ def remaining_lines(settings: ScriptSettings, version: ScriptVersion, planner: L
 
 def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[Line]]:
     """Plan the lines of a data set, in order. Each row has a pickled sequence of lines in its column `lines`."""
-    finished = ray.remote(_load_finished).options(**on_this_node()).remote(planner.outputs, planner.changed_by)
+    finished = ray.put(planner.take_finished())
     tasks = max(1, min(MAX_TASKS, os.cpu_count() or 1))
     planned = dataset.map_batches(
         _plan_block,
         batch_size=None,
         batch_format="pyarrow",
-        # Loaded by a task and in a list: then the driver has no copy, and the tasks of a node share one.
+        # In a list, Ray passes the reference on, and the tasks of a node share one copy.
         fn_kwargs={"execution": secrets.token_hex(8), "planner": pickle.dumps(planner), "finished": [finished]},
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(size=tasks),
@@ -262,10 +258,6 @@ def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[Line]]
             if isinstance(result, VidgenError):
                 raise result
             yield result
-
-
-def _load_finished(outputs: OutputFolder, changed_by: Sequence[str] | None) -> FinishedShots:
-    return FinishedShots.load(outputs, changed_by)
 
 
 def _plan_block(block: pyarrow.Table, execution: str, planner: bytes, finished: list[ray.ObjectRef]) -> pyarrow.Table:

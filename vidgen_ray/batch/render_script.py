@@ -282,7 +282,10 @@ def render_lines(
         outputs.sweep()
         if script is not None:
             source = planner.checker.script = script_name(outputs.storage, script, record=options.command)
-        planned = planner.plan_first(first)
+        planner.load_finished()
+        planned = planner.plan(first)
+        if remaining is None:
+            planner.take_finished()
         labels = RunLabels(
             run=lease.run,
             name=options.name,

@@ -194,7 +194,8 @@ class RunResults:
     def _enter(self, row: ManifestRow, fields: Mapping[str, Any] | None, replaces: str | None = None) -> None:
         """Record the row of a line. `fields`: of a failed line."""
         self.counts["skipped" if row.last_run == "reused" else row.status] += 1
-        row = row.model_copy(update={"team": self._labels.team, "submission_id": self._labels.submission_id})
+        if self._labels.team is not None or self._labels.submission_id is not None:
+            row = row.model_copy(update={"team": self._labels.team, "submission_id": self._labels.submission_id})
         self._manifest.add(row, fields=fields, replaces=replaces)
         if self._on_row is not None:
             self._on_row(row)

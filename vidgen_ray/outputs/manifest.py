@@ -244,7 +244,10 @@ def _shot_columns(shot: Shot) -> dict[str, Any]:
         **dict(zip(SCALARS, _scalars_of(shot), strict=True)),
         "face_image": list(shot.face_image),
         **{name: [lora.model_dump() for lora in getattr(shot, name)] for name in LORA_FIELDS},
-        **{name: {stage: value for stage, value in getattr(shot, name) if value is not None} for name in NESTED_FIELDS},
+        **{
+            name: {stage: value for stage, value in vars(getattr(shot, name)).items() if value is not None}
+            for name in NESTED_FIELDS
+        },
     }
 
 
@@ -563,13 +566,12 @@ class FinishedShots:
         return len(self._rows)
 
     @classmethod
-    def load(cls, outputs: OutputFolder, changed_by: Sequence[str] | None = None) -> FinishedShots:
-        """Read the manifest.
+    def load(cls, outputs: OutputFolder) -> FinishedShots:
+        """Read the manifest. Rows of shots that writers with a marker may have changed are not trusted.
 
-        `changed_by`: writers that may have changed shots without a row. Default: those with a marker now, which includes a run
-        that is writing. Raises OSError if the storage fails.
+        These include a run that is writing. Raises OSError if the storage fails.
         """
-        writers = open_writers(outputs.storage) if changed_by is None else changed_by
+        writers = open_writers(outputs.storage)
         batches = [
             batch.filter(compute.not_equal(batch.column("status"), "failed")).select(COLUMNS)
             for batch in manifest_batches(outputs.storage, COLUMNS)
