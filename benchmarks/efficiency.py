@@ -65,8 +65,9 @@ def main() -> int:
     console.print(
         f"A shot takes {simulated.SECONDS_PER_SHOT:.3f} GPU-seconds, 1/{simulated.TIME_SCALE:g} of an H100's. "
         "Medians, with minimum and maximum in brackets. "
-        "total = startup + wall + shutdown; drain: part of wall after the first GPU ran out of work. Not measured: "
-        "contention on a shared GPU beyond taking turns, networks, failures, the CPU work of real models.",
+        "total = startup + wall + shutdown; drain: part of wall after the first GPU ran out of work. "
+        "CPU: of all processes, per shot. Not measured: contention on a shared GPU beyond taking turns, networks, failures, "
+        "the CPU work of real models.",
         highlight=False,
     )
     if args.json:
@@ -149,6 +150,7 @@ def row(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
         "drain_s": [m.drain_s for _, m in measured],
         "swap_s": [m.swap_s for _, m in measured],
         "total_s": [run.total_s for run, _ in measured],
+        "cpu_ms_per_shot": [1000 * run.cpu_s / case.shots for run, _ in measured],
         "load_1_min": [run.load_1_min for run in runs],
     }
     result |= {name: round(statistics.median(samples), 4) if samples else None for name, samples in values.items()}
@@ -183,14 +185,27 @@ def _line(case: Case, run: Run) -> str:
         return f"{name}: failed: {run.reason} ({run.total_s:.0f} s)"
     measured = run.measurement
     others = f"since ready {measured.efficiency_since_ready:.3f}, whole run {run.whole_run_efficiency:.3f}"
-    return f"{name}: efficiency {measured.efficiency:.3f}, {others}, total {run.total_s:.1f} s"
+    spent = f"total {run.total_s:.1f} s, {run.cpu_s:.1f} CPU s"
+    return f"{name}: efficiency {measured.efficiency:.3f}, {others}, {spent}, load {run.load_1_min:.1f}"
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="GPU efficiency on simulated GPUs")
     for column in ("system", "layout"):
         table.add_column(column)
-    numbers = ("GPUs", "GB", "shots", "efficiency", "since ready", "whole run", "wall s", "startup s", "drain s", "total s")
+    numbers = (
+        "GPUs",
+        "GB",
+        "shots",
+        "efficiency",
+        "since ready",
+        "whole run",
+        "wall s",
+        "startup s",
+        "drain s",
+        "total s",
+        "CPU ms",
+    )
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=column != "efficiency")
     before = None
@@ -205,7 +220,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             str(row["gpus"]),
             f"{row['gpu_memory_gb']:g}",
             str(row["shots"]),
-            *(_numbers_of(row) if row["efficiency"] is not None else (row["reason"], *[""] * 6)),
+            *(_numbers_of(row) if row["efficiency"] is not None else (row["reason"], *[""] * 7)),
         )
     return table
 
@@ -220,6 +235,7 @@ def _numbers_of(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['startup_s']:.1f}",
         f"{row['drain_s']:.1f}",
         f"{row['total_s']:.1f} ({row['total_s_low']:.1f}-{row['total_s_high']:.1f})",
+        f"{row['cpu_ms_per_shot']:.0f}",
     )
 
 

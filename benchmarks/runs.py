@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from benchmarks.simulated import COMMIT, events, prepare
 ROOT = Path(__file__).parent.parent
 RUN_ID_VARIABLE = "VIDGEN_BENCHMARK_RUN"
 """Environment variable of all processes of a run, to find processes that are left over."""
-POLL_S = 0.1
+POLL_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class Run:
     """Seconds from the start of the process to the first stage."""
     total_s: float
     """Seconds from the start of the process to its end."""
+    cpu_s: float
+    """CPU seconds of all processes of the run, those of Ray included."""
     load_1_min: float
     """Load average of the machine before the run."""
 
@@ -89,13 +92,13 @@ def _run_process(case: Case, folder: Path, limit_s: float, stall_s: float) -> Ru
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), RUN_ID_VARIABLE: run_id}
     # With the seconds that an earlier run has measured, the plan would be another one.
     environment["VIDGEN_CACHE"] = str(folder / "cache")
-    started = time.time()
+    started, times = time.time(), CpuTimes(run_id)
     with open(folder / "log.txt", "wb") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            reason = _wait(process, folder, limit_s, stall_s)
+            reason = _wait(process, folder, limit_s, stall_s, times)
         finally:
             total_s = time.time() - started
             _stop(process, run_id)
@@ -108,20 +111,42 @@ def _run_process(case: Case, folder: Path, limit_s: float, stall_s: float) -> Ru
         reason = "exited with code 0 before all shots were done"
     if reason is not None:
         message = f"{reason}; {committed} of {case.shots} shots done" if recorded else reason
-        return Run(None, message, None, total_s, load)
+        return Run(None, message, None, total_s, times.total_s, load)
     try:
         measured = efficiency(recorded, case.gpus)
     except ValueError as error:
-        return Run(None, str(error), None, total_s, load)
-    return Run(measured, None, measured.first_start - started, total_s, load)
+        return Run(None, str(error), None, total_s, times.total_s, load)
+    return Run(measured, None, measured.first_start - started, total_s, times.total_s, load)
 
 
-def _wait(process: subprocess.Popen[bytes], folder: Path, limit_s: float, stall_s: float) -> str | None:
+class CpuTimes:
+    """CPU times of the processes of a run, as last sampled: the parents of Ray's processes do not wait for them."""
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._is_own: dict[psutil.Process, bool] = {}
+        self._seconds: dict[psutil.Process, float] = {}
+
+    def sample(self) -> None:
+        for process in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if process not in self._is_own:
+                    self._is_own[process] = process.environ().get(RUN_ID_VARIABLE) == self._run_id
+                if self._is_own[process]:
+                    self._seconds[process] = sum(process.cpu_times()[:2])
+
+    @property
+    def total_s(self) -> float:
+        return sum(self._seconds.values())
+
+
+def _wait(process: subprocess.Popen[bytes], folder: Path, limit_s: float, stall_s: float, times: CpuTimes) -> str | None:
     """Wait for the process to exit. Returns the reason if it must be stopped, else `None`."""
     started = last_event = time.monotonic()
     last_size = -1
     while process.poll() is None:
         now = time.monotonic()
+        times.sample()
         size = sum(file.stat().st_size for file in (folder / "events").iterdir())
         if size != last_size:
             last_size, last_event = size, now

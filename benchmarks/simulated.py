@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -334,10 +335,16 @@ class Models:
         return {}
 
 
+@cache
 def gradient(shape: tuple[int, ...], value: int) -> NDArray[np.uint8]:
-    """Return pixels (..., H, W, 3) whose columns have different values, from `value` on, as those of an image."""
+    """Return pixels (..., H, W, 3) whose columns have different values, from `value` on, as those of an image.
+
+    Each process makes them once: the work of real models is not measured.
+    """
     row = (np.arange(shape[-2]) + value).astype(np.uint8).repeat(shape[-1])
-    return np.broadcast_to(row, (math.prod(shape[:-2]), row.size)).copy().reshape(shape)
+    pixels = np.broadcast_to(row, (math.prod(shape[:-2]), row.size)).copy().reshape(shape)
+    pixels.flags.writeable = False
+    return pixels
 
 
 def shot_ids(shots: int) -> list[str]:
