@@ -11,9 +11,10 @@ from tests.stages.fake_gpu import GPU, FakeGpu, host_bytes
 from tests.stages.test_parity import gradient_image
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.planner import layout
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.planner.gpu_memory import actors_of
-from vidgen_ray.planner.layout import GPU_PROCESS_HOST_GB, WorkerProcess
+from vidgen_ray.planner.layout import GPU_PROCESS_HOST_GB, PROCESS_HOST_GB, Actor, WorkerProcess
 from vidgen_ray.render.weights_on_gpu import WeightSwapper
 from vidgen_ray.stages import flux, memory_table
 from vidgen_ray.stages.base import Item
@@ -109,3 +110,12 @@ def test_planned_host_memory_and_copies_are_those_of_the_code(
     for name, stage in stages.items():
         linked = stage.work(profile.options_of(type(stage)).model_copy(update={"dtype": "float32"})).linked_bytes
         assert copied[name] == pytest.approx(linked * stage.weight_copies(shot), rel=0.01), name
+
+
+def test_host_memory_counts_the_rounding_of_pinned_blocks(monkeypatch):
+    actors = [Actor("a", ("a",), 0, 1.0, gpu_gb, host_gb=10.0, cpus=1.0, swappable=True) for gpu_gb in (0.0, 20.0)]
+    processes = [WorkerProcess((actor,), groups) for actor, groups in zip(actors, ((), ((actors[1],),)), strict=True)]
+    for exact, factor in ((True, 1.0), (False, 1.56)):
+        monkeypatch.setattr(layout, "pins_exact_sizes", lambda exact=exact: exact)
+        host_gb = [WorkerProcess(process.actors, process.swap_groups).host_gb for process in processes]
+        assert host_gb == pytest.approx([PROCESS_HOST_GB + 10, GPU_PROCESS_HOST_GB + factor * 30])

@@ -2,11 +2,14 @@
 
 import ctypes
 import math
+import shutil
+import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.worker import gpu_of_process
@@ -14,11 +17,21 @@ from vidgen_ray.errors import OutOfMemory
 from vidgen_ray.graph import STAGES
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.profile import load_profile
-from vidgen_ray.render.oom_fallback import ALLOCATOR, MEMORY_FREED, OomFallback, is_out_of_memory, prepare_gpu
+from vidgen_ray.render import oom_fallback
+from vidgen_ray.render.oom_fallback import (
+    EXACT_PINNED_BLOCKS,
+    EXPANDABLE_SEGMENTS,
+    MEMORY_FREED,
+    OomFallback,
+    is_out_of_memory,
+    prepare_gpu,
+)
 from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.stages.svd import SVDParams, SVDStage
+from vidgen_ray.system import free_memory
+from vidgen_ray.system.free_memory import pins_exact_sizes
 
 SHOT = Shot(prompt="a")
 OOM = "CUDA out of memory. Tried to allocate 9.00 GiB"
@@ -135,15 +148,68 @@ def test_failed_allocations_do_not_count_as_a_broken_context(message, out_of_mem
     assert CallResult.of_failure(StepFailed("svd", error)).context_broken is context_broken
 
 
-def test_process_that_shares_a_gpu_is_limited_to_its_share(monkeypatch):
-    settings = []
-    memory = SimpleNamespace(_set_allocator_settings=settings.append)
-    cuda = SimpleNamespace(is_available=lambda: True, memory=memory, set_per_process_memory_fraction=settings.append)
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+@pytest.fixture
+def torch_on_a_gpu(monkeypatch):
+    """Replace torch by one with a GPU that records its settings."""
+    torch = Mock(__version__="2.11.0")
+    monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
+    return torch.cuda
+
+
+def test_process_that_shares_a_gpu_is_limited_to_its_share(torch_on_a_gpu):
     prepare_gpu(1)
+    assert not torch_on_a_gpu.set_per_process_memory_fraction.called
     prepare_gpu(0.4)
-    assert settings == [ALLOCATOR, ALLOCATOR, 0.4]
+    torch_on_a_gpu.set_per_process_memory_fraction.assert_called_once_with(0.4)
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "on_wsl", "expected"),
+    [
+        ("2.10.0", False, EXPANDABLE_SEGMENTS),
+        ("2.12.1+cu128", False, EXPANDABLE_SEGMENTS),
+        ("2.12.1+cu128", True, None),
+        ("2.13.0", True, EXACT_PINNED_BLOCKS),
+        ("2.13.0+cu130", False, f"{EXPANDABLE_SEGMENTS},{EXACT_PINNED_BLOCKS}"),
+        ("3.0.0a0+git", False, f"{EXPANDABLE_SEGMENTS},{EXACT_PINNED_BLOCKS}"),
+        ("unknown", False, EXPANDABLE_SEGMENTS),
+    ],
+)
+def test_allocator_settings_by_version_of_torch(torch_on_a_gpu, monkeypatch, tmp_path, torch_version, on_wsl, expected):
+    monkeypatch.setattr(free_memory, "version", lambda package: torch_version)
+    monkeypatch.setattr(oom_fallback, "WSL_DEVICE", tmp_path if on_wsl else tmp_path / "none")
+    pins_exact_sizes.cache_clear()
+    prepare_gpu(1)
+    pins_exact_sizes.cache_clear()
+    assert [call.args for call in torch_on_a_gpu.memory._set_allocator_settings.call_args_list] == [(expected,)] * bool(
+        expected
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError("Unrecognized key"), RuntimeError("Unrecognized key"), AttributeError("no name")])
+def test_refused_allocator_settings_stop_no_worker(torch_on_a_gpu, error):
+    torch_on_a_gpu.memory._set_allocator_settings.side_effect = error
+    with pytest.warns(
+        UserWarning, match=r"torch 2.11.0 does not accept the allocator settings expandable_segments:True.*(key|name)"
+    ):
+        prepare_gpu(0.4)
+    assert torch_on_a_gpu.set_per_process_memory_fraction.called
+
+
+def test_blocks_of_pinned_memory_are_as_large_as_their_tensors(tmp_path):
+    """By torch's own allocator, compiled with its headers."""
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("needs g++")
+    torch_folder = Path(torch.__file__).parent
+    include, libraries = torch_folder / "include", torch_folder / "lib"
+    source = Path(__file__).with_name("pinned_blocks.cpp")
+    options = "-std=c++20", "-w", f"-I{include}", f"-L{libraries}", f"-Wl,-rpath,{libraries}"
+    subprocess.run([compiler, *options, source, "-lc10", "-ltorch_cpu", "-o", tmp_path / "blocks"], check=True)
+    # Without the segments of the GPU, which only the parser of CUDA knows.
+    pinned = EXACT_PINNED_BLOCKS if pins_exact_sizes() else ""
+    done = subprocess.run([tmp_path / "blocks", pinned], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_worker_without_a_gpu_driver_does_not_import_torch(monkeypatch):

@@ -114,7 +114,8 @@ GB = 2**30
 """Bytes per GB, as used by GPU vendors and torch."""
 ASSUMED_CPUS_PER_GPU = 16
 """CPUs per GPU for clusters given as text, which has no CPU counts."""
-GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+WSL_DEVICE = Path("/dev/dxg")
+GPU_DEVICES = (Path("/dev/nvidiactl"), WSL_DEVICE)
 """Device files of NVIDIA's driver on Linux and on WSL2."""
 POOL = re.compile(r"(?:(\d+)x)?(\d+)x(?:(\d+(?:\.\d+)?)GB|([A-Z][A-Z0-9-]*))", re.IGNORECASE)
 WITHOUT_X = re.compile(r"(\d+)?([A-Z][A-Z0-9-]*)", re.IGNORECASE)

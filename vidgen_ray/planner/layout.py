@@ -11,6 +11,8 @@ from itertools import chain, combinations
 from math import ceil
 from typing import Literal, TypeVar
 
+from vidgen_ray.system.free_memory import pins_exact_sizes
+
 Kind = Literal["fused", "staged", "hybrid"]
 
 
@@ -125,6 +127,9 @@ PROCESS_HOST_GB = 0.4
 """Host memory of a process without a GPU: torch and other libraries."""
 GPU_PROCESS_HOST_GB = 2.0
 """Host memory of a process with a GPU: also the CUDA libraries, and images and frames on their way."""
+ROUNDED_PINNED = 1.56
+"""Host memory of FLUX's pinned weights divided by their size, where torch rounds blocks up to powers of two. The largest factor
+of all models."""
 SHOTS_PER_SWAP = 8
 """Shots that one group of stages processes before its weights are swapped for those of another group."""
 EPSILON = 1e-6
@@ -198,7 +203,8 @@ class WorkerProcess:
         """Host memory needed in GB after loading. The weights of all groups have a copy in host memory."""
         own = GPU_PROCESS_HOST_GB if self.gpu_gb else PROCESS_HOST_GB
         swapped = sum(actor.gpu_gb - actor.copied_gb for group in self.swap_groups for actor in group)
-        return self.gpus * (own + sum(actor.host_gb for actor in self.actors) + swapped)
+        held = sum(actor.host_gb for actor in self.actors) + swapped
+        return self.gpus * (own + (held if not self.gpu_gb or pins_exact_sizes() else held * ROUNDED_PINNED))
 
     @cached_property
     def load_gb(self) -> float:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
 from vidgen_ray.errors import OutOfMemory
-from vidgen_ray.planner.cluster import GB
+from vidgen_ray.planner.cluster import GB, WSL_DEVICE
 from vidgen_ray.planner.gpu_memory import changed_options, too_large
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
-from vidgen_ray.system.free_memory import free_gpu_bytes, free_gpu_memory
+from vidgen_ray.system.free_memory import free_gpu_bytes, free_gpu_memory, pins_exact_sizes
 
 R = TypeVar("R")
 
-ALLOCATOR = "expandable_segments:True,pinned_max_round_threshold_mb:1"
-"""Settings of torch's allocators, see `prepare_gpu`."""
+EXPANDABLE_SEGMENTS = "expandable_segments:True"
+"""Wastes less GPU memory on fragmentation. Fails on WSL2."""
+EXACT_PINNED_BLOCKS = "pinned_max_round_threshold_mb:1,pinned_max_cached_size_mb:1"
+"""Blocks of pinned host memory above 1 MB are not rounded up to a power of two, which would take half as much again for the
+weights of FLUX. They are not cached either: torch 2.13 would give a freed block to a larger tensor (pytorch #192722)."""
 MEMORY_FREED = "memory freed"
 """Recorded for a step that succeeded with unchanged settings after unused memory was freed."""
 OUT_OF_MEMORY = (
@@ -141,10 +145,9 @@ def total_gpu_gb() -> float | None:
 
 
 def prepare_gpu(share: float) -> None:
-    """Set up torch's allocator for this process, which holds `share` of a GPU. Does nothing without a GPU.
+    """Set up torch's allocators for this process, which holds `share` of a GPU. Does nothing without a GPU.
 
-    Expandable segments waste less memory on fragmentation. Blocks of pinned host memory above 1 MB are not rounded up to a
-    power of two, which would take half as much again for the weights of FLUX. A process that shares a GPU is limited to its
+    Warns if torch does not know the settings: then the process needs more memory. A process that shares a GPU is limited to its
     share, so that it runs out of memory before it takes that of the others.
     """
     if not has_cuda_driver():
@@ -153,9 +156,19 @@ def prepare_gpu(share: float) -> None:
 
     if not torch.cuda.is_available():
         return
-    torch.cuda.memory._set_allocator_settings(ALLOCATOR)
+    if settings := allocator_settings():
+        try:
+            torch.cuda.memory._set_allocator_settings(settings)
+        except Exception as error:
+            warnings.warn(f"torch {torch.__version__} does not accept the allocator settings {settings}: {error}", stacklevel=2)
     if share < 1:
         torch.cuda.set_per_process_memory_fraction(share)
+
+
+def allocator_settings() -> str:
+    """Return the settings of torch's allocators for this machine and version of torch, in torch's notation."""
+    expandable = () if WSL_DEVICE.exists() else (EXPANDABLE_SEGMENTS,)
+    return ",".join((*expandable, EXACT_PINNED_BLOCKS) if pins_exact_sizes() else expandable)
 
 
 def has_cuda_driver() -> bool:

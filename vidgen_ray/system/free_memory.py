@@ -3,6 +3,8 @@
 import gc
 import sys
 from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
@@ -40,6 +42,18 @@ def free_host_bytes() -> float:
         limit = int((CGROUP / "memory.max").read_text())
         limits.append(limit - int((CGROUP / "memory.current").read_text()))
     return min(limits)
+
+
+@cache
+def pins_exact_sizes() -> bool:
+    """Return whether torch can be set to pin host memory in blocks of the size that is asked for: since 2.13.
+
+    Earlier versions round each block up to a power of two. False if the version is unknown.
+    """
+    with suppress(PackageNotFoundError, ValueError):
+        major, minor, *_ = version("torch").split(".")
+        return (int(major), int(minor)) >= (2, 13)
+    return False
 
 
 def free_gpu_memory() -> None:
