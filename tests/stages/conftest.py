@@ -23,3 +23,19 @@ PASSING = {
 @pytest.fixture(autouse=True, scope="session")
 def small_images_for_qwen():
     use_small_images()
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    """A backend of torch.compile that counts graphs and generates no code."""
+    import torch._dynamo
+    from torch._dynamo.testing import CompileCounter
+
+    from vidgen_ray.stages import speed
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    counter = CompileCounter()
+    monkeypatch.setattr(speed, "COMPILE_BACKEND", counter)
+    yield counter
+    torch._dynamo.reset()

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers.pipelines import pipeline_utils
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vidgen_ray.stages import loading
 
@@ -9,6 +10,8 @@ GPU = "cpu:0"
 """A device that stages do not take for the CPU. torch computes on it like on the CPU."""
 OFFSET = 64
 """Numbers in front of a tensor on the GPU, by which it is recognised."""
+PINNED_OFFSET = 32
+"""The same for a tensor in pinned host memory."""
 
 
 class FakeGpu:
@@ -24,6 +27,7 @@ class FakeGpu:
         monkeypatch.setattr(loading, "_on_device", self._to_gpu)
         monkeypatch.setattr(loading, "_pinned_copy", self._to_host)
         monkeypatch.setattr(loading, "_is_on_host", lambda tensor: not is_on_gpu(tensor))
+        monkeypatch.setattr(loading, "_is_pinned", is_pinned)
         monkeypatch.setattr(pipeline_utils, "SUPPORTED_DEVICE_MAP", [GPU])
         monkeypatch.setattr(torch.nn.Module, "to", _to(torch.nn.Module.to))
 
@@ -38,10 +42,11 @@ class FakeGpu:
 
     @property
     def on_gpu(self):
-        return frozenset(name for name, network in self.networks.items() if any(map(is_on_gpu, network.parameters())))
+        return frozenset(name for name, network in self.networks.items() if any(map(is_on_gpu, tensors_of(network))))
 
-    def _to_gpu(self, host, device):
+    def _to_gpu(self, host, device, *, non_blocking):
         assert device == GPU
+        assert not non_blocking or is_pinned(host), "a copy from pageable memory is not asynchronous"
         self.copies.append("to gpu")
         self.copied_bytes += host.nbytes
         tensor = gpu_copy(host)
@@ -51,14 +56,20 @@ class FakeGpu:
 
     def _to_host(self, tensor):
         self.copies.append("to host")
-        return tensor.data.clone()
+        return copy_at(PINNED_OFFSET, tensor.data)
+
+
+def tensors_of(network):
+    """Return the plain tensors of a network: parameters and buffers, and those that quantised ones consist of."""
+    tensors = (*network.parameters(), *network.buffers())
+    return [plain for tensor in tensors for plain in loading._plain_tensors(tensor)]
 
 
 def host_bytes(networks):
     """Return the bytes of weights in host memory: of those that are there, and copies of those on the GPU."""
     held = {}
     for network in networks:
-        for tensor in (*network.parameters(), *network.buffers()):
+        for tensor in tensors_of(network):
             host = getattr(tensor, loading._COPY, None) if is_on_gpu(tensor) else tensor
             if host is not None:
                 held[host.data_ptr()] = host.nbytes
@@ -66,7 +77,16 @@ def host_bytes(networks):
 
 
 def gpu_copy(host):
-    return host.new_empty(OFFSET + host.numel())[OFFSET:].view(host.shape).copy_(host)
+    """Return a copy on the GPU. A quantised tensor becomes one that was made there."""
+    if not is_traceable_wrapper_subclass(host):
+        return copy_at(OFFSET, host)
+    names, context = host.__tensor_flatten__()
+    plain = {name: gpu_copy(getattr(host, name)) for name in names}
+    return type(host).__tensor_unflatten__(plain, context, host.size(), host.stride())
+
+
+def copy_at(offset, tensor):
+    return tensor.new_empty(offset + tensor.numel())[offset:].view(tensor.shape).copy_(tensor)
 
 
 def _to(original):
@@ -79,4 +99,8 @@ def _to(original):
 
 
 def is_on_gpu(tensor):
-    return tensor.storage_offset() == OFFSET
+    return all(plain.storage_offset() == OFFSET for plain in loading._plain_tensors(tensor))
+
+
+def is_pinned(tensor):
+    return tensor.storage_offset() == PINNED_OFFSET

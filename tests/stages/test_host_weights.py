@@ -4,6 +4,7 @@ The GPU is simulated, or a meta device stands for it. Results with moved weights
 on the CPU with the same kernels, whose sums do not depend on addresses.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -12,18 +13,22 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from diffusers.pipelines import pipeline_utils
 from peft import LoraConfig, inject_adapter_in_model
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.stages.conftest import PASSING
-from tests.stages.fake_gpu import GPU, FakeGpu
+from tests.stages.fake_gpu import GPU, FakeGpu, is_on_gpu, is_pinned, tensors_of
 from tests.stages.test_parity import gradient_image, loaded
+from vidgen_ray.bench.tiny_networks import write_random_lora
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.nets import weight_files
-from vidgen_ray.stages import loading
+from vidgen_ray.stages import flux_model, loading, speed
 from vidgen_ray.stages.base import Item
+from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.loading import move_networks
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.wan import WanStage
@@ -66,7 +71,7 @@ def test_adapters_that_are_loaded_and_changed_later_stay_correct(gpu):
     x = torch.ones(2, 3)
     for value in (0.5, 0.25):
         for factor in factors:
-            factor.data = loading._on_device(torch.full_like(factor, value), GPU)
+            factor.data = loading._on_device(torch.full_like(factor, value), GPU, non_blocking=False)
         expected = adapted(x)
         move_networks([adapted], "cpu")
         assert torch.equal(adapted(x), expected)
@@ -133,6 +138,94 @@ def test_offloaded_parts_take_turns_and_are_copied_in_one_direction(tiny, make_s
         weights, expected = (each.state_dict() for each in (network, reference.pipe.components[name]))
         assert weights.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[key]) for key, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("lora", {"text_encoder": "swapped"}), ("klein", {"cpu_offload": True}), ("wan", {"cpu_offload": True})],
+)
+def test_weights_that_move_in_a_call_can_be_changed_by_a_hot_swap(tiny, make_shot, gpu, monkeypatch, tmp_path, name, options):
+    """LoRAs are replaced in place, also by ones of lower rank. The networks are not compiled here: they run as they are."""
+    monkeypatch.setattr(speed, "compile_blocks", lambda *_: None)
+    stage, reference = (
+        loaded(STAGE_BY_NAME[name], tiny, device=device, compile=True, **own) for device, own in ((GPU, options), ("cpu", {}))
+    )
+    pipe = reference.model.text_to_image if name == "lora" else reference.pipe
+    plain = copy.deepcopy(pipe.transformer)
+    field = "video_lora" if name == "wan" else "lora"
+    image = gradient_image(64, 64)
+    for number, rank in enumerate((16, 32, 16)):
+        write_random_lora(plain, file := tmp_path / f"{number}.safetensors", number, rank=rank)
+        # A prompt that is new, so that T5 takes its turn.
+        shot = make_shot(
+            **{**PASSING[name], "prompt": f"prompt {number}", "width": 64, "height": 64, field: [{"path": str(file)}]}
+        )
+        item = Item(shot, {"image": image})
+        (result,), (expected,) = (each(item).values() for each in (stage, reference))
+        assert np.abs(result.astype(int) - expected).max() <= 1
+
+
+def test_weights_that_move_in_a_call_compile_nothing_again(tiny, make_shot, gpu, counter):
+    stage = loaded(FluxStage, tiny, device=GPU, text_encoder="swapped", compile=True)
+    stage(Item(make_shot(width=64, prompt="a")))
+    graphs = counter.frame_count
+    assert graphs > 0
+    # A prompt that is new, and one that is known after the networks took turns.
+    stage(Item(make_shot(width=64, prompt="b")))
+    stage.move("cpu")
+    stage.move(GPU)
+    stage(Item(make_shot(width=64, prompt="a")))
+    assert counter.frame_count == graphs
+
+
+def test_weights_of_several_tensors_move_as_these(gpu):
+    """As those of torchao, which consist of values and scales."""
+    net = network()
+    net[0].weight = torch.nn.Parameter(TwoTensor(net[0].weight.data, net[0].weight.data.clone()), requires_grad=False)
+    values, scales = net[0].weight.a, net[0].weight.b
+    before = values.clone()
+    for device, has_moved in ((GPU, is_on_gpu), ("cpu", is_pinned), (GPU, is_on_gpu)):
+        with torch.inference_mode():
+            move_networks([net], device)
+        assert all(map(has_moved, tensors_of(net)))
+        assert (net[0].weight.a is values, net[0].weight.b is scales) == (True, True)
+        assert torch.equal(values, before)
+        assert not any(tensor.is_inference() for tensor in tensors_of(net))
+
+
+def test_weights_of_torchao_move_in_a_call(tiny, make_shot, gpu, monkeypatch):
+    """When T5 takes its turn."""
+    torchao = pytest.importorskip("torchao.quantization")
+
+    def quantised(params):
+        model = FluxTransformer2DModel.from_pretrained(str(params.weights / "transformer"), torch_dtype=torch.bfloat16)
+        torchao.quantize_(model, torchao.Float8WeightOnlyConfig())
+        # As diffusers loads it: on the GPU.
+        return {"transformer": model.to(params.device)}
+
+    monkeypatch.setattr(flux_model, "_fp8_transformer", quantised)
+    options = {"quantize": "fp8", "dtype": "bfloat16", "compile": True}
+    monkeypatch.setattr(speed, "compile_blocks", lambda *_: None)
+    reference = loaded(FluxStage, tiny, **options)
+    stage = loaded(FluxStage, tiny, device=GPU, text_encoder="swapped", **options)
+    pipe = stage.model.text_to_image
+    gpu.watch(pipe)
+    weights = tensors_of(pipe.transformer)
+    assert len(weights) > len([*pipe.transformer.parameters(), *pipe.transformer.buffers()])
+    item = Item(make_shot(width=64))
+    for first in (True, False):
+        gpu.forget()
+        assert np.array_equal(stage(item)["image"], reference(item)["image"])
+        assert gpu.on_gpu >= {"transformer", "vae"}
+        assert not any(is_on_gpu(tensor) for tensor in tensors_of(pipe.text_encoder_2))
+        # The first turn makes the copies on the host.
+        assert gpu.copies.count("to host") == (len(weights) if first else 0)
+        assert gpu.copies.count("to gpu") == (len(weights) + len(tensors_of(pipe.text_encoder_2)) if first else 0)
+        stage.move("cpu")
+        assert not gpu.on_gpu
+        assert all(map(is_pinned, weights))
+        stage.move(GPU)
+        assert all(tensor is weight for tensor, weight in zip(tensors_of(pipe.transformer), weights, strict=True))
 
 
 PRODUCTS = """

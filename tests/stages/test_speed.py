@@ -8,14 +8,13 @@ import pytest
 import torch
 import torch._dynamo
 from safetensors.torch import load_file, save_file
-from torch._dynamo.testing import CompileCounter
 
 from tests.stages.conftest import PASSING
 from tests.stages.test_parity import gradient_image, levels_apart
 from vidgen_ray.bench.tiny_networks import write_random_lora
 from vidgen_ray.errors import Cancelled, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.stages import flux_model, speed
+from vidgen_ray.stages import flux_model
 from vidgen_ray.stages.base import Item, pixels_to_uint8, progress_callback
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
 from vidgen_ray.stages.svd import SVDStage
@@ -40,17 +39,6 @@ def image_of(stage, shot, **artefacts):
 def plain(tiny):
     with FluxStage(tiny.params(FluxStage)) as stage:
         yield stage
-
-
-@pytest.fixture
-def counter(monkeypatch):
-    """A backend of torch.compile that counts graphs and generates no code."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    counter = CompileCounter()
-    monkeypatch.setattr(speed, "COMPILE_BACKEND", counter)
-    yield counter
-    torch._dynamo.reset()
 
 
 def test_exact_options_change_only_the_rounding(tiny, make_shot):

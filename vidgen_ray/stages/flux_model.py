@@ -254,6 +254,11 @@ def _fp8_transformer(params: FluxParams) -> dict[str, Any]:
     folder, dtype = params.weights / "transformer", torch_dtype(params.dtype)
     with library_errors(f"{folder}: cannot be loaded with quantize: fp8"):
         transformer = FluxTransformer2DModel.from_pretrained(
-            str(folder), quantization_config=config, dtype=dtype, local_files_only=True, use_safetensors=True
+            str(folder),
+            quantization_config=config,
+            dtype=dtype,
+            device_map=params.device,
+            local_files_only=True,
+            use_safetensors=True,
         )
     return {"transformer": transformer}

@@ -144,27 +144,35 @@ def move_networks(networks: Iterable[Any], device: str) -> None:
     """
     import torch
 
-    for network in networks:
-        if not isinstance(network, torch.nn.Module):
-            continue
-        tensors = [*network.named_parameters(), *network.named_buffers()]
-        if not all(_is_plain(tensor) for _, tensor in tensors):
-            # Quantised tensors are classes of their own, whose data cannot be replaced, or which have scales in addition.
-            network.to(device)
-            continue
-        for name, tensor in tensors:
-            if device == "cpu":
-                _to_host(name, tensor)
-            else:
-                _to_gpu(name, tensor, device)
+    # In inference mode, weights would become tensors that cannot be changed outside of it, as those of LoRAs are, and for which
+    # networks are compiled again.
+    with torch.inference_mode(False), torch.no_grad():
+        for network in networks:
+            if not isinstance(network, torch.nn.Module):
+                continue
+            for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+                for plain in _plain_tensors(tensor):
+                    if device == "cpu":
+                        _to_host(name, plain)
+                    else:
+                        _to_gpu(name, plain, device)
     if device != "cpu" and torch.cuda.is_available():
         torch.cuda.synchronize(device)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    import torch
+def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the tensor, or those that a quantised one consists of, such as values and scales.
 
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and type(tensor.data) is torch.Tensor
+    The quantised tensor itself keeps the device with which it was made.
+    """
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _plain_tensors(getattr(tensor, name))
 
 
 def _to_host(name: str, tensor: torch.Tensor) -> None:
@@ -183,7 +191,7 @@ def _to_gpu(name: str, tensor: torch.Tensor, device: str) -> None:
     # Adapters may change in place while they are on the GPU.
     is_kept = ADAPTER not in name
     host = _pinned_copy(tensor) if is_kept and not _is_pinned(tensor) else tensor.data
-    tensor.data = _on_device(host, device)
+    tensor.data = _on_device(host, device, non_blocking=_is_pinned(host))
     setattr(tensor, _COPY, host if is_kept else None)
 
 
@@ -198,8 +206,8 @@ def _is_pinned(tensor: torch.Tensor) -> bool:
     return not torch.cuda.is_available() or tensor.is_pinned()
 
 
-def _on_device(host: torch.Tensor, device: str) -> torch.Tensor:
-    return host.to(device, non_blocking=True)
+def _on_device(host: torch.Tensor, device: str, *, non_blocking: bool) -> torch.Tensor:
+    return host.to(device, non_blocking=non_blocking)
 
 
 def _pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
