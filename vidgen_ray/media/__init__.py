@@ -4,10 +4,14 @@ Encoding is deterministic: with the same FFmpeg, the same pixels give the same b
 PyAV is imported with the first video: most processes open none.
 """
 
-from vidgen_ray.media.decode import VideoReader, decode_lossless, open_foreign_video, open_video
-from vidgen_ray.media.encode import Mp4Settings, Mp4Writer, encode_lossless
-from vidgen_ray.media.images import centre_crop, cover_crop, encode_png, image_size, read_image, verify_image, write_png
-from vidgen_ray.media.media_file import CLIP_SUFFIXES, IMAGE_FORMATS, FileMetadata
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vidgen_ray.media.decode import VideoReader, decode_lossless, open_foreign_video, open_video
+    from vidgen_ray.media.encode import Mp4Settings, Mp4Writer, encode_lossless
+    from vidgen_ray.media.images import centre_crop, cover_crop, encode_png, image_size, read_image, verify_image, write_png
+    from vidgen_ray.media.media_file import CLIP_SUFFIXES, IMAGE_FORMATS, FileMetadata
 
 __all__ = [
     "CLIP_SUFFIXES",
@@ -28,3 +32,30 @@ __all__ = [
     "verify_image",
     "write_png",
 ]
+
+# Imported lazily: those who read profiles need no pixels.
+_MODULES = {
+    "centre_crop": "images",
+    "CLIP_SUFFIXES": "media_file",
+    "cover_crop": "images",
+    "decode_lossless": "decode",
+    "encode_lossless": "encode",
+    "encode_png": "images",
+    "FileMetadata": "media_file",
+    "IMAGE_FORMATS": "media_file",
+    "image_size": "images",
+    "Mp4Settings": "encode",
+    "Mp4Writer": "encode",
+    "open_foreign_video": "decode",
+    "open_video": "decode",
+    "read_image": "images",
+    "verify_image": "images",
+    "VideoReader": "decode",
+    "write_png": "images",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

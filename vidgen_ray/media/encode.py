@@ -9,8 +9,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from vidgen_ray.errors import MediaError, StrictModel
@@ -19,6 +17,7 @@ from vidgen_ray.stages.base import Frames
 
 if TYPE_CHECKING:
     import av
+    from numpy.typing import NDArray
 
 CHECKSUM_TAG = "PIXELS_CRC32"
 
@@ -96,6 +95,7 @@ class VideoWriter:
         Raises MediaError if the frames have another size or type than the file, WriteError if they cannot be written.
         """
         import av
+        import numpy as np
 
         kind = "uint8" if self._input_format == "rgb24" else "uint16"
         if frames.dtype != kind or frames.shape[1:] != self._shape:
@@ -221,4 +221,7 @@ def encode_lossless(path: Path, frames: Frames, fps: int | Fraction) -> None:
 
 def checksum(frames: Frames) -> str:
     """Return the CRC-32 of the pixels as 8 hexadecimal digits."""
+
+    import numpy as np
+
     return f"{zlib.crc32(np.ascontiguousarray(frames).data):08x}"

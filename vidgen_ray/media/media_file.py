@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from uuid import UUID
 
-from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
-
 from vidgen_ray.errors import MediaError, WriteError
 from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_PIXELS
 
@@ -160,6 +157,10 @@ def append_xmp(path: Path, xmp: str) -> None:
 
 def read_xmp(path: Path) -> str | None:
     """Return the XMP packet of an image or a video, or `None` if it has none. Raises MediaError if it is neither."""
+
+    from PIL import Image as PILImage
+    from PIL import UnidentifiedImageError
+
     check_is_file(path)
     with wrap_errors(f"{path}: cannot be read"), path.open("rb") as file:
         start = file.read(12)

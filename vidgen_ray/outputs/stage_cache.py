@@ -6,10 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import numpy as np
-
+from vidgen_ray import media
 from vidgen_ray.errors import MediaError, WriteError
-from vidgen_ray.media import decode_lossless, encode_lossless, read_image, write_png
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Likeness
 from vidgen_ray.system.cache_dir import sha256_of
@@ -114,7 +112,7 @@ def entry_path(key: str) -> str:
 
 def _write_artefacts(folder: Path, artefacts: Artefacts) -> None:
     if "image" in artefacts:
-        write_png(folder / "image.png", artefacts["image"])
+        media.write_png(folder / "image.png", artefacts["image"])
     if "face" in artefacts:
         (folder / "face.json").write_text(face_to_json(artefacts["face"]))
     if "image_likeness" in artefacts:
@@ -122,7 +120,7 @@ def _write_artefacts(folder: Path, artefacts: Artefacts) -> None:
     if "clip_likeness" in artefacts:
         (folder / "clip_likeness.json").write_text(likeness_to_json(artefacts["clip_likeness"]))
     if "frames" in artefacts:
-        encode_lossless(folder / "frames.mkv", artefacts["frames"], fps=1)
+        media.encode_lossless(folder / "frames.mkv", artefacts["frames"], fps=1)
 
 
 def _identity(folder: Path, key: str) -> str:
@@ -141,7 +139,7 @@ def _read_entry(folder: Path, key: str) -> Artefacts:
 def _read_artefacts(folder: Path) -> Artefacts:
     out: Artefacts = {}
     if (file := folder / "image.png").exists():
-        out["image"] = read_image(file)
+        out["image"] = media.read_image(file)
     if (file := folder / "face.json").exists():
         out["face"] = face_from_json(file.read_text())
     if (file := folder / "image_likeness.json").exists():
@@ -149,7 +147,7 @@ def _read_artefacts(folder: Path) -> Artefacts:
     if (file := folder / "clip_likeness.json").exists():
         out["clip_likeness"] = likeness_from_json(file.read_text())
     if (file := folder / "frames.mkv").exists():
-        out["frames"] = decode_lossless(file)
+        out["frames"] = media.decode_lossless(file)
     return out
 
 
@@ -168,6 +166,8 @@ def face_to_json(face: FaceFeatures) -> str:
 
 
 def face_from_json(text: str) -> FaceFeatures:
+    import numpy as np
+
     data = json.loads(text)
     return FaceFeatures(
         embeddings={recogniser: np.array(values, np.float32) for recogniser, values in data["embeddings"].items()},

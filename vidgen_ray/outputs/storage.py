@@ -19,8 +19,6 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from more_itertools import batched
-
 from vidgen_ray.errors import SetupError
 from vidgen_ray.system import files
 
@@ -59,6 +57,8 @@ class Storage(ABC):
 
     def read_each(self, paths: Iterable[str]) -> Iterator[bytes | None]:
         """Yield the content of each file, or `None`, in order. Sends concurrent requests to an object store."""
+        from more_itertools import batched
+
         with ThreadPoolExecutor(REQUESTS_AT_ONCE if self.local is None else 1) as pool:
             for batch in batched(paths, FILES_AT_ONCE):
                 yield from pool.map(self.read, batch)

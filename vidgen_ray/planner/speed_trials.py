@@ -13,11 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image as PILImage
 from pydantic import JsonValue, TypeAdapter
 
 from vidgen_ray.content_keys import with_local_loras
@@ -28,6 +25,10 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Item, Stage
 from vidgen_ray.system.cache_dir import CacheFile
 from vidgen_ray.system.free_memory import free_gpu_memory
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_LEVELS = 3.0
 """Mean difference of a result, in levels of 255, up to which an option is used. bfloat16 in place of float32 differs by 1."""
@@ -177,6 +178,9 @@ def try_option(trial: Trial, shots: Iterable[tuple[str, Shot]]) -> TrialResult:
 
     Raises what the stages raise without the option.
     """
+
+    import numpy as np
+
     calls = [(STAGE_BY_NAME[name], shot) for name, shot in shots]
     plain_s, plain = _timed(trial.profile, calls)
     try:
@@ -217,6 +221,10 @@ def _result(stage: Stage[Any], item: Item) -> NDArray[np.uint8]:
 
 def _item_for(stage_class: type[Stage[Any]], shot: Shot) -> Item:
     """Return the shot with invented inputs: smooth images that move, and the features of no real face."""
+
+    import numpy as np
+    from PIL import Image as PILImage
+
     random = np.random.default_rng(0)
     small = PILImage.fromarray(random.integers(0, 256, (9, 16, 3), np.uint8))
     image = np.asarray(small.resize((shot.width, shot.height), PILImage.Resampling.BICUBIC))

@@ -11,18 +11,14 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
-import httpx2
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image as PILImage
 from pydantic import Field, JsonValue, field_validator
 
+from vidgen_ray import media
 from vidgen_ray.errors import MediaError, StageError, shortened
 from vidgen_ray.limits import MAX_FRAMES
-from vidgen_ray.media import encode_png, open_foreign_video, read_image
 from vidgen_ray.remote.video_server import (
     ServerFailed,
     VideoServers,
@@ -45,6 +41,10 @@ from vidgen_ray.stages.base import (
 from vidgen_ray.stages.video import CLIP_PROMPT_FIELDS, VideoStage, prompt_of
 from vidgen_ray.video_models import VideoModel
 from vidgen_ray.weights import REMOTE
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 SPARE_BYTES = 2**20
 """Bytes of a clip or an image beside its pixels, which a server may send without compression."""
@@ -208,7 +208,7 @@ class RemoteImageStage(_RemoteStage):
             with tempfile.NamedTemporaryFile(prefix="vidgen-", suffix=".png") as file:
                 file.write(base64.b64decode(content, validate=True))
                 file.flush()
-                return {"image": read_image(Path(file.name))}
+                return {"image": media.read_image(Path(file.name))}
         except (ValueError, MediaError):
             raise ServerFailed(f"{self.params.servers[0]}: answered with no image in `b64_json`") from None
 
@@ -265,7 +265,7 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
         }
         form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
         image = item.image if self.params.send_image else None
-        png = None if image is None else encode_png(image)
+        png = None if image is None else media.encode_png(image)
         key = item.key or _digest(json.dumps(form, sort_keys=True).encode() + (png or b""))
         if image is not None:
             self._remember(self._starts, key, _thumbnail(image))
@@ -308,6 +308,8 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
 
 
 def _is_url(value: object) -> bool:
+    import httpx2
+
     try:
         url = urlsplit(text := value if isinstance(value, str) else "")
         # The resolver refuses names with empty or too long parts, such as a..b.
@@ -332,7 +334,7 @@ def _decoded(content: bytes, shot: Shot) -> Frames:
         file.write(content)
         file.flush()
         try:
-            with open_foreign_video(Path(file.name), own_process=True) as video:
+            with media.open_foreign_video(Path(file.name), own_process=True) as video:
                 got = (video.frame_count, video.width, video.height, round(float(video.fps), 2))
                 if got == (shot.num_frames, shot.width, shot.height, shot.fps):
                     return video.frames(0, video.frame_count)
@@ -345,6 +347,10 @@ def _decoded(content: bytes, shot: Shot) -> Frames:
 
 def _thumbnail(image: Image) -> NDArray[np.float32]:
     """Return the grey levels (SIDE_PX * SIDE_PX) of a small image, with mean 0 and length 1."""
+
+    import numpy as np
+    from PIL import Image as PILImage
+
     small = PILImage.fromarray(image).resize((SIDE_PX, SIDE_PX), PILImage.Resampling.BOX)
     levels = np.asarray(small, np.float32).mean(axis=2).ravel()
     levels -= levels.mean()

@@ -16,13 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import httpx2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vidgen_ray.errors import Cancelled, OtherWeights, SetupError, StageError, shortened
 from vidgen_ray.stages.base import JobRecords
+
+if TYPE_CHECKING:
+    import httpx2
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -151,6 +153,9 @@ def unusable_servers(model: str, servers: Sequence[str], key_env: str | None) ->
 
 def _models_of(server: str, headers: Mapping[str, str], timeout_s: float) -> httpx2.Response:
     """Return the response of `/v1/models`. Raises ServerDown if there is none within `timeout_s`."""
+
+    import httpx2
+
     try:
         with httpx2.Client(headers=dict(headers)) as http:
             return _fetch(http, "GET", f"{server}/v1/models", time.monotonic() + timeout_s, MAX_JSON_BYTES)
@@ -172,6 +177,9 @@ def _fetch(
 
     Raises httpx2's errors, also at the deadline, and WrongAnswer for a larger body.
     """
+
+    import httpx2
+
     now = time.monotonic()
     left_s = max(1.0, min(RESPONSE_S, deadline - now))
     timeout = httpx2.Timeout(left_s, connect=min(CONNECT_S, left_s))
@@ -221,6 +229,9 @@ class VideoServers:
     ) -> None:
         """`reported`: see `model_digest`. `servers`: its own first. `timeout_s`: of a call. `on_progress` gets percents, and
         may raise Cancelled."""
+
+        import httpx2
+
         self._model, self._reported = model, reported
         self._server, *self._others = servers
         self._timeout_s = timeout_s
@@ -376,6 +387,9 @@ class VideoServers:
 
     def _end(self, job: RemoteJob, store: JobRecords, *, is_known: bool) -> None:
         """Record that a job has ended. If the server does not know that yet, it is deleted there."""
+
+        import httpx2
+
         if not job.ended and not is_known and job.id is not None and _owner(job.server, job.id, store) == job.key:
             with suppress(httpx2.HTTPError):
                 self._http.delete(f"{job.server}/v1/videos/{job.id}", timeout=CONNECT_S)
@@ -439,6 +453,9 @@ class VideoServers:
         ServerFailed if the server does not respond while another one does, or with more than `max_bytes` (default:
         MAX_JSON_BYTES), and TimeoutError at the deadline.
         """
+
+        import httpx2
+
         failing_since: float | None = None
         # A redirected POST would become a GET.
         arguments["follow_redirects"] = method == "GET"
@@ -478,6 +495,8 @@ class VideoServers:
         raise AssertionError("pauses do not end")
 
     def _responds(self, server: str) -> bool:
+        import httpx2
+
         try:
             response = _fetch(self._http, "GET", f"{server}/v1/models", time.monotonic() + CONNECT_S, MAX_JSON_BYTES)
         except (httpx2.RequestError, WrongAnswer):

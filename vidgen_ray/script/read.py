@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from vidgen_ray import media
 from vidgen_ray.errors import FieldError, MediaError, ScriptError, StageError, VidgenError
-from vidgen_ray.media import image_size, read_image
 from vidgen_ray.nets.weight_files import FLUX, check_lora_file, check_lora_width
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.check import LineChecker
@@ -84,9 +84,9 @@ def _size_error(path: str, version: FileVersion | None, weights: str) -> VidgenE
 def _image_error(path: str, version: FileVersion | None, decode: bool) -> VidgenError | None:
     try:
         if decode:
-            read_image(Path(path))
+            media.read_image(Path(path))
         else:
-            image_size(Path(path))
+            media.image_size(Path(path))
     except MediaError as error:
         return error
     return None

@@ -18,10 +18,21 @@ from functools import partial
 from math import ceil
 from pathlib import Path
 from threading import get_ident
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypedDict, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    Protocol,
+    Self,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+)
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, JsonValue
 
 from vidgen_ray.errors import MissingWeights, StageError, StrictModel
@@ -31,12 +42,14 @@ from vidgen_ray.stages.memory_table import StageMemory, Workload
 from vidgen_ray.system.model_files import check_pipeline_folder
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 
-Image = NDArray[np.uint8]
+Image: TypeAlias = "NDArray[np.uint8]"
 """RGB, (H, W, 3), 0 to 255."""
-Frames = NDArray[np.uint8]
+Frames: TypeAlias = "NDArray[np.uint8]"
 """RGB, (T, H, W, 3), 0 to 255."""
 REFERENCE_PIXELS, REFERENCE_FRAMES = 1024 * 576, 25
 """Size of the reference shot, for which seconds are stated: 1024x576 pixels, 25 frames, default steps."""
@@ -562,6 +575,8 @@ class ChunkedStage(Stage[P]):
             return self._run_clip(shot, frames, chunk)
 
     def _run_clip(self, shot: Shot, frames: Frames, chunk: slice | None) -> Frames:
+        import numpy as np
+
         n_frames, height, width, _ = frames.shape
         scale = self.scale_factor(shot)
         whole = slice(0, frames_after(n_frames, self.frame_factor(shot))) if chunk is None else chunk
@@ -687,6 +702,9 @@ def noise_generator(seed: int) -> torch.Generator:
 
 def _require_finite(artefacts: Artefacts) -> None:
     """Raise StageError for NaN and infinity in face features and likenesses. Images are checked by `pixels_to_uint8`."""
+
+    import numpy as np
+
     arrays: list[NDArray[np.floating]] = []
     if "face" in artefacts:
         arrays += [artefacts["face"].keypoints, *artefacts["face"].embeddings.values()]

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from PIL import Image as PILImage
-
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import INSTANTID_SDXL, Shot
 from vidgen_ray.stages.base import (
@@ -301,6 +299,9 @@ class FluxRedrawStage(FluxFamilyStage):
 
     def run(self, item: Item) -> Artefacts:
         """Redraw the item's `image`. Raises StageError for less than one step."""
+
+        from PIL import Image as PILImage
+
         shot, image = item.shot, item.image
         strength = self.strength(shot)
         if strength == 0:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
-from PIL import Image as PILImage
 from pydantic import Field
 
 from vidgen_ray.shot import REFERENCE, Shot
@@ -134,6 +133,8 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
         return self.adapters.loads
 
     def run(self, item: Item) -> Artefacts:
+        from PIL import Image as PILImage
+
         shot = item.shot
         photos = item.photos if self.uses_identity(shot) else ()
         steps = DISTILLED_STEPS if self.pipe.config.is_distilled else BASE_STEPS

@@ -6,9 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-from PIL import Image as PILImage
-
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
     Artefacts,
@@ -117,6 +114,8 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
         move_networks(self.pipe.components.values(), device)
 
     def run(self, item: Item) -> Artefacts:
+        from PIL import Image as PILImage
+
         shot, image = item.shot, item.image
         if shot.style_strength == 0:
             return {"image": image}
@@ -183,6 +182,9 @@ def fit_to_multiple_of_16(width: int, height: int) -> CanvasPlacement:
 
 def place_on_canvas(image: Image, placement: CanvasPlacement) -> Image:
     """Return the canvas with the image (H, W, 3), padded by repeating the edge of the image."""
+
+    import numpy as np
+
     scaled = _resized(image, placement.scaled)
     left, top = placement.left_top
     right = placement.canvas[0] - placement.scaled[0] - left
@@ -192,12 +194,19 @@ def place_on_canvas(image: Image, placement: CanvasPlacement) -> Image:
 
 def crop_from_canvas(canvas: Image, placement: CanvasPlacement) -> Image:
     """Return the image (H, W, 3) without the padding, at its original size. The inverse of `place_on_canvas`."""
+
+    import numpy as np
+
     (left, top), (width, height) = placement.left_top, placement.scaled
     return _resized(np.ascontiguousarray(canvas[top : top + height, left : left + width]), placement.size)
 
 
 def _resized(image: Image, size: tuple[int, int]) -> Image:
     """Resize to (width, height). An image of that size is returned unchanged."""
+
+    import numpy as np
+    from PIL import Image as PILImage
+
     if (image.shape[1], image.shape[0]) == size:
         return image
     return np.array(PILImage.fromarray(image).resize(size, PILImage.Resampling.LANCZOS))

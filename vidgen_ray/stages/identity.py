@@ -14,10 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image as PILImage
-
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import INSTANTID_SDXL, NO_IDENTITY, REFERENCE, Shot
 from vidgen_ray.stages.base import FaceFeatures, Image, noise_generator
@@ -26,7 +22,9 @@ from vidgen_ray.stages.loading import move_networks
 from vidgen_ray.stages.speed import speed_up
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from vidgen_ray.nets.identity_networks import IdentityControlNet
     from vidgen_ray.stages.flux_model import FluxModel
@@ -106,6 +104,8 @@ def pose_image(face: FaceFeatures, shot: Shot) -> Image:
 
     Line widths scale with the size of the image. The networks were trained on images of about a megapixel.
     """
+    import numpy as np
+
     from vidgen_ray.nets.faces import TRAINING_AREA_PX, draw_keypoints, map_to_canvas
 
     width, height = shot.width, shot.height
@@ -173,6 +173,7 @@ class InfuseNetInjector(FluxInjector):
     def _pose_latents(self, pose: Image, generator: torch.Generator) -> torch.Tensor:
         """Encode the keypoint image with the autoencoder. Return a sample, packed as FLUX latents: (1, H/16 * W/16, 64)."""
         import torch
+        from PIL import Image as PILImage
 
         pipe, vae = self.model.text_to_image, self.model.text_to_image.vae
         # (1, 3, H, W), -1 to 1. Contiguous as in diffusers' ControlNet pipelines, because the layout affects the rounding of

@@ -9,8 +9,6 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from vidgen_ray.errors import StageError
@@ -20,6 +18,9 @@ from vidgen_ray.stages.identity import injector_class
 from vidgen_ray.stages.loading import require_device
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from vidgen_ray.nets.faces import DetectedFace, FaceDetector, FaceEmbedder
 
 
@@ -109,6 +110,9 @@ class FaceModels:
 
     def embed(self, crops: Sequence[Image]) -> NDArray[np.float32]:
         """Return embeddings (B, 512) by the pack's recogniser, not normalised, of crops by `align_face`."""
+
+        import numpy as np
+
         return self.embedders[RECOGNISER].embed(np.stack(crops))
 
 
@@ -215,6 +219,8 @@ class InstantIDStage(FaceStage):
         those of the first photo. In every further photo, the face most similar to it by the pack's recogniser is chosen. The
         embeddings are the mean over the photos.
         """
+        import numpy as np
+
         from vidgen_ray.nets.faces import mean_embedding
 
         names = tuple(self._models.embedders if recognisers is None else recognisers)
@@ -236,6 +242,9 @@ class InstantIDStage(FaceStage):
 
     def _note_other_people(self, embeddings: NDArray[np.float32]) -> None:
         """Note the photos whose face is not similar to that of the first photo. `embeddings`: (B, 512), one per photo."""
+
+        import numpy as np
+
         directions = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
         for number, similarity in enumerate(directions[1:] @ directions[0], start=2):
             if similarity < SAME_PERSON:
@@ -277,6 +286,9 @@ class InstantIDStage(FaceStage):
 
     def _most_similar_face(self, crop: Image, photo: Image, faces: Sequence[DetectedFace]) -> DetectedPhoto:
         """Choose the face of a further photo that is most similar to `crop`."""
+
+        import numpy as np
+
         crops = [align_face(photo, face) for face in faces]
         index = 0
         if len(faces) > 1:
@@ -376,6 +388,9 @@ class ClipLikenessStage(FaceStage):
 
 def sampled_frames(count: int) -> list[int]:
     """Return the indices of at most MAX_SAMPLED_FRAMES evenly spaced frames of `count`, including the first and the last."""
+
+    import numpy as np
+
     return [round(index) for index in np.linspace(0, count - 1, min(count, MAX_SAMPLED_FRAMES)).tolist()]
 
 
@@ -391,6 +406,9 @@ def measure_likeness(images: Iterable[Image], face: FaceFeatures, models: FaceMo
 
 def _similarity(image: Image, reference: NDArray[np.float32], models: FaceModels) -> float | None:
     """Return the highest cosine of the faces in the image, or `None` if there is no face."""
+
+    import numpy as np
+
     crops = [align_face(image, face) for face in models.detect(image) if face.side_px >= models.min_face_px]
     if not crops:
         return None

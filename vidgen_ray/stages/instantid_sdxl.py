@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from PIL import Image as PILImage
 from pydantic import Field
 
 from vidgen_ray.errors import SetupError, StageError
@@ -149,6 +148,8 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
         move_networks((*self.pipe.components.values(), self.resampler), device)
 
     def run(self, item: Item) -> Artefacts:
+        from PIL import Image as PILImage
+
         shot, face = item.shot, item.face
         embeddings = self._embeddings(face)
         set_vae_tiles(self.pipe.vae, self.params.vae_tile_px)

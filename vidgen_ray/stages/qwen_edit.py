@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from PIL import Image as PILImage
-
 from vidgen_ray.shot import REFERENCE, Shot
 from vidgen_ray.stages.base import (
     REFERENCE_PIXELS,
@@ -118,6 +116,8 @@ class QwenEditStage(ImageStage[ImageParams]):
         speed_up(self.pipe.transformer, self.params)
 
     def run(self, item: Item) -> Artefacts:
+        from PIL import Image as PILImage
+
         shot, image = item.shot, item.image
         height, width = image.shape[:2]
         photos = item.photos[:MAX_PHOTOS] if self.uses_identity(shot) else ()

@@ -7,9 +7,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import numpy as np
-from einops import rearrange
-from numpy.typing import NDArray
 from pydantic import Field
 
 from vidgen_ray.errors import SetupError, StageError
@@ -21,7 +18,9 @@ from vidgen_ray.stages.memory_table import StageMemory, Workload, activation_byt
 from vidgen_ray.stages.speed import cudnn_benchmark
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from spandrel import ImageModelDescriptor
 
 MAX_REASON = 200
@@ -172,6 +171,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
 
         The memory format is channels_last.
         """
+        import numpy as np
         import torch
 
         network = self._network(upscaler)
@@ -179,7 +179,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
         levels = np.iinfo(frames.dtype).max
         # A copy: frames shared between processes are read-only. torch has few operations for uint16.
         owned = torch.tensor(frames if levels == 255 else frames.astype(np.int32), device=self.params.device)
-        pixels = rearrange(owned, "t h w c -> t c h w")
+        pixels = owned.permute(0, 3, 1, 2)  # (frames, channels, height, width)
         pixels = (pixels.float() / levels).to(network.dtype, memory_format=torch.channels_last)
         run = self._forward(network)
         with cudnn_benchmark(self.params.cudnn_benchmark):
@@ -321,6 +321,7 @@ def _to_frames(pixels: torch.Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
 
     Raises StageError for NaN and infinity.
     """
+    import numpy as np
     import torch
 
     # The sum is finite only if all pixels are. It needs no tensor of its own.
@@ -328,5 +329,5 @@ def _to_frames(pixels: torch.Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
         raise StageError(NOT_FINITE)
     largest = np.iinfo(dtype).max
     levels = pixels.clamp_(0, 1).mul_(largest).round_().to(torch.uint8 if largest == 255 else torch.int32)
-    frames: NDArray[Any] = rearrange(levels, "t c h w -> t h w c").cpu().numpy()
+    frames: NDArray[Any] = levels.permute(0, 2, 3, 1).cpu().numpy()
     return frames.astype(dtype, copy=False)

@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from vidgen_ray.errors import StageError
@@ -30,6 +28,8 @@ from vidgen_ray.stages.memory_table import StageMemory, Workload, activation_byt
 from vidgen_ray.system.model_files import rife_file
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from vidgen_ray.nets.rife_network import Rife
 
 CUT_PX, CUT_WINDOW_PX = 64, 11
@@ -61,7 +61,7 @@ class RifeParams(StageParams):
         return value
 
 
-Pixels = NDArray[Any]
+Pixels: TypeAlias = "NDArray[Any]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +160,9 @@ class RifeStage(ChunkedStage[RifeParams]):
 
     def _between(self, first: Image, second: Image) -> Callable[[Fraction], Image]:
         """Return a function that draws frames between two frames. It is kept for the next call, which often has the same."""
+
+        import numpy as np
+
         pair = self._pair
         if pair is None or not (np.array_equal(pair.first, first) and np.array_equal(pair.second, second)):
             # Copies, since frames of other processes are views of their memory.
@@ -179,6 +182,7 @@ def frames_between(
 
     Frames are RGB (H, W, 3): uint8, or uint16 with the full range. Raises StageError for NaN and infinity, like the function.
     """
+    import numpy as np
     import torch
 
     from vidgen_ray.nets.rife_network import FramePair

@@ -6,8 +6,6 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
-import numpy as np
-from PIL import Image as PILImage
 from pydantic import Field
 
 from vidgen_ray.errors import StageError
@@ -109,6 +107,9 @@ class VideoStage(Stage[P]):
 
         The first frame of a further pass stands for the last frame of the pass before, so it is left out.
         """
+
+        import numpy as np
+
         shots = shots_of_passes(item.shot)
         if len(shots) == 1:
             return {"frames": self.generate(item)}
@@ -199,6 +200,8 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
         return self.adapters.loads
 
     def generate(self, item: Item) -> Frames:
+        from PIL import Image as PILImage
+
         shot, image = item.shot, item.image
         height, width = image.shape[:2]
         if height % self.size_multiple_px or width % self.size_multiple_px:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from PIL import Image as PILImage
 from pydantic import Field
 
 from vidgen_ray.errors import StageError
@@ -162,6 +161,8 @@ class WanStage(PromptedVideoStage[WanParams]):
         return (*super().needs(shot), *(("last_image",) if shot.last_image else ()))
 
     def call_arguments(self, item: Item) -> Mapping[str, Any]:
+        from PIL import Image as PILImage
+
         arguments: dict[str, Any] = {}
         given = {"last_image": item.shot.last_image, "guidance.wan_2": item.shot.guidance.wan_2}
         for field, value in given.items():

@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from filelock import FileLock
 from pydantic import TypeAdapter
 
 from vidgen_ray.system.files import write_atomically
@@ -50,6 +49,8 @@ class CacheFile(Generic[T]):
     @contextmanager
     def update(self) -> Iterator[dict[str, T]]:
         """Yield the content and store it with its changes at the end of the block. Raises OSError if that is not possible."""
+        from filelock import FileLock
+
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.path}.lock"):
             content = self.read()

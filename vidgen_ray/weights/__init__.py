@@ -12,8 +12,6 @@ from functools import lru_cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from filelock import FileLock
-
 from vidgen_ray.errors import SetupError
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.model_files import missing_files
@@ -90,6 +88,8 @@ def _resolve_builtin(name: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SetupError(f"cannot write {path.parent} ({error.strerror}); set VIDGEN_CACHE to a writable folder") from None
+    from filelock import FileLock
+
     with FileLock(f"{path}.lock"):
         if path.exists():
             return path
