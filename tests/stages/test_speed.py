@@ -3,6 +3,8 @@
 Results are equal to the bit where the option is off: the same kernels run in the same order.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +17,9 @@ from vidgen_ray.bench.tiny_networks import write_random_lora
 from vidgen_ray.errors import Cancelled, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.stages import flux_model
-from vidgen_ray.stages.base import Item, pixels_to_uint8, progress_callback
+from vidgen_ray.stages.base import RECOMPILE_LIMIT, Item, pixels_to_uint8, progress_callback
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
+from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.weights import resolve
 
@@ -100,6 +103,24 @@ def test_compiled_flux_swaps_loras_of_the_same_layers_without_compiling_again(ti
         save_file({key: value for key, value in tensors.items() if "to_out" not in key}, fewer)
         for file in (fewer, files[0], None):
             compare(file)
+
+
+def test_calls_in_any_thread_may_compile_many_variants(tiny, make_shot, counter, monkeypatch):
+    """Ray runs the calls of an actor in several threads, and torch has one limit per thread."""
+    limits = []
+
+    def record(self, *arguments):
+        limits.append(torch._dynamo.config.recompile_limit)
+        return {}
+
+    monkeypatch.setattr(FluxStage, "run", record)
+    monkeypatch.setattr(RealESRGANStage, "_run_clip", record)
+    frames = np.zeros((1, 64, 64, 3), np.uint8)
+    with ThreadPoolExecutor(1) as other, with_options(FluxStage, tiny, compile=True) as stage:
+        for run in (lambda call: call(), lambda call: other.submit(call).result()):
+            run(lambda: stage(Item(make_shot())))
+            run(lambda: RealESRGANStage(tiny.params(RealESRGANStage)).run_chunk(make_shot(), frames))
+    assert limits == [RECOMPILE_LIMIT] * 4
 
 
 # Step caches

@@ -492,6 +492,7 @@ class Stage(ABC, Generic[P]):
 
         self._note_dark_start(item)
         with torch.inference_mode(), torch_threads(self.params.threads):
+            raise_recompile_limit()
             result = self.run(item)
         _require_finite(result)
         return result
@@ -572,6 +573,7 @@ class ChunkedStage(Stage[P]):
         import torch
 
         with torch.inference_mode(), torch_threads(self.params.threads):
+            raise_recompile_limit()
             return self._run_clip(shot, frames, chunk)
 
     def _run_clip(self, shot: Shot, frames: Frames, chunk: slice | None) -> Frames:
@@ -669,6 +671,17 @@ def torch_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+RECOMPILE_LIMIT = 64
+"""Compiled variants of one function. torch's default of 8 is reached by two image sizes, LoRAs and InfuseNet together. Above
+the limit torch runs the function without compilation."""
+
+
+def raise_recompile_limit() -> None:
+    """Set torch's limit of compiled variants for this thread, if anything was compiled: torch has one limit per thread."""
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, RECOMPILE_LIMIT)
 
 
 def adds_by_address() -> bool:

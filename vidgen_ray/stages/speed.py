@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 COMPILE_BACKEND: Any = "inductor"
 """Backend of torch.compile. Tests replace it by a counter."""
-RECOMPILE_LIMIT = 64
-"""Compiled variants of one function. torch's default of 8 is reached by two image sizes, LoRAs and InfuseNet together. Above
-the limit torch runs the function without compilation."""
 SDPA_BACKENDS = {
     "native": None,
     "_native_cudnn": "CUDNN_ATTENTION",
@@ -128,11 +125,8 @@ def compile_blocks(network: Any, device: str, blocks: Collection[str] | None = N
     `blocks`: names of their classes; that of the network itself compiles it as a whole. `None`: those that diffusers states for
     the network. Apply all other options first. Raises SetupError if the machine has no compiler.
     """
-    import torch
-
     if (missing := missing_compiler(device)) is not None:
         raise SetupError(f"compile: needs {missing}, or set `compile: false`")
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if blocks is None:
         network.compile_repeated_blocks(backend=COMPILE_BACKEND)
         return
