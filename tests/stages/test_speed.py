@@ -11,11 +11,15 @@ import torch
 import torch._dynamo
 from safetensors.torch import load_file, save_file
 
+from tests.fake_stages import with_actor
 from tests.stages.conftest import PASSING
 from tests.stages.test_parity import gradient_image, levels_apart
 from vidgen_ray.bench.tiny_networks import write_random_lora
+from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.errors import Cancelled, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.planner import demand_of
+from vidgen_ray.planner.choose_layout import compilations
 from vidgen_ray.stages import flux_model
 from vidgen_ray.stages.base import RECOMPILE_LIMIT, Item, pixels_to_uint8, progress_callback
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
@@ -103,6 +107,38 @@ def test_compiled_flux_swaps_loras_of_the_same_layers_without_compiling_again(ti
         save_file({key: value for key, value in tensors.items() if "to_out" not in key}, fewer)
         for file in (fewer, files[0], None):
             compare(file)
+
+
+@pytest.mark.slow
+def test_planned_compilations_are_at_least_those_that_happen(tiny, make_shot, counter, face, tmp_path):
+    profile = with_actor(tiny, "flux", options={**tiny.actors["flux"].options, "compile": True})
+    file = tmp_path / "lora.safetensors"
+    with FluxStage(profile.params(FluxStage)) as stage:
+        write_random_lora(stage.model.text_to_image.transformer, file, 0, rank=16)
+
+    def counted(**fields):
+        """Return the planned compilations and the compiled graphs of shots without and with LoRAs."""
+        torch._dynamo.reset()
+        counter.frame_count = 0
+        sizes = [{"width": width, "height": height} for width, height in fields.pop("sizes")]
+        loras = [[{"path": str(file)}] * number for number in fields.pop("loras")]
+        shots = [make_shot(mode="fast", steps={"flux": 1}, lora=lora, **size, **fields) for size in sizes for lora in loras]
+        with FluxStage(profile.params(FluxStage)) as stage:
+            for shot in (*shots, *shots):
+                image_of(stage, with_local_loras(shot), face=face)
+        return compilations(profile, demand_of(shots)), counter.frame_count
+
+    assert compilations(tiny, demand_of([make_shot()])) == 0
+    one, graphs = counted(sizes=SIZES[:1], loras=(0,))
+    assert one == 1
+    for planned, fields in (
+        (2, {"sizes": SIZES, "loras": (0,)}),
+        (3, {"sizes": SIZES[:1], "loras": (0, 1)}),
+        (5, {"sizes": SIZES, "loras": (0, 1)}),
+    ):
+        times, compiled = counted(**fields)
+        assert times == planned, fields
+        assert 0.6 * times <= compiled / graphs <= times, fields
 
 
 def test_calls_in_any_thread_may_compile_many_variants(tiny, make_shot, counter, monkeypatch):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from pydantic import JsonValue
 
 from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError, VidgenError
+from vidgen_ray.graph import stages_of
 from vidgen_ray.planner import layout
 from vidgen_ray.planner.cluster import GB, Cluster, GpuCard, Node, typical_card
 from vidgen_ray.planner.demand import (
@@ -61,6 +62,8 @@ SPLIT_NOTE = (
 )
 FIRST_CALL_S = 2.0
 """Assumed seconds by which the first call of a stage on a GPU is slower, if `vidgen bench` has not measured it."""
+COMPILE_S = 30.0
+"""Assumed seconds of compiling a network once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +173,8 @@ class Timing:
     """Mean CPU seconds of encoding per shot."""
     warm_up_s: float
     """Seconds by which the first shot of a worker is slower."""
+    compilations: int
+    """Times that a worker of all stages compiles a network."""
 
     @property
     def shot_seconds(self) -> float:
@@ -212,7 +217,8 @@ def estimate(
     # Sums of floats depend on their order, and that of a set on the process.
     actors = sorted({actor for assignment in assignments for actor in assignment.actors}, key=lambda actor: actor.position)
     load_seconds = _load_seconds(actors, cluster)
-    expected = load_seconds + render_seconds + drain_seconds
+    compile_seconds = timing.compilations * COMPILE_S
+    expected = load_seconds + compile_seconds + render_seconds + drain_seconds
     gpu_hours = len(cluster.gpus) * expected / 3600 if on_gpu else 0.0
     per_hour, is_default = _price(cluster, price) if on_gpu else (None, False)
     units = len(cluster.gpus) if on_gpu else max(1, len(slots))
@@ -236,7 +242,7 @@ def estimate(
         load_s=load_seconds,
         first_clip_s=load_seconds + timing.warm_up_s + one_shot + _wait_for_turns(assignments, demand.shots),
         seconds_low=render_seconds * (1 - timing.spread),
-        seconds_high=load_seconds + (render_seconds + one_shot) * (1 + timing.spread),
+        seconds_high=load_seconds + compile_seconds + (render_seconds + one_shot) * (1 + timing.spread),
         gpu_hours=gpu_hours,
         output_bytes=demand.output_bytes,
         cache_bytes={
@@ -317,6 +323,9 @@ def _notes(packing: Packing, cluster: Cluster, timing: Timing, used_gpus: int, d
         yield f"the profile has no seconds of {stages}: assuming those that the stages state until a run measures them"
     if unknown := [gb for node, gb in host_gb_of_nodes(packing).items() if cluster.nodes[node].memory_gb is None]:
         yield f"the workers need up to {max(unknown):.4g} GB of host memory per node, which is assumed to be available"
+    if timing.compilations:
+        seconds = timing.compilations * COMPILE_S
+        yield f"each worker compiles for about {seconds:.0f} s: its networks for two sizes, with and without LoRAs"
     if used_gpus and (idle := len(cluster.gpus) - used_gpus):
         yield f"{idle} of {len(cluster.gpus)} GPUs are idle: too little memory, too few shots, or too few CPUs"
     unnamed = sorted({max(node.gpus) for node in cluster.nodes if node.gpus and node.card is None})
@@ -517,6 +526,32 @@ def _gain(gpus: int) -> float:
     return float(DOUBLING_GAIN ** math.log2(gpus))
 
 
+def is_compiled(profile: Profile, stage: type[Stage[Any]]) -> bool:
+    return bool(getattr(profile.options_of(stage), "compile", False))
+
+
+def compilations(profile: Profile, demand: Demand) -> int:
+    """Return how many times workers compile their networks for these shots, at most.
+
+    A network is compiled for the first size and once more for all others; both for each number of LoRAs, of which 0 is another
+    network as soon as a LoRA was loaded.
+    """
+    networks: dict[tuple[str, str], tuple[set[int], set[tuple[int, int, int]]]] = {}
+
+    for shot in demand.sizes:
+        for stage in stages_of(shot):
+            if stage not in demand.stages or not is_compiled(profile, stage):
+                continue
+            used = {"": len(stage.active_loras(shot))}
+            if stage.identity_field == "flux_identity" and shot.flux_identity:
+                used[shot.flux_identity] = 0
+            for network, number in used.items():
+                loras, sizes = networks.setdefault((stage.actor, network), (set(), set()))
+                loras.add(number)
+                sizes.add((shot.width, shot.height, shot.num_frames))
+    return sum(len(loras) * min(2, len(sizes)) + (0 in loras and len(loras) > 1) for loras, sizes in networks.values())
+
+
 def _timing(
     profile: Profile,
     demand: Demand,
@@ -540,12 +575,13 @@ def _timing(
         spread_seconds += expected.spread * seconds[stage.name]
         if profile.actor_of(stage).device == "cuda":
             known = calibration.get(stage.name)
-            warm_up_s += max((each.warmup_s for each in known.measurements) if known else (), default=FIRST_CALL_S)
+            first_call_s = FIRST_CALL_S + COMPILE_S * is_compiled(profile, stage)
+            warm_up_s += max((each.warmup_s for each in known.measurements) if known else (), default=first_call_s)
         if not expected.is_known:
             assumed.append(stage.name)
     spread = min(0.9, spread_seconds / sum(seconds.values())) if seconds else 0.0
     encode_s = demand.encoded_mpx * encode_seconds_per_mpx(profile, calibration) / demand.shots
-    return Timing(seconds, spread, reference_s, tuple(assumed), encode_s, warm_up_s)
+    return Timing(seconds, spread, reference_s, tuple(assumed), encode_s, warm_up_s, compilations(profile, demand))
 
 
 Choice = tuple[Kind, Packing, tuple[ConsideredLayout, ...]]
