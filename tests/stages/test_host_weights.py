@@ -312,18 +312,25 @@ def checked(monkeypatch):
     return devices
 
 
-def test_converted_weights_pass_host_memory_one_tensor_at_a_time(tiny, checked):
+@pytest.mark.parametrize(
+    ("stage_class", "options", "host_parts"),
+    [(WanStage, {}, ()), (FluxStage, {}, ()), (FluxStage, {"text_encoder": "cpu"}, ("text_encoder_2",))],
+)
+def test_converted_weights_pass_host_memory_one_tensor_at_a_time(tiny, checked, stage_class, options, host_parts):
     peaks = {}
     for device in ("cpu", OTHER_DEVICE):
         checked.clear()
         with HostBytes() as host:
-            stage = loaded(WanStage, tiny, device=device, dtype="bfloat16")
+            stage = loaded(stage_class, tiny, device=device, dtype="bfloat16", **options)
         peaks[device] = host.peak
-        networks = [part for part in stage.pipe.components.values() if isinstance(part, torch.nn.Module)]
-        tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
-        assert {tensor.device.type for tensor in tensors} == {device}
-        assert checked.count(device) > 0.9 * sum(1 for network in networks for _ in network.parameters())
-    weights = sum(tensor.nbytes for tensor in tensors)
-    assert peaks["cpu"] > 0.5 * weights
+        pipe = stage.model.text_to_image if stage_class is FluxStage else stage.pipe
+        networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        tensors = {name: [*network.parameters(), *network.buffers()] for name, network in networks.items()}
+        for name, own in tensors.items():
+            assert {tensor.device.type for tensor in own} == {"cpu" if name in host_parts else device}
+        # Those that stay in host memory are also checked on the GPU.
+        assert checked.count(device) > 0.9 * sum(1 for network in networks.values() for _ in network.parameters())
+    sizes = {name: sum(tensor.nbytes for tensor in own) for name, own in tensors.items()}
+    assert peaks["cpu"] > 0.5 * sum(sizes.values())
     # Small networks have few tensors.
-    assert peaks[OTHER_DEVICE] < 0.3 * weights
+    assert peaks[OTHER_DEVICE] < 0.3 * sum(sizes.values()) + sum(sizes[name] for name in host_parts)

@@ -16,7 +16,7 @@ from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite, library_errors
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import NOT_IN_KEY, torch_dtype
 from vidgen_ray.stages.context_parallel import begin_call, divide
-from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks, set_vae_tiles
+from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks, pin_networks, set_vae_tiles
 from vidgen_ray.stages.lora import FEW_STEP_LORA, LoraAdapters, merge_lora
 from vidgen_ray.stages.memory_table import FP8
 from vidgen_ray.stages.speed import CompileParams, FirstBlockCache, speed_up, store_in_fp8
@@ -94,7 +94,14 @@ class FluxModel:
         self.device = params.device
         self.dtype = torch_dtype(params.dtype)
         """Dtype of the computation, which quantised weights do not have."""
-        self.text_to_image = load_pipeline(FluxPipeline, params, place=False, **_fp8_transformer(params))
+        self.text_to_image = load_pipeline(
+            FluxPipeline,
+            params,
+            # Weights that are stored in 8 bits go to the GPU after that.
+            place=params.quantize != FP8,
+            host_parts=frozenset() if params.text_encoder == "gpu" else frozenset({T5}),
+            **_fp8_transformer(params),
+        )
         transformer = self.text_to_image.transformer
         if params.names_extra_weights(FEW_STEP_LORA):
             merge_lora(self.text_to_image, params.extra_weights_at(FEW_STEP_LORA), "FLUX")
@@ -116,15 +123,11 @@ class FluxModel:
         self._step_cache = None if threshold is None else FirstBlockCache(transformer, threshold)
         self._t5_on_gpu = params.text_encoder == "gpu"
         networks = {name: each for name, each in self.text_to_image.components.items() if isinstance(each, torch.nn.Module)}
-        swapped = params.text_encoder == "swapped"
-        if swapped:
-            # Makes the pinned copy, while there is room on the GPU.
-            move_networks([networks[T5]], params.device)
-            move_networks([networks[T5]], "cpu")
+        if params.text_encoder == "swapped":
+            pin_networks([networks[T5], transformer])
+            move_networks([transformer], params.device)
         for name, network in networks.items():
-            if swapped and network is transformer:
-                move_networks([network], params.device)
-            elif self._t5_on_gpu or name != T5:
+            if self._t5_on_gpu or name != T5:
                 network.to(params.device)
         speed_up(transformer, params)
         divide(transformer)

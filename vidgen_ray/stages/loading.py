@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -50,15 +51,16 @@ def load_pipeline(
     float32_parts: Sequence[str] = (),
     cpu_offload: bool = False,
     place: bool = True,
+    host_parts: frozenset[str] = frozenset(),
     **kwargs: Any,
 ) -> Any:
     """Return `pipeline_class.from_pretrained(params.weights)`. Raises SetupError if the folder holds no such pipeline.
 
     `accepted_classes`: names of further classes whose folders `pipeline_class` loads, such as text to video for image to video.
     `float32_parts`: components that keep float32 with any dtype. `cpu_offload`: keep the weights in host memory and move each
-    part to the GPU when it runs. No effect on a CPU. `place`: have the weights on the device; otherwise the caller moves them.
-    `kwargs` may give components that are loaded already. Their weights are not checked for NaN, which quantised ones do not
-    support.
+    part to the GPU when it runs. No effect on a CPU. `place`: have the weights on the device, except the components
+    `host_parts`; otherwise the caller moves them. `kwargs` may give components that are loaded already. Their weights are not
+    checked for NaN, which quantised ones do not support.
     """
     silence_libraries()
     require_device(params.device)
@@ -68,19 +70,24 @@ def load_pipeline(
     check_pipeline_folder(folder, list(dict.fromkeys([*classes, *accepted_classes])))
     if (make := _networks.get()) is not None:
         kwargs |= make(params, float32_parts)
+    given = kwargs.keys() - host_parts
     dtypes = {"default": torch_dtype(params.dtype), **dict.fromkeys(float32_parts, torch_dtype("float32"))}
     offloads = cpu_offload and params.device != "cpu"
     # Files are mapped, and their tensors go to the GPU one by one, also if they are converted on the way.
     direct = {"device_map": params.device} if place and not cpu_offload and params.device != "cpu" else {}
+    load = partial(pipeline_class.from_pretrained, str(folder), dtype=dtypes, local_files_only=True, use_safetensors=True)
     with library_errors(f"{folder}: not the weights of {pipeline_class.__name__}"):
-        pipe = pipeline_class.from_pretrained(
-            str(folder), dtype=dtypes, local_files_only=True, use_safetensors=True, **direct, **kwargs
-        )
+        if direct and (missing := host_parts - kwargs.keys()):
+            # A pipeline is loaded to one device.
+            others = (name for name in pipeline_class.load_config(str(folder)) if not name.startswith("_"))
+            on_host = load(**dict.fromkeys(name for name in others if name not in missing))
+            kwargs |= {name: on_host.components[name] for name in missing}
+        pipe = load(**direct, **kwargs)
     pipe.set_progress_bar_config(disable=True)
     import torch
 
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    loaded = {f"{folder}: {name}": part for name, part in networks.items() if name not in kwargs}
+    loaded = {f"{folder}: {name}": part for name, part in networks.items() if name not in given}
     if offloads:
         for name, network in loaded.items():
             move_networks([network], params.device)
@@ -89,8 +96,9 @@ def load_pipeline(
         _offload(list(networks.values()), params.device)
         return pipe
     if place:
-        for network in networks.values():
-            network.to(params.device)
+        for name, network in networks.items():
+            if name not in host_parts:
+                network.to(params.device)
     require_finite_weights(loaded, device=params.device)
     return pipe
 
@@ -158,6 +166,17 @@ def move_networks(networks: Iterable[Any], device: str) -> None:
                         _to_gpu(name, plain, device)
     if device != "cpu" and torch.cuda.is_available():
         torch.cuda.synchronize(device)
+
+
+def pin_networks(networks: Iterable[torch.nn.Module]) -> None:
+    """Give networks the copy in pinned host memory that `move_networks` would make later. Those on the host stay there."""
+    for network in networks:
+        for tensor in (*network.parameters(), *network.buffers()):
+            for plain in _plain_tensors(tensor):
+                if not _is_on_host(plain):
+                    setattr(plain, _COPY, _pinned_copy(plain))
+                elif not _is_pinned(plain):
+                    plain.data = _pinned_copy(plain)
 
 
 def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
