@@ -1,16 +1,17 @@
 """Memory plan: the table against other traced sizes, settings that follow from the size of a shot, and what is refused."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 
 from benchmarks.trace_memory import TOLERANCE, differences, traces
-from vidgen_ray.errors import ProfileError, SetupError
+from vidgen_ray.errors import ProfileError, SetupError, StageError
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan, swap_groups
 from vidgen_ray.planner.cluster import GB
-from vidgen_ray.planner.gpu_memory import MAX_SIZES, SizeCheck, actor_memory, fitting_params
+from vidgen_ray.planner.gpu_memory import MAX_SIZES, SizeCheck, actor_memory, fitting_params, fitting_sizes
 from vidgen_ray.planner.layout import CONTEXT_GB, Actor, WorkerProcess
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
@@ -100,6 +101,22 @@ def test_size_check_names_the_stage_and_a_size_that_fits():
             plan(profile, demand_of([shot]), cluster)
     stated = {**profile.actors, "svd": profile.actors["svd"].model_copy(update={"memory_gb": 40})}
     assert SizeCheck(profile.model_copy(update={"actors": stated}), 80).refused_by(shot) is None, "the profile knows better"
+
+
+def test_svd_sizes_beyond_the_batch_of_the_attention_kernels_are_refused():
+    """Attention between frames has a row for each 8x8 pixels of both passes, and 65,535 rows at most."""
+    params = load_profile("gpu-80gb").options_of(SVDStage)
+    sides = [(width, height) for width in range(64, 2049, 64) for height in range(64, 2049, 64)]
+    for width, height in sides:
+        rows = 2 * (width // 8) * (height // 8)
+        with pytest.raises(StageError, match=f"svd: got {width}x{height}") if rows > 65_535 else nullcontext():
+            SVDStage.check_shot(params, Shot(prompt="a", width=width, height=height))
+    large = Shot(prompt="a", width=2048, height=2048, num_frames=14)
+    with pytest.raises(StageError, match=r"must be at most 2,097,088 pixels on a GPU, such as 1920x1088"):
+        SVDStage.check_shot(params, large)
+    SVDStage.check_shot(params.model_copy(update={"device": "cpu"}), large)
+    SVDStage.check_shot(params, Shot(prompt="a", width=2048, height=1024, guidance={"svd": 1.0}))
+    assert not any(size.startswith("2048x2048") for size in fitting_sizes(SVDStage, params, large, 80))
 
 
 def test_host_memory_of_a_clip_is_planned():

@@ -152,16 +152,18 @@ def test_failed_allocations_do_not_count_as_a_broken_context(message, out_of_mem
 def torch_on_a_gpu(monkeypatch):
     """Replace torch by one with a GPU that records its settings."""
     torch = Mock(__version__="2.11.0")
+    torch.cuda.get_device_properties.return_value.total_memory = 24 * GB
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
     return torch.cuda
 
 
-def test_process_that_shares_a_gpu_is_limited_to_its_share(torch_on_a_gpu):
+def test_process_that_shares_a_gpu_is_limited_to_its_share_without_its_context(torch_on_a_gpu):
     prepare_gpu(1)
     assert not torch_on_a_gpu.set_per_process_memory_fraction.called
     prepare_gpu(0.4)
-    torch_on_a_gpu.set_per_process_memory_fraction.assert_called_once_with(0.4)
+    (fraction,) = torch_on_a_gpu.set_per_process_memory_fraction.call_args.args
+    assert fraction * 24 == pytest.approx(0.4 * 24 - 0.6)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import ge
 from typing import Any
 
 from pydantic import JsonValue
 
-from vidgen_ray.errors import ProfileError, SetupError
+from vidgen_ray.errors import ProfileError, SetupError, StageError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.planner.cluster import GB, Node
 from vidgen_ray.planner.layout import CONTEXT_GB, Actor, needed_gb, with_swapping
@@ -262,7 +263,11 @@ def fitting_sizes(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu_
     """Yield sizes like that of the shot that fit: with fewer frames, and with smaller sides of the same ratio."""
 
     def fits(**fields: int) -> bool:
-        return fitting_params(stage, params, shot.model_copy(update=fields), gpu_gb) is not None
+        other = shot.model_copy(update=fields)
+        with suppress(StageError):
+            stage.check_shot(params, other)
+            return fitting_params(stage, params, other, gpu_gb) is not None
+        return False
 
     is_clip = "num_frames" in stage.reads
     if is_clip:

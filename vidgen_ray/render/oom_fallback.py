@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from vidgen_ray.errors import OutOfMemory
 from vidgen_ray.planner.cluster import GB, WSL_DEVICE
 from vidgen_ray.planner.gpu_memory import changed_options, too_large
+from vidgen_ray.planner.layout import CONTEXT_GB
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.system.free_memory import free_gpu_bytes, free_gpu_memory, pins_exact_sizes
@@ -148,7 +149,8 @@ def prepare_gpu(share: float) -> None:
     """Set up torch's allocators for this process, which holds `share` of a GPU. Does nothing without a GPU.
 
     Warns if torch does not know the settings: then the process needs more memory. A process that shares a GPU is limited to its
-    share, so that it runs out of memory before it takes that of the others.
+    share, so that it runs out of memory before it takes that of the others. Its CUDA context is part of the share, and does not
+    count for torch.
     """
     if not has_cuda_driver():
         return
@@ -161,8 +163,8 @@ def prepare_gpu(share: float) -> None:
             torch.cuda.memory._set_allocator_settings(settings)
         except Exception as error:
             warnings.warn(f"torch {torch.__version__} does not accept the allocator settings {settings}: {error}", stacklevel=2)
-    if share < 1:
-        torch.cuda.set_per_process_memory_fraction(share)
+    if share < 1 and (total_gb := total_gpu_gb()) is not None:
+        torch.cuda.set_per_process_memory_fraction(max(0.0, share - CONTEXT_GB / total_gb))
 
 
 def allocator_settings() -> str:

@@ -32,6 +32,9 @@ from vidgen_ray.stages.video import VideoStage, clip_host_bytes
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 3.0
+ATTENTION_BATCH = 65_535
+"""Largest batch of torch's attention kernels on a GPU (pytorch #142228). Attention between the frames has one row per 8x8
+pixels and pass."""
 NETWORKS = ("svd/unet", "svd/vae", "svd/image_encoder")
 """Its networks in the memory table."""
 
@@ -75,6 +78,16 @@ class SVDStage(VideoStage[SVDParams]):
     )
     pipelines: ClassVar[tuple[str, ...]] = ("StableVideoDiffusionPipeline",)
     Params: ClassVar[type[StageParams]] = SVDParams
+
+    @classmethod
+    def check_shot(cls, params: SVDParams, shot: Shot) -> None:
+        passes = 2 if (shot.guidance.svd or DEFAULT_GUIDANCE) > 1 else 1
+        pixels = ATTENTION_BATCH // passes * 64
+        if params.device != "cpu" and shot.width * shot.height > pixels:
+            raise StageError(
+                f"svd: got {shot.width}x{shot.height}, must be at most {pixels:,} pixels on a GPU, such as 1920x1088; "
+                "use a smaller size and `scale`, or another `video_model`"
+            )
 
     @classmethod
     def work(cls, params: SVDParams) -> Workload:
