@@ -2,7 +2,9 @@
 
 import sys
 import types
+from contextlib import nullcontext
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,10 +19,13 @@ from spandrel.architectures.SPAN import SPAN
 from spandrel.architectures.SwinIR import SwinIR
 from torchvision.transforms import functional
 
+from tests.stages.fake_gpu import GPU
 from tests.stages.test_parity import levels_apart
-from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.errors import Cancelled, SetupError, StageError
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage
+from vidgen_ray.stages import realesrgan
+from vidgen_ray.stages.base import progress_callback
+from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, Transfers
 from vidgen_ray.weights import resolve
 from vidgen_ray.weights.builtin import UPSCALERS, read_realesrgan
 
@@ -182,3 +187,101 @@ def test_ncnn_files_of_another_kind_are_refused(tmp_path):
         (tmp_path / "net.bin").write_bytes(binary)
         with pytest.raises(SetupError, match=complaint):
             read_realesrgan(tmp_path / "net.param", tmp_path / "net.bin")
+
+
+class PinnedTensor(torch.Tensor):
+    """Stands for pinned memory."""
+
+    copies: ClassVar = []
+    """Copies to pinned memory that have not run. They run when an event after them is waited for."""
+    is_late: ClassVar = True
+    """False: they run at once."""
+
+    def copy_(self, source, non_blocking=False):
+        assert non_blocking
+        self.copies.append(lambda: torch.Tensor.copy_(self.as_subclass(torch.Tensor), source.as_subclass(torch.Tensor)))
+        if not self.is_late:
+            self.copies.pop()()
+        return self
+
+    def to(self, device, non_blocking=False):
+        assert non_blocking
+        return self.as_subclass(torch.Tensor).clone()
+
+
+class CopyStream:
+    """Stands for a stream of a GPU."""
+
+    def __init__(self, device):
+        self.waits = 0
+
+    def wait_stream(self, stream):
+        self.waits += 1
+
+    def record_event(self):
+        copies = PinnedTensor.copies[:]
+        PinnedTensor.copies.clear()
+        return types.SimpleNamespace(synchronize=lambda: [copy() for copy in copies])
+
+
+@pytest.fixture(params=["late", "early"])
+def gpu(request, monkeypatch):
+    """Simulate a GPU whose results reach the host late or early. Return the calls of the network, and the pinned memory."""
+    monkeypatch.setattr(PinnedTensor, "is_late", request.param == "late")
+    calls = []
+    pinned = []
+
+    def pinned_memory(numbers, dtype):
+        pinned.append(numbers)
+        return torch.empty(numbers, dtype=dtype).as_subclass(PinnedTensor)
+
+    monkeypatch.setattr(realesrgan, "pinned_memory", pinned_memory)
+    monkeypatch.setattr(torch.cuda, "Stream", CopyStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    load, run = RealESRGANStage.load, RealESRGANStage._upscale
+
+    def load_on_gpu(stage):
+        load(stage)
+        if stage.params.device == GPU:
+            stage._transfers = Transfers(GPU)
+
+    monkeypatch.setattr(RealESRGANStage, "load", load_on_gpu)
+    monkeypatch.setattr(RealESRGANStage, "_upscale", lambda *arguments: calls.append("start") or run(*arguments))
+    return types.SimpleNamespace(calls=calls, pinned=pinned)
+
+
+def test_results_are_copied_while_the_next_chunk_is_computed(gpu):
+    frames = np.random.default_rng(0).integers(0, 256, (7, 16, 24, 3), np.uint8)
+    expected = upscaled(loaded(frames_per_call=2), frames, 4, "animevideov3")
+    gpu.calls.clear()
+    stage = loaded(frames_per_call=2, device=GPU)
+    progress = []
+    with progress_callback(lambda name, done, total: progress.append((done, len(gpu.calls)))):
+        assert np.array_equal(upscaled(stage, frames, 4, "animevideov3"), expected)
+    # Finished frames, and chunks that have started: one more, except for the last one.
+    assert progress == [(2, 2), (4, 3), (6, 4), (7, 4)]
+    assert np.array_equal(upscaled(stage, frames[:3], 4, "animevideov3"), expected[:3])
+    assert len(gpu.pinned) == 2 * 3, "pinned memory is used again"
+    assert np.array_equal(upscaled(stage, frames[:2], 2, "animevideov3"), upscaled(loaded(), frames[:2], 2, "animevideov3"))
+
+
+def test_chunk_that_was_cancelled_leaves_nothing_behind(gpu):
+    frames = np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    expected = upscaled(loaded(frames_per_call=1), frames, 4, "animevideov3")
+    stage = loaded(frames_per_call=1, device=GPU)
+
+    def cancel(name, done, total):
+        if done == 2:
+            raise Cancelled
+
+    with pytest.raises(Cancelled), progress_callback(cancel):
+        upscaled(stage, frames[::-1], 4, "animevideov3")
+    assert np.array_equal(upscaled(stage, frames, 4, "animevideov3"), expected)
+
+
+def test_infinite_result_on_a_gpu_fails_the_shot(gpu, monkeypatch):
+    monkeypatch.setattr(RealESRGANStage, "_upscale", lambda *_: torch.full((1, 3, 64, 64), float("inf")))
+    with pytest.raises(StageError, match="NaN or infinite"):
+        upscaled(loaded(device=GPU), TINY_FRAME, 4, "animevideov3")

@@ -561,6 +561,14 @@ class ChunkedStage(Stage[P]):
         `frames` are the input frames `source_frames(shot, chunk)`, fewer at the end of the clip.
         """
 
+    def start_chunk(self, shot: Shot, frames: Frames, chunk: slice, output: Frames) -> Callable[[], None]:
+        """Start `process_chunk`. Return a function that waits until its frames are in `output`.
+
+        At most one more chunk starts before that.
+        """
+        output[:] = self.process_chunk(shot, frames, chunk)
+        return lambda: None
+
     def run(self, item: Item) -> Artefacts:
         (source,), (result,) = self.takes, self.writes
         return Artefacts(**{result: self._run_clip(item.shot, item.artefacts[source], None)})  # type: ignore[misc]
@@ -584,11 +592,18 @@ class ChunkedStage(Stage[P]):
         whole = slice(0, frames_after(n_frames, self.frame_factor(shot))) if chunk is None else chunk
         first, n_output = self.source_frames(shot, whole).start, whole.stop - whole.start
         output = np.empty((n_output, height * scale, width * scale, 3), np.uint8)
+        finished, finish = 0, None
         for part in frame_chunks(n_output, self.chunk_frames(self.params)):
             made = slice(whole.start + part.start, whole.start + part.stop)
             source = self.source_frames(shot, made)
-            output[part] = self.process_chunk(shot, frames[source.start - first : source.stop - first], made)
-            report_progress(self.name, part.stop, n_output)
+            started = self.start_chunk(shot, frames[source.start - first : source.stop - first], made, output[part])
+            if finish is not None:
+                finish()
+                report_progress(self.name, finished, n_output)
+            finished, finish = part.stop, started
+        if finish is not None:
+            finish()
+            report_progress(self.name, finished, n_output)
         return output
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -94,6 +95,8 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     takes: ClassVar[tuple[str, ...]] = ("frames",)
     writes: ClassVar[tuple[str, ...]] = ("hd_frames",)
     Params: ClassVar[type[StageParams]] = RealESRGANParams
+    _transfers: Transfers | None = None
+    """Copies of frames from and to a GPU. `None` on a CPU."""
     antialias: ClassVar[bool] = False
     """Average pixels where the network's output is made smaller. Real-ESRGAN's ncnn models do not."""
 
@@ -136,8 +139,10 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
             peak = activation_bytes(f"realesrgan/{known}:network", tile * frames, dtype) + pixels * frames * 16 * 3 * (4 + 1)
         if shot.scale != NETWORK_SCALE:
             peak += call_bytes
-        # On the host: one result on its way while the next one is computed.
-        host = 2 * pixels * frames * shot.scale**2 * 3
+        # One result is on its way to the host while the next one is computed.
+        frame_bytes, result_bytes = pixels * frames * 3, pixels * frames * shot.scale**2 * 3
+        peak += result_bytes
+        host = 2 * (frame_bytes + result_bytes)
         return StageMemory({f"realesrgan/{shot.upscaler}": weight_bytes(f"realesrgan/{known}", dtype)}, peak, host)
 
     @classmethod
@@ -159,6 +164,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
         require_device(self.params.device)
         self._dtype = torch_dtype(self.params.resolved().dtype)
         self._networks: dict[str, ImageModelDescriptor[Any]] = {}
+        self._transfers = Transfers(self.params.device) if self.params.device.startswith("cuda") else None
 
     def move(self, device: str) -> None:
         move_networks((network.model for network in self._networks.values()), device)
@@ -166,19 +172,29 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     def process_chunk(self, shot: Shot, frames: Frames, chunk: slice) -> Frames:
         return _to_frames(self._upscale(frames, shot.scale, shot.upscaler), frames.dtype)
 
-    def _upscale(self, frames: NDArray[Any], scale: int, upscaler: str) -> torch.Tensor:
+    def start_chunk(self, shot: Shot, frames: Frames, chunk: slice, output: Frames) -> Callable[[], None]:
+        if self._transfers is None:
+            return super().start_chunk(shot, frames, chunk, output)
+        on_gpu = self._transfers.to_gpu(frames)
+        pixels = self._upscale(on_gpu, shot.scale, shot.upscaler)
+        return self._transfers.to_host(*_levels(pixels, 255), output)
+
+    def _upscale(self, frames: NDArray[Any] | torch.Tensor, scale: int, upscaler: str) -> torch.Tensor:
         """Upscale (T, H, W, 3), uint8 or uint16, to fp32 (T, 3, height, width) of `_out_size`, about 0 to 1.
 
-        The memory format is channels_last.
+        `frames` may be uint8 on the device. The memory format is channels_last.
         """
         import numpy as np
         import torch
 
         network = self._network(upscaler)
         size = self._out_size(frames.shape[2], frames.shape[1], scale)
-        levels = np.iinfo(frames.dtype).max
-        # A copy: frames shared between processes are read-only. torch has few operations for uint16.
-        owned = torch.tensor(frames if levels == 255 else frames.astype(np.int32), device=self.params.device)
+        if isinstance(frames, torch.Tensor):
+            owned, levels = frames, 255
+        else:
+            levels = np.iinfo(frames.dtype).max
+            # A copy: frames shared between processes are read-only. torch has few operations for uint16.
+            owned = torch.tensor(frames if levels == 255 else frames.astype(np.int32), device=self.params.device)
         pixels = owned.permute(0, 3, 1, 2)  # (frames, channels, height, width)
         pixels = (pixels.float() / levels).to(network.dtype, memory_format=torch.channels_last)
         run = self._forward(network)
@@ -322,12 +338,81 @@ def _to_frames(pixels: torch.Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
     Raises StageError for NaN and infinity.
     """
     import numpy as np
+
+    largest = np.iinfo(dtype).max
+    levels, is_finite = _levels(pixels, largest)
+    if not is_finite:
+        raise StageError(NOT_FINITE)
+    frames: NDArray[Any] = levels.cpu().numpy()
+    return frames.astype(dtype, copy=False)
+
+
+def _levels(pixels: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the levels (T, H, W, 3) of pixels (T, 3, H, W), made in place, and whether all pixels are finite."""
     import torch
 
     # The sum is finite only if all pixels are. It needs no tensor of its own.
-    if not pixels.sum(dtype=torch.float64).isfinite():
-        raise StageError(NOT_FINITE)
-    largest = np.iinfo(dtype).max
+    is_finite = pixels.sum(dtype=torch.float64).isfinite()
     levels = pixels.clamp_(0, 1).mul_(largest).round_().to(torch.uint8 if largest == 255 else torch.int32)
-    frames: NDArray[Any] = levels.permute(0, 2, 3, 1).cpu().numpy()
-    return frames.astype(dtype, copy=False)
+    return levels.permute(0, 2, 3, 1), is_finite
+
+
+class Transfers:
+    """Copies frames to a GPU, and results to the host while the GPU computes the next ones.
+
+    Two sets of pinned buffers take turns, so a result must be on the host before the next but one is started.
+    """
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self._device = torch.device(device)
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._buffers: tuple[dict[str, torch.Tensor], ...] = ({}, {})
+
+    def to_gpu(self, frames: Frames) -> torch.Tensor:
+        """Start to copy frames to the GPU, with the next set of buffers."""
+        import torch
+
+        self._buffers = self._buffers[::-1]
+        buffer = self._buffer("frames", frames.shape, torch.uint8)
+        buffer.numpy()[:] = frames
+        return buffer.to(self._device, non_blocking=True)
+
+    def to_host(self, levels: torch.Tensor, is_finite: torch.Tensor, output: Frames) -> Callable[[], None]:
+        """Start to copy a result. Return a function that waits for it, and writes it into `output`.
+
+        The function raises StageError if it is not finite.
+        """
+        import torch
+
+        levels = levels.contiguous()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        on_host = []
+        with torch.cuda.stream(self._stream):
+            for name, tensor in (("levels", levels), ("is_finite", is_finite)):
+                on_host.append(self._buffer(name, tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True))
+                # Its memory is not used again before it is copied.
+                tensor.record_stream(self._stream)
+        copied = self._stream.record_event()
+
+        def finish() -> None:
+            copied.synchronize()
+            if not on_host[1]:
+                raise StageError(NOT_FINITE)
+            output[:] = on_host[0].numpy()
+
+        return finish
+
+    def _buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return this buffer of the current set. It grows to the largest shape, because pinning memory waits for the GPU."""
+        buffers, numbers = self._buffers[0], math.prod(shape)
+        if name not in buffers or len(buffers[name]) < numbers:
+            buffers[name] = pinned_memory(numbers, dtype)
+        return buffers[name][:numbers].view(tuple(shape))
+
+
+def pinned_memory(numbers: int, dtype: torch.dtype) -> torch.Tensor:
+    import torch
+
+    return torch.empty(numbers, dtype=dtype, pin_memory=True)
