@@ -17,14 +17,25 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
+from scipy.optimize import nnls
 
 from benchmarks.meta_networks import RIFE_NETWORKS, LiveBytes, Traced, meta, network, tensor_bytes, trace
-from benchmarks.trace_open_models import Size, Trace, constants, one_frame, open_model_traces
+from benchmarks.trace_open_models import (
+    CONSTANT,
+    Size,
+    Trace,
+    constants,
+    one_frame,
+    open_model_traces,
+    work_traces,
+)
 from vidgen_ray.bench.published_models import NETWORKS
 from vidgen_ray.stages.memory_table import FP8, LORA_RANK, TABLE_FILE, TILES_PX, MemoryTable, load_table
 
@@ -304,30 +315,64 @@ def sdxl_adapter_parameters() -> int:
 
 def make_table() -> MemoryTable:
     """Trace all curves."""
-    traced: dict[str, list[tuple[int, Traced]]] = {
-        "flux/text": [(0, flux_text())],
-        "hunyuan/text": [(0, hunyuan_text())],
-        **{name: [(0, once)] for name, once in constants().items()},
+    traced: dict[str, Points] = {
+        "flux/text": [(CONSTANT, flux_text())],
+        "hunyuan/text": [(CONSTANT, hunyuan_text())],
+        **{name: [(CONSTANT, once)] for name, once in constants().items()},
     }
     for name, (run, sizes, _) in traces().items():
-        traced[name] = sorted((width * height * frames, run(width, height, frames)) for width, height, frames in sizes)
+        traced[name] = sorted(((size, run(*size)) for size in sizes), key=lambda point: prod(point[0]))
         points = (f"{once.peak_bytes / 2**30:.2f} GiB, {once.flop / 1e12:.3g} TFLOP" for _, once in traced[name])
         sys.stdout.write(f"{name}: {'; '.join(points)}\n")
+    others = {name: [(size, run(*size)) for size in sizes] for name, (run, sizes) in work_traces().items()}
     return MemoryTable(
         versions={"torch": torch.__version__.partition("+")[0], "diffusers": diffusers.__version__},
         weights=weights(),
-        curves={name: [(pixels, once.peak_bytes) for pixels, once in points] for name, points in traced.items()},
-        work={
-            name: [(pixels, once.flop, once.moved_bytes) for pixels, once in points]
-            for name, points in traced.items()
-            if has_work(name)
-        },
+        curves={name: [(prod(size), once.peak_bytes) for size, once in points] for name, points in traced.items()},
+        work={name: work_terms(name, points) for name, points in (traced | others).items() if has_work(name)},
     )
 
 
 def has_work(curve: str) -> bool:
     """Return whether the planner computes seconds from a curve: not from those of options that only change memory."""
-    return ":" not in curve or curve.endswith(":1")
+    return (":" not in curve or curve.endswith(":1")) and curve != "svd/clip"
+
+
+Points = list[tuple[Size, Traced]]
+OVER_ALL = ((0, 0), (1, 1), (2, 2))
+"""Exponents of pixels and frames for attention over all tokens."""
+PER_FRAME = ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1))
+"""The same for attention within frames, and between the same places of all frames."""
+MAX_MISFIT = 0.01
+"""Largest relative difference between the operations of a traced size and of the polynomial."""
+NEGLIGIBLE = 1e-5
+
+
+def work_terms(name: str, points: Points) -> list[tuple[int, int, float, float]]:
+    """Return the terms of the polynomials, with factors that are not negative, through the work of the traced sizes."""
+    sizes = [(width * height, frames) for (width, height, frames), _ in points]
+    is_clip = any(frames > 1 for _, frames in sizes)
+    exponents = PER_FRAME if is_clip and (name == "svd/step" or not name.endswith("/step")) else OVER_ALL
+    exponents = exponents if len(points) > 1 else exponents[:1]
+    terms = np.array([[float(pixels) ** a * float(frames) ** b for a, b in exponents] for pixels, frames in sizes])
+    flop, moved = (
+        _fitted(terms, np.array([getattr(once, attribute) for _, once in points], dtype=float))
+        for attribute in ("flop", "moved_bytes")
+    )
+    misfit = max(abs(terms @ flop / [max(1, once.flop) for _, once in points] - 1))
+    if misfit > MAX_MISFIT and any(flop):
+        raise SystemExit(f"{name}: its operations differ by {misfit:.1%} from a polynomial of pixels and frames")
+    factors = zip(exponents, flop, moved, strict=True)
+    return [(a, b, float(f"{own:.6g}"), float(f"{other:.6g}")) for (a, b), own, other in factors if own or other]
+
+
+def _fitted(terms: Any, values: Any) -> Any:
+    """Return the factors with the smallest relative differences."""
+    if not all(values):
+        return np.zeros(terms.shape[1])
+    scale = terms.max(0)
+    factors, _ = nnls(terms / scale / values[:, None], np.ones(len(values)))
+    return np.where(factors > NEGLIGIBLE * max(values), factors, 0) / scale
 
 
 def table_json(table: MemoryTable) -> str:

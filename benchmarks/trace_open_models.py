@@ -15,14 +15,18 @@ from vidgen_ray.stages.memory_table import TILES_PX
 from vidgen_ray.stages.rife import FLOW_SCALES
 from vidgen_ray.stages.wan import DECODED_FRAMES
 
-Trace = Callable[[int, int, int], Traced]
+Trace = Callable[..., Traced]
 """Width, height and frames -> what a call takes."""
 Size = tuple[int, int, int]
+CONSTANT = (0, 0, 1)
+"""Size of a call that does not depend on the shot."""
 
 TEXT_TOKENS = 512
 LTX_TEXT_TOKENS = 128
 QWEN_TEXT_TOKENS = 1700
 """Tokens of the longest instruction, of the template around it, and of three images with 196 tokens each."""
+USUAL_QWEN_TEXT_TOKENS = 400
+"""The same for an instruction of two sentences and one image, for the work: the model gets no padding."""
 
 IMAGES = ((256, 256), (512, 512), (1024, 1024), (2048, 2048))
 OTHER_IMAGES = ((640, 1024), (2048, 512), (1920, 1088))
@@ -35,6 +39,8 @@ CLIPS = ((256, 256, 2), (832, 480, 6), (1280, 704, 21), (2048, 2048, 21))
 """Width, height and latent frames."""
 OTHER_CLIPS = ((1024, 576, 7), (704, 1280, 31), (2048, 2048, 2))
 WAN_IMAGES = ((256, 256), (512, 512), (1024, 1024))
+CODED_CLIPS = ((256, 256, 1), (256, 256, 9), (512, 512, 17), (512, 512, 49), (1024, 1024, 9), (1024, 1024, 25))
+"""Width, height and frames of clips that autoencoders encode and decode."""
 OTHER_WAN_IMAGES = ((1280, 704), (512, 320))
 
 
@@ -73,14 +79,14 @@ def klein_text() -> Traced:
     return trace(lambda: model(**inputs, output_hidden_states=True, use_cache=False), model)
 
 
-def qwen_step(width: int, height: int, frames: int = 1) -> Traced:
+def qwen_step(width: int, height: int, frames: int = 1, *, text_tokens: int = QWEN_TEXT_TOKENS) -> Traced:
     """One denoising step. `width` times `height`: the new image and those that the model sees."""
     model = network("qwen_edit/transformer")
     return trace(
         lambda: model(
             hidden_states=meta(1, width * height // 256, 64),
             timestep=meta(1),
-            encoder_hidden_states=meta(1, QWEN_TEXT_TOKENS, 3584),
+            encoder_hidden_states=meta(1, text_tokens, 3584),
             img_shapes=[[(1, height // 16, width // 16)]],
             return_dict=False,
         ),
@@ -88,14 +94,12 @@ def qwen_step(width: int, height: int, frames: int = 1) -> Traced:
     )
 
 
-def qwen_text() -> Traced:
+def qwen_text(text_tokens: int = QWEN_TEXT_TOKENS) -> Traced:
     """The language model, with logits and the results of all layers. Its vision tower needs less and runs before it."""
     model = network("qwen_edit/text_encoder")
 
     def encode() -> Any:
-        output = model.model.language_model(
-            inputs_embeds=meta(1, QWEN_TEXT_TOKENS, 3584), output_hidden_states=True, use_cache=True
-        )
+        output = model.model.language_model(inputs_embeds=meta(1, text_tokens, 3584), output_hidden_states=True, use_cache=True)
         return output, model.lm_head(output.last_hidden_state)
 
     return trace(encode, model)
@@ -150,20 +154,24 @@ def text_encoder(name: str, tokens: int) -> Traced:
     return trace(lambda: model(meta(1, tokens, dtype=torch.int64)), model)
 
 
-def wan_decode(width: int, height: int, frames: int = 1, *, model: str = "wan") -> Traced:
-    """Working memory of decoding, in float32: that of a short clip."""
+def wan_decode(width: int, height: int, frames: int = DECODED_FRAMES, *, model: str = "wan") -> Traced:
+    """Decode a clip in float32."""
     vae = network(f"{model}/vae", "float32")
     side = vae.config.scale_factor_spatial
-    latents = meta(1, vae.config.z_dim, (DECODED_FRAMES - 1) // 4 + 1, height // side, width // side, dtype=torch.float32)
+    latents = meta(1, vae.config.z_dim, (frames - 1) // 4 + 1, height // side, width // side, dtype=torch.float32)
     return trace(lambda: vae.decode(latents, return_dict=False)[0], vae)
 
 
-def wan_encode(width: int, height: int, frames: int = 1, *, model: str = "wan") -> Traced:
-    """Working memory of encoding, in float32: that of a short clip, or of the image for TI2V-5B, which encodes no more."""
+def wan_encode(width: int, height: int, frames: int = DECODED_FRAMES, *, model: str = "wan") -> Traced:
+    """Encode a clip in float32."""
     vae = network(f"{model}/vae", "float32")
-    encoded = 1 if model == "wan-ti2v" else DECODED_FRAMES
-    pixels = meta(1, 3, encoded, height, width, dtype=torch.float32)
+    pixels = meta(1, 3, frames, height, width, dtype=torch.float32)
     return trace(lambda: vae.encode(pixels).latent_dist.mode(), vae)
+
+
+def wan_memory(width: int, height: int, frames: int = 1, *, work: Trace, model: str) -> Traced:
+    """Working memory of the autoencoder: that of a short clip, or of the image that TI2V-5B encodes."""
+    return work(width, height, 1 if (work, model) == (wan_encode, "wan-ti2v") else DECODED_FRAMES, model=model)
 
 
 def ltx_step(width: int, height: int, latent_frames: int) -> Traced:
@@ -225,6 +233,19 @@ def constants() -> dict[str, Traced]:
     }
 
 
+def work_traces() -> Mapping[str, tuple[Trace, tuple[Size, ...]]]:
+    """Return curve -> function and sizes for curves whose work is not that of the call whose memory is traced."""
+    return {
+        "wan/encode": (wan_encode, CODED_CLIPS),
+        "wan/decode": (wan_decode, CODED_CLIPS),
+        "wan-ti2v/encode": (partial(wan_encode, model="wan-ti2v"), CODED_CLIPS),
+        "wan-ti2v/decode": (partial(wan_decode, model="wan-ti2v"), CODED_CLIPS),
+        "ltx/decode": (lambda width, height, frames: ltx_decode(width, height, (frames - 1) // 8 + 1), CODED_CLIPS),
+        "qwen_edit/text": (lambda *_: qwen_text(USUAL_QWEN_TEXT_TOKENS), (CONSTANT,)),
+        "qwen_edit/step": (partial(qwen_step, text_tokens=USUAL_QWEN_TEXT_TOKENS), one_frame(SEQUENCES)),
+    }
+
+
 def open_model_traces() -> Mapping[str, tuple[Trace, tuple[Size, ...], tuple[Size, ...]]]:
     """Return curve -> function of width, height and frames; sizes of the table; other sizes to check it with."""
     images, others = one_frame(IMAGES), one_frame(OTHER_IMAGES)
@@ -246,8 +267,8 @@ def open_model_traces() -> Mapping[str, tuple[Trace, tuple[Size, ...], tuple[Siz
             curves[f"{model}/decode:tile{tile_px}"] = decode, images[2:], others
     for model in ("wan", "wan-ti2v"):
         curves[f"{model}/step"] = partial(wan_step, model=model), CLIPS, OTHER_CLIPS
-        curves[f"{model}/encode"] = partial(wan_encode, model=model), wan_images, other_wan_images
-        curves[f"{model}/decode"] = partial(wan_decode, model=model), wan_images, other_wan_images
+        for name, work in (("encode", wan_encode), ("decode", wan_decode)):
+            curves[f"{model}/{name}"] = partial(wan_memory, work=work, model=model), wan_images, other_wan_images
     for layout in RIFE_NETWORKS:
         for flow_scale in FLOW_SCALES:
             draw = partial(rife_pair, layout=layout, flow_scale=flow_scale)

@@ -97,15 +97,23 @@ def test_memory_of_the_models_is_that_of_the_plan():
     assert documented == {**memory_report.model_cells(), **face_packs}
 
 
-@pytest.mark.parametrize("card", ["RTX 4090, 24 GB", "RTX 5090, 32 GB", "L40S, 48 GB", "A100, 80 GB", "H100, 80 GB"])
+NAMED = {"A100, 80 GB": "A100-80GB", "H100 with `-p open`": "H100"}
+OPEN = {"width": 1280, "height": 704, "num_frames": 81, "lora": None}
+OTHER_FIELDS = {"RTX 4080, 16 GB": {"lora": None}, "H100 with `-p open`": OPEN}
+
+
+@pytest.mark.parametrize(
+    "card", [*OTHER_FIELDS, "RTX 4090, 24 GB", "RTX 5090, 32 GB", "L40S, 48 GB", "A100, 80 GB", "H100, 80 GB"]
+)
 def test_documented_plans_are_current(tmp_path, monkeypatch, capsys, card):
     """The plan in planning.md, and the seconds of a clip in the README."""
-    name = "A100-80GB" if card.startswith("A100") else card.partition(",")[0].replace(" ", "-")
-    arguments = ["plan", "script.jsonl", "--gpus", f"1x{name}"]
+    name = NAMED.get(card, card.partition(",")[0].replace(" ", "-"))
+    arguments = ["plan", "script.jsonl", "--gpus", f"1x{name}", *(["-p", "open"] if "open" in card else [])]
     shutil.copy(resolve("builtin:tiny/lora.safetensors"), tmp_path / "lora.safetensors")
     shutil.copy(ASTRONAUT, tmp_path / "face.jpg")
     shot = {"face_image": "face.jpg", "lora": "lora.safetensors", "consent": SYNTHETIC, "num_frames": 25, "scale": 4}
-    lines = [json.dumps({"prompt": f"shot {number}", "width": 1024, "height": 576, **shot}) for number in range(100)]
+    shot = {key: value for key, value in {"width": 1024, "height": 576, **shot, **OTHER_FIELDS.get(card, {})}.items() if value}
+    lines = [json.dumps({"prompt": f"shot {number}", **shot}) for number in range(100)]
     (tmp_path / "script.jsonl").write_text("\n".join(lines))
     # Without measurements of this machine.
     monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path / "cache"))

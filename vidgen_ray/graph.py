@@ -174,35 +174,31 @@ class RelativeCost(NamedTuple):
     """The part that grows with the number of steps."""
     fixed: float
     """The part that does not, such as text encoding and decoding."""
-    copies: float = 0.0
-    """Number of times that weights in host memory are copied to the GPU, not relative to the reference shot."""
 
     def mixed(self, fixed_share: float) -> float:
         """Return the duration of both parts. `fixed_share`: fraction of the fixed part in the reference shot."""
         return (1 - fixed_share) * self.steps + fixed_share * self.fixed
 
     def plus(self, other: RelativeCost) -> RelativeCost:
-        return RelativeCost(self.steps + other.steps, self.fixed + other.fixed, self.copies + other.copies)
+        return RelativeCost(self.steps + other.steps, self.fixed + other.fixed)
 
     def times(self, factor: float) -> RelativeCost:
-        return RelativeCost(self.steps * factor, self.fixed * factor, self.copies * factor)
+        return RelativeCost(self.steps * factor, self.fixed * factor)
 
 
 def relative_costs(shot: Shot, stages: Iterable[str] | None = None) -> dict[str, RelativeCost]:
-    """Return stage name -> duration of the shot relative to the reference shot. `stages`: some of its stages. Default: all.
-
-    Chunked stages also process the frames and pixels that earlier chunked stages add.
-    """
-    costs = {}
-    for stage in stages_of(shot) if stages is None else [STAGE_BY_NAME[name] for name in stages]:
-        cost = RelativeCost(stage.relative_cost(shot), stage.relative_fixed_cost(shot), stage.weight_copies(shot))
-        costs[stage.name] = cost.times(_growth_before(stage, shot)) if issubclass(stage, ChunkedStage) else cost
-    return costs
+    """Return stage name -> duration of the shot relative to the reference shot. `stages`: some of its stages. Default: all."""
+    return {
+        stage.name: RelativeCost(stage.relative_cost(shot), stage.relative_fixed_cost(shot)).times(growth_before(stage, shot))
+        for stage in (stages_of(shot) if stages is None else [STAGE_BY_NAME[name] for name in stages])
+    }
 
 
-def _growth_before(stage: type[ChunkedStage[Any]], shot: Shot) -> float:
-    """Return the factor by which earlier chunked stages multiply the pixels of the clip."""
+def growth_before(stage: type[Stage[Any]], shot: Shot) -> float:
+    """Return the factor by which earlier chunked stages multiply the pixels of the clip that a stage processes."""
     growth = 1.0
+    if not issubclass(stage, ChunkedStage):
+        return growth
     for earlier in takewhile(lambda each: each is not stage, chunked_stages_of(shot)):
         growth *= float(earlier.frame_factor(shot)) * earlier.scale_factor(shot) ** 2
     return growth
@@ -210,7 +206,7 @@ def _growth_before(stage: type[ChunkedStage[Any]], shot: Shot) -> float:
 
 def durations(shot: Shot, stages: Iterable[str]) -> dict[str, float]:
     """Return stage name -> duration of the shot relative to the reference shot, with the fixed part that is assumed."""
-    return {name: cost.mixed(STAGE_BY_NAME[name].fixed_share) for name, cost in relative_costs(shot, stages).items()}
+    return {name: cost.mixed(STAGE_BY_NAME[name].fixed_share()) for name, cost in relative_costs(shot, stages).items()}
 
 
 def is_chunked(stage_name: str) -> bool:

@@ -96,7 +96,9 @@ def test_seconds_per_step_and_fixed_seconds_are_separated(tiny, monkeypatch, mak
     assert (measured.step_s, measured.fixed_s, measured.warmup_s) == (2, 5, 30)
     assert SlowStage.calls == (14, 14, 14, 4, 4, 4)
     long = shot.model_copy(update={"steps": shot.steps.model_copy(update={"flux": 14})})
-    assert measured.seconds_of_reference == pytest.approx((5 + 2 * 14) / FluxStage.relative_cost(long))
+    assert measured.seconds_of_reference == pytest.approx(
+        5 / FluxStage.relative_fixed_cost(long) + 2 * 14 / FluxStage.relative_cost(long)
+    )
 
 
 def test_random_lora_fits_the_transformer(tiny):

@@ -108,8 +108,8 @@ def test_planned_host_memory_and_copies_are_those_of_the_code(
     planned = (process.host_gb - GPU_PROCESS_HOST_GB) * GB
     assert planned == pytest.approx(held + sum(results.values()), rel=0.01)
     for name, stage in stages.items():
-        linked = stage.work(profile.options_of(type(stage)).model_copy(update={"dtype": "float32"})).linked_bytes
-        assert copied[name] == pytest.approx(linked * stage.weight_copies(shot), rel=0.01), name
+        work = stage.work(profile.options_of(type(stage)).model_copy(update={"dtype": "float32"}), shot)
+        assert copied[name] == pytest.approx(work.total.linked_bytes, rel=0.01), name
 
 
 def test_host_memory_counts_the_rounding_of_pinned_blocks(monkeypatch):

@@ -3,13 +3,14 @@
 Parity is bitwise in fp32: the same kernels run in the same order, on tensors of the same shapes.
 """
 
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import HunyuanDiT2DModel, HunyuanDiTPipeline
-from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import SUPPORTED_SHAPE
+from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import SUPPORTED_SHAPE, map_to_standard_shapes
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
@@ -100,6 +101,8 @@ def test_image_is_fitted_to_the_trained_shape():
     assert fit_to_standard_shape(1024, 576) == CanvasPlacement((1024, 576), (1280, 720), (1280, 768))
     assert fit_to_standard_shape(576, 1024) == CanvasPlacement((576, 1024), (720, 1280), (768, 1280))
     assert fit_to_standard_shape(2048, 64) == CanvasPlacement((2048, 64), (1280, 40), (1280, 768))
+    for width, height in product(range(64, 2049, 64), repeat=2):
+        assert fit_to_standard_shape(width, height).canvas == map_to_standard_shapes(width, height)
     assert fit_to_multiple_of_16(128, 64) == CanvasPlacement((128, 64), (128, 64), (128, 64))
     assert fit_to_multiple_of_16(70, 50) == CanvasPlacement((70, 50), (70, 50), (80, 64))
 

@@ -38,37 +38,46 @@ class GpuCard:
     pattern: str
     """Regular expression that the name reported by the driver contains."""
 
-    def seconds(self, work: Workload, share: float) -> float:
-        """Return the seconds of the work. `share`: fraction of the peak that matrix products and convolutions reach."""
-        computing = work.flop / (self.tflop_per_s * 1e12 * share)
+    halved: bool = False
+    """It adds in 32 bits at half the speed that it multiplies, which leaves its kernels more time to load numbers."""
+
+    def seconds(self, work: Workload, share: float, factor: float = 1.0) -> float:
+        """Return the seconds of the work.
+
+        `share`: fraction of the peak that matrix products and convolutions reach. `factor`: of the GPU's part.
+        """
+        share = min(MAX_SHARE, share * HALVED_GAIN) if self.halved else share
+        computing = (work.flop + work.float32_flop) / (self.tflop_per_s * 1e12 * share)
         moving = work.moved_bytes / (self.gb_per_s * 1e9 * BANDWIDTH_SHARE)
-        return computing + moving + self.copy_seconds(work.linked_bytes)
+        return max(factor * (computing + moving), work.launch_s) + self.copy_seconds(work.linked_bytes)
 
     def copy_seconds(self, n_bytes: float) -> float:
         """Return the seconds of copying weights from pinned host memory to the GPU."""
         return n_bytes / (self.link_gb_per_s * 1e9)
 
-    def share_of_peak(self, work: Workload, seconds: float) -> float:
-        """Return the fraction of the peak that work reaches if it takes these seconds."""
-        return work.flop / (seconds * self.tflop_per_s * 1e12)
+    def share_of_peak(self, flop: float, seconds: float) -> float:
+        """Return the fraction of the peak that these operations reach if they take these seconds."""
+        return flop / (seconds * self.tflop_per_s * 1e12)
 
 
 BANDWIDTH_SHARE = 0.8
 """Fraction of the memory bandwidth that normalisation, activation functions and copies reach."""
+HALVED_GAIN, MAX_SHARE = 1.5, 0.9
+"""Factor on the fraction of a halved peak, from published times of FLUX.1-dev on the RTX 4090, and the largest fraction."""
 PCIE3, PCIE4, PCIE5, NVLINK_C2C = 12, 25, 50, 350
 
 CARDS = (
     GpuCard("T4", 14.6, 65, 320, PCIE3, 0.35, r"\bT4\b"),
-    GpuCard("RTX 4080", 15.7, 97.5, 717, PCIE4, 0.3, r"RTX 4080"),
-    GpuCard("RTX 5080", 15.5, 112.6, 960, PCIE5, 0.35, r"RTX 5080"),
+    GpuCard("RTX 4080", 15.7, 97.5, 717, PCIE4, 0.3, r"RTX 4080", halved=True),
+    GpuCard("RTX 5080", 15.5, 112.6, 960, PCIE5, 0.35, r"RTX 5080", halved=True),
     GpuCard("A4500", 19.7, 94.6, 640, PCIE4, 0.25, r"RTX A4500"),
     GpuCard("L4", 22.0, 121, 300, PCIE4, 0.6, r"\bL4\b"),
-    GpuCard("A10G", 22.0, 70, 600, PCIE4, 0.8, r"\bA10G\b"),
+    GpuCard("A10G", 22.0, 70, 600, PCIE4, 0.8, r"\bA10G\b", halved=True),
     GpuCard("A10", 22.1, 125, 600, PCIE4, 0.75, r"\bA10\b"),
-    GpuCard("RTX 3090", 23.6, 71, 936, PCIE4, 0.25, r"RTX 3090"),
+    GpuCard("RTX 3090", 23.6, 71, 936, PCIE4, 0.25, r"RTX 3090", halved=True),
     GpuCard("A5000", 23.7, 111, 768, PCIE4, 0.3, r"RTX A5000"),
-    GpuCard("RTX 4090", 23.6, 165.2, 1008, PCIE4, 0.5, r"RTX 4090"),
-    GpuCard("RTX 5090", 31.4, 209.5, 1792, PCIE5, 0.8, r"RTX 5090"),
+    GpuCard("RTX 4090", 23.6, 165.2, 1008, PCIE4, 0.5, r"RTX 4090", halved=True),
+    GpuCard("RTX 5090", 31.4, 209.5, 1792, PCIE5, 0.8, r"RTX 5090", halved=True),
     GpuCard("A100 40 GB", 39.4, 312, 1555, PCIE4, 1.3, r"\bA100.*40"),
     GpuCard("A40", 44.4, 149.7, 696, PCIE4, 0.5, r"\bA40\b"),
     GpuCard("L40S", 44.4, 362, 864, PCIE4, 1.0, r"\bL40S\b"),

@@ -16,13 +16,22 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 
 from vidgen_ray.errors import FrozenModel, ProfileError
-from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, clip_growth, file_sizes, relative_costs
+from vidgen_ray.graph import (
+    STAGE_BY_NAME,
+    STAGES,
+    RelativeCost,
+    clip_growth,
+    file_sizes,
+    growth_before,
+    relative_costs,
+    stages_of,
+)
 from vidgen_ray.planner.cluster import H100, GpuCard
 from vidgen_ray.planner.gpu_memory import ShotSizes
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, Stage
-from vidgen_ray.stages.memory_table import Workload
+from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, Stage, StageParams
+from vidgen_ray.stages.memory_table import ShotWork
 from vidgen_ray.system.cache_dir import CacheFile
 
 MIN_SHOTS = 3
@@ -123,7 +132,7 @@ def save_calibration(profile: str, card: str, seconds: Mapping[str, Sequence[tup
 
 def calibrations(seconds: Mapping[str, Sequence[tuple[float, RelativeCost]]]) -> dict[str, Calibration]:
     """Return stage -> calibration of the measurements of a run, see `save_calibration`."""
-    assumed = {stage: 1.0 if stage == ENCODING else STAGE_BY_NAME[stage].fixed_share for stage in seconds}
+    assumed = {stage: 1.0 if stage == ENCODING else STAGE_BY_NAME[stage].fixed_share() for stage in seconds}
     summaries = {stage: _summary(samples, assumed[stage]) for stage, samples in seconds.items()}
     return {stage: calibration for stage, calibration in summaries.items() if calibration}
 
@@ -246,6 +255,8 @@ class Demand:
     """Mean number of frames of a pass of the video model."""
     billed: Mapping[str, float] = field(default_factory=dict)
     """Stage that servers compute -> units that they charge; see `Stage.billed`."""
+    kinds: tuple[tuple[Shot, float], ...] = ()
+    """Shots of different work, each with the number of shots that it stands for. Empty: the relative costs count."""
 
     @property
     def stages(self) -> tuple[type[Stage[Any]], ...]:
@@ -268,6 +279,7 @@ class Demand:
             self.pixels,
             self.frames,
             {name: units * factor for name, units in self.billed.items()},
+            tuple((shot, count * factor) for shot, count in self.kinds),
         )
 
 
@@ -286,12 +298,13 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
     variant_cost: defaultdict[str, dict[str, RelativeCost]] = defaultdict(dict)
     billed: dict[str, float] = {}
     loras: set[str] = set()
-    sizes = ShotSizes()
+    sizes, kinds = ShotSizes(), _ShotKinds()
     count = upscaled = all_pixels = all_frames = 0
     encoded = output = images = clips = 0.0
     for shot in shots:
         count += 1
         sizes.add(shot)
+        kinds.add(shot)
         for name, cost in relative_costs(shot).items():
             # A shot without cost, such as a refinement of strength 0, still passes the stage.
             relative_cost[name] = relative_cost.get(name, NO_COST).plus(cost)
@@ -326,30 +339,65 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
         mean_pixels,
         mean_frames,
         billed,
+        kinds.counts,
     )
+
+
+MAX_KINDS = 200
+"""Kinds of shots that are kept. Further ones count as the mean of these, unless they pass other stages."""
+
+
+class _ShotKinds:
+    """Counts shots whose work differs."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[object, ...], list[Any]] = {}
+        self._stages: set[object] = set()
+        self._others = 0
+
+    def add(self, shot: Shot) -> None:
+        stages = stages_of(shot)
+        key = (
+            *(stages, shot.width, shot.height, shot.num_frames, shot.extend, shot.fps, shot.interpolation, shot.fps_out),
+            *(shot.scale, shot.upscaler, shot.steps, shot.guidance, shot.negative_prompt is None, len(shot.face_image)),
+            *(shot.flux_identity, shot.identity_start, shot.identity_end, shot.uses_reference_photos),
+            *(shot.lora_strength, shot.refine_strength, shot.style_strength),
+        )
+        if (known := self._counts.get(key)) is not None:
+            known[1] += 1
+        elif len(self._counts) < MAX_KINDS or stages not in self._stages:
+            self._counts[key] = [shot, 1]
+            self._stages.add(stages)
+        else:
+            self._others += 1
+
+    @property
+    def counts(self) -> tuple[tuple[Shot, float], ...]:
+        known = sum(count for _, count in self._counts.values())
+        return tuple((shot, count * (known + self._others) / known) for shot, count in self._counts.values())
 
 
 class StageSeconds(NamedTuple):
     """Expected seconds of a stage."""
 
     reference_s: float
-    """Seconds of the reference shot, without `copy_s`."""
+    """Seconds of the reference shot."""
     fixed_share: float
     """Fraction of them that does not depend on the number of steps."""
     spread: float
     """Relative spread of the seconds of a shot."""
     is_known: bool
-    """The seconds were stated or measured."""
-    copy_s: float = 0.0
-    """Seconds of copying weights that wait in host memory to the GPU. 0 if they were measured with the rest."""
+    """The seconds were stated or measured, or follow from the work."""
+    is_computed: bool = False
+    """They follow from the work, which is known for each shot."""
 
     def of(self, cost: RelativeCost) -> float:
         """Return the seconds of shots with this cost."""
-        return self.reference_s * cost.mixed(self.fixed_share) + self.copy_s * cost.copies
+        return self.reference_s * cost.mixed(self.fixed_share)
 
 
 def total_seconds(expected: StageSeconds, stage: str, demand: Demand, measured: Calibration | None) -> float:
-    """Return the seconds that all shots of the demand take in a stage. `measured`: also has the seconds of its variants."""
+    """Return the seconds of a demand by its relative costs. `measured`: also has the seconds of the stage's variants."""
     costs = demand.variant_cost.get(stage, {})
     variants = {name: seconds for name, seconds in (measured.variants if measured else {}).items() if name in costs}
     rest = demand.relative_cost[stage]
@@ -357,6 +405,35 @@ def total_seconds(expected: StageSeconds, stage: str, demand: Demand, measured: 
         rest = rest.plus(costs[name].times(-1))
     own = sum(seconds * costs[name].mixed(expected.fixed_share) for name, seconds in variants.items())
     return max(0.0, expected.of(rest)) + own
+
+
+def demand_seconds(
+    profile: Profile,
+    stage: type[Stage[Any]],
+    demand: Demand,
+    measured: Mapping[str, Calibration],
+    card: GpuCard | None,
+    gain: float = 1.0,
+) -> float:
+    """Return the seconds that all shots of the demand take in a stage.
+
+    `gain`: factor by which several GPUs compute a step faster, if it is divided among them. Its kernels start no faster.
+    """
+    params = profile.options_of(stage)
+    works = _works(profile, stage, params if gain == 1 else stage.divided(params) or params, demand)
+    expected = seconds_of(profile, stage, measured, card)
+    if expected.is_computed and works:
+        return sum(count * computed_seconds(stage, work, card or H100, gain) for work, count in works)
+    total = total_seconds(expected, stage.name, demand, measured.get(stage.name))
+    fixed = min(total, expected.of(RelativeCost(0, demand.relative_cost[stage.name].fixed)))
+    launch_s = sum(count * work.steps.launch_s for work, count in works)
+    return min(total, fixed + max((total - fixed) / gain, launch_s))
+
+
+def computed_seconds(stage: type[Stage[Any]], work: ShotWork, card: GpuCard, gain: float = 1.0) -> float:
+    """Return the seconds of work on a kind of GPU. `gain`: see `total_seconds`."""
+    factor = stage.card_factors.get(card.name, 1.0)
+    return card.seconds(work.steps, stage.compute_share, factor / gain) + card.seconds(work.fixed, stage.compute_share, factor)
 
 
 def seconds_of(
@@ -376,14 +453,10 @@ def seconds_of(
     if calibrated := measured.get(stage.name):
         return StageSeconds(calibrated.seconds_of_reference, calibrated.fixed_share, calibrated.spread, True)
     if stage.name in actor.seconds:
-        return StageSeconds(actor.seconds[stage.name], stage.fixed_share, ASSUMED_SPREAD, True)
+        return StageSeconds(actor.seconds[stage.name], stage.fixed_share(), ASSUMED_SPREAD, True)
     if (work := _work_of(profile, stage)) is not None:
-        card = card or H100
-        copy_s = card.copy_seconds(work.linked_bytes)
-        seconds = card.seconds(work, stage.compute_share) - copy_s
-        seconds *= stage.card_factors.get(card.name, 1.0)
-        return StageSeconds(seconds, stage.fixed_share, ASSUMED_SPREAD, True, copy_s)
-    return StageSeconds(stage.reference_s, stage.fixed_share, ASSUMED_SPREAD, False)
+        return StageSeconds(computed_seconds(stage, work, card or H100), stage.fixed_share(), ASSUMED_SPREAD, True, True)
+    return StageSeconds(stage.reference_s, stage.fixed_share(), ASSUMED_SPREAD, False)
 
 
 def peak_shares(profile: Profile, reference_s: Mapping[str, float], card: GpuCard | None) -> dict[str, float]:
@@ -395,10 +468,28 @@ def peak_shares(profile: Profile, reference_s: Mapping[str, float], card: GpuCar
     for name, seconds in reference_s.items():
         stage = STAGE_BY_NAME[name]
         if card is not None and (work := _work_of(profile, stage)) is not None:
-            shares[name] = round(card.share_of_peak(work, seconds), 4)
+            shares[name] = round(card.share_of_peak(work.total.flop, seconds), 4)
     return shares
 
 
-def _work_of(profile: Profile, stage: type[Stage[Any]]) -> Workload | None:
+def planned_share(profile: Profile, stage: type[Stage[Any]], demand: Demand, seconds: float, card: GpuCard) -> float | None:
+    """Return the fraction of the GPU's peak that the demand reaches in these seconds. `None` if its work is unknown."""
+    works = _works(profile, stage, profile.options_of(stage), demand)
+    flop = sum(count * work.total.flop for work, count in works)
+    return round(card.share_of_peak(flop, seconds), 4) if flop else None
+
+
+def _works(profile: Profile, stage: type[Stage[Any]], params: StageParams, demand: Demand) -> list[tuple[ShotWork, float]]:
+    """Return the work of the kinds of shots that pass a stage, and their number. Empty if it is unknown."""
+    if profile.actor_of(stage).device != "cuda":
+        return []
+    kinds = [(shot, count) for shot, count in demand.kinds if stage.applies(shot)]
+    works = [(stage.work(params, shot), growth_before(stage, shot), count) for shot, count in kinds]
+    return [(work.times(growth), count) for work, growth, count in works if work is not None]
+
+
+def _work_of(profile: Profile, stage: type[Stage[Any]]) -> ShotWork | None:
     """Return the work of the reference shot. `None` if it is unknown, or if the stage runs on a CPU."""
-    return stage.work(profile.options_of(stage)) if profile.actor_of(stage).device == "cuda" else None
+    if profile.actor_of(stage).device != "cuda":
+        return None
+    return stage.work(profile.options_of(stage), Shot(prompt="reference", **stage.reference))

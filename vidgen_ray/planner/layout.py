@@ -123,6 +123,8 @@ T = TypeVar("T")
 
 CONTEXT_GB = 0.6
 """GPU memory of a process before it loads any weights."""
+GROUP_GB = 1.5
+"""GPU memory of the NCCL communicators of a process that divides shots with others. Assumed: 0.3 for each of five."""
 PROCESS_HOST_GB = 0.4
 """Host memory of a process without a GPU: torch and other libraries."""
 GPU_PROCESS_HOST_GB = 2.0
@@ -195,7 +197,7 @@ class WorkerProcess:
         swapped = {actor for group in self.swap_groups for actor in group}
         permanent = [actor for actor in self.actors if actor not in swapped]
         # The first of several GPUs is that of two processes.
-        context_gb = CONTEXT_GB if self.gpus == 1 else 2 * CONTEXT_GB
+        context_gb = CONTEXT_GB if self.gpus == 1 else 2 * CONTEXT_GB + GROUP_GB
         return context_gb + max(needed_gb([*permanent, *group]) for group in self.swap_groups or ((),))
 
     @cached_property

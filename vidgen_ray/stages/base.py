@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from math import ceil
 from pathlib import Path
 from threading import get_ident
@@ -38,7 +38,7 @@ from pydantic import Field, JsonValue
 from vidgen_ray.errors import MissingWeights, StageError, StrictModel
 from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
-from vidgen_ray.stages.memory_table import StageMemory, Workload
+from vidgen_ray.stages.memory_table import ShotWork, StageMemory
 from vidgen_ray.system.model_files import check_pipeline_folder
 
 if TYPE_CHECKING:
@@ -258,9 +258,8 @@ class Stage(ABC, Generic[P]):
     """Fraction of a card's peak that matrix products, convolutions and attention of `work` are assumed to reach."""
     card_factors: ClassVar[Mapping[str, float]] = {}
     """Card -> published seconds divided by those that are computed from `work`. 1 for the others."""
-    fixed_share: ClassVar[float] = 0.0
-    """Fraction of the reference shot's seconds that does not depend on the number of steps, such as text encoding and decoding.
-    The planner assumes it until it is measured."""
+    reference: ClassVar[Mapping[str, Any]] = {}
+    """Fields of the reference shot, beside the size, without which the stage has no work."""
     follows: ClassVar[str] = ""
     """Name of the stage that it comes after in the chain. Only for stages of other packages."""
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
@@ -390,23 +389,31 @@ class Stage(ABC, Generic[P]):
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
-        """Return the shot's duration in this stage relative to the reference shot."""
-        return 1.0
+        """Return the shot's duration in this stage relative to the reference shot, without `relative_fixed_cost`.
+
+        Override it in stages without `work`.
+        """
+        own, reference = cls._default_work(shot), reference_work(cls)
+        return own.steps.operations / reference.steps.operations if own and reference else 1.0
 
     @classmethod
     def relative_fixed_cost(cls, shot: Shot) -> float:
         """Return the duration of the part that does not depend on the number of steps, relative to the reference shot."""
+        own, reference = cls._default_work(shot), reference_work(cls)
+        if own and reference and reference.fixed.operations:
+            return own.fixed.operations / reference.fixed.operations
         return cls.relative_cost(shot)
+
+    @classmethod
+    def fixed_share(cls) -> float:
+        """Return the assumed fraction of the reference shot's seconds that does not depend on the number of steps."""
+        reference = reference_work(cls)
+        return reference.fixed.operations / reference.total.operations if reference else 0.0
 
     @classmethod
     def passes(cls, shot: Shot) -> int:
         """Return how many times the model runs for the shot. The timeout of a call counts for each."""
         return 1
-
-    @classmethod
-    def weight_copies(cls, shot: Shot) -> int:
-        """Return how many times the shot needs all weights that wait in host memory, the `linked_bytes` of `work`."""
-        return cls.passes(shot)
 
     @classmethod
     def divided(cls, params: P) -> P | None:
@@ -445,9 +452,16 @@ class Stage(ABC, Generic[P]):
         return None
 
     @classmethod
-    def work(cls, params: P) -> Workload | None:
-        """Return the work of the reference shot with the published weights. `None` if unknown: `reference_s` counts."""
+    def work(cls, params: P, shot: Shot) -> ShotWork | None:
+        """Return the work of a shot with the published weights. `None` if unknown: `reference_s` and `relative_cost` count."""
         return None
+
+    @classmethod
+    def _default_work(cls, shot: Shot) -> ShotWork | None:
+        """Return the work of a shot with the default parameters."""
+        if cls.work.__func__ is Stage.work.__func__:  # type: ignore[attr-defined]  # of a bound method
+            return None
+        return cls.work(_default_params(cls), shot)
 
     @abstractmethod
     def load(self) -> None:
@@ -511,6 +525,17 @@ class Stage(ABC, Generic[P]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@cache
+def _default_params(stage: type[Stage[Any]]) -> Any:
+    return stage.Params(weights=Path())
+
+
+@cache
+def reference_work(stage: type[Stage[Any]]) -> ShotWork | None:
+    """Return the work of the reference shot with the default parameters. `None` if it is unknown."""
+    return stage._default_work(Shot(prompt="reference", **stage.reference))
 
 
 DARK = 16

@@ -11,7 +11,6 @@ from vidgen_ray.errors import StageError
 from vidgen_ray.shot import INSTANTID_SDXL, Shot
 from vidgen_ray.stages.base import (
     PROMPT_FIELDS,
-    REFERENCE_PIXELS,
     Artefacts,
     Image,
     Item,
@@ -30,11 +29,11 @@ from vidgen_ray.stages.lora import FEW_STEP_LORA
 from vidgen_ray.stages.memory_table import (
     FP8,
     RESULT_COPIES,
+    ShotWork,
     StageMemory,
     Workload,
     activation_bytes,
     network_work,
-    relative_flop,
     weight_bytes,
 )
 
@@ -45,16 +44,16 @@ STEP_CACHE_TENSORS = 3
 of the others."""
 
 
-CARD_FACTORS: Mapping[str, float] = {
-    # Their caches hold more of what the steps move.
-    **dict.fromkeys(("L40S", "RTX 6000 Ada"), 0.78),
-    # GeForce cards with large caches, whose peak is halved by sums in 32 bits. Published for the RTX 4090.
-    **dict.fromkeys(("RTX 4080", "RTX 5080", "RTX 4090", "RTX 5090"), 0.54),
-    # A step is short for the time that its kernels take to start.
-    "B200": 1.5,
-}
-"""`card_factors` of FLUX, from images of 1024x1024: TheStage AI's Elastic-FLUX.1-dev (L40S 16 s, B200 4.4 s for 28 steps),
-FLUX.1-dev-fp8-flumina (RTX 6000 Ada 1.74 steps a second, RTX 4090 1.7) and edge-dit.cpp (RTX 4090 13.2 s for 20 steps)."""
+CARD_FACTORS: Mapping[str, float] = dict.fromkeys(
+    ("L40S", "RTX 6000 Ada", "RTX 4080", "RTX 5080", "RTX 4090", "RTX 5090"), 0.78
+)
+"""`card_factors` of FLUX: their caches hold more of what the steps move. From images of 1024x1024 with 28 steps: TheStage AI's
+Elastic-FLUX.1-dev (L40S 16 s) and FLUX.1-dev-fp8-flumina (RTX 6000 Ada 1.74 steps a second, RTX 4090 1.7)."""
+STEP_LAUNCH_S = {False: 0.15, True: 0.058}
+"""Compiled or not -> seconds that a step takes at least. From xDiT on four H100 (4.24 s for 28 steps, compiled 1.63) and
+Elastic-FLUX.1-dev on a B200 (4.4 s)."""
+COMPILED_BYTES = 0.1
+"""Part of the bytes that compiled kernels move: xDiT's 6.71 s for 28 steps on an H100 become 4.30, and 4.2 are computing."""
 
 
 class FluxFamilyStage(Stage[FluxParams]):
@@ -137,18 +136,31 @@ class FluxFamilyStage(Stage[FluxParams]):
         return params.model_copy(update={"compile": False, "step_cache_threshold": None}) if can_divide else None
 
     @classmethod
-    def work_of_steps(cls, params: FluxParams, steps: float) -> Workload:
-        """Return the work of an image of the reference size with this number of steps, and of T5 and the transformer taking
-        turns for a new prompt."""
-        step = network_work("flux/step", REFERENCE_PIXELS)
+    def work_with_steps(cls, params: FluxParams, shot: Shot, steps: float, *, is_new_prompt: bool) -> ShotWork:
+        """Return the work of an image with this number of steps, and of the text encoder for a new prompt."""
+        pixels = shot.width * shot.height
+        plain = network_work("flux/step", pixels)
+        step = plain._replace(launch_s=STEP_LAUNCH_S[params.compile])
+        stored = "" if params.quantize == "none" else f":{FP8}"
         if params.quantize == FP8:
             step += Workload(moved_bytes=FP8_CAST_BYTES * weight_bytes(f"flux/transformer:{FP8}", params.dtype))
-        work = step.times(steps) + network_work("flux/decode", REFERENCE_PIXELS)
-        if params.text_encoder == "swapped":
-            t5 = weight_bytes("flux/text_encoder_2", params.dtype)
-            stored = "" if params.quantize == "none" else f":{FP8}"
-            work += Workload(linked_bytes=t5 + weight_bytes(f"flux/transformer{stored}", params.dtype))
-        return work
+        prompts = 2 if params.uses_negative_prompt(shot) else 1
+        step = step.times(prompts)
+        fixed = network_work("flux/decode", pixels)
+        if shot.flux_identity is not None:
+            injector = injector_class(shot.flux_identity)
+            # Once per step, whatever the number of prompts.
+            own = network_work(injector.step_curve, pixels) + plain.times(-1)
+            step += own.times(shot.identity_end - shot.identity_start)
+            fixed += network_work("flux/encode", pixels)
+        if params.compile:
+            step = step._replace(moved_bytes=step.moved_bytes * COMPILED_BYTES)
+        if is_new_prompt:
+            fixed += network_work("flux/text").times(prompts)
+            if params.text_encoder == "swapped":
+                t5 = weight_bytes("flux/text_encoder_2", params.dtype)
+                fixed += Workload(linked_bytes=t5 + weight_bytes(f"flux/transformer{stored}", params.dtype))
+        return ShotWork(step.times(steps), fixed)
 
     @classmethod
     def lower_memory(cls, params: FluxParams) -> FluxParams | None:
@@ -218,19 +230,6 @@ FP8_CAST_BYTES = 6
 """Bytes per weight that a step moves to convert it from 8 bits to 16 and back."""
 
 
-def relative_flux_cost(shot: Shot, steps: int | None) -> float:
-    """Return the cost of the whole schedule relative to the reference shot, which has no face.
-
-    A negative prompt adds a second pass per step. Without `distilled_guidance` all shots have two, so there the estimate for
-    shots with a negative prompt is too high. An injector adds its `passes_per_step` in the steps that it conditions.
-    """
-    passes = 2.0 if shot.negative_prompt else 1.0
-    if shot.flux_identity is not None:
-        passes += injector_class(shot.flux_identity).passes_per_step * (shot.identity_end - shot.identity_start)
-    size = relative_flop("flux/step", shot.width * shot.height, REFERENCE_PIXELS)
-    return size * (steps or DEFAULT_STEPS) / DEFAULT_STEPS * passes
-
-
 class FluxStage(FluxFamilyStage):
     """Prompt -> `image` (height, width, 3); width and height multiples of 16.
 
@@ -254,12 +253,8 @@ class FluxStage(FluxFamilyStage):
     debug_file: ClassVar[str | None] = "base.png"
 
     @classmethod
-    def work(cls, params: FluxParams) -> Workload:
-        return network_work("flux/text") + cls.work_of_steps(params, DEFAULT_STEPS)
-
-    @classmethod
-    def relative_cost(cls, shot: Shot) -> float:
-        return relative_flux_cost(shot, shot.steps.flux)
+    def work(cls, params: FluxParams, shot: Shot) -> ShotWork:
+        return cls.work_with_steps(params, shot, shot.steps.flux or DEFAULT_STEPS, is_new_prompt=True)
 
     def run(self, item: Item) -> Artefacts:
         return {"image": self.generate(item, "text_to_image")}
@@ -274,8 +269,6 @@ class FluxRedrawStage(FluxFamilyStage):
 
     chosen_by: ClassVar[str] = "redrawn_by"
     takes: ClassVar[tuple[str, ...]] = ("image",)
-    reference_strength: ClassVar[float]
-    """Default strength of a shot."""
 
     @classmethod
     def strength(cls, shot: Shot) -> float:
@@ -284,18 +277,12 @@ class FluxRedrawStage(FluxFamilyStage):
         return strength
 
     @classmethod
-    def work(cls, params: FluxParams) -> Workload:
-        encode = network_work("flux/encode", REFERENCE_PIXELS)
-        return encode + cls.work_of_steps(params, DEFAULT_STEPS * cls.reference_strength)
-
-    @classmethod
-    def relative_cost(cls, shot: Shot) -> float:
-        return relative_flux_cost(shot, getattr(shot.steps, cls.name)) * cls.strength(shot) / cls.reference_strength
-
-    @classmethod
-    def weight_copies(cls, shot: Shot) -> int:
+    def work(cls, params: FluxParams, shot: Shot) -> ShotWork:
+        strength = cls.strength(shot)
+        steps = (getattr(shot.steps, cls.name) or DEFAULT_STEPS) * strength
         # The prompt of a shot whose image is FLUX's is still in the cache.
-        return 0 if shot.image_by == "flux" or not cls.strength(shot) else 1
+        steps_part, fixed = cls.work_with_steps(params, shot, steps, is_new_prompt=shot.image_by != "flux")
+        return ShotWork(steps_part, (fixed + network_work("flux/encode", shot.width * shot.height)).times(strength > 0))
 
     def run(self, item: Item) -> Artefacts:
         """Redraw the item's `image`. Raises StageError for less than one step."""
@@ -332,7 +319,6 @@ class FluxLoRAStage(FluxRedrawStage):
     reads: ClassVar[tuple[str, ...]] = (*PROMPT_FIELDS, "lora", "lora_strength", "steps.lora", "guidance.lora")
     lora_field: ClassVar[str] = "lora"
     weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity", "lora")
-    reference_strength: ClassVar[float] = 0.6
     debug_file: ClassVar[str | None] = "lora.png"
 
     def run(self, item: Item) -> Artefacts:
@@ -353,5 +339,4 @@ class FluxRefineStage(FluxRedrawStage):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",), "identity": INSTANTID_SDXL},)
     reads: ClassVar[tuple[str, ...]] = (*PROMPT_FIELDS, "refine_strength", "steps.refine", "guidance.refine")
     weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity",)
-    reference_strength: ClassVar[float] = 0.35
     debug_file: ClassVar[str | None] = "refine.png"

@@ -12,7 +12,6 @@ from vidgen_ray.shot import REFERENCE, Shot
 from vidgen_ray.stages.base import (
     NOT_IN_KEY,
     PROMPT_FIELDS,
-    REFERENCE_PIXELS,
     Artefacts,
     Item,
     ReadText,
@@ -26,13 +25,12 @@ from vidgen_ray.stages.lora import LoraAdapters
 from vidgen_ray.stages.memory_table import (
     RESULT_COPIES,
     Phase,
+    ShotWork,
     StageMemory,
-    Workload,
     activation_bytes,
     memory_of_phases,
     network_work,
     offload_work,
-    relative_flop,
     weight_bytes,
 )
 from vidgen_ray.stages.speed import speed_up
@@ -90,18 +88,13 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
         yield ReadText(CHAT.format(shot.prompt), params.weights / "tokenizer", params.text_tokens)
 
     @classmethod
-    def work(cls, params: Flux2KleinParams) -> Workload:
-        step = network_work("klein/step", REFERENCE_PIXELS)
-        steps = step.times(DISTILLED_STEPS) + network_work("klein/decode", REFERENCE_PIXELS)
-        copies = offload_work((TEXT_ENCODER, VAE, TRANSFORMER, VAE), params.dtype, cpu_offload=params.cpu_offload)
-        return network_work("klein/text") + steps + copies
-
-    @classmethod
-    def relative_cost(cls, shot: Shot) -> float:
+    def work(cls, params: Flux2KleinParams, shot: Shot) -> ShotWork:
         # Photos are further tokens of the transformer's sequence.
-        photos = len(shot.face_image) * PHOTO_PIXELS if shot.uses_reference_photos else 0
-        pixels = shot.width * shot.height + photos
-        return relative_flop("klein/step", pixels, REFERENCE_PIXELS) * (shot.steps.klein or DISTILLED_STEPS) / DISTILLED_STEPS
+        pixels, photos = shot.width * shot.height, len(shot.face_image) if shot.uses_reference_photos else 0
+        step = network_work("klein/step", pixels + photos * PHOTO_PIXELS)
+        coding = network_work("klein/encode", PHOTO_PIXELS).times(photos) + network_work("klein/decode", pixels)
+        copies = offload_work((TEXT_ENCODER, VAE, TRANSFORMER, VAE), params.dtype, cpu_offload=params.cpu_offload)
+        return ShotWork(step.times(shot.steps.klein or DISTILLED_STEPS), network_work("klein/text") + coding + copies)
 
     @classmethod
     def memory(cls, params: Flux2KleinParams, shot: Shot) -> StageMemory | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar
 
 from vidgen_ray.shot import Shot
@@ -18,18 +19,23 @@ from vidgen_ray.stages.base import (
     pixels_to_uint8,
 )
 from vidgen_ray.stages.loading import TiledParams, TiledStage, load_pipeline, move_networks, set_vae_tiles
-from vidgen_ray.stages.memory_table import StageMemory, Workload, activation_bytes, network_work, weight_bytes
+from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_bytes, network_work, weight_bytes
 from vidgen_ray.stages.speed import CompileParams, compile_blocks, require_sdpa_backend, sdpa_backend
 
 DEFAULT_STEPS = 30
 DEFAULT_GUIDANCE = 5.0
 MT5_TOKENS = 256
+CANVASES: Mapping[float, tuple[tuple[int, int], ...]] = {
+    1: ((1024, 1024), (1280, 1280)),
+    4 / 3: ((1024, 768), (1152, 864), (1280, 960)),
+    3 / 4: ((768, 1024), (864, 1152), (960, 1280)),
+    16 / 9: ((1280, 768),),
+    9 / 16: ((768, 1280),),
+}
+"""Ratio of the sides of an image -> widths and heights that the published weights were trained on."""
 LARGEST_CANVAS_PX = 1280 * 1280
-"""Pixels of the largest size that the published weights were trained on."""
 NETWORKS = ("hunyuan/transformer", "hunyuan/text_encoder", "hunyuan/text_encoder_2", "hunyuan/vae")
 """Its networks in the memory table."""
-REFERENCE_STRENGTH = 0.5
-"""Default `style_strength` of a shot."""
 REPEATED_BLOCKS = ("HunyuanDiTBlock",)
 """Class of the transformer's blocks, which diffusers does not state for this network."""
 
@@ -76,15 +82,14 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
         yield ReadText(_prompt_of(shot), params.weights / "tokenizer_2", MT5_TOKENS)
 
     @classmethod
-    def work(cls, params: HunyuanDiTParams) -> Workload:
-        step = network_work("hunyuan/step", LARGEST_CANVAS_PX).times(DEFAULT_STEPS * REFERENCE_STRENGTH)
-        return network_work("hunyuan/text") + step + network_work("hunyuan/decode", LARGEST_CANVAS_PX)
-
-    @classmethod
-    def relative_cost(cls, shot: Shot) -> float:
-        # The number of pixels of the canvas hardly depends on the size of the shot.
-        passes = 1 if shot.guidance.hunyuan is None or shot.guidance.hunyuan > 1 else 0.5
-        return (shot.steps.hunyuan or DEFAULT_STEPS) / DEFAULT_STEPS * shot.style_strength / REFERENCE_STRENGTH * passes
+    def work(cls, params: HunyuanDiTParams, shot: Shot) -> ShotWork:
+        pixels = prod(_placement(params, shot.width, shot.height).canvas)
+        # The step was traced with both prompts.
+        prompts = 2 if shot.guidance.hunyuan is None or shot.guidance.hunyuan > 1 else 1
+        steps = (shot.steps.hunyuan or DEFAULT_STEPS) * shot.style_strength * prompts / 2
+        coding = network_work("hunyuan/encode", pixels) + network_work("hunyuan/decode", pixels)
+        fixed = network_work("hunyuan/text").times(prompts) + coding
+        return ShotWork(network_work("hunyuan/step", pixels).times(steps), fixed.times(shot.style_strength > 0))
 
     @classmethod
     def memory(cls, params: HunyuanDiTParams, shot: Shot) -> StageMemory | None:
@@ -121,9 +126,7 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
             return {"image": image}
         height, width = image.shape[:2]
         set_vae_tiles(self.pipe.vae, self.params.vae_tile_px)
-        placement = (
-            fit_to_standard_shape(width, height) if self.params.standard_shapes else fit_to_multiple_of_16(width, height)
-        )
+        placement = _placement(self.params, width, height)
         with sdpa_backend(self.params.attention_backend):
             (restyled,) = self.pipe(
                 _prompt_of(shot),
@@ -160,14 +163,17 @@ class CanvasPlacement:
         return (self.canvas[0] - self.scaled[0]) // 2, (self.canvas[1] - self.scaled[1]) // 2
 
 
+def _placement(params: HunyuanDiTParams, width: int, height: int) -> CanvasPlacement:
+    return fit_to_standard_shape(width, height) if params.standard_shapes else fit_to_multiple_of_16(width, height)
+
+
 def fit_to_standard_shape(width: int, height: int) -> CanvasPlacement:
     """Scale to the largest size that fits on the standard shape of nearest aspect, then nearest area.
 
     1024x576 is placed on 1280x768.
     """
-    from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import map_to_standard_shapes
-
-    canvas_w, canvas_h = map_to_standard_shapes(width, height)
+    ratio = min(CANVASES, key=lambda ratio: abs(ratio - width / height))
+    canvas_w, canvas_h = min(CANVASES[ratio], key=lambda sides: abs(prod(sides) - width * height))
     if width * canvas_h >= height * canvas_w:
         scaled = canvas_w, max(1, round(height * canvas_w / width))
     else:

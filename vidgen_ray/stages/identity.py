@@ -52,8 +52,6 @@ class FluxInjector(ABC):
     name: ClassVar[str]
     embedding: ClassVar[str]
     """Recogniser that the weights were trained with. Embeddings of another one silently give another face."""
-    passes_per_step: ClassVar[float]
-    """Cost added to a denoising step, in passes of FLUX's transformer, for estimates."""
     networks: ClassVar[tuple[str, ...]]
     """Its networks in the memory table."""
     step_curve: ClassVar[str]
@@ -130,8 +128,6 @@ class InfuseNetInjector(FluxInjector):
 
     name: ClassVar[str] = "infusenet"
     embedding: ClassVar[str] = "ir_se50"
-    # InfuseNet has 2.95 billion parameters, the transformer 11.9 billion. Both process the same patches.
-    passes_per_step: ClassVar[float] = 0.25
     networks: ClassVar[tuple[str, ...]] = ("infusenet/net", "infusenet/resampler")
     step_curve: ClassVar[str] = "flux/step+infusenet"
 

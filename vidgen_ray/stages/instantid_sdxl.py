@@ -12,7 +12,6 @@ from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.shot import INSTANTID_SDXL, Shot
 from vidgen_ray.stages.base import (
     PROMPT_FIELDS,
-    REFERENCE_PIXELS,
     Artefacts,
     FaceFeatures,
     Item,
@@ -25,7 +24,7 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.identity import pose_image
 from vidgen_ray.stages.loading import TiledParams, TiledStage, load_pipeline, move_networks, set_vae_tiles
-from vidgen_ray.stages.memory_table import StageMemory, Workload, activation_bytes, network_work, relative_flop, weight_bytes
+from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_bytes, network_work, weight_bytes
 from vidgen_ray.stages.speed import ChannelsLastParams, use_channels_last
 
 if TYPE_CHECKING:
@@ -91,13 +90,9 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
         yield ReadText(shot.prompt, params.weights / "tokenizer", CLIP_TOKENS)
 
     @classmethod
-    def work(cls, params: InstantIDSDXLParams) -> Workload:
-        step = network_work("sdxl/step", REFERENCE_PIXELS).times(params.steps)
-        return step + network_work("sdxl/decode", REFERENCE_PIXELS)
-
-    @classmethod
-    def relative_cost(cls, shot: Shot) -> float:
-        return relative_flop("sdxl/step", shot.width * shot.height, REFERENCE_PIXELS)
+    def work(cls, params: InstantIDSDXLParams, shot: Shot) -> ShotWork:
+        pixels = shot.width * shot.height
+        return ShotWork(network_work("sdxl/step", pixels).times(params.steps), network_work("sdxl/decode", pixels).in_float32)
 
     @classmethod
     def memory(cls, params: InstantIDSDXLParams, shot: Shot) -> StageMemory | None:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, Item, StageParams
+from vidgen_ray.stages.base import Item, StageParams
 from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.memory_table import (
     Phase,
+    ShotWork,
     StageMemory,
-    Workload,
     activation_bytes,
     memory_of_phases,
     network_work,
@@ -50,14 +50,12 @@ class LTXStage(PromptedVideoStage[LTXParams]):
 
     name: ClassVar[str] = "ltx"
     label: ClassVar[str] = "LTX"
-    fixed_share: ClassVar[float] = 0.3
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "ltx", "num_frames": 25, "fps": 25},)
     # The published folders name the pipeline of text to video, with the same components.
     pipelines: ClassVar[tuple[str, ...]] = ("LTXImageToVideoPipeline", "LTXPipeline")
     reads: ClassVar[tuple[str, ...]] = (*CLIP_PROMPT_FIELDS, "video_lora", "steps.ltx", "guidance.ltx")
     Params: ClassVar[type[StageParams]] = LTXParams
     default_steps: ClassVar[int] = 50
-    step_curve: ClassVar[str] = "ltx/step"
 
     @property
     def size_multiple_px(self) -> int:
@@ -69,11 +67,14 @@ class LTXStage(PromptedVideoStage[LTXParams]):
         return (frames - 1) // 8 + 1
 
     @classmethod
-    def work(cls, params: LTXParams) -> Workload:
-        sequence = REFERENCE_PIXELS * cls.latent_frames(REFERENCE_FRAMES)
-        steps = network_work("ltx/step", sequence).times(cls.default_steps)
+    def work(cls, params: LTXParams, shot: Shot) -> ShotWork:
+        pixels, prompts = shot.width * shot.height, cls.prompts_of(shot)
+        # The step was traced with both prompts.
+        step = network_work("ltx/step", pixels, cls.latent_frames(shot.num_frames)).times(prompts / 2)
+        coding = network_work("ltx/encode", pixels) + network_work("ltx/decode", pixels, shot.num_frames)
         copies = offload_work((TEXT_ENCODER, VAE, TRANSFORMER, VAE), params.dtype, cpu_offload=params.cpu_offload)
-        return network_work("ltx/text") + steps + network_work("ltx/decode", sequence) + copies
+        fixed = network_work("ltx/text").times(prompts) + coding + copies
+        return ShotWork(step.times(cls.steps_of(shot)), fixed).times(cls.passes(shot))
 
     @classmethod
     def memory(cls, params: LTXParams, shot: Shot) -> StageMemory | None:

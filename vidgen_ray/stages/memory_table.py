@@ -10,7 +10,9 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from operator import add
 from pathlib import Path
+from typing import NamedTuple
 
 TABLE_FILE = Path(__file__).with_name("memory_table.json")
 FP8 = "fp8_storage"
@@ -51,22 +53,56 @@ class StageMemory:
         return sum(self.weights.values()) + self.peak
 
 
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """Work of a shot, from which the planner computes seconds on a card."""
+class Workload(NamedTuple):
+    """Work from which the planner computes seconds on a card."""
 
     flop: float = 0.0
     """Floating-point operations of matrix products, convolutions and attention: a multiplication and an addition are two."""
+    float32_flop: float = 0.0
+    """Part of `flop` that is computed in 32 bits (TF32), at half the speed."""
     moved_bytes: float = 0.0
     """Bytes that all other operations read and write in GPU memory."""
     linked_bytes: float = 0.0
-    """Weights copied from host memory to GPU memory each time, in bytes; see `Stage.weight_copies`."""
+    """Bytes of weights copied from host memory to GPU memory."""
+    launch_s: float = 0.0
+    """Seconds that the CPU takes to start the kernels, for which the GPU waits if it is faster."""
 
-    def __add__(self, other: Workload) -> Workload:
-        return Workload(self.flop + other.flop, self.moved_bytes + other.moved_bytes, self.linked_bytes + other.linked_bytes)
+    def __add__(self, other: Workload) -> Workload:  # type: ignore[override]
+        return Workload(*map(add, self, other))
 
     def times(self, factor: float) -> Workload:
-        return Workload(self.flop * factor, self.moved_bytes * factor, self.linked_bytes * factor)
+        return Workload(*(value * factor for value in self))
+
+    @property
+    def in_float32(self) -> Workload:
+        """The same work in 32 bits, for a curve that was traced in 32 bits."""
+        return self._replace(float32_flop=self.flop)
+
+    @property
+    def operations(self) -> float:
+        """Size of the work: operations, and those that take a GPU as long as moving the bytes."""
+        return self.flop + self.float32_flop + OPERATIONS_PER_BYTE * self.moved_bytes
+
+
+OPERATIONS_PER_BYTE = 150.0
+"""Operations that a GPU computes while it moves a byte: 100 to 250 on cards from the A100 to the H200, at half their peak."""
+NO_WORK = Workload()
+
+
+class ShotWork(NamedTuple):
+    """Work of a shot in a stage."""
+
+    steps: Workload
+    """The part that grows with the number of steps."""
+    fixed: Workload = NO_WORK
+    """The part that does not, such as text encoding and decoding."""
+
+    @property
+    def total(self) -> Workload:
+        return self.steps + self.fixed
+
+    def times(self, factor: float) -> ShotWork:
+        return ShotWork(self.steps.times(factor), self.fixed.times(factor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,29 +138,25 @@ class MemoryTable:
     """Network -> bytes."""
     curves: Mapping[str, Sequence[tuple[int, int]]]
     """Name -> points (pixels times frames, bytes), in ascending order. A single point is a constant."""
-    work: Mapping[str, Sequence[tuple[int, int, int]]]
-    """Name -> points (pixels times frames, floating-point operations, bytes moved by other operations), in ascending order."""
+    work: Mapping[str, Sequence[tuple[int, int, float, float]]]
+    """Name -> terms of the polynomials of operations and of bytes that other operations move: exponent of the pixels, exponent
+    of the frames, and both factors. They pass through the traced sizes."""
 
     def curve(self, name: str, pixels: int) -> float:
         """Return the bytes of a curve for a number of pixels: linear between points, and beyond them as between the nearest."""
-        (value,) = _between(self.curves[name], pixels)
-        return value
+        points = self.curves[name]
+        if len(points) == 1:
+            return points[0][1]
+        right = min(max(bisect_left(points, (pixels,)), 1), len(points) - 1)
+        (x0, before), (x1, after) = points[right - 1], points[right]
+        return max(0.0, before + (after - before) * (pixels - x0) / (x1 - x0))
 
-    def work_of(self, name: str, pixels: int) -> Workload:
-        """Return the work of a curve for a number of pixels, as `curve` does, but in proportion where its line reaches 0."""
-        smallest, flop, moved_bytes = self.work[name][0]
-        share = pixels / smallest if len(self.work[name]) > 1 else 1.0
-        on_line = _between(self.work[name], pixels)
-        return Workload(*(value or least * share for value, least in zip(on_line, (flop, moved_bytes), strict=True)))
-
-
-def _between(points: Sequence[tuple[int, ...]], pixels: int) -> tuple[float, ...]:
-    """Return the values at `pixels`. Each point: pixels, then values."""
-    if len(points) == 1:
-        return points[0][1:]
-    right = min(max(bisect_left(points, (pixels,)), 1), len(points) - 1)
-    (x0, *before), (x1, *after) = points[right - 1], points[right]
-    return tuple(max(0.0, y0 + (y1 - y0) * (pixels - x0) / (x1 - x0)) for y0, y1 in zip(before, after, strict=True))
+    def work_of(self, name: str, pixels: int, frames: float) -> Workload:
+        """Return the work of a network for frames of this many pixels."""
+        sizes = [(pixels**by_pixels * frames**by_frames, flop, moved) for by_pixels, by_frames, flop, moved in self.work[name]]
+        return Workload(
+            flop=sum(size * flop for size, flop, _ in sizes), moved_bytes=sum(size * moved for size, _, moved in sizes)
+        )
 
 
 @cache
@@ -132,7 +164,7 @@ def load_table() -> MemoryTable:
     """Return the table of this package."""
     content = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
     curves = {name: tuple((x, y) for x, y in points) for name, points in content["curves"].items()}
-    work = {name: tuple((x, flop, moved) for x, flop, moved in points) for name, points in content["work"].items()}
+    work = {name: tuple((a, b, flop, moved) for a, b, flop, moved in terms) for name, terms in content["work"].items()}
     return MemoryTable(content["versions"], content["weights"], curves, work)
 
 
@@ -146,12 +178,7 @@ def activation_bytes(curve: str, pixels: int, dtype: str) -> int:
     return int(load_table().curve(curve, pixels) * MARGIN * (2 if dtype == "float32" else 1))
 
 
-def network_work(curve: str, pixels: int = 0) -> Workload:
-    """Return the work of one call. `pixels`: times frames, if the curve is one of clips."""
-    return load_table().work_of(curve, pixels)
-
-
 @lru_cache(4096)
-def relative_flop(curve: str, pixels: int, reference_pixels: int) -> float:
-    """Return how many times the operations of a call with `reference_pixels` one with `pixels` needs."""
-    return network_work(curve, pixels).flop / network_work(curve, reference_pixels).flop
+def network_work(curve: str, pixels: int = 0, frames: float = 1) -> Workload:
+    """Return the work of one call for frames of this many pixels: those of the clip, or latent ones of a denoising network."""
+    return load_table().work_of(curve, pixels, frames)

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from vidgen_ray.shot import REFERENCE, Shot
 from vidgen_ray.stages.base import (
-    REFERENCE_PIXELS,
     Artefacts,
     Item,
     StageParams,
@@ -19,13 +18,12 @@ from vidgen_ray.stages.loading import ImageParams, ImageStage, autoencoder_peaks
 from vidgen_ray.stages.memory_table import (
     RESULT_COPIES,
     Phase,
+    ShotWork,
     StageMemory,
-    Workload,
     activation_bytes,
     memory_of_phases,
     network_work,
     offload_work,
-    relative_flop,
     weight_bytes,
 )
 from vidgen_ray.stages.speed import speed_up
@@ -80,20 +78,16 @@ class QwenEditStage(ImageStage[ImageParams]):
     Params: ClassVar[type[StageParams]] = ImageParams
 
     @classmethod
-    def work(cls, params: ImageParams) -> Workload:
-        # Guidance takes two passes.
-        step = network_work("qwen_edit/step", REFERENCE_PIXELS + SEEN_PIXELS).times(2 * DEFAULT_STEPS)
-        copies = offload_work((TEXT_ENCODER, VAE, TRANSFORMER, VAE), params.dtype, cpu_offload=params.cpu_offload)
-        return network_work("qwen_edit/text").times(2) + step + network_work("qwen_edit/decode", REFERENCE_PIXELS) + copies
-
-    @classmethod
-    def relative_cost(cls, shot: Shot) -> float:
-        passes = 1 if shot.guidance.qwen_edit is None or shot.guidance.qwen_edit > 1 else 0.5
+    def work(cls, params: ImageParams, shot: Shot) -> ShotWork:
+        prompts = 2 if shot.guidance.qwen_edit is None or shot.guidance.qwen_edit > 1 else 1
         # The pipeline scales the image and the photos to 1024x1024 pixels each. All are tokens of one sequence.
-        photos = min(len(shot.face_image), MAX_PHOTOS) if shot.uses_reference_photos else 0
-        pixels = shot.width * shot.height + (1 + photos) * SEEN_PIXELS
-        size = relative_flop("qwen_edit/step", pixels, REFERENCE_PIXELS + SEEN_PIXELS)
-        return size * (shot.steps.qwen_edit or DEFAULT_STEPS) / DEFAULT_STEPS * passes
+        seen = 1 + (min(len(shot.face_image), MAX_PHOTOS) if shot.uses_reference_photos else 0)
+        pixels = shot.width * shot.height
+        step = network_work("qwen_edit/step", pixels + seen * SEEN_PIXELS)
+        coding = network_work("qwen_edit/encode", SEEN_PIXELS).times(seen) + network_work("qwen_edit/decode", pixels)
+        copies = offload_work((TEXT_ENCODER, VAE, TRANSFORMER, VAE), params.dtype, cpu_offload=params.cpu_offload)
+        fixed = network_work("qwen_edit/text").times(prompts) + coding + copies
+        return ShotWork(step.times(prompts * (shot.steps.qwen_edit or DEFAULT_STEPS)), fixed)
 
     @classmethod
     def memory(cls, params: ImageParams, shot: Shot) -> StageMemory | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -13,9 +13,9 @@ from pydantic import Field
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.weight_files import NOT_FINITE, require_finite_weights
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, ChunkedStage, Frames, StageParams, torch_dtype
+from vidgen_ray.stages.base import ChunkedStage, Frames, StageParams, torch_dtype
 from vidgen_ray.stages.loading import move_networks, require_device
-from vidgen_ray.stages.memory_table import StageMemory, Workload, activation_bytes, load_table, network_work, weight_bytes
+from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_bytes, load_table, network_work, weight_bytes
 from vidgen_ray.stages.speed import cudnn_benchmark
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ MAX_REASON = 200
 """Maximum number of characters of an error of torch in a message. Some list every tensor."""
 ENDINGS = (".safetensors", ".pth")
 """File endings of weights. The first one wins if both exist."""
-SMALLEST_UPSCALER = "animevideov3"
-"""Network of the reference shot."""
 LARGEST_UPSCALER = "x4plus"
 """Network whose memory and work are assumed for networks that are not in the table."""
 NETWORK_SCALE = 4
@@ -67,13 +65,6 @@ def _traced(upscaler: str) -> str:
     return upscaler if f"realesrgan/{upscaler}" in load_table().weights else LARGEST_UPSCALER
 
 
-@cache
-def _relative_flop(upscaler: str) -> float:
-    """Return how many times the operations of the smallest network this one needs."""
-    own, smallest = (network_work(f"realesrgan/{name}", REFERENCE_PIXELS) for name in (upscaler, SMALLEST_UPSCALER))
-    return own.flop / smallest.flop
-
-
 class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     """`frames` uint8 (T, H, W, 3) -> `hd_frames` uint8 (T, scale * H, scale * W, 3).
 
@@ -105,13 +96,9 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
         return (weights_file(params.weights, shot.upscaler),)
 
     @classmethod
-    def work(cls, params: RealESRGANParams) -> Workload:
-        return network_work(f"realesrgan/{SMALLEST_UPSCALER}", REFERENCE_PIXELS).times(REFERENCE_FRAMES)
-
-    @classmethod
-    def relative_cost(cls, shot: Shot) -> float:
-        pixels, frames = shot.width * shot.height / REFERENCE_PIXELS, shot.clip_frames / REFERENCE_FRAMES
-        return pixels * frames * _relative_flop(_traced(shot.upscaler))
+    def work(cls, params: RealESRGANParams, shot: Shot) -> ShotWork:
+        network = network_work(f"realesrgan/{_traced(shot.upscaler)}", shot.width * shot.height)
+        return ShotWork(network.times(shot.clip_frames))
 
     @classmethod
     def variant(cls, shot: Shot) -> str:

@@ -14,8 +14,6 @@ from vidgen_ray.errors import StageError
 from vidgen_ray.nets.weight_files import NOT_FINITE
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
-    REFERENCE_FRAMES,
-    REFERENCE_PIXELS,
     ChunkedStage,
     Frames,
     Image,
@@ -24,7 +22,7 @@ from vidgen_ray.stages.base import (
     torch_dtype,
 )
 from vidgen_ray.stages.loading import require_device
-from vidgen_ray.stages.memory_table import StageMemory, Workload, activation_bytes, network_work, weight_bytes
+from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_bytes, network_work, weight_bytes
 from vidgen_ray.system.model_files import rife_file
 
 if TYPE_CHECKING:
@@ -89,6 +87,7 @@ class RifeStage(ChunkedStage[RifeParams]):
     activity: ClassVar[str] = "Interpolating frames"
     chosen_by: ClassVar[str] = "interpolates"
     compute_share: ClassVar[float] = 0.2
+    reference: ClassVar[Mapping[str, Any]] = {"interpolation": 2}
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"interpolation": 2},)
     reads: ClassVar[tuple[str, ...]] = ("fps", "interpolation", "fps_out")
     clip_only_fields: ClassVar[tuple[str, ...]] = ("fps", "interpolation", "fps_out")
@@ -107,13 +106,9 @@ class RifeStage(ChunkedStage[RifeParams]):
         return slice(floor(chunk.start / factor), floor((chunk.stop - 1) / factor) + 2)
 
     @classmethod
-    def work(cls, params: RifeParams) -> Workload:
-        return network_work(f"{LAYOUTS[-1]}:1", REFERENCE_PIXELS).times(REFERENCE_FRAMES)
-
-    @classmethod
-    def relative_cost(cls, shot: Shot) -> float:
+    def work(cls, params: RifeParams, shot: Shot) -> ShotWork:
         drawn = shot.clip_frames * (float(cls.frame_factor(shot)) - 1)
-        return shot.width * shot.height / REFERENCE_PIXELS * drawn / REFERENCE_FRAMES
+        return ShotWork(network_work(f"{LAYOUTS[-1]}:1", _padded_pixels(shot, 1.0)).times(drawn))
 
     @classmethod
     def lower_memory(cls, params: RifeParams) -> RifeParams | None:
@@ -125,8 +120,7 @@ class RifeStage(ChunkedStage[RifeParams]):
         """Memory of the layout that needs more: the file decides which one it is."""
         pixels, dtype = shot.width * shot.height, params.dtype
         largest = max(LAYOUTS, key=lambda layout: weight_bytes(layout, dtype))
-        step = round(LARGEST_MULTIPLE_PX / params.flow_scale)
-        padded = ceil(shot.width / step) * ceil(shot.height / step) * step**2
+        padded = _padded_pixels(shot, params.flow_scale)
         draw = max(activation_bytes(f"{layout}:{params.flow_scale:g}", padded, dtype) for layout in LAYOUTS)
         kept = KEPT_FRAMES * pixels * 3 * 4
         return StageMemory({"rife": weight_bytes(largest, dtype)}, draw + kept, 4 * pixels * 3 * 4)
@@ -173,6 +167,11 @@ class RifeStage(ChunkedStage[RifeParams]):
             )
             pair = self._pair = _Pair(first, second, between)
         return pair.between
+
+
+def _padded_pixels(shot: Shot, flow_scale: float) -> int:
+    step = round(LARGEST_MULTIPLE_PX / flow_scale)
+    return ceil(shot.width / step) * ceil(shot.height / step) * step**2
 
 
 def frames_between(

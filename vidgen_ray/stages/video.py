@@ -25,11 +25,12 @@ from vidgen_ray.stages.base import (
     noise_generator,
     part_of_progress,
     pixels_to_uint8,
+    reference_work,
 )
 from vidgen_ray.stages.context_parallel import begin_call
 from vidgen_ray.stages.loading import OffloadedStage, OffloadParams
 from vidgen_ray.stages.lora import LoraAdapters
-from vidgen_ray.stages.memory_table import RESULT_COPIES, relative_flop
+from vidgen_ray.stages.memory_table import RESULT_COPIES
 from vidgen_ray.stages.speed import CompileParams, speed_up
 from vidgen_ray.video_models import VIDEO_MODELS
 
@@ -72,27 +73,13 @@ class VideoStage(Stage[P]):
     common_settings: ClassVar[tuple[str, ...]] = ("steps",)
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("frames",)
-    step_curve: ClassVar[str] = ""
-    """Curve of the table for a denoising step. Empty for a network that was not traced."""
 
     @classmethod
     def relative_fixed_cost(cls, shot: Shot) -> float:
+        if reference_work(cls) is not None:
+            return super().relative_fixed_cost(shot)
         pixels, frames = shot.width * shot.height / REFERENCE_PIXELS, shot.num_frames / REFERENCE_FRAMES
         return pixels * frames * cls.passes(shot)
-
-    @classmethod
-    def relative_step_cost(cls, shot: Shot) -> float:
-        """Return the operations of one denoising step of all passes relative to the reference shot."""
-        if not cls.step_curve:
-            return cls.relative_fixed_cost(shot)
-        sequence = shot.width * shot.height * cls.latent_frames(shot.num_frames)
-        reference = REFERENCE_PIXELS * cls.latent_frames(REFERENCE_FRAMES)
-        return relative_flop(cls.step_curve, sequence, reference) * cls.passes(shot)
-
-    @staticmethod
-    def latent_frames(frames: int) -> int:
-        """Return how many frames the denoising network works on."""
-        return frames
 
     @classmethod
     def passes(cls, shot: Shot) -> int:
@@ -154,11 +141,15 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
         yield ReadText(prompt_of(shot), params.weights / "tokenizer", params.text_tokens)
 
     @classmethod
-    def relative_cost(cls, shot: Shot) -> float:
+    def prompts_of(cls, shot: Shot) -> int:
+        """Return the number of prompts that each step is conditioned on: with guidance two, the second one negative."""
         guidance = getattr(shot.guidance, cls.name)
-        passes = 1 if guidance is None or guidance > 1 else 0.5
-        steps = getattr(shot.steps, cls.name) or cls.default_steps
-        return float(cls.relative_step_cost(shot) * steps / cls.default_steps * passes)
+        return 2 if guidance is None or guidance > 1 else 1
+
+    @classmethod
+    def steps_of(cls, shot: Shot) -> int:
+        """Return the number of denoising steps of a pass."""
+        return getattr(shot.steps, cls.name) or cls.default_steps
 
     @classmethod
     def lower_memory(cls, params: VP) -> VP | None:

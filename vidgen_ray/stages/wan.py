@@ -10,14 +10,14 @@ from pydantic import Field
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, Item, StageParams
+from vidgen_ray.stages.base import Item, StageParams
 from vidgen_ray.stages.context_parallel import ATTENTION_BACKENDS, divide
 from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.lora import FEW_STEP_LORA, merge_lora
 from vidgen_ray.stages.memory_table import (
     Phase,
+    ShotWork,
     StageMemory,
-    Workload,
     activation_bytes,
     memory_of_phases,
     network_work,
@@ -34,7 +34,7 @@ GUIDANCE_A14B, GUIDANCE_TI2V = 3.5, 5.0
 """Default guidance scales of the two models."""
 TEXT_ENCODER = "wan/text_encoder"
 DECODED_FRAMES = 9
-"""Frames of the clip whose decoding was traced: the autoencoder works on four frames at a time."""
+"""Frames of the clip whose memory was traced: the autoencoder works on four frames at a time."""
 TILE_PX, TILE_STEP_PX = 256, 192
 """Side of diffusers' tiles of the autoencoder, and the distance between them."""
 
@@ -57,7 +57,6 @@ class WanStage(PromptedVideoStage[WanParams]):
 
     name: ClassVar[str] = "wan"
     label: ClassVar[str] = "Wan"
-    fixed_share: ClassVar[float] = 0.012
     clip_only_fields: ClassVar[tuple[str, ...]] = (*PromptedVideoStage.clip_only_fields, "last_image")
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "wan", "num_frames": 25, "fps": 16},)
     extra_weights: ClassVar[tuple[str, ...]] = (FEW_STEP_LORA,)
@@ -74,7 +73,6 @@ class WanStage(PromptedVideoStage[WanParams]):
     )
     Params: ClassVar[type[StageParams]] = WanParams
     default_steps: ClassVar[int] = 40
-    step_curve: ClassVar[str] = "wan/step"
 
     @property
     def size_multiple_px(self) -> int:
@@ -87,17 +85,19 @@ class WanStage(PromptedVideoStage[WanParams]):
         return (frames - 1) // 4 + 1
 
     @classmethod
-    def work(cls, params: WanParams) -> Workload:
-        model = "wan-ti2v" if _has_one_transformer(params.weights) else "wan"
-        sequence = REFERENCE_PIXELS * cls.latent_frames(REFERENCE_FRAMES)
-        # Guidance takes two passes.
-        steps = network_work(f"{model}/step", sequence).times(2 * cls.default_steps)
-        decode = network_work(f"{model}/decode", REFERENCE_PIXELS).times(REFERENCE_FRAMES / DECODED_FRAMES)
-        transformers = [f"{model}/transformer"] * (1 if model == "wan-ti2v" else 2)
+    def work(cls, params: WanParams, shot: Shot) -> ShotWork:
+        one_transformer = _has_one_transformer(params.weights)
+        model = "wan-ti2v" if one_transformer else "wan"
+        pixels, frames, prompts = shot.width * shot.height, shot.num_frames, cls.prompts_of(shot)
+        step = network_work(f"{model}/step", pixels, cls.latent_frames(frames))
+        # I2V-A14B encodes a clip that begins with the image, TI2V-5B the image alone.
+        encode = network_work(f"{model}/encode", pixels, 1 if one_transformer else frames)
+        coding = (encode + network_work(f"{model}/decode", pixels, frames)).in_float32
+        transformers = [f"{model}/transformer"] * (1 if one_transformer else 2)
         copies = offload_work((TEXT_ENCODER, *transformers), params.dtype, cpu_offload=params.cpu_offload)
-        # It keeps float32.
         copies += offload_work((f"{model}/vae",) * 2, "float32", cpu_offload=params.cpu_offload)
-        return network_work("wan/text") + steps + decode + copies
+        fixed = network_work("wan/text").times(prompts) + coding + copies
+        return ShotWork(step.times(prompts * cls.steps_of(shot)), fixed).times(cls.passes(shot))
 
     @classmethod
     def memory(cls, params: WanParams, shot: Shot) -> StageMemory | None:
