@@ -13,7 +13,6 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from diffusers.pipelines import pipeline_utils
 from peft import LoraConfig, inject_adapter_in_model
 from torch.testing._internal.two_tensor import TwoTensor
@@ -197,13 +196,12 @@ def test_weights_of_torchao_move_in_a_call(tiny, make_shot, gpu, monkeypatch):
     """When T5 takes its turn."""
     torchao = pytest.importorskip("torchao.quantization")
 
-    def quantised(params):
-        model = FluxTransformer2DModel.from_pretrained(str(params.weights / "transformer"), torch_dtype=torch.bfloat16)
-        torchao.quantize_(model, torchao.Float8WeightOnlyConfig())
-        # As diffusers loads it: on the GPU.
-        return {"transformer": model.to(params.device)}
+    def quantise(network, device):
+        torchao.quantize_(network, torchao.Float8WeightOnlyConfig())
+        network.to(device)
 
-    monkeypatch.setattr(flux_model, "_fp8_transformer", quantised)
+    monkeypatch.setattr(flux_model, "require_fp8", lambda params: None)
+    monkeypatch.setattr(flux_model, "compute_in_fp8", quantise)
     options = {"quantize": "fp8", "dtype": "bfloat16", "compile": True}
     monkeypatch.setattr(speed, "compile_blocks", lambda *_: None)
     reference = loaded(FluxStage, tiny, **options)

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from tests.fake_stages import with_actor
 from tests.stages.conftest import PASSING
 from tests.stages.test_parity import gradient_image, levels_apart
+from vidgen_ray.bench.bench_command import random_models, with_random_weights
 from vidgen_ray.bench.tiny_networks import write_random_lora
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.errors import Cancelled, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner import demand_of
 from vidgen_ray.planner.choose_layout import compilations
-from vidgen_ray.stages import flux_model
+from vidgen_ray.stages import flux_model, speed
 from vidgen_ray.stages.base import RECOMPILE_LIMIT, Item, pixels_to_uint8, progress_callback
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
@@ -212,7 +213,7 @@ def test_options_name_what_is_missing(tiny, monkeypatch):
         (None, r"package torchao; pip install 'torchao"),
         ("found", "NVIDIA GPU .* use fp8_storage"),
     ):
-        monkeypatch.setattr(flux_model, "find_spec", lambda _, found=found: found)
+        monkeypatch.setattr(speed, "find_spec", lambda _, found=found: found)
         with pytest.raises(SetupError, match=f"quantize: fp8 needs .*{message}"):
             with_options(FluxStage, tiny, quantize="fp8").load()
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -223,6 +224,27 @@ def test_options_name_what_is_missing(tiny, monkeypatch):
     ):
         with pytest.raises(SetupError, match=message):
             with_options(stage_class, tiny, **options).load()
+
+
+def test_fp8_quantizes_also_random_weights(tiny, monkeypatch):
+    """Measurements with random weights are those of fp8."""
+    quantized = []
+    monkeypatch.setattr(flux_model, "require_fp8", lambda params: None)
+    monkeypatch.setattr(flux_model, "compute_in_fp8", lambda network, device: quantized.append(network))
+    with with_random_weights(tiny, random_models(tiny)) as profile, with_options(FluxStage, profile, quantize="fp8") as stage:
+        assert quantized == [stage.model.text_to_image.transformer]
+
+
+def test_fp8_has_a_scale_per_row_and_leaves_float32(monkeypatch):
+    torchao = pytest.importorskip("torchao.quantization")
+    monkeypatch.setattr(torchao.quant_api, "_check_hardware_support", lambda granularity: None)
+    layers = [torch.nn.Linear(64, 128, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    weights = layers[0].weight.detach().clone()
+    speed.compute_in_fp8(torch.nn.ModuleList(layers), "cpu")
+    assert layers[0].weight.scale.shape == (128, 1)
+    assert (layers[0].weight.dequantize() - weights).abs().max() < 0.01
+    assert layers[1].weight.dtype == torch.float32
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_few_step_lora_is_merged_into_the_weights(plain, tiny, make_shot):

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal, Self
 from weakref import WeakValueDictionary
 
 from cachetools import LRUCache
 from pydantic import Field, model_validator
 
-from vidgen_ray.errors import SetupError, StageError, install_command
-from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite, library_errors
+from vidgen_ray.errors import StageError
+from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import NOT_IN_KEY, torch_dtype
 from vidgen_ray.stages.context_parallel import begin_call, divide
 from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks, pin_networks, set_vae_tiles
 from vidgen_ray.stages.lora import FEW_STEP_LORA, LoraAdapters, merge_lora
 from vidgen_ray.stages.memory_table import FP8
-from vidgen_ray.stages.speed import CompileParams, FirstBlockCache, speed_up, store_in_fp8
+from vidgen_ray.stages.speed import CompileParams, FirstBlockCache, compute_in_fp8, require_fp8, speed_up, store_in_fp8
 
 T5 = "text_encoder_2"
 """Name of T5 among the components of diffusers' pipelines."""
@@ -94,19 +93,23 @@ class FluxModel:
         self.device = params.device
         self.dtype = torch_dtype(params.dtype)
         """Dtype of the computation, which quantised weights do not have."""
+        if params.quantize == "fp8":
+            require_fp8(params)
+        on_host = {T5: params.text_encoder != "gpu", "transformer": params.quantize == "fp8"}
         self.text_to_image = load_pipeline(
             FluxPipeline,
             params,
             # Weights that are stored in 8 bits go to the GPU after that.
             place=params.quantize != FP8,
-            host_parts=frozenset() if params.text_encoder == "gpu" else frozenset({T5}),
-            **_fp8_transformer(params),
+            host_parts=frozenset(name for name, stays in on_host.items() if stays),
         )
         transformer = self.text_to_image.transformer
         if params.names_extra_weights(FEW_STEP_LORA):
             merge_lora(self.text_to_image, params.extra_weights_at(FEW_STEP_LORA), "FLUX")
         if params.quantize == FP8:
             store_in_fp8(transformer, self.dtype)
+        elif params.quantize == "fp8":
+            compute_in_fp8(transformer, params.device)
         # Not `from_pipe`: it casts the shared weights to float32 in place.
         components = {k: v for k, v in self.text_to_image.components.items() if k not in ("image_encoder", "feature_extractor")}
         scheduler = components.pop("scheduler")
@@ -235,33 +238,3 @@ class FluxModel:
 def uses_step_cache(shot: Shot) -> bool:
     """Return whether the shot may be computed with a step cache: a draft without a face, whose residuals it would add twice."""
     return shot.mode == "fast" and shot.flux_identity is None
-
-
-def _fp8_transformer(params: FluxParams) -> dict[str, Any]:
-    """Return the transformer as a component that is loaded with `quantize: fp8`. Empty with other options.
-
-    Raises SetupError if torchao is missing, or a GPU that can compute in 8 bits.
-    """
-    import torch
-    from diffusers import FluxTransformer2DModel, TorchAoConfig
-
-    if params.quantize != "fp8":
-        return {}
-    if find_spec("torchao") is None:
-        raise SetupError(f"quantize: fp8 needs the package torchao; {install_command('quantization')}")
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
-        raise SetupError("quantize: fp8 needs an NVIDIA GPU of compute capability 8.9 (Ada, Hopper) or later; use fp8_storage")
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig
-
-    config = TorchAoConfig(Float8DynamicActivationFloat8WeightConfig())
-    folder, dtype = params.weights / "transformer", torch_dtype(params.dtype)
-    with library_errors(f"{folder}: cannot be loaded with quantize: fp8"):
-        transformer = FluxTransformer2DModel.from_pretrained(
-            str(folder),
-            quantization_config=config,
-            dtype=dtype,
-            device_map=params.device,
-            local_files_only=True,
-            use_safetensors=True,
-        )
-    return {"transformer": transformer}

@@ -17,7 +17,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen_ray.errors import SetupError
+from vidgen_ray.errors import SetupError, install_command
 from vidgen_ray.stages.base import StageParams
 
 if TYPE_CHECKING:
@@ -173,6 +173,34 @@ def store_in_fp8(transformer: Any, dtype: torch.dtype) -> None:
     from diffusers.hooks import apply_layerwise_casting
 
     apply_layerwise_casting(transformer, torch.float8_e4m3fn, dtype, skip_modules_pattern=KEPT_IN_16_BITS)
+
+
+def require_fp8(params: StageParams) -> None:
+    """Raise SetupError if torchao is missing, or a GPU that can compute in 8 bits."""
+    import torch
+
+    if find_spec("torchao") is None:
+        raise SetupError(f"quantize: fp8 needs the package torchao; {install_command('quantization')}")
+    if not params.device.startswith("cuda") or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        raise SetupError("quantize: fp8 needs an NVIDIA GPU of compute capability 8.9 (Ada, Hopper) or later; use fp8_storage")
+    if params.dtype != "bfloat16":
+        raise SetupError(f"quantize: fp8 needs dtype: bfloat16, got {params.dtype}")
+
+
+def compute_in_fp8(network: Any, device: str) -> None:
+    """Replace the weights of a network's linear layers by ones in float8_e4m3fn, which multiply activations in fp8.
+
+    Each layer is quantised on `device` and stays there, with a scale per row. Layers in float32 keep it.
+    """
+    import torch
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    def is_quantized(module: torch.nn.Module, _: str) -> bool:
+        return isinstance(module, torch.nn.Linear) and module.weight.dtype == torch.bfloat16
+
+    # torchao's settings of the compiler would also let float32 products of other networks round to 10 bits.
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    quantize_(network, config, is_quantized, device=device)
 
 
 class FirstBlockCache:
