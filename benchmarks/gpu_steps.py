@@ -1,19 +1,18 @@
-"""Steps of tools/gpu_first_hour.sh: what to measure first on a kind of GPU that the project has not run on.
+"""Steps of tools/gpu_first_hour.py: what to measure first on a kind of GPU that the project has not run on.
 
-Each step measures rows, one after another, and writes its JSON file after each. A step that was cut off measures the missing
-rows when it runs again. Full-size networks have random weights. On a CPU the same code runs at a tiny size:
+Each step measures rows, one after another. Full-size networks have random weights. On a CPU the same code runs at a tiny size:
 
-    python -m benchmarks.gpu_steps bench out/first-hour/03-bench.json --profile tiny
+    python -m benchmarks.gpu_steps chain out/first-hour/04-chain.json --profile tiny
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import shutil
 import sys
 import tempfile
-import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -21,89 +20,51 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
+from benchmarks.gpu_kernels import (
+    attention_rates,
+    best_of,
+    convolution_rates,
+    kernel_tables,
+    linear_rates,
+    network_table,
+    seconds_of,
+)
+from benchmarks.gpu_rows import TIME_IS_OVER, Rows, TimeIsOver
 from benchmarks.machine import machine
 from benchmarks.meta_networks import realesrgan_network
-from vidgen_ray.bench.bench_command import (
-    PROMPT,
-    BenchOptions,
-    item_for,
-    lora_for,
-    measure_stage,
-    random_models,
-    with_random_weights,
-)
-from vidgen_ray.bench.published_models import RandomModel
+from vidgen_ray.bench.bench_command import PROMPT, BenchOptions, lora_for, measure_stage, random_models, with_random_weights
+from vidgen_ray.bench.published_models import RandomModel, write_random_infusenet
 from vidgen_ray.cli.doctor import check_driver, check_python, check_shared_memory, check_torch, memory_limit_gb
-from vidgen_ray.cli.options import example
 from vidgen_ray.planner import peak_shares, profile_for, this_machine
 from vidgen_ray.planner.cluster import GB
+from vidgen_ray.planner.speed_trials import Trial, invented_item, run_once, try_option
 from vidgen_ray.profile import Profile
-from vidgen_ray.render.oom_fallback import prepare_gpu
+from vidgen_ray.render.oom_fallback import allocator_settings, prepare_gpu
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages import speed
 from vidgen_ray.stages.base import Item, Stage, StageParams
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
+from vidgen_ray.stages.flux2_klein import Flux2KleinStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
+from vidgen_ray.stages.ltx import LTXStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
-from vidgen_ray.system.files import write_atomically
 from vidgen_ray.system.free_memory import free_gpu_memory
 from vidgen_ray.weights import built_path
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "torchvision", "numpy", "diffusers", "transformers", "accelerate", "peft", "torchao", "spandrel", "triton")
-UNFINISHED = "did not finish"
-
-
-class Rows:
-    """Rows of one step, in a JSON file that is written after each. Rows that an earlier run has measured are kept."""
-
-    def __init__(self, file: Path, step: str, profile: Profile) -> None:
-        self._file = file
-        known = json.loads(file.read_text())["rows"] if file.exists() else []
-        self._rows: dict[str, dict[str, Any]] = {row["name"]: row for row in known}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._header = {"step": step, "profile": profile.name, "card": this_machine().card, "machine": _machine()}
-
-    @property
-    def measured(self) -> list[str]:
-        return [name for name, row in self._rows.items() if row["problem"] is None]
-
-    def measure(self, cases: Mapping[str, Callable[[], Mapping[str, Any]]]) -> None:
-        """Add a row for each case that has none without a problem. An error of a case is the problem of its row.
-
-        The case in which an earlier run was cut off comes last.
-        """
-        for name in sorted(cases, key=lambda case: case in self._rows):
-            if name not in self.measured:
-                self.add(name, UNFINISHED)
-                begun = time.monotonic()
-                try:
-                    values, problem = dict(cases[name]()), None
-                # A failed row does not affect the next ones.
-                except Exception as error:
-                    values, problem = {}, f"{type(error).__name__}: {error}"
-                self.add(name, problem, {**values, "took_s": time.monotonic() - begun})
-                print(f"{name}: {problem or 'measured'}", file=sys.stderr, flush=True)  # noqa: T201
-
-    def add(self, name: str, problem: str | None, values: Mapping[str, Any] | None = None) -> None:
-        """Add or replace a row."""
-        self._rows[name] = {"name": name, "problem": problem, **(values or {})}
-        write_atomically(self._file, json.dumps({**self._header, "rows": [*self._rows.values()]}, indent=1) + "\n")
-
-
-def _machine() -> dict[str, Any]:
-    found = machine(PACKAGES)
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        found |= {"gpu": gpu.name, "gpu_gb": gpu.total_memory / GB, "cuda": torch.version.cuda}
-    return found
+SMALL_CARD_GB = 23.6
+"""Memory of an RTX 4090, which the step `small` does not exceed."""
+RANKS = (64, 16)
+"""Ranks of LoRAs. They fall, and their factors need pinned blocks of several sizes."""
 
 
 @dataclass(frozen=True)
@@ -117,26 +78,50 @@ class Run:
     """Actor -> these networks."""
     on_gpu: bool
 
+    @property
+    def clip(self) -> dict[str, int]:
+        """Fields of the reference clip; of a tiny one on a CPU."""
+        return sized(self.on_gpu, 1024, 576, 25)
 
-def seconds_of(call: Callable[[], Any]) -> float:
-    """Return the seconds of a call, until the GPU has finished."""
-    begun = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    @property
+    def upscaler(self) -> str:
+        return "x4plus" if self.on_gpu else "animevideov3"
+
+
+def sized(on_gpu: bool, width: int, height: int, frames: int) -> dict[str, int]:
+    """Return the size of a shot: a tiny one on a CPU."""
+    return {"width": width, "height": height, "num_frames": frames} if on_gpu else {"width": 128, "height": 64, "num_frames": 5}
 
 
 def host_gb() -> float:
     return psutil.Process().memory_info().rss / GB
 
 
-# 1. The machine
+def gpu_memory() -> dict[str, float]:
+    """Return the GB that tensors hold, that torch has reserved for them, and that its pinned host memory takes."""
+    if not torch.cuda.is_available():
+        return {}
+    pinned = torch.cuda.host_memory_stats()
+    return {
+        "allocated_gb": torch.cuda.memory_allocated() / GB,
+        "reserved_gb": torch.cuda.memory_reserved() / GB,
+        "peak_gb": torch.cuda.max_memory_allocated() / GB,
+        "pinned_gb": pinned.get("active_bytes.current", 0) / GB,
+        "pinned_blocks_gb": pinned.get("allocated_bytes.current", 0) / GB,
+    }
+
+
+# machine
 
 
 def machine_step(run: Run) -> None:
-    cases = {"checks": partial(_checks, run.on_gpu), "pinned memory": _pinned_memory, "speeds": partial(_speeds, run.on_gpu)}
-    run.rows.measure(cases)
+    run.rows.measure(
+        {
+            "checks": partial(_checks, run.on_gpu),
+            "pinned memory": _pinned_memory,
+            "speeds": partial(_speeds, run.on_gpu),
+        }
+    )
 
 
 def _checks(on_gpu: bool) -> dict[str, Any]:
@@ -145,13 +130,30 @@ def _checks(on_gpu: bool) -> dict[str, Any]:
     return {"findings": [*map(asdict, findings)], "missing_compiler": compiler, "memory_limit_gb": memory_limit_gb()}
 
 
-def _pinned_memory() -> dict[str, float]:
-    """Return the host memory of 16 pinned tensors of 9 MiB per byte of them: torch's default allocator takes 1.78."""
-    size, before = 9 << 20, host_gb()
-    tensors = [
-        torch.ones(size, dtype=torch.uint8).pin_memory() if torch.cuda.is_available() else torch.ones(size) for _ in range(16)
-    ]
-    return {"bytes_per_byte": (host_gb() - before) * GB / sum(tensor.nbytes for tensor in tensors)}
+def _pinned_memory() -> dict[str, Any]:
+    """Return the pinned host memory of 16 tensors of 9 MiB per byte of them, and that of a clip that follows a smaller one.
+
+    torch's default allocator takes 1.78 bytes per byte.
+    """
+    if not torch.cuda.is_available():
+        return {"problem": "no GPU: host memory is not pinned"}
+
+    def blocks() -> int:
+        return int(torch.cuda.host_memory_stats()["allocated_bytes.current"])
+
+    before, size = blocks(), 9 << 20
+    tensors = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(16)]
+    per_byte = (blocks() - before) / (16 * size)
+    del tensors
+    torch.cuda.synchronize()
+    before = blocks()
+    clip = torch.empty(25 * 1024 * 576 * 3, dtype=torch.uint8, pin_memory=True)
+    del clip
+    # The block of the first clip is free now, and too small.
+    clip = torch.empty(25 * 1024 * 640 * 3, dtype=torch.uint8, pin_memory=True)
+    grown = blocks() - before
+    problem = f"a clip of {clip.nbytes} bytes is in blocks of {grown} bytes" if grown < clip.nbytes else None
+    return {"bytes_per_byte": per_byte, "clip_bytes": clip.nbytes, "blocks_bytes": grown, "problem": problem}
 
 
 def _speeds(on_gpu: bool) -> dict[str, float]:
@@ -159,37 +161,14 @@ def _speeds(on_gpu: bool) -> dict[str, float]:
     device, side = ("cuda", 8192) if on_gpu else ("cpu", 256)
     matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16)
     host = torch.empty_like(matrix, device="cpu", pin_memory=on_gpu)
-
-    def best(call: Callable[[], Any]) -> float:
-        return min(seconds_of(call) for _ in range(5))
-
     return {
-        "tflop_per_s": 2 * side**3 / best(lambda: matrix @ matrix) / 1e12,
-        "gb_per_s": 2 * matrix.nbytes / best(matrix.clone) / 1e9,
-        "link_gb_per_s": host.nbytes / best(lambda: host.to(device, non_blocking=True, copy=True)) / 1e9,
+        "tflop_per_s": 2 * side**3 / best_of(lambda: matrix @ matrix) / 1e12,
+        "gb_per_s": 2 * matrix.nbytes / best_of(matrix.clone) / 1e9,
+        "link_gb_per_s": host.nbytes / best_of(lambda: host.to(device, non_blocking=True, copy=True)) / 1e9,
     }
 
 
-# 2. Tests
-
-
-def tests_step(run: Run) -> None:
-    """Run the tests marked gpu, those that compile last."""
-
-    class Recorder:
-        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-            if report.when == "call" or report.outcome != "passed":
-                problem = None if report.passed else f"{report.outcome}: {str(report.longrepr)[-2000:]}"
-                run.rows.add(report.nodeid, problem, {"took_s": report.duration})
-
-    files = sorted(str(file) for file in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in file.read_text())
-    done = [f"--deselect={name}" for name in run.rows.measured]
-    common = ["-o", "addopts=", "-m", "gpu", "-n", "4", "--timeout", "250", "-q", "--tb", "short", f"--rootdir={ROOT}"]
-    for chosen in ("not compile", "compile"):
-        pytest.main([*files, *common, "-k", chosen, *done], plugins=[Recorder()])
-
-
-# 3 to 6. Stages
+# Stages
 
 
 @dataclass(frozen=True)
@@ -212,7 +191,7 @@ def measure_case(profile: Profile, case: Case) -> dict[str, Any]:
     """Return the measurement of a case, and what the memory table and the data sheet of the card say."""
     shot = shot_for(profile, **case.fields)
     params, estimated = (changed_params(each(case.stage), case.options) for each in (profile.params, profile.options_of))
-    item, stage = item_for(profile, case.stage, shot), case.stage(params)
+    item, stage = invented_item(case.stage, shot), case.stage(params)
     load, graphs = stage.load, compiled_graphs()
 
     def load_changed() -> None:
@@ -235,8 +214,12 @@ def measure_case(profile: Profile, case: Case) -> dict[str, Any]:
 
 
 def shot_for(profile: Profile, **fields: Any) -> Shot:
-    face = {"face_image": [str(example("faces/astronaut.jpg"))], "identity": "none"}
-    return check_shot({"prompt": PROMPT, **face, **fields}, "gpu_first_hour", profile.defaults)
+    return check_shot({"prompt": PROMPT, **fields}, "gpu_first_hour", profile.defaults)
+
+
+FACE = {"face_image": [str(ROOT / "examples" / "faces" / "astronaut.jpg")], "identity": "infusenet", "pose": "none"}
+"""Fields of a shot with a face. Its features are invented, and no keypoints are drawn: a bundle has no models of faces and no
+OpenCV."""
 
 
 def changed_params(params: StageParams, options: Mapping[str, Any]) -> StageParams:
@@ -251,79 +234,178 @@ def measure_cases(run: Run, cases: Mapping[str, Case]) -> None:
     run.rows.measure({name: partial(measure_case, run.profile, case) for name, case in cases.items()})
 
 
-def sized(on_gpu: bool, width: int, height: int, frames: int) -> dict[str, int]:
-    """Return the size of a shot: a tiny one on a CPU."""
-    return {"width": width, "height": height, "num_frames": frames} if on_gpu else {"width": 128, "height": 64, "num_frames": 5}
-
-
 def bench_options(on_gpu: bool) -> BenchOptions:
-    return BenchOptions() if on_gpu else BenchOptions(steps=(2, 4), repeats=1)
+    return BenchOptions(repeats=2) if on_gpu else BenchOptions(steps=(2, 4), repeats=1)
 
 
 @contextmanager
-def random_loras(run: Run, count: int) -> Iterator[list[dict[str, str]]]:
-    """Yield the field `lora` of shots with different LoRAs."""
+def random_loras(run: Run, ranks: Sequence[int]) -> Iterator[list[dict[str, str]]]:
+    """Yield the field `lora` of shots with different LoRAs of these ranks."""
     with ExitStack() as stack:
         flux = run.models[FluxStage.actor]
-        yield [{"lora": str(stack.enter_context(lora_for(run.profile, flux, seed)))} for seed in range(count)]
+        yield [{"lora": str(stack.enter_context(lora_for(run.profile, flux, n, rank)))} for n, rank in enumerate(ranks)]
 
 
-def bench_step(run: Run) -> None:
-    size, common = sized(run.on_gpu, 1024, 576, 25), {"bench": bench_options(run.on_gpu), "is_calibration": True}
-    with random_loras(run, 1) as (lora,):
-        cases = {
-            "svd": Case(SVDStage, fields=size, **common),
-            "flux": Case(FluxStage, fields=size, **common),
-            "lora": Case(FluxLoRAStage, fields={**size, **lora}, **common),
-            "hunyuan": Case(HunyuanDiTStage, fields={**size, "use_hunyuan_style": True}, **common),
-        }
-        measure_cases(run, cases)
+@contextmanager
+def with_upscaler(run: Run) -> Iterator[Run]:
+    """Yield the run with an upscaler. x4plus has random weights, which take as long as those of the package that has it."""
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(realesrgan_network(run.upscaler).state_dict(), Path(folder) / f"{run.upscaler}.safetensors")
+        actor = run.profile.actors["realesrgan"].model_copy(update={"weights": folder})
+        yield replace(run, profile=run.profile.model_copy(update={"actors": {**run.profile.actors, "realesrgan": actor}}))
 
 
-def options_step(run: Run) -> None:
-    """Measure options of SVD and FLUX, and what a compiled FLUX compiles again."""
-    common: dict[str, Any] = {"fields": sized(run.on_gpu, 1024, 576, 25), "bench": bench_options(run.on_gpu)}
-    cudnn = {"attention_backend": "_native_cudnn"}
-    options: tuple[tuple[type[Stage[Any]], dict[str, Any]], ...] = (
-        (SVDStage, {"compile": True}),
-        (FluxStage, {"compile": True}),
-        (FluxStage, {"quantize": "fp8_storage"}),
-        (FluxStage, {"quantize": "fp8"}),
-        (SVDStage, {"channels_last": True}),
-        (SVDStage, cudnn),
-        (FluxStage, cudnn),
+def chain_shots(run: Run, lora: Mapping[str, str]) -> dict[type[Stage[Any]], Shot]:
+    """Return the stages of the default chain with a face, each with its shot, of one step."""
+    steps = {"steps": dict.fromkeys(("flux", "svd"), 1) | {"lora": 2}}
+    shot = shot_for(run.profile, **run.clip, **FACE, **lora, **steps, upscaler=run.upscaler)
+    return dict.fromkeys((FluxStage, FluxLoRAStage, SVDStage, RealESRGANStage), shot)
+
+
+def profile_step(run: Run) -> None:
+    """Run one step of each stage of the default chain with torch's profiler, and time the networks of each."""
+
+    def profiled(stage_class: type[Stage[Any]], shot: Shot) -> dict[str, Any]:
+        with stage_class(run.profile.params(stage_class)) as stage:
+            call = partial(run_once, stage, invented_item(stage_class, shot))
+            tables = kernel_tables(call)
+            if stage_class is not RealESRGANStage:
+                tables["networks"] = network_table(stage, call)
+        free_gpu_memory()
+        return tables
+
+    with with_upscaler(run) as run, random_loras(run, [16]) as (lora,):
+        run.rows.measure(
+            {f"profile {stage.name}": partial(profiled, stage, shot) for stage, shot in chain_shots(run, lora).items()}
+        )
+
+
+def kernels_step(run: Run) -> None:
+    rates = {"attention": attention_rates, "convolutions": convolution_rates, "linear layers": linear_rates}
+    run.rows.measure({name: lambda make=make: {"rates": make(run.on_gpu)} for name, make in rates.items()})  # type: ignore[misc]
+
+
+def chain_step(run: Run) -> None:
+    """Measure the stages of the default chain with a face one by one, then all of them in one process."""
+    common: dict[str, Any] = {"bench": bench_options(run.on_gpu), "is_calibration": True}
+    with with_upscaler(run) as run, random_loras(run, [16]) as (lora,):
+        size = {**run.clip, "upscaler": run.upscaler}
+        measure_cases(
+            run,
+            {
+                "flux with a face": Case(FluxStage, fields={**size, **FACE}, **common),
+                "svd": Case(SVDStage, fields=size, **common),
+                run.upscaler: Case(RealESRGANStage, fields=size, **common),
+                "lora with a face": Case(FluxLoRAStage, fields={**size, **FACE, **lora}, **common),
+                "flux without a face": Case(FluxStage, fields=size, bench=bench_options(run.on_gpu)),
+            },
+        )
+        run.rows.measure({"chain in one process": partial(_chain, run, lora)})
+
+
+def _chain(run: Run, lora: Mapping[str, str]) -> dict[str, Any]:
+    """Return the seconds and the memory of each stage, with all of them loaded, for two shots of different sizes."""
+    sizes = (run.clip, sized(run.on_gpu, 1024, 640, 25))
+    fields = {**FACE, **lora, "upscaler": run.upscaler, "steps": {"flux": 4, "lora": 4, "svd": 4}}
+    stages = [stage(run.profile.params(stage)) for stage in chain_shots(run, lora)]
+    calls = []
+    with ExitStack() as stack:
+        for stage in stages:
+            stack.enter_context(stage)
+        for size in (*sizes, *sizes):
+            shot = shot_for(run.profile, **{**fields, **size})
+            for stage in stages:
+                seconds = seconds_of(partial(run_once, stage, invented_item(type(stage), shot)))
+                calls.append({"stage": stage.name, "size": f"{shot.width}x{shot.height}", "seconds": seconds, **gpu_memory()})
+    del stages, stage
+    free_gpu_memory()
+    return {"calls": calls}
+
+
+def wan_step(run: Run) -> None:
+    """Measure one and two steps of Wan with one pass each, decoded in tiles, and its networks."""
+    fields = {"video_model": "wan", "guidance": {"wan": 1}, **sized(run.on_gpu, 1280, 704, 81)}
+    wan = partial(Case, WanStage, fields=fields, bench=BenchOptions(steps=(1, 2), repeats=1))
+
+    def networks() -> dict[str, Any]:
+        shot = shot_for(run.profile, **{**fields, "steps": {"wan": 1}})
+        with WanStage(changed_params(run.profile.params(WanStage), {"vae_tiling": True})) as stage:  # type: ignore[arg-type]
+            table = network_table(stage, partial(stage, invented_item(WanStage, shot)))
+        free_gpu_memory()
+        return {"networks": table}
+
+    run.rows.measure({"wan networks": networks})
+    measure_cases(
+        run,
+        {
+            "wan": wan({"vae_tiling": True}, is_calibration=True),
+            "wan attention_backend: _native_cudnn": wan({"vae_tiling": True, "attention_backend": "_native_cudnn"}),
+        },
     )
-    cases = {
-        f"{stage.name} {name}: {each[name]}": partial(measure_case, run.profile, Case(stage, each, **common))
-        for stage, each in options
-        for name in each
-    }
-    run.rows.measure({**cases, "lora compile: True, sizes and LoRAs": partial(_recompilation, run)})
 
 
-def _recompilation(run: Run) -> dict[str, Any]:
-    profile, other = run.profile, {"width": 768, "height": 1024} if run.on_gpu else {"width": 64, "height": 64}
-    sizes = (sized(run.on_gpu, 1024, 576, 25), other)
-    with random_loras(run, 3) as loras:
-        shots = [*((size, loras[0]) for size in (sizes[0], *sizes, sizes[0])), *((sizes[0], lora) for lora in loras[1:])]
-        stage = FluxLoRAStage(changed_params(profile.params(FluxLoRAStage), {"compile": True}))  # type: ignore[arg-type]
-        items = [item_for(profile, FluxLoRAStage, shot_for(profile, steps={"lora": 4}, **size, **lora)) for size, lora in shots]
+def swap_step(run: Run) -> None:
+    """Measure FLUX with T5 swapped for each prompt and LoRAs whose ranks fall, and the swapping of all its weights."""
+
+    def swapped() -> dict[str, Any]:
+        params = changed_params(run.profile.params(FluxLoRAStage), {"text_encoder": "swapped"})
+        prompts = [{"prompt": f"{PROMPT}, {n}", **loras[n % len(loras)]} for n in range(5)]
+        shots = [shot_for(run.profile, steps={"lora": 4}, **run.clip, **FACE, **fields) for fields in prompts]
+        stage = FluxLoRAStage(params)  # type: ignore[arg-type]
         with stage:
-            return {"calls": calls_of(stage, items)}
+            calls = calls_of(stage, [invented_item(FluxLoRAStage, shot) for shot in shots])
+            moves = [
+                {"to": to, "seconds": seconds_of(partial(stage.move, to)), "host_gb": host_gb(), **gpu_memory()}
+                for to in ("cpu", params.device) * 2
+            ]
+        del stage
+        free_gpu_memory()
+        return {"calls": calls, "moves": moves}
+
+    with random_loras(run, RANKS) as loras:
+        run.rows.measure({"lora text_encoder: swapped": swapped})
 
 
 def calls_of(stage: Stage[Any], items: Sequence[Item]) -> list[dict[str, float]]:
-    """Run the items one after another and return the seconds, the graphs compiled so far and the host memory after each."""
-    return [{"seconds": seconds_of(partial(stage, item)), "graphs": compiled_graphs(), "host_gb": host_gb()} for item in items]
+    """Run the items one after another and return the seconds, the graphs compiled so far and the memory after each."""
+    return [
+        {"seconds": seconds_of(partial(stage, item)), "graphs": compiled_graphs(), "host_gb": host_gb(), **gpu_memory()}
+        for item in items
+    ]
+
+
+def bytes_step(run: Run) -> None:
+    """Compare the bytes of two calls, of one after the weights were swapped, and of one after they were loaded again."""
+
+    def compared(stage_class: type[Stage[Any]], shot: Shot) -> dict[str, Any]:
+        item = invented_item(stage_class, shot)
+        stage = stage_class(run.profile.params(stage_class))
+        with stage:
+            results = {"first": run_once(stage, item), "again": run_once(stage, item)}
+            stage.move("cpu")
+            stage.move(stage.params.device)
+            results["swapped"] = run_once(stage, item)
+        with stage:
+            results["loaded again"] = run_once(stage, item)
+        del stage
+        free_gpu_memory()
+        first = results.pop("first").astype(np.int16)
+        levels = {name: float(np.abs(first - result).mean()) for name, result in results.items()}
+        other = [name for name, difference in levels.items() if difference]
+        return {"levels": levels, "problem": f"other bytes: {', '.join(other)}" if other else None}
+
+    with with_upscaler(run) as run, random_loras(run, [16]) as (lora,):
+        run.rows.measure(
+            {f"bytes {stage.name}": partial(compared, stage, shot) for stage, shot in chain_shots(run, lora).items()}
+        )
 
 
 def upscaler_step(run: Run) -> None:
     """Measure the upscaler: frames per call, and the formats and kernels of its convolutions."""
-    upscaler = "x4plus" if run.on_gpu else "animevideov3"
-    common: dict[str, Any] = {
-        "fields": {**sized(run.on_gpu, 1024, 576, 25), "upscaler": upscaler},
-        "bench": bench_options(run.on_gpu),
-    }
+    upscaler = run.upscaler
+    common: dict[str, Any] = {"fields": {**run.clip, "upscaler": upscaler}, "bench": bench_options(run.on_gpu)}
 
     def compiled(stage: RealESRGANStage) -> None:
         network = stage._network(upscaler).model
@@ -333,91 +415,220 @@ def upscaler_step(run: Run) -> None:
         model = stage._network(upscaler).model.to(memory_format=torch.contiguous_format)
         model.register_forward_pre_hook(lambda _, given: tuple(each.contiguous() for each in given))
 
-    with tempfile.TemporaryDirectory() as folder:
-        weights = ROOT / "weights" / "realesrgan"
-        if not (weights / f"{upscaler}.safetensors").exists():
-            from safetensors.torch import save_file
-
-            weights = Path(folder)
-            save_file(realesrgan_network(upscaler).state_dict(), weights / f"{upscaler}.safetensors")
-        actor = run.profile.actors["realesrgan"].model_copy(update={"weights": str(weights)})
-        profile = run.profile.model_copy(update={"actors": {**run.profile.actors, "realesrgan": actor}})
+    with with_upscaler(run) as run:
         plain = partial(Case, RealESRGANStage, **common)
-        cases = {
-            f"{upscaler}": plain(is_calibration=True),
-            **{f"{upscaler} frames_per_call: {frames}": plain({"frames_per_call": frames}) for frames in (1, 8)},
-            f"{upscaler} cudnn_benchmark: True": plain({"cudnn_benchmark": True}),
-            f"{upscaler} contiguous": plain(change=contiguous),
-            f"{upscaler} compile": plain(change=compiled),
+        measure_cases(
+            run,
+            {
+                **{f"{upscaler} frames_per_call: {frames}": plain({"frames_per_call": frames}) for frames in (1, 8)},
+                f"{upscaler} cudnn_benchmark: True": plain({"cudnn_benchmark": True}),
+                f"{upscaler} contiguous": plain(change=contiguous),
+                f"{upscaler} compile": plain(change=compiled),
+            },
+        )
+
+
+# Options
+
+
+def options_step(run: Run) -> None:
+    """Try speed options of FLUX and SVD as `vidgen bench` does, and count what a compiled FLUX compiles again."""
+    fields = {**run.clip, "steps": {"flux": 4, "lora": 4, "svd": 4}}
+
+    def tried(actor: str, options: Mapping[str, Any], *, exact: bool = False) -> dict[str, Any]:
+        """Try the last option. Those before it are set."""
+        profile = run.profile.with_options({actor: dict([*options.items()][:-1])})
+        names = ("flux", "lora") if actor == "flux" else (actor,)
+        shots = [(name, shot_for(profile, **fields, **(FACE if actor == "flux" else {}), **loras[-1])) for name in names]
+        with torch._inductor.config.patch(emulate_precision_casts=exact):
+            result = try_option(Trial(profile, actor, *[*options.items()][-1]), shots)
+        return {"trial": result.model_dump(), "problem": result.error or None, "rejected": result.rejected}
+
+    cases: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("flux", {"compile": True}),
+        ("flux", {"quantize": "fp8"}),
+        ("flux", {"quantize": "fp8", "compile": True}),
+        ("svd", {"compile": True}),
+        ("svd", {"compile": True, "channels_last": True}),
+        ("flux", {"quantize": "fp8_storage"}),
+        ("flux", {"attention_backend": "_native_cudnn"}),
+    )
+    with random_loras(run, (64, 16, 16)) as loras:
+        trials = {
+            f"{actor} {', '.join(f'{k}: {v}' for k, v in each.items())}": partial(tried, actor, each) for actor, each in cases
         }
-        measure_cases(replace(run, profile=profile), cases)
+        exact = partial(tried, "flux", {"compile": True}, exact=True)
+        recompiled = partial(_recompilation, run, loras)
+        run.rows.measure(
+            {**trials, "flux compile: True, emulate_precision_casts": exact, "lora compile: True, sizes and LoRAs": recompiled}
+        )
 
 
-def wan_step(run: Run) -> None:
-    """Measure one and two steps of Wan with one pass each, decoded in tiles and whole."""
-    fields = {"video_model": "wan", "guidance": {"wan": 1}, **sized(run.on_gpu, 1280, 704, 81)}
-    wan = partial(Case, WanStage, fields=fields, bench=BenchOptions(steps=(1, 2), repeats=1))
-    cases = {
-        "wan vae_tiling: True": wan({"vae_tiling": True}, is_calibration=True),
-        "wan attention_backend: _native_cudnn": wan({"vae_tiling": True, "attention_backend": "_native_cudnn"}),
-        "wan vae_tiling: False": wan({"vae_tiling": False}),
-        "wan attention_backend: _native_flash": wan({"vae_tiling": True, "attention_backend": "_native_flash"}),
+def _recompilation(run: Run, loras: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    other = {"width": 768, "height": 1024} if run.on_gpu else {"width": 64, "height": 64}
+    sizes = (run.clip, other)
+    shots = [*((size, loras[0]) for size in (sizes[0], *sizes, sizes[0])), *((sizes[0], lora) for lora in loras[1:])]
+    stage = FluxLoRAStage(changed_params(run.profile.params(FluxLoRAStage), {"compile": True}))  # type: ignore[arg-type]
+    items = [
+        invented_item(FluxLoRAStage, shot_for(run.profile, steps={"lora": 4}, **size, **FACE, **lora)) for size, lora in shots
+    ]
+    with stage:
+        calls = calls_of(stage, items)
+    del stage
+    free_gpu_memory()
+    return {"calls": calls}
+
+
+def small_step(run: Run) -> None:
+    """Measure the stages with the options of a card of 24 GB, in as much memory."""
+    common: dict[str, Any] = {"bench": bench_options(run.on_gpu)}
+    profile = profile_for("gpu-24gb") if run.on_gpu else run.profile
+    if run.on_gpu:
+        torch.cuda.set_per_process_memory_fraction(SMALL_CARD_GB * GB / torch.cuda.get_device_properties(0).total_memory)
+    with with_random_weights(profile, {name: run.models[name] for name in ("flux", "svd")}) as small:
+        small_run = replace(run, profile=with_infusenet(small))
+        with with_upscaler(small_run) as small_run:
+            size = {**run.clip, "upscaler": run.upscaler}
+            storage, fp8 = ({"text_encoder": "swapped", "quantize": kind} for kind in ("fp8_storage", "fp8"))
+            measure_cases(
+                small_run,
+                {
+                    "24 GB: flux with a face, fp8_storage": Case(FluxStage, storage, {**size, **FACE}, **common),
+                    "24 GB: flux with a face, fp8, compile": Case(
+                        FluxStage, {**fp8, "compile": True}, {**size, **FACE}, **common
+                    ),
+                    "24 GB: svd": Case(SVDStage, {"decode_chunk_frames": 2, "forward_chunking": True}, size, **common),
+                    f"24 GB: {run.upscaler}": Case(RealESRGANStage, {"frames_per_call": 1}, size, **common),
+                },
+            )
+
+
+def others_step(run: Run) -> None:
+    """Measure models outside of the default chain."""
+    common: dict[str, Any] = {"bench": bench_options(run.on_gpu), "is_calibration": True}
+    klein = {"image_model": "klein", "identity": "none", **run.clip}
+    ltx = {
+        "video_model": "ltx",
+        **(sized(True, 1216, 704, 121) if run.on_gpu else {"width": 128, "height": 64, "num_frames": 9}),
     }
-    measure_cases(run, cases)
+    wan = {"video_model": "wan", "guidance": {"wan": 1}, **sized(run.on_gpu, 1280, 704, 81)}
+    measure_cases(
+        run,
+        {
+            "klein": Case(Flux2KleinStage, fields=klein, **common),
+            "ltx": Case(LTXStage, fields=ltx, **common),
+            "hunyuan": Case(HunyuanDiTStage, fields={**run.clip, "use_hunyuan_style": True}, **common),
+            "klein compile: True": Case(Flux2KleinStage, {"compile": True}, klein, bench_options(run.on_gpu)),
+            "wan compile: True": Case(WanStage, {"vae_tiling": True, "compile": True}, wan, BenchOptions((1, 2), 1)),
+        },
+    )
 
 
-# 7. Weight swapping
+# Tests
 
 
-def swap_step(run: Run) -> None:
-    """Measure FLUX with a text encoder that is swapped for each prompt, and all of its weights swapped twice."""
+def tests_step(run: Run, chosen: str) -> None:
+    """Run the tests marked gpu whose names have, or do not have, the word compile. Each is a row, and pytest's exit code."""
 
-    def swapped() -> dict[str, Any]:
-        stage = FluxStage(changed_params(run.profile.params(FluxStage), {"text_encoder": "swapped"}))  # type: ignore[arg-type]
-        size = sized(run.on_gpu, 1024, 576, 25)
-        shots = [
-            shot_for(run.profile, steps={"flux": 4}, **size).model_copy(update={"prompt": f"{PROMPT}, {n}"}) for n in range(5)
-        ]
-        device = stage.params.device
-        with stage:
-            calls = calls_of(stage, [item_for(run.profile, FluxStage, shot) for shot in shots])
-            moves = [
-                {"to": to, "seconds": seconds_of(partial(stage.move, to)), "host_gb": host_gb()} for to in ("cpu", device) * 2
-            ]
-        free_gpu_memory()
-        return {"calls": calls, "moves": moves}
+    class Recorder:
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.when == "call" or report.outcome != "passed":
+                problem = None if report.passed else f"{report.outcome}: {str(report.longrepr)[-2000:]}"
+                run.rows.add(report.nodeid, problem, {"took_s": report.duration})
 
-    run.rows.measure({"flux text_encoder: swapped": swapped})
+    files = sorted(str(file) for file in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in file.read_text())
+    done = [name for name in run.rows.problems if "::" in name]
+    common = [
+        "-o",
+        "addopts=",
+        "-m",
+        "gpu",
+        "-n",
+        str(min(4, os.cpu_count() or 1)),
+        "--timeout",
+        "250",
+        "-q",
+        "--tb",
+        "short",
+        f"--rootdir={ROOT}",
+    ]
+    code = int(pytest.main([*files, *common, "-k", chosen, *(f"--deselect={name}" for name in done)], plugins=[Recorder()]))
+    # Failed tests have rows. Without a test to run, all of them have.
+    expected = (0, 1, 5) if done else (0, 1)
+    run.rows.add(
+        f"pytest -k '{chosen}'", None if code in expected else f"pytest ended with exit code {code}", {"exit_code": code}
+    )
 
 
 STEPS: Mapping[str, Callable[[Run], None]] = {
     "machine": machine_step,
-    "tests": tests_step,
-    "bench": bench_step,
+    "profile": profile_step,
+    "kernels": kernels_step,
+    "chain": chain_step,
     "wan": wan_step,
-    "options": options_step,
-    "upscaler": upscaler_step,
     "swap": swap_step,
+    "bytes": bytes_step,
+    "upscaler": upscaler_step,
+    "options": options_step,
+    "tests": partial(tests_step, chosen="not compile"),
+    "small": small_step,
+    "others": others_step,
+    "compile": partial(tests_step, chosen="compile"),
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+WITH_FACE = ("profile", "chain", "swap", "bytes", "options", "small")
+"""Steps that need InfuseNet."""
+
+
+def _machine() -> dict[str, Any]:
+    found = machine(PACKAGES)
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        found |= {"gpu": gpu.name, "gpu_gb": gpu.total_memory / GB, "cuda": torch.version.cuda}
+    return found
+
+
+def with_infusenet(profile: Profile) -> Profile:
+    """Return the profile with InfuseNet for its FLUX: random weights of full size on a GPU, those of `tiny` on a CPU."""
+    flux = profile.actors[FluxStage.actor]
+    weights = "builtin:tiny/infusenet"
+    if flux.device != "cpu":
+        folder = built_path("random-infusenet")
+        if not folder.exists():
+            write_random_infusenet(folder, flux.dtype or "float32", flux.device)
+        weights = str(folder)
+    changed = flux.model_copy(update={"extra_weights": {"infusenet": weights}})
+    return profile.model_copy(update={"actors": {**profile.actors, FluxStage.actor: changed}})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("file", type=Path, help="JSON file that the rows are written to")
     parser.add_argument("--profile", default="auto")
+    parser.add_argument("--until", type=float, default=float("inf"), help="end of the process, by the monotonic clock")
     args = parser.parse_args(argv)
     profile, on_gpu = profile_for(args.profile), torch.cuda.is_available()
+    header = {"step": args.step, "profile": profile.name, "card": this_machine().card, "machine": _machine()}
+    rows = Rows(args.file, header, args.until)
     # Weights that come with a bundle, in place of the packages that have them.
     for folder in (ROOT / "weights").glob("*"):
         shutil.copytree(folder, built_path(folder.name), dirs_exist_ok=True)
-    prepare_gpu(1.0)
+    with warnings.catch_warnings(record=True) as caught:
+        prepare_gpu(1.0)
+    rows.add("allocator", "; ".join(str(each.message) for each in caught) or None, {"settings": allocator_settings()})
     if not on_gpu:
         speed.COMPILE_BACKEND = "eager"
     models = random_models(profile)
     with with_random_weights(profile, models) as chosen:
-        STEPS[args.step](Run(Rows(args.file, args.step, profile), chosen, models, on_gpu))
+        try:
+            STEPS[args.step](Run(rows, with_infusenet(chosen) if args.step in WITH_FACE else chosen, models, on_gpu))
+        except TimeIsOver:
+            return TIME_IS_OVER
+    rows.complete()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

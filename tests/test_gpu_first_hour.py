@@ -1,14 +1,26 @@
-"""The steps of tools/gpu_first_hour.sh on a CPU, and what tools/gpu_results.py makes of their files."""
+"""The first measurements on a GPU, on a CPU: rows, steps, processes of tools/gpu_first_hour.py, and tools/gpu_results.py."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu_steps
-from benchmarks.gpu_steps import UNFINISHED, Rows
-from tools import gpu_results
+from benchmarks.gpu_rows import CRASHES, TIME_IS_OVER, UNFINISHED, Rows, TimeIsOver, alarm
+from tools import gpu_first_hour, gpu_results
 from vidgen_ray.planner import load_calibration
 from vidgen_ray.stages import speed
+
+ROOT = Path(__file__).parent.parent
+CHAIN = ("flux with a face", "svd", "animevideov3", "lora with a face", "flux without a face", "chain in one process")
+
+
+def rows_of(file):
+    return {row["name"]: row for row in json.loads(file.read_text())["rows"]}
 
 
 @pytest.fixture(scope="module")
@@ -17,53 +29,150 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("first-hour")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "COMPILE_BACKEND", speed.COMPILE_BACKEND)
-        for number, step in enumerate(("bench", "swap"), 1):
-            gpu_steps.main([step, str(folder / f"0{number}-{step}.json"), "--profile", "tiny"])
+        for number, step in enumerate(("kernels", "chain"), 1):
+            assert gpu_steps.main([step, str(folder / f"0{number}-{step}.json"), "--profile", "tiny"]) == 0
     return folder
 
 
-def rows_of(file):
-    return {row["name"]: row for row in json.loads(file.read_text())["rows"]}
-
-
 def test_steps_become_a_page_and_calibrations(folder, tmp_path, monkeypatch):
-    rows = rows_of(folder / "01-bench.json")
-    assert {name: row["problem"] for name, row in rows.items()} == dict.fromkeys(("svd", "flux", "lora", "hunyuan"))
-    (swapped,) = rows_of(folder / "02-swap.json").values()
-    assert (len(swapped["calls"]), [move["to"] for move in swapped["moves"]]) == (5, ["cpu", "cpu"] * 2)
+    assert all(Rows(file).is_complete for file in folder.glob("*.json"))
+    rows = rows_of(folder / "02-chain.json")
+    assert {name: row["problem"] for name, row in rows.items()} == dict.fromkeys(("allocator", *CHAIN))
+    assert [call["stage"] for call in rows["chain in one process"]["calls"]] == ["flux", "lora", "svd", "realesrgan"] * 4
     monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path))
     gpu_results.main([str(folder), "--page", str(tmp_path / "page.md")])
     page = (tmp_path / "page.md").read_text()
     seconds = rows["svd"]["measurement"]["seconds_of_reference"]
     assert f"| svd | 128x64x5 | {seconds:.3g} |" in page
-    assert "## flux text_encoder: swapped: moves" in page
+    assert "## chain in one process: calls" in page
+    assert "## linear layers: rates" in page
     assert "Not measured" not in page
     calibration = load_calibration("tiny", "cpu")
-    assert calibration.keys() == {"svd", "flux", "lora", "hunyuan"}
+    assert calibration.keys() == {"svd", "flux", "lora", "realesrgan"}
     assert calibration["svd"].seconds_of_reference == seconds
     assert calibration["svd"].measurements[0].random_weights
 
 
-def test_step_that_was_cut_off_measures_the_missing_rows(tiny, tmp_path):
+@pytest.mark.slow
+def test_other_steps_run_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "COMPILE_BACKEND", speed.COMPILE_BACKEND)
+    missing = {"pinned memory", "wan attention_backend: _native_cudnn", "flux attention_backend: _native_cudnn"}
+    for step in ("machine", "profile", "wan", "swap", "bytes", "upscaler", "options", "small", "others"):
+        file = tmp_path / f"{step}.json"
+        assert gpu_steps.main([step, str(file), "--profile", "tiny"]) == 0
+        problems = {name for name, problem in Rows(file).problems.items() if problem and "fp8" not in name}
+        assert problems <= missing, json.loads(file.read_text())
+
+
+def case(measured, name, error=None):
+    def run():
+        measured.append(name)
+        if error:
+            raise error
+        return {"value": 1}
+
+    return run
+
+
+def test_step_that_was_cut_off_measures_the_missing_rows(tmp_path):
     file, measured = tmp_path / "rows.json", []
-
-    def case(name, error=None):
-        def run():
-            measured.append(name)
-            if error:
-                raise error
-            return {"value": 1}
-
-        return run
-
     with pytest.raises(KeyboardInterrupt):
-        Rows(file, "s", tiny).measure({"a": case("a"), "b": case("b", KeyboardInterrupt()), "c": case("c")})
-    assert {name: row["problem"] for name, row in rows_of(file).items()} == {"a": None, "b": UNFINISHED}
-    Rows(file, "s", tiny).measure({"a": case("a"), "b": case("b", ValueError("no memory")), "c": case("c")})
+        Rows(file).measure({"a": case(measured, "a"), "b": case(measured, "b", KeyboardInterrupt()), "c": case(measured, "c")})
+    assert Rows(file).problems == {"a": None, "b": UNFINISHED}
+    Rows(file).add_exit("step", "exit code -11: Segmentation fault")
+    Rows(file).measure({"a": case(measured, "a"), "b": case(measured, "b", ValueError("no memory")), "c": case(measured, "c")})
     assert measured == ["a", "b", "c", "b"]
+    assert Rows(file).problems == {"a": None, "b": "ValueError: no memory", "c": None}
+    Rows(file).measure({"b": case(measured, "b")})
+    assert len(measured) == 4, "an error is a result"
+
+
+def test_case_that_crashes_twice_is_not_repeated(tmp_path):
+    file, measured = tmp_path / "rows.json", []
+    for _ in range(CRASHES):
+        with pytest.raises(KeyboardInterrupt):
+            Rows(file).measure({"a": case(measured, "a", KeyboardInterrupt())})
+        Rows(file).add_exit("step", "exit code -9: Killed")
+    Rows(file).measure({"a": case(measured, "a")})
+    assert len(measured) == CRASHES
+    assert Rows(file).problems == {"a": f"{UNFINISHED}: exit code -9: Killed"}
+
+
+def test_case_is_not_begun_or_is_cut_off_at_the_end_of_the_time(tmp_path, monkeypatch):
+    file, measured = tmp_path / "rows.json", []
+    with pytest.raises(TimeIsOver):
+        Rows(file, until=time.monotonic() + 1).measure({"a": case(measured, "a")})
+    assert measured == []
+    monkeypatch.setattr("benchmarks.gpu_rows.MIN_CASE_S", 0.2)
+    with pytest.raises(TimeIsOver):
+        Rows(file, until=time.monotonic() + 0.4).measure({"a": lambda: time.sleep(5)})
+    assert Rows(file).problems == {"a": UNFINISHED}
+    monkeypatch.setattr("benchmarks.gpu_rows.CASE_S", 0.1)
+    Rows(file).measure({"a": lambda: time.sleep(5)})
+    assert Rows(file).problems == {"a": "took longer than 0.1 s"}
+    with pytest.raises(TimeoutError), alarm(0.05):
+        time.sleep(5)
+
+
+PROGRAM = """
+import json, os, sys, time
+step, file = sys.argv[1:3]
+begun = json.load(open(file))["rows"] if os.path.exists(file) else []
+{body}
+"""
+
+
+@pytest.fixture
+def own_steps(tmp_path, monkeypatch):
+    """Return a function that replaces the process of a step by a program, and runs the command."""
+    real = gpu_first_hour.subprocess.Popen
+
+    def run(body, *arguments):
+        def start(command, **options):
+            return real([sys.executable, "-c", PROGRAM.format(body=body), *command[3:]], **options)
+
+        monkeypatch.setattr(gpu_first_hour.subprocess, "Popen", start)
+        return gpu_first_hour.main(["machine", "--results", str(tmp_path / "results"), *arguments])
+
+    monkeypatch.setattr(gpu_first_hour, "package_folders", lambda: [str(ROOT)])
+    return run
+
+
+def test_process_that_cannot_start_has_a_row_with_its_exit_code(own_steps, tmp_path):
+    assert own_steps("import no_such_package", "--out", str(tmp_path / "out")) == 0
+    (row,) = rows_of(tmp_path / "out" / "01-machine.json").values()
+    assert row["problem"] == f"{UNFINISHED}: exit code 1: ModuleNotFoundError: No module named 'no_such_package'"
+    assert row["crashes"] == CRASHES
+    with pytest.raises(SystemExit, match="got the results of no step"):
+        gpu_results.main([str(tmp_path / "out"), "--page", str(tmp_path / "page.md")])
+
+
+def test_process_that_does_not_end_is_killed_and_the_call_continues_later(own_steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_first_hour, "EXIT_S", 0.1)
+    begun = time.monotonic()
+    assert own_steps("time.sleep(60)", "--limit-s", "2") == TIME_IS_OVER
+    assert time.monotonic() - begun < 20
+    (row,) = rows_of(tmp_path / "results" / "01-machine.json").values()
+    assert "killed at the end of the time of the call" in row["problem"]
+    finish = 'json.dump({"complete": True, "rows": begun}, open(file, "w"))'
+    # An empty folder gets the results of earlier calls, too.
+    assert own_steps(finish, "--out", str(tmp_path / "empty")) == 0
+    assert rows_of(tmp_path / "empty" / "01-machine.json").keys() == {row["name"]}
+
+
+@pytest.mark.slow
+def test_tests_are_collected_without_ray_and_have_rows(tmp_path):
+    """As on a machine with the packages of a bundle alone."""
+    missing = "('ray', 'pyarrow', 'onnxruntime', 'cv2')"
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({missing}))")
+    file, path = tmp_path / "tests.json", os.pathsep.join((str(tmp_path), str(ROOT)))
+    command = [sys.executable, "-m", "benchmarks.gpu_steps", "tests", str(file), "--profile", "tiny"]
+    code = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, check=False
+    ).returncode
     rows = rows_of(file)
-    assert {name: row["problem"] for name, row in rows.items()} == {"a": None, "b": "ValueError: no memory", "c": None}
-    assert rows["a"]["value"] == 1
+    assert (code, rows.pop("pytest -k 'not compile'")["problem"]) == (0, None)
+    assert len([name for name in rows if "test_gpu.py::" in name]) > 15
 
 
 def test_page_states_gains_shares_failures_and_counts_tests():
@@ -86,6 +195,8 @@ def test_page_states_gains_shares_failures_and_counts_tests():
         {"name": "tests/a.py::a", "problem": None},
         {"name": "tests/a.py::b", "problem": "failed: a | b"},
         {"name": "speeds", "problem": None, "tflop_per_s": 700.0, "gb_per_s": 3000.0, "link_gb_per_s": 50.0},
+        {"name": "flux compile: True", "problem": None, "trial": {"speedup": 1.5, "error": ""}, "rejected": ""},
+        {"name": "bytes svd", "problem": "other bytes: swapped", "levels": {"again": 0.0, "swapped": 0.25}},
     ]
     page = gpu_results.page([{"machine": machine, "card": "H100", "profile": "gpu-80gb", "rows": rows}])
     assert "| svd | 1024x576x25 | 20 |  | 40% | 0.5 | 1 | 2 | 14 | 15.5 |" in page
@@ -93,6 +204,8 @@ def test_page_states_gains_shares_failures_and_counts_tests():
     assert "1 of 2 passed" in page
     assert "| tests/a.py::b | failed: a \\| b |" in page
     assert "| 16 bits, TFLOP/s | 700 | 989 |" in page
+    assert "| flux compile: True | 1.5 |  | used |" in page
+    assert "| bytes svd | again 0, swapped 0.25 |" in page
 
 
 def test_results_of_a_cpu_or_of_several_cards_are_not_documented(folder, tmp_path):

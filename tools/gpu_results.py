@@ -1,4 +1,4 @@
-"""Turn the JSON files of tools/gpu_first_hour.sh into docs/benchmarks-gpu.md, and store the seconds of stages for later plans.
+"""Turn the JSON files of tools/gpu_first_hour.py into docs/benchmarks-gpu.md, and store the seconds of stages for later plans.
 
 python -m tools.gpu_results out/first-hour
 """
@@ -23,7 +23,9 @@ Row = Mapping[str, Any]
 def read(folder: Path) -> list[dict[str, Any]]:
     """Return the content of the files, in the order of the steps. Exits if there are none, or if they are of different GPUs."""
     steps = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    kinds = {(step["profile"], step["card"]) for step in steps}
+    # A step whose packages are missing has only the row that says so.
+    steps.sort(key=lambda step: "profile" not in step)
+    kinds = {(step["profile"], step["card"]) for step in steps if "profile" in step}
     if len(kinds) != 1:
         sys.exit(f"{folder}: got the results of {sorted(kinds) or 'no step'}, must be those of one profile on one kind of GPU")
     return steps
@@ -43,7 +45,7 @@ def page(steps: Sequence[Row]) -> str:
     machine, card, profile = (steps[0][name] for name in ("machine", "card", "profile"))
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
     gpu = machine.get("gpu", machine["cpu"])
-    source = "Random weights, by `tools/gpu_first_hour.sh` and `tools/gpu_results.py`."
+    source = "Random weights, by `tools/gpu_first_hour.py` and `tools/gpu_results.py`."
     parts = [f"# First measurements on {card}", f"{gpu}, profile `{profile}`, Python {machine['python']}, {versions}. {source}"]
     rows = {row["name"]: row for row in _rows(steps)}
     if speeds := rows.get("speeds"):
@@ -67,17 +69,26 @@ def page(steps: Sequence[Row]) -> str:
     if measured:
         parts += ["## Stages", _table(COLUMNS, [_stage_cells(row, measured) for row in measured]), NOTE]
     for row in rows.values():
-        for kind in ("calls", "moves"):
-            if row.get(kind):
-                columns = list(row[kind][0])
-                table = _table(("number", *columns), [(n, *each.values()) for n, each in enumerate(row[kind], 1)])
+        for kind, lines in row.items():
+            if kind in TABLES and lines:
+                columns = list(lines[0])
+                table = _table(("number", *columns), [(n, *(line.get(c) for c in columns)) for n, line in enumerate(lines, 1)])
                 parts += [f"## {row['name']}: {kind}", table]
+    if trials := [row for row in rows.values() if "trial" in row]:
+        columns = list(trials[0]["trial"])
+        cells = [(row["name"], *(row["trial"].get(name) for name in columns), row["rejected"] or "used") for row in trials]
+        parts += ["## Trials", _table(("option", *columns, "outcome"), cells)]
+    if levels := [row for row in rows.values() if "levels" in row]:
+        cells = [(row["name"], ", ".join(f"{name} {value:.3g}" for name, value in row["levels"].items())) for row in levels]
+        parts += ["## Same bytes", _table(("stage", "mean difference from the first call, in levels of 255"), cells)]
     if problems := [row for row in rows.values() if row["problem"] is not None]:
         cells = [(row["name"], row["problem"].replace("\n", " ").replace("|", "\\|")[:200]) for row in problems]
         parts += ["## Not measured or failed", _table(("what", "why"), cells)]
     return "\n\n".join(parts) + "\n"
 
 
+TABLES = ("rates", "kinds", "networks", "kernels", "calls", "moves")
+"""Values of rows that are lists of objects with the same names."""
 COLUMNS = (
     "measured",
     "size",

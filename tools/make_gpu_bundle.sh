@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Write out/gpu-bundle.tar.xz: this project and the packages that tools/gpu_first_hour.sh needs, for a machine with a GPU that has
-# Python, torch and numpy, and no network. Fails if it is larger than 60 MiB. out/gpu-x4plus.tar.xz has the weights of x4plus;
-# without them, random ones are measured. Run it in the environment of `make setup`.
+# Write out/gpu-bundle.tar.xz: this project and the packages that tools/gpu_first_hour.py needs, for a machine with a GPU that has
+# Python, torch and numpy, and no network. Fails if it is larger than 60 MiB. Run it in the environment of `make setup`.
 #
 #   tools/make_gpu_bundle.sh [PYTHON] [TORCH]      # of that machine, default: 3.12 2.11
 set -euo pipefail
@@ -38,9 +37,6 @@ done
 import subprocess, sys, tarfile, tomllib, zipfile
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from vidgen_ray.weights import resolve
 
 LIMIT = 60 << 20
@@ -56,22 +52,15 @@ info.mkdir()
 (info / "entry_points.txt").write_text("".join(f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in entries.items())
     for group, entries in project["entry-points"].items()))
 upscalers, rife = resolve("builtin:realesrgan"), resolve("builtin:rife")
-half = {name: tensor.half() for name, tensor in load_file(upscalers / "x4plus.safetensors").items()}
-save_file(half, work / "x4plus.safetensors")
-
-
-def pack(archive: str, members: dict[Path, str]) -> None:
-    with tarfile.open(archive, "w:xz", preset=2) as tar:
-        for path, name in members.items():
-            tar.add(path, name)
-    size = Path(archive).stat().st_size
-    print(f"{archive}: {size / 2**20:.1f} MiB")
-    if size > LIMIT:
-        sys.exit(f"{archive}: is larger than {LIMIT >> 20} MiB")
-
-
-pack("out/gpu-bundle.tar.xz", {**{Path(file): file for file in files}, work / "site": "site", work / "if-missing": "if-missing",
-    upscalers / "animevideov3.safetensors": "weights/realesrgan/animevideov3.safetensors", rife / "flownet.safetensors": "weights/rife/flownet.safetensors"})
-pack("out/gpu-x4plus.tar.xz", {work / "x4plus.safetensors": "weights/realesrgan/x4plus.safetensors"})
+members = {**{Path(file): file for file in files}, work / "site": "site", work / "if-missing": "if-missing",
+    upscalers / "animevideov3.safetensors": "weights/realesrgan/animevideov3.safetensors", rife / "flownet.safetensors": "weights/rife/flownet.safetensors"}
+archive = Path("out/gpu-bundle.tar.xz")
+with tarfile.open(archive, "w:xz", preset=2) as tar:
+    for path, name in members.items():
+        tar.add(path, name)
+size = archive.stat().st_size
+print(f"{archive}: {size / 2**20:.1f} MiB")
+if size > LIMIT:
+    sys.exit(f"{archive}: is larger than {LIMIT >> 20} MiB")
 PYTHON
 rm -rf "$work"

@@ -39,9 +39,11 @@ from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, Item, Stage, StageParams, frames_after
 from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.flux2_klein import Flux2KleinStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.loading import networks_from
+from vidgen_ray.stages.ltx import LTXStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
 from vidgen_ray.system.free_memory import free_gpu_memory
@@ -208,7 +210,10 @@ PROMPT = "a man in the rain"
 LORA_RANK = 16
 CHAIN = "chain"
 """Name of the whole chain among the results."""
-RANDOM_ACTORS = (FluxStage.actor, HunyuanDiTStage.actor, SVDStage.actor, WanStage.actor)
+RANDOM_ACTORS = (
+    *(FluxStage.actor, Flux2KleinStage.actor, HunyuanDiTStage.actor),
+    *(SVDStage.actor, WanStage.actor, LTXStage.actor),
+)
 """Actors whose networks `--weights random` replaces. The others use the weights of the profile."""
 
 
@@ -233,8 +238,8 @@ def bench(
         typer.Option(
             "--weights",
             metavar="profile|random",
-            help="random: FLUX, HunyuanDiT, SVD and Wan at full size with random weights, without their files; no face, no "
-            "chain. Default: those of the profile.",
+            help="random: FLUX, klein, HunyuanDiT, SVD, Wan and LTX at full size with random weights, without their files; no "
+            "face, no chain. Default: those of the profile.",
         ),
     ] = "profile",
     quick: Annotated[
@@ -362,7 +367,7 @@ def _with_files(fields: Mapping[str, Any], values: Mapping[str, Any], lora: Path
 
 
 @contextmanager
-def lora_for(profile: Profile, random_flux: RandomModel | None, seed: int = 0) -> Iterator[Path | None]:
+def lora_for(profile: Profile, random_flux: RandomModel | None, seed: int = 0, rank: int = LORA_RANK) -> Iterator[Path | None]:
     """Yield a LoRA with random weights for the profile's FLUX. `None` if its weights are not on this machine."""
     from vidgen_ray.bench.tiny_networks import write_random_lora
 
@@ -370,7 +375,7 @@ def lora_for(profile: Profile, random_flux: RandomModel | None, seed: int = 0) -
         file = Path(folder) / "random.safetensors"
         try:
             networks = random_flux.networks if random_flux else dict(networks_in(profile.params(FluxStage).weights))
-            write_random_lora(empty_network(networks["transformer"]), file, seed=seed, rank=LORA_RANK, scale=0.01)
+            write_random_lora(empty_network(networks["transformer"]), file, seed=seed, rank=rank, scale=0.01)
         except (VidgenError, OSError):
             yield None
         else:

@@ -70,6 +70,8 @@ PUBLISHED = {
     "stabilityai/stable-video-diffusion-img2vid-xt": ("svd", "builtin:tiny/svd"),
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": ("wan", "builtin:tiny/wan"),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": ("wan-ti2v", "builtin:tiny/wan-ti2v"),
+    "black-forest-labs/FLUX.2-klein-4B": ("klein", "builtin:tiny/klein"),
+    "Lightricks/LTX-Video": ("ltx", "builtin:tiny/ltx"),
 }
 """Repository -> model in `NETWORKS`, and weights whose tokenizers and scheduler are like the published ones."""
 HUB_REFERENCE = re.compile(r"hub:(?P<repository>[^@:]+).*")
@@ -165,6 +167,28 @@ def random_pipeline(
     for component, model in models.items():
         _draw_weights(model, dtypes[component], params.device, places[component])
     return models
+
+
+def write_random_infusenet(folder: Path, dtype: str, device: str) -> None:
+    """Write InfuseNet for FLUX.1 at full size, with random weights: 6 GB in 16 bits. They are drawn on `device`."""
+    import torch
+
+    from vidgen_ray.nets.identity_networks import (
+        EMBEDDING_SIZE,
+        NET_FOLDER,
+        PROJECTION,
+        PROJECTION_FILE,
+        FaceResampler,
+        ResamplerSizes,
+    )
+
+    net = empty_network(NETWORKS["infusenet/net"])
+    _draw_weights(net, torch_dtype(dtype), device, "cpu")
+    sizes = ResamplerSizes(EMBEDDING_SIZE, 8, 1280, 20, 4, 5120, net.config.joint_attention_dim)
+    part = folder.with_name(f"{folder.name}.part")
+    net.save_pretrained(part / NET_FOLDER)
+    torch.save({PROJECTION: FaceResampler(sizes).state_dict()}, part / PROJECTION_FILE)
+    part.rename(folder)
 
 
 def _place(component: str, params: StageParams) -> str:

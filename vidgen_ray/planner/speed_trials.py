@@ -197,11 +197,11 @@ def _timed(profile: Profile, calls: Iterable[tuple[type[Stage[Any]], Shot]]) -> 
     seconds, results = 0.0, []
     for stage_class, shot in calls:
         with stage_class(profile.params(stage_class)) as stage:
-            item, durations = _item_for(stage_class, shot), []
+            item, durations = invented_item(stage_class, shot), []
             for _ in range(CALLS + 1):
                 begun = time.perf_counter()
                 # A result is an array on the host, so the GPU has finished.
-                result = _result(stage, item)
+                result = run_once(stage, item)
                 durations.append(time.perf_counter() - begun)
             seconds += median(durations[1:])
             results.append(result)
@@ -210,7 +210,7 @@ def _timed(profile: Profile, calls: Iterable[tuple[type[Stage[Any]], Shot]]) -> 
     return seconds, results
 
 
-def _result(stage: Stage[Any], item: Item) -> NDArray[np.uint8]:
+def run_once(stage: Stage[Any], item: Item) -> NDArray[np.uint8]:
     """Return the image or the frames that the stage makes; one chunk of a chunked stage."""
     (name,) = stage.writes
     if not isinstance(stage, ChunkedStage):
@@ -219,7 +219,7 @@ def _result(stage: Stage[Any], item: Item) -> NDArray[np.uint8]:
     return stage.run_chunk(item.shot, *stage.first_chunk(item.shot, frames))
 
 
-def _item_for(stage_class: type[Stage[Any]], shot: Shot) -> Item:
+def invented_item(stage_class: type[Stage[Any]], shot: Shot) -> Item:
     """Return the shot with invented inputs: smooth images that move, and the features of no real face."""
 
     import numpy as np

@@ -104,11 +104,11 @@ def pose_image(face: FaceFeatures, shot: Shot) -> Image:
     """
     import numpy as np
 
-    from vidgen_ray.nets.faces import TRAINING_AREA_PX, draw_keypoints, map_to_canvas
-
     width, height = shot.width, shot.height
     if shot.pose == "none":
         return np.zeros((height, width, 3), np.uint8)
+    from vidgen_ray.nets.faces import TRAINING_AREA_PX, draw_keypoints, map_to_canvas
+
     points = map_to_canvas(face.keypoints, face.photo_size, (width, height))
     return draw_keypoints(points, width, height, (width * height / TRAINING_AREA_PX) ** 0.5)
 

@@ -1,0 +1,136 @@
+"""Rows of one step of tools/gpu_first_hour.py: a JSON file that is written after each, so that a crash loses one measurement.
+
+This module needs the standard library alone, so a step can state that its packages are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+UNFINISHED = "did not finish"
+EXIT = ": exit"
+"""End of the name of the row of a process that ended outside of its measurements."""
+TIMEOUT = "killed at the end of the time of the call"
+CASE_S = 240.0
+"""Longest measurement, in seconds."""
+MIN_CASE_S = 40.0
+"""Seconds that must be left of a call to begin a measurement."""
+CRASHES = 2
+"""Crashes of a measurement after which it is not repeated."""
+TIME_IS_OVER = 3
+"""Exit code of a step that has more to measure."""
+
+
+class TimeIsOver(BaseException):
+    """The time of this call does not suffice for the next measurement."""
+
+
+class Rows:
+    """Rows of one step. Those that an earlier call has measured are kept.
+
+    A row has `problem`: `None`, or why there is no result. Only a row that did not finish is measured again.
+    """
+
+    def __init__(self, file: Path, header: Mapping[str, Any] | None = None, until: float = float("inf")) -> None:
+        """`until`: time of the monotonic clock at which the process must have ended."""
+        self._file, self._until = file, until
+        content = json.loads(file.read_text()) if file.exists() else {}
+        self._rows: dict[str, dict[str, Any]] = {row["name"]: row for row in content.pop("rows", ())}
+        self._header = {**content, **(header or {})}
+
+    @property
+    def problems(self) -> dict[str, str | None]:
+        return {name: row["problem"] for name, row in self._rows.items()}
+
+    @property
+    def is_complete(self) -> bool:
+        """True if the step has attempted all of its measurements."""
+        return bool(self._header.get("complete"))
+
+    def measure(self, cases: Mapping[str, Callable[[], Mapping[str, Any]]]) -> None:
+        """Add a row for each case that has none. An error of a case is the problem of its row. Raises TimeIsOver.
+
+        A case in which the process crashed is the last one.
+        """
+        for name in sorted(cases, key=self._crashes):
+            if self.is_measured(name):
+                continue
+            left = self._until - time.monotonic()
+            if left < MIN_CASE_S:
+                raise TimeIsOver
+            self._measure_case(name, cases[name], min(CASE_S, left - MIN_CASE_S / 2), cut_off=left < CASE_S)
+
+    def is_measured(self, name: str) -> bool:
+        problem = self._rows.get(name, {"problem": UNFINISHED})["problem"]
+        return problem is None or not problem.startswith(UNFINISHED) or self._crashes(name) >= CRASHES
+
+    def _crashes(self, name: str) -> int:
+        return int(self._rows.get(name, {}).get("crashes", 0))
+
+    def _measure_case(self, name: str, case: Callable[[], Mapping[str, Any]], limit_s: float, *, cut_off: bool) -> None:
+        self.add(name, UNFINISHED, {"crashes": self._crashes(name)})
+        begun, values, problem = time.monotonic(), {}, None
+        try:
+            with alarm(limit_s):
+                values = dict(case())
+        except TimeoutError:
+            if cut_off:
+                raise TimeIsOver from None
+            problem = f"took longer than {limit_s:g} s"
+        # A failed row does not affect the next ones. Libraries end the process by SystemExit, too.
+        except (Exception, SystemExit) as error:
+            problem = f"{type(error).__name__}: {error}"
+        self.add(name, values.pop("problem", problem), {**values, "took_s": time.monotonic() - begun})
+        print(f"{name}: {self._rows[name]['problem'] or 'measured'}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def add(self, name: str, problem: str | None, values: Mapping[str, Any] | None = None) -> None:
+        """Add or replace a row."""
+        self._rows[name] = {"name": name, "problem": problem, **(values or {})}
+        self._write()
+
+    def add_exit(self, step: str, problem: str) -> None:
+        """Add how the process of a step ended: to the row that it was measuring, else as a row of its own."""
+        unfinished = [row for row in self._rows.values() if row["problem"] == UNFINISHED]
+        for row in unfinished or [{"name": step + EXIT, "crashes": self._crashes(step + EXIT)}]:
+            crashes = row["crashes"] + 1
+            self._rows[row["name"]] = {**row, "problem": f"{UNFINISHED}: {problem}", "crashes": crashes}
+        if not unfinished and crashes >= CRASHES:
+            self._header["complete"] = True
+        self._write()
+
+    def complete(self) -> None:
+        """State that all measurements were attempted. That the time of earlier calls was over is no problem then."""
+        self._header["complete"] = True
+        over = [name for name, row in self._rows.items() if name.endswith(EXIT) and TIMEOUT in row["problem"]]
+        self._rows = {name: row for name, row in self._rows.items() if name not in over}
+        self._write()
+
+    def _write(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        new = self._file.with_suffix(".new")
+        new.write_text(json.dumps({**self._header, "rows": [*self._rows.values()]}, indent=1, default=str) + "\n")
+        os.replace(new, self._file)
+
+
+@contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after these seconds. A call that never returns to Python is not interrupted."""
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

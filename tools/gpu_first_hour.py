@@ -1,0 +1,131 @@
+"""First measurements on a machine with a GPU, the most valuable first. Run it again until it prints that all is measured.
+
+It needs Python, torch and numpy, with the bundle of tools/make_gpu_bundle.sh (python3 -m tarfile -e gpu-bundle.tar.xz FOLDER),
+or the environment of this project. No network. Each call ends within `--limit-s` seconds.
+
+    python3 tools/gpu_first_hour.py                  # all steps, or some of those that --help lists
+    python3 -m tools.gpu_results out/first-hour      # a page, and the seconds for later plans
+
+Results are in out/first-hour, a JSON file per step, and copied to --out after each step; that folder may be empty at the start
+of each call. On another machine, copy earlier results to out/first-hour first.
+Exit codes: 0 all is measured, 3 run it again, 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu_rows import MIN_CASE_S, TIME_IS_OVER, TIMEOUT, Rows  # noqa: E402
+
+STEPS = (
+    "machine",
+    "profile",
+    "kernels",
+    "chain",
+    "wan",
+    "swap",
+    "bytes",
+    "upscaler",
+    "options",
+    "tests",
+    "small",
+    "others",
+    "compile",
+)
+"""In the order of their value."""
+RESULTS = Path("out/first-hour")
+EXIT_S = 15.0
+"""Seconds between the end of a step's time and that of its process."""
+MAX_REASON = 300
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", choices=[[], *STEPS], metavar="STEP", help=f"default: all: {' '.join(STEPS)}")
+    parser.add_argument("--out", type=Path, help="folder for a copy of the results")
+    parser.add_argument("--results", type=Path, default=ROOT / RESULTS, help=f"default: {RESULTS} of the project")
+    parser.add_argument("--profile", default="auto", help="default: auto; tiny on a CPU")
+    parser.add_argument("--limit-s", type=float, default=540, help="longest call, in seconds; default: 540")
+    args = parser.parse_args(argv)
+    until, is_over = time.monotonic() + args.limit_s, False
+    for number, step in enumerate(STEPS, 1):
+        file = args.results / f"{number:02}-{step}.json"
+        if is_over or (args.steps and step not in args.steps):
+            continue
+        while not Rows(file).is_complete and not is_over:
+            # A process that crashed is started again, for the other measurements of the step.
+            run_step(step, file, args.profile, until)
+            is_over = until - time.monotonic() < EXIT_S + MIN_CASE_S
+            if args.out:
+                shutil.copytree(args.results, args.out, dirs_exist_ok=True)
+    print("run it again: there is more to measure" if is_over else "all is measured", file=sys.stderr)  # noqa: T201
+    return TIME_IS_OVER if is_over else 0
+
+
+def run_step(step: str, file: Path, profile: str, until: float) -> None:
+    """Run a step in a process of its own. How it ends is a row, unless it ends well."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_steps",
+        step,
+        str(file),
+        "--profile",
+        profile,
+        "--until",
+        str(until - EXIT_S),
+    ]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(package_folders()),
+        "VIDGEN_CACHE": os.environ.get("VIDGEN_CACHE", str(ROOT / "out" / "cache")),
+        # Results of the compiler, for the next call.
+        "TORCHINDUCTOR_CACHE_DIR": str(file.parent / "inductor"),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    log = file.with_suffix(".log")
+    code: int | None = None
+    with (
+        log.open("ab") as output,
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True) as process,
+    ):
+        try:
+            code = process.wait(until - time.monotonic())
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            # Also processes that it has started.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    print(f"{step}: {'time is over' if code in (None, TIME_IS_OVER) else f'exit code {code}'}, {file}", file=sys.stderr)  # noqa: T201
+    if code not in (0, TIME_IS_OVER):
+        last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "no output")
+        how = TIMEOUT if code is None else f"exit code {code}"
+        Rows(file).add_exit(step, f"{how}: {last[:MAX_REASON]}")
+
+
+@cache
+def package_folders() -> list[str]:
+    """Return the project, and the packages of its bundle that this Python lacks."""
+    has_torchvision = (
+        subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, check=False).returncode == 0
+    )
+    return [str(ROOT), str(ROOT / "site"), *([] if has_torchvision else [str(ROOT / "if-missing")])]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
