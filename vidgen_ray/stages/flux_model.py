@@ -126,12 +126,12 @@ class FluxModel:
         self._step_cache = None if threshold is None else FirstBlockCache(transformer, threshold)
         self._t5_on_gpu = params.text_encoder == "gpu"
         networks = {name: each for name, each in self.text_to_image.components.items() if isinstance(each, torch.nn.Module)}
-        if params.text_encoder == "swapped":
-            pin_networks([networks[T5], transformer])
-            move_networks([transformer], params.device)
         for name, network in networks.items():
             if self._t5_on_gpu or name != T5:
                 network.to(params.device)
+        if params.text_encoder == "swapped":
+            # Last: a move of quantised tensors would drop their copies.
+            pin_networks([networks[T5], transformer])
         speed_up(transformer, params)
         divide(transformer)
         self._embeddings: LRUCache[tuple[str, int, tuple[tuple[str, float], ...]], tuple[Any, Any]] = LRUCache(CACHED_PROMPTS)
