@@ -189,6 +189,31 @@ def test_ncnn_files_of_another_kind_are_refused(tmp_path):
             read_realesrgan(tmp_path / "net.param", tmp_path / "net.bin")
 
 
+def test_dense_kernel_runs_the_networks_that_it_supports(monkeypatch):
+    with pytest.raises(SetupError, match="dense_kernel: needs an NVIDIA GPU, or set"):
+        loaded(dense_kernel=True)
+    used = []
+
+    class Trunk:
+        def __init__(self, network):
+            self.network = network
+
+        def __call__(self, pixels):
+            used.append(self)
+            return self.network(pixels)
+
+    module = types.SimpleNamespace(DenseTrunk=Trunk, supports=lambda network: type(network).__name__ == "RRDBNet")
+    monkeypatch.setitem(sys.modules, "vidgen_ray.nets.dense_blocks", module)
+    stage = loaded()
+    expected = [upscaled(stage, PHOTO, 4, name) for name in ("animevideov3", "x4plus-anime")]
+    stage.params = stage.params.model_copy(update={"dense_kernel": True})
+    for _ in range(2):
+        results = [upscaled(stage, PHOTO, 4, name) for name in ("animevideov3", "x4plus-anime")]
+        assert all(map(np.array_equal, results, expected))
+    assert len(used) == 2
+    assert used[0] is used[1]
+
+
 class PinnedTensor(torch.Tensor):
     """Stands for pinned memory."""
 
