@@ -1,18 +1,18 @@
-"""Fake actors in this process, and an event loop in simulated time, to measure a director with more workers than fit here.
+"""Fake Ray actors in this process, and an event loop in simulated time, to measure an engine with more workers than fit here.
 
-A call to a fake actor takes simulated seconds and no CPU time. The CPU time of the process is then the director's own.
+A call to a fake actor takes simulated seconds and no CPU time. The CPU time of the process is then the engine's own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import selectors
-from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
+from itertools import count
 from typing import Any, TypeVar
 
-from vidgen_ray.engine.actor_client import ActorCallFailed, Ping
-from vidgen_ray.engine.retries import Kind
+import ray
+
 from vidgen_ray.engine.worker import ActorPlace
 from vidgen_ray.outputs.records import Failure
 
@@ -55,68 +55,112 @@ def run_in_simulated_time(main: Coroutine[Any, Any, T]) -> tuple[T, float]:
         return runner.run(main), loop.time()
 
 
-class FakeActorClient:
-    """Client of a fake actor, with the interface of `ActorClient`. Calls run one after another, in order."""
+class FakeReference:
+    """Reference of a result of a fake actor."""
+
+    def __init__(self) -> None:
+        self._future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def future(self) -> asyncio.Future[Any]:
+        # Each caller may cancel its own.
+        return asyncio.ensure_future(self._wait())
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Any:
+        return await asyncio.shield(self._future)
+
+    def resolve(self, value: Any) -> None:
+        if not self._future.done():
+            self._future.set_result(value)
+
+    def fail(self, error: Exception) -> None:
+        if not self._future.done():
+            self._future.set_exception(error)
+            self._future.exception()  # retrieved, so that asyncio does not log it
+
+
+class _Method:
+    def __init__(self, actor: FakeActor, name: str, n_results: int = 1) -> None:
+        self._actor, self._name, self._n_results = actor, name, n_results
+
+    def options(self, *, num_returns: int) -> _Method:
+        return _Method(self._actor, self._name, num_returns)
+
+    def remote(self, *args: Any) -> Any:
+        references = [FakeReference() for _ in range(self._n_results)]
+        self._actor.send(self._name, args, references)
+        return references[0] if self._n_results == 1 else references
+
+
+class FakeActor:
+    """Handle of a fake worker or encoder. Calls run one after another, in order, and those of the control group at once."""
+
+    _pids = count(1)
 
     def __init__(
         self, name: str, seconds: Callable[..., float], result: Callable[..., Any], *, node: str = "node", load_s: float = 0.0
     ) -> None:
-        """`seconds` and `result` take the method's name and its arguments. With several results, `result` returns a tuple."""
-        self.name = name
-        self.place: ActorPlace | None = None
-        self.has_moved = False
-        self._seconds, self._result, self._node, self.load_s = seconds, result, node, load_s
-        self._calls: deque[str] = deque()
+        """`seconds` and `result` take the method's name and its arguments. With several results, `result` returns the call
+        result first. An error that `result` raises is that of Ray.
+        """
+        self.name, self.node, self.load_s = name, node, load_s
+        self.kills = 0
+        self._seconds, self._result = seconds, result
+        self._pid = next(self._pids)
         self._turn = asyncio.Lock()
+        self._running: dict[asyncio.Task[None], list[FakeReference]] = {}
 
-    async def ready(self) -> Failure | None:
+    def __getattr__(self, name: str) -> _Method:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return _Method(self, name)
+
+    def send(self, method: str, args: tuple[Any, ...], references: list[FakeReference]) -> None:
+        if method == "place":
+            references[0].resolve(ActorPlace(self.node, self._pid, (), self.node))
+        elif method in ("attach", "cancel", "progress", "activity"):
+            references[0].resolve(None)
+        else:
+            task = asyncio.ensure_future(self._run(method, args, references))
+            self._running[task] = references
+            task.add_done_callback(lambda task: self._running.pop(task, None))
+
+    async def load_failure(self) -> Failure | None:
+        """Load the weights. Return the failure, if that is impossible."""
         await asyncio.sleep(self.load_s)
-        self.place = ActorPlace(self._node, 0, (), "")
         return None
 
-    async def call(self, method: str, *args: Any, stage: str, timeout_s: float, num_returns: int = 1) -> Any:
-        """Return the result after the call's simulated seconds. Raises ActorCallFailed after `timeout_s`."""
-        self._calls.append(stage)
+    async def _run(self, method: str, args: tuple[Any, ...], references: list[FakeReference]) -> None:
+        if method == "load":
+            references[0].resolve(await self.load_failure())
+            return
+        async with self._turn:
+            await asyncio.sleep(self._seconds(method, *args))
         try:
-            async with self._turn:
-                seconds = self._seconds(method, *args)
-                await asyncio.sleep(min(seconds, timeout_s))
-                if seconds > timeout_s:
-                    message = f"{method} took longer than {timeout_s:g} s"
-                    raise ActorCallFailed("TimedOut", message, Kind.ERROR, self.location)
-        finally:
-            self._calls.remove(stage)
-        result = self._result(method, *args)
-        if num_returns > 1 and len(result) != num_returns:
-            raise ValueError(f"{method}: got {len(result)} results, must be {num_returns}")
-        return result
+            result = self._result(method, *args)
+        except ray.exceptions.RayError as error:
+            for reference in references:
+                reference.fail(error)
+            return
+        if len(references) == 1:
+            references[0].resolve(result)
+            return
+        for reference, value in zip(references, (*result[1:], result[0]), strict=True):
+            reference.resolve(value)
 
-    async def ping(self) -> Ping:
-        return Ping.UP
+    def kill(self) -> None:
+        """End the process. The next one starts at once."""
+        self.kills += 1
+        self._pid = next(self._pids)
+        running, self._running = self._running, {}
+        for task, references in running.items():
+            task.cancel()
+            for reference in references:
+                reference.fail(ray.exceptions.ActorUnavailableError("the process has crashed", None))
 
-    def send(self, method: str, *args: Any) -> Any:
-        """Ignore the call, since a fake actor has no state. Return a future with the result `None`."""
-        result: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        result.set_result(None)
-        return result
 
-    def cancel(self, number: int) -> None:
-        """Do nothing: a call to a fake actor ends at its time."""
-
-    def restart(self, *, blame_running: bool = False) -> None:
-        """Do nothing: a fake actor does not crash."""
-
-    def permanent_failure(self, reason: str) -> Failure:
-        return Failure(stage="health", error="Quarantined", message=reason, attempts=1, worker=self.name)
-
-    @property
-    def running(self) -> str | None:
-        return self._calls[0] if self._calls else None
-
-    @property
-    def node(self) -> str | None:
-        return self.place.node if self.place else None
-
-    @property
-    def location(self) -> str:
-        return f"{self.name} ({self._node})"
+def kill(actor: FakeActor, *, no_restart: bool = True) -> None:
+    """Stands for `ray.kill`."""
+    actor.kill()

@@ -1,4 +1,4 @@
-"""Director with fake actors in simulated time: the engine's own worker pool, encoder pool, shot runner and window.
+"""Engine with fake actors in simulated time: its core, its shell, its shots and its window.
 
 A fake actor takes no CPU time, so the CPU time of the process is the director's. The cost of Ray's calls is measured apart.
 """
@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 
 import ray
 
-from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
+from benchmarks.fake_actors import FakeActor, run_in_simulated_time
 from benchmarks.simulated_scheduling import CHUNKS, SECONDS, SHOTS_PER_WORKER
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Window
-from vidgen_ray.engine.shot_runner import ShotRunner
+from vidgen_ray.engine.shell import Shell
+from vidgen_ray.engine.shots import Shots
 from vidgen_ray.engine.status import Attempt
 from vidgen_ray.engine.storage_pause import StoragePause
-from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
@@ -92,14 +92,14 @@ async def _run(specs: Sequence[WorkerSpec], plans: Sequence[ShotPlan]) -> int:
     def result(method: str, *args: Any) -> Any:
         if method == "commit":
             return CallResult(), ShotRecord.model_construct(stages=args[1])
-        if method not in ("run", "run_chunk"):
+        if method not in ("run", "run_chunk", "compare"):
             return CallResult()
         keys = {step.stage: step.key for step in args[1].steps}
         records = tuple(
             StepRecord(stage=name, key=keys[name], weights=(), seconds=SECONDS.get(name, 0.0), gpu_seconds=1.0, cached=False)
             for name in args[2]
         )
-        return CallResult(records), None
+        return CallResult(records, differences=(0.0,) * len(args[4:])), None
 
     actors = {stage.actor: ActorProfile(weights="tiny") for stage in STAGE_BY_NAME.values()}
     profile = Profile(name="simulated", about="does nothing", actors=actors)
@@ -107,20 +107,21 @@ async def _run(specs: Sequence[WorkerSpec], plans: Sequence[ShotPlan]) -> int:
     observer = _NoObserver()
     slots = tuple(Slot((spec,), 0.0) for spec in specs)
     layout = Layout("fused", slots, encoders=len(specs), window=SHOTS_PER_WORKER * len(specs))
-    workers = WorkerPool(config, layout, observer, StoragePause(lambda: None, 0.0, lambda _: None))
+    storage = StoragePause(lambda: None, 0.0, lambda _: None)
+    shell = Shell(config, layout, observer, storage)
     for n, spec in enumerate(specs):
         node = f"node-{n // WORKERS_PER_NODE}"
-        workers.add(spec, FakeActorClient(f"worker-{n}", seconds, result, node=node))  # type: ignore[arg-type]  # same interface
-        workers.add(ENCODER, FakeActorClient(f"encoder-{n}", seconds, result, node=node))  # type: ignore[arg-type]  # same interface
-    chunk_frames = {"realesrgan": CHUNK_FRAMES}
-    runner = ShotRunner(config, workers, chunk_frames, observer)
+        shell.add(f"worker-{n}", spec, FakeActor(f"worker-{n}", seconds, result, node=node))
+        shell.add(f"encoder-{n}", ENCODER, FakeActor(f"encoder-{n}", seconds, result, node=node))
+    shots = Shots(config, layout, shell, {"realesrgan": CHUNK_FRAMES}, observer, storage)
     window = Window(layout.window, float("inf"))
 
     async def render(plan: ShotPlan) -> None:
         async with window.admit(1):
-            await runner.run(plan)
+            await shots.render(plan)
 
     await asyncio.gather(*map(render, plans))
+    shell.close()
     return calls
 
 

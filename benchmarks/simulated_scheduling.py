@@ -1,6 +1,6 @@
-"""Simulated run of a scheduler: workers, calls and shots in simulated time, without Ray, models or files.
+"""Simulated run of the engine's queues: workers, calls and shots in simulated time, without Ray, models or files.
 
-Measures the scheduler's own CPU seconds, and how well it uses the workers. Times are in simulated seconds.
+Measures the CPU seconds of the assignment, and how well it uses the workers. Times are in simulated seconds.
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ import heapq
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
-from vidgen_ray.engine.calls import MAX_CHUNKS_AHEAD
-from vidgen_ray.engine.scheduler import CHUNK_LOAD, Scheduler, Work, WorkerState
+from vidgen_ray.engine.attempts import Request, Running
+from vidgen_ray.engine.messages import Call
+from vidgen_ray.engine.processes import Process, State, Table
+from vidgen_ray.engine.queues import Queues
+from vidgen_ray.engine.route import CHUNK_LOAD
+from vidgen_ray.engine.shots import MAX_CHUNKS_AHEAD
 from vidgen_ray.graph import STAGES
 from vidgen_ray.planner.layout import WorkerSpec
 
-T = TypeVar("T")
-
-POSITIONS = {stage.name: position for position, stage in enumerate(STAGES)}
+NAMES = tuple(stage.name for stage in STAGES)
 SECONDS = {"instantid": 0.1, "flux": 4.3, "lora": 1.75, "svd": 22.6, "realesrgan": 1.5}
 """Stage -> seconds per shot on an H100, in the order of the chain."""
 CHUNKS = 7
@@ -82,7 +84,7 @@ class Result:
     slots: int
     makespan_s: float = 0.0
     scheduler_cpu_s: float = 0.0
-    """CPU seconds in the scheduler. Real, not simulated."""
+    """CPU seconds of the assignment. Real, not simulated."""
     calls: int = 0
     lora_loads: int = 0
     swaps: int = 0
@@ -94,15 +96,15 @@ class Result:
 
 class _Shot(NamedTuple):
     order: int
-    loras: frozenset[Hashable]
+    loras: tuple[str, ...]
     started_s: float
 
 
 @dataclass(slots=True)
-class _Running:
+class _Call:
     """A call and what follows it."""
 
-    work: Any
+    request: Request
     seconds: float
     shot: _Shot
     step: int
@@ -122,11 +124,11 @@ class Simulation:
         chunks: int = CHUNKS,
     ) -> None:
         self._random = random.Random(seed)
-        self.workers = [WorkerState(spec, 4) for spec in specs]
-        self._scheduler = Scheduler(POSITIONS)
+        table = Table(NAMES, adapters_kept=4)
+        self._queues = Queues(table)
+        self.workers = [table.add(str(place), spec) for place, spec in enumerate(specs)]
         for worker in self.workers:
-            self._scheduler.add_worker(worker)
-            self._scheduler.started(worker)
+            table.enter(worker, State.LIVE)
         self._steps = calls_of(specs)
         self._shots, self._loras, self._chunk_count = shots, loras, chunks
         swaps = any(spec.swap_groups for spec in specs)
@@ -135,14 +137,14 @@ class Simulation:
         self._now, self._in_progress = 0.0, 0
         self._events: list[tuple[float, int, int]] = []
         self._numbers = count()
-        self._places = {worker: place for place, worker in enumerate(self.workers)}
-        self._queues: list[deque[_Running]] = [deque() for _ in specs]
-        self._waiting: dict[Any, _Running] = {}
-        self._gpu_loras: list[list[Hashable]] = [[] for _ in specs]
+        self._calls: list[deque[_Call]] = [deque() for _ in specs]
+        """Calls of each worker. The first one runs."""
+        self._waiting: dict[Request, _Call] = {}
+        self._gpu_loras: list[list[str]] = [[] for _ in specs]
         self._gpu_groups: list[Sequence[str]] = [() for _ in specs]
         self._chunks_left: Counter[int] = Counter()
-        self._chunks_running: dict[int, deque[Any]] = {}
-        self._chunks_done: set[Any] = set()
+        self._chunks_running: dict[int, deque[Request]] = {}
+        self._chunks_done: set[Request] = set()
         self.result = Result(len(specs))
 
     def run(self) -> Result:
@@ -157,50 +159,56 @@ class Simulation:
         while self._in_progress < self._window and (order := next(self._orders)) < self._shots:
             self._in_progress += 1
             lora = self._random.randrange(self._loras + 1)
-            self._next_step(_Shot(order, frozenset([lora] if lora else []), self._now), -1, None)
+            self._next_step(_Shot(order, (str(lora),) if lora else (), self._now), -1, None)
 
-    def _next_step(self, shot: _Shot, done: int, by: Any) -> None:
+    def _next_step(self, shot: _Shot, done: int, by: str | None) -> None:
         step = done + 1
         if step < len(self._steps):
             stages = self._steps[step]
-            adapters = shot.loras if {"flux", "lora"} & set(stages) else frozenset[Hashable]()
-            work = Work(stages[0], shot.order, adapters, near=by)
-            self._add(_Running(work, sum(SECONDS[stage] for stage in stages), shot, step))
+            adapters = shot.loras if {"flux", "lora"} & set(stages) else ()
+            request = _request(shot, stages, by, adapters=adapters)
+            self._add(_Call(request, sum(SECONDS[stage] for stage in stages), shot, step))
             return
         self._chunks_left[shot.order] = self._chunk_count
         self._chunks_running[shot.order] = deque()
         for _ in range(MAX_CHUNKS_AHEAD):
             self._start_chunk(shot, by)
 
-    def _start_chunk(self, shot: _Shot, by: Any) -> None:
+    def _start_chunk(self, shot: _Shot, by: str | None) -> None:
         if self._chunks_left[shot.order]:
             self._chunks_left[shot.order] -= 1
-            work = Work("realesrgan", shot.order, load=CHUNK_LOAD, near=by)
-            self._chunks_running[shot.order].append(work)
-            self._add(_Running(work, SECONDS["realesrgan"] / self._chunk_count, shot, -1))
+            request = _request(shot, ("realesrgan",), by, load=CHUNK_LOAD)
+            self._chunks_running[shot.order].append(request)
+            self._add(_Call(request, SECONDS["realesrgan"] / self._chunk_count, shot, -1))
 
-    def _add(self, call: _Running) -> None:
-        self._waiting[call.work] = call
-        self._timed(lambda: self._scheduler.add(call.work))
+    def _add(self, call: _Call) -> None:
+        self._waiting[call.request] = call
+        self._queues.add(call.request)
         self._assign()
 
     def _assign(self) -> None:
-        for worker, work in self._timed(self._scheduler.assign):
-            place = self._places[worker]
-            self._queues[place].append(self._waiting.pop(work))
-            self.result.calls += 1
-            self.result.remote_inputs += work.near is not None and work.near is not worker
-            if len(self._queues[place]) == 1:
-                self._start_next(place)
+        before = time.thread_time()
+        self._queues.assign(self._send)
+        self.result.scheduler_cpu_s += time.thread_time() - before
+
+    def _send(self, worker: Process, request: Request) -> None:
+        place, call = int(worker.name), request.call
+        number = self.result.calls = self.result.calls + 1
+        worker.calls[number] = Running(number, request, worker, call.load, call.stage)
+        self._calls[place].append(self._waiting.pop(request))
+        self.result.remote_inputs += call.near is not None and call.near != worker.name
+        if len(self._calls[place]) == 1:
+            self._start_next(place)
 
     def _start_next(self, place: int) -> None:
-        call = self._queues[place][0]
+        call = self._calls[place][0]
         seconds = call.seconds * (1 + self._random.uniform(-JITTER, JITTER))
         loras = self._gpu_loras[place]
-        missing = call.work.adapters - set(loras)
+        adapters = call.request.call.adapters
+        missing = set(adapters) - set(loras)
         self.result.lora_loads += len(missing)
-        self._gpu_loras[place] = [*(lora for lora in loras if lora not in call.work.adapters), *call.work.adapters][-4:]
-        group = next((group for group in self.workers[place].spec.swap_groups if call.work.stage in group), None)
+        self._gpu_loras[place] = [*(lora for lora in loras if lora not in adapters), *adapters][-4:]
+        group = next((group for group in self.workers[place].spec.swap_groups if call.request.call.stage in group), None)
         swaps = group is not None and group != self._gpu_groups[place]
         if group is not None and swaps:
             self.result.swaps += 1
@@ -209,31 +217,32 @@ class Simulation:
         heapq.heappush(self._events, (self._now + seconds, next(self._numbers), place))
 
     def _finish(self, place: int) -> None:
-        call, worker = self._queues[place].popleft(), self.workers[place]
-        if self._queues[place]:
+        call, worker = self._calls[place].popleft(), self.workers[place]
+        if self._calls[place]:
             self._start_next(place)
-        self._timed(lambda: self._scheduler.finished(worker, call.work))
+        worker.calls.pop(next(iter(worker.calls)))
+        self._queues.ended(worker, call.request.call.load)
         self._assign()
         if call.step >= 0:
-            self._next_step(call.shot, call.step, worker)
+            self._next_step(call.shot, call.step, worker.name)
             return
-        self._chunks_done.add(call.work)
+        self._chunks_done.add(call.request)
         running = self._chunks_running[call.shot.order]
         while running and running[0] in self._chunks_done:
             self._chunks_done.remove(running.popleft())
-            self._start_chunk(call.shot, call.work.near)
+            self._start_chunk(call.shot, call.request.call.near)
         if not running and not self._chunks_left[call.shot.order]:
             del self._chunks_running[call.shot.order], self._chunks_left[call.shot.order]
             self.result.latency_s.append(self._now - call.shot.started_s)
             self._in_progress -= 1
             self._start_shots()
 
-    def _timed(self, call: Callable[[], T]) -> T:
-        before = time.thread_time()
-        try:
-            return call()
-        finally:
-            self.result.scheduler_cpu_s += time.thread_time() - before
+
+def _request(
+    shot: _Shot, stages: tuple[str, ...], near: str | None, *, load: float = 1.0, adapters: tuple[str, ...] = ()
+) -> Request:
+    call = Call(0, shot.order, "", stages, load=load, adapters=adapters, near=near)
+    return Request(call, [call])
 
 
 def calls_of(specs: Sequence[WorkerSpec]) -> list[tuple[str, ...]]:

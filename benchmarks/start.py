@@ -55,7 +55,7 @@ def measure(started: float) -> dict[str, float]:
 
     from vidgen_ray.batch import render_script, results
     from vidgen_ray.cli import main as vidgen
-    from vidgen_ray.engine import actor_client
+    from vidgen_ray.engine import shell
     from vidgen_ray.report import gallery_page
 
     ends: dict[str, float] = {}
@@ -66,7 +66,7 @@ def measure(started: float) -> dict[str, float]:
     _before(render_script, "first_lines", note("imports"))
     _before(ray, "init", note("plan"))
     _after(ray, "init", note("start Ray"))
-    _before(actor_client.ActorClient, "call", lambda: ends.setdefault("start a worker, load", time.time()))
+    _before(shell.Shell, "_do_Send", lambda: ends.setdefault("start a worker, load", time.time()))
     _before(results.RunResults, "finished", note("render"))
     _after(ray, "shutdown", note("stop"))
     _after(gallery_page, "write_gallery", note("gallery"))

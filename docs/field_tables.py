@@ -42,7 +42,7 @@ READING_ORDER = (
     "render/step_runner.py",
     "render/shot_files.py",
     "pipeline.py",
-    "engine/shot_runner.py",
+    "engine/core.py",
     "batch/render_script.py",
 )
 """The files that explain the project, below `vidgen_ray/`."""

@@ -194,6 +194,11 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 NOT_A_URL = "must be a file on this machine; URLs are not read, download it first"
 
 
+def first_line(error: object) -> str:
+    """Return the first line of a message, or the name of the error's class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def shortened(value: object) -> str:
     """Return the value as an error message shows it, at most 80 characters long."""
     try:

@@ -3,15 +3,19 @@
 import asyncio
 import json
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 
 from tests.fake_stages import FINDS_FACES
 from vidgen_ray.batch import director
 from vidgen_ray.cli import main
-from vidgen_ray.engine import fleet, supervisor
+from vidgen_ray.engine import fleet
+from vidgen_ray.engine.calls import ShotFailed
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Engine
-from vidgen_ray.engine.retries import Kind, ShotFailed
+from vidgen_ray.engine.messages import Kind
+from vidgen_ray.engine.processes import CoreLimits
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.render.step_runner import StepFailed
@@ -46,9 +50,6 @@ class InProcessEngine(Engine):
     async def stop(self):
         self._pipeline.close()
 
-    def announce(self, plan):
-        pass
-
     def snapshot(self):
         return Snapshot({}, None, 0)
 
@@ -61,12 +62,17 @@ class InProcessEngine(Engine):
                 raise ShotFailed(failed.failure(), Kind.INPUT) from None
 
 
+def change_limits(monkeypatch, **limits):
+    """Let the engines of later runs have these limits, and start processes that have failed again soon."""
+    limited = partial(EngineConfig, limits=CoreLimits(**{"back_off_s": 0.1, **limits}))
+    monkeypatch.setattr(director, "EngineConfig", limited)
+
+
 @pytest.fixture
 def short_waits(monkeypatch):
     """Let a fleet look at its cluster often, and processes that have failed start again soon."""
     monkeypatch.setattr(fleet, "POLL_S", 0.5)
-    for name in ("BACK_OFF_S", "LOAD_BACK_OFF_S"):
-        monkeypatch.setattr(supervisor, name, 0.1)
+    change_limits(monkeypatch)
 
 
 @pytest.fixture

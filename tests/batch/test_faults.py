@@ -22,8 +22,8 @@ from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli.app import main
 from vidgen_ray.engine import fleet
 from vidgen_ray.engine.config import EngineConfig
+from vidgen_ray.engine.processes import CoreLimits
 from vidgen_ray.engine.ray_cluster import expect_gpus
-from vidgen_ray.engine.retries import IN_DOUBT_FACTOR
 from vidgen_ray.errors import ScriptError, SetupError, UsageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
@@ -128,7 +128,7 @@ def test_failing_lines_do_not_affect_other_lines_and_transient_failures_are_retr
         row = rows[name]
         assert (row.status, row.failure_stage, row.failure_error) == ("failed", "flux", error)
         # At the end of the run, no other call shows that the workers are well.
-        assert attempts <= row.failure_attempts <= IN_DOUBT_FACTOR * attempts
+        assert attempts <= row.failure_attempts <= CoreLimits.in_doubt_factor * attempts
         assert "worker" in row.failure_worker or ":" in row.failure_worker
     failed = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
     assert {line["id"]: line["failure"]["error"] for line in failed} == {name: error for name, (_, error, _) in failing.items()}

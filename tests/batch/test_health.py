@@ -5,11 +5,11 @@ import time
 
 import pytest
 
+from tests.batch.conftest import change_limits
 from tests.batch.faulty_stages import actor_name, append, gpu, stages
 from tests.batch.test_batch import Events
 from tests.batch.test_faults import GPUS, render_lines
 from tests.fake_stages import FAKES, FakeFlux, profile_of_fakes
-from vidgen_ray.engine import worker_checks
 from vidgen_ray.planner.cluster import Cluster, Node
 
 pytestmark = pytest.mark.usefixtures("local_ray", "short_waits")
@@ -47,7 +47,7 @@ def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(profile, tmp
 
 
 def test_worker_that_makes_other_images_than_two_others_is_quarantined(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(worker_checks, "FIRST_CALLS", 2)
+    change_limits(monkeypatch, first_checked_call=2)
     loads = tmp_path / "loads"
 
     class Sick(FakeFlux):

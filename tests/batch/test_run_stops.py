@@ -1,6 +1,6 @@
 """Stopped runs: their causes, and what the next run does.
 
-Scripts, planning, scheduling, retries, quarantine and the manifest are the real ones. Workers and encoders are fakes in this
+Scripts, planning, the engine's core and shell, and the manifest are the real ones. Workers and encoders are fakes in this
 process, in simulated time. tests/chaos/test_model.py has random faults.
 """
 
@@ -15,8 +15,9 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import ray
 
-from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
+from benchmarks.fake_actors import FakeActor, kill, run_in_simulated_time
 from tests.batch.test_batch import Events, write_lines
 from tests.fake_stages import profile_of_fakes
 from vidgen_ray.batch import director as director_module
@@ -26,11 +27,12 @@ from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.engine import Engine, Window
-from vidgen_ray.engine.retries import Kind
-from vidgen_ray.engine.shot_runner import ShotRunner
+from vidgen_ray.engine.messages import Kind
+from vidgen_ray.engine.processes import CoreLimits
+from vidgen_ray.engine.shell import Shell
+from vidgen_ray.engine.shots import Shots
+from vidgen_ray.engine.status import Utilization
 from vidgen_ray.engine.storage_pause import StoragePause
-from vidgen_ray.engine.supervisor import MAX_QUARANTINES
-from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.errors import SetupError, TooExpensive
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
@@ -41,8 +43,8 @@ from vidgen_ray.planner import parse_gpus
 from vidgen_ray.script.lines import ScriptSettings
 
 
-class FakeClient(FakeActorClient):
-    """Client of a fake worker or encoder. The prompts `poison` and `refused` fail. `call_s`: seconds of each call."""
+class FakeProcess(FakeActor):
+    """Fake worker or encoder. The prompts `poison` and `refused` fail. `call_s`: seconds of each call."""
 
     outage_s = 0.0
     """Nothing can be written before this simulated time."""
@@ -55,8 +57,8 @@ class FakeClient(FakeActorClient):
         super().__init__(name, lambda method, *_: call_s or (20 if method == "write" else 2), self.respond, load_s=1)
         self.outputs = outputs
 
-    async def ready(self):
-        await super().ready()
+    async def load_failure(self):
+        await super().load_failure()
         if self.unloadable is None or "encoder" in self.name:
             return None
         return Failure(stage="loading", error="RuntimeError", message=self.unloadable, attempts=1, worker=self.name)
@@ -88,21 +90,22 @@ def engine_class(call_s):
     class FakeEngine(Engine):
         """Engine whose actors are fakes in this process."""
 
-        def __init__(self, config, layout, observer, storage, more_slots, on_waiting):
-            self._layout = layout
-            self._workers = WorkerPool(config, layout, observer, storage)
-            self._runner = ShotRunner(config, self._workers, {}, observer)
-            self.window = Window(layout.window, float("inf"))
-            self._outputs, self._waiting_for = config.outputs, None
+        def __init__(self, config, layout, observer, storage, more_slots, on_waiting, recorder):
+            self._layout, self._outputs, self._waiting_for = layout, config.outputs, None
+            self._shell = Shell(config, layout, observer, storage)
+            self._core = self._shell.core
+            self._shots = Shots(config, layout, self._shell, {}, observer, storage)
+            self._utilization = Utilization()
+            self.window = Window(layout.window, math.inf)
 
         async def start(self, labels):
             for number, spec in enumerate(self._layout.workers):
-                self._workers.add(spec, FakeClient(f"worker-{number}", self._outputs, call_s))
+                self._shell.add(f"worker-{number}", spec, FakeProcess(f"worker-{number}", self._outputs, call_s))
             for number in range(4):
-                self._workers.add(ENCODER, FakeClient(f"encoder-{number}", self._outputs, call_s))
+                self._shell.add(f"encoder-{number}", ENCODER, FakeProcess(f"encoder-{number}", self._outputs, call_s))
 
         async def stop(self):
-            self._workers.close()
+            self._shell.close()
 
         @property
         def held_gpus(self):
@@ -114,16 +117,17 @@ def engine_class(call_s):
 @pytest.fixture(autouse=True)
 def simulated(without_ray, monkeypatch):
     """Run in simulated time."""
+    monkeypatch.setattr(ray, "kill", kill)
     monkeypatch.setattr(render_script.asyncio, "run", lambda main: run_in_simulated_time(main)[0])
 
     async def problem(_):
         # Simulated time does not wait for a thread.
-        return "gone" if asyncio.get_running_loop().time() < FakeClient.outage_s else None
+        return "gone" if asyncio.get_running_loop().time() < FakeProcess.outage_s else None
 
     async def visible(*_):
         """Do not look in a thread whether the folder is shared."""
 
-    monkeypatch.setattr(FakeClient, "committed", Counter())
+    monkeypatch.setattr(FakeProcess, "committed", Counter())
     monkeypatch.setattr(StoragePause, "problem", problem)
     monkeypatch.setattr(director_module.Director, "_check_folder", visible)
 
@@ -180,7 +184,7 @@ def test_every_line_ends_once_if_the_run_is_stopped_many_times(run_prompts, tmp_
     is_wrong = {n: line["prompt"] == "poison" or "fps" in line or ("id" in line and n > 1) for n, line in enumerate(lines, 1)}
     wrong = [n for n in is_wrong if is_wrong[n]]
     assert sorted(row.line for row in rows if row.status == "failed") == wrong
-    assert FakeClient.committed == {row.id: 1 for row in rows if row.status == "done"}
+    assert FakeProcess.committed == {row.id: 1 for row in rows if row.status == "done"}
     failures = [json.loads(text) for text in (out / "failures.jsonl").read_text().splitlines()]
     assert sorted(failure["failure"]["line"] for failure in failures) == wrong
     assert not list(out.rglob(".tmp-*"))
@@ -198,7 +202,7 @@ def test_run_stops_if_the_only_worker_is_sick_and_the_next_run_renders_its_lines
 
 
 def test_run_stops_if_no_worker_can_load_its_weights(run_prompts, monkeypatch):
-    monkeypatch.setattr(FakeClient, "unloadable", "the weights are damaged")
+    monkeypatch.setattr(FakeProcess, "unloadable", "the weights are damaged")
     error, statuses = run_prompts(["a ball"] * 3, "2x80GB")
     assert isinstance(error, SetupError)
     assert (str(error), statuses) == ("the weights are damaged", {})
@@ -223,7 +227,9 @@ def test_run_stops_if_nearly_all_shots_fail_on_every_gpu(run_prompts):
     [
         pytest.param(["poison", *["a ball"] * 6, "poison"], "1x80GB", (6, 2), None, id="another line succeeds"),
         # No other worker can confirm their failures. The worker is reloaded three times, then continues with later lines.
-        pytest.param([*["poison"] * 10, *["a ball"] * 5], "1x80GB", (5, 10), MAX_QUARANTINES, id="wrong lines first"),
+        pytest.param(
+            [*["poison"] * 10, *["a ball"] * 5], "1x80GB", (5, 10), CoreLimits.max_quarantines, id="wrong lines first"
+        ),
         pytest.param(["poison" if n % 3 else "a ball" for n in range(25)], "2x80GB", (9, 16), None, id="most lines wrong"),
         pytest.param(["refused"] * 30, "2x80GB", (0, 30), 0, id="wrong photos only"),
     ],
@@ -239,21 +245,21 @@ def test_wrong_lines_keep_no_worker_from_the_rest(run_prompts, events, tmp_path,
 
 
 def test_run_waits_while_nothing_can_be_written_and_stops_if_that_takes_too_long(run_prompts, monkeypatch):
-    monkeypatch.setattr(FakeClient, "outage_s", 2000)
+    monkeypatch.setattr(FakeProcess, "outage_s", 2000)
     # Neither can the manifest.
     with monkeypatch.context() as patch:
         patch.setattr(ManifestWriter, "close", Mock(side_effect=OSError("gone")))
         error, statuses = run_prompts(["a ball"] * 30)
     assert re.match(r"stopped, because no file could be written to the output folder for 180\d s \(gone\)", str(error))
     assert statuses == {}
-    monkeypatch.setattr(FakeClient, "outage_s", 1000)
+    monkeypatch.setattr(FakeProcess, "outage_s", 1000)
     report, statuses = run_prompts(["a ball"] * 30)
     assert (report.done, report.failed, report.left, report.quarantined) == (30, 0, 0, ())
     assert set(statuses.values()) == {"done"}
 
 
 def test_run_whose_lease_is_not_refreshed_stops_after_the_same_time_if_no_shot_is_written(run_prompts, monkeypatch):
-    monkeypatch.setattr(FakeClient, "outage_s", 600)
+    monkeypatch.setattr(FakeProcess, "outage_s", 600)
     loops = asyncio.events._get_running_loop
     monkeypatch.setattr(Lease, "is_sure", property(lambda _: (loop := loops()) is None or not 5 < loop.time() < 600))
     error, statuses = run_prompts(["a ball"], call_s=500, wait_storage_s=60)
@@ -267,18 +273,18 @@ def test_run_stops_at_its_maximum_cost_and_the_next_run_resumes(run_prompts, tmp
     monkeypatch.setattr(director_module, "load_calibration", lambda *_: {})
     out = tmp_path / "1x80GB"
 
-    def run(price, grace_s=40, max_cost=60):
+    def run(price, grace_s=40, max_cost=70):
         result, _ = run_prompts(["a ball"] * 20, call_s=8, price=price, grace_s=grace_s, max_cost=max_cost)
         return result, json.loads((out / "run.json").read_text())
 
     # Without a grace period, the run uses all of the limit; the calls in progress are cancelled.
-    for grace_s, least, most in ((0, 60, 61), (40, 15, 60)):
+    for grace_s, least, most in ((0, 70, 71), (40, 15, 70)):
         error, written = run(3600, grace_s)
         assert isinstance(error, TooExpensive)
         assert least <= written["cost"] <= most
         assert 0 < written["done"] < 20 - written["skipped"]
         assert written["done"] + written["skipped"] + written["left"] == 20
-        stated = f"stopped by --max-cost 60.00: the run has cost {written['cost']:.2f} (in the currency of the price). "
+        stated = f"stopped by --max-cost 70.00: the run has cost {written['cost']:.2f} (in the currency of the price). "
         assert str(error).startswith(f"{stated}{written['left']} line")
         assert written["error"] == f"TooExpensive: {error}"
     assert run(3600, max_cost=1000)[0].left == 0

@@ -11,9 +11,10 @@ from statistics import mean
 from tests.chaos.model import SECONDS, STORAGE_FAULTS
 from vidgen_ray.batch.director import BREAKER_FAILURES, BREAKER_SHOTS
 from vidgen_ray.batch.run_options import GRACE_S
-from vidgen_ray.engine.calls import OUTPUT
+from vidgen_ray.engine.attempts import RECENT_CALLS, USUAL_SHARE
 from vidgen_ray.engine.encoder import Encoder
 from vidgen_ray.engine.engine import OBJECT_STORE_SHARE, object_store_bytes
+from vidgen_ray.engine.messages import OUTPUT
 from vidgen_ray.errors import SetupError
 
 FATAL = ("poison", "refused", "unlike")
@@ -33,7 +34,7 @@ LEASE_POLL_S = 11.0
 REASONS = {
     "lost its lease": {"lease_lost", "driver_stop", *STORAGE_FAULTS},
     "no file could be written": {*STORAGE_FAULTS},
-    "of the last .* failed": {"sick", "poison", "crash", "hang", "error"},
+    "of the last .* failed": {"sick", "poison", "crash", "hang", "error", "slow_gpu"},
     "loads? its weights|did not start": {"crash_load", "hang_load", "freeze", "kill"},
 }
 """Text of the error that ends a run -> faults of which one must have happened. Otherwise no node can hold the models."""
@@ -47,7 +48,7 @@ LEFT_S = 200.0
 """Seconds in which the unfinished files of a shot are deleted that has ended or is written elsewhere."""
 WRONG_CALLS = 22
 """Most calls of a GPU with wrong pixels, while two sound ones of its kind work."""
-SICK_CALLS = 20
+SICK_CALLS = 25
 """Most calls that a GPU fails, while a sound one works."""
 MAX_GAP_S = 2.0
 """Longest time between two calls of a worker that has work: messages and inputs are on their way."""
@@ -92,10 +93,7 @@ class History:
         """Calls that a fault has hit."""
         self.sick = {number for event in self.faults if event.fields["fault"] == "sick" for number in event.fields["calls"]}
         """Calls that a sick or slow GPU has failed."""
-        for number, event in self.sent.items():
-            gpu, answer = event.fields["call"].actor.gpu, self.answers.get(number)
-            if gpu is not None and gpu.slowness > 1.0 and answer is not None and answer.fields["error"]:
-                self.sick.add(number)
+        self.sick |= {number for number, answer in self.answers.items() if answer.fields["slow"] and answer.fields["error"]}
         for event in self.faults:
             if event.fields["fault"] == "freeze":
                 # Nothing shows yet that the process is frozen.
@@ -147,13 +145,14 @@ class History:
 
     def is_measured(self, call, at):
         """Return whether the seconds of the stages of a call were known, mainly from GPUs that are not slow."""
-        counts = Counter()
+        known, engine = defaultdict(list), call.actor.args[0].name
         for event in self.answers.values():
             other, fails = event.fields["call"], event.fields["error"] or event.fields["failed"]
-            if other.driver is call.driver and event.at < at and not fails:
-                is_slow = other.actor.gpu is not None and other.actor.gpu.slowness > 1.0
-                counts.update(dict.fromkeys(other.stages, -3 if is_slow else 1))
-        return all(counts[stage] > 2 for stage in call.stages)
+            if other.actor.args[0].name == engine and event.at < at and not fails:
+                for stage in other.stages:
+                    known[stage].append(event.fields["slow"])
+        last = [known[stage][-RECENT_CALLS:] for stage in call.stages]
+        return all(len(slow) > 2 and sum(slow) < (1 - USUAL_SHARE) * (len(slow) - 1) for slow in last)
 
     def quarantined(self, world):
         """Return the actors of which a message says that they were quarantined."""
@@ -191,6 +190,7 @@ def check_stopped(world, history):
             yield f"run {driver.number}: {driver.error!r}"
             continue
         faults = {event.fields["fault"] for event in history.faults} | {history.flaw(shot) for shot in history.shots}
+        faults |= {"slow_gpu"} & {*world.kinds}
         causes = next((causes for text, causes in REASONS.items() if re.search(text, str(driver.error))), None)
         end = history.ended[driver.number]
         is_waiting = "no file could be written" in str(driver.error) and not driver.frozen
@@ -227,7 +227,12 @@ def check_commit_once(world, history):
                 answer = history.answers.get(first.fields["call"].number)
                 # A request that was delivered twice can be answered before its second commit.
                 known = answer is not None and answer.fields["error"] is None and first.at <= answer.at < sent
-                if (known and first.fields["call"].driver is driver) or first.at < history.runs[driver.number]:
+                # If inputs were lost between them, the shot has started again, and knows nothing of its earlier calls.
+                lost = any(
+                    event.fields["fault"] == "inputs" and shot in event.fields["shots"] and first.at <= event.at < sent
+                    for event in history.faults
+                )
+                if (known and not lost and first.fields["call"].driver is driver) or first.at < history.runs[driver.number]:
                     yield f"{shot} was committed at {first.at:.0f} s and again at {second.at:.0f} s"
 
 
@@ -471,14 +476,14 @@ def check_tail(world, history):
 
 def check_wrong_pixels(world, history):
     """A GPU that makes wrong images is found while two sound ones of its kind work."""
-    calls = Counter()
+    calls = defaultdict(set)
     for event in history.pixels:
         call = history.sent[event.fields["calls"][0]].fields["call"] if event.fields["calls"][0] in history.sent else None
         if call is not None and event.fields["others"] > 1 and call.method in WHOLE:
-            calls[call.driver.number, call.process] += 1
-    for (run, _), number in calls.items():
-        if number > WRONG_CALLS:
-            yield f"run {run}: a process made wrong images in {number} calls"
+            calls[call.driver.number, call.process].add(call.number)
+    for (run, _), numbers in calls.items():
+        if len(numbers) > WRONG_CALLS:
+            yield f"run {run}: a process made wrong images in {len(numbers)} calls"
 
 
 def check_sick(world, history):
@@ -500,6 +505,8 @@ def check_overtaken(world, history):
     touched = {shot for event in history.faults for shot in event.fields["shots"]}
     lines = {plan.shot.id: line.number for line, plan in world.script}
     last_answers = {}
+    # Without a node, another layout may be needed: all shots start again.
+    lost_nodes = [event.at for event in history.faults if event.fields["fault"] in ("node", "partition")]
     whole = [event for event in history.sent.values() if event.fields["call"].method in WHOLE]
     for event in whole:
         call, answer = event.fields["call"], history.answers.get(event.fields["call"].number)
@@ -507,6 +514,8 @@ def check_overtaken(world, history):
         if answer is not None:
             last_answers[call.driver, call.shot] = answer.at
         if ready_at is None or call.shot in touched or history.flaw(call.shot) != "shot":
+            continue
+        if any(ready_at < at < event.at for at in lost_nodes):
             continue
 
         def overtakes(other, call=call):

@@ -38,19 +38,12 @@ from vidgen_ray.batch.director import Director
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RecordedOptions, RenderOptions
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine import (
-    actor_client,
-    encoder,
-    engine,
-    shot_runner,
-    storage_pause,
-    supervisor,
-    worker,
-    worker_checks,
-)
-from vidgen_ray.engine.calls import OUTPUT
+from vidgen_ray.engine import actor_start, encoder, engine, route, shell, storage_pause, worker
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder import Encoder
 from vidgen_ray.engine.engine import OBJECT_STORE_SHARE
+from vidgen_ray.engine.messages import OUTPUT
+from vidgen_ray.engine.processes import CoreLimits
 from vidgen_ray.errors import OutOfMemory, StageError
 from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_length, stages_of
 from vidgen_ray.outputs.folder import LAST_FRAME
@@ -97,10 +90,11 @@ FAULTY_S = 400.0
 CALM_AFTER = 3
 """Runs after which no more faults happen."""
 MAX_RUNS = 8
-MAX_RUN_S = 4 * 3600.0
-"""Longest run, with pauses of the storage of half an hour and lost nodes of ten minutes."""
+MAX_RUN_S = 8 * 3600.0
+"""Longest run: with pauses of the storage, lost nodes, and calls of an only, slow GPU that time out."""
 TAKEOVER_S = 130.0
 """Seconds after which another driver takes the lease of one that is stopped."""
+LIMITS = CoreLimits(first_checked_call=2, checked_calls=4)
 CLUSTERS = ((2, 80), (1, 80), (2, 48), (2, 24))
 """GPUs of a node, and their GB."""
 
@@ -644,7 +638,9 @@ class World:
             # A copy: the tracebacks of the first one keep the arguments of the call alive.
             driver.loop.call_soon(ref.resolve, each, error and copy(error))
         if call.is_work:
-            self.log("answer", call=call, error=error and repr(error), failed=getattr(values[0], "failure", None))
+            slow = call.actor.gpu is not None and call.actor.gpu.slowness > 1.0
+            failed = getattr(values[0], "failure", None)
+            self.log("answer", call=call, error=error and repr(error), failed=failed, slow=slow)
 
     def seconds(self, call):
         """Return how long a call takes."""
@@ -795,6 +791,8 @@ class World:
     def _heal(self):
         self.rates.clear()
         self._calm = True
+        if self.storage.down:
+            self.log("fault", fault="storage over", calls=[], shots=set(), own=False)
         self.down_until = 0.0
         self.sick_encoder_node = None
         for node in self.nodes:
@@ -998,7 +996,7 @@ def patched(world):
         patch.setattr(asyncio, "sleep", Sleep)
         patch.setattr(ray, "kill", lambda actor, *, no_restart=True: actor.kill(no_restart=no_restart))
         patch.setattr(ray, "nodes", world.ray_nodes)
-        patch.setattr(actor_client, "process_of", lambda actor: actor.process)
+        patch.setattr(actor_start, "process_of", lambda actor: actor.process)
         patch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": world.store_bytes})
         patch.setattr(engine, "Fleet", world.fleet)
         patch.setattr(director_module, "live_cluster", lambda: simulated_ray.live_cluster(world))
@@ -1006,21 +1004,21 @@ def patched(world):
         patch.setattr(director_module, "ids_that_failed_before", world.failed_before)
         # Polls take most of the time of a simulation.
         patch.setattr(director_module, "STOP_POLL_S", 10.0)
-        patch.setattr(supervisor, "PING_S", 60.0)
-        patch.setattr(actor_client, "RETRY_S", 20.0)
+        patch.setattr(shell, "PING_S", 60.0)
+        patch.setattr(actor_start, "RETRY_S", 20.0)
+        patch.setenv(shell.CHECK_ENGINE, "1")
         patch.setattr(engine, "STATUS_INTERVAL_S", 600.0)
         patch.setattr(director_module, "load_calibration", lambda *_: None)
         patch.setattr(profile_module, "resolve", cache(profile_module.resolve))
         patch.setattr(results_module, "ManifestWriter", Manifest)
-        patch.setattr(shot_runner, "CHUNK_BYTES", 1)
+        patch.setattr(route, "CHUNK_BYTES", 1)
         patch.setattr(shot_files, "write_png", lambda write, image, metadata=None: write(image))
         patch.setattr(shot_files, "Mp4Writer", lambda write, *_: nullcontext(SimpleNamespace(write=write)))
         patch.setattr(shot_files, "provenance_records", lambda plan, artefacts, *_: dict.fromkeys(artefacts))
         patch.setattr(encoder, "ENCODER_NICENESS", 0)
         patch.setattr(worker, "prepare_gpu", lambda share: None)
         patch.setattr(worker, "gpu_of_process", lambda: "a GPU")
-        patch.setattr(worker_checks, "FIRST_CALLS", 2)
-        patch.setattr(worker_checks, "CHECK_CALLS", 4)
+        patch.setattr(director_module, "EngineConfig", partial(EngineConfig, limits=LIMITS))
         patch.setattr(worker, "load_lock", lambda *_: nullcontext())
         for module in (worker, encoder):
             patch.setattr(module, "place_of_process", lambda: place_of(world.process), raising=False)

@@ -18,8 +18,9 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine import fleet
-from vidgen_ray.engine.calls import OUTPUT, CallResult
+from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.encoder import Encoder
+from vidgen_ray.engine.messages import OUTPUT
 from vidgen_ray.engine.ray_cluster import LiveCluster
 from vidgen_ray.engine.worker import ActorPlace, Worker
 from vidgen_ray.graph import STAGE_BY_NAME

@@ -4,37 +4,30 @@ OFF switches mechanisms off, one by one."""
 
 import asyncio
 import math
-from bisect import insort
+import sys
 from dataclasses import replace
 
 import pytest
 
+from tests.chaos import model
 from tests.chaos.history import check
-from tests.chaos.model import SURVIVED, worlds
+from tests.chaos.model import LIMITS, SURVIVED, worlds
 from vidgen_ray.batch import director
 from vidgen_ray.batch.director import Director
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.shot_queue import ContinuedShots
-from vidgen_ray.engine import (
-    actor_client,
-    calls,
-    retries,
-    scheduler,
-    shot_runner,
-    supervisor,
-    worker_checks,
-    worker_pool,
-)
-from vidgen_ray.engine.actor_client import ActorClient
+from vidgen_ray.engine import core, queues, shell, shots
+from vidgen_ray.engine.actor_start import Ping
+from vidgen_ray.engine.attempts import FailedAttempt, next_place
+from vidgen_ray.engine.canary import Canary
+from vidgen_ray.engine.core import Core
 from vidgen_ray.engine.encoder import Encoder
 from vidgen_ray.engine.engine import Engine, Window
-from vidgen_ray.engine.retries import AttemptFailed, Candidate, Kind
-from vidgen_ray.engine.scheduler import Scheduler, Work
-from vidgen_ray.engine.shot_runner import ShotRunner
+from vidgen_ray.engine.messages import Kind
+from vidgen_ray.engine.processes import Process, State, Table, Where
+from vidgen_ray.engine.queues import Lane, Queues
+from vidgen_ray.engine.shots import Shots
 from vidgen_ray.engine.storage_pause import StoragePause
-from vidgen_ray.engine.supervisor import ProcessHealth, Supervisor
-from vidgen_ray.engine.worker_checks import Canary
-from vidgen_ray.engine.worker_pool import RemoteArtefacts, WorkerPool
 from vidgen_ray.outputs.lease import Fence, Lease
 from vidgen_ray.outputs.records import CLIP_FILES
 from vidgen_ray.render import shot_files, step_runner
@@ -46,11 +39,22 @@ def nothing(*_, **__):
     return None
 
 
-async def swapped(chunks, process, ordered=calls.ordered_window):
+def always(value):
+    async def return_value(*_):
+        return value
+
+    return return_value
+
+
+def limits(**changes):
+    """Return what gives the core other limits."""
+    return model, "LIMITS", replace(LIMITS, **changes)
+
+
+async def swapped(self, *args, processed=Shots._processed):
     """Yield chunks in the wrong order."""
-    made = [chunk async for chunk in ordered(chunks, process)]
-    for chunk in made[::-1]:
-        yield chunk._replace(is_last=chunk is made[0])
+    for chunk in [chunk async for chunk in processed(self, *args)][::-1]:
+        yield chunk
 
 
 def add_any(self, chunk):
@@ -72,192 +76,211 @@ def done_instead(self, row, *args, enter=RunResults._enter):
     enter(self, row.model_copy(update={"status": "done"}), *args)
 
 
-async def write_twice(self, *args, write=ShotRunner._write):
+async def write_twice(self, *args, write=Shots._write):
     await write(self, *args)
     return await write(self, *args)
 
 
-def limited(limit, original=retries.run_with_retries):
-    return lambda *args, **options: original(*args, **{**options, "limit": limit})
+def with_attempts(attempts):
+    def init(self, *args, make=Core.__init__, **options):
+        make(self, *args, **{**options, "attempts": attempts})
+
+    return init
 
 
-async def call_unchecked(self, requested, timeout_s, method, plan, stages, *args, share=1.0, num_returns=2, on_progress=None):
-    async def call(client, number):
-        options = {"stage": requested.stage, "timeout_s": timeout_s, "num_returns": num_returns}
-        return await client.call(method, number, plan, *args, **options)
+def with_kinds(**kinds):
+    """Return a method that takes failures of some kinds for failures of other kinds."""
 
-    (result, artefacts, *clip), worker = await self.run(requested, call, on_progress)
-    return result, RemoteArtefacts(artefacts, worker, *clip)
+    def attempt_failed(self, running, request, kind, failure, decide=Core._attempt_failed):
+        decide(self, running, request, kinds.get(kind.name, kind), failure)
 
-
-def blame_all(self, kind, *args, init=AttemptFailed.__init__):
-    init(self, Kind.ERROR if kind in (Kind.SHARED_CRASH, Kind.NOT_RUN) else kind, *args)
+    return attempt_failed
 
 
-async def no_timeout(self, call, response):
-    return await response
+def with_calls(**changes):
+    """Return a method that changes each call."""
+
+    def asked(self, event, take=Core._on_Asked):
+        take(self, event._replace(call=event.call._replace(**changes)))
+
+    return asked
 
 
-def always(value):
-    async def return_value(*_):
-        return value
-
-    return return_value
+def no_timeouts(self, process):
+    if process.is_live:
+        process.deadline = math.inf
 
 
-def start_once(self, client, delay_s=0.0, start=Supervisor._start):
-    if client.place is None:
-        start(self, client, delay_s)
+def no_late_results(self, event, take=Core._on_Returned):
+    if self._running(event) is not None:
+        take(self, event)
 
 
-def use_one(self, client, up=WorkerPool._worker_up):
-    if "/0/0" in client.name or "encoder" in client.name:
-        up(self, client)
+def start_once(self, process, *, is_first=False, start=Core._start):
+    if is_first:
+        start(self, process, is_first=True)
+    else:
+        self._enter(process, State.STARTING)
+
+
+def use_one(self, event, ready=Core._on_Ready):
+    if "/0/0" in event.process or "encoder" in event.process:
+        ready(self, event)
+
+
+def without_probation(self, event, ready=Core._on_Ready):
+    ready(self, event)
+    process = self.table.rows.get(event.process)
+    if process is not None and process.state is State.PROBATION:
+        self.table.enter(process, State.LIVE)
+
+
+def outside_of_blame(process, quarantines=Process.quarantines):
+    return 0 if sys._getframe(1).f_code.co_name == "_blame" else quarantines.__get__(process)
+
+
+def set_quarantines(process, number, quarantines=Process.quarantines):
+    quarantines.__set__(process, number)
+
+
+def keep_open(self, process, order, succeeded=Core._succeeded):
+    """Forget the failures of other shots before a success, without a verdict."""
+    process.failures.clear()
+    succeeded(self, process, order)
 
 
 async def ignore_stop(self):
     await asyncio.Event().wait()
 
 
-class Unforgiven(AttemptFailed):
+class Unforgiven(FailedAttempt):
     """Failure that always counts against its process."""
 
-    forgiven = property(lambda self: False, nothing)
+    is_forgiven = property(lambda self: False, nothing)
 
 
-class Forgiven(AttemptFailed):
+class Forgiven(FailedAttempt):
     """Failure that, once forgiven, never counts against its process."""
 
-    _forgiven = False
+    _is_forgiven = False
 
     @property
-    def forgiven(self):
-        return self._forgiven
+    def is_forgiven(self):
+        return self._is_forgiven
 
-    @forgiven.setter
-    def forgiven(self, value):
-        self._forgiven |= value
-
-
-def keep_open(self, process, shot, succeeded=ProcessHealth.succeeded):
-    """Forget the failures of other shots before a success, without a verdict."""
-    self._records[process].failures.clear()
-    succeeded(self, process, shot)
+    @is_forgiven.setter
+    def is_forgiven(self, value):
+        self._is_forgiven |= value
 
 
-def together(work, alone=False, **changes):
-    return replace(work, **changes)
+def confirm_nothing(failures, *args):
+    return None if failures and all(each.kind is Kind.INPUT for each in failures) else next_place(failures, *args)
 
 
-def confirm_nothing(failed, candidates, limit, where=retries._next):
-    return None if failed and all(each.kind is Kind.INPUT for each in failed) else where(failed, candidates, limit)
+def on_any_node(failures, *args):
+    where = next_place(failures, *args)
+    return where and (Where(frozenset(each.process for each in failures)) if where.not_nodes else where)
 
 
-def on_any_node(failed, candidates, limit, where=retries._next):
-    return where(failed, [each._replace(node=failed[0].process.node) for each in candidates], limit)
+def anywhere(*args):
+    return None if next_place(*args) is None else Where()
 
 
-def anywhere(failed, candidates, limit, where=retries._next):
-    return None if where(failed, candidates, limit) is None else frozenset()
+def no_checks_blamed(self, failed, request, blame=Core._blame):
+    if request.repetition is None:
+        blame(self, failed, request)
 
 
-def youngest_first(self, work, add=Scheduler.add):
-    add(self, work)
-    queue = self._queues[work.stage]
-    order, number, _ = entry = self._entries[work]
-    queue.remove(entry)
-    self._entries[work] = younger = -order, number, work
-    insort(queue, younger)
+def youngest_first(self, entry, push=Lane.push):
+    order, number, request = entry
+    request.entry = -order, number, request
+    push(self, request.entry)
 
 
-def earliest_stage_first(self, worker, add=Scheduler.add_worker):
-    add(self, worker)
-    self._stages[worker].reverse()
+def earliest_stage_first(self, name, spec, add=Table.add):
+    process = add(self, name, spec)
+    process.pool.stages = tuple(sorted(spec.stages, key=self.positions.__getitem__))
+    return process
 
 
-def prefetch_always(self, alike, max_load):
-    fitting = {stage: [each for each in self._loads[stage] if alike[0] + each <= max_load] for stage in alike[1]}
-    return {stage: max(loads) for stage, loads in fitting.items() if loads}
-
-
-async def run_each(self, plan, order, steps, artefacts, on_progress):
-    return await self._run_call(plan, order, steps, artefacts, on_progress)
-
-
-async def never_ping(self, client):
-    await asyncio.Event().wait()
+def copy_only(self, running):
+    running.check = self.now + self.limits.min_slow_s
+    request = running.request
+    if request is not None and self.now - running.began > self.limits.copy_factor * self.durations.expected_s(request.call):
+        self._copy(request)
 
 
 OFF = {
-    "quarantine": (supervisor, "FAILURES", 10**9),
-    "quarantine of nodes": (supervisor, "NODE_SHARE", math.inf),
-    "back-off before a restart": (supervisor, "BACK_OFF_S", 0.0),
-    "probation: one call at a time": (Scheduler, "set_probation", nothing),
-    "probation: one failure is enough": (ProcessHealth, "is_on_probation", nothing),
-    "giving up": (supervisor, "MAX_QUARANTINES", 10**9),
-    "pings": (Supervisor, "_ping", never_ping),
-    "deadline of cancelled calls": (actor_client, "CANCEL_S", 1e9),
-    "grace after a stopped driver": (actor_client, "LATE_S", 1e9),
+    "quarantine": limits(failures=10**9),
+    "back-off before a restart": limits(back_off_s=0.0),
+    "probation: one call at a time": (Core, "_on_Ready", without_probation),
+    "probation: one failure is enough": (Process, "quarantines", property(outside_of_blame, set_quarantines)),
+    "giving up": limits(max_quarantines=10**9),
+    "pings": (shell, "ping", always(Ping.UP)),
+    "deadline of cancelled calls": limits(cancel_s=1e9),
+    "grace after a stopped driver": limits(late_s=1e9),
+    "late results": (Core, "_on_Returned", no_late_results),
     "replanning": (Engine, "needs_other_layout", False),
-    "attempts in doubt": (retries, "IN_DOUBT_FACTOR", 1),
-    "waiting for evidence": (WorkerPool, "_evidence", always(None)),
-    "verdict: sick": (retries, "_counting", list),
-    "verdict: well": (ProcessHealth, "succeeded", keep_open),
-    "forgiving confirmed errors": (retries, "_is_confirmed", nothing),
-    "forgiving refusals": (worker_pool, "AttemptFailed", Unforgiven),
-    "counting forgiven errors later": (worker_pool, "AttemptFailed", Forgiven),
-    "confirming a refusal": (retries, "_next", confirm_nothing),
-    "next attempt on another worker": (retries, "_next", anywhere),
-    "next attempt on another node": (retries, "_next", on_any_node),
-    "next attempt on a larger GPU": (worker_pool, "_process", lambda worker: Candidate(worker, worker.node)),
-    "shared crash: runs alone": (worker_pool, "replace", together),
-    "reserved worker for calls alone": (Scheduler, "_assign_suspects", lambda *_: set()),
+    "attempts in doubt": limits(in_doubt_factor=1),
+    "waiting for evidence": limits(evidence_s=0.0),
+    "verdict: sick": (core, "counting", list),
+    "verdict: well": (Core, "_succeeded", keep_open),
+    "forgiving confirmed errors": (core, "is_confirmed", nothing),
+    "forgiving refusals": (core, "FailedAttempt", Unforgiven),
+    "counting forgiven errors later": (core, "FailedAttempt", Forgiven),
+    "confirming a refusal": (core, "next_place", confirm_nothing),
+    "next attempt on another process": (core, "next_place", anywhere),
+    "next attempt on another node": (core, "next_place", on_any_node),
+    "next attempt on a larger GPU": (Table, "largest_gb", lambda *_: 0.0),
+    "limit of failures of a shot": limits(max_failures=10**9),
+    "shared crash: runs alone": (Core, "_attempt_failed", with_kinds(SHARED_CRASH=Kind.NOT_RUN)),
     "outages add up": (StoragePause, "written", nothing),
     "unfinished files of cancelled shots": (Encoder, "cancel", nothing),
     "canary": (Canary, "finished", nothing),
-    "copy of a slow call": (worker_checks, "COPY_FACTOR", math.inf),
-    "recall behind a slow call": (WorkerPool, "_recall", nothing),
-    "oldest shot first": (Scheduler, "add", youngest_first),
-    "latest stage first": (Scheduler, "add_worker", earliest_stage_first),
-    "prefetch": (scheduler, "MAX_PREFETCH_LOAD", 1.0),
-    "prefetch only if enough waits": (Scheduler, "_fitting", prefetch_always),
-    "LoRA affinity": (Work, "loras_active", lambda *_: True),
-    "near data": (Work, "mismatch", lambda self, worker: (not self.loras_active(worker), 2)),
-    "announced sharing": (ShotRunner, "_shares_features", lambda *_: False),
-    "sharing of equal steps": (ShotRunner, "_shared_steps", run_each),
+    "failed checks count": (Core, "_blame", no_checks_blamed),
+    "copy of a slow call": limits(copy_factor=math.inf),
+    "calls behind a slow call run elsewhere": (Core, "_check_slow", copy_only),
+    "oldest shot first": (Lane, "push", youngest_first),
+    "latest stage first": (Table, "add", earliest_stage_first),
+    "prefetch": (queues, "MAX_PREFETCH_LOAD", 1.0),
+    "prefetch only if enough waits": (Queues, "_is_enough", lambda *_: True),
+    "LoRA affinity": (Process, "has_active", lambda *_: True),
+    "near data": (Core, "_on_Asked", with_calls(near=None)),
+    "sharing of equal steps": (Core, "_on_Asked", with_calls(is_shared=False)),
+    "kept results": (shots, "MAX_KEPT_RESULTS", 0),
 }
 """Mechanism -> what switches it off."""
 
 BROKEN = {
     "fence": ("lease", (Fence, "check", nothing)),
     "lost lease": ("lease", (Lease, "is_sure", True)),
-    "timeout of calls": ("ends", (ActorClient, "_response", no_timeout)),
-    "timeout of loads": ("ends", (actor_client, "LOAD_SILENCE_S", 1e9)),
-    "restart": ("ends", (Supervisor, "_start", start_once)),
-    "all workers": ("idle", (WorkerPool, "_worker_up", use_one)),
-    "retries": ("fine", (worker_pool, "run_with_retries", limited(1))),
-    "bounded retries": ("ends", (worker_pool, "run_with_retries", limited(10**6))),
-    "shared crashes": ("fine", (AttemptFailed, "__init__", blame_all)),
-    "restart of a shot": ("fine", (shot_runner, "MAX_RESTARTS", 1)),
+    "timeout of calls": ("ends", (Core, "_check_calls", no_timeouts)),
+    "timeout of loads": ("ends", limits(load_silence_s=1e9)),
+    "restart": ("ends", (Core, "_start", start_once)),
+    "all workers": ("idle", (Core, "_on_Ready", use_one)),
+    "retries": ("fine", (Core, "__init__", with_attempts(1))),
+    "bounded retries": ("ends", (Core, "__init__", with_attempts(10**6)), limits(max_failures=10**9)),
+    "shared crashes": ("fine", (Core, "_attempt_failed", with_kinds(SHARED_CRASH=Kind.ERROR, NOT_RUN=Kind.ERROR))),
+    "restart of a shot": ("fine", (shots, "MAX_RESTARTS", 1)),
     "cause is the storage": ("fine", (StoragePause, "is_cause", always(False))),
     "end of a pause": ("stopped", (StoragePause, "problem", always("broken"))),
     "identity": (
         "content",
         (step_runner, "check_made_by", nothing),
         (shot_files, "check_made_by", nothing),
-        (WorkerPool, "call", call_unchecked),
+        (Core, "_has_keys", lambda *_: True),
     ),
     "size": ("content", (step_runner, "_wrong_pixels", nothing)),
     "single colour": ("content", (step_runner, "_is_single_colour", nothing)),
-    "likeness": ("content", (shot_runner, "check_likeness", nothing)),
-    "order of chunks": ("order", (shot_runner, "ordered_window", swapped), (shot_files.ShotFiles, "add", add_any)),
+    "likeness": ("content", (shots, "check_likeness", nothing)),
+    "order of chunks": ("order", (Shots, "_processed", swapped), (shot_files.ShotFiles, "add", add_any)),
     "window": ("window", (Window, "_has_room", lambda *_: True)),
     "one result": ("one_row", (Director, "_record", record_twice)),
     "every result": ("one_row", (RunResults, "failed", drop_failures)),
     "failed or done": ("committed", (RunResults, "_enter", done_instead)),
-    "one commit": ("commit_once", (ShotRunner, "_write", write_twice)),
-    "copies at the end only": ("rework", (worker_checks, "COPY_FACTOR", 0.0), (worker_checks, "MIN_SLOW_S", 0.01)),
-    "sick workers": ("fine", (retries, "_counting", list)),
+    "one commit": ("commit_once", (Shots, "_write", write_twice)),
+    "copies at the end only": ("rework", limits(copy_factor=0.0, min_slow_s=0.01)),
+    "sick workers": ("fine", (core, "counting", list)),
     "circuit breaker": ("breaker", (director, "BREAKER_FAILURES", 10**6)),
     "chain of shots": ("one_row", (ContinuedShots, "failed", lambda *_: [])),
     "stop request": ("stop", (Director, "_watch_stop", ignore_stop)),

@@ -35,7 +35,7 @@ from vidgen_ray.batch import run_options
 from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
-from vidgen_ray.engine import actor_client, storage_pause
+from vidgen_ray.engine import actor_start, storage_pause
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
@@ -354,7 +354,7 @@ def stop_for_a_while(processes):
     ],
 )
 def test_fault_of_a_process_costs_no_line(nodes, connected, profile, tmp_path, monkeypatch, capsys, fault):  # noqa: F811
-    monkeypatch.setattr(actor_client, "SILENT_S", SILENT_S)
+    monkeypatch.setattr(actor_start, "SILENT_S", SILENT_S)
     log = Log(tmp_path / "log")
 
     def freeze_encoder():

@@ -11,12 +11,11 @@ import pytest
 import ray
 
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine.actor_client import ActorClient
-from vidgen_ray.engine.calls import ENCODER, OUTPUT
+from vidgen_ray.engine.calls import ENCODER
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder import CONTROL, Encoder
-from vidgen_ray.engine.scheduler import Work
-from vidgen_ray.engine.worker_pool import WorkerPool
+from vidgen_ray.engine.messages import OUTPUT, Call
+from vidgen_ray.engine.shell import Shell
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner.layout import Layout
 
@@ -51,21 +50,19 @@ def plan_of(make_shot, name):
 ARTEFACTS = {"image": np.zeros((64, 64, 3), np.uint8)}
 
 
-async def write(client, config, plan):
+async def write(actor, config, plan):
     """Write a shot as a director that has just started."""
-    pool = WorkerPool(config, Layout("fused", (), encoders=1, window=1), Mock(), Mock(over=AsyncMock()))
-    client.send("attach", pool.first_call)
-    pool.add(ENCODER, client)
+    shell = Shell(config, Layout("fused", (), encoders=1, window=1), Mock(), Mock(over=AsyncMock()))
+    shell.add("e", ENCODER, actor)
 
-    async def session(encoder, number):
-        return await encoder.call("write", number, plan, ARTEFACTS, (), None, stage=OUTPUT, timeout_s=TIMEOUT_S)
+    async def write(session):
+        return await session.commit("write", plan, ARTEFACTS, (), None)
 
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            (_, record), _ = await pool.run(Work(OUTPUT, 0), session)
-            return record
+            return (await shell.call(Call(0, 0, plan.shot.id, (OUTPUT,), timeout_s=TIMEOUT_S), write)).record
     finally:
-        pool.close()
+        shell.close()
 
 
 def test_records_have_the_cpu_seconds_of_the_process(config, make_shot, monkeypatch):
@@ -88,7 +85,7 @@ def test_call_of_a_crashed_director_does_not_block_the_next_one(config, make_sho
     actor = ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={CONTROL: 1})(StaleEncoder).remote(config)
 
     async def scenario():
-        crashed = asyncio.create_task(write(ActorClient(actor, "e"), config, plan_of(make_shot, "hangs")))
+        crashed = asyncio.create_task(write(actor, config, plan_of(make_shot, "hangs")))
         async with asyncio.timeout(TIMEOUT_S):
             while not config.outputs.root.joinpath("hangs").exists():
                 await asyncio.sleep(0.02)  # polls: files do not send events
@@ -98,7 +95,7 @@ def test_call_of_a_crashed_director_does_not_block_the_next_one(config, make_sho
         pid = (await actor.place.remote()).pid
         if ends:
             config.outputs.root.joinpath("released").touch()
-        record = await write(ActorClient(actor, "e"), config, plan_of(make_shot, "later"))
+        record = await write(actor, config, plan_of(make_shot, "later"))
         assert record.shot.id == "later"
         assert ((await actor.place.remote()).pid == pid) == ends, "a process with a call that hangs is replaced"
         if ends:

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tests.ray_workers import FAST_DETECTION, connected_cluster, gpus_of_80_gb, removed_nodes
 from vidgen_ray.engine import fleet as fleet_module
-from vidgen_ray.engine.actor_client import ActorClient
+from vidgen_ray.engine.actor_start import place_when_up
 from vidgen_ray.engine.calls import ENCODER
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import Fleet
@@ -304,16 +304,14 @@ def test_actor_of_a_preempted_node_restarts_on_another_node(head, add_node):
     async def scenario():
         on_node = NodeAffinitySchedulingStrategy(lost.node_id, soft=True)
         actor = TinyActor.options(num_gpus=1, max_restarts=-1, scheduling_strategy=on_node).remote()
-        client = ActorClient(actor, "worker/0")
         async with asyncio.timeout(TIMEOUT_S):
-            assert await client.ready() is None
-            assert client.node == lost.node_id
+            assert (await place_when_up(actor)).node == lost.node_id
             gcs = GcsClient(address=head.address)
             deadline_ms = int(1000 * (time.time() + 20))
             assert gcs.drain_node(lost.node_id, DRAIN_NODE_REASON_PREEMPTION, "preempted", deadline_ms) == (True, "")
             head.remove_node(lost, allow_graceful=False)
-            while client.node != other.node_id:
-                assert await client.ready() is None
+            while (await place_when_up(actor)).node != other.node_id:
+                pass
 
     lost, other = add_node(1), add_node(1)
     asyncio.run(scenario())

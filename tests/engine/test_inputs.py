@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, plan_of, with_actor
 from vidgen_ray.engine.calls import CallResult
-from vidgen_ray.engine.retries import Kind
+from vidgen_ray.engine.messages import Kind
 from vidgen_ray.errors import InputChanged, OtherWeights
 from vidgen_ray.media import read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
+from vidgen_ray.engine.calls import ShotFailed
 from vidgen_ray.engine.engine import Renderer
-from vidgen_ray.engine.retries import ShotFailed
 from vidgen_ray.outputs.records import Failure
 
 

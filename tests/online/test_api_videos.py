@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 
 from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, SMALL, local_server, noise_renderer
-from vidgen_ray.engine.retries import Kind
+from vidgen_ray.engine.messages import Kind
 from vidgen_ray.online import job_director
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_settings import OnlineSettings

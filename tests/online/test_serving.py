@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.online.test_store import Clock, new_job
-from vidgen_ray.engine.calls import OUTPUT, CallResult
+from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.engine_metrics import OTHER, LabelLimit
-from vidgen_ray.engine.retries import Kind
+from vidgen_ray.engine.messages import OUTPUT, Kind
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.errors import MissingWeights, OutOfMemory, ProfileError, SetupError, StageError
 from vidgen_ray.graph import STAGES

@@ -17,7 +17,7 @@ from vidgen_ray.batch.line_planner import LinePlanner
 from vidgen_ray.batch.render_script import render_lines
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.calls import CallResult
-from vidgen_ray.engine.retries import Kind
+from vidgen_ray.engine.messages import Kind
 from vidgen_ray.errors import SetupError, WriteError
 from vidgen_ray.outputs import lease as leases
 from vidgen_ray.outputs.cleanup import collect_garbage, prune

@@ -1,22 +1,15 @@
-"""Servers in the plan and in the scheduler."""
+"""Servers in the plan."""
 
 import pytest
 
 from tests.remote.fake_server import MODEL
 from vidgen_ray.batch.render_script import Counts
 from vidgen_ray.cli.plan import _facts
-from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
-from vidgen_ray.engine.shot_runner import StepResults
-from vidgen_ray.engine.worker_pool import RemoteArtefacts
 from vidgen_ray.errors import SetupError, TooExpensive
-from vidgen_ray.graph import STAGES
-from vidgen_ray.outputs.records import StepRecord
 from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan
-from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.planner.solver import more_slots
 from vidgen_ray.profile import ActorProfile, Profile
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts
 from vidgen_ray.system.quantities import money
 
 SERVERS = ["http://first", "http://second"]
@@ -78,26 +71,3 @@ def test_servers_leave_their_cpus_to_no_other_worker():
         plan(profile, demand_of([one]), Cluster(()))
     facts = dict(_facts(alone, profile, demand_of([one] * 3), Cluster((Node((), 4, 8),)), Counts(3, 0, 0, 0)))
     assert facts["cost"] == money(alone.cost, None)
-
-
-def test_price_of_shared_results_counts_once():
-    record = StepRecord(stage="remote", key="key", weights=(), seconds=1, gpu_seconds=0, price=0.5, cached=False)
-    shared = StepResults((record,), RemoteArtefacts(None, None), Artefacts()).shared()
-    assert [each.price for each in shared.records] == [None]
-
-
-def test_servers_are_filled_by_free_places_and_hold_no_work_that_waits():
-    scheduler = Scheduler({stage.name: n for n, stage in enumerate(STAGES)})
-    workers = [WorkerState(WorkerSpec(("remote",), 1, 0, server=server, parallel=3), 0) for server in SERVERS]
-    for worker in workers:
-        scheduler.add_worker(worker)
-        scheduler.started(worker)
-    works = [Work("remote", order, load=1 / 3) for order in range(10)]
-    for work in works:
-        scheduler.add(work)
-    assigned = scheduler.assign()
-    assert [sum(worker is each for worker, _ in assigned) for each in workers] == [3, 3]
-    assert not scheduler.assign()
-    done = next(work for worker, work in assigned if worker is workers[1])
-    scheduler.finished(workers[1], done)
-    assert scheduler.assign() == [(workers[1], works[6])]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES, plan_of, use_fakes, with_actor
 from vidgen_ray.engine.calls import CallResult
-from vidgen_ray.engine.retries import Kind
+from vidgen_ray.engine.messages import Kind
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.faces import PackRecogniser
 from vidgen_ray.outputs.folder import OutputFolder

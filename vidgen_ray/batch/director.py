@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 
 import ray
 
@@ -20,14 +21,25 @@ from vidgen_ray.batch.results import RunMetrics, RunResults
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.batch.shot_queue import MAX_SHOTS, ContinuedShots, ShotQueue, Task
 from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.calls import ShotFailed
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Engine, Renderer
 from vidgen_ray.engine.fleet import FIRST_MESSAGE_S, MESSAGE_INTERVAL_S, PlacedSlot, labels_of, placed_more_slots
+from vidgen_ray.engine.messages import Kind
 from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, live_cluster
-from vidgen_ray.engine.retries import Kind, ShotFailed
+from vidgen_ray.engine.recording import Recorder
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.engine.storage_pause import StoragePause
-from vidgen_ray.errors import MAX_MESSAGES, OutOfMemory, ProfileError, ScriptError, SetupError, StorageHangs, TooExpensive
+from vidgen_ray.errors import (
+    MAX_MESSAGES,
+    OutOfMemory,
+    ProfileError,
+    ScriptError,
+    SetupError,
+    StorageHangs,
+    TooExpensive,
+    UsageError,
+)
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
@@ -120,6 +132,7 @@ class Director:
         self._folder_checked = False
         self._storage = StoragePause(self._probe_storage, options.wait_storage_s, self._on_storage_change)
         self._metrics: RunMetrics | None = None
+        self._recorder: Recorder | None = None
         self._stop_watch: asyncio.Task[None] | None = None
         """Ends after a stop request or an error."""
         self._idle_since, self._next_idle_message_s = time.monotonic(), FIRST_MESSAGE_S
@@ -149,8 +162,6 @@ class Director:
     def _enqueue(self, task: Task) -> None:
         self._continued.opened(task.plan.shot.id or "")
         self.queue.add(task)
-        if self._renderer is not None:
-            self._renderer.announce(task.plan)
 
     def _settle(self, decided: Sequence[Line]) -> None:
         """Queue the shots that no longer wait for another one, or record their results."""
@@ -209,6 +220,7 @@ class Director:
         self._metered_at = asyncio.get_running_loop().time()
         self._stop_watch = asyncio.ensure_future(self._watch_stop())
         self._renderer = Renderer(self._on_status, self._make_engine)
+        self._recorder = _opened(self._options.record)
         if remaining is not None:
             self._start_reader(remaining)
         try:
@@ -223,6 +235,8 @@ class Director:
                 task.cancel()
             self._meter_cost()
             await self._renderer.stop()
+            if self._recorder is not None:
+                self._recorder.close()
 
     async def _feed(self, renderer: Renderer) -> None:
         """Give shots to the renderer as long as there are any."""
@@ -397,9 +411,7 @@ class Director:
         # With --gpus, the plan uses all GPUs that there will be.
         may_grow = not self._own_ray and options.cluster is None
         more = self._more_slots if may_grow else None
-        engine = Engine(config, layout, self._metrics, self._storage, more, self._listener.on_message)
-        for task in shots:
-            engine.announce(task.plan)
+        engine = Engine(config, layout, self._metrics, self._storage, more, self._listener.on_message, self._recorder)
         try:
             await engine.start(labels_of(self.plan, self.cluster))
         except BaseException:
@@ -586,6 +598,14 @@ class Director:
         message = f"{process} is quarantined: {reason}"
         self.quarantined.append(message)
         self._listener.on_message(message)
+
+
+def _opened(path: Path | None) -> Recorder | None:
+    """Return the recorder of a run. Raises UsageError if the file cannot be written."""
+    try:
+        return None if path is None else Recorder(path)
+    except OSError as error:
+        raise UsageError(f"--record: cannot write {path}: {error.strerror}") from None
 
 
 def _check_shared_folder(plan: ShotPlan, outputs: OutputFolder) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, JsonValue
 
-from vidgen_ray.engine.retries import ATTEMPTS
+from vidgen_ray.engine.processes import ATTEMPTS
 from vidgen_ray.engine.storage_pause import MAX_WAIT_S
 from vidgen_ray.errors import FrozenModel, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -62,6 +63,8 @@ class RenderOptions:
     """Words of the command that renders the script, without its output folder. They are recorded with the script."""
     wait_storage_s: float = MAX_WAIT_S
     """Seconds that the run waits while no file can be written to the output folder."""
+    record: Path | None = None
+    """File to which the events of the engine are written, to replay a failure. `None`: they are not."""
     stages: Mapping[str, type[Stage[Any]]] = field(default_factory=lambda: STAGE_BY_NAME)
     """Stage name -> class that implements it."""
 

@@ -46,8 +46,7 @@ from vidgen_ray.cli.options import (
 )
 from vidgen_ray.cli.plan import plan
 from vidgen_ray.cli.run_script import RESUME, render, retry, run_script, validate
-from vidgen_ray.engine.retries import first_line
-from vidgen_ray.errors import SetupError, StorageHangs, UsageError, VidgenError, install_command
+from vidgen_ray.errors import SetupError, StorageHangs, UsageError, VidgenError, first_line, install_command
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.planner import profile_for

@@ -51,7 +51,7 @@ from vidgen_ray.cli.options import (
 )
 from vidgen_ray.cli.progress_display import run_view
 from vidgen_ray.content_keys import cut_texts, params_of
-from vidgen_ray.engine.retries import ATTEMPTS
+from vidgen_ray.engine.processes import ATTEMPTS
 from vidgen_ray.engine.storage_pause import MAX_WAIT_S
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError
 from vidgen_ray.graph import stages_of
@@ -240,6 +240,14 @@ class RunOptions(RenderOptions):
             help="How long the run waits while nothing can be written: the disk is full, or the file system or store is gone.",
         ),
     ] = MAX_WAIT_S
+    record: Annotated[
+        Path | None,
+        stop_option(
+            "--record",
+            metavar="FILE",
+            help="Write the engine's events and decisions to this file, one JSON object per line, for a report of a failure.",
+        ),
+    ] = None
 
 
 RECORDED = frozenset(field.name for each in (LineOptions, LabelledMarkOptions) for field in fields(each)) | {"seed", "until"}

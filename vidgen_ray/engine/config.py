@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vidgen_ray.engine.calls import ENCODER
-from vidgen_ray.engine.retries import ATTEMPTS
+from vidgen_ray.engine.processes import ATTEMPTS, CoreLimits
 from vidgen_ray.graph import STAGE_BY_NAME, durations
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner.demand import encode_seconds_per_mpx, encoded_mpx
@@ -43,6 +43,7 @@ class EngineConfig:
     """Attempts per call before the shot has failed. The first one counts."""
     planned_s: Mapping[str, float] = field(default_factory=dict)
     """Stage -> planned seconds of the reference shot, on the slowest GPUs."""
+    limits: CoreLimits = field(default_factory=CoreLimits)
     circuit_breaker: bool = False
     """Keep workers that fail alone: the caller stops the run when most shots fail."""
 

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import ray
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.calls import OUTPUT, CallResult
+from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
+from vidgen_ray.engine.messages import OUTPUT
 from vidgen_ray.engine.worker import CONTROL, ActorPlace, activity_of_process, place_of_process
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.render.shot_files import ShotFiles

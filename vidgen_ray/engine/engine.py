@@ -15,16 +15,18 @@ from typing import Any
 import ray
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.actor_client import ActorClient
-from vidgen_ray.engine.calls import MAX_CHUNKS_AHEAD
+from vidgen_ray.engine import messages as m
+from vidgen_ray.engine.calls import ShotFailed
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import Fleet, MoreSlots
-from vidgen_ray.engine.retries import ShotFailed
-from vidgen_ray.engine.shot_runner import CHUNK_BYTES, ShotRunner
-from vidgen_ray.engine.status import EngineObserver, Snapshot
+from vidgen_ray.engine.processes import State, is_encoder
+from vidgen_ray.engine.recording import Recorder
+from vidgen_ray.engine.route import CHUNK_BYTES
+from vidgen_ray.engine.shell import ProgressCallback, Shell
+from vidgen_ray.engine.shots import MAX_CHUNKS_AHEAD, Shots
+from vidgen_ray.engine.status import EngineObserver, Snapshot, Utilization
 from vidgen_ray.engine.storage_pause import StoragePause
-from vidgen_ray.engine.supervisor import RELEASED
-from vidgen_ray.engine.worker_pool import NODE_LOST, ProgressCallback, WorkerPool
+from vidgen_ray.engine.supervision import NODE_LOST
 from vidgen_ray.graph import chunked_stages_of, clip_length
 from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.planner.cluster import Label
@@ -127,12 +129,15 @@ class Engine:
         storage: StoragePause,
         more_slots: MoreSlots | None = None,
         on_waiting: Callable[[str], None] = lambda _: None,
+        recorder: Recorder | None = None,
     ) -> None:
         """`more_slots`: see `Fleet`. `on_waiting` gets what the fleet waits for, such as GPUs that another run uses."""
         chunk_frames = chunk_frames_of(config.profile, [config.stages[stage] for stage in layout.stages])
         self._layout = layout
-        self._workers = WorkerPool(config, layout, observer, storage)
-        self._runner = ShotRunner(config, self._workers, chunk_frames, observer)
+        self._shell = Shell(config, layout, observer, storage, recorder)
+        self._core = self._shell.core
+        self._shots = Shots(config, layout, self._shell, chunk_frames, observer, storage)
+        self._utilization = Utilization()
         self._fleet = Fleet(config, self, more_slots)
         self._on_waiting = on_waiting
         self._waiting_for: str | None = None
@@ -148,7 +153,7 @@ class Engine:
 
     async def stop(self) -> None:
         """Stop the actors that `start` created. Shots in progress fail."""
-        self._workers.close()
+        self._shell.close()
         await self._fleet.stop()
 
     @property
@@ -160,26 +165,19 @@ class Engine:
         """Return which GPUs and CPUs the actors that `start` created hold, and what is free."""
         return await self._fleet.holdings()
 
-    def announce(self, plan: ShotPlan) -> None:
-        """Tell that this shot will run, so that results which it shares with other shots are computed once."""
-        self._runner.announce(plan)
-
     async def run(
         self,
         plan: ShotPlan,
         on_progress: ProgressCallback | None = None,
         on_admitted: Callable[[], object] = lambda: None,
     ) -> ShotRecord:
-        """Render an announced shot and commit its files. Raises ShotFailed.
+        """Render a shot and commit its files. Raises ShotFailed.
 
         Waits until the window has room for the shot, then calls `on_admitted`.
         """
-        try:
-            async with self.window.admit(object_store_bytes(plan.shot, CHUNK_BYTES)):
-                on_admitted()
-                return await self._runner.run(plan, on_progress)
-        finally:
-            self._runner.retire(plan)
+        async with self.window.admit(object_store_bytes(plan.shot, CHUNK_BYTES)):
+            on_admitted()
+            return await self._shots.render(plan, on_progress)
 
     def can_render(self, plan: ShotPlan) -> bool:
         """Return whether the layout has a worker for every stage of the shot, and has not lost the last one."""
@@ -193,45 +191,45 @@ class Engine:
     @property
     def fatal_failure(self) -> Failure | None:
         """Failure after which no shot can be rendered. `None` if there is none."""
-        return self._workers.fatal_failure
+        return self._core.fatal_failure
 
     @property
     def missing_stages(self) -> list[str]:
         """Stages of the layout that no worker can run now."""
-        return self._workers.missing_stages
+        return [stage for stage in self._layout.stages if not self._core.table.live(stage)]
 
     def snapshot(self) -> Snapshot:
         """Return the status. Call it at regular intervals: utilizations are averages over the calls."""
-        stages, gpus_busy = self._workers.sample_status()
-        return Snapshot(stages, gpus_busy, self.window.in_progress, tuple(self._workers.quarantined), self._waiting_for)
+        stages, gpus_busy = self._utilization.sample(self._core.table, self._core.queues.waiting)
+        return Snapshot(stages, gpus_busy, self.window.in_progress, self._core.quarantined, self._waiting_for)
 
     # Events of the fleet
 
     def worker_started(self, name: str, spec: WorkerSpec, actor: Any) -> None:
         """Use a worker or an encoder. Calls of an earlier engine are stopped."""
-        client = ActorClient(actor, name, spec.parallel)
-        client.send("attach", self._workers.first_call)
-        self._workers.add(spec, client)
+        self._shell.add(name, spec, actor)
         self._resize_window()
 
     def worker_lost(self, name: str) -> None:
-        self._workers.remove(name)
+        self._shell.remove(name)
         self._resize_window()
 
     async def drain(self, names: Collection[str]) -> None:
         """Give these workers and encoders no more calls, and wait until they have none. Others must hold their stages."""
         for name in names:
-            self._workers.remove(name, RELEASED)
+            self._shell.remove(name, released=True)
         self._resize_window()
-        await self._workers.until_unused(names)
+        await self._shell.until_unused(names)
 
     def not_placeable(self, reason: str) -> None:
-        self._workers.lose_layout(reason)
+        self._shell.tell(m.Unplaceable(reason))
 
     def _resize_window(self) -> None:
         """Adapt the window to the present workers: slots can start late, be added and be lost."""
         # A layout of encoders only writes start images.
-        share = self._workers.count / len(self._layout.workers) if self._layout.workers else 1.0
+        rows = self._core.table.rows.values()
+        workers = sum(not is_encoder(row.spec) and row.state is not State.LEAVING for row in rows)
+        share = workers / len(self._layout.workers) if self._layout.workers else 1.0
         self.window.resize(max(1, round(self._layout.window * share)))
 
     def waiting(self, reason: str | None) -> None:
@@ -274,18 +272,13 @@ class Renderer:
         """The present engine. `None` before the first shot."""
         return self._engine
 
-    def announce(self, plan: ShotPlan) -> None:
-        """Tell that this shot will run, so that results which it shares with other shots are computed once."""
-        if self._engine is not None:
-            self._engine.announce(plan)
-
     async def render(
         self,
         plan: ShotPlan,
         on_progress: ProgressCallback | None = None,
         on_admitted: Callable[[], object] = lambda: None,
     ) -> ShotRecord:
-        """Render an announced shot and commit its files. Raises ShotFailed, and what `make_engine` raises.
+        """Render a shot and commit its files. Raises ShotFailed, and what `make_engine` raises.
 
         Calls `on_admitted` when the window of an engine has room for the shot, again with each engine.
         """

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter, deque
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
+from vidgen_ray.engine.processes import Table
 from vidgen_ray.outputs.run_log import StageStatus
+
+BUSY_WINDOW = 30
+"""Snapshots (one per second) over which the utilization is averaged."""
 
 
 class Progress(NamedTuple):
@@ -78,3 +84,27 @@ class EngineObserver(Protocol):
 
     def quarantined(self, process: str, reason: str) -> None:
         """A worker or an encoder is quarantined. `process`: its name and node."""
+
+
+class Utilization:
+    """Calls of each stage and GPUs that are busy, as averages over the last samples."""
+
+    def __init__(self) -> None:
+        self._running: deque[Counter[str]] = deque(maxlen=BUSY_WINDOW)
+        self._gpus: deque[float] = deque(maxlen=BUSY_WINDOW)
+
+    def sample(self, table: Table, waiting: Mapping[str, int]) -> tuple[dict[str, StageStatus], float | None]:
+        """Return the status of each stage and the GPU utilization, 0 to 1. `waiting`: stage -> waiting calls."""
+        rows = table.rows.values()
+        self._running.append(Counter(next(iter(row.calls.values())).stage for row in rows if row.calls))
+        with_gpu = [row for row in rows if row.spec.gpus]
+        if with_gpu:
+            self._gpus.append(sum(row.spec.gpus for row in with_gpu if row.calls) / sum(row.spec.gpus for row in with_gpu))
+        stages = dict.fromkeys(stage for row in rows for stage in row.spec.stages)
+        statuses = {stage: self._status(stage, waiting.get(stage, 0), table.live(stage)) for stage in stages}
+        return statuses, sum(self._gpus) / len(self._gpus) if self._gpus else None
+
+    def _status(self, stage: str, queued: int, workers: int) -> StageStatus:
+        running = [sample[stage] for sample in self._running]
+        busy = sum(running) / len(running) / workers if workers else 0.0
+        return StageStatus(queued, running[-1], workers, min(1.0, busy))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from vidgen_ray.engine.retries import AttemptFailed, Kind
+from vidgen_ray.engine.messages import Kind
 from vidgen_ray.errors import SetupError, StorageHangs
 from vidgen_ray.system.threads import to_daemon_thread
 
@@ -52,14 +52,14 @@ class StoragePause:
         if self._probing is not None:
             await asyncio.shield(self._probing)
 
-    async def is_cause(self, failed: AttemptFailed) -> bool:
+    async def is_cause(self, kind: Kind, reason: str) -> bool:
         """Return whether the storage is the cause of a failed write, as soon as it can be written again.
 
         Raises SetupError if it could not be written for too long.
         """
-        if failed.kind is not Kind.DISK_FULL and not self.active:
+        if kind is not Kind.DISK_FULL and not self.active:
             return await self.writable_again()
-        await self.wait(str(failed))
+        await self.wait(reason)
         return True
 
     async def writable_again(self) -> bool:

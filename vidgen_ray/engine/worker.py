@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import ray
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.calls import LOADING, CallResult
+from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.gpu_group import GpuGroup
+from vidgen_ray.engine.messages import LOADING
 from vidgen_ray.engine.status import Progress
-from vidgen_ray.engine.worker_checks import difference
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import clip_length
 from vidgen_ray.outputs.records import Failure
@@ -28,7 +29,7 @@ from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.render.oom_fallback import has_cuda_driver, prepare_gpu
 from vidgen_ray.render.step_runner import StepFailed, StepRunner, likeness_of
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, Item, Stage, progress_callback
+from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage, progress_callback
 from vidgen_ray.system.free_memory import free_gpu_memory
 
 
@@ -311,6 +312,26 @@ def worker_class(parallel: int = 1) -> Any:
         max_concurrency=MAX_CONCURRENT_CALLS - 1 + parallel,
         concurrency_groups={CONTROL: 1},
     )(Worker)
+
+
+BLOCK_PX = 32
+"""Size of the blocks in which images are compared."""
+
+
+def difference(result: Artefacts, other: Artefacts) -> float:
+    """Return the largest mean difference of a block of BLOCK_PX x BLOCK_PX pixels, 0 to 255, between images and clips."""
+    pairs = ((result[name], other[name]) for name in ("image", "frames") if name in result)
+    return max((_largest(made, expected) for made, expected in pairs), default=0.0)
+
+
+def _largest(made: Frames, expected: Frames) -> float:
+    if made.ndim == 4:
+        return max(map(_largest, made, expected))
+    apart = np.abs(made.astype(np.int16) - expected).mean(axis=2)
+    rows, columns = (np.arange(0, size, BLOCK_PX) for size in apart.shape)
+    sums = np.add.reduceat(np.add.reduceat(apart, rows, axis=0), columns, axis=1)
+    heights, widths = (np.diff(starts, append=size) for starts, size in zip((rows, columns), apart.shape, strict=True))
+    return float((sums / np.outer(heights, widths)).max())
 
 
 def activity_of_process(others: Iterable[int] = ()) -> float:

@@ -17,11 +17,11 @@ from ray.serve.exceptions import RayServeException
 from sqlalchemy.exc import SQLAlchemyError
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.calls import CallResult
+from vidgen_ray.engine.calls import CallResult, ShotFailed
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Engine, Renderer
 from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, MetricSpec
-from vidgen_ray.engine.retries import Kind, ShotFailed
+from vidgen_ray.engine.messages import Kind
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.errors import VidgenError
@@ -421,7 +421,6 @@ class JobDirector:
             percent = estimator.percent(progress)
             self._updates[job.id] = JobProgress(job.id, progress.stage, progress.step, progress.steps, percent)
 
-        self._renderer.announce(plan)
         record = await self._renderer.render(plan, on_progress)
         self._metrics.shot_rendered(job.tenant, record.stages)
         return record

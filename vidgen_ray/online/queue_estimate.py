@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.calls import OUTPUT
+from vidgen_ray.engine.messages import OUTPUT
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.graph import STAGE_BY_NAME, relative_costs
 from vidgen_ray.online.store.jobs import Job, JobState

@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from vidgen_ray.engine import fleet
-from vidgen_ray.engine.actor_client import ActorClient
+from vidgen_ray.engine import actor_start, fleet
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import Fleet, FleetListener, labels_of, placed_more_slots
 from vidgen_ray.engine.ray_cluster import LiveCluster, live_cluster
@@ -202,7 +201,7 @@ class Workers(FleetListener):
         self._actors = replace(self._actors, version=self._actors.version + 1, **changes)
 
     async def _load(self, name: str, actor: Any) -> Failure | None:
-        failure = await ActorClient(actor, name).ready()
+        failure = await actor_start.start(actor, name)
         if failure is not None:
             log.warning("%s cannot load its weights: %s", name, failure.message)
         return failure

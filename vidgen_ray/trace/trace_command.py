@@ -15,7 +15,7 @@ import typer
 from more_itertools import chunked
 
 from vidgen_ray.cli.options import LOOK, OutArgument, in_group, local_path
-from vidgen_ray.engine.calls import OUTPUT
+from vidgen_ray.engine.messages import OUTPUT
 from vidgen_ray.errors import SetupError, UsageError, install_command
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.run_log import ATTEMPT_FIELDS, logged_runs, read_run

@@ -14,8 +14,8 @@ from typing import Any
 
 import ray
 
-from vidgen_ray.engine.retries import ATTEMPTS, first_line
-from vidgen_ray.errors import SetupError, VidgenError
+from vidgen_ray.engine.processes import ATTEMPTS
+from vidgen_ray.errors import SetupError, VidgenError, first_line
 from vidgen_ray.system.files import write_atomically
 from vidgen_ray.upscale.job import CHECK_S, Segment, SegmentFailed, SegmentWorker, UpscaleJob
 from vidgen_ray.upscale.network import EngineSettings, UpscaleModel, choose_settings

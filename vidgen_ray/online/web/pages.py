@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from zipstream import ZipStream
 
-from vidgen_ray.engine.calls import OUTPUT
+from vidgen_ray.engine.messages import OUTPUT
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes, stages_of
 from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.media import image_size

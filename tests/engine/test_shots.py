@@ -1,0 +1,106 @@
+"""Shots with fake actors in simulated time: the calls that a shot takes, and a storage that responds again."""
+
+import asyncio
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from benchmarks.fake_actors import FakeActor, run_in_simulated_time
+from vidgen_ray.content_keys import ShotPlan, Step
+from vidgen_ray.engine import route, storage_pause
+from vidgen_ray.engine.calls import ENCODER, CallResult
+from vidgen_ray.engine.config import EngineConfig
+from vidgen_ray.engine.messages import Kind
+from vidgen_ray.engine.shell import Shell
+from vidgen_ray.engine.shots import Shots
+from vidgen_ray.engine.storage_pause import StoragePause
+from vidgen_ray.graph import STAGE_BY_NAME, stages_of
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.records import ShotRecord, StepRecord
+from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec
+from vidgen_ray.profile import ActorProfile, Profile
+from vidgen_ray.shot import Shot
+
+ALL = ("flux", "svd", "realesrgan")
+FRAMES = 8
+CHUNK_FRAMES = 4
+
+
+def calls_of_clips(workers, shots=1):
+    """Return the methods that are called to render clips on workers with these stages, and the steps of their records."""
+    steps = tuple(Step(stage=stage, key=stage, weights=()) for stage in ALL)
+    plans = [
+        ShotPlan(shot=Shot(id=f"s{n}", prompt="a ball", seed=1, num_frames=FRAMES, scale=2), steps=steps, key=f"shot {n}")
+        for n in range(shots)
+    ]
+    assert [stage.name for stage in stages_of(plans[0].shot)] == list(ALL)
+    slots = tuple(Slot((WorkerSpec(stages, cpus=1, gpus=1),), 0.0) for stages in workers)
+    layout = Layout("fused", slots, encoders=1, window=1)
+    actors = {stage.actor: ActorProfile(weights="tiny") for stage in STAGE_BY_NAME.values()}
+    config = EngineConfig("run", Profile(name="p", about="", actors=actors), OutputFolder(Path("unused")), STAGE_BY_NAME)
+    called = []
+
+    def respond(method, *args):
+        called.append(method)
+        if method in ("begin", "add"):
+            return CallResult()
+        if method in ("write", "commit"):
+            (records,) = (arg for arg in args if isinstance(arg, tuple))
+            return CallResult(), ShotRecord.model_construct(stages=records)
+        names = (*args[2], *args[3]) if method == "run_clip" else args[2]
+        records = (StepRecord(stage=n, key=n, weights=(), seconds=1, gpu_seconds=1, price=0.5, cached=False) for n in names)
+        return CallResult(tuple(records)), *(["output"] * (2 if method == "run_clip" else 1))
+
+    async def render():
+        observer, storage = Mock(), StoragePause(lambda: None, 0.0, Mock())
+        shell = Shell(config, layout, observer, storage)
+        for number, slot in enumerate(slots):
+            shell.add(f"worker-{number}", slot.workers[0], FakeActor(f"worker-{number}", lambda *_: 1.0, respond))
+        shell.add("encoder", ENCODER, FakeActor("encoder", lambda *_: 1.0, respond))
+        rendering = Shots(config, layout, shell, {"realesrgan": CHUNK_FRAMES}, observer, storage)
+        records = await asyncio.gather(*map(rendering.render, plans))
+        shell.close()
+        return records
+
+    records, _ = run_in_simulated_time(render())
+    return called, [record.stages for record in records]
+
+
+@pytest.mark.parametrize(
+    ("workers", "calls"),
+    [
+        pytest.param([ALL, ALL], ["run_clip", "write"], id="all stages on each worker"),
+        pytest.param([ALL, ("flux",)], ["run", "run_clip", "write"], id="another worker takes FLUX"),
+        pytest.param([ALL, ("realesrgan",)], ["run", "run_chunk", "write"], id="another worker takes upscaling"),
+    ],
+)
+def test_clip_of_one_chunk_takes_one_call_unless_workers_share_the_stages(workers, calls):
+    called, (steps,) = calls_of_clips(workers)
+    assert (called, [step.stage for step in steps]) == (calls, list(ALL))
+
+
+def test_chunks_run_in_calls_of_their_own(monkeypatch):
+    monkeypatch.setattr(route, "CHUNK_BYTES", 1)
+    called, (steps,) = calls_of_clips([ALL])
+    assert sorted(called) == ["add", "begin", "commit", "run", "run_chunk", "run_chunk"]
+    assert [step.stage for step in steps] == list(ALL)
+
+
+def test_equal_shots_are_computed_once_and_cost_once():
+    called, (first, second) = calls_of_clips([ALL], shots=2)
+    assert sorted(called) == ["run_clip", "write", "write"]
+    assert [[step.cached for step in steps] for steps in (first, second)] == [[False] * 3, [True] * 3]
+    assert [{step.price for step in steps} for steps in (first, second)] == [{0.5}, {None}]
+
+
+def test_write_that_times_out_during_a_pause_is_not_the_fault_of_its_encoder(monkeypatch):
+    """The storage responds again when the write has been given up."""
+
+    async def causes():
+        pause = StoragePause(lambda: None, 60, lambda reason: None)
+        pause.begin("no response")
+        return [await pause.is_cause(Kind.WRITE, "it hangs") for _ in range(2)]
+
+    monkeypatch.setattr(storage_pause, "PROBE_INTERVAL_S", 0)
+    assert asyncio.run(causes()) == [True, False]
