@@ -194,7 +194,9 @@ def check_stopped(world, history):
         causes = next((causes for text, causes in REASONS.items() if re.search(text, str(driver.error))), None)
         end = history.ended[driver.number]
         is_waiting = "no file could be written" in str(driver.error) and not driver.frozen
-        if history.can_hold[driver.number] if causes is None else not causes & faults:
+        # A stopped driver ends later, on other nodes.
+        could_hold = history.can_hold[driver.number] and not driver.frozen
+        if could_hold if causes is None else not causes & faults:
             yield f"run {driver.number} stopped without a cause: {driver.error}"
         if is_waiting and (known := history.known_commits(driver)) and known[-1] > end - world.wait_storage_s + PROBE_S:
             yield f"run {driver.number} stopped {end - known[-1]:.0f} s after it had written a shot: {driver.error}"
@@ -363,7 +365,7 @@ def check_idle(world, history):
 
     Not if it, its predecessor or several processes of its node were quarantined: it is on probation then.
     """
-    busy, calls = defaultdict(list), defaultdict(list)
+    busy, calls, intervals = defaultdict(list), defaultdict(list), history.busy()
     for event in world.history:
         process = event.fields.get("process")
         if event.kind in ("loaded", "gone") or (event.kind == "start" and OUTPUT not in event.fields["call"].stages):
@@ -382,7 +384,9 @@ def check_idle(world, history):
             continue
         for first, second in pairwise([*times, *([] if process.lost else [history.ended.get(driver.number, 0.0)])]):
             others = sum(first + 60 < at < second and names <= stages for at, names in calls[driver])
-            if second - first > IDLE_S and others > IDLE_CALLS:
+            # A call on a slow GPU may take that long.
+            runs = any(begin <= first and over >= second for begin, over in intervals[process])
+            if second - first > IDLE_S and others > IDLE_CALLS and not runs:
                 span = f"{first:.0f} to {second:.0f} s"
                 yield f"run {driver.number}: process {process.pid} was idle from {span}, with {others} calls on others"
 

@@ -428,6 +428,8 @@ class World:
         """Ids of shots that were finished before the first run, without their last frames."""
         self.down_until, self.outage = 0.0, "error"
         self.sick_encoder_node = None
+        self.could_hold = True
+        """The usable nodes could hold all models when a director last looked at them."""
         rng = self.rng
         chosen = [kind for kind in FAULTS if rng.random() < 0.25]
         self.kinds = [kind for kind in chosen if kind in faults]
@@ -445,6 +447,10 @@ class World:
         fleet = simulated_ray.Fleet(self, config, listener, more_slots)
         fleet.driver.fleets.append(fleet)
         return fleet
+
+    def live_cluster(self):
+        self.could_hold = self.can_hold()
+        return simulated_ray.live_cluster(self)
 
     def ray_nodes(self):
         return [{"NodeID": node.id, "Alive": not node.known_lost} for node in self.nodes]
@@ -546,7 +552,7 @@ class World:
                     lambda driver=driver: driver.task.done() or driver.killed or (driver.frozen and self._is_stopped(driver)),
                     started + MAX_RUN_S,
                 )
-                self.log("ended", number=number, error=driver.error, can_hold=self.can_hold())
+                self.log("ended", number=number, error=driver.error, can_hold=self.could_hold and self.can_hold())
                 if driver.completed:
                     break
                 self._interrupt("end of the run", driver)
@@ -999,7 +1005,7 @@ def patched(world):
         patch.setattr(actor_start, "process_of", lambda actor: actor.process)
         patch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": world.store_bytes})
         patch.setattr(engine, "Fleet", world.fleet)
-        patch.setattr(director_module, "live_cluster", lambda: simulated_ray.live_cluster(world))
+        patch.setattr(director_module, "live_cluster", world.live_cluster)
         patch.setattr(director_module, "RunMetrics", Listener)
         patch.setattr(director_module, "ids_that_failed_before", world.failed_before)
         # Polls take most of the time of a simulation.

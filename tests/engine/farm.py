@@ -109,7 +109,7 @@ class Farm:
     def render(self, order: int, position: int = 0, near: str | None = None) -> None:
         """Ask for a call of each stage, one after another. If inputs are lost, the shot starts again."""
         is_shared = position == 0
-        fields = {"keys": (f"photo {order % 2}",), "is_shared": True} if is_shared else {}
+        fields = {"keys": (f"photo {order % 2}",), "is_shared": True} if is_shared else {"adapters": (f"lora {order % 3}",)}
         call = self.ask(order, STAGES[position], near=near, is_checked=not is_shared, **fields)
 
         def follow() -> None:
@@ -172,90 +172,84 @@ class Farm:
         self.log.append((self.now, event, commands))
         check_invariants(self.core)
         for command in commands:
-            getattr(self, f"_do_{type(command).__name__}", lambda _: None)(command)
+            self._do(command)
 
     # What a test looks at
 
     def by(self, call: int) -> str | None:
         """Return the process whose result a call has got. `None` if it has failed."""
-        ended = self.ended[call]
-        return ended.process if isinstance(ended, m.Finish) else None
+        return getattr(self.ended[call], "process", None)
 
     def failure(self, call: int) -> Failure:
-        ended = self.ended[call]
-        assert isinstance(ended, m.Fail), ended
-        return ended.failure
+        return self.ended[call].failure
 
     def commands(self, kind: type) -> list[tuple[float, m.Command]]:
         return [(when, each) for when, _, commands in self.log for each in commands if isinstance(each, kind)]
 
     # Commands
 
-    def _do_Start(self, command: m.Start) -> None:
-        process, life = self.procs[command.process], command.life
+    def _do(self, command: m.Command) -> None:
+        match command:
+            case m.Start():
+                self._start(self.procs[command.process], command.life)
+            case m.Kill():
+                self.procs[command.process].kills += 1
+                self.crash(command.process)
+            case m.Release():
+                self.procs[command.process].life = None
+            case m.Send():
+                if command.repetition is None:
+                    self.sent[command.call.order].append(command.process)
+                process = self.procs[command.process]
+                # Otherwise it has ended, and the core will hear of it.
+                if process.life is not None:
+                    process.queue[command.number] = command
+                    self._begin(process)
+            case m.Cancel():
+                self._cancel(self.procs[command.process], command.number)
+            case m.Finish() | m.Fail():
+                self._end(command.call, command)
+            case m.CheckStorage():
+                down_s = self.storage_down_until - self.now
+                self.after(max(STEP_S, down_s), partial(self.tell, m.StorageChecked(command.call, down_s > 0)))
+            case m.WaitUntil():
+                self._wake = command.time
+            case m.Report():
+                self.quarantined.append(command.process.partition(" ")[0])
+            case m.Ended() if command.outcome:
+                self.checks[command.outcome] += 1
+
+    def _end(self, call: int, how: m.Finish | m.Fail) -> None:
+        assert call in self.open, (how, "after its end")
+        self.open.remove(call)
+        self.ended[call], self.ended_at[call] = how, self.now
+        if call in self.then:
+            # The run goes on until then.
+            self.open.add(-call)
+            self.after(0, lambda: (self.open.discard(-call), self.then[call]()))
+
+    # Processes
+
+    def _start(self, process: Proc, life: int) -> None:
         # A process that has only lost its weights is the same one.
         process.life, process.pid = life, process.pid or next(self._pids)
         process.queue.clear()
         process.running.clear()
         process.image, load = next(process.images, process.image), next(process.loads, "")
         failure = Failure(stage=LOADING, error=load, message="cannot load", attempts=1, worker=process.name)
+        placed = m.Placed(process.name, life, process.node, process.pid)
         ended = m.LoadFailed(process.name, life, failure) if load else m.Ready(process.name, life)
-        self.after(START_S, lambda: process.life == life and self.tell(m.Placed(process.name, life, process.node, process.pid)))
+        self.after(START_S, lambda: process.life == life and self.tell(placed))
         if load != "hang":
             self.after(START_S + process.load_s, lambda: process.life == life and self.tell(ended))
 
-    def _do_Kill(self, command: m.Kill) -> None:
-        self.procs[command.process].kills += 1
-        self.crash(command.process)
-
-    def _do_Release(self, command: m.Release) -> None:
-        self.procs[command.process].life = None
-
-    def _do_Send(self, command: m.Send) -> None:
-        process = self.procs[command.process]
-        if command.repetition is None:
-            self.sent[command.call.order].append(process.name)
-        # Otherwise it has ended, and the core will hear of it.
-        if process.life is not None:
-            process.queue[command.number] = command
-            self._begin(process)
-
-    def _do_Cancel(self, command: m.Cancel) -> None:
-        process, number = self.procs[command.process], command.number
+    def _cancel(self, process: Proc, number: int) -> None:
         if is_encoder(process.spec):
             process.queue.pop(number, None)
         elif number in process.queue:
             process.cancelled.add(number)
             if process.running.get(number, "hang") != "hang":
                 self.after(STEP_S, partial(self._end_call, process, process.queue[number], ""))
-
-    def _do_Finish(self, command: m.Finish | m.Fail) -> None:
-        call = command.call
-        assert call in self.open, (command, "after its end")
-        self.open.remove(call)
-        self.ended[call], self.ended_at[call] = command, self.now
-        if call in self.then:
-            # The run goes on until then.
-            self.open.add(-call)
-            self.after(0, lambda: (self.open.discard(-call), self.then[call]()))
-
-    _do_Fail = _do_Finish
-
-    def _do_CheckStorage(self, command: m.CheckStorage) -> None:
-        down_s = self.storage_down_until - self.now
-        self.after(max(STEP_S, down_s), partial(self.tell, m.StorageChecked(command.call, down_s > 0)))
-
-    def _do_WaitUntil(self, command: m.WaitUntil) -> None:
-        self._wake = command.time
-
-    def _do_Report(self, command: m.Report) -> None:
-        self.quarantined.append(command.process.partition(" ")[0])
-
-    def _do_Ended(self, command: m.Ended) -> None:
-        if command.outcome:
-            self.checks[command.outcome] += 1
-
-    # Processes
 
     def _begin(self, process: Proc) -> None:
         """Begin the calls for which there is a place."""

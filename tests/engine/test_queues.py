@@ -1,128 +1,90 @@
-"""Queues: assignment of waiting calls to processes."""
+"""Assignment of waiting calls to processes: order, prefetching, LoRAs, groups of stages, places, and calls that run alone."""
 
 import statistics
-from itertools import count
 
 import pytest
 
 from benchmarks.simulated_scheduling import LAYOUTS, NAMES, Simulation
-from vidgen_ray.engine.attempts import Request, Running
-from vidgen_ray.engine.messages import Call
-from vidgen_ray.engine.processes import MAX_PREFETCH_LOAD, State, Table, Where
-from vidgen_ray.engine.queues import MAX_LORA_SKIPS, Queues
+from tests.engine.farm import CALL_S, Farm, Proc
+from vidgen_ray.engine import messages as m
+from vidgen_ray.engine.processes import MAX_PREFETCH_LOAD
+from vidgen_ray.engine.queues import MAX_LORA_SKIPS
 from vidgen_ray.engine.route import CHUNK_LOAD
 from vidgen_ray.planner.layout import WorkerSpec
 
+BOTH = WorkerSpec(("flux", "svd"), 1, 1)
 
-class Rows:
-    """Queues with live processes that hold these stages, named by their positions."""
 
-    def __init__(self, *stages, nodes=(), swap_groups=(), adapters_kept=2):
-        self.table = Table(NAMES, adapters_kept)
-        self.queues = Queues(self.table)
-        self._numbers = count()
-        self.all = [self.add(held, swap_groups) for held in stages]
-        for row, node in zip(self.all, nodes, strict=False):
-            self.table.place(row, node, 1)
-        self.assign()
-
-    def add(self, stages, swap_groups=()):
-        row = self.table.add(str(len(self.table.rows)), WorkerSpec(stages, 1, 1, swap_groups))
-        self.table.enter(row, State.LIVE)
-        return row
-
-    def ask(self, stage, *orders, where=None, alone=False, **fields):
-        for order in orders:
-            call = Call(0, order, "", (stage,), **fields)
-            self.queues.add(Request(call, [call], where=where, runs_alone=alone))
-
-    def assign(self):
-        """Return row and order of each call that is assigned now."""
-        sent = []
-
-        def send(row, request):
-            number = next(self._numbers)
-            row.calls[number] = Running(number, request, row, request.call.load, request.call.stage)
-            sent.append((int(row.name), request.call.order))
-
-        self.queues.assign(send)
-        return sent
-
-    def finish(self, row):
-        """End the first call of a row."""
-        running = row.calls.pop(next(iter(row.calls)))
-        self.queues.ended(row, running.load)
-        return running.request.call.order
-
-    def drain(self, row):
-        while row.calls:
-            self.finish(row)
+def sent(farm):
+    """Return the orders of the shots whose calls were sent, in this order."""
+    return [send.call.order for _, send in farm.commands(m.Send)]
 
 
 def test_later_stages_go_first_then_older_shots():
-    rows = Rows(NAMES)
-    for stage, order in (("flux", 3), ("flux", 2), ("svd", 1), ("realesrgan", 0)):
-        rows.ask(stage, order)
-    done = []
-    while rows.assign() or rows.all[0].calls:
-        done.append(rows.finish(rows.all[0]))
-    assert done == [0, 1, 2, 3]
+    farm = Farm(Proc("a", spec=BOTH))
+    for stage, order in (("flux", 3), ("flux", 2), ("svd", 4), ("svd", 1)):
+        farm.ask(order, stage)
+    farm.run()
+    assert sent(farm) == [1, 4, 2, 3]
 
 
 def test_shots_are_prefetched_only_if_enough_is_queued_and_chunks_always():
-    rows = Rows(("svd",), ("svd",))
-    rows.ask("svd", 0, 1, 2)
-    assert [order for _, order in rows.assign()] == [0, 1]
-    rows.ask("svd", 3)
-    assert [order for _, order in rows.assign()] == [2]
-    assert sorted(row.load for row in rows.all) == [1, 2]
-    rows = Rows(("realesrgan",))
-    rows.ask("realesrgan", *range(20), load=CHUNK_LOAD)
-    assert len(rows.assign()) == MAX_PREFETCH_LOAD / CHUNK_LOAD
-
-
-# LoRAs, groups of stages and places
+    farm = Farm(Proc("a"), Proc("b"))
+    farm.run(until=5)
+    for order in range(3):
+        farm.ask(order)
+    assert sent(farm) == [0, 1]
+    farm.ask(3)
+    assert sent(farm) == [0, 1, 2]
+    farm = Farm(Proc("a"))
+    for order in range(20):
+        farm.ask(order, load=CHUNK_LOAD)
+    farm.run(until=5)
+    assert len(sent(farm)) == MAX_PREFETCH_LOAD / CHUNK_LOAD
 
 
 def test_shots_go_to_the_process_with_their_loras_until_it_crashes():
-    rows = Rows(("flux",), ("flux",))
-    first, second = rows.all
-    rows.ask("flux", 0, adapters=("a",))
-    rows.ask("flux", 1, adapters=("b",))
-    assert len(rows.assign()) == 2
-    for row in rows.all:
-        rows.drain(row)
-    of_a, of_b = (rows.all.index(next(row for row in rows.all if row.adapters == [lora])) for lora in "ab")
-    rows.ask("flux", 2, adapters=("b",))
-    rows.ask("flux", 3, adapters=("a",))
-    assert set(rows.assign()) == {(of_a, 3), (of_b, 2)}
-    rows.queues.reset(first)
-    assert (first.load, first.adapters, second.load) == (0, [], 1)
+    farm = Farm(Proc("a"), Proc("b"))
+    farm.run(until=5)
+    first, second = (farm.ask(order, adapters=(lora,)) for order, lora in enumerate("xy"))
+    farm.run()
+    with_x, with_y = farm.by(first), farm.by(second)
+    for order, lora in enumerate("yxyx", 2):
+        farm.ask(order, adapters=(lora,))
+    farm.run()
+    assert [farm.sent[order] for order in range(2, 6)] == [[with_y], [with_x], [with_y], [with_x]]
+    farm.crash(with_x)
+    farm.run(until=farm.now + 0.1)
+    assert {name: row.adapters for name, row in farm.core.table.rows.items()} == {with_x: [], with_y: ["y"]}
 
 
 def test_lora_preference_does_not_starve_a_shot():
-    rows = Rows(("flux",), adapters_kept=1)
-    (row,) = rows.all
-    rows.table.set_adapters(row, ["a"])
-    rows.ask("flux", -1, adapters=("a",))
-    rows.assign()
-    rows.drain(row)
-    rows.ask("flux", 0, adapters=("b",))
-    rows.ask("flux", *range(1, 2 * MAX_LORA_SKIPS), adapters=("a",))
-    done = []
-    while rows.assign() or row.calls:
-        done.append(rows.finish(row))
-    assert done[:MAX_LORA_SKIPS] == [*range(1, MAX_LORA_SKIPS + 1)]
-    assert done[MAX_LORA_SKIPS] == 0
+    farm = Farm(Proc("a"))
+    for order in range(2 * MAX_LORA_SKIPS):
+        farm.ask(order, adapters=("rare" if order == 1 else "usual",))
+    farm.run()
+    assert sent(farm).index(1) == MAX_LORA_SKIPS + 1
 
 
-def test_process_swaps_groups_before_others_run_out_of_work():
-    rows = Rows(("flux", "svd"), swap_groups=(("flux",), ("svd",)))
-    both, _ = rows.all[0], rows.add(("svd",))
-    both.group, both.turn = ("svd",), 1
-    rows.ask("svd", 0)
-    rows.ask("flux", 1)
-    assert set(rows.assign()) == {(0, 1), (1, 0)}
+def test_calls_go_to_active_loras_then_inputs_then_their_node_but_load_goes_first():
+    farm = Farm(*(Proc(name, node, BOTH) for name, node in zip("abcd", "xyyz", strict=True)))
+    farm.run(until=5)
+    farm.ask(0, adapters=("l",), near="a")
+    farm.run()
+    farm.ask(1, adapters=("l",), near="b")
+    for order in (2, 3, 4, 5):
+        farm.ask(order, "svd", near="b")
+    assert [farm.sent[order] for order in range(6)] == [["a"], ["a"], ["b"], ["c"], ["d"], []]
+
+
+def test_process_swaps_groups_before_others_run_out_of_calls():
+    swapping = WorkerSpec(("flux", "svd"), 1, 1, (("flux",), ("svd",)))
+    farm = Farm(Proc("a", spec=swapping), Proc("b", spec=WorkerSpec(("svd",), 1, 1), seconds=20))
+    farm.run(until=5)
+    for order, stage in enumerate(("svd", "svd", "svd", "flux")):
+        farm.ask(order, stage)
+    farm.run()
+    assert sent(farm) == [0, 1, 3, 2]
 
 
 def test_steps_are_fused_only_if_they_need_the_same_group_on_the_gpu():
@@ -132,71 +94,14 @@ def test_steps_are_fused_only_if_they_need_the_same_group_on_the_gpu():
     assert not worker.can_run("lora", "svd")
 
 
-def test_calls_go_to_active_loras_then_inputs_then_their_node_but_load_goes_first():
-    rows = Rows(*[("flux", "svd")] * 4, nodes="abbc")
-    rows.table.set_adapters(rows.all[0], ["x"])
-    rows.ask("flux", 0, adapters=("x",), near="1")
-    rows.ask("svd", 1, 2, near="1")
-    assert {order: row for row, order in rows.assign()} == {0: 0, 1: 1, 2: 2}
-    rows = Rows(("svd",), ("svd",))
-    rows.ask("svd", 0, 1, near="0")
-    assert rows.assign() == [(0, 0), (1, 1)]
-
-
-# Probation, retries and calls that must run alone
-
-
-def test_process_on_probation_gets_one_call_at_a_time_and_is_chosen_last():
-    rows = Rows(("svd",), ("svd",))
-    probed, healthy = rows.all
-    rows.table.enter(probed, State.PROBATION)
-    rows.assign()
-    rows.ask("svd", 0)
-    assert rows.assign() == [(1, 0)]
-    rows.ask("svd", 1)
-    assert rows.assign() == [(0, 1)], "no healthy process can start it now"
-    rows.ask("svd", 2, 3, 4, 5)
-    assert rows.assign() == [(1, 2)]
-    rows.finish(probed)
-    assert rows.assign() == [(0, 3)]
-    rows.table.enter(probed, State.LIVE)
-    assert rows.assign() == [(0, 4)]
-    assert healthy.load == MAX_PREFETCH_LOAD
-
-
-def test_failed_call_waits_for_another_process_and_is_not_sent_back_for_its_loras():
-    rows = Rows(*[("flux",)] * 3)
-    sick, healthy, down = rows.all
-    rows.table.set_adapters(sick, ["x"])
-    rows.table.enter(down, State.STARTING)
-    rows.ask("flux", 0, 1)
-    rows.assign()
-    rows.finish(sick)
-    rows.ask("flux", 0, where=Where(frozenset([sick.name])), adapters=("x",))
-    assert rows.assign() == [], "the healthy process is busy, and too little waits to prefetch"
-    rows.ask("flux", 9)
-    assert rows.assign() == [(0, 9)]
-    rows.finish(healthy)
-    assert rows.assign() == [(1, 0)]
-
-
-def test_call_that_must_run_alone_gets_the_first_process_that_is_idle():
-    """The others take nothing meanwhile, so it does not wait for long."""
-    rows = Rows(*[("svd",)] * 3)
-    rows.ask("svd", *range(100, 112))
-    rows.assign()
-    assert [row.load for row in rows.all] == [MAX_PREFETCH_LOAD] * 3
-    rows.ask("svd", 0, alone=True)
-    for row in (rows.all[0], rows.all[1], rows.all[2]):
-        rows.finish(row)
-        assert rows.assign() == []
-    rows.finish(rows.all[1])
-    assert rows.assign()[0] == (1, 0)
-    assert [row.load for row in rows.all] == [MAX_PREFETCH_LOAD, 1, MAX_PREFETCH_LOAD]
-    rows.ask("svd", 1)
-    assert rows.assign() == []
-    rows.finish(rows.all[1])
-    assert rows.assign()[0] == (1, 1)
+def test_call_that_must_run_alone_does_not_wait_for_long_while_others_come():
+    """Processes of its stage take no other calls until one is idle."""
+    farm = Farm(*(Proc(name) for name in "abc"), flaws={0: "crash"})
+    calls = [farm.ask(order) for order in range(100)]
+    farm.run()
+    (suspects,) = (event.suspects for _, event, _ in farm.log if isinstance(event, m.Died) and len(event.suspects) > 1)
+    orders = {send.number: send.call.order for _, send in farm.commands(m.Send)}
+    assert all(farm.ended_at[calls[orders[number]]] < 12 * CALL_S for number in suspects)
 
 
 REFERENCE = {
