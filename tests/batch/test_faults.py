@@ -24,6 +24,7 @@ from vidgen_ray.engine import fleet
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.processes import CoreLimits
 from vidgen_ray.engine.ray_cluster import expect_gpus
+from vidgen_ray.engine.recording import replay
 from vidgen_ray.errors import ScriptError, SetupError, UsageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
@@ -122,7 +123,8 @@ def test_failing_lines_do_not_affect_other_lines_and_transient_failures_are_retr
         return 3.0 if shot.prompt.startswith("hang") else timeout_s(config, shot, *stages)
 
     monkeypatch.setattr(EngineConfig, "timeout_s", short_if_it_hangs)
-    report, rows = render_lines(tmp_path, profile, lines)
+    monkeypatch.setenv("VIDGEN_CHECK_ENGINE", "1")
+    report, rows = render_lines(tmp_path, profile, lines, record=tmp_path / "events.jsonl")
     assert (report.done, report.failed) == (17, 3), {row.id: row.failure_message for row in rows.values()}
     for name, (_, error, attempts) in failing.items():
         row = rows[name]
@@ -133,6 +135,7 @@ def test_failing_lines_do_not_affect_other_lines_and_transient_failures_are_retr
     failed = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
     assert {line["id"]: line["failure"]["error"] for line in failed} == {name: error for name, (_, error, _) in failing.items()}
     check_trace(tmp_path, rows)
+    assert replay(tmp_path / "events.jsonl") == []
 
 
 def check_trace(tmp_path, rows):
@@ -147,7 +150,8 @@ def check_trace(tmp_path, rows):
             failures[each["shot"]] += 1
     done = records(tmp_path)
     recorded = {(name, step["stage"]): step["seconds"] for name, record in done.items() for step in record["stages"]}
-    steps = {key: seconds[key] for key in seconds if key[1] not in ("loading", "output")}
+    steps = {key: seconds[key] for key in seconds if key[1] not in ("loading", "output", "canary")}
+    assert steps.keys() == recorded.keys()
     assert steps == pytest.approx(recorded, abs=2e-3)
     assert {shot for shot, stage in seconds if stage in ("loading", "output")} == {"", *done}
     # The worker of `oom-once` has freed memory.

@@ -1,11 +1,11 @@
-"""Assignment of waiting calls to processes: order, prefetching, LoRAs, groups of stages, places, and calls that run alone."""
+"""Assignment of waiting calls to processes: order, prefetching, LoRAs, groups of stages and places."""
 
 import statistics
 
 import pytest
 
 from benchmarks.simulated_scheduling import LAYOUTS, NAMES, Simulation
-from tests.engine.farm import CALL_S, Farm, Proc
+from tests.engine.farm import Farm, Proc
 from vidgen_ray.engine import messages as m
 from vidgen_ray.engine.processes import MAX_PREFETCH_LOAD
 from vidgen_ray.engine.queues import MAX_LORA_SKIPS
@@ -92,16 +92,6 @@ def test_steps_are_fused_only_if_they_need_the_same_group_on_the_gpu():
     assert worker.can_run("flux", "lora", "image_likeness")
     assert not worker.can_run("instantid", "flux"), "instantid may start while the group of svd is on the GPU"
     assert not worker.can_run("lora", "svd")
-
-
-def test_call_that_must_run_alone_does_not_wait_for_long_while_others_come():
-    """Processes of its stage take no other calls until one is idle."""
-    farm = Farm(*(Proc(name) for name in "abc"), flaws={0: "crash"})
-    calls = [farm.ask(order) for order in range(100)]
-    farm.run()
-    (suspects,) = (event.suspects for _, event, _ in farm.log if isinstance(event, m.Died) and len(event.suspects) > 1)
-    orders = {send.number: send.call.order for _, send in farm.commands(m.Send)}
-    assert all(farm.ended_at[calls[orders[number]]] < 12 * CALL_S for number in suspects)
 
 
 REFERENCE = {

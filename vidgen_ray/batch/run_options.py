@@ -72,6 +72,8 @@ class RenderOptions:
         for option, value in (("name", self.name), ("team", self.team)):
             if value is not None and not LABEL.fullmatch(value):
                 raise UsageError(f"--{option}: got {value!r}, must be at most 63 letters, digits, and after the first . _ -")
+        if self.record is not None and (self.record.is_dir() or not self.record.parent.is_dir()):
+            raise UsageError(f"--record: got {self.record}, must be a file in an existing folder")
 
 
 class RecordedOptions(FrozenModel):
