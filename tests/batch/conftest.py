@@ -64,7 +64,7 @@ class InProcessEngine(Engine):
 
 def change_limits(monkeypatch, **limits):
     """Let the engines of later runs have these limits, and start processes that have failed again soon."""
-    limited = partial(EngineConfig, limits=CoreLimits(**{"back_off_s": 0.1, **limits}))
+    limited = partial(EngineConfig, limits=CoreLimits(**{"restart_s": 0.1, **limits}))
     monkeypatch.setattr(director, "EngineConfig", limited)
 
 

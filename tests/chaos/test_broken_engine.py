@@ -128,13 +128,6 @@ def use_one(self, event, ready=Core._on_Ready):
         ready(self, event)
 
 
-def without_probation(self, event, ready=Core._on_Ready):
-    ready(self, event)
-    process = self.table.rows.get(event.process)
-    if process is not None and process.state is State.PROBATION:
-        self.table.enter(process, State.LIVE)
-
-
 def outside_of_blame(process, quarantines=Process.quarantines):
     return 0 if sys._getframe(1).f_code.co_name == "_blame" else quarantines.__get__(process)
 
@@ -212,9 +205,7 @@ def copy_only(self, running):
 
 OFF = {
     "quarantine": limits(failures=10**9),
-    "back-off before a restart": limits(back_off_s=0.0),
-    "probation: one call at a time": (Core, "_on_Ready", without_probation),
-    "probation: one failure is enough": (Process, "quarantines", property(outside_of_blame, set_quarantines)),
+    "after a quarantine one failure is enough": (Process, "quarantines", property(outside_of_blame, set_quarantines)),
     "giving up": limits(max_quarantines=10**9),
     "pings": (shell, "ping", always(Ping.UP)),
     "deadline of cancelled calls": limits(cancel_s=1e9),

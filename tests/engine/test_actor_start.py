@@ -211,7 +211,7 @@ def test_load_that_hangs_ends_its_process(cluster, tiny, tmp_path, monkeypatch, 
             assert "hangs while it loads its weights: it has neither read nor computed for 1 s" in reasons[0]
         assert row_of(shell).failed_loads == 0
 
-    run(tiny, actor, scenario, load_silence_s=1.0, back_off_s=0.1)
+    run(tiny, actor, scenario, load_silence_s=1.0, restart_s=0.1)
 
 
 def test_start_fails_if_the_process_crashes_or_can_never_start(cluster):
@@ -252,7 +252,7 @@ def test_process_that_crashes_while_it_loads_is_given_up(cluster, tiny):
         assert (failed.failure.stage, failed.failure.error) == ("loading", "WorkerDied")
         assert len(record.of(LoadFailed)) == 2
 
-    run(tiny, Crashing.remote(), scenario, load_attempts=2, back_off_s=0.1)
+    run(tiny, Crashing.remote(), scenario, load_attempts=2, restart_s=0.1)
 
 
 def test_crash_with_one_call_fails_it_and_with_several_each_runs_alone(cluster, tiny, tmp_path):

@@ -11,7 +11,7 @@ from vidgen_ray.engine import messages as m
 from vidgen_ray.engine.attempts import RECENT_CALLS, Durations
 from vidgen_ray.engine.canary import MAX_DIFFERENCE
 from vidgen_ray.engine.messages import OUTPUT, Call, Result, StepTime
-from vidgen_ray.engine.processes import CoreLimits, State
+from vidgen_ray.engine.processes import CoreLimits
 from vidgen_ray.engine.supervision import NODE_LOST
 from vidgen_ray.engine.worker import difference
 from vidgen_ray.planner.layout import WorkerSpec
@@ -111,14 +111,14 @@ def test_attempt_that_the_shot_has_not_caused_does_not_count(kind):
 
 
 def test_crash_with_several_calls_runs_each_alone_and_fails_only_its_cause():
-    """Processes of the stage take no other calls until one is idle, so that they do not wait for long."""
-    farm = Farm(*(Proc(name) for name in "abc"), flaws={3: "crash"}, attempts=1)
+    """They do not wait for long: other processes take no more calls until one is idle. Those that crash start slowly."""
+    farm = Farm(*(Proc(name, loads=iter(["", "hang"])) for name in "abc"), flaws={3: "crash"}, attempts=1)
     assert [order for order, by in enumerate(render(farm, range(60))) if by is None] == [3]
     assert farm.failure(4).error == "WorkerDied"
     (suspects,) = (event.suspects for _, event, _ in farm.log if isinstance(event, m.Died) and len(event.suspects) > 1)
     calls = [send.call.id for _, send in farm.commands(m.Send) if send.number in suspects]
-    assert all(farm.ended_at[call] < 8 * CALL_S for call in calls)
-    assert farm.quarantined == []
+    assert max(when for when, send in farm.commands(m.Send) if send.call.id in calls) < 6 * CALL_S
+    assert not any("different shots" in report.reason for _, report in farm.commands(m.Report))
 
 
 # Quarantine
@@ -152,26 +152,15 @@ def test_finished_call_of_another_shot_counts_failures_against_their_shots():
     assert farm.quarantined == []
 
 
-def test_failure_on_probation_quarantines_again_after_a_doubled_back_off_until_the_process_is_given_up():
+def test_one_failure_after_a_quarantine_is_enough_until_the_process_is_given_up():
     farm = Farm(Proc("a", fault="error"), Proc("b", seconds=1))
     assert set(render(farm, range(400))) == {"b"}
     assert farm.quarantined == ["a"] * LIMITS.max_quarantines
-    assert sum(names.count("a") for names in farm.sent.values()) <= LIMITS.failures + LIMITS.max_quarantines
+    # The call behind the one that fails was sent, too.
+    assert sum(names.count("a") for names in farm.sent.values()) <= LIMITS.failures + 2 * LIMITS.max_quarantines
     kills, starts = ([when for when, each in farm.commands(kind) if each.process == "a"] for kind in (m.Kill, m.Start))
-    assert [start - kill for kill, start in zip(kills, starts[1:], strict=False)] == [LIMITS.back_off_s, 2 * LIMITS.back_off_s]
+    assert [start - kill for kill, start in zip(kills, starts[1:], strict=False)] == [LIMITS.restart_s] * 2
     assert (list(farm.core.table.rows), list(farm.core.given_up)) == (["b"], ["a"])
-
-
-def test_process_on_probation_gets_one_call_at_a_time_until_one_succeeds():
-    farm = Farm(Proc("a", fault=outcomes(*["error"] * 3)), Proc("b"))
-    for order in range(60):
-        farm.ask(order, load=0.25)
-    row = farm.core.table.rows["a"]
-    while row.state is not State.PROBATION:
-        farm.run(until=farm.now + 0.5)
-    assert len(row.calls) == 1
-    farm.run()
-    assert (row.state, farm.quarantined) == (State.LIVE, ["a"])
 
 
 @pytest.mark.parametrize("circuit_breaker", [True, False])

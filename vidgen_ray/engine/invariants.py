@@ -22,7 +22,7 @@ def check_invariants(core: Core) -> None:
         assert row.state is not State.QUARANTINED or row.deadline < math.inf, name
         assert row.deadline == math.inf or row.timer <= row.deadline, (name, row.timer, row.deadline)
         assert not row.runs_alone or len(row.calls) == 1, name
-        shelf = (row.state is State.PROBATION, row.load) if row.is_live else None
+        shelf = row.load if row.is_live else None
         assert row.shelf == shelf, (name, row.shelf, shelf)
         assert shelf is None or row in row.pool.shelves[shelf], (name, shelf)
         for number, running in row.calls.items():

@@ -33,9 +33,8 @@ class CoreLimits:
     """Failures on one process after which a shot has failed, although its processes were found sick: it may be the cause."""
     failures: int = 3
     """Failures in a row, on different shots, before a process is quarantined."""
-    back_off_s: float = 1.0
-    """Time before the first restart of a quarantined process. Doubled with each further quarantine or failed load in a row."""
-    max_back_off_s: float = 300.0
+    restart_s: float = 1.0
+    """Time before the restart of a quarantined process: the memory of the last one may not be free yet."""
     max_quarantines: int = 3
     """Quarantines in a row after which a process is given up. If it was the last one with its stages, the engine stops, unless
     its circuit breaker decides: then the process stays in use."""
@@ -78,18 +77,11 @@ class State(Enum):
     STARTING = "starting"
     """Starts, or loads its weights."""
     LIVE = "live"
-    PROBATION = "probation"
-    """Live, and was quarantined: one call at a time, and only if no other process can start it now, until a call succeeds."""
     QUARANTINED = "quarantined"
     """Down until its deadline."""
     LEAVING = "leaving"
     """Not needed any more. It ends its calls."""
     GONE = "gone"
-
-
-Shelf = tuple[bool, float]
-"""Whether processes are on probation, and their load."""
-IDLE, PROBATION_IDLE = (False, 0.0), (True, 0.0)
 
 
 @dataclass(eq=False, slots=True, repr=False)
@@ -138,11 +130,12 @@ class Process:
     """Calls until its next canary check is due."""
     is_found_sick: bool = False
     """The last check that it took part in has found it sick."""
-    shelf: Shelf | None = None
+    shelf: float | None = None
+    """Its load, as it is in the index of live rows. `None` if it is not live."""
 
     @property
     def is_live(self) -> bool:
-        return self.state is State.LIVE or self.state is State.PROBATION
+        return self.state is State.LIVE
 
     @property
     def running(self) -> list[Running]:
@@ -171,8 +164,8 @@ class Pool:
     live: int = 0
     rows_on: Counter[str | None] = field(default_factory=Counter)
     """Node -> number of rows."""
-    shelves: dict[Shelf, dict[Process, None]] = field(default_factory=dict)
-    """Live rows, by what decides which of them gets the next call."""
+    shelves: dict[float, dict[Process, None]] = field(default_factory=dict)
+    """Load -> live rows."""
     with_adapter: dict[str, dict[Process, None]] = field(default_factory=dict)
 
 
@@ -244,7 +237,7 @@ class Table:
 
     def file(self, process: Process) -> None:
         """Update the indexes after a change of the state or the load."""
-        shelf = (process.state is State.PROBATION, process.load) if process.is_live else None
+        shelf = process.load if process.is_live else None
         before, pool = process.shelf, process.pool
         if shelf is not None:
             self.touched[process] = None
@@ -301,12 +294,12 @@ class Table:
         return max((pool.spec.gpu_gb for pool in self.holders[stage] if pool.rows), default=0.0)
 
     def shelves(self, stage: str, most: float) -> Iterator[tuple[float, Pool, dict[Process, None]]]:
-        """Yield the shelves of live rows that are not on probation and have at most this load, the least loaded first."""
+        """Yield live rows of one load, at most this one, the least loaded first."""
         found = [
-            (shelf[1], number, pool, rows)
+            (load, number, pool, rows)
             for number, pool in enumerate(self.holders[stage])
-            for shelf, rows in pool.shelves.items()
-            if not shelf[0] and shelf[1] <= most
+            for load, rows in pool.shelves.items()
+            if load <= most
         ]
         for load, _, pool, rows in sorted(found, key=lambda each: each[:2]):
             yield load, pool, rows

@@ -12,12 +12,9 @@ from itertools import chain, islice
 
 from vidgen_ray.engine.attempts import Request
 from vidgen_ray.engine.processes import (
-    IDLE,
     MAX_PREFETCH_LOAD,
     MAX_RUNNING_LOAD,
-    PROBATION_IDLE,
     Process,
-    State,
     Table,
 )
 from vidgen_ray.planner.layout import EPSILON, SHOTS_PER_SWAP
@@ -125,7 +122,7 @@ class Queues:
             touched, table.touched = list(table.touched), {}
             added, self.added = list(self.added), {}
             if len(touched) > 1:
-                touched.sort(key=_rank)
+                touched.sort(key=lambda process: process.load)
             if len(added) > 1:
                 added.sort(key=self._urgency)
             for process in touched:
@@ -135,7 +132,7 @@ class Queues:
                     self._place(request, send)
             # Only now: what is prefetched could not start anywhere.
             for process in touched:
-                if not process.spec.server and process.state is not State.PROBATION:
+                if not process.spec.server:
                     self._fill(process, MAX_PREFETCH_LOAD, send)
             for request in added:
                 if request.entry is not None and not request.runs_alone:
@@ -151,8 +148,6 @@ class Queues:
                 # Nothing else is assigned until one process of the stage is idle.
                 if not process.load:
                     self._send(process, alone, send)
-                return
-            if process.state is State.PROBATION and process.calls:
                 return
             if (request := self._choice(process, most)) is None:
                 return
@@ -225,10 +220,7 @@ class Queues:
 
     def _place(self, request: Request, send: Send) -> None:
         """Find the best row for a call that waits since now."""
-        if request.runs_alone:
-            process = self._first_of(request, IDLE) or self._first_of(request, PROBATION_IDLE)
-        else:
-            process = self._best(request, MAX_RUNNING_LOAD) or self._first_of(request, PROBATION_IDLE)
+        process = self.idle_for(request) if request.runs_alone else self._best(request, MAX_RUNNING_LOAD)
         if process is not None:
             self._send(process, request, send)
 
@@ -274,20 +266,17 @@ class Queues:
 
     def _is_open(self, process: Process, request: Request, high: float) -> bool:
         shelf, stage = process.shelf, request.call.stage
-        if shelf is None or shelf[0] or process.runs_alone or shelf[1] > high or stage not in process.spec.stages:
+        if shelf is None or process.runs_alone or shelf > high or stage not in process.spec.stages:
             return False
         if process.load and process.spec.swap_groups and stage not in process.group:
             return False
         return self.may_run(process, request) and self._alone_for(process) is None
 
-    def _first_of(self, request: Request, shelf: tuple[bool, float]) -> Process | None:
-        rows = chain.from_iterable(pool.shelves.get(shelf, ()) for pool in self._table.holders[request.call.stage])
+    def idle_for(self, request: Request) -> Process | None:
+        """Return a row that has nothing to do, and may run a call."""
+        rows = chain.from_iterable(pool.shelves.get(0.0, ()) for pool in self._table.holders[request.call.stage])
         usable = (each for each in rows if self.may_run(each, request))
         return next((each for each in usable if request.runs_alone or self._alone_for(each) is None), None)
-
-    def idle_for(self, request: Request) -> Process | None:
-        """Return a row that has nothing to do, is not on probation, and may run a call."""
-        return self._first_of(request, IDLE)
 
     # Rows
 
@@ -323,7 +312,3 @@ class Queues:
         process.load, process.runs_alone, process.group, process.turn = 0.0, False, (), 0
         self._table.set_adapters(process, [])
         self._table.file(process)
-
-
-def _rank(process: Process) -> tuple[bool, float]:
-    return process.state is State.PROBATION, process.load

@@ -110,7 +110,7 @@ class Supervision(ABC):
         if (process := self._row(event.process, event.life)) is not None and process.state is State.STARTING:
             process.failed_loads, process.was_ready = 0, True
             process.calls_to_check = 1 if process.is_found_sick else self.limits.first_checked_call
-            self._enter(process, State.PROBATION if process.quarantines else State.LIVE)
+            self._enter(process, State.LIVE)
             self._verdicts_changed = True
 
     def _on_LoadFailed(self, event: m.LoadFailed) -> None:
@@ -156,7 +156,7 @@ class Supervision(ABC):
             self._give_up(process, failure)
             return
         self._out += (m.Report(process.location, f"cannot load its weights: {failure.message}"), m.Kill(process.name))
-        self._enter(process, State.QUARANTINED, self.limits.back_off_s * 2 ** (process.failed_loads - 1))
+        self._enter(process, State.QUARANTINED, self.limits.restart_s)
 
     def _replace(self, process: Process, ended: Mapping[Running, tuple[Kind, str, str]], *, kill: bool) -> None:
         """Start a new process in a row. `ended`: how its calls have failed; the others are not the cause.
@@ -195,7 +195,7 @@ class Supervision(ABC):
     def _blame(self, failed: FailedAttempt, request: Request) -> None:
         """Count a failure against its process, and quarantine it if it fails for different shots in a row.
 
-        On probation, a single failure is enough, and one of the node always is.
+        After a quarantine, until it has finished a call, a single failure is enough, and one of the node always is.
         """
         process = self.table.rows.get(failed.process)
         if process is None or process.state is State.QUARANTINED or failed.at <= process.lost_at:
@@ -218,8 +218,6 @@ class Supervision(ABC):
                 each.verdict = Verdict.WELL
                 del process.failures[each]
             self._verdicts_changed = True
-        if process.state is State.PROBATION:
-            self.table.enter(process, State.LIVE, process.deadline)
 
     def _forgive(self, process: Process, verdict: Verdict = Verdict.SICK) -> None:
         """The process is gone: its failures do not count against their shots."""
@@ -230,7 +228,7 @@ class Supervision(ABC):
         self._verdicts_changed = True
 
     def _quarantine(self, process: Process, reason: str) -> None:
-        """Restart a process after a back-off, or give it up."""
+        """Restart a process, or give it up."""
         if process.state in (State.QUARANTINED, State.GONE):
             return
         process.quarantines += 1
@@ -244,8 +242,7 @@ class Supervision(ABC):
             return
         calls = self._take_calls(process)
         self._out.append(m.Kill(process.name))
-        delay_s = self.limits.back_off_s * 2 ** (process.quarantines - 1)
-        self._enter(process, State.QUARANTINED, min(delay_s, self.limits.max_back_off_s))
+        self._enter(process, State.QUARANTINED, self.limits.restart_s)
         for running, request in calls:
             self._attempt_failed(running, request, Kind.NOT_RUN, _RESTARTED)
 
