@@ -259,7 +259,6 @@ class Shell:
 
     def _do_Start(self, command: m.Start) -> None:
         handle = self._handles[command.process]
-        handle.life = command.life
         if handle.task is not None:
             handle.task.cancel()
         handle.task = asyncio.ensure_future(self._live(handle, command.life))
