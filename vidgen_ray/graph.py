@@ -188,10 +188,11 @@ class RelativeCost(NamedTuple):
 
 def relative_costs(shot: Shot, stages: Iterable[str] | None = None) -> dict[str, RelativeCost]:
     """Return stage name -> duration of the shot relative to the reference shot. `stages`: some of its stages. Default: all."""
-    return {
-        stage.name: RelativeCost(stage.relative_cost(shot), stage.relative_fixed_cost(shot)).times(growth_before(stage, shot))
-        for stage in (stages_of(shot) if stages is None else [STAGE_BY_NAME[name] for name in stages])
-    }
+    costs = {}
+    for stage in stages_of(shot) if stages is None else [STAGE_BY_NAME[name] for name in stages]:
+        parts = stage.relative_work(shot) or (stage.relative_cost(shot), stage.relative_fixed_cost(shot))
+        costs[stage.name] = RelativeCost(*parts).times(growth_before(stage, shot))
+    return costs
 
 
 def growth_before(stage: type[Stage[Any]], shot: Shot) -> float:

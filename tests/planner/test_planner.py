@@ -33,7 +33,7 @@ from vidgen_ray.planner import (
 )
 from vidgen_ray.planner.cluster import H100
 from vidgen_ray.planner.demand import ENCODE_SECONDS, ENCODING
-from vidgen_ray.planner.layout import CONTEXT_GB, GPU_PROCESS_HOST_GB, PROCESS_HOST_GB, Slot, WorkerSpec
+from vidgen_ray.planner.layout import CONTEXT_GB, GPU_PROCESS_HOST_GB, GROUP_GB, PROCESS_HOST_GB, Slot, WorkerSpec
 from vidgen_ray.planner.solver import more_slots
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
@@ -114,6 +114,10 @@ def test_fewer_clips_than_gpus_have_several_gpus_each():
         steps = (one_each.stage_seconds["wan"] - fixed) / 1.6 ** math.log2(gpus)
         assert planned.stage_seconds["wan"] == pytest.approx(fixed + steps)
         assert planned.efficiency <= 1
+        # The first GPU of a group has the context of a second process, and all have communicators.
+        more_gb = CONTEXT_GB + GROUP_GB if gpus > 1 else 0
+        memory_gb, alone_gb = (max(slot.memory_gb for slot in each.layout.slots) for each in (planned, one_each))
+        assert memory_gb == pytest.approx(alone_gb + more_gb)
     # A server with fewer clips at once than GPUs.
     for shots_at_once, gpus in ((1, 8), (3, 2), (8, 1)):
         planned = plan(profile, demand_of([WAN_CLIP] * 100), cluster, shots_at_once=shots_at_once)

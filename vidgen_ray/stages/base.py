@@ -393,16 +393,23 @@ class Stage(ABC, Generic[P]):
 
         Override it in stages without `work`.
         """
-        own, reference = cls._default_work(shot), reference_work(cls)
-        return own.steps.operations / reference.steps.operations if own and reference else 1.0
+        relative = cls.relative_work(shot)
+        return 1.0 if relative is None else relative[0]
 
     @classmethod
     def relative_fixed_cost(cls, shot: Shot) -> float:
         """Return the duration of the part that does not depend on the number of steps, relative to the reference shot."""
+        relative = cls.relative_work(shot)
+        return cls.relative_cost(shot) if relative is None else relative[1]
+
+    @classmethod
+    def relative_work(cls, shot: Shot) -> tuple[float, float] | None:
+        """Return both costs by the work of the shot. `None` if it is unknown."""
         own, reference = cls._default_work(shot), reference_work(cls)
-        if own and reference and reference.fixed.operations:
-            return own.fixed.operations / reference.fixed.operations
-        return cls.relative_cost(shot)
+        if own is None or reference is None:
+            return None
+        steps = own.steps.operations / reference.steps.operations
+        return steps, own.fixed.operations / reference.fixed.operations if reference.fixed.operations else steps
 
     @classmethod
     def fixed_share(cls) -> float:

@@ -71,7 +71,7 @@ class Workload(NamedTuple):
         return Workload(*map(add, self, other))
 
     def times(self, factor: float) -> Workload:
-        return Workload(*(value * factor for value in self))
+        return Workload(*[value * factor for value in self])
 
     @property
     def in_float32(self) -> Workload:
