@@ -397,9 +397,7 @@ class Core(Supervision):
                     running.deadline = self.now + limits.cancel_s
                 elif not is_encoder(spec):
                     running.deadline = self.now + self.durations.timeout_s(running.request.call, limits)
-                    # A job of a server is not repeated.
-                    if not spec.server:
-                        running.check = self.now + limits.min_slow_s
+                    running.check = self.now + limits.min_slow_s
         process.deadline = min(min(each.deadline, each.check) for each in process.calls.values())
         self._wake_at(process, process.deadline)
 
