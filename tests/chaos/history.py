@@ -48,7 +48,7 @@ LEFT_S = 200.0
 """Seconds in which the unfinished files of a shot are deleted that has ended or is written elsewhere."""
 WRONG_CALLS = 22
 """Most calls of a GPU with wrong pixels, while two sound ones of its kind work."""
-SICK_CALLS = 25
+SICK_CALLS = 22
 """Most calls that a GPU fails, while a sound one works."""
 MAX_GAP_S = 2.0
 """Longest time between two calls of a worker that has work: messages and inputs are on their way."""

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.fake_actors import FakeActor, run_in_simulated_time
 from vidgen_ray.content_keys import ShotPlan, Step
+from vidgen_ray.engine import messages as m
 from vidgen_ray.engine import route, storage_pause
 from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.config import EngineConfig
@@ -27,8 +28,11 @@ FRAMES = 8
 CHUNK_FRAMES = 4
 
 
-def calls_of_clips(workers, shots=1):
-    """Return the methods that are called to render clips on workers with these stages, and the steps of their records."""
+def calls_of_clips(workers, shots=1, ends=None):
+    """Return the methods that are called to render clips on workers with these stages, and the steps of their records.
+
+    `ends` gets the stage and the outcome of each attempt. With it, the first worker is taken for lost during its call.
+    """
     steps = tuple(Step(stage=stage, key=stage, weights=()) for stage in ALL)
     plans = [
         ShotPlan(shot=Shot(id=f"s{n}", prompt="a ball", seed=1, num_frames=FRAMES, scale=2), steps=steps, key=f"shot {n}")
@@ -54,6 +58,9 @@ def calls_of_clips(workers, shots=1):
 
     async def render():
         observer, storage = Mock(), StoragePause(lambda: None, 0.0, Mock())
+        if ends is not None:
+            observer.attempt_ended = lambda attempt: ends.append((attempt.stage, attempt.outcome))
+            asyncio.get_running_loop().call_later(0.5, lambda: shell.tell(died(shell.core.table.rows["worker-0"])))
         shell = Shell(config, layout, observer, storage)
         for number, slot in enumerate(slots):
             shell.add(f"worker-{number}", slot.workers[0], FakeActor(f"worker-{number}", lambda *_: 1.0, respond))
@@ -92,6 +99,20 @@ def test_equal_shots_are_computed_once_and_cost_once():
     assert sorted(called) == ["run_clip", "write", "write"]
     assert [[step.cached for step in steps] for steps in (first, second)] == [[False] * 3, [True] * 3]
     assert [{step.price for step in steps} for steps in (first, second)] == [{0.5}, {None}]
+
+
+def died(row):
+    return m.Died(row.name, row.life, tuple(row.calls), "no connection")
+
+
+def test_result_that_comes_after_its_process_was_taken_for_lost_counts_and_is_logged():
+    ends = []
+    called, (steps,) = calls_of_clips([ALL], ends=ends)
+    assert [step.stage for step in steps] == list(ALL)
+    assert called.count("write") == 1
+    assert [end for end in ends if end[0] != "loading"] == [
+        ("flux", "error"), *((stage, "done") for stage in ALL), ("output", "done")
+    ]  # fmt: skip
 
 
 def test_write_that_times_out_during_a_pause_is_not_the_fault_of_its_encoder(monkeypatch):

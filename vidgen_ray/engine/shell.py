@@ -403,7 +403,10 @@ class Shell:
         steps = tuple(StepTime(step.stage, step.key, None if step.cached else step.seconds) for step in result.records)
         made = Made(result, outputs, handle.name, record, what)
         told = Result(steps if call.keys else (), result.device, _is_usual(result), tuple(result.differences), made)
+        # An attempt that was taken for lost has ended before, and ends again if its result counts.
+        self._invocations[invocation.number] = invocation
         self.tell(m.Returned(handle.name, invocation.life, invocation.number, told))
+        self._invocations.pop(invocation.number, None)
 
     def call_raised(self, invocation: _Invocation, error: BaseException) -> None:
         """Tell the core that Ray has raised an error instead of a result."""
