@@ -281,7 +281,7 @@ def test_cluster_yaml_contains_no_secrets_or_account_ids():
 
 def test_docs_use_existing_options_of_jobs_and_the_grace_period():
     page = (ROOT / "docs" / "cluster.md").read_text()
-    render = typer.main.get_command(app).commands["render"]
+    render = typer.main.get_command(app).get_command(None, "render")
     accepted = {option for parameter in render.params for option in parameter.opts}
     jobs = re.findall(r"python -m vidgen_ray.jobs.render([^#`\n]*)", page)
     assert jobs

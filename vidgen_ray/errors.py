@@ -16,6 +16,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from vidgen_ray.limits import DECIMAL_COMMA
+
 MAX_MESSAGE_LENGTH = 300
 """Maximum number of characters of a message about a line."""
 MAX_MESSAGES = 50
@@ -184,7 +186,6 @@ class StrictModel(FrozenModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
 SCHEMA_COMMAND = "`vidgen schema shot`"
 MAX_LISTED = 200
 """Longest list of field names in an error message, in characters."""

@@ -33,6 +33,8 @@ MAX_LORA_HEADER_BYTES = 2**24
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]|\r(?!\n)")
 """Characters that prompts must not contain: C0 without tab and line breaks."""
 
+DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+"""Number with a comma in place of the decimal point."""
 MAX_LINE = 2**24
 """Maximum number of characters in a line of a text file."""
 MAX_YAML_BYTES = 2**24

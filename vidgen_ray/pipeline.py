@@ -51,8 +51,8 @@ from vidgen_ray.shot import LoraRef, Shot, VideoLora
 from vidgen_ray.stages.base import ChunkedStage, Frames, Item, ProgressCallback, Stage, progress_callback
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.system.cache_dir import digest
+from vidgen_ray.system.console import Console, ElapsedColumn
 from vidgen_ray.system.free_memory import free_gpu_memory
-from vidgen_ray.system.quantities import Console, ElapsedColumn
 
 
 def process_video_file(profile: Profile, stage: type[ChunkedStage[Any]], shot: Shot, source: Path, out: Path) -> Path:

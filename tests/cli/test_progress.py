@@ -17,8 +17,9 @@ from vidgen_ray.cli.progress_display import LineDisplay, RunView, TerminalDispla
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.run_log import StageStatus
-from vidgen_ray.system import quantities
-from vidgen_ray.system.quantities import escaped_output, table_of
+from vidgen_ray.system import console
+from vidgen_ray.system.console import table_of
+from vidgen_ray.system.terminal_text import escaped_output
 
 IDLE = Snapshot({"flux": StageStatus(3, 0, 2, 0.0), "svd": StageStatus(0, 0, 2, 0.0)}, gpus_busy=0.0, in_progress=0)
 BUSY = Snapshot({"flux": StageStatus(3, 2, 2, 0.5), "svd": StageStatus(14, 2, 2, 0.98)}, gpus_busy=0.93, in_progress=21)
@@ -182,10 +183,10 @@ def test_text_of_others_is_escaped_in_messages_and_tables_but_not_the_colours_of
     with escaped_output():
         table = table_of("prompt")
         table.add_row(hostile)
-        screen = quantities.Console(force_terminal=True, color_system="standard", width=80)
+        screen = console.Console(force_terminal=True, color_system="standard", width=80)
         screen.print(table)
         screen.print("all done", style="red")
-        quantities.Console(stderr=True).print(hostile, markup=False)
+        console.Console(stderr=True).print(hostile, markup=False)
         typer.echo(hostile, err=True, color=True)
         sys.stdout.write(f"{hostile}\n")
         logging.getLogger("vidgen_ray").warning(hostile)

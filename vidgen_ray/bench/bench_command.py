@@ -26,7 +26,7 @@ import typer
 from rich.table import Table
 
 from vidgen_ray.bench.published_models import RandomModel, empty_network, networks_in, random_model, random_pipeline
-from vidgen_ray.cli.options import MACHINE, JsonOption, ProfileOption, example, in_group
+from vidgen_ray.cli.options import JsonOption, ProfileOption, example
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, relative_costs, stages_of
@@ -46,8 +46,8 @@ from vidgen_ray.stages.loading import networks_from
 from vidgen_ray.stages.ltx import LTXStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
+from vidgen_ray.system.console import Console, table_of
 from vidgen_ray.system.free_memory import free_gpu_memory
-from vidgen_ray.system.quantities import Console, table_of
 from vidgen_ray.weights import resolve
 
 MIN_SECONDS = 1e-6
@@ -217,7 +217,6 @@ RANDOM_ACTORS = (
 """Actors whose networks `--weights random` replaces. The others use the weights of the profile."""
 
 
-@in_group(MACHINE)
 def bench(
     profile: ProfileOption = AUTO,
     size: Annotated[

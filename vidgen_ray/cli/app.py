@@ -6,106 +6,153 @@ expensive, 130 interrupted.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from copy import copy
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
-from pydantic import BaseModel
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from vidgen_ray.batch.run_options import RenderOptions
-from vidgen_ray.cli import folder_commands
-from vidgen_ray.cli.doctor import doctor
-from vidgen_ray.cli.inspect import identity, show
-from vidgen_ray.cli.models import models
-from vidgen_ray.cli.one_stage import shot, stage
-from vidgen_ray.cli.options import (
-    GROUPS,
-    RENDER,
-    START,
-    CommandWithShortHelp,
-    HelpWithoutFlagTypes,
-    JsonOption,
-    ProfileOption,
-    check_out,
-    example,
-    group_of,
-    in_group,
-    is_first,
-    note,
-    with_options,
-)
-from vidgen_ray.cli.plan import plan
-from vidgen_ray.cli.run_script import RESUME, render, retry, run_script, validate
-from vidgen_ray.errors import SetupError, StorageHangs, UsageError, VidgenError, first_line, install_command
-from vidgen_ray.outputs.manifest import ManifestRow
-from vidgen_ray.outputs.storage import URL
-from vidgen_ray.planner import profile_for
-from vidgen_ray.profile import Profile
-from vidgen_ray.script.lines import ScriptSettings
-from vidgen_ray.script.screenplay import script_schema
-from vidgen_ray.shot import Shot
-from vidgen_ray.system.cache_dir import cache_dir
-from vidgen_ray.system.quantities import escaped_output
+from vidgen_ray.cli.commands import RESUME, CommandWithShortHelp, HelpWithoutFlagTypes, note, with_options
+from vidgen_ray.system.terminal_text import escaped_output
 from vidgen_ray.version import __version__
 
 COMMANDS = "vidgen.commands"
 """Group of entry points, name of a command -> function whose parameters typer reads, or `typer.Typer` with several commands."""
-SCHEMAS = "vidgen.schemas"
-"""Group of entry points, name of a schema and of a section of .yaml scripts -> pydantic model."""
 PIPE_CLOSED = 128 + signal.SIGPIPE
 """Exit code of a command that writes to a closed pipe, as shells report it."""
 JOIN_S = 10.0
 """Seconds that a command whose storage hangs waits for its threads."""
-CORE_SCHEMAS: dict[str, type[BaseModel]] = {"shot": Shot, "profile": Profile, "manifest": ManifestRow}
+START, RENDER, LOOK, EXPORT = "Start", "Render scripts", "Look at results", "Export"
+SERVE, MACHINE, OTHER = "Serve", "Machine", "Other commands"
+"""Groups of commands in `vidgen --help`."""
+
+
+class Listed(NamedTuple):
+    """Command in `vidgen --help`, which imports none of them."""
+
+    group: str
+    help: str
+    """First sentence of the help of the command."""
+    module: str | None = None
+    """Module of this package with a function or `typer.Typer` of that name. `None`: an entry point names it."""
+
+
+LISTED = {
+    "demo": Listed(START, "Render the demo script on this machine: all stages, both modes.", "run_script"),
+    "shot": Listed(START, "Render one prompt, in this process and without Ray.", "one_stage"),
+    "render": Listed(RENDER, "Render all shots of a script that are not finished.", "run_script"),
+    "validate": Listed(RENDER, "Check all lines of a script without rendering.", "validate"),
+    "plan": Listed(RENDER, "Estimate the duration and cost of a script.", "plan"),
+    "retry": Listed(RENDER, "Render the failed lines of an output folder again.", "run_script"),
+    "stage": Listed(RENDER, "Run a single stage on an image or a clip.", "one_stage"),
+    "schema": Listed(RENDER, "Print the JSON schema of a script, or of another file.", "inspect"),
+    "status": Listed(
+        LOOK, "Print the progress of the last run in an output folder, and what the folder has.", "folder_commands"
+    ),
+    "watch": Listed(
+        LOOK,
+        "Show the gallery of an output folder in a browser, also during a run, and review its clips.",
+        "folder_commands",
+    ),
+    "review": Listed(LOOK, "Import the reviews that were made in the gallery of an output folder.", "folder_commands"),
+    "logs": Listed(LOOK, "Print every attempt of every step of a shot.", "folder_commands"),
+    "verify": Listed(LOOK, "Find damaged and missing files of an output folder.", "folder_commands"),
+    "prune": Listed(LOOK, "Remove the shots of lines that their script no longer has.", "folder_commands"),
+    "gc": Listed(LOOK, "Remove unused files from an output folder.", "folder_commands"),
+    "show": Listed(LOOK, "Print how an image or a video was made.", "inspect"),
+    "identity": Listed(LOOK, "Inspect the identity features of a face, or remove a person.", "inspect"),
+    "compare": Listed(LOOK, "Compare clips by the values of a matrix, by choices or settings, or the clips of two folders."),
+    "diff": Listed(LOOK, "Say which shots of two output folders differ, and why: fields, weights, options or software."),
+    "query": Listed(LOOK, "Query the results of an output folder with SQL."),
+    "score": Listed(
+        LOOK,
+        "Measure the clips of an output folder: frozen frames, flicker, motion, sharpness, faces, near-duplicates.",
+    ),
+    "trace": Listed(LOOK, "Show what each worker of a run did when: all attempts of all steps, and their waits."),
+    "export": Listed(EXPORT, "Make a data set of the finished shots that are not rejected."),
+    "film": Listed(EXPORT, "Join the finished shots of an output folder into one video."),
+    "upscale": Listed(EXPORT, "Enlarge videos with a super-resolution network."),
+    "serve": Listed(SERVE, "Start a server with an OpenAI-compatible API and a web page."),
+    "keys": Listed(SERVE, "Create API keys of a server, and keys that sign files (C2PA)."),
+    "mcp": Listed(SERVE, "Start an MCP server: an assistant makes videos on a running server."),
+    "doctor": Listed(MACHINE, "Check whether this machine can run a profile.", "doctor"),
+    "models": Listed(MACHINE, "Download, check and list the weights of profiles.", "models"),
+    "bench": Listed(MACHINE, "Measure the speed and memory of the stages on this machine."),
+}
+"""The most used first, within each group."""
 
 
 class FoundCommands(HelpWithoutFlagTypes, TyperGroup):
-    """The commands of this module, and those that entry points name. They are imported when called, or listed by --help."""
+    """The commands of this package, and those that entry points name. A command is imported when it is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        names = [*super().list_commands(ctx), *sorted(entry_points(group=COMMANDS).names - self.commands.keys())]
-        commands = {name: self.get_command(ctx, name) for name in names}
-        return sorted(names, key=lambda name: (GROUPS.index(group_of(commands[name])), not is_first(commands[name])))
+        found = entry_points(group=COMMANDS).names
+        return [*(name for name, listed in LISTED.items() if listed.module or name in found), *sorted(found - LISTED.keys())]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.commands and (found := _import_command(cmd_name)) is not None:
+            self.commands[cmd_name] = found
+        return self.commands.get(cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and self.get_command(ctx, args[0]) is None:
-            self.list_commands(ctx)  # imports all, so that similar names are found
+            return super(FoundCommands, self._listed(ctx)).resolve_command(ctx, args)  # names similar commands
         return super().resolve_command(ctx, args)
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in self.commands:
-            for found in entry_points(group=COMMANDS, name=cmd_name):
-                try:
-                    self.commands[cmd_name] = _command(cmd_name, found.load())
-                except (ImportError, AttributeError) as error:
-                    return _unavailable(cmd_name, error)
-        return super().get_command(ctx, cmd_name)
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super(FoundCommands, self._listed(ctx)).format_help(ctx, formatter)
+
+    def _listed(self, ctx: Any) -> FoundCommands:
+        """Return a copy of this group with the listed commands as names with a help text. The others are imported."""
+        copied = copy(self)
+        copied.commands = {
+            name: TyperCommand(name, help=listed.help, rich_help_panel=listed.group)
+            if (listed := LISTED.get(name)) is not None
+            else self.get_command(ctx, name)
+            for name in self.list_commands(ctx)
+        }
+        return copied
+
+
+def _import_command(name: str) -> Any:
+    """Import a command of this package, or one that an entry point names. Return `None` if there is none with this name."""
+    listed = LISTED.get(name)
+    if listed is not None and listed.module is not None:
+        command = getattr(import_module(f"vidgen_ray.cli.{listed.module}"), name)
+        return _command(name, command if isinstance(command, typer.Typer) else with_options(command))
+    for found in entry_points(group=COMMANDS, name=name):
+        try:
+            return _command(name, found.load())
+        except (ImportError, AttributeError) as error:
+            return _unavailable(name, error)
+    return None
 
 
 def _command(name: str, loaded: Any) -> Any:
-    """Return a command of an object that an entry point names."""
-    function = loaded
+    """Return a command of a function or of a `typer.Typer`."""
     if not isinstance(loaded, typer.Typer):
-        loaded = typer.Typer(add_completion=False, rich_help_panel=group_of(loaded))
+        function, loaded = loaded, typer.Typer(add_completion=False)
         loaded.command(name, cls=CommandWithShortHelp)(function)
     command = get_command(loaded)
     command.name = name
-    vars(command).update(rich_help_panel=group_of(loaded), is_first=is_first(function))
+    vars(command)["rich_help_panel"] = OTHER
     return command
 
 
 def _unavailable(name: str, error: Exception) -> Any:
     """Return a command in place of one that cannot be imported, so that the others can be listed."""
+    from vidgen_ray.errors import SetupError, install_command
+
     fix = f"; {install_command('dataset')}" if isinstance(error, ModuleNotFoundError) and error.name == "duckdb" else ""
     reason = f"vidgen {name} cannot be imported: {error}{fix}"
 
@@ -139,11 +186,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     try:
         app(args=None if argv is None else list(argv), prog_name="vidgen")
-    except VidgenError as error:
-        note(error)
-        if isinstance(error, StorageHangs):
-            _exit_if_threads_hang(error.exit_code)
-        return error.exit_code
     except SystemExit as exit_:
         # The exit code of typer and rich is 1, which would mean that shots have failed.
         if isinstance(exit_.__context__, BrokenPipeError):
@@ -152,20 +194,36 @@ def _main(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         note(f"interrupted. {RESUME}")
         return 130
-    except OSError as error:
+    except Exception as error:
+        code = _explain(error)
+        if code is None:
+            raise
+        return code
+    return 0
+
+
+def _explain(error: Exception) -> int | None:
+    """Print an error that a user can fix, and return the exit code of the command. Return `None` for other errors."""
+    from vidgen_ray.errors import SetupError, StorageHangs, VidgenError, first_line
+    from vidgen_ray.system.cache_dir import cache_dir
+
+    if isinstance(error, VidgenError):
+        note(error)
+        if isinstance(error, StorageHangs):
+            _exit_if_threads_hang(error.exit_code)
+        return error.exit_code
+    if isinstance(error, OSError):
         # A disk, a network share or an object store failed. A run can be resumed when it works again.
         path = f"{error.filename}: " if error.filename else ""
         is_cache = error.filename is not None and Path(str(error.filename)).is_relative_to(cache_dir())
         solved = "Or set VIDGEN_CACHE to another folder" if is_cache else "Run the same command again when this is solved"
         note(f"{path}{str(error.strerror or error).rstrip('.')}. {solved}.")
         return SetupError.exit_code
-    except Exception as error:
-        # Only commands that use Ray import it.
-        if (ray := sys.modules.get("ray")) is None or not isinstance(error, ray.exceptions.RayError):
-            raise
-        note(f"Ray failed: {type(error).__name__}: {first_line(error)}. {RESUME}")
-        return SetupError.exit_code
-    return 0
+    # Only commands that use Ray import it.
+    if (ray := sys.modules.get("ray")) is None or not isinstance(error, ray.exceptions.RayError):
+        return None
+    note(f"Ray failed: {type(error).__name__}: {first_line(error)}. {RESUME}")
+    return SetupError.exit_code
 
 
 def _exit_if_threads_hang(exit_code: int) -> None:
@@ -185,51 +243,3 @@ def show_version(version: Annotated[bool, typer.Option("--version", help="Print 
     if version:
         typer.echo(__version__)
         raise typer.Exit()
-
-
-@in_group(START)
-def demo(
-    out: Annotated[str, typer.Option("--out", "-o", help="Output folder.", callback=check_out)] = "out/demo",
-    profile: ProfileOption = "demo",
-    with_film: Annotated[
-        bool, typer.Option("--film", help="Render the screenplay of the demo instead, and join its shots to OUT/film.mp4.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Render the demo script on this machine: all stages, both modes."""
-    if URL.match(out):
-        raise UsageError(f"--out: got {out!r}, must be a folder on this machine")
-    chosen = profile_for(profile)
-    script = example("film.yaml" if with_film else "demo.jsonl")
-    settings = ScriptSettings(script, profile_defaults=chosen.defaults)
-    run_script(settings, chosen, out, RenderOptions(keep_stages=not with_film), as_json=as_json)
-    if with_film:
-        options = ["--out", str(Path(out, "film.mp4")), "--script", str(script), *(["--json"] if as_json else [])]
-        if code := app(["film", out, *options], standalone_mode=False):
-            raise typer.Exit(code)
-
-
-@in_group(RENDER)
-def schema(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="script (a .yaml script, for editors), shot (a script line), profile, manifest (a manifest row) or film (a "
-            "film file)."
-        ),
-    ] = "shot",
-) -> None:
-    """Print the JSON schema of a script, or of another file."""
-    sections = {each.name: each.load().model_json_schema() for each in entry_points(group=SCHEMAS)}
-    schemas = {"script": script_schema(sections), **{name: each.model_json_schema() for name, each in CORE_SCHEMAS.items()}}
-    schemas |= sections
-    if model not in schemas:
-        raise typer.BadParameter(f"got {model!r}, must be one of {', '.join(schemas)}", param_hint="MODEL")
-    typer.echo(json.dumps(schemas[model], indent=2))
-
-
-# The most used first, within each group.
-for _function in (demo, shot, render, validate, plan, retry, stage, schema, *folder_commands.COMMANDS, show, doctor):
-    app.command(cls=CommandWithShortHelp, rich_help_panel=group_of(_function))(with_options(_function))
-for _name, _typer in (("identity", identity), ("models", models)):
-    app.add_typer(_typer, name=_name, rich_help_panel=group_of(_typer))

@@ -27,7 +27,7 @@ import typer
 from rich.markup import escape
 
 from vidgen_ray.cli.models import FACES, default_references, default_shot
-from vidgen_ray.cli.options import MACHINE, JsonOption, ProfileOption, in_group
+from vidgen_ray.cli.options import JsonOption, ProfileOption
 from vidgen_ray.errors import SetupError, VidgenError
 from vidgen_ray.graph import STAGES, clip_length, file_sizes, server_problems
 from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video
@@ -38,7 +38,7 @@ from vidgen_ray.planner.cluster import GB, GPU_DEVICES
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.stages.speed import missing_compiler
 from vidgen_ray.system.cache_dir import cache_dir
-from vidgen_ray.system.quantities import stdout_console, table_of
+from vidgen_ray.system.console import stdout_console, table_of
 from vidgen_ray.weights import REMOTE
 from vidgen_ray.weights.inventory import LocalWeights, local_weights
 from vidgen_ray.weights.ledger import WeightLicence, accepted_licences
@@ -452,7 +452,6 @@ def check_licences(profile: str, licences: Iterable[WeightLicence | None], accep
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 
 
-@in_group(MACHINE)
 def doctor(profile: ProfileOption = AUTO, as_json: JsonOption = False) -> None:
     """Check whether this machine can run a profile.
 

@@ -22,8 +22,8 @@ from pydantic import BaseModel
 from rich.table import Table
 from rich.text import Text
 
+from vidgen_ray.cli.commands import RESUME, note
 from vidgen_ray.cli.options import (
-    LOOK,
     AddressOption,
     DryRunOption,
     GpusOption,
@@ -31,13 +31,10 @@ from vidgen_ray.cli.options import (
     OutArgument,
     WhereOption,
     ids_where,
-    in_group,
     local_path,
-    note,
 )
 from vidgen_ray.cli.progress_display import counts_line, speed_texts, stage_table
 from vidgen_ray.cli.run_script import (
-    RESUME,
     ProfileOfLastRunOption,
     note_not_pruned,
     options_of_last_run,
@@ -56,13 +53,13 @@ from vidgen_ray.outputs.storage import Storage, no_results, storage_at
 from vidgen_ray.outputs.verify import VerifyReport
 from vidgen_ray.outputs.verify import verify as verify_folder
 from vidgen_ray.planner import profile_for
-from vidgen_ray.system.quantities import Console, amount_text, count, duration, money, size, table_of
+from vidgen_ray.system.console import Console, table_of
+from vidgen_ray.system.quantities import amount_text, count, duration, money, size
 
 HOST = "127.0.0.1"
 SHOWN_MESSAGES = 5
 
 
-@in_group(LOOK)
 def status(out: OutArgument = "out", as_json: JsonOption = False) -> None:
     """Print the progress of the last run in an output folder, and what the folder has.
 
@@ -166,7 +163,6 @@ def _print_costs(console: Console, costs: list[Cost]) -> None:
     console.print(table)
 
 
-@in_group(LOOK)
 def logs(
     out: OutArgument, shot: Annotated[str, typer.Argument(metavar="ID", help="Id of a shot.")], as_json: JsonOption = False
 ) -> None:
@@ -203,7 +199,6 @@ def _print_shots(console: Console, title: str, heading: str, shots: list[ListedS
     console.print(table)
 
 
-@in_group(LOOK)
 def gc(out: OutArgument, dry_run: DryRunOption = False, as_json: JsonOption = False) -> None:
     """Remove unused files from an output folder.
 
@@ -219,7 +214,6 @@ def gc(out: OutArgument, dry_run: DryRunOption = False, as_json: JsonOption = Fa
         typer.echo(f"{report.left_young} younger than {GRACE_S / 60:.0f} minutes kept, because they may still be in use")
 
 
-@in_group(LOOK)
 def verify(
     out: OutArgument = "out",
     repair: Annotated[
@@ -269,7 +263,6 @@ def _print_damage(report: VerifyReport, *, repaired: bool) -> None:
         typer.echo("vidgen verify --repair deletes what is damaged and renders it again")
 
 
-@in_group(LOOK)
 def prune(out: OutArgument, where: WhereOption = None, dry_run: DryRunOption = False, as_json: JsonOption = False) -> None:
     """Remove the shots of lines that their script no longer has.
 
@@ -306,7 +299,6 @@ ReviewerOption = Annotated[
 ]
 
 
-@in_group(LOOK)
 def watch(
     out: OutArgument = "out",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on, on this machine only.")] = 8001,
@@ -323,7 +315,6 @@ def watch(
     uvicorn.run(app, host=HOST, port=port, log_level="warning")
 
 
-@in_group(LOOK)
 def review(
     out: OutArgument,
     file: Annotated[Path, typer.Argument(metavar="FILE", parser=local_path, help="File that the gallery has saved.")],
@@ -360,9 +351,6 @@ def check_port(host: str, port: int) -> None:
             raise SetupError(
                 f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another port with --port."
             ) from None
-
-
-COMMANDS = (status, watch, review, logs, verify, prune, gc)
 
 
 LISTED = 5

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from vidgen_ray.cli.options import MACHINE, STDIN, JsonOption, LineOptions, ProfileOption, example, local_path
+from vidgen_ray.cli.options import STDIN, JsonOption, LineOptions, ProfileOption, example, local_path
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.licences import ShotLicences
 from vidgen_ray.planner import profile_for
@@ -22,8 +22,9 @@ from vidgen_ray.script.formats import READERS
 from vidgen_ray.script.lines import COMPRESSED
 from vidgen_ray.script.read import iter_script
 from vidgen_ray.shot import Shot
+from vidgen_ray.system.console import stdout_console, table_of
 from vidgen_ray.system.files import load_yaml
-from vidgen_ray.system.quantities import count, size, stdout_console, table_of
+from vidgen_ray.system.quantities import count, size
 from vidgen_ray.weights import REMOTE
 from vidgen_ray.weights.inventory import local_weights
 from vidgen_ray.weights.ledger import WeightLicence, accept_licences, accepted_licences, licence_of
@@ -31,7 +32,7 @@ from vidgen_ray.weights.ledger import WeightLicence, accept_licences, accepted_l
 if TYPE_CHECKING:
     from vidgen_ray.weights.download import PullResult
 
-models = typer.Typer(help="Download, check and list the weights of profiles.", no_args_is_help=True, rich_help_panel=MACHINE)
+models = typer.Typer(help="Download, check and list the weights of profiles.", no_args_is_help=True)
 
 NamesArgument = Annotated[
     list[str] | None,

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 import typer
 from PIL import Image
 
+from vidgen_ray.cli.commands import interruptible, note
 from vidgen_ray.cli.options import (
-    RENDER,
-    START,
     AspectOption,
     ConsentOption,
     JsonOption,
@@ -26,13 +25,10 @@ from vidgen_ray.cli.options import (
     SetOption,
     UntilOption,
     changes_until,
-    in_group,
     local_path,
-    note,
     parse_fields,
     with_consent,
 )
-from vidgen_ray.cli.run_script import interruptible
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -52,11 +48,10 @@ from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames
 from vidgen_ray.stages.identity import pose_image
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.system.cache_dir import digest
+from vidgen_ray.system.console import Console
 from vidgen_ray.system.files import write_atomically
-from vidgen_ray.system.quantities import Console
 
 
-@in_group(RENDER)
 def stage(
     name: Annotated[str, typer.Argument(help=f"Stage to run: {', '.join(STAGE_BY_NAME)}.")],
     marks: LabelledMarkOptions,
@@ -81,7 +76,6 @@ def stage(
     typer.echo(json.dumps({"out": str(out), "provenance": note if is_media else None}) if as_json else str(out))
 
 
-@in_group(START)
 def shot(
     prompt: Annotated[str, typer.Argument(help="Text to render.")],
     marks: LabelledMarkOptions,

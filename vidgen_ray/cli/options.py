@@ -1,31 +1,23 @@
-"""Options and messages shared by commands, their help, and commands whose options are the fields of a class.
-
-An option with a `rich_help_panel` is left out by `--help`. `--help-all` shows it in that panel.
-"""
+"""Options shared by commands, and what they parse."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence, Set
-from copy import copy
-from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import partial, wraps
+from dataclasses import dataclass, replace
+from functools import partial
 from glob import glob, has_magic
 from importlib import resources
 from importlib.metadata import entry_points
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import BaseModel, ValidationError
-from typer.core import TyperCommand
+from pydantic import ValidationError
 
-from vidgen_ray.errors import DECIMAL_COMMA, SetupError, UsageError, install_command, known_fields, shortened
+from vidgen_ray.errors import SetupError, UsageError, install_command, known_fields, shortened
 from vidgen_ray.graph import WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL, Storage
@@ -40,11 +32,6 @@ from vidgen_ray.shot import wrong_defaults
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import write_atomically
 
-START, RENDER, LOOK, EXPORT = "Start", "Render scripts", "Look at results", "Export"
-SERVE, MACHINE, OTHER = "Serve", "Machine", "Other commands"
-GROUPS = (START, RENDER, LOOK, EXPORT, SERVE, MACHINE, OTHER)
-"""Groups of commands in the order of `vidgen --help`. In a group, the commands of this package come first."""
-
 DETAILS_PANEL = "Details"
 """Panel of less common options."""
 script_option = partial(typer.Option, rich_help_panel="Reading the script")
@@ -55,93 +42,6 @@ stop_option = partial(typer.Option, rich_help_panel="Failures and stops")
 marks_option = partial(typer.Option, rich_help_panel="Marks on files")
 details_option = partial(typer.Option, rich_help_panel=DETAILS_PANEL)
 """Like `typer.Option`, for less common options of the panel that is named."""
-
-
-def note(message: object) -> None:
-    """Print a message on standard error."""
-    typer.echo(f"vidgen: {message}", err=True)
-
-
-CommandFunction = TypeVar("CommandFunction", bound=Callable[..., None])
-
-
-def in_group(group: str, *, first: bool = False) -> Callable[[CommandFunction], CommandFunction]:
-    """Return a decorator that puts a command into a group of `vidgen --help`. A `typer.Typer` takes it as `rich_help_panel`."""
-
-    def decorated(command: CommandFunction) -> CommandFunction:
-        vars(command).update(rich_help_panel=group, is_first=first)
-        return command
-
-    return decorated
-
-
-def group_of(command: Any) -> str:
-    """Return the group of a command, of its function, or of a `typer.Typer`."""
-    return str(getattr(command, "rich_help_panel", None) or OTHER)
-
-
-def is_first(command: Any) -> bool:
-    """Return whether a command comes first in its group."""
-    return bool(getattr(command, "is_first", False))
-
-
-def _print_all(ctx: typer.Context, value: bool) -> None:
-    if value:
-        ctx.meta[__name__] = True
-        typer.echo(ctx.get_help(), nl=False)
-        raise typer.Exit()
-
-
-HELP_ALL = "help_all"
-HelpAllOption = Annotated[
-    bool,
-    typer.Option("--help-all", callback=_print_all, is_eager=True, help="Show all options and exit."),
-]
-
-
-def is_common(option: Any) -> bool:
-    """Return whether `--help` shows an option of a command, or one that is annotated as such."""
-    return getattr(option, "rich_help_panel", None) is None
-
-
-class HelpWithoutFlagTypes:
-    """Mixin of commands whose help shows no type of a flag, which takes no value."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
-        for each in params:
-            if getattr(each, "is_flag", False):
-                each.display_type_rich = lambda ctx: None
-        return params
-
-
-class CommandWithShortHelp(HelpWithoutFlagTypes, TyperCommand):
-    """Command whose `--help` shows the common options only, and whose numbers are finite."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the options. Raises BadParameter for an infinite number and for one that is none."""
-        given = list(args)
-        try:
-            rest = super().parse_args(ctx, args)
-        except typer.BadParameter as error:
-            for text, after in pairwise([*given, ""]):
-                name, _, value = text.partition("=")
-                if name in getattr(error.param, "opts", ()) and DECIMAL_COMMA.fullmatch(value := value or after):
-                    error.message = f"got {value!r}, must have a decimal point: {value.replace(',', '.')}"
-            raise
-        parameters: list[Any] = self.params
-        for parameter in parameters:
-            value = ctx.params.get(parameter.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise typer.BadParameter(f"got {value}, must be a finite number", ctx=ctx, param=parameter)
-        return rest
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help, with all options after `--help-all`."""
-        shown = copy(self)
-        if not ctx.meta.get(__name__):
-            shown.params = [each for each in self.params if is_common(each)]
-        super(CommandWithShortHelp, shown).format_help(ctx, formatter)
 
 
 Until = Literal["image", "video"]
@@ -376,6 +276,9 @@ WhereOption = Annotated[
         help='Only shots for which this SQL expression over the columns of `clips` holds, e.g. "stars >= 4"; see vidgen query.',
     ),
 ]
+StrictPromptsOption = Annotated[
+    bool, script_option("--strict-prompts", help="Reject lines whose prompt a text encoder would cut. Default: a note.")
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be removed, without removing it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
 
@@ -467,65 +370,6 @@ def changes_until(until: Until | None) -> dict[str, Any]:
     return {"image": dict(WITHOUT_CLIP), "video": dict(WITHOUT_CHUNKED_STAGES)}[until] if until else {}
 
 
-class ModelOptions(tuple[inspect.Parameter, ...]):
-    """Options for fields of a pydantic model, whose descriptions are their help."""
-
-    @classmethod
-    def of(cls, model: type[BaseModel], **fields: dict[str, Any]) -> Self:
-        """Return an option for each of these fields. `fields`: field -> further arguments of `typer.Option`.
-
-        `flag` is the name of an option that differs from its field. Values are flags, or text that the model parses; `kind` is
-        another type of values.
-        """
-        options = []
-        for name, details in fields.items():
-            field = model.model_fields[name]
-            default = f" Default: {field.default}." if field.default else ""
-            flag = details.pop("flag", f"--{name.replace('_', '-')}")
-            kind = details.pop("kind", str)
-            option = typer.Option(*flag.split("/"), help=f"{field.description}{default}", **details)
-            annotation: Any = Annotated[bool, option] if field.annotation is bool else Annotated[kind | None, option]
-            options.append(_parameter(name, annotation, None))
-        return cls(options)
-
-
-def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command for typer, with an option for each field of its parameters that stand for several options.
-
-    Adds `--help-all` if `--help` leaves out options.
-
-    Such a parameter is a dataclass, whose fields are options if they are annotated as such. Or it is
-    `Annotated[dict[str, Any], ModelOptions]`: the values of the options that were given.
-    """
-    parameters = inspect.signature(command, eval_str=True).parameters.values()
-    flat, groups = list[inspect.Parameter](), dict[str, tuple[Callable[..., Any], list[inspect.Parameter]]]()
-    for each in parameters:
-        found = next((item for item in getattr(each.annotation, "__metadata__", ()) if isinstance(item, ModelOptions)), None)
-        if found is not None:
-            groups[each.name] = _given, list(found)
-        elif is_dataclass(each.annotation):
-            hints = get_type_hints(each.annotation, include_extras=True)
-            annotated = [field for field in fields(each.annotation) if get_origin(hints[field.name]) is Annotated]
-            options = [_parameter(field.name, hints[field.name], field.default) for field in annotated]
-            groups[each.name] = cast(type, each.annotation), options
-        else:
-            flat.append(_parameter(each.name, each.annotation, each.default))
-
-    @wraps(command)
-    def with_groups(**values: Any) -> None:
-        values.pop(HELP_ALL, None)
-        for name, (make, options) in groups.items():
-            values[name] = make(**{option.name: values.pop(option.name) for option in options})
-        command(**values)
-
-    flat += [option for _, options in groups.values() for option in options]
-    if not all(is_common(item) for each in flat for item in getattr(each.annotation, "__metadata__", ())):
-        flat.append(_parameter(HELP_ALL, HelpAllOption, False))
-    with_groups.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
-    with_groups.__annotations__ = {each.name: each.annotation for each in flat}
-    return with_groups
-
-
 def ids_where(storage: Storage, where: str | None, best: str | None = None) -> list[str]:
     """Return the ids of the shots, in any state, for which an SQL expression holds, in the order of their scripts.
 
@@ -557,14 +401,6 @@ def given_words(ctx: typer.Context, names: Set[str]) -> tuple[str, ...]:
             for each in value if isinstance(value, list | tuple) else [value]:
                 words += [option, str(each)]
     return tuple(words)
-
-
-def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def example(name: str) -> Path:

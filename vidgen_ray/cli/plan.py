@@ -12,8 +12,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from vidgen_ray.cli.commands import interruptible
 from vidgen_ray.cli.options import (
-    RENDER,
     AddressOption,
     GpusOption,
     JsonOption,
@@ -26,9 +26,8 @@ from vidgen_ray.cli.options import (
     ScriptsArgument,
     SeedOption,
     UntilOption,
-    in_group,
 )
-from vidgen_ray.cli.run_script import detected, interruptible, script_licences
+from vidgen_ray.cli.run_script import detected, script_licences
 from vidgen_ray.graph import STAGE_BY_NAME, server_problems
 from vidgen_ray.licences import UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder
@@ -40,13 +39,13 @@ from vidgen_ray.planner.speed_trials import open_trials
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.render.cache_writer import DEFAULT_CACHE
 from vidgen_ray.script.read import iter_script
-from vidgen_ray.system.quantities import Console, count, duration, money, size, stdout_console, table_of
+from vidgen_ray.system.console import Console, stdout_console, table_of
+from vidgen_ray.system.quantities import count, duration, money, size
 
 if TYPE_CHECKING:
     from vidgen_ray.batch.render_script import Counts
 
 
-@in_group(RENDER)
 def plan(
     scripts: ScriptsArgument,
     lines: LineOptions,

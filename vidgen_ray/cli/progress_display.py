@@ -19,7 +19,8 @@ from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import MAX_MESSAGE_LENGTH, MAX_MESSAGES
 from vidgen_ray.outputs.manifest import REJECTED, ManifestRow
 from vidgen_ray.outputs.run_log import RunStatus
-from vidgen_ray.system.quantities import Console, ElapsedColumn, count, duration, table_of
+from vidgen_ray.system.console import Console, ElapsedColumn, table_of
+from vidgen_ray.system.quantities import count, duration
 
 RENDERING = "shots"
 SMALL_RUN = 50

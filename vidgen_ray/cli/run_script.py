@@ -1,4 +1,4 @@
-"""`vidgen render`, `retry` and `validate`: the run of a script with its messages, signals and exit code."""
+"""`vidgen render`, `demo` and `retry`: the run of a script with its messages, signals and exit code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from vidgen_ray.batch.run_options import GRACE_S, RecordedOptions, RenderOptions
+from vidgen_ray.cli.commands import RESUME, interruptible, note
 from vidgen_ray.cli.options import (
     PROFILE_HELP,
-    RENDER,
     AddressOption,
     ConsentOption,
     GpusOption,
@@ -36,13 +36,14 @@ from vidgen_ray.cli.options import (
     RequireLicenceOption,
     ScriptsArgument,
     SeedOption,
+    StrictPromptsOption,
     UntilOption,
     WhereOption,
+    check_out,
+    example,
     given_words,
     ids_where,
-    in_group,
     load_of_extra,
-    note,
     reuse_option,
     run_option,
     script_option,
@@ -50,11 +51,9 @@ from vidgen_ray.cli.options import (
     with_consent,
 )
 from vidgen_ray.cli.progress_display import run_view
-from vidgen_ray.content_keys import cut_texts, params_of
 from vidgen_ray.engine.processes import ATTEMPTS
 from vidgen_ray.engine.storage_pause import MAX_WAIT_S
-from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError
-from vidgen_ray.graph import stages_of
+from vidgen_ray.errors import ScriptError, SetupError, UsageError
 from vidgen_ray.licences import ShotLicences, UsedWeights, require_licence
 from vidgen_ray.outputs.cleanup import PruneReport
 from vidgen_ray.outputs.cleanup import prune as prune_folder
@@ -62,14 +61,12 @@ from vidgen_ray.outputs.folder import OutputFolder, read_last_run
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.outputs.manifest_writer import FILE, failed_lines, to_utf8
-from vidgen_ray.outputs.storage import no_results, storage_at
+from vidgen_ray.outputs.storage import URL, no_results, storage_at
 from vidgen_ray.planner import Cluster, profile_for
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.render.cache_writer import DEFAULT_CACHE, CacheMode
-from vidgen_ray.script.check import with_cut_prompts
 from vidgen_ray.script.lines import Line, ScriptSettings
-from vidgen_ray.script.read import Script, check_lora_sizes, iter_script, read_script
-from vidgen_ray.stages.base import StageParams
+from vidgen_ray.script.read import iter_script
 from vidgen_ray.system.quantities import count, duration, money
 
 if TYPE_CHECKING:
@@ -77,6 +74,29 @@ if TYPE_CHECKING:
 
 SUMMED = ("done", "failed", "skipped", "rejected", "left", "seconds", "gpu_seconds", "lora_loads")
 """Fields of a report that are added if lines were rendered by several runs."""
+
+
+def demo(
+    out: Annotated[str, typer.Option("--out", "-o", help="Output folder.", callback=check_out)] = "out/demo",
+    profile: ProfileOption = "demo",
+    with_film: Annotated[
+        bool, typer.Option("--film", help="Render the screenplay of the demo instead, and join its shots to OUT/film.mp4.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Render the demo script on this machine: all stages, both modes."""
+    if URL.match(out):
+        raise UsageError(f"--out: got {out!r}, must be a folder on this machine")
+    chosen = profile_for(profile)
+    script = example("film.yaml" if with_film else "demo.jsonl")
+    settings = ScriptSettings(script, profile_defaults=chosen.defaults)
+    run_script(settings, chosen, out, RenderOptions(keep_stages=not with_film), as_json=as_json)
+    if with_film:
+        from vidgen_ray.cli.app import app
+
+        options = ["--out", str(Path(out, "film.mp4")), "--script", str(script), *(["--json"] if as_json else [])]
+        if code := app(["film", out, *options], standalone_mode=False):
+            raise typer.Exit(code)
 
 
 @contextmanager
@@ -138,53 +158,11 @@ def script_licences(lines: Iterable[Line], profile: Profile, outputs: OutputFold
     return tuple(found)
 
 
-def with_profile_checks(script: Script, profile: Profile, *, strict: bool) -> Script:
-    """Return the script with errors of LoRAs for a model of another size than the profile's, and notes, or errors if `strict`,
-    about prompts that its text encoders cut.
-
-    Nothing is known about stages without weights on this machine.
-    """
-
-    params: dict[object, dict[str, StageParams] | None] = {}
-
-    def checked(line: Line) -> Line:
-        if line.errors:
-            return line
-        if wrong := check_lora_sizes(line.shot, profile):
-            line = replace(line)
-            for field, error in wrong:
-                line.reject(field, "an unusable file", str(error))
-            return line
-        stages = stages_of(line.shot)
-        if stages not in params:
-            params[stages] = None
-            with suppress(SetupError, OSError):
-                params[stages] = params_of(profile, stages)
-        found = params[stages]
-        return line if found is None else with_cut_prompts(line, cut_texts(stages, found, line.shot), strict=strict)
-
-    return replace(script, lines=tuple(map(checked, script.lines)))
-
-
-StrictPromptsOption = Annotated[
-    bool, script_option("--strict-prompts", help="Reject lines whose prompt a text encoder would cut. Default: a note.")
-]
 LISTENERS = "vidgen.run_listeners"
 """Group of entry points, name of an option of `vidgen render` -> listener of a run."""
-RESUME = "Run the same command to resume."
 ProfileOfLastRunOption = Annotated[
     str | None, typer.Option("--profile", "-p", help=f"{PROFILE_HELP} Default: that of the last run in the folder.")
 ]
-
-
-@contextmanager
-def interruptible(hint: str = RESUME) -> Iterator[None]:
-    """Exit with code 130 and a hint what to do when the block is interrupted."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        note(f"interrupted. {hint}")
-        raise typer.Exit(130) from None
 
 
 @dataclass(frozen=True)
@@ -254,7 +232,6 @@ RECORDED = frozenset(field.name for each in (LineOptions, LabelledMarkOptions) f
 """Parameters of `vidgen render` that decide what its files are, and can be published."""
 
 
-@in_group(RENDER)
 def render(
     ctx: typer.Context,
     scripts: ScriptsArgument,
@@ -301,7 +278,6 @@ def render(
     run_script(settings, chosen, out, options, as_json=as_json, then_prune=prune)
 
 
-@in_group(RENDER)
 def retry(
     out: OutArgument = "out",
     rejected: Annotated[
@@ -403,40 +379,6 @@ def options_of(line: str, last: RecordedOptions) -> RecordedOptions:
         return RecordedOptions.model_validate(failure["options"]) if "options" in failure else last.without_changes
     except (ValueError, KeyError, TypeError):
         return last
-
-
-@in_group(RENDER)
-def validate(
-    scripts: ScriptsArgument,
-    lines: LineOptions,
-    profile: ProfileOption = AUTO,
-    files: Annotated[
-        bool, typer.Option("--files", help="Also decode all photos and start images, and read the headers of all LoRAs.")
-    ] = False,
-    strict_prompts: StrictPromptsOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Check all lines of a script without rendering.
-
-    Exits with code 3 if any line is invalid.
-    """
-    chosen = profile_for(profile)
-    settings = lines.settings(scripts, chosen)
-    checked = with_profile_checks(read_script(settings, decode_files=files), chosen, strict=strict_prompts)
-    if as_json:
-        errors = [asdict(error) for error in checked.errors]
-        result = {"shots": len(checked.shots), "rejected": len(checked.rejected), "errors": errors, "notes": checked.notes}
-        typer.echo(json.dumps(result))
-    else:
-        if checked.errors:
-            typer.echo(str(ScriptError(checked.errors)), err=True)
-        for note in checked.notes[:MAX_MESSAGES]:
-            typer.echo(f"note: {note}", err=True)
-        typer.echo(
-            f"{settings.path.name}: {count(len(checked.shots), 'valid shot')}, {count(len(checked.rejected), 'invalid line')}"
-        )
-    if checked.rejected:
-        raise typer.Exit(ScriptError.exit_code)
 
 
 def detected(address: str | None, gpus: Cluster | None) -> Callable[[], Cluster]:

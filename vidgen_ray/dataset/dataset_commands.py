@@ -15,22 +15,9 @@ import typer
 from pydantic import ValidationError
 from rich.table import Table
 
-from vidgen_ray.cli.options import (
-    DETAILS_PANEL,
-    EXPORT,
-    LOOK,
-    AddressOption,
-    JsonOption,
-    ModelOptions,
-    OutArgument,
-    WhereOption,
-    check_out,
-    in_group,
-    local_path,
-    note,
-    with_options,
-)
-from vidgen_ray.cli.run_script import ProfileOfLastRunOption, interruptible, profile_of_run
+from vidgen_ray.cli.commands import ModelOptions, interruptible, note, with_options
+from vidgen_ray.cli.options import DETAILS_PANEL, AddressOption, JsonOption, OutArgument, WhereOption, check_out, local_path
+from vidgen_ray.cli.run_script import ProfileOfLastRunOption, profile_of_run
 from vidgen_ray.dataset.export_rows import ExportSettings, Transcode, parse_splits
 from vidgen_ray.dataset.tables import open_tables, run_query, write_parquet
 from vidgen_ray.errors import UsageError, allowed_of
@@ -40,8 +27,9 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import check_has_manifest
 from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.report.shot_text import value_text
+from vidgen_ray.system.console import Console
 from vidgen_ray.system.files import new_file
-from vidgen_ray.system.quantities import Console, duration
+from vidgen_ray.system.quantities import duration
 
 if TYPE_CHECKING:
     from vidgen_ray.dataset.export import ExportReport
@@ -60,7 +48,6 @@ def check_optional_out(value: str | None) -> str | None:
     return None if value is None else check_out(value)
 
 
-@in_group(LOOK)
 def query(
     out: OutArgument,
     sql: Annotated[
@@ -106,7 +93,6 @@ def query(
                 typer.echo(f"{left + 1:,} more rows; --csv, --json or --parquet FILE give all", err=True)
 
 
-@in_group(LOOK)
 def compare(
     out: OutArgument,
     out2: Annotated[
@@ -171,7 +157,6 @@ def compare(
     typer.echo(page)
 
 
-@in_group(LOOK)
 def diff(
     out1: Annotated[str, typer.Argument(help="Output folder, or its URL.", callback=check_out)],
     out2: Annotated[str, typer.Argument(help="Output folder to compare it with.", callback=check_out)],
@@ -201,7 +186,6 @@ def diff(
         raise typer.Exit(1)
 
 
-@in_group(LOOK)
 def score(
     out: OutArgument,
     scorer: Annotated[
@@ -256,7 +240,6 @@ TRANSCODE_OPTIONS = ModelOptions.of(
 )
 
 
-@in_group(EXPORT)
 @with_options
 def export(
     out: OutArgument,

@@ -47,7 +47,7 @@ from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.outputs.lease import Lease, lease
 from vidgen_ray.outputs.manifest import opened
 from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, is_disk_full, storage_at
-from vidgen_ray.system.quantities import Console
+from vidgen_ray.system.console import Console
 
 PENDING = ".vidgen/pending.json"
 CHECKPOINT_S = 60.0

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow
 from pydantic import Field, field_validator
 
-from vidgen_ray.cli.options import note
+from vidgen_ray.cli.commands import note
 from vidgen_ray.dataset.tables import IN_SCRIPT_ORDER, columns_of, quoted, run_query, selection
 from vidgen_ray.errors import FrozenModel, StrictModel, UsageError, shortened
 from vidgen_ray.licences import ALLOWED, Requirement

@@ -31,7 +31,7 @@ from rich.progress import track
 
 from vidgen_ray.batch.line_planner import own_context
 from vidgen_ray.batch.progress import RunListener
-from vidgen_ray.cli.options import note
+from vidgen_ray.cli.commands import note
 from vidgen_ray.dataset.measurements import SCORERS, HashScorer
 from vidgen_ray.dataset.scorers import NEED_CPU_S, ChosenScorer, Clip, Column, Networks, choose_scorers, face_params
 from vidgen_ray.dataset.tables import DIGEST
@@ -51,7 +51,8 @@ from vidgen_ray.outputs.manifest import (
 from vidgen_ray.outputs.records import SCORES as FOLDER
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.profile import Profile
-from vidgen_ray.system.quantities import Console, count, duration
+from vidgen_ray.system.console import Console
+from vidgen_ray.system.quantities import count, duration
 
 COLUMNS = (
     *("id", "prompt", "negative_prompt", "seed", "metadata", "face_image", "face_index"),

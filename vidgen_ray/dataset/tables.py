@@ -19,7 +19,7 @@ import duckdb
 import pyarrow
 import pyarrow.parquet
 
-from vidgen_ray.cli.options import note
+from vidgen_ray.cli.commands import note
 from vidgen_ray.errors import UsageError
 from vidgen_ray.outputs.manifest import FILE_COLUMNS, SCHEMA, check_has_manifest, manifest_batches, opened, score_files
 from vidgen_ray.outputs.reviews import read_reviews

@@ -11,20 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from vidgen_ray.cli.options import (
-    DETAILS_PANEL,
-    EXPORT,
-    CharactersOption,
-    JsonOption,
-    MarkOptions,
-    ModelOptions,
-    OutArgument,
-    WhereOption,
-    ids_where,
-    in_group,
-    note,
-    with_options,
-)
+from vidgen_ray.cli.commands import ModelOptions, note, with_options
+from vidgen_ray.cli.options import DETAILS_PANEL, CharactersOption, JsonOption, MarkOptions, OutArgument, WhereOption, ids_where
 from vidgen_ray.errors import UsageError
 from vidgen_ray.film.film_settings import FilmSettings, checked_fields, film_settings, read_film_file
 from vidgen_ray.outputs.storage import URL, no_results
@@ -33,7 +21,7 @@ from vidgen_ray.script.expansion import read_characters
 from vidgen_ray.script.formats import open_script
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script
-from vidgen_ray.system.quantities import Console
+from vidgen_ray.system.console import Console
 
 if TYPE_CHECKING:
     from vidgen_ray.film.film_settings import ShotCandidate
@@ -58,7 +46,6 @@ FILM_OPTIONS = ModelOptions.of(
 )
 
 
-@in_group(EXPORT)
 @with_options
 def film(
     out: OutArgument,

@@ -14,18 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from vidgen_ray.cli.commands import ModelOptions, interruptible, with_options
 from vidgen_ray.cli.folder_commands import check_port
-from vidgen_ray.cli.options import (
-    SERVE,
-    AddressOption,
-    C2paKeyOption,
-    JsonOption,
-    MarkOptions,
-    ModelOptions,
-    in_group,
-    with_options,
-)
-from vidgen_ray.cli.run_script import interruptible, stoppable
+from vidgen_ray.cli.options import AddressOption, C2paKeyOption, JsonOption, MarkOptions
+from vidgen_ray.cli.run_script import stoppable
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.server_settings import OnlineSettings, read_yaml
@@ -49,7 +41,6 @@ SERVE_OPTIONS = ModelOptions.of(
 )
 
 
-@in_group(SERVE, first=True)
 @with_options
 def serve(
     options: Annotated[dict[str, Any], SERVE_OPTIONS],
@@ -190,7 +181,6 @@ keys = typer.Typer(
     help="Create API keys of a server, and keys that sign files (C2PA).",
     no_args_is_help=True,
     add_completion=False,
-    rich_help_panel=SERVE,
 )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from more_itertools import chunked
 
-from vidgen_ray.cli.options import LOOK, OutArgument, in_group, local_path
+from vidgen_ray.cli.options import OutArgument, local_path
 from vidgen_ray.engine.messages import OUTPUT
 from vidgen_ray.errors import SetupError, UsageError, install_command
 from vidgen_ray.graph import STAGES
@@ -167,7 +167,6 @@ def lines_of_run(storage: Storage, run: str | None) -> list[dict[str, Any]]:
     raise SetupError(f"{storage.url}: has no step of {wanted} in its logs; runs with a log: {known}")
 
 
-@in_group(LOOK)
 def trace(
     out: OutArgument,
     path: Annotated[

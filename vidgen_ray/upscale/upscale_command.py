@@ -17,14 +17,16 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
-from vidgen_ray.cli.options import EXPORT, JsonOption, MarkOptions, check_out, details_option, in_group, note, with_options
-from vidgen_ray.cli.run_script import interruptible, remembered_interrupt
+from vidgen_ray.cli.commands import interruptible, note, with_options
+from vidgen_ray.cli.options import JsonOption, MarkOptions, check_out, details_option
+from vidgen_ray.cli.run_script import remembered_interrupt
 from vidgen_ray.errors import NOT_A_URL, StageError, UsageError, VidgenError
 from vidgen_ray.media import CLIP_SUFFIXES
 from vidgen_ray.media.encode import Preset
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import DEFAULT_PROVENANCE
-from vidgen_ray.system.quantities import Console, duration
+from vidgen_ray.system.console import Console
+from vidgen_ray.system.quantities import duration
 from vidgen_ray.upscale.frames import DEFAULT_CRF, Codec, EncodeSettings
 from vidgen_ray.upscale.job import SegmentFailed, Threads
 from vidgen_ray.upscale.join import FORMATS
@@ -58,7 +60,6 @@ LINE_EVERY_S = 15.0
 """Seconds between two lines of progress if standard error is not a terminal."""
 
 
-@in_group(EXPORT)
 @with_options
 def upscale(
     marks: MarkOptions,

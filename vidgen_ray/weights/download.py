@@ -24,7 +24,7 @@ from filelock import FileLock
 from vidgen_ray.errors import SetupError
 from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.system.model_files import PIPELINE_INDEX, pipeline_components, select_loaded
-from vidgen_ray.system.quantities import cursor_movable
+from vidgen_ray.system.terminal_text import cursor_movable
 from vidgen_ray.weights import parse_hub, resolve
 
 _INSIGHTFACE = "https://github.com/deepinsight/insightface/releases/download/v0.7"

@@ -56,6 +56,3 @@ def mcp(
     except KeyboardInterrupt:
         # Nothing is left to resume: jobs continue on the server.
         raise typer.Exit(130) from None
-
-
-vars(mcp)["rich_help_panel"] = "Serve"  # its group in `vidgen --help`
