@@ -38,6 +38,7 @@ COMMANDS = {
     "--help": HELP,
     "validate SCRIPT": SCRIPT,
     "validate --help": SCRIPT | {"rich"},
+    "plan SCRIPT": SCRIPT | {"rich", "numpy", "scipy", "pyarrow", "more_itertools", "vidgen_ray.batch"},
 }
 
 

@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 
 from benchmarks.simulated_scheduling import SECONDS, Simulation
-from vidgen_ray.batch.render_script import Counts
+from vidgen_ray.batch.line_planner import Counts
 from vidgen_ray.cli.plan import print_plan
 from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, relative_costs

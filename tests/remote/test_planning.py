@@ -3,7 +3,7 @@
 import pytest
 
 from tests.remote.fake_server import MODEL
-from vidgen_ray.batch.render_script import Counts
+from vidgen_ray.batch.line_planner import Counts
 from vidgen_ray.cli.plan import _facts
 from vidgen_ray.errors import SetupError, TooExpensive
 from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan

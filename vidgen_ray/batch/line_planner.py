@@ -1,6 +1,6 @@
-"""Plan script lines: check them, hash their files, plan content keys and look up finished shots.
+"""Plan script lines: check them, hash their files, plan content keys and look up finished shots. Estimate a run.
 
-The first lines are planned in this process, the rest by parallel tasks of a Ray Data stream.
+The first lines are planned in this process, the rest by parallel tasks of a Ray Data stream. Ray is imported for these only.
 """
 
 from __future__ import annotations
@@ -11,33 +11,36 @@ import os
 import pickle
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pyarrow
-import ray
 from more_itertools import batched
 
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.errors import MissingWeights, ScriptError, SetupError, VidgenError
-from vidgen_ray.graph import stages_of
+from vidgen_ray.graph import check_profile, stages_of
 from vidgen_ray.licences import ShotLicences
-from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.folder import OutputFolder, read_last_run
 from vidgen_ray.outputs.manifest import FinishedShots, id_is_taken
+from vidgen_ray.outputs.manifest_writer import script_name
 from vidgen_ray.outputs.new_seeds import Seeds, read_seeds, with_new_seed
 from vidgen_ray.outputs.records import Failure, ShotRecord
+from vidgen_ray.planner import Demand, demand_of
+from vidgen_ray.planner.speed_trials import as_recorded
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.check import LineChecker, with_cut_prompts
 from vidgen_ray.script.formats import ScriptVersion, script_version
-from vidgen_ray.script.lines import Line, ScriptSettings
-from vidgen_ray.script.read import file_problem, no_lines, open_lines
+from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
+from vidgen_ray.script.read import file_problem, iter_script, no_lines, open_lines, unique_lines
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
 
 if TYPE_CHECKING:
+    import ray
     from ray.data import Dataset
 
 
@@ -50,6 +53,8 @@ BLOCK_BYTES = 1 << 20
 MAX_TASKS = 16
 """Maximum number of parallel tasks. One task plans some thousand lines per second."""
 NODE_LABEL = "ray.io/node-id"
+ESTIMATED_LINES = 500
+"""Lines that are planned together in an estimate."""
 
 
 DEFAULT_OPTIONS = RenderOptions()
@@ -225,6 +230,8 @@ def remaining_lines(settings: ScriptSettings, version: ScriptVersion, planner: L
     That node can read the script and its files. Needs a connection to Ray. Raises what reading and planning raise.
     """
 
+    import ray.data
+
     def blocks() -> Iterator[pyarrow.Table]:
         try:
             _, lines = open_lines(settings, version)
@@ -240,6 +247,9 @@ def remaining_lines(settings: ScriptSettings, version: ScriptVersion, planner: L
 
 def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[Line]]:
     """Plan the lines of a data set, in order. Each row has a pickled sequence of lines in its column `lines`."""
+
+    import ray.data
+
     finished = ray.put(planner.take_finished())
     tasks = max(1, min(MAX_TASKS, os.cpu_count() or 1))
     planned = dataset.map_batches(
@@ -278,6 +288,8 @@ _planners: dict[str, LinePlanner] = {}
 
 
 def _planner(execution: str, pickled: bytes, finished: ray.ObjectRef) -> LinePlanner:
+    import ray
+
     if execution not in _planners:
         _planners.clear()
         planner: LinePlanner = pickle.loads(pickled)
@@ -307,12 +319,16 @@ def one_task_source(blocks: Callable[[], Iterator[pyarrow.Table]]) -> Any:
 
 def on_this_node() -> dict[str, Any]:
     """Return the options of tasks that run on the node of this process, which may offer no CPUs to Ray."""
+
+    import ray
+
     return {"num_cpus": 0, "label_selector": {NODE_LABEL: ray.get_runtime_context().get_node_id()}}
 
 
 @contextmanager
 def own_context(*, ordered: bool = True) -> Iterator[None]:
     """Configure Ray Data for the data sets of the block, without changing the settings of others in this process."""
+    import ray
     from ray.data import DataContext
 
     # Importing Ray Data enables its log messages about every data set. Errors are reported by vidgen itself.
@@ -332,3 +348,78 @@ def own_context(*, ordered: bool = True) -> Iterator[None]:
         raise SetupError(f"Ray Data failed: {str(error).strip().splitlines()[0]}") from error
     finally:
         DataContext._set_current(before)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Line counts of a script before a run."""
+
+    lines: int
+    """Lines, with variants expanded."""
+    done: int | None
+    """Finished shots that are skipped. `None` if the weights needed to look them up are not on this machine."""
+    rejected: int
+    """Rejected lines and lines that cannot be planned."""
+    cached_steps: int | None
+    """Steps of pending shots whose result is in the stage cache. `None` as for `done`."""
+
+
+def estimate_run(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> tuple[Demand, Counts]:
+    """Return the demand and the line counts. If the weights are not on this machine, no shot counts as done."""
+    check_profile(profile)
+    try:
+        return count_pending(script, profile, outputs)
+    except SetupError:
+        return _count_all(iter_script(script))
+
+
+def count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> tuple[Demand, Counts]:
+    done = failed = cached = 0
+
+    def pending() -> Iterator[Shot]:
+        nonlocal done, failed, cached
+        for line in _planned(script, profile, outputs):
+            if line.errors or isinstance(line.result, Failure):
+                failed += 1
+            elif isinstance(line.result, ShotPlan | None):
+                if line.result is not None:
+                    cached += sum(outputs.stage_cache.has(step.key) for step in line.result.steps)
+                yield line.shot
+            else:
+                done += 1
+
+    demand = demand_of(pending())
+    return demand, Counts(demand.shots + done + failed, done, failed, cached)
+
+
+def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Iterator[Line]:
+    checker, lines = open_lines(script)
+    checker.script = script_name(outputs.storage, script.path)
+    planner = LinePlanner(checker, profile, outputs)
+    planner.load_finished()
+    empty, index = True, ScriptIndex()
+    for batch in batched(lines, ESTIMATED_LINES):
+        empty = False
+        yield from unique_lines(planner.plan(batch), index)
+    if empty:
+        raise no_lines(script.path)
+
+
+def _count_all(lines: Iterable[Line]) -> tuple[Demand, Counts]:
+    failed = 0
+
+    def valid() -> Iterator[Shot]:
+        nonlocal failed
+        for line in lines:
+            yield from line.shots
+            failed += bool(line.errors)
+
+    demand = demand_of(valid())
+    return demand, Counts(demand.shots + failed, None, failed, None)
+
+
+def recorded_options(profile: Profile, outputs: OutputFolder) -> Profile:
+    """Return the profile with the tried options of the folder's last run, so that its shots keep their content keys."""
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        return as_recorded(profile, read_last_run(outputs)["profile"])
+    return profile

@@ -43,7 +43,7 @@ from vidgen_ray.system.console import Console, stdout_console, table_of
 from vidgen_ray.system.quantities import count, duration, money, size
 
 if TYPE_CHECKING:
-    from vidgen_ray.batch.render_script import Counts
+    from vidgen_ray.batch.line_planner import Counts
 
 
 def plan(
@@ -64,7 +64,7 @@ def plan(
 
     Nothing is rendered. Also prints the layout of the GPUs and the licences of the weights.
     """
-    from vidgen_ray.batch.render_script import estimate_run, recorded_options
+    from vidgen_ray.batch.line_planner import estimate_run, recorded_options
 
     cluster_of_run = detected(address, gpus)
     # A long script takes a minute.

@@ -586,6 +586,8 @@ class FinishedShots:
 
     def _rows_of(self, plans: Sequence[ShotPlan]) -> list[dict[str, Any] | None]:
         """Return the manifest row of each plan's id, or `None`."""
+        if not len(self._rows):
+            return [None] * len(plans)  # pyarrow imports pandas for an array
         positions = [self._positions.get(plan.shot.id or "") for plan in plans]
         known = pyarrow.array([position for position in positions if position is not None], pyarrow.int64())
         rows = iter(self._rows.take(known).to_pylist())
