@@ -46,7 +46,7 @@ SLOW_S, SLOW_FACTOR = 30.0, 3.0
 """A call is slow after SLOW_S seconds and SLOW_FACTOR times its usual seconds."""
 LEFT_S = 200.0
 """Seconds in which the unfinished files of a shot are deleted that has ended or is written elsewhere."""
-WRONG_CALLS = 12
+WRONG_CALLS = 20
 """Most calls of a GPU with wrong pixels, while two sound ones of its kind work."""
 SICK_CALLS = 22
 """Most calls that a GPU fails, while a sound one works."""

@@ -466,7 +466,7 @@ class World:
         rng, lines = self.rng, []
         with_loras = rng.random() < 0.3
         is_long = "sick_pixels" in self.kinds and "all_poison" not in self.kinds
-        for number in range(1, (self._lines or rng.randint(10, 28) * (1 + is_long)) + 1):
+        for number in range(1, (self._lines or rng.randint(10, 28) * (1 + 2 * is_long)) + 1):
             fields = {"generate_video": rng.random() < 0.7, "upscale_video": rng.random() < 0.7}
             flaw = next((flaw for flaw in SHOT_FAULTS if flaw in self.kinds and rng.random() < 0.06), "")
             source = rng.choice(lines)[1].shot if lines and self.local and not flaw and rng.random() < 0.15 else None
