@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 from statistics import mean
 
+from tests.chaos import model
 from tests.chaos.model import SECONDS, STORAGE_FAULTS
 from vidgen_ray.batch.director import BREAKER_FAILURES, BREAKER_SHOTS
 from vidgen_ray.batch.run_options import GRACE_S
@@ -337,7 +338,8 @@ def check_rework(world, history):
     hit += {(call.driver.number, call.shot) for at, call in calls if at > history.lease_ends(call.driver.number)}
     allowed = len(hit) * 2 * sum(SECONDS.values())
     # At the end of each run, the slowest calls run a second time.
-    allowed += len(world.drivers) * sum(len(node.gpus) for node in world.nodes) * SECONDS["svd"]
+    slowest_s = SECONDS["svd"] * (model.SLOW_FACTOR if "slow_gpu" in world.kinds else 1.0)
+    allowed += len(world.drivers) * sum(len(node.gpus) for node in world.nodes) * slowest_s
     if seconds > allowed:
         yield f"{seconds:.0f} GPU seconds were done again, {allowed:.0f} are explained by faults"
     own = Counter((event.fields["call"].driver.number, event.fields["call"].unit) for event in work)
