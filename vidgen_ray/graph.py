@@ -16,7 +16,6 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, Stage, frames_after
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxRefineStage, FluxStage
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage
-from vidgen_ray.stages.flux_model import FluxParams
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.identity import INJECTORS
 from vidgen_ray.stages.instantid import RECOGNISER, ClipLikenessStage, ImageLikenessStage, InstantIDStage
@@ -108,10 +107,15 @@ WITHOUT_CHUNKED_STAGES: Mapping[str, Any] = {
 
 
 def max_loras(profile: Profile) -> int:
-    """Return how many LoRAs a FLUX worker keeps loaded. 0 if the profile has no FLUX."""
-    actor = profile.actors.get(FluxStage.actor)
-    default = FluxParams.model_fields["adapters_kept"].default
-    return int(actor.options.get("adapters_kept", default)) if actor else 0
+    """Return how many LoRAs a model of the profile keeps loaded, at most. 0 if no model takes LoRAs."""
+    return max(
+        (
+            int(actor.options.get("adapters_kept", stage.Params.model_fields["adapters_kept"].default))
+            for stage in STAGES
+            if stage.lora_field and (actor := profile.actors.get(stage.actor)) is not None
+        ),
+        default=0,
+    )
 
 
 def stages_of(shot: Shot) -> tuple[type[Stage[Any]], ...]:

@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from benchmarks.simulated_scheduling import LAYOUTS, NAMES, Simulation
-from tests.engine.farm import Farm, Proc
+from tests.engine.farm import CALL_S, Farm, Proc
 from vidgen_ray.engine import messages as m
 from vidgen_ray.engine.processes import MAX_PREFETCH_LOAD
 from vidgen_ray.engine.queues import MAX_LORA_SKIPS
@@ -75,6 +75,23 @@ def test_calls_go_to_active_loras_then_inputs_then_their_node_but_load_goes_firs
     for order in (2, 3, 4, 5):
         farm.ask(order, "svd", near="b")
     assert [farm.sent[order] for order in range(6)] == [["a"], ["a"], ["b"], ["c"], ["d"], []]
+
+
+@pytest.mark.parametrize(("kept", "active"), [(0, ""), (1, "z"), (2, "az")])
+def test_loras_that_were_not_used_for_longest_are_replaced(kept, active):
+    """What is known of LoRAs and queues does not grow with the calls that were sent."""
+    farm = Farm(Proc("a"), adapters_kept=kept)
+    for order, loras in enumerate([*"bcdefghijklmnopqrstuvwxy", "ab", "a", "z"]):
+        farm.ask(order, adapters=tuple(loras))
+        farm.run()
+    (row,) = farm.core.table.rows.values()
+    assert (row.adapters, sorted(row.pool.with_adapter)) == (list(active), sorted(active))
+    assert farm.core.queues.lanes["flux"] == {}
+    for order in range(50):
+        farm.ask(order)
+    farm.run(until=farm.now + 45 * CALL_S)
+    (lane,) = farm.core.queues.lanes["flux"].values()
+    assert sum(map(len, lane.by_adapters.values())) < 5
 
 
 def test_process_swaps_groups_before_others_run_out_of_calls():

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import chain, combinations
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from vidgen_ray.engine.messages import OUTPUT
@@ -108,8 +108,6 @@ class Process:
     """Calls that it has, in the order in which they were sent: the first `parallel` ones run, the others are prefetched."""
     adapters: list[str] = field(default_factory=list)
     """Active LoRAs. The last used is last."""
-    active: tuple[tuple[str, ...], ...] = ((),)
-    """Sets of LoRAs that need no loading."""
     group: tuple[str, ...] = ()
     """Group of stages that is on the GPU after its calls, if groups of stages take turns."""
     turn: int = 0
@@ -256,12 +254,18 @@ class Table:
 
     def set_adapters(self, process: Process, adapters: list[str]) -> None:
         for adapter in process.adapters:
-            del process.pool.with_adapter[adapter][process]
+            rows = process.pool.with_adapter[adapter]
+            del rows[process]
+            if not rows:
+                del process.pool.with_adapter[adapter]
         process.adapters = adapters
         for adapter in adapters:
             process.pool.with_adapter.setdefault(adapter, {})[process] = None
-        kept = sorted(adapters)
-        process.active = tuple(chain.from_iterable(combinations(kept, n) for n in range(len(kept) + 1)))
+
+    def use_adapters(self, process: Process, adapters: Sequence[str]) -> None:
+        """A call with these LoRAs comes to a row: those that were not used for longest leave it."""
+        used = [*(each for each in process.adapters if each not in adapters), *adapters]
+        self.set_adapters(process, used[max(0, len(used) - self.adapters_kept) :])
 
     # Questions
 

@@ -31,32 +31,29 @@ MAX_LORA_SKIPS = 64
 class Lane:
     """Waiting calls of a stage with the same load that may run on every process."""
 
-    __slots__ = ("by_adapters", "load", "waiting")
+    __slots__ = ("by_adapters", "load")
 
     def __init__(self, load: float) -> None:
         self.load = load
-        self.waiting: list[Entry] = []
         self.by_adapters: dict[tuple[str, ...], list[Entry]] = {}
 
     def push(self, entry: Entry) -> None:
-        heappush(self.waiting, entry)
         heappush(self.by_adapters.setdefault(entry[2].call.adapters, []), entry)
 
     def choice(self, process: Process) -> Entry | None:
         """Return the oldest call, or a younger one whose LoRAs are active, unless the oldest was skipped too often."""
-        oldest = _head(self.waiting)
+        for adapters, heap in list(self.by_adapters.items()):
+            # Entries of calls that do not wait any more stay in the heap until they are its first.
+            while heap and heap[0][2].entry is not heap[0]:
+                heappop(heap)
+            if not heap:
+                del self.by_adapters[adapters]
+        heads = [heap[0] for heap in self.by_adapters.values()]
+        oldest = min(heads, default=None)
         if oldest is None or process.has_active(oldest[2].call.adapters):
             return oldest
-        heads = [_head(self.by_adapters[each]) for each in process.active if each in self.by_adapters]
-        active = min((each for each in heads if each is not None), default=None)
+        active = min((each for each in heads if process.has_active(each[2].call.adapters)), default=None)
         return oldest if active is None or active[0] - oldest[0] > MAX_LORA_SKIPS else active
-
-
-def _head(heap: list[Entry]) -> Entry | None:
-    # Entries of calls that do not wait any more stay in the heap until they are its first.
-    while heap and heap[0][2].entry is not heap[0]:
-        heappop(heap)
-    return heap[0] if heap else None
 
 
 class Queues:
@@ -95,6 +92,9 @@ class Queues:
             request.entry = None
             stage = request.call.stage
             self.waiting[stage] -= 1
+            if not self.waiting[stage]:
+                # Only entries of calls that do not wait any more are left.
+                self.lanes[stage].clear()
             if self.alone[stage].pop(request, request) is None:
                 self._n_alone -= 1
                 # Processes of the stage may take other calls again.
@@ -290,9 +290,8 @@ class Queues:
         call = request.call
         process.runs_alone = request.runs_alone
         process.load += call.load
-        if call.adapters and not process.has_active(call.adapters):
-            kept = [each for each in process.adapters if each not in call.adapters]
-            self._table.set_adapters(process, [*kept, *call.adapters][-self._table.adapters_kept :])
+        if call.adapters:
+            self._table.use_adapters(process, call.adapters)
         for group in process.spec.swap_groups:
             if call.stage in group:
                 process.turn = process.turn + 1 if group == process.group else 1
