@@ -1,7 +1,8 @@
 """Core of an engine with simulated processes: retries, quarantine, verdicts, timeouts, copies, loads, servers and checks."""
 
 import math
-from itertools import repeat
+from dataclasses import replace
+from itertools import count, repeat
 
 import numpy as np
 import pytest
@@ -432,9 +433,9 @@ def test_encoder_whose_write_hangs_is_killed_but_not_while_its_session_waits():
 CHECKS = CoreLimits(first_checked_call=8, checked_calls=50)
 
 
-def checked(*processes, shots):
+def checked(*processes, shots, limits=CHECKS):
     """Return a farm that has rendered shots, always with two for each process."""
-    farm, left = Farm(*processes, limits=CHECKS), iter(range(shots))
+    farm, left = Farm(*processes, limits=limits), iter(range(shots))
 
     def ask():
         if (order := next(left, None)) is not None:
@@ -469,6 +470,25 @@ def test_workers_that_all_differ_stay_in_use(images):
     farm = checked(*(Proc(image, images=iter([image])) for image in images), shots=10 * CHECKS.checked_calls)
     assert farm.quarantined == []
     assert farm.checks["differs"] > 3
+
+
+@pytest.mark.parametrize("fault", ["error", "crash", "hang"])
+def test_check_that_fails_counts_as_an_error_of_its_worker_and_is_not_repeated_at_once(fault):
+    worker = Proc("a", fault=lambda call: "" if call.is_checked else fault)
+    farm = checked(worker, Proc("b"), shots=5 * CHECKS.first_checked_call, limits=replace(CHECKS, failures=1))
+    farm.run(until=farm.now + LIMITS.floor_s)
+    assert farm.quarantined == ["a"]
+
+
+def test_check_that_waits_while_the_engine_is_lost_runs_later():
+    farm, orders = Farm(Proc("a"), Proc("b"), limits=CHECKS), count()
+    while not any(check.entry for check in farm.core.canary.checks):
+        farm.ask(next(orders), is_checked=True)
+        farm.run(until=farm.now + CALL_S / 6)
+    farm.tell(m.Unplaceable("too small"))
+    farm.add(Proc("c"))
+    farm.run(until=farm.now + 5 * CALL_S)
+    assert (farm.checks["done"], farm.core.canary.checks) == (1, {})
 
 
 def test_long_runs_check_at_their_interval_and_short_ones_not_at_all():

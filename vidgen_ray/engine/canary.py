@@ -87,17 +87,13 @@ class Canary:
         return "done" if all(same) else "differs"
 
     def failed(self, request: Request) -> None:
-        """A repetition has failed."""
-        check = self.checks.pop(request)
-        if check.due.is_live and check.first is None:
-            self._due[check.due] = None
-        elif check.due.is_live:
-            self._check_after(check.due, self._limits.first_checked_call)
+        """A repetition has failed. Not repeated at once: each one may crash its worker."""
+        self._check_after(self.checks.pop(request).due, self._limits.first_checked_call)
 
     def forget(self, process: Process) -> list[Request]:
-        """The process of a row is gone. Return the repetitions that it should make, or was making."""
+        """The process of a row is gone. Return the repetitions that wait for it."""
         self._due.pop(process, None)
-        waiting = [each for each in self.checks if each.where is not None and each.where.only == process.name]
+        waiting = [each for each in self.checks if each.entry and each.where is not None and each.where.only == process.name]
         for request in waiting:
             self.failed(request)
         return waiting

@@ -374,7 +374,7 @@ class Core(Supervision):
                 self._ask(others)
 
     def _fail_waiting(self, failure: Failure) -> None:
-        for request in [each for each in self.requests if not each.running and each.unwritten is None]:
+        for request in [each for each in self.requests if each.askers and not each.running and each.unwritten is None]:
             if request in self.requests:
                 self._fail(request, Kind.ERROR, failure)
 
@@ -466,7 +466,8 @@ class Core(Supervision):
     def _repeat(self, process: Process, call: Call, repetition: m.Repetition) -> Request:
         """Let a worker repeat a call of another one."""
         again = call._replace(near=None, near_load=0.0, is_shared=False, is_checked=False)
-        request = Request(again, [], where=Where(only=process.name), repetition=repetition)
+        # Alone: if the process crashes, the check is the cause.
+        request = Request(again, [], where=Where(only=process.name), runs_alone=True, repetition=repetition)
         self.requests[request] = None
         self.queues.add(request)
         return request
@@ -484,5 +485,4 @@ class Core(Supervision):
 
     def _forget_checks(self, process: Process) -> None:
         for request in self.canary.forget(process):
-            if request in self.requests:
-                self._drop(request)
+            self._drop(request)
