@@ -388,6 +388,30 @@ def test_released_process_ends_its_calls_and_leaves_no_row():
     assert (farm.core.given_up, farm.procs["leaves"].kills, farm.sent[9]) == ({}, 0, ["stays"])
 
 
+@pytest.mark.parametrize("ends", ["result", "withdrawn"])
+def test_released_process_ends_its_calls_also_if_all_others_are_lost_meanwhile(ends):
+    spec = FLUX if ends == "result" else ENCODER
+    farm = ready(Proc("leaves", spec=spec), Proc("lost", spec=spec))
+    call, waits = (farm.ask(1, *spec.stages, near="leaves"), farm.ask(2, *spec.stages, near="lost"))
+    farm.tell(m.Removed("leaves", released=True))
+    farm.tell(m.Removed("lost"))
+    assert farm.failure(waits).stage == NODE_LOST
+    if ends == "withdrawn":
+        farm.withdraw(call)
+    farm.run()
+    assert ends == "withdrawn" or farm.by(call) == "leaves"
+    assert farm.core.table.rows == {}
+
+
+def test_retry_does_not_wait_for_a_process_that_takes_no_more_calls():
+    farm = ready(Proc("a", fault=outcomes("error", first=1)), Proc("leaves", seconds=300))
+    farm.ask(0, costs=(100.0,), near="leaves")
+    farm.tell(m.Removed("leaves", released=True))
+    retried = farm.ask(1)
+    farm.run()
+    assert (farm.by(retried), farm.ended_at[retried] < 5 * CALL_S) == ("a", True)
+
+
 # Servers and encoders
 
 

@@ -14,7 +14,7 @@ def check_invariants(core: Core) -> None:
     for name, row in table.rows.items():
         assert row.name == name
         assert row.state is not State.GONE, name
-        assert row in row.pool.rows, name
+        assert (row in row.pool.rows) == (row.state is not State.LEAVING), (name, row.state)
         assert row in table.on_node[row.node], (name, row.node)
         assert abs(row.load - sum(each.load for each in row.calls.values())) < 1e-6, (name, row.load)
         assert row.load <= MAX_PREFETCH_LOAD + 1e-6, (name, row.load)

@@ -212,11 +212,17 @@ class Table:
         return process
 
     def remove(self, process: Process) -> None:
-        self.enter(process, State.GONE)
-        del self.rows[process.name], process.pool.rows[process], self.on_node[process.node][process]
-        process.pool.rows_on[process.node] -= 1
+        self.release(process, State.GONE)
+        del self.rows[process.name], self.on_node[process.node][process]
         self.set_adapters(process, [])
         self.touched.pop(process, None)
+
+    def release(self, process: Process, state: State) -> None:
+        """No further call can run there: the row counts no more where one looks for processes."""
+        self.enter(process, state, process.deadline)
+        if process in process.pool.rows:
+            del process.pool.rows[process]
+            process.pool.rows_on[process.node] -= 1
 
     def enter(self, process: Process, state: State, deadline: float = math.inf) -> None:
         """Change the state of a row, and its deadline."""

@@ -87,12 +87,14 @@ class Supervision(ABC):
     def _on_Removed(self, event: m.Removed) -> None:
         if (process := self.table.rows.get(event.process)) is None:
             return
+        reason = "not needed any more" if event.released else "its node is lost, and no other node has room"
+        failure = _node_lost(f"{process.name}: {reason}", process.name)
         if event.released and process.calls:
-            self.table.enter(process, State.LEAVING, process.deadline)
+            self.table.release(process, State.LEAVING)
             self._forget_checks(process)
+            self._look_for_others(process, failure)
         else:
-            reason = "not needed any more" if event.released else "its node is lost, and no other node has room"
-            self._leave(process, _node_lost(f"{process.name}: {reason}", process.name))
+            self._leave(process, failure)
 
     def _on_Unplaceable(self, event: m.Unplaceable) -> None:
         self._set_fatal(_node_lost(event.reason, "cluster"))
@@ -263,14 +265,19 @@ class Supervision(ABC):
 
     def _leave(self, process: Process, failure: Failure) -> None:
         """Remove a row. `failure`: that of the engine, if it was the last one with a stage."""
-        calls = self._take_calls(process)
+        calls, was_leaving = self._take_calls(process), process.state is State.LEAVING
         self._forgive(process)
         self.table.remove(process)
         self._out.append(m.Release(process.name))
-        if not all(map(self.table.is_held, process.spec.stages)):
-            self._set_fatal(failure)
+        if not was_leaving:
+            self._look_for_others(process, failure)
         for running, request in calls:
             self._attempt_failed(running, request, Kind.NOT_RUN, _RESTARTED)
+
+    def _look_for_others(self, process: Process, failure: Failure) -> None:
+        """The calls that wait need other rows than this one."""
+        if not all(map(self.table.is_held, process.spec.stages)):
+            self._set_fatal(failure)
         self.queues.look_again(process.spec.stages)
 
     def _set_fatal(self, failure: Failure) -> None:
