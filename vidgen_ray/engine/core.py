@@ -331,10 +331,11 @@ class Core(Supervision):
     def _settle_doubts(self) -> None:
         """Decide about calls for which all is known, or will not be known."""
         self._verdicts_changed = False
+        orders = self._orders()
         for request in list(self._doubtful):
             assert request.doubt_until is not None
             if in_doubt(counting(request.failures)) and self.now < request.doubt_until:
-                if self._may_be_shown(request):
+                if self._may_be_shown(request, orders):
                     request.quiet_since = None
                     continue
                 # The next calls of other shots may be asked for soon.
@@ -346,20 +347,24 @@ class Core(Supervision):
             del self._doubtful[request]
             request.doubt_until = request.quiet_since = None
             self._next_attempt(request, request.failures[-1], is_settled=True)
+            orders = self._orders()
 
-    def _may_be_shown(self, request: Request) -> bool:
-        """Return whether calls of other shots, or a process that starts, may show which processes are sick."""
-        rows = (self.table.rows.get(each.process) for each in request.failures if each.verdict is Verdict.OPEN)
-        if any(row is not None and row.state in (State.STARTING, State.QUARANTINED) for row in rows):
+    def _orders(self) -> tuple[set[int], set[int]]:
+        """Return the shots with calls in progress that do not wait for evidence themselves: of workers, and of all."""
+        calls = [each.call for each in self.requests if each.doubt_until is None]
+        return {call.order for call in calls if call.stage != OUTPUT}, {call.order for call in calls}
+
+    def _may_be_shown(self, request: Request, orders: tuple[set[int], set[int]]) -> bool:
+        """Return whether calls of other shots, or a process that starts, may show which processes are sick.
+
+        `orders`: see `_orders`.
+        """
+        # The session of an encoder may wait for a chunk that waits for evidence, too.
+        others = orders[request.call.stage == OUTPUT]
+        if len(others) > (request.call.order in others):
             return True
-        call = request.call
-        return any(
-            other.call.order != call.order
-            and other.doubt_until is None
-            # The session of an encoder may wait for a chunk that waits for evidence, too.
-            and (other.call.stage == call.stage or other.call.stage != OUTPUT)
-            for other in self.requests
-        )
+        rows = (self.table.rows.get(each.process) for each in request.failures if each.verdict is Verdict.OPEN)
+        return any(row is not None and row.state in (State.STARTING, State.QUARANTINED) for row in rows)
 
     def _fail(self, request: Request, kind: Kind, failure: Failure) -> None:
         """Fail the shot that has asked first. Others have their own inputs and attempts."""
