@@ -193,6 +193,16 @@ def test_nodes_that_cannot_store_results_fail_no_shot_while_another_can():
     assert all("node" in ended.failure.message for ended in farm.ended.values())
 
 
+def test_refusals_before_a_success_do_not_quarantine_if_others_finish_the_calls_later():
+    refuses = Proc("a", seconds=1, fault=lambda call: "refused" if call.order < 3 else "")
+    farm = ready(refuses, *(Proc(name, "n2", load_s=30, seconds=40) for name in "bcd"))
+    calls = [farm.ask(order) for order in range(3)]
+    farm.run(until=50)
+    farm.ask(9, near="a")
+    farm.run()
+    assert (sorted(map(farm.by, calls)), farm.sent[9], farm.quarantined) == (["b", "c", "d"], ["a"], [])
+
+
 # Verdicts
 
 
@@ -342,6 +352,16 @@ def test_shared_call_is_computed_once_and_fails_only_the_first_asker():
     farm.withdraw(first)
     farm.run()
     assert (farm.by(second), len(farm.sent[5])) == ("a", 1)
+
+
+def test_shared_call_whose_first_asker_is_withdrawn_while_the_storage_is_down_runs_for_the_others():
+    farm = ready(server("job", fault=outcomes("disk full")))
+    farm.storage_down_until = 100
+    first, second = (farm.ask(order, "svd", keys=("clip",), costs=(), is_shared=True) for order in (1, 2))
+    farm.run(until=50)
+    farm.withdraw(first)
+    farm.run()
+    assert (farm.by(second), farm.ended_at[second] > 100) == ("job", True)
 
 
 # Loads, and processes that come and go

@@ -4,7 +4,7 @@ from collections import Counter
 from itertools import count
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.engine.farm import FAULTS, STAGES, Farm, Proc
@@ -109,7 +109,12 @@ def recording(tmp_path_factory):
     return tmp_path_factory.mktemp("recording") / "events.jsonl"
 
 
+UNWRITTEN = [("freeze", 25.0, 0, None), ("fault", 0.0, 1, (1, "unwritten")), ("storage", 0.0, 0, 400.0)]
+"""A call and its copy fail, one of them while the storage is checked for the other."""
+
+
 @given(PLANS)
+@example({"specs": ["clip"] * 2, "flaws": {}, "shots": 4, "actions": UNWRITTEN, "attempts": 1, "circuit_breaker": False})
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_call_ends_once_after_few_attempts_and_a_replay_gives_the_same_commands(recording, plan):
     """The farm checks that a call ends once, and the invariants after each event."""

@@ -115,9 +115,13 @@ class Core(Supervision):
     def _on_Withdrawn(self, event: m.Withdrawn) -> None:
         if (request := self._asked.pop(event.call, None)) is None:
             return
+        was_first = request.askers[0].id == event.call
         request.askers = [each for each in request.askers if each.id != event.call]
         if request.askers:
             request.call = request.askers[0]._replace(order=min(each.order for each in request.askers))
+            if was_first and request.unwritten is not None:
+                # The answer would be for the call that is withdrawn.
+                self._check_storage(request, request.unwritten)
         else:
             self._drop(request)
 
@@ -213,7 +217,7 @@ class Core(Supervision):
         self.canary.finished(process, request.call, result)
         # Last: if the engine is lost with one of these processes, the calls that wait fail.
         for failed in request.failures:
-            if failed.is_forgiven:
+            if failed.is_forgiven and failed.verdict is Verdict.OPEN:
                 # The shot is fine: another process has finished its call.
                 failed.is_forgiven = False
                 self._blame(failed, request)
@@ -257,9 +261,12 @@ class Core(Supervision):
             self._again(request)
         elif kind in (Kind.WRITE, Kind.DISK_FULL):
             request.unwritten = failed
-            self._out.append(m.CheckStorage(request.call.id, kind, failure.message))
+            self._check_storage(request, failed)
         else:
             self._count(request, failed)
+
+    def _check_storage(self, request: Request, failed: FailedAttempt) -> None:
+        self._out.append(m.CheckStorage(request.call.id, failed.kind, failed.failure.message))
 
     def _on_StorageChecked(self, event: m.StorageChecked) -> None:
         request = self._asked.get(event.call)
@@ -274,8 +281,8 @@ class Core(Supervision):
         self._verdicts_changed = True
 
     def _again(self, request: Request) -> None:
-        """Let a call wait for a process, unless it runs on another one."""
-        if request.running or request.entry is not None:
+        """Let a call wait for a process, unless it runs on another one, or for the storage."""
+        if request.running or request.entry is not None or request.unwritten is not None:
             return
         if self.fatal_failure is not None:
             self._fail(request, Kind.ERROR, self.fatal_failure)
@@ -292,8 +299,8 @@ class Core(Supervision):
                 each.is_forgiven = True
         if failed.kind is not Kind.MEMORY:
             self._blame(failed, request)
-        # Otherwise its copy still runs.
-        if not request.running and request in self.requests:
+        # Otherwise its copy still runs, or could not write.
+        if not request.running and request.unwritten is None and request in self.requests:
             self._next_attempt(request, failed, is_settled=False)
 
     def _next_attempt(self, request: Request, last: FailedAttempt, *, is_settled: bool) -> None:
