@@ -132,7 +132,8 @@ class Director:
         self._folder_checked = False
         self._storage = StoragePause(self._probe_storage, options.wait_storage_s, self._on_storage_change)
         self._metrics: RunMetrics | None = None
-        self._recorder: Recorder | None = None
+        # Before Ray starts.
+        self._recorder = _opened(options.record, listener.on_message)
         self._stop_watch: asyncio.Task[None] | None = None
         """Ends after a stop request or an error."""
         self._idle_since, self._next_idle_message_s = time.monotonic(), FIRST_MESSAGE_S
@@ -220,7 +221,6 @@ class Director:
         self._metered_at = asyncio.get_running_loop().time()
         self._stop_watch = asyncio.ensure_future(self._watch_stop())
         self._renderer = Renderer(self._on_status, self._make_engine)
-        self._recorder = _opened(self._options.record)
         if remaining is not None:
             self._start_reader(remaining)
         try:
@@ -600,10 +600,10 @@ class Director:
         self._listener.on_message(message)
 
 
-def _opened(path: Path | None) -> Recorder | None:
+def _opened(path: Path | None, on_message: Callable[[str], object]) -> Recorder | None:
     """Return the recorder of a run. Raises UsageError if the file cannot be written."""
     try:
-        return None if path is None else Recorder(path)
+        return None if path is None else Recorder(path, on_message)
     except OSError as error:
         raise UsageError(f"--record: cannot write {path}: {error.strerror}") from None
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vidgen_ray.engine import messages as m
 from vidgen_ray.engine.core import Core
@@ -21,10 +22,15 @@ _TYPES: dict[str, Any] = {
 
 
 class Recorder:
-    """Writes a recording, a JSON object per line. Engines of one run follow each other in the same file."""
+    """Writes a recording, a JSON object per line. Engines of one run follow each other in the same file.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+    If the file cannot be written any more, such as on a full disk, the recording ends and the run continues.
+    """
+
+    def __init__(self, path: Path, on_message: Callable[[str], object] = lambda _: None) -> None:
+        """Raises OSError if the file cannot be created."""
+        self._path, self._on_message = path, on_message
+        self._file: TextIO | None = path.open("w", encoding="utf-8")
 
     def begin(self, core: Core) -> None:
         """Begin the recording of an engine."""
@@ -34,10 +40,20 @@ class Recorder:
         self._write({"at": now, "event": _encoded(event), "commands": [_encoded(each) for each in commands]})
 
     def close(self) -> None:
-        self._file.close()
+        self._try(lambda file: file.close())
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        self._try(lambda file: file.write(json.dumps(line) + "\n"))
+
+    def _try(self, what: Callable[[TextIO], object]) -> None:
+        if self._file is not None:
+            try:
+                what(self._file)
+            except OSError as error:
+                file, self._file = self._file, None
+                with suppress(OSError):
+                    file.close()
+                self._on_message(f"--record: the recording ends, because {self._path} cannot be written: {error.strerror}")
 
 
 def replay(path: Path) -> list[str]:
@@ -48,7 +64,11 @@ def replay(path: Path) -> list[str]:
 def _differences(path: Path) -> Iterator[str]:
     core: Core | None = None
     with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(map(json.loads, file), 1):
+        for number, text in enumerate(file, 1):
+            if not text.endswith("\n"):
+                # The driver was killed.
+                return
+            line = json.loads(text)
             if "engine" in line:
                 core = _core(line["engine"])
                 continue
