@@ -130,9 +130,10 @@ def test_every_call_ends_once_after_few_attempts_and_a_replay_gives_the_same_com
     ends = [(farm.calls[call].order, ended) for call, ended in farm.ended.items()]
     failed = {order: ended.failure for order, ended in ends if isinstance(ended, m.Fail) and ended.kind is not Kind.FOREIGN}
     assert max((failure.attempts for failure in failed.values()), default=0) <= LIMITS.in_doubt_factor * plan["attempts"]
-    if not plan["flaws"]:
-        assert [process.name for process in farm.sound if process.kills] == []
     kinds = [kind for kind, *_ in plan["actions"]]
+    # A driver that is stopped again before it has read the responses takes processes for hung.
+    if not plan["flaws"] and kinds.count("stop driver") < 2:
+        assert [process.name for process in farm.sound if process.kills] == []
     is_safe = plan["attempts"] == 3 and "sick" not in kinds and sum(kind in HITS for kind in kinds) <= 1
     if is_safe and (plan["circuit_breaker"] or not plan["flaws"]):
         assert set(failed) <= set(plan["flaws"])
