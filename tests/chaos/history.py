@@ -49,7 +49,7 @@ LEFT_S = 200.0
 """Seconds in which the unfinished files of a shot are deleted that has ended or is written elsewhere."""
 WRONG_CALLS = 20
 """Most calls of a GPU with wrong pixels, while two sound ones of its kind work."""
-SICK_CALLS = 22
+SICK_CALLS = 30
 """Most calls that a GPU fails, while a sound one works."""
 MAX_GAP_S = 2.0
 """Longest time between two calls of a worker that has work: messages and inputs are on their way."""
@@ -510,7 +510,9 @@ def check_overtaken(world, history):
     position = {stage: n for n, stage in enumerate(SECONDS)}
     touched = {shot for event in history.faults for shot in event.fields["shots"]}
     lines = {plan.shot.id: line.number for line, plan in world.script}
-    last_answers = {}
+    last_answers, begun = {}, {}
+    for event in history.sent.values():
+        begun.setdefault((event.fields["call"].driver, event.fields["call"].shot), event.at)
     # Without a node, another layout may be needed: all shots start again.
     lost_nodes = [event.at for event in history.faults if event.fields["fault"] in ("node", "partition")]
     whole = [event for event in history.sent.values() if event.fields["call"].method in WHOLE]
@@ -526,7 +528,9 @@ def check_overtaken(world, history):
 
         def overtakes(other, call=call):
             is_earlier = position[other.stages[0]] < position[call.stages[0]]
-            is_younger = other.stages == call.stages and lines[other.shot] > lines[call.shot]
+            # Shots of a script do not begin in its order: those with the same LoRAs follow each other.
+            begins_later = begun[other.driver, other.shot] > begun[call.driver, call.shot]
+            is_younger = other.stages == call.stages and lines[other.shot] > lines[call.shot] and begins_later
             could_run = other.driver is call.driver and {*call.stages} <= {*other.actor.spec.stages}
             return could_run and (is_earlier or is_younger)
 

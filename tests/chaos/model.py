@@ -65,7 +65,7 @@ SMALL_SHARE = 0.36
 """GPU memory of the models on small GPUs, as a share of the usual one: all fit together on 24 GB."""
 LORA_S = 3.0
 """Seconds in which a worker loads a LoRA. It keeps one."""
-SLOW_FACTOR = 12.0
+SLOW_FACTOR = 8.0
 """Factor of the seconds of all calls on a slow GPU."""
 OUTPUT_S = {"begin": 0.5, "add": 0.5, "commit": 1, "write": 2}
 FLUX_GB, PART_GB, FUSED_GB = 34, 42, 62
