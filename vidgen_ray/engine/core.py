@@ -104,7 +104,8 @@ class Core(Supervision):
         self._ask([call])
 
     def _ask(self, askers: list[Call]) -> None:
-        call = askers[0]
+        # The age of the oldest shot counts.
+        call = askers[0]._replace(order=min(each.order for each in askers))
         request = Request(call, askers)
         self._asked.update(dict.fromkeys([each.id for each in askers], request))
         self.requests[request] = None

@@ -97,8 +97,6 @@ class Process:
     node: str | None = None
     """Ray node id. `None` before the first process has responded."""
     pid: int = 0
-    is_placed: bool = False
-    """This process has responded. Otherwise node and pid are those of the one before it."""
     deadline: float = math.inf
     """Time of the next look at it."""
     timer: float = math.inf
@@ -231,7 +229,7 @@ class Table:
 
     def place(self, process: Process, node: str, pid: int) -> None:
         """Set where the process of a row is."""
-        process.pid, process.is_placed = pid, True
+        process.pid = pid
         if node != process.node:
             process.pool.rows_on[process.node] -= 1
             del self.on_node[process.node][process]

@@ -147,7 +147,7 @@ class Supervision(ABC):
 
     def _start(self, process: Process, *, is_first: bool = False) -> None:
         """Let the next process of a row start."""
-        process.life, process.is_placed = self._next_number(), False
+        process.life = self._next_number()
         self._enter(process, State.STARTING)
         self._out.append(m.Start(process.name, process.life, is_first))
 
