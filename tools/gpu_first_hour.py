@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for a copy of the results")
     parser.add_argument("--results", type=Path, default=ROOT / RESULTS, help=f"default: {RESULTS} of the project")
     parser.add_argument("--profile", default="auto", help="default: auto; tiny on a CPU")
-    parser.add_argument("--limit-s", type=float, default=540, help="longest call, in seconds; default: 540")
+    parser.add_argument("--limit-s", type=float, default=510, help="longest call, in seconds; default: 510")
     args = parser.parse_args(argv)
     until, is_over = time.monotonic() + args.limit_s, False
     for number, step in enumerate(STEPS, 1):

@@ -2,15 +2,20 @@
 
 import re
 
+import numpy as np
 import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors.torch import load_file
 
 from tests.fake_stages import with_actor
 from vidgen_ray.engine.trials import run_trials
 from vidgen_ray.planner import Cluster, Node, parse_gpus, profile_for, speed_trials
-from vidgen_ray.planner.speed_trials import Trial, TrialResult, as_recorded, keep, settled, try_option
+from vidgen_ray.planner.speed_trials import Trial, TrialResult, as_recorded, keep, open_trials, settled, try_option
 from vidgen_ray.profile import load_profile
+from vidgen_ray.stages.flux import FluxLoRAStage
 
-FAST = TrialResult(speedup=1.3, levels=0.5)
+FAST = TrialResult(speedup=1.3, difference=0.005)
 MACHINE = Cluster((Node((), 2, None),))
 
 
@@ -35,8 +40,11 @@ def keep_all(profile, card, results):
     ("result", "reason"),
     [
         (FAST, ""),
-        (TrialResult(speedup=1.01, levels=0.5), r"is not faster \(1.01 times\)"),
-        (TrialResult(speedup=3, levels=20), "changes the result by 20.0 levels of 255, at most 3 are allowed"),
+        (TrialResult(speedup=1.01, difference=0.005), r"is not faster \(1.01 times\)"),
+        (
+            TrialResult(speedup=3, difference=0.2),
+            r"changes a call of the network by 0.2 \(relative L2\), at most 0.03 is allowed",
+        ),
         (TrialResult(error="RuntimeError: no kernel"), "RuntimeError: no kernel"),
     ],
 )
@@ -62,6 +70,12 @@ def test_option_is_used_on_the_kinds_of_gpus_that_have_accepted_it_with_the_same
     assert settled(own, ["RTX 4090"]).actors["flux"].options["quantize"] == "fp8_storage"
 
 
+@pytest.mark.parametrize(("card", "is_tried"), [("H100", False), ("L40S", True), ("A100 80 GB", False)])
+def test_cudnn_attention_is_tried_where_torch_does_not_prefer_it(card, is_tried):
+    options = [trial.option for trial, _ in open_trials(load_profile("gpu-80gb"), "wan", [card])]
+    assert options == [*(["attention_backend"] if is_tried else []), "compile"]
+
+
 def test_folder_keeps_the_options_of_its_first_run():
     profile = load_profile("gpu-24gb")
     recorded = profile.model_dump(mode="json")
@@ -77,22 +91,22 @@ def test_folder_keeps_the_options_of_its_first_run():
 def test_trial_runs_the_shot_with_and_without_the_option(tiny, make_shot):
     clip, draft = make_shot(num_frames=2), make_shot(mode="fast", steps={"flux": 4})
     same = try_option(Trial(tiny, "realesrgan", "cudnn_benchmark", True), [("realesrgan", clip)])
-    assert same.speedup > 0 == same.levels
+    assert same.speedup > 0 == same.difference
     other = try_option(Trial(tiny, "flux", "step_cache_threshold", 10.0), [("flux", draft)])
-    assert other.levels > 0.1
+    assert other.difference > 0
     # Their inputs are a face and photos.
     for stage, fields in (
         ("flux", {"face_image": "x.jpg"}),
         ("klein", {"image_model": "klein", "identity": "reference", "face_image": "x.jpg"}),
     ):
         shot = make_shot(**fields, steps={stage: 2})
-        assert try_option(Trial(tiny, stage, "compile", False), [(stage, shot)]).levels == 0
+        assert try_option(Trial(tiny, stage, "compile", False), [(stage, shot)]).difference == 0
 
 
 @pytest.mark.slow
 def test_options_are_tried_on_the_cluster_once(local_ray, tiny, make_shot, monkeypatch):
     monkeypatch.setattr(speed_trials, "MIN_SPEEDUP", 0.0)
-    monkeypatch.setattr(speed_trials, "MAX_LEVELS", 0.05)
+    monkeypatch.setattr(speed_trials, "MAX_DIFFERENCE", 0.0)
     profile = trying(tiny, flux={"step_cache_threshold": 10.0}, svd={"attention_backend": "sage", "decode_chunk_frames": 4})
     shots, messages = [make_shot(mode="fast", num_frames=2, steps={"flux": 6, "svd": 1})], []
     fast = run_trials(profile, shots, None, MACHINE, messages.append)
@@ -101,7 +115,7 @@ def test_options_are_tried_on_the_cluster_once(local_ray, tiny, make_shot, monke
     assert fast.actors["flux"].options == tiny.actors["flux"].options
     outcomes = "\n".join(messages)
     assert "svd: attention_backend=sage on cpu: left out: SetupError: attention_backend" in outcomes
-    assert "flux: step_cache_threshold=10.0 on cpu: left out: changes the result by" in outcomes
+    assert "flux: step_cache_threshold=10.0 on cpu: left out: changes a call of the network by" in outcomes
     assert "svd: decode_chunk_frames=4 on cpu: used" in outcomes
     messages.clear()
     assert run_trials(profile, shots, None, MACHINE, messages.append) == fast
@@ -109,3 +123,51 @@ def test_options_are_tried_on_the_cluster_once(local_ray, tiny, make_shot, monke
     broken = trying(tiny.with_options({"svd": {"attention_backend": "sage"}}), svd={"decode_chunk_frames": 2})
     assert run_trials(broken, shots, None, MACHINE, messages.append) == broken
     assert messages[-1] == "svd: decode_chunk_frames=2 on cpu: could not be tried"
+
+
+def test_trial_has_new_prompts_two_sizes_and_loras_whose_ranks_differ(tmp_path, make_shot):
+    shot = make_shot(width=1024, height=576, lora="builtin:tiny/lora.safetensors", steps={"lora": 28})
+    calls = speed_trials._calls(FluxLoRAStage, shot, tmp_path / "lora")
+    shots = [shot for call in calls for shot in call]
+    assert len({shot.prompt for shot in shots}) == len(shots) == 2 * (speed_trials.CALLS + 1)
+    assert [(one.height, other.height) for one, other in calls] == [(576, 512)] * 3
+    ranks = [[len(load_file(shot.lora[0].path)["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"])] for shot in shots]
+    # Each size has both ranks, and they fall and rise within a size.
+    assert ranks == [[4], [2], [2], [4], [4], [2]]
+    assert {shot.steps.lora for shot in shots} == {speed_trials.MAX_STEPS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("share", "is_accepted"), [(0.02, True), (0.5, False)])
+def test_rounding_is_accepted_and_another_result_is_not(tiny, make_shot, monkeypatch, share, is_accepted):
+    """A compiled FLUX rounds by 2 percent of a call, which denoising amplifies."""
+    timed, forward = speed_trials._timed, FluxTransformer2DModel.forward
+
+    def noisy(self, *args, **kwargs):
+        (output,) = forward(self, *args, **kwargs)
+        noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+        return (output + share * noise * output.std(),)
+
+    def timed_with_noise(profile, calls):
+        monkeypatch.setattr(FluxTransformer2DModel, "forward", forward if profile == tiny else noisy)
+        return timed(profile, calls)
+
+    monkeypatch.setattr(speed_trials, "_timed", timed_with_noise)
+    monkeypatch.setattr(speed_trials, "MIN_SPEEDUP", 0.0)
+    result = try_option(Trial(tiny, "flux", "adapters_kept", 3), [("flux", make_shot(steps={"flux": 4}))])
+    assert result.difference == pytest.approx(share, rel=0.5)
+    assert (not result.rejected) == is_accepted
+
+
+def test_fp8_may_differ_more(tiny, monkeypatch):
+    monkeypatch.setattr(speed_trials, "_timed", lambda profile, calls: (1.0, [np.ones(1, np.float32)]))
+    in_fp8 = tiny.with_options({"flux": {"quantize": "fp8"}})
+    trials = (
+        Trial(tiny, "flux", "compile", True),
+        Trial(tiny, "flux", "quantize", "fp8"),
+        Trial(in_fp8, "flux", "compile", True),
+    )
+    assert [try_option(trial, []).in_fp8 for trial in trials] == [False, True, True]
+    assert TrialResult(speedup=2, difference=0.15).rejected
+    assert not TrialResult(speedup=2, difference=0.15, in_fp8=True).rejected
+    assert TrialResult(speedup=2, difference=float("nan"), in_fp8=True).rejected

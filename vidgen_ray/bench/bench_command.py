@@ -35,6 +35,7 @@ from vidgen_ray.planner import Measurement, peak_shares, profile_for, save_measu
 from vidgen_ray.planner.cluster import GB, GpuCard
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, settled, try_option, try_options
 from vidgen_ray.profile import AUTO, Profile
+from vidgen_ray.render.oom_fallback import prepare_gpu
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, Item, Stage, StageParams, frames_after
@@ -259,6 +260,7 @@ def bench(
         raise UsageError(f"--weights: got {weights!r}, must be profile or random")
     is_random, machine = weights == "random", this_machine()
     with ExitStack() as stack:
+        prepare_gpu(1.0)
         # Libraries print to standard output while they load.
         stack.enter_context(redirect_stdout(sys.stderr))
         models: dict[str, RandomModel] = {}

@@ -11,6 +11,7 @@ from vidgen_ray.graph import stages_of
 from vidgen_ray.planner.cluster import Cluster
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, open_trials, settled, try_option, try_options
 from vidgen_ray.profile import Profile
+from vidgen_ray.render.oom_fallback import prepare_gpu
 from vidgen_ray.shot import Shot
 
 TIMEOUT_S = 1800.0
@@ -39,19 +40,27 @@ def run_trials(
     return settled(profile, cluster.kinds)
 
 
+def try_as_worker(trial: Trial, shots: Sequence[tuple[str, Shot]]) -> TrialResult:
+    """Run a trial with the allocator settings of a worker. Raises what the stages raise without the option."""
+    prepare_gpu(1.0)
+    return try_option(trial, shots)
+
+
 def _run(shots: list[tuple[str, Shot]], trial: Trial, card: str) -> TrialResult | None:
     """Return the result of a trial. `None` if no GPU of this kind is free, or if the stages fail without the option."""
     import ray
 
     from vidgen_ray.engine.ray_cluster import live_cluster
 
-    resources: dict[str, Any] = {"num_cpus": 1, "max_retries": 0, "max_calls": 1}
-    if trial.profile.actors[trial.actor].device == "cuda":
+    actor = trial.profile.actors[trial.actor]
+    # As a worker has: Ray sets the number of threads of libraries by the CPUs.
+    resources: dict[str, Any] = {"num_cpus": actor.cpus, "max_retries": 0, "max_calls": 1}
+    if actor.device == "cuda":
         free = next((node for node in live_cluster().free.nodes if card in Cluster((node,)).kinds), None)
         if free is None:
             return None
         resources |= {"num_gpus": 1, "label_selector": dict([free.label]) if free.label else {}}
-    call = ray.remote(**resources)(try_option).remote(trial, shots)
+    call = ray.remote(**resources)(try_as_worker).remote(trial, shots)
     try:
         result: TrialResult = ray.get(call, timeout=TIMEOUT_S)
     except ray.exceptions.GetTimeoutError:

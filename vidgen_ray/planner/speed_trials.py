@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
-from statistics import median
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import JsonValue, TypeAdapter
@@ -21,7 +23,7 @@ from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.errors import FrozenModel
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.profile import Profile
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import LORA_FIELDS, LoraRef, Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Item, Stage
 from vidgen_ray.system.cache_dir import CacheFile
 from vidgen_ray.system.free_memory import free_gpu_memory
@@ -30,8 +32,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MAX_LEVELS = 3.0
-"""Mean difference of a result, in levels of 255, up to which an option is used. bfloat16 in place of float32 differs by 1."""
+MAX_DIFFERENCE, MAX_DIFFERENCE_FP8 = 0.03, 0.2
+"""Relative L2 difference of a call of the network up to which an option is used, in 16 bits and with weights in fp8.
+
+Not of a finished image: denoising amplifies rounding. Sources: docs/speed.md.
+"""
 MIN_SPEEDUP = 1.03
 """Plain seconds divided by those with the option, from which an option is used."""
 CPU = "cpu"
@@ -75,8 +80,10 @@ class TrialResult(FrozenModel):
 
     speedup: float = 0.0
     """Plain seconds divided by those with the option. 0 if it raised."""
-    levels: float = 0.0
-    """Mean difference of the result in levels of 255."""
+    difference: float = 0.0
+    """Largest relative L2 difference of the first calls of the network."""
+    in_fp8: bool = False
+    """The network has weights in fp8."""
     error: str = ""
     """Error that the option raised. Empty if it raised none."""
 
@@ -85,8 +92,10 @@ class TrialResult(FrozenModel):
         """Reason why the option is left out. Empty if it is used."""
         if self.error:
             return self.error
-        if self.levels > MAX_LEVELS:
-            return f"changes the result by {self.levels:.1f} levels of 255, at most {MAX_LEVELS:g} are allowed"
+        allowed = MAX_DIFFERENCE_FP8 if self.in_fp8 else MAX_DIFFERENCE
+        # Also for NaN.
+        if not self.difference <= allowed:
+            return f"changes a call of the network by {self.difference:.2g} (relative L2), at most {allowed:g} is allowed"
         return "" if self.speedup >= MIN_SPEEDUP else f"is not faster ({self.speedup:.2f} times)"
 
     def __str__(self) -> str:
@@ -115,8 +124,19 @@ def open_trials(profile: Profile, actor: str, cards: Sequence[str]) -> Iterator[
     for option, value in profile.actors[actor].trial_options.items():
         for card in _cards(profile, actor, cards):
             trial = Trial(settled(profile, cards), actor, option, value)
-            if trial.key not in _results.read().get(card, {}):
+            if is_tried_on(card, value) and trial.key not in _results.read().get(card, {}):
                 yield trial, card
+
+
+ADA = ("L4", "L40S", "RTX 6000 Ada", "RTX 4080", "RTX 4090")
+
+
+def is_tried_on(card: str, value: JsonValue) -> bool:
+    """Return whether a kind of GPU may gain from a value of an option.
+
+    torch prefers cuDNN's attention on Hopper and Blackwell itself, and FlashAttention is faster on Ampere.
+    """
+    return value != "_native_cudnn" or card in ADA
 
 
 def _cards(profile: Profile, actor: str, cards: Sequence[str]) -> Sequence[str]:
@@ -145,7 +165,9 @@ def as_recorded(profile: Profile, recorded: Mapping[str, Any]) -> Profile:
 
 
 CALLS = 2
-"""Calls after the first one, of which the median counts."""
+"""Timed calls of each size, of which the fastest counts."""
+MAX_STEPS = 8
+"""Denoising steps of a call. All steps of a shot take equally long."""
 MAX_REASON = 300
 """Maximum number of characters of an error in a result."""
 
@@ -178,36 +200,123 @@ def try_option(trial: Trial, shots: Iterable[tuple[str, Shot]]) -> TrialResult:
 
     Raises what the stages raise without the option.
     """
+    in_fp8 = trial.with_option.actors[trial.actor].options.get("quantize", "none") != "none"
+    with tempfile.TemporaryDirectory(prefix="vidgen-trial-") as folder:
+        calls = [(STAGE_BY_NAME[name], _calls(STAGE_BY_NAME[name], shot, Path(folder, name))) for name, shot in shots]
+        plain_s, plain = _timed(trial.profile, calls)
+        try:
+            tried_s, tried = _timed(trial.with_option, calls)
+        # Compilers, kernels and packages raise errors of any class.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return TrialResult(error=reason[:MAX_REASON], in_fp8=in_fp8)
+    difference = max(_difference(a, b) for a, b in zip(plain, tried, strict=True))
+    return TrialResult(speedup=plain_s / tried_s, difference=difference, in_fp8=in_fp8)
 
+
+def _calls(stage_class: type[Stage[Any]], shot: Shot, folder: Path) -> list[tuple[Shot, Shot]]:
+    """Return shots of two sizes for each call, as a run has them: each with a new prompt, and LoRAs whose ranks differ."""
+    if f"steps.{stage_class.name}" in stage_class.reads:
+        steps = min(getattr(shot.steps, stage_class.name) or MAX_STEPS, MAX_STEPS)
+        shot = shot.model_copy(update={"steps": shot.steps.model_copy(update={stage_class.name: steps})})
+    # A multiple of what all models need, and another number of tokens.
+    height = shot.height - SIZE_STEP_PX if shot.height > SIZE_STEP_PX else shot.height + SIZE_STEP_PX
+    loras = [with_local_loras(shot)]
+    if stage_class.active_loras(shot):
+        loras.append(_with_half_ranks(loras[0], folder))
+    calls = []
+    for number in range(CALLS + 1):
+        first, second = (loras[(number + n) % len(loras)] for n in (0, 1))
+        prompts = [{"prompt": f"{shot.prompt}, {number * 2 + n}"} for n in (0, 1)]
+        calls.append((first.model_copy(update=prompts[0]), second.model_copy(update={**prompts[1], "height": height})))
+    return calls
+
+
+SIZE_STEP_PX = 64
+
+
+def _with_half_ranks(shot: Shot, folder: Path) -> Shot:
+    """Return the shot with its LoRAs cut to half of their ranks, as files in the folder. Their ranks are one at least."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+
+    def half(lora: LoraRef, name: str) -> LoraRef:
+        factors = {}
+        for key, factor in load_file(lora.path).items():
+            axis = 0 if LORA_DOWN.search(key) else 1 if LORA_UP.search(key) else None
+            cut = factor if axis is None else factor.narrow(axis, 0, max(1, factor.shape[axis] // 2))
+            factors[key] = cut.contiguous()
+        file = folder / f"{name}.safetensors"
+        save_file(factors, file)
+        return lora.model_copy(update={"path": str(file)})
+
+    loras = {name: tuple(half(lora, f"{name}{n}") for n, lora in enumerate(getattr(shot, name))) for name in LORA_FIELDS}
+    return shot.model_copy(update=loras)
+
+
+LORA_DOWN, LORA_UP = re.compile(r"lora_(A|down)(\.[^.]+)?\.weight$"), re.compile(r"lora_(B|up)(\.[^.]+)?\.weight$")
+"""Names of the factors of a LoRA, in the notations of peft and of kohya."""
+
+
+def _timed(
+    profile: Profile, calls: Iterable[tuple[type[Stage[Any]], Sequence[tuple[Shot, Shot]]]]
+) -> tuple[float, list[NDArray[np.float32]]]:
+    """Return the seconds of a call of each stage and size, without the first one, and what each network gives first."""
     import numpy as np
 
-    calls = [(STAGE_BY_NAME[name], shot) for name, shot in shots]
-    plain_s, plain = _timed(trial.profile, calls)
-    try:
-        tried_s, tried = _timed(trial.with_option, calls)
-    # Compilers, kernels and packages raise errors of any class.
-    except Exception as error:
-        return TrialResult(error=f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON])
-    levels = max(float(np.abs(a.astype(np.int16) - b).mean()) for a, b in zip(plain, tried, strict=True))
-    return TrialResult(speedup=plain_s / tried_s, levels=levels)
-
-
-def _timed(profile: Profile, calls: Iterable[tuple[type[Stage[Any]], Shot]]) -> tuple[float, list[NDArray[np.uint8]]]:
-    """Return the seconds of the calls, without the first one of each, and their results."""
     seconds, results = 0.0, []
-    for stage_class, shot in calls:
+    for stage_class, shots in calls:
         with stage_class(profile.params(stage_class)) as stage:
-            item, durations = invented_item(stage_class, shot), []
-            for _ in range(CALLS + 1):
-                begun = time.perf_counter()
-                # A result is an array on the host, so the GPU has finished.
-                result = run_once(stage, item)
-                durations.append(time.perf_counter() - begun)
-            seconds += median(durations[1:])
-            results.append(result)
+            with _first_outputs(stage) as outputs:
+                images = [run_once(stage, invented_item(stage_class, shot)) for shot in shots[0]]
+            durations = [[_seconds(stage, invented_item(stage_class, shot)) for shot in sizes] for sizes in shots[1:]]
+            seconds += sum(map(min, zip(*durations, strict=True)))
+            results += outputs or [image.astype(np.float32) for image in images]
         del stage
         free_gpu_memory()
     return seconds, results
+
+
+def _seconds(stage: Stage[Any], item: Item) -> float:
+    begun = time.perf_counter()
+    # A result is an array on the host, so the GPU has finished.
+    run_once(stage, item)
+    return time.perf_counter() - begun
+
+
+@contextmanager
+def _first_outputs(stage: Stage[Any]) -> Iterator[list[NDArray[np.float32]]]:
+    """Yield a list that gets what the first two calls of the stage's denoising network give. It stays empty without one.
+
+    A step cache changes the second one, and the second transformer of Wan is not among them.
+    """
+    pipe = getattr(stage, "pipe", None) or getattr(getattr(stage, "model", None), "text_to_image", None)
+    network = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    outputs: list[NDArray[np.float32]] = []
+    if network is None:
+        yield outputs
+        return
+    # A hook would become a part of a network that is compiled as a whole.
+    compiled = network._compiled_call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = (compiled or network._call_impl)(*args, **kwargs)
+        if len(outputs) < 2:
+            outputs.append(output[0].float().cpu().numpy())
+        return output
+
+    network._compiled_call_impl = call
+    try:
+        yield outputs
+    finally:
+        network._compiled_call_impl = compiled
+
+
+def _difference(plain: NDArray[np.float32], tried: NDArray[np.float32]) -> float:
+    import numpy as np
+
+    return float(np.linalg.norm(tried - plain) / max(float(np.linalg.norm(plain)), 1e-12))
 
 
 def run_once(stage: Stage[Any], item: Item) -> NDArray[np.uint8]:
