@@ -21,7 +21,7 @@ from vidgen_ray.errors import Cancelled, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner import demand_of
 from vidgen_ray.planner.choose_layout import compilations
-from vidgen_ray.stages import flux_model, speed
+from vidgen_ray.stages import flux_model, identity, speed
 from vidgen_ray.stages.base import RECOMPILE_LIMIT, Item, pixels_to_uint8, progress_callback
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
@@ -228,11 +228,26 @@ def test_options_name_what_is_missing(tiny, monkeypatch):
 
 def test_fp8_quantizes_also_random_weights(tiny, monkeypatch):
     """Measurements with random weights are those of fp8."""
-    quantized = []
-    monkeypatch.setattr(flux_model, "require_fp8", lambda params: None)
-    monkeypatch.setattr(flux_model, "compute_in_fp8", lambda network, device: quantized.append(network))
+    quantized = fp8_networks(monkeypatch)
     with with_random_weights(tiny, random_models(tiny)) as profile, with_options(FluxStage, profile, quantize="fp8") as stage:
         assert quantized == [stage.model.text_to_image.transformer]
+
+
+def test_fp8_quantizes_infusenet(tiny, monkeypatch):
+    quantized = fp8_networks(monkeypatch)
+    with with_options(FluxStage, tiny, quantize="fp8") as stage:
+        assert quantized[1:] == []
+        injector = stage._injector("infusenet")
+        assert quantized[1:] == [injector.infusenet.net]
+
+
+def fp8_networks(monkeypatch):
+    """Return a list that gets the networks that would be quantised."""
+    quantized = []
+    monkeypatch.setattr(flux_model, "require_fp8", lambda params: None)
+    for module in (flux_model, identity):
+        monkeypatch.setattr(module, "compute_in_fp8", lambda network, device: quantized.append(network))
+    return quantized
 
 
 def test_fp8_has_a_scale_per_row_and_leaves_float32(monkeypatch):

@@ -19,7 +19,7 @@ from vidgen_ray.shot import INSTANTID_SDXL, NO_IDENTITY, REFERENCE, Shot
 from vidgen_ray.stages.base import FaceFeatures, Image, noise_generator
 from vidgen_ray.stages.context_parallel import divide, own_part
 from vidgen_ray.stages.loading import move_networks
-from vidgen_ray.stages.speed import speed_up
+from vidgen_ray.stages.speed import compute_in_fp8, speed_up
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,6 +139,8 @@ class InfuseNetInjector(FluxInjector):
         transformer = model.text_to_image.transformer
         self.infusenet = load_infusenet(weights, model.dtype, model.device)
         require_same(self.infusenet.net.config, transformer.config, MUST_AGREE, weights / NET_FOLDER, "FLUX")
+        if model.params.quantize == "fp8":
+            compute_in_fp8(self.infusenet.net, model.device)
         speed_up(self.infusenet.net, model.params, INFUSENET_BLOCKS)
         # Each process adds its residuals to its own tokens.
         divide(self.infusenet.net, {"hidden_states": 1, "controlnet_cond": 1, "img_ids": 0})
