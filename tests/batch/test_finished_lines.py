@@ -1,6 +1,8 @@
 """Blocks of planned lines: finished shots, and ids that several lines have."""
 
+import json
 import pickle
+from contextlib import nullcontext
 from unittest.mock import Mock
 
 import pyarrow
@@ -13,7 +15,7 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.script.check import LineChecker
-from vidgen_ray.script.lines import Line, ScriptIndex
+from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
 from vidgen_ray.script.read import unique_lines
 
 BLOCK = 20
@@ -104,3 +106,36 @@ def test_next_execution_in_a_process_sees_changed_files_and_other_finished_shots
     assert isinstance(result("finished", "blue"), ManifestRow)
     found = Mock(other_owner=lambda *_: None, find=lambda plans, _: [None for _ in plans])
     assert isinstance(result("finished", "blue"), ShotPlan)
+
+
+def test_lines_of_a_resumed_run_are_planned_in_its_process_until_one_is_new(planner, tmp_path, monkeypatch):
+    monkeypatch.setattr(line_planner, "FIRST_LOOK_LINES", 2)
+    monkeypatch.setattr(line_planner, "BLOCK_LINES", 2)
+    monkeypatch.setattr(line_planner, "on_this_node", dict)
+    monkeypatch.setattr(line_planner, "own_context", nullcontext)
+    monkeypatch.setattr(line_planner, "one_task_source", lambda blocks: blocks())
+    monkeypatch.setattr("ray.data.read_datasource", lambda blocks, **_: blocks)
+    monkeypatch.setattr(line_planner, "planned_rows", lambda blocks, _: (pickle.loads(*b["lines"].to_pylist()) for b in blocks))
+    script, found = tmp_path / "s.jsonl", planner.finished
+
+    def planned(prompts):
+        """Return the numbers of the lines of each block, and whether it was planned in this process."""
+        script.write_text("".join(json.dumps({"id": f"s{n}", "prompt": text}) + "\n" for n, text in enumerate(prompts)))
+        settings, planner.found_all, planner.finished = ScriptSettings(script), True, found
+        _, first, version = line_planner.first_lines(settings)
+        planner.plan(first)
+        blocks = line_planner.remaining_lines(settings, version, planner)
+        return [([line.number for line in block], bool(block[0].results)) for block in blocks]
+
+    done = ["finished"] * 7
+    assert planned(done) == [([3, 4], True), ([5, 6], True), ([7], True)]
+    assert planned([*done[:4], "new", *done]) == [
+        ([3, 4], True),
+        ([5, 6], True),
+        ([7, 8], False),
+        ([9, 10], False),
+        ([11, 12], False),
+    ]
+    assert planned(["new", *done]) == [([3, 4], False), ([5, 6], False), ([7, 8], False)]
+    monkeypatch.setattr(line_planner, "RESUME_S", 0.0)
+    assert planned(done)[0] == ([3, 4], False)

@@ -1,6 +1,7 @@
 """Plan script lines: check them, hash their files, plan content keys and look up finished shots. Estimate a run.
 
-The first lines are planned in this process, the rest by parallel tasks of a Ray Data stream. Ray is imported for these only.
+The first lines are planned in this process, and those that a resumed run finds finished. The rest is planned by parallel tasks
+of a Ray Data stream. Ray is imported for these only.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import os
 import pickle
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -48,6 +50,8 @@ FIRST_LOOK_LINES = 500
 """Lines that are planned before Ray starts. They determine the first layout. A short script needs no pipeline at all."""
 BLOCK_LINES = 1_000
 """Lines per task."""
+RESUME_S = 4.0
+"""Seconds in which this process plans lines while all of them are finished. The tasks take as long to start."""
 BLOCK_BYTES = 1 << 20
 """Size above which Ray Data starts a new block."""
 MAX_TASKS = 16
@@ -83,6 +87,8 @@ class LinePlanner:
         self._strict_prompts = options.strict_prompts
         self._planners: dict[tuple[type[Stage[Any]], ...], ShotPlanner] = {}
         self._seeds: Seeds = {}
+        self.found_all = True
+        """No line that was planned needs to be rendered."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_planners": {}, "finished": None}
@@ -113,6 +119,7 @@ class LinePlanner:
         if self._strict_prompts:
             planned = [_with_cut_prompts(line, strict=True) for line in planned]
         planned = self._without_cached(planned) if self._fresh else self._with_finished(planned)
+        self.found_all &= not any(isinstance(each, ShotPlan | None) for line in planned for each in line.results)
         return [_with_cut_prompts(self._with_checked_files(line), strict=False) for line in planned]
 
     def _checked(self, line: Line) -> Line:
@@ -225,17 +232,27 @@ def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[Line], Scri
 
 
 def remaining_lines(settings: ScriptSettings, version: ScriptVersion, planner: LinePlanner) -> Iterator[list[Line]]:
-    """Yield the lines after the first ones, planned by parallel tasks on the node of this process, in order.
+    """Yield the lines after the first ones, in order. While all are finished, this process plans them, for `RESUME_S`.
 
-    That node can read the script and its files. Needs a connection to Ray. Raises what reading and planning raise.
+    The rest is planned by parallel tasks on the node of this process, which can read the script and its files. Needs a
+    connection to Ray. Raises what reading and planning raise.
     """
+    _, first = open_lines(settings, version)
+    read, deadline = FIRST_LOOK_LINES, time.monotonic() + RESUME_S
+    first_blocks = batched(islice(first, read, None), BLOCK_LINES)
+    while planner.found_all and time.monotonic() < deadline:
+        if not (block := next(first_blocks, None)):
+            planner.take_finished()
+            return
+        read += len(block)
+        yield planner.plan(block)
 
     import ray.data
 
     def blocks() -> Iterator[pyarrow.Table]:
         try:
             _, lines = open_lines(settings, version)
-            for batch in batched(islice(lines, FIRST_LOOK_LINES, None), BLOCK_LINES):
+            for batch in batched(islice(lines, read, None), BLOCK_LINES):
                 yield pyarrow.table({"lines": [pickle.dumps(batch)]})
         except ScriptError as error:
             yield pyarrow.table({"lines": [pickle.dumps(error)]})
