@@ -1,7 +1,7 @@
-"""Time of each phase of `vidgen render` of one more line: `python benchmarks/start.py`.
+"""Time of each phase of `vidgen render` of one more line, and CPU time of short commands: `python benchmarks/start.py`.
 
 Renders a line with the profile `demo` into a folder that has one already, several times, each in a new process. Prints the
-median seconds of each phase as a JSON object.
+median seconds of each phase, and the smallest CPU seconds of the commands, as a JSON object.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 PHASES = ("imports", "plan", "start Ray", "start a worker, load", "render", "stop", "gallery")
+COMMANDS = ("--version", "--help", "validate s.jsonl", "plan s.jsonl", "shot ball -p demo -o shot")
 LINE = {"prompt": "a portrait of a person in a blue shirt by the sea on a sunny day"}
 
 
@@ -45,8 +47,27 @@ def main() -> None:
             if result.returncode:
                 raise SystemExit(f"run {number} failed:\n{result.stdout}{result.stderr}")
             runs.append(json.loads(result.stderr.splitlines()[-1]))
+        cpu_s = {f"vidgen {words}": round(cpu_seconds(words, folder, arguments.repeats), 2) for words in COMMANDS}
     medians = {phase: round(statistics.median(run[phase] for run in runs[1:]), 2) for phase in (*PHASES, "total")}
-    sys.stdout.write(json.dumps(medians, indent=1) + "\n")
+    sys.stdout.write(json.dumps({**medians, "cpu_s": cpu_s}, indent=1) + "\n")
+
+
+def cpu_seconds(words: str, folder: str, repeats: int) -> float:
+    """Return the smallest CPU seconds of a command and its processes. They vary less than its time."""
+    used = []
+    for _ in range(repeats):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run(
+            [sys.executable, "-m", "vidgen_ray", *words.split()],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(used)
 
 
 def measure(started: float) -> dict[str, float]:
