@@ -20,7 +20,14 @@ from vidgen_ray.stages.base import (
     noise_generator,
     pixels_to_uint8,
 )
-from vidgen_ray.stages.loading import ImageParams, ImageStage, autoencoder_peaks, load_pipeline, set_vae_tiles
+from vidgen_ray.stages.loading import (
+    ImageParams,
+    ImageStage,
+    autoencoder_peaks,
+    diffusers_classes,
+    load_pipeline,
+    set_vae_tiles,
+)
 from vidgen_ray.stages.lora import LoraAdapters
 from vidgen_ray.stages.memory_table import (
     RESULT_COPIES,
@@ -115,7 +122,7 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
         return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, results=pixels * 3 * RESULT_COPIES)
 
     def load(self) -> None:
-        from diffusers import Flux2KleinPipeline
+        (Flux2KleinPipeline,) = diffusers_classes(self.params, "Flux2KleinPipeline")
 
         self.pipe = load_pipeline(Flux2KleinPipeline, self.params, cpu_offload=self.params.cpu_offload)
         speed_up(self.pipe.transformer, self.params)

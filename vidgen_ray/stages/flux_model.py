@@ -15,7 +15,15 @@ from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import NOT_IN_KEY, torch_dtype
 from vidgen_ray.stages.context_parallel import begin_call, divide
-from vidgen_ray.stages.loading import TiledParams, load_pipeline, move_networks, pin_networks, set_vae_tiles
+from vidgen_ray.stages.loading import (
+    TiledParams,
+    deferred_imports_of,
+    diffusers_classes,
+    load_pipeline,
+    move_networks,
+    pin_networks,
+    set_vae_tiles,
+)
 from vidgen_ray.stages.lora import FEW_STEP_LORA, LoraAdapters, merge_lora
 from vidgen_ray.stages.memory_table import FP8
 from vidgen_ray.stages.speed import CompileParams, FirstBlockCache, compute_in_fp8, require_fp8, speed_up, store_in_fp8
@@ -87,7 +95,8 @@ class FluxModel:
 
     def __init__(self, params: FluxParams) -> None:
         import torch
-        from diffusers import FluxImg2ImgPipeline, FluxPipeline
+
+        FluxImg2ImgPipeline, FluxPipeline = diffusers_classes(params, "FluxImg2ImgPipeline", "FluxPipeline")
 
         self.params = params
         self.device = params.device
@@ -113,7 +122,8 @@ class FluxModel:
         # Not `from_pipe`: it casts the shared weights to float32 in place.
         components = {k: v for k, v in self.text_to_image.components.items() if k not in ("image_encoder", "feature_extractor")}
         scheduler = components.pop("scheduler")
-        self.image_to_image = FluxImg2ImgPipeline(scheduler=type(scheduler).from_config(scheduler.config), **components)
+        with deferred_imports_of(params):
+            self.image_to_image = FluxImg2ImgPipeline(scheduler=type(scheduler).from_config(scheduler.config), **components)
         self.image_to_image.set_progress_bar_config(disable=True)
         self.adapters = LoraAdapters(
             self.text_to_image,

@@ -18,7 +18,7 @@ from vidgen_ray.stages.base import (
     noise_generator,
     pixels_to_uint8,
 )
-from vidgen_ray.stages.loading import TiledParams, TiledStage, load_pipeline, move_networks, set_vae_tiles
+from vidgen_ray.stages.loading import TiledParams, TiledStage, diffusers_classes, load_pipeline, move_networks, set_vae_tiles
 from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_bytes, network_work, weight_bytes
 from vidgen_ray.stages.speed import CompileParams, compile_blocks, require_sdpa_backend, sdpa_backend
 
@@ -102,8 +102,7 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
         )
 
     def load(self) -> None:
-        from diffusers import DPMSolverMultistepScheduler
-
+        scheduler_class, _ = diffusers_classes(self.params, "DPMSolverMultistepScheduler", "HunyuanDiTPipeline")
         from vidgen_ray.nets.hunyuandit_img2img import HunyuanDiTImg2ImgPipeline
 
         params = self.params
@@ -111,7 +110,7 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
         self.pipe = load_pipeline(
             HunyuanDiTImg2ImgPipeline, params, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
-        self.pipe.scheduler = DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config)
+        self.pipe.scheduler = scheduler_class.from_config(self.pipe.scheduler.config)
         if params.compile:
             compile_blocks(self.pipe.transformer, params.device, REPEATED_BLOCKS)
 

@@ -23,7 +23,7 @@ from vidgen_ray.stages.base import (
     torch_dtype,
 )
 from vidgen_ray.stages.identity import pose_image
-from vidgen_ray.stages.loading import TiledParams, TiledStage, load_pipeline, move_networks, set_vae_tiles
+from vidgen_ray.stages.loading import TiledParams, TiledStage, diffusers_classes, load_pipeline, move_networks, set_vae_tiles
 from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_bytes, network_work, weight_bytes
 from vidgen_ray.stages.speed import ChannelsLastParams, use_channels_last
 
@@ -104,7 +104,9 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
         return StageMemory(weights, max(activation_bytes("sdxl/step", pixels, dtype), decode))
 
     def load(self) -> None:
-        from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
+        StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline = diffusers_classes(
+            self.params, "StableDiffusionXLControlNetPipeline", "StableDiffusionXLPipeline"
+        )
 
         from vidgen_ray.nets.identity_networks import IdentityNet, build_resampler, read_parts
         from vidgen_ray.nets.weight_files import library_errors, load_model, require_same

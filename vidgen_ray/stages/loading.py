@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from vidgen_ray.errors import SetupError
+from vidgen_ray.nets.deferred_imports import deferred_imports
 from vidgen_ray.nets.weight_files import library_errors, require_finite_weights, silence_libraries
 from vidgen_ray.stages.base import NOT_IN_KEY, Artefacts, Item, Stage, StageParams, torch_dtype
 from vidgen_ray.stages.memory_table import TILES_PX, activation_bytes
@@ -41,6 +42,18 @@ def require_device(device: str) -> None:
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SetupError(f"the profile asks for device {device}, but torch {torch.__version__} finds no GPU on this machine")
+
+
+def diffusers_classes(params: StageParams, *names: str) -> tuple[Any, ...]:
+    """Return classes of diffusers, imported with what a stage with these parameters needs."""
+    with deferred_imports_of(params):
+        import diffusers
+
+        return tuple(getattr(diffusers, name) for name in names)
+
+
+def deferred_imports_of(params: StageParams) -> AbstractContextManager[None]:
+    return deferred_imports(params.device, compiles=getattr(params, "compile", False))
 
 
 def load_pipeline(
@@ -76,7 +89,7 @@ def load_pipeline(
     # Files are mapped, and their tensors go to the GPU one by one, also if they are converted on the way.
     direct = {"device_map": params.device} if place and not cpu_offload and params.device != "cpu" else {}
     load = partial(pipeline_class.from_pretrained, str(folder), dtype=dtypes, local_files_only=True, use_safetensors=True)
-    with library_errors(f"{folder}: not the weights of {pipeline_class.__name__}"):
+    with library_errors(f"{folder}: not the weights of {pipeline_class.__name__}"), deferred_imports_of(params):
         if direct and (missing := host_parts - kwargs.keys()):
             # A pipeline is loaded to one device.
             others = (name for name in pipeline_class.load_config(str(folder)) if not name.startswith("_"))

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, StageParams
-from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.loading import diffusers_classes, load_pipeline
 from vidgen_ray.stages.memory_table import (
     Phase,
     ShotWork,
@@ -98,7 +98,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
         return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, results=clip_host_bytes(shot))
 
     def load_pipe(self) -> Any:
-        from diffusers import LTXImageToVideoPipeline
+        (LTXImageToVideoPipeline,) = diffusers_classes(self.params, "LTXImageToVideoPipeline")
 
         return load_pipeline(
             LTXImageToVideoPipeline, self.params, accepted_classes=self.pipelines, cpu_offload=self.params.cpu_offload

@@ -14,7 +14,14 @@ from vidgen_ray.stages.base import (
     noise_generator,
     pixels_to_uint8,
 )
-from vidgen_ray.stages.loading import ImageParams, ImageStage, autoencoder_peaks, load_pipeline, set_vae_tiles
+from vidgen_ray.stages.loading import (
+    ImageParams,
+    ImageStage,
+    autoencoder_peaks,
+    diffusers_classes,
+    load_pipeline,
+    set_vae_tiles,
+)
 from vidgen_ray.stages.memory_table import (
     RESULT_COPIES,
     Phase,
@@ -104,7 +111,7 @@ class QwenEditStage(ImageStage[ImageParams]):
         return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, results=pixels * 3 * RESULT_COPIES)
 
     def load(self) -> None:
-        from diffusers import QwenImageEditPlusPipeline
+        (QwenImageEditPlusPipeline,) = diffusers_classes(self.params, "QwenImageEditPlusPipeline")
 
         self.pipe = load_pipeline(QwenImageEditPlusPipeline, self.params, cpu_offload=self.params.cpu_offload)
         speed_up(self.pipe.transformer, self.params)

@@ -17,7 +17,7 @@ from vidgen_ray.stages.base import (
     noise_generator,
     pixels_to_uint8,
 )
-from vidgen_ray.stages.loading import load_pipeline, move_networks
+from vidgen_ray.stages.loading import diffusers_classes, load_pipeline, move_networks
 from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_bytes, network_work, weight_bytes
 from vidgen_ray.stages.speed import (
     ChannelsLastParams,
@@ -124,7 +124,7 @@ class SVDStage(VideoStage[SVDParams]):
         return None if params.forward_chunking else params.model_copy(update={"forward_chunking": True})
 
     def load(self) -> None:
-        from diffusers import StableVideoDiffusionPipeline
+        (StableVideoDiffusionPipeline,) = diffusers_classes(self.params, "StableVideoDiffusionPipeline")
 
         params = self.params
         require_sdpa_backend(params.attention_backend)

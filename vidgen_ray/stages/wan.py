@@ -12,7 +12,7 @@ from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, StageParams
 from vidgen_ray.stages.context_parallel import ATTENTION_BACKENDS, divide
-from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.loading import diffusers_classes, load_pipeline
 from vidgen_ray.stages.lora import FEW_STEP_LORA, merge_lora
 from vidgen_ray.stages.memory_table import (
     Phase,
@@ -133,7 +133,7 @@ class WanStage(PromptedVideoStage[WanParams]):
         return params.model_copy(update={"compile": False}) if can_divide else None
 
     def load_pipe(self) -> Any:
-        from diffusers import WanImageToVideoPipeline
+        (WanImageToVideoPipeline,) = diffusers_classes(self.params, "WanImageToVideoPipeline")
 
         pipe = load_pipeline(
             WanImageToVideoPipeline,

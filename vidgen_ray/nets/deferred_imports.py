@@ -1,0 +1,123 @@
+"""Import and load networks without the packages that diffusers and transformers import for what no stage does on a CPU.
+
+torch's compiler, distributed tensors and scipy are more than half of the time in which a pipeline is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+DEFERRED = ("boto3", "scipy.integrate", "scipy.optimize", "scipy.stats", "torch._dynamo")
+"""Packages that are imported when something of them is called."""
+MARKS = ("allow_in_graph", "assume_constant_result", "disable")
+"""Decorators of `torch._dynamo`. They matter to compiled functions only."""
+_lock = threading.RLock()
+
+
+class _DeferredModule(ModuleType):
+    """Module or function of a deferred package. What it has are such modules, and classes without instances."""
+
+    def __getattr__(self, attribute: str) -> Any:
+        name = self.__name__
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        if not finder.defers(name):
+            return getattr(importlib.import_module(name), attribute)
+        if name == "torch._dynamo" and attribute in MARKS:
+            return lambda function=None, *_, **__: function or (lambda decorated: decorated)
+        if attribute[0].isupper():
+
+            def make(_: type, *arguments: Any, **named: Any) -> Any:
+                return _real(f"{name}.{attribute}")(*arguments, **named)
+
+            return type(attribute, (), {"__new__": make})
+        return _DeferredModule(f"{name}.{attribute}")
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return _real(self.__name__)(*arguments, **named)
+
+
+def _real(path: str) -> Any:
+    """Import what has a path in a deferred package, which is imported as usual from now on."""
+    name, _, attribute = path.rpartition(".")
+    for package in DEFERRED:
+        if _is_in(name, package):
+            finder.drop(package)
+    return getattr(importlib.import_module(name), attribute)
+
+
+def _is_in(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds modules of deferred packages."""
+
+    def __init__(self) -> None:
+        self.packages = set[str]()
+
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if self.defers(name) else None
+
+    def defers(self, name: str) -> bool:
+        return any(_is_in(name, each) for each in self.packages)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _DeferredModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None: ...
+
+    def drop(self, package: str) -> None:
+        """From now on, import the package as usual."""
+        self.packages.discard(package)
+        for name, module in [*sys.modules.items()]:
+            if type(module) is _DeferredModule and _is_in(name, package):
+                del sys.modules[name]
+                parent, _, child = name.rpartition(".")
+                if parent in sys.modules:
+                    vars(sys.modules[parent]).pop(child, None)
+
+
+finder = _Finder()
+
+
+def _unless_meta(initialise: Callable[..., Any], tensor: Any, *arguments: Any, **named: Any) -> Any:
+    return tensor if tensor.is_meta else initialise(tensor, *arguments, **named)
+
+
+@contextmanager
+def deferred_imports(device: str, *, compiles: bool = False) -> Iterator[None]:
+    """Do not import the packages of `DEFERRED` in the block, nor torch's distributed tensors.
+
+    `device`, `compiles`: where networks run, and whether they are compiled. Has no effect on GPUs and for compiled networks.
+    Other threads must not import these packages meanwhile.
+    """
+    if device != "cpu" or compiles:
+        yield
+        return
+    import torch.distributed
+
+    with _lock:
+        finder.packages = {each for each in DEFERRED if each not in sys.modules}
+        sys.meta_path.insert(0, finder)
+        try:
+            # For transformers, a torch that was built without distributed tensors.
+            without_tensors = patch.object(torch.distributed, "is_available", return_value=False)
+            # Networks are built without memory first. Their random numbers would be those of a compiler, in Python.
+            skipped = patch.object(torch.nn.init, "normal_", partial(_unless_meta, torch.nn.init.normal_))
+            with without_tensors, skipped:
+                yield
+        finally:
+            sys.meta_path.remove(finder)
+            for package in [*finder.packages]:
+                finder.drop(package)
