@@ -31,9 +31,10 @@ from vidgen_ray.batch.line_planner import (
     one_task_source,
     own_context,
     planned_rows,
+    recorded_options,
 )
 from vidgen_ray.batch.progress import RunListener
-from vidgen_ray.batch.render_script import recorded_options, render_lines
+from vidgen_ray.batch.render_script import render_lines
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.fleet import remove_leaked_groups
 from vidgen_ray.engine.ray_cluster import live_cluster

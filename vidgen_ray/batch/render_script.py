@@ -1,78 +1,51 @@
-"""Render a script: plan its lines, skip finished shots, render the rest, record every result.
-
-Or only estimate what is left.
-"""
+"""Render a script: plan its lines, skip finished shots, render the rest, record every result."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from more_itertools import batched
-
 from vidgen_ray.batch.director import Director, Remaining
-from vidgen_ray.batch.line_planner import FIRST_LOOK_LINES, LinePlanner, first_lines, remaining_lines
+from vidgen_ray.batch.line_planner import (
+    FIRST_LOOK_LINES,
+    LinePlanner,
+    count_pending,
+    first_lines,
+    recorded_options,
+    remaining_lines,
+)
 from vidgen_ray.batch.progress import RunListener, RunRecorder
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RecordedOptions, RenderOptions
-from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
 from vidgen_ray.engine.ray_internals import submission_id
 from vidgen_ray.engine.trials import run_trials
-from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile, server_problems
-from vidgen_ray.outputs.folder import OutputFolder, read_last_run, software_versions
+from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ManifestRow, new_name
 from vidgen_ray.outputs.manifest_writer import FILE, script_name
-from vidgen_ray.outputs.records import Failure
 from vidgen_ray.outputs.run_log import RunLabels
 from vidgen_ray.planner import Cluster, Demand, Plan, calibrations, demand_of, peak_shares, save_calibration, this_machine
 from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS, seconds_of, total_seconds
 from vidgen_ray.planner.solver import encoders_needed
-from vidgen_ray.planner.speed_trials import as_recorded, open_trials, settled
+from vidgen_ray.planner.speed_trials import open_trials, settled
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.signing import check_signing
 from vidgen_ray.script.check import LineChecker
 from vidgen_ray.script.formats import ScriptVersion
-from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
-from vidgen_ray.script.read import iter_script, no_lines, open_lines, unique_lines
-from vidgen_ray.shot import Shot
+from vidgen_ray.script.lines import Line, ScriptSettings
+from vidgen_ray.script.read import iter_script
 
 TRIAL_FROM_S = 3600.0
 """Planned GPU-seconds of the first lines from which untried speed options are tried first, which takes 10 to 20 minutes."""
-LINES_AT_ONCE = 500
-"""Lines that are planned together."""
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Line counts of a script before a run."""
-
-    lines: int
-    """Lines, with variants expanded."""
-    done: int | None
-    """Finished shots that are skipped. `None` if the weights needed to look them up are not on this machine."""
-    rejected: int
-    """Rejected lines and lines that cannot be planned."""
-    cached_steps: int | None
-    """Steps of pending shots whose result is in the stage cache. `None` as for `done`."""
-
-
-def estimate_run(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> tuple[Demand, Counts]:
-    """Return the demand and the line counts. If the weights are not on this machine, no shot counts as done."""
-    check_profile(profile)
-    try:
-        return _count_pending(script, profile, outputs)
-    except SetupError:
-        return _count_all(iter_script(script))
 
 
 def cluster_at(address: str | None) -> Cluster:
@@ -81,51 +54,6 @@ def cluster_at(address: str | None) -> Cluster:
         return this_machine()
     with connected(address, 0):
         return live_cluster().total
-
-
-def _count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> tuple[Demand, Counts]:
-    done = failed = cached = 0
-
-    def pending() -> Iterator[Shot]:
-        nonlocal done, failed, cached
-        for line in _planned(script, profile, outputs):
-            if line.errors or isinstance(line.result, Failure):
-                failed += 1
-            elif isinstance(line.result, ShotPlan | None):
-                if line.result is not None:
-                    cached += sum(outputs.stage_cache.has(step.key) for step in line.result.steps)
-                yield line.shot
-            else:
-                done += 1
-
-    demand = demand_of(pending())
-    return demand, Counts(demand.shots + done + failed, done, failed, cached)
-
-
-def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Iterator[Line]:
-    checker, lines = open_lines(script)
-    checker.script = script_name(outputs.storage, script.path)
-    planner = LinePlanner(checker, profile, outputs)
-    planner.load_finished()
-    empty, index = True, ScriptIndex()
-    for batch in batched(lines, LINES_AT_ONCE):
-        empty = False
-        yield from unique_lines(planner.plan(batch), index)
-    if empty:
-        raise no_lines(script.path)
-
-
-def _count_all(lines: Iterable[Line]) -> tuple[Demand, Counts]:
-    failed = 0
-
-    def valid() -> Iterator[Shot]:
-        nonlocal failed
-        for line in lines:
-            yield from line.shots
-            failed += bool(line.errors)
-
-    demand = demand_of(valid())
-    return demand, Counts(demand.shots + failed, None, failed, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +117,7 @@ def render(
         remaining = None if version is None else partial(remaining_lines, script, version, planner)
         demand: Demand | None = None
         if options.max_cost is not None and version is not None:
-            demand, _ = _count_pending(script, profile, outputs)
+            demand, _ = count_pending(script, profile, outputs)
         return render_lines(
             planner,
             first,
@@ -215,13 +143,6 @@ def checked_start(script: ScriptSettings, profile: Profile) -> tuple[LineChecker
 def held_lease(outputs: OutputFolder, options: RenderOptions, lease: Lease | None = None) -> AbstractContextManager[Lease]:
     """Hold the lease of the folder for a run. `lease`: if it is held already. Raises SetupError if another run holds it."""
     return outputs.lease(new_name(options.name)) if lease is None else nullcontext(lease)
-
-
-def recorded_options(profile: Profile, outputs: OutputFolder) -> Profile:
-    """Return the profile with the tried options of the folder's last run, so that its shots keep their content keys."""
-    with suppress(ValueError, KeyError, TypeError, AttributeError):
-        return as_recorded(profile, read_last_run(outputs)["profile"])
-    return profile
 
 
 def _with_settled_options(

@@ -23,6 +23,7 @@ from typing import (
     Annotated,
     Any,
     ClassVar,
+    ForwardRef,
     Generic,
     Literal,
     NamedTuple,
@@ -46,10 +47,14 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    Pixels: TypeAlias = NDArray[np.uint8]
+else:
+    # Without the import of numpy. Supports `Image | None` in code that runs.
+    Pixels = ForwardRef("NDArray[np.uint8]")
 
-Image: TypeAlias = "NDArray[np.uint8]"
+Image: TypeAlias = Pixels
 """RGB, (H, W, 3), 0 to 255."""
-Frames: TypeAlias = "NDArray[np.uint8]"
+Frames: TypeAlias = Pixels
 """RGB, (T, H, W, 3), 0 to 255."""
 REFERENCE_PIXELS, REFERENCE_FRAMES = 1024 * 576, 25
 """Size of the reference shot, for which seconds are stated: 1024x576 pixels, 25 frames, default steps."""
