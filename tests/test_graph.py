@@ -221,15 +221,15 @@ EVERYTHING = {
 @pytest.mark.parametrize(
     ("fields", "key"),
     [
-        ({}, "72cd56c1ac6fd492ba788969d3a9c1fa520334e0c87cdb60d815102110befadf"),
-        (EVERYTHING, "4e3b9b787747862f2d8c969ee53c99ea97146b5585d8c91297bd6c6a8e248405"),
+        ({}, "b59d92b8f8fb97264f4540b6e49b230573a81111fc955f0e55d60f7b844ff89a"),
+        (EVERYTHING, "15a8bfd7eb713c6f05b7ccc8162af5f529a21b85be78d496d46f5af954ff8d59"),
         (
             {"prompt": "a", "mode": "fast", "lora": "one.safetensors", "generate_video": False},
             "f15c3084fdf0583fed0df33b3f614c2e29115db4078fa1eec9e45ccaec31fb7b",
         ),
         (
             {"prompt": "a", "image": "picture.png", "scale": 2, "seed": 2**32 - 1},
-            "94df8aa7b8407b32e080f7793b613ccbd16105d5911eca9c2d75f4d95f3ccdf6",
+            "2c0a17da07ba9ae7659feaf496f90fd399de4ed8cedc7da98e2c294b19c6f927",
         ),
     ],
 )

@@ -91,6 +91,8 @@ class InProcess:
 
 def test_next_execution_in_a_process_sees_changed_files_and_other_finished_shots(planner, tmp_path, monkeypatch):
     found = planner.finished
+    # Otherwise they would start a Ray.
+    monkeypatch.setattr("ray.put", lambda value: value)
     monkeypatch.setattr("ray.get", lambda _: found)
     monkeypatch.setattr(line_planner, "on_this_node", lambda: {"label_selector": {}})
     image = tmp_path / "photo.png"
