@@ -163,7 +163,9 @@ def check_trace(tmp_path, rows):
 @pytest.mark.slow
 def test_shot_of_several_gpus_is_finished_on_one_after_a_crash(tmp_path, profile, own_cache):
     """Two GPUs divide the work of the only shot. Seconds that other tests have measured are not used."""
-    line = {"id": "s", "prompt": f"crash once {tmp_path / 'crashed'}", "generate_video": False, "steps": {"flux": 200}}
+    # Large, because several GPUs start the kernels of a small image as slowly as one.
+    size = {"width": 2048, "height": 2048}
+    line = {"id": "s", "prompt": f"crash once {tmp_path / 'crashed'}", "generate_video": False, "steps": {"flux": 200}, **size}
     report, rows = render_lines(tmp_path, profile, [line])
     assert report.done == 1, rows
     assert (tmp_path / "crashed").exists()
