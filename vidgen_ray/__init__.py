@@ -1,9 +1,9 @@
 """Batch and online video generation on Ray, with one recognisable person across every clip."""
 
 import os
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vidgen_ray.system.lazy_names import lazy_names
 from vidgen_ray.version import __version__
 
 if TYPE_CHECKING:
@@ -19,19 +19,16 @@ __all__ = ["GeneratedVideo", "Shot", "VideoGenerationPipeline", "__version__", "
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 # Imported lazily: `vidgen validate` needs no torch.
-_MODULES = {
-    "GeneratedVideo": "vidgen_ray.pipeline",
-    "Shot": "vidgen_ray.shot",
-    "VideoGenerationPipeline": "vidgen_ray.pipeline",
-    "build_processor": "vidgen_ray.data",
-    "read_manifest": "vidgen_ray.outputs.manifest",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'vidgen_ray' has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "GeneratedVideo": "pipeline",
+        "Shot": "shot",
+        "VideoGenerationPipeline": "pipeline",
+        "build_processor": "data",
+        "read_manifest": "outputs.manifest",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -4,8 +4,9 @@ Encoding is deterministic: with the same FFmpeg, the same pixels give the same b
 PyAV is imported with the first video: most processes open none.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vidgen_ray.system.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from vidgen_ray.media.decode import VideoReader, decode_lossless, open_foreign_video, open_video
@@ -34,28 +35,25 @@ __all__ = [
 ]
 
 # Imported lazily: those who read profiles need no pixels.
-_MODULES = {
-    "centre_crop": "images",
-    "CLIP_SUFFIXES": "media_file",
-    "cover_crop": "images",
-    "decode_lossless": "decode",
-    "encode_lossless": "encode",
-    "encode_png": "images",
-    "FileMetadata": "media_file",
-    "IMAGE_FORMATS": "media_file",
-    "image_size": "images",
-    "Mp4Settings": "encode",
-    "Mp4Writer": "encode",
-    "open_foreign_video": "decode",
-    "open_video": "decode",
-    "read_image": "images",
-    "verify_image": "images",
-    "VideoReader": "decode",
-    "write_png": "images",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "centre_crop": "images",
+        "CLIP_SUFFIXES": "media_file",
+        "cover_crop": "images",
+        "decode_lossless": "decode",
+        "encode_lossless": "encode",
+        "encode_png": "images",
+        "FileMetadata": "media_file",
+        "IMAGE_FORMATS": "media_file",
+        "image_size": "images",
+        "Mp4Settings": "encode",
+        "Mp4Writer": "encode",
+        "open_foreign_video": "decode",
+        "open_video": "decode",
+        "read_image": "images",
+        "verify_image": "images",
+        "VideoReader": "decode",
+        "write_png": "images",
+    },
+)

@@ -1,7 +1,8 @@
 """Planner: cluster + profile + demand of a script -> layout, duration and cost. Does not use Ray; callers pass the cluster."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vidgen_ray.system.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from vidgen_ray.planner.choose_layout import ConsideredLayout, Plan, cpus_needed, plan
@@ -46,33 +47,30 @@ __all__ = [
 ]
 
 # Imported lazily: those who read profiles need no solver.
-_MODULES = {
-    "Calibration": "demand",
-    "calibrations": "demand",
-    "Cluster": "cluster",
-    "ConsideredLayout": "choose_layout",
-    "cpus_needed": "choose_layout",
-    "Demand": "demand",
-    "demand_of": "demand",
-    "load_calibration": "demand",
-    "Measurement": "demand",
-    "Node": "cluster",
-    "parse_gpus": "cluster",
-    "peak_shares": "demand",
-    "Plan": "choose_layout",
-    "plan": "choose_layout",
-    "profile_for": "cluster",
-    "save_calibration": "demand",
-    "save_measurements": "demand",
-    "SHOTS_PER_SWAP": "layout",
-    "ShotSizes": "gpu_memory",
-    "SizeCheck": "gpu_memory",
-    "swap_groups": "gpu_memory",
-    "this_machine": "cluster",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Calibration": "demand",
+        "calibrations": "demand",
+        "Cluster": "cluster",
+        "ConsideredLayout": "choose_layout",
+        "cpus_needed": "choose_layout",
+        "Demand": "demand",
+        "demand_of": "demand",
+        "load_calibration": "demand",
+        "Measurement": "demand",
+        "Node": "cluster",
+        "parse_gpus": "cluster",
+        "peak_shares": "demand",
+        "Plan": "choose_layout",
+        "plan": "choose_layout",
+        "profile_for": "cluster",
+        "save_calibration": "demand",
+        "save_measurements": "demand",
+        "SHOTS_PER_SWAP": "layout",
+        "ShotSizes": "gpu_memory",
+        "SizeCheck": "gpu_memory",
+        "swap_groups": "gpu_memory",
+        "this_machine": "cluster",
+    },
+)
