@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from vidgen_ray.engine.messages import LOADING
+from vidgen_ray.engine.processes import CoreLimits
 from vidgen_ray.engine.ray_cluster import process_of
 from vidgen_ray.engine.worker import ActorPlace
 from vidgen_ray.errors import first_line
@@ -24,7 +25,7 @@ MIN_ACTIVITY = 2.0
 """CPU seconds and MB read in LOAD_CHECK_S that are activity. Ray's own threads need less."""
 SILENT_S = 60.0
 """Seconds without a response to a ping after which a process is killed: it is frozen, or its node does not respond."""
-LATE_S = 5.0
+LATE_S = CoreLimits.late_s
 """If a timer ends this much too late, the driver itself was stopped, and responses may wait to be read."""
 RETRY_S = 0.2
 """Seconds between two attempts to reach an actor that restarts."""

@@ -86,7 +86,7 @@ class Request:
     unwritten: FailedAttempt | None = None
     """A failed write, while the storage is checked."""
     repetition: Repetition | None = None
-    """Of a check of a worker. Nothing follows if it fails."""
+    """Set for a check of a worker. Nothing follows if it fails."""
 
 
 def counting(failures: Sequence[FailedAttempt]) -> list[FailedAttempt]:

@@ -1,4 +1,4 @@
-"""What calls to workers and encoders return. Does not use Ray."""
+"""Results of calls to workers and encoders. Does not use Ray."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class _Check:
     due: Process
     """The worker that is checked."""
     first: Result | None = None
-    """What the checked worker has made, if a third one decides."""
+    """Result of the checked worker, if a third one decides."""
 
 
 class Canary:

@@ -7,7 +7,7 @@ The same events at the same times give the same commands. Read `messages.py` fir
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from heapq import heappop
 from typing import Any
@@ -66,8 +66,9 @@ class Core(Supervision):
         """Keys of a call that several shots may ask for -> the request that computes it."""
         self._doubtful: dict[Request, None] = {}
         self._wake = math.inf
-        handlers: Mapping[str, Callable[[Any], None]] = {name: getattr(self, f"_on_{name}") for name in m.EVENTS}
-        self._handlers = {m.EVENTS[name]: handler for name, handler in handlers.items()}
+        self._handlers: dict[type[Any], Callable[[Any], None]] = {
+            event: getattr(self, f"_on_{name}") for name, event in m.EVENTS.items()
+        }
 
     def handle(self, event: m.Event, now: float) -> list[m.Command]:
         """Take an event, and return the commands that follow. `now`: seconds of any clock that is never set back."""
@@ -196,11 +197,10 @@ class Core(Supervision):
                 # Its process was taken for lost.
                 self._finish(event.number, event.process, request, result)
             return
-        process, late = running.process, running.request
+        process, request = running.process, running.request
         self._end(running)
-        if late is None:
+        if request is None:
             return
-        request = late
         if not self._has_keys(result, request):
             message = "the worker returned the result of another shot"
             failure = self._failure(process, request.call.stage, "WrongResult", message)

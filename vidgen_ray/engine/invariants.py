@@ -1,4 +1,4 @@
-"""What holds in an engine's core after each event."""
+"""Invariants of an engine's core: they hold after each event."""
 
 from __future__ import annotations
 

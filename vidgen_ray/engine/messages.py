@@ -91,7 +91,7 @@ class Result(NamedTuple):
     is_usual: bool = False
     """All images were computed, with the settings of the profile: another worker must make the same ones."""
     differences: tuple[float, ...] = ()
-    """Of a repetition: largest difference from each output that it was compared with, 0 to 255."""
+    """Only of a repetition: largest difference from each output that it was compared with, 0 to 255."""
     data: Any = None
 
 
@@ -161,7 +161,7 @@ class LoadFailed(NamedTuple):
 
 
 class Progressed(NamedTuple):
-    """A load goes on, or, with a number, the session of an encoder: one of its calls starts, or, if it `waits`, has ended."""
+    """A load has progressed, or, with a number, the session of an encoder: its call starts, or, if it `waits`, has ended."""
 
     process: str
     life: int

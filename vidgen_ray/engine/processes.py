@@ -166,7 +166,7 @@ class Pool:
 
 
 class Where(NamedTuple):
-    """Where the next attempt of a call may run."""
+    """Places at which the next attempt of a call may run."""
 
     not_processes: frozenset[str] = frozenset()
     not_nodes: frozenset[str | None] = frozenset()

@@ -49,9 +49,9 @@ class Route:
     """The calls of a shot, in order."""
 
     calls: tuple[RouteCall, ...]
-    """Those for whole images and clips."""
+    """Calls for whole images and clips."""
     chunk_calls: tuple[RouteCall, ...]
-    """Those for each chunk, one after another. Empty if the last call has also processed the clip."""
+    """Calls for each chunk, one after another. Empty if the last call has also processed the clip."""
     chunks: tuple[slice, ...]
     """Frames of each chunk."""
     commit_timeout_s: float

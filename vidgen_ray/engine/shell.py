@@ -66,7 +66,7 @@ class Made(NamedTuple):
     process: str
     """Name of the worker. The outputs are on its node."""
     record: ShotRecord | None = None
-    """Of a commit."""
+    """Set for a commit."""
     call: WorkerCall | None = None
     """For a check of the worker that repeats it."""
     is_first: bool = True
@@ -379,18 +379,15 @@ class Shell:
     def _written(self, invocation: _Invocation, writing: asyncio.Future[tuple[CallResult, ShotRecord | None]]) -> None:
         """The session of an encoder has ended."""
         invocation.handle.sent.pop(invocation.number, None)
-        if not writing.cancelled() and (error := writing.exception()) is None:
-            result, record = writing.result()
-            if record is None:
-                invocation.handle.actor.cancel.remote(self.first_call + invocation.number)
+        error = None if writing.cancelled() else writing.exception()
+        result, record = (None, None) if writing.cancelled() or error is not None else writing.result()
+        if record is None:
+            invocation.handle.actor.cancel.remote(self.first_call + invocation.number)
+        if result is not None:
             self._ended(invocation, result, (), record)
-            return
-        invocation.handle.actor.cancel.remote(self.first_call + invocation.number)
-        if not writing.cancelled() and error is not None and not isinstance(error, _SessionEnded):
+        elif error is not None and not isinstance(error, _SessionEnded):
             # A chunk of its clip has failed, and with it the shot.
-            asked = invocation.asked
-            if asked is not None and not asked.future.done():
-                asked.future.set_exception(_without_frames(error))
+            self._raise(invocation.call.id, _without_frames(error))
 
     def _ended(self, invocation: _Invocation, result: CallResult, outputs: tuple[Any, ...], record: ShotRecord | None) -> None:
         handle, call = invocation.handle, invocation.call
@@ -451,11 +448,16 @@ class Shell:
                 handle.encoding[number] = True
                 self.tell(m.Progressed(handle.name, handle.sent[number].life, number))
 
-    def _do_Cancel(self, command: m.Cancel) -> None:
-        if (invocation := self._invocations.pop(command.number, None)) is None:
-            return
-        if invocation.following is not None:
+    def _taken(self, number: int) -> _Invocation | None:
+        """Return an attempt whose end is known, and forget it. `None` if it is forgotten already."""
+        invocation = self._invocations.pop(number, None)
+        if invocation is not None and invocation.following is not None:
             invocation.following.cancel()
+        return invocation
+
+    def _do_Cancel(self, command: m.Cancel) -> None:
+        if (invocation := self._taken(command.number)) is None:
+            return
         if invocation.session is not None:
             self._end_session(invocation)
         else:
@@ -468,11 +470,8 @@ class Shell:
             task.cancel()
 
     def _do_Ended(self, command: m.Ended) -> None:
-        invocation = self._invocations.pop(command.number, None)
-        if invocation is None:
+        if (invocation := self._taken(command.number)) is None:
             return
-        if invocation.following is not None:
-            invocation.following.cancel()
         self._report(invocation, command)
         if command.kind is not None:
             session = invocation.session
@@ -482,18 +481,25 @@ class Shell:
                 invocation.asked.begun = time.monotonic()
 
     def _do_Finish(self, command: m.Finish) -> None:
-        asked = self._asked.get(command.call)
         made: Made = command.result.data
         if made.record is not None:
             self._storage.written()
-        if asked is not None and not asked.future.done():
+        if (future := self._open_future(command.call)) is not None:
             # Its inputs are not needed any more.
-            asked.future.set_result(made._replace(call=None, is_first=command.is_first))
+            future.set_result(made._replace(call=None, is_first=command.is_first))
 
     def _do_Fail(self, command: m.Fail) -> None:
-        asked = self._asked.get(command.call)
-        if asked is not None and not asked.future.done():
-            asked.future.set_exception(ShotFailed(command.failure, command.kind))
+        self._raise(command.call, ShotFailed(command.failure, command.kind))
+
+    def _open_future(self, call: int) -> asyncio.Future[Made] | None:
+        """Return the future of a call that a shot still waits for."""
+        asked = self._asked.get(call)
+        return None if asked is None or asked.future.done() else asked.future
+
+    def _raise(self, call: int, error: BaseException) -> None:
+        """Raise an error in the shot that waits for a call, if one does."""
+        if (future := self._open_future(call)) is not None:
+            future.set_exception(error)
 
     def _do_Retried(self, command: m.Retried) -> None:
         self._observer.retried(command.stage)
@@ -504,8 +510,7 @@ class Shell:
                 was_down = await self._storage.is_cause(command.kind, command.reason)
             except SetupError as error:
                 # The folder could not be written for too long.
-                if (asked := self._asked.get(command.call)) is not None and not asked.future.done():
-                    asked.future.set_exception(error)
+                self._raise(command.call, error)
             else:
                 self.tell(m.StorageChecked(command.call, was_down))
 

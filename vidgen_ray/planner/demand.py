@@ -431,7 +431,7 @@ def demand_seconds(
 
 
 def computed_seconds(stage: type[Stage[Any]], work: ShotWork, card: GpuCard, gain: float = 1.0) -> float:
-    """Return the seconds of work on a kind of GPU. `gain`: see `total_seconds`."""
+    """Return the seconds of work on a kind of GPU. `gain`: see `demand_seconds`."""
     factor = stage.card_factors.get(card.name, 1.0)
     return card.seconds(work.steps, stage.compute_share, factor / gain) + card.seconds(work.fixed, stage.compute_share, factor)
 
