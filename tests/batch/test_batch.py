@@ -28,7 +28,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.outputs.storage import LocalStorage
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.planner import Cluster, Node, demand_of, plan, this_machine
+from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan, this_machine
 from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, settled
 from vidgen_ray.profile import ProvenanceSettings
@@ -158,6 +158,18 @@ def test_speed_options_are_settled_before_the_keys_and_a_folder_keeps_them(in_pr
         options = json.loads((tmp_path / out / "run.json").read_text())["profile"]["actors"]["svd"]["options"]
         assert options == ({"channels_last": True} if out == "fast" else {})
     assert counts == [(1, 0), (1, 0), (0, 1), (0, 1)]
+
+
+def test_trials_depend_on_the_seconds_planned_for_the_sizes_of_a_script(tiny, tmp_path, own_cache, monkeypatch):
+    """FLUX takes 211 s: kernels of a small image start no faster than those of a large one. By the pixels it would be 82 s."""
+    path = write_lines(tmp_path / "s.jsonl", [{"id": f"{n}", "prompt": "a boat"} for n in range(50)])
+    defaults = {"width": 512, "height": 320, "generate_video": False}
+    script = ScriptSettings(path, run_seed=1, profile_defaults=defaults)
+    profile = with_actor(tiny, "flux", device="cuda", dtype="bfloat16", seconds={}, options={}, trial_options={"compile": True})
+    monkeypatch.setattr(render_script, "run_trials", Mock(side_effect=InterruptedError))
+    monkeypatch.setattr(render_script, "TRIAL_FROM_S", 150.0)
+    with pytest.raises(InterruptedError):
+        render_lines(script, profile, tmp_path / "out", cluster=parse_gpus("1xH100"))
 
 
 def rows_of(out):

@@ -34,7 +34,7 @@ from vidgen_ray.outputs.manifest import ManifestRow, new_name
 from vidgen_ray.outputs.manifest_writer import FILE, script_name
 from vidgen_ray.outputs.run_log import RunLabels
 from vidgen_ray.planner import Cluster, Demand, Plan, calibrations, demand_of, peak_shares, save_calibration, this_machine
-from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS, seconds_of, total_seconds
+from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS, demand_seconds
 from vidgen_ray.planner.solver import encoders_needed
 from vidgen_ray.planner.speed_trials import open_trials, settled
 from vidgen_ray.profile import Profile
@@ -170,7 +170,7 @@ def _with_settled_options(
     demand = demand_of(shots)
     card = cluster.assumed_cards[0] if cluster.gpus else None
     stages = [stage for stage in demand.stages if stage.actor in profile.actors]
-    seconds = sum(total_seconds(seconds_of(profile, stage, {}, card), stage.name, demand, None) for stage in stages)
+    seconds = sum(demand_seconds(profile, stage, demand, {}, card) for stage in stages)
     if not is_long and seconds < TRIAL_FROM_S:
         return profile
     return run_trials(profile, shots, options.address, cluster, listener.on_message)

@@ -396,7 +396,7 @@ class StageSeconds(NamedTuple):
         return self.reference_s * cost.mixed(self.fixed_share)
 
 
-def total_seconds(expected: StageSeconds, stage: str, demand: Demand, measured: Calibration | None) -> float:
+def _total_seconds(expected: StageSeconds, stage: str, demand: Demand, measured: Calibration | None) -> float:
     """Return the seconds of a demand by its relative costs. `measured`: also has the seconds of the stage's variants."""
     costs = demand.variant_cost.get(stage, {})
     variants = {name: seconds for name, seconds in (measured.variants if measured else {}).items() if name in costs}
@@ -424,7 +424,7 @@ def demand_seconds(
     expected = seconds_of(profile, stage, measured, card)
     if expected.is_computed and works:
         return sum(count * computed_seconds(stage, work, card or H100, gain) for work, count in works)
-    total = total_seconds(expected, stage.name, demand, measured.get(stage.name))
+    total = _total_seconds(expected, stage.name, demand, measured.get(stage.name))
     fixed = min(total, expected.of(RelativeCost(0, demand.relative_cost[stage.name].fixed)))
     launch_s = sum(count * work.steps.launch_s for work, count in works)
     return min(total, fixed + max((total - fixed) / gain, launch_s))
