@@ -130,15 +130,16 @@ class Farm:
     def after(self, seconds: float, what: Callable[[], object]) -> None:
         heappush(self._todo, (self.now + seconds, next(self._numbers), what))
 
-    def crash(self, name: str, node: str | None = None) -> None:
-        """The process ends. The next one starts on another node, if one is given."""
+    def crash(self, name: str, node: str | None = None, *, same_process: bool = False) -> None:
+        """The process ends. The next one starts on another node, if one is given. `same_process`: only its connection ends."""
         process = self.procs[name]
         process.node = node or process.node
         if process.life is not None:
             died = m.Died(name, process.life, tuple(process.queue), "it was killed")
             for calls in (process.queue, process.running, process.cancelled):
                 calls.clear()
-            process.life, process.pid, process.is_frozen = None, next(self._pids), False
+            process.life, process.is_frozen = None, False
+            process.pid = process.pid if same_process else next(self._pids)
             self.after(0, partial(self.tell, died))
 
     def freeze(self, name: str) -> None:

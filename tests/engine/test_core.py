@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import replace
-from itertools import count, repeat
+from itertools import count, pairwise, repeat
 
 import numpy as np
 import pytest
 
-from tests.engine.farm import CALL_S, FLUX, Farm, Proc
+from tests.engine.farm import CALL_S, FLUX, SILENT_S, Farm, Proc
 from vidgen_ray.engine import messages as m
 from vidgen_ray.engine.attempts import RECENT_CALLS, Durations
 from vidgen_ray.engine.canary import MAX_DIFFERENCE
@@ -164,6 +164,13 @@ def test_one_failure_after_a_quarantine_is_enough_until_the_process_is_given_up(
     assert (list(farm.core.table.rows), list(farm.core.given_up)) == (["b"], ["a"])
 
 
+def test_shot_fails_on_one_process_a_limited_number_of_times_although_it_is_found_sick_each_time():
+    limits = replace(LIMITS, max_quarantines=99)
+    farm = Farm(Proc("a", fault="node"), limits=limits)
+    assert render(farm, [1]) == [None]
+    assert (farm.sent[1], farm.quarantined) == (["a"] * limits.max_failures, ["a"] * limits.max_failures)
+
+
 @pytest.mark.parametrize("circuit_breaker", [True, False])
 def test_last_process_is_given_up_unless_a_circuit_breaker_stops_the_run(circuit_breaker):
     farm = Farm(Proc("a", fault=lambda call: "error" if call.order < 30 else ""), circuit_breaker=circuit_breaker)
@@ -242,12 +249,14 @@ def test_retry_waits_for_no_younger_call_and_for_no_process_that_starts():
 # Processes that are lost, hang or do not respond
 
 
-def test_lost_node_costs_no_attempt():
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_lost_node_or_connection_costs_no_attempt(is_lost):
+    """The next process is on another node, or is the same one."""
     farm = Farm(Proc("a"), attempts=1)
     call = farm.ask(1)
-    for node in range(5):
-        farm.run(until=5 * node + 4)
-        farm.crash("a", node=f"n{node + 2}")
+    for number in range(5):
+        farm.run(until=5 * number + 4)
+        farm.crash("a", f"n{number + 2}" if is_lost else None, same_process=not is_lost)
     farm.run()
     assert (farm.by(call), farm.quarantined) == ("a", [])
 
@@ -267,6 +276,17 @@ def test_process_that_does_not_respond_is_killed_and_its_running_call_is_the_cau
     assert render(farm, [1, 2]) == [None, "a"]
     assert farm.failure(1).message == "the process has not responded for 60 s"
     assert (farm.procs["a"].kills, farm.quarantined) == (1, ["a"])
+
+
+def test_calls_of_a_process_that_does_not_respond_run_again_alone():
+    """Any of those that it ran may be the cause. None is charged with an attempt for the others."""
+    farm = ready(server("job", 3, seconds=100), attempts=1)
+    calls = [farm.ask(order, "svd", load=1 / 4) for order in range(4)]
+    farm.after(1, lambda: farm.freeze("job"))
+    farm.run()
+    assert {farm.by(call) for call in calls} == {"job"}
+    repeated = [when for when, send in farm.commands(m.Send) if when > SILENT_S and send.call.order < 3]
+    assert [later - when for when, later in pairwise(repeated)] == [100, 100]
 
 
 def test_driver_that_was_stopped_kills_nothing():
@@ -507,6 +527,30 @@ def test_third_worker_decides_which_of_two_is_sick_and_a_second_time_in_a_row_gi
     farm = checked(sick, *right, shots=6 * CHECKS.checked_calls)
     assert (farm.quarantined, list(farm.core.given_up)) == (["sick"] * quarantines, given_up)
     assert (sum(names.count("sick") for names in farm.sent.values()) > CHECKS.checked_calls) == (not given_up)
+
+
+def test_worker_that_was_found_sick_is_checked_after_its_first_call():
+    """Further ones begin before another worker has finished a call that it can repeat."""
+    farm = checked(Proc("sick", image="wrong"), *(Proc(name, image="right") for name in "ab"), shots=2 * CHECKS.checked_calls)
+    _, restarted = (when for when, start in farm.commands(m.Start) if start.process == "sick")
+    sends = [send for when, send in farm.commands(m.Send) if when > restarted and send.process == "sick"]
+    assert [bool(send.repetition) for send in sends].index(True) < CHECKS.first_checked_call
+
+
+@pytest.mark.parametrize("circuit_breaker", [True, False])
+def test_last_worker_that_is_found_sick_again_is_given_up_unless_a_circuit_breaker_stops_the_run(circuit_breaker):
+    """The one whose image it repeated is lost, and the one that decides leaves."""
+    workers = Proc("sick", image="wrong"), *(Proc(name, image="right") for name in "ab")
+    farm, orders = Farm(*workers, limits=CHECKS, circuit_breaker=circuit_breaker), count()
+    while not (farm.quarantined and any(check.first and request.running for request, check in farm.core.canary.checks.items())):
+        farm.ask(next(orders), is_checked=True)
+        farm.run(until=farm.now + CALL_S / 6)
+    ((request, check),) = farm.core.canary.checks.items()
+    farm.tell(m.Removed(check.maker.name))
+    farm.tell(m.Removed(request.where.only, released=True))
+    farm.run()
+    assert farm.quarantined[:2] == ["sick"] * 2
+    assert list(farm.core.given_up) == ([] if circuit_breaker else ["sick"])
 
 
 @pytest.mark.parametrize("images", [("one", "other"), ("one", "other", "third")])

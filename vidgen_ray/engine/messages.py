@@ -32,7 +32,8 @@ class Kind(StrEnum):
     """Ray could not store the result on the node, such as on a full disk. The process is quarantined, so the attempt does not
     count against the shot."""
     SHARED_CRASH = "shared crash"
-    """The process crashed with several calls in progress. Each is repeated alone, so that one line costs no other line."""
+    """The process crashed or hung with several calls in progress. Each is repeated alone, so that one line costs no other
+    line."""
     FOREIGN = "foreign"
     """The inputs of the call are lost, or those of another shot. The shot runs again."""
     NOT_RUN = "not run"

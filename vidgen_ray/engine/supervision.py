@@ -126,9 +126,7 @@ class Supervision(ABC):
             self._load_failed(process, self._failure(process, LOADING, "WorkerDied", f"it crashed: {event.reason}"))
             return
         suspects = [process.calls[number] for number in event.suspects if number in process.calls]
-        kind = Kind.ERROR if len(suspects) == 1 else Kind.SHARED_CRASH
-        message = f"the process crashed: {event.reason}"
-        self._replace(process, dict.fromkeys(suspects, (kind, "WorkerDied", message)), kill=False)
+        self._replace(process, _suspected(suspects, "WorkerDied", f"the process crashed: {event.reason}"), kill=False)
 
     def _on_Silent(self, event: m.Silent) -> None:
         process = self._row(event.process, event.life)
@@ -136,7 +134,7 @@ class Supervision(ABC):
             return
         self._out.append(m.Report(process.location, f"killed, because it has not responded for {event.seconds:.0f} s"))
         message = f"the process has not responded for {event.seconds:.0f} s"
-        self._replace(process, dict.fromkeys(process.running[:1], (Kind.ERROR, "TimedOut", message)), kill=True)
+        self._replace(process, _suspected(process.running, "TimedOut", message), kill=True)
 
     def _row(self, name: str, life: int) -> Process | None:
         """Return the row with this process. `None` if another process fills it, or if it has left the table."""
@@ -320,6 +318,11 @@ class Supervision(ABC):
             self._load_failed(process, self._failure(process, LOADING, "TimedOut", message))
         else:
             self._check_calls(process)
+
+
+def _suspected(calls: Sequence[Running], error: str, message: str) -> dict[Running, tuple[Kind, str, str]]:
+    """Return how calls have failed that may have stopped their process. Of several, each runs again alone."""
+    return dict.fromkeys(calls, (Kind.ERROR if len(calls) == 1 else Kind.SHARED_CRASH, error, message))
 
 
 def _node_lost(message: str, worker: str) -> Failure:
