@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-DEFERRED = ("boto3", "scipy.integrate", "scipy.optimize", "scipy.stats", "torch._dynamo")
+DEFERRED = ("boto3", "scipy.integrate", "scipy.optimize", "scipy.stats", "torch._dynamo", "torchvision.datasets", "torchvision.models")
 """Packages that are imported when something of them is called."""
 MARKS = ("allow_in_graph", "assume_constant_result", "disable")
 """Decorators of `torch._dynamo`. They matter to compiled functions only."""
@@ -78,17 +78,20 @@ class _Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None: ...
 
     def drop(self, package: str) -> None:
-        """From now on, import the package as usual."""
+        """From now on, import the package as usual. Modules that refer to its deferred modules import them when they use them."""
         self.packages.discard(package)
         for name, module in [*sys.modules.items()]:
             if type(module) is _DeferredModule and _is_in(name, package):
                 del sys.modules[name]
-                parent, _, child = name.rpartition(".")
-                if parent in sys.modules:
-                    vars(sys.modules[parent]).pop(child, None)
 
 
 finder = _Finder()
+
+
+def _is_compiled_module(module: object) -> bool:
+    """Return what diffusers' function of this name returns. That one imports the compiler if nothing is compiled."""
+    compiler = sys.modules.get("torch._dynamo")
+    return compiler is not None and isinstance(module, compiler.eval_frame.OptimizedModule)
 
 
 def _unless_meta(initialise: Callable[..., Any], tensor: Any, *arguments: Any, **named: Any) -> Any:
@@ -116,6 +119,9 @@ def deferred_imports(device: str, *, compiles: bool = False) -> Iterator[None]:
             # Networks are built without memory first. Their random numbers would be those of a compiler, in Python.
             skipped = patch.object(torch.nn.init, "normal_", partial(_unless_meta, torch.nn.init.normal_))
             with without_tensors, skipped:
+                import diffusers.utils.torch_utils
+
+                diffusers.utils.torch_utils.is_compiled_module = _is_compiled_module
                 yield
         finally:
             sys.meta_path.remove(finder)
