@@ -139,6 +139,25 @@ def test_failures_of_one_shot_those_before_a_success_and_refusals_do_not_quarant
     assert (set(render(farm, range(12))), farm.quarantined) == ({None}, [])
 
 
+@pytest.mark.parametrize(
+    ("calls", "is_quarantined"),
+    [
+        ([(1, "photo"), (2, "photo"), (3, "photo")], False),
+        ([(1, "photo"), (1, "image"), (1, "clip")], False),
+        ([(1, "photo"), (2, "photo"), (2, "image"), (3, "image")], False),
+        ([(1, "photo"), (2, "image"), (3, "clip")], True),
+        ([(1, ""), (2, ""), (3, "")], True),
+    ],
+)
+def test_failures_of_a_call_that_shots_share_are_those_of_one_shot(calls, is_quarantined):
+    """When it has failed for one of them, it runs again for the others."""
+    farm = ready(Proc("a", fault="error", seconds=1), Proc("b", load_s=100), attempts=1)
+    for order, key in calls:
+        farm.ask(order, keys=(key,), is_shared=bool(key))
+    farm.run(until=90)
+    assert bool(farm.quarantined) == is_quarantined
+
+
 def test_finished_call_of_the_same_shot_shows_nothing():
     farm = ready(Proc("a", fault=outcomes("error", "", "error", "error")), Proc("b", load_s=100), attempts=1)
     assert None not in render(farm, [1, 1, 2, 3])

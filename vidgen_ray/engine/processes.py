@@ -13,7 +13,7 @@ from enum import Enum
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
-from vidgen_ray.engine.messages import OUTPUT
+from vidgen_ray.engine.messages import OUTPUT, Call
 from vidgen_ray.planner.layout import WorkerSpec
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ class Process:
     """Calls to this group in a row."""
     runs_alone: bool = False
     """It has a call that must run alone."""
-    failures: dict[FailedAttempt, int] = field(default_factory=dict)
-    """Failures since it has finished a call, and the orders of their shots."""
+    failures: dict[FailedAttempt, Call] = field(default_factory=dict)
+    """Failures since it has finished a call of another shot, and their calls."""
     quarantines: int = 0
     """Quarantines in a row."""
     failed_loads: int = 0

@@ -203,9 +203,11 @@ class Supervision(ABC):
             failed.verdict = Verdict.SICK
             self._verdicts_changed = True
             return
-        process.failures[failed] = request.call.order
-        shots = {order for each, order in process.failures.items() if not each.is_forgiven}
-        is_due = len(shots) >= (1 if failed.kind is Kind.NODE or process.quarantines else self.limits.failures)
+        process.failures[failed] = request.call
+        calls = [call for each, call in process.failures.items() if not each.is_forgiven]
+        # Neither several calls of a shot nor a call that several shots ask for are different shots.
+        shots = min(len({call.order for call in calls}), len({call.keys if call.is_shared else call.order for call in calls}))
+        is_due = shots >= (1 if failed.kind is Kind.NODE or process.quarantines else self.limits.failures)
         if is_due and (process.quarantines < self.limits.max_quarantines or self._may_give_up(process)):
             in_a_row = f"failed for {request.call.stage} on different shots in a row, the last time with: "
             self._quarantine(process, f"{'' if failed.kind is Kind.NODE else in_a_row}{failed.failure.message}")
@@ -214,7 +216,7 @@ class Supervision(ABC):
         """A process has finished a call. Its earlier failures of other shots now count against those shots."""
         process.quarantines = 0
         if process.failures:
-            for each in [each for each, other in process.failures.items() if other != order]:
+            for each in [each for each, call in process.failures.items() if call.order != order]:
                 each.verdict = Verdict.WELL
                 del process.failures[each]
             self._verdicts_changed = True
