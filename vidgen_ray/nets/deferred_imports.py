@@ -17,7 +17,15 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-DEFERRED = ("boto3", "scipy.integrate", "scipy.optimize", "scipy.stats", "torch._dynamo", "torchvision.datasets", "torchvision.models")
+DEFERRED = (
+    "boto3",
+    "scipy.integrate",
+    "scipy.optimize",
+    "scipy.stats",
+    "torch._dynamo",
+    "torchvision.datasets",
+    "torchvision.models",
+)
 """Packages that are imported when something of them is called."""
 MARKS = ("allow_in_graph", "assume_constant_result", "disable")
 """Decorators of `torch._dynamo`. They matter to compiled functions only."""
@@ -78,7 +86,7 @@ class _Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None: ...
 
     def drop(self, package: str) -> None:
-        """From now on, import the package as usual. Modules that refer to its deferred modules import them when they use them."""
+        """Import the package as usual from now on. Modules that refer to its deferred ones import these on use."""
         self.packages.discard(package)
         for name, module in [*sys.modules.items()]:
             if type(module) is _DeferredModule and _is_in(name, package):
