@@ -16,7 +16,7 @@ from tests.batch.test_batch import Events, write_lines
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES, profile_of_fakes, with_actor
 from tests.outputs.test_trace import read_trace
-from vidgen_ray.batch.line_planner import remaining_lines
+from vidgen_ray.batch.line_planner import LaterLines
 from vidgen_ray.batch.render_script import render
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli.app import main
@@ -205,13 +205,14 @@ def test_lines_after_the_first_ones_stream_through_ray_data_and_a_lost_planning_
 def test_script_that_changes_during_the_run_is_an_error_and_replaces_no_shot(in_process, tmp_path, profile, monkeypatch):
     monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
     assert render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU)[0].done == 6
+    finished = LaterLines.finished
 
     def change_before(*args):
         write_lines(tmp_path / "new.jsonl", shots(6)[2:]).rename(tmp_path / "s.jsonl")
-        return remaining_lines(*args)
+        return finished(*args)
 
     with monkeypatch.context() as changing:
-        changing.setattr("vidgen_ray.batch.render_script.remaining_lines", change_before)
+        changing.setattr(LaterLines, "finished", change_before)
         with pytest.raises(ScriptError, match="changed while it was read") as error:
             render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU)
     assert error.value.exit_code == 3
@@ -219,7 +220,9 @@ def test_script_that_changes_during_the_run_is_an_error_and_replaces_no_shot(in_
     assert run["error"].startswith("ScriptError: s.jsonl: got a script that was changed while it was read")
     assert {(row.status, row.last_run) for row in read_manifest(tmp_path / "out")} == {("done", "rendered"), ("done", "reused")}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "job-1"}}')
-    report, rows = render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU, name="film", team="blue")
+    with monkeypatch.context() as without_ray:
+        without_ray.setattr("vidgen_ray.batch.director.Director.connected", None)
+        report, rows = render_lines(tmp_path, profile, shots(6), gpus=ONE_GPU, name="film", team="blue")
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert (report.skipped, run["error"]) == (6, None)
     assert (run["name"], run["team"], run["submission_id"]) == ("film", "blue", "job-1")
@@ -239,7 +242,7 @@ def test_run_stopped_while_reading_the_script_renders_nothing(in_process, tmp_pa
 
     with monkeypatch.context() as patched:
         patched.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 4)
-        patched.setattr("vidgen_ray.batch.render_script.remaining_lines", unread_lines)
+        patched.setattr(LaterLines, "rest", unread_lines)
         report, rows = render_lines(tmp_path, profile, shots(9), gpus=ONE_GPU, stop=stop)
     read.set()
     assert (report.done, report.layout, rows) == (0, None, {})
@@ -251,11 +254,11 @@ def test_run_stopped_while_reading_the_script_renders_nothing(in_process, tmp_pa
 def test_idle_run_says_what_it_holds_and_shots_with_the_same_photo_share_its_features(tmp_path, profile, monkeypatch):
     monkeypatch.setattr("vidgen_ray.batch.line_planner.FIRST_LOOK_LINES", 2)
     monkeypatch.setattr("vidgen_ray.batch.director.FIRST_MESSAGE_S", 0.0)
-    reported = threading.Event()
+    reported, rest = threading.Event(), LaterLines.rest
 
     def slow_lines(*args):
         reported.wait()
-        yield from remaining_lines(*args)
+        yield from rest(*args)
 
     class Reported(Events):
         def on_message(self, message):
@@ -263,7 +266,7 @@ def test_idle_run_says_what_it_holds_and_shots_with_the_same_photo_share_its_fea
             if "no line has come" in message:
                 reported.set()
 
-    monkeypatch.setattr("vidgen_ray.batch.render_script.remaining_lines", slow_lines)
+    monkeypatch.setattr(LaterLines, "rest", slow_lines)
     events, lines = Reported(), [{**line, "face_image": str(ASTRONAUT)} for line in shots(4)]
     report, _ = render_lines(tmp_path, profile, lines, events, gpus=ONE_GPU, cache="none")
     assert report.done == 4

@@ -50,8 +50,8 @@ FIRST_LOOK_LINES = 500
 """Lines that are planned before Ray starts. They determine the first layout. A short script needs no pipeline at all."""
 BLOCK_LINES = 1_000
 """Lines per task."""
-RESUME_S = 4.0
-"""Seconds in which this process plans lines while all of them are finished. The tasks take as long to start."""
+RESUME_S = 6.0
+"""CPU seconds in which this process plans lines while all of them are finished. Ray and its tasks take as long to start."""
 BLOCK_BYTES = 1 << 20
 """Size above which Ray Data starts a new block."""
 MAX_TASKS = 16
@@ -231,35 +231,49 @@ def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[Line], Scri
     return checker, first[:FIRST_LOOK_LINES], version if len(first) > FIRST_LOOK_LINES else None
 
 
-def remaining_lines(settings: ScriptSettings, version: ScriptVersion, planner: LinePlanner) -> Iterator[list[Line]]:
-    """Yield the lines after the first ones, in order. While all are finished, this process plans them, for `RESUME_S`.
+class LaterLines:
+    """The lines of a script after the first ones, planned in order."""
 
-    The rest is planned by parallel tasks on the node of this process, which can read the script and its files. Needs a
-    connection to Ray. Raises what reading and planning raise.
-    """
-    _, first = open_lines(settings, version)
-    read, deadline = FIRST_LOOK_LINES, time.monotonic() + RESUME_S
-    first_blocks = batched(islice(first, read, None), BLOCK_LINES)
-    while planner.found_all and time.monotonic() < deadline:
-        if not (block := next(first_blocks, None)):
-            planner.take_finished()
-            return
-        read += len(block)
-        yield planner.plan(block)
+    def __init__(self, settings: ScriptSettings, version: ScriptVersion, planner: LinePlanner) -> None:
+        self._settings, self._version, self._planner = settings, version, planner
+        self._read = FIRST_LOOK_LINES
+        """Lines of the script that are planned already."""
 
-    import ray.data
+    def _blocks(self) -> Iterator[tuple[Line, ...]]:
+        _, lines = open_lines(self._settings, self._version)
+        return batched(islice(lines, self._read, None), BLOCK_LINES)
 
-    def blocks() -> Iterator[pyarrow.Table]:
-        try:
-            _, lines = open_lines(settings, version)
-            for batch in batched(islice(lines, read, None), BLOCK_LINES):
-                yield pyarrow.table({"lines": [pickle.dumps(batch)]})
-        except ScriptError as error:
-            yield pyarrow.table({"lines": [pickle.dumps(error)]})
+    def finished(self) -> Iterator[list[Line] | None]:
+        """Yield lines that are planned in this process, while all are finished, for `RESUME_S`; `None` after the last line.
 
-    with own_context():
-        dataset = ray.data.read_datasource(one_task_source(blocks), override_num_blocks=1, **on_this_node())
-        yield from planned_rows(dataset, planner)
+        Raises what reading and planning raise.
+        """
+        deadline_s = time.thread_time() + RESUME_S
+        blocks = self._blocks()
+        while self._planner.found_all and time.thread_time() < deadline_s:
+            if (block := next(blocks, None)) is None:
+                yield None
+                return
+            self._read += len(block)
+            yield self._planner.plan(block)
+
+    def rest(self) -> Iterator[list[Line]]:
+        """Yield the other lines, planned by parallel tasks on this node, which can read the script and its files.
+
+        Needs a connection to Ray. Raises what reading and planning raise.
+        """
+        import ray.data
+
+        def tables() -> Iterator[pyarrow.Table]:
+            try:
+                for block in self._blocks():
+                    yield pyarrow.table({"lines": [pickle.dumps(block)]})
+            except ScriptError as error:
+                yield pyarrow.table({"lines": [pickle.dumps(error)]})
+
+        with own_context():
+            dataset = ray.data.read_datasource(one_task_source(tables), override_num_blocks=1, **on_this_node())
+            yield from planned_rows(dataset, self._planner)
 
 
 def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[Line]]:

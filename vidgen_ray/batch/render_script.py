@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,11 +15,11 @@ from pathlib import Path
 from vidgen_ray.batch.director import Director, Remaining
 from vidgen_ray.batch.line_planner import (
     FIRST_LOOK_LINES,
+    LaterLines,
     LinePlanner,
     count_pending,
     first_lines,
     recorded_options,
-    remaining_lines,
 )
 from vidgen_ray.batch.progress import RunListener, RunRecorder
 from vidgen_ray.batch.results import RunResults
@@ -114,17 +114,18 @@ def render(
     with held_lease(outputs, options, lease) as held:
         profile = _with_settled_options(profile, outputs, options, script, listener, is_long=version is not None)
         planner = LinePlanner(checker, profile, outputs, options)
-        remaining = None if version is None else partial(remaining_lines, script, version, planner)
+        later = None if version is None else LaterLines(script, version, planner)
         demand: Demand | None = None
         if options.max_cost is not None and version is not None:
             demand, _ = count_pending(script, profile, outputs)
         return render_lines(
             planner,
             first,
-            remaining,
+            None if later is None else later.rest,
             script.path.name,
             profile,
             options,
+            finished=None if later is None else later.finished,
             listener=listener,
             stop=stop,
             demand=demand,
@@ -184,6 +185,7 @@ def render_lines(
     profile: Profile,
     options: RenderOptions,
     *,
+    finished: Callable[[], Iterator[list[Line] | None]] | None = None,
     listener: RunListener,
     stop: threading.Event | None = None,
     demand: Demand | None = None,
@@ -193,11 +195,12 @@ def render_lines(
 ) -> RunReport:
     """Render lines. `first`: the first ones. `remaining` starts to read and plan the rest, if there is any.
 
+    `finished`: called before that if no first line is pending, as `LaterLines.finished`. Ray is not needed for these lines.
     `source`: name of the script. `demand` of the whole script, if it is known. `on_row` gets the manifest row of every line.
     `script`: path of the script. Its earlier rows whose lines it no longer has become `replaced`.
     Otherwise as `render`.
     """
-    started, outputs = time.monotonic(), planner.outputs
+    started, outputs, stop = time.monotonic(), planner.outputs, stop or threading.Event()
     with held_lease(outputs, options, lease) as lease, ExitStack() as stack:
         outputs = outputs.fenced(lease)
         outputs.sweep()
@@ -205,8 +208,6 @@ def render_lines(
             source = planner.checker.script = script_name(outputs.storage, script, record=options.command)
         planner.load_finished()
         planned = planner.plan(first)
-        if remaining is None:
-            planner.take_finished()
         labels = RunLabels(
             run=lease.run,
             name=options.name,
@@ -228,7 +229,7 @@ def render_lines(
             options,
             results,
             recorder,
-            stop or threading.Event(),
+            stop,
             planner,
             demand,
             lease,
@@ -237,7 +238,17 @@ def render_lines(
         try:
             with results:
                 director.accept(planned)
+                for block in finished() if finished is not None and planner.found_all else ():
+                    if block is None:
+                        remaining = None
+                        break
+                    director.accept(block)
+                    results.lines_read(complete=False)
+                    if stop.is_set():
+                        break
                 results.lines_read(complete=remaining is None)
+                if remaining is None:
+                    planner.take_finished()
                 if director.queue or remaining is not None:
                     with director.connected(complete=remaining is None):
                         asyncio.run(director.render(remaining))
