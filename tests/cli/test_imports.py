@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from tests.upscale.videos import write_video
 from vidgen_ray.cli.app import LISTED, app
 
 HEAVY = {
@@ -22,9 +23,11 @@ HEAVY = {
         "ray",
         "rich",
         "scipy",
+        "spandrel",
         "sqlalchemy",
         "starlette",
         "torch",
+        "torch._dynamo",
         "torchvision",
     ),
     *("transformers", "typer", "vidgen_ray.batch", "vidgen_ray.cli.options", "vidgen_ray.graph", "vidgen_ray.online"),
@@ -32,6 +35,7 @@ HEAVY = {
 }
 """Packages and modules of which a command imports those in its list below only."""
 HELP = {"typer", "rich"}
+UPSCALE = {*HELP, "PIL", "av", "numpy", "pydantic", "vidgen_ray.provenance", "yaml"}
 SCRIPT = {"typer", "pydantic", "yaml", "vidgen_ray.cli.options", "vidgen_ray.graph", "vidgen_ray.remote"}
 COMMANDS = {
     "--version": set[str](),
@@ -39,6 +43,9 @@ COMMANDS = {
     "validate SCRIPT": SCRIPT,
     "validate --help": SCRIPT | {"rich"},
     "plan SCRIPT": SCRIPT | {"rich", "numpy", "scipy", "pyarrow", "more_itertools", "vidgen_ray.batch"},
+    "upscale --help": UPSCALE,
+    # torchvision, which spandrel imports, needs no compiler.
+    "upscale VIDEO --scale 2 --no-provenance": UPSCALE | {"spandrel", "torch", "torchvision"},
 }
 
 
@@ -59,7 +66,9 @@ def imported_by(words: list[str], folder: Path) -> set[str]:
 def test_command_imports_only_what_it_runs(command, tmp_path):
     script = tmp_path / "script.jsonl"
     script.write_text('{"prompt": "a cat"}\n')
-    assert imported_by(command.replace("SCRIPT", str(script)).split(), tmp_path) == COMMANDS[command]
+    video = write_video(tmp_path / "video.mp4", 1)
+    words = command.replace("SCRIPT", str(script)).replace("VIDEO", str(video)).split()
+    assert imported_by(words, tmp_path) == COMMANDS[command]
 
 
 def test_help_says_what_the_commands_say():

@@ -20,7 +20,8 @@ from tests.outputs.test_outputs import commit
 from vidgen_ray.batch.line_planner import LinePlanner
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
-from vidgen_ray.cli.options import LineOptions, check_out, parse_fields
+from vidgen_ray.cli.file_options import check_out
+from vidgen_ray.cli.options import LineOptions, parse_fields
 from vidgen_ray.content_keys import ShotPlanner, cut_texts, params_of
 from vidgen_ray.errors import ScriptError, UsageError
 from vidgen_ray.graph import stages_of

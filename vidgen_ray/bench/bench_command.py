@@ -26,7 +26,8 @@ import typer
 from rich.table import Table
 
 from vidgen_ray.bench.published_models import RandomModel, empty_network, networks_in, random_model, random_pipeline
-from vidgen_ray.cli.options import JsonOption, ProfileOption, example
+from vidgen_ray.cli.file_options import JsonOption
+from vidgen_ray.cli.options import ProfileOption, example
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, relative_costs, stages_of

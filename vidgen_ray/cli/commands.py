@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from itertools import pairwise
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Self, cast, get_origin, get_type_hints
 
 import typer
@@ -39,6 +42,38 @@ def interruptible(hint: str = RESUME) -> Iterator[None]:
     except KeyboardInterrupt:
         note(f"interrupted. {hint}")
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def handling_signals(signals: Iterable[signal.Signals], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Call `handle` for these signals in the block, as `signal.signal` does."""
+    previous = {number: signal.signal(number, handle) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def remembered_interrupt() -> Iterator[Callable[[], None]]:
+    """Yield a function that raises KeyboardInterrupt if Ctrl-C was pressed in the block.
+
+    Ctrl-C itself raises it, too. But Python drops an exception that is raised in a destructor or a callback of the interpreter,
+    and libraries that are imported catch some. Call the function about once a second in long work.
+    """
+    pressed = threading.Event()
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        pressed.set()
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+
+    with handling_signals((signal.SIGINT,), handle):
+        yield check
 
 
 def _print_all(ctx: typer.Context, value: bool) -> None:

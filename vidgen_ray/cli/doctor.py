@@ -26,8 +26,9 @@ import numpy as np
 import typer
 from rich.markup import escape
 
+from vidgen_ray.cli.file_options import JsonOption
 from vidgen_ray.cli.models import FACES, default_references, default_shot
-from vidgen_ray.cli.options import JsonOption, ProfileOption
+from vidgen_ray.cli.options import ProfileOption
 from vidgen_ray.errors import SetupError, VidgenError
 from vidgen_ray.graph import STAGES, clip_length, file_sizes, server_problems
 from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video

@@ -23,16 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vidgen_ray.cli.commands import RESUME, note
-from vidgen_ray.cli.options import (
-    AddressOption,
-    DryRunOption,
-    GpusOption,
-    JsonOption,
-    OutArgument,
-    WhereOption,
-    ids_where,
-    local_path,
-)
+from vidgen_ray.cli.file_options import JsonOption
+from vidgen_ray.cli.options import AddressOption, DryRunOption, GpusOption, OutArgument, WhereOption, ids_where, local_path
 from vidgen_ray.cli.progress_display import counts_line, speed_texts, stage_table
 from vidgen_ray.cli.run_script import (
     ProfileOfLastRunOption,

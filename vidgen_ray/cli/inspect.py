@@ -21,7 +21,8 @@ from pydantic import BaseModel
 from rich.markup import escape
 
 from vidgen_ray.cli.commands import note
-from vidgen_ray.cli.options import JsonOption, ProfileOption, check_out
+from vidgen_ray.cli.file_options import JsonOption, check_out
+from vidgen_ray.cli.options import ProfileOption
 from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.media import read_image
 from vidgen_ray.nets.faces import COLOURS

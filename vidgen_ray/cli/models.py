@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from vidgen_ray.cli.options import STDIN, JsonOption, LineOptions, ProfileOption, example, local_path
+from vidgen_ray.cli.file_options import JsonOption
+from vidgen_ray.cli.options import STDIN, LineOptions, ProfileOption, example, local_path
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.licences import ShotLicences
 from vidgen_ray.planner import profile_for

@@ -12,12 +12,11 @@ import typer
 from PIL import Image
 
 from vidgen_ray.cli.commands import interruptible, note
+from vidgen_ray.cli.file_options import JsonOption, LabelledMarkOptions
 from vidgen_ray.cli.options import (
     AspectOption,
     ConsentOption,
-    JsonOption,
     KeepOption,
-    LabelledMarkOptions,
     ModeOption,
     OutOption,
     ProfileOption,

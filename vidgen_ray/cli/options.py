@@ -1,4 +1,4 @@
-"""Options shared by commands, and what they parse."""
+"""Options of scripts, runs and output folders that commands share, and what they parse."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import ValidationError
 
-from vidgen_ray.errors import SetupError, UsageError, install_command, known_fields, shortened
+from vidgen_ray.cli.file_options import check_out
+from vidgen_ray.errors import SetupError, UsageError, install_command, known_fields
 from vidgen_ray.graph import WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL, Storage
 from vidgen_ray.planner import Cluster, parse_gpus
-from vidgen_ray.profile import MAX_LABEL_LETTERS, Profile, ProvenanceSettings, builtin_profiles
+from vidgen_ray.profile import Profile, builtin_profiles
 from vidgen_ray.safety import DECLARED_BASES, parse_consent
 from vidgen_ray.script.check import file_errors
 from vidgen_ray.script.expansion import read_characters
@@ -32,17 +32,11 @@ from vidgen_ray.shot import wrong_defaults
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import write_atomically
 
-DETAILS_PANEL = "Details"
-"""Panel of less common options."""
 script_option = partial(typer.Option, rich_help_panel="Reading the script")
 cost_option = partial(typer.Option, rich_help_panel="Costs and licences")
 reuse_option = partial(typer.Option, rich_help_panel="Keeping and reusing results")
 run_option = partial(typer.Option, rich_help_panel="Names of the run")
 stop_option = partial(typer.Option, rich_help_panel="Failures and stops")
-marks_option = partial(typer.Option, rich_help_panel="Marks on files")
-details_option = partial(typer.Option, rich_help_panel=DETAILS_PANEL)
-"""Like `typer.Option`, for less common options of the panel that is named."""
-
 
 Until = Literal["image", "video"]
 Kept = Literal["stages"]
@@ -51,8 +45,6 @@ UNCHECKED = ("id", "character", "style")
 """Fields that depend on the command and on the script."""
 WHERE = "vidgen.where"
 """Group of entry points. Its `sql` is a function that selects shots, see `ids_where`."""
-JOB_FOLDER = "working_dir_files"
-"""Folder of Ray that has the working directories of submitted jobs."""
 
 
 def parse_fields(pairs: list[str] | None) -> dict[str, Any]:
@@ -84,22 +76,6 @@ def with_consent(fields: dict[str, Any], consent: str | None) -> dict[str, Any]:
     for name, got, allowed in wrong_defaults({"consent": consent})[:1]:
         raise UsageError(f"--consent: {name}: got {got}, {allowed}")
     return {**fields, "consent": parse_consent(consent)}
-
-
-def check_out(value: str) -> str:
-    """Return an output folder with `~` replaced, which a shell leaves in quotes.
-
-    Rejects an empty one, which a shell passes for an unset variable, and one that Ray deletes with the job.
-    """
-    value = os.path.expanduser(value)
-    if not value.strip():
-        raise typer.BadParameter("got an empty text, must be a folder or its URL")
-    if not URL.match(value) and JOB_FOLDER in Path(value).absolute().parts:
-        allowed = (
-            "is inside the copy of the working directory that Ray deletes after the job; use an absolute path of a shared disk"
-        )
-        raise typer.BadParameter(f"{value} {allowed}, or a URL such as s3://BUCKET/FOLDER")
-    return value
 
 
 def local_path(value: str | Path) -> Path:
@@ -260,14 +236,6 @@ RequireLicenceOption = Annotated[
         "only under a condition (unconditional). Default: no requirement.",
     ),
 ]
-C2paKeyOption = Annotated[
-    Path | None,
-    marks_option(
-        "--c2pa-key",
-        envvar="VIDGEN_C2PA_KEY",
-        help="Sign files (C2PA) with this key, see `vidgen keys c2pa`. Default: that of the profile, or do not sign.",
-    ),
-]
 WhereOption = Annotated[
     str | None,
     typer.Option(
@@ -280,7 +248,6 @@ StrictPromptsOption = Annotated[
     bool, script_option("--strict-prompts", help="Reject lines whose prompt a text encoder would cut. Default: a note.")
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be removed, without removing it.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
 
 
 @dataclass(frozen=True)
@@ -314,55 +281,6 @@ class LineOptions:
             policy=profile.policy,
             columns=Columns(parse_columns(self.columns), self.keep_columns),
         )
-
-
-@dataclass(frozen=True)
-class MarkOptions:
-    """Options for the provenance of files."""
-
-    no_provenance: Annotated[
-        bool,
-        marks_option(
-            "--no-provenance",
-            help="Do not mark files as AI-generated, and do not sign them. Recorded in shot.json and run.json.",
-        ),
-    ] = False
-    private: Annotated[
-        bool,
-        marks_option("--private", help="Mark files without the prompt and other settings of the shot. Default: with them."),
-    ] = False
-    c2pa_key: C2paKeyOption = None
-
-    def settings(self, base: ProvenanceSettings, label: str | None = None) -> ProvenanceSettings:
-        """Return the settings with the options. Raises UsageError, and SetupError if files cannot be signed."""
-        if self.no_provenance and self.private:
-            raise UsageError("--no-provenance: cannot be combined with --private")
-        changes: dict[str, Any] = {"metadata": "off"} if self.no_provenance else {"metadata": "private"} if self.private else {}
-        if label is not None:
-            changes["label"] = label
-        if self.c2pa_key is not None:
-            changes["c2pa_key"] = self.c2pa_key.expanduser().absolute()
-        try:
-            return ProvenanceSettings.model_validate({**base.model_dump(), **changes})
-        except ValidationError:
-            allowed = f"must be one line of 1 to {MAX_LABEL_LETTERS} printable letters"
-            raise UsageError(f"--label: got {shortened(label)}, {allowed}") from None
-
-
-@dataclass(frozen=True)
-class LabelledMarkOptions(MarkOptions):
-    """Options for the provenance and the label of files."""
-
-    label: Annotated[
-        str | None,
-        marks_option(
-            "--label", metavar="TEXT", help="Draw this text into the lower right corner of images and clips. Default: none."
-        ),
-    ] = None
-
-    def applied(self, profile: Profile) -> Profile:
-        """Return the profile with the options."""
-        return profile.with_provenance(self.settings(profile.provenance, self.label))
 
 
 def changes_until(until: Until | None) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from vidgen_ray.cli.commands import interruptible
+from vidgen_ray.cli.file_options import JsonOption
 from vidgen_ray.cli.options import (
     AddressOption,
     GpusOption,
-    JsonOption,
     LineOptions,
     MaxCostOption,
     OutOption,

@@ -18,15 +18,14 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from vidgen_ray.batch.run_options import GRACE_S, RecordedOptions, RenderOptions
-from vidgen_ray.cli.commands import RESUME, interruptible, note
+from vidgen_ray.cli.commands import RESUME, handling_signals, interruptible, note
+from vidgen_ray.cli.file_options import JsonOption, LabelledMarkOptions, check_out
 from vidgen_ray.cli.options import (
     PROFILE_HELP,
     AddressOption,
     ConsentOption,
     GpusOption,
-    JsonOption,
     KeepOption,
-    LabelledMarkOptions,
     LineOptions,
     MaxCostOption,
     OutArgument,
@@ -39,7 +38,6 @@ from vidgen_ray.cli.options import (
     StrictPromptsOption,
     UntilOption,
     WhereOption,
-    check_out,
     example,
     given_words,
     ids_where,
@@ -110,39 +108,8 @@ def stoppable(grace_s: float, unit: str = "shots") -> Iterator[threading.Event]:
         stop.set()
         note(f"stopping. Finishing the {unit} in progress for up to {grace_s:g} s. Press Ctrl-C again to stop now.")
 
-    with _handled((signal.SIGINT, signal.SIGTERM), handle):
+    with handling_signals((signal.SIGINT, signal.SIGTERM), handle):
         yield stop
-
-
-@contextmanager
-def _handled(signals: Iterable[signal.Signals], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    previous = {number: signal.signal(number, handle) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def remembered_interrupt() -> Iterator[Callable[[], None]]:
-    """Yield a function that raises KeyboardInterrupt if Ctrl-C was pressed in the block.
-
-    Ctrl-C itself raises it, too. But Python drops an exception that is raised in a destructor or a callback of the interpreter,
-    and libraries that are imported catch some. Call the function about once a second in long work.
-    """
-    pressed = threading.Event()
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        pressed.set()
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-
-    with _handled((signal.SIGINT,), handle):
-        yield check
 
 
 def script_licences(lines: Iterable[Line], profile: Profile, outputs: OutputFolder) -> tuple[UsedWeights, ...]:

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from vidgen_ray.cli.options import JsonOption, LineOptions, ProfileOption, ScriptsArgument, StrictPromptsOption
+from vidgen_ray.cli.file_options import JsonOption
+from vidgen_ray.cli.options import LineOptions, ProfileOption, ScriptsArgument, StrictPromptsOption
 from vidgen_ray.content_keys import cut_texts, params_of
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError
 from vidgen_ray.graph import stages_of

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from vidgen_ray.cli.commands import ModelOptions, interruptible, note, with_options
-from vidgen_ray.cli.options import DETAILS_PANEL, AddressOption, JsonOption, OutArgument, WhereOption, check_out, local_path
+from vidgen_ray.cli.file_options import DETAILS_PANEL, JsonOption, check_out
+from vidgen_ray.cli.options import AddressOption, OutArgument, WhereOption, local_path
 from vidgen_ray.cli.run_script import ProfileOfLastRunOption, profile_of_run
 from vidgen_ray.dataset.export_rows import ExportSettings, Transcode, parse_splits
 from vidgen_ray.dataset.tables import open_tables, run_query, write_parquet

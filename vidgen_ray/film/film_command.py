@@ -12,7 +12,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vidgen_ray.cli.commands import ModelOptions, note, with_options
-from vidgen_ray.cli.options import DETAILS_PANEL, CharactersOption, JsonOption, MarkOptions, OutArgument, WhereOption, ids_where
+from vidgen_ray.cli.file_options import DETAILS_PANEL, JsonOption, MarkOptions
+from vidgen_ray.cli.options import CharactersOption, OutArgument, WhereOption, ids_where
 from vidgen_ray.errors import UsageError
 from vidgen_ray.film.film_settings import FilmSettings, checked_fields, film_settings, read_film_file
 from vidgen_ray.outputs.storage import URL, no_results

@@ -5,6 +5,7 @@ torch's compiler, distributed tensors and scipy are more than half of the time i
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 import threading
@@ -29,6 +30,8 @@ DEFERRED = (
 """Packages that are imported when something of them is called."""
 MARKS = ("allow_in_graph", "assume_constant_result", "disable")
 """Decorators of `torch._dynamo`. They matter to compiled functions only."""
+IMPORTED_OBJECTS = 100_000
+"""Objects after which Python looks for garbage while packages are imported."""
 _lock = threading.RLock()
 
 
@@ -107,8 +110,26 @@ def _unless_meta(initialise: Callable[..., Any], tensor: Any, *arguments: Any, *
 
 
 @contextmanager
+def deferred_packages() -> Iterator[None]:
+    """Do not import the packages of `DEFERRED` in the block. Other threads must not import them meanwhile."""
+    with _lock:
+        finder.packages = {each for each in DEFERRED if each not in sys.modules}
+        sys.meta_path.insert(0, finder)
+        # What is imported stays: looking for garbage in it takes a sixth of the time.
+        thresholds = gc.get_threshold()
+        gc.set_threshold(IMPORTED_OBJECTS)
+        try:
+            yield
+        finally:
+            gc.set_threshold(*thresholds)
+            sys.meta_path.remove(finder)
+            for package in [*finder.packages]:
+                finder.drop(package)
+
+
+@contextmanager
 def deferred_imports(device: str, *, compiles: bool = False) -> Iterator[None]:
-    """Do not import the packages of `DEFERRED` in the block, nor torch's distributed tensors.
+    """Import networks of diffusers in the block without the packages of `DEFERRED` and torch's distributed tensors.
 
     `device`, `compiles`: where networks run, and whether they are compiled. Has no effect on GPUs and for compiled networks.
     Other threads must not import these packages meanwhile.
@@ -116,22 +137,15 @@ def deferred_imports(device: str, *, compiles: bool = False) -> Iterator[None]:
     if device != "cpu" or compiles:
         yield
         return
-    import torch.distributed
+    with deferred_packages():
+        import torch.distributed
 
-    with _lock:
-        finder.packages = {each for each in DEFERRED if each not in sys.modules}
-        sys.meta_path.insert(0, finder)
-        try:
-            # For transformers, a torch that was built without distributed tensors.
-            without_tensors = patch.object(torch.distributed, "is_available", return_value=False)
-            # Networks are built without memory first. Their random numbers would be those of a compiler, in Python.
-            skipped = patch.object(torch.nn.init, "normal_", partial(_unless_meta, torch.nn.init.normal_))
-            with without_tensors, skipped:
-                import diffusers.utils.torch_utils
+        # For transformers, a torch that was built without distributed tensors.
+        without_tensors = patch.object(torch.distributed, "is_available", return_value=False)
+        # Networks are built without memory first. Their random numbers would be those of a compiler, in Python.
+        skipped = patch.object(torch.nn.init, "normal_", partial(_unless_meta, torch.nn.init.normal_))
+        with without_tensors, skipped:
+            import diffusers.utils.torch_utils
 
-                diffusers.utils.torch_utils.is_compiled_module = _is_compiled_module
-                yield
-        finally:
-            sys.meta_path.remove(finder)
-            for package in [*finder.packages]:
-                finder.drop(package)
+            diffusers.utils.torch_utils.is_compiled_module = _is_compiled_module
+            yield

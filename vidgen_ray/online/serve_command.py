@@ -15,8 +15,9 @@ import typer
 from pydantic import ValidationError
 
 from vidgen_ray.cli.commands import ModelOptions, interruptible, with_options
+from vidgen_ray.cli.file_options import C2paKeyOption, JsonOption, MarkOptions
 from vidgen_ray.cli.folder_commands import check_port
-from vidgen_ray.cli.options import AddressOption, C2paKeyOption, JsonOption, MarkOptions
+from vidgen_ray.cli.options import AddressOption
 from vidgen_ray.cli.run_script import stoppable
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.nets.deferred_imports import deferred_packages
 from vidgen_ray.nets.weight_files import NOT_FINITE, require_finite_weights
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, Frames, StageParams, torch_dtype
@@ -253,6 +255,11 @@ def load_network(file: Path) -> ImageModelDescriptor[Any]:
     Raises StageError for other files and for networks that do not map one RGB image to a larger one.
     """
     from safetensors.torch import load_file
+
+    if "spandrel" not in sys.modules:
+        # torchvision, which some of its architectures need, imports torch's compiler.
+        with deferred_packages():
+            import spandrel  # noqa: F401
     from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
 
     from vidgen_ray.nets.weight_files import NotTensors, load_torch_file

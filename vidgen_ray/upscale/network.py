@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from vidgen_ray.errors import SetupError, StageError, StrictModel, UsageError, install_command
+from vidgen_ray.nets.deferred_imports import deferred_packages
 from vidgen_ray.nets.weight_files import require_finite_weights
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import torch_dtype, torch_threads
@@ -382,8 +383,8 @@ def bytes_per_pixel(network: ImageModelDescriptor[Any], size_px: int = 48) -> fl
             peak = max(peak, live)
             return result
 
-    counter = Counter()  # type: ignore[no-untyped-call]
-    with torch.inference_mode(), counter:
+    # torch imports its compiler to exclude the counter from compiled functions.
+    with deferred_packages(), torch.inference_mode(), Counter():  # type: ignore[no-untyped-call]
         forward(network, torch.zeros(1, 3, size_px, size_px))
     return peak / size_px**2
 

@@ -27,7 +27,6 @@ from vidgen_ray.media.media_file import append_xmp
 from vidgen_ray.profile import DEFAULT_PROVENANCE, Detail, Profile, ProvenanceSettings
 from vidgen_ray.provenance.record import InputFile, Operation, ProvenanceRecord, SourceType, altered_record, metadata_of
 from vidgen_ray.provenance.signing import check_signing, sign_result
-from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, StageParams, report_progress
 from vidgen_ray.stages.realesrgan import RealESRGANStage, weights_file
@@ -276,6 +275,8 @@ def process_clip(profile: Profile, stage: type[ChunkedStage[Any]], shot: Shot, s
     `stage` is the RealESRGAN or the RIFE stage. An existing file is replaced. Raises UsageError for another stage or a wrong
     suffix of `out`, MediaError, SetupError, WriteError, and StepFailed.
     """
+    from vidgen_ray.render.step_runner import StepFailed
+
     if out.suffix.lower() not in FORMATS:
         raise UsageError(f"out: got {str(out)!r}, must end in {', '.join(FORMATS)} for a clip")
     if not issubclass(stage, RealESRGANStage | RifeStage):

@@ -17,12 +17,12 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
-from vidgen_ray.cli.commands import interruptible, note, with_options
-from vidgen_ray.cli.options import JsonOption, MarkOptions, check_out, details_option
-from vidgen_ray.cli.run_script import remembered_interrupt
+from vidgen_ray.cli.commands import interruptible, note, remembered_interrupt, with_options
+from vidgen_ray.cli.file_options import JsonOption, MarkOptions, check_out, details_option
 from vidgen_ray.errors import NOT_A_URL, StageError, UsageError, VidgenError
 from vidgen_ray.media import CLIP_SUFFIXES
 from vidgen_ray.media.encode import Preset
+from vidgen_ray.nets.deferred_imports import deferred_packages
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import DEFAULT_PROVENANCE
 from vidgen_ray.system.console import Console
@@ -255,7 +255,8 @@ def _runner(
     """Yield the settings of the network, and what makes segments: threads of this process, or a Ray cluster."""
     try:
         if address is None:
-            import torch
+            with deferred_packages():
+                import torch
 
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             workers = workers or default_workers(device)
