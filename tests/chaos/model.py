@@ -1022,7 +1022,7 @@ def patched(world):
         patch.setattr(shot_files, "Mp4Writer", lambda write, *_: nullcontext(SimpleNamespace(write=write)))
         patch.setattr(shot_files, "provenance_records", lambda plan, artefacts, *_: dict.fromkeys(artefacts))
         patch.setattr(encoder, "ENCODER_NICENESS", 0)
-        patch.setattr(worker, "prepare_gpu", lambda share: None)
+        patch.setattr(worker, "prepare_gpu", lambda *_: None)
         patch.setattr(worker, "gpu_of_process", lambda: "a GPU")
         patch.setattr(director_module, "EngineConfig", partial(EngineConfig, limits=LIMITS))
         patch.setattr(worker, "load_lock", lambda *_: nullcontext())

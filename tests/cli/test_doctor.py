@@ -192,7 +192,7 @@ def test_wsl2_needs_its_own_device_file(tmp_path, monkeypatch):
     kernel, device = tmp_path / "version", tmp_path / "dxg"
     kernel.write_text("Linux version 6.6.87.2-microsoft-standard-WSL2")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    card = SimpleNamespace(name="NVIDIA GeForce RTX 4090", total_memory=24 * 2**30)
+    card = SimpleNamespace(name="NVIDIA GeForce RTX 4090", total_memory=24 * 2**30, is_integrated=False)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda n: card)
     monkeypatch.setattr(cluster, "GPU_DEVICES", (NOWHERE, device))
     assert [checks.check_wsl(needed, kernel, device, tmp_path).status for needed in (True, False)] == ["fail", "warn"]

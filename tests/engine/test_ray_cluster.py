@@ -10,16 +10,18 @@ import sys
 import threading
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
 import ray
 from ray._private import node, parameter
 
-from vidgen_ray.engine import ray_internals
+from vidgen_ray.engine import ray_cluster, ray_internals
 from vidgen_ray.engine.ray_cluster import START_ATTEMPTS, RayStartTimeout, _unused_ports, init_local_ray, within
 from vidgen_ray.engine.ray_internals import AGENT_PORTS, START_TIMEOUT
 from vidgen_ray.errors import SetupError
+from vidgen_ray.planner.cluster import GB
 
 
 def start_timeout():
@@ -181,6 +183,26 @@ CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().i
 @pytest.mark.parametrize("name", CHECKS)
 def test_private_names_of_ray_do_what_they_are_used_for(idle, name):
     CHECKS[name](*idle)
+
+
+@pytest.mark.parametrize(
+    ("shown", "gpus", "card"),
+    [
+        ("NVIDIA GB10, [N/A]\n", (76.0,), "GB10"),
+        ("NVIDIA L40S, 46080\nNVIDIA L40S, [GPU requires reset]\n", (45.0,), "L40S"),
+        ("", (), None),
+    ],
+)
+def test_node_has_the_gpus_that_nvidia_smi_shows(monkeypatch, shown, gpus, card):
+    """It shows no unified memory, and no memory of a GPU with an error."""
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: Mock(stdout=shown))
+    monkeypatch.setitem(ray_cluster._gpus_of_nodes, "id", ray_cluster._gpus())
+    resources = {"GPU": len(gpus), "CPU": 20.0, "memory": 80 * GB}
+    node = ray_cluster._node({"NodeID": "id", "NodeManagerAddress": "10.0.0.1"}, resources)
+    assert (node.gpus, node.card and node.card.name) == (gpus, card)
+    assert node.memory_gb == (76 if node.is_unified else 80)
+    with pytest.raises(SetupError, match=f"Ray has {len(gpus) + 1} GPUs, nvidia-smi shows {len(gpus)}"):
+        ray_cluster._node({"NodeID": "id", "NodeManagerAddress": "10.0.0.1"}, {**resources, "GPU": len(gpus) + 1})
 
 
 def test_started_address_is_the_one_that_ray_start_writes(monkeypatch, tmp_path):

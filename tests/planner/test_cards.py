@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,7 +10,7 @@ from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan, profile_for
+from vidgen_ray.planner import Cluster, Node, cluster, demand_of, parse_gpus, plan, profile_for, this_machine
 from vidgen_ray.planner.choose_layout import DISK_GB_PER_S, DOUBLING_GAIN, FIRST_CALL_S, ROOM_GB, START_SECONDS
 from vidgen_ray.planner.cluster import CARDS, GB, TYPICAL, card_named, card_reported_as, typical_card
 from vidgen_ray.planner.demand import MAX_KINDS, Calibration, demand_seconds
@@ -44,6 +45,8 @@ def test_cards_are_recognised_by_the_name_that_the_driver_reports_or_a_user_writ
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA H100 NVL", "H100 NVL"),
         ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA GH200 144G HBM3e", "GH200 144 GB"),
+        ("NVIDIA GB10", "GB10"),
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000"),
         ("Tesla P100-PCIE-16GB", None),
@@ -62,6 +65,21 @@ def test_cards_are_recognised_by_the_name_that_the_driver_reports_or_a_user_writ
     # Memory as torch and the driver report it.
     for reported_gb, name in ((79.1, "80 GB"), (45.0, "48 GB"), (23.7, "24 GB"), (140.4, "141 GB"), (21.4, "21.4 GB")):
         assert Cluster((Node((reported_gb,), 8, None),)).card == name
+
+
+@pytest.mark.parametrize(
+    ("name", "is_integrated", "card_name"),
+    [("NVIDIA GB10", True, "GB10"), ("NVIDIA Thor", True, "GB10"), ("NVIDIA GH200 480GB", False, "GH200")],
+)
+def test_integrated_gpu_has_the_memory_of_the_host_less_that_of_ray(monkeypatch, tmp_path, name, is_integrated, card_name):
+    monkeypatch.setattr(cluster, "GPU_DEVICES", (tmp_path,))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    properties = SimpleNamespace(name=name, is_integrated=is_integrated, total_memory=90 * GB)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda n: properties)
+    monkeypatch.setattr(cluster.os, "sysconf", lambda what: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 100 * GB / 4096}[what])
+    (node,) = this_machine().nodes
+    assert (node.card.name, node.is_unified) == (card_name, is_integrated)
+    assert (node.gpus, node.memory_gb) == (((66.0,), 66.0) if is_integrated else ((90.0,), 100.0))
 
 
 def computed(name, stage, fields, **options):

@@ -9,10 +9,10 @@ import pytest
 from benchmarks.trace_memory import TOLERANCE, differences, traces
 from vidgen_ray.errors import ProfileError, SetupError, StageError
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
-from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan, swap_groups
-from vidgen_ray.planner.cluster import GB
+from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan, profile_for, swap_groups
+from vidgen_ray.planner.cluster import GB, OTHER_PROCESSES_GB
 from vidgen_ray.planner.gpu_memory import MAX_SIZES, SizeCheck, actor_memory, fitting_params, fitting_sizes
-from vidgen_ray.planner.layout import CONTEXT_GB, Actor, WorkerProcess
+from vidgen_ray.planner.layout import CONTEXT_GB, GPU_PROCESS_HOST_GB, PROCESS_HOST_GB, Actor, WorkerProcess
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.memory_table import FP8, load_table
@@ -259,3 +259,49 @@ def test_library_swaps_what_does_not_fit_together():
         swap_groups(profile, stages, [shot], Node((48.0,), 16, 32))
     with pytest.raises(SetupError, match=r"at most .* fits"):
         swap_groups(profile, stages, [gpu_shot(profile, **FACE, width=2048, height=2048, num_frames=256)], machine)
+
+
+def unified(pool_gb):
+    """Return a simulated GB10 whose workers may take this memory, and the profile for it."""
+    cluster = Cluster((Node.of_gpus([("NVIDIA GB10", None)], 20, pool_gb + OTHER_PROCESSES_GB),))
+    return cluster, profile_for("gpu", lambda: cluster)
+
+
+def test_gpu_and_host_have_one_memory_on_a_gb10():
+    cluster, profile = unified(80)
+    demand = demand_of([gpu_shot(profile, **FACE, lora="l.safetensors")] * 100)
+    planned = plan(profile, demand, cluster)
+    (note,) = [note for note in planned.notes if "share their memory" in note]
+    needed_gb = float(re.search(r"up to ([\d.]+) GB", note)[1])
+    (slot,) = planned.layout.slots
+    # FLUX passes through the host when it is loaded, but is there only once.
+    assert slot.memory_gb + GPU_PROCESS_HOST_GB + PROCESS_HOST_GB < needed_gb < slot.memory_gb + 5
+    assert planned.layout.kind == "fused"
+    assert plan(profile, demand, unified(needed_gb + 0.01)[0]).layout.kind == "fused"
+    with pytest.raises(SetupError, match=r"memory, which GPU and host share: [\d.]+ GB are needed on one node; the nodes have"):
+        plan(profile, demand, unified(needed_gb - 1)[0])
+
+
+def test_weights_are_swapped_on_a_gh200_but_not_in_the_one_memory_of_a_gb10():
+    cluster, profile = unified(80)
+    both = gpu_shot(profile, video_model="wan", num_frames=81)
+    demand = demand_of([both] * 10)
+    assert not [actor for actor in profile.actors.values() if {"cpu_offload", "text_encoder"} & set(actor.options)]
+    with pytest.raises(SetupError, match=r"the stages need [\d.]+ GB together, the largest of 1 GPUs has 80 GB"):
+        plan(profile, demand, cluster)
+    # One machine has the images, the other one the clips.
+    assert len(plan(profile, demand, parse_gpus("2xGB10")).layout.slots) == 2
+    gh200, h100_nvl = (plan(profile, demand, parse_gpus(f"1x{name}")) for name in ("GH200", "H100-NVL"))
+    assert gh200.layout.workers[0].swap_groups == h100_nvl.layout.workers[0].swap_groups != ()
+
+
+def test_library_swaps_no_weights_in_unified_memory():
+    for pool_gb, message in (
+        (80, r"the stages need [\d.]+ GB of GPU memory, the GPU has 80"),
+        (110, r"needs [\d.]+ GB of memory for GPU and host, this machine has 110"),
+        (120, ""),
+    ):
+        cluster, profile = unified(pool_gb)
+        both = gpu_shot(profile, video_model="wan", num_frames=81)
+        with pytest.raises(SetupError, match=message) if message else nullcontext():
+            assert swap_groups(profile, stages_of(both), [both], cluster.nodes[0]) == ()

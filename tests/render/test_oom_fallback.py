@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -152,7 +153,8 @@ def test_failed_allocations_do_not_count_as_a_broken_context(message, out_of_mem
 def torch_on_a_gpu(monkeypatch):
     """Replace torch by one with a GPU that records its settings."""
     torch = Mock(__version__="2.11.0")
-    torch.cuda.get_device_properties.return_value.total_memory = 24 * GB
+    torch.cuda.get_device_properties.return_value = SimpleNamespace(total_memory=24 * GB, is_integrated=False)
+    torch.cuda.memory_reserved.return_value = torch.cuda.memory_allocated.return_value = 0
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
     return torch.cuda
@@ -164,6 +166,22 @@ def test_process_that_shares_a_gpu_is_limited_to_its_share_without_its_context(t
     prepare_gpu(0.4)
     (fraction,) = torch_on_a_gpu.set_per_process_memory_fraction.call_args.args
     assert fraction * 24 == pytest.approx(0.4 * 24 - 0.6)
+
+
+def test_memory_of_an_integrated_gpu_is_what_the_host_has(torch_on_a_gpu, monkeypatch, tmp_path):
+    """The driver counts the page cache as taken. Without a limit, the kernel would end processes before torch raises."""
+    monkeypatch.setattr(free_memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(free_memory, "CGROUP", tmp_path)
+    (tmp_path / "meminfo").write_text(f"MemFree: {2**20} kB\nMemAvailable: {20 * 2**20} kB\n")
+    torch_on_a_gpu.mem_get_info.return_value = (GB, 24 * GB)
+    assert free_memory.free_gpu_bytes() == GB
+    torch_on_a_gpu.get_device_properties.return_value.is_integrated = True
+    assert free_memory.free_gpu_bytes() == 20 * GB
+    prepare_gpu(1)
+    assert not torch_on_a_gpu.set_per_process_memory_fraction.called
+    prepare_gpu(1, 16.0)
+    (fraction,) = torch_on_a_gpu.set_per_process_memory_fraction.call_args.args
+    assert fraction * 24 == pytest.approx(16 - 0.6)
 
 
 @pytest.mark.parametrize(

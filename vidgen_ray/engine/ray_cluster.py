@@ -39,7 +39,7 @@ from vidgen_ray.engine.ray_internals import (
 )
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.planner import Cluster, Node, Plan
-from vidgen_ray.planner.cluster import GB, Label, card_reported_as
+from vidgen_ray.planner.cluster import GB, Label
 from vidgen_ray.system.threads import in_daemon_thread
 from vidgen_ray.weights.download import Hub, PullResult, pull_all
 
@@ -172,8 +172,8 @@ def _labelled(node: Node, label: Label) -> Node:
     return replace(node, label=label)
 
 
-_gpus_of_nodes: dict[str, tuple[tuple[str, float], ...]] = {}
-"""Node id -> name and GB of memory of each GPU. Node ids are never used again."""
+_gpus_of_nodes: dict[str, tuple[tuple[str, float | None], ...]] = {}
+"""Node id -> name and GB of memory of each GPU, `None` if it is unified. Node ids are never used again."""
 
 
 def _query_gpus(nodes: Sequence[str]) -> None:
@@ -216,16 +216,14 @@ def _node(node: dict[str, Any], resources: Mapping[str, float]) -> Node:
             f"node {node['NodeManagerAddress']}: Ray has {gpus} GPUs, nvidia-smi shows {len(found)}. "
             "Name the GPUs with --gpus, e.g. 8x80GB."
         )
-    return Node(
-        gpus=tuple(memory_gb for _, memory_gb in found[:gpus]),
-        cpus=resources.get("CPU", 0.0),
-        memory_gb=resources.get("memory", 0.0) / GB or None,
-        card=card_reported_as(found[0][0]) if gpus else None,
-    )
+    return Node.of_gpus(found[:gpus], resources.get("CPU", 0.0), resources.get("memory", 0.0) / GB)
 
 
-def _gpus() -> tuple[tuple[str, float], ...]:
-    """Return the name of each GPU of this machine and its memory in units of 2**30 bytes, as reported by nvidia-smi."""
+def _gpus() -> tuple[tuple[str, float | None], ...]:
+    """Return the name of each GPU of this machine and its memory in units of 2**30 bytes, as reported by nvidia-smi.
+
+    `None` for a unified memory, which nvidia-smi does not report. A GPU with an error is missing.
+    """
     try:
         output = subprocess.run(
             ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],  # noqa: S607  # its folder differs between distributions
@@ -236,8 +234,9 @@ def _gpus() -> tuple[tuple[str, float], ...]:
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    lines = (line.rsplit(",", 1) for line in output.split("\n") if line.strip())
-    return tuple((name.strip(), float(mebibytes) / 1024) for name, mebibytes in lines)
+    lines = (line.rpartition(",")[::2] for line in output.split("\n"))
+    gpus = ((name.strip(), mebibytes.strip()) for name, mebibytes in lines)
+    return tuple((name, None if mib == "[N/A]" else float(mib) / 1024) for name, mib in gpus if mib == "[N/A]" or mib.isdigit())
 
 
 def _start_ray(address: str | None, cpus: float) -> None:

@@ -274,7 +274,7 @@ class Worker:
         config, spec = self._config, self._spec
         try:
             if spec.gpus:
-                prepare_gpu(spec.gpus)
+                prepare_gpu(spec.gpus, spec.gpu_gb)
             stages = [self._stage(config.stages[name]) for name in spec.stages]
             cache = config.cache.open(config.outputs.stage_cache)
             runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups, safety=self._config.profile.checker)

@@ -325,6 +325,8 @@ def _notes(packing: Packing, cluster: Cluster, timing: Timing, used_gpus: int, d
         yield f"the profile has no seconds of {stages}: assuming those that the stages state until a run measures them"
     if unknown := [gb for node, gb in host_gb_of_nodes(packing).items() if cluster.nodes[node].memory_gb is None]:
         yield f"the workers need up to {max(unknown):.4g} GB of host memory per node, which is assumed to be available"
+    if shared := [gb for node, gb in host_gb_of_nodes(packing).items() if cluster.nodes[node].is_unified]:
+        yield f"GPU and host share their memory: the workers need up to {max(shared):.4g} GB on both together"
     if timing.compilations:
         seconds = timing.compilations * COMPILE_S
         yield f"each worker compiles for about {seconds:.0f} s: its networks for two sizes, with and without LoRAs"

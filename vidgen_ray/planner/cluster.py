@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -40,6 +40,8 @@ class GpuCard:
 
     halved: bool = False
     """It adds in 32 bits at half the speed that it multiplies, which leaves its kernels more time to load numbers."""
+    unified: bool = False
+    """It has no memory of its own: it computes in that of the host."""
 
     def seconds(self, work: Workload, share: float, factor: float = 1.0) -> float:
         """Return the seconds of the work.
@@ -64,7 +66,8 @@ BANDWIDTH_SHARE = 0.8
 """Fraction of the memory bandwidth that normalisation, activation functions and copies reach."""
 HALVED_GAIN, MAX_SHARE = 1.5, 0.9
 """Factor on the fraction of a halved peak, from published times of FLUX.1-dev on the RTX 4090, and the largest fraction."""
-PCIE3, PCIE4, PCIE5, NVLINK_C2C = 12, 25, 50, 350
+PCIE3, PCIE4, PCIE5, NVLINK_C2C, WITHIN_GB10 = 12, 25, 50, 350, 136
+"""Bandwidths of copies to GPU memory, about 0.8 of the nominal ones. Within unified memory, a copy reads and writes it."""
 
 CARDS = (
     GpuCard("T4", 14.6, 65, 320, PCIE3, 0.35, r"\bT4\b"),
@@ -88,8 +91,11 @@ CARDS = (
     GpuCard("H100", 79.2, 989, 3352, PCIE5, 2.5, r"H100(?!.*(NVL|PCIe))"),
     GpuCard("H100 NVL", 93.1, 835, 3938, PCIE5, 2.6, r"H100 NVL"),
     GpuCard("RTX PRO 6000", 95.0, 503.8, 1792, PCIE5, 1.8, r"RTX PRO 6000"),
-    GpuCard("GH200", 94.5, 989, 4022, NVLINK_C2C, 2.5, r"GH200"),
+    GpuCard("GH200", 94.5, 989, 4022, NVLINK_C2C, 2.5, r"GH200(?! 144G)"),
+    # An eighth of what is advertised for sparse numbers of 4 bits: torch reaches 92. The machine's price over three years.
+    GpuCard("GB10", 119.6, 125, 273, WITHIN_GB10, 0.15, r"\bGB10\b", unified=True),
     GpuCard("H200", 139.8, 989, 4915, PCIE5, 3.6, r"\bH200"),
+    GpuCard("GH200 144 GB", 142.5, 989, 4900, NVLINK_C2C, 3.0, r"GH200 144G"),
     GpuCard("B200", 178.4, 2250, 8000, PCIE5, 5.5, r"\bB200"),
 )
 TYPICAL = ("RTX 4080", "A4500", "RTX 4090", "RTX 5090", "A100 40 GB", "L40S", "H100", "RTX PRO 6000", "H200", "B200")
@@ -97,6 +103,8 @@ TYPICAL = ("RTX 4080", "A4500", "RTX 4090", "RTX 5090", "A100 40 GB", "L40S", "H
 _TYPICAL_CARDS = tuple(card for card in CARDS if card.name in TYPICAL)
 H100 = next(card for card in CARDS if card.name == "H100")
 """Card for which seconds are computed if none is known."""
+GB10 = next(card for card in CARDS if card.name == "GB10")
+"""Card that stands for an unknown one with unified memory."""
 
 
 def card_reported_as(name: str) -> GpuCard | None:
@@ -130,6 +138,10 @@ POOL = re.compile(r"(?:(\d+)x)?(\d+)x(?:(\d+(?:\.\d+)?)GB|([A-Z][A-Z0-9-]*))", r
 WITHOUT_X = re.compile(r"(\d+)?([A-Z][A-Z0-9-]*)", re.IGNORECASE)
 """GPUs by name, without the `x` between number and name."""
 MAX_GPUS = 100_000
+RAY_STORE_SHARE = 0.3
+"""Part of a machine's memory that Ray's object store may take by default."""
+OTHER_PROCESSES_GB = 4.0
+"""Unified memory for Ray, driver, director and encoders. An assumption."""
 NOMINAL_GB = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 180)
 """Nominal memory sizes of GPUs. torch and the driver report different values, up to 1/12 less."""
 
@@ -142,14 +154,33 @@ class Node:
     """One machine."""
 
     gpus: tuple[float, ...]
-    """GB of memory of each GPU."""
+    """GB of memory of each GPU. Of a unified memory, what workers may take on GPU and host together."""
     cpus: float
     memory_gb: float | None
-    """Host memory. `None` if unknown."""
+    """Host memory. `None` if unknown. The same as that of the GPU if it is unified."""
     label: Label | None = None
     """Label that only nodes with these GPUs have. `None` if unknown."""
     card: GpuCard | None = None
     """Kind of all its GPUs. `None` if unknown."""
+
+    @classmethod
+    def of_gpus(cls, gpus: Sequence[tuple[str, float | None]], cpus: float, memory_gb: float) -> Node:
+        """Return the machine with these GPUs.
+
+        `gpus`: name and GB of memory of each, `None` if it is unified. `memory_gb`: of the host, without Ray's object store if
+        that of the GPU is unified.
+        """
+        card = card_reported_as(gpus[0][0]) if gpus else None
+        sizes = [gb for _, gb in gpus if gb is not None]
+        if len(sizes) == len(gpus) and not (card and card.unified):
+            return cls(tuple(sizes), cpus, memory_gb or None, card=card)
+        pool_gb = max(0.0, memory_gb - OTHER_PROCESSES_GB)
+        return cls((pool_gb,), cpus, pool_gb, card=card if card and card.unified else GB10)
+
+    @property
+    def is_unified(self) -> bool:
+        """Return whether GPU and host have the same memory."""
+        return self.card is not None and self.card.unified
 
     @property
     def assumed_card(self) -> GpuCard | None:
@@ -242,22 +273,27 @@ def parse_gpus(text: str) -> Cluster:
         if pool[4] and card is None:
             names = ", ".join(card.name.replace(" GB", "GB").replace(" ", "-") for card in CARDS)
             raise UsageError(f"--gpus: got {pool[4]!r}, must be a memory size such as 80GB or one of {names}")
-        gpus, memory_gb = int(pool[2]), card.memory_gb if card else float(pool[3])
-        nodes += [Node((memory_gb,) * gpus, gpus * ASSUMED_CPUS_PER_GPU, None, card=card)] * int(pool[1] or 1)
+        gpus, machines, memory_gb = int(pool[2]), int(pool[1] or 1), card.memory_gb if card else float(pool[3])
+        if card and card.unified:
+            # A machine has one.
+            node = Node.of_gpus([(card.name, None)], ASSUMED_CPUS_PER_GPU, memory_gb * (1 - RAY_STORE_SHARE))
+            nodes += [node] * gpus * machines
+        else:
+            nodes += [Node((memory_gb,) * gpus, gpus * ASSUMED_CPUS_PER_GPU, None, card=card)] * machines
     return Cluster(tuple(nodes), (f"--gpus does not specify CPUs: assuming {ASSUMED_CPUS_PER_GPU} per GPU",))
 
 
 def this_machine() -> Cluster:
     """Return a cluster of this machine only."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
     gpus = list(_local_gpus())
-    card = card_reported_as(gpus[0][0]) if gpus else None
-    return Cluster((Node(tuple(memory_gb for _, memory_gb in gpus), cpus, memory, card=card),))
+    is_unified = any(gb is None for _, gb in gpus)
+    return Cluster((Node.of_gpus(gpus, cpus, memory_gb * (1 - RAY_STORE_SHARE) if is_unified else memory_gb),))
 
 
-def _local_gpus() -> Iterator[tuple[str, float]]:
-    """Yield name and GB of memory of each GPU."""
+def _local_gpus() -> Iterator[tuple[str, float | None]]:
+    """Yield name and GB of memory of each GPU, `None` if it is unified."""
     # Importing torch takes seconds. Without one of these device files it finds no GPUs.
     if not any(device.exists() for device in GPU_DEVICES):
         return
@@ -265,7 +301,7 @@ def _local_gpus() -> Iterator[tuple[str, float]]:
 
     for n in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(n)
-        yield properties.name, properties.total_memory / GB
+        yield properties.name, None if properties.is_integrated else properties.total_memory / GB
 
 
 def profile_for(name_or_path: str, cluster: Callable[[], Cluster] = this_machine) -> Profile:
@@ -284,5 +320,7 @@ def profile_for(name_or_path: str, cluster: Callable[[], Cluster] = this_machine
     found = found or cluster()
     if has_sizes and found.gpus:
         card = found.assumed_cards[0]
-        profile = profile.for_size(ceil(min(gb for node in found.nodes if node.assumed_card == card for gb in node.gpus)))
+        smallest_gb = min(gb for node in found.nodes if node.assumed_card == card for gb in node.gpus)
+        # What moves weights to the host on small GPUs gains nothing in unified memory.
+        profile = profile.for_size(ceil(card.memory_gb if card.unified else smallest_gb))
     return settled(profile, found.kinds)

@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from vidgen_ray.errors import ProfileError, SetupError, StageError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.planner.cluster import GB, Node
-from vidgen_ray.planner.layout import CONTEXT_GB, Actor, needed_gb, with_swapping
+from vidgen_ray.planner.layout import CONTEXT_GB, Actor, Assignment, needed_gb, with_swapping
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import INSTANTID_SDXL, Shot
 from vidgen_ray.stages.base import Stage, StageParams
@@ -318,13 +318,15 @@ def swap_groups(
         if refused := [reason for memory in memories for reason in memory.refused]:
             raise SetupError(refused[0])
         process = with_swapping(actors, gpu_gb)
-        if process is not None:
+        if process is not None and not (machine.is_unified and process.swap_groups):
             break
     else:
         needed = needed_gb([actor for actor in actors if actor.on_gpu]) + CONTEXT_GB
         raise SetupError(f"profile {profile.name}: the stages need {needed:.4g} GB of GPU memory, the GPU has {gpu_gb:.4g}")
-    if machine.memory_gb is not None and process.host_gb > machine.memory_gb:
+    host_gb = Assignment((process,), machine.is_unified).host_gb
+    if machine.memory_gb is not None and host_gb > machine.memory_gb:
+        memory = "memory for GPU and host" if machine.is_unified else "host memory"
         raise SetupError(
-            f"profile {profile.name}: needs {process.host_gb:.4g} GB of host memory, this machine has {machine.memory_gb:.4g}"
+            f"profile {profile.name}: needs {host_gb:.4g} GB of {memory}, this machine has {machine.memory_gb:.4g}"
         )
     return tuple(tuple(stage for actor in group for stage in actor.stages) for group in process.swap_groups)

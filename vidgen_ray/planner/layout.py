@@ -228,6 +228,8 @@ class Assignment:
     """The processes of one slot and the actors that they hold."""
 
     processes: tuple[WorkerProcess, ...]
+    unified: bool = False
+    """GPU and host have the same memory."""
 
     @cached_property
     def actors(self) -> frozenset[Actor]:
@@ -239,12 +241,16 @@ class Assignment:
 
     @cached_property
     def host_gb(self) -> float:
-        return sum(process.host_gb for process in self.processes)
+        """Host memory needed in GB after loading, with that of the GPU if it is the same."""
+        return sum(process.host_gb for process in self.processes) + self.gpu_gb * self.unified
 
     @cached_property
     def load_gb(self) -> float:
-        """More host memory in GB during loading. The processes of a node load one after another."""
-        return max(process.load_gb for process in self.processes)
+        """More host memory in GB during loading. The processes of a node load one after another.
+
+        None if it is that of the GPU: what has moved there has left the host.
+        """
+        return 0.0 if self.unified else max(process.load_gb for process in self.processes)
 
     @cached_property
     def cpus(self) -> float:

@@ -121,14 +121,14 @@ def pack(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> P
         kinds.update({(memory, node.assumed_card): count for memory, count in problem.slots_of(node).items()})
     ordered = sorted(kinds.items(), key=lambda kind: kind[0][0], reverse=True)
     groups = [_SlotGroup(0, memory, card, count) for (memory, card), count in ordered]
-    unlimited = _solve(problem, groups, lambda memory: drop_dominated(candidates(memory), ignore_host_limits=True), None)
+    unlimited = _solve(problem, groups, candidates, None)
     if unlimited is None:
         return None
     placed = _place_on_nodes(unlimited, problem, cluster)
     if placed is not None:
         return placed
     bounded = replace(problem, max_slots=min(problem.max_slots, _most_slots(problem, cluster)))
-    pooled = _solve(bounded, groups, lambda memory: drop_dominated(candidates(memory)), [_all_nodes(cluster)])
+    pooled = _solve(bounded, groups, candidates, [_all_nodes(cluster)])
     if pooled is None:
         return None
     # No packing with the limits of each node is faster than this one.
@@ -140,7 +140,7 @@ def pack(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> P
         for index, node in enumerate(cluster.nodes)
         for memory, count in sorted(problem.slots_of(node).items(), reverse=True)
     ]
-    limited = _solve(problem, groups, lambda memory: drop_dominated(candidates(memory)), cluster.nodes)
+    limited = _solve(problem, groups, candidates, cluster.nodes)
     if limited is None:
         return None
     slots = [
@@ -246,7 +246,15 @@ def _solve(
 
     `nodes`: nodes whose CPUs and host memory limit the slots placed there. `None` ignores these limits.
     """
-    options = [_Option(group, assignment) for group in groups for assignment in candidates(group.memory_gb)]
+
+    def usable(group: _SlotGroup) -> Sequence[Assignment]:
+        found = candidates(group.memory_gb)
+        if group.card and group.card.unified:
+            # Swapped weights would be in the same memory twice.
+            found = [replace(assignment, unified=True) for assignment in found if not assignment.swapped_actors]
+        return drop_dominated(found, ignore_host_limits=nodes is None)
+
+    options = [_Option(group, assignment) for group in groups for assignment in usable(group)]
     if not options:
         return None
     return _PackingModel(problem, groups, options, nodes).solve()
@@ -470,7 +478,8 @@ def _explain_host_memory(problem: PackingProblem, candidates: Candidates, cluste
     load_gb = max(assignment.load_gb for assignment in slots)
     while_loading = f" ({load_gb:.4g} GB of it for the largest weights, which pass through host memory)" if load_gb else ""
     available = ", ".join(f"{node.memory_gb:.4g}" for node in cluster.nodes if node.memory_gb is not None)
-    return f"host memory: {needs[node]:.4g} GB are needed on one node{while_loading}; the nodes have {available} GB"
+    memory = "memory, which GPU and host share" if cluster.nodes[node].is_unified else "host memory"
+    return f"{memory}: {needs[node]:.4g} GB are needed on one node{while_loading}; the nodes have {available} GB"
 
 
 def _without_limits(cluster: Cluster, cpus: float | None = None) -> Cluster:

@@ -145,12 +145,12 @@ def total_gpu_gb() -> float | None:
     return float(torch.cuda.get_device_properties(0).total_memory / GB)
 
 
-def prepare_gpu(share: float) -> None:
+def prepare_gpu(share: float, gpu_gb: float = 0.0) -> None:
     """Set up torch's allocators for this process, which holds `share` of a GPU. Does nothing without a GPU.
 
     Warns if torch does not know the settings: then the process needs more memory. A process that shares a GPU is limited to its
     share, so that it runs out of memory before it takes that of the others. Its CUDA context is part of the share, and does not
-    count for torch.
+    count for torch. If GPU and host have the same memory, the limit is `gpu_gb`, unless that is 0.
     """
     if not has_cuda_driver():
         return
@@ -163,7 +163,11 @@ def prepare_gpu(share: float) -> None:
             torch.cuda.memory._set_allocator_settings(settings)
         except Exception as error:
             warnings.warn(f"torch {torch.__version__} does not accept the allocator settings {settings}: {error}", stacklevel=2)
-    if share < 1 and (total_gb := total_gpu_gb()) is not None:
+    properties = torch.cuda.get_device_properties(0)
+    total_gb = properties.total_memory / GB
+    if properties.is_integrated and gpu_gb:
+        share = gpu_gb / total_gb
+    if share < 1:
         torch.cuda.set_per_process_memory_fraction(max(0.0, share - CONTEXT_GB / total_gb))
 
 

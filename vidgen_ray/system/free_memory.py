@@ -28,7 +28,11 @@ def free_gpu_bytes(device: str = "cuda") -> float:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return float("inf")
-    free, _ = torch.cuda.mem_get_info(device)
+    if torch.cuda.get_device_properties(device).is_integrated:
+        # GPU and host have the same memory. The driver counts the page cache as taken, which the kernel gives back.
+        free = free_host_bytes()
+    else:
+        free, _ = torch.cuda.mem_get_info(device)
     return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
