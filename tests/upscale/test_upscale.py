@@ -1,6 +1,7 @@
 """`upscale_file`: what is kept, which frames come out, frames that are drawn between, resume, bad inputs, and provenance."""
 
 import os
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -226,6 +227,25 @@ def test_failed_segment_is_named_and_other_settings_do_not_resume(tmp_path, upsc
     # The first segment is that of other settings.
     monkeypatch.setattr(SegmentWorker, "write", write)
     assert upscale(video, tmp_path / "out.mp4", encode=FAST.model_copy(update={"crf": 30})).resumed_frames == 0
+
+
+def test_next_segment_is_computed_while_an_encoder_finishes(tmp_path, upscale, short_segments, monkeypatch):
+    begun, second_begun = [], threading.Event()
+
+    def write(path, frames, *arguments):
+        def encoded():
+            for number, frame in enumerate(frames):
+                if number == 0:
+                    begun.append(path)
+                    if len(begun) == 2:
+                        second_begun.set()
+                yield frame
+            assert second_begun.wait(30)
+
+        write_segment(path, encoded(), *arguments)
+
+    monkeypatch.setattr(job_module, "write_segment", write)
+    assert upscale(write_video(tmp_path / "in.mp4", 10, colour=TAGGED), tmp_path / "out.mp4").frames == 10
 
 
 def test_frames_of_the_source_stay_at_their_times_and_the_others_lie_between(tmp_path, upscale, short_segments):

@@ -301,15 +301,17 @@ def forward(network: ImageModelDescriptor[Any], pixels: torch.Tensor) -> torch.T
 
 
 def _forward_compact(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Return bit for bit what SRVGGNetCompact returns, without the enlarged copy of its input.
+    """Return bit for bit what SRVGGNetCompact returns, without enlarging its input.
 
     The input is added to the channels that become the pixels around it.
     """
     residual = pixels
     for layer in model.body:
         residual = layer(residual)
-    n_frames, n_colours, height, width = pixels.shape
-    residual.view(n_frames, n_colours, -1, height, width).add_(pixels[:, :, None])
+    shares = residual.shape[1] // pixels.shape[1]
+    repeated = pixels.permute(0, 2, 3, 1)[..., None].expand(-1, -1, -1, -1, shares).flatten(3)
+    # To add the pixels without repeating them takes torch seven times as long in bfloat16 on a CPU.
+    residual.add_(repeated.permute(0, 3, 1, 2))
     output: torch.Tensor = model.upsampler(residual)
     return output
 

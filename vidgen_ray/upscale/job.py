@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, partial
@@ -125,13 +125,17 @@ def _even(value: float) -> int:
 
 
 class SegmentWorker:
-    """Makes segments of one job, one after another. Holds a network and an open source."""
+    """Makes segments of one job. Holds a network and an open source.
+
+    Two threads may write segments: the frames of one are computed while the encoder of the other one finishes.
+    """
 
     def __init__(self, job: UpscaleJob) -> None:
         """Load the network. Raises StageError or SetupError."""
         self._job = job
         self._network = None if job.model is None else UpscaleNetwork(job.model, job.settings, job.size, job.shot)
         self._reader = FrameReader(job.source)
+        self._computing = threading.Lock()
         # As many threads as a call of the network: further ones would wait for the CPUs of the calls at the same time.
         threads = job.settings.threads_per_call
         self._interpolator = None if job.fps is None else FrameInterpolator(job.settings.device, threads)
@@ -143,18 +147,19 @@ class SegmentWorker:
         """
         job = self._job
 
-        def counted() -> Iterator[Pixels]:
-            for pixels in upscaled:
-                yield pixels if job.label is None else labelled(pixels[None], job.label)[0]
-                on_frame()
+        def computed() -> Generator[Pixels, None, None]:
+            with (
+                self._computing,
+                closing(ahead(self._source_frames(segment), FRAMES_AHEAD)) as decoded,
+                closing(upscale_frames(decoded, self._network)) as upscaled,
+            ):
+                for pixels in upscaled:
+                    yield pixels if job.label is None else labelled(pixels[None], job.label)[0]
+                    on_frame()
 
-        with (
-            new_file(path) as tmp,
-            closing(ahead(self._source_frames(segment), FRAMES_AHEAD)) as decoded,
-            closing(upscale_frames(decoded, self._network)) as upscaled,
-        ):
+        with new_file(path) as tmp, closing(computed()) as frames:
             count = segment.stop - segment.start
-            write_segment(tmp, counted(), count, job.size, job.timeline.fps, job.source, job.encode)
+            write_segment(tmp, frames, count, job.size, job.timeline.fps, job.source, job.encode)
 
     def _source_frames(self, segment: Segment) -> Iterator[Pixels]:
         """Return the frames of a segment before they are upscaled."""
@@ -222,7 +227,7 @@ def ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:
 
 
 class Threads:
-    """Runs segments in threads of this process, each with a network of its own."""
+    """Runs segments in threads of this process, on several networks at the same time."""
 
     def __init__(self, workers: int, check_interrupt: Callable[[], None] = lambda: None) -> None:
         """`check_interrupt` is called in the calling thread, every CHECK_S. It ends the work if it raises."""
@@ -236,40 +241,41 @@ class Threads:
         """
         waiting = deque(segments)
         stop = threading.Event()
-        failures: list[BaseException] = []
+        failures: list[SegmentFailed] = []
 
         def count(segment: Segment) -> None:
             if stop.is_set():
                 raise Cancelled
             on_frame(segment)
 
-        def work() -> None:
-            segment = None
-            try:
-                with closing(SegmentWorker(job)) as worker:
-                    while not stop.is_set():
-                        try:
-                            segment = waiting.popleft()
-                        except IndexError:
-                            return
-                        worker.write(segment, folder / segment.file_name, partial(count, segment))
-            except Cancelled:
-                return
-            except Exception as error:
-                failures.append(SegmentFailed(segment, error) if segment is not None else error)
-                stop.set()
+        def work(worker: SegmentWorker) -> None:
+            while not stop.is_set():
+                try:
+                    segment = waiting.popleft()
+                except IndexError:
+                    return
+                try:
+                    worker.write(segment, folder / segment.file_name, partial(count, segment))
+                except Cancelled:
+                    return
+                except Exception as error:
+                    failures.append(SegmentFailed(segment, error))
+                    stop.set()
 
-        workers = min(self.workers, len(segments))
-        # Leaving the block waits for the threads: after Ctrl-C, nothing must be written while the process ends. `Thread.join`
-        # is not used to wait: in Python 3.11 and 3.12, an interrupted join makes the next one return at once.
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                # Ctrl-C may come while a thread is started, too.
-                futures = [pool.submit(work) for _ in range(workers)]
-                self._check_interrupt()
-                while wait(futures, timeout=CHECK_S).not_done:
+        with ExitStack() as opened:
+            workers = [opened.enter_context(closing(SegmentWorker(job))) for _ in range(min(self.workers, len(segments)))]
+            # Two threads per worker: the second one computes while the encoder of the first one finishes.
+            threads = (workers * 2)[: len(segments)]
+            # Leaving the block waits for the threads: after Ctrl-C, nothing must be written while the process ends.
+            # `Thread.join` is not used to wait: in Python 3.11 and 3.12, an interrupted join makes the next one return at once.
+            with ThreadPoolExecutor(len(threads)) as pool:
+                try:
+                    # Ctrl-C may come while a thread is started, too.
+                    futures = [pool.submit(work, worker) for worker in threads]
                     self._check_interrupt()
-            finally:
-                stop.set()
+                    while wait(futures, timeout=CHECK_S).not_done:
+                        self._check_interrupt()
+                finally:
+                    stop.set()
         if failures:
             raise failures[0]
