@@ -25,6 +25,7 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.gpu_encoding import encoding_rates
 from benchmarks.gpu_kernels import (
     attention_rates,
     best_of,
@@ -120,6 +121,7 @@ def machine_step(run: Run) -> None:
             "checks": partial(_checks, run.on_gpu),
             "pinned memory": _pinned_memory,
             "speeds": partial(_speeds, run.on_gpu),
+            "encoding": partial(encoding_rates, run.on_gpu),
         }
     )
 

@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import pytest
 
 from benchmarks import gpu_steps
+from benchmarks.gpu_encoding import NVENC, NVENC_OPTIONS, encoding_rates
 from benchmarks.gpu_rows import CRASHES, TIME_IS_OVER, UNFINISHED, Rows, TimeIsOver, alarm
 from tools import gpu_first_hour, gpu_results
 from vidgen_ray.planner import load_calibration
@@ -56,12 +58,27 @@ def test_steps_become_a_page_and_calibrations(folder, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_other_steps_run_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "COMPILE_BACKEND", speed.COMPILE_BACKEND)
-    missing = {"pinned memory", "wan attention_backend: _native_cudnn", "flux attention_backend: _native_cudnn"}
+    missing = {"pinned memory", "encoding", "wan attention_backend: _native_cudnn", "flux attention_backend: _native_cudnn"}
     for step in ("machine", "profile", "wan", "swap", "bytes", "upscaler", "options", "small", "others"):
         file = tmp_path / f"{step}.json"
         assert gpu_steps.main([step, str(file), "--profile", "tiny"]) == 0
         problems = {name for name, problem in Rows(file).problems.items() if problem and "fp8" not in name}
         assert problems <= missing, json.loads(file.read_text())
+
+
+def test_encoders_are_compared_at_the_same_size():
+    x264, *others, at_same_size = encoding_rates(False, "libx264", {"preset": "medium", "threads": "4"})["rates"]
+    assert [row["bytes"] for row in others] == sorted((row["bytes"] for row in others), reverse=True)
+    assert all(row["same_bytes"] for row in (x264, *others))
+    assert at_same_size["psnr_db"] == pytest.approx(x264["psnr_db"], abs=0.5), "it is the same encoder"
+
+
+@pytest.mark.skipif(NVENC not in av.codecs_available, reason="needs PyAV with NVENC")
+def test_encoder_of_a_gpu_knows_its_options():
+    """It reads them before it looks for the driver."""
+    wrong = [encoding_rates(False, NVENC, {**NVENC_OPTIONS, name: "unknown"})["problem"] for name in NVENC_OPTIONS]
+    assert wrong == ["h264_nvenc: Invalid argument"] * len(NVENC_OPTIONS)
+    assert encoding_rates(False).get("problem") not in wrong
 
 
 def case(measured, name, error=None):

@@ -135,6 +135,14 @@ def test_seconds_include_the_copies_of_weights_whatever_the_size_and_the_steps()
         assert linked > 30e9
 
 
+@pytest.mark.parametrize("name", ["T4", "L4", "RTX-4090", "L40S", "RTX-PRO-6000"])
+def test_encoding_takes_about_a_core_beside_cards_that_could_encode(name):
+    """So NVENC would not change a plan."""
+    profile = profile_for("gpu", lambda: parse_gpus(f"1x{name}"))
+    planned = plan(profile, demand_of([Shot(**FACE, **profile.defaults, prompt="a")] * 50), parse_gpus(f"1x{name}"))
+    assert 0.15 < planned.encode_s * planned.shots_per_hour / 3600 < 1.15
+
+
 def test_frames_and_sizes_of_other_shots_do_not_change_the_seconds_of_a_shot():
     """A demand has the seconds of its shots, also of more kinds than are kept."""
     profile, stage = load_profile("gpu"), STAGE_BY_NAME["wan"]
