@@ -23,6 +23,7 @@ from vidgen_ray.stages import speed
 from vidgen_ray.weights.ledger import licence_of
 
 H100, OLD = ([[driver, "NVIDIA H100 80GB HBM3", "81559"]] for driver in ("570.86", "515.105"))
+GB10 = [["580.126", "NVIDIA GB10", "[N/A]"]]
 
 
 def disk(total_gb, free_gb):
@@ -53,6 +54,7 @@ FLUX = licence_of("hub:black-forest-labs/FLUX.1-dev")
 CASES = [
     (checks.check_python((3, 10)), "fail", "Python 3.10", "use Python 3.11, 3.12 or 3.13"),
     (checks.check_driver(True, "12.8", lambda: H100, [HERE]), "pass", "driver 570.86: NVIDIA H100 80GB HBM3 (80 GB)", None),
+    (checks.check_driver(True, "13.0", lambda: GB10, [HERE]), "pass", "driver 580.126: NVIDIA GB10 (memory N/A)", None),
     (checks.check_driver(True, "13.0", lambda: H100, [HERE]), "fail", "NVIDIA driver 580", "torchvision for CUDA 12:"),
     (checks.check_driver(True, "12.8", lambda: OLD, [HERE]), "fail", "needs the NVIDIA driver 525", "for CUDA 11:"),
     (checks.check_driver(False, "13.0", lambda: H100, [HERE]), "warn", "driver 580 or newer", "update it"),

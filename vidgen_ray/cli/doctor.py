@@ -116,7 +116,8 @@ def check_driver(
     gpus = query()
     if not gpus:
         return Finding("driver", problem, f"{present[0]} exists, nvidia-smi shows no GPU", "sudo nvidia-smi")
-    names = ", ".join(f"{name} ({float(memory) / 1024:.0f} GB)" for _, name, memory in gpus)
+    sizes = (f"{float(mib) / 1024:.0f} GB" if mib.isdigit() else f"memory {mib.strip('[]')}" for *_, mib in gpus)
+    names = ", ".join(f"{name} ({size})" for (_, name, _), size in zip(gpus, sizes, strict=True))
     text, found = f"driver {gpus[0][0]}: {names}", int(gpus[0][0].split(".")[0])
     if cuda is None or found >= LOWEST_DRIVER.get(int(cuda.split(".")[0]), 0):
         return Finding("driver", "pass", text)
