@@ -21,8 +21,10 @@ from vidgen_ray.engine.gpu_group import GpuGroup
 from vidgen_ray.errors import Cancelled, StageError
 from vidgen_ray.render.oom_fallback import is_out_of_memory
 from vidgen_ray.shot import Shot
+from vidgen_ray.stages import context_parallel, speed
 from vidgen_ray.stages.base import FaceFeatures, Item, progress_callback
 from vidgen_ray.stages.flux import FluxParams, FluxStage
+from vidgen_ray.stages.svd import SVDParams, SVDStage
 from vidgen_ray.stages.wan import WanParams, WanStage
 from vidgen_ray.weights import resolve
 
@@ -34,11 +36,11 @@ NETWORKS = {"flux": ["transformer"], "infusenet": ["InfuseNetModel"], "wan": ["t
 TI2V = {"wan-ti2v": ["transformer"]}
 
 
-def count_tokens(stage, block, item, run):
-    """Run the stage. Note how many tokens the block gets in how many calls."""
+def count_tokens(stage, block, item, run, dim=1):
+    """Run the stage. Note how many tokens, or items of this dimension, the block gets in how many calls."""
     seen = []
     hook = block.register_forward_pre_hook(
-        lambda _, inputs, named: seen.append((inputs[0] if inputs else named["hidden_states"]).shape[1]), with_kwargs=True
+        lambda _, inputs, named: seen.append((inputs[0] if inputs else named["hidden_states"]).shape[dim]), with_kwargs=True
     )
     try:
         result = run(item)
@@ -48,9 +50,27 @@ def count_tokens(stage, block, item, run):
     return result
 
 
+def load_without_code(load):
+    """Load a stage that is compiled in a group, without generating code."""
+    backend, speed.COMPILE_BACKEND = speed.COMPILE_BACKEND, "eager"
+    load()
+    speed.COMPILE_BACKEND = backend
+
+
 class CountingFlux(FluxStage):
+    def load(self):
+        load_without_code(super().load)
+
     def run(self, item):
         return count_tokens(self, self.model.text_to_image.transformer.single_transformer_blocks[0], item, super().run)
+
+
+class CountingSVD(SVDStage):
+    def load(self):
+        load_without_code(super().load)
+
+    def run(self, item):
+        return count_tokens(self, self.pipe.unet.mid_block, item, super().run, dim=0)
 
 
 class CountingWan(WanStage):
@@ -107,15 +127,18 @@ def weights(tmp_path_factory):
 
 
 class Runner:
-    """The same stages in a group of processes and, if a result is asked for, in this one."""
+    """The same stages in a group of processes and, if a result is asked for, in this one, where nothing is compiled."""
 
-    def __init__(self, weights, processes, wan):
+    def __init__(self, weights, processes, wan, compiled):
         self.group = GpuGroup(processes)
         flux = FluxParams(
             weights=weights / "flux", extra_weights={"infusenet": weights / "infusenet"}, text_tokens=64, threads=1
         )
-        self.params = {CountingFlux: flux, CountingWan: WanParams(weights=weights / wan, threads=1)}
-        self.divided = {stage: self.group.divided(stage, params) for stage, params in self.params.items()}
+        svd = SVDParams(weights=resolve("builtin:tiny/svd"), threads=1)
+        self.params = {CountingFlux: flux, CountingSVD: svd, CountingWan: WanParams(weights=weights / wan, threads=1)}
+        compiling = {"compile": compiled}
+        in_group = self.params | {kind: self.params[kind].model_copy(update=compiling) for kind in (CountingFlux, CountingSVD)}
+        self.divided = {kind: self.group.divided(kind, kind.divided(params)) for kind, params in in_group.items()}
         for stage in self.divided.values():
             stage.load()
 
@@ -128,7 +151,7 @@ class Runner:
         return together[name], alone[name], self.divided[kind].take_notes(), stage.take_notes()
 
 
-TWO, FOUR = pytest.param((2, "wan-ti2v"), id="two processes"), pytest.param((4, "wan"), id="four processes")
+TWO, FOUR = pytest.param((2, "wan-ti2v", True), id="two processes"), pytest.param((4, "wan", False), id="four processes")
 
 
 @pytest.fixture(scope="module", params=[TWO, FOUR])
@@ -147,6 +170,10 @@ def clip(prompt="a dog", guidance=1.0):
     return Item(shot(prompt, negative_prompt="blurred", **fields), {"image": gradient_image()})
 
 
+def guided_by_image():
+    return Item(shot(steps={"svd": 3}, num_frames=5), {"image": gradient_image()})
+
+
 def picture(**fields):
     embedding = np.random.default_rng(0).standard_normal(512).astype(np.float32)
     points = np.array([[40, 30], [60, 30], [50, 40], [42, 50], [58, 50]], np.float32)
@@ -158,23 +185,25 @@ def picture(**fields):
 FACE = {"face_image": "photo.png"}
 
 
-@pytest.mark.parametrize("kind", ["guided clip", "odd image", "face with LoRA", "face with two passes"])
+@pytest.mark.parametrize("kind", ["guided clip", "clip by SVD", "odd image", "face with LoRA", "face with two passes"])
 def test_group_makes_the_result_of_one_process_with_its_part_of_the_tokens(runner, weights, kind):
     processes = len(list(runner.group.pids))
     lora = {"lora": [{"path": str(weights / "lora.safetensors")}], "mode": "fast"}
-    stage, item, halves = {
-        "guided clip": (CountingWan, clip(guidance=5.0), True),
-        "odd image": (CountingFlux, picture(width=112, generate_video=False, height=80), False),
-        "face with LoRA": (CountingFlux, picture(**FACE, **lora), False),
-        "face with two passes": (CountingFlux, picture(**FACE, negative_prompt="blurred"), True),
+    one_pass, halves = (1, processes), (2, processes // 2)
+    stage, item, (calls_by, tokens_by) = {
+        "guided clip": (CountingWan, clip(guidance=5.0), halves),
+        "clip by SVD": (CountingSVD, guided_by_image(), (1, 2)),
+        "odd image": (CountingFlux, picture(width=112, generate_video=False, height=80), one_pass),
+        "face with LoRA": (CountingFlux, picture(**FACE, **lora), one_pass),
+        "face with two passes": (CountingFlux, picture(**FACE, negative_prompt="blurred"), halves),
     }[kind]
     together, alone, own_notes, notes = runner.both(stage, item)
     assert alone.std() > 5
     assert np.abs(together.astype(int) - alone).max() <= TOLERANCE
     (all_calls, all_tokens), (calls, tokens) = ((int(w) for w in n[-1].split() if w.isdigit()) for n in (notes, own_notes))
-    assert calls == (all_calls // 2 if halves else all_calls)
+    assert calls == all_calls // calls_by
     # The first process gets one more if the tokens cannot be divided evenly.
-    assert tokens == ceil(all_tokens / (processes // 2 if halves else processes))
+    assert tokens == ceil(all_tokens / tokens_by)
 
 
 @pytest.mark.parametrize("runner", [TWO], indirect=True)
@@ -208,3 +237,49 @@ def test_errors_and_cancelled_calls_leave_the_group_usable_and_a_crash_its_worke
     assert not list(runner.group.pids)
     together, alone, _, _ = runner.both(CountingFlux, picture())
     assert np.array_equal(together, alone)
+
+
+def code_columns(rank, processes, meeting, config, sizes, results):
+    """Encode and decode random clips in this process of a group, and put them with the widest part that it computed.
+
+    In 64 bits, because small networks amplify rounding.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan.from_config(config).double().eval()
+    if processes > 1:
+        context_parallel.join_group(rank, processes, meeting, "cpu")
+    widths = []
+    for part in (vae.encoder, vae.decoder):
+        context_parallel.divide_columns(part)
+        part.mid_block.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[-1]))
+    coded = []
+    with torch.inference_mode():
+        for width, tiled in sizes:
+            vae.use_tiling = tiled
+            latents = vae.encode(torch.rand(1, 3, 9, 64, width, dtype=torch.float64) * 2 - 1).latent_dist.mean
+            coded += [latents, vae.decode(latents).sample]
+    results.put((rank, max(widths), [each.numpy() for each in coded]))
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-ti2v"])
+def test_autoencoder_of_wan_computes_its_columns_in_several_processes(tmp_path, weights, name):
+    """Also of unequal numbers, in tiles whose last one is narrower, and with fewer columns than processes."""
+    config = json.loads((weights / name / "vae" / "config.json").read_text())
+    unit, forking = config["scale_factor_spatial"], gpu_group.multiprocessing.get_context("spawn")
+    sizes = ((13 * unit, False), (512 + 2 * unit, True), (2 * unit, False))
+    results, found = forking.Queue(), {}
+    for processes in (1, 4):
+        arguments = processes, tmp_path / "meeting", config, sizes, results
+        started = [forking.Process(target=code_columns, args=(rank, *arguments)) for rank in range(processes)]
+        for process in started:
+            process.start()
+        found[processes] = {rank: result for rank, *result in (results.get(timeout=60) for _ in started)}
+        for process in started:
+            process.join()
+    ((widest, alone),) = found[1].values()
+    for part, together in found[4].values():
+        # Four of thirteen columns, six of the 32 of a tile, or all two.
+        assert part < widest / 2
+        for divided, whole in zip(together, alone, strict=True):
+            assert np.abs(divided - whole).max() < 1e-6 * np.abs(whole).max()

@@ -348,9 +348,6 @@ MIN_SECONDS = 1e-6
 """Minimum seconds of a stage, so that a stage without work still gets a worker."""
 GPUS_PER_SHOT = (2, 4, 8)
 """Numbers of GPUs of a node that may divide the work of a shot. FLUX and Wan have multiples of 8 attention heads."""
-DOUBLING_GAIN = 1.6
-"""Factor by which twice as many GPUs compute a step faster; they exchange tokens in every block. From xDiT's FLUX.1-dev on 1, 2
-and 4 H100: 4.30, 2.68 and 1.63 s compiled. Not compiled it takes 6.71, 4.38 and 4.24 s, see `STEP_LAUNCH_S`."""
 WORTHWHILE = 0.05
 """Part of a run's duration that dividing shots among twice as many GPUs must save."""
 
@@ -444,10 +441,9 @@ def _plan(
         notes = [f"the largest shots run with lower-memory settings: {options}" for options in lowered]
         notes += [f"shots will fail: {reason}" for each in memories for reason in each.refused]
         if divided:
-            names, gain = " and ".join(sorted(divided)), _gain(gpus)
-            because = (
-                f"since there are fewer shots than GPUs; they compute {gain:.2g} times as fast, but start kernels as before"
-            )
+            gains = {stage.actor: stage.gain(gpus) for stage in stages if stage.actor in divided}
+            names = " and ".join(f"{name} ({gain:.2g} times as fast)" for name, gain in sorted(gains.items()))
+            because = "since there are fewer shots than GPUs; they start kernels as before"
             notes.append(f"{gpus} GPUs divide the work of each shot in {names}, {because}")
         planned = estimate(kind, packing, demand, cluster, timing, considered, price, tuple(notes), servers)
         options = {actor.name: memory.options for actor, memory in zip(actors, memories, strict=True) if memory.options}
@@ -529,10 +525,6 @@ def _groups(gpus: tuple[float, ...], size: int) -> tuple[float, ...]:
     return gpus if size == 1 else (min(gpus, default=0.0),) * (len(gpus) // size)
 
 
-def _gain(gpus: int) -> float:
-    return float(DOUBLING_GAIN ** math.log2(gpus))
-
-
 def is_compiled(profile: Profile, stage: type[Stage[Any]]) -> bool:
     return bool(getattr(profile.options_of(stage), "compile", False))
 
@@ -581,7 +573,7 @@ def _timing(
         if card and total and (share := planned_share(profile, stage, demand, total, card)):
             peak_share[stage.name] = share
         if stage.actor in divided:
-            total = demand_seconds(profile, stage, demand, calibration, card, _gain(gpus))
+            total = demand_seconds(profile, stage, demand, calibration, card, gpus)
         seconds[stage.name] = max(MIN_SECONDS, total / demand.shots)
         spread_seconds += expected.spread * seconds[stage.name]
         if profile.actor_of(stage).device == "cuda":

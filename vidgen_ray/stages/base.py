@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, partial
-from math import ceil
+from math import ceil, log2
 from pathlib import Path
 from threading import get_ident
 from typing import (
@@ -39,6 +39,7 @@ from pydantic import Field, JsonValue
 from vidgen_ray.errors import MissingWeights, StageError, StrictModel
 from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
+from vidgen_ray.stages.context_parallel import DOUBLING_GAIN
 from vidgen_ray.stages.memory_table import ShotWork, StageMemory
 from vidgen_ray.system.model_files import check_pipeline_folder
 
@@ -434,6 +435,11 @@ class Stage(ABC, Generic[P]):
         They change the last bits at most. `None` if that is impossible.
         """
         return None
+
+    @classmethod
+    def gain(cls, gpus: int) -> float:
+        """Return the factor by which so many GPUs compute a step faster, if they divide its tokens."""
+        return float(DOUBLING_GAIN ** log2(gpus))
 
     @classmethod
     def variant(cls, shot: Shot) -> str:

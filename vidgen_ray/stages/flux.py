@@ -133,7 +133,7 @@ class FluxFamilyStage(Stage[FluxParams]):
     def divided(cls, params: FluxParams) -> FluxParams | None:
         can_divide = params.quantize == "none" and params.attention_backend in ATTENTION_BACKENDS
         # A step cache compares the tokens of a process, so the processes would not skip the same blocks.
-        return params.model_copy(update={"compile": False, "step_cache_threshold": None}) if can_divide else None
+        return params.model_copy(update={"step_cache_threshold": None}) if can_divide else None
 
     @classmethod
     def work_with_steps(cls, params: FluxParams, shot: Shot, steps: float, *, is_new_prompt: bool) -> ShotWork:
@@ -281,7 +281,7 @@ class FluxRedrawStage(FluxFamilyStage):
         strength = cls.strength(shot)
         steps = (getattr(shot.steps, cls.name) or DEFAULT_STEPS) * strength
         # The prompt of a shot whose image is FLUX's is still in the cache.
-        steps_part, fixed = cls.work_with_steps(params, shot, steps, is_new_prompt=shot.image_by != "flux")
+        steps_part, fixed, _ = cls.work_with_steps(params, shot, steps, is_new_prompt=shot.image_by != "flux")
         return ShotWork(steps_part, (fixed + network_work("flux/encode", shot.width * shot.height)).times(strength > 0))
 
     def run(self, item: Item) -> Artefacts:

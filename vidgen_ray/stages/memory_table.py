@@ -96,13 +96,15 @@ class ShotWork(NamedTuple):
     """The part that grows with the number of steps."""
     fixed: Workload = NO_WORK
     """The part that does not, such as text encoding and decoding."""
+    shared: Workload = NO_WORK
+    """The part of `fixed` that the GPUs of a group divide evenly."""
 
     @property
     def total(self) -> Workload:
         return self.steps + self.fixed
 
     def times(self, factor: float) -> ShotWork:
-        return ShotWork(self.steps.times(factor), self.fixed.times(factor))
+        return ShotWork(self.steps.times(factor), self.fixed.times(factor), self.shared.times(factor))
 
 
 @dataclass(frozen=True, slots=True)

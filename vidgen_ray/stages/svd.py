@@ -17,6 +17,7 @@ from vidgen_ray.stages.base import (
     noise_generator,
     pixels_to_uint8,
 )
+from vidgen_ray.stages.context_parallel import divide_passes
 from vidgen_ray.stages.loading import diffusers_classes, load_pipeline, move_networks
 from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_bytes, network_work, weight_bytes
 from vidgen_ray.stages.speed import (
@@ -38,6 +39,8 @@ CARD_FACTORS = dict.fromkeys(("H100", "H100 PCIe", "H100 NVL", "GH200", "GH200 1
 """`card_factors` of SVD: their peak grew more than the rate of torch's kernels for convolutions. Stability AI's SVD-XT takes
 22.6 s with TensorRT on an H100 PCIe and 32.2 on an A100. *Assumed:* without TensorRT 1.3 and 1.1 times as long."""
 NETWORKS = ("svd/unet", "svd/vae", "svd/image_encoder")
+PASSES_GAIN = 1.9
+"""Factor by which two GPUs or more compute a step faster, of which each half has one of its two passes. *Assumed.*"""
 """Its networks in the memory table."""
 
 
@@ -117,6 +120,14 @@ class SVDStage(VideoStage[SVDParams]):
         return StageMemory(weights, max(phases), clip_host_bytes(shot))
 
     @classmethod
+    def divided(cls, params: SVDParams) -> SVDParams:
+        return params
+
+    @classmethod
+    def gain(cls, gpus: int) -> float:
+        return PASSES_GAIN if gpus > 1 else 1.0
+
+    @classmethod
     def lower_memory(cls, params: SVDParams) -> SVDParams | None:
         """Return parameters with half as many frames decoded at once, down to one, then with forward chunking."""
         if params.decode_chunk_frames > 1:
@@ -134,6 +145,7 @@ class SVDStage(VideoStage[SVDParams]):
             use_channels_last(unet, self.pipe.vae)
         if params.compile:
             compile_blocks(unet, params.device, (type(unet).__name__,))
+        divide_passes(unet)
 
     def move(self, device: str) -> None:
         move_networks(self.pipe.components.values(), device)

@@ -11,7 +11,7 @@ from pydantic import Field
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, StageParams
-from vidgen_ray.stages.context_parallel import ATTENTION_BACKENDS, divide
+from vidgen_ray.stages.context_parallel import ATTENTION_BACKENDS, divide, divide_columns
 from vidgen_ray.stages.loading import diffusers_classes, load_pipeline
 from vidgen_ray.stages.lora import FEW_STEP_LORA, merge_lora
 from vidgen_ray.stages.memory_table import (
@@ -97,7 +97,7 @@ class WanStage(PromptedVideoStage[WanParams]):
         copies = offload_work((TEXT_ENCODER, *transformers), params.dtype, cpu_offload=params.cpu_offload)
         copies += offload_work((f"{model}/vae",) * 2, "float32", cpu_offload=params.cpu_offload)
         fixed = network_work("wan/text").times(prompts) + coding + copies
-        return ShotWork(step.times(prompts * cls.steps_of(shot)), fixed).times(cls.passes(shot))
+        return ShotWork(step.times(prompts * cls.steps_of(shot)), fixed, coding).times(cls.passes(shot))
 
     @classmethod
     def memory(cls, params: WanParams, shot: Shot) -> StageMemory | None:
@@ -130,7 +130,7 @@ class WanStage(PromptedVideoStage[WanParams]):
     @classmethod
     def divided(cls, params: WanParams) -> WanParams | None:
         can_divide = not params.cpu_offload and params.attention_backend in ATTENTION_BACKENDS
-        return params.model_copy(update={"compile": False}) if can_divide else None
+        return params if can_divide else None
 
     def load_pipe(self) -> Any:
         (WanImageToVideoPipeline,) = diffusers_classes(self.params, "WanImageToVideoPipeline")
@@ -149,6 +149,8 @@ class WanStage(PromptedVideoStage[WanParams]):
                 merge_lora(pipe, file, "Wan", part)
         for transformer in filter(None, (pipe.transformer, pipe.transformer_2)):
             divide(transformer)
+        for part in (pipe.vae.encoder, pipe.vae.decoder):
+            divide_columns(part)
         return pipe
 
     @classmethod
