@@ -38,6 +38,7 @@ from benchmarks.trace_open_models import (
 )
 from vidgen_ray.bench.published_models import NETWORKS
 from vidgen_ray.stages.memory_table import FP8, LORA_RANK, TABLE_FILE, TILES_PX, MemoryTable, load_table
+from vidgen_ray.stages.speed import BLOCKS
 
 TEXT_TOKENS = 512
 IDENTITY_TOKENS = 8
@@ -284,12 +285,20 @@ def weights() -> dict[str, int]:
     sizes = {name: tensor_bytes(network(name)) for name in NETWORKS if name != "flux-schnell/transformer"}
     sizes |= {f"realesrgan/{upscaler}": tensor_bytes(network(f"realesrgan/{upscaler}")) for upscaler in UPSCALERS}
     sizes[f"flux/transformer:{FP8}"] = tensor_bytes(network("flux/transformer", FP8))
+    computed_in_fp8 = (f"{model}/transformer" for model in ("qwen_edit", "wan", "wan-ti2v"))
+    sizes |= {f"{name}:{FP8}": fp8_bytes(network(name)) for name in computed_in_fp8}
     sizes |= {name: tensor_bytes(network(name)) for name in RIFE_NETWORKS}
     sizes |= {f"{model}/lora": lora_bytes(f"{model}/transformer") for model in ("flux", "klein", "wan", "wan-ti2v", "ltx")}
     # Projections of a face to tokens: the published files have 84.6 and 82 million parameters, see nets/identity_networks.py.
     sizes["infusenet/resampler"] = 2 * resampler_parameters(tokens=8, output=4096)
     sizes["instantid/adapter"] = 2 * (resampler_parameters(tokens=16, output=2048) + sdxl_adapter_parameters())
     return sizes
+
+
+def fp8_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of a network of 16 bits whose blocks compute in fp8, with a scale in 32 bits per row."""
+    linear = [m for name, m in model.named_modules() if name.partition(".")[0] in BLOCKS and isinstance(m, torch.nn.Linear)]
+    return tensor_bytes(model) - sum(m.weight.numel() - 4 * m.out_features for m in linear)
 
 
 def lora_bytes(name: str) -> int:

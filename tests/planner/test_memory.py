@@ -223,6 +223,20 @@ def test_cpu_offload_needs_the_largest_part_and_host_memory_for_all():
         plan(profile, demand_of([shot]), parse_gpus("1x24GB"))
 
 
+@pytest.mark.parametrize(("name", "transformers"), [("wan", 2), ("qwen_edit", 1)])
+def test_fp8_halves_the_transformers(name, transformers):
+    stage, shot = STAGE_BY_NAME[name], Shot(**WAN_SHOT)
+    weights = load_table().weights
+    saved = transformers * (weights[f"{name}/transformer"] - weights[f"{name}/transformer:fp8_storage"])
+    assert saved > 0.95 * transformers * weights[f"{name}/transformer"] / 2
+    for offload, attribute in ((True, "host"), (False, "total")):
+        options = {"weights": "w", "dtype": "bfloat16", "cpu_offload": offload}
+        plain, fp8 = (stage.memory(stage.Params(**options, quantize=name), shot) for name in ("none", "fp8"))
+        assert getattr(plain, attribute) - getattr(fp8, attribute) == saved
+    plain, fp8 = (stage.work(stage.Params(weights="w", cpu_offload=True, quantize=q), shot).fixed for q in ("none", "fp8"))
+    assert plain.linked_bytes - fp8.linked_bytes >= saved
+
+
 def test_wan_weights_decide_about_the_model(tmp_path):
     stage, shot = STAGE_BY_NAME["wan"], Shot(**WAN_SHOT)
     params = load_profile("gpu-24gb").options_of(stage)

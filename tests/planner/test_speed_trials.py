@@ -74,6 +74,8 @@ def test_option_is_used_on_the_kinds_of_gpus_that_have_accepted_it_with_the_same
 def test_cudnn_attention_is_tried_where_torch_does_not_prefer_it(card, is_tried):
     options = [trial.option for trial, _ in open_trials(load_profile("gpu-80gb"), "wan", [card])]
     assert options == [*(["attention_backend"] if is_tried else []), "compile"]
+    in_fp8 = [trial.option for trial, _ in open_trials(load_profile("gpu-48gb"), "wan", [card]) if trial.option == "quantize"]
+    assert bool(in_fp8) == (not card.startswith("A100"))
 
 
 def test_folder_keeps_the_options_of_its_first_run():

@@ -192,16 +192,36 @@ def test_weights_of_several_tensors_move_as_these(gpu):
         assert not any(tensor.is_inference() for tensor in tensors_of(net))
 
 
-def test_weights_of_torchao_move_in_a_call(tiny, make_shot, gpu, monkeypatch):
-    """When T5 takes its turn."""
+@pytest.fixture
+def fp8_weights(monkeypatch):
+    """Replace fp8 by torchao's weights in 8 bits, with which a CPU multiplies in 16."""
     torchao = pytest.importorskip("torchao.quantization")
 
     def quantise(network, device):
         torchao.quantize_(network, torchao.Float8WeightOnlyConfig())
         network.to(device)
 
-    monkeypatch.setattr(flux_model, "require_fp8", lambda params: None)
-    monkeypatch.setattr(flux_model, "compute_in_fp8", quantise)
+    monkeypatch.setattr(loading, "require_fp8", lambda params: None)
+    for module in (flux_model, loading):
+        monkeypatch.setattr(module, "compute_in_fp8", quantise)
+
+
+def test_offloaded_weights_of_torchao_are_on_the_gpu_only_while_they_run(tiny, make_shot, gpu, fp8_weights):
+    """Each of the two transformers of Wan, alone."""
+    options = {"quantize": "fp8", "dtype": "bfloat16"}
+    reference = loaded(WanStage, tiny, **options)
+    stage = loaded(WanStage, tiny, device=GPU, cpu_offload=True, **options)
+    gpu.watch(stage.pipe)
+    assert not gpu.on_gpu
+    item = Item(make_shot(**PASSING["wan"], width=64), {"image": gradient_image(64, 64)})
+    for _ in range(2):
+        assert np.array_equal(stage(item)["frames"], reference(item)["frames"])
+        assert not gpu.on_gpu
+    assert all(map(is_pinned, tensors_of(stage.pipe.transformer)))
+
+
+def test_weights_of_torchao_move_in_a_call(tiny, make_shot, gpu, monkeypatch, fp8_weights):
+    """When T5 takes its turn."""
     options = {"quantize": "fp8", "dtype": "bfloat16", "compile": True}
     monkeypatch.setattr(speed, "compile_blocks", lambda *_: None)
     reference = loaded(FluxStage, tiny, **options)

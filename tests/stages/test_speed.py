@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from tests.fake_stages import with_actor
@@ -19,13 +20,16 @@ from vidgen_ray.bench.tiny_networks import write_random_lora
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.errors import Cancelled, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.planner import demand_of
+from vidgen_ray.planner import demand_of, speed_trials
 from vidgen_ray.planner.choose_layout import compilations
-from vidgen_ray.stages import flux_model, identity, speed
+from vidgen_ray.planner.speed_trials import Trial, try_option
+from vidgen_ray.stages import flux_model, identity, loading, speed
 from vidgen_ray.stages.base import RECOMPILE_LIMIT, Item, pixels_to_uint8, progress_callback
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
+from vidgen_ray.stages.qwen_edit import QwenEditStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
+from vidgen_ray.stages.wan import WanStage
 from vidgen_ray.weights import resolve
 
 LORA = resolve("builtin:tiny/lora.safetensors")
@@ -244,18 +248,58 @@ def test_fp8_quantizes_infusenet(tiny, monkeypatch):
 def fp8_networks(monkeypatch):
     """Return a list that gets the networks that would be quantised."""
     quantized = []
-    monkeypatch.setattr(flux_model, "require_fp8", lambda params: None)
-    for module in (flux_model, identity):
+    monkeypatch.setattr(loading, "require_fp8", lambda params: None)
+    for module in (flux_model, identity, loading):
         monkeypatch.setattr(module, "compute_in_fp8", lambda network, device: quantized.append(network))
     return quantized
 
 
-def test_fp8_has_a_scale_per_row_and_leaves_float32(monkeypatch):
+@pytest.mark.parametrize("stage_class", [WanStage, QwenEditStage])
+def test_fp8_quantizes_all_transformers_of_a_pipeline(tiny, monkeypatch, stage_class):
+    quantized = fp8_networks(monkeypatch)
+    with with_options(stage_class, tiny, quantize="fp8") as stage:
+        transformers = [stage.pipe.components.get(name) for name in ("transformer", "transformer_2")]
+        assert quantized == [*filter(None, transformers)]
+
+
+@pytest.fixture
+def torchao_on_a_cpu(monkeypatch):
     torchao = pytest.importorskip("torchao.quantization")
     monkeypatch.setattr(torchao.quant_api, "_check_hardware_support", lambda granularity: None)
+    monkeypatch.setattr(loading, "require_fp8", lambda params: None)
+
+
+def test_trial_accepts_the_difference_of_fp8(tiny, make_shot, monkeypatch, torchao_on_a_cpu):
+    monkeypatch.setattr(speed_trials, "MIN_SPEEDUP", 0.0)
+    name = "qwen_edit"
+    actors = {**tiny.actors, name: tiny.actors[name].model_copy(update={"dtype": "bfloat16"})}
+    trial = Trial(tiny.model_copy(update={"actors": actors}), name, "quantize", "fp8")
+    result = try_option(trial, [(name, make_shot(**PASSING[name]))])
+    assert not result.rejected
+    assert result.difference > 0.001
+
+
+def test_wan_computes_its_blocks_in_fp8(torchao_on_a_cpu):
+    # torchao leaves sizes that are not multiples of 16, as those of the tiny weights.
+    config = WanTransformer3DModel.load_config(resolve("builtin:tiny/wan") / "transformer")
+    torch.manual_seed(0)
+    network = WanTransformer3DModel.from_config({**config, "attention_head_dim": 16, "ffn_dim": 64}).to(torch.bfloat16).eval()
+    inputs = torch.randn(1, config["in_channels"], 2, 8, 8), torch.tensor([500.0]), torch.randn(1, 8, config["text_dim"])
+    with torch.no_grad():
+        plain = network(*(each.bfloat16() for each in inputs))[0].float()
+        speed.compute_in_fp8(network, "cpu")
+        computed = network(*(each.bfloat16() for each in inputs))[0].float()
+    linear = {name: layer for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert {name for name, layer in linear.items() if hasattr(layer.weight, "scale")} == {n for n in linear if "blocks." in n}
+    assert 0.001 < (computed - plain).norm() / plain.norm() < speed_trials.MAX_DIFFERENCE_FP8
+
+
+def test_fp8_has_a_scale_per_row_and_leaves_float32_and_the_ends(torchao_on_a_cpu):
     layers = [torch.nn.Linear(64, 128, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     weights = layers[0].weight.detach().clone()
-    speed.compute_in_fp8(torch.nn.ModuleList(layers), "cpu")
+    last = torch.nn.Linear(64, 128, dtype=torch.bfloat16)
+    speed.compute_in_fp8(torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(layers), "proj_out": last}), "cpu")
+    assert type(last.weight) is torch.nn.Parameter
     assert layers[0].weight.scale.shape == (128, 1)
     assert (layers[0].weight.dequantize() - weights).abs().max() < 0.01
     assert layers[1].weight.dtype == torch.float32

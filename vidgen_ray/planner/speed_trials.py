@@ -129,6 +129,7 @@ def open_trials(profile: Profile, actor: str, cards: Sequence[str]) -> Iterator[
 
 
 ADA = ("L4", "L40S", "RTX 6000 Ada", "RTX 4080", "RTX 4090")
+WITHOUT_FP8 = ("T4", "A4500", "A10G", "A10", "RTX 3090", "A5000", "A100 40 GB", "A40", "A6000", "A100 80 GB")
 
 
 def is_tried_on(card: str, value: JsonValue) -> bool:
@@ -136,7 +137,7 @@ def is_tried_on(card: str, value: JsonValue) -> bool:
 
     torch prefers cuDNN's attention on Hopper and Blackwell itself, and FlashAttention is faster on Ampere.
     """
-    return value != "_native_cudnn" or card in ADA
+    return (value != "_native_cudnn" or card in ADA) and (value != "fp8" or card not in WITHOUT_FP8)
 
 
 def _cards(profile: Profile, actor: str, cards: Sequence[str]) -> Sequence[str]:

@@ -27,6 +27,7 @@ from vidgen_ray.stages.loading import (
     diffusers_classes,
     load_pipeline,
     set_vae_tiles,
+    speed_up_transformers,
 )
 from vidgen_ray.stages.lora import LoraAdapters
 from vidgen_ray.stages.memory_table import (
@@ -40,7 +41,6 @@ from vidgen_ray.stages.memory_table import (
     offload_work,
     weight_bytes,
 )
-from vidgen_ray.stages.speed import speed_up
 
 DISTILLED_STEPS, BASE_STEPS = 4, 50
 """Default steps of the distilled weights and of the base weights."""
@@ -125,7 +125,7 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
         (Flux2KleinPipeline,) = diffusers_classes(self.params, "Flux2KleinPipeline")
 
         self.pipe = load_pipeline(Flux2KleinPipeline, self.params, cpu_offload=self.params.cpu_offload)
-        speed_up(self.pipe.transformer, self.params)
+        speed_up_transformers(self.pipe, self.params)
         self.adapters = LoraAdapters(self.pipe, self.params.adapters_kept, "FLUX.2 klein", is_compiled=self.params.compile)
 
     @property

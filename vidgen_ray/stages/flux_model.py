@@ -26,7 +26,7 @@ from vidgen_ray.stages.loading import (
 )
 from vidgen_ray.stages.lora import FEW_STEP_LORA, LoraAdapters, merge_lora
 from vidgen_ray.stages.memory_table import FP8
-from vidgen_ray.stages.speed import CompileParams, FirstBlockCache, compute_in_fp8, require_fp8, speed_up, store_in_fp8
+from vidgen_ray.stages.speed import CompileParams, FirstBlockCache, compute_in_fp8, speed_up, store_in_fp8
 
 T5 = "text_encoder_2"
 """Name of T5 among the components of diffusers' pipelines."""
@@ -102,8 +102,6 @@ class FluxModel:
         self.device = params.device
         self.dtype = torch_dtype(params.dtype)
         """Dtype of the computation, which quantised weights do not have."""
-        if params.quantize == "fp8":
-            require_fp8(params)
         on_host = {T5: params.text_encoder != "gpu", "transformer": params.quantize == "fp8"}
         self.text_to_image = load_pipeline(
             FluxPipeline,

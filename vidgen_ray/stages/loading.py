@@ -14,7 +14,7 @@ from vidgen_ray.nets.deferred_imports import deferred_imports
 from vidgen_ray.nets.weight_files import library_errors, require_finite_weights, silence_libraries
 from vidgen_ray.stages.base import NOT_IN_KEY, Artefacts, Item, Stage, StageParams, torch_dtype
 from vidgen_ray.stages.memory_table import TILES_PX, activation_bytes
-from vidgen_ray.stages.speed import CompileParams
+from vidgen_ray.stages.speed import CompileParams, compute_in_fp8, is_in_fp8, require_fp8, speed_up
 from vidgen_ray.system.model_files import check_pipeline_folder
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def load_pipeline(
     """
     silence_libraries()
     require_device(params.device)
+    if is_in_fp8(params):
+        require_fp8(params)
     folder = params.weights
     # The last class is diffusers' common base class.
     classes = [c.__name__ for c in pipeline_class.__mro__ if c.__name__.endswith("Pipeline")][:-1]
@@ -114,6 +116,18 @@ def load_pipeline(
                 network.to(params.device)
     require_finite_weights(loaded, device=params.device)
     return pipe
+
+
+def speed_up_transformers(pipe: Any, params: OffloadedParams) -> None:
+    """Apply the options that make the transformers of a loaded pipeline faster. Merge LoRAs before."""
+    for name in ("transformer", "transformer_2"):
+        if (transformer := getattr(pipe, name, None)) is None:
+            continue
+        if is_in_fp8(params):
+            compute_in_fp8(transformer, params.device)
+            if params.cpu_offload:
+                move_networks([transformer], "cpu")
+        speed_up(transformer, params)
 
 
 def _offload(networks: Sequence[torch.nn.Module], device: str) -> None:
@@ -256,6 +270,10 @@ class OffloadParams(StageParams):
     """Keep the weights in host memory and move each part (text encoder, transformer, autoencoder) to the GPU when it runs."""
 
 
+class OffloadedParams(OffloadParams, CompileParams):
+    """Parameters of a stage with one diffusers pipeline, whose transformer can be made faster."""
+
+
 class TiledParams(StageParams):
     """Parameters of a stage that makes images."""
 
@@ -263,7 +281,7 @@ class TiledParams(StageParams):
     """Side of the tiles in which the autoencoder works, for large images on small GPUs. `None`: on whole images."""
 
 
-class ImageParams(OffloadParams, TiledParams, CompileParams):
+class ImageParams(OffloadedParams, TiledParams):
     """Parameters of a stage with one diffusers pipeline that makes images and sees others."""
 
 

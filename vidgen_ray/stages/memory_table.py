@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 TABLE_FILE = Path(__file__).with_name("memory_table.json")
 FP8 = "fp8_storage"
-"""Variant of a network whose weights are stored in 8 bits and computed with in 16."""
+"""Variant of a network whose weights are stored in 8 bits, and computed with in 16 or 8."""
 LORA_RANK = 32
 """Rank of the LoRA in the table."""
 TILES_PX = (512, 256)
@@ -173,6 +173,11 @@ def load_table() -> MemoryTable:
 def weight_bytes(network: str, dtype: str) -> int:
     """Return the bytes of a network's weights in this precision, or in that of its variant (`flux/transformer:fp8_storage`)."""
     return load_table().weights[network] * (2 if dtype == "float32" and ":" not in network else 1)
+
+
+def stored(network: str, quantize: str) -> str:
+    """Return the name in the table of a network's weights with this quantisation."""
+    return network if quantize == "none" else f"{network}:{FP8}"
 
 
 def activation_bytes(curve: str, pixels: int, dtype: str) -> int:

@@ -21,6 +21,7 @@ from vidgen_ray.stages.loading import (
     diffusers_classes,
     load_pipeline,
     set_vae_tiles,
+    speed_up_transformers,
 )
 from vidgen_ray.stages.memory_table import (
     RESULT_COPIES,
@@ -31,9 +32,10 @@ from vidgen_ray.stages.memory_table import (
     memory_of_phases,
     network_work,
     offload_work,
+    stored,
     weight_bytes,
 )
-from vidgen_ray.stages.speed import speed_up
+from vidgen_ray.stages.speed import Fp8Params
 
 DEFAULT_STEPS = 40
 DEFAULT_GUIDANCE = 4.0
@@ -48,7 +50,11 @@ NO_NEGATIVE = " "
 """Negative prompt of the reference. Without one, the pipeline uses no guidance."""
 
 
-class QwenEditStage(ImageStage[ImageParams]):
+class QwenEditParams(ImageParams, Fp8Params):
+    """Parameters of Qwen-Image-Edit."""
+
+
+class QwenEditStage(ImageStage[QwenEditParams]):
     """`image` (H, W, 3), H and W multiples of 16 -> `image` of the same size, restyled by an instruction.
 
     The instruction contains the style prompt or, without one, the shot's prompt. With `identity: reference` up to two
@@ -82,30 +88,32 @@ class QwenEditStage(ImageStage[ImageParams]):
     )
     takes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "style.png"
-    Params: ClassVar[type[StageParams]] = ImageParams
+    Params: ClassVar[type[StageParams]] = QwenEditParams
 
     @classmethod
-    def work(cls, params: ImageParams, shot: Shot) -> ShotWork:
+    def work(cls, params: QwenEditParams, shot: Shot) -> ShotWork:
         prompts = 2 if shot.guidance.qwen_edit is None or shot.guidance.qwen_edit > 1 else 1
         # The pipeline scales the image and the photos to 1024x1024 pixels each. All are tokens of one sequence.
         seen = 1 + (min(len(shot.face_image), MAX_PHOTOS) if shot.uses_reference_photos else 0)
         pixels = shot.width * shot.height
         step = network_work("qwen_edit/step", pixels + seen * SEEN_PIXELS)
         coding = network_work("qwen_edit/encode", SEEN_PIXELS).times(seen) + network_work("qwen_edit/decode", pixels)
-        copies = offload_work((TEXT_ENCODER, VAE, TRANSFORMER, VAE), params.dtype, cpu_offload=params.cpu_offload)
+        transformer = stored(TRANSFORMER, params.quantize)
+        copies = offload_work((TEXT_ENCODER, VAE, transformer, VAE), params.dtype, cpu_offload=params.cpu_offload)
         fixed = network_work("qwen_edit/text").times(prompts) + coding + copies
         return ShotWork(step.times(prompts * (shot.steps.qwen_edit or DEFAULT_STEPS)), fixed)
 
     @classmethod
-    def memory(cls, params: ImageParams, shot: Shot) -> StageMemory | None:
+    def memory(cls, params: QwenEditParams, shot: Shot) -> StageMemory | None:
         dtype, pixels = params.dtype, shot.width * shot.height
         seen = 1 + (min(len(shot.face_image), MAX_PHOTOS) if shot.uses_reference_photos else 0)
-        weights = {network: weight_bytes(network, dtype) for network in (TEXT_ENCODER, TRANSFORMER, VAE)}
+        transformer = stored(TRANSFORMER, params.quantize)
+        weights = {network: weight_bytes(network, dtype) for network in (TEXT_ENCODER, transformer, VAE)}
         encode, decode = autoencoder_peaks("qwen_edit", params, pixels, SEEN_PIXELS)
         phases = (
             Phase(TEXT_ENCODER, activation_bytes("qwen_edit/text", 0, dtype)),
             Phase(VAE, encode),
-            Phase(TRANSFORMER, activation_bytes("qwen_edit/step", pixels + seen * SEEN_PIXELS, dtype)),
+            Phase(transformer, activation_bytes("qwen_edit/step", pixels + seen * SEEN_PIXELS, dtype)),
             Phase(VAE, decode),
         )
         return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, results=pixels * 3 * RESULT_COPIES)
@@ -114,7 +122,7 @@ class QwenEditStage(ImageStage[ImageParams]):
         (QwenImageEditPlusPipeline,) = diffusers_classes(self.params, "QwenImageEditPlusPipeline")
 
         self.pipe = load_pipeline(QwenImageEditPlusPipeline, self.params, cpu_offload=self.params.cpu_offload)
-        speed_up(self.pipe.transformer, self.params)
+        speed_up_transformers(self.pipe, self.params)
 
     def run(self, item: Item) -> Artefacts:
         from PIL import Image as PILImage

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vidgen_ray.errors import SetupError, install_command
 from vidgen_ray.stages.base import StageParams
@@ -39,6 +39,8 @@ KEPT_IN_16_BITS = (
     "pos_embed", "norm_q", "norm_k", "norm_added_q", "norm_added_k", "^x_embedder$", "^context_embedder$", "^proj_out$",
 )  # fmt: skip
 """Parts of FLUX's transformer that `store_in_fp8` leaves: small ones, and its ends, not its modulation layers."""
+BLOCKS = ("transformer_blocks", "single_transformer_blocks", "blocks")
+"""Lists of the repeated blocks of transformers: FLUX's and InfuseNet's, Qwen's, and Wan's."""
 
 
 class ChannelsLastParams(StageParams):
@@ -56,6 +58,13 @@ class CompileParams(StageParams):
     compile: bool = False
     """Compile the denoising network with torch.compile: SVD's as a whole, all others block by block. The first shot takes
     minutes longer, and the first one of another size once more. Further sizes share the second compilation."""
+
+
+class Fp8Params(StageParams):
+    """Parameters of a stage with a transformer that can compute in 8 bits."""
+
+    quantize: Literal["none", "fp8"] = "none"
+    """fp8: weights and activations of the transformer's blocks, computed in 8 bits by torchao, on GPUs since Ada and Hopper."""
 
 
 def use_channels_last(*networks: torch.nn.Module) -> None:
@@ -175,6 +184,11 @@ def store_in_fp8(transformer: Any, dtype: torch.dtype) -> None:
     apply_layerwise_casting(transformer, torch.float8_e4m3fn, dtype, skip_modules_pattern=KEPT_IN_16_BITS)
 
 
+def is_in_fp8(params: StageParams) -> bool:
+    """Return whether a stage's transformer computes in 8 bits."""
+    return getattr(params, "quantize", "none") == "fp8"
+
+
 def require_fp8(params: StageParams) -> None:
     """Raise SetupError if torchao is missing, or a GPU that can compute in 8 bits."""
     import torch
@@ -188,15 +202,17 @@ def require_fp8(params: StageParams) -> None:
 
 
 def compute_in_fp8(network: Any, device: str) -> None:
-    """Replace the weights of a network's linear layers by ones in float8_e4m3fn, which multiply activations in fp8.
+    """Replace the weights of the linear layers in a transformer's blocks by ones in float8_e4m3fn. They multiply in fp8.
 
-    Each layer is quantised on `device` and stays there, with a scale per row. Layers in float32 keep it.
+    Each layer is quantised on `device` and stays there, with a scale per row. Layers in float32, embeddings and the last layers
+    keep their precision.
     """
     import torch
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-    def is_quantized(module: torch.nn.Module, _: str) -> bool:
-        return isinstance(module, torch.nn.Linear) and module.weight.dtype == torch.bfloat16
+    def is_quantized(module: torch.nn.Module, name: str) -> bool:
+        in_block = name.partition(".")[0] in BLOCKS
+        return in_block and isinstance(module, torch.nn.Linear) and module.weight.dtype == torch.bfloat16
 
     # torchao's settings of the compiler would also let float32 products of other networks round to 10 bits.
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)

@@ -26,12 +26,13 @@ from vidgen_ray.stages.base import (
     part_of_progress,
     pixels_to_uint8,
     reference_work,
+    torch_dtype,
 )
 from vidgen_ray.stages.context_parallel import begin_call
-from vidgen_ray.stages.loading import OffloadedStage, OffloadParams
+from vidgen_ray.stages.loading import OffloadedParams, OffloadedStage, speed_up_transformers
 from vidgen_ray.stages.lora import LoraAdapters
 from vidgen_ray.stages.memory_table import RESULT_COPIES
-from vidgen_ray.stages.speed import CompileParams, speed_up
+from vidgen_ray.stages.speed import is_in_fp8
 from vidgen_ray.video_models import VIDEO_MODELS
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class VideoStage(Stage[P]):
         return {"frames": np.concatenate(parts)}
 
 
-class PromptedVideoParams(OffloadParams, CompileParams):
+class PromptedVideoParams(OffloadedParams):
     text_tokens: int = Field(512, ge=1, le=1024)
     """Tokens of the prompt that the text encoder reads. Longer prompts are cut."""
     adapters_kept: Annotated[int, NOT_IN_KEY] = Field(4, ge=1)
@@ -158,11 +159,14 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
 
     def load(self) -> None:
         self.pipe = self.load_pipe()
-        for name in ("transformer", "transformer_2"):
-            if (transformer := getattr(self.pipe, name, None)) is not None:
-                speed_up(transformer, self.params)
+        speed_up_transformers(self.pipe, self.params)
         self.adapters = LoraAdapters(
-            self.pipe, self.params.adapters_kept, self.name, "video_lora", is_compiled=self.params.compile
+            self.pipe,
+            self.params.adapters_kept,
+            self.name,
+            "video_lora",
+            dtype=torch_dtype(self.params.dtype) if is_in_fp8(self.params) else None,
+            is_compiled=self.params.compile,
         )
 
     @abstractmethod

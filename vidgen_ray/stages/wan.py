@@ -22,8 +22,10 @@ from vidgen_ray.stages.memory_table import (
     memory_of_phases,
     network_work,
     offload_work,
+    stored,
     weight_bytes,
 )
+from vidgen_ray.stages.speed import Fp8Params
 from vidgen_ray.stages.video import CLIP_PROMPT_FIELDS, PromptedVideoParams, PromptedVideoStage, clip_host_bytes
 from vidgen_ray.system.model_files import PIPELINE_INDEX
 
@@ -39,7 +41,7 @@ TILE_PX, TILE_STEP_PX = 256, 192
 """Side of diffusers' tiles of the autoencoder, and the distance between them."""
 
 
-class WanParams(PromptedVideoParams):
+class WanParams(PromptedVideoParams, Fp8Params):
     flow_shift: float | None = Field(None, gt=0)
     """Shift of the noise schedule. Published: 3 to 5, higher for more pixels. `None`: that of the weights."""
 
@@ -93,7 +95,7 @@ class WanStage(PromptedVideoStage[WanParams]):
         # I2V-A14B encodes a clip that begins with the image, TI2V-5B the image alone.
         encode = network_work(f"{model}/encode", pixels, 1 if one_transformer else frames)
         coding = (encode + network_work(f"{model}/decode", pixels, frames)).in_float32
-        transformers = [f"{model}/transformer"] * (1 if one_transformer else 2)
+        transformers = [stored(f"{model}/transformer", params.quantize)] * (1 if one_transformer else 2)
         copies = offload_work((TEXT_ENCODER, *transformers), params.dtype, cpu_offload=params.cpu_offload)
         copies += offload_work((f"{model}/vae",) * 2, "float32", cpu_offload=params.cpu_offload)
         fixed = network_work("wan/text").times(prompts) + coding + copies
@@ -106,7 +108,7 @@ class WanStage(PromptedVideoStage[WanParams]):
         model = "wan-ti2v" if one_transformer else "wan"
         transformer, second, vae = f"{model}/transformer", f"{model}/transformer_2", f"{model}/vae"
         dtype, pixels = params.dtype, shot.width * shot.height
-        transformer_bytes = weight_bytes(transformer, dtype)
+        transformer_bytes = weight_bytes(stored(transformer, params.quantize), dtype)
         if shot.video_lora:
             transformer_bytes += params.adapters_kept * weight_bytes(f"{model}/lora", dtype)
         weights = {TEXT_ENCODER: weight_bytes(TEXT_ENCODER, dtype), vae: weight_bytes(vae, "float32")}
