@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from weakref import finalize
 
 import numpy as np
@@ -205,6 +205,8 @@ class UpscaleNetwork(RealESRGANStage):
 
 
 EXAMPLE_SHAPE = (1, 3, 8, 8)
+PADDED_EXAMPLE_PX = 48
+"""Side of an example for networks that accept some sizes only."""
 
 
 def openvino_forward(network: ImageModelDescriptor[Any], settings: EngineSettings) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -293,12 +295,12 @@ def choose_settings(model: UpscaleModel | None, device: str, workers: int) -> En
     threads = max(1, usable_cpus() // workers)
     if model is None:
         return EngineSettings(device=device, threads=threads)
-    network = model.load()  # raises for weights that do not hold a network
+    network = _traits(model)  # raises for weights that do not hold a network
     if device.startswith("cuda"):
         return EngineSettings(device=device, dtype="float16" if network.supports_half else "float32")
     use_bfloat16 = model.is_builtin and cpu_has_bfloat16()
     # OpenVINO runs the bare network. Others need spandrel's padding around it.
-    use_openvino = not use_bfloat16 and has_openvino() and network.architecture.id in UNCLAMPED
+    use_openvino = not use_bfloat16 and has_openvino() and network.architecture in UNCLAMPED
     return EngineSettings(
         engine="openvino" if use_openvino else "torch",
         device=device,
@@ -323,7 +325,8 @@ def settings_for(source: VideoSource, model: UpscaleModel | None, settings: Engi
 
 def call_bytes(model: UpscaleModel, width: int, height: int) -> float:
     """Return the estimated bytes of a call of the network with a frame of this size, in float32."""
-    return width * height * sum(_bytes_per_pixel(model))
+    network = _traits(model)
+    return width * height * (network.bytes_per_pixel + network.result_bytes)
 
 
 def choose_tile(model: UpscaleModel, width: int, height: int, free_bytes: float) -> tuple[int, int]:
@@ -338,7 +341,7 @@ def choose_tile(model: UpscaleModel, width: int, height: int, free_bytes: float)
             f"{needed}, {free_bytes / 1e9:.1f} GB are free, and the network sees whole frames, so tiles would show"
         )
     # The result of the whole frame is kept beside the tiles.
-    per_pixel, of_result = _bytes_per_pixel(model)
+    per_pixel, of_result = _traits(model).bytes_per_pixel, _traits(model).result_bytes
     result = width * height * of_result
     side = int(max(0.0, (free_bytes - result) / per_pixel) ** 0.5)
     tile = (side - 2 * overlap) // MULTIPLE_PX * MULTIPLE_PX
@@ -348,15 +351,39 @@ def choose_tile(model: UpscaleModel, width: int, height: int, free_bytes: float)
     return tile, overlap
 
 
+class _Traits(NamedTuple):
+    """Properties of a network by which its settings are chosen."""
+
+    architecture: str
+    supports_half: bool
+    bytes_per_pixel: float
+    """Bytes of memory of a call per pixel of its input, without the result."""
+    result_bytes: int
+    """Bytes of the result per pixel of the input."""
+    overlap_px: int | None
+    """See `tile_overlap_px`."""
+
+
 @lru_cache(maxsize=1)
-def _bytes_per_pixel(model: UpscaleModel) -> tuple[float, float]:
-    """Return the bytes that a call takes per pixel of its input: for the network, and for the result."""
-    network = model.load()
-    # The upscaled frame and its rounded copy, in float32.
-    return bytes_per_pixel(network) * WORKSPACE, 2 * 3 * 4 * int(network.scale) ** 2
+def _traits(model: UpscaleModel) -> _Traits:
+    network = model.load()  # imports spandrel without torch's compiler
+    from spandrel import ModelTiling
+
+    architecture = network.architecture.id
+    # spandrel pads small frames for the other architectures.
+    example_px = EXAMPLE_SHAPE[-1] if architecture in UNCLAMPED else PADDED_EXAMPLE_PX
+    is_local = network.tiling is ModelTiling.SUPPORTED
+    return _Traits(
+        architecture,
+        network.supports_half,
+        bytes_per_pixel(network, example_px) * WORKSPACE,
+        # The upscaled frame and its rounded copy, in float32.
+        2 * 3 * 4 * int(network.scale) ** 2,
+        OVERLAP_PX.get(architecture, OTHER_OVERLAP_PX) if is_local else None,
+    )
 
 
-def bytes_per_pixel(network: ImageModelDescriptor[Any], size_px: int = 48) -> float:
+def bytes_per_pixel(network: ImageModelDescriptor[Any], size_px: int) -> float:
     """Return the bytes of float32 tensors that are alive at once in a call, per pixel of the input.
 
     Counts the tensors of a call with a small frame on the CPU.
@@ -391,12 +418,7 @@ def bytes_per_pixel(network: ImageModelDescriptor[Any], size_px: int = 48) -> fl
 
 def tile_overlap_px(model: UpscaleModel) -> int | None:
     """Return the pixels that a tile must see of its neighbours. `None`: the network sees the whole frame."""
-    from spandrel import ModelTiling
-
-    network = model.load()
-    if network.tiling is not ModelTiling.SUPPORTED:
-        return None
-    return OVERLAP_PX.get(network.architecture.id, OTHER_OVERLAP_PX)
+    return _traits(model).overlap_px
 
 
 def cpu_has_bfloat16() -> bool:
