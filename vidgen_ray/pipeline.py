@@ -502,10 +502,11 @@ class VideoGenerationPipeline:
         """
         needed = {stage.name: stage for stage in classes}
         if any(self.profile.actor_of(stage).device != "cpu" for stage in classes):
+            machine = this_machine().nodes[0]
             if not self._loaded:
-                prepare_gpu(1.0)
+                prepare_gpu(1.0, max(machine.gpus, default=0.0))
             every = [stage for stage in STAGES if stage.name in needed or stage.name in self._loaded]
-            groups = swap_groups(self.profile, every, [*self._sizes.shots, shot], this_machine().nodes[0])
+            groups = swap_groups(self.profile, every, [*self._sizes.shots, shot], machine)
             self._sizes.add(shot)
             self._swapper.regroup(groups)
         for stage_class in classes:

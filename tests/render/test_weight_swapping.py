@@ -1,6 +1,7 @@
 """Weight swapping: which stages are on the GPU."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 from vidgen_ray import pipeline as pipeline_module
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -66,6 +67,7 @@ def test_stage_that_is_loaded_later_finds_its_group_on_the_gpu():
 
 def test_library_swaps_on_a_gpu_that_is_too_small_for_all_stages(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline_module, "this_machine", lambda: Cluster((Node((20.0,), 8, 256.0),)))
+    monkeypatch.setattr(pipeline_module, "prepare_gpu", prepared := Mock())
     names = ("flux", "svd")
 
     def load(self):
@@ -83,5 +85,6 @@ def test_library_swaps_on_a_gpu_that_is_too_small_for_all_stages(tmp_path, monke
     with VideoGenerationPipeline(profile.model_copy(update={"actors": actors}), tmp_path / "out") as pipeline:
         pipeline._stages([STAGE_BY_NAME[name] for name in names], Shot(prompt="a", upscale_video=False))
         assert loaded == [("flux", []), ("svd", [])]
+        prepared.assert_called_once_with(1.0, 20.0)
         pipeline._swapper.ensure_on_gpu("flux")
         assert places == {"flux": "cuda", "svd": "cpu"}

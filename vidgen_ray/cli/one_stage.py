@@ -140,9 +140,10 @@ def run_one_stage(
         values = {"face_image": str(source), **values}
     shot = check_shot(values, "vidgen stage", profile.defaults, run_seed, policy=profile.policy)
     if profile.actor_of(stage_class).device != "cpu":
+        machine = this_machine().nodes[0]
         # Raises SetupError for a shot that does not fit.
-        swap_groups(profile, [stage_class], [shot], this_machine().nodes[0])
-        prepare_gpu(1.0)
+        swap_groups(profile, [stage_class], [shot], machine)
+        prepare_gpu(1.0, max(machine.gpus, default=0.0))
     is_clip = source is not None and source.suffix.lower() in CLIP_SUFFIXES
     if issubclass(stage_class, ChunkedStage) and is_clip and source is not None:
         process_video_file(profile, stage_class, shot, source, out)
