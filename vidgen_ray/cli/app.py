@@ -54,6 +54,7 @@ LISTED = {
     "validate": Listed(RENDER, "Check all lines of a script without rendering.", "validate"),
     "plan": Listed(RENDER, "Estimate the duration and cost of a script.", "plan"),
     "retry": Listed(RENDER, "Render the failed lines of an output folder again.", "run_script"),
+    "slurm": Listed(RENDER, "Print the sbatch file that renders a script on a Slurm cluster, or submit it.", "slurm"),
     "stage": Listed(RENDER, "Run a single stage on an image or a clip.", "one_stage"),
     "schema": Listed(RENDER, "Print the JSON schema of a script, or of another file.", "inspect"),
     "status": Listed(
