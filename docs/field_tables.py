@@ -60,7 +60,7 @@ KEYWORD_TYPES = {
     "lora": "Lora | Sequence[Lora]",
     "video_model": "str",  # also those of other packages
     "video_lora": "Lora | VideoLora | Sequence[Lora | VideoLora]",
-    "num_frames": 'int | Literal["auto"]',
+    "num_frames": "int | str",  # auto, and for:TRAINER:MODEL
     "steps": "Mapping[str, int]",
     "guidance": "Mapping[str, float]",
     "metadata": "Mapping[str, Any]",

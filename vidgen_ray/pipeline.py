@@ -194,7 +194,7 @@ class ShotFields(TypedDict, total=False):
     video_model: str
     motion_prompt: str | None
     video_lora: Lora | VideoLora | Sequence[Lora | VideoLora]
-    num_frames: int | Literal["auto"]
+    num_frames: int | str
     extend: int
     fps: int
     interpolation: Literal[1, 2, 4, 8]

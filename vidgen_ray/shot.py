@@ -35,6 +35,7 @@ from vidgen_ray.limits import (
     MIN_SIDE_PX,
 )
 from vidgen_ray.safety import Consent
+from vidgen_ray.trainers import FOR, TARGETS
 from vidgen_ray.video_models import (
     AUTO,
     DEFAULT_MODEL,
@@ -83,8 +84,14 @@ STEPPED_MODELS = {name: model for name, model in VIDEO_MODELS.items() if model.f
 INSTANTID_SDXL, REFERENCE, NO_IDENTITY = "instantid-sdxl", "reference", "none"
 """Values of `identity` that do not name a FLUX identity method."""
 
-FRAMES_SCHEMA = {"anyOf": [{"type": "integer", "minimum": MIN_FRAMES, "maximum": MAX_FRAMES}, {"enum": [AUTO]}]}
-"""JSON schema of `num_frames`. A shot always has a number: `auto` is replaced when it is checked."""
+FRAMES_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "minimum": MIN_FRAMES, "maximum": MAX_FRAMES},
+        {"enum": [AUTO]},
+        {"type": "string", "pattern": f"^{FOR}[a-z-]+:[a-z0-9-]+$"},
+    ]
+}
+"""JSON schema of `num_frames`. A shot always has a number: other values are replaced when it is checked."""
 
 Priority = Literal["low", "normal", "high"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
@@ -378,7 +385,8 @@ class Shot(_Frozen):
         ge=MIN_FRAMES,
         le=MAX_FRAMES,
         description=f"Number of frames in the clip: {_by_model('{frame_step}k + 1 for {name}', STEPPED_MODELS)}. auto, the "
-        f"default of all models but {DEFAULT_MODEL}: the allowed number closest to 5 seconds.",
+        f"default of all models but {DEFAULT_MODEL}: the allowed number closest to 5 seconds. {FOR}TRAINER:MODEL, such as "
+        f"{FOR}{TARGETS[0]}: the longest clip that a trainer uses as a whole, with fps_out.",
     )
     extend: int = Field(
         0,

@@ -1,12 +1,15 @@
 """Video models that a shot can choose: their numbers of frames, frame rates and sizes. Independent of weights and stages."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from vidgen_ray.limits import MAX_FRAMES, MIN_FRAMES
+from vidgen_ray.trainers import FOR, Clip, Target, parse_target
 
 ENTRY_POINTS = "vidgen.video_models"
 """Group of entry points by which other packages add a `VideoModel`, under the name of its stage."""
@@ -116,9 +119,42 @@ def with_model_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
     if own_default and fields.get("fps") is None:
         fields["fps"] = model.fps
     frames, fps = fields.get("num_frames"), fields.get("fps", model.fps)
+    if isinstance(frames, str) and frames.startswith(FOR):
+        try:
+            return fields | fields_for(parse_target(frames.removeprefix(FOR)), fields)
+        except ValueError as error:
+            raise ValueError(f"num_frames {frames}: {error}") from None
     if (frames == AUTO or (own_default and frames is None)) and isinstance(fps, int | float):
         fields["num_frames"] = model.auto_frames(fps)
     return fields
+
+
+def fields_for(target: Target, fields: Mapping[str, Any]) -> dict[str, int]:
+    """Return `num_frames`, and perhaps `fps_out`, of the longest clip that a trainer uses as a whole, at its frame rate.
+
+    `fields`: unvalidated fields of a shot, of which `interpolation` and `fps_out` are kept. If each clip loses frames, the one
+    that loses the fewest is chosen. Raises ValueError if all are dropped.
+    """
+    model = model_of(fields)
+    defaults = {"fps": model.fps, "extend": 0, "interpolation": 1, "fps_out": 0}
+    # Tables have text. Wrong values are errors of their fields.
+    given = {name: str(fields.get(name)) for name in defaults}
+    fps, extend, factor, fps_out = (
+        int(given[name]) if re.fullmatch("[1-9][0-9]{0,3}", given[name]) else default for name, default in defaults.items()
+    )
+    rates = {fps_out or fps * factor} | ({max(target.model.fps, fps)} if not fps_out and factor == 1 else set())
+    found = []
+    for rate in sorted(rates):
+        for frames in filter(model.allows, range(model.most_auto_frames + 1)):
+            length = math.ceil(frames_of_passes(frames, extend) * Fraction(rate, fps))
+            use = target.use(Clip(length, rate, *[target.model.side_step_px * 8] * 2))
+            if not use.problem:
+                found.append((rate != target.model.fps, use.seen - use.frames, -use.frames, frames, rate))
+    if not found:
+        listed = " or ".join(map(str, sorted(rates)))
+        raise ValueError(f"clips at {listed} frames per second are dropped; set fps or fps_out to {target.model.fps}")
+    *_, frames, rate = min(found)
+    return {"num_frames": frames, **({} if rate == (fps_out or fps * factor) else {"fps_out": rate})}
 
 
 def without_other_models_defaults(defaults: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from vidgen_ray.script.lines import Columns, ScriptSettings, absolute_path, pars
 from vidgen_ray.shot import wrong_defaults
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import write_atomically
+from vidgen_ray.trainers import LISTED, parse_target
 
 script_option = partial(typer.Option, rich_help_panel="Reading the script")
 cost_option = partial(typer.Option, rich_help_panel="Costs and licences")
@@ -43,6 +44,7 @@ Kept = Literal["stages"]
 Mode = Literal["quality", "fast"]
 UNCHECKED = ("id", "character", "style")
 """Fields that depend on the command and on the script."""
+FOR_HELP = f"Trainer of LoRAs and the model that it trains. {LISTED}."
 WHERE = "vidgen.where"
 """Group of entry points. Its `sql` is a function that selects shots, see `ids_where`."""
 
@@ -226,6 +228,22 @@ MaxCostOption = Annotated[
         help="Maximum cost of a run. Exit with code 5 before any worker starts if the estimate exceeds it, or stop during the "
         "run; the same command resumes, with the same limit again. Default: no limit.",
     ),
+]
+
+
+def check_target(value: str | None) -> str | None:
+    """Return `TRAINER:MODEL` as it is. Raises UsageError for an unknown one."""
+    try:
+        if value is not None:
+            parse_target(value)
+    except ValueError as error:
+        raise UsageError(f"--for: got {value!r}, {error}") from None
+    return value
+
+
+TrainerOption = Annotated[
+    str | None,
+    typer.Option("--for", metavar="TRAINER:MODEL", help=f"{FOR_HELP} Default: no trainer.", callback=check_target),
 ]
 RequireLicenceOption = Annotated[
     Requirement | None,

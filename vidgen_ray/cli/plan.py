@@ -6,7 +6,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
@@ -25,10 +26,11 @@ from vidgen_ray.cli.options import (
     RequireLicenceOption,
     ScriptsArgument,
     SeedOption,
+    TrainerOption,
     UntilOption,
 )
 from vidgen_ray.cli.run_script import detected, script_licences
-from vidgen_ray.graph import STAGE_BY_NAME, server_problems
+from vidgen_ray.graph import STAGE_BY_NAME, clip_length, file_sizes, server_problems
 from vidgen_ray.licences import UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, load_calibration, profile_for
@@ -38,9 +40,12 @@ from vidgen_ray.planner.solver import ENCODER_CPUS
 from vidgen_ray.planner.speed_trials import open_trials
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.render.cache_writer import DEFAULT_CACHE
+from vidgen_ray.script.lines import Line
 from vidgen_ray.script.read import iter_script
 from vidgen_ray.system.console import Console, stdout_console, table_of
 from vidgen_ray.system.quantities import count, duration, money, size
+from vidgen_ray.trainers import Clip, Target, described, parse_target
+from vidgen_ray.video_models import fields_for
 
 if TYPE_CHECKING:
     from vidgen_ray.batch.line_planner import Counts
@@ -58,11 +63,13 @@ def plan(
     max_cost: MaxCostOption = None,
     price: PriceOption = None,
     require: RequireLicenceOption = None,
+    trainer: TrainerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate the duration and cost of a script.
 
     Nothing is rendered. Also prints the layout of the GPUs and the licences of the weights.
+    With --for, also prints which clips the trainer would use, cut or drop, and with which fields it uses them as a whole.
     """
     from vidgen_ray.batch.line_planner import estimate_run, recorded_options
 
@@ -75,7 +82,9 @@ def plan(
         cluster = cluster_of_run()
         measured = load_calibration(chosen.name, cluster.card)
         licences = script_licences(iter_script(settings), chosen, OutputFolder(out))
-    print_plan(chosen, demand, cluster, counts, measured, price=price, max_cost=max_cost, licences=licences, as_json=as_json)
+        uses = trainer_uses(iter_script(settings), parse_target(trainer)) if trainer else []
+    shown = partial(print_plan, licences=licences, uses=uses, as_json=as_json)
+    shown(chosen, demand, cluster, counts, measured, price=price, max_cost=max_cost)
     require_licence(require, licences)
 
 
@@ -89,26 +98,68 @@ def print_plan(
     price: float | None = None,
     max_cost: float | None = None,
     licences: Sequence[UsedWeights] = (),
+    uses: Sequence[Mapping[str, Any]] = (),
     as_json: bool = False,
 ) -> None:
-    """Print the plan on standard output. `licences`: weights behind the script.
+    """Print the plan on standard output. `licences`: weights behind the script. `uses`: result of `trainer_uses`.
 
     Raises the errors of `make_plan`, and TooExpensive after printing if the cost exceeds `max_cost`.
     """
     if not demand.shots:
-        nothing = {"shots": 0, "counts": asdict(counts)}
+        nothing = {"shots": 0, "counts": asdict(counts), "uses": uses}
         typer.echo(json.dumps(nothing) if as_json else f"nothing to render: {_line_counts(counts)}")
+        if not as_json:
+            _print_uses(uses)
         return
     planned = make_plan(profile, demand, cluster, calibration=measured, price=price)
     if as_json:
         about = {"profile": profile.name, "cluster": str(cluster), "cpus_needed": cpus_needed(planned.layout)}
         about["unusable_servers"] = server_problems(profile)
         used = [each.model_dump() for each in licences]
-        typer.echo(json.dumps({**about, **asdict(planned), "counts": asdict(counts), "licences": used}))
+        typer.echo(json.dumps({**about, **asdict(planned), "counts": asdict(counts), "licences": used, "uses": uses}))
     else:
         _print(planned, profile, demand, cluster, counts)
+        _print_uses(uses)
         _print_licences(licences)
     planned.check_cost(max_cost)
+
+
+def trainer_uses(lines: Iterable[Line], target: Target) -> list[dict[str, Any]]:
+    """Return what a trainer does with each group of equal clips of a script, the largest group first."""
+    groups = Counter[tuple[Clip, tuple[tuple[str, Any], ...]]]()
+    for line in lines:
+        if not line.errors and (shot := line.shot).generate_video:
+            *_, size = file_sizes(shot).values()
+            given = tuple((name, getattr(shot, name)) for name in ("video_model", "fps", "extend", "num_frames", "fps_out"))
+            groups[Clip(*clip_length(shot), *size), given] += 1
+    found = []
+    for (clip, given), clips in groups.most_common():
+        fields, use = dict(given), target.use(clip)
+        about = {"clips": clips, **clip._asdict(), "status": use.status, "is_resampled": clip.fps != target.model.fps}
+        fits_with: dict[str, Any] = {}
+        if use.status != "used" or about["is_resampled"]:
+            try:
+                best = fields_for(target, {name: fields[name] for name in ("video_model", "fps", "extend")})
+                fits_with = {name: value for name, value in best.items() if fields[name] != value}
+            except ValueError as error:
+                fits_with = {"problem": str(error)}
+        found.append({**about, "result": described(clip, target), "fits_with": fits_with})
+    return found
+
+
+def _print_uses(uses: Sequence[Mapping[str, Any]]) -> None:
+    console, table = stdout_console(), table_of("clips", "each", "trainer", "fits with", right=["clips"])
+    totals = Counter[str]()
+    for each in uses:
+        clip = Clip(*(each[name] for name in Clip._fields))
+        fields = ", ".join(f"{name}: {value}" for name, value in each["fits_with"].items())
+        table.add_row(f"{each['clips']:,}", str(clip), escape(each["result"]), escape(fields))
+        totals[each["status"]] += each["clips"]
+        totals["resampled"] += each["clips"] * each["is_resampled"]
+    if uses:
+        console.print(table)
+        names = ("used", "cut", "dropped", "resampled")
+        console.print(f"clips: {', '.join(f'{totals[name]:,} {name}' for name in names)}\n", soft_wrap=True)
 
 
 def _print(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, counts: Counts) -> None:

@@ -60,6 +60,7 @@ from vidgen_ray.shot import (
     booleans_as_text,
     nest_flat_settings,
 )
+from vidgen_ray.trainers import FOR, TARGETS
 from vidgen_ray.video_models import AUTO, frames_of_passes, model_of, of_model, without_other_models_defaults
 
 B = TypeVar("B")
@@ -185,8 +186,8 @@ OWN_FIELDS = (*SIDES, *CROPS, "upscale_video", "scale", "seed")
 Frames = Annotated[
     int,
     Field(ge=MIN_FRAMES, le=MAX_FRAMES),
-    # The shot replaces `auto`, since it knows the video model.
-    WrapValidator(lambda value, check: value if value == AUTO else check(value)),
+    # The shot replaces them, since it knows the video model.
+    WrapValidator(lambda value, check: value if value in (AUTO, *(f"{FOR}{each}" for each in TARGETS)) else check(value)),
     PlainSerializer(lambda value: value, return_type=Any),
     WithJsonSchema(FRAMES_SCHEMA),
 ]
