@@ -47,7 +47,7 @@ STATE_OF_EXPORT = {
     "caption": "{prompt}",
     "splits": {"train": 0.8, "val": 0.2},
     "split_by": ["prompt", "character"],
-    "transcode": {"resize": None, "fps": None},
+    "trainer": None,
     "command": "vidgen export /home/me/out /home/me/dest --where 'seed < 9'",
     "versions": {"duckdb": "2.0"},
     "counts": {"added": 1, "changed": 2, "removed": 1, "unchanged": 3},

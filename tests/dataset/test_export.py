@@ -29,9 +29,9 @@ from vidgen_ray.cli import main
 from vidgen_ray.dataset import export
 from vidgen_ray.dataset.export import _Export, export_folder
 from vidgen_ray.dataset.export_formats import encode_again, write_block
-from vidgen_ray.dataset.export_rows import ExportSettings, Transcode, assign_splits, parse_splits
+from vidgen_ray.dataset.export_rows import ExportSettings, assign_splits, parse_splits
 from vidgen_ray.dataset.tables import open_tables
-from vidgen_ray.errors import MediaError, SetupError, UsageError
+from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video
 from vidgen_ray.outputs.cleanup import remove_person
 from vidgen_ray.outputs.lease import lease
@@ -41,6 +41,7 @@ from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.provenance.record import ProvenanceRecord, read_provenance
 from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.system.files import this_process
+from vidgen_ray.trainers import Clip
 
 SCORES = ("score_caption", "score_split", "hashes", "motion")
 CAPTION = "{metadata.scene}{character}: {prompt}"
@@ -548,7 +549,7 @@ def test_clips_are_encoded_again_as_asked_with_their_marks(tmp_path):
     with Mp4Writer(tmp_path / "in.mp4", 96, 64, 12, Mp4Settings(crf=5), record.metadata()) as clip:
         clip.write(frames)
     to = tmp_path / "out.mp4"
-    found = encode_again(tmp_path / "in.mp4", to, Transcode(resize="32", fps=6, frames=4))
+    found = encode_again(tmp_path / "in.mp4", to, None, Clip(4, 6, 48, 32))
     size = {"width": 48, "height": 32, "num_frames": 4, "fps": 6.0, "duration_s": 4 / 6}
     assert found == {**size, "sha256": sha256_of(to), "bytes": to.stat().st_size}
     with open_video(to) as video:
@@ -558,8 +559,12 @@ def test_clips_are_encoded_again_as_asked_with_their_marks(tmp_path):
     assert errors.argmin(1).tolist() == [0, 2, 4, 6]
     assert errors.min(1).max() < 16 < errors[errors > errors.min(1, keepdims=True)].min()
     assert read_provenance(to).record == record
-    with pytest.raises(MediaError, match="has 12 frames, fewer than --frames 13"):
-        encode_again(tmp_path / "in.mp4", to, Transcode(frames=13))
+    assert encode_again(tmp_path / "in.mp4", to, "32").items() >= {"width": 48, "num_frames": 12, "fps": 12.0}.items()
+    # The last frame is repeated.
+    encode_again(tmp_path / "in.mp4", to, None, Clip(26, 24, 96, 64))
+    with open_video(to) as video:
+        errors = np.abs(video.frames(0, 26)[:, None] - frames.astype(float)).mean((2, 3, 4))
+    assert errors.argmin(1).tolist() == [min(number // 2, 11) for number in range(26)]
 
 
 @pytest.mark.usefixtures("inline")

@@ -17,7 +17,6 @@ from PIL import Image as PILImage
 from tests.upscale.videos import write_video
 from vidgen_ray.dataset.data_card import _middle_frame
 from vidgen_ray.dataset.export_formats import encode_again
-from vidgen_ray.dataset.export_rows import Transcode
 from vidgen_ray.dataset.scorers import Clip
 from vidgen_ray.errors import MediaError
 from vidgen_ray.film.timeline import probe_clip, sound_seconds
@@ -317,7 +316,7 @@ def test_videos_of_others_are_not_decoded_in_this_process(tmp_path, monkeypatch,
         == 5
     )
     assert _middle_frame(path).shape == (64, 96, 3)
-    assert encode_again(path, tmp_path / "b.mp4", Transcode(frames=3))["num_frames"] == 3
+    assert encode_again(path, tmp_path / "b.mp4", "32")["num_frames"] == 5
     assert len(Clip({"clip": "a.mp4"}, path, None, None).frames) == 5
     assert len(list(sample_frames(path, 2, 900))) == 2
 

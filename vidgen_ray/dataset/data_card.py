@@ -90,13 +90,15 @@ DESCRIPTIONS = {
 
 def _patterns(state: Mapping[str, Any], split: str) -> dict[str, str]:
     """Return name -> pattern of the files of a split. The first ones have the columns."""
-    media = f"{split}/*.{'png' if state['files'] == 'image' else 'mp4'}"
+    # For a trainer, each group of clips has a folder.
+    folder = f"{split}/*" if state["trainer"] else split
+    media = f"{folder}/*.{'png' if state['files'] == 'image' else 'mp4'}"
     patterns = {
         "videofolder": {"metadata": f"{split}/metadata.parquet", "files": media},
         "webdataset": {"shards": f"{split}-*.tar"},
         "parquet": {"shards": f"{split}-*.parquet"},
         "lance": {"tables": f"{split}.lance/**"},
-        "captions": {"captions": f"{split}/*.txt", "files": media},
+        "captions": {"captions": f"{folder}/*.txt", "files": media},
     }
     return patterns[state["format"]]
 

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from vidgen_ray.cli.commands import ModelOptions, interruptible, note, with_options
 from vidgen_ray.cli.file_options import DETAILS_PANEL, JsonOption, check_out
-from vidgen_ray.cli.options import AddressOption, OutArgument, WhereOption, local_path
+from vidgen_ray.cli.options import AddressOption, OutArgument, WhereOption, check_target, local_path
 from vidgen_ray.cli.run_script import ProfileOfLastRunOption, profile_of_run
-from vidgen_ray.dataset.export_rows import ExportSettings, Transcode, parse_splits
+from vidgen_ray.dataset.export_rows import ExportSettings, parse_splits
 from vidgen_ray.dataset.tables import open_tables, run_query, write_parquet
 from vidgen_ray.errors import UsageError, allowed_of
 from vidgen_ray.licences import Requirement
@@ -30,7 +30,7 @@ from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.report.shot_text import value_text
 from vidgen_ray.system.console import Console
 from vidgen_ray.system.files import new_file
-from vidgen_ray.system.quantities import duration
+from vidgen_ray.system.quantities import count, duration
 
 if TYPE_CHECKING:
     from vidgen_ray.dataset.export import ExportReport
@@ -228,16 +228,13 @@ def score(
 EXPORT_OPTIONS = ModelOptions.of(
     ExportSettings,
     format={},
+    trainer={"flag": "--for", "metavar": "TRAINER:MODEL", "callback": check_target},
+    fit={},
     best={"metavar": "SQL"},
     caption={"metavar": "TEMPLATE"},
     cleared={"metavar": "USE", "kind": Requirement},
     shard_mb={"kind": int, "min": 1, "rich_help_panel": DETAILS_PANEL},
-)
-TRANSCODE_OPTIONS = ModelOptions.of(
-    Transcode,
     resize={"metavar": "WxH|SHORT", "rich_help_panel": DETAILS_PANEL},
-    fps={"kind": float, "rich_help_panel": DETAILS_PANEL},
-    frames={"kind": int, "rich_help_panel": DETAILS_PANEL},
 )
 
 
@@ -246,7 +243,6 @@ def export(
     out: OutArgument,
     dest: Annotated[str, typer.Argument(help="Folder of the data set, or its URL, which a call updates.", callback=check_out)],
     options: Annotated[dict[str, Any], EXPORT_OPTIONS],
-    transcode: Annotated[dict[str, Any], TRANSCODE_OPTIONS],
     where: WhereOption = None,
     image: Annotated[bool, typer.Option("--image", help="Export the images.")] = False,
     video: Annotated[bool, typer.Option("--video", help="Export the clips before upscaling.")] = False,
@@ -270,14 +266,20 @@ def export(
 
     The same call later adds new clips and removes those that are gone or rejected. On the same disk, files are linked.
     Rows have each person's consent as recorded: name, basis, and reference, such as the path of a form.
-    Exits with code 1 if files of clips cannot be read.
+    Exits with code 1 if files of clips cannot be read, or the trainer of --for would drop clips.
     """
     from vidgen_ray.dataset.export import export_folder
 
     kinds = [name for name, is_given in (("image", image), ("video", video), ("hd", hd)) if is_given]
     if len(kinds) > 1:
         raise UsageError("--image, --video and --hd: only one can be given")
-    options |= {"transcode": transcode, "where": where, "files": kinds[0] if kinds else None, "splits": parse_splits(split)}
+    if options.get("trainer"):
+        if wrong := [name for name in ("format", "resize") if options.get(name)]:
+            raise UsageError(f"--for and --{wrong[0]}: only one can be given")
+        options["format"] = "captions"
+    elif options.get("fit"):
+        raise UsageError("--fit: needs --for TRAINER:MODEL")
+    options |= {"where": where, "files": kinds[0] if kinds else None, "splits": parse_splits(split)}
     if split_by:
         options["split_by"] = list(dict.fromkeys(key.strip() for each in split_by for key in each.split(",")))
     try:
@@ -292,7 +294,7 @@ def export(
         typer.echo(json.dumps(asdict(report)))
     else:
         _print_export(report)
-    if report.counts["failed"]:
+    if report.counts["failed"] or report.counts.get("dropped"):
         raise typer.Exit(1)
 
 
@@ -302,6 +304,8 @@ def _print_export(report: ExportReport) -> None:
             note(f"{row['id']}: {text}: {row['reason']}")
         if len(rows) > SHOWN_REASONS:
             note(f"{len(rows) - SHOWN_REASONS:,} more clips {text}; --json lists them")
+    for group in report.groups:
+        typer.echo(f"{count(group['clips'], 'clip')} of {group['each']}: {group['what']}")
     sizes = ", ".join(f"{name} {clips:,}" for name, clips in report.splits.items())
     counts = ", ".join(f"{number:,} {name}" for name, number in report.counts.items() if number)
     state = "is up to date" if report.up_to_date else f"written in {duration(report.seconds)}"

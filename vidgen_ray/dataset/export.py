@@ -42,6 +42,7 @@ from vidgen_ray.dataset.export_formats import (
 )
 from vidgen_ray.dataset.export_rows import FINISHED, REJECTED, ExportSettings, assign_splits, choose, count, load_rows
 from vidgen_ray.dataset.tables import columns_of, open_tables, quoted, write_parquet
+from vidgen_ray.dataset.trainer_files import apply_rules, groups_in_words, write_trainer_files
 from vidgen_ray.engine.ray_cluster import connected
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.outputs.lease import Lease, lease
@@ -83,7 +84,9 @@ class ExportReport:
     """Id and reason of each clip that this call removed. The same for the next two."""
     refused: list[dict[str, str]] = field(default_factory=list)
     missing: list[dict[str, str]] = field(default_factory=list)
-    """Selected shots without a file, or with one that cannot be read or encoded."""
+    """Selected shots without a file, with one that cannot be read or encoded, or that the trainer would drop."""
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    """For a trainer: number, shape and use of each group of equal clips."""
     seconds: float = 0
 
 
@@ -97,8 +100,9 @@ def export_folder(out: str, dest: str, settings: ExportSettings, address: str | 
     source, target = storage_at(out), storage_at(dest)
     _check_places(source, target)
     _read_state(target)
-    if settings.format == "lance" and target.local is None:
-        raise UsageError("--format lance: DEST must be a folder on a disk; copy it to the object store afterwards")
+    if (settings.format == "lance" or settings.trainer) and target.local is None:
+        option = "--for" if settings.trainer else "--format lance"
+        raise UsageError(f"{option}: DEST must be a folder on a disk; copy it to the object store afterwards")
     try:
         with lease(target, f"export-{secrets.token_hex(3)}") as held, open_tables(source) as database:
             report = _Export(source, target, settings, database, held, address, _read_state(target)).run()
@@ -141,6 +145,8 @@ class _Export:
     _state: dict[str, Any] | None
     _pending: list[str] = field(default_factory=list)
     _failed: int = 0
+    _dropped: int = 0
+    """Clips that the trainer would drop."""
     _saved: float = field(default_factory=time.monotonic)
 
     def run(self) -> ExportReport:
@@ -152,6 +158,9 @@ class _Export:
         self._key = "id" if settings.format == "lance" else "file"
         self._check_settings()
         load_rows(self._db, kind, settings.caption, in_shards=self._ending is not None)
+        if settings.target is not None:
+            apply_rules(self._db, settings.target, fit=settings.fit)
+            self._dropped = count(self._db, "all_shapes ANTI JOIN new USING (id)")
         places = assign_splits(self._db, settings.splits, settings.split_by, stored.get("places"))
         was_killed = self._clean_up()
         self._plan_shards() if self._ending else self._plan_files()
@@ -184,10 +193,12 @@ class _Export:
     def _check_settings(self) -> None:
         """Raise UsageError if the settings do not mix with those of the data set in `dest`, or nothing is chosen."""
         given, state, dest = self._settings, self._state, self._dest.url
+        if given.trainer and given.files == "image":
+            raise UsageError("--for: the selected shots have images, must be clips; --format captions exports images")
         if state is not None:
             if state["source"] != self._source.url:
                 raise UsageError(f"DEST: {dest} has clips of {state['source']}; export to another folder")
-            fixed = given.model_dump(mode="json", include={"format", "files", "splits", "split_by", "transcode"})
+            fixed = given.model_dump(mode="json", include={"format", "files", "splits", "split_by", "resize", "trainer"})
             for name, value in fixed.items():
                 if state[name] != value:
                     raise UsageError(
@@ -221,7 +232,7 @@ class _Export:
     def _plan_files(self) -> None:
         """Create the tables `todo` of rows to write, and `stale` of clips that must go first."""
         is_lance = self._settings.format == "lance"
-        name = ".lance'" if is_lance else "/', id, regexp_extract(_source, '[.][a-z0-9]+$')"
+        name = ".lance'" if is_lance else "/', _group, id, regexp_extract(_source, '[.][a-z0-9]+$')"
         # Of `videofolder`, the metadata has the rows.
         same = "content = _content" if self._settings.format == "videofolder" else "signature = _signature"
         self._db.execute(
@@ -305,7 +316,8 @@ class _Export:
             for name in db.execute("SELECT DISTINCT _file FROM todo ORDER BY _file").fetchall():
                 yield db.sql(f"{rows} WHERE _file = ? ORDER BY todo._place", params=name).to_arrow_table()
             return
-        is_linked = settings.format != "lance" and not settings.transcode and self._source.local and self._dest.local
+        is_encoded = settings.resize or settings.fit
+        is_linked = settings.format != "lance" and not is_encoded and self._source.local and self._dest.local
         size = BLOCK_ROWS if is_linked else SLOW_BLOCK_ROWS
         for batch in db.sql(f"{rows} ORDER BY split, todo._place").to_arrow_reader(size):
             yield pyarrow.Table.from_batches([batch])
@@ -408,9 +420,11 @@ class _Export:
             "unchanged": count(self._db, f"{both} = done.signature"),
             "rejected": count(self._db, REJECTED),
             "failed": self._failed,
+            **({"dropped": self._dropped} if self._settings.trainer else {}),
         }
         counted = self._db.execute("SELECT split, count(*) FROM done GROUP BY split").fetchall()
         report.splits = {name: dict(counted).get(name, 0) for name in self._settings.splits}
+        report.groups = groups_in_words(self._db) if self._settings.trainer else []
         stored = self._state or {}
         is_changed = any(report.counts[name] for name in ("added", "changed", "removed"))
         report.up_to_date = is_same and not is_changed and stored.get("missing") == report.missing
@@ -427,6 +441,9 @@ class _Export:
                 lines = (f"{json.dumps(each, ensure_ascii=False)}\n" for each in report.refused)
                 self._dest.write("refused.jsonl", "".join(lines))
             self._dest.write(STATE, json.dumps(state, indent=1, ensure_ascii=False))
+            if self._settings.target is not None:
+                files = self._settings.trainer or "", self._settings.target, self._settings.splits
+                write_trainer_files(self._db, self._dest, *files)
             write_card(self._dest, self._source)
         self._dest.delete(PENDING)
         return report

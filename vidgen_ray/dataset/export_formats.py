@@ -26,13 +26,14 @@ import pyarrow
 import pyarrow.parquet
 from more_itertools import batched, constrained_batches
 
-from vidgen_ray.dataset.export_rows import ExportSettings, Format, Transcode
+from vidgen_ray.dataset.export_rows import ExportSettings, Format
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, open_foreign_video, read_image, write_png
 from vidgen_ray.media.images import image_size
 from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, is_disk_full
 from vidgen_ray.provenance.record import metadata_of, read_provenance
 from vidgen_ray.system.cache_dir import sha256_of
+from vidgen_ray.trainers import Clip, shown_frames
 
 SHARD_ENDING: dict[Format, str] = {"webdataset": ".tar", "parquet": ".parquet"}
 """Format whose files have many clips -> ending of these files."""
@@ -131,9 +132,12 @@ def _clips(rows: Iterable[Row], target: Target, results: list[dict[str, Any]]) -
             with target.source.local_copy(row["_source"]) as path, tempfile.TemporaryDirectory(prefix="vidgen-") as folder:
                 if path.stat().st_size != row["_bytes"]:
                     raise FileNotFoundError
-                if target.settings.transcode:
+                if target.settings.trainer:
+                    _check_clip(path, Clip(*(row[name] for name in Clip._fields)))
+                if target.settings.resize or row["_encoded"]:
                     encoded = Path(folder, f"clip{Path(row['_source']).suffix}")
-                    result |= encode_again(path, encoded, target.settings.transcode)
+                    to = Clip(**row["_encoded"]) if row["_encoded"] else None
+                    result |= encode_again(path, encoded, target.settings.resize, to)
                     path = encoded
                 yield ExportedClip(row, path, result)
         except FileNotFoundError:
@@ -145,6 +149,14 @@ def _clips(rows: Iterable[Row], target: Target, results: list[dict[str, Any]]) -
         results.append(result)
 
 
+def _check_clip(path: Path, expected: Clip) -> None:
+    """Raise MediaError if a file is not the clip that its row describes."""
+    with open_foreign_video(path) as video:
+        found = Clip(video.frame_count, float(video.fps), video.width, video.height)
+    if found != expected:
+        raise MediaError(f"{path.name} has {found}; its row says {expected}")
+
+
 def _write_clip(clip: ExportedClip, target: Target) -> None:
     """Write a clip to a file of its own. A caption comes first, so that no clip is without one."""
     if target.settings.format == "lance":
@@ -152,7 +164,7 @@ def _write_clip(clip: ExportedClip, target: Target) -> None:
         return
     if target.settings.format == "captions":
         target.dest.write(caption_file(clip.row["_file"]), clip.row["caption"])
-    if target.source.local and target.dest.local and not target.settings.transcode:
+    if target.source.local and target.dest.local and not (target.settings.resize or clip.row["_encoded"]):
         to = target.dest.local / clip.row["_file"]
         to.parent.mkdir(parents=True, exist_ok=True)
         # Fails if they are on two disks, or the disk has no links.
@@ -232,27 +244,27 @@ def delete_from_lance(dest: Storage, split: str, ids: Sequence[str]) -> None:
     dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
 
 
-def encode_again(path: Path, to: Path, transcode: Transcode) -> dict[str, Any]:
-    """Encode a clip or an image as asked, with the marks of its origin. Return its properties. Raises MediaError."""
+def encode_again(path: Path, to: Path, resize: str | None, clip: Clip | None = None) -> dict[str, Any]:
+    """Encode a clip or an image again, with the marks of its origin. Return its properties. Raises MediaError.
+
+    `resize`: width and height, or the shorter side. `clip`: all properties of the result, in place of it.
+    """
     marks = metadata_of(read_provenance(path).record)
     if to.suffix == ".png":
-        width, height = _size(*image_size(path), transcode.resize)
+        width, height = _size(*image_size(path), resize)
         write_png(to, cover_crop(read_image(path), width, height), marks)
         timing = {}
     else:
         with open_foreign_video(path) as video:
-            fps = video.fps if transcode.fps is None else Fraction(str(transcode.fps))
-            count = max(1, round(video.frame_count * fps / video.fps))
-            if transcode.frames is not None and count < transcode.frames:
-                raise MediaError(f"has {count} frames, fewer than --frames {transcode.frames}")
-            count = transcode.frames or count
-            # Each frame is the one that is shown at its time.
-            shown = [min(int(number * video.fps / fps), video.frame_count - 1) for number in range(count)]
-            width, height = _size(video.width, video.height, transcode.resize)
-            with Mp4Writer(to, width, height, fps, Mp4Settings(), marks) as clip:
+            size = _size(video.width, video.height, resize)
+            clip = clip or Clip(video.frame_count, float(video.fps), *size)
+            shown, fps = shown_frames(video.frame_count, video.fps, clip), Fraction(clip.fps).limit_denominator(1001)
+            with Mp4Writer(to, clip.width, clip.height, fps, Mp4Settings(), marks) as written:
                 for indices in batched(shown, DECODED_FRAMES):
-                    clip.write(np.stack([cover_crop(frame, width, height) for frame in video.frames_at(indices)]))
-        timing = {"num_frames": count, "fps": float(fps), "duration_s": float(count / fps)}
+                    frames = video.frames_at(indices)
+                    written.write(np.stack([cover_crop(frame, clip.width, clip.height) for frame in frames]))
+        width, height = clip.width, clip.height
+        timing = {"num_frames": len(shown), "fps": float(fps), "duration_s": float(len(shown) / fps)}
     return {"sha256": sha256_of(to), "bytes": to.stat().st_size, "width": width, "height": height, **timing}
 
 

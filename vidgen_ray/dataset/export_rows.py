@@ -20,11 +20,13 @@ import pyarrow
 from pydantic import Field, field_validator
 
 from vidgen_ray.cli.commands import note
+from vidgen_ray.cli.options import FOR_HELP
 from vidgen_ray.dataset.tables import IN_SCRIPT_ORDER, columns_of, quoted, run_query, selection
-from vidgen_ray.errors import FrozenModel, StrictModel, UsageError, shortened
+from vidgen_ray.errors import FrozenModel, UsageError, shortened
 from vidgen_ray.licences import ALLOWED, Requirement
 from vidgen_ray.outputs.manifest import SCHEMA
 from vidgen_ray.safety import DECLARED_BASES
+from vidgen_ray.trainers import Target, parse_target
 
 Format = Literal["videofolder", "webdataset", "parquet", "lance", "captions"]
 Kind = Literal["image", "video", "hd", "clip"]
@@ -40,6 +42,7 @@ INTERNAL = re.compile(
     r"|note|who|reviewed_at"
 )
 """Columns of `clips` that a data set does not have: internal ones, files of this machine, and what reviewers wrote."""
+ENCODED = "STRUCT(num_frames BIGINT, fps DOUBLE, width BIGINT, height BIGINT)"
 OWN_COLUMNS = ("split", "file_name", "video", "image")
 """Columns of data sets beside those of `new`. Scores of the same name get another one."""
 # Keys are named so that the key of a shot sorts last: a group keeps its smallest key when shots are added.
@@ -58,38 +61,24 @@ RECORDED_GROUPS = 10_000
 """Groups below which all splits are recorded, since the set may become one of few groups."""
 
 
-class Transcode(StrictModel):
-    """Settings of clips that are encoded again. Without any, their bytes are copied."""
-
-    resize: str | None = Field(None, description="Encode again, cropped around the centre, or with this shorter side.")
-    fps: float | None = Field(None, ge=1, le=240, description="Encode again at this frame rate: repeat or leave out frames.")
-    frames: int | None = Field(None, ge=1, description="Encode the first N frames; shorter clips are left out.")
-
-    @field_validator("resize")
-    @classmethod
-    def _check_resize(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[1-9]\d{1,4}|[1-9]\d{0,3}[02468]x[1-9]\d{0,3}[02468]", value):
-            raise ValueError("must be WIDTHxHEIGHT in even numbers of pixels, or those of the shorter side")
-        return value
-
-    def __bool__(self) -> bool:
-        return any(value is not None for _, value in self)
-
-
 class ExportSettings(FrozenModel):
     """Settings of a data set."""
 
     format: Format = Field(
         "videofolder",
         description="videofolder (MP4 files and metadata.parquet, for datasets), webdataset (tar shards), parquet (clips "
-        "inside), lance, or captions (a .txt beside each clip).",
+        "inside), lance, or captions (a .txt beside each file).",
     )
     files: Kind | None = None
     """`clip`: the upscaled clip of a shot, otherwise its clip. `None`: `clip`, or `image` if no shot has a clip."""
     splits: dict[str, float] = Field(default_factory=lambda: {"train": 1.0})
     """Name -> share of the clips, in order."""
     split_by: tuple[SplitKey, ...] = ("prompt", "character")
-    transcode: Transcode = Transcode()
+    resize: str | None = Field(None, description="Encode again, cropped around the centre, or with this shorter side.")
+    trainer: str | None = Field(
+        None, description=f"Clips, captions and configuration for a trainer, and used.json: what it does with each. {FOR_HELP}"
+    )
+    fit: bool = Field(False, description="Encode clips again that the trainer would cut, drop, or train at another speed.")
     where: str | None = None
     best: str | None = Field(None, description="Of the seeds of a line, only the shot with the highest value of this SQL.")
     cleared: Requirement | None = Field(
@@ -100,16 +89,28 @@ class ExportSettings(FrozenModel):
     caption: str = Field("{prompt}", description="Such as 'A video of {character}: {metadata.scene}', with columns of `clips`.")
     shard_mb: int = Field(500, description="Size of the shards of webdataset and parquet. Their last clip may exceed it.")
 
+    @field_validator("resize")
+    @classmethod
+    def _check_resize(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[1-9]\d{1,4}|[1-9]\d{0,3}[02468]x[1-9]\d{0,3}[02468]", value):
+            raise ValueError("must be WIDTHxHEIGHT in even numbers of pixels, or those of the shorter side")
+        return value
+
+    @property
+    def target(self) -> Target | None:
+        return None if self.trainer is None else parse_target(self.trainer)
+
     def options(self) -> list[str]:
         """Return the options of the command for settings other than the defaults."""
-        values = self.model_dump(exclude_defaults=True, exclude={"files", "transcode"})
-        values |= self.transcode.model_dump(exclude_none=True)
+        values = self.model_dump(exclude_defaults=True, exclude={"files", "trainer", "fit"})
         if "splits" in values:
             values["split"] = ",".join(f"{name}={share:g}" for name, share in values.pop("splits").items())
         if "split_by" in values:
             values["split_by"] = ",".join(values["split_by"])
         kind = [] if self.files in (None, "clip") else [f"--{self.files}"]
-        return [*kind, *(text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value)))]
+        trainer = [] if self.trainer is None else ["--for", self.trainer, *(["--fit"] if self.fit else [])]
+        named = (text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value)))
+        return [*kind, *trainer, *named]
 
 
 def parse_splits(text: str) -> dict[str, float]:
@@ -163,6 +164,7 @@ def load_rows(database: duckdb.DuckDBPyConnection, kind: Kind, caption: str, *, 
     """Create the table `new` with the rows of `chosen`: the columns of the data set, and others whose names start with `_`.
 
     `_source` and `_bytes`: the file in the output folder. `_sample`: name of the clip, without dots in shards. `_place`: order.
+    `_group` and `_encoded`: folder below that of the split, and what the clip is encoded as; `apply_rules` sets them.
     `_content` changes with the clip, `_signature` with the row, too. Raises UsageError for a caption with unknown names.
     """
     path, sha256, size = (
@@ -192,7 +194,8 @@ def load_rows(database: duckdb.DuckDBPyConnection, kind: Kind, caption: str, *, 
         f"""CREATE TABLE new AS
         WITH record AS (SELECT {listed} FROM {CHOSEN_CLIPS}),
         file AS (
-            SELECT id, row_number() OVER ({IN_SCRIPT_ORDER}) AS _place, {path} AS _source, {size} AS _bytes, {sample} AS _sample
+            SELECT id, row_number() OVER ({IN_SCRIPT_ORDER}) AS _place, {path} AS _source, {size} AS _bytes,
+                {sample} AS _sample, '' AS _group, NULL::{ENCODED} AS _encoded
             FROM {CHOSEN_CLIPS}
         )
         SELECT record.*, file.* EXCLUDE (id), sha256(concat_ws(' ', _source, sha256, _bytes)) AS _content,
