@@ -188,7 +188,7 @@ def test_private_names_of_ray_do_what_they_are_used_for(idle, name):
 @pytest.mark.parametrize(
     ("shown", "gpus", "card"),
     [
-        ("NVIDIA GB10, [N/A]\n", (76.0,), "GB10"),
+        ("NVIDIA GB10, [N/A]\n", (74.0,), "GB10"),
         ("NVIDIA L40S, 46080\nNVIDIA L40S, [GPU requires reset]\n", (45.0,), "L40S"),
         ("", (), None),
     ],
@@ -200,7 +200,7 @@ def test_node_has_the_gpus_that_nvidia_smi_shows(monkeypatch, shown, gpus, card)
     resources = {"GPU": len(gpus), "CPU": 20.0, "memory": 80 * GB}
     node = ray_cluster._node({"NodeID": "id", "NodeManagerAddress": "10.0.0.1"}, resources)
     assert (node.gpus, node.card and node.card.name) == (gpus, card)
-    assert node.memory_gb == (76 if node.is_unified else 80)
+    assert node.memory_gb == (74 if node.is_unified else 80)
     with pytest.raises(SetupError, match=f"Ray has {len(gpus) + 1} GPUs, nvidia-smi shows {len(gpus)}"):
         ray_cluster._node({"NodeID": "id", "NodeManagerAddress": "10.0.0.1"}, {**resources, "GPU": len(gpus) + 1})
 

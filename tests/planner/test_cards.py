@@ -78,7 +78,7 @@ def test_integrated_gpu_has_the_memory_of_the_host_less_that_of_ray(monkeypatch,
     monkeypatch.setattr(cluster.os, "sysconf", lambda what: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 100 * GB / 4096}[what])
     (node,) = this_machine().nodes
     assert (node.card.name, node.is_unified) == (card_name, is_integrated)
-    assert (node.gpus, node.memory_gb) == (((66.0,), 66.0) if is_integrated else ((90.0,), 100.0))
+    assert (node.gpus, node.memory_gb) == (((64.0,), 64.0) if is_integrated else ((90.0,), 100.0))
 
 
 def computed(name, stage, fields, **options):

@@ -140,8 +140,8 @@ WITHOUT_X = re.compile(r"(\d+)?([A-Z][A-Z0-9-]*)", re.IGNORECASE)
 MAX_GPUS = 100_000
 RAY_STORE_SHARE = 0.3
 """Part of a machine's memory that Ray's object store may take by default."""
-OTHER_PROCESSES_GB = 4.0
-"""Unified memory for Ray, driver, director and encoders. An assumption."""
+OTHER_PROCESSES_GB = 6.0
+"""Unified memory for Ray, driver, director and encoders. x264 takes 1.7 GB at 4096x2304; the rest is an assumption."""
 NOMINAL_GB = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 180)
 """Nominal memory sizes of GPUs. torch and the driver report different values, up to 1/12 less."""
 
