@@ -478,8 +478,10 @@ def _explain_host_memory(problem: PackingProblem, candidates: Candidates, cluste
     load_gb = max(assignment.load_gb for assignment in slots)
     while_loading = f" ({load_gb:.4g} GB of it for the largest weights, which pass through host memory)" if load_gb else ""
     available = ", ".join(f"{node.memory_gb:.4g}" for node in cluster.nodes if node.memory_gb is not None)
-    memory = "memory, which GPU and host share" if cluster.nodes[node].is_unified else "host memory"
-    return f"{memory}: {needs[node]:.4g} GB are needed on one node{while_loading}; the nodes have {available} GB"
+    needed = f"{needs[node]:.4g} GB are needed on one node{while_loading}; the nodes have {available} GB"
+    if cluster.nodes[node].is_unified:
+        return f"memory, which GPU and host share: {needed}; with a smaller object store of Ray it is more, see docs/gpu.md"
+    return f"host memory: {needed}"
 
 
 def _without_limits(cluster: Cluster, cpus: float | None = None) -> Cluster:
