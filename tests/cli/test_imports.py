@@ -1,8 +1,9 @@
-"""What a command may import. A heavy package that a command does not need costs all who call it."""
+"""What commands and workers may import. A heavy package that they do not need takes time at each start."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 from tests.upscale.videos import write_video
 from vidgen_ray.cli.app import LISTED, app
 
+ROOT = Path(__file__).parents[2]
 HEAVY = {
     *("PIL", "accelerate", "av", "cv2", "diffusers", "duckdb", "fastapi", "httpx2", "more_itertools", "numpy", "obstore"),
     *(
@@ -49,17 +51,16 @@ COMMANDS = {
 }
 
 
-def imported_by(words: list[str], folder: Path) -> set[str]:
-    """Run a command in a process of its own, and return the modules of `HEAVY` that it imports."""
-    code = (
-        "import json, sys; from vidgen_ray.cli import main; code = main(sys.argv[2:]);"
-        "open(sys.argv[1], 'w').write(json.dumps([code, sorted(sys.modules)]))"
-    )
+WORKER = {"PIL", "numpy", "pydantic", "ray", "vidgen_ray.graph", "vidgen_ray.remote", "yaml"}
+
+
+def imported_by(code: str, words: list[str], folder: Path) -> set[str]:
+    """Run code with these arguments in a process of its own, and return the modules of `HEAVY` that it imports."""
     out = folder / "modules.json"
-    subprocess.run([sys.executable, "-c", code, str(out), *words], check=True, capture_output=True, cwd=folder)
-    code, modules = json.loads(out.read_text())
-    assert code == 0
-    return HEAVY & set(modules)
+    code = f"import json, sys; {code}; open({str(out)!r}, 'w').write(json.dumps(sorted(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, cwd=folder, env=environment)
+    return HEAVY & set(json.loads(out.read_text()))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -68,7 +69,12 @@ def test_command_imports_only_what_it_runs(command, tmp_path):
     script.write_text('{"prompt": "a cat"}\n')
     video = write_video(tmp_path / "video.mp4", 1)
     words = command.replace("SCRIPT", str(script)).replace("VIDEO", str(video)).split()
-    assert imported_by(words, tmp_path) == COMMANDS[command]
+    code = "from vidgen_ray.cli import main; assert main(sys.argv[1:]) == 0"
+    assert imported_by(code, words, tmp_path) == COMMANDS[command]
+
+
+def test_worker_with_simulated_stages_imports_no_networks(tmp_path):
+    assert imported_by("import vidgen_ray.engine.worker, benchmarks.simulated_stages", [], tmp_path) == WORKER
 
 
 def test_help_says_what_the_commands_say():

@@ -8,8 +8,10 @@ import sys
 
 from vidgen_ray.content_keys import params_of
 from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.qwen_edit import QwenEditStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
+from vidgen_ray.stages.wan import WanStage
 
 HEAVY = (
     *("boto3", "pandas", "scipy.integrate", "scipy.optimize", "scipy.stats", "torch._dynamo", "torch.distributed.tensor"),
@@ -18,7 +20,10 @@ HEAVY = (
 RENDER = """
 import json, sys
 from vidgen_ray.pipeline import VideoGenerationPipeline
-VideoGenerationPipeline.from_profile("tiny").generate_video("a cat", seed=1)
+pipeline = VideoGenerationPipeline.from_profile("tiny")
+pipeline.generate_video("a cat", seed=1)
+style = {"use_hunyuan_style": True, "style_model": "qwen-edit", "style_prompt": "a drawing"}
+pipeline.generate_video("a cat", seed=1, video_model="wan", **style)
 print(json.dumps([name for name in sys.argv[1:] if name in sys.modules]))
 import torchvision
 assert torchvision.models.resnet18 and torchvision.datasets.MNIST
@@ -37,7 +42,7 @@ assert torch.compile(lambda number: number + 1, backend="eager")(torch.ones(1)) 
 
 
 def test_a_shot_on_a_cpu_is_rendered_without_compiler_and_scipy(tiny):
-    params_of(tiny, [FluxStage, SVDStage, RealESRGANStage])  # builds the weights, which imports more
+    params_of(tiny, [FluxStage, QwenEditStage, SVDStage, WanStage, RealESRGANStage])  # builds the weights, which imports more
     ended = subprocess.run([sys.executable, "-c", RENDER, *HEAVY], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout.splitlines()[0]) == []

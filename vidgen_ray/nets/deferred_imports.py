@@ -42,6 +42,8 @@ class _DeferredModule(ModuleType):
         name = self.__name__
         if attribute.startswith("__"):
             raise AttributeError(attribute)
+        if (name, attribute) == ("torch._dynamo", "is_compiling") and name not in sys.modules:
+            return lambda: False  # asked by Qwen's transformer in each call
         if not finder.defers(name):
             return getattr(importlib.import_module(name), attribute)
         if name == "torch._dynamo" and attribute in MARKS:
