@@ -41,6 +41,7 @@ from benchmarks.meta_networks import realesrgan_network
 from vidgen_ray.bench.bench_command import PROMPT, BenchOptions, lora_for, measure_stage, random_models, with_random_weights
 from vidgen_ray.bench.published_models import RandomModel, write_random_infusenet
 from vidgen_ray.cli.doctor import check_driver, check_python, check_shared_memory, check_torch, memory_limit_gb
+from vidgen_ray.engine.gpu_group import GpuGroup
 from vidgen_ray.planner import peak_shares, profile_for, this_machine
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.planner.speed_trials import Trial, invented_item, run_once, try_option
@@ -224,6 +225,10 @@ FACE = {"face_image": [str(ROOT / "examples" / "faces" / "astronaut.jpg")], "ide
 OpenCV."""
 
 
+WAN = {"video_model": "wan", "guidance": {"wan": 1}}
+"""Fields of a shot by Wan with one pass per step."""
+
+
 def changed_params(params: StageParams, options: Mapping[str, Any]) -> StageParams:
     return type(params).model_validate({**dict(params), **options})
 
@@ -328,7 +333,7 @@ def _chain(run: Run, lora: Mapping[str, str]) -> dict[str, Any]:
 
 def wan_step(run: Run) -> None:
     """Measure one and two steps of Wan with one pass each, decoded in tiles, and its networks."""
-    fields = {"video_model": "wan", "guidance": {"wan": 1}, **sized(run.on_gpu, 1280, 704, 81)}
+    fields = {**WAN, **sized(run.on_gpu, 1280, 704, 81)}
     wan = partial(Case, WanStage, fields=fields, bench=BenchOptions(steps=(1, 2), repeats=1))
 
     def networks() -> dict[str, Any]:
@@ -434,14 +439,15 @@ def upscaler_step(run: Run) -> None:
 
 
 def options_step(run: Run) -> None:
-    """Try speed options of FLUX and SVD as `vidgen bench` does, and count what a compiled FLUX compiles again."""
+    """Try speed options of FLUX, SVD and Wan as `vidgen bench` does, and count what a compiled FLUX compiles again."""
     fields = {**run.clip, "steps": {"flux": 4, "lora": 4, "svd": 4}}
 
     def tried(actor: str, options: Mapping[str, Any], *, exact: bool = False) -> dict[str, Any]:
         """Try the last option. Those before it are set."""
         profile = run.profile.with_options({actor: dict([*options.items()][:-1])})
         names = ("flux", "lora") if actor == "flux" else (actor,)
-        shots = [(name, shot_for(profile, **fields, **(FACE if actor == "flux" else {}), **loras[-1])) for name in names]
+        own = {"flux": {**fields, **FACE}, "svd": fields, "wan": {**fields, **WAN, "steps": {"wan": 2}}}[actor]
+        shots = [(name, shot_for(profile, **own, **loras[-1])) for name in names]
         with torch._inductor.config.patch(emulate_precision_casts=exact):
             result = try_option(Trial(profile, actor, *[*options.items()][-1]), shots)
         return {"trial": result.model_dump(), "problem": result.error or None, "rejected": result.rejected}
@@ -452,6 +458,7 @@ def options_step(run: Run) -> None:
         ("flux", {"quantize": "fp8", "compile": True}),
         ("svd", {"compile": True}),
         ("svd", {"compile": True, "channels_last": True}),
+        ("wan", {"quantize": "fp8"}),
         ("flux", {"quantize": "fp8_storage"}),
         ("flux", {"attention_backend": "_native_cudnn"}),
     )
@@ -513,7 +520,7 @@ def others_step(run: Run) -> None:
         "video_model": "ltx",
         **(sized(True, 1216, 704, 121) if run.on_gpu else {"width": 128, "height": 64, "num_frames": 9}),
     }
-    wan = {"video_model": "wan", "guidance": {"wan": 1}, **sized(run.on_gpu, 1280, 704, 81)}
+    wan = {**WAN, **sized(run.on_gpu, 1280, 704, 81)}
     measure_cases(
         run,
         {
@@ -523,6 +530,68 @@ def others_step(run: Run) -> None:
             "klein compile: True": Case(Flux2KleinStage, {"compile": True}, klein, bench_options(run.on_gpu)),
             "wan compile: True": Case(WanStage, {"vae_tiling": True, "compile": True}, wan, BenchOptions((1, 2), 1)),
         },
+    )
+
+
+# Groups of GPUs
+
+
+PROFILE = "VIDGEN_FIRST_HOUR_PROFILE"
+"""Environment variable with the name of the profile, for processes of a group."""
+
+
+class RandomInGroup(Stage[Any]):
+    """Mixin of a stage whose networks have random weights, also in the processes of a group."""
+
+    def load(self) -> None:
+        if not torch.cuda.is_available():
+            speed.COMPILE_BACKEND = "eager"
+        profile = profile_for(os.environ[PROFILE])
+        with with_random_weights(profile, random_models(profile)):
+            super().load()  # type: ignore[safe-super]  # that of the stage, the next base class
+
+
+class FluxInGroup(RandomInGroup, FluxStage): ...
+
+
+class SVDInGroup(RandomInGroup, SVDStage): ...
+
+
+class WanInGroup(RandomInGroup, WanStage): ...
+
+
+def group_step(run: Run) -> None:
+    """Measure stages on one GPU and on a group of two, and compare what they make."""
+    if run.on_gpu and torch.cuda.device_count() < 2:
+        run.rows.add("group of two GPUs", "the machine has one GPU", {})
+        return
+    wan = {**WAN, **sized(run.on_gpu, 832, 480, 81), "steps": {"wan": 2}}
+    stages = ((FluxInGroup, sized(run.on_gpu, 1024, 1024, 25)), (SVDInGroup, run.clip), (WanInGroup, wan))
+
+    def measured(stage: type[Stage[Any]], fields: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        params = stage.divided(changed_params(run.profile.params(stage), options))
+        item, group = invented_item(stage, shot_for(run.profile, **fields)), GpuGroup(2)
+
+        def seconds_and_result(kind: Stage[Any]) -> tuple[float, np.ndarray[Any, Any]]:
+            with kind:
+                result = run_once(kind, item)
+                return seconds_of(partial(run_once, kind, item)), result
+
+        alone_s, alone = seconds_and_result(stage(params))
+        free_gpu_memory()
+        try:
+            group_s, together = seconds_and_result(group.divided(stage, params))
+        finally:
+            group.stop()
+        levels = float(np.abs(together.astype(int) - alone).mean())
+        return {"alone_s": alone_s, "group_s": group_s, "levels": levels, "problem": group.lost or None}
+
+    run.rows.measure(
+        {
+            f"group {stage.name}{' compile: True' if compiled else ''}": partial(measured, stage, fields, {"compile": compiled})
+            for compiled in ((False, True) if run.on_gpu else (False,))
+            for stage, fields in stages
+        }
     )
 
 
@@ -575,6 +644,7 @@ STEPS: Mapping[str, Callable[[Run], None]] = {
     "tests": partial(tests_step, chosen="not compile"),
     "small": small_step,
     "others": others_step,
+    "group": group_step,
     "compile": partial(tests_step, chosen="compile"),
 }
 
@@ -612,6 +682,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--until", type=float, default=float("inf"), help="end of the process, by the monotonic clock")
     args = parser.parse_args(argv)
     profile, on_gpu = profile_for(args.profile), torch.cuda.is_available()
+    os.environ[PROFILE] = args.profile
     header = {"step": args.step, "profile": profile.name, "card": this_machine().card, "machine": _machine()}
     rows = Rows(args.file, header, args.until)
     # Weights that come with a bundle, in place of the packages that have them.

@@ -59,7 +59,7 @@ def test_steps_become_a_page_and_calibrations(folder, tmp_path, monkeypatch):
 def test_other_steps_run_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "COMPILE_BACKEND", speed.COMPILE_BACKEND)
     missing = {"pinned memory", "encoding", "wan attention_backend: _native_cudnn", "flux attention_backend: _native_cudnn"}
-    for step in ("machine", "profile", "wan", "swap", "bytes", "upscaler", "options", "small", "others"):
+    for step in ("machine", "profile", "wan", "swap", "bytes", "upscaler", "options", "small", "others", "group"):
         file = tmp_path / f"{step}.json"
         assert gpu_steps.main([step, str(file), "--profile", "tiny"]) == 0
         problems = {name for name, problem in Rows(file).problems.items() if problem and "fp8" not in name}

@@ -43,6 +43,7 @@ STEPS = (
     "tests",
     "small",
     "others",
+    "group",
     "compile",
 )
 """In the order of their value."""
