@@ -570,6 +570,8 @@ def group_step(run: Run) -> None:
 
     def measured(stage: type[Stage[Any]], fields: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         params = stage.divided(changed_params(run.profile.params(stage), options))
+        if params is None:
+            return {"problem": "not divided with the options of this card"}
         item, group = invented_item(stage, shot_for(run.profile, **fields)), GpuGroup(2)
 
         def seconds_and_result(kind: Stage[Any]) -> tuple[float, np.ndarray[Any, Any]]:

@@ -132,7 +132,12 @@ class Runner:
     def __init__(self, weights, processes, wan, compiled):
         self.group = GpuGroup(processes)
         flux = FluxParams(
-            weights=weights / "flux", extra_weights={"infusenet": weights / "infusenet"}, text_tokens=64, threads=1
+            weights=weights / "flux",
+            extra_weights={"infusenet": weights / "infusenet"},
+            text_tokens=64,
+            threads=1,
+            # Its casts are not compiled.
+            quantize="none" if compiled else "fp8_storage",
         )
         svd = SVDParams(weights=resolve("builtin:tiny/svd"), threads=1)
         self.params = {CountingFlux: flux, CountingSVD: svd, CountingWan: WanParams(weights=weights / wan, threads=1)}

@@ -131,7 +131,7 @@ class FluxFamilyStage(Stage[FluxParams]):
 
     @classmethod
     def divided(cls, params: FluxParams) -> FluxParams | None:
-        can_divide = params.quantize == "none" and params.attention_backend in ATTENTION_BACKENDS
+        can_divide = params.attention_backend in ATTENTION_BACKENDS
         # A step cache compares the tokens of a process, so the processes would not skip the same blocks.
         return params.model_copy(update={"step_cache_threshold": None}) if can_divide else None
 
