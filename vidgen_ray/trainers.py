@@ -245,10 +245,10 @@ def _use(trainer: Trainer, model: TrainedModel, clip: Clip) -> Use:
     problem = None
     if frames < least:
         problem = f"too short: {seen} frames at {model.fps} fps, at least {least} are needed"
-    elif abs(speed - 1) > MAX_SPEED_ERROR:
-        problem = f"would be trained at {speed:.3g} times its speed: the trainer {trainer.rate}"
     elif not width or not height:
         problem = f"{clip.width}x{clip.height} has no size in multiples of {model.side_step_px} pixels"
+    elif abs(speed - 1) > MAX_SPEED_ERROR:
+        problem = f"would be trained at {speed:.3g} times its speed: the trainer {trainer.rate}"
     return Use(seen, frames, width, height, speed, problem)
 
 

@@ -98,6 +98,9 @@ def test_each_clip_is_in_a_configured_group_or_dropped_with_the_reason(target, s
     before = content_of(dest)
     assert export_to(dest, shapes, trainer=target, **SETTINGS).up_to_date
     assert content_of(dest) == before
+    dest = dest.rename(tmp_path / "moved")
+    export_to(dest, shapes, trainer=target, **SETTINGS)
+    assert all(folder.startswith(f"{dest}/") for folder in configured(target, dest, "train"))
     # What was dropped or cut is encoded again in the same data set.
     report = export_to(dest, shapes, trainer=target, fit=True, **SETTINGS)
     assert report.counts["dropped"] == 0

@@ -169,6 +169,8 @@ class _Export:
             "columns": {field.name: str(field.type) for field in self._db.sql(self._rows()).to_arrow_reader(1).schema},
             "refused": self._reasons("SELECT * FROM refused"),
             "places": places,
+            # Configurations have it.
+            **({"dest": self._dest.url} if settings.trainer else {}),
         }
         is_same = all(stored.get(name) == value for name, value in described.items())
         if not is_same:
