@@ -270,8 +270,7 @@ def shown_frames(frames: int, fps: float | Fraction, clip: Clip) -> list[int]:
 def fit_cost(clip: Clip, fitted: Clip) -> str:
     """Return in words what is lost if a clip is encoded again as another one."""
     shown = len(set(shown_frames(clip.num_frames, clip.fps, fitted)))
-    counts = {"repeated": fitted.num_frames - shown, "left out": clip.num_frames - shown}
-    return f"encoded again as {fitted}: {', '.join(f'{count} frames {name}' for name, count in counts.items())}"
+    return f"encoded again as {fitted}, frames repeated: {fitted.num_frames - shown}, left out: {clip.num_frames - shown}"
 
 
 def described(clip: Clip, target: Target) -> str:

@@ -5,6 +5,7 @@ that the trainers import but that their data code does not use are replaced.
 """
 
 import json
+import shlex
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -60,7 +61,7 @@ def read_diffsynth(target, folder, split):
     from diffsynth.core.data.unified_dataset import UnifiedDataset
 
     is_ltx = target.model.frame_step == 8
-    words = [json.loads(word) if word[0] == '"' else word for word in (folder / f"{split}.args").read_text().split()]
+    words = shlex.split((folder / f"{split}.args").read_text())
     options = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
     # As examples/wanvideo/model_training/train.py and examples/ltx2/model_training/train.py call it.
     rest = {"frame_rate": float(options["frame_rate"]), "fix_frame_rate": True} if is_ltx else {}

@@ -107,9 +107,8 @@ def test_each_clip_is_in_a_configured_group_or_dropped_with_the_reason(target, s
     fitted = used_clips(dest)
     assert {clip["status"] for clip in fitted.values()} == {"used"}
     assert {str(path.relative_to(dest)) for path in dest.rglob("*.mp4")} == {clip["file"] for clip in fitted.values()}
-    assert re.search(
-        r"all \d frames; encoded again as \d frames at \d\d fps, 128x64: \d frames repeated", fitted["short.0"]["reason"]
-    )
+    again = r"all \d frames; encoded again as \d frames at \d\d fps, 128x64, frames repeated: \d, left out: 0"
+    assert re.search(again, fitted["short.0"]["reason"])
 
 
 @pytest.mark.usefixtures("inline")

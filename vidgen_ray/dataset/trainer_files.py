@@ -6,6 +6,7 @@ The rules of the trainers are in `vidgen_ray/trainers.py`.
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -183,8 +184,8 @@ def _finetrainers(root: Path, split: str, groups: Sequence[Group], clips: Sequen
 def _diffsynth(root: Path, split: str, groups: Sequence[Group], clips: Sequence[UsedClip], target: Target) -> dict[str, str]:
     model, lines = target.model, (json.dumps({"video": clip.file, "prompt": clip.caption}) for clip in clips)
     options = {
-        "dataset_base_path": json.dumps(str(root), ensure_ascii=False),
-        "dataset_metadata_path": json.dumps(f"{root}/{split}.jsonl", ensure_ascii=False),
+        "dataset_base_path": shlex.quote(str(root)),
+        "dataset_metadata_path": shlex.quote(f"{root}/{split}.jsonl"),
         "data_file_keys": "video",
         "num_frames": model.frames,
         "max_pixels": model.pixels,
