@@ -25,14 +25,15 @@ $(VENV)/.installed: pyproject.toml packaging/onnxruntime/pyproject.toml $(CLIENT
 demo: setup
 	$(BIN)/vidgen demo --out out/demo
 
-# A data set of 24 prompts, two people and two strengths of their photos: rendered, scored, reviewed, compared, exported.
+# A data set of 24 prompts, two people and two strengths of their photos: rendered, scored, reviewed, captioned, compared, exported.
 DATASET := out/dataset
 dataset-demo: setup
 	$(BIN)/vidgen render examples/dataset/script.yaml --profile demo --out $(DATASET)/clips --score
 	$(BIN)/vidgen review $(DATASET)/clips examples/dataset/reviews.json
+	$(BIN)/vidgen caption $(DATASET)/clips
 	$(BIN)/vidgen compare $(DATASET)/clips
-	$(BIN)/vidgen export $(DATASET)/clips $(DATASET)/export --where "verdict IS DISTINCT FROM 'reject' AND likeness_worst > 0.4" \
-		--caption "{character}, {prompt}" --split train=0.8,val=0.2 --split-by prompt
+	$(BIN)/vidgen export $(DATASET)/clips $(DATASET)/export --where "verdict IS DISTINCT FROM 'reject' AND likeness_worst > 0.4 AND agrees = 1" \
+		--caption "{character}, {caption}" --split train=0.8,val=0.2 --split-by prompt
 
 # Processes have one torch thread each. -rs lists skipped tests with the reason (no GPU, browser or database).
 PYTEST := $(BIN)/python -m pytest --dist loadgroup --no-loadscope-reorder -rs --durations 15

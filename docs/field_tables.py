@@ -16,6 +16,7 @@ if __package__ in (None, ""):
 
 from vidgen_ray.batch.shot_queue import Task
 from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.dataset.captions import COLUMNS as CAPTIONS
 from vidgen_ray.dataset.measurements import SCORERS
 from vidgen_ray.dataset.score_folder import NEIGHBOURS
 from vidgen_ray.graph import STAGES
@@ -147,7 +148,7 @@ def score_columns() -> Iterator[str]:
     """Yield a line for each column of the built-in scorers."""
     for scorer in SCORERS:
         yield from (f"- `{name}`: {column.description}" for name, column in scorer.columns.items())
-    yield from (f"- `{name}`: {column.description}" for name, column in NEIGHBOURS.items())
+    yield from (f"- `{name}`: {column.description}" for name, column in (NEIGHBOURS | CAPTIONS).items())
 
 
 def first_sentence(docstring: str | None) -> str:

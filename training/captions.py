@@ -5,42 +5,18 @@ from __future__ import annotations
 from random import Random
 
 from training.world import Identity, Person, Scene, Thing
+from vidgen_ray.dataset.demo_captioner import PHRASES
 
-PLACE_WORDS = {
-    "meadow": ("in a meadow", "on green grass", "in a green field"),
-    "sea": ("by the sea", "at the sea", "on the water"),
-    "desert": ("in the desert", "on the sand", "among dunes"),
-    "snow": ("in the snow", "on white snow", "in the mountains"),
-    "city": ("in the city", "in a city street", "among houses of a town"),
-}
-WEATHER_WORDS = {
-    "sunny": ("on a sunny day", "under a blue sky", "in the sun"),
-    "cloudy": ("on a cloudy day", "under a grey sky", "in the fog"),
-    "sunset": ("at sunset", "in the evening light", "at dusk"),
-    "night": ("at night", "under the stars", "in the moonlight"),
-}
+PLACE_WORDS, WEATHER_WORDS, STYLE_WORDS = (PHRASES[name] for name in ("place", "weather", "style"))
 SIDE_WORDS = {
     "left": ("on the left", "to the left"),
     "right": ("on the right", "to the right"),
     "middle": ("", "", "in the middle"),
 }
-THING_WORDS = {
-    "boat": ("boat", "sailing boat"),
-    "house": ("house", "little house"),
-    "tree": ("tree",),
-    "balloon": ("balloon", "hot air balloon"),
-    "car": ("car",),
-    "ball": ("ball",),
-}
+THING_WORDS = PHRASES["subject"]
 PERSON_WORDS = ("person", "face")
 OPENINGS = ("", "a picture of ", "a drawing of ")
 PORTRAITS = ("a portrait of ", "", "a picture of ")
-STYLE_WORDS = {
-    "flat": ("a flat picture book drawing", "flat colours"),
-    "sketch": ("a pencil sketch", "sketch on paper"),
-    "night": ("dark night colours", "a blue night scene"),
-    "pastel": ("soft pastel colours", "a pastel drawing"),
-}
 
 
 def caption(scene: Scene, random: Random, *, name: str | None = None, side: bool = True) -> str:

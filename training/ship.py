@@ -1,7 +1,5 @@
 """Copy trained weights into the package, in half precision (Wan in 8 bits), with a single copy of shared parts.
 
-The classifier goes to tests/meaning, which uses it.
-
 python -m training.ship --from out/training
 """
 
@@ -19,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.wan import pipeline
+from vidgen_ray.dataset import demo_captioner
 from vidgen_ray.nets.identity_networks import NET_FOLDER, PROJECTION, PROJECTION_FILE
 from vidgen_ray.weights.builtin import COMPACT_WEIGHTS, SCALE, SHARED_WITH_FLUX, SHIPPED, WHOLE_WEIGHTS, is_spatial, per_channel
 
@@ -27,7 +26,7 @@ AS_THEY_ARE = {
     "recogniser/ir_se50.pth": SHIPPED,
     "recogniser/glintr100.onnx": SHIPPED / "antelopev2",
     "detector/scrfd_10g_bnkps.onnx": SHIPPED / "antelopev2",
-    "classifier/classifier.safetensors": Path(__file__).parent.parent / "tests" / "meaning",
+    f"classifier/{demo_captioner.FILE.name}": SHIPPED,
 }
 """Files that already are in half precision -> target folder."""
 

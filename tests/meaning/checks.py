@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -16,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.meaning.chain import Chain
-from training import classifier as reading
 from training.captions import PLACE_WORDS, WEATHER_WORDS
 from training.cast import CAST
 from training.world import COLOURS, PLACES, THINGS, WEATHERS
+from vidgen_ray.dataset import demo_captioner
 from vidgen_ray.errors import StageError
 from vidgen_ray.stages.instantid import RECOGNISER
 
-CLASSIFIER = reading.load(Path(__file__).with_name("classifier.safetensors"))
+CLASSIFIER = demo_captioner.load()
 NEUTRAL_PROMPT = "a picture"
 """Prompt of a stage whose prompt is disconnected."""
 PERSON_LORA, STYLE_LORA = "builtin:demo/ada.safetensors", "builtin:demo/sketch.safetensors"
@@ -74,7 +73,7 @@ def person_prompt(n: int) -> str:
 
 
 def _labels(image: NDArray[np.uint8]) -> dict[str, str]:
-    return reading.classified(CLASSIFIER, image[None])[0]
+    return demo_captioner.labels(demo_captioner.read(CLASSIFIER, image[None]))
 
 
 def _subject_fields(chain: Chain, n: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 
 from vidgen_ray.media import Mp4Settings, Mp4Writer, encode_png, read_image
@@ -199,6 +200,44 @@ def app_of(folder: Path, kind: str) -> FastAPI:
         pixels[:] = np.linspace(0, 255, width)[:, None].astype(np.uint8)
         pixels[height // 2 :] = colour_of(fields["prompt"], fields["seed"])
         return {"created": 1, "data": [{"b64_json": base64.b64encode(encode_png(pixels)).decode()}]}
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Any:
+        """Caption a clip by its prompt. Each word is a fact, which is shown if its length is odd."""
+        fields = await request.json()
+        text, *images = fields["messages"][0]["content"]
+        prompt = json.loads(re.findall('prompt: (".*")$', text["text"], re.MULTILINE)[0])
+        job = {"id": request.headers["idempotency-key"], "fields": {"prompt": prompt}}
+        await asyncio.sleep(SECONDS)
+        if jobs.meets(prompt, "busy"):
+            raise HTTPException(429, "too many requests", {"Retry-After": "0"})
+        if jobs.meets(prompt, "500"):
+            raise HTTPException(500, "internal error")
+        if "fault:refused " in f"{prompt} ":
+            raise HTTPException(400, "the prompt is against the rules")
+        if jobs.meets(prompt, "html"):
+            return HTMLResponse("<html>a proxy</html>")
+        if jobs.meets(prompt, "nothing"):
+            return Response()
+        if jobs.meets(prompt, "hangs"):
+            await asyncio.sleep(600)
+        facts = [{"fact": fact, "shown": "yes" if len(fact) % 2 else "unclear"} for fact in prompt.split()]
+        content: str | None = json.dumps({"caption": f"{len(images)} images of {prompt}", "facts": facts})
+        caption = folder / "caption.txt"
+        if caption.exists():
+            content = caption.read_text()
+        if jobs.meets(prompt, "prose") or "fault:only-prose " in f"{prompt} ":
+            content = "What a nice clip!"
+        if "fault:no-content " in f"{prompt} ":
+            content = None
+        message = {"role": "assistant", "content": content}
+        if "fault:refusal " in f"{prompt} ":
+            message = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
+        if await request.is_disconnected():
+            return Response()
+        jobs.log("answered", job)
+        model = "another" if "fault:other-model " in f"{prompt} " else fields["model"]
+        return {"model": model, "choices": [{"message": message, "finish_reason": "stop"}]}
 
     return app
 

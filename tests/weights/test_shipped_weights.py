@@ -14,9 +14,9 @@ from vidgen_ray.weights import resolve
 from vidgen_ray.weights.builtin import COMPACT_WEIGHTS, SHARED_WITH_FLUX, SHIPPED, WHOLE_WEIGHTS, whole
 
 
-def test_shipped_weights_are_at_most_32_mb():
+def test_shipped_weights_are_at_most_33_mb():
     sizes = {path.relative_to(SHIPPED): path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()}
-    assert sum(sizes.values()) <= 32_000_000, sizes
+    assert sum(sizes.values()) <= 33_000_000, sizes
 
 
 def test_shipped_tensors_are_float16_or_compact():

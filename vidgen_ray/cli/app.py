@@ -79,6 +79,7 @@ LISTED = {
         LOOK,
         "Measure the clips of an output folder: frozen frames, flicker, motion, sharpness, faces, near-duplicates.",
     ),
+    "caption": Listed(LOOK, "Caption clips by what they show, and say which facts of their prompts they show."),
     "trace": Listed(LOOK, "Show what each worker of a run did when: all attempts of all steps, and their waits."),
     "export": Listed(EXPORT, "Make a data set of the finished shots that are not rejected."),
     "film": Listed(EXPORT, "Join the finished shots of an output folder into one video."),

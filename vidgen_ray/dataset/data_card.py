@@ -29,7 +29,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image as PILImage
 
-from vidgen_ray.dataset.tables import DIGEST, MEMORY_LIMIT, NUMBERS, OWN_COLUMNS, REVIEWS, columns_of, quoted
+from vidgen_ray.dataset.scorers import WEIGHTS
+from vidgen_ray.dataset.tables import CAPTION, DIGEST, MEMORY_LIMIT, NUMBERS, OWN_COLUMNS, REVIEWS, columns_of, quoted
 from vidgen_ray.errors import MediaError
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.media import cover_crop, open_foreign_video, read_image
@@ -148,6 +149,7 @@ def _files(database: duckdb.DuckDBPyConnection, state: Mapping[str, Any], source
         "models": used,
         "licences": sorted({each.licence or "unknown" for each in used} or {name or "unknown" for name in totals["licences"]}),
         "meanings": meanings,
+        "captioned": _captioned(database, source),
         **_reproduction(totals, state, source),
         **_tables(database, names),
     }
@@ -282,11 +284,12 @@ def _without_folders(words: Sequence[str]) -> list[str]:
 
 CHOSEN = f"""
 WITH in_group AS (
-    SELECT id, clip, prompt, person, factors,
+    SELECT id, clip, prompt, caption, person, factors,
         row_number() OVER (PARTITION BY person, factors ORDER BY {DIGEST}, id) AS number
     FROM clips),
 in_person AS (SELECT *, row_number() OVER (PARTITION BY person, number ORDER BY factors, id) AS variant FROM in_group)
-SELECT clip, prompt AS "Prompt", person AS "Person" FROM in_person ORDER BY number, variant, person, id LIMIT {SAMPLES * 4}"""
+SELECT clip, prompt AS "Prompt", nullif(caption, prompt) AS "Caption", person AS "Person" FROM in_person
+ORDER BY number, variant, person, id LIMIT {SAMPLES * 4}"""
 """Candidates for the samples: first a clip of each person and each combination of factors, then another one of each."""
 
 
@@ -299,7 +302,8 @@ def _samples(
         if len(tiles) < SAMPLES:
             with suppress(MediaError, OSError), source.local_copy(row["clip"]) as path:
                 tiles.append(_middle_frame(path))
-                shown.append({"Frame": len(tiles), "Person": names.get(row["Person"]), "Prompt": row["Prompt"]})
+                texts = {name: row[name] for name in ("Prompt", "Caption")}
+                shown.append({"Frame": len(tiles), "Person": names.get(row["Person"]), **texts})
     return shown, _grid(tiles) if tiles else b""
 
 
@@ -336,6 +340,24 @@ def _meanings(source: Storage) -> dict[str, str]:
                 fields = pyarrow.parquet.read_schema(file)
             known |= {field.name: field.metadata[b"description"].decode() for field in fields if field.metadata}
     return known
+
+
+def _captioned(database: duckdb.DuckDBPyConnection, source: Storage) -> list[dict[str, Any]]:
+    """Return the models of captions with their counts, and templates that were used last."""
+    if "caption_model" not in columns_of(database, "clips"):
+        return []
+    templates = dict[str, str]()
+    for folder in source.folders(SCORES):
+        for name in parquet_files(source, f"{SCORES}/{folder}") if folder.startswith(f"{CAPTION}@") else ():
+            with opened(source, name) as file:
+                settings = json.loads(pyarrow.parquet.read_schema(file).metadata[WEIGHTS])
+            templates[settings["model"]] = settings["template"]
+    rows = _dicts(
+        database,
+        """SELECT caption_model AS "Model", count(*) AS "Clips", avg(agrees) AS "Mean agreement" FROM clips
+        WHERE caption_model IS NOT NULL GROUP BY ALL ORDER BY 1""",
+    )
+    return [row | {"Template": templates.get(row["Model"]) or None} for row in rows]
 
 
 def _histogram(database: duckdb.DuckDBPyConnection, name: str, meanings: Mapping[str, str]) -> dict[str, Any] | None:

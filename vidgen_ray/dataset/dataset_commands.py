@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -17,20 +17,21 @@ from rich.table import Table
 
 from vidgen_ray.cli.commands import ModelOptions, interruptible, note, with_options
 from vidgen_ray.cli.file_options import DETAILS_PANEL, JsonOption, check_out
-from vidgen_ray.cli.options import AddressOption, OutArgument, WhereOption, check_target, local_path
-from vidgen_ray.cli.run_script import ProfileOfLastRunOption, profile_of_run
+from vidgen_ray.cli.options import AddressOption, MaxCostOption, OutArgument, WhereOption, check_target, local_path
+from vidgen_ray.cli.run_script import ProfileOfLastRunOption, options_of_last_run, profile_of_run
 from vidgen_ray.dataset.export_rows import ExportSettings, parse_splits
 from vidgen_ray.dataset.tables import open_tables, run_query, write_parquet
-from vidgen_ray.errors import UsageError, allowed_of
+from vidgen_ray.errors import UsageError, VidgenError, allowed_of
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.cleanup import check_not_empty
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import check_has_manifest
 from vidgen_ray.outputs.storage import storage_at
+from vidgen_ray.remote.stages import RemoteParams
 from vidgen_ray.report.shot_text import value_text
 from vidgen_ray.system.console import Console
 from vidgen_ray.system.files import new_file
-from vidgen_ray.system.quantities import count, duration
+from vidgen_ray.system.quantities import amount_text, count, duration
 
 if TYPE_CHECKING:
     from vidgen_ray.dataset.export import ExportReport
@@ -221,6 +222,65 @@ def score(
     with interruptible(), redirect_stdout(sys.stderr):
         report = score_folder(outputs, chosen, found, address)
     typer.echo(json.dumps(asdict(report)) if as_json else summary(report))
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def caption(
+    out: OutArgument,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="Server with a vision model and OpenAI's chat completions. Repeatable. Default: that of the demo models.",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Model, as /v1/models of the server names it.")] = None,
+    template: Annotated[
+        Path | None, typer.Option(metavar="FILE", parser=local_path, help="Text that says what a caption has.")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, max=64, help="Frames of a clip that are seen.")] = 4,
+    parallel: Annotated[int, typer.Option(help="Requests that a server has at once.")] = 4,
+    key_env: Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable with the key of servers.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of a request, for --max-cost.")] = None,
+    max_cost: MaxCostOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Caption clips by what they show, and say which facts of their prompts they show.
+
+    Writes caption, agrees and missing to OUT/scores, for `vidgen query`, --where and export. Clips with an answer of the same
+    model to the same template are not asked for again, so the same command resumes. Exits with code 1 if one has no caption.
+    """
+    from vidgen_ray.dataset.captions import TEMPLATE, DemoCaptioner, ServerCaptioner, caption_folder
+
+    outputs = OutputFolder(out)
+    check_has_manifest(outputs.storage)
+    captioner: DemoCaptioner | None = None
+    if server and model and (price is not None or max_cost is None):
+        options = {"servers": server, "key_env": key_env, "parallel": parallel, "price_per_second": price}
+        try:
+            params = RemoteParams.model_validate({"weights": f"remote:{model}", **options})
+            text = TEMPLATE if template is None else template.read_text("utf-8").strip()
+        except ValidationError as error:
+            detail = error.errors(include_url=False)[0]
+            name = str(detail["loc"][0]).replace("servers", "server").replace("_", "-")
+            raise UsageError(f"--{name}: got {detail['input']!r}, {allowed_of(detail)}") from None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--template: {error}; must be a text file") from None
+        captioner = ServerCaptioner(params, text, max_cost)
+    elif not (server or model):
+        with suppress(VidgenError):
+            if options_of_last_run(outputs, None).profile == "demo":
+                captioner = DemoCaptioner()
+    if captioner is None:
+        needed = "pass --server URL and --model NAME, and --price with --max-cost"
+        raise UsageError(f"{needed}; only clips of the profile demo are captioned without")
+    with interruptible(), redirect_stdout(sys.stderr):
+        report = caption_folder(outputs.storage, captioner, frames)
+    counts = f"{report.captioned:,} captioned, {report.already_captioned:,} already, {len(report.failed):,} failed"
+    paid = "" if report.cost is None else f", {count(report.requests, 'request')} for {amount_text(report.cost)}"
+    text = f"{count(report.clips, 'clip')}: {counts} in {duration(report.seconds)}{paid}"
+    typer.echo(json.dumps(asdict(report)) if as_json else text)
     if report.failed:
         raise typer.Exit(1)
 

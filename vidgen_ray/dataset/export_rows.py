@@ -21,7 +21,7 @@ from pydantic import Field, field_validator
 
 from vidgen_ray.cli.commands import note
 from vidgen_ray.cli.options import FOR_HELP
-from vidgen_ray.dataset.tables import IN_SCRIPT_ORDER, columns_of, quoted, run_query, selection
+from vidgen_ray.dataset.tables import CAPTION, IN_SCRIPT_ORDER, columns_of, quoted, run_query, selection, without_score
 from vidgen_ray.errors import FrozenModel, UsageError, shortened
 from vidgen_ray.licences import ALLOWED, Requirement
 from vidgen_ray.outputs.manifest import SCHEMA
@@ -86,7 +86,10 @@ class ExportSettings(FrozenModel):
         description="Leave out clips whose weights may not be used commercially (commercial), or only under a condition "
         "(unconditional), and those with a face photo without declared consent. Default: all clips.",
     )
-    caption: str = Field("{prompt}", description="Such as 'A video of {character}: {metadata.scene}', with columns of `clips`.")
+    caption: str = Field(
+        "{prompt}",
+        description="Such as 'A video of {character}: {metadata.scene}', with columns of `clips`, such as {caption}.",
+    )
     shard_mb: int = Field(500, description="Size of the shards of webdataset and parquet. Their last clip may exceed it.")
 
     @field_validator("resize")
@@ -150,6 +153,11 @@ def choose(database: duckdb.DuckDBPyConnection, settings: ExportSettings, kind: 
         kind = "clip" if count(database, f"{CHOSEN_CLIPS} WHERE coalesce(hd_video, video) IS NOT NULL") else "image"
     path = f"coalesce({', '.join(KINDS[kind])}, NULL)"
     database.execute(f"CREATE TABLE missing AS SELECT id, 'has no {kind}' AS reason FROM {CHOSEN_CLIPS} WHERE {path} IS NULL")
+    if f"{{{CAPTION}}}" in settings.caption and CAPTION in columns_of(database, "clips"):
+        reason = "concat('has no caption: ', coalesce(caption_error, 'vidgen caption has not seen it'))"
+        database.execute(
+            f"INSERT INTO missing SELECT id, {reason} FROM {CHOSEN_CLIPS} WHERE {path} IS NOT NULL AND caption IS NULL"
+        )
     database.execute("DELETE FROM chosen WHERE id IN (SELECT id FROM missing)")
     return kind
 
@@ -237,7 +245,8 @@ def _caption(database: duckdb.DuckDBPyConnection, template: str) -> str:
         # `metadata.a.b` is `b` of `a`.
         path = name.split(".")
         if form or conversion or not (name in columns or (".".join(path[:2]) in keys and '"' not in name)):
-            raise UsageError(f"--caption: unknown name {{{name}}}, must be one of {', '.join([*keys, *columns])}")
+            problem = without_score(database, name) or f"unknown name {{{name}}}, must be one of {', '.join([*keys, *columns])}"
+            raise UsageError(f"--caption: {problem}")
         value = f"{quoted(name)}::VARCHAR"
         if name not in columns:
             value = f"json_extract_string(metadata, {_text('$' + ''.join(f'.{quoted(part)}' for part in path[1:]))})"

@@ -13,12 +13,12 @@ import pickle
 import sys
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -33,7 +33,17 @@ from vidgen_ray.batch.line_planner import own_context
 from vidgen_ray.batch.progress import RunListener
 from vidgen_ray.cli.commands import note
 from vidgen_ray.dataset.measurements import SCORERS, HashScorer
-from vidgen_ray.dataset.scorers import NEED_CPU_S, ChosenScorer, Clip, Column, Networks, choose_scorers, face_params
+from vidgen_ray.dataset.scorers import (
+    NEED_CPU_S,
+    WEIGHTS,
+    ChosenScorer,
+    Clip,
+    Column,
+    Networks,
+    ScoreTable,
+    choose_scorers,
+    face_params,
+)
 from vidgen_ray.dataset.tables import DIGEST
 from vidgen_ray.engine.ray_cluster import connected
 from vidgen_ray.engine.status import Snapshot
@@ -54,6 +64,7 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.system.console import Console
 from vidgen_ray.system.quantities import count, duration
 
+T = TypeVar("T")
 COLUMNS = (
     *("id", "prompt", "negative_prompt", "seed", "metadata", "face_image", "face_index"),
     *("width", "height", "num_frames", "fps"),
@@ -131,7 +142,7 @@ class ClipScorer:
         self._outputs, self._attempts, self._fatal = outputs, attempts, list[str]()
         try:
             self._networks = Networks(tuple({need for each in chosen for need in each.kind.needs}), profile)
-            self._scorers = {each.kind.name: (each.kind(each.weights), each.schema) for each in chosen}
+            self._scorers = {each.name: (each.kind(each.weights), each.schema) for each in chosen}
         except Exception as error:  # a scorer may raise anything; Ray would start the process again
             self._fatal.append(f"a scorer cannot be loaded: {error if isinstance(error, VidgenError) else repr(error)}")
 
@@ -153,9 +164,7 @@ class ClipScorer:
         if scores.is_fatal:
             return scores
         try:
-            with self._outputs.storage.local_copy(row["clip"]) as path:
-                if (size := path.stat().st_size) != row["clip_bytes"]:
-                    raise SetupError(f"has {size} bytes instead of {row['clip_bytes']}; run `vidgen verify`")
+            with local_clip(self._outputs.storage, row) as path:
                 clip = Clip(row, path, self._networks, self._outputs)
                 for name in row["scorers"]:
                     try:
@@ -163,8 +172,6 @@ class ClipScorer:
                         scores.values[name] = _checked(scorer.score(clip), schema) | {DIGEST: row[DIGEST]}
                     except Exception as error:
                         scores.errors.append(f"{name}: {type(error).__name__}: {error}")
-        except FileNotFoundError:
-            scores.errors.append(f"{row['clip']} is missing")
         except Exception as error:  # decoders raise almost any exception
             scores.errors.append(str(error) or repr(error))
         return scores
@@ -181,7 +188,7 @@ def _checked(values: Any, schema: pyarrow.Schema) -> dict[str, Any]:
 class ScoreWriter:
     """Writes the scores of one call as they come. Two calls at the same time do not disturb each other."""
 
-    def __init__(self, storage: Storage, chosen: Sequence[ChosenScorer]) -> None:
+    def __init__(self, storage: Storage, chosen: Sequence[ScoreTable]) -> None:
         self._storage, self._chosen = storage, chosen
         self._rows = defaultdict[str, list[dict[str, Any]]](list)
         self._names = defaultdict[str, str](new_name)
@@ -197,7 +204,7 @@ class ScoreWriter:
     def flush(self) -> None:
         """Write all rows. The last file of each scorer is rewritten until it has `PART_ROWS`. Raises OSError."""
         for each in self._chosen:
-            if rows := self._rows[name := each.kind.name]:
+            if rows := self._rows[name := each.name]:
                 with self._storage.new_file(f"{FOLDER}/{each.folder}/{self._names[name]}.parquet") as path:
                     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=each.schema), path)
                 if len(rows) >= PART_ROWS:
@@ -227,15 +234,27 @@ def clip_of(row: dict[str, Any]) -> dict[str, Any] | None:
     return {column: row[column] for column in COLUMNS} | file
 
 
+@contextmanager
+def local_clip(storage: Storage, clip: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the file of a clip on this machine. Raises SetupError if it is missing or has another size than recorded."""
+    try:
+        with storage.local_copy(clip["clip"]) as path:
+            if (size := path.stat().st_size) != clip["clip_bytes"]:
+                raise SetupError(f"has {size} bytes instead of {clip['clip_bytes']}; run `vidgen verify`")
+            yield path
+    except FileNotFoundError:
+        raise SetupError(f"{clip['clip']} is missing") from None
+
+
 def _scored(storage: Storage, chosen: ChosenScorer) -> set[str]:
     """Return the digests of the clips whose newest row is by this version with these weights."""
     weights: dict[str, str] = {}
-    for table in _part_tables(storage, chosen.folder, [DIGEST]):
-        weights |= dict.fromkeys(table[DIGEST].to_pylist(), (table.schema.metadata or {}).get(b"vidgen.weights", b"").decode())
+    for table in part_tables(storage, chosen.folder, [DIGEST]):
+        weights |= dict.fromkeys(table[DIGEST].to_pylist(), (table.schema.metadata or {}).get(WEIGHTS, b"").decode())
     return {digest for digest, of in weights.items() if of == chosen.digest}
 
 
-def _part_tables(storage: Storage, folder: str, columns: list[str] | None = None) -> Iterator[pyarrow.Table]:
+def part_tables(storage: Storage, folder: str, columns: list[str] | None = None) -> Iterator[pyarrow.Table]:
     """Yield the tables of a scorer, oldest first."""
     for name in parquet_files(storage, f"{FOLDER}/{folder}"):
         with opened(storage, name) as file:
@@ -251,22 +270,17 @@ def score_folder(
     """
     started, storage = time.monotonic(), outputs.storage
     clips = finished_clips(storage)
-    scored = {each.kind.name: _scored(storage, each) for each in chosen}
+    scored = {each.name: _scored(storage, each) for each in chosen}
     pending = [
         clip | {"scorers": missing} for clip in clips if (missing := [n for n in scored if clip[DIGEST] not in scored[n]])
     ]
     report = ScoreReport(len(clips), already_scored=len(clips) - len(pending))
     writer = ScoreWriter(storage, chosen)
     if pending:
-        console, shown = Console(stderr=True), started
-        options: Any = {"total": len(pending), "console": console, "disable": not console.is_terminal}
         try:
             with connected(address, cpus=1):
-                for number, scores in enumerate(track(_scores_of(pending, chosen, outputs, profile), "scoring", **options), 1):
+                for scores in shown_progress(_scores_of(pending, chosen, outputs, profile), len(pending), "scoring"):
                     writer.add(scores)
-                    if not console.is_terminal and time.monotonic() - shown >= LINE_EVERY_S:
-                        shown = time.monotonic()
-                        note(f"scored {number:,} of {count(len(pending), 'clip')}")
                     if not scores.errors:
                         report.scored += 1
                         continue
@@ -280,6 +294,17 @@ def score_folder(
     return report
 
 
+def shown_progress(results: Iterable[T], total: int, doing: str) -> Iterator[T]:
+    """Yield the results of `total` clips, with a bar on a terminal, otherwise with a line every `LINE_EVERY_S`."""
+    console, shown = Console(stderr=True), time.monotonic()
+    options: Any = {"total": total, "console": console, "disable": not console.is_terminal}
+    for number, result in enumerate(track(results, doing, **options), 1):
+        yield result
+        if not console.is_terminal and time.monotonic() - shown >= LINE_EVERY_S:
+            shown = time.monotonic()
+            note(f"{doing}: {number:,} of {count(total, 'clip')}")
+
+
 def _scores_of(
     pending: Sequence[dict[str, Any]], chosen: Sequence[ChosenScorer], outputs: OutputFolder, profile: Profile | None
 ) -> Iterator[ClipScores]:
@@ -289,7 +314,7 @@ def _scores_of(
     """
     resources, n = ray.cluster_resources(), len(pending)
     names = {name for clip in pending for name in clip["scorers"]}
-    used = [each.kind for each in chosen if each.kind.name in names]
+    used = [each.kind for each in chosen if each.name in names]
     needs = {need for kind in used for need in kind.needs}
     cpu_s_per_frame = sum(NEED_CPU_S[need] for need in needs) + sum(kind.cpu_s_per_frame for kind in used)
     seconds = cpu_s_per_frame * sum(clip["num_frames"] or 1 for clip in pending)
@@ -329,7 +354,7 @@ def _scores_of(
 def write_neighbours(storage: Storage, clips: Sequence[dict[str, Any]]) -> None:
     """Write the nearest neighbour of each clip in the folder, unless the hashes are those of the last call."""
     hashes: dict[str, list[int]] = {}
-    for table in _part_tables(storage, f"{HashScorer.name}@{HashScorer.version}"):
+    for table in part_tables(storage, f"{HashScorer.name}@{HashScorer.version}"):
         hashes |= dict(zip(table[DIGEST].to_pylist(), table["phash"].to_pylist(), strict=True))
     # Shots with the same bytes are neighbours.
     known = sorted((name, clip[DIGEST]) for clip in clips if hashes.get(clip[DIGEST]) for name in clip["ids"])
@@ -405,7 +430,7 @@ class ScoringListener:
     def on_finished(self, row: ManifestRow) -> None:
         self._listener.on_finished(row)
         if row.status == "done" and (clip := clip_of(vars(row))) is not None:
-            self._waiting.append(clip | {"scorers": [each.kind.name for each in self._chosen]})
+            self._waiting.append(clip | {"scorers": [each.name for each in self._chosen]})
 
     def on_status(self, snapshot: Snapshot) -> None:
         self._listener.on_status(snapshot)

@@ -36,6 +36,8 @@ from vidgen_ray.stages.rife import similarity
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import resolve
 
+WEIGHTS = b"vidgen.weights"
+"""Metadata of files with scores: `ScoreTable.digest`."""
 GROUP = "vidgen.scorers"
 """Group of entry points, any name -> scorer class."""
 REQUIRED, NAME = ("name", "version", "columns", "cpu_s_per_frame", "score"), re.compile("[a-z][a-z0-9_]*")
@@ -150,7 +152,7 @@ class Clip:
         if Path(row["clip"]).suffix not in CLIP_SUFFIXES:
             image = read_image(path)
             self.size = image.shape[1], image.shape[0]
-            self.frames: Frames = _reduced(image[None], MAX_SIDE_PX)
+            self.frames: Frames = reduced(image[None], MAX_SIDE_PX)
             return
         with open_foreign_video(path) as video:
             count = video.frame_count
@@ -159,7 +161,7 @@ class Clip:
             side = (MAX_FRAMES_BYTES / (count * video.width * video.height * 3)) ** 0.5 * max(self.size)
             starts = range(0, count, DECODED_AT_ONCE)
             chunks = (video.frames(start, min(start + DECODED_AT_ONCE, count)) for start in starts)
-            self.frames = np.concatenate([_reduced(chunk, min(MAX_SIDE_PX, int(side))) for chunk in chunks])
+            self.frames = np.concatenate([reduced(chunk, min(MAX_SIDE_PX, int(side))) for chunk in chunks])
             """uint8 (T, H, W, 3), in the size of the file unless that is above `MAX_SIDE_PX`. An image: T = 1."""
 
     @cached_property
@@ -180,8 +182,8 @@ class Clip:
         if rife is None:
             raise StageError("flow: add it to `needs` of the scorer")
         search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        luma = _reduced(self.luma[..., None], FLOW_SIDE_PX)[..., 0]
-        frames = _reduced(self.frames, RIFE_SIDE_PX)
+        luma = reduced(self.luma[..., None], FLOW_SIDE_PX)[..., 0]
+        frames = reduced(self.frames, RIFE_SIDE_PX)
         height, width = luma.shape[1:]
         to_luma = np.array([width / frames.shape[2], height / frames.shape[1]], np.float32)
         to_file = np.array([self.size[0] / width, self.size[1] / height], np.float32)
@@ -227,7 +229,7 @@ class Clip:
         return self._networks.person(tuple(zip(photos, digests, strict=True)), self.row["face_index"])
 
 
-def _reduced(frames: Frames, side_px: int) -> Frames:
+def reduced(frames: Frames, side_px: int) -> Frames:
     """Return the frames (T, H, W, C) with a longer side of at most `side_px`."""
     height, width = frames.shape[1:3]
     factor = side_px / max(height, width)
@@ -238,23 +240,32 @@ def _reduced(frames: Frames, side_px: int) -> Frames:
 
 
 @dataclass(frozen=True)
-class ChosenScorer:
-    """A scorer with its weights."""
+class ScoreTable:
+    """Scores of one kind, a row per clip."""
 
-    kind: type[Scorer]
-    weights: Path | None
+    name: str
+    version: int
+    columns: Mapping[str, Column]
     digest: str
-    """Digest of what decides its results beside its version: weights, and options of the face models."""
+    """What decides the results beside the version, such as a digest of weights and options."""
 
     @property
     def folder(self) -> str:
         """Folder of its files in `scores/`."""
-        return f"{self.kind.name}@{self.kind.version}"
+        return f"{self.name}@{self.version}"
 
     @property
     def schema(self) -> pyarrow.Schema:
-        columns = [column.named(name) for name, column in self.kind.columns.items()]
-        return pyarrow.schema([(DIGEST, pyarrow.string()), *columns], {"vidgen.weights": self.digest})
+        columns = [column.named(name) for name, column in self.columns.items()]
+        return pyarrow.schema([(DIGEST, pyarrow.string()), *columns], {WEIGHTS: self.digest})
+
+
+@dataclass(frozen=True)
+class ChosenScorer(ScoreTable):
+    """A scorer with its weights."""
+
+    kind: type[Scorer]
+    weights: Path | None
 
 
 def choose_scorers(
@@ -293,7 +304,9 @@ def choose_scorers(
         for kind in kinds:
             if "faces" in kind.needs:
                 digests[kind.name] += f"{digest(params.weights)} {json.dumps(params.for_key(), sort_keys=True)}"
-    return [ChosenScorer(kind, paths.get(kind.name), digests[kind.name]) for kind in kinds]
+    return [
+        ChosenScorer(kind.name, kind.version, kind.columns, digests[kind.name], kind, paths.get(kind.name)) for kind in kinds
+    ]
 
 
 def load_scorer(name: str) -> type[Scorer]:

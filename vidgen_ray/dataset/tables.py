@@ -32,6 +32,8 @@ DIGEST = "clip_sha256"
 """Column that joins the tables: sha256 of the clip before upscaling, or of the image of a shot without a clip."""
 MEMORY_LIMIT = "1GB"
 """Memory of the database. More is kept on disk."""
+CAPTION = "caption"
+"""Scorer whose files `vidgen caption` writes."""
 TABLES = ("clips", "manifest", "scores", "reviews")
 NUMBERS = re.compile("DOUBLE|FLOAT|BOOLEAN|U?(BIG|SMALL|TINY)?INT(EGER)?")
 """DuckDB's types of scores that are compared and have a histogram."""
@@ -180,25 +182,37 @@ def _sql_errors(database: duckdb.DuckDBPyConnection) -> Iterator[None]:
     except duckdb.Error as error:
         message, *_ = str(error).splitlines()
         unknown = re.search('column (?:named )?"([^"]+)"', message)
-        if unknown and unknown[1].lower() in _builtin_scores() - columns_of(database, "scores").keys():
-            raise UsageError(f"SQL: no clip has {unknown[1]} yet; run: {_score_command(database)}") from None
+        if unknown and (text := without_score(database, unknown[1].lower())):
+            raise UsageError(f"SQL: {text}") from None
         raise UsageError(f"SQL: {message}\n{_columns_text(database)}") from None
 
 
-def _builtin_scores() -> set[str]:
+def without_score(database: duckdb.DuckDBPyConnection, name: str) -> str | None:
+    """Return a text about a built-in score that no clip has, with the command that gives it. `None` for another name."""
+    scorer = _builtin_scores().get(name)
+    if scorer is None or name in columns_of(database, "scores"):
+        return None
+    return f"no clip has {name} yet; run: {_score_command(database, scorer)}"
+
+
+def _builtin_scores() -> dict[str, str]:
+    """Return column -> scorer."""
+    from vidgen_ray.dataset.captions import COLUMNS
     from vidgen_ray.dataset.measurements import SCORERS
     from vidgen_ray.dataset.score_folder import NEIGHBOURS
 
-    return {name for each in SCORERS for name in each.columns} | NEIGHBOURS.keys()
+    of = {name: each.name for each in SCORERS for name in each.columns}
+    return of | dict.fromkeys(NEIGHBOURS, "neighbours") | dict.fromkeys(COLUMNS, CAPTION)
 
 
 def _score_command(database: duckdb.DuckDBPyConnection, *scorers: str) -> str:
     """Return the command that gives scores to all clips, those of `scorers` among them."""
-    from vidgen_ray.dataset.measurements import SCORERS
-
     ((folder,),) = database.execute("SELECT getvariable('folder')").fetchall()
-    builtin = {each.name for each in SCORERS} | {"neighbours"}
-    own = "" if builtin.issuperset(scorers) else ", with its --scorer if it is not of an installed package"
+    if CAPTION in scorers:
+        return f"vidgen caption {shlex.quote(folder)}"
+    own = (
+        "" if {*_builtin_scores().values()}.issuperset(scorers) else ", with its --scorer if it is not of an installed package"
+    )
     return f"vidgen score {shlex.quote(folder)}{own}"
 
 
@@ -230,18 +244,18 @@ def unscored(database: duckdb.DuckDBPyConnection, columns: Set[str] | None = Non
             of[scorer].append(name)
     if columns is None and not of:
         return [f"no clip has scores; run: {_score_command(database)}"]
-    missing = defaultdict[int, list[str]](list)
+    missing = defaultdict[tuple[int, bool], list[str]](list)
     finished, total = "clips WHERE status = 'done' AND clip IS NOT NULL", 0
     for scorer in of:
         without = f"{DIGEST} NOT IN (SELECT {DIGEST} FROM {quoted(f'of_{scorer}')})"
         found = database.execute(f"SELECT count(*), count(*) FILTER ({without}) FROM {finished}").fetchall()
         ((total, number),) = found
-        missing[number].append(scorer)
+        missing[number, scorer == CAPTION].append(scorer)
     return [
         f"{number:,} of {count(total, 'clip')} {'has' if number == 1 else 'have'} no "
         + (f"scores of {', '.join(scorers)}" if columns is None else ", ".join(name for each in scorers for name in of[each]))
         + f"; run: {_score_command(database, *scorers)}"
-        for number, scorers in sorted(missing.items())
+        for (number, _), scorers in sorted(missing.items())
         if number
     ]
 

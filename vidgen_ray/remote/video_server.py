@@ -1,4 +1,4 @@
-"""Client of servers that make clips and images with OpenAI's API, as vLLM-Omni, SGLang Diffusion and `vidgen serve` have it.
+"""Client of servers with OpenAI's API: clips and images as of vLLM-Omni, SGLang Diffusion and `vidgen serve`, and chats.
 
 A job has the content key of its step and is stored before it is polled. Who renders the step again, after a crash or in a later
 run, asks for the same job. Sources: docs/serving/videos_api.md of vLLM-Omni, entrypoints/openai/video_api.py of SGLang.
@@ -112,6 +112,23 @@ class _Image(BaseModel):
 
 class _Images(BaseModel):
     data: list[_Image] = Field(min_length=1)
+
+
+class _Message(BaseModel):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class ChatAnswer(BaseModel):
+    """Answer of a chat. `model`: the one that has answered."""
+
+    model: str | None = None
+    choices: list[_Choice] = Field(min_length=1)
 
 
 def auth_headers(key_env: str | None) -> dict[str, str]:
@@ -284,23 +301,28 @@ class VideoServers:
         raise ServerFailed(f"{self._server}: lost the job after each of {SUBMITS} submissions")
 
     def image(self, key: str, body: Mapping[str, Any], max_bytes: int) -> str:
-        """Return an image in base64, in a response of at most `max_bytes`. A request without a response is repeated.
+        """Return an image in base64, in a response of at most `max_bytes`. Raises as `clip`."""
+        return self._answer(_Images, "/v1/images/generations", key, body, max_bytes).data[0].b64_json
 
-        Raises as `clip`.
-        """
+    def chat(self, key: str, body: Mapping[str, Any]) -> ChatAnswer:
+        """Return the answer of a chat. Raises as `clip`."""
+        return self._answer(ChatAnswer, "/v1/chat/completions", key, body, MAX_JSON_BYTES)
+
+    def _answer(self, model: type[M], path: str, key: str, body: Mapping[str, Any], max_bytes: int) -> M:
+        """Return the parsed response to a request. A request without a response is repeated, with the same key."""
         deadline = time.monotonic() + self._timeout_s
         try:
             self._verify(deadline)
             for number in range(SUBMITS):
-                with suppress(_Unanswered):
-                    headers = {"Idempotency-Key": key}
-                    arguments = {"json": dict(body), "headers": headers}
-                    response = self._post("/v1/images/generations", deadline, max_bytes=max_bytes, **arguments)
-                    return _parsed(_Images, response).data[0].b64_json
+                try:
+                    arguments = {"json": dict(body), "headers": {"Idempotency-Key": key}}
+                    return _parsed(model, self._post(path, deadline, max_bytes=max_bytes, **arguments))
+                except _Unanswered as error:
+                    problem = error
                 self._sleep(RETRY_S[0] * 2**number, deadline)
         except TimeoutError as error:
             raise self._too_late(error) from None
-        raise ServerFailed(f"{self._server}: no response to {SUBMITS} requests of an image")
+        raise ServerFailed(f"{self._server}: no response to {SUBMITS} requests: {problem}")
 
     def _too_late(self, error: TimeoutError) -> ServerFailed:
         reason = f": {error}" if str(error) else ""

@@ -62,16 +62,18 @@ function fill(select, none, options, least = 2, text = (value) => value) {
 }
 
 function filter() {
-  const { text, status, verdict, stars, character, style, lora, likeness, sort, reversed, ...others } = Object.fromEntries(new FormData(filters));
+  const { text, status, verdict, stars, character, style, lora, likeness, below, sort, reversed, ...others } = Object.fromEntries(new FormData(filters));
   const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+  sortedBy = scores.indexOf(sort.replace("score:", ""));
+  filters.elements.below.closest("label").hidden = sortedBy < 0;
   shown = rows.filter((row) => {
-    const content = `${row.id} ${row.prompt ?? ""} ${row.scene ?? ""}`.toLowerCase();
+    const content = `${row.id} ${row.prompt ?? ""} ${row.scene ?? ""} ${row.caption ?? ""} ${row.missing ?? ""}`.toLowerCase();
     return words.every((word) => content.includes(word)) && (!status || row.status === status) && (!character || row.character === character)
       && (!verdict || row.clip && (row.review?.verdict ?? "none") === verdict) && (row.review?.stars ?? 0) >= Number(stars)
       && (!style || row.style === style) && (!lora || row.loras?.includes(lora)) && (!likeness || worst(row) < Number(likeness))
+      && (sortedBy < 0 || !below || (scoreOf(row, sortedBy) ?? Infinity) < Number(below))
       && axes.every((axis) => !others[`axis:${axis}`] || row.axes?.[axis] === others[`axis:${axis}`]);
   });
-  sortedBy = scores.indexOf(sort.replace("score:", ""));
   const keyOf = sort === "likeness" ? (row) => row.likeness ?? null : sort === "slow" ? (row) => row.seconds === undefined ? null : -row.seconds
     : (row) => scoreOf(row, sortedBy);
   if (sort === "script" && reversed) shown.reverse();
@@ -136,7 +138,8 @@ function makeCard(number, hidden = null) {
   if (media?.matches("video")) media.muted = true;
   const values = Object.entries(row.axes ?? {}).filter(([axis]) => !hidden?.includes(axis)).map(([axis, value]) => `${nameOfAxis(axis)} ${value}`);
   const measures = hidden ? [...(row.facts ?? []).filter((part) => part.includes("likeness")), ...row.seconds ? [`rendered in ${+row.seconds.toFixed(1)} s`] : []] : row.facts;
-  const score = sortedBy < 0 ? null : scoreText(row, sortedBy);
+  const notShown = scores[sortedBy] === "agrees" && row.missing ? `, not shown: ${row.missing}` : "";
+  const score = sortedBy < 0 ? null : scoreText(row, sortedBy) && scoreText(row, sortedBy) + notShown;
   const card = element("article", { class: `card ${row.status}`, title: row.id, "data-number": number },
     element("div", { class: "screen" }, element("button", { class: "open", type: "button", "aria-label": `Open ${row.id}` }, media ?? element("p", { class: "reason" }, row.failure ?? ""))),
     element("div", { class: "body" }, hidden ? null : element("h2", {}, nameOf(number)),

@@ -72,6 +72,8 @@ FILE_AXES = frozenset((*IMAGE_FIELDS, "face_image", *LORA_FIELDS))
 """Fields of a `matrix` whose values are files."""
 NUMBERS = (pyarrow.types.is_floating, pyarrow.types.is_integer, pyarrow.types.is_boolean)
 """Types of scores that the gallery shows."""
+TEXTS = {"caption": "Caption of what is seen", "missing": "Not shown", "caption_error": "No caption"}
+"""Texts of `vidgen caption` that the gallery shows -> their labels."""
 LABELS = ("character", "style", "scene")
 """Names in the metadata of a line that the gallery shows."""
 
@@ -179,13 +181,16 @@ def _add_reviews(storage: Storage, rows: Sequence[Mapping[str, Any]], shown: Seq
 def _add_scores(storage: Storage, shown: Sequence[dict[str, Any]]) -> list[str]:
     """Add `scores` to the rows of measured clips. Return the names of the values. A damaged file has none."""
     scores: dict[str, dict[str, float]] = {row["clip"]: {} for row in shown if "clip" in row}
+    said = defaultdict[str, dict[str, str | None]](dict)
     values = defaultdict[str, set[float]](set)
     for path in (path for paths in score_files(storage).values() for path in paths):
         with suppress(OSError, pyarrow.ArrowException, KeyError), opened(storage, path) as file:
             table = pyarrow.parquet.read_table(file)
             numbers = [field.name for field in table.schema if any(is_number(field.type) for is_number in NUMBERS)]
-            for row in table.select(["clip_sha256", *numbers]).to_pylist():
-                if (known := scores.get(row.pop("clip_sha256"))) is not None:
+            texts = [name for name in TEXTS if name in table.schema.names]
+            for row in table.select(["clip_sha256", *texts, *numbers]).to_pylist():
+                if (known := scores.get(clip := row.pop("clip_sha256"))) is not None:
+                    said[clip] |= {name: row.pop(name) for name in texts}
                     # JSON has no infinite numbers.
                     found = {name: value for name, value in row.items() if value is not None and math.isfinite(value)}
                     known |= {name: float(f"{value:.4g}") for name, value in found.items()}
@@ -196,6 +201,9 @@ def _add_scores(storage: Storage, shown: Sequence[dict[str, Any]]) -> list[str]:
     for row in shown:
         if own := scores.get(row.get("clip", "")):
             row["scores"] = [own.get(name) for name in names]
+        if texts_of := {name: text for name, text in said[row.get("clip", "")].items() if text}:
+            row |= texts_of
+            row["settings"] = [*((TEXTS[name], text) for name, text in texts_of.items()), *row.get("settings", ())]
     return names
 
 
