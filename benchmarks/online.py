@@ -3,6 +3,7 @@
 Latency: stages do nothing, and clients wait for their results; measures the time from a request to its response. One client
 sends one request after another, also while many event streams are open, while many clients poll, and when many jobs are stored.
 Then several clients do so at once, which gives the images per second, and the CPU time of each process for an image.
+Serve: `vidgen serve` with the profile `tiny`, as a command: seconds until it is ready, memory at rest, and images of one step.
 Kills: many clients submit jobs while every few seconds a random process of the server (API, director, owner of the workers,
 worker, encoder) is killed with SIGKILL.
 
@@ -18,16 +19,20 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +108,7 @@ PROGRESS_INTERVAL_S = 1.0
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="Small sizes.")
-    parts = [*PARTS]
+    parts = [SERVE, *PARTS]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="Parts to measure. Default: all.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
     args = parser.parse_args()
@@ -113,10 +118,13 @@ def main() -> int:
     size = QUICK if args.quick else FULL
     rows: list[dict[str, Any]] = []
     try:
-        # Ray prints a message for every killed process, hence muted_stderr.
-        with redirect_stdout(sys.stderr), muted_stderr(), local_ray(0), _no_op_server(folder) as server:
-            for part in args.parts:
-                rows += PARTS[part](server, size)
+        if SERVE in args.parts:
+            rows += _serve(folder, size)
+        if parts := [part for part in args.parts if part != SERVE]:
+            # Ray prints a message for every killed process, hence muted_stderr.
+            with redirect_stdout(sys.stderr), muted_stderr(), local_ray(0), _no_op_server(folder) as server:
+                for part in parts:
+                    rows += PARTS[part](server, size)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     table = Table(title="Server")
@@ -144,17 +152,18 @@ class Server:
 
 @contextmanager
 def _server(profile: str, data: Path, stages: Mapping[str, Any]) -> Iterator[Server]:
-    from vidgen_ray.online.application import server_plan, serving
+    from vidgen_ray.online.server import serving
+    from vidgen_ray.online.server_plan import server_plan
     from vidgen_ray.online.server_settings import Limits, OnlineSettings
     from vidgen_ray.online.store.store import open_store
     from vidgen_ray.planner import this_machine
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
     unlimited = 1_000_000
     limits = Limits(open_jobs=unlimited, requests_per_minute=unlimited, streams=unlimited)
     settings = OnlineSettings(profile=profile, data=str(data), port=port, limits=limits, max_queued=unlimited)
-    with serving(server_plan(settings, this_machine), stages) as server:
+    with listening, serving(server_plan(settings, this_machine), listening, stages) as server:
         server.wait_until_accepting(threading.Event())
         server.wait_until_ready(threading.Event())
         yield Server(port, open_store(settings))
@@ -186,6 +195,11 @@ class Client:
     def image(self, number: int) -> None:
         """Create an image, and wait for it."""
         fields = {"prompt": f"image {number}", "seed": number, "size": f"{SIDE_PX}x{SIDE_PX}"}
+        self._request("POST", "/v1/images/generations", json.dumps(fields), {})
+
+    def one_step(self, number: int) -> None:
+        """Create an image of one step, and wait for it."""
+        fields = {"prompt": f"image {number}", "seed": number, "size": "64x64", "num_inference_steps": 1}
         self._request("POST", "/v1/images/generations", json.dumps(fields), {})
 
     def clip(self, number: int) -> None:
@@ -240,6 +254,70 @@ def _quantiles(what: str, milliseconds: list[float]) -> list[dict[str, Any]]:
 
 
 # The parts
+
+
+def _serve(folder: Path, size: Size) -> list[dict[str, Any]]:
+    """Measure `vidgen serve --profile tiny`."""
+    unlimited = 1_000_000
+    limits = {"open_jobs": unlimited, "requests_per_minute": unlimited, "streams": unlimited}
+    settings = {"profile": "tiny", "data": str(folder / "tiny"), "limits": limits, "max_queued": unlimited}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vidgen_ray", "serve", "--settings", str(folder / "settings.yaml"), "--port", str(port)]
+    started, rows = time.monotonic(), []
+    environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT} | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        for what, text in (("until it accepts jobs", "Serving profile"), ("until models are loaded", "Models loaded")):
+            while text not in (line := process.stderr.readline()):
+                sys.stderr.write(line)
+                if not line:
+                    raise RuntimeError("vidgen serve has ended")
+            rows.append(_row(f"start, {what}", time.monotonic() - started, "s"))
+        rows.append(_row("start, CPU time of all processes", _cpu_s()["all processes of the server"], "s"))
+        server = Server(port, None)
+        for _ in range(3):
+            Client(server).one_step(next(_seeds))
+        time.sleep(SETTLE_S)
+        memory = [(_kind(process), process.memory_full_info()) for process in _processes("")]
+        for kind in sorted({kind for kind, _ in memory}):
+            rows.append(_row(f"memory, {kind}, PSS", sum(each.pss for name, each in memory if name == kind) / 2**20, "MB"))
+        rows.append(_row("memory, all, RSS", sum(each.rss for _, each in memory) / 2**20, "MB"))
+        rows.append(_row("memory, all, PSS", sum(each.pss for _, each in memory) / 2**20, "MB"))
+        for clients in size.clients[:2]:
+            rows += _clients_at_once(server, size.requests // 3, clients, Client.one_step, _kind_cpu_s)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+    return rows
+
+
+SETTLE_S = 5.0
+"""Seconds after the first images until memory is measured."""
+
+
+def _kind(process: psutil.Process) -> str:
+    """Return a name of a process of `vidgen serve`."""
+    words = process.cmdline()
+    if (title := words[0]).startswith("ray::"):
+        return title.removeprefix("ray::").replace("ServeReplica:vidgen:", "").partition(".")[0].partition("(")[0]
+    return next(
+        (
+            kind
+            for kind in ("raylet", "gcs_server", "dashboard/agent", "runtime_env", "vidgen_ray")
+            if any(kind in word for word in words)
+        ),
+        title,
+    )
+
+
+def _kind_cpu_s() -> dict[str, float]:
+    """Return the CPU seconds so far of each kind of process."""
+    used: Counter[str] = Counter()
+    for process in _processes(""):
+        with suppress(psutil.NoSuchProcess):
+            used[_kind(process)] += sum(process.cpu_times()[:2])
+    return {**used, "all": used.total()}
 
 
 _seeds = itertools.count(1)
@@ -322,23 +400,27 @@ def _health(server: Server, what: str) -> dict[str, Any]:
 
 
 def _many_clients(server: Server, size: Size) -> list[dict[str, Any]]:
-    rows = []
-    for clients in size.clients:
+    return [row for clients in size.clients for row in _clients_at_once(server, size.requests, clients, Client.image, _cpu_s)]
 
-        def send(index: int, clients: int = clients) -> list[float]:
-            client = Client(server)
-            return [_request_ms(client.image) for _ in range(index, size.requests, clients)]
 
-        before, started = _cpu_s(), time.monotonic()
-        with ThreadPoolExecutor(clients) as pool:
-            milliseconds = [each for batch in pool.map(send, range(clients)) for each in batch]
-        images_per_s = size.requests / (time.monotonic() - started)
-        at_once = "1 client" if clients == 1 else f"{clients} clients"
-        rows += _quantiles(f"image, {at_once}", milliseconds) if clients > 1 else []
-        rows.append(_row(f"images per second, {at_once}", images_per_s, "1/s"))
-        for name, after_s in _cpu_s().items():
-            cpu_ms = 1000 * (after_s - before[name]) / size.requests
-            rows.append(_row(f"CPU time per image, {name}, {at_once}", cpu_ms, "ms"))
+def _clients_at_once(
+    server: Server, requests: int, clients: int, request: Callable[[Client, int], None], cpu_s: Callable[[], dict[str, float]]
+) -> list[dict[str, Any]]:
+    """Let several clients wait for images at once."""
+
+    def send(index: int) -> list[float]:
+        client = Client(server)
+        return [_request_ms(partial(request, client)) for _ in range(index, requests, clients)]
+
+    before, started = cpu_s(), time.monotonic()
+    with ThreadPoolExecutor(clients) as pool:
+        milliseconds = [each for batch in pool.map(send, range(clients)) for each in batch]
+    images_per_s = requests / (time.monotonic() - started)
+    at_once = "1 client" if clients == 1 else f"{clients} clients"
+    rows = [*_quantiles(f"image, {at_once}", milliseconds), _row(f"images per second, {at_once}", images_per_s, "1/s")]
+    for name, after_s in cpu_s().items():
+        cpu_ms = 1000 * (after_s - before.get(name, 0.0)) / requests
+        rows.append(_row(f"CPU time per image, {name}, {at_once}", cpu_ms, "ms"))
     return rows
 
 
@@ -397,6 +479,7 @@ def _final_states(server: Server, ids: list[str]) -> dict[str, int]:
     return counts
 
 
+SERVE = "serve"
 PARTS: dict[str, Callable[[Server, Size], list[dict[str, Any]]]] = {
     "latency": _one_by_one,
     "streams": _with_streams,
