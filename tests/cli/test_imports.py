@@ -1,4 +1,4 @@
-"""What commands and workers may import. A heavy package that they do not need takes time at each start."""
+"""What commands, workers and processes of a server may import. A heavy package that they do not need costs time and memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,15 @@ HEAVY = {
         "torch._dynamo",
         "torchvision",
     ),
-    *("transformers", "typer", "vidgen_ray.batch", "vidgen_ray.cli.options", "vidgen_ray.graph", "vidgen_ray.online"),
+    *(
+        "ray.serve",
+        "transformers",
+        "typer",
+        "vidgen_ray.batch",
+        "vidgen_ray.cli.options",
+        "vidgen_ray.graph",
+        "vidgen_ray.online",
+    ),
     *("vidgen_ray.provenance", "vidgen_ray.remote", "yaml"),
 }
 """Packages and modules of which a command imports those in its list below only."""
@@ -49,9 +57,14 @@ COMMANDS = {
     # torchvision, which spandrel imports, needs no compiler.
     "upscale VIDEO --scale 2 --no-provenance": UPSCALE | {"spandrel", "torch", "torchvision"},
 }
-
-
 WORKER = {"PIL", "numpy", "pydantic", "ray", "vidgen_ray.graph", "vidgen_ray.remote", "yaml"}
+PROCESS = WORKER - {"ray"} | {"vidgen_ray.online", "vidgen_ray.provenance"}
+PROCESSES = {
+    "api_process": PROCESS | {"fastapi", "sqlalchemy", "starlette"},
+    "job_director": PROCESS | {"fastapi", "httpx2", "ray", "sqlalchemy", "starlette"},
+    "workers": PROCESS | {"httpx2", "ray", "starlette"},
+}
+"""Module of each process of a server. The API imports Ray, too: it is a Ray actor."""
 
 
 def imported_by(code: str, words: list[str], folder: Path) -> set[str]:
@@ -75,6 +88,11 @@ def test_command_imports_only_what_it_runs(command, tmp_path):
 
 def test_worker_with_simulated_stages_imports_no_networks(tmp_path):
     assert imported_by("import vidgen_ray.engine.worker, benchmarks.simulated_stages", [], tmp_path) == WORKER
+
+
+@pytest.mark.parametrize("module", PROCESSES)
+def test_process_of_a_server_imports_only_what_it_runs(module, tmp_path):
+    assert imported_by(f"import vidgen_ray.online.{module}", [], tmp_path) == PROCESSES[module]
 
 
 def test_help_says_what_the_commands_say():

@@ -4,6 +4,7 @@ stages of a pipeline.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -85,8 +86,7 @@ class LocalDirector:
     def _run(self) -> None:
         while not self._closing.is_set():
             self._woken.clear()
-            is_idle = self.held.is_set() or not self._store.queue.has_queued()
-            jobs = [] if is_idle else self._store.queue.claim("director", 60, 1)
+            jobs = [] if self.held.is_set() else self._store.queue.claim("director", 60, 1)
             for job in jobs:
                 self._run_job(job)
             if not jobs:
@@ -199,7 +199,7 @@ def local_server(
     director = LocalDirector(settings, store, served, outputs, render or noise_renderer(served.profile, outputs, step_s))
     try:
         keys = load_keys(settings.keys_file, settings.limits)
-        app = make_app(settings, store, outputs, served, keys, jobs_changed=director.wake)
+        app = make_app(settings, store, outputs, served, keys, changed=lambda: asyncio.sleep(0.01), jobs_changed=director.wake)
         yield LocalServer(app, settings, store, outputs, director, served)
     finally:
         director.close()

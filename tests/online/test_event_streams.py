@@ -49,7 +49,7 @@ def store(tmp_path) -> Iterator[CountingStore]:
 
 @pytest.fixture
 def feed(store) -> JobFeed:
-    return JobFeed(store)
+    return JobFeed(store, lambda: asyncio.sleep(0.01))
 
 
 def stored_job(store, tenant="ada") -> Job:

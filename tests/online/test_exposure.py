@@ -17,7 +17,7 @@ from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, local_server
 from vidgen_ray.engine.ray_cluster import _private_folder
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.application import check_exposure
+from vidgen_ray.online.application import build
 from vidgen_ray.online.auth import hash_key, is_loopback
 from vidgen_ray.online.server_settings import OnlineSettings
 
@@ -106,7 +106,7 @@ def short(tmp_path_factory):
 def test_ha_proxy_is_refused_at_any_host(monkeypatch):
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     with pytest.raises(SetupError, match="Run `unset RAY_SERVE_ENABLE_HA_PROXY`"):
-        check_exposure(OnlineSettings())
+        build(OnlineSettings())
 
 
 @pytest.mark.slow

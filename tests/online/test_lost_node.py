@@ -17,9 +17,9 @@ from vidgen_ray.engine import fleet as fleet_module
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.online import job_director as director_module
 from vidgen_ray.online import workers as workers_module
-from vidgen_ray.online.application import plan_for
 from vidgen_ray.online.auth import ApiKeys
 from vidgen_ray.online.job_director import JobDirector
+from vidgen_ray.online.server_plan import plan_for
 from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
@@ -81,7 +81,6 @@ class RunningServer:
         self._outputs.prepare()
         self._settings = OnlineSettings(data=str(folder), **settings)
         self._store = open_store(self._settings)
-        self.workers = Workers.__new__(Workers)
 
     async def start(self, layout=None):
         """Start with this layout, or the one for one GPU."""
@@ -99,7 +98,8 @@ class RunningServer:
             f"server-{new_id('x')}", self.served.profile, self._outputs, stages, CacheSettings("all", wait=True)
         )
         stage_seconds = None if self._settings.gpus else chosen.stage_seconds
-        await self.workers.__init__(config, layout, [None] * len(layout.slots), stage_seconds, make_plan)
+        self.workers = Workers(config, layout, [None] * len(layout.slots), stage_seconds, make_plan)
+        await self.workers.ready()
         methods = ("actors", "add_copy", "newest_copy", "release")
         handle = SimpleNamespace(**{name: SimpleNamespace(remote=getattr(self.workers, name)) for name in methods})
         self.director = JobDirector(config, self._settings, layout, ApiKeys([], Limits()), handle)

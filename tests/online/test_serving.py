@@ -14,7 +14,6 @@ from vidgen_ray.engine.status import Progress
 from vidgen_ray.errors import MissingWeights, OutOfMemory, ProfileError, SetupError, StageError
 from vidgen_ray.graph import STAGES
 from vidgen_ray.licences import UsedWeights
-from vidgen_ray.online.application import server_plan
 from vidgen_ray.online.auth import ApiKeys, KeyRecord
 from vidgen_ray.online.job_director import JOB_METRICS, ServerMetrics, error_of
 from vidgen_ray.online.queue_estimate import (
@@ -24,6 +23,7 @@ from vidgen_ray.online.queue_estimate import (
     QueueEstimator,
     expected_seconds,
 )
+from vidgen_ray.online.server_plan import server_plan
 from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.store.jobs import JobProgress, JobState

@@ -302,7 +302,7 @@ def watch(
     from vidgen_ray.report.gallery_page import gallery_app
 
     app = gallery_app(out, _reviewer(reviewer))
-    check_port(HOST, port)
+    listen(HOST, port).close()
     typer.echo(f"Gallery of {storage_at(out).url}: http://{HOST}:{port}/. Ctrl-C to stop.", err=True)
     uvicorn.run(app, host=HOST, port=port, log_level="warning")
 
@@ -331,20 +331,23 @@ def review(
         raise typer.Exit(1)
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise SetupError if the port cannot be bound."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        # As servers do, so that the port of a server that just stopped is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise SetupError(
-                f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another port with --port."
-            ) from None
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on a port. Raises SetupError if that is not possible."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # The port of a server that just stopped is free.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(BACKLOG)
+    except OSError as error:
+        listening.close()
+        reason = error.strerror or error
+        raise SetupError(f"cannot listen on {host} port {port}: {reason}. Choose another port with --port.") from None
+    return listening
 
 
+BACKLOG = 2048
+"""Connections that wait while a server starts."""
 LISTED = 5
 """Shots in each list."""
 MAX_MESSAGE_LENGTH = 200

@@ -1,10 +1,12 @@
-"""The server, on Ray Serve: HTTP API, stored jobs, and the director that leads them through the stages.
+"""The server: HTTP API, stored jobs, and the director that leads them through the stages. On a cluster on Ray Serve.
 
 Ray Serve's HTTP proxy imports this file at its start, so it imports little.
 """
 
 import asyncio
 import ctypes
+import sys
+import uuid
 from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -27,7 +29,7 @@ TRIM_DELAY_S = 2.0
 class HeapTrim:
     """Returns the memory of large request bodies to the system after the requests. The C library would keep it.
 
-    For the proxy and the API replicas: Ray Serve holds each body in the memory of both.
+    For the API, and the proxy of Ray Serve, which holds each body in memory.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -56,7 +58,10 @@ def announced_bytes(scope: Scope) -> float:
 
 
 class OneRequestId:
-    """Removes the `X-Request-Id` that Ray Serve appends to a response that has one of its own: the id of a video."""
+    """Gives each response one `X-Request-Id`: its own, the id of a video, or that of the request, or a new one.
+
+    Ray Serve appends another one.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -65,8 +70,17 @@ class OneRequestId:
         async def send_one_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                if len(ids := headers.getlist("X-Request-Id")) > 1:
-                    headers["X-Request-Id"] = ids[0]
+                ids = headers.getlist("X-Request-Id") or [Headers(scope=scope).get("X-Request-Id") or str(uuid.uuid4())]
+                headers["X-Request-Id"] = ids[0]
             await send(message)
 
         await self._app(scope, receive, send_one_id)
+
+
+def unreachable() -> tuple[type[Exception], ...]:
+    """Return the errors of a call of a process that has crashed or starts again."""
+    from ray.exceptions import RayError
+
+    # Importing Ray Serve takes 120 MB. Without it there are no such errors.
+    serve = sys.modules.get("ray.serve.exceptions")
+    return (RayError,) if serve is None else (RayError, serve.RayServeException)

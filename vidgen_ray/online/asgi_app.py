@@ -59,7 +59,7 @@ READY_S = 5.0
 THREADS = READERS
 """Threads of `asyncio.to_thread` for blocking calls, each with a connection to the database.
 
-Starlette's `run_in_threadpool` is not used: in Ray Serve's event loop, each call looks through all tasks, of which 1,000 event
+Starlette's `run_in_threadpool` is not used: in Ray's event loop, each call looks through all tasks, of which 1,000 event
 streams have several thousand.
 """
 
@@ -71,10 +71,11 @@ def make_app(
     serving_profile: ServingProfile,
     keys: ApiKeys,
     *,
+    changed: Callable[[], Awaitable[None]],
     jobs_changed: NotifyDirector = lambda: None,
     missing: Callable[[], Awaitable[str | None]] = _nothing,
 ) -> FastAPI:
-    """Return the app of a server: its API and its web page. `jobs_changed`: see `JobService`.
+    """Return the app of a server: its API and its web page. `changed`: see `JobFeed`; `jobs_changed`: see `JobService`.
 
     `missing` returns what the server lacks to run jobs, for `/readyz`.
 
@@ -93,7 +94,7 @@ def make_app(
         serving_profile=serving_profile,
         auth=Authenticator(keys, store.engine),
         job_service=job_service,
-        job_feed=JobFeed(store),
+        job_feed=JobFeed(store, changed),
         event_streams=EventStreams(),
         queue_estimator=QueueEstimator(store, serving_profile.profile),
         storage_check=StorageCheck(store, outputs),
@@ -136,7 +137,7 @@ class RootPath:
 def _empty_app(settings: OnlineSettings, store: JobStore) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        # Ray sizes the loop's default executor by the replica's CPUs, which is too few threads for blocking database calls.
+        # Ray sizes the loop's default executor by the CPUs of the process, which is too few for blocking database calls.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "api"))
         yield
         store.close()

@@ -1,6 +1,6 @@
 """Changes of jobs as server-sent events, and requests that wait for the end of a job.
 
-All of a process share one database poll; each key may open a limited number.
+All of a process share one query of the store; each key may open a limited number.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -20,8 +20,6 @@ from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.online.store.store import Changes, DeletedJob, JobStore
 
-MIN_POLL_S, MAX_POLL_S, POLL_GROWTH = 0.01, 0.25, 1.1
-"""Seconds between two polls of the store: at first, at most, and their growth while nothing changes."""
 log = logging.getLogger(__name__)
 
 
@@ -50,11 +48,12 @@ class Mailbox:
 
 
 class JobFeed:
-    """Polls the store while at least one stream is open, or one request waits."""
+    """Reads the changes of jobs from the store while at least one stream is open, or one request waits."""
 
-    def __init__(self, store: JobStore) -> None:
+    def __init__(self, store: JobStore, changed: Callable[[], Awaitable[None]]) -> None:
+        """`changed` waits until there may be changes."""
         self._store = store
-        self._poll_s = MIN_POLL_S
+        self._wait_for_change = changed
         self._mailboxes: dict[str, set[Mailbox]] = {}
         """Tenant, or id of a job -> mailboxes for its changes."""
         self._cursor = 0
@@ -85,7 +84,6 @@ class JobFeed:
         return last
 
     async def _start_polling(self) -> None:
-        self._poll_s = MIN_POLL_S
         async with self._starting:
             if self._polling is None or self._polling.done():
                 self._cursor = await asyncio.to_thread(self._store.latest_version)
@@ -128,7 +126,7 @@ class JobFeed:
 
     async def _poll(self) -> None:
         while self._mailboxes:
-            await asyncio.sleep(self._poll_s)
+            await self._wait_for_change()
             try:
                 changes = await asyncio.to_thread(self._store.changed_since, self._cursor)
             except SQLAlchemyError as error:
@@ -138,7 +136,6 @@ class JobFeed:
             except Exception:
                 log.exception("the changes of jobs cannot be read")
                 continue
-            self._poll_s = MIN_POLL_S if changes.jobs or changes.deleted else min(MAX_POLL_S, POLL_GROWTH * self._poll_s)
             self._cursor = changes.cursor
             changed: Sequence[Job | DeletedJob] = [*changes.jobs, *changes.deleted]
             for job in changed:

@@ -12,8 +12,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-import ray
-from ray.serve.exceptions import RayServeException
 from sqlalchemy.exc import SQLAlchemyError
 
 from vidgen_ray.content_keys import ShotPlan
@@ -25,6 +23,7 @@ from vidgen_ray.engine.messages import Kind
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.errors import VidgenError
+from vidgen_ray.online import unreachable
 from vidgen_ray.online.api_error import without_internals
 from vidgen_ray.online.auth import ApiKeys
 from vidgen_ray.online.job_service import plan_job, storage_problem
@@ -46,9 +45,6 @@ THREADS = 16
 POLL_S = 1.0
 """Seconds between two polls of the store, unless woken earlier. Each claims jobs, renews the leases of running ones and stores
 their progress."""
-AWAKE_S = 2.0
-"""Seconds after a wake call in which the director looks for new jobs every `QUEUE_POLL_S`: a call costs more than that."""
-QUEUE_POLL_S = 0.01
 ATTACH_INTERVAL_S = 2.0
 """Seconds between two requests for changes of the workers."""
 STORAGE_CHECK_INTERVAL_S = 5.0
@@ -91,7 +87,7 @@ class JobDirector:
     """Director of a server. Create it inside an event loop."""
 
     def __init__(self, config: EngineConfig, settings: OnlineSettings, layout: Layout, keys: ApiKeys, workers: Any) -> None:
-        """`layout`: the planned one; `workers`, the handle of the Workers deployment, tells which one it has by now."""
+        """`layout`: the planned one; `workers`, the handle of `Workers`, tells which one it has by now."""
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "director"))
         self._config = config
         self._settings = settings
@@ -117,8 +113,10 @@ class JobDirector:
         self._woken = asyncio.Event()
         self._may_be_queued = self._may_be_cancelled = True
         """There may be queued jobs, or cancel requests, that the last poll has not found."""
-        self._awake_until = time.monotonic() + AWAKE_S
         self._last_poll = time.monotonic()
+        # Another number than that of a director that has crashed.
+        self._changes = time.time_ns()
+        self._change = asyncio.Event()
         self._background = [
             asyncio.ensure_future(work)
             for work in (
@@ -135,8 +133,13 @@ class JobDirector:
     async def wake(self) -> None:
         """Poll the store now: there are new jobs or cancel requests."""
         self._may_be_queued = self._may_be_cancelled = True
-        self._awake_until = time.monotonic() + AWAKE_S
         self._woken.set()
+
+    async def changed(self, seen: int) -> int:
+        """Wait until jobs have changed since the change with the number `seen`. Return the number of the last change."""
+        if seen == self._changes:
+            await self._change.wait()
+        return self._changes
 
     async def drain(self, grace_s: float) -> int:
         """Start no more jobs, and give running ones `grace_s` seconds. Return how many were queued again."""
@@ -180,10 +183,10 @@ class JobDirector:
     # Workers
 
     async def _attach_workers(self) -> None:
-        """Use the workers and encoders that the Workers deployment has."""
+        """Use the workers and encoders that `Workers` has."""
         while True:
             # While it starts, the call waits.
-            with suppress(ray.exceptions.RayError, RayServeException):
+            with suppress(*unreachable()):
                 known = self._actors
                 changed: Actors | None = await self._workers.actors.remote(known.owner, known.version)
                 if changed is not None:
@@ -213,7 +216,7 @@ class JobDirector:
         while True:
             await asyncio.sleep(SCALE_INTERVAL_S)
             # The store and the owner of the workers may restart.
-            with suppress(ray.exceptions.RayError, RayServeException, SQLAlchemyError):
+            with suppress(*unreachable(), SQLAlchemyError):
                 engine, layout, queue_s = self._renderer.engine, self._actors.layout, await estimator.queue_s()
                 if engine is None or layout is None or queue_s or len(self._running) > engine.window.shots - layout.window:
                     needed = time.monotonic()
@@ -245,10 +248,8 @@ class JobDirector:
             # The database may come back. The health check limits how long it may be away.
             except Exception as error:
                 log.warning("the job store does not respond: %s", error)
-            now = time.monotonic()
-            pause_s = QUEUE_POLL_S if now < self._awake_until else max(0.0, next_full - now)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), pause_s)
+                await asyncio.wait_for(self._woken.wait(), max(0.0, next_full - time.monotonic()))
 
     async def _exchange(self, is_full: bool) -> None:
         """Store the ends of jobs, claim new ones and stop cancelled ones, as far as there is something to do.
@@ -259,8 +260,8 @@ class JobDirector:
         running = self._running.keys() - ends.keys()
         held = running if is_full or self._may_be_cancelled else set[str]()
         limit = self._free_slots(len(running))
-        is_due = ends or held or is_full or self._may_be_queued
-        if not is_due and (not limit or not await asyncio.to_thread(self._store.queue.has_queued)):
+        was_woken = self._may_be_queued or self._may_be_cancelled
+        if not (ends or is_full or was_woken):
             return
         updates: list[JobProgress] = []
         if is_full:
@@ -275,6 +276,10 @@ class JobDirector:
                 if not stored.done():
                     stored.set_exception(error)
             raise
+        if ends or updates or jobs or was_woken:
+            self._changes += 1
+            self._change.set()
+            self._change = asyncio.Event()
         for (_, stored), result in zip(ends.values(), results, strict=True):
             if not stored.done():
                 stored.set_result(result)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from vidgen_ray.cli.commands import ModelOptions, interruptible, with_options
 from vidgen_ray.cli.file_options import C2paKeyOption, JsonOption, MarkOptions
-from vidgen_ray.cli.folder_commands import check_port
+from vidgen_ray.cli.folder_commands import listen
 from vidgen_ray.cli.options import AddressOption
 from vidgen_ray.cli.run_script import stoppable
 from vidgen_ray.errors import SetupError, UsageError
@@ -103,10 +103,12 @@ def serve_command(
 
     Raises SetupError and ProfileError.
     """
+    # Of its processes, too. Otherwise, glibc keeps the memory of large requests and images in an arena for each thread.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     from vidgen_ray.engine.ray_cluster import connected, live_cluster
-    from vidgen_ray.online import ENVIRONMENT
-    from vidgen_ray.online.application import check_exposure, server_plan, serving
     from vidgen_ray.online.auth import check_bind_host, is_loopback, load_keys
+    from vidgen_ray.online.server import serving
+    from vidgen_ray.online.server_plan import check_exposure, server_plan
     from vidgen_ray.online.store.store import open_store
 
     keys = load_keys(settings.keys_file, settings.limits)
@@ -114,19 +116,14 @@ def serve_command(
     # Report database errors before anything is started.
     with closing(open_store(settings)) as store:
         _wait_for_other_server(store, wait_s)
-    if address is None:
-        check_port(settings.host, settings.port)
+    listening = listen(settings.host, settings.port)
     plan = server_plan(settings, this_machine) if address is None else None
-    # On a busy machine, the proxy of Ray Serve needs more than the default of 5 s. Read by its controller.
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
-    # Read by the proxy. With `address`, it has the variables with which its Ray was started.
-    os.environ.update(ENVIRONMENT)
-    with stoppable(grace_s, "jobs") as stop, connected(address, plan.cpus if plan else 0):
+    with listening, stoppable(grace_s, "jobs") as stop, connected(address, plan.cpus if plan else 0):
         check_exposure(settings)
         plan = plan or server_plan(settings, lambda: live_cluster().total)
         for stage, reason in plan.serving_profile.unavailable.items():
             typer.echo(f"Stage {stage} is unavailable until the next start of this server: {reason}", err=True)
-        with serving(plan, stages) as server:
+        with serving(plan, listening, stages) as server:
             server.wait_until_accepting(stop)
             if not stop.is_set():
                 if not is_loopback(settings.host):

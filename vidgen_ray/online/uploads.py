@@ -231,7 +231,7 @@ class BodyCap:
             return
         seen, announced, has_body = 0, announced_bytes(scope), scope["method"] in METHODS_WITH_BODY
         cap_bytes = self._cap_bytes if has_body else SMALL_FORM_BYTES
-        # Ray Serve keeps what arrives in memory until the response has ended.
+        # Before anything is read: Ray Serve would keep it in memory.
         if announced > cap_bytes and not (has_body and announced == math.inf):
             await error_response(too_large(None, cap_bytes))(scope, receive, send)
             return
@@ -250,7 +250,7 @@ class BodyCap:
 class BodyBudget:
     """Bytes of request bodies that may arrive at once in this process, of each key and of all.
 
-    They are in memory: Ray Serve fetches bodies as fast as clients send them.
+    With Ray Serve they are in memory: it fetches bodies as fast as clients send them.
     """
 
     def __init__(self, caps: UploadCaps) -> None:

@@ -1,4 +1,4 @@
-"""Ray Serve replica that owns the workers and encoders of a server.
+"""Process that owns the workers and encoders of a server.
 
 It does nothing else, so that they survive a crash of the director: loading weights takes minutes. Ray stops them when this
 process ends.
@@ -51,10 +51,9 @@ class Actors:
 
 
 class Workers(FleetListener):
-    """Runs the fleet of a server. Its replica is up as soon as every stage has a worker with loaded weights."""
+    """Runs the fleet of a server. Create it inside an event loop."""
 
-    # Serve awaits it.
-    async def __init__(  # type: ignore[misc]
+    def __init__(
         self,
         config: EngineConfig,
         layout: Layout,
@@ -64,7 +63,7 @@ class Workers(FleetListener):
     ) -> None:
         """`labels`: see `fleet.labels_of`. `stage_seconds`: stage -> mean seconds per shot, to add slots for GPUs that become
         free; `None` adds none. `make_plan` plans another layout if the last worker with a stage is lost with its node; with
-        `None`, the server waits for another node. Raises SetupError if no worker can load the weights of a stage.
+        `None`, the server waits for another node.
         """
         # Actors of a crashed predecessor may still have their names.
         owner = secrets.token_hex(4)
@@ -72,9 +71,32 @@ class Workers(FleetListener):
         self._changed = asyncio.Event()
         self._actors = Actors(owner, 0, {})
         self._loads: dict[str, asyncio.Task[Failure | None]] = {}
+        self._starting = asyncio.create_task(self._start_first(layout, labels, stage_seconds, make_plan))
+
+    async def _start_first(
+        self,
+        layout: Layout,
+        labels: Sequence[Label | None],
+        stage_seconds: Mapping[str, float] | None,
+        make_plan: Callable[[Cluster], Plan] | None,
+    ) -> None:
         await self._start(layout, labels, stage_seconds)
         self._replanning = None if make_plan is None else asyncio.create_task(self._replan_if_incomplete(make_plan))
         await self._wait_until_ready()
+
+    async def ready(self) -> None:
+        """Wait until every stage has a worker with loaded weights. Raises SetupError if no worker can load those of a stage."""
+        await asyncio.shield(self._starting)
+
+    async def start_state(self) -> tuple[bool, str | None]:
+        """Return whether every stage has had a worker, and what the fleet waits for. Raises what `ready` does."""
+        await self.check_health()
+        return self._starting.done(), self._actors.waiting
+
+    async def check_health(self) -> None:
+        """Raise SetupError if no worker could load the weights of a stage."""
+        if self._starting.done():
+            self._starting.result()
 
     async def _start(self, layout: Layout, labels: Sequence[Label | None], stage_seconds: Mapping[str, float] | None) -> None:
         """Start the fleet of a layout."""
@@ -91,7 +113,8 @@ class Workers(FleetListener):
         await self._fleet.start(layout, labels)
 
     async def actors(self, owner: str, version: int) -> Actors | None:
-        """Return the workers and encoders. `None` if the caller has this version of this owner already."""
+        """Return the workers and encoders, when they are ready. `None` if the caller has this version of this owner already."""
+        await self.ready()
         return None if (owner, version) == (self._actors.owner, self._actors.version) else self._actors
 
     async def add_copy(self) -> None:
@@ -166,7 +189,7 @@ class Workers(FleetListener):
         if len(failures) < sum(stage in spec.stages for spec in self._layout.workers):
             return
         if (failure := failures[0]) is not None:
-            # A single line, because Serve shows it at the end of its own message.
+            # A single line, because Ray Serve shows it at the end of its own message.
             raise SetupError(f"{failure.stage}: {failure.message}")
 
     def _cancel_loads(self) -> None:

@@ -1,4 +1,4 @@
-"""Applications on Ray Serve, their stores and processes."""
+"""Directors with workers on Ray, without an API, their stores and processes."""
 
 import time
 from contextlib import suppress
@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import psutil
 import ray
-from ray import serve
 
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import labels_of
-from vidgen_ray.online.application import DIRECTOR, director_application
 from vidgen_ray.online.auth import ApiKeys
+from vidgen_ray.online.server import DIRECTOR, WORKERS, Handle, Watched
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.store.jobs import Job, JobKind, new_id
@@ -28,12 +27,14 @@ ACTORS_GB = {"instantid": 1, "flux": 34, "svd": 20, "realesrgan": 6}
 
 @dataclass
 class Running:
-    """A running Serve application and its job store."""
+    """Director and workers of a server, and its job store."""
 
     name: str
     serving_profile: ServingProfile
     outputs: OutputFolder
     store: JobStore
+    director: Handle
+    workers: Handle
 
     def shot(self, **fields) -> Shot:
         shot = Shot(**{**self.serving_profile.profile.defaults, "prompt": "a red ball", "seed": 3, **fields})
@@ -64,13 +65,13 @@ class Running:
         self.store.request_cancel(job_id, "me")
         self.director.wake.remote()
 
-    @property
-    def director(self):
-        return serve.get_deployment_handle(DIRECTOR, self.name)
+    def stop(self):
+        for handle in (self.director, self.workers):
+            ray.kill(handle.actor)
 
-    def pid(self, deployment):
-        """Return the pid of the replica of a deployment, by its process title."""
-        title = f"ray::ServeReplica:{self.name}:{deployment}"
+    def pid(self, process):
+        """Return the pid of the director or the owner of the workers, by its process title."""
+        title = f"ray::{self.name}{process}"
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
@@ -93,7 +94,7 @@ def pid_of(actor):
             return ray.get(actor.place.remote()).pid
 
 
-def run(name, profile, cluster, out, stages, wait=True, database=None) -> Running:
+def run(name, profile, cluster, out, stages, database=None) -> Running:
     served = serving_profile(profile)
     chosen = plan(served.profile, served.demand(), cluster)
     outputs = OutputFolder(out / "out")
@@ -103,10 +104,10 @@ def run(name, profile, cluster, out, stages, wait=True, database=None) -> Runnin
     config = EngineConfig(name, served.profile, outputs, stages_served, CacheSettings("all", wait=True))
     labels = labels_of(chosen, cluster)
     keys = ApiKeys([], settings.limits)
-    app = director_application(config, settings, chosen.layout, keys, labels, None)
-    target = serve.RunTarget(app, name=name, route_prefix=None)
-    serve.run_many([target], wait_for_applications_running=wait)
-    return Running(name, served, outputs, open_store(settings))
+    workers = Watched(name + WORKERS, "vidgen_ray.online.workers:Workers", config, chosen.layout, labels).handle
+    of_director = (config, settings, chosen.layout, keys, workers)
+    director = Watched(name + DIRECTOR, "vidgen_ray.online.job_director:JobDirector", *of_director).handle
+    return Running(name, served, outputs, open_store(settings), director, workers)
 
 
 def scripted_profile(tiny):

@@ -1,4 +1,4 @@
-"""One Ray Serve for the tests of this folder, with the server of the tiny models, as `vidgen serve` runs it."""
+"""Server of the tiny models for the tests of this folder, as `vidgen serve` runs it."""
 
 import socket
 from collections.abc import Iterator
@@ -10,8 +10,9 @@ import yaml
 
 from tests.conftest import LocalRay
 from tests.online.on_serve.applications import Running
-from vidgen_ray.online.application import APP, Server, server_plan, serving
 from vidgen_ray.online.auth import hash_key
+from vidgen_ray.online.server import Server, serving
+from vidgen_ray.online.server_plan import APP, server_plan
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.outputs.folder import OutputFolder
@@ -29,13 +30,13 @@ def local_serve(local_ray):
 
 @pytest.fixture(scope="package")
 def server(tiny, tmp_path_factory) -> Iterator[tuple[Server, Running]]:
-    """Start Ray Serve with a server of the tiny models in one process. Other applications may run at the same time."""
+    """Start a server of the tiny models in one process. Other directors may run at the same time."""
     LocalRay.start()
     folder = tmp_path_factory.mktemp("server")
     keys = [{"tenant": name, "sha256": hash_key(key)} for name, key in KEYS.items()]
     (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
     profile = tiny.model_copy(update={"actors": {name: tiny.actors[name] for name in ACTORS}})
     (folder / "tiny.yaml").write_text(yaml.safe_dump(profile.model_dump(mode="json")))
     settings = OnlineSettings(
@@ -43,10 +44,11 @@ def server(tiny, tmp_path_factory) -> Iterator[tuple[Server, Running]]:
     )
     # Without the seconds of the stages, it leaves the rest of the cluster to other applications.
     plan = replace(server_plan(settings, this_machine), stage_seconds=None)
-    with serving(plan) as server:
+    with listening, serving(plan, listening) as server:
         server.wait_until_accepting(Event())
         server.wait_until_ready(Event())
-        yield server, Running(APP, plan.serving_profile, OutputFolder(settings.data), open_store(settings))
+        outputs, store = OutputFolder(settings.data), open_store(settings)
+        yield server, Running(APP, plan.serving_profile, outputs, store, server.director, server._workers.handle)
 
 
 @pytest.fixture(scope="package")

@@ -1,4 +1,4 @@
-"""Job director on a real Ray Serve: same bytes as the reference, and every job ends despite crashes."""
+"""Job director on a real Ray: same bytes as the reference, and every job ends despite crashes."""
 
 import os
 import signal
@@ -6,8 +6,7 @@ import time
 
 import psutil
 import pytest
-from ray import serve
-from ray.serve.schema import ApplicationStatus
+import ray
 from ray.util.placement_group import placement_group_table
 
 from tests.conftest import ASTRONAUT
@@ -15,7 +14,7 @@ from tests.fake_stages import FakeSVD
 from tests.online.on_serve.applications import ACTORS_GB, IMAGE_ONLY, POLL_S, Running, run, scripted_profile
 from tests.online.scripted_stages import SCRIPTED, pipes_open, steps_run
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.application import DIRECTOR, WORKERS, _reason
+from vidgen_ray.online.server import DIRECTOR, WORKERS
 from vidgen_ray.online.store.jobs import JobState, new_id
 from vidgen_ray.outputs.folder import LAST_FRAME, OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
@@ -124,13 +123,13 @@ class TestScriptedStages:
                 app.wait_until(job_id, lambda job: job.stage == "output")
                 # Its files wait for room, and a new job is not claimed.
                 next_job_id = app.accept(prompt="next", **IMAGE_ONLY)
-                assert not app.director.check_health.remote().result(timeout_s=60)
+                assert not ray.get(app.director.check_health.remote(), timeout=60)
                 assert [app.job(each).state for each in (job_id, next_job_id)] == [JobState.IN_PROGRESS, JobState.QUEUED]
                 small_disk.make_room()
                 ended = [app.wait_for_end(each) for each in (job_id, next_job_id)]
             assert [(job.state, job.attempts) for job in ended] == [(JobState.COMPLETED, 1)] * 2
         finally:
-            serve.delete("full")
+            app.stop()
 
     def test_killed_director_loses_no_job_and_no_worker(self, scripted, pipe):
         job_id = scripted.accept(prompt=f"steps 3 pause at 2 {pipe}", **IMAGE_ONLY)
@@ -162,7 +161,7 @@ class TestScriptedStages:
     def test_drain_requeues_jobs_that_exceed_the_grace_period(self, scripted, pipe):
         job_id = scripted.accept(prompt=f"steps 3 pause at 2 {pipe}", **IMAGE_ONLY)
         scripted.wait_until(job_id, lambda job: job.step == 1)
-        assert scripted.director.drain.remote(0.1).result() == 1
+        assert ray.get(scripted.director.drain.remote(0.1)) == 1
         job = scripted.job(job_id)
         assert (job.state, job.attempts) == (JobState.QUEUED, 0)
         # The deadlines of queued jobs pass although it starts none.
@@ -177,16 +176,22 @@ class WithoutWeights(FakeSVD):
 
 
 @pytest.mark.slow
-def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, scripted):
-    serve.delete("scripted")
-    app = run("broken", scripted_profile(tiny), parse_gpus("1x80GB"), tmp_path, {**SCRIPTED, "svd": WithoutWeights}, wait=False)
-    while (status := serve.status().applications["broken"]).status != ApplicationStatus.DEPLOY_FAILED:
-        assert status.status == ApplicationStatus.DEPLOYING
-        time.sleep(POLL_S)
-    assert _reason("\n".join(each.message for each in status.deployments.values())) == "loading: its weights are damaged"
-    serve.delete("broken")
-    # Nothing is left of both applications.
+def test_failure_to_load_is_an_error_of_the_owner_of_the_workers(tiny, tmp_path, scripted):
+    scripted.stop()
+    app = run("broken", scripted_profile(tiny), parse_gpus("1x80GB"), tmp_path, {**SCRIPTED, "svd": WithoutWeights})
+    for call in (app.workers.ready.remote(), app.workers.start_state.remote(), app.workers.check_health.remote()):
+        with pytest.raises(SetupError, match=r"^loading: its weights are damaged$"):
+            raise ray_error(call)
+    app.stop()
+    # Nothing is left of both.
     while app.actors() or scripted.actors():
         time.sleep(POLL_S)
     groups = placement_group_table().values()
     assert {group["state"] for group in groups if any("GPU" in bundle for bundle in group["bundles"].values())} == {"REMOVED"}
+
+
+def ray_error(call):
+    """Return the error that a call of an actor has raised."""
+    with pytest.raises(ray.exceptions.RayTaskError) as raised:
+        ray.get(call)
+    return raised.value.cause

@@ -303,7 +303,6 @@ def _all_queued() -> Select[Any]:
 
 ALL_QUEUED = _all_queued()
 """Ids of all queued jobs, in order."""
-ANY_QUEUED = select(JOBS.c.id).where(IS_OPEN, JOBS.c.state == JobState.QUEUED).limit(1)
 FIRST_QUEUED = ALL_QUEUED.limit(bindparam("limit"))
 
 
@@ -390,10 +389,6 @@ class JobLeases:
         if self._seen_director is None or self._seen_director[:2] != (owner, heartbeat):
             self._seen_director = owner, heartbeat, now
         return None if now - self._seen_director[2] > lease_s else str(owner)
-
-    def has_queued(self) -> bool:
-        """Return whether any job is queued."""
-        return bool(self._database.rows(ANY_QUEUED))
 
     def together(self) -> AbstractContextManager[Transaction]:
         """Make the calls of this thread inside the block one transaction."""

@@ -1,0 +1,130 @@
+"""Process of the API: its app, connected to the director, and on one machine its HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import suppress
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from vidgen_ray.online import HeapTrim, OneRequestId, unreachable
+from vidgen_ray.online.asgi_app import make_app
+from vidgen_ray.online.auth import ApiKeys
+from vidgen_ray.online.event_streams import MAX_STREAMS
+from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.online.serving_profile import ServingProfile
+from vidgen_ray.online.store.store import open_store
+from vidgen_ray.outputs.folder import OutputFolder
+
+DIRECTOR_TIMEOUT_S = 2.0
+"""Seconds that the director may take to say what is missing."""
+POLL_S = 1.0
+"""Seconds between two polls of the store without a call of the director, while it restarts or if other servers change jobs."""
+CONNECTIONS = MAX_STREAMS + 2_000
+"""Open connections and requests, event streams included. Others get 503."""
+CLOSE_S = 2
+"""Seconds that requests may take to end when the server stops."""
+
+
+class DirectorClient:
+    """Client of the director. Use it inside an event loop."""
+
+    def __init__(self, director: Any) -> None:
+        self._director = director
+        self._has_news = False
+        self._waking: asyncio.Task[None] | None = None
+        self._seen = 0
+        self._changed: asyncio.Task[None] | None = None
+
+    def wake(self) -> None:
+        """Wake the director for new jobs or cancel requests. One call at a time: none pile up while the director is down."""
+        self._has_news = True
+        if self._waking is None or self._waking.done():
+            self._waking = asyncio.ensure_future(self._wake())
+
+    async def _wake(self) -> None:
+        while self._has_news:
+            self._has_news = False
+            # A restarted director polls the store anyway.
+            with suppress(*unreachable()):
+                await self._director.wake.remote()
+
+    async def changed(self) -> None:
+        """Wait until the director has stored changes of jobs after the last call, at most `POLL_S`."""
+        # A call that has not returned yet is used again: none pile up.
+        if self._changed is None or self._changed.done():
+            self._changed = asyncio.ensure_future(self._next_change())
+        await asyncio.wait([self._changed], timeout=POLL_S)
+
+    async def _next_change(self) -> None:
+        try:
+            self._seen = await self._director.changed.remote(self._seen)
+        except unreachable():
+            await asyncio.sleep(POLL_S)
+
+    async def missing(self) -> str | None:
+        """Return what the server lacks to run jobs. `None` if nothing is missing."""
+        silent: tuple[type[Exception], ...] = (TimeoutError, *unreachable())
+        try:
+            missing: str | None = await asyncio.wait_for(self._director.missing.remote(), DIRECTOR_TIMEOUT_S)
+        except silent:
+            return "the director does not respond; it starts again by itself"
+        return missing
+
+
+def make_api(
+    settings: OnlineSettings, serving_profile: ServingProfile, outputs: OutputFolder, keys: ApiKeys, director: Any
+) -> FastAPI:
+    """Return the app of an API process. It stores new jobs and then wakes the director. Raises what `make_app` does."""
+    client = DirectorClient(director)
+    app = make_app(
+        settings,
+        open_store(settings),
+        outputs,
+        serving_profile,
+        keys,
+        jobs_changed=client.wake,
+        changed=client.changed,
+        missing=client.missing,
+    )
+    app.add_middleware(HeapTrim)
+    return app
+
+
+class HttpApi:
+    """The API with an HTTP server of its own. Create it inside an event loop."""
+
+    def __init__(self, port: str, *parts: Any) -> None:
+        """`port`: see `listening_socket`. `parts`: arguments of `make_api`."""
+        app = make_api(*parts)
+        app.add_middleware(OneRequestId)
+        config = uvicorn.Config(
+            app,
+            access_log=False,
+            log_config=None,
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=CLOSE_S,
+        )
+        self._server = uvicorn.Server(config)
+        self._serving = asyncio.ensure_future(self._server.serve([listening_socket(port)]))
+
+    async def check_health(self) -> None:
+        """Raise RuntimeError if the HTTP server has stopped."""
+        if self._serving.done():
+            raise RuntimeError("the HTTP server has stopped") from self._serving.exception()
+
+    async def stop(self) -> None:
+        """Accept no more requests, and wait for those in progress."""
+        self._server.should_exit = True
+        await self._serving
+
+
+def listening_socket(path: str) -> socket.socket:
+    """Return the socket that the process behind the Unix socket at `path` listens on."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        _, (descriptor,), _, _ = socket.recv_fds(connection, 1, 1)
+    return socket.socket(fileno=descriptor)
