@@ -102,12 +102,11 @@ class FluxModel:
         self.device = params.device
         self.dtype = torch_dtype(params.dtype)
         """Dtype of the computation, which quantised weights do not have."""
-        on_host = {T5: params.text_encoder != "gpu", "transformer": params.quantize == "fp8"}
+        # Weights in 8 bits go to the GPU after they are quantised.
+        on_host = {T5: params.text_encoder != "gpu", "transformer": params.quantize != "none"}
         self.text_to_image = load_pipeline(
             FluxPipeline,
             params,
-            # Weights that are stored in 8 bits go to the GPU after that.
-            place=params.quantize != FP8,
             host_parts=frozenset(name for name, stays in on_host.items() if stays),
         )
         transformer = self.text_to_image.transformer

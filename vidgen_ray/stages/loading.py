@@ -63,7 +63,6 @@ def load_pipeline(
     accepted_classes: Sequence[str] = (),
     float32_parts: Sequence[str] = (),
     cpu_offload: bool = False,
-    place: bool = True,
     host_parts: frozenset[str] = frozenset(),
     **kwargs: Any,
 ) -> Any:
@@ -71,9 +70,8 @@ def load_pipeline(
 
     `accepted_classes`: names of further classes whose folders `pipeline_class` loads, such as text to video for image to video.
     `float32_parts`: components that keep float32 with any dtype. `cpu_offload`: keep the weights in host memory and move each
-    part to the GPU when it runs. No effect on a CPU. `place`: have the weights on the device, except the components
-    `host_parts`; otherwise the caller moves them. `kwargs` may give components that are loaded already. Their weights are not
-    checked for NaN, which quantised ones do not support.
+    part to the GPU when it runs. No effect on a CPU. `host_parts`: components that stay on the host; the caller moves them.
+    `kwargs` may give components that are loaded already. Their weights are not checked for NaN.
     """
     silence_libraries()
     require_device(params.device)
@@ -89,7 +87,7 @@ def load_pipeline(
     dtypes = {"default": torch_dtype(params.dtype), **dict.fromkeys(float32_parts, torch_dtype("float32"))}
     offloads = cpu_offload and params.device != "cpu"
     # Files are mapped, and their tensors go to the GPU one by one, also if they are converted on the way.
-    direct = {"device_map": params.device} if place and not cpu_offload and params.device != "cpu" else {}
+    direct = {"device_map": params.device} if not cpu_offload and params.device != "cpu" else {}
     load = partial(pipeline_class.from_pretrained, str(folder), dtype=dtypes, local_files_only=True, use_safetensors=True)
     with library_errors(f"{folder}: not the weights of {pipeline_class.__name__}"), deferred_imports_of(params):
         if direct and (missing := host_parts - kwargs.keys()):
@@ -110,10 +108,9 @@ def load_pipeline(
             move_networks([network], "cpu")
         _offload(list(networks.values()), params.device)
         return pipe
-    if place:
-        for name, network in networks.items():
-            if name not in host_parts:
-                network.to(params.device)
+    for name, network in networks.items():
+        if name not in host_parts:
+            network.to(params.device)
     require_finite_weights(loaded, device=params.device)
     return pipe
 
