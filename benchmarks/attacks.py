@@ -1,4 +1,4 @@
-"""Requests that try to exhaust a real server: memory of its API and its HTTP proxy, and the latency of /healthz meanwhile.
+"""Requests that try to exhaust a real server: memory of its API, and the latency of /healthz meanwhile.
 
 Starts `vidgen serve --profile tiny` for each row of the table and sends at the same time: images that are small files with many
 pixels, JSON bodies with many values, deep nesting or large images, large forms, event streams that stay open. /healthz is
@@ -47,8 +47,8 @@ from rich.table import Table
 from benchmarks.machine import machine, write_json
 
 ROOT = Path(__file__).parent.parent
-PROCESSES = {"api": "ray::ServeReplica:vidgen:Api", "proxy": "ray::ProxyActor"}
-"""Prefixes of the process titles of the API and of Ray Serve's HTTP proxy."""
+PROCESSES = {"api": "ray::Api"}
+"""Prefix of the process title of the API."""
 SIDE_PX = 6300
 """39.7 megapixels as a square, just below the limit of 40."""
 JSON_BYTES = 39_000_000
@@ -100,7 +100,7 @@ def main() -> int:
         with _server(args.repository, group[0].settings) as (url, processes):
             rows += [_measure(url, processes, attack) for attack in group]
     table = Table(title=f"Attacks on a server. Load of the machine before: {load:.1f}")
-    for column in ("requests", "answers", "API GB", "proxy GB", "/healthz s", "seconds"):
+    for column in ("requests", "answers", "API GB", "/healthz s", "seconds"):
         table.add_column(column, justify="left" if column in ("requests", "answers") else "right")
     for row in rows:
         health = f"{row['healthz_s']:.2f}" + (f", {row['healthz_failed']} failed" if row["healthz_failed"] else "")

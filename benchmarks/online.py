@@ -57,17 +57,8 @@ from vidgen_ray.shot import Shot
 
 ROOT = Path(__file__).parent.parent
 GOALS = {"image, 1 client, p50": 60.0, "images per second, 100 clients": 150.0, "accepted jobs lost": 0.0}
-PROCESSES = ("ray::ServeReplica:vidgen:", "ray::Worker", "ray::Encoder")
+PROCESSES = ("ray::Api", "ray::Director", "ray::Worker", "ray::Encoder")
 """Prefixes of the process titles of the server."""
-MEASURED = {
-    "API": "ray::ServeReplica:vidgen:Api",
-    "director": "ray::ServeReplica:vidgen:Director",
-    "Serve's proxy": "ray::ProxyActor",
-    "workers": "ray::Worker",
-    "encoders": "ray::Encoder",
-    "all processes of the server": "",
-}
-"""Processes whose CPU time is measured, and how their titles start."""
 CPU_WORKERS = 2
 OTHER_DIRECTOR = "benchmark"
 """Owner of jobs that stay in progress."""
@@ -240,7 +231,7 @@ class Client:
 
 
 class _Retryable(Exception):
-    """HTTP status that Serve returns while a replica of the API is being replaced."""
+    """HTTP status that asks for a retry."""
 
 
 def _row(what: str, value: float, unit: str) -> dict[str, Any]:
@@ -275,7 +266,7 @@ def _serve(folder: Path, size: Size) -> list[dict[str, Any]]:
                 if not line:
                     raise RuntimeError("vidgen serve has ended")
             rows.append(_row(f"start, {what}", time.monotonic() - started, "s"))
-        rows.append(_row("start, CPU time of all processes", _cpu_s()["all processes of the server"], "s"))
+        rows.append(_row("start, CPU time of all processes", _cpu_s()["all"], "s"))
         server = Server(port, None)
         for _ in range(3):
             Client(server).one_step(next(_seeds))
@@ -286,7 +277,7 @@ def _serve(folder: Path, size: Size) -> list[dict[str, Any]]:
         rows.append(_row("memory, all, RSS", sum(each.rss for _, each in memory) / 2**20, "MB"))
         rows.append(_row("memory, all, PSS", sum(each.pss for _, each in memory) / 2**20, "MB"))
         for clients in size.clients[:2]:
-            rows += _clients_at_once(server, size.requests // 3, clients, Client.one_step, _kind_cpu_s)
+            rows += _clients_at_once(server, size.requests // 3, clients, Client.one_step)
         process.send_signal(signal.SIGTERM)
         process.wait()
     return rows
@@ -300,7 +291,7 @@ def _kind(process: psutil.Process) -> str:
     """Return a name of a process of `vidgen serve`."""
     words = process.cmdline()
     if (title := words[0]).startswith("ray::"):
-        return title.removeprefix("ray::").replace("ServeReplica:vidgen:", "").partition(".")[0].partition("(")[0]
+        return title.removeprefix("ray::").partition(".")[0].partition("(")[0]
     return next(
         (
             kind
@@ -311,7 +302,7 @@ def _kind(process: psutil.Process) -> str:
     )
 
 
-def _kind_cpu_s() -> dict[str, float]:
+def _cpu_s() -> dict[str, float]:
     """Return the CPU seconds so far of each kind of process."""
     used: Counter[str] = Counter()
     for process in _processes(""):
@@ -400,11 +391,11 @@ def _health(server: Server, what: str) -> dict[str, Any]:
 
 
 def _many_clients(server: Server, size: Size) -> list[dict[str, Any]]:
-    return [row for clients in size.clients for row in _clients_at_once(server, size.requests, clients, Client.image, _cpu_s)]
+    return [row for clients in size.clients for row in _clients_at_once(server, size.requests, clients, Client.image)]
 
 
 def _clients_at_once(
-    server: Server, requests: int, clients: int, request: Callable[[Client, int], None], cpu_s: Callable[[], dict[str, float]]
+    server: Server, requests: int, clients: int, request: Callable[[Client, int], None]
 ) -> list[dict[str, Any]]:
     """Let several clients wait for images at once."""
 
@@ -412,21 +403,16 @@ def _clients_at_once(
         client = Client(server)
         return [_request_ms(partial(request, client)) for _ in range(index, requests, clients)]
 
-    before, started = cpu_s(), time.monotonic()
+    before, started = _cpu_s(), time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
         milliseconds = [each for batch in pool.map(send, range(clients)) for each in batch]
     images_per_s = requests / (time.monotonic() - started)
     at_once = "1 client" if clients == 1 else f"{clients} clients"
     rows = [*_quantiles(f"image, {at_once}", milliseconds), _row(f"images per second, {at_once}", images_per_s, "1/s")]
-    for name, after_s in cpu_s().items():
+    for name, after_s in _cpu_s().items():
         cpu_ms = 1000 * (after_s - before.get(name, 0.0)) / requests
         rows.append(_row(f"CPU time per image, {name}, {at_once}", cpu_ms, "ms"))
     return rows
-
-
-def _cpu_s() -> dict[str, float]:
-    """Return the CPU seconds so far of each of `MEASURED`."""
-    return {name: sum(sum(process.cpu_times()[:2]) for process in _processes(title)) for name, title in MEASURED.items()}
 
 
 @dataclass

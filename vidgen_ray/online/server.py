@@ -86,7 +86,7 @@ class Watched:
         actor = ray.remote(type(name, (Process,), {}))
         self.name = name
         self.handle = Handle(actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(path, arguments))
-        self.is_up = False
+        self.is_up = self._is_healthy = False
         """Whether it has ever been healthy."""
         self._check = self.handle.check_health.remote()
         self._silent = 0
@@ -104,20 +104,22 @@ class Watched:
             return
         try:
             ray.get(self._check)
-            self.is_up = True
+            self.is_up = self._is_healthy = True
         except ray.exceptions.RayTaskError as error:
             if not self.is_up:
                 raise _user_error(self.name, error) from None
             self._restart(first_line(error.cause))
         # Ray starts it again.
-        except ray.exceptions.RayError as error:
-            log.warning("%s has crashed: %s", self.name, first_line(error))
+        except ray.exceptions.RayError:
+            if self._is_healthy:
+                log.warning("%s has crashed and is started again", self.name)
+            self._is_healthy = False
         self._check, self._silent = self.handle.check_health.remote(), 0
 
     def _restart(self, reason: str) -> None:
         log.warning("%s is started again: %s", self.name, reason)
         ray.kill(self.handle.actor, no_restart=False)
-        self._silent = 0
+        self._is_healthy, self._silent = False, 0
 
 
 def _user_error(name: str, error: ray.exceptions.RayTaskError) -> Exception:
