@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online import api_error
-from vidgen_ray.online.api import content_routes, image_routes, input_routes, video_routes
+from vidgen_ray.online.api import batch_routes, content_routes, image_routes, input_routes, video_routes
+from vidgen_ray.online.api.batch_runner import run_batches
 from vidgen_ray.online.api.openapi import ServerDep, TenantDep, error_responses, openapi_document, without_keys
 from vidgen_ray.online.api.responses import (
     Health,
@@ -136,10 +137,12 @@ class RootPath:
 
 def _empty_app(settings: OnlineSettings, store: JobStore) -> FastAPI:
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # Ray sizes the loop's default executor by the CPUs of the process, which is too few for blocking database calls.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "api"))
+        batches = asyncio.ensure_future(run_batches(app.state.server))
         yield
+        batches.cancel()
         store.close()
 
     return FastAPI(
@@ -168,6 +171,7 @@ def _add_api(app: FastAPI) -> None:
         video_routes.shot_router,
         router,
         input_routes.file_router,
+        batch_routes.router,
         webhook_router,
         health,
     ):

@@ -88,7 +88,7 @@ class JobService:
         self._settings = settings
         self._store = store
         self._outputs = outputs
-        self._jobs_changed = jobs_changed
+        self.jobs_changed = jobs_changed
         self.serving_profile = serving_profile
         self.uploads = upload_folder(outputs, store.uploads, settings.uploads)
 
@@ -117,7 +117,7 @@ class JobService:
             try:
                 earlier = await asyncio.to_thread(self._store.find_created, tenant.name, idempotency_key, fingerprint)
             except IdempotencyConflict:
-                raise _key_reused() from None
+                raise key_reused() from None
             if earlier:
                 return earlier
         options = {"idempotency_key": idempotency_key, "fingerprint": fingerprint}
@@ -132,13 +132,13 @@ class JobService:
             storing.cancel()
             raise
         except IdempotencyConflict:
-            raise _key_reused() from None
+            raise key_reused() from None
         except QueueFull as error:
             raise too_many_requests(str(error).capitalize(), "queue_full", QUEUE_FULL_RETRY_S) from None
         except LimitReached as error:
             raise too_many_requests(str(error).capitalize(), "too_many_jobs", OPEN_JOBS_RETRY_S) from None
         if created:
-            self._jobs_changed()
+            self.jobs_changed()
         return stored
 
     def _store_new(
@@ -159,19 +159,23 @@ class JobService:
             **options,
             max_queued=self._settings.max_queued,
             max_open=tenant.limits.open_jobs,
-            files_exist=lambda job: self._outputs.find_by_key(job.key) is not None,
+            files_exist=self.files_exist,
         )
+
+    def files_exist(self, job: Job) -> bool:
+        """Return whether the files of a job are stored."""
+        return self._outputs.find_by_key(job.key) is not None
 
     async def cancel(self, tenant: Tenant, job_id: str) -> Job | None:
         """Cancel a queued job or request the cancellation of one in progress. Return `None` if the tenant has no such job."""
         job = await in_write_thread(self._store.request_cancel, job_id, tenant.name)
-        self._jobs_changed()
+        self.jobs_changed()
         return job
 
     async def delete(self, tenant: Tenant, job_id: str) -> bool:
         """Hide a job and cancel it. Return False if the tenant has no such job."""
         deleted = await in_write_thread(self._store.delete, job_id, tenant.name)
-        self._jobs_changed()
+        self.jobs_changed()
         return deleted
 
     async def erase_character(self, tenant: Tenant, character: Character, *, with_videos: bool) -> Erased:
@@ -505,7 +509,8 @@ def storage_problem(store: JobStore, outputs: OutputFolder) -> str | None:
     return None
 
 
-def _key_reused() -> ApiError:
+def key_reused() -> ApiError:
+    """Return the error of an `Idempotency-Key` that was used before with another request."""
     return ApiError(
         409,
         "This Idempotency-Key was used before with a different request",

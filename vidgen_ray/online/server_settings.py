@@ -64,6 +64,7 @@ class UploadCaps(StrictModel):
 
     image_bytes: int = Field(25 * MB, ge=1, description="Bytes of an image.")
     video_bytes: int = Field(100 * MB, ge=1, description="Bytes of a video.")
+    batch_bytes: int = Field(100 * MB, ge=1, description="Bytes of the input file of a batch.")
     json_bytes: int = Field(40 * MB, ge=1, description="Bytes of a JSON body, which may contain images as data: URLs.")
     unused_s: float | None = Field(
         30 * 24 * 3600.0,
@@ -81,8 +82,8 @@ class UploadCaps(StrictModel):
 
     @property
     def body_bytes(self) -> int:
-        """Largest body of any request in bytes: a video, or four images of the largest size, and 1 MB for its fields."""
-        return max(self.video_bytes, self.image_bytes * LARGE_IMAGES, self.json_bytes) + MB
+        """Bytes of the largest body: a video, a batch, JSON, or four images of the largest size, and 1 MB for its fields."""
+        return max(self.video_bytes, self.batch_bytes, self.image_bytes * LARGE_IMAGES, self.json_bytes) + MB
 
 
 class UrlInputs(StrictModel):

@@ -22,7 +22,7 @@ from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import Any, BinaryIO, TypeVar, TypeVarTuple
+from typing import IO, Any, BinaryIO, TypeVar, TypeVarTuple
 from urllib.parse import parse_qsl
 from weakref import WeakValueDictionary
 
@@ -40,7 +40,7 @@ from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.http_fetch import BlockedUrl, ImageFetcher, UnreachableUrl
 from vidgen_ray.online.server_settings import UploadCaps
 from vidgen_ray.online.store.database import in_write_thread
-from vidgen_ray.online.store.inputs import StorageFull, Upload, UploadRecords
+from vidgen_ray.online.store.inputs import PREFIXES, Purpose, StorageFull, Upload, UploadRecords
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.stages.base import Image
 from vidgen_ray.system.cache_dir import cache_dir
@@ -108,7 +108,22 @@ class UploadFolder:
                 name, size = await asyncio.to_thread(copy_capped, source, target, self.caps.image_bytes, param)
             # Not skipped for a file that another tenant has uploaded: the time taken would reveal it.
             await self._check_image(tenant, tmp, param)
-            return await in_write_thread(self._commit, tenant, tmp, name, size)
+            return await in_write_thread(self._commit, tenant.name, tmp, name, size, "vision", tenant.limits.stored_bytes)
+        finally:
+            tmp.unlink(missing_ok=True)
+
+    def add(self, tenant: str, source: IO[bytes], purpose: Purpose, max_stored_bytes: int | None = None) -> Upload:
+        """Store a file of a batch. Blocks.
+
+        Raises ApiError 413, if `max_stored_bytes` is given: for a file of more than `batch_bytes`, or if the tenant would store
+        more than that.
+        """
+        tmp = temporary_file(private_folder(self._folder), 0o600)
+        try:
+            with tmp.open("wb") as target:
+                cap_bytes = math.inf if max_stored_bytes is None else self.caps.batch_bytes
+                name, size = copy_capped(source, target, cap_bytes, "file")
+            return self._commit(tenant, tmp, name, size, purpose, max_stored_bytes)
         finally:
             tmp.unlink(missing_ok=True)
 
@@ -123,9 +138,9 @@ class UploadFolder:
         """Return the pixels of an upload, (H, W, 3)."""
         return await self.decoding.run(tenant.name, read_image, path)
 
-    def _commit(self, tenant: Tenant, tmp: Path, name: str, size: int) -> Upload:
+    def _commit(self, tenant: str, tmp: Path, name: str, size: int, purpose: Purpose, max_stored_bytes: int | None) -> Upload:
         try:
-            upload = self._records.add(tenant.name, f"file-{name}", name, size, tenant.limits.stored_bytes)
+            upload = self._records.add(tenant, f"{PREFIXES[purpose]}{name}", name, size, max_stored_bytes)
         except StorageFull as error:
             how = "GET /v1/files lists them, DELETE /v1/files/{id} deletes one."
             raise ApiError(413, f"{error}. {how}", code="storage_full") from None
@@ -180,13 +195,13 @@ def upload_folder(outputs: OutputFolder, records: UploadRecords, caps: UploadCap
     return UploadFolder((outputs.storage.local or cache_dir()) / "inputs", records, caps)
 
 
-def too_large(param: str | None, cap_bytes: int) -> ApiError:
+def too_large(param: str | None, cap_bytes: float) -> ApiError:
     """Return a 413 error for a field, or for the whole request."""
     subject = f"{param}: is" if param else "The request is"
     return ApiError(413, f"{subject} larger than {cap_bytes} bytes", code="too_large", param=param)
 
 
-def copy_capped(source: BinaryIO, target: BinaryIO, cap_bytes: int, param: str) -> tuple[str, int]:
+def copy_capped(source: IO[bytes], target: BinaryIO, cap_bytes: float, param: str) -> tuple[str, int]:
     """Copy a file. Return its sha256 and size in bytes. Raises ApiError 413 for more than `cap_bytes`."""
     digest, size = hashlib.sha256(), 0
     while block := source.read(BLOCK_BYTES):
@@ -412,6 +427,11 @@ def _from_urlencoded(body: bytes) -> FormData:
 def _from_json(body: SpooledTemporaryFile[bytes]) -> ReceivedRequest:
     body.seek(0)
     content = body.read()
+    return ReceivedRequest(json_object(content), hashlib.sha256(content).hexdigest(), is_form=False)
+
+
+def json_object(content: bytes) -> dict[str, Any]:
+    """Parse a JSON object from a client. Raises ApiError 400."""
     _check_structure(content)
     try:
         fields = json.loads(content.decode(), parse_constant=_reject_constant, object_pairs_hook=_reject_duplicates)
@@ -426,7 +446,7 @@ def _from_json(body: SpooledTemporaryFile[bytes]) -> ReceivedRequest:
         except UnicodeEncodeError:
             message = "The body contains a lone surrogate, which is not valid Unicode."
             raise ApiError(400, message, code="invalid_json") from None
-    return ReceivedRequest(fields, hashlib.sha256(content).hexdigest(), is_form=False)
+    return fields
 
 
 def _check_structure(body: bytes) -> None:

@@ -91,7 +91,7 @@ async def create_images(
     """Generate images and wait for them. Closing the connection cancels them, unless the request has an `Idempotency-Key`."""
     async with receive(request, server.settings.uploads) as received:
         options = CreateImages.parse(received.fields)
-        fields, returned = await _image_fields(server, tenant, options)
+        fields, returned = await image_fields(server, tenant, options)
     return await _respond(request, server, tenant, [fields], returned, options, idempotency_key, received)
 
 
@@ -115,7 +115,7 @@ async def edit_images(
         images = await server.image_references.resolve_all(tenant, options.image, "image")
         if not images:
             raise invalid("image", "got none, send at least one", "missing_required_parameter")
-        fields, returned = await _image_fields(server, tenant, options)
+        fields, returned = await image_fields(server, tenant, options)
     fields = {**_edit_fields(options, fields), **fields}
     if fields["mode"] == "fast":
         raise invalid("mode", "fast cannot edit images: it has neither a restyle nor a LoRA stage. Use quality.")
@@ -126,8 +126,8 @@ async def edit_images(
     return await _respond(request, server, tenant, shots, returned, options, idempotency_key, received)
 
 
-async def _image_fields(server: ServerContext, tenant: Tenant, request: CreateImages) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the fields of the shot, and the values that are returned with the job."""
+async def image_fields(server: ServerContext, tenant: Tenant, request: CreateImages) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of the shot, and the values that are returned with the job. Raises ApiError."""
     model, base = server.model(request.model, for_images=True)
     fields = {**base, **request.shot_fields({**server.serving_profile.profile.defaults, **base}), **request.size_fields()}
     fields |= await face_fields(server, tenant, request)

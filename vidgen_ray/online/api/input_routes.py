@@ -33,7 +33,7 @@ from vidgen_ray.online.api.responses import (
 from vidgen_ray.online.api_error import ApiError, found, invalid, not_found
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.database import in_write_thread
-from vidgen_ray.online.store.inputs import NameTaken
+from vidgen_ray.online.store.inputs import PREFIXES, NameTaken
 from vidgen_ray.online.uploads import copy_capped, receive
 from vidgen_ray.stages.base import Image
 from vidgen_ray.system.cache_dir import cache_dir
@@ -51,11 +51,15 @@ file_router = APIRouter(tags=["files"])
     responses=error_responses(408, 413, 415),
 )
 async def create_file(request: Request, server: ServerDep, tenant: TenantDep) -> UploadedFile:
-    """Upload an image. Identical images have the same id."""
-    caps = server.settings.uploads
-    async with receive(request, caps, caps.image_bytes + FORM_TEXT_BYTES) as received:
-        file = CreateFile.parse(received.fields).file
-        upload = await server.job_service.uploads.store(tenant, file.file, "file")
+    """Upload an image, or with the purpose `batch` the input file of a batch. Identical files have the same id."""
+    caps, uploads = server.settings.uploads, server.job_service.uploads
+    async with receive(request, caps, max(caps.image_bytes, caps.batch_bytes) + FORM_TEXT_BYTES) as received:
+        form = CreateFile.parse(received.fields)
+        if form.purpose == "batch":
+            stored_bytes = tenant.limits.stored_bytes
+            upload = await in_write_thread(uploads.add, tenant.name, form.file.file, "batch", stored_bytes)
+        else:
+            upload = await uploads.store(tenant, form.file.file, "file")
     return file_response(upload)
 
 
@@ -63,14 +67,15 @@ async def create_file(request: Request, server: ServerDep, tenant: TenantDep) ->
 async def list_files(
     server: ServerDep,
     tenant: TenantDep,
-    purpose: Annotated[str, Query(description="Only uploads with this purpose. All have the purpose vision.")] = "vision",
+    purpose: Annotated[str | None, Query(description="vision, batch or batch_output. Default: all.")] = None,
     after: Annotated[str | None, Query(description="Id of the last upload of the previous page.")] = None,
     limit: Annotated[int, Query(ge=1, le=10_000, description="Maximum number of uploads, of which a page has 1,000.")] = 1000,
     order: Annotated[Literal["asc", "desc"], Query(description="asc: oldest first. desc: newest first.")] = "desc",
 ) -> FilePage:
     """List the uploads of the tenant, page by page."""
-    length = min(limit, FILES_PER_PAGE) if purpose == "vision" else 0
-    found = await asyncio.to_thread(server.store.uploads.list, tenant.name, after, length + 1, order)
+    length = min(limit, FILES_PER_PAGE) if purpose is None or purpose in PREFIXES else 0
+    of_purpose = next((known for known in PREFIXES if known == purpose), None)
+    found = await asyncio.to_thread(server.store.uploads.list, tenant.name, after, length + 1, order, of_purpose)
     data = [file_response(upload) for upload in found[:length]]
     has_more = bool(length) and len(found) > length
     return FilePage(data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None, has_more=has_more)
@@ -110,6 +115,9 @@ async def delete_file(server: ServerDep, tenant: TenantDep, file_id: str) -> Fil
         if file_id in character.photos:
             message = f"{file_id} is a photo of the character {character.name!r}. Delete the character first."
             raise ApiError(409, message, code="file_in_use", headers={"x-should-retry": "false"})
+    if await asyncio.to_thread(server.store.batches.uses, tenant.name, file_id):
+        message = f"{file_id} is the input of a running batch. Cancel the batch first."
+        raise ApiError(409, message, code="file_in_use", headers={"x-should-retry": "false"})
     if not await in_write_thread(server.job_service.uploads.delete, tenant.name, file_id):
         raise not_found("file", file_id)
     return FileDeleted(id=file_id)

@@ -670,5 +670,33 @@ class CreateCharacter(RequestBody):
 class CreateFile(RequestBody):
     """Body of `POST /v1/files`."""
 
-    file: File = Field(description="Image to upload.")
-    purpose: ShortText | None = Field(None, description="Accepted, without effect.")
+    file: File = Field(description="Image, or input file of a batch.")
+    purpose: ShortText | None = Field(None, description="`batch` for the input file of a batch. Others: an image.")
+
+
+class CreateBatch(RequestBody):
+    """Body of `POST /v1/batches`."""
+
+    input_file_id: str = Field(description="Id of a file with purpose `batch`: JSON objects, one a line.")
+    endpoint: Literal["/v1/videos", "/v1/images/generations", "/v1/shots"] = Field(description="Route of all lines.")
+    completion_window: str = Field(
+        pattern=r"^[1-9][0-9]{0,3}[mhd]$",
+        description="Minutes, hours or days within which lines start, for example 24h. Later ones get an error.",
+    )
+    metadata: dict[Annotated[str, Field(max_length=64)], ShortText] = Field(
+        {}, max_length=16, description="Up to 16 texts, which are returned with the batch."
+    )
+
+    @property
+    def window_s(self) -> float:
+        """Completion window in seconds."""
+        return int(self.completion_window[:-1]) * {"m": 60.0, "h": 3600.0, "d": 86_400.0}[self.completion_window[-1]]
+
+
+class BatchRequest(RequestBody):
+    """Line of the input file of a batch."""
+
+    custom_id: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\x00]*$")]
+    method: Literal["POST"] = "POST"
+    url: str
+    body: dict[str, Any]

@@ -11,7 +11,8 @@ from vidgen_ray.licences import ShotLicences, UsedWeights
 from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.job_service import stored_licences
 from vidgen_ray.online.queue_estimate import JobEstimate
-from vidgen_ray.online.store.inputs import Upload
+from vidgen_ray.online.store.batches import Batch, BatchStatus, Counts
+from vidgen_ray.online.store.inputs import Purpose, Upload
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.safety import Consent
 from vidgen_ray.shot import Priority
@@ -182,15 +183,56 @@ class CharacterResponse(BaseModel):
 
 
 class UploadedFile(BaseModel):
-    """An uploaded image. Requests refer to it by its id."""
+    """An uploaded image, or a file of a batch. Requests refer to it by its id."""
 
     id: str = Field(description="Id of the file, derived from its content.")
     object: Literal["file"] = Field("file", description="Type of this object.")
     bytes: int = Field(description="Size in bytes.")
     created_at: Timestamp = Field(description="Time of the upload in seconds since 1970.")
     filename: str = Field(description="Same as `id`. The client's file name is not stored.")
-    purpose: Literal["vision"] = Field("vision", description="Always vision.")
+    purpose: Purpose = Field(description="vision for images.")
     status: Literal["processed"] = Field("processed", description="Always processed.")
+
+
+class BatchProblem(BaseModel):
+    """Why a batch failed, or was cancelled by the server."""
+
+    code: str = Field(description="Stable code of the error, for example `empty_file`.")
+    message: str = Field(description="Human-readable explanation.")
+    line: int | None = Field(None, description="Line of the input file.")
+    param: str | None = Field(None, description="Field of the line.")
+
+
+class RequestCounts(BaseModel):
+    """Lines of a batch."""
+
+    total: int = Field(description="Lines of the input file that are not blank.")
+    completed: int = Field(description="Lines that are completed.")
+    failed: int = Field(description="Lines that are invalid, failed or were cancelled.")
+
+
+class BatchResponse(BaseModel):
+    """OpenAI's Batch. Times are in seconds since 1970."""
+
+    id: str = Field(description="Id of the batch.")
+    object: Literal["batch"] = Field("batch", description="Type of this object.")
+    endpoint: str = Field(description="Route of all lines.")
+    input_file_id: str = Field(description="Id of the input file.")
+    completion_window: str = Field(description="As in the request.")
+    status: BatchStatus = Field(description="State of the batch.")
+    output_file_id: str | None = Field(description="File with the responses of completed lines. Null if there are none.")
+    error_file_id: str | None = Field(description="File with the errors of all other lines. Null if there are none.")
+    errors: BatchProblems | None = Field(description="Why the batch failed, or was cancelled by the server.")
+    created_at: Timestamp = Field(description="Time of creation.")
+    in_progress_at: Timestamp | None = Field(description="Time at which the first lines were read.")
+    expires_at: Timestamp = Field(description="Time after which no line starts.")
+    cancelling_at: Timestamp | None = Field(description="Time at which it was cancelled.")
+    completed_at: Timestamp | None = Field(None, description="Time at which all lines had ended.")
+    failed_at: Timestamp | None = Field(None, description="Time at which the input file was refused.")
+    expired_at: Timestamp | None = Field(None, description="Time at which it ended after `expires_at`.")
+    cancelled_at: Timestamp | None = Field(None, description="Time at which a cancelled batch ended.")
+    request_counts: RequestCounts = Field(description="Lines by state.")
+    metadata: dict[str, str] = Field(description="As in the request.")
 
 
 class Model(BaseModel):
@@ -215,6 +257,18 @@ class _Page(_List):
     first_id: str | None = Field(description="Id of the first object of the page.")
     last_id: str | None = Field(description="Id of the last object of the page. Pass it as `after` to get the next page.")
     has_more: bool = Field(False, description="True if there is a next page.")
+
+
+class BatchProblems(_List):
+    """Errors of a batch."""
+
+    data: list[BatchProblem] = Field(description="The errors.")
+
+
+class BatchPage(_Page):
+    """One page of batches."""
+
+    data: list[BatchResponse] = Field(description="The batches, the newest first.")
 
 
 class VideoPage(_Page):
@@ -382,4 +436,20 @@ def _status(job: Job) -> dict[str, Any]:
 
 def file_response(upload: Upload) -> UploadedFile:
     """Return an upload as OpenAI's file."""
-    return UploadedFile.model_validate({**vars(upload), "filename": upload.id})
+    return UploadedFile.model_validate({**vars(upload), "filename": upload.id, "purpose": upload.purpose})
+
+
+def batch_response(batch: Batch, counts: Counts) -> BatchResponse:
+    """Return a batch as OpenAI's."""
+    ended = {"failed": "failed_at", "completed": "completed_at", "expired": "expired_at", "cancelled": "cancelled_at"}
+    return BatchResponse.model_validate(
+        {
+            **vars(batch),
+            **({ended[batch.status]: batch.ended_at} if batch.status in ended else {}),
+            "input_file_id": batch.input_file,
+            "output_file_id": batch.output_file,
+            "error_file_id": batch.error_file,
+            "errors": batch.error and {"data": [batch.error]},
+            "request_counts": {"total": batch.total, **counts._asdict()},
+        }
+    )

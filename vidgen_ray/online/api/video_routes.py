@@ -83,7 +83,7 @@ async def video_page(
         page = await asyncio.to_thread(server.store.list, tenant.name, kinds=kinds, after=after, limit=limit, order=order)
     except UnknownJob:
         raise not_found("video", str(after), "after") from None
-    data = [_video(server, job, await server.queue_estimator.estimate(job)) for job in page.jobs]
+    data = [video_of(server, job, await server.queue_estimator.estimate(job)) for job in page.jobs]
     ids = [video.id for video in data]
     return VideoPage(data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=page.has_more)
 
@@ -110,7 +110,7 @@ async def cancel_video(server: ServerDep, tenant: TenantDep, video_id: str) -> V
     Has no effect on a job that has ended.
     """
     job = found(await server.job_service.cancel(tenant, video_id), "video", video_id)
-    return _video(server, job, await server.queue_estimator.estimate(job))
+    return video_of(server, job, await server.queue_estimator.estimate(job))
 
 
 @router.post(
@@ -232,7 +232,8 @@ async def face_fields(server: ServerContext, tenant: Tenant, request: CreateVide
     return fields
 
 
-def _video(server: ServerContext, job: Job, estimate: JobEstimate) -> Video:
+def video_of(server: ServerContext, job: Job, estimate: JobEstimate) -> Video:
+    """Return a job as OpenAI's Video."""
     cost = _cost(server, _gpu_seconds(server, job.stage_seconds)) if job.state == JobState.COMPLETED else None
     return video_response(job, estimate, server.serving_profile.licences, cost)
 
@@ -255,7 +256,7 @@ async def _polled(server: ServerContext, response: Response, job: Job) -> Video:
     """Return a job for a client that polls it, and set the header that says when to poll again."""
     estimate = await server.queue_estimator.estimate(job)
     response.headers[POLL_AFTER] = str(round(estimate.poll_after_s * 1000))
-    return _video(server, job, estimate)
+    return video_of(server, job, estimate)
 
 
 EVENTS = {
@@ -284,7 +285,7 @@ async def _events(server: ServerContext, job: Job, last_event_id: str | None) ->
         # The last event is always sent: a browser that missed it would reconnect forever.
         elif current.state.is_final or str(current.version) != last_event_id:
             estimate = await server.queue_estimator.estimate(current)
-            data = _video(server, current, estimate).model_dump_json(exclude_none=True)
+            data = video_of(server, current, estimate).model_dump_json(exclude_none=True)
             yield ServerSentEvent(data, event=f"video.{current.state}", id=str(current.version))
 
 
@@ -319,13 +320,18 @@ async def shot_fields(request: Request, server: ServerContext) -> tuple[dict[str
     async with receive(request, server.settings.uploads) as received:
         if received.is_form:
             raise ApiError(415, "Content-Type: must be application/json", code="unsupported_media_type")
-    fields = CreateShot.parse(received.fields).model_dump(exclude_unset=True)
+    return *fields_of_shot(server, received.fields), received.fingerprint
+
+
+def fields_of_shot(server: ServerContext, body: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of the shot in a body, and the values that are stored with the job. Raises ApiError."""
+    fields = CreateShot.parse(body).model_dump(exclude_unset=True)
     returned = {
         "model": server.model(None)[0],
         "deadline_s": fields.pop("deadline_s", None),
         **webhook_of(server, fields.pop("webhook", None)),
     }
-    return fields, returned, received.fingerprint
+    return fields, returned
 
 
 @shot_router.get("/v1/shots/{shot_id}", response_model=ShotJob, responses=error_responses(404))
@@ -382,7 +388,7 @@ async def _estimate(
         new = await server.queue_estimator.estimate_new(job)
     seconds = {stage: round(len(shots) * each, 3) for stage, each in new.stage_seconds.items()}
     gpu_seconds = _gpu_seconds(server, seconds)
-    video = _video(server, job, JobEstimate(None, None, 0.0))
+    video = video_of(server, job, JobEstimate(None, None, 0.0))
     return Estimate.model_validate(
         {
             **video.model_dump(include={"model", "seconds", "size", "model_size", "scale", "hd_size", "fps", "num_frames"}),

@@ -123,6 +123,8 @@ JOBS = Table(
     Column("heartbeat", BigInteger),
     Column("deleted_at", Float(53)),
     Column("search_text", Text, nullable=False),
+    Column("batch", String(64)),
+    _partial_index("vidgen_jobs_by_batch", "batch IS NOT NULL", "batch", "state"),
     _partial_index("vidgen_jobs_by_open", "completed_at IS NULL", "state", "tenant", "place"),
     _partial_index("vidgen_jobs_by_list", "deleted_at IS NULL", "tenant", "seq", "kind", "state"),
     _partial_index("vidgen_jobs_by_expiry", "expires_at IS NOT NULL AND deleted_at IS NULL", "expires_at"),
@@ -155,6 +157,48 @@ IDEMPOTENCY = Table(
     Index("vidgen_idempotency_by_time", "created_at"),
 )
 """Idempotency keys and the ids of the jobs that they created."""
+
+BATCHES = Table(
+    "vidgen_batches",
+    TABLES,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(128), nullable=False),
+    Column("key_id", String(128), nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("endpoint", String(64), nullable=False),
+    Column("input_file", String(80), nullable=False),
+    Column("completion_window", String(16), nullable=False),
+    Column("metadata", JSON, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("expires_at", Float(53), nullable=False),
+    Column("in_progress_at", Float(53)),
+    Column("cancelling_at", Float(53)),
+    Column("ended_at", Float(53)),
+    Column("total", Integer, nullable=False),
+    Column("rejected", Integer, nullable=False),
+    Column("completed", Integer, nullable=False),
+    Column("line", Integer, nullable=False),
+    Column("offset", BigInteger, nullable=False),
+    Column("output_file", String(80)),
+    Column("error_file", String(80)),
+    Column("error", JSON(none_as_null=True)),
+    _partial_index("vidgen_batches_by_open", "ended_at IS NULL", "seq"),
+    Index("vidgen_batches_by_tenant", "tenant", "seq"),
+)
+"""Batches. `line` and `offset`: lines and bytes of the input file that are read; `rejected`: those of them without a job."""
+
+BATCH_LINES = Table(
+    "vidgen_batch_lines",
+    TABLES,
+    Column("batch", String(64), primary_key=True),
+    Column("line", Integer, primary_key=True),
+    Column("custom_id", String(512)),
+    Column("job", String(64)),
+    Column("error", JSON(none_as_null=True)),
+    UniqueConstraint("batch", "custom_id"),
+)
+"""Lines of batches that are read: each has a job or an error."""
 
 CHARACTERS = Table(
     "vidgen_characters",

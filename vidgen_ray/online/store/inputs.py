@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Text, cast, delete, func, insert, literal, or_, select, tuple_, update
 
 from vidgen_ray.errors import VidgenError
-from vidgen_ray.online.store.database import CHARACTERS, JOBS, UPLOADS, Database
+from vidgen_ray.online.store.database import BATCHES, CHARACTERS, JOBS, UPLOADS, Database
 from vidgen_ray.online.store.jobs import new_id
 from vidgen_ray.safety import Consent
 
@@ -92,6 +92,11 @@ MIN_COUNTED_BYTES = 4096
 USE_INTERVAL_S = 3600.0
 
 
+Purpose = Literal["vision", "batch", "batch_output"]
+PREFIXES: Mapping[Purpose, str] = {"batch": "file-batch-", "batch_output": "file-output-", "vision": "file-"}
+"""Purpose of an upload -> start of its id, which ends with its sha256. Requests for images accept only ids of images."""
+
+
 class StorageFull(VidgenError):
     """The tenant's uploads reach the limit."""
 
@@ -108,6 +113,11 @@ class Upload(BaseModel):
     created_at: float
     used_at: float
     """Time of the last request that named the upload or sent the file again."""
+
+    @property
+    def purpose(self) -> Purpose:
+        """Purpose of the file, as its id says."""
+        return next(purpose for purpose, prefix in PREFIXES.items() if self.id.startswith(prefix))
 
 
 class UploadRecords:
@@ -139,12 +149,16 @@ class UploadRecords:
         found = self._database.rows(select(UPLOADS).where(UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id))
         return Upload.model_validate(found[0]) if found else None
 
-    def list(self, tenant: str, after: str | None, limit: int, order: Literal["asc", "desc"]) -> list[Upload]:
-        """Return a page of the tenant's uploads, `desc`: newest first.
+    def list(
+        self, tenant: str, after: str | None, limit: int, order: Literal["asc", "desc"], purpose: Purpose | None = None
+    ) -> list[Upload]:
+        """Return a page of the tenant's uploads, of one purpose or all; `desc`: newest first.
 
         It starts after the upload with id `after`. If that was deleted, as all of its page may be by now, it is the first page.
         """
         query, place = select(UPLOADS).where(UPLOADS.c.tenant == tenant), (UPLOADS.c.created_at, UPLOADS.c.id)
+        if purpose is not None:
+            query = query.where(func.length(UPLOADS.c.id) == len(PREFIXES[purpose]) + 64)
         if after is not None and (last := self.get(after, tenant)) is not None:
             known = tuple_(literal(last.created_at), literal(last.id))
             query = query.where(tuple_(*place) < known if order == "desc" else tuple_(*place) > known)
@@ -212,7 +226,10 @@ def _check_space(connection: Connection, tenant: str, size: int, max_bytes: int)
 
 
 def _is_needed(connection: Connection, tenant: str, upload_id: str, file: str) -> bool:
-    """Return whether an upload is a photo of a character, or its file an input of an unfinished job."""
+    """Return whether an upload is a photo of a character, the input of a running batch, or its file that of an open job."""
+    running = select(BATCHES.c.id).where(BATCHES.c.ended_at.is_(None), BATCHES.c.input_file == upload_id).limit(1)
+    if connection.execute(running).first() is not None:
+        return True
     is_photo = cast(CHARACTERS.c.photos, Text).contains(upload_id)
     photos = select(CHARACTERS.c.id).where(CHARACTERS.c.tenant == tenant, is_photo).limit(1)
     return connection.execute(photos).first() is not None or _has_open_job(connection, file)

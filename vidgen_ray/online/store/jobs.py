@@ -99,6 +99,8 @@ class Job(StrictModel):
     """Request fields returned to the client: model, seconds, size, prompt, remixed_from, ..."""
     cancel_requested: bool = False
     """A cancel was requested while the job was in progress. Its director carries it out."""
+    batch: str | None = None
+    """Batch of which the job is a line."""
     version: int = 0
     """Number of the last change of the job. Later changes of any job have larger numbers."""
 
@@ -219,18 +221,20 @@ class JobRows:
                 self._add_messages(transaction, row, state)
         return {row.id for row in ended}
 
+    def cancel(self, transaction: Transaction, where: Sequence[ColumnElement[bool]]) -> None:
+        """Cancel the queued jobs that match `where`, and ask the director to cancel those in progress."""
+        self.end(transaction, [*where, JOBS.c.state == JobState.QUEUED], JobState.CANCELLED)
+        self.update(transaction, [*where, JOBS.c.state == JobState.IN_PROGRESS], cancel_requested=True)
+
     def _add_messages(self, transaction: Transaction, job: Job | Row[Any], state: JobState) -> None:
         """Add messages in the transaction that ends the job, so that both are stored or neither."""
-        own = job.request.get("webhook")
-        for target in (*self._targets(job.tenant), *([own] if own else [])):
+        self.add_messages(transaction, job.tenant, f"{job.kind}.{state}", job.id, job.request.get("webhook"))
+
+    def add_messages(self, transaction: Transaction, tenant: str, event: str, named: str, own: Any = None) -> None:
+        """Add messages about a job or a batch to the webhooks of the settings and to the URL `own`."""
+        for target in (*self._targets(tenant), *([own] if own else [])):
             message = Message(
-                id=new_id("evt"),
-                tenant=job.tenant,
-                target=target,
-                event=f"{job.kind}.{state}",
-                job=job.id,
-                created_at=self._now(),
-                tries=0,
+                id=new_id("evt"), tenant=tenant, target=target, event=event, job=named, created_at=self._now(), tries=0
             )
             row = {**message.model_dump(), "seq": transaction.version, "next_try_at": 0.0}
             transaction.connection.execute(insert(OUTBOX), row)

@@ -16,6 +16,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, Select, Text, bindpara
 
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.online.store.batches import Batches
 from vidgen_ray.online.store.database import IDEMPOTENCY, JOBS, LAST_NUMBER, Database
 from vidgen_ray.online.store.inputs import Characters, UploadRecords
 from vidgen_ray.online.store.jobs import (
@@ -87,8 +88,8 @@ class Changes(NamedTuple):
 
 
 class JobStore:
-    """Jobs as seen by tenants. `queue` has the same jobs as seen by directors. `characters`, `uploads` and `outbox` have the
-    other records of tenants."""
+    """Jobs as seen by tenants. `queue` has the same jobs as seen by directors. `batches`, `characters`, `uploads` and
+    `outbox` have the other records of tenants."""
 
     def __init__(
         self,
@@ -115,6 +116,7 @@ class JobStore:
         self.uploads = UploadRecords(self._database, now)
         self.outbox = Outbox(self._database, steady)
         self._rows = JobRows(targets, retention_s, now)
+        self.batches = Batches(self._database, self._rows, now)
         self.queue = JobLeases(self._database, self._rows, now, steady)
 
     @property
@@ -262,12 +264,7 @@ class JobStore:
         Return the job, or `None` if it does not exist.
         """
         with self._database.transaction() as transaction:
-            self._rows.end(transaction, [*_visible(job_id, tenant), JOBS.c.state == JobState.QUEUED], JobState.CANCELLED)
-            self._rows.update(
-                transaction,
-                [*_visible(job_id, tenant), JOBS.c.state == JobState.IN_PROGRESS],
-                cancel_requested=True,
-            )
+            self._rows.cancel(transaction, _visible(job_id, tenant))
             row = transaction.connection.execute(select(JOBS).where(*_visible(job_id, tenant))).one_or_none()
             return None if row is None else job_of(row)
 
@@ -357,8 +354,8 @@ def open_store(settings: OnlineSettings, durable: bool = True) -> JobStore:
 
 OPEN_JOBS = select(
     func.count().filter(JOBS.c.state == JobState.QUEUED), func.count().filter(JOBS.c.tenant == bindparam("of_tenant"))
-).where(IS_OPEN, JOBS.c.state.in_(OPEN_STATES))
-"""Queued jobs of all tenants, and open jobs of one."""
+).where(IS_OPEN, JOBS.c.state.in_(OPEN_STATES), JOBS.c.batch.is_(None))
+"""Queued jobs of all tenants, and open jobs of one, without those of batches: they must not use up the limits of requests."""
 
 
 def _check_limits(connection: Connection, tenant: str, new: int, max_queued: int | None, max_open: int | None) -> None:

@@ -1,0 +1,254 @@
+"""Run batches in the background: store their lines as jobs, a few at a time, and write their files when all have ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import Any, BinaryIO, NamedTuple
+
+from pydantic import JsonValue
+from sqlalchemy.exc import SQLAlchemyError
+
+from vidgen_ray.graph import file_sizes
+from vidgen_ray.online.api.image_routes import image_fields
+from vidgen_ray.online.api.requests import BatchRequest, CreateImages, CreateVideo
+from vidgen_ray.online.api.responses import CANCELLED, JSON_OBJECT, ImageResult, ImagesResponse, size_text
+from vidgen_ray.online.api.video_routes import fields_of_shot, video_fields, video_of
+from vidgen_ray.online.api_error import ApiError, invalid
+from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.queue_estimate import JobEstimate
+from vidgen_ray.online.server_context import ServerContext
+from vidgen_ray.online.store.batches import Batch, BatchLine, BatchStatus, StoredLine
+from vidgen_ray.online.store.database import in_write_thread
+from vidgen_ray.online.store.jobs import LATE, Job, JobKind, JobState
+from vidgen_ray.online.uploads import json_object
+
+POLL_S = 0.5
+LOST_S = 5.0
+"""Seconds without a look after another replica has read the same lines, so that one of them reads the next ones."""
+QUEUED = 64
+"""Queued jobs of the batches of a tenant. Each job of a higher priority moves all of them back."""
+CHUNK_LINES, CHUNK_BYTES = 1_000, 8 << 20
+"""Most lines, and about the most bytes, that are read at once."""
+MAX_LINE_BYTES = 1 << 20
+MAX_LINES = 1_000_000
+BOM = b"\xef\xbb\xbf"
+CANCELLED_LINE: dict[str, JsonValue] = {"code": "batch_cancelled", "message": "The batch was cancelled before this line ended."}
+EXPIRED_LINE: dict[str, JsonValue] = {
+    "code": "batch_expired",
+    "message": "The line did not start within the completion window.",
+}
+DELETED_LINE: dict[str, JsonValue] = {"code": "deleted", "message": "The result was deleted before the batch ended."}
+
+log = logging.getLogger("ray.serve")
+
+
+async def run_batches(server: ServerContext) -> None:
+    """Run all batches until cancelled. Several processes may do so: each line is stored by one of them."""
+    while True:
+        pause_s = POLL_S
+        # The database or the storage may come back.
+        try:
+            for batch in await asyncio.to_thread(server.store.batches.running):
+                pause_s = await advance(server, batch, pause_s)
+        except (SQLAlchemyError, OSError) as error:
+            log.warning("batches: %s", error)
+        await asyncio.sleep(pause_s)
+
+
+async def advance(server: ServerContext, batch: Batch, pause_s: float = POLL_S) -> float:
+    """Do the next step of a batch. Return the seconds until the next one: 0 if there is more to do, else `pause_s`."""
+    batches = server.store.batches
+    tenant = server.auth.keys.by_id(batch.key_id)
+    path = await asyncio.to_thread(server.job_service.uploads.find, batch.tenant, batch.input_file)
+    if batch.status != "cancelling" and (tenant is None or path is None):
+        gone = "key of the batch was removed or has expired" if tenant is None else "input file does not exist any more"
+        code = "invalid_api_key" if tenant is None else "file_not_found"
+        error: dict[str, JsonValue] = {"code": code, "message": f"The {gone}."}
+        await in_write_thread(batches.cancel, batch, error)
+        return 0
+    if batch.status == "validating" and path is not None:
+        total, problem = await asyncio.to_thread(scan, path)
+        if problem is None:
+            await in_write_thread(batches.start, batch, total)
+        else:
+            await in_write_thread(lambda: batches.end(batch, "failed", error=problem))
+        return 0
+    queued, opened = await asyncio.to_thread(batches.open_jobs, batch)
+    unread = CANCELLED_LINE if batch.status == "cancelling" else EXPIRED_LINE if time.time() > batch.expires_at else None
+    limit = CHUNK_LINES if unread else QUEUED - queued
+    chunk = await asyncio.to_thread(read_chunk, path, batch, limit) if path is not None and limit > 0 else Chunk([], limit <= 0)
+    if chunk.lines:
+        lines = [await _line(server, tenant, batch, *line, unread) for line in chunk.lines]
+        stored = await in_write_thread(batches.add, batch, lines, chunk.offset, server.job_service.files_exist)
+        server.job_service.jobs_changed()
+        return 0 if stored else LOST_S
+    if chunk.has_more or opened:
+        return pause_s
+    await in_write_thread(_finish, server, batch)
+    return 0
+
+
+def numbered_lines(file: BinaryIO, number: int) -> Iterator[tuple[int, bytes | None]]:
+    """Yield the numbers and contents of the lines from here on that are not blank, `None` for a line that is too long.
+
+    `number`: of the last line before.
+    """
+    while line := file.readline(MAX_LINE_BYTES):
+        number += 1
+        is_long = False
+        while not line.endswith(b"\n") and (rest := file.readline(MAX_LINE_BYTES)):
+            is_long, line = True, rest
+        if number == 1:
+            line = line.removeprefix(BOM)
+        if is_long or line.strip():
+            yield number, None if is_long else line
+
+
+def scan(path: Path) -> tuple[int, dict[str, JsonValue] | None]:
+    """Return the number of lines of an input file that are not blank, and an error if it cannot be one."""
+    total, is_jsonl = 0, False
+    with path.open("rb") as file:
+        for total, (number, line) in enumerate(numbered_lines(file, 0), 1):
+            is_jsonl |= line is not None and line.lstrip().startswith(b"{")
+            if number > MAX_LINES:
+                return total, {"code": "too_many_lines", "message": f"The input file has more than {MAX_LINES} lines."}
+    if not total:
+        return 0, {"code": "empty_file", "message": "The input file has no lines."}
+    if not is_jsonl:
+        return total, {"code": "invalid_json", "message": "No line is a JSON object in UTF-8, as JSONL needs.", "line": 1}
+    return total, None
+
+
+class Chunk(NamedTuple):
+    """Next lines of an input file."""
+
+    lines: list[tuple[int, bytes | None]]
+    has_more: bool
+    offset: int = 0
+    """Bytes of the file up to the last of these lines."""
+
+
+def read_chunk(path: Path, batch: Batch, limit: int) -> Chunk:
+    """Read up to `limit` lines after those that are read."""
+    lines: list[tuple[int, bytes | None]] = []
+    with path.open("rb") as file:
+        file.seek(batch.offset)
+        for each in numbered_lines(file, batch.line):
+            lines.append(each)
+            if len(lines) == limit or file.tell() - batch.offset > CHUNK_BYTES:
+                break
+        return Chunk(lines, bool(lines), file.tell())
+
+
+async def _line(
+    server: ServerContext,
+    tenant: Tenant | None,
+    batch: Batch,
+    number: int,
+    content: bytes | None,
+    unread: dict[str, JsonValue] | None,
+) -> BatchLine:
+    """Return a line with its job, or with an error: `unread` if it is given."""
+    custom_id = None
+    try:
+        if content is None:
+            raise invalid(None, f"longer than {MAX_LINE_BYTES} bytes. Upload images, and send their ids.", "too_large")
+        fields = json_object(content)
+        given = fields.get("custom_id")
+        custom_id = given if isinstance(given, str) and 0 < len(given) <= 512 and "\0" not in given else None
+        if unread is not None or tenant is None:
+            return BatchLine(number, custom_id, dict(unread or CANCELLED_LINE))
+        request = BatchRequest.parse(fields)
+        if request.url != batch.endpoint:
+            raise invalid("url", f"got {request.url[:100]!r}, must be the endpoint of the batch, {batch.endpoint}")
+        return BatchLine(number, custom_id, await _job(server, tenant, batch, request.body))
+    except ApiError as error:
+        return BatchLine(number, custom_id, {"code": error.code, "message": error.message, "param": error.param})
+    except (SQLAlchemyError, OSError):
+        raise
+    # A bug must stop only its line.
+    except Exception:
+        log.exception("line %d of %s failed", number, batch.id)
+        return BatchLine(number, custom_id, {"code": "internal_error", "message": "Internal server error."})
+
+
+async def _job(server: ServerContext, tenant: Tenant, batch: Batch, body: Mapping[str, Any]) -> Job:
+    """Return the job of the body of a line. Raises ApiError."""
+    if batch.endpoint == "/v1/shots":
+        kind, (fields, returned), shots = JobKind.SHOT, fields_of_shot(server, body), 1
+    elif batch.endpoint == "/v1/videos":
+        video = CreateVideo.parse(body)
+        kind, (fields, returned) = JobKind.VIDEO, await video_fields(server, tenant, video)
+        fields, *others = video.repeated(fields)
+        shots = 1 + len(others)
+    else:
+        images = CreateImages.parse(body)
+        if images.stream or (images.response_format != "url" and "response_format" in images.model_fields_set):
+            name = "stream" if images.stream else "response_format"
+            raise invalid(name, "is not supported in batches, whose output has the path of each image")
+        kind, (fields, returned) = JobKind.IMAGE, await image_fields(server, tenant, images)
+        fields, *others = images.repeated(fields)
+        shots = 1 + len(others)
+    if shots > 1:
+        raise invalid("n", f"got {shots} results, must be 1 in a batch: send a line for each")
+    job = await in_write_thread(server.job_service.new_job, tenant, kind, {**fields, "priority": "low"}, returned)
+    start_by = min(job.start_by or batch.expires_at, batch.expires_at)
+    return job.model_copy(update={"batch": batch.id, "start_by": start_by})
+
+
+def _finish(server: ServerContext, batch: Batch) -> None:
+    """Write the files of a batch whose lines have all ended, and end it. After a crash, the same files are written again."""
+    completed, after, is_expired = 0, 0, False
+    with SpooledTemporaryFile[bytes](CHUNK_BYTES) as output, SpooledTemporaryFile[bytes](CHUNK_BYTES) as errors:
+        while lines := server.store.batches.lines(batch, after, CHUNK_LINES):
+            for line in lines:
+                error = _error_of(batch, line)
+                is_expired |= error is not None and error["code"] == EXPIRED_LINE["code"]
+                completed += error is None
+                response = None if line.job is None or error is not None else _response(server, batch, line.job)
+                row: dict[str, Any] = {
+                    "id": f"batch_req_{batch.id.removeprefix('batch_')}_{line.number}",
+                    "custom_id": line.custom_id,
+                    "response": response,
+                    "error": error and {"param": None, **error, "line": line.number},
+                }
+                (errors if error else output).write(JSON_OBJECT.dump_json(row) + b"\n")
+            after = lines[-1].number
+        files: dict[str, str] = {}
+        for name, file in (("output_file", output), ("error_file", errors)):
+            if file.tell():
+                file.seek(0)
+                files[name] = server.job_service.uploads.add(batch.tenant, file, "batch_output").id
+    status: BatchStatus = "cancelled" if batch.status == "cancelling" else "expired" if is_expired else "completed"
+    server.store.batches.end(batch, status, completed=completed, **files)
+
+
+def _error_of(batch: Batch, line: StoredLine) -> dict[str, JsonValue] | None:
+    """Return why a line that has ended is not completed, or `None`."""
+    job = line.job
+    if job is None:
+        return line.error or DELETED_LINE
+    if job.state == JobState.COMPLETED:
+        return None
+    if job.state == JobState.CANCELLED:
+        return CANCELLED_LINE if batch.status == "cancelling" else CANCELLED.model_dump(include={"code", "message"})
+    assert job.error is not None
+    if job.error.code == LATE.code and job.start_by == batch.expires_at:
+        return EXPIRED_LINE
+    return job.error.model_dump(include={"code", "message", "param"})
+
+
+def _response(server: ServerContext, batch: Batch, job: Job) -> dict[str, JsonValue]:
+    """Return the response to a completed line: a Video, or OpenAI's ImagesResponse with cost and licences."""
+    video = video_of(server, job, JobEstimate(None, None, 0.0)).model_dump(mode="json")
+    if job.kind == JobKind.IMAGE:
+        image = ImageResult(id=job.id, url=f"/v1/videos/{job.id}/content?variant=image")
+        size = size_text(file_sizes(job.shot)["image"])
+        images = ImagesResponse(created=int(job.completed_at or 0), data=[image], output_format="png", size=size)
+        video = {**images.model_dump(mode="json"), "cost": video["cost"], "licences": video["licences"]}
+    return {"status_code": 200, "request_id": job.id, "body": video}
