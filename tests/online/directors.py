@@ -210,7 +210,7 @@ def local_server(
 def listening_on_a_port(app: FastAPI, port: int = 0) -> Iterator[str]:
     """Serve the app on a local port, by default a free one, and yield its URL."""
     with socket.create_server(("127.0.0.1", port)) as bound:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", timeout_graceful_shutdown=0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         while not server.started:

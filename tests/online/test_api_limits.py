@@ -40,7 +40,7 @@ from vidgen_ray.render.shot_files import write_clip
 
 DAY_S = 24 * 3600
 FORM = "multipart/form-data"
-CAPS = {"image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 900_000, "files": 3}
+CAPS = {"batch_bytes": 100_000, "image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 900_000, "files": 3}
 TENANTS = {
     **{name: {} for name in ("ada", "bob")},
     "small": {"limits": {"pixel_frames": 64 * 64 * 2}},

@@ -17,6 +17,7 @@ from sqlalchemy import Column, Integer, MetaData, create_engine, event, inspect,
 from benchmarks.stored_jobs import MAIN_TENANT, fill
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online.store import database
+from vidgen_ray.online.store.batches import Batch, BatchLine
 from vidgen_ray.online.store.database import TABLES
 from vidgen_ray.online.store.jobs import FINAL, PRIORITY_STEP, Job, JobKind, JobProgress, JobState, new_id, new_owner
 from vidgen_ray.online.store.store import (
@@ -538,6 +539,14 @@ CALLS = {
     "release": lambda store, job: store.queue.release("d", [job.id]),
     "uploads": lambda store, job: store.uploads.list(MAIN_TENANT, None, 20, "desc"),
     "webhooks": lambda store, job: store.outbox.claim_due(60),
+    "lines of a batch": lambda store, job: store.batches.add(
+        store.batches.running()[0], [BatchLine(1, "a", new_job(batch="b")), BatchLine(2, "b", {})], 9, lambda job: True
+    ),
+    "state of a batch": lambda store, job: [
+        (store.batches.counts(each), store.batches.open_jobs(each), store.batches.lines(each, 0, 9))
+        for each in store.batches.list("ada", "b", 9) + store.batches.running()
+    ],
+    "cancelled batch": lambda store, job: store.batches.cancel(store.batches.get("b", "ada")),
 }
 
 
@@ -561,6 +570,8 @@ def test_no_call_scans_a_table(database_url):
     """The store has many ended jobs, some queued ones, some in progress, and old and new idempotency keys."""
     store, statements = JobStore(database_url, retention_s=10 * time.time(), targets=lambda tenant: ["hook"]), []
     fill(store, STORED, QUEUED)
+    names = "key_id", "endpoint", "input_file", "completion_window"
+    store.batches.create(Batch(id="b", tenant="ada", metadata={}, created_at=0, expires_at=1, **dict.fromkeys(names, "x")))
     store.queue.claim("d", 3600, 5)
 
     def record(connection, cursor, statement, parameters, context, executemany):

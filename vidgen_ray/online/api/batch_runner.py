@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
@@ -53,15 +54,20 @@ async def run_batches(server: ServerContext) -> None:
         pause_s = POLL_S
         # The database or the storage may come back.
         try:
-            for batch in await asyncio.to_thread(server.store.batches.running):
-                pause_s = await advance(server, batch, pause_s)
+            running = await asyncio.to_thread(server.store.batches.running)
+            of_tenants = Counter(batch.tenant for batch in running)
+            for batch in running:
+                pause_s = await advance(server, batch, max(1, QUEUED // of_tenants[batch.tenant]), pause_s)
         except (SQLAlchemyError, OSError) as error:
             log.warning("batches: %s", error)
         await asyncio.sleep(pause_s)
 
 
-async def advance(server: ServerContext, batch: Batch, pause_s: float = POLL_S) -> float:
-    """Do the next step of a batch. Return the seconds until the next one: 0 if there is more to do, else `pause_s`."""
+async def advance(server: ServerContext, batch: Batch, max_queued: int = QUEUED, pause_s: float = POLL_S) -> float:
+    """Do the next step of a batch, which may have `max_queued` queued jobs.
+
+    Return the seconds until the next one: 0 if there is more to do, else `pause_s`.
+    """
     batches = server.store.batches
     tenant = server.auth.keys.by_id(batch.key_id)
     path = await asyncio.to_thread(server.job_service.uploads.find, batch.tenant, batch.input_file)
@@ -78,16 +84,16 @@ async def advance(server: ServerContext, batch: Batch, pause_s: float = POLL_S) 
         else:
             await in_write_thread(lambda: batches.end(batch, "failed", error=problem))
         return 0
-    queued, opened = await asyncio.to_thread(batches.open_jobs, batch)
+    queued, in_progress = await asyncio.to_thread(batches.open_jobs, batch)
     unread = CANCELLED_LINE if batch.status == "cancelling" else EXPIRED_LINE if time.time() > batch.expires_at else None
-    limit = CHUNK_LINES if unread else QUEUED - queued
+    limit = CHUNK_LINES if unread else max_queued - queued
     chunk = await asyncio.to_thread(read_chunk, path, batch, limit) if path is not None and limit > 0 else Chunk([], limit <= 0)
     if chunk.lines:
         lines = [await _line(server, tenant, batch, *line, unread) for line in chunk.lines]
         stored = await in_write_thread(batches.add, batch, lines, chunk.offset, server.job_service.files_exist)
         server.job_service.jobs_changed()
         return 0 if stored else LOST_S
-    if chunk.has_more or opened:
+    if chunk.has_more or queued or in_progress:
         return pause_s
     await in_write_thread(_finish, server, batch)
     return 0

@@ -132,12 +132,10 @@ class Batches:
         return Counts(jobs.get(JobState.COMPLETED, 0), failed + batch.rejected)
 
     def open_jobs(self, batch: Batch) -> tuple[int, int]:
-        """Return how many queued jobs the batches of the tenant have, and how many open jobs this batch has."""
-        is_queued = and_(JOBS.c.state == JobState.QUEUED, JOBS.c.batch.is_not(None))
-        counts = func.count().filter(is_queued), func.count().filter(JOBS.c.batch == batch.id)
-        with self._database.read_connection() as connection:
-            counted = connection.execute(select(*counts).where(IS_OPEN, JOBS.c.tenant == batch.tenant)).one()
-        return counted[0], counted[1]
+        """Return how many jobs of a batch are queued, and how many are in progress."""
+        query = select(JOBS.c.state, func.count().label("jobs")).where(_jobs_of(batch), IS_OPEN).group_by(JOBS.c.state)
+        jobs = {row.state: row.jobs for row in self._database.rows(query)}
+        return jobs.get(JobState.QUEUED, 0), jobs.get(JobState.IN_PROGRESS, 0)
 
     def start(self, batch: Batch, total: int) -> None:
         """Begin to read a batch with so many lines."""
