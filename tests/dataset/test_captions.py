@@ -188,12 +188,12 @@ def test_demo_captioner_says_which_facts_are_missing(tmp_path, capsys):
     seen = {name: {each: float(each == value) for each in demo_captioner.LABELS[name]} for name, value in sees.items()}
     text = "person, red hair in a bun, pale skin, glasses, blue shirt, on the left, by the sea, at night"
     assert demo_captioner.caption(seen) == text
-    assert {shown for _, shown in demo_captioner.facts(text, seen)} == {"yes"}
+    assert {fact.shown for fact in demo_captioner.facts(text, seen)} == {"yes"}
     other = "a portrait of a man with short red hair and a beard in an orange sweater at dusk, a pencil sketch"
-    missing = {fact for fact, shown in demo_captioner.facts(other, seen) if shown == "no"}
+    missing = {fact.words for fact in demo_captioner.facts(other, seen) if fact.shown == "no"}
     assert missing == {"short red hair", "beard", "orange sweater", "at dusk", "pencil sketch"}
     seen["weather"] = {"night": 0.4, "sunset": 0.3}
-    assert ("at dusk", "unclear") in demo_captioner.facts(other, seen)
+    assert ("weather", "sunset", "at dusk", "unclear") in demo_captioner.facts(other, seen)
 
 
 def test_folder_of_the_demo_is_captioned_without_a_server(tmp_path, capsys):

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -81,7 +81,7 @@ class NoCaption(Exception):
 
 class Fact(BaseModel):
     fact: str
-    shown: Literal["yes", "no", "unclear"]
+    shown: demo_captioner.Shown
 
 
 class Answer(BaseModel):
@@ -133,7 +133,7 @@ class DemoCaptioner:
     def answer(self, key: str, frames: Frames, prompt: str) -> Answer:
         """Raises NoCaption, StageError or ServerFailed about this clip, and other errors that end the call."""
         seen = demo_captioner.read(self._network, frames)
-        facts = [Fact(fact=fact, shown=shown) for fact, shown in demo_captioner.facts(prompt, seen)]
+        facts = [Fact(fact=each.words, shown=each.shown) for each in demo_captioner.facts(prompt, seen)]
         return Answer(caption=demo_captioner.caption(seen), facts=facts)
 
 
@@ -321,6 +321,9 @@ def caption_folder(storage: Storage, captioner: DemoCaptioner, frames: int) -> C
                 writer.flush()
             if failed_in_a_row == MAX_FAILED:
                 raise SetupError(f"stopped after {MAX_FAILED} clips in a row without a caption, see above")
+    except KeyboardInterrupt:
+        note("waiting for the clips that were begun; Ctrl-C again drops them")
+        raise
     finally:
         captioner.is_stopped = True
         try:

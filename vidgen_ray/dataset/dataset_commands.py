@@ -256,6 +256,7 @@ def caption(
     outputs = OutputFolder(out)
     check_has_manifest(outputs.storage)
     captioner: DemoCaptioner | None = None
+    profile = None
     if server and model and (price is not None or max_cost is None):
         options = {"servers": server, "key_env": key_env, "parallel": parallel, "price_per_second": price}
         try:
@@ -270,11 +271,14 @@ def caption(
         captioner = ServerCaptioner(params, text, max_cost)
     elif not (server or model):
         with suppress(VidgenError):
-            if options_of_last_run(outputs, None).profile == "demo":
+            if (profile := options_of_last_run(outputs, None).profile) == "demo":
                 captioner = DemoCaptioner()
     if captioner is None:
         needed = "pass --server URL and --model NAME, and --price with --max-cost"
-        raise UsageError(f"{needed}; only clips of the profile demo are captioned without")
+        used = f"the last run used {profile}" if profile else "no run has ended here"
+        raise UsageError(
+            f"{needed}; only clips of the profile demo are captioned without" + (f", {used}" if not server else "")
+        )
     with interruptible(), redirect_stdout(sys.stderr):
         report = caption_folder(outputs.storage, captioner, frames)
     counts = f"{report.captioned:,} captioned, {report.already_captioned:,} already, {len(report.failed):,} failed"

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from vidgen_ray.weights.builtin import SHIPPED
 
 FILE = SHIPPED / "captioner.safetensors"
 SEEN_PX, WIDTHS = 96, (16, 32, 64, 96)
+Shown = Literal["yes", "no", "unclear"]
 SURE = 0.5
 """Probability from which a value is said."""
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
@@ -150,14 +152,22 @@ def caption(seen: Seen) -> str:
     return ", ".join(part for part in parts if part and part not in usual)
 
 
-def facts(prompt: str, seen: Seen) -> list[tuple[str, str]]:
-    """Return the facts of a prompt that have a label, each with `yes`, `no` or `unclear`."""
-    found = []
+class Asked(NamedTuple):
+    """A fact of a prompt that has a label."""
+
+    label: str
+    value: str
+    words: str
+    shown: Shown
+
+
+def facts(prompt: str, seen: Seen) -> Iterator[Asked]:
+    """Yield the facts of a prompt that have a label."""
     for name, values in PATTERNS.items():
         chances = seen.get(name, {})
         is_unclear = bool(chances) and max(chances.values()) < SURE
         for value, patterns in values.items():
             alternatives = "|".join(each.removeprefix("a ") for each in sorted(patterns, key=len, reverse=True))
             if match := re.search(rf"\b(?:{alternatives})\b", prompt.lower()):
-                found.append((match[0], "yes" if chances.get(value, 0) >= SURE else "unclear" if is_unclear else "no"))
-    return found
+                shown: Shown = "yes" if chances.get(value, 0) >= SURE else "unclear" if is_unclear else "no"
+                yield Asked(name, value, match[0], shown)
