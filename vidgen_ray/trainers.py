@@ -1,7 +1,6 @@
 """Rules of LoRA trainers: which part of a clip each one trains on, at which speed and size. Facts of their code, without files.
 
-A data set has a folder, and an entry in the trainer's configuration, per group of clips that a trainer uses alike. Each clip is
-used at the largest number of frames that the model takes, so no clip is dropped for a bucket that nobody has configured.
+Configurations have a bucket for each number of frames, so that no clip is dropped for want of one.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from itertools import accumulate, repeat
 from typing import NamedTuple
 
 FOR = "for:"
@@ -68,15 +67,13 @@ class Use(NamedTuple):
     speed: float
     """Speed of motion in training as a factor of that of the clip."""
     problem: str | None
-    """Why the clip is left out. `None`: it is used."""
 
     @property
     def status(self) -> str:
         return "dropped" if self.problem else "cut" if self.frames < self.seen else "used"
 
 
-FrameRule = Callable[[int, float, TrainedModel], tuple[int, float]]
-"""Frames and rate of a clip -> frames that the trainer sees of it, and the speed of motion."""
+# Frames and rate of a clip -> frames that the trainer sees of it, and the speed of motion.
 
 
 def whole_frames(frames: int, model: TrainedModel) -> int:
@@ -90,11 +87,8 @@ def _repeats_or_skips(frames: int, fps: float, model: TrainedModel) -> tuple[int
 
 def _skips(frames: int, fps: float, model: TrainedModel) -> tuple[int, float]:
     # The trainer adds up the same floats.
-    delta, position, seen = model.fps / fps, 0.0, set[int]()
-    for _ in range(frames):
-        seen.add(int(position))
-        position += delta
-    return len(seen), max(1.0, delta)
+    delta = model.fps / fps
+    return len({int(position) for position in accumulate(repeat(delta, frames - 1), initial=0.0)}), max(1.0, delta)
 
 
 def _ignores_rate(frames: int, fps: float, model: TrainedModel) -> tuple[int, float]:
@@ -114,8 +108,7 @@ def _diffsynth(frames: int, fps: float, model: TrainedModel) -> tuple[int, float
     return math.floor(int(frames / fps * 100 + 0.5) / 100 * model.fps), 1.0
 
 
-SizeRule = Callable[[int, int, TrainedModel], tuple[int, int]]
-"""Width and height in pixels -> those in training, with the configuration that is written."""
+# Width and height in pixels -> those in training, with the configuration that is written.
 
 
 def bucket_size(width: int, height: int, model: TrainedModel) -> tuple[int, int]:
@@ -154,11 +147,11 @@ class Trainer:
 
     source: str
     """Repository or package, version, date, and the files that have the rule."""
-    frame_rule: FrameRule
+    frame_rule: Callable[[int, float, TrainedModel], tuple[int, float]]
     rate: str
     """What it does with a frame rate that is not the model's."""
     models: Mapping[str, TrainedModel]
-    size_rule: SizeRule = bucket_size
+    size_rule: Callable[[int, int, TrainedModel], tuple[int, int]] = bucket_size
 
 
 def _models(*names: str, **changes: int) -> dict[str, TrainedModel]:
@@ -183,11 +176,9 @@ TRAINERS: Mapping[str, Trainer] = {
         "simpletuner 4.10.1, 2026-10: metadata/backends/discovery.py, multiaspect/image.py, models/*/model.py",
         _ignores_rate,
         "ignores frame rates",
-        {
-            **_models("wan21-14b", "wan22-14b", frame_step=8, side_step_px=32),
-            **_models("wan22-5b", frame_step=8, side_step_px=64),
-            **_models("hunyuan", "ltx-video", "ltx2", side_step_px=64),
-        },
+        _models("wan21-14b", "wan22-14b", frame_step=8, side_step_px=32)
+        | _models("wan22-5b", frame_step=8, side_step_px=64)
+        | _models("hunyuan", "ltx-video", "ltx2", side_step_px=64),
         _short_side,
     ),
     "finetrainers": Trainer(
@@ -206,9 +197,6 @@ TRAINERS: Mapping[str, Trainer] = {
 }
 TARGETS = tuple(f"{name}:{model}" for name, trainer in TRAINERS.items() for model in trainer.models)
 
-LISTED = "; ".join(f"{name}: {', '.join(trainer.models)}" for name, trainer in TRAINERS.items())
-"""Trainers with their models, for help."""
-
 
 class Target(NamedTuple):
     """A trainer and a model that it trains."""
@@ -218,7 +206,17 @@ class Target(NamedTuple):
 
     def use(self, clip: Clip) -> Use:
         """Return what the trainer does with a clip, if its group has the configuration of the export."""
-        return _use(*self, clip)
+        model = self.model
+        seen, speed = self.trainer.frame_rule(clip.num_frames, clip.fps, model)
+        width, height = self.trainer.size_rule(clip.width, clip.height, model)
+        frames, least, problem = whole_frames(seen, model), model.frame_step + 1, None
+        if frames < least:
+            problem = f"too short: {seen} frames at {model.fps} fps, at least {least} are needed"
+        elif not width or not height:
+            problem = f"{clip.width}x{clip.height} has no size in multiples of {model.side_step_px} pixels"
+        elif abs(speed - 1) > MAX_SPEED_ERROR:
+            problem = f"would be trained at {speed:.3g} times its speed: the trainer {self.trainer.rate}"
+        return Use(seen, frames, width, height, speed, problem)
 
     def fitted(self, clip: Clip) -> Clip | None:
         """Return the clip that is used as a whole, at its speed, with the number of frames that is nearest to its duration.
@@ -235,21 +233,6 @@ class Target(NamedTuple):
         # DiffSynth counts a clip of 121 frames as one of 120.
         clips = [Clip(frames, model.fps, *sides) for frames in range(wanted, wanted + step)]
         return next(each for each in clips if self.use(each).frames == wanted)
-
-
-@lru_cache(maxsize=100_000)
-def _use(trainer: Trainer, model: TrainedModel, clip: Clip) -> Use:
-    seen, speed = trainer.frame_rule(clip.num_frames, clip.fps, model)
-    width, height = trainer.size_rule(clip.width, clip.height, model)
-    frames, least = whole_frames(seen, model), model.frame_step + 1
-    problem = None
-    if frames < least:
-        problem = f"too short: {seen} frames at {model.fps} fps, at least {least} are needed"
-    elif not width or not height:
-        problem = f"{clip.width}x{clip.height} has no size in multiples of {model.side_step_px} pixels"
-    elif abs(speed - 1) > MAX_SPEED_ERROR:
-        problem = f"would be trained at {speed:.3g} times its speed: the trainer {trainer.rate}"
-    return Use(seen, frames, width, height, speed, problem)
 
 
 def parse_target(text: str) -> Target:
@@ -274,7 +257,7 @@ def fit_cost(clip: Clip, fitted: Clip) -> str:
 
 
 def described(clip: Clip, target: Target) -> str:
-    """Return in words what happens to clips like this one."""
+    """Return in words what happens to a clip."""
     use, fps = target.use(clip), target.model.fps
     if use.problem:
         return f"dropped: {use.problem}"

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
@@ -121,7 +122,7 @@ def with_model_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
     frames, fps = fields.get("num_frames"), fields.get("fps", model.fps)
     if isinstance(frames, str) and frames.startswith(FOR):
         try:
-            return fields | fields_for(parse_target(frames.removeprefix(FOR)), fields)
+            return {**fields, **fields_for(parse_target(frames.removeprefix(FOR)), fields)}
         except ValueError as error:
             raise ValueError(f"num_frames {frames}: {error}") from None
     if (frames == AUTO or (own_default and frames is None)) and isinstance(fps, int | float):
@@ -129,32 +130,37 @@ def with_model_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def fields_for(target: Target, fields: Mapping[str, Any]) -> dict[str, int]:
+def fields_for(target: Target, fields: Mapping[str, Any]) -> Mapping[str, int]:
     """Return `num_frames`, and perhaps `fps_out`, of the longest clip that a trainer uses as a whole, at its frame rate.
 
     `fields`: unvalidated fields of a shot, of which `interpolation` and `fps_out` are kept. If each clip loses frames, the one
     that loses the fewest is chosen. Raises ValueError if all are dropped.
     """
     model = model_of(fields)
-    defaults = {"fps": model.fps, "extend": 0, "interpolation": 1, "fps_out": 0}
     # Tables have text. Wrong values are errors of their fields.
-    given = {name: str(fields.get(name)) for name in defaults}
-    fps, extend, factor, fps_out = (
-        int(given[name]) if re.fullmatch("[1-9][0-9]{0,3}", given[name]) else default for name, default in defaults.items()
-    )
-    rates = {fps_out or fps * factor} | ({max(target.model.fps, fps)} if not fps_out and factor == 1 else set())
+    values = [str(fields.get(name)) for name in ("fps", "interpolation", "fps_out", "extend")]
+    numbers = (int(value) if re.fullmatch("[1-9][0-9]{0,3}", value) else None for value in values)
+    return _fields_for(target, model, *numbers)
+
+
+@lru_cache
+def _fields_for(
+    target: Target, model: VideoModel, fps: int | None, factor: int | None, fps_out: int | None, extend: int | None
+) -> Mapping[str, int]:
+    fps, side = fps or model.fps, target.model.side_step_px * 8
+    given = fps_out or fps * (factor or 1)
+    rates = {given} if fps_out or factor not in (None, 1) else {given, max(target.model.fps, fps)}
     found = []
-    for rate in sorted(rates):
+    for rate in rates:
         for frames in filter(model.allows, range(model.most_auto_frames + 1)):
-            length = math.ceil(frames_of_passes(frames, extend) * Fraction(rate, fps))
-            use = target.use(Clip(length, rate, *[target.model.side_step_px * 8] * 2))
-            if not use.problem:
+            length = math.ceil(frames_of_passes(frames, extend or 0) * Fraction(rate, fps))
+            if not (use := target.use(Clip(length, rate, side, side))).problem:
                 found.append((rate != target.model.fps, use.seen - use.frames, -use.frames, frames, rate))
     if not found:
         listed = " or ".join(map(str, sorted(rates)))
         raise ValueError(f"clips at {listed} frames per second are dropped; set fps or fps_out to {target.model.fps}")
     *_, frames, rate = min(found)
-    return {"num_frames": frames, **({} if rate == (fps_out or fps * factor) else {"fps_out": rate})}
+    return {"num_frames": frames} if rate == given else {"num_frames": frames, "fps_out": rate}
 
 
 def without_other_models_defaults(defaults: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

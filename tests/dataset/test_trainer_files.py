@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -146,6 +147,10 @@ def test_dropped_clips_are_lines_of_the_summary_and_wrong_options_are_refused(sh
     assert "2 clips of 120 frames at 24 fps, 128x64: cut: the first 117 of 120 frames\n" in printed.out
     assert "6 dropped)" in printed.out
     assert main([*command, "--for", "musubi:hunyuan", "--fit", "--where", "id LIKE 's%'"]) == 0
+    state = json.loads((tmp_path / "dest/.vidgen/export.json").read_text())
+    capsys.readouterr()
+    assert main([*shlex.split(state["command"])[1:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["up_to_date"]
     for options, message in (
         (["--for", "kohya:wan"], "--for: got 'kohya:wan', must be TRAINER:MODEL, one of diffusion-pipe:wan21-14b, "),
         (["--for", "musubi:hunyuan", "--format", "lance"], "--for and --format: only one can be given"),

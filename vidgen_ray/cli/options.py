@@ -31,7 +31,7 @@ from vidgen_ray.script.lines import Columns, ScriptSettings, absolute_path, pars
 from vidgen_ray.shot import wrong_defaults
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import write_atomically
-from vidgen_ray.trainers import LISTED, parse_target
+from vidgen_ray.trainers import TRAINERS, parse_target
 
 script_option = partial(typer.Option, rich_help_panel="Reading the script")
 cost_option = partial(typer.Option, rich_help_panel="Costs and licences")
@@ -44,7 +44,7 @@ Kept = Literal["stages"]
 Mode = Literal["quality", "fast"]
 UNCHECKED = ("id", "character", "style")
 """Fields that depend on the command and on the script."""
-FOR_HELP = f"Trainer of LoRAs and the model that it trains. {LISTED}."
+FOR_HELP = "; ".join([f"{name}: {', '.join(trainer.models)}" for name, trainer in TRAINERS.items()])
 WHERE = "vidgen.where"
 """Group of entry points. Its `sql` is a function that selects shots, see `ids_where`."""
 
@@ -243,7 +243,12 @@ def check_target(value: str | None) -> str | None:
 
 TrainerOption = Annotated[
     str | None,
-    typer.Option("--for", metavar="TRAINER:MODEL", help=f"{FOR_HELP} Default: no trainer.", callback=check_target),
+    typer.Option(
+        "--for",
+        metavar="TRAINER:MODEL",
+        help=f"Trainer of LoRAs and its model. {FOR_HELP}. Default: none.",
+        callback=check_target,
+    ),
 ]
 RequireLicenceOption = Annotated[
     Requirement | None,

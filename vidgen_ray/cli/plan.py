@@ -108,8 +108,7 @@ def print_plan(
     if not demand.shots:
         nothing = {"shots": 0, "counts": asdict(counts), "uses": uses}
         typer.echo(json.dumps(nothing) if as_json else f"nothing to render: {_line_counts(counts)}")
-        if not as_json:
-            _print_uses(uses)
+        _print_uses(() if as_json else uses)
         return
     planned = make_plan(profile, demand, cluster, calibration=measured, price=price)
     if as_json:
@@ -136,30 +135,25 @@ def trainer_uses(lines: Iterable[Line], target: Target) -> list[dict[str, Any]]:
     for (clip, given), clips in groups.most_common():
         fields, use = dict(given), target.use(clip)
         about = {"clips": clips, **clip._asdict(), "status": use.status, "is_resampled": clip.fps != target.model.fps}
-        fits_with: dict[str, Any] = {}
-        if use.status != "used" or about["is_resampled"]:
-            try:
-                best = fields_for(target, {name: fields[name] for name in ("video_model", "fps", "extend")})
-                fits_with = {name: value for name, value in best.items() if fields[name] != value}
-            except ValueError as error:
-                fits_with = {"problem": str(error)}
+        try:
+            is_best = use.status == "used" and not about["is_resampled"]
+            best: Mapping[str, Any] = {} if is_best else fields_for(target, dict(given[:3]))
+        except ValueError as error:
+            best = {"problem": str(error)}
+        fits_with = {name: value for name, value in best.items() if fields.get(name) != value}
         found.append({**about, "result": described(clip, target), "fits_with": fits_with})
     return found
 
 
 def _print_uses(uses: Sequence[Mapping[str, Any]]) -> None:
-    console, table = stdout_console(), table_of("clips", "each", "trainer", "fits with", right=["clips"])
     totals = Counter[str]()
     for each in uses:
-        clip = Clip(*(each[name] for name in Clip._fields))
         fields = ", ".join(f"{name}: {value}" for name, value in each["fits_with"].items())
-        table.add_row(f"{each['clips']:,}", str(clip), escape(each["result"]), escape(fields))
-        totals[each["status"]] += each["clips"]
-        totals["resampled"] += each["clips"] * each["is_resampled"]
+        clips, clip = count(each["clips"], "clip"), Clip(*(each[name] for name in Clip._fields))
+        typer.echo(f"{clips} of {clip}: {each['result']}{f'; as a whole with {fields}' if fields else ''}")
+        totals.update({each["status"]: each["clips"], "resampled": each["clips"] * each["is_resampled"]})
     if uses:
-        console.print(table)
-        names = ("used", "cut", "dropped", "resampled")
-        console.print(f"clips: {', '.join(f'{totals[name]:,} {name}' for name in names)}\n", soft_wrap=True)
+        typer.echo(f"clips: {', '.join(f'{totals[name]:,} {name}' for name in ('used', 'cut', 'dropped', 'resampled'))}\n")
 
 
 def _print(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, counts: Counts) -> None:

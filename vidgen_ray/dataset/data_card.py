@@ -91,7 +91,6 @@ DESCRIPTIONS = {
 
 def _patterns(state: Mapping[str, Any], split: str) -> dict[str, str]:
     """Return name -> pattern of the files of a split. The first ones have the columns."""
-    # For a trainer, each group of clips has a folder.
     folder = f"{split}/*" if state["trainer"] else split
     media = f"{folder}/*.{'png' if state['files'] == 'image' else 'mp4'}"
     patterns = {

@@ -145,8 +145,6 @@ class _Export:
     _state: dict[str, Any] | None
     _pending: list[str] = field(default_factory=list)
     _failed: int = 0
-    _dropped: int = 0
-    """Clips that the trainer would drop."""
     _saved: float = field(default_factory=time.monotonic)
 
     def run(self) -> ExportReport:
@@ -158,9 +156,8 @@ class _Export:
         self._key = "id" if settings.format == "lance" else "file"
         self._check_settings()
         load_rows(self._db, kind, settings.caption, in_shards=self._ending is not None)
-        if settings.target is not None:
-            apply_rules(self._db, settings.target, fit=settings.fit)
-            self._dropped = count(self._db, "all_shapes ANTI JOIN new USING (id)")
+        if settings.trainer:
+            apply_rules(self._db, settings.trainer, fit=settings.fit)
         places = assign_splits(self._db, settings.splits, settings.split_by, stored.get("places"))
         was_killed = self._clean_up()
         self._plan_shards() if self._ending else self._plan_files()
@@ -169,7 +166,6 @@ class _Export:
             "columns": {field.name: str(field.type) for field in self._db.sql(self._rows()).to_arrow_reader(1).schema},
             "refused": self._reasons("SELECT * FROM refused"),
             "places": places,
-            # Configurations have it.
             **({"dest": self._dest.url} if settings.trainer else {}),
         }
         is_same = all(stored.get(name) == value for name, value in described.items())
@@ -422,7 +418,7 @@ class _Export:
             "unchanged": count(self._db, f"{both} = done.signature"),
             "rejected": count(self._db, REJECTED),
             "failed": self._failed,
-            **({"dropped": self._dropped} if self._settings.trainer else {}),
+            **({"dropped": count(self._db, "shapes ANTI JOIN new USING (id)")} if self._settings.trainer else {}),
         }
         counted = self._db.execute("SELECT split, count(*) FROM done GROUP BY split").fetchall()
         report.splits = {name: dict(counted).get(name, 0) for name in self._settings.splits}
@@ -443,9 +439,8 @@ class _Export:
                 lines = (f"{json.dumps(each, ensure_ascii=False)}\n" for each in report.refused)
                 self._dest.write("refused.jsonl", "".join(lines))
             self._dest.write(STATE, json.dumps(state, indent=1, ensure_ascii=False))
-            if self._settings.target is not None:
-                files = self._settings.trainer or "", self._settings.target, self._settings.splits
-                write_trainer_files(self._db, self._dest, *files)
+            if self._settings.trainer:
+                write_trainer_files(self._db, self._dest, self._settings.trainer, self._settings.splits)
             write_card(self._dest, self._source)
         self._dest.delete(PENDING)
         return report

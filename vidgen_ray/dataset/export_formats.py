@@ -133,7 +133,10 @@ def _clips(rows: Iterable[Row], target: Target, results: list[dict[str, Any]]) -
                 if path.stat().st_size != row["_bytes"]:
                     raise FileNotFoundError
                 if target.settings.trainer:
-                    _check_clip(path, Clip(*(row[name] for name in Clip._fields)))
+                    with open_foreign_video(path) as video:
+                        found = Clip(video.frame_count, float(video.fps), video.width, video.height)
+                    if found != (expected := Clip(*(row[name] for name in Clip._fields))):
+                        raise MediaError(f"{row['_source']} has {found}; its row says {expected}")
                 if target.settings.resize or row["_encoded"]:
                     encoded = Path(folder, f"clip{Path(row['_source']).suffix}")
                     to = Clip(**row["_encoded"]) if row["_encoded"] else None
@@ -147,14 +150,6 @@ def _clips(rows: Iterable[Row], target: Target, results: list[dict[str, Any]]) -
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             result = {"id": row["id"], "problem": str(error)}
         results.append(result)
-
-
-def _check_clip(path: Path, expected: Clip) -> None:
-    """Raise MediaError if a file is not the clip that its row describes."""
-    with open_foreign_video(path) as video:
-        found = Clip(video.frame_count, float(video.fps), video.width, video.height)
-    if found != expected:
-        raise MediaError(f"{path.name} has {found}; its row says {expected}")
 
 
 def _write_clip(clip: ExportedClip, target: Target) -> None:

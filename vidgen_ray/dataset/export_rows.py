@@ -26,7 +26,6 @@ from vidgen_ray.errors import FrozenModel, UsageError, shortened
 from vidgen_ray.licences import ALLOWED, Requirement
 from vidgen_ray.outputs.manifest import SCHEMA
 from vidgen_ray.safety import DECLARED_BASES
-from vidgen_ray.trainers import Target, parse_target
 
 Format = Literal["videofolder", "webdataset", "parquet", "lance", "captions"]
 Kind = Literal["image", "video", "hd", "clip"]
@@ -76,7 +75,7 @@ class ExportSettings(FrozenModel):
     split_by: tuple[SplitKey, ...] = ("prompt", "character")
     resize: str | None = Field(None, description="Encode again, cropped around the centre, or with this shorter side.")
     trainer: str | None = Field(
-        None, description=f"Clips, captions and configuration for a trainer, and used.json: what it does with each. {FOR_HELP}"
+        None, description=f"Clips, captions and configuration for a trainer, and used.json: what it does with each. {FOR_HELP}."
     )
     fit: bool = Field(False, description="Encode clips again that the trainer would cut, drop, or train at another speed.")
     where: str | None = None
@@ -99,21 +98,17 @@ class ExportSettings(FrozenModel):
             raise ValueError("must be WIDTHxHEIGHT in even numbers of pixels, or those of the shorter side")
         return value
 
-    @property
-    def target(self) -> Target | None:
-        return None if self.trainer is None else parse_target(self.trainer)
-
     def options(self) -> list[str]:
         """Return the options of the command for settings other than the defaults."""
-        values = self.model_dump(exclude_defaults=True, exclude={"files", "trainer", "fit"})
+        values = self.model_dump(exclude_defaults=True, exclude={"files", "fit"})
         if "splits" in values:
             values["split"] = ",".join(f"{name}={share:g}" for name, share in values.pop("splits").items())
         if "split_by" in values:
             values["split_by"] = ",".join(values["split_by"])
-        kind = [] if self.files in (None, "clip") else [f"--{self.files}"]
-        trainer = [] if self.trainer is None else ["--for", self.trainer, *(["--fit"] if self.fit else [])]
-        named = (text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value)))
-        return [*kind, *trainer, *named]
+        if "trainer" in values:
+            values = {"for": values.pop("trainer")} | {name: value for name, value in values.items() if name != "format"}
+        flags = [*([] if self.files in (None, "clip") else [f"--{self.files}"]), *(["--fit"] if self.fit else [])]
+        return [*flags, *(text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value)))]
 
 
 def parse_splits(text: str) -> dict[str, float]:
