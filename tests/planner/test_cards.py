@@ -252,3 +252,13 @@ def test_no_call_times_out_at_the_planned_speed(tmp_path):
         config = EngineConfig("e", profile, OutputFolder(tmp_path), {}, planned_s=planned.reference_s)
         assert config.timeout_s(shot, "wan") == pytest.approx(3 * planned.stage_seconds["wan"])
     assert config.timeout_s(shot, "flux") == profile.actors["flux"].timeout_s
+
+
+def test_shares_of_an_idle_stage_have_no_sign():
+    both = parse_gpus("8xH100+1xGB10")
+    shots = [
+        Shot(id=f"s{n}", prompt="a cat", seed=1, **({"video_model": "wan", "num_frames": 25} if n % 2 else {}))
+        for n in range(12)
+    ]
+    planned = plan(profile_for("auto", lambda: both), demand_of(shots), both)
+    assert not [share for shares in planned.shares for share in shares.values() if str(share).startswith("-")]

@@ -299,7 +299,7 @@ class _PackingModel:
         for option, count_variable, times in zip(self._options, self._counts, self._time_variables, strict=True):
             if count := round(values[count_variable]):
                 used = {actor: self._used_share(actor, values) for actor in times}
-                shares = {actor.name: float(values[time]) * used[actor] / count for actor, time in times.items()}
+                shares = {actor.name: max(0.0, float(values[time])) * used[actor] / count for actor, time in times.items()}
                 chosen.append((option, count, shares))
         return _Solution(
             rate=float(values[self._efficiency]) * self._total_slots / self._problem.seconds,
