@@ -232,3 +232,9 @@ def test_doctor_prints_findings_and_exits_with_4_if_weights_are_missing(capsys):
     counts, summary = out.strip().splitlines()[-2:]
     assert counts.endswith("passed")
     assert summary.startswith("This machine can render clips of 8 frames and 256x128 pixels with tiny, at ")
+
+
+def test_message_of_nvidia_smi_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(checks.shutil, "which", lambda *_, **__: "nvidia-smi")
+    monkeypatch.setattr(checks.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="No devices were found\n"))
+    assert checks.query_driver() == []

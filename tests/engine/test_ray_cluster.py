@@ -189,6 +189,8 @@ def test_private_names_of_ray_do_what_they_are_used_for(idle, name):
     ("shown", "gpus", "card"),
     [
         ("NVIDIA GB10, [N/A]\n", (74.0,), "GB10"),
+        ("Orin (nvgpu), [Not Supported]\n", (74.0,), "GB10"),
+        ("NVIDIA A10-12Q, [N/A]\n", (22.1,), "A10"),
         ("NVIDIA L40S, 46080\nNVIDIA L40S, [GPU requires reset]\n", (45.0,), "L40S"),
         ("", (), None),
     ],

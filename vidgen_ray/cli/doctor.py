@@ -96,7 +96,8 @@ def query_driver() -> list[list[str]] | None:
         output = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return [[part.strip() for part in line.split(",")] for line in output.splitlines() if line.strip()]
+    # Some drivers print a message instead.
+    return [[part.strip() for part in line.split(",")] for line in output.splitlines() if line.count(",") == 2]
 
 
 def check_driver(

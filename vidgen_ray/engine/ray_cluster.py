@@ -222,7 +222,7 @@ def _node(node: dict[str, Any], resources: Mapping[str, float]) -> Node:
 def _gpus() -> tuple[tuple[str, float | None], ...]:
     """Return the name of each GPU of this machine and its memory in units of 2**30 bytes, as reported by nvidia-smi.
 
-    `None` for a unified memory, which nvidia-smi does not report. A GPU with an error is missing.
+    `None` for memory that nvidia-smi does not report, as a unified one. A GPU with an error is missing.
     """
     try:
         output = subprocess.run(
@@ -236,7 +236,12 @@ def _gpus() -> tuple[tuple[str, float | None], ...]:
         return ()
     lines = (line.rpartition(",")[::2] for line in output.split("\n"))
     gpus = ((name.strip(), mebibytes.strip()) for name, mebibytes in lines)
-    return tuple((name, None if mib == "[N/A]" else float(mib) / 1024) for name, mib in gpus if mib == "[N/A]" or mib.isdigit())
+    known = ((name, None if mib in UNREPORTED else mib) for name, mib in gpus if mib in UNREPORTED or mib.isdigit())
+    return tuple((name, None if mib is None else float(mib) / 1024) for name, mib in known)
+
+
+UNREPORTED = ("[N/A]", "[Not Supported]")
+"""What nvidia-smi prints for memory that it does not report."""
 
 
 def _start_ray(address: str | None, cpus: float) -> None:

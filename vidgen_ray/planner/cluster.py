@@ -167,11 +167,13 @@ class Node:
     def of_gpus(cls, gpus: Sequence[tuple[str, float | None]], cpus: float, memory_gb: float) -> Node:
         """Return the machine with these GPUs.
 
-        `gpus`: name and GB of memory of each, `None` if it is unified. `memory_gb`: of the host, without Ray's object store if
-        that of the GPU is unified.
+        `gpus`: name and GB of memory of each, `None` if it is unified or not reported. `memory_gb`: of the host, without Ray's
+        object store if that of the GPU is unified.
         """
         card = card_reported_as(gpus[0][0]) if gpus else None
-        sizes = [gb for _, gb in gpus if gb is not None]
+        # A driver may not report the memory of virtual GPUs.
+        known = [(card.memory_gb if gb is None and card and not card.unified else gb) for _, gb in gpus]
+        sizes = [gb for gb in known if gb is not None]
         if len(sizes) == len(gpus) and not (card and card.unified):
             return cls(tuple(sizes), cpus, memory_gb or None, card=card)
         pool_gb = max(0.0, memory_gb - OTHER_PROCESSES_GB)
