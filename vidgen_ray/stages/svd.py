@@ -39,9 +39,9 @@ CARD_FACTORS = dict.fromkeys(("H100", "H100 PCIe", "H100 NVL", "GH200", "GH200 1
 """`card_factors` of SVD: their peak grew more than the rate of torch's kernels for convolutions. Stability AI's SVD-XT takes
 22.6 s with TensorRT on an H100 PCIe and 32.2 on an A100. *Assumed:* without TensorRT 1.3 and 1.1 times as long."""
 NETWORKS = ("svd/unet", "svd/vae", "svd/image_encoder")
+"""Its networks in the memory table."""
 PASSES_GAIN = 1.9
 """Factor by which two GPUs or more compute a step faster, of which each half has one of its two passes. *Assumed.*"""
-"""Its networks in the memory table."""
 
 
 class SVDParams(CompileParams, ChannelsLastParams):
