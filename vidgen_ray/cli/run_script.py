@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -51,7 +52,7 @@ from vidgen_ray.cli.options import (
 from vidgen_ray.cli.progress_display import run_view
 from vidgen_ray.engine.processes import ATTEMPTS
 from vidgen_ray.engine.storage_pause import MAX_WAIT_S
-from vidgen_ray.errors import ScriptError, SetupError, UsageError
+from vidgen_ray.errors import FieldError, ScriptError, SetupError, UsageError
 from vidgen_ray.licences import ShotLicences, UsedWeights, require_licence
 from vidgen_ray.outputs.cleanup import PruneReport
 from vidgen_ray.outputs.cleanup import prune as prune_folder
@@ -227,12 +228,27 @@ def render(
             "--score", help="Also measure the clips, as `vidgen score` does: on idle CPUs during the run, the rest after it."
         ),
     ] = False,
+    to: Annotated[
+        str | None,
+        run_option(
+            "--to",
+            metavar="URL",
+            help="Render as a batch of a server, and download clips and manifest.jsonl. Key: $VIDGEN_API_KEY. Without "
+            "--profile, the server's defaults apply.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Render all shots of a script that are not finished.
 
     The same command resumes a run. SIGTERM or Ctrl-C stops it after the shots in progress, a second one at once.
     """
+    if to is not None:
+        chosen = profile_for("demo" if profile == AUTO else profile)
+        settings = lines.settings(scripts, chosen, seed, until)
+        settings = replace(settings, profile_defaults={}) if profile == AUTO else settings
+        _render_to(to, settings, out, as_json=as_json)
+        return
     chosen = marks.applied(profile_for(profile, detected(run.address, run.cluster)))
     settings = lines.settings(scripts, chosen, seed, until)
     if strict and (errors := [error for line in iter_script(settings) for error in line.errors]):
@@ -243,6 +259,42 @@ def render(
     words = ("vidgen", "render", *map(str, scripts), "--profile", named, *given_words(ctx, RECORDED - {"c2pa_key"}))
     options = replace(run, keep_stages=bool(keep), listener="score" if score else None, command=words)
     run_script(settings, chosen, out, options, as_json=as_json, then_prune=prune)
+
+
+WINDOW = "365d"
+"""Completion window of the batch of a script: it has no deadline."""
+
+
+def _render_to(url: str, settings: ScriptSettings, out: str, *, as_json: bool) -> None:
+    """Render a script on a server and print the result. Raises SetupError, and typer.Exit unless all shots are done."""
+    try:
+        # A distribution of its own, which vidgen-ray works without.
+        client = import_module("vidgen_client.script_batch")
+    except ImportError as error:
+        raise SetupError(f"--to: needs vidgen-client ({error}); pip install ./clients/python") from None
+    rejected = list[FieldError]()
+
+    def shots() -> Iterator[dict[str, Any]]:
+        for line in iter_script(settings):
+            rejected.extend(line.errors)
+            for shot in () if line.errors else line.shots:
+                yield shot.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+
+    def show(batch: Any) -> None:
+        counts = batch.request_counts
+        note(f"{batch.id} {batch.status}: {counts.completed} of {counts.total} done, {counts.failed} failed")
+
+    try:
+        done, failed = client.render_to(url, shots(), Path(out), WINDOW, show)
+    except (client.ClientError, OSError) as error:
+        raise SetupError(f"--to {url}: {error}") from None
+    for problem in rejected:
+        note(str(problem))
+    failed += len({(problem.source, problem.line) for problem in rejected})
+    result = {"done": done, "failed": failed}
+    typer.echo(json.dumps(result) if as_json else f"{done} done, {failed} failed. Manifest: {Path(out, client.MANIFEST)}")
+    if failed:
+        raise typer.Exit(1)
 
 
 def retry(

@@ -5,6 +5,7 @@ from vidgen_client.blocking_client import Client
 from vidgen_client.errors import ApiError, ClientError, ConnectionFailed, JobCancelled, JobFailed, WaitTimeout
 from vidgen_client.image_inputs import ImageInput
 from vidgen_client.models import (
+    Batch,
     Character,
     ErasedCharacter,
     Estimate,
@@ -19,6 +20,7 @@ from vidgen_client.models import (
 __all__ = [
     "ApiError",
     "AsyncClient",
+    "Batch",
     "Character",
     "Client",
     "ClientError",

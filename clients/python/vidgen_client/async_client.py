@@ -26,6 +26,7 @@ from vidgen_client.image_inputs import ImageInput, file_of, reference_of
 from vidgen_client.models import (
     ID,
     A,
+    Batch,
     Character,
     ErasedCharacter,
     Estimate,
@@ -295,6 +296,62 @@ class AsyncClient:
         params = {"videos": str(videos).lower()}
         return await self._request(ErasedCharacter, "DELETE", f"/v1/characters/{_id(character)}", params=params)
 
+    async def upload_batch(self, content: bytes) -> UploadedFile:
+        """Upload the input file of a batch: a JSON object a line, with custom_id, method, url and body."""
+        files = [("file", ("batch.jsonl", content))]
+        return await self._request(UploadedFile, "POST", "/v1/files", data={"purpose": "batch"}, files=files)
+
+    async def create_batch(
+        self,
+        /,
+        input_file: UploadedFile | str,
+        *,
+        endpoint: str = "/v1/videos",
+        completion_window: str = "24h",
+        idempotency_key: str | None = None,
+        **fields: Any,
+    ) -> Batch:
+        """Create a batch from an uploaded file. `fields`: any other field of `POST /v1/batches`."""
+        file = input_file if isinstance(input_file, str) else input_file.id
+        body = {**fields, "input_file_id": file, "endpoint": endpoint, "completion_window": completion_window}
+        return await self._create(Batch, "/v1/batches", body, idempotency_key)
+
+    async def get_batch(self, batch: Batch | str) -> Batch:
+        """Return the current state of a batch."""
+        return await self._request(Batch, "GET", f"/v1/batches/{_id(batch)}")
+
+    async def list_batches(self, *, limit: int = 20) -> list[Batch]:
+        """Return up to 100 batches, the newest first."""
+        return (await self._request(Listing[Batch], "GET", "/v1/batches", params={"limit": limit})).data
+
+    async def cancel_batch(self, batch: Batch | str) -> Batch:
+        """Cancel a batch. Lines that are not completed get an error."""
+        return await self._request(Batch, "POST", f"/v1/batches/{_id(batch)}/cancel")
+
+    async def wait_for_batch(self, batch: Batch | str, *, on_progress: Callable[[Batch], object] | None = None) -> Batch:
+        """Wait until a batch has ended and return it. `on_progress` is called with the batch now and after each change."""
+        before, pause_s = None, POLL_S
+        while True:
+            state = await self.get_batch(batch)
+            if on_progress is not None and state != before:
+                on_progress(state)
+            if state.is_final:
+                return state
+            pause_s = POLL_S if state != before else min(MAX_BACKOFF_S, 1.5 * pause_s)
+            before = state
+            await asyncio.sleep(pause_s)
+
+    async def batch_results(self, batch: Batch) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the lines of the output file and of the error file of a batch that has ended."""
+        output, errors = [await self._lines(file) for file in (batch.output_file_id, batch.error_file_id)]
+        return output, errors
+
+    async def _lines(self, file_id: str | None) -> list[dict[str, Any]]:
+        if file_id is None:
+            return []
+        response = await self._send("GET", f"/v1/files/{file_id}/content")
+        return [json.loads(line) for line in response.content.splitlines()]
+
     async def list_models(self) -> list[Model]:
         """Return the models of the server. The first is the default."""
         return (await self._request(Listing[Model], "GET", "/v1/models")).data
@@ -433,7 +490,7 @@ def _parse(model: type[A], content: bytes | str) -> A:
         ) from None
 
 
-def _id(named: Video | Character | str) -> str:
+def _id(named: Video | Character | Batch | str) -> str:
     """Return an id, which is part of URLs and of file names. Raises ClientError for other text."""
     name = named if isinstance(named, str) else named.id
     if not re.fullmatch(ID, name):

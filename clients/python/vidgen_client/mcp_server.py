@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import wraps
@@ -16,7 +17,7 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import CallToolResult, InputRequiredResult, ToolAnnotations
 from pydantic import Field
 
-from vidgen_client import AsyncClient, Character, ClientError, Estimate, JobFailed, Model, Variant, Video
+from vidgen_client import AsyncClient, Batch, Character, ClientError, Estimate, JobFailed, Model, Variant, Video
 from vidgen_client.models import Consent, Priority
 
 INSTRUCTIONS = """Creates videos and images on a vidgen-ray server. create_video and create_image return at once with an id.
@@ -27,6 +28,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 VideoId = Annotated[str, Field(description="Id that create_video, create_image or list_videos returned.")]
+BatchId = Annotated[str, Field(description="Id that create_batch returned.")]
 ConsentOfPerson = Annotated[
     Consent | None,
     Field(description="Why the face in the photos may be used. Ask the user: never make it up."),
@@ -64,8 +66,8 @@ class VideoArguments(ImageArguments, total=False):
     seconds: Annotated[float | None, Field(description="Length of the clip in seconds.")]
 
 
-READ_ONLY = ("wait", "status", "list_videos", "list_characters", "list_models")
-DESTRUCTIVE = ("cancel", "delete_character")
+READ_ONLY = ("batch_status", "wait", "status", "list_videos", "list_characters", "list_models")
+DESTRUCTIVE = ("cancel", "cancel_batch", "delete_character")
 
 
 def make_server(client: AsyncClient, folder: Path) -> MCPServer[None]:
@@ -176,6 +178,34 @@ class _Tools:
             return str(await self._client.download_video(video, self._folder))
         name = f"{video.id}-{variant}{'.png' if variant == 'image' else '.mp4'}"
         return str(await self._client.download_video(video, self._folder / name, variant=variant))
+
+    async def create_batch(
+        self,
+        prompts: Annotated[list[str], Field(min_length=1, max_length=1000, description="Texts to render, a video each.")],
+        fields: Annotated[
+            dict[str, Any] | None, Field(description="Fields of POST /v1/videos for all of them, for example size, seconds.")
+        ] = None,
+    ) -> Batch:
+        """Start to render many videos in the background, after all other work. Call batch_status later."""
+        requests = [
+            {"custom_id": f"{n}", "method": "POST", "url": "/v1/videos", "body": {**(fields or {}), "prompt": prompt}}
+            for n, prompt in enumerate(prompts)
+        ]
+        content = "\n".join(map(json.dumps, requests)).encode()
+        return await self._client.create_batch(await self._client.upload_batch(content))
+
+    async def batch_status(
+        self, batch_id: BatchId
+    ) -> tuple[Batch, Annotated[dict[str, str], Field(description="Number of the prompt -> id of its video, or error.")]]:
+        """Return the state of a batch, and once it has ended the id of the video of each prompt. Call download for each."""
+        batch = await self._client.get_batch(batch_id)
+        output, errors = await self._client.batch_results(batch)
+        ids = {each["custom_id"]: each["response"]["body"]["id"] for each in output}
+        return batch, ids | {str(each["custom_id"]): each["error"]["message"] for each in errors}
+
+    async def cancel_batch(self, batch_id: BatchId) -> Batch:
+        """Cancel a batch. Its completed videos are kept."""
+        return await self._client.cancel_batch(batch_id)
 
     async def list_characters(self) -> list[Character]:
         """List all characters: named faces that create_video and create_image accept."""

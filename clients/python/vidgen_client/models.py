@@ -176,6 +176,35 @@ class UploadedFile(Answer):
     bytes: int
 
 
+class BatchCounts(Answer):
+    """Lines of a batch."""
+
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+
+
+class Batch(Answer):
+    """Many requests as one file. Times are in seconds since 1970."""
+
+    id: Id
+    endpoint: str
+    status: str
+    """validating, in_progress, cancelling, completed, failed, expired or cancelled."""
+    request_counts: BatchCounts = BatchCounts()
+    output_file_id: str | None = None
+    """File with the responses of completed lines."""
+    error_file_id: str | None = None
+    """File with the errors of all other lines."""
+    errors: dict[str, Any] | None = None
+    """Why the batch failed, or was cancelled by the server."""
+
+    @property
+    def is_final(self) -> bool:
+        """True if the batch has ended."""
+        return self.status in ("completed", "failed", "expired", "cancelled")
+
+
 PRINTABLE: JsonDict = {"pattern": r"^[^\x00-\x1f\x7f-\x9f]*[^\s\x00-\x1f\x7f-\x9f][^\x00-\x1f\x7f-\x9f]*$"}
 
 
