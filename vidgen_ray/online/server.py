@@ -32,7 +32,7 @@ START_POLL_S = 0.1
 DRAIN_MARGIN_S = 30.0
 """Seconds in addition to the grace period, in which the director requeues unfinished jobs."""
 STOP_S = 5.0
-"""Seconds that the API may take to end its requests."""
+"""Seconds that the API may take to end its requests, and workers to write their queued cache entries."""
 
 
 class Process:
@@ -97,8 +97,8 @@ class Watched:
         Raises the error of a part that cannot be made when the server starts.
         """
         if not ray.wait([self._check], timeout=0)[0]:
-            # The first start may take minutes on a busy machine.
-            self._silent += self.is_up
+            # A start may take minutes on a busy machine.
+            self._silent += self._is_healthy
             if self._silent > MAX_SILENT_CHECKS:
                 self._restart("it does not respond")
             return
@@ -193,7 +193,8 @@ class Server:
     def stop(self) -> None:
         """End the processes, without waiting for running jobs."""
         with suppress(ray.exceptions.RayError, TimeoutError):
-            ray.get(self._api.handle.stop.remote(), timeout=STOP_S)
+            # Killed while it starts workers, their owner would leave their reserved GPUs behind on a cluster.
+            ray.get([process.handle.stop.remote() for process in (self._api, self._workers)], timeout=STOP_S)
         for process in (self._api, self._director, self._workers):
             ray.kill(process.handle.actor)
 

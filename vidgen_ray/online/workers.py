@@ -112,6 +112,10 @@ class Workers(FleetListener):
         self._fleet = Fleet(replace(self._config, name=name), self, more)
         await self._fleet.start(layout, labels)
 
+    async def stop(self) -> None:
+        """Stop the workers and encoders."""
+        await self._fleet.stop()
+
     async def actors(self, owner: str, version: int) -> Actors | None:
         """Return the workers and encoders, when they are ready. `None` if the caller has this version of this owner already."""
         await self.ready()

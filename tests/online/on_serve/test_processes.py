@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.client import HTTPConnection
 from threading import Event
 
@@ -143,10 +144,10 @@ class Part:
             raise RuntimeError("broken")
 
 
-def test_part_that_cannot_be_made_ends_the_start(plan, listening, monkeypatch):
+def test_part_that_cannot_be_made_ends_the_start(plan, listening):
     gone = plan.settings.model_copy(update={"loras": {"ink": "/gone.safetensors"}})
-    monkeypatch.setattr(type(plan), "settings", gone, raising=False)
-    with serving(plan, listening, SCRIPTED) as server, pytest.raises(SetupError, match=r"^loras\.ink: no such file"):
+    no_file = pytest.raises(SetupError, match=r"^loras\.ink: no such file")
+    with serving(replace(plan, settings=gone), listening, SCRIPTED) as server, no_file:
         server.wait_until_accepting(Event())
 
 
