@@ -114,6 +114,8 @@ class Workers(FleetListener):
 
     async def stop(self) -> None:
         """Stop the workers and encoders."""
+        self._starting.cancel()
+        await asyncio.wait([self._starting])
         await self._fleet.stop()
 
     async def actors(self, owner: str, version: int) -> Actors | None:
