@@ -176,7 +176,9 @@ def slurm(tmp_path_factory):
 def test_preempted_job_is_queued_again_and_renders_each_line_once(slurm):
     job = slurm.submit("--gpus", "2x2x80GB")
     until(lambda: len(slurm.finished()) >= 2)
-    other = slurm("sbatch", "--parsable", "--partition=high", "--gpus-per-node=2", "--cpus-per-gpu=2", "--wrap=true").strip()
+    other = slurm(
+        "sbatch", "--parsable", "--partition=high", "--gpus-per-node=2", "--cpus-per-gpu=2", "--output=/dev/null", "--wrap=true"
+    ).strip()
     slurm.start_again(job)
     before = slurm.finished()
     assert 2 <= len(before) < SHOTS
