@@ -117,7 +117,6 @@ def sbatch_file(settings: dict[str, Any], words: list[str], folder: Path, contai
             "#!/bin/bash",
             *options,
             "#SBATCH --requeue",
-            "#SBATCH --no-kill",
             "#SBATCH --open-mode=append",
             "",
             "# Renders a script on the nodes of Slurm jobs. Finished shots are skipped: submit it again at any time.",

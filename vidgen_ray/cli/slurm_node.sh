@@ -33,7 +33,7 @@ export -f run versions same_versions free_port ray_node
 render() {
     address=$(run python3 -c 'import ray; print(ray.util.get_node_ip_address())'):$(free_port)
     RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
-    srun --no-kill --kill-on-bad-exit=0 bash -c ray_node & nodes=$!
+    srun --kill-on-bad-exit=0 bash -c ray_node & nodes=$!
     until (exec 3<> "/dev/tcp/${address%:*}/${address##*:}") 2> /dev/null; do
         kill -0 "$nodes" 2> /dev/null || fail "Ray did not start on $(hostname)"
         sleep 1
