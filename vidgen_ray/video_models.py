@@ -139,8 +139,7 @@ def fields_for(target: Target, fields: Mapping[str, Any]) -> Mapping[str, int]:
     model = model_of(fields)
     # Tables have text. Wrong values are errors of their fields.
     values = [str(fields.get(name)) for name in ("fps", "interpolation", "fps_out", "extend")]
-    numbers = (int(value) if re.fullmatch("[1-9][0-9]{0,3}", value) else None for value in values)
-    return _fields_for(target, model, *numbers)
+    return _fields_for(target, model, *(int(each) if re.fullmatch("[1-9][0-9]{0,3}", each) else None for each in values))
 
 
 @lru_cache
@@ -157,8 +156,7 @@ def _fields_for(
             if not (use := target.use(Clip(length, rate, side, side))).problem:
                 found.append((rate != target.model.fps, use.seen - use.frames, -use.frames, frames, rate))
     if not found:
-        listed = " or ".join(map(str, sorted(rates)))
-        raise ValueError(f"clips at {listed} frames per second are dropped; set fps or fps_out to {target.model.fps}")
+        raise ValueError(f"clips at {max(rates)} frames per second are dropped; set fps or fps_out to {target.model.fps}")
     *_, frames, rate = min(found)
     return {"num_frames": frames} if rate == given else {"num_frames": frames, "fps_out": rate}
 
