@@ -74,7 +74,7 @@ PATTERNS: dict[str, dict[str, tuple[str, ...]]] = {
     "colour": {value: (f"{value} {COLOURED}",) for value in COLOURS},
     "hair": {value: (f"{value} (?:hair|beard)",) for value in LABELS["hair"]},
     "hair_style": {
-        **{value: (rf"{value} (?:\w+ )?hair",) for value in ("short", "long", "curly")},
+        **{value: (rf"{value}(?= (?:\w+ )?hair)",) for value in ("short", "long", "curly")},
         "bun": ("hair in a bun",),
         "bald": ("bald",),
     },

@@ -107,7 +107,7 @@ function draw() {
   if (list.hidden) return;
   const aspect = usualAspect(), least = Math.max(LEAST_WIDTH, Math.sqrt(CARD_AREA * aspect)), width = list.clientWidth;
   const columns = Math.max(1, Math.floor((width + GAP) / (least + GAP))), cardWidth = (width - (columns - 1) * GAP) / columns;
-  const height = Math.min(cardWidth / aspect, window.innerHeight * 0.7), lines = (longName * 9 > cardWidth ? 6 : 5) + (axes.length > 2), step = height + lines * LINE_HEIGHT + BAR_HEIGHT + GAP;
+  const height = Math.min(cardWidth / aspect, window.innerHeight * 0.7), lines = (longName * 9 > cardWidth ? 6 : 5) + (axes.length > 2) + (sortedBy >= 0) + (scores[sortedBy] === "agrees"), step = height + lines * LINE_HEIGHT + BAR_HEIGHT + GAP;
   layout = { columns, step };
   list.style.height = `${Math.ceil(shown.length / columns) * step}px`;
   const top = window.scrollY - list.parentElement.offsetTop;
@@ -138,13 +138,13 @@ function makeCard(number, hidden = null) {
   if (media?.matches("video")) media.muted = true;
   const values = Object.entries(row.axes ?? {}).filter(([axis]) => !hidden?.includes(axis)).map(([axis, value]) => `${nameOfAxis(axis)} ${value}`);
   const measures = hidden ? [...(row.facts ?? []).filter((part) => part.includes("likeness")), ...row.seconds ? [`rendered in ${+row.seconds.toFixed(1)} s`] : []] : row.facts;
-  const notShown = scores[sortedBy] === "agrees" && row.missing ? `, not shown: ${row.missing}` : "";
-  const score = sortedBy < 0 ? null : scoreText(row, sortedBy) && scoreText(row, sortedBy) + notShown;
+  const score = sortedBy < 0 ? null : scoreText(row, sortedBy);
+  const missing = scores[sortedBy] === "agrees" && row.missing ? [element("strong", {}, `missing: ${row.missing}`)] : [];
   const card = element("article", { class: `card ${row.status}`, title: row.id, "data-number": number },
     element("div", { class: "screen" }, element("button", { class: "open", type: "button", "aria-label": `Open ${row.id}` }, media ?? element("p", { class: "reason" }, row.failure ?? ""))),
     element("div", { class: "body" }, hidden ? null : element("h2", {}, nameOf(number)),
       values.length ? element("p", { class: "facts" }, ...facts(values)) : hidden ? null : element("p", { class: "prompt faint" }, row.prompt ?? ""),
-      measures || score ? element("p", { class: "facts faint" }, ...facts([...score ? [element("strong", {}, score)] : [], ...measures ?? []])) : null),
+      measures || score ? element("p", { class: "facts faint" }, ...facts([...score ? [element("strong", {}, score)] : [], ...missing, ...measures ?? []])) : null),
     row.clip ? reviewBar(row, () => { open(number); $("note").focus(); }) : null);
   card.onclick = () => open(number);
   return card;
