@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from random import Random
 
+from vidgen_ray.dataset.demo_captioner import LABELS
+
 Colour = tuple[float, float, float]
 """Red, green, blue, 0 to 1."""
 
@@ -22,10 +24,8 @@ COLOURS: dict[str, Colour] = {
     "white": (0.96, 0.96, 0.96),
 }
 """Colours of things and clothes."""
-PLACES = ("meadow", "sea", "desert", "snow", "city")
-WEATHERS = ("sunny", "cloudy", "sunset", "night")
-THINGS = ("boat", "house", "tree", "balloon", "car", "ball")
-STYLES = ("flat", "sketch", "night", "pastel")
+PLACES, WEATHERS, STYLES, HAIR_STYLES = (LABELS[name] for name in ("place", "weather", "style", "hair_style"))
+THINGS = LABELS["subject"][:-1]
 SKINS: dict[str, Colour] = {
     "pale": (0.98, 0.85, 0.76),
     "tan": (0.87, 0.66, 0.48),
@@ -39,7 +39,6 @@ HAIRS: dict[str, Colour] = {
     "red": (0.80, 0.30, 0.10),
     "grey": (0.68, 0.69, 0.72),
 }
-HAIR_STYLES = ("short", "long", "curly", "bun", "bald")
 FACE_SHAPES = ("round", "long", "square")
 EYES: dict[str, Colour] = {"brown": (0.36, 0.20, 0.10), "blue": (0.20, 0.45, 0.85), "green": (0.20, 0.55, 0.30)}
 MOVES = {"boat": "sail", "car": "drive", "balloon": "rise", "house": "zoom", "tree": "zoom", "ball": "zoom"}

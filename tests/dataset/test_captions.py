@@ -14,6 +14,7 @@ from tests.remote.fake_server import MODEL, FakeServer
 from training.classifier import truth
 from training.dataset import scenes
 from training.drawing import draw
+from training.world import COLOURS, HAIRS, SKINS
 from vidgen_ray.cli import main
 from vidgen_ray.dataset import demo_captioner
 from vidgen_ray.dataset.captions import Answer
@@ -172,6 +173,8 @@ def test_killed_call_is_resumed_and_pays_for_no_stored_answer_twice(tmp_path, se
 
 
 def test_demo_captioner_reads_drawings():
+    for name, colours in {"colour": COLOURS, "hair": HAIRS, "skin": SKINS}.items():
+        assert demo_captioner.LABELS[name] == tuple(colours)
     network, right = demo_captioner.load(), Counter()
     world = scenes()[:60]
     for scene in world:

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
-from vidgen_ray.dataset.tables import DIGEST
+from vidgen_ray.dataset.tables import CAPTION, DIGEST
 from vidgen_ray.errors import MediaError, SetupError, StageError, UsageError
 from vidgen_ray.media import CLIP_SUFFIXES, open_foreign_video, read_image
 from vidgen_ray.nets.rife_network import FramePair, Rife, load_rife
@@ -284,7 +284,7 @@ def choose_scorers(
             raise SetupError(f"scorer {found.value} of an installed package: {error}") from None
     kinds += [load_scorer(name) for name in dict.fromkeys(named)]
     kinds = [kind for kind in kinds if profile is not None or "faces" not in kind.needs]
-    owners: dict[str, str] = {}
+    owners = {f"scorer {CAPTION}": "vidgen caption"}
     for kind in kinds:
         for column in (f"scorer {kind.name}", *kind.columns):
             if column in owners:
