@@ -15,9 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from vidgen_ray.cli import slurm as slurm_command
 from vidgen_ray.cli.app import main
 from vidgen_ray.engine.ray_cluster import _unused_ports
 from vidgen_ray.outputs.manifest import read_manifest
+from vidgen_ray.planner import parse_gpus
 
 ROOT = Path(__file__).parent.parent
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -75,7 +77,8 @@ class Slurm:
     """Commands of a Slurm with the nodes n1 and n2."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.out = folder, folder / "out"
+        # Slurm replaces %j in the name of a log.
+        self.folder, self.out = folder, folder / "o'ut %j"
         (folder / "state").mkdir()
         for name in ("nvidia0", "nvidia1"):
             (folder / name).touch()
@@ -88,7 +91,7 @@ class Slurm:
         (folder / "bin" / "nvidia-smi").write_text("#!/bin/sh\nfor n in 0 1; do echo NVIDIA H100 80GB HBM3, 81559; done\n")
         (folder / "bin" / "nvidia-smi").chmod(0o755)
         lines = [{"id": f"s{n}", "prompt": f"a red kite {n}", "num_frames": 5, "width": 64, "height": 64} for n in range(SHOTS)]
-        self.script = folder / "script.jsonl"
+        self.script = folder / "a script.jsonl"
         self.script.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.environment = {
             **os.environ,
@@ -258,6 +261,24 @@ def test_files_in_deploy_are_those_that_the_command_prints(file, options, capsys
     assert subprocess.run(["/bin/bash", "-n"], input=printed, text=True, check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("model", "offered", "name"),
+    [
+        ("H200", "gpu:gh200:1,gpu:h200:8", "h200:2"),
+        ("A10", "gpu:a100:4", "2"),
+        ("A100-80GB", "gpu:nvidia_a100-sxm4-40gb:8\ngpu:nvidia_a100-sxm4-80gb:8(S:0,1)", "nvidia_a100-sxm4-80gb:2"),
+        ("A100-80GB", "gpu:a100_1g.5gb:7\ngpu:2", "2"),
+        ("RTX-4090", "gpu:rtx4090:4", "rtx4090:2"),
+        ("RTX-6000-Ada", "gpu:rtx_pro_6000:4,gpu:rtx_6000_ada:4", "rtx_6000_ada:2"),
+        ("RTX-PRO-6000", "gpu:rtx_pro_6000:4,gpu:rtx_6000_ada:4", "rtx_pro_6000:2"),
+        ("80GB", "gpu:h100:8", "2"),
+    ],
+)
+def test_gpus_have_the_name_that_slurm_gives_to_this_model(monkeypatch, model, offered, name):
+    monkeypatch.setattr(slurm_command, "_slurm", lambda *_: offered)
+    assert slurm_command._gres(parse_gpus(f"2x{model}"), None) == name
+
+
 def test_mistakes_are_named_before_anything_is_submitted(capsys, tmp_path, monkeypatch):
     script = tmp_path / "s.txt"
     script.write_text("a cat\n")
@@ -284,7 +305,11 @@ def test_mistakes_are_named_before_anything_is_submitted(capsys, tmp_path, monke
     fake("sbatch", "sbatch: error: invalid partition specified: gpu", 1)
     assert "sbatch failed: sbatch: error: invalid partition" in error("--gpus", "2xH100", "--submit", "--partition", "gpu")
     assert [code for code, _ in shown] == [2, 2, 2, 4, 4, 4]
-    assert main(["slurm", str(script), "-o", str(tmp_path / "out"), "--gpus", "2x8xH100", "--container", "a.sif"]) == 0
-    printed = capsys.readouterr().out
+    options = ["--gpus", "2x8xH100", "--container", "a.sif", "--grace", "99.5"]
+    assert main(["slurm", str(script), "-o", str(tmp_path / "new"), *options]) == 0
+    printed, warned = capsys.readouterr()
+    # Slurm has no log if the folder is missing.
+    assert f"create {tmp_path}/new before you submit the file" in warned
+    assert "#SBATCH --signal=B:USR1@160\n" in printed
     assert "#SBATCH --gpus-per-node=nvidia_h100_80gb_hbm3:8\n" in printed
-    assert f'run() {{ exec apptainer exec --nv --bind {tmp_path}/out --bind {tmp_path} a.sif "$@"; }}' in printed
+    assert f'run() {{ exec apptainer exec --nv --bind {tmp_path}/new --bind {tmp_path} a.sif "$@"; }}' in printed

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from importlib import resources
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +24,8 @@ from vidgen_ray.planner import Cluster, parse_gpus
 from vidgen_ray.planner.cluster import ASSUMED_CPUS_PER_GPU
 from vidgen_ray.profile import AUTO
 
-GRACE_S = 120
-"""Seconds between Slurm's signal and the end: the grace period of the run, then its last files."""
-SHOTS_S = 60
-"""Seconds of them that shots in progress have: the default of `vidgen render --grace`."""
+END_S = 60
+"""Seconds between the grace period of the run and the end of the job, for its last files."""
 OWN_OPTIONS = ("--address", "-a", "--gpus")
 """Options of `vidgen render` that the file sets."""
 SLURM_S = 60
@@ -80,7 +79,7 @@ def command(
     folder = script.absolute().parent if URL.match(out) else Path(out).absolute()
     words = ["vidgen", "render", str(script.absolute()), "--out", out if URL.match(out) else str(folder), "--profile", profile]
     words += ctx.args
-    _check_render(words[2:])
+    grace_s = ceil(_checked_render(words[2:])["grace_s"])
     settings = {
         "job-name": f"vidgen-{re.sub('[^A-Za-z0-9._-]', '-', script.stem)}",
         "partition": partition,
@@ -89,25 +88,30 @@ def command(
         "array": f"1-{len(cluster.nodes)}" if array else None,
         "nodes": 1 if array else len(cluster.nodes),
         "ntasks-per-node": 1,
-        "gpus-per-node": _gres(cluster) if shutil.which("sinfo") else str(len(cluster.nodes[0].gpus)),
+        "gpus-per-node": _gres(cluster, partition) if shutil.which("sinfo") else str(len(cluster.nodes[0].gpus)),
         "cpus-per-gpu": cpus_per_gpu,
-        "signal": f"B:USR1@{GRACE_S}",
-        "output": folder / ("slurm-%A_%a.log" if array else "slurm-%j.log"),
+        "signal": f"B:USR1@{grace_s + END_S}",
+        "output": f"{folder}/".replace("%", "%%") + ("slurm-%A_%a.log" if array else "slurm-%j.log"),
     }
-    text = sbatch_file(settings, words if array else [*words, "--gpus", gpus], folder, container, is_array=array)
+    text = sbatch_file(settings, words if array else [*words, "--gpus", gpus], folder, container, grace_s, is_array=array)
     if not submit:
         typer.echo(text, nl=False)
+        if not folder.exists():
+            typer.echo(f"vidgen: create {folder} before you submit the file: Slurm writes its log there", err=True)
         return
     folder.mkdir(parents=True, exist_ok=True)
     typer.echo(_slurm("sbatch", content=text), nl=False)
 
 
-def sbatch_file(settings: dict[str, Any], words: list[str], folder: Path, container: str | None, *, is_array: bool) -> str:
+def sbatch_file(
+    settings: dict[str, Any], words: list[str], folder: Path, container: str | None, grace_s: int, *, is_array: bool
+) -> str:
     """Return the file. `settings`: options of sbatch, without those that are `None`. `words`: command that renders.
 
-    `folder`: where the jobs of an array find each other.
+    `folder`: where the jobs of an array find each other. `grace_s`: seconds that shots in progress have at the end.
     """
-    options = [f"#SBATCH --{name}={value}" for name, value in settings.items() if value is not None]
+    # sbatch reads quotes as a shell does.
+    options = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in settings.items() if value is not None]
     path = f"export PATH={shlex.quote(str(Path(sys.prefix, 'bin')))}:$PATH\n" if container is None else ""
     binds = f"--bind {shlex.quote(str(folder))} --bind {shlex.quote(str(Path(words[2]).parent))}"
     image = "" if container is None else f"apptainer exec --nv {binds} {shlex.quote(container)} "
@@ -122,7 +126,7 @@ def sbatch_file(settings: dict[str, Any], words: list[str], folder: Path, contai
             "# Renders a script on the nodes of Slurm jobs. Finished shots are skipped: submit it again at any time.",
             f"command=({shlex.join(words)})",
             f"folder={shlex.quote(str(folder))}",
-            f"grace_s={SHOTS_S}",
+            f"grace_s={grace_s}",
             f'{path}run() {{ exec {image}"$@"; }}',
             "",
             ours.joinpath("slurm_node.sh").read_text() + "",
@@ -131,28 +135,34 @@ def sbatch_file(settings: dict[str, Any], words: list[str], folder: Path, contai
     )
 
 
-def _check_render(words: list[str]) -> None:
-    """Raise what `vidgen render` raises for its options. Otherwise a job would wait for nodes, and then fail."""
+def _checked_render(words: list[str]) -> dict[str, Any]:
+    """Return the options of `vidgen render`. Raises what it raises. Otherwise a job would wait for nodes, and then fail."""
     from vidgen_ray.cli.run_script import render
 
     checked = typer.Typer()
     checked.command()(with_options(render))
-    get_command(checked).make_context("vidgen render", list(words))
+    return get_command(checked).make_context("vidgen render", list(words)).params
 
 
-def _gres(cluster: Cluster) -> str:
+def _gres(cluster: Cluster, partition: str | None) -> str:
     """Return the GPUs of a node as this Slurm names them. Raises SetupError if it has no GPUs."""
     node = cluster.nodes[0]
-    offered = {part.split("(")[0] for part in _slurm("sinfo", "--noheader", "--format=%G").replace(",", "\n").split("\n")}
-    kinds = {each.split(":")[1] for each in offered if each.startswith("gpu:") and each.count(":") == 2}
+    only = [] if partition is None else [f"--partition={partition}"]
+    listed = _slurm("sinfo", "--noheader", "--format=%G", *only).replace(",", "\n").split("\n")
+    offered = [part.split("(")[0] for part in listed]
     if not any(each.startswith("gpu") for each in offered):
+        where = "" if partition is None else f" in partition {partition}"
         raise SetupError(
-            "this Slurm offers no GPUs (`sinfo -o %G` shows none): its administrator must declare them as generic resources "
-            "(GresTypes=gpu in slurm.conf, gres.conf on the nodes)"
+            f"this Slurm offers no GPUs{where} (`sinfo -o %G` shows none): its administrator must declare them as generic "
+            "resources (GresTypes=gpu in slurm.conf, gres.conf on the nodes)"
         )
-    model = "" if node.card is None else node.card.name.split()[-1 if node.card.name.startswith("RTX") else 0].lower()
-    named = [kind for kind in sorted(kinds) if model and model in kind.lower()]
-    return f"{named[0]}:{len(node.gpus)}" if named else str(len(node.gpus))
+    kinds = {each.split(":")[1] for each in offered if each.startswith("gpu:") and each.count(":") == 2}
+    words = node.card.name.lower().split() if node.card else [""]
+    model = re.compile(rf"(?<![a-z0-9])(rtx)?{next((word for word in words if re.search('[0-9]', word)), '')}(?![a-z0-9])")
+    # Neither a GPU whose name has more letters, such as GH200, nor a part of one (MIG), such as a100_1g.5gb.
+    named = [kind for kind in sorted(kinds) if node.card and model.search(kind.lower()) and not re.search(r"\dg\.\d", kind)]
+    count = str(len(node.gpus))
+    return f"{max(named, key=lambda kind: sum(word in kind.lower() for word in words))}:{count}" if named else count
 
 
 def _slurm(*words: str, content: str | None = None) -> str:

@@ -1,6 +1,7 @@
 # The first task runs Ray's head and renders; the others join it. If it ends early, one of them takes its place.
 run_folder=$folder/.slurm-$SLURM_ARRAY_JOB_ID
-mkdir -p "$run_folder"
+# Only its owner may read the token.
+(umask 077 && mkdir -p "$run_folder")
 announce() { echo "$address $RAY_AUTH_TOKEN" > "$run_folder/new" && mv "$run_folder/new" "$run_folder/head/address"; }
 until [ -e "$run_folder/done" ] || [ -n "$stopped" ]; do
     if mkdir "$run_folder/head" 2> /dev/null; then

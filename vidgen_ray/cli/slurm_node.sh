@@ -1,9 +1,10 @@
 set -u
-umask 077
 fail() { echo "vidgen: $1" >&2; exit 4; }
 command -v srun > /dev/null || fail "no srun on $(hostname): submit this file with sbatch, outside of a container"
+# Otherwise sbatch --export=NONE leaves steps without functions and variables.
+export SLURM_EXPORT_ENV=ALL
 export RAY_AUTH_MODE=token RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=$grace_s RAY_gcs_rpc_server_reconnect_timeout_s=15
-export head_job=$SLURM_JOB_ID address found RAY_AUTH_TOKEN
+export head_job=$SLURM_JOB_ID address found temporary RAY_AUTH_TOKEN
 
 # All nodes need the same versions.
 versions() { echo "$(run vidgen --version) with $(run python3 --version)"; }
@@ -21,7 +22,7 @@ ray_node() {
         --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port="$(free_port)"
     if [ "$head_job" = "$SLURM_JOB_ID" ] && [ "$SLURM_NODEID" = 0 ]; then
         set -- "$@" --head --port="${address##*:}" --ray-client-server-port="$(free_port)" --include-dashboard=false \
-            --temp-dir="/tmp/vidgen-$SLURM_JOB_ID"
+            --temp-dir="$temporary"
     else
         set -- "$@" --address="$address"
     fi
@@ -32,6 +33,7 @@ export -f run versions same_versions free_port ray_node
 # Starts Ray on all nodes of this job, and renders.
 render() {
     address=$(run python3 -c 'import ray; print(ray.util.get_node_ip_address())'):$(free_port)
+    temporary=/tmp/vidgen-$SLURM_JOB_ID-$RANDOM
     RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
     srun --kill-on-bad-exit=0 bash -c ray_node & nodes=$!
     until (exec 3<> "/dev/tcp/${address%:*}/${address##*:}") 2> /dev/null; do
@@ -44,7 +46,7 @@ render() {
     finish "$child"
     kill -TERM "$nodes"
     wait "$nodes"
-    rm -rf "/tmp/vidgen-$SLURM_JOB_ID"
+    timeout 30 srun rm -rf "$temporary"
 }
 
 # Waits for a process, also while signals arrive, and keeps its exit code.
@@ -60,5 +62,6 @@ leave() {
     exit "$1"
 }
 
+(run vidgen --version > /dev/null 2>&1) || fail "vidgen does not run on $(hostname). Install it where all nodes see it, or use --container"
 found=$(versions 2>&1)
 srun bash -c same_versions || exit 4
