@@ -321,3 +321,17 @@ def test_pixels_on_the_device_give_the_bytes_of_the_host(dtype):
     pixels = steps.reshape(3, 32, 64).to(dtype)
     assert np.array_equal(pixels_to_uint8(pixels), (pixels.permute(1, 2, 0).float().numpy() * 255).round())
     assert pixels_to_uint8(pixels[None]).shape == (1, 32, 64, 3)
+
+
+def test_second_lora_joins_the_first_beside_weights_in_8_bits(tiny, make_shot, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(LORA).items()}, other)
+
+    def item(file):
+        return Item(make_shot(lora=[{"path": str(file)}]), {"image": gradient_image()})
+
+    with with_options(FluxLoRAStage, tiny, quantize="fp8_storage") as stage, torch.inference_mode():
+        first = stage(item(LORA))["image"]
+        second = stage(item(other))["image"]
+        assert not np.array_equal(first, second)
+        assert np.array_equal(first, stage(item(LORA))["image"])

@@ -286,12 +286,16 @@ def _has_effect(module: Any, adapter: str) -> bool:
 
 def _set_factors(network: Any, part: str, adapter: str, factors: Mapping[str, Any], dtype: torch.dtype) -> None:
     """Give an adapter the values of its file in `dtype`. peft creates it in that of the layers, maybe one for storage."""
+    import torch
+
     for path, layer in network.named_modules():
         if not hasattr(layer, "lora_B") or adapter not in layer.lora_B:
             continue
         for factor, half in (("lora_A", layer.lora_A[adapter]), ("lora_B", layer.lora_B[adapter])):
             value = factors.get(f"{part}.{path}.{factor}.weight", half.weight)
-            half.weight.data = value.to(half.weight.device, dtype)
+            # peft fails to add further adapters beside tensors that were made in inference mode.
+            with torch.inference_mode(False):
+                half.weight.data = value.to(half.weight.device, dtype, copy=True)
 
 
 def merge_lora(pipe: Any, file: Path, model: str, part: str = "transformer") -> None:
