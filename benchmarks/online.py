@@ -341,7 +341,7 @@ def _with_streams(server: Server, size: Size) -> list[dict[str, Any]]:
     steps = itertools.count(1)
 
     def change() -> None:
-        server.store.queue.progress(OTHER_DIRECTOR, [JobProgress(job.id, "flux", next(steps), 1_000, 0)])
+        server.store.queue.progress(OTHER_DIRECTOR, [JobProgress(job.id, "flux", next(steps), 1_000, 0, 0.0)])
 
     with running(connections, clients), _run_periodically(PROGRESS_INTERVAL_S, change):
         rows = _latencies(f"image, {size.streams} streams", Client(server).image, size.sequential_jobs)

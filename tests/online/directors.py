@@ -99,7 +99,7 @@ class LocalDirector:
 
             def on_progress(stage: str, step: int, steps: int) -> None:
                 percent = estimator.percent(Progress(stage, step, steps))
-                self._store.queue.progress("director", [JobProgress(job.id, stage, step, steps, percent)])
+                self._store.queue.progress("director", [JobProgress(job.id, stage, step, steps, percent, job.gpu_seconds)])
                 while not self._is_cancelled(job) and (self.paused.is_set() or stage == self.pause_at):
                     time.sleep(0.03)
                 if self._is_cancelled(job):
@@ -111,7 +111,9 @@ class LocalDirector:
             done = self._outputs.find_by_key(plan.key)
             assert done is not None
             seconds = {step.stage: step.seconds for step in done.stages}
-            self._store.queue.end(job.id, "director", JobState.COMPLETED, shot_id=done.shot.id or "", stage_seconds=seconds)
+            gpu_seconds = self._serving_profile.gpu_seconds(seconds)
+            values = {"shot_id": done.shot.id or "", "stage_seconds": seconds, "gpu_seconds": gpu_seconds}
+            self._store.queue.end(job.id, "director", JobState.COMPLETED, **values)
         except Cancelled:
             self._store.queue.end(job.id, "director", JobState.CANCELLED)
         except StepFailed as failed:

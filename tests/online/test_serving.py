@@ -126,7 +126,7 @@ def test_metrics_are_documented_have_few_labels_and_do_not_name_the_tenants(monk
         metrics.job_started(tenant, 1.0)
         metrics.job_ended(tenant, "completed", 2.0)
         metrics.shot_rendered(tenant, [step])
-    assert labels == ["a" * 12] * 5 + ["local"] * 5
+    assert labels == ["a" * 12] * 4 + ["local"] * 4
     limit = LabelLimit(2)
     assert [limit(name) for name in ("a", "b", "c", "a", "d")] == ["a", "b", OTHER, "a", OTHER]
     text = (DOCS / "online.md").read_text()
@@ -198,7 +198,7 @@ def test_eta_follows_progress_and_the_speed_of_recent_jobs(store, estimator, clo
     job, _ = store.queue.claim("d", 10**6, 2)
 
     def eta(percent):
-        store.queue.progress("d", [JobProgress(job.id, "flux", 1, 4, percent)])
+        store.queue.progress("d", [JobProgress(job.id, "flux", 1, 4, percent, 0.0)])
         return asyncio.run(estimator.estimate(store.get(job.id, "ada"))).eta_s
 
     assert [eta(percent) for percent in (0, 50, 90)] == pytest.approx([duration_s * left for left in (1, 0.5, 0.1)], abs=0.1)

@@ -16,6 +16,7 @@ from sqlalchemy import Column, Integer, MetaData, create_engine, event, inspect,
 
 from benchmarks.stored_jobs import MAIN_TENANT, fill
 from vidgen_ray.errors import SetupError
+from vidgen_ray.online.server_settings import Budget
 from vidgen_ray.online.store import database
 from vidgen_ray.online.store.batches import Batch, BatchLine
 from vidgen_ray.online.store.database import TABLES
@@ -199,7 +200,7 @@ def test_expired_lease_can_be_claimed_by_another_director(store, clock, steady):
     assert (again.id, again.attempts) == (job.id, 2)
     # Calls of the first owner have no effect.
     assert store.queue.heartbeat("d", [job.id]) == {job.id}
-    store.queue.progress("d", [JobProgress(job.id, "flux", 1, 2, 50)])
+    store.queue.progress("d", [JobProgress(job.id, "flux", 1, 2, 50, 1.0)])
     assert not store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={})
     assert not store.queue.end(job.id, "d", JobState.FAILED)
     assert store.get(job.id, "ada") == again
@@ -238,8 +239,8 @@ def test_one_director_claims_jobs_until_it_ends_or_is_silent(store, steady):
 def test_progress_never_decreases_and_a_completed_job_does_not_change(store, clock):
     store.create(new_job())
     (job,) = store.queue.claim("d", 30, 5)
-    store.queue.progress("d", [JobProgress(job.id, "flux", 3, 4, 40)])
-    store.queue.progress("d", [JobProgress(job.id, "svd", 1, 25, 35)])
+    store.queue.progress("d", [JobProgress(job.id, "flux", 3, 4, 40, 0.0)])
+    store.queue.progress("d", [JobProgress(job.id, "svd", 1, 25, 35, 0.0)])
     current = store.get(job.id, "ada")
     assert (current.progress, current.stage, current.step, current.steps) == (40, "svd", 1, 25)
     assert store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="online-1", stage_seconds={"flux": 1.5})
@@ -510,6 +511,7 @@ def test_late_jobs_fail_unless_they_have_started(store, clock):
 
 # Query plans: no call scans a table.
 
+BUDGETS = [Budget(window="day", gpu_seconds=9), Budget(window="total", cost=9)]
 STORED, QUEUED = 2_000, 40
 
 CALLS = {
@@ -534,13 +536,18 @@ CALLS = {
     "queue_order": lambda store, job: store.queue_order(),
     "claim": lambda store, job: store.queue.claim("d", 30, 2),
     "heartbeat": lambda store, job: store.queue.heartbeat("d", [job.id]),
-    "progress": lambda store, job: store.queue.progress("d", [JobProgress(job.id, "flux", 1, 2, 50)]),
+    "progress": lambda store, job: store.queue.progress("d", [JobProgress(job.id, "flux", 1, 2, 50, 0.0)]),
     "completed": lambda store, job: store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={}),
     "release": lambda store, job: store.queue.release("d", [job.id]),
     "uploads": lambda store, job: store.uploads.list(MAIN_TENANT, None, 20, "desc"),
+    "usage": lambda store, job: (store.usage.totals(), store.usage.rows("ada", "", "9"), store.usage.states("", BUDGETS)),
+    "budgets": lambda store, job: store.usage.over([job.id], lambda key: BUDGETS),
     "webhooks": lambda store, job: store.outbox.claim_due(60),
     "lines of a batch": lambda store, job: store.batches.add(
-        store.batches.running()[0], [BatchLine(1, "a", new_job(batch="b")), BatchLine(2, "b", {})], 9, lambda job: True
+        store.batches.running()[0],
+        [BatchLine(1, 1, "a", new_job(batch="b", estimate=1.0)), BatchLine(2, 2, "b", {})],
+        lambda job: True,
+        BUDGETS,
     ),
     "state of a batch": lambda store, job: [
         (store.batches.counts(each), store.batches.open_jobs(each), store.batches.lines(each, 0, 9))
@@ -551,14 +558,17 @@ CALLS = {
 
 
 def scans(store, statement, parameters):
-    """Return the lines of the query plan that read a whole large table, or a whole index other than that of open jobs."""
+    """Return the lines of the query plan that read a whole large table, or a whole index other than that of open jobs.
+
+    That of usage is small: a row for each key, model and day.
+    """
     with store.engine.begin() as connection:
         if store.engine.dialect.name == "sqlite":
             plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)]
             return [
                 line
                 for line in plan
-                if re.match(r"SCAN (?!.*by_open|vidgen_director)\S+ ?(?!.*CONSTANT)", line) and "vidgen_" in line
+                if re.match(r"SCAN (?!.*by_open|vidgen_director|vidgen_usage)\S+ ?(?!.*CONSTANT)", line) and "vidgen_" in line
             ]
         # Scans of small tables can be cheaper than indexes: without them the plan scans only what no index serves.
         connection.exec_driver_sql("SET LOCAL enable_seqscan = off")

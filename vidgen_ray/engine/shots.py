@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from itertools import count
 from typing import Any
@@ -104,7 +104,7 @@ class Shots:
             step_records = made.result.records
             if not made.is_first:
                 step_records = tuple(record.model_copy(update=FREE) for record in step_records)
-            self._count(step_records)
+            self._count(step_records, on_progress)
             records += step_records
             check_likeness(plan.shot, made.result.likeness)
         return await self._write(plan, order, route, made, records, on_progress)
@@ -146,7 +146,9 @@ class Shots:
             near=before.process if before is not None else None,
         )
 
-    def _count(self, records: tuple[StepRecord, ...]) -> None:
+    def _count(self, records: Sequence[StepRecord], on_progress: ProgressCallback | None) -> None:
+        if on_progress is not None and records:
+            on_progress(Progress(records[-1].stage, 0, 0, sum(record.gpu_seconds for record in records)))
         for record in records:
             self._observer.step_ended(record.stage, record.seconds, record.cached)
             self._observer.adapter_loads(record.adapter_loads)
@@ -177,7 +179,7 @@ class Shots:
         written = await self._shell.call(call._replace(near_load=LOCAL_LEAD * COMMIT_LOAD), write)
         record = written.record
         assert record is not None
-        self._count(record.stages[len(records) :])
+        self._count(record.stages[len(records) :], on_progress)
         if chunked_stages_of(plan.shot) and any(scale > 1 for scale, _ in clip_growth(plan.shot).values()):
             n_frames, _ = clip_length(plan.shot)
             self._observer.frames_upscaled(n_frames)

@@ -21,6 +21,8 @@ class Progress(NamedTuple):
     """Completed denoising steps or frames."""
     steps: int
     """Total number of steps. 0 if not known yet."""
+    gpu_seconds: float | None = None
+    """GPU-seconds of a call that has ended, or `None` if none has."""
 
 
 class Snapshot(NamedTuple):

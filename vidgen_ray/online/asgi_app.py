@@ -8,8 +8,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from datetime import date
+from typing import Annotated
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -28,7 +30,10 @@ from vidgen_ray.online.api.responses import (
     Model,
     ModelPage,
     Readiness,
+    UsagePage,
+    UsageRow,
     WebhookSecret,
+    budget_response,
 )
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.auth import ApiKeys, Authenticator
@@ -80,11 +85,12 @@ def make_app(
 
     `missing` returns what the server lacks to run jobs, for `/readyz`.
 
-    Raises SetupError for a missing LoRA file.
+    Raises SetupError for a missing LoRA file, and for a budget in money without a price.
     """
     for name, path in settings.loras.items():
         if not path.startswith("builtin:") and not os.path.isfile(path):
             raise SetupError(f"loras.{name}: no such file, {path}")
+    keys.check_budgets(settings.gpu_hour_price)
     hosts = settings.url_inputs.allow_hosts
     fetcher = ImageFetcher(hosts, settings.uploads.image_bytes) if hosts else None
     job_service = JobService(settings, store, outputs, serving_profile, jobs_changed)
@@ -172,6 +178,7 @@ def _add_api(app: FastAPI) -> None:
         router,
         input_routes.file_router,
         batch_routes.router,
+        usage_router,
         webhook_router,
         health,
     ):
@@ -229,6 +236,19 @@ webhook_router = APIRouter(tags=["webhooks"])
 async def get_webhook_secret(server: ServerDep, tenant: TenantDep) -> WebhookSecret:
     """Return the secret that signs messages to the receivers that requests of the tenant name."""
     return WebhookSecret(key=await asyncio.to_thread(server.auth.webhook_secret, tenant))
+
+
+usage_router = APIRouter(tags=["usage"])
+Day = Annotated[date | None, Query(description="UTC day, YYYY-MM-DD.")]
+
+
+@usage_router.get("/v1/usage", response_model=UsagePage, responses=error_responses())
+async def get_usage(server: ServerDep, tenant: TenantDep, first: Day = None, last: Day = None) -> UsagePage:
+    """Return what the jobs of the tenant have used from `first` to `last`, by default all days, and the budgets of the key."""
+    days = str(first or date.min), str(last or date.max)
+    rows = await asyncio.to_thread(server.store.usage.rows, tenant.name, *days)
+    states = await asyncio.to_thread(server.store.usage.states, tenant.key_id, tenant.limits.budgets)
+    return UsagePage(data=[UsageRow.model_validate(row) for row in rows], budgets=[budget_response(state) for state in states])
 
 
 health = APIRouter(tags=["health"])

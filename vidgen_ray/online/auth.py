@@ -28,7 +28,7 @@ from starlette.requests import Request
 
 from vidgen_ray.errors import FrozenModel, SetupError, StrictModel
 from vidgen_ray.online.api_error import ApiError, too_many_requests
-from vidgen_ray.online.server_settings import Limits
+from vidgen_ray.online.server_settings import Budget, Limits
 from vidgen_ray.online.store.database import READS, SESSIONS, read_secret, webhook_secret
 from vidgen_ray.system.files import load_yaml, new_file
 
@@ -105,6 +105,17 @@ class ApiKeys:
         record = next((record for record in self._records if _key_id(record) == key_id), None)
         return None if record is None else self._tenant(record)
 
+    @property
+    def budgets(self) -> list[Budget]:
+        """All budgets of all keys."""
+        own = (record.limits for record in self._records if record.limits is not None)
+        return [budget for limits in (self._limits, *own) for budget in limits.budgets]
+
+    def check_budgets(self, gpu_hour_price: float | None) -> None:
+        """Raise SetupError for a budget in money without a price."""
+        if gpu_hour_price is None and any(budget.cost is not None for budget in self.budgets):
+            raise SetupError("budgets: one in money (`cost`) needs the setting gpu_hour_price. Set it, or use gpu_seconds.")
+
     def public_name(self, tenant: str) -> str:
         """Return the name of a tenant in metrics, which everybody can read: the id of its first key. `local` without a key."""
         return next((_key_id(record) for record in self._records if record.tenant == tenant), LOCAL_TENANT)
@@ -112,7 +123,8 @@ class ApiKeys:
     def _tenant(self, record: KeyRecord) -> Tenant | None:
         if record.expires_at is not None and record.expires_at <= datetime.now(UTC):
             return None
-        own = record.limits.model_dump(exclude_unset=True) if record.limits is not None else {}
+        limits = record.limits
+        own = {} if limits is None else {name: getattr(limits, name) for name in limits.model_fields_set}
         return Tenant(name=record.tenant, key_id=_key_id(record), limits=self._limits.model_copy(update=own))
 
 

@@ -28,7 +28,7 @@ from vidgen_ray.online.api_error import without_internals
 from vidgen_ray.online.auth import ApiKeys
 from vidgen_ray.online.job_service import plan_job, storage_problem
 from vidgen_ray.online.queue_estimate import ProgressEstimator, QueueEstimator
-from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.online.server_settings import Budget, OnlineSettings
 from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.store.jobs import LEASE_S, Job, JobError, JobProgress, JobState, described, new_owner
 from vidgen_ray.online.store.store import open_store
@@ -61,6 +61,7 @@ MAX_STORE_SILENCE_S = 60.0
 DIRECTOR_STAGE = "director"
 """Stage of a failure outside the stages."""
 CODES = {
+    "BudgetExceeded": "budget_exceeded",
     "LikenessTooLow": "too_unlike",
     "UnsafeContent": "content_refused",
     "TimedOut": "timed_out",
@@ -75,7 +76,7 @@ CODES = {
     "MediaError": "invalid_shot",
 }
 """Error class -> error code of the API. Other classes: `invalid_shot` if the shot is the cause, otherwise `stage_failed`."""
-CLIENT_ERRORS = frozenset({"too_unlike", "content_refused", "invalid_shot"})
+CLIENT_ERRORS = frozenset({"budget_exceeded", "too_unlike", "content_refused", "invalid_shot"})
 """Error codes of failures that are caused by the request."""
 
 R = TypeVar("R")
@@ -95,6 +96,7 @@ class JobDirector:
         self._serving_profile = serving_profile(config.profile, settings.require_licence)
         # A job whose claim or end is lost in a power failure is claimed again, and its files are found.
         self._store = open_store(settings, durable=False)
+        self._keys = keys
         self._metrics = ServerMetrics(config.profile.name, keys.public_name)
         self._storage = StoragePause(partial(storage_problem, self._store, self._outputs), math.inf, _log_storage)
         self._renderer = Renderer(self._metrics.snapshot)
@@ -105,7 +107,11 @@ class JobDirector:
         """Another director, which claims the jobs of the store."""
         self._running: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
+        self._over_budget: set[str] = set()
+        """Jobs that are stopped because their key has spent a budget."""
         self._updates: dict[str, JobProgress] = {}
+        self._spent: dict[str, float] = {}
+        """GPU-seconds of running jobs, of all attempts."""
         self._ends: dict[str, End] = {}
         self._rendering: dict[str, asyncio.Future[None]] = {}
         """Content key -> future that completes when its rendering ends."""
@@ -269,7 +275,7 @@ class JobDirector:
         self._may_be_cancelled = False
         self._may_be_queued &= not limit
         try:
-            results, stopped, jobs = await asyncio.to_thread(self._write, ends, held, updates, is_full, limit)
+            results, stopped, jobs, over = await asyncio.to_thread(self._write, ends, held, updates, is_full, limit)
         except Exception as error:
             self._may_be_queued = self._may_be_cancelled = True
             for _, stored in ends.values():
@@ -283,8 +289,8 @@ class JobDirector:
         for (_, stored), result in zip(ends.values(), results, strict=True):
             if not stored.done():
                 stored.set_result(result)
-        for job_id in (stopped & self._running.keys()) - self._ends.keys():
-            self._cancelled.add(job_id)
+        for job_id in ((stopped | over) & self._running.keys()) - self._ends.keys():
+            (self._cancelled if job_id in stopped else self._over_budget).add(job_id)
             self._running[job_id].cancel()
         if self._draining and jobs:
             await asyncio.to_thread(self._store.queue.release, self.owner, [job.id for job in jobs])
@@ -293,14 +299,14 @@ class JobDirector:
         for job in jobs:
             # A running job is claimed again if its lease expired while this process was stalled.
             if job.id not in self._running:
-                self._running[job.id] = asyncio.ensure_future(self._run_job(job))
+                self._running[job.id] = asyncio.ensure_future(self._run_job(job, is_over_budget=job.id in over))
 
     def _write(
         self, ends: Mapping[str, End], held: Collection[str], updates: Sequence[JobProgress], is_full: bool, limit: int
-    ) -> tuple[list[Any], set[str], Sequence[Job]]:
+    ) -> tuple[list[Any], set[str], Sequence[Job], set[str]]:
         """Store the ends, fail late jobs, renew leases, store progress and claim jobs in one transaction. Blocks.
 
-        Return the results of the ends, the jobs to stop, and the claimed ones.
+        Return the results of the ends, the jobs to stop, the claimed ones, and those of all whose key has spent a budget.
         """
         if is_full:
             counts = self._store.open_counts()
@@ -316,7 +322,16 @@ class JobDirector:
             if updates:
                 queue.progress(self.owner, updates)
             jobs = queue.claim(self.owner, LEASE_S if is_full else None, limit) if limit else ()
-        return results, stopped, jobs
+            started = [*held, *(job.id for job in jobs)]
+            may_be_over = bool(started and (is_full or jobs) and self._keys.budgets)
+            over = self._store.usage.over(started, self._budgets_of) if may_be_over else set[str]()
+        if ends or not self._metrics.has_spent:
+            self._metrics.spent(self._store.usage.totals())
+        return results, stopped, jobs, over
+
+    def _budgets_of(self, key_id: str) -> Sequence[Budget]:
+        tenant = self._keys.by_id(key_id)
+        return () if tenant is None else tenant.limits.budgets
 
     def _hold(self) -> None:
         """Become the director of the store, or renew that, unless there is another one. Blocks."""
@@ -343,19 +358,24 @@ class JobDirector:
 
     # Jobs
 
-    async def _run_job(self, job: Job) -> None:
+    async def _run_job(self, job: Job, *, is_over_budget: bool = False) -> None:
         """Run a job and store its end. Stops early if the job is cancelled or the director shuts down."""
         if job.attempts <= 1:
             self._metrics.job_started(job.tenant, time.time() - job.created_at)
         try:
             if job.attempts > MAX_CLAIMS:
                 raise ShotFailed(_interrupted(job))
+            if is_over_budget:
+                raise ShotFailed(OVER_BUDGET, Kind.INPUT)
             shot_id, seconds = await self._find_or_render(job)
             await self._finish(job, JobState.COMPLETED, shot_id=shot_id, stage_seconds=seconds)
         except asyncio.CancelledError:
-            if job.id not in self._cancelled:
+            if job.id in self._over_budget:
+                await self._failed(job, OVER_BUDGET, Kind.INPUT)
+            elif job.id in self._cancelled:
+                await self._finish(job, JobState.CANCELLED)
+            else:
                 raise
-            await self._finish(job, JobState.CANCELLED)
         except ShotFailed as failed:
             await self._failed(job, failed.failure, failed.kind)
         # An invalid shot or a bug in vidgen fails the job, not the server.
@@ -368,6 +388,8 @@ class JobDirector:
             self._updates.pop(job.id, None)
             self._running.pop(job.id, None)
             self._cancelled.discard(job.id)
+            self._over_budget.discard(job.id)
+            self._spent.pop(job.id, None)
 
     async def _failed(self, job: Job, failure: Failure, kind: Kind) -> None:
         """Store the failure of a job, or queue it again if the failure is not its own."""
@@ -378,6 +400,7 @@ class JobDirector:
 
     async def _finish(self, job: Job, state: JobState, **values: Any) -> None:
         """Store the end of a job."""
+        values["gpu_seconds"] = self._spent.get(job.id, job.gpu_seconds)
         if await self._store_end(partial(self._store.queue.end, job.id, self.owner, state, **values), job):
             self._metrics.job_ended(job.tenant, state.value, time.time() - job.created_at)
 
@@ -422,9 +445,12 @@ class JobDirector:
     async def _render(self, job: Job, plan: ShotPlan) -> ShotRecord:
         estimator = ProgressEstimator(plan, self._config.profile)
 
+        spent = self._spent[job.id] = job.gpu_seconds
+
         def on_progress(progress: Progress) -> None:
+            self._spent[job.id] = self._spent.get(job.id, spent) + (progress.gpu_seconds or 0.0)
             percent = estimator.percent(progress)
-            self._updates[job.id] = JobProgress(job.id, progress.stage, progress.step, progress.steps, percent)
+            self._updates[job.id] = JobProgress(job.id, *progress[:3], percent, self._spent[job.id])
 
         record = await self._renderer.render(plan, on_progress)
         self._metrics.shot_rendered(job.tenant, record.stages)
@@ -447,6 +473,11 @@ def error_of(failure: Failure, kind: Kind) -> JobError:
     )
 
 
+OVER_BUDGET = Failure(
+    stage=DIRECTOR_STAGE, error="BudgetExceeded", message="a budget of the key is spent", attempts=1, worker="online"
+)
+
+
 def _interrupted(job: Job) -> Failure:
     message = f"started {job.attempts - 1} times, and interrupted each time because the server stopped or crashed"
     return Failure(stage=DIRECTOR_STAGE, error="Interrupted", message=message, attempts=job.attempts - 1, worker="online")
@@ -461,7 +492,7 @@ JOB_METRICS = {
     "vidgen_online_stage_seconds": MetricSpec(
         "counter", ("stage", "tenant"), "Seconds of stage execution for completed jobs, without cache hits."
     ),
-    "vidgen_online_gpu_seconds": MetricSpec("counter", ("tenant",), "GPU-seconds of completed jobs."),
+    "vidgen_online_gpu_seconds": MetricSpec("counter", ("key", "model"), "GPU-seconds of jobs that have ended."),
     "vidgen_online_queued": MetricSpec("gauge", (), "Queued jobs."),
     "vidgen_online_in_progress": MetricSpec("gauge", (), "Jobs that have started and not finished."),
 }
@@ -477,6 +508,9 @@ class ServerMetrics(EngineMetrics):
         """`public_name`: of a tenant. Every user of the machine can read it."""
         super().__init__(profile)
         self._public_name = public_name
+        self._spent: Mapping[tuple[str, str], float] = {}
+        self.has_spent = False
+        """The GPU-seconds of earlier directors are counted."""
 
     def job_started(self, tenant: str, waited_s: float) -> None:
         self._observe("vidgen_online_wait_seconds", waited_s, tenant=self._public_name(tenant))
@@ -491,7 +525,13 @@ class ServerMetrics(EngineMetrics):
         for record in records:
             if not record.cached:
                 self._count("vidgen_online_stage_seconds", record.seconds, stage=record.stage, tenant=self._public_name(tenant))
-                self._count("vidgen_online_gpu_seconds", record.gpu_seconds, tenant=self._public_name(tenant))
+
+    def spent(self, totals: Mapping[tuple[str, str], float]) -> None:
+        """Count the GPU-seconds of each key and model up to these: a restarted director continues where another one ended."""
+        for (key, model), seconds in totals.items():
+            if (new := seconds - self._spent.get((key, model), 0.0)) > 0:
+                self._count("vidgen_online_gpu_seconds", new, key=key, model=model)
+        self._spent, self.has_spent = totals, True
 
     def jobs(self, queued: int, in_progress: int) -> None:
         self._set("vidgen_online_queued", queued)

@@ -24,7 +24,8 @@ from vidgen_ray.licences import UsedWeights
 from vidgen_ray.online.api_error import ApiError, invalid, invalid_fields, not_found, too_many_requests, without_internals
 from vidgen_ray.online.auth import LOCAL_TENANT, Tenant
 from vidgen_ray.online.server_settings import Limits, OnlineSettings
-from vidgen_ray.online.serving_profile import ServingProfile
+from vidgen_ray.online.serving_profile import ServingProfile, expected_seconds
+from vidgen_ray.online.store.budgets import BudgetExceeded
 from vidgen_ray.online.store.database import in_write_thread
 from vidgen_ray.online.store.inputs import Character
 from vidgen_ray.online.store.jobs import JOB_ID, Job, JobKind, JobState, new_id, shot_id_of
@@ -137,6 +138,9 @@ class JobService:
             raise too_many_requests(str(error).capitalize(), "queue_full", QUEUE_FULL_RETRY_S) from None
         except LimitReached as error:
             raise too_many_requests(str(error).capitalize(), "too_many_jobs", OPEN_JOBS_RETRY_S) from None
+        except BudgetExceeded as error:
+            seconds = None if error.resets_at is None or not error.can_pass_later else error.resets_at - time.time()
+            raise over_budget(str(error), seconds) from None
         if created:
             self.jobs_changed()
         return stored
@@ -159,6 +163,7 @@ class JobService:
             **options,
             max_queued=self._settings.max_queued,
             max_open=tenant.limits.open_jobs,
+            budgets=tenant.limits.budgets,
             files_exist=self.files_exist,
         )
 
@@ -293,6 +298,8 @@ class JobService:
             shot=plan.shot.model_copy(update={"id": shot_id_of(plan.key)}),
             key=plan.key,
             created_at=now,
+            key_id=tenant.key_id,
+            estimate=self.serving_profile.gpu_seconds(expected_seconds(plan.shot, self.serving_profile.profile)),
             start_by=now + deadline_s if isinstance(deadline_s, int | float) else None,
             request=dict(request),
         )
@@ -507,6 +514,14 @@ def storage_problem(store: JobStore, outputs: OutputFolder) -> str | None:
     except (SQLAlchemyError, OSError) as error:
         return f"The database {'is full' if is_disk_full(error) else 'does not respond'}."
     return None
+
+
+def over_budget(message: str, reset_s: float | None) -> ApiError:
+    """Return a 429 error. `reset_s`: seconds after which the request may pass."""
+    error = too_many_requests(message, "budget_exceeded", reset_s or 1)
+    # Clients would repeat it for hours.
+    headers = {**(error.headers if reset_s is not None else {}), "x-should-retry": "false"}
+    return ApiError(429, message, code="budget_exceeded", type="insufficient_quota", headers=headers)
 
 
 def key_reused() -> ApiError:

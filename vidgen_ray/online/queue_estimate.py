@@ -10,24 +10,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.messages import OUTPUT
 from vidgen_ray.engine.status import Progress
-from vidgen_ray.graph import STAGE_BY_NAME, relative_costs
+from vidgen_ray.online.serving_profile import expected_seconds
 from vidgen_ray.online.store.jobs import Job, JobState
 from vidgen_ray.online.store.store import JobStore
-from vidgen_ray.planner.demand import encode_seconds_per_mpx, seconds_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Priority, Shot
 
 MAX_UNFINISHED_PERCENT = 99
 """Maximum percentage of a shot that is not finished."""
-
-
-def expected_seconds(shot: Shot, profile: Profile) -> dict[str, float]:
-    """Return stage name -> seconds that the profile expects for a shot, in order. The last stage writes the files."""
-    seconds = {name: seconds_of(profile, STAGE_BY_NAME[name], {}).of(cost) for name, cost in relative_costs(shot).items()}
-    megapixels = shot.width * shot.height / 1e6 * (shot.clip_frames if shot.generate_video else 1)
-    return seconds | {OUTPUT: megapixels * encode_seconds_per_mpx(profile, {}) / profile.encode.threads}
 
 
 class ProgressEstimator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
@@ -27,6 +27,28 @@ def read_yaml(file: Path, name: str) -> Any:
         raise UsageError(f"{name}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UsageError(f"{name}: not YAML: {error}") from None
+
+
+class Budget(StrictModel):
+    """What the jobs of a key may spend in a window: GPU-seconds or money."""
+
+    window: Literal["day", "month", "total"] = Field(description="UTC day, UTC month, or the whole time.")
+    gpu_seconds: float | None = Field(None, ge=0, description="GPU-seconds. Either these or `cost`.")
+    cost: float | None = Field(None, ge=0, description="Money, by the setting `gpu_hour_price`.")
+
+    @model_validator(mode="after")
+    def _check_unit(self) -> Self:
+        if (self.gpu_seconds is None) == (self.cost is None):
+            raise ValueError("must have either gpu_seconds or cost")
+        return self
+
+    @property
+    def amount(self) -> float:
+        return self.gpu_seconds if self.gpu_seconds is not None else self.cost or 0.0
+
+    @property
+    def unit(self) -> Literal["gpu_seconds", "cost"]:
+        return "cost" if self.gpu_seconds is None else "gpu_seconds"
 
 
 class Limits(StrictModel):
@@ -52,6 +74,7 @@ class Limits(StrictModel):
         ge=1,
         description="Most bytes of request bodies that may arrive at once, counted by each replica of the API.",
     )
+    budgets: tuple[Budget, ...] = Field((), description="What the jobs of the key may spend. Default: no limit.")
     streams: int = Field(32, ge=1, description="Most event streams that may be open at once. An open page has one.")
 
 

@@ -13,18 +13,22 @@ from typing import Any
 from cachetools import TTLCache, cached
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner
+from vidgen_ray.engine.messages import OUTPUT
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.graph import (
     BASE_IMAGE_STAGES,
+    STAGE_BY_NAME,
     STAGES,
     WITHOUT_CHUNKED_STAGES,
     WITHOUT_CLIP,
     WITHOUT_UPSCALING,
     check_profile,
+    relative_costs,
     stages_of,
 )
 from vidgen_ray.licences import Requirement, ShotLicences, UsedWeights, require_licence, stages_breaking
 from vidgen_ray.planner import Demand, SizeCheck, demand_of
+from vidgen_ray.planner.demand import encode_seconds_per_mpx, seconds_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
@@ -104,6 +108,13 @@ class ServingProfile:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_planner", "licences")}
 
+    def gpu_seconds(self, stage_seconds: Mapping[str, float]) -> float:
+        """Return the seconds of the stages that run on a GPU."""
+        actors = self.profile.actors
+        # An older video may have a stage without an actor in this profile.
+        of_stages = {name: actors.get(STAGE_BY_NAME[name].actor) for name in stage_seconds if name in STAGE_BY_NAME}
+        return sum(stage_seconds[name] for name, actor in of_stages.items() if actor is not None and actor.device != "cpu")
+
     def demand(self) -> Demand:
         """Return the demand that a server is laid out for: equally many shots of each kind that it can serve."""
         kinds = self.example_shots()
@@ -147,3 +158,10 @@ def serving_profile(profile: Profile, required_licence: Requirement | None = Non
         raise SetupError(f"nothing to serve, no stage can generate an image: {reasons}")
     pinned = profile.pinned(stage for stage in STAGES if stage.name in params)
     return ServingProfile(pinned, params, unavailable, required_licence)
+
+
+def expected_seconds(shot: Shot, profile: Profile) -> dict[str, float]:
+    """Return stage name -> seconds that the profile expects for a shot, in order. The last stage writes the files."""
+    seconds = {name: seconds_of(profile, STAGE_BY_NAME[name], {}).of(cost) for name, cost in relative_costs(shot).items()}
+    megapixels = shot.width * shot.height / 1e6 * (shot.clip_frames if shot.generate_video else 1)
+    return seconds | {OUTPUT: megapixels * encode_seconds_per_mpx(profile, {}) / profile.encode.threads}

@@ -128,7 +128,7 @@ def event_json(message: Message) -> str:
         "object": "event",
         "type": message.event,
         "created_at": int(message.created_at),
-        "data": {"id": message.job},
+        "data": {"id": message.job, **({"usage": message.usage} if message.usage else {})},
     }
     return json.dumps(event, separators=(",", ":"))
 

@@ -30,7 +30,8 @@ from vidgen_ray.online.uploads import json_object
 
 POLL_S = 0.5
 LOST_S = 5.0
-"""Seconds without a look after another replica has read the same lines, so that one of them reads the next ones."""
+"""Seconds without a look after another replica has read the same lines, so that one of them reads the next ones, and while
+nothing is left of a budget."""
 QUEUED = 64
 """Queued jobs of the batches of a tenant. Each job of a higher priority moves all of them back."""
 CHUNK_LINES, CHUNK_BYTES = 1_000, 8 << 20
@@ -90,7 +91,8 @@ async def advance(server: ServerContext, batch: Batch, max_queued: int = QUEUED,
     chunk = await asyncio.to_thread(read_chunk, path, batch, limit) if path is not None and limit > 0 else Chunk([], limit <= 0)
     if chunk.lines:
         lines = [await _line(server, tenant, batch, *line, unread) for line in chunk.lines]
-        stored = await in_write_thread(batches.add, batch, lines, chunk.offset, server.job_service.files_exist)
+        budgets = tenant.limits.budgets if tenant is not None else ()
+        stored = await in_write_thread(batches.add, batch, lines, server.job_service.files_exist, budgets)
         server.job_service.jobs_changed()
         return 0 if stored else LOST_S
     if chunk.has_more or queued or in_progress:
@@ -133,22 +135,21 @@ def scan(path: Path) -> tuple[int, dict[str, JsonValue] | None]:
 class Chunk(NamedTuple):
     """Next lines of an input file."""
 
-    lines: list[tuple[int, bytes | None]]
+    lines: list[tuple[int, int, bytes | None]]
+    """Number, bytes of the file up to the end of the line, and content: `None` if that is too long."""
     has_more: bool
-    offset: int = 0
-    """Bytes of the file up to the last of these lines."""
 
 
 def read_chunk(path: Path, batch: Batch, limit: int) -> Chunk:
     """Read up to `limit` lines after those that are read."""
-    lines: list[tuple[int, bytes | None]] = []
+    lines: list[tuple[int, int, bytes | None]] = []
     with path.open("rb") as file:
         file.seek(batch.offset)
-        for each in numbered_lines(file, batch.line):
-            lines.append(each)
+        for number, line in numbered_lines(file, batch.line):
+            lines.append((number, file.tell(), line))
             if len(lines) == limit or file.tell() - batch.offset > CHUNK_BYTES:
                 break
-        return Chunk(lines, bool(lines), file.tell())
+        return Chunk(lines, bool(lines))
 
 
 async def _line(
@@ -156,6 +157,7 @@ async def _line(
     tenant: Tenant | None,
     batch: Batch,
     number: int,
+    offset: int,
     content: bytes | None,
     unread: dict[str, JsonValue] | None,
 ) -> BatchLine:
@@ -168,19 +170,19 @@ async def _line(
         given = fields.get("custom_id")
         custom_id = given if isinstance(given, str) and 0 < len(given) <= 512 and "\0" not in given else None
         if unread is not None or tenant is None:
-            return BatchLine(number, custom_id, dict(unread or CANCELLED_LINE))
+            return BatchLine(number, offset, custom_id, dict(unread or CANCELLED_LINE))
         request = BatchRequest.parse(fields)
         if request.url != batch.endpoint:
             raise invalid("url", f"got {request.url[:100]!r}, must be the endpoint of the batch, {batch.endpoint}")
-        return BatchLine(number, custom_id, await _job(server, tenant, batch, request.body))
+        return BatchLine(number, offset, custom_id, await _job(server, tenant, batch, request.body))
     except ApiError as error:
-        return BatchLine(number, custom_id, {"code": error.code, "message": error.message, "param": error.param})
+        return BatchLine(number, offset, custom_id, {"code": error.code, "message": error.message, "param": error.param})
     except (SQLAlchemyError, OSError):
         raise
     # A bug must stop only its line.
     except Exception:
         log.exception("line %d of %s failed", number, batch.id)
-        return BatchLine(number, custom_id, {"code": "internal_error", "message": "Internal server error."})
+        return BatchLine(number, offset, custom_id, {"code": "internal_error", "message": "Internal server error."})
 
 
 async def _job(server: ServerContext, tenant: Tenant, batch: Batch, body: Mapping[str, Any]) -> Job:

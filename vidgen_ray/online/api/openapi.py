@@ -60,6 +60,7 @@ TAGS: Mapping[str, str] = {
     "files": "Uploaded images, and files of batches.",
     "batches": "Many requests as one file.",
     "models": "Models and LoRAs of the server.",
+    "usage": "GPU-seconds and cost of keys, and their budgets.",
     "webhooks": "Messages about jobs that have ended.",
     "health": "State of the server. Needs no key.",
 }

@@ -12,6 +12,7 @@ from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.job_service import stored_licences
 from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.store.batches import Batch, BatchStatus, Counts
+from vidgen_ray.online.store.budgets import BudgetState
 from vidgen_ray.online.store.inputs import Purpose, Upload
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.safety import Consent
@@ -235,6 +236,31 @@ class BatchResponse(BaseModel):
     metadata: dict[str, str] = Field(description="As in the request.")
 
 
+class UsageRow(BaseModel):
+    """Jobs of a key that have ended on a day."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    day: str = Field(description="UTC day, YYYY-MM-DD.")
+    key_id: str = Field(description="First 12 digits of the sha256 of the key.")
+    model: str = Field(description="Model of the requests.")
+    jobs: int = Field(description="Jobs that completed, failed or were cancelled.")
+    gpu_seconds: float = Field(description="Measured GPU-seconds.")
+    cost: float = Field(description="Their cost at the price of the server at that time. 0 without a price.")
+
+
+class BudgetResponse(BaseModel):
+    """Budget of the key of the request, in its present window."""
+
+    window: Literal["day", "month", "total"] = Field(description="UTC day, UTC month, or the whole time.")
+    unit: Literal["gpu_seconds", "cost"] = Field(description="Unit of the amounts.")
+    amount: float = Field(description="What the jobs of the window may spend.")
+    spent: float = Field(description="Measured until now.")
+    reserved: float = Field(description="Estimated rest of open jobs.")
+    left: float = Field(description="What new jobs may reserve.")
+    resets_at: Timestamp | None = Field(description="End of the window. Null for the whole time.")
+
+
 class Model(BaseModel):
     """A name that requests can set `model` to."""
 
@@ -269,6 +295,13 @@ class BatchPage(_Page):
     """One page of batches."""
 
     data: list[BatchResponse] = Field(description="The batches, the newest first.")
+
+
+class UsagePage(_List):
+    """Usage of a tenant, and the budgets of the key."""
+
+    data: list[UsageRow] = Field(description="Usage by day, key and model.")
+    budgets: list[BudgetResponse] = Field(description="Budgets of the key of the request.")
 
 
 class VideoPage(_Page):
@@ -437,6 +470,13 @@ def _status(job: Job) -> dict[str, Any]:
 def file_response(upload: Upload) -> UploadedFile:
     """Return an upload as OpenAI's file."""
     return UploadedFile.model_validate({**vars(upload), "filename": upload.id, "purpose": upload.purpose})
+
+
+def budget_response(state: BudgetState) -> BudgetResponse:
+    """Return the state of a budget."""
+    budget = state.budget
+    amounts = {**state._asdict(), "left": state.left, "unit": budget.unit, "amount": budget.amount, "window": budget.window}
+    return BudgetResponse.model_validate(amounts)
 
 
 def batch_response(batch: Batch, counts: Counts) -> BatchResponse:

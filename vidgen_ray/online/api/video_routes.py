@@ -12,7 +12,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import Response
 
-from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
+from vidgen_ray.graph import file_sizes
 from vidgen_ray.online.api.openapi import EVENT_STREAM, JSON, ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateImages, CreateShot, CreateVideo, RemixVideo
 from vidgen_ray.online.api.responses import Estimate, ShotJob, Video, VideoDeleted, VideoPage, shot_response, video_response
@@ -234,16 +234,8 @@ async def face_fields(server: ServerContext, tenant: Tenant, request: CreateVide
 
 def video_of(server: ServerContext, job: Job, estimate: JobEstimate) -> Video:
     """Return a job as OpenAI's Video."""
-    cost = _cost(server, _gpu_seconds(server, job.stage_seconds)) if job.state == JobState.COMPLETED else None
+    cost = _cost(server, job.gpu_seconds) if job.state == JobState.COMPLETED else None
     return video_response(job, estimate, server.serving_profile.licences, cost)
-
-
-def _gpu_seconds(server: ServerContext, stage_seconds: Mapping[str, float]) -> float:
-    """Return the seconds of the stages that run on a GPU."""
-    actors = server.serving_profile.profile.actors
-    # An older video may have a stage without an actor in this profile.
-    of_stages = {name: actors.get(STAGE_BY_NAME[name].actor) for name in stage_seconds if name in STAGE_BY_NAME}
-    return sum(stage_seconds[name] for name, actor in of_stages.items() if actor is not None and actor.device != "cpu")
 
 
 def _cost(server: ServerContext, gpu_seconds: float) -> float | None:
@@ -387,7 +379,7 @@ async def _estimate(
     else:
         new = await server.queue_estimator.estimate_new(job)
     seconds = {stage: round(len(shots) * each, 3) for stage, each in new.stage_seconds.items()}
-    gpu_seconds = _gpu_seconds(server, seconds)
+    gpu_seconds = server.serving_profile.gpu_seconds(seconds)
     video = video_of(server, job, JobEstimate(None, None, 0.0))
     return Estimate.model_validate(
         {

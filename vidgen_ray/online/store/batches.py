@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import JsonValue
-from sqlalchemy import ColumnElement, Row, Select, and_, func, insert, select, update
+from sqlalchemy import ColumnElement, Row, Select, and_, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from vidgen_ray.errors import StrictModel, VidgenError
-from vidgen_ray.online.store.database import BATCH_LINES, BATCHES, JOBS, Database
+from vidgen_ray.online.server_settings import Budget
+from vidgen_ray.online.store.budgets import BudgetExceeded
+from vidgen_ray.online.store.database import BATCH_LINES, BATCHES, JOBS, Database, Transaction
 from vidgen_ray.online.store.jobs import IS_OPEN, Job, JobRows, JobState, job_of
 
 BatchStatus = Literal["validating", "failed", "in_progress", "completed", "expired", "cancelling", "cancelled"]
@@ -56,6 +58,8 @@ class BatchLine(NamedTuple):
     """Line of an input file, with a new job or an error: code, message and param."""
 
     number: int
+    offset: int
+    """Bytes of the file up to the end of the line."""
     custom_id: str | None
     result: Job | dict[str, JsonValue]
 
@@ -141,40 +145,60 @@ class Batches:
         """Begin to read a batch with so many lines."""
         self._update(batch, BATCHES.c.status == "validating", status="in_progress", total=total, in_progress_at=self._now())
 
-    def add(self, batch: Batch, lines: Sequence[BatchLine], offset: int, files_exist: Callable[[Job], bool]) -> bool:
-        """Store the next lines of a batch and their jobs: those up to `offset` of the input file.
+    def add(
+        self, batch: Batch, lines: Sequence[BatchLine], files_exist: Callable[[Job], bool], budgets: Sequence[Budget] = ()
+    ) -> bool:
+        """Store the next lines of a batch and their jobs, until a budget of the key is reserved or spent that will reset.
 
         `files_exist`: see `JobStore.create_all`.
 
         A line with the `custom_id` of an earlier one gets an error without it. Return False, and store nothing, if another
-        process has read these lines, or the batch was cancelled after `batch` was read.
+        process has read these lines, the batch was cancelled after `batch` was read, or nothing is left of a budget.
         """
         unchanged = BATCHES.c.offset == batch.offset, BATCHES.c.status == batch.status
         with self._database.transaction() as transaction:
-            read = {"line": lines[-1].number, "offset": offset}
-            if not self._update(batch, *unchanged, **read):
+            if not self._update(batch, *unchanged, offset=batch.offset):
                 return False
-            first, rejected = True, 0
+            last, rejected = None, 0
             for line in lines:
-                row = {"batch": batch.id, "line": line.number, "custom_id": line.custom_id, "job": None, "error": None}
-                row |= {"job": line.result.id} if isinstance(line.result, Job) else {"error": line.result}
                 try:
-                    with transaction.connection.begin_nested():
-                        transaction.connection.execute(INSERT_LINE, row)
-                except IntegrityError:
-                    message = f"custom_id: {line.custom_id!r} is that of an earlier line, must be unique"
-                    error = {"code": "duplicate_custom_id", "message": message, "param": "custom_id"}
-                    transaction.connection.execute(INSERT_LINE, {**row, "custom_id": None, "job": None, "error": error})
+                    rejected += not self._add_line(transaction, batch, line, files_exist, budgets, is_first=last is None)
+                except BudgetExceeded as exceeded:
+                    if exceeded.can_pass_later:
+                        break
+                    error: dict[str, JsonValue] = {"code": "budget_exceeded", "message": str(exceeded)}
+                    self._add_line(transaction, batch, line._replace(result=error), files_exist, budgets)
                     rejected += 1
-                    continue
+                last = line
+            if last is not None:
+                read = {"line": last.number, "offset": last.offset}
+                self._update(batch, rejected=BATCHES.c.rejected + rejected, **read)
+            return last is not None
+
+    def _add_line(
+        self,
+        transaction: Transaction,
+        batch: Batch,
+        line: BatchLine,
+        files_exist: Callable[[Job], bool],
+        budgets: Sequence[Budget],
+        is_first: bool = False,
+    ) -> bool:
+        """Store a line. Return whether it has a job. Raises BudgetExceeded."""
+        row = {"batch": batch.id, "line": line.number, "custom_id": line.custom_id, "job": None, "error": None}
+        row |= {"job": line.result.id} if isinstance(line.result, Job) else {"error": line.result}
+        try:
+            with transaction.connection.begin_nested():
+                transaction.connection.execute(INSERT_LINE, row)
                 if isinstance(line.result, Job):
                     job = line.result if not line.result.state.is_final or files_exist(line.result) else line.result.queued()
-                    self._rows.insert(transaction, job, is_first=first)
-                    first = False
-                else:
-                    rejected += 1
-            self._update(batch, rejected=BATCHES.c.rejected + rejected)
-            return True
+                    self._rows.insert(transaction, job, is_first, budgets)
+        except IntegrityError:
+            message = f"custom_id: {line.custom_id!r} is that of an earlier line, must be unique"
+            error = {"code": "duplicate_custom_id", "message": message, "param": "custom_id"}
+            transaction.connection.execute(INSERT_LINE, {**row, "custom_id": None, "job": None, "error": error})
+            return False
+        return isinstance(line.result, Job)
 
     def cancel(self, batch: Batch, error: dict[str, JsonValue] | None = None) -> None:
         """Cancel a batch and its open jobs, unless it has ended. `error`: if the server does so by itself."""
@@ -194,9 +218,10 @@ class Batches:
         return [StoredLine(row.line, row.custom_id, None if row.id is None else job_of(row), row.problem) for row in rows]
 
     def end(self, batch: Batch, status: BatchStatus, **values: Any) -> None:
-        """End a batch in which nothing has changed, and add its webhook messages."""
+        """End a batch in which nothing has changed, and add its webhook messages. Its lines are in its files."""
         with self._database.transaction() as transaction:
             if self._update(batch, BATCHES.c.status == batch.status, status=status, ended_at=self._now(), **values):
+                transaction.connection.execute(delete(BATCH_LINES).where(BATCH_LINES.c.batch == batch.id))
                 self._rows.add_messages(transaction, batch.tenant, f"batch.{status}", batch.id)
 
     def _update(self, batch: Batch, *where: ColumnElement[bool], **values: Any) -> bool:

@@ -124,6 +124,10 @@ JOBS = Table(
     Column("deleted_at", Float(53)),
     Column("search_text", Text, nullable=False),
     Column("batch", String(64)),
+    Column("key_id", String(128), nullable=False),
+    Column("estimate", Float(53), nullable=False),
+    Column("reserved", Float(53), nullable=False),
+    Column("gpu_seconds", Float(53), nullable=False),
     _partial_index("vidgen_jobs_by_batch", "batch IS NOT NULL", "batch", "state"),
     _partial_index("vidgen_jobs_by_open", "completed_at IS NULL", "state", "tenant", "place"),
     _partial_index("vidgen_jobs_by_list", "deleted_at IS NULL", "tenant", "seq", "kind", "state"),
@@ -200,6 +204,23 @@ BATCH_LINES = Table(
 )
 """Lines of batches that are read: each has a job or an error."""
 
+USAGE = Table(
+    "vidgen_usage",
+    TABLES,
+    Column("key_id", String(128), primary_key=True),
+    Column("model", String(128), primary_key=True),
+    Column("day", String(10), primary_key=True),
+    Column("tenant", String(128), primary_key=True),
+    Column("jobs", Integer, nullable=False),
+    Column("gpu_seconds", Float(53), nullable=False),
+    Column("cost", Float(53), nullable=False),
+    Column("compared", Float(53), nullable=False),
+    Column("estimate", Float(53), nullable=False),
+    Index("vidgen_usage_by_tenant", "tenant", "day"),
+    Index("vidgen_usage_by_model", "model"),
+)
+"""Jobs that have ended, by the UTC day. `compared`: GPU-seconds of those whose `estimate` is counted."""
+
 CHARACTERS = Table(
     "vidgen_characters",
     TABLES,
@@ -239,6 +260,7 @@ OUTBOX = Table(
     Column("created_at", Float(53), nullable=False),
     Column("next_try_at", Float(53), nullable=False),
     Column("tries", Integer, nullable=False),
+    Column("usage", JSON(none_as_null=True)),
     Index("vidgen_outbox_by_time", "next_try_at"),
 )
 """Webhook messages that have not been delivered yet."""

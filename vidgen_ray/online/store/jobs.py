@@ -17,6 +17,8 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, bindparam, case, 
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from vidgen_ray.errors import FrozenModel, StrictModel
+from vidgen_ray.online.server_settings import Budget
+from vidgen_ray.online.store.budgets import Usage
 from vidgen_ray.online.store.database import DIRECTOR, JOBS, OUTBOX, Database, Transaction
 from vidgen_ray.shot import PRIORITIES, Priority, Shot
 from vidgen_ray.system.files import ProcessId, this_process
@@ -101,6 +103,14 @@ class Job(StrictModel):
     """A cancel was requested while the job was in progress. Its director carries it out."""
     batch: str | None = None
     """Batch of which the job is a line."""
+    key_id: str = ""
+    """Key that created the job, which pays for it."""
+    estimate: float = 0.0
+    """GPU-seconds by the planner."""
+    reserved: float = 0.0
+    """GPU-seconds that the job keeps of the budgets of its key: the estimate, corrected by earlier jobs."""
+    gpu_seconds: float = 0.0
+    """Measured GPU-seconds, of all attempts."""
     version: int = 0
     """Number of the last change of the job. Later changes of any job have larger numbers."""
 
@@ -146,12 +156,15 @@ PROGRESS = (
     update(JOBS)
     .where(JOBS.c.id == bindparam("job_id"), *HELD)
     # Not a function: the maximum of two values is `max` in SQLite and `greatest` in PostgreSQL.
-    .values(progress=case((JOBS.c.progress > bindparam("percent"), JOBS.c.progress), else_=bindparam("percent")))
+    .values(
+        progress=case((JOBS.c.progress > bindparam("percent"), JOBS.c.progress), else_=bindparam("percent")),
+        gpu_seconds=bindparam("spent"),
+    )
 )
 END_OWN = (
     update(JOBS)
     .where(JOBS.c.id == bindparam("ended"), *HELD)
-    .returning(*(ENDED := JOBS.c["id", "tenant", "kind", "deleted_at", "request"]))
+    .returning(*(ENDED := JOBS.c["id", "tenant", "kind", "deleted_at", "request", "key_id", "estimate", "gpu_seconds"]))
 )
 END_LATE = (
     update(JOBS)
@@ -174,14 +187,23 @@ class JobRows:
         targets: Callable[[str], Sequence[str]],
         retention_s: float | None,
         now: Callable[[], float],
+        usage: Usage,
     ) -> None:
         """`targets` returns the names of the webhooks that receive messages about a tenant's jobs."""
         self._targets = targets
         self._retention_s = retention_s
         self._now = now
+        self._usage = usage
 
-    def insert(self, transaction: Transaction, job: Job, is_first: bool = False) -> Job:
-        """Insert a new job. Return it as it is stored. `is_first`: of those that the transaction inserts."""
+    def insert(self, transaction: Transaction, job: Job, is_first: bool = False, budgets: Sequence[Budget] = ()) -> Job:
+        """Insert a new job. Return it as it is stored. `is_first`: of those that the transaction inserts.
+
+        Raises BudgetExceeded if its estimate does not fit into the budgets of its key.
+        """
+        if not job.state.is_final:
+            correction = self._usage.correction(transaction.connection, str(job.request.get("model")))
+            job = job.model_copy(update={"reserved": job.estimate * correction})
+            self._usage.check(transaction.connection, job.key_id, budgets, job.reserved)
         if job.state.is_final:
             ended_at = self._now() if job.completed_at is None else job.completed_at
             job = job.model_copy(update={"completed_at": ended_at, "expires_at": self._expiry(ended_at)})
@@ -190,7 +212,7 @@ class JobRows:
         place = number if job.state.is_final else _make_place(transaction.connection, job, number)
         transaction.connection.execute(INSERT, row_of(job) | {"seq": number, "place": place})
         if job.state.is_final:
-            self._add_messages(transaction, job, job.state)
+            self._ended(transaction, [job], job.state)
         return job
 
     def update(self, transaction: Transaction, where: Sequence[ColumnElement[bool]], **values: Any) -> int:
@@ -216,9 +238,7 @@ class JobRows:
             "expires_at": self._expiry(now),
         }
         ended = transaction.connection.execute(statement, {**parameters, **columns, "version": transaction.version}).all()
-        for row in ended:
-            if row.deleted_at is None:
-                self._add_messages(transaction, row, state)
+        self._ended(transaction, ended, state)
         return {row.id for row in ended}
 
     def cancel(self, transaction: Transaction, where: Sequence[ColumnElement[bool]]) -> None:
@@ -226,15 +246,29 @@ class JobRows:
         self.end(transaction, [*where, JOBS.c.state == JobState.QUEUED], JobState.CANCELLED)
         self.update(transaction, [*where, JOBS.c.state == JobState.IN_PROGRESS], cancel_requested=True)
 
-    def _add_messages(self, transaction: Transaction, job: Job | Row[Any], state: JobState) -> None:
-        """Add messages in the transaction that ends the job, so that both are stored or neither."""
-        self.add_messages(transaction, job.tenant, f"{job.kind}.{state}", job.id, job.request.get("webhook"))
+    def _ended(self, transaction: Transaction, ended: Sequence[Job | Row[Any]], state: JobState) -> None:
+        """Settle jobs and add their messages in the transaction that ends them, so that all are stored or none."""
+        self._usage.settle(transaction.connection, ended, state == JobState.COMPLETED)
+        for job in ended:
+            if isinstance(job, Job) or job.deleted_at is None:
+                usage = {"gpu_seconds": job.gpu_seconds, "cost": job.gpu_seconds * self._usage.price}
+                own = job.request.get("webhook")
+                self.add_messages(transaction, job.tenant, f"{job.kind}.{state}", job.id, own, usage)
 
-    def add_messages(self, transaction: Transaction, tenant: str, event: str, named: str, own: Any = None) -> None:
+    def add_messages(
+        self, transaction: Transaction, tenant: str, event: str, named: str, own: Any = None, usage: Any = None
+    ) -> None:
         """Add messages about a job or a batch to the webhooks of the settings and to the URL `own`."""
         for target in (*self._targets(tenant), *([own] if own else [])):
             message = Message(
-                id=new_id("evt"), tenant=tenant, target=target, event=event, job=named, created_at=self._now(), tries=0
+                id=new_id("evt"),
+                tenant=tenant,
+                target=target,
+                event=event,
+                job=named,
+                created_at=self._now(),
+                tries=0,
+                usage=usage,
             )
             row = {**message.model_dump(), "seq": transaction.version, "next_try_at": 0.0}
             transaction.connection.execute(insert(OUTBOX), row)
@@ -318,6 +352,8 @@ class JobProgress(NamedTuple):
     step: int
     steps: int
     percent: int
+    spent: float
+    """GPU-seconds that are measured until now, of all attempts."""
 
 
 LEASE_S = 10.0
@@ -478,6 +514,8 @@ class Message(FrozenModel):
     created_at: float
     tries: int
     """Failed attempts to deliver it."""
+    usage: dict[str, float] | None = None
+    """GPU-seconds and cost of the job."""
 
     @property
     def is_of_request(self) -> bool:

@@ -15,8 +15,9 @@ from typing import Any, Literal, NamedTuple
 from sqlalchemy import ColumnElement, Connection, Engine, Select, Text, bindparam, cast, delete, func, insert, not_, or_, select
 
 from vidgen_ray.errors import VidgenError
-from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.online.server_settings import Budget, OnlineSettings
 from vidgen_ray.online.store.batches import Batches
+from vidgen_ray.online.store.budgets import Usage
 from vidgen_ray.online.store.database import IDEMPOTENCY, JOBS, LAST_NUMBER, Database
 from vidgen_ray.online.store.inputs import Characters, UploadRecords
 from vidgen_ray.online.store.jobs import (
@@ -88,8 +89,8 @@ class Changes(NamedTuple):
 
 
 class JobStore:
-    """Jobs as seen by tenants. `queue` has the same jobs as seen by directors. `batches`, `characters`, `uploads` and
-    `outbox` have the other records of tenants."""
+    """Jobs as seen by tenants. `queue` has the same jobs as seen by directors. `usage`, `batches`, `characters`, `uploads`
+    and `outbox` have the other records of tenants."""
 
     def __init__(
         self,
@@ -100,6 +101,7 @@ class JobStore:
         now: Callable[[], float] = time.time,
         steady: Callable[[], float] | None = None,
         durable: bool = True,
+        gpu_hour_price: float | None = None,
     ) -> None:
         """Open the store and create its tables if there are none.
 
@@ -115,7 +117,8 @@ class JobStore:
         self.characters = Characters(self._database, now)
         self.uploads = UploadRecords(self._database, now)
         self.outbox = Outbox(self._database, steady)
-        self._rows = JobRows(targets, retention_s, now)
+        self.usage = Usage(self._database, now, gpu_hour_price)
+        self._rows = JobRows(targets, retention_s, now, self.usage)
         self.batches = Batches(self._database, self._rows, now)
         self.queue = JobLeases(self._database, self._rows, now, steady)
 
@@ -154,6 +157,7 @@ class JobStore:
         fingerprint: str = "",
         max_queued: int | None = None,
         max_open: int | None = None,
+        budgets: Sequence[Budget] = (),
         files_exist: Callable[[Job], bool] = lambda job: True,
     ) -> tuple[list[Job], bool]:
         """Store new jobs of one tenant, all or none. They are queued, or completed if their files exist already.
@@ -163,10 +167,10 @@ class JobStore:
 
         `files_exist` is called for completed jobs inside the transaction, while `purge` cannot remove files. A job whose
         files are missing is queued. At most `max_queued` jobs of all tenants may be queued, and at most `max_open` jobs of
-        this tenant queued or in progress.
+        this tenant queued or in progress. `budgets`: of their key.
 
-        Raises IdempotencyConflict if the earlier request had another `fingerprint` (digest of the request), QueueFull and
-        LimitReached.
+        Raises IdempotencyConflict if the earlier request had another `fingerprint` (digest of the request), QueueFull,
+        LimitReached and BudgetExceeded.
         """
         tenant = jobs[0].tenant
         with self._database.transaction() as transaction:
@@ -182,7 +186,7 @@ class JobStore:
             new = sum(not job.state.is_final for job in new_jobs)
             if new:
                 _check_limits(transaction.connection, tenant, new, max_queued, max_open)
-            stored = [self._rows.insert(transaction, job, is_first=job is new_jobs[0]) for job in new_jobs]
+            stored = [self._rows.insert(transaction, job, job is new_jobs[0], budgets) for job in new_jobs]
             if idempotency_key is not None:
                 ids = [job.id for job in stored]
                 row = {"tenant": tenant, "key": idempotency_key, "fingerprint": fingerprint, "jobs": ids}
@@ -348,8 +352,13 @@ def _changed(of_tenant: bool) -> Select[Any]:
 
 def open_store(settings: OnlineSettings, durable: bool = True) -> JobStore:
     """Open the store of a server. Raises what `Database` raises."""
-    targets = settings.webhooks.names_for
-    return JobStore(settings.database_url, retention_s=settings.retention_s, targets=targets, durable=durable)
+    return JobStore(
+        settings.database_url,
+        retention_s=settings.retention_s,
+        targets=settings.webhooks.names_for,
+        durable=durable,
+        gpu_hour_price=settings.gpu_hour_price,
+    )
 
 
 OPEN_JOBS = select(
