@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from vidgen_ray.cli import main
 from vidgen_ray.graph import clip_length
 from vidgen_ray.shot import Shot
-from vidgen_ray.trainers import TARGETS, Clip, described, parse_target
+from vidgen_ray.trainers import TARGETS, SourceClip, described, parse_target
 from vidgen_ray.video_models import VIDEO_MODELS
 
 CLIPS = st.builds(
-    Clip,
+    SourceClip,
     num_frames=st.integers(1, 400),
     fps=st.sampled_from([5, 8, 12, 15, 16, 23.976, 24, 25, 29.97, 30, 50, 60, 120]),
     width=st.integers(32, 2400).map(lambda side: side * 2),
@@ -26,20 +26,20 @@ CLIPS = st.builds(
     ("target", "clip", "status", "seen", "frames", "size"),
     [
         # int(frames * 16 / fps); Wan 14B: 4k + 1 frames, 16 pixels.
-        ("diffusion-pipe:wan21-14b", Clip(25, 5, 1024, 576), "cut", 80, 77, (1024, 576)),
-        ("diffusion-pipe:wan22-14b", Clip(81, 16, 832, 480), "used", 81, 81, (832, 480)),
-        ("diffusion-pipe:wan22-14b", Clip(161, 16, 832, 480), "cut", 161, 81, (832, 480)),
-        ("diffusion-pipe:wan21-14b", Clip(1, 5, 832, 480), "dropped", 3, 1, (832, 480)),
+        ("diffusion-pipe:wan21-14b", SourceClip(25, 5, 1024, 576), "cut", 80, 77, (1024, 576)),
+        ("diffusion-pipe:wan22-14b", SourceClip(81, 16, 832, 480), "used", 81, 81, (832, 480)),
+        ("diffusion-pipe:wan22-14b", SourceClip(161, 16, 832, 480), "cut", 161, 81, (832, 480)),
+        ("diffusion-pipe:wan21-14b", SourceClip(1, 5, 832, 480), "dropped", 3, 1, (832, 480)),
         # 24, with 32 pixels for the 5B.
-        ("diffusion-pipe:wan22-5b", Clip(120, 24, 1280, 720), "cut", 120, 117, (1248, 704)),
-        ("diffusion-pipe:hunyuan", Clip(121, 24, 1280, 720), "used", 121, 121, (1280, 720)),
-        ("diffusion-pipe:ltx-video", Clip(121, 25, 1024, 576), "used", 121, 121, (1024, 576)),
-        ("diffusion-pipe:ltx2", Clip(121, 25, 1024, 576), "cut", 116, 113, (1024, 576)),
+        ("diffusion-pipe:wan22-5b", SourceClip(120, 24, 1280, 720), "cut", 120, 117, (1248, 704)),
+        ("diffusion-pipe:hunyuan", SourceClip(121, 24, 1280, 720), "used", 121, 121, (1280, 720)),
+        ("diffusion-pipe:ltx-video", SourceClip(121, 25, 1024, 576), "used", 121, 121, (1024, 576)),
+        ("diffusion-pipe:ltx2", SourceClip(121, 25, 1024, 576), "cut", 116, 113, (1024, 576)),
         # Frames are skipped: int(0), int(16 / 25), int(32 / 25), ... But none are repeated.
-        ("musubi:wan22-14b", Clip(121, 25, 1024, 576), "used", 77, 77, (1024, 576)),
-        ("musubi:wan21-14b", Clip(120, 24, 1024, 576), "cut", 80, 77, (1024, 576)),
-        ("musubi:wan21-14b", Clip(25, 5, 1024, 576), "dropped", 25, 25, (1024, 576)),
-        ("musubi:hunyuan", Clip(121, 24, 832, 480), "used", 121, 121, (832, 480)),
+        ("musubi:wan22-14b", SourceClip(121, 25, 1024, 576), "used", 77, 77, (1024, 576)),
+        ("musubi:wan21-14b", SourceClip(120, 24, 1024, 576), "cut", 80, 77, (1024, 576)),
+        ("musubi:wan21-14b", SourceClip(25, 5, 1024, 576), "dropped", 25, 25, (1024, 576)),
+        ("musubi:hunyuan", SourceClip(121, 24, 832, 480), "used", 121, 121, (832, 480)),
     ],
 )
 def test_rules_of_trainers_without_a_package(target, clip, status, seen, frames, size):
@@ -81,11 +81,11 @@ def test_num_frames_for_a_trainer_loses_the_fewest_frames(target, model, extend)
         assert f"set fps or fps_out to {found.model.fps}" in str(error)  # noqa: PT017  # one of two results
         assert VIDEO_MODELS[model].fps > found.model.fps
         return
-    use = found.use(Clip(*clip_length(shot), 832, 448))
+    use = found.use(SourceClip(*clip_length(shot), 832, 448))
     assert use.status != "dropped"
     lost = [use.seen - use.frames]
     for frames in filter(VIDEO_MODELS[model].allows, range(2, VIDEO_MODELS[model].most_auto_frames + 1)):
-        other = found.use(Clip(*clip_length(shot.model_copy(update={"num_frames": frames})), 832, 448))
+        other = found.use(SourceClip(*clip_length(shot.model_copy(update={"num_frames": frames})), 832, 448))
         lost += [other.seen - other.frames] if not other.problem else []
         # Of those that lose nothing, it is the longest.
         assert other.problem or other.seen - other.frames > lost[0] or other.frames <= use.frames

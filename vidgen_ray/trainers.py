@@ -43,7 +43,7 @@ MODELS: Mapping[str, TrainedModel] = {
 }
 
 
-class Clip(NamedTuple):
+class SourceClip(NamedTuple):
     """A clip as it lies on the disk."""
 
     num_frames: int
@@ -198,13 +198,13 @@ TRAINERS: Mapping[str, Trainer] = {
 TARGETS = tuple(f"{name}:{model}" for name, trainer in TRAINERS.items() for model in trainer.models)
 
 
-class Target(NamedTuple):
+class TrainerTarget(NamedTuple):
     """A trainer and a model that it trains."""
 
     trainer: Trainer
     model: TrainedModel
 
-    def use(self, clip: Clip) -> Use:
+    def use(self, clip: SourceClip) -> Use:
         """Return what the trainer does with a clip, if its group has the configuration of the export."""
         model = self.model
         seen, speed = self.trainer.frame_rule(clip.num_frames, clip.fps, model)
@@ -218,7 +218,7 @@ class Target(NamedTuple):
             problem = f"would be trained at {speed:.3g} times its speed: the trainer {self.trainer.rate}"
         return Use(seen, frames, width, height, speed, problem)
 
-    def fitted(self, clip: Clip) -> Clip | None:
+    def fitted(self, clip: SourceClip) -> SourceClip | None:
         """Return the clip that is used as a whole, at its speed, with the number of frames that is nearest to its duration.
 
         `None` if more of it is not used than of this clip.
@@ -231,32 +231,32 @@ class Target(NamedTuple):
         sizes = (rule(clip.width, clip.height, model) for rule in (self.trainer.size_rule, bucket_size))
         sides = [max(side, model.side_step_px) for side in next(filter(all, sizes), (0, 0))]
         # DiffSynth counts a clip of 121 frames as one of 120.
-        clips = [Clip(frames, model.fps, *sides) for frames in range(wanted, wanted + step)]
+        clips = [SourceClip(frames, model.fps, *sides) for frames in range(wanted, wanted + step)]
         return next(each for each in clips if self.use(each).frames == wanted)
 
 
-def parse_target(text: str) -> Target:
+def parse_target(text: str) -> TrainerTarget:
     """Return the trainer and model of `TRAINER:MODEL`. Raises ValueError, which names those that are known."""
     name, _, model = text.partition(":")
     trainer = TRAINERS.get(name)
     if trainer is None or model not in trainer.models:
         known = [target for target in TARGETS if trainer is None or target.startswith(f"{name}:")]
         raise ValueError(f"must be TRAINER:MODEL, one of {', '.join(known)}")
-    return Target(trainer, trainer.models[model])
+    return TrainerTarget(trainer, trainer.models[model])
 
 
-def shown_frames(frames: int, fps: float | Fraction, clip: Clip) -> list[int]:
+def shown_frames(frames: int, fps: float | Fraction, clip: SourceClip) -> list[int]:
     """Return the frames of a clip that another clip of it shows: at each time, the one that is shown then."""
     return [min(int(number * Fraction(fps) / Fraction(clip.fps)), frames - 1) for number in range(clip.num_frames)]
 
 
-def fit_cost(clip: Clip, fitted: Clip) -> str:
+def fit_cost(clip: SourceClip, fitted: SourceClip) -> str:
     """Return in words what is lost if a clip is encoded again as another one."""
     shown = len(set(shown_frames(clip.num_frames, clip.fps, fitted)))
     return f"encoded again as {fitted}, frames repeated: {fitted.num_frames - shown}, left out: {clip.num_frames - shown}"
 
 
-def described(clip: Clip, target: Target) -> str:
+def described(clip: SourceClip, target: TrainerTarget) -> str:
     """Return in words what happens to a clip."""
     use, fps = target.use(clip), target.model.fps
     if use.problem:

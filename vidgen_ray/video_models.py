@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from vidgen_ray.limits import MAX_FRAMES, MIN_FRAMES
-from vidgen_ray.trainers import FOR, Clip, Target, parse_target
+from vidgen_ray.trainers import FOR, SourceClip, TrainerTarget, parse_target
 
 ENTRY_POINTS = "vidgen.video_models"
 """Group of entry points by which other packages add a `VideoModel`, under the name of its stage."""
@@ -130,7 +130,7 @@ def with_model_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def fields_for(target: Target, fields: Mapping[str, Any]) -> Mapping[str, int]:
+def fields_for(target: TrainerTarget, fields: Mapping[str, Any]) -> Mapping[str, int]:
     """Return `num_frames`, and perhaps `fps_out`, of the longest clip that a trainer uses as a whole, at its frame rate.
 
     `fields`: unvalidated fields of a shot, of which `interpolation` and `fps_out` are kept. If each clip loses frames, the one
@@ -144,7 +144,7 @@ def fields_for(target: Target, fields: Mapping[str, Any]) -> Mapping[str, int]:
 
 @lru_cache
 def _fields_for(
-    target: Target, model: VideoModel, fps: int | None, factor: int | None, fps_out: int | None, extend: int | None
+    target: TrainerTarget, model: VideoModel, fps: int | None, factor: int | None, fps_out: int | None, extend: int | None
 ) -> Mapping[str, int]:
     fps, side = fps or model.fps, target.model.side_step_px * 8
     given = fps_out or fps * (factor or 1)
@@ -153,7 +153,7 @@ def _fields_for(
     for rate in rates:
         for frames in filter(model.allows, range(model.most_auto_frames + 1)):
             length = math.ceil(frames_of_passes(frames, extend or 0) * Fraction(rate, fps))
-            if not (use := target.use(Clip(length, rate, side, side))).problem:
+            if not (use := target.use(SourceClip(length, rate, side, side))).problem:
                 found.append((rate != target.model.fps, use.seen - use.frames, -use.frames, frames, rate))
     if not found:
         raise ValueError(f"clips at {max(rates)} frames per second are dropped; set fps or fps_out to {target.model.fps}")

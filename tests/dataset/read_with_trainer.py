@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vidgen_ray.trainers import TRAINERS, Clip, parse_target
+from vidgen_ray.trainers import TRAINERS, SourceClip, parse_target
 
 
 class Replaced(ModuleType):
@@ -179,7 +179,7 @@ def compare_rules(trainer):
     rates, models = st.sampled_from([5, 8, 15, 16, 23.976, 24, 25, 30, 60]), st.sampled_from([*TRAINERS[trainer].models])
 
     @settings(max_examples=500, deadline=None, database=None)
-    @given(st.builds(Clip, st.integers(1, 300), rates, sides, sides), models)
+    @given(st.builds(SourceClip, st.integers(1, 300), rates, sides, sides), models)
     def check(clip, model):
         target = parse_target(f"{trainer}:{model}")
         use = target.use(clip)

@@ -41,7 +41,7 @@ from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.provenance.record import ProvenanceRecord, read_provenance
 from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.system.files import this_process
-from vidgen_ray.trainers import Clip
+from vidgen_ray.trainers import SourceClip
 
 SCORES = ("score_caption", "score_split", "hashes", "motion")
 CAPTION = "{metadata.scene}{character}: {prompt}"
@@ -549,7 +549,7 @@ def test_clips_are_encoded_again_as_asked_with_their_marks(tmp_path):
     with Mp4Writer(tmp_path / "in.mp4", 96, 64, 12, Mp4Settings(crf=5), record.metadata()) as clip:
         clip.write(frames)
     to = tmp_path / "out.mp4"
-    found = encode_again(tmp_path / "in.mp4", to, None, Clip(4, 6, 48, 32))
+    found = encode_again(tmp_path / "in.mp4", to, None, SourceClip(4, 6, 48, 32))
     size = {"width": 48, "height": 32, "num_frames": 4, "fps": 6.0, "duration_s": 4 / 6}
     assert found == {**size, "sha256": sha256_of(to), "bytes": to.stat().st_size}
     with open_video(to) as video:
@@ -561,7 +561,7 @@ def test_clips_are_encoded_again_as_asked_with_their_marks(tmp_path):
     assert read_provenance(to).record == record
     assert encode_again(tmp_path / "in.mp4", to, "32").items() >= {"width": 48, "num_frames": 12, "fps": 12.0}.items()
     # The last frame is repeated.
-    encode_again(tmp_path / "in.mp4", to, None, Clip(26, 24, 96, 64))
+    encode_again(tmp_path / "in.mp4", to, None, SourceClip(26, 24, 96, 64))
     with open_video(to) as video:
         errors = np.abs(video.frames(0, 26)[:, None] - frames.astype(float)).mean((2, 3, 4))
     assert errors.argmin(1).tolist() == [min(number // 2, 11) for number in range(26)]

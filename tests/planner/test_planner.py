@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 
 from benchmarks.simulated_scheduling import SECONDS, Simulation
-from vidgen_ray.batch.line_planner import Counts
+from vidgen_ray.batch.line_planner import ScriptCounts
 from vidgen_ray.cli.plan import print_plan
 from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, relative_costs
@@ -444,7 +444,7 @@ def test_plan_uses_the_bench_of_the_nearest_size_until_a_run_has_measured_the_st
 
 
 def test_print_plan(capsys):
-    print_plan(gpu_profile(B6), WITHOUT_STYLE, parse_gpus("2x48GB"), counts=Counts(410, 7, 3, 12))
+    print_plan(gpu_profile(B6), WITHOUT_STYLE, parse_gpus("2x48GB"), counts=ScriptCounts(410, 7, 3, 12))
     output = capsys.readouterr().out
     for words in (
         "400 to render; 7 of 410 already done, 3 rejected, 12 cached stages",
@@ -455,9 +455,9 @@ def test_print_plan(capsys):
         assert words in output
     # JSON is printed before the cost check.
     with pytest.raises(TooExpensive):
-        print_plan(gpu_profile(B6), WITHOUT_STYLE, parse_gpus("8x80GB"), Counts(1, 0, 0, 0), max_cost=0.01, as_json=True)
+        print_plan(gpu_profile(B6), WITHOUT_STYLE, parse_gpus("8x80GB"), ScriptCounts(1, 0, 0, 0), max_cost=0.01, as_json=True)
     assert len(json.loads(capsys.readouterr().out)["layout"]["slots"]) == 8
-    print_plan(gpu_profile(B6), make_demand(0, []), this_machine(), counts=Counts(7, 7, 0, 0))
+    print_plan(gpu_profile(B6), make_demand(0, []), this_machine(), counts=ScriptCounts(7, 7, 0, 0))
     assert "nothing to render: 7 of 7 already done" in capsys.readouterr().out
 
 

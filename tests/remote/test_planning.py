@@ -3,7 +3,7 @@
 import pytest
 
 from tests.remote.fake_server import MODEL
-from vidgen_ray.batch.line_planner import Counts
+from vidgen_ray.batch.line_planner import ScriptCounts
 from vidgen_ray.cli.plan import _facts
 from vidgen_ray.errors import SetupError, TooExpensive
 from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan
@@ -69,5 +69,5 @@ def test_servers_leave_their_cpus_to_no_other_worker():
         alone.check_cost(1)
     with pytest.raises(SetupError, match="no node for the workers of remote"):
         plan(profile, demand_of([one]), Cluster(()))
-    facts = dict(_facts(alone, profile, demand_of([one] * 3), Cluster((Node((), 4, 8),)), Counts(3, 0, 0, 0)))
+    facts = dict(_facts(alone, profile, demand_of([one] * 3), Cluster((Node((), 4, 8),)), ScriptCounts(3, 0, 0, 0)))
     assert facts["cost"] == money(alone.cost, None)

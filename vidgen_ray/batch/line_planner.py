@@ -382,7 +382,7 @@ def own_context(*, ordered: bool = True) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class ScriptCounts:
     """Line counts of a script before a run."""
 
     lines: int
@@ -395,7 +395,7 @@ class Counts:
     """Steps of pending shots whose result is in the stage cache. `None` as for `done`."""
 
 
-def estimate_run(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> tuple[Demand, Counts]:
+def estimate_run(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> tuple[Demand, ScriptCounts]:
     """Return the demand and the line counts. If the weights are not on this machine, no shot counts as done."""
     check_profile(profile)
     try:
@@ -404,7 +404,7 @@ def estimate_run(script: ScriptSettings, profile: Profile, outputs: OutputFolder
         return _count_all(iter_script(script))
 
 
-def count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> tuple[Demand, Counts]:
+def count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> tuple[Demand, ScriptCounts]:
     done = failed = cached = 0
 
     def pending() -> Iterator[Shot]:
@@ -420,7 +420,7 @@ def count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFolde
                 done += 1
 
     demand = demand_of(pending())
-    return demand, Counts(demand.shots + done + failed, done, failed, cached)
+    return demand, ScriptCounts(demand.shots + done + failed, done, failed, cached)
 
 
 def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Iterator[Line]:
@@ -436,7 +436,7 @@ def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) ->
         raise no_lines(script.path)
 
 
-def _count_all(lines: Iterable[Line]) -> tuple[Demand, Counts]:
+def _count_all(lines: Iterable[Line]) -> tuple[Demand, ScriptCounts]:
     failed = 0
 
     def valid() -> Iterator[Shot]:
@@ -446,7 +446,7 @@ def _count_all(lines: Iterable[Line]) -> tuple[Demand, Counts]:
             failed += bool(line.errors)
 
     demand = demand_of(valid())
-    return demand, Counts(demand.shots + failed, None, failed, None)
+    return demand, ScriptCounts(demand.shots + failed, None, failed, None)
 
 
 def recorded_options(profile: Profile, outputs: OutputFolder) -> Profile:

@@ -44,11 +44,11 @@ from vidgen_ray.script.lines import Line
 from vidgen_ray.script.read import iter_script
 from vidgen_ray.system.console import Console, stdout_console, table_of
 from vidgen_ray.system.quantities import count, duration, money, size
-from vidgen_ray.trainers import Clip, Target, described, parse_target
+from vidgen_ray.trainers import SourceClip, TrainerTarget, described, parse_target
 from vidgen_ray.video_models import fields_for
 
 if TYPE_CHECKING:
-    from vidgen_ray.batch.line_planner import Counts
+    from vidgen_ray.batch.line_planner import ScriptCounts
 
 
 def plan(
@@ -92,7 +92,7 @@ def print_plan(
     profile: Profile,
     demand: Demand,
     cluster: Cluster,
-    counts: Counts,
+    counts: ScriptCounts,
     measured: Mapping[str, Calibration] | None = None,
     *,
     price: float | None = None,
@@ -123,14 +123,14 @@ def print_plan(
     planned.check_cost(max_cost)
 
 
-def trainer_uses(lines: Iterable[Line], target: Target) -> list[dict[str, Any]]:
+def trainer_uses(lines: Iterable[Line], target: TrainerTarget) -> list[dict[str, Any]]:
     """Return what a trainer does with each group of equal clips of a script, the largest group first."""
-    groups = Counter[tuple[Clip, tuple[tuple[str, Any], ...]]]()
+    groups = Counter[tuple[SourceClip, tuple[tuple[str, Any], ...]]]()
     for line in lines:
         if not line.errors and (shot := line.shot).generate_video:
             *_, size = file_sizes(shot).values()
             given = tuple((name, getattr(shot, name)) for name in ("video_model", "fps", "extend", "num_frames", "fps_out"))
-            groups[Clip(*clip_length(shot), *size), given] += 1
+            groups[SourceClip(*clip_length(shot), *size), given] += 1
     found = []
     for (clip, given), clips in groups.most_common():
         fields, use = dict(given), target.use(clip)
@@ -149,14 +149,14 @@ def _print_uses(uses: Sequence[Mapping[str, Any]]) -> None:
     totals = Counter[str]()
     for each in uses:
         fields = ", ".join(f"{name}: {value}" for name, value in each["fits_with"].items())
-        clips, clip = count(each["clips"], "clip"), Clip(*(each[name] for name in Clip._fields))
+        clips, clip = count(each["clips"], "clip"), SourceClip(*(each[name] for name in SourceClip._fields))
         typer.echo(f"{clips} of {clip}: {each['result']}{f'; as a whole with {fields}' if fields else ''}")
         totals.update({each["status"]: each["clips"], "resampled": each["clips"] * each["is_resampled"]})
     if uses:
         typer.echo(f"clips: {', '.join(f'{totals[name]:,} {name}' for name in ('used', 'cut', 'dropped', 'resampled'))}\n")
 
 
-def _print(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, counts: Counts) -> None:
+def _print(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, counts: ScriptCounts) -> None:
     console = stdout_console()
     facts = Table.grid(padding=(0, 2))
     for name, text in _facts(planned, profile, demand, cluster, counts):
@@ -183,7 +183,9 @@ def _print_licences(licences: Sequence[UsedWeights]) -> None:
             console.print(f"{escape(used.weights)}: {escape(used.condition)}", soft_wrap=True)
 
 
-def _facts(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, counts: Counts) -> Iterator[tuple[str, str]]:
+def _facts(
+    planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, counts: ScriptCounts
+) -> Iterator[tuple[str, str]]:
     on_gpus = planned.gpu_hours > 0
     yield "profile", f"{profile.name} on {cluster}"
     yield "shots", f"{planned.shots:,} to render; {_line_counts(counts)}"
@@ -274,7 +276,7 @@ def _considered(planned: Plan) -> Table:
     return table
 
 
-def _line_counts(counts: Counts) -> str:
+def _line_counts(counts: ScriptCounts) -> str:
     if counts.done is None:
         return f"{counts.rejected:,} of {counts.lines:,} rejected; finished shots are unknown without the weights"
     return (

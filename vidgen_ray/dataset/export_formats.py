@@ -33,7 +33,7 @@ from vidgen_ray.media.images import image_size
 from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, is_disk_full
 from vidgen_ray.provenance.record import metadata_of, read_provenance
 from vidgen_ray.system.cache_dir import sha256_of
-from vidgen_ray.trainers import Clip, shown_frames
+from vidgen_ray.trainers import SourceClip, shown_frames
 
 SHARD_ENDING: dict[Format, str] = {"webdataset": ".tar", "parquet": ".parquet"}
 """Format whose files have many clips -> ending of these files."""
@@ -134,12 +134,12 @@ def _clips(rows: Iterable[Row], target: Target, results: list[dict[str, Any]]) -
                     raise FileNotFoundError
                 if target.settings.trainer:
                     with open_foreign_video(path) as video:
-                        found = Clip(video.frame_count, float(video.fps), video.width, video.height)
-                    if found != (expected := Clip(*(row[name] for name in Clip._fields))):
+                        found = SourceClip(video.frame_count, float(video.fps), video.width, video.height)
+                    if found != (expected := SourceClip(*(row[name] for name in SourceClip._fields))):
                         raise MediaError(f"{row['_source']} has {found}; its row says {expected}")
                 if target.settings.resize or row["_encoded"]:
                     encoded = Path(folder, f"clip{Path(row['_source']).suffix}")
-                    to = Clip(**row["_encoded"]) if row["_encoded"] else None
+                    to = SourceClip(**row["_encoded"]) if row["_encoded"] else None
                     result |= encode_again(path, encoded, target.settings.resize, to)
                     path = encoded
                 yield ExportedClip(row, path, result)
@@ -239,7 +239,7 @@ def delete_from_lance(dest: Storage, split: str, ids: Sequence[str]) -> None:
     dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
 
 
-def encode_again(path: Path, to: Path, resize: str | None, clip: Clip | None = None) -> dict[str, Any]:
+def encode_again(path: Path, to: Path, resize: str | None, clip: SourceClip | None = None) -> dict[str, Any]:
     """Encode a clip or an image again, with the marks of its origin. Return its properties. Raises MediaError.
 
     `resize`: width and height, or the shorter side. `clip`: all properties of the result, in place of it.
@@ -252,7 +252,7 @@ def encode_again(path: Path, to: Path, resize: str | None, clip: Clip | None = N
     else:
         with open_foreign_video(path) as video:
             size = _size(video.width, video.height, resize)
-            clip = clip or Clip(video.frame_count, float(video.fps), *size)
+            clip = clip or SourceClip(video.frame_count, float(video.fps), *size)
             shown, fps = shown_frames(video.frame_count, video.fps, clip), Fraction(clip.fps).limit_denominator(1001)
             with Mp4Writer(to, clip.width, clip.height, fps, Mp4Settings(), marks) as written:
                 for indices in batched(shown, DECODED_FRAMES):

@@ -13,9 +13,9 @@ import duckdb
 
 from vidgen_ray.dataset.export_rows import ENCODED
 from vidgen_ray.outputs.storage import Storage
-from vidgen_ray.trainers import Clip, Target, described, fit_cost, parse_target
+from vidgen_ray.trainers import SourceClip, TrainerTarget, described, fit_cost, parse_target
 
-SHAPE = ", ".join(Clip._fields)
+SHAPE = ", ".join(SourceClip._fields)
 USES = f"""CREATE TABLE uses (num_frames BIGINT, fps DOUBLE, width BIGINT, height BIGINT, problem TEXT, what TEXT,
     _encoded {ENCODED}, _group TEXT, status TEXT, frames BIGINT, of_frames BIGINT, to_s DOUBLE, bucket BIGINT[])"""
 
@@ -28,7 +28,7 @@ def apply_rules(database: duckdb.DuckDBPyConnection, trainer: str, *, fit: bool)
     target = parse_target(trainer)
     database.execute(f"{USES}; CREATE TABLE shapes AS SELECT id, {SHAPE} FROM new")
     for shape in database.execute(f"SELECT DISTINCT {SHAPE} FROM shapes").fetchall():
-        clip = Clip(*shape)
+        clip = SourceClip(*shape)
         encoded = target.fitted(clip) if fit else None
         kept = encoded or clip
         use, what = target.use(kept), described(kept, target)
@@ -40,7 +40,7 @@ def apply_rules(database: duckdb.DuckDBPyConnection, trainer: str, *, fit: bool)
     database.execute(f"INSERT INTO missing SELECT id, problem FROM shapes JOIN uses USING ({SHAPE}) WHERE problem IS NOT NULL")
     for table in ("new", "chosen"):
         database.execute(f"DELETE FROM {table} WHERE id IN (SELECT id FROM missing)")
-    same = " AND ".join(f"new.{name} = uses.{name}" for name in Clip._fields)
+    same = " AND ".join(f"new.{name} = uses.{name}" for name in SourceClip._fields)
     changed = "_signature = sha256(concat(_signature, uses._group, uses._encoded))"
     database.execute(f"UPDATE new SET _group = uses._group, _encoded = uses._encoded, {changed} FROM uses WHERE {same}")
 
@@ -49,7 +49,7 @@ def groups_in_words(database: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]
     """Return what happens to each group of equal clips, the largest group first."""
     grouped = f"SELECT count(*), {SHAPE}, what FROM shapes JOIN uses USING ({SHAPE}) GROUP BY ALL ORDER BY ALL DESC"
     found = database.execute(grouped).fetchall()
-    return [{"clips": clips, "each": str(Clip(*shape)), "what": what} for clips, *shape, what in found]
+    return [{"clips": clips, "each": str(SourceClip(*shape)), "what": what} for clips, *shape, what in found]
 
 
 def write_trainer_files(database: duckdb.DuckDBPyConnection, dest: Storage, trainer: str, splits: Iterable[str]) -> None:
@@ -77,7 +77,9 @@ def _toml(table: str, entries: Iterable[Mapping[str, Any]]) -> str:
     return "".join(f"\n[[{table}]]\n{''.join(block)}" for block in lines)
 
 
-def _configuration(trainer: str, root: Path, split: str, clips: Sequence[Mapping[str, Any]], target: Target) -> dict[str, str]:
+def _configuration(
+    trainer: str, root: Path, split: str, clips: Sequence[Mapping[str, Any]], target: TrainerTarget
+) -> dict[str, str]:
     """Return ending of a file -> its text. `clips`: those of the split."""
     groups = {str(root / Path(clip["file"]).parent): (*clip["bucket"], clip["fps"]) for clip in clips}
     each = [(folder, *group) for folder, group in groups.items()]

@@ -35,7 +35,7 @@ STOP_S = 5.0
 """Seconds that the API may take to end its requests, and workers to write their queued cache entries."""
 
 
-class Process:
+class ServerProcess:
     """Ray actor with one part of a server. It imports only what this part needs.
 
     If the part cannot be made, each call raises the reason, for Ray starts only processes again that have crashed.
@@ -83,7 +83,7 @@ class Watched:
         # On this machine, which has the port and the database. `vidgen serve` on a cluster may run on a node without CPUs for
         # Ray, so the process reserves none.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(type(name, (Process,), {}))
+        actor = ray.remote(type(name, (ServerProcess,), {}))
         self.name = name
         self.handle = Handle(actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(path, arguments))
         self.is_up = self._is_healthy = False
