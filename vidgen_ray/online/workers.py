@@ -80,6 +80,8 @@ class Workers(FleetListener):
         stage_seconds: Mapping[str, float] | None,
         make_plan: Callable[[Cluster], Plan] | None,
     ) -> None:
+        # Ray keeps those of a process that crashed, because it starts the same actor again.
+        await asyncio.to_thread(fleet.remove_leaked_groups)
         await self._start(layout, labels, stage_seconds)
         self._replanning = None if make_plan is None else asyncio.create_task(self._replan_if_incomplete(make_plan))
         await self._wait_until_ready()
