@@ -179,9 +179,9 @@ class WithoutWeights(FakeSVD):
 def test_failure_to_load_is_an_error_of_the_owner_of_the_workers(tiny, tmp_path, scripted):
     scripted.stop()
     app = run("broken", scripted_profile(tiny), parse_gpus("1x80GB"), tmp_path, {**SCRIPTED, "svd": WithoutWeights})
-    for call in (app.workers.ready.remote(), app.workers.start_state.remote(), app.workers.check_health.remote()):
+    for method in ("ready", "start_state", "check_health"):  # one after another: the others do not wait for the weights
         with pytest.raises(SetupError, match=r"^loading: its weights are damaged$"):
-            raise ray_error(call)
+            raise ray_error(getattr(app.workers, method).remote())
     app.stop()
     # Nothing is left of both.
     while app.actors() or scripted.actors():
