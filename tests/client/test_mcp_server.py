@@ -194,3 +194,22 @@ def test_streamable_http_on_loopback(mcp, url):
                 assert httpx2.post(mcp_url, json={}, headers=foreign).status_code in (403, 421)
         finally:
             process.terminate()
+
+
+def test_assistant_renders_a_batch(mcp, server, mcp_server):
+    async def scenario():
+        async with mcp.Client(mcp_server) as client:
+            fields = {"size": "64x64", **SMALL}
+            batch = (await client.call_tool("create_batch", {"prompts": ["a", "b"], "fields": fields})).structured_content
+            while True:
+                status = (await client.call_tool("batch_status", {"batch_id": batch["id"]})).structured_content["result"]
+                if status[0]["status"] == "completed":
+                    break
+                await asyncio.sleep(0.1)
+            assert sorted(status[1]) == ["0", "1"]
+            saved = text_of(await client.call_tool("download", {"video_id": status[1]["0"]}))
+            assert Path(saved).stat().st_size
+            cancelled = (await client.call_tool("cancel_batch", {"batch_id": batch["id"]})).structured_content
+            assert cancelled["status"] == "completed"
+
+    asyncio.run(scenario())

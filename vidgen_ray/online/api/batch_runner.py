@@ -72,12 +72,13 @@ async def advance(server: ServerContext, batch: Batch, max_queued: int = QUEUED,
     batches = server.store.batches
     tenant = server.auth.keys.by_id(batch.key_id)
     path = await asyncio.to_thread(server.job_service.uploads.find, batch.tenant, batch.input_file)
-    if batch.status != "cancelling" and (tenant is None or path is None):
-        gone = "key of the batch was removed or has expired" if tenant is None else "input file does not exist any more"
-        code = "invalid_api_key" if tenant is None else "file_not_found"
-        error: dict[str, JsonValue] = {"code": code, "message": f"The {gone}."}
+    if batch.status != "cancelling" and tenant is None:
+        error: dict[str, JsonValue] = {"code": "invalid_api_key", "message": "The key was removed or has expired."}
         await in_write_thread(batches.cancel, batch, error)
         return 0
+    if path is None and time.time() < batch.expires_at:
+        # Another machine has the file, unless it was deleted by hand.
+        return pause_s
     if batch.status == "validating" and path is not None:
         total, problem = await asyncio.to_thread(scan, path)
         if problem is None:

@@ -218,10 +218,14 @@ class Batches:
         return [StoredLine(row.line, row.custom_id, None if row.id is None else job_of(row), row.problem) for row in rows]
 
     def end(self, batch: Batch, status: BatchStatus, **values: Any) -> None:
-        """End a batch in which nothing has changed, and add its webhook messages. Its lines are in its files."""
+        """End a batch in which nothing has changed, and add its webhook messages. Its lines are in its files.
+
+        Files of jobs are kept from now on as long as if they had just ended.
+        """
         with self._database.transaction() as transaction:
             if self._update(batch, BATCHES.c.status == batch.status, status=status, ended_at=self._now(), **values):
                 transaction.connection.execute(delete(BATCH_LINES).where(BATCH_LINES.c.batch == batch.id))
+                self._rows.keep(transaction, _jobs_of(batch))
                 self._rows.add_messages(transaction, batch.tenant, f"batch.{status}", batch.id)
 
     def _update(self, batch: Batch, *where: ColumnElement[bool], **values: Any) -> bool:

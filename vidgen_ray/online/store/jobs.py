@@ -273,6 +273,11 @@ class JobRows:
             row = {**message.model_dump(), "seq": transaction.version, "next_try_at": 0.0}
             transaction.connection.execute(insert(OUTBOX), row)
 
+    def keep(self, transaction: Transaction, where: ColumnElement[bool]) -> None:
+        """Let the jobs that match `where` expire as if they had just ended."""
+        expires = update(JOBS).where(where, JOBS.c.expires_at.is_not(None)).values(expires_at=self._expiry(self._now()))
+        transaction.connection.execute(expires)
+
     def _expiry(self, ended_at: float) -> float | None:
         return None if self._retention_s is None else ended_at + self._retention_s
 

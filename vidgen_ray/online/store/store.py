@@ -12,13 +12,28 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Engine, Select, Text, bindparam, cast, delete, func, insert, not_, or_, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    delete,
+    func,
+    insert,
+    not_,
+    or_,
+    select,
+)
 
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.server_settings import Budget, OnlineSettings
 from vidgen_ray.online.store.batches import Batches
 from vidgen_ray.online.store.budgets import Usage
-from vidgen_ray.online.store.database import IDEMPOTENCY, JOBS, LAST_NUMBER, Database
+from vidgen_ray.online.store.database import BATCHES, IDEMPOTENCY, JOBS, LAST_NUMBER, Database
 from vidgen_ray.online.store.inputs import Characters, UploadRecords
 from vidgen_ray.online.store.jobs import (
     ALL_QUEUED,
@@ -297,7 +312,9 @@ class JobStore:
     def _purge(self, delete_files: Callable[[str], None], limit: int) -> int:
         with self._database.transaction() as transaction:
             now = self._now()
-            expired = [JOBS.c.deleted_at.is_(None), JOBS.c.expires_at.is_not(None), JOBS.c.expires_at < now]
+            running = select(BATCHES.c.id).where(BATCHES.c.ended_at.is_(None))
+            in_batch = and_(JOBS.c.batch.is_not(None), JOBS.c.batch.in_(running))
+            expired = [JOBS.c.deleted_at.is_(None), JOBS.c.expires_at.is_not(None), JOBS.c.expires_at < now, not_(in_batch)]
             self._rows.update(transaction, expired, deleted_at=now)
             transaction.connection.execute(delete(IDEMPOTENCY).where(IDEMPOTENCY.c.created_at < now - IDEMPOTENCY_TTL_S))
             deleted = [JOBS.c.deleted_at.is_not(None), JOBS.c.deleted_at < now - PURGE_DELAY_S, not_(IS_OPEN)]
