@@ -9,9 +9,9 @@ import ray
 
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import labels_of
-from vidgen_ray.online.auth import LOCAL_TENANT, ApiKeys
+from vidgen_ray.online.auth import ApiKeys
 from vidgen_ray.online.server import DIRECTOR, WORKERS, Handle, Watched
-from vidgen_ray.online.server_settings import Budget, Limits, OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.store.jobs import Job, JobKind, new_id
 from vidgen_ray.online.store.store import JobStore, open_store
@@ -21,7 +21,6 @@ from vidgen_ray.render.cache_writer import CacheSettings
 from vidgen_ray.shot import Shot
 
 POLL_S = 0.02
-LARGE_BUDGET_S = 1e9
 ACTORS_GB = {"instantid": 1, "flux": 34, "svd": 20, "realesrgan": 6}
 """Actors with scripted stages, and their GPU memory."""
 
@@ -45,8 +44,7 @@ class Running:
     def accept(self, key=None, **fields) -> str:
         shot = self.shot(**fields)
         key = key or self.serving_profile.plan(shot).key
-        named = {"tenant": "me", "key_id": LOCAL_TENANT, "request": {"model": self.name}}
-        job = Job(id=new_id("shot"), kind=JobKind.SHOT, shot=shot, key=key, created_at=time.time(), **named)
+        job = Job(id=new_id("shot"), tenant="me", kind=JobKind.SHOT, shot=shot, key=key, created_at=time.time())
         self.store.create(job)
         self.director.wake.remote()
         return job.id
@@ -101,8 +99,7 @@ def run(name, profile, cluster, out, stages, database=None) -> Running:
     chosen = plan(served.profile, served.demand(), cluster)
     outputs = OutputFolder(out / "out")
     outputs.prepare()
-    budget = Budget(window="total", gpu_seconds=LARGE_BUDGET_S)
-    settings = OnlineSettings(data=str(out / "out"), database=database, limits=Limits(budgets=(budget,)))
+    settings = OnlineSettings(data=str(out / "out"), database=database)
     stages_served = {stage.name: stages[stage.name] for stage in served.stages}
     config = EngineConfig(name, served.profile, outputs, stages_served, CacheSettings("all", wait=True))
     labels = labels_of(chosen, cluster)
