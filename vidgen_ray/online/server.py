@@ -85,7 +85,10 @@ class Watched:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(type(name, (ServerProcess,), {}))
         self.name = name
-        self.handle = Handle(actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(path, arguments))
+        # Kept: Ray reads it again when it starts the process again.
+        self._arguments = ray.put(arguments)
+        options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+        self.handle = Handle(actor.options(**options).remote(path, self._arguments))
         self.is_up = self._is_healthy = False
         """Whether it has ever been healthy."""
         self._check = self.handle.check_health.remote()

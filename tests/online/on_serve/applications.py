@@ -35,6 +35,8 @@ class Running:
     store: JobStore
     director: Handle
     workers: Handle
+    watched: tuple[Watched, ...] = ()
+    """They keep what the processes need when Ray starts them again."""
 
     def shot(self, **fields) -> Shot:
         shot = Shot(**{**self.serving_profile.profile.defaults, "prompt": "a red ball", "seed": 3, **fields})
@@ -66,6 +68,7 @@ class Running:
         self.director.wake.remote()
 
     def stop(self):
+        ray.get(self.workers.stop.remote())  # as `vidgen serve` does: Ray keeps placement groups until its job ends
         for handle in (self.director, self.workers):
             ray.kill(handle.actor)
 
@@ -104,10 +107,10 @@ def run(name, profile, cluster, out, stages, database=None) -> Running:
     config = EngineConfig(name, served.profile, outputs, stages_served, CacheSettings("all", wait=True))
     labels = labels_of(chosen, cluster)
     keys = ApiKeys([], settings.limits)
-    workers = Watched(name + WORKERS, "vidgen_ray.online.workers:Workers", config, chosen.layout, labels).handle
-    of_director = (config, settings, chosen.layout, keys, workers)
-    director = Watched(name + DIRECTOR, "vidgen_ray.online.job_director:JobDirector", *of_director).handle
-    return Running(name, served, outputs, open_store(settings), director, workers)
+    workers = Watched(name + WORKERS, "vidgen_ray.online.workers:Workers", config, chosen.layout, labels)
+    of_director = (config, settings, chosen.layout, keys, workers.handle)
+    director = Watched(name + DIRECTOR, "vidgen_ray.online.job_director:JobDirector", *of_director)
+    return Running(name, served, outputs, open_store(settings), director.handle, workers.handle, (director, workers))
 
 
 def scripted_profile(tiny):
