@@ -355,6 +355,7 @@ NOT_MARKED = {
     "cli/inspect.py": "photos with the detected face, drawn for their owner",
     "cli/doctor.py": "the clip with which a codec is tried",
     "remote/stages.py": "the start image in a request to a server",
+    "dataset/captions.py": "frames in a request to a server",
     "bench/published_models.py": "weights",
     "bench/tiny_faces.py": "weights",
     "bench/tiny_weights.py": "weights",
