@@ -68,7 +68,8 @@ class Running:
         self.director.wake.remote()
 
     def stop(self):
-        ray.get(self.workers.stop.remote())  # as `vidgen serve` does: Ray keeps placement groups until its job ends
+        with suppress(ray.exceptions.RayActorError):  # stopped before
+            ray.get(self.workers.stop.remote())  # as `vidgen serve` does: Ray keeps placement groups until its job ends
         for handle in (self.director, self.workers):
             ray.kill(handle.actor)
 

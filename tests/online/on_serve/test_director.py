@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -25,9 +26,11 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def scripted(tiny, tmp_path_factory) -> Running:
+def scripted(tiny, tmp_path_factory) -> Iterator[Running]:
     """Application with scripted stages on two simulated GPUs, with one process on each."""
-    return run("scripted", scripted_profile(tiny), parse_gpus("2x80GB"), tmp_path_factory.mktemp("scripted"), SCRIPTED)
+    app = run("scripted", scripted_profile(tiny), parse_gpus("2x80GB"), tmp_path_factory.mktemp("scripted"), SCRIPTED)
+    yield app
+    app.stop()
 
 
 def digests(outputs: OutputFolder, shot_id: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from http.client import HTTPConnection
 from threading import Event
@@ -62,14 +63,15 @@ def image(port, prompt, seed=1):
 
 
 def pid_of(name):
-    """Return the pid of a process of the server, once it has started."""
+    """Return the pid of a process of the server, once it has started: the newest one, since other servers run before it."""
     while True:
+        found = {}
         for process in psutil.Process().children(recursive=True):
-            try:
+            with suppress(psutil.NoSuchProcess):
                 if process.cmdline()[:1] and process.cmdline()[0].partition(".")[0] == f"ray::{name}":
-                    return process.pid
-            except psutil.NoSuchProcess:
-                continue
+                    found[process.create_time()] = process.pid
+        if found:
+            return found[max(found)]
 
 
 def test_waiting_requests_survive_crashes_and_new_ones_wait_for_the_api(plan, listening, pipe):
