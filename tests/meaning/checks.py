@@ -73,7 +73,9 @@ def person_prompt(n: int) -> str:
 
 
 def _labels(image: NDArray[np.uint8]) -> dict[str, str]:
-    return demo_captioner.labels(demo_captioner.read(CLASSIFIER, image[None]))
+    """Return the most likely value of each label."""
+    seen = demo_captioner.read(CLASSIFIER, image[None])
+    return {name: max(values, key=values.__getitem__) for name, values in seen.items()}
 
 
 def _subject_fields(chain: Chain, n: int) -> dict[str, Any]:
