@@ -55,11 +55,18 @@ def test_steps_become_a_page_and_calibrations(folder, tmp_path, monkeypatch):
     assert calibration["svd"].measurements[0].random_weights
 
 
-@pytest.mark.slow
-def test_other_steps_run_on_a_cpu(tmp_path, monkeypatch):
+OTHER_STEPS = ("machine", "profile", "wan", "swap", "bytes", "upscaler", "options", "small", "others")
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [pytest.param(OTHER_STEPS, marks=pytest.mark.slow), pytest.param(("group",), marks=pytest.mark.very_slow)],
+    ids=["others", "group"],
+)
+def test_other_steps_run_on_a_cpu(steps, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "COMPILE_BACKEND", speed.COMPILE_BACKEND)
     missing = {"pinned memory", "encoding", "wan attention_backend: _native_cudnn", "flux attention_backend: _native_cudnn"}
-    for step in ("machine", "profile", "wan", "swap", "bytes", "upscaler", "options", "small", "others", "group"):
+    for step in steps:
         file = tmp_path / f"{step}.json"
         assert gpu_steps.main([step, str(file), "--profile", "tiny"]) == 0
         problems = {name for name, problem in Rows(file).problems.items() if problem and "fp8" not in name}
