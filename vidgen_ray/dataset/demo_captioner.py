@@ -152,7 +152,7 @@ def caption(seen: Seen) -> str:
     return ", ".join(part for part in parts if part and part not in usual)
 
 
-class Fact(NamedTuple):
+class KnownFact(NamedTuple):
     """A fact of a prompt that has a label."""
 
     label: str
@@ -161,7 +161,7 @@ class Fact(NamedTuple):
     shown: Shown
 
 
-def facts(prompt: str, seen: Seen) -> Iterator[Fact]:
+def facts(prompt: str, seen: Seen) -> Iterator[KnownFact]:
     """Yield the facts of a prompt that have a label."""
     for name, values in PATTERNS.items():
         chances = seen.get(name, {})
@@ -170,4 +170,4 @@ def facts(prompt: str, seen: Seen) -> Iterator[Fact]:
             alternatives = "|".join(each.removeprefix("a ") for each in sorted(patterns, key=len, reverse=True))
             if match := re.search(rf"\b(?:{alternatives})\b", prompt.lower()):
                 shown: Shown = "yes" if chances.get(value, 0) >= SURE else "unclear" if is_unclear else "no"
-                yield Fact(name, value, match[0], shown)
+                yield KnownFact(name, value, match[0], shown)
