@@ -339,6 +339,14 @@ async def receive(request: Request, caps: UploadCaps, cap_bytes: int | None = No
         await form.close()
 
 
+async def receive_json(request: Request, caps: UploadCaps) -> ReceivedRequest:
+    """Read a request whose body is JSON. Raises as `receive`."""
+    async with receive(request, caps) as received:
+        if received.is_form:
+            raise ApiError(415, "Content-Type: must be application/json", code="unsupported_media_type")
+    return received
+
+
 async def small_form(request: Request, caps: UploadCaps) -> dict[str, str]:
     """Read a form of at most 8 KiB from an unauthenticated client. Raises ApiError 408 or 413."""
     async with _body_timeout(caps):

@@ -13,7 +13,7 @@ from vidgen_ray.online.api.openapi import JSON, ServerDep, TenantDep, error_resp
 from vidgen_ray.online.api.requests import CreateBatch
 from vidgen_ray.online.api.responses import BatchPage, BatchResponse, batch_response
 from vidgen_ray.online.api.video_routes import After, IdempotencyKey, Limit
-from vidgen_ray.online.api_error import ApiError, found, invalid
+from vidgen_ray.online.api_error import found, invalid
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.job_service import key_reused
 from vidgen_ray.online.server_context import ServerContext
@@ -21,7 +21,7 @@ from vidgen_ray.online.store.batches import Batch, OtherBatch
 from vidgen_ray.online.store.database import in_write_thread
 from vidgen_ray.online.store.inputs import PREFIXES
 from vidgen_ray.online.store.jobs import new_id
-from vidgen_ray.online.uploads import receive
+from vidgen_ray.online.uploads import receive_json
 
 router = APIRouter(tags=["batches"])
 
@@ -36,10 +36,8 @@ async def create_batch(
     request: Request, server: ServerDep, tenant: TenantDep, idempotency_key: IdempotencyKey = None
 ) -> BatchResponse:
     """Create a batch from a file of requests. Its lines become jobs of low priority, a few at a time."""
-    async with receive(request, server.settings.uploads) as received:
-        if received.is_form:
-            raise ApiError(415, "Content-Type: must be application/json", code="unsupported_media_type")
-        body = CreateBatch.parse(received.fields)
+    received = await receive_json(request, server.settings.uploads)
+    body = CreateBatch.parse(received.fields)
     file = body.input_file_id
     is_batch = file.startswith(PREFIXES["batch"]) and "\0" not in file
     if not is_batch or await in_write_thread(server.job_service.uploads.use, tenant.name, file) is None:

@@ -26,7 +26,7 @@ from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.database import in_write_thread
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.online.store.store import UnknownJob
-from vidgen_ray.online.uploads import receive
+from vidgen_ray.online.uploads import receive, receive_json
 from vidgen_ray.online.webhooks import check_webhook
 from vidgen_ray.video_models import MODEL_DEFAULTS, without_other_models_defaults
 
@@ -309,9 +309,7 @@ async def create_shot(
 async def shot_fields(request: Request, server: ServerContext) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Return the fields of the shot in the body of a request, the values that are stored with the job, and the fingerprint of
     the body. Raises ApiError."""
-    async with receive(request, server.settings.uploads) as received:
-        if received.is_form:
-            raise ApiError(415, "Content-Type: must be application/json", code="unsupported_media_type")
+    received = await receive_json(request, server.settings.uploads)
     return *fields_of_shot(server, received.fields), received.fingerprint
 
 
