@@ -28,7 +28,8 @@ from ray.serve.schema import ServeDeploySchema
 from vidgen_ray.batch.run_options import GRACE_S
 from vidgen_ray.cli.app import app
 from vidgen_ray.errors import ProfileError
-from vidgen_ray.online.application import API, build
+from vidgen_ray.online.application import build
+from vidgen_ray.online.server_plan import API
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.planner.cluster import parse_gpus
 from vidgen_ray.profile import builtin_profiles

@@ -19,12 +19,11 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.online.api_process import make_api
 from vidgen_ray.online.event_streams import MAX_STREAMS
 from vidgen_ray.online.job_director import JobDirector
-from vidgen_ray.online.server_plan import Parts, check_exposure, parts_of, server_plan
+from vidgen_ray.online.server_plan import API, DIRECTOR, WORKERS, Parts, check_exposure, parts_of, server_plan
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.workers import Workers
 from vidgen_ray.planner.solver import DIRECTOR_CPUS
 
-API, DIRECTOR, WORKERS = "Api", "Director", "Workers"
 API_CPUS, WORKERS_CPUS = 0.25, 0.1
 HA_PROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 API_REQUESTS = 1_000

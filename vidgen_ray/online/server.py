@@ -18,12 +18,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vidgen_ray.engine.ray_cluster import muted_stderr
 from vidgen_ray.errors import SetupError, VidgenError, first_line
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.online.server_plan import ServerPlan, parts_of
+from vidgen_ray.online.server_plan import API, DIRECTOR, WORKERS, ServerPlan, parts_of
 from vidgen_ray.stages.base import Stage
 
 log = logging.getLogger(__name__)
 
-API, DIRECTOR, WORKERS = "Api", "Director", "Workers"
 CHECK_S = 2.0
 """Seconds between two health checks of a process."""
 MAX_SILENT_CHECKS = 30
@@ -90,7 +89,7 @@ class Watched:
         options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
         self.handle = Handle(actor.options(**options).remote(path, self._arguments))
         self.is_up = self._is_healthy = False
-        """Whether it has ever been healthy."""
+        """It has been healthy before."""
         self._check = self.handle.check_health.remote()
         self._silent = 0
 

@@ -28,6 +28,8 @@ from vidgen_ray.system.files import private_folder
 log = logging.getLogger(__name__)
 
 APP = "vidgen"
+API, DIRECTOR, WORKERS = "Api", "Director", "Workers"
+"""Names of the processes of a server, and of its deployments."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import ray
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.online.auth import ApiKeys
-from vidgen_ray.online.server import DIRECTOR, WORKERS, Handle, Watched
+from vidgen_ray.online.server import Handle, Watched
+from vidgen_ray.online.server_plan import DIRECTOR, WORKERS
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.store.jobs import Job, JobKind, new_id

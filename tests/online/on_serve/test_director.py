@@ -15,7 +15,7 @@ from tests.fake_stages import FakeSVD
 from tests.online.on_serve.applications import ACTORS_GB, IMAGE_ONLY, POLL_S, Running, run, scripted_profile
 from tests.online.scripted_stages import SCRIPTED, pipes_open, steps_run
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.server import DIRECTOR, WORKERS
+from vidgen_ray.online.server_plan import DIRECTOR, WORKERS
 from vidgen_ray.online.store.jobs import JobState, new_id
 from vidgen_ray.outputs.folder import LAST_FRAME, OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
