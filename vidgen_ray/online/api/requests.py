@@ -183,11 +183,12 @@ OWN_FIELDS = (*SIDES, *CROPS, "upscale_video", "scale", "seed")
 """Plain fields that videos and images define differently: sizes are those of the delivered file, a seed may be a list."""
 
 
+CHOSEN_FRAMES = (AUTO, *(f"{FOR}{target}" for target in TARGETS))
+"""Values of `num_frames` that the shot replaces, since it knows the video model."""
 Frames = Annotated[
     int,
     Field(ge=MIN_FRAMES, le=MAX_FRAMES),
-    # The shot replaces them, since it knows the video model.
-    WrapValidator(lambda value, check: value if value in (AUTO, *(f"{FOR}{each}" for each in TARGETS)) else check(value)),
+    WrapValidator(lambda value, check: value if value in CHOSEN_FRAMES else check(value)),
     PlainSerializer(lambda value: value, return_type=Any),
     WithJsonSchema(FRAMES_SCHEMA),
 ]

@@ -130,16 +130,19 @@ class Batches:
         """Return how many lines have ended."""
         if batch.ended_at is not None:
             return Counts(batch.completed, batch.total - batch.completed)
-        query = select(JOBS.c.state, func.count().label("jobs")).where(_jobs_of(batch)).group_by(JOBS.c.state)
-        jobs = {row.state: row.jobs for row in self._database.rows(query)}
+        jobs = self._jobs(batch)
         failed = jobs.get(JobState.FAILED, 0) + jobs.get(JobState.CANCELLED, 0)
         return Counts(jobs.get(JobState.COMPLETED, 0), failed + batch.rejected)
 
     def open_jobs(self, batch: Batch) -> tuple[int, int]:
         """Return how many jobs of a batch are queued, and how many are in progress."""
-        query = select(JOBS.c.state, func.count().label("jobs")).where(_jobs_of(batch), IS_OPEN).group_by(JOBS.c.state)
-        jobs = {row.state: row.jobs for row in self._database.rows(query)}
+        jobs = self._jobs(batch, IS_OPEN)
         return jobs.get(JobState.QUEUED, 0), jobs.get(JobState.IN_PROGRESS, 0)
+
+    def _jobs(self, batch: Batch, *where: ColumnElement[bool]) -> dict[str, int]:
+        """Return state -> number of jobs of a batch that match `where`."""
+        query = select(JOBS.c.state, func.count().label("jobs")).where(_jobs_of(batch), *where).group_by(JOBS.c.state)
+        return {row.state: row.jobs for row in self._database.rows(query)}
 
     def start(self, batch: Batch, total: int) -> None:
         """Begin to read a batch with so many lines."""
