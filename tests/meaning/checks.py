@@ -73,9 +73,7 @@ def person_prompt(n: int) -> str:
 
 
 def _labels(image: NDArray[np.uint8]) -> dict[str, str]:
-    """Return the most likely value of each label."""
-    seen = demo_captioner.read(CLASSIFIER, image[None])
-    return {name: max(values, key=values.__getitem__) for name, values in seen.items()}
+    return demo_captioner.most_likely(demo_captioner.read(CLASSIFIER, image[None]))
 
 
 def _subject_fields(chain: Chain, n: int) -> dict[str, Any]:

@@ -128,10 +128,14 @@ def read(classifier: Classifier, frames: NDArray[np.uint8]) -> Seen:
     return seen if seen["subject"]["person"] >= SURE else {name: seen[name] for name in [*LABELS][:of_people]}
 
 
+def most_likely(seen: Seen) -> dict[str, str]:
+    """Return the most likely value of each label."""
+    return {name: max(values, key=values.__getitem__) for name, values in seen.items()}
+
+
 def labels(seen: Seen) -> dict[str, str]:
     """Return the value of each label that is sure."""
-    best = {name: max(values, key=values.__getitem__) for name, values in seen.items()}
-    return {name: value for name, value in best.items() if seen[name][value] >= SURE}
+    return {name: value for name, value in most_likely(seen).items() if seen[name][value] >= SURE}
 
 
 def caption(seen: Seen) -> str:
