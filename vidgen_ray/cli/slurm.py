@@ -48,11 +48,11 @@ def command(
     array: Annotated[
         bool,
         typer.Option(
-            "--array", help="One job per node: each starts when a node is free, and the run goes on without those lost."
+            "--array", help="One job per node: each starts when a node is free, and the run continues without those lost."
         ),
     ] = False,
     time: Annotated[
-        str | None, typer.Option("--time", metavar="LIMIT", help="Time limit of a job. The run goes on in the next one.")
+        str | None, typer.Option("--time", metavar="LIMIT", help="Time limit of a job. The run continues in the next one.")
     ] = None,
     partition: Annotated[str | None, typer.Option("--partition", metavar="NAME", help="Partition of Slurm.")] = None,
     account: Annotated[str | None, typer.Option("--account", metavar="NAME", help="Account of Slurm.")] = None,
@@ -129,7 +129,7 @@ def sbatch_file(
             f"grace_s={grace_s}",
             f'{path}run() {{ exec {image}"$@"; }}',
             "",
-            ours.joinpath("slurm_node.sh").read_text() + "",
+            ours.joinpath("slurm_node.sh").read_text(),
             ours.joinpath("slurm_array.sh" if is_array else "slurm_job.sh").read_text(),
         ]
     )
