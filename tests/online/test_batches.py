@@ -53,7 +53,9 @@ def ended(client, batch):
     while batch["status"] in ("validating", "in_progress", "cancelling"):
         assert time.monotonic() < deadline, batch
         time.sleep(0.02)
-        batch = client.get(f"/v1/batches/{batch['id']}").json()
+        answer = client.get(f"/v1/batches/{batch['id']}")
+        assert answer.status_code == 200, answer.text
+        batch = answer.json()
     return batch
 
 
