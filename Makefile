@@ -10,7 +10,7 @@ CLIENT := ./clients/python
 # Let each module be compiled once, also where the environment turns bytecode files off: the tests start hundreds of processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo dataset-demo compiled test test-slow chaos fuzz lock resolutions audit sbom docs docs-site check clean
+.PHONY: setup demo dataset-demo compiled test test-slow chaos fuzz lock resolutions audit sbom docs docs-site release check clean
 
 setup: $(VENV)/.installed
 
@@ -106,6 +106,23 @@ docs: setup
 # Builds the documentation site into out/site. A warning, such as a broken reference, is an error.
 docs-site: setup
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs out/site
+
+# A release of what git has, in dist/: source distributions and wheels of package and client, SBOM, documentation site, checksums. Tests run from
+# the source distribution; the wheel is installed in an empty environment (3 GB of packages) and tried.
+RELEASE := out/release
+release: check docs-site sbom
+	@test -z "$$(git status --porcelain)" || (echo "Commit or remove these files first:"; git status --short; exit 1)
+	rm -rf dist
+	$(BIN)/uv build --quiet --out-dir dist
+	$(BIN)/uv build --quiet --out-dir dist $(CLIENT)
+	$(BIN)/python -m pytest -m "" tests/test_deploy.py::test_tests_run_from_the_source_distribution
+	$(BIN)/uv venv --quiet --clear $(RELEASE)
+	$(BIN)/uv pip install --quiet --python $(RELEASE) dist/vidgen_ray-*.whl
+	cd $(RELEASE) && PYTHONPATH= bin/vidgen --version && echo '{"prompt": "a boat"}' > script.jsonl && PYTHONPATH= bin/vidgen validate script.jsonl
+	rm -r $(RELEASE)
+	cp out/sbom.json dist/
+	tar --create --gzip --file dist/site.tar.gz --directory out site
+	cd dist && sha256sum * > SHA256SUMS
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -17,6 +17,7 @@ from tests.nets.test_faces import BOX, GROUP, POINTS
 from vidgen_ray.cli import main, one_stage
 from vidgen_ray.cli.app import COMMANDS
 from vidgen_ray.cli.options import changes_until
+from vidgen_ray.errors import VidgenError
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.provenance.record import read_provenance
@@ -87,6 +88,14 @@ def test_missing_weights_and_unreachable_clusters_exit_with_code_4(tmp_path, cap
     for address, used in (("127.0.0.1:1", "127.0.0.1:1"), ("auto", "127.0.0.1:2")):
         assert main(["render", str(script), "-o", str(tmp_path), "-p", "tiny", "--address", address]) == 4
         assert f"no Ray cluster at '{used}'" in capsys.readouterr().err
+
+
+def test_exit_codes_are_pinned():
+    codes = {
+        error.__name__: error.exit_code for error in VidgenError.__subclasses__() if error.exit_code != VidgenError.exit_code
+    }
+    assert codes == {"UsageError": 2, "ScriptError": 3, "ProfileError": 3, "SetupError": 4, "TooExpensive": 5}
+    assert VidgenError.exit_code == 1
 
 
 def test_retry_renders_as_the_last_run_did(tmp_path, monkeypatch):

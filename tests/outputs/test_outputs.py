@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -418,6 +419,12 @@ def test_documented_line_reads_the_finished_shots_of_several_runs(out, library):
     names: dict = {}
     exec(f"import {library}\n{line.replace('OUT/', f'{out}/')}", names)
     assert len(names["rows"]) == 2
+
+
+def test_columns_are_pinned():
+    """A new column changes only the digest. A column that is renamed, removed or of another type needs a new version, too."""
+    columns = "\n".join(sorted(f"{field.name} {field.type}" for field in SCHEMA))
+    assert (VERSION, sha256(columns.encode()).hexdigest()[:16]) == (1, "02040a0e5aa66c6d")
 
 
 def test_every_setting_of_a_shot_is_a_typed_column(out):
