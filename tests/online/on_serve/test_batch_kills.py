@@ -25,19 +25,21 @@ from vidgen_ray.planner import parse_gpus, this_machine
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.lines import ScriptSettings
 
-LINES = int(os.environ.get("VIDGEN_BATCH_LINES", "60"))
-KILLS = int(os.environ.get("VIDGEN_BATCH_KILLS", "4"))
 PROCESSES = ("Api", "Director", "Worker", "Encoder")
 SHOT = {"width": 64, "height": 64, "num_frames": 2, "upscale_video": False}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_lines_are_rendered_once_with_the_bytes_of_a_run_while_processes_are_killed(tiny, tmp_path, local_ray):
+@pytest.mark.parametrize(
+    ("n_lines", "n_kills"), [pytest.param(60, 4, marks=pytest.mark.slow), pytest.param(2000, 20, marks=pytest.mark.very_slow)]
+)
+@pytest.mark.timeout(7200)
+def test_lines_are_rendered_once_with_the_bytes_of_a_run_while_processes_are_killed(
+    tiny, tmp_path, local_ray, n_lines, n_kills
+):
     openai = pytest.importorskip("openai")
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(scripted_profile(tiny).model_dump(mode="json")))
     settings = OnlineSettings(profile=str(tmp_path / "p.yaml"), data=str(tmp_path / "out"), gpus="2x80GB")
-    shots = {f"shot-{n}": {"prompt": f"a boat {n}", "seed": n, **SHOT} for n in range(LINES)}
+    shots = {f"shot-{n}": {"prompt": f"a boat {n}", "seed": n, **SHOT} for n in range(n_lines)}
     lines = [
         json.dumps({"custom_id": name, "method": "POST", "url": "/v1/shots", "body": body}) for name, body in shots.items()
     ]
@@ -53,12 +55,12 @@ def test_lines_are_rendered_once_with_the_bytes_of_a_run_while_processes_are_kil
         batch = client.batches.create(input_file_id=file.id, endpoint="/v1/shots", completion_window="24h")
         while batch.status in ("validating", "in_progress"):
             done = batch.request_counts.completed
-            if len(kills) < KILLS and done >= (len(kills) + 0.5) * LINES / KILLS:
+            if len(kills) < n_kills and done >= (len(kills) + 0.5) * n_lines / n_kills:
                 kills.append(PROCESSES[len(kills) % len(PROCESSES)])
                 os.kill(pid_of(kills[-1]), signal.SIGKILL)
             time.sleep(POLL_S)
             batch = client.batches.retrieve(batch.id)
-        assert (batch.status, batch.request_counts.completed, len(kills)) == ("completed", LINES, KILLS)
+        assert (batch.status, batch.request_counts.completed, len(kills)) == ("completed", n_lines, n_kills)
         rows = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
         assert [row["custom_id"] for row in rows] == list(shots)
         assert batch.error_file_id is None
