@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import shutil
+import subprocess
 import time
 
 import pytest
 from starlette.testclient import TestClient
 
-from tests.online.directors import LOCAL, client_of, local_server, settings_with_keys
+from tests.online.directors import LOCAL, client_of, listening_on_a_port, local_server, settings_with_keys
 from vidgen_ray.online.api import batch_runner
 from vidgen_ray.online.api.batch_runner import advance
 from vidgen_ray.online.auth import ApiKeys
@@ -244,3 +246,46 @@ def test_lines_are_stored_once_by_two_replicas_that_crash(server, client, monkey
     assert [each["custom_id"] for each in output] == [f"{seed}" for seed in range(100)]
     assert errors == []
     assert len(server.director.rendered) == 90
+
+
+NPM_CLIENT = "openai@6.49.0"
+"""Needs Node 20. Version 7 needs 22."""
+NPM_SCRIPT = """
+import OpenAI, { toFile } from "openai";
+const [url, lines] = process.argv.slice(2), client = new OpenAI({ apiKey: "none", baseURL: url });
+const file = await client.files.create({ file: await toFile(Buffer.from(lines), "lines.jsonl"), purpose: "batch" });
+const fields = { input_file_id: file.id, endpoint: "/v1/videos", completion_window: "24h", metadata: { set: "a" } };
+const first = await client.batches.create(fields), second = await client.batches.create(fields);
+const states = [(await client.batches.cancel(second.id)).status];
+console.log("cancelled");
+for (const { id } of [first, second]) {
+  let batch;
+  do batch = await client.batches.retrieve(id); while (!batch.completed_at && !batch.cancelled_at);
+  const text = await (await client.files.content(batch.output_file_id ?? batch.error_file_id)).text();
+  states.push(batch.status, batch.request_counts, text.trim().split("\\n").map((row) => JSON.parse(row).custom_id));
+}
+const listed = [];
+for await (const batch of client.batches.list({ limit: 1 })) listed.push([batch.id, batch.metadata.set]);
+console.log(JSON.stringify([states, listed, [[second.id, "a"], [first.id, "a"]]]));
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("npm"), reason="needs Node and npm")
+def test_npm_client_sends_lists_and_cancels_batches(server, client, tmp_path):
+    (tmp_path / "batches.mjs").write_text(NPM_SCRIPT)
+    install = ["npm", "install", "--prefix", str(tmp_path), "--ignore-scripts", "--no-audit", "--no-fund", NPM_CLIENT]
+    installed = subprocess.run(install, capture_output=True, text=True, timeout=300, check=False)
+    if installed.returncode:
+        pytest.skip(f"npm cannot install {NPM_CLIENT}: {installed.stderr[-300:]}")
+    server.director.held.set()
+    lines = jsonl(*(line(f"{seed}", seed=seed, **SMALL) for seed in range(3))).decode()
+    with listening_on_a_port(server.app) as url:
+        command = ["node", str(tmp_path / "batches.mjs"), f"{url}/v1", lines]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "cancelled\n"
+            server.director.held.clear()
+            states, listed, newest_first = json.loads(process.communicate(timeout=60)[0])
+    done, cancelled = ({"total": 3, "completed": n, "failed": 3 - n} for n in (3, 0))
+    assert states == ["cancelling", "completed", done, ["0", "1", "2"], "cancelled", cancelled, ["0", "1", "2"]]
+    assert listed == newest_first

@@ -212,7 +212,7 @@ async def _job(server: ServerContext, tenant: Tenant, batch: Batch, body: Mappin
 
 def _finish(server: ServerContext, batch: Batch) -> None:
     """Write the files of a batch whose lines have all ended, and end it. After a crash, the same files are written again."""
-    completed, after, is_expired = 0, 0, False
+    total, completed, after, is_expired = 0, 0, 0, False
     with SpooledTemporaryFile[bytes](CHUNK_BYTES) as output, SpooledTemporaryFile[bytes](CHUNK_BYTES) as errors:
         while lines := server.store.batches.lines(batch, after, CHUNK_LINES):
             for line in lines:
@@ -227,6 +227,7 @@ def _finish(server: ServerContext, batch: Batch) -> None:
                     "error": error and {"param": None, **error, "line": line.number},
                 }
                 (errors if error else output).write(JSON_OBJECT.dump_json(row) + b"\n")
+            total += len(lines)
             after = lines[-1].number
         files: dict[str, str] = {}
         for name, file in (("output_file", output), ("error_file", errors)):
@@ -234,7 +235,8 @@ def _finish(server: ServerContext, batch: Batch) -> None:
                 file.seek(0)
                 files[name] = server.job_service.uploads.add(batch.tenant, file, "batch_output").id
     status: BatchStatus = "cancelled" if batch.status == "cancelling" else "expired" if is_expired else "completed"
-    server.store.batches.end(batch, status, completed=completed, **files)
+    # A batch that was cancelled before its file was scanned has no total yet.
+    server.store.batches.end(batch, status, total=total, completed=completed, **files)
 
 
 def _error_of(batch: Batch, line: StoredLine) -> dict[str, JsonValue] | None:
