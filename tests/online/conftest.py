@@ -1,7 +1,7 @@
 """Client of a module's server. Test databases: SQLite, and a private PostgreSQL server if Debian's packages are installed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -27,11 +27,18 @@ def postgres() -> Iterator[str]:
 
 
 @pytest.fixture(params=DATABASES)
-def database_url(request, tmp_path) -> str:
-    """URL of an empty database."""
+def new_database(request, tmp_path) -> Callable[[], str]:
+    """Function that creates an empty database and returns its URL."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/jobs.db"
-    return create_database(request.getfixturevalue("postgres"), f"test{next(numbers)}")
+        return lambda: f"sqlite:///{tmp_path}/{next(numbers)}.db"
+    server = request.getfixturevalue("postgres")
+    return lambda: create_database(server, f"test{next(numbers)}")
+
+
+@pytest.fixture
+def database_url(new_database) -> str:
+    """URL of an empty database."""
+    return new_database()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from tests.online.directors import client_of, local_server, settings_with_keys
 from vidgen_ray.errors import SetupError
@@ -75,11 +75,9 @@ class Directors(RuleBasedStateMachine):
     Jobs take up to four times their estimate. The clock moves over windows in both directions.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, url: str) -> None:
         super().__init__()
-        import tempfile
-
-        self.folder = tempfile.TemporaryDirectory()
+        self.url = url
         self.now = self.steady = 20_000 * DAY_S
         self.budgets = {key: list(budgets) for key, budgets in BUDGETS.items()}
         self.stores = [self.open() for _ in range(2)]
@@ -94,13 +92,11 @@ class Directors(RuleBasedStateMachine):
         self.stores[0].batches.start(batch, 10**6)
 
     def open(self) -> JobStore:
-        url = f"sqlite:///{self.folder.name}/jobs.db"
-        return JobStore(url, now=lambda: self.now, steady=lambda: self.steady, durable=False, gpu_hour_price=PRICE)
+        return JobStore(self.url, now=lambda: self.now, steady=lambda: self.steady, durable=False, gpu_hour_price=PRICE)
 
     def teardown(self) -> None:
         for store in self.stores:
             store.close()
-        self.folder.cleanup()
 
     def job(self, key: str, model: str, estimate: float, **fields) -> Job:
         shot = Shot(id="online-1", prompt="a", seed=7)
@@ -218,5 +214,6 @@ class Directors(RuleBasedStateMachine):
         assert sum(row.cost for row in usage) == pytest.approx(sum(totals.values()))
 
 
-Directors.TestCase.settings = hypothesis_settings(max_examples=20, stateful_step_count=40, deadline=None)
-test_spending_is_capped_while_directors_crash = Directors.TestCase
+def test_spending_is_capped_while_directors_crash(new_database):
+    settings = hypothesis_settings(max_examples=20, stateful_step_count=40, deadline=None)
+    run_state_machine_as_test(lambda: Directors(new_database()), settings=settings)

@@ -152,13 +152,14 @@ def test_response_size_is_limited_without_content_length(site):
 
 
 def store_with(tmp_path, clock, webhooks) -> JobStore:
-    return JobStore(f"sqlite:///{tmp_path}/jobs.db", targets=webhooks.names_for, now=clock, steady=clock)
+    times = {"now": clock, "steady": clock}
+    return JobStore(f"sqlite:///{tmp_path}/jobs.db", targets=webhooks.names_for, gpu_hour_price=1800, **times)
 
 
 def finish_job(store) -> str:
     job, _ = store.create(new_job())
     store.queue.claim("d", 30, 1)
-    store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={})
+    store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={}, gpu_seconds=3.0)
     return job.id
 
 
@@ -177,6 +178,7 @@ def test_openai_client_verifies_a_webhook_message(site, tmp_path):
     client = openai.OpenAI(api_key="x", webhook_secret=SECRET)
     event = client.webhooks.unwrap(body, headers)
     assert (event.type, event.data.id) == ("video.completed", job_id)
+    assert event.data.usage == {"gpu_seconds": 3.0, "cost": 1.5}
     with pytest.raises(openai.InvalidWebhookSignatureError):
         client.webhooks.unwrap(body + b" ", headers)
     assert WebhookSender(webhooks, store).deliver_due() == 0

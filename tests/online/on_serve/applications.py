@@ -12,7 +12,7 @@ from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.online.auth import ApiKeys
 from vidgen_ray.online.server import Handle, Watched
 from vidgen_ray.online.server_plan import DIRECTOR, WORKERS
-from vidgen_ray.online.server_settings import OnlineSettings
+from vidgen_ray.online.server_settings import Budget, Limits, OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.store.jobs import Job, JobKind, new_id
 from vidgen_ray.online.store.store import JobStore, open_store
@@ -22,6 +22,8 @@ from vidgen_ray.render.cache_writer import CacheSettings
 from vidgen_ray.shot import Shot
 
 POLL_S = 0.02
+LARGE_BUDGET_S = 1e9
+"""Budget in GPU-seconds of the key `local`."""
 ACTORS_GB = {"instantid": 1, "flux": 34, "svd": 20, "realesrgan": 6}
 """Actors with scripted stages, and their GPU memory."""
 
@@ -44,10 +46,11 @@ class Running:
         key = self.serving_profile.plan(shot.model_copy(update={"id": "x"})).key
         return shot.model_copy(update={"id": f"online-{key[:32]}"})
 
-    def accept(self, key=None, **fields) -> str:
+    def accept(self, key=None, key_id="", **fields) -> str:
         shot = self.shot(**fields)
         key = key or self.serving_profile.plan(shot).key
-        job = Job(id=new_id("shot"), tenant="me", kind=JobKind.SHOT, shot=shot, key=key, created_at=time.time())
+        named = {"id": new_id("shot"), "tenant": "me", "key_id": key_id}
+        job = Job(**named, kind=JobKind.SHOT, shot=shot, key=key, created_at=time.time())
         self.store.create(job)
         self.director.wake.remote()
         return job.id
@@ -104,7 +107,8 @@ def run(name, profile, cluster, out, stages, database=None) -> Running:
     chosen = plan(served.profile, served.demand(), cluster)
     outputs = OutputFolder(out / "out")
     outputs.prepare()
-    settings = OnlineSettings(data=str(out / "out"), database=database)
+    limits = Limits(budgets=(Budget(window="total", gpu_seconds=LARGE_BUDGET_S),))
+    settings = OnlineSettings(data=str(out / "out"), database=database, limits=limits)
     stages_served = {stage.name: stages[stage.name] for stage in served.stages}
     config = EngineConfig(name, served.profile, outputs, stages_served, CacheSettings("all", wait=True))
     labels = labels_of(chosen, cluster)

@@ -12,11 +12,12 @@ from ray.util.placement_group import placement_group_table
 
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FakeSVD
-from tests.online.on_serve.applications import ACTORS_GB, IMAGE_ONLY, POLL_S, Running, run, scripted_profile
+from tests.online.on_serve.applications import ACTORS_GB, IMAGE_ONLY, LARGE_BUDGET_S, POLL_S, Running, run, scripted_profile
 from tests.online.scripted_stages import SCRIPTED, pipes_open, steps_run
 from vidgen_ray.errors import SetupError
+from vidgen_ray.online.auth import LOCAL_TENANT
 from vidgen_ray.online.server_plan import DIRECTOR, WORKERS
-from vidgen_ray.online.store.jobs import JobState, new_id
+from vidgen_ray.online.store.jobs import FINAL, JobState, new_id
 from vidgen_ray.outputs.folder import LAST_FRAME, OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import parse_gpus, this_machine
@@ -37,6 +38,12 @@ def digests(outputs: OutputFolder, shot_id: str) -> dict[str, str]:
     """Return file name -> sha256 of all output files of a shot, except the last frame, which only a server always keeps."""
     folder = outputs.shot_folder(shot_id)
     return {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name not in ("shot.json", LAST_FRAME)}
+
+
+def spend(app: Running, seconds: float) -> None:
+    """Change the GPU-seconds that ended jobs of the key `local` have used."""
+    with app.store.engine.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE vidgen_usage SET gpu_seconds = gpu_seconds + {seconds} WHERE key_id = 'local'")
 
 
 class TestRealStages:
@@ -159,6 +166,26 @@ class TestScriptedStages:
         while set(scripted.actors()) & set(before) or len(scripted.pids("worker")) < len(before):
             time.sleep(POLL_S)
         assert not any(psutil.pid_exists(pid) for pid in before.values())
+
+    def test_running_and_new_jobs_fail_when_a_budget_is_spent(self, scripted, pipe):
+        fields = {"key_id": LOCAL_TENANT, **IMAGE_ONLY}
+        done = scripted.wait_for_end(scripted.accept(prompt="measured", **fields))
+        assert done.gpu_seconds > 0
+        jobs = scripted.store.list("me", states=FINAL, limit=1_000).jobs
+        assert sum(scripted.store.usage.totals().values()) == pytest.approx(sum(job.gpu_seconds for job in jobs))
+        running = scripted.accept(prompt=f"steps 9 pause at 4 {pipe}", **fields)
+        scripted.wait_until(running, lambda job: job.step == 3)
+        spend(scripted, LARGE_BUDGET_S)
+        ended = scripted.wait_for_end(running)
+        assert (ended.state, ended.error.code) == (JobState.FAILED, "budget_exceeded")
+        # The thread is still in step 4. Release it now.
+        with pipes_open(pipe):
+            new = scripted.wait_for_end(scripted.accept(prompt="new", **fields))
+            assert (new.error.code, new.gpu_seconds) == ("budget_exceeded", 0)
+            of_others = scripted.accept(prompt="of another key", **IMAGE_ONLY)
+            assert scripted.wait_for_end(of_others).state == JobState.COMPLETED
+            spend(scripted, -LARGE_BUDGET_S)
+            assert scripted.wait_for_end(scripted.accept(prompt="new", **fields)).state == JobState.COMPLETED
 
     # The last test of this application: its director starts no more jobs.
     def test_drain_requeues_jobs_that_exceed_the_grace_period(self, scripted, pipe):
