@@ -279,6 +279,58 @@ def test_gpus_have_the_name_that_slurm_gives_to_this_model(monkeypatch, model, o
     assert slurm_command._gres(parse_gpus(f"2x{model}"), None) == name
 
 
+STAND_INS = {
+    # Runs the step on this node.
+    "bin/srun": 'while [[ $1 == -* ]]; do shift; done; export other="$on_nodes"; exec "$@"',
+    # The image is a folder of programs. Those of the node are not in it.
+    "bin/apptainer": 'echo "${*:1:6}" >> "$log"; image=$7; shift 7; PATH=$image:/usr/bin:/bin exec "$@"',
+    "image/vidgen": 'if [ "$1" = --version ]; then echo "0.1$other"; else printf "%s\\n" "$@" > "$log.words"; exit 1; fi',
+    "image/python3": f'exec {sys.executable} "$@"',
+    "image/ray": """for word; do case $word in --port=*) port=${word#*=} ;; esac; done
+exec python3 -c "import signal, socket; listening = socket.create_server(('', $port)); signal.pause()\"""",
+}
+"""Programs of a node and of an image: their commands."""
+
+
+@pytest.mark.parametrize(
+    ("removed", "on_nodes", "error"),
+    [
+        (None, "", None),
+        ("bin/srun", "", "no srun on NODE: submit this file with sbatch, outside of a container"),
+        ("bin/apptainer", "", "exec: apptainer: not found. Install it, or Apptainer for --container"),
+        ("image/vidgen", "", "vidgen does not run on NODE: "),
+        (None, ".9", "NODE has vidgen 0.1.9 with Python 3."),
+    ],
+)
+def test_file_runs_everything_in_the_container(removed, on_nodes, error, tmp_path, capsys, monkeypatch):
+    """By a shell, with stand-ins for Slurm, Apptainer and what is in its image."""
+    for name, command in STAND_INS.items():
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"#!/bin/bash\n{command}\n")
+        file.chmod(0o755)
+    for name in ("bash", "hostname", "od", "tr", "sleep", "timeout", "rm"):
+        (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
+    if removed:
+        (tmp_path / removed).unlink()
+    script, out, log = tmp_path / "a script.txt", tmp_path / "o'ut", tmp_path / "log"
+    script.write_text("a cat\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin")
+    options = ["--gpus", "1x80GB", "--container", str(tmp_path / "image"), "-p", "tiny"]
+    assert main(["slurm", str(script), "-o", str(out), *options]) == 0
+    ids = {"SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURM_CPUS_ON_NODE": "2", "log": str(log), "on_nodes": on_nodes}
+    command = ["/bin/bash", "-c", capsys.readouterr().out]
+    ended = subprocess.run(command, env={**os.environ, **ids}, capture_output=True, text=True, timeout=120, check=False)
+    if error:
+        assert ended.returncode == 4
+        assert error.replace("NODE", os.uname().nodename) in ended.stderr
+        return
+    assert ended.returncode == 1, ended.stderr
+    assert set(log.read_text().splitlines()) == {f"exec --nv --bind {out} --bind {tmp_path}"}
+    words = log.with_suffix(".words").read_text().splitlines()
+    assert words[:-1] == ["render", str(script), "--out", str(out), "--profile", "tiny", "--gpus", "1x80GB", "--address"]
+
+
 def test_mistakes_are_named_before_anything_is_submitted(capsys, tmp_path, monkeypatch):
     script = tmp_path / "s.txt"
     script.write_text("a cat\n")
@@ -305,11 +357,10 @@ def test_mistakes_are_named_before_anything_is_submitted(capsys, tmp_path, monke
     fake("sbatch", "sbatch: error: invalid partition specified: gpu", 1)
     assert "sbatch failed: sbatch: error: invalid partition" in error("--gpus", "2xH100", "--submit", "--partition", "gpu")
     assert [code for code, _ in shown] == [2, 2, 2, 4, 4, 4]
-    options = ["--gpus", "2x8xH100", "--container", "a.sif", "--grace", "99.5"]
+    options = ["--gpus", "2x8xH100", "--grace", "99.5"]
     assert main(["slurm", str(script), "-o", str(tmp_path / "new"), *options]) == 0
     printed, warned = capsys.readouterr()
     # Slurm has no log if the folder is missing.
     assert f"create {tmp_path}/new before you submit the file" in warned
     assert "#SBATCH --signal=B:USR1@160\n" in printed
     assert "#SBATCH --gpus-per-node=nvidia_h100_80gb_hbm3:8\n" in printed
-    assert f'run() {{ exec apptainer exec --nv --bind {tmp_path}/new --bind {tmp_path} a.sif "$@"; }}' in printed

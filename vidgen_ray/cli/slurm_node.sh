@@ -62,6 +62,7 @@ leave() {
     exit "$1"
 }
 
-(run vidgen --version > /dev/null 2>&1) || fail "vidgen does not run on $(hostname). Install it where all nodes see it, or use --container"
+problem=$(run vidgen --version 2>&1 > /dev/null) ||
+    fail "vidgen does not run on $(hostname): ${problem##*$'\n'}. Install it, or Apptainer for --container, where all nodes see it"
 found=$(versions 2>&1)
 srun bash -c same_versions || exit 4
