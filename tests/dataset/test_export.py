@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tests.conftest import EXAMPLES
 from tests.dataset.conftest import make_folder, moving, texture, write_scores
 from tests.outputs.conftest import endpoint  # noqa: F401  # a fixture
 from vidgen_ray.cli import main
@@ -99,7 +101,7 @@ def content_of(dest):
     return {str(path.relative_to(dest)): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
 
 
-def load_with_datasets(kind, dest, cache):
+def load_with_datasets(load, cache):
     import datasets
 
     # torchcodec, which `datasets` imports to store the path of a video, needs FFmpeg on the machine.
@@ -107,13 +109,18 @@ def load_with_datasets(kind, dest, cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "torchcodec", SimpleNamespace(decoders=decoders))
         patch.setitem(sys.modules, "torchcodec.decoders", decoders)
-        found = datasets.load_dataset(kind, data_dir=str(dest), cache_dir=str(cache))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        found = load(datasets)
     assert all(isinstance(rows.features["video"], datasets.Video) for rows in found.values())
     found = found.cast_column("video", datasets.Video(decode=False))
     return {
         split: [{**row, "content": row["video"]["bytes"] or Path(row["video"]["path"]).read_bytes()} for row in rows]
         for split, rows in found.items()
     }
+
+
+def read_by_format(kind, dest, cache):
+    return load_with_datasets(lambda datasets: datasets.load_dataset(kind, data_dir=str(dest)), cache)
 
 
 def read_webdataset(dest, cache):
@@ -152,9 +159,9 @@ def read_captions(dest, cache):
 
 
 READERS = {
-    "videofolder": partial(load_with_datasets, "videofolder"),
+    "videofolder": partial(read_by_format, "videofolder"),
     "webdataset": read_webdataset,
-    "parquet": partial(load_with_datasets, "parquet"),
+    "parquet": partial(read_by_format, "parquet"),
     "lance": read_lance,
     "captions": read_captions,
 }
@@ -174,6 +181,16 @@ def six_clips(tmp_path_factory):
     scores = {"caption": ["a", "b"], "split": [1, 2], "hashes": [[1, 2], None], "motion": [0.5, math.nan]}
     write_scores(storage_at(out), "x@1", {"clip_sha256": digests, **scores})
     return out
+
+
+def test_shipped_data_set_is_read_by_the_command_of_its_card(tmp_path):
+    folder = EXAMPLES / "people"
+    [command] = re.findall(r"`(datasets\.load_dataset\([^`]+\))`", (folder / "README.md").read_text())
+    read = load_with_datasets(lambda datasets: eval(command.replace("PATH", str(folder))), tmp_path)  # noqa: S307  # of this repository
+    assert {split: len(rows) for split, rows in read.items()} == {"train": 19, "validation": 5}
+    for row in [*read["train"], *read["validation"]]:
+        assert hashlib.sha256(row["content"]).hexdigest() == row["sha256"]
+        assert row["caption"].startswith(f"{row['character']}, ")
 
 
 @pytest.mark.usefixtures("local_ray")
