@@ -87,6 +87,9 @@ LISTED = {
     "serve": Listed(SERVE, "Start a server with an OpenAI-compatible API and a web page."),
     "keys": Listed(SERVE, "Create API keys of a server, and keys that sign files (C2PA)."),
     "mcp": Listed(SERVE, "Start an MCP server: an assistant makes videos on a running server."),
+    "selftest": Listed(
+        MACHINE, "Render fixed shots with the demo models, and compare every pixel with stored results.", "selftest"
+    ),
     "doctor": Listed(MACHINE, "Check whether this machine can run a profile.", "doctor"),
     "models": Listed(MACHINE, "Download, check and list the weights of profiles.", "models"),
     "bench": Listed(MACHINE, "Measure the speed and memory of the stages on this machine."),
