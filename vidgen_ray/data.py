@@ -54,7 +54,7 @@ from vidgen_ray.script.lines import Columns
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-WATCH_INTERVAL_S = 2.0
+_WATCH_INTERVAL_S = 2.0
 """Seconds between two looks for placement groups of executions that were left."""
 BLOCK_ROWS = 100
 """Maximum number of results per block."""
@@ -65,8 +65,8 @@ PADDING = "padding"
 """Column that makes Ray Data pass a block on at once."""
 PADDED_BYTES = 5 * BLOCK_BYTES // 4
 """Ray Data collects rows until it has BLOCK_BYTES, and splits blocks of 1.5 times as many."""
-POLL_S = 1.0
-GRACE_S = 5.0
+_POLL_S = 1.0
+_GRACE_S = 5.0
 """Maximum seconds that shots in progress may take to finish if a later step fails. GPUs must be free within 10 s."""
 _log = logging.getLogger("vidgen_ray")
 
@@ -116,7 +116,7 @@ def build_processor(
         raise UsageError(f"name: got {name!r}, must be a name without slashes")
     outputs = OutputFolder(out)
     options = options or RenderOptions()
-    options = replace(options, grace_s=min(options.grace_s, GRACE_S))
+    options = replace(options, grace_s=min(options.grace_s, _GRACE_S))
     chosen = recorded_options(chosen.with_commits(), outputs)
     checker = LineChecker(name, Path.cwd(), merged(chosen.defaults, defaults or {}), seed, policy=chosen.policy)
     planner = LinePlanner(checker, chosen, outputs, options)
@@ -156,7 +156,7 @@ def _cluster_of(options: RenderOptions | None) -> Cluster:
 @cache
 def _watch_groups() -> PeriodicTask:
     """Return the GPUs of executions that were left, as by `break` in a loop over the results. Ray then kills the task."""
-    return PeriodicTask(WATCH_INTERVAL_S, _remove_leaked_groups)
+    return PeriodicTask(_WATCH_INTERVAL_S, _remove_leaked_groups)
 
 
 def _remove_leaked_groups() -> None:
@@ -232,7 +232,7 @@ def _blocks(rows: SimpleQueue[ManifestRow | BaseException | None]) -> Iterator[l
             block = []
         try:
             # When Ray cancels the task, it interrupts the thread only between two calls.
-            row = rows.get(timeout=min(POLL_S, deadline - now) if block else POLL_S)
+            row = rows.get(timeout=min(_POLL_S, deadline - now) if block else _POLL_S)
         except Empty:
             now = time.monotonic()
             continue

@@ -154,16 +154,16 @@ def _data_url(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-S = TypeVar("S", bound=Stage[Any])
+_S = TypeVar("_S", bound=Stage[Any])
 
 Photo = str | Path | PILImage.Image | np.ndarray[Any, Any] | bytes
 """A path, a PIL image, an array of RGB pixels (H, W, 3), or the bytes of an image file."""
 
 
-Lora = str | LoraRef | Mapping[str, str | float]
+_Lora = str | LoraRef | Mapping[str, str | float]
 
 
-class ShotFields(TypedDict, total=False):
+class _ShotFields(TypedDict, total=False):
     """Fields of a shot for editors and type checkers. `Shot` has their descriptions, ranges and defaults."""
 
     # generated: keywords
@@ -184,7 +184,7 @@ class ShotFields(TypedDict, total=False):
     refine_strength: float
     min_identity: float | None
     retries: int
-    lora: Lora | Sequence[Lora]
+    lora: _Lora | Sequence[_Lora]
     lora_strength: float
     use_hunyuan_style: bool
     style_model: Literal["hunyuan", "qwen-edit"]
@@ -193,7 +193,7 @@ class ShotFields(TypedDict, total=False):
     generate_video: bool
     video_model: str
     motion_prompt: str | None
-    video_lora: Lora | VideoLora | Sequence[Lora | VideoLora]
+    video_lora: _Lora | VideoLora | Sequence[_Lora | VideoLora]
     num_frames: int | str
     extend: int
     fps: int
@@ -213,7 +213,7 @@ class ShotFields(TypedDict, total=False):
     # end
 
 
-class GenerateFields(ShotFields, total=False):
+class GenerateFields(_ShotFields, total=False):
     """Arguments of `generate_video` but `prompt` and `image`."""
 
     face_image: Photo | Sequence[Photo] | None
@@ -283,7 +283,7 @@ class VideoGenerationPipeline:
         last_image: Photo | None = None,
         lora_path: str | Path | None = None,
         on_progress: ProgressCallback | None = None,
-        **fields: Unpack[ShotFields],
+        **fields: Unpack[_ShotFields],
     ) -> GeneratedVideo:
         """Render one shot. `fields` are fields of a Shot (use_hunyuan_style, num_frames, scale, seed, ...).
 
@@ -336,7 +336,7 @@ class VideoGenerationPipeline:
         *,
         out: str | Path | None = None,
         on_progress: ProgressCallback | None = None,
-        **fields: Unpack[ShotFields],
+        **fields: Unpack[_ShotFields],
     ) -> PILImage.Image: ...
 
     @overload
@@ -346,7 +346,7 @@ class VideoGenerationPipeline:
         *,
         out: str | Path | None = None,
         on_progress: ProgressCallback | None = None,
-        **fields: Unpack[ShotFields],
+        **fields: Unpack[_ShotFields],
     ) -> Path | PILImage.Image: ...
 
     def upscale(
@@ -355,7 +355,7 @@ class VideoGenerationPipeline:
         *,
         out: str | Path | None = None,
         on_progress: ProgressCallback | None = None,
-        **fields: Unpack[ShotFields],
+        **fields: Unpack[_ShotFields],
     ) -> Path | PILImage.Image:
         """Upscale an image or a clip by `scale`, with `upscaler`. Return the image, or the path of the clip.
 
@@ -495,7 +495,7 @@ class VideoGenerationPipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _stages(self, classes: Sequence[type[S]], shot: Shot) -> list[S]:
+    def _stages(self, classes: Sequence[type[_S]], shot: Shot) -> list[_S]:
         """Return loaded stages for a shot. On a GPU that is too small for all of them, groups of stages take turns.
 
         Raises SetupError if the shot does not fit on the GPU, with the size that would, and if weights are not on this machine.

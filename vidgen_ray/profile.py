@@ -18,8 +18,8 @@ from vidgen_ray.system.files import load_yaml, parse_yaml
 from vidgen_ray.weights import NO_WEIGHTS, resolve, with_commit
 from vidgen_ray.weights.ledger import WeightLicence, licence_of
 
-P = TypeVar("P", bound=StageParams)
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_P = TypeVar("_P", bound=StageParams)
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class SmallerGpu(StrictModel):
@@ -63,7 +63,7 @@ class ActorProfile(StrictModel):
         description="Memory in GB (2^30 bytes) with activations: GPU memory for cuda, host memory for cpu. For cuda, "
         "0 computes it for the published weights.",
     )
-    seconds: dict[str, Seconds] = Field(
+    seconds: dict[str, _Seconds] = Field(
         default_factory=dict,
         description="Stage -> seconds of the reference shot (1024x576, 25 frames, default steps) on this device. Default: "
         "from the work of its networks and the data sheet of the card.",
@@ -97,10 +97,10 @@ class ActorProfile(StrictModel):
         return self.model_copy(update=changed)
 
 
-S = TypeVar("S", SmallerGpu, SmallerDefaults)
+_S = TypeVar("_S", SmallerGpu, SmallerDefaults)
 
 
-def _for_memory(changes: Iterable[S], memory_gb: float) -> S | None:
+def _for_memory(changes: Iterable[_S], memory_gb: float) -> _S | None:
     """Return the change for a GPU with this memory. `None` if there is none."""
     return min((change for change in changes if memory_gb < change.below_gb), key=lambda change: change.below_gb, default=None)
 
@@ -197,7 +197,7 @@ class Profile(StrictModel):
         """Rules for the content of lines."""
         return ContentPolicy(require_consent=self.require_consent, safety=self.safety)
 
-    def params(self, stage: type[Stage[P]]) -> P:
+    def params(self, stage: type[Stage[_P]]) -> _P:
         """Return the stage's parameters with local paths of its weights, and of the extra weights that this machine has.
 
         Raises ProfileError for an unknown option and SetupError if the weights are not on this machine.
@@ -208,7 +208,7 @@ class Profile(StrictModel):
         params = self._params(stage, resolve(actor.weights, folder), extra_weights, missing)
         return params.model_copy(update=params.pins())
 
-    def options_of(self, stage: type[Stage[P]]) -> P:
+    def options_of(self, stage: type[Stage[_P]]) -> _P:
         """Return the stage's parameters for estimates. The weights need not be on this machine.
 
         Raises ProfileError for an unknown option.
@@ -217,7 +217,7 @@ class Profile(StrictModel):
         extra_weights = {name: Path(weights) for name, weights in actor.extra_weights.items()}
         return self._params(stage, Path(actor.weights), extra_weights, {})
 
-    def _params(self, stage: type[Stage[P]], weights: Path, extra_weights: dict[str, Path], missing: dict[str, str]) -> P:
+    def _params(self, stage: type[Stage[_P]], weights: Path, extra_weights: dict[str, Path], missing: dict[str, str]) -> _P:
         actor = self.actor_of(stage)
         place = f"profile {self.source or self.name}, actors.{stage.actor}"
         values: dict[str, Any] = {
@@ -234,7 +234,7 @@ class Profile(StrictModel):
             raise ProfileError(f"{place}: {own[0]} is not an option; it follows from the fields of the actor")
         values.update(actor.options)
         try:
-            params: P = stage.Params.model_validate(values)  # type: ignore[assignment]  # Params is the stage's P
+            params: _P = stage.Params.model_validate(values)  # type: ignore[assignment]  # Params is the stage's P
         except ValidationError as error:
             options = set(stage.Params.model_fields) - set(StageParams.model_fields)
             allowed = f". Options: {', '.join(sorted(options)) or 'none'}"

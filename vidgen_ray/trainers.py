@@ -33,7 +33,7 @@ class TrainedModel:
     """Most pixels of a frame. Larger clips are scaled down."""
 
 
-MODELS: Mapping[str, TrainedModel] = {
+_MODELS: Mapping[str, TrainedModel] = {
     "wan21-14b": TrainedModel(16, 81, 4, 16, 1280 * 720),
     "wan22-14b": TrainedModel(16, 81, 4, 16, 1280 * 720),
     "wan22-5b": TrainedModel(24, 121, 4, 32, 1280 * 704),
@@ -155,7 +155,7 @@ class Trainer:
 
 
 def _models(*names: str, **changes: int) -> dict[str, TrainedModel]:
-    return {name: replace(MODELS[name], **changes) for name in names}
+    return {name: replace(_MODELS[name], **changes) for name in names}
 
 
 TRAINERS: Mapping[str, Trainer] = {
@@ -163,7 +163,7 @@ TRAINERS: Mapping[str, Trainer] = {
         "tdrussell/diffusion-pipe 8f83dbf, 2026-08-20: utils/dataset.py, models/base.py, models/wan/wan.py",
         _repeats_or_skips,
         "repeats or skips frames",
-        MODELS,
+        _MODELS,
     ),
     "musubi": Trainer(
         "kohya-ss/musubi-tuner 30c658c, 2026-06-24: dataset/image_video_dataset.py, media_utils.py, bucket.py",

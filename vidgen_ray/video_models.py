@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 from vidgen_ray.limits import MAX_FRAMES, MIN_FRAMES
 from vidgen_ray.trainers import FOR, SourceClip, TrainerTarget, parse_target
 
-ENTRY_POINTS = "vidgen.video_models"
+_ENTRY_POINTS = "vidgen.video_models"
 """Group of entry points by which other packages add a `VideoModel`, under the name of its stage."""
 DEFAULT_MODEL = "svd"
 AUTO = "auto"
@@ -67,7 +67,7 @@ VIDEO_MODELS: Mapping[str, VideoModel] = {
     "wan": VideoModel(fps=16, frame_step=4, most_auto_frames=121, size_multiple_px=16),
     "ltx": VideoModel(fps=25, frame_step=8, most_auto_frames=161, size_multiple_px=32),
     "remote": VideoModel(fps=24, frame_step=1, most_auto_frames=121, size_multiple_px=16, has_loras=False),
-    **{entry.name: entry.load() for entry in entry_points(group=ENTRY_POINTS)},
+    **{entry.name: entry.load() for entry in entry_points(group=_ENTRY_POINTS)},
 }
 """Value of `video_model`, which is the name of a stage -> its clips. Shots have steps and guidance for each."""
 if TYPE_CHECKING:

@@ -52,7 +52,7 @@ from vidgen_ray.system.console import Console, table_of
 from vidgen_ray.system.free_memory import free_gpu_memory
 from vidgen_ray.weights import resolve
 
-MIN_SECONDS = 1e-6
+_MIN_SECONDS = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ def _measure_steps(stage: Stage[Any], item: Item, options: BenchOptions, on_gpu:
     cost = relative_costs(long.shot)[stage.name]
     # Of the reference shot: the part of the steps, and the part that does not depend on them.
     steps_part_s, fixed_part_s = (long_s - fixed_s) / cost.steps, fixed_s / cost.fixed
-    reference_s = max(steps_part_s + fixed_part_s, MIN_SECONDS)
+    reference_s = max(steps_part_s + fixed_part_s, _MIN_SECONDS)
     return Measurement(
         size=_size(item.shot),
         variant=stage.variant(item.shot),
@@ -174,7 +174,7 @@ def _measure_chunk(stage: ChunkedStage[Any], item: Item, options: BenchOptions, 
     return Measurement(
         size=_size(shot),
         variant=stage.variant(shot),
-        seconds_of_reference=max(chunk_s / cost, MIN_SECONDS),
+        seconds_of_reference=max(chunk_s / cost, _MIN_SECONDS),
         warmup_s=max(0.0, first_s - chunk_s),
         peak_gb=_peak_gb() if on_gpu else None,
     )
@@ -207,10 +207,10 @@ def _peak_gb() -> float:
     return float(torch.cuda.max_memory_allocated() / GB)
 
 
-SIZE = re.compile(r"(\d+)x(\d+)")
+_SIZE = re.compile(r"(\d+)x(\d+)")
 PROMPT = "a man in the rain"
-LORA_RANK = 16
-CHAIN = "chain"
+_LORA_RANK = 16
+_CHAIN = "chain"
 """Name of the whole chain among the results."""
 RANDOM_ACTORS = (
     *(FluxStage.actor, Flux2KleinStage.actor, HunyuanDiTStage.actor),
@@ -291,7 +291,7 @@ def bench(
     if as_json:
         typer.echo(
             json.dumps(
-                {"profile": chosen.name, "card": card, "stages": [_row(result, shares) for result in results], CHAIN: chain}
+                {"profile": chosen.name, "card": card, "stages": [_row(result, shares) for result in results], _CHAIN: chain}
             )
         )
     else:
@@ -346,7 +346,7 @@ def _shots(
         "use_hunyuan_style": "hunyuan" in profile.actors,
     }
     if size is not None:
-        if (match := SIZE.fullmatch(size)) is None:
+        if (match := _SIZE.fullmatch(size)) is None:
             raise UsageError(f"--size: got {size!r}, must be WIDTHxHEIGHT, e.g. 1024x576")
         fields |= {"width": int(match[1]), "height": int(match[2])}
     if frames is not None:
@@ -369,7 +369,7 @@ def _with_files(fields: Mapping[str, Any], values: Mapping[str, Any], lora: Path
 
 
 @contextmanager
-def lora_for(profile: Profile, random_flux: RandomModel | None, seed: int = 0, rank: int = LORA_RANK) -> Iterator[Path | None]:
+def lora_for(profile: Profile, random_flux: RandomModel | None, seed: int = 0, rank: int = _LORA_RANK) -> Iterator[Path | None]:
     """Yield a LoRA with random weights for the profile's FLUX. `None` if its weights are not on this machine."""
     from vidgen_ray.bench.tiny_networks import write_random_lora
 

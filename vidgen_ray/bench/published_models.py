@@ -63,7 +63,7 @@ def build_network(name: str, dtype: torch.dtype) -> Any:
     return empty_network(NETWORKS[name]).requires_grad_(False).to("meta", dtype)
 
 
-PUBLISHED = {
+_PUBLISHED = {
     "black-forest-labs/FLUX.1-dev": ("flux", "builtin:tiny/flux"),
     "black-forest-labs/FLUX.1-schnell": ("flux-schnell", "builtin:tiny/flux-schnell"),
     "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers": ("hunyuan", "builtin:tiny/hunyuandit"),
@@ -96,10 +96,10 @@ def random_model(reference: str, relative_to: Path | None) -> RandomModel:
         folder = resolve(reference, relative_to)
     except SetupError as error:
         match = HUB_REFERENCE.fullmatch(reference)
-        if match is None or match["repository"] not in PUBLISHED:
-            known = ", ".join(PUBLISHED)
+        if match is None or match["repository"] not in _PUBLISHED:
+            known = ", ".join(_PUBLISHED)
             raise SetupError(f"{error}; without files, random weights are known only for {known}") from None
-        model, weights = PUBLISHED[match["repository"]]
+        model, weights = _PUBLISHED[match["repository"]]
         return RandomModel(weights, published_networks(model))
     return RandomModel(str(folder), dict(networks_in(folder)))
 

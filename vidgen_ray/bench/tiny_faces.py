@@ -14,7 +14,7 @@ BOX_HALF = 1.6
 """Half the side of a box, in strides."""
 POINTS = ((-0.55, -0.45), (0.55, -0.45), (0.0, 0.1), (-0.45, 0.65), (0.45, 0.65))
 """Eyes, nose and corners of the mouth, in strides from the centre of the box."""
-EMBEDDING = 512
+_EMBEDDING = 512
 OPSET, IR_VERSION = 17, 9
 
 
@@ -103,8 +103,8 @@ def _recogniser() -> onnx.ModelProto:
     """Return a model with ArcFace's interface: faces (B, 3, 112, 112) as (RGB - 127.5) / 127.5 -> embeddings (B, 512)."""
     graph = _Graph()
     inputs = 3 * (112 // 8) ** 2
-    projection = np.random.default_rng(0).standard_normal((inputs, EMBEDDING)) / inputs**0.5
+    projection = np.random.default_rng(0).standard_normal((inputs, _EMBEDDING)) / inputs**0.5
     pooled = graph.node("AveragePool", "input.1", kernel_shape=[8, 8], strides=[8, 8])
     graph.node("MatMul", graph.node("Flatten", pooled), graph.constant(projection.astype("f4")), output="683")
-    outputs = [helper.make_tensor_value_info("683", TensorProto.FLOAT, ["b", EMBEDDING])]
+    outputs = [helper.make_tensor_value_info("683", TensorProto.FLOAT, ["b", _EMBEDDING])]
     return graph.model("tiny_arcface", ["b", 3, 112, 112], outputs)

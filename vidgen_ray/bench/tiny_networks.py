@@ -300,7 +300,7 @@ def _bert_tokenizer() -> Any:
     return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, model_max_length=77)
 
 
-TEXT_CHANNELS = 16
+_TEXT_CHANNELS = 16
 KLEIN_LAYERS = 3
 """Layers of the text encoder whose outputs the transformer of FLUX.2 klein reads."""
 SPECIAL_TOKENS = (
@@ -319,8 +319,8 @@ def build_klein(folder: Path) -> None:
     text_encoder = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer) + 8,
-            hidden_size=TEXT_CHANNELS,
-            intermediate_size=TEXT_CHANNELS,
+            hidden_size=_TEXT_CHANNELS,
+            intermediate_size=_TEXT_CHANNELS,
             num_hidden_layers=KLEIN_LAYERS + 1,
             num_attention_heads=2,
             num_key_value_heads=2,
@@ -355,8 +355,8 @@ def build_qwen_edit(folder: Path) -> None:
         Qwen2_5_VLConfig(
             text_config={
                 "vocab_size": len(tokenizer) + 8,
-                "hidden_size": TEXT_CHANNELS,
-                "intermediate_size": TEXT_CHANNELS,
+                "hidden_size": _TEXT_CHANNELS,
+                "intermediate_size": _TEXT_CHANNELS,
                 "num_hidden_layers": 2,
                 "num_attention_heads": 2,
                 "num_key_value_heads": 2,
@@ -366,10 +366,10 @@ def build_qwen_edit(folder: Path) -> None:
             },
             vision_config={
                 "depth": 2,
-                "hidden_size": TEXT_CHANNELS,
-                "intermediate_size": TEXT_CHANNELS,
+                "hidden_size": _TEXT_CHANNELS,
+                "intermediate_size": _TEXT_CHANNELS,
                 "num_heads": 2,
-                "out_hidden_size": TEXT_CHANNELS,
+                "out_hidden_size": _TEXT_CHANNELS,
             },
             vision_start_token_id=token_ids["<|vision_start|>"],
             vision_end_token_id=token_ids["<|vision_end|>"],
@@ -390,7 +390,7 @@ def build_qwen_edit(folder: Path) -> None:
         num_layers=2,
         attention_head_dim=16,
         num_attention_heads=2,
-        joint_attention_dim=TEXT_CHANNELS,
+        joint_attention_dim=_TEXT_CHANNELS,
         axes_dims_rope=(8, 4, 4),
     )
     QwenImageEditPlusPipeline(
@@ -410,7 +410,7 @@ def klein_transformer() -> Any:
         num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
-        joint_attention_dim=KLEIN_LAYERS * TEXT_CHANNELS,
+        joint_attention_dim=KLEIN_LAYERS * _TEXT_CHANNELS,
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     ).eval()

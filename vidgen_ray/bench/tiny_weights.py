@@ -70,7 +70,7 @@ silence_libraries()
 
 TOKEN_CHANNELS = 32
 """Channels of the tiny FLUX's text tokens. The real T5 has 4096."""
-TEXT_CHANNELS = 32
+_TEXT_CHANNELS = 32
 """Channels of each of the tiny SDXL's two text encoders. Its UNet attends to both, concatenated."""
 TIME_CHANNELS = 8
 """Channels of the embedding of each of SDXL's six size and crop conditions."""
@@ -173,10 +173,10 @@ def _sdxl_unet() -> UNet2DConditionModel:
         transformer_layers_per_block=(1, 2),
         attention_head_dim=(2, 4),
         use_linear_projection=True,
-        cross_attention_dim=2 * TEXT_CHANNELS,
+        cross_attention_dim=2 * _TEXT_CHANNELS,
         addition_embed_type="text_time",
         addition_time_embed_dim=TIME_CHANNELS,
-        projection_class_embeddings_input_dim=TEXT_CHANNELS + 6 * TIME_CHANNELS,
+        projection_class_embeddings_input_dim=_TEXT_CHANNELS + 6 * TIME_CHANNELS,
     ).eval()
 
 

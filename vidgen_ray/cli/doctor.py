@@ -44,7 +44,7 @@ from vidgen_ray.weights import REMOTE
 from vidgen_ray.weights.inventory import LocalWeights, local_weights
 from vidgen_ray.weights.ledger import WeightLicence, accepted_licences
 
-Status = Literal["pass", "warn", "fail"]
+_Status = Literal["pass", "warn", "fail"]
 PYTHON_VERSIONS = ((3, 11), (3, 13))
 RAY_VERSION = (2, 60)
 """Minor version of Ray whose private names this project uses."""
@@ -70,7 +70,7 @@ class Finding:
     """Result of one check."""
 
     check: str
-    status: Status
+    status: _Status
     text: str
     """Sentence for the user: the state that was found."""
     fix: str | None = None
@@ -107,7 +107,7 @@ def check_driver(
     devices: Iterable[Path] = GPU_DEVICES,
 ) -> Finding:
     """A GPU profile needs the device files of the driver, a working nvidia-smi, and a driver for the CUDA of torch."""
-    problem: Status = "fail" if needs_gpu else "warn"
+    problem: _Status = "fail" if needs_gpu else "warn"
     present = [str(device) for device in devices if device.exists()]
     if not present:
         text = f"no GPU: none of {', '.join(map(str, devices))} exists"
@@ -452,7 +452,7 @@ def check_licences(profile: str, licences: Iterable[WeightLicence | None], accep
     return Finding("licences", "pass", f"{len(restricted)} restricted licences, all accepted")
 
 
-COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
+_COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 
 
 def doctor(profile: ProfileOption = AUTO, as_json: JsonOption = False) -> None:
@@ -515,7 +515,7 @@ def _print(findings: list[Finding]) -> None:
     table = table_of("", "", "")
     table.show_header = False
     for finding in findings:
-        status = f"[{COLOURS[finding.status]}]{finding.status}[/]"
+        status = f"[{_COLOURS[finding.status]}]{finding.status}[/]"
         table.add_row(status, escape(finding.check), escape(finding.text))
         if finding.fix:
             table.add_row("", "", f"[bold]{escape(finding.fix)}[/]")

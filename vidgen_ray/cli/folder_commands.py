@@ -48,7 +48,7 @@ from vidgen_ray.planner import profile_for
 from vidgen_ray.system.console import Console, table_of
 from vidgen_ray.system.quantities import amount_text, count, duration, money, size
 
-HOST = "127.0.0.1"
+_HOST = "127.0.0.1"
 SHOWN_MESSAGES = 5
 
 
@@ -147,7 +147,7 @@ def _print_costs(console: Console, costs: list[Cost]) -> None:
     table = table_of("cost of", *numbers, right=numbers)
     table.title, table.title_justify = "Cost", "left"
     for _, entries in groupby(costs, lambda entry: entry.of):
-        for entry in islice(entries, LISTED):
+        for entry in islice(entries, _LISTED):
             name = "all shots" if entry.name is None else f"{entry.of} {entry.name}"
             amounts = (entry.cost, entry.cost_per_clip, entry.cost_per_accepted)
             texts = ("-" if each is None else f"{amount_text(each)} {entry.currency or ''}".rstrip() for each in amounts)
@@ -302,9 +302,9 @@ def watch(
     from vidgen_ray.report.gallery_page import gallery_app
 
     app = gallery_app(out, _reviewer(reviewer))
-    listen(HOST, port).close()
-    typer.echo(f"Gallery of {storage_at(out).url}: http://{HOST}:{port}/. Ctrl-C to stop.", err=True)
-    uvicorn.run(app, host=HOST, port=port, log_level="warning")
+    listen(_HOST, port).close()
+    typer.echo(f"Gallery of {storage_at(out).url}: http://{_HOST}:{port}/. Ctrl-C to stop.", err=True)
+    uvicorn.run(app, host=_HOST, port=port, log_level="warning")
 
 
 def review(
@@ -325,7 +325,7 @@ def review(
     else:
         typer.echo(f"{count(report.imported, 'review')} imported, {report.known:,} known or older")
         if report.refused:
-            ids = ", ".join(report.refused[:LISTED]) + (", ..." if len(report.refused) > LISTED else "")
+            ids = ", ".join(report.refused[:_LISTED]) + (", ..." if len(report.refused) > _LISTED else "")
             note(f"{count(len(report.refused), 'review')} left out, of clips that the folder does not have (any more): {ids}")
     if report.refused:
         raise typer.Exit(1)
@@ -348,9 +348,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 BACKLOG = 2048
 """Connections that wait while a server starts."""
-LISTED = 5
+_LISTED = 5
 """Shots in each list."""
-MAX_MESSAGE_LENGTH = 200
+_MAX_MESSAGE_LENGTH = 200
 MAX_COSTS = 1000
 """Scripts and characters whose cost is counted. Those after them count in the total only."""
 CostOf = Literal["all", "script", "character"]
@@ -470,7 +470,7 @@ def _count_failure(groups: dict[tuple[str, str], FailureGroup], row: Mapping[str
         groups[key].count += 1
         return
     message = " ".join((row["failure_message"] or "").split())
-    groups[key] = FailureGroup(*key, 1, row["id"], row["script"], row["line"], message[:MAX_MESSAGE_LENGTH])
+    groups[key] = FailureGroup(*key, 1, row["id"], row["script"], row["line"], message[:_MAX_MESSAGE_LENGTH])
 
 
 def _add_cost(costs: dict[_CostKey, Cost], row: Mapping[str, Any], *, is_accepted: bool) -> None:
@@ -501,11 +501,11 @@ def _with_means(costs: Collection[Cost]) -> list[Cost]:
 
 
 def _keep(kept: list[tuple[float, str, ListedShot]], row: Mapping[str, Any], value: float | None, *, largest: bool) -> None:
-    """Add the shot to a heap of the `LISTED` shots with the largest or smallest values."""
+    """Add the shot to a heap of the `_LISTED` shots with the largest or smallest values."""
     if value is None:
         return
     heapq.heappush(kept, (value if largest else -value, row["id"], ListedShot(row["id"], row["script"], row["line"], value)))
-    if len(kept) > LISTED:
+    if len(kept) > _LISTED:
         heapq.heappop(kept)
 
 

@@ -158,7 +158,7 @@ def _summary(file: Path, found: FoundProvenance) -> Iterator[str]:
         yield f"source       sha256 {source.sha256[:SHOWN_DIGITS]}, {kind}{key}"
 
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 SCHEMAS = "vidgen.schemas"
 """Group of entry points, name of a schema and of a section of .yaml scripts -> pydantic model."""
@@ -202,9 +202,9 @@ def show_faces(
     as_json: JsonOption = False,
 ) -> None:
     """Draw the detected faces, the selected face and its keypoint image."""
-    image_format = FORMATS.get(out.suffix.lower())
+    image_format = _FORMATS.get(out.suffix.lower())
     if image_format is None:
-        raise UsageError(f"--out: got {str(out)!r}, must end in {', '.join(FORMATS)}")
+        raise UsageError(f"--out: got {str(out)!r}, must end in {', '.join(_FORMATS)}")
     chosen = profile_for(profile)
     shot = check_shot({"prompt": "a person"}, "vidgen identity", chosen.defaults)
     images = [read_image(photo) for photo in photos]
@@ -313,13 +313,13 @@ def _print_faces(described: dict[str, Any], out: Path) -> None:
 
 PHOTO_PX = 480
 """Longer side of a photo, in pixels."""
-CROP_PX = 224
+_CROP_PX = 224
 """Side of the aligned crop, in pixels."""
 POSE_PX = 420
 """Longer side of the keypoint image, in pixels."""
 GAP_PX = 12
 LABEL_PX = 20
-POINT_RADIUS_PX = 3
+_POINT_RADIUS_PX = 3
 BACKGROUND, FAINT, CHOSEN, OTHER = (24, 24, 27), (161, 161, 170), (74, 222, 128), (228, 228, 231)
 
 
@@ -362,14 +362,14 @@ def _draw_faces(photo: Image, detected: DetectedPhoto) -> PILImage.Image:
         draw.rectangle(draw.textbbox(at, label, font), fill=BACKGROUND)
         draw.text(at, label, colour, font)
     for (x, y), colour in zip(np.asarray(detected.chosen.keypoints) * scale, COLOURS, strict=True):
-        draw.ellipse((x - POINT_RADIUS_PX, y - POINT_RADIUS_PX, x + POINT_RADIUS_PX, y + POINT_RADIUS_PX), fill=colour)
+        draw.ellipse((x - _POINT_RADIUS_PX, y - _POINT_RADIUS_PX, x + _POINT_RADIUS_PX, y + _POINT_RADIUS_PX), fill=colour)
     return image
 
 
 def _crop(detected: DetectedPhoto) -> PILImage.Image:
     import cv2
 
-    return PILImage.fromarray(cv2.resize(detected.crop[:, :, ::-1], (CROP_PX, CROP_PX), interpolation=cv2.INTER_CUBIC))
+    return PILImage.fromarray(cv2.resize(detected.crop[:, :, ::-1], (_CROP_PX, _CROP_PX), interpolation=cv2.INTER_CUBIC))
 
 
 def _resize(image: PILImage.Image, longer_side_px: int) -> PILImage.Image:

@@ -46,15 +46,15 @@ from vidgen_ray.remote.video_server import ServerFailed, VideoServers, WrongAnsw
 from vidgen_ray.stages.base import Frames, Image
 from vidgen_ray.system.quantities import amount_text, count
 
-VERSION = 1
+_VERSION = 1
 """Raise it when INSTRUCTIONS or the demo captioner change."""
-TEXT = pyarrow.string()
+_TEXT = pyarrow.string()
 COLUMNS: Mapping[str, Column] = {
-    "caption": Column(TEXT, "What the clip shows, in the words of `caption_model`."),
-    "caption_model": Column(TEXT, "Model that has answered for the clip."),
+    "caption": Column(_TEXT, "What the clip shows, in the words of `caption_model`."),
+    "caption_model": Column(_TEXT, "Model that has answered for the clip."),
     "agrees": Column(pyarrow.float64(), "Share of the facts of the prompt that the clip shows, 0 to 1; null without facts."),
-    "missing": Column(TEXT, "Facts of the prompt that it does not show, unclear ones with `?`; null without any."),
-    "caption_error": Column(TEXT, "Why there is no caption, such as a refusal."),
+    "missing": Column(_TEXT, "Facts of the prompt that it does not show, unclear ones with `?`; null without any."),
+    "caption_error": Column(_TEXT, "Why there is no caption, such as a refusal."),
 }
 SIDE_PX, QUALITY = 768, 90
 """Longer side of frames that are sent, and their JPEG quality."""
@@ -266,7 +266,7 @@ def caption_folder(storage: Storage, captioner: DemoCaptioner, frames: int) -> C
     """
     started = time.monotonic()
     settings = {"model": captioner.model, "template": captioner.template, "frames": frames}
-    table = ScoreTable(CAPTION, VERSION, COLUMNS, json.dumps(settings, ensure_ascii=False))
+    table = ScoreTable(CAPTION, _VERSION, COLUMNS, json.dumps(settings, ensure_ascii=False))
     answered, newest = dict[str, dict[str, Any]](), dict[str, bool]()
     for part in part_tables(storage, table.folder):
         is_same = part.schema.metadata[WEIGHTS].decode() == table.digest

@@ -41,7 +41,7 @@ from vidgen_ray.system.quantities import count, size
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
 
-FOLDER = "folder"
+_FOLDER = "folder"
 """Factor of two folders."""
 CONFIDENCE, RESAMPLES, SEED = 0.95, 5000, 0
 MIN_GROUPS = 5
@@ -51,8 +51,8 @@ MAX_GROUPS = 500
 MAX_LEVELS = 50
 EXTREMES = 2
 """Pairs with the largest rise, and with the largest fall, that are listed per measure."""
-LIKENESS = ("clip_likeness_mean", "clip_likeness_worst", "image_likeness", "frames_without_face")
-RESULTS = {
+_LIKENESS = ("clip_likeness_mean", "clip_likeness_worst", "image_likeness", "frames_without_face")
+_RESULTS = {
     "accepted": "CASE verdict WHEN 'accept' THEN 1 WHEN 'reject' THEN 0 END",
     "stars": "stars",
     "seconds": "seconds",
@@ -94,9 +94,9 @@ def compare(storages: Sequence[Storage], names: Sequence[str] = (), reference: s
     if len(storages) == 2:
         texts = short_names([storage.url for storage in storages])
         for row in rows:
-            row["factors"][FOLDER] = json.dumps(texts[storages[row["folder"]].url])
-        also_differ[FOLDER] = _settings_of_folders(rows)
-        levels = {FOLDER: _levels(rows, FOLDER)}
+            row["factors"][_FOLDER] = json.dumps(texts[storages[row["folder"]].url])
+        also_differ[_FOLDER] = _settings_of_folders(rows)
+        levels = {_FOLDER: _levels(rows, _FOLDER)}
     else:
         _add_setting_factors(rows, also_differ)
         levels = {name: _levels(rows, name) for name in dict.fromkeys(name for row in rows for name in row["factors"])}
@@ -145,7 +145,7 @@ def _load(storages: Sequence[Storage]) -> Clips:
     for number, storage in enumerate(storages):
         with open_tables(storage) as database:
             scores = [name for name, kind in columns_of(database, "scores").items() if NUMBERS.fullmatch(kind)]
-            measures = {**{name: name for name in LIKENESS}, **{name: quoted(name) for name in scores}, **RESULTS}
+            measures = {**{name: name for name in _LIKENESS}, **{name: quoted(name) for name in scores}, **_RESULTS}
             columns = ", ".join(f"({sql})::DOUBLE AS {quoted(name)}" for name, sql in measures.items())
             table = database.sql(f"""
                 SELECT {{'id': id, 'folder': {number}, 'line': concat_ws(':', script, coalesce(line::VARCHAR, id)),
@@ -317,7 +317,7 @@ def _pairing(rows: Sequence[Mapping[str, Any]], name: str, level_of: Codes, refe
     ways = {"prompt and seed": _codes((key, row["seed"]) for key, row in zip(keys, rows, strict=True))}
     # Several lines can have the same prompt and seed, such as those of several persons.
     ways["line and seed"] = _codes((key, row["line"], row["seed"]) for key, row in zip(keys, rows, strict=True))
-    if name == FOLDER:
+    if name == _FOLDER:
         ways["id"] = _codes(row["id"] for row in rows)
     ways["prompt, as means over seeds"] = _codes(keys)
 

@@ -53,7 +53,7 @@ SAMPLES, GRID_COLUMNS, TILE_WIDTH_PX, GAP_PX = 12, 4, 240, 4
 BINS = 24
 TABLE_ROWS, LISTED, TEXT_LENGTH = 50, 20, 300
 """Rows of a table, names in a line, and characters of a text. The rest is counted, or cut."""
-TAGS = ("ai-generated", "synthetic", "vidgen-ray")
+_TAGS = ("ai-generated", "synthetic", "vidgen-ray")
 HUB_LICENCES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0")
 """Identifiers of the hub that are the SPDX identifier in small letters."""
 HUB_SPLITS = {
@@ -281,7 +281,7 @@ def _without_folders(words: Sequence[str]) -> list[str]:
 
 # Pictures.
 
-CHOSEN = f"""
+_CHOSEN = f"""
 WITH in_group AS (
     SELECT id, clip, prompt, caption, person, factors,
         row_number() OVER (PARTITION BY person, factors ORDER BY {DIGEST}, id) AS number
@@ -297,7 +297,7 @@ def _samples(
 ) -> tuple[list[dict[str, Any]], bytes]:
     """Return person and prompt of the samples, and an image of their middle frames. Leaves out clips that cannot be read."""
     shown, tiles = list[dict[str, Any]](), list[Image]()
-    for row in _dicts(database, CHOSEN):
+    for row in _dicts(database, _CHOSEN):
         if len(tiles) < SAMPLES:
             with suppress(MediaError, OSError), source.local_copy(row["clip"]) as path:
                 tiles.append(_middle_frame(path))
@@ -412,7 +412,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
         **({"license": spdx[0]} if one else {"license": "other", "license_name": listed}),
         "task_categories": ["text-to-image"] if state["files"] == "image" else tasks,
         "size_categories": [next((name for limit, name in HUB_SIZES if totals["clips"] < limit), "10M<n<100M")],
-        "tags": list(TAGS),
+        "tags": list(_TAGS),
         "configs": [{"config_name": "default", "data_files": data_files}],
     }
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
@@ -457,7 +457,7 @@ def _croissant(facts: Mapping[str, Any]) -> str:
         ctx=context,
         name=facts["title"],
         description=f"{totals['clips']:,} AI-generated {facts['noun']}s, rendered with vidgen-ray. See README.md.",
-        keywords=list(TAGS),
+        keywords=list(_TAGS),
         license=[f"https://spdx.org/licenses/{name}" if name.lower() in HUB_LICENCES else name for name in facts["licences"]],
         date_created=totals["ended_at"],
         data_collection="Models rendered everything from text prompts. README.md lists them with their licences.",
@@ -504,7 +504,7 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-UNITS: dict[str, Callable[[float], str]] = {"Length": duration, "Size": size}
+_UNITS: dict[str, Callable[[float], str]] = {"Length": duration, "Size": size}
 """Column of a table -> how its values are shown."""
 
 
@@ -527,7 +527,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Markup:
     numbers = [all(isinstance(row[name], int | float | None) for row in shown) for name in columns]
     lines: list[list[str]] = [[_markdown(name) for name in columns], ["---:" if is_number else "---" for is_number in numbers]]
     for row in shown:
-        lines.append([_markdown(UNITS[name](row[name]) if name in UNITS and row[name] else row[name]) for name in columns])
+        lines.append([_markdown(_UNITS[name](row[name]) if name in _UNITS and row[name] else row[name]) for name in columns])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return Markup(text + (f"\n\n{len(rows) - TABLE_ROWS:,} more." if len(rows) > TABLE_ROWS else ""))
 

@@ -23,10 +23,10 @@ SEEN_PX, WIDTHS = 96, (16, 32, 64, 96)
 Shown = Literal["yes", "no", "unclear"]
 SURE = 0.5
 """Probability from which a value is said."""
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
+_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white")
 LABELS: dict[str, tuple[str, ...]] = {
     "subject": ("boat", "house", "tree", "balloon", "car", "ball", "person"),
-    "colour": COLOURS,
+    "colour": _COLOURS,
     "side": ("left", "middle", "right"),
     "place": ("meadow", "sea", "desert", "snow", "city"),
     "weather": ("sunny", "cloudy", "sunset", "night"),
@@ -71,7 +71,7 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
 COLOURED = "(?:sailing |little |hot air )?(?:boat|house|tree|balloon|car|ball|shirt|sweater)"
 PATTERNS: dict[str, dict[str, tuple[str, ...]]] = {
     **PHRASES,
-    "colour": {value: (f"{value} {COLOURED}",) for value in COLOURS},
+    "colour": {value: (f"{value} {COLOURED}",) for value in _COLOURS},
     "hair": {value: (f"{value} (?:hair|beard)",) for value in LABELS["hair"]},
     "hair_style": {
         **{value: (rf"{value}(?= (?:\w+ )?hair)",) for value in ("short", "long", "curly")},

@@ -57,7 +57,7 @@ BLOCK_ROWS, SLOW_BLOCK_ROWS = 500, 16
 """Clips of a task that links them, and of one that reads or encodes them."""
 CHUNK_BLOCKS = 20
 """Tasks after which the lease is checked."""
-PACKAGES = ("vidgen-ray", "duckdb", "pyarrow", "ray")
+_PACKAGES = ("vidgen-ray", "duckdb", "pyarrow", "ray")
 PRIVATE = ("note", "who", "team", "submission_id")
 """Columns of `clips` that are not stored, because data sets are published. Of photos and images, only file names are."""
 DONE = {
@@ -431,7 +431,7 @@ class _Export:
             state = {
                 **described,
                 "command": shlex.join(["vidgen", "export", self._source.url, self._dest.url, *self._settings.options()]),
-                "versions": {name: version(name) for name in PACKAGES},
+                "versions": {name: version(name) for name in _PACKAGES},
                 **{name: getattr(report, name) for name in ("counts", "removed", "missing")},
             }
             self._dest.delete("refused.jsonl")

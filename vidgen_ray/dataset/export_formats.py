@@ -37,7 +37,7 @@ from vidgen_ray.trainers import SourceClip, shown_frames
 
 SHARD_ENDING: dict[Format, str] = {"webdataset": ".tar", "parquet": ".parquet"}
 """Format whose files have many clips -> ending of these files."""
-METADATA = "metadata.parquet"
+_METADATA = "metadata.parquet"
 """File of a split of `videofolder` with a row per clip."""
 PROPERTIES = {
     "sha256": pyarrow.string(),
@@ -45,7 +45,7 @@ PROPERTIES = {
     **dict.fromkeys(("fps", "duration_s"), pyarrow.float64()),
 }
 """Columns that change if a clip is encoded again, with their types."""
-RESULTS = pyarrow.schema(
+_RESULTS = pyarrow.schema(
     [
         ("id", pyarrow.string()),
         ("problem", pyarrow.string()),  # why the row was left out. With a null id: why the task failed
@@ -57,9 +57,9 @@ RESULTS = pyarrow.schema(
 """Result of a task: a row per clip, or one about the failure of the task."""
 GROUP_BYTES = 64 << 20
 """Bytes of clips in a row group of Parquet."""
-DECODED_FRAMES = 16
+_DECODED_FRAMES = 16
 """Frames that are encoded together."""
-FEATURES = {"string": "string", "int64": "int64", "double": "float64", "bool": "bool"}
+_FEATURES = {"string": "string", "int64": "int64", "double": "float64", "bool": "bool"}
 """Type of Arrow -> type of `datasets`."""
 
 
@@ -75,7 +75,7 @@ class Target(NamedTuple):
 
 
 def write_block(block: pyarrow.Table, target: Target) -> pyarrow.Table:
-    """Task of Ray Data: write the clips of a block, for a format of shards all rows of one shard. Return rows of `RESULTS`.
+    """Task of Ray Data: write the clips of a block, for a format of shards all rows of one shard. Return rows of `_RESULTS`.
 
     Columns of a block that start with `_` are not part of the data set: `_source` and `_bytes` (file in the output folder),
     `_file` (file or shard to write), `_sample` (name of the clip).
@@ -104,7 +104,7 @@ def write_block(block: pyarrow.Table, target: Target) -> pyarrow.Table:
     except OSError as error:
         path = f"{error.filename}: " if error.filename else ""
         results = [{"problem": f"{path}{error.strerror or error}", "is_full": is_disk_full(error)}]
-    return pyarrow.Table.from_pylist(results, RESULTS)
+    return pyarrow.Table.from_pylist(results, _RESULTS)
 
 
 class ExportedClip(NamedTuple):
@@ -198,7 +198,7 @@ def _write_parquet(tmp: Path, clips: Iterable[ExportedClip], block: pyarrow.Tabl
     column = "image" if block["_source"][0].as_py().endswith(".png") else "video"
     features = {
         column: {"_type": column.capitalize()},
-        **{field.name: {"dtype": FEATURES[str(field.type)], "_type": "Value"} for field in record},
+        **{field.name: {"dtype": _FEATURES[str(field.type)], "_type": "Value"} for field in record},
     }
     content = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     schema = pyarrow.schema([(column, content), *record], {"huggingface": json.dumps({"info": {"features": features}})})
@@ -255,7 +255,7 @@ def encode_again(path: Path, to: Path, resize: str | None, clip: SourceClip | No
             clip = clip or SourceClip(video.frame_count, float(video.fps), *size)
             shown, fps = shown_frames(video.frame_count, video.fps, clip), Fraction(clip.fps).limit_denominator(1001)
             with Mp4Writer(to, clip.width, clip.height, fps, Mp4Settings(), marks) as written:
-                for indices in batched(shown, DECODED_FRAMES):
+                for indices in batched(shown, _DECODED_FRAMES):
                     frames = video.frames_at(indices)
                     written.write(np.stack([cover_crop(frame, clip.width, clip.height) for frame in frames]))
         width, height = clip.width, clip.height

@@ -28,9 +28,9 @@ from vidgen_ray.outputs.manifest import SCHEMA
 from vidgen_ray.safety import DECLARED_BASES
 
 Format = Literal["videofolder", "webdataset", "parquet", "lance", "captions"]
-Kind = Literal["image", "video", "hd", "clip"]
+_Kind = Literal["image", "video", "hd", "clip"]
 SplitKey = Literal["prompt", "character", "source"]
-KINDS: dict[Kind, list[str]] = {"image": ["image"], "video": ["video"], "hd": ["hd_video"], "clip": ["hd_video", "video"]}
+KINDS: dict[_Kind, list[str]] = {"image": ["image"], "video": ["video"], "hd": ["hd_video"], "clip": ["hd_video", "video"]}
 """Kind of files -> columns with their paths, of which the first that is not null counts."""
 FINISHED = "clips WHERE status = 'done'"
 REJECTED = f"{FINISHED} AND verdict = 'reject'"
@@ -42,10 +42,10 @@ INTERNAL = re.compile(
 )
 """Columns of `clips` that a data set does not have: internal ones, files of this machine, and what reviewers wrote."""
 ENCODED = "STRUCT(num_frames BIGINT, fps DOUBLE, width BIGINT, height BIGINT)"
-OWN_COLUMNS = ("split", "file_name", "video", "image")
+_OWN_COLUMNS = ("split", "file_name", "video", "image")
 """Columns of data sets beside those of `new`. Scores of the same name get another one."""
 # Keys are named so that the key of a shot sorts last: a group keeps its smallest key when shots are added.
-KEYS: dict[SplitKey, str] = {
+_KEYS: dict[SplitKey, str] = {
     "prompt": f"SELECT id, 'prompt ' || prompt AS key FROM {CHOSEN_CLIPS} WHERE prompt IS NOT NULL",
     "character": f"""SELECT id, 'character ' || character AS key FROM {CHOSEN_CLIPS} WHERE character IS NOT NULL
         UNION ALL SELECT id, 'photo ' || unnest(face_image) AS key FROM {CHOSEN_CLIPS}""",
@@ -68,7 +68,7 @@ class ExportSettings(FrozenModel):
         description="videofolder (MP4 files and metadata.parquet, for datasets), webdataset (tar shards), parquet (clips "
         "inside), lance, or captions (a .txt beside each file).",
     )
-    files: Kind | None = None
+    files: _Kind | None = None
     """`clip`: the upscaled clip of a shot, otherwise its clip. `None`: `clip`, or `image` if no shot has a clip."""
     splits: dict[str, float] = Field(default_factory=lambda: {"train": 1.0})
     """Name -> share of the clips, in order."""
@@ -126,7 +126,7 @@ def parse_splits(text: str) -> dict[str, float]:
     return splits
 
 
-def choose(database: duckdb.DuckDBPyConnection, settings: ExportSettings, kind: Kind | None) -> Kind:
+def choose(database: duckdb.DuckDBPyConnection, settings: ExportSettings, kind: _Kind | None) -> _Kind:
     """Create the table `chosen` of ids, and `refused` and `missing` of ids with reasons. Return the kind of files.
 
     Rejected clips are left out. Without a kind, it is `clip`, or `image` if no shot has a clip. Raises UsageError for SQL.
@@ -163,7 +163,7 @@ def count(database: duckdb.DuckDBPyConnection, table: str) -> int:
     return int(number)
 
 
-def load_rows(database: duckdb.DuckDBPyConnection, kind: Kind, caption: str, *, in_shards: bool) -> None:
+def load_rows(database: duckdb.DuckDBPyConnection, kind: _Kind, caption: str, *, in_shards: bool) -> None:
     """Create the table `new` with the rows of `chosen`: the columns of the data set, and others whose names start with `_`.
 
     `_source` and `_bytes`: the file in the output folder. `_sample`: name of the clip, without dots in shards. `_place`: order.
@@ -187,7 +187,7 @@ def load_rows(database: duckdb.DuckDBPyConnection, kind: Kind, caption: str, *, 
         # Their paths reveal how a machine is set up.
         file = "{'file': parse_filename(x.path), 'weight': x.weight}"
         columns[name] = f"to_json(list_transform({name}, lambda x: {file}))::VARCHAR"
-    own = {*columns, *OWN_COLUMNS}
+    own = {*columns, *_OWN_COLUMNS}
     for name, type_ in columns_of(database, "clips").items():
         if not INTERNAL.fullmatch(name) and not (name in own and name in SCHEMA.names):
             columns[f"score_{name}" if name in own else name] = _flat(name, type_)
@@ -342,7 +342,7 @@ def _groups(database: duckdb.DuckDBPyConnection, by: Sequence[SplitKey]) -> list
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    keys = " UNION ALL ".join([*(KEYS[name] for name in by), CHAINS])
+    keys = " UNION ALL ".join([*(_KEYS[name] for name in by), CHAINS])
     rank = "dense_rank() OVER (ORDER BY {}) - 1"
     database.execute(f"CREATE TABLE keys AS SELECT *, {rank.format('id')} AS shot, {rank.format('key')} AS rank FROM ({keys})")
     edges = database.execute("SELECT shot, rank FROM keys").fetchnumpy()
@@ -378,7 +378,7 @@ def _check_shares(
 ) -> None:
     """Print which splits are far from their share, or raise UsageError if one is empty."""
     largest, total = max(groups, key=lambda group: group.clips), sum(group.clips for group in groups)
-    others = [key for key in KEYS if key not in by] if len(by) == 1 else by
+    others = [key for key in _KEYS if key not in by] if len(by) == 1 else by
     for name, size in sorted(_missed(groups, chosen, splits).items(), key=lambda item: item[1]):
         text = (
             f"--split {name}={splits[name]:g}: {{}} {size:,} of {total:,} clips. Clips of the same "

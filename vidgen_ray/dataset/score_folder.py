@@ -64,8 +64,8 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.system.console import Console
 from vidgen_ray.system.quantities import count, duration
 
-T = TypeVar("T")
-COLUMNS = (
+_T = TypeVar("_T")
+_COLUMNS = (
     *("id", "prompt", "negative_prompt", "seed", "metadata", "face_image", "face_index"),
     *("width", "height", "num_frames", "fps"),
 )
@@ -84,7 +84,7 @@ TASK_S, MAX_TASK_CLIPS = 10.0, 64
 MAX_CRASHES = 2
 START_S = 15.0
 """Seconds to start a process and load its networks: no process is started for less work."""
-LINE_EVERY_S = 15.0
+_LINE_EVERY_S = 15.0
 """Seconds between two lines of progress if standard error is not a terminal."""
 
 
@@ -217,7 +217,7 @@ def finished_clips(storage: Storage) -> list[dict[str, Any]]:
     check_has_manifest(storage)
     files = [f"{name}{end}" for name in FILE_COLUMNS for end in ("", "_sha256", "_bytes")]
     clips: dict[str, dict[str, Any]] = {}
-    for batch in manifest_batches(storage, ["status", *COLUMNS, *files]):
+    for batch in manifest_batches(storage, ["status", *_COLUMNS, *files]):
         for row in batch.filter(pyarrow.compute.equal(batch.column("status"), "done")).to_pylist():
             if (clip := clip_of(row)) is not None:
                 known = clips.setdefault(clip[DIGEST], clip)
@@ -231,7 +231,7 @@ def clip_of(row: dict[str, Any]) -> dict[str, Any] | None:
     if name is None:
         return None
     file = {"clip": row[name], DIGEST: row[f"{name}_sha256"], "clip_bytes": row[f"{name}_bytes"]}
-    return {column: row[column] for column in COLUMNS} | file
+    return {column: row[column] for column in _COLUMNS} | file
 
 
 @contextmanager
@@ -294,13 +294,13 @@ def score_folder(
     return report
 
 
-def shown_progress(results: Iterable[T], total: int, doing: str) -> Iterator[T]:
-    """Yield the results of `total` clips, with a bar on a terminal, otherwise with a line every `LINE_EVERY_S`."""
+def shown_progress(results: Iterable[_T], total: int, doing: str) -> Iterator[_T]:
+    """Yield the results of `total` clips, with a bar on a terminal, otherwise with a line every `_LINE_EVERY_S`."""
     console, shown = Console(stderr=True), time.monotonic()
     options: Any = {"total": total, "console": console, "disable": not console.is_terminal}
     for number, result in enumerate(track(results, doing, **options), 1):
         yield result
-        if not console.is_terminal and time.monotonic() - shown >= LINE_EVERY_S:
+        if not console.is_terminal and time.monotonic() - shown >= _LINE_EVERY_S:
             shown = time.monotonic()
             note(f"{doing}: {number:,} of {count(total, 'clip')}")
 

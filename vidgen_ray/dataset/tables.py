@@ -34,7 +34,7 @@ MEMORY_LIMIT = "1GB"
 """Memory of the database. More is kept on disk."""
 CAPTION = "caption"
 """Scorer whose files `vidgen caption` writes."""
-TABLES = ("clips", "manifest", "scores", "reviews")
+_TABLES = ("clips", "manifest", "scores", "reviews")
 NUMBERS = re.compile("DOUBLE|FLOAT|BOOLEAN|U?(BIG|SMALL|TINY)?INT(EGER)?")
 """DuckDB's types of scores that are compared and have a histogram."""
 OWN_COLUMNS = ("clip", DIGEST, "character", "person", "factors", "siblings")
@@ -282,5 +282,5 @@ def selection(where: str | None, best: str | None, columns: Sequence[str] = ("*"
 
 def _columns_text(database: duckdb.DuckDBPyConnection) -> str:
     """Return a line per table with its columns. `clips` has those of the other tables, too."""
-    lines = [f"{table} has the columns {', '.join(columns_of(database, table))}" for table in TABLES[1:]]
+    lines = [f"{table} has the columns {', '.join(columns_of(database, table))}" for table in _TABLES[1:]]
     return "\n".join([*lines, f"clips has all of them and {', '.join(OWN_COLUMNS)}"])

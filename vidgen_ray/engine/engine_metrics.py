@@ -10,7 +10,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 from vidgen_ray.engine.status import Attempt, Snapshot
 
-Kind = Literal["counter", "histogram", "gauge"]
+_Kind = Literal["counter", "histogram", "gauge"]
 
 SECONDS = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0, 1800.0]
 """Bucket bounds of histograms in seconds. Quantiles of real stages (seconds to minutes) are accurate to about a third."""
@@ -21,12 +21,12 @@ OTHER = "other"
 class MetricSpec:
     """Definition of one metric."""
 
-    kind: Kind
+    kind: _Kind
     labels: tuple[str, ...]
     description: str
 
 
-def of_kind(metrics: Mapping[str, MetricSpec], kind: Kind) -> list[tuple[str, MetricSpec]]:
+def of_kind(metrics: Mapping[str, MetricSpec], kind: _Kind) -> list[tuple[str, MetricSpec]]:
     """Return name and definition of the metrics of one kind."""
     return [(name, spec) for name, spec in metrics.items() if spec.kind == kind]
 
@@ -47,7 +47,7 @@ class LabelLimit:
         return name
 
 
-SUFFIXES: dict[Kind, tuple[str, ...]] = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "gauge": ("",)}
+SUFFIXES: dict[_Kind, tuple[str, ...]] = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "gauge": ("",)}
 
 MAX_ERROR_LABELS = 20
 """Error classes with a label value of their own. Further ones are counted as `other`, to limit the number of series."""

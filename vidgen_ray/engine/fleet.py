@@ -52,7 +52,7 @@ FIRST_MESSAGE_S, MESSAGE_INTERVAL_S = 30.0, 60.0
 LOST_AFTER_S, LAST_LOST_AFTER_S = 60.0, 600.0
 """Seconds without a node after which the workers of a slot are given up. The second value is for a slot with a stage that no
 other slot has: waiting for a new node, which may take minutes, can be better than another layout."""
-CLOSE_TIMEOUT_S = 5.0
+_CLOSE_TIMEOUT_S = 5.0
 """Seconds that workers may take to write their queued cache entries when the fleet stops."""
 WITHDRAW_AFTER_S = 10.0
 """Seconds after which the request for an added slot is withdrawn: the GPU that was free is in use."""
@@ -68,7 +68,7 @@ DATA_ACTOR = "MapWorker("
 _UNPLACED = ("PENDING", "PREPARED", "RESCHEDULING")
 """States of a placement group with bundles that have no node."""
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 PlacedSlot = tuple[Slot, Label | None]
 """A slot, and the label that its node must have."""
 MoreSlots = Callable[[Sequence[Slot], Cluster], Sequence[PlacedSlot]]
@@ -212,7 +212,7 @@ class Fleet:
     def _copies(self) -> list[_Bundle]:
         return [bundle for bundle in self._reservations if bundle.added and self._more_slots is None]
 
-    async def _do(self, change: Callable[..., T], *args: Any) -> T:
+    async def _do(self, change: Callable[..., _T], *args: Any) -> _T:
         """Create or remove actors and placement groups in a thread: these calls of Ray block."""
         change_in_thread = asyncio.ensure_future(asyncio.to_thread(change, *args))
         self._change = change_in_thread
@@ -446,7 +446,7 @@ class Fleet:
         ]
         # A worker that has crashed or hangs loses its queued cache entries.
         if workers:
-            ray.wait([worker.close.remote() for worker in workers], num_returns=len(workers), timeout=CLOSE_TIMEOUT_S)
+            ray.wait([worker.close.remote() for worker in workers], num_returns=len(workers), timeout=_CLOSE_TIMEOUT_S)
         _kill([actor for reservation in reservations for actor in reservation.actors.values()])
         self._remove_unused_groups()
 

@@ -21,7 +21,7 @@ from vidgen_ray.planner.layout import EPSILON, SHOTS_PER_SWAP
 
 Entry = tuple[int, int, Request]
 """Order of the shot, a number that makes the entry unique, and the call."""
-Send = Callable[[Process, Request], None]
+_Send = Callable[[Process, Request], None]
 LOOKS = 16
 """Most processes that are looked at for inputs or LoRAs."""
 MAX_LORA_SKIPS = 64
@@ -115,7 +115,7 @@ class Queues:
 
     # Assignment
 
-    def assign(self, send: Send) -> None:
+    def assign(self, send: _Send) -> None:
         """Assign all that can be assigned. `send` adds the call to the row."""
         table = self._table
         while table.touched or self.added:
@@ -141,7 +141,7 @@ class Queues:
     def _urgency(self, request: Request) -> tuple[int, int]:
         return -self._table.positions[request.call.stage], request.call.order
 
-    def _fill(self, process: Process, most: float, send: Send) -> None:
+    def _fill(self, process: Process, most: float, send: _Send) -> None:
         """Give a row the calls that suit it best, up to a load."""
         while process.is_live and not process.runs_alone:
             if (alone := self._alone_for(process)) is not None:
@@ -218,13 +218,13 @@ class Queues:
         others = sum(pool.live for pool in pools if not pool.spec.swap_groups)
         return others > 0 and self._waiting(process.group) <= 2 * others
 
-    def _place(self, request: Request, send: Send) -> None:
+    def _place(self, request: Request, send: _Send) -> None:
         """Find the best row for a call that waits since now."""
         process = self.idle_for(request) if request.runs_alone else self._best(request, MAX_RUNNING_LOAD)
         if process is not None:
             self._send(process, request, send)
 
-    def _place_behind(self, request: Request, send: Send) -> None:
+    def _place_behind(self, request: Request, send: _Send) -> None:
         """Let the best row prefetch: not always this call, for older ones may wait that were too few until now."""
         may_prefetch = request.call.load < MAX_RUNNING_LOAD or self._is_enough(request.call.stage)
         if may_prefetch and (process := self._best(request, MAX_PREFETCH_LOAD)) is not None:
@@ -280,7 +280,7 @@ class Queues:
 
     # Rows
 
-    def _send(self, process: Process, request: Request, send: Send) -> None:
+    def _send(self, process: Process, request: Request, send: _Send) -> None:
         self.remove(request)
         self.take(process, request)
         send(process, request)

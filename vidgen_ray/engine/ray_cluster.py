@@ -57,7 +57,7 @@ SHUTDOWN_S = 30.0
 HEAD_TIMEOUT_S, HEAD_SHARE = 60, 0.75
 """Seconds after which Ray ends a process that does not reach the head process, and the share of them after which we do."""
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def _exit_without_ray(ended: threading.Event) -> None:
             os._exit(SetupError.exit_code)
 
 
-def within(seconds: float, call: Callable[[], T]) -> T:
+def within(seconds: float, call: Callable[[], _T]) -> _T:
     """Return the result of a call of Ray that waits forever if Ray is gone. Raises SetupError after `seconds`."""
     try:
         return in_daemon_thread(call).result(seconds)

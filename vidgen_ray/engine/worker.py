@@ -68,7 +68,7 @@ def _lock_if_free(descriptor: int) -> bool:
     return True
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 MAX_CONCURRENT_CALLS = 2
 """The next call runs while the result of the previous one is copied to Ray's object store, which takes a fifth of the
@@ -228,9 +228,9 @@ class Worker:
         call: int,
         shot: Shot,
         stages: tuple[str, ...],
-        function: Callable[[StepRunner], tuple[CallResult, T]],
-        default: T,
-    ) -> tuple[T, CallResult]:
+        function: Callable[[StepRunner], tuple[CallResult, _T]],
+        default: _T,
+    ) -> tuple[_T, CallResult]:
         """Return what the function returns, in reverse, or `default` and its failure."""
 
         def on_progress(stage: str, step: int, steps: int) -> None:

@@ -32,13 +32,13 @@ from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.report.shot_text import place_in_script
 from vidgen_ray.script.lines import file_error, read_yaml_file
 
-SIZE = re.compile(r"(\d{1,5})[x×](\d{1,5})")
+_SIZE = re.compile(r"(\d{1,5})[x×](\d{1,5})")
 MIN_SIDE_PX = 16
-FILES = ("font", "music", "narration")
+_FILES = ("font", "music", "narration")
 """Fields that hold the path of a file."""
 
 Transition = Literal["cut", "fade"]
-Model = TypeVar("Model", bound=BaseModel)
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class PixelSize(NamedTuple):
@@ -55,7 +55,7 @@ def _size(value: Any) -> Any:
     """Parse `1280x720`."""
     if isinstance(value, PixelSize):
         return value
-    match = SIZE.fullmatch(value) if isinstance(value, str) else None
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError("must be WIDTHxHEIGHT, such as 1280x720")
     size = PixelSize(int(match[1]), int(match[2]))
@@ -77,7 +77,7 @@ def _rate(value: Any) -> Any:
 
 FilmSize = Annotated[PixelSize, BeforeValidator(_size, json_schema_input_type=str), PlainSerializer(str)]
 FilmRate = Annotated[Fraction, BeforeValidator(_rate, json_schema_input_type=float | str), PlainSerializer(str)]
-Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+_Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1, max_length=2000)]
 
 
@@ -86,7 +86,7 @@ class ShotSettings(StrictModel):
 
     caption: Text | None = Field(None, description="Text shown while the shot is on screen.")
     narration: Text | None = Field(None, description="Text to speak during the shot, if the film has a `voice`.")
-    duration_s: Seconds | None = Field(None, description="Seconds on screen. Default: the length of the clip.")
+    duration_s: _Seconds | None = Field(None, description="Seconds on screen. Default: the length of the clip.")
     fit: Literal["hold", "slow"] = Field(
         "hold",
         description="How a clip gets its `duration_s`. hold: repeat the last frame, or cut. slow: play slower, or faster.",
@@ -115,18 +115,18 @@ class FilmSettings(StrictModel):
 
     title: Text | None = Field(None, description="Text of a title card at the start. Also the title in the file's metadata.")
     scene_titles: bool = Field(False, description="Put a title card before each scene, from `scene` in the shots' metadata.")
-    title_s: Seconds = Field(3.0, description="Seconds of a title card without `duration_s`.")
+    title_s: _Seconds = Field(3.0, description="Seconds of a title card without `duration_s`.")
     size: FilmSize | None = Field(
         None, description="WIDTHxHEIGHT in pixels. Default: that of most shots. Other shots are scaled to fit, with black bars."
     )
     fps: FilmRate | None = Field(None, description="Frames per second, from 1 to 240. Default: that of most shots.")
     variant: Literal["hd", "video"] = Field("hd", description="hd: upscaled clips where there are any. video: clips before.")
     transition: Transition = Field("cut", description="Transition between shots: cut, or fade for a cross-fade.")
-    fade_s: Seconds = Field(
+    fade_s: _Seconds = Field(
         0.5,
         description="Seconds of a cross-fade. At most half of the shorter neighbour is used, a third of a shot with a caption.",
     )
-    still_s: Seconds = Field(3.0, description="Seconds of a shot that has an image but no clip, without `duration_s`.")
+    still_s: _Seconds = Field(3.0, description="Seconds of a shot that has an image but no clip, without `duration_s`.")
     captions: Literal["file", "burn", "none"] = Field(
         "file", description="file: write captions as .srt and .vtt beside the film. burn: also draw them into the picture."
     )
@@ -152,7 +152,7 @@ class FilmSettings(StrictModel):
             raise ValueError("got both narration and voice, must be one of them")
         return self
 
-    @field_validator(*FILES)
+    @field_validator(*_FILES)
     @classmethod
     def _check_file(cls, path: Path | None) -> Path | None:
         if path is not None and URL.match(str(path)):
@@ -172,7 +172,7 @@ def read_film_file(path: Path) -> dict[str, Any]:
 
 def checked_fields(fields: Mapping[str, Any], folder: Path, source: str) -> dict[str, Any]:
     """Return the fields of a film, with paths relative to `folder` made absolute. Raises ScriptError that names `source`."""
-    files = {name: fields[name] for name in FILES if isinstance(fields.get(name), str)}
+    files = {name: fields[name] for name in _FILES if isinstance(fields.get(name), str)}
     paths = {name: file if URL.match(file) else str(folder.absolute() / file) for name, file in files.items()}
     film_settings({**fields, **paths}, source)
     return {**fields, **paths}
@@ -188,7 +188,7 @@ def shot_settings(metadata: Mapping[str, Any], source: str) -> ShotSettings:
     return _validated(ShotSettings, {name: metadata[name] for name in SHOT_FIELDS if name in metadata}, source)
 
 
-def _validated(model: type[Model], fields: Mapping[str, Any], source: str) -> Model:
+def _validated(model: type[_Model], fields: Mapping[str, Any], source: str) -> _Model:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -205,7 +205,7 @@ def _field_error(detail: Any, source: str) -> FieldError:
     return FieldError(source, None, field or None, got, allowed_of(detail))
 
 
-COLUMNS = ("script", "line", "id", "status", "metadata", "failure_stage", "failure_message")
+_COLUMNS = ("script", "line", "id", "status", "metadata", "failure_stage", "failure_message")
 VARIANT_FILES = {"hd": (HD_FILE, VIDEO_FILE), "video": (VIDEO_FILE, HD_FILE)}
 """Variant -> files of a shot, the first that exists is used."""
 
@@ -263,7 +263,7 @@ def manifest_candidates(storage: Storage) -> list[ShotCandidate]:
     """
     rows = [
         row | {"metadata": json.loads(row["metadata"] or "{}")}
-        for batch in manifest_batches(storage, COLUMNS)
+        for batch in manifest_batches(storage, _COLUMNS)
         for row in batch.to_pylist()
         if row["status"] != REPLACED
     ]

@@ -79,7 +79,7 @@ MAX_LETTERS_PER_S = 20
 MAX_NAMES = 5
 """Shots that a note names."""
 SUFFIX = ".mp4"
-Progress = Callable[[str, int, int], None]
+_Progress = Callable[[str, int, int], None]
 """Called with the activity, and how many of how many steps of it are done."""
 
 
@@ -117,7 +117,7 @@ def make_film(
     ids: Sequence[str] | None = None,
     skip_missing: bool = False,
     provenance: ProvenanceSettings | None = None,
-    on_progress: Progress = lambda activity, done, total: None,
+    on_progress: _Progress = lambda activity, done, total: None,
 ) -> FilmReport:
     """Make a film of finished shots at `path`, with caption files of the same name in the same folder.
 
@@ -188,7 +188,7 @@ def make_film(
 
 
 def _sources(
-    outputs: OutputFolder, chosen: Sequence[ChosenShot], on_progress: Progress
+    outputs: OutputFolder, chosen: Sequence[ChosenShot], on_progress: _Progress
 ) -> tuple[list[ChosenShot], list[InputFile]]:
     """Return the sources of the film, and what the metadata of its clips and images says, each once."""
     sources, inputs = [], dict[str, InputFile]()
@@ -208,7 +208,7 @@ def _sources(
 
 
 def _with_speech(
-    sources: Sequence[ChosenShot], settings: FilmSettings, folder: Path, on_progress: Progress
+    sources: Sequence[ChosenShot], settings: FilmSettings, folder: Path, on_progress: _Progress
 ) -> tuple[list[ChosenShot], set[str]]:
     """Speak the narration of the shots, if the film has a voice. Return also the names of the sound files in the folder."""
     if settings.voice is None or not any(source.settings.narration for source in sources):

@@ -64,10 +64,10 @@ def _available(sink: Any) -> Generator[Any, None, bool]:
 
 CAPTION_HEIGHT, TITLE_HEIGHT = 1 / 18, 1 / 10
 """Height of the letters as a share of the shorter side of the picture."""
-MIN_LETTER_PX = 9
+_MIN_LETTER_PX = 9
 MAX_TEXT_WIDTH, MAX_CAPTION_HEIGHT, MAX_TITLE_HEIGHT = 0.9, 0.5, 0.9
 """Largest text as a share of the picture."""
-MARGIN = 0.05
+_MARGIN = 0.05
 """Space below a caption as a share of the height of the picture."""
 INK, OUTLINE, BACKGROUND = (255, 255, 255), (0, 0, 0), (0, 0, 0)
 
@@ -93,7 +93,7 @@ def draw_caption(text: str, size: PixelSize, font: Path | None) -> Overlay:
     )
     # Even positions, since the chroma of two pixels is shared.
     x = (size.width - width) // 4 * 2
-    y = (size.height - height - round(size.height * MARGIN)) // 2 * 2
+    y = (size.height - height - round(size.height * _MARGIN)) // 2 * 2
     return Overlay(np.asarray(image), max(0, x), max(0, y))
 
 
@@ -111,8 +111,8 @@ def _fitting(
     text: str, size: PixelSize, font: Path | None, height: float, max_height: float
 ) -> tuple[str, ImageFont.FreeTypeFont]:
     """Return the text with line breaks, and the font with the largest letters that fit."""
-    letter_px = max(MIN_LETTER_PX, round(min(size) * height))
-    while letter_px >= MIN_LETTER_PX:
+    letter_px = max(_MIN_LETTER_PX, round(min(size) * height))
+    while letter_px >= _MIN_LETTER_PX:
         loaded = _font(font, letter_px)
         if (letter := missing_letter(text, loaded)) is not None:
             raise UsageError(f"text {text[:60]!r}: the font has no letter {letter!r}; set a font that has it")

@@ -78,7 +78,7 @@ def _piper(model: Path) -> Speak:
 
 SOUND_FORMAT = 1
 """Part of the key. Increase it when the same settings give other sound."""
-FORMAT = f"sample_fmts=fltp:sample_rates={SAMPLE_RATE}:channel_layouts=stereo"
+_FORMAT = f"sample_fmts=fltp:sample_rates={SAMPLE_RATE}:channel_layouts=stereo"
 INPUT: dict[str, Any] = {
     "sample_rate": SAMPLE_RATE,
     "format": "fltp",
@@ -211,7 +211,7 @@ def _normalisation(tracks: Tracks, timeline: FilmTimeline, target_lufs: float) -
         f":measured_LRA={max(0.1, float(metadata['lavfi.r128.LRA']))}:measured_thresh={integrated_lufs - 10:.2f}"
     )
     target = f"I={target_lufs}:TP={TRUE_PEAK_DB}:LRA={MAX_LOUDNESS_RANGE_LU}"
-    return [f"loudnorm={target}:{known}:linear=true", f"aresample={SAMPLE_RATE}", f"aformat={FORMAT}"]
+    return [f"loudnorm={target}:{known}:linear=true", f"aresample={SAMPLE_RATE}", f"aformat={_FORMAT}"]
 
 
 def _exact_length(samples: int) -> list[str]:
@@ -268,7 +268,7 @@ def _mix(tracks: Tracks, timeline: FilmTimeline, filters: Sequence[str]) -> Iter
     mixer = graph.add("amix", f"inputs={len(mixed)}:normalize=0")
     for number, (node, output) in enumerate(mixed):
         node.link_to(mixer, output, number)
-    sink = add_chain(graph, mixer, [f"aformat={FORMAT}", *filters, "abuffersink"])
+    sink = add_chain(graph, mixer, [f"aformat={_FORMAT}", *filters, "abuffersink"])
     graph.configure()
     yield from filtered(zip(*readers, strict=True), inputs, sink)
 
@@ -318,7 +318,7 @@ def _placed(placement: Placement) -> Iterator[Any]:
         tempo = [text for text in placement.filters if text.startswith("atempo")]
         rest = [text for text in placement.filters if not text.startswith("atempo")]
         length = _exact_length(placement.stop - placement.start)
-        yield from _through(_numbered(frames), [*tempo, *length, *rest, f"aformat={FORMAT}"], **INPUT)
+        yield from _through(_numbered(frames), [*tempo, *length, *rest, f"aformat={_FORMAT}"], **INPUT)
 
 
 def _repeated(path: Path) -> Iterator[Any]:
@@ -329,5 +329,5 @@ def _repeated(path: Path) -> Iterator[Any]:
 def _converted(path: Path) -> Iterator[Any]:
     """Yield the sound of a file as 48 kHz stereo. Sound that starts late is preceded by silence, gaps are filled."""
     with open_sound(path) as (opened, stream):
-        filters = [f"aresample={SAMPLE_RATE}:async=1:first_pts=0", f"aformat={FORMAT}"]
+        filters = [f"aresample={SAMPLE_RATE}:async=1:first_pts=0", f"aformat={_FORMAT}"]
         yield from _through(opened.decode(stream), filters, template=stream)

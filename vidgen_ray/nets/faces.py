@@ -136,7 +136,7 @@ def similarity(source: NDArray[np.floating], target: NDArray[np.floating]) -> ND
 
 CELL_PX = 4
 """Side of the square that one cell of the output describes, in pixels."""
-MULTIPLE_PX = 32
+_MULTIPLE_PX = 32
 """Width and height of the input must be multiples of this."""
 MAX_OVERLAP = 0.3
 """Highest intersection over union of two boxes. Above it the box with the lower score is dropped."""
@@ -226,12 +226,12 @@ def _scale_and_pad(photo: NDArray[np.uint8], size_px: int) -> tuple[NDArray[np.u
 
 
 def _next_multiple(side_px: int) -> int:
-    return -(-side_px // MULTIPLE_PX) * MULTIPLE_PX
+    return -(-side_px // _MULTIPLE_PX) * _MULTIPLE_PX
 
 
-MODELS = {"detection": "scrfd_10g_bnkps.onnx", "recognition": "glintr100.onnx"}
+_MODELS = {"detection": "scrfd_10g_bnkps.onnx", "recognition": "glintr100.onnx"}
 """Task -> file name in antelopev2."""
-EMBEDDING = 512
+_EMBEDDING = 512
 TRIAL_PX = 64
 """Side of the black image for the detector's trial run, in pixels."""
 SCRFD_LEVELS = {9: ((8, 16, 32), 2), 15: ((8, 16, 32, 64, 128), 1)}
@@ -295,7 +295,7 @@ class PackDetector:
         self.min_score = min_score
         self._model = model
         self._of_size: dict[tuple[int, int], PackModel] = {}
-        expected = f"a SCRFD detector with five keypoints, such as {MODELS['detection']} of antelopev2"
+        expected = f"a SCRFD detector with five keypoints, such as {_MODELS['detection']} of antelopev2"
         with library_errors(f"face pack {model.file}: must be {expected}"):
             if len(model.session.get_outputs()) not in SCRFD_LEVELS:
                 raise ValueError("it returns no keypoints")
@@ -386,14 +386,14 @@ class PackRecogniser:
 
     def __init__(self, model: PackModel) -> None:
         self._model = model
-        expected = f"an ArcFace recogniser from {CROP_PX}x{CROP_PX} pixels to {EMBEDDING} numbers"
-        named = f"{expected}, such as {MODELS['recognition']} of antelopev2"
+        expected = f"an ArcFace recogniser from {CROP_PX}x{CROP_PX} pixels to {_EMBEDDING} numbers"
+        named = f"{expected}, such as {_MODELS['recognition']} of antelopev2"
         with library_errors(f"face pack {model.file}: must be {named}"):
             if model.input_size != (CROP_PX, CROP_PX):
                 raise ValueError(f"it takes {'x'.join(map(str, model.input_size or ('other',)))} pixels")
             self._mean, self._std = (0.0, 1.0) if _normalises(model.file) else (ARCFACE_MEAN, ARCFACE_STD)
             embeddings = self.embed(np.zeros((1, CROP_PX, CROP_PX, 3), np.uint8))
-            if embeddings.shape != (1, EMBEDDING):
+            if embeddings.shape != (1, _EMBEDDING):
                 raise ValueError(f"it returns {embeddings[0].size} numbers")
 
     def embed(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -422,7 +422,7 @@ def open_pack(weights: Path, tasks: Collection[str], device: str, threads: int |
     folder = pack_folder(weights)
     models: dict[str, PackModel] = {}
     # antelopev2's detector and recogniser first: its other models are large and not needed.
-    for file in sorted(folder.glob("*.onnx"), key=lambda file: (file.name not in MODELS.values(), file.name)):
+    for file in sorted(folder.glob("*.onnx"), key=lambda file: (file.name not in _MODELS.values(), file.name)):
         if models.keys() >= set(tasks):
             break
         model = PackModel.opened(file, device, threads)
@@ -431,7 +431,7 @@ def open_pack(weights: Path, tasks: Collection[str], device: str, threads: int |
     for task in tasks:
         if task not in models:
             raise SetupError(
-                f"face pack {folder}: no {task} model among its .onnx files; antelopev2 has {MODELS[task]}, unpack all of it"
+                f"face pack {folder}: no {task} model among its .onnx files; antelopev2 has {_MODELS[task]}, unpack all of it"
             )
     return models
 
@@ -450,7 +450,7 @@ def pack_folder(weights: Path) -> Path:
 LIMBS = ((0, 2), (1, 2), (3, 2), (4, 2))
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255))
 LIMB_HALF_WIDTH_PX = 4
-POINT_RADIUS_PX = 10
+_POINT_RADIUS_PX = 10
 LIMB_BRIGHTNESS = 0.6
 TRAINING_AREA_PX = 1_000_000
 """Image area, in pixels, for which the sizes above are defined."""
@@ -474,7 +474,7 @@ def draw_keypoints(keypoints: NDArray[np.floating], width: int, height: int, sca
         cv2.fillConvexPoly(canvas, cv2.ellipse2Poly(centre, axes, angle_deg, 0, 360, 1), COLOURS[start])
     image = np.ascontiguousarray((canvas * LIMB_BRIGHTNESS).astype(np.uint8))
     for (x, y), colour in zip(keypoints, COLOURS, strict=True):
-        cv2.circle(image, (int(x), int(y)), max(1, round(POINT_RADIUS_PX * scale)), colour, -1)
+        cv2.circle(image, (int(x), int(y)), max(1, round(_POINT_RADIUS_PX * scale)), colour, -1)
     return image
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from vidgen_ray.nets.faces import CROP_PX
 from vidgen_ray.nets.weight_files import library_errors, load_torch_file, require_finite_weights
 
-UNITS = (3, 4, 14, 3)
+_UNITS = (3, 4, 14, 3)
 """Units per stage. The first unit of a stage halves the image: 112 -> 56 -> 28 -> 14 -> 7."""
 WIDTHS = (64, 128, 256, 512)
 """Channels per stage of the published network."""
@@ -38,7 +38,7 @@ class IRSE50(nn.Module):
         )
         units: list[nn.Module] = []
         inputs = widths[0]
-        for width, n_units in zip(widths, UNITS, strict=True):
+        for width, n_units in zip(widths, _UNITS, strict=True):
             units += [_Unit(inputs, width, stride=2), *(_Unit(width, width, stride=1) for _ in range(n_units - 1))]
             inputs = width
         self.body = nn.Sequential(*units)
@@ -122,5 +122,5 @@ def read_network(file: Path) -> IRSE50:
 
 
 def _widths(state: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    first_units = [sum(UNITS[:stage]) for stage in range(len(UNITS))]
+    first_units = [sum(_UNITS[:stage]) for stage in range(len(_UNITS))]
     return tuple(int(state[f"body.{unit}.res_layer.1.weight"].shape[0]) for unit in first_units)

@@ -130,7 +130,7 @@ def require_same(config: Mapping[str, Any], other: Mapping[str, Any], names: Seq
             )
 
 
-PARTS = re.compile(r"^(?P<layer>.*)\.(?P<part>lora_A|lora_B|lora_down|lora_up)(\..+)?\.weight$")
+_PARTS = re.compile(r"^(?P<layer>.*)\.(?P<part>lora_A|lora_B|lora_down|lora_up)(\..+)?\.weight$")
 """A layer has two factors: lora_A and lora_B in the format of diffusers, lora_down and lora_up in that of kohya."""
 FIRST = ("lora_A", "lora_down")
 ATTENTION = re.compile(r"attn[._](to_[qkv]|qkv)$")
@@ -182,7 +182,7 @@ def check_lora_file(path: Path, base_model: str = FLUX) -> None:
             raise StageError(f"lora {path.name}: tensor {name[:80]} has type {kind}, must be one of {', '.join(FLOATS)}")
     ranks: dict[str, dict[bool, int | None]] = {}
     for name, shape in shapes.items():
-        if found := PARTS.match(name):
+        if found := _PARTS.match(name):
             is_first = found["part"] in FIRST
             ranks.setdefault(found["layer"], {})[is_first] = shape[0 if is_first else 1] if len(shape) >= 2 else None
     if alone := min((layer for layer, factors in ranks.items() if len(factors) == 1), default=None):
@@ -206,7 +206,7 @@ def check_lora_width(path: Path, name: str, transformer: Path) -> None:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     with safe_open(path, "np") as file:
         for tensor in file.keys():  # noqa: SIM118  # not a mapping
-            found = PARTS.match(tensor)
+            found = _PARTS.match(tensor)
             if found and found["part"] in FIRST and ATTENTION.search(found["layer"]):
                 of_lora = file.get_slice(tensor).get_shape()[-1]
                 if of_lora != width:

@@ -31,7 +31,7 @@ MESSAGE_LENGTH = 4_000
 FOLDERS = re.compile(r"(?<![\w./:])/(?:[^\s/:'\",;]+/)+")
 URLS = re.compile(r"https?://(?:\[[^\]\s]*\]|[\w.-]+)(?::\d+)?(?:/[^\s:'\",;]*)?")
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class ApiError(VidgenError):
@@ -67,7 +67,7 @@ def not_found(kind: str, name: str, param: str | None = None) -> ApiError:
     return ApiError(404, f"No such {kind}: {name[:NAME_LENGTH]!r}", code=f"{kind}_not_found", param=param)
 
 
-def found(value: T | None, kind: str, name: str) -> T:
+def found(value: _T | None, kind: str, name: str) -> _T:
     """Return a value that is not `None`. Raises the error of `not_found`."""
     if value is None:
         raise not_found(kind, name)
@@ -122,7 +122,7 @@ def _code(error: FieldError) -> str:
 
 log = logging.getLogger(__name__)
 
-CODES: Mapping[int, tuple[str, str]] = {
+_CODES: Mapping[int, tuple[str, str]] = {
     400: (INVALID, "invalid_request"),
     404: (INVALID, "not_found"),
     405: (INVALID, "method_not_allowed"),
@@ -157,7 +157,7 @@ async def _validation_error(_: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    kind, code = CODES.get(error.status_code, (INVALID if error.status_code < 500 else "server_error", "error"))
+    kind, code = _CODES.get(error.status_code, (INVALID if error.status_code < 500 else "server_error", "error"))
     headers = dict(error.headers or {})
     if error.status_code == 405:
         headers["Allow"] = ", ".join(_allowed_methods(request))

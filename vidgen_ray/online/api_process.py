@@ -21,11 +21,11 @@ from vidgen_ray.outputs.folder import OutputFolder
 
 DIRECTOR_TIMEOUT_S = 2.0
 """Seconds that the director may take to say what is missing."""
-POLL_S = 1.0
+_POLL_S = 1.0
 """Seconds between two polls of the store without a call of the director, while it restarts or if other servers change jobs."""
 CONNECTIONS = MAX_STREAMS + 2_000
 """Open connections and requests, event streams included. Others get 503."""
-CLOSE_S = 2
+_CLOSE_S = 2
 """Seconds that requests may take to end when the server stops."""
 
 
@@ -53,17 +53,17 @@ class DirectorClient:
                 await self._director.wake.remote()
 
     async def changed(self) -> None:
-        """Wait until the director has stored changes of jobs after the last call, at most `POLL_S`."""
+        """Wait until the director has stored changes of jobs after the last call, at most `_POLL_S`."""
         # A call that has not returned yet is used again: none pile up.
         if self._changed is None or self._changed.done():
             self._changed = asyncio.ensure_future(self._next_change())
-        await asyncio.wait([self._changed], timeout=POLL_S)
+        await asyncio.wait([self._changed], timeout=_POLL_S)
 
     async def _next_change(self) -> None:
         try:
             self._seen = await self._director.changed.remote(self._seen)
         except unreachable():
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(_POLL_S)
 
     async def missing(self) -> str | None:
         """Return what the server lacks to run jobs. `None` if nothing is missing."""
@@ -106,7 +106,7 @@ class HttpApi:
             access_log=False,
             log_config=None,
             limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=CLOSE_S,
+            timeout_graceful_shutdown=_CLOSE_S,
         )
         self._server = uvicorn.Server(config)
         self._serving = asyncio.ensure_future(self._server.serve([listening_socket(port)]))

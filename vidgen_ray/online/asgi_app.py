@@ -62,7 +62,7 @@ Create requests accept JSON or a form. Every error is `{"error": {"message", "ty
 
 READY_S = 5.0
 """Seconds within which `/readyz` responds."""
-THREADS = READERS
+_THREADS = READERS
 """Threads of `asyncio.to_thread` for blocking calls, each with a connection to the database.
 
 Starlette's `run_in_threadpool` is not used: in Ray's event loop, each call looks through all tasks, of which 1,000 event
@@ -145,7 +145,7 @@ def _empty_app(settings: OnlineSettings, store: JobStore) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # Ray sizes the loop's default executor by the CPUs of the process, which is too few for blocking database calls.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "api"))
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "api"))
         batches = asyncio.ensure_future(run_batches(app.state.server))
         yield
         batches.cancel()

@@ -32,9 +32,9 @@ from vidgen_ray.online.server_settings import Budget, Limits
 from vidgen_ray.online.store.database import READS, SESSIONS, read_secret, webhook_secret
 from vidgen_ray.system.files import load_yaml, new_file
 
-ENVIRONMENT = "VIDGEN_API_KEYS"
+_ENVIRONMENT = "VIDGEN_API_KEYS"
 """Environment variable with further keys: TENANT=SHA256, separated by commas."""
-PREFIX = "vg-"
+_PREFIX = "vg-"
 LOCAL_TENANT = "local"
 """Tenant, and key id, of every request to a server without keys."""
 KEY_ID_LENGTH = 12
@@ -270,12 +270,12 @@ class Authenticator:
 def load_keys(file: Path | None, limits: Limits, environment: Mapping[str, str] = os.environ) -> ApiKeys:
     """Return the keys of the file and of VIDGEN_API_KEYS. Raises SetupError that names the invalid entry."""
     records = [*_read_key_file(file)] if file else []
-    for entry in filter(None, (part.strip() for part in environment.get(ENVIRONMENT, "").split(","))):
+    for entry in filter(None, (part.strip() for part in environment.get(_ENVIRONMENT, "").split(","))):
         tenant, _, digest = entry.partition("=")
         try:
             records.append(KeyRecord(tenant=tenant, sha256=digest))
         except ValidationError:
-            raise SetupError(f"{ENVIRONMENT}: must be TENANT=SHA256, several separated by commas") from None
+            raise SetupError(f"{_ENVIRONMENT}: must be TENANT=SHA256, several separated by commas") from None
     return ApiKeys(records, limits)
 
 
@@ -295,7 +295,7 @@ def add_key(file: Path, record: KeyRecord) -> None:
 
 
 def new_key() -> str:
-    return PREFIX + secrets.token_urlsafe(32)
+    return _PREFIX + secrets.token_urlsafe(32)
 
 
 def hash_key(key: str) -> str:

@@ -21,7 +21,7 @@ AREA_TOLERANCE = 1.1
 SCALES: tuple[int, ...] = get_args(Shot.model_fields["scale"].annotation)
 """Upscaling factors, in ascending order."""
 
-ShotFields: TypeAlias = dict[str, int | bool]
+_ShotFields: TypeAlias = dict[str, int | bool]
 
 
 class SizeRules(NamedTuple):
@@ -36,7 +36,7 @@ class SizeRules(NamedTuple):
     """Width and height in pixels of the finished clip of that size. A server without video models has the drawn size here."""
 
 
-def clip_fields(width: int, height: int, rules: SizeRules, may_upscale: bool = True) -> ShotFields:
+def clip_fields(width: int, height: int, rules: SizeRules, may_upscale: bool = True) -> _ShotFields:
     """Return the fields of a shot whose finished clip has this width and height in pixels.
 
     The smallest upscaling factor is chosen with which the models draw about the profile's default area or less. Without
@@ -48,11 +48,11 @@ def clip_fields(width: int, height: int, rules: SizeRules, may_upscale: bool = T
     allowed = AREA_TOLERANCE * rules.default_width * rules.default_height
     drawn = {factor: (_ceil(width / factor), _ceil(height / factor)) for factor in reachable}
     factor = next((factor for factor, (w, h) in drawn.items() if w * h <= allowed), reachable[-1])
-    upscaling: ShotFields = {"upscale_video": False} if factor == 1 else {"upscale_video": True, "scale": factor}
+    upscaling: _ShotFields = {"upscale_video": False} if factor == 1 else {"upscale_video": True, "scale": factor}
     return {**upscaling, **_cropped(drawn[factor], (width, height), factor)}
 
 
-def clip_fields_with_hd(width: int, height: int, scale: int) -> ShotFields:
+def clip_fields_with_hd(width: int, height: int, scale: int) -> _ShotFields:
     """Return the fields of a shot whose original clip has this size in pixels, and whose upscaled clip is `scale` times larger.
 
     Raises ApiError 400 for a size that the models cannot draw.
@@ -62,7 +62,7 @@ def clip_fields_with_hd(width: int, height: int, scale: int) -> ShotFields:
     return {"upscale_video": True, "scale": scale, **fields}
 
 
-def image_fields(width: int, height: int) -> ShotFields:
+def image_fields(width: int, height: int) -> _ShotFields:
     """Return the fields of a shot whose image has this width and height in pixels. Raises ApiError 400."""
     _check(width, height, MAX_SIDE_PX)
     drawn = _ceil(width, IMAGE_MULTIPLE_PX), _ceil(height, IMAGE_MULTIPLE_PX)
@@ -94,9 +94,9 @@ def _ceil(side: float, multiple: int = CLIP_MULTIPLE_PX) -> int:
     return ceil(side / multiple) * multiple
 
 
-def _cropped(drawn: tuple[int, int], finished: tuple[int, int], factor: int) -> ShotFields:
+def _cropped(drawn: tuple[int, int], finished: tuple[int, int], factor: int) -> _ShotFields:
     """Return the sizes, with a crop where the drawn size times the factor is not the finished one."""
-    fields: ShotFields = dict(zip(("width", "height"), drawn, strict=True))
+    fields: _ShotFields = dict(zip(("width", "height"), drawn, strict=True))
     crops = zip(("crop_width", "crop_height"), drawn, finished, strict=True)
     return fields | {name: side for name, whole, side in crops if whole * factor != side}
 

@@ -145,9 +145,9 @@ class JobFeed:
 
 MAX_STREAMS = 2_000
 """Open streams of a process, with which it still responds at once. Its replica accepts as many requests besides others."""
-PING_S = 15
+_PING_S = 15
 """Seconds between pings, which keep proxies from closing an idle stream."""
-RETRY_S = 5
+_RETRY_S = 5
 
 
 class EventStreams:
@@ -164,7 +164,7 @@ class EventStreams:
         allowed = max(tenant.limits.streams, tenant.limits.open_jobs)
         if self._waiting[tenant.key_id] >= allowed:
             message = f"At most {allowed} requests may wait at once with this key. Create videos and poll instead"
-            raise too_many_requests(message, "too_many_waiting", RETRY_S)
+            raise too_many_requests(message, "too_many_waiting", _RETRY_S)
         self._waiting[tenant.key_id] += 1
         try:
             yield
@@ -183,9 +183,9 @@ class EventStreams:
         allowed = tenant.limits.streams
         if self._open[tenant.key_id] >= allowed:
             message = f"At most {allowed} event streams may be open at once with this key. Close one, or poll instead"
-            raise too_many_requests(message, "too_many_streams", RETRY_S)
+            raise too_many_requests(message, "too_many_streams", _RETRY_S)
         if self._open.total() >= MAX_STREAMS:
-            raise too_many_requests("The server has too many open event streams. Poll instead", "too_many_streams", RETRY_S)
+            raise too_many_requests("The server has too many open event streams. Poll instead", "too_many_streams", _RETRY_S)
 
 
 class _CountedStream(EventSourceResponse):
@@ -194,7 +194,7 @@ class _CountedStream(EventSourceResponse):
     def __init__(
         self, open_streams: Counter[str], key_id: str, events: AsyncIterator[ServerSentEvent], headers: Mapping[str, str] | None
     ) -> None:
-        super().__init__(events, headers=headers, ping=PING_S)
+        super().__init__(events, headers=headers, ping=_PING_S)
         self._open, self._key_id = open_streams, key_id
         self._open[key_id] += 1
 

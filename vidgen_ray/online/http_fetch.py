@@ -27,7 +27,7 @@ BLOCKED_NETWORKS = tuple(
 """Networks that Python does not call private: cloud services under public addresses, and translators to any address."""
 UNICAST = ipaddress.ip_network("2000::/3")
 """All public IPv6 addresses. Older Python versions call some other addresses global."""
-HOST = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*|[0-9a-f:.]+")
+_HOST = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*|[0-9a-f:.]+")
 FETCH_TIMEOUT_S = 10.0
 """Seconds for one request for an image."""
 MAX_REDIRECTS = 3
@@ -231,6 +231,6 @@ def parse_url(url: str) -> SplitResult:
         raise BlockedUrl(f"scheme {parts.scheme[:20]!r} is not http or https")
     if "@" in parts.netloc:
         raise BlockedUrl("a URL must not contain a user name or password")
-    if not host or not HOST.fullmatch(host.rstrip(".")) or port == 0:
+    if not host or not _HOST.fullmatch(host.rstrip(".")) or port == 0:
         raise BlockedUrl("the host name or port is invalid")
     return parts

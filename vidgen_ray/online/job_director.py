@@ -40,9 +40,9 @@ from vidgen_ray.render.step_runner import StepFailed
 
 log = logging.getLogger("ray.serve")
 
-THREADS = 16
+_THREADS = 16
 """Threads for calls that block. Ray would allow as many as the replica has CPUs."""
-POLL_S = 1.0
+_POLL_S = 1.0
 """Seconds between two polls of the store, unless woken earlier. Each claims jobs, renews the leases of running ones and stores
 their progress."""
 ATTACH_INTERVAL_S = 2.0
@@ -60,7 +60,7 @@ MAX_STORE_SILENCE_S = 60.0
 
 DIRECTOR_STAGE = "director"
 """Stage of a failure outside the stages."""
-CODES = {
+_CODES = {
     "BudgetExceeded": "budget_exceeded",
     "LikenessTooLow": "too_unlike",
     "UnsafeContent": "content_refused",
@@ -79,7 +79,7 @@ CODES = {
 CLIENT_ERRORS = frozenset({"budget_exceeded", "too_unlike", "content_refused", "invalid_shot"})
 """Error codes of failures that are caused by the request."""
 
-R = TypeVar("R")
+_R = TypeVar("_R")
 End = tuple[Callable[[], Any], asyncio.Future[Any]]
 """Function that stores the end of a job, and its result."""
 
@@ -89,7 +89,7 @@ class JobDirector:
 
     def __init__(self, config: EngineConfig, settings: OnlineSettings, layout: Layout, keys: ApiKeys, workers: Any) -> None:
         """`layout`: the planned one; `workers`, the handle of `Workers`, tells which one it has by now."""
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "director"))
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "director"))
         self._config = config
         self._settings = settings
         self._outputs = config.outputs
@@ -247,7 +247,7 @@ class JobDirector:
             self._woken.clear()
             is_full = time.monotonic() >= next_full
             if is_full:
-                next_full = time.monotonic() + POLL_S
+                next_full = time.monotonic() + _POLL_S
             try:
                 await self._exchange(is_full)
                 self._last_poll = time.monotonic()
@@ -404,9 +404,9 @@ class JobDirector:
         if await self._store_end(partial(self._store.queue.end, job.id, self.owner, state, **values), job):
             self._metrics.job_ended(job.tenant, state.value, time.time() - job.created_at)
 
-    async def _store_end(self, write: Callable[[], R], job: Job) -> R:
+    async def _store_end(self, write: Callable[[], _R], job: Job) -> _R:
         """Write to the store with the next poll. Retries until it responds: without it, no other director can claim the job."""
-        stored: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        stored: asyncio.Future[_R] = asyncio.get_running_loop().create_future()
         self._ends[job.id] = write, stored
         self._woken.set()
         while True:
@@ -414,7 +414,7 @@ class JobDirector:
                 return await stored
             except SQLAlchemyError as error:
                 log.warning("cannot store the end of job %s yet: %s", job.id, error)
-                await asyncio.sleep(POLL_S)
+                await asyncio.sleep(_POLL_S)
                 # Alone: it may be the one that the database refuses.
                 stored = asyncio.ensure_future(asyncio.to_thread(write))
 
@@ -464,7 +464,7 @@ def _log_storage(problem: str | None) -> None:
 def error_of(failure: Failure, kind: Kind) -> JobError:
     """Return the error of a failed job for its owner: the stage and the message, without process, host and paths."""
     stage = None if failure.stage == DIRECTOR_STAGE else failure.stage
-    code = CODES.get(failure.error) or ("invalid_shot" if kind is Kind.INPUT else "stage_failed")
+    code = _CODES.get(failure.error) or ("invalid_shot" if kind is Kind.INPUT else "stage_failed")
     return JobError(
         code=code,
         message=without_internals(f"{stage}: {failure.message}" if stage else failure.message),
@@ -496,13 +496,13 @@ JOB_METRICS = {
     "vidgen_online_queued": MetricSpec("gauge", (), "Queued jobs."),
     "vidgen_online_in_progress": MetricSpec("gauge", (), "Jobs that have started and not finished."),
 }
-METRICS = {**JOB_METRICS, **ENGINE_METRICS}
+_METRICS = {**JOB_METRICS, **ENGINE_METRICS}
 
 
 class ServerMetrics(EngineMetrics):
     """Metrics of a server. Create it in the director replica only."""
 
-    definitions = METRICS
+    definitions = _METRICS
 
     def __init__(self, profile: str, public_name: Callable[[str], str]) -> None:
         """`public_name`: of a tenant. Every user of the machine can read it."""

@@ -24,10 +24,10 @@ from vidgen_ray.outputs.stage_cache import StageCache
 from vidgen_ray.stages.base import Image
 
 MAX_SIDE_PX = 512
-QUALITY = 85
+_QUALITY = 85
 MAX_FRAMES = 24
 """Frames of an animated preview, evenly spaced over the clip."""
-TILE_PX = 160
+_TILE_PX = 160
 """Width of a frame in a sprite sheet."""
 MAX_TILES = 25
 """Frames in a sprite sheet, evenly spaced over the clip."""
@@ -125,7 +125,7 @@ def _thumbnail(image: Image) -> PILImage.Image:
 
 def _tile(image: Image) -> PILImage.Image:
     height, width = image.shape[:2]
-    tile = cover_crop(np.ascontiguousarray(image), TILE_PX, max(1, round(TILE_PX * height / width)))
+    tile = cover_crop(np.ascontiguousarray(image), _TILE_PX, max(1, round(_TILE_PX * height / width)))
     return PILImage.fromarray(tile)
 
 
@@ -134,7 +134,7 @@ def _encode_webp(images: Sequence[PILImage.Image], frame_ms: int) -> bytes:
     first, *others = images
     animation = {"save_all": True, "append_images": others, "duration": frame_ms, "loop": 0} if others else {}
     buffer = io.BytesIO()
-    first.save(buffer, "WEBP", quality=QUALITY, **animation)
+    first.save(buffer, "WEBP", quality=_QUALITY, **animation)
     return buffer.getvalue()
 
 
@@ -146,5 +146,5 @@ def _spritesheet(tiles: Sequence[PILImage.Image]) -> bytes:
     for number, tile in enumerate(tiles):
         sheet.paste(tile, (number % columns * width, number // columns * height))
     buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=QUALITY)
+    sheet.save(buffer, "JPEG", quality=_QUALITY)
     return buffer.getvalue()

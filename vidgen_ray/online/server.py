@@ -23,14 +23,14 @@ from vidgen_ray.stages.base import Stage
 
 log = logging.getLogger(__name__)
 
-CHECK_S = 2.0
+_CHECK_S = 2.0
 """Seconds between two health checks of a process."""
 MAX_SILENT_CHECKS = 30
 """Health checks after which a process without a response is killed."""
 START_POLL_S = 0.1
 DRAIN_MARGIN_S = 30.0
 """Seconds in addition to the grace period, in which the director requeues unfinished jobs."""
-STOP_S = 5.0
+_STOP_S = 5.0
 """Seconds that the API may take to end its requests, and workers to write their queued cache entries."""
 
 
@@ -180,7 +180,7 @@ class Server:
 
     def wait(self, stop: threading.Event) -> None:
         """Start processes again that crash or hang, until `stop` is set."""
-        while not stop.wait(CHECK_S):
+        while not stop.wait(_CHECK_S):
             for process in (self._api, self._director, self._workers):
                 process.look()
 
@@ -196,7 +196,7 @@ class Server:
         """End the processes, without waiting for running jobs."""
         with suppress(ray.exceptions.RayError, TimeoutError):
             # Killed while it starts workers, their owner would leave their reserved GPUs behind on a cluster.
-            ray.get([process.handle.stop.remote() for process in (self._api, self._workers)], timeout=STOP_S)
+            ray.get([process.handle.stop.remote() for process in (self._api, self._workers)], timeout=_STOP_S)
         for process in (self._api, self._director, self._workers):
             ray.kill(process.handle.actor)
 

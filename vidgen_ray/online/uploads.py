@@ -46,7 +46,7 @@ from vidgen_ray.stages.base import Image
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import flush_to_disk, private_folder, temporary_file
 
-BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 20
 SMALL_JSON_BYTES = 1 << 20
 """A JSON body up to this size is kept in memory while it arrives."""
 JSON_VALUES = 20_000
@@ -56,14 +56,14 @@ LARGE_JSON_BODIES = 2
 NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}:,'))
 MIN_EXPIRY_S = 24 * 3600.0
 UPLOAD_ID = re.compile(r"file-[0-9a-f]{64}")
-NAME = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[0-9a-f]{64}")
 """Name of an upload in the folder. The folder also has images that the Python API was given in memory."""
 DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
 
 
-T = TypeVar("T")
-B = TypeVar("B")
-Args = TypeVarTuple("Args")
+_T = TypeVar("_T")
+_B = TypeVar("_B")
+_Args = TypeVarTuple("_Args")
 
 
 class FairThread:
@@ -73,7 +73,7 @@ class FairThread:
         self._thread = ThreadPoolExecutor(1, name)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def run(self, tenant: str, call: Callable[[*Args], T], *args: *Args) -> T:
+    async def run(self, tenant: str, call: Callable[[*_Args], _T], *args: *_Args) -> _T:
         """Run a call of a tenant in the thread and return its result."""
         async with self._turns.setdefault(tenant, asyncio.Lock()):
             return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
@@ -178,7 +178,7 @@ class UploadFolder:
         """Remove files older than `older_than_s` seconds that belong to no upload and to no job in progress or queued."""
         modified_before = time.time() - older_than_s
         with suppress(FileNotFoundError), os.scandir(self._folder) as entries:
-            files = [entry.name for entry in entries if NAME.fullmatch(entry.name) and entry.stat().st_mtime < modified_before]
+            files = [entry.name for entry in entries if _NAME.fullmatch(entry.name) and entry.stat().st_mtime < modified_before]
             self._records.remove_unreferenced(files, self._remove)
 
     def _remove(self, file: str) -> None:
@@ -204,7 +204,7 @@ def too_large(param: str | None, cap_bytes: float) -> ApiError:
 def copy_capped(source: IO[bytes], target: BinaryIO, cap_bytes: float, param: str) -> tuple[str, int]:
     """Copy a file. Return its sha256 and size in bytes. Raises ApiError 413 for more than `cap_bytes`."""
     digest, size = hashlib.sha256(), 0
-    while block := source.read(BLOCK_BYTES):
+    while block := source.read(_BLOCK_BYTES):
         size += len(block)
         if size > cap_bytes:
             raise too_large(param, cap_bytes)
@@ -386,7 +386,7 @@ async def _spool_body(request: Request, cap_bytes: int) -> SpooledTemporaryFile[
     return body
 
 
-async def _parse(request: Request, parse: Callable[[B], T], body: B) -> T:
+async def _parse(request: Request, parse: Callable[[_B], _T], body: _B) -> _T:
     """Parse a body in the only thread that does so: many threads that parse would delay all other requests."""
     body_parser: ThreadPoolExecutor = request.app.state.body_parser
     return await asyncio.get_running_loop().run_in_executor(body_parser, parse, body)
@@ -492,7 +492,7 @@ def _from_form(form: FormData) -> ReceivedRequest:
             raise invalid(None, "The body is JSON, but its Content-Type is a form. Send application/json.", "invalid_form")
         digest.update(f"{name}\0".encode("utf-8", "surrogatepass"))
         if isinstance(value, UploadFile):
-            while block := value.file.read(BLOCK_BYTES):
+            while block := value.file.read(_BLOCK_BYTES):
                 digest.update(block)
             value.file.seek(0)
         else:

@@ -27,7 +27,7 @@ DELIVERY_TIMEOUT_S = 10.0
 """Seconds for one delivery."""
 MAX_TRIES = 8
 """Attempts to deliver a message before it is dropped."""
-GONE = 410
+_GONE = 410
 """Status with which a receiver rejects a message for good."""
 MAX_RESPONSE_BYTES = 65_536
 FIRST_BACKOFF_S = 5.0
@@ -79,8 +79,8 @@ class WebhookSender:
 
     def _deliver(self, message: Message) -> bool:
         target = self._target(message)
-        status = GONE if target is None else self._post(target, message)
-        if 200 <= status < 300 or status == GONE or message.tries + 1 >= MAX_TRIES:
+        status = _GONE if target is None else self._post(target, message)
+        if 200 <= status < 300 or status == _GONE or message.tries + 1 >= MAX_TRIES:
             self._outbox.delete(message.id)
         else:
             self._outbox.postpone(message.id, backoff_s(message.tries + 1))

@@ -43,8 +43,8 @@ from vidgen_ray.system.files import remove
 GRACE_S = 600.0
 """Minimum age of garbage, in seconds. Younger files may be in use by a `VideoGenerationPipeline`, which takes no lease."""
 SHOT_FILE_NAMES = {*SHOT_FILES.values(), *(stage.debug_file for stage in STAGES if stage.debug_file)}
-Kind = Literal["cache entries", "partial shots", "stale keys", "temporaries"]
-FEATURES = InstantIDStage.debug_file
+_Kind = Literal["cache entries", "partial shots", "stale keys", "temporaries"]
+_FEATURES = InstantIDStage.debug_file
 """File of a shot with the features of its face, which `--keep stages` writes."""
 INPUTS = "inputs"
 KEPT_PHOTO = re.compile(r"([0-9a-f]{16})(?:[0-9a-f]{48})?(?:\.[a-z]+)?")
@@ -55,7 +55,7 @@ KEPT_PHOTO = re.compile(r"([0-9a-f]{16})(?:[0-9a-f]{48})?(?:\.[a-z]+)?")
 class GarbageReport:
     """Counts of what was removed, or would be removed in a dry run."""
 
-    counts: dict[Kind, int] = field(
+    counts: dict[_Kind, int] = field(
         default_factory=lambda: {"cache entries": 0, "partial shots": 0, "stale keys": 0, "temporaries": 0}
     )
     bytes: int = 0
@@ -63,7 +63,7 @@ class GarbageReport:
     left_young: int = 0
     """Unreferenced entries that are younger than the grace period and were kept."""
 
-    def add(self, kind: Kind, size: int) -> None:
+    def add(self, kind: _Kind, size: int) -> None:
         self.counts[kind] += 1
         self.bytes += size
 
@@ -146,10 +146,10 @@ class _Collector:
                 if f"{key} {(shot_id or b'').decode(errors='replace')}" not in self._shots_by_key:
                     yield f"{folder}/{key}", files[key]
 
-    def _drop_folder(self, kind: Kind, folder: str) -> None:
+    def _drop_folder(self, kind: _Kind, folder: str) -> None:
         self._drop(kind, folder, self._storage.files(folder).values(), self._storage.delete_folder)
 
-    def _drop(self, kind: Kind, path: str, files: Collection[StoredFile], delete: Callable[[str], None]) -> None:
+    def _drop(self, kind: _Kind, path: str, files: Collection[StoredFile], delete: Callable[[str], None]) -> None:
         if any(file.modified > self._young_since for file in files):
             self._report.left_young += 1
             return
@@ -217,7 +217,7 @@ def remove_person(
             shots.append(record["shot"]["id"])
             clips.update(file["sha256"] for file in record["files"].values())
             drop_keys.update(keys)
-            if FEATURES in record["files"]:
+            if _FEATURES in record["files"]:
                 features.append((record.pop("folder"), record))
         drop_keys = {key for key in outputs.stage_cache.stored_keys() if key in drop_keys or key not in kept_keys}
         kept_photos = [f"{INPUTS}/{name}" for name in storage.files(INPUTS) if _is_photo(name, photos)]
@@ -241,9 +241,9 @@ def remove_person(
         if not with_shots:
             for folder, record in features:
                 # The shot stays finished without them.
-                record["files"].pop(FEATURES)
+                record["files"].pop(_FEATURES)
                 storage.write(f"{folder}/{RECORD}", json.dumps(record, indent=1))
-                storage.delete(f"{folder}/{FEATURES}")
+                storage.delete(f"{folder}/{_FEATURES}")
             return report
         # Their notes may be about the person. Before the shots, by which the next call after a crash finds them.
         drop_reviews(storage, clips)

@@ -48,7 +48,7 @@ SWEEP_FOLDERS = ("", SHOTS, KEYS, "cache", "manifest", "failures", "inputs", "lo
 """Folders that may contain temporary files."""
 IsResult = Callable[[Mapping[str, Any]], bool]
 """Tells whether a record, parsed from JSON, is the wanted result."""
-M = TypeVar("M", bound=BaseModel)
+_M = TypeVar("_M", bound=BaseModel)
 TEST_FILE = "write-test"
 TEST_BYTES = 4096
 LAST_FRAME = "last_frame.png"
@@ -359,7 +359,7 @@ def read_last_run(outputs: OutputFolder) -> Any:
     return json.loads(outputs.storage.read("run.json") or b"{}")
 
 
-def setting_of_last_run(outputs: OutputFolder, model: type[M], *keys: str) -> M | None:
+def setting_of_last_run(outputs: OutputFolder, model: type[_M], *keys: str) -> _M | None:
     """Return the part of `run.json` at these keys, or `None` if there was no run."""
     try:
         return model.model_validate(reduce(getitem, keys, read_last_run(outputs)))

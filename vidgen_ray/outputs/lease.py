@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from vidgen_ray.outputs.object_storage import ObjectStorage
 
-PREFIX = ".running"
+_PREFIX = ".running"
 NUMBER_PREFIX = ".lease-"
 NUMBERED = re.compile(r"(?:\.open-)?(\d{6,})(?:-|$)")
 """Name of a run, or of its files in the manifest: begins with the number of its lease."""
@@ -48,7 +48,7 @@ STALE_AFTER_S = 120.0
 WATCH_INTERVAL_S = 1.0
 STOP_S = 10.0
 """Seconds that the end of a run waits for a refresh, or another periodic call, in progress."""
-ATTEMPTS = 5
+_ATTEMPTS = 5
 """Attempts to take a lease while other runs change it at the same moment."""
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def lease(storage: Storage, run: str) -> Iterator[Lease]:
 
 def is_held(storage: Storage) -> bool | None:
     """Return whether a process holds the lease of a folder. `None` if its process is not in the namespace of this one."""
-    names = [name for name in storage.files("") if name == PREFIX or name.startswith(f"{PREFIX}-")]
+    names = [name for name in storage.files("") if name == _PREFIX or name.startswith(f"{_PREFIX}-")]
     running = [holder.is_running() if (holder := _parse(storage.read(name))) else None for name in names]
     return True if True in running else None if None in running else False
 
@@ -228,7 +228,7 @@ class _LeaseOnDisk:
     """Lease file on a disk. Its name is used by this run only."""
 
     def __init__(self, storage: LocalStorage, holder: Holder) -> None:
-        self.name = f"{PREFIX}-{holder.run}"
+        self.name = f"{_PREFIX}-{holder.run}"
         self.holder = holder
         self._storage = storage
         storage.write(self.name, holder.to_json())
@@ -274,7 +274,7 @@ class _LeaseOnDisk:
             self.refresh()
             return self._storage.files("").get(name)
 
-        others = [name for name in self._storage.files("") if name.startswith(PREFIX) and name != self.name]
+        others = [name for name in self._storage.files("") if name.startswith(_PREFIX) and name != self.name]
         for name in others:
             _wait_until_expired(self._storage, name, self._storage.read(name), partial(refreshed, name))
         for name in others:
@@ -284,7 +284,7 @@ class _LeaseOnDisk:
 class _LeaseObject:
     """Lease in an object store, created and changed by conditional requests."""
 
-    name = PREFIX
+    name = _PREFIX
 
     def __init__(self, storage: ObjectStorage, holder: Holder) -> None:
         """Take the lease. Raises SetupError if another run holds it, or if the store ignores conditions."""
@@ -298,7 +298,7 @@ class _LeaseObject:
 
     def _taken(self) -> UpdateVersion:
         content = self.holder.to_json()
-        for _ in range(ATTEMPTS):
+        for _ in range(_ATTEMPTS):
             stored = self._storage.read_version(self.name)
             if stored is None:
                 version = self._storage.create(self.name, content)
@@ -336,7 +336,7 @@ def _wait_until_expired(storage: Storage, name: str, content: bytes | None, vers
     """
     holder = _parse(content)
     is_running = holder.is_running() if holder else None
-    run = f"run {holder.run if holder else name.removeprefix(f'{PREFIX}-')}"
+    run = f"run {holder.run if holder else name.removeprefix(f'{_PREFIX}-')}"
     process = ProcessId.parse(holder.process) if holder else None
     if holder and process:
         run += f" (process {process.pid} on {holder.host}, since {holder.since})"

@@ -535,7 +535,7 @@ def _path(writer: str) -> str:
     return f"manifest/{MARKER_PREFIX}{writer}"
 
 
-COLUMNS = (
+_COLUMNS = (
     *("run", "script", "id", "status", "key", "committed_at", "seed", "seconds", "gpu_seconds", "cost", "currency"),
     *("lora_loads", "cut_tokens", "licences", "commercial_use", *LIKENESS),
     *(f"{name}{end}" for name in SHOT_FILES for end in ("", "_sha256", "_bytes")),
@@ -552,7 +552,7 @@ class FinishedShots:
     """
 
     def __init__(self, outputs: OutputFolder, rows: pyarrow.Table, changed_by: Sequence[str]) -> None:
-        """`rows`: the current rows of finished shots, with `COLUMNS`."""
+        """`rows`: the current rows of finished shots, with `_COLUMNS`."""
         self._outputs = outputs
         self._rows = rows
         self.changed_by = changed_by
@@ -573,10 +573,10 @@ class FinishedShots:
         """
         writers = open_writers(outputs.storage)
         batches = [
-            batch.filter(compute.not_equal(batch.column("status"), "failed")).select(COLUMNS)
-            for batch in manifest_batches(outputs.storage, COLUMNS)
+            batch.filter(compute.not_equal(batch.column("status"), "failed")).select(_COLUMNS)
+            for batch in manifest_batches(outputs.storage, _COLUMNS)
         ]
-        schema = pyarrow.schema([SCHEMA.field(name) for name in COLUMNS])
+        schema = pyarrow.schema([SCHEMA.field(name) for name in _COLUMNS])
         return cls(outputs, pyarrow.Table.from_batches(batches, schema).combine_chunks(), writers)
 
     @cached_property

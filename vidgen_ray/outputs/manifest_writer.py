@@ -51,7 +51,7 @@ FILE = "failures.jsonl"
 """The failed lines, as a script that can be rendered again. The field `failure` of each line has the reason."""
 SCRIPTS = "scripts.json"
 RAY_PACKAGE = re.compile(r".*/_ray_pkg_[^/]+/")
-PARTS = "failures"
+_PARTS = "failures"
 PART_ROWS = 2_000
 FLUSH_S = 30.0
 """Seconds between automatic flushes."""
@@ -224,7 +224,7 @@ class ManifestWriter:
                 _release_memory()
         if failed:
             lines = to_utf8("".join(line + "\n" for line in failed))
-            self._storage.write(f"{PARTS}/{self._run}-{self._failed_parts:05d}.jsonl", lines)
+            self._storage.write(f"{_PARTS}/{self._run}-{self._failed_parts:05d}.jsonl", lines)
             if len(failed) >= PART_ROWS:
                 with self._lock:
                     del self._failed[: len(failed)]
@@ -363,7 +363,7 @@ def _merge_failures(storage: Storage, is_resolved: Callable[[_Reason], bool]) ->
 
     The file is deleted if no failure is left.
     """
-    parts = [f"{PARTS}/{name}" for name in sorted(storage.files(PARTS)) if name.endswith(".jsonl")]
+    parts = [f"{_PARTS}/{name}" for name in sorted(storage.files(_PARTS)) if name.endswith(".jsonl")]
     if FILE not in storage.files("") and not parts:
         return
     with storage.new_file(FILE) as path:
@@ -372,8 +372,8 @@ def _merge_failures(storage: Storage, is_resolved: Callable[[_Reason], bool]) ->
         is_empty = path.stat().st_size == 0
     for merged in [FILE, *parts] if is_empty else parts:
         storage.delete(merged)
-    if parts and not storage.files(PARTS):
-        storage.delete_folder(PARTS)
+    if parts and not storage.files(_PARTS):
+        storage.delete_folder(_PARTS)
 
 
 def _lines(storage: Storage, sources: Sequence[str]) -> Iterator[str]:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SCHEMES = ("s3", "gs", "az", "abfs", "abfss")
 MARKER = ".complete"
 """Last object of a folder written by `publish_folder`. Contains the names of its files."""
-BLOCK_BYTES = 8 << 20
+_BLOCK_BYTES = 8 << 20
 CONNECT_TIMEOUT, REQUEST_TIMEOUT = "3s", "1h"
 READ_TIMEOUT = "60s"
 """Time without a byte after which a request fails."""
@@ -67,7 +67,7 @@ NOT_IMPLEMENTED = "501 Not Implemented"
 """Part of the error of a store that does not know a request."""
 BROKEN_RESPONSE, NO_RESPONSE = "response body error", "HTTP error: "
 """Parts of the errors of a response that breaks off, and of any broken or stalled connection."""
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class ObjectVersion(NamedTuple):
@@ -169,7 +169,7 @@ class ObjectStorage(Storage):
 
     def _download(self, path: str, file: Path) -> None:
         def get() -> None:
-            blocks = self._store.get(path).stream(min_chunk_size=BLOCK_BYTES)
+            blocks = self._store.get(path).stream(min_chunk_size=_BLOCK_BYTES)
             with file.open("wb") as target:
                 for block in blocks:
                     target.write(block)
@@ -351,7 +351,7 @@ def _os_errors() -> Iterator[None]:
         raise OSError(_message(str(error))) from None
 
 
-def _repeated(request: Callable[[], T], if_text: str = BROKEN_RESPONSE) -> T:
+def _repeated(request: Callable[[], _T], if_text: str = BROKEN_RESPONSE) -> _T:
     """Send a request, and once more if it fails with this text: obstore repeats other failed requests itself."""
     try:
         with _os_errors():

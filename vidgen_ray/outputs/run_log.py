@@ -31,7 +31,7 @@ MAX_UNWRITTEN_BYTES = 16 << 20
 """Size of the log in memory above which lines are dropped, because the storage does not take them."""
 ATTEMPT_FIELDS = {"at", "shot", "stage", "attempt", "outcome", "started_at", "seconds", "waited", "worker"}
 """Fields that every line of an attempt has."""
-SILENT_S = 60.0
+_SILENT_S = 60.0
 """Age of the status of a run that is still going above which it was killed, or is cut off from the folder."""
 
 
@@ -109,7 +109,7 @@ class RunStatus(RunLabels):
     @property
     def is_silent(self) -> bool:
         """True if a run that has not ended has written no status for long."""
-        return not self.ended and self.age_s > SILENT_S
+        return not self.ended and self.age_s > _SILENT_S
 
 
 def read_status(storage: Storage) -> RunStatus | None:

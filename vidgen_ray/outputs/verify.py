@@ -31,7 +31,7 @@ from vidgen_ray.outputs.stage_cache import entry_path
 from vidgen_ray.outputs.storage import FILES_AT_ONCE
 from vidgen_ray.system.cache_dir import sha256_of
 
-THREADS = 8
+_THREADS = 8
 """Shots that are read at the same time. Hashing a file does not hold the interpreter's lock."""
 STATED = ("prompt", "seed", "width", "height", "num_frames", "fps", *(f"{name}_sha256" for name in SHOT_FILES))
 """Columns of the manifest that equal those of a row made from `shot.json`."""
@@ -138,7 +138,7 @@ def _differs(outputs: OutputFolder, record: ShotRecord, row: _Row, writers: Sequ
 
 def _checked_shots(outputs: OutputFolder) -> Iterator[_CheckedShot]:
     """Read the files of all shots with a record. Others were never finished; `vidgen gc` removes them."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         for batch in batched(shot_records(outputs.storage), FILES_AT_ONCE):
             yield from pool.map(
                 lambda shot: _check_shot(outputs, *shot), [(path, text) for path, text in batch if text is not None]

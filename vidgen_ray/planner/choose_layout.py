@@ -53,7 +53,7 @@ START_SECONDS = 15.0
 """Seconds to start the processes."""
 DISK_GB_PER_S = 1.5
 """Assumed rate at which a node reads weight files from its disk, in GB per second. Its workers share one read."""
-DIRECTOR = "director"
+_DIRECTOR = "director"
 DIRECTOR_S = 0.006
 """CPU seconds of the director per shot, which it spends one after another; see benchmarks/overhead.py."""
 SPLIT_NOTE = (
@@ -204,7 +204,7 @@ def estimate(
     places = Counter[str]()
     for server in servers:
         places[server.stage] += server.slot.workers[0].parallel
-    rates = {DIRECTOR: 1 / DIRECTOR_S, **{stage: count / timing.seconds[stage] for stage, count in places.items()}}
+    rates = {_DIRECTOR: 1 / DIRECTOR_S, **{stage: count / timing.seconds[stage] for stage, count in places.items()}}
     limit = min((stage for stage, rate in rates.items() if rate < packing.rate), key=rates.__getitem__, default=None)
     if limit is not None:
         packing = replace(packing, rate=rates[limit])
@@ -259,7 +259,7 @@ def estimate(
         stage_seconds=timing.seconds,
         encode_s=timing.encode_s,
         considered=considered,
-        notes=(*_notes(packing, cluster, timing, used_gpus, is_default), *notes, *([SPLIT_NOTE] if limit == DIRECTOR else ())),
+        notes=(*_notes(packing, cluster, timing, used_gpus, is_default), *notes, *([SPLIT_NOTE] if limit == _DIRECTOR else ())),
     )
 
 
@@ -344,7 +344,7 @@ ROOM_GB = 2.0
 """GPU memory that stays free if there is a plan with it, for what the computed memory leaves out."""
 TIE = 0.01
 """Relative gain in rate below which the simpler layout is preferred."""
-MIN_SECONDS = 1e-6
+_MIN_SECONDS = 1e-6
 """Minimum seconds of a stage, so that a stage without work still gets a worker."""
 GPUS_PER_SHOT = (2, 4, 8)
 """Numbers of GPUs of a node that may divide the work of a shot. FLUX and Wan have multiples of 8 attention heads."""
@@ -574,7 +574,7 @@ def _timing(
             peak_share[stage.name] = share
         if stage.actor in divided:
             total = demand_seconds(profile, stage, demand, calibration, card, gpus)
-        seconds[stage.name] = max(MIN_SECONDS, total / demand.shots)
+        seconds[stage.name] = max(_MIN_SECONDS, total / demand.shots)
         spread_seconds += expected.spread * seconds[stage.name]
         if profile.actor_of(stage).device == "cuda":
             known = calibration.get(stage.name)
@@ -591,7 +591,7 @@ def _timing(
 Choice = tuple[Kind, Packing, tuple[ConsideredLayout, ...]]
 """Kind and packing of the chosen layout, and all layouts considered."""
 
-LAYOUTS: tuple[tuple[str, Kind, Callable[[Sequence[Actor]], Candidates]], ...] = (
+_LAYOUTS: tuple[tuple[str, Kind, Callable[[Sequence[Actor]], Candidates]], ...] = (
     ("fused", "fused", layout.fused),
     ("hybrid", "hybrid", layout.hybrid),
     ("hybrid with swapping", "hybrid", layout.hybrid_with_swapping),
@@ -602,7 +602,7 @@ STAGED: tuple[str, Kind, Callable[[Sequence[Actor]], Candidates]] = ("staged", "
 
 
 def _pack_gpus(profile: Profile, problem: PackingProblem, cluster: Cluster) -> Choice:
-    layouts = LAYOUTS if profile.layout == "auto" else [each for each in (*LAYOUTS, STAGED) if each[0] == profile.layout]
+    layouts = _LAYOUTS if profile.layout == "auto" else [each for each in (*_LAYOUTS, STAGED) if each[0] == profile.layout]
     packings: dict[str, Packing] = {}
     considered = []
     # Layouts that distribute the stages may need more slots than shots: a single shot moves from GPU to GPU.

@@ -44,7 +44,7 @@ MAD_TO_SIGMA = 1.4826
 """Standard deviation divided by median absolute deviation, for a normal distribution."""
 
 
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -59,11 +59,11 @@ class Measurement(FrozenModel):
     """Seconds for the reference shot, from those of the measured one."""
     fixed_share: Share = 0.0
     """Fraction of them that does not depend on the number of steps."""
-    fixed_s: Seconds = 0.0
+    fixed_s: _Seconds = 0.0
     """Seconds at this size that do not depend on the steps, such as text encoding and decoding."""
-    step_s: Seconds | None = None
+    step_s: _Seconds | None = None
     """Seconds per denoising step at this size. `None` for stages without steps."""
-    warmup_s: Seconds = 0.0
+    warmup_s: _Seconds = 0.0
     """Seconds of the first call beyond those of the next ones."""
     peak_gb: float | None = None
     """Peak GPU memory allocated by torch, weights included, in GB (2^30 bytes). `None` on CPUs."""

@@ -119,7 +119,7 @@ def complete_set(slots: Sequence[Slot]) -> tuple[int, ...]:
     )
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 CONTEXT_GB = 0.6
 """GPU memory of a process before it loads any weights."""
@@ -376,7 +376,7 @@ def _fitting(assignments: Sequence[Assignment], memory_gb: float) -> list[Assign
     return [assignment for assignment in assignments if assignment.gpu_gb <= memory_gb + EPSILON]
 
 
-def _subsets(items: Sequence[T]) -> Iterator[tuple[T, ...]]:
+def _subsets(items: Sequence[_T]) -> Iterator[tuple[_T, ...]]:
     """Yield all non-empty subsets, smallest first."""
     return chain.from_iterable(combinations(items, size) for size in range(1, len(items) + 1))
 

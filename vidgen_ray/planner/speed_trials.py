@@ -41,7 +41,7 @@ MIN_SPEEDUP = 1.03
 """Plain seconds divided by those with the option, from which an option is used."""
 CPU = "cpu"
 """Stands for the kind of GPU of a machine without any, and of actors on the CPU."""
-PACKAGES = ("torch", "diffusers", "torchao", "triton")
+_PACKAGES = ("torch", "diffusers", "torchao", "triton")
 """Packages whose versions a result is valid for."""
 
 
@@ -69,7 +69,7 @@ class Trial(NamedTuple):
 
 def _versions() -> dict[str, str]:
     found = {}
-    for package in PACKAGES:
+    for package in _PACKAGES:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -169,7 +169,7 @@ CALLS = 2
 """Timed calls of each size, of which the fastest counts."""
 MAX_STEPS = 8
 """Denoising steps of a call. All steps of a shot take equally long."""
-MAX_REASON = 300
+_MAX_REASON = 300
 """Maximum number of characters of an error in a result."""
 
 
@@ -210,7 +210,7 @@ def try_option(trial: Trial, shots: Iterable[tuple[str, Shot]]) -> TrialResult:
         # Compilers, kernels and packages raise errors of any class.
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return TrialResult(error=reason[:MAX_REASON], in_fp8=in_fp8)
+            return TrialResult(error=reason[:_MAX_REASON], in_fp8=in_fp8)
     difference = max(_difference(a, b) for a, b in zip(plain, tried, strict=True))
     return TrialResult(speedup=plain_s / tried_s, difference=difference, in_fp8=in_fp8)
 

@@ -265,7 +265,7 @@ def joined_record(sources: Sequence[InputFile], operation: Operation, settings: 
 
 LETTER_HEIGHT = 1 / 28
 """Size of the letters as a share of the shorter side."""
-MIN_LETTER_PX = 8
+_MIN_LETTER_PX = 8
 MAX_WIDTH = 0.9
 """Widest label as a share of the image."""
 INK, BOX = (255, 255, 255, 255), (0, 0, 0, 160)
@@ -293,8 +293,8 @@ def _label(text: str, width_px: int, height_px: int) -> NDArray[np.uint8]:
     """Draw the label (H, W, 4) in the largest letters that fit, at most LETTER_HEIGHT."""
     from PIL import ImageDraw
 
-    letter_px = max(MIN_LETTER_PX, round(min(width_px, height_px) * LETTER_HEIGHT))
-    while letter_px >= MIN_LETTER_PX:
+    letter_px = max(_MIN_LETTER_PX, round(min(width_px, height_px) * LETTER_HEIGHT))
+    while letter_px >= _MIN_LETTER_PX:
         font = load_font(None, letter_px)
         if (letter := missing_letter(text, font)) is not None:
             raise MediaError(f"label {text!r}: the font has no letter {letter!r}; use another text")

@@ -164,7 +164,7 @@ UNTRUSTED = "signingCredential.untrusted"
 """Status of a signature whose certificate no trust anchor has issued: of every key that a user has made."""
 ALTERING: tuple[Operation, ...] = ("upscale", "stage")
 """Operations that turn one file into another."""
-SETTINGS: dict[str, dict[str, Any]] = {
+_SETTINGS: dict[str, dict[str, Any]] = {
     # Thumbnails would show photos of people that a private record does not even name.
     "builder": {"thumbnail": {"enabled": False}},
     "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
@@ -216,7 +216,7 @@ def sign_file(path: Path, record: ProvenanceRecord, key: Path, ingredients: Sequ
         with (
             wrap_errors(f"{path}: cannot be signed"),
             c2pa.Signer.from_info(info) as signer,
-            c2pa.Context.from_dict(SETTINGS) as context,
+            c2pa.Context.from_dict(_SETTINGS) as context,
             c2pa.Builder(json.dumps(_manifest(record, ingredients)), context) as builder,
         ):
             for number, ingredient in enumerate(ingredients):
@@ -277,7 +277,7 @@ def read_signature(path: Path, trust_anchors: str | None = None) -> Signature | 
     `trust_anchors`: certificates in PEM of the issuers that are trusted. Raises SetupError without the package, MediaError.
     """
     c2pa = _c2pa()
-    settings: dict[str, Any] = {"verify": {**SETTINGS["verify"], "verify_trust": True}}
+    settings: dict[str, Any] = {"verify": {**_SETTINGS["verify"], "verify_trust": True}}
     if trust_anchors is not None:
         settings["trust"] = {"trust_anchors": trust_anchors}
     with wrap_errors(f"{path}: cannot be verified"), c2pa.Context.from_dict(settings) as context, path.open("rb") as file:

@@ -46,19 +46,19 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SPARE_BYTES = 2**20
+_SPARE_BYTES = 2**20
 """Bytes of a clip or an image beside its pixels, which a server may send without compression."""
 DEADLINE_SHARE = 0.9
 """A stage gives up after this share of `timeout_s`. Later the engine would kill the worker, with its other jobs."""
-SIDE_PX = 16
+_SIDE_PX = 16
 """Side of the thumbnails that tell which start image a clip begins with."""
 SAME_IMAGE = 0.9
 """Correlation of two thumbnails of the same image, after compression."""
-MARGIN = 0.1
+_MARGIN = 0.1
 """A clip is that of another job if it begins with the image of that one, and this much less with its own."""
 REMEMBERED = 1024
 """Start images and digests of clips that are kept."""
-OWN_FIELDS = {
+_OWN_FIELDS = {
     *("model", "prompt", "negative_prompt", "size", "seed", "num_inference_steps", "guidance_scale"),
     *("num_frames", "fps", "input_reference", "n", "response_format"),
 }
@@ -107,7 +107,7 @@ class RemoteParams(StageParams):
     @field_validator("fields")
     @classmethod
     def _check_fields(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        if own := sorted(value.keys() & OWN_FIELDS):
+        if own := sorted(value.keys() & _OWN_FIELDS):
             raise ValueError(f"{own[0]} is that of the shot; leave it out, and use the fields of shots")
         return value
 
@@ -203,7 +203,7 @@ class RemoteImageStage(_RemoteStage):
         body = {**self.request_fields(item.shot), "prompt": item.shot.prompt, "n": 1, "response_format": "b64_json"}
         key = item.key or _digest(json.dumps(body, sort_keys=True).encode())
         # RGB with alpha, in base64.
-        content = self.servers.image(key, body, item.shot.width * item.shot.height * 6 + SPARE_BYTES)
+        content = self.servers.image(key, body, item.shot.width * item.shot.height * 6 + _SPARE_BYTES)
         try:
             with tempfile.NamedTemporaryFile(prefix="vidgen-", suffix=".png") as file:
                 file.write(base64.b64decode(content, validate=True))
@@ -269,7 +269,7 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
         key = item.key or _digest(json.dumps(form, sort_keys=True).encode() + (png or b""))
         if image is not None:
             self._remember(self._starts, key, _thumbnail(image))
-        max_bytes = shot.num_frames * shot.width * shot.height * 3 + SPARE_BYTES
+        max_bytes = shot.num_frames * shot.width * shot.height * 3 + _SPARE_BYTES
         frames, submits = self.servers.clip(key, form, png, self.jobs, partial(self._checked, key, shot), max_bytes)
         if submits > 1:
             self.note(f"remote: the job was submitted {submits} times")
@@ -291,7 +291,7 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
             if own is not None:
                 like_own = _correlation(start, own)
                 others = max((_correlation(start, other) for name, other in self._starts.items() if name != key), default=-1)
-                if others > SAME_IMAGE and like_own < others - MARGIN:
+                if others > SAME_IMAGE and like_own < others - _MARGIN:
                     raise WrongAnswer("answered with a clip that begins with the image of another job")
                 doubtful = like_own < SAME_IMAGE and (found or self._doubtful.pop(key, None) != digest)
                 if doubtful:
@@ -351,7 +351,7 @@ def _thumbnail(image: Image) -> NDArray[np.float32]:
     import numpy as np
     from PIL import Image as PILImage
 
-    small = PILImage.fromarray(image).resize((SIDE_PX, SIDE_PX), PILImage.Resampling.BOX)
+    small = PILImage.fromarray(image).resize((_SIDE_PX, _SIDE_PX), PILImage.Resampling.BOX)
     levels = np.asarray(small, np.float32).mean(axis=2).ravel()
     levels -= levels.mean()
     return np.asarray(levels / (np.linalg.norm(levels) or 1.0), np.float32)

@@ -26,8 +26,8 @@ from vidgen_ray.stages.base import JobRecords
 if TYPE_CHECKING:
     import httpx2
 
-T = TypeVar("T")
-M = TypeVar("M", bound=BaseModel)
+_T = TypeVar("_T")
+_M = TypeVar("_M", bound=BaseModel)
 
 CONNECT_S, RESPONSE_S = 10.0, 120.0
 """Timeouts of a connection and of a response. A job takes longer, but its requests do not."""
@@ -39,7 +39,7 @@ POLL_S, POLL_SHARE = (0.1, 10.0), 0.05
 """Shortest and longest pause between two polls, and its share of the seconds that the job has taken."""
 SUBMITS, ANSWERS = 3, 3
 """Most submissions of a job in one call, and most downloads of its result."""
-LISTED = 100
+_LISTED = 100
 """Jobs in which one is searched whose submission had no response."""
 MAX_JSON_BYTES = 32 * 2**20
 """Largest response without a clip or an image."""
@@ -271,9 +271,9 @@ class VideoServers:
         fields: Mapping[str, str],
         image: bytes | None,
         store: JobRecords,
-        check: Callable[[bytes, bool], T],
+        check: Callable[[bytes, bool], _T],
         max_bytes: int = MAX_JSON_BYTES,
-    ) -> tuple[T, int]:
+    ) -> tuple[_T, int]:
         """Return `check(content of the clip, job.found)` of the job with this key, and the number of its submission.
 
         A job that is stored is asked for, others are submitted first. `image`: PNG. `check` raises WrongAnswer for a clip that
@@ -308,7 +308,7 @@ class VideoServers:
         """Return the answer of a chat. Raises as `clip`."""
         return self._answer(ChatAnswer, "/v1/chat/completions", key, body, MAX_JSON_BYTES)
 
-    def _answer(self, model: type[M], path: str, key: str, body: Mapping[str, Any], max_bytes: int) -> M:
+    def _answer(self, model: type[_M], path: str, key: str, body: Mapping[str, Any], max_bytes: int) -> _M:
         """Return the parsed response to a request. A request without a response is repeated, with the same key."""
         deadline = time.monotonic() + self._timeout_s
         try:
@@ -388,7 +388,7 @@ class VideoServers:
         if not job.since:
             return job
         with self._finding:
-            query = {"limit": LISTED, "order": "desc"}
+            query = {"limit": _LISTED, "order": "desc"}
             listed = self._request("GET", job.server, "/v1/videos", deadline, params=query)
             ids = [
                 entry.id
@@ -425,10 +425,10 @@ class VideoServers:
         job: RemoteJob,
         fields: Mapping[str, str],
         store: JobRecords,
-        check: Callable[[bytes, bool], T],
+        check: Callable[[bytes, bool], _T],
         max_bytes: int,
         deadline: float,
-    ) -> T:
+    ) -> _T:
         """Wait for a job and return its checked clip. Raises _JobEnded, TimeoutError and ServerFailed."""
         for attempt in range(ANSWERS):
             try:
@@ -562,7 +562,7 @@ def _retry_after_s(response: httpx2.Response, default: float) -> float:
     return default
 
 
-def _parsed(model: type[M], response: httpx2.Response) -> M:
+def _parsed(model: type[_M], response: httpx2.Response) -> _M:
     try:
         return model.model_validate_json(response.content)
     except ValidationError:

@@ -39,7 +39,7 @@ KEPT_FREE_BYTES, KEPT_FREE_SHARE = 50 * 10**9, 0.1
 """Caching stops when less of the disk is free than both of these, to leave room for outputs."""
 WRITER_NICENESS = 10
 """Added to the niceness of the thread, so that the thread that feeds the GPU gets its CPU core first."""
-CLOSE_TIMEOUT_S = 30.0
+_CLOSE_TIMEOUT_S = 30.0
 """Seconds that an ending process waits for queued results."""
 
 
@@ -118,7 +118,7 @@ class CacheWriter:
                 atexit.register(self.close)
             self._changed.notify_all()
 
-    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+    def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
         """Write what is queued, for at most `timeout_s` seconds. Later results are dropped. Safe to call twice."""
         atexit.unregister(self.close)
         with self._changed:

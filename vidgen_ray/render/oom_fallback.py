@@ -19,7 +19,7 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.system.free_memory import free_gpu_bytes, free_gpu_memory, pins_exact_sizes
 
-R = TypeVar("R")
+_R = TypeVar("_R")
 
 EXPANDABLE_SEGMENTS = "expandable_segments:True"
 """Wastes less GPU memory on fragmentation. Fails on WSL2."""
@@ -55,7 +55,7 @@ class OomFallback:
         self._free_bytes = free_bytes
         self._needed: dict[SizeKey, StageParams] = {}
 
-    def run(self, stage: Stage[Any], shot: Shot, work: Callable[[], R]) -> tuple[R, str | None]:
+    def run(self, stage: Stage[Any], shot: Shot, work: Callable[[], _R]) -> tuple[_R, str | None]:
         """Return `work()`, retried if it runs out of memory: after freeing memory, then with lower-memory settings.
 
         The first attempt uses the settings with which the shot is planned to fit. The second value tells what differs from the

@@ -63,18 +63,18 @@ from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, MATRIX, NESTED_FIELDS, Sh
 from vidgen_ray.stages.instantid import sampled_frames
 from vidgen_ray.system.quantities import amount_text, duration, money
 
-MAX_SHOTS = 10_000
+_MAX_SHOTS = 10_000
 """Maximum number of shots in the gallery."""
 _KEPT = (stage.debug_file for stage in STAGES if stage.debug_file and stage.debug_file.endswith(".png"))
-CHAIN = (*dict.fromkeys(_KEPT), IMAGE_FILE)
+_CHAIN = (*dict.fromkeys(_KEPT), IMAGE_FILE)
 """Images of a shot, in the order in which the stages make them. The first ones exist with `--keep stages`."""
 FILE_AXES = frozenset((*IMAGE_FIELDS, "face_image", *LORA_FIELDS))
 """Fields of a `matrix` whose values are files."""
-NUMBERS = (pyarrow.types.is_floating, pyarrow.types.is_integer, pyarrow.types.is_boolean)
+_NUMBERS = (pyarrow.types.is_floating, pyarrow.types.is_integer, pyarrow.types.is_boolean)
 """Types of scores that the gallery shows."""
-TEXTS = {"caption": "Caption of what is seen", "missing": "Not shown", "caption_error": "No caption"}
+_TEXTS = {"caption": "Caption of what is seen", "missing": "Not shown", "caption_error": "No caption"}
 """Texts of `vidgen caption` that the gallery shows -> their labels."""
-LABELS = ("character", "style", "scene")
+_LABELS = ("character", "style", "scene")
 """Names in the metadata of a line that the gallery shows."""
 
 
@@ -89,7 +89,7 @@ class GalleryRows(NamedTuple):
     """Names of the values in `scores` of a row: of `vidgen score`, those that differ between clips."""
 
 
-def gallery_rows(storage: Storage, limit: int = MAX_SHOTS) -> GalleryRows:
+def gallery_rows(storage: Storage, limit: int = _MAX_SHOTS) -> GalleryRows:
     """Return the rows of a gallery, at most `limit`. Reads one small file per finished shot. Raises OSError."""
     counts: Counter[str] = Counter(done=0, failed=0)
     chosen: list[dict[str, Any]] = []
@@ -118,7 +118,7 @@ def _axes(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _row(storage: Storage, row: Mapping[str, Any], failed_fields: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     shown = {name: row[name] for name in ("id", "status", "prompt", "image", "video", "hd_video", "seconds")}
-    shown |= {name: str(row["metadata"][name]) for name in LABELS if row["metadata"].get(name)}
+    shown |= {name: str(row["metadata"][name]) for name in _LABELS if row["metadata"].get(name)}
     place = f"{row['script']}, line {row['line']}" if row["line"] else row["script"]
     shown |= {"place": place, "axes": _axes(row), "likeness": _likeness(row)}
     size = (row["hd_width"] or row["width"], row["hd_height"] or row["height"])
@@ -186,8 +186,8 @@ def _add_scores(storage: Storage, shown: Sequence[dict[str, Any]]) -> list[str]:
     for path in (path for paths in score_files(storage).values() for path in paths):
         with suppress(OSError, pyarrow.ArrowException, KeyError), opened(storage, path) as file:
             table = pyarrow.parquet.read_table(file)
-            numbers = [field.name for field in table.schema if any(is_number(field.type) for is_number in NUMBERS)]
-            texts = [name for name in TEXTS if name in table.schema.names]
+            numbers = [field.name for field in table.schema if any(is_number(field.type) for is_number in _NUMBERS)]
+            texts = [name for name in _TEXTS if name in table.schema.names]
             for row in table.select(["clip_sha256", *texts, *numbers]).to_pylist():
                 if (known := scores.get(clip := row.pop("clip_sha256"))) is not None:
                     said[clip] |= {name: row.pop(name) for name in texts}
@@ -203,7 +203,7 @@ def _add_scores(storage: Storage, shown: Sequence[dict[str, Any]]) -> list[str]:
             row["scores"] = [own.get(name) for name in names]
         if texts_of := {name: text for name, text in said[row.get("clip", "")].items() if text}:
             row |= texts_of
-            row["settings"] = [*((TEXTS[name], text) for name, text in texts_of.items()), *row.get("settings", ())]
+            row["settings"] = [*((_TEXTS[name], text) for name, text in texts_of.items()), *row.get("settings", ())]
     return names
 
 
@@ -234,7 +234,7 @@ def _details(fields: Mapping[str, Any], record: Mapping[str, Any] = {}, folder: 
 
     `chain`: images of its stages. `fields`: those that differ from the defaults, for a script line. `loras`: their paths.
     """
-    chain = [f"{folder}/{name}" for name in CHAIN if name in (record.get("files") or {})]
+    chain = [f"{folder}/{name}" for name in _CHAIN if name in (record.get("files") or {})]
     own = {name: value for name, value in fields.items() if value != DEFAULTS.get(name) and value not in (None, [], {})}
     own |= {name: {key: each for key, each in own[name].items() if each is not None} for name in NESTED_FIELDS if name in own}
     details = {"chain": chain, "fields": own}
@@ -247,7 +247,7 @@ def _details(fields: Mapping[str, Any], record: Mapping[str, Any] = {}, folder: 
     return {**details, "loras": paths, "settings": list(settings)}
 
 
-@lru_cache(MAX_SHOTS)
+@lru_cache(_MAX_SHOTS)
 def _recorded_details(storage: Storage, folder: str, ended_at: datetime) -> dict[str, Any]:
     """Read shot.json. `ended_at` of the row tells the records of a shot apart, for `vidgen watch`."""
     record = _object(storage.read(f"{folder}/{RECORD}") or b"{}")
@@ -272,10 +272,10 @@ def _object(text: str | bytes) -> dict[str, Any]:
     return {}
 
 
-FOLDER = "thumbnails"
-SIDE_PX = 320
+_FOLDER = "thumbnails"
+_SIDE_PX = 320
 """Longest side."""
-QUALITY = 75
+_QUALITY = 75
 
 
 def add_thumbnails(root: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -297,7 +297,7 @@ def add_thumbnails(root: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _place(row: Mapping[str, Any]) -> str:
     shot = PurePosixPath(row["image"]).parent
-    return f"{FOLDER}/{shot.parent.name}/{shot.name}.webp"
+    return f"{_FOLDER}/{shot.parent.name}/{shot.name}.webp"
 
 
 def _is_current(root: Path, row: Mapping[str, Any]) -> bool:
@@ -309,19 +309,19 @@ def _is_current(root: Path, row: Mapping[str, Any]) -> bool:
 def _make(root: Path, row: Mapping[str, Any]) -> bool:
     try:
         with PILImage.open(root / row["image"]) as image:
-            image.thumbnail((SIDE_PX, SIDE_PX))
+            image.thumbnail((_SIDE_PX, _SIDE_PX))
             target = root / row["thumbnail"]
             target.parent.mkdir(parents=True, exist_ok=True)
             # Replaced at once, but not flushed to disk: a lost thumbnail is made again.
             unfinished = target.with_suffix(".unfinished")
-            image.convert("RGB").save(unfinished, "WEBP", quality=QUALITY)
+            image.convert("RGB").save(unfinished, "WEBP", quality=_QUALITY)
             unfinished.replace(target)
     except OSError:
         return False
     return True
 
 
-FILE = "index.html"
+_FILE = "index.html"
 MARK = b'name="generator" content="vidgen"'
 """In every gallery."""
 FILM_SUFFIX = ".mp4"
@@ -330,21 +330,21 @@ FILM_SUFFIX = ".mp4"
 def check_no_other_page(out: str | Path) -> None:
     """Raise UsageError if the folder has an `index.html` that vidgen has not written."""
     storage = storage_at(out)
-    page = storage.read(FILE)
+    page = storage.read(_FILE)
     if page is not None and MARK not in page:
-        raise UsageError(f"{storage.place(FILE)}: exists and is not from vidgen; move it, or choose another output folder")
+        raise UsageError(f"{storage.place(_FILE)}: exists and is not from vidgen; move it, or choose another output folder")
 
 
 def write_gallery(out: str | Path) -> Path | str:
     """Write the gallery, and thumbnails if the folder is on a disk. Return its path or URL. Raises OSError."""
     storage = storage_at(out)
-    storage.write(FILE, page_of(gallery_data(storage)))
-    return storage.place(FILE)
+    storage.write(_FILE, page_of(gallery_data(storage)))
+    return storage.place(_FILE)
 
 
 def update_gallery(out: str | Path) -> None:
     """Write the gallery again if the folder has one. Raises OSError."""
-    page = storage_at(out).read(FILE)
+    page = storage_at(out).read(_FILE)
     if page is not None and MARK in page:
         write_gallery(out)
 
@@ -381,9 +381,9 @@ def page_of(data: Mapping[str, Any]) -> str:
 
 REFRESH_S, STORE_REFRESH_S = 3, 15
 """Seconds between two requests of an open page for new rows, from a disk and from an object store."""
-SHOWN = (SHOTS, FOLDER)
+SHOWN = (SHOTS, _FOLDER)
 """Folders whose files are served, besides films."""
-HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+_HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
 
 
 LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
@@ -409,10 +409,10 @@ def gallery_app(out: str | Path, reviewer: str | None = None) -> Starlette:
         return {**gallery_data(storage), "run": run, "refresh_s": refresh_s}
 
     def page(request: Request) -> Response:
-        return HTMLResponse(page_of(data()), headers=HEADERS)
+        return HTMLResponse(page_of(data()), headers=_HEADERS)
 
     def rows(request: Request) -> Response:
-        return JSONResponse(data(), headers=HEADERS)
+        return JSONResponse(data(), headers=_HEADERS)
 
     def store(opinion: Opinion) -> Response:
         try:
@@ -450,7 +450,7 @@ def gallery_app(out: str | Path, reviewer: str | None = None) -> Starlette:
             if copy is None or (root and not copy.resolve().is_relative_to(root)):
                 return Response("Not found", 404)
             end = BackgroundTask(stack.pop_all().close)
-            return FileResponse(copy, headers=HEADERS, media_type=guess_type(path.name)[0], background=end)
+            return FileResponse(copy, headers=_HEADERS, media_type=guess_type(path.name)[0], background=end)
 
     read_status(storage)
     reviews = Route("/reviews", add_review, methods=["POST"])

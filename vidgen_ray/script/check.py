@@ -71,13 +71,13 @@ from vidgen_ray.weights import resolve
 
 INTEGER_FIELDS = {name for name, field in Shot.model_fields.items() if field.annotation in (int, int | None)}
 INTEGER_FIELDS |= {"scale", "interpolation"}
-NAME = re.compile(rf"{ID_PATTERN.pattern}|[A-Za-z0-9._-]{{0,64}}:[A-Za-z0-9-]{{1,64}}")
+_NAME = re.compile(rf"{ID_PATTERN.pattern}|[A-Za-z0-9._-]{{0,64}}:[A-Za-z0-9-]{{1,64}}")
 """Id of a shot, or name of a rejected line."""
 HUB_REPOSITORY = re.compile(r"(hub:.*|hf:.*|[\w-][\w.-]*/[\w.-]+(?<!\.safetensors))")
 """Name of a repository of a model hub. Others are files."""
 OUTER_LEVELS = 4
 """Nesting levels that a plan adds around a shot's metadata. JSON parsers limit the total depth."""
-METADATA = TypeAdapter(JsonValue)
+_METADATA = TypeAdapter(JsonValue)
 SMALL_CROP = 0.25
 """A crop that keeps less than this share of the finished picture is noted: it may be meant in pixels before upscaling."""
 CAPTION_PX = 24
@@ -420,7 +420,7 @@ def _set_origin(line: Line, failure: Any) -> None:
         number = failure.get("line")
         line.script_line = number if isinstance(number, int) else line.number
     failed_id = failure.get("id")
-    if isinstance(failed_id, str) and NAME.fullmatch(failed_id):
+    if isinstance(failed_id, str) and _NAME.fullmatch(failed_id):
         line.failed_as = failed_id
 
 
@@ -467,7 +467,7 @@ def _is_plain_json(metadata: JsonValue) -> bool:
     for _ in range(OUTER_LEVELS):
         metadata = [metadata]
     try:
-        return METADATA.validate_json(METADATA.dump_json(metadata)) == metadata
+        return _METADATA.validate_json(_METADATA.dump_json(metadata)) == metadata
     except (ValueError, RecursionError):
         return False
 
@@ -504,7 +504,7 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-ADVICE = {
+_ADVICE = {
     "style_prompt": "set use_hunyuan_style to true, in mode quality",
     "style_strength": "set use_hunyuan_style to true, in mode quality",
     "lora_strength": "set lora, in mode quality",
@@ -520,7 +520,7 @@ READERS: dict[str, list[type[Stage[Any]]]] = {}
 for _stage in STAGES:
     for _field in (*_stage.reads, *_stage.identity_fields):
         READERS.setdefault(_field, []).append(_stage)
-DEFAULTS = {name: field.default for name, field in Shot.model_fields.items()}
+_DEFAULTS = {name: field.default for name, field in Shot.model_fields.items()}
 NOTED = frozenset(READERS) - WITHOUT_NOTE
 CHECKED = NOTED | {"min_identity", "retries", *NESTED_FIELDS}
 
@@ -535,11 +535,11 @@ def ignored_settings(own: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, 
             if shot.continue_from is not None and name in OF_THE_IMAGE:
                 yield name, "the shot starts from the last frame of another one, which is not changed"
                 continue
-            yield name, ADVICE.get(name) or _advice(name, shot)
+            yield name, _ADVICE.get(name) or _advice(name, shot)
     if own.get("min_identity") is not None and not shot.face_image:
-        yield "min_identity", ADVICE["min_identity"]
+        yield "min_identity", _ADVICE["min_identity"]
     if own.get("retries") and shot.min_identity is None:
-        yield "retries", ADVICE["retries"]
+        yield "retries", _ADVICE["retries"]
 
 
 def _advice(field: str, shot: Shot) -> str:
@@ -557,7 +557,7 @@ def _set_fields(own: Mapping[str, Any]) -> Iterator[str]:
     for name, value in nest_flat_settings(dict(own)).items():
         if name in NESTED_FIELDS and isinstance(value, dict):
             yield from (f"{name}.{stage}" for stage, setting in value.items() if setting is not None)
-        elif value is not None and name in DEFAULTS and value != DEFAULTS[name]:
+        elif value is not None and name in _DEFAULTS and value != _DEFAULTS[name]:
             yield name
 
 

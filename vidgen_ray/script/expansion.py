@@ -51,9 +51,9 @@ CHARACTER_TEXTS = ("trigger", "description")
 """`trigger` is put before the prompt. `description` replaces `{NAME}` in prompts."""
 STYLE_TEXTS = ("prompt",)
 """`prompt` is appended to the prompt of the shot."""
-NAME = re.compile(r"[^\W\d_][\w\u0300-\u036f-]{0,63}")
+_NAME = re.compile(r"[^\W\d_][\w\u0300-\u036f-]{0,63}")
 """Name of a character or a style, in any language. Accents may be characters of their own, see `normal_form`."""
-MENTION = re.compile(rf"\{{({NAME.pattern})\}}")
+MENTION = re.compile(rf"\{{({_NAME.pattern})\}}")
 """Name of a character in a prompt."""
 
 NamedFields = Mapping[str, Mapping[str, Any]]
@@ -92,7 +92,7 @@ def _checked(source: str, kind: str, value: Any, fields: Sequence[str], texts: S
         raise _wrong(source, kind, shortened(value), "must be a mapping of names to fields")
     for name, named in value.items():
         where = f"{kind}.{str(name)[:64]}"
-        if not isinstance(name, str) or not NAME.fullmatch(name):
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             allowed = "a name must be 1 to 64 letters, digits, _ or -, starting with a letter"
             raise _wrong(source, kind, shortened(name), allowed)
         if not isinstance(named, dict):
@@ -200,7 +200,7 @@ CHOSEN = "choices"
 """Key in the metadata of a shot with choices: their options (`sunny|rainy`) -> the option that was chosen."""
 STYLE = "style"
 """Field of a line: name of a style in the header. Not a field of a shot."""
-TEXTS = ("prompt", "negative_prompt", "style_prompt", "motion_prompt")
+_TEXTS = ("prompt", "negative_prompt", "style_prompt", "motion_prompt")
 CHOICES = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
 UNCLOSED_CHOICES = re.compile(r"\{[^{}]*\|[^{}]*(?:\{|$)")
 NO_MATRIX_FIELDS = ("id", "variants", "metadata", "consent", "priority")
@@ -225,7 +225,7 @@ class Expanded(NamedTuple):
 
 def is_expandable(fields: Mapping[str, Any]) -> bool:
     """Return whether the line may stand for several shots. Fast, since few lines do."""
-    return MATRIX in fields or any("|" in text for name in TEXTS if isinstance(text := fields.get(name), str))
+    return MATRIX in fields or any("|" in text for name in _TEXTS if isinstance(text := fields.get(name), str))
 
 
 def expand(fields: Mapping[str, Any]) -> list[Expanded]:
@@ -288,7 +288,7 @@ def _named_choices(chosen: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 def _choose(fields: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Sequence[tuple[str, str]]]]:
     """Yield the fields with each combination of the choices in their texts, and the options and the chosen one of each."""
-    texts = {name: CHOICES.split(text) for name in TEXTS if isinstance(text := fields.get(name), str) and "|" in text}
+    texts = {name: CHOICES.split(text) for name in _TEXTS if isinstance(text := fields.get(name), str) and "|" in text}
     choices = {
         (name, number): _options(name, parts[number]) for name, parts in texts.items() for number in range(1, len(parts), 2)
     }

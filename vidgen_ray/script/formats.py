@@ -54,7 +54,7 @@ FLAT_SETTINGS = tuple(
 ScriptVersion = tuple[tuple[int, int, int, int], ...]
 """Inode, size in bytes and times in ns of each file that is read: of its last modification, and of its last change."""
 DEFAULT_NAMES = Columns()
-MAX_NAMED = 5
+_MAX_NAMED = 5
 """Unknown columns that an error names."""
 
 
@@ -83,7 +83,7 @@ def check_columns(
     if duplicates := [name for name, count in Counter(columns).items() if count > 1]:
         raise file_error(path, f"the column {duplicates[0][:40]!r} twice", "must appear only once")
     if unknown := [name for name in columns if not is_known(name)]:
-        named = ", ".join(repr(name[:40]) for name in unknown[:MAX_NAMED]) + (", ..." if len(unknown) > MAX_NAMED else "")
+        named = ", ".join(repr(name[:40]) for name in unknown[:_MAX_NAMED]) + (", ..." if len(unknown) > _MAX_NAMED else "")
         keep = f"--map {shlex.quote(f'{unknown[0]}=FIELD')} --keep-columns"
         allowed = f"{known_fields(unknown[0], FIELDS)}; add {keep}, which copies the other unknown ones to metadata"
         if with_prompt and "prompt" not in columns:
@@ -181,7 +181,7 @@ SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bar
 """Separator -> its name in messages."""
 SEPARATOR_LINE = re.compile(r"sep=([,;\t|])", re.IGNORECASE)
 """First line that spreadsheets write to state the separator."""
-NUMBERS = number_fields(Shot)
+_NUMBERS = number_fields(Shot)
 DIGITS = re.compile(r"\d+")
 NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 BOOLEAN_FIELDS = frozenset(name for name, field in Shot.model_fields.items() if field.annotation is bool)
@@ -216,7 +216,7 @@ def read_csv(path: Path, columns: Columns) -> tuple[Header, Lines]:
         with suppress(csv.Error, StopIteration):
             check_columns(path, names, row=next(rows))
     check_columns(path, names)
-    may_be_missing = NUMBERS | BOOLEAN_FIELDS
+    may_be_missing = _NUMBERS | BOOLEAN_FIELDS
 
     def lines() -> Lines:
         end = before
@@ -269,7 +269,7 @@ def _hides_row(row: Mapping[Any, Any], separator: str, names: Sequence[str]) -> 
 
     def is_row(text: str) -> bool:
         cells = dict(zip(names, map(str.strip, _cells(text, separator)), strict=False))
-        numbers = [each for name, each in cells.items() if each and name in NUMBERS]
+        numbers = [each for name, each in cells.items() if each and name in _NUMBERS]
         id_, own_id = (DIGITS.sub("0", str(each.get("id") or "").strip()) for each in (cells, row))
         is_like = bool(ID_PATTERN.fullmatch(id_)) and (bool(numbers) or id_ == own_id) if "id" in names else bool(numbers)
         return len(cells) == len(names) > 1 and is_like and all(map(NUMBER.fullmatch, numbers))
@@ -517,7 +517,7 @@ def _id_of(stem: str) -> str:
 
 
 SPREADSHEET = "; save the sheet as .csv"
-ADVICE = {".json": "; write one object per line to .jsonl", ".xlsx": SPREADSHEET, ".xls": SPREADSHEET, ".ods": SPREADSHEET}
+_ADVICE = {".json": "; write one object per line to .jsonl", ".xlsx": SPREADSHEET, ".xls": SPREADSHEET, ".ods": SPREADSHEET}
 """Ending of a file that is not read -> what to do."""
 
 
@@ -543,7 +543,7 @@ def _reader_of(path: Path) -> Callable[[Path, Columns], tuple[Header, Lines]]:
     inner = Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
     if inner in READERS and not (suffix in COMPRESSED and inner in BINARY):
         return READERS[inner]
-    advice = ADVICE.get(suffix, "; .gz and .zst of text are read, too" if suffix in COMPRESSED else "")
+    advice = _ADVICE.get(suffix, "; .gz and .zst of text are read, too" if suffix in COMPRESSED else "")
     raise file_error(path, f"file type {suffix!r}", f"must be one of {', '.join(sorted(READERS))}{advice}")
 
 

@@ -132,7 +132,7 @@ def _shot_line_numbers(node: yaml.Node | None) -> Iterator[int]:
 
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-TEXT = {"type": "string"}
+_TEXT = {"type": "string"}
 
 
 def script_schema(sections: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -142,15 +142,15 @@ def script_schema(sections: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """
     shot = Shot.model_json_schema()
     fields = _with_short_forms(shot["properties"])
-    line = {**fields, STYLE: {**TEXT, "description": "Name of a style of the header."}, MATRIX: _matrix(fields)}
-    shots = {"type": "array", "items": {"anyOf": [TEXT, {"$ref": "#/$defs/Line"}]}}
+    line = {**fields, STYLE: {**_TEXT, "description": "Name of a style of the header."}, MATRIX: _matrix(fields)}
+    shots = {"type": "array", "items": {"anyOf": [_TEXT, {"$ref": "#/$defs/Line"}]}}
     defaults = _with_flat_settings({name: field for name, field in line.items() if name not in ("id", MATRIX)})
-    scene = {**_object({"title": TEXT, "defaults": {"$ref": "#/$defs/Defaults"}, "shots": shots}), "required": ["shots"]}
+    scene = {**_object({"title": _TEXT, "defaults": {"$ref": "#/$defs/Defaults"}, "shots": shots}), "required": ["shots"]}
     definitions = {**shot.get("$defs", {}), "Line": _with_flat_settings(line), "Defaults": defaults}
     for name, section in sections.items():
         definitions |= section.get("$defs", {}) | {name: {key: value for key, value in section.items() if key != "$defs"}}
     properties = {
-        "title": TEXT,
+        "title": _TEXT,
         "defaults": {"$ref": "#/$defs/Defaults"},
         "characters": _named(fields, CHARACTER_FIELDS, CHARACTER_TEXTS),
         "styles": _named(fields, STYLE_FIELDS, STYLE_TEXTS),
@@ -165,10 +165,10 @@ def script_schema(sections: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 def _with_short_forms(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a line, in which one file may stand for a list of one."""
     face = fields["face_image"]
-    short = {"face_image": {**face, "anyOf": [TEXT, {"type": "array", "items": TEXT}]}}
+    short = {"face_image": {**face, "anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}}
     for name in LORA_FIELDS:
         lora = fields[name]["items"]
-        short[name] = {**fields[name], "anyOf": [TEXT, lora, {"type": "array", "items": {"anyOf": [TEXT, lora]}}]}
+        short[name] = {**fields[name], "anyOf": [_TEXT, lora, {"type": "array", "items": {"anyOf": [_TEXT, lora]}}]}
     for field in short.values():
         for name in ("type", "items"):
             field.pop(name, None)
@@ -187,7 +187,7 @@ def _matrix(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _named(fields: dict[str, Any], allowed: Sequence[str], texts: Sequence[str]) -> dict[str, Any]:
-    properties = {name: fields[name] for name in allowed} | dict.fromkeys(texts, TEXT)
+    properties = {name: fields[name] for name in allowed} | dict.fromkeys(texts, _TEXT)
     return {"type": "object", "additionalProperties": _object(properties)}
 
 

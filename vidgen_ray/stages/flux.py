@@ -44,7 +44,7 @@ STEP_CACHE_TENSORS = 3
 of the others."""
 
 
-CARD_FACTORS: Mapping[str, float] = dict.fromkeys(
+_CARD_FACTORS: Mapping[str, float] = dict.fromkeys(
     ("L40S", "RTX 6000 Ada", "RTX 4080", "RTX 5080", "RTX 4090", "RTX 5090"), 0.78
 )
 """`card_factors` of FLUX: their caches hold more of what the steps move. From images of 1024x1024 with 28 steps: TheStage AI's
@@ -72,7 +72,7 @@ class FluxFamilyStage(Stage[FluxParams]):
     identity_inputs: ClassVar[tuple[str, ...]] = ("face",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
-    card_factors: ClassVar[Mapping[str, float]] = CARD_FACTORS
+    card_factors: ClassVar[Mapping[str, float]] = _CARD_FACTORS
     Params: ClassVar[type[StageParams]] = FluxParams
 
     @classmethod

@@ -44,7 +44,7 @@ from vidgen_ray.stages.memory_table import (
 
 DISTILLED_STEPS, BASE_STEPS = 4, 50
 """Default steps of the distilled weights and of the base weights."""
-DEFAULT_GUIDANCE = 4.0
+_DEFAULT_GUIDANCE = 4.0
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 """Text around a prompt, for the text encoder."""
 PHOTO_PIXELS = 1024 * 1024
@@ -148,7 +148,7 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
                 width=shot.width,
                 height=shot.height,
                 num_inference_steps=shot.steps.klein or steps,
-                guidance_scale=DEFAULT_GUIDANCE if shot.guidance.klein is None else shot.guidance.klein,
+                guidance_scale=_DEFAULT_GUIDANCE if shot.guidance.klein is None else shot.guidance.klein,
                 generator=noise_generator(self.generator_seed(shot)),
                 output_type="pt",
                 **self._text_arguments,

@@ -37,7 +37,7 @@ CACHED_PROMPTS = 64
 """Prompts whose embeddings are cached in memory. An embedding takes 4 MB at 512 tokens in bfloat16."""
 DEFAULT_STEPS = 28
 """Default steps of FLUX.1-dev."""
-DEFAULT_GUIDANCE = 3.5
+_DEFAULT_GUIDANCE = 3.5
 SCHNELL_STEPS = 4
 """Default steps of FLUX.1-schnell."""
 
@@ -177,7 +177,7 @@ class FluxModel:
             "max_sequence_length": tokens,
             "output_type": "pt",
         }
-        scale = DEFAULT_GUIDANCE if guidance is None else guidance
+        scale = _DEFAULT_GUIDANCE if guidance is None else guidance
         arguments["guidance_scale"] = scale if params.distilled_guidance else 1.0
         if params.uses_negative_prompt(shot):
             embeds, pooled = self._encode_prompt(shot.negative_prompt or "", tokens, params)

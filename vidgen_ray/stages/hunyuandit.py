@@ -22,8 +22,8 @@ from vidgen_ray.stages.loading import TiledParams, TiledStage, diffusers_classes
 from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_bytes, network_work, weight_bytes
 from vidgen_ray.stages.speed import CompileParams, compile_blocks, require_sdpa_backend, sdpa_backend
 
-DEFAULT_STEPS = 30
-DEFAULT_GUIDANCE = 5.0
+_DEFAULT_STEPS = 30
+_DEFAULT_GUIDANCE = 5.0
 MT5_TOKENS = 256
 CANVASES: Mapping[float, tuple[tuple[int, int], ...]] = {
     1: ((1024, 1024), (1280, 1280)),
@@ -34,7 +34,7 @@ CANVASES: Mapping[float, tuple[tuple[int, int], ...]] = {
 }
 """Ratio of the sides of an image -> widths and heights that the published weights were trained on."""
 LARGEST_CANVAS_PX = 1280 * 1280
-NETWORKS = ("hunyuan/transformer", "hunyuan/text_encoder", "hunyuan/text_encoder_2", "hunyuan/vae")
+_NETWORKS = ("hunyuan/transformer", "hunyuan/text_encoder", "hunyuan/text_encoder_2", "hunyuan/vae")
 """Its networks in the memory table."""
 REPEATED_BLOCKS = ("HunyuanDiTBlock",)
 """Class of the transformer's blocks, which diffusers does not state for this network."""
@@ -86,7 +86,7 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
         pixels = prod(_placement(params, shot.width, shot.height).canvas)
         # The step was traced with both prompts.
         prompts = 2 if shot.guidance.hunyuan is None or shot.guidance.hunyuan > 1 else 1
-        steps = (shot.steps.hunyuan or DEFAULT_STEPS) * shot.style_strength * prompts / 2
+        steps = (shot.steps.hunyuan or _DEFAULT_STEPS) * shot.style_strength * prompts / 2
         coding = network_work("hunyuan/encode", pixels) + network_work("hunyuan/decode", pixels)
         fixed = network_work("hunyuan/text").times(prompts) + coding
         return ShotWork(network_work("hunyuan/step", pixels).times(steps), fixed.times(shot.style_strength > 0))
@@ -97,7 +97,7 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
         tiles = f":tile{params.vae_tile_px}" if params.vae_tile_px else ""
         curves = ["hunyuan/text", "hunyuan/step", f"hunyuan/decode{tiles}", *(() if tiles else ("hunyuan/encode",))]
         return StageMemory(
-            {network: weight_bytes(network, params.dtype) for network in NETWORKS},
+            {network: weight_bytes(network, params.dtype) for network in _NETWORKS},
             max(activation_bytes(curve, pixels, params.dtype) for curve in curves),
         )
 
@@ -131,8 +131,8 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
                 _prompt_of(shot),
                 PILImage.fromarray(place_on_canvas(image, placement)),
                 strength=shot.style_strength,
-                num_inference_steps=shot.steps.hunyuan or DEFAULT_STEPS,
-                guidance_scale=DEFAULT_GUIDANCE if shot.guidance.hunyuan is None else shot.guidance.hunyuan,
+                num_inference_steps=shot.steps.hunyuan or _DEFAULT_STEPS,
+                guidance_scale=_DEFAULT_GUIDANCE if shot.guidance.hunyuan is None else shot.guidance.hunyuan,
                 negative_prompt=shot.negative_prompt,
                 generator=noise_generator(self.generator_seed(shot)),
                 output_type="pt",

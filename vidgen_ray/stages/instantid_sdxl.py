@@ -30,7 +30,7 @@ from vidgen_ray.stages.speed import ChannelsLastParams, use_channels_last
 if TYPE_CHECKING:
     import torch
 
-EMBEDDING = "antelopev2"
+_EMBEDDING = "antelopev2"
 """Recogniser that the weights were trained with. Embeddings of another one silently give another face."""
 CLIP_TOKENS = 77
 INSTANTID = "instantid"
@@ -39,9 +39,9 @@ NET_FOLDER, ADAPTER_FILE = "ControlNetModel", "ip-adapter.bin"
 """Names in the published folder of `InstantX/InstantID`."""
 PROJECTION, ATTENTION = "image_proj", "ip_adapter"
 """Names of the state dicts in the adapter file."""
-NETWORKS = ("sdxl/unet", "sdxl/controlnet", "sdxl/text_encoder", "sdxl/text_encoder_2", "sdxl/vae", "instantid/adapter")
+_NETWORKS = ("sdxl/unet", "sdxl/controlnet", "sdxl/text_encoder", "sdxl/text_encoder_2", "sdxl/vae", "instantid/adapter")
 """Its networks in the memory table."""
-MUST_AGREE = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type")
+_MUST_AGREE = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type")
 """Config values that must be equal in IdentityNet and the UNet."""
 
 
@@ -100,7 +100,7 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
         tiles = f":tile{params.vae_tile_px}" if params.vae_tile_px else ""
         # The autoencoder runs in float32, also with float16 weights, which are then converted.
         decode = activation_bytes(f"sdxl/decode{tiles}", pixels, "float16") + weight_bytes("sdxl/vae", "float16")
-        weights = {network: weight_bytes(network, dtype) for network in NETWORKS}
+        weights = {network: weight_bytes(network, dtype) for network in _NETWORKS}
         return StageMemory(weights, max(activation_bytes("sdxl/step", pixels, dtype), decode))
 
     def load(self) -> None:
@@ -121,7 +121,7 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
         adapter = read_parts(file, PROJECTION, ATTENTION)
         resampler = build_resampler(adapter[PROJECTION], file)
         base = load_pipeline(StableDiffusionXLPipeline, self.params)
-        require_same(net.config, base.unet.config, MUST_AGREE, folder / NET_FOLDER, "SDXL")
+        require_same(net.config, base.unet.config, _MUST_AGREE, folder / NET_FOLDER, "SDXL")
         if resampler.sizes.output != base.unet.config.cross_attention_dim:
             raise SetupError(
                 f"{file}: returns tokens of {resampler.sizes.output} numbers, the UNet of {self.params.weights} takes "
@@ -173,7 +173,7 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
         """Return embeddings (2, 512) for classifier-free guidance: zeros and the face, not normalised."""
         import torch
 
-        size, embedding = self.resampler.sizes.embedding, face.embedding(EMBEDDING)
+        size, embedding = self.resampler.sizes.embedding, face.embedding(_EMBEDDING)
         if embedding.shape != (size,):
             raise StageError(f"face: got an embedding of shape {embedding.shape}, {self.name} takes {size} numbers")
         conditional = torch.tensor(embedding, device=self.resampler.latents.device, dtype=self.resampler.latents.dtype)

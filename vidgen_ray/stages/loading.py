@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     import torch
 
 
-Networks = Callable[[StageParams, Collection[str]], Mapping[str, Any]]
+_Networks = Callable[[StageParams, Collection[str]], Mapping[str, Any]]
 """Parameters of a stage and its components in float32 -> component of its pipeline -> network."""
-_networks: ContextVar[Networks | None] = ContextVar("_networks", default=None)
+_networks: ContextVar[_Networks | None] = ContextVar("_networks", default=None)
 
 
 @contextmanager
-def networks_from(make: Networks) -> Iterator[None]:
+def networks_from(make: _Networks) -> Iterator[None]:
     """Let `load_pipeline` use these networks in place of those in the folder, in this block. For measurements."""
     token = _networks.set(make)
     try:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FEW_STEP_LORA = "few_step_lora"
 """Extra weights: a LoRA that distils a model to a few steps, merged when the model is loaded."""
-MAX_REASON = 200
+_MAX_REASON = 200
 """Maximum number of characters of an error of diffusers in a message. Some list every layer."""
 
 
@@ -170,7 +170,7 @@ class LoraAdapters:
         # diffusers' converters of LoRA formats raise many exception types.
         except Exception as error:
             self._unload(name)
-            reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+            reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
             raise StageError(f"lora {file.name}: cannot be loaded into these {self._model} weights: {reason}") from error
         if self._names:
             pipe.disable_lora()

@@ -25,9 +25,9 @@ from vidgen_ray.stages.video import CLIP_PROMPT_FIELDS, PromptedVideoParams, Pro
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_GUIDANCE = 3.0
+_DEFAULT_GUIDANCE = 3.0
 TEXT_ENCODER, TRANSFORMER, VAE = "ltx/text_encoder", "ltx/transformer", "ltx/vae"
-TILE_PX = 512
+_TILE_PX = 512
 """Side of diffusers' tiles of the autoencoder."""
 
 
@@ -86,7 +86,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
         weights = {network: weight_bytes(network, dtype) for network in (TEXT_ENCODER, TRANSFORMER, VAE)}
         if shot.video_lora:
             weights[TRANSFORMER] += params.adapters_kept * weight_bytes("ltx/lora", dtype)
-        worked_on = min(pixels, TILE_PX**2) if params.vae_tiling else pixels
+        worked_on = min(pixels, _TILE_PX**2) if params.vae_tiling else pixels
         # The curve of decoding includes the clip of the pixels that it works on, in float32. The other tiles come on top.
         tiles = 3 * shot.num_frames * pixels * 3 * 4 if params.vae_tiling else 0
         phases = (
@@ -108,7 +108,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
         return {"frame_rate": item.shot.fps}
 
     def guidance(self, shot: Shot) -> float:
-        return DEFAULT_GUIDANCE if shot.guidance.ltx is None else shot.guidance.ltx
+        return _DEFAULT_GUIDANCE if shot.guidance.ltx is None else shot.guidance.ltx
 
     def decode(self, latents: torch.Tensor, item: Item, generator: torch.Generator) -> torch.Tensor:
         """Decode, with timestep conditioning at a timestep and with some noise in the latents.

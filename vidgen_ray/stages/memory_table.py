@@ -24,7 +24,7 @@ TILES_PX = (512, 256)
 RESULT_COPIES = 3
 """Copies of an image or a clip in uint8 in host memory: as it comes from the GPU, as Ray sends it, and the result of the call
 before, which is sent meanwhile; or the passes of a clip, and what they are joined to."""
-MARGIN = 1.15
+_MARGIN = 1.15
 """Factor on traced activations for workspaces of kernels and fragmentation. An assumption, not measured."""
 
 
@@ -182,7 +182,7 @@ def stored(network: str, quantize: str) -> str:
 
 def activation_bytes(curve: str, pixels: int, dtype: str) -> int:
     """Return the bytes of a curve with the margin. `pixels`: times frames, if the curve is one of clips."""
-    return int(load_table().curve(curve, pixels) * MARGIN * (2 if dtype == "float32" else 1))
+    return int(load_table().curve(curve, pixels) * _MARGIN * (2 if dtype == "float32" else 1))
 
 
 @lru_cache(4096)

@@ -37,8 +37,8 @@ from vidgen_ray.stages.memory_table import (
 )
 from vidgen_ray.stages.speed import Fp8Params
 
-DEFAULT_STEPS = 40
-DEFAULT_GUIDANCE = 4.0
+_DEFAULT_STEPS = 40
+_DEFAULT_GUIDANCE = 4.0
 SEEN_PIXELS = 1024 * 1024
 """Pixels that the pipeline scales each image to."""
 MAX_PHOTOS = 2
@@ -101,7 +101,7 @@ class QwenEditStage(ImageStage[QwenEditParams]):
         transformer = stored(TRANSFORMER, params.quantize)
         copies = offload_work((TEXT_ENCODER, VAE, transformer, VAE), params.dtype, cpu_offload=params.cpu_offload)
         fixed = network_work("qwen_edit/text").times(prompts) + coding + copies
-        return ShotWork(step.times(prompts * (shot.steps.qwen_edit or DEFAULT_STEPS)), fixed)
+        return ShotWork(step.times(prompts * (shot.steps.qwen_edit or _DEFAULT_STEPS)), fixed)
 
     @classmethod
     def memory(cls, params: QwenEditParams, shot: Shot) -> StageMemory | None:
@@ -135,10 +135,10 @@ class QwenEditStage(ImageStage[QwenEditParams]):
             image=[PILImage.fromarray(each) for each in (image, *photos)],
             prompt=instruction(shot.prompt, shot.style_prompt),
             negative_prompt=shot.negative_prompt or NO_NEGATIVE,
-            true_cfg_scale=DEFAULT_GUIDANCE if shot.guidance.qwen_edit is None else shot.guidance.qwen_edit,
+            true_cfg_scale=_DEFAULT_GUIDANCE if shot.guidance.qwen_edit is None else shot.guidance.qwen_edit,
             height=height,
             width=width,
-            num_inference_steps=shot.steps.qwen_edit or DEFAULT_STEPS,
+            num_inference_steps=shot.steps.qwen_edit or _DEFAULT_STEPS,
             generator=noise_generator(self.generator_seed(shot)),
             output_type="pt",
             **diffusers_step_callback(self.name),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from vidgen_ray.nets.dense_blocks import DenseTrunk
 
-MAX_REASON = 200
+_MAX_REASON = 200
 """Maximum number of characters of an error of torch in a message. Some list every tensor."""
 ENDINGS = (".safetensors", ".pth")
 """File endings of weights. The first one wins if both exist."""
@@ -275,7 +275,7 @@ def load_network(file: Path) -> ImageModelDescriptor[Any]:
         raise StageError(f"upscaler {file.name}: {error}; {advice}") from None
     # Damaged files and near misses of an architecture raise errors of any class.
     except Exception as error:
-        reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+        reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
         raise StageError(f"upscaler {file.name}: cannot be loaded: {reason}") from error
     channels = network.input_channels, network.output_channels
     if not isinstance(network, ImageModelDescriptor) or network.purpose != "SR" or channels != (3, 3):

@@ -36,7 +36,7 @@ MIN_SIMILARITY = 0.5
 """Default of `RifeParams.min_similarity`."""
 
 FLOW_SCALES = (1.0, 0.5, 0.25)
-LAYOUTS = ("rife/hdv3", "rife/4.25")
+_LAYOUTS = ("rife/hdv3", "rife/4.25")
 LARGEST_MULTIPLE_PX = 128
 """Pixels to whose multiples RIFE 4.25 pads the sides of frames, at a flow scale of 1."""
 KEPT_FRAMES = 17
@@ -59,7 +59,7 @@ class RifeParams(StageParams):
         return value
 
 
-Pixels: TypeAlias = "NDArray[Any]"
+_Pixels: TypeAlias = "NDArray[Any]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class RifeStage(ChunkedStage[RifeParams]):
     @classmethod
     def work(cls, params: RifeParams, shot: Shot) -> ShotWork:
         drawn = shot.clip_frames * (float(cls.frame_factor(shot)) - 1)
-        return ShotWork(network_work(f"{LAYOUTS[-1]}:1", _padded_pixels(shot, 1.0)).times(drawn))
+        return ShotWork(network_work(f"{_LAYOUTS[-1]}:1", _padded_pixels(shot, 1.0)).times(drawn))
 
     @classmethod
     def lower_memory(cls, params: RifeParams) -> RifeParams | None:
@@ -119,9 +119,9 @@ class RifeStage(ChunkedStage[RifeParams]):
     def memory(cls, params: RifeParams, shot: Shot) -> StageMemory | None:
         """Memory of the layout that needs more: the file decides which one it is."""
         pixels, dtype = shot.width * shot.height, params.dtype
-        largest = max(LAYOUTS, key=lambda layout: weight_bytes(layout, dtype))
+        largest = max(_LAYOUTS, key=lambda layout: weight_bytes(layout, dtype))
         padded = _padded_pixels(shot, params.flow_scale)
-        draw = max(activation_bytes(f"{layout}:{params.flow_scale:g}", padded, dtype) for layout in LAYOUTS)
+        draw = max(activation_bytes(f"{layout}:{params.flow_scale:g}", padded, dtype) for layout in _LAYOUTS)
         kept = KEPT_FRAMES * pixels * 3 * 4
         return StageMemory({"rife": weight_bytes(largest, dtype)}, draw + kept, 4 * pixels * 3 * 4)
 
@@ -175,8 +175,8 @@ def _padded_pixels(shot: Shot, flow_scale: float) -> int:
 
 
 def frames_between(
-    network: Rife, first: Pixels, second: Pixels, *, flow_scale: float = 1.0, min_similarity: float = MIN_SIMILARITY
-) -> Callable[[Fraction], Pixels]:
+    network: Rife, first: _Pixels, second: _Pixels, *, flow_scale: float = 1.0, min_similarity: float = MIN_SIMILARITY
+) -> Callable[[Fraction], _Pixels]:
     """Return a function that draws the frame at a time between 0 (the first frame) and 1. At a cut, it is the first frame.
 
     Frames are RGB (H, W, 3): uint8, or uint16 with the full range. Raises StageError for NaN and infinity, like the function.
@@ -189,7 +189,7 @@ def frames_between(
     device = next(network.parameters()).device
     levels = np.iinfo(first.dtype).max
 
-    def tensor(frame: Pixels) -> torch.Tensor:
+    def tensor(frame: _Pixels) -> torch.Tensor:
         # torch has few operations for uint16.
         pixels = torch.from_numpy(frame if levels == 255 else frame.astype(np.int32)).to(device)
         return pixels.permute(2, 0, 1)[None].float() / levels
@@ -198,13 +198,13 @@ def frames_between(
     if similarity(*(pixels_to_uint8(pixels[0]) for pixels in pair.aligned())) < min_similarity:
         return lambda time: first
 
-    def drawn(time: Fraction) -> Pixels:
+    def drawn(time: Fraction) -> _Pixels:
         pixels = pair.at(time)[0]
         if levels == 255:
             return pixels_to_uint8(pixels)
         if not pixels.isfinite().all():
             raise StageError(NOT_FINITE)
-        deep: Pixels = (pixels.movedim(0, -1).float().clamp(0, 1) * levels).round().cpu().numpy().astype(first.dtype)
+        deep: _Pixels = (pixels.movedim(0, -1).float().clamp(0, 1) * levels).round().cpu().numpy().astype(first.dtype)
         return deep
 
     return drawn

@@ -30,15 +30,15 @@ from vidgen_ray.stages.speed import (
 )
 from vidgen_ray.stages.video import VideoStage, clip_host_bytes
 
-DEFAULT_STEPS = 25
-DEFAULT_GUIDANCE = 3.0
+_DEFAULT_STEPS = 25
+_DEFAULT_GUIDANCE = 3.0
 ATTENTION_BATCH = 65_535
 """Largest batch of torch's attention kernels on a GPU (pytorch #142228). Attention between the frames has one row per 8x8
 pixels and pass."""
-CARD_FACTORS = dict.fromkeys(("H100", "H100 PCIe", "H100 NVL", "GH200", "GH200 144 GB", "H200", "B200"), 1.3)
+_CARD_FACTORS = dict.fromkeys(("H100", "H100 PCIe", "H100 NVL", "GH200", "GH200 144 GB", "H200", "B200"), 1.3)
 """`card_factors` of SVD: their peak grew more than the rate of torch's kernels for convolutions. Stability AI's SVD-XT takes
 22.6 s with TensorRT on an H100 PCIe and 32.2 on an A100. *Assumed:* without TensorRT 1.3 and 1.1 times as long."""
-NETWORKS = ("svd/unet", "svd/vae", "svd/image_encoder")
+_NETWORKS = ("svd/unet", "svd/vae", "svd/image_encoder")
 """Its networks in the memory table."""
 PASSES_GAIN = 1.9
 """Factor by which two GPUs or more compute a step faster, of which each half has one of its two passes. *Assumed.*"""
@@ -82,11 +82,11 @@ class SVDStage(VideoStage[SVDParams]):
     )
     pipelines: ClassVar[tuple[str, ...]] = ("StableVideoDiffusionPipeline",)
     Params: ClassVar[type[StageParams]] = SVDParams
-    card_factors: ClassVar[Mapping[str, float]] = CARD_FACTORS
+    card_factors: ClassVar[Mapping[str, float]] = _CARD_FACTORS
 
     @classmethod
     def check_shot(cls, params: SVDParams, shot: Shot) -> None:
-        passes = 2 if (shot.guidance.svd or DEFAULT_GUIDANCE) > 1 else 1
+        passes = 2 if (shot.guidance.svd or _DEFAULT_GUIDANCE) > 1 else 1
         pixels = ATTENTION_BATCH // passes * 64
         if params.device != "cpu" and shot.width * shot.height > pixels:
             raise StageError(
@@ -99,7 +99,7 @@ class SVDStage(VideoStage[SVDParams]):
         pixels, frames = shot.width * shot.height, shot.num_frames
         step = network_work("svd/step", pixels, frames)
         coding = network_work("svd/encode", pixels).in_float32 + network_work("svd/decode", pixels, frames)
-        return ShotWork(step.times(shot.steps.svd or DEFAULT_STEPS), coding).times(cls.passes(shot))
+        return ShotWork(step.times(shot.steps.svd or _DEFAULT_STEPS), coding).times(cls.passes(shot))
 
     @classmethod
     def memory(cls, params: SVDParams, shot: Shot) -> StageMemory | None:
@@ -115,7 +115,7 @@ class SVDStage(VideoStage[SVDParams]):
             decode,
             activation_bytes("svd/clip", clip, dtype),
         )
-        weights = {network: weight_bytes(network, dtype) for network in NETWORKS}
+        weights = {network: weight_bytes(network, dtype) for network in _NETWORKS}
         # The stage itself copies uint8 to the host.
         return StageMemory(weights, max(phases), clip_host_bytes(shot))
 
@@ -164,8 +164,8 @@ class SVDStage(VideoStage[SVDParams]):
                 height=height,
                 width=width,
                 num_frames=shot.num_frames,
-                num_inference_steps=shot.steps.svd or DEFAULT_STEPS,
-                max_guidance_scale=shot.guidance.svd or DEFAULT_GUIDANCE,
+                num_inference_steps=shot.steps.svd or _DEFAULT_STEPS,
+                max_guidance_scale=shot.guidance.svd or _DEFAULT_GUIDANCE,
                 fps=shot.fps,
                 motion_bucket_id=shot.motion_bucket_id,
                 noise_aug_strength=shot.noise_aug_strength,

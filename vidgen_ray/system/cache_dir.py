@@ -18,7 +18,7 @@ from vidgen_ray.system.model_files import loaded_files
 HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 CLOCK_RESOLUTION_NS = 2_000_000_000
 """Coarsest resolution of file times, that of FAT."""
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def cache_dir() -> Path:
@@ -28,10 +28,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vidgen-ray"
 
 
-class CacheFile(Generic[T]):
+class CacheFile(Generic[_T]):
     """JSON file in the cache folder, which processes update one at a time."""
 
-    def __init__(self, name: str, content: TypeAdapter[dict[str, T]]) -> None:
+    def __init__(self, name: str, content: TypeAdapter[dict[str, _T]]) -> None:
         self.name = name
         self._content = content
 
@@ -39,7 +39,7 @@ class CacheFile(Generic[T]):
     def path(self) -> Path:
         return cache_dir() / self.name
 
-    def read(self) -> dict[str, T]:
+    def read(self) -> dict[str, _T]:
         """Return the content. Empty if there is no valid file."""
         try:
             return self._content.validate_json(self.path.read_bytes())
@@ -47,7 +47,7 @@ class CacheFile(Generic[T]):
             return {}
 
     @contextmanager
-    def update(self) -> Iterator[dict[str, T]]:
+    def update(self) -> Iterator[dict[str, _T]]:
         """Yield the content and store it with its changes at the end of the block. Raises OSError if that is not possible."""
         from filelock import FileLock
 

@@ -11,7 +11,7 @@ PIPELINE_INDEX = "model_index.json"
 NEVER_LOADED = {".md", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".mp4"}
 """File endings of documentation and examples."""
 NEVER_LOADED_NAMES = {"LICENSE", "NOTICE"}
-OTHER_FORMATS = {".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", ".tflite", ".xml"}
+_OTHER_FORMATS = {".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", ".tflite", ".xml"}
 """File endings of weights that are not loaded from a folder with a model in safetensors."""
 VARIANT = re.compile(r"(?P<stem>[^.]+)\.[^.]+?(?P<shard>-\d{5}-of-\d{5})?\.safetensors")
 """Name of weights of another precision: `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`."""
@@ -130,4 +130,4 @@ def _loaded(files: Sequence[PurePosixPath]) -> Sequence[PurePosixPath]:
     if not _is_network(files):
         return files
     variants = {file for file in files if VARIANT.fullmatch(file.name) or VARIANT_INDEX.fullmatch(file.name)}
-    return [file for file in files if file.suffix not in OTHER_FORMATS and file not in variants]
+    return [file for file in files if file.suffix not in _OTHER_FORMATS and file not in variants]

@@ -9,17 +9,17 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def to_daemon_thread(function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+def to_daemon_thread(function: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
     """Call a function as `asyncio.to_thread` does, but see `in_daemon_thread`."""
     return asyncio.wrap_future(in_daemon_thread(partial(function, *args)))
 
 
-def in_daemon_thread(call: Callable[[], T]) -> Future[T]:
+def in_daemon_thread(call: Callable[[], _T]) -> Future[_T]:
     """Run a call in a thread of its own and return its future. A thread of a pool would keep the process from ending."""
-    outcome: Future[T] = Future()
+    outcome: Future[_T] = Future()
 
     def run() -> None:
         if outcome.set_running_or_notify_cancel():

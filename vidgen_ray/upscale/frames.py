@@ -23,7 +23,7 @@ from vidgen_ray.stages.rife import frames_between
 from vidgen_ray.upscale.source import HLG, PQ, Place, VideoSource
 from vidgen_ray.weights import resolve
 
-THREADS = Path("/proc/self/task")
+_THREADS = Path("/proc/self/task")
 
 
 def end_real_time_priority() -> None:
@@ -32,9 +32,9 @@ def end_real_time_priority() -> None:
     As root, SVT-AV1 gives the calling thread and its own threads the highest real-time priority (SCHED_FIFO 99) when it opens.
     Other threads and programs then do not run, and child processes inherit it. Does nothing without Linux's /proc.
     """
-    if not THREADS.is_dir():
+    if not _THREADS.is_dir():
         return
-    for thread in THREADS.iterdir():
+    for thread in _THREADS.iterdir():
         # A thread may have ended.
         with suppress(ProcessLookupError):
             if os.sched_getscheduler(int(thread.name)) in (os.SCHED_FIFO, os.SCHED_RR):

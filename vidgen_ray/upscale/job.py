@@ -33,7 +33,7 @@ from vidgen_ray.upscale.frames import (
 from vidgen_ray.upscale.network import DEFAULT_SHOT, EngineSettings, Size, UpscaleModel, UpscaleNetwork
 from vidgen_ray.upscale.source import FrameTimes, VideoSource, places, timeline_of
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 MAX_SEGMENT_FRAMES, MIN_SEGMENT_FRAMES = 120, 24
 SEGMENT_PIXELS = MAX_SEGMENT_FRAMES * 640 * 360
@@ -213,7 +213,7 @@ def _without_repeats(frames: Iterator[Pixels]) -> Iterator[tuple[Pixels, int]]:
     yield last, count
 
 
-def ahead(items: Iterator[T], count: int) -> Generator[T, None, None]:
+def ahead(items: Iterator[_T], count: int) -> Generator[_T, None, None]:
     """Yield the items of an iterator that runs in a thread, up to `count` items ahead. Closing it waits for the thread."""
     end = object()
     with ThreadPoolExecutor(1) as pool:

@@ -33,7 +33,7 @@ IN_MP4 = {"aac", "mp3", "mp3float", "ac3", "eac3", "opus", "libopus", "flac", "a
 """Codecs of sound and subtitles that players accept in MP4."""
 PCM_IN_MOV = {"pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be", "pcm_s32le", "pcm_s32be", "pcm_f32le", "pcm_f32be"}
 """Codecs of uncompressed sound that MOV holds, as cameras and editors write it, and MP4 does not."""
-REORDER_FRAMES: dict[Codec, int] = {"h264": 2, "hevc": 4, "av1": 0}
+_REORDER_FRAMES: dict[Codec, int] = {"h264": 2, "hevc": 4, "av1": 0}
 """Frames by which the decoding order may be ahead of the display order, at most."""
 COPIED = "audio", "subtitle", "attachment"
 NOT_COPIED_TAGS = {"encoder", "major_brand", "minor_version", "compatible_brands", "duration", "rotate"}
@@ -111,7 +111,7 @@ def join_segments(
                 _copy_tags(stream, targets[index])
             if chapters := original.chapters():
                 film.set_chapters(chapters)
-            upscaled = _video_packets(segments, header, timeline, REORDER_FRAMES[codec], video)
+            upscaled = _video_packets(segments, header, timeline, _REORDER_FRAMES[codec], video)
             for _, packet in heapq.merge(_copied_packets(original, targets), upscaled, key=itemgetter(0)):
                 film.mux(packet)
         if metadata is not None and file_format != "matroska":

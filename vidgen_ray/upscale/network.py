@@ -271,7 +271,7 @@ PARALLEL_CALLS = 2
 OVERLAP_PX = {"Compact": 20, "ESRGAN": 64}
 """Architecture -> pixels around a tile that it must see to have the untiled result, within a quarter of a level."""
 OTHER_OVERLAP_PX = 128
-MULTIPLE_PX = 4
+_MULTIPLE_PX = 4
 MIN_TILE_PX = 64
 MEMORY_SHARE = 0.5
 """Share of the free memory that the workers may take together."""
@@ -344,7 +344,7 @@ def choose_tile(model: UpscaleModel, width: int, height: int, free_bytes: float)
     per_pixel, of_result = _traits(model).bytes_per_pixel, _traits(model).result_bytes
     result = width * height * of_result
     side = int(max(0.0, (free_bytes - result) / per_pixel) ** 0.5)
-    tile = (side - 2 * overlap) // MULTIPLE_PX * MULTIPLE_PX
+    tile = (side - 2 * overlap) // _MULTIPLE_PX * _MULTIPLE_PX
     if tile < MIN_TILE_PX:
         smallest = (MIN_TILE_PX + 2 * overlap) ** 2 * per_pixel + result
         raise SetupError(f"{needed}, in the smallest tiles {smallest / 1e9:.1f} GB; {free_bytes / 1e9:.1f} GB are free")

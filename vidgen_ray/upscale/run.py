@@ -50,7 +50,7 @@ from vidgen_ray.weights import resolve
 
 WORK_FOLDER = ".vidgen-upscale"
 """Folder beside the output files: segments of unfinished videos, and what the finished ones were made from."""
-FORMAT = 1
+_FORMAT = 1
 """Raised when the same request gives other files than before."""
 
 
@@ -243,7 +243,7 @@ def planned_size(source: VideoSource, options: UpscaleOptions) -> tuple[VideoSou
 
 def _request(source: VideoSource, size: Size, options: UpscaleOptions) -> str:
     content: dict[str, Any] = {
-        "format": FORMAT,
+        "format": _FORMAT,
         "source": digest(source.path),
         "model": None if options.model is None else options.model.key,
         "fields": [repr(attrgetter(name)(options.shot)) for name in RealESRGANStage.reads],

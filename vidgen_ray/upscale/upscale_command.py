@@ -51,12 +51,12 @@ from vidgen_ray.upscale.run import (
 )
 from vidgen_ray.upscale.source import read_source, timeline_of
 
-SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
-OTHER_FORMATS = {*CLIP_SUFFIXES, ".gif", ".webm", ".avi", ".ts", ".wmv", ".png", ".jpg", ".jpeg", ".webp"} - {*FORMATS}
+_SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
+_OTHER_FORMATS = {*CLIP_SUFFIXES, ".gif", ".webm", ".avi", ".ts", ".wmv", ".png", ".jpg", ".jpeg", ".webp"} - {*FORMATS}
 """Endings that are not those of a folder."""
 DURATION = re.compile(r"(\d+(?:\.\d+)?)s?")
 MAX_FPS, MAX_FPS_NUMERATOR = 240, 240_000
-LINE_EVERY_S = 15.0
+_LINE_EVERY_S = 15.0
 """Seconds between two lines of progress if standard error is not a terminal."""
 
 
@@ -298,7 +298,7 @@ def _named(text: str) -> list[Path]:
 def _targets(videos: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
     """Return each video with its output file. Raises UsageError if two have the same, or one would replace a source."""
     is_folder = out.is_dir() or out.suffix.lower() not in FORMATS
-    if is_folder and not out.is_dir() and out.suffix.lower() in OTHER_FORMATS:
+    if is_folder and not out.is_dir() and out.suffix.lower() in _OTHER_FORMATS:
         raise UsageError(f"--out: got {str(out)!r}, must be a folder or end in {', '.join(FORMATS)}")
     if not is_folder and len(videos) > 1:
         raise UsageError(f"--out: got the file {str(out)!r} for {len(videos)} videos, must be a folder")
@@ -316,7 +316,7 @@ def _targets(videos: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
 
 
 def _parse_size(text: str) -> Size:
-    match = SIZE.fullmatch(text)
+    match = _SIZE.fullmatch(text)
     if match is None:
         raise UsageError(f"--to: got {text!r}, must be WIDTHxHEIGHT in pixels, such as 1920x1080")
     return int(match[1]), int(match[2])
@@ -357,7 +357,7 @@ def _progress(name: str) -> Iterator[OnFrame]:
                 per_frame_s = (now - begin) / made
                 state += f", {1 / per_frame_s:.2f} frames/s, {duration((total - done) * per_frame_s)} left"
             bar.update(task, completed=done, total=total, state=state)
-            if not console.is_terminal and (is_resumed or now - shown >= LINE_EVERY_S):
+            if not console.is_terminal and (is_resumed or now - shown >= _LINE_EVERY_S):
                 shown = now
                 note(f"{name}: {state}")
 

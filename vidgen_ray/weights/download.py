@@ -117,7 +117,7 @@ Files of `realesrgan` are named as a shot's `upscaler` names them.
 
 ATTEMPTS = 5
 """Attempts to continue an interrupted download."""
-TIMEOUT_S = 60
+_TIMEOUT_S = 60
 SPARE_BYTES = 2**30
 """Space that a download leaves free on the disk."""
 
@@ -421,7 +421,7 @@ def _fetch(source: RemoteFile, part: Path) -> None:
             return
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
         try:
-            with httpx2.stream("GET", source.url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S) as response:
+            with httpx2.stream("GET", source.url, headers=headers, follow_redirects=True, timeout=_TIMEOUT_S) as response:
                 response.raise_for_status()
                 with part.open("ab" if response.status_code == httpx2.codes.PARTIAL_CONTENT else "wb") as file:
                     for chunk in response.iter_bytes():

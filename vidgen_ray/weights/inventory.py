@@ -16,7 +16,7 @@ from vidgen_ray.nets.weight_files import silence_libraries
 from vidgen_ray.system.model_files import PIPELINE_INDEX, loaded_files, missing_files
 from vidgen_ray.weights import REMOTE, resolve
 
-State = Literal["present", "missing", "built in", "on a server"]
+_State = Literal["present", "missing", "built in", "on a server"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class LocalWeights:
     """Weights of one reference, as they are on this machine."""
 
     reference: str
-    state: State
+    state: _State
     """`built in`: shipped, or built on this machine when they are first needed."""
     path: Path | None
     """`None` unless present."""
@@ -48,7 +48,7 @@ def local_weights(reference: str, relative_to: Path | None = None) -> LocalWeigh
     return LocalWeights(reference, "present", path, sum(file.stat().st_size for file in files), None)
 
 
-MAX_NAMED = 3
+_MAX_NAMED = 3
 """Number of keys that a message names."""
 Shapes = dict[str, tuple[int, ...]]
 
@@ -105,8 +105,8 @@ def _compare(folder: Path, library: str, class_name: str, files: list[Path]) -> 
 
 
 def _named(keys: list[str]) -> str:
-    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
-    return ", ".join(keys[:MAX_NAMED]) + more
+    more = f" and {len(keys) - _MAX_NAMED} more" if len(keys) > _MAX_NAMED else ""
+    return ", ".join(keys[:_MAX_NAMED]) + more
 
 
 Differences = tuple[list[str], list[str], list[str]]

@@ -28,7 +28,7 @@ from vidgen_ray.online.store.database import in_write_thread
 from vidgen_ray.online.store.jobs import LATE, Job, JobKind, JobState
 from vidgen_ray.online.uploads import json_object
 
-POLL_S = 0.5
+_POLL_S = 0.5
 LOST_S = 5.0
 """Seconds without a look after another replica has read the same lines, so that one of them reads the next ones, and while
 nothing is left of a budget."""
@@ -52,7 +52,7 @@ log = logging.getLogger("ray.serve")
 async def run_batches(server: ServerContext) -> None:
     """Run all batches until cancelled. Several processes may do so: each line is stored by one of them."""
     while True:
-        pause_s = POLL_S
+        pause_s = _POLL_S
         # The database or the storage may come back.
         try:
             running = await asyncio.to_thread(server.store.batches.running)
@@ -64,7 +64,7 @@ async def run_batches(server: ServerContext) -> None:
         await asyncio.sleep(pause_s)
 
 
-async def advance(server: ServerContext, batch: Batch, max_queued: int = QUEUED, pause_s: float = POLL_S) -> float:
+async def advance(server: ServerContext, batch: Batch, max_queued: int = QUEUED, pause_s: float = _POLL_S) -> float:
     """Do the next step of a batch, which may have `max_queued` queued jobs.
 
     Return the seconds until the next one: 0 if there is more to do, else `pause_s`.

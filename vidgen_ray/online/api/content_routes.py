@@ -62,7 +62,7 @@ async def content_tenant(
 
 
 ContentTenantDep = Annotated[Tenant, Depends(content_tenant)]
-FILES: dict[str, tuple[str, ...]] = {
+_FILES: dict[str, tuple[str, ...]] = {
     "sd": (VIDEO_FILE,),
     "image": (IMAGE_FILE,),
     "thumbnail": (IMAGE_FILE,),
@@ -263,7 +263,7 @@ def _file_name(job: Job, digests: Mapping[str, str], variant: str) -> str:
     delivered = CLIP_FILES.get(delivered_artefact_of(job), IMAGE_FILE)
     finished = CLIP_FILES.get(list(file_sizes(job.shot))[-1], IMAGE_FILE)
     larger = () if finished == delivered else (finished,)
-    names = {**FILES, "video": (delivered,), "hd": larger}[variant]
+    names = {**_FILES, "video": (delivered,), "hd": larger}[variant]
     name = next((name for name in names if name in digests), None)
     if name is None:
         hd = "this video has no clip that is larger than the delivered one. Create one with `scale`."

@@ -52,7 +52,7 @@ EVENT_STREAM = {
     }
 }
 """`content` of a response with server-sent events, whose `data` is JSON. The schema is that of one event."""
-TAGS: Mapping[str, str] = {
+_TAGS: Mapping[str, str] = {
     "videos": "Create, follow, download and delete videos.",
     "images": "Generate and edit images.",
     "characters": "Named faces from photos or a video.",
@@ -124,7 +124,7 @@ def openapi_document(app: FastAPI, root_path: str) -> dict[str, Any]:
         return app.openapi_schema
     # A copy: FastAPI's document shares the request bodies with the routes, which other apps of this process have, too.
     about: dict[str, Any] = {"title": app.title, "version": app.version, "description": app.description}
-    about["tags"] = [{"name": name, "description": description} for name, description in TAGS.items()]
+    about["tags"] = [{"name": name, "description": description} for name, description in _TAGS.items()]
     document = deepcopy(get_openapi(**about, servers=[{"url": root_path or "/"}], routes=app.routes))
     schemas = document["components"]["schemas"]
     for path in document["paths"].values():

@@ -63,7 +63,7 @@ from vidgen_ray.shot import (
 from vidgen_ray.trainers import FOR, TARGETS
 from vidgen_ray.video_models import AUTO, frames_of_passes, model_of, of_model, without_other_models_defaults
 
-B = TypeVar("B")
+_B = TypeVar("_B")
 OMNI, SGLANG, BOTH = "vLLM-Omni", "SGLang", "vLLM-Omni, SGLang"
 OPENAI = "OpenAI"
 ANY = None
@@ -139,7 +139,7 @@ PEER_FIELDS: tuple[PeerField, ...] = (
 PEER_FIELD_NAMES = frozenset(field.name for field in PEER_FIELDS)
 
 
-def with_peer_fields(*, images: bool) -> Callable[[type[B]], type[B]]:
+def with_peer_fields(*, images: bool) -> Callable[[type[_B]], type[_B]]:
     """Return a class decorator that adds the peers' fields to a request model, which may define its own instead."""
 
     def add_fields(model: type[Any]) -> type[Any]:
@@ -170,31 +170,31 @@ CROPS = ("crop_width", "crop_height", "aspect")
 MAX_SEED = 2**32 - 1
 RANDOM_SEED = -1
 """Seed with which peers ask for a random one."""
-BLOCKS = ("extra_body", "extra_json")
+_BLOCKS = ("extra_body", "extra_json")
 """Fields whose content replaces the other fields of the body. OpenAI's client merges `extra_body` itself; others send it."""
-SIZE = re.compile(r"[0-9]{1,5}x[0-9]{1,5}|auto")
+_SIZE = re.compile(r"[0-9]{1,5}x[0-9]{1,5}|auto")
 OPENAI_STYLES = ("vivid", "natural")
 """Values of `style` in OpenAI's API. They have no effect."""
 REFERENCE_FIELDS = (*IMAGE_FIELDS, "face_image", *LORA_FIELDS, "character")
 """Fields of a `Shot` that name files. In the API they are ids of uploads and names of the server."""
 PLAIN_FIELDS = tuple(name for name in Shot.model_fields if name not in ("id", "variants", *REFERENCE_FIELDS))
 """Fields of a `Shot` that mean the same in `POST /v1/shots`."""
-OWN_FIELDS = (*SIDES, *CROPS, "upscale_video", "scale", "seed")
+_OWN_FIELDS = (*SIDES, *CROPS, "upscale_video", "scale", "seed")
 """Plain fields that videos and images define differently: sizes are those of the delivered file, a seed may be a list."""
 
 
 CHOSEN_FRAMES = (AUTO, *(f"{FOR}{target}" for target in TARGETS))
 """Values of `num_frames` that the shot replaces, since it knows the video model."""
-Frames = Annotated[
+_Frames = Annotated[
     int,
     Field(ge=MIN_FRAMES, le=MAX_FRAMES),
     WrapValidator(lambda value, check: value if value in CHOSEN_FRAMES else check(value)),
     PlainSerializer(lambda value: value, return_type=Any),
     WithJsonSchema(FRAMES_SCHEMA),
 ]
-ANNOTATIONS: dict[str, Any] = {"num_frames": Frames, "priority": Priority}
+ANNOTATIONS: dict[str, Any] = {"num_frames": _Frames, "priority": Priority}
 """Fields of a `Shot` that requests declare otherwise: `num_frames` has more values, `priority` is part of a dump."""
-M = TypeVar("M", bound="RequestBody")
+_M = TypeVar("_M", bound="RequestBody")
 
 
 class ImageReference(StrictModel):
@@ -232,7 +232,7 @@ def _any(documented: Any) -> PlainValidator:
     return PlainValidator(lambda value: value, json_schema_input_type=documented)
 
 
-Image = Annotated[Any, _any(UploadFile | str | ImageReference)]
+_Image = Annotated[Any, _any(UploadFile | str | ImageReference)]
 Images = Annotated[Any, _any(list[UploadFile | str | ImageReference] | UploadFile | str | ImageReference)]
 Loras = Annotated[Any, _any(list[str | LoraReference] | str | LoraReference)]
 FileIds = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)]
@@ -252,7 +252,7 @@ def _parse_seeds(value: Any) -> int | list[int]:
     return seeds if isinstance(value, list) else seeds[0]
 
 
-Seeds = Annotated[int | list[int], PlainValidator(_parse_seeds, json_schema_input_type=Seed | list[Seed])]
+_Seeds = Annotated[int | list[int], PlainValidator(_parse_seeds, json_schema_input_type=Seed | list[Seed])]
 Scale: TypeAlias = Literal[2, 3, 4]
 Side = Annotated[
     int, Field(ge=1, le=16_384), WithJsonSchema({"type": "integer", "minimum": 64, "maximum": 8192, "multipleOf": 2})
@@ -316,10 +316,10 @@ def _from_text(name: str, text: str, field: FieldInfo) -> Any:
         raise invalid(name, "must be valid JSON", "invalid_json") from None
 
 
-def with_shot_fields(without: tuple[str, ...] = ()) -> Callable[[type[M]], type[M]]:
+def with_shot_fields(without: tuple[str, ...] = ()) -> Callable[[type[_M]], type[_M]]:
     """Return a class decorator that adds the plain fields of a `Shot`."""
 
-    def add_fields(model: type[M]) -> type[M]:
+    def add_fields(model: type[_M]) -> type[_M]:
         shot = {name: field for name, field in Shot.model_fields.items() if name in PLAIN_FIELDS and name not in without}
         fields: dict[str, Any] = {name: (field.annotation, field) for name, field in shot.items()}
         for name, annotation in ANNOTATIONS.items():
@@ -354,13 +354,13 @@ class _Generation(RequestBody):
     model: str | None = Field(None, description="One of `GET /v1/models`. Default: the first.")
     n: int = Field(1, ge=1, le=MAX_RESULTS, description="Number of results, with consecutive seeds.")
     num_outputs_per_prompt: int | None = Field(None, ge=1, le=MAX_RESULTS, description="Same as `n`.")
-    seed: Seeds | None = Field(
+    seed: _Seeds | None = Field(
         None, description="Seed, or a list with the seed of each result. Default, and for -1: drawn by the server."
     )
     size: str | None = Field(
         None,
         description="`WIDTHxHEIGHT` of the delivered file in pixels, even numbers from 64, or `auto`.",
-        json_schema_extra={"pattern": f"^({SIZE.pattern})$"},
+        json_schema_extra={"pattern": f"^({_SIZE.pattern})$"},
     )
     width: Side | None = Field(None, description="Width of the delivered file in pixels. Needs `height`. Same as `size`.")
     height: Side | None = Field(None, description="Height of the delivered file in pixels. Needs `width`.")
@@ -386,16 +386,16 @@ class _Generation(RequestBody):
     @field_validator("size")
     @classmethod
     def _check_size(cls, value: str) -> str:
-        if not SIZE.fullmatch(value):
+        if not _SIZE.fullmatch(value):
             raise ValueError("must be WIDTHxHEIGHT in pixels, for example 1024x576, or auto")
         return value
 
     @classmethod
     def normalise(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
         normalised = super().normalise(fields)
-        for name in BLOCKS:
+        for name in _BLOCKS:
             if isinstance(block := normalised.get(name), dict):
-                if nested := [each for each in BLOCKS if each in block]:
+                if nested := [each for each in _BLOCKS if each in block]:
                     raise invalid(name, f"must not contain {nested[0]}")
                 normalised = {**normalised, **super().normalise(block)}
         extra = normalised.get("extra_params")
@@ -413,7 +413,7 @@ class _Generation(RequestBody):
 
         `defaults` are the values of fields that it omits. Raises ApiError 400 if fields contradict each other.
         """
-        fields = self.model_dump(include=set(PLAIN_FIELDS) - set(OWN_FIELDS), exclude_unset=True)
+        fields = self.model_dump(include=set(PLAIN_FIELDS) - set(_OWN_FIELDS), exclude_unset=True)
         if self.num_inference_steps is not None:
             fields["steps"] = dict.fromkeys(self.step_stages, self.num_inference_steps) | fields.get("steps", {})
         if self.guidance_scale_2 not in (None, self.guidance_scale):
@@ -464,7 +464,7 @@ class _Generation(RequestBody):
 
 
 @with_peer_fields(images=False)
-@with_shot_fields(without=OWN_FIELDS)
+@with_shot_fields(without=_OWN_FIELDS)
 class CreateVideo(_Generation):
     """Body of `POST /v1/videos`."""
 
@@ -477,9 +477,9 @@ class CreateVideo(_Generation):
         "makes. Without effect if `num_frames` is sent. With `extend`, all passes together have this length.",
     )
     video_lora: Loras = Field(None, description="LoRA of the video model, as in `lora`, with an `expert` for wan.")
-    last_image: Image = Field(None, description="Image that the clip ends with, for wan: a file, or a reference to an image.")
-    input_reference: Image = Field(None, description="Image to start from: a file, or a reference to an image.")
-    image_reference: Image = Field(None, description="Same as `input_reference`.")
+    last_image: _Image = Field(None, description="Image that the clip ends with, for wan: a file, or a reference to an image.")
+    input_reference: _Image = Field(None, description="Image to start from: a file, or a reference to an image.")
+    image_reference: _Image = Field(None, description="Same as `input_reference`.")
     reference_url: str | None = Field(None, description="URL of the image to start from.")
     input_references: Images = Field(
         None, description="Photos of the person in the clip: files, or references to images. Same as `face_image`."
@@ -580,7 +580,7 @@ class RemixVideo(CreateVideo):
 
 
 @with_peer_fields(images=True)
-@with_shot_fields(without=(*CLIP_ONLY_FIELDS, *OWN_FIELDS, "continue_from"))
+@with_shot_fields(without=(*CLIP_ONLY_FIELDS, *_OWN_FIELDS, "continue_from"))
 class CreateImages(_Generation):
     """Body of `POST /v1/images/generations`."""
 

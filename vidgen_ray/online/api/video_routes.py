@@ -241,7 +241,7 @@ def video_of(server: ServerContext, job: Job, estimate: JobEstimate) -> Video:
 def _cost(server: ServerContext, gpu_seconds: float) -> float | None:
     """Return the cost of seconds of a GPU, or `None` if the server has no price."""
     price = server.settings.gpu_hour_price
-    return None if price is None else round(gpu_seconds * price / SECONDS_PER_HOUR, 6)
+    return None if price is None else round(gpu_seconds * price / _SECONDS_PER_HOUR, 6)
 
 
 async def _polled(server: ServerContext, response: Response, job: Job) -> Video:
@@ -251,14 +251,16 @@ async def _polled(server: ServerContext, response: Response, job: Job) -> Video:
     return video_of(server, job, estimate)
 
 
-EVENTS = {
+_EVENTS = {
     "description": "`video.queued` and `video.in_progress` events with the Video after each change. The last event is "
     "`video.completed`, `video.failed`, `video.cancelled` or `video.deleted`.",
     "content": EVENT_STREAM,
 }
 
 
-@router.get("/v1/videos/{video_id}/events", response_class=EventSourceResponse, responses={**error_responses(404), 200: EVENTS})
+@router.get(
+    "/v1/videos/{video_id}/events", response_class=EventSourceResponse, responses={**error_responses(404), 200: _EVENTS}
+)
 async def video_events(
     server: ServerDep,
     tenant: TenantDep,
@@ -331,7 +333,7 @@ async def get_shot(server: ServerDep, tenant: TenantDep, shot_id: str) -> ShotJo
     return shot_response(job, client_fields(job.shot, server.settings, server.job_service.uploads))
 
 
-SECONDS_PER_HOUR = 3600
+_SECONDS_PER_HOUR = 3600
 
 estimate_router = APIRouter()
 

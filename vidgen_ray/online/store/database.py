@@ -64,8 +64,8 @@ READS = {"vidgen_reads": True}
 POSTGRESQL_LOCK = 0x7669646765
 """Key of the advisory lock held while tables are created."""
 
-T = TypeVar("T")
-Args = TypeVarTuple("Args")
+_T = TypeVar("_T")
+_Args = TypeVarTuple("_Args")
 TABLES = MetaData()
 
 
@@ -295,7 +295,7 @@ def tables_version() -> int:
 _writers = ThreadPoolExecutor(WRITERS, "write")
 
 
-async def in_write_thread(call: Callable[[*Args], T], *args: *Args) -> T:
+async def in_write_thread(call: Callable[[*_Args], _T], *args: *_Args) -> _T:
     """Run a call that writes to the store. If the store is locked, such calls wait here, and reads still have their threads."""
     return await asyncio.get_running_loop().run_in_executor(_writers, call, *args)
 
@@ -370,7 +370,7 @@ class Database:
                 os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
             undo.pop_all()
 
-    def with_reserve(self, delete: Callable[[], T]) -> T:
+    def with_reserve(self, delete: Callable[[], _T]) -> _T:
         """Run a call that deletes records. On a full disk, it uses the reserved space: otherwise nothing could be deleted."""
         try:
             return delete()

@@ -34,7 +34,7 @@ MODEL_STAGES = {
     "video_model": {name: name for name in VIDEO_MODELS},
 }
 """Field that chooses a model -> its value -> the stage that must be served."""
-LABELS = {
+_LABELS = {
     "extend": "Further passes",
     "guidance": "Guidance (CFG)",
     "guidance.wan_2": "Guidance (CFG) of the low-noise expert",
@@ -65,12 +65,12 @@ BASES = {
     "synthetic": "it shows no real person",
 }
 """Basis of a consent -> the end of a sentence."""
-SIZES = {
+_SIZES = {
     "1280x720": "16:9", "1920x1080": "16:9", "832x480": "16:9", "720x1280": "9:16", "1080x1920": "9:16", "480x832": "9:16",
     "1024x1024": "1:1", "1024x768": "4:3",
 }  # fmt: skip
 """Common sizes of finished clips and images -> aspect ratio."""
-Kind = Literal["checkbox", "select", "number", "text"]
+_Kind = Literal["checkbox", "select", "number", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Control:
     name: str
     """Field of `Shot`. `steps.flux` names a nested one."""
     label: str
-    kind: Kind
+    kind: _Kind
     hint: str
     default: str
     choices: tuple[str, ...] = ()
@@ -122,7 +122,7 @@ def clip_defaults(serving_profile: ServingProfile) -> dict[str, dict[str, int]]:
 def size_choices(rules: SizeRules) -> dict[str, str]:
     """Return value -> label: the default size of a finished clip, then the common ones that the server reaches."""
     width, height = rules.default_clip
-    choices = {f"{width}x{height}": "default"} | {size: ratio for size, ratio in SIZES.items() if _is_reachable(size, rules)}
+    choices = {f"{width}x{height}": "default"} | {size: ratio for size, ratio in _SIZES.items() if _is_reachable(size, rules)}
     return {value: f"{value.replace('x', ' × ')}, {name}" for value, name in choices.items()}
 
 
@@ -174,7 +174,7 @@ def _choices(field: str, serving_profile: ServingProfile) -> tuple[str, ...]:
 
 
 def _control(name: str, schema: Mapping[str, Any], default: Any, choices: tuple[str, ...]) -> Control:
-    kind: Kind = "text"
+    kind: _Kind = "text"
     choices = choices or tuple(map(str, schema.get("enum", ())))
     if schema.get("type") == "boolean":
         kind, choices = "checkbox", ("yes", "no")
@@ -186,7 +186,7 @@ def _control(name: str, schema: Mapping[str, Any], default: Any, choices: tuple[
     maximum = schema.get("maximum", schema.get("exclusiveMaximum", ""))
     return Control(
         name=name,
-        label=LABELS.get(name) or LABELS.get(first, first.replace("_", " ").capitalize()),
+        label=_LABELS.get(name) or _LABELS.get(first, first.replace("_", " ").capitalize()),
         kind=kind,
         hint=schema["description"],
         default=_text_of(default),

@@ -45,7 +45,7 @@ from vidgen_ray.system.quantities import duration
 STATIC = Path(__file__).parent / "static"
 LOOK = "vidgen_ray.report", "look"
 """Package and folder of the stylesheet and the script that the page shares with the gallery of a run."""
-HEADERS = {
+_HEADERS = {
     # No inline scripts or styles, no other origins, no framing. blob: allows previews of chosen photos.
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; media-src 'self'; "
@@ -94,7 +94,7 @@ class PageContext:
         return route
 
     def render(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-        return HTMLResponse(self.html(request, template, **values), status, HEADERS)
+        return HTMLResponse(self.html(request, template, **values), status, _HEADERS)
 
     def html(self, request: Request, template: str, **values: Any) -> str:
         return self._templates.get_template(template).render(
@@ -138,7 +138,7 @@ def base_path(request: Request) -> str:
 def _signed_out_response(request: Request) -> Response:
     # The script of the page, and its event stream, cannot follow a redirection to a page.
     if request.headers.get("accept") == "application/json" or request.url.path.endswith("/events"):
-        return JSONResponse({"message": "Signed out."}, 401, HEADERS)
+        return JSONResponse({"message": "Signed out."}, 401, _HEADERS)
     return RedirectResponse(f"{base_path(request)}/sign-in", 303)
 
 
@@ -184,7 +184,7 @@ def jobs_with_ids(server: ServerContext, tenant: Tenant, ids: Sequence[str]) -> 
     return [job for job in jobs if job is not None and job.state.is_final]
 
 
-BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 20
 
 
 def clip_routes(router: APIRouter, context: PageContext) -> None:
@@ -201,7 +201,7 @@ def clip_routes(router: APIRouter, context: PageContext) -> None:
         if not archive.num_queued():
             return context.message(request, 404, "Nothing to download", "Select clips that are completed.")
         headers = {"Content-Disposition": 'attachment; filename="clips.zip"', "Content-Length": str(len(archive))}
-        return StreamingResponse(archive, media_type="application/zip", headers=HEADERS | headers)
+        return StreamingResponse(archive, media_type="application/zip", headers=_HEADERS | headers)
 
     router.add_route("/clips", context.for_tenant(gallery), ["GET"])
     router.add_route("/clips/download", context.for_tenant(download_selected), ["GET"])
@@ -221,7 +221,7 @@ def _archive(outputs: OutputFolder, jobs: list[Job]) -> ZipStream:
 
 def _blocks(outputs: OutputFolder, path: str) -> Iterator[bytes]:
     with outputs.storage.local_copy(path) as local, local.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
+        while block := file.read(_BLOCK_BYTES):
             yield block
 
 
@@ -336,23 +336,23 @@ def page_routes(router: APIRouter, context: PageContext) -> None:
             faces = [(*map(round, face.box), face is photo.chosen) for face in photo.faces]
         size = await asyncio.to_thread(image_size, path)
         html = context.html(request, "form_image.html", control=control, id=upload_id, size=size, faces=faces)
-        return JSONResponse({"html": html}, headers=HEADERS)
+        return JSONResponse({"html": html}, headers=_HEADERS)
 
     async def thumbnail(request: Request, tenant: Tenant) -> Response:
         uploads = server.job_service.uploads
         path = await asyncio.to_thread(uploads.find, tenant.name, request.path_params["upload_id"])
         if path is None:
-            return Response(status_code=404, headers=HEADERS)
+            return Response(status_code=404, headers=_HEADERS)
         webp = await asyncio.to_thread(encode_thumbnail, await uploads.read(tenant, path))
         caching = {"Cache-Control": f"private, max-age={THUMBNAIL_AGE_S}"}
-        return Response(webp, media_type="image/webp", headers=HEADERS | caching)
+        return Response(webp, media_type="image/webp", headers=_HEADERS | caching)
 
     async def queue(request: Request, tenant: Tenant) -> Response:
         base, jobs = base_path(request), await asyncio.to_thread(_queue_of, server, tenant)
         updates = [context.job_update(job, base, with_card=False) for job in jobs]
         estimates = [estimate_text(await server.queue_estimator.estimate(job)) for job in jobs]
         content = [{**update, "estimate": estimate} for update, estimate in zip(updates, estimates, strict=True)]
-        return JSONResponse({"jobs": content}, headers=HEADERS)
+        return JSONResponse({"jobs": content}, headers=_HEADERS)
 
     async def events(request: Request, tenant: Tenant) -> Response:
         # First: a browser that reconnects all the time must not cost a query of the database.
@@ -360,7 +360,7 @@ def page_routes(router: APIRouter, context: PageContext) -> None:
         since = request.query_params.get("since", "")
         is_cursor = since.isascii() and since.isdecimal() and len(since) <= MAX_CURSOR_DIGITS
         cursor = int(since) if is_cursor else await asyncio.to_thread(server.store.latest_version)
-        return server.event_streams.respond(tenant, _events(context, request, tenant, cursor), HEADERS)
+        return server.event_streams.respond(tenant, _events(context, request, tenant, cursor), _HEADERS)
 
     router.add_route("/", context.for_tenant(index), ["GET", "HEAD"])
     router.add_route("/inputs/{upload_id}", context.for_tenant(thumbnail), ["GET"])
