@@ -13,7 +13,7 @@ from benchmarks.local_ray import CPUS as CPUS_OF_RAY
 from benchmarks.local_ray import local_ray
 from benchmarks.simulated import COMMIT, FRAMES, FRAMES_SHAPE, DoesNotFit, Event, record
 from benchmarks.simulated_stages import STAGES, WEIGHTS, write_inputs
-from vidgen_ray.batch.render_script import render
+from vidgen_ray.batch.render_script import render_shots
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import ProfileError, SetupError
@@ -32,7 +32,7 @@ CPUS = 0.25
 HOST_GB = 2048.0
 """Host memory of a machine with 8 GPUs. The other systems load their models in parallel, too."""
 WITH_CACHE = " with cache"
-"""Ending of a layout's name: also write the stage cache, as `render` does by default."""
+"""Ending of a layout's name: also write the stage cache, as `render_shots` does by default."""
 NO_SECONDS = 1e-6
 """Seconds of stages without GPU work."""
 ENCODE = Mp4Settings(preset="ultrafast", threads=1)
@@ -69,7 +69,7 @@ def run(layout_name: str, gpus: int, gpu_memory_gb: float, shots: int, run_folde
     card = replace(H100, link_gb_per_s=simulated.SWAP_GB_PER_SECOND)
     try:
         with local_ray(gpus):
-            report = render(
+            report = render_shots(
                 ScriptSettings(write_script(run_folder, shots)),
                 profile(run_folder, layout_name.removesuffix(WITH_CACHE)),
                 OutputFolder(out),

@@ -175,14 +175,14 @@ def measure(lines: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def _render(script: Path, folder: Path, listener: RunClock) -> None:
-    from vidgen_ray.batch.render_script import render
+    from vidgen_ray.batch.render_script import render_shots
     from vidgen_ray.batch.run_options import RenderOptions
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.script.lines import ScriptSettings
 
     options = RenderOptions(cache="none", stages=STAGES)
     profile = noop_profile(folder, CPU_WORKERS)
-    render(ScriptSettings(script), profile, OutputFolder(folder / "out"), options, listener=listener)
+    render_shots(ScriptSettings(script), profile, OutputFolder(folder / "out"), options, listener=listener)
 
 
 def _check_counts(counts: dict[str, int], expected: dict[str, int]) -> None:

@@ -229,9 +229,9 @@ def vidgen(workers: int) -> Callable[[Path, Path, int], dict[str, Any]]:
             command(["upscale", str(video), "-o", str(out), "--scale", str(scale), "--workers", str(workers), "--json"])
         closed_at = time.monotonic()
         (report,) = json.loads(printed.getvalue())["videos"]
-        from vidgen_ray.upscale.network import DEFAULT_MODEL, UpscaleNetwork, choose_settings, find_model
+        from vidgen_ray.upscale.network import DEFAULT_NETWORK, UpscaleNetwork, choose_settings, find_model
 
-        model = find_model(DEFAULT_MODEL)
+        model = find_model(DEFAULT_NETWORK)
         settings = choose_settings(model, "cpu", workers)
         with UpscaledFrame(video, scale) as check:
             psnr_db = check.psnr_db(UpscaleNetwork(model, settings, check.size)(check.pixels))
@@ -244,9 +244,9 @@ def vidgen(workers: int) -> Callable[[Path, Path, int], dict[str, Any]]:
 def network_only(video: Path, _out: Path, scale: int) -> dict[str, Any]:
     """Run the network with the settings of one worker, without decoding and encoding: the speed of light of `vidgen-1`."""
     from vidgen_ray.upscale.job import upscale_frames
-    from vidgen_ray.upscale.network import DEFAULT_MODEL, UpscaleNetwork, choose_settings, find_model
+    from vidgen_ray.upscale.network import DEFAULT_NETWORK, UpscaleNetwork, choose_settings, find_model
 
-    model = find_model(DEFAULT_MODEL)
+    model = find_model(DEFAULT_NETWORK)
     settings = choose_settings(model, "cpu", 1)
     with UpscaledFrame(video, scale) as check:
         network = UpscaleNetwork(model, settings, check.size)
@@ -269,13 +269,13 @@ class UpscaledFrame:
 
     def __init__(self, video: Path, scale: int) -> None:
         from vidgen_ray.upscale.frames import FrameReader
-        from vidgen_ray.upscale.network import DEFAULT_MODEL, EngineSettings, UpscaleNetwork, find_model, usable_cpus
+        from vidgen_ray.upscale.network import DEFAULT_NETWORK, EngineSettings, UpscaleNetwork, find_model, usable_cpus
         from vidgen_ray.upscale.source import read_source
 
         source = read_source(video)
         self.size = source.width * scale, source.height * scale
         self.pixels = next(FrameReader(source).read(0, 1))
-        self._expected = UpscaleNetwork(find_model(DEFAULT_MODEL), EngineSettings(threads=usable_cpus()), self.size)(
+        self._expected = UpscaleNetwork(find_model(DEFAULT_NETWORK), EngineSettings(threads=usable_cpus()), self.size)(
             self.pixels
         )
 
@@ -329,9 +329,9 @@ def write_pth(path: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from vidgen_ray.upscale.network import DEFAULT_MODEL, find_model
+    from vidgen_ray.upscale.network import DEFAULT_NETWORK, find_model
 
-    torch.save({"params": load_file(find_model(DEFAULT_MODEL).file)}, path)
+    torch.save({"params": load_file(find_model(DEFAULT_NETWORK).file)}, path)
 
 
 def framelift(backend: str) -> Callable[[Path, Path, int], dict[str, Any]]:

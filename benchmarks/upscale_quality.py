@@ -34,7 +34,7 @@ from benchmarks.machine import machine, write_json
 from benchmarks.upscale import PACKAGES, photo_video
 from vidgen_ray.upscale.frames import FrameReader
 from vidgen_ray.upscale.network import (
-    DEFAULT_MODEL,
+    DEFAULT_NETWORK,
     EngineSettings,
     UpscaleModel,
     UpscaleNetwork,
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--video", type=Path, help="video to upscale (default: a camera over a photo, 256x144)")
     parser.add_argument("--frames", type=int, default=12)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--model", default=DEFAULT_NETWORK)
     parser.add_argument("--out", type=Path, default=Path("out/upscale-quality"), help="folder for comparison.png")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()

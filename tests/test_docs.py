@@ -13,7 +13,7 @@ import typer
 
 from benchmarks import memory_report
 from tests.conftest import ASTRONAUT, SYNTHETIC
-from vidgen_ray.cli.app import app, main
+from vidgen_ray.cli.app import app, run_command
 from vidgen_ray.profile import load_profile
 from vidgen_ray.weights import resolve
 
@@ -118,7 +118,7 @@ def test_documented_plans_are_current(tmp_path, monkeypatch, capsys, card):
     # Without measurements of this machine.
     monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 0
+    assert run_command(arguments) == 0
     plan, _, licences = capsys.readouterr().out.partition("\nweights ")
     assert licences
     seconds = round(3600 / float(re.findall(r"^rate +([\d.]+) shots per hour", plan, re.MULTILINE)[0]))

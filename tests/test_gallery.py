@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from tests.browser import page_in, running_browser
 from tests.dataset.conftest import make_folder, texture, write_scores
 from tests.online.directors import listening_on_a_port
-from vidgen_ray.cli.app import main
+from vidgen_ray.cli.app import run_command
 from vidgen_ray.dataset.tables import open_tables, run_query
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.manifest import SCHEMA
@@ -262,19 +262,19 @@ def test_watch_serves_new_rows_and_nothing_beside_the_shots(out):
 
 
 def test_status_lists_what_stands_out(out, capsys):
-    assert main(["status", str(out), "--json"]) == 0
+    assert run_command(["status", str(out), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert status["counts"] == {"done": 2, "failed": 1}
     assert [(each["stage"], each["count"], each["line"]) for each in status["failures"]] == [("svd", 1, 3)]
     assert [shot["id"] for shot in status["slowest"]] == ["bo", "ada"]
     assert [(shot["id"], shot["value"]) for shot in status["least_alike"]] == [("ada", 0.1), ("bo", 0.2)]
-    assert main(["status", str(out)]) == 0
+    assert run_command(["status", str(out)]) == 0
     text = capsys.readouterr().out
     assert "2 done, 1 failed" in text
     stored = sum(file.stat().st_size for name in ("image.png", "video.mp4") for file in out.glob(f"shots/*/*/{name}"))
     assert f"3 s of work, 3 s of it on GPUs; {size(stored)} of images and clips" in text
     assert "s.yaml line 3" in text
-    assert main(["status", str(out / "gone")]) == 4
+    assert run_command(["status", str(out / "gone")]) == 4
 
 
 # Reviews: with the keyboard, by requests to `vidgen watch`, and in a page that was opened from a disk
@@ -401,9 +401,9 @@ def test_review_with_the_keyboard_and_in_a_file(browser, reviewed, tmp_path, cap
     by_id = [{"id": "ball", "verdict": "reject"}, {"id": "unknown", "stars": 1}]
     (tmp_path / "saved.json").write_text(json.dumps([given[0], {**given[0], "clip_sha256": "f" * 64}, *by_id]))
     for result in ((2, 0, ["kite", "unknown"]), (0, 2, ["kite", "unknown"])):
-        assert main(["review", str(reviewed), str(tmp_path / "saved.json"), "--reviewer", "bo", "--json"]) == 1
+        assert run_command(["review", str(reviewed), str(tmp_path / "saved.json"), "--reviewer", "bo", "--json"]) == 1
         assert tuple(json.loads(capsys.readouterr().out).values()) == result
-    assert main(["review", str(reviewed), str(tmp_path / "saved.json")]) == 1
+    assert run_command(["review", str(reviewed), str(tmp_path / "saved.json")]) == 1
     assert "2 reviews left out, of clips that the folder does not have (any more): kite, unknown" in capsys.readouterr().err
     assert reviews(reviewed)["kite"] == ("reject", 2, NOTE)
     assert reviews(reviewed)["ball"] == ("reject", None, None)
@@ -414,7 +414,7 @@ def test_review_with_the_keyboard_and_in_a_file(browser, reviewed, tmp_path, cap
         (wrong, "0.stars: must be less than or equal to 5; must be a file that the gallery has saved"),
     ):
         (tmp_path / "saved.json").write_text(content)
-        assert main(["review", str(reviewed), str(tmp_path / "saved.json")]) == 2
+        assert run_command(["review", str(reviewed), str(tmp_path / "saved.json")]) == 2
         assert message in capsys.readouterr().err
 
 

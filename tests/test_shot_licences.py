@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vidgen_ray.cli.app import main
+from vidgen_ray.cli.app import run_command
 from vidgen_ray.cli.run_script import script_licences
 from vidgen_ray.errors import LicenceError
 from vidgen_ray.licences import ShotLicences, require_licence, worst_use
@@ -87,11 +87,11 @@ def test_plan_lists_licences_and_refuses(tmp_path, capsys):
     script = tmp_path / "s.jsonl"
     script.write_text('{"prompt": "a man"}\n{"prompt": "a dog", "video_model": "wan"}\n')
     command = ["plan", str(script), "-p", "gpu-80gb", "--gpus", "2x80GB", "-o", str(tmp_path / "out")]
-    assert main([*command, "--json"]) == 0
+    assert run_command([*command, "--json"]) == 0
     licences = {each["weights"].partition("@")[0]: each for each in json.loads(capsys.readouterr().out)["licences"]}
     assert licences["hub:black-forest-labs/FLUX.1-dev"]["commercial_use"] == "no"
     assert licences["hub:Wan-AI/Wan2.2-I2V-A14B-Diffusers"]["licence"] == "Apache-2.0"
-    assert main([*command, "--require-licence", "commercial"]) == 3
+    assert run_command([*command, "--require-licence", "commercial"]) == 3
     assert "FLUX.1-dev" in capsys.readouterr().err
 
 
@@ -102,7 +102,7 @@ def test_render_refuses_before_anything_starts(tmp_path, capsys):
     actors = ["  flux: {weights: ./flux}", "  svd: {weights: ./svd}", "  realesrgan: {weights: builtin:realesrgan}"]
     profile.write_text("\n".join(["name: p", "about: p", "actors:", *actors]))
     command = ["render", str(script), "-p", str(profile), "-o", str(tmp_path / "out"), "--require-licence", "commercial"]
-    assert main(command) == 3
+    assert run_command(command) == 3
     assert "flux (unknown licence" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

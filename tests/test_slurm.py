@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from vidgen_ray.cli import slurm as slurm_command
-from vidgen_ray.cli.app import main
+from vidgen_ray.cli.app import run_command
 from vidgen_ray.engine.ray_cluster import _unused_ports
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.planner import parse_gpus
@@ -255,7 +255,7 @@ def test_files_in_deploy_are_those_that_the_command_prints(file, options, capsys
     monkeypatch.setattr(Path, "exists", lambda _: True)
     monkeypatch.setattr(sys, "prefix", "/shared/venv")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert main(["slurm", "/shared/script.jsonl", "-o", "/shared/out", "-p", "gpu-80gb", *options.split()]) == 0
+    assert run_command(["slurm", "/shared/script.jsonl", "-o", "/shared/out", "-p", "gpu-80gb", *options.split()]) == 0
     printed = capsys.readouterr().out
     assert printed == (ROOT / "deploy" / "slurm" / file).read_text()
     assert subprocess.run(["/bin/bash", "-n"], input=printed, text=True, check=False).returncode == 0
@@ -342,7 +342,7 @@ def test_mistakes_are_named_before_anything_is_submitted(capsys, tmp_path, monke
         file.chmod(0o755)
 
     def error(*words):
-        code = main(["slurm", str(script), "-o", str(tmp_path / "out"), *words])
+        code = run_command(["slurm", str(script), "-o", str(tmp_path / "out"), *words])
         shown.append((code, capsys.readouterr().err))
         return " ".join(shown[-1][1].split())
 
@@ -358,7 +358,7 @@ def test_mistakes_are_named_before_anything_is_submitted(capsys, tmp_path, monke
     assert "sbatch failed: sbatch: error: invalid partition" in error("--gpus", "2xH100", "--submit", "--partition", "gpu")
     assert [code for code, _ in shown] == [2, 2, 2, 4, 4, 4]
     options = ["--gpus", "2x8xH100", "--grace", "99.5"]
-    assert main(["slurm", str(script), "-o", str(tmp_path / "new"), *options]) == 0
+    assert run_command(["slurm", str(script), "-o", str(tmp_path / "new"), *options]) == 0
     printed, warned = capsys.readouterr()
     # Slurm has no log if the folder is missing.
     assert f"create {tmp_path}/new before you submit the file" in warned

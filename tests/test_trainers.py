@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vidgen_ray.cli import main
 from vidgen_ray.graph import clip_length
 from vidgen_ray.shot import Shot
-from vidgen_ray.trainers import TARGETS, SourceClip, described, parse_target
+from vidgen_ray.trainers import TARGETS, SourceClip, parse_target, use_text
 from vidgen_ray.video_models import VIDEO_MODELS
 
 CLIPS = st.builds(
@@ -66,7 +66,7 @@ def test_a_used_clip_has_what_the_model_takes_and_a_fitted_one_is_used_as_a_whol
         # As long as the clip, within half a step of frames.
         wanted = min(clip.num_frames * model.fps / clip.fps, model.frames)
         assert abs(again.frames - max(wanted, model.frame_step + 1)) <= model.frame_step / 2
-    assert described(fitted or clip, found).startswith(use.status if fitted is None else "used")
+    assert use_text(fitted or clip, found).startswith(use.status if fitted is None else "used")
 
 
 @pytest.mark.parametrize("target", TARGETS)

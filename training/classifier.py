@@ -20,7 +20,7 @@ from training.degrading import degraded
 from training.drawing import styled
 from training.loop import Schedule, arguments, train
 from training.world import STYLES, Person, Scene
-from vidgen_ray.dataset.demo_captioner import FILE, LABELS, Classifier, small
+from vidgen_ray.dataset.demo_captioner import CAPTIONER_FILE, LABELS, Classifier, small
 
 BATCH, HELD_OUT = 48, 500
 UNSEEN = -100
@@ -72,7 +72,7 @@ def main() -> int:
             for name, found in right.items()
         }
         print(f"step {step}, share right of unseen, degraded drawings: {shares}", flush=True)
-        save_file({name: tensor.half() for name, tensor in net.state_dict().items()}, told.out / FILE.name)
+        save_file({name: tensor.half() for name, tensor in net.state_dict().items()}, told.out / CAPTIONER_FILE.name)
 
     schedule = Schedule(told.steps, rate=2e-3, weight_decay=0.02)
     train({"classifier": net}, loss, schedule, told.out, told.seed, look=look, look_every=300)

@@ -190,7 +190,7 @@ SCHEMA_COMMAND = "`vidgen schema shot`"
 MAX_LISTED = 200
 """Longest list of field names in an error message, in characters."""
 
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+URL_START = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """Start of a URL, also after pathlib has removed one of its slashes."""
 NOT_A_URL = "must be a file on this machine; URLs are not read, download it first"
 
@@ -200,7 +200,7 @@ def first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def shortened(value: object) -> str:
+def shortened_value(value: object) -> str:
     """Return the value as an error message shows it, at most 80 characters long."""
     try:
         text = repr(value)
@@ -211,7 +211,7 @@ def shortened(value: object) -> str:
 
 def in_json(value: object) -> str:
     """Return a value of a JSON or YAML file as an error message shows it."""
-    return "null" if value is None else shortened(value)
+    return "null" if value is None else shortened_value(value)
 
 
 def encodable(text: str) -> str:
@@ -233,9 +233,9 @@ def explain(detail: Any, fields: Iterable[str], reference: str = SCHEMA_COMMAND)
     if detail["type"] == "missing":
         return field, "nothing", "this field is required"
     if detail["type"] in ("float_parsing", "int_parsing") and DECIMAL_COMMA.fullmatch(str(detail["input"]).strip()):
-        return field, shortened(detail["input"]), f"must have a decimal point: {detail['input'].replace(',', '.')}"
+        return field, shortened_value(detail["input"]), f"must have a decimal point: {detail['input'].replace(',', '.')}"
     is_of_all = field is None and detail["type"] == "value_error"
-    return field, "fields that do not fit together" if is_of_all else shortened(detail["input"]), allowed_of(detail)
+    return field, "fields that do not fit together" if is_of_all else shortened_value(detail["input"]), allowed_of(detail)
 
 
 def allowed_of(detail: Any) -> str:

@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
-from vidgen_ray.errors import FieldError, ScriptError, UsageError, shortened
+from vidgen_ray.errors import FieldError, ScriptError, UsageError, shortened_value
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, check_profile, chunked_stages_of, is_chunked, stages_of
 from vidgen_ray.licences import Requirement, ShotLicences, UsedWeights, require_licence
 from vidgen_ray.media import CLIP_SUFFIXES, encode_png, read_image, write_png
@@ -536,7 +536,7 @@ class VideoGenerationPipeline:
             photo = np.asarray(photo.convert("RGB"))
         is_pixels = isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3
         if not is_pixels or not photo.size:
-            got = f"an array of {photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else shortened(photo)
+            got = f"an array of {photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else shortened_value(photo)
             allowed = "must be a path, a PIL image, the bytes of an image file, or an array (H, W, 3) of uint8"
             raise ScriptError([FieldError("generate_video", None, field, got, allowed)])
         return str(self.outputs.keep_input(encode_png(photo, mark), ".png").absolute())

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, JsonValue, ValidationError, field_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from vidgen_ray.errors import ProfileError, SetupError, StrictModel, allowed_of, shortened
+from vidgen_ray.errors import ProfileError, SetupError, StrictModel, allowed_of, shortened_value
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.safety import ContentPolicy, Safety, SafetySettings, safety_of
 from vidgen_ray.shot import wrong_defaults
@@ -362,7 +362,7 @@ def load_profile(name_or_path: str) -> Profile:
     except ValueError as error:
         raise ProfileError(f"profile {name_or_path!r}: invalid YAML: {error}") from None
     if not isinstance(content, dict):
-        got = "an empty file" if content is None else shortened(content)
+        got = "an empty file" if content is None else shortened_value(content)
         raise ProfileError(f"profile {name_or_path!r}: got {got}, must be a mapping with name, about and actors")
     try:
         return Profile.model_validate(content).model_copy(update={"source": source})
@@ -374,4 +374,4 @@ def _first_error(error: ValidationError) -> str:
     """Describe the first of pydantic's errors: field, value and what is allowed."""
     detail = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in detail["loc"]) or "top level"
-    return f"{field}: got {shortened(detail['input'])}, {allowed_of(detail)}"
+    return f"{field}: got {shortened_value(detail['input'])}, {allowed_of(detail)}"

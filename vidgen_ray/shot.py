@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
-from vidgen_ray.errors import StrictModel, explain, shortened
+from vidgen_ray.errors import StrictModel, explain, shortened_value
 from vidgen_ray.limits import (
     CONTROL_CHARACTERS,
     MAX_EXTENDED_FRAMES,
@@ -37,7 +37,7 @@ from vidgen_ray.limits import (
 from vidgen_ray.safety import Consent
 from vidgen_ray.trainers import FOR, TARGETS
 from vidgen_ray.video_models import (
-    AUTO,
+    AUTO_FRAMES,
     DEFAULT_MODEL,
     MODEL_DEFAULTS,
     VIDEO_MODELS,
@@ -87,7 +87,7 @@ INSTANTID_SDXL, REFERENCE, NO_IDENTITY = "instantid-sdxl", "reference", "none"
 FRAMES_SCHEMA = {
     "anyOf": [
         {"type": "integer", "minimum": MIN_FRAMES, "maximum": MAX_FRAMES},
-        {"enum": [AUTO]},
+        {"enum": [AUTO_FRAMES]},
         {"type": "string", "pattern": f"^{FOR}[a-z-]+:[a-z0-9-]+$"},
     ]
 }
@@ -482,7 +482,7 @@ class Shot(_Frozen):
     def _check_num_frames(cls, value: int, info: ValidationInfo) -> int:
         model = VIDEO_MODELS.get(info.data.get("video_model", ""))
         if model is not None and not model.allows(value):
-            raise ValueError(f"{model.allowed_instead_of(value)}, or {AUTO}")
+            raise ValueError(f"{model.allowed_instead_of(value)}, or {AUTO_FRAMES}")
         return value
 
     @field_validator("prompt", "negative_prompt", "style_prompt", "motion_prompt")
@@ -764,7 +764,7 @@ def wrong_defaults(fields: Mapping[str, Any], *, strict: bool = False) -> list[t
     Combinations of fields are not checked, since a shot may set some of them itself.
     """
     if "id" in fields:
-        return [("id", shortened(fields["id"]), "must be set by each line, not for all of them")]
+        return [("id", shortened_value(fields["id"]), "must be set by each line, not for all of them")]
     per_model = {name for field in MODEL_DEFAULTS if is_per_model(values := fields.get(field)) for name in values}
     try:
         Shot.model_validate({"prompt": "any", **fields}, strict=strict)

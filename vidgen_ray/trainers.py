@@ -256,7 +256,7 @@ def fit_cost(clip: SourceClip, fitted: SourceClip) -> str:
     return f"encoded again as {fitted}, frames repeated: {fitted.num_frames - shown}, left out: {clip.num_frames - shown}"
 
 
-def described(clip: SourceClip, target: TrainerTarget) -> str:
+def use_text(clip: SourceClip, target: TrainerTarget) -> str:
     """Return in words what happens to a clip."""
     use, fps = target.use(clip), target.model.fps
     if use.problem:

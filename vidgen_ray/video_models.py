@@ -15,7 +15,7 @@ from vidgen_ray.trainers import FOR, SourceClip, TrainerTarget, parse_target
 _ENTRY_POINTS = "vidgen.video_models"
 """Group of entry points by which other packages add a `VideoModel`, under the name of its stage."""
 DEFAULT_MODEL = "svd"
-AUTO = "auto"
+AUTO_FRAMES = "auto"
 """Value of `num_frames` that chooses the model's usual duration."""
 AUTO_S = 5.0
 """Seconds of a clip with `num_frames: auto`."""
@@ -125,7 +125,7 @@ def with_model_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
             return {**fields, **fields_for(parse_target(frames.removeprefix(FOR)), fields)}
         except ValueError as error:
             raise ValueError(f"num_frames {frames}: {error}") from None
-    if (frames == AUTO or (own_default and frames is None)) and isinstance(fps, int | float):
+    if (frames == AUTO_FRAMES or (own_default and frames is None)) and isinstance(fps, int | float):
         fields["num_frames"] = model.auto_frames(fps)
     return fields
 

@@ -17,11 +17,11 @@ from benchmarks.ours import HOST_GB, StatusCounter, profile
 from benchmarks.peers.lines import run_as_command
 from benchmarks.simulated import FRAMES, IMAGE_SHAPE, SCALE
 from benchmarks.simulated_stages import ENCODED_PX, STAGES, SimulatedFlux, SimulatedRealESRGAN, SimulatedSVD
-from vidgen_ray.batch.render_script import render
+from vidgen_ray.batch.render_script import render_shots
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.data import build_processor
 from vidgen_ray.errors import VidgenError
-from vidgen_ray.outputs.cleanup import prune
+from vidgen_ray.outputs.cleanup import prune_shots
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import Cluster, Node
 from vidgen_ray.script.lines import ScriptSettings
@@ -88,9 +88,9 @@ def main(run_folder: Path, script: Path, out: Path, gpus: int, gpu_gb: float, *,
         with local_ray(gpus):
             if (run_folder / "next").exists():
                 return run_as_command(execute, script, out)
-            report = render(ScriptSettings(script), simulated, outputs, options, listener=Messages())
+            report = render_shots(ScriptSettings(script), simulated, outputs, options, listener=Messages())
             if then_prune:
-                prune(outputs)
+                prune_shots(outputs)
     except VidgenError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 4

@@ -16,8 +16,8 @@ from PIL import Image
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, use_fakes, with_actor
 from tests.ray_workers import use_small_images
-from vidgen_ray.batch import render_script
-from vidgen_ray.batch.render_script import _encoding_note, render
+from vidgen_ray.batch import render_script as render_module
+from vidgen_ray.batch.render_script import _encoding_note, render_shots
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
 from vidgen_ray.errors import SetupError
@@ -28,7 +28,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.outputs.storage import LocalStorage
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan, this_machine
+from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan_run, this_machine
 from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, settled
 from vidgen_ray.profile import ProvenanceSettings
@@ -86,7 +86,7 @@ def script(tiny):
 
 
 def render_lines(script, profile, out, listener=None, **options):
-    return render(script, profile, OutputFolder(out), RenderOptions(**options), listener=listener or Events())
+    return render_shots(script, profile, OutputFolder(out), RenderOptions(**options), listener=listener or Events())
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_batch_output_equals_the_pipeline_and_a_second_run_skips_everything(
     local_ray, tiny, script, reference, tmp_path, monkeypatch
 ):
     measured = {}
-    monkeypatch.setattr(render_script, "save_calibration", lambda profile, card, seconds: measured.update(seconds))
+    monkeypatch.setattr(render_module, "save_calibration", lambda profile, card, seconds: measured.update(seconds))
     # A second process takes seconds to import torch. tests/chaos has several.
     first, one_worker = Events(), Cluster((Node((), 2.5, 64.0),))
     report = render_lines(script, tiny, tmp_path, first, keep_stages=True, cluster=one_worker)
@@ -145,14 +145,14 @@ def test_speed_options_are_settled_before_the_keys_and_a_folder_keeps_them(in_pr
             keep(Trial(profile, "svd", option, value), "cpu", known[option])
         return settled(profile, cluster.kinds)
 
-    monkeypatch.setattr(render_script, "run_trials", trials)
+    monkeypatch.setattr(render_module, "run_trials", trials)
     (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": "a boat", "num_frames": 2, "steps": {"svd": 1}, "scale": 2}))
     script = ScriptSettings(tmp_path / "s.jsonl", run_seed=1, profile_defaults=tiny.defaults)
     counts = []
     for out, trial_from_s in (("fast", 0.0), ("short", 1e9), ("fast", 0.0), ("short", 0.0)):
         for measured in own_cache.glob("*.json"):
             measured.unlink()
-        monkeypatch.setattr(render_script, "TRIAL_FROM_S", trial_from_s)
+        monkeypatch.setattr(render_module, "TRIAL_FROM_S", trial_from_s)
         report = render_lines(script, profile, tmp_path / out, stages=FAKES)
         counts.append((report.done, report.skipped))
         options = json.loads((tmp_path / out / "run.json").read_text())["profile"]["actors"]["svd"]["options"]
@@ -166,8 +166,8 @@ def test_trials_depend_on_the_seconds_planned_for_the_sizes_of_a_script(tiny, tm
     defaults = {"width": 512, "height": 320, "generate_video": False}
     script = ScriptSettings(path, run_seed=1, profile_defaults=defaults)
     profile = with_actor(tiny, "flux", device="cuda", dtype="bfloat16", seconds={}, options={}, trial_options={"compile": True})
-    monkeypatch.setattr(render_script, "run_trials", Mock(side_effect=InterruptedError))
-    monkeypatch.setattr(render_script, "TRIAL_FROM_S", 150.0)
+    monkeypatch.setattr(render_module, "run_trials", Mock(side_effect=InterruptedError))
+    monkeypatch.setattr(render_module, "TRIAL_FROM_S", 150.0)
     with pytest.raises(InterruptedError):
         render_lines(script, profile, tmp_path / "out", cluster=parse_gpus("1xH100"))
 
@@ -362,8 +362,8 @@ def test_refused_run_writes_nothing_and_tries_no_options(command, tiny, tmp_path
 
     write_file = LocalStorage.write
     profile = with_actor(tiny, "svd", trial_options={"channels_last": True})
-    monkeypatch.setattr(render_script, "TRIAL_FROM_S", 0.0)
-    monkeypatch.setattr(render_script, "run_trials", lambda *_: pytest.fail("the GPUs were used"))
+    monkeypatch.setattr(render_module, "TRIAL_FROM_S", 0.0)
+    monkeypatch.setattr(render_module, "run_trials", lambda *_: pytest.fail("the GPUs were used"))
     with OutputFolder(out).lease("first"), OutputFolder(tmp_path / "new").lease("first"):
         monkeypatch.setattr(LocalStorage, "write", write)
         (out / "index.html").write_text(page := 'name="generator" content="vidgen"')
@@ -515,7 +515,7 @@ def test_id_of_another_script_is_rejected_unless_it_is_replaced(command, tmp_pat
 
 @pytest.mark.parametrize(("encode_s", "needed"), [(1.9, None), (4.1, "5 encoders")])
 def test_run_with_too_few_encoders_says_so(tiny, make_shot, encode_s, needed):
-    planned = replace(plan(tiny, demand_of([make_shot()]), this_machine()), shots_per_hour=1800.0)
+    planned = replace(plan_run(tiny, demand_of([make_shot()]), this_machine()), shots_per_hour=1800.0)
     planned = replace(planned, layout=replace(planned.layout, encoders=2))
     results = Mock(durations={ENCODING: [(encode_s, RelativeCost(1, 1))] * MIN_SHOTS})
     note = _encoding_note(planned, results)

@@ -17,9 +17,9 @@ from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES, profile_of_fakes, with_actor
 from tests.outputs.test_trace import read_trace
 from vidgen_ray.batch.line_planner import LaterLines
-from vidgen_ray.batch.render_script import render
+from vidgen_ray.batch.render_script import render_shots
 from vidgen_ray.batch.run_options import RenderOptions
-from vidgen_ray.cli.app import main
+from vidgen_ray.cli.app import run_command
 from vidgen_ray.engine import fleet
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.processes import CoreLimits
@@ -46,7 +46,7 @@ def profile(tiny):
 
 def render_lines(tmp_path, profile, lines, listener=None, gpus=GPUS, stop=None, fakes=FAKES, folder=OutputFolder, **options):
     out = tmp_path / "out"
-    report = render(
+    report = render_shots(
         ScriptSettings(write_lines(tmp_path / "s.jsonl", lines), profile_defaults=profile.defaults),
         profile,
         folder(out),
@@ -140,7 +140,7 @@ def test_failing_lines_do_not_affect_other_lines_and_transient_failures_are_retr
 
 def check_trace(tmp_path, rows):
     """Check that the trace of the run has the steps of all records and the failed attempts."""
-    assert main(["trace", str(tmp_path / "out"), "-o", str(tmp_path / "trace.json")]) == 0
+    assert run_command(["trace", str(tmp_path / "out"), "-o", str(tmp_path / "trace.json")]) == 0
     traced = read_trace(tmp_path / "trace.json")
     seconds, failures = Counter(), Counter()
     for each in (each["args"] for row in traced.values() for each in row):

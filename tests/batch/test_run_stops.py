@@ -21,9 +21,9 @@ from benchmarks.fake_actors import FakeActor, kill, run_in_simulated_time
 from tests.batch.test_batch import Events, write_lines
 from tests.fake_stages import profile_of_fakes
 from vidgen_ray.batch import director as director_module
-from vidgen_ray.batch import render_script
+from vidgen_ray.batch import render_script as render_module
 from vidgen_ray.batch.director import BREAKER_FAILURES
-from vidgen_ray.batch.render_script import render
+from vidgen_ray.batch.render_script import render_shots
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.engine import Engine, Window
@@ -118,7 +118,7 @@ def engine_class(call_s):
 def simulated(without_ray, monkeypatch):
     """Run in simulated time."""
     monkeypatch.setattr(ray, "kill", kill)
-    monkeypatch.setattr(render_script.asyncio, "run", lambda main: run_in_simulated_time(main)[0])
+    monkeypatch.setattr(render_module.asyncio, "run", lambda main: run_in_simulated_time(main)[0])
 
     async def problem(_):
         # Simulated time does not wait for a thread.
@@ -162,7 +162,7 @@ def run_prompts(tiny, tmp_path, monkeypatch, events):
 
         monkeypatch.setattr(events, "on_finished", finished)
         try:
-            result = render(settings, profile, OutputFolder(out), options, listener=events, stop=stop)
+            result = render_shots(settings, profile, OutputFolder(out), options, listener=events, stop=stop)
         except (SetupError, TooExpensive) as error:
             result = error
         return result, {row.line: row.status for row in read_manifest(out)}

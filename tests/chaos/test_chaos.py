@@ -32,7 +32,7 @@ from tests.fake_stages import FAKES, profile_of_fakes
 from tests.ray_workers import small_cluster
 from tests.small_disk import ext4_disk, frozen, mounted_disk
 from vidgen_ray.batch import run_options
-from vidgen_ray.batch.render_script import render
+from vidgen_ray.batch.render_script import render_shots
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
 from vidgen_ray.engine import actor_start, storage_pause
@@ -45,7 +45,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import Cluster as Machines
-from vidgen_ray.planner import Node, demand_of, parse_gpus, plan
+from vidgen_ray.planner import Node, demand_of, parse_gpus, plan_run
 from vidgen_ray.profile import ProvenanceSettings, load_profile
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script
@@ -152,7 +152,7 @@ def render_counted(script, out, address):
     }
     staged = tiny.model_copy(update={"layout": "staged", "actors": actors, "cpu_workers": None}).with_provenance(UNMARKED)
     options = RenderOptions(address=address, cluster=parse_gpus(GPUS), stages=COUNTED, attempts=ATTEMPTS)
-    report = render(
+    report = render_shots(
         ScriptSettings(Path(script), profile_defaults=staged.defaults), staged, OutputFolder(out), options, listener=Events()
     )
     sys.exit(report.failed > 0)
@@ -393,13 +393,13 @@ def write_script(folder, lines):
     (folder / "s.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
-def render_script(folder, address, *words):
+def render_folder(folder, address, *words):
     """Render the script of a folder on a cluster."""
     folder, fused = Path(folder), profile_of_fakes(load_profile("tiny"), layout="fused")
     fakes = stages(use_up_memory if words else Log(folder / "log").work)
     script = ScriptSettings(folder / "s.jsonl", profile_defaults=fused.defaults)
     options = RenderOptions(address=address, cluster=parse_gpus("2x80GB"), stages=fakes)
-    render(script, fused, OutputFolder(folder / "out"), options, listener=Events())
+    render_shots(script, fused, OutputFolder(folder / "out"), options, listener=Events())
 
 
 def wait_for_shots(driver, out, count):
@@ -490,7 +490,7 @@ def test_lost_head_ends_the_run_and_the_next_one_resumes(nodes, tmp_path):
     write_script(tmp_path, images(SHOTS))
     environment = {**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "2", "RAY_BACKEND_LOG_LEVEL": "error"}
     other = small_cluster(num_cpus=8, num_gpus=2, **MEMORY)
-    driver = start(render_script, tmp_path, other.address, env=environment, stderr=subprocess.PIPE, text=True)
+    driver = start(render_folder, tmp_path, other.address, env=environment, stderr=subprocess.PIPE, text=True)
     wait_for_shots(driver, tmp_path / "out", 4)
     other.head_node.kill_gcs_server()
     _, errors = driver.communicate(timeout=200)
@@ -498,7 +498,7 @@ def test_lost_head_ends_the_run_and_the_next_one_resumes(nodes, tmp_path):
     other.shutdown()
     assert driver.returncode == SetupError.exit_code
     assert "lost connection to Ray: no response of its head node for 1.5 s" in errors
-    assert start(render_script, tmp_path, nodes.address, env=environment).wait(200) == 0
+    assert start(render_folder, tmp_path, nodes.address, env=environment).wait(200) == 0
     assert len(list((tmp_path / "out").glob(DONE))) == SHOTS
     rows = read_manifest(tmp_path / "out")
     # Encoders of the lost cluster may still have committed shots after the count.
@@ -526,7 +526,7 @@ def test_job_suspended_by_kueue_repeats_only_shots_in_progress(nodes, tmp_path, 
     monkeypatch.setattr(ray_constants, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", 1.0)
     suspended = small_cluster(num_cpus=0, **MEMORY)
     suspended.add_node(num_cpus=8, num_gpus=2, **MEMORY)
-    driver = start(render_script, tmp_path, suspended.address)
+    driver = start(render_folder, tmp_path, suspended.address)
     wait_for_shots(driver, tmp_path / "out", 4)
     delete_pods([suspended.head_node, *suspended.worker_nodes], driver)
     assert driver.wait() == -signal.SIGKILL
@@ -536,7 +536,7 @@ def test_job_suspended_by_kueue_repeats_only_shots_in_progress(nodes, tmp_path, 
     assert 0 < len(lost) <= 8
     assert len(done) + len(lost) < SHOTS
     # KubeRay submits the same command to a new cluster.
-    assert start(render_script, tmp_path, nodes.address).wait(200) == 0
+    assert start(render_folder, tmp_path, nodes.address).wait(200) == 0
     rows = read_manifest(tmp_path / "out")
     assert sorted(row.id for row in rows if row.status == "done") == sorted(line["id"] for line in images(SHOTS))
     assert {row.id for row in rows if row.last_run == "reused"} == done
@@ -562,7 +562,7 @@ def test_line_that_uses_up_the_memory_of_its_node_fails_alone(tmp_path):
     limit = (memory.total - memory.available + (4 << 30)) / memory.total
     settings = {"memory_usage_threshold": limit, "memory_monitor_refresh_ms": 100}
     other = small_cluster(num_cpus=8, num_gpus=2, _system_config=settings, **MEMORY)
-    assert start(render_script, tmp_path, other.address, "memory").wait(400) == 0
+    assert start(render_folder, tmp_path, other.address, "memory").wait(400) == 0
     log = (Path(other.head_node.get_logs_dir_path()) / "raylet.out").read_text()
     other.shutdown()
     assert log.count("Memory on the node") >= 3, "Ray killed the worker each time"
@@ -597,7 +597,7 @@ def test_large_models_are_placed_on_large_gpus(nodes, connected, with_large_flux
         used.update(ray.get(worker.place.remote()).node for worker in workers)
 
     options = RenderOptions(cluster=cluster, stages=FAKES)
-    report = render(settings, with_large_flux, OutputFolder(tmp_path / "out"), options, listener=Events(note_nodes))
+    report = render_shots(settings, with_large_flux, OutputFolder(tmp_path / "out"), options, listener=Events(note_nodes))
     assert (report.done, report.failed) == (4, 0)
     assert used == {nodes.nodes[1].node_id}, "images need only FLUX, which does not fit on the small GPUs"
 
@@ -609,6 +609,6 @@ def test_gpus_that_ray_cannot_distinguish_are_an_error(with_large_flux, make_sho
         (Machines((Node((SMALL_GB, LARGE_GB), 16, None, ("a", "b")),)), "Ray cannot distinguish GPUs of different sizes"),
     ):
         with pytest.raises(SetupError, match=message):
-            labels_of(plan(with_large_flux, demand, cluster), cluster)
+            labels_of(plan_run(with_large_flux, demand, cluster), cluster)
     alike = parse_gpus("2x80GB")
-    assert set(labels_of(plan(with_large_flux, demand, alike), alike)) == {None}
+    assert set(labels_of(plan_run(with_large_flux, demand, alike), alike)) == {None}

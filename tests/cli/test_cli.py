@@ -110,7 +110,7 @@ def test_retry_renders_as_the_last_run_did(tmp_path, monkeypatch):
         calls.append((script, profile, options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vidgen_ray.batch.render_script.render", record)
+    monkeypatch.setattr("vidgen_ray.batch.render_script.render_shots", record)
     assert main(["retry", str(out)]) == 130
     ((script, profile, retried),) = calls
     assert (profile.name, profile.provenance.metadata) == ("tiny", "off")

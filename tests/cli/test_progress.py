@@ -11,7 +11,7 @@ import pytest
 import typer
 from rich.console import Console, Group
 
-from vidgen_ray.batch.progress import CONNECTING, FIRST_SHOTS, LOADING, PLANNING, ProgressTracker, Throughput, eta_range
+from vidgen_ray.batch.progress import CONNECTING, FIRST_SHOTS, PLANNING, STARTING, ProgressTracker, Throughput, eta_range
 from vidgen_ray.cli import progress_display
 from vidgen_ray.cli.progress_display import LineDisplay, RunView, TerminalDisplay, run_view
 from vidgen_ray.engine.status import Snapshot
@@ -110,7 +110,7 @@ def test_line_view_prints_lines_phases_messages_and_shots_of_a_small_run(clock):
         CONNECTING,
         "run/1/worker/0/0 is quarantined",
         "3 shots, 1 already done, 1 line rejected",
-        *(LOADING, LOADING),
+        *(STARTING, STARTING),
         *(FIRST_SHOTS, FIRST_SHOTS),
         "2/3 done ball",
         "3/3 failed s.jsonl line 1 cube in svd: it broke",
@@ -158,7 +158,7 @@ def test_terminal_view_shows_phases_and_estimates_and_ends_without_one(clock):
         view.on_lines(40, 4, 0, complete=True)
         assert CONNECTING in frame()
         view.on_status(IDLE)
-        assert LOADING in frame()
+        assert STARTING in frame()
         view.on_status(BUSY)
         assert FIRST_SHOTS in frame()
         clock.now = 60

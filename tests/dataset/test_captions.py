@@ -190,7 +190,7 @@ def test_demo_captioner_says_which_facts_are_missing(tmp_path, capsys):
     sees |= {"hair": "red", "hair_style": "bun", "skin": "pale", "glasses": "yes", "beard": "no"}
     seen = {name: {each: float(each == value) for each in demo_captioner.LABELS[name]} for name, value in sees.items()}
     text = "person, red hair in a bun, pale skin, glasses, blue shirt, on the left, by the sea, at night"
-    assert demo_captioner.caption(seen) == text
+    assert demo_captioner.caption_text(seen) == text
     assert {fact.shown for fact in demo_captioner.facts(text, seen)} == {"yes"}
     other = "a portrait of a man with short red hair and a beard in an orange sweater at dusk, a pencil sketch"
     missing = {fact.words for fact in demo_captioner.facts(other, seen) if fact.shown == "no"}

@@ -15,7 +15,7 @@ from tests.browser import browser_page
 from tests.dataset.conftest import digest_of, done_shot, make_folder, moving, write_scores
 from tests.test_gallery import problems
 from vidgen_ray.cli import main
-from vidgen_ray.dataset.compare import MAX_GROUPS, compare, interval
+from vidgen_ray.dataset.compare import MAX_GROUPS, compare_clips, interval
 from vidgen_ray.errors import UsageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow, read_manifest
@@ -48,7 +48,7 @@ def _swept(line: int, strength: float, seed: int = 1, **scores: float) -> Row:
 
 def _compare(*folders: OutputFolder, names: tuple[str, ...] = (), reference: str | None = None) -> dict[str, dict[str, Any]]:
     """Return the factors by name, each with its levels by name."""
-    factors = compare([folder.storage for folder in folders], names, reference)["factors"]
+    factors = compare_clips([folder.storage for folder in folders], names, reference)["factors"]
     for factor in factors:
         factor["levels"] = {level["level"]: level for level in factor["levels"]}
     return {factor["name"]: factor for factor in factors}

@@ -158,7 +158,7 @@ def test_clips_are_scored_during_and_after_a_run(tmp_path, monkeypatch, capsys):
         listeners.append(listener)
         return REPORT
 
-    monkeypatch.setattr("vidgen_ray.batch.render_script.render", render)
+    monkeypatch.setattr("vidgen_ray.batch.render_script.render_shots", render)
     script = tmp_path / "script.jsonl"
     script.write_text('{"id": "clip-0", "prompt": "x"}\n')
     assert main(["render", str(script), "--out", str(outputs.root), "--profile", "tiny", "--score"]) == 0

@@ -9,7 +9,7 @@ from tests.batch.test_batch import Events
 from tests.fake_stages import FAKES, profile_of_fakes
 from tests.hostile.files import IMAGES, LORAS, UPSCALERS, VIDEOS
 from tests.hostile.scripts import LINES, PROFILES, SCRIPTS
-from vidgen_ray.batch.render_script import render
+from vidgen_ray.batch.render_script import render_shots
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
 from vidgen_ray.errors import MediaError, ProfileError, StageError
@@ -131,7 +131,7 @@ def test_hostile_lines_fail_alone(tmp_path, tiny):
     text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     script.write_text("".join(f"{line}\n" for line in text))
     events = Events()
-    report = render(
+    report = render_shots(
         ScriptSettings(script, profile_defaults=profile.defaults),
         profile,
         OutputFolder(tmp_path / "out"),

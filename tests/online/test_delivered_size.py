@@ -9,7 +9,7 @@ from vidgen_ray.online.delivered_size import (
     clip_fields,
     clip_fields_with_hd,
     delivered_artefact,
-    image_fields,
+    image_size_fields,
 )
 from vidgen_ray.profile import load_profile
 from vidgen_ray.shot import Shot
@@ -48,7 +48,7 @@ def test_full_size_is_drawn_without_upscaling_and_images_at_the_next_multiple_of
         assert (shot.width, shot.height, shot.upscale_video, shot.crop_height) == (1280, 768, False, 720)
         assert file_sizes(shot)["frames"] == (1280, 720)
     for size in ((1024, 1024), (1000, 562), (500, 700), (64, 64)):
-        shot = shot_with({**image_fields(*size), "generate_video": False})
+        shot = shot_with({**image_size_fields(*size), "generate_video": False})
         assert file_sizes(shot)["image"] == size
         assert max(shot.width - size[0], shot.height - size[1]) < 16
 

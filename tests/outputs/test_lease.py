@@ -20,7 +20,7 @@ from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.messages import Kind
 from vidgen_ray.errors import SetupError, WriteError
 from vidgen_ray.outputs import lease as leases
-from vidgen_ray.outputs.cleanup import collect_garbage, prune
+from vidgen_ray.outputs.cleanup import collect_garbage, prune_shots
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.object_storage import ObjectStorage
@@ -306,7 +306,7 @@ def test_refused_run_deletes_nothing(disk, tiny):
     assert not abandoned.exists()
 
 
-@pytest.mark.parametrize("command", [partial(collect_garbage, grace_s=-1), prune], ids=["gc", "prune"])
+@pytest.mark.parametrize("command", [partial(collect_garbage, grace_s=-1), prune_shots], ids=["gc", "prune"])
 def test_command_stops_when_its_lease_is_lost(disk, monkeypatch, command):
     for name in ("a", "b", "c"):
         write_atomically(disk.root / shot_path(name) / "image.png", b"1")

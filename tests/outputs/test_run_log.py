@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from starlette.testclient import TestClient
 
 from vidgen_ray.batch.progress import RunRecorder
-from vidgen_ray.cli.app import main
+from vidgen_ray.cli.app import run_command
 from vidgen_ray.engine.status import Attempt, Snapshot
 from vidgen_ray.outputs import run_log
 from vidgen_ray.outputs.manifest import SCHEMA, ManifestRow
@@ -61,18 +61,18 @@ def test_status_and_log_are_on_disks_and_in_object_stores(tmp_path, url, capsys)
         assert (status.stages, status.in_progress, status.gpus_busy) == ({}, 0, None)
         assert status.messages == ("a worker is quarantined",)
         assert [line["outcome"] for line in read_log(storage, "a")] == ["error", "done"]
-        assert main(["logs", out, "a"]) == main(["status", out]) == 0
+        assert run_command(["logs", out, "a"]) == run_command(["status", out]) == 0
         printed = capsys.readouterr().out
         assert "TimedOut: too slow" in printed
         assert "team blue, job job-1" in printed
         assert "2/10 shots" in printed
-        assert main(["logs", out, "a", "--json"]) == 0
+        assert run_command(["logs", out, "a", "--json"]) == 0
         assert (
             json.loads(capsys.readouterr().out)[1].items() >= {"run": RUN, "worker": "1/worker/0/0", "node": "node-a"}.items()
         )
-        assert main(["status", out, "--json"]) == 0
+        assert run_command(["status", out, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["run"]["name"] == "film"
-        assert main(["logs", out, "unknown"]) == 4
+        assert run_command(["logs", out, "unknown"]) == 4
 
 
 def test_damaged_status_and_logs_are_left_out(tmp_path, capsys):
@@ -82,15 +82,15 @@ def test_damaged_status_and_logs_are_left_out(tmp_path, capsys):
         content = running._status().model_dump(mode="json")
     (log,) = storage.files("logs")
     storage.write(f"logs/{log}", storage.read(f"logs/{log}") + b'["a"]\n{"shot": "a"}\n{"shot": "a"')
-    assert main(["logs", str(tmp_path), "a"]) == 0
+    assert run_command(["logs", str(tmp_path), "a"]) == 0
     storage.write("run.json", json.dumps({"run": RUN, "seconds": 75, "gpu_seconds": 9, "cost": 0.004, "currency": None}))
-    assert main(["status", str(tmp_path)]) == 0
+    assert run_command(["status", str(tmp_path)]) == 0
     assert "Last run that ended: 1 min 15 s, 0.004 (in the currency" in capsys.readouterr().out
     for fields in ({"at": "2026-11-29T12:00:00"}, {"stages": {"svd": {"queued": 1}}}, {"total": "many"}):
         storage.write("status.json", json.dumps({**content, **fields}))
         assert read_status(storage) is None, fields
     storage.write("run.json", '{"seconds": "x"}')
-    assert main(["status", str(tmp_path)]) == 4
+    assert run_command(["status", str(tmp_path)]) == 4
 
 
 def test_status_has_the_cost_of_clips_accepted_clips_scripts_and_characters(tmp_path, capsys):
@@ -110,7 +110,7 @@ def test_status_has_the_cost_of_clips_accepted_clips_scripts_and_characters(tmp_
         session.add(Opinion(clip_sha256=f"{number:064}", verdict=verdict), f"s-{number}")
     (tmp_path / "manifest").mkdir()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
-    assert main(["status", str(tmp_path), "--json"]) == 0
+    assert run_command(["status", str(tmp_path), "--json"]) == 0
     names = ("of", "name", "currency", "cost", "clips", "accepted", "cost_per_clip", "cost_per_accepted")
     assert [tuple(each[name] for name in names) for each in json.loads(capsys.readouterr().out)["costs"]] == [
         ("all", None, "USD", 5.0, 3, 2, 1.666667, 2.5),
@@ -118,7 +118,7 @@ def test_status_has_the_cost_of_clips_accepted_clips_scripts_and_characters(tmp_
         ("script", "a.jsonl", "USD", 2.0, 2, 1, 1.0, 2.0),
         ("character", "ann", "USD", 2.0, 2, 1, 1.0, 2.0),
     ]
-    assert main(["status", str(tmp_path)]) == 0
+    assert run_command(["status", str(tmp_path)]) == 0
     (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if "character ann" in line]
     assert line == ["character", "ann", "2", "1", "2.00", "USD", "1.00", "USD", "2.00", "USD"]
 

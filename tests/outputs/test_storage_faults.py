@@ -28,7 +28,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import FinishedShots, ManifestRow, read_manifest
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.records import key_path, shot_path
-from vidgen_ray.outputs.verify import verify
+from vidgen_ray.outputs.verify import verify_outputs
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import read_script
@@ -146,7 +146,7 @@ def test_requests_that_fail_once_change_nothing(store, url, endpoint, plan_of, m
         check_whole(outputs, plan)
     assert {r.id: r.status for r in read_manifest(url)} == dict.fromkeys("abc", "done")
     assert (outputs.storage.read("failures.jsonl"), outputs.storage.read(".running")) == (None, None)
-    assert verify(outputs).damaged == []
+    assert verify_outputs(outputs).damaged == []
 
 
 def test_expired_credentials_are_named_and_renewed_ones_are_used(store, plan_of, monkeypatch, tmp_path):
@@ -255,7 +255,7 @@ def test_power_loss_at_any_moment_loses_no_finished_shot(plan_of, tmp_path, monk
         assert damaged == [], number
         assert found(disk, kept, new, other) == [True] * 3
         # A cache entry without its data is found by its digests, and computed again.
-        unreadable = [each for each in verify(disk).damaged if not each.path.startswith("cache/")]
+        unreadable = [each for each in verify_outputs(disk).damaged if not each.path.startswith("cache/")]
         assert unreadable == [], number
         failures = [json.loads(line)["prompt"] for line in disk.storage.read("failures.jsonl").splitlines()]
         assert failures == ["z"], number
@@ -321,7 +321,7 @@ def test_disk_with_a_fault_keeps_finished_shots_and_is_used_after_the_repair(pla
             writer.add(ManifestRow.of_shot(held.run, "s.jsonl", b.shot, 1, record, "rendered"))
             writer.close()
         assert found(outputs, a, b) == [True, True]
-        assert verify(outputs).damaged == []
+        assert verify_outputs(outputs).damaged == []
         assert not list(outputs.root.rglob(".tmp-*"))
 
 
@@ -360,7 +360,7 @@ def test_flipped_bit_in_any_file_is_found_or_has_no_effect(plan_of, tmp_path, wa
         stat = file.stat()
         file.write_bytes(content)
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        assert [each.path for each in verify(folder, repair=False).damaged] == ([damaged] if damaged else []), path
+        assert [each.path for each in verify_outputs(folder, repair=False).damaged] == ([damaged] if damaged else []), path
         assert found(folder, *plans) == [finished, True], path
         assert folder.stage_cache.get(plans[1].steps[0].key, ["image"]), path
         # A run continues, and renders what is not finished.
@@ -385,10 +385,10 @@ def test_damage_in_an_object_store_is_named_and_can_be_repaired(stored):
     outputs, plan = stored
     storage, folder, key = outputs.storage, shot_path("a"), plan.steps[0].key
     entry, record = f"cache/{key[:2]}/{key}", storage.read(f"{folder}/shot.json")
-    report = verify(outputs)
+    report = verify_outputs(outputs)
     assert (report.shots, report.cache_entries, report.damaged) == (1, 1, [])
     with outputs.lease("r1"), pytest.raises(SetupError, match=r"run r1 .* is working in it"):
-        verify(outputs)
+        verify_outputs(outputs)
     (manifest,), (photo,) = storage.files("manifest"), storage.files("inputs")
     expected = {
         f"{folder}/image.png": "has another content than shot.json states (sha256)",
@@ -399,30 +399,30 @@ def test_damage_in_an_object_store_is_named_and_can_be_repaired(stored):
     for path in (f"{folder}/image.png", f"{entry}/image.png", f"manifest/{manifest}", f"inputs/{photo}"):
         content = storage.read(path)
         storage.write(path, content[:-1] if path.endswith(".parquet") else bytes([content[0] ^ 1]) + content[1:])
-    report = verify(outputs)
+    report = verify_outputs(outputs)
     assert dict(report.damaged) == expected
     (line,) = map(json.loads, report.lines)
     assert (line["failure"]["id"], line["prompt"], report.scripts) == ("a", plan.shot.prompt, set())
     assert outputs.find_by_id("a"), "nothing is changed without --repair"
     storage.write(f"{folder}/image.png", b"imag")
-    assert "has 4 bytes instead of 9" in [each.problem for each in verify(outputs).damaged]
+    assert "has 4 bytes instead of 9" in [each.problem for each in verify_outputs(outputs).damaged]
     storage.delete(f"{folder}/image.png")
-    verify(outputs, repair=True)
+    verify_outputs(outputs, repair=True)
     assert outputs.find_by_id("a") is None
     assert not outputs.stage_cache.has(key)
     # The lines of a damaged record are known to the script only.
     storage.write(f"{folder}/shot.json", record[:-9])
-    problems = [each.problem for each in verify(outputs).damaged if "shot.json" in each.path]
+    problems = [each.problem for each in verify_outputs(outputs).damaged if "shot.json" in each.path]
     assert problems == ["is not the record of a shot"]
 
 
 def test_missing_shots_and_key_files_are_found(stored):
     outputs, plan = stored
     outputs.storage.delete(key_path(plan.key))
-    assert verify(outputs, repair=True).damaged == [(key_path(plan.key), "is missing; a server finds the shot a by it")]
+    assert verify_outputs(outputs, repair=True).damaged == [(key_path(plan.key), "is missing; a server finds the shot a by it")]
     assert outputs.find_by_key(plan.key)
     outputs.delete_shot("a")
-    report = verify(outputs)
+    report = verify_outputs(outputs)
     assert report.damaged == [(shot_path("a"), "is missing, but the manifest has it as finished")]
     assert report.scripts == {"s.jsonl"}
 

@@ -11,7 +11,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.outputs.test_run_log import LABELS, RUN, recorder
-from vidgen_ray.cli.app import main
+from vidgen_ray.cli.app import run_command
 from vidgen_ray.engine.status import Attempt
 from vidgen_ray.outputs.run_log import read_run
 from vidgen_ray.outputs.storage import storage_at
@@ -77,14 +77,14 @@ def read_trace(path, ended=True):
 def test_trace_has_a_row_per_worker_and_a_slice_per_attempt(tmp_path, capsys):
     out, path = str(tmp_path / "out"), tmp_path / "trace.json"
     storage, command = storage_at(out), ["trace", out, "-o", str(path)]
-    assert main(command) == 4
+    assert run_command(command) == 4
     assert "has no step of a run in its logs; runs with a log: none" in capsys.readouterr().err
     first = record(storage)
     # Without a step, the last run is not the one that is shown.
     record(storage, [], labels=LABELS.model_copy(update={"run": "000002"}))
-    assert main([*command, "--run", "000002"]) == 4
+    assert run_command([*command, "--run", "000002"]) == 4
     assert f"has no step of the run '000002' in its logs; runs with a log: {RUN}, 000002" in capsys.readouterr().err
-    assert main(command) == 0
+    assert run_command(command) == 0
     rows = read_trace(path, ended=False)
     (start,) = [datetime.fromisoformat(line["at"]).timestamp() - first for line in read_run(storage, RUN) if "team" in line]
     shown = {
@@ -141,7 +141,7 @@ def test_spans_are_sent_with_the_same_ids_each_time(tmp_path, collector, monkeyp
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=secret")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "films")
     command = ["trace", str(tmp_path), "--otlp"]
-    assert main(command) == main(command) == 0
+    assert run_command(command) == run_command(command) == 0
     (path, header, first), (*_, second) = collector
     assert (path, header) == ("/v1/traces", "secret")
     assert first == second
@@ -172,5 +172,5 @@ def test_spans_are_sent_with_the_same_ids_each_time(tmp_path, collector, monkeyp
     other = [{**line, "run": "000007-film"} for line in read_run(storage, RUN)]
     assert not {span.context.trace_id.to_bytes(16) for span in spans_of(other)} & roots.keys()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=refused")
-    assert main(command) == 4
+    assert run_command(command) == 4
     assert "cannot send the spans; set OTEL_EXPORTER_OTLP_ENDPOINT" in capsys.readouterr().err

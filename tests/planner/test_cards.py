@@ -9,7 +9,7 @@ from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import Cluster, Node, cluster, demand_of, parse_gpus, plan, profile_for, this_machine
+from vidgen_ray.planner import Cluster, Node, cluster, demand_of, parse_gpus, plan_run, profile_for, this_machine
 from vidgen_ray.planner.choose_layout import DISK_GB_PER_S, FIRST_CALL_S, ROOM_GB, START_SECONDS
 from vidgen_ray.planner.cluster import CARDS, GB, TYPICAL, card_named, card_reported_as, typical_card
 from vidgen_ray.planner.demand import MAX_KINDS, Calibration, demand_seconds
@@ -138,7 +138,7 @@ def test_seconds_include_the_copies_of_weights_whatever_the_size_and_the_steps()
 def test_encoding_takes_about_a_core_beside_cards_that_could_encode(name):
     """So NVENC would not change a plan."""
     profile = profile_for("gpu", lambda: parse_gpus(f"1x{name}"))
-    planned = plan(profile, demand_of([Shot(**FACE, **profile.defaults, prompt="a")] * 50), parse_gpus(f"1x{name}"))
+    planned = plan_run(profile, demand_of([Shot(**FACE, **profile.defaults, prompt="a")] * 50), parse_gpus(f"1x{name}"))
     assert 0.15 < planned.encode_s * planned.shots_per_hour / 3600 < 1.15
 
 
@@ -169,7 +169,7 @@ def test_groups_start_kernels_as_slowly_as_one_gpu():
             measured = {"flux": Calibration(seconds_of_reference=4.0 / 6.71 * published[1], shots=9, spread=0.1)}
             one, group = (demand_seconds(profile, stage, demand, measured, card("H100"), each) for each in (1, gpus))
             assert group == pytest.approx(published_s / published[1] * one, rel=0.08)
-        planned = plan(profile, demand, cluster, shots_at_once=1)
+        planned = plan_run(profile, demand, cluster, shots_at_once=1)
         assert {slot.gpus for slot in planned.layout.slots} == {largest}
 
 
@@ -177,7 +177,9 @@ def test_groups_start_kernels_as_slowly_as_one_gpu():
 def test_first_clip_waits_for_weights_and_for_the_turn_before(gpus, shots, turns):
     cluster = parse_gpus(gpus)
     profile = profile_for("auto", lambda: cluster)
-    planned = plan(profile, demand_of([Shot.model_validate({"prompt": "a", "upscaler": "x4plus", **FACE})] * shots), cluster)
+    planned = plan_run(
+        profile, demand_of([Shot.model_validate({"prompt": "a", "upscaler": "x4plus", **FACE})] * shots), cluster
+    )
     seconds = planned.stage_seconds
     on_gpu = [name for name in seconds if profile.actor_of(STAGE_BY_NAME[name]).device == "cuda"]
     shot_s = sum(seconds.values()) + FIRST_CALL_S * len(on_gpu)
@@ -199,7 +201,7 @@ def test_more_memory_is_never_slower_and_leaves_room():
         for gb in sorted({round(14 + 0.2 * rng.randrange(330), 1) for _ in range(6)} | {80, 180}):
             cluster = machine(gb, card("H100"))
             try:
-                planned = plan(profile_for("auto", lambda found=cluster: found), demand_of([shot] * 100), cluster)
+                planned = plan_run(profile_for("auto", lambda found=cluster: found), demand_of([shot] * 100), cluster)
             except Exception:
                 assert not best, (name, gb)
                 continue
@@ -220,7 +222,7 @@ def test_options_follow_from_the_memory():
     assert chosen(23.6) == ({"quantize": "fp8_storage", "text_encoder": "swapped"}, True, {"cpu_offload": True})
     assert chosen(44.4) == ({"text_encoder": "swapped"}, False, {"cpu_offload": True})
     assert chosen(79.2) == ({}, False, {})
-    planned = plan(load_profile("gpu"), demand_of([Shot(prompt="a", upscaler="x4plus", **FACE)] * 9), machine(39.4))
+    planned = plan_run(load_profile("gpu"), demand_of([Shot(prompt="a", upscaler="x4plus", **FACE)] * 9), machine(39.4))
     assert planned.options == {"flux": {"text_encoder": "swapped"}}
     assert load_profile("gpu").with_options(planned.options).actors["flux"].options["text_encoder"] == "swapped"
     assert profile_for("auto", lambda: machine(23.6)) == load_profile("gpu-24gb")
@@ -235,7 +237,7 @@ def test_slow_cards_get_less_work():
     profile = load_profile("gpu-48gb")
 
     def rate(*nodes):
-        return plan(profile, demand_of([shot] * 500), Cluster(nodes)).shots_per_hour
+        return plan_run(profile, demand_of([shot] * 500), Cluster(nodes)).shots_per_hour
 
     fast, slow = (machine(card(name).memory_gb, card(name)).nodes[0] for name in ("L40S", "A40"))
     assert rate(slow) < 0.7 * rate(fast)
@@ -248,7 +250,7 @@ def test_no_call_times_out_at_the_planned_speed(tmp_path):
     for name in ("A100 40 GB", "A40", "L40S"):
         cluster = machine(card(name).memory_gb, card(name))
         profile = profile_for("auto", lambda found=cluster: found)
-        planned = plan(profile, demand_of([shot]), cluster)
+        planned = plan_run(profile, demand_of([shot]), cluster)
         config = EngineConfig("e", profile, OutputFolder(tmp_path), {}, planned_s=planned.reference_s)
         assert config.timeout_s(shot, "wan") == pytest.approx(3 * planned.stage_seconds["wan"])
     assert config.timeout_s(shot, "flux") == profile.actors["flux"].timeout_s
@@ -260,5 +262,5 @@ def test_shares_of_an_idle_stage_have_no_sign():
         Shot(id=f"s{n}", prompt="a cat", seed=1, **({"video_model": "wan", "num_frames": 25} if n % 2 else {}))
         for n in range(12)
     ]
-    planned = plan(profile_for("auto", lambda: both), demand_of(shots), both)
+    planned = plan_run(profile_for("auto", lambda: both), demand_of(shots), both)
     assert not [share for shares in planned.shares for share in shares.values() if str(share).startswith("-")]

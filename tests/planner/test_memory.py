@@ -9,7 +9,7 @@ import pytest
 from benchmarks.trace_memory import TOLERANCE, differences, traces
 from vidgen_ray.errors import ProfileError, SetupError, StageError
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
-from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan, profile_for, swap_groups
+from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan_run, profile_for, swap_groups
 from vidgen_ray.planner.cluster import GB, OTHER_PROCESSES_GB
 from vidgen_ray.planner.gpu_memory import MAX_SIZES, SizeCheck, actor_memory, fitting_params, fitting_sizes
 from vidgen_ray.planner.layout import CONTEXT_GB, GPU_PROCESS_HOST_GB, PROCESS_HOST_GB, Actor, WorkerProcess
@@ -73,7 +73,7 @@ def test_profiles_run_the_whole_chain_on_one_gpu():
     ):
         profile = load_profile(name)
         shot = gpu_shot(profile, lora="l.safetensors", **fields)
-        planned = plan(profile, demand_of([shot] * 100), Cluster((Node((gpu_gb,), 16, 256),)))
+        planned = plan_run(profile, demand_of([shot] * 100), Cluster((Node((gpu_gb,), 16, 256),)))
         worker, *beside = planned.layout.workers
         assert set(planned.layout.stages) == {stage.name for stage in stages_of(shot)}
         assert [other.gpus for other in beside] == [0] * bool(shot.face_image)
@@ -98,7 +98,7 @@ def test_size_check_names_the_stage_and_a_size_that_fits():
         assert re.search(f"the largest GPU has {gpu_gb}; at most {fits}", message), message
         assert SizeCheck(profile, gpu_gb).refused_by(smaller(shot, message)) is None
         with pytest.raises(SetupError, match=f"stage {model}: 2048x2048 with {frames} frames needs"):
-            plan(profile, demand_of([shot]), cluster)
+            plan_run(profile, demand_of([shot]), cluster)
     stated = {**profile.actors, "svd": profile.actors["svd"].model_copy(update={"memory_gb": 40})}
     assert SizeCheck(profile.model_copy(update={"actors": stated}), 80).refused_by(shot) is None, "the profile knows better"
 
@@ -129,7 +129,7 @@ def test_host_memory_of_a_clip_is_planned():
 
 
 def test_one_line_that_is_too_large_does_not_stop_the_others():
-    planned = plan(load_profile("gpu-80gb"), demand_of([Shot(**FACE)] * 9 + [LARGEST]), parse_gpus("1x80GB"))
+    planned = plan_run(load_profile("gpu-80gb"), demand_of([Shot(**FACE)] * 9 + [LARGEST]), parse_gpus("1x80GB"))
     (note,) = [note for note in planned.notes if note.startswith("shots will fail")]
     assert "2048x2048 with 256 frames" in note
 
@@ -142,7 +142,7 @@ def test_large_clip_gets_lower_memory_settings():
     assert fitting.forward_chunking
     assert fitting.decode_chunk_frames < params.decode_chunk_frames
     from_image = shot.model_copy(update={"image": "start.png"})
-    planned = plan(profile, demand_of([from_image]), parse_gpus("1x24GB"))
+    planned = plan_run(profile, demand_of([from_image]), parse_gpus("1x24GB"))
     assert any("lower-memory settings: svd: decode_chunk_frames=" in note for note in planned.notes)
 
 
@@ -216,11 +216,11 @@ def test_cpu_offload_needs_the_largest_part_and_host_memory_for_all():
     assert weights["wan/transformer"] < offloaded.peak < 1.4 * weights["wan/transformer"]
     assert offloaded.host - resident.host == sum(resident.weights.values()) > 2 * weights["wan/transformer"]
     # It is an actor on the GPU all the same.
-    planned = plan(profile, demand_of([shot.model_copy(update={"image": "start.png"})]), parse_gpus("1x48GB"))
+    planned = plan_run(profile, demand_of([shot.model_copy(update={"image": "start.png"})]), parse_gpus("1x48GB"))
     assert planned.layout.slots[0].has_gpu
     assert planned.layout.slots[0].memory_gb == pytest.approx(CONTEXT_GB + offloaded.peak / GB, rel=0.2)
     with pytest.raises(SetupError, match="the largest GPU has 24"):
-        plan(profile, demand_of([shot]), parse_gpus("1x24GB"))
+        plan_run(profile, demand_of([shot]), parse_gpus("1x24GB"))
 
 
 @pytest.mark.parametrize(("name", "transformers"), [("wan", 2), ("qwen_edit", 1)])
@@ -284,16 +284,16 @@ def unified(pool_gb):
 def test_gpu_and_host_have_one_memory_on_a_gb10():
     cluster, profile = unified(80)
     demand = demand_of([gpu_shot(profile, **FACE, lora="l.safetensors")] * 100)
-    planned = plan(profile, demand, cluster)
+    planned = plan_run(profile, demand, cluster)
     (note,) = [note for note in planned.notes if "share their memory" in note]
     needed_gb = float(re.search(r"up to ([\d.]+) GB", note)[1])
     (slot,) = planned.layout.slots
     # FLUX passes through the host when it is loaded, but is there only once.
     assert slot.memory_gb + GPU_PROCESS_HOST_GB + PROCESS_HOST_GB < needed_gb < slot.memory_gb + 5
     assert planned.layout.kind == "fused"
-    assert plan(profile, demand, unified(needed_gb + 0.01)[0]).layout.kind == "fused"
+    assert plan_run(profile, demand, unified(needed_gb + 0.01)[0]).layout.kind == "fused"
     with pytest.raises(SetupError, match=r"GPU and host share: [\d.]+ GB are needed on one node; the nodes have .*docs/gpu.md"):
-        plan(profile, demand, unified(needed_gb - 1)[0])
+        plan_run(profile, demand, unified(needed_gb - 1)[0])
 
 
 def test_weights_are_swapped_on_a_gh200_but_not_in_the_one_memory_of_a_gb10():
@@ -302,10 +302,10 @@ def test_weights_are_swapped_on_a_gh200_but_not_in_the_one_memory_of_a_gb10():
     demand = demand_of([both] * 10)
     assert not [actor for actor in profile.actors.values() if {"cpu_offload", "text_encoder"} & set(actor.options)]
     with pytest.raises(SetupError, match=r"the stages need [\d.]+ GB together, the largest of 1 GPUs has 80 GB"):
-        plan(profile, demand, cluster)
+        plan_run(profile, demand, cluster)
     # One machine has the images, the other one the clips.
-    assert len(plan(profile, demand, parse_gpus("2xGB10")).layout.slots) == 2
-    gh200, h100_nvl = (plan(profile, demand, parse_gpus(f"1x{name}")) for name in ("GH200", "H100-NVL"))
+    assert len(plan_run(profile, demand, parse_gpus("2xGB10")).layout.slots) == 2
+    gh200, h100_nvl = (plan_run(profile, demand, parse_gpus(f"1x{name}")) for name in ("GH200", "H100-NVL"))
     assert gh200.layout.workers[0].swap_groups == h100_nvl.layout.workers[0].swap_groups != ()
 
 

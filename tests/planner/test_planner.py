@@ -26,7 +26,7 @@ from vidgen_ray.planner import (
     demand_of,
     load_calibration,
     parse_gpus,
-    plan,
+    plan_run,
     profile_for,
     save_calibration,
     save_measurements,
@@ -79,7 +79,7 @@ def test_fused_layout_if_all_stages_fit_on_one_gpu_otherwise_an_efficient_hybrid
         ("1x48GB", "hybrid", 0.9),
     ):
         for demand in (WITHOUT_STYLE, make_demand(400)):
-            planned = plan(gpu_profile(B6), demand, parse_gpus(gpus))
+            planned = plan_run(gpu_profile(B6), demand, parse_gpus(gpus))
             assert (planned.layout.kind, planned.efficiency > efficiency) == (kind, True), gpus
             assert all(slot.workers[0].gpus == 1 and len(slot.workers) == 1 for slot in planned.layout.slots), gpus
 
@@ -87,7 +87,7 @@ def test_fused_layout_if_all_stages_fit_on_one_gpu_otherwise_an_efficient_hybrid
 def test_one_cluster_runs_three_video_models():
     models = {"svd": {}, "wan": {"num_frames": "auto"}, "ltx": {"num_frames": "auto"}}
     shots = [Shot(prompt="a", image="start.png", video_model=name, **fields) for name, fields in models.items()] * 200
-    planned = plan(load_profile("gpu-48gb"), demand_of(shots), parse_gpus("8x48GB"))
+    planned = plan_run(load_profile("gpu-48gb"), demand_of(shots), parse_gpus("8x48GB"))
     assert {stage for worker in planned.layout.workers for stage in worker.stages} == {"svd", "wan", "ltx", "realesrgan"}
     # 81 frames with 40 steps of a model of 14 billion parameters take most of the time.
     assert max(planned.stage_seconds, key=planned.stage_seconds.get) == "wan"
@@ -104,10 +104,10 @@ def test_fewer_clips_than_gpus_have_several_gpus_each():
     profile, cluster = load_profile("gpu-80gb"), parse_gpus("8xH100")
     for shots, gpus in ((1, 8), (3, 2), (5, 1)):
         demand = demand_of([WAN_CLIP] * shots)
-        planned = plan(profile, demand, cluster)
+        planned = plan_run(profile, demand, cluster)
         assert [worker.gpus for worker in planned.layout.workers] == [gpus] * min(shots, 8 // gpus) == gpus_of_slots(planned)
         assert any("divide the work of each shot" in note for note in planned.notes) == (gpus > 1)
-        one_each = plan(profile.model_copy(update={"layout": "fused"}), demand, cluster)
+        one_each = plan_run(profile.model_copy(update={"layout": "fused"}), demand, cluster)
         assert set(gpus_of_slots(one_each)) == {1}
         assert (planned.seconds < one_each.seconds) == (gpus > 1)
         # Each doubling makes the steps 1.65 times as fast. The autoencoder is divided evenly, text encoding is not.
@@ -123,11 +123,11 @@ def test_fewer_clips_than_gpus_have_several_gpus_each():
         assert memory_gb == pytest.approx(alone_gb + more_gb)
     # A server with fewer clips at once than GPUs.
     for shots_at_once, gpus in ((1, 8), (3, 2), (8, 1)):
-        planned = plan(profile, demand_of([WAN_CLIP] * 100), cluster, shots_at_once=shots_at_once)
+        planned = plan_run(profile, demand_of([WAN_CLIP] * 100), cluster, shots_at_once=shots_at_once)
         assert set(gpus_of_slots(planned)) == {gpus}
     # Each GPU of a slot needs host memory of its own.
     for host_gb, gpus in ((90, 1), (180, 2)):
-        planned = plan(profile, demand_of([WAN_CLIP]), Cluster((Node((80.0,) * 8, 64, host_gb),)))
+        planned = plan_run(profile, demand_of([WAN_CLIP]), Cluster((Node((80.0,) * 8, 64, host_gb),)))
         assert gpus_of_slots(planned) == [gpus]
 
 
@@ -135,7 +135,7 @@ def test_two_gpus_compute_the_two_passes_of_svd():
     cluster = parse_gpus("8xH100")
     profile = profile_for("auto", lambda: cluster)
     demand = demand_of([Shot(prompt="a", image="start.png", upscale_video=False)])
-    planned, alone = (plan(profile, demand, each) for each in (cluster, parse_gpus("1xH100")))
+    planned, alone = (plan_run(profile, demand, each) for each in (cluster, parse_gpus("1xH100")))
     # More than two gain nothing.
     assert gpus_of_slots(planned) == [2]
     assert 1.7 < alone.stage_seconds["svd"] / planned.stage_seconds["svd"] < 1.9
@@ -147,13 +147,13 @@ def test_cpu_actor_works_beside_the_gpu_process_where_cpus_suffice(kind):
     profile = gpu_profile(B6)
     face = ActorProfile(weights="w", cpus=2, memory_gb=0.7, seconds={"instantid": 2.0})
     mixed = profile.model_copy(update={"actors": {**profile.actors, "instantid": face}, "layout": kind})
-    planned = plan(mixed, WITHOUT_STYLE, parse_gpus("2x80GB"))
+    planned = plan_run(mixed, WITHOUT_STYLE, parse_gpus("2x80GB"))
     beside = [worker for worker in planned.layout.workers if "instantid" in worker.stages]
     assert {(worker.stages, worker.cpus, worker.gpus) for worker in beside} == {(("instantid",), 2, 0)}
     # Its seconds are not those of a GPU.
     on_gpu = sum(planned.stage_seconds.values()) - 2.0
     assert planned.shots_per_hour == pytest.approx(2 * 3600 / on_gpu, rel=0.25 if kind == "staged" else 1e-3)
-    few_cpus = plan(mixed, WITHOUT_STYLE, Cluster((Node((80.0,), 3.5 if kind == "auto" else 5.5, None),)))
+    few_cpus = plan_run(mixed, WITHOUT_STYLE, Cluster((Node((80.0,), 3.5 if kind == "auto" else 5.5, None),)))
     (joined,) = (worker for worker in few_cpus.layout.workers if "instantid" in worker.stages)
     assert {"instantid", "flux"} <= set(joined.stages)
     assert (joined.cpus, joined.gpus > 0) == (2, True)
@@ -161,20 +161,20 @@ def test_cpu_actor_works_beside_the_gpu_process_where_cpus_suffice(kind):
 
 def test_cpu_workers_are_limited_by_cores_shots_profile_and_host_memory(tiny, make_shot):
     for name, cpus, shots, slots in (("demo", 2, 9, 2), ("demo", 16, 1, 1), ("tiny", 2, 9, 1)):
-        planned = plan(load_profile(name), make_demand(shots), Cluster((Node((), cpus, 8),)))
+        planned = plan_run(load_profile(name), make_demand(shots), Cluster((Node((), cpus, 8),)))
         assert (planned.layout.kind, len(planned.layout.slots)) == ("fused", slots), (name, cpus, shots)
         assert all(worker.gpus == 0 for worker in planned.layout.workers)
         assert (planned.gpu_hours, planned.cost) == (0, None)
         assert cpus_needed(planned.layout) <= cpus
     unlimited = tiny.model_copy(update={"cpu_workers": None})
-    sizes = [len(plan(unlimited, make_demand(99), Cluster((Node((), 16, gb),))).layout.slots) for gb in (1.5, 3, 6, 100)]
+    sizes = [len(plan_run(unlimited, make_demand(99), Cluster((Node((), 16, gb),))).layout.slots) for gb in (1.5, 3, 6, 100)]
     assert sizes == [1, 2, 5, 16]
-    staged = plan(tiny.model_copy(update={"layout": "staged"}), make_demand(9), Cluster((Node((), 8, None),)))
+    staged = plan_run(tiny.model_copy(update={"layout": "staged"}), make_demand(9), Cluster((Node((), 8, None),)))
     (slot,) = staged.layout.slots
     stages = [worker.stages for worker in slot.workers]
     assert stages == [("instantid",), ("flux", "lora"), ("hunyuan",), ("svd",), ("realesrgan",)]
     # Shots without stages.
-    planned = plan(tiny, demand_of([make_shot(image="a.png", generate_video=False)]), Cluster((Node((), 1, 4),)))
+    planned = plan_run(tiny, demand_of([make_shot(image="a.png", generate_video=False)]), Cluster((Node((), 1, 4),)))
     assert (planned.layout.slots, planned.layout.encoders, planned.layout.window) == ((), 1, 1)
 
 
@@ -187,24 +187,24 @@ def test_staged_layout_is_never_faster_than_the_automatic_one():
         gpus = [f"{rng.choice([1, 2, 4])}x{rng.choice([24, 48, 80])}GB" for _ in range(rng.choice([1, 2]))]
         demand, cluster = make_demand(rng.choice([1, 9, 4000])), parse_gpus("+".join(gpus))
         with suppress(ProfileError):
-            staged = plan(gpu_profile(actors, layout="staged"), demand, cluster)
-            automatic = plan(gpu_profile(actors), demand, cluster)
+            staged = plan_run(gpu_profile(actors, layout="staged"), demand, cluster)
+            automatic = plan_run(gpu_profile(actors), demand, cluster)
             assert automatic.seconds <= 1.01 * staged.seconds, seed
             feasible += 1
     assert feasible > 12
 
 
 def test_staged_layout():
-    planned = plan(gpu_profile(B6, layout="staged"), make_demand(50), parse_gpus("1x80GB"))
+    planned = plan_run(gpu_profile(B6, layout="staged"), make_demand(50), parse_gpus("1x80GB"))
     (slot,) = planned.layout.slots
     assert len(slot.workers) == 5
     assert 0.99 < sum(worker.gpus for worker in slot.workers) <= 1
     assert slot.memory_gb == pytest.approx(74 + 5 * CONTEXT_GB)
-    planned = plan(gpu_profile(B6, layout="staged"), WITHOUT_STYLE, parse_gpus("8x48GB"))
+    planned = plan_run(gpu_profile(B6, layout="staged"), WITHOUT_STYLE, parse_gpus("8x48GB"))
     workers = Counter(worker.stages for worker in planned.layout.workers)
     assert workers["svd",] > workers["flux", "lora"] >= 1
     assert planned.efficiency > 0.9
-    planned = plan(gpu_profile({"svd": (20, {"svd": 1})}), make_demand(9, ["svd"]), parse_gpus("2x16GB+2x24GB"))
+    planned = plan_run(gpu_profile({"svd": (20, {"svd": 1})}), make_demand(9, ["svd"]), parse_gpus("2x16GB+2x24GB"))
     assert planned.nodes == (1, 1)
     assert any("2 of 4 GPUs are idle" in note for note in planned.notes)
 
@@ -219,26 +219,26 @@ def test_infeasible_plan_names_the_missing_resource():
         (Cluster((Node((80,), 2, None),)), r"a worker needs up to 1 CPUs.*the nodes have 2"),
     ):
         with pytest.raises(SetupError, match=message):
-            plan(profile, make_demand(9), cluster)
+            plan_run(profile, make_demand(9), cluster)
     with pytest.raises(ProfileError, match=r"layout: fused.*74.6 GB.*8 GPUs has 48 GB"):
-        plan(gpu_profile(B6, layout="fused"), make_demand(9), parse_gpus("8x48GB"))
+        plan_run(gpu_profile(B6, layout="fused"), make_demand(9), parse_gpus("8x48GB"))
 
 
 def test_as_many_workers_load_at_once_as_host_memory_allows():
     for memory_gb, loads in ((None, 1), (60, 1), (16 + 3 * 34, 3), (2048, 8)):
         cluster = Cluster((Node((80,) * 8, 128, memory_gb),))
-        assert plan(gpu_profile(B6), make_demand(400), cluster).layout.parallel_loads == loads
+        assert plan_run(gpu_profile(B6), make_demand(400), cluster).layout.parallel_loads == loads
 
 
 def test_seconds_of_the_profile():
     profile = gpu_profile({"svd": (20, {"flux": 1.0})})
     with pytest.raises(ProfileError, match=r"actors.svd.seconds: got 'flux', must be one of svd"):
-        plan(profile, make_demand(1, ["svd"]), parse_gpus("1x80GB"))
-    planned = plan(gpu_profile({"svd": (20, {})}), make_demand(1, ["svd"]), parse_gpus("1x80GB"))
+        plan_run(profile, make_demand(1, ["svd"]), parse_gpus("1x80GB"))
+    planned = plan_run(gpu_profile({"svd": (20, {})}), make_demand(1, ["svd"]), parse_gpus("1x80GB"))
     assert not any("no seconds" in note for note in planned.notes)
     work = SVDStage.work(SVDStage.Params(weights="w"), Shot(prompt="a"))
     assert planned.stage_seconds["svd"] == pytest.approx(1.3 * H100.seconds(work.total, 0.5))
-    planned = plan(gpu_profile({"instantid": (20, {})}), make_demand(1, ["instantid"]), parse_gpus("1x80GB"))
+    planned = plan_run(gpu_profile({"instantid": (20, {})}), make_demand(1, ["instantid"]), parse_gpus("1x80GB"))
     assert any("no seconds of instantid" in note for note in planned.notes)
 
 
@@ -298,7 +298,7 @@ def test_demand_of_sums_over_shots():
 
 def test_number_of_encoders_follows_the_encoded_pixels_and_limits_the_rate(cache_folder):
     fast = gpu_profile({"svd": (20, {"svd": 1.0})})
-    planned = plan(fast, make_demand(100, ["svd"], encoded_mpx=100 * 24), parse_gpus("8x80GB"))
+    planned = plan_run(fast, make_demand(100, ["svd"], encoded_mpx=100 * 24), parse_gpus("8x80GB"))
     # 8 shots per second of 24 megapixels each.
     encode_s = 24 * ENCODE_SECONDS["medium"][1]
     assert (planned.layout.encoders, planned.encode_s) == (math.ceil(8 * encode_s / 0.5), pytest.approx(encode_s))
@@ -306,9 +306,9 @@ def test_number_of_encoders_follows_the_encoded_pixels_and_limits_the_rate(cache
     save_calibration("p", "H100", {ENCODING: [(240 * 0.025, RelativeCost(240, 240))] * 3})
     calibration = load_calibration("p", "H100")
     demand = make_demand(100, ["svd"], encoded_mpx=100 * 240)
-    planned = plan(fast, demand, parse_gpus("8x80GB"), calibration=calibration)
+    planned = plan_run(fast, demand, parse_gpus("8x80GB"), calibration=calibration)
     assert (planned.layout.encoders, planned.encode_s) == (8 * 6 / 0.5, pytest.approx(6.0))
-    planned = plan(fast, demand, Cluster((Node((80.0,), 4, None),)), calibration=calibration)
+    planned = plan_run(fast, demand, Cluster((Node((80.0,), 4, None),)), calibration=calibration)
     # One CPU for the worker and one for the director leave four encoders of half a CPU.
     assert (planned.layout.encoders, planned.shots_per_hour) == (4, pytest.approx(4 * 0.5 / 6 * 3600, rel=1e-3))
     assert planned.bottleneck == ENCODING
@@ -316,23 +316,23 @@ def test_number_of_encoders_follows_the_encoded_pixels_and_limits_the_rate(cache
 
 def test_director_limits_the_rate_of_tiny_shots():
     images = gpu_profile({"flux": (20, {"flux": 0.2})})
-    few, many = (plan(images, make_demand(100_000, ["flux"]), parse_gpus(f"{nodes}x8x80GB")) for nodes in (2, 32))
+    few, many = (plan_run(images, make_demand(100_000, ["flux"]), parse_gpus(f"{nodes}x8x80GB")) for nodes in (2, 32))
     assert (few.bottleneck, few.shots_per_hour) == ("flux", pytest.approx(16 * 5 * 3600, rel=1e-3))
     assert (many.bottleneck, many.shots_per_hour) == ("director", pytest.approx(3600 / choose_layout.DIRECTOR_S))
     assert [any("split the script" in note for note in each.notes) for each in (few, many)] == [False, True]
 
 
 def test_window_depends_on_slots_and_swaps_and_is_limited_by_shots():
-    assert plan(gpu_profile(B6), make_demand(400), parse_gpus("8x80GB")).layout.window == 24
-    assert plan(gpu_profile(B6), make_demand(400), parse_gpus("1x48GB")).layout.window == 2 * SHOTS_PER_SWAP
-    few = plan(gpu_profile(B6), make_demand(5), parse_gpus("8x80GB")).layout
+    assert plan_run(gpu_profile(B6), make_demand(400), parse_gpus("8x80GB")).layout.window == 24
+    assert plan_run(gpu_profile(B6), make_demand(400), parse_gpus("1x48GB")).layout.window == 2 * SHOTS_PER_SWAP
+    few = plan_run(gpu_profile(B6), make_demand(5), parse_gpus("8x80GB")).layout
     assert (few.window, len(few.slots)) == (5, 5)
 
 
 def test_price_and_max_cost():
     profile, demand, cluster = gpu_profile(B6, price_per_gpu_hour=3), make_demand(1000), parse_gpus("8x80GB")
     for price, priced, rate in ((None, profile, 3), (7, profile, 7), (None, gpu_profile(B6), 2.5)):
-        planned = plan(priced, demand, cluster, price=price)
+        planned = plan_run(priced, demand, cluster, price=price)
         assert planned.cost == pytest.approx(planned.gpu_hours * rate)
         assert any("price" in note for note in planned.notes) == (rate == 2.5)
     planned.check_cost(planned.cost)
@@ -341,9 +341,9 @@ def test_price_and_max_cost():
     assert error.value.exit_code == 5
     bound = 1000 * sum(planned.stage_seconds.values()) / 8
     assert planned.seconds_low < bound < planned.seconds < planned.seconds_high
-    named = plan(gpu_profile(B6), demand, parse_gpus("8xL40S+8xH200"))
+    named = plan_run(gpu_profile(B6), demand, parse_gpus("8xL40S+8xH200"))
     assert named.cost == pytest.approx(named.gpu_hours * (1.0 + 3.6) / 2)
-    plan(load_profile("demo"), demand, Cluster((Node((), 2, 8),))).check_cost(0)
+    plan_run(load_profile("demo"), demand, Cluster((Node((), 2, 8),))).check_cost(0)
 
 
 @pytest.fixture
@@ -363,7 +363,9 @@ def test_calibration_overrides_the_seconds_of_the_profile(cache_folder):
     ((name, calibration),) = load_calibration("p", "H100").items()
     assert (name, calibration.seconds_of_reference, calibration.shots) == ("svd", 10.0, 5)
     assert calibration.spread == pytest.approx(0.148, abs=0.001)
-    planned = plan(gpu_profile(B6), make_demand(1, ["svd"]), parse_gpus("1x80GB"), calibration=load_calibration("p", "H100"))
+    planned = plan_run(
+        gpu_profile(B6), make_demand(1, ["svd"]), parse_gpus("1x80GB"), calibration=load_calibration("p", "H100")
+    )
     assert planned.stage_seconds == {"svd": 10.0}
     assert load_calibration("p", "L40S") == load_calibration("q", "H100") == {}
 
@@ -395,7 +397,7 @@ def test_calibration_measures_fixed_seconds_and_seconds_per_step(cache_folder):
     assert calibration["wan"].spread == pytest.approx(0, abs=1e-6)
     profile = gpu_profile({"wan": (20, {})})
     for steps, seconds in ((4, 18), (8, 26), (40, 90)):
-        planned = plan(profile, demand_of(wan_shots(steps)), parse_gpus("1x80GB"), calibration=calibration)
+        planned = plan_run(profile, demand_of(wan_shots(steps)), parse_gpus("1x80GB"), calibration=calibration)
         assert planned.stage_seconds["wan"] == pytest.approx(seconds)
 
 
@@ -407,7 +409,7 @@ def test_fixed_share_of_shots_with_the_same_steps_and_of_a_bench(cache_folder):
     save_measurements("p", "c", {"svd": [Measurement(size="1024x576x25", seconds_of_reference=22.0, fixed_share=2 / 22)]})
     for steps, seconds in ((25, 22.0), (50, 42.0)):
         demand = demand_of([Shot(prompt="a", upscale_video=False, steps={"svd": steps})] * 3)
-        planned = plan(gpu_profile(B6), demand, parse_gpus("1x80GB"), calibration=load_calibration("p", "c"))
+        planned = plan_run(gpu_profile(B6), demand, parse_gpus("1x80GB"), calibration=load_calibration("p", "c"))
         assert planned.stage_seconds["svd"] == pytest.approx(seconds)
 
 
@@ -421,7 +423,7 @@ def test_bench_of_upscalers_is_kept_by_a_run_and_applies_to_their_shots_only(cac
     calibration = load_calibration("p", "c")
     assert (calibration["realesrgan"].seconds_of_reference, calibration["realesrgan"].variants) == (2.0, seconds)
     shots = [Shot(prompt="a", upscaler=name) for name in ("animevideov3", "x4plus")]
-    planned = plan(gpu_profile(B6), demand_of(shots), parse_gpus("1x80GB"), calibration=calibration)
+    planned = plan_run(gpu_profile(B6), demand_of(shots), parse_gpus("1x80GB"), calibration=calibration)
     x4plus = 0.1 * relative_costs(shots[1])["realesrgan"].steps
     assert planned.stage_seconds["realesrgan"] == pytest.approx((2.0 + x4plus) / 2)
     save_measurements("p", "c", {"realesrgan": [Measurement(size=size, variant="other", seconds_of_reference=1.0)]})
@@ -435,7 +437,7 @@ def test_plan_uses_the_bench_of_the_nearest_size_until_a_run_has_measured_the_st
     def seconds(width, height, frames):
         shot = Shot(prompt="a", width=width, height=height, num_frames=frames)
         calibration = load_calibration("p", "c")
-        planned = plan(gpu_profile(B6), demand_of([shot] * 3), parse_gpus("1x80GB"), calibration=calibration)
+        planned = plan_run(gpu_profile(B6), demand_of([shot] * 3), parse_gpus("1x80GB"), calibration=calibration)
         return planned.stage_seconds["svd"] / relative_costs(shot)["svd"].mixed(calibration["svd"].fixed_share)
 
     assert [seconds(1024, 640, 20), seconds(512, 448, 25), seconds(1024, 576, 81)] == pytest.approx([22.0, 5.0, 90.0])
@@ -560,7 +562,7 @@ def test_random_plans_respect_all_limits():
     for _ in range(60):
         profile, demand, cluster = random_case(rng, max_gpus=7)
         try:
-            planned = plan(profile, demand, cluster)
+            planned = plan_run(profile, demand, cluster)
         except (SetupError, ProfileError):
             accepted["infeasible"] += 1
             continue
@@ -601,7 +603,7 @@ def test_plan_is_as_fast_as_the_best_brute_force_assignment(monkeypatch):
             continue
         cluster = Cluster((Node(cluster.gpus, 640_000, None),))
         try:
-            planned = plan(profile, demand, cluster)
+            planned = plan_run(profile, demand, cluster)
         except SetupError:
             assert brute_force_rate(profile, dict.fromkeys(profile.actors, 1.0), cluster.gpus) == 0, (profile, cluster)
             refused += 1
@@ -625,7 +627,7 @@ def test_scheduler_reaches_the_planned_rate():
     """With the engine's scheduler in simulated time. Workers swap weights in some of these layouts."""
     profile = simulated_profile()
     for gpus in ("8x80GB", "1x48GB", "4x48GB+4x80GB"):
-        planned = plan(profile, WITHOUT_STYLE, parse_gpus(gpus))
+        planned = plan_run(profile, WITHOUT_STYLE, parse_gpus(gpus))
         simulated = Simulation(planned.layout.workers, WITHOUT_STYLE.shots, loras=1).run()
         assert bool(simulated.swaps) == any(worker.swap_groups for worker in planned.layout.workers), gpus
         rate = 3600 * WITHOUT_STYLE.shots / simulated.makespan_s
@@ -638,7 +640,7 @@ def test_gpu_is_busy_while_a_cpu_actor_works(monkeypatch):
     face = ActorProfile(weights="w", memory_gb=0.7, seconds={"instantid": 3.0})
     profile = simulated_profile()
     profile = profile.model_copy(update={"actors": {**profile.actors, "instantid": face}})
-    planned = plan(profile, WITHOUT_STYLE, parse_gpus("2x80GB"))
+    planned = plan_run(profile, WITHOUT_STYLE, parse_gpus("2x80GB"))
     simulated = Simulation(planned.layout.workers, WITHOUT_STYLE.shots, loras=1).run()
     busy_s = WITHOUT_STYLE.shots * (sum(SECONDS.values()) - 3.0)
     assert busy_s / (2 * simulated.makespan_s) > 0.97

@@ -6,7 +6,7 @@ from tests.remote.fake_server import MODEL
 from vidgen_ray.batch.line_planner import ScriptCounts
 from vidgen_ray.cli.plan import _facts
 from vidgen_ray.errors import SetupError, TooExpensive
-from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan
+from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan_run
 from vidgen_ray.planner.solver import more_slots
 from vidgen_ray.profile import ActorProfile, Profile
 from vidgen_ray.shot import Shot
@@ -28,7 +28,7 @@ def planned(shots, gpus, *, seconds=30.0, **options):
     }
     profile = Profile(name="test", about="for tests", actors=actors, price_per_gpu_hour=2)
     fields = {"video_model": "remote", "upscale_video": False, "num_frames": 50, "fps": 25}
-    return plan(profile, demand_of(Shot(prompt="a", **fields) for _ in range(shots)), gpus)
+    return plan_run(profile, demand_of(Shot(prompt="a", **fields) for _ in range(shots)), gpus)
 
 
 def test_servers_limit_the_rate_and_are_part_of_layout_window_and_cost():
@@ -62,12 +62,12 @@ def test_servers_leave_their_cpus_to_no_other_worker():
     one = Shot(prompt="a", image="a.png", video_model="remote", upscale_video=False)
     actor = ActorProfile(weights=f"remote:{MODEL}", cpus=0.5, options={"servers": SERVERS, "price_per_second": 1})
     profile = Profile(name="test", about="for tests", actors={"remote": actor})
-    alone = plan(profile, demand_of([one] * 3), Cluster((Node((), 4, 8),)))
+    alone = plan_run(profile, demand_of([one] * 3), Cluster((Node((), 4, 8),)))
     assert [slot.cpus for slot in alone.layout.slots] == [0.5, 0.5]
     assert (alone.gpu_hours, alone.cost) == (0, pytest.approx(3 * one.clip_frames / one.fps))
     with pytest.raises(TooExpensive, match="for servers, --max-cost"):
         alone.check_cost(1)
     with pytest.raises(SetupError, match="no node for the workers of remote"):
-        plan(profile, demand_of([one]), Cluster(()))
+        plan_run(profile, demand_of([one]), Cluster(()))
     facts = dict(_facts(alone, profile, demand_of([one] * 3), Cluster((Node((), 4, 8),)), ScriptCounts(3, 0, 0, 0)))
     assert facts["cost"] == money(alone.cost, None)

@@ -409,7 +409,7 @@ def check(tmp_path):
 
 
 def test_metadata_that_only_a_stage_of_a_package_reads_are_not_noted(check, monkeypatch):
-    monkeypatch.setitem(checks.READERS, "metadata", [SVDStage])
+    monkeypatch.setitem(checks.STAGES_OF_FIELD, "metadata", [SVDStage])
     monkeypatch.setattr(checks, "CHECKED", checks.CHECKED | {"metadata"})
     assert check({"prompt": "a", "metadata": {"source": "web"}}).notes == []
 

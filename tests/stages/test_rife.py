@@ -12,7 +12,7 @@ from skimage import data
 from tests.stages.test_profile_dtypes import psnr
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, frame_chunks
-from vidgen_ray.stages.rife import KEPT_FRAMES, LARGEST_MULTIPLE_PX, RifeStage, similarity
+from vidgen_ray.stages.rife import KEPT_FRAMES, LARGEST_MULTIPLE_PX, RifeStage, image_similarity
 
 SIZE_PX = 64
 STEP_PX = 6
@@ -74,7 +74,7 @@ def test_scene_cuts_are_not_blended(rife, make_shot):
 
 def test_fast_motion_is_not_taken_for_a_cut(rife, make_shot):
     clip = pan(data.chelsea(), 2, 24)
-    assert similarity(*clip) < rife.params.min_similarity, "without undoing the motion"
+    assert image_similarity(*clip) < rife.params.min_similarity, "without undoing the motion"
     assert not np.array_equal(interpolated(rife, make_shot(interpolation=2), clip)[1], clip[0])
 
 

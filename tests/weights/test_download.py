@@ -12,7 +12,7 @@ from tests.weights.hub_server import running_hub
 from vidgen_ray.errors import SetupError
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import download, resolve
-from vidgen_ray.weights.download import Hub, PublishedFile, RemoteFile, pull, pull_all
+from vidgen_ray.weights.download import Hub, PublishedFile, RemoteFile, download_weights, pull_all
 
 SVD, FLUX = "hub:stabilityai/stable-video-diffusion-img2vid-xt", "hub:black-forest-labs/FLUX.1-dev"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -59,23 +59,23 @@ def hub(server, tmp_path, monkeypatch):
 
 def test_pull_downloads_the_loaded_files_once_and_no_others(hub, server, repositories):
     repository = repositories[SVD.removeprefix("hub:")]
-    planned = pull(SVD, hub=hub, dry_run=True)
+    planned = download_weights(SVD, hub=hub, dry_run=True)
     assert planned.downloaded_bytes >= (repository / UNET).stat().st_size
     assert set(server.downloads()) == {"model_index.json"}
-    pulled = pull(SVD, hub=hub)
+    pulled = download_weights(SVD, hub=hub)
     assert pulled.path == str(resolve(SVD))
     assert digest(resolve(SVD)) == digest(repository)
     assert planned.downloaded_bytes == pulled.size_bytes
     assert not {name.rsplit("/", 1)[-1] for name in UNUSED} & set(server.downloads())
     assert server.downloads().total() == len({path for _, path, _ in server.requests if "/resolve/" in path})
     server.requests.clear()
-    assert pull(SVD, hub=hub).downloaded_bytes == 0
+    assert download_weights(SVD, hub=hub).downloaded_bytes == 0
     assert server.downloads().total() == 0
 
 
 def test_pull_of_a_subfolder_downloads_only_that(hub, server):
     reference = "hub:ByteDance/InfiniteYou@main:infu_flux_v1.0/sim_stage1"
-    pull(reference, hub=hub)
+    download_weights(reference, hub=hub)
     assert (resolve(reference) / "InfuseNetModel" / "config.json").is_file()
     assert not [path for _, path, _ in server.requests if "aes_stage2" in path]
     assert not set(DUPLICATES) & set(server.downloads())
@@ -84,10 +84,10 @@ def test_pull_of_a_subfolder_downloads_only_that(hub, server):
 def test_file_with_a_wrong_digest_is_deleted_and_downloaded_again(hub, server):
     server.corrupt.add(UNET)
     with pytest.raises(SetupError, match=rf"{UNET} does not have the digest that the hub states, and was deleted"):
-        pull(SVD, hub=hub)
+        download_weights(SVD, hub=hub)
     server.corrupt.clear()
-    assert pull(SVD, hub=hub).downloaded_bytes > 0
-    assert pull(SVD, hub=hub, verify=True).downloaded_bytes == 0
+    assert download_weights(SVD, hub=hub).downloaded_bytes > 0
+    assert download_weights(SVD, hub=hub, verify=True).downloaded_bytes == 0
 
 
 def test_interrupted_download_continues(hub, server, monkeypatch):
@@ -100,26 +100,26 @@ def test_interrupted_download_continues(hub, server, monkeypatch):
     server.cut_after[UNET] = 1000
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", interrupted)
     with pytest.raises(SetupError, match="run the same command to continue"):
-        pull(SVD, hub=hub)
-    missing = pull(SVD, hub=hub, dry_run=True).downloaded_bytes
+        download_weights(SVD, hub=hub)
+    missing = download_weights(SVD, hub=hub, dry_run=True).downloaded_bytes
     server.requests.clear()
     server.cut_after[UNET] = 1000
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
-    assert pull(SVD, hub=hub).downloaded_bytes == missing
+    assert download_weights(SVD, hub=hub).downloaded_bytes == missing
     unet = [start for method, path, start in server.requests if method == "GET" and UNET in path]
     assert unet == [None, "bytes=1000-"]
     assert server.downloads().total() < 9
 
 
 def test_damaged_files_in_the_cache_are_found_and_replaced(hub):
-    pull(SVD, hub=hub)
+    download_weights(SVD, hub=hub)
     file = resolve(SVD) / UNET
     content = file.read_bytes()
     file.resolve().write_bytes(content[:100])
-    assert pull(SVD, hub=hub).downloaded_bytes == len(content)
+    assert download_weights(SVD, hub=hub).downloaded_bytes == len(content)
     file.resolve().write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert pull(SVD, hub=hub).downloaded_bytes == 0, "of the same size"
-    assert pull(SVD, hub=hub, verify=True).downloaded_bytes == len(content)
+    assert download_weights(SVD, hub=hub).downloaded_bytes == 0, "of the same size"
+    assert download_weights(SVD, hub=hub, verify=True).downloaded_bytes == len(content)
     assert file.read_bytes() == content
     file.resolve().unlink()
     with pytest.raises(SetupError, match=rf"{UNET} missing; run `vidgen models pull {SVD}`"):
@@ -140,17 +140,17 @@ def test_failed_downloads_are_reported_and_stop_no_other(hub, server, monkeypatc
     )
     assert all(text in problem for text, problem in zip(expected, result.problems, strict=True)), result.problems
     monkeypatch.setenv("HF_TOKEN", server.token)
-    assert pull(FLUX, hub=hub, dry_run=True).downloaded_bytes > 0
+    assert download_weights(FLUX, hub=hub, dry_run=True).downloaded_bytes > 0
 
 
 def test_pull_that_cannot_start_says_why(hub, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(download, "SPARE_BYTES", 2**60)
         with pytest.raises(SetupError, match=r"needs 0.0 GB, .* free; free some space, or use another folder with --to"):
-            pull(SVD, hub=hub)
+            download_weights(SVD, hub=hub)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SetupError, match="HF_HUB_OFFLINE is set"):
-        pull(SVD, hub=hub)
+        download_weights(SVD, hub=hub)
 
 
 @pytest.fixture
@@ -176,29 +176,29 @@ def published(server, monkeypatch):
 
 
 def test_pull_of_a_pack_unpacks_the_archive(server, published, tmp_path):
-    assert pull("models/pack", tmp_path).downloaded_bytes == len(server.files["/pack.zip"])
+    assert download_weights("models/pack", tmp_path).downloaded_bytes == len(server.files["/pack.zip"])
     assert {path.name: path.stat().st_size for path in (tmp_path / "models" / "pack").glob("*.onnx")} == {
         "detector.onnx": 3000,
         "recogniser.onnx": 5000,
     }
     assert not list(tmp_path.rglob("*.part"))
-    assert pull("models/pack", tmp_path, verify=True).downloaded_bytes == 0
+    assert download_weights("models/pack", tmp_path, verify=True).downloaded_bytes == 0
     # Unpacked by hand, the archive makes a folder of its own.
     (tmp_path / "models").rename(tmp_path / "pack")
-    assert pull("pack", tmp_path).downloaded_bytes == 0
+    assert download_weights("pack", tmp_path).downloaded_bytes == 0
     assert server.downloads() == {"pack.zip": 1}
 
 
 def test_single_file_continues_in_the_next_command_and_is_checked(server, published, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    monkeypatch.setattr(download, "DOWNLOAD_ATTEMPTS", 1)
     server.cut_after["/face.pth"] = 1500
     with pytest.raises(SetupError, match=r"face.pth failed .* run the same command to continue"):
-        pull("face.pth", tmp_path)
-    pull("face.pth", tmp_path)
+        download_weights("face.pth", tmp_path)
+    download_weights("face.pth", tmp_path)
     assert (tmp_path / "face.pth").read_bytes() == server.files["/face.pth"]
     assert [requested for method, _, requested in server.requests if method == "GET"] == [None, "bytes=1500-"]
     (tmp_path / "face.pth").unlink()
     server.corrupt.add("/face.pth")
     with pytest.raises(SetupError, match="does not have the expected sha256"):
-        pull("face.pth", tmp_path)
+        download_weights("face.pth", tmp_path)
     assert not list(tmp_path.glob("*.pth"))

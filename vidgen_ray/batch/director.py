@@ -45,7 +45,17 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ManifestRow, ids_that_failed_before
 from vidgen_ray.outputs.records import Failure, ShotRecord
-from vidgen_ray.planner import Cluster, Demand, Plan, SizeCheck, cpus_needed, demand_of, load_calibration, plan, this_machine
+from vidgen_ray.planner import (
+    Cluster,
+    Demand,
+    Plan,
+    SizeCheck,
+    cpus_needed,
+    demand_of,
+    load_calibration,
+    plan_run,
+    this_machine,
+)
 from vidgen_ray.planner.layout import Slot
 from vidgen_ray.profile import Profile
 from vidgen_ray.render.cache_writer import bytes_per_worker, cache_settings
@@ -381,7 +391,7 @@ class Director:
     # Engines
 
     async def _make_engine(self, needed: ShotPlan) -> Engine:
-        """Start an engine for the shots so far. Raises ShotFailed if the needed one fits on no GPU, and what `plan` raises."""
+        """Start an engine for the shots so far. Raises ShotFailed if the needed one fits on no GPU, else as `plan_run`."""
         shots = [*self._rendering.values(), *self.queue]
         if self._engines == self._plans:
             known = self.cluster if self._own_ray else self._options.cluster
@@ -431,7 +441,7 @@ class Director:
 
         def planned(cluster: Cluster) -> Plan:
             calibration = load_calibration(self._profile.name, cluster.card)
-            return plan(self._profile, demand, cluster, calibration=calibration, price=self._options.price)
+            return plan_run(self._profile, demand, cluster, calibration=calibration, price=self._options.price)
 
         self.plan, self.cluster = live.plan(planned)
         self._results.price, self._results.currency = self.plan.price_per_gpu_hour, self.plan.currency

@@ -25,7 +25,7 @@ RECENT_MIN_S = 60.0
 RECENT_MAX_S = 600.0
 PLANNING = "planning"
 CONNECTING = "connecting to Ray"
-LOADING = "starting workers, loading weights"
+STARTING = "starting workers, loading weights"
 FIRST_SHOTS = "rendering the first shots"
 KEPT_MESSAGES = 20
 """Last messages in the status of a run."""
@@ -111,7 +111,7 @@ class ProgressTracker:
             return None
         if self.snapshot is None:
             return CONNECTING
-        return FIRST_SHOTS if self.shots_started else LOADING
+        return FIRST_SHOTS if self.shots_started else STARTING
 
     def on_rejected(self, row: ManifestRow) -> None:
         """Count a rejected line as failed."""

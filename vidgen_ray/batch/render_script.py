@@ -31,7 +31,7 @@ from vidgen_ray.graph import check_profile, server_problems
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ManifestRow, new_name
-from vidgen_ray.outputs.manifest_writer import FILE, script_name
+from vidgen_ray.outputs.manifest_writer import FAILURES_FILE, script_name
 from vidgen_ray.outputs.run_log import RunLabels
 from vidgen_ray.planner import Cluster, Demand, Plan, calibrations, demand_of, peak_shares, save_calibration, this_machine
 from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS, demand_seconds
@@ -87,7 +87,7 @@ class RunReport:
     """Workers and encoders that were quarantined, with their nodes and the reasons."""
 
 
-def render(
+def render_shots(
     script: ScriptSettings,
     profile: Profile,
     outputs: OutputFolder,
@@ -198,7 +198,7 @@ def render_lines(
     `finished`: called before that if no first line is pending, as `LaterLines.finished`. Ray is not needed for these lines.
     `source`: name of the script. `demand` of the whole script, if it is known. `on_row` gets the manifest row of every line.
     `script`: path of the script. Its earlier rows whose lines it no longer has become `replaced`.
-    Otherwise as `render`.
+    Otherwise as `render_shots`.
     """
     started, outputs, stop = time.monotonic(), planner.outputs, stop or threading.Event()
     with held_lease(outputs, options, lease) as lease, ExitStack() as stack:
@@ -219,7 +219,7 @@ def render_lines(
         recorder = stack.enter_context(RunRecorder(outputs.storage, lease, labels, listener))
         recorded = RecordedOptions.of(profile, options, planner.checker.run_seed, planner.checker.changes)
         # `vidgen retry` renders a part of the failed lines at a time.
-        is_script = script is not None and source != FILE
+        is_script = script is not None and source != FAILURES_FILE
         results = RunResults(outputs, labels, lease, recorder, on_row, recorded, is_script=is_script)
         # Of shots that are found before there is a plan.
         results.price = profile.price_per_gpu_hour if options.price is None else options.price

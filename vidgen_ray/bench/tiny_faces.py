@@ -18,7 +18,7 @@ _EMBEDDING = 512
 OPSET, IR_VERSION = 17, 9
 
 
-def build_antelopev2(folder: Path) -> None:
+def build_face_models(folder: Path) -> None:
     """Write `scrfd_10g_bnkps.onnx` and `glintr100.onnx`, as in antelopev2."""
     onnx.save(_detector(), folder / "scrfd_10g_bnkps.onnx")
     onnx.save(_recogniser(), folder / "glintr100.onnx")

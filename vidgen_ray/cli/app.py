@@ -182,7 +182,7 @@ app = typer.Typer(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run_command(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. Errors that a user can fix are printed without a traceback."""
     with escaped_output():
         return _main(argv)

@@ -33,8 +33,7 @@ from vidgen_ray.errors import SetupError, VidgenError
 from vidgen_ray.graph import STAGES, clip_length, file_sizes, server_problems
 from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video
 from vidgen_ray.nets.faces import import_onnxruntime, open_session
-from vidgen_ray.planner import Cluster, demand_of, load_calibration, profile_for, this_machine
-from vidgen_ray.planner import plan as make_plan
+from vidgen_ray.planner import Cluster, demand_of, load_calibration, plan_run, profile_for, this_machine
 from vidgen_ray.planner.cluster import GB, GPU_DEVICES
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.stages.speed import missing_compiler
@@ -343,7 +342,7 @@ def check_plan(profile: Profile, machine: Cluster, limit_gb: float | None) -> Fi
     )
     try:
         measured = load_calibration(profile.name, machine.card)
-        planned = make_plan(profile, demand_of([shot] * PLANNED_SHOTS), machine, calibration=measured)
+        planned = plan_run(profile, demand_of([shot] * PLANNED_SHOTS), machine, calibration=measured)
     except VidgenError as error:
         reason = str(error).removeprefix(f"profile {profile.name}: ")
         advice = "use a profile for this GPU, or more memory; in a container: docker run --memory 64g ..."

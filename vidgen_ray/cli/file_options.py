@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from vidgen_ray.errors import UsageError, shortened
+from vidgen_ray.errors import UsageError, shortened_value
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import MAX_LABEL_LETTERS, Profile, ProvenanceSettings
 
@@ -82,7 +82,7 @@ class MarkOptions:
             return ProvenanceSettings.model_validate({**base.model_dump(), **changes})
         except ValidationError:
             allowed = f"must be one line of 1 to {MAX_LABEL_LETTERS} printable letters"
-            raise UsageError(f"--label: got {shortened(label)}, {allowed}") from None
+            raise UsageError(f"--label: got {shortened_value(label)}, {allowed}") from None
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ from vidgen_ray.cli.run_script import (
     render_again,
 )
 from vidgen_ray.engine.status import Snapshot
-from vidgen_ray.errors import SetupError, UsageError, shortened
-from vidgen_ray.outputs.cleanup import GRACE_S, collect_garbage
-from vidgen_ray.outputs.cleanup import prune as remove_replaced
+from vidgen_ray.errors import SetupError, UsageError, shortened_value
+from vidgen_ray.outputs.cleanup import MIN_AGE_S, collect_garbage
+from vidgen_ray.outputs.cleanup import prune_shots as remove_replaced
 from vidgen_ray.outputs.folder import OutputFolder, setting_of_last_run
 from vidgen_ray.outputs.lease import is_held
 from vidgen_ray.outputs.manifest import REPLACED, SHOT_FILES, manifest_batches
@@ -43,7 +43,7 @@ from vidgen_ray.outputs.reviews import MAX_NAME, clip_digest, read_reviews
 from vidgen_ray.outputs.run_log import LOGS, RunStatus, read_log, read_status
 from vidgen_ray.outputs.storage import Storage, no_results, storage_at
 from vidgen_ray.outputs.verify import VerifyReport
-from vidgen_ray.outputs.verify import verify as verify_folder
+from vidgen_ray.outputs.verify import verify_outputs as verify_folder
 from vidgen_ray.planner import profile_for
 from vidgen_ray.system.console import Console, table_of
 from vidgen_ray.system.quantities import amount_text, count, duration, money, size
@@ -203,7 +203,7 @@ def gc(out: OutArgument, dry_run: DryRunOption = False, as_json: JsonOption = Fa
     counts = ", ".join(f"{count} {kind}" for kind, count in report.counts.items())
     typer.echo(f"{'would remove' if dry_run else 'removed'} {counts}: {size(report.bytes)}")
     if report.left_young:
-        typer.echo(f"{report.left_young} younger than {GRACE_S / 60:.0f} minutes kept, because they may still be in use")
+        typer.echo(f"{report.left_young} younger than {MIN_AGE_S / 60:.0f} minutes kept, because they may still be in use")
 
 
 def verify(
@@ -280,7 +280,7 @@ def prune(out: OutArgument, where: WhereOption = None, dry_run: DryRunOption = F
 def _reviewer(name: str | None) -> str | None:
     """Return the name of the person who reviews. `None`: without one, in a container without a user. Raises UsageError."""
     if name is not None and not 0 < len(name) <= MAX_NAME:
-        raise UsageError(f"--reviewer: got {shortened(name)}, must have 1 to {MAX_NAME} letters")
+        raise UsageError(f"--reviewer: got {shortened_value(name)}, must have 1 to {MAX_NAME} letters")
     with suppress(OSError, KeyError):
         return name or getpass.getuser()
     return None

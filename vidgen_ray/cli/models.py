@@ -65,7 +65,7 @@ class Wanted:
 
 
 @models.command(name="list")
-def list_models(
+def list_weights(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME...]", help="Profiles or references. Default: all built-in profiles.")
     ] = None,

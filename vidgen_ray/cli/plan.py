@@ -33,8 +33,7 @@ from vidgen_ray.cli.run_script import detected, script_licences
 from vidgen_ray.graph import STAGE_BY_NAME, clip_length, file_sizes, server_problems
 from vidgen_ray.licences import UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, load_calibration, profile_for
-from vidgen_ray.planner import plan as make_plan
+from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, load_calibration, plan_run, profile_for
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.planner.solver import ENCODER_CPUS
 from vidgen_ray.planner.speed_trials import open_trials
@@ -44,7 +43,7 @@ from vidgen_ray.script.lines import Line
 from vidgen_ray.script.read import iter_script
 from vidgen_ray.system.console import Console, stdout_console, table_of
 from vidgen_ray.system.quantities import count, duration, money, size
-from vidgen_ray.trainers import SourceClip, TrainerTarget, described, parse_target
+from vidgen_ray.trainers import SourceClip, TrainerTarget, parse_target, use_text
 from vidgen_ray.video_models import fields_for
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def print_plan(
         typer.echo(json.dumps(nothing) if as_json else f"nothing to render: {_line_counts(counts)}")
         _print_uses(() if as_json else uses)
         return
-    planned = make_plan(profile, demand, cluster, calibration=measured, price=price)
+    planned = plan_run(profile, demand, cluster, calibration=measured, price=price)
     if as_json:
         about = {"profile": profile.name, "cluster": str(cluster), "cpus_needed": cpus_needed(planned.layout)}
         about["unusable_servers"] = server_problems(profile)
@@ -141,7 +140,7 @@ def trainer_uses(lines: Iterable[Line], target: TrainerTarget) -> list[dict[str,
         except ValueError as error:
             best = {"problem": str(error)}
         fits_with = {name: value for name, value in best.items() if fields.get(name) != value}
-        found.append({**about, "result": described(clip, target), "fits_with": fits_with})
+        found.append({**about, "result": use_text(clip, target), "fits_with": fits_with})
     return found
 
 

@@ -55,11 +55,11 @@ from vidgen_ray.engine.storage_pause import MAX_WAIT_S
 from vidgen_ray.errors import FieldError, ScriptError, SetupError, UsageError
 from vidgen_ray.licences import ShotLicences, UsedWeights, require_licence
 from vidgen_ray.outputs.cleanup import PruneReport
-from vidgen_ray.outputs.cleanup import prune as prune_folder
+from vidgen_ray.outputs.cleanup import prune_shots as prune_folder
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import manifest_files
-from vidgen_ray.outputs.manifest_writer import FILE, failed_lines, to_utf8
+from vidgen_ray.outputs.manifest_writer import FAILURES_FILE, failed_lines, to_utf8
 from vidgen_ray.outputs.storage import URL, no_results, storage_at
 from vidgen_ray.planner import Cluster, profile_for, this_machine
 from vidgen_ray.profile import AUTO, Profile
@@ -329,7 +329,7 @@ def retry(
     else:
         read = partial(failed_lines, outputs.storage)
         if not read():
-            raise SetupError(f"{outputs.url}: no line has failed, there is no {FILE}")
+            raise SetupError(f"{outputs.url}: no line has failed, there is no {FAILURES_FILE}")
     render_again(out, read, last, profile, address, gpus, consent, as_json=as_json)
 
 
@@ -376,7 +376,7 @@ def render_again(
             if not lines:
                 continue
             with TemporaryDirectory(prefix="vidgen-retry-") as folder:
-                script = Path(folder) / FILE
+                script = Path(folder) / FAILURES_FILE
                 script.write_bytes(to_utf8("".join(f"{line}\n" for line in lines)))
                 consented, changes = with_consent({}, consent), recorded.changes
                 settings = ScriptSettings(script, recorded.run_seed, consented, chosen.defaults, changes, policy=chosen.policy)
@@ -468,7 +468,7 @@ def _run(
     *,
     then_prune: bool = False,
 ) -> RenderedRun:
-    from vidgen_ray.batch.render_script import render as render_on_ray
+    from vidgen_ray.batch.render_script import render_shots as render_on_ray
     from vidgen_ray.report.gallery_page import write_gallery
 
     outputs, gallery = OutputFolder(out), None
@@ -503,7 +503,7 @@ def _print_ended(out: str, ended: Sequence[RenderedRun], *, as_json: bool) -> No
         gallery = ended[-1].gallery
         typer.echo(f"{counts} in {duration(report.seconds)}{cost}." + (f" Gallery: {gallery}" if gallery else ""))
         if report.failed:
-            typer.echo(f"Failed lines with their errors: {storage_at(out).place(FILE)}")
+            typer.echo(f"Failed lines with their errors: {storage_at(out).place(FAILURES_FILE)}")
     if report.left or not report.complete:
         unread = "" if report.complete else " and the rest of the script"
         note(f"stopped. {count(report.left, 'line')}{unread} not started. {RESUME}")

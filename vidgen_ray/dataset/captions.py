@@ -38,7 +38,7 @@ from vidgen_ray.dataset.score_folder import (
 )
 from vidgen_ray.dataset.scorers import WEIGHTS, Column, ScoreTable, reduced
 from vidgen_ray.dataset.tables import CAPTION, DIGEST
-from vidgen_ray.errors import MAX_MESSAGES, Cancelled, OtherWeights, SetupError, TooExpensive, shortened
+from vidgen_ray.errors import MAX_MESSAGES, Cancelled, OtherWeights, SetupError, TooExpensive, shortened_value
 from vidgen_ray.media import CLIP_SUFFIXES, open_foreign_video, read_image
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.remote.stages import RemoteImageStage, RemoteParams
@@ -134,7 +134,7 @@ class DemoCaptioner:
         """Raises NoCaption, StageError or ServerFailed about this clip, and other errors that end the call."""
         seen = demo_captioner.read(self._network, frames)
         facts = [Fact(fact=each.words, shown=each.shown) for each in demo_captioner.facts(prompt, seen)]
-        return Answer(caption=demo_captioner.caption(seen), facts=facts)
+        return Answer(caption=demo_captioner.caption_text(seen), facts=facts)
 
 
 class ServerCaptioner(DemoCaptioner):
@@ -208,14 +208,18 @@ class ServerCaptioner(DemoCaptioner):
                 continue
             # A name such as gpt-4o stands for a version of it.
             if chat.model and not chat.model.startswith(self.model):
-                raise OtherWeights(f"the server answers as {shortened(chat.model)}, must be {self.model!r}; correct --model")
+                raise OtherWeights(
+                    f"the server answers as {shortened_value(chat.model)}, must be {self.model!r}; correct --model"
+                )
             choice = chat.choices[0]
             if choice.message.refusal or choice.finish_reason == "content_filter":
-                raise NoCaption(f"refused by the model: {shortened(choice.message.refusal or 'content filter')}")
+                raise NoCaption(f"refused by the model: {shortened_value(choice.message.refusal or 'content filter')}")
             try:
                 return Answer.parse(choice.message.content or "")
             except ValueError as error:
-                failure = NoCaption(f"no usable answer to {TRIES} requests: {error}; got {shortened(choice.message.content)}")
+                failure = NoCaption(
+                    f"no usable answer to {TRIES} requests: {error}; got {shortened_value(choice.message.content)}"
+                )
         raise failure
 
     def _request(self, frames: Frames, prompt: str) -> dict[str, Any]:

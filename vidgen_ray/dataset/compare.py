@@ -83,7 +83,7 @@ class Clips(NamedTuple):
     """Texts about clips that were not measured."""
 
 
-def compare(storages: Sequence[Storage], names: Sequence[str] = (), reference: str | None = None) -> dict[str, Any]:
+def compare_clips(storages: Sequence[Storage], names: Sequence[str] = (), reference: str | None = None) -> dict[str, Any]:
     """Return the comparison of the clips of an output folder, or of two, as JSON data.
 
     `names`: factors. Default: all. `reference`: level that the others are compared with. Default: the first of the script.

@@ -30,11 +30,11 @@ from markupsafe import Markup
 from PIL import Image as PILImage
 
 from vidgen_ray.dataset.scorers import WEIGHTS
-from vidgen_ray.dataset.tables import CAPTION, DIGEST, MEMORY_LIMIT, NUMBERS, OWN_COLUMNS, REVIEWS, columns_of, quoted
+from vidgen_ray.dataset.tables import CAPTION, DIGEST, MEMORY_LIMIT, NUMBERS, OWN_COLUMNS, REVIEWS_SCHEMA, columns_of, quoted
 from vidgen_ray.errors import MediaError
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.media import cover_crop, open_foreign_video, read_image
-from vidgen_ray.outputs.manifest import LIKENESS, SCHEMA, ManifestRow, opened, parquet_files
+from vidgen_ray.outputs.manifest import LIKENESS_COLUMNS, SCHEMA, ManifestRow, opened, parquet_files
 from vidgen_ray.outputs.manifest_writer import SCRIPTS
 from vidgen_ray.outputs.new_seeds import SEEDS_FILE, read_seeds
 from vidgen_ray.outputs.records import RECORD, SCORES
@@ -128,7 +128,7 @@ def _files(database: duckdb.DuckDBPyConnection, state: Mapping[str, Any], source
     names = _person_names(database)
     used = _used_weights(database, source)
     meanings = _meanings(source)
-    known = {*SCHEMA.names, *REVIEWS.names, *OWN_COLUMNS} - {*LIKENESS}
+    known = {*SCHEMA.names, *REVIEWS_SCHEMA.names, *OWN_COLUMNS} - {*LIKENESS_COLUMNS}
     drawn = [
         _histogram(database, name, meanings)
         for name, kind in columns_of(database, "clips").items()

@@ -127,8 +127,7 @@ def compare(
 
     Shows means, differences within pairs with 95% intervals, and the clips that differ most.
     """
-    from vidgen_ray.dataset.compare import compare as compare_clips
-    from vidgen_ray.dataset.compare import label, number_text, write_page
+    from vidgen_ray.dataset.compare import compare_clips, label, number_text, write_page
 
     storages = [storage_at(each) for each in (out, out2) if each is not None]
     result = compare_clips(storages, factor or (), reference)
@@ -168,7 +167,7 @@ def diff(
 
     Exits with code 0 if all are equal, with 1 if not.
     """
-    from vidgen_ray.dataset.lineage import differences, summary
+    from vidgen_ray.dataset.lineage import difference_summary, differences
 
     folders = [OutputFolder(out) for out in (out1, out2)]
     for outputs in folders:
@@ -181,7 +180,7 @@ def diff(
             is_equal = False
         typer.echo("[]" if is_equal else "]")
     else:
-        lines = list(summary(found))
+        lines = list(difference_summary(found))
         typer.echo("\n".join(lines))
         is_equal = len(lines) == 1
     if not is_equal:
@@ -212,7 +211,7 @@ def score(
     Exits with code 1 if a clip cannot be measured.
     """
     from vidgen_ray.dataset.measurements import SCORERS
-    from vidgen_ray.dataset.score_folder import faces_of, score_folder, summary
+    from vidgen_ray.dataset.score_folder import faces_of, score_folder, score_summary
     from vidgen_ray.dataset.scorers import choose_scorers
 
     outputs = OutputFolder(out)
@@ -221,7 +220,7 @@ def score(
     chosen = choose_scorers(SCORERS, scorer or (), weights or (), found)
     with interruptible(), redirect_stdout(sys.stderr):
         report = score_folder(outputs, chosen, found, address)
-    typer.echo(json.dumps(asdict(report)) if as_json else summary(report))
+    typer.echo(json.dumps(asdict(report)) if as_json else score_summary(report))
     if report.failed:
         raise typer.Exit(1)
 

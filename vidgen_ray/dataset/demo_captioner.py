@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vidgen_ray.weights.builtin import SHIPPED
 
-FILE = SHIPPED / "captioner.safetensors"
+CAPTIONER_FILE = SHIPPED / "captioner.safetensors"
 SEEN_PX, WIDTHS = 96, (16, 32, 64, 96)
 Shown = Literal["yes", "no", "unclear"]
 SURE = 0.5
@@ -115,7 +115,7 @@ def small(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def load() -> Classifier:
     """Return the classifier that is shipped."""
     classifier = Classifier()
-    classifier.load_state_dict({name: tensor.float() for name, tensor in load_file(FILE).items()})
+    classifier.load_state_dict({name: tensor.float() for name, tensor in load_file(CAPTIONER_FILE).items()})
     return classifier.eval().requires_grad_(False)
 
 
@@ -138,7 +138,7 @@ def labels(seen: Seen) -> dict[str, str]:
     return {name: value for name, value in most_likely(seen).items() if seen[name][value] >= SURE}
 
 
-def caption(seen: Seen) -> str:
+def caption_text(seen: Seen) -> str:
     """Return phrases for all that is sure."""
     said = labels(seen)
     subject, style = said.get("subject", "thing"), said.get("hair_style", "")

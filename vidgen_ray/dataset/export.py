@@ -40,7 +40,7 @@ from vidgen_ray.dataset.export_formats import (
     delete_from_lance,
     write_block,
 )
-from vidgen_ray.dataset.export_rows import FINISHED, REJECTED, ExportSettings, assign_splits, choose, count, load_rows
+from vidgen_ray.dataset.export_rows import FINISHED, REJECTED_ROWS, ExportSettings, assign_splits, choose, load_rows, row_count
 from vidgen_ray.dataset.tables import columns_of, open_tables, quoted, write_parquet
 from vidgen_ray.dataset.trainer_files import apply_rules, groups_in_words, write_trainer_files
 from vidgen_ray.engine.ray_cluster import connected
@@ -204,9 +204,11 @@ class _Export:
                     )
         # What the same call exported before may be gone or rejected.
         is_update = state is not None and all(state[name] == getattr(given, name) for name in ("where", "best", "cleared"))
-        if count(self._db, "chosen") or (is_update and count(self._db, "done")):
+        if row_count(self._db, "chosen") or (is_update and row_count(self._db, "done")):
             return
-        done, rejected, refused, missing = (count(self._db, table) for table in (FINISHED, REJECTED, "refused", "missing"))
+        done, rejected, refused, missing = (
+            row_count(self._db, table) for table in (FINISHED, REJECTED_ROWS, "refused", "missing")
+        )
         raise UsageError(
             f"no clip to export: of {done:,} finished shots, {done - rejected - refused - missing:,} are not selected by "
             f"--where or --best, {rejected:,} are rejected, {refused:,} are refused by --cleared, {missing:,} have no "
@@ -290,7 +292,7 @@ class _Export:
 
     def _write(self) -> None:
         """Write the clips of `todo` with tasks of Ray Data."""
-        if not (total := count(self._db, "todo")):
+        if not (total := row_count(self._db, "todo")):
             return
         target, bar = Target(self._source, self._dest, self._settings), Progress(console=Console(stderr=True), transient=True)
         task = bar.add_task("Writing clips", total=total)
@@ -362,7 +364,7 @@ class _Export:
         if self._settings.format != "videofolder":
             return
         for split in self._settings.splits:
-            if count(self._db, f"done WHERE split = '{split}'"):
+            if row_count(self._db, f"done WHERE split = '{split}'"):
                 self._write_rows(f"{split}/metadata.parquet", self._rows(f"WHERE done.split = '{split}'"))
             else:
                 self._dest.delete(f"{split}/metadata.parquet")
@@ -412,13 +414,13 @@ class _Export:
         )
         both = "before JOIN done USING (id) WHERE before.signature"
         report.counts = {
-            "added": count(self._db, "done ANTI JOIN before USING (id)"),
-            "changed": count(self._db, f"{both} <> done.signature"),
+            "added": row_count(self._db, "done ANTI JOIN before USING (id)"),
+            "changed": row_count(self._db, f"{both} <> done.signature"),
             "removed": len(report.removed),
-            "unchanged": count(self._db, f"{both} = done.signature"),
-            "rejected": count(self._db, REJECTED),
+            "unchanged": row_count(self._db, f"{both} = done.signature"),
+            "rejected": row_count(self._db, REJECTED_ROWS),
             "failed": self._failed,
-            **({"dropped": count(self._db, "shapes ANTI JOIN new USING (id)")} if self._settings.trainer else {}),
+            **({"dropped": row_count(self._db, "shapes ANTI JOIN new USING (id)")} if self._settings.trainer else {}),
         }
         counted = self._db.execute("SELECT split, count(*) FROM done GROUP BY split").fetchall()
         report.splits = {name: dict(counted).get(name, 0) for name in self._settings.splits}

@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 from vidgen_ray.cli.commands import note
 from vidgen_ray.cli.options import FOR_HELP
 from vidgen_ray.dataset.tables import CAPTION, IN_SCRIPT_ORDER, columns_of, quoted, run_query, selection, without_score
-from vidgen_ray.errors import FrozenModel, UsageError, shortened
+from vidgen_ray.errors import FrozenModel, UsageError, shortened_value
 from vidgen_ray.licences import ALLOWED, Requirement
 from vidgen_ray.outputs.manifest import SCHEMA
 from vidgen_ray.safety import DECLARED_BASES
@@ -33,7 +33,7 @@ SplitKey = Literal["prompt", "character", "source"]
 KINDS: dict[_Kind, list[str]] = {"image": ["image"], "video": ["video"], "hd": ["hd_video"], "clip": ["hd_video", "video"]}
 """Kind of files -> columns with their paths, of which the first that is not null counts."""
 FINISHED = "clips WHERE status = 'done'"
-REJECTED = f"{FINISHED} AND verdict = 'reject'"
+REJECTED_ROWS = f"{FINISHED} AND verdict = 'reject'"
 CHOSEN_CLIPS = "clips SEMI JOIN chosen USING (id)"
 INTERNAL = re.compile(
     r"run|team|submission_id|status|last_run|cut_tokens|lora_loads|failure_.*|ended_at|committed_at|consent|clip|clip_sha256"
@@ -145,7 +145,7 @@ def choose(database: duckdb.DuckDBPyConnection, settings: ExportSettings, kind: 
     database.execute(f"CREATE TABLE refused AS SELECT id, {problem} AS reason FROM {CHOSEN_CLIPS} WHERE reason IS NOT NULL")
     database.execute("DELETE FROM chosen WHERE id IN (SELECT id FROM refused)")
     if kind is None:
-        kind = "clip" if count(database, f"{CHOSEN_CLIPS} WHERE coalesce(hd_video, video) IS NOT NULL") else "image"
+        kind = "clip" if row_count(database, f"{CHOSEN_CLIPS} WHERE coalesce(hd_video, video) IS NOT NULL") else "image"
     path = f"coalesce({', '.join(KINDS[kind])}, NULL)"
     database.execute(f"CREATE TABLE missing AS SELECT id, 'has no {kind}' AS reason FROM {CHOSEN_CLIPS} WHERE {path} IS NULL")
     if f"{{{CAPTION}}}" in settings.caption and CAPTION in columns_of(database, "clips"):
@@ -157,7 +157,7 @@ def choose(database: duckdb.DuckDBPyConnection, settings: ExportSettings, kind: 
     return kind
 
 
-def count(database: duckdb.DuckDBPyConnection, table: str) -> int:
+def row_count(database: duckdb.DuckDBPyConnection, table: str) -> int:
     """Return the number of rows of a table or of what follows `FROM`."""
     ((number,),) = database.execute(f"SELECT count(*) FROM {table}").fetchall()
     return int(number)
@@ -383,7 +383,7 @@ def _check_shares(
         text = (
             f"--split {name}={splits[name]:g}: {{}} {size:,} of {total:,} clips. Clips of the same "
             f"{' or '.join(by)}, or of a continued chain, are never divided; the largest such group, with "
-            f"{shortened(largest.key)}, has {largest.clips:,} clips. Try "
+            f"{shortened_value(largest.key)}, has {largest.clips:,} clips. Try "
             f"{', '.join(f'--split-by {key}' for key in others)}, or other shares"
         )
         if not size:
@@ -399,6 +399,6 @@ def _connected(database: duckdb.DuckDBPyConnection, group: Group, by: Sequence[S
     new = ", ".join([id_ for id_, split in rows if split is None][:3]) or "a changed clip"
     known = " and ".join(f"{next(id_ for id_, split in rows if split == name)} of {name}" for name in group.splits)
     return UsageError(
-        f"--split-by {','.join(by)}: {new} connects {known}, through {shortened(group.key)} or other keys. Exported clips keep "
-        "their split: leave the new clips out with --where, or export to another folder"
+        f"--split-by {','.join(by)}: {new} connects {known}, through {shortened_value(group.key)} or other keys. Exported "
+        "clips keep their split: leave the new clips out with --where, or export to another folder"
     )

@@ -187,7 +187,7 @@ def changes(kind: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterat
             yield Reason(kind, name, old.get(name), new.get(name))
 
 
-def summary(found: Iterable[Difference | None]) -> Iterator[str]:
+def difference_summary(found: Iterable[Difference | None]) -> Iterator[str]:
     """Yield lines with the number of equal shots, and of those that differ for the same reasons, the largest groups first.
 
     Memory use does not grow with the number of shots.

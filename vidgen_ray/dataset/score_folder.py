@@ -450,7 +450,7 @@ class ScoringListener:
     def finish(self) -> None:
         """Score what is left, after the run. Raises SetupError and OSError."""
         self._writer.flush()
-        note(summary(self._score_rest()))
+        note(score_summary(self._score_rest()))
 
 
 def faces_of(find: Callable[[], Profile], *, required: bool = False) -> Profile | None:
@@ -469,6 +469,6 @@ def faces_of(find: Callable[[], Profile], *, required: bool = False) -> Profile 
         return None
 
 
-def summary(report: ScoreReport) -> str:
+def score_summary(report: ScoreReport) -> str:
     counts = f"{report.scored:,} scored, {report.already_scored:,} already scored, {len(report.failed):,} failed"
     return f"{count(report.clips, 'clip')}: {counts} in {duration(report.seconds)}"

@@ -32,7 +32,7 @@ from vidgen_ray.outputs.records import RECORD
 from vidgen_ray.profile import Profile
 from vidgen_ray.stages.base import Frames
 from vidgen_ray.stages.instantid import RECOGNISER, FaceModels, InstantIDParams, InstantIDStage, align_face, sampled_frames
-from vidgen_ray.stages.rife import similarity
+from vidgen_ray.stages.rife import image_similarity
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import resolve
 
@@ -194,7 +194,7 @@ class Clip:
             for number in range(len(motion)):
                 pair = FramePair(rife, tensors[number], tensors[number + 1], RIFE_SCALE)
                 aligned = ((each[0].permute(1, 2, 0) * 255).round().byte().numpy() for each in pair.aligned())
-                likeness[number] = similarity(*aligned)
+                likeness[number] = image_similarity(*aligned)
                 coarse = pair.motion()[0].permute(1, 2, 0).contiguous().numpy() * to_luma
                 coarse = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
                 motion[number] = search.calc(luma[number], luma[number + 1], coarse) * to_file

@@ -39,7 +39,7 @@ NUMBERS = re.compile("DOUBLE|FLOAT|BOOLEAN|U?(BIG|SMALL|TINY)?INT(EGER)?")
 """DuckDB's types of scores that are compared and have a histogram."""
 OWN_COLUMNS = ("clip", DIGEST, "character", "person", "factors", "siblings")
 """Columns of `clips` that no other table has."""
-REVIEWS = pyarrow.schema(
+REVIEWS_SCHEMA = pyarrow.schema(
     [
         (DIGEST, pyarrow.string()),
         ("verdict", pyarrow.string()),
@@ -93,7 +93,7 @@ def open_tables(storage: Storage) -> Iterator[duckdb.DuckDBPyConnection]:
                 {**review.model_dump(exclude={"id", "at"}), "reviewed_at": review.at}
                 for review in read_reviews(storage).values()
             ]
-            _load(database, "reviews", REVIEWS, iter([pyarrow.RecordBatch.from_pylist(reviews, schema=REVIEWS)]))
+            _load(database, "reviews", REVIEWS_SCHEMA, iter([pyarrow.RecordBatch.from_pylist(reviews, schema=REVIEWS_SCHEMA)]))
             _load_scores(database, storage)
             database.execute(CLIPS)
             database.execute("SET enable_external_access = false; SET lock_configuration = true")
@@ -115,7 +115,7 @@ def _load(
 
 def _load_scores(database: duckdb.DuckDBPyConnection, storage: Storage) -> None:
     """Create the table `scores`: a row per clip, with the columns of the newest version of every scorer."""
-    taken = {*SCHEMA.names, *REVIEWS.names, *OWN_COLUMNS}
+    taken = {*SCHEMA.names, *REVIEWS_SCHEMA.names, *OWN_COLUMNS}
     joined = f"(SELECT NULL::VARCHAR AS {DIGEST} WHERE false)"
     database.execute("CREATE TABLE scorers (scorer VARCHAR, name VARCHAR)")
     for scorer, names in score_files(storage).items():

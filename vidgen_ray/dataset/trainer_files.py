@@ -13,7 +13,7 @@ import duckdb
 
 from vidgen_ray.dataset.export_rows import ENCODED
 from vidgen_ray.outputs.storage import Storage
-from vidgen_ray.trainers import SourceClip, TrainerTarget, described, fit_cost, parse_target
+from vidgen_ray.trainers import SourceClip, TrainerTarget, fit_cost, parse_target, use_text
 
 SHAPE = ", ".join(SourceClip._fields)
 USES = f"""CREATE TABLE uses (num_frames BIGINT, fps DOUBLE, width BIGINT, height BIGINT, problem TEXT, what TEXT,
@@ -31,7 +31,7 @@ def apply_rules(database: duckdb.DuckDBPyConnection, trainer: str, *, fit: bool)
         clip = SourceClip(*shape)
         encoded = target.fitted(clip) if fit else None
         kept = encoded or clip
-        use, what = target.use(kept), described(kept, target)
+        use, what = target.use(kept), use_text(kept, target)
         what = f"{what}; {fit_cost(clip, encoded)}" if encoded else what
         group = f"{use.width}x{use.height}-{use.frames}f-{kept.fps:g}fps/"
         to_s = round(use.frames / target.model.fps * use.speed, 6)

@@ -22,7 +22,7 @@ from vidgen_ray.engine.fleet import Fleet, MoreSlots
 from vidgen_ray.engine.processes import State, is_encoder
 from vidgen_ray.engine.recording import Recorder
 from vidgen_ray.engine.route import CHUNK_BYTES
-from vidgen_ray.engine.shell import ProgressCallback, Shell
+from vidgen_ray.engine.shell import OnProgress, Shell
 from vidgen_ray.engine.shots import MAX_CHUNKS_AHEAD, Shots
 from vidgen_ray.engine.status import EngineObserver, Snapshot, Utilization
 from vidgen_ray.engine.storage_pause import StoragePause
@@ -168,7 +168,7 @@ class Engine:
     async def run(
         self,
         plan: ShotPlan,
-        on_progress: ProgressCallback | None = None,
+        on_progress: OnProgress | None = None,
         on_admitted: Callable[[], object] = lambda: None,
     ) -> ShotRecord:
         """Render a shot and commit its files. Raises ShotFailed.
@@ -275,7 +275,7 @@ class Renderer:
     async def render(
         self,
         plan: ShotPlan,
-        on_progress: ProgressCallback | None = None,
+        on_progress: OnProgress | None = None,
         on_admitted: Callable[[], object] = lambda: None,
     ) -> ShotRecord:
         """Render a shot and commit its files. Raises ShotFailed, and what `make_engine` raises.

@@ -45,7 +45,7 @@ PROGRESS_POLL_S = 0.25
 NOT_SENT = "The actor is restarting"
 """Part of Ray's error text when a call was never sent: its process was already dead."""
 
-ProgressCallback = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]
 
 
 class WorkerCall(NamedTuple):
@@ -147,7 +147,7 @@ class _Asked:
 
     what: WorkerCall | Session
     future: asyncio.Future[Made]
-    on_progress: ProgressCallback | None
+    on_progress: OnProgress | None
     begun: float
     """Time since when the present attempt waits for its process, by `time.monotonic()`."""
     attempts: int = 0
@@ -316,7 +316,7 @@ class Shell:
 
     # Calls
 
-    async def call(self, call: Call, what: WorkerCall | Session, on_progress: ProgressCallback | None = None) -> Made:
+    async def call(self, call: Call, what: WorkerCall | Session, on_progress: OnProgress | None = None) -> Made:
         """Return the result of a call. Raises ShotFailed.
 
         If the caller is cancelled, the process stops at its next step, or is restarted.
@@ -354,7 +354,7 @@ class Shell:
             writing = invocation.task = asyncio.ensure_future(what(session))
             writing.add_done_callback(partial(self._written, invocation))
 
-    async def _follow(self, invocation: _Invocation, on_progress: ProgressCallback) -> None:
+    async def _follow(self, invocation: _Invocation, on_progress: OnProgress) -> None:
         """Report the progress of a call until it ends."""
         last: Progress | None = None
         while True:

@@ -18,7 +18,7 @@ from vidgen_ray.engine.calls import CallResult, ShotFailed
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.messages import OUTPUT, Call, Kind
 from vidgen_ray.engine.route import COMMIT_LOAD, Route, RouteCall, Routes
-from vidgen_ray.engine.shell import EncoderSession, Made, ProgressCallback, Shell, WorkerCall
+from vidgen_ray.engine.shell import EncoderSession, Made, OnProgress, Shell, WorkerCall
 from vidgen_ray.engine.status import Attempt, EngineObserver, Progress
 from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.graph import chunked_stages_of, clip_growth, clip_length
@@ -59,7 +59,7 @@ class Shots:
         """Keys of a call -> its result, the last used one last."""
         self._orders = count()
 
-    async def render(self, plan: ShotPlan, on_progress: ProgressCallback | None = None) -> ShotRecord:
+    async def render(self, plan: ShotPlan, on_progress: OnProgress | None = None) -> ShotRecord:
         """Render a shot and commit its files. Raises ShotFailed.
 
         If the likeness is too low, the further tries of the plan follow, with other seeds.
@@ -80,7 +80,7 @@ class Shots:
         failure = StepFailed(LIKENESS, best_try(rejected)).failure()
         raise ShotFailed(failure.model_copy(update={"attempts": len(rejected)}), Kind.INPUT)
 
-    async def _with_restarts(self, plan: ShotPlan, order: int, on_progress: ProgressCallback | None) -> ShotRecord:
+    async def _with_restarts(self, plan: ShotPlan, order: int, on_progress: OnProgress | None) -> ShotRecord:
         """Render with one seed, again if inputs of a call are lost. Raises ShotFailed, and LikenessTooLow as soon as known."""
         for number in range(MAX_RESTARTS):
             try:
@@ -95,7 +95,7 @@ class Shots:
                 failure = failed.failure.model_copy(update={"attempts": number + 1})
         raise ShotFailed(failure)
 
-    async def _run(self, plan: ShotPlan, order: int, on_progress: ProgressCallback | None) -> ShotRecord:
+    async def _run(self, plan: ShotPlan, order: int, on_progress: OnProgress | None) -> ShotRecord:
         route = self._routes(plan)
         records: tuple[StepRecord, ...] = ()
         made: Made | None = None
@@ -110,7 +110,7 @@ class Shots:
         return await self._write(plan, order, route, made, records, on_progress)
 
     async def _make(
-        self, plan: ShotPlan, order: int, call: RouteCall, before: Made | None, on_progress: ProgressCallback | None
+        self, plan: ShotPlan, order: int, call: RouteCall, before: Made | None, on_progress: OnProgress | None
     ) -> Made:
         """Return the result of a call, or that of another shot with the same keys."""
         if (kept := self._kept.get(call.keys)) is not None:
@@ -146,7 +146,7 @@ class Shots:
             near=before.process if before is not None else None,
         )
 
-    def _count(self, records: Sequence[StepRecord], on_progress: ProgressCallback | None) -> None:
+    def _count(self, records: Sequence[StepRecord], on_progress: OnProgress | None) -> None:
         if on_progress is not None and records:
             on_progress(Progress(records[-1].stage, 0, 0, sum(record.gpu_seconds for record in records)))
         for record in records:
@@ -162,7 +162,7 @@ class Shots:
         route: Route,
         made: Made | None,
         records: tuple[StepRecord, ...],
-        on_progress: ProgressCallback | None,
+        on_progress: OnProgress | None,
     ) -> ShotRecord:
         if on_progress is not None:
             on_progress(Progress(route.chunk_calls[-1].stages[-1] if route.chunk_calls else OUTPUT, 0, 0))
@@ -193,7 +193,7 @@ class Shots:
         route: Route,
         made: Made | None,
         records: tuple[StepRecord, ...],
-        on_progress: ProgressCallback | None,
+        on_progress: OnProgress | None,
     ) -> tuple[CallResult, ShotRecord | None]:
         """Write a clip whose chunks any free workers process meanwhile. Returns the first failure of the encoder."""
         output = made.outputs[0] if made is not None else {}
@@ -223,7 +223,7 @@ class Shots:
         raise AssertionError("a clip has at least one chunk")
 
     async def _processed(
-        self, plan: ShotPlan, order: int, route: Route, made: Made | None, on_progress: ProgressCallback | None
+        self, plan: ShotPlan, order: int, route: Route, made: Made | None, on_progress: OnProgress | None
     ) -> AsyncGenerator[tuple[tuple[StepRecord, ...], Any]]:
         """Yield the records and the output of each chunk of a clip, in order. At most MAX_CHUNKS_AHEAD of them are started."""
         n_frames, _ = clip_length(plan.shot)

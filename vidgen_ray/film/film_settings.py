@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, Validat
 
 from vidgen_ray.errors import (
     NOT_A_URL,
-    URL,
+    URL_START,
     FieldError,
     MissingShots,
     ScriptError,
@@ -21,7 +21,7 @@ from vidgen_ray.errors import (
     UsageError,
     allowed_of,
     known_fields,
-    shortened,
+    shortened_value,
 )
 from vidgen_ray.limits import MAX_PIXELS
 from vidgen_ray.media import Mp4Settings
@@ -155,7 +155,7 @@ class FilmSettings(StrictModel):
     @field_validator(*_FILES)
     @classmethod
     def _check_file(cls, path: Path | None) -> Path | None:
-        if path is not None and URL.match(str(path)):
+        if path is not None and URL_START.match(str(path)):
             raise ValueError(NOT_A_URL)
         if path is not None and not path.is_file():
             raise ValueError(f"must be an existing file (looked for {path.absolute()})")
@@ -173,7 +173,7 @@ def read_film_file(path: Path) -> dict[str, Any]:
 def checked_fields(fields: Mapping[str, Any], folder: Path, source: str) -> dict[str, Any]:
     """Return the fields of a film, with paths relative to `folder` made absolute. Raises ScriptError that names `source`."""
     files = {name: fields[name] for name in _FILES if isinstance(fields.get(name), str)}
-    paths = {name: file if URL.match(file) else str(folder.absolute() / file) for name, file in files.items()}
+    paths = {name: file if URL_START.match(file) else str(folder.absolute() / file) for name, file in files.items()}
     film_settings({**fields, **paths}, source)
     return {**fields, **paths}
 
@@ -201,7 +201,7 @@ def _field_error(detail: Any, source: str) -> FieldError:
     if detail["type"] == "extra_forbidden":
         names = (FilmEntry if field.startswith("shots[") else FilmSettings).model_fields
         return FieldError(source, None, field, "an unknown field", known_fields(str(detail["loc"][-1]), names))
-    got = "the fields" if isinstance(detail["input"], dict) else shortened(detail["input"])
+    got = "the fields" if isinstance(detail["input"], dict) else shortened_value(detail["input"])
     return FieldError(source, None, field or None, got, allowed_of(detail))
 
 

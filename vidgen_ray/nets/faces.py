@@ -115,11 +115,11 @@ def norm_crop(photo: NDArray[np.uint8], keypoints: NDArray[np.floating]) -> NDAr
     """
     import cv2
 
-    crop = cv2.warpAffine(np.ascontiguousarray(photo), similarity(keypoints, TEMPLATE_PX), (CROP_PX, CROP_PX))
+    crop = cv2.warpAffine(np.ascontiguousarray(photo), similarity_transform(keypoints, TEMPLATE_PX), (CROP_PX, CROP_PX))
     return np.asarray(crop, np.uint8)
 
 
-def similarity(source: NDArray[np.floating], target: NDArray[np.floating]) -> NDArray[np.float64]:
+def similarity_transform(source: NDArray[np.floating], target: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return the least-squares rotation, scale and shift (2, 3) from `source` to `target`, both (N, 2).
 
     In the plane, Umeyama's method needs no singular values: with points as complex numbers the map is z -> a * z + b.

@@ -62,7 +62,7 @@ def clip_fields_with_hd(width: int, height: int, scale: int) -> _ShotFields:
     return {"upscale_video": True, "scale": scale, **fields}
 
 
-def image_fields(width: int, height: int) -> _ShotFields:
+def image_size_fields(width: int, height: int) -> _ShotFields:
     """Return the fields of a shot whose image has this width and height in pixels. Raises ApiError 400."""
     _check(width, height, MAX_SIDE_PX)
     drawn = _ceil(width, IMAGE_MULTIPLE_PX), _ceil(height, IMAGE_MULTIPLE_PX)

@@ -30,7 +30,7 @@ from vidgen_ray.online.job_service import plan_job, storage_problem
 from vidgen_ray.online.queue_estimate import ProgressEstimator, QueueEstimator
 from vidgen_ray.online.server_settings import Budget, OnlineSettings
 from vidgen_ray.online.serving_profile import serving_profile
-from vidgen_ray.online.store.jobs import LEASE_S, Job, JobError, JobProgress, JobState, described, new_owner
+from vidgen_ray.online.store.jobs import LEASE_S, Job, JobError, JobProgress, JobState, director_text, new_owner
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.online.webhooks import run_maintenance
 from vidgen_ray.online.workers import Actors
@@ -339,7 +339,7 @@ class JobDirector:
         if self._other and self._other != before:
             log.warning(
                 "another server works with the same database, so this one starts no jobs. Its director is %s",
-                described(self._other),
+                director_text(self._other),
             )
 
     def _free_slots(self, running: int) -> int:

@@ -21,7 +21,7 @@ from vidgen_ray.cli.options import AddressOption
 from vidgen_ray.cli.run_script import stoppable
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.online.server_settings import OnlineSettings, read_yaml
+from vidgen_ray.online.server_settings import OnlineSettings, read_settings_file
 from vidgen_ray.planner import profile_for, this_machine
 from vidgen_ray.stages.base import Stage
 
@@ -80,7 +80,7 @@ def settings_of(file: Path | None, options: dict[str, Any]) -> OnlineSettings:
     """
     content: Any = {}
     if file is not None:
-        content = read_yaml(file, f"settings {file}") or {}
+        content = read_settings_file(file, f"settings {file}") or {}
         if not isinstance(content, dict):
             raise UsageError(f"settings {file}: must be a mapping of settings to values, e.g. `port: 8000`")
     try:
@@ -148,11 +148,11 @@ def _wait_for_other_server(store: JobStore, wait_s: float) -> None:
 
     One that has crashed on another machine is only known by its missing heartbeats.
     """
-    from vidgen_ray.online.store.jobs import LEASE_S, described
+    from vidgen_ray.online.store.jobs import LEASE_S, director_text
 
     started = time.monotonic()
     while (other := store.queue.director(LEASE_S)) is not None:
-        waited_s, server = time.monotonic() - started, f"another server works with it, whose director is {described(other)}"
+        waited_s, server = time.monotonic() - started, f"another server works with it, whose director is {director_text(other)}"
         if waited_s >= wait_s:
             raise SetupError(
                 f"database {store.url}: {server}. Stop it, wait longer with --wait SECONDS, or use another folder with --data."

@@ -17,7 +17,7 @@ from vidgen_ray.online.auth import ApiKeys, check_bind_host, check_token_require
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import Cluster, Plan, cpus_needed, load_calibration, parse_gpus, plan, profile_for
+from vidgen_ray.planner import Cluster, Plan, cpus_needed, load_calibration, parse_gpus, plan_run, profile_for
 from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout
 from vidgen_ray.provenance.signing import check_signing
@@ -77,7 +77,7 @@ def plan_for(served: ServingProfile, cluster: Cluster, shots_at_once: int | None
     """Plan the layout of a server. `shots_at_once`: `None` for as many as GPUs. Raises ProfileError and SetupError as the
     planner does."""
     profile, shots = served.profile, shots_at_once or max(1, len(cluster.gpus))
-    return plan(
+    return plan_run(
         profile, served.demand(), cluster, calibration=load_calibration(profile.name, cluster.card), shots_at_once=shots
     )
 

@@ -19,7 +19,7 @@ MB = 1_000_000
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
-def read_yaml(file: Path, name: str) -> Any:
+def read_settings_file(file: Path, name: str) -> Any:
     """Return the content of a YAML file. Raises UsageError that starts with `name`."""
     try:
         return load_yaml(file)

@@ -195,7 +195,7 @@ def upload_folder(outputs: OutputFolder, records: UploadRecords, caps: UploadCap
     return UploadFolder((outputs.storage.local or cache_dir()) / "inputs", records, caps)
 
 
-def too_large(param: str | None, cap_bytes: float) -> ApiError:
+def too_large_error(param: str | None, cap_bytes: float) -> ApiError:
     """Return a 413 error for a field, or for the whole request."""
     subject = f"{param}: is" if param else "The request is"
     return ApiError(413, f"{subject} larger than {cap_bytes} bytes", code="too_large", param=param)
@@ -207,7 +207,7 @@ def copy_capped(source: IO[bytes], target: BinaryIO, cap_bytes: float, param: st
     while block := source.read(_BLOCK_BYTES):
         size += len(block)
         if size > cap_bytes:
-            raise too_large(param, cap_bytes)
+            raise too_large_error(param, cap_bytes)
         digest.update(block)
         target.write(block)
     return digest.hexdigest(), size
@@ -219,7 +219,7 @@ def from_data_url(url: str, cap_bytes: int, param: str) -> bytes:
     if header is None:
         raise invalid(param, "must be a base64 data: URL, for example data:image/png;base64,...")
     if len(url) - header.end() > cap_bytes * 4 // 3 + 4:
-        raise too_large(param, cap_bytes)
+        raise too_large_error(param, cap_bytes)
     try:
         return base64.b64decode(url[header.end() :], validate=True)
     except (binascii.Error, ValueError):
@@ -229,7 +229,7 @@ def from_data_url(url: str, cap_bytes: int, param: str) -> bytes:
 def check_announced(scope: Scope, cap_bytes: int) -> None:
     """Raise ApiError 413 if a request announces a body of more than `cap_bytes`, before it arrives."""
     if cap_bytes < announced_bytes(scope) < math.inf:
-        raise too_large(None, cap_bytes)
+        raise too_large_error(None, cap_bytes)
 
 
 class BodyCap:
@@ -248,7 +248,7 @@ class BodyCap:
         cap_bytes = self._cap_bytes if has_body else SMALL_FORM_BYTES
         # Before anything is read: Ray Serve would keep it in memory.
         if announced > cap_bytes and not (has_body and announced == math.inf):
-            await error_response(too_large(None, cap_bytes))(scope, receive, send)
+            await error_response(too_large_error(None, cap_bytes))(scope, receive, send)
             return
 
         async def counted() -> Message:
@@ -256,7 +256,7 @@ class BodyCap:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._cap_bytes:
-                raise too_large(None, self._cap_bytes)
+                raise too_large_error(None, self._cap_bytes)
             return message
 
         await self._app(scope, counted, send)
@@ -379,7 +379,7 @@ async def _spool_body(request: Request, cap_bytes: int) -> SpooledTemporaryFile[
         async for chunk in request.stream():
             body.write(chunk)
             if body.tell() > cap_bytes:
-                raise too_large(None, cap_bytes)
+                raise too_large_error(None, cap_bytes)
     except BaseException:
         body.close()
         raise

@@ -40,7 +40,7 @@ from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import remove
 
-GRACE_S = 600.0
+MIN_AGE_S = 600.0
 """Minimum age of garbage, in seconds. Younger files may be in use by a `VideoGenerationPipeline`, which takes no lease."""
 SHOT_FILE_NAMES = {*SHOT_FILES.values(), *(stage.debug_file for stage in STAGES if stage.debug_file)}
 _Kind = Literal["cache entries", "partial shots", "stale keys", "temporaries"]
@@ -68,7 +68,7 @@ class GarbageReport:
         self.bytes += size
 
 
-def collect_garbage(outputs: OutputFolder, *, dry_run: bool = False, grace_s: float = GRACE_S) -> GarbageReport:
+def collect_garbage(outputs: OutputFolder, *, dry_run: bool = False, grace_s: float = MIN_AGE_S) -> GarbageReport:
     """Remove garbage from an output folder.
 
     Garbage is: cache entries that no shot.json names, shots without shot.json, key files without a finished shot,
@@ -298,7 +298,7 @@ class PruneReport:
     """Script -> its rejected lines, if it has any: its replaced shots are kept."""
 
 
-def prune(
+def prune_shots(
     outputs: OutputFolder, ids: Set[str] = frozenset(), *, dry_run: bool = False, lease: Lease | None = None
 ) -> PruneReport:
     """Delete the files and rows of replaced shots, and of finished shots with these `ids`. `lease`: if it is held already.

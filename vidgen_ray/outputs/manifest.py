@@ -56,7 +56,7 @@ SHOT_FILES = {"image": IMAGE_FILE, "video": VIDEO_FILE, "hd_video": HD_FILE}
 """Manifest column -> file in the folder of the shot."""
 FILE_COLUMNS = ("video", "hd_video", "image")
 """Manifest columns with a file. The first that a shot has is its clip, which is scored and reviewed."""
-LIKENESS = {
+LIKENESS_COLUMNS = {
     "image_likeness": "image",
     "clip_likeness_mean": "clip_mean",
     "clip_likeness_worst": "clip_worst",
@@ -321,7 +321,7 @@ def _result_columns(result: ShotRecord) -> dict[str, Any]:
         columns["licences"] = sorted({used.licence for used in result.licences}, key=str)
         columns["commercial_use"] = worst_use(used.commercial_use for used in result.licences)
     if result.likeness is not None:
-        columns |= {column: getattr(result.likeness, field) for column, field in LIKENESS.items()}
+        columns |= {column: getattr(result.likeness, field) for column, field in LIKENESS_COLUMNS.items()}
     for name, file in SHOT_FILES.items():
         if file in result.files:
             columns[name] = f"{result.folder}/{file}"
@@ -537,7 +537,7 @@ def _path(writer: str) -> str:
 
 _COLUMNS = (
     *("run", "script", "id", "status", "key", "committed_at", "seed", "seconds", "gpu_seconds", "cost", "currency"),
-    *("lora_loads", "cut_tokens", "licences", "commercial_use", *LIKENESS),
+    *("lora_loads", "cut_tokens", "licences", "commercial_use", *LIKENESS_COLUMNS),
     *(f"{name}{end}" for name in SHOT_FILES for end in ("", "_sha256", "_bytes")),
 )
 """Columns of the manifest that a look-up and the row of a reused shot need."""

@@ -47,7 +47,7 @@ from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.shot import Shot
 from vidgen_ray.system.cache_dir import sha256_of
 
-FILE = "failures.jsonl"
+FAILURES_FILE = "failures.jsonl"
 """The failed lines, as a script that can be rendered again. The field `failure` of each line has the reason."""
 SCRIPTS = "scripts.json"
 RAY_PACKAGE = re.compile(r".*/_ray_pkg_[^/]+/")
@@ -67,8 +67,8 @@ def script_name(storage: Storage, path: Path, *, record: Sequence[str] | None = 
     with its path, or with its file name and content. `record`: write it there, with this command. Raises SetupError if
     `scripts.json` is damaged.
     """
-    if path.name == FILE:
-        return FILE
+    if path.name == FAILURES_FILE:
+        return FAILURES_FILE
     try:
         known = json.loads(storage.read(SCRIPTS) or b"{}")
         names = {each["path"]: name for name, each in known.items()}
@@ -364,13 +364,15 @@ def _merge_failures(storage: Storage, is_resolved: Callable[[_Reason], bool]) ->
     The file is deleted if no failure is left.
     """
     parts = [f"{_PARTS}/{name}" for name in sorted(storage.files(_PARTS)) if name.endswith(".jsonl")]
-    if FILE not in storage.files("") and not parts:
+    if FAILURES_FILE not in storage.files("") and not parts:
         return
-    with storage.new_file(FILE) as path:
+    with storage.new_file(FAILURES_FILE) as path:
         with path.open("wb") as target:
-            target.writelines(to_utf8(line + "\n") for line in _unresolved(_lines(storage, [FILE, *parts]), is_resolved))
+            target.writelines(
+                to_utf8(line + "\n") for line in _unresolved(_lines(storage, [FAILURES_FILE, *parts]), is_resolved)
+            )
         is_empty = path.stat().st_size == 0
-    for merged in [FILE, *parts] if is_empty else parts:
+    for merged in [FAILURES_FILE, *parts] if is_empty else parts:
         storage.delete(merged)
     if parts and not storage.files(_PARTS):
         storage.delete_folder(_PARTS)
@@ -393,7 +395,7 @@ def failed_lines(storage: Storage, ids: Set[str] | None = None) -> list[str]:
     def is_wanted(line: str) -> bool:
         return ids is None or ((reason := _reason(line)) is not None and reason.id in ids)
 
-    return list(filter(is_wanted, _lines(storage, [FILE])))
+    return list(filter(is_wanted, _lines(storage, [FAILURES_FILE])))
 
 
 def _unresolved(lines: Iterable[str], is_resolved: Callable[[_Reason], bool]) -> Iterator[str]:

@@ -80,7 +80,7 @@ class VerifyReport:
     """Scripts with a line whose shot is damaged or missing together with its record."""
 
 
-def verify(outputs: OutputFolder, *, repair: bool = False) -> VerifyReport:
+def verify_outputs(outputs: OutputFolder, *, repair: bool = False) -> VerifyReport:
     """Read every file of an output folder that something refers to.
 
     `repair`: delete damaged shots and cache entries, so that the next run makes them again, and write missing key files.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from vidgen_ray.system.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from vidgen_ray.planner.choose_layout import ConsideredLayout, Plan, cpus_needed, plan
+    from vidgen_ray.planner.choose_layout import ConsideredLayout, Plan, cpus_needed, plan_run
     from vidgen_ray.planner.cluster import Cluster, Node, parse_gpus, profile_for, this_machine
     from vidgen_ray.planner.demand import (
         Calibration,
@@ -38,7 +38,7 @@ __all__ = [
     "load_calibration",
     "parse_gpus",
     "peak_shares",
-    "plan",
+    "plan_run",
     "profile_for",
     "save_calibration",
     "save_measurements",
@@ -63,7 +63,7 @@ __getattr__ = lazy_names(
         "parse_gpus": "cluster",
         "peak_shares": "demand",
         "Plan": "choose_layout",
-        "plan": "choose_layout",
+        "plan_run": "choose_layout",
         "profile_for": "cluster",
         "save_calibration": "demand",
         "save_measurements": "demand",

@@ -28,7 +28,7 @@ from vidgen_ray.planner.demand import (
     seconds_of,
 )
 from vidgen_ray.planner.gpu_memory import actors_of, memory_limits, reference_shots
-from vidgen_ray.planner.layout import SHOTS_PER_SWAP, Actor, Assignment, Candidates, Kind, Layout, Slot, WorkerSpec
+from vidgen_ray.planner.layout import SHOTS_PER_SWAP, Actor, Assignment, Candidates, Layout, LayoutKind, Slot, WorkerSpec
 from vidgen_ray.planner.solver import (
     DIRECTOR_CPUS,
     ENCODER_CPUS,
@@ -189,7 +189,7 @@ def cpus_needed(layout: Layout) -> float:
 
 
 def estimate(
-    kind: Kind,
+    kind: LayoutKind,
     packing: Packing,
     demand: Demand,
     cluster: Cluster,
@@ -352,7 +352,7 @@ WORTHWHILE = 0.05
 """Part of a run's duration that dividing shots among twice as many GPUs must save."""
 
 
-def plan(
+def plan_run(
     profile: Profile,
     demand: Demand,
     cluster: Cluster,
@@ -588,16 +588,16 @@ def _timing(
     return Timing(seconds, spread, reference_s, peak_share, tuple(assumed), encode_s, warm_up_s, compiling)
 
 
-Choice = tuple[Kind, Packing, tuple[ConsideredLayout, ...]]
+Choice = tuple[LayoutKind, Packing, tuple[ConsideredLayout, ...]]
 """Kind and packing of the chosen layout, and all layouts considered."""
 
-_LAYOUTS: tuple[tuple[str, Kind, Callable[[Sequence[Actor]], Candidates]], ...] = (
+_LAYOUTS: tuple[tuple[str, LayoutKind, Callable[[Sequence[Actor]], Candidates]], ...] = (
     ("fused", "fused", layout.fused),
     ("hybrid", "hybrid", layout.hybrid),
     ("hybrid with swapping", "hybrid", layout.hybrid_with_swapping),
 )
 """Name, kind and candidate assignments of the layouts of `auto`, simplest first."""
-STAGED: tuple[str, Kind, Callable[[Sequence[Actor]], Candidates]] = ("staged", "staged", layout.staged)
+STAGED: tuple[str, LayoutKind, Callable[[Sequence[Actor]], Candidates]] = ("staged", "staged", layout.staged)
 """Used if a profile requests it. One process with the same stages needs no more memory, and has the same rate."""
 
 
@@ -641,7 +641,7 @@ def _pack_beside(problem: PackingProblem, candidates: Candidates, cluster: Clust
 
 
 def _pack_cpus(profile: Profile, problem: PackingProblem, cluster: Cluster) -> Choice:
-    kind: Kind = "fused" if profile.layout == "auto" else profile.layout
+    kind: LayoutKind = "fused" if profile.layout == "auto" else profile.layout
     # With one process per actor, a single slot renders the whole run.
     max_slots = min(profile.cpu_workers or problem.max_slots, problem.max_slots) if kind == "fused" else 1
     problem = replace(problem, max_slots=max_slots)

@@ -97,7 +97,7 @@ def actor_memory(profile: Profile, stages: Sequence[type[Stage[Any]]], shots: It
     for stage, params, shot in _calls(profile, stages, shots):
         fitting = fitting_params(stage, params, shot, gpu_gb)
         if fitting is None:
-            refused[too_large(stage, params, shot, gpu_gb)] = stage.name
+            refused[too_large_text(stage, params, shot, gpu_gb)] = stage.name
             continue
         fitting_stages.add(stage.name)
         memory = stage_memory(profile, stage, fitting, shot)
@@ -223,7 +223,7 @@ class SizeCheck:
         for stage in stages_of(shot):
             params = self._params_of(stage)
             if params is not None and fitting_params(stage, params, shot, self._gpu_gb) is None:
-                return stage.name, too_large(stage, params, shot, self._gpu_gb)
+                return stage.name, too_large_text(stage, params, shot, self._gpu_gb)
         return None
 
     def _params_of(self, stage: type[Stage[Any]]) -> StageParams | None:
@@ -243,7 +243,7 @@ def lowest_memory(stage: type[Stage[Any]], params: StageParams, shot: Shot) -> S
     return memory
 
 
-def too_large(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu_gb: float) -> str:
+def too_large_text(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu_gb: float) -> str:
     """Return the message for a shot that does not fit on a GPU in any way: what it needs, and what would fit."""
     memory = lowest_memory(stage, params, shot)
     is_clip = "num_frames" in stage.reads

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 from vidgen_ray.system.free_memory import pins_exact_sizes
 
-Kind = Literal["fused", "staged", "hybrid"]
+LayoutKind = Literal["fused", "staged", "hybrid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Slot:
 class Layout:
     """All processes of a run."""
 
-    kind: Kind
+    kind: LayoutKind
     slots: tuple[Slot, ...]
     encoders: int
     window: int

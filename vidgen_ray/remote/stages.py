@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, JsonValue, field_validator
 
 from vidgen_ray import media
-from vidgen_ray.errors import MediaError, StageError, shortened
+from vidgen_ray.errors import MediaError, StageError, shortened_value
 from vidgen_ray.limits import MAX_FRAMES
 from vidgen_ray.remote.video_server import (
     ServerFailed,
@@ -101,7 +101,9 @@ class RemoteParams(StageParams):
         if wrong := [url for url in value if not _is_url(url)]:
             meant = f"http://{wrong[0]}"
             advice = f"; write {meant}" if isinstance(wrong[0], str) and "://" not in wrong[0] and _is_url(meant) else ""
-            raise ValueError(f"{shortened(wrong[0])} must be a URL such as http://video:8000, without user and query{advice}")
+            raise ValueError(
+                f"{shortened_value(wrong[0])} must be a URL such as http://video:8000, without user and query{advice}"
+            )
         return tuple(dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in value))
 
     @field_validator("fields")

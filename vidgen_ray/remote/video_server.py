@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vidgen_ray.errors import Cancelled, OtherWeights, SetupError, StageError, shortened
+from vidgen_ray.errors import Cancelled, OtherWeights, SetupError, StageError, shortened_value
 from vidgen_ray.stages.base import JobRecords
 
 if TYPE_CHECKING:
@@ -566,7 +566,7 @@ def _parsed(model: type[_M], response: httpx2.Response) -> _M:
     try:
         return model.model_validate_json(response.content)
     except ValidationError:
-        raise WrongAnswer(f"{response.url}: got {shortened(response.text)}, must be JSON as of OpenAI's API") from None
+        raise WrongAnswer(f"{response.url}: got {shortened_value(response.text)}, must be JSON as of OpenAI's API") from None
 
 
 def _error_text(response: httpx2.Response) -> str:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from vidgen_ray.errors import OutOfMemory
 from vidgen_ray.planner.cluster import GB, WSL_DEVICE
-from vidgen_ray.planner.gpu_memory import changed_options, too_large
+from vidgen_ray.planner.gpu_memory import changed_options, too_large_text
 from vidgen_ray.planner.layout import CONTEXT_GB
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
@@ -126,7 +126,7 @@ def _exhausted(stage: Stage[Any], shot: Shot, message: str) -> str:
     gpu_gb = None if stage.params.device == "cpu" else total_gpu_gb()
     hint = ""
     if gpu_gb is not None and stage.memory(stage.params, shot) is not None:
-        hint = f"; {too_large(type(stage), stage.params, shot, gpu_gb)}"
+        hint = f"; {too_large_text(type(stage), stage.params, shot, gpu_gb)}"
     return f"out of GPU memory, also with the lowest-memory settings of {stage.name}: {message.splitlines()[0]}{hint}"
 
 

@@ -51,11 +51,11 @@ from vidgen_ray.outputs.run_log import read_status
 from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, no_results, storage_at
 from vidgen_ray.report.shot_text import (
     DEFAULTS,
+    dimensions_text,
     length_text,
     place_in_script,
     settings_text,
     short_names,
-    size_text,
     value_text,
 )
 from vidgen_ray.script.expansion import CHOSEN
@@ -134,7 +134,7 @@ def _row(storage: Storage, row: Mapping[str, Any], failed_fields: Mapping[str, d
         worst = shown["likeness"]
         likeness = None if worst is None else "no face found" if worst < -0.99 else f"likeness {worst:.2f}"
         cost = f"cost {amount_text(row['cost'])} {row['currency'] or ''}".rstrip() if row["cost"] else None
-        shown["facts"] = [part for part in (length, size_text(*size) if size[0] else None, likeness, cost) if part]
+        shown["facts"] = [part for part in (length, dimensions_text(*size) if size[0] else None, likeness, cost) if part]
         about |= {"Length": length, "Likeness at rendering": likeness_text(row)}
         about["Rendered in"] = duration(row["seconds"]) if row["seconds"] is not None else None
         about["Cost"] = money(row["cost"], row["currency"]) if row["cost"] else None

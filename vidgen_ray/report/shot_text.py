@@ -28,10 +28,10 @@ def settings_text(
 ) -> Iterator[tuple[str, str]]:
     """Yield the name and the value of what made a file of this size. `lora_names`: path -> name."""
     yield "Mode", shot.mode
-    yield "Size", size_text(*size)
+    yield "Size", dimensions_text(*size)
     if (shot.width, shot.height) != size:
         growth = max((scale for scale, _ in clip_growth(shot).values()), default=1)
-        yield "Drawn at", size_text(shot.width, shot.height) + (f", upscaled {growth} times" if growth > 1 else "")
+        yield "Drawn at", dimensions_text(shot.width, shot.height) + (f", upscaled {growth} times" if growth > 1 else "")
     if shot.generate_video:
         n_frames, fps = clip_length(shot)
         made = "" if n_frames == shot.clip_frames else f", interpolated from {shot.clip_frames}"
@@ -84,7 +84,7 @@ def short_names(texts: Collection[str]) -> dict[str, str]:
     return {text: text for text in texts}
 
 
-def size_text(width: int, height: int) -> str:
+def dimensions_text(width: int, height: int) -> str:
     return f"{width} × {height}"
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from vidgen_ray.content_keys import CutText
-from vidgen_ray.errors import NOT_A_URL, URL, FieldError, ScriptError, SetupError, explain, in_json, shortened
+from vidgen_ray.errors import NOT_A_URL, URL_START, FieldError, ScriptError, SetupError, explain, in_json, shortened_value
 from vidgen_ray.graph import STAGES, stages_of, uncropped_size
 from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_LORA_BYTES, MAX_NESTING
 from vidgen_ray.media.media_file import load_font, missing_letter
@@ -130,7 +130,7 @@ class LineChecker:
         wrong = [(f"defaults.{name}", got, allowed) for name, got, allowed in wrong_defaults(own, strict=True)]
         for name, named in (("character", header.characters), (STYLE, header.styles)):
             if (default := header.defaults.get(name)) is not None and normal_form(str(default)) not in named:
-                wrong.append((f"defaults.{name}", shortened(default), f"must be one of {', '.join(named) or 'none'}"))
+                wrong.append((f"defaults.{name}", shortened_value(default), f"must be one of {', '.join(named) or 'none'}"))
         sections = {"defaults": {"": header.defaults}, "characters": header.characters, "styles": header.styles}
         for section, named in sections.items():
             for name, fields in named.items():
@@ -149,7 +149,7 @@ class LineChecker:
         own = {name: _whole_number(name, value) for name, value in line.fields.items()}
         if (deep := next((name for name, value in own.items() if is_deep(value)), None)) is not None:
             # The value stays out of all that follows: neither its repr nor its JSON can be relied on.
-            line.fields = {"unreadable": shortened(deep)}
+            line.fields = {"unreadable": shortened_value(deep)}
             line.reject(deep, "a value that is nested too deeply", f"must have at most {MAX_NESTING} levels")
             return line
         failure = own.pop(FAILURE_FIELD, None)
@@ -282,10 +282,10 @@ class LineChecker:
             line.reject(None, "invalid values", f"must be plain JSON, not nested deeply ({error})")
             return None
         if shot.identity not in identities():
-            line.reject("identity", shortened(shot.identity), f"must be one of {', '.join(identities())}")
+            line.reject("identity", shortened_value(shot.identity), f"must be one of {', '.join(identities())}")
         self._check_texts(line, shot)
         if shot.continue_from is not None and shot.image is not None:
-            line.reject("continue_from", shortened(shot.continue_from), "must not be set together with image")
+            line.reject("continue_from", shortened_value(shot.continue_from), "must not be set together with image")
         if shot.crop_width is not None or shot.crop_height is not None:
             for name, whole in zip(("crop_width", "crop_height"), uncropped_size(shot), strict=True):
                 crop = getattr(shot, name)
@@ -294,7 +294,7 @@ class LineChecker:
         # Shots are sent between machines as JSON. `metadata` is the only field that may not survive it unchanged.
         if shot.metadata and not _is_plain_json(shot.metadata):
             allowed = "must be plain JSON, not nested deeply, without NaN, Infinity or invalid Unicode"
-            line.reject("metadata", shortened(shot.metadata), allowed)
+            line.reject("metadata", shortened_value(shot.metadata), allowed)
         return shot
 
     def _check_texts(self, line: Line, shot: Shot) -> None:
@@ -307,7 +307,7 @@ class LineChecker:
                 try:
                     safety.check_prompt(text)
                 except UnsafeContent as error:
-                    line.reject(name, shortened(text), str(error))
+                    line.reject(name, shortened_value(text), str(error))
 
     def _with_absolute_paths(self, line: Line, shot: Shot) -> Shot:
         """Return the shot with absolute paths. Files that do not exist are errors of the line."""
@@ -322,7 +322,7 @@ class LineChecker:
                 paths[name] = tuple(self._existing_lora(line, name, lora) for lora in loras)
                 files = [lora.model_dump(exclude={"weight"}) for lora in paths[name]]
                 if twice := next((file["path"] for file in files if files.count(file) > 1), None):
-                    line.reject(name, shortened(twice), "is listed twice; list it once, with the sum of the weights")
+                    line.reject(name, shortened_value(twice), "is listed twice; list it once, with the sum of the weights")
         return shot.model_copy(update=paths) if paths else shot
 
     def _with_consent(self, line: Line, shot: Shot) -> Shot:
@@ -353,10 +353,10 @@ class LineChecker:
 
     def _existing_file(self, line: Line, field: str, path: str) -> str:
         absolute, size = self._locate(path)
-        if size is None and (URL.match(path) or path.startswith("data:")):
-            line.reject(field, shortened(path), NOT_A_URL)
+        if size is None and (URL_START.match(path) or path.startswith("data:")):
+            line.reject(field, shortened_value(path), NOT_A_URL)
         elif size is None:
-            line.reject(field, shortened(path), f"must be an existing file (looked for {absolute})")
+            line.reject(field, shortened_value(path), f"must be an existing file (looked for {absolute})")
         else:
             _check_bytes(line, field, path, size, MAX_IMAGE_BYTES)
         return absolute
@@ -368,16 +368,16 @@ class LineChecker:
             try:
                 resolve(lora.path)
             except SetupError as error:
-                line.reject(field, shortened(lora.path), str(error))
+                line.reject(field, shortened_value(lora.path), str(error))
             return lora
         absolute, size = self._locate(lora.path)
-        if size is None and URL.match(lora.path):
-            line.reject(field, shortened(lora.path), NOT_A_URL)
+        if size is None and URL_START.match(lora.path):
+            line.reject(field, shortened_value(lora.path), NOT_A_URL)
         elif size is None and HUB_REPOSITORY.fullmatch(lora.path):
             allowed = "must be a .safetensors file; LoRAs are not read from a hub, download it first: hf download OWNER/NAME"
-            line.reject(field, shortened(lora.path), allowed)
+            line.reject(field, shortened_value(lora.path), allowed)
         elif size is None or not is_weights:
-            line.reject(field, shortened(lora.path), f"must be an existing .safetensors file (looked for {absolute})")
+            line.reject(field, shortened_value(lora.path), f"must be an existing .safetensors file (looked for {absolute})")
         else:
             _check_bytes(line, field, lora.path, size, MAX_LORA_BYTES)
         return lora.model_copy(update={"path": absolute})
@@ -435,7 +435,7 @@ def file_errors(fields: Mapping[str, Any], folder: Path) -> tuple[FieldError, ..
 def _check_bytes(line: Line, field: str, path: str, size: int, limit: int) -> None:
     """Reject a file before it is hashed and read."""
     if size > limit:
-        line.reject(field, shortened(path), f"has {size:,} bytes, must have at most {limit:,}")
+        line.reject(field, shortened_value(path), f"has {size:,} bytes, must have at most {limit:,}")
 
 
 def is_deep(value: Any) -> bool:
@@ -516,12 +516,12 @@ OF_THE_IMAGE = frozenset(("style_prompt", "style_strength", "lora_strength"))
 """Fields that a continued shot does not read."""
 WITHOUT_NOTE = frozenset(("prompt", "negative_prompt", "seed", "width", "height", "metadata"))
 """Fields that stages read in nearly every shot, that concern what the chain starts from, or that have a use without a stage."""
-READERS: dict[str, list[type[Stage[Any]]]] = {}
+STAGES_OF_FIELD: dict[str, list[type[Stage[Any]]]] = {}
 for _stage in STAGES:
     for _field in (*_stage.reads, *_stage.identity_fields):
-        READERS.setdefault(_field, []).append(_stage)
+        STAGES_OF_FIELD.setdefault(_field, []).append(_stage)
 _DEFAULTS = {name: field.default for name, field in Shot.model_fields.items()}
-NOTED = frozenset(READERS) - WITHOUT_NOTE
+NOTED = frozenset(STAGES_OF_FIELD) - WITHOUT_NOTE
 CHECKED = NOTED | {"min_identity", "retries", *NESTED_FIELDS}
 
 
@@ -544,7 +544,7 @@ def ignored_settings(own: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, 
 
 def _advice(field: str, shot: Shot) -> str:
     """Return how a shot would read a field that its stages do not read."""
-    stages = READERS[field]
+    stages = STAGES_OF_FIELD[field]
     if shot.generate_video and all(stage.name in VIDEO_MODELS for stage in stages):
         return f"set video_model to {' or '.join(stage.name for stage in stages)}"
     if not shot.face_image and any(stage in stages for stage in stages_of(shot)):

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vidgen_ray.errors import FieldError, ScriptError, known_fields, shortened
+from vidgen_ray.errors import FieldError, ScriptError, known_fields, shortened_value
 from vidgen_ray.limits import MAX_SHOTS_PER_LINE
 from vidgen_ray.script.lines import WrongField, absolute_path, read_yaml_file, with_absolute_paths
 from vidgen_ray.shot import MATRIX, Shot, wrong_defaults
@@ -89,21 +89,21 @@ def _checked(source: str, kind: str, value: Any, fields: Sequence[str], texts: S
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise _wrong(source, kind, shortened(value), "must be a mapping of names to fields")
+        raise _wrong(source, kind, shortened_value(value), "must be a mapping of names to fields")
     for name, named in value.items():
         where = f"{kind}.{str(name)[:64]}"
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             allowed = "a name must be 1 to 64 letters, digits, _ or -, starting with a letter"
-            raise _wrong(source, kind, shortened(name), allowed)
+            raise _wrong(source, kind, shortened_value(name), allowed)
         if not isinstance(named, dict):
-            raise _wrong(source, where, shortened(named), f"must be a mapping with {', '.join((*fields, *texts))}")
+            raise _wrong(source, where, shortened_value(named), f"must be a mapping with {', '.join((*fields, *texts))}")
         for field, content in named.items():
             if field not in (*fields, *texts):
                 raise _wrong(
                     source, f"{where}.{str(field)[:64]}", "an unknown field", known_fields(str(field), (*fields, *texts))
                 )
             if field in texts and (not isinstance(content, str) or not content.strip()):
-                raise _wrong(source, f"{where}.{field}", shortened(content), "must be text")
+                raise _wrong(source, f"{where}.{field}", shortened_value(content), "must be text")
         shot_fields = {field: content for field, content in named.items() if field in fields}
         for wrong, got, allowed in wrong_defaults(shot_fields, strict=True)[:1]:
             raise _wrong(source, f"{where}.{wrong}", got, allowed)
@@ -182,7 +182,7 @@ def _named(field: str, name: Any, named: NamedFields, section: str) -> Mapping[s
         more = (
             " (define characters in the header of a .yaml script, or with --characters FILE)" if section == "characters" else ""
         )
-        raise WrongField(field, shortened(name), f"must be one of the script's {section}: {names}{'' if named else more}")
+        raise WrongField(field, shortened_value(name), f"must be one of the script's {section}: {names}{'' if named else more}")
     return named[normal_form(name)]
 
 
@@ -251,13 +251,13 @@ def expand(fields: Mapping[str, Any]) -> list[Expanded]:
 
 def _matrix_axes(matrix: Any) -> Iterator[list[tuple[str, Any]]]:
     if not isinstance(matrix, dict):
-        raise WrongField(MATRIX, shortened(matrix), "must map fields to lists of values")
+        raise WrongField(MATRIX, shortened_value(matrix), "must map fields to lists of values")
     allowed = [*(name for name in Shot.model_fields if name not in NO_MATRIX_FIELDS), STYLE]
     for name, values in matrix.items():
         if name not in allowed and "." not in str(name):
             raise WrongField(f"{MATRIX}.{str(name)[:40]}", "an unknown field", known_fields(str(name), allowed))
         if not isinstance(values, list) or not values:
-            raise WrongField(f"{MATRIX}.{name}", shortened(values), "must be a list of values")
+            raise WrongField(f"{MATRIX}.{name}", shortened_value(values), "must be a list of values")
         yield [(name, value) for value in values]
 
 
@@ -269,7 +269,7 @@ def _suffix(values: Sequence[Any], chosen: Sequence[str], taken: set[str]) -> st
     suffix = "".join(f"-{_slug(value)}" for value in (*values, *chosen))
     content = repr((values, chosen))
     if content in taken:
-        raise WrongField(MATRIX, shortened(values), "must be listed once")
+        raise WrongField(MATRIX, shortened_value(values), "must be listed once")
     if suffix in taken:
         suffix += f"-{hashlib.sha256(content.encode('utf-8', 'surrogatepass')).hexdigest()[:HASH_DIGITS]}"
     taken |= {suffix, content}
@@ -300,9 +300,9 @@ def _choose(fields: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Sequence[t
             parts[name][number] = option
         for name, text in parts.items():
             if CHOICES.search(joined := "".join(text)):
-                raise WrongField(name, shortened(joined), "choices such as {a|b} must not contain other choices")
+                raise WrongField(name, shortened_value(joined), "choices such as {a|b} must not contain other choices")
             if unclosed := UNCLOSED_CHOICES.search(joined):
-                raise WrongField(name, shortened(unclosed[0]), "choices such as {a|b} must end with }")
+                raise WrongField(name, shortened_value(unclosed[0]), "choices such as {a|b} must end with }")
         # A choice may be empty: "a {red |}ball".
         joined_texts = {name: " ".join("".join(text).split()) for name, text in parts.items()} if choices else {}
         yield (
@@ -314,7 +314,7 @@ def _choose(fields: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Sequence[t
 def _options(name: str, text: str) -> list[str]:
     options = text.split("|")
     if len({" ".join(option.split()) for option in options}) < len(options):
-        raise WrongField(name, shortened("{" + text + "}"), "choices must differ")
+        raise WrongField(name, shortened_value("{" + text + "}"), "choices must differ")
     return options
 
 

@@ -20,7 +20,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from vidgen_ray.errors import SCHEMA_COMMAND, ScriptError, in_json, known_fields, shortened
+from vidgen_ray.errors import SCHEMA_COMMAND, ScriptError, in_json, known_fields, shortened_value
 from vidgen_ray.script.expansion import STYLE
 from vidgen_ray.script.lines import (
     COMPRESSED,
@@ -40,7 +40,7 @@ from vidgen_ray.script.lines import (
     unreadable_line,
     with_absolute_paths,
 )
-from vidgen_ray.script.screenplay import read_yaml
+from vidgen_ray.script.screenplay import read_screenplay
 from vidgen_ray.shot import GUIDANCE_SCALES, ID_PATTERN, IMAGE_FIELDS, MATRIX, NESTED_FIELDS, Shot, number_fields
 
 METADATA_PREFIX = "metadata."
@@ -145,7 +145,7 @@ def _json_line(source: str, number: int, text: str) -> Line:
         return unreadable_line(source, number, "the field twice", "must appear only once", field=duplicate.field, text=text)
     except (ValueError, RecursionError) as error:
         allowed = f"must be a JSON object on one line ({error})"
-        return unreadable_line(source, number, shortened(text), allowed, text=text)
+        return unreadable_line(source, number, shortened_value(text), allowed, text=text)
     if not isinstance(value, dict):
         return unreadable_line(source, number, in_json(value), "must be a JSON object with at least a prompt", text=text)
     return Line(number, value)
@@ -453,7 +453,7 @@ def table_lines(
             # An error of the caller's function concerns this row only.
             except Exception as error:
                 allowed = f"to_fields raised {type(error).__name__}: {error}"
-                yield unreadable_line(name, 0, shortened(fields), allowed, text=shortened(fields))
+                yield unreadable_line(name, 0, shortened_value(fields), allowed, text=shortened_value(fields))
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -528,8 +528,8 @@ READERS: dict[str, Callable[[Path, Columns], tuple[Header, Lines]]] = {
     ".tsv": read_csv,
     ".txt": read_txt,
     ".parquet": read_parquet,
-    ".yaml": read_yaml,
-    ".yml": read_yaml,
+    ".yaml": read_screenplay,
+    ".yml": read_screenplay,
 }
 BINARY = (".parquet", ".yaml", ".yml")
 """Endings of files that are not read line by line, and so not if they are compressed."""

@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from vidgen_ray.errors import URL, FieldError, ScriptError
+from vidgen_ray.errors import URL_START, FieldError, ScriptError
 from vidgen_ray.limits import MAX_LINE
 from vidgen_ray.safety import DEFAULT_POLICY, ContentPolicy
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, Shot
@@ -210,7 +210,7 @@ def absolute_path(folder: Path, path: str) -> str:
 
     Unlike pathlib, accepts unknown users in `~user`.
     """
-    if URL.match(path):
+    if URL_START.match(path):
         return path
     # Names of users with NUL or surrogates. There is no such file either.
     with suppress(ValueError):

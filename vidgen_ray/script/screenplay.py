@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from vidgen_ray.errors import known_fields, shortened
+from vidgen_ray.errors import known_fields, shortened_value
 from vidgen_ray.limits import MAX_YAML_BYTES
 from vidgen_ray.script.expansion import (
     CHARACTER_FIELDS,
@@ -26,11 +26,11 @@ HEADER_FIELDS = ("title", "defaults", "characters", "styles", "film", "shots", "
 SCENE_FIELDS = ("title", "defaults", "shots")
 
 
-def read_yaml(path: Path, _columns: Columns) -> tuple[Header, Lines]:
+def read_screenplay(path: Path, _columns: Columns) -> tuple[Header, Lines]:
     """Return the header and the shots of a script, with the shots of its scenes in order."""
     content, shot_lines = _parse(path)
     if not isinstance(content, dict):
-        got = "an empty file" if content is None else shortened(content)
+        got = "an empty file" if content is None else shortened_value(content)
         raise file_error(path, got, "must be a mapping with a list `shots` or `scenes`")
     _check_names(path, content, HEADER_FIELDS, "header field")
     if ("shots" in content) == ("scenes" in content):
@@ -38,7 +38,7 @@ def read_yaml(path: Path, _columns: Columns) -> tuple[Header, Lines]:
         raise file_error(path, got, "must have one of them, a list")
     title = content.get("title")
     if title is not None and not isinstance(title, str):
-        raise file_error(path, f"title: {shortened(title)}", "must be text")
+        raise file_error(path, f"title: {shortened_value(title)}", "must be text")
     film = content.get("film")
     if film is not None:
         _check_mapping(path, "film", film)
@@ -73,7 +73,7 @@ def _lines(path: Path, shots: list[Any], line_numbers: Iterator[int], defaults: 
             yield Line(number, shot, defaults=defaults, scene=scene)
         else:
             allowed = "must be a prompt or a mapping of fields"
-            yield unreadable_line(path.name, number, shortened(shot), allowed, text=str(shot))
+            yield unreadable_line(path.name, number, shortened_value(shot), allowed, text=str(shot))
 
 
 def _checked_scene(path: Path, number: int, scene: Any) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _checked_scene(path: Path, number: int, scene: Any) -> dict[str, Any]:
     _check_mapping(path, where, scene)
     _check_names(path, scene, SCENE_FIELDS, f"field of {where}")
     if "title" in scene and not isinstance(scene["title"], str):
-        raise file_error(path, f"{where}.title: {shortened(scene['title'])}", "must be text")
+        raise file_error(path, f"{where}.title: {shortened_value(scene['title'])}", "must be text")
     _check_mapping(path, f"{where}.defaults", scene.get("defaults") or {})
     _check_list(path, f"{where}.shots", scene.get("shots"))
     return dict(scene)
@@ -94,13 +94,13 @@ def _check_names(path: Path, content: dict[Any, Any], allowed: tuple[str, ...], 
 
 def _check_mapping(path: Path, name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise file_error(path, f"{name}: {shortened(value)}", "must be a mapping of names to values")
+        raise file_error(path, f"{name}: {shortened_value(value)}", "must be a mapping of names to values")
     return value
 
 
 def _check_list(path: Path, name: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise file_error(path, f"{name}: {shortened(value)}", "must be a list")
+        raise file_error(path, f"{name}: {shortened_value(value)}", "must be a list")
     return value
 
 

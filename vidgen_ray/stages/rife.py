@@ -195,7 +195,7 @@ def frames_between(
         return pixels.permute(2, 0, 1)[None].float() / levels
 
     pair = FramePair(network, tensor(first), tensor(second), flow_scale)
-    if similarity(*(pixels_to_uint8(pixels[0]) for pixels in pair.aligned())) < min_similarity:
+    if image_similarity(*(pixels_to_uint8(pixels[0]) for pixels in pair.aligned())) < min_similarity:
         return lambda time: first
 
     def drawn(time: Fraction) -> _Pixels:
@@ -210,7 +210,7 @@ def frames_between(
     return drawn
 
 
-def similarity(first: Image, second: Image) -> float:
+def image_similarity(first: Image, second: Image) -> float:
     """Return the structural similarity of two frames of the same size, reduced to 64x64 pixels, -1 to 1.
 
     Source: Wang et al. 2004, Image Quality Assessment: From Error Visibility to Structural Similarity.

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from spandrel import ImageModelDescriptor
 
 
-DEFAULT_MODEL = "animevideov3"
+DEFAULT_NETWORK = "animevideov3"
 BUILTIN_MODELS: Mapping[str, str] = {
     "animevideov3": "drawn and filmed video, fast",
     "x4plus-anime": "drawn images, ten times slower",

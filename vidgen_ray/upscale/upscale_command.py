@@ -32,7 +32,7 @@ from vidgen_ray.upscale.job import SegmentFailed, Threads
 from vidgen_ray.upscale.join import FORMATS
 from vidgen_ray.upscale.network import (
     BUILTIN_MODELS,
-    DEFAULT_MODEL,
+    DEFAULT_NETWORK,
     EngineSettings,
     Size,
     UpscaleModel,
@@ -95,7 +95,7 @@ def upscale(
         typer.Option(
             "--model", "-m", help="Name of a model (see --list-models), or the path of its weights.", show_default=True
         ),
-    ] = DEFAULT_MODEL,
+    ] = DEFAULT_NETWORK,
     denoise: Annotated[
         float | None,
         details_option(

@@ -115,7 +115,7 @@ Files of `realesrgan` are named as a shot's `upscaler` names them.
 """
 
 
-ATTEMPTS = 5
+DOWNLOAD_ATTEMPTS = 5
 """Attempts to continue an interrupted download."""
 _TIMEOUT_S = 60
 SPARE_BYTES = 2**30
@@ -194,7 +194,7 @@ class PullResult:
     """Address of the node of a cluster. `None`: this machine."""
 
 
-def pull(
+def download_weights(
     reference: str, relative_to: Path | None = None, hub: Hub | None = None, *, dry_run: bool = False, verify: bool = False
 ) -> Pulled:
     """Download the weights of a reference as profiles write it, if they are not on this machine.
@@ -219,7 +219,7 @@ def pull_all(references: Sequence[tuple[str, Path | None]], hub: Hub, *, dry_run
     pulled, problems = [], []
     for reference, folder in references:
         try:
-            pulled.append(pull(reference, folder, hub, dry_run=dry_run, verify=verify))
+            pulled.append(download_weights(reference, folder, hub, dry_run=dry_run, verify=verify))
         except SetupError as error:
             problems.append(str(error))
     return PullResult(tuple(pulled), tuple(problems), _disks(pulled, hub) if dry_run else ())
@@ -415,7 +415,7 @@ def _download(reference: str, source: RemoteFile, files: Mapping[PublishedFile, 
 
 def _fetch(source: RemoteFile, part: Path) -> None:
     """Download to `part`, which may have the beginning of the file."""
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, DOWNLOAD_ATTEMPTS + 1):
         start = part.stat().st_size if part.exists() else 0
         if start >= source.size_bytes:
             return
@@ -428,5 +428,5 @@ def _fetch(source: RemoteFile, part: Path) -> None:
                         file.write(chunk)
             return
         except httpx2.TransportError:
-            if attempt == ATTEMPTS:
+            if attempt == DOWNLOAD_ATTEMPTS:
                 raise

@@ -17,7 +17,7 @@ from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.store.jobs import Job, JobKind, new_id
 from vidgen_ray.online.store.store import JobStore, open_store
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import plan
+from vidgen_ray.planner import plan_run
 from vidgen_ray.render.cache_writer import CacheSettings
 from vidgen_ray.shot import Shot
 
@@ -104,7 +104,7 @@ def pid_of(actor):
 
 def run(name, profile, cluster, out, stages, database=None) -> Running:
     served = serving_profile(profile)
-    chosen = plan(served.profile, served.demand(), cluster)
+    chosen = plan_run(served.profile, served.demand(), cluster)
     outputs = OutputFolder(out / "out")
     outputs.prepare()
     limits = Limits(budgets=(Budget(window="total", gpu_seconds=LARGE_BUDGET_S),))

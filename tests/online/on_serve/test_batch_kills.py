@@ -15,7 +15,7 @@ from tests.batch.test_batch import Events
 from tests.online.on_serve.applications import POLL_S, scripted_profile
 from tests.online.on_serve.test_processes import pid_of
 from tests.online.scripted_stages import SCRIPTED
-from vidgen_ray.batch.render_script import render
+from vidgen_ray.batch.render_script import render_shots
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.online.server import serving
 from vidgen_ray.online.server_plan import server_plan
@@ -68,7 +68,7 @@ def test_lines_are_rendered_once_with_the_bytes_of_a_run_while_processes_are_kil
     script = tmp_path / "s.jsonl"
     script.write_text("".join(json.dumps({"id": name, **body}) + "\n" for name, body in shots.items()))
     profile, outputs = load_profile(str(tmp_path / "p.yaml")), OutputFolder(tmp_path / "run")
-    render(
+    render_shots(
         ScriptSettings(script, profile_defaults=profile.defaults),
         profile,
         outputs,

@@ -24,7 +24,7 @@ from vidgen_ray.online.api.video_routes import (
     IdempotencyKey,
     completed_while_connected,
     created_videos,
-    job_of,
+    find_job,
 )
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.auth import Tenant
@@ -120,18 +120,18 @@ async def video_content(
     side (JPEG). A number, from 0, is that video of a request with `n`. `preview` also
     works before the job is completed: the newest intermediate image, then the animated clip before upscaling (WebP).
     """
-    job = await job_of(server, tenant, video_id)
+    job = await find_job(server, tenant, video_id)
     if variant == "preview" and job.state in (JobState.QUEUED, JobState.IN_PROGRESS):
         return await _intermediate(server, job, request)
     if variant.isdecimal():
         outputs = outputs_of(job)
         if int(variant) >= len(outputs):
             raise _no_variant(variant, f"the number of outputs is {len(outputs)}. The first is 0.")
-        job, variant = await job_of(server, tenant, outputs[int(variant)]), "video"
+        job, variant = await find_job(server, tenant, outputs[int(variant)]), "video"
     if job.state != JobState.COMPLETED:
         headers = {"x-should-retry": "false"}
         raise ApiError(409, f"{job.id} is {job.state} and has no file.", code="not_completed", headers=headers)
-    return await file_response(server, job, variant, request)
+    return await content_response(server, job, variant, request)
 
 
 @router.head(
@@ -152,7 +152,7 @@ async def video_content_head(
     return await video_content(request, server, tenant, video_id, variant)
 
 
-async def file_response(server: ServerContext, job: Job, variant: str, request: Request) -> Response:
+async def content_response(server: ServerContext, job: Job, variant: str, request: Request) -> Response:
     """Respond with a file of a completed job, or with 304. Raises ApiError 404 for a file that does not exist."""
     folder, digests = await asyncio.to_thread(_files, server.outputs, job)
     name = _file_name(job, digests, variant)
@@ -305,7 +305,7 @@ async def create_video_sync(
             (done,) = await completed_while_connected(server, tenant, request, jobs, idempotency_key)
         except ClientDisconnected:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-    response = await file_response(server, done, "video", request)
+    response = await content_response(server, done, "video", request)
     response.headers["X-Request-Id"] = done.id
     response.headers["X-Model"] = str(done.request.get("model"))
     response.headers["X-Inference-Time-S"] = f"{sum(done.stage_seconds.values()):.3f}"

@@ -44,7 +44,7 @@ from vidgen_ray.graph import (
 )
 from vidgen_ray.limits import MAX_FRAMES, MAX_RESULTS, MIN_FRAMES
 from vidgen_ray.online.api_error import ApiError, invalid, validation_failed
-from vidgen_ray.online.delivered_size import SizeRules, clip_fields, clip_fields_with_hd, image_fields
+from vidgen_ray.online.delivered_size import SizeRules, clip_fields, clip_fields_with_hd, image_size_fields
 from vidgen_ray.online.store.database import MAX_URL
 from vidgen_ray.safety import Consent
 from vidgen_ray.shot import (
@@ -61,7 +61,7 @@ from vidgen_ray.shot import (
     nest_flat_settings,
 )
 from vidgen_ray.trainers import FOR, TARGETS
-from vidgen_ray.video_models import AUTO, frames_of_passes, model_of, of_model, without_other_models_defaults
+from vidgen_ray.video_models import AUTO_FRAMES, frames_of_passes, model_of, of_model, without_other_models_defaults
 
 _B = TypeVar("_B")
 OMNI, SGLANG, BOTH = "vLLM-Omni", "SGLang", "vLLM-Omni, SGLang"
@@ -183,7 +183,7 @@ _OWN_FIELDS = (*SIDES, *CROPS, "upscale_video", "scale", "seed")
 """Plain fields that videos and images define differently: sizes are those of the delivered file, a seed may be a list."""
 
 
-CHOSEN_FRAMES = (AUTO, *(f"{FOR}{target}" for target in TARGETS))
+CHOSEN_FRAMES = (AUTO_FRAMES, *(f"{FOR}{target}" for target in TARGETS))
 """Values of `num_frames` that the shot replaces, since it knows the video model."""
 _Frames = Annotated[
     int,
@@ -527,7 +527,7 @@ class CreateVideo(_Generation):
                 raise invalid("interpolation", f"got {got}, but enable_frame_interpolation and its exponent say {factor}")
             # The profile's own rate would contradict the factor.
             fields.setdefault("fps_out", None)
-        if self.seconds is None or fields.get("num_frames", AUTO) != AUTO:
+        if self.seconds is None or fields.get("num_frames", AUTO_FRAMES) != AUTO_FRAMES:
             return fields
         values = of_model({**without_other_models_defaults(defaults, fields), **fields})
         model = model_of(values)
@@ -555,7 +555,7 @@ class CreateVideo(_Generation):
             return {}, None
         whole: dict[str, Any] = dict.fromkeys(CROPS)
         if not fields.get("generate_video", True):
-            return ({**whole, **image_fields(*size)} if size else {}), False
+            return ({**whole, **image_size_fields(*size)} if size else {}), False
         if upscale:
             asked = self.scale or (self.upscaling_scale if self.enable_upscaling else None)
             scale = asked or int(fields.get("scale", Shot.model_fields["scale"].default))
@@ -609,7 +609,7 @@ class CreateImages(_Generation):
     def size_fields(self) -> dict[str, Any]:
         """Return the fields of the shot that give the size. Empty without a size. Raises ApiError 400."""
         size = self.requested_size()
-        return dict(image_fields(*size)) if size else {}
+        return dict(image_size_fields(*size)) if size else {}
 
 
 class EditImages(CreateImages):

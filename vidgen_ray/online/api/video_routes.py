@@ -91,7 +91,7 @@ async def video_page(
 @router.get("/v1/videos/{video_id}", response_model=Video, responses=error_responses(404))
 async def get_video(response: Response, server: ServerDep, tenant: TenantDep, video_id: str) -> Video:
     """Return the status and progress of a video."""
-    job = await job_of(server, tenant, video_id)
+    job = await find_job(server, tenant, video_id)
     return await _polled(server, response, job)
 
 
@@ -128,7 +128,7 @@ async def remix_video(
     idempotency_key: IdempotencyKey = None,
 ) -> Video:
     """Create a video from an existing one, with another prompt or other values of any field. The seed stays the same."""
-    original = await job_of(server, tenant, video_id)
+    original = await find_job(server, tenant, video_id)
     job = (await created_videos(request, server, tenant, idempotency_key, original))[0]
     return await _polled(server, response, job)
 
@@ -161,7 +161,7 @@ async def created_videos(
     )
 
 
-async def job_of(server: ServerContext, tenant: Tenant, job_id: str) -> Job:
+async def find_job(server: ServerContext, tenant: Tenant, job_id: str) -> Job:
     """Return a job of the tenant. Raises ApiError 404."""
     return found(await asyncio.to_thread(server.store.get, job_id, tenant.name), "video", job_id)
 
@@ -268,7 +268,7 @@ async def video_events(
     last_event_id: Annotated[str | None, Header(description="Id of the last event received. It is not sent again.")] = None,
 ) -> EventSourceResponse:
     """Stream the events of a job until it ends. The stream of an ended job is its last event."""
-    job = await job_of(server, tenant, video_id)
+    job = await find_job(server, tenant, video_id)
     return server.event_streams.respond(tenant, _events(server, job, last_event_id))
 
 
@@ -329,7 +329,7 @@ def fields_of_shot(server: ServerContext, body: Mapping[str, Any]) -> tuple[dict
 @shot_router.get("/v1/shots/{shot_id}", response_model=ShotJob, responses=error_responses(404))
 async def get_shot(server: ServerDep, tenant: TenantDep, shot_id: str) -> ShotJob:
     """Return a job of any kind with all fields of its shot. Its files and events are at `/v1/videos/{id}`."""
-    job = await job_of(server, tenant, shot_id)
+    job = await find_job(server, tenant, shot_id)
     return shot_response(job, client_fields(job.shot, server.settings, server.job_service.uploads))
 
 

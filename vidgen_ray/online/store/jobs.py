@@ -370,7 +370,7 @@ def new_owner() -> str:
     return f"{os.uname().nodename}:{this_process()}:{secrets.token_hex(8)}"
 
 
-def described(owner: str) -> str:
+def director_text(owner: str) -> str:
     """Return the process and the machine of a director, for messages."""
     host, process, _ = owner.split(":")
     return f"process {process.split('-')[1]} on {host}"

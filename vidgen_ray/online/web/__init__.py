@@ -6,7 +6,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from vidgen_ray.online.server_context import ServerContext
-from vidgen_ray.online.web.pages import LOOK, STATIC, PageContext, api_page_routes, auth_routes, clip_routes, page_routes
+from vidgen_ray.online.web.pages import LOOK_FOLDER, STATIC, PageContext, api_page_routes, auth_routes, clip_routes, page_routes
 
 
 def add_page(app: FastAPI, server: ServerContext) -> None:
@@ -16,7 +16,7 @@ def add_page(app: FastAPI, server: ServerContext) -> None:
     for add_routes in (page_routes, clip_routes, auth_routes, api_page_routes):
         add_routes(router, context)
     app.include_router(router)
-    app.mount("/static", _StaticFiles(directory=STATIC, packages=[LOOK]), name="static")
+    app.mount("/static", _StaticFiles(directory=STATIC, packages=[LOOK_FOLDER]), name="static")
 
 
 class _StaticFiles(StaticFiles):

@@ -39,11 +39,11 @@ from vidgen_ray.online.uploads import small_form
 from vidgen_ray.online.web.form_controls import BASES, IDEAS, STYLES, clip_defaults, control_groups, size_choices
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import CLIP_FILES, IMAGE_FILE
-from vidgen_ray.report.shot_text import length_text, settings_text, size_text
+from vidgen_ray.report.shot_text import dimensions_text, length_text, settings_text
 from vidgen_ray.system.quantities import duration
 
 STATIC = Path(__file__).parent / "static"
-LOOK = "vidgen_ray.report", "look"
+LOOK_FOLDER = "vidgen_ray.report", "look"
 """Package and folder of the stylesheet and the script that the page shares with the gallery of a run."""
 _HEADERS = {
     # No inline scripts or styles, no other origins, no framing. blob: allows previews of chosen photos.
@@ -77,7 +77,7 @@ class PageContext:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        look = Path(str(resources.files(LOOK[0]))) / LOOK[1]
+        look = Path(str(resources.files(LOOK_FOLDER[0]))) / LOOK_FOLDER[1]
         self._assets = hashlib.sha256(
             b"".join(file.read_bytes() for folder in (STATIC, look) for file in sorted(folder.iterdir()))
         ).hexdigest()[:12]
@@ -471,7 +471,7 @@ def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
         media=f"{base}/v1/videos/{job.id}/content",
         width=width,
         height=height,
-        hd_size=None if finished == delivered else size_text(*sizes[finished]),
+        hd_size=None if finished == delivered else dimensions_text(*sizes[finished]),
         facts=tuple(_facts(job, width, height)),
         error=error_text(job.error) if job.error and job.state is JobState.FAILED else None,
         settings=tuple(settings_text(job.shot, (width, height), lora_names, character)),
@@ -535,7 +535,7 @@ def _facts(job: Job, width: int, height: int) -> Iterator[str]:
     shot = job.shot
     if shot.generate_video:
         yield length_text(shot.clip_frames / shot.fps)
-    yield size_text(width, height)
+    yield dimensions_text(width, height)
     yield f"seed {shot.seed}"
     if job.started_at is not None and job.completed_at is not None:
         duration_s = job.completed_at - job.started_at
