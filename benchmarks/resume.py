@@ -1,7 +1,7 @@
 """Benchmark of resuming: a folder in which every line of the script is finished, on a disk and in an object store.
 
-The folder is written directly, without rendering. Then `render` finds all lines finished. Its parts are measured on their own
-as well. Each measurement runs in a new process, which is the driver of `render`.
+The folder is written directly, without rendering. Then `render_shots` finds all lines finished. Its parts are measured on
+their own as well. Each measurement runs in a new process, which is the driver of `render_shots`.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def load_finished_shots(folder: Path, script: Path, out: str) -> Measured:
 
 
 def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
-    """Plan the lines as the tasks of `render` do, then compare their ids and record them as its driver does."""
+    """Plan the lines as the tasks of `render_shots` do, then compare their ids and record them as its driver does."""
     from vidgen_ray.batch.line_planner import BLOCK_LINES, LinePlanner
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.outputs.manifest import ManifestRow
@@ -237,8 +237,8 @@ def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
 
 
 def resume(folder: Path, script: Path, out: str) -> Measured:
-    """Run `render` on the finished script."""
-    from vidgen_ray.batch.render_script import render
+    """Run `render_shots` on the finished script."""
+    from vidgen_ray.batch.render_script import render_shots
     from vidgen_ray.batch.run_options import RenderOptions
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.script.lines import ScriptSettings
@@ -247,7 +247,7 @@ def resume(folder: Path, script: Path, out: str) -> Measured:
     profile = noop_profile(folder, CPU_WORKERS)
     settings = ScriptSettings(script, profile_defaults=profile.defaults)
     started = time.perf_counter()
-    report = render(settings, profile, OutputFolder(out), options, listener=_Silent())
+    report = render_shots(settings, profile, OutputFolder(out), options, listener=_Silent())
     _require(report.done + report.failed == 0, f"got {report}")
     return [("resume", time.perf_counter() - started)]
 

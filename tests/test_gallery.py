@@ -343,7 +343,7 @@ def test_only_the_own_page_can_review_clips_of_this_folder(reviewed):
 
 
 def test_review_with_the_keyboard_and_in_a_file(browser, reviewed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gallery_page, "REFRESH_S", 0.3)
+    monkeypatch.setattr(gallery_page, "PAGE_REFRESH_S", 0.3)
     with listening_on_a_port(gallery_app(reviewed, "ada")) as url, page_in(browser, 1366, 768) as page:
         page.goto(url)
         keys = page.keyboard
@@ -433,7 +433,7 @@ def test_reviews_are_kept_while_the_server_does_not_answer(browser, reviewed):
 
 
 def test_rows_that_are_older_than_a_stored_review_do_not_hide_it(browser, reviewed, monkeypatch):
-    monkeypatch.setattr(gallery_page, "REFRESH_S", 0.1)
+    monkeypatch.setattr(gallery_page, "PAGE_REFRESH_S", 0.1)
     with page_in(browser, 800, 600) as page, listening_on_a_port(gallery_app(reviewed, "ada")) as url:
         older, posts, held = page.request.get(f"{url}/rows.json"), [], []
         page.route("**/reviews", lambda route: posts.append(route))

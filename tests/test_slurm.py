@@ -317,7 +317,7 @@ def test_file_runs_everything_in_the_container(removed, on_nodes, error, tmp_pat
     script.write_text("a cat\n")
     monkeypatch.setenv("PATH", f"{tmp_path}/bin")
     options = ["--gpus", "1x80GB", "--container", str(tmp_path / "image"), "-p", "tiny"]
-    assert main(["slurm", str(script), "-o", str(out), *options]) == 0
+    assert run_command(["slurm", str(script), "-o", str(out), *options]) == 0
     ids = {"SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURM_CPUS_ON_NODE": "2", "log": str(log), "on_nodes": on_nodes}
     command = ["/bin/bash", "-c", capsys.readouterr().out]
     ended = subprocess.run(command, env={**os.environ, **ids}, capture_output=True, text=True, timeout=120, check=False)

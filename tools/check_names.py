@@ -38,7 +38,5 @@ def names_with_several_meanings(package: Path) -> dict[str, set[str]]:
 
 
 if __name__ == "__main__":
-    several = names_with_several_meanings(Path("vidgen_ray"))
-    for name, paths in several.items():
-        print(f"{name}: {', '.join(sorted(paths))}")
-    sys.exit(f"{len(several)} public names have several meanings: rename them, or start them with _." if several else 0)
+    found = [f"{name}: {', '.join(sorted(paths))}" for name, paths in names_with_several_meanings(Path("vidgen_ray")).items()]
+    sys.exit("\n".join([*found, "Rename them, or let the names that only their module uses start with _."]) if found else 0)

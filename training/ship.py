@@ -26,7 +26,7 @@ AS_THEY_ARE = {
     "recogniser/ir_se50.pth": SHIPPED,
     "recogniser/glintr100.onnx": SHIPPED / "antelopev2",
     "detector/scrfd_10g_bnkps.onnx": SHIPPED / "antelopev2",
-    f"classifier/{demo_captioner.FILE.name}": SHIPPED,
+    f"classifier/{demo_captioner.CAPTIONER_FILE.name}": SHIPPED,
 }
 """Files that already are in half precision -> target folder."""
 

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 _WATCH_INTERVAL_S = 2.0
 """Seconds between two looks for placement groups of executions that were left."""
-BLOCK_ROWS = 100
+_BLOCK_ROWS = 100
 """Maximum number of results per block."""
 BLOCK_WAIT = 0.2
 """Maximum time that a result waits for others of its block, as a share of the time since rendering started."""
@@ -227,7 +227,7 @@ def _blocks(rows: SimpleQueue[ManifestRow | BaseException | None]) -> Iterator[l
     deadline = 0.0
     block: list[ManifestRow] = []
     while True:
-        if block and (now >= deadline or len(block) == BLOCK_ROWS):
+        if block and (now >= deadline or len(block) == _BLOCK_ROWS):
             yield block
             block = []
         try:

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ASTRONAUT
 from tests.dataset.conftest import make_folder, moving, texture
 from vidgen_ray.dataset.measurements import FaceScorer, HashScorer, MotionScorer, PixelScorer
-from vidgen_ray.dataset.scorers import MAX_SIDE_PX, Clip, Networks, face_params
+from vidgen_ray.dataset.scorers import MEASURED_SIDE_PX, Clip, Networks, face_params
 from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video, read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.profile import load_profile
@@ -100,7 +100,7 @@ def test_motion_is_exact_to_a_tenth_of_a_pixel(clip_of):
         assert values["cuts"] == 0
         assert values["similarity_worst"] > 0.7
     large = clip_of(moving(2, 6, (288, 1280)))
-    assert max(large.frames.shape[1:3]) == MAX_SIDE_PX
+    assert max(large.frames.shape[1:3]) == MEASURED_SIDE_PX
     assert MotionScorer(None).score(large)["motion"] == pytest.approx(6, abs=0.3)
 
 

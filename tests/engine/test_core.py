@@ -10,7 +10,7 @@ import pytest
 from tests.engine.farm import CALL_S, FLUX, SILENT_S, Farm, Proc
 from vidgen_ray.engine import messages as m
 from vidgen_ray.engine.attempts import RECENT_CALLS, Durations
-from vidgen_ray.engine.canary import MAX_DIFFERENCE
+from vidgen_ray.engine.canary import MAX_BLOCK_DIFFERENCE
 from vidgen_ray.engine.messages import OUTPUT, Call, Result, StepTime
 from vidgen_ray.engine.processes import CoreLimits
 from vidgen_ray.engine.supervision import NODE_LOST
@@ -611,8 +611,8 @@ def test_difference_finds_a_damaged_block_and_allows_rounding():
     damaged[1, 64:, 96:] = rng.integers(0, 256, (8, 4, 3), np.uint8)
     assert difference({"frames": clip}, {"frames": clip}) == 0
     assert 1 < difference({"frames": rounded}, {"frames": clip}) < 4
-    assert difference({"frames": damaged}, {"frames": clip}) > MAX_DIFFERENCE
-    assert difference({"image": clip[0]}, {"image": clip[1]}) > MAX_DIFFERENCE
+    assert difference({"frames": damaged}, {"frames": clip}) > MAX_BLOCK_DIFFERENCE
+    assert difference({"image": clip[0]}, {"image": clip[1]}) > MAX_BLOCK_DIFFERENCE
 
 
 # Expected seconds

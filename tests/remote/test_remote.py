@@ -32,8 +32,8 @@ from vidgen_ray.render.step_runner import StepFailed
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(video_server, "RETRY_S", (0.01, 0.05))
-    monkeypatch.setattr(video_server, "POLL_S", (0.02, 0.05))
+    monkeypatch.setattr(video_server, "REQUEST_RETRY_S", (0.01, 0.05))
+    monkeypatch.setattr(video_server, "STATUS_POLL_S", (0.02, 0.05))
     video_server.reported_model.cache_clear()
 
 

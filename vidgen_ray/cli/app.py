@@ -32,8 +32,8 @@ PIPE_CLOSED = 128 + signal.SIGPIPE
 """Exit code of a command that writes to a closed pipe, as shells report it."""
 JOIN_S = 10.0
 """Seconds that a command whose storage hangs waits for its threads."""
-START, RENDER, LOOK, EXPORT = "Start", "Render scripts", "Look at results", "Export"
-SERVE, MACHINE, OTHER = "Serve", "Machine", "Other commands"
+START, RENDER, _LOOK, EXPORT = "Start", "Render scripts", "Look at results", "Export"
+SERVE, MACHINE, _OTHER = "Serve", "Machine", "Other commands"
 """Groups of commands in `vidgen --help`."""
 
 
@@ -58,29 +58,29 @@ LISTED = {
     "stage": Listed(RENDER, "Run a single stage on an image or a clip.", "one_stage"),
     "schema": Listed(RENDER, "Print the JSON schema of a script, or of another file.", "inspect"),
     "status": Listed(
-        LOOK, "Print the progress of the last run in an output folder, and what the folder has.", "folder_commands"
+        _LOOK, "Print the progress of the last run in an output folder, and what the folder has.", "folder_commands"
     ),
     "watch": Listed(
-        LOOK,
+        _LOOK,
         "Show the gallery of an output folder in a browser, also during a run, and review its clips.",
         "folder_commands",
     ),
-    "review": Listed(LOOK, "Import the reviews that were made in the gallery of an output folder.", "folder_commands"),
-    "logs": Listed(LOOK, "Print every attempt of every step of a shot.", "folder_commands"),
-    "verify": Listed(LOOK, "Find damaged and missing files of an output folder.", "folder_commands"),
-    "prune": Listed(LOOK, "Remove the shots of lines that their script no longer has.", "folder_commands"),
-    "gc": Listed(LOOK, "Remove unused files from an output folder.", "folder_commands"),
-    "show": Listed(LOOK, "Print how an image or a video was made.", "inspect"),
-    "identity": Listed(LOOK, "Inspect the identity features of a face, or remove a person.", "inspect"),
-    "compare": Listed(LOOK, "Compare clips by the values of a matrix, by choices or settings, or the clips of two folders."),
-    "diff": Listed(LOOK, "Say which shots of two output folders differ, and why: fields, weights, options or software."),
-    "query": Listed(LOOK, "Query the results of an output folder with SQL."),
+    "review": Listed(_LOOK, "Import the reviews that were made in the gallery of an output folder.", "folder_commands"),
+    "logs": Listed(_LOOK, "Print every attempt of every step of a shot.", "folder_commands"),
+    "verify": Listed(_LOOK, "Find damaged and missing files of an output folder.", "folder_commands"),
+    "prune": Listed(_LOOK, "Remove the shots of lines that their script no longer has.", "folder_commands"),
+    "gc": Listed(_LOOK, "Remove unused files from an output folder.", "folder_commands"),
+    "show": Listed(_LOOK, "Print how an image or a video was made.", "inspect"),
+    "identity": Listed(_LOOK, "Inspect the identity features of a face, or remove a person.", "inspect"),
+    "compare": Listed(_LOOK, "Compare clips by the values of a matrix, by choices or settings, or the clips of two folders."),
+    "diff": Listed(_LOOK, "Say which shots of two output folders differ, and why: fields, weights, options or software."),
+    "query": Listed(_LOOK, "Query the results of an output folder with SQL."),
     "score": Listed(
-        LOOK,
+        _LOOK,
         "Measure the clips of an output folder: frozen frames, flicker, motion, sharpness, faces, near-duplicates.",
     ),
-    "caption": Listed(LOOK, "Caption clips by what they show, and say which facts of their prompts they show."),
-    "trace": Listed(LOOK, "Show what each worker of a run did when: all attempts of all steps, and their waits."),
+    "caption": Listed(_LOOK, "Caption clips by what they show, and say which facts of their prompts they show."),
+    "trace": Listed(_LOOK, "Show what each worker of a run did when: all attempts of all steps, and their waits."),
     "export": Listed(EXPORT, "Make a data set of the finished shots that are not rejected."),
     "film": Listed(EXPORT, "Join the finished shots of an output folder into one video."),
     "upscale": Listed(EXPORT, "Enlarge videos with a super-resolution network."),
@@ -150,7 +150,7 @@ def _command(name: str, loaded: Any) -> Any:
         loaded.command(name, cls=CommandWithShortHelp)(function)
     command = get_command(loaded)
     command.name = name
-    vars(command)["rich_help_panel"] = OTHER
+    vars(command)["rich_help_panel"] = _OTHER
     return command
 
 

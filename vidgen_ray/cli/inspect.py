@@ -317,10 +317,10 @@ _CROP_PX = 224
 """Side of the aligned crop, in pixels."""
 POSE_PX = 420
 """Longer side of the keypoint image, in pixels."""
-GAP_PX = 12
+_GAP_PX = 12
 LABEL_PX = 20
 _POINT_RADIUS_PX = 3
-BACKGROUND, FAINT, CHOSEN, OTHER = (24, 24, 27), (161, 161, 170), (74, 222, 128), (228, 228, 231)
+_BACKGROUND, FAINT, _CHOSEN, _OTHER = (24, 24, 27), (161, 161, 170), (74, 222, 128), (228, 228, 231)
 
 
 def identity_sheet(photos: Sequence[Image], detected: Sequence[DetectedPhoto], pose: Image) -> PILImage.Image:
@@ -334,17 +334,17 @@ def identity_sheet(photos: Sequence[Image], detected: Sequence[DetectedPhoto], p
     ]
     height, width = pose.shape[:2]
     rows[0].append((f"keypoint image, {width}x{height}", _resize(PILImage.fromarray(pose), POSE_PX)))
-    heights_px = [max(cell.height for _, cell in row) + LABEL_PX + GAP_PX for row in rows]
-    size = GAP_PX + max(sum(cell.width + GAP_PX for _, cell in row) for row in rows), GAP_PX + sum(heights_px)
-    sheet = PILImage.new("RGB", size, BACKGROUND)
+    heights_px = [max(cell.height for _, cell in row) + LABEL_PX + _GAP_PX for row in rows]
+    size = _GAP_PX + max(sum(cell.width + _GAP_PX for _, cell in row) for row in rows), _GAP_PX + sum(heights_px)
+    sheet = PILImage.new("RGB", size, _BACKGROUND)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    top = GAP_PX
+    top = _GAP_PX
     for row, height_px in zip(rows, heights_px, strict=True):
-        left = GAP_PX
+        left = _GAP_PX
         for label, cell in row:
             draw.text((left, top), label, FAINT, font)
             sheet.paste(cell, (left, top + LABEL_PX))
-            left += cell.width + GAP_PX
+            left += cell.width + _GAP_PX
         top += height_px
     return sheet
 
@@ -354,12 +354,12 @@ def _draw_faces(photo: Image, detected: DetectedPhoto) -> PILImage.Image:
     scale = image.width / photo.shape[1]
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
     for number, face in enumerate(detected.faces):
-        colour, line_px = (CHOSEN, 3) if face is detected.chosen else (OTHER, 1)
+        colour, line_px = (_CHOSEN, 3) if face is detected.chosen else (_OTHER, 1)
         left, top, right, bottom = (side * scale for side in face.box)
         draw.rectangle((left, top, right, bottom), outline=colour, width=line_px)
         label = f"{number}: {face.score:.2f}" if len(detected.faces) > 1 else f"{face.score:.2f}"
         at = max(0.0, left), max(0.0, top - LABEL_PX + 2)
-        draw.rectangle(draw.textbbox(at, label, font), fill=BACKGROUND)
+        draw.rectangle(draw.textbbox(at, label, font), fill=_BACKGROUND)
         draw.text(at, label, colour, font)
     for (x, y), colour in zip(np.asarray(detected.chosen.keypoints) * scale, COLOURS, strict=True):
         draw.ellipse((x - _POINT_RADIUS_PX, y - _POINT_RADIUS_PX, x + _POINT_RADIUS_PX, y + _POINT_RADIUS_PX), fill=colour)

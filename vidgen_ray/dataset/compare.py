@@ -43,7 +43,7 @@ Codes = NDArray[np.int64]
 
 _FOLDER = "folder"
 """Factor of two folders."""
-CONFIDENCE, RESAMPLES, SEED = 0.95, 5000, 0
+CONFIDENCE, RESAMPLES, _SEED = 0.95, 5000, 0
 MIN_GROUPS = 5
 """Pairs, and prompts, that an interval needs."""
 MAX_GROUPS = 500
@@ -60,7 +60,7 @@ _RESULTS = {
     "file_bytes": "coalesce(hd_video_bytes, video_bytes, image_bytes)",
 }
 """Measure -> SQL. `accepted`: 1 or 0 for a reviewed clip, so that its mean is the share of accepted clips."""
-FACES, MOTION = ("clip_likeness_mean", "likeness", "image_likeness"), ("motion_share", "motion")
+_FACES, MOTION = ("clip_likeness_mean", "likeness", "image_likeness"), ("motion_share", "motion")
 """Measures for likeness against motion. The first that exists is used."""
 SETTING_COLUMNS = ("mode", "width", "height", "num_frames", "fps", *SETTINGS)
 INTERVAL = (
@@ -266,7 +266,7 @@ def _factor(clips: Clips, name: str, text_of: Mapping[str, str], reference_text:
             change = _number(differences[level, cell, column])
             extremes[measure].append({"level": texts[level], "difference": change, "clips": shown})
     ranks = {measure: _rank(measure, described) for measure in measures}
-    main = {name for names in (FACES, MOTION) for name in names}
+    main = {name for names in (_FACES, MOTION) for name in names}
     equal = [name for name, (is_equal, _) in ranks.items() if is_equal and name not in main]
     # A page without any measure would say nothing.
     equal = equal if len(equal) < len(measures) else []
@@ -383,7 +383,7 @@ def interval(sums: Array, counts: Array) -> tuple[float, float]:
 @lru_cache(4)
 def _resamples(n: int) -> Array:
     """Return (resamples, n): how often each of n groups is drawn."""
-    drawn = np.random.default_rng(SEED).integers(0, n, (RESAMPLES, n)) + n * np.arange(RESAMPLES)[:, None]
+    drawn = np.random.default_rng(_SEED).integers(0, n, (RESAMPLES, n)) + n * np.arange(RESAMPLES)[:, None]
     return np.bincount(drawn.ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n).astype(float)
 
 
@@ -410,7 +410,7 @@ def _pareto(levels: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> dic
 
     They exceed it in the mean of one of the two, and are not less in the other.
     """
-    axes = [next((name for name in names if name in measures), None) for names in (FACES, MOTION)]
+    axes = [next((name for name in names if name in measures), None) for names in (_FACES, MOTION)]
     points: dict[str, list[float]] = {}
     if None not in axes:
         means = {level["level"]: [level["measures"][axis]["mean"] for axis in axes] for level in levels}

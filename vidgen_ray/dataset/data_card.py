@@ -49,9 +49,9 @@ from vidgen_ray.system.quantities import count, duration, size
 
 ROWS, STATE = ".vidgen/rows.parquet", ".vidgen/export.json"
 FOLDER, GRID = "card", "card/samples.webp"
-SAMPLES, GRID_COLUMNS, TILE_WIDTH_PX, GAP_PX = 12, 4, 240, 4
+SAMPLES, GRID_COLUMNS, TILE_WIDTH_PX, _GAP_PX = 12, 4, 240, 4
 BINS = 24
-TABLE_ROWS, LISTED, TEXT_LENGTH = 50, 20, 300
+TABLE_ROWS, _LISTED, TEXT_LENGTH = 50, 20, 300
 """Rows of a table, names in a line, and characters of a text. The rest is counted, or cut."""
 _TAGS = ("ai-generated", "synthetic", "vidgen-ray")
 HUB_LICENCES = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0")
@@ -234,7 +234,7 @@ def _reproduction(totals: Mapping[str, Any], state: Mapping[str, Any], source: S
     run, scripts = (json.loads(source.read(name) or b"{}") for name in ("run.json", SCRIPTS))
     profile = run.get("profile", {}).get("name")
     versions = sorted((run.get("software", {}) | state["versions"]).items())
-    digests = {name: scripts.get(name, {}).get("sha256", "unknown") for name in totals["scripts"][:LISTED]}
+    digests = {name: scripts.get(name, {}).get("sha256", "unknown") for name in totals["scripts"][:_LISTED]}
     settings = {
         **{f"Script {name}": f"sha256 {digest}" for name, digest in digests.items()},
         "Profile of the last run": profile,
@@ -320,10 +320,10 @@ def _grid(tiles: Sequence[Image]) -> bytes:
     height = round(width * min(2, max(0.5, tiles[0].shape[0] / tiles[0].shape[1])))
     columns = min(GRID_COLUMNS, len(tiles))
     rows = -(-len(tiles) // columns)
-    grid = PILImage.new("RGBA", (columns * (width + GAP_PX) - GAP_PX, rows * (height + GAP_PX) - GAP_PX))
+    grid = PILImage.new("RGBA", (columns * (width + _GAP_PX) - _GAP_PX, rows * (height + _GAP_PX) - _GAP_PX))
     for number, tile in enumerate(tiles):
         row, column = divmod(number, columns)
-        grid.paste(PILImage.fromarray(cover_crop(tile, width, height)), (column * (width + GAP_PX), row * (height + GAP_PX)))
+        grid.paste(PILImage.fromarray(cover_crop(tile, width, height)), (column * (width + _GAP_PX), row * (height + _GAP_PX)))
     content = io.BytesIO()
     mark = ProvenanceRecord(source_type="trainedAlgorithmicMedia").metadata()
     grid.save(content, "WEBP", quality=80, xmp=mark.xmp.encode())

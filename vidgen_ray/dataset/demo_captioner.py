@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vidgen_ray.weights.builtin import SHIPPED
 
 CAPTIONER_FILE = SHIPPED / "captioner.safetensors"
-SEEN_PX, WIDTHS = 96, (16, 32, 64, 96)
+SEEN_PX, _WIDTHS = 96, (16, 32, 64, 96)
 Shown = Literal["yes", "no", "unclear"]
 SURE = 0.5
 """Probability from which a value is said."""
@@ -94,12 +94,12 @@ class Classifier(nn.Module):
         super().__init__()
         blocks: list[nn.Module] = []
         before = 3
-        for width in WIDTHS:
+        for width in _WIDTHS:
             blocks += [nn.Conv2d(before, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU(), nn.MaxPool2d(2)]
             before = width
         self.body = nn.Sequential(*blocks, nn.Conv2d(before, before, 3, padding=1), nn.ReLU())
         # No global average pooling, because positions matter.
-        size = before * (SEEN_PX // 2 ** len(WIDTHS)) ** 2
+        size = before * (SEEN_PX // 2 ** len(_WIDTHS)) ** 2
         self.heads = nn.ModuleDict({name: nn.Linear(size, len(values)) for name, values in LABELS.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

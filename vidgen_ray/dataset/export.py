@@ -53,14 +53,14 @@ from vidgen_ray.system.console import Console
 PENDING = ".vidgen/pending.json"
 CHECKPOINT_S = 60.0
 """Seconds after which the rows of written clips are stored, for a call that is killed later."""
-BLOCK_ROWS, SLOW_BLOCK_ROWS = 500, 16
+_BLOCK_ROWS, SLOW_BLOCK_ROWS = 500, 16
 """Clips of a task that links them, and of one that reads or encodes them."""
 CHUNK_BLOCKS = 20
 """Tasks after which the lease is checked."""
 _PACKAGES = ("vidgen-ray", "duckdb", "pyarrow", "ray")
 PRIVATE = ("note", "who", "team", "submission_id")
 """Columns of `clips` that are not stored, because data sets are published. Of photos and images, only file names are."""
-DONE = {
+_DONE = {
     **dict.fromkeys(("id", "split", "file", "sample", "signature", "content", "exported_sha256"), "VARCHAR"),
     **{f"exported_{name}": "BIGINT" for name in ("bytes", "width", "height", "num_frames")},
     **{f"exported_{name}": "DOUBLE" for name in ("fps", "duration_s")},
@@ -178,10 +178,10 @@ class _Export:
         return self._finish(described, is_same=is_same and not was_killed)
 
     def _load_done(self) -> None:
-        self._db.execute(f"CREATE TABLE done ({', '.join(f'{name} {kind}' for name, kind in DONE.items())})")
+        self._db.execute(f"CREATE TABLE done ({', '.join(f'{name} {kind}' for name, kind in _DONE.items())})")
         if "rows.parquet" in self._dest.files(".vidgen"):
             with opened(self._dest, ROWS) as file:
-                self._db.register("stored", pyarrow.parquet.read_table(file, columns=[*DONE]))
+                self._db.register("stored", pyarrow.parquet.read_table(file, columns=[*_DONE]))
             self._db.execute("INSERT INTO done BY NAME SELECT * FROM stored")
         self._db.execute("CREATE TABLE before AS SELECT id, signature FROM done")
 
@@ -318,7 +318,7 @@ class _Export:
             return
         is_encoded = settings.resize or settings.fit
         is_linked = settings.format != "lance" and not is_encoded and self._source.local and self._dest.local
-        size = BLOCK_ROWS if is_linked else SLOW_BLOCK_ROWS
+        size = _BLOCK_ROWS if is_linked else SLOW_BLOCK_ROWS
         for batch in db.sql(f"{rows} ORDER BY split, todo._place").to_arrow_reader(size):
             yield pyarrow.Table.from_batches([batch])
 
@@ -378,7 +378,7 @@ class _Export:
     def _save(self) -> None:
         """Store the rows that the data set has."""
         self._write_metadata()
-        taken = ", ".join(f"'{name}'" for name in ("id", "caption", *DONE, *PRIVATE))
+        taken = ", ".join(f"'{name}'" for name in ("id", "caption", *_DONE, *PRIVATE))
         self._write_rows(
             ROWS,
             f"""WITH photo AS (

@@ -20,7 +20,7 @@ DARK_LEVEL, DARK_SHARE = 25, 0.98
 """A frame is black if at least this share of its pixels has at most this luma."""
 BLANK_LEVELS = 3.0
 """A frame has one colour if no channel has a larger standard deviation."""
-FROZEN_LEVELS, BLOCKS = 1.0, 16
+FROZEN_LEVELS, _BLOCKS = 1.0, 16
 """A frame is frozen if the luma of no block changes by more on average. Blocks along the longer side."""
 CLIPPED_LEVELS = (2, 253)
 """Luma up to which a pixel is clipped to black, and from which it is clipped to white."""
@@ -88,7 +88,7 @@ def _sharpness(luma: NDArray[np.uint8]) -> float:
 def _largest_change(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
     """Return the mean absolute difference of luma in the block where it is largest."""
     height, width = first.shape
-    blocks = max(1, BLOCKS * width // max(height, width)), max(1, BLOCKS * height // max(height, width))
+    blocks = max(1, _BLOCKS * width // max(height, width)), max(1, _BLOCKS * height // max(height, width))
     return float(cv2.resize(cv2.absdiff(first, second).astype(np.float32), blocks, interpolation=cv2.INTER_AREA).max())
 
 

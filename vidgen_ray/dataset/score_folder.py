@@ -77,7 +77,7 @@ NEIGHBOURS: dict[str, Column] = {
 NEIGHBOURS_FILE = f"{FOLDER}/neighbours@1/all.parquet"
 PAIR_ROWS = 8
 """Clips that are compared with all others at once, so that intermediate results stay in the processor's cache."""
-PART_ROWS, FLUSH_S = 2_000, 10.0
+_PART_ROWS, _FLUSH_S = 2_000, 10.0
 """Rows from which a file is complete, and seconds between two writes."""
 TASK_S, MAX_TASK_CLIPS = 10.0, 64
 """Seconds that a task of Ray Data should take, and its most clips."""
@@ -198,16 +198,16 @@ class ScoreWriter:
         """Add the scores of a clip. Raises OSError."""
         for name, row in scores.values.items():
             self._rows[name].append(row)
-        if time.monotonic() - self._written_at > FLUSH_S:
+        if time.monotonic() - self._written_at > _FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
-        """Write all rows. The last file of each scorer is rewritten until it has `PART_ROWS`. Raises OSError."""
+        """Write all rows. The last file of each scorer is rewritten until it has `_PART_ROWS`. Raises OSError."""
         for each in self._chosen:
             if rows := self._rows[name := each.name]:
                 with self._storage.new_file(f"{FOLDER}/{each.folder}/{self._names[name]}.parquet") as path:
                     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=each.schema), path)
-                if len(rows) >= PART_ROWS:
+                if len(rows) >= _PART_ROWS:
                     del self._rows[name], self._names[name]
         self._written_at = time.monotonic()
 
@@ -393,7 +393,7 @@ def nearest_neighbours(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], N
     return nearest, distances
 
 
-BACKGROUND = {"env_vars": {"VIDGEN_BACKGROUND": "score"}}
+_BACKGROUND = {"env_vars": {"VIDGEN_BACKGROUND": "score"}}
 """Runtime environment of tasks during a run. Ray gives processes of it to no other tasks: their priority stays low."""
 
 
@@ -421,7 +421,7 @@ class ScoringListener:
         self._score_rest = partial(score_folder, outputs, self._chosen, found, address)
         self._arguments = pickle.dumps((self._chosen, outputs, found))
         self._writer = ScoreWriter(outputs.storage, self._chosen)
-        self._task: Any = ray.remote(num_cpus=1, max_retries=0, runtime_env=BACKGROUND)(_score_in_background)
+        self._task: Any = ray.remote(num_cpus=1, max_retries=0, runtime_env=_BACKGROUND)(_score_in_background)
         self._waiting = deque[dict[str, Any]]()
         self._running: list[Any] = []
         self.on_rejected, self.on_lines = listener.on_rejected, listener.on_lines

@@ -44,7 +44,7 @@ REQUIRED, NAME = ("name", "version", "columns", "cpu_s_per_frame", "score"), re.
 Need = Literal["frames", "flow", "faces"]
 NEED_CPU_S: Mapping[Need, float] = {"frames": 0.015, "flow": 0.13, "faces": 0.05}
 """CPU seconds per frame of what scorers share, measured on one slow core."""
-MAX_SIDE_PX, MAX_FRAMES_BYTES = 1024, 256 << 20
+MEASURED_SIDE_PX, MAX_FRAMES_BYTES = 1024, 256 << 20
 """Limits of the frames of a clip in memory. Larger ones are reduced as they are decoded."""
 DECODED_AT_ONCE = 8
 FLOW_SIDE_PX, RIFE_SIDE_PX, RIFE_SCALE = 512, 256, 0.5
@@ -152,7 +152,7 @@ class Clip:
         if Path(row["clip"]).suffix not in CLIP_SUFFIXES:
             image = read_image(path)
             self.size = image.shape[1], image.shape[0]
-            self.frames: Frames = reduced(image[None], MAX_SIDE_PX)
+            self.frames: Frames = reduced(image[None], MEASURED_SIDE_PX)
             return
         with open_foreign_video(path) as video:
             count = video.frame_count
@@ -161,8 +161,8 @@ class Clip:
             side = (MAX_FRAMES_BYTES / (count * video.width * video.height * 3)) ** 0.5 * max(self.size)
             starts = range(0, count, DECODED_AT_ONCE)
             chunks = (video.frames(start, min(start + DECODED_AT_ONCE, count)) for start in starts)
-            self.frames = np.concatenate([reduced(chunk, min(MAX_SIDE_PX, int(side))) for chunk in chunks])
-            """uint8 (T, H, W, 3), in the size of the file unless that is above `MAX_SIDE_PX`. An image: T = 1."""
+            self.frames = np.concatenate([reduced(chunk, min(MEASURED_SIDE_PX, int(side))) for chunk in chunks])
+            """uint8 (T, H, W, 3), in the size of the file unless that is above `MEASURED_SIDE_PX`. An image: T = 1."""
 
     @cached_property
     def luma(self) -> NDArray[np.uint8]:

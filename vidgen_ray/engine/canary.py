@@ -14,7 +14,7 @@ from vidgen_ray.engine.processes import CoreLimits, Process, Table
 
 CANARY = "canary"
 """Stage of a check in the log."""
-MAX_DIFFERENCE = 48.0
+MAX_BLOCK_DIFFERENCE = 48.0
 """Largest mean difference of a block of pixels, of 255, between two healthy workers: other kernels change details, a sick GPU
 or damaged weights the image. Not measured on GPUs."""
 
@@ -66,7 +66,7 @@ class Canary:
         if not result.is_usual:
             self._due[check.due] = None
             return "not comparable"
-        same = [difference <= MAX_DIFFERENCE for difference in result.differences]
+        same = [difference <= MAX_BLOCK_DIFFERENCE for difference in result.differences]
         if check.first is None and same[0]:
             check.due.is_found_sick = check.maker.is_found_sick = False
             self._check_after(check.maker, self._limits.checked_calls)

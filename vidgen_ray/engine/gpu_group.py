@@ -29,7 +29,7 @@ SAME_ERROR_S = 20.0
 """Seconds after an error in one process in which the others have to end the call, too. An error that all processes meet, such
 as wrong inputs, leaves them usable. Otherwise the others wait for the one that failed, and all are started again."""
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
-RUN, PROGRESS, DONE, ERROR = "run", "progress", "done", "error"
+RUN, _PROGRESS, _DONE, ERROR = "run", "progress", "done", "error"
 """Method of a request for a result, and kinds of answers."""
 
 StageKind = tuple[type[Stage[Any]], StageParams]
@@ -134,7 +134,7 @@ class GpuGroup:
                 break
             for pipe in [pipe for pipe in computing if pipe in ready]:
                 kind, value = _receive(pipe)
-                if kind == PROGRESS:
+                if kind == _PROGRESS:
                     asking[pipe] = value
                     continue
                 results[pipe] = value
@@ -227,7 +227,7 @@ def _serve(pipe: Connection, rank: int, gpus: int, own_gpu: str | None, meeting:
     stages = {name: stage(params) for name, (stage, params) in kinds.items()}
 
     def on_progress(*progress: Any) -> None:
-        pipe.send((PROGRESS, progress))
+        pipe.send((_PROGRESS, progress))
         if not pipe.recv():
             raise Cancelled
 
@@ -238,7 +238,7 @@ def _serve(pipe: Connection, rank: int, gpus: int, own_gpu: str | None, meeting:
             with progress_callback(on_progress):
                 result = _run(stage, *arguments) if method == RUN else getattr(stage, method)(*arguments)
             # The result is the same everywhere.
-            answer = (DONE, result if rank == 0 else None)
+            answer = (_DONE, result if rank == 0 else None)
         except Exception as error:
             answer = (ERROR, _sendable(error))
         # Also releases the error, which refers to tensors. The worker may have stages of its own on this GPU.

@@ -33,7 +33,7 @@ from vidgen_ray.report.shot_text import place_in_script
 from vidgen_ray.script.lines import file_error, read_yaml_file
 
 _SIZE = re.compile(r"(\d{1,5})[x×](\d{1,5})")
-MIN_SIDE_PX = 16
+_MIN_SIDE_PX = 16
 _FILES = ("font", "music", "narration")
 """Fields that hold the path of a file."""
 
@@ -59,8 +59,8 @@ def _size(value: Any) -> Any:
     if match is None:
         raise ValueError("must be WIDTHxHEIGHT, such as 1280x720")
     size = PixelSize(int(match[1]), int(match[2]))
-    if min(size) < MIN_SIDE_PX or size.width % 2 or size.height % 2 or size.width * size.height > MAX_PIXELS:
-        raise ValueError(f"must be even numbers from {MIN_SIDE_PX}, at most {MAX_PIXELS / 1e6:g} megapixels together")
+    if min(size) < _MIN_SIDE_PX or size.width % 2 or size.height % 2 or size.width * size.height > MAX_PIXELS:
+        raise ValueError(f"must be even numbers from {_MIN_SIDE_PX}, at most {MAX_PIXELS / 1e6:g} megapixels together")
     return size
 
 

@@ -69,7 +69,7 @@ MAX_TEXT_WIDTH, MAX_CAPTION_HEIGHT, MAX_TITLE_HEIGHT = 0.9, 0.5, 0.9
 """Largest text as a share of the picture."""
 _MARGIN = 0.05
 """Space below a caption as a share of the height of the picture."""
-INK, OUTLINE, BACKGROUND = (255, 255, 255), (0, 0, 0), (0, 0, 0)
+_INK, OUTLINE, _BACKGROUND = (255, 255, 255), (0, 0, 0), (0, 0, 0)
 
 
 class Overlay(NamedTuple):
@@ -89,7 +89,7 @@ def draw_caption(text: str, size: PixelSize, font: Path | None) -> Overlay:
     width, height = _even(right - left), _even(bottom - top)
     image = PILImage.new("RGBA", (width, height), (0, 0, 0, 0))
     ImageDraw.Draw(image).multiline_text(
-        (-left, -top), lines, INK, loaded, align="center", stroke_width=outline_px, stroke_fill=OUTLINE
+        (-left, -top), lines, _INK, loaded, align="center", stroke_width=outline_px, stroke_fill=OUTLINE
     )
     # Even positions, since the chroma of two pixels is shared.
     x = (size.width - width) // 4 * 2
@@ -100,10 +100,10 @@ def draw_caption(text: str, size: PixelSize, font: Path | None) -> Overlay:
 def draw_title(text: str, size: PixelSize, font: Path | None) -> Image:
     """Draw a title card (H, W, 3), text in the middle. Raises UsageError if it does not fit or the font lacks a letter."""
     lines, loaded = _fitting(text, size, font, TITLE_HEIGHT, MAX_TITLE_HEIGHT)
-    card = PILImage.new("RGB", size, BACKGROUND)
+    card = PILImage.new("RGB", size, _BACKGROUND)
     left, top, right, bottom = _box(lines, loaded, 0)
     position = (size.width - right + left) / 2 - left, (size.height - bottom + top) / 2 - top
-    ImageDraw.Draw(card).multiline_text(position, lines, INK, loaded, align="center")
+    ImageDraw.Draw(card).multiline_text(position, lines, _INK, loaded, align="center")
     return np.asarray(card)
 
 
@@ -173,7 +173,7 @@ def _even(value: int) -> int:
 
 OpenFile = Callable[[str], AbstractContextManager[Path]]
 """Yields a local file with the content of a path of the output folder."""
-BT709, LIMITED, UNSPECIFIED = 1, 1, 2
+_BT709, LIMITED, _UNSPECIFIED = 1, 1, 2
 """FFmpeg's numbers of colour matrices and ranges."""
 SCALING = (
     "force_original_aspect_ratio=decrease:force_divisible_by=2:out_color_matrix=bt709:out_range=tv"
@@ -285,7 +285,7 @@ def _buffer_options(frame: av.VideoFrame) -> str:
     is_rgb = frame.format.is_rgb
     return (
         f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base={frame.time_base}:pixel_aspect=1/1"
-        f":colorspace={UNSPECIFIED if is_rgb else int(frame.colorspace)}:range={int(frame.color_range)}"
+        f":colorspace={_UNSPECIFIED if is_rgb else int(frame.colorspace)}:range={int(frame.color_range)}"
     )
 
 
@@ -306,7 +306,7 @@ def _cross_fade(
     width, height = timeline.size
     options = (
         f"video_size={width}x{height}:pix_fmt=yuv420p:time_base={1 / timeline.fps}:frame_rate={timeline.fps}"
-        f":pixel_aspect=1/1:colorspace={BT709}:range={LIMITED}"
+        f":pixel_aspect=1/1:colorspace={_BT709}:range={LIMITED}"
     )
     graph = Graph()
     inputs = [graph.add("buffer", options), graph.add("buffer", options)]

@@ -20,7 +20,7 @@ from vidgen_ray.nets.weight_files import library_errors, load_torch_file, requir
 
 _UNITS = (3, 4, 14, 3)
 """Units per stage. The first unit of a stage halves the image: 112 -> 56 -> 28 -> 14 -> 7."""
-WIDTHS = (64, 128, 256, 512)
+_WIDTHS = (64, 128, 256, 512)
 """Channels per stage of the published network."""
 LAST_SIDE_PX = CROP_PX // 16
 EMBEDDING = 512
@@ -31,7 +31,7 @@ HINT = "use recognition_arcface_ir_se50.pth of facexlib"
 class IRSE50(nn.Module):
     """Aligned faces (B, 3, 112, 112), BGR from -1 to 1 -> embeddings (B, 512) of length 1, in fp32."""
 
-    def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
+    def __init__(self, widths: tuple[int, ...] = _WIDTHS) -> None:
         super().__init__()
         self.input_layer = nn.Sequential(
             nn.Conv2d(3, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.PReLU(widths[0])

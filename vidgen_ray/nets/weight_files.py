@@ -133,7 +133,7 @@ def require_same(config: Mapping[str, Any], other: Mapping[str, Any], names: Seq
 _PARTS = re.compile(r"^(?P<layer>.*)\.(?P<part>lora_A|lora_B|lora_down|lora_up)(\..+)?\.weight$")
 """A layer has two factors: lora_A and lora_B in the format of diffusers, lora_down and lora_up in that of kohya."""
 FIRST = ("lora_A", "lora_down")
-ATTENTION = re.compile(r"attn[._](to_[qkv]|qkv)$")
+_ATTENTION = re.compile(r"attn[._](to_[qkv]|qkv)$")
 """Layers that take the hidden state."""
 FLUX = "FLUX.1"
 OTHER_MODELS = {
@@ -207,7 +207,7 @@ def check_lora_width(path: Path, name: str, transformer: Path) -> None:
     with safe_open(path, "np") as file:
         for tensor in file.keys():  # noqa: SIM118  # not a mapping
             found = _PARTS.match(tensor)
-            if found and found["part"] in FIRST and ATTENTION.search(found["layer"]):
+            if found and found["part"] in FIRST and _ATTENTION.search(found["layer"]):
                 of_lora = file.get_slice(tensor).get_shape()[-1]
                 if of_lora != width:
                     raise StageError(f"lora {name}: is for a model of width {of_lora}, that of the profile has {width}")

@@ -24,7 +24,7 @@ from vidgen_ray.script.lines import PATH_FIELDS
 INVALID = "invalid_request_error"
 MAX_FIELD_ERRORS = 10
 """Wrong fields that one error describes."""
-NAME_LENGTH = 100
+_NAME_LENGTH = 100
 """Characters of the name of a field or object that an error repeats."""
 MESSAGE_LENGTH = 4_000
 """Characters of a message. Some repeat what the client sent."""
@@ -50,7 +50,7 @@ class ApiError(VidgenError):
         self.status = status
         self.message = message = shortened(message, MESSAGE_LENGTH)
         self.type = type
-        self.param = param and param[:NAME_LENGTH]
+        self.param = param and param[:_NAME_LENGTH]
         """Request field that caused the error."""
         self.code = code
         self.headers = dict(headers or {})
@@ -64,7 +64,7 @@ def invalid(param: str | None, message: str, code: str = "invalid_value") -> Api
 
 def not_found(kind: str, name: str, param: str | None = None) -> ApiError:
     """Return a 404 error. It is the same for an object that does not exist and for one of another tenant."""
-    return ApiError(404, f"No such {kind}: {name[:NAME_LENGTH]!r}", code=f"{kind}_not_found", param=param)
+    return ApiError(404, f"No such {kind}: {name[:_NAME_LENGTH]!r}", code=f"{kind}_not_found", param=param)
 
 
 def found(value: _T | None, kind: str, name: str) -> _T:
@@ -86,7 +86,7 @@ def validation_failed(details: Sequence[Any], fields: Iterable[str] = ()) -> Api
     # Unknown fields first: a misspelt name is also a missing one.
     for detail in sorted(details, key=lambda detail: detail["type"] != "extra_forbidden")[:MAX_FIELD_ERRORS]:
         field, got, allowed = explain(detail, fields, "/openapi.json")
-        errors.append(FieldError("request", None, field and field[:NAME_LENGTH], got, allowed))
+        errors.append(FieldError("request", None, field and field[:_NAME_LENGTH], got, allowed))
     return invalid_fields(ScriptError(errors))
 
 

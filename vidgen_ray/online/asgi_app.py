@@ -44,7 +44,7 @@ from vidgen_ray.online.queue_estimate import QueueEstimator
 from vidgen_ray.online.server_context import FaceCheck, ServerContext
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
-from vidgen_ray.online.store.database import READERS
+from vidgen_ray.online.store.database import READER_THREADS
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.uploads import LARGE_JSON_BODIES, BodyBudget, BodyCap, ImageReferences
 from vidgen_ray.online.web import add_page
@@ -62,7 +62,7 @@ Create requests accept JSON or a form. Every error is `{"error": {"message", "ty
 
 READY_S = 5.0
 """Seconds within which `/readyz` responds."""
-_THREADS = READERS
+_THREADS = READER_THREADS
 """Threads of `asyncio.to_thread` for blocking calls, each with a connection to the database.
 
 Starlette's `run_in_threadpool` is not used: in Ray's event loop, each call looks through all tasks, of which 1,000 event

@@ -23,9 +23,9 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.stage_cache import StageCache
 from vidgen_ray.stages.base import Image
 
-MAX_SIDE_PX = 512
+_MAX_SIDE_PX = 512
 _QUALITY = 85
-MAX_FRAMES = 24
+_MAX_FRAMES = 24
 """Frames of an animated preview, evenly spaced over the clip."""
 _TILE_PX = 160
 """Width of a frame in a sprite sheet."""
@@ -86,7 +86,7 @@ def _encode_entry(cache: StageCache, key: str, duration_s: float) -> bytes | Non
             return None
         try:
             if (clip := entry / "frames.mkv").exists():
-                frames = _sampled_frames(clip, MAX_FRAMES, _thumbnail)
+                frames = _sampled_frames(clip, _MAX_FRAMES, _thumbnail)
                 return _encode_webp(frames, round(1000 * duration_s / len(frames)))
             return encode_thumbnail(read_image(entry / "image.png"))
         except MediaError:
@@ -105,7 +105,7 @@ def encode_preview(outputs: OutputFolder, path: str, variant: str, digest: str) 
 
 
 def encode_thumbnail(image: Image) -> bytes:
-    """Encode an image (H, W, 3) as a WebP of at most `MAX_SIDE_PX`."""
+    """Encode an image (H, W, 3) as a WebP of at most `_MAX_SIDE_PX`."""
     return _encode_webp([_thumbnail(image)], 0)
 
 
@@ -119,7 +119,7 @@ def _sampled_frames(clip: Path, most: int, shrunk: Callable[[Image], PILImage.Im
 
 def _thumbnail(image: Image) -> PILImage.Image:
     thumbnail = PILImage.fromarray(image)
-    thumbnail.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), PILImage.Resampling.LANCZOS)
+    thumbnail.thumbnail((_MAX_SIDE_PX, _MAX_SIDE_PX), PILImage.Resampling.LANCZOS)
     return thumbnail
 
 

@@ -45,7 +45,7 @@ SNAPSHOT_VALID_S = 1.0
 """Seconds for which a snapshot of the queue is used."""
 RECENT_JOBS = 50
 """Changed jobs from which the speed of the server is taken."""
-POLL_SHARE = 0.1
+_POLL_SHARE = 0.1
 """Time until the next poll, as a fraction of the time that the job still takes."""
 MIN_POLL_AFTER_S = 1.0
 MAX_POLL_AFTER_S = 15.0
@@ -133,7 +133,7 @@ class QueueEstimator:
         return snapshot.wait_s(len(snapshot.positions) - 1, 0.0) if snapshot.positions else 0.0
 
     def _estimate(self, position: int | None, eta_s: float) -> JobEstimate:
-        poll_after_s = max(MIN_POLL_AFTER_S, min(MAX_POLL_AFTER_S, POLL_SHARE * eta_s))
+        poll_after_s = max(MIN_POLL_AFTER_S, min(MAX_POLL_AFTER_S, _POLL_SHARE * eta_s))
         return JobEstimate(position, round(eta_s, 1), poll_after_s)
 
     def _expected_s(self, shot: Shot) -> float:

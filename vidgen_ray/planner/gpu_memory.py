@@ -22,7 +22,7 @@ from vidgen_ray.video_models import VIDEO_MODELS
 
 STEP_PX = 64
 """Sides of clips are multiples of it."""
-MIN_FRAMES = 8
+_MIN_FRAMES = 8
 """Fewest frames that are suggested for a clip that is too large."""
 MAX_SIZES = 50
 """Sizes of shots of one kind that are kept."""
@@ -271,7 +271,7 @@ def fitting_sizes(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu_
 
     is_clip = "num_frames" in stage.reads
     if is_clip:
-        allowed = (n for n in range(shot.num_frames, MIN_FRAMES - 1, -1) if VIDEO_MODELS[shot.video_model].allows(n))
+        allowed = (n for n in range(shot.num_frames, _MIN_FRAMES - 1, -1) if VIDEO_MODELS[shot.video_model].allows(n))
         frames = next((n for n in allowed if fits(num_frames=n)), None)
         if frames is not None:
             yield f"{shot.width}x{shot.height} with {frames} frames"

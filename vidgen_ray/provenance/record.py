@@ -268,7 +268,7 @@ LETTER_HEIGHT = 1 / 28
 _MIN_LETTER_PX = 8
 MAX_WIDTH = 0.9
 """Widest label as a share of the image."""
-INK, BOX = (255, 255, 255, 255), (0, 0, 0, 160)
+_INK, BOX = (255, 255, 255, 255), (0, 0, 0, 160)
 
 
 def with_label(frames: Frames, settings: ProvenanceSettings) -> Frames:
@@ -303,7 +303,7 @@ def _label(text: str, width_px: int, height_px: int) -> NDArray[np.uint8]:
         width, height = right - left + 2 * margin, bottom - top + 2 * margin
         if width <= width_px * MAX_WIDTH and height <= height_px:
             image = PILImage.new("RGBA", (width, height), BOX)
-            ImageDraw.Draw(image).text((margin - left, margin - top), text, INK, font)
+            ImageDraw.Draw(image).text((margin - left, margin - top), text, _INK, font)
             return np.asarray(image)
         letter_px -= 1
     raise MediaError(f"label {text!r}: too long for {width_px}×{height_px} pixels; shorten it or render a larger size")

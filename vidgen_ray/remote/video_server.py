@@ -31,11 +31,11 @@ _M = TypeVar("_M", bound=BaseModel)
 
 CONNECT_S, RESPONSE_S = 10.0, 120.0
 """Timeouts of a connection and of a response. A job takes longer, but its requests do not."""
-RETRY_S, MAX_RETRY_AFTER_S = (0.25, 15.0), 120.0
+REQUEST_RETRY_S, MAX_RETRY_AFTER_S = (0.25, 15.0), 120.0
 """First and longest pause between two attempts of a request, and the longest that a server can ask for."""
 PATIENCE_S = 30.0
 """Seconds without a response after which a call goes to another server, if one responds. Otherwise the network may be down."""
-POLL_S, POLL_SHARE = (0.1, 10.0), 0.05
+STATUS_POLL_S, _POLL_SHARE = (0.1, 10.0), 0.05
 """Shortest and longest pause between two polls, and its share of the seconds that the job has taken."""
 SUBMITS, ANSWERS = 3, 3
 """Most submissions of a job in one call, and most downloads of its result."""
@@ -319,7 +319,7 @@ class VideoServers:
                     return _parsed(model, self._post(path, deadline, max_bytes=max_bytes, **arguments))
                 except _Unanswered as error:
                     problem = error
-                self._sleep(RETRY_S[0] * 2**number, deadline)
+                self._sleep(REQUEST_RETRY_S[0] * 2**number, deadline)
         except TimeoutError as error:
             raise self._too_late(error) from None
         raise ServerFailed(f"{self._server}: no response to {SUBMITS} requests: {problem}")
@@ -366,7 +366,7 @@ class VideoServers:
                 job = self._put(job.model_copy(update={"id": accepted.id}), store)
             except (_Unanswered, WrongAnswer) as error:
                 problem = error
-                self._sleep(RETRY_S[0] * 2**attempt, deadline)
+                self._sleep(REQUEST_RETRY_S[0] * 2**attempt, deadline)
                 job = self._find(job, fields, store, deadline)
         if job.id is None:
             raise ServerFailed(f"{self._server}: no response to {SUBMITS} submissions: {problem}")
@@ -443,7 +443,7 @@ class VideoServers:
                 return check(content.content, job.found)
             except WrongAnswer as error:
                 problem = error if str(error).startswith(job.server) else WrongAnswer(f"{job.server}: {error}")
-                self._sleep(RETRY_S[0] * 2**attempt, deadline)
+                self._sleep(REQUEST_RETRY_S[0] * 2**attempt, deadline)
         raise _JobEnded(problem)
 
     def _wait_for(self, job: RemoteJob, fields: Mapping[str, str], deadline: float) -> None:
@@ -460,9 +460,9 @@ class VideoServers:
             if state.status not in UNFINISHED:
                 why = _message_of(state.error) or f"its status is {state.status!r}"
                 raise _JobEnded(ServerFailed(f"{job.server}: the job {job.id} failed: {why}"))
-            pause_s = POLL_SHARE * (time.monotonic() - started)
+            pause_s = _POLL_SHARE * (time.monotonic() - started)
             percent = int(state.progress) if isinstance(state.progress, int | float) and 0 <= state.progress <= 100 else 0
-            self._sleep(min(POLL_S[1], max(POLL_S[0], pause_s)), deadline, percent)
+            self._sleep(min(STATUS_POLL_S[1], max(STATUS_POLL_S[0], pause_s)), deadline, percent)
 
     # Requests
 
@@ -550,15 +550,15 @@ def _owner(server: str, job_id: str, store: JobRecords) -> str | None:
 
 
 def _pauses() -> Iterator[float]:
-    pause_s = RETRY_S[0]
+    pause_s = REQUEST_RETRY_S[0]
     while True:
         yield pause_s
-        pause_s = min(RETRY_S[1], 2 * pause_s)
+        pause_s = min(REQUEST_RETRY_S[1], 2 * pause_s)
 
 
 def _retry_after_s(response: httpx2.Response, default: float) -> float:
     with suppress(KeyError, ValueError):
-        return min(MAX_RETRY_AFTER_S, max(RETRY_S[0], float(response.headers["retry-after"])))
+        return min(MAX_RETRY_AFTER_S, max(REQUEST_RETRY_S[0], float(response.headers["retry-after"])))
     return default
 
 

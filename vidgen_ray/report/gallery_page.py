@@ -379,7 +379,7 @@ def page_of(data: Mapping[str, Any]) -> str:
     return environment.get_template("gallery.html").render(data=data, style=style, script=shared + own)
 
 
-REFRESH_S, STORE_REFRESH_S = 3, 15
+PAGE_REFRESH_S, STORE_REFRESH_S = 3, 15
 """Seconds between two requests of an open page for new rows, from a disk and from an object store."""
 SHOWN = (SHOTS, _FOLDER)
 """Folders whose files are served, besides films."""
@@ -400,7 +400,7 @@ def gallery_app(out: str | Path, reviewer: str | None = None) -> Starlette:
     if storage.local is not None and not storage.local.is_dir():
         raise no_results(storage)
     root = storage.local and storage.local.resolve()
-    refresh_s = REFRESH_S if root else STORE_REFRESH_S
+    refresh_s = PAGE_REFRESH_S if root else STORE_REFRESH_S
     session, clips = ReviewSession(storage, reviewer), dict[str, str]()
 
     def data() -> dict[str, Any]:

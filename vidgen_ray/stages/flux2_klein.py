@@ -49,7 +49,7 @@ CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</thin
 """Text around a prompt, for the text encoder."""
 PHOTO_PIXELS = 1024 * 1024
 """Pixels to which the pipeline scales larger photos down."""
-TEXT_ENCODER, TRANSFORMER, VAE = "klein/text_encoder", "klein/transformer", "klein/vae"
+_TEXT_ENCODER, _TRANSFORMER, _VAE = "klein/text_encoder", "klein/transformer", "klein/vae"
 OTHER_SIZE = re.compile(r"klein(-base)?-9b", re.IGNORECASE)
 """Weights of another size than those of the memory table."""
 
@@ -100,7 +100,7 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
         pixels, photos = shot.width * shot.height, len(shot.face_image) if shot.uses_reference_photos else 0
         step = network_work("klein/step", pixels + photos * PHOTO_PIXELS)
         coding = network_work("klein/encode", PHOTO_PIXELS).times(photos) + network_work("klein/decode", pixels)
-        copies = offload_work((TEXT_ENCODER, VAE, TRANSFORMER, VAE), params.dtype, cpu_offload=params.cpu_offload)
+        copies = offload_work((_TEXT_ENCODER, _VAE, _TRANSFORMER, _VAE), params.dtype, cpu_offload=params.cpu_offload)
         return ShotWork(step.times(shot.steps.klein or DISTILLED_STEPS), network_work("klein/text") + coding + copies)
 
     @classmethod
@@ -109,15 +109,15 @@ class Flux2KleinStage(ImageStage[Flux2KleinParams]):
             return None
         dtype, pixels = params.dtype, shot.width * shot.height
         photos = len(shot.face_image) if shot.uses_reference_photos else 0
-        weights = {network: weight_bytes(network, dtype) for network in (TEXT_ENCODER, TRANSFORMER, VAE)}
+        weights = {network: weight_bytes(network, dtype) for network in (_TEXT_ENCODER, _TRANSFORMER, _VAE)}
         if shot.klein_lora:
-            weights[TRANSFORMER] += params.adapters_kept * weight_bytes("klein/lora", dtype)
+            weights[_TRANSFORMER] += params.adapters_kept * weight_bytes("klein/lora", dtype)
         encode, decode = autoencoder_peaks("klein", params, pixels, PHOTO_PIXELS)
         phases = (
-            Phase(TEXT_ENCODER, activation_bytes("klein/text", 0, dtype)),
-            Phase(VAE, encode if photos else 0),
-            Phase(TRANSFORMER, activation_bytes("klein/step", pixels + photos * PHOTO_PIXELS, dtype)),
-            Phase(VAE, decode),
+            Phase(_TEXT_ENCODER, activation_bytes("klein/text", 0, dtype)),
+            Phase(_VAE, encode if photos else 0),
+            Phase(_TRANSFORMER, activation_bytes("klein/step", pixels + photos * PHOTO_PIXELS, dtype)),
+            Phase(_VAE, decode),
         )
         return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, results=pixels * 3 * RESULT_COPIES)
 

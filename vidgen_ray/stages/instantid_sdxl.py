@@ -35,9 +35,9 @@ _EMBEDDING = "antelopev2"
 CLIP_TOKENS = 77
 INSTANTID = "instantid"
 """Name in the profile's `extra_weights` of the folder with `ControlNetModel/` and `ip-adapter.bin`."""
-NET_FOLDER, ADAPTER_FILE = "ControlNetModel", "ip-adapter.bin"
+_NET_FOLDER, ADAPTER_FILE = "ControlNetModel", "ip-adapter.bin"
 """Names in the published folder of `InstantX/InstantID`."""
-PROJECTION, ATTENTION = "image_proj", "ip_adapter"
+_PROJECTION, _ATTENTION = "image_proj", "ip_adapter"
 """Names of the state dicts in the adapter file."""
 _NETWORKS = ("sdxl/unet", "sdxl/controlnet", "sdxl/text_encoder", "sdxl/text_encoder_2", "sdxl/vae", "instantid/adapter")
 """Its networks in the memory table."""
@@ -114,14 +114,14 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
         folder, dtype = self.params.extra_weights_at(INSTANTID), torch_dtype(self.params.dtype)
         if not folder.is_dir():
             raise SetupError(
-                f"{folder}: no such folder; copy {NET_FOLDER}/ and {ADAPTER_FILE} of InstantX/InstantID to this path"
+                f"{folder}: no such folder; copy {_NET_FOLDER}/ and {ADAPTER_FILE} of InstantX/InstantID to this path"
             )
-        net = load_model(IdentityNet, "ControlNetModel", folder / NET_FOLDER, dtype, self.params.device)
+        net = load_model(IdentityNet, "ControlNetModel", folder / _NET_FOLDER, dtype, self.params.device)
         file = folder / ADAPTER_FILE
-        adapter = read_parts(file, PROJECTION, ATTENTION)
-        resampler = build_resampler(adapter[PROJECTION], file)
+        adapter = read_parts(file, _PROJECTION, _ATTENTION)
+        resampler = build_resampler(adapter[_PROJECTION], file)
         base = load_pipeline(StableDiffusionXLPipeline, self.params)
-        require_same(net.config, base.unet.config, _MUST_AGREE, folder / NET_FOLDER, "SDXL")
+        require_same(net.config, base.unet.config, _MUST_AGREE, folder / _NET_FOLDER, "SDXL")
         if resampler.sizes.output != base.unet.config.cross_attention_dim:
             raise SetupError(
                 f"{file}: returns tokens of {resampler.sizes.output} numbers, the UNet of {self.params.weights} takes "
@@ -135,7 +135,7 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
             add_watermarker=False,
         )
         self.pipe.set_progress_bar_config(disable=True)
-        with library_errors(f"{file}: {ATTENTION} does not fit the UNet of {self.params.weights}"):
+        with library_errors(f"{file}: {_ATTENTION} does not fit the UNet of {self.params.weights}"):
             self.pipe.load_ip_adapter(adapter, subfolder="", weight_name=ADAPTER_FILE, image_encoder_folder=None)
         self.resampler = resampler.to(self.params.device, dtype)
         if self.params.channels_last:

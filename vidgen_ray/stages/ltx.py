@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 _DEFAULT_GUIDANCE = 3.0
-TEXT_ENCODER, TRANSFORMER, VAE = "ltx/text_encoder", "ltx/transformer", "ltx/vae"
+_TEXT_ENCODER, _TRANSFORMER, _VAE = "ltx/text_encoder", "ltx/transformer", "ltx/vae"
 _TILE_PX = 512
 """Side of diffusers' tiles of the autoencoder."""
 
@@ -72,7 +72,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
         # The step was traced with both prompts.
         step = network_work("ltx/step", pixels, cls.latent_frames(shot.num_frames)).times(prompts / 2)
         coding = network_work("ltx/encode", pixels) + network_work("ltx/decode", pixels, shot.num_frames)
-        copies = offload_work((TEXT_ENCODER, VAE, TRANSFORMER, VAE), params.dtype, cpu_offload=params.cpu_offload)
+        copies = offload_work((_TEXT_ENCODER, _VAE, _TRANSFORMER, _VAE), params.dtype, cpu_offload=params.cpu_offload)
         fixed = network_work("ltx/text").times(prompts) + coding + copies
         return ShotWork(step.times(cls.steps_of(shot)), fixed).times(cls.passes(shot))
 
@@ -83,17 +83,17 @@ class LTXStage(PromptedVideoStage[LTXParams]):
             return None
         dtype, pixels = params.dtype, shot.width * shot.height
         latent_frames = cls.latent_frames(shot.num_frames)
-        weights = {network: weight_bytes(network, dtype) for network in (TEXT_ENCODER, TRANSFORMER, VAE)}
+        weights = {network: weight_bytes(network, dtype) for network in (_TEXT_ENCODER, _TRANSFORMER, _VAE)}
         if shot.video_lora:
-            weights[TRANSFORMER] += params.adapters_kept * weight_bytes("ltx/lora", dtype)
+            weights[_TRANSFORMER] += params.adapters_kept * weight_bytes("ltx/lora", dtype)
         worked_on = min(pixels, _TILE_PX**2) if params.vae_tiling else pixels
         # The curve of decoding includes the clip of the pixels that it works on, in float32. The other tiles come on top.
         tiles = 3 * shot.num_frames * pixels * 3 * 4 if params.vae_tiling else 0
         phases = (
-            Phase(TEXT_ENCODER, activation_bytes("ltx/text", 0, dtype)),
-            Phase(VAE, activation_bytes("ltx/encode", worked_on, dtype)),
-            Phase(TRANSFORMER, activation_bytes("ltx/step", pixels * latent_frames, dtype)),
-            Phase(VAE, activation_bytes("ltx/decode", worked_on * latent_frames, dtype) + tiles),
+            Phase(_TEXT_ENCODER, activation_bytes("ltx/text", 0, dtype)),
+            Phase(_VAE, activation_bytes("ltx/encode", worked_on, dtype)),
+            Phase(_TRANSFORMER, activation_bytes("ltx/step", pixels * latent_frames, dtype)),
+            Phase(_VAE, activation_bytes("ltx/decode", worked_on * latent_frames, dtype) + tiles),
         )
         return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, results=clip_host_bytes(shot))
 

@@ -43,7 +43,7 @@ SEEN_PIXELS = 1024 * 1024
 """Pixels that the pipeline scales each image to."""
 MAX_PHOTOS = 2
 """Photos that the model reads beside the image: it was trained with one to three images."""
-TEXT_ENCODER, TRANSFORMER, VAE = "qwen_edit/text_encoder", "qwen_edit/transformer", "qwen_edit/vae"
+_TEXT_ENCODER, _TRANSFORMER, _VAE = "qwen_edit/text_encoder", "qwen_edit/transformer", "qwen_edit/vae"
 RESTYLE = "Redraw the image in this style: {style}. Keep the composition, the people and their faces."
 DESCRIBE = "Redraw the image so that it matches this description: {prompt}. Keep the composition, the people and their faces."
 NO_NEGATIVE = " "
@@ -98,8 +98,8 @@ class QwenEditStage(ImageStage[QwenEditParams]):
         pixels = shot.width * shot.height
         step = network_work("qwen_edit/step", pixels + seen * SEEN_PIXELS)
         coding = network_work("qwen_edit/encode", SEEN_PIXELS).times(seen) + network_work("qwen_edit/decode", pixels)
-        transformer = stored(TRANSFORMER, params.quantize)
-        copies = offload_work((TEXT_ENCODER, VAE, transformer, VAE), params.dtype, cpu_offload=params.cpu_offload)
+        transformer = stored(_TRANSFORMER, params.quantize)
+        copies = offload_work((_TEXT_ENCODER, _VAE, transformer, _VAE), params.dtype, cpu_offload=params.cpu_offload)
         fixed = network_work("qwen_edit/text").times(prompts) + coding + copies
         return ShotWork(step.times(prompts * (shot.steps.qwen_edit or _DEFAULT_STEPS)), fixed)
 
@@ -107,14 +107,14 @@ class QwenEditStage(ImageStage[QwenEditParams]):
     def memory(cls, params: QwenEditParams, shot: Shot) -> StageMemory | None:
         dtype, pixels = params.dtype, shot.width * shot.height
         seen = 1 + (min(len(shot.face_image), MAX_PHOTOS) if shot.uses_reference_photos else 0)
-        transformer = stored(TRANSFORMER, params.quantize)
-        weights = {network: weight_bytes(network, dtype) for network in (TEXT_ENCODER, transformer, VAE)}
+        transformer = stored(_TRANSFORMER, params.quantize)
+        weights = {network: weight_bytes(network, dtype) for network in (_TEXT_ENCODER, transformer, _VAE)}
         encode, decode = autoencoder_peaks("qwen_edit", params, pixels, SEEN_PIXELS)
         phases = (
-            Phase(TEXT_ENCODER, activation_bytes("qwen_edit/text", 0, dtype)),
-            Phase(VAE, encode),
+            Phase(_TEXT_ENCODER, activation_bytes("qwen_edit/text", 0, dtype)),
+            Phase(_VAE, encode),
             Phase(transformer, activation_bytes("qwen_edit/step", pixels + seen * SEEN_PIXELS, dtype)),
-            Phase(VAE, decode),
+            Phase(_VAE, decode),
         )
         return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, results=pixels * 3 * RESULT_COPIES)
 

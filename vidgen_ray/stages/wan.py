@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 GUIDANCE_A14B, GUIDANCE_TI2V = 3.5, 5.0
 """Default guidance scales of the two models."""
-TEXT_ENCODER = "wan/text_encoder"
+_TEXT_ENCODER = "wan/text_encoder"
 DECODED_FRAMES = 9
 """Frames of the clip whose memory was traced: the autoencoder works on four frames at a time."""
 TILE_PX, TILE_STEP_PX = 256, 192
@@ -96,7 +96,7 @@ class WanStage(PromptedVideoStage[WanParams]):
         encode = network_work(f"{model}/encode", pixels, 1 if one_transformer else frames)
         coding = (encode + network_work(f"{model}/decode", pixels, frames)).in_float32
         transformers = [stored(f"{model}/transformer", params.quantize)] * (1 if one_transformer else 2)
-        copies = offload_work((TEXT_ENCODER, *transformers), params.dtype, cpu_offload=params.cpu_offload)
+        copies = offload_work((_TEXT_ENCODER, *transformers), params.dtype, cpu_offload=params.cpu_offload)
         copies += offload_work((f"{model}/vae",) * 2, "float32", cpu_offload=params.cpu_offload)
         fixed = network_work("wan/text").times(prompts) + coding + copies
         return ShotWork(step.times(prompts * cls.steps_of(shot)), fixed, coding).times(cls.passes(shot))
@@ -111,7 +111,7 @@ class WanStage(PromptedVideoStage[WanParams]):
         transformer_bytes = weight_bytes(stored(transformer, params.quantize), dtype)
         if shot.video_lora:
             transformer_bytes += params.adapters_kept * weight_bytes(f"{model}/lora", dtype)
-        weights = {TEXT_ENCODER: weight_bytes(TEXT_ENCODER, dtype), vae: weight_bytes(vae, "float32")}
+        weights = {_TEXT_ENCODER: weight_bytes(_TEXT_ENCODER, dtype), vae: weight_bytes(vae, "float32")}
         weights |= dict.fromkeys((transformer,) if one_transformer else (transformer, second), transformer_bytes)
         clip = pixels * shot.num_frames * 3 * 4
         # I2V-A14B encodes a clip that begins with the image, TI2V-5B the image alone.
@@ -122,7 +122,7 @@ class WanStage(PromptedVideoStage[WanParams]):
         # Overlapping tiles, rows of blended tiles and the clip; without tiles the clip and two copies.
         tiles = clip * TILE_PX**2 // TILE_STEP_PX**2 if params.vae_tiling else 0
         phases = (
-            Phase(TEXT_ENCODER, activation_bytes("wan/text", 0, dtype)),
+            Phase(_TEXT_ENCODER, activation_bytes("wan/text", 0, dtype)),
             Phase(vae, max(2 * encoded, encoded + encode)),
             Phase(transformer, activation_bytes(f"{model}/step", pixels * cls.latent_frames(shot.num_frames), dtype)),
             Phase(vae, max(decode + max(clip, tiles), 2 * clip + max(clip, tiles))),

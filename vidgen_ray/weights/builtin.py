@@ -131,7 +131,7 @@ def build_rife(folder: Path) -> None:
 
 FP32, FP16 = 0, 0x01306B47
 CONVOLUTION, PRELU = "Convolution", "PReLU"
-OUTPUTS, WEIGHTS = 0, 6
+OUTPUTS, _WEIGHTS = 0, 6
 """Keys of a Convolution's values. OUTPUTS is also the number of slopes of a PReLU."""
 DENSE_BLOCK = (CONVOLUTION, "Concat") * 4 + (CONVOLUTION, "Eltwise")
 
@@ -161,7 +161,7 @@ def read_realesrgan(param: Path, binary: Path) -> dict[str, torch.Tensor]:
             if layer.kind == PRELU:
                 tensors[f"{name}.weight"] = content.floats(outputs)
                 continue
-            tensors[f"{name}.weight"] = content.flagged(int(layer.values[WEIGHTS])).reshape(outputs, -1, 3, 3)
+            tensors[f"{name}.weight"] = content.flagged(int(layer.values[_WEIGHTS])).reshape(outputs, -1, 3, 3)
             tensors[f"{name}.bias"] = content.floats(outputs)
         content.expect_end()
     except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:

@@ -34,7 +34,7 @@ LOST_S = 5.0
 nothing is left of a budget."""
 QUEUED = 64
 """Queued jobs of the batches of a tenant. Each job of a higher priority moves all of them back."""
-CHUNK_LINES, CHUNK_BYTES = 1_000, 8 << 20
+CHUNK_LINES, _CHUNK_BYTES = 1_000, 8 << 20
 """Most lines, and about the most bytes, that are read at once."""
 MAX_LINE_BYTES = 1 << 20
 MAX_LINES = 1_000_000
@@ -148,7 +148,7 @@ def read_chunk(path: Path, batch: Batch, limit: int) -> Chunk:
         file.seek(batch.offset)
         for number, line in numbered_lines(file, batch.line):
             lines.append((number, file.tell(), line))
-            if len(lines) == limit or file.tell() - batch.offset > CHUNK_BYTES:
+            if len(lines) == limit or file.tell() - batch.offset > _CHUNK_BYTES:
                 break
         return Chunk(lines, bool(lines))
 
@@ -213,7 +213,7 @@ async def _job(server: ServerContext, tenant: Tenant, batch: Batch, body: Mappin
 def _finish(server: ServerContext, batch: Batch) -> None:
     """Write the files of a batch whose lines have all ended, and end it. After a crash, the same files are written again."""
     total, completed, after, is_expired = 0, 0, 0, False
-    with SpooledTemporaryFile[bytes](CHUNK_BYTES) as output, SpooledTemporaryFile[bytes](CHUNK_BYTES) as errors:
+    with SpooledTemporaryFile[bytes](_CHUNK_BYTES) as output, SpooledTemporaryFile[bytes](_CHUNK_BYTES) as errors:
         while lines := server.store.batches.lines(batch, after, CHUNK_LINES):
             for line in lines:
                 error = _error_of(batch, line)

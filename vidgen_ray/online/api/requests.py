@@ -238,13 +238,13 @@ Loras = Annotated[Any, _any(list[str | LoraReference] | str | LoraReference)]
 FileIds = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)]
 File = Annotated[UploadFile, BeforeValidator(_require_file)]
 Seed = Annotated[int, Field(ge=RANDOM_SEED, le=MAX_SEED), BeforeValidator(_reject_bool)]
-SEED = TypeAdapter(Seed)
+_SEED = TypeAdapter(Seed)
 
 
 def _parse_seeds(value: Any) -> int | list[int]:
     each = value if isinstance(value, list) else [value]
     try:
-        seeds = [SEED.validate_python(seed) for seed in each]
+        seeds = [_SEED.validate_python(seed) for seed in each]
     except ValidationError:
         raise ValueError(f"must be a whole number from {RANDOM_SEED} to {MAX_SEED}, or a list of them") from None
     if not 1 <= len(seeds) <= MAX_RESULTS:

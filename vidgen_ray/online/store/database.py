@@ -53,9 +53,9 @@ from vidgen_ray.outputs.storage import is_disk_full
 BUSY_TIMEOUT_S = 30
 """Seconds that a transaction waits for a lock or for a pooled connection."""
 WAL_RETRY_S = 0.05
-READERS, WRITERS = 36, 12
+READER_THREADS, WRITERS = 36, 12
 """Threads of an API process for calls that only read, and for calls that write: only one of these writes at a time."""
-POOL_SIZE = READERS + WRITERS
+POOL_SIZE = READER_THREADS + WRITERS
 """Connections of a process: one for each thread that uses the database, or requests wait for each other."""
 RESERVE_BYTES = 8 << 20
 """Size of the file `DATABASE-reserve` beside an SQLite database: twice that of its write-ahead log, which is used again."""
@@ -142,7 +142,7 @@ JOBS = Table(
 final state. A deleted job keeps its row for some minutes, so that lists can continue after it and clients see the deletion.
 `search_text` is case-folded."""
 
-DIRECTOR = Table(
+DIRECTOR_TABLE = Table(
     "vidgen_director",
     TABLES,
     Column("owner", String(128), primary_key=True),

@@ -19,7 +19,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from vidgen_ray.errors import FrozenModel, StrictModel
 from vidgen_ray.online.server_settings import Budget
 from vidgen_ray.online.store.budgets import Usage
-from vidgen_ray.online.store.database import DIRECTOR, JOBS, OUTBOX, Database, Transaction
+from vidgen_ray.online.store.database import DIRECTOR_TABLE, JOBS, OUTBOX, Database, Transaction
 from vidgen_ray.shot import PRIORITIES, Priority, Shot
 from vidgen_ray.system.files import ProcessId, this_process
 
@@ -152,7 +152,7 @@ CLAIM = (
     .returning(JOBS)
 )
 RENEW = update(JOBS).where(JOBS.c.id.in_(bindparam("ids", expanding=True)), *HELD).returning(JOBS.c.id, JOBS.c.cancel_requested)
-PROGRESS = (
+_PROGRESS = (
     update(JOBS)
     .where(JOBS.c.id == bindparam("job_id"), *HELD)
     # Not a function: the maximum of two values is `max` in SQLite and `greatest` in PostgreSQL.
@@ -409,14 +409,14 @@ class JobLeases:
             other = self._director(transaction.connection, lease_s)
             if other not in (None, owner):
                 return other
-            transaction.connection.execute(delete(DIRECTOR))
-            transaction.connection.execute(insert(DIRECTOR), {"owner": owner, "heartbeat": transaction.version})
+            transaction.connection.execute(delete(DIRECTOR_TABLE))
+            transaction.connection.execute(insert(DIRECTOR_TABLE), {"owner": owner, "heartbeat": transaction.version})
         return None
 
     def step_down(self, owner: str) -> None:
         """Let another director claim jobs at once."""
         with self._database.transaction() as transaction:
-            transaction.connection.execute(delete(DIRECTOR).where(DIRECTOR.c.owner == owner))
+            transaction.connection.execute(delete(DIRECTOR_TABLE).where(DIRECTOR_TABLE.c.owner == owner))
 
     def director(self, lease_s: float) -> str | None:
         """Return the director of the store, `None` if there is none.
@@ -427,7 +427,7 @@ class JobLeases:
             return self._director(connection, lease_s)
 
     def _director(self, connection: Connection, lease_s: float) -> str | None:
-        row, now = connection.execute(select(DIRECTOR)).one_or_none(), self._steady()
+        row, now = connection.execute(select(DIRECTOR_TABLE)).one_or_none(), self._steady()
         if row is None or _has_ended(row.owner):
             return None
         owner, heartbeat = row
@@ -497,7 +497,7 @@ class JobLeases:
         with self._database.transaction() as transaction:
             held = {"held_by": owner, "version": transaction.version}
             if updates:
-                transaction.connection.execute(PROGRESS, [{**update._asdict(), **held} for update in updates])
+                transaction.connection.execute(_PROGRESS, [{**update._asdict(), **held} for update in updates])
 
     def end(self, job_id: str, owner: str, state: JobState, **values: Any) -> bool:
         """End a job; the files of a completed one are stored. Return False if `owner` has lost the lease."""

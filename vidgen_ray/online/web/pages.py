@@ -421,7 +421,7 @@ def _queue_of(server: ServerContext, tenant: Tenant) -> list[Job]:
 
 SAVING = "Save", "Saving"
 """Label and activity of the step after all stages."""
-NAME_LENGTH, ID_LENGTH = 40, 6
+_NAME_LENGTH, ID_LENGTH = 40, 6
 """Characters of the prompt and of the id in a file name."""
 
 
@@ -481,7 +481,7 @@ def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
 
 def file_name(job: Job) -> str:
     """Return the name of the file in a ZIP: the start of the prompt and the end of the id."""
-    words = re.sub(r"[^a-z0-9]+", "-", job.shot.prompt.lower()).strip("-")[:NAME_LENGTH].strip("-")
+    words = re.sub(r"[^a-z0-9]+", "-", job.shot.prompt.lower()).strip("-")[:_NAME_LENGTH].strip("-")
     return f"{words or 'clip'}-{job.id[-ID_LENGTH:]}{'.mp4' if job.shot.generate_video else '.png'}"
 
 
